@@ -1,0 +1,52 @@
+# Everything runs from .venv, which is made when it is first needed.
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+STAMPS := $(VENV)/.stamps
+
+# Two installs at once (make -j) would write over each other in .venv.
+.NOTPARALLEL:
+# Keep stamps: make would delete them as intermediate files of a pattern rule.
+.PRECIOUS: $(STAMPS)/%
+.PHONY: help demo test lint format bench clean
+
+help:  ## show this help (the default)
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' Makefile
+
+demo: $(STAMPS)/examples  ## install, then run examples/quickstart.py
+	$(PY) examples/quickstart.py
+
+# Tests and benchmarks take further arguments: make test ARGS="-x -k gram"
+test: $(STAMPS)/test  ## run the tests
+	$(PY) -m pytest $(ARGS)
+
+lint: $(STAMPS)/lint  ## check style, formatting and types
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+format: $(STAMPS)/lint  ## format the code, fix what can be fixed
+	$(PY) -m ruff check --fix-only .
+	$(PY) -m ruff format .
+
+bench: $(STAMPS)/examples  ## run the benchmarks
+	$(PY) -m benchmarks $(ARGS)
+
+clean:  ## remove caches and build outputs (.venv stays)
+	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -exec rm -rf {} +
+
+$(PY):
+	$(PYTHON) -m venv $(VENV)
+
+# One stamp for each extra: installs once, and again when a file named here changes.
+# - torch goes first, at its exact version: asked for loosely, on an empty .venv, pip
+#   prefers a CUDA build of several gigabytes even where a CPU build is to be had.
+# - BackPACK pulls torchvision, which nothing here uses. Its CUDA build does not import
+#   beside a CPU torch, and packages that look for it break on it: away with it there,
+#   but only where it really fails to import.
+$(STAMPS)/%: pyproject.toml constraints.txt | $(PY)
+	$(PY) -m pip install -q -c constraints.txt torch
+	$(PY) -m pip install -q -c constraints.txt -e ".[$*]"
+	@$(PY) -c "import torchvision" 2>/dev/null || $(PY) -m pip uninstall -q -y torchvision
+	@mkdir -p $(@D) && touch $@

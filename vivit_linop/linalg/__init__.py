@@ -1,0 +1,34 @@
+"""The verbs: functions that dispatch on the type of a node, open for registration.
+
+>>> import torch, vivit_linop as vl
+>>> vl.linalg.logdet(2 * vl.Identity(3))
+tensor(2.0794, dtype=torch.float64)
+"""
+
+from vivit_linop.linalg import eigen, inverse, reductions  # noqa: F401  (registers)
+from vivit_linop.linalg.eigenpairs import Eigendecomposition, Eigenpairs
+from vivit_linop.operators.verbs import (
+    diagonal,
+    eigendecomposition,
+    eigh,
+    eigvalsh,
+    inv,
+    logdet,
+    row_norms_squared,
+    to_dense,
+    trace,
+)
+
+__all__ = [
+    "Eigendecomposition",
+    "Eigenpairs",
+    "diagonal",
+    "eigendecomposition",
+    "eigh",
+    "eigvalsh",
+    "inv",
+    "logdet",
+    "row_norms_squared",
+    "to_dense",
+    "trace",
+]

@@ -1,0 +1,171 @@
+"""Eigenvalues and eigenpairs: the rules of ``eigvalsh`` and ``eigh``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from vivit_linop.linalg.eigenpairs import (
+    DenseDecomposition,
+    Eigendecomposition,
+    Eigenpairs,
+    LowRankDecomposition,
+    MergedDecomposition,
+    ScaledShifted,
+)
+from vivit_linop.operators.base import TorchLinearOperator
+from vivit_linop.operators.kronecker import BlockDiagonal, Kronecker
+from vivit_linop.operators.lowrank import Damped, Gram, LowRank, Woodbury
+from vivit_linop.operators.structure import (
+    Dense,
+    DenseInverse,
+    Diagonal,
+    Identity,
+    Scaled,
+)
+from vivit_linop.operators.verbs import eigendecomposition, eigh, eigvalsh, to_dense
+
+
+@eigh.register
+def _(
+    op: TorchLinearOperator,
+    k: int | None = None,
+    select: Callable[[Tensor], Sequence[int] | Tensor] | None = None,
+    rcond: float | None = None,
+) -> Eigenpairs:
+    decomposition = eigendecomposition(op)
+    return decomposition.pairs(decomposition.choose(k, select, rcond))
+
+
+@eigvalsh.register
+def _(op: TorchLinearOperator) -> Tensor:
+    return eigendecomposition(op).eigenvalues
+
+
+@eigvalsh.register
+def _(op: Dense) -> Tensor:
+    return torch.linalg.eigvalsh(op.matrix)
+
+
+@eigvalsh.register
+def _(op: Gram) -> Tensor:
+    return torch.linalg.eigvalsh(op.matrix)
+
+
+@eigvalsh.register
+def _(op: LowRank) -> Tensor:
+    """The min(D, R) eigenvalues of the smaller side; the others are zero."""
+    return torch.linalg.eigvalsh(op.small_side)
+
+
+@eigvalsh.register
+def _(op: Scaled) -> Tensor:
+    evals = op.factor * eigvalsh(op.operator)
+    return evals if op.factor > 0 else evals.flip(0)
+
+
+@eigvalsh.register
+def _(op: Damped) -> Tensor:
+    """All n eigenvalues: those of A, its zeros included, shifted by δ."""
+    evals = eigvalsh(op.operator)
+    zeros = evals.new_zeros(op.shape[0] - len(evals))
+    return torch.cat([zeros, evals]).sort().values + op.damping
+
+
+@eigvalsh.register
+def _(op: Woodbury) -> Tensor:
+    return (1.0 / eigvalsh(Damped(op.operator, op.damping))).flip(0)
+
+
+@eigvalsh.register
+def _(op: BlockDiagonal) -> Tensor:
+    return torch.cat([block.eigvalsh() for block in op.blocks]).sort().values
+
+
+@eigendecomposition.register
+def _(op: Dense) -> Eigendecomposition:
+    return DenseDecomposition(op.matrix)
+
+
+@eigendecomposition.register
+def _(op: DenseInverse) -> Eigendecomposition:
+    return DenseDecomposition(to_dense(op))
+
+
+@eigendecomposition.register
+def _(op: Gram) -> Eigendecomposition:
+    return DenseDecomposition(op.matrix)
+
+
+@eigendecomposition.register
+def _(op: Identity) -> Eigendecomposition:
+    return DenseDecomposition(to_dense(op))
+
+
+@eigendecomposition.register
+def _(op: Diagonal) -> Eigendecomposition:
+    def vectors(order: Tensor) -> Tensor:
+        columns = op.entries.new_zeros(len(op.entries), len(order))
+        columns[order, torch.arange(len(order), device=order.device)] = 1.0
+        return columns
+
+    return MergedDecomposition(op.entries, vectors)
+
+
+@eigendecomposition.register
+def _(op: LowRank) -> Eigendecomposition:
+    return LowRankDecomposition(op)
+
+
+@eigendecomposition.register
+def _(op: Scaled) -> Eigendecomposition:
+    return ScaledShifted(eigendecomposition(op.operator), factor=op.factor)
+
+
+@eigendecomposition.register
+def _(op: Damped) -> Eigendecomposition:
+    return ScaledShifted(eigendecomposition(op.operator), shift=op.damping)
+
+
+@eigendecomposition.register
+def _(op: BlockDiagonal) -> Eigendecomposition:
+    """The pairs of the blocks, padded with zeros."""
+    parts = [eigendecomposition(block) for block in op.blocks]
+    places = op.split(torch.arange(op.shape[0], device=op.device))
+
+    def vectors(order: Tensor) -> Tensor:
+        columns = torch.zeros(
+            op.shape[0], len(order), dtype=op.torch_dtype, device=op.device
+        )
+        start = 0
+        for part, place in zip(parts, places, strict=True):
+            mine = ((order >= start) & (order < start + part.count)).nonzero().squeeze(1)
+            if len(mine):
+                columns[place[:, None], mine] = part.pairs(
+                    order[mine] - start
+                ).eigenvectors
+            start += part.count
+        return columns
+
+    return MergedDecomposition(torch.cat([part.eigenvalues for part in parts]), vectors)
+
+
+@eigendecomposition.register
+def _(op: Kronecker) -> Eigendecomposition:
+    """Products of the factors' eigenvalues, Kronecker products of their vectors."""
+    parts = [torch.linalg.eigh(to_dense(factor)) for factor in op.factors]
+    evals = parts[0].eigenvalues
+    for part, _ in parts[1:]:
+        evals = torch.outer(evals, part).reshape(-1)
+
+    def vectors(order: Tensor) -> Tensor:
+        columns = torch.ones(1, len(order), dtype=op.torch_dtype, device=op.device)
+        for _, evecs in reversed(parts):
+            part = evecs[:, order % len(evecs)]
+            order = order // len(evecs)
+            columns = (part[:, None, :] * columns[None, :, :]).flatten(0, 1)
+        return columns
+
+    return MergedDecomposition(evals, vectors)

@@ -1,0 +1,350 @@
+"""Eigenpairs, and the decompositions that they are chosen from."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vivit_linop.operators import verbs
+from vivit_linop.operators.base import TorchLinearOperator
+from vivit_linop.operators.lowrank import LowRank
+
+
+class Eigenpairs:
+    """Eigenvalues and orthonormal eigenvectors; unpacks to these two.
+
+    Args:
+        eigenvalues: ``[K]``.
+        eigenvectors: ``[n, K]``, or a function that forms them when first asked.
+
+    Attributes:
+        eigenvalues: ``[K]``.
+
+    Example:
+        >>> import torch, vivit_linop as vl
+        >>> pairs = vl.Dense(torch.tensor([[2.0, 0.0], [0.0, 5.0]])).eigh(k=1)
+        >>> evals, evecs = pairs
+        >>> evals, evecs.shape
+        (tensor([5.]), torch.Size([2, 1]))
+    """
+
+    def __init__(
+        self, eigenvalues: Tensor, eigenvectors: Tensor | Callable[[], Tensor]
+    ) -> None:
+        self.eigenvalues = eigenvalues
+        self._eigenvectors = eigenvectors
+
+    @cached_property
+    def eigenvectors(self) -> Tensor:
+        """Orthonormal columns ``[n, K]``, formed when first asked for and kept."""
+        if isinstance(self._eigenvectors, Tensor):
+            return self._eigenvectors
+        return self._eigenvectors()
+
+    def __iter__(self) -> Iterator[Tensor]:
+        """Unpack to ``eigenvalues, eigenvectors``."""
+        yield self.eigenvalues
+        yield self.eigenvectors
+
+    def __len__(self) -> int:
+        """The number of pairs, K."""
+        return len(self.eigenvalues)
+
+    def __repr__(self) -> str:
+        """Say how many pairs there are and what their eigenvalues span."""
+        if not len(self):
+            return f"<{type(self).__name__}: none>"
+        low, high = self.eigenvalues.min().item(), self.eigenvalues.max().item()
+        return f"<{type(self).__name__}: {len(self)} in [{low:.3g}, {high:.3g}]>"
+
+    def combine(self, weights: Tensor) -> Tensor:
+        """Return the combination ``E @ weights`` of the eigenvectors, ``[n]``."""
+        return self.eigenvectors @ weights
+
+    def components(self, factor: TorchLinearOperator) -> Tensor:
+        """Return ``factor.T @ E``: the columns of a factor along the eigenvectors."""
+        return factor.T.apply(self.eigenvectors)
+
+
+class GramEigenpairs(Eigenpairs):
+    """Eigenpairs of c V Vᵀ that stand for e_k = V q_k √(c/λ_k), unformed.
+
+    What is computed from them stays on the small side: along e_k, the columns of a
+    factor W have the components Wᵀe_k = (WᵀV) q_k √(c/λ_k).
+
+    Args:
+        eigenvalues: λ, ``[K]``, positive.
+        operator: c V Vᵀ.
+        gram_eigenvectors: q, orthonormal columns ``[R, K]``.
+    """
+
+    def __init__(
+        self, eigenvalues: Tensor, operator: LowRank, gram_eigenvectors: Tensor
+    ) -> None:
+        super().__init__(eigenvalues, self._form)
+        self.operator = operator
+        self.gram_eigenvectors = gram_eigenvectors
+
+    @cached_property
+    def coefficients(self) -> Tensor:
+        """What V is multiplied by to give the eigenvectors, ``[R, K]``."""
+        return self.gram_eigenvectors * (self.operator.scale / self.eigenvalues).sqrt()
+
+    def _form(self) -> Tensor:
+        vectors = self.operator.factor.apply(self.coefficients)
+        return orthonormalised(vectors, self.eigenvalues)
+
+    def combine(self, weights: Tensor) -> Tensor:
+        """Return ``E @ weights`` by one product with V."""
+        combined = (self.coefficients @ weights).unsqueeze(1)
+        return self.operator.factor.apply(combined).squeeze(1)
+
+    def components(self, factor: TorchLinearOperator) -> Tensor:
+        """Return ``factor.T @ E`` through the (cross-)Gram matrix."""
+        if factor is self.operator.factor:
+            return self.operator.gram.matrix @ self.coefficients
+        return verbs.gram_matrix(factor, self.operator.factor) @ self.coefficients
+
+
+class Eigendecomposition(ABC):
+    """All eigenvalues of an operator, and the way to its eigenvectors.
+
+    Attributes:
+        count: How many eigenvalues there are.
+    """
+
+    count: int
+
+    @property
+    @abstractmethod
+    def eigenvalues(self) -> Tensor:
+        """All eigenvalues, ascending, ``[count]``."""
+
+    @abstractmethod
+    def pairs(self, indices: Tensor) -> Eigenpairs:
+        """Return the pairs of these indices, in their order."""
+
+    def rounding_error(self) -> float:
+        """The size below which an eigenvalue is left out by default."""
+        return 0.0
+
+    def choose(
+        self,
+        k: int | None,
+        select: Callable[[Tensor], Sequence[int] | Tensor] | None,
+        rcond: float | None,
+    ) -> Tensor:
+        """Turn the arguments of ``eigh`` into indices; checks them first."""
+        if k is not None and select is not None:
+            raise ValueError("k, select: give one of them, not both.")
+        if rcond is not None and not rcond >= 0.0:
+            raise ValueError(f"rcond: a number of at least 0, got {rcond!r}.")
+        if k is not None:
+            if isinstance(k, bool) or not isinstance(k, (int, np.integer)):
+                raise TypeError(f"k: an integer, got {k!r}.")
+            if not 1 <= k <= self.count:
+                raise ValueError(
+                    f"k: this operator has {self.count} eigenvalues, so k is between "
+                    f"1 and {self.count}, got {k}."
+                )
+            indices = torch.arange(self.count - int(k), self.count)
+        elif select is not None:
+            if not callable(select):
+                raise TypeError(
+                    "select: a function of the eigenvalues that returns indices, got "
+                    f"{select!r}."
+                )
+            indices = checked_indices(select(self.eigenvalues.clone()), self.count)
+        else:
+            sizes = self.eigenvalues.abs()
+            error = self.rounding_error()
+            cut = error if rcond is None else rcond * sizes.max()
+            keep = sizes > cut if (rcond is not None or error > 0.0) else sizes >= 0.0
+            indices = keep.nonzero().squeeze(1)
+        return indices.to(self.eigenvalues.device)
+
+
+class DenseDecomposition(Eigendecomposition):
+    """The decomposition of a dense symmetric matrix.
+
+    Args:
+        matrix: ``[n, n]``.
+    """
+
+    def __init__(self, matrix: Tensor) -> None:
+        self._matrix, self.count = matrix, len(matrix)
+
+    @cached_property
+    def _eigh(self) -> tuple[Tensor, Tensor]:
+        evals, evecs = torch.linalg.eigh(self._matrix)
+        return evals, evecs
+
+    @property
+    def eigenvalues(self) -> Tensor:
+        """All eigenvalues."""
+        return self._eigh[0]
+
+    def pairs(self, indices: Tensor) -> Eigenpairs:
+        """Return columns of the dense eigenvectors."""
+        evals, evecs = self._eigh
+        return Eigenpairs(evals[indices], evecs[:, indices])
+
+
+class LowRankDecomposition(DenseDecomposition):
+    """The decomposition of c V Vᵀ through its smaller side.
+
+    Args:
+        operator: c V Vᵀ, ``[D, D]`` with V ``[D, R]``; has min(D, R) eigenvalues.
+    """
+
+    def __init__(self, operator: LowRank) -> None:
+        self._operator = operator
+        self.count = min(operator.factor.shape)
+
+    @cached_property
+    def _eigh(self) -> tuple[Tensor, Tensor]:
+        evals, evecs = torch.linalg.eigh(self._operator.small_side)
+        return evals, evecs
+
+    def rounding_error(self) -> float:
+        """Eigenvalues of a Gram matrix are known to about this absolute error."""
+        eps = torch.finfo(self.eigenvalues.dtype).eps
+        largest = max(self.eigenvalues[-1].item(), 0.0)
+        return max(10.0, self.count**0.5) * eps * largest
+
+    def pairs(self, indices: Tensor) -> Eigenpairs:
+        """Lift columns of the Gram matrix's eigenvectors, lazily."""
+        if self.count == self._operator.shape[0]:  # the D × D side was decomposed
+            return super().pairs(indices)
+        evals, gram_evecs = self._eigh
+        chosen = evals[indices]
+        if (chosen > self.rounding_error()).all():
+            return GramEigenpairs(chosen, self._operator, gram_evecs[:, indices])
+        return Eigenpairs(chosen, lambda: self._with_null_space(indices))
+
+    def _with_null_space(self, indices: Tensor) -> Tensor:
+        """Form eigenvectors of which some belong to numerically zero eigenvalues.
+
+        The Gram matrix does not know these: any orthonormal vectors in the orthogonal
+        complement of all others will do.
+        """
+        evals, gram_evecs = self._eigh
+        nonzero = (evals > self.rounding_error()).nonzero().squeeze(1)
+        span = GramEigenpairs(
+            evals[nonzero], self._operator, gram_evecs[:, nonzero]
+        ).eigenvectors
+        null = indices[evals[indices] <= self.rounding_error()]
+        generator = torch.Generator().manual_seed(0)
+        fill = torch.randn(len(span), len(null), generator=generator).to(span)
+        # A column is only orthogonal to working precision after the second time.
+        for _ in range(2):
+            fill = torch.linalg.qr(fill - span @ (span.T @ fill)).Q
+        vectors = torch.cat([span, fill], dim=1)
+        position = {int(i): at for at, i in enumerate(torch.cat([nonzero, null]))}
+        return vectors[:, [position[int(i)] for i in indices]]
+
+
+class ScaledShifted(Eigendecomposition):
+    """The decomposition of a A + δ I from that of A.
+
+    Args:
+        inner: The decomposition of A.
+        factor: a, not zero.
+        shift: δ.
+    """
+
+    def __init__(
+        self, inner: Eigendecomposition, factor: float = 1.0, shift: float = 0.0
+    ) -> None:
+        self._inner, self._factor, self._shift = inner, factor, shift
+        self.count = inner.count
+
+    @property
+    def eigenvalues(self) -> Tensor:
+        """All eigenvalues of A, scaled and shifted."""
+        evals = self._factor * self._inner.eigenvalues + self._shift
+        return evals if self._factor > 0 else evals.flip(0)
+
+    def choose(self, *arguments: Any) -> Tensor:
+        """Without ``k``, ``select`` and ``rcond``, choose as for A."""
+        if all(argument is None for argument in arguments):
+            indices = self._inner.choose(*arguments)
+            return indices if self._factor > 0 else self._reversed(indices).flip(0)
+        return super().choose(*arguments)
+
+    def pairs(self, indices: Tensor) -> Eigenpairs:
+        """Return A's eigenvectors with the eigenvalues of the whole."""
+        inner = indices if self._factor > 0 else self._reversed(indices)
+        pairs = self._inner.pairs(inner)
+        return Eigenpairs(self.eigenvalues[indices], lambda: pairs.eigenvectors)
+
+    def _reversed(self, indices: Tensor) -> Tensor:
+        return self.count - 1 - indices
+
+
+class MergedDecomposition(Eigendecomposition):
+    """A decomposition whose eigenvectors are made of those of smaller parts.
+
+    Args:
+        eigenvalues: All eigenvalues, in the order in which the parts give them.
+        vectors: A function of indices into that order that forms the columns.
+    """
+
+    def __init__(self, eigenvalues: Tensor, vectors: Callable[[Tensor], Tensor]) -> None:
+        self._sorted, self._order = eigenvalues.sort()
+        self._vectors, self.count = vectors, len(eigenvalues)
+
+    @property
+    def eigenvalues(self) -> Tensor:
+        """All eigenvalues."""
+        return self._sorted
+
+    def pairs(self, indices: Tensor) -> Eigenpairs:
+        """Form the columns when asked for."""
+        order = self._order[indices]
+        return Eigenpairs(self._sorted[indices], lambda: self._vectors(order))
+
+
+def orthonormalised(vectors: Tensor, eigenvalues: Tensor) -> Tensor:
+    """Make nearly orthonormal eigenvectors orthonormal to working precision.
+
+    Lifted from a Gram matrix, vectors of small eigenvalues carry the largest errors;
+    so the vectors of large eigenvalues are kept and the others corrected.
+    """
+    order = eigenvalues.argsort(descending=True)
+    Q, R = torch.linalg.qr(vectors[:, order])
+    signs = torch.where(R.diagonal() < 0, -1.0, 1.0).to(Q)
+    result = torch.empty_like(vectors)
+    result[:, order] = Q * signs
+    return result
+
+
+def checked_indices(indices: Any, count: int) -> Tensor:
+    """Turn what a criterion returned into indices, or say what is wrong with it."""
+    given = torch.as_tensor(indices).detach().cpu()
+    if given.numel() == 0:
+        return torch.empty(0, dtype=torch.long)
+    if given.dtype == torch.bool and given.shape == (count,):
+        return given.nonzero().squeeze(1)
+    if given.ndim != 1 or given.is_floating_point() or given.dtype == torch.bool:
+        raise ValueError(
+            "select: the criterion must return a list of integer indices (or a "
+            f"boolean mask of all {count} eigenvalues), it returned {indices!r}."
+        )
+    if given.min() < -count or given.max() >= count:
+        raise ValueError(
+            f"select: the criterion was given {count} eigenvalues and returned indices "
+            f"from {int(given.min())} to {int(given.max())}."
+        )
+    given = torch.where(given < 0, given + count, given).long()
+    if len(given.unique()) < len(given):
+        raise ValueError(
+            f"select: the criterion returned an index more than once: {indices!r}."
+        )
+    return given

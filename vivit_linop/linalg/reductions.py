@@ -1,0 +1,278 @@
+"""Diagonals, traces and log-determinants: the rules of the verbs that reduce."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from vivit_linop.operators.base import TorchLinearOperator
+from vivit_linop.operators.kronecker import BlockDiagonal, KhatriRao, Kronecker
+from vivit_linop.operators.lowrank import Damped, Gram, LowRank, Woodbury
+from vivit_linop.operators.structure import (
+    Adjoint,
+    Dense,
+    DenseInverse,
+    Diagonal,
+    Identity,
+    Scaled,
+    Sum,
+)
+from vivit_linop.operators.verbs import (
+    damped_logdet,
+    diagonal,
+    eigvalsh,
+    logdet,
+    row_norms_squared,
+    to_dense,
+    trace,
+)
+
+_CHUNK = 256
+
+# Dense matrices -----------------------------------------------------------------
+
+
+@to_dense.register
+def _(op: Dense) -> Tensor:
+    return op.matrix.clone()
+
+
+@to_dense.register
+def _(op: Diagonal) -> Tensor:
+    return torch.diag(op.entries)
+
+
+@to_dense.register
+def _(op: Adjoint) -> Tensor:
+    return to_dense(op.parent).T
+
+
+@to_dense.register
+def _(op: Scaled) -> Tensor:
+    return op.factor * to_dense(op.operator)
+
+
+@to_dense.register
+def _(op: KhatriRao) -> Tensor:
+    product = op.left[:, None, :] * op.right[None, :, :]
+    return product.reshape(op.shape)
+
+
+@to_dense.register
+def _(op: Gram) -> Tensor:
+    return op.matrix.clone()
+
+
+# Diagonals ------------------------------------------------------------------------
+
+
+@diagonal.register
+def _(op: TorchLinearOperator) -> Tensor:
+    """Costs n products, in chunks; no n × n array."""
+    n = op.shape[0]
+    parts = []
+    for start in range(0, n, _CHUNK):
+        size = min(_CHUNK, n - start)
+        unit = torch.zeros(n, size, dtype=op.torch_dtype, device=op.device)
+        unit[start : start + size].fill_diagonal_(1.0)
+        parts.append(op.apply(unit)[start : start + size].diagonal())
+    return torch.cat(parts)
+
+
+@diagonal.register
+def _(op: Identity) -> Tensor:
+    return torch.ones(op.shape[0], dtype=op.torch_dtype, device=op.device)
+
+
+@diagonal.register
+def _(op: Dense) -> Tensor:
+    return op.matrix.diagonal().clone()
+
+
+@diagonal.register
+def _(op: Diagonal) -> Tensor:
+    return op.entries.clone()
+
+
+@diagonal.register
+def _(op: Adjoint) -> Tensor:
+    return diagonal(op.parent)
+
+
+@diagonal.register
+def _(op: Scaled) -> Tensor:
+    return op.factor * diagonal(op.operator)
+
+
+@diagonal.register
+def _(op: Sum) -> Tensor:
+    return torch.stack([diagonal(term) for term in op.terms]).sum(0)
+
+
+@diagonal.register
+def _(op: Damped) -> Tensor:
+    return diagonal(op.operator) + op.damping
+
+
+@diagonal.register
+def _(op: LowRank) -> Tensor:
+    """The squared row norms of V."""
+    return op.scale * row_norms_squared(op.factor)
+
+
+@diagonal.register
+def _(op: BlockDiagonal) -> Tensor:
+    if any(block.shape[0] != block.shape[1] for block in op.blocks):
+        return to_dense(op).diagonal().clone()
+    return op.join([diagonal(block) for block in op.blocks])
+
+
+@diagonal.register
+def _(op: Kronecker) -> Tensor:
+    if any(factor.shape[0] != factor.shape[1] for factor in op.factors):
+        return to_dense(op).diagonal().clone()
+    result = diagonal(op.factors[0])
+    for factor in op.factors[1:]:
+        result = torch.outer(result, diagonal(factor)).reshape(-1)
+    return result
+
+
+@row_norms_squared.register
+def _(op: TorchLinearOperator) -> Tensor:
+    """Sum the squares of the columns, a chunk at a time."""
+    rows, columns = op.shape
+    result = torch.zeros(rows, dtype=op.torch_dtype, device=op.device)
+    for start in range(0, columns, _CHUNK):
+        size = min(_CHUNK, columns - start)
+        unit = torch.zeros(columns, size, dtype=op.torch_dtype, device=op.device)
+        unit[start : start + size].fill_diagonal_(1.0)
+        result += op.apply(unit).square().sum(1)
+    return result
+
+
+# Traces ---------------------------------------------------------------------------
+
+
+@trace.register
+def _(op: TorchLinearOperator) -> Tensor:
+    return diagonal(op).sum()
+
+
+@trace.register
+def _(op: LowRank) -> Tensor:
+    """The trace of the smaller side: tr(V Vᵀ) = tr(VᵀV)."""
+    return op.scale * row_norms_squared(op.factor).sum()
+
+
+@trace.register
+def _(op: Damped) -> Tensor:
+    return trace(op.operator) + op.shape[0] * op.damping
+
+
+@trace.register
+def _(op: Woodbury) -> Tensor:
+    """The sum of 1/(λ + δ), the zeros of V Vᵀ included."""
+    evals = eigvalsh(op.operator)
+    zeros = op.shape[0] - len(evals)
+    return (1.0 / (evals.clamp(min=0.0) + op.damping)).sum() + zeros / op.damping
+
+
+# Log-determinants -------------------------------------------------------------------
+
+
+@logdet.register
+def _(op: TorchLinearOperator) -> Tensor:
+    """The sum of the logarithms of the eigenvalues, for self-adjoint operators."""
+    op._check_self_adjoint("logdet")
+    return eigvalsh(op).abs().log().sum()
+
+
+@logdet.register
+def _(op: Identity) -> Tensor:
+    return torch.zeros((), dtype=op.torch_dtype, device=op.device)
+
+
+@logdet.register
+def _(op: Dense) -> Tensor:
+    return torch.linalg.slogdet(op.matrix).logabsdet
+
+
+@logdet.register
+def _(op: DenseInverse) -> Tensor:
+    return -logdet(op.operator)
+
+
+@logdet.register
+def _(op: Diagonal) -> Tensor:
+    return op.entries.abs().log().sum()
+
+
+@logdet.register
+def _(op: Adjoint) -> Tensor:
+    return logdet(op.parent)
+
+
+@logdet.register
+def _(op: Scaled) -> Tensor:
+    if op.factor == 0.0:
+        return torch.full((), -math.inf, dtype=op.torch_dtype, device=op.device)
+    return logdet(op.operator) + op.shape[0] * math.log(abs(op.factor))
+
+
+@logdet.register
+def _(op: BlockDiagonal) -> Tensor:
+    return torch.stack([block.logdet() for block in op.blocks]).sum()
+
+
+@logdet.register
+def _(op: Kronecker) -> Tensor:
+    """Each factor counts as often as the others have rows."""
+    n = op.shape[0]
+    return torch.stack([f.logdet() * (n // f.shape[0]) for f in op.factors]).sum()
+
+
+@logdet.register
+def _(op: LowRank) -> Tensor:
+    if op.factor.shape[1] < op.shape[0]:
+        return torch.full((), -math.inf, dtype=op.torch_dtype, device=op.device)
+    return eigvalsh(op).clamp(min=0.0).log().sum()
+
+
+@logdet.register
+def _(op: Damped) -> Tensor:
+    return damped_logdet(op.operator, op.damping)
+
+
+@logdet.register
+def _(op: Woodbury) -> Tensor:
+    return -damped_logdet(op.operator, op.damping)
+
+
+@damped_logdet.register
+def _(op: TorchLinearOperator, damping: float) -> Tensor:
+    op._check_self_adjoint("logdet")
+    return eigvalsh(Damped(op, damping)).abs().log().sum()
+
+
+@damped_logdet.register
+def _(op: LowRank, damping: float) -> Tensor:
+    """D log δ + logdet(I + K/δ) (Sylvester's determinant identity)."""
+    if not damping > 0.0:
+        raise ValueError(
+            f"logdet: a damped low-rank operator needs damping > 0, got {damping}."
+        )
+    evals = eigvalsh(op).clamp(min=0.0)
+    return op.shape[0] * math.log(damping) + torch.log1p(evals / damping).sum()
+
+
+@damped_logdet.register
+def _(op: Dense, damping: float) -> Tensor:
+    unit = torch.eye(op.shape[0], dtype=op.torch_dtype, device=op.device)
+    return torch.linalg.slogdet(op.matrix + damping * unit).logabsdet
+
+
+@damped_logdet.register
+def _(op: BlockDiagonal, damping: float) -> Tensor:
+    return torch.stack([damped_logdet(block, damping) for block in op.blocks]).sum()

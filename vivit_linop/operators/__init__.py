@@ -1,0 +1,34 @@
+"""Operators: nodes that know one torch kernel each, and the rules that combine them."""
+
+from vivit_linop.operators.base import TorchLinearOperator
+from vivit_linop.operators.kronecker import BlockDiagonal, KhatriRao, Kronecker
+from vivit_linop.operators.lowrank import Damped, Gram, LowRank, Woodbury
+from vivit_linop.operators.structure import (
+    Adjoint,
+    Dense,
+    DenseInverse,
+    Diagonal,
+    Identity,
+    Product,
+    Scaled,
+    Sum,
+)
+
+__all__ = [
+    "Adjoint",
+    "BlockDiagonal",
+    "Damped",
+    "Dense",
+    "DenseInverse",
+    "Diagonal",
+    "Gram",
+    "Identity",
+    "KhatriRao",
+    "Kronecker",
+    "LowRank",
+    "Product",
+    "Scaled",
+    "Sum",
+    "TorchLinearOperator",
+    "Woodbury",
+]

@@ -1,0 +1,445 @@
+"""The base class of all operators: SciPy's contract on torch kernels.
+
+A node of the algebra says how to multiply a matrix of columns by itself and by its
+adjoint, in torch. Everything else stands here, once: the bridge between numpy and
+torch, what ``@``, ``*``, ``+`` do with tensors, arrays, scalars and other operators,
+and the methods that hand over to the verbs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from numbers import Complex, Real
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from scipy.sparse import issparse
+from scipy.sparse.linalg import LinearOperator
+from torch import Tensor
+
+from vivit_linop.operators import verbs
+
+if TYPE_CHECKING:
+    from vivit_linop.linalg.eigenpairs import Eigenpairs
+
+NUMPY_DTYPES = {torch.float32: np.dtype("float32"), torch.float64: np.dtype("float64")}
+"""The numpy names of the dtypes that an operator can have."""
+
+# Columns that ``to_dense`` multiplies at a time: enough to batch, few enough to fit.
+_DENSE_CHUNK = 256
+
+
+class TorchLinearOperator(LinearOperator):  # type: ignore[misc]
+    """A SciPy ``LinearOperator`` that multiplies with torch kernels.
+
+    Whatever SciPy does with a linear operator it does with this one: numpy arrays go
+    in and come out. A torch tensor on either side of ``@`` gives a torch tensor on
+    the operator's device. Products have the operator's dtype. Inputs are never
+    written to, and gradients flow through a product to the tensor it was taken with.
+
+    To write an operator, give the shape, dtype and device to ``__init__`` and define
+    ``_multiply`` and ``_multiply_adjoint`` (or ``self_adjoint``); then run
+    :func:`vivit_linop.testing.check_operator` on it.
+
+    Args:
+        shape: Rows and columns.
+        dtype: ``torch.float32`` or ``torch.float64``; ``None`` for an operator that
+            takes the dtype of what it is combined with.
+        device: Where the products are computed; ``None`` likewise.
+
+    Attributes:
+        shape: Rows and columns.
+        dtype: The numpy dtype, for SciPy.
+        torch_dtype: The torch dtype.
+        device: The torch device.
+
+    Example:
+        >>> import torch, vivit_linop as vl
+        >>> class Doubling(vl.TorchLinearOperator):
+        ...     self_adjoint = True
+        ...     def _multiply(self, X):
+        ...         return 2 * X
+        >>> Doubling((2, 2), torch.float64) @ torch.tensor([1.0, 3.0])
+        tensor([2., 6.], dtype=torch.float64)
+    """
+
+    # numpy scalars and arrays leave ``array @ op`` and ``np.float32(2) * op`` to us.
+    __array_ufunc__ = None
+
+    self_adjoint: bool = False
+    """Whether the operator equals its adjoint."""
+
+    def __init__(
+        self,
+        shape: tuple[int, int],
+        dtype: torch.dtype | None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        if dtype is not None and dtype not in NUMPY_DTYPES:
+            raise TypeError(
+                f"dtype: operators are float32 or float64, got {dtype}. Convert the "
+                "model or the tensor first, for example with .float()."
+            )
+        self._own_dtype = dtype
+        self._own_device = None if device is None else torch.device(device)
+        super().__init__(NUMPY_DTYPES[dtype or torch.float64], shape)
+
+    # What a node defines -------------------------------------------------------
+
+    def _multiply(self, X: Tensor) -> Tensor:
+        """Multiply the columns of a matrix, ``[n, K] -> [m, K]``, K at least 1."""
+        raise NotImplementedError(f"{type(self).__name__} does not define _multiply.")
+
+    def _multiply_adjoint(self, X: Tensor) -> Tensor:
+        """Multiply by the adjoint, ``[m, K] -> [n, K]``, K at least 1."""
+        if self.self_adjoint:
+            return self._multiply(X)
+        raise NotImplementedError(
+            f"{type(self).__name__} does not define _multiply_adjoint."
+        )
+
+    # What it is ---------------------------------------------------------------
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """The torch dtype of products (float64 while nothing has decided it)."""
+        return self._own_dtype or torch.float64
+
+    @property
+    def device(self) -> torch.device:
+        """The device of products (the CPU while nothing has decided it)."""
+        return self._own_device or torch.device("cpu")
+
+    def __repr__(self) -> str:
+        """Say what the operator is, its shape, dtype and device."""
+        rows, columns = self.shape
+        return (
+            f"<{rows}x{columns} {type(self).__name__}, {self.torch_dtype}, "
+            f"{self.device}>"
+        )
+
+    # Products with tensors and arrays -------------------------------------------
+
+    def apply(self, X: Tensor) -> Tensor:
+        """Multiply the columns of a matrix, ``[n, K] -> [m, K]``.
+
+        What composite nodes call on their parts: casts to the operator's dtype and
+        device, and leaves the checks of shape to the outermost product.
+        """
+        X = X.to(self._own_device or X.device, self._own_dtype or X.dtype)
+        if X.shape[1] == 0:
+            return X.new_zeros(self.shape[0], 0)
+        with torch.no_grad():
+            return self._multiply(X)
+
+    def _product(self, x: Tensor) -> Tensor:
+        """Multiply a torch vector or matrix, with the checks that a user needs."""
+        _check_real_floating(x.dtype, "x")
+        if x.ndim not in (1, 2) or x.shape[0] != self.shape[1]:
+            raise ValueError(
+                f"x: an operator of shape {tuple(self.shape)} multiplies a vector "
+                f"[{self.shape[1]}] or a matrix [{self.shape[1]}, K], got "
+                f"{list(x.shape)}."
+            )
+        X = x.reshape(x.shape[0], -1) if x.ndim == 2 else x.unsqueeze(1)
+        if X.requires_grad and torch.is_grad_enabled():
+            result: Tensor = _LinearMap.apply(X, self)  # type: ignore[no-untyped-call]
+        else:
+            result = self.apply(X.detach())
+        return result if x.ndim == 2 else result.squeeze(1)
+
+    def _product_numpy(self, X: np.ndarray) -> np.ndarray:
+        """Multiply a numpy matrix ``[n, K]``."""
+        X = np.asarray(X)
+        if X.dtype.kind != "f":
+            raise TypeError(
+                f"x: vectors must be real floating point, got {X.dtype}. Convert with "
+                "x.astype(float)."
+            )
+        # torch takes neither negative strides nor, without a warning, read-only
+        # memory, nor extended precision; a copy has none of these.
+        if X.dtype not in (np.float32, np.float64):
+            X = X.astype(self.dtype)
+        elif not X.flags.writeable or any(stride < 0 for stride in X.strides):
+            X = X.copy()
+        result = self.apply(torch.from_numpy(X))
+        return result.detach().cpu().numpy()
+
+    # SciPy calls these hooks, always with numpy arrays. SciPy 1.18 hands batches
+    # [..., n] to `_matvec`; before, also columns [n, 1].
+    def _matvec(self, x: np.ndarray) -> np.ndarray:
+        rows, columns = self.shape
+        if x.shape[-1] != columns:
+            x = x.reshape(columns)
+        product = self._product_numpy(x.reshape(-1, columns).T)
+        return product.T.reshape(*x.shape[:-1], rows)
+
+    def _matmat(self, X: np.ndarray) -> np.ndarray:
+        if X.ndim == 2:
+            return self._product_numpy(X)
+        return np.stack([self._matmat(x) for x in X])
+
+    def _rmatvec(self, x: np.ndarray) -> np.ndarray:
+        return self.T._matvec(x)
+
+    def _rmatmat(self, X: np.ndarray) -> np.ndarray:
+        return self.T._matmat(X)
+
+    def matvec(self, x: Tensor | np.ndarray) -> Any:
+        """Multiply a vector; see ``scipy.sparse.linalg.LinearOperator.matvec``."""
+        return self._product(x) if isinstance(x, Tensor) else super().matvec(x)
+
+    def matmat(self, X: Tensor | np.ndarray) -> Any:
+        """Multiply a matrix; see ``scipy.sparse.linalg.LinearOperator.matmat``."""
+        return self._product(X) if isinstance(X, Tensor) else super().matmat(X)
+
+    def rmatvec(self, x: Tensor | np.ndarray) -> Any:
+        """Multiply a vector by the adjoint."""
+        return self.T._product(x) if isinstance(x, Tensor) else super().rmatvec(x)
+
+    def rmatmat(self, X: Tensor | np.ndarray) -> Any:
+        """Multiply a matrix by the adjoint."""
+        return self.T._product(X) if isinstance(X, Tensor) else super().rmatmat(X)
+
+    # The algebra --------------------------------------------------------------
+
+    def _adjoint(self) -> TorchLinearOperator:
+        return verbs.adjoint(self)
+
+    def _transpose(self) -> TorchLinearOperator:
+        return verbs.adjoint(self)
+
+    def dot(self, x: Any) -> Any:
+        """Multiply by an operator, a scalar, a tensor or an array from the right."""
+        if isinstance(x, TorchLinearOperator):
+            if self.shape[1] != x.shape[0]:
+                raise ValueError(f"Shapes do not match: {self!r} @ {x!r}.")
+            return verbs.matmul(self, x)
+        if is_scalar(x):
+            return verbs.scale(self, as_float(x))
+        if isinstance(x, Tensor):
+            return self._product(x)
+        if issparse(x):
+            raise TypeError(
+                "x: a sparse matrix is not a vector or matrix to multiply; pass "
+                "x.toarray(), or scipy.sparse.linalg.aslinearoperator(x) for a product "
+                "of operators."
+            )
+        return super().dot(x)
+
+    def __mul__(self, x: Any) -> Any:
+        """Return ``self * x``: a scaling, or what ``self @ x`` is."""
+        return self.dot(x)
+
+    def __matmul__(self, x: Any) -> Any:
+        """Return ``self @ x`` for an operator, a tensor or an array ``x``."""
+        if is_scalar(x):
+            raise ValueError("A scalar is no operand of '@'; use '*' instead.")
+        return self.dot(x)
+
+    def __rmul__(self, x: Any) -> Any:
+        """Return ``x * self``: a scaling, or what ``x @ self`` is."""
+        return self.dot(x) if is_scalar(x) else self.__rmatmul__(x)
+
+    def __rmatmul__(self, x: Any) -> Any:
+        """Return ``x @ self`` for a tensor or an array ``x``."""
+        if is_scalar(x):
+            raise ValueError("A scalar is no operand of '@'; use '*' instead.")
+        if not isinstance(x, Tensor):
+            x = np.asarray(x)
+        if x.ndim not in (1, 2) or x.shape[-1] != self.shape[0]:
+            raise ValueError(
+                f"x: [{self.shape[0]}] or [K, {self.shape[0]}] can stand left of an "
+                f"operator of shape {tuple(self.shape)}, got {list(x.shape)}."
+            )
+        return self.T.dot(x) if x.ndim == 1 else self.T.dot(x.T).T
+
+    def __truediv__(self, x: Any) -> Any:
+        """Return ``self / x`` for a scalar ``x``."""
+        if not is_scalar(x):
+            return NotImplemented
+        return verbs.scale(self, 1.0 / as_float(x))
+
+    def __neg__(self) -> TorchLinearOperator:
+        """Return ``-self``."""
+        return verbs.scale(self, -1.0)
+
+    def __add__(self, x: Any) -> Any:
+        """Return ``self + x`` for an operator ``x``."""
+        if isinstance(x, TorchLinearOperator):
+            if self.shape != x.shape:
+                raise ValueError(f"Shapes do not match: {self!r} + {x!r}.")
+            return verbs.add(self, x)
+        if is_scalar(x) and as_float(x) == 0.0:  # where sum([...]) starts
+            return self
+        if isinstance(x, LinearOperator):
+            return super().__add__(x)
+        return NotImplemented
+
+    __radd__ = __add__
+
+    def __sub__(self, x: Any) -> Any:
+        """Return ``self - x`` for an operator ``x``."""
+        if isinstance(x, LinearOperator):
+            return self + (-x)
+        return NotImplemented
+
+    def __pow__(self, power: int) -> TorchLinearOperator:
+        """Return the operator multiplied by itself ``power`` times, at least once."""
+        if not isinstance(power, int) or power < 1:
+            raise ValueError(
+                f"power: a positive integer, got {power!r}. Use .inv() for an inverse."
+            )
+        result = self
+        for _ in range(power - 1):
+            result = result @ self
+        return result
+
+    # The verbs, as methods --------------------------------------------------------
+
+    def to_dense(self) -> Tensor:
+        """Return the matrix as a torch tensor; costs as many products as columns."""
+        return verbs.to_dense(self)
+
+    def diagonal(self) -> Tensor:
+        """Return the diagonal of a square operator, ``[n]``."""
+        self._check_square("diagonal")
+        return verbs.diagonal(self)
+
+    def trace(self) -> Tensor:
+        """Return the trace of a square operator, a scalar tensor."""
+        self._check_square("trace")
+        return verbs.trace(self)
+
+    def inv(self) -> TorchLinearOperator:
+        """Return the inverse as an operator."""
+        self._check_square("inv")
+        return verbs.inv(self)
+
+    def solve(self, b: Tensor | np.ndarray) -> Any:
+        """Return ``x`` with ``self @ x = b``, for a vector or columns ``b``."""
+        self._check_square("solve")
+        return verbs.inv(self) @ b
+
+    def logdet(self) -> Tensor:
+        """Return the logarithm of the absolute determinant, a scalar tensor."""
+        self._check_square("logdet")
+        return verbs.logdet(self)
+
+    def eigvalsh(self) -> Tensor:
+        """Return the eigenvalues of a self-adjoint operator, ascending."""
+        self._check_self_adjoint("eigvalsh")
+        return verbs.eigvalsh(self)
+
+    def eigh(
+        self,
+        k: int | None = None,
+        select: Callable[[Tensor], Sequence[int] | Tensor] | None = None,
+        rcond: float | None = None,
+    ) -> Eigenpairs:
+        """Return eigenpairs of a self-adjoint operator.
+
+        Args:
+            k: The ``k`` largest ones.
+            select: A criterion that is given all eigenvalues, ascending, and returns
+                the indices to keep; the pairs come in the order of these indices.
+            rcond: Without ``k`` or ``select``, pairs whose eigenvalue is at most
+                ``rcond`` times the largest in magnitude are left out. Low-rank
+                operators leave out their numerical zeros by default.
+
+        Returns:
+            Pairs that unpack to eigenvalues ``[K]`` and orthonormal columns
+            ``[n, K]``.
+        """
+        self._check_self_adjoint("eigh")
+        return verbs.eigh(self, k=k, select=select, rcond=rcond)
+
+    def _check_square(self, verb: str) -> None:
+        if self.shape[0] != self.shape[1]:
+            raise ValueError(
+                f"{verb}: needs a square operator, this one has shape "
+                f"{tuple(self.shape)}."
+            )
+
+    def _check_self_adjoint(self, verb: str) -> None:
+        self._check_square(verb)
+        if not self.self_adjoint:
+            raise TypeError(
+                f"{verb}: needs a self-adjoint operator and cannot tell that this "
+                f"{type(self).__name__} is one. Use scipy.sparse.linalg.eigs, or "
+                "Dense(op.to_dense()) if its matrix is symmetric."
+            )
+
+
+class _LinearMap(torch.autograd.Function):
+    """A product as a node of autograd: the derivative of A x along u is Aᵀ u."""
+
+    @staticmethod
+    def forward(ctx: Any, X: Tensor, operator: TorchLinearOperator) -> Tensor:
+        ctx.operator, ctx.like = operator, X
+        return operator.apply(X)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        (gradient,) = gradients
+        return ctx.operator.T._product(gradient).to(ctx.like), None
+
+
+def is_scalar(x: Any) -> bool:
+    """Whether ``x`` is a number, or an array or tensor without axes."""
+    if isinstance(x, (Tensor, np.ndarray)):
+        return x.ndim == 0
+    return isinstance(x, (Complex, np.generic))
+
+
+def as_float(x: Any) -> float:
+    """Return a real finite scalar as a float, or say why it is none."""
+    value = x.item() if isinstance(x, (Tensor, np.ndarray, np.generic)) else x
+    if not isinstance(value, Real):
+        raise TypeError(f"An operator is scaled by a real number, got {value!r}.")
+    if not math.isfinite(value):
+        raise ValueError(f"An operator is scaled by a finite number, got {value!r}.")
+    return float(value)
+
+
+def common_dtype(*operators: TorchLinearOperator) -> torch.dtype | None:
+    """The dtype of an expression over operators, None while none decides it."""
+    result: torch.dtype | None = None
+    for operator in operators:
+        own = operator._own_dtype
+        if own is not None:
+            result = own if result is None else torch.promote_types(result, own)
+    return result
+
+
+def common_device(*operators: TorchLinearOperator) -> torch.device | None:
+    """The device of an expression over operators, None while none decides it."""
+    devices = {op._own_device for op in operators if op._own_device is not None}
+    if len(devices) > 1:
+        raise ValueError(
+            "Operators on different devices cannot be combined: "
+            f"{sorted(map(str, devices))}. Move the tensors they are made of first."
+        )
+    return devices.pop() if devices else None
+
+
+def _check_real_floating(dtype: torch.dtype, name: str) -> None:
+    if not dtype.is_floating_point:
+        raise TypeError(
+            f"{name}: vectors must be real floating point, got {dtype}. Convert with "
+            f"{name}.to(op.torch_dtype)."
+        )
+
+
+@verbs.to_dense.register
+def _(op: TorchLinearOperator) -> Tensor:
+    rows, columns = op.shape
+    result = torch.empty(rows, columns, dtype=op.torch_dtype, device=op.device)
+    for start in range(0, columns, _DENSE_CHUNK):
+        stop = min(start + _DENSE_CHUNK, columns)
+        unit = torch.zeros(columns, stop - start, dtype=op.torch_dtype, device=op.device)
+        unit[torch.arange(start, stop), torch.arange(stop - start)] = 1.0
+        result[:, start:stop] = op.apply(unit)
+    return result

@@ -1,0 +1,206 @@
+"""Operators made of smaller ones: block-diagonal, Kronecker and Khatri–Rao."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vivit_linop.operators.base import (
+    TorchLinearOperator,
+    common_device,
+    common_dtype,
+)
+from vivit_linop.operators.structure import Dense, _as_tensor
+
+
+class BlockDiagonal(TorchLinearOperator):
+    """A block-diagonal operator.
+
+    Args:
+        blocks: Operators, tensors or arrays.
+        indices: For blocks that are not contiguous: the rows (and columns) of each
+            block, index tensors that together number ``range(n)``. The blocks are
+            square then. By default the blocks follow each other.
+
+    Attributes:
+        blocks: The operators.
+        indices: The rows of each block, or None.
+
+    Example:
+        >>> import torch, vivit_linop as vl
+        >>> A = vl.BlockDiagonal([torch.eye(2), 3 * torch.eye(1)])
+        >>> A @ torch.ones(3)
+        tensor([1., 1., 3.])
+    """
+
+    def __init__(
+        self,
+        blocks: Sequence[TorchLinearOperator | Tensor | np.ndarray],
+        indices: Sequence[Tensor] | None = None,
+    ) -> None:
+        if not blocks:
+            raise ValueError("blocks: is empty, a BlockDiagonal has at least one.")
+        self.blocks = [as_operator(block) for block in blocks]
+        self.indices = None if indices is None else list(indices)
+        rows = sum(block.shape[0] for block in self.blocks)
+        columns = sum(block.shape[1] for block in self.blocks)
+        if self.indices is not None:
+            _check_partition(self.blocks, self.indices)
+        super().__init__(
+            (rows, columns), common_dtype(*self.blocks), common_device(*self.blocks)
+        )
+
+    @property
+    def self_adjoint(self) -> bool:  # type: ignore[override]
+        """Whether all blocks are."""
+        return all(block.self_adjoint for block in self.blocks)
+
+    def split(self, X: Tensor, axis: int = 1) -> list[Tensor]:
+        """Cut the rows of a matrix into what each block multiplies.
+
+        Args:
+            X: ``[n, K]``, or ``[n]``.
+            axis: 1 for the columns of the blocks, 0 for their rows.
+        """
+        if self.indices is not None:
+            return [X[index] for index in self.indices]
+        return list(X.split([block.shape[axis] for block in self.blocks]))
+
+    def join(self, parts: Sequence[Tensor]) -> Tensor:
+        """Put the rows of the blocks' results together; the opposite of ``split``."""
+        if self.indices is None:
+            return torch.cat(list(parts))
+        result = parts[0].new_empty(self.shape[0], *parts[0].shape[1:])
+        for index, part in zip(self.indices, parts, strict=True):
+            result[index] = part
+        return result
+
+    def like(self, blocks: Sequence[TorchLinearOperator]) -> BlockDiagonal:
+        """Return the operator of other blocks at the same places."""
+        return BlockDiagonal(blocks, self.indices)
+
+    def _multiply(self, X: Tensor) -> Tensor:
+        pairs = zip(self.blocks, self.split(X), strict=True)
+        return self.join([block.apply(x) for block, x in pairs])
+
+    def _multiply_adjoint(self, X: Tensor) -> Tensor:
+        pairs = zip(self.blocks, self.split(X, axis=0), strict=True)
+        return self.join([block.T.apply(x) for block, x in pairs])
+
+
+class Kronecker(TorchLinearOperator):
+    """The Kronecker product of operators, A ⊗ B ⊗ ….
+
+    A product with it costs the products with the factors, along the axes of the
+    vector: (A ⊗ B) vec(X) = vec(A X Bᵀ) with row-major vec.
+
+    Args:
+        factors: Operators, tensors or arrays, at least one.
+
+    Example:
+        >>> import torch, vivit_linop as vl
+        >>> A = vl.Kronecker(torch.tensor([[1.0, 2.0]]), torch.eye(2))
+        >>> A @ torch.tensor([1.0, 0.0, 0.0, 1.0])
+        tensor([1., 2.])
+    """
+
+    def __init__(self, *factors: TorchLinearOperator | Tensor | np.ndarray) -> None:
+        if not factors:
+            raise ValueError("factors: is empty, a Kronecker has at least one.")
+        self.factors = tuple(as_operator(factor) for factor in factors)
+        super().__init__(
+            (
+                math.prod(factor.shape[0] for factor in self.factors),
+                math.prod(factor.shape[1] for factor in self.factors),
+            ),
+            common_dtype(*self.factors),
+            common_device(*self.factors),
+        )
+
+    @property
+    def self_adjoint(self) -> bool:  # type: ignore[override]
+        """Whether all factors are."""
+        return all(factor.self_adjoint for factor in self.factors)
+
+    def _multiply(self, X: Tensor) -> Tensor:
+        # Each step multiplies the leading axis and puts it behind the others; after
+        # all of them the column axis leads.
+        result = X.T.reshape(-1)
+        for factor in reversed(self.factors):
+            rows = result.reshape(-1, factor.shape[1])
+            result = factor.apply(rows.T).reshape(-1)
+        return result.reshape(self.shape[0], -1)
+
+    def _multiply_adjoint(self, X: Tensor) -> Tensor:
+        return Kronecker(*(factor.T for factor in self.factors))._multiply(X)
+
+
+class KhatriRao(TorchLinearOperator):
+    """The column-wise Khatri–Rao product of two matrices: columns b_r ⊗ a_r.
+
+    Args:
+        left: ``[p, R]``, the columns b_r.
+        right: ``[q, R]``, the columns a_r.
+
+    The operator has shape ``[p q, R]`` and never forms that matrix; its Gram matrix
+    is (BᵀB) ∘ (AᵀA).
+
+    Example:
+        >>> import torch, vivit_linop as vl
+        >>> V = vl.KhatriRao(torch.ones(2, 1), torch.tensor([[1.0], [3.0]]))
+        >>> V.to_dense().T
+        tensor([[1., 3., 1., 3.]])
+    """
+
+    def __init__(self, left: Tensor | np.ndarray, right: Tensor | np.ndarray) -> None:
+        self.left = _as_tensor(left, "left", ndim=2)
+        self.right = _as_tensor(right, "right", ndim=2)
+        if self.left.shape[1] != self.right.shape[1]:
+            raise ValueError(
+                "left, right: need as many columns each, got "
+                f"{self.left.shape[1]} and {self.right.shape[1]}."
+            )
+        parts = Dense(self.left), Dense(self.right)
+        super().__init__(
+            (self.left.shape[0] * self.right.shape[0], self.left.shape[1]),
+            common_dtype(*parts),
+            common_device(*parts),
+        )
+
+    def _multiply(self, X: Tensor) -> Tensor:
+        product = torch.einsum("pr,qr,rk->pqk", self.left, self.right, X)
+        return product.reshape(self.shape[0], -1)
+
+    def _multiply_adjoint(self, X: Tensor) -> Tensor:
+        X = X.reshape(self.left.shape[0], self.right.shape[0], -1)
+        return torch.einsum("pr,qr,pqk->rk", self.left, self.right, X)
+
+
+def as_operator(x: TorchLinearOperator | Tensor | np.ndarray) -> TorchLinearOperator:
+    """Return operators as they are and matrices as :class:`Dense`."""
+    return x if isinstance(x, TorchLinearOperator) else Dense(x)
+
+
+def _check_partition(
+    blocks: Sequence[TorchLinearOperator], indices: Sequence[Tensor]
+) -> None:
+    if len(indices) != len(blocks):
+        raise ValueError(
+            f"indices: needs one index tensor a block, got {len(indices)} for "
+            f"{len(blocks)} blocks."
+        )
+    for position, (block, index) in enumerate(zip(blocks, indices, strict=True)):
+        if block.shape != (len(index), len(index)):
+            raise ValueError(
+                f"indices[{position}]: numbers {len(index)} rows, the block has shape "
+                f"{tuple(block.shape)}."
+            )
+    together = torch.cat([index.cpu() for index in indices]).sort().values
+    if not torch.equal(together, torch.arange(len(together))):
+        raise ValueError(
+            f"indices: together they must number range({len(together)}) once."
+        )

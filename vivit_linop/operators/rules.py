@@ -1,0 +1,302 @@
+"""Products, sums and scalings: the rewrite rules of the algebra.
+
+Each rule is an identity; the newest that matches the types of the operands applies.
+``A.T`` is recognised by identity, never by comparing numbers. The rules for Jacobians
+stand in :mod:`vivit_linop.curvature.rules`.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from vivit_linop.operators.base import TorchLinearOperator
+from vivit_linop.operators.kronecker import BlockDiagonal, KhatriRao, Kronecker
+from vivit_linop.operators.lowrank import Damped, Gram, LowRank
+from vivit_linop.operators.structure import (
+    Adjoint,
+    Dense,
+    Diagonal,
+    Identity,
+    Product,
+    Scaled,
+    Sum,
+)
+from vivit_linop.operators.verbs import adjoint, add, gram_matrix, matmul, scale
+
+Op = TorchLinearOperator
+
+# A B ------------------------------------------------------------------------------
+
+
+@matmul.rule(Op, Op)
+def _(A: Op, B: Op) -> Op:
+    """A B is a product; products are flat, and rules apply where two meet."""
+    left = A.factors if isinstance(A, Product) else (A,)
+    right = B.factors if isinstance(B, Product) else (B,)
+    if len(left) + len(right) > 2:
+        inner = matmul(left[-1], right[0])
+        if not isinstance(inner, Product):
+            for factor in reversed(left[:-1]):
+                inner = matmul(factor, inner)
+            for factor in right[1:]:
+                inner = matmul(inner, factor)
+            return inner
+    return Product(*left, *right)
+
+
+@matmul.rule(Op, Adjoint)
+def _(A: Op, B: Adjoint) -> Op:
+    """V Vᵀ is low-rank."""
+    return LowRank(A) if B.parent is A else NotImplemented
+
+
+@matmul.rule(Adjoint, Op)
+def _(A: Adjoint, B: Op) -> Op:
+    """VᵀV is a Gram operator."""
+    return Gram(B, B) if A.parent is B else NotImplemented
+
+
+@matmul.rule(Adjoint, KhatriRao)
+def _(A: Adjoint, B: KhatriRao) -> Op:
+    """(B ⊙ A)ᵀ (D ⊙ C) = (BᵀD) ∘ (AᵀC)."""
+    if not isinstance(A.parent, KhatriRao) or not _aligned(A.parent, B):
+        return NotImplemented
+    return Dense(gram_matrix(A.parent, B))
+
+
+@matmul.rule(Dense, Dense)
+def _(A: Dense, B: Dense) -> Op:
+    return Dense(A.matrix @ B.matrix)
+
+
+@matmul.rule(Diagonal, Diagonal)
+def _(A: Diagonal, B: Diagonal) -> Op:
+    return Diagonal(A.entries * B.entries)
+
+
+@matmul.rule(Kronecker, Kronecker)
+def _(A: Kronecker, B: Kronecker) -> Op:
+    """(A ⊗ B)(C ⊗ D) = AC ⊗ BD."""
+    if [a.shape[1] for a in A.factors] != [b.shape[0] for b in B.factors]:
+        return NotImplemented
+    return Kronecker(*(a @ b for a, b in zip(A.factors, B.factors, strict=True)))
+
+
+@matmul.rule(BlockDiagonal, BlockDiagonal)
+def _(A: BlockDiagonal, B: BlockDiagonal) -> Op:
+    """Block-diagonal operators with matching blocks multiply block by block."""
+    if [a.shape[1] for a in A.blocks] != [b.shape[0] for b in B.blocks]:
+        return NotImplemented
+    if not _same_places(A, B):
+        return NotImplemented
+    return A.like([a @ b for a, b in zip(A.blocks, B.blocks, strict=True)])
+
+
+@matmul.rule(Scaled, Op)
+def _(A: Scaled, B: Op) -> Op:
+    return scale(matmul(A.operator, B), A.factor)
+
+
+@matmul.rule(Op, Scaled)
+def _(A: Op, B: Scaled) -> Op:
+    return scale(matmul(A, B.operator), B.factor)
+
+
+@matmul.rule(Identity, Op)
+def _(A: Identity, B: Op) -> Op:
+    return B if _decided(B, A) else NotImplemented
+
+
+@matmul.rule(Op, Identity)
+def _(A: Op, B: Identity) -> Op:
+    return A if _decided(A, B) else NotImplemented
+
+
+# A + B ----------------------------------------------------------------------------
+
+
+@add.rule(Op, Op)
+def _(A: Op, B: Op) -> Op:
+    """A + B is a sum, and sums are flat; A + A is 2 A."""
+    if A is B:
+        return scale(A, 2.0)
+    left = A.terms if isinstance(A, Sum) else (A,)
+    right = B.terms if isinstance(B, Sum) else (B,)
+    return Sum(*left, *right)
+
+
+@add.rule(Dense, Dense)
+def _(A: Dense, B: Dense) -> Op:
+    return Dense(A.matrix + B.matrix)
+
+
+@add.rule(Diagonal, Diagonal)
+def _(A: Diagonal, B: Diagonal) -> Op:
+    return Diagonal(A.entries + B.entries)
+
+
+@add.rule(LowRank, LowRank)
+def _(A: LowRank, B: LowRank) -> Op:
+    """a V Vᵀ + b V Vᵀ = (a + b) V Vᵀ for the same V."""
+    return A.rescaled(A.scale + B.scale) if A.factor is B.factor else NotImplemented
+
+
+@add.rule(BlockDiagonal, BlockDiagonal)
+def _(A: BlockDiagonal, B: BlockDiagonal) -> Op:
+    if [a.shape for a in A.blocks] != [b.shape for b in B.blocks]:
+        return NotImplemented
+    if not _same_places(A, B):
+        return NotImplemented
+    return A.like([a + b for a, b in zip(A.blocks, B.blocks, strict=True)])
+
+
+@add.rule(Damped, Op)
+def _(A: Damped, B: Op) -> Op:
+    """Damping stands outside: (A + δ I) + B = (A + B) + δ I."""
+    return _damp(add(A.operator, B), A.damping)
+
+
+@add.rule(Op, Damped)
+def _(A: Op, B: Damped) -> Op:
+    return _damp(add(A, B.operator), B.damping)
+
+
+@add.rule(Op, Identity)
+def _(A: Op, B: Identity) -> Op:
+    return _damp(A, 1.0) if _decided(A, B) else NotImplemented
+
+
+@add.rule(Identity, Op)
+def _(A: Identity, B: Op) -> Op:
+    return add(B, A) if _decided(B, A) else NotImplemented
+
+
+@add.rule(Op, Scaled)
+def _(A: Op, B: Scaled) -> Op:
+    """A + δ I is damped."""
+    if not isinstance(B.operator, Identity) or not _decided(A, B):
+        return NotImplemented
+    return _damp(A, B.factor)
+
+
+@add.rule(Scaled, Op)
+def _(A: Scaled, B: Op) -> Op:
+    if not isinstance(A.operator, Identity) or not _decided(B, A):
+        return NotImplemented
+    return _damp(B, A.factor)
+
+
+# c A ------------------------------------------------------------------------------
+
+
+@scale.register
+def _(op: TorchLinearOperator, factor: float) -> Op:
+    return op if factor == 1.0 else Scaled(factor, op)
+
+
+@scale.register
+def _(op: Scaled, factor: float) -> Op:
+    return scale(op.operator, factor * op.factor)
+
+
+@scale.register
+def _(op: Dense, factor: float) -> Op:
+    return Dense(factor * op.matrix)
+
+
+@scale.register
+def _(op: Diagonal, factor: float) -> Op:
+    return Diagonal(factor * op.entries)
+
+
+@scale.register
+def _(op: LowRank, factor: float) -> Op:
+    """a (c V Vᵀ) is low-rank as long as it is positive semi-definite."""
+    return op.rescaled(factor * op.scale) if factor > 0.0 else Scaled(factor, op)
+
+
+@scale.register
+def _(op: Damped, factor: float) -> Op:
+    return _damp(scale(op.operator, factor), factor * op.damping)
+
+
+@scale.register
+def _(op: BlockDiagonal, factor: float) -> Op:
+    return op.like([scale(block, factor) for block in op.blocks])
+
+
+# Aᵀ -------------------------------------------------------------------------------
+
+
+@adjoint.register
+def _(op: TorchLinearOperator) -> Op:
+    return op if op.self_adjoint else Adjoint(op)
+
+
+@adjoint.register
+def _(op: Adjoint) -> Op:
+    return op.parent
+
+
+@adjoint.register
+def _(op: Scaled) -> Op:
+    return scale(adjoint(op.operator), op.factor)
+
+
+@adjoint.register
+def _(op: Product) -> Op:
+    return op if op.self_adjoint else Product(*(f.T for f in reversed(op.factors)))
+
+
+@adjoint.register
+def _(op: BlockDiagonal) -> Op:
+    return op.like([block.T for block in op.blocks])
+
+
+@adjoint.register
+def _(op: Kronecker) -> Op:
+    return Kronecker(*(factor.T for factor in op.factors))
+
+
+# Gram matrices ----------------------------------------------------------------------
+
+
+@gram_matrix.register
+def _(left: TorchLinearOperator, right: Op) -> Tensor:
+    return left.T.apply(right.to_dense())
+
+
+@gram_matrix.register
+def _(left: KhatriRao, right: Op) -> Tensor:
+    if not isinstance(right, KhatriRao) or not _aligned(left, right):
+        return left.T.apply(right.to_dense())
+    return (left.left.T @ right.left) * (left.right.T @ right.right)
+
+
+def _damp(op: Op, damping: float) -> Op:
+    """A + δ I; damping adds up, and identities are absorbed."""
+    if isinstance(op, Damped):
+        return _damp(op.operator, op.damping + damping)
+    if isinstance(op, Identity):
+        return scale(op, 1.0 + damping)
+    if isinstance(op, Scaled) and isinstance(op.operator, Identity):
+        return scale(op.operator, op.factor + damping)
+    return op if damping == 0.0 else Damped(op, damping)
+
+
+def _decided(op: Op, identity: Op) -> bool:
+    """Whether an identity adds nothing to the dtype and device of an operator."""
+    same_dtype = identity._own_dtype in (None, op._own_dtype)
+    return same_dtype and identity._own_device in (None, op._own_device)
+
+
+def _aligned(A: KhatriRao, B: KhatriRao) -> bool:
+    return (A.left.shape[0], A.right.shape[0]) == (B.left.shape[0], B.right.shape[0])
+
+
+def _same_places(A: BlockDiagonal, B: BlockDiagonal) -> bool:
+    if A.indices is None or B.indices is None:
+        return A.indices is B.indices
+    pairs = zip(A.indices, B.indices, strict=True)
+    return A.indices is B.indices or all(a.equal(b) for a, b in pairs)
+

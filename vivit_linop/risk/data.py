@@ -1,0 +1,161 @@
+"""The data of a risk: validated batches, and parts of them.
+
+A batch is a pair ``(X, y)``; X is a tensor, a tuple of tensors or a mapping of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Batch = tuple[Any, Tensor]
+
+
+def as_batches(data: Any) -> Iterable[Any]:
+    """Return an object that can be iterated over again and again, of batches.
+
+    Raises:
+        TypeError: If ``data`` is neither a pair ``(X, y)`` nor an iterable of them.
+        ValueError: If it can be iterated over only once.
+    """
+    if _is_batch(data):
+        return [data]
+    if isinstance(data, (Tensor, str, bytes, Mapping)) or not isinstance(data, Iterable):
+        raise TypeError(
+            "data: a pair (X, y), or a list or DataLoader of such pairs, got "
+            f"{type(data).__name__}."
+        )
+    if iter(data) is data:
+        raise ValueError(
+            f"data: {type(data).__name__} can be iterated over only once, and every "
+            "product passes over the data. Give list(data) or a DataLoader."
+        )
+    return data
+
+
+def iterate(
+    batches: Iterable[Any], device: torch.device, dtype: torch.dtype
+) -> Iterator[Batch]:
+    """Yield checked batches on a device, real-valued targets in a dtype.
+
+    Raises:
+        TypeError: If a batch is no pair ``(X, y)``.
+        ValueError: If the sample counts of X and y differ, or there are none.
+    """
+    for index, batch in enumerate(batches):
+        if not _is_batch(batch):
+            raise TypeError(
+                f"data: batch {index} must be a pair (X, y) with a tensor y, got "
+                f"{_describe(batch)}."
+            )
+        X, y = batch
+        counts = {len(leaf) for leaf in leaves(X) if leaf.ndim > 0}
+        if y.ndim == 0 or len(y) == 0:
+            raise ValueError(f"data: batch {index} has no samples, y is {_describe(y)}.")
+        if len(y) not in counts:
+            raise ValueError(
+                f"data: batch {index} has {len(y)} samples in y and "
+                f"{sorted(counts)} in X ({_describe(X)}); the first axis of both must "
+                "count samples."
+            )
+        y = y.to(device, dtype if y.is_floating_point() else y.dtype)
+        yield map_leaves(lambda leaf: leaf.to(device), X), y
+
+
+def take(X: Any, index: Tensor, num_samples: int) -> Any:
+    """Return the samples of an input; leaves without a sample axis stay whole."""
+    return map_leaves(
+        lambda leaf: (
+            leaf[index.to(leaf.device)]
+            if leaf.ndim > 0 and len(leaf) == num_samples
+            else leaf
+        ),
+        X,
+    )
+
+
+def select_samples(batches: Iterable[Batch], indices: Sequence[int]) -> list[Batch]:
+    """Gather samples, numbered over all batches, in the order of ``indices``.
+
+    They come in batches at most as large as those that they were taken from.
+    """
+    wanted = torch.as_tensor(indices)
+    found: list[tuple[Tensor, Any, Tensor]] = []
+    start = largest = 0
+    for X, y in batches:
+        mine = (wanted >= start) & (wanted < start + len(y))
+        local = wanted[mine] - start
+        if len(local):
+            found.append(
+                (mine.nonzero().squeeze(1), take(X, local, len(y)), y[local.to(y.device)])
+            )
+        start += len(y)
+        largest = max(largest, len(y))
+    order = torch.cat([positions for positions, _, _ in found]).argsort()
+    counts = [len(y) for _, _, y in found]
+    X = _concatenate([X for _, X, _ in found], counts)
+    y = torch.cat([y for _, _, y in found])
+    return [
+        (take(X, part, len(y)), y[part.to(y.device)]) for part in order.split(largest)
+    ]
+
+
+def leaves(X: Any) -> Iterator[Tensor]:
+    """Yield the tensors of an input."""
+    if isinstance(X, Tensor):
+        yield X
+    elif isinstance(X, Mapping):
+        for value in X.values():
+            yield from leaves(value)
+    elif isinstance(X, (tuple, list)):
+        for value in X:
+            yield from leaves(value)
+
+
+def map_leaves(function: Callable[[Tensor], Tensor], X: Any) -> Any:
+    """Apply a function to the tensors of an input; everything else stays."""
+    if isinstance(X, Tensor):
+        return function(X)
+    if isinstance(X, Mapping):
+        return {key: map_leaves(function, value) for key, value in X.items()}
+    if isinstance(X, (tuple, list)):
+        return tuple(map_leaves(function, value) for value in X)
+    return X
+
+
+def _is_batch(data: Any) -> bool:
+    """A list of two batches is none: its second element is not a tensor."""
+    return (
+        isinstance(data, (tuple, list)) and len(data) == 2 and isinstance(data[1], Tensor)
+    )
+
+
+def _concatenate(parts: list[Any], counts: list[int]) -> Any:
+    first = parts[0]
+    if len(parts) == 1:
+        return first
+    if isinstance(first, Tensor):
+        if first.ndim == 0 or len(first) != counts[0]:
+            return first
+        return torch.cat(parts)
+    if isinstance(first, Mapping):
+        return {key: _concatenate([p[key] for p in parts], counts) for key in first}
+    if isinstance(first, tuple):
+        return tuple(
+            _concatenate([p[i] for p in parts], counts) for i in range(len(first))
+        )
+    return first
+
+
+def _describe(x: Any) -> str:
+    if isinstance(x, Tensor):
+        return f"a tensor {list(x.shape)}"
+    if isinstance(x, Mapping):
+        items = (f"{key}: {_describe(value)}" for key, value in x.items())
+        return "{" + ", ".join(items) + "}"
+    if isinstance(x, (tuple, list)):
+        return "(" + ", ".join(map(_describe, x)) + ")"
+    return type(x).__name__

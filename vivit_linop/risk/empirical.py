@@ -1,0 +1,378 @@
+"""The empirical risk: a model, a loss and data, as one function of the parameters."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vivit_linop.risk.data import (
+    Batch,
+    as_batches,
+    iterate,
+    select_samples,
+)
+from vivit_linop.risk.losses import LossCallable, OutputLoss, as_output_loss
+from vivit_linop.risk.model import (
+    FunctionalModel,
+    ModelFunction,
+    Params,
+    as_guest,
+    random_state,
+)
+
+
+class EmpiricalRisk:
+    """The empirical risk L(θ) = r Σ_n ℓ(f(x_n, θ), y_n), n = 1..N.
+
+    r is 1/N for ``reduction="mean"`` and 1 for ``"sum"``. Whatever else torch's loss
+    divides by (the C outputs of ``nn.MSELoss``, class weights) is part of ℓ_n, summed
+    over all of the data: a risk does not depend on how the data are cut into batches.
+
+    The parameters are copied at construction. Operators made from a risk stay the same
+    matrices when training goes on; for new parameters make a new risk. Construction
+    passes over the data once (forward), and keeps the outputs.
+
+    Args:
+        model: An ``nn.Module``, or a callable ``(params, x) -> output`` with ``params``
+            a dict of tensors. It must treat samples independently (for modules: call
+            ``model.eval()``). A module is called with ``model(x)``, ``model(*x)`` for
+            a tuple, ``model(**x)`` for a mapping.
+        loss: ``nn.MSELoss``, ``nn.CrossEntropyLoss``, ``nn.BCEWithLogitsLoss``
+            (closed-form Hessians), or any callable ``(output, target) -> scalar`` that
+            is a mean or sum over samples (Hessians by autograd).
+        data: One pair ``(X, y)``, or a re-iterable of them such as a ``DataLoader``
+            without shuffling. X may be a tensor, a tuple or a mapping.
+        params: None for all parameters that require grad, an iterable of the model's
+            ``Parameter``s, or a dict from names to tensors.
+        reduction: ``"mean"`` or ``"sum"``; needed for a loss without this attribute.
+
+    Attributes:
+        num_params: D, the number of entries of all parameters.
+        num_samples: N.
+        num_outputs: C, the number of outputs of one sample.
+        params: Copies of the parameters, by name.
+        dtype: The torch dtype of the parameters.
+        device: Their device.
+        reduction: ``"mean"`` or ``"sum"``.
+
+    Raises:
+        TypeError: For arguments of a wrong type.
+        ValueError: For empty or inconsistent data, parameters that are not the
+            model's, modules in training mode where that matters, NaN or Inf in
+            parameters, outputs or loss, a model that draws random numbers, and a model
+            whose output is not differentiable in the parameters.
+
+    Example:
+        >>> import torch, vivit_linop as vl
+        >>> from torch import nn
+        >>> _ = torch.manual_seed(0)
+        >>> X, y = torch.rand(8, 3), torch.randint(2, (8,))
+        >>> risk = vl.EmpiricalRisk(nn.Linear(3, 2), nn.CrossEntropyLoss(), (X, y))
+        >>> risk.num_params, risk.num_samples, risk.num_outputs
+        (8, 8, 2)
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | ModelFunction,
+        loss: nn.Module | LossCallable,
+        data: Any,
+        params: Any | None = None,
+        *,
+        reduction: str | None = None,
+    ) -> None:
+        self._setup(
+            FunctionalModel(model, params),
+            as_output_loss(loss, reduction),
+            as_batches(data),
+        )
+
+    def _setup(
+        self, model: FunctionalModel, loss: OutputLoss, batches: Iterable[Any]
+    ) -> None:
+        self.model, self.loss = model, loss
+        self._batches = batches
+        self._data_rng = torch.random.get_rng_state()
+        self.params: Params = model.params
+        first = next(iter(self.params.values()))
+        self.dtype, self.device = first.dtype, first.device
+        self.reduction = loss.reduction
+        self.sizes = [p.numel() for p in self.params.values()]
+        self.num_params = sum(self.sizes)
+        self._pass_over_data()
+
+    def _pass_over_data(self) -> None:
+        """Count, check and evaluate everything once."""
+        self.outputs: list[Tensor] = []
+        self._targets: list[Tensor] = []
+        total = weight = torch.zeros((), dtype=self.dtype, device=self.device)
+        for index, (X, y) in enumerate(self.batches()):
+            output = self._checked_output(index, X, y)
+            self.loss.check(output, y)
+            with torch.no_grad():
+                total = total + self.loss.total(output, y)
+                weight = weight + self.loss.weight(output, y)
+            self.outputs.append(output)
+            self._targets.append(y)
+        if not self.outputs:
+            raise ValueError("data: is empty, there is not one batch.")
+        self.batch_sizes = [len(output) for output in self.outputs]
+        self.num_samples = sum(self.batch_sizes)
+        self.num_outputs = self.outputs[0][0].numel()
+        if self.reduction == "mean" and not weight > 0:
+            raise ValueError(
+                "data: the loss divides by zero, every target is ignored or has weight "
+                "zero."
+            )
+        divisor = weight.item() if self.reduction == "mean" else 1.0
+        # L = scale Σ ℓ with the unscaled ℓ of the loss; r = reduction_factor.
+        self.scale = 1.0 / divisor
+        self.reduction_factor = (
+            1.0 / self.num_samples if self.reduction == "mean" else 1.0
+        )
+        self._value = total * self.scale
+        if not math.isfinite(self._value.item()):
+            raise ValueError(f"loss: its value is {self._value.item()} on the data.")
+
+    def _checked_output(self, index: int, X: Any, y: Tensor) -> Tensor:
+        with as_guest(self.device):
+            before = random_state(self.device)
+            # The first batch also shows whether the output can be differentiated.
+            with torch.set_grad_enabled(index == 0):
+                output = self.model(self.params, X)
+            drawn = not torch.equal(before, random_state(self.device))
+        where = f"model: on batch {index} it"
+        if drawn:
+            raise ValueError(
+                f"{where} drew random numbers, so it is not one function. Call "
+                "model.eval(), or fix what is random (functional dropout, noise)."
+            )
+        if output.ndim == 0 or len(output) != len(y):
+            raise ValueError(
+                f"{where} returned outputs {list(output.shape)} for {len(y)} samples; "
+                "the first axis must count samples."
+            )
+        if output.dtype != self.dtype or output.device != self.device:
+            raise ValueError(
+                f"{where} returned {output.dtype} on {output.device}, its parameters "
+                f"are {self.dtype} on {self.device}. Convert the model and the data "
+                "alike."
+            )
+        if index == 0 and not self._depends_on_params(output):
+            raise ValueError(
+                "model: its output is not differentiable in the parameters (it does "
+                "not depend on them, or was detached from them)."
+            )
+        if index and output.shape[1:] != self.outputs[0].shape[1:]:
+            raise ValueError(
+                f"{where} returned outputs of shape {list(output.shape[1:])} for a "
+                f"sample, before it was {list(self.outputs[0].shape[1:])}."
+            )
+        if not output.detach().isfinite().all():
+            bad = ~output.detach().reshape(len(output), -1).isfinite().all(1)
+            raise ValueError(
+                f"{where} returned NaN or Inf for sample {int(bad.nonzero()[0])}."
+            )
+        return output.detach()
+
+    def _depends_on_params(self, output: Tensor) -> bool:
+        if not output.requires_grad:
+            return False
+        gradients = torch.autograd.grad(
+            output.sum(), list(self.params.values()), allow_unused=True
+        )
+        return any(gradient is not None for gradient in gradients)
+
+    # Data -------------------------------------------------------------------------
+
+    def batches(self) -> Iterator[Batch]:
+        """Pass over the data.
+
+        Every pass starts from one state of the random number generator, so that a
+        shuffling ``DataLoader`` gives the same batches again; the caller's state is
+        as before.
+        """
+        state = self._data_rng
+        iterator = iterate(self._batches, self.device, self.dtype)
+        while True:
+            with torch.random.fork_rng([]):
+                torch.random.set_rng_state(state)
+                batch = next(iterator, None)
+                state = torch.random.get_rng_state()
+            if batch is None:
+                return
+            yield batch
+
+    def targets(self) -> list[Tensor]:
+        """The targets of each batch."""
+        return self._targets
+
+    def subset(self, indices: Sequence[int] | Tensor) -> EmpiricalRisk:
+        """Return the risk of some samples only: their mean (or sum).
+
+        Args:
+            indices: Distinct numbers of samples, 0..N−1, counted over all batches.
+
+        Raises:
+            ValueError: If it is empty, out of range or repeats a sample.
+
+        Example:
+            >>> import torch, vivit_linop as vl
+            >>> from torch import nn
+            >>> data = (torch.rand(8, 3), torch.rand(8, 1))
+            >>> risk = vl.EmpiricalRisk(nn.Linear(3, 1), nn.MSELoss(), data)
+            >>> risk.subset([0, 5]).num_samples
+            2
+        """
+        given = torch.as_tensor(indices)
+        if given.numel() == 0:
+            raise ValueError("indices: is empty, a subset has at least one sample.")
+        if given.ndim != 1 or given.is_floating_point() or given.dtype == torch.bool:
+            raise TypeError(
+                f"indices: a list of integers, got {list(given.shape)} {given.dtype}."
+            )
+        if given.min() < 0 or given.max() >= self.num_samples:
+            raise ValueError(
+                f"indices: must lie in 0..{self.num_samples - 1}, got "
+                f"{int(given.min())}..{int(given.max())}."
+            )
+        if len(given.unique()) < len(given):
+            raise ValueError("indices: a sample is listed twice.")
+        risk = object.__new__(EmpiricalRisk)
+        risk._setup(
+            self.model, self.loss, select_samples(self.batches(), given.tolist())
+        )
+        return risk
+
+    # Values -------------------------------------------------------------------------
+
+    def value(self) -> Tensor:
+        """Return L(θ), a scalar tensor. Known since construction."""
+        return self._value.clone()
+
+    def gradient(self) -> Tensor:
+        """Return ∇L(θ), ``[D]``. One forward and one backward pass over the data."""
+        gradient = torch.zeros(self.num_params, dtype=self.dtype, device=self.device)
+        parameters = list(self.params.values())
+        for X, y in self.batches():
+            with as_guest(self.device):
+                total = self.loss.total(self.model(self.params, X), y) * self.scale
+                gradients = torch.autograd.grad(total, parameters, allow_unused=True)
+            gradient += self.flatten(gradients)
+        return gradient
+
+    # Parameters ---------------------------------------------------------------------
+
+    def flatten(
+        self, tensors: Iterable[Tensor | None] | Mapping[str, Tensor | None]
+    ) -> Tensor:
+        """Turn tensors in the shapes of the parameters into a vector or columns.
+
+        Args:
+            tensors: One for each parameter, in the order of ``params`` or by name:
+                ``[*p]`` each, or ``[K, *p]`` each. None stands for zeros ``[*p]``.
+
+        Returns:
+            ``[D]``, or ``[D, K]``.
+
+        Example:
+            >>> import torch, vivit_linop as vl
+            >>> from torch import nn
+            >>> data = (torch.rand(8, 3), torch.rand(8, 1))
+            >>> risk = vl.EmpiricalRisk(nn.Linear(3, 1), nn.MSELoss(), data)
+            >>> risk.flatten([torch.zeros(5, 1, 3), torch.ones(5, 1)]).shape
+            torch.Size([4, 5])
+        """
+        if isinstance(tensors, Mapping):
+            if set(tensors) != set(self.params):
+                raise ValueError(
+                    f"tensors: names are {list(tensors)}, the parameters are "
+                    f"{list(self.params)}."
+                )
+            tensors = [tensors[name] for name in self.params]
+        given = list(tensors)
+        if len(given) != len(self.params):
+            raise ValueError(
+                f"tensors: needs one for each of {len(self.params)} parameters, got "
+                f"{len(given)}."
+            )
+        parts, columns = [], set()
+        for tensor, (name, p) in zip(given, self.params.items(), strict=True):
+            if tensor is None:
+                tensor = torch.zeros_like(p)
+            if tensor.shape == p.shape:
+                parts.append(tensor.reshape(1, -1))
+                columns.add(None)
+            elif tensor.shape[1:] == p.shape and tensor.ndim > 0:
+                parts.append(tensor.reshape(len(tensor), -1))
+                columns.add(len(tensor))
+            else:
+                raise ValueError(
+                    f"tensors: for {name!r} needs {list(p.shape)} or "
+                    f"[K, …] of that, got {list(tensor.shape)}."
+                )
+        if len(columns) > 1:
+            raise ValueError("tensors: all need the same leading axis, or none.")
+        flat = torch.cat(parts, dim=1).detach()
+        return flat.squeeze(0) if columns == {None} else flat.T
+
+    def unflatten(self, vec: Tensor) -> list[Tensor]:
+        """Turn a vector or columns into tensors in the shapes of the parameters.
+
+        Args:
+            vec: ``[D]``, or ``[D, K]``.
+
+        Returns:
+            One for each parameter, in order: ``[*p]``, or ``[K, *p]``.
+        """
+        if vec.ndim not in (1, 2) or len(vec) != self.num_params:
+            raise ValueError(
+                f"vec: needs [{self.num_params}] or [{self.num_params}, K], got "
+                f"{list(vec.shape)}."
+            )
+        leading = () if vec.ndim == 1 else (vec.shape[1],)
+        parts = vec.split(self.sizes)
+        return [
+            (part if vec.ndim == 1 else part.T).reshape(*leading, *p.shape)
+            for part, p in zip(parts, self.params.values(), strict=True)
+        ]
+
+    def __repr__(self) -> str:
+        """Say what it is made of."""
+        return (
+            f"<EmpiricalRisk: {self.num_params} parameters, {self.num_samples} samples "
+            f"in {len(self.batch_sizes)} batch(es), {self.num_outputs} output(s), "
+            f"{type(self.loss).__name__} ({self.reduction}), {self.dtype}, "
+            f"{self.device}>"
+        )
+
+
+def as_risk(
+    risk_or_model: Any,
+    loss: Any = None,
+    data: Any = None,
+    params: Any | None = None,
+) -> EmpiricalRisk:
+    """Return the risk that an operator's constructor was given, or build it.
+
+    Raises:
+        TypeError: If it is neither a risk nor a model with a loss and data.
+    """
+    if isinstance(risk_or_model, EmpiricalRisk):
+        if loss is not None or data is not None or params is not None:
+            raise TypeError(
+                "risk: with an EmpiricalRisk, loss, data and params are already given."
+            )
+        return risk_or_model
+    if loss is None or data is None:
+        raise TypeError(
+            "risk: an EmpiricalRisk, or a model with a loss and data, got "
+            f"{type(risk_or_model).__name__} alone."
+        )
+    return EmpiricalRisk(risk_or_model, loss, data, params)
+
+

@@ -1,0 +1,562 @@
+"""Losses in output space: gradients, Hessians and square roots, one class a loss.
+
+A loss is written as a sum over samples, L = scale · Σ_n ℓ_n(f_n, y_n); all quantities
+here are those of the unscaled ℓ_n. Outputs f are ``[n, C, P]``: n samples, C channels
+that a loss couples (the classes of a cross-entropy), P positions that it does not. A
+loss that couples nothing has one channel.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+LossCallable = Callable[[Tensor, Tensor], Tensor]
+
+# Relative to the largest eigenvalue: what rounding may do to a zero of a Hessian.
+_CONVEXITY_TOLERANCE = 1e3
+
+
+class OutputLoss(ABC):
+    """A loss and its derivatives with respect to the outputs of a net.
+
+    Args:
+        reduction: ``"mean"`` or ``"sum"``.
+    """
+
+    def __init__(self, reduction: str) -> None:
+        self.reduction = reduction
+
+    @abstractmethod
+    def check(self, output: Tensor, target: Tensor) -> None:
+        """Raise a ``ValueError`` if the loss does not take these."""
+
+    def channels(self, output: Tensor) -> Tensor:
+        """Reshape outputs ``[n, …]`` to ``[n, C, P]``."""
+        return output.reshape(len(output), 1, -1)
+
+    @abstractmethod
+    def weight(self, output: Tensor, target: Tensor) -> Tensor:
+        """What this batch adds to the divisor of a mean, a scalar tensor."""
+
+    @abstractmethod
+    def total(self, output: Tensor, target: Tensor) -> Tensor:
+        """The sum of ℓ_n over the batch, differentiable."""
+
+    @abstractmethod
+    def gradient(self, output: Tensor, target: Tensor) -> Tensor:
+        """The gradients of ℓ_n, ``[n, C, P]``."""
+
+    @abstractmethod
+    def hessian_product(self, output: Tensor, target: Tensor, X: Tensor) -> Tensor:
+        """Multiply each sample's Hessian, ``[n, C, P, K] -> [n, C, P, K]``."""
+
+    @abstractmethod
+    def sqrt(self, output: Tensor, target: Tensor) -> Tensor:
+        """Exact square roots of the Hessians, ``[n, C, R, P]``."""
+
+    def sqrt_width(self, output: Tensor) -> int:
+        """The number R of columns that ``sqrt`` has for each position."""
+        return self.channels(output).shape[1]
+
+    def sample(
+        self,
+        output: Tensor,
+        target: Tensor,
+        mc_samples: int,
+        generator: torch.Generator | None,
+    ) -> Tensor:
+        """Random square roots S with E[S Sᵀ] the Hessian, ``[n, C P, M, 1]``.
+
+        Column m is the gradient of −log p(ỹ | f) at a label ỹ ~ p(· | f), over √M.
+        """
+        raise ValueError(
+            f"mc_samples: {type(self).__name__} has no likelihood to sample from; use "
+            "mc_samples=0."
+        )
+
+    def is_constant(self) -> bool:
+        """Whether the Hessian is the same for all outputs."""
+        return False
+
+
+class SquaredError(OutputLoss):
+    """``nn.MSELoss``: ℓ = Σ_c (f_c − y_c)², Hessian 2 I."""
+
+    def check(self, output: Tensor, target: Tensor) -> None:
+        """Outputs and targets have one shape."""
+        _check_same_shape(output, target, "MSELoss")
+
+    def weight(self, output: Tensor, target: Tensor) -> Tensor:
+        """Count the entries."""
+        return output.new_tensor(output.numel())
+
+    def total(self, output: Tensor, target: Tensor) -> Tensor:
+        """Sum the squares."""
+        return (output - target).square().sum()
+
+    def gradient(self, output: Tensor, target: Tensor) -> Tensor:
+        """2 (f − y)."""
+        return self.channels(2.0 * (output - target))
+
+    def hessian_product(self, output: Tensor, target: Tensor, X: Tensor) -> Tensor:
+        """2 X."""
+        return 2.0 * X
+
+    def sqrt(self, output: Tensor, target: Tensor) -> Tensor:
+        """√2."""
+        f = self.channels(output)
+        return torch.full_like(f, 2.0**0.5).unsqueeze(2)
+
+    def sample(
+        self,
+        output: Tensor,
+        target: Tensor,
+        mc_samples: int,
+        generator: torch.Generator | None,
+    ) -> Tensor:
+        """2 (f − ỹ) for ỹ ~ N(f, I/2)."""
+        size = (len(output), output[0].numel(), mc_samples, 1)
+        noise = torch.randn(
+            size, generator=generator, dtype=output.dtype, device=output.device
+        )
+        return noise * (2.0 / mc_samples) ** 0.5
+
+
+class BinaryCrossEntropy(OutputLoss):
+    """``nn.BCEWithLogitsLoss``: ℓ = −Σ_c w_c (q_c y_c log σ_c + (1 − y_c) log(1 − σ_c)).
+
+    Args:
+        reduction: ``"mean"`` or ``"sum"``.
+        loss_weight: w, broadcast over the outputs, or None for 1.
+        pos_weight: q, broadcast over the outputs, or None for 1.
+    """
+
+    def __init__(
+        self,
+        reduction: str,
+        loss_weight: Tensor | None = None,
+        pos_weight: Tensor | None = None,
+    ) -> None:
+        super().__init__(reduction)
+        self.loss_weight, self.pos_weight = loss_weight, pos_weight
+        for name, value in (("weight", loss_weight), ("pos_weight", pos_weight)):
+            if value is not None and (value < 0).any():
+                raise ValueError(f"loss: {name} of BCEWithLogitsLoss has negative entries.")
+
+    def check(self, output: Tensor, target: Tensor) -> None:
+        """Targets are probabilities in the shape of the outputs."""
+        _check_same_shape(output, target, "BCEWithLogitsLoss")
+        if (target < 0).any() or (target > 1).any():
+            raise ValueError("data: targets of BCEWithLogitsLoss must lie in [0, 1].")
+        for name, value in (
+            ("weight", self.loss_weight),
+            ("pos_weight", self.pos_weight),
+        ):
+            # Broadcast along the sample axis only: torch would accept a weight of a
+            # batch's samples, which has no meaning for another batch.
+            if value is not None and value.ndim >= output.ndim and len(value) != 1:
+                raise ValueError(
+                    f"loss: {name} of BCEWithLogitsLoss has shape {list(value.shape)}, "
+                    "which numbers samples; it must not have a sample axis."
+                )
+
+    def weight(self, output: Tensor, target: Tensor) -> Tensor:
+        """Count the entries."""
+        return output.new_tensor(output.numel())
+
+    def total(self, output: Tensor, target: Tensor) -> Tensor:
+        """Sum torch's own."""
+        return F.binary_cross_entropy_with_logits(
+            output,
+            target.to(output),
+            weight=_to(self.loss_weight, output),
+            pos_weight=_to(self.pos_weight, output),
+            reduction="sum",
+        )
+
+    def _coefficients(self, output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """Return a and b of ℓ = −a log σ − b log(1 − σ)."""
+        target = target.to(output)
+        w = 1.0 if self.loss_weight is None else _to(self.loss_weight, output)
+        q = 1.0 if self.pos_weight is None else _to(self.pos_weight, output)
+        ones = torch.ones_like(output)
+        return w * q * target * ones, w * (1.0 - target) * ones
+
+    def gradient(self, output: Tensor, target: Tensor) -> Tensor:
+        """(a + b) σ − a."""
+        a, b = self._coefficients(output, target)
+        return self.channels(b * output.sigmoid() - a * (-output).sigmoid())
+
+    def _curvature(self, output: Tensor, target: Tensor) -> Tensor:
+        """(a + b) σ (1 − σ), ``[n, 1, P]``; both tails keep their digits."""
+        a, b = self._coefficients(output, target)
+        return self.channels((a + b) * output.sigmoid() * (-output).sigmoid())
+
+    def hessian_product(self, output: Tensor, target: Tensor, X: Tensor) -> Tensor:
+        """(a + b) σ (1 − σ) X."""
+        return self._curvature(output, target).unsqueeze(-1) * X
+
+    def sqrt(self, output: Tensor, target: Tensor) -> Tensor:
+        """√((a + b) σ (1 − σ))."""
+        return self._curvature(output, target).sqrt().unsqueeze(2)
+
+    def sample(
+        self,
+        output: Tensor,
+        target: Tensor,
+        mc_samples: int,
+        generator: torch.Generator | None,
+    ) -> Tensor:
+        """√(a + b) (σ − ỹ) for ỹ ~ Bernoulli(σ)."""
+        a, b = self._coefficients(output, target)
+        f = output.reshape(len(output), -1, 1)
+        uniform = torch.rand(
+            (*f.shape[:2], mc_samples),
+            generator=generator,
+            dtype=f.dtype,
+            device=f.device,
+        )
+        residual = f.sigmoid() - (uniform < f.sigmoid()).to(f)
+        mass = (a + b).reshape(len(output), -1, 1)
+        return ((mass / mc_samples).sqrt() * residual).unsqueeze(-1)
+
+
+class CrossEntropy(OutputLoss):
+    """``nn.CrossEntropyLoss`` with all its options.
+
+    Each of them says ℓ = −Σ_c a_c log p_c with coefficients a ≥ 0 (class weights,
+    smoothed or soft labels; zero where the target is ignored). With m = Σ_c a_c the
+    gradient is m p − a, the Hessian m (diag(p) − p pᵀ).
+
+    Args:
+        reduction: ``"mean"`` or ``"sum"``.
+        class_weight: ``[C]`` or None.
+        ignore_index: The target that counts for nothing.
+        label_smoothing: Between 0 and 1.
+    """
+
+    def __init__(
+        self,
+        reduction: str,
+        class_weight: Tensor | None = None,
+        ignore_index: int = -100,
+        label_smoothing: float = 0.0,
+    ) -> None:
+        super().__init__(reduction)
+        self.class_weight = class_weight
+        self.ignore_index, self.label_smoothing = ignore_index, label_smoothing
+        if class_weight is not None and (class_weight < 0).any():
+            raise ValueError("loss: weight of CrossEntropyLoss has negative entries.")
+
+    def channels(self, output: Tensor) -> Tensor:
+        """Classes are axis 1, as in torch."""
+        return output.reshape(len(output), output.shape[1], -1)
+
+    def check(self, output: Tensor, target: Tensor) -> None:
+        """Targets are classes ``[n, d…]`` or probabilities ``[n, C, d…]``."""
+        if output.ndim < 2:
+            raise ValueError(
+                "data: CrossEntropyLoss needs outputs [N, C] or [N, C, d…], the model "
+                f"returned {list(output.shape)}."
+            )
+        num_classes = output.shape[1]
+        if target.is_floating_point():
+            _check_same_shape(output, target, "CrossEntropyLoss with soft targets")
+            if (target < 0).any():
+                raise ValueError(
+                    "data: soft targets of CrossEntropyLoss must not be negative."
+                )
+        else:
+            expected = (len(output), *output.shape[2:])
+            if target.shape != expected:
+                raise ValueError(
+                    f"data: CrossEntropyLoss with outputs {list(output.shape)} needs "
+                    f"class indices {list(expected)}, got {list(target.shape)}."
+                )
+            classes = target[target != self.ignore_index]
+            if classes.numel() and (classes.min() < 0 or classes.max() >= num_classes):
+                raise ValueError(
+                    f"data: class indices must lie in 0..{num_classes - 1}, got "
+                    f"{int(classes.min())}..{int(classes.max())}."
+                )
+        if self.class_weight is not None and len(self.class_weight) != num_classes:
+            raise ValueError(
+                f"loss: weight of CrossEntropyLoss has {len(self.class_weight)} "
+                f"entries for {num_classes} classes."
+            )
+
+    def _class_weights(self, output: Tensor) -> Tensor:
+        if self.class_weight is None:
+            return output.new_ones(output.shape[1])
+        return self.class_weight.to(output)
+
+    def weight(self, output: Tensor, target: Tensor) -> Tensor:
+        """Torch's divisor: the weights of the classes, or the number of positions."""
+        if target.is_floating_point():
+            return output.new_tensor(output.numel() // output.shape[1])
+        valid = target[target != self.ignore_index]
+        return self._class_weights(output)[valid].sum()
+
+    def _coefficients(self, output: Tensor, target: Tensor) -> Tensor:
+        """Return a, ``[n, C, P]``."""
+        num_classes = output.shape[1]
+        if target.is_floating_point():
+            labels = self.channels(target.to(output))
+            valid = None
+        else:
+            index = target.reshape(len(target), -1)
+            valid = index != self.ignore_index
+            index = torch.where(valid, index, torch.zeros_like(index))
+            labels = F.one_hot(index, num_classes).movedim(-1, 1).to(output)
+        smoothed = (1.0 - self.label_smoothing) * labels
+        smoothed = smoothed + self.label_smoothing / num_classes
+        coefficients = smoothed * self._class_weights(output)[:, None]
+        return coefficients if valid is None else coefficients * valid.unsqueeze(1)
+
+    def total(self, output: Tensor, target: Tensor) -> Tensor:
+        """−Σ a log p."""
+        log_p = self.channels(output).log_softmax(1)
+        a = self._coefficients(output, target)
+        # 0 · (−inf) has no place in the sum: a class that cannot be and is not.
+        return -torch.where(a == 0.0, torch.zeros_like(a), a * log_p).sum()
+
+    def gradient(self, output: Tensor, target: Tensor) -> Tensor:
+        """M p − a."""
+        a = self._coefficients(output, target)
+        return a.sum(1, keepdim=True) * self.channels(output).softmax(1) - a
+
+    def hessian_product(self, output: Tensor, target: Tensor, X: Tensor) -> Tensor:
+        """M p ∘ (x − pᵀx), with x measured from its entry at the likeliest class.
+
+        The Hessian maps constants to zero, so the shift changes nothing; without it
+        the row of a saturated class would be a difference of nearly equal numbers.
+        """
+        f = self.channels(output)
+        p = f.softmax(1).unsqueeze(-1)
+        likeliest = f.argmax(1, keepdim=True).unsqueeze(-1)
+        X = X - X.gather(1, likeliest.expand(-1, -1, -1, X.shape[-1]))
+        mass = self._coefficients(output, target).sum(1, keepdim=True).unsqueeze(-1)
+        return mass * p * (X - (p * X).sum(1, keepdim=True))
+
+    def sqrt_width(self, output: Tensor) -> int:
+        """C − 1, the rank of diag(p) − p pᵀ."""
+        return max(output.shape[1] - 1, 1)
+
+    def sqrt(self, output: Tensor, target: Tensor) -> Tensor:
+        """The Cholesky factor of diag(p) − p pᵀ, C − 1 columns.
+
+        Tanabe & Sagae (1992), Theorem 1: with q_j = Σ_{i>j} p_i the factor has
+        L_jj = √(p_j q_j / q_{j−1}) and L_ij = −(p_i / q_j) L_jj below. Ratios are
+        taken in the log domain, so that they keep their digits however small the
+        probabilities are.
+        """
+        log_p = self.channels(output).log_softmax(1)
+        num_classes = log_p.shape[1]
+        if num_classes == 1:
+            return torch.zeros_like(log_p).unsqueeze(2)
+        # log q_{j-1} = log Σ_{i≥j} p_i, by summing from the smallest tail.
+        log_tail = log_p.flip(1).logcumsumexp(1).flip(1)
+        log_q = log_tail[:, 1:]
+        diagonal = 0.5 * (log_p[:, :-1] + log_q - log_tail[:, :-1])
+        # [n, i, j, P]: row i, column j.
+        below = -(log_p.unsqueeze(2) - log_q.unsqueeze(1) + diagonal.unsqueeze(1)).exp()
+        row = torch.arange(num_classes, device=output.device)[:, None, None]
+        column = torch.arange(num_classes - 1, device=output.device)[:, None]
+        factor = torch.where(row > column, below, torch.zeros_like(below))
+        factor = torch.where(row == column, diagonal.exp().unsqueeze(1), factor)
+        mass = self._coefficients(output, target).sum(1, keepdim=True).unsqueeze(2)
+        return factor * mass.sqrt()
+
+    def sample(
+        self,
+        output: Tensor,
+        target: Tensor,
+        mc_samples: int,
+        generator: torch.Generator | None,
+    ) -> Tensor:
+        """√m (p − onehot(ỹ)) for ỹ ~ p, drawn for each position."""
+        p = self.channels(output).softmax(1)
+        n, num_classes, positions = p.shape
+        flat = p.movedim(1, 2).reshape(-1, num_classes)
+        drawn = torch.multinomial(
+            flat, mc_samples, replacement=True, generator=generator
+        )
+        onehot = F.one_hot(drawn, num_classes).to(p)  # [n P, M, C]
+        residual = (flat.unsqueeze(1) - onehot).reshape(n, positions, mc_samples, -1)
+        mass = self._coefficients(output, target).sum(1)  # [n, P]
+        residual = residual * (mass / mc_samples).sqrt()[:, :, None, None]
+        return residual.permute(0, 3, 1, 2).reshape(n, -1, mc_samples, 1)
+
+
+class AutogradLoss(OutputLoss):
+    """Any loss, through its derivatives by autograd in output space.
+
+    Args:
+        function: ``(output, target) -> scalar``, a mean or a sum over samples.
+        reduction: Which of the two it is.
+        name: How to call it in messages.
+    """
+
+    def __init__(self, function: LossCallable, reduction: str, name: str) -> None:
+        super().__init__(reduction)
+        self.function, self.name = function, name
+
+    def channels(self, output: Tensor) -> Tensor:
+        """All outputs of a sample may be coupled."""
+        return output.reshape(len(output), -1, 1)
+
+    def check(self, output: Tensor, target: Tensor) -> None:
+        """The loss is a scalar and a sum of losses of samples."""
+        with torch.no_grad():
+            value = self.function(output, target)
+            if not isinstance(value, Tensor) or value.numel() != 1:
+                shape = list(value.shape) if isinstance(value, Tensor) else value
+                raise ValueError(
+                    f"loss: {self.name} must return a scalar tensor, got {shape}. Use "
+                    "reduction='mean' or 'sum'."
+                )
+            whole = self.total(output, target)
+            index = torch.arange(len(output), device=output.device)
+            # Two ways to split: neighbours apart, then together.
+            for mask in (index % 2 == 0, index < (len(output) + 1) // 2):
+                if mask.all():
+                    continue
+                parts = [self.total(output[m], target[m]) for m in (mask, ~mask)]
+                error = (parts[0] + parts[1] - whole).abs()
+                tolerance = torch.finfo(output.dtype).eps ** 0.5
+                if error > tolerance * max(part.abs() for part in (*parts, whole)):
+                    raise ValueError(
+                        f"loss: {self.name} with reduction={self.reduction!r} is not "
+                        f"the {self.reduction} of losses of single samples, so "
+                        "per-sample curvature is undefined. Give the reduction that it "
+                        "has, or a loss that does not mix samples."
+                    )
+
+    def weight(self, output: Tensor, target: Tensor) -> Tensor:
+        """Count the samples."""
+        return output.new_tensor(len(output))
+
+    def total(self, output: Tensor, target: Tensor) -> Tensor:
+        """Undo the mean."""
+        factor = len(output) if self.reduction == "mean" else 1
+        return factor * self.function(output, target).reshape(())
+
+    def _graph(self, output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the outputs as leaves and the gradient as a function of them."""
+        leaf = output.detach().requires_grad_()
+        total = self.total(leaf, target)
+        if not total.requires_grad:
+            raise ValueError(
+                f"loss: {self.name} does not depend differentiably on the output."
+            )
+        (gradient,) = torch.autograd.grad(total, leaf, create_graph=True)
+        return leaf, gradient
+
+    def gradient(self, output: Tensor, target: Tensor) -> Tensor:
+        """By one backward pass in output space."""
+        with torch.enable_grad():
+            _, gradient = self._graph(output, target)
+        return self.channels(gradient.detach())
+
+    def hessian_product(self, output: Tensor, target: Tensor, X: Tensor) -> Tensor:
+        """By one backward pass for each column; samples are not coupled."""
+        with torch.enable_grad():
+            leaf, gradient = self._graph(output, target)
+            if not gradient.requires_grad:  # a linear loss
+                return torch.zeros_like(X)
+            columns = [
+                torch.autograd.grad(
+                    gradient, leaf, x.reshape(leaf.shape), retain_graph=True
+                )[0]
+                for x in X.unbind(-1)
+            ]
+        return torch.stack([self.channels(column) for column in columns], dim=-1)
+
+    def sqrt(self, output: Tensor, target: Tensor) -> Tensor:
+        """By an eigendecomposition of each sample's Hessian.
+
+        Raises:
+            ValueError: If a Hessian has a negative eigenvalue.
+        """
+        n, width = len(output), output[0].numel()
+        unit = torch.eye(width, dtype=output.dtype, device=output.device)
+        columns = unit.reshape(1, width, 1, width).expand(n, -1, -1, -1)
+        hessians = self.hessian_product(output, target, columns).squeeze(2)
+        evals, evecs = torch.linalg.eigh((hessians + hessians.mT) / 2)
+        eps = torch.finfo(output.dtype).eps
+        limit = -_CONVEXITY_TOLERANCE * eps * evals.abs().amax()
+        worst = int(evals[:, 0].argmin())
+        if evals[worst, 0] < limit:
+            raise ValueError(
+                f"loss: {self.name} is not convex in the output at sample {worst} of "
+                f"its batch (eigenvalue {evals[worst, 0]:.3g} of its Hessian), so its "
+                "Hessian has no square root. Products with vl.GGN and vl.Hessian work; "
+                "for a factor use a convex loss."
+            )
+        roots = evecs * evals.clamp(min=0.0).sqrt().unsqueeze(1)
+        return roots.unsqueeze(-1)
+
+
+def as_output_loss(loss: Any, reduction: str | None) -> OutputLoss:
+    """Find what a user's loss is.
+
+    Args:
+        loss: A ``torch.nn`` loss or a callable.
+        reduction: What the user says it is; needed for a callable without the
+            attribute.
+
+    Raises:
+        TypeError: If it cannot be called.
+        ValueError: If its reduction is missing, contradictory or ``"none"``.
+    """
+    if not callable(loss):
+        raise TypeError(
+            "loss: a torch.nn loss or a function (output, target) -> scalar, got "
+            f"{type(loss).__name__}."
+        )
+    own = getattr(loss, "reduction", None)
+    if own is not None and reduction is not None and own != reduction:
+        raise ValueError(
+            f"reduction: {reduction!r} was given, but the loss has reduction={own!r}."
+        )
+    reduction = own if own is not None else reduction
+    name = type(loss).__name__ if isinstance(loss, nn.Module) else _name(loss)
+    if reduction not in ("mean", "sum"):
+        raise ValueError(
+            f"reduction: {name} has reduction={reduction!r}; it must be 'mean' or "
+            "'sum'. For a function, say which it is: EmpiricalRisk(…, "
+            "reduction='mean')."
+        )
+    # Exact types: a subclass may compute something else.
+    if type(loss) is nn.MSELoss:
+        return SquaredError(reduction)
+    if type(loss) is nn.BCEWithLogitsLoss:
+        return BinaryCrossEntropy(reduction, loss.weight, loss.pos_weight)
+    if type(loss) is nn.CrossEntropyLoss:
+        return CrossEntropy(
+            reduction, loss.weight, loss.ignore_index, loss.label_smoothing
+        )
+    return AutogradLoss(loss, reduction, name)
+
+
+def _name(loss: Any) -> str:
+    return str(getattr(loss, "__name__", type(loss).__name__))
+
+
+def _to(weight: Tensor | None, like: Tensor) -> Tensor | None:
+    return None if weight is None else weight.to(like)
+
+
+def _check_same_shape(output: Tensor, target: Tensor, name: str) -> None:
+    if output.shape != target.shape:
+        raise ValueError(
+            f"data: {name} needs targets in the shape of the outputs, got outputs "
+            f"{list(output.shape)} and targets {list(target.shape)}. (torch would "
+            "broadcast; reshape the targets.)"
+        )

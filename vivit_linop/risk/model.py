@@ -1,0 +1,232 @@
+"""The user's model as a function of its parameters, and as a guest.
+
+What the library does with a model leaves it as it was: parameters are copied, so that
+neither their gradients nor their ``requires_grad`` are touched and an operator stays
+the same matrix while training goes on; the state of the random number generators is
+put back.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+Params = dict[str, Tensor]
+ModelFunction = Callable[[Params, Any], Any]
+
+_DROPOUTS = (
+    nn.Dropout,
+    nn.Dropout1d,
+    nn.Dropout2d,
+    nn.Dropout3d,
+    nn.AlphaDropout,
+    nn.FeatureAlphaDropout,
+)
+_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+
+
+class FunctionalModel:
+    """A model as a function of chosen parameters and an input.
+
+    Args:
+        model: An ``nn.Module``, or a callable ``(params, x) -> output``.
+        params: None for all parameters of a module that require grad, an iterable of
+            its ``Parameter``s, or a dict from names to tensors.
+
+    Attributes:
+        params: Copies of the chosen parameters, by name; they require grad.
+
+    Raises:
+        TypeError: If ``model`` cannot be called, or parameters have dtypes that
+            operators do not.
+        ValueError: If parameters are missing, foreign, listed twice or frozen, or have
+            several dtypes or devices, or hold NaN or Inf; or if a module is in
+            training mode where that makes samples depend on each other or on chance.
+    """
+
+    def __init__(
+        self, model: nn.Module | ModelFunction, params: Any | None = None
+    ) -> None:
+        if not callable(model):
+            raise TypeError(
+                "model: an nn.Module or a function (params, x) -> output, got "
+                f"{type(model).__name__}."
+            )
+        self._model = model
+        if isinstance(model, nn.Module):
+            chosen = _module_params(model, params)
+            _check_modes(model)
+            self._buffers = {n: b.detach().clone() for n, b in model.named_buffers()}
+        else:
+            chosen = _function_params(params)
+        _check_params(chosen)
+        self.params: Params = {
+            name: p.detach().clone().requires_grad_() for name, p in chosen.items()
+        }
+        self.owners = dict(chosen)
+
+    def __call__(self, params: Params, X: Any) -> Tensor:
+        """Return the outputs, ``[n, …]``."""
+        if isinstance(self._model, nn.Module):
+            args, kwargs = _call_arguments(X)
+            state = {**self._buffers, **params}
+            output = functional_call(self._model, state, args, kwargs)
+        else:
+            output = self._model(params, X)
+        if not isinstance(output, Tensor):
+            output = getattr(output, "logits", output)
+        if not isinstance(output, Tensor):
+            raise TypeError(
+                "model: must return a tensor, or an object whose .logits is one, got "
+                f"{type(output).__name__}. Wrap it in a function (params, x) -> tensor."
+            )
+        return output
+
+
+@contextlib.contextmanager
+def as_guest(device: torch.device) -> Iterator[None]:
+    """Run the user's code so that nothing global of the user's is changed.
+
+    The random number generators are put back. Attention runs on the kernel that has
+    all derivatives, and gradients are recorded also where the caller has turned that
+    off.
+    """
+    devices = [device] if device.type == "cuda" else []
+    with (
+        torch.random.fork_rng(devices),
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        sdpa_kernel(SDPBackend.MATH),
+    ):
+        yield
+
+
+def random_state(device: torch.device) -> Tensor:
+    """Return the state of the generators that a model on a device may draw from."""
+    state = torch.random.get_rng_state()
+    if device.type == "cuda":
+        state = torch.cat([state, torch.cuda.get_rng_state(device)])
+    return state
+
+
+def _call_arguments(X: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """A mapping holds keyword arguments of a module, a tuple positional ones."""
+    if isinstance(X, Mapping):
+        return (), dict(X)
+    return (X if isinstance(X, tuple) else (X,)), {}
+
+
+def _module_params(model: nn.Module, params: Any | None) -> dict[str, Tensor]:
+    named = dict(model.named_parameters())
+    if params is None:
+        chosen = {name: p for name, p in named.items() if p.requires_grad}
+        if not chosen:
+            raise ValueError(
+                "params: no parameter of the model requires grad. Call "
+                "requires_grad_(True) on those of interest, or pass them as params."
+            )
+        return dict(chosen)
+    if isinstance(params, Mapping):
+        foreign = [name for name in params if name not in named]
+        if foreign:
+            raise ValueError(
+                f"params: {foreign[0]!r} is not the name of a parameter of the model. "
+                "Use names of model.named_parameters()."
+            )
+        for name, value in params.items():
+            if not isinstance(value, Tensor) or value.shape != named[name].shape:
+                raise ValueError(
+                    f"params: {name!r} must be a tensor {list(named[name].shape)}, got "
+                    f"{list(value.shape) if isinstance(value, Tensor) else value!r}."
+                )
+        return dict(params)
+    if isinstance(params, Tensor) or not isinstance(params, Iterable):
+        raise TypeError(
+            "params: None, an iterable of Parameters or a dict of tensors, got "
+            f"{type(params).__name__}."
+        )
+    names = {id(p): name for name, p in named.items()}
+    result: dict[str, Tensor] = {}
+    for position, p in enumerate(params):
+        if id(p) not in names:
+            raise ValueError(
+                f"params: number {position} is not a parameter of the model. Take it "
+                "from model.parameters()."
+            )
+        name = names[id(p)]
+        if name in result:
+            raise ValueError(f"params: {name!r} is listed twice.")
+        if not p.requires_grad:
+            raise ValueError(
+                f"params: {name!r} has requires_grad=False. Leave it out, or call "
+                "requires_grad_(True) on it."
+            )
+        result[name] = p
+    return result
+
+
+def _function_params(params: Any | None) -> dict[str, Tensor]:
+    if not isinstance(params, Mapping):
+        raise TypeError(
+            "params: a function model needs a dict from names to tensors, got "
+            f"{type(params).__name__}."
+        )
+    for name, value in params.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(
+                f"params: {name!r} must be a tensor, got {type(value).__name__}."
+            )
+    return dict(params)
+
+
+def _check_params(params: dict[str, Tensor]) -> None:
+    if not params or not sum(p.numel() for p in params.values()):
+        raise ValueError("params: is empty; at least one parameter is needed.")
+    for what, values in (
+        ("dtypes", {p.dtype for p in params.values()}),
+        ("devices", {p.device for p in params.values()}),
+    ):
+        if len(values) > 1:
+            raise ValueError(
+                f"params: have several {what}, {sorted(map(str, values))}. Convert the "
+                "model with model.to(…), or choose parameters of one of them."
+            )
+    name, first = next(iter(params.items()))
+    if first.dtype not in (torch.float32, torch.float64):
+        raise TypeError(
+            f"params: {name!r} is {first.dtype}; curvature is computed in float32 or "
+            "float64. Convert the model with model.float() or model.double()."
+        )
+    for name, p in params.items():
+        if not p.detach().isfinite().all():
+            raise ValueError(f"params: {name!r} holds NaN or Inf.")
+
+
+def _check_modes(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        problem = None
+        if isinstance(module, _BATCH_NORMS):
+            if module.training or module.running_mean is None:
+                problem = "normalises with statistics of the batch"
+        elif isinstance(module, _DROPOUTS):
+            if module.training and module.p > 0.0:
+                problem = "drops units at random"
+        elif isinstance(module, (nn.RNNBase, nn.MultiheadAttention)):
+            if module.training and module.dropout > 0.0:
+                problem = "drops units at random"
+        if problem is not None:
+            advice = (
+                "Call model.eval() first."
+                if module.training
+                else "It keeps no running statistics; use a module that does."
+            )
+            raise ValueError(
+                f"model: {name or 'the model'} ({type(module).__name__}) {problem}, so "
+                f"per-sample curvature is undefined. {advice}"
+            )
