@@ -141,7 +141,9 @@ def _(op: BlockDiagonal) -> Eigendecomposition:
         )
         start = 0
         for part, place in zip(parts, places, strict=True):
-            mine = ((order >= start) & (order < start + part.count)).nonzero().squeeze(1)
+            mine = (
+                ((order >= start) & (order < start + part.count)).nonzero().squeeze(1)
+            )
             if len(mine):
                 columns[place[:, None], mine] = part.pairs(
                     order[mine] - start

@@ -296,7 +296,9 @@ class MergedDecomposition(Eigendecomposition):
         vectors: A function of indices into that order that forms the columns.
     """
 
-    def __init__(self, eigenvalues: Tensor, vectors: Callable[[Tensor], Tensor]) -> None:
+    def __init__(
+        self, eigenvalues: Tensor, vectors: Callable[[Tensor], Tensor]
+    ) -> None:
         self._sorted, self._order = eigenvalues.sort()
         self._vectors, self.count = vectors, len(eigenvalues)
 

@@ -1,5 +1,6 @@
 """Operators: nodes that know one torch kernel each, and the rules that combine them."""
 
+from vivit_linop.operators import rules  # noqa: F401  (registers)
 from vivit_linop.operators.base import TorchLinearOperator
 from vivit_linop.operators.kronecker import BlockDiagonal, KhatriRao, Kronecker
 from vivit_linop.operators.lowrank import Damped, Gram, LowRank, Woodbury

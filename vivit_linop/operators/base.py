@@ -439,7 +439,9 @@ def _(op: TorchLinearOperator) -> Tensor:
     result = torch.empty(rows, columns, dtype=op.torch_dtype, device=op.device)
     for start in range(0, columns, _DENSE_CHUNK):
         stop = min(start + _DENSE_CHUNK, columns)
-        unit = torch.zeros(columns, stop - start, dtype=op.torch_dtype, device=op.device)
+        unit = torch.zeros(
+            columns, stop - start, dtype=op.torch_dtype, device=op.device
+        )
         unit[torch.arange(start, stop), torch.arange(stop - start)] = 1.0
         result[:, start:stop] = op.apply(unit)
     return result

@@ -92,7 +92,8 @@ class LowRank(TorchLinearOperator):
     @cached_property
     def gram(self) -> Gram:
         """The Gram operator of the factor; its matrix is computed once and kept."""
-        return Gram(self.factor, self.factor)
+        gram = self.factor.T @ self.factor
+        return gram if isinstance(gram, Gram) else Gram(self.factor, self.factor)
 
     @cached_property
     def small_side(self) -> Tensor:
@@ -109,7 +110,7 @@ class LowRank(TorchLinearOperator):
         return node
 
     def _multiply(self, X: Tensor) -> Tensor:
-        return self.scale * self.factor.apply(self.factor.T.apply(X))
+        return self.scale * verbs.outer_product(self.factor, X)
 
 
 class Damped(TorchLinearOperator):

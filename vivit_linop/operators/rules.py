@@ -21,7 +21,14 @@ from vivit_linop.operators.structure import (
     Scaled,
     Sum,
 )
-from vivit_linop.operators.verbs import adjoint, add, gram_matrix, matmul, scale
+from vivit_linop.operators.verbs import (
+    adjoint,
+    add,
+    gram_matrix,
+    matmul,
+    outer_product,
+    scale,
+)
 
 Op = TorchLinearOperator
 
@@ -273,6 +280,11 @@ def _(left: KhatriRao, right: Op) -> Tensor:
     return (left.left.T @ right.left) * (left.right.T @ right.right)
 
 
+@outer_product.register
+def _(factor: TorchLinearOperator, X: Tensor) -> Tensor:
+    return factor.apply(factor.T.apply(X))
+
+
 def _damp(op: Op, damping: float) -> Op:
     """A + δ I; damping adds up, and identities are absorbed."""
     if isinstance(op, Damped):
@@ -299,4 +311,3 @@ def _same_places(A: BlockDiagonal, B: BlockDiagonal) -> bool:
         return A.indices is B.indices
     pairs = zip(A.indices, B.indices, strict=True)
     return A.indices is B.indices or all(a.equal(b) for a, b in pairs)
-

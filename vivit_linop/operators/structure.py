@@ -62,7 +62,9 @@ class Dense(TorchLinearOperator):
     def __init__(self, matrix: Tensor | np.ndarray) -> None:
         matrix = _as_tensor(matrix, "matrix", ndim=2)
         self.matrix = matrix
-        super().__init__((matrix.shape[0], matrix.shape[1]), matrix.dtype, matrix.device)
+        super().__init__(
+            (matrix.shape[0], matrix.shape[1]), matrix.dtype, matrix.device
+        )
 
     @property
     def self_adjoint(self) -> bool:  # type: ignore[override]
@@ -225,7 +227,8 @@ class Product(TorchLinearOperator):
     def self_adjoint(self) -> bool:  # type: ignore[override]
         """Whether the product reads the same backwards, each factor transposed."""
         return all(
-            left is right.T or (isinstance(right, Adjoint) and right.parent is left)
+            left is right.T
+            or (isinstance(right, Adjoint) and right.parent is left)
             or (isinstance(left, Adjoint) and left.parent is right)
             for left, right in zip(self.factors, reversed(self.factors), strict=True)
         )

@@ -23,7 +23,9 @@ def as_batches(data: Any) -> Iterable[Any]:
     """
     if _is_batch(data):
         return [data]
-    if isinstance(data, (Tensor, str, bytes, Mapping)) or not isinstance(data, Iterable):
+    if isinstance(data, (Tensor, str, bytes, Mapping)) or not isinstance(
+        data, Iterable
+    ):
         raise TypeError(
             "data: a pair (X, y), or a list or DataLoader of such pairs, got "
             f"{type(data).__name__}."
@@ -54,7 +56,9 @@ def iterate(
         X, y = batch
         counts = {len(leaf) for leaf in leaves(X) if leaf.ndim > 0}
         if y.ndim == 0 or len(y) == 0:
-            raise ValueError(f"data: batch {index} has no samples, y is {_describe(y)}.")
+            raise ValueError(
+                f"data: batch {index} has no samples, y is {_describe(y)}."
+            )
         if len(y) not in counts:
             raise ValueError(
                 f"data: batch {index} has {len(y)} samples in y and "
@@ -90,7 +94,11 @@ def select_samples(batches: Iterable[Batch], indices: Sequence[int]) -> list[Bat
         local = wanted[mine] - start
         if len(local):
             found.append(
-                (mine.nonzero().squeeze(1), take(X, local, len(y)), y[local.to(y.device)])
+                (
+                    mine.nonzero().squeeze(1),
+                    take(X, local, len(y)),
+                    y[local.to(y.device)],
+                )
             )
         start += len(y)
         largest = max(largest, len(y))
@@ -129,7 +137,9 @@ def map_leaves(function: Callable[[Tensor], Tensor], X: Any) -> Any:
 def _is_batch(data: Any) -> bool:
     """A list of two batches is none: its second element is not a tensor."""
     return (
-        isinstance(data, (tuple, list)) and len(data) == 2 and isinstance(data[1], Tensor)
+        isinstance(data, (tuple, list))
+        and len(data) == 2
+        and isinstance(data[1], Tensor)
     )
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor, nn
 
@@ -15,6 +17,7 @@ from vivit_linop.risk.data import (
     iterate,
     select_samples,
 )
+from vivit_linop.risk.linearization import Linearization
 from vivit_linop.risk.losses import LossCallable, OutputLoss, as_output_loss
 from vivit_linop.risk.model import (
     FunctionalModel,
@@ -49,6 +52,9 @@ class EmpiricalRisk:
         params: None for all parameters that require grad, an iterable of the model's
             ``Parameter``s, or a dict from names to tensors.
         reduction: ``"mean"`` or ``"sum"``; needed for a loss without this attribute.
+        memory: The bytes that kept linearisations of the net may take; those of
+            batches beyond it are made anew for each product. By default a quarter of
+            the memory that is free on the device.
 
     Attributes:
         num_params: D, the number of entries of all parameters.
@@ -84,17 +90,26 @@ class EmpiricalRisk:
         params: Any | None = None,
         *,
         reduction: str | None = None,
+        memory: int | None = None,
     ) -> None:
         self._setup(
             FunctionalModel(model, params),
             as_output_loss(loss, reduction),
             as_batches(data),
+            memory,
         )
 
     def _setup(
-        self, model: FunctionalModel, loss: OutputLoss, batches: Iterable[Any]
+        self,
+        model: FunctionalModel,
+        loss: OutputLoss,
+        batches: Iterable[Any],
+        memory: int | None,
     ) -> None:
-        self.model, self.loss = model, loss
+        if memory is not None and not memory >= 0:
+            raise ValueError(f"memory: a number of bytes, at least 0, got {memory!r}.")
+        self.model, self.loss, self.memory = model, loss, memory
+        self._kept: dict[int, Linearization] = {}
         self._batches = batches
         self._data_rng = torch.random.get_rng_state()
         self.params: Params = model.params
@@ -244,9 +259,57 @@ class EmpiricalRisk:
             raise ValueError("indices: a sample is listed twice.")
         risk = object.__new__(EmpiricalRisk)
         risk._setup(
-            self.model, self.loss, select_samples(self.batches(), given.tolist())
+            self.model,
+            self.loss,
+            select_samples(self.batches(), given.tolist()),
+            self.memory,
         )
         return risk
+
+    def linearizations(self) -> Iterator[Linearization]:
+        """Yield the linearisation of each batch, kept while the memory budget lasts.
+
+        Raises:
+            ValueError: If the outputs differ from those at construction: the data are
+                not the same in every pass.
+        """
+        if len(self._kept) == len(self.batch_sizes):
+            yield from self._kept.values()
+            return
+        budget = self.memory
+        if budget is None:
+            budget = free_memory(self.device) // 4
+        budget -= sum(kept.nbytes for kept in self._kept.values())
+        for index, (X, _) in enumerate(self.batches()):
+            if index in self._kept:
+                yield self._kept[index]
+                continue
+            linearization = Linearization(
+                functools.partial(self._evaluate, X), self.params
+            )
+            self._check_outputs(index, linearization.outputs)
+            # The batches come in order, so the kept ones stay ordered.
+            if index == len(self._kept) and linearization.nbytes <= budget:
+                self._kept[index] = linearization
+                budget -= linearization.nbytes
+            yield linearization
+
+    def _evaluate(self, X: Any, params: Params) -> Tensor:
+        return self.model(params, X)
+
+    def _check_outputs(self, index: int, outputs: Tensor) -> None:
+        before = self.outputs[index] if index < len(self.outputs) else None
+        tolerance = 10 * torch.finfo(self.dtype).eps ** 0.5
+        if (
+            before is None
+            or before.shape != outputs.shape
+            or (before - outputs).abs().max() > tolerance * (1.0 + before.abs().max())
+        ):
+            raise ValueError(
+                f"data: batch {index} is not what it was when the risk was built. An "
+                "operator is one matrix: give a loader without shuffling and random "
+                "augmentations, and do not change the data in place."
+            )
 
     # Values -------------------------------------------------------------------------
 
@@ -351,6 +414,13 @@ class EmpiricalRisk:
         )
 
 
+def free_memory(device: torch.device) -> int:
+    """The bytes that are free on a device."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return int(psutil.virtual_memory().available)
+
+
 def as_risk(
     risk_or_model: Any,
     loss: Any = None,
@@ -374,5 +444,3 @@ def as_risk(
             f"{type(risk_or_model).__name__} alone."
         )
     return EmpiricalRisk(risk_or_model, loss, data, params)
-
-

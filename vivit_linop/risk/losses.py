@@ -147,7 +147,9 @@ class BinaryCrossEntropy(OutputLoss):
         self.loss_weight, self.pos_weight = loss_weight, pos_weight
         for name, value in (("weight", loss_weight), ("pos_weight", pos_weight)):
             if value is not None and (value < 0).any():
-                raise ValueError(f"loss: {name} of BCEWithLogitsLoss has negative entries.")
+                raise ValueError(
+                    f"loss: {name} of BCEWithLogitsLoss has negative entries."
+                )
 
     def check(self, output: Tensor, target: Tensor) -> None:
         """Targets are probabilities in the shape of the outputs."""

@@ -94,7 +94,9 @@ class Linearization:
         backward = torch.autograd.grad(
             outputs, list(params.values()), u, allow_unused=True
         )
-        expected = sum((g * v).sum() for g, v in zip(backward, x, strict=True) if g is not None)
+        expected = sum(
+            (g * v).sum() for g, v in zip(backward, x, strict=True) if g is not None
+        )
         size = u.norm() * products[0].norm()
         tolerance = 100 * torch.finfo(self._dtype).eps ** 0.75 * size
         image = products.reshape(2, *outputs.shape)

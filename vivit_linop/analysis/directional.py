@@ -1,0 +1,109 @@
+"""First and second derivatives of single samples along directions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vivit_linop.curvature.fisher import PerSampleGradients
+from vivit_linop.curvature.ggn import GGNFactor
+from vivit_linop.curvature.jacobian import Pullback
+from vivit_linop.linalg.eigenpairs import Eigenpairs, GramEigenpairs
+from vivit_linop.risk.empirical import EmpiricalRisk
+
+
+def directional_derivatives(
+    risk: EmpiricalRisk,
+    directions: Eigenpairs | Tensor,
+    curvature_risk: EmpiricalRisk | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Return γ and λ: slopes and curvatures of each sample along each direction.
+
+    γ[n, k] = ⟨∇ℓ_n, e_k⟩ and λ[n, k] = e_kᵀ G_n e_k with the GGN G_n of sample n,
+    both without r (Dangel, Tatzel & Hennig 2022, ViViT, eq. 7). For eigenpairs
+    of the GGN of the same mean-reduced risk, the mean of λ over n is the eigenvalues.
+
+    For eigenpairs from a Gram matrix everything is computed on the small side, from
+    Gram and cross-Gram matrices. For other directions it costs a product with K
+    columns over the data of each risk.
+
+    Args:
+        risk: Whose N samples' gradients γ is of.
+        directions: Eigenpairs, or orthonormal columns ``[D, K]``.
+        curvature_risk: Whose samples' curvature λ is of; by default ``risk``.
+
+    Returns:
+        γ ``[N, K]`` and λ ``[N', K]``, one row for each sample of their risk.
+
+    Raises:
+        TypeError: If ``directions`` is neither.
+        ValueError: If shapes do not match, or the loss has no square root.
+
+    Example:
+        >>> import torch, vivit_linop as vl
+        >>> from torch import nn
+        >>> _ = torch.manual_seed(0)
+        >>> data = (torch.rand(6, 3), torch.randint(3, (6,)))
+        >>> risk = vl.EmpiricalRisk(nn.Linear(3, 3), nn.CrossEntropyLoss(), data)
+        >>> pairs = vl.GGN(risk).eigh(k=2)
+        >>> gammas, lambdas = vl.directional_derivatives(risk, pairs)
+        >>> torch.allclose(lambdas.mean(0), pairs.eigenvalues)
+        True
+    """
+    curvature_risk = risk if curvature_risk is None else curvature_risk
+    pairs = as_directions(risk, directions)
+    factor = _known_factor(pairs, curvature_risk) or GGNFactor(curvature_risk)
+    return slopes(PerSampleGradients(risk), pairs), curvatures(factor, pairs)
+
+
+def slopes(gradients: PerSampleGradients, pairs: Eigenpairs) -> Tensor:
+    """Return γ for the gradients U, ``[N, K]``."""
+    return pairs.components(gradients)
+
+
+def curvatures(factor: Pullback, pairs: Eigenpairs) -> Tensor:
+    """Return λ for the GGN factor V, ``[N, K]``: V_nᵀ e_k squared, without r."""
+    risk = factor.risk
+    components = pairs.components(factor).reshape(risk.num_samples, factor.width, -1)
+    return components.square().sum(1) / risk.reduction_factor
+
+
+def as_directions(risk: EmpiricalRisk, directions: Eigenpairs | Tensor) -> Eigenpairs:
+    """Return directions as eigenpairs; tensors get NaN for eigenvalues."""
+    if isinstance(directions, Tensor):
+        if directions.ndim != 2 or len(directions) != risk.num_params:
+            raise ValueError(
+                f"directions: columns [{risk.num_params}, K], got "
+                f"{list(directions.shape)}."
+            )
+        if not directions.is_floating_point():
+            raise TypeError(
+                f"directions: must be real floating point, got {directions.dtype}."
+            )
+        columns = directions.detach().to(risk.device, risk.dtype)
+        return Eigenpairs(columns.new_full((columns.shape[1],), torch.nan), columns)
+    if not isinstance(directions, Eigenpairs):
+        raise TypeError(
+            "directions: what eigh returned, or a tensor [D, K], got "
+            f"{type(directions).__name__}."
+        )
+    rows = (
+        directions.operator.shape[0]
+        if isinstance(directions, GramEigenpairs)
+        else len(directions.eigenvectors)
+    )
+    if rows != risk.num_params:
+        raise ValueError(
+            f"directions: have {rows} entries, the risk has {risk.num_params} "
+            "parameters."
+        )
+    return directions
+
+
+def _known_factor(pairs: Eigenpairs, risk: EmpiricalRisk) -> Any:
+    """The factor that the pairs come from, if it is the exact one of this risk."""
+    factor = pairs.operator.factor if isinstance(pairs, GramEigenpairs) else None
+    exact = isinstance(factor, GGNFactor) and not factor.mc_samples
+    return factor if exact and factor.risk is risk else None

@@ -1,0 +1,105 @@
+"""Newton steps in the span of some directions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from vivit_linop.analysis.directional import (
+    as_directions,
+    directional_derivatives,
+)
+from vivit_linop.curvature.ggn import GGNFactor
+from vivit_linop.linalg.eigenpairs import Eigenpairs, GramEigenpairs
+from vivit_linop.risk.empirical import EmpiricalRisk
+
+Damping = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+def damped_newton_step(
+    risk: EmpiricalRisk,
+    directions: Eigenpairs | Tensor,
+    damping: float | Damping,
+    curvature_risk: EmpiricalRisk | None = None,
+) -> Tensor:
+    """Return the damped Newton step in the span of some directions, ``[D]``.
+
+    s = Σ_k −γ̄_k / (λ̄_k + δ_k) e_k, with γ̄ and λ̄ the means (for ``"sum"``: sums) of
+    :func:`directional_derivatives` over the samples. The step stays in the span of the
+    directions; the full-space step ``-(G + delta * I).inv() @ g`` also moves by −g/δ
+    outside of it.
+
+    Args:
+        risk: Whose gradient the step is for.
+        directions: Eigenpairs, or orthonormal columns ``[D, K]``.
+        damping: δ, one number for all directions, or a function
+            ``(evals, gram_evecs, gammas, lambdas) -> [K]`` of the eigenvalues ``[K]``,
+            the eigenvectors of the Gram matrix ``[N·R, K]``, and γ and λ.
+        curvature_risk: Whose curvature is used; by default ``risk``.
+
+    Returns:
+        The step as a vector; ``risk.unflatten(step)`` has the parameters' shapes.
+
+    Raises:
+        TypeError: If ``damping`` is neither, or a function is given without eigenpairs
+            of a low-rank operator.
+        ValueError: If a damped curvature is not positive, or what the function returns
+            does not have shape ``[K]``.
+
+    Example:
+        >>> import torch, vivit_linop as vl
+        >>> from torch import nn
+        >>> data = (torch.rand(6, 3), torch.rand(6, 1))
+        >>> risk = vl.EmpiricalRisk(nn.Linear(3, 1), nn.MSELoss(), data)
+        >>> step = vl.damped_newton_step(risk, vl.GGN(risk).eigh(k=2), damping=0.1)
+        >>> step.shape
+        torch.Size([4])
+    """
+    curvature_risk = risk if curvature_risk is None else curvature_risk
+    pairs = as_directions(risk, directions)
+    gammas, lambdas = directional_derivatives(risk, pairs, curvature_risk)
+    slope = gammas.sum(0) * risk.reduction_factor
+    curvature = lambdas.sum(0) * curvature_risk.reduction_factor
+    damped = curvature + _dampings(damping, directions, curvature_risk, gammas, lambdas)
+    if not (damped > 0).all():
+        worst = int(damped.argmin())
+        raise ValueError(
+            f"damping: along direction {worst} curvature + damping is "
+            f"{damped[worst]:.3g}, which must be positive. Use a larger damping."
+        )
+    return pairs.combine(-slope / damped)
+
+
+def _dampings(
+    damping: float | Damping,
+    directions: Eigenpairs | Tensor,
+    curvature_risk: EmpiricalRisk,
+    gammas: Tensor,
+    lambdas: Tensor,
+) -> Tensor | float:
+    if not callable(damping):
+        if isinstance(damping, bool) or not isinstance(damping, (int, float)):
+            raise TypeError(f"damping: a number or a function, got {damping!r}.")
+        return float(damping)
+    if not isinstance(directions, Eigenpairs):
+        raise TypeError(
+            "damping: a function is given eigenvalues, so directions must be what eigh "
+            "returned, not a tensor."
+        )
+    evals = directions.eigenvalues
+    if isinstance(directions, GramEigenpairs):
+        gram_evecs = directions.gram_eigenvectors
+    else:
+        components = directions.components(GGNFactor(curvature_risk))
+        gram_evecs = components / components.norm(dim=0).clamp(
+            min=torch.finfo(components.dtype).tiny
+        )
+    result = torch.as_tensor(damping(evals, gram_evecs, gammas, lambdas)).to(evals)
+    if result.shape != evals.shape:
+        raise ValueError(
+            f"damping: the function must return [{len(evals)}], it returned "
+            f"{list(result.shape)}."
+        )
+    return result

@@ -1,0 +1,18 @@
+"""Curvature: operators made of a model, a loss and data."""
+
+from vivit_linop.curvature import columns, rules  # noqa: F401  (register)
+from vivit_linop.curvature.fisher import EmpiricalFisher, PerSampleGradients
+from vivit_linop.curvature.ggn import GGN, GGNFactor
+from vivit_linop.curvature.hessian import Hessian
+from vivit_linop.curvature.jacobian import Jacobian
+from vivit_linop.curvature.output_space import LossHessian
+
+__all__ = [
+    "GGN",
+    "EmpiricalFisher",
+    "GGNFactor",
+    "Hessian",
+    "Jacobian",
+    "LossHessian",
+    "PerSampleGradients",
+]

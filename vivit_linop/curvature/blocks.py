@@ -1,0 +1,156 @@
+"""Diagonal blocks of a GGN: its restriction to groups of parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vivit_linop.curvature.columns import gram_over_groups
+from vivit_linop.curvature.jacobian import Pullback
+from vivit_linop.operators import verbs
+from vivit_linop.operators.base import TorchLinearOperator
+from vivit_linop.operators.kronecker import BlockDiagonal
+from vivit_linop.operators.lowrank import LowRank
+from vivit_linop.risk.empirical import EmpiricalRisk
+
+ParameterBlocks = str | Iterable[Any]
+
+
+class Partition:
+    """A pullback whose rows are cut into groups of parameters.
+
+    Args:
+        factor: Jᵀ B.
+        groups: Names of parameters, each in one group.
+    """
+
+    def __init__(self, factor: Pullback, groups: Sequence[Sequence[str]]) -> None:
+        self.factor, self.groups = factor, groups
+        risk = factor.risk
+        places = dict(
+            zip(
+                risk.params,
+                torch.arange(risk.num_params).split(risk.sizes),
+                strict=True,
+            )
+        )
+        self.indices = [
+            torch.cat([places[name] for name in group]).to(risk.device)
+            for group in groups
+        ]
+
+    @cached_property
+    def grams(self) -> list[Tensor]:
+        """The Gram matrices of all groups."""
+        return gram_over_groups(self.factor, self.factor, self.groups)
+
+
+class FactorRows(TorchLinearOperator):
+    """The rows of a pullback that belong to one group of parameters, ``[d, N·R]``.
+
+    Args:
+        partition: The pullback and the groups.
+        group: The number of the group.
+    """
+
+    def __init__(self, partition: Partition, group: int) -> None:
+        self.partition, self.group = partition, group
+        self._index = partition.indices[group]
+        factor = partition.factor
+        super().__init__(
+            (len(self._index), factor.shape[1]), factor._own_dtype, factor._own_device
+        )
+
+    def _multiply(self, X: Tensor) -> Tensor:
+        return self.partition.factor.apply(X)[self._index]
+
+    def _multiply_adjoint(self, X: Tensor) -> Tensor:
+        return self.partition.factor.T.apply(self._padded(X))
+
+    def _padded(self, X: Tensor) -> Tensor:
+        padded = X.new_zeros(self.partition.factor.shape[0], X.shape[1])
+        padded[self._index] = X
+        return padded
+
+
+@verbs.gram_matrix.register
+def _(left: FactorRows, right: TorchLinearOperator) -> Tensor:
+    if left is not right:
+        return left.T.apply(verbs.to_dense(right))
+    return left.partition.grams[left.group]
+
+
+@verbs.outer_product.register
+def _(factor: FactorRows, X: Tensor) -> Tensor:
+    padded = verbs.outer_product(factor.partition.factor, factor._padded(X))
+    return padded[factor._index]
+
+
+@verbs.row_norms_squared.register
+def _(op: FactorRows) -> Tensor:
+    return verbs.row_norms_squared(op.partition.factor)[op._index]
+
+
+def block_diagonal(op: LowRank, blocks: ParameterBlocks) -> BlockDiagonal:
+    """Return the block-diagonal of c V Vᵀ for a pullback V over groups of parameters."""
+    factor = op.factor
+    assert isinstance(factor, Pullback)
+    partition = Partition(factor, parameter_groups(factor.risk, blocks))
+    return BlockDiagonal(
+        [
+            LowRank(FactorRows(partition, group), op.scale)
+            for group in range(len(partition.groups))
+        ],
+        partition.indices,
+    )
+
+
+def parameter_groups(risk: EmpiricalRisk, blocks: ParameterBlocks) -> list[list[str]]:
+    """Turn a description of blocks into names of parameters.
+
+    Raises:
+        ValueError: If a parameter is missing, foreign or listed twice.
+    """
+    names = list(risk.params)
+    if isinstance(blocks, str):
+        if blocks == "parameter":
+            return [[name] for name in names]
+        if blocks == "module":
+            modules: dict[str, list[str]] = {}
+            for name in names:
+                modules.setdefault(name.rpartition(".")[0], []).append(name)
+            return list(modules.values())
+        raise ValueError(
+            f"blocks: 'parameter', 'module' or groups of parameters, got {blocks!r}."
+        )
+    by_identity = {id(owner): name for name, owner in risk.model.owners.items()}
+    groups = []
+    for position, block in enumerate(blocks):
+        if isinstance(block, Mapping):
+            if "params" not in block:
+                raise ValueError(f"blocks[{position}]: a group needs the key 'params'.")
+            block = block["params"]
+        members = [block] if isinstance(block, (Tensor, str)) else list(block)
+        group = [
+            m if isinstance(m, str) else by_identity.get(id(m), "") for m in members
+        ]
+        foreign = [at for at, name in enumerate(group) if name not in risk.params]
+        if foreign or not group:
+            what = f"entry {foreign[0]} is not a parameter" if foreign else "is empty"
+            raise ValueError(f"blocks[{position}]: {what} of the risk.")
+        groups.append(group)
+    listed = [name for group in groups for name in group]
+    twice = sorted({name for name in listed if listed.count(name) > 1})
+    missing = [name for name in names if name not in listed]
+    if twice:
+        raise ValueError(f"blocks: {twice[0]!r} is listed twice.")
+    if missing:
+        raise ValueError(
+            f"blocks: {missing[0]!r} is in no block. Add it, or leave it out of the "
+            "risk with params=."
+        )
+    return groups

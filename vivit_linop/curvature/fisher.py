@@ -1,0 +1,72 @@
+"""Per-sample gradients and the empirical Fisher matrix."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vivit_linop.curvature.jacobian import Jacobian, Pullback
+from vivit_linop.curvature.output_space import LossGradient
+from vivit_linop.operators.lowrank import LowRank
+from vivit_linop.risk.empirical import EmpiricalRisk, as_risk
+
+
+class PerSampleGradients(Pullback):
+    """U: the gradients of the samples' losses as columns, ``[D, N]``.
+
+    Column n is ∇ℓ_n, without r: the gradient of the risk is r U 1.
+
+    Args:
+        risk: An :class:`EmpiricalRisk`, or a model, followed by ``loss``, ``data`` and
+            ``params`` as for :class:`EmpiricalRisk`.
+
+    Example:
+        >>> import torch, vivit_linop as vl
+        >>> from torch import nn
+        >>> data = (torch.rand(4, 3), torch.rand(4, 1))
+        >>> risk = vl.EmpiricalRisk(nn.Linear(3, 1), nn.MSELoss(), data)
+        >>> U = vl.PerSampleGradients(risk)
+        >>> torch.allclose(U @ torch.ones(4) / 4, risk.gradient())
+        True
+    """
+
+    def __init__(
+        self,
+        risk: EmpiricalRisk | Any,
+        loss: Any = None,
+        data: Any = None,
+        params: Any | None = None,
+    ) -> None:
+        risk = as_risk(risk, loss, data, params)
+        super().__init__(Jacobian(risk), LossGradient(risk))
+
+
+class EmpiricalFisher(LowRank):
+    """F = r U Uᵀ = r Σ_n ∇ℓ_n ∇ℓ_nᵀ: the empirical Fisher matrix, ``[D, D]``.
+
+    Args:
+        risk: An :class:`EmpiricalRisk`, or a model, followed by ``loss``, ``data`` and
+            ``params`` as for :class:`EmpiricalRisk`.
+
+    Attributes:
+        factor: U, a :class:`PerSampleGradients`.
+        scale: r.
+
+    Example:
+        >>> import torch, vivit_linop as vl
+        >>> from torch import nn
+        >>> data = (torch.rand(4, 3), torch.rand(4, 1))
+        >>> vl.EmpiricalFisher(nn.Linear(3, 1), nn.MSELoss(), data).eigvalsh().shape
+        torch.Size([4])
+    """
+
+    factor: PerSampleGradients
+
+    def __init__(
+        self,
+        risk: EmpiricalRisk | Any,
+        loss: Any = None,
+        data: Any = None,
+        params: Any | None = None,
+    ) -> None:
+        risk = as_risk(risk, loss, data, params)
+        super().__init__(PerSampleGradients(risk), risk.reduction_factor)

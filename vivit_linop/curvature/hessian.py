@@ -1,0 +1,95 @@
+"""The Hessian of the empirical risk."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vivit_linop.operators.base import TorchLinearOperator
+from vivit_linop.risk.empirical import EmpiricalRisk, as_risk
+from vivit_linop.risk.model import as_guest
+
+
+class Hessian(TorchLinearOperator):
+    """The Hessian ∇²L(θ), ``[D, D]``; symmetric, in general indefinite.
+
+    A product is the derivative of the gradient along a vector (Pearlmutter 1994): one
+    backward pass through the graph of the gradient, which is kept for the first batch
+    and made anew for the others.
+
+    Args:
+        risk: An :class:`EmpiricalRisk`, or a model, followed by ``loss``, ``data`` and
+            ``params`` as for :class:`EmpiricalRisk`.
+
+    Example:
+        >>> import torch, vivit_linop as vl
+        >>> from torch import nn
+        >>> data = (torch.rand(4, 3), torch.rand(4, 1))
+        >>> risk = vl.EmpiricalRisk(nn.Linear(3, 1), nn.MSELoss(), data)
+        >>> x = torch.ones(4)  # for a linear model the GGN is the Hessian
+        >>> torch.allclose(vl.Hessian(risk) @ x, vl.GGN(risk) @ x, atol=1e-5)
+        True
+    """
+
+    self_adjoint = True
+
+    def __init__(
+        self,
+        risk: EmpiricalRisk | Any,
+        loss: Any = None,
+        data: Any = None,
+        params: Any | None = None,
+    ) -> None:
+        self.risk = as_risk(risk, loss, data, params)
+        D = self.risk.num_params
+        super().__init__((D, D), self.risk.dtype, self.risk.device)
+        self._kept: list[Tensor | None] | None = None
+
+    def _gradient(self, X: Any, y: Tensor) -> list[Tensor | None]:
+        """The gradient on a batch, with its graph."""
+        risk = self.risk
+        total = risk.loss.total(risk.model(risk.params, X), y) * risk.scale
+        return list(
+            torch.autograd.grad(
+                total, list(risk.params.values()), create_graph=True, allow_unused=True
+            )
+        )
+
+    def _multiply(self, X: Tensor) -> Tensor:
+        result = torch.zeros_like(X)
+        single = len(self.risk.batch_sizes) == 1
+        with as_guest(self.risk.device):
+            if single and self._kept is not None:
+                return self._differentiate(self._kept, X)
+            for inputs, targets in self.risk.batches():
+                gradient = self._gradient(inputs, targets)
+                if single:
+                    self._kept = gradient
+                result += self._differentiate(gradient, X)
+        return result
+
+    def _differentiate(self, gradient: list[Tensor | None], X: Tensor) -> Tensor:
+        risk = self.risk
+        columns = [
+            risk.flatten(
+                torch.autograd.grad(
+                    [g for g in gradient if _has_graph(g)],
+                    list(risk.params.values()),
+                    [
+                        part
+                        for part, g in zip(risk.unflatten(x), gradient, strict=True)
+                        if _has_graph(g)
+                    ],
+                    retain_graph=True,
+                    allow_unused=True,
+                )
+            )
+            for x in X.unbind(1)
+        ]
+        return torch.stack(columns, dim=1)
+
+
+def _has_graph(gradient: Tensor | None) -> bool:
+    return gradient is not None and gradient.requires_grad

@@ -1,0 +1,138 @@
+"""The Jacobian, and operators pulled back through it: Jᵀ B with B in output space."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from vivit_linop.curvature.output_space import OutputOperator
+from vivit_linop.operators import verbs
+from vivit_linop.operators.base import TorchLinearOperator
+from vivit_linop.operators.lowrank import Gram
+from vivit_linop.risk.empirical import EmpiricalRisk, as_risk
+
+
+class Jacobian(TorchLinearOperator):
+    """J: the Jacobian of all outputs in the parameters, ``[N·C, D]``.
+
+    Rows are sample-major (n·C + c). Products run on a linearisation of the net that is
+    made at the first product and kept (see ``memory`` of :class:`EmpiricalRisk`): a
+    product with J or with J.T is then one pass over the data and costs about 2/3 of a
+    gradient.
+
+    Args:
+        risk: An :class:`EmpiricalRisk`, or a model, followed by ``loss``, ``data`` and
+            ``params`` as for :class:`EmpiricalRisk`.
+
+    Example:
+        >>> import torch, vivit_linop as vl
+        >>> from torch import nn
+        >>> data = (torch.rand(4, 3), torch.rand(4, 2))
+        >>> J = vl.Jacobian(nn.Linear(3, 2), nn.MSELoss(), data)
+        >>> J.shape, (J @ J.T).shape  # the latter is the empirical NTK
+        ((8, 8), (8, 8))
+    """
+
+    def __init__(
+        self,
+        risk: EmpiricalRisk | Any,
+        loss: Any = None,
+        data: Any = None,
+        params: Any | None = None,
+    ) -> None:
+        self.risk = as_risk(risk, loss, data, params)
+        rows = self.risk.num_samples * self.risk.num_outputs
+        super().__init__(
+            (rows, self.risk.num_params), self.risk.dtype, self.risk.device
+        )
+
+    @cached_property
+    def pullback(self) -> Pullback:
+        """Jᵀ."""
+        return Pullback(self, None)
+
+    def _multiply(self, X: Tensor) -> Tensor:
+        return torch.cat([batch.jvp(X) for batch in self.risk.linearizations()])
+
+    def _multiply_adjoint(self, X: Tensor) -> Tensor:
+        return self.pullback._multiply(X)
+
+
+class Pullback(TorchLinearOperator):
+    """Jᵀ B for an operator B in output space (or Jᵀ itself), ``[D, N·R]``.
+
+    Args:
+        jacobian: J.
+        blocks: B, or None for the identity.
+
+    Attributes:
+        jacobian: J.
+        blocks: B or None.
+        risk: The risk of J.
+        width: R, the number of columns a sample; column n·R + r belongs to sample n.
+    """
+
+    def __init__(self, jacobian: Jacobian, blocks: OutputOperator | None) -> None:
+        self.jacobian, self.blocks, self.risk = jacobian, blocks, jacobian.risk
+        self.width = self.risk.num_outputs if blocks is None else blocks.width
+        super().__init__(
+            (self.risk.num_params, self.risk.num_samples * self.width),
+            self.risk.dtype,
+            self.risk.device,
+        )
+
+    @classmethod
+    def through(cls, jacobian: Jacobian, blocks: OutputOperator) -> Self:
+        """Return Jᵀ B as a node of this class."""
+        node = cls.__new__(cls)
+        Pullback.__init__(node, jacobian, blocks)
+        return node
+
+    @cached_property
+    def gram(self) -> Gram:
+        """The Gram operator of the columns; its matrix is computed once and kept."""
+        return Gram(self, self)
+
+    def cotangents(self, batch: int) -> Tensor:
+        """What each column pulls back, ``[n, C, R]``."""
+        if self.blocks is not None:
+            return self.blocks.dense_batch(batch)
+        n, width = self.risk.batch_sizes[batch], self.width
+        unit = torch.eye(width, dtype=self.torch_dtype, device=self.device)
+        return unit.expand(n, -1, -1)
+
+    def _multiply(self, X: Tensor) -> Tensor:
+        result = X.new_zeros(self.shape[0], X.shape[1])
+        parts = X.split([n * self.width for n in self.risk.batch_sizes])
+        for batch, (part, linearization) in enumerate(
+            zip(parts, self.risk.linearizations(), strict=True)
+        ):
+            if self.blocks is not None:
+                part = self.blocks.apply_batch(batch, part)
+            result += linearization.vjp(part)
+        return result
+
+    def _multiply_adjoint(self, X: Tensor) -> Tensor:
+        parts = []
+        for batch, linearization in enumerate(self.risk.linearizations()):
+            part = linearization.jvp(X)
+            if self.blocks is not None:
+                part = self.blocks.apply_adjoint_batch(batch, part)
+            parts.append(part)
+        return torch.cat(parts)
+
+
+@verbs.outer_product.register
+def _(factor: Pullback, X: Tensor) -> Tensor:
+    """Batch by batch, so that each linearisation is needed once."""
+    outer = None if factor.blocks is None else factor.blocks.outer()
+    result = torch.zeros_like(X)
+    for batch, linearization in enumerate(factor.risk.linearizations()):
+        part = linearization.jvp(X)
+        if outer is not None:
+            part = outer.apply_batch(batch, part)
+        result += linearization.vjp(part)
+    return result

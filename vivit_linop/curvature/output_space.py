@@ -1,0 +1,289 @@
+"""Operators in output space: block-diagonal over samples, one block a sample.
+
+Rows are outputs, sample-major: entry n·C + c is output c of sample n, with a sample's
+outputs flattened. These operators know the outputs of the net, not the net.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vivit_linop.operators.base import TorchLinearOperator
+from vivit_linop.risk.empirical import EmpiricalRisk, as_risk
+from vivit_linop.risk.losses import AutogradLoss
+
+
+class OutputOperator(TorchLinearOperator):
+    """A block-diagonal operator with a block ``[C, R]`` for each sample.
+
+    Args:
+        risk: What the samples and outputs are.
+        width: R, the columns of each block.
+    """
+
+    def __init__(self, risk: EmpiricalRisk, width: int) -> None:
+        self.risk, self.width = risk, width
+        samples = risk.num_samples
+        super().__init__(
+            (samples * risk.num_outputs, samples * width), risk.dtype, risk.device
+        )
+
+    @abstractmethod
+    def apply_batch(self, batch: int, X: Tensor) -> Tensor:
+        """Multiply the blocks of one batch, ``[n R, K] -> [n C, K]``."""
+
+    @abstractmethod
+    def apply_adjoint_batch(self, batch: int, X: Tensor) -> Tensor:
+        """Multiply their adjoints, ``[n C, K] -> [n R, K]``."""
+
+    @abstractmethod
+    def dense_batch(self, batch: int) -> Tensor:
+        """The blocks of one batch, ``[n, C, R]``."""
+
+    def split(self, X: Tensor, width: int) -> list[Tensor]:
+        """Cut rows into batches, with ``width`` rows a sample."""
+        return list(X.split([n * width for n in self.risk.batch_sizes]))
+
+    def _multiply(self, X: Tensor) -> Tensor:
+        parts = enumerate(self.split(X, self.width))
+        return torch.cat([self.apply_batch(batch, part) for batch, part in parts])
+
+    def _multiply_adjoint(self, X: Tensor) -> Tensor:
+        parts = enumerate(self.split(X, self.risk.num_outputs))
+        return torch.cat(
+            [self.apply_adjoint_batch(batch, part) for batch, part in parts]
+        )
+
+    def outer(self) -> OutputOperator:
+        """The operator times its adjoint."""
+        return Outer(self)
+
+
+class LossHessian(OutputOperator):
+    """H: r times the Hessian of the losses in output space, ``[N·C, N·C]``.
+
+    Products are in closed form for the losses that have one; the blocks are not
+    formed.
+
+    Args:
+        risk: An :class:`EmpiricalRisk`, or a model, followed by ``loss``, ``data`` and
+            ``params`` as for :class:`EmpiricalRisk`.
+
+    Example:
+        >>> import torch, vivit_linop as vl
+        >>> from torch import nn
+        >>> data = (torch.rand(4, 3), torch.rand(4, 2))
+        >>> H = vl.LossHessian(nn.Linear(3, 2), nn.MSELoss(), data)
+        >>> H.diagonal()  # 2 / (N C)
+        tensor([0.2500, 0.2500, 0.2500, 0.2500, 0.2500, 0.2500, 0.2500, 0.2500])
+    """
+
+    self_adjoint = True
+
+    def __init__(
+        self,
+        risk: EmpiricalRisk | Any,
+        loss: Any = None,
+        data: Any = None,
+        params: Any | None = None,
+    ) -> None:
+        risk = as_risk(risk, loss, data, params)
+        super().__init__(risk, risk.num_outputs)
+
+    def apply_batch(self, batch: int, X: Tensor) -> Tensor:
+        """In closed form, or by the loss's own derivatives."""
+        risk = self.risk
+        output, target = risk.outputs[batch], risk.targets()[batch]
+        channels = risk.loss.channels(output).shape
+        product = risk.loss.hessian_product(
+            output, target, X.reshape(*channels, X.shape[1])
+        )
+        return risk.scale * product.reshape(X.shape)
+
+    def apply_adjoint_batch(self, batch: int, X: Tensor) -> Tensor:
+        """The same: Hessians are symmetric."""
+        return self.apply_batch(batch, X)
+
+    def dense_batch(self, batch: int) -> Tensor:
+        """By products with the columns of the identity."""
+        n, width = self.risk.batch_sizes[batch], self.width
+        unit = torch.eye(width, dtype=self.torch_dtype, device=self.device)
+        return self.apply_batch(batch, unit.repeat(n, 1)).reshape(n, width, width)
+
+    def sqrt(
+        self, mc_samples: int = 0, generator: torch.Generator | None = None
+    ) -> LossHessianSqrt:
+        """Return S with H = S Sᵀ, ``[N·C, N·R]``.
+
+        Args:
+            mc_samples: 0 for the exact square root; else the number M of sampled
+                columns a sample, and S Sᵀ is H in expectation only.
+            generator: For reproducible samples; by default torch's global one, which
+                then advances. The samples are drawn here, once.
+
+        Raises:
+            ValueError: If ``mc_samples`` is negative or the loss has no likelihood to
+                sample from; if the loss is not convex at some sample.
+        """
+        return LossHessianSqrt(self, mc_samples, generator).check_convex()
+
+
+class FactoredOutputOperator(OutputOperator):
+    """An operator in output space whose blocks are given as tensors.
+
+    The blocks of a batch are ``[n, c, s, P]``: for each of P positions that the loss
+    does not couple, a matrix of c output channels and s columns. As matrices they have
+    C = c·P rows and R = s·P columns.
+    """
+
+    def blocks(self, batch: int) -> Tensor:
+        """The blocks of one batch, ``[n, c, s, P]``."""
+        raise NotImplementedError
+
+    def apply_batch(self, batch: int, X: Tensor) -> Tensor:
+        """Multiply position by position."""
+        F = self.blocks(batch)
+        n, _, s, positions = F.shape
+        product = torch.einsum(
+            "ncsp,nspk->ncpk", F, X.reshape(n, s, positions, X.shape[1])
+        )
+        return product.reshape(-1, X.shape[1])
+
+    def apply_adjoint_batch(self, batch: int, X: Tensor) -> Tensor:
+        """Multiply position by position."""
+        F = self.blocks(batch)
+        n, c, _, positions = F.shape
+        product = torch.einsum(
+            "ncsp,ncpk->nspk", F, X.reshape(n, c, positions, X.shape[1])
+        )
+        return product.reshape(-1, X.shape[1])
+
+    def dense_batch(self, batch: int) -> Tensor:
+        """Put the positions on the diagonal."""
+        F = self.blocks(batch)
+        n, c, s, positions = F.shape
+        unit = torch.eye(positions, dtype=F.dtype, device=F.device)
+        dense = torch.einsum("ncsp,pq->ncpsq", F, unit)
+        return dense.reshape(n, c * positions, s * positions)
+
+
+class LossHessianSqrt(FactoredOutputOperator):
+    """S with H = S Sᵀ, exact or sampled, ``[N·C, N·R]``; made by ``H.sqrt()``.
+
+    Exact, R is C − 1 for cross-entropy (Tanabe & Sagae 1992) and C otherwise; sampled,
+    it is ``mc_samples``.
+
+    Args:
+        hessian: H.
+        mc_samples: 0 for exact.
+        generator: For the samples.
+
+    Attributes:
+        hessian: H.
+        mc_samples: 0 if exact.
+    """
+
+    def __init__(
+        self,
+        hessian: LossHessian,
+        mc_samples: int = 0,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        if isinstance(mc_samples, bool) or not isinstance(mc_samples, int):
+            raise TypeError(f"mc_samples: an integer, got {mc_samples!r}.")
+        if mc_samples < 0:
+            raise ValueError(
+                f"mc_samples: 0 for exact, or how many to draw, got {mc_samples}."
+            )
+        self.hessian, self.mc_samples = hessian, mc_samples
+        risk = hessian.risk
+        root_scale = risk.scale**0.5
+        self._blocks: dict[int, Tensor] = {}
+        if mc_samples:
+            for batch, (output, target) in enumerate(
+                zip(risk.outputs, risk.targets(), strict=True)
+            ):
+                drawn = risk.loss.sample(output, target, mc_samples, generator)
+                self._blocks[batch] = root_scale * drawn
+            width = mc_samples
+        else:
+            first = risk.outputs[0]
+            width = risk.loss.sqrt_width(first) * risk.loss.channels(first).shape[2]
+        super().__init__(risk, width)
+
+    def blocks(self, batch: int) -> Tensor:
+        """Computed when first asked for, and kept."""
+        if batch not in self._blocks:
+            risk = self.risk
+            root = risk.loss.sqrt(risk.outputs[batch], risk.targets()[batch])
+            self._blocks[batch] = risk.scale**0.5 * root
+        return self._blocks[batch]
+
+    def check_convex(self) -> LossHessianSqrt:
+        """Form the blocks now if that can fail; returns itself."""
+        if not self.mc_samples and isinstance(self.risk.loss, AutogradLoss):
+            for batch in range(len(self.risk.batch_sizes)):
+                self.blocks(batch)
+        return self
+
+    def outer(self) -> OutputOperator:
+        """H itself where S is exact: its products need no square root."""
+        return super().outer() if self.mc_samples else self.hessian
+
+
+class LossGradient(FactoredOutputOperator):
+    """The gradients ∇_f ℓ_n as the columns of a block-diagonal operator, ``[N·C, N]``.
+
+    Without r, as :class:`vivit_linop.PerSampleGradients`.
+
+    Args:
+        risk: The risk.
+    """
+
+    def __init__(self, risk: EmpiricalRisk) -> None:
+        super().__init__(risk, 1)
+
+    @cached_property
+    def _blocks(self) -> list[Tensor]:
+        risk = self.risk
+        factor = risk.scale / risk.reduction_factor
+        return [
+            factor * risk.loss.gradient(output, target).reshape(len(output), -1, 1, 1)
+            for output, target in zip(risk.outputs, risk.targets(), strict=True)
+        ]
+
+    def blocks(self, batch: int) -> Tensor:
+        """The gradients, ``[n, C, 1, 1]``."""
+        return self._blocks[batch]
+
+
+class Outer(OutputOperator):
+    """An operator in output space times its adjoint.
+
+    Args:
+        root: The operator.
+    """
+
+    self_adjoint = True
+
+    def __init__(self, root: OutputOperator) -> None:
+        self.root = root
+        super().__init__(root.risk, root.risk.num_outputs)
+
+    def apply_batch(self, batch: int, X: Tensor) -> Tensor:
+        """Apply the adjoint, then the operator."""
+        return self.root.apply_batch(batch, self.root.apply_adjoint_batch(batch, X))
+
+    def apply_adjoint_batch(self, batch: int, X: Tensor) -> Tensor:
+        """The same."""
+        return self.apply_batch(batch, X)
+
+    def dense_batch(self, batch: int) -> Tensor:
+        """Multiply the dense blocks."""
+        dense = self.root.dense_batch(batch)
+        return dense @ dense.mT

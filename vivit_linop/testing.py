@@ -1,0 +1,295 @@
+"""A battery of checks for linear operators, for yours as for ours."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.sparse.linalg import aslinearoperator
+from torch import Tensor
+
+from vivit_linop.operators.base import NUMPY_DTYPES, TorchLinearOperator
+
+
+def check_operator(
+    op: TorchLinearOperator,
+    dense: Tensor | np.ndarray,
+    rtol: float | None = None,
+) -> None:
+    """Check that an operator is the given matrix, in every way that it can be used.
+
+    Checked are products from both sides with vectors and matrices, of torch and numpy,
+    also non-contiguous, read-only and reversed ones and those of another precision;
+    that inputs stay as they are and results do not share their memory; adjoints, the
+    scalings and sums of the algebra, mixed expressions with SciPy's operators,
+    gradients through products, ``to_dense``, and the errors for wrong shapes and
+    dtypes.
+
+    Args:
+        op: The operator.
+        dense: Its matrix, ``[m, n]``, computed in another way.
+        rtol: The error allowed in a product, relative to the norms of the matrix and
+            the vector. By default 1e-12 for float64 and 1e-5 for float32.
+
+    Raises:
+        AssertionError: With what was checked, and by how much it failed.
+
+    Example:
+        >>> import torch, vivit_linop as vl
+        >>> entries = torch.arange(3.0)
+        >>> vl.testing.check_operator(vl.Diagonal(entries), torch.diag(entries))
+    """
+    battery = _Battery(op, torch.as_tensor(dense), rtol)
+    for check in (
+        battery.attributes,
+        battery.products_with_tensors,
+        battery.products_with_arrays,
+        battery.unusual_arrays,
+        battery.adjoint,
+        battery.algebra,
+        battery.mixed_with_scipy,
+        battery.gradients,
+        battery.dense,
+        battery.errors,
+    ):
+        check()
+
+
+class _Battery:
+    def __init__(
+        self, op: TorchLinearOperator, dense: Tensor, rtol: float | None
+    ) -> None:
+        self.op = op
+        self.A = dense.detach().to(op.device, torch.float64)
+        self.dtype, self.np_dtype = op.torch_dtype, NUMPY_DTYPES[op.torch_dtype]
+        self.rtol = rtol or (1e-12 if self.dtype == torch.float64 else 1e-5)
+        self.generator = torch.Generator().manual_seed(0)
+
+    def draw(self, *shape: int) -> Tensor:
+        noise = torch.randn(shape, generator=self.generator, dtype=torch.float64)
+        return noise.to(self.op.device, self.dtype)
+
+    def compare(self, what: str, got: Any, A: Tensor, x: Tensor) -> None:
+        """Compare with A x, relative to ‖A‖ ‖x‖."""
+        expected = A @ x.to(torch.float64)
+        value = torch.as_tensor(got).to(expected)
+        _require(
+            value.shape == expected.shape,
+            f"{what}: shape {list(value.shape)}, expected {list(expected.shape)}",
+        )
+        # Without rows, columns or norm, only zero is right.
+        scale = A.norm() * x.to(torch.float64).norm()
+        error = (value - expected).norm()
+        _require(
+            bool(error <= self.rtol * scale),
+            f"{what}: relative error {error / scale:.2e} > {self.rtol:.0e}",
+        )
+
+    def attributes(self) -> None:
+        op = self.op
+        _require(tuple(op.shape) == tuple(self.A.shape), f"shape is {op.shape}")
+        _require(isinstance(op.dtype, np.dtype), "dtype is not a numpy dtype")
+        _require(op.dtype == self.np_dtype, "dtype and torch_dtype do not match")
+        _require(isinstance(op.device, torch.device), "device is no torch.device")
+
+    def products_with_tensors(self) -> None:
+        m, n = self.A.shape
+        for what, x in self._vectors_and_matrices(n):
+            copy = x.clone()
+            got = self.op @ x
+            _require(isinstance(got, Tensor), f"op @ {what} is {type(got).__name__}")
+            _require(got.dtype == self.dtype, f"op @ {what} has dtype {got.dtype}")
+            _require(got.device.type == self.op.device.type, f"op @ {what} moved")
+            self.compare(f"op @ torch {what}", got, self.A, x)
+            got += 1.0  # must not reach x
+            _require(torch.equal(x, copy), f"op @ {what} changed or aliased its input")
+        for what, x in self._vectors_and_matrices(m):
+            left = x if x.ndim == 1 else x.T
+            copy = left.clone()
+            got = left @ self.op
+            _require(isinstance(got, Tensor), f"{what} @ op is {type(got).__name__}")
+            self.compare(
+                f"torch {what} @ op", got.T if x.ndim == 2 else got, self.A.T, x
+            )
+            _require(torch.equal(left, copy), f"{what} @ op changed its input")
+        other = torch.float32 if self.dtype == torch.float64 else torch.float64
+        got = self.op @ torch.ones(n, dtype=other, device=self.op.device)
+        self.compare("op @ other precision", got, self.A, torch.ones(n).to(self.A))
+
+    def products_with_arrays(self) -> None:
+        m, n = self.A.shape
+        for what, x in self._vectors_and_matrices(n):
+            array = _array(x)
+            copy = array.copy()
+            got = self.op @ array
+            _require(isinstance(got, np.ndarray), f"op @ {what} is no array")
+            _require(got.dtype == self.np_dtype, f"op @ {what} has dtype {got.dtype}")
+            self.compare(f"op @ numpy {what}", got, self.A, x)
+            got += 1.0
+            _require(np.array_equal(array, copy), f"op @ {what} changed its input")
+        for what, x in self._vectors_and_matrices(m):
+            array = _array(x)
+            got = (array if x.ndim == 1 else array.T) @ self.op
+            _require(isinstance(got, np.ndarray), f"{what} @ op is no array")
+            self.compare(
+                f"numpy {what} @ op", got.T if x.ndim == 2 else got, self.A.T, x
+            )
+        x, y = self.draw(n), self.draw(m)
+        self.compare("matvec", self.op.matvec(_array(x)), self.A, x)
+        self.compare("rmatvec", self.op.rmatvec(_array(y)), self.A.T, y)
+        X, Y = self.draw(n, 2), self.draw(m, 2)
+        self.compare("matmat", self.op.matmat(_array(X)), self.A, X)
+        self.compare("rmatmat", self.op.rmatmat(_array(Y)), self.A.T, Y)
+
+    def unusual_arrays(self) -> None:
+        n = self.A.shape[1]
+        x = self.draw(n)
+        array = _array(x)
+        spread = np.zeros(2 * n, dtype=self.np_dtype)
+        spread[::2] = array
+        self.compare("op @ non-contiguous array", self.op @ spread[::2], self.A, x)
+        reverse = array[::-1].copy()[::-1]
+        self.compare("op @ negative strides", self.op @ reverse, self.A, x)
+        frozen = array.copy()
+        frozen.flags.writeable = False
+        self.compare("op @ read-only array", self.op @ frozen, self.A, x)
+        X = self.draw(n, 3)
+        fortran = np.asfortranarray(_array(X))
+        self.compare("op @ column-major array", self.op @ fortran, self.A, X)
+        self.compare("op @ transposed tensor", self.op @ X.T.contiguous().T, self.A, X)
+        self.compare("op @ list", self.op @ array.tolist(), self.A, x)
+        empty = self.op @ torch.zeros(n, 0, dtype=self.dtype, device=self.op.device)
+        _require(
+            tuple(empty.shape) == (self.A.shape[0], 0), "op @ zero columns has no shape"
+        )
+
+    def adjoint(self) -> None:
+        m, n = self.A.shape
+        x, y = self.draw(n), self.draw(m)
+        for name, adjoint in (("T", self.op.T), ("H", self.op.H)):
+            _require(tuple(adjoint.shape) == (n, m), f"op.{name} has the wrong shape")
+            self.compare(f"op.{name} @ y", adjoint @ y, self.A.T, y)
+            self.compare(f"op.{name} @ numpy y", adjoint @ _array(y), self.A.T, y)
+            self.compare(f"op.{name}.{name} @ x", getattr(adjoint, name) @ x, self.A, x)
+        left = (y @ (self.op @ x)).double()
+        right = ((self.op.T @ y) @ x).double()
+        scale = self.A.norm() * x.norm() * y.norm()
+        _require(
+            bool((left - right).abs() <= self.rtol * scale),
+            f"⟨y, A x⟩ = {left} and ⟨Aᵀ y, x⟩ = {right} differ",
+        )
+
+    def algebra(self) -> None:
+        x = self.draw(self.A.shape[1])
+        op, two = self.op, 2.0 * self.A
+        scaled: dict[str, Callable[[], Any]] = {
+            "2 * op": lambda: 2 * op,
+            "op * 2": lambda: op * 2,
+            "np.float32(2) * op": lambda: np.float32(2) * op,
+            "np.array(2.) * op": lambda: np.array(2.0) * op,
+            "torch.tensor(2.) * op": lambda: torch.tensor(2.0) * op,
+            "op * torch.tensor(2.)": lambda: op * torch.tensor(2.0),
+            "op / 0.5": lambda: op / 0.5,
+            "op + op": lambda: op + op,
+            "sum([op, op])": lambda: sum([op, op]),
+            "3 * op - op": lambda: 3 * op - op,
+            "-(-2 * op)": lambda: -(-2 * op),
+            "(2 * op.T).T": lambda: (2 * op.T).T,
+        }
+        for name, build in scaled.items():
+            result = build()
+            _require(
+                isinstance(result, TorchLinearOperator), f"{name} is {type(result)}"
+            )
+            self.compare(f"({name}) @ x", result @ x, two, x)
+            self.compare(f"({name}) @ numpy x", result @ _array(x), two, x)
+        product = self.op.T @ self.op
+        _require(
+            isinstance(product, TorchLinearOperator), f"op.T @ op is {type(product)}"
+        )
+        self.compare("(op.T @ op) @ x", product @ x, self.A.T @ self.A, x)
+
+    def mixed_with_scipy(self) -> None:
+        m, n = self.A.shape
+        x = self.draw(n)
+        array = _array(x)
+        B = self.draw(m, n).double()
+        other = aslinearoperator(_array(B.to(self.dtype)))
+        both = self.A + B
+        self.compare("(op + scipy) @ numpy", (self.op + other) @ array, both, x)
+        self.compare("(scipy + op) @ numpy", (other + self.op) @ array, both, x)
+        self.compare(
+            "(scipy.T @ op) @ numpy", (other.T @ self.op) @ array, B.T @ self.A, x
+        )
+        y = self.draw(m)
+        self.compare(
+            "(op @ scipy.T) @ numpy", (self.op @ other.T) @ _array(y), self.A @ B.T, y
+        )
+
+    def gradients(self) -> None:
+        m, n = self.A.shape
+        x, y = self.draw(n).requires_grad_(), self.draw(m)
+        product = self.op @ x
+        _require(product.requires_grad, "op @ x cuts the graph of x")
+        (gradient,) = torch.autograd.grad(product, x, y)
+        self.compare("the gradient through op @ x", gradient, self.A.T, y)
+
+    def dense(self) -> None:
+        got = self.op.to_dense()
+        _require(isinstance(got, Tensor), "to_dense returns no tensor")
+        unit = torch.eye(self.A.shape[1]).to(self.A)
+        self.compare("to_dense", got, self.A, unit)
+        if self.A.shape[0] == self.A.shape[1]:
+            diagonal = self.op.diagonal()
+            error = (diagonal.double() - self.A.diagonal()).norm()
+            scale = self.A.norm()
+            _require(bool(error <= self.rtol * scale), f"diagonal is off by {error}")
+            error = (self.op.trace().double() - self.A.trace()).abs()
+            # A sum of n entries that may cancel.
+            scale = self.A.diagonal().abs().sum() + self.A.norm()
+            _require(bool(error <= self.rtol * scale), f"trace is off by {error}")
+
+    def errors(self) -> None:
+        n = self.A.shape[1]
+        op, device = self.op, self.op.device
+        for what, x in (
+            ("a vector too long", torch.ones(n + 1, dtype=self.dtype, device=device)),
+            ("an array too long", np.ones(n + 1, dtype=self.np_dtype)),
+            ("three axes", torch.ones(n, 1, 1, dtype=self.dtype, device=device)),
+        ):
+            _raises((ValueError,), what, op, x)
+        for what, x in (
+            ("a complex tensor", torch.ones(n, dtype=torch.complex64, device=device)),
+            ("a complex array", np.ones(n, dtype=complex)),
+            ("an integer tensor", torch.ones(n, dtype=torch.long, device=device)),
+            ("an integer array", np.ones(n, dtype=int)),
+        ):
+            _raises((TypeError,), what, op, x)
+
+    def _vectors_and_matrices(self, size: int) -> list[tuple[str, Tensor]]:
+        return [
+            ("vector", self.draw(size)),
+            ("column", self.draw(size, 1)),
+            ("matrix", self.draw(size, 3)),
+        ]
+
+
+def _array(x: Tensor) -> np.ndarray:
+    return x.detach().cpu().numpy().copy()
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise AssertionError(message)
+
+
+def _raises(
+    errors: tuple[type[Exception], ...], what: str, op: TorchLinearOperator, x: Any
+) -> None:
+    try:
+        op @ x
+    except errors:
+        return
+    raise AssertionError(f"op @ {what} raises no {errors[0].__name__}")
