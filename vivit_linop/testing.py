@@ -63,7 +63,8 @@ class _Battery:
     ) -> None:
         self.op = op
         self.A = dense.detach().to(op.device, torch.float64)
-        self.dtype, self.np_dtype = op.torch_dtype, NUMPY_DTYPES[op.torch_dtype]
+        self.dtype = op.torch_dtype
+        self.np_dtype: Any = NUMPY_DTYPES[self.dtype]
         self.rtol = rtol or (1e-12 if self.dtype == torch.float64 else 1e-5)
         self.generator = torch.Generator().manual_seed(0)
 

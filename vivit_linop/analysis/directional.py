@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -102,8 +100,9 @@ def as_directions(risk: EmpiricalRisk, directions: Eigenpairs | Tensor) -> Eigen
     return directions
 
 
-def _known_factor(pairs: Eigenpairs, risk: EmpiricalRisk) -> Any:
+def _known_factor(pairs: Eigenpairs, risk: EmpiricalRisk) -> GGNFactor | None:
     """The factor that the pairs come from, if it is the exact one of this risk."""
     factor = pairs.operator.factor if isinstance(pairs, GramEigenpairs) else None
-    exact = isinstance(factor, GGNFactor) and not factor.mc_samples
-    return factor if exact and factor.risk is risk else None
+    if not isinstance(factor, GGNFactor) or factor.mc_samples:
+        return None
+    return factor if factor.risk is risk else None

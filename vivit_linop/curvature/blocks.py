@@ -96,7 +96,7 @@ def _(op: FactorRows) -> Tensor:
 
 
 def block_diagonal(op: LowRank, blocks: ParameterBlocks) -> BlockDiagonal:
-    """Return the block-diagonal of c V Vᵀ for a pullback V over groups of parameters."""
+    """Return the diagonal blocks of c V Vᵀ over groups of parameters."""
     factor = op.factor
     assert isinstance(factor, Pullback)
     partition = Partition(factor, parameter_groups(factor.risk, blocks))

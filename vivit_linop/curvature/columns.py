@@ -180,7 +180,7 @@ def _vectorised(
             ),
             X,
         )
-        _, pull_back = vjp(lambda params: outputs(params, sample), chosen)
+        pull_back = vjp(lambda params: outputs(params, sample), chosen)[1]
         (gradients,) = vmap(pull_back)(weight)
         return torch.cat([g.flatten(1) for g in gradients.values()], dim=1)
 

@@ -45,17 +45,20 @@ class Hessian(TorchLinearOperator):
         self.risk = as_risk(risk, loss, data, params)
         D = self.risk.num_params
         super().__init__((D, D), self.risk.dtype, self.risk.device)
-        self._kept: list[Tensor | None] | None = None
+        self._kept: list[Tensor] | None = None
 
-    def _gradient(self, X: Any, y: Tensor) -> list[Tensor | None]:
+    def _gradient(self, X: Any, y: Tensor) -> list[Tensor]:
         """The gradient on a batch, with its graph."""
         risk = self.risk
         total = risk.loss.total(risk.model(risk.params, X), y) * risk.scale
-        return list(
-            torch.autograd.grad(
-                total, list(risk.params.values()), create_graph=True, allow_unused=True
-            )
+        parameters = list(risk.params.values())
+        gradients = torch.autograd.grad(
+            total, parameters, create_graph=True, allow_unused=True
         )
+        return [
+            torch.zeros_like(p) if gradient is None else gradient
+            for gradient, p in zip(gradients, parameters, strict=True)
+        ]
 
     def _multiply(self, X: Tensor) -> Tensor:
         result = torch.zeros_like(X)
@@ -70,26 +73,22 @@ class Hessian(TorchLinearOperator):
                 result += self._differentiate(gradient, X)
         return result
 
-    def _differentiate(self, gradient: list[Tensor | None], X: Tensor) -> Tensor:
+    def _differentiate(self, gradient: list[Tensor], X: Tensor) -> Tensor:
+        """Differentiate the gradient along each column."""
         risk = self.risk
-        columns = [
-            risk.flatten(
-                torch.autograd.grad(
-                    [g for g in gradient if _has_graph(g)],
-                    list(risk.params.values()),
-                    [
-                        part
-                        for part, g in zip(risk.unflatten(x), gradient, strict=True)
-                        if _has_graph(g)
-                    ],
-                    retain_graph=True,
-                    allow_unused=True,
-                )
+        # The loss may be linear in some parameters.
+        curved = [index for index, g in enumerate(gradient) if g.requires_grad]
+        if not curved:
+            return torch.zeros_like(X)
+        columns = []
+        for x in X.unbind(1):
+            parts = risk.unflatten(x)
+            product = torch.autograd.grad(
+                [gradient[index] for index in curved],
+                list(risk.params.values()),
+                [parts[index] for index in curved],
+                retain_graph=True,
+                allow_unused=True,
             )
-            for x in X.unbind(1)
-        ]
+            columns.append(risk.flatten(product))
         return torch.stack(columns, dim=1)
-
-
-def _has_graph(gradient: Tensor | None) -> bool:
-    return gradient is not None and gradient.requires_grad

@@ -101,9 +101,9 @@ def _outer(A: Pullback, B: Pullback) -> Op:
         return NotImplemented
     if A.blocks is B.blocks:
         return GGN.of(A) if isinstance(A, GGNFactor) else LowRank(A)
-    blocks = {type(A.blocks): A.blocks, type(B.blocks): B.blocks}
-    if set(blocks) == {LossHessian, type(None)}:
-        root = LossHessianSqrt(blocks[LossHessian])
+    hessian = B.blocks if A.blocks is None else A.blocks
+    if isinstance(hessian, LossHessian) and None in (A.blocks, B.blocks):
+        root = LossHessianSqrt(hessian)
         return GGN.of(GGNFactor.through(A.jacobian, root))
     return NotImplemented
 

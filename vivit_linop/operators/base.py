@@ -31,7 +31,7 @@ NUMPY_DTYPES = {torch.float32: np.dtype("float32"), torch.float64: np.dtype("flo
 _DENSE_CHUNK = 256
 
 
-class TorchLinearOperator(LinearOperator):  # type: ignore[misc]
+class TorchLinearOperator(LinearOperator):
     """A SciPy ``LinearOperator`` that multiplies with torch kernels.
 
     Whatever SciPy does with a linear operator it does with this one: numpy arrays go
@@ -145,7 +145,7 @@ class TorchLinearOperator(LinearOperator):  # type: ignore[misc]
             )
         X = x.reshape(x.shape[0], -1) if x.ndim == 2 else x.unsqueeze(1)
         if X.requires_grad and torch.is_grad_enabled():
-            result: Tensor = _LinearMap.apply(X, self)  # type: ignore[no-untyped-call]
+            result: Tensor = _LinearMap.apply(X, self)
         else:
             result = self.apply(X.detach())
         return result if x.ndim == 2 else result.squeeze(1)

@@ -22,8 +22,8 @@ from vivit_linop.operators.structure import (
     Sum,
 )
 from vivit_linop.operators.verbs import (
-    adjoint,
     add,
+    adjoint,
     gram_matrix,
     matmul,
     outer_product,
@@ -144,7 +144,7 @@ def _(A: Diagonal, B: Diagonal) -> Op:
 
 @add.rule(LowRank, LowRank)
 def _(A: LowRank, B: LowRank) -> Op:
-    """a V Vᵀ + b V Vᵀ = (a + b) V Vᵀ for the same V."""
+    """A V Vᵀ + b V Vᵀ = (a + b) V Vᵀ for the same V."""
     return A.rescaled(A.scale + B.scale) if A.factor is B.factor else NotImplemented
 
 
@@ -218,7 +218,7 @@ def _(op: Diagonal, factor: float) -> Op:
 
 @scale.register
 def _(op: LowRank, factor: float) -> Op:
-    """a (c V Vᵀ) is low-rank as long as it is positive semi-definite."""
+    """A (c V Vᵀ) is low-rank as long as it is positive semi-definite."""
     return op.rescaled(factor * op.scale) if factor > 0.0 else Scaled(factor, op)
 
 

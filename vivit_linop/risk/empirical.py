@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import psutil
@@ -363,7 +363,8 @@ class EmpiricalRisk:
                 f"tensors: needs one for each of {len(self.params)} parameters, got "
                 f"{len(given)}."
             )
-        parts, columns = [], set()
+        parts: list[Tensor] = []
+        columns: set[int | None] = set()
         for tensor, (name, p) in zip(given, self.params.items(), strict=True):
             if tensor is None:
                 tensor = torch.zeros_like(p)

@@ -14,12 +14,15 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 from torch.func import linearize, vmap
 
 from vivit_linop.risk.model import Params, as_guest
+
+Result = TypeVar("Result")
 
 # What K columns of tangents may take together on the CPU. More would not be faster:
 # beyond the caches, columns one by one are as good.
@@ -219,7 +222,7 @@ class Linearization:
         return flat.unsqueeze(1) if one else flat.T
 
 
-def _saved_bytes(build: Callable[[], object]) -> tuple[int, object]:
+def _saved_bytes(build: Callable[[], Result]) -> tuple[int, Result]:
     """Run a function and count the bytes that autograd saves for its backward pass."""
     seen: dict[int, int] = {}
 

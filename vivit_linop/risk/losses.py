@@ -129,7 +129,7 @@ class SquaredError(OutputLoss):
 
 
 class BinaryCrossEntropy(OutputLoss):
-    """``nn.BCEWithLogitsLoss``: ℓ = −Σ_c w_c (q_c y_c log σ_c + (1 − y_c) log(1 − σ_c)).
+    """``nn.BCEWithLogitsLoss``: ℓ = −Σ w (q y log σ + (1 − y) log(1 − σ)).
 
     Args:
         reduction: ``"mean"`` or ``"sum"``.
@@ -185,10 +185,10 @@ class BinaryCrossEntropy(OutputLoss):
     def _coefficients(self, output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         """Return a and b of ℓ = −a log σ − b log(1 − σ)."""
         target = target.to(output)
-        w = 1.0 if self.loss_weight is None else _to(self.loss_weight, output)
-        q = 1.0 if self.pos_weight is None else _to(self.pos_weight, output)
         ones = torch.ones_like(output)
-        return w * q * target * ones, w * (1.0 - target) * ones
+        w, q = _to(self.loss_weight, output), _to(self.pos_weight, output)
+        w = ones if w is None else w * ones
+        return w * (ones if q is None else q) * target, w * (1.0 - target)
 
     def gradient(self, output: Tensor, target: Tensor) -> Tensor:
         """(a + b) σ − a."""
