@@ -12,13 +12,15 @@ u, along x.
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.func import linearize, vmap
+from torch.overrides import TorchFunctionMode
 
 from vivit_linop.risk.model import Params, as_guest
 
@@ -44,6 +46,7 @@ class Linearization:
 
     def __init__(self, function: Callable[[Params], Tensor], params: Params) -> None:
         self._function = function
+        self._tangent_map: Callable[[Params], Tensor] | None = None
         self._shapes = [p.shape for p in params.values()]
         self._sizes = [p.numel() for p in params.values()]
         self._names = list(params)
@@ -52,37 +55,44 @@ class Linearization:
         with as_guest(self.device):
             outputs = function(params)
             self.outputs = outputs.detach()
-            try:
-                self._trace(params)
-                self.method = "linearize"
-                if not self._agrees(outputs, params):
-                    self._reverse(function(params), params)
-            # Any failure of the tracer, of which there are many kinds, only means that
-            # the other way must be taken; an error of the model itself is seen there.
-            except Exception:
+            if not self._trace(
+                outputs, params, contextlib.nullcontext()
+            ) and not self._trace(outputs, params, OutOfPlace()):
                 self._reverse(function(params), params)
 
-    def _trace(self, params: Params) -> None:
+    def _trace(
+        self,
+        outputs: Tensor,
+        params: Params,
+        mode: contextlib.AbstractContextManager[object],
+    ) -> bool:
+        """Trace the tangent map; returns whether it turned out to be right."""
         theta = {name: p.detach() for name, p in params.items()}
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*get_attr Node.*")
-            warnings.filterwarnings("ignore", category=FutureWarning)
-            _, tangent_map = linearize(self._function, theta)
-        self._tangent_map: Callable[[Params], Tensor] | None = tangent_map
+        self.method = "linearize"
         self._tangents = [p.detach().clone().requires_grad_() for p in params.values()]
-        self.nbytes, image = _saved_bytes(lambda: self._image(tangent_map))
-        del image
-        self._linear_image = self._image(tangent_map)
+        try:
+            with warnings.catch_warnings(), mode:
+                warnings.filterwarnings("ignore", message=".*get_attr Node.*")
+                warnings.filterwarnings("ignore", category=FutureWarning)
+                _, self._tangent_map = linearize(self._function, theta)
+            self.nbytes, _ = _saved_bytes(self._image)
+            self._linear_image = self._image()
+            return self._agrees(outputs, params)
+        # Any failure of the tracer, of which there are many kinds, only means that
+        # another way must be taken; an error of the model itself was seen before.
+        except Exception:
+            return False
 
-    def _image(self, tangent_map: Callable[[Params], Tensor]) -> Tensor:
-        return tangent_map(dict(zip(self._names, self._tangents, strict=True)))
+    def _image(self) -> Tensor:
+        assert self._tangent_map is not None
+        return self._tangent_map(dict(zip(self._names, self._tangents, strict=True)))
 
     def _agrees(self, outputs: Tensor, params: Params) -> bool:
         """Whether the traced map is the Jacobian, and stays it when used.
 
-        ⟨u, J x⟩ by the trace equals ⟨Jᵀ u, x⟩ by an ordinary backward pass; and using
-        the trace does not change it (it would if the model worked in place on what the
-        trace keeps).
+        Jᵀ u by the trace must be what an ordinary backward pass gives, and ⟨u, J x⟩
+        must equal ⟨Jᵀ u, x⟩, also when asked again: what the trace keeps is changed by
+        its use if the model works in place.
         """
         generator = torch.Generator().manual_seed(0)
 
@@ -90,21 +100,28 @@ class Linearization:
             noise = torch.randn(like.shape, generator=generator, dtype=like.dtype)
             return noise.to(like.device)
 
-        u = draw(outputs)
-        x = [draw(p) for p in params.values()]
-        flat = torch.cat([part.reshape(-1) for part in x]).unsqueeze(1)
-        products = torch.stack([self.jvp(flat), self.jvp(flat)])
+        u, parameters = draw(outputs), list(params.values())
+        x = torch.cat([draw(p).reshape(-1) for p in parameters]).unsqueeze(1)
         backward = torch.autograd.grad(
-            outputs, list(params.values()), u, allow_unused=True
+            outputs, parameters, u, retain_graph=True, allow_unused=True
         )
-        expected = sum(
-            (g * v).sum() for g, v in zip(backward, x, strict=True) if g is not None
+        expected = torch.cat(
+            [
+                (torch.zeros_like(p) if g is None else g).reshape(-1)
+                for g, p in zip(backward, parameters, strict=True)
+            ]
         )
-        size = u.norm() * products[0].norm()
-        tolerance = 100 * torch.finfo(self._dtype).eps ** 0.75 * size
-        image = products.reshape(2, *outputs.shape)
-        errors = (image * u).flatten(1).sum(1) - expected
-        return bool((errors.abs() <= tolerance).all())
+        tolerance = 100 * torch.finfo(self._dtype).eps ** 0.75
+        for _ in range(2):
+            image = self.jvp(x).squeeze(1)
+            pulled_back = self.vjp(u.reshape(-1, 1)).squeeze(1)
+            slope = (image * u.reshape(-1)).sum() - (expected * x.squeeze(1)).sum()
+            if not (pulled_back - expected).norm() <= tolerance * expected.norm():
+                return False
+            size = image.norm() * u.norm() + expected.norm() * x.norm()
+            if not slope.abs() <= tolerance * size:
+                return False
+        return True
 
     def _reverse(self, outputs: Tensor, params: Params) -> None:
         """Keep the graph of u ↦ Jᵀ u, which is linear in u."""
@@ -220,6 +237,38 @@ class Linearization:
         ]
         flat = torch.cat(parts, dim=-1)
         return flat.unsqueeze(1) if one else flat.T
+
+
+class OutOfPlace(TorchFunctionMode):
+    """Runs activations and augmented assignments that work in place out of place.
+
+    A trace of a net with ``nn.ReLU(inplace=True)`` or ``x += y`` is then one that can
+    be used again.
+    """
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Call the function that returns a new tensor instead."""
+        kwargs = dict(kwargs or {})
+        if kwargs.get("inplace"):
+            kwargs["inplace"] = False
+        return _OUT_OF_PLACE.get(func, func)(*args, **kwargs)
+
+
+_OUT_OF_PLACE: dict[Callable[..., Any], Callable[..., Any]] = {
+    Tensor.__iadd__: torch.add,
+    Tensor.__isub__: torch.sub,
+    Tensor.__imul__: torch.mul,
+    Tensor.add_: torch.add,
+    Tensor.mul_: torch.mul,
+    Tensor.relu_: torch.relu,
+    torch.relu_: torch.relu,
+}
 
 
 def _saved_bytes(build: Callable[[], Result]) -> tuple[int, Result]:

@@ -1,0 +1,269 @@
+"""The layer structure of a net on one batch, and the columns it gives to parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Set
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from vivit_linop.capture.layers import LayerColumns, joined
+from vivit_linop.capture.recorder import Recorder, Use
+from vivit_linop.capture.uses import Layout, columns_of_use
+from vivit_linop.risk.data import take
+from vivit_linop.risk.empirical import EmpiricalRisk
+from vivit_linop.risk.model import as_guest
+
+# The structure is checked on this many samples of the first batch.
+_CHECK_SAMPLES = 4
+
+_LAYOUTS: dict[str, Layout] = {
+    "first": lambda tensor: tensor,
+    "second": lambda tensor: tensor.transpose(0, 1),
+}
+
+
+@dataclass
+class Structure:
+    """What a net does with its parameters, as far as it has been verified.
+
+    Attributes:
+        layouts: For each recorded use, where its samples are; None where unknown.
+        opaque: Parameters whose columns need a vector–Jacobian product by sample.
+        single: Whether it was found on one sample, where every axis is of that sample.
+    """
+
+    layouts: list[str | None]
+    opaque: set[str]
+    single: bool
+
+    def fits(self, capture: Capture) -> bool:
+        """Whether it is that of a capture, as far as can be seen from outside."""
+        same = len(self.layouts) == len(capture.uses)
+        return same and self.single == (capture.num_samples == 1)
+
+
+class Capture:
+    """The uses of the parameters in one forward pass, with their graph.
+
+    Args:
+        risk: The risk.
+        X: The input of n samples.
+        num_samples: n.
+
+    Attributes:
+        num_samples: n.
+        output: The outputs, ``[n, C]``, with their graph.
+        uses: The recorded uses.
+        opaque: Parameters with a use that has no known structure.
+    """
+
+    def __init__(self, risk: EmpiricalRisk, X: Any, num_samples: int) -> None:
+        self._risk, self.num_samples = risk, num_samples
+        recorder = Recorder(risk.params)
+        with as_guest(risk.device), recorder:
+            output = risk.model(risk.params, X)
+        self.output = output.reshape(num_samples, -1)
+        self.uses, self.opaque = recorder.uses, recorder.opaque
+
+    def columns(
+        self, cotangents: Tensor, structure: Structure, names: Set[str]
+    ) -> dict[str, LayerColumns]:
+        """Return the columns of parameters that are not opaque.
+
+        Args:
+            cotangents: ``[n, C, R]``.
+            structure: The verified structure of the net.
+            names: The parameters of interest.
+        """
+        wanted = names - structure.opaque
+        kept = [
+            (use, layout)
+            for use, layout in zip(self.uses, structure.layouts, strict=True)
+            if layout is not None and not wanted.isdisjoint(use.names)
+        ]
+        if not kept:
+            return {}
+        signals = [
+            self._backward([use for use, _ in kept], cotangents[:, :, r])
+            for r in range(cotangents.shape[2])
+        ]
+        parts: dict[str, list[LayerColumns]] = {}
+        with torch.no_grad():
+            for index, (use, layout) in enumerate(kept):
+                # What has been turned into columns is not needed twice.
+                at_output = [signal[index] for signal in signals]
+                for signal in signals:
+                    signal[index] = signal[index].new_empty(0)
+                columns = columns_of_use(use, self._layout(layout), at_output)
+                for name, part in columns.items():
+                    if name in wanted:
+                        parts.setdefault(name, []).append(part)
+            return {name: joined(uses) for name, uses in parts.items()}
+
+    def bytes_per_sample(self, width: int, structure: Structure) -> int:
+        """Estimate what the columns of one sample take."""
+        itemsize = self.output.element_size()
+        entries = 0
+        for use in self.uses:
+            shape = use.arguments.get("weight_shape", (1,))
+            outputs = use.output_shape.numel() // self.num_samples
+            positions = max(1, outputs // shape[0])
+            inputs = (
+                positions * max(1, shape[1:].numel()) if len(shape) > 1 else outputs
+            )
+            # Signals as they arrive and as they are stacked.
+            entries += inputs + 2 * width * outputs
+        entries += width * sum(
+            self._risk.params[name].numel() for name in structure.opaque
+        )
+        return entries * itemsize
+
+    def _backward(self, uses: list[Use], cotangent: Tensor) -> list[Tensor]:
+        """Pull a cotangent back to the outputs of uses."""
+        with as_guest(self._risk.device):
+            signals = torch.autograd.grad(
+                self.output,
+                [use.edge for use in uses],
+                cotangent,
+                retain_graph=True,
+                allow_unused=True,
+            )
+        return [
+            cotangent.new_zeros(use.output_shape) if signal is None else signal
+            for use, signal in zip(uses, signals, strict=True)
+        ]
+
+    def _layout(self, name: str) -> Layout:
+        n = self.num_samples
+        if name == "merged":
+            return lambda tensor: tensor.reshape(n, -1, *tensor.shape[1:])
+        if name == "merged second":
+            return lambda tensor: tensor.reshape(-1, n, *tensor.shape[1:]).transpose(
+                0, 1
+            )
+        if name == "single":
+            return lambda tensor: tensor.unsqueeze(0)
+        return _LAYOUTS[name]
+
+    # Finding and checking the structure ---------------------------------------------
+
+    def find_layouts(self) -> list[str | None]:
+        """Find the axis of the samples at each use.
+
+        Where a cotangent of the last sample alone arrives is where that sample is.
+        """
+        generator = torch.Generator().manual_seed(0)
+        cotangent = torch.zeros_like(self.output)
+        noise = torch.randn(self.output[-1].shape, generator=generator)
+        cotangent[-1] = noise.to(cotangent)
+        signals = self._backward(self.uses, cotangent) if self.uses else []
+        return [
+            self._find_layout(use, signal)
+            for use, signal in zip(self.uses, signals, strict=True)
+        ]
+
+    def _find_layout(self, use: Use, signal: Tensor) -> str | None:
+        n, shape = self.num_samples, use.output_shape
+        candidates = ["first"] if len(shape) > 1 and shape[0] == n else []
+        if use.kind in ("linear", "embedding", "layer_norm", "rms_norm"):
+            # Only the last axes have a meaning to these, so samples may be anywhere.
+            if n == 1:
+                candidates = ["single"]
+            elif len(shape) > 2 and shape[1] == n:
+                candidates.append("second")
+            if n > 1 and shape[0] % n == 0 and shape[0] > n:
+                candidates += ["merged", "merged second"]
+        for candidate in candidates:
+            others = self._layout(candidate)(signal)[:-1]
+            if not others.any():
+                return candidate
+        return None
+
+    def check(self) -> Structure:
+        """Compare columns with products through the whole net.
+
+        For random u and x, the columns pulled back from u must add up to the gradient
+        Jᵀu of each parameter, and their products with x to u_n · (J x)_n for each
+        sample. A parameter that fails the former is opaque; if the latter fails, all
+        are.
+        """
+        risk = self._risk
+        layouts = self.find_layouts()
+        unknown = {
+            name
+            for use, layout in zip(self.uses, layouts, strict=True)
+            if layout is None
+            for name in use.names
+        }
+        structure = Structure(layouts, self.opaque | unknown, self.num_samples == 1)
+        generator = torch.Generator().manual_seed(1)
+
+        def draw(like: Tensor) -> Tensor:
+            return torch.randn(like.shape, generator=generator).to(like)
+
+        u = draw(self.output).requires_grad_()
+        x = {name: draw(p) for name, p in risk.params.items()}
+        with as_guest(risk.device):
+            gradients = torch.autograd.grad(
+                self.output,
+                list(risk.params.values()),
+                u,
+                create_graph=True,
+                allow_unused=True,
+            )
+        pulled_back = dict(zip(risk.params, gradients, strict=True))
+        columns = self.columns(u.detach().unsqueeze(2), structure, set(risk.params))
+        tolerance = 10 * torch.finfo(risk.dtype).eps ** 0.5
+        by_sample = torch.zeros_like(self.output[:, 0])
+        image = torch.zeros(())
+        for name, gradient in pulled_back.items():
+            if name in structure.opaque:
+                continue
+            if name not in columns:  # not seen: it must not matter
+                if gradient is not None:
+                    structure.opaque.add(name)
+                continue
+            rows = columns[name].rows()
+            expected = torch.zeros_like(rows[0]) if gradient is None else gradient
+            error = (rows.sum(0) - expected.detach().reshape(-1)).norm()
+            if not error <= tolerance * (rows.norm() + expected.norm()):
+                structure.opaque.add(name)
+                continue
+            by_sample += rows @ x[name].reshape(-1)
+            if gradient is not None and gradient.requires_grad:
+                image = image + (gradient * x[name]).sum()
+        if image.requires_grad:
+            with as_guest(risk.device):
+                (products,) = torch.autograd.grad(image, u)
+            expected = (products * u).sum(1).detach()
+            error = (by_sample - expected).norm()
+            if not error <= tolerance * (by_sample.norm() + expected.norm()):
+                structure.opaque = set(risk.params)
+        return structure
+
+
+_STRUCTURES: WeakKeyDictionary[EmpiricalRisk, Structure] = WeakKeyDictionary()
+
+
+def find_structure(risk: EmpiricalRisk) -> Structure:
+    """Record the net on a few samples and check what was recorded, once for a risk."""
+    if risk not in _STRUCTURES:
+        _STRUCTURES[risk] = _find_structure(risk)
+    return _STRUCTURES[risk]
+
+
+def _find_structure(risk: EmpiricalRisk) -> Structure:
+    X, y = next(risk.batches())
+    size = min(len(y), _CHECK_SAMPLES)
+    capture = Capture(risk, take(X, torch.arange(size), len(y)), size)
+    try:
+        return capture.check()
+    # A net without second derivatives cannot be checked this way; then nothing is
+    # taken for granted.
+    except (RuntimeError, NotImplementedError):
+        nothing: list[str | None] = [None] * len(capture.uses)
+        return Structure(nothing, set(risk.params), size == 1)

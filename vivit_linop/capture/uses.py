@@ -1,0 +1,178 @@
+"""From a recorded use and the cotangents at its output to columns of its parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from vivit_linop.capture.layers import DenseColumns, KhatriRaoColumns, LayerColumns
+from vivit_linop.capture.recorder import Named, Use
+
+Layout = Callable[[Tensor], Tensor]
+
+
+def columns_of_use(
+    use: Use, layout: Layout, cotangents: list[Tensor]
+) -> dict[str, LayerColumns]:
+    """Return the columns of the parameters of one use.
+
+    Args:
+        use: The use.
+        layout: Brings a tensor of the use into the form ``[n, …]``, samples first.
+        cotangents: R tensors in the shape of the use's output.
+
+    Returns:
+        The columns by parameter name.
+    """
+    inputs = layout(use.arguments["input"])
+    B = torch.stack([layout(cotangent) for cotangent in cotangents], dim=1)
+    found: dict[str, LayerColumns] = {}
+    weight, bias = (use.arguments.get(role) for role in ("weight", "bias"))
+    if isinstance(weight, Named):
+        found[weight.name] = _WEIGHTS[use.kind](use.arguments, inputs, B)
+    if isinstance(bias, Named):
+        found[bias.name] = _bias(use, B)
+    return found
+
+
+def _linear(arguments: dict[str, Any], X: Tensor, B: Tensor) -> LayerColumns:
+    """``[n, …, in]`` and ``[n, R, …, out]``."""
+    n, R = B.shape[:2]
+    a = X.reshape(n, 1, -1, X.shape[-1]).mT
+    b = B.reshape(n, R, 1, -1, B.shape[-1]).mT
+    return KhatriRaoColumns(a, b)
+
+
+def _conv(arguments: dict[str, Any], X: Tensor, B: Tensor) -> LayerColumns:
+    """``[n, in, …]`` and ``[n, R, out, …]``."""
+    groups = arguments.get("groups", 1)
+    n, R, out = B.shape[:3]
+    a = unfold(X, arguments).reshape(n, groups, -1, B[0, 0, 0].numel())
+    b = B.reshape(n, R, groups, out // groups, -1)
+    return KhatriRaoColumns(a, b)
+
+
+def _conv_transpose(arguments: dict[str, Any], X: Tensor, B: Tensor) -> LayerColumns:
+    """A transposed convolution exchanges the roles of input and output."""
+    groups = arguments.get("groups", 1)
+    n, R, channels = len(X), B.shape[1], X.shape[1]
+    unfolded = unfold(B.flatten(0, 1), arguments)
+    b = unfolded.reshape(n, R, groups, -1, X[0, 0].numel())
+    a = X.reshape(n, groups, channels // groups, -1)
+    return KhatriRaoColumns(a, b, inputs_first=True)
+
+
+def _embedding(arguments: dict[str, Any], X: Tensor, B: Tensor) -> LayerColumns:
+    """Rows of the table are one-hot inputs."""
+    rows = arguments["weight_shape"][0]
+    n, R = B.shape[:2]
+    index = X.reshape(n, -1)
+    onehot = F.one_hot(index, rows).to(B)
+    padding = arguments.get("padding_idx")
+    if padding is not None:
+        onehot = onehot * (index != padding % rows).unsqueeze(-1)
+    a = onehot.reshape(n, 1, -1, rows).mT
+    b = B.reshape(n, R, 1, -1, B.shape[-1]).mT
+    return KhatriRaoColumns(a, b, inputs_first=True)
+
+
+def _norm_weight(normalise: Callable[..., Tensor], trailing: bool) -> Any:
+    """The weight of a norm multiplies what has been normalised."""
+
+    def columns(arguments: dict[str, Any], X: Tensor, B: Tensor) -> LayerColumns:
+        return DenseColumns(
+            _sum_positions(
+                B * normalise(X, arguments).unsqueeze(1), arguments, trailing
+            )
+        )
+
+    return columns
+
+
+def _bias(use: Use, B: Tensor) -> LayerColumns:
+    trailing = use.kind in ("linear", "layer_norm")
+    return DenseColumns(_sum_positions(B, use.arguments, trailing))
+
+
+def _sum_positions(B: Tensor, arguments: dict[str, Any], trailing: bool) -> Tensor:
+    """Sum ``[n, R, …]`` over positions: channels are the last axes, or axis 2."""
+    n, R = B.shape[:2]
+    if trailing:
+        axes = len(arguments.get("normalized_shape", (0,)))
+        width = B.shape[B.ndim - axes :].numel()
+        return B.reshape(n, R, -1, width).sum(2)
+    return B.reshape(n, R, B.shape[2], -1).sum(3)
+
+
+_WEIGHTS: dict[str, Callable[[dict[str, Any], Tensor, Tensor], LayerColumns]] = {
+    "linear": _linear,
+    "conv": _conv,
+    "conv_transpose": _conv_transpose,
+    "embedding": _embedding,
+    "layer_norm": _norm_weight(
+        lambda X, a: F.layer_norm(X, a["normalized_shape"], eps=a.get("eps", 1e-5)),
+        trailing=True,
+    ),
+    "rms_norm": _norm_weight(
+        lambda X, a: F.rms_norm(X, a["normalized_shape"], eps=a.get("eps")),
+        trailing=True,
+    ),
+    "group_norm": _norm_weight(
+        lambda X, a: F.group_norm(X, a["num_groups"], eps=a.get("eps", 1e-5)),
+        trailing=False,
+    ),
+    "batch_norm": _norm_weight(
+        lambda X, a: F.batch_norm(
+            X, a["running_mean"], a["running_var"], eps=a.get("eps", 1e-5)
+        ),
+        trailing=False,
+    ),
+    "instance_norm": _norm_weight(
+        lambda X, a: F.instance_norm(
+            X,
+            a.get("running_mean"),
+            a.get("running_var"),
+            use_input_stats=a.get("use_input_stats", True),
+            eps=a.get("eps", 1e-5),
+        ),
+        trailing=False,
+    ),
+}
+
+
+def unfold(X: Tensor, arguments: dict[str, Any]) -> Tensor:
+    """Return the patches that a convolution sees, ``[n, in, *kernel, *positions]``.
+
+    Args:
+        X: ``[n, in, …]``, with any number of spatial axes.
+        arguments: The convolution's.
+    """
+    kernel = arguments["weight_shape"][2:]
+    dims = len(kernel)
+    stride = _tuple(arguments.get("stride", 1), dims)
+    dilation = _tuple(arguments.get("dilation", 1), dims)
+    padding = arguments.get("padding", 0)
+    pads: list[int] = []
+    for axis in reversed(range(dims)):
+        if padding == "same":
+            total = dilation[axis] * (kernel[axis] - 1)
+            pads += [total // 2, total - total // 2]
+        else:
+            size = 0 if padding == "valid" else _tuple(padding, dims)[axis]
+            pads += [size, size]
+    X = F.pad(X, pads)
+    for axis in range(dims):
+        extent = dilation[axis] * (kernel[axis] - 1) + 1
+        X = X.unfold(2 + axis, extent, stride[axis])[..., :: dilation[axis]]
+    order = [0, 1, *range(2 + dims, 2 + 2 * dims), *range(2, 2 + dims)]
+    return X.permute(order)
+
+
+def _tuple(value: Any, dims: int) -> tuple[int, ...]:
+    if isinstance(value, int):
+        return (value,) * dims
+    return tuple(value) * dims if len(value) == 1 else tuple(value)
