@@ -4,9 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+from torch import Tensor
+
+from vivit_linop.curvature.ggn import GGNFactor
 from vivit_linop.curvature.jacobian import Jacobian, Pullback
 from vivit_linop.curvature.output_space import LossGradient
+from vivit_linop.operators.base import TorchLinearOperator
 from vivit_linop.operators.lowrank import LowRank
+from vivit_linop.operators.verbs import gram_matrix
 from vivit_linop.risk.empirical import EmpiricalRisk, as_risk
 
 
@@ -38,6 +44,28 @@ class PerSampleGradients(Pullback):
     ) -> None:
         risk = as_risk(risk, loss, data, params)
         super().__init__(Jacobian(risk), LossGradient(risk))
+
+    @property
+    def gradient(self) -> LossGradient:
+        """The gradients in output space."""
+        assert isinstance(self.blocks, LossGradient)
+        return self.blocks
+
+
+@gram_matrix.register
+def _(left: PerSampleGradients, right: TorchLinearOperator) -> Tensor:
+    """From the Gram matrix VᵀV where that is known: u_n = Σ_r c_nr v_nr."""
+    if (
+        isinstance(right, GGNFactor)
+        and right.risk is left.risk
+        and "matrix" in right.gram.__dict__
+    ):
+        coordinates = right.root.coordinates(left.gradient)
+        if coordinates is not None:
+            K = right.gram.matrix
+            rows = K.view(*coordinates.shape, K.shape[1])
+            return torch.einsum("nr,nrk->nk", coordinates, rows)
+    return gram_matrix.dispatch(Pullback)(left, right)
 
 
 class EmpiricalFisher(LowRank):

@@ -57,10 +57,15 @@ class GGNFactor(Pullback):
         super().__init__(Jacobian(risk), root)
 
     @property
+    def root(self) -> LossHessianSqrt:
+        """S."""
+        assert isinstance(self.blocks, LossHessianSqrt)
+        return self.blocks
+
+    @property
     def mc_samples(self) -> int:
         """0 for the exact factor."""
-        assert isinstance(self.blocks, LossHessianSqrt)
-        return self.blocks.mc_samples
+        return self.root.mc_samples
 
 
 class GGN(LowRank):

@@ -231,6 +231,28 @@ class LossHessianSqrt(FactoredOutputOperator):
                 self.blocks(batch)
         return self
 
+    def coordinates(self, gradient: LossGradient) -> Tensor | None:
+        """Return c with ∇ℓ_n = S_n c_n for all samples, ``[N, R]``, or None.
+
+        The gradients of a likelihood lie in the range of its Hessian's square root
+        (unless probabilities have underflown), so per-sample gradients are
+        combinations of the columns of V.
+        """
+        parts = []
+        for batch in range(len(self.risk.batch_sizes)):
+            S, g = self.dense_batch(batch), gradient.dense_batch(batch)
+            # Columns may differ by many orders of magnitude: solve in unit columns.
+            norms = S.norm(dim=1, keepdim=True)
+            if (norms == 0).any():
+                return None
+            c = torch.linalg.lstsq(S / norms, g).solution
+            tolerance = 100 * torch.finfo(g.dtype).eps
+            error = (S / norms @ c - g).norm(dim=1)
+            if not (error <= tolerance * g.norm(dim=1)).all():
+                return None
+            parts.append((c / norms.mT).squeeze(2))
+        return torch.cat(parts)
+
     def outer(self) -> OutputOperator:
         """H itself where S is exact: its products need no square root."""
         return super().outer() if self.mc_samples else self.hessian
