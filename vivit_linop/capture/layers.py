@@ -47,6 +47,11 @@ class LayerColumns(ABC):
     def rows(self) -> Tensor:
         """The columns as rows, ``[n·R, numel]``."""
 
+    @property
+    @abstractmethod
+    def nbytes(self) -> int:
+        """The memory that they take."""
+
 
 class DenseColumns(LayerColumns):
     """Columns that are formed.
@@ -62,6 +67,11 @@ class DenseColumns(LayerColumns):
     def rows(self) -> Tensor:
         """The rows."""
         return self._rows
+
+    @property
+    def nbytes(self) -> int:
+        """The formed columns."""
+        return self._rows.numel() * self._rows.element_size()
 
     def add_gram(self, gram: Tensor, other: LayerColumns, memory: int) -> None:
         """By one matrix product."""
@@ -88,6 +98,12 @@ class KhatriRaoColumns(LayerColumns):
         )
         self._a, self._b = inputs.shape[2], b
         self.numel = self._groups * self._a * b
+
+    @property
+    def nbytes(self) -> int:
+        """Inputs and cotangents."""
+        entries = self.inputs.numel() + self.cotangents.numel()
+        return entries * self.cotangents.element_size()
 
     def contraction(self, other: LayerColumns) -> str:
         """Return ``"pairs"`` or ``"blocks"``, the way with fewer operations."""

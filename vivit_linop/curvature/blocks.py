@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vivit_linop.curvature.columns import gram_over_groups
 from vivit_linop.curvature.jacobian import Pullback
+from vivit_linop.curvature.sums import GramTotal, OuterTotal, sum_columns
 from vivit_linop.operators import verbs
 from vivit_linop.operators.base import TorchLinearOperator
 from vivit_linop.operators.kronecker import BlockDiagonal
@@ -44,9 +44,16 @@ class Partition:
         ]
 
     @cached_property
-    def grams(self) -> list[Tensor]:
-        """The Gram matrices of all groups."""
-        return gram_over_groups(self.factor, self.factor, self.groups)
+    def small_sides(self) -> list[Tensor]:
+        """For each group the smaller of VᵀV and V Vᵀ, all from one pass."""
+        totals = [
+            OuterTotal(self.factor, group)
+            if len(index) < self.factor.shape[1]
+            else GramTotal(self.factor, self.factor, group)
+            for group, index in zip(self.groups, self.indices, strict=True)
+        ]
+        sum_columns(self.factor, totals)
+        return [total.matrix for total in totals]
 
 
 class FactorRows(TorchLinearOperator):
@@ -79,9 +86,18 @@ class FactorRows(TorchLinearOperator):
 
 @verbs.gram_matrix.register
 def _(left: FactorRows, right: TorchLinearOperator) -> Tensor:
-    if left is not right:
-        return left.T.apply(verbs.to_dense(right))
-    return left.partition.grams[left.group]
+    if left is right and left.shape[0] >= left.shape[1]:
+        return left.partition.small_sides[left.group]
+    return left.T.apply(verbs.to_dense(right))
+
+
+@verbs.outer_matrix.register
+def _(factor: FactorRows) -> Tensor:
+    if factor.shape[0] < factor.shape[1]:
+        return factor.partition.small_sides[factor.group]
+    total = OuterTotal(factor.partition.factor, factor.partition.groups[factor.group])
+    sum_columns(factor.partition.factor, [total])
+    return total.matrix
 
 
 @verbs.outer_product.register

@@ -1,16 +1,13 @@
-"""The columns of a pullback by layer, and what is summed over them.
+"""The columns of a pullback, a piece of samples at a time, layer by layer.
 
-A column of Jᵀ B belongs to one sample, and its entries to one parameter. The columns
-are taken a piece of samples at a time and kept in the structure of their layers
-(:mod:`vivit_linop.capture`); the Gram matrix is a sum over layers of products that need
-no column formed. Parameters whose use has no known structure get dense columns, by
-backward passes of single samples.
+A column of Jᵀ B belongs to one sample, and its entries to one parameter. They are kept
+in the structure of their layers (:mod:`vivit_linop.capture`). Parameters whose use has
+no known structure get dense columns, by backward passes of single samples.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,9 +18,6 @@ from torch.func import vjp, vmap
 from vivit_linop.capture import Capture, Structure, find_structure
 from vivit_linop.capture.layers import DenseColumns, LayerColumns
 from vivit_linop.curvature.jacobian import Pullback
-from vivit_linop.operators.base import TorchLinearOperator
-from vivit_linop.operators.lowrank import LowRank
-from vivit_linop.operators.verbs import gram_matrix, row_norms_squared, to_dense
 from vivit_linop.risk.data import leaves, map_leaves, take
 from vivit_linop.risk.empirical import EmpiricalRisk, free_memory
 from vivit_linop.risk.model import Params, as_guest
@@ -46,64 +40,112 @@ class Piece:
     place: slice
     columns: dict[str, LayerColumns]
 
+    @property
+    def nbytes(self) -> int:
+        """What the columns take."""
+        return sum(columns.nbytes for columns in self.columns.values())
+
+    def rows(self, names: Sequence[str], risk: EmpiricalRisk) -> Tensor:
+        """Form the columns of some parameters, as rows side by side."""
+        height = self.place.stop - self.place.start
+        parts = [
+            self.columns[name].rows()
+            if name in self.columns
+            else torch.zeros(
+                height,
+                risk.params[name].numel(),
+                dtype=risk.dtype,
+                device=risk.device,
+            )
+            for name in names
+        ]
+        return torch.cat(parts, dim=1)
+
 
 class Columns:
     """The columns of one or several pullbacks of one risk, piece by piece.
 
     Args:
         pullbacks: Jᵀ B for several B.
-        names: The parameters of interest, by default all.
-        memory: The bytes that a piece may take; by default the risk's budget, or a
-            share of the memory that is free.
+        names: The parameters of interest.
+        memory: The bytes that a piece may take.
+        formed: How many entries of a column will be formed in addition.
     """
 
     def __init__(
         self,
         pullbacks: Sequence[Pullback],
-        names: Sequence[str] | None = None,
-        memory: int | None = None,
+        names: Sequence[str],
+        memory: int,
+        formed: int = 0,
     ) -> None:
         self._pullbacks, self._risk = pullbacks, pullbacks[0].risk
-        self._names = set(self._risk.params if names is None else names)
-        self.memory = memory_budget(self._risk) if memory is None else memory
+        self._names, self._memory = set(names), memory
+        self._width = sum(pullback.width for pullback in pullbacks)
+        itemsize = torch.finfo(self._risk.dtype).bits // 8
+        self._formed_bytes = formed * self._width * itemsize
 
-    def pieces(self, start_sample: int = 0) -> Iterator[list[Piece]]:
-        """Yield pieces, one for each pullback; from a sample on that starts one."""
+    def pieces(self, start: int = 0) -> Iterator[list[Piece]]:
+        """Yield pieces, one for each pullback.
+
+        Args:
+            start: The sample to start from, the first of a piece.
+        """
         risk = self._risk
         structure = find_structure(risk)
-        width = sum(pullback.width for pullback in self._pullbacks)
         first = 0
         for batch, (X, y) in enumerate(risk.batches()):
             n = len(y)
-            if first + n <= start_sample:
-                first += n
-                continue
-            cotangents = [p.cotangents(batch) for p in self._pullbacks]
-            capture = self._capture(X, n)
-            per_sample = capture.bytes_per_sample(width, structure)
-            size = max(1, min(n, self.memory // max(per_sample, 1)))
-            for index in torch.arange(n).split(size):
-                if first + int(index[-1]) < start_sample:
-                    continue
-                if len(index) < n:
-                    part = take(X, index, n)
-                    capture = self._capture(part, len(index))
-                else:
-                    part = X
-                own = structure if structure.fits(capture) else capture.check()
-                begin = first + int(index[0])
-                pieces = []
-                for pullback, C in zip(self._pullbacks, cotangents, strict=True):
-                    columns = self._columns(part, capture, own, C[index.to(C.device)])
-                    place = slice(
-                        begin * pullback.width, (begin + len(index)) * pullback.width
-                    )
-                    pieces.append(Piece(place, columns))
-                yield pieces
+            if first + n > start:
+                for index in self._cut(X, n, structure):
+                    if first + int(index[0]) >= start:
+                        yield self._pieces(batch, X, index, n, first, structure)
             first += n
 
-    def _capture(self, X: Any, n: int) -> Capture:
-        return Capture(self._risk, X, n)
+    def held(self) -> Iterator[list[list[Piece]]]:
+        """Yield as many pieces together as the memory can hold."""
+        budget = self._memory
+        together: list[list[Piece]] = []
+        for pieces in self.pieces():
+            size = sum(piece.nbytes for piece in pieces)
+            if together and size > budget:
+                yield together
+                budget, together = self._memory, []
+            together.append(pieces)
+            budget -= size
+        yield together
+
+    def _cut(self, X: Any, n: int, structure: Structure) -> Iterable[Tensor]:
+        """Cut a batch so that the columns of each part fit."""
+        one = Capture(self._risk, take(X, torch.arange(1), n), 1)
+        per_sample = one.bytes_per_sample(self._width, structure) + self._formed_bytes
+        return torch.arange(n).split(max(1, min(n, self._memory // per_sample)))
+
+    def _pieces(
+        self,
+        batch: int,
+        X: Any,
+        index: Tensor,
+        n: int,
+        first: int,
+        structure: Structure,
+    ) -> list[Piece]:
+        if len(index) < n:
+            X = take(X, index, n)
+        capture = Capture(self._risk, X, len(index))
+        if not structure.fits(capture):
+            structure = capture.check()
+        begin = first + int(index[0])
+        pieces = []
+        for pullback in self._pullbacks:
+            cotangents = pullback.cotangents(batch)
+            columns = self._columns(
+                X, capture, structure, cotangents[index.to(cotangents.device)]
+            )
+            end = begin + len(index)
+            place = slice(begin * pullback.width, end * pullback.width)
+            pieces.append(Piece(place, columns))
+        return pieces
 
     def _columns(
         self, X: Any, capture: Capture, structure: Structure, cotangents: Tensor
@@ -118,113 +160,11 @@ class Columns:
         return columns
 
 
-def gram_over_groups(
-    left: Pullback, right: Pullback, groups: Sequence[Sequence[str]]
-) -> list[Tensor]:
-    """Return Σ over the parameters of each group of (left columns)ᵀ (right columns).
-
-    One pass over the data (a forward pass and as many backward passes without weight
-    gradients as a sample has columns) if the columns of all samples fit into memory in
-    the structure of their layers; else the data are passed over once for each piece.
-
-    Args:
-        left: Jᵀ A, ``[D, R]``.
-        right: Jᵀ B, ``[D, Q]``.
-        groups: Names of parameters; each group gives one matrix.
-
-    Returns:
-        One ``[R, Q]`` matrix for each group.
-    """
-    _check_same_parameters(left.risk, right.risk)
-    grams = [
-        torch.zeros(
-            left.shape[1], right.shape[1], dtype=left.torch_dtype, device=left.device
-        )
-        for _ in groups
-    ]
-    names = [name for group in groups for name in group]
-    if left is right:
-        _symmetric_grams(grams, left, groups, names)
-    elif left.risk is right.risk:
-        _grams(grams, left, right, groups, names)
-    else:
-        for (a,) in Columns([left], names).pieces():
-            for (b,) in Columns([right], names).pieces():
-                _add(grams, a, b, groups, memory_budget(left.risk))
-    return grams
-
-
-def _symmetric_grams(
-    grams: list[Tensor],
-    factor: Pullback,
-    groups: Sequence[Sequence[str]],
-    names: Sequence[str],
-) -> None:
-    budget = memory_budget(factor.risk)
-    for (a,) in Columns([factor], names).pieces():
-        _add(grams, a, a, groups, budget)
-        if a.place.stop == factor.shape[1]:
-            return
-        rest = Columns([factor], names).pieces(a.place.stop // factor.width)
-        for (b,) in rest:
-            _add(grams, a, b, groups, budget)
-            for gram in grams:
-                gram[b.place, a.place] = gram[a.place, b.place].T
-
-
-def _grams(
-    grams: list[Tensor],
-    left: Pullback,
-    right: Pullback,
-    groups: Sequence[Sequence[str]],
-    names: Sequence[str],
-) -> None:
-    budget = memory_budget(left.risk)
-    for a, b in Columns([left, right], names).pieces():
-        _add(grams, a, b, groups, budget)
-        if a.place.start == 0 and a.place.stop == left.shape[1]:
-            return
-        for (c,) in Columns([right], names).pieces():
-            if c.place != b.place:
-                _add(grams, a, c, groups, budget)
-
-
-def _add(
-    grams: list[Tensor],
-    left: Piece,
-    right: Piece,
-    groups: Sequence[Sequence[str]],
-    memory: int,
-) -> None:
-    for gram, group in zip(grams, groups, strict=True):
-        block = gram[left.place, right.place]
-        if block.is_contiguous():
-            target = block
-        else:
-            target = torch.zeros_like(block, memory_format=torch.contiguous_format)
-        for name in group:
-            if name in left.columns and name in right.columns:
-                left.columns[name].add_gram(target, right.columns[name], memory)
-        if target is not block:
-            block += target
-
-
 def memory_budget(risk: EmpiricalRisk) -> int:
     """The bytes that columns may take: the risk's, or a share of what is free."""
     if risk.memory is not None:
         return risk.memory
     return free_memory(risk.device) // _MEMORY_SHARE
-
-
-def _check_same_parameters(left: EmpiricalRisk, right: EmpiricalRisk) -> None:
-    if left is right:
-        return
-    shapes = [{n: tuple(p.shape) for n, p in r.params.items()} for r in (left, right)]
-    if list(shapes[0].items()) != list(shapes[1].items()):
-        raise ValueError(
-            "Factors of risks with different parameters have no cross-Gram matrix: "
-            f"{shapes[0]} and {shapes[1]}."
-        )
 
 
 def _dense_columns(
@@ -294,65 +234,3 @@ def _one_by_one(
         name: torch.stack(parts).reshape(-1, width, *chosen[name].shape)
         for name, parts in columns.items()
     }
-
-
-def _rows(piece: Piece, risk: EmpiricalRisk) -> Iterator[tuple[slice, Tensor]]:
-    """Yield the formed columns of each parameter, and its place among all."""
-    start = 0
-    for name, size in zip(risk.params, risk.sizes, strict=True):
-        if name in piece.columns:
-            yield slice(start, start + size), piece.columns[name].rows()
-        start += size
-
-
-def _small_pieces(op: Pullback) -> Iterator[Piece]:
-    """Pieces whose columns can be formed."""
-    memory = memory_budget(op.risk)
-    itemsize = torch.finfo(op.torch_dtype).bits // 8
-    dense = op.shape[0] * op.width * itemsize
-    # Forming them must fit as well as keeping them by layer.
-    share = min(1.0, memory / (dense * op.risk.num_samples))
-    for (piece,) in Columns([op], memory=math.ceil(memory * share)).pieces():
-        yield piece
-
-
-@gram_matrix.register
-def _(left: Pullback, right: TorchLinearOperator) -> Tensor:
-    if not isinstance(right, Pullback):
-        return left.T.apply(to_dense(right))
-    return gram_over_groups(left, right, [list(left.risk.params)])[0]
-
-
-@to_dense.register
-def _(op: Pullback) -> Tensor:
-    result = torch.zeros(op.shape, dtype=op.torch_dtype, device=op.device)
-    for piece in _small_pieces(op):
-        for place, rows in _rows(piece, op.risk):
-            result[place, piece.place] = rows.T
-    return result
-
-
-@row_norms_squared.register
-def _(op: Pullback) -> Tensor:
-    result = torch.zeros(op.shape[0], dtype=op.torch_dtype, device=op.device)
-    for piece in _small_pieces(op):
-        for place, rows in _rows(piece, op.risk):
-            result[place] += rows.square().sum(0)
-    return result
-
-
-@to_dense.register
-def _(op: LowRank) -> Tensor:
-    """Σ V_s V_sᵀ over pieces of columns where the factor is a pullback."""
-    factor = op.factor
-    if not isinstance(factor, Pullback):
-        dense = to_dense(factor)
-        return op.scale * (dense @ dense.T)
-    result = torch.zeros(op.shape, dtype=op.torch_dtype, device=op.device)
-    for piece in _small_pieces(factor):
-        width = piece.place.stop - piece.place.start
-        rows = result.new_zeros(width, factor.shape[0])
-        for place, part in _rows(piece, factor.risk):
-            rows[:, place] = part
-        result.addmm_(rows.T, rows, alpha=op.scale)
-    return result

@@ -24,6 +24,7 @@ from vivit_linop.operators.verbs import (
     diagonal,
     eigvalsh,
     logdet,
+    outer_matrix,
     row_norms_squared,
     to_dense,
     trace,
@@ -58,6 +59,11 @@ def _(op: Scaled) -> Tensor:
 def _(op: KhatriRao) -> Tensor:
     product = op.left[:, None, :] * op.right[None, :, :]
     return product.reshape(op.shape)
+
+
+@to_dense.register
+def _(op: LowRank) -> Tensor:
+    return op.scale * outer_matrix(op.factor)
 
 
 @to_dense.register

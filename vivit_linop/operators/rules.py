@@ -26,6 +26,7 @@ from vivit_linop.operators.verbs import (
     adjoint,
     gram_matrix,
     matmul,
+    outer_matrix,
     outer_product,
     scale,
 )
@@ -278,6 +279,12 @@ def _(left: KhatriRao, right: Op) -> Tensor:
     if not isinstance(right, KhatriRao) or not _aligned(left, right):
         return left.T.apply(right.to_dense())
     return (left.left.T @ right.left) * (left.right.T @ right.right)
+
+
+@outer_matrix.register
+def _(factor: TorchLinearOperator) -> Tensor:
+    dense = factor.to_dense()
+    return dense @ dense.T
 
 
 @outer_product.register

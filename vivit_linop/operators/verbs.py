@@ -97,6 +97,12 @@ def row_norms_squared(op: Any) -> Tensor:
 
 
 @singledispatch
+def outer_matrix(factor: Any) -> Tensor:
+    """Return the matrix of ``factor @ factor.T``."""
+    raise _no_rule("outer_matrix", factor)
+
+
+@singledispatch
 def outer_product(factor: Any, X: Tensor) -> Tensor:
     """Return ``factor @ factor.T @ X`` for columns ``X``."""
     raise _no_rule("outer_product", factor)
