@@ -105,14 +105,15 @@ class Pullback(TorchLinearOperator):
         return unit.expand(n, -1, -1)
 
     def _multiply(self, X: Tensor) -> Tensor:
-        result = X.new_zeros(self.shape[0], X.shape[1])
         parts = X.split([n * self.width for n in self.risk.batch_sizes])
+        result = None
         for batch, (part, linearization) in enumerate(
             zip(parts, self.risk.linearizations(), strict=True)
         ):
             if self.blocks is not None:
                 part = self.blocks.apply_batch(batch, part)
-            result += linearization.vjp(part)
+            result = _accumulated(result, linearization.vjp(part))
+        assert result is not None
         return result
 
     def _multiply_adjoint(self, X: Tensor) -> Tensor:
@@ -129,10 +130,16 @@ class Pullback(TorchLinearOperator):
 def _(factor: Pullback, X: Tensor) -> Tensor:
     """Batch by batch, so that each linearisation is needed once."""
     outer = None if factor.blocks is None else factor.blocks.outer()
-    result = torch.zeros_like(X)
+    result = None
     for batch, linearization in enumerate(factor.risk.linearizations()):
         part = linearization.jvp(X)
         if outer is not None:
             part = outer.apply_batch(batch, part)
-        result += linearization.vjp(part)
+        result = _accumulated(result, linearization.vjp(part))
+    assert result is not None
     return result
+
+
+def _accumulated(total: Tensor | None, part: Tensor) -> Tensor:
+    """Add in place to what is ours; the first part is the total."""
+    return part if total is None else total.add_(part)

@@ -110,7 +110,9 @@ class LowRank(TorchLinearOperator):
         return node
 
     def _multiply(self, X: Tensor) -> Tensor:
-        return self.scale * verbs.outer_product(self.factor, X)
+        product = verbs.outer_product(self.factor, X)
+        # A pass over D entries is worth sparing.
+        return product if self.scale == 1.0 else product.mul_(self.scale)
 
 
 class Damped(TorchLinearOperator):
