@@ -93,9 +93,7 @@ class KhatriRaoColumns(LayerColumns):
     ) -> None:
         self.inputs, self.cotangents = inputs, cotangents
         self._inputs_first = inputs_first
-        self.num_samples, self.width, self._groups, b, self._positions = (
-            cotangents.shape
-        )
+        self.num_samples, self.width, self._groups, b, self.positions = cotangents.shape
         self._a, self._b = inputs.shape[2], b
         self.numel = self._groups * self._a * b
 
@@ -105,29 +103,39 @@ class KhatriRaoColumns(LayerColumns):
         entries = self.inputs.numel() + self.cotangents.numel()
         return entries * self.cotangents.element_size()
 
-    def contraction(self, other: LayerColumns) -> str:
-        """Return ``"pairs"`` or ``"blocks"``, the way with fewer operations."""
-        flops = self.gram_flops(other)
-        return min(flops, key=lambda way: flops[way])
+    def gram_flops(
+        self, rows: int, columns: int, samples: int, other_positions: int
+    ) -> dict[str, float]:
+        """Count the floating-point operations of both ways to a Gram matrix.
 
-    def gram_flops(self, other: LayerColumns) -> dict[str, float]:
-        """Count floating-point operations of both ways to the Gram matrix."""
-        assert isinstance(other, KhatriRaoColumns)
-        rows, columns = (c.num_samples * c.width for c in (self, other))
-        pairs = self._groups * self._positions * other._positions
+        Args:
+            rows: How many columns these are.
+            columns: How many columns they are multiplied with.
+            samples: How many pairs of samples these belong to.
+            other_positions: Over how many positions the others are sums.
+        """
+        pairs = self._groups * self.positions * other_positions
         entries = rows * columns
-        samples = self.num_samples * other.num_samples
-        form = self.numel * (rows * self._positions + columns * other._positions)
+        form = self.numel * (rows * self.positions + columns * other_positions)
+        each = 2 * samples * self._a + entries * (2 * self._b + _ELEMENTWISE_COST)
         return {
-            "pairs": pairs
-            * (2 * samples * self._a + entries * (2 * self._b + _ELEMENTWISE_COST)),
-            "blocks": 2 * form + 2 * entries * self.numel,
+            "pairs": float(pairs * each),
+            "blocks": float(2 * form + 2 * entries * self.numel),
         }
+
+    def _contraction(self, other: KhatriRaoColumns) -> str:
+        flops = self.gram_flops(
+            self.num_samples * self.width,
+            other.num_samples * other.width,
+            self.num_samples * other.num_samples,
+            other.positions,
+        )
+        return min(flops, key=lambda way: flops[way])
 
     def add_gram(self, gram: Tensor, other: LayerColumns, memory: int) -> None:
         """In the cheaper of two ways."""
         assert isinstance(other, KhatriRaoColumns)
-        if self.contraction(other) == "pairs":
+        if self._contraction(other) == "pairs":
             self._add_pairs(gram, other)
         else:
             self._add_blocks(gram, other, memory)
@@ -137,9 +145,9 @@ class KhatriRaoColumns(LayerColumns):
         n, R, m, Q = self.num_samples, self.width, other.num_samples, other.width
         target = gram.view(n, R, m, Q)
         for group in range(self._groups):
-            for p in range(self._positions):
+            for p in range(self.positions):
                 a, b = self.inputs[:, group, :, p], self.cotangents[:, :, group, :, p]
-                for q in range(other._positions):
+                for q in range(other.positions):
                     c = other.inputs[:, group, :, q]
                     d = other.cotangents[:, :, group, :, q]
                     outer = b.reshape(n * R, -1) @ d.reshape(m * Q, -1).T

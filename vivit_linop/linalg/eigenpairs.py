@@ -25,6 +25,7 @@ class Eigenpairs:
 
     Attributes:
         eigenvalues: ``[K]``.
+        route: How they were computed.
 
     Example:
         >>> import torch, vivit_linop as vl
@@ -38,6 +39,7 @@ class Eigenpairs:
         self, eigenvalues: Tensor, eigenvectors: Tensor | Callable[[], Tensor]
     ) -> None:
         self.eigenvalues = eigenvalues
+        self.route = "dense"
         self._eigenvectors = eigenvectors
 
     @cached_property
@@ -214,9 +216,7 @@ class LowRankDecomposition(DenseDecomposition):
 
     def rounding_error(self) -> float:
         """Eigenvalues of a Gram matrix are known to about this absolute error."""
-        eps = torch.finfo(self.eigenvalues.dtype).eps
-        largest = max(self.eigenvalues[-1].item(), 0.0)
-        return max(10.0, self.count**0.5) * eps * largest
+        return gram_rounding_error(self.eigenvalues, self.count)
 
     def pairs(self, indices: Tensor) -> Eigenpairs:
         """Lift columns of the Gram matrix's eigenvectors, lazily."""
@@ -325,6 +325,12 @@ def orthonormalised(vectors: Tensor, eigenvalues: Tensor) -> Tensor:
     result = torch.empty_like(vectors)
     result[:, order] = Q * signs
     return result
+
+
+def gram_rounding_error(eigenvalues: Tensor, count: int) -> float:
+    """The absolute error of the eigenvalues of a Gram matrix with ``count`` rows."""
+    eps = torch.finfo(eigenvalues.dtype).eps
+    return max(10.0, count**0.5) * eps * max(eigenvalues.max().item(), 0.0)
 
 
 def checked_indices(indices: Any, count: int) -> Tensor:

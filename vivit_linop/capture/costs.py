@@ -1,0 +1,92 @@
+"""What the layers of a net cost: operation counts, from shapes alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from vivit_linop.capture.capture import Capture, find_structure
+from vivit_linop.capture.layers import KhatriRaoColumns
+from vivit_linop.risk.data import take
+from vivit_linop.risk.empirical import EmpiricalRisk
+
+
+@dataclass(frozen=True)
+class LayerCost:
+    """What one parameter costs in a Gram matrix with R columns a sample.
+
+    Attributes:
+        name: The parameter.
+        use: The kinds of its uses, or why it has no structure.
+        contraction: ``"pairs"``, ``"blocks"`` or ``"dense"``.
+        forward_flops: Floating-point operations of its layer's forward pass, N samples.
+        gram_flops: Those of its part of the Gram matrix, with symmetry.
+        nbytes: What its columns take in the structure of the layer.
+    """
+
+    name: str
+    use: str
+    contraction: str
+    forward_flops: float
+    gram_flops: float
+    nbytes: float
+
+
+def layer_costs(risk: EmpiricalRisk, width: int) -> list[LayerCost]:
+    """Count the operations for each parameter; runs the net on one sample.
+
+    Args:
+        risk: The risk.
+        width: R.
+    """
+    X, y = next(risk.batches())
+    structure = find_structure(risk)
+    opaque = structure.opaque
+    one = Capture(risk, take(X, torch.arange(1), len(y)), 1)
+    if not structure.fits(one):
+        structure = one.check()
+        opaque = opaque | structure.opaque
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(one.output.shape, generator=generator).to(one.output)
+    columns = one.columns(noise.unsqueeze(2), structure, set(risk.params))
+    kinds: dict[str, list[str]] = {}
+    for use in one.uses:
+        for name in use.names:
+            kinds.setdefault(name, []).append(use.kind)
+    return [
+        _cost(
+            risk, name, columns.get(name), kinds.get(name, []), width, structure.opaque
+        )
+        for name in risk.params
+    ]
+
+
+def _cost(
+    risk: EmpiricalRisk,
+    name: str,
+    columns: Any,
+    kinds: list[str],
+    width: int,
+    opaque: set[str],
+) -> LayerCost:
+    samples = risk.num_samples
+    rows = samples * width
+    itemsize = torch.finfo(risk.dtype).bits // 8
+    numel = risk.params[name].numel()
+    use = " + ".join(kinds) if kinds and name not in opaque else "no structure"
+    if columns is None and name not in opaque:
+        return LayerCost(name, "unused", "none", 0.0, 0.0, 0.0)
+    if isinstance(columns, KhatriRaoColumns):
+        scaled = columns.gram_flops(rows, rows, samples**2, columns.positions)
+        way = min(scaled, key=lambda key: scaled[key])
+        forward = 2.0 * samples * columns.positions * numel
+        entries = columns.inputs.numel() + width * columns.cotangents.numel()
+        return LayerCost(
+            name, use, way, forward, scaled[way] / 2, entries * samples * itemsize
+        )
+    gram = float(rows) ** 2 * numel
+    return LayerCost(
+        name, use, "dense", 2.0 * samples * numel, gram, rows * numel * itemsize
+    )

@@ -1,0 +1,143 @@
+"""Which way to the eigenpairs: a cost model, and ARPACK where it is the cheaper one.
+
+In floating-point operations, with f those of a forward pass over all samples, R̂ = N·R
+and g(R̂) those of the Gram matrix by layers:
+
+- Gram matrix: R f + g(R̂), and 40 R̂³ for its dense eigenpairs (a symmetric eigensolver
+  needs some 9 R̂³, at a quarter of the speed of a matrix product);
+- ARPACK: (20 + 4 k) products at 4 f each (two products of matrices and vectors of the
+  shape of each layer in the tangent pass, two in the transposed one), on K = VᵀV as an
+  operator where R̂ ≤ D, else on G.
+
+A product also counts for at least 3e8 operations, the time of its calls. The numbers
+of products and the ratios of speed are measured averages; the model decides
+between ways that differ by factors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from scipy.sparse.linalg import eigsh
+from torch import Tensor
+
+from vivit_linop.capture.costs import layer_costs
+from vivit_linop.curvature.fisher import EmpiricalFisher
+from vivit_linop.curvature.ggn import GGN
+from vivit_linop.curvature.jacobian import Pullback
+from vivit_linop.linalg.eigenpairs import (
+    Eigenpairs,
+    GramEigenpairs,
+    LowRankDecomposition,
+    gram_rounding_error,
+)
+from vivit_linop.operators.base import TorchLinearOperator
+from vivit_linop.operators.lowrank import Gram, LowRank
+from vivit_linop.operators.verbs import eigh, scale
+from vivit_linop.risk.empirical import free_memory
+
+_EIGH_FLOPS = 40.0
+# A product takes about a millisecond however small the net is.
+_PRODUCT_FLOPS = 3e8
+
+
+@dataclass(frozen=True)
+class Route:
+    """A way to the k largest eigenpairs.
+
+    Attributes:
+        name: ``"dense Gram"``, ``"dense G"``, ``"ARPACK on K"`` or ``"ARPACK on G"``.
+        flops: Its estimated floating-point operations.
+        nbytes: The memory of its matrix or vectors.
+    """
+
+    name: str
+    flops: float
+    nbytes: float
+
+
+def routes(op: LowRank, k: int) -> list[Route]:
+    """Return the two ways to k eigenpairs of c V Vᵀ, with their estimated costs."""
+    factor = op.factor
+    assert isinstance(factor, Pullback)
+    D, columns = factor.shape
+    itemsize = torch.finfo(op.torch_dtype).bits // 8
+    costs = layer_costs(factor.risk, factor.width)
+    forward = sum(cost.forward_flops for cost in costs)
+    small = min(D, columns)
+    if columns <= D:
+        matrix = sum(cost.gram_flops for cost in costs)
+        names = "dense Gram", "ARPACK on K"
+    else:
+        matrix = float(D) ** 2 * columns
+        names = "dense G", "ARPACK on G"
+    dense = factor.width * forward + matrix + _EIGH_FLOPS * small**3
+    products = 20 + 4 * k
+    return [
+        Route(names[0], dense, 3.0 * small**2 * itemsize),
+        Route(
+            names[1],
+            products * (4 * forward + _PRODUCT_FLOPS),
+            (2.0 * k + 20) * small * itemsize,
+        ),
+    ]
+
+
+def choose_route(op: LowRank, k: int) -> Route:
+    """Return the cheaper way of those that fit into memory."""
+    dense, krylov = routes(op, k)
+    if "small_side" in op.__dict__ or "matrix" in op.gram.__dict__:
+        return dense  # most of it has been paid for
+    # ARPACK needs room for more vectors than it is asked for.
+    if k >= min(op.factor.shape) // 2:
+        return dense
+    fits = dense.nbytes <= free_memory(op.device)
+    return dense if fits and dense.flops <= krylov.flops else krylov
+
+
+def _eigh(
+    op: LowRank,
+    k: int | None = None,
+    select: Callable[[Tensor], Sequence[int] | Tensor] | None = None,
+    rcond: float | None = None,
+) -> Eigenpairs:
+    decomposition = LowRankDecomposition(op)
+    # Only the largest pairs can be had without all of them.
+    if k is not None and select is None:
+        decomposition.choose(k, None, rcond)  # checks k
+        route = choose_route(op, int(k))
+        if route.name.startswith("ARPACK"):
+            return _arpack(op, int(k), route.name)
+    pairs = decomposition.pairs(decomposition.choose(k, select, rcond))
+    pairs.route = "dense G" if op.factor.shape[1] > op.shape[0] else "dense Gram"
+    return pairs
+
+
+def _arpack(op: LowRank, k: int, name: str) -> Eigenpairs:
+    target: TorchLinearOperator = op
+    if name == "ARPACK on K":
+        target = scale(Gram(op.factor, op.factor), op.scale)
+    start = np.random.default_rng(0).standard_normal(target.shape[0])
+    evals, evecs = eigsh(target, k=k, which="LA", v0=start.astype(target.dtype))
+    order = np.argsort(evals)
+    values = torch.from_numpy(evals[order]).to(op.device)
+    vectors = torch.from_numpy(np.ascontiguousarray(evecs[:, order])).to(op.device)
+    pairs: Eigenpairs
+    if target is op:
+        pairs = Eigenpairs(values, vectors)
+    elif (values > gram_rounding_error(values, target.shape[0])).all():
+        pairs = GramEigenpairs(values, op, vectors)
+    else:
+        # Fewer than k are numerically nonzero; the dense way knows what to do.
+        decomposition = LowRankDecomposition(op)
+        pairs = decomposition.pairs(decomposition.choose(k, None, None))
+        name = "dense Gram"
+    pairs.route = name
+    return pairs
+
+
+eigh.register(GGN)(_eigh)
+eigh.register(EmpiricalFisher)(_eigh)
