@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -90,3 +91,29 @@ def _cost(
     return LayerCost(
         name, use, "dense", 2.0 * samples * numel, gram, rows * numel * itemsize
     )
+
+
+def as_table(costs: Sequence[LayerCost]) -> str:
+    """Lay out costs as a table with a line for each parameter, and the totals."""
+    head = ("parameter", "use", "contraction", "GFLOP", "MB")
+    lines = [
+        (c.name, c.use, c.contraction, _number(c.gram_flops), _megabytes(c.nbytes))
+        for c in costs
+    ]
+    flops, nbytes = sum(c.gram_flops for c in costs), sum(c.nbytes for c in costs)
+    lines.append(("total", "", "", _number(flops), _megabytes(nbytes)))
+    widths = [max(map(len, column)) for column in zip(head, *lines, strict=True)]
+    text = []
+    for line in (head, *lines):
+        left = (cell.ljust(w) for cell, w in zip(line[:3], widths[:3], strict=True))
+        right = (cell.rjust(w) for cell, w in zip(line[3:], widths[3:], strict=True))
+        text.append("  ".join((*left, *right)))
+    return "\n".join(text)
+
+
+def _number(flops: float) -> str:
+    return f"{flops / 1e9:.3g}"
+
+
+def _megabytes(nbytes: float) -> str:
+    return f"{nbytes / 1e6:.3g}"

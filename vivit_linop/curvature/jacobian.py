@@ -8,6 +8,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from vivit_linop.capture.costs import LayerCost, as_table, layer_costs
 from vivit_linop.curvature.output_space import OutputOperator
 from vivit_linop.operators import verbs
 from vivit_linop.operators.base import TorchLinearOperator
@@ -95,6 +96,17 @@ class Pullback(TorchLinearOperator):
     def gram(self) -> Gram:
         """The Gram operator of the columns; its matrix is computed once and kept."""
         return Gram(self, self)
+
+    def explain(self) -> list[LayerCost]:
+        """Print what each parameter costs in the Gram matrix of the columns.
+
+        Returns:
+            The rows of the printed table: the parameter, the uses that were seen of
+            it, the contraction chosen, floating-point operations and bytes.
+        """
+        costs = layer_costs(self.risk, self.width)
+        print(as_table(costs))
+        return costs
 
     def cotangents(self, batch: int) -> Tensor:
         """What each column pulls back, ``[n, C, R]``."""

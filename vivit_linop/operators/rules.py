@@ -176,7 +176,7 @@ def _(A: Op, B: Identity) -> Op:
 
 @add.rule(Identity, Op)
 def _(A: Identity, B: Op) -> Op:
-    return add(B, A) if _decided(B, A) else NotImplemented
+    return _damp(B, 1.0) if _decided(B, A) else NotImplemented
 
 
 @add.rule(Op, Scaled)
