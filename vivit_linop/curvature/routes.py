@@ -107,12 +107,12 @@ def _eigh(
     decomposition = LowRankDecomposition(op)
     # Only the largest pairs can be had without all of them.
     if k is not None and select is None:
-        decomposition.choose(k, None, rcond)  # checks k
+        decomposition.check_k(k)
         route = choose_route(op, int(k))
         if route.name.startswith("ARPACK"):
             return _arpack(op, int(k), route.name)
     pairs = decomposition.pairs(decomposition.choose(k, select, rcond))
-    pairs.route = "dense G" if op.factor.shape[1] > op.shape[0] else "dense Gram"
+    pairs.route = "dense Gram" if op.by_gram else "dense G"
     return pairs
 
 

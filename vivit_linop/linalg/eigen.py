@@ -133,6 +133,13 @@ def _(op: Damped) -> Eigendecomposition:
 def _(op: BlockDiagonal) -> Eigendecomposition:
     """The pairs of the blocks, padded with zeros."""
     parts = [eigendecomposition(block) for block in op.blocks]
+    wanted = [
+        torch.zeros(part.count, dtype=torch.bool).index_fill(
+            0, part.default().cpu(), True
+        )
+        for part in parts
+    ]
+    rests = [part.rest for part in parts if part.rest is not None]
     places = op.split(torch.arange(op.shape[0], device=op.device))
 
     def vectors(order: Tensor) -> Tensor:
@@ -145,19 +152,24 @@ def _(op: BlockDiagonal) -> Eigendecomposition:
                 ((order >= start) & (order < start + part.count)).nonzero().squeeze(1)
             )
             if len(mine):
-                columns[place[:, None], mine] = part.pairs(
-                    order[mine] - start
-                ).eigenvectors
+                vectors = part.pairs(order[mine] - start).eigenvectors
+                columns[place[:, None], mine] = vectors.to(columns)
             start += part.count
         return columns
 
-    return MergedDecomposition(torch.cat([part.eigenvalues for part in parts]), vectors)
+    return MergedDecomposition(
+        torch.cat([part.eigenvalues for part in parts]).to(op.torch_dtype),
+        vectors,
+        torch.cat(wanted).to(op.device),
+        max(rests, default=None),
+    )
 
 
 @eigendecomposition.register
 def _(op: Kronecker) -> Eigendecomposition:
     """Products of the factors' eigenvalues, Kronecker products of their vectors."""
-    parts = [torch.linalg.eigh(to_dense(factor)) for factor in op.factors]
+    dtype = op.torch_dtype
+    parts = [torch.linalg.eigh(to_dense(factor).to(dtype)) for factor in op.factors]
     evals = parts[0].eigenvalues
     for part, _ in parts[1:]:
         evals = torch.outer(evals, part).reshape(-1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -115,26 +116,29 @@ class GramEigenpairs(Eigenpairs):
 
 
 class Eigendecomposition(ABC):
-    """All eigenvalues of an operator, and the way to its eigenvectors.
+    """The eigenvalues of an operator, and the way to its eigenvectors.
 
     Attributes:
         count: How many eigenvalues there are.
+        rest: The eigenvalue that all others have (a low-rank operator's zero), or None
+            if there are no others.
     """
 
     count: int
+    rest: float | None = None
 
     @property
     @abstractmethod
     def eigenvalues(self) -> Tensor:
-        """All eigenvalues, ascending, ``[count]``."""
+        """The eigenvalues, ascending, ``[count]``."""
 
     @abstractmethod
     def pairs(self, indices: Tensor) -> Eigenpairs:
         """Return the pairs of these indices, in their order."""
 
-    def rounding_error(self) -> float:
-        """The size below which an eigenvalue is left out by default."""
-        return 0.0
+    def default(self) -> Tensor:
+        """The indices of the pairs that are wanted if nothing is said: all."""
+        return torch.arange(self.count)
 
     def choose(
         self,
@@ -145,16 +149,11 @@ class Eigendecomposition(ABC):
         """Turn the arguments of ``eigh`` into indices; checks them first."""
         if k is not None and select is not None:
             raise ValueError("k, select: give one of them, not both.")
-        if rcond is not None and not rcond >= 0.0:
+        if rcond is not None and not (isinstance(rcond, Real) and rcond >= 0.0):
             raise ValueError(f"rcond: a number of at least 0, got {rcond!r}.")
         if k is not None:
-            if isinstance(k, bool) or not isinstance(k, (int, np.integer)):
-                raise TypeError(f"k: an integer, got {k!r}.")
-            if not 1 <= k <= self.count:
-                raise ValueError(
-                    f"k: this operator has {self.count} eigenvalues, so k is between "
-                    f"1 and {self.count}, got {k}."
-                )
+            self.check_k(k)
+            self._check_rest(k)
             indices = torch.arange(self.count - int(k), self.count)
         elif select is not None:
             if not callable(select):
@@ -163,13 +162,34 @@ class Eigendecomposition(ABC):
                     f"{select!r}."
                 )
             indices = checked_indices(select(self.eigenvalues.clone()), self.count)
-        else:
+        elif rcond is not None:
             sizes = self.eigenvalues.abs()
-            error = self.rounding_error()
-            cut = error if rcond is None else rcond * sizes.max()
-            keep = sizes > cut if (rcond is not None or error > 0.0) else sizes >= 0.0
-            indices = keep.nonzero().squeeze(1)
+            indices = (sizes > rcond * sizes.max()).nonzero().squeeze(1)
+        else:
+            indices = self.default()
         return indices.to(self.eigenvalues.device)
+
+    def check_k(self, k: Any) -> None:
+        """Raise an error unless there are k eigenvalues."""
+        if isinstance(k, bool) or not isinstance(k, (int, np.integer)):
+            raise TypeError(f"k: an integer, got {k!r}.")
+        if not 1 <= k <= self.count:
+            raise ValueError(
+                f"k: this operator has {self.count} eigenvalues, so k is between 1 and "
+                f"{self.count}, got {k}."
+            )
+
+    def _check_rest(self, k: int) -> None:
+        """Raise an error if eigenvalues without vectors are among the k largest."""
+        evals = self.eigenvalues
+        if self.rest is None:
+            return
+        error = 100 * torch.finfo(evals.dtype).eps * evals.abs().max().item()
+        if self.rest > evals[-k].item() + error:
+            raise ValueError(
+                f"k: the {k} largest eigenvalues include {self.rest:.3g}, which a "
+                "low-rank operator has no vectors for. Choose with select=."
+            )
 
 
 class DenseDecomposition(Eigendecomposition):
@@ -208,6 +228,7 @@ class LowRankDecomposition(DenseDecomposition):
     def __init__(self, operator: LowRank) -> None:
         self._operator = operator
         self.count = min(operator.factor.shape)
+        self.rest = 0.0 if self.count < operator.shape[0] else None
 
     @cached_property
     def _eigh(self) -> tuple[Tensor, Tensor]:
@@ -218,9 +239,13 @@ class LowRankDecomposition(DenseDecomposition):
         """Eigenvalues of a Gram matrix are known to about this absolute error."""
         return gram_rounding_error(self.eigenvalues, self.count)
 
+    def default(self) -> Tensor:
+        """Those that are not numerically zero."""
+        return (self.eigenvalues > self.rounding_error()).nonzero().squeeze(1)
+
     def pairs(self, indices: Tensor) -> Eigenpairs:
         """Lift columns of the Gram matrix's eigenvectors, lazily."""
-        if self.count == self._operator.shape[0]:  # the D × D side was decomposed
+        if not self._operator.by_gram:
             return super().pairs(indices)
         evals, gram_evecs = self._eigh
         chosen = evals[indices]
@@ -264,6 +289,7 @@ class ScaledShifted(Eigendecomposition):
     ) -> None:
         self._inner, self._factor, self._shift = inner, factor, shift
         self.count = inner.count
+        self.rest = None if inner.rest is None else factor * inner.rest + shift
 
     @property
     def eigenvalues(self) -> Tensor:
@@ -271,12 +297,10 @@ class ScaledShifted(Eigendecomposition):
         evals = self._factor * self._inner.eigenvalues + self._shift
         return evals if self._factor > 0 else evals.flip(0)
 
-    def choose(self, *arguments: Any) -> Tensor:
-        """Without ``k``, ``select`` and ``rcond``, choose as for A."""
-        if all(argument is None for argument in arguments):
-            indices = self._inner.choose(*arguments)
-            return indices if self._factor > 0 else self._reversed(indices).flip(0)
-        return super().choose(*arguments)
+    def default(self) -> Tensor:
+        """Those of A."""
+        indices = self._inner.default()
+        return indices if self._factor > 0 else self._reversed(indices).flip(0)
 
     def pairs(self, indices: Tensor) -> Eigenpairs:
         """Return A's eigenvectors with the eigenvalues of the whole."""
@@ -294,18 +318,31 @@ class MergedDecomposition(Eigendecomposition):
     Args:
         eigenvalues: All eigenvalues, in the order in which the parts give them.
         vectors: A function of indices into that order that forms the columns.
+        wanted: For each of them, whether it is wanted by default; all if None.
+        rest: The largest eigenvalue that is not among them, or None.
     """
 
     def __init__(
-        self, eigenvalues: Tensor, vectors: Callable[[Tensor], Tensor]
+        self,
+        eigenvalues: Tensor,
+        vectors: Callable[[Tensor], Tensor],
+        wanted: Tensor | None = None,
+        rest: float | None = None,
     ) -> None:
         self._sorted, self._order = eigenvalues.sort()
         self._vectors, self.count = vectors, len(eigenvalues)
+        self._wanted, self.rest = wanted, rest
 
     @property
     def eigenvalues(self) -> Tensor:
-        """All eigenvalues."""
+        """The eigenvalues."""
         return self._sorted
+
+    def default(self) -> Tensor:
+        """Those that the parts want."""
+        if self._wanted is None:
+            return super().default()
+        return self._wanted[self._order].nonzero().squeeze(1)
 
     def pairs(self, indices: Tensor) -> Eigenpairs:
         """Form the columns when asked for."""
@@ -335,8 +372,11 @@ def gram_rounding_error(eigenvalues: Tensor, count: int) -> float:
 
 def checked_indices(indices: Any, count: int) -> Tensor:
     """Turn what a criterion returned into indices, or say what is wrong with it."""
-    given = torch.as_tensor(indices).detach().cpu()
-    if given.numel() == 0:
+    try:
+        given = torch.as_tensor(indices).detach().cpu()
+    except (TypeError, ValueError, RuntimeError):
+        given = torch.tensor(torch.nan)  # no indices of any kind
+    if given.ndim == 1 and given.numel() == 0:
         return torch.empty(0, dtype=torch.long)
     if given.dtype == torch.bool and given.shape == (count,):
         return given.nonzero().squeeze(1)

@@ -113,6 +113,11 @@ def _(op: Woodbury) -> Op:
 
 
 @damped_inv.register
+def _(op: Identity, damping: float) -> Op:
+    return inv(scale(op, 1.0 + damping))
+
+
+@damped_inv.register
 def _(op: LowRank, damping: float) -> Op:
     return Woodbury(op, damping)
 
@@ -121,6 +126,11 @@ def _(op: LowRank, damping: float) -> Op:
 def _(op: Dense, damping: float) -> Op:
     unit = torch.eye(op.shape[0], dtype=op.torch_dtype, device=op.device)
     return DenseInverse(Dense(op.matrix + damping * unit))
+
+
+@damped_inv.register
+def _(op: Damped, damping: float) -> Op:
+    return damped_inv(op.operator, op.damping + damping)
 
 
 @damped_inv.register
@@ -138,6 +148,8 @@ def _(op: Scaled, damping: float) -> Op:
 
 @damped_inv.register
 def _(op: BlockDiagonal, damping: float) -> Op:
+    if not op.has_square_blocks:
+        return damped_inv(Dense(to_dense(op)), damping)
     return op.like([damped_inv(block, damping) for block in op.blocks])
 
 
@@ -145,7 +157,8 @@ def _(op: BlockDiagonal, damping: float) -> Op:
 def _(op: Kronecker, damping: float) -> Op:
     """Q (Λ + δ I)⁻¹ Qᵀ, with Q and Λ the Kronecker products of the factors'."""
     op._check_self_adjoint("inv of a damped Kronecker operator")
-    parts = [torch.linalg.eigh(to_dense(factor)) for factor in op.factors]
+    dtype = op.torch_dtype
+    parts = [torch.linalg.eigh(to_dense(factor).to(dtype)) for factor in op.factors]
     evecs = Kronecker(*(vectors for _, vectors in parts))
     evals = parts[0].eigenvalues
     for part, _ in parts[1:]:

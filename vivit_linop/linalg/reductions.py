@@ -130,9 +130,9 @@ def _(op: LowRank) -> Tensor:
 
 @diagonal.register
 def _(op: BlockDiagonal) -> Tensor:
-    if any(block.shape[0] != block.shape[1] for block in op.blocks):
+    if not op.has_square_blocks:
         return to_dense(op).diagonal().clone()
-    return op.join([diagonal(block) for block in op.blocks])
+    return op.join([diagonal(block) for block in op.blocks]).to(op.torch_dtype)
 
 
 @diagonal.register
@@ -142,7 +142,7 @@ def _(op: Kronecker) -> Tensor:
     result = diagonal(op.factors[0])
     for factor in op.factors[1:]:
         result = torch.outer(result, diagonal(factor)).reshape(-1)
-    return result
+    return result.to(op.torch_dtype)
 
 
 @row_norms_squared.register
@@ -281,4 +281,6 @@ def _(op: Dense, damping: float) -> Tensor:
 
 @damped_logdet.register
 def _(op: BlockDiagonal, damping: float) -> Tensor:
+    if not op.has_square_blocks:
+        return damped_logdet(Dense(to_dense(op)), damping)
     return torch.stack([damped_logdet(block, damping) for block in op.blocks]).sum()

@@ -83,7 +83,7 @@ class TorchLinearOperator(LinearOperator):
                 "model or the tensor first, for example with .float()."
             )
         self._own_dtype = dtype
-        self._own_device = None if device is None else torch.device(device)
+        self._own_device = None if device is None else _numbered(device)
         super().__init__(NUMPY_DTYPES[dtype or torch.float64], shape)
 
     # What a node defines -------------------------------------------------------
@@ -132,7 +132,8 @@ class TorchLinearOperator(LinearOperator):
         if X.shape[1] == 0:
             return X.new_zeros(self.shape[0], 0)
         with torch.no_grad():
-            return self._multiply(X)
+            # Parts of another precision do not decide that of the whole.
+            return self._multiply(X).to(X.dtype)
 
     def _product(self, x: Tensor) -> Tensor:
         """Multiply a torch vector or matrix, with the checks that a user needs."""
@@ -153,11 +154,7 @@ class TorchLinearOperator(LinearOperator):
     def _product_numpy(self, X: np.ndarray) -> np.ndarray:
         """Multiply a numpy matrix ``[n, K]``."""
         X = np.asarray(X)
-        if X.dtype.kind != "f":
-            raise TypeError(
-                f"x: vectors must be real floating point, got {X.dtype}. Convert with "
-                "x.astype(float)."
-            )
+        _check_real_array(X)
         # torch takes neither negative strides nor, without a warning, read-only
         # memory, nor extended precision; a copy has none of these.
         if X.dtype not in (np.float32, np.float64):
@@ -227,6 +224,9 @@ class TorchLinearOperator(LinearOperator):
                 "x.toarray(), or scipy.sparse.linalg.aslinearoperator(x) for a product "
                 "of operators."
             )
+        if not isinstance(x, LinearOperator):
+            x = np.asarray(x)
+            _check_real_array(x)
         return super().dot(x)
 
     def __mul__(self, x: Any) -> Any:
@@ -249,6 +249,7 @@ class TorchLinearOperator(LinearOperator):
             raise ValueError("A scalar is no operand of '@'; use '*' instead.")
         if not isinstance(x, Tensor):
             x = np.asarray(x)
+            _check_real_array(x)
         if x.ndim not in (1, 2) or x.shape[-1] != self.shape[0]:
             raise ValueError(
                 f"x: [{self.shape[0]}] or [K, {self.shape[0]}] can stand left of an "
@@ -260,7 +261,7 @@ class TorchLinearOperator(LinearOperator):
         """Return ``self / x`` for a scalar ``x``."""
         if not is_scalar(x):
             return NotImplemented
-        return verbs.scale(self, 1.0 / as_float(x))
+        return verbs.scale(self, as_float(1.0 / as_float(x)))
 
     def __neg__(self) -> TorchLinearOperator:
         """Return ``-self``."""
@@ -301,17 +302,17 @@ class TorchLinearOperator(LinearOperator):
 
     def to_dense(self) -> Tensor:
         """Return the matrix as a torch tensor; costs as many products as columns."""
-        return verbs.to_dense(self)
+        return self._own(verbs.to_dense(self))
 
     def diagonal(self) -> Tensor:
         """Return the diagonal of a square operator, ``[n]``."""
         self._check_square("diagonal")
-        return verbs.diagonal(self)
+        return self._own(verbs.diagonal(self))
 
     def trace(self) -> Tensor:
         """Return the trace of a square operator, a scalar tensor."""
         self._check_square("trace")
-        return verbs.trace(self)
+        return self._own(verbs.trace(self))
 
     def inv(self) -> TorchLinearOperator:
         """Return the inverse as an operator."""
@@ -326,12 +327,12 @@ class TorchLinearOperator(LinearOperator):
     def logdet(self) -> Tensor:
         """Return the logarithm of the absolute determinant, a scalar tensor."""
         self._check_square("logdet")
-        return verbs.logdet(self)
+        return self._own(verbs.logdet(self))
 
     def eigvalsh(self) -> Tensor:
         """Return the eigenvalues of a self-adjoint operator, ascending."""
         self._check_self_adjoint("eigvalsh")
-        return verbs.eigvalsh(self)
+        return self._own(verbs.eigvalsh(self))
 
     def eigh(
         self,
@@ -355,6 +356,9 @@ class TorchLinearOperator(LinearOperator):
         """
         self._check_self_adjoint("eigh")
         return verbs.eigh(self, k=k, select=select, rcond=rcond)
+
+    def _own(self, result: Tensor) -> Tensor:
+        return result.to(self.torch_dtype)
 
     def _check_square(self, verb: str) -> None:
         if self.shape[0] != self.shape[1]:
@@ -423,6 +427,19 @@ def common_device(*operators: TorchLinearOperator) -> torch.device | None:
             f"{sorted(map(str, devices))}. Move the tensors they are made of first."
         )
     return devices.pop() if devices else None
+
+
+def _check_real_array(x: np.ndarray) -> None:
+    if x.dtype.kind != "f":
+        raise TypeError(
+            f"x: vectors must be real floating point, got {x.dtype}. Convert with "
+            "x.astype(float)."
+        )
+
+
+def _numbered(device: torch.device | str) -> torch.device:
+    """Return a device as tensors on it name it: "cuda" is the current one."""
+    return torch.empty(0, device=device).device
 
 
 def _check_real_floating(dtype: torch.dtype, name: str) -> None:

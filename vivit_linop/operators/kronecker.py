@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 
@@ -59,6 +60,11 @@ class BlockDiagonal(TorchLinearOperator):
         """Whether all blocks are."""
         return all(block.self_adjoint for block in self.blocks)
 
+    @property
+    def has_square_blocks(self) -> bool:
+        """Whether each block is square, so that verbs act block by block."""
+        return all(block.shape[0] == block.shape[1] for block in self.blocks)
+
     def split(self, X: Tensor, axis: int = 1) -> list[Tensor]:
         """Cut the rows of a matrix into what each block multiplies.
 
@@ -74,9 +80,10 @@ class BlockDiagonal(TorchLinearOperator):
         """Put the rows of the blocks' results together; the opposite of ``split``."""
         if self.indices is None:
             return torch.cat(list(parts))
-        result = parts[0].new_empty(self.shape[0], *parts[0].shape[1:])
+        dtype = functools.reduce(torch.promote_types, (part.dtype for part in parts))
+        result = parts[0].new_empty(self.shape[0], *parts[0].shape[1:], dtype=dtype)
         for index, part in zip(self.indices, parts, strict=True):
-            result[index] = part
+            result[index] = part.to(dtype)
         return result
 
     def like(self, blocks: Sequence[TorchLinearOperator]) -> BlockDiagonal:
@@ -165,11 +172,13 @@ class KhatriRao(TorchLinearOperator):
                 f"{self.left.shape[1]} and {self.right.shape[1]}."
             )
         parts = Dense(self.left), Dense(self.right)
+        dtype = common_dtype(*parts)
         super().__init__(
             (self.left.shape[0] * self.right.shape[0], self.left.shape[1]),
-            common_dtype(*parts),
+            dtype,
             common_device(*parts),
         )
+        self.left, self.right = self.left.to(dtype), self.right.to(dtype)
 
     def _multiply(self, X: Tensor) -> Tensor:
         product = torch.einsum("pr,qr,rk->pqk", self.left, self.right, X)

@@ -95,10 +95,15 @@ class LowRank(TorchLinearOperator):
         gram = self.factor.T @ self.factor
         return gram if isinstance(gram, Gram) else Gram(self.factor, self.factor)
 
+    @property
+    def by_gram(self) -> bool:
+        """Whether the Gram matrix is the smaller side."""
+        return self.factor.shape[1] <= self.shape[0]
+
     @cached_property
     def small_side(self) -> Tensor:
         """The smaller of c VᵀV and c V Vᵀ, dense: what all exact verbs work on."""
-        if self.factor.shape[1] <= self.shape[0]:
+        if self.by_gram:
             return self.scale * self.gram.matrix
         return verbs.to_dense(self)
 
@@ -185,7 +190,7 @@ class Woodbury(TorchLinearOperator):
 
     def _multiply(self, X: Tensor) -> Tensor:
         factor, scale = self.operator.factor, self.operator.scale
-        if len(self._cholesky) == self.shape[0] < factor.shape[1]:
+        if not self.operator.by_gram:
             return self._solve_small(X)
         inner = self._solve_small(factor.T.apply(X))
         return (X - scale * factor.apply(inner)) / self.damping

@@ -74,7 +74,7 @@ def _(A: Adjoint, B: KhatriRao) -> Op:
 
 @matmul.rule(Dense, Dense)
 def _(A: Dense, B: Dense) -> Op:
-    return Dense(A.matrix @ B.matrix)
+    return Dense(A.matrix @ B.matrix) if _one_dtype(A, B) else NotImplemented
 
 
 @matmul.rule(Diagonal, Diagonal)
@@ -248,7 +248,7 @@ def _(op: Adjoint) -> Op:
 
 @adjoint.register
 def _(op: Scaled) -> Op:
-    return scale(adjoint(op.operator), op.factor)
+    return op if op.self_adjoint else scale(adjoint(op.operator), op.factor)
 
 
 @adjoint.register
@@ -258,12 +258,12 @@ def _(op: Product) -> Op:
 
 @adjoint.register
 def _(op: BlockDiagonal) -> Op:
-    return op.like([block.T for block in op.blocks])
+    return op if op.self_adjoint else op.like([block.T for block in op.blocks])
 
 
 @adjoint.register
 def _(op: Kronecker) -> Op:
-    return Kronecker(*(factor.T for factor in op.factors))
+    return op if op.self_adjoint else Kronecker(*(f.T for f in op.factors))
 
 
 # Gram matrices ----------------------------------------------------------------------
@@ -309,8 +309,13 @@ def _decided(op: Op, identity: Op) -> bool:
     return same_dtype and identity._own_device in (None, op._own_device)
 
 
+def _one_dtype(A: Op, B: Op) -> bool:
+    return A._own_dtype == B._own_dtype
+
+
 def _aligned(A: KhatriRao, B: KhatriRao) -> bool:
-    return (A.left.shape[0], A.right.shape[0]) == (B.left.shape[0], B.right.shape[0])
+    shapes = [(K.left.shape[0], K.right.shape[0]) for K in (A, B)]
+    return shapes[0] == shapes[1] and _one_dtype(A, B)
 
 
 def _same_places(A: BlockDiagonal, B: BlockDiagonal) -> bool:
