@@ -1,0 +1,30 @@
+"""Every example runs, passes its own checks and saves a picture."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+
+
+def test_there_are_examples() -> None:
+    assert "quickstart.py" in [example.name for example in EXAMPLES]
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda example: example.stem)
+def test_example_runs_and_saves_a_picture(example: Path, tmp_path: Path) -> None:
+    finished = subprocess.run(
+        [sys.executable, str(example), "--output", str(tmp_path)],
+        cwd=tmp_path,  # it must not depend on where it is run from
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert finished.returncode == 0, finished.stderr
+    pictures = list(tmp_path.glob("**/*.png"))
+    assert pictures and all(picture.stat().st_size > 10_000 for picture in pictures)
