@@ -289,7 +289,9 @@ class EmpiricalRisk:
             )
             self._check_outputs(index, linearization.outputs)
             # The batches come in order, so the kept ones stay ordered.
-            if index == len(self._kept) and linearization.nbytes <= budget:
+            keep = index == len(self._kept) and linearization.nbytes <= budget
+            linearization.traced = keep  # a trace pays when it is used again
+            if keep:
                 self._kept[index] = linearization
                 budget -= linearization.nbytes
             yield linearization

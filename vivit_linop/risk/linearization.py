@@ -1,20 +1,21 @@
 """The linearisation of a net at θ on one batch: J x and Jᵀ u without a forward pass.
 
-The tangent map x ↦ J x is traced once by ``torch.func.linearize``, which evaluates
-all that does not depend on x and keeps it. The adjoint u ↦ Jᵀ u is the backward pass
-through that linear map, so both share what is kept. One product with J and one with
-Jᵀ are the arithmetic of 4/3 of a gradient.
+Jᵀ u is an ordinary backward pass through the kept graph of one forward pass. For J x,
+the tangent map x ↦ J x is traced once by ``torch.func.linearize``, which evaluates all
+that does not depend on x and keeps it; Jᵀ u then is the backward pass through that
+linear map, so that both share what is kept. One product with J and one with Jᵀ are the
+arithmetic of 4/3 of a gradient.
 
 Where a model cannot be traced (control flow that depends on values, kernels without
-forward mode), the two products are backward passes: J x is the derivative of Jᵀ u in
-u, along x.
+forward mode), or a trace would be used only once, J x is the derivative of Jᵀ u in u,
+along x: a backward pass through the backward pass.
 """
 
 from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -27,8 +28,8 @@ from vivit_linop.risk.model import Params, as_guest
 Result = TypeVar("Result")
 
 # What K columns of tangents may take together on the CPU. More would not be faster:
-# beyond the caches, columns one by one are as good.
-_CPU_COLUMN_BYTES = 64 * 2**20
+# columns one by one use the caches better.
+_CPU_COLUMN_BYTES = 4 * 2**20
 
 
 class Linearization:
@@ -40,54 +41,58 @@ class Linearization:
 
     Attributes:
         outputs: The outputs at θ, ``[n, …]``.
-        nbytes: The memory that the linearisation keeps, beyond θ.
-        method: ``"linearize"`` or ``"reverse"``, how J x is computed.
+        nbytes: The memory that the graph keeps, beyond θ.
+        traced: Whether J x should be traced; else it is a backward pass.
+        method: How J x is computed: ``"linearize"`` or ``"reverse"``, or ``None``
+            before the first product with J.
     """
 
     def __init__(self, function: Callable[[Params], Tensor], params: Params) -> None:
-        self._function = function
-        self._tangent_map: Callable[[Params], Tensor] | None = None
+        self._function, self._params = function, params
         self._shapes = [p.shape for p in params.values()]
         self._sizes = [p.numel() for p in params.values()]
-        self._names = list(params)
         first = next(iter(params.values()))
         self._dtype, self.device = first.dtype, first.device
+        self.traced = True
+        self.method: str | None = None
+        self._tangent_map: Callable[[Params], Tensor] | None = None
+        # Jᵀ u is the gradient of the image in the arguments, along u.
+        self._arguments = list(params.values())
         with as_guest(self.device):
-            outputs = function(params)
-            self.outputs = outputs.detach()
-            if not self._trace(
-                outputs, params, contextlib.nullcontext()
-            ) and not self._trace(outputs, params, OutOfPlace()):
-                self._reverse(function(params), params)
+            self.nbytes, self._image = _saved_bytes(lambda: function(params))
+        self.outputs = self._image.detach()
 
-    def _trace(
-        self,
-        outputs: Tensor,
-        params: Params,
-        mode: contextlib.AbstractContextManager[object],
-    ) -> bool:
+    def _prepare(self) -> None:
+        """Make J x possible."""
+        with as_guest(self.device):
+            if not self.traced or not (
+                self._trace(contextlib.nullcontext()) or self._trace(OutOfPlace())
+            ):
+                self._reverse()
+
+    def _trace(self, mode: contextlib.AbstractContextManager[object]) -> bool:
         """Trace the tangent map; returns whether it turned out to be right."""
-        theta = {name: p.detach() for name, p in params.items()}
-        self.method = "linearize"
-        self._tangents = [p.detach().clone().requires_grad_() for p in params.values()]
+        graph, parameters = self._image, self._arguments
+        theta = {name: p.detach() for name, p in self._params.items()}
         try:
             with warnings.catch_warnings(), mode:
                 warnings.filterwarnings("ignore", message=".*get_attr Node.*")
                 warnings.filterwarnings("ignore", category=FutureWarning)
                 _, self._tangent_map = linearize(self._function, theta)
-            self.nbytes, _ = _saved_bytes(self._image)
-            self._linear_image = self._image()
-            return self._agrees(outputs, params)
+            self._arguments = [p.detach().clone().requires_grad_() for p in parameters]
+            named = dict(zip(self._params, self._arguments, strict=True))
+            self._image = self._tangent_map(named)
+            self.method = "linearize"
+            if self._agrees(graph):
+                return True
         # Any failure of the tracer, of which there are many kinds, only means that
         # another way must be taken; an error of the model itself was seen before.
         except Exception:
-            return False
+            pass
+        self._image, self._arguments, self._tangent_map = graph, parameters, None
+        return False
 
-    def _image(self) -> Tensor:
-        assert self._tangent_map is not None
-        return self._tangent_map(dict(zip(self._names, self._tangents, strict=True)))
-
-    def _agrees(self, outputs: Tensor, params: Params) -> bool:
+    def _agrees(self, graph: Tensor) -> bool:
         """Whether the traced map is the Jacobian, and stays it when used.
 
         Jᵀ u by the trace must be what an ordinary backward pass gives, and ⟨u, J x⟩
@@ -100,22 +105,17 @@ class Linearization:
             noise = torch.randn(like.shape, generator=generator, dtype=like.dtype)
             return noise.to(like.device)
 
-        u, parameters = draw(outputs), list(params.values())
-        x = torch.cat([draw(p).reshape(-1) for p in parameters]).unsqueeze(1)
-        backward = torch.autograd.grad(
-            outputs, parameters, u, retain_graph=True, allow_unused=True
-        )
-        expected = torch.cat(
-            [
-                (torch.zeros_like(p) if g is None else g).reshape(-1)
-                for g, p in zip(backward, parameters, strict=True)
-            ]
+        u, parameters = draw(graph), list(self._params.values())
+        x = torch.cat([draw(p).reshape(-1) for p in parameters])
+        expected = self._flat(
+            torch.autograd.grad(
+                graph, parameters, u, retain_graph=True, allow_unused=True
+            )
         )
         tolerance = 100 * torch.finfo(self._dtype).eps ** 0.75
         for _ in range(2):
-            image = self.jvp(x).squeeze(1)
-            pulled_back = self.vjp(u.reshape(-1, 1)).squeeze(1)
-            slope = (image * u.reshape(-1)).sum() - (expected * x.squeeze(1)).sum()
+            image, pulled_back = self._jvp(x), self._vjp(u.reshape(-1))
+            slope = (image * u.reshape(-1)).sum() - (expected * x).sum()
             if not (pulled_back - expected).norm() <= tolerance * expected.norm():
                 return False
             size = image.norm() * u.norm() + expected.norm() * x.norm()
@@ -123,65 +123,65 @@ class Linearization:
                 return False
         return True
 
-    def _reverse(self, outputs: Tensor, params: Params) -> None:
+    def _reverse(self) -> None:
         """Keep the graph of u ↦ Jᵀ u, which is linear in u."""
         self.method = "reverse"
-        self._tangent_map = None
-        self._parameters = list(params.values())
-        self._dual = torch.zeros_like(outputs, requires_grad=True)
-        self.nbytes, self._linear_image = 0, outputs
+        self._dual = torch.zeros_like(self._image, requires_grad=True)
+        gradients = torch.autograd.grad(
+            self._image,
+            self._arguments,
+            self._dual,
+            create_graph=True,
+            allow_unused=True,
+        )
+        self._pulled_back = [
+            torch.zeros_like(p) if g is None else g
+            for g, p in zip(gradients, self._arguments, strict=True)
+        ]
 
-        def pull_back() -> list[Tensor]:
-            gradients = torch.autograd.grad(
-                outputs,
-                self._parameters,
-                self._dual,
-                create_graph=True,
-                allow_unused=True,
-            )
-            return [
-                g if g is not None else torch.zeros_like(p)
-                for g, p in zip(gradients, self._parameters, strict=True)
-            ]
-
-        self.nbytes, self._pulled_back = _saved_bytes(pull_back)
-        self._tangents = self._parameters
-
-    def column_chunk(self, budget: int | None = None) -> int:
-        """How many columns to multiply at a time.
-
-        Args:
-            budget: The bytes that their tangents may take, or None for a default.
-        """
-        if budget is None:
-            budget = _CPU_COLUMN_BYTES
-            if self.device.type == "cuda":
-                budget = torch.cuda.mem_get_info(self.device)[0] // 4
-        itemsize = self.outputs.element_size()
-        per_column = self.nbytes + itemsize * sum(self._sizes)
+    def column_chunk(self) -> int:
+        """How many columns to multiply at a time."""
+        budget = _CPU_COLUMN_BYTES
+        if self.device.type == "cuda":
+            budget = torch.cuda.mem_get_info(self.device)[0] // 4
+        per_column = self.nbytes + self.outputs.element_size() * sum(self._sizes)
         return max(1, budget // max(per_column, 1))
 
     def jvp(self, X: Tensor) -> Tensor:
         """Return J X, ``[D, K] -> [n C, K]``."""
-        chunks = X.split(self.column_chunk(), dim=1)
-        return torch.cat([self._jvp(chunk) for chunk in chunks], dim=1)
+        if self.method is None:
+            self._prepare()
+        return self._by_rows(self._jvp, X, self.outputs.numel())
 
     def vjp(self, U: Tensor) -> Tensor:
         """Return Jᵀ U, ``[n C, K] -> [D, K]``."""
-        chunks = U.split(self.column_chunk(), dim=1)
-        if len(chunks) == 1:
-            return self._vjp(U)
-        result = U.new_empty(sum(self._sizes), U.shape[1])
-        for columns, chunk in zip(
-            result.split(self.column_chunk(), dim=1), chunks, strict=True
-        ):
-            columns.copy_(self._vjp(chunk))
-        return result
+        return self._by_rows(self._vjp, U, sum(self._sizes))
 
-    def _jvp(self, X: Tensor) -> Tensor:
-        one = X.shape[1] == 1
-        leading = () if one else (X.shape[1],)
-        rows = X.squeeze(1) if one else X.T
+    def _by_rows(
+        self, product: Callable[[Tensor], Tensor], X: Tensor, size: int
+    ) -> Tensor:
+        """Apply a product to the columns of a matrix, some of them at a time.
+
+        The products take and give rows, whose parts lie together in memory.
+        """
+        if X.shape[1] == 1:
+            return product(X.squeeze(1)).unsqueeze(1)
+        rows = X.T.contiguous()
+        result = X.new_empty(X.shape[1], size)
+        chunk = self.column_chunk()
+        if chunk == 1:
+            for row, image in zip(rows, result, strict=True):
+                image.copy_(product(row))
+        else:
+            for part, images in zip(
+                rows.split(chunk), result.split(chunk), strict=True
+            ):
+                images.copy_(product(part))
+        return result.T
+
+    def _jvp(self, rows: Tensor) -> Tensor:
+        """``[D] -> [n C]`` or ``[K, D] -> [K, n C]``."""
+        leading = rows.shape[:-1]
         tangents = [
             part.reshape(*leading, *shape)
             for part, shape in zip(
@@ -190,13 +190,13 @@ class Linearization:
         ]
         with as_guest(self.device):
             if self._tangent_map is None:
-                image = self._jvp_reverse(tangents, batched=not one)
+                image = self._jvp_reverse(tangents, batched=rows.ndim == 2)
             else:
-                named = dict(zip(self._names, tangents, strict=True))
+                named = dict(zip(self._params, tangents, strict=True))
                 with torch.no_grad():
-                    mapped = self._tangent_map if one else vmap(self._tangent_map)
-                    image = mapped(named)
-        return image.reshape(-1, 1) if one else image.reshape(X.shape[1], -1).T
+                    batched = vmap(self._tangent_map)
+                    image = (batched if rows.ndim == 2 else self._tangent_map)(named)
+        return image.reshape(*leading, -1)
 
     def _jvp_reverse(self, tangents: list[Tensor], batched: bool) -> Tensor:
         used = [
@@ -213,30 +213,31 @@ class Linearization:
         )
         return image
 
-    def _vjp(self, U: Tensor) -> Tensor:
-        one = U.shape[1] == 1
-        if one:
-            cotangents = U.reshape(self.outputs.shape)
-        else:
-            cotangents = U.T.reshape(U.shape[1], *self.outputs.shape)
+    def _vjp(self, rows: Tensor) -> Tensor:
+        """``[n C] -> [D]`` or ``[K, n C] -> [K, D]``."""
+        leading = rows.shape[:-1]
         with as_guest(self.device):
             gradients = torch.autograd.grad(
-                self._linear_image,
-                self._tangents,
-                cotangents,
+                self._image,
+                self._arguments,
+                rows.reshape(*leading, *self.outputs.shape),
                 retain_graph=True,
                 allow_unused=True,
-                is_grads_batched=not one,
+                is_grads_batched=rows.ndim == 2,
             )
-        leading = () if one else (U.shape[1],)
+        return self._flat(gradients, leading)
+
+    def _flat(
+        self, gradients: Sequence[Tensor | None], leading: Sequence[int] = ()
+    ) -> Tensor:
+        """Put gradients in the shapes of the parameters together, None for zero."""
         parts = [
-            U.new_zeros(*leading, size)
+            torch.zeros(*leading, size, dtype=self._dtype, device=self.device)
             if gradient is None
             else gradient.reshape(*leading, size)
             for gradient, size in zip(gradients, self._sizes, strict=True)
         ]
-        flat = torch.cat(parts, dim=-1)
-        return flat.unsqueeze(1) if one else flat.T
+        return torch.cat(parts, dim=-1)
 
 
 class OutOfPlace(TorchFunctionMode):
