@@ -259,7 +259,7 @@ def find_structure(risk: EmpiricalRisk) -> Structure:
 def _find_structure(risk: EmpiricalRisk) -> Structure:
     X, y = next(risk.batches())
     size = min(len(y), _CHECK_SAMPLES)
-    capture = Capture(risk, take(X, torch.arange(size), len(y)), size)
+    capture = Capture(risk, take(X, torch.arange(size), risk.by_sample), size)
     try:
         return capture.check()
     # A net without second derivatives cannot be checked this way; then nothing is

@@ -42,10 +42,10 @@ def layer_costs(risk: EmpiricalRisk, width: int) -> list[LayerCost]:
         risk: The risk.
         width: R.
     """
-    X, y = next(risk.batches())
+    X, _ = next(risk.batches())
     structure = find_structure(risk)
     opaque = structure.opaque
-    one = Capture(risk, take(X, torch.arange(1), len(y)), 1)
+    one = Capture(risk, take(X, torch.arange(1), risk.by_sample), 1)
     if not structure.fits(one):
         structure = one.check()
         opaque = opaque | structure.opaque

@@ -118,8 +118,8 @@ class Recorder(TorchFunctionMode):
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
         names = set(self._find((args, kwargs)))
-        # What gives no tensor (shape, dtype, dim) is no use.
-        if not names or not any(True for _ in _tensors(result)):
+        # What gives no tensor (shape, dtype, dim), or a constant, is no use.
+        if not names or not any(t.requires_grad for t in _tensors(result)):
             return result
         use = self._structured(func, args, kwargs, result)
         if use is None or set(use.names) != names:

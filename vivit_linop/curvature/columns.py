@@ -117,7 +117,7 @@ class Columns:
 
     def _cut(self, X: Any, n: int, structure: Structure) -> Iterable[Tensor]:
         """Cut a batch so that the columns of each part fit."""
-        one = Capture(self._risk, take(X, torch.arange(1), n), 1)
+        one = Capture(self._risk, take(X, torch.arange(1), self._risk.by_sample), 1)
         per_sample = one.bytes_per_sample(self._width, structure) + self._formed_bytes
         return torch.arange(n).split(max(1, min(n, self._memory // per_sample)))
 
@@ -131,7 +131,7 @@ class Columns:
         structure: Structure,
     ) -> list[Piece]:
         if len(index) < n:
-            X = take(X, index, n)
+            X = take(X, index, self._risk.by_sample)
         capture = Capture(self._risk, X, len(index))
         if not structure.fits(capture):
             structure = capture.check()
@@ -182,47 +182,49 @@ def _dense_columns(
 
     with as_guest(risk.device):
         try:
-            columns = _vectorised(outputs, chosen, X, weights)
+            columns = _vectorised(outputs, chosen, X, weights, risk.by_sample)
         # What cannot be vectorised (control flow on values, writing in place) is done
         # sample by sample; an error of the model itself is seen there.
         except Exception:
-            columns = _one_by_one(outputs, chosen, X, weights)
+            columns = _one_by_one(outputs, chosen, X, weights, risk.by_sample)
     return {
-        name: DenseColumns(part.flatten(2).detach()) for name, part in columns.items()
+        name: DenseColumns(part.reshape(*part.shape[:2], -1).detach())
+        for name, part in columns.items()
     }
 
 
 def _vectorised(
-    outputs: SampleOutputs, chosen: Params, X: Any, weights: Tensor
+    outputs: SampleOutputs,
+    chosen: Params,
+    X: Any,
+    weights: Tensor,
+    by_sample: Sequence[bool],
 ) -> dict[str, Tensor]:
-    n = len(weights)
-
-    def is_by_sample(leaf: Tensor) -> bool:
-        return leaf.ndim > 0 and len(leaf) == n
-
     def columns(sample_leaves: list[Tensor], weight: Tensor) -> dict[str, Tensor]:
-        given = iter(sample_leaves)
-        sample = map_leaves(
-            lambda leaf: next(given)[None] if is_by_sample(leaf) else leaf, X
-        )
+        given, flags = iter(sample_leaves), iter(by_sample)
+        sample = map_leaves(lambda leaf: next(given)[None] if next(flags) else leaf, X)
         pull_back = vjp(lambda params: outputs(params, sample), chosen)[1]
         (gradients,) = vmap(pull_back)(weight)
         result: dict[str, Tensor] = gradients
         return result
 
-    by_sample = [leaf for leaf in leaves(X) if is_by_sample(leaf)]
+    batched = [leaf for leaf, flag in zip(leaves(X), by_sample, strict=True) if flag]
     with torch.no_grad():
-        result: dict[str, Tensor] = vmap(columns)(by_sample, weights)
+        result: dict[str, Tensor] = vmap(columns)(batched, weights)
     return result
 
 
 def _one_by_one(
-    outputs: SampleOutputs, chosen: Params, X: Any, weights: Tensor
+    outputs: SampleOutputs,
+    chosen: Params,
+    X: Any,
+    weights: Tensor,
+    by_sample: Sequence[bool],
 ) -> dict[str, Tensor]:
     params = {name: p.clone().requires_grad_() for name, p in chosen.items()}
     columns: dict[str, list[Tensor]] = {name: [] for name in params}
     for index, weight in enumerate(weights):
-        output = outputs(params, take(X, torch.tensor([index]), len(weights)))
+        output = outputs(params, take(X, torch.tensor([index]), by_sample))
         for w in weight:
             gradients = torch.autograd.grad(
                 output, list(params.values()), w, retain_graph=True, allow_unused=True

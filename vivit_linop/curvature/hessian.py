@@ -46,6 +46,7 @@ class Hessian(TorchLinearOperator):
         D = self.risk.num_params
         super().__init__((D, D), self.risk.dtype, self.risk.device)
         self._kept: list[Tensor] | None = None
+        self._checked = False
 
     def _gradient(self, X: Any, y: Tensor) -> list[Tensor]:
         """The gradient on a batch, with its graph."""
@@ -61,6 +62,8 @@ class Hessian(TorchLinearOperator):
         ]
 
     def _multiply(self, X: Tensor) -> Tensor:
+        if not self._checked:
+            self._check_symmetry()
         result = torch.zeros_like(X)
         single = len(self.risk.batch_sizes) == 1
         with as_guest(self.risk.device):
@@ -72,6 +75,23 @@ class Hessian(TorchLinearOperator):
                     self._kept = gradient
                 result += self._differentiate(gradient, X)
         return result
+
+    def _check_symmetry(self) -> None:
+        """Raise an error if ⟨x, H y⟩ and ⟨y, H x⟩ differ, once."""
+        self._checked = True
+        generator = torch.Generator().manual_seed(0)
+        noise = torch.randn(self.shape[0], 2, generator=generator, dtype=torch.float64)
+        X = noise.to(self.device, self.torch_dtype)
+        image = self._multiply(X)
+        products = X.T @ image
+        tolerance = 100 * torch.finfo(self.torch_dtype).eps ** 0.75
+        size = X.norm() * image.norm()
+        if not (products[0, 1] - products[1, 0]).abs() <= tolerance * size:
+            raise ValueError(
+                "model: its second derivatives by torch are not symmetric, so an "
+                "operation of the model has a wrong one; replace it by an equivalent "
+                "one. The GGN does not need second derivatives."
+            )
 
     def _differentiate(self, gradient: list[Tensor], X: Tensor) -> Tensor:
         """Differentiate the gradient along each column."""

@@ -85,14 +85,21 @@ class GramEigenpairs(Eigenpairs):
         eigenvalues: λ, ``[K]``, positive.
         operator: c V Vᵀ.
         gram_eigenvectors: q, orthonormal columns ``[R, K]``.
+        larger: Pairs of larger eigenvalues that are not among these, if there are any:
+            rounding errors along them must be taken out of the vectors.
     """
 
     def __init__(
-        self, eigenvalues: Tensor, operator: LowRank, gram_eigenvectors: Tensor
+        self,
+        eigenvalues: Tensor,
+        operator: LowRank,
+        gram_eigenvectors: Tensor,
+        larger: GramEigenpairs | None = None,
     ) -> None:
         super().__init__(eigenvalues, self._form)
         self.operator = operator
         self.gram_eigenvectors = gram_eigenvectors
+        self._larger = larger
 
     @cached_property
     def coefficients(self) -> Tensor:
@@ -100,7 +107,13 @@ class GramEigenpairs(Eigenpairs):
         return self.gram_eigenvectors * (self.operator.scale / self.eigenvalues).sqrt()
 
     def _form(self) -> Tensor:
-        vectors = self.operator.factor.apply(self.coefficients)
+        V = self.operator.factor
+        vectors = V.apply(self.coefficients)
+        if self._larger is not None:
+            others = self._larger.coefficients
+            overlaps = others.T @ V.T.apply(vectors)
+            larger = self._larger.eigenvalues[:, None] > self.eigenvalues
+            vectors -= V.apply(others @ (overlaps * larger))
         return orthonormalised(vectors, self.eigenvalues)
 
     def combine(self, weights: Tensor) -> Tensor:
@@ -250,8 +263,25 @@ class LowRankDecomposition(DenseDecomposition):
         evals, gram_evecs = self._eigh
         chosen = evals[indices]
         if (chosen > self.rounding_error()).all():
-            return GramEigenpairs(chosen, self._operator, gram_evecs[:, indices])
+            return GramEigenpairs(
+                chosen, self._operator, gram_evecs[:, indices], self._larger(indices)
+            )
         return Eigenpairs(chosen, lambda: self._with_null_space(indices))
+
+    def _larger(self, indices: Tensor) -> GramEigenpairs | None:
+        """The pairs that are larger than the smallest chosen one, and not chosen.
+
+        None where rounding errors along them do not matter: relative to the largest
+        eigenvalue these are about eps √(λ_max / λ).
+        """
+        evals, gram_evecs = self._eigh
+        if not len(indices) or evals[indices].min() > 1e-4 * evals[-1]:
+            return None
+        others = evals > evals[indices].min()
+        others[indices] = False
+        if not others.any():
+            return None
+        return GramEigenpairs(evals[others], self._operator, gram_evecs[:, others])
 
     def _with_null_space(self, indices: Tensor) -> Tensor:
         """Form eigenvectors of which some belong to numerically zero eigenvalues.

@@ -69,19 +69,28 @@ def iterate(
         yield map_leaves(lambda leaf: leaf.to(device), X), y
 
 
-def take(X: Any, index: Tensor, num_samples: int) -> Any:
-    """Return the samples of an input; leaves without a sample axis stay whole."""
+def sample_axes(X: Any, num_samples: int) -> list[bool]:
+    """Return for each tensor of an input whether its first axis can count samples."""
+    return [leaf.ndim > 0 and len(leaf) == num_samples for leaf in leaves(X)]
+
+
+def take(X: Any, index: Tensor, by_sample: Sequence[bool]) -> Any:
+    """Return some samples of an input; tensors without a sample axis stay whole.
+
+    Args:
+        X: The input.
+        index: The samples.
+        by_sample: For each tensor of the input, whether its first axis counts samples.
+    """
+    flags = iter(by_sample)
     return map_leaves(
-        lambda leaf: (
-            leaf[index.to(leaf.device)]
-            if leaf.ndim > 0 and len(leaf) == num_samples
-            else leaf
-        ),
-        X,
+        lambda leaf: leaf[index.to(leaf.device)] if next(flags) else leaf, X
     )
 
 
-def select_samples(batches: Iterable[Batch], indices: Sequence[int]) -> list[Batch]:
+def select_samples(
+    batches: Iterable[Batch], indices: Sequence[int], by_sample: Sequence[bool]
+) -> list[Batch]:
     """Gather samples, numbered over all batches, in the order of ``indices``.
 
     They come in batches at most as large as those that they were taken from.
@@ -93,21 +102,23 @@ def select_samples(batches: Iterable[Batch], indices: Sequence[int]) -> list[Bat
         mine = (wanted >= start) & (wanted < start + len(y))
         local = wanted[mine] - start
         if len(local):
-            found.append(
-                (
-                    mine.nonzero().squeeze(1),
-                    take(X, local, len(y)),
-                    y[local.to(y.device)],
-                )
-            )
+            part = take(X, local, by_sample)
+            found.append((mine.nonzero().squeeze(1), part, y[local.to(y.device)]))
         start += len(y)
         largest = max(largest, len(y))
     order = torch.cat([positions for positions, _, _ in found]).argsort()
-    counts = [len(y) for _, _, y in found]
-    X = _concatenate([X for _, X, _ in found], counts)
+    inputs = [list(leaves(X)) for _, X, _ in found]
+    joined = iter(
+        [
+            torch.cat(parts) if flag else parts[0]
+            for flag, *parts in zip(by_sample, *inputs, strict=True)
+        ]
+    )
+    X = map_leaves(lambda _: next(joined), found[0][1])
     y = torch.cat([y for _, _, y in found])
     return [
-        (take(X, part, len(y)), y[part.to(y.device)]) for part in order.split(largest)
+        (take(X, part, by_sample), y[part.to(y.device)])
+        for part in order.split(largest)
     ]
 
 
@@ -141,23 +152,6 @@ def _is_batch(data: Any) -> bool:
         and len(data) == 2
         and isinstance(data[1], Tensor)
     )
-
-
-def _concatenate(parts: list[Any], counts: list[int]) -> Any:
-    first = parts[0]
-    if len(parts) == 1:
-        return first
-    if isinstance(first, Tensor):
-        if first.ndim == 0 or len(first) != counts[0]:
-            return first
-        return torch.cat(parts)
-    if isinstance(first, Mapping):
-        return {key: _concatenate([p[key] for p in parts], counts) for key in first}
-    if isinstance(first, tuple):
-        return tuple(
-            _concatenate([p[i] for p in parts], counts) for i in range(len(first))
-        )
-    return first
 
 
 def _describe(x: Any) -> str:

@@ -15,6 +15,7 @@ from vivit_linop.risk.data import (
     Batch,
     as_batches,
     iterate,
+    sample_axes,
     select_samples,
 )
 from vivit_linop.risk.linearization import Linearization
@@ -123,6 +124,7 @@ class EmpiricalRisk:
     def _pass_over_data(self) -> None:
         """Count, check and evaluate everything once."""
         self.outputs: list[Tensor] = []
+        self.by_sample: list[bool] = []
         self._targets: list[Tensor] = []
         total = weight = torch.zeros((), dtype=self.dtype, device=self.device)
         for index, (X, y) in enumerate(self.batches()):
@@ -131,6 +133,11 @@ class EmpiricalRisk:
             with torch.no_grad():
                 total = total + self.loss.total(output, y)
                 weight = weight + self.loss.weight(output, y)
+            axes = sample_axes(X, len(y))
+            if index:
+                axes = [a and b for a, b in zip(self.by_sample, axes, strict=True)]
+            # A tensor that numbers samples does so in every batch.
+            self.by_sample = axes
             self.outputs.append(output)
             self._targets.append(y)
         if not self.outputs:
@@ -261,7 +268,7 @@ class EmpiricalRisk:
         risk._setup(
             self.model,
             self.loss,
-            select_samples(self.batches(), given.tolist()),
+            select_samples(self.batches(), given.tolist(), self.by_sample),
             self.memory,
         )
         return risk
@@ -403,7 +410,7 @@ class EmpiricalRisk:
         leading = () if vec.ndim == 1 else (vec.shape[1],)
         parts = vec.split(self.sizes)
         return [
-            (part if vec.ndim == 1 else part.T).reshape(*leading, *p.shape)
+            (part if vec.ndim == 1 else part.T).reshape((*leading, *p.shape))
             for part, p in zip(parts, self.params.values(), strict=True)
         ]
 

@@ -43,8 +43,6 @@ class Linearization:
         outputs: The outputs at θ, ``[n, …]``.
         nbytes: The memory that the graph keeps, beyond θ.
         traced: Whether J x should be traced; else it is a backward pass.
-        method: How J x is computed: ``"linearize"`` or ``"reverse"``, or ``None``
-            before the first product with J.
     """
 
     def __init__(self, function: Callable[[Params], Tensor], params: Params) -> None:
@@ -54,13 +52,21 @@ class Linearization:
         first = next(iter(params.values()))
         self._dtype, self.device = first.dtype, first.device
         self.traced = True
-        self.method: str | None = None
+        self._method: str | None = None
         self._tangent_map: Callable[[Params], Tensor] | None = None
         # Jᵀ u is the gradient of the image in the arguments, along u.
         self._arguments = list(params.values())
         with as_guest(self.device):
             self.nbytes, self._image = _saved_bytes(lambda: function(params))
         self.outputs = self._image.detach()
+
+    @property
+    def method(self) -> str:
+        """How J x is computed, decided when needed: "linearize" or "reverse"."""
+        if self._method is None:
+            self._prepare()
+        assert self._method is not None
+        return self._method
 
     def _prepare(self) -> None:
         """Make J x possible."""
@@ -82,7 +88,7 @@ class Linearization:
             self._arguments = [p.detach().clone().requires_grad_() for p in parameters]
             named = dict(zip(self._params, self._arguments, strict=True))
             self._image = self._tangent_map(named)
-            self.method = "linearize"
+            self._method = "linearize"
             if self._agrees(graph):
                 return True
         # Any failure of the tracer, of which there are many kinds, only means that
@@ -125,7 +131,7 @@ class Linearization:
 
     def _reverse(self) -> None:
         """Keep the graph of u ↦ Jᵀ u, which is linear in u."""
-        self.method = "reverse"
+        self._method = "reverse"
         self._dual = torch.zeros_like(self._image, requires_grad=True)
         gradients = torch.autograd.grad(
             self._image,
@@ -139,6 +145,13 @@ class Linearization:
             for g, p in zip(gradients, self._arguments, strict=True)
         ]
 
+        if self.traced and not self._agrees(self._image):
+            raise ValueError(
+                "model: its derivatives by torch disagree, J x along a direction is not "
+                "the slope that a backward pass gives. An operation of the model has a "
+                "wrong second derivative; replace it by an equivalent one."
+            )
+
     def column_chunk(self) -> int:
         """How many columns to multiply at a time."""
         budget = _CPU_COLUMN_BYTES
@@ -149,7 +162,7 @@ class Linearization:
 
     def jvp(self, X: Tensor) -> Tensor:
         """Return J X, ``[D, K] -> [n C, K]``."""
-        if self.method is None:
+        if self._method is None:
             self._prepare()
         return self._by_rows(self._jvp, X, self.outputs.numel())
 
@@ -183,7 +196,7 @@ class Linearization:
         """``[D] -> [n C]`` or ``[K, D] -> [K, n C]``."""
         leading = rows.shape[:-1]
         tangents = [
-            part.reshape(*leading, *shape)
+            part.reshape((*leading, *shape))
             for part, shape in zip(
                 rows.split(self._sizes, dim=-1), self._shapes, strict=True
             )
@@ -220,7 +233,7 @@ class Linearization:
             gradients = torch.autograd.grad(
                 self._image,
                 self._arguments,
-                rows.reshape(*leading, *self.outputs.shape),
+                rows.reshape((*leading, *self.outputs.shape)),
                 retain_graph=True,
                 allow_unused=True,
                 is_grads_batched=rows.ndim == 2,

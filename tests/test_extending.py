@@ -1,0 +1,480 @@
+"""Operators that users write: the battery finds their faults, verbs take rules."""
+
+import re
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import vivit_linop as vl
+from vivit_linop.operators import LowRank, Product, verbs
+from vivit_linop.testing import check_operator
+
+# The battery finds faults ----------------------------------------------------------
+
+
+class Sound(vl.TorchLinearOperator):
+    """What the operators below would be without their fault."""
+
+    def __init__(self, matrix):
+        self.matrix = matrix
+        super().__init__(tuple(matrix.shape), matrix.dtype, matrix.device)
+
+    def _multiply(self, X):
+        return self.matrix @ X
+
+    def _multiply_adjoint(self, X):
+        return self.matrix.T @ X
+
+
+class WrongProduct(Sound):
+    def _multiply(self, X):
+        return self.matrix @ X * (1 + 1e-4)
+
+
+class SlightlyWrongProduct(Sound):
+    def _multiply(self, X):
+        return (self.matrix.float() @ X.float()).to(X.dtype)
+
+
+class WrongAdjoint(Sound):
+    def _multiply_adjoint(self, X):
+        return self.matrix @ X
+
+
+class ClaimsToBeSelfAdjoint(Sound):
+    self_adjoint = True
+
+
+class OnlyTheFirstColumn(Sound):
+    def _multiply(self, X):
+        return (self.matrix @ X[:, :1]).expand(-1, X.shape[1]).clone()
+
+
+class FlatMatrices(Sound):
+    def _multiply(self, X):
+        return (self.matrix @ X).reshape(-1, 1)
+
+
+class NotANumber(Sound):
+    def _multiply(self, X):
+        return torch.nan * (self.matrix @ X)
+
+
+class Mutates(Sound):
+    def _multiply(self, X):
+        product = self.matrix @ X
+        X.zero_()
+        return product
+
+
+class MutatesInTheAdjoint(Sound):
+    def _multiply_adjoint(self, X):
+        product = self.matrix.T @ X
+        X.zero_()
+        return product
+
+
+class DtypesThatDisagree(Sound):
+    def __init__(self, matrix):
+        super().__init__(matrix)
+        other = np.float64 if matrix.dtype == torch.float32 else np.float32
+        self.dtype = np.dtype(other)
+
+
+class IgnoresShapes(Sound):
+    def _product(self, x):
+        return super()._product(x[: self.shape[1]])
+
+
+class IgnoresLongArrays(Sound):
+    def dot(self, x):
+        vector = isinstance(x, np.ndarray) and x.ndim == 1
+        return super().dot(x[: self.shape[1]] if vector else x)
+
+
+class IgnoresAxes(Sound):
+    def _product(self, x):
+        return super()._product(x.squeeze(-1) if x.ndim == 3 else x)
+
+
+class TakesComplexTensors(Sound):
+    def _product(self, x):
+        return super()._product(x.real if x.is_complex() else x)
+
+
+class TakesComplexArrays(Sound):
+    def dot(self, x):
+        return super().dot(x.real if isinstance(x, np.ndarray) else x)
+
+
+class TakesIntegerTensors(Sound):
+    def _product(self, x):
+        return super()._product(x.to(self.torch_dtype) if x.dtype == torch.long else x)
+
+
+class CutsTheGraph(Sound):
+    def _product(self, x):
+        return super()._product(x.detach())
+
+
+class GivesArraysForTensors(Sound):
+    def _product(self, x):
+        return super()._product(x).detach().numpy()
+
+
+class GivesTensorsForArrays(Sound):
+    def dot(self, x):
+        product = super().dot(x)
+        return torch.as_tensor(product) if isinstance(x, np.ndarray) else product
+
+
+class WrongForArrays(Sound):
+    def _product_numpy(self, X):
+        return 2 * super()._product_numpy(X)
+
+
+class WrongForReversedArrays(Sound):
+    def _product_numpy(self, X):
+        return super()._product_numpy(X if min(X.strides) > 0 else X[::-1])
+
+
+class WrongDiagonal(Sound):
+    pass
+
+
+@vl.linalg.diagonal.register
+def _(op: WrongDiagonal) -> Tensor:
+    return op.matrix.diagonal() + 1e-3
+
+
+class WrongTrace(Sound):
+    pass
+
+
+@vl.linalg.trace.register
+def _(op: WrongTrace) -> Tensor:
+    return op.matrix.diagonal().sum() * 1.1
+
+
+class WrongDense(Sound):
+    pass
+
+
+@vl.linalg.to_dense.register
+def _(op: WrongDense) -> Tensor:
+    return op.matrix.T.clone()
+
+
+class WrongScaling(Sound):
+    pass
+
+
+@verbs.scale.register
+def _(op: WrongScaling, factor: float) -> vl.TorchLinearOperator:
+    return Sound(abs(factor) * op.matrix)
+
+
+class WrongTranspose(Sound):
+    def _transpose(self):
+        return Sound(self.matrix)
+
+
+FAULTS = {
+    WrongProduct: "op @ torch vector: relative error",
+    SlightlyWrongProduct: "op @ torch vector: relative error",
+    WrongAdjoint: "relative error",
+    ClaimsToBeSelfAdjoint: "relative error",
+    OnlyTheFirstColumn: "op @ torch matrix: relative error",
+    FlatMatrices: "op @ torch matrix: shape",
+    NotANumber: "relative error nan",
+    Mutates: "op @ torch vector",
+    MutatesInTheAdjoint: "torch vector @ op",
+    DtypesThatDisagree: "dtype and torch_dtype do not match",
+    IgnoresShapes: "a vector too long raises no ValueError",
+    IgnoresLongArrays: "an array too long raises no ValueError",
+    IgnoresAxes: "three axes raises no ValueError",
+    TakesComplexTensors: "a complex tensor raises no TypeError",
+    TakesComplexArrays: "a complex array raises no TypeError",
+    TakesIntegerTensors: "an integer tensor raises no TypeError",
+    CutsTheGraph: "cuts the graph",
+    GivesArraysForTensors: "is ndarray",
+    GivesTensorsForArrays: "is no array",
+    WrongForArrays: "numpy",
+    WrongForReversedArrays: "negative strides",
+    WrongDiagonal: "diagonal is off",
+    WrongTrace: "trace is off",
+    WrongDense: "to_dense: relative error",
+    WrongScaling: "relative error",
+    WrongTranspose: "relative error",
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_battery_passes_a_sound_operator(dtype):
+    matrix = torch.randn(4, 4, dtype=dtype, generator=torch.Generator().manual_seed(0))
+    check_operator(Sound(matrix), matrix)
+    check_operator(Sound(matrix), matrix.numpy())
+
+
+@pytest.mark.parametrize("wrong", FAULTS, ids=lambda fault: fault.__name__)
+def test_battery_finds(wrong):
+    matrix = torch.randn(
+        4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
+    )
+    with pytest.raises(AssertionError, match=re.escape(FAULTS[wrong])):
+        check_operator(wrong(matrix), matrix)
+
+
+class MutatesByProjecting(Sound):
+    """Where A A = A, a product that is left in its input is still a right one."""
+
+    def _multiply(self, X):
+        return X.copy_(self.matrix @ X).clone()
+
+
+class MutatesByProjectingInTheAdjoint(Sound):
+    def _multiply_adjoint(self, X):
+        return X.copy_(self.matrix.T @ X).clone()
+
+
+@pytest.mark.parametrize(
+    "wrong", [MutatesByProjecting, MutatesByProjectingInTheAdjoint]
+)
+def test_battery_finds_changed_inputs(wrong):
+    projection = torch.tensor([[1.0, 2.0], [0.0, 0.0]])
+    with pytest.raises(AssertionError, match="changed"):
+        check_operator(wrong(projection), projection)
+
+
+class Aliases(Sound):
+    """Where A = I, the input is a right result."""
+
+    def _multiply(self, X):
+        return X
+
+
+class AliasesInTheAdjoint(Sound):
+    def _multiply_adjoint(self, X):
+        return X
+
+
+@pytest.mark.parametrize("wrong", [Aliases, AliasesInTheAdjoint])
+def test_battery_finds_results_that_alias_their_input(wrong):
+    with pytest.raises(AssertionError, match=r"aliased|changed"):
+        check_operator(wrong(torch.eye(4)), torch.eye(4))
+
+
+class DoublesSingles(Sound):
+    """Exact, so that nothing but the dtype can tell."""
+
+    def _product(self, x):
+        return super()._product(x).double()
+
+
+class DoublesSinglesOfArrays(Sound):
+    def _product_numpy(self, X):
+        return super()._product_numpy(X).astype(np.float64)
+
+
+class DoublesSinglesInTheAdjoint(Sound):
+    def _transpose(self):
+        return Sound(self.matrix.T.double())
+
+
+@pytest.mark.parametrize(
+    "wrong", [DoublesSingles, DoublesSinglesOfArrays, DoublesSinglesInTheAdjoint]
+)
+def test_battery_finds_results_of_another_precision(wrong):
+    with pytest.raises(AssertionError, match="has dtype"):
+        check_operator(wrong(torch.eye(4).cumsum(0)), torch.eye(4).cumsum(0))
+
+
+def test_battery_compares_shapes():
+    with pytest.raises(AssertionError, match="shape"):
+        check_operator(Sound(torch.ones(2, 3)), torch.ones(3, 2))
+
+
+def test_battery_takes_a_tolerance():
+    A = torch.eye(3, dtype=torch.float64)
+    op = Sound(A * (1 + 1e-8))
+    check_operator(op, A, rtol=1e-7)
+    with pytest.raises(AssertionError, match=r"> 1e-09"):
+        check_operator(op, A, rtol=1e-9)
+
+
+def test_battery_allows_nothing_where_zero_is_right():
+    class Tiny(Sound):
+        def _multiply(self, X):
+            return torch.full((3, X.shape[1]), 1e-300, dtype=X.dtype)
+
+    with pytest.raises(AssertionError):
+        check_operator(Tiny(torch.zeros(3, 3).double()), torch.zeros(3, 3))
+
+
+# What a subclass needs --------------------------------------------------------------
+
+
+def test_undefined_products_are_named():
+    class Empty(vl.TorchLinearOperator):
+        pass
+
+    class Half(Empty):
+        def _multiply(self, X):
+            return X.clone()
+
+    x = torch.ones(3, dtype=torch.float64)
+    with pytest.raises(NotImplementedError, match=r"Empty does not define _multiply\."):
+        Empty((3, 3), torch.float64) @ x
+    with pytest.raises(NotImplementedError, match=r"Half .* _multiply_adjoint\."):
+        x @ Half((3, 3), torch.float64)
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float16, torch.bfloat16, torch.complex64, torch.long]
+)
+def test_other_dtypes_are_refused(dtype):
+    with pytest.raises(TypeError, match="dtype"):
+        vl.Identity(3, dtype)
+
+
+class Householder(vl.TorchLinearOperator):
+    """I − 2 v vᵀ for a unit vector v, with the rules that its structure allows."""
+
+    self_adjoint = True
+
+    def __init__(self, v):
+        self.v = v / v.norm()
+        super().__init__((len(v), len(v)), v.dtype, v.device)
+
+    def _multiply(self, X):
+        return X - 2 * torch.outer(self.v, self.v @ X)
+
+    def matrix(self):
+        unit = torch.eye(len(self.v), dtype=torch.float64)
+        return unit - 2 * torch.outer(self.v, self.v)
+
+
+@vl.linalg.inv.register
+def _(op: Householder) -> vl.TorchLinearOperator:
+    return op
+
+
+@vl.linalg.logdet.register
+def _(op: Householder) -> Tensor:
+    return torch.zeros((), dtype=op.torch_dtype, device=op.device)
+
+
+@vl.linalg.eigendecomposition.register
+def _(op: Householder) -> vl.linalg.Eigendecomposition:
+    return vl.linalg.eigendecomposition(vl.Dense(op.matrix()))
+
+
+@verbs.matmul.rule(Householder, Householder)
+def _(A: Householder, B: Householder) -> vl.TorchLinearOperator:
+    return vl.Identity(A.shape[0], A.torch_dtype) if A is B else NotImplemented
+
+
+@pytest.fixture
+def reflection():
+    return Householder(torch.tensor([1.0, 2.0, -2.0], dtype=torch.float64))
+
+
+def test_subclass_passes_the_battery(reflection):
+    check_operator(reflection, reflection.matrix())
+
+
+def test_subclass_takes_rules_of_unary_verbs(reflection):
+    assert reflection.inv() is reflection
+    assert reflection.logdet() == 0.0
+    evals, evecs = reflection.eigh()
+    torch.testing.assert_close(evals, evals.new([-1.0, 1.0, 1.0]))
+    torch.testing.assert_close(evecs * evals @ evecs.T, reflection.matrix())
+    x = torch.arange(3.0, dtype=torch.float64)
+    torch.testing.assert_close(
+        reflection.solve(x), torch.linalg.solve(reflection.matrix(), x)
+    )
+
+
+def test_subclass_takes_rules_of_binary_verbs(reflection):
+    assert isinstance(reflection @ reflection, vl.Identity)
+    assert isinstance(reflection**2, vl.Identity)
+    other = Householder(torch.ones(3, dtype=torch.float64))
+    assert isinstance(reflection @ other, Product)
+    # Also where it meets itself inside a longer product.
+    A = vl.Kronecker(torch.ones(3, 2, dtype=torch.float64))
+    longer = (A.T @ reflection) @ (reflection @ other)
+    assert [type(factor) for factor in longer.factors] == [vl.Kronecker, Householder]
+
+
+def test_nodes_made_of_a_subclass_use_its_rules(reflection):
+    A = torch.diag(torch.tensor([2.0, 4.0], dtype=torch.float64))
+    for op, dense in (
+        (3 * reflection, 3 * reflection.matrix()),
+        (
+            vl.BlockDiagonal([reflection, A]),
+            torch.block_diag(reflection.matrix(), A),
+        ),
+        (vl.Kronecker(reflection, A), torch.kron(reflection.matrix(), A)),
+    ):
+        check_operator(op.inv(), torch.linalg.inv(dense))
+        torch.testing.assert_close(op.logdet(), torch.linalg.slogdet(dense)[1])
+        torch.testing.assert_close(op.eigvalsh(), torch.linalg.eigvalsh(dense))
+
+
+def test_rules_hold_for_subclasses():
+    class Named(vl.Diagonal):
+        pass
+
+    op = Named(torch.tensor([1.0, 4.0]))
+    assert type(op.inv()) is vl.Diagonal
+    assert type(op @ op) is vl.Diagonal
+    torch.testing.assert_close(op.logdet(), torch.tensor(4.0).log())
+
+
+class OnlyItsGram(vl.TorchLinearOperator):
+    """A factor with a Gram matrix, of which no product can be formed."""
+
+    def __init__(self, gram):
+        self.gram = gram
+        super().__init__((1_000_000, len(gram)), gram.dtype)
+
+
+@verbs.gram_matrix.register
+def _(left: OnlyItsGram, right: vl.TorchLinearOperator) -> Tensor:
+    assert left is right
+    return left.gram
+
+
+def test_exact_verbs_of_low_rank_operators_need_the_gram_matrix_alone():
+    gram = torch.tensor([[2.0, 1.0], [1.0, 2.0]], dtype=torch.float64)
+    V = OnlyItsGram(gram)
+    G = V @ V.T
+    torch.testing.assert_close(G.eigvalsh(), gram.new([1.0, 3.0]))
+    torch.testing.assert_close(G.eigh(k=1).eigenvalues, gram.new([3.0]))
+    damped = 2 * G + 4 * vl.Identity(1_000_000)
+    expected = gram.new([4.0]).log() * 999_998 + gram.new([6.0 * 10.0]).log()
+    torch.testing.assert_close(damped.logdet(), expected[0], rtol=1e-15, atol=0)
+    torch.testing.assert_close(damped.inv().logdet(), -expected[0], rtol=1e-15, atol=0)
+    trace = 999_998 / 4 + 1 / 6 + 1 / 10
+    torch.testing.assert_close(
+        damped.inv().trace(), gram.new([trace])[0], rtol=1e-14, atol=0
+    )
+
+
+def test_verbs_without_a_rule_say_so():
+    class Opaque(Sound):
+        self_adjoint = True
+
+    op = Opaque(torch.eye(3))
+    for verb in ("inv", "eigh", "eigvalsh", "logdet"):
+        with pytest.raises(TypeError, match=r"Opaque.*Dense\(op\.to_dense\(\)\)"):
+            getattr(op, verb)()
+    with pytest.raises(TypeError, match="inv: no closed form for a damped Opaque"):
+        (op + vl.Identity(3)).inv()
+    # These need products only.
+    torch.testing.assert_close(op.diagonal(), torch.ones(3))
+    torch.testing.assert_close(op.trace(), torch.tensor(3.0))
+    assert isinstance(op @ op, Product)
+    assert isinstance(LowRank(op).gram.to_dense(), Tensor)
