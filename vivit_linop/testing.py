@@ -114,10 +114,16 @@ class _Battery:
             self.compare(
                 f"torch {what} @ op", got.T if x.ndim == 2 else got, self.A.T, x
             )
-            _require(torch.equal(left, copy), f"{what} @ op changed its input")
+            _require(got.dtype == self.dtype, f"{what} @ op has dtype {got.dtype}")
+            got += 1.0
+            _require(
+                torch.equal(left, copy), f"{what} @ op changed or aliased its input"
+            )
         other = torch.float32 if self.dtype == torch.float64 else torch.float64
-        got = self.op @ torch.ones(n, dtype=other, device=self.op.device)
-        self.compare("op @ other precision", got, self.A, torch.ones(n).to(self.A))
+        for op, A, size in ((self.op, self.A, n), (self.op.T, self.A.T, m)):
+            got = op @ torch.ones(size, dtype=other, device=self.op.device)
+            _require(got.dtype == self.dtype, f"op @ {other} has dtype {got.dtype}")
+            self.compare("op @ other precision", got, A, torch.ones(size).to(A))
 
     def products_with_arrays(self) -> None:
         m, n = self.A.shape

@@ -92,6 +92,11 @@ def as_directions(risk: EmpiricalRisk, directions: Eigenpairs | Tensor) -> Eigen
         if isinstance(directions, GramEigenpairs)
         else len(directions.eigenvectors)
     )
+    if directions.eigenvalues.dtype != risk.dtype:
+        raise TypeError(
+            f"directions: are {directions.eigenvalues.dtype}, the risk is {risk.dtype}. "
+            "Compute both in one precision, or pass directions.eigenvectors."
+        )
     if rows != risk.num_params:
         raise ValueError(
             f"directions: have {rows} entries, the risk has {risk.num_params} "

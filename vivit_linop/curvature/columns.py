@@ -133,6 +133,7 @@ class Columns:
         if len(index) < n:
             X = take(X, index, self._risk.by_sample)
         capture = Capture(self._risk, X, len(index))
+        self._risk.check_outputs(batch, capture.output.detach(), index)
         if not structure.fits(capture):
             structure = capture.check()
         begin = first + int(index[0])

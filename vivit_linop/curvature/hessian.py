@@ -48,10 +48,12 @@ class Hessian(TorchLinearOperator):
         self._kept: list[Tensor] | None = None
         self._checked = False
 
-    def _gradient(self, X: Any, y: Tensor) -> list[Tensor]:
+    def _gradient(self, index: int, X: Any) -> list[Tensor]:
         """The gradient on a batch, with its graph."""
         risk = self.risk
-        total = risk.loss.total(risk.model(risk.params, X), y) * risk.scale
+        output = risk.model(risk.params, X)
+        risk.check_outputs(index, output)
+        total = risk.loss.total(output, risk.targets()[index]) * risk.scale
         parameters = list(risk.params.values())
         gradients = torch.autograd.grad(
             total, parameters, create_graph=True, allow_unused=True
@@ -69,8 +71,8 @@ class Hessian(TorchLinearOperator):
         with as_guest(self.risk.device):
             if single and self._kept is not None:
                 return self._differentiate(self._kept, X)
-            for inputs, targets in self.risk.batches():
-                gradient = self._gradient(inputs, targets)
+            for index, (inputs, _) in enumerate(self.risk.batches()):
+                gradient = self._gradient(index, inputs)
                 if single:
                     self._kept = gradient
                 result += self._differentiate(gradient, X)

@@ -100,6 +100,12 @@ class TorchLinearOperator(LinearOperator):
             f"{type(self).__name__} does not define _multiply_adjoint."
         )
 
+    def _settled(
+        self, dtype: torch.dtype | None, device: torch.device | None
+    ) -> TorchLinearOperator:
+        """Return the operator as part of one with this dtype and device."""
+        return self
+
     # What it is ---------------------------------------------------------------
 
     @property
@@ -128,10 +134,14 @@ class TorchLinearOperator(LinearOperator):
         What composite nodes call on their parts: casts to the operator's dtype and
         device, and leaves the checks of shape to the outermost product.
         """
-        X = X.to(self._own_device or X.device, self._own_dtype or X.dtype)
-        if X.shape[1] == 0:
-            return X.new_zeros(self.shape[0], 0)
-        with torch.no_grad():
+        # Also where the caller is in inference mode: what is kept between products
+        # must be ordinary tensors.
+        with torch.inference_mode(False), torch.no_grad():
+            X = X.to(self._own_device or X.device, self._own_dtype or X.dtype)
+            if X.is_inference():
+                X = X.clone()
+            if X.shape[1] == 0:
+                return X.new_zeros(self.shape[0], 0)
             # Parts of another precision do not decide that of the whole.
             return self._multiply(X).to(X.dtype)
 
@@ -228,6 +238,12 @@ class TorchLinearOperator(LinearOperator):
             x = np.asarray(x)
             _check_real_array(x)
         return super().dot(x)
+
+    def __call__(self, x: Any) -> Any:
+        """Return ``self @ x``; SciPy's ``lobpcg`` calls with arrays of integers."""
+        if isinstance(x, np.ndarray) and x.dtype.kind in "iub":
+            x = x.astype(self.dtype)
+        return self @ x
 
     def __mul__(self, x: Any) -> Any:
         """Return ``self * x``: a scaling, or what ``self @ x`` is."""

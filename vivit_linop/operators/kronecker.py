@@ -45,8 +45,10 @@ class BlockDiagonal(TorchLinearOperator):
     ) -> None:
         if not blocks:
             raise ValueError("blocks: is empty, a BlockDiagonal has at least one.")
-        self.blocks = [as_operator(block) for block in blocks]
-        self.indices = None if indices is None else list(indices)
+        self.blocks = _settled([as_operator(block) for block in blocks])
+        self.indices = None
+        if indices is not None:
+            self.indices = [torch.as_tensor(index) for index in indices]
         rows = sum(block.shape[0] for block in self.blocks)
         columns = sum(block.shape[1] for block in self.blocks)
         if self.indices is not None:
@@ -118,7 +120,7 @@ class Kronecker(TorchLinearOperator):
     def __init__(self, *factors: TorchLinearOperator | Tensor | np.ndarray) -> None:
         if not factors:
             raise ValueError("factors: is empty, a Kronecker has at least one.")
-        self.factors = tuple(as_operator(factor) for factor in factors)
+        self.factors = tuple(_settled([as_operator(factor) for factor in factors]))
         super().__init__(
             (
                 math.prod(factor.shape[0] for factor in self.factors),
@@ -192,6 +194,12 @@ class KhatriRao(TorchLinearOperator):
 def as_operator(x: TorchLinearOperator | Tensor | np.ndarray) -> TorchLinearOperator:
     """Return operators as they are and matrices as :class:`Dense`."""
     return x if isinstance(x, TorchLinearOperator) else Dense(x)
+
+
+def _settled(parts: Sequence[TorchLinearOperator]) -> list[TorchLinearOperator]:
+    """Let identities take the dtype and device of the other parts."""
+    dtype, device = common_dtype(*parts), common_device(*parts)
+    return [part._settled(dtype, device) for part in parts]
 
 
 def _check_partition(

@@ -39,6 +39,13 @@ class Identity(TorchLinearOperator):
             raise ValueError(f"n: the size of an identity is at least 1, got {n!r}.")
         super().__init__((int(n), int(n)), dtype, device)
 
+    def _settled(
+        self, dtype: torch.dtype | None, device: torch.device | None
+    ) -> Identity:
+        return Identity(
+            self.shape[0], self._own_dtype or dtype, self._own_device or device
+        )
+
     def _multiply(self, X: Tensor) -> Tensor:
         return X.clone()  # never the caller's own memory
 
@@ -175,6 +182,11 @@ class Scaled(TorchLinearOperator):
         """Whether the operator is."""
         return self.operator.self_adjoint
 
+    def _settled(
+        self, dtype: torch.dtype | None, device: torch.device | None
+    ) -> Scaled:
+        return Scaled(self.factor, self.operator._settled(dtype, device))
+
     def _multiply(self, X: Tensor) -> Tensor:
         return self.factor * self.operator.apply(X)
 
@@ -246,6 +258,9 @@ class Product(TorchLinearOperator):
 
 def _as_tensor(array: Tensor | np.ndarray, name: str, ndim: int) -> Tensor:
     """Return a tensor of the given number of axes, or name the argument at fault."""
+    if isinstance(array, np.ndarray):
+        # torch takes neither negative strides nor, without a warning, read-only memory.
+        array = np.require(array, requirements=["C", "W"])
     tensor = torch.as_tensor(array).detach()
     if tensor.ndim != ndim:
         raise ValueError(f"{name}: needs {ndim} axes, got shape {list(tensor.shape)}.")

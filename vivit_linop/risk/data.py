@@ -30,7 +30,7 @@ def as_batches(data: Any) -> Iterable[Any]:
             "data: a pair (X, y), or a list or DataLoader of such pairs, got "
             f"{type(data).__name__}."
         )
-    if iter(data) is data:
+    if isinstance(data, Iterator):
         raise ValueError(
             f"data: {type(data).__name__} can be iterated over only once, and every "
             "product passes over the data. Give list(data) or a DataLoader."
@@ -66,7 +66,13 @@ def iterate(
                 "count samples."
             )
         y = y.to(device, dtype if y.is_floating_point() else y.dtype)
-        yield map_leaves(lambda leaf: leaf.to(device), X), y
+        yield map_leaves(lambda leaf: _ordinary(leaf.to(device)), X), _ordinary(y)
+
+
+def _ordinary(tensor: Tensor) -> Tensor:
+    """Autograd cannot save tensors that were made in inference mode."""
+    with torch.inference_mode(False):
+        return tensor.clone() if tensor.is_inference() else tensor
 
 
 def sample_axes(X: Any, num_samples: int) -> list[bool]:

@@ -17,6 +17,7 @@ from vivit_linop.risk.data import (
     iterate,
     sample_axes,
     select_samples,
+    take,
 )
 from vivit_linop.risk.linearization import Linearization
 from vivit_linop.risk.losses import LossCallable, OutputLoss, as_output_loss
@@ -36,7 +37,7 @@ class EmpiricalRisk:
     divides by (the C outputs of ``nn.MSELoss``, class weights) is part of ℓ_n, summed
     over all of the data: a risk does not depend on how the data are cut into batches.
 
-    The parameters are copied at construction. Operators made from a risk stay the same
+    The parameters, frozen ones too, are copied at construction. Operators made from a risk stay the same
     matrices when training goes on; for new parameters make a new risk. Construction
     passes over the data once (forward), and keeps the outputs.
 
@@ -129,6 +130,8 @@ class EmpiricalRisk:
         total = weight = torch.zeros((), dtype=self.dtype, device=self.device)
         for index, (X, y) in enumerate(self.batches()):
             output = self._checked_output(index, X, y)
+            if index == 0:
+                self._check_independent(X, output)
             self.loss.check(output, y)
             with torch.no_grad():
                 total = total + self.loss.total(output, y)
@@ -139,7 +142,7 @@ class EmpiricalRisk:
             # A tensor that numbers samples does so in every batch.
             self.by_sample = axes
             self.outputs.append(output)
-            self._targets.append(y)
+            self._targets.append(y.clone())  # the user's may change
         if not self.outputs:
             raise ValueError("data: is empty, there is not one batch.")
         self.batch_sizes = [len(output) for output in self.outputs]
@@ -204,10 +207,31 @@ class EmpiricalRisk:
     def _depends_on_params(self, output: Tensor) -> bool:
         if not output.requires_grad:
             return False
-        gradients = torch.autograd.grad(
-            output.sum(), list(self.params.values()), allow_unused=True
-        )
+        with as_guest(self.device):
+            gradients = torch.autograd.grad(
+                output.sum(), list(self.params.values()), allow_unused=True
+            )
         return any(gradient is not None for gradient in gradients)
+
+    def _check_independent(self, X: Any, output: Tensor) -> None:
+        """Raise an error if some samples have other outputs without the others."""
+        n = len(output)
+        if n == 1:
+            return
+        index = torch.arange(n // 2, min(n // 2 + 2, n))
+        part = take(X, index, sample_axes(X, n))
+        try:
+            with as_guest(self.device), torch.no_grad():
+                alone = self.model(self.params, part)
+        # A model that runs on batches of one size only cannot be asked.
+        except Exception:
+            return
+        if not self._equal(alone, output[index.to(self.device)]):
+            raise ValueError(
+                "model: its outputs for a sample depend on the other samples of the "
+                "batch, so per-sample curvature is undefined. Look for normalisations "
+                "or means over the batch."
+            )
 
     # Data -------------------------------------------------------------------------
 
@@ -228,6 +252,11 @@ class EmpiricalRisk:
             if batch is None:
                 return
             yield batch
+
+    def _own_batches(self) -> Iterator[Batch]:
+        """The batches with the targets of construction."""
+        for (X, _), y in zip(self.batches(), self._targets, strict=True):
+            yield X, y
 
     def targets(self) -> list[Tensor]:
         """The targets of each batch."""
@@ -268,7 +297,7 @@ class EmpiricalRisk:
         risk._setup(
             self.model,
             self.loss,
-            select_samples(self.batches(), given.tolist(), self.by_sample),
+            select_samples(self._own_batches(), given.tolist(), self.by_sample),
             self.memory,
         )
         return risk
@@ -294,7 +323,7 @@ class EmpiricalRisk:
             linearization = Linearization(
                 functools.partial(self._evaluate, X), self.params
             )
-            self._check_outputs(index, linearization.outputs)
+            self.check_outputs(index, linearization.outputs)
             # The batches come in order, so the kept ones stay ordered.
             keep = index == len(self._kept) and linearization.nbytes <= budget
             linearization.traced = keep  # a trace pays when it is used again
@@ -306,14 +335,31 @@ class EmpiricalRisk:
     def _evaluate(self, X: Any, params: Params) -> Tensor:
         return self.model(params, X)
 
-    def _check_outputs(self, index: int, outputs: Tensor) -> None:
-        before = self.outputs[index] if index < len(self.outputs) else None
+    def _equal(self, left: Tensor, right: Tensor) -> bool:
+        """Whether outputs are the same but for the order of summation."""
+        if left.shape != right.shape:
+            return False
         tolerance = 10 * torch.finfo(self.dtype).eps ** 0.5
-        if (
-            before is None
-            or before.shape != outputs.shape
-            or (before - outputs).abs().max() > tolerance * (1.0 + before.abs().max())
-        ):
+        size = 1.0 + left.detach().abs().max()
+        return bool((left - right).detach().abs().max() <= tolerance * size)
+
+    def check_outputs(
+        self, index: int, outputs: Tensor, samples: Tensor | None = None
+    ) -> None:
+        """Raise an error if outputs differ from those at construction.
+
+        Args:
+            index: The batch.
+            outputs: Those of the batch.
+            samples: The samples of the batch that they belong to, None for all.
+
+        Raises:
+            ValueError: If they differ: the data are not the same in every pass.
+        """
+        before = self.outputs[index] if index < len(self.outputs) else None
+        if before is not None and samples is not None:
+            before = before[samples.to(before.device)]
+        if before is None or not self._equal(before, outputs.reshape(before.shape)):
             raise ValueError(
                 f"data: batch {index} is not what it was when the risk was built. An "
                 "operator is one matrix: give a loader without shuffling and random "
@@ -330,9 +376,11 @@ class EmpiricalRisk:
         """Return ∇L(θ), ``[D]``. One forward and one backward pass over the data."""
         gradient = torch.zeros(self.num_params, dtype=self.dtype, device=self.device)
         parameters = list(self.params.values())
-        for X, y in self.batches():
+        for index, (X, _) in enumerate(self.batches()):
             with as_guest(self.device):
-                total = self.loss.total(self.model(self.params, X), y) * self.scale
+                output = self.model(self.params, X)
+                self.check_outputs(index, output)
+                total = self.loss.total(output, self._targets[index]) * self.scale
                 gradients = torch.autograd.grad(total, parameters, allow_unused=True)
             gradient += self.flatten(gradients)
         return gradient

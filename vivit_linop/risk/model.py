@@ -62,21 +62,33 @@ class FunctionalModel:
         if isinstance(model, nn.Module):
             chosen = _module_params(model, params)
             _check_modes(model)
-            self._buffers = {n: b.detach().clone() for n, b in model.named_buffers()}
+            # All that the outputs depend on is as it was, also when training goes on.
+            with torch.inference_mode(False):
+                self._fixed = {
+                    name: tensor.detach().clone()
+                    for name, tensor in (
+                        *model.named_parameters(),
+                        *model.named_buffers(),
+                    )
+                    if name not in chosen
+                }
+            self._modes = [(m, m.training) for m in model.modules()]
         else:
             chosen = _function_params(params)
         _check_params(chosen)
-        self.params: Params = {
-            name: p.detach().clone().requires_grad_() for name, p in chosen.items()
-        }
+        with torch.inference_mode(False):
+            self.params: Params = {
+                name: p.detach().clone().requires_grad_() for name, p in chosen.items()
+            }
         self.owners = dict(chosen)
 
     def __call__(self, params: Params, X: Any) -> Tensor:
         """Return the outputs, ``[n, …]``."""
         if isinstance(self._model, nn.Module):
             args, kwargs = _call_arguments(X)
-            state = {**self._buffers, **params}
-            output = functional_call(self._model, state, args, kwargs)
+            state = {**self._fixed, **params}
+            with self._own_modes():
+                output = functional_call(self._model, state, args, kwargs)
         else:
             output = self._model(params, X)
         if not isinstance(output, Tensor):
@@ -87,6 +99,18 @@ class FunctionalModel:
                 f"{type(output).__name__}. Wrap it in a function (params, x) -> tensor."
             )
         return output
+
+    @contextlib.contextmanager
+    def _own_modes(self) -> Iterator[None]:
+        """Run with the modules in the modes that they had at construction."""
+        changed = [(m, mode) for m, mode in self._modes if m.training != mode]
+        for module, mode in changed:
+            module.training = mode
+        try:
+            yield
+        finally:
+            for module, mode in changed:
+                module.training = not mode
 
 
 @contextlib.contextmanager
