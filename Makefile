@@ -16,9 +16,10 @@ help:  ## show this help (the default)
 demo: $(STAMPS)/examples  ## install, then run examples/quickstart.py
 	$(PY) examples/quickstart.py
 
-# Tests and benchmarks take further arguments: make test ARGS="-x -k gram"
+# Tests and benchmarks take further arguments: make test ARGS="-x -k gram". The tests
+# run on two processes of one thread each, which small problems use best.
 test: $(STAMPS)/test  ## run the tests
-	$(PY) -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 $(ARGS)
 
 lint: $(STAMPS)/lint  ## check style, formatting and types
 	$(PY) -m ruff check .

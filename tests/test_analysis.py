@@ -279,15 +279,16 @@ def close_step(step: Tensor, A: Dense, B: Dense, E: Tensor, damping: Any) -> boo
     return bool((step - expected).norm() <= 1e-9 * (expected.norm() + 1e-6))
 
 
-@pytest.mark.parametrize("damping", [1e-2, 1, 100.0])
 @pytest.mark.parametrize("name", FEW)
-def test_newton_step(name: str, damping: float) -> None:
+def test_newton_step(name: str) -> None:
     risk, truth = make(name), dense(name)
     pairs = vl.GGN(risk).eigh(k=3)
-    step = vl.damped_newton_step(risk, pairs, damping)
-    assert close_step(step, truth, truth, pairs.eigenvectors, damping)
     E = orthonormal(truth.D, 2)
-    assert close_step(vl.damped_newton_step(risk, E, damping), truth, truth, E, damping)
+    for damping in (1e-2, 1, 100.0):
+        step = vl.damped_newton_step(risk, pairs, damping)
+        assert close_step(step, truth, truth, pairs.eigenvectors, damping)
+        along = vl.damped_newton_step(risk, E, damping)
+        assert close_step(along, truth, truth, E, damping)
     tensors = risk.unflatten(step)
     assert [t.shape for t in tensors] == [p.shape for p in risk.params.values()]
 

@@ -22,6 +22,14 @@ DTYPES = [torch.float64, torch.float32]
 EPS = torch.finfo(torch.float64).eps
 
 # These stand for all in tests of what is not about the model or the loss.
+FEWEST = [
+    "mlp_ce_mean",
+    "ce_sequence",
+    "coupled_function_loss",
+    "uneven_batches",
+    "more_columns_than_parameters",
+    "callable_model",
+]
 FEW = [
     "mlp_ce_mean",
     "mlp_mse_sum",
@@ -117,7 +125,7 @@ def test_operators(name: str, symbol: str) -> None:
     if not case.convex and symbol in "SV":
         pytest.skip("a loss that is not convex has no square root (test_bad_input)")
     op, matrix = build(symbol, risk(name), name)
-    if (symbol == "G" and case.convex) or name in FEW:
+    if (symbol == "G" and case.convex) or name in FEWEST:
         check_operator(op, matrix)
     else:
         # What else the battery checks is the same code for all.
@@ -137,7 +145,7 @@ def test_operators_in_float32(name: str) -> None:
         check_products(op, matrix, case.rtol32)
 
 
-@pytest.mark.parametrize("name", FEW)
+@pytest.mark.parametrize("name", FEWEST)
 def test_battery_in_float32(name: str) -> None:
     rtol = problem(name).rtol32
     for symbol in ("J", "G", "V", "Hess"):
@@ -195,7 +203,7 @@ def test_saturated_square_root_keeps_its_digits() -> None:
 # Expressions ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", FEW)
+@pytest.mark.parametrize("name", FEWEST)
 def test_expressions(name: str) -> None:
     of, truth = risk(name), dense(name)
     J, H = vl.Jacobian(of), vl.LossHessian(of)
@@ -313,11 +321,7 @@ def test_eigenvalues_and_vectors(name: str) -> None:
     left_out = top[: count - len(pairs)]
     assert (left_out.abs() <= 1e-12 * largest).all()
     kept = top[count - len(pairs) :]
-    assert (
-        (pairs.eigenvalues - kept).abs().max() <= 1e-10 * largest
-        if len(pairs)
-        else True
-    )
+    assert ((pairs.eigenvalues - kept).abs() <= 1e-10 * largest).all()
 
     everything = G.eigh(select=lambda evals: list(range(len(evals))))
     assert len(everything) == count
@@ -559,7 +563,7 @@ def test_batches_do_not_matter(name: str) -> None:
     whole = problem(name)
     N = dense(name).N
     truth = dense(name)
-    for sizes in ([N], [1] * N, [N - 1, 1], [2, N - 2]):
+    for sizes in ([1] * N, [N - 1, 1]):
         arguments, keywords = whole.rebatched(*sizes).arguments()
         of = vl.EmpiricalRisk(*arguments, **keywords)
         assert of.batch_sizes == sizes

@@ -12,6 +12,7 @@ from vivit_linop.linalg.eigenpairs import Eigenpairs, GramEigenpairs
 from vivit_linop.risk.empirical import EmpiricalRisk
 
 
+@torch.inference_mode(mode=False)
 def directional_derivatives(
     risk: EmpiricalRisk,
     directions: Eigenpairs | Tensor,
@@ -94,8 +95,9 @@ def as_directions(risk: EmpiricalRisk, directions: Eigenpairs | Tensor) -> Eigen
     )
     if directions.eigenvalues.dtype != risk.dtype:
         raise TypeError(
-            f"directions: are {directions.eigenvalues.dtype}, the risk is {risk.dtype}. "
-            "Compute both in one precision, or pass directions.eigenvectors."
+            f"directions: are {directions.eigenvalues.dtype}, the risk is "
+            f"{risk.dtype}. Compute both in one precision, or pass "
+            "directions.eigenvectors."
         )
     if rows != risk.num_params:
         raise ValueError(

@@ -18,6 +18,7 @@ from vivit_linop.risk.empirical import EmpiricalRisk
 Damping = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
+@torch.inference_mode(mode=False)
 def damped_newton_step(
     risk: EmpiricalRisk,
     directions: Eigenpairs | Tensor,

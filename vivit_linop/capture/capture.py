@@ -15,7 +15,7 @@ from vivit_linop.capture.recorder import Recorder, Use
 from vivit_linop.capture.uses import Layout, columns_of_use
 from vivit_linop.risk.data import take
 from vivit_linop.risk.empirical import EmpiricalRisk
-from vivit_linop.risk.model import as_guest
+from vivit_linop.risk.model import as_guest, strided
 
 # The structure is checked on this many samples of the first batch.
 _CHECK_SAMPLES = 4
@@ -66,7 +66,8 @@ class Capture:
         recorder = Recorder(risk.params)
         with as_guest(risk.device), recorder:
             output = risk.model(risk.params, X)
-        self.output = output.reshape(num_samples, -1)
+        with as_guest(risk.device):
+            self.output = output.reshape(num_samples, -1)
         self.uses, self.opaque = recorder.uses, recorder.opaque
 
     def columns(
@@ -184,6 +185,19 @@ class Capture:
         return None
 
     def check(self) -> Structure:
+        """Return the structure of the net, as far as it stands up to a check.
+
+        A net without second derivatives, or with transformations inside, cannot be
+        checked; then nothing is taken for granted.
+        """
+        try:
+            with as_guest(self._risk.device):
+                return self._check()
+        except (RuntimeError, NotImplementedError):
+            nothing: list[str | None] = [None] * len(self.uses)
+            return Structure(nothing, set(self._risk.params), self.num_samples == 1)
+
+    def _check(self) -> Structure:
         """Compare columns with products through the whole net.
 
         For random u and x, the columns pulled back from u must add up to the gradient
@@ -215,7 +229,7 @@ class Capture:
                 create_graph=True,
                 allow_unused=True,
             )
-        pulled_back = dict(zip(risk.params, gradients, strict=True))
+        pulled_back = dict(zip(risk.params, map(strided, gradients), strict=True))
         columns = self.columns(u.detach().unsqueeze(2), structure, set(risk.params))
         tolerance = 10 * torch.finfo(risk.dtype).eps ** 0.5
         by_sample = torch.zeros_like(self.output[:, 0])
@@ -259,11 +273,4 @@ def find_structure(risk: EmpiricalRisk) -> Structure:
 def _find_structure(risk: EmpiricalRisk) -> Structure:
     X, y = next(risk.batches())
     size = min(len(y), _CHECK_SAMPLES)
-    capture = Capture(risk, take(X, torch.arange(size), risk.by_sample), size)
-    try:
-        return capture.check()
-    # A net without second derivatives cannot be checked this way; then nothing is
-    # taken for granted.
-    except (RuntimeError, NotImplementedError):
-        nothing: list[str | None] = [None] * len(capture.uses)
-        return Structure(nothing, set(risk.params), size == 1)
+    return Capture(risk, take(X, torch.arange(size), risk.by_sample), size).check()

@@ -20,7 +20,7 @@ from vivit_linop.capture.layers import DenseColumns, LayerColumns
 from vivit_linop.curvature.jacobian import Pullback
 from vivit_linop.risk.data import leaves, map_leaves, take
 from vivit_linop.risk.empirical import EmpiricalRisk, free_memory
-from vivit_linop.risk.model import Params, as_guest
+from vivit_linop.risk.model import Params, as_guest, strided
 
 SampleOutputs = Callable[[Params, Any], Tensor]
 
@@ -230,7 +230,9 @@ def _one_by_one(
             gradients = torch.autograd.grad(
                 output, list(params.values()), w, retain_graph=True, allow_unused=True
             )
-            for (name, p), g in zip(params.items(), gradients, strict=True):
+            for (name, p), g in zip(
+                params.items(), map(strided, gradients), strict=True
+            ):
                 columns[name].append(torch.zeros_like(p) if g is None else g)
     width = weights.shape[1]
     return {

@@ -48,7 +48,8 @@ class Eigenpairs:
         """Orthonormal columns ``[n, K]``, formed when first asked for and kept."""
         if isinstance(self._eigenvectors, Tensor):
             return self._eigenvectors
-        return self._eigenvectors()
+        with torch.inference_mode(False):
+            return self._eigenvectors()
 
     def __iter__(self) -> Iterator[Tensor]:
         """Unpack to ``eigenvalues, eigenvectors``."""

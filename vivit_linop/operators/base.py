@@ -316,40 +316,48 @@ class TorchLinearOperator(LinearOperator):
 
     # The verbs, as methods --------------------------------------------------------
 
+    @torch.inference_mode(mode=False)
     def to_dense(self) -> Tensor:
         """Return the matrix as a torch tensor; costs as many products as columns."""
         return self._own(verbs.to_dense(self))
 
+    @torch.inference_mode(mode=False)
     def diagonal(self) -> Tensor:
         """Return the diagonal of a square operator, ``[n]``."""
         self._check_square("diagonal")
         return self._own(verbs.diagonal(self))
 
+    @torch.inference_mode(mode=False)
     def trace(self) -> Tensor:
         """Return the trace of a square operator, a scalar tensor."""
         self._check_square("trace")
         return self._own(verbs.trace(self))
 
+    @torch.inference_mode(mode=False)
     def inv(self) -> TorchLinearOperator:
         """Return the inverse as an operator."""
         self._check_square("inv")
         return verbs.inv(self)
 
+    @torch.inference_mode(mode=False)
     def solve(self, b: Tensor | np.ndarray) -> Any:
         """Return ``x`` with ``self @ x = b``, for a vector or columns ``b``."""
         self._check_square("solve")
         return verbs.inv(self) @ b
 
+    @torch.inference_mode(mode=False)
     def logdet(self) -> Tensor:
         """Return the logarithm of the absolute determinant, a scalar tensor."""
         self._check_square("logdet")
         return self._own(verbs.logdet(self))
 
+    @torch.inference_mode(mode=False)
     def eigvalsh(self) -> Tensor:
         """Return the eigenvalues of a self-adjoint operator, ascending."""
         self._check_self_adjoint("eigvalsh")
         return self._own(verbs.eigvalsh(self))
 
+    @torch.inference_mode(mode=False)
     def eigh(
         self,
         k: int | None = None,

@@ -260,7 +260,9 @@ def _as_tensor(array: Tensor | np.ndarray, name: str, ndim: int) -> Tensor:
     """Return a tensor of the given number of axes, or name the argument at fault."""
     if isinstance(array, np.ndarray):
         # torch takes neither negative strides nor, without a warning, read-only memory.
-        array = np.require(array, requirements=["C", "W"])
+        # torch takes only the machine's byte order, too.
+        native = array.dtype.newbyteorder("=")
+        array = np.require(array, native, requirements=["C", "W"])
     tensor = torch.as_tensor(array).detach()
     if tensor.ndim != ndim:
         raise ValueError(f"{name}: needs {ndim} axes, got shape {list(tensor.shape)}.")

@@ -27,6 +27,7 @@ from vivit_linop.risk.model import (
     Params,
     as_guest,
     random_state,
+    strided,
 )
 
 
@@ -37,9 +38,9 @@ class EmpiricalRisk:
     divides by (the C outputs of ``nn.MSELoss``, class weights) is part of ℓ_n, summed
     over all of the data: a risk does not depend on how the data are cut into batches.
 
-    The parameters, frozen ones too, are copied at construction. Operators made from a risk stay the same
-    matrices when training goes on; for new parameters make a new risk. Construction
-    passes over the data once (forward), and keeps the outputs.
+    The parameters, frozen ones too, are copied at construction. Operators made from a
+    risk stay the same matrices when training goes on; for new parameters make a new
+    risk. Construction passes over the data once (forward), and keeps the outputs.
 
     Args:
         model: An ``nn.Module``, or a callable ``(params, x) -> output`` with ``params``
@@ -94,6 +95,7 @@ class EmpiricalRisk:
         reduction: str | None = None,
         memory: int | None = None,
     ) -> None:
+        self.by_sample: list[bool] = []
         self._setup(
             FunctionalModel(model, params),
             as_output_loss(loss, reduction),
@@ -101,6 +103,7 @@ class EmpiricalRisk:
             memory,
         )
 
+    @torch.inference_mode(mode=False)
     def _setup(
         self,
         model: FunctionalModel,
@@ -125,7 +128,6 @@ class EmpiricalRisk:
     def _pass_over_data(self) -> None:
         """Count, check and evaluate everything once."""
         self.outputs: list[Tensor] = []
-        self.by_sample: list[bool] = []
         self._targets: list[Tensor] = []
         total = weight = torch.zeros((), dtype=self.dtype, device=self.device)
         for index, (X, y) in enumerate(self.batches()):
@@ -136,11 +138,10 @@ class EmpiricalRisk:
             with torch.no_grad():
                 total = total + self.loss.total(output, y)
                 weight = weight + self.loss.weight(output, y)
-            axes = sample_axes(X, len(y))
-            if index:
-                axes = [a and b for a, b in zip(self.by_sample, axes, strict=True)]
             # A tensor that numbers samples does so in every batch.
-            self.by_sample = axes
+            axes = sample_axes(X, len(y))
+            known = self.by_sample or axes
+            self.by_sample = [a and b for a, b in zip(known, axes, strict=True)]
             self.outputs.append(output)
             self._targets.append(y.clone())  # the user's may change
         if not self.outputs:
@@ -294,6 +295,7 @@ class EmpiricalRisk:
         if len(given.unique()) < len(given):
             raise ValueError("indices: a sample is listed twice.")
         risk = object.__new__(EmpiricalRisk)
+        risk.by_sample = self.by_sample
         risk._setup(
             self.model,
             self.loss,
@@ -423,6 +425,7 @@ class EmpiricalRisk:
         parts: list[Tensor] = []
         columns: set[int | None] = set()
         for tensor, (name, p) in zip(given, self.params.items(), strict=True):
+            tensor = strided(tensor)
             if tensor is None:
                 tensor = torch.zeros_like(p)
             if tensor.shape == p.shape:

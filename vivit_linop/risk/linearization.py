@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.func import linearize, vmap
 from torch.overrides import TorchFunctionMode
 
-from vivit_linop.risk.model import Params, as_guest
+from vivit_linop.risk.model import Params, as_guest, strided
 
 Result = TypeVar("Result")
 
@@ -53,6 +53,7 @@ class Linearization:
         self._dtype, self.device = first.dtype, first.device
         self.traced = True
         self._method: str | None = None
+        self._batches = True
         self._tangent_map: Callable[[Params], Tensor] | None = None
         # Jᵀ u is the gradient of the image in the arguments, along u.
         self._arguments = list(params.values())
@@ -142,14 +143,14 @@ class Linearization:
         )
         self._pulled_back = [
             torch.zeros_like(p) if g is None else g
-            for g, p in zip(gradients, self._arguments, strict=True)
+            for g, p in zip(map(strided, gradients), self._arguments, strict=True)
         ]
 
         if self.traced and not self._agrees(self._image):
             raise ValueError(
-                "model: its derivatives by torch disagree, J x along a direction is not "
-                "the slope that a backward pass gives. An operation of the model has a "
-                "wrong second derivative; replace it by an equivalent one."
+                "model: its derivatives by torch disagree, J x is not the slope that a "
+                "backward pass gives. An operation of the model has a wrong second "
+                "derivative; replace it by an equivalent one."
             )
 
     def column_chunk(self) -> int:
@@ -181,15 +182,17 @@ class Linearization:
             return product(X.squeeze(1)).unsqueeze(1)
         rows = X.T.contiguous()
         result = X.new_empty(X.shape[1], size)
-        chunk = self.column_chunk()
-        if chunk == 1:
-            for row, image in zip(rows, result, strict=True):
+        chunk = self.column_chunk() if self._batches else 1
+        for part, images in zip(rows.split(chunk), result.split(chunk), strict=True):
+            if len(part) > 1 and self._batches:
+                try:
+                    images.copy_(product(part))
+                    continue
+                # Not all operations can be batched; all can be done row by row.
+                except (RuntimeError, NotImplementedError):
+                    self._batches = False
+            for row, image in zip(part, images, strict=True):
                 image.copy_(product(row))
-        else:
-            for part, images in zip(
-                rows.split(chunk), result.split(chunk), strict=True
-            ):
-                images.copy_(product(part))
         return result.T
 
     def _jvp(self, rows: Tensor) -> Tensor:
@@ -248,7 +251,7 @@ class Linearization:
             torch.zeros(*leading, size, dtype=self._dtype, device=self.device)
             if gradient is None
             else gradient.reshape(*leading, size)
-            for gradient, size in zip(gradients, self._sizes, strict=True)
+            for gradient, size in zip(map(strided, gradients), self._sizes, strict=True)
         ]
         return torch.cat(parts, dim=-1)
 
@@ -294,6 +297,10 @@ def _saved_bytes(build: Callable[[], Result]) -> tuple[int, Result]:
         seen[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
-        result = build()
-    return sum(seen.values()), result
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+            result = build()
+        return sum(seen.values()), result
+    # Transformations inside of the model do not bear hooks; then nobody counts.
+    except RuntimeError:
+        return 0, build()

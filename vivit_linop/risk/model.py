@@ -131,6 +131,13 @@ def as_guest(device: torch.device) -> Iterator[None]:
         yield
 
 
+def strided(gradient: Tensor | None) -> Tensor | None:
+    """Return a gradient as an ordinary tensor; embeddings can have sparse ones."""
+    if gradient is None or gradient.layout == torch.strided:
+        return gradient
+    return gradient.to_dense()
+
+
 def random_state(device: torch.device) -> Tensor:
     """Return the state of the generators that a model on a device may draw from."""
     state = torch.random.get_rng_state()
