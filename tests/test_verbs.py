@@ -31,13 +31,10 @@ REGULAR = on_market(
 NO_INVERSE = {
     "sum_of_three",
     "sum_symmetric",
-    "gram",
-    "gram_formed",
     "low_rank_square",
     "low_rank_wide",
     "one_by_one_low_rank",
     "low_rank_with_more_columns_than_a_chunk",
-    "damped_gram",
     "expression_damped_by_undecided_identity",
     "expression_power",
     "expression_nested",

@@ -45,6 +45,11 @@ def _(op: TorchLinearOperator) -> Tensor:
 
 
 @eigvalsh.register
+def _(op: Identity) -> Tensor:
+    return torch.ones(op.shape[0], dtype=op.torch_dtype, device=op.device)
+
+
+@eigvalsh.register
 def _(op: Dense) -> Tensor:
     return torch.linalg.eigvalsh(op.matrix)
 

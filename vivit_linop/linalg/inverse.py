@@ -9,7 +9,7 @@ import torch
 
 from vivit_linop.operators.base import TorchLinearOperator
 from vivit_linop.operators.kronecker import BlockDiagonal, Kronecker
-from vivit_linop.operators.lowrank import Damped, LowRank, Woodbury
+from vivit_linop.operators.lowrank import Damped, Gram, LowRank, Woodbury
 from vivit_linop.operators.structure import (
     Adjoint,
     Dense,
@@ -38,6 +38,11 @@ def _(op: Identity) -> Op:
 @inv.register
 def _(op: Dense) -> Op:
     return DenseInverse(op)
+
+
+@inv.register
+def _(op: Gram) -> Op:
+    return DenseInverse(Dense(op.matrix))
 
 
 @inv.register
@@ -120,6 +125,11 @@ def _(op: Identity, damping: float) -> Op:
 @damped_inv.register
 def _(op: LowRank, damping: float) -> Op:
     return Woodbury(op, damping)
+
+
+@damped_inv.register
+def _(op: Gram, damping: float) -> Op:
+    return damped_inv(Dense(op.matrix), damping)
 
 
 @damped_inv.register

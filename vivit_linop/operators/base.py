@@ -164,6 +164,9 @@ class TorchLinearOperator(LinearOperator):
     def _product_numpy(self, X: np.ndarray) -> np.ndarray:
         """Multiply a numpy matrix ``[n, K]``."""
         X = np.asarray(X)
+        # SciPy's solvers may come with integers; users are told at ``op @ x``.
+        if X.dtype.kind in "iub":
+            X = X.astype(self.dtype)
         _check_real_array(X)
         # torch takes neither negative strides nor, without a warning, read-only
         # memory, nor extended precision; a copy has none of these.

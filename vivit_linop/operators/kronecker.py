@@ -213,6 +213,8 @@ def _check_partition(
     for position, (block, index) in enumerate(zip(blocks, indices, strict=True)):
         if index.is_floating_point() or index.dtype == torch.bool:
             raise TypeError(f"indices[{position}]: integers, got {index.dtype}.")
+        if index.ndim != 1:
+            raise ValueError(f"indices[{position}]: one axis, got {list(index.shape)}.")
         if block.shape != (len(index), len(index)):
             raise ValueError(
                 f"indices[{position}]: numbers {len(index)} rows, the block has shape "

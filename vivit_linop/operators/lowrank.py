@@ -92,7 +92,8 @@ class LowRank(TorchLinearOperator):
     @cached_property
     def gram(self) -> Gram:
         """The Gram operator of the factor; its matrix is computed once and kept."""
-        gram = self.factor.T @ self.factor
+        # Some factors keep theirs.
+        gram = getattr(self.factor, "gram", None)
         return gram if isinstance(gram, Gram) else Gram(self.factor, self.factor)
 
     @property

@@ -145,7 +145,7 @@ def _(A: Diagonal, B: Diagonal) -> Op:
 
 @add.rule(LowRank, LowRank)
 def _(A: LowRank, B: LowRank) -> Op:
-    """A V Vᵀ + b V Vᵀ = (a + b) V Vᵀ for the same V."""
+    """Multiples of one V Vᵀ add up."""
     return A.rescaled(A.scale + B.scale) if A.factor is B.factor else NotImplemented
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cached_property
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -73,7 +75,7 @@ class Dense(TorchLinearOperator):
             (matrix.shape[0], matrix.shape[1]), matrix.dtype, matrix.device
         )
 
-    @property
+    @cached_property
     def self_adjoint(self) -> bool:  # type: ignore[override]
         """Whether the matrix is symmetric up to the rounding of its dtype."""
         A = self.matrix
@@ -259,10 +261,11 @@ class Product(TorchLinearOperator):
 def _as_tensor(array: Tensor | np.ndarray, name: str, ndim: int) -> Tensor:
     """Return a tensor of the given number of axes, or name the argument at fault."""
     if isinstance(array, np.ndarray):
-        # torch takes neither negative strides nor, without a warning, read-only memory.
-        # torch takes only the machine's byte order, too.
+        # torch takes neither negative strides nor foreign byte orders nor, without a
+        # warning, read-only memory; a copy has none of these.
         native = array.dtype.newbyteorder("=")
-        array = np.require(array, native, requirements=["C", "W"])
+        if native != array.dtype or not array.flags.writeable or min(array.strides) < 0:
+            array = array.astype(native)
     tensor = torch.as_tensor(array).detach()
     if tensor.ndim != ndim:
         raise ValueError(f"{name}: needs {ndim} axes, got shape {list(tensor.shape)}.")
