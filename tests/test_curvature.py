@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import cases
+import numpy as np
 import pytest
 import torch
 from cases import CONVEX, NAMES, dense, problem
@@ -279,11 +280,13 @@ def test_same_samples_in_two_risks() -> None:
     check_operator(cross, truth.J @ truth.J.T)
 
 
-def test_cross_gram_of_different_data() -> None:
-    whole, truth = risk("mlp_ce_mean"), dense("mlp_ce_mean")
+@pytest.mark.parametrize("memory", [None, 0, 2000])
+def test_cross_gram_of_different_data(memory: int | None) -> None:
+    whole, truth = fresh("mlp_ce_mean", memory=memory), dense("mlp_ce_mean")
     part = whole.subset([4, 1])
-    op = vl.PerSampleGradients(part).T @ vl.GGNFactor(whole)
-    expected = truth.U[:, [4, 1]].T @ vl.GGNFactor(whole).to_dense()
+    V = vl.GGNFactor(whole)
+    op = vl.PerSampleGradients(part).T @ V
+    expected = truth.U[:, [4, 1]].T @ truth.J.T @ V.blocks.to_dense()
     assert close(op.to_dense(), expected)
     check_products(op, expected, 1e-12)
 
@@ -336,6 +339,32 @@ def test_eigenvalues_and_vectors(name: str) -> None:
     assert torch.equal(chosen.eigenvalues, evals[order]) or close(
         chosen.eigenvalues, evals[order], EPS * 100, largest
     )
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        lambda indices: indices,
+        tuple,
+        torch.tensor,
+        np.array,
+        lambda indices: (i for i in indices),
+        lambda indices: torch.tensor(indices, dtype=torch.int32),
+    ],
+)
+def test_criteria_may_return_indices_of_all_kinds(kind: Any) -> None:
+    G = vl.GGN(risk("mlp_ce_mean"))
+    evals = G.eigvalsh()
+    try:
+        pairs = G.eigh(select=lambda _: kind([3, 11, -2]))
+    except (ValueError, TypeError) as error:
+        assert "select" in str(error)
+    else:
+        assert close(pairs.eigenvalues, evals[[3, 11, 10]], 1e-11)
+        check_pairs(pairs, dense("mlp_ce_mean").G)
+    above = G.eigh(select=lambda e: e > e.mean())
+    assert close(above.eigenvalues, evals[evals > evals.mean()], 1e-11)
+    assert len(G.eigh(select=lambda e: e > 2 * e.max())) == 0
 
 
 @pytest.mark.parametrize("name", FEW)
@@ -479,7 +508,7 @@ def check_blocks(
         assert (evals - top).abs().max() <= 1e-12 * size
         values, vectors = block.eigh()
         unit = torch.eye(len(values), dtype=torch.float64)
-        assert (vectors.T @ vectors - unit).abs().max() <= 1e-10
+        assert ((vectors.T @ vectors - unit).abs() <= 1e-10).all()
         residuals = matrix @ vectors - values * vectors
         assert (residuals.norm(dim=0) <= 1e-10 * size).all()
         assert close(block.diagonal(), matrix.diagonal(), scale=size)
@@ -605,6 +634,24 @@ def test_memory_does_not_matter(name: str, memory: int) -> None:
         evals = block.eigvalsh()
         expected = torch.linalg.eigvalsh(matrix)[-len(evals) :]
         assert (evals - expected).abs().max() <= 1e-12 * truth.G.norm()
+
+
+def test_chunks_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Larger problems are multiplied some columns at a time.
+    for place in (
+        "operators.base._DENSE_CHUNK",
+        "linalg.reductions._CHUNK",
+        "risk.linearization._CPU_COLUMN_BYTES",
+    ):
+        monkeypatch.setattr(f"vivit_linop.{place}", 7)
+    for name in ("mlp_ce_mean", "control_flow", "uneven_batches"):
+        of, truth = fresh(name), dense(name)
+        for symbol in ("J", "G", "V", "U", "Hess", "H"):
+            op, matrix = build(symbol, of, name)
+            check_products(op, matrix, 1e-12)
+            assert close(op.to_dense(), matrix)
+        diagonal = vl.Hessian(of).diagonal()
+        assert close(diagonal, truth.hessian.diagonal(), scale=truth.hessian.norm())
 
 
 # Linearisations ---------------------------------------------------------------------

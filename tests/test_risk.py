@@ -64,6 +64,34 @@ def use_everything(risk: vl.EmpiricalRisk) -> list[Tensor]:
     ]
 
 
+QUANTITIES: dict[str, Callable[[vl.EmpiricalRisk], Tensor]] = {
+    "product": lambda r: vl.GGN(r) @ random_vector(r.num_params),
+    "spectrum": lambda r: vl.GGN(r).eigvalsh(),
+    "diagonal": lambda r: vl.GGN(r).diagonal(),
+    "dense": lambda r: vl.GGN(r).to_dense(),
+    "fisher": lambda r: vl.EmpiricalFisher(r).eigvalsh(),
+    "blocks": lambda r: vl.GGN(r).block_diagonal("parameter").eigvalsh(),
+    "newton": lambda r: vl.damped_newton_step(r, vl.GGN(r).eigh(k=3), 0.1),
+    "gradient": lambda r: r.gradient(),
+    "hessian": lambda r: vl.Hessian(r) @ random_vector(r.num_params),
+    "subset": lambda r: r.subset([2, 0]).gradient(),
+}
+
+
+def right_or_refused(
+    quantity: str, risk: vl.EmpiricalRisk, expected: vl.EmpiricalRisk
+) -> None:
+    """What has become impossible is an error, never another number."""
+    try:
+        got = QUANTITIES[quantity](risk)
+    except ValueError as error:
+        assert "data" in str(error) or "model" in str(error)
+        return
+    rtol = 1e-9 if got.dtype == torch.float64 else 1e-4
+    wanted = QUANTITIES[quantity](expected)
+    assert (got - wanted).norm() <= rtol * wanted.norm()
+
+
 # Values -----------------------------------------------------------------------------
 
 
@@ -278,6 +306,33 @@ def test_shared_leaf_as_long_as_a_batch_is_not_cut(memory: int | None) -> None:
     torch.testing.assert_close(gram, expected @ expected.T, rtol=1e-12, atol=1e-14)
 
 
+@pytest.mark.parametrize("quantity", QUANTITIES)
+def test_shared_mask_as_long_as_a_batch(quantity: str) -> None:
+    """As many samples as tokens, and a mask [tokens, tokens] that all samples share."""
+
+    def forward(m: Any, x: Tensor, mask: Tensor) -> Tensor:
+        h, _ = m.attention(x, x, x, attn_mask=mask)
+        return m.head(h.mean(1))
+
+    with torch.random.fork_rng([]):
+        torch.manual_seed(0)
+        net = Lambda(
+            forward,
+            attention=nn.MultiheadAttention(4, 2, batch_first=True),
+            head=nn.Linear(4, 2),
+        ).double()
+        X, y = torch.randn(3, 3, 4).double(), torch.randint(2, (3,))
+    mask = torch.ones(3, 3).triu(1).bool()
+    closed = Lambda(lambda m, x: m.inner(x, mask), inner=net.eval()).eval()
+    expected = vl.EmpiricalRisk(closed, nn.CrossEntropyLoss(), (X, y))
+    try:
+        risk = vl.EmpiricalRisk(net, nn.CrossEntropyLoss(), ((X, mask), y))
+    except ValueError as error:
+        assert "data" in str(error) or "model" in str(error)
+        return
+    right_or_refused(quantity, risk, expected)
+
+
 @pytest.mark.parametrize("memory", [0, 500, 1000, None])
 def test_shared_leaf_as_long_as_a_piece_of_a_batch(memory: int | None) -> None:
     # Gram matrices may be made of some samples at a time; shared leaves stay whole.
@@ -387,80 +442,97 @@ def test_data_loader_shuffled_by_the_global_generator(memory: int | None) -> Non
         )
 
 
-@pytest.mark.parametrize("memory", [None, 0])
+@pytest.mark.parametrize("quantity", QUANTITIES)
 @pytest.mark.parametrize(
-    "quantity",
-    ["product", "gram", "diagonal", "dense", "fisher", "blocks", "newton", "cross"],
+    ("dtype", "factor"),
+    [(torch.float64, 2.0), (torch.float64, 1.0 + 1e-5), (torch.float32, 1.01)],
 )
+def test_data_changed_in_place(
+    dtype: torch.dtype, factor: float, quantity: str
+) -> None:
+    net, loss, (X, y) = toy()
+    net, X = net.to(dtype), X.to(dtype)
+    data = (X.clone(), y.clone())
+    changed, still = (vl.EmpiricalRisk(net, loss, d) for d in (data, (X, y)))
+    data[0].mul_(factor)
+    right_or_refused(quantity, changed, still)
+
+
+def _new_structure(net: nn.Sequential, kind: str) -> None:
+    if kind == "activation":
+        net[2] = nn.ReLU()
+    elif kind == "hook":
+        net[2].register_forward_hook(lambda m, args, output: 2.0 * output)
+    elif kind == "setting":
+        net[1].eps = 1.0
+    else:
+        net.forward = lambda x: net[0](x)[:, :3]
+
+
+@pytest.mark.parametrize("quantity", QUANTITIES)
+@pytest.mark.parametrize("kind", ["activation", "hook", "setting", "forward"])
+def test_model_that_becomes_another_function(kind: str, quantity: str) -> None:
+    _, loss, data = toy()
+    with torch.random.fork_rng([]):
+        torch.manual_seed(0)
+        net = guest_net()
+    expected = vl.EmpiricalRisk(copy.deepcopy(net), loss, data)
+    risk = vl.EmpiricalRisk(net, loss, data)
+    _new_structure(net, kind)
+    right_or_refused(quantity, risk, expected)
+
+
+@pytest.mark.parametrize("memory", [None, 0])
+@pytest.mark.parametrize("quantity", QUANTITIES)
 def test_data_loader_shuffled_by_its_own_generator(
     quantity: str, memory: int | None
 ) -> None:
-    """Its passes differ; results must be right all the same, or refused."""
+    """Its passes differ, unlike those with the global generator."""
     net, loss, (X, y) = toy(7)
-    loader = DataLoader(
-        TensorDataset(X, y),
-        batch_size=3,
-        shuffle=True,
-        generator=torch.Generator().manual_seed(0),
-    )
-    straight = vl.EmpiricalRisk(net, loss, (X, y))
-    x = random_vector(straight.num_params)
-
-    def result(risk: vl.EmpiricalRisk) -> Tensor:
-        G = vl.GGN(risk)
-        if quantity == "product":
-            return G @ x
-        if quantity == "gram":
-            return G.eigvalsh()
-        if quantity == "diagonal":
-            return G.diagonal()
-        if quantity == "dense":
-            return G.to_dense()
-        if quantity == "fisher":
-            return vl.EmpiricalFisher(risk).eigvalsh()
-        if quantity == "blocks":
-            return G.block_diagonal("parameter").eigvalsh()
-        if quantity == "newton":
-            return vl.damped_newton_step(risk, G.eigh(k=3), 0.1)
-        cross = (vl.PerSampleGradients(risk).T @ G.factor).to_dense()
-        return torch.linalg.svdvals(cross)
-
-    try:
-        got = result(vl.EmpiricalRisk(net, loss, loader, memory=memory))
-    except ValueError as error:
-        assert "data" in str(error)
-        return
-    torch.testing.assert_close(got, result(straight), rtol=1e-9, atol=1e-12)
+    own = torch.Generator().manual_seed(0)
+    loader = DataLoader(TensorDataset(X, y), batch_size=3, shuffle=True, generator=own)
+    own.manual_seed(0)
+    batches = [(inputs, labels) for inputs, labels in loader]
+    own.manual_seed(0)
+    risk = vl.EmpiricalRisk(net, loss, loader, memory=memory)
+    right_or_refused(quantity, risk, vl.EmpiricalRisk(net, loss, batches))
 
 
-@pytest.mark.parametrize(
-    "quantity", ["product", "gram", "gradient", "hessian", "blocks"]
-)
-def test_data_changed_in_place(quantity: str) -> None:
-    """An operator stays the same matrix, or says that its data are not the same."""
+class Noisy(Dataset):
+    """Random augmentations, of torch's generator or of numpy's."""
+
+    def __init__(self, X: Tensor, y: Tensor, source: str) -> None:
+        self.X, self.y, self.source = X, y, source
+
+    def __len__(self) -> int:
+        return len(self.X)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        noise = (
+            torch.randn(4, dtype=torch.float64)
+            if self.source == "torch"
+            else torch.from_numpy(np.random.standard_normal(4))
+        )
+        return self.X[index] + noise, self.y[index]
+
+
+@pytest.mark.parametrize("quantity", QUANTITIES)
+@pytest.mark.parametrize("source", ["torch", "numpy"])
+def test_random_augmentations(source: str, quantity: str) -> None:
     net, loss, (X, y) = toy()
-    data = (X.clone(), y.clone())
-    changed, still = (vl.EmpiricalRisk(net, loss, d) for d in (data, (X, y)))
-    data[0].mul_(2.0)
-
-    def result(risk: vl.EmpiricalRisk) -> Tensor:
-        x = random_vector(risk.num_params)
-        if quantity == "product":
-            return vl.GGN(risk) @ x
-        if quantity == "gram":
-            return vl.GGN(risk).eigvalsh()
-        if quantity == "gradient":
-            return risk.gradient()
-        if quantity == "hessian":
-            return vl.Hessian(risk) @ x
-        return vl.GGN(risk).block_diagonal("parameter").eigvalsh()
-
+    loader = DataLoader(Noisy(X, y, source), batch_size=4)
+    state = np.random.get_state()
     try:
-        got = result(changed)
-    except ValueError as error:
-        assert "data" in str(error)
-        return
-    torch.testing.assert_close(got, result(still), rtol=1e-9, atol=1e-12)
+        np.random.seed(0)
+        torch.manual_seed(0)
+        risk = vl.EmpiricalRisk(net, loss, loader)
+        np.random.seed(0)
+        torch.manual_seed(0)
+        batches = [(inputs, labels) for inputs, labels in loader]
+        expected = vl.EmpiricalRisk(net, loss, batches)
+        right_or_refused(quantity, risk, expected)
+    finally:
+        np.random.set_state(state)
 
 
 @pytest.mark.parametrize("quantity", [vl.GGN, vl.EmpiricalFisher, vl.Hessian])
@@ -907,6 +979,33 @@ def test_models_that_mix_samples(mixing: str, quantity: str) -> None:
             vl.GGN(risk).eigvalsh()
         else:
             vl.GGN(risk) @ random_vector(risk.num_params)
+
+
+@pytest.mark.parametrize("quantity", QUANTITIES)
+@pytest.mark.parametrize("N", [2, 4, 6, 8])
+def test_models_that_mix_pairs(N: int, quantity: str) -> None:
+    # Neighbours in fixed pairs, as in contrastive and siamese nets.
+    def forward(m: Any, x: Tensor) -> Tensor:
+        h = m.layer(x).reshape(-1, 2, 3)
+        return (h + 0.5 * h.flip(1).tanh()).flatten(0, 1)
+
+    _, loss, data = toy(N)
+    net = Lambda(forward, layer=nn.Linear(4, 3)).double()
+    with pytest.raises(ValueError, match="model|data"):
+        QUANTITIES[quantity](vl.EmpiricalRisk(net, loss, data))
+
+
+def test_a_model_that_mixes_only_large_batches() -> None:
+    # The first batch is too small to show it.
+    def forward(m: Any, x: Tensor) -> Tensor:
+        h = m.layer(x)
+        return h - h.mean(0) if len(x) > 2 else h
+
+    _, loss, (X, y) = toy(6)
+    net = Lambda(forward, layer=nn.Linear(4, 3)).double()
+    with pytest.raises(ValueError, match="model|data"):
+        risk = vl.EmpiricalRisk(net, loss, [(X[:2], y[:2]), (X[2:], y[2:])])
+        vl.GGN(risk).eigvalsh()
 
 
 def test_a_model_that_changes_from_call_to_call() -> None:

@@ -51,10 +51,29 @@ def directional_derivatives(
         >>> torch.allclose(lambdas.mean(0), pairs.eigenvalues)
         True
     """
-    curvature_risk = risk if curvature_risk is None else curvature_risk
+    curvature_risk = checked_curvature_risk(risk, curvature_risk)
     pairs = as_directions(risk, directions)
     factor = _known_factor(pairs, curvature_risk) or GGNFactor(curvature_risk)
     return slopes(PerSampleGradients(risk), pairs), curvatures(factor, pairs)
+
+
+def checked_curvature_risk(
+    risk: EmpiricalRisk, curvature_risk: EmpiricalRisk | None
+) -> EmpiricalRisk:
+    """Return the risk for curvature, ``risk`` if none is given."""
+    if curvature_risk is None:
+        return risk
+    if not isinstance(curvature_risk, EmpiricalRisk):
+        raise TypeError(
+            "curvature_risk: an EmpiricalRisk or None, got "
+            f"{type(curvature_risk).__name__}."
+        )
+    if curvature_risk.sizes != risk.sizes:
+        raise ValueError(
+            f"curvature_risk: has {curvature_risk.num_params} parameters, risk has "
+            f"{risk.num_params}; both need the same ones."
+        )
+    return curvature_risk
 
 
 def slopes(gradients: PerSampleGradients, pairs: Eigenpairs) -> Tensor:
@@ -71,6 +90,8 @@ def curvatures(factor: Pullback, pairs: Eigenpairs) -> Tensor:
 
 def as_directions(risk: EmpiricalRisk, directions: Eigenpairs | Tensor) -> Eigenpairs:
     """Return directions as eigenpairs; tensors get NaN for eigenvalues."""
+    if not isinstance(risk, EmpiricalRisk):
+        raise TypeError(f"risk: an EmpiricalRisk, got {type(risk).__name__}.")
     if isinstance(directions, Tensor):
         if directions.ndim != 2 or len(directions) != risk.num_params:
             raise ValueError(

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from vivit_linop.analysis.directional import (
     as_directions,
+    checked_curvature_risk,
     directional_derivatives,
 )
 from vivit_linop.curvature.ggn import GGNFactor
@@ -58,7 +59,7 @@ def damped_newton_step(
         >>> step.shape
         torch.Size([4])
     """
-    curvature_risk = risk if curvature_risk is None else curvature_risk
+    curvature_risk = checked_curvature_risk(risk, curvature_risk)
     pairs = as_directions(risk, directions)
     gammas, lambdas = directional_derivatives(risk, pairs, curvature_risk)
     slope = gammas.sum(0) * risk.reduction_factor
@@ -97,7 +98,10 @@ def _dampings(
         gram_evecs = components / components.norm(dim=0).clamp(
             min=torch.finfo(components.dtype).tiny
         )
-    result = torch.as_tensor(damping(evals, gram_evecs, gammas, lambdas)).to(evals)
+    result = torch.as_tensor(damping(evals, gram_evecs, gammas, lambdas))
+    if result.is_complex():
+        raise TypeError(f"damping: must be real, the function returned {result.dtype}.")
+    result = result.to(evals)
     if result.shape != evals.shape:
         raise ValueError(
             f"damping: the function must return [{len(evals)}], it returned "

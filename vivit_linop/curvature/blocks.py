@@ -143,6 +143,11 @@ def parameter_groups(risk: EmpiricalRisk, blocks: ParameterBlocks) -> list[list[
         raise ValueError(
             f"blocks: 'parameter', 'module' or groups of parameters, got {blocks!r}."
         )
+    if not isinstance(blocks, Iterable):
+        raise TypeError(
+            "blocks: 'parameter', 'module' or groups of parameters, got "
+            f"{type(blocks).__name__}."
+        )
     by_identity = {id(owner): name for name, owner in risk.model.owners.items()}
     groups = []
     for position, block in enumerate(blocks):

@@ -165,7 +165,7 @@ class TorchLinearOperator(LinearOperator):
         """Multiply a numpy matrix ``[n, K]``."""
         X = np.asarray(X)
         # SciPy's solvers may come with integers; users are told at ``op @ x``.
-        if X.dtype.kind in "iub":
+        if X.dtype.kind in "iu":
             X = X.astype(self.dtype)
         _check_real_array(X)
         # torch takes neither negative strides nor, without a warning, read-only

@@ -184,14 +184,26 @@ class Woodbury(TorchLinearOperator):
                 "larger damping, or float64."
             )
         super().__init__(operator.shape, operator._own_dtype, operator._own_device)
+        largest = self._cholesky.diagonal().max().item() ** 2
+        eps = torch.finfo(self.torch_dtype).eps
+        self._loses_digits = eps * largest / damping > eps**0.75
 
     def _solve_small(self, X: Tensor) -> Tensor:
         solution = torch.cholesky_solve(X.to(torch.float64), self._cholesky)
         return solution.to(X.dtype)
 
     def _multiply(self, X: Tensor) -> Tensor:
-        factor, scale = self.operator.factor, self.operator.scale
         if not self.operator.by_gram:
             return self._solve_small(X)
+        solution = self._solve(X)
+        # Of nearly equal terms the difference has lost digits; one step of iterative
+        # refinement brings them back, for one more product with the operator.
+        if self._loses_digits:
+            residual = X - self.operator.apply(solution) - self.damping * solution
+            solution += self._solve(residual)
+        return solution
+
+    def _solve(self, X: Tensor) -> Tensor:
+        factor = self.operator.factor
         inner = self._solve_small(factor.T.apply(X))
-        return (X - scale * factor.apply(inner)) / self.damping
+        return (X - self.operator.scale * factor.apply(inner)) / self.damping

@@ -264,7 +264,11 @@ def _as_tensor(array: Tensor | np.ndarray, name: str, ndim: int) -> Tensor:
         # torch takes neither negative strides nor foreign byte orders nor, without a
         # warning, read-only memory; a copy has none of these.
         native = array.dtype.newbyteorder("=")
-        if native != array.dtype or not array.flags.writeable or min(array.strides) < 0:
+        if (
+            native != array.dtype
+            or not array.flags.writeable
+            or min(array.strides, default=0) < 0
+        ):
             array = array.astype(native)
     tensor = torch.as_tensor(array).detach()
     if tensor.ndim != ndim:

@@ -65,6 +65,8 @@ def iterate(
                 f"{sorted(counts)} in X ({_describe(X)}); the first axis of both must "
                 "count samples."
             )
+        if y.is_complex():
+            raise TypeError(f"data: targets must be real, batch {index} has {y.dtype}.")
         y = y.to(device, dtype if y.is_floating_point() else y.dtype)
         yield map_leaves(lambda leaf: _ordinary(leaf.to(device)), X), _ordinary(y)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from numbers import Real
 from typing import Any
 
 import psutil
@@ -111,7 +112,7 @@ class EmpiricalRisk:
         batches: Iterable[Any],
         memory: int | None,
     ) -> None:
-        if memory is not None and not memory >= 0:
+        if memory is not None and not (isinstance(memory, Real) and memory >= 0):
             raise ValueError(f"memory: a number of bytes, at least 0, got {memory!r}.")
         self.model, self.loss, self.memory = model, loss, memory
         self._kept: dict[int, Linearization] = {}
@@ -177,7 +178,7 @@ class EmpiricalRisk:
                 f"{where} drew random numbers, so it is not one function. Call "
                 "model.eval(), or fix what is random (functional dropout, noise)."
             )
-        if output.ndim == 0 or len(output) != len(y):
+        if output.ndim == 0 or len(output) != len(y) or output.numel() == 0:
             raise ValueError(
                 f"{where} returned outputs {list(output.shape)} for {len(y)} samples; "
                 "the first axis must count samples."

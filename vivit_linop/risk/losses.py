@@ -432,13 +432,26 @@ class AutogradLoss(OutputLoss):
                 parts = [self.total(output[m], target[m]) for m in (mask, ~mask)]
                 error = (parts[0] + parts[1] - whole).abs()
                 tolerance = torch.finfo(output.dtype).eps ** 0.5
-                if error > tolerance * max(part.abs() for part in (*parts, whole)):
+                size = max(part.abs() for part in (*parts, whole))
+                if error > tolerance * size or self._couples(output, target, mask):
                     raise ValueError(
                         f"loss: {self.name} with reduction={self.reduction!r} is not "
                         f"the {self.reduction} of losses of single samples, so "
                         "per-sample curvature is undefined. Give the reduction that it "
                         "has, or a loss that does not mix samples."
                     )
+
+    def _couples(self, output: Tensor, target: Tensor, mask: Tensor) -> bool:
+        """Whether the Hessian of some samples is another one with the others there."""
+        if not output.is_floating_point():
+            return False
+        f = self.channels(output)
+        generator = torch.Generator().manual_seed(0)
+        x = torch.randn(*f.shape, 1, generator=generator).to(f)
+        together = self.hessian_product(output, target, x)[mask]
+        alone = self.hessian_product(output[mask], target[mask], x[mask])
+        tolerance = torch.finfo(f.dtype).eps ** 0.5
+        return bool((together - alone).norm() > tolerance * alone.norm() + 1e-30)
 
     def weight(self, output: Tensor, target: Tensor) -> Tensor:
         """Count the samples."""
