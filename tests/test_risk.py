@@ -991,7 +991,7 @@ def test_models_that_mix_pairs(N: int, quantity: str) -> None:
 
     _, loss, data = toy(N)
     net = Lambda(forward, layer=nn.Linear(4, 3)).double()
-    with pytest.raises(ValueError, match="model|data"):
+    with pytest.raises(ValueError, match=r"model|data"):
         QUANTITIES[quantity](vl.EmpiricalRisk(net, loss, data))
 
 
@@ -1003,7 +1003,7 @@ def test_a_model_that_mixes_only_large_batches() -> None:
 
     _, loss, (X, y) = toy(6)
     net = Lambda(forward, layer=nn.Linear(4, 3)).double()
-    with pytest.raises(ValueError, match="model|data"):
+    with pytest.raises(ValueError, match=r"model|data"):
         risk = vl.EmpiricalRisk(net, loss, [(X[:2], y[:2]), (X[2:], y[2:])])
         vl.GGN(risk).eigvalsh()
 
