@@ -306,33 +306,6 @@ def test_shared_leaf_as_long_as_a_batch_is_not_cut(memory: int | None) -> None:
     torch.testing.assert_close(gram, expected @ expected.T, rtol=1e-12, atol=1e-14)
 
 
-@pytest.mark.parametrize("quantity", QUANTITIES)
-def test_shared_mask_as_long_as_a_batch(quantity: str) -> None:
-    """As many samples as tokens, and a mask [tokens, tokens] that all samples share."""
-
-    def forward(m: Any, x: Tensor, mask: Tensor) -> Tensor:
-        h, _ = m.attention(x, x, x, attn_mask=mask)
-        return m.head(h.mean(1))
-
-    with torch.random.fork_rng([]):
-        torch.manual_seed(0)
-        net = Lambda(
-            forward,
-            attention=nn.MultiheadAttention(4, 2, batch_first=True),
-            head=nn.Linear(4, 2),
-        ).double()
-        X, y = torch.randn(3, 3, 4).double(), torch.randint(2, (3,))
-    mask = torch.ones(3, 3).triu(1).bool()
-    closed = Lambda(lambda m, x: m.inner(x, mask), inner=net.eval()).eval()
-    expected = vl.EmpiricalRisk(closed, nn.CrossEntropyLoss(), (X, y))
-    try:
-        risk = vl.EmpiricalRisk(net, nn.CrossEntropyLoss(), ((X, mask), y))
-    except ValueError as error:
-        assert "data" in str(error) or "model" in str(error)
-        return
-    right_or_refused(quantity, risk, expected)
-
-
 @pytest.mark.parametrize("memory", [0, 500, 1000, None])
 def test_shared_leaf_as_long_as_a_piece_of_a_batch(memory: int | None) -> None:
     # Gram matrices may be made of some samples at a time; shared leaves stay whole.
@@ -440,22 +413,6 @@ def test_data_loader_shuffled_by_the_global_generator(memory: int | None) -> Non
         torch.testing.assert_close(
             risk.gradient(), straight.gradient(), atol=1e-14, rtol=0
         )
-
-
-@pytest.mark.parametrize("quantity", QUANTITIES)
-@pytest.mark.parametrize(
-    ("dtype", "factor"),
-    [(torch.float64, 2.0), (torch.float64, 1.0 + 1e-5), (torch.float32, 1.01)],
-)
-def test_data_changed_in_place(
-    dtype: torch.dtype, factor: float, quantity: str
-) -> None:
-    net, loss, (X, y) = toy()
-    net, X = net.to(dtype), X.to(dtype)
-    data = (X.clone(), y.clone())
-    changed, still = (vl.EmpiricalRisk(net, loss, d) for d in (data, (X, y)))
-    data[0].mul_(factor)
-    right_or_refused(quantity, changed, still)
 
 
 def _new_structure(net: nn.Sequential, kind: str) -> None:
@@ -979,33 +936,6 @@ def test_models_that_mix_samples(mixing: str, quantity: str) -> None:
             vl.GGN(risk).eigvalsh()
         else:
             vl.GGN(risk) @ random_vector(risk.num_params)
-
-
-@pytest.mark.parametrize("quantity", QUANTITIES)
-@pytest.mark.parametrize("N", [2, 4, 6, 8])
-def test_models_that_mix_pairs(N: int, quantity: str) -> None:
-    # Neighbours in fixed pairs, as in contrastive and siamese nets.
-    def forward(m: Any, x: Tensor) -> Tensor:
-        h = m.layer(x).reshape(-1, 2, 3)
-        return (h + 0.5 * h.flip(1).tanh()).flatten(0, 1)
-
-    _, loss, data = toy(N)
-    net = Lambda(forward, layer=nn.Linear(4, 3)).double()
-    with pytest.raises(ValueError, match=r"model|data"):
-        QUANTITIES[quantity](vl.EmpiricalRisk(net, loss, data))
-
-
-def test_a_model_that_mixes_only_large_batches() -> None:
-    # The first batch is too small to show it.
-    def forward(m: Any, x: Tensor) -> Tensor:
-        h = m.layer(x)
-        return h - h.mean(0) if len(x) > 2 else h
-
-    _, loss, (X, y) = toy(6)
-    net = Lambda(forward, layer=nn.Linear(4, 3)).double()
-    with pytest.raises(ValueError, match=r"model|data"):
-        risk = vl.EmpiricalRisk(net, loss, [(X[:2], y[:2]), (X[2:], y[2:])])
-        vl.GGN(risk).eigvalsh()
 
 
 def test_a_model_that_changes_from_call_to_call() -> None:

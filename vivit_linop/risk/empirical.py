@@ -303,6 +303,12 @@ class EmpiricalRisk:
             select_samples(self._own_batches(), given.tolist(), self.by_sample),
             self.memory,
         )
+        # Gathering the samples was one more pass over the data.
+        if not self._equal(torch.cat(self.outputs)[given], torch.cat(risk.outputs)):
+            raise ValueError(
+                "data: are not what they were when the risk was built, or the model is "
+                "another function. Give data that are the same in every pass."
+            )
         return risk
 
     def linearizations(self) -> Iterator[Linearization]:
