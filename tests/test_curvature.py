@@ -664,12 +664,12 @@ def _untraceable(*_: Any) -> None:
 # That a risk's own linearisations are right, products with J have shown already.
 @pytest.mark.parametrize(
     ("name", "method"),
-    [(n, "linearize") for n in FEW] + [(n, "reverse") for n in NAMES],
+    [(n, "trace") for n in FEW] + [(n, "reverse") for n in NAMES],
 )
 def test_linearization(name: str, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     of, truth = risk(name), dense(name)
     if method == "reverse":
-        monkeypatch.setattr("vivit_linop.risk.linearization.linearize", _untraceable)
+        monkeypatch.setattr("vivit_linop.risk.linearization.tangent_map", _untraceable)
     rows = truth.J.split([n * truth.C for n in of.batch_sizes])
     for (X, _), J in zip(of.batches(), rows, strict=True):
         # Some models write into their input.
@@ -690,7 +690,7 @@ def test_linearization(name: str, method: str, monkeypatch: pytest.MonkeyPatch) 
 )
 def test_ordinary_nets_are_traced(name: str) -> None:
     # Otherwise a product costs twice as much.
-    assert {linear.method for linear in risk(name).linearizations()} == {"linearize"}
+    assert {linear.method for linear in risk(name).linearizations()} == {"trace"}
 
 
 def test_hessian_of_a_wrong_double_backward() -> None:

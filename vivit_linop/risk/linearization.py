@@ -1,10 +1,10 @@
 """The linearisation of a net at θ on one batch: J x and Jᵀ u without a forward pass.
 
 Jᵀ u is an ordinary backward pass through the kept graph of one forward pass. For J x,
-the tangent map x ↦ J x is traced once by ``torch.func.linearize``, which evaluates all
-that does not depend on x and keeps it; Jᵀ u then is the backward pass through that
-linear map, so that both share what is kept. One product with J and one with Jᵀ are the
-arithmetic of 4/3 of a gradient.
+the tangent map x ↦ J x is traced once, and all in it that does not depend on x is
+evaluated and kept; Jᵀ u then is the backward pass through that linear map, so that both
+share what is kept. One product with J and one with Jᵀ are the arithmetic of 4/3 of a
+gradient. (``torch.func.linearize`` does the same, but its map copies each tangent.)
 
 Where a model cannot be traced (control flow that depends on values, kernels without
 forward mode), or a trace would be used only once, J x is the derivative of Jᵀ u in u,
@@ -20,7 +20,10 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch.func import linearize, vmap
+from torch.func import jvp, vmap
+from torch.fx import GraphModule
+from torch.fx.experimental.const_fold import split_const_subgraphs
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 
 from vivit_linop.risk.model import Params, as_guest, strided
@@ -54,7 +57,7 @@ class Linearization:
         self.traced = True
         self._method: str | None = None
         self._batches = True
-        self._tangent_map: Callable[[Params], Tensor] | None = None
+        self._tangent_map: Callable[..., Tensor] | None = None
         # Jᵀ u is the gradient of the image in the arguments, along u.
         self._arguments = list(params.values())
         with as_guest(self.device):
@@ -63,7 +66,7 @@ class Linearization:
 
     @property
     def method(self) -> str:
-        """How J x is computed, decided when needed: "linearize" or "reverse"."""
+        """How J x is computed, decided when needed: "trace" or "reverse"."""
         if self._method is None:
             self._prepare()
         assert self._method is not None
@@ -85,11 +88,10 @@ class Linearization:
             with warnings.catch_warnings(), mode:
                 warnings.filterwarnings("ignore", message=".*get_attr Node.*")
                 warnings.filterwarnings("ignore", category=FutureWarning)
-                _, self._tangent_map = linearize(self._function, theta)
+                self._tangent_map = tangent_map(self._function, theta)
             self._arguments = [p.detach().clone().requires_grad_() for p in parameters]
-            named = dict(zip(self._params, self._arguments, strict=True))
-            self._image = self._tangent_map(named)
-            self._method = "linearize"
+            self._image = self._tangent_map(*self._arguments)
+            self._method = "trace"
             if self._agrees(graph):
                 return True
         # Any failure of the tracer, of which there are many kinds, only means that
@@ -208,10 +210,10 @@ class Linearization:
             if self._tangent_map is None:
                 image = self._jvp_reverse(tangents, batched=rows.ndim == 2)
             else:
-                named = dict(zip(self._params, tangents, strict=True))
                 with torch.no_grad():
                     batched = vmap(self._tangent_map)
-                    image = (batched if rows.ndim == 2 else self._tangent_map)(named)
+                    apply = batched if rows.ndim == 2 else self._tangent_map
+                    image = apply(*tangents)
         return image.reshape(*leading, -1)
 
     def _jvp_reverse(self, tangents: list[Tensor], batched: bool) -> Tensor:
@@ -254,6 +256,26 @@ class Linearization:
             for gradient, size in zip(map(strided, gradients), self._sizes, strict=True)
         ]
         return torch.cat(parts, dim=-1)
+
+
+def tangent_map(function: Callable[[Params], Tensor], theta: Params) -> GraphModule:
+    """Trace x ↦ J x, with all that does not depend on x evaluated.
+
+    Args:
+        function: Maps parameters, by name, to outputs.
+        theta: θ, where J is taken.
+
+    Returns:
+        A function of as many tensors as there are parameters.
+    """
+
+    def image(*tangents: Tensor) -> Tensor:
+        named = dict(zip(theta, tangents, strict=True))
+        result: Tensor = jvp(function, (theta,), (named,))[1]
+        return result
+
+    graph = make_fx(image)(*(torch.zeros_like(p) for p in theta.values()))
+    return split_const_subgraphs(graph)
 
 
 class OutOfPlace(TorchFunctionMode):
