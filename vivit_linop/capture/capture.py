@@ -88,19 +88,23 @@ class Capture:
         ]
         if not kept:
             return {}
-        signals = [
-            self._backward([use for use, _ in kept], cotangents[:, :, r])
-            for r in range(cotangents.shape[2])
-        ]
+        uses = [use for use, _ in kept]
+        layouts = [self._layout(layout) for _, layout in kept]
+        stacked: list[Tensor] = []
+        for r in range(cotangents.shape[2]):
+            signals = map(Tensor.detach, self._backward(uses, cotangents[:, :, r]))
+            for index, (layout, signal) in enumerate(
+                zip(layouts, signals, strict=True)
+            ):
+                signal = layout(signal)
+                if r == 0:
+                    shape = len(signal), cotangents.shape[2], *signal.shape[1:]
+                    stacked.append(signal.new_empty(shape))
+                stacked[index][:, r] = signal
         parts: dict[str, list[LayerColumns]] = {}
         with torch.no_grad():
-            for index, (use, layout) in enumerate(kept):
-                # What has been turned into columns is not needed twice.
-                at_output = [signal[index] for signal in signals]
-                for signal in signals:
-                    signal[index] = signal[index].new_empty(0)
-                columns = columns_of_use(use, self._layout(layout), at_output)
-                for name, part in columns.items():
+            for use, layout, B in zip(uses, layouts, stacked, strict=True):
+                for name, part in columns_of_use(use, layout, B).items():
                     if name in wanted:
                         parts.setdefault(name, []).append(part)
             return {name: joined(uses) for name, uses in parts.items()}
@@ -116,8 +120,8 @@ class Capture:
             inputs = (
                 positions * max(1, shape[1:].numel()) if len(shape) > 1 else outputs
             )
-            # Signals as they arrive and as they are stacked.
-            entries += inputs + 2 * width * outputs
+            # Signals as they are stacked, and those of one backward pass.
+            entries += inputs + (width + 1) * outputs
         entries += width * sum(
             self._risk.params[name].numel() for name in structure.opaque
         )

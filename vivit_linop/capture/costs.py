@@ -21,7 +21,7 @@ class LayerCost:
     Attributes:
         name: The parameter.
         use: The kinds of its uses, or why it has no structure.
-        contraction: ``"pairs"``, ``"blocks"`` or ``"dense"``.
+        contraction: ``"pairs"``, ``"blocks"``, ``"inputs"`` or ``"dense"``.
         forward_flops: Floating-point operations of its layer's forward pass, N samples.
         gram_flops: Those of its part of the Gram matrix, with symmetry.
         nbytes: What its columns take in the structure of the layer.
@@ -80,7 +80,9 @@ def _cost(
     if columns is None and name not in opaque:
         return LayerCost(name, "unused", "none", 0.0, 0.0, 0.0)
     if isinstance(columns, KhatriRaoColumns):
-        scaled = columns.gram_flops(rows, rows, samples**2, columns.positions)
+        scaled = columns.gram_flops(
+            (samples, samples), (width, width), columns.positions
+        )
         way = min(scaled, key=lambda key: scaled[key])
         forward = 2.0 * samples * columns.positions * numel
         entries = columns.inputs.numel() + width * columns.cotangents.numel()

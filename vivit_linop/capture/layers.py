@@ -11,13 +11,23 @@ For samples n and cotangent columns r, a parameter's part of column (n, r) of J�
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 # An elementwise pass over a matrix costs about what this many floating-point
-# operations of a matrix product do for each entry.
+# operations of a large matrix product do for each entry, and an operation of many small
+# products as much as this many of a large one.
 _ELEMENTWISE_COST = 40
+_SMALL_PRODUCT_COST = 2
+# How much is worked on at a time: on the CPU what caches hold, and what does not count
+# beside the rest; on other devices enough to be busy.
+_CACHED_BYTES, _PASSING_BYTES = 4 * 2**20, 64 * 2**20
+_DEVICE_FACTOR = 64
+# A symmetric product is halved until a block has this many rows.
+_SYMMETRIC_LEAF = 300
 
 
 class LayerColumns(ABC):
@@ -39,7 +49,8 @@ class LayerColumns(ABC):
 
         Args:
             gram: What to add to, in place.
-            other: Of the same kind and parameter; itself for a symmetric product.
+            other: Of the same kind and parameter. If it is this object, only what is
+                on and above the diagonal needs to be right (see :func:`mirror`).
             memory: The bytes that temporaries may take.
         """
 
@@ -104,44 +115,65 @@ class KhatriRaoColumns(LayerColumns):
         return entries * self.cotangents.element_size()
 
     def gram_flops(
-        self, rows: int, columns: int, samples: int, other_positions: int
+        self, samples: tuple[int, int], widths: tuple[int, int], other_positions: int
     ) -> dict[str, float]:
-        """Count the floating-point operations of both ways to a Gram matrix.
+        """Count the floating-point operations of all ways to a Gram matrix.
 
         Args:
-            rows: How many columns these are.
-            columns: How many columns they are multiplied with.
-            samples: How many pairs of samples these belong to.
+            samples: How many samples these columns belong to, and the others.
+            widths: How many columns a sample has of these, and of the others.
             other_positions: Over how many positions the others are sums.
         """
-        pairs = self._groups * self.positions * other_positions
-        entries = rows * columns
-        form = self.numel * (rows * self.positions + columns * other_positions)
-        each = 2 * samples * self._a + entries * (2 * self._b + _ELEMENTWISE_COST)
+        pairs = samples[0] * samples[1]
+        rows, columns = samples[0] * widths[0], samples[1] * widths[1]
+        a, b, p, q = self._a, self._b, self.positions, other_positions
+        each = 2 * pairs * a + rows * columns * (2 * b + _ELEMENTWISE_COST)
+        form = a * b * (rows * p + columns * q)
+        # For a pair of samples: aᵀa', then b (aᵀa'), then its product with b'.
+        products = p * q * (a + widths[0] * b) + q * widths[0] * widths[1] * b
         return {
-            "pairs": float(pairs * each),
-            "blocks": float(2 * form + 2 * entries * self.numel),
+            "pairs": float(self._groups * p * q * each),
+            "blocks": float(2 * self._groups * (form + rows * columns * a * b)),
+            "inputs": float(_SMALL_PRODUCT_COST * 2 * self._groups * pairs * products),
         }
 
-    def _contraction(self, other: KhatriRaoColumns) -> str:
+    def contraction(self, other: KhatriRaoColumns) -> str:
+        """The cheapest way to the Gram matrix with others: see ``gram_flops``."""
         flops = self.gram_flops(
-            self.num_samples * self.width,
-            other.num_samples * other.width,
-            self.num_samples * other.num_samples,
+            (self.num_samples, other.num_samples),
+            (self.width, other.width),
             other.positions,
         )
         return min(flops, key=lambda way: flops[way])
 
-    def add_gram(self, gram: Tensor, other: LayerColumns, memory: int) -> None:
-        """In the cheaper of two ways."""
-        assert isinstance(other, KhatriRaoColumns)
-        if self._contraction(other) == "pairs":
-            self._add_pairs(gram, other)
-        else:
-            self._add_blocks(gram, other, memory)
+    def add_gram(
+        self,
+        gram: Tensor,
+        other: LayerColumns,
+        memory: int,
+        contraction: str | None = None,
+    ) -> None:
+        """In the cheapest of three ways, or in the one that is asked for."""
+        if not isinstance(other, KhatriRaoColumns) or not _alike(self, other):
+            add_product(gram, self.rows(), other.rows(), False)
+            return
+        ways = {
+            "pairs": self._add_pairs,
+            "blocks": self._add_blocks,
+            "inputs": self._add_inputs,
+        }
+        ways[contraction or self.contraction(other)](gram, other, memory)
 
-    def _add_pairs(self, gram: Tensor, other: KhatriRaoColumns) -> None:
+    def _add_pairs(self, gram: Tensor, other: KhatriRaoColumns, memory: int) -> None:
         """Σ_pq (a_p a_qᵀ) ∘ (b_p b_qᵀ), position by position."""
+        if other is self and len(gram) >= 2 * _SYMMETRIC_LEAF and self.num_samples > 1:
+            half = self.num_samples // 2
+            first, second = self._samples(slice(half)), self._samples(slice(half, None))
+            row = half * self.width
+            first._add_pairs(gram[:row, :row], first, memory)
+            second._add_pairs(gram[row:, row:], second, memory)
+            first._add_pairs(gram[:row, row:], second, memory)
+            return
         n, R, m, Q = self.num_samples, self.width, other.num_samples, other.width
         target = gram.view(n, R, m, Q)
         for group in range(self._groups):
@@ -158,13 +190,41 @@ class KhatriRaoColumns(LayerColumns):
         """Form the columns for some channels at a time, and multiply them."""
         itemsize = gram.element_size()
         bytes_per_channel = (gram.shape[0] + gram.shape[1]) * self._a * itemsize
-        chunk = max(1, min(self._b, memory // bytes_per_channel))
+        passing = min(memory, _share(_PASSING_BYTES, gram.device))
+        chunk = max(1, min(self._b, passing // bytes_per_channel))
         for group in range(self._groups):
             for start in range(0, self._b, chunk):
                 channels = slice(start, start + chunk)
                 left = self._block(group, channels)
                 right = left if other is self else other._block(group, channels)
                 add_product(gram, left, right, other is self)
+
+    def _add_inputs(self, gram: Tensor, other: KhatriRaoColumns, memory: int) -> None:
+        """⟨b (aᵀ a'), b'⟩ for pairs of samples, some samples n with each sample m."""
+        n, R, m, Q = self.num_samples, self.width, other.num_samples, other.width
+        target = gram.view(n, R, m, Q)
+        per_sample = R * self._b * other.positions * gram.element_size()
+        cached = min(memory, _share(_CACHED_BYTES, gram.device))
+        chunk = max(1, min(n, cached // per_sample))
+        for group in range(self._groups):
+            c, d = other.inputs[:, group], other.cotangents[:, :, group].flatten(2)
+            for start in range(0, n, chunk):
+                part = self._samples(slice(start, start + chunk))
+                a = part.inputs[:, group].mT.contiguous()
+                b = part.cotangents[:, :, group].reshape(len(a), -1, self.positions)
+                for other_sample in range(start if other is self else 0, m):
+                    # Of a symmetric matrix, what is above the diagonal.
+                    size = other_sample + 1 - start if other is self else len(a)
+                    product = b[:size] @ (a[:size] @ c[other_sample])
+                    block = product.reshape(-1, d.shape[2]) @ d[other_sample].T
+                    rows = slice(start, start + min(size, len(a)))
+                    target[rows, :, other_sample] += block.view(-1, R, Q)
+
+    def _samples(self, samples: slice) -> KhatriRaoColumns:
+        """The columns of some samples."""
+        return KhatriRaoColumns(
+            self.inputs[samples], self.cotangents[samples], self._inputs_first
+        )
 
     def _block(self, group: int, channels: slice) -> Tensor:
         """Columns as rows for some channels, ``[n·R, c·a]``."""
@@ -197,20 +257,65 @@ def joined(parts: list[LayerColumns]) -> LayerColumns:
     return DenseColumns(rows.view(first.num_samples, first.width, -1))
 
 
+def merged(
+    pairs: Sequence[tuple[LayerColumns, LayerColumns]],
+) -> list[tuple[LayerColumns, LayerColumns]]:
+    """Put columns with the same cotangents together, such as a weight's and a bias's.
+
+    The Gram matrix of all is the same, and that of the cotangents is needed once.
+    """
+    groups: dict[Any, list[tuple[LayerColumns, LayerColumns]]] = {}
+    for left, right in pairs:
+        groups.setdefault((_key(left), _key(right)), []).append((left, right))
+    stacked = []
+    for group in groups.values():
+        left = _stacked([left for left, _ in group])
+        same = all(left is right for left, right in group)
+        stacked.append(
+            (left, left if same else _stacked([right for _, right in group]))
+        )
+    return stacked
+
+
+def _key(columns: LayerColumns) -> Any:
+    if isinstance(columns, KhatriRaoColumns) and columns.positions == 1:
+        return columns.cotangents.data_ptr(), columns.cotangents.shape
+    return id(columns)
+
+
+def _stacked(parts: list[LayerColumns]) -> LayerColumns:
+    if len(parts) == 1:
+        return parts[0]
+    alike = [part for part in parts if isinstance(part, KhatriRaoColumns)]
+    inputs = torch.cat([part.inputs for part in alike], dim=2)
+    return KhatriRaoColumns(inputs, alike[0].cotangents)
+
+
 def add_product(gram: Tensor, left: Tensor, right: Tensor, symmetric: bool) -> None:
-    """Add ``left @ right.T`` to a matrix; half of it is enough if it is symmetric."""
-    size = len(left)
-    if not symmetric or size < 512:
+    """Add ``left @ right.T`` to a matrix; above the diagonal only if symmetric."""
+    if not symmetric or len(left) < 2 * _SYMMETRIC_LEAF:
         gram.addmm_(left, right.T)
         return
     # The diagonal blocks by recursion, the block beside them once.
-    half = size // 2
+    half = len(left) // 2
     top, bottom = left[:half], left[half:]
     add_product(gram[:half, :half], top, top, True)
     add_product(gram[half:, half:], bottom, bottom, True)
-    corner = top @ bottom.T
-    gram[:half, half:] += corner
-    gram[half:, :half] += corner.T
+    gram[:half, half:].addmm_(top, bottom.T)
+
+
+def mirror(matrix: Tensor) -> None:
+    """Copy what is above the diagonal of a square matrix to below it."""
+    step = 1024
+    for start in range(0, len(matrix), step):
+        rows = slice(start, start + step)
+        diagonal = matrix[rows, rows]
+        diagonal.copy_(diagonal.triu() + diagonal.triu(1).T)
+        matrix[start + step :, rows] = matrix[rows, start + step :].T
+
+
+def _share(size: int, device: torch.device) -> int:
+    return size if device.type == "cpu" else size * _DEVICE_FACTOR
 
 
 def _alike(left: LayerColumns, right: LayerColumns) -> bool:

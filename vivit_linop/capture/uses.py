@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -15,21 +14,18 @@ from vivit_linop.capture.recorder import Named, Use
 Layout = Callable[[Tensor], Tensor]
 
 
-def columns_of_use(
-    use: Use, layout: Layout, cotangents: list[Tensor]
-) -> dict[str, LayerColumns]:
+def columns_of_use(use: Use, layout: Layout, B: Tensor) -> dict[str, LayerColumns]:
     """Return the columns of the parameters of one use.
 
     Args:
         use: The use.
         layout: Brings a tensor of the use into the form ``[n, …]``, samples first.
-        cotangents: R tensors in the shape of the use's output.
+        B: The cotangents at its output, ``[n, R, …]``.
 
     Returns:
         The columns by parameter name.
     """
     inputs = layout(use.arguments["input"])
-    B = torch.stack([layout(cotangent) for cotangent in cotangents], dim=1)
     found: dict[str, LayerColumns] = {}
     weight, bias = (use.arguments.get(role) for role in ("weight", "bias"))
     if isinstance(weight, Named):
@@ -94,6 +90,9 @@ def _norm_weight(normalise: Callable[..., Tensor], trailing: bool) -> Any:
 
 
 def _bias(use: Use, B: Tensor) -> LayerColumns:
+    if use.kind == "linear" and B.ndim == 3:
+        # An input of ones; the cotangents are shared with the weight's columns.
+        return KhatriRaoColumns(B.new_ones(len(B), 1, 1, 1), B[:, :, None, :, None])
     trailing = use.kind in ("linear", "layer_norm")
     return DenseColumns(_sum_positions(B, use.arguments, trailing))
 

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from vivit_linop.capture.layers import merged, mirror
 from vivit_linop.curvature.columns import Columns, Piece, memory_budget
 from vivit_linop.curvature.jacobian import Pullback
 from vivit_linop.operators.base import TorchLinearOperator
@@ -69,14 +70,16 @@ class GramTotal(Total):
     def add(self, left: Piece, right: Piece) -> None:
         """Add the inner products, layer by layer."""
         block = self.matrix[left.place, right.place]
-        whole = block.is_contiguous()
-        target = block if whole else torch.zeros(block.shape).to(block)
-        for name in self.names:
-            if name in left.columns and name in right.columns:
-                left.columns[name].add_gram(target, right.columns[name], self._memory)
-        if not whole:
-            block += target
-        if self._symmetric and left is not right:
+        pairs = [
+            (left.columns[name], right.columns[name])
+            for name in self.names
+            if name in left.columns and name in right.columns
+        ]
+        for part, other in merged(pairs):
+            part.add_gram(block, other, self._memory)
+        if self._symmetric and left is right:
+            mirror(block)
+        elif self._symmetric:
             self.matrix[right.place, left.place] = block.T
 
 
