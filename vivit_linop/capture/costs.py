@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from vivit_linop.capture.capture import Capture, find_structure
-from vivit_linop.capture.layers import KhatriRaoColumns
+from vivit_linop.capture.layers import KhatriRaoColumns, cotangents_key
 from vivit_linop.risk.data import take
 from vivit_linop.risk.empirical import EmpiricalRisk
 
@@ -23,7 +23,8 @@ class LayerCost:
         use: The kinds of its uses, or why it has no structure.
         contraction: ``"pairs"``, ``"blocks"``, ``"inputs"`` or ``"dense"``.
         forward_flops: Floating-point operations of its layer's forward pass, N samples.
-        gram_flops: Those of its part of the Gram matrix, with symmetry.
+        gram_flops: Those of its part of the Gram matrix, with symmetry, counted in
+            those of a large matrix product.
         nbytes: What its columns take in the structure of the layer.
     """
 
@@ -56,12 +57,17 @@ def layer_costs(risk: EmpiricalRisk, width: int) -> list[LayerCost]:
     for use in one.uses:
         for name in use.names:
             kinds.setdefault(name, []).append(use.kind)
-    return [
-        _cost(
-            risk, name, columns.get(name), kinds.get(name, []), width, structure.opaque
+    costs, seen = [], set()
+    for name in risk.params:
+        part = columns.get(name)
+        key = None if part is None else cotangents_key(part)
+        shared = key in seen
+        seen.add(key)
+        use_kinds = kinds.get(name, [])
+        costs.append(
+            _cost(risk, name, part, use_kinds, width, structure.opaque, shared)
         )
-        for name in risk.params
-    ]
+    return costs
 
 
 def _cost(
@@ -71,6 +77,7 @@ def _cost(
     kinds: list[str],
     width: int,
     opaque: set[str],
+    shared: bool,
 ) -> LayerCost:
     samples = risk.num_samples
     rows = samples * width
@@ -85,7 +92,9 @@ def _cost(
         )
         way = min(scaled, key=lambda key: scaled[key])
         forward = 2.0 * samples * columns.positions * numel
-        entries = columns.inputs.numel() + width * columns.cotangents.numel()
+        entries = columns.inputs.numel()
+        if not shared:
+            entries += width * columns.cotangents.numel()
         return LayerCost(
             name, use, way, forward, scaled[way] / 2, entries * samples * itemsize
         )

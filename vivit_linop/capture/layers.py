@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 # An elementwise pass over a matrix costs about what this many floating-point
-# operations of a large matrix product do for each entry, and an operation of many small
-# products as much as this many of a large one.
+# operations of a large matrix product do for each entry. An operation of many small
+# products costs as much as some of a large one, and each small product something more.
 _ELEMENTWISE_COST = 40
-_SMALL_PRODUCT_COST = 2
+_SMALL_PRODUCT_COST, _SMALL_PRODUCT_FLOPS = 2, 2e5
 # How much is worked on at a time: on the CPU what caches hold, and what does not count
 # beside the rest; on other devices enough to be busy.
 _CACHED_BYTES, _PASSING_BYTES = 4 * 2**20, 64 * 2**20
@@ -58,6 +58,31 @@ class LayerColumns(ABC):
     def rows(self) -> Tensor:
         """The columns as rows, ``[n·R, numel]``."""
 
+    @abstractmethod
+    def signals(self, weights: Tensor) -> Tensor:
+        """Combine the cotangents, ``[K, n, R] -> [K, n, s]``.
+
+        Columns with the same cotangents have the same signals and images.
+        """
+
+    @abstractmethod
+    def combine(self, signals: Tensor, out: Tensor, add: bool) -> None:
+        """Write the combinations of columns that belong to signals.
+
+        Args:
+            signals: ``[K, n, s]``.
+            out: ``[K, numel]``; its rows are contiguous.
+            add: Whether to add to what is there.
+        """
+
+    @abstractmethod
+    def images(self, rows: Tensor) -> Tensor:
+        """Return what the layer makes of parameters ``[K, numel]``: ``[K, n, s]``."""
+
+    @abstractmethod
+    def components(self, images: Tensor) -> Tensor:
+        """Return the products of cotangents and images, ``[K, n, s] -> [K, n, R]``."""
+
     @property
     @abstractmethod
     def nbytes(self) -> int:
@@ -83,6 +108,22 @@ class DenseColumns(LayerColumns):
     def nbytes(self) -> int:
         """The formed columns."""
         return self._rows.numel() * self._rows.element_size()
+
+    def signals(self, weights: Tensor) -> Tensor:
+        """The weights themselves."""
+        return weights
+
+    def combine(self, signals: Tensor, out: Tensor, add: bool) -> None:
+        """By one matrix product."""
+        out.addmm_(signals.flatten(1), self._rows, beta=int(add))
+
+    def images(self, rows: Tensor) -> Tensor:
+        """By one matrix product."""
+        return (rows @ self._rows.T).view(len(rows), self.num_samples, self.width)
+
+    def components(self, images: Tensor) -> Tensor:
+        """The images themselves."""
+        return images
 
     def add_gram(self, gram: Tensor, other: LayerColumns, memory: int) -> None:
         """By one matrix product."""
@@ -117,7 +158,7 @@ class KhatriRaoColumns(LayerColumns):
     def gram_flops(
         self, samples: tuple[int, int], widths: tuple[int, int], other_positions: int
     ) -> dict[str, float]:
-        """Count the floating-point operations of all ways to a Gram matrix.
+        """Count what all ways to a Gram matrix cost, in operations of a large product.
 
         Args:
             samples: How many samples these columns belong to, and the others.
@@ -134,7 +175,9 @@ class KhatriRaoColumns(LayerColumns):
         return {
             "pairs": float(self._groups * p * q * each),
             "blocks": float(2 * self._groups * (form + rows * columns * a * b)),
-            "inputs": float(_SMALL_PRODUCT_COST * 2 * self._groups * pairs * products),
+            "inputs": self._groups
+            * pairs
+            * (_SMALL_PRODUCT_COST * 2.0 * products + _SMALL_PRODUCT_FLOPS),
         }
 
     def contraction(self, other: KhatriRaoColumns) -> str:
@@ -233,6 +276,46 @@ class KhatriRaoColumns(LayerColumns):
         product = torch.bmm(b.reshape(n, R * c, P), self.inputs[:, group].mT)
         return product.view(n * R, c * self._a)
 
+    def signals(self, weights: Tensor) -> Tensor:
+        """Σ_r w_nr b_nr."""
+        cotangents = self.cotangents.reshape(self.num_samples, self.width, -1)
+        return torch.bmm(weights.transpose(0, 1), cotangents).transpose(0, 1)
+
+    def combine(self, signals: Tensor, out: Tensor, add: bool) -> None:
+        """Σ_np signal_np ⊗ a_np, one by one."""
+        inputs = self._positions_as_rows()
+        shape = self.num_samples, self._groups, self._b, self.positions
+        for signal, row in zip(signals, out, strict=True):
+            left = signal.reshape(shape).permute(1, 2, 0, 3)
+            left, right = left.reshape(self._groups, self._b, -1), inputs
+            if self._inputs_first:
+                left, right = right.mT, left.mT
+            target = row.view(self._groups, left.shape[1], right.shape[2])
+            target.baddbmm_(left, right, beta=int(add))
+
+    def images(self, rows: Tensor) -> Tensor:
+        """X a_np, one X at a time."""
+        inputs, n = self._positions_as_rows(), self.num_samples
+        size = self._groups * self._b * self.positions
+        result = rows.new_empty(len(rows), n, size)
+        for row, image in zip(rows, result, strict=True):
+            matrix = row.view(self._groups, self._a, self._b)
+            if not self._inputs_first:
+                matrix = row.view(self._groups, self._b, self._a).mT
+            product = torch.bmm(inputs, matrix)
+            product = product.view(self._groups, n, self.positions, self._b)
+            image.copy_(product.permute(1, 0, 3, 2).reshape(n, size))
+        return result
+
+    def components(self, images: Tensor) -> Tensor:
+        """⟨b_nr, image_n⟩."""
+        cotangents = self.cotangents.reshape(self.num_samples, self.width, -1)
+        return torch.bmm(cotangents, images.permute(1, 2, 0)).permute(2, 0, 1)
+
+    def _positions_as_rows(self) -> Tensor:
+        """The inputs as ``[G, n·P, a]``."""
+        return self.inputs.permute(1, 0, 3, 2).reshape(self._groups, -1, self._a)
+
     def rows(self) -> Tensor:
         """Form the columns."""
         order = "ngap,nrgbp->nrgab" if self._inputs_first else "ngap,nrgbp->nrgba"
@@ -266,7 +349,8 @@ def merged(
     """
     groups: dict[Any, list[tuple[LayerColumns, LayerColumns]]] = {}
     for left, right in pairs:
-        groups.setdefault((_key(left), _key(right)), []).append((left, right))
+        key = cotangents_key(left), cotangents_key(right)
+        groups.setdefault(key, []).append((left, right))
     stacked = []
     for group in groups.values():
         left = _stacked([left for left, _ in group])
@@ -277,7 +361,8 @@ def merged(
     return stacked
 
 
-def _key(columns: LayerColumns) -> Any:
+def cotangents_key(columns: LayerColumns) -> Any:
+    """What is equal for columns with the same cotangents."""
     if isinstance(columns, KhatriRaoColumns) and columns.positions == 1:
         return columns.cotangents.data_ptr(), columns.cotangents.shape
     return id(columns)

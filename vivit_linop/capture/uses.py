@@ -90,9 +90,10 @@ def _norm_weight(normalise: Callable[..., Tensor], trailing: bool) -> Any:
 
 
 def _bias(use: Use, B: Tensor) -> LayerColumns:
-    if use.kind == "linear" and B.ndim == 3:
+    n, R = B.shape[:2]
+    if use.kind == "linear" and B.numel() == n * R * B.shape[-1]:
         # An input of ones; the cotangents are shared with the weight's columns.
-        return KhatriRaoColumns(B.new_ones(len(B), 1, 1, 1), B[:, :, None, :, None])
+        return KhatriRaoColumns(B.new_ones(n, 1, 1, 1), B.view(n, R, 1, -1, 1))
     trailing = use.kind in ("linear", "layer_norm")
     return DenseColumns(_sum_positions(B, use.arguments, trailing))
 

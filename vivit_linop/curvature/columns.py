@@ -9,18 +9,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.func import vjp, vmap
 
 from vivit_linop.capture import Capture, Structure, find_structure
-from vivit_linop.capture.layers import DenseColumns, LayerColumns
-from vivit_linop.curvature.jacobian import Pullback
+from vivit_linop.capture.layers import DenseColumns, LayerColumns, cotangents_key
 from vivit_linop.risk.data import leaves, map_leaves, take
 from vivit_linop.risk.empirical import EmpiricalRisk, free_memory
 from vivit_linop.risk.model import Params, as_guest, strided
+
+if TYPE_CHECKING:
+    from vivit_linop.curvature.jacobian import Pullback
 
 SampleOutputs = Callable[[Params, Any], Tensor]
 
@@ -42,8 +44,12 @@ class Piece:
 
     @property
     def nbytes(self) -> int:
-        """What the columns take."""
-        return sum(columns.nbytes for columns in self.columns.values())
+        """What the columns take; those with the same cotangents share them."""
+        sizes: dict[object, int] = {}
+        for part in self.columns.values():
+            key = cotangents_key(part)
+            sizes[key] = max(part.nbytes, sizes.get(key, 0))
+        return sum(sizes.values())
 
     def rows(self, names: Sequence[str], risk: EmpiricalRisk) -> Tensor:
         """Form the columns of some parameters, as rows side by side."""
@@ -70,6 +76,9 @@ class Columns:
         names: The parameters of interest.
         memory: The bytes that a piece may take.
         formed: How many entries of a column will be formed in addition.
+
+    Attributes:
+        names: The parameters of interest.
     """
 
     def __init__(
@@ -80,7 +89,7 @@ class Columns:
         formed: int = 0,
     ) -> None:
         self._pullbacks, self._risk = pullbacks, pullbacks[0].risk
-        self._names, self._memory = set(names), memory
+        self.names, self._memory = set(names), memory
         self._width = sum(pullback.width for pullback in pullbacks)
         itemsize = torch.finfo(self._risk.dtype).bits // 8
         self._formed_bytes = formed * self._width * itemsize
@@ -151,11 +160,11 @@ class Columns:
     def _columns(
         self, X: Any, capture: Capture, structure: Structure, cotangents: Tensor
     ) -> dict[str, LayerColumns]:
-        columns = capture.columns(cotangents, structure, self._names)
+        columns = capture.columns(cotangents, structure, self.names)
         opaque = [
             name
             for name in self._risk.params
-            if name in structure.opaque and name in self._names
+            if name in structure.opaque and name in self.names
         ]
         columns.update(_dense_columns(self._risk, X, cotangents, opaque))
         return columns

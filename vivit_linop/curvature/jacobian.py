@@ -10,6 +10,7 @@ from torch import Tensor
 
 from vivit_linop.capture.costs import LayerCost, as_table, layer_costs
 from vivit_linop.curvature.output_space import OutputOperator
+from vivit_linop.curvature.stored import StoredColumns, store
 from vivit_linop.operators import verbs
 from vivit_linop.operators.base import TorchLinearOperator
 from vivit_linop.operators.lowrank import Gram
@@ -65,6 +66,9 @@ class Jacobian(TorchLinearOperator):
 class Pullback(TorchLinearOperator):
     """Jᵀ B for an operator B in output space (or Jᵀ itself), ``[D, N·R]``.
 
+    Products run on the linearisation of the net, or on the stored columns where that is
+    cheaper; which of them is decided at the first product.
+
     Args:
         jacobian: J.
         blocks: B, or None for the identity.
@@ -79,6 +83,8 @@ class Pullback(TorchLinearOperator):
     def __init__(self, jacobian: Jacobian, blocks: OutputOperator | None) -> None:
         self.jacobian, self.blocks, self.risk = jacobian, blocks, jacobian.risk
         self.width = self.risk.num_outputs if blocks is None else blocks.width
+        self.stored: StoredColumns | None = None
+        self._decided = blocks is None
         super().__init__(
             (self.risk.num_params, self.risk.num_samples * self.width),
             self.risk.dtype,
@@ -96,6 +102,18 @@ class Pullback(TorchLinearOperator):
     def gram(self) -> Gram:
         """The Gram operator of the columns; its matrix is computed once and kept."""
         return Gram(self, self)
+
+    def columns(self) -> StoredColumns | None:
+        """The stored columns, if products are to run on them."""
+        if not self._decided:
+            self._decided = True
+            self.stored = self.stored or store(self)
+        return self.stored
+
+    def keep_columns(self) -> None:
+        """Store the columns if they fit into memory, for all that follows."""
+        if self.stored is None:
+            self.stored = store(self, always=True)
 
     def explain(self) -> list[LayerCost]:
         """Print what each parameter costs in the Gram matrix of the columns.
@@ -117,6 +135,8 @@ class Pullback(TorchLinearOperator):
         return unit.expand(n, -1, -1)
 
     def _multiply(self, X: Tensor) -> Tensor:
+        if (columns := self.columns()) is not None:
+            return columns.multiply(X)
         parts = X.split([n * self.width for n in self.risk.batch_sizes])
         result = None
         for batch, (part, linearization) in enumerate(
@@ -129,6 +149,8 @@ class Pullback(TorchLinearOperator):
         return result
 
     def _multiply_adjoint(self, X: Tensor) -> Tensor:
+        if (columns := self.columns()) is not None:
+            return columns.multiply_adjoint(X)
         parts = []
         for batch, linearization in enumerate(self.risk.linearizations()):
             part = linearization.jvp(X)
@@ -141,6 +163,8 @@ class Pullback(TorchLinearOperator):
 @verbs.outer_product.register
 def _(factor: Pullback, X: Tensor) -> Tensor:
     """Batch by batch, so that each linearisation is needed once."""
+    if (columns := factor.columns()) is not None:
+        return columns.multiply(columns.multiply_adjoint(X))
     outer = None if factor.blocks is None else factor.blocks.outer()
     result = None
     for batch, linearization in enumerate(factor.risk.linearizations()):

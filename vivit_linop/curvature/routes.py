@@ -108,7 +108,11 @@ def _eigh(
         route = choose_route(op, int(k))
         if route.name.startswith("ARPACK"):
             return _arpack(op, int(k), route.name)
-    pairs = decomposition.pairs(decomposition.choose(k, select, rcond))
+        if op.by_gram and "matrix" not in op.gram.__dict__:
+            op.factor.keep_columns()  # the vectors are formed of them
+        pairs = decomposition.largest(int(k))
+    else:
+        pairs = decomposition.pairs(decomposition.choose(k, select, rcond))
     pairs.route = "dense Gram" if op.by_gram else "dense G"
     return pairs
 
@@ -129,8 +133,7 @@ def _arpack(op: LowRank, k: int, name: str) -> Eigenpairs:
         pairs = GramEigenpairs(values, op, vectors)
     else:
         # Fewer than k are numerically nonzero; the dense way knows what to do.
-        decomposition = LowRankDecomposition(op)
-        pairs = decomposition.pairs(decomposition.choose(k, None, None))
+        pairs = LowRankDecomposition(op).largest(k)
         name = "dense Gram"
     pairs.route = name
     return pairs

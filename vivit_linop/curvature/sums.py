@@ -18,6 +18,7 @@ from torch import Tensor
 from vivit_linop.capture.layers import merged, mirror
 from vivit_linop.curvature.columns import Columns, Piece, memory_budget
 from vivit_linop.curvature.jacobian import Pullback
+from vivit_linop.curvature.stored import StoredColumns, is_small
 from vivit_linop.operators.base import TorchLinearOperator
 from vivit_linop.operators.verbs import (
     gram_matrix,
@@ -143,7 +144,9 @@ def sum_columns(factor: Pullback, totals: Sequence[Total]) -> None:
             for total in totals:
                 total.add(piece, piece)
         return
-    for held in columns.held():
+    stored = factor.stored
+    whole = [[[piece] for piece in stored.pieces]] if stored else columns.held()
+    for held in whole:
         for index, (left,) in enumerate(held):
             for total in totals:
                 total.add(left, left)
@@ -152,11 +155,20 @@ def sum_columns(factor: Pullback, totals: Sequence[Total]) -> None:
                     total.add(left, right)
         end = held[-1][0].place.stop
         if end == factor.shape[1]:
+            _keep(factor, held, columns)
             return
         for (right,) in columns.pieces(end // factor.width):
             for (left,) in held:
                 for total in paired:
                     total.add(left, right)
+
+
+def _keep(factor: Pullback, held: list[list[Piece]], columns: Columns) -> None:
+    """Keep columns that are small, for products, if they are all there."""
+    if held[0][0].place.start == 0 and columns.names == set(factor.risk.params):
+        pieces = StoredColumns(factor, [piece for (piece,) in held])
+        if is_small(pieces.nbytes, factor):
+            factor.stored = pieces
 
 
 def cross_gram(left: Pullback, right: Pullback) -> Tensor:

@@ -9,12 +9,18 @@ from numbers import Real
 from typing import Any
 
 import numpy as np
+import scipy.linalg
 import torch
 from torch import Tensor
 
 from vivit_linop.operators import verbs
 from vivit_linop.operators.base import TorchLinearOperator
 from vivit_linop.operators.lowrank import LowRank
+
+# How far from orthonormal vectors may be for a single step to correct them.
+_NEARLY = 0.1
+# Of so small a part of the eigenpairs it is worth to compute only them.
+_FEW = 0.25
 
 
 class Eigenpairs:
@@ -257,6 +263,14 @@ class LowRankDecomposition(DenseDecomposition):
         """Those that are not numerically zero."""
         return (self.eigenvalues > self.rounding_error()).nonzero().squeeze(1)
 
+    def largest(self, k: int) -> Eigenpairs:
+        """The k largest pairs, without the other vectors where k is small."""
+        if self._operator.by_gram and k <= _FEW * self.count:
+            evals, gram_evecs = largest_eigenpairs(self._operator.small_side, k)
+            if evals[0] > gram_rounding_error(evals, self.count):
+                return GramEigenpairs(evals, self._operator, gram_evecs)
+        return self.pairs(self.choose(k, None, None))
+
     def pairs(self, indices: Tensor) -> Eigenpairs:
         """Lift columns of the Gram matrix's eigenvectors, lazily."""
         if not self._operator.by_gram:
@@ -387,12 +401,36 @@ def orthonormalised(vectors: Tensor, eigenvalues: Tensor) -> Tensor:
     Lifted from a Gram matrix, vectors of small eigenvalues carry the largest errors;
     so the vectors of large eigenvalues are kept and the others corrected.
     """
+    if not len(eigenvalues):
+        return vectors
     order = eigenvalues.argsort(descending=True)
+    overlaps = (vectors.T @ vectors)[order][:, order]
+    unit = torch.eye(len(order), dtype=vectors.dtype, device=vectors.device)
+    # Cholesky QR: two passes over the vectors, as exact as QR if they are nearly right.
+    if (overlaps - unit).abs().sum(1).max() < _NEARLY:
+        cholesky = torch.linalg.cholesky(overlaps)
+        weights = torch.linalg.solve_triangular(cholesky, unit, upper=False).mT
+        back = order.argsort()
+        return vectors @ weights[back][:, back]
     Q, R = torch.linalg.qr(vectors[:, order])
     signs = torch.where(R.diagonal() < 0, -1.0, 1.0).to(Q)
     result = torch.empty_like(vectors)
     result[:, order] = Q * signs
     return result
+
+
+def largest_eigenpairs(matrix: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest eigenvalues of a symmetric matrix, ascending, and eigenvectors.
+
+    On the CPU by LAPACK's ``?syevr``, which spares the other eigenvectors.
+    """
+    if matrix.device.type != "cpu":
+        evals, evecs = torch.linalg.eigh(matrix)
+        return evals[-k:], evecs[:, -k:]
+    chosen = [len(matrix) - k, len(matrix) - 1]
+    found = scipy.linalg.eigh(matrix.numpy(), subset_by_index=chosen, driver="evr")
+    evals, evecs = map(torch.from_numpy, found)
+    return evals, evecs
 
 
 def gram_rounding_error(eigenvalues: Tensor, count: int) -> float:

@@ -207,13 +207,18 @@ class EmpiricalRisk:
         return output.detach()
 
     def _depends_on_params(self, output: Tensor) -> bool:
-        if not output.requires_grad:
-            return False
-        with as_guest(self.device):
-            gradients = torch.autograd.grad(
-                output.sum(), list(self.params.values()), allow_unused=True
-            )
-        return any(gradient is not None for gradient in gradients)
+        """Whether a backward pass from the output would get to a parameter."""
+        params = self.params.values()
+        ends = {torch.autograd.graph.get_gradient_edge(p).node for p in params}
+        todo, seen = [output.grad_fn], {None, output.grad_fn}
+        while todo:
+            node = todo.pop()
+            if node in ends:
+                return True
+            following = [] if node is None else [n for n, _ in node.next_functions]
+            todo += [n for n in following if n not in seen]
+            seen.update(following)
+        return False
 
     def _check_independent(self, X: Any, output: Tensor) -> None:
         """Raise an error if some samples have other outputs without the others."""
