@@ -233,6 +233,10 @@ class KhatriRaoColumns(LayerColumns):
         product = torch.bmm(b.reshape(n, R * c, P), self.inputs[:, group].mT)
         return product.view(n * R, c * self._a)
 
+    def transposed(self) -> KhatriRaoColumns:
+        """The same columns, for the transpose of the parameter; there is one group."""
+        return KhatriRaoColumns(self.inputs, self.cotangents, not self._inputs_first)
+
     def rows(self) -> Tensor:
         """Form the columns."""
         order = "ngap,nrgbp->nrgab" if self._inputs_first else "ngap,nrgbp->nrgba"

@@ -9,37 +9,70 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vivit_linop.capture.layers import DenseColumns, KhatriRaoColumns, LayerColumns
-from vivit_linop.capture.recorder import Named, Use
+from vivit_linop.capture.layouts import Layout
+from vivit_linop.capture.recorder import Use
+from vivit_linop.capture.views import View
 
-Layout = Callable[[Tensor], Tensor]
 
-
-def columns_of_use(use: Use, layout: Layout, B: Tensor) -> dict[str, LayerColumns]:
+def columns_of_use(
+    use: Use, layout: Layout, B: Tensor
+) -> list[tuple[View, LayerColumns]]:
     """Return the columns of the parameters of one use.
 
     Args:
         use: The use.
-        layout: Brings a tensor of the use into the form ``[n, …]``, samples first.
+        layout: Where the samples are in the tensors of the use.
         B: The cotangents at its output, ``[n, R, …]``.
 
     Returns:
-        The columns by parameter name.
+        The columns of each view of a parameter.
     """
-    inputs = layout(use.arguments["input"])
-    found: dict[str, LayerColumns] = {}
+    found: list[tuple[View, LayerColumns]] = []
     weight, bias = (use.arguments.get(role) for role in ("weight", "bias"))
-    if isinstance(weight, Named):
-        found[weight.name] = _WEIGHTS[use.kind](use.arguments, inputs, B)
-    if isinstance(bias, Named):
-        found[bias.name] = _bias(use, B)
+    if isinstance(weight, View):
+        if use.kind == "mul":
+            columns = _mul(use, layout, B)
+        else:
+            inputs = layout(use.arguments["input"])
+            columns = _WEIGHTS[use.kind](use.arguments, inputs, B)
+        found.append((weight, columns))
+    if isinstance(bias, View):
+        found.append(
+            (bias, _add(use, layout, B) if use.kind == "add" else _bias(use, B))
+        )
     return found
 
 
-def _linear(arguments: dict[str, Any], X: Tensor, B: Tensor) -> LayerColumns:
-    """``[n, …, in]`` and ``[n, R, …, out]``."""
+def _mul(use: Use, layout: Layout, B: Tensor) -> LayerColumns:
+    """What a parameter is multiplied with multiplies the cotangents."""
+    X = layout(use.arguments["input"].expand(use.output_shape))
+    (view,) = use.views
+    return _sum_broadcast(B * X.unsqueeze(1), view, layout)
+
+
+def _add(use: Use, layout: Layout, B: Tensor) -> LayerColumns:
+    (view,) = use.views
+    return _sum_broadcast(use.arguments["factor"] * B, view, layout)
+
+
+def _sum_broadcast(B: Tensor, view: View, layout: Layout) -> LayerColumns:
+    """Sum over the axes along which a parameter has been repeated."""
     n, R = B.shape[:2]
-    a = X.reshape(n, 1, -1, X.shape[-1]).mT
-    b = B.reshape(n, R, 1, -1, B.shape[-1]).mT
+    B = layout.aligned(B)
+    axes = B.ndim - 2
+    lengths = (1,) * (axes - len(view.shape)) + view.shape
+    repeated = [2 + axis for axis in range(axes) if lengths[axis] == 1]
+    if repeated:
+        B = B.sum(repeated)
+    return DenseColumns(B.reshape(n, R, -1))
+
+
+def _linear(arguments: dict[str, Any], X: Tensor, B: Tensor) -> LayerColumns:
+    """``[n, …, in]`` and ``[n, R, …, out]``; without the last axis if out = 1."""
+    n, R = B.shape[:2]
+    outputs, inputs = arguments["weight_shape"]
+    a = X.reshape(n, 1, -1, inputs).mT
+    b = B.reshape(n, R, 1, -1, outputs).mT
     return KhatriRaoColumns(a, b)
 
 
@@ -109,6 +142,7 @@ def _sum_positions(B: Tensor, arguments: dict[str, Any], trailing: bool) -> Tens
 
 _WEIGHTS: dict[str, Callable[[dict[str, Any], Tensor, Tensor], LayerColumns]] = {
     "linear": _linear,
+    "matvec": _linear,
     "conv": _conv,
     "conv_transpose": _conv_transpose,
     "embedding": _embedding,
