@@ -22,6 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import has_torch_function
 
 import vivit_linop as vl
+from vivit_linop.capture import Capture, find_structure
 from vivit_linop.capture.layers import KhatriRaoColumns
 
 N = 3
@@ -892,3 +893,23 @@ def test_an_error_in_a_torch_function_is_that_of_the_user() -> None:
     net.wrong = False
     dense = V.to_dense()
     assert close((V.T @ V).to_dense(), dense.T @ dense)
+
+
+# Memory -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "layer", [layer for layer in LAYERS if layer[0] in FACTORED], ids=title
+)
+def test_memory_of_a_layer(layer: Spec) -> None:
+    # What is said before is what the columns take, and what it takes to get them.
+    _, build, shape = layer
+    net, loss, data = problem_of(*one_layer(drawn(build()), *shape))
+    risk = vl.EmpiricalRisk(net, loss, data)
+    capture, structure = Capture(risk, data[0], N), find_structure(risk)
+    R = 4
+    cotangents = torch.randn(*capture.output.shape, R, dtype=torch.float64)
+    columns = capture.columns(cotangents, structure, set(risk.params))
+    taken = columns["layer.weight"].nbytes
+    said = N * capture.bytes_per_sample(R, structure)
+    assert taken <= said <= 3 * taken

@@ -14,7 +14,7 @@ from vivit_linop.capture.layers import LayerColumns
 from vivit_linop.capture.layouts import Layout, candidates
 from vivit_linop.capture.recorder import Recorder, Use
 from vivit_linop.capture.stacked import assembled
-from vivit_linop.capture.uses import columns_of_use
+from vivit_linop.capture.uses import columns_of_use, entries_of_use, overlapping
 from vivit_linop.capture.views import View
 from vivit_linop.risk.data import take
 from vivit_linop.risk.empirical import EmpiricalRisk
@@ -112,21 +112,11 @@ class Capture:
 
     def bytes_per_sample(self, width: int, structure: Structure) -> int:
         """Estimate what the columns of one sample take."""
-        itemsize = self.output.element_size()
-        entries = 0
-        for use in self.uses:
-            shape = use.arguments.get("weight_shape", (1,))
-            outputs = use.output_shape.numel() // self.num_samples
-            positions = max(1, outputs // shape[0])
-            inputs = (
-                positions * max(1, shape[1:].numel()) if len(shape) > 1 else outputs
-            )
-            # Signals as they are stacked, and those of one backward pass.
-            entries += inputs + (width + 1) * outputs
-        entries += width * sum(
-            self._risk.params[name].numel() for name in structure.opaque
-        )
-        return entries * itemsize
+        n, params = self.num_samples, self._risk.params
+        formed = structure.opaque | overlapping(self.uses)
+        entries = sum(entries_of_use(use, n, width) for use in self.uses)
+        entries += width * sum(params[name].numel() for name in formed)
+        return entries * self.output.element_size()
 
     def _backward(self, uses: list[Use], cotangent: Tensor) -> list[Tensor]:
         """Pull a cotangent back to the outputs of uses."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any
 
 from torch import Tensor
@@ -40,6 +41,51 @@ def columns_of_use(
         found.append(
             (bias, _add(use, layout, B) if use.kind == "add" else _bias(use, B))
         )
+    return found
+
+
+def entries_of_use(use: Use, num_samples: int, width: int) -> int:
+    """Count the entries of what is needed for the columns of one sample.
+
+    Args:
+        use: The use.
+        num_samples: n.
+        width: R.
+    """
+    outputs = use.output_shape.numel() // num_samples
+    # Signals as they are stacked, and those of one backward pass.
+    entries = (width + 1) * outputs
+    weight = use.arguments.get("weight")
+    if not isinstance(weight, View) or not weight.shape.numel():
+        return entries
+    shape, groups = weight.shape, use.arguments.get("groups", 1)
+    inputs = use.arguments["input"].numel() // num_samples
+    match use.kind:
+        case "linear" | "matvec":
+            return entries + inputs
+        case "embedding":
+            return entries + inputs * shape[0]
+        case "conv":
+            return entries + outputs // shape[0] * groups * shape[1:].numel()
+        case "conv_transpose":
+            positions = inputs // shape[0]
+            return entries + inputs + width * positions * groups * shape[1:].numel()
+        case _:  # the normalised input
+            return entries + outputs
+
+
+def overlapping(uses: Sequence[Use]) -> set[str]:
+    """Return the parameters whose uses have factors that do not add up to factors."""
+    forms: dict[str, set[tuple[int, int, bool]]] = {}
+    for use in uses:
+        for view in use.views:
+            inputs_first = view.transposed != (use.kind in _INPUTS_FIRST)
+            forms.setdefault(view.name, set()).add((*view.place, inputs_first))
+    found = set()
+    for name, parts in forms.items():
+        ordered = sorted(parts)
+        if any(right[0] < left[1] for left, right in pairwise(ordered)):
+            found.add(name)
     return found
 
 
@@ -140,6 +186,8 @@ def _sum_positions(B: Tensor, arguments: dict[str, Any], trailing: bool) -> Tens
     return B.reshape(n, R, B.shape[2], -1).sum(3)
 
 
+# Parameters of these are laid out with the axis of inputs before that of outputs.
+_INPUTS_FIRST = {"embedding", "conv_transpose"}
 _WEIGHTS: dict[str, Callable[[dict[str, Any], Tensor, Tensor], LayerColumns]] = {
     "linear": _linear,
     "matvec": _linear,
