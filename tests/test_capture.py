@@ -426,6 +426,17 @@ EXPRESSIONS: list[Expression] = [
         (4,),
         {"w": OPAQUE, "b": OPAQUE},
     ),
+    (
+        "arguments by name, in another order",
+        lambda m, x: (
+            torch.addmm(mat2=m.w, mat1=x, input=m.b).sin()
+            + torch.matmul(other=m.w, input=x)
+            + torch.sub(other=m.b, input=torch.mul(other=m.b, input=x[:, :3]))
+        ),
+        {"w": (4, 3), "b": (3,)},
+        (4,),
+        {"w": "linear + linear", "b": "dense: linear + mul + add"},
+    ),
     ("x + b", lambda m, x: (x + m.b).sin(), {"b": (3,)}, (3,), B),
     ("b + x", lambda m, x: (m.b + x).sin(), {"b": (3,)}, (3,), B),
     ("x - b", lambda m, x: (x - m.b).sin(), {"b": (3,)}, (3,), B),
@@ -649,6 +660,23 @@ def test_expression(row: Expression) -> None:
     _, forward, shapes, shape, uses = row
     net = Lambda(forward, **{name: parameter(*s) for name, s in shapes.items()})
     check(net, features(N, *shape).double(), uses)
+
+
+def test_views_of_parameters_with_other_strides() -> None:
+    # In memory, channels come last: what is a view of that is none of ordinary strides,
+    # and what is none may have a known order of entries.
+    def forward(m: Any, x: Tensor) -> Tensor:
+        h = x @ m.w.permute(0, 2, 3, 1).view(8, 3) + F.linear(x, m.v.reshape(3, 8))
+        return h + F.linear(x, m.u[:3].mT.mT, m.u[3:, 0].sin())
+
+    v, w = (parameter(*s).data for s in [(3, 2, 2, 2), (2, 3, 2, 2)])
+    net = Lambda(
+        forward,
+        v=nn.Parameter(v.to(memory_format=torch.channels_last)),
+        w=nn.Parameter(w.to(memory_format=torch.channels_last)),
+        u=nn.Parameter(parameter(8, 6).data.T),
+    )
+    check(net, features(N, 8).double(), {"v": "linear", "w": OPAQUE, "u": OPAQUE})
 
 
 # Several uses, some uses, none --------------------------------------------------------

@@ -21,7 +21,8 @@ class LayerCost:
     Attributes:
         name: The parameter.
         use: The kinds of its uses, or why it has no structure.
-        contraction: ``"pairs"``, ``"blocks"``, ``"inputs"`` or ``"dense"``.
+        contraction: ``"pairs"``, ``"blocks"``, ``"inputs"`` or ``"dense"``;
+            where parts of the parameter are used for themselves, those of the parts.
         forward_flops: Floating-point operations of its layer's forward pass, N samples.
         gram_flops: Those of its part of the Gram matrix, with symmetry.
         nbytes: What its columns take in the structure of the layer.

@@ -93,8 +93,8 @@ _SIGNATURES: dict[Callable[..., Any], tuple[str, str]] = {
 
 def _matmul(given: Arguments) -> tuple[str, Arguments] | None:
     """``x @ W`` is linear with Wᵀ, and ``x @ w`` with the matrix of one row wᵀ."""
-    data, weight = given.values()
-    if not isinstance(weight, View) or len(weight.shape) > 2:
+    data, weight, *options = given.values()
+    if options or not isinstance(weight, View) or len(weight.shape) > 2:
         return None
     if len(weight.shape) == 1:
         return "matvec", {"input": data, "weight": weight.as_row}
@@ -103,13 +103,11 @@ def _matmul(given: Arguments) -> tuple[str, Arguments] | None:
 
 def _addmm(given: Arguments) -> tuple[str, Arguments] | None:
     """``b + x @ W``, with one b for all rows."""
-    bias, data, weight, *scales = given.values()
-    if bias is None or weight is None or scales:
+    bias, data, weight, *factors = given.values()
+    if bias is None or weight is None or factors:
         return None
-    if (
-        bias.shape[-1:].numel() != bias.shape.numel()
-        or bias.shape[-1:] != (weight.shape[1:])
-    ):
+    outputs = weight.shape[1:]
+    if bias.shape not in (outputs, (1, *outputs)):
         return None
     return "linear", {"input": data, "weight": weight.mT, "bias": bias}
 
@@ -126,7 +124,7 @@ def _add(sign: int) -> Callable[[Arguments], tuple[str, Arguments]]:
 
 
 def _mul(given: Arguments) -> tuple[str, Arguments]:
-    left, right = given.values()
+    left, right = given["input"], given["other"]
     if isinstance(right, View):
         return "mul", {"input": left, "weight": right}
     return "mul", {"input": right, "weight": left}
@@ -223,7 +221,10 @@ class Recorder(TorchFunctionMode):
         if func not in _SIGNATURES or not isinstance(result, Tensor):
             return None
         kind, parameters = _SIGNATURES[func]
-        given = dict(zip(parameters.split(), args, strict=False)) | kwargs
+        names = parameters.split()
+        # In the order of the names, also where they were given by name.
+        given = dict.fromkeys(names) | dict(zip(names, args, strict=False)) | kwargs
+        given = {key: value for key, value in given.items() if value is not None}
         arguments = {key: self._freeze(value) for key, value in given.items()}
         if kind in _REWRITES:
             rewritten = _REWRITES[kind](arguments)
