@@ -117,6 +117,29 @@ def check_products(op: Any, matrix: Tensor, rtol: float) -> None:
 # Products ---------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("name", [name for name in NAMES if problem(name).convex])
+def test_products_from_stored_columns(name: str) -> None:
+    for symbol in "VU":
+        op, matrix = build(symbol, risk(name), name)
+        stored = type(op).through(op.jacobian, op.blocks)
+        stored.keep_columns()
+        assert stored.columns() is not None
+        check_products(stored, matrix, 1e-12)
+        if symbol == "V":
+            check_products(stored @ stored.T, matrix @ matrix.T, 1e-12)
+
+
+@pytest.mark.parametrize(("outputs", "kept"), [(10, True), (2000, False)])
+def test_columns_are_stored_where_reading_them_is_cheap(
+    outputs: int, kept: bool
+) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(800, 800), nn.ReLU(), nn.Linear(800, outputs))
+    data = torch.rand(64, 800), torch.randint(outputs, (64,))
+    V = vl.GGNFactor(net, nn.CrossEntropyLoss(), data)
+    assert (V.columns() is not None) == kept
+
+
 @pytest.mark.parametrize("symbol", ["J", "H", "G", "S", "V", "U", "F", "Hess"])
 @pytest.mark.parametrize("name", NAMES)
 def test_operators(name: str, symbol: str) -> None:

@@ -10,20 +10,18 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from vivit_linop.capture.layers import LayerColumns, joined
+from vivit_linop.capture.layers import LayerColumns
+from vivit_linop.capture.layouts import Layout, candidates
 from vivit_linop.capture.recorder import Recorder, Use
-from vivit_linop.capture.uses import Layout, columns_of_use
+from vivit_linop.capture.stacked import assembled
+from vivit_linop.capture.uses import columns_of_use, entries_of_use, overlapping
+from vivit_linop.capture.views import View
 from vivit_linop.risk.data import take
 from vivit_linop.risk.empirical import EmpiricalRisk
 from vivit_linop.risk.model import as_guest, strided
 
 # The structure is checked on this many samples of the first batch.
 _CHECK_SAMPLES = 4
-
-_LAYOUTS: dict[str, Layout] = {
-    "first": lambda tensor: tensor,
-    "second": lambda tensor: tensor.transpose(0, 1),
-}
 
 
 @dataclass
@@ -101,31 +99,24 @@ class Capture:
                     shape = len(signal), cotangents.shape[2], *signal.shape[1:]
                     stacked.append(signal.new_empty(shape))
                 stacked[index][:, r] = signal
-        parts: dict[str, list[LayerColumns]] = {}
+        parts: dict[str, list[tuple[View, LayerColumns]]] = {}
         with torch.no_grad():
             for use, layout, B in zip(uses, layouts, stacked, strict=True):
-                for name, part in columns_of_use(use, layout, B).items():
-                    if name in wanted:
-                        parts.setdefault(name, []).append(part)
-            return {name: joined(uses) for name, uses in parts.items()}
+                for view, part in columns_of_use(use, layout, B):
+                    if view.name in wanted:
+                        parts.setdefault(view.name, []).append((view, part))
+            return {
+                name: assembled(found, self._risk.params[name].numel())
+                for name, found in parts.items()
+            }
 
     def bytes_per_sample(self, width: int, structure: Structure) -> int:
         """Estimate what the columns of one sample take."""
-        itemsize = self.output.element_size()
-        entries = 0
-        for use in self.uses:
-            shape = use.arguments.get("weight_shape", (1,))
-            outputs = use.output_shape.numel() // self.num_samples
-            positions = max(1, outputs // shape[0])
-            inputs = (
-                positions * max(1, shape[1:].numel()) if len(shape) > 1 else outputs
-            )
-            # Signals as they are stacked, and those of one backward pass.
-            entries += inputs + (width + 1) * outputs
-        entries += width * sum(
-            self._risk.params[name].numel() for name in structure.opaque
-        )
-        return entries * itemsize
+        n, params = self.num_samples, self._risk.params
+        formed = structure.opaque | overlapping(self.uses)
+        entries = sum(entries_of_use(use, n, width) for use in self.uses)
+        entries += width * sum(params[name].numel() for name in formed)
+        return entries * self.output.element_size()
 
     def _backward(self, uses: list[Use], cotangent: Tensor) -> list[Tensor]:
         """Pull a cotangent back to the outputs of uses."""
@@ -143,16 +134,7 @@ class Capture:
         ]
 
     def _layout(self, name: str) -> Layout:
-        n = self.num_samples
-        if name == "merged":
-            return lambda tensor: tensor.reshape(n, -1, *tensor.shape[1:])
-        if name == "merged second":
-            return lambda tensor: tensor.reshape(-1, n, *tensor.shape[1:]).transpose(
-                0, 1
-            )
-        if name == "single":
-            return lambda tensor: tensor.unsqueeze(0)
-        return _LAYOUTS[name]
+        return Layout(name, self.num_samples)
 
     # Finding and checking the structure ---------------------------------------------
 
@@ -172,17 +154,7 @@ class Capture:
         ]
 
     def _find_layout(self, use: Use, signal: Tensor) -> str | None:
-        n, shape = self.num_samples, use.output_shape
-        candidates = ["first"] if len(shape) > 1 and shape[0] == n else []
-        if use.kind in ("linear", "embedding", "layer_norm", "rms_norm"):
-            # Only the last axes have a meaning to these, so samples may be anywhere.
-            if n == 1:
-                candidates = ["single"]
-            elif len(shape) > 2 and shape[1] == n:
-                candidates.append("second")
-            if n > 1 and shape[0] % n == 0 and shape[0] > n:
-                candidates += ["merged", "merged second"]
-        for candidate in candidates:
+        for candidate in candidates(use, self.num_samples):
             others = self._layout(candidate)(signal)[:-1]
             if not others.any():
                 return candidate

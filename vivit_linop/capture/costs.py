@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from vivit_linop.capture.capture import Capture, find_structure
-from vivit_linop.capture.layers import KhatriRaoColumns, cotangents_key
+from vivit_linop.capture.layers import (
+    KhatriRaoColumns,
+    LayerColumns,
+    cotangents_key,
+)
+from vivit_linop.capture.stacked import StackedColumns
 from vivit_linop.risk.data import take
 from vivit_linop.risk.empirical import EmpiricalRisk
 
@@ -21,7 +25,8 @@ class LayerCost:
     Attributes:
         name: The parameter.
         use: The kinds of its uses, or why it has no structure.
-        contraction: ``"pairs"``, ``"blocks"``, ``"inputs"`` or ``"dense"``.
+        contraction: ``"pairs"``, ``"blocks"``, ``"inputs"`` or ``"dense"``;
+            where parts of the parameter are used for themselves, those of the parts.
         forward_flops: Floating-point operations of its layer's forward pass, N samples.
         gram_flops: Those of its part of the Gram matrix, with symmetry, counted in
             those of a large matrix product.
@@ -64,44 +69,57 @@ def layer_costs(risk: EmpiricalRisk, width: int) -> list[LayerCost]:
         shared = key in seen
         seen.add(key)
         use_kinds = kinds.get(name, [])
-        costs.append(
-            _cost(risk, name, part, use_kinds, width, structure.opaque, shared)
-        )
+        costs.append(_cost(risk, name, part, use_kinds, width, opaque, shared))
     return costs
 
 
 def _cost(
     risk: EmpiricalRisk,
     name: str,
-    columns: Any,
+    columns: LayerColumns | None,
     kinds: list[str],
     width: int,
     opaque: set[str],
     shared: bool,
 ) -> LayerCost:
-    samples = risk.num_samples
-    rows = samples * width
     itemsize = torch.finfo(risk.dtype).bits // 8
-    numel = risk.params[name].numel()
-    use = " + ".join(kinds) if kinds and name not in opaque else "no structure"
-    if columns is None and name not in opaque:
+    if name in opaque:
+        use, columns = "no structure", None
+    elif columns is None:
         return LayerCost(name, "unused", "none", 0.0, 0.0, 0.0)
-    if isinstance(columns, KhatriRaoColumns):
-        scaled = columns.gram_flops(
-            (samples, samples), (width, width), columns.positions
-        )
-        way = min(scaled, key=lambda key: scaled[key])
-        forward = 2.0 * samples * columns.positions * numel
-        entries = columns.inputs.numel()
-        if not shared:
-            entries += width * columns.cotangents.numel()
-        return LayerCost(
-            name, use, way, forward, scaled[way] / 2, entries * samples * itemsize
-        )
-    gram = float(rows) ** 2 * numel
-    return LayerCost(
-        name, use, "dense", 2.0 * samples * numel, gram, rows * numel * itemsize
-    )
+    else:
+        use = " + ".join(kinds)
+    parts = columns.parts.values() if isinstance(columns, StackedColumns) else [columns]
+    ways: dict[str, None] = {}
+    sums = [0.0, 0.0, 0.0]
+    for part in parts:
+        numel = risk.params[name].numel() if part is None else part.numel
+        way, *costs = _cost_of_part(part, numel, risk.num_samples, width, shared)
+        ways[way] = None
+        sums = [total + cost for total, cost in zip(sums, costs, strict=True)]
+    forward, gram, entries = sums
+    return LayerCost(name, use, " + ".join(ways), forward, gram, entries * itemsize)
+
+
+def _cost_of_part(
+    columns: LayerColumns | None,
+    numel: int,
+    samples: int,
+    width: int,
+    shared: bool,
+) -> tuple[str, float, float, float]:
+    """Return the contraction, both counts of operations, and the number of entries."""
+    rows = samples * width
+    if not isinstance(columns, KhatriRaoColumns):
+        dense = float(rows) * numel
+        return "dense", 2.0 * samples * numel, rows * dense, dense
+    scaled = columns.gram_flops((samples,) * 2, (width,) * 2, columns.positions)
+    way = min(scaled, key=lambda key: scaled[key])
+    forward = 2.0 * samples * columns.positions * numel
+    entries = columns.inputs.numel()
+    if not shared:
+        entries += width * columns.cotangents.numel()
+    return way, forward, scaled[way] / 2, float(entries * samples)
 
 
 def as_table(costs: Sequence[LayerCost]) -> str:

@@ -316,6 +316,10 @@ class KhatriRaoColumns(LayerColumns):
         """The inputs as ``[G, n·P, a]``."""
         return self.inputs.permute(1, 0, 3, 2).reshape(self._groups, -1, self._a)
 
+    def transposed(self) -> KhatriRaoColumns:
+        """The same columns, for the transpose of the parameter; there is one group."""
+        return KhatriRaoColumns(self.inputs, self.cotangents, not self._inputs_first)
+
     def rows(self) -> Tensor:
         """Form the columns."""
         order = "ngap,nrgbp->nrgab" if self._inputs_first else "ngap,nrgbp->nrgba"

@@ -2,44 +2,123 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any
 
 from torch import Tensor
 from torch.nn import functional as F
 
 from vivit_linop.capture.layers import DenseColumns, KhatriRaoColumns, LayerColumns
-from vivit_linop.capture.recorder import Named, Use
+from vivit_linop.capture.layouts import Layout
+from vivit_linop.capture.recorder import Use
+from vivit_linop.capture.views import View
 
-Layout = Callable[[Tensor], Tensor]
 
-
-def columns_of_use(use: Use, layout: Layout, B: Tensor) -> dict[str, LayerColumns]:
+def columns_of_use(
+    use: Use, layout: Layout, B: Tensor
+) -> list[tuple[View, LayerColumns]]:
     """Return the columns of the parameters of one use.
 
     Args:
         use: The use.
-        layout: Brings a tensor of the use into the form ``[n, …]``, samples first.
+        layout: Where the samples are in the tensors of the use.
         B: The cotangents at its output, ``[n, R, …]``.
 
     Returns:
-        The columns by parameter name.
+        The columns of each view of a parameter.
     """
-    inputs = layout(use.arguments["input"])
-    found: dict[str, LayerColumns] = {}
+    found: list[tuple[View, LayerColumns]] = []
     weight, bias = (use.arguments.get(role) for role in ("weight", "bias"))
-    if isinstance(weight, Named):
-        found[weight.name] = _WEIGHTS[use.kind](use.arguments, inputs, B)
-    if isinstance(bias, Named):
-        found[bias.name] = _bias(use, B)
+    if isinstance(weight, View):
+        if use.kind == "mul":
+            columns = _mul(use, layout, B)
+        else:
+            inputs = layout(use.arguments["input"])
+            columns = _WEIGHTS[use.kind](use.arguments, inputs, B)
+        found.append((weight, columns))
+    if isinstance(bias, View):
+        found.append(
+            (bias, _add(use, layout, B) if use.kind == "add" else _bias(use, B))
+        )
     return found
 
 
-def _linear(arguments: dict[str, Any], X: Tensor, B: Tensor) -> LayerColumns:
-    """``[n, …, in]`` and ``[n, R, …, out]``."""
+def entries_of_use(use: Use, num_samples: int, width: int) -> int:
+    """Count the entries of what is needed for the columns of one sample.
+
+    Args:
+        use: The use.
+        num_samples: n.
+        width: R.
+    """
+    outputs = use.output_shape.numel() // num_samples
+    # Signals as they are stacked, and those of one backward pass.
+    entries = (width + 1) * outputs
+    weight = use.arguments.get("weight")
+    if not isinstance(weight, View) or not weight.shape.numel():
+        return entries
+    shape, groups = weight.shape, use.arguments.get("groups", 1)
+    inputs = use.arguments["input"].numel() // num_samples
+    match use.kind:
+        case "linear" | "matvec":
+            return entries + inputs
+        case "embedding":
+            return entries + inputs * shape[0]
+        case "conv":
+            return entries + outputs // shape[0] * groups * shape[1:].numel()
+        case "conv_transpose":
+            positions = inputs // shape[0]
+            return entries + inputs + width * positions * groups * shape[1:].numel()
+        case _:  # the normalised input
+            return entries + outputs
+
+
+def overlapping(uses: Sequence[Use]) -> set[str]:
+    """Return the parameters whose uses have factors that do not add up to factors."""
+    forms: dict[str, set[tuple[int, int, bool]]] = {}
+    for use in uses:
+        for view in use.views:
+            inputs_first = view.transposed != (use.kind in _INPUTS_FIRST)
+            forms.setdefault(view.name, set()).add((*view.place, inputs_first))
+    found = set()
+    for name, parts in forms.items():
+        ordered = sorted(parts)
+        if any(right[0] < left[1] for left, right in pairwise(ordered)):
+            found.add(name)
+    return found
+
+
+def _mul(use: Use, layout: Layout, B: Tensor) -> LayerColumns:
+    """What a parameter is multiplied with multiplies the cotangents."""
+    X = layout(use.arguments["input"].expand(use.output_shape))
+    (view,) = use.views
+    return _sum_broadcast(B * X.unsqueeze(1), view, layout)
+
+
+def _add(use: Use, layout: Layout, B: Tensor) -> LayerColumns:
+    (view,) = use.views
+    return _sum_broadcast(use.arguments["factor"] * B, view, layout)
+
+
+def _sum_broadcast(B: Tensor, view: View, layout: Layout) -> LayerColumns:
+    """Sum over the axes along which a parameter has been repeated."""
     n, R = B.shape[:2]
-    a = X.reshape(n, 1, -1, X.shape[-1]).mT
-    b = B.reshape(n, R, 1, -1, B.shape[-1]).mT
+    B = layout.aligned(B)
+    axes = B.ndim - 2
+    lengths = (1,) * (axes - len(view.shape)) + view.shape
+    repeated = [2 + axis for axis in range(axes) if lengths[axis] == 1]
+    if repeated:
+        B = B.sum(repeated)
+    return DenseColumns(B.reshape(n, R, -1))
+
+
+def _linear(arguments: dict[str, Any], X: Tensor, B: Tensor) -> LayerColumns:
+    """``[n, …, in]`` and ``[n, R, …, out]``; without the last axis if out = 1."""
+    n, R = B.shape[:2]
+    outputs, inputs = arguments["weight_shape"]
+    a = X.reshape(n, 1, -1, inputs).mT
+    b = B.reshape(n, R, 1, -1, outputs).mT
     return KhatriRaoColumns(a, b)
 
 
@@ -108,8 +187,11 @@ def _sum_positions(B: Tensor, arguments: dict[str, Any], trailing: bool) -> Tens
     return B.reshape(n, R, B.shape[2], -1).sum(3)
 
 
+# Parameters of these are laid out with the axis of inputs before that of outputs.
+_INPUTS_FIRST = {"embedding", "conv_transpose"}
 _WEIGHTS: dict[str, Callable[[dict[str, Any], Tensor, Tensor], LayerColumns]] = {
     "linear": _linear,
+    "matvec": _linear,
     "conv": _conv,
     "conv_transpose": _conv_transpose,
     "embedding": _embedding,

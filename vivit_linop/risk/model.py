@@ -119,16 +119,29 @@ def as_guest(device: torch.device) -> Iterator[None]:
 
     The random number generators are put back. Attention runs on the kernel that has
     all derivatives, and gradients are recorded also where the caller has turned that
-    off.
+    off. Frozen attention in eval mode does not take its fused path either: that rounds
+    otherwise and sets padded positions to zero, and a net that is watched does not take
+    it, so that outputs would depend on who calls.
     """
     devices = [device] if device.type == "cuda" else []
     with (
+        _no_fused_attention(),
         torch.random.fork_rng(devices),
         torch.inference_mode(False),
         torch.enable_grad(),
         sdpa_kernel(SDPBackend.MATH),
     ):
         yield
+
+
+@contextlib.contextmanager
+def _no_fused_attention() -> Iterator[None]:
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
 
 
 def strided(gradient: Tensor | None) -> Tensor | None:

@@ -1,0 +1,119 @@
+"""The columns of a parameter of which only parts, or different parts, are used."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from vivit_linop.capture.layers import (
+    DenseColumns,
+    KhatriRaoColumns,
+    LayerColumns,
+    add_product,
+    joined,
+)
+from vivit_linop.capture.views import View
+
+Place = tuple[int, int]
+
+
+class StackedColumns(LayerColumns):
+    """Columns of disjoint parts of a parameter, one above the other.
+
+    Args:
+        parts: By the entries of the flattened parameter that they are for, the columns
+            of each part. Entries in none of them are zero.
+        numel: The number of entries of the parameter.
+    """
+
+    def __init__(self, parts: dict[Place, LayerColumns], numel: int) -> None:
+        first = next(iter(parts.values()))
+        self.num_samples, self.width = first.num_samples, first.width
+        self.parts, self.numel = parts, numel
+
+    @property
+    def nbytes(self) -> int:
+        """The columns of the parts."""
+        return sum(columns.nbytes for columns in self.parts.values())
+
+    def rows(self) -> Tensor:
+        """Form the columns."""
+        formed = {place: columns.rows() for place, columns in self.parts.items()}
+        return _placed(list(formed.items()), self.numel)
+
+    def signals(self, weights: Tensor) -> Tensor:
+        """The weights themselves: each part has its own cotangents."""
+        return weights
+
+    def combine(self, signals: Tensor, out: Tensor, add: bool) -> None:
+        """Part by part."""
+        if not add:
+            out.zero_()
+        for (start, stop), columns in self.parts.items():
+            columns.combine(columns.signals(signals), out[:, start:stop], add)
+
+    def images(self, rows: Tensor) -> Tensor:
+        """The components already, part by part."""
+        total = rows.new_zeros(len(rows), self.num_samples, self.width)
+        for (start, stop), columns in self.parts.items():
+            total += columns.components(columns.images(rows[:, start:stop]))
+        return total
+
+    def components(self, images: Tensor) -> Tensor:
+        """The images themselves."""
+        return images
+
+    def add_gram(self, gram: Tensor, other: LayerColumns, memory: int) -> None:
+        """Part by part."""
+        if (
+            isinstance(other, StackedColumns)
+            and other.parts.keys() == self.parts.keys()
+        ):
+            for place, columns in self.parts.items():
+                columns.add_gram(gram, other.parts[place], memory)
+        else:
+            add_product(gram, self.rows(), other.rows(), False)
+
+
+def assembled(uses: Sequence[tuple[View, LayerColumns]], numel: int) -> LayerColumns:
+    """Add up the columns of the uses of one parameter.
+
+    Args:
+        uses: What is used, and the columns of that.
+        numel: The number of entries of the parameter.
+    """
+    by_place: dict[Place, list[LayerColumns]] = {}
+    for view, columns in uses:
+        if view.transposed:
+            columns = _transposed(columns, view)
+        by_place.setdefault(view.place, []).append(columns)
+    parts = {place: joined(columns) for place, columns in sorted(by_place.items())}
+    if (0, numel) in parts and len(parts) == 1:
+        return parts[0, numel]
+    places = list(parts)
+    ends = itertools.pairwise(places)
+    if all(left[1] <= right[0] for left, right in ends):
+        return StackedColumns(parts, numel)
+    first = next(iter(parts.values()))
+    rows = _placed([(place, part.rows()) for place, part in parts.items()], numel)
+    return DenseColumns(rows.view(first.num_samples, first.width, numel))
+
+
+def _placed(parts: list[tuple[Place, Tensor]], numel: int) -> Tensor:
+    """Add rows for parts of the parameter into rows for the whole."""
+    _, first = parts[0]
+    rows = first.new_zeros(len(first), numel)
+    for (start, stop), part in parts:
+        rows[:, start:stop] += part
+    return rows
+
+
+def _transposed(columns: LayerColumns, view: View) -> LayerColumns:
+    """The same columns, for the matrix of which the view is the transpose."""
+    if isinstance(columns, KhatriRaoColumns):
+        return columns.transposed()
+    n, R = columns.num_samples, columns.width
+    matrices = columns.rows().view(n, R, *view.shape).mT
+    return DenseColumns(matrices.reshape(n, R, -1))
