@@ -884,3 +884,16 @@ def test_factors_of_other_parameters() -> None:
     V = vl.GGNFactor(vl.EmpiricalRisk(mlp(4, 3), CE, (X, CLASSES)))
     with pytest.raises(ValueError):
         U.T @ V
+
+
+def test_gram_matrix_that_cannot_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    net, X, y = nn.Linear(3, 4), torch.rand(10, 3), torch.randint(4, (10,))
+    G = vl.GGN(net, nn.CrossEntropyLoss(), (X, y))
+    G.eigvalsh()  # 3 columns a sample, 4 bytes an entry
+    for factor in (vl.GGN(G.risk).factor, vl.PerSampleGradients(G.risk)):
+        budget = 4 * factor.shape[1] ** 2 - 1
+        monkeypatch.setattr(
+            "vivit_linop.curvature.sums.free_memory", lambda _, free=budget: free
+        )
+        with pytest.raises(MemoryError, match="up to 9 samples.*eigh"):
+            (factor.T @ factor).to_dense()

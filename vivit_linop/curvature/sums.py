@@ -26,7 +26,7 @@ from vivit_linop.operators.verbs import (
     row_norms_squared,
     to_dense,
 )
-from vivit_linop.risk.empirical import EmpiricalRisk
+from vivit_linop.risk.empirical import EmpiricalRisk, free_memory
 
 
 class Total(ABC):
@@ -64,6 +64,7 @@ class GramTotal(Total):
     def __init__(self, left: Pullback, right: Pullback, names: Sequence[str]) -> None:
         self.names, self._symmetric = names, left is right
         self._memory = memory_budget(left.risk)
+        check_fits(left, right)
         self.matrix = torch.zeros(
             left.shape[1], right.shape[1], dtype=left.torch_dtype, device=left.device
         )
@@ -82,6 +83,28 @@ class GramTotal(Total):
             mirror(block)
         elif self._symmetric:
             self.matrix[right.place, left.place] = block.T
+
+
+def check_fits(left: Pullback, right: Pullback) -> None:
+    """Raise an error if a Gram matrix does not fit into the memory that is free.
+
+    Raises:
+        MemoryError: It says what would fit.
+    """
+    itemsize = torch.finfo(left.torch_dtype).bits // 8
+    rows, columns = left.shape[1], right.shape[1]
+    needed, free = rows * columns * itemsize, free_memory(left.device)
+    if needed <= free:
+        return
+    fitting = int((free / itemsize) ** 0.5)
+    width = max(left.width, right.width)
+    raise MemoryError(
+        f"The Gram matrix [{rows}, {columns}] takes {needed / 1e9:.3g} GB, and "
+        f"{free / 1e9:.3g} GB are free on {left.device}. What fits: "
+        f"risk.subset(indices) of up to {fitting // width} samples, mc_samples= up to "
+        f"{fitting // left.risk.num_samples}, or what needs products only: "
+        "G.eigh(k=...) and scipy.sparse.linalg.cg(G + delta * Identity(D), b)."
+    )
 
 
 class OuterTotal(Total):
