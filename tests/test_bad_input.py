@@ -895,5 +895,5 @@ def test_gram_matrix_that_cannot_fit(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(
             "vivit_linop.curvature.sums.free_memory", lambda _, free=budget: free
         )
-        with pytest.raises(MemoryError, match="up to 9 samples.*eigh"):
+        with pytest.raises(MemoryError, match=r"up to 9 samples.*eigh"):
             (factor.T @ factor).to_dense()

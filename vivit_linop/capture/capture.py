@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Set
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +11,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from vivit_linop.capture.layers import LayerColumns
+from vivit_linop.capture.layers import LayerColumns, compacted
 from vivit_linop.capture.layouts import Layout, candidates
 from vivit_linop.capture.recorder import Recorder, Use
 from vivit_linop.capture.stacked import assembled
@@ -69,7 +70,11 @@ class Capture:
         self.uses, self.opaque = recorder.uses, recorder.opaque
 
     def columns(
-        self, cotangents: Tensor, structure: Structure, names: Set[str]
+        self,
+        cotangents: Tensor,
+        structure: Structure,
+        names: Set[str],
+        compact: bool = True,
     ) -> dict[str, LayerColumns]:
         """Return the columns of parameters that are not opaque.
 
@@ -77,6 +82,7 @@ class Capture:
             cotangents: ``[n, C, R]``.
             structure: The verified structure of the net.
             names: The parameters of interest.
+            compact: Whether to form columns that are smaller than their factors.
         """
         wanted = names - structure.opaque
         kept = [
@@ -99,11 +105,14 @@ class Capture:
                     shape = len(signal), cotangents.shape[2], *signal.shape[1:]
                     stacked.append(signal.new_empty(shape))
                 stacked[index][:, r] = signal
+        counts = Counter(name for use in uses for name in use.names)
         parts: dict[str, list[tuple[View, LayerColumns]]] = {}
         with torch.no_grad():
-            for use, layout, B in zip(uses, layouts, stacked, strict=True):
-                for view, part in columns_of_use(use, layout, B):
+            for use, layout in zip(uses, layouts, strict=True):
+                for view, part in columns_of_use(use, layout, stacked.pop(0)):
                     if view.name in wanted:
+                        if compact and counts[view.name] == 1:
+                            part = compacted(part)
                         parts.setdefault(view.name, []).append((view, part))
             return {
                 name: assembled(found, self._risk.params[name].numel())

@@ -30,7 +30,8 @@ class LayerCost:
         forward_flops: Floating-point operations of its layer's forward pass, N samples.
         gram_flops: Those of its part of the Gram matrix, with symmetry, counted in
             those of a large matrix product.
-        nbytes: What its columns take in the structure of the layer.
+        product_flops: Those of a product with the stored columns.
+        nbytes: What its columns take: as factors, or formed where that is smaller.
     """
 
     name: str
@@ -38,6 +39,7 @@ class LayerCost:
     contraction: str
     forward_flops: float
     gram_flops: float
+    product_flops: float
     nbytes: float
 
 
@@ -57,7 +59,9 @@ def layer_costs(risk: EmpiricalRisk, width: int) -> list[LayerCost]:
         opaque = opaque | structure.opaque
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(one.output.shape, generator=generator).to(one.output)
-    columns = one.columns(noise.unsqueeze(2), structure, set(risk.params))
+    columns = one.columns(
+        noise.unsqueeze(2), structure, set(risk.params), compact=False
+    )
     kinds: dict[str, list[str]] = {}
     for use in one.uses:
         for name in use.names:
@@ -86,19 +90,24 @@ def _cost(
     if name in opaque:
         use, columns = "no structure", None
     elif columns is None:
-        return LayerCost(name, "unused", "none", 0.0, 0.0, 0.0)
+        return LayerCost(name, "unused", "none", 0.0, 0.0, 0.0, 0.0)
     else:
         use = " + ".join(kinds)
     parts = columns.parts.values() if isinstance(columns, StackedColumns) else [columns]
-    ways: dict[str, None] = {}
-    sums = [0.0, 0.0, 0.0]
-    for part in parts:
-        numel = risk.params[name].numel() if part is None else part.numel
-        way, *costs = _cost_of_part(part, numel, risk.num_samples, width, shared)
-        ways[way] = None
-        sums = [total + cost for total, cost in zip(sums, costs, strict=True)]
-    forward, gram, entries = sums
-    return LayerCost(name, use, " + ".join(ways), forward, gram, entries * itemsize)
+    costs = [
+        _cost_of_part(
+            part,
+            risk.params[name].numel() if part is None else part.numel,
+            risk.num_samples,
+            width,
+            shared,
+            compact=len(kinds) == 1,
+        )
+        for part in parts
+    ]
+    ways = " + ".join(dict.fromkeys(way for way, _ in costs))
+    forward, gram, product, entries = map(sum, zip(*(c for _, c in costs), strict=True))
+    return LayerCost(name, use, ways, forward, gram, product, entries * itemsize)
 
 
 def _cost_of_part(
@@ -107,19 +116,24 @@ def _cost_of_part(
     samples: int,
     width: int,
     shared: bool,
-) -> tuple[str, float, float, float]:
-    """Return the contraction, both counts of operations, and the number of entries."""
-    rows = samples * width
+    compact: bool,
+) -> tuple[str, tuple[float, float, float, float]]:
+    """Return the contraction, all counts of operations, and the number of entries."""
+    rows = float(samples * width)
     if not isinstance(columns, KhatriRaoColumns):
-        dense = float(rows) * numel
-        return "dense", 2.0 * samples * numel, rows * dense, dense
+        formed = rows * numel
+        return "dense", (2.0 * samples * numel, rows * formed, 2 * formed, formed)
     scaled = columns.gram_flops((samples,) * 2, (width,) * 2, columns.positions)
     way = min(scaled, key=lambda key: scaled[key])
     forward = 2.0 * samples * columns.positions * numel
-    entries = columns.inputs.numel()
-    if not shared:
-        entries += width * columns.cotangents.numel()
-    return way, forward, scaled[way] / 2, float(entries * samples)
+    gram = scaled[way] / 2
+    factors = columns.factor_entries(0 if shared else width)
+    formed = columns.formed_entries(width)
+    if compact and columns.positions > 1 and formed <= factors:
+        entries = float(samples * formed)
+        return "blocks", (forward, gram, 2 * entries, entries)
+    entries = float(samples * factors)
+    return way, (forward, gram, forward + 2 * entries, entries)
 
 
 def as_table(costs: Sequence[LayerCost]) -> str:

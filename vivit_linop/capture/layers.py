@@ -152,8 +152,16 @@ class KhatriRaoColumns(LayerColumns):
     @property
     def nbytes(self) -> int:
         """Inputs and cotangents."""
-        entries = self.inputs.numel() + self.cotangents.numel()
-        return entries * self.cotangents.element_size()
+        return self.factor_entries(self.width) * self.cotangents.element_size()
+
+    def factor_entries(self, width: int) -> int:
+        """Count the entries of the factors with a number of columns a sample."""
+        each = self.cotangents.numel() // self.width
+        return self.inputs.numel() + width * each
+
+    def formed_entries(self, width: int) -> int:
+        """Count the entries of formed columns."""
+        return self.num_samples * width * self.numel
 
     def gram_flops(
         self, samples: tuple[int, int], widths: tuple[int, int], other_positions: int
@@ -325,6 +333,17 @@ class KhatriRaoColumns(LayerColumns):
         order = "ngap,nrgbp->nrgab" if self._inputs_first else "ngap,nrgbp->nrgba"
         formed = torch.einsum(order, self.inputs, self.cotangents)
         return formed.reshape(-1, self.numel)
+
+
+def compacted(columns: LayerColumns) -> LayerColumns:
+    """Form columns that take less memory than their factors."""
+    if not isinstance(columns, KhatriRaoColumns) or columns.positions == 1:
+        return columns
+    width = columns.width
+    if columns.formed_entries(width) > columns.factor_entries(width):
+        return columns
+    shape = columns.num_samples, width, columns.numel
+    return DenseColumns(columns.rows().view(shape))
 
 
 def joined(parts: list[LayerColumns]) -> LayerColumns:

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 SampleOutputs = Callable[[Params, Any], Tensor]
 
 # The share of free memory that the columns of one piece of samples may take.
-_MEMORY_SHARE = 4
+_MEMORY_SHARE = 10
 
 
 @dataclass

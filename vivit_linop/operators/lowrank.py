@@ -150,8 +150,8 @@ class Woodbury(TorchLinearOperator):
 
     (c V Vᵀ + δ I)⁻¹ x = (x − c V (δ I + c K)⁻¹ Vᵀ x) / δ with K = VᵀV (Woodbury 1950;
     Golub & Van Loan, *Matrix Computations*, §2.1.4). When V has more columns than
-    rows, the D × D side is factorised instead. The relative error of a product is
-    about machine epsilon times λ_max/δ.
+    rows, the D × D side is factorised instead. The relative residual of a product is
+    some multiple of machine epsilon, and its relative error that times λ_max/δ at most.
 
     Args:
         operator: c V Vᵀ.
@@ -184,9 +184,9 @@ class Woodbury(TorchLinearOperator):
                 "larger damping, or float64."
             )
         super().__init__(operator.shape, operator._own_dtype, operator._own_device)
-        largest = self._cholesky.diagonal().max().item() ** 2
-        eps = torch.finfo(self.torch_dtype).eps
-        self._loses_digits = eps * largest / damping > eps**0.75
+        # K is known up to rounding errors, which 1/δ enlarges.
+        condition = torch.linalg.matrix_norm(matrix).item() / damping
+        self._refines = condition > torch.finfo(self.torch_dtype).eps ** -0.125
 
     def _solve_small(self, X: Tensor) -> Tensor:
         solution = torch.cholesky_solve(X.to(torch.float64), self._cholesky)
@@ -195,15 +195,12 @@ class Woodbury(TorchLinearOperator):
     def _multiply(self, X: Tensor) -> Tensor:
         if not self.operator.by_gram:
             return self._solve_small(X)
-        solution = self._solve(X)
-        # Of nearly equal terms the difference has lost digits; one step of iterative
-        # refinement brings them back, for one more product with the operator.
-        if self._loses_digits:
-            residual = X - self.operator.apply(solution) - self.damping * solution
-            solution += self._solve(residual)
-        return solution
-
-    def _solve(self, X: Tensor) -> Tensor:
-        factor = self.operator.factor
-        inner = self._solve_small(factor.T.apply(X))
-        return (X - self.operator.scale * factor.apply(inner)) / self.damping
+        scale, V = self.operator.scale, self.operator.factor
+        inner = self._solve_small(V.T.apply(X))
+        outer = V.apply(inner).mul_(-scale).add_(X)
+        # Of nearly equal terms the difference has lost digits in the range of V. There
+        # Vᵀ(x − c V y) = δ y must hold, and one step of refinement brings them back.
+        if self._refines:
+            residual = V.T.apply(outer) - self.damping * inner
+            outer -= V.apply(self._solve_small(residual)).mul_(scale)
+        return outer.div_(self.damping)
