@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import time
 from collections.abc import Sequence
@@ -64,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 continue
             measured[net] = run(suite_name, problem, options)
             path.write_text(json.dumps(report, indent=1))  # as far as it got
-    print(f"\nWritten to {path.relative_to(RESULTS.parents[1])}.")
+    print(f"\nWritten to {os.path.relpath(path)}.")
 
 
 def memory_of_case(options: argparse.Namespace) -> int:
@@ -84,6 +85,7 @@ def run(
     prepared = prepare(suite, problem)
     agreement = suite.agreement(problem, prepared.results)
     prepared.results.clear()
+    print_agreement(prepared, agreement)
     times = in_turns(prepared.runs, problem.device, *options.effort)
     memory = {}
     if not options.no_memory:
@@ -110,10 +112,6 @@ def run(
     print_ratios(
         "ratios of peak memory", suite.memory_ratios, memory_ratios, problem.name
     )
-    if agreement:
-        print("\nagreement (relative)")
-        for label, error in agreement.items():
-            print(f"{label:44}{error:10.1e}")
     return {
         "num_params": problem.num_params,
         "num_samples": problem.num_samples,
@@ -136,6 +134,15 @@ def describe(problem: Problem) -> str:
     )
 
 
+def print_agreement(prepared: Prepared, agreement: dict[str, float]) -> None:
+    for name, reason in prepared.unavailable.items():
+        print(f"not run: {name}, {reason}")
+    if agreement:
+        print("\nrelative differences of results")
+    for label, error in agreement.items():
+        print(f"{label:54}{error:10.1e}", flush=True)
+
+
 def print_times(
     suite: Suite,
     prepared: Prepared,
@@ -152,8 +159,6 @@ def print_times(
         row = statistics.median(values), min(values), max(values), prepared.first[name]
         print(f"{name:44}" + "".join(f"{1e3 * s:10.2f}" for s in row), end="")
         print(f"{memory[name] / 2**20:8.0f} MiB" if memory else "")
-    for name, reason in prepared.unavailable.items():
-        print(f"{name:44}  not run: {reason}")
 
 
 def print_ratios(

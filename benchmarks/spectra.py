@@ -66,7 +66,8 @@ def eigenthings_eigenvalues(problem: Problem) -> Run:
         result = hessian_eigenthings.lanczos(
             peers.eigenthings_ggn(problem),
             k=leading(problem),
-            max_iter=min(LANCZOS_STEPS, rank(problem)),
+            # One more for the null space: the steps after that would be noise.
+            max_iter=min(LANCZOS_STEPS, rank(problem) + 1),
             tol=TOLERANCE,
             which="LA",
             seed=0,
