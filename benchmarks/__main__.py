@@ -102,16 +102,20 @@ def run(
         for ratio in suite.ratios
         if ratio.of(times)
     }
-    memory_ratios = {
-        ratio.label: memory[ratio.numerator] / memory[ratio.denominator]
-        for ratio in suite.memory_ratios
-        if ratio.of(memory)
-    }
+    memory_ratios, beyond = {}, {}
+    for ratio in suite.memory_ratios:
+        if ratio.of(memory):
+            ours, theirs = memory[ratio.numerator], memory[ratio.denominator]
+            nothing = memory[NOTHING]
+            memory_ratios[ratio.label] = ours / theirs
+            beyond[ratio.label] = (ours - nothing) / max(theirs - nothing, 1)
     print_times(suite, prepared, times, memory)
-    print_ratios("median of ratios", suite.ratios, ratios, problem.name)
-    print_ratios(
-        "ratios of peak memory", suite.memory_ratios, memory_ratios, problem.name
-    )
+    # What is aimed at is said of the default sizes.
+    usual = suite.nets.get(problem.name) or NETS[problem.name].num_samples
+    net = problem.name if problem.num_samples == usual else ""
+    print_ratios("median of ratios", suite.ratios, ratios, net)
+    print_ratios("ratios of peak memory", suite.memory_ratios, memory_ratios, net)
+    print_ratios(f"… beyond {NOTHING}", suite.memory_ratios, beyond, "")
     return {
         "num_params": problem.num_params,
         "num_samples": problem.num_samples,
@@ -121,6 +125,7 @@ def run(
         "peak_bytes": memory,
         "median_ratios": ratios,
         "memory_ratios": memory_ratios,
+        "memory_ratios_beyond_nothing": beyond,
         "agreement": agreement,
         "unavailable": prepared.unavailable,
     }

@@ -129,11 +129,14 @@ def measure(options: argparse.Namespace) -> list[Curve]:
         runs = {side(problem): gram(problem) for problem in problems}
         curves.append(timed(Curve(f"Gram, {net}", "N·R", "s", 2.0), runs, options))
         memory = Curve(f"Gram, {net}", "N·R", "B", 2.0)
-        for problem in problems:
-            of = ["--memory-of", net, "--at", str(problem.num_samples)]
-            of += ["--device", device]
+        of_net = ["--memory-of", net, "--device", device]
+        base = 0
+        for N, problem in zip(sizes, problems, strict=True):
+            of = [*of_net, "--at", str(N)]
+            base = base or peak_memory_in_subprocess(
+                "benchmarks.growth", [*of, "--base"]
+            )
             whole = peak_memory_in_subprocess("benchmarks.growth", of)
-            base = peak_memory_in_subprocess("benchmarks.growth", [*of, "--base"])
             memory.points[side(problem)] = float(whole - base)
         curves.append(memory)
     return curves
