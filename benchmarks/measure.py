@@ -233,6 +233,7 @@ def peak_memory_in_subprocess(module: str, arguments: list[str]) -> int:
     """Run ``python -m module`` with these arguments; it prints the bytes."""
     finished = subprocess.run(
         [sys.executable, "-m", module, *arguments],
+        cwd=Path(__file__).parents[1],
         capture_output=True,
         text=True,
         check=False,
