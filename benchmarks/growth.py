@@ -18,7 +18,7 @@ import math
 import os
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -114,21 +114,20 @@ def timed(curve: Curve, runs: dict[int, Run], options: argparse.Namespace) -> Cu
     return curve
 
 
-def measure(options: argparse.Namespace) -> list[Curve]:
-    """Measure all curves."""
+def measure(options: argparse.Namespace) -> Iterator[Curve]:
+    """Measure one curve after the other."""
     device = options.device
-    curves = []
     for net, sizes in options.samples.items():
         runs = {N: product(make_problem(net, device, N)) for N in sizes}
-        curves.append(timed(Curve(f"G @ x, {net}", "N", "s", 1.0), runs, options))
+        yield timed(Curve(f"G @ x, {net}", "N", "s", 1.0), runs, options)
     wide = [wide_mlp(width, device) for width in options.widths]
     runs = {problem.num_params: product(problem) for problem in wide}
-    curves.append(timed(Curve("G @ x, mlp", "D", "s", 1.0), runs, options))
+    yield timed(Curve("G @ x, mlp", "D", "s", 1.0), runs, options)
     del wide, runs
     for net, sizes in options.gram_samples.items():
         problems = [make_problem(net, device, N) for N in sizes]
         runs = {side(problem): gram(problem) for problem in problems}
-        curves.append(timed(Curve(f"Gram, {net}", "N·R", "s", 2.0), runs, options))
+        yield timed(Curve(f"Gram, {net}", "N·R", "s", 2.0), runs, options)
         memory = Curve(f"Gram, {net}", "N·R", "B", 2.0)
         of_net = ["--memory-of", net, "--device", device]
         one, *peaks = (
@@ -137,8 +136,7 @@ def measure(options: argparse.Namespace) -> list[Curve]:
         )
         for problem, peak in zip(problems, peaks, strict=True):
             memory.points[side(problem)] = float(max(peak - one, 1))
-        curves.append(memory)
-    return curves
+        yield memory
 
 
 def print_curve(curve: Curve) -> None:
@@ -153,7 +151,10 @@ def print_curve(curve: Curve) -> None:
                 f"  {curve.axis} = {position:>10,}{value / 2**20:12.1f} MiB; "
                 f"4 (N·R)² bytes are {matrix:.1f} MiB"
             )
-    print(f"  exponent {curve.exponent:.2f}, of the operation count {curve.expected:g}")
+    print(
+        f"  exponent {curve.exponent:.2f}, of the operation count {curve.expected:g}",
+        flush=True,
+    )
 
 
 def draw(curves: list[Curve], path: Path) -> None:
@@ -188,9 +189,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     facts = environment(torch.device(options.device))
     print(", ".join(f"{name} {value}" for name, value in facts.items()))
-    curves = measure(options)
-    for curve in curves:
+    curves = []
+    for curve in measure(options):
         print_curve(curve)
+        curves.append(curve)
     RESULTS.mkdir(exist_ok=True)
     device = options.device.replace(":", "")
     stem = RESULTS / f"growth-{device}-{time.strftime('%Y%m%d-%H%M%S')}"

@@ -75,9 +75,11 @@ def with_backpack_branches(model: nn.Module) -> nn.Module:
         shortcut: nn.Module = nn.Identity()
         if child.stride > 1:
             every, step = slice(None), slice(None, None, child.stride)
+            # The pad comes first: BackPACK knows tensors by their addresses, and a
+            # slice of the block's input would have that of the input.
             shortcut = nn.Sequential(
-                Slicing((every, every, step, step)),
                 Pad((0, 0, 0, 0, child.extra, child.extra)),
+                Slicing((every, every, step, step)),
             )
         branches = Parallel(shortcut, child.main)
         setattr(model, name, nn.Sequential(branches, nn.ReLU()))

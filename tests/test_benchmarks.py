@@ -73,12 +73,18 @@ def test_eigenvalues_are_those_of_vivit() -> None:
 
 def test_residual_blocks_for_backpack_compute_the_same() -> None:
     torch.manual_seed(0)
-    net = nn.Sequential(Residual(4, 8), Residual(8, 8)).eval()
-    X = torch.randn(2, 4, 6, 6)
-    problem = Problem("blocks", net, nn.MSELoss(), (X, X))
+    blocks = Residual(4, 8), Residual(8, 8), Residual(8, 16)
+    net = nn.Sequential(*blocks, nn.Flatten(), nn.Linear(64, 3)).eval()
+    data = torch.randn(4, 4, 8, 8), torch.randint(3, (4,))
+    problem = Problem("blocks", net, nn.CrossEntropyLoss(), data)
     extended, _ = peers.extended(problem)
     assert not any(isinstance(module, Residual) for module in extended.modules())
-    torch.testing.assert_close(extended(X), net(X))
+    torch.testing.assert_close(extended(data[0]), net(data[0]))
+    pytest.importorskip("vivit")
+    ours, theirs = (
+        case(problem)() for case in (spectra.eigenvalues, spectra.vivit_eigenvalues)
+    )
+    assert spectra.eigenvalue_difference(ours, theirs) < 1e-4
 
 
 @pytest.mark.skipif(
