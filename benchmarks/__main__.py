@@ -4,134 +4,193 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks import products
+from benchmarks import diagonals, directions, inverses, products, spectra
 from benchmarks.measure import (
+    Prepared,
+    Ratio,
     Suite,
-    difference,
     environment,
     in_turns,
     median_ratio,
     peak_memory,
     peak_memory_in_subprocess,
-    set_up,
+    prepare,
 )
-from benchmarks.problems import NETS, Problem, make_problem
+from benchmarks.problems import NETS, Problem, Unavailable, make_problem
 
-SUITES: dict[str, Suite] = {"products": products.SUITE}
+SUITES: dict[str, Suite] = {
+    "products": products.SUITE,
+    "spectra": spectra.SUITE,
+    "directions": directions.SUITE,
+    "inverses": inverses.SUITE,
+    "diagonals": diagonals.SUITE,
+}
 RESULTS = Path(__file__).parent / "results"
 NOTHING = "nothing"  # the case whose memory is that of the libraries, net and data
 # Rounds at most, and seconds after which no further round is begun.
-EFFORT, QUICK_EFFORT = (50, 60.0), (5, 5.0)
+EFFORT, QUICK_EFFORT = (50, 60.0), (2, 5.0)
 
 
-def main() -> None:
-    options = parse()
-    device = torch.device(options.device)
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = parse(arguments)
     if options.memory_of is not None:
-        (suite_name,), (net,) = options.suites, options.nets
-        build = SUITES[suite_name].cases.get(options.memory_of)
-        problem = make_problem(net, options.device)
-        print(json.dumps({"peak_bytes": peak_memory(build, problem)}))
+        print(json.dumps({"peak_bytes": memory_of_case(options)}))
         return
 
+    device = torch.device(options.device)
     facts = environment(device)
     print(", ".join(f"{name} {value}" for name, value in facts.items()))
     report: dict[str, Any] = {"environment": facts, "suites": {}}
-    for suite_name in options.suites:
-        report["suites"][suite_name] = {
-            net: run(suite_name, net, options) for net in options.nets
-        }
     RESULTS.mkdir(exist_ok=True)
     stamp = time.strftime("%Y%m%d-%H%M%S")
     path = RESULTS / f"{'-'.join(options.suites)}-{device.type}-{stamp}.json"
-    path.write_text(json.dumps(report, indent=1))
-    print(f"\nWritten to {path.relative_to(RESULTS.parents[1])}.")
+    for suite_name in options.suites:
+        suite = SUITES[suite_name]
+        measured = report["suites"][suite_name] = {}
+        for net in options.nets or suite.nets:
+            samples = options.samples or suite.nets.get(net)
+            try:
+                problem = make_problem(net, options.device, samples)
+            except Unavailable as reason:
+                print(f"\n{suite.title}: no {net}, {reason}")
+                continue
+            measured[net] = run(suite_name, problem, options)
+            path.write_text(json.dumps(report, indent=1))  # as far as it got
+    print(f"\nWritten to {os.path.relpath(path)}.")
 
 
-def run(suite_name: str, net: str, options: argparse.Namespace) -> dict[str, Any]:
-    """Run one suite on one net, print it and return what was measured."""
-    suite, problem = SUITES[suite_name], make_problem(net, options.device)
-    print(f"\n{suite.title}: {describe(problem)}")
-    runs, results, set_up_times = set_up(suite.cases, problem)
-    same = {
-        f"{a} | {b}": difference(results[a], results[b])
-        for a, b in suite.same
-        if a in results and b in results
-    }
-    results.clear()
-    times = in_turns(runs, problem.device, *options.effort)
+def memory_of_case(options: argparse.Namespace) -> int:
+    (suite_name,), (net,) = options.suites, options.nets
+    suite = SUITES[suite_name]
+    build = suite.cases.get(options.memory_of)
+    problem = make_problem(net, options.device, options.samples)
+    return peak_memory(build, problem, runs=1 if suite.from_scratch else 2)
+
+
+def run(
+    suite_name: str, problem: Problem, options: argparse.Namespace
+) -> dict[str, Any]:
+    """Run one suite on one problem, print it and return what was measured."""
+    suite = SUITES[suite_name]
+    print(f"\n{suite.title}: {describe(problem)}", flush=True)
+    prepared = prepare(suite, problem)
+    agreement = suite.agreement(problem, prepared.results)
+    prepared.results.clear()
+    print_agreement(prepared, agreement)
+    times = in_turns(prepared.runs, problem.device, *options.effort)
     memory = {}
     if not options.no_memory:
-        of_problem = [suite_name, "--nets", net, "--device", options.device]
+        of_problem = [suite_name, "--nets", problem.name, "--device", options.device]
+        of_problem += ["--samples", str(problem.num_samples)]
         memory = {
-            name: peak_memory_in_subprocess([*of_problem, "--memory-of", name])
-            for name in (NOTHING, *suite.cases)
+            name: peak_memory_in_subprocess(
+                "benchmarks", [*of_problem, "--memory-of", name]
+            )
+            for name in (NOTHING, *prepared.runs)
         }
-    ratios = {ratio.label: median_ratio(times, ratio) for ratio in suite.ratios}
-    print_tables(suite, times, set_up_times, memory, ratios, same)
+    ratios = {
+        ratio.label: median_ratio(times, ratio)
+        for ratio in suite.ratios
+        if ratio.of(times)
+    }
+    memory_ratios, beyond = {}, {}
+    for ratio in suite.memory_ratios:
+        if ratio.of(memory):
+            ours, theirs = memory[ratio.numerator], memory[ratio.denominator]
+            nothing = memory[NOTHING]
+            memory_ratios[ratio.label] = ours / theirs
+            beyond[ratio.label] = (ours - nothing) / max(theirs - nothing, 1)
+    print_times(suite, prepared, times, memory)
+    # What is aimed at is said of the default sizes.
+    usual = suite.nets.get(problem.name) or NETS[problem.name].num_samples
+    net = problem.name if problem.num_samples == usual else ""
+    print_ratios("median of ratios", suite.ratios, ratios, net)
+    print_ratios("ratios of peak memory", suite.memory_ratios, memory_ratios, net)
+    print_ratios(f"… beyond {NOTHING}", suite.memory_ratios, beyond, "")
     return {
         "num_params": problem.num_params,
-        "num_samples": len(problem.data[1]),
+        "num_samples": problem.num_samples,
+        "num_classes": problem.num_classes,
         "seconds": times,
-        "set_up_seconds": set_up_times,
+        "first_seconds": prepared.first,
         "peak_bytes": memory,
         "median_ratios": ratios,
-        "relative_differences": same,
+        "memory_ratios": memory_ratios,
+        "memory_ratios_beyond_nothing": beyond,
+        "agreement": agreement,
+        "unavailable": prepared.unavailable,
     }
 
 
 def describe(problem: Problem) -> str:
-    X, y = problem.data
-    with torch.no_grad():
-        num_classes = problem.model(X[:1]).shape[1]
+    X, _ = problem.data
     return (
-        f"{problem.name}, D = {problem.num_params:,}, N = {len(y)}, C = {num_classes}, "
-        f"{X.dtype}, random inputs {list(X.shape[1:])}"
+        f"{problem.name}, D = {problem.num_params:,}, N = {problem.num_samples}, "
+        f"C = {problem.num_classes}, {X.dtype}, {problem.inputs} {list(X.shape[1:])}"
     )
 
 
-def print_tables(
+def print_agreement(prepared: Prepared, agreement: dict[str, float]) -> None:
+    for name, reason in prepared.unavailable.items():
+        print(f"not run: {name}, {reason}")
+    if agreement:
+        print("\nrelative differences of results")
+    for label, error in agreement.items():
+        print(f"{label:54}{error:10.1e}", flush=True)
+
+
+def print_times(
     suite: Suite,
+    prepared: Prepared,
     times: dict[str, list[float]],
-    set_up_times: dict[str, float],
     memory: dict[str, int],
-    ratios: dict[str, float],
-    same: dict[str, float],
 ) -> None:
     rounds = len(next(iter(times.values())))
-    width = max(map(len, [*suite.cases, *ratios, *same])) + 2
-    print(f"\n{f'milliseconds, {rounds} rounds':{width}}", end="")
-    print(f"{'median':>10}{'fastest':>10}{'slowest':>10}{'set-up':>10}{'peak':>12}")
+    first = "first run" if suite.from_scratch else "set-up"
+    print(f"\n{f'milliseconds, rounds: {rounds}':44}", end="")
+    print(f"{'median':>10}{'fastest':>10}{'slowest':>10}{first:>10}{'peak':>12}")
     if memory:
-        print(f"{NOTHING:{width}}{'':40}{memory[NOTHING] / 2**20:8.0f} MiB")
+        print(f"{NOTHING:44}{'':40}{memory[NOTHING] / 2**20:8.0f} MiB")
     for name, values in times.items():
-        row = (statistics.median(values), min(values), max(values), set_up_times[name])
-        print(f"{name:{width}}" + "".join(f"{1e3 * s:10.2f}" for s in row), end="")
+        row = statistics.median(values), min(values), max(values), prepared.first[name]
+        print(f"{name:44}" + "".join(f"{1e3 * s:10.2f}" for s in row), end="")
         print(f"{memory[name] / 2**20:8.0f} MiB" if memory else "")
-    print(f"\n{'median of ratios':{width}}{'':>10}{'aim':>20}")
-    for ratio in suite.ratios:
-        print(f"{ratio.label:{width}}{ratios[ratio.label]:10.2f}{ratio.target:>20}")
-    print("\nrelative difference of results")
-    for pair, error in same.items():
-        print(f"{pair:{width}}{error:10.1e}")
 
 
-def parse() -> argparse.Namespace:
+def print_ratios(
+    title: str, ratios: list[Ratio], values: dict[str, float], net: str
+) -> None:
+    if not values:
+        return
+    print(f"\n{title:44}{'':>10}{'aim':>14}")
+    for ratio in ratios:
+        if ratio.label in values:
+            value = values[ratio.label]
+            verdict = ratio.verdict(net, value)
+            print(f"{ratio.label:44}{value:10.2f}{verdict:>14}")
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("suites", nargs="*", metavar="suite", help=", ".join(SUITES))
-    parser.add_argument("--nets", nargs="+", choices=NETS, default=list(NETS))
+    parser.add_argument(
+        "--nets", nargs="+", choices=NETS, help="by default those of the suite"
+    )
+    parser.add_argument("--samples", type=int, help="N, by default the suite's")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
-    parser.add_argument("--quick", action="store_true", help="a few rounds only")
+    parser.add_argument("--quick", action="store_true", help="two rounds at most")
     parser.add_argument("--no-memory", action="store_true", help="times only")
     parser.add_argument("--memory-of", metavar="CASE", help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     options.suites = options.suites or list(SUITES)
     unknown = set(options.suites) - set(SUITES)
     if unknown:

@@ -17,38 +17,76 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor
 
-from benchmarks.problems import Problem
+from benchmarks.problems import Problem, Unavailable
 
 Run = Callable[[], Any]
 Build = Callable[[Problem], Run]
 Seconds = dict[str, list[float]]
+Results = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class Ratio:
-    """How many times as long one case takes as another, and what is aimed at."""
+    """How many times as much one case takes as another, and what is aimed at.
+
+    Attributes:
+        label: What is printed.
+        numerator: The name of a case.
+        denominator: That of another.
+        aims: The number aimed at, for the nets that have one.
+        at_most: Whether the ratio should be smaller than that.
+    """
 
     label: str
     numerator: str
     denominator: str
-    target: str = ""
+    aims: Mapping[str, float] = field(default_factory=dict)
+    at_most: bool = False
+
+    def of(self, values: Mapping[str, Any]) -> bool:
+        """Whether both cases are among those measured."""
+        return self.numerator in values and self.denominator in values
+
+    def verdict(self, net: str, value: float) -> str:
+        """What is aimed at, and whether it is reached."""
+        if net not in self.aims:
+            return ""
+        aim = self.aims[net]
+        reached = value <= aim if self.at_most else value >= aim
+        return f"{'≤' if self.at_most else '≥'} {aim:g} {'yes' if reached else 'no'}"
 
 
 @dataclass(frozen=True)
 class Suite:
     """Cases that are timed together, and what is read off their times.
 
-    ``same`` are pairs of cases whose results should be equal; their difference is
-    printed.
+    Attributes:
+        title: What is printed above the tables.
+        cases: What is timed, by name. A case takes a problem, sets up and returns the
+            function to time; it raises :class:`Unavailable` where it cannot run.
+        nets: The nets, and N where it is not the net's own.
+        ratios: Of times.
+        memory_ratios: Of peaks of memory.
+        agreement: A function of the problem and the cases' results that says, by
+            name, how far these are apart.
+        from_scratch: Whether what is timed begins with the net and the data. If not,
+            what a case makes once and keeps is made outside, in its set-up.
     """
 
     title: str
     cases: Mapping[str, Build]
+    nets: Mapping[str, int | None]
     ratios: list[Ratio] = field(default_factory=list)
-    same: list[tuple[str, str]] = field(default_factory=list)
+    memory_ratios: list[Ratio] = field(default_factory=list)
+    agreement: Callable[[Problem, Results], dict[str, float]] = lambda *_: {}
+    from_scratch: bool = False
+
+
+# Times -------------------------------------------------------------------------------
 
 
 def synchronize(device: torch.device) -> None:
@@ -64,25 +102,43 @@ def seconds(run: Run, device: torch.device) -> tuple[Any, float]:
     return result, time.perf_counter() - start
 
 
-def set_up(
-    cases: Mapping[str, Build], problem: Problem
-) -> tuple[dict[str, Run], dict[str, Any], dict[str, float]]:
-    """Build all cases and run each once; return the runs, results and set-up times.
+@dataclass
+class Prepared:
+    """Cases that have run once.
 
-    The time of set-up is that of building a case and of its first run: what is made
-    once and kept is made there. Each case is built twice, so that the imports and
-    caches of the first time are not counted.
+    Attributes:
+        runs: What is timed.
+        results: What the first runs returned.
+        first: Their seconds. With a set-up these are of the set-up and the first run,
+            what is made once and kept is made there.
+        unavailable: Why the other cases cannot run.
     """
-    runs, results, times = {}, {}, {}
-    for name, build in cases.items():
-        build(problem)()
 
-        def first_run(name: str = name, build: Build = build) -> Any:
-            runs[name] = build(problem)
-            return runs[name]()
+    runs: dict[str, Run] = field(default_factory=dict)
+    results: dict[str, Any] = field(default_factory=dict)
+    first: dict[str, float] = field(default_factory=dict)
+    unavailable: dict[str, str] = field(default_factory=dict)
 
-        results[name], times[name] = seconds(first_run, problem.device)
-    return runs, results, times
+
+def prepare(suite: Suite, problem: Problem) -> Prepared:
+    """Build all cases and run each once."""
+    prepared = Prepared()
+    for name, build in suite.cases.items():
+        try:
+            if not suite.from_scratch:
+                # Imports and caches of the first time are not part of the set-up.
+                build(problem)()
+
+            def first_run(name: str = name, build: Build = build) -> Any:
+                prepared.runs[name] = build(problem)
+                return prepared.runs[name]()
+
+            result, elapsed = seconds(first_run, problem.device)
+        except Unavailable as reason:
+            prepared.unavailable[name] = str(reason)
+            continue
+        prepared.results[name], prepared.first[name] = result, elapsed
+    return prepared
 
 
 def in_turns(
@@ -91,12 +147,13 @@ def in_turns(
     """Time all runs once a round, so that drifts of the machine meet all of them.
 
     Every other round goes backwards. Ends before ``rounds`` when ``budget`` seconds are
-    over, but not before three rounds.
+    over, but not before three rounds unless these take three times as long.
     """
     times: Seconds = {name: [] for name in runs}
     start = time.perf_counter()
     for count in range(rounds):
-        if count >= 3 and time.perf_counter() - start > budget:
+        elapsed = time.perf_counter() - start
+        if elapsed > (budget if count >= 3 else 3 * budget):
             break
         order = list(runs.items())
         for name, run in order if count % 2 == 0 else reversed(order):
@@ -110,16 +167,35 @@ def median_ratio(times: Seconds, ratio: Ratio) -> float:
     return statistics.median(a / b for a, b in pairs)
 
 
+# Agreement ---------------------------------------------------------------------------
+
+
 def difference(value: Tensor, reference: Tensor) -> float:
     """The relative error in the norm."""
+    value, reference = value.double(), reference.double()
     return float((value - reference).norm() / reference.norm())
+
+
+def differences(
+    *pairs: tuple[str, str], by: Callable[[Any, Any], float] = difference
+) -> Callable[[Problem, Results], dict[str, float]]:
+    """Return an ``agreement`` that compares pairs of cases."""
+
+    def agreement(problem: Problem, results: Results) -> dict[str, float]:
+        return {
+            f"{a} | {b}": by(results[a], results[b])
+            for a, b in pairs
+            if a in results and b in results
+        }
+
+    return agreement
 
 
 # Memory ------------------------------------------------------------------------------
 
 
-def peak_memory(build: Build | None, problem: Problem) -> int:
-    """Build a case, run it twice and return this process's peak of memory in bytes.
+def peak_memory(build: Build | None, problem: Problem, runs: int = 1) -> int:
+    """Build a case, run it and return this process's peak of memory in bytes.
 
     Without a case, that of the libraries, the net and the data. On the CPU it is the
     peak of the resident memory, on CUDA that of what torch has allocated.
@@ -128,8 +204,8 @@ def peak_memory(build: Build | None, problem: Problem) -> int:
         torch.cuda.reset_peak_memory_stats(problem.device)
     if build is not None:
         run = build(problem)
-        run()
-        run()
+        for _ in range(runs):
+            run()
     if problem.device.type == "cuda":
         return torch.cuda.max_memory_allocated(problem.device)
     return peak_resident_memory()
@@ -146,10 +222,18 @@ def peak_resident_memory() -> int:
     return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-def peak_memory_in_subprocess(arguments: list[str]) -> int:
-    """Run ``python -m benchmarks`` with these arguments; it prints the bytes."""
+def free_memory(device: torch.device) -> int:
+    """The bytes that are free on a device."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return int(psutil.virtual_memory().available)
+
+
+def peak_memory_in_subprocess(module: str, arguments: list[str]) -> int:
+    """Run ``python -m module`` with these arguments; it prints the bytes."""
     finished = subprocess.run(
-        [sys.executable, "-m", "benchmarks", *arguments],
+        [sys.executable, "-m", module, *arguments],
+        cwd=Path(__file__).parents[1],
         capture_output=True,
         text=True,
         check=False,
@@ -162,24 +246,52 @@ def peak_memory_in_subprocess(arguments: list[str]) -> int:
 # The machine -------------------------------------------------------------------------
 
 
+PACKAGES = (
+    "vivit-linop",
+    "backpack-for-pytorch",
+    "curvlinops-for-pytorch",
+    "hessian-eigenthings",
+    "vivit-for-pytorch",
+    "torch",
+    "scipy",
+    "numpy",
+)
+
+
+def processor() -> str:
+    """The processor's name, as far as the system tells."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        found = re.search(r"model name\s*: (.+)", cpuinfo.read_text())
+        if found:
+            return found[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def product_speed(device: torch.device, size: int = 1024) -> float:
+    """The best of ten float32 matrix products, in GFLOP/s."""
+    A = torch.randn(size, size, device=device)
+    best = min(seconds(lambda: A @ A, device)[1] for _ in range(10))
+    return 2e-9 * size**3 / best
+
+
 def environment(device: torch.device) -> dict[str, Any]:
     """What the numbers depend on."""
-    packages = (
-        "vivit-linop",
-        "curvlinops-for-pytorch",
-        "torch",
-        "scipy",
-        "numpy",
-    )
     facts: dict[str, Any] = {
         "device": str(device),
+        "processor": processor(),
         "cores": os.cpu_count(),
         "torch threads": torch.get_num_threads(),
-        "machine": platform.machine(),
-        "system": platform.system(),
+        "load": round(os.getloadavg()[0], 2),
+        "float32 product, GFLOP/s": round(product_speed(device)),
+        "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
-        **{package: importlib.metadata.version(package) for package in packages},
     }
+    for package in PACKAGES:
+        try:
+            facts[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            facts[package] = "not installed"
     if device.type == "cuda":
         facts["gpu"] = torch.cuda.get_device_name(device)
         facts["cuda"] = torch.version.cuda

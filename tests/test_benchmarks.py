@@ -1,0 +1,134 @@
+"""The benchmarks run on a tiny net, and ours and the peers' results agree."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import benchmarks.__main__ as command
+from benchmarks import growth, peers, spectra
+from benchmarks.measure import Ratio, in_turns, median_ratio, peak_memory_in_subprocess
+from benchmarks.problems import NETS, Problem, Residual, Unavailable, make_problem
+
+
+def available(name: str, num_samples: int = 1) -> Problem:
+    try:
+        return make_problem(name, num_samples=num_samples)
+    except Unavailable as reason:
+        pytest.skip(str(reason))
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_nets_have_the_published_sizes(name: str) -> None:
+    problem = available(name)
+    assert problem.num_params == NETS[name].num_params
+    assert problem.num_classes == NETS[name].num_classes
+    assert not any(module.training for module in problem.model.modules())
+
+
+def test_pretrained_net_knows_digits() -> None:
+    problem = available("digits", 500)
+    X, y = problem.data
+    with torch.no_grad():
+        accuracy = (problem.model(X).argmax(1) == y).float().mean()
+    assert accuracy > 0.75  # 0.816 on all 1797
+
+
+@pytest.mark.parametrize("suite", command.SUITES)
+def test_cases_of_a_suite_agree(
+    suite: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(command, "RESULTS", tmp_path)
+    monkeypatch.setattr(command, "QUICK_EFFORT", (1, 5.0))
+    command.main([suite, "--nets", "tiny", "--quick", "--no-memory"])
+    (report,) = tmp_path.glob("*.json")
+    found = json.loads(report.read_text())["suites"][suite]["tiny"]
+    assert found["agreement"]
+    for label, error in found["agreement"].items():
+        assert error < 1e-4, label
+    for name in command.SUITES[suite].cases:
+        assert name in found["unavailable"] or len(found["seconds"][name]) == 1
+    # Only what is not installed is left out.
+    for reason in found["unavailable"].values():
+        assert reason.endswith("is not installed")
+
+
+def test_eigenvalues_are_those_of_vivit() -> None:
+    pytest.importorskip("vivit")
+    stub = torch.Tensor.symeig
+    problem = make_problem("tiny")
+    ours, theirs = (
+        case(problem)() for case in (spectra.eigenvalues, spectra.vivit_eigenvalues)
+    )
+    assert torch.Tensor.symeig is stub
+    assert len(theirs) == 18 and len(ours) == 12  # N·C and N·(C − 1)
+    assert (ours - theirs[-12:]).abs().max() < 1e-4 * theirs.max()
+    assert all(param.grad is None for param in problem.params)
+
+
+def test_residual_blocks_for_backpack_compute_the_same() -> None:
+    torch.manual_seed(0)
+    blocks = Residual(4, 8), Residual(8, 8), Residual(8, 16)
+    net = nn.Sequential(*blocks, nn.Flatten(), nn.Linear(64, 3)).eval()
+    data = torch.randn(4, 4, 8, 8), torch.randint(3, (4,))
+    problem = Problem("blocks", net, nn.CrossEntropyLoss(), data)
+    extended, _ = peers.extended(problem)
+    assert not any(isinstance(module, Residual) for module in extended.modules())
+    torch.testing.assert_close(extended(data[0]), net(data[0]))
+    pytest.importorskip("vivit")
+    ours, theirs = (
+        case(problem)() for case in (spectra.eigenvalues, spectra.vivit_eigenvalues)
+    )
+    assert spectra.eigenvalue_difference(ours, theirs) < 1e-4
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("vivit") is None, reason="ViViT is not installed"
+)
+def test_what_does_not_fit_is_not_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peers, "free_memory", lambda device: 100)
+    with pytest.raises(Unavailable, match="GiB"):
+        spectra.vivit_eigenvalues(make_problem("tiny"))
+
+
+def test_peak_memory_is_that_of_another_process() -> None:
+    arguments = ["spectra", "--nets", "tiny", "--memory-of", "all eigenvalues"]
+    assert peak_memory_in_subprocess("benchmarks", arguments) > 2**24
+
+
+def test_ratios_are_medians_over_rounds() -> None:
+    times = {"slow": [2.0, 9.0, 8.0], "fast": [1.0, 3.0, 1.0]}
+    ratio = Ratio("slow / fast", "slow", "fast", {"net": 2.5})
+    assert median_ratio(times, ratio) == 3.0
+    assert ratio.verdict("net", 3.0) == "≥ 2.5 yes"
+    assert ratio.verdict("net", 2.0) == "≥ 2.5 no"
+    assert ratio.verdict("other", 2.0) == ""
+
+
+def test_cases_take_turns() -> None:
+    order: list[str] = []
+    runs = {name: lambda name=name: order.append(name) for name in "ab"}
+    in_turns(runs, torch.device("cpu"), rounds=3, budget=60.0)
+    assert "".join(order) == "abbaab"
+
+
+def test_growth_fits_exponents_and_draws(tmp_path: Path) -> None:
+    points = {n: 5e-3 + 3e-6 * n**2 for n in (2, 4, 8, 16)}
+    points |= {n: 3e-6 * n**2 for n in (64, 128, 256, 512)}
+    time = growth.Curve("Gram", "N·R", "s", 2.0, points)
+    assert time.exponent == pytest.approx(2.0)  # small ones do not count
+    memory = growth.Curve("Gram", "N·R", "B", 2.0, {8: 256.0, 16: 1024.0})
+    growth.draw([time, memory], tmp_path / "growth.png")
+    assert (tmp_path / "growth.png").stat().st_size > 10_000
+
+
+def test_growth_measures_the_gram_matrix() -> None:
+    problem = make_problem("tiny")
+    evals = torch.linalg.eigvalsh(growth.gram(problem)())
+    assert len(evals) == growth.side(problem)
+    torch.testing.assert_close(evals, spectra.eigenvalues(problem)())
