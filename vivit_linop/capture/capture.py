@@ -23,6 +23,7 @@ from vivit_linop.risk.model import as_guest, strided
 
 # The structure is checked on this many samples of the first batch.
 _CHECK_SAMPLES = 4
+_NOISE = 65_537
 
 
 @dataclass
@@ -201,10 +202,15 @@ class Capture:
         structure = Structure(layouts, self.opaque | unknown, self.num_samples == 1)
         generator = torch.Generator().manual_seed(1)
 
-        def draw(like: Tensor) -> Tensor:
-            return torch.randn(like.shape, generator=generator).to(like)
+        noise = torch.randn(_NOISE, generator=generator)
 
-        u = draw(self.output).requires_grad_()
+        def draw(like: Tensor) -> Tensor:
+            # Large parameters get the same noise again and again: drawing takes long.
+            repeats = like.numel() // _NOISE + 1
+            return noise.repeat(repeats)[: like.numel()].view(like.shape).to(like)
+
+        u = torch.randn(self.output.shape, generator=generator)
+        u = u.to(self.output).requires_grad_()
         x = {name: draw(p) for name, p in risk.params.items()}
         with as_guest(risk.device):
             gradients = torch.autograd.grad(

@@ -414,7 +414,7 @@ def add_product(gram: Tensor, left: Tensor, right: Tensor, symmetric: bool) -> N
 
 def mirror(matrix: Tensor) -> None:
     """Copy what is above the diagonal of a square matrix to below it."""
-    step = 1024
+    step = 256
     for start in range(0, len(matrix), step):
         rows = slice(start, start + step)
         diagonal = matrix[rows, rows]

@@ -14,6 +14,7 @@ from vivit_linop.linalg.eigenpairs import (
     LowRankDecomposition,
     MergedDecomposition,
     ScaledShifted,
+    all_eigenvalues,
 )
 from vivit_linop.operators.base import TorchLinearOperator
 from vivit_linop.operators.kronecker import BlockDiagonal, Kronecker
@@ -51,18 +52,18 @@ def _(op: Identity) -> Tensor:
 
 @eigvalsh.register
 def _(op: Dense) -> Tensor:
-    return torch.linalg.eigvalsh(op.matrix)
+    return all_eigenvalues(op.matrix)
 
 
 @eigvalsh.register
 def _(op: Gram) -> Tensor:
-    return torch.linalg.eigvalsh(op.matrix)
+    return all_eigenvalues(op.matrix)
 
 
 @eigvalsh.register
 def _(op: LowRank) -> Tensor:
     """The min(D, R) eigenvalues of the smaller side; the others are zero."""
-    return torch.linalg.eigvalsh(op.small_side)
+    return all_eigenvalues(op.small_side)
 
 
 @eigvalsh.register

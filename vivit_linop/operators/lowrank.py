@@ -172,21 +172,19 @@ class Woodbury(TorchLinearOperator):
             )
         self.operator, self.damping = operator, damping
         # The factorisation is small: float64 keeps it safe for small dampings.
-        matrix = operator.small_side.to(torch.float64)
-        damped = matrix + damping * torch.eye(
-            len(matrix), dtype=matrix.dtype, device=matrix.device
-        )
-        self._cholesky, info = torch.linalg.cholesky_ex(damped)
+        matrix = operator.small_side.to(torch.float64, copy=True)
+        norm = torch.linalg.matrix_norm(operator.small_side).item()
+        matrix.diagonal().add_(damping)
+        self._cholesky, info = torch.linalg.cholesky_ex(matrix)
         if info.any():
             raise ValueError(
                 f"damping: {damping:.3g} is below the rounding error of an operator "
-                f"with trace {matrix.trace():.3g} in {operator.torch_dtype}. Use a "
+                f"with norm {norm:.3g} in {operator.torch_dtype}. Use a "
                 "larger damping, or float64."
             )
         super().__init__(operator.shape, operator._own_dtype, operator._own_device)
         # K is known up to rounding errors, which 1/δ enlarges.
-        condition = torch.linalg.matrix_norm(matrix).item() / damping
-        self._refines = condition > torch.finfo(self.torch_dtype).eps ** -0.125
+        self._refines = norm / damping > torch.finfo(self.torch_dtype).eps ** -0.125
 
     def _solve_small(self, X: Tensor) -> Tensor:
         solution = torch.cholesky_solve(X.to(torch.float64), self._cholesky)
