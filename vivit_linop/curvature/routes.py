@@ -3,11 +3,14 @@
 In floating-point operations, with f those of a forward pass over all samples, R̂ = N·R
 and g(R̂) those of the Gram matrix by layers:
 
-- Gram matrix: R f + g(R̂), and 40 R̂³ for its dense eigenpairs (a symmetric eigensolver
-  needs some 9 R̂³, at a quarter of the speed of a matrix product);
-- ARPACK: (20 + 4 k) products at 12 f each (4 f operations, at a third of the speed of
-  a large matrix product) and 1e9 for its calls, and 1e11 to trace the net first; on
-  K = VᵀV as an operator where R̂ ≤ D, else on G.
+- Gram matrix: R f + g(R̂), and 10 R̂³ for its leading eigenpairs or 40 R̂³ for all
+  (a symmetric eigensolver needs some 4/3 R̂³ or 9 R̂³, at a fraction of the speed of a
+  matrix product);
+- ARPACK: (20 + 4 k) products and 1e9 each for its calls; on K = VᵀV as an operator
+  where R̂ ≤ D, else on G. A product takes 12 f on the linearisation (4 f operations, at
+  a third of the speed of a large matrix product), and 1e11 once to trace the net; or
+  what reading the stored columns twice takes, and 2 R f once to get them
+  (:mod:`vivit_linop.curvature.stored`).
 
 The numbers of products and the ratios of speed are measured averages; the model decides
 between ways that differ by factors.
@@ -24,10 +27,13 @@ from scipy.sparse.linalg import eigsh
 from torch import Tensor
 
 from vivit_linop.capture.costs import layer_costs
+from vivit_linop.curvature.columns import memory_budget
 from vivit_linop.curvature.fisher import EmpiricalFisher
 from vivit_linop.curvature.ggn import GGN
 from vivit_linop.curvature.jacobian import Pullback
+from vivit_linop.curvature.stored import product_cost
 from vivit_linop.linalg.eigenpairs import (
+    FEW,
     Eigenpairs,
     GramEigenpairs,
     LowRankDecomposition,
@@ -38,9 +44,9 @@ from vivit_linop.operators.lowrank import Gram, LowRank
 from vivit_linop.operators.verbs import eigh, scale
 from vivit_linop.risk.empirical import free_memory
 
-_EIGH_FLOPS = 40.0
+_EIGH_FLOPS, _LEADING_FLOPS = 40.0, 10.0
 _PRODUCT_PASSES = 12.0
-_PRODUCT_FLOPS = 1e9
+_CALL_FLOPS = 1e9
 _TRACE_FLOPS = 1e11
 
 
@@ -74,9 +80,13 @@ def routes(op: LowRank, k: int) -> list[Route]:
     else:
         matrix = float(D) ** 2 * columns
         names = "dense G", "ARPACK on G"
-    dense = factor.width * forward + matrix + _EIGH_FLOPS * small**3
-    product = _PRODUCT_PASSES * forward + _PRODUCT_FLOPS
-    krylov = (20 + 4 * k) * product + _TRACE_FLOPS
+    eigh_flops = _LEADING_FLOPS if k <= FEW * small else _EIGH_FLOPS
+    dense = factor.width * forward + matrix + eigh_flops * small**3
+    product, once = _PRODUCT_PASSES * forward, _TRACE_FLOPS
+    stored = 2 * product_cost(costs)
+    if stored < product and sum(c.nbytes for c in costs) < memory_budget(factor.risk):
+        product, once = stored, 2 * factor.width * forward
+    krylov = (20 + 4 * k) * (product + _CALL_FLOPS) + once
     return [
         Route(names[0], dense, 3.0 * small**2 * itemsize),
         Route(names[1], krylov, (2.0 * k + 20) * small * itemsize),

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from vivit_linop.capture.costs import layer_costs
+from vivit_linop.capture.costs import LayerCost, layer_costs
 from vivit_linop.capture.layers import LayerColumns, cotangents_key
 from vivit_linop.curvature.columns import Columns, Piece, memory_budget
 from vivit_linop.risk.losses import AutogradLoss
@@ -117,13 +117,18 @@ def store(pullback: Pullback, always: bool = False) -> StoredColumns | None:
         return None
     costs = layer_costs(pullback.risk, pullback.width)
     nbytes = sum(cost.nbytes for cost in costs)
-    cost_stored = sum(c.product_flops for c in costs) + _READING_FLOPS * nbytes
-    cheaper = cost_stored < 2 * sum(c.forward_flops for c in costs)
+    cheaper = product_cost(costs) < 2 * sum(c.forward_flops for c in costs)
     budget = memory_budget(pullback.risk)
     if nbytes > budget or not (always or cheaper):
         return None
     columns = Columns([pullback], list(pullback.risk.params), budget)
     return StoredColumns(pullback, [piece for (piece,) in columns.pieces()])
+
+
+def product_cost(costs: Sequence[LayerCost]) -> float:
+    """What a product with stored columns costs, in operations of a large product."""
+    reading = _READING_FLOPS * sum(cost.nbytes for cost in costs)
+    return sum(cost.product_flops for cost in costs) + reading
 
 
 def is_small(nbytes: int, pullback: Pullback) -> bool:

@@ -20,7 +20,7 @@ from vivit_linop.operators.lowrank import LowRank
 # How far from orthonormal vectors may be for a single step to correct them.
 _NEARLY = 0.1
 # Of so small a part of the eigenpairs it is worth to compute only them.
-_FEW = 0.25
+FEW = 0.25
 
 
 class Eigenpairs:
@@ -265,7 +265,7 @@ class LowRankDecomposition(DenseDecomposition):
 
     def largest(self, k: int) -> Eigenpairs:
         """The k largest pairs, without the other vectors where k is small."""
-        if self._operator.by_gram and k <= _FEW * self.count:
+        if self._operator.by_gram and k <= FEW * self.count:
             evals, gram_evecs = largest_eigenpairs(self._operator.small_side, k)
             if evals[0] > gram_rounding_error(evals, self.count):
                 return GramEigenpairs(evals, self._operator, gram_evecs)
