@@ -84,8 +84,12 @@ def slopes(gradients: PerSampleGradients, pairs: Eigenpairs) -> Tensor:
 def curvatures(factor: Pullback, pairs: Eigenpairs) -> Tensor:
     """Return λ for the GGN factor V, ``[N, K]``: V_nᵀ e_k squared, without r."""
     risk = factor.risk
-    components = pairs.components(factor).reshape(risk.num_samples, factor.width, -1)
-    return components.square().sum(1) / risk.reduction_factor
+    return by_sample(pairs.components(factor), risk.num_samples, risk.reduction_factor)
+
+
+def by_sample(components: Tensor, num_samples: int, r: float) -> Tensor:
+    """Return λ ``[N, K]`` from Vᵀe_k, ``[N·R, K]`` with the columns of r G_n."""
+    return components.unflatten(0, (num_samples, -1)).square().sum(1) / r
 
 
 def as_directions(risk: EmpiricalRisk, directions: Eigenpairs | Tensor) -> Eigenpairs:

@@ -14,6 +14,7 @@ from vivit_linop.analysis.directional import (
 )
 from vivit_linop.curvature.ggn import GGNFactor
 from vivit_linop.linalg.eigenpairs import Eigenpairs, GramEigenpairs
+from vivit_linop.operators.base import TorchLinearOperator
 from vivit_linop.risk.empirical import EmpiricalRisk
 
 Damping = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -64,7 +65,21 @@ def damped_newton_step(
     gammas, lambdas = directional_derivatives(risk, pairs, curvature_risk)
     slope = gammas.sum(0) * risk.reduction_factor
     curvature = lambdas.sum(0) * curvature_risk.reduction_factor
-    damped = curvature + _dampings(damping, directions, curvature_risk, gammas, lambdas)
+    dampings = evaluated_damping(
+        damping,
+        directions,
+        lambda: gram_eigenvectors(pairs, GGNFactor(curvature_risk)),
+        gammas,
+        lambdas,
+    )
+    return newton_combination(pairs, slope, curvature, dampings)
+
+
+def newton_combination(
+    pairs: Eigenpairs, slope: Tensor, curvature: Tensor, damping: Tensor | float
+) -> Tensor:
+    """Return Σ_k −slope_k / (curvature_k + damping_k) e_k, ``[D]``."""
+    damped = curvature + damping
     if not (damped > 0).all():
         worst = int(damped.argmin())
         raise ValueError(
@@ -74,13 +89,24 @@ def damped_newton_step(
     return pairs.combine(-slope / damped)
 
 
-def _dampings(
+def gram_eigenvectors(pairs: Eigenpairs, factor: TorchLinearOperator) -> Tensor:
+    """Return the eigenvectors of VᵀV that belong to those of V Vᵀ, ``[R, K]``."""
+    if isinstance(pairs, GramEigenpairs):
+        return pairs.gram_eigenvectors
+    components = pairs.components(factor)
+    return components / components.norm(dim=0).clamp(
+        min=torch.finfo(components.dtype).tiny
+    )
+
+
+def evaluated_damping(
     damping: float | Damping,
     directions: Eigenpairs | Tensor,
-    curvature_risk: EmpiricalRisk,
+    gram_evecs: Callable[[], Tensor],
     gammas: Tensor,
     lambdas: Tensor,
 ) -> Tensor | float:
+    """Return δ as a number or ``[K]``; calls ``gram_evecs`` if a function needs it."""
     if not callable(damping):
         if isinstance(damping, bool) or not isinstance(damping, (int, float)):
             raise TypeError(f"damping: a number or a function, got {damping!r}.")
@@ -91,14 +117,7 @@ def _dampings(
             "returned, not a tensor."
         )
     evals = directions.eigenvalues
-    if isinstance(directions, GramEigenpairs):
-        gram_evecs = directions.gram_eigenvectors
-    else:
-        components = directions.components(GGNFactor(curvature_risk))
-        gram_evecs = components / components.norm(dim=0).clamp(
-            min=torch.finfo(components.dtype).tiny
-        )
-    result = torch.as_tensor(damping(evals, gram_evecs, gammas, lambdas))
+    result = torch.as_tensor(damping(evals, gram_evecs(), gammas, lambdas))
     if result.is_complex():
         raise TypeError(f"damping: must be real, the function returned {result.dtype}.")
     result = result.to(evals)

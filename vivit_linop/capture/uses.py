@@ -35,13 +35,39 @@ def columns_of_use(
             columns = _mul(use, layout, B)
         else:
             inputs = layout(use.arguments["input"])
-            columns = _WEIGHTS[use.kind](use.arguments, inputs, B)
+            columns = weight_columns(use.kind, use.arguments, inputs, B)
         found.append((weight, columns))
     if isinstance(bias, View):
-        found.append(
-            (bias, _add(use, layout, B) if use.kind == "add" else _bias(use, B))
-        )
+        if use.kind == "add":
+            columns = _add(use, layout, B)
+        else:
+            columns = bias_columns(use.kind, use.arguments, B)
+        found.append((bias, columns))
     return found
+
+
+def weight_columns(
+    kind: str, arguments: dict[str, Any], X: Tensor, B: Tensor
+) -> LayerColumns:
+    """Return the columns of a weight.
+
+    Args:
+        kind: What the layer does with it, as in :class:`Use`.
+        arguments: The layer's arguments by name.
+        X: The layer's input, samples first.
+        B: R cotangents at its output, ``[n, R, …]``.
+    """
+    return _WEIGHTS[kind](arguments, X, B)
+
+
+def bias_columns(kind: str, arguments: dict[str, Any], B: Tensor) -> LayerColumns:
+    """Return the columns of a bias, from cotangents ``[n, R, …]``."""
+    n, R = B.shape[:2]
+    if kind == "linear" and B.numel() == n * R * B.shape[-1]:
+        # An input of ones; the cotangents are shared with the weight's columns.
+        return KhatriRaoColumns(B.new_ones(n, 1, 1, 1), B.view(n, R, 1, -1, 1))
+    trailing = kind in ("linear", "layer_norm")
+    return DenseColumns(_sum_positions(B, arguments, trailing))
 
 
 def entries_of_use(use: Use, num_samples: int, width: int) -> int:
@@ -171,15 +197,6 @@ def _norm_weight(normalise: Callable[..., Tensor], trailing: bool) -> Any:
         )
 
     return columns
-
-
-def _bias(use: Use, B: Tensor) -> LayerColumns:
-    n, R = B.shape[:2]
-    if use.kind == "linear" and B.numel() == n * R * B.shape[-1]:
-        # An input of ones; the cotangents are shared with the weight's columns.
-        return KhatriRaoColumns(B.new_ones(n, 1, 1, 1), B.view(n, R, 1, -1, 1))
-    trailing = use.kind in ("linear", "layer_norm")
-    return DenseColumns(_sum_positions(B, use.arguments, trailing))
 
 
 def _sum_positions(B: Tensor, arguments: dict[str, Any], trailing: bool) -> Tensor:

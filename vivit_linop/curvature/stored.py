@@ -9,7 +9,7 @@ of a forward pass over all samples: at most f and the reading of the columns, ag
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -33,24 +33,32 @@ _SMALL = 8
 
 
 class StoredColumns:
-    """The columns of all samples of a pullback.
+    """The columns of all samples of a factor.
 
     Args:
-        pullback: The pullback.
-        pieces: Its columns, piece by piece.
+        sizes: The numbers of entries of the parameters, by name.
+        width: The number of columns a sample.
+        pieces: The columns, piece by piece.
 
     Attributes:
         pieces: The pieces.
         nbytes: What they take.
     """
 
-    def __init__(self, pullback: Pullback, pieces: Sequence[Piece]) -> None:
+    def __init__(
+        self, sizes: Mapping[str, int], width: int, pieces: Sequence[Piece]
+    ) -> None:
         self.pieces = list(pieces)
         self.nbytes = sum(piece.nbytes for piece in self.pieces)
-        self._sizes = {name: p.numel() for name, p in pullback.risk.params.items()}
-        self._width = pullback.width
+        self._sizes, self._width = dict(sizes), width
         # A weight and a bias have the same cotangents: their signals are needed once.
         self._groups = [list(_groups(piece.columns)) for piece in self.pieces]
+
+    @classmethod
+    def of(cls, pullback: Pullback, pieces: Sequence[Piece]) -> StoredColumns:
+        """Return those of a pullback."""
+        sizes = {name: p.numel() for name, p in pullback.risk.params.items()}
+        return cls(sizes, pullback.width, pieces)
 
     def multiply(self, X: Tensor) -> Tensor:
         """Combine the columns, ``[N·R, K] -> [D, K]``."""
@@ -122,7 +130,7 @@ def store(pullback: Pullback, always: bool = False) -> StoredColumns | None:
     if nbytes > budget or not (always or cheaper):
         return None
     columns = Columns([pullback], list(pullback.risk.params), budget)
-    return StoredColumns(pullback, [piece for (piece,) in columns.pieces()])
+    return StoredColumns.of(pullback, [piece for (piece,) in columns.pieces()])
 
 
 def product_cost(costs: Sequence[LayerCost]) -> float:

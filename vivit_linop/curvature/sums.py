@@ -189,7 +189,7 @@ def sum_columns(factor: Pullback, totals: Sequence[Total]) -> None:
 def _keep(factor: Pullback, held: list[list[Piece]], columns: Columns) -> None:
     """Keep columns that are small, for products, if they are all there."""
     if held[0][0].place.start == 0 and columns.names == set(factor.risk.params):
-        pieces = StoredColumns(factor, [piece for (piece,) in held])
+        pieces = StoredColumns.of(factor, [piece for (piece,) in held])
         if is_small(pieces.nbytes, factor):
             factor.stored = pieces
 

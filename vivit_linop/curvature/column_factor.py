@@ -1,0 +1,92 @@
+"""A factor that is given by its columns, parameter by parameter."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from vivit_linop.capture.layers import DenseColumns, LayerColumns, merged, mirror
+from vivit_linop.curvature.columns import Piece
+from vivit_linop.curvature.stored import StoredColumns
+from vivit_linop.operators.base import TorchLinearOperator
+from vivit_linop.operators.verbs import (
+    gram_matrix,
+    outer_matrix,
+    row_norms_squared,
+    to_dense,
+)
+
+
+class ColumnFactor(TorchLinearOperator):
+    """V with rows for several parameters, from the columns of each, ``[d, n·R]``.
+
+    Column n·R + r belongs to sample n. Products and Gram matrices use the structure of
+    the layers, so that V is formed for a parameter at most.
+
+    Args:
+        columns: Those of each parameter, in the order of the rows.
+        dtype: Their dtype.
+        device: Their device.
+        memory: The bytes that temporaries of a Gram matrix may take.
+    """
+
+    def __init__(
+        self,
+        columns: Sequence[LayerColumns],
+        dtype: torch.dtype,
+        device: torch.device,
+        memory: int,
+    ) -> None:
+        self.columns, self.memory = list(columns), memory
+        self.num_samples, self.width = columns[0].num_samples, columns[0].width
+        height = self.num_samples * self.width
+        named = {str(at): part for at, part in enumerate(self.columns)}
+        sizes = {name: part.numel for name, part in named.items()}
+        piece = Piece(slice(0, height), named)
+        self._stored = StoredColumns(sizes, self.width, [piece])
+        super().__init__((sum(sizes.values()), height), dtype, device)
+
+    def formed(self) -> ColumnFactor:
+        """Return the factor with all of its columns formed, in one piece."""
+        rows = torch.cat([part.rows() for part in self.columns], dim=1)
+        columns = DenseColumns(rows.view(self.num_samples, self.width, -1))
+        return ColumnFactor([columns], rows.dtype, rows.device, self.memory)
+
+    def _multiply(self, X: Tensor) -> Tensor:
+        return self._stored.multiply(X)
+
+    def _multiply_adjoint(self, X: Tensor) -> Tensor:
+        return self._stored.multiply_adjoint(X)
+
+
+@gram_matrix.register
+def _(left: ColumnFactor, right: TorchLinearOperator) -> Tensor:
+    """Add up the parameters'."""
+    if not isinstance(right, ColumnFactor):
+        return left.T.apply(to_dense(right))
+    gram = torch.zeros(
+        left.shape[1], right.shape[1], dtype=left.torch_dtype, device=left.device
+    )
+    for a, b in merged(list(zip(left.columns, right.columns, strict=True))):
+        a.add_gram(gram, b, left.memory)
+    if left is right:
+        mirror(gram)
+    return gram
+
+
+@outer_matrix.register
+def _(factor: ColumnFactor) -> Tensor:
+    dense = to_dense(factor)
+    return dense @ dense.T
+
+
+@row_norms_squared.register
+def _(op: ColumnFactor) -> Tensor:
+    return torch.cat([part.rows().square().sum(0) for part in op.columns])
+
+
+@to_dense.register
+def _(op: ColumnFactor) -> Tensor:
+    return torch.cat([part.rows() for part in op.columns], dim=1).T

@@ -1,0 +1,294 @@
+"""BackPACK extensions that record layers instead of forming V.
+
+BackPACK's square-root extensions backpropagate S and then form the columns of V for
+each parameter. Here the layers with parameters save what the columns are made of: the
+layer's input, the signal S at its output and the gradient at its output.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from backpack.extensions import SqrtGGNExact, SqrtGGNMC
+from backpack.extensions.backprop_extension import BackpropExtension
+from backpack.extensions.secondorder.sqrt_ggn.batchnorm_nd import SqrtGGNBatchNormNd
+from backpack.extensions.secondorder.sqrt_ggn.convnd import (
+    SqrtGGNConv1d,
+    SqrtGGNConv2d,
+    SqrtGGNConv3d,
+)
+from backpack.extensions.secondorder.sqrt_ggn.convtransposend import (
+    SqrtGGNConvTranspose1d,
+    SqrtGGNConvTranspose2d,
+    SqrtGGNConvTranspose3d,
+)
+from backpack.extensions.secondorder.sqrt_ggn.embedding import SqrtGGNEmbedding
+from backpack.extensions.secondorder.sqrt_ggn.linear import SqrtGGNLinear
+from backpack.utils.module_classification import is_loss
+from torch import Tensor, nn
+
+from vivit_linop.capture.layers import LayerColumns
+from vivit_linop.capture.uses import bias_columns, weight_columns
+
+SAVEFIELD = "vivit_linop_layer"
+"""The attribute of a parameter that its record is saved in, until the hook takes it."""
+
+Subsampling = Iterable[int] | None
+Indices = list[int] | None
+
+
+@dataclass(frozen=True)
+class LayerRecord:
+    """What the columns of one parameter are made of.
+
+    Attributes:
+        kind: The kind of its layer, as in :class:`vivit_linop.capture.recorder.Use`.
+        role: ``"weight"`` or ``"bias"``.
+        arguments: The layer's arguments by name.
+        inputs: The layer's input, ``[N, …]``.
+        signals: S, pulled back to the layer's output, ``[R, |S|, …]``.
+        gradients: The gradient of the loss at the layer's output, ``[N, …]``.
+    """
+
+    kind: str
+    role: str
+    arguments: dict[str, Any]
+    inputs: Tensor
+    signals: Tensor
+    gradients: Tensor
+
+    def ggn_columns(self, subsampling: Indices) -> LayerColumns:
+        """The parameter's part of V, for the samples that S is of."""
+        return self._columns(subsampling, self.signals.transpose(0, 1))
+
+    def gradient_columns(self, subsampling: Indices) -> LayerColumns:
+        """The parameter's part of r U, for some samples."""
+        gradients = chosen(self.gradients, subsampling)
+        return self._columns(subsampling, gradients.unsqueeze(1))
+
+    def _columns(self, subsampling: Indices, B: Tensor) -> LayerColumns:
+        with torch.no_grad():
+            if self.role == "bias":
+                return bias_columns(self.kind, self.arguments, B)
+            X = chosen(self.inputs, subsampling)
+            return weight_columns(self.kind, self.arguments, X, B)
+
+
+def layer_input(module: nn.Module) -> Tensor:
+    """Return what BackPACK has stored of a module's forward pass."""
+    stored: Any = module
+    inputs: Tensor = stored.input0
+    return inputs
+
+
+def chosen(tensor: Tensor, subsampling: Indices) -> Tensor:
+    """Return some samples of ``[N, …]``."""
+    return tensor if subsampling is None else tensor[subsampling]
+
+
+class _Recording:
+    """A module extension that saves records; BackPACK's own backpropagates S."""
+
+    kind: str
+    options: tuple[str, ...] = ()
+
+    def weight(
+        self,
+        ext: BackpropExtension,
+        module: nn.Module,
+        g_inp: tuple[Tensor, ...],
+        g_out: tuple[Tensor, ...],
+        S: Tensor,
+    ) -> LayerRecord:
+        return self._record("weight", module, g_out, S)
+
+    def bias(
+        self,
+        ext: BackpropExtension,
+        module: nn.Module,
+        g_inp: tuple[Tensor, ...],
+        g_out: tuple[Tensor, ...],
+        S: Tensor,
+    ) -> LayerRecord:
+        return self._record("bias", module, g_out, S)
+
+    def _record(
+        self, role: str, module: nn.Module, g_out: tuple[Tensor, ...], S: Tensor
+    ) -> LayerRecord:
+        if getattr(module, "padding_mode", "zeros") != "zeros":
+            raise NotImplementedError(
+                f"{module}: BackPACK knows no padding_mode but 'zeros'. Use vl.GGN, "
+                "which takes any net."
+            )
+        arguments = {name: getattr(module, name) for name in self.options}
+        arguments["weight_shape"] = module.get_parameter("weight").shape
+        return LayerRecord(
+            self.kind,
+            role,
+            arguments,
+            layer_input(module).detach(),
+            S.detach(),
+            g_out[0].detach(),
+        )
+
+
+class _Linear(_Recording, SqrtGGNLinear):
+    kind = "linear"
+
+
+class _Conv(_Recording):
+    kind = "conv"
+    options = ("stride", "padding", "dilation", "groups")
+
+
+class _Conv1d(_Conv, SqrtGGNConv1d):
+    pass
+
+
+class _Conv2d(_Conv, SqrtGGNConv2d):
+    pass
+
+
+class _Conv3d(_Conv, SqrtGGNConv3d):
+    pass
+
+
+class _ConvTranspose(_Conv):
+    kind = "conv_transpose"
+
+
+class _ConvTranspose1d(_ConvTranspose, SqrtGGNConvTranspose1d):
+    pass
+
+
+class _ConvTranspose2d(_ConvTranspose, SqrtGGNConvTranspose2d):
+    pass
+
+
+class _ConvTranspose3d(_ConvTranspose, SqrtGGNConvTranspose3d):
+    pass
+
+
+class _BatchNorm(_Recording, SqrtGGNBatchNormNd):
+    kind = "batch_norm"
+    options = ("running_mean", "running_var", "eps")
+
+
+class _Embedding(_Recording, SqrtGGNEmbedding):
+    kind = "embedding"
+    options = ("padding_idx",)
+
+
+# They have no state, so that all extensions share them.
+_MODULES: dict[type[nn.Module], _Recording] = {
+    nn.Linear: _Linear(),
+    nn.Conv1d: _Conv1d(),
+    nn.Conv2d: _Conv2d(),
+    nn.Conv3d: _Conv3d(),
+    nn.ConvTranspose1d: _ConvTranspose1d(),
+    nn.ConvTranspose2d: _ConvTranspose2d(),
+    nn.ConvTranspose3d: _ConvTranspose3d(),
+    nn.BatchNorm1d: _BatchNorm(),
+    nn.BatchNorm2d: _BatchNorm(),
+    nn.BatchNorm3d: _BatchNorm(),
+    nn.Embedding: _Embedding(),
+}
+
+
+class _LayerRecords:
+    """What the exact and the Monte-Carlo extension have in common."""
+
+    savefield: str
+    _checked: dict[str, Indices]
+
+    def _record_layers(self, checked: dict[str, Indices]) -> None:
+        self.savefield, self._checked = SAVEFIELD, checked
+        for module, extension in _MODULES.items():
+            self.set_module_extension(  # type: ignore[attr-defined]
+                module, extension, overwrite=True
+            )
+
+    def __call__(
+        self,
+        module: nn.Module,
+        g_inp: tuple[Tensor, ...],
+        g_out: tuple[Tensor, ...],
+    ) -> None:
+        """Check the indices of samples where the pass begins, then do as BackPACK."""
+        if is_loss(module):
+            for name, subsampling in self._checked.items():
+                check_subsampling(name, subsampling, len(layer_input(module)))
+        super().__call__(module, g_inp, g_out)  # type: ignore[misc]
+
+
+class ExactLayerRecords(_LayerRecords, SqrtGGNExact):
+    """Record the layers in a backward pass of the exact S.
+
+    Args:
+        subsampling: The samples that S is of; all if None.
+        checked: All lists of samples, by the names of their arguments.
+    """
+
+    def __init__(self, subsampling: Indices, checked: dict[str, Indices]) -> None:
+        super().__init__(subsampling)
+        self._record_layers(checked)
+
+
+class MCLayerRecords(_LayerRecords, SqrtGGNMC):
+    """Record the layers in a backward pass of a Monte-Carlo S.
+
+    Args:
+        mc_samples: The number of Monte-Carlo samples.
+        subsampling: The samples that S is of; all if None.
+        checked: All lists of samples, by the names of their arguments.
+    """
+
+    def __init__(
+        self,
+        mc_samples: int,
+        subsampling: Indices,
+        checked: dict[str, Indices],
+    ) -> None:
+        super().__init__(mc_samples, subsampling)
+        self._record_layers(checked)
+
+
+def check_subsampling(
+    name: str, subsampling: Subsampling, num_samples: int | None = None
+) -> list[int] | None:
+    """Return indices of different samples as a list, or raise an error.
+
+    Args:
+        name: The name of the argument.
+        subsampling: The indices, or None.
+        num_samples: N, where it is known.
+
+    Raises:
+        TypeError: If there is anything but integers.
+        ValueError: If there are none, some twice, or some out of range.
+    """
+    if subsampling is None:
+        return None
+    try:
+        indices = [operator.index(i) for i in subsampling]
+    except TypeError:
+        raise TypeError(
+            f"{name}: indices of samples or None, got {subsampling!r}."
+        ) from None
+    if not indices:
+        raise ValueError(f"{name}: is empty. Use None for all samples.")
+    places = indices
+    if num_samples is not None:
+        outside = [i for i in indices if not -num_samples <= i < num_samples]
+        if outside:
+            raise ValueError(
+                f"{name}: there are {num_samples} samples, got the index {outside[0]}."
+            )
+        places = [i % num_samples for i in indices]
+    if len(set(places)) < len(places):
+        raise ValueError(f"{name}: names a sample more than once: {indices}.")
+    return indices
