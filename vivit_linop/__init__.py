@@ -6,7 +6,13 @@ into exact Gram eigenpairs, directional derivatives and damped inverses.
 """
 
 from vivit_linop import linalg, testing
-from vivit_linop.analysis import damped_newton_step, directional_derivatives
+from vivit_linop.analysis import (
+    LanczosSpectrum,
+    centered_gram,
+    damped_newton_step,
+    directional_derivatives,
+    projector,
+)
 from vivit_linop.curvature import (
     GGN,
     EmpiricalFisher,
@@ -42,11 +48,14 @@ __all__ = [
     "Jacobian",
     "KhatriRao",
     "Kronecker",
+    "LanczosSpectrum",
     "LossHessian",
     "PerSampleGradients",
     "TorchLinearOperator",
+    "centered_gram",
     "damped_newton_step",
     "directional_derivatives",
     "linalg",
+    "projector",
     "testing",
 ]

@@ -1,6 +1,15 @@
 """Analyses: what is read off the spectrum of the GGN."""
 
 from vivit_linop.analysis.directional import directional_derivatives
+from vivit_linop.analysis.gram import centered_gram
 from vivit_linop.analysis.newton import damped_newton_step
+from vivit_linop.analysis.projectors import projector
+from vivit_linop.analysis.spectrum import LanczosSpectrum
 
-__all__ = ["damped_newton_step", "directional_derivatives"]
+__all__ = [
+    "LanczosSpectrum",
+    "centered_gram",
+    "damped_newton_step",
+    "directional_derivatives",
+    "projector",
+]

@@ -7,10 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vivit_linop.curvature.blocks import ParameterBlocks, block_diagonal
 from vivit_linop.curvature.ggn import GGNFactor
 from vivit_linop.curvature.jacobian import Jacobian, Pullback
 from vivit_linop.curvature.output_space import LossGradient
 from vivit_linop.operators.base import TorchLinearOperator
+from vivit_linop.operators.kronecker import BlockDiagonal
 from vivit_linop.operators.lowrank import LowRank
 from vivit_linop.operators.verbs import gram_matrix
 from vivit_linop.risk.empirical import EmpiricalRisk, as_risk
@@ -98,3 +100,15 @@ class EmpiricalFisher(LowRank):
     ) -> None:
         risk = as_risk(risk, loss, data, params)
         super().__init__(PerSampleGradients(risk), risk.reduction_factor)
+
+    def block_diagonal(self, blocks: ParameterBlocks) -> BlockDiagonal:
+        """Return the block-diagonal of F over blocks of parameters.
+
+        Args:
+            blocks: As for :meth:`vivit_linop.GGN.block_diagonal`. The Gram matrix of
+                the per-sample gradients of one block is ``block.gram.to_dense()``.
+
+        Raises:
+            ValueError: If a parameter is missing, foreign or listed twice.
+        """
+        return block_diagonal(self, blocks)

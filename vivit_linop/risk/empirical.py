@@ -388,6 +388,11 @@ class EmpiricalRisk:
 
     def gradient(self) -> Tensor:
         """Return ∇L(θ), ``[D]``. One forward and one backward pass over the data."""
+        return self.value_and_gradient()[1]
+
+    def value_and_gradient(self) -> tuple[Tensor, Tensor]:
+        """Return L(θ) and ∇L(θ), ``[D]``, from one pass over the data."""
+        value = torch.zeros((), dtype=self.dtype, device=self.device)
         gradient = torch.zeros(self.num_params, dtype=self.dtype, device=self.device)
         parameters = list(self.params.values())
         for index, (X, _) in enumerate(self.batches()):
@@ -396,8 +401,9 @@ class EmpiricalRisk:
                 self.check_outputs(index, output)
                 total = self.loss.total(output, self._targets[index]) * self.scale
                 gradients = torch.autograd.grad(total, parameters, allow_unused=True)
+            value += total.detach()
             gradient += self.flatten(gradients)
-        return gradient
+        return value, gradient
 
     # Parameters ---------------------------------------------------------------------
 

@@ -1,0 +1,38 @@
+"""Gram matrices of centred columns."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from vivit_linop.operators.base import TorchLinearOperator
+from vivit_linop.operators.lowrank import LowRank
+
+
+@torch.inference_mode(mode=False)
+def centered_gram(columns: TorchLinearOperator) -> Tensor:
+    """Return the Gram matrix of the columns minus their mean, ``[N, N]``.
+
+    For per-sample gradients U these are the inner products of the gradient noise,
+    ⟨∇ℓ_n − g, ∇ℓ_m − g⟩ with g = U 1 / N: the non-centred Gram matrix K = UᵀU with its
+    row and column means taken out (Schölkopf, Smola & Müller 1998, appendix B), so
+    that U is not formed and g is not computed. ``(U.T @ U).to_dense()`` is K.
+
+    Args:
+        columns: U, ``[D, N]``, or one of its blocks: for ``F =
+            vl.EmpiricalFisher(risk)``, ``block.factor`` for each block of
+            ``F.block_diagonal("module")``.
+
+    Example:
+        >>> import torch, vivit_linop as vl
+        >>> vl.centered_gram(vl.Dense(torch.tensor([[1.0, 3.0], [2.0, 2.0]])))
+        tensor([[ 1., -1.],
+                [-1.,  1.]])
+    """
+    if not isinstance(columns, TorchLinearOperator):
+        raise TypeError(
+            f"columns: a TorchLinearOperator, got {type(columns).__name__}."
+        )
+    K = LowRank(columns).gram.matrix
+    means = K.mean(0)
+    return K - means - means[:, None] + means.mean()

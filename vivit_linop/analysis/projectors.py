@@ -1,0 +1,75 @@
+"""Projectors onto the span of some directions, and onto its complement."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from vivit_linop.linalg.eigenpairs import Eigenpairs
+from vivit_linop.operators.base import TorchLinearOperator
+from vivit_linop.operators.lowrank import LowRank
+from vivit_linop.operators.structure import Dense, Identity
+
+
+@torch.inference_mode(mode=False)
+def projector(
+    directions: Eigenpairs | Tensor, complement: bool = False
+) -> TorchLinearOperator:
+    """Return P = E Eᵀ, the orthogonal projector onto a span, ``[D, D]``, or I − P.
+
+    Projecting an operator A onto the span or its complement is ``P @ A @ P``. A product
+    costs two with the ``[D, K]`` matrix E of orthonormal columns.
+
+    Args:
+        directions: Eigenpairs, whose eigenvectors are formed; or linearly independent
+            columns ``[D, K]``, which are made orthonormal.
+        complement: Whether to project onto the orthogonal complement instead.
+
+    Returns:
+        A low-rank operator, or the identity minus one.
+
+    Raises:
+        TypeError: If ``directions`` is neither.
+        ValueError: If it has another shape, or linearly dependent columns.
+
+    Example:
+        >>> import torch, vivit_linop as vl
+        >>> P = vl.projector(torch.tensor([[1.0], [1.0]]))
+        >>> (P @ torch.tensor([1.0, 3.0])).round(decimals=4)
+        tensor([2., 2.])
+        >>> Q = vl.projector(torch.tensor([[1.0], [1.0]]), complement=True)
+        >>> (Q @ torch.tensor([1.0, 3.0])).round(decimals=4)
+        tensor([-1.,  1.])
+    """
+    if isinstance(directions, Eigenpairs):
+        E = directions.eigenvectors
+    elif isinstance(directions, Tensor):
+        E = _orthonormal(directions.detach())
+    else:
+        raise TypeError(
+            "directions: what eigh returned, or a tensor [D, K], got "
+            f"{type(directions).__name__}."
+        )
+    P = LowRank(Dense(E))
+    if not complement:
+        return P
+    difference: TorchLinearOperator = Identity(len(E), E.dtype, E.device) - P
+    return difference
+
+
+def _orthonormal(columns: Tensor) -> Tensor:
+    if columns.ndim != 2 or columns.shape[0] < columns.shape[1]:
+        raise ValueError(
+            f"directions: columns [D, K] with K at most D, got {list(columns.shape)}."
+        )
+    if not columns.is_floating_point():
+        raise TypeError(
+            f"directions: must be real floating point, got {columns.dtype}."
+        )
+    Q, R = torch.linalg.qr(columns)
+    heights = R.diagonal().abs()
+    eps = torch.finfo(columns.dtype).eps
+    lengths = columns.norm(dim=0)
+    if not (heights > 10 * eps * len(columns) ** 0.5 * lengths).all():
+        raise ValueError("directions: the columns are linearly dependent.")
+    return Q
