@@ -13,7 +13,14 @@ from typing import Any
 
 import torch
 
-from benchmarks import diagonals, directions, inverses, products, spectra
+from benchmarks import (
+    diagonals,
+    directions,
+    inverses,
+    products,
+    spectra,
+    vivit_dropin,
+)
 from benchmarks.measure import (
     Prepared,
     Ratio,
@@ -33,6 +40,7 @@ SUITES: dict[str, Suite] = {
     "directions": directions.SUITE,
     "inverses": inverses.SUITE,
     "diagonals": diagonals.SUITE,
+    "vivit": vivit_dropin.SUITE,
 }
 RESULTS = Path(__file__).parent / "results"
 NOTHING = "nothing"  # the case whose memory is that of the libraries, net and data
