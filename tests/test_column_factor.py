@@ -11,7 +11,7 @@ from vivit_linop.capture.layers import (
     LayerColumns,
     compacted,
 )
-from vivit_linop.curvature.column_factor import ColumnFactor
+from vivit_linop.curvature.column_factor import ColumnFactor, formed
 from vivit_linop.operators.lowrank import LowRank
 from vivit_linop.testing import check_operator
 
@@ -51,7 +51,7 @@ def make(width: int = WIDTH) -> tuple[ColumnFactor, Tensor]:
     pairs = [khatri_rao(name, width) for name in SHAPES]
     dense = torch.rand(SAMPLES, width, 2, dtype=F64)
     parts: list[LayerColumns] = [columns for columns, _ in pairs]
-    rows = [formed for _, formed in pairs]
+    rows = [part for _, part in pairs]
     return (
         factor([*parts, DenseColumns(dense)]),
         torch.cat([*rows, dense.view(SAMPLES * width, 2)], dim=1).T,
@@ -61,7 +61,7 @@ def make(width: int = WIDTH) -> tuple[ColumnFactor, Tensor]:
 def test_operator() -> None:
     V, dense = make()
     check_operator(V, dense)
-    check_operator(V.formed(), dense)
+    check_operator(factor([formed(V.columns)]), dense)
 
 
 def test_low_rank_operator() -> None:
@@ -73,12 +73,12 @@ def test_low_rank_operator() -> None:
 
 
 def test_more_columns_than_rows() -> None:
-    columns, formed = khatri_rao("linear", width=5)
+    columns, rows = khatri_rao("linear", width=5)
     V = factor([columns])
     assert V.shape[1] > V.shape[0]
     pairs = LowRank(V).eigh(k=2)
     torch.testing.assert_close(
-        pairs.eigenvalues, torch.linalg.eigvalsh(formed.T @ formed)[-2:]
+        pairs.eigenvalues, torch.linalg.eigvalsh(rows.T @ rows)[-2:]
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -41,24 +42,26 @@ class ColumnFactor(TorchLinearOperator):
     ) -> None:
         self.columns, self.memory = list(columns), memory
         self.num_samples, self.width = columns[0].num_samples, columns[0].width
-        height = self.num_samples * self.width
+        height = sum(part.numel for part in self.columns)
+        super().__init__((height, self.num_samples * self.width), dtype, device)
+
+    @cached_property
+    def _stored(self) -> StoredColumns:
         named = {str(at): part for at, part in enumerate(self.columns)}
         sizes = {name: part.numel for name, part in named.items()}
-        piece = Piece(slice(0, height), named)
-        self._stored = StoredColumns(sizes, self.width, [piece])
-        super().__init__((sum(sizes.values()), height), dtype, device)
-
-    def formed(self) -> ColumnFactor:
-        """Return the factor with all of its columns formed, in one piece."""
-        rows = torch.cat([part.rows() for part in self.columns], dim=1)
-        columns = DenseColumns(rows.view(self.num_samples, self.width, -1))
-        return ColumnFactor([columns], rows.dtype, rows.device, self.memory)
+        return StoredColumns(sizes, self.width, [Piece(slice(0, self.shape[1]), named)])
 
     def _multiply(self, X: Tensor) -> Tensor:
         return self._stored.multiply(X)
 
     def _multiply_adjoint(self, X: Tensor) -> Tensor:
         return self._stored.multiply_adjoint(X)
+
+
+def formed(columns: Sequence[LayerColumns]) -> DenseColumns:
+    """Return the columns of several parameters side by side, formed."""
+    rows = torch.cat([part.rows() for part in columns], dim=1)
+    return DenseColumns(rows.view(columns[0].num_samples, columns[0].width, -1))
 
 
 @gram_matrix.register

@@ -24,7 +24,7 @@ from vivit_linop.analysis.newton import (
     newton_combination,
 )
 from vivit_linop.capture.layers import LayerColumns, compacted, merged
-from vivit_linop.curvature.column_factor import ColumnFactor
+from vivit_linop.curvature.column_factor import ColumnFactor, formed
 from vivit_linop.linalg.eigenpairs import Eigenpairs
 from vivit_linop.operators.lowrank import LowRank
 from vivit_linop.vivit.extensions import (
@@ -582,11 +582,9 @@ class DirectionalDampedNewtonComputation(_DirectionalComputation):
         )
 
 
-def _factor(
-    columns: Sequence[LayerColumns], like: Tensor, formed: bool
-) -> ColumnFactor:
-    factor = ColumnFactor(columns, like.dtype, like.device, _MEMORY)
-    return factor.formed() if formed else factor
+def _factor(columns: Sequence[LayerColumns], like: Tensor, form: bool) -> ColumnFactor:
+    parts = [formed(columns)] if form else columns
+    return ColumnFactor(parts, like.dtype, like.device, _MEMORY)
 
 
 def _is_small(columns: Sequence[LayerColumns]) -> bool:
