@@ -9,6 +9,7 @@ from vivit_linop import linalg, testing
 from vivit_linop.analysis import damped_newton_step, directional_derivatives
 from vivit_linop.curvature import (
     GGN,
+    KFAC,
     EmpiricalFisher,
     GGNFactor,
     Hessian,
@@ -31,6 +32,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "GGN",
+    "KFAC",
     "BlockDiagonal",
     "Dense",
     "Diagonal",

@@ -265,19 +265,26 @@ class KhatriRaoColumns(LayerColumns):
         summed = self.cotangents.sum(1)
         return self._laid_out(torch.einsum("ngbp,ngap->gba", summed, self.inputs))
 
-    def kronecker_sums(self, sharing: str) -> tuple[Tensor, Tensor]:
+    def kronecker_sums(
+        self, reduced_cotangents: bool, reduced_inputs: bool, affine: bool
+    ) -> tuple[Tensor, Tensor]:
         """Sums of outer products of cotangents and of inputs, group by group.
 
         Args:
-            sharing: ``"expand"`` sums them over positions; ``"reduce"`` takes the sum
-                of cotangents and the mean of inputs over positions first.
+            reduced_cotangents: Whether cotangents are first summed over positions.
+            reduced_inputs: Whether inputs are first averaged over positions.
+            affine: Whether a 1 is appended to the inputs, for a bias.
 
         Returns:
             Σ b bᵀ ``[G, b, b]`` and Σ a aᵀ ``[G, a, a]``.
         """
         A, B = self.inputs, self.cotangents
-        if sharing == "reduce":
-            A, B = A.mean(3, keepdim=True), B.sum(4, keepdim=True)
+        if reduced_inputs:
+            A = A.mean(3, keepdim=True)
+        if reduced_cotangents:
+            B = B.sum(4, keepdim=True)
+        if affine:
+            A = torch.cat([A, torch.ones_like(A[:, :, :1])], dim=2)
         A = A.permute(1, 2, 0, 3).flatten(2)
         B = B.permute(2, 3, 0, 1, 4).flatten(2)
         return B @ B.mT, A @ A.mT

@@ -5,7 +5,12 @@
 tensor(2.0794, dtype=torch.float64)
 """
 
-from vivit_linop.linalg import eigen, inverse, reductions  # noqa: F401  (registers)
+from vivit_linop.linalg import (  # noqa: F401  (register)
+    eigen,
+    inverse,
+    reductions,
+    roots,
+)
 from vivit_linop.linalg.eigenpairs import Eigendecomposition, Eigenpairs
 from vivit_linop.operators.verbs import (
     diagonal,
@@ -15,6 +20,7 @@ from vivit_linop.operators.verbs import (
     inv,
     logdet,
     row_norms_squared,
+    sqrt,
     to_dense,
     trace,
 )
@@ -29,6 +35,7 @@ __all__ = [
     "inv",
     "logdet",
     "row_norms_squared",
+    "sqrt",
     "to_dense",
     "trace",
 ]

@@ -349,6 +349,16 @@ class TorchLinearOperator(LinearOperator):
         return verbs.inv(self) @ b
 
     @torch.inference_mode(mode=False)
+    def sqrt(self) -> TorchLinearOperator:
+        """Return R with ``self = R @ R.T``; ``R @ noise`` samples from N(0, self).
+
+        For positive semi-definite operators with a closed form; R is unique up to an
+        orthogonal mixing of its columns, and need not be square.
+        """
+        self._check_square("sqrt")
+        return verbs.sqrt(self)
+
+    @torch.inference_mode(mode=False)
     def logdet(self) -> Tensor:
         """Return the logarithm of the absolute determinant, a scalar tensor."""
         self._check_square("logdet")
