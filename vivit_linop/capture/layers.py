@@ -287,7 +287,7 @@ class KhatriRaoColumns(LayerColumns):
             A = torch.cat([A, torch.ones_like(A[:, :, :1])], dim=2)
         A = A.permute(1, 2, 0, 3).flatten(2)
         B = B.permute(2, 3, 0, 1, 4).flatten(2)
-        return B @ B.mT, A @ A.mT
+        return _outer_sums(B), _outer_sums(A)
 
     @property
     def inputs_first(self) -> bool:
@@ -368,6 +368,14 @@ def add_product(gram: Tensor, left: Tensor, right: Tensor, symmetric: bool) -> N
     corner = top @ bottom.T
     gram[:half, half:] += corner
     gram[half:, :half] += corner.T
+
+
+def _outer_sums(columns: Tensor) -> Tensor:
+    """Sums of outer products of columns, ``[G, d, k] -> [G, d, d]``."""
+    sums = columns.new_zeros(*columns.shape[:2], columns.shape[1])
+    for total, group in zip(sums, columns, strict=True):
+        add_product(total, group, group, True)
+    return sums
 
 
 def _alike(left: LayerColumns, right: LayerColumns) -> bool:

@@ -137,11 +137,10 @@ class KFAC(BlockDiagonal):
         with torch.inference_mode(False):
             parts = _approximate(curvature, weight_sharing, partners)
         self.names = [part.names for part in parts]
-        order = torch.cat([part.index for part in parts])
-        in_order = torch.equal(order, torch.arange(len(order)))
+        scattered = any(part.rows is not None for part in parts)
         super().__init__(
             [part.block for part in parts],
-            None if in_order else [part.index.to(self.risk.device) for part in parts],
+            [part.index(self.risk) for part in parts] if scattered else None,
         )
 
     def pi_damped(self, damping: float) -> BlockDiagonal:
@@ -192,11 +191,16 @@ def _damped(op: TorchLinearOperator, damping: float) -> TorchLinearOperator:
 
 @dataclass
 class _Part:
-    """A block, the parameters it is of, and its rows."""
+    """A block, the parameters it is of, and its rows unless it is all of one's."""
 
     names: list[str]
-    index: Tensor
     block: TorchLinearOperator
+    rows: Tensor | None = None
+
+    def index(self, risk: EmpiricalRisk) -> Tensor:
+        """The numbers of its rows."""
+        rows = _numbers(risk, self.names[0]) if self.rows is None else self.rows
+        return rows.to(risk.device)
 
 
 class _KroneckerSums(Total):
@@ -259,62 +263,63 @@ def _approximate(
     risk = factor.risk
     sums = _KroneckerSums(factor, sharing, list(partners))
     sum_columns(factor, [sums])
-    places = dict(
-        zip(risk.params, torch.arange(risk.num_params).split(risk.sizes), strict=True)
-    )
-    partition = Partition(factor, [[name] for name in risk.params])
+    partition: Partition | None = None
+    parts = []
     joined = {
         weight: bias
         for weight, bias in partners.items()
         if weight in sums.factors and not sums.factors[weight][2]
     }
-    parts = []
-    for number, (name, index) in enumerate(places.items()):
+    for number, name in enumerate(risk.params):
         if name in joined.values():
             continue
         if name in sums.factors:
-            bias = joined.get(name)
+            factors = sums.factors[name]
             parts += _kronecker_parts(
-                name,
-                index,
-                bias,
-                None if bias is None else places[bias],
-                sums.factors[name],
-                curvature.scale,
+                risk, name, joined.get(name), factors, curvature.scale
             )
         elif name in sums.outer:
-            block: TorchLinearOperator = Dense(
-                _symmetric(curvature.scale * sums.outer[name])
-            )
-            parts.append(_Part([name], index, block))
+            matrix = _symmetric(curvature.scale * sums.outer[name])
+            parts.append(_Part([name], Dense(matrix)))
         else:
-            block = LowRank(FactorRows(partition, number), curvature.scale)
-            parts.append(_Part([name], index, block))
+            if partition is None:
+                partition = Partition(factor, [[name] for name in risk.params])
+            rows = FactorRows(partition, number)
+            parts.append(_Part([name], LowRank(rows, curvature.scale)))
     return parts
 
 
 def _kronecker_parts(
+    risk: EmpiricalRisk,
     name: str,
-    index: Tensor,
     bias: str | None,
-    bias_index: Tensor | None,
     factors: tuple[Tensor, Tensor, bool],
     scale: float,
 ) -> list[_Part]:
     """One block for each group of channels."""
     Bs, As, inputs_first = factors
-    groups = len(Bs)
-    rows = index.view(groups, Bs.shape[1], -1)
-    names = [name]
-    if bias is not None and bias_index is not None:
-        rows = torch.cat([rows, bias_index.view(groups, -1, 1)], dim=2)
-        names.append(bias)
+    groups, names = len(Bs), [name]
+    rows: list[Tensor] | list[None] = [None]
+    if groups > 1 or bias is not None:
+        numbers = _numbers(risk, name).view(groups, Bs.shape[1], -1)
+        if bias is not None:
+            own = _numbers(risk, bias).view(groups, -1, 1)
+            numbers = torch.cat([numbers, own], dim=2)
+            names = [name, bias]
+        rows = list(numbers.flatten(1))
     parts = []
-    for B, A, row in zip(Bs, As, rows, strict=True):
+    for B, A, numbers_of_group in zip(Bs, As, rows, strict=True):
         pair = _symmetric(scale * B), _symmetric(A)
         block = Kronecker(*(reversed(pair) if inputs_first else pair))
-        parts.append(_Part(names, row.reshape(-1), block))
+        parts.append(_Part(names, block, numbers_of_group))
     return parts
+
+
+def _numbers(risk: EmpiricalRisk, name: str) -> Tensor:
+    """The numbers of the rows of a parameter."""
+    place = list(risk.params).index(name)
+    start = sum(risk.sizes[:place])
+    return torch.arange(start, start + risk.sizes[place])
 
 
 def _symmetric(matrix: Tensor) -> Tensor:
