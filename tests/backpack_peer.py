@@ -40,9 +40,14 @@ def run(name: str, reduction: str, *extensions: Any) -> list[nn.Parameter]:
 
     net, loss, (X, y) = built(name, reduction)
     net, loss = extend(copy.deepcopy(net)), extend(copy.deepcopy(loss))
-    with warnings.catch_warnings(), backpack(*extensions):
-        warnings.simplefilter("ignore")
-        loss(net(X), y).backward()
+    # Some of its rules make matrices of the default dtype.
+    torch.set_default_dtype(torch.float64)
+    try:
+        with warnings.catch_warnings(), backpack(*extensions):
+            warnings.simplefilter("ignore")
+            loss(net(X), y).backward()
+    finally:
+        torch.set_default_dtype(torch.float32)
     return list(net.parameters())
 
 

@@ -8,8 +8,10 @@ into exact Gram eigenpairs, directional derivatives and damped inverses.
 from vivit_linop import linalg, testing
 from vivit_linop.analysis import damped_newton_step, directional_derivatives
 from vivit_linop.curvature import (
+    EKFAC,
     GGN,
     KFAC,
+    KFRA,
     EmpiricalFisher,
     GGNFactor,
     Hessian,
@@ -17,6 +19,7 @@ from vivit_linop.curvature import (
     LossHessian,
     PerSampleGradients,
 )
+from vivit_linop.interop import from_backpack, from_curvlinops, from_scipy
 from vivit_linop.operators import (
     BlockDiagonal,
     Dense,
@@ -31,8 +34,10 @@ from vivit_linop.risk import EmpiricalRisk
 __version__ = "0.1.0"
 
 __all__ = [
+    "EKFAC",
     "GGN",
     "KFAC",
+    "KFRA",
     "BlockDiagonal",
     "Dense",
     "Diagonal",
@@ -49,6 +54,9 @@ __all__ = [
     "TorchLinearOperator",
     "damped_newton_step",
     "directional_derivatives",
+    "from_backpack",
+    "from_curvlinops",
+    "from_scipy",
     "linalg",
     "testing",
 ]

@@ -5,12 +5,14 @@ from vivit_linop.curvature.fisher import EmpiricalFisher, PerSampleGradients
 from vivit_linop.curvature.ggn import GGN, GGNFactor
 from vivit_linop.curvature.hessian import Hessian
 from vivit_linop.curvature.jacobian import Jacobian
-from vivit_linop.curvature.kfac import KFAC
+from vivit_linop.curvature.kfac import EKFAC, KFAC, KFRA
 from vivit_linop.curvature.output_space import LossHessian
 
 __all__ = [
+    "EKFAC",
     "GGN",
     "KFAC",
+    "KFRA",
     "EmpiricalFisher",
     "GGNFactor",
     "Hessian",

@@ -25,11 +25,17 @@ from vivit_linop.curvature.fisher import EmpiricalFisher
 from vivit_linop.curvature.ggn import GGN
 from vivit_linop.curvature.jacobian import Pullback
 from vivit_linop.curvature.sums import Total, sum_columns
+from vivit_linop.interop import (
+    CurvlinopsOperator,
+    backpack_kfra,
+    curvlinops_ekfac,
+    curvlinops_inverse,
+)
 from vivit_linop.operators.base import TorchLinearOperator
 from vivit_linop.operators.kronecker import BlockDiagonal, Kronecker
 from vivit_linop.operators.lowrank import LowRank
 from vivit_linop.operators.structure import Dense, Identity
-from vivit_linop.operators.verbs import trace
+from vivit_linop.operators.verbs import damped_inv, trace
 from vivit_linop.risk.data import take
 from vivit_linop.risk.empirical import EmpiricalRisk, as_risk
 
@@ -347,6 +353,115 @@ def _bias_partners(risk: EmpiricalRisk) -> dict[str, str]:
         if b is not None and not others and weights[b] == {w} and b not in opaque:
             partners[w] = b
     return partners
+
+
+class KFRA(BlockDiagonal):
+    """KFRA: the Kronecker approximation by a recursion over layers, from BackPACK.
+
+    Block-diagonal by parameter, B ⊗ A with A as for ``weight_sharing="backpack"`` of
+    :class:`KFAC`, and B propagated from layer to layer as a mean over samples (Botev,
+    Ritter & Barber 2017, arXiv:1706.03662, eq. 21): for a linear layer Wᵀ B W, for an
+    elementwise function with derivatives d_n, B ∘ (1/N) Σ_n d_n d_nᵀ. That recursion
+    defines it, so it exists for nets of the modules that BackPACK has rules for only,
+    and is computed by BackPACK, on a copy of the model.
+
+    Args:
+        risk: An :class:`EmpiricalRisk`, or a model, followed by ``loss``, ``data`` and
+            ``params`` as for :class:`EmpiricalRisk`. All samples are one batch.
+
+    Attributes:
+        risk: The risk.
+        names: For each block the parameter that it is of.
+
+    Raises:
+        ValueError: If BackPACK cannot do the model, with the module at fault.
+
+    Example:
+        >>> import torch, vivit_linop as vl
+        >>> from torch import nn
+        >>> data = (torch.rand(4, 3), torch.rand(4, 1))
+        >>> vl.KFRA(nn.Sequential(nn.Linear(3, 1)), nn.MSELoss(), data).blocks[0]
+        <3x3 Kronecker, torch.float32, cpu>
+    """
+
+    def __init__(
+        self,
+        risk: EmpiricalRisk | Any,
+        loss: Any = None,
+        data: Any = None,
+        params: Any | None = None,
+    ) -> None:
+        self.risk = as_risk(risk, loss, data, params)
+        self.names = [[name] for name in self.risk.params]
+        super().__init__(backpack_kfra(self.risk).blocks)
+
+
+class EKFAC(CurvlinopsOperator):
+    """KFAC with corrected eigenvalues, computed by curvlinops.
+
+    In the eigenbasis Q of a Kronecker block the diagonal is replaced by that of the
+    curvature itself, diag(Qᵀ G Q) (George et al. 2018, arXiv:1806.03884): of all
+    operators that are diagonal in this basis the closest to the GGN's block in the
+    Frobenius norm. For linear layers and two-dimensional convolutions that are modules.
+
+    ``(E + delta * Identity(D)).inv()`` is exact.
+
+    Args:
+        risk: An :class:`EmpiricalRisk`, or a model, followed by ``loss``, ``data`` and
+            ``params`` as for :class:`EmpiricalRisk`.
+        variant: ``"mc"``, ``"exact"`` or ``"empirical"``, as for :class:`KFAC`.
+        mc_samples: Columns a sample for ``"mc"``.
+        seed: Of the Monte-Carlo samples.
+        weight_sharing: ``"expand"`` or ``"reduce"``, which decides the basis.
+        joint_bias: Whether weight and bias of a layer are one block.
+
+    Attributes:
+        risk: The risk.
+        operator: curvlinops' operator, of a copy of the model.
+
+    Raises:
+        ValueError: For an unknown variant or weight sharing; if curvlinops cannot do
+            the model or the loss.
+
+    Example:
+        >>> import torch, vivit_linop as vl
+        >>> from torch import nn
+        >>> data = (torch.rand(4, 3), torch.rand(4, 1))
+        >>> vl.EKFAC(nn.Linear(3, 1), nn.MSELoss(), data, variant="exact")
+        <4x4 EKFAC, torch.float32, cpu>
+    """
+
+    def __init__(
+        self,
+        risk: EmpiricalRisk | Any,
+        loss: Any = None,
+        data: Any = None,
+        params: Any | None = None,
+        *,
+        variant: str = "mc",
+        mc_samples: int = 1,
+        seed: int = 0,
+        weight_sharing: str = "expand",
+        joint_bias: bool = False,
+    ) -> None:
+        check_choice("variant", variant, VARIANTS)
+        check_choice("weight_sharing", weight_sharing, WEIGHT_SHARINGS[:2])
+        self.risk = as_risk(risk, loss, data, params)
+        super().__init__(
+            curvlinops_ekfac(
+                self.risk,
+                {"exact": "type-2"}.get(variant, variant),
+                mc_samples if variant == "mc" else 1,
+                seed,
+                weight_sharing,
+                joint_bias,
+            )
+        )
+
+
+@damped_inv.register
+def _(op: EKFAC, damping: float) -> TorchLinearOperator:
+    return curvlinops_inverse(op.operator, damping)
 
 
 def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
