@@ -272,3 +272,198 @@ def test_blocks_of_norms_are_checked() -> None:
 
 
 assert set(BEYOND) <= set(cases.NAMES)
+
+
+# The Hessian ------------------------------------------------------------------------
+
+# Models with forward mode and without, with and without batched backward passes.
+CURVED = [
+    "mlp_ce_mean",
+    "residual",
+    "attention",
+    "recurrent_gru",
+    "uneven_batches",
+    "ce_everything",
+    "ce_image_soft",
+    "embedding",
+    "linear_loss",
+    "unused_parameters",
+    "custom_function",
+]
+
+
+@functools.cache
+def sample_hessians(name: str) -> Tensor:
+    """The diagonals of ∇²ℓ_n one by one, by autograd on the samples alone."""
+    p, of = problem(name), risk(name)
+    chosen = {n: t.detach().double() for n, t in p.chosen().items()}
+    model = p.reference(p.model)
+    targets = torch.cat([y for _, y in p.batches()])
+    outputs = dense(name).outputs
+    rows, first = [], 0
+    for X, y in p.batches():
+        for n in range(len(y)):
+            theta = {k: t.clone().requires_grad_() for k, t in chosen.items()}
+            f = cases.call(model, theta, X)[n : n + 1]
+            # The risk of all outputs as a function of this sample's.
+            place = first + n
+            full = torch.cat([outputs[:place], f, outputs[place + 1 :]])
+            total = p.loss(full, targets) / of.reduction_factor
+            slope = torch.autograd.grad(
+                total, list(theta.values()), create_graph=True, materialize_grads=True
+            )
+            flat = torch.cat([g.flatten() for g in slope])
+            row = []
+            for i, entry in enumerate(flat):
+                if not entry.requires_grad:
+                    row.append(torch.zeros((), dtype=torch.float64))
+                    continue
+                second = torch.autograd.grad(
+                    entry,
+                    list(theta.values()),
+                    retain_graph=True,
+                    materialize_grads=True,
+                )
+                row.append(torch.cat([s.flatten() for s in second])[i])
+            rows.append(torch.stack(row))
+        first += len(y)
+    return torch.stack(rows).detach()
+
+
+@pytest.mark.parametrize("name", CURVED)
+def test_hessian_diagonals_beyond_backpack(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    truth, of = dense(name), risk(name)
+    H = vl.Hessian(of)
+    size = max(truth.hessian.diagonal().norm(), torch.tensor(1e-10))
+    assert close(H.diagonal("products"), truth.hessian.diagonal(), size=size)
+    expected = sample_hessians(name)
+    total = of.reduction_factor * expected.sum(0)
+    assert close(total, truth.hessian.diagonal(), size=size)
+    size = max(expected.norm(), torch.tensor(1e-10))
+    assert close(H.sample_diagonals("products"), expected, size=size)
+    assert close(H._diagonals_one_by_one(), expected, size=size)
+    H._together = 1
+    assert close(H.diagonal("products"), truth.hessian.diagonal(), size=size)
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("name", backpack_peer.HESSIAN)
+def test_hessian_diagonals_as_backpack(name: str, reduction: str) -> None:
+    parameters = backpack_peer.run(
+        name, reduction, bp.DiagHessian(), bp.BatchDiagHessian()
+    )
+    of = peer_risk(name, reduction)
+    H, r = vl.Hessian(of), of.reduction_factor
+    diagonal = gathered(parameters, "diag_h")
+    by_sample = gathered(parameters, "diag_h_batch", 1)
+    for route in ("backpack", "products", None):
+        assert close(H.diagonal(route), diagonal)
+        assert close(r * H.sample_diagonals(route), by_sample)
+    assert close(vl.linalg.diagonal(H), diagonal)
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("name", backpack_peer.PRODUCTS)
+def test_products_with_blocks_as_backpack(name: str, reduction: str) -> None:
+    parameters = backpack_peer.run(
+        name,
+        reduction,
+        bp.HMP(),
+        bp.GGNMP(),
+        bp.PCHMP(savefield="pchmp_clip", modify="clip"),
+        bp.PCHMP(savefield="pchmp_abs", modify="abs"),
+    )
+    of = peer_risk(name, reduction)
+    generator = torch.Generator().manual_seed(0)
+    D = of.num_params
+    X = torch.randn(D, 3, generator=generator, dtype=torch.float64)
+    for field, op in {
+        "hmp": vl.Hessian(of).block_diagonal("parameter"),
+        "ggnmp": vl.GGN(of).block_diagonal("parameter"),
+        "pchmp_clip": vl.PositiveCurvatureHessian(of),
+        "pchmp_abs": vl.PositiveCurvatureHessian(of, modify="abs"),
+    }.items():
+        parts = zip(parameters, of.unflatten(X), strict=True)
+        expected = of.flatten([getattr(p, field)(part) for p, part in parts])
+        assert close(op @ X, expected)
+        assert close(op @ X[:, 0], expected[:, 0])
+        matrix = op.to_dense()
+        assert close(matrix, matrix.T)
+        if field.startswith("pchmp"):
+            evals = torch.linalg.eigvalsh(matrix)
+            assert evals.min() >= -1e-10 * evals.max()
+
+
+@pytest.mark.parametrize("blocks", ["parameter", "module"])
+@pytest.mark.parametrize("name", ["residual", "uneven_batches", "recurrent_gru"])
+def test_products_with_blocks_beyond_backpack(name: str, blocks: str) -> None:
+    truth, of = dense(name), risk(name)
+    for whole, op in (
+        (truth.hessian, vl.Hessian(of).block_diagonal(blocks)),
+        (truth.G, vl.GGN(of).block_diagonal(blocks)),
+    ):
+        expected = torch.zeros_like(whole)
+        for index in op.indices:
+            expected[index[:, None], index] = whole[index[:, None], index]
+        X = torch.randn(truth.D, 3, generator=torch.Generator().manual_seed(0))
+        assert close(op @ X.double(), expected @ X.double())
+        assert close(op @ X[:, 0].double(), expected @ X[:, 0].double())
+
+
+def test_positive_curvature_hessian_of_piecewise_linear_nets() -> None:
+    net = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3)).double()
+    X, y = torch.randn(6, 4).double(), torch.randint(3, (6,))
+    of = vl.EmpiricalRisk(net, nn.CrossEntropyLoss(), (X, y))
+    blocks = vl.GGN(of).block_diagonal("parameter").to_dense()
+    for modify in ("clip", "abs"):
+        P = vl.PositiveCurvatureHessian(of, modify=modify)
+        assert close(P.to_dense(), blocks)
+
+
+def test_positive_curvature_hessian_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"BackPACK cannot compute PCHMP.*BatchNorm1d"):
+        vl.PositiveCurvatureHessian(peer_risk("batch_norm", "mean"))
+    with pytest.raises(ValueError, match="modify: 'clip' or 'abs'"):
+        vl.PositiveCurvatureHessian(peer_risk("mlp_ce", "mean"), modify="square")
+
+
+def test_routes_to_the_hessian_diagonal() -> None:
+    with pytest.raises(ValueError, match=r"BackPACK cannot compute DiagHessian"):
+        vl.Hessian(risk("residual")).diagonal("backpack")
+    with pytest.raises(ValueError, match="route: one of"):
+        vl.Hessian(risk("residual")).diagonal("exact")
+    net, loss, data = backpack_peer.built("mlp_ce", "mean")
+    little = vl.EmpiricalRisk(net, loss, data, memory=100)
+    with pytest.raises(ValueError, match="bytes"):
+        vl.Hessian(little).diagonal("backpack")
+    with pytest.raises(ValueError, match="bytes"):
+        vl.Hessian(little).sample_diagonals("backpack")
+    expected = vl.Hessian(peer_risk("mlp_ce", "mean")).diagonal("products")
+    assert close(vl.Hessian(little).diagonal(), expected)
+
+
+def test_costs_are_said_beforehand(capsys: pytest.CaptureFixture[str]) -> None:
+    cost = vl.Hessian(peer_risk("mlp_ce", "mean")).explain_diagonal()
+    assert capsys.readouterr().out == f"{cost}\n"
+    assert cost.products == 7 * 6 + 6 + 6 * 5 + 5 + 5 * 4 + 4 and cost.seconds > 0
+    assert cost.refusal is None and cost.recursion_seconds > 0
+    refused = vl.Hessian(risk("residual")).explain_diagonal()
+    assert refused.refusal is not None and "BackPACK cannot" in str(refused)
+
+
+def test_estimated_diagonal() -> None:
+    """Within 5 standard errors entry by entry, and these are the right ones."""
+    truth = dense("residual").hessian
+    H = vl.Hessian(risk("residual"))
+    state = torch.random.get_rng_state()
+    mean, error = vl.estimate_diagonal(H, 200, seed=0)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert ((mean - truth.diagonal()).abs() <= 5 * error + 1e-14).all()
+    variance = truth.square().sum(1) - truth.diagonal().square()
+    assert close(error, (variance / 200).sqrt(), rtol=0.15)
+    with pytest.raises(ValueError, match="num_products"):
+        vl.estimate_diagonal(H, 1)
+    with pytest.raises(ValueError, match="square"):
+        vl.estimate_diagonal(vl.Jacobian(risk("residual")), 5)

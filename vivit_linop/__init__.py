@@ -18,8 +18,10 @@ from vivit_linop.curvature import (
     Jacobian,
     LossHessian,
     PerSampleGradients,
+    PositiveCurvatureHessian,
 )
 from vivit_linop.interop import from_backpack, from_curvlinops, from_scipy
+from vivit_linop.linalg import estimate_diagonal
 from vivit_linop.operators import (
     BlockDiagonal,
     Dense,
@@ -51,9 +53,11 @@ __all__ = [
     "Kronecker",
     "LossHessian",
     "PerSampleGradients",
+    "PositiveCurvatureHessian",
     "TorchLinearOperator",
     "damped_newton_step",
     "directional_derivatives",
+    "estimate_diagonal",
     "from_backpack",
     "from_curvlinops",
     "from_scipy",

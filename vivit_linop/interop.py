@@ -265,6 +265,16 @@ def curvlinops_diagonals(
 
 # BackPACK ---------------------------------------------------------------------------
 
+# What works for every model.
+_INSTEAD = {
+    "KFRA": "Use vl.KFAC, for every model.",
+    "DiagHessian": "Use route='products', for every model.",
+    "BatchDiagHessian": "Use route='products', for every model.",
+    "PCHMP": "Use vl.GGN(risk).block_diagonal('parameter'), for every model.",
+}
+# Functions with second derivatives, that BackPACK has rules for.
+_CURVED = (nn.Sigmoid, nn.Tanh, nn.ELU, nn.SELU, nn.LogSigmoid)
+
 
 def from_backpack(source: Any, quantity: Any) -> TorchLinearOperator:
     """Return what BackPACK computes as an operator.
@@ -326,8 +336,16 @@ def from_backpack(source: Any, quantity: Any) -> TorchLinearOperator:
     return _of_values(pairs)
 
 
-def backpack_values(risk: EmpiricalRisk, extension: Any) -> list[tuple[Tensor, Any]]:
+def backpack_values(
+    risk: EmpiricalRisk, extension: Any, memory: int | None = None
+) -> list[tuple[Tensor, Any]]:
     """Run one of BackPACK's extensions on a copy of a risk's model.
+
+    Args:
+        risk: The risk.
+        extension: The extension.
+        memory: The bytes that its recursion for Hessians may take, a matrix [features,
+            N · features] after each elementwise function; None for any.
 
     Returns:
         The parameters of the copy, each with what BackPACK left on it.
@@ -349,9 +367,13 @@ def backpack_values(risk: EmpiricalRisk, extension: Any) -> list[tuple[Tensor, A
     _check_layers(module, what)
     X, y = _one_batch(risk, what)
     calls: dict[nn.Module, int] = {}
+    residuals = 0
 
-    def count(module: nn.Module, *_: Any) -> None:
+    def count(module: nn.Module, _: Any, output: Any) -> None:
+        nonlocal residuals
         calls[module] = calls.get(module, 0) + 1
+        if isinstance(module, _CURVED):
+            residuals += output.numel() * output[0].numel() * output.element_size()
 
     try:
         with (
@@ -367,14 +389,18 @@ def backpack_values(risk: EmpiricalRisk, extension: Any) -> list[tuple[Tensor, A
                 output = net(X)
                 for handle in handles:
                     handle.remove()
+                if memory is not None and residuals > memory:
+                    raise ValueError(
+                        f"its matrices between layers take {residuals:.1e} bytes, the "
+                        f"budget is {memory:.1e}."
+                    )
                 loss(output, y).backward()
     except Exception as error:
         reason = _used_again(module, calls) or _first_line(error)
-        raise ValueError(
-            f"model: BackPACK cannot compute {what} for it: {reason}"
-        ) from error
-    if reason := _used_again(module, calls):
-        raise ValueError(f"model: BackPACK cannot compute {what} for it: {reason}")
+        raise _refusal(what, reason) from error
+    again = _used_again(module, calls)
+    if again is not None:
+        raise _refusal(what, again)
     named = dict(module.named_parameters())
     missing = [name for name in risk.params if not hasattr(named[name], savefield)]
     if missing:
@@ -392,6 +418,34 @@ def backpack_kfra(risk: EmpiricalRisk) -> BlockDiagonal:
     approximation = from_backpack(risk, KFRA())
     assert isinstance(approximation, BlockDiagonal)
     return approximation
+
+
+def backpack_diagonal_hessian(
+    risk: EmpiricalRisk, by_sample: bool, memory: int
+) -> Tensor:
+    """Return the Hessian's diagonal by BackPACK, ``[D]``, or by sample ``[N, D]``.
+
+    By sample with its r.
+
+    Raises:
+        ValueError: If BackPACK cannot do the model, or not in that memory.
+    """
+    from backpack.extensions import BatchDiagHessian, DiagHessian
+
+    extension = BatchDiagHessian() if by_sample else DiagHessian()
+    values = [value for _, value in backpack_values(risk, extension, memory)]
+    leading = 1 if by_sample else 0
+    parts = [value.detach().flatten(leading) for value in values]
+    return torch.cat(parts, dim=leading)
+
+
+def backpack_positive_curvature(risk: EmpiricalRisk, modify: str) -> BlockDiagonal:
+    """Return BackPACK's positive-curvature Hessian, a block a parameter."""
+    from backpack.extensions import PCHMP
+
+    operator = from_backpack(risk, PCHMP(modify=modify))
+    assert isinstance(operator, BlockDiagonal)
+    return operator
 
 
 class BackpackProduct(TorchLinearOperator):
@@ -470,23 +524,29 @@ def _check_layers(module: nn.Module, what: str) -> None:
     for name, part in module.named_modules():
         forward = inspect.unwrap(type(part).forward)
         if isinstance(part, nn.Sequential) and forward is not nn.Sequential.forward:
-            raise ValueError(
-                f"model: BackPACK cannot compute {what} for it: {name or 'it'} is a "
-                "Sequential with a forward pass of its own."
+            raise _refusal(
+                what, f"{name or 'it'} is a Sequential with a forward pass of its own."
             )
         if isinstance(part, GraphModule) and any(
             node.op in ("call_function", "call_method", "get_attr")
             for node in part.graph.nodes
         ):
-            raise ValueError(
-                f"model: BackPACK cannot compute {what} for it: {name or 'it'} is a "
-                "graph with calls of functions between its modules."
+            raise _refusal(
+                what,
+                f"{name or 'it'} is a graph with calls of functions between its "
+                "modules.",
             )
     shared = len(list(module.named_parameters(remove_duplicate=False)))
     if shared != len(list(module.named_parameters())):
-        raise ValueError(
-            f"model: BackPACK cannot compute {what} for it: modules share a parameter."
-        )
+        raise _refusal(what, "modules share a parameter.")
+
+
+def _refusal(what: str, reason: str) -> ValueError:
+    """An error that says what works instead."""
+    instead = _INSTEAD.get(what, "The operators of this package work for every model.")
+    return ValueError(
+        f"model: BackPACK cannot compute {what} for it: {reason} {instead}"
+    )
 
 
 def _used_again(module: nn.Module, calls: Mapping[nn.Module, int]) -> str | None:
@@ -523,4 +583,5 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
 
 def _first_line(error: Exception) -> str:
     text = str(error).strip().splitlines()
-    return f"{text[0] if text else type(error).__name__} ({type(error).__name__})."
+    first = text[0].rstrip(".") if text else "it failed"
+    return f"{first} ({type(error).__name__})."

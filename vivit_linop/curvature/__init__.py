@@ -3,7 +3,7 @@
 from vivit_linop.curvature import routes, rules, sums  # noqa: F401  (register)
 from vivit_linop.curvature.fisher import EmpiricalFisher, PerSampleGradients
 from vivit_linop.curvature.ggn import GGN, GGNFactor
-from vivit_linop.curvature.hessian import Hessian
+from vivit_linop.curvature.hessian import Hessian, PositiveCurvatureHessian
 from vivit_linop.curvature.jacobian import Jacobian
 from vivit_linop.curvature.kfac import EKFAC, KFAC, KFRA
 from vivit_linop.curvature.output_space import LossHessian
@@ -19,4 +19,5 @@ __all__ = [
     "Jacobian",
     "LossHessian",
     "PerSampleGradients",
+    "PositiveCurvatureHessian",
 ]

@@ -12,6 +12,7 @@ from vivit_linop.linalg import (  # noqa: F401  (register)
     roots,
 )
 from vivit_linop.linalg.eigenpairs import Eigendecomposition, Eigenpairs
+from vivit_linop.linalg.estimates import DiagonalEstimate, estimate_diagonal
 from vivit_linop.operators.verbs import (
     diagonal,
     eigendecomposition,
@@ -26,12 +27,14 @@ from vivit_linop.operators.verbs import (
 )
 
 __all__ = [
+    "DiagonalEstimate",
     "Eigendecomposition",
     "Eigenpairs",
     "diagonal",
     "eigendecomposition",
     "eigh",
     "eigvalsh",
+    "estimate_diagonal",
     "inv",
     "logdet",
     "row_norms_squared",
