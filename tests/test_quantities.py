@@ -344,7 +344,7 @@ def test_hessian_diagonals_beyond_backpack(
     size = max(expected.norm(), torch.tensor(1e-10))
     assert close(H.sample_diagonals("products"), expected, size=size)
     assert close(H._diagonals_one_by_one(), expected, size=size)
-    H._together = 1
+    H._batched = False
     assert close(H.diagonal("products"), truth.hessian.diagonal(), size=size)
 
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.func import jvp, vmap
 
+from vivit_linop.capture.costs import layer_costs
 from vivit_linop.curvature.blocks import ParameterBlocks, parameter_groups
 from vivit_linop.curvature.columns import memory_budget
 from vivit_linop.curvature.output_space import LossGradient, LossHessian
@@ -22,8 +25,10 @@ from vivit_linop.risk.data import take
 from vivit_linop.risk.empirical import EmpiricalRisk, as_risk
 from vivit_linop.risk.model import Params, as_guest, strided
 
-# Products that are taken together: enough to spare overhead, few enough to fit.
+# Products that are taken together where a pass over the data is so short that most of
+# it is overhead (in floating-point operations); else there is nothing to gain by it.
 _TOGETHER = 16
+_SHORT_PASS = 3e7
 _ROUTES = ("backpack", "products")
 
 
@@ -62,7 +67,7 @@ class Hessian(TorchLinearOperator):
         super().__init__((D, D), self.risk.dtype, self.risk.device)
         self._kept: list[Tensor] | None = None
         self._checked = False
-        self._together = _TOGETHER
+        self._batched = True  # until torch refuses
 
     # Products -----------------------------------------------------------------------
 
@@ -136,9 +141,10 @@ class Hessian(TorchLinearOperator):
         parameters = list(self.risk.params.values())
         sizes = [self.risk.sizes[index] for index in chosen]
         columns = []
-        for part in X.split(self._together, dim=1):
+        size = self._together if X.shape[1] > 1 else 1
+        for part in X.split(size, dim=1):
             vectors = {
-                index: rows.T.reshape(-1, *parameters[index].shape)
+                index: rows.T.reshape(part.shape[1], *parameters[index].shape)
                 for index, rows in zip(chosen, part.split(sizes), strict=True)
             }
             products = self._pull_back(
@@ -149,11 +155,22 @@ class Hessian(TorchLinearOperator):
             rows_of_parts = [
                 part.new_zeros(size, part.shape[1])
                 if product is None
-                else product.flatten(1).T
+                else product.reshape(part.shape[1], size).T
                 for size, product in zip(sizes, products, strict=True)
             ]
             columns.append(torch.cat(rows_of_parts))
         return torch.cat(columns, dim=1)
+
+    @property
+    def _together(self) -> int:
+        """How many products are taken together."""
+        return _TOGETHER if self._batched and self._short else 1
+
+    @cached_property
+    def _short(self) -> bool:
+        """Whether a pass over the data is short."""
+        costs = layer_costs(self.risk, 1)
+        return sum(cost.forward_flops for cost in costs) < _SHORT_PASS
 
     def _pull_back(
         self, outputs: list[Tensor], inputs: list[Tensor], vectors: list[Tensor]
@@ -161,15 +178,17 @@ class Hessian(TorchLinearOperator):
         """Backward passes for ``[K, *p]`` vectors, together if torch can."""
         count = len(vectors[0])
         keywords: dict[str, Any] = {"retain_graph": True, "allow_unused": True}
-        if count > 1 and self._together > 1:
+        if count > 1 and self._batched:
             try:
-                together = torch.autograd.grad(
-                    outputs, inputs, vectors, is_grads_batched=True, **keywords
-                )
+                with warnings.catch_warnings():
+                    warnings.filterwarnings("ignore", "There is a performance drop")
+                    together = torch.autograd.grad(
+                        outputs, inputs, vectors, is_grads_batched=True, **keywords
+                    )
                 return [strided(product) for product in together]
             # Some operations have no batched backward pass.
             except (RuntimeError, NotImplementedError):
-                self._together = 1
+                self._batched = False
         each = [
             torch.autograd.grad(outputs, inputs, [v[k] for v in vectors], **keywords)
             for k in range(count)
