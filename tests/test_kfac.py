@@ -164,6 +164,22 @@ def _convolutions_averaged_over_positions() -> Problem:
     return Problem(net, nn.MSELoss(reduction="sum"), (draw(4, 2, 3, 3), draw(4, 2)))
 
 
+def _transposed_convolution_of_pixels() -> Problem:
+    net = nn.Sequential(
+        nn.Unflatten(1, (3, 1)),
+        nn.ConvTranspose1d(3, 2, 4, bias=False),
+        nn.Flatten(),
+        nn.Linear(8, 2, bias=False),
+    ).double()
+    return Problem(net, nn.MSELoss(), (draw(5, 3), draw(5, 2)))
+
+
+def _embedding() -> Problem:
+    net = nn.Sequential(nn.Embedding(4, 3), nn.Linear(3, 2, bias=False)).double()
+    index = torch.tensor([0, 2, 1, 2, 0])
+    return Problem(net, nn.MSELoss(), (index, draw(5, 2)))
+
+
 def _one_sample() -> Problem:
     net = cases.mlp(4, 5, 3)
     return Problem(net, nn.CrossEntropyLoss(), (draw(1, 4), torch.tensor([1])))
@@ -175,6 +191,11 @@ EXACT = {
     "averaged_over_positions": (_averaged_over_positions, ["reduce"]),
     "convolutions_averaged": (_convolutions_averaged_over_positions, ["reduce"]),
     "one_sample": (_one_sample, ["expand", "reduce", "backpack"]),
+    "transposed_convolution": (
+        _transposed_convolution_of_pixels,
+        ["expand", "reduce", "backpack"],
+    ),
+    "embedding": (_embedding, ["expand", "reduce", "backpack"]),
 }
 
 

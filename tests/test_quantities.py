@@ -211,7 +211,7 @@ def test_gram_diagonal_without_the_matrix() -> None:
 @pytest.mark.parametrize("by_pairs", [True, False])
 @pytest.mark.parametrize("memory", [1, 2**30])
 @pytest.mark.parametrize("inputs_first", [True, False])
-@pytest.mark.parametrize("positions", [1, 3])
+@pytest.mark.parametrize("positions", [1, 3, 8])
 def test_sums_from_factors(
     by_pairs: bool,
     memory: int,

@@ -262,8 +262,15 @@ class KhatriRaoColumns(LayerColumns):
 
     def entry_sums(self) -> Tensor:
         """Σ b aᵀ over all columns and positions."""
-        summed = self.cotangents.sum(1)
-        return self._laid_out(torch.einsum("ngbp,ngap->gba", summed, self.inputs))
+        A, B = self.inputs, self.cotangents.sum(1)
+        if self.positions <= self._b:
+            # Positions beside samples: one product for a group, for a copy of both.
+            left, right = (X.permute(1, 2, 0, 3).flatten(2) for X in (B, A))
+            return self._laid_out(left @ right.mT)
+        total = A.new_zeros(self._groups, self._b, self._a)
+        for part in self._parts(self.numel, _WORKING_SET):
+            total += (B[part] @ A[part].mT).sum(0)
+        return self._laid_out(total)
 
     def kronecker_sums(
         self, reduced_cotangents: bool, reduced_inputs: bool, affine: bool

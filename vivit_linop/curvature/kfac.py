@@ -60,9 +60,9 @@ class KFAC(BlockDiagonal):
     tokens, a weight used several times), ``weight_sharing`` is
 
     - ``"expand"``: A = (1/(N P)) Σ_np a aᵀ, B = Σ_nrp b bᵀ (KFC, Grosse & Martens 2016,
-      arXiv:1602.01407; Eschenhagen et al. 2023, arXiv:2311.00636, eq. 19);
+      arXiv:1602.01407; Eschenhagen et al. 2023, arXiv:2311.00636);
     - ``"reduce"``: the same with mean inputs (1/P) Σ_p a_np and summed cotangents
-      Σ_p b_nrp in place of single positions (Eschenhagen et al., eq. 22);
+      Σ_p b_nrp in place of single positions (Eschenhagen et al. 2023);
     - ``"backpack"``: A = (1/N) Σ_np a aᵀ from ``"expand"`` without 1/P, B from
       ``"reduce"``, as BackPACK's ``KFLR`` and ``KFAC`` for convolutions.
 
@@ -72,8 +72,8 @@ class KFAC(BlockDiagonal):
 
     It equals the GGN's block (variant ``"exact"``) where b does not depend on n, as in
     deep linear nets with ``nn.MSELoss`` (``"expand"``: applied to each position alone;
-    ``"reduce"``: averaged over positions at the end; Eschenhagen et al., Props. 1, 2),
-    and for one sample with one position.
+    ``"reduce"``: averaged over positions at the end; Eschenhagen et al. 2023), and for
+    one sample with one position.
 
     Costs one pass over the data: a forward pass, and R backward passes without weight
     gradients (C − 1 or C for ``"exact"``, ``mc_samples`` for ``"mc"``, 1 for
@@ -360,7 +360,7 @@ class KFRA(BlockDiagonal):
 
     Block-diagonal by parameter, B ⊗ A with A as for ``weight_sharing="backpack"`` of
     :class:`KFAC`, and B propagated from layer to layer as a mean over samples (Botev,
-    Ritter & Barber 2017, arXiv:1706.03662, eq. 21): for a linear layer Wᵀ B W, for an
+    Ritter & Barber 2017, arXiv:1706.03662): for a linear layer Wᵀ B W, for an
     elementwise function with derivatives d_n, B ∘ (1/N) Σ_n d_n d_nᵀ. That recursion
     defines it, so it exists for nets of the modules that BackPACK has rules for only,
     and is computed by BackPACK, on a copy of the model.
