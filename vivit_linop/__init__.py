@@ -14,14 +14,20 @@ from vivit_linop.analysis import (
     projector,
 )
 from vivit_linop.curvature import (
+    EKFAC,
     GGN,
+    KFAC,
+    KFRA,
     EmpiricalFisher,
     GGNFactor,
     Hessian,
     Jacobian,
     LossHessian,
     PerSampleGradients,
+    PositiveCurvatureHessian,
 )
+from vivit_linop.interop import from_backpack, from_curvlinops, from_scipy
+from vivit_linop.linalg import estimate_diagonal
 from vivit_linop.operators import (
     BlockDiagonal,
     Dense,
@@ -36,7 +42,10 @@ from vivit_linop.risk import EmpiricalRisk
 __version__ = "0.1.0"
 
 __all__ = [
+    "EKFAC",
     "GGN",
+    "KFAC",
+    "KFRA",
     "BlockDiagonal",
     "Dense",
     "Diagonal",
@@ -51,10 +60,15 @@ __all__ = [
     "LanczosSpectrum",
     "LossHessian",
     "PerSampleGradients",
+    "PositiveCurvatureHessian",
     "TorchLinearOperator",
     "centered_gram",
     "damped_newton_step",
     "directional_derivatives",
+    "estimate_diagonal",
+    "from_backpack",
+    "from_curvlinops",
+    "from_scipy",
     "linalg",
     "projector",
     "testing",

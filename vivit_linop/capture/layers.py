@@ -11,7 +11,7 @@ For samples n and cotangent columns r, a parameter's part of column (n, r) of J�
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -28,6 +28,8 @@ _CACHED_BYTES, _PASSING_BYTES = 4 * 2**20, 64 * 2**20
 _DEVICE_FACTOR = 64
 # A symmetric product is halved until a block has this many rows.
 _SYMMETRIC_LEAF = 300
+# Temporaries that are read again right away should still be in a cache.
+_WORKING_SET = 8 * 2**20
 
 
 class LayerColumns(ABC):
@@ -82,6 +84,27 @@ class LayerColumns(ABC):
     @abstractmethod
     def components(self, images: Tensor) -> Tensor:
         """Return the products of cotangents and images, ``[K, n, s] -> [K, n, R]``."""
+
+    def squared_norms(self, memory: int) -> Tensor:
+        """The squared norms of the columns, ``[n·R]``.
+
+        Args:
+            memory: The bytes that temporaries may take, here and below.
+        """
+        return self.rows().square().sum(1)
+
+    def entry_squares(self, memory: int) -> Tensor:
+        """The squares of the entries, summed over all columns, ``[numel]``."""
+        return self.rows().square().sum(0)
+
+    def sample_entry_squares(self, memory: int) -> Tensor:
+        """The squares of the entries, summed over each sample, ``[n, numel]``."""
+        rows = self.rows().view(self.num_samples, self.width, self.numel)
+        return rows.square().sum(1)
+
+    def entry_sums(self) -> Tensor:
+        """The sum of all columns, ``[numel]``."""
+        return self.rows().sum(0)
 
     @property
     @abstractmethod
@@ -334,6 +357,148 @@ class KhatriRaoColumns(LayerColumns):
         formed = torch.einsum(order, self.inputs, self.cotangents)
         return formed.reshape(-1, self.numel)
 
+    # Squares and sums of entries, without forming all columns ------------------------
+
+    def squared_norms(self, memory: int) -> Tensor:
+        """Σ_pq (a_pᵀ a_q)(b_pᵀ b_q) for each column, or from its block if cheaper."""
+        a, b, P = self._a, self._b, self.positions
+        if P == 1:
+            norms = self.cotangents.square().sum((3, 4))
+            norms = norms * self.inputs.square().sum((2, 3)).unsqueeze(1)
+            return norms.sum(2).reshape(-1)
+        pairs = P * P * (2 * b + 2 * a / self.width + _ELEMENTWISE_COST)
+        blocks = a * b * (2 * P + _ELEMENTWISE_COST)
+        by_pairs = pairs < blocks
+        entries = self._groups * (P * P if by_pairs else a * b)
+        norms = self.cotangents.new_empty(self.num_samples, self.width)
+        for part in self._parts(entries * (self.width + 1), memory):
+            A, B = self.inputs[part], self.cotangents[part]
+            if by_pairs:
+                products = torch.einsum("nrgbp,nrgbq->nrgpq", B, B)
+                products *= (A.mT @ A).unsqueeze(1)
+            else:
+                products = torch.einsum("ngap,nrgbp->nrgba", A, B).square_()
+            # Of pairs that cancel, rounding may leave less than nothing.
+            norms[part] = products.sum((2, 3, 4)).clamp_(min=0.0)
+        return norms.reshape(-1)
+
+    def entry_squares(self, memory: int) -> Tensor:
+        """(Σ_r b_r²)ᵀ (a²), a matrix product; with positions, from pairs or blocks."""
+        a, b, P = self._a, self._b, self.positions
+        total = self.inputs.new_zeros(self._groups, b, a)
+        by_pairs = self._squares_by_pairs()
+        size = P * (P + 1) // 2 * (a + b) if by_pairs else self.width * a * b
+        for part in self._parts(self._groups * size, memory):
+            if by_pairs:
+                A, B = self._pair_products(part)
+                total += torch.einsum("ngbk,ngak->gba", B, A)
+            else:
+                for group in range(self._groups):
+                    block = self._sample_blocks(part, group)
+                    total[group] += block.square_().sum((0, 1))
+        return self._laid_out(total.clamp_(min=0.0))
+
+    def sample_entry_squares(self, memory: int) -> Tensor:
+        """As ``entry_squares``, sample by sample."""
+        a, b, P = self._a, self._b, self.positions
+        total = self.inputs.new_empty(self.num_samples, self._groups, b, a)
+        by_pairs = self._squares_by_pairs()
+        size = P * (P + 1) // 2 * (a + b) if by_pairs else self.width * a * b
+        for part in self._parts(self._groups * size, memory):
+            if by_pairs:
+                A, B = self._pair_products(part)
+                total[part] = B @ A.mT
+            else:
+                for group in range(self._groups):
+                    block = self._sample_blocks(part, group)
+                    total[part, group] = block.square_().sum(1)
+        return self._laid_out(total.clamp_(min=0.0))
+
+    def entry_sums(self) -> Tensor:
+        """Σ b aᵀ over all columns and positions."""
+        A, B = self.inputs, self.cotangents.sum(1)
+        if self.positions <= self._b:
+            # Positions beside samples: one product for a group, for a copy of both.
+            left, right = (X.permute(1, 2, 0, 3).flatten(2) for X in (B, A))
+            return self._laid_out(left @ right.mT)
+        total = A.new_zeros(self._groups, self._b, self._a)
+        for part in self._parts(self.numel, _WORKING_SET):
+            total += (B[part] @ A[part].mT).sum(0)
+        return self._laid_out(total)
+
+    def kronecker_sums(
+        self, reduced_cotangents: bool, reduced_inputs: bool, affine: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Sums of outer products of cotangents and of inputs, group by group.
+
+        Args:
+            reduced_cotangents: Whether cotangents are first summed over positions.
+            reduced_inputs: Whether inputs are first averaged over positions.
+            affine: Whether a 1 is appended to the inputs, for a bias.
+
+        Returns:
+            Σ b bᵀ ``[G, b, b]`` and Σ a aᵀ ``[G, a, a]``.
+        """
+        A, B = self.inputs, self.cotangents
+        if reduced_inputs:
+            A = A.mean(3, keepdim=True)
+        if reduced_cotangents:
+            B = B.sum(4, keepdim=True)
+        if affine:
+            A = torch.cat([A, torch.ones_like(A[:, :, :1])], dim=2)
+        A = A.permute(1, 2, 0, 3).flatten(2)
+        B = B.permute(2, 3, 0, 1, 4).flatten(2)
+        return _outer_sums(B), _outer_sums(A)
+
+    @property
+    def inputs_first(self) -> bool:
+        """Whether the parameter is laid out as ``[G, a, b]``."""
+        return self._inputs_first
+
+    def _squares_by_pairs(self) -> bool:
+        """Whether pairs of positions cost less than the blocks of all columns."""
+        if self.positions == 1:
+            return True
+        pairs = self.positions * (self.positions + 1) // 2
+        a, b, R = self._a, self._b, self.width
+        # The products of pairs are written, blocks are written and squared.
+        by_pairs = pairs * (2 * a * b + _ELEMENTWISE_COST * (a + b) + 2 * R * b)
+        return by_pairs < R * a * b * (2 * self.positions + _ELEMENTWISE_COST)
+
+    def _pair_products(self, part: slice) -> tuple[Tensor, Tensor]:
+        """Products over pairs p ≤ q of inputs, and of cotangents summed over columns.
+
+        Pairs p < q count twice: ``[n, G, a, pairs]``, ``[n, G, b, pairs]``.
+        """
+        A, B = self.inputs[part], self.cotangents[part]
+        if self.positions == 1:
+            return A.square(), B.square().sum(1)
+        p, q = torch.triu_indices(self.positions, self.positions, device=A.device)
+        inputs = A[..., p] * A[..., q]
+        columns = B.permute(0, 2, 3, 1, 4)
+        cotangents = (columns.mT @ columns)[..., p, q]
+        cotangents[..., p != q] *= 2.0
+        return inputs, cotangents
+
+    def _sample_blocks(self, part: slice, group: int) -> Tensor:
+        """Columns of some samples as blocks, ``[n, R, b, a]``."""
+        B = self.cotangents[part, :, group]
+        n, R, b, P = B.shape
+        product = torch.bmm(B.reshape(n, R * b, P), self.inputs[part, group].mT)
+        return product.view(n, R, b, self._a)
+
+    def _parts(self, entries: int, memory: int) -> Iterator[slice]:
+        """Cut the samples so that temporaries of so many entries a sample fit."""
+        itemsize = self.inputs.element_size()
+        limit = min(memory, _WORKING_SET) if self.inputs.is_cpu else memory
+        size = max(1, limit // (entries * itemsize))
+        for start in range(0, self.num_samples, size):
+            yield slice(start, min(start + size, self.num_samples))
+
+    def _laid_out(self, entries: Tensor) -> Tensor:
+        """From ``[…, G, b, a]`` to the layout of the parameter, ``[…, numel]``."""
+        return (entries.mT if self._inputs_first else entries).flatten(-3)
+
 
 def compacted(columns: LayerColumns) -> LayerColumns:
     """Form columns that take less memory than their factors."""
@@ -424,6 +589,15 @@ def mirror(matrix: Tensor) -> None:
 
 def _share(size: int, device: torch.device) -> int:
     return size if device.type == "cpu" else size * _DEVICE_FACTOR
+
+
+def _outer_sums(columns: Tensor) -> Tensor:
+    """Sums of outer products of columns, ``[G, d, k] -> [G, d, d]``."""
+    sums = columns.new_zeros(*columns.shape[:2], columns.shape[1])
+    for total, group in zip(sums, columns, strict=True):
+        add_product(total, group, group, True)
+        mirror(total)
+    return sums
 
 
 def _alike(left: LayerColumns, right: LayerColumns) -> bool:

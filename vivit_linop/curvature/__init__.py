@@ -3,16 +3,21 @@
 from vivit_linop.curvature import routes, rules, sums  # noqa: F401  (register)
 from vivit_linop.curvature.fisher import EmpiricalFisher, PerSampleGradients
 from vivit_linop.curvature.ggn import GGN, GGNFactor
-from vivit_linop.curvature.hessian import Hessian
+from vivit_linop.curvature.hessian import Hessian, PositiveCurvatureHessian
 from vivit_linop.curvature.jacobian import Jacobian
+from vivit_linop.curvature.kfac import EKFAC, KFAC, KFRA
 from vivit_linop.curvature.output_space import LossHessian
 
 __all__ = [
+    "EKFAC",
     "GGN",
+    "KFAC",
+    "KFRA",
     "EmpiricalFisher",
     "GGNFactor",
     "Hessian",
     "Jacobian",
     "LossHessian",
     "PerSampleGradients",
+    "PositiveCurvatureHessian",
 ]

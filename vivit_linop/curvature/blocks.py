@@ -10,7 +10,12 @@ import torch
 from torch import Tensor
 
 from vivit_linop.curvature.jacobian import Pullback
-from vivit_linop.curvature.sums import GramTotal, OuterTotal, sum_columns
+from vivit_linop.curvature.sums import (
+    GramTotal,
+    OuterTotal,
+    RowNorms,
+    sum_columns,
+)
 from vivit_linop.operators import verbs
 from vivit_linop.operators.base import TorchLinearOperator
 from vivit_linop.operators.kronecker import BlockDiagonal
@@ -108,7 +113,9 @@ def _(factor: FactorRows, X: Tensor) -> Tensor:
 
 @verbs.row_norms_squared.register
 def _(op: FactorRows) -> Tensor:
-    return verbs.row_norms_squared(op.partition.factor)[op._index]
+    total = RowNorms(op.partition.factor, op.partition.groups[op.group])
+    sum_columns(op.partition.factor, [total])
+    return total.entries
 
 
 def block_diagonal(op: LowRank, blocks: ParameterBlocks) -> BlockDiagonal:

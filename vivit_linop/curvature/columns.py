@@ -76,9 +76,11 @@ class Columns:
         names: The parameters of interest.
         memory: The bytes that a piece may take.
         formed: How many entries of a column will be formed in addition.
+        compact: Whether columns that are smaller than their factors are formed.
 
     Attributes:
         names: The parameters of interest.
+        compact: Whether small columns are formed.
     """
 
     def __init__(
@@ -87,7 +89,9 @@ class Columns:
         names: Sequence[str],
         memory: int,
         formed: int = 0,
+        compact: bool = True,
     ) -> None:
+        self.compact = compact
         self._pullbacks, self._risk = pullbacks, pullbacks[0].risk
         self.names, self._memory = set(names), memory
         self._width = sum(pullback.width for pullback in pullbacks)
@@ -160,7 +164,7 @@ class Columns:
     def _columns(
         self, X: Any, capture: Capture, structure: Structure, cotangents: Tensor
     ) -> dict[str, LayerColumns]:
-        columns = capture.columns(cotangents, structure, self.names)
+        columns = capture.columns(cotangents, structure, self.names, self.compact)
         opaque = [
             name
             for name in self._risk.params

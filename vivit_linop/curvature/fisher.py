@@ -7,14 +7,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vivit_linop.curvature.blocks import ParameterBlocks, block_diagonal
+from vivit_linop.curvature.blocks import (
+    ParameterBlocks,
+    block_diagonal,
+    parameter_groups,
+)
 from vivit_linop.curvature.ggn import GGNFactor
 from vivit_linop.curvature.jacobian import Jacobian, Pullback
 from vivit_linop.curvature.output_space import LossGradient
+from vivit_linop.curvature.sums import ColumnNorms, sum_columns
 from vivit_linop.operators.base import TorchLinearOperator
 from vivit_linop.operators.kronecker import BlockDiagonal
-from vivit_linop.operators.lowrank import LowRank
-from vivit_linop.operators.verbs import gram_matrix
+from vivit_linop.operators.lowrank import Centered, LowRank
+from vivit_linop.operators.verbs import gram_matrix, row_norms_squared
 from vivit_linop.risk.empirical import EmpiricalRisk, as_risk
 
 
@@ -52,6 +57,113 @@ class PerSampleGradients(Pullback):
         """The gradients in output space."""
         assert isinstance(self.blocks, LossGradient)
         return self.blocks
+
+    def squared_norms(self, blocks: ParameterBlocks | None = None) -> Tensor:
+        """Return the squared norms ‖∇ℓ_n‖² of the samples' gradients, without r.
+
+        One pass over the data; gradients of linear layers are not formed (for one
+        position ‖b ⊗ a‖² = ‖b‖² ‖a‖²; Goodfellow 2015, arXiv:1510.01799), those of
+        convolutions are if that is cheaper. BackPACK's ``BatchL2Grad`` is r² times the
+        result for ``blocks="parameter"``.
+
+        Args:
+            blocks: None for whole gradients; or ``"parameter"``, ``"module"`` or
+                groups of parameters, as for :meth:`vivit_linop.GGN.block_diagonal`, for
+                their restrictions.
+
+        Returns:
+            ``[N]``, or ``[N, B]`` for B blocks.
+
+        Raises:
+            ValueError: If a parameter is missing in ``blocks``, foreign or listed
+                twice.
+
+        Example:
+            >>> import torch, vivit_linop as vl
+            >>> from torch import nn
+            >>> data = (torch.rand(4, 3), torch.rand(4, 1))
+            >>> U = vl.PerSampleGradients(nn.Linear(3, 1), nn.MSELoss(), data)
+            >>> U.squared_norms("parameter").shape
+            torch.Size([4, 2])
+        """
+        if blocks is None:
+            return row_norms_squared(self.T)
+        total = ColumnNorms(self, parameter_groups(self.risk, blocks))
+        with torch.inference_mode(False):
+            sum_columns(self, [total])
+        return total.norms
+
+    def second_moment(self) -> Tensor:
+        """Return (1/N) Σ_n (∇ℓ_n)², entry by entry and without r, ``[D]``.
+
+        One pass over the data; U is not formed where a layer is linear. BackPACK's
+        ``SumGradSquared`` is r² N times this. ``risk.unflatten`` gives it the shapes of
+        the parameters.
+
+        Example:
+            >>> import torch, vivit_linop as vl
+            >>> from torch import nn
+            >>> data = (torch.rand(4, 3), torch.rand(4, 1))
+            >>> U = vl.PerSampleGradients(nn.Linear(3, 1), nn.MSELoss(), data)
+            >>> torch.allclose(U.second_moment(), U.to_dense().square().mean(1))
+            True
+        """
+        with torch.inference_mode(False):
+            return row_norms_squared(self) / self.shape[1]
+
+    def variance(self) -> Tensor:
+        """Return the variance of ∇ℓ_n over the samples, entry by entry, ``[D]``.
+
+        The biased one, (1/N) Σ_n (∇ℓ_n − ∇ℓ̄)², without r; as the second moment less
+        the squared mean, so that its absolute error is about eps times the second
+        moment. One pass over the data, U is not formed where a layer is linear.
+        BackPACK's ``Variance`` is r² times this. The diagonal of :meth:`covariance`.
+
+        Example:
+            >>> import torch, vivit_linop as vl
+            >>> from torch import nn
+            >>> data = (torch.rand(4, 3), torch.rand(4, 1))
+            >>> risk = vl.EmpiricalRisk(nn.Linear(3, 1), nn.MSELoss(), data)
+            >>> U = vl.PerSampleGradients(risk)
+            >>> weight, bias = risk.unflatten(U.variance())
+            >>> weight.shape
+            torch.Size([1, 3])
+        """
+        with torch.inference_mode(False):
+            return row_norms_squared(self.centered()) / self.shape[1]
+
+    def centered(self) -> Centered:
+        """Return the operator with the columns ∇ℓ_n − ∇ℓ̄, ``[D, N]``.
+
+        ``Uc = U.centered()``; ``Uc.T @ Uc`` is the centred Gram matrix.
+
+        Example:
+            >>> import torch, vivit_linop as vl
+            >>> from torch import nn
+            >>> data = (torch.rand(4, 3), torch.rand(4, 1))
+            >>> U = vl.PerSampleGradients(nn.Linear(3, 1), nn.MSELoss(), data)
+            >>> Uc = U.centered()
+            >>> Uc.T @ Uc
+            <4x4 Gram, torch.float32, cpu>
+        """
+        return Centered(self)
+
+    def covariance(self) -> LowRank:
+        """Return the covariance of ∇ℓ_n over the samples, ``[D, D]``.
+
+        The biased one, (1/N) Σ_n (∇ℓ_n − ∇ℓ̄)(∇ℓ_n − ∇ℓ̄)ᵀ, without r: a low-rank
+        operator whose spectrum and damped inverses come from the centred Gram matrix
+        of size N.
+
+        Example:
+            >>> import torch, vivit_linop as vl
+            >>> from torch import nn
+            >>> data = (torch.rand(4, 3), torch.rand(4, 1))
+            >>> U = vl.PerSampleGradients(nn.Linear(3, 1), nn.MSELoss(), data)
+            >>> torch.allclose(U.covariance().diagonal(), U.variance())
+            True
+        """
+        return LowRank(self.centered(), 1.0 / self.shape[1])
 
 
 @gram_matrix.register

@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import Any, Self
 
 import torch
+from torch import Tensor
 
 from vivit_linop.curvature.blocks import ParameterBlocks, block_diagonal
 from vivit_linop.curvature.jacobian import Jacobian, Pullback
 from vivit_linop.curvature.output_space import LossHessian, LossHessianSqrt
+from vivit_linop.curvature.sums import SampleRowNorms, sum_columns
 from vivit_linop.operators.kronecker import BlockDiagonal
 from vivit_linop.operators.lowrank import LowRank
 from vivit_linop.risk.empirical import EmpiricalRisk, as_risk
@@ -125,6 +127,27 @@ class GGN(LowRank):
     def risk(self) -> EmpiricalRisk:
         """The risk that it belongs to."""
         return self.factor.risk
+
+    def sample_diagonals(self) -> Tensor:
+        """Return the diagonals of the samples' GGNs G_n = J_nᵀ H_n J_n, ``[N, D]``.
+
+        Without r, as all quantities of single samples: r Σ_n of them is
+        ``G.diagonal()``. BackPACK's ``BatchDiagGGNExact`` (and ``…MC``, for a GGN with
+        ``mc_samples``) is r times this. One pass over the data; V is not formed. Take
+        ``risk.subset`` where N·D entries are too many.
+
+        Example:
+            >>> import torch, vivit_linop as vl
+            >>> from torch import nn
+            >>> data = (torch.rand(4, 3), torch.randint(2, (4,)))
+            >>> G = vl.GGN(nn.Linear(3, 2), nn.CrossEntropyLoss(), data)
+            >>> torch.allclose(G.sample_diagonals().mean(0), G.diagonal())
+            True
+        """
+        total = SampleRowNorms(self.factor)
+        with torch.inference_mode(False):
+            sum_columns(self.factor, [total])
+        return total.norms.mul_(self.scale / self.risk.reduction_factor)
 
     def block_diagonal(self, blocks: ParameterBlocks) -> BlockDiagonal:
         """Return the block-diagonal of G over blocks of parameters.

@@ -1,15 +1,35 @@
-"""The Hessian of the empirical risk."""
+"""The Hessian of the empirical risk, its diagonal and its blocks."""
 
 from __future__ import annotations
 
+import time
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.func import jvp, vmap
 
+from vivit_linop.capture.costs import layer_costs
+from vivit_linop.curvature.blocks import ParameterBlocks, parameter_groups
+from vivit_linop.curvature.columns import memory_budget
+from vivit_linop.curvature.output_space import LossGradient, LossHessian
+from vivit_linop.interop import backpack_diagonal_hessian, backpack_positive_curvature
 from vivit_linop.operators.base import TorchLinearOperator
+from vivit_linop.operators.kronecker import BlockDiagonal
+from vivit_linop.operators.verbs import diagonal
+from vivit_linop.risk.data import take
 from vivit_linop.risk.empirical import EmpiricalRisk, as_risk
-from vivit_linop.risk.model import as_guest
+from vivit_linop.risk.model import Params, as_guest, strided
+
+# Products that are taken together where a pass over the data is so short that most of
+# it is overhead (in floating-point operations); else there is nothing to gain by it.
+_TOGETHER = 16
+_SHORT_PASS = 3e7
+_ROUTES = ("backpack", "products")
 
 
 class Hessian(TorchLinearOperator):
@@ -47,6 +67,9 @@ class Hessian(TorchLinearOperator):
         super().__init__((D, D), self.risk.dtype, self.risk.device)
         self._kept: list[Tensor] | None = None
         self._checked = False
+        self._batched = True  # until torch refuses
+
+    # Products -----------------------------------------------------------------------
 
     def _gradient(self, index: int, X: Any) -> list[Tensor]:
         """The gradient on a batch, with its graph."""
@@ -54,7 +77,10 @@ class Hessian(TorchLinearOperator):
         output = risk.model(risk.params, X)
         risk.check_outputs(index, output)
         total = risk.loss.total(output, risk.targets()[index]) * risk.scale
-        parameters = list(risk.params.values())
+        return self._gradient_of(total)
+
+    def _gradient_of(self, total: Tensor) -> list[Tensor]:
+        parameters = list(self.risk.params.values())
         gradients = torch.autograd.grad(
             total, parameters, create_graph=True, allow_unused=True
         )
@@ -64,18 +90,27 @@ class Hessian(TorchLinearOperator):
         ]
 
     def _multiply(self, X: Tensor) -> Tensor:
+        return self.multiply_block(range(len(self.risk.sizes)), X)
+
+    def multiply_block(self, chosen: Sequence[int], X: Tensor) -> Tensor:
+        """Multiply the diagonal block of some parameters, ``[d, K] -> [d, K]``.
+
+        Args:
+            chosen: The numbers of the parameters.
+            X: Their entries.
+        """
         if not self._checked:
             self._check_symmetry()
         result = torch.zeros_like(X)
         single = len(self.risk.batch_sizes) == 1
         with as_guest(self.risk.device):
             if single and self._kept is not None:
-                return self._differentiate(self._kept, X)
+                return self._differentiate(self._kept, chosen, X)
             for index, (inputs, _) in enumerate(self.risk.batches()):
                 gradient = self._gradient(index, inputs)
                 if single:
                     self._kept = gradient
-                result += self._differentiate(gradient, X)
+                result += self._differentiate(gradient, chosen, X)
         return result
 
     def _check_symmetry(self) -> None:
@@ -95,22 +130,397 @@ class Hessian(TorchLinearOperator):
                 "one. The GGN does not need second derivatives."
             )
 
-    def _differentiate(self, gradient: list[Tensor], X: Tensor) -> Tensor:
-        """Differentiate the gradient along each column."""
-        risk = self.risk
+    def _differentiate(
+        self, gradient: list[Tensor], chosen: Sequence[int], X: Tensor
+    ) -> Tensor:
+        """Differentiate the gradient in some parameters along each column."""
         # The loss may be linear in some parameters.
-        curved = [index for index, g in enumerate(gradient) if g.requires_grad]
+        curved = [index for index in chosen if gradient[index].requires_grad]
         if not curved:
             return torch.zeros_like(X)
+        parameters = list(self.risk.params.values())
+        sizes = [self.risk.sizes[index] for index in chosen]
         columns = []
-        for x in X.unbind(1):
-            parts = risk.unflatten(x)
-            product = torch.autograd.grad(
+        size = self._together if X.shape[1] > 1 else 1
+        for part in X.split(size, dim=1):
+            vectors = {
+                index: rows.T.reshape(part.shape[1], *parameters[index].shape)
+                for index, rows in zip(chosen, part.split(sizes), strict=True)
+            }
+            products = self._pull_back(
                 [gradient[index] for index in curved],
-                list(risk.params.values()),
-                [parts[index] for index in curved],
-                retain_graph=True,
-                allow_unused=True,
+                [parameters[index] for index in chosen],
+                [vectors[index] for index in curved],
             )
-            columns.append(risk.flatten(product))
-        return torch.stack(columns, dim=1)
+            rows_of_parts = [
+                part.new_zeros(size, part.shape[1])
+                if product is None
+                else product.reshape(part.shape[1], size).T
+                for size, product in zip(sizes, products, strict=True)
+            ]
+            columns.append(torch.cat(rows_of_parts))
+        return torch.cat(columns, dim=1)
+
+    @property
+    def _together(self) -> int:
+        """How many products are taken together."""
+        return _TOGETHER if self._batched and self._short else 1
+
+    @cached_property
+    def _short(self) -> bool:
+        """Whether a pass over the data is short."""
+        costs = layer_costs(self.risk, 1)
+        return sum(cost.forward_flops for cost in costs) < _SHORT_PASS
+
+    def _pull_back(
+        self, outputs: list[Tensor], inputs: list[Tensor], vectors: list[Tensor]
+    ) -> list[Tensor | None]:
+        """Backward passes for ``[K, *p]`` vectors, together if torch can."""
+        count = len(vectors[0])
+        keywords: dict[str, Any] = {"retain_graph": True, "allow_unused": True}
+        if count > 1 and self._batched:
+            try:
+                with warnings.catch_warnings():
+                    warnings.filterwarnings("ignore", "There is a performance drop")
+                    together = torch.autograd.grad(
+                        outputs, inputs, vectors, is_grads_batched=True, **keywords
+                    )
+                return [strided(product) for product in together]
+            # Some operations have no batched backward pass.
+            except (RuntimeError, NotImplementedError):
+                self._batched = False
+        each = [
+            torch.autograd.grad(outputs, inputs, [v[k] for v in vectors], **keywords)
+            for k in range(count)
+        ]
+        return [
+            None if products[0] is None else strided(torch.stack(products))
+            for products in zip(*each, strict=True)
+        ]
+
+    # Blocks --------------------------------------------------------------------------
+
+    def block_diagonal(self, blocks: ParameterBlocks) -> BlockDiagonal:
+        """Return the block-diagonal of the Hessian over blocks of parameters.
+
+        A product with a block is a backward pass that goes through the part of the
+        graph that belongs to its parameters. BackPACK's ``HMP`` is that for
+        ``"parameter"``.
+
+        Args:
+            blocks: As for :meth:`vivit_linop.GGN.block_diagonal`.
+
+        Raises:
+            ValueError: If a parameter is missing, foreign or listed twice.
+
+        Example:
+            >>> import torch, vivit_linop as vl
+            >>> from torch import nn
+            >>> data = (torch.rand(4, 3), torch.rand(4, 1))
+            >>> H = vl.Hessian(nn.Linear(3, 1), nn.MSELoss(), data)
+            >>> H.block_diagonal("parameter").blocks
+            [<3x3 HessianBlock, torch.float32, cpu>, <1x1 HessianBlock, torch.float32, \
+cpu>]
+        """
+        risk = self.risk
+        groups = parameter_groups(risk, blocks)
+        names = list(risk.params)
+        chosen = [[names.index(name) for name in group] for group in groups]
+        places = torch.arange(risk.num_params, device=risk.device).split(risk.sizes)
+        return BlockDiagonal(
+            [HessianBlock(self, numbers) for numbers in chosen],
+            [torch.cat([places[number] for number in numbers]) for numbers in chosen],
+        )
+
+    # Diagonals ------------------------------------------------------------------------
+
+    def diagonal(self, route: str | None = None) -> Tensor:
+        """Return the exact diagonal, ``[D]``.
+
+        Args:
+            route: ``"backpack"``: BackPACK's recursion over layers (Dangel, Kunstner &
+                Hennig 2020, arXiv:1912.10985), a backward pass of
+                matrices with C columns and more after each elementwise function, for
+                nets of the modules that it has rules for; ``"products"``: D products
+                with the Hessian, for every model. None for the former where it can be
+                done in the memory budget and its result stands up to a check, else the
+                latter. :meth:`explain_diagonal` says what it will cost. Where that is
+                too much, :func:`vivit_linop.estimate_diagonal` estimates.
+
+        Raises:
+            ValueError: If BackPACK cannot do the model and ``route`` demands it.
+
+        Example:
+            >>> import torch, vivit_linop as vl
+            >>> from torch import nn
+            >>> data = (torch.rand(4, 3), torch.rand(4, 1))
+            >>> H = vl.Hessian(nn.Sequential(nn.Linear(3, 1)), nn.MSELoss(), data)
+            >>> by_products = H.diagonal("products")
+            >>> torch.allclose(H.diagonal("backpack"), by_products)
+            True
+        """
+        recursion = self._recursion(route, by_sample=False)
+        if recursion is not None:
+            return recursion
+        with torch.inference_mode(False):
+            return diagonal.dispatch(TorchLinearOperator)(self)
+
+    def sample_diagonals(self, route: str | None = None) -> Tensor:
+        """Return the diagonals of the samples' Hessians ∇²ℓ_n, ``[N, D]``.
+
+        Without r, as all quantities of single samples: r Σ_n of them is
+        ``H.diagonal()``. BackPACK's ``BatchDiagHessian`` is r times this.
+
+        Args:
+            route: ``"backpack"`` as for :meth:`diagonal`; ``"products"``: second
+                derivatives of the outputs along each parameter entry by forward mode,
+                D passes over the data; for models without forward mode, D products
+                with the Hessian of each sample. None for the first that works.
+
+        Raises:
+            ValueError: If BackPACK cannot do the model and ``route`` demands it.
+
+        Example:
+            >>> import torch, vivit_linop as vl
+            >>> from torch import nn
+            >>> data = (torch.rand(4, 3), torch.rand(4, 1))
+            >>> H = vl.Hessian(nn.Linear(3, 1), nn.MSELoss(), data)
+            >>> H.sample_diagonals().shape
+            torch.Size([4, 4])
+        """
+        recursion = self._recursion(route, by_sample=True)
+        if recursion is not None:
+            return recursion / self.risk.reduction_factor
+        with torch.inference_mode(False):
+            return self._sample_diagonals()
+
+    def explain_diagonal(self) -> DiagonalCost:
+        """Print what the diagonal by products will cost, and whether BackPACK can.
+
+        Takes a few products, to measure them.
+
+        Returns:
+            What is printed.
+        """
+        D = self.shape[0]
+        count = min(D, self._together)
+        unit = torch.eye(D, count, dtype=self.torch_dtype, device=self.device)
+        self.apply(unit)  # makes the graph
+        start = time.perf_counter()
+        self.apply(unit)[0, 0].item()  # waits for the device
+        seconds = (time.perf_counter() - start) / count
+        N, start = self.risk.num_samples, time.perf_counter()
+        try:
+            one = self.risk.subset([0])
+            backpack_diagonal_hessian(one, False, memory_budget(self.risk) // N)
+            recursion = None
+        except ValueError as error:
+            recursion = str(error)
+        one_sample = time.perf_counter() - start
+        cost = DiagonalCost(D, seconds * D, N * one_sample, recursion)
+        print(cost)
+        return cost
+
+    def _recursion(self, route: str | None, by_sample: bool) -> Tensor | None:
+        """BackPACK's diagonal if it is right, None if products are to be used."""
+        if route is not None and route not in _ROUTES:
+            raise ValueError(f"route: one of {', '.join(_ROUTES)}, got {route!r}.")
+        if route == "products":
+            return None
+        try:
+            found = backpack_diagonal_hessian(
+                self.risk, by_sample, memory_budget(self.risk)
+            )
+            self._check_diagonal(found.sum(0) if by_sample else found)
+        except ValueError:
+            if route == "backpack":
+                raise
+            return None
+        return found
+
+    def _check_diagonal(self, found: Tensor) -> None:
+        """Raise an error if some entries are not those of products."""
+        D = self.shape[0]
+        generator = torch.Generator().manual_seed(0)
+        some = torch.randperm(D, generator=generator)[:4].to(found.device)
+        entries = torch.cat([found.abs().argmax().unsqueeze(0), some])
+        unit = torch.zeros(D, len(entries), dtype=found.dtype, device=found.device)
+        unit[entries, torch.arange(len(entries), device=found.device)] = 1.0
+        exact = (self.apply(unit) * unit).sum(0)
+        tolerance = torch.finfo(found.dtype).eps ** 0.5
+        size = exact.abs().max() + found[entries].abs().max()
+        if not (found[entries] - exact).abs().max() <= tolerance * size:
+            raise ValueError(
+                "model: BackPACK and products give different diagonals of its Hessian. "
+                "Use route='products'."
+            )
+
+    def _sample_diagonals(self) -> Tensor:
+        """By forward mode, or sample by sample."""
+        risk, D = self.risk, self.shape[0]
+        unit = torch.eye(D, dtype=self.torch_dtype, device=self.device)
+        try:
+            # Along one random direction all samples together are the Hessian's.
+            noise = torch.randn(D, generator=torch.Generator().manual_seed(0))
+            x = noise.to(unit).unsqueeze(1)
+            total = self._second_derivatives(x).sum() * risk.reduction_factor
+            expected = (x * self.apply(x)).sum()
+            tolerance = 10 * torch.finfo(self.torch_dtype).eps ** 0.5
+            size = expected.abs() + x.norm() * self.apply(x).norm()
+            if (total - expected).abs() <= tolerance * size:
+                parts = unit.split(self._together, dim=1)
+                return torch.cat([self._second_derivatives(U) for U in parts], dim=1)
+        # Operations without forward mode, or that cannot be vectorised.
+        except (RuntimeError, NotImplementedError):
+            pass
+        return self._diagonals_one_by_one()
+
+    def _diagonals_one_by_one(self) -> Tensor:
+        """D products with the Hessian of each sample."""
+        risk, D = self.risk, self.shape[0]
+        factor = risk.scale / risk.reduction_factor
+        everything = range(len(risk.sizes))
+        unit = torch.eye(D, dtype=self.torch_dtype, device=self.device)
+        rows = []
+        for (X, y), targets in zip(risk.batches(), risk.targets(), strict=True):
+            for n in range(len(y)):
+                with as_guest(risk.device):
+                    sample = take(X, torch.tensor([n]), risk.by_sample)
+                    output = risk.model(risk.params, sample)
+                    total = risk.loss.total(output, targets[n : n + 1]) * factor
+                    gradient = self._gradient_of(total)
+                    image = self._differentiate(gradient, everything, unit)
+                rows.append(image.diagonal())
+        return torch.stack(rows)
+
+    def _second_derivatives(self, U: Tensor) -> Tensor:
+        """The second derivatives of ℓ_n along columns, ``[N, K]``.
+
+        uᵀ ∇²ℓ_n u = (J_n u)ᵀ H_n (J_n u) + ⟨∇_f ℓ_n, ∂²f_n/∂u²⟩.
+        """
+        risk, count = self.risk, U.shape[1]
+        gradient, curvature = LossGradient(risk), LossHessian(risk)
+        directions = dict(zip(risk.params, risk.unflatten(U), strict=True))
+        params = {name: p.detach() for name, p in risk.params.items()}
+        rows = []
+        for batch, (X, _) in enumerate(risk.batches()):
+
+            def derivatives(direction: Params, X: Any = X) -> tuple[Tensor, Tensor]:
+                def slope(params: Params) -> Tensor:
+                    def f(params: Params) -> Tensor:
+                        return risk.model(params, X)
+
+                    derivative: Tensor = jvp(f, (params,), (direction,))[1]
+                    return derivative
+
+                both: tuple[Tensor, Tensor] = jvp(slope, (params,), (direction,))[:2]
+                return both
+
+            with as_guest(risk.device), torch.no_grad():
+                first, second = vmap(derivatives)(directions)
+            n = first.shape[1]
+            f1 = first.reshape(count, -1).T  # [n C, K]
+            f2 = second.reshape(count, n, -1)
+            curved = f1 * curvature.apply_batch(batch, f1) / risk.reduction_factor
+            linear = torch.einsum("knc,nc->nk", f2, gradient.blocks(batch)[:, :, 0, 0])
+            rows.append(curved.reshape(n, -1, count).sum(1) + linear)
+        return torch.cat(rows).detach()
+
+
+class HessianBlock(TorchLinearOperator):
+    """A diagonal block of the Hessian; made by :meth:`Hessian.block_diagonal`.
+
+    Args:
+        hessian: The Hessian.
+        chosen: The numbers of the parameters that it is of.
+    """
+
+    self_adjoint = True
+
+    def __init__(self, hessian: Hessian, chosen: Sequence[int]) -> None:
+        self.hessian, self._chosen = hessian, chosen
+        size = sum(hessian.risk.sizes[number] for number in chosen)
+        super().__init__((size, size), hessian.torch_dtype, hessian.device)
+
+    def _multiply(self, X: Tensor) -> Tensor:
+        return self.hessian.multiply_block(self._chosen, X)
+
+
+class PositiveCurvatureHessian(BlockDiagonal):
+    """The block-diagonal positive-curvature Hessian, from BackPACK; ``[D, D]``.
+
+    By parameter. A recursion over layers like that of the Hessian, in which the term of
+    each elementwise function, diag(φ''(z) ∂L/∂φ), is made positive before it is
+    propagated further (Chen, Chou & Chang 2018, BDA-PCH, arXiv:1802.06502). It is *not*
+    the Hessian projected on the positive semi-definite matrices; for piecewise linear
+    functions it is the GGN's block-diagonal. The recursion defines it, so it exists for
+    nets of the modules that BackPACK has rules for only: Linear, Conv2d, ReLU, Sigmoid,
+    Tanh, pooling, padding, Flatten, Dropout, with MSELoss or CrossEntropyLoss.
+
+    Args:
+        risk: An :class:`EmpiricalRisk`, or a model, followed by ``loss``, ``data`` and
+            ``params`` as for :class:`EmpiricalRisk`. All samples are one batch.
+        modify: ``"clip"`` sets negative terms to zero, ``"abs"`` takes their absolute
+            value.
+
+    Attributes:
+        risk: The risk.
+
+    Raises:
+        ValueError: If BackPACK cannot do the model, with the module at fault; for
+            another ``modify``.
+
+    Example:
+        >>> import torch, vivit_linop as vl
+        >>> from torch import nn
+        >>> net = nn.Sequential(nn.Linear(3, 2), nn.Tanh(), nn.Linear(2, 1))
+        >>> data = (torch.rand(4, 3), torch.rand(4, 1))
+        >>> P = vl.PositiveCurvatureHessian(net, nn.MSELoss(), data, modify="abs")
+        >>> P.shape, len(P.blocks)
+        ((11, 11), 4)
+    """
+
+    def __init__(
+        self,
+        risk: EmpiricalRisk | Any,
+        loss: Any = None,
+        data: Any = None,
+        params: Any | None = None,
+        *,
+        modify: str = "clip",
+    ) -> None:
+        if modify not in ("clip", "abs"):
+            raise ValueError(f"modify: 'clip' or 'abs', got {modify!r}.")
+        self.risk = as_risk(risk, loss, data, params)
+        super().__init__(backpack_positive_curvature(self.risk, modify).blocks)
+
+
+@dataclass(frozen=True)
+class DiagonalCost:
+    """What the Hessian's diagonal will cost.
+
+    Attributes:
+        products: The number of products with the Hessian, D.
+        seconds: What they take, as estimated from some of them.
+        recursion_seconds: What BackPACK's recursion takes at most, as estimated from
+            one sample.
+        refusal: Why it cannot be used, or None.
+    """
+
+    products: int
+    seconds: float
+    recursion_seconds: float
+    refusal: str | None
+
+    def __str__(self) -> str:
+        """Say it in two lines."""
+        recursion = self.refusal or f"about {self.recursion_seconds:.2g} s"
+        return (
+            f"{self.products} products: about {self.seconds:.2g} s\n"
+            f"recursion over layers by BackPACK: {recursion}"
+        )
+
+
+@diagonal.register
+def _(op: Hessian) -> Tensor:
+    return op.diagonal()

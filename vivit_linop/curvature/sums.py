@@ -15,11 +15,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from vivit_linop.capture.layers import merged, mirror
+from vivit_linop.capture.layers import LayerColumns, merged, mirror
 from vivit_linop.curvature.columns import Columns, Piece, memory_budget
 from vivit_linop.curvature.jacobian import Pullback
 from vivit_linop.curvature.stored import StoredColumns, is_small
 from vivit_linop.operators.base import TorchLinearOperator
+from vivit_linop.operators.lowrank import Centered
+from vivit_linop.operators.structure import Adjoint
 from vivit_linop.operators.verbs import (
     gram_matrix,
     outer_matrix,
@@ -36,11 +38,13 @@ class Total(ABC):
         names: The parameters that it is over.
         formed: How many entries of each column it forms.
         in_pairs: Whether it needs pairs of different pieces.
+        by_factors: Whether it needs the factors also where formed columns are smaller.
     """
 
     names: Sequence[str]
     formed: int = 0
     in_pairs: bool = False
+    by_factors: bool = False
 
     @abstractmethod
     def add(self, left: Piece, right: Piece) -> None:
@@ -131,43 +135,112 @@ class OuterTotal(Total):
         self.matrix.addmm_(rows.T, rows)
 
 
-class RowNorms(Total):
-    """The squared norms of the rows, over some parameters.
+class EntrySums(Total):
+    """A vector with an entry for each parameter entry, summed over all columns.
 
     Args:
         factor: Jᵀ B.
         names: The parameters, d entries together.
 
     Attributes:
-        norms: ``[d]``.
+        entries: ``[d]``.
     """
 
     def __init__(self, factor: Pullback, names: Sequence[str]) -> None:
-        self.names, self._risk = names, factor.risk
-        self.formed = max(factor.risk.params[name].numel() for name in names)
+        self.names = names
+        self._memory = memory_budget(factor.risk)
         sizes = [factor.risk.params[name].numel() for name in names]
-        self.norms = torch.zeros(
+        self.entries = torch.zeros(
             sum(sizes), dtype=factor.torch_dtype, device=factor.device
         )
-        self._parts = dict(zip(names, self.norms.split(sizes), strict=True))
+        self._parts = dict(zip(names, self.entries.split(sizes), strict=True))
 
     def add(self, left: Piece, right: Piece) -> None:
-        """Add the squares of the columns of a piece, parameter by parameter."""
+        """Add the columns of a piece, parameter by parameter."""
         for name in self.names:
             if name in left.columns:
-                self._parts[name] += left.columns[name].rows().square().sum(0)
+                self._parts[name] += self._of(left.columns[name])
+
+    def _of(self, columns: LayerColumns) -> Tensor:
+        return columns.entry_sums()
+
+
+class RowNorms(EntrySums):
+    """The squared norms of the rows, from the structure of the layers."""
+
+    def _of(self, columns: LayerColumns) -> Tensor:
+        return columns.entry_squares(self._memory)
+
+
+class SampleRowNorms(Total):
+    """The squared norms of the rows, of each sample's columns alone.
+
+    Args:
+        factor: Jᵀ B.
+
+    Attributes:
+        norms: ``[N, D]``.
+    """
+
+    def __init__(self, factor: Pullback) -> None:
+        risk = factor.risk
+        self.names, self._width = list(risk.params), factor.width
+        self._memory = memory_budget(risk)
+        self.norms = torch.zeros(
+            risk.num_samples, risk.num_params, dtype=risk.dtype, device=risk.device
+        )
+        parts = self.norms.split(risk.sizes, dim=1)
+        self._parts = dict(zip(self.names, parts, strict=True))
+
+    def add(self, left: Piece, right: Piece) -> None:
+        """Fill in the samples of a piece."""
+        start, stop = left.place.start // self._width, left.place.stop // self._width
+        for name, part in self._parts.items():
+            if name in left.columns:
+                squares = left.columns[name].sample_entry_squares(self._memory)
+                part[start:stop] = squares
+
+
+class ColumnNorms(Total):
+    """The squared norms of the columns, restricted to groups of parameters.
+
+    Args:
+        factor: Jᵀ B, ``[D, N·R]``.
+        groups: Names of parameters.
+
+    Attributes:
+        norms: ``[N·R, B]`` for B groups.
+    """
+
+    def __init__(self, factor: Pullback, groups: Sequence[Sequence[str]]) -> None:
+        self.names = [name for group in groups for name in group]
+        self._groups, self._memory = groups, memory_budget(factor.risk)
+        self.norms = torch.zeros(
+            factor.shape[1],
+            len(groups),
+            dtype=factor.torch_dtype,
+            device=factor.device,
+        )
+
+    def add(self, left: Piece, right: Piece) -> None:
+        """Fill in the columns of a piece."""
+        for number, group in enumerate(self._groups):
+            for name in group:
+                if name in left.columns:
+                    squared = left.columns[name].squared_norms(self._memory)
+                    self.norms[left.place, number] += squared
 
 
 def sum_columns(factor: Pullback, totals: Sequence[Total]) -> None:
     """Compute several sums over the columns of one pullback together."""
     columns = _columns([factor], totals)
+    stored = factor.stored if columns.compact else None
     paired = [total for total in totals if total.in_pairs]
     if not paired:
-        for (piece,) in columns.pieces():
+        for piece in stored.pieces if stored else (p for (p,) in columns.pieces()):
             for total in totals:
                 total.add(piece, piece)
         return
-    stored = factor.stored
     whole = [[[piece] for piece in stored.pieces]] if stored else columns.held()
     for held in whole:
         for index, (left,) in enumerate(held):
@@ -228,7 +301,8 @@ def _columns(pullbacks: Sequence[Pullback], totals: Sequence[Total]) -> Columns:
     risk = pullbacks[0].risk
     names = list(dict.fromkeys(name for total in totals for name in total.names))
     formed = max(total.formed for total in totals)
-    return Columns(pullbacks, names, memory_budget(risk), formed)
+    compact = not any(total.by_factors for total in totals)
+    return Columns(pullbacks, names, memory_budget(risk), formed, compact)
 
 
 def _check_same_parameters(left: EmpiricalRisk, right: EmpiricalRisk) -> None:
@@ -264,7 +338,30 @@ def _(factor: Pullback) -> Tensor:
 def _(op: Pullback) -> Tensor:
     total = RowNorms(op, list(op.risk.params))
     sum_columns(op, [total])
-    return total.norms
+    return total.entries
+
+
+@row_norms_squared.register
+def _(op: Adjoint) -> Tensor:
+    """The squared norms of a pullback's columns, without the columns."""
+    if not isinstance(op.parent, Pullback):
+        return row_norms_squared.dispatch(TorchLinearOperator)(op)
+    total = ColumnNorms(op.parent, [list(op.parent.risk.params)])
+    sum_columns(op.parent, [total])
+    return total.norms.squeeze(1)
+
+
+@row_norms_squared.register
+def _(op: Centered) -> Tensor:
+    """Σ_n g_n² − N ḡ²: both sums from one pass."""
+    factor = op.factor
+    if not isinstance(factor, Pullback):
+        return row_norms_squared.dispatch(TorchLinearOperator)(op)
+    names = list(factor.risk.params)
+    squares, sums = RowNorms(factor, names), EntrySums(factor, names)
+    sum_columns(factor, [squares, sums])
+    centred = squares.entries - sums.entries.square() / factor.shape[1]
+    return centred.clamp(min=0.0)
 
 
 @to_dense.register

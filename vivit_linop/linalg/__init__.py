@@ -5,8 +5,14 @@
 tensor(2.0794, dtype=torch.float64)
 """
 
-from vivit_linop.linalg import eigen, inverse, reductions  # noqa: F401  (registers)
+from vivit_linop.linalg import (  # noqa: F401  (register)
+    eigen,
+    inverse,
+    reductions,
+    roots,
+)
 from vivit_linop.linalg.eigenpairs import Eigendecomposition, Eigenpairs
+from vivit_linop.linalg.estimates import DiagonalEstimate, estimate_diagonal
 from vivit_linop.operators.verbs import (
     diagonal,
     eigendecomposition,
@@ -15,20 +21,24 @@ from vivit_linop.operators.verbs import (
     inv,
     logdet,
     row_norms_squared,
+    sqrt,
     to_dense,
     trace,
 )
 
 __all__ = [
+    "DiagonalEstimate",
     "Eigendecomposition",
     "Eigenpairs",
     "diagonal",
     "eigendecomposition",
     "eigh",
     "eigvalsh",
+    "estimate_diagonal",
     "inv",
     "logdet",
     "row_norms_squared",
+    "sqrt",
     "to_dense",
     "trace",
 ]

@@ -174,11 +174,7 @@ def _(op: BlockDiagonal) -> Eigendecomposition:
 @eigendecomposition.register
 def _(op: Kronecker) -> Eigendecomposition:
     """Products of the factors' eigenvalues, Kronecker products of their vectors."""
-    dtype = op.torch_dtype
-    parts = [torch.linalg.eigh(to_dense(factor).to(dtype)) for factor in op.factors]
-    evals = parts[0].eigenvalues
-    for part, _ in parts[1:]:
-        evals = torch.outer(evals, part).reshape(-1)
+    parts = op.factor_eigenpairs
 
     def vectors(order: Tensor) -> Tensor:
         columns = torch.ones(1, len(order), dtype=op.torch_dtype, device=op.device)
@@ -188,4 +184,4 @@ def _(op: Kronecker) -> Eigendecomposition:
             columns = (part[:, None, :] * columns[None, :, :]).flatten(0, 1)
         return columns
 
-    return MergedDecomposition(evals, vectors)
+    return MergedDecomposition(op.eigenvalues, vectors)

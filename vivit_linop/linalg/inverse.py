@@ -167,10 +167,6 @@ def _(op: BlockDiagonal, damping: float) -> Op:
 def _(op: Kronecker, damping: float) -> Op:
     """Q (Λ + δ I)⁻¹ Qᵀ, with Q and Λ the Kronecker products of the factors'."""
     op._check_self_adjoint("inv of a damped Kronecker operator")
-    dtype = op.torch_dtype
-    parts = [torch.linalg.eigh(to_dense(factor).to(dtype)) for factor in op.factors]
-    evecs = Kronecker(*(vectors for _, vectors in parts))
-    evals = parts[0].eigenvalues
-    for part, _ in parts[1:]:
-        evals = torch.outer(evals, part).reshape(-1)
-    return Product(evecs, inv(Diagonal(evals + damping)), evecs.T)
+    evecs = op.eigenvectors
+    middle = inv(Diagonal(op.eigenvalues + damping))
+    return Product(evecs, middle, Adjoint(evecs))  # recognised as self-adjoint

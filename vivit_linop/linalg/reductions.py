@@ -20,6 +20,7 @@ from vivit_linop.operators.structure import (
     Sum,
 )
 from vivit_linop.operators.verbs import (
+    adjoint,
     damped_logdet,
     diagonal,
     eigvalsh,
@@ -126,6 +127,14 @@ def _(op: Damped) -> Tensor:
 def _(op: LowRank) -> Tensor:
     """The squared row norms of V."""
     return op.scale * row_norms_squared(op.factor)
+
+
+@diagonal.register
+def _(op: Gram) -> Tensor:
+    """The squared norms of the columns, unless the matrix is known."""
+    if op.left is op.right and "matrix" not in op.__dict__:
+        return row_norms_squared(adjoint(op.left))
+    return op.matrix.diagonal().clone()
 
 
 @diagonal.register

@@ -3,7 +3,13 @@
 from vivit_linop.operators import rules  # noqa: F401  (registers)
 from vivit_linop.operators.base import TorchLinearOperator
 from vivit_linop.operators.kronecker import BlockDiagonal, KhatriRao, Kronecker
-from vivit_linop.operators.lowrank import Damped, Gram, LowRank, Woodbury
+from vivit_linop.operators.lowrank import (
+    Centered,
+    Damped,
+    Gram,
+    LowRank,
+    Woodbury,
+)
 from vivit_linop.operators.structure import (
     Adjoint,
     Dense,
@@ -18,6 +24,7 @@ from vivit_linop.operators.structure import (
 __all__ = [
     "Adjoint",
     "BlockDiagonal",
+    "Centered",
     "Damped",
     "Dense",
     "DenseInverse",

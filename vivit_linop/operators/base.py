@@ -22,6 +22,7 @@ from torch import Tensor
 from vivit_linop.operators import verbs
 
 if TYPE_CHECKING:
+    from vivit_linop.interop import CurvlinopsView
     from vivit_linop.linalg.eigenpairs import Eigenpairs
 
 NUMPY_DTYPES = {torch.float32: np.dtype("float32"), torch.float64: np.dtype("float64")}
@@ -349,6 +350,16 @@ class TorchLinearOperator(LinearOperator):
         return verbs.inv(self) @ b
 
     @torch.inference_mode(mode=False)
+    def sqrt(self) -> TorchLinearOperator:
+        """Return R with ``self = R @ R.T``; ``R @ noise`` samples from N(0, self).
+
+        For positive semi-definite operators with a closed form; R is unique up to an
+        orthogonal mixing of its columns, and need not be square.
+        """
+        self._check_square("sqrt")
+        return verbs.sqrt(self)
+
+    @torch.inference_mode(mode=False)
     def logdet(self) -> Tensor:
         """Return the logarithm of the absolute determinant, a scalar tensor."""
         self._check_square("logdet")
@@ -383,6 +394,22 @@ class TorchLinearOperator(LinearOperator):
         """
         self._check_self_adjoint("eigh")
         return verbs.eigh(self, k=k, select=select, rcond=rcond)
+
+    def to_curvlinops(self) -> CurvlinopsView:
+        """Return the operator with the interface that curvlinops' estimators use.
+
+        For ``hutchpp_trace``, ``xtrace``, ``xdiag``, ``hutchinson_squared_fro`` and
+        spectral densities; :func:`vivit_linop.from_curvlinops` is the way back.
+
+        Example:
+            >>> import curvlinops, torch, vivit_linop as vl
+            >>> A = vl.Diagonal(torch.arange(10.0))
+            >>> curvlinops.hutchinson_trace(A.to_curvlinops(), num_matvecs=3)
+            tensor(45.)
+        """
+        from vivit_linop.interop import CurvlinopsView
+
+        return CurvlinopsView(self)
 
     def _own(self, result: Tensor) -> Tensor:
         return result.to(self.torch_dtype)

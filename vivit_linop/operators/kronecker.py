@@ -16,6 +16,7 @@ from vivit_linop.operators.base import (
     common_dtype,
 )
 from vivit_linop.operators.structure import Dense, _as_tensor
+from vivit_linop.operators.verbs import to_dense
 
 
 class BlockDiagonal(TorchLinearOperator):
@@ -134,6 +135,28 @@ class Kronecker(TorchLinearOperator):
     def self_adjoint(self) -> bool:  # type: ignore[override]
         """Whether all factors are."""
         return all(factor.self_adjoint for factor in self.factors)
+
+    @functools.cached_property
+    def factor_eigenpairs(self) -> list[tuple[Tensor, Tensor]]:
+        """The eigenvalues and eigenvectors of each factor, computed once."""
+        dtype = self.torch_dtype
+        pairs = [
+            torch.linalg.eigh(to_dense(factor).to(dtype)) for factor in self.factors
+        ]
+        return [(evals, evecs) for evals, evecs in pairs]
+
+    @property
+    def eigenvalues(self) -> Tensor:
+        """The products of the factors' eigenvalues, in the order of their vectors."""
+        evals = self.factor_eigenpairs[0][0]
+        for part, _ in self.factor_eigenpairs[1:]:
+            evals = torch.outer(evals, part).reshape(-1)
+        return evals
+
+    @property
+    def eigenvectors(self) -> Kronecker:
+        """The Kronecker product of the factors' eigenvectors."""
+        return Kronecker(*(vectors for _, vectors in self.factor_eigenpairs))
 
     def _multiply(self, X: Tensor) -> Tensor:
         # Each step multiplies the leading axis and puts it behind the others; after

@@ -62,6 +62,34 @@ class Gram(TorchLinearOperator):
         return self.right.T.apply(self.left.apply(X))
 
 
+class Centered(TorchLinearOperator):
+    """The columns of a factor less their mean, A (I − 1 1ᵀ/R).
+
+    Args:
+        factor: A, ``[D, R]``.
+
+    Attributes:
+        factor: A.
+
+    Example:
+        >>> import torch, vivit_linop as vl
+        >>> from vivit_linop.operators import Centered
+        >>> Centered(vl.Dense(torch.tensor([[1.0, 5.0]]))).to_dense()
+        tensor([[-2.,  2.]])
+    """
+
+    def __init__(self, factor: TorchLinearOperator) -> None:
+        self.factor = factor
+        super().__init__(factor.shape, factor._own_dtype, factor._own_device)
+
+    def _multiply(self, X: Tensor) -> Tensor:
+        return self.factor.apply(X - X.mean(0, keepdim=True))
+
+    def _multiply_adjoint(self, X: Tensor) -> Tensor:
+        product = self.factor.T.apply(X)
+        return product - product.mean(0, keepdim=True)
+
+
 class LowRank(TorchLinearOperator):
     """The positive semi-definite operator c V Vᵀ.
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vivit_linop.operators.base import TorchLinearOperator
 from vivit_linop.operators.kronecker import BlockDiagonal, KhatriRao, Kronecker
-from vivit_linop.operators.lowrank import Damped, Gram, LowRank
+from vivit_linop.operators.lowrank import Centered, Damped, Gram, LowRank
 from vivit_linop.operators.structure import (
     Adjoint,
     Dense,
@@ -279,6 +279,15 @@ def _(left: KhatriRao, right: Op) -> Tensor:
     if not isinstance(right, KhatriRao) or not _aligned(left, right):
         return left.T.apply(right.to_dense())
     return (left.left.T @ right.left) * (left.right.T @ right.right)
+
+
+@gram_matrix.register
+def _(left: Centered, right: Op) -> Tensor:
+    """(A C)ᵀ B = C AᵀB, with C = I − 1 1ᵀ/R; also on the other side."""
+    inner = right.factor if isinstance(right, Centered) else right
+    K = matmul(left.factor.T, inner).to_dense()
+    K = K - K.mean(0, keepdim=True)
+    return K - K.mean(1, keepdim=True) if isinstance(right, Centered) else K
 
 
 @outer_matrix.register

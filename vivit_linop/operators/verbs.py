@@ -127,6 +127,24 @@ def damped_inv(op: Any, damping: float) -> TorchLinearOperator:
 
 
 @singledispatch
+def sqrt(op: Any) -> TorchLinearOperator:
+    """Return an operator R with ``op = R @ R.T``."""
+    raise TypeError(
+        f"sqrt: no closed form for {type(op).__name__}. Take "
+        "Dense(op.to_dense()).sqrt() if it is small."
+    )
+
+
+@singledispatch
+def damped_sqrt(op: Any, damping: float) -> TorchLinearOperator:
+    """Return an R with ``op + damping * I = R @ R.T``."""
+    raise TypeError(
+        f"sqrt: no closed form for a damped {type(op).__name__}. Take "
+        "Dense(op.to_dense()).sqrt() if it is small."
+    )
+
+
+@singledispatch
 def diagonal(op: Any) -> Tensor:
     """Return the diagonal of a square operator."""
     raise _no_rule("diagonal", op)

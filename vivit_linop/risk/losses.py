@@ -27,7 +27,12 @@ class OutputLoss(ABC):
 
     Args:
         reduction: ``"mean"`` or ``"sum"``.
+
+    Attributes:
+        source: The loss that the user gave.
     """
+
+    source: Any = None
 
     def __init__(self, reduction: str) -> None:
         self.reduction = reduction
@@ -548,6 +553,12 @@ def as_output_loss(loss: Any, reduction: str | None) -> OutputLoss:
             "'sum'. For a function, say which it is: EmpiricalRisk(…, "
             "reduction='mean')."
         )
+    result = _output_loss(loss, reduction, name)
+    result.source = loss
+    return result
+
+
+def _output_loss(loss: Any, reduction: str, name: str) -> OutputLoss:
     # Exact types: a subclass may compute something else.
     if type(loss) is nn.MSELoss:
         return SquaredError(reduction)

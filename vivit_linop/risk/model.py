@@ -9,6 +9,7 @@ put back.
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -99,6 +100,26 @@ class FunctionalModel:
                 f"{type(output).__name__}. Wrap it in a function (params, x) -> tensor."
             )
         return output
+
+    def copied_module(self, params: Params) -> nn.Module | None:
+        """Return a copy of the module at these parameters, None for a function model.
+
+        For packages that work on modules. It is in the modes of construction.
+        """
+        if not isinstance(self._model, nn.Module):
+            return None
+        module = copy.deepcopy(self._model)
+        modes = [mode for _, mode in self._modes]
+        for part, mode in zip(module.modules(), modes, strict=True):
+            part.training = mode
+        values = {**self._fixed, **params}
+        with torch.no_grad():
+            for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+                tensor.copy_(values[name])
+        for name, p in module.named_parameters():
+            p.requires_grad_(name in params)
+            p.grad = None
+        return module
 
     @contextlib.contextmanager
     def _own_modes(self) -> Iterator[None]:

@@ -1,0 +1,147 @@
+"""Problems that BackPACK can do, and what it computes on them.
+
+Its quantities have scalings of their own; the tests state them. With r the reduction
+factor, N the samples, ℓ_n without r.
+"""
+
+import copy
+import functools
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Builder = Callable[[str], tuple[nn.Sequential, nn.Module, tuple[Tensor, Tensor]]]
+
+REDUCTIONS = ["mean", "sum"]
+PROBLEMS: dict[str, Builder] = {}
+
+
+def problem(build: Builder) -> Builder:
+    PROBLEMS[build.__name__] = build
+    return build
+
+
+@functools.cache
+def built(name: str, reduction: str) -> tuple[nn.Module, nn.Module, Any]:
+    """The net, loss and data of a problem, in float64."""
+    with torch.random.fork_rng([]):
+        torch.manual_seed(sum(map(ord, name)))
+        net, loss, (X, y) = PROBLEMS[name](reduction)
+    y = y.double() if y.is_floating_point() else y
+    return net.double().eval(), loss, (X.double(), y)
+
+
+def run(name: str, reduction: str, *extensions: Any) -> list[nn.Parameter]:
+    """Run BackPACK's extensions; returns parameters that hold their results."""
+    from backpack import backpack, extend
+
+    net, loss, (X, y) = built(name, reduction)
+    net, loss = extend(copy.deepcopy(net)), extend(copy.deepcopy(loss))
+    # Some of its rules make matrices of the default dtype.
+    torch.set_default_dtype(torch.float64)
+    try:
+        with warnings.catch_warnings(), backpack(*extensions):
+            warnings.simplefilter("ignore")
+            loss(net(X), y).backward()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    return list(net.parameters())
+
+
+def _classes(n: int, count: int) -> Tensor:
+    return torch.randint(count, (n,))
+
+
+@problem
+def mlp_ce(reduction: str) -> Any:
+    net = nn.Sequential(
+        nn.Linear(7, 6), nn.Sigmoid(), nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4)
+    )
+    loss = nn.CrossEntropyLoss(reduction=reduction)
+    return net, loss, (torch.rand(6, 7), _classes(6, 4))
+
+
+@problem
+def mlp_mse(reduction: str) -> Any:
+    net = nn.Sequential(nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 3, bias=False))
+    return net, nn.MSELoss(reduction=reduction), (torch.randn(5, 5), torch.rand(5, 3))
+
+
+@problem
+def bce(reduction: str) -> Any:
+    net = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 1))
+    loss = nn.BCEWithLogitsLoss(reduction=reduction)
+    return net, loss, (torch.randn(5, 5), torch.randint(2, (5, 1)).double())
+
+
+@problem
+def cnn_ce(reduction: str) -> Any:
+    net = nn.Sequential(
+        nn.Conv2d(2, 3, 3, padding=1),
+        nn.Tanh(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(3, 4, 2, stride=1),
+        nn.Sigmoid(),
+        nn.Flatten(),
+        nn.Linear(16, 3),
+    )
+    loss = nn.CrossEntropyLoss(reduction=reduction)
+    return net, loss, (torch.randn(4, 2, 6, 6), _classes(4, 3))
+
+
+@problem
+def conv_1d(reduction: str) -> Any:
+    net = nn.Sequential(
+        nn.Conv1d(2, 3, 3, dilation=2), nn.Sigmoid(), nn.Flatten(), nn.Linear(12, 3)
+    )
+    loss = nn.CrossEntropyLoss(reduction=reduction)
+    return net, loss, (torch.randn(4, 2, 8), _classes(4, 3))
+
+
+@problem
+def grouped_and_transposed(reduction: str) -> Any:
+    net = nn.Sequential(
+        nn.Conv2d(4, 6, 2, groups=2),
+        nn.Sigmoid(),
+        nn.ConvTranspose2d(6, 2, 2, stride=2),
+        nn.Tanh(),
+        nn.Flatten(),
+        nn.Linear(32, 2),
+    )
+    return (
+        net,
+        nn.MSELoss(reduction=reduction),
+        (torch.randn(3, 4, 3, 3), torch.rand(3, 2)),
+    )
+
+
+@problem
+def tokens_mse(reduction: str) -> Any:
+    net = nn.Sequential(nn.Linear(4, 3), nn.Sigmoid(), nn.Flatten(), nn.Linear(15, 2))
+    return (
+        net,
+        nn.MSELoss(reduction=reduction),
+        (torch.randn(4, 5, 4), torch.rand(4, 2)),
+    )
+
+
+@problem
+def batch_norm(reduction: str) -> Any:
+    norm = nn.BatchNorm1d(4)
+    norm.running_mean, norm.running_var = torch.randn(4), torch.rand(4) + 0.5
+    nn.init.normal_(norm.weight)
+    net = nn.Sequential(nn.Linear(5, 4), norm, nn.Sigmoid(), nn.Linear(4, 3))
+    loss = nn.CrossEntropyLoss(reduction=reduction)
+    return net, loss, (torch.randn(5, 5), _classes(5, 3))
+
+
+ALL = list(PROBLEMS)
+# Those whose layers BackPACK's Kronecker approximations take.
+KRONECKER = ["mlp_ce", "mlp_mse", "bce", "cnn_ce", "conv_1d"]
+# Those whose layers its layer recursion for the Hessian's diagonal takes.
+HESSIAN = ["mlp_ce", "mlp_mse", "bce", "cnn_ce", "conv_1d"]
+# Those whose layers its products with blocks take: 2d and without batch norm.
+PRODUCTS = ["mlp_ce", "mlp_mse", "cnn_ce"]

@@ -1,0 +1,474 @@
+"""Kronecker-factored approximations of the GGN and the empirical Fisher matrix.
+
+A block of c V Vᵀ for the weight of a layer is c Σ (Σ_p b_p ⊗ a_p)(Σ_p b_p ⊗ a_p)ᵀ, the
+outer sum over columns, with inputs a and backpropagated columns b at positions p.
+KFAC replaces the sum of Kronecker products by a Kronecker product of sums, B ⊗ A. The
+factors come from the layer factors of :mod:`vivit_linop.capture`, so for every use of a
+weight that has such a structure, not for registered modules only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vivit_linop.capture import Capture, find_structure
+from vivit_linop.capture.layers import KhatriRaoColumns
+from vivit_linop.capture.views import View
+from vivit_linop.curvature.blocks import FactorRows, Partition
+from vivit_linop.curvature.columns import Piece
+from vivit_linop.curvature.fisher import EmpiricalFisher
+from vivit_linop.curvature.ggn import GGN
+from vivit_linop.curvature.jacobian import Pullback
+from vivit_linop.curvature.sums import Total, sum_columns
+from vivit_linop.interop import (
+    CurvlinopsOperator,
+    backpack_kfra,
+    curvlinops_ekfac,
+    curvlinops_inverse,
+)
+from vivit_linop.operators.base import TorchLinearOperator
+from vivit_linop.operators.kronecker import BlockDiagonal, Kronecker
+from vivit_linop.operators.lowrank import LowRank
+from vivit_linop.operators.structure import Dense, Identity
+from vivit_linop.operators.verbs import damped_inv, trace
+from vivit_linop.risk.data import take
+from vivit_linop.risk.empirical import EmpiricalRisk, as_risk
+
+VARIANTS = ("mc", "exact", "empirical")
+WEIGHT_SHARINGS = ("expand", "reduce", "backpack")
+
+# Exact blocks up to this size are dense, larger ones low-rank.
+_LARGEST_DENSE = 2048
+
+
+class KFAC(BlockDiagonal):
+    """The Kronecker-factored approximation B ⊗ A of a curvature, block by block.
+
+    For the weight of a linear layer or convolution with inputs a_np and backpropagated
+    columns b_nrp (of V, so with √r in them) at P positions p, the block is B ⊗ A, for a
+    weight of the layout ``[out, in]``. With one position
+
+        A = (1/N) Σ_n a_n a_nᵀ,    B = Σ_nr b_nr b_nrᵀ
+
+    (Martens & Grosse 2015, arXiv:1503.05671; the exact variant is KFLR, Botev et al.
+    2017, arXiv:1706.03662). Where a weight is shared over positions (convolutions,
+    tokens, a weight used several times), ``weight_sharing`` is
+
+    - ``"expand"``: A = (1/(N P)) Σ_np a aᵀ, B = Σ_nrp b bᵀ (KFC, Grosse & Martens 2016,
+      arXiv:1602.01407; Eschenhagen et al. 2023, arXiv:2311.00636);
+    - ``"reduce"``: the same with mean inputs (1/P) Σ_p a_np and summed cotangents
+      Σ_p b_nrp in place of single positions (Eschenhagen et al. 2023);
+    - ``"backpack"``: A = (1/N) Σ_np a aᵀ from ``"expand"`` without 1/P, B from
+      ``"reduce"``, as BackPACK's ``KFLR`` and ``KFAC`` for convolutions.
+
+    For linear layers on ``[N, in]`` all three are BackPACK's. Biases, weights of norms
+    and all parameters without layer factors keep their exact block: that of ``"exact"``
+    is the GGN's own. Groups of a convolution are blocks of their own.
+
+    It equals the GGN's block (variant ``"exact"``) where b does not depend on n, as in
+    deep linear nets with ``nn.MSELoss`` (``"expand"``: applied to each position alone;
+    ``"reduce"``: averaged over positions at the end; Eschenhagen et al. 2023), and for
+    one sample with one position.
+
+    Costs one pass over the data: a forward pass, and R backward passes without weight
+    gradients (C − 1 or C for ``"exact"``, ``mc_samples`` for ``"mc"``, 1 for
+    ``"empirical"``). The factors are computed here. All verbs act on the factors:
+    ``(K + delta * Identity(D)).inv()`` is exact, by the factors' eigendecompositions;
+    :meth:`pi_damped` is the approximation that keeps the Kronecker structure;
+    ``K.sqrt() @ noise`` samples.
+
+    Args:
+        risk: An :class:`EmpiricalRisk`, or a model, followed by ``loss``, ``data`` and
+            ``params`` as for :class:`EmpiricalRisk`.
+        variant: ``"mc"``: of the Monte-Carlo GGN; ``"exact"``: of the GGN (KFLR);
+            ``"empirical"``: of the empirical Fisher matrix r U Uᵀ.
+        mc_samples: Columns a sample for ``"mc"``.
+        generator: For reproducible Monte-Carlo samples.
+        weight_sharing: ``"expand"``, ``"reduce"`` or ``"backpack"``.
+        joint_bias: Whether weight and bias of a layer are one block, with a 1 appended
+            to the inputs; else the bias has a block of its own.
+
+    Attributes:
+        risk: The risk.
+        names: For each block the parameters that it is of.
+
+    Raises:
+        ValueError: For an unknown variant or weight sharing; what :class:`GGN` raises.
+
+    Example:
+        >>> import torch, vivit_linop as vl
+        >>> from torch import nn
+        >>> data = (torch.rand(8, 3), torch.randint(2, (8,)))
+        >>> K = vl.KFAC(nn.Linear(3, 2), nn.CrossEntropyLoss(), data, variant="exact")
+        >>> K.blocks[0]
+        <6x6 Kronecker, torch.float32, cpu>
+        >>> K.blocks[0].factors
+        (<2x2 Dense, torch.float32, cpu>, <3x3 Dense, torch.float32, cpu>)
+        >>> ((K + 0.1 * vl.Identity(8)).inv() @ torch.ones(8)).shape
+        torch.Size([8])
+    """
+
+    def __init__(
+        self,
+        risk: EmpiricalRisk | Any,
+        loss: Any = None,
+        data: Any = None,
+        params: Any | None = None,
+        *,
+        variant: str = "mc",
+        mc_samples: int = 1,
+        generator: torch.Generator | None = None,
+        weight_sharing: str = "expand",
+        joint_bias: bool = False,
+    ) -> None:
+        check_choice("variant", variant, VARIANTS)
+        check_choice("weight_sharing", weight_sharing, WEIGHT_SHARINGS)
+        if variant == "mc" and mc_samples == 0:
+            raise ValueError(
+                "mc_samples: at least 1 for variant='mc', got 0. Use variant='exact' "
+                "for the exact GGN."
+            )
+        self.risk = as_risk(risk, loss, data, params)
+        if variant == "empirical":
+            curvature: LowRank = EmpiricalFisher(self.risk)
+        else:
+            samples = mc_samples if variant == "mc" else 0
+            curvature = GGN(self.risk, mc_samples=samples, generator=generator)
+        partners = _bias_partners(self.risk) if joint_bias else {}
+        with torch.inference_mode(False):
+            parts = _approximate(curvature, weight_sharing, partners)
+        self.names = [part.names for part in parts]
+        scattered = any(part.rows is not None for part in parts)
+        super().__init__(
+            [part.block for part in parts],
+            [part.index(self.risk) for part in parts] if scattered else None,
+        )
+
+    def pi_damped(self, damping: float) -> BlockDiagonal:
+        """Return K + δ I with each Kronecker block damped factor by factor.
+
+        (B + (√δ/π) I) ⊗ (A + π√δ I) with π² = (tr A/dim A)/(tr B/dim B) (Martens &
+        Grosse 2015, §6.3); blocks of other types get δ I. Unlike the exact K + δ I its
+        blocks stay Kronecker products: ``K.pi_damped(delta).inv()`` inverts two small
+        matrices a block.
+
+        Args:
+            damping: δ, positive.
+
+        Raises:
+            ValueError: If it is not positive.
+
+        Example:
+            >>> import torch, vivit_linop as vl
+            >>> from torch import nn
+            >>> data = (torch.rand(8, 3), torch.rand(8, 2))
+            >>> K = vl.KFAC(nn.Linear(3, 2), nn.MSELoss(), data, variant="exact")
+            >>> K.pi_damped(0.1).inv().blocks[0]
+            <6x6 Kronecker, torch.float32, cpu>
+        """
+        if not damping > 0.0:
+            raise ValueError(f"damping: must be positive, got {damping}.")
+        return self.like([_pi_damped(block, damping) for block in self.blocks])
+
+
+def _pi_damped(block: TorchLinearOperator, damping: float) -> TorchLinearOperator:
+    if not isinstance(block, Kronecker):
+        return _damped(block, damping)
+    B, A = block.factors
+    means = [(trace(factor) / factor.shape[0]).item() for factor in (B, A)]
+    # A factor that is zero has no scale of its own.
+    pi = (means[1] / means[0]) ** 0.5 if min(means) > 0.0 else 1.0
+    root = damping**0.5
+    return Kronecker(_damped(B, root / pi), _damped(A, root * pi))
+
+
+def _damped(op: TorchLinearOperator, damping: float) -> TorchLinearOperator:
+    """``op + damping * I``, a dense matrix if that is what it is."""
+    if isinstance(op, Dense):
+        unit = torch.eye(op.shape[0], dtype=op.torch_dtype, device=op.device)
+        return Dense(op.matrix + damping * unit)
+    return op + damping * Identity(op.shape[0])
+
+
+@dataclass
+class _Part:
+    """A block, the parameters it is of, and its rows unless it is all of one's."""
+
+    names: list[str]
+    block: TorchLinearOperator
+    rows: Tensor | None = None
+
+    def index(self, risk: EmpiricalRisk) -> Tensor:
+        """The numbers of its rows."""
+        rows = _numbers(risk, self.names[0]) if self.rows is None else self.rows
+        return rows.to(risk.device)
+
+
+class _KroneckerSums(Total):
+    """The factors of all weights, and the exact blocks of small other parameters.
+
+    Args:
+        factor: V.
+        sharing: What is summed over positions.
+        affine: The weights that are joined with a bias.
+
+    Attributes:
+        factors: B ``[G, b, b]`` and A ``[G, a, a]`` by weight, and whether the inputs'
+            axis comes first in its layout.
+        outer: The exact blocks by parameter.
+    """
+
+    by_factors = True
+
+    def __init__(self, factor: Pullback, sharing: str, affine: Sequence[str]) -> None:
+        self.names = list(factor.risk.params)
+        # Biases have an exact block.
+        self._weights = {name for name, p in factor.risk.params.items() if p.ndim > 1}
+        self._sharing, self._affine = sharing, set(affine)
+        self._num_samples = factor.risk.num_samples
+        self.factors: dict[str, tuple[Tensor, Tensor, bool]] = {}
+        self.outer: dict[str, Tensor] = {}
+
+    def add(self, left: Piece, right: Piece) -> None:
+        """Add a piece's sums."""
+        for name, columns in left.columns.items():
+            if isinstance(columns, KhatriRaoColumns) and name in self._weights:
+                self._add_factors(name, columns)
+            elif columns.numel <= _LARGEST_DENSE:
+                rows = columns.rows()
+                product = rows.T @ rows
+                known = self.outer.get(name)
+                self.outer[name] = product if known is None else known + product
+        if both := set(self.factors) & set(self.outer):
+            raise ValueError(
+                f"data: the use of {both.pop()!r} could be told for some batches only. "
+                "Give batches of at least two samples."
+            )
+
+    def _add_factors(self, name: str, columns: KhatriRaoColumns) -> None:
+        B, A = columns.kronecker_sums(
+            reduced_cotangents=self._sharing != "expand",
+            reduced_inputs=self._sharing == "reduce",
+            affine=name in self._affine and not columns.inputs_first,
+        )
+        count = self._num_samples
+        A = A / (count * columns.positions if self._sharing == "expand" else count)
+        if name in self.factors:
+            before = self.factors[name]
+            B, A = B + before[0], A + before[1]
+        self.factors[name] = B, A, columns.inputs_first
+
+
+def _approximate(
+    curvature: LowRank, sharing: str, partners: dict[str, str]
+) -> list[_Part]:
+    """Return the blocks of c V Vᵀ, in the order of the parameters."""
+    factor = curvature.factor
+    assert isinstance(factor, Pullback)
+    risk = factor.risk
+    sums = _KroneckerSums(factor, sharing, list(partners))
+    sum_columns(factor, [sums])
+    partition: Partition | None = None
+    parts = []
+    joined = {
+        weight: bias
+        for weight, bias in partners.items()
+        if weight in sums.factors and not sums.factors[weight][2]
+    }
+    for number, name in enumerate(risk.params):
+        if name in joined.values():
+            continue
+        if name in sums.factors:
+            factors = sums.factors[name]
+            parts += _kronecker_parts(
+                risk, name, joined.get(name), factors, curvature.scale
+            )
+        elif name in sums.outer:
+            matrix = _symmetric(curvature.scale * sums.outer[name])
+            parts.append(_Part([name], Dense(matrix)))
+        else:
+            if partition is None:
+                partition = Partition(factor, [[name] for name in risk.params])
+            rows = FactorRows(partition, number)
+            parts.append(_Part([name], LowRank(rows, curvature.scale)))
+    return parts
+
+
+def _kronecker_parts(
+    risk: EmpiricalRisk,
+    name: str,
+    bias: str | None,
+    factors: tuple[Tensor, Tensor, bool],
+    scale: float,
+) -> list[_Part]:
+    """One block for each group of channels."""
+    Bs, As, inputs_first = factors
+    groups, names = len(Bs), [name]
+    rows: list[Tensor] | list[None] = [None]
+    if groups > 1 or bias is not None:
+        numbers = _numbers(risk, name).view(groups, Bs.shape[1], -1)
+        if bias is not None:
+            own = _numbers(risk, bias).view(groups, -1, 1)
+            numbers = torch.cat([numbers, own], dim=2)
+            names = [name, bias]
+        rows = list(numbers.flatten(1))
+    parts = []
+    for B, A, numbers_of_group in zip(Bs, As, rows, strict=True):
+        pair = _symmetric(scale * B), _symmetric(A)
+        block = Kronecker(*(reversed(pair) if inputs_first else pair))
+        parts.append(_Part(names, block, numbers_of_group))
+    return parts
+
+
+def _numbers(risk: EmpiricalRisk, name: str) -> Tensor:
+    """The numbers of the rows of a parameter."""
+    place = list(risk.params).index(name)
+    start = sum(risk.sizes[:place])
+    return torch.arange(start, start + risk.sizes[place])
+
+
+def _symmetric(matrix: Tensor) -> Tensor:
+    return (matrix + matrix.T) / 2
+
+
+def _bias_partners(risk: EmpiricalRisk) -> dict[str, str]:
+    """Weights of layers and the bias that is added wherever they are used."""
+    X, _ = next(risk.batches())
+    one = Capture(risk, take(X, torch.arange(1), risk.by_sample), 1)
+    biases: dict[str, set[str | None]] = {}
+    weights: dict[str, set[str | None]] = {}
+    for use in one.uses:
+        weight, bias = (use.arguments.get(role) for role in ("weight", "bias"))
+        w = weight.name if isinstance(weight, View) else None
+        b = bias.name if isinstance(bias, View) else None
+        if w is not None:
+            biases.setdefault(w, set()).add(b)
+        if b is not None:
+            weights.setdefault(b, set()).add(w)
+    opaque = find_structure(risk).opaque | one.opaque
+    partners: dict[str, str] = {}
+    for w, found in biases.items():
+        (b, *others) = found
+        if b is not None and not others and weights[b] == {w} and b not in opaque:
+            partners[w] = b
+    return partners
+
+
+class KFRA(BlockDiagonal):
+    """KFRA: the Kronecker approximation by a recursion over layers, from BackPACK.
+
+    Block-diagonal by parameter, B ⊗ A with A as for ``weight_sharing="backpack"`` of
+    :class:`KFAC`, and B propagated from layer to layer as a mean over samples (Botev,
+    Ritter & Barber 2017, arXiv:1706.03662): for a linear layer Wᵀ B W, for an
+    elementwise function with derivatives d_n, B ∘ (1/N) Σ_n d_n d_nᵀ. That recursion
+    defines it, so it exists for nets of the modules that BackPACK has rules for only,
+    and is computed by BackPACK, on a copy of the model.
+
+    Args:
+        risk: An :class:`EmpiricalRisk`, or a model, followed by ``loss``, ``data`` and
+            ``params`` as for :class:`EmpiricalRisk`. All samples are one batch.
+
+    Attributes:
+        risk: The risk.
+        names: For each block the parameter that it is of.
+
+    Raises:
+        ValueError: If BackPACK cannot do the model, with the module at fault.
+
+    Example:
+        >>> import torch, vivit_linop as vl
+        >>> from torch import nn
+        >>> data = (torch.rand(4, 3), torch.rand(4, 1))
+        >>> vl.KFRA(nn.Sequential(nn.Linear(3, 1)), nn.MSELoss(), data).blocks[0]
+        <3x3 Kronecker, torch.float32, cpu>
+    """
+
+    def __init__(
+        self,
+        risk: EmpiricalRisk | Any,
+        loss: Any = None,
+        data: Any = None,
+        params: Any | None = None,
+    ) -> None:
+        self.risk = as_risk(risk, loss, data, params)
+        self.names = [[name] for name in self.risk.params]
+        super().__init__(backpack_kfra(self.risk).blocks)
+
+
+class EKFAC(CurvlinopsOperator):
+    """KFAC with corrected eigenvalues, computed by curvlinops.
+
+    In the eigenbasis Q of a Kronecker block the diagonal is replaced by that of the
+    curvature itself, diag(Qᵀ G Q) (George et al. 2018, arXiv:1806.03884): of all
+    operators that are diagonal in this basis the closest to the GGN's block in the
+    Frobenius norm. For linear layers and two-dimensional convolutions that are modules.
+
+    ``(E + delta * Identity(D)).inv()`` is exact.
+
+    Args:
+        risk: An :class:`EmpiricalRisk`, or a model, followed by ``loss``, ``data`` and
+            ``params`` as for :class:`EmpiricalRisk`.
+        variant: ``"mc"``, ``"exact"`` or ``"empirical"``, as for :class:`KFAC`.
+        mc_samples: Columns a sample for ``"mc"``.
+        seed: Of the Monte-Carlo samples.
+        weight_sharing: ``"expand"`` or ``"reduce"``, which decides the basis.
+        joint_bias: Whether weight and bias of a layer are one block.
+
+    Attributes:
+        risk: The risk.
+        operator: curvlinops' operator, of a copy of the model.
+
+    Raises:
+        ValueError: For an unknown variant or weight sharing; if curvlinops cannot do
+            the model or the loss.
+
+    Example:
+        >>> import torch, vivit_linop as vl
+        >>> from torch import nn
+        >>> data = (torch.rand(4, 3), torch.rand(4, 1))
+        >>> vl.EKFAC(nn.Linear(3, 1), nn.MSELoss(), data, variant="exact")
+        <4x4 EKFAC, torch.float32, cpu>
+    """
+
+    def __init__(
+        self,
+        risk: EmpiricalRisk | Any,
+        loss: Any = None,
+        data: Any = None,
+        params: Any | None = None,
+        *,
+        variant: str = "mc",
+        mc_samples: int = 1,
+        seed: int = 0,
+        weight_sharing: str = "expand",
+        joint_bias: bool = False,
+    ) -> None:
+        check_choice("variant", variant, VARIANTS)
+        check_choice("weight_sharing", weight_sharing, WEIGHT_SHARINGS[:2])
+        self.risk = as_risk(risk, loss, data, params)
+        super().__init__(
+            curvlinops_ekfac(
+                self.risk,
+                {"exact": "type-2"}.get(variant, variant),
+                mc_samples if variant == "mc" else 1,
+                seed,
+                weight_sharing,
+                joint_bias,
+            )
+        )
+
+
+@damped_inv.register
+def _(op: EKFAC, damping: float) -> TorchLinearOperator:
+    return curvlinops_inverse(op.operator, damping)
+
+
+def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
+    """Raise an error unless an argument is one of its choices."""
+    if value not in choices:
+        raise ValueError(f"{name}: one of {', '.join(choices)}, got {value!r}.")

@@ -1,0 +1,587 @@
+"""To and from other packages: SciPy, curvlinops and BackPACK.
+
+All contact with curvlinops and BackPACK is in this file, through names that they make
+public. They are imported when they are needed, not with this package.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import inspect
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.sparse.linalg import LinearOperator, aslinearoperator
+from torch import Tensor, nn
+from torch.fx import GraphModule
+
+from vivit_linop.operators.base import TorchLinearOperator
+from vivit_linop.operators.kronecker import BlockDiagonal, Kronecker
+from vivit_linop.operators.structure import Dense, Diagonal
+from vivit_linop.risk.empirical import EmpiricalRisk
+
+# SciPy ----------------------------------------------------------------------------
+
+
+def from_scipy(
+    op: Any,
+    *,
+    self_adjoint: bool = False,
+    device: torch.device | str | None = None,
+) -> TorchLinearOperator:
+    """Return a SciPy linear operator, sparse matrix or array as one of ours.
+
+    Products go through numpy arrays, so on a GPU each one costs two transfers.
+
+    Args:
+        op: What ``scipy.sparse.linalg.aslinearoperator`` takes. float32 stays, all
+            other real dtypes become float64.
+        self_adjoint: Whether it equals its adjoint; SciPy's do not say.
+        device: Where products with tensors come out.
+
+    Raises:
+        TypeError: If it is no linear operator, or complex.
+
+    Example:
+        >>> import torch, vivit_linop as vl
+        >>> from scipy.sparse import diags
+        >>> A = vl.from_scipy(diags([1.0, 2.0]), self_adjoint=True)
+        >>> (A + vl.Identity(2)) @ torch.ones(2)
+        tensor([2., 3.], dtype=torch.float64)
+    """
+    if isinstance(op, TorchLinearOperator):
+        return op
+    return ScipyOperator(aslinearoperator(op), self_adjoint, device)
+
+
+class ScipyOperator(TorchLinearOperator):
+    """A SciPy linear operator; made by :func:`from_scipy`.
+
+    Args:
+        operator: The operator.
+        self_adjoint: Whether it equals its adjoint.
+        device: Where products come out.
+    """
+
+    def __init__(
+        self,
+        operator: LinearOperator,
+        self_adjoint: bool = False,
+        device: torch.device | str | None = None,
+    ) -> None:
+        if np.issubdtype(operator.dtype, np.complexfloating):
+            raise TypeError(f"op: must be real, got {operator.dtype}.")
+        single = operator.dtype == np.float32
+        self.operator = operator
+        self.self_adjoint = self_adjoint
+        rows, columns = operator.shape
+        super().__init__(
+            (rows, columns), torch.float32 if single else torch.float64, device
+        )
+
+    def _multiply(self, X: Tensor) -> Tensor:
+        return self._through_numpy(self.operator.matmat, X)
+
+    def _multiply_adjoint(self, X: Tensor) -> Tensor:
+        return self._through_numpy(self.operator.rmatmat, X)
+
+    def _through_numpy(self, function: Callable[..., Any], X: Tensor) -> Tensor:
+        product = function(np.ascontiguousarray(X.cpu().numpy()))
+        # A copy: a product may be what went in.
+        array = np.array(product, order="C")
+        return torch.from_numpy(array).to(self.device, self.torch_dtype)
+
+
+# curvlinops -------------------------------------------------------------------------
+
+
+def from_curvlinops(op: Any) -> TorchLinearOperator:
+    """Return an operator of curvlinops as one of ours.
+
+    It then takes part in expressions, and in SciPy without a conversion: ``eigsh(A)``.
+    curvlinops computes on the model's present parameters, so what it multiplies by
+    changes with them (its KFAC and EKFAC keep the factors of their first product).
+
+    Args:
+        op: A linear operator of curvlinops.
+
+    Raises:
+        TypeError: If it is none.
+
+    Example:
+        >>> import curvlinops, torch, vivit_linop as vl
+        >>> from torch import nn
+        >>> net, data = nn.Linear(3, 1), (torch.rand(4, 3), torch.rand(4, 1))
+        >>> loss = nn.MSELoss()
+        >>> H = curvlinops.HessianLinearOperator(
+        ...     net, loss, list(net.parameters()), [data]
+        ... )
+        >>> G = vl.GGN(net, loss, data)
+        >>> x = torch.ones(4)  # for a linear model the GGN is the Hessian
+        >>> torch.allclose((vl.from_curvlinops(H) - G) @ x, torch.zeros(4), atol=1e-5)
+        True
+    """
+    if isinstance(op, CurvlinopsView):
+        return op.operator
+    needed = ("shape", "dtype", "device", "adjoint", "SELF_ADJOINT", "__matmul__")
+    missing = [name for name in needed if not hasattr(op, name)]
+    if missing:
+        raise TypeError(
+            f"op: a linear operator of curvlinops, got {type(op).__name__} without "
+            f"{missing[0]!r}."
+        )
+    return CurvlinopsOperator(op)
+
+
+class CurvlinopsOperator(TorchLinearOperator):
+    """An operator of curvlinops; made by :func:`from_curvlinops`.
+
+    Args:
+        operator: The operator.
+    """
+
+    def __init__(self, operator: Any) -> None:
+        self.operator = operator
+        self.self_adjoint = bool(operator.SELF_ADJOINT)
+        rows, columns = operator.shape
+        super().__init__((int(rows), int(columns)), operator.dtype, operator.device)
+
+    def _multiply(self, X: Tensor) -> Tensor:
+        with torch.enable_grad():
+            return (self.operator @ X).detach()
+
+    def _multiply_adjoint(self, X: Tensor) -> Tensor:
+        with torch.enable_grad():
+            return (self.operator.adjoint() @ X).detach()
+
+
+class CurvlinopsView:
+    """One of our operators with the interface of curvlinops' estimators.
+
+    Made by ``op.to_curvlinops()``. It multiplies tensors, and has what
+    ``hutchpp_trace`` and the like ask for; :func:`from_curvlinops` gives the operator
+    back.
+
+    Args:
+        operator: The operator.
+
+    Attributes:
+        shape: Rows and columns.
+        dtype: The torch dtype.
+        device: The torch device.
+    """
+
+    def __init__(self, operator: TorchLinearOperator) -> None:
+        self.operator = operator
+        self.shape = tuple(operator.shape)
+        self.dtype, self.device = operator.torch_dtype, operator.device
+        self.SELF_ADJOINT = operator.self_adjoint
+
+    def __matmul__(self, X: Tensor) -> Tensor:
+        """Multiply a vector or the columns of a matrix."""
+        product: Tensor = self.operator @ X
+        return product
+
+    def adjoint(self) -> CurvlinopsView:
+        """Return the adjoint."""
+        return CurvlinopsView(self.operator.T)
+
+    @property
+    def T(self) -> CurvlinopsView:
+        """The adjoint."""
+        return self.adjoint()
+
+    def to_scipy(self, dtype: Any = None) -> LinearOperator:
+        """Return the operator itself, which is one of SciPy's."""
+        return self.operator
+
+
+def curvlinops_ekfac(
+    risk: EmpiricalRisk,
+    fisher_type: str,
+    mc_samples: int,
+    seed: int,
+    kfac_approx: str,
+    joint_bias: bool,
+) -> Any:
+    """Return curvlinops' EKFAC operator for a copy of a risk's model."""
+    from curvlinops import EKFACLinearOperator
+
+    module, loss = _module_and_loss(risk, "EKFAC")
+    if (
+        getattr(loss, "weight", None) is not None
+        or getattr(loss, "pos_weight", None) is not None
+    ):
+        raise ValueError("loss: curvlinops' EKFAC leaves out the weights of a loss.")
+    ignored = getattr(loss, "ignore_index", None)
+    if ignored is not None and any(
+        (y == ignored).any() for y in risk.targets() if not y.is_floating_point()
+    ):
+        raise ValueError("loss: curvlinops' EKFAC does not know ignore_index.")
+    named = dict(module.named_parameters())
+    try:
+        with torch.enable_grad():
+            return EKFACLinearOperator(
+                module,
+                loss,
+                [named[name] for name in risk.params],
+                list(risk.batches()),
+                fisher_type=fisher_type,
+                mc_samples=mc_samples,
+                seed=seed,
+                kfac_approx=kfac_approx,
+                separate_weight_and_bias=not joint_bias,
+                num_data=risk.num_samples,
+                check_deterministic=False,
+            )
+    except (NotImplementedError, ValueError) as error:
+        raise ValueError(
+            f"model, loss: curvlinops' EKFAC cannot do these: {error} Use vl.KFAC, for "
+            "every model."
+        ) from error
+
+
+def curvlinops_inverse(op: Any, damping: float) -> TorchLinearOperator:
+    """Return the inverse of curvlinops' (E)KFAC + δ I, exactly damped."""
+    from curvlinops import KFACInverseLinearOperator
+
+    inverse = KFACInverseLinearOperator(op, damping=damping, use_exact_damping=True)
+    return CurvlinopsOperator(inverse)
+
+
+def curvlinops_diagonals(
+    op: TorchLinearOperator, repeats: int, num_products: int
+) -> Tensor:
+    """Return independent estimates of a diagonal by curvlinops, ``[repeats, n]``."""
+    from curvlinops import hutchinson_diag
+
+    view: Any = op.to_curvlinops()
+    return torch.stack([hutchinson_diag(view, num_products) for _ in range(repeats)])
+
+
+# BackPACK ---------------------------------------------------------------------------
+
+# What works for every model.
+_INSTEAD = {
+    "KFRA": "Use vl.KFAC, for every model.",
+    "DiagHessian": "Use route='products', for every model.",
+    "BatchDiagHessian": "Use route='products', for every model.",
+    "PCHMP": "Use vl.GGN(risk).block_diagonal('parameter'), for every model.",
+}
+# Functions with second derivatives, that BackPACK has rules for.
+_CURVED = (nn.Sigmoid, nn.Tanh, nn.ELU, nn.SELU, nn.LogSigmoid)
+
+
+def from_backpack(source: Any, quantity: Any) -> TorchLinearOperator:
+    """Return what BackPACK computes as an operator.
+
+    - Kronecker factors (``KFAC``, ``KFLR``, ``KFRA``) become a ``BlockDiagonal`` of
+      ``Kronecker`` operators, one block a parameter;
+    - diagonals (``DiagGGNExact``, ``DiagHessian``, ``Variance``, …) a ``Diagonal``;
+    - products with blocks (``HMP``, ``GGNMP``, ``PCHMP``) a ``BlockDiagonal``;
+    - quantities with axes before the parameter's (``BatchGrad``, ``SqrtGGNExact``, …)
+      a ``Dense`` with these as columns, sample-major, ``[D, N]`` or ``[D, N·C]``.
+
+    Scalings are BackPACK's: quantities of single samples have its r = 1/N in them.
+
+    Args:
+        source: An iterable of ``Parameter``s that BackPACK has left its results on; or
+            an :class:`EmpiricalRisk`, for which BackPACK runs on a copy of the model,
+            on all samples at once.
+        quantity: For parameters the name of the attribute, ``"kflr"`` or whatever
+            ``savefield`` says; for a risk an extension, such as
+            ``backpack.extensions.KFLR()``.
+
+    Raises:
+        TypeError: For arguments of a wrong type, or a quantity that is none of these.
+        ValueError: If a parameter has no such attribute; if BackPACK cannot do the
+            model, with the module that it has no rule for.
+
+    Example:
+        >>> import torch, vivit_linop as vl
+        >>> from backpack.extensions import KFRA
+        >>> from torch import nn
+        >>> data = (torch.rand(4, 3), torch.rand(4, 1))
+        >>> risk = vl.EmpiricalRisk(nn.Sequential(nn.Linear(3, 1)), nn.MSELoss(), data)
+        >>> K = vl.from_backpack(risk, KFRA())
+        >>> (K + 0.1 * vl.Identity(4)).inv()
+        <4x4 BlockDiagonal, torch.float32, cpu>
+    """
+    if isinstance(source, EmpiricalRisk):
+        return _of_values(backpack_values(source, quantity))
+    if isinstance(source, (Tensor, nn.Module)) or not isinstance(source, Iterable):
+        raise TypeError(
+            "source: an EmpiricalRisk or an iterable of Parameters, got "
+            f"{type(source).__name__}."
+        )
+    if not isinstance(quantity, str):
+        raise TypeError(
+            f"quantity: the name of an attribute of the parameters, got {quantity!r}."
+        )
+    pairs = []
+    for position, p in enumerate(source):
+        if not hasattr(p, quantity):
+            raise ValueError(
+                f"source: parameter {position} has no {quantity!r}. Run backward() "
+                "inside of `with backpack(extension):` first; parameters of modules "
+                "that BackPACK has no rule for get none."
+            )
+        pairs.append((p, getattr(p, quantity)))
+    if not pairs:
+        raise ValueError("source: is empty, there is not one parameter.")
+    return _of_values(pairs)
+
+
+def backpack_values(
+    risk: EmpiricalRisk, extension: Any, memory: int | None = None
+) -> list[tuple[Tensor, Any]]:
+    """Run one of BackPACK's extensions on a copy of a risk's model.
+
+    Args:
+        risk: The risk.
+        extension: The extension.
+        memory: The bytes that its recursion for Hessians may take, a matrix [features,
+            N · features] after each elementwise function; None for any.
+
+    Returns:
+        The parameters of the copy, each with what BackPACK left on it.
+
+    Raises:
+        TypeError: If ``extension`` is none.
+        ValueError: If BackPACK cannot do the model.
+    """
+    from backpack import backpack, extend
+
+    savefield = getattr(extension, "savefield", None)
+    if not isinstance(savefield, str) or isinstance(extension, type):
+        raise TypeError(
+            "quantity: an instance of a BackPACK extension such as "
+            f"backpack.extensions.KFRA(), got {extension!r}."
+        )
+    what = type(extension).__name__
+    module, loss = _module_and_loss(risk, what)
+    _check_layers(module, what)
+    X, y = _one_batch(risk, what)
+    calls: dict[nn.Module, int] = {}
+    residuals = 0
+
+    def count(module: nn.Module, _: Any, output: Any) -> None:
+        nonlocal residuals
+        calls[module] = calls.get(module, 0) + 1
+        if isinstance(module, _CURVED):
+            residuals += output.numel() * output[0].numel() * output.element_size()
+
+    try:
+        with (
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            _default_dtype(risk.dtype),
+            warnings.catch_warnings(),
+        ):
+            warnings.simplefilter("ignore")  # of torch about BackPACK's hooks
+            handles = [m.register_forward_hook(count) for m in module.modules()]
+            net, loss = extend(module), extend(loss)
+            with backpack(extension):
+                output = net(X)
+                for handle in handles:
+                    handle.remove()
+                if memory is not None and residuals > memory:
+                    raise ValueError(
+                        f"its matrices between layers take {residuals:.1e} bytes, the "
+                        f"budget is {memory:.1e}."
+                    )
+                loss(output, y).backward()
+    except Exception as error:
+        reason = _used_again(module, calls) or _first_line(error)
+        raise _refusal(what, reason) from error
+    again = _used_again(module, calls)
+    if again is not None:
+        raise _refusal(what, again)
+    named = dict(module.named_parameters())
+    missing = [name for name in risk.params if not hasattr(named[name], savefield)]
+    if missing:
+        raise ValueError(
+            f"model: BackPACK did not compute {what} for parameter {missing[0]!r}; it "
+            "has no rule for its module."
+        )
+    return [(named[name], getattr(named[name], savefield)) for name in risk.params]
+
+
+def backpack_kfra(risk: EmpiricalRisk) -> BlockDiagonal:
+    """Return BackPACK's KFRA, a block a parameter."""
+    from backpack.extensions import KFRA
+
+    approximation = from_backpack(risk, KFRA())
+    assert isinstance(approximation, BlockDiagonal)
+    return approximation
+
+
+def backpack_diagonal_hessian(
+    risk: EmpiricalRisk, by_sample: bool, memory: int
+) -> Tensor:
+    """Return the Hessian's diagonal by BackPACK, ``[D]``, or by sample ``[N, D]``.
+
+    By sample with its r.
+
+    Raises:
+        ValueError: If BackPACK cannot do the model, or not in that memory.
+    """
+    from backpack.extensions import BatchDiagHessian, DiagHessian
+
+    extension = BatchDiagHessian() if by_sample else DiagHessian()
+    values = [value for _, value in backpack_values(risk, extension, memory)]
+    leading = 1 if by_sample else 0
+    parts = [value.detach().flatten(leading) for value in values]
+    return torch.cat(parts, dim=leading)
+
+
+def backpack_positive_curvature(risk: EmpiricalRisk, modify: str) -> BlockDiagonal:
+    """Return BackPACK's positive-curvature Hessian, a block a parameter."""
+    from backpack.extensions import PCHMP
+
+    operator = from_backpack(risk, PCHMP(modify=modify))
+    assert isinstance(operator, BlockDiagonal)
+    return operator
+
+
+class BackpackProduct(TorchLinearOperator):
+    """A block of ``HMP``, ``GGNMP`` or ``PCHMP``; made by :func:`from_backpack`.
+
+    Args:
+        function: BackPACK's, ``[K, *p] -> [K, *p]``.
+        parameter: The parameter p.
+    """
+
+    self_adjoint = True
+
+    def __init__(self, function: Callable[[Tensor], Tensor], parameter: Tensor) -> None:
+        self._function, self._shape = function, parameter.shape
+        size = parameter.numel()
+        super().__init__((size, size), parameter.dtype, parameter.device)
+
+    def _multiply(self, X: Tensor) -> Tensor:
+        vectors = X.T.reshape(-1, *self._shape)
+        return self._function(vectors).detach().flatten(1).T
+
+
+def _of_values(pairs: Sequence[tuple[Tensor, Any]]) -> TorchLinearOperator:
+    """Decide by what BackPACK left on the parameters."""
+    parameters, values = zip(*pairs, strict=True)
+    if all(callable(value) and not isinstance(value, Tensor) for value in values):
+        return BlockDiagonal([BackpackProduct(f, p) for p, f in pairs])
+    if all(isinstance(value, (list, tuple)) for value in values):
+        return BlockDiagonal(
+            [Kronecker(*(factor.detach() for factor in factors)) for factors in values]
+        )
+    if all(isinstance(value, Tensor) for value in values):
+        leading = {value.ndim - p.ndim for p, value in pairs}
+        shapes_match = all(
+            value.shape[value.ndim - p.ndim :] == p.shape for p, value in pairs
+        )
+        if shapes_match and leading == {0}:
+            return Diagonal(torch.cat([value.detach().flatten() for value in values]))
+        if shapes_match and leading == {1}:
+            return Dense(
+                torch.cat([value.detach().flatten(1) for value in values], dim=1).T
+            )
+        if shapes_match and leading == {2}:
+            by_sample = [value.detach().transpose(0, 1) for value in values]
+            rows = [value.flatten(0, 1).flatten(1) for value in by_sample]
+            return Dense(torch.cat(rows, dim=1).T)
+    raise TypeError(
+        "quantity: is neither a diagonal, columns, Kronecker factors nor a product "
+        f"with a block; parameter {list(parameters[0].shape)} holds "
+        f"{_describe(values[0])}."
+    )
+
+
+def _describe(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"a tensor {list(value.shape)}"
+    return f"a {type(value).__name__}"
+
+
+def _module_and_loss(risk: EmpiricalRisk, what: str) -> tuple[nn.Module, nn.Module]:
+    """A copy of the model with the risk's parameters, and of the loss."""
+    source = risk.loss.source
+    if not isinstance(source, nn.Module):
+        raise ValueError(
+            f"loss: {what} needs a module of torch.nn, got "
+            f"{getattr(source, '__name__', type(source).__name__)}."
+        )
+    module = risk.model.copied_module(risk.params)
+    if module is None:
+        raise ValueError(f"model: {what} needs an nn.Module, got a function.")
+    return module, copy.deepcopy(source)
+
+
+def _check_layers(module: nn.Module, what: str) -> None:
+    """BackPACK takes any container for one of modules, a shared parameter for two."""
+    for name, part in module.named_modules():
+        forward = inspect.unwrap(type(part).forward)
+        if isinstance(part, nn.Sequential) and forward is not nn.Sequential.forward:
+            raise _refusal(
+                what, f"{name or 'it'} is a Sequential with a forward pass of its own."
+            )
+        if isinstance(part, GraphModule) and any(
+            node.op in ("call_function", "call_method", "get_attr")
+            for node in part.graph.nodes
+        ):
+            raise _refusal(
+                what,
+                f"{name or 'it'} is a graph with calls of functions between its "
+                "modules.",
+            )
+    shared = len(list(module.named_parameters(remove_duplicate=False)))
+    if shared != len(list(module.named_parameters())):
+        raise _refusal(what, "modules share a parameter.")
+
+
+def _refusal(what: str, reason: str) -> ValueError:
+    """An error that says what works instead."""
+    instead = _INSTEAD.get(what, "The operators of this package work for every model.")
+    return ValueError(
+        f"model: BackPACK cannot compute {what} for it: {reason} {instead}"
+    )
+
+
+def _used_again(module: nn.Module, calls: Mapping[nn.Module, int]) -> str | None:
+    """Say which module with parameters was called more than once, if any was."""
+    for name, part in module.named_modules():
+        if calls.get(part, 0) > 1 and any(True for _ in part.parameters(False)):
+            return f"module {name!r} is used {calls[part]} times."
+    return None
+
+
+def _one_batch(risk: EmpiricalRisk, what: str) -> tuple[Tensor, Tensor]:
+    inputs, targets = [], []
+    for X, y in risk.batches():
+        if not isinstance(X, Tensor):
+            kind = "a mapping" if isinstance(X, Mapping) else "several tensors"
+            raise ValueError(
+                f"data: BackPACK computes {what} for one tensor as input, got {kind}."
+            )
+        inputs.append(X)
+        targets.append(y)
+    return torch.cat(inputs), torch.cat(targets)
+
+
+@contextlib.contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Some of BackPACK's rules make matrices without saying of which dtype."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip().splitlines()
+    first = text[0].rstrip(".") if text else "it failed"
+    return f"{first} ({type(error).__name__})."
