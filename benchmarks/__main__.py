@@ -14,10 +14,10 @@ from typing import Any
 import torch
 
 from benchmarks import (
-    diagonals,
     directions,
     inverses,
     products,
+    quantities,
     spectra,
     vivit_dropin,
 )
@@ -39,7 +39,7 @@ SUITES: dict[str, Suite] = {
     "spectra": spectra.SUITE,
     "directions": directions.SUITE,
     "inverses": inverses.SUITE,
-    "diagonals": diagonals.SUITE,
+    "quantities": quantities.SUITE,
     "vivit": vivit_dropin.SUITE,
 }
 RESULTS = Path(__file__).parent / "results"
