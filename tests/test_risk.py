@@ -897,13 +897,14 @@ def test_a_risk_can_be_freed() -> None:
 
 
 def test_data_are_read_no_more_often_than_needed() -> None:
-    # Kept linearisations spare passes over the data.
+    # Kept linearisations and columns spare passes over the data.
     net, loss, (X, y) = toy()
     dataset = Counting(X, y)
     risk = vl.EmpiricalRisk(net, loss, DataLoader(dataset, batch_size=4))
     assert dataset.reads == 6
     x = random_vector(risk.num_params)
     vl.GGN(risk) @ x
+    vl.Jacobian(risk) @ x
     first = dataset.reads
     vl.GGN(risk) @ x
     vl.Jacobian(risk) @ x

@@ -10,7 +10,11 @@ from torch import Tensor
 
 from vivit_linop.capture.costs import LayerCost, as_table, layer_costs
 from vivit_linop.curvature.output_space import OutputOperator
-from vivit_linop.curvature.stored import StoredColumns, store
+from vivit_linop.curvature.stored import (
+    StoredColumns,
+    cheaper_columns,
+    fitting_columns,
+)
 from vivit_linop.operators import verbs
 from vivit_linop.operators.base import TorchLinearOperator
 from vivit_linop.operators.lowrank import Gram
@@ -107,13 +111,13 @@ class Pullback(TorchLinearOperator):
         """The stored columns, if products are to run on them."""
         if not self._decided:
             self._decided = True
-            self.stored = self.stored or store(self)
+            self.stored = self.stored or cheaper_columns(self)
         return self.stored
 
     def keep_columns(self) -> None:
         """Store the columns if they fit into memory, for all that follows."""
         if self.stored is None:
-            self.stored = store(self, always=True)
+            self.stored = fitting_columns(self)
 
     def explain(self) -> list[LayerCost]:
         """Print what each parameter costs in the Gram matrix of the columns.

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from torch import Tensor
 from vivit_linop.capture.costs import LayerCost, layer_costs
 from vivit_linop.capture.layers import LayerColumns, cotangents_key
 from vivit_linop.curvature.columns import Columns, Piece, memory_budget
+from vivit_linop.risk.empirical import EmpiricalRisk
 from vivit_linop.risk.losses import AutogradLoss
 
 if TYPE_CHECKING:
@@ -113,21 +115,40 @@ def _groups(columns: dict[str, LayerColumns]) -> Iterable[list[str]]:
     return groups.values()
 
 
-def store(pullback: Pullback, always: bool = False) -> StoredColumns | None:
-    """Return the columns if products with them are the cheaper ones, and they fit.
+# What products of a risk's exact V and of its U run on. As the linearisations, it is
+# kept for all operators that are made from the risk.
+_OF_RISK: WeakKeyDictionary[EmpiricalRisk, dict[type, StoredColumns | None]] = (
+    WeakKeyDictionary()
+)
 
-    Args:
-        pullback: The pullback.
-        always: Whether they are wanted if only they fit.
-    """
+
+def cheaper_columns(pullback: Pullback) -> StoredColumns | None:
+    """Return the columns if products with them are the cheaper ones, and they fit."""
+    blocks, risk = pullback.blocks, pullback.risk
+    if getattr(blocks, "mc_samples", 0):
+        return _cheaper_columns(pullback)
+    known = _OF_RISK.setdefault(risk, {})
+    if type(blocks) not in known:
+        known[type(blocks)] = _cheaper_columns(pullback)
+    return known[type(blocks)]
+
+
+def _cheaper_columns(pullback: Pullback) -> StoredColumns | None:
     # A root of a loss Hessian that nobody has asked for may not exist.
-    if isinstance(pullback.risk.loss, AutogradLoss) and not always:
+    if isinstance(pullback.risk.loss, AutogradLoss):
         return None
     costs = layer_costs(pullback.risk, pullback.width)
-    nbytes = sum(cost.nbytes for cost in costs)
-    cheaper = product_cost(costs) < 2 * sum(c.forward_flops for c in costs)
+    linear = 2 * sum(cost.forward_flops for cost in costs)
+    return fitting_columns(pullback, costs) if product_cost(costs) < linear else None
+
+
+def fitting_columns(
+    pullback: Pullback, costs: Sequence[LayerCost] | None = None
+) -> StoredColumns | None:
+    """Return the columns if they fit into the memory budget."""
+    costs = costs or layer_costs(pullback.risk, pullback.width)
     budget = memory_budget(pullback.risk)
-    if nbytes > budget or not (always or cheaper):
+    if sum(cost.nbytes for cost in costs) > budget:
         return None
     columns = Columns([pullback], list(pullback.risk.params), budget)
     return StoredColumns.of(pullback, [piece for (piece,) in columns.pieces()])
