@@ -69,6 +69,22 @@ class Problem:
         names = {id(p): n for n, p in named.items()}
         return {names[id(p)]: p for p in params}
 
+    def joined(self) -> "Problem":
+        """The same samples in one batch."""
+        batches = self.batches()
+        by_sample = [
+            [t.ndim > 0 and len(t) == len(y) for t in _leaves(X)] for X, y in batches
+        ]
+        flags = iter([all(of_leaf) for of_leaf in zip(*by_sample, strict=True)])
+        parts = iter(list(zip(*(_leaves(X) for X, _ in batches), strict=True)))
+
+        def join(_: Tensor) -> Tensor:
+            part = next(parts)
+            return torch.cat(part) if next(flags) else part[0]
+
+        X = _map(join, batches[0][0])
+        return replace(self, data=(X, torch.cat([y for _, y in batches])))
+
     def rebatched(self, *sizes: int) -> "Problem":
         """The same samples in a list of batches of these sizes."""
         ((X, y),) = self.batches()
@@ -129,6 +145,12 @@ def _map(function: Callable[[Tensor], Tensor], X: Any) -> Any:
     if isinstance(X, (tuple, list)):
         return tuple(_map(function, v) for v in X)
     return X
+
+
+def _leaves(X: Any) -> list[Tensor]:
+    found: list[Tensor] = []
+    _map(found.append, X)
+    return found
 
 
 def _samples(X: Any, index: Tensor, count: int) -> Any:
@@ -966,11 +988,12 @@ def language_model() -> Problem:
 
     net = Lambda(
         forward,
-        tokens=nn.Embedding(5, 2),
-        places=parameter(4, 2),
-        attention=nn.Linear(2, 6),
-        norm=nn.LayerNorm(2),
+        tokens=nn.Embedding(5, 3),
+        places=parameter(4, 3),
+        attention=nn.Linear(3, 9),
+        norm=nn.LayerNorm(3),
     )
+    nn.init.constant_(net.norm.weight, 0.5)  # no class is unlikely
     tokens = classes(4, 5, 3)
     y = tokens.roll(-1, 1)
     y[:, -1] = y[1, 0] = -100
@@ -991,15 +1014,15 @@ def vision_transformer() -> Problem:
         return m.head(m.encoder(h)[:, 0])
 
     layer = nn.TransformerEncoderLayer(
-        2, 1, dim_feedforward=2, batch_first=True, norm_first=True, activation="gelu"
+        3, 1, dim_feedforward=2, batch_first=True, norm_first=True, activation="gelu"
     )
     net = Lambda(
         forward,
-        patches=nn.Conv2d(1, 2, 2, stride=2),
-        token=parameter(1, 1, 2),
-        places=parameter(1, 5, 2),
+        patches=nn.Conv2d(1, 3, 2, stride=2),
+        token=parameter(1, 1, 3),
+        places=parameter(1, 5, 3),
         encoder=layer,
-        head=nn.Linear(2, 3),
+        head=nn.Linear(3, 3),
     ).eval()
     return Problem(net, nn.CrossEntropyLoss(), (features(3, 1, 4, 4), classes(3, 3)))
 

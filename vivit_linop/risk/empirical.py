@@ -265,8 +265,9 @@ class EmpiricalRisk:
                 raise ValueError(
                     "model: its outputs for a sample depend on the other samples of "
                     "the batch, so per-sample curvature is undefined. Look for "
-                    "normalisations or means over the batch. (check=False turns this "
-                    "check off.)"
+                    "normalisations or means over the batch, and for inputs without a "
+                    "sample axis, such as a mask, that are as long as the batch. "
+                    "(check=False turns this check off.)"
                 )
             return
 
