@@ -41,11 +41,16 @@ class Problem:
     likelihood: bool = False  # whether mc_samples has a meaning
     # From the model to one of the same values that torch.func can differentiate twice.
     reference: Callable[[Any], Any] = lambda model: model
+    # How a module is called, if not with its input.
+    predict: Callable[[Any, Any], Tensor] | None = None
+    # A loss of the same values whose derivatives torch knows.
+    reference_loss: Any = None
     # What rounding of the outputs to float32 does to the loss Hessian.
     rtol32: float = 1e-5
 
     def arguments(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        keywords = {} if self.reduction is None else {"reduction": self.reduction}
+        given = {"reduction": self.reduction, "predict": self.predict}
+        keywords = {name: value for name, value in given.items() if value is not None}
         params = self.params(self.model)
         return (self.model, self.loss, self.data, params), keywords
 
@@ -63,6 +68,22 @@ class Problem:
             return {n: p for n, p in named.items() if p.requires_grad}
         names = {id(p): n for n, p in named.items()}
         return {names[id(p)]: p for p in params}
+
+    def joined(self) -> "Problem":
+        """The same samples in one batch."""
+        batches = self.batches()
+        by_sample = [
+            [t.ndim > 0 and len(t) == len(y) for t in _leaves(X)] for X, y in batches
+        ]
+        flags = iter([all(of_leaf) for of_leaf in zip(*by_sample, strict=True)])
+        parts = iter(list(zip(*(_leaves(X) for X, _ in batches), strict=True)))
+
+        def join(_: Tensor) -> Tensor:
+            part = next(parts)
+            return torch.cat(part) if next(flags) else part[0]
+
+        X = _map(join, batches[0][0])
+        return replace(self, data=(X, torch.cat([y for _, y in batches])))
 
     def rebatched(self, *sizes: int) -> "Problem":
         """The same samples in a list of batches of these sizes."""
@@ -103,7 +124,17 @@ def to_dtype(problem: Problem, dtype: torch.dtype) -> Problem:
         given = spec(m)
         return cast(given) if isinstance(given, Mapping) else given
 
-    return replace(problem, model=model, loss=loss, data=data, params=params)
+    reference_loss = problem.reference_loss
+    if isinstance(reference_loss, nn.Module):
+        reference_loss = copy.deepcopy(reference_loss).to(dtype)
+    return replace(
+        problem,
+        model=model,
+        loss=loss,
+        data=data,
+        params=params,
+        reference_loss=reference_loss,
+    )
 
 
 def _map(function: Callable[[Tensor], Tensor], X: Any) -> Any:
@@ -114,6 +145,12 @@ def _map(function: Callable[[Tensor], Tensor], X: Any) -> Any:
     if isinstance(X, (tuple, list)):
         return tuple(_map(function, v) for v in X)
     return X
+
+
+def _leaves(X: Any) -> list[Tensor]:
+    found: list[Tensor] = []
+    _map(found.append, X)
+    return found
 
 
 def _samples(X: Any, index: Tensor, count: int) -> Any:
@@ -160,6 +197,7 @@ def dense_of(problem: Problem) -> Dense:
     batches = problem.batches()
     targets = torch.cat([y for _, y in batches])
     reduction = problem.reduction or problem.loss.reduction
+    loss = problem.reference_loss or problem.loss
     r = 1.0 / len(targets) if reduction == "mean" else 1.0
     sizes = [p.numel() for p in chosen.values()]
 
@@ -172,10 +210,10 @@ def dense_of(problem: Problem) -> Dense:
 
     def outputs(theta: Tensor) -> Tensor:
         tensors = unflatten(theta)
-        return torch.cat([call(model, tensors, X) for X, _ in batches])
+        return torch.cat([call(model, tensors, X, problem.predict) for X, _ in batches])
 
     def risk(theta: Tensor) -> Tensor:
-        return problem.loss(outputs(theta), targets)
+        return loss(outputs(theta), targets)
 
     theta = torch.cat([p.reshape(-1) for p in chosen.values()])
     with sdpa_kernel(SDPBackend.MATH), fast_path(False):
@@ -195,7 +233,7 @@ def dense_of(problem: Problem) -> Dense:
         assert (full - full.T).norm() <= 1e-13 * full.norm()
 
     def of_outputs(flat: Tensor) -> Tensor:
-        return problem.loss(flat.reshape(f.shape), targets)
+        return loss(flat.reshape(f.shape), targets)
 
     H = hessian(of_outputs)(f.reshape(-1)).detach()
     slopes = grad(of_outputs)(f.reshape(-1)).reshape(N, C) / r
@@ -217,9 +255,19 @@ def dense_of(problem: Problem) -> Dense:
     )
 
 
-def call(model: Any, tensors: Mapping[str, Tensor], X: Any) -> Tensor:
+def call(
+    model: Any,
+    tensors: Mapping[str, Tensor],
+    X: Any,
+    predict: Callable[[Any, Any], Tensor] | None = None,
+) -> Tensor:
     """Evaluate a model at parameters; X is copied, for models that write into it."""
     X = _map(torch.clone, X)
+    if predict is not None:
+        whole = Lambda(lambda m, x: predict(m.model, x), model=model)
+        return functional_call(
+            whole, {f"model.{n}": t for n, t in tensors.items()}, (X,)
+        )
     if not isinstance(model, nn.Module):
         return model(dict(tensors), X)
     if isinstance(X, Mapping):
@@ -471,9 +519,59 @@ def huber_kinked() -> Problem:
 
 
 @case
+def smooth_l1() -> Problem:
+    # Some residuals inside of beta, some beyond.
+    return _mlp_with(nn.SmoothL1Loss(beta=0.5), features, 3)
+
+
+@case
 def poisson() -> Problem:
     data = (features(5, 4), classes(5, 4, 2).double())
-    return Problem(mlp(4, 3, 2), nn.PoissonNLLLoss(), data)
+    return Problem(mlp(4, 3, 2), nn.PoissonNLLLoss(full=True), data, likelihood=True)
+
+
+@case
+def poisson_rates() -> Problem:
+    # The Hessian depends on the counts: some of them are zero.
+    net = Lambda(lambda m, x: F.softplus(m.layer(x)), layer=mlp(4, 3))
+    loss = nn.PoissonNLLLoss(log_input=False, eps=0.125, reduction="sum")
+    return Problem(net, loss, (features(5, 4), classes(5, 3, 3).double()))
+
+
+@case
+def gaussian() -> Problem:
+    # [N, T, C] regression; a variance for each target, one below eps.
+    def loss(output: Tensor, target: Tensor) -> Tensor:
+        y, variance = target.unbind(-1)
+        return F.gaussian_nll_loss(output, y, variance, full=True, eps=0.0625)
+
+    variance = torch.rand(4, 2, 3) + 0.25
+    variance[0, 0, 0] = 0.0
+    y = torch.stack([features(4, 2, 3), variance], dim=-1)
+    return Problem(
+        mlp(2, 3),
+        nn.GaussianNLLLoss(full=True, eps=0.0625),
+        (features(4, 2, 2), y),
+        likelihood=True,
+        reference_loss=loss,
+    ).rebatched(1, 3)
+
+
+@case
+def nll() -> Problem:
+    # The reference is the cross-entropy: of log-probabilities they are the same.
+    options: dict[str, Any] = {
+        "weight": torch.tensor([0.5, 2.0, 1.0]),
+        "ignore_index": 1,
+    }
+    net = Lambda(lambda m, x: m.layer(x).log_softmax(1), layer=mlp(4, 5, 3))
+    return Problem(
+        net,
+        nn.NLLLoss(**options),
+        (features(6, 4), torch.tensor([0, 1, 2, 1, 1, 0])),
+        likelihood=True,
+        reference_loss=nn.CrossEntropyLoss(**options),
+    ).rebatched(3, 2, 1)
 
 
 @case
@@ -502,7 +600,8 @@ def function_cross_entropy() -> Problem:
 def linear_loss() -> Problem:
     # No curvature at all in output space.
     net = Lambda(lambda m, x: m.layer(x).log_softmax(1), layer=mlp(3, 2))
-    return Problem(net, nn.NLLLoss(), (features(4, 3), classes(4, 2)))
+    data = (features(4, 3), classes(4, 2))
+    return Problem(net, functools.partial(F.nll_loss), data, reduction="mean")
 
 
 @case
@@ -876,6 +975,111 @@ def recurrent_cell_by_hand() -> Problem:
 
     net = Lambda(forward, cell=nn.Linear(5, 3), head=nn.Linear(3, 2))
     return Problem(net, nn.MSELoss(), (features(4, 3, 2), features(4, 2)))
+
+
+@case
+def language_model() -> Problem:
+    # Tied embedding and head, causal attention, outputs [N, T, V], some ignored.
+    def forward(m: Any, tokens: Tensor) -> dict[str, Tensor]:
+        h = m.tokens(tokens) + m.places[: tokens.shape[1]]
+        q, k, v = m.attention(h).chunk(3, dim=-1)
+        h = h + F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return {"logits": F.linear(m.norm(h), m.tokens.weight)}
+
+    net = Lambda(
+        forward,
+        tokens=nn.Embedding(5, 3),
+        places=parameter(4, 3),
+        attention=nn.Linear(3, 9),
+        norm=nn.LayerNorm(3),
+    )
+    nn.init.constant_(net.norm.weight, 0.5)  # no class is unlikely
+    tokens = classes(4, 5, 3)
+    y = tokens.roll(-1, 1)
+    y[:, -1] = y[1, 0] = -100
+    return Problem(
+        net,
+        nn.CrossEntropyLoss(),
+        ({"tokens": tokens}, y),
+        likelihood=True,
+        predict=lambda model, X: model(**X)["logits"].transpose(1, 2),
+    ).rebatched(1, 3)
+
+
+@case
+def vision_transformer() -> Problem:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        patches = m.patches(x).flatten(2).transpose(1, 2)
+        h = torch.cat([m.token.expand(len(x), -1, -1), patches], dim=1) + m.places
+        return m.head(m.encoder(h)[:, 0])
+
+    layer = nn.TransformerEncoderLayer(
+        3, 1, dim_feedforward=2, batch_first=True, norm_first=True, activation="gelu"
+    )
+    net = Lambda(
+        forward,
+        patches=nn.Conv2d(1, 3, 2, stride=2),
+        token=parameter(1, 1, 3),
+        places=parameter(1, 5, 3),
+        encoder=layer,
+        head=nn.Linear(3, 3),
+    ).eval()
+    return Problem(net, nn.CrossEntropyLoss(), (features(3, 1, 4, 4), classes(3, 3)))
+
+
+@case
+def u_net() -> Problem:
+    # A class for each pixel.
+    def forward(m: Any, x: Tensor) -> Tensor:
+        top = m.first(x).relu()
+        bottom = m.middle(F.max_pool2d(top, 2)).relu()
+        return m.last(torch.cat([top, m.up(bottom)], dim=1))
+
+    net = Lambda(
+        forward,
+        first=nn.Conv2d(1, 2, 3, padding=1),
+        middle=nn.Conv2d(2, 2, 1),
+        up=nn.ConvTranspose2d(2, 1, 2, stride=2),
+        last=nn.Conv2d(3, 3, 1),
+    )
+    return Problem(
+        net, nn.CrossEntropyLoss(), (features(3, 1, 2, 4), classes(3, 3, 2, 4))
+    )
+
+
+def _messages(m: Any, h: Tensor, edges: Tensor) -> Tensor:
+    """Each node adds up what its neighbours say; edges [2, E]."""
+    source, end = edges
+    said = m.message(torch.cat([h[source], h[end]], dim=1)).tanh()
+    return m.update(h + torch.zeros_like(h).index_add(0, end, said))
+
+
+@case
+def message_passing() -> Problem:
+    # One graph is one sample: outputs [1, C, nodes].
+    def forward(m: Any, nodes: Tensor, edges: Tensor) -> Tensor:
+        return _messages(m, nodes[0], edges[0]).T[None]
+
+    net = Lambda(forward, message=nn.Linear(4, 2), update=nn.Linear(2, 3))
+    edges = torch.tensor([[[0, 1, 1, 2, 3, 4], [1, 0, 2, 1, 4, 4]]])
+    y = classes(1, 3, 5)
+    y[0, 3] = -100
+    data = ((features(1, 5, 2), edges), y)
+    return Problem(net, nn.CrossEntropyLoss(), data, likelihood=True)
+
+
+@case
+def message_passing_on_several_graphs() -> Problem:
+    # Graphs of one size in one call, as a union without edges between them.
+    def forward(m: Any, nodes: Tensor, edges: Tensor) -> Tensor:
+        n, size, _ = nodes.shape
+        offsets = size * torch.arange(n)[:, None, None]
+        joined = (edges + offsets).transpose(0, 1).reshape(2, -1)
+        return _messages(m, nodes.flatten(0, 1), joined).reshape(n, size, -1).mean(1)
+
+    net = Lambda(forward, message=nn.Linear(4, 2), update=nn.Linear(2, 3))
+    data = ((features(4, 3, 2), classes(4, 3, 2, 4)), classes(4, 3))
+    return Problem(net, nn.CrossEntropyLoss(), data).rebatched(3, 1)
 
 
 # Where the sample axis goes ---------------------------------------------------------

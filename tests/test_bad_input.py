@@ -1,5 +1,6 @@
 """Wrong input is refused where it is given, with a message that names the argument."""
 
+import functools
 import re
 from collections.abc import Callable
 from typing import Any
@@ -198,7 +199,12 @@ def test_generic_loss_that_broadcasts() -> None:
     with pytest.warns(UserWarning, match="size"):
         refused(
             "(loss|data)",
-            risk_of(mlp(4, 1), nn.HuberLoss(), (X, torch.randn(6).double())),
+            risk_of(
+                mlp(4, 1),
+                F.huber_loss,
+                (X, torch.randn(6).double()),
+                reduction="mean",
+            ),
             ValueError,
         )
 
@@ -294,8 +300,19 @@ def test_mixed_precision() -> None:
     # A module that casts gives outputs of another precision than its parameters.
     lower = Lambda(lambda m, x: m.f(x).float(), f=net())
     refused("model", risk_of(lower), ValueError)
+    frozen = Lambda(lambda m, x: m.f(x), f=net(), g=mlp(2, 2).bfloat16())
+    frozen.g.requires_grad_(False)
+    refused("model", risk_of(frozen), TypeError, "float()")
+
+
+def test_autocast_of_the_caller_does_not_matter() -> None:
+    expected = risk_of(net().float(), CE, (X.float(), CLASSES))()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        refused("model", risk_of(net().float(), CE, (X.float(), CLASSES)), ValueError)
+        risk = risk_of(net().float(), CE, (X.float(), CLASSES))()
+        x = torch.ones(risk.num_params)
+        product = vl.GGN(risk) @ x
+    assert torch.equal(risk.outputs[0], expected.outputs[0])
+    torch.testing.assert_close(product, vl.GGN(expected) @ x)
 
 
 # Models -------------------------------------------------------------------------------
@@ -506,9 +523,102 @@ def test_losses_that_mix_samples(N: int) -> None:
         refused("loss", risk_of(loss=loss, data=data, reduction=reduction), ValueError)
     # Divided by the weights of the batch's classes: a mean of another kind.
     weights = torch.tensor([1.0, 2.0, 7.0]).double()
-    nll = Lambda(lambda m, x: m.f(x).log_softmax(1), f=net())
+    weighted = functools.partial(F.cross_entropy, weight=weights)
     y = torch.tensor([0, 2, 1, 0, 0, 2])
-    refused("loss", risk_of(nll, nn.NLLLoss(weight=weights), (X, y)), ValueError)
+    for data in ((X, y), [(x[None], k[None]) for x, k in zip(X, y, strict=True)]):
+        refused("loss", risk_of(net(), weighted, data, reduction="mean"), ValueError)
+
+
+def test_checks_can_be_turned_off() -> None:
+    def mixed(m: Any, x: Tensor) -> Tensor:
+        h = m.f(x)
+        return h - h.mean(0)
+
+    def centred(output: Tensor, target: Tensor) -> Tensor:
+        return (output - output.mean(0)).square().sum()
+
+    for model, loss in ((Lambda(mixed, f=net()), nn.MSELoss()), (net(), centred)):
+        reduction = getattr(loss, "reduction", "sum")
+        build = risk_of(model, loss, (X, TARGETS), reduction=reduction)
+        refused("(model|loss)", build, ValueError)
+        risk = risk_of(model, loss, (X, TARGETS), reduction=reduction, check=False)()
+        value = risk.subset(range(6)).value()
+        torch.testing.assert_close(value, loss(model(X), TARGETS).detach())
+    refused("check", risk_of(check="no"), TypeError)
+
+
+def test_mixing_in_a_model_of_one_batch_size() -> None:
+    def mixed(m: Any, x: Tensor) -> Tensor:
+        h = m.f(x.view(6, 4))
+        return h - h.mean(0)
+
+    refused("model", risk_of(Lambda(mixed, f=net())), ValueError)
+    fixed = Lambda(lambda m, x: m.f(x.view(6, 4)), f=net())
+    assert risk_of(fixed)().num_samples == 6
+
+
+def test_predict() -> None:
+    refused("predict", risk_of(predict=3), TypeError)
+    refused(
+        "predict",
+        risk_of(
+            lambda p, x: x @ p["w"],
+            CE,
+            (X, CLASSES),
+            {"w": torch.ones(4, 3)},
+            predict=lambda m, x: m(x),
+        ),
+        TypeError,
+    )
+    nested = Lambda(lambda m, x: (m.f(x), x), f=net())
+    refused("model", risk_of(nested), TypeError, "predict=")
+    assert risk_of(nested, predict=lambda m, x: m(x)[0])().num_outputs == 3
+
+
+def test_targets_of_the_likelihoods() -> None:
+    logs = Lambda(lambda m, x: m.f(x).log_softmax(1), f=net())
+    refused("loss", risk_of(loss=nn.NLLLoss()), ValueError, "log_softmax")
+    refused("data", risk_of(logs, nn.NLLLoss(), (X, TARGETS)), ValueError, "indices")
+    gauss, poisson = nn.GaussianNLLLoss(), nn.PoissonNLLLoss()
+    refused("data", risk_of(loss=gauss, data=(X, TARGETS)), ValueError, "stack")
+    pairs = torch.stack([TARGETS, -TARGETS.abs() - 1.0], dim=-1)
+    refused("data", risk_of(loss=gauss, data=(X, pairs)), ValueError, "negative")
+    counts = TARGETS.abs().round()
+    refused("data", risk_of(loss=poisson, data=(X, -1.0 - counts)), ValueError)
+    rates = nn.PoissonNLLLoss(log_input=False)
+    refused("loss", risk_of(loss=rates, data=(X, counts)), ValueError, "log_input")
+    positive = Lambda(lambda m, x: m.f(x).exp(), f=net())
+    risk = risk_of(positive, rates, (X, counts))()
+    refused("mc_samples", lambda: vl.GGN(risk, mc_samples=1), ValueError, "biased")
+    tokens = Lambda(lambda m, x: m.f(x)[:, None].expand(-1, 2, -1), f=net())
+    refused(
+        "data",
+        risk_of(tokens, CE, (X, CLASSES[:, None].expand(-1, 2))),
+        ValueError,
+        "transpose",
+    )
+
+
+def test_exact_factors_of_wide_outputs() -> None:
+    """Refused with their size and what fits; products need none of it."""
+    V = 300_000  # a block of the exact root has 9e10 entries
+    net = Lambda(lambda m, x: m.f(x), f=nn.Linear(1, V, bias=False))
+    risk = vl.EmpiricalRisk(net, nn.CrossEntropyLoss(), (torch.ones(2, 1), CLASSES[:2]))
+    G, x = vl.GGN(risk), torch.linspace(-1.0, 1.0, V)
+    p = net(torch.ones(1, 1)).softmax(1)[0].detach()
+    torch.testing.assert_close(G @ x, p * (x - p @ x))
+    for use in (
+        lambda: vl.GGNFactor(risk),
+        lambda: vl.LossHessian(risk).sqrt(),
+        lambda: G.factor.T @ x,
+        G.eigvalsh,
+        G.trace,
+        vl.LossHessian(risk).sqrt,
+    ):
+        with pytest.raises(MemoryError, match=r"GB(.|\n)*mc_samples="):
+            use()
+    sampled = vl.GGN(risk, mc_samples=1, generator=torch.Generator().manual_seed(0))
+    assert sampled.eigvalsh().shape == (2,)
 
 
 def test_loss_that_mixes_only_in_its_curvature() -> None:

@@ -183,8 +183,7 @@ def test_square_root(name: str, dtype: torch.dtype) -> None:
     S = H.sqrt()
     rtol = 1e-12 if dtype == torch.float64 else problem(name).rtol32
     assert close(S.to_dense() @ S.to_dense().T, truth.H, rtol)
-    loss = problem(name).loss
-    if isinstance(loss, nn.CrossEntropyLoss):
+    if isinstance(problem(name).loss, nn.CrossEntropyLoss | nn.NLLLoss):
         channels = truth.outputs.shape[1]
         width = max(channels - 1, 1) * (truth.C // channels)
         assert S.shape == (truth.N * truth.C, truth.N * width)
@@ -675,6 +674,23 @@ def test_chunks_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
             assert close(op.to_dense(), matrix)
         diagonal = vl.Hessian(of).diagonal()
         assert close(diagonal, truth.hessian.diagonal(), scale=truth.hessian.norm())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_two_ways_to_split(name: str) -> None:
+    """The same numbers however the data are cut, the divisor of a mean too."""
+    case, truth = problem(name).joined(), dense(name)
+    x = torch.randn(truth.D, generator=torch.Generator().manual_seed(6)).double()
+    # The mask of attention is as long as three samples would be.
+    first = 2 if name == "attention" else 1
+    for sizes in ([first, truth.N - first], [truth.N - first, first]):
+        arguments, keywords = case.rebatched(*(n for n in sizes if n)).arguments()
+        of = vl.EmpiricalRisk(*arguments, **keywords, memory=0)
+        assert close(of.value(), truth.value, 1e-10, 1.0 + truth.value.abs())
+        assert close(of.gradient(), truth.gradient, 1e-10, 1.0)
+        J, H = vl.Jacobian(of), vl.LossHessian(of)
+        product = J.T @ (H @ (J @ x))
+        assert close(product, truth.G @ x, 1e-10, truth.G.norm() * x.norm())
 
 
 # Linearisations ---------------------------------------------------------------------

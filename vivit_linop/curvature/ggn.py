@@ -34,6 +34,8 @@ class GGNFactor(Pullback):
     Raises:
         ValueError: If the loss is not convex at some sample, or has no likelihood and
             ``mc_samples`` is given.
+        MemoryError: If the outputs of a sample are too many for exact columns (a
+            vocabulary); products with :class:`GGN` need none, ``mc_samples`` few.
 
     Example:
         >>> import torch, vivit_linop as vl

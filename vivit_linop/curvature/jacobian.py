@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vivit_linop.capture.costs import LayerCost, as_table, layer_costs
-from vivit_linop.curvature.output_space import OutputOperator
+from vivit_linop.curvature.output_space import OutputOperator, check_blocks_fit
 from vivit_linop.curvature.stored import (
     StoredColumns,
     cheaper_columns,
@@ -135,6 +135,7 @@ class Pullback(TorchLinearOperator):
         if self.blocks is not None:
             return self.blocks.dense_batch(batch)
         n, width = self.risk.batch_sizes[batch], self.width
+        check_blocks_fit(self.risk, "The Jacobian of all outputs", width, width)
         unit = torch.eye(width, dtype=self.torch_dtype, device=self.device)
         return unit.expand(n, -1, -1)
 

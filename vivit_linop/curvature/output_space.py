@@ -14,8 +14,40 @@ import torch
 from torch import Tensor
 
 from vivit_linop.operators.base import TorchLinearOperator
-from vivit_linop.risk.empirical import EmpiricalRisk, as_risk
+from vivit_linop.risk.empirical import EmpiricalRisk, as_risk, free_memory
 from vivit_linop.risk.losses import AutogradLoss
+
+# How many tensors of its size an exact square root takes while it is computed.
+_SQRT_COPIES = 4
+
+
+def check_blocks_fit(
+    risk: EmpiricalRisk, what: str, rows: int, columns: int, copies: int = 1
+) -> None:
+    """Raise an error if the blocks of the largest batch do not fit into free memory.
+
+    Args:
+        risk: The risk.
+        what: How to call them.
+        rows: The rows of one sample's block.
+        columns: Its columns.
+        copies: How many tensors of that size are needed.
+
+    Raises:
+        MemoryError: It says how large they are and what needs none.
+    """
+    itemsize = torch.finfo(risk.dtype).bits // 8
+    samples = max(risk.batch_sizes)
+    size, free = samples * rows * columns * itemsize, free_memory(risk.device)
+    if copies * size > free:
+        raise MemoryError(
+            f"{what} has a block [{rows}, {columns}] for each sample: "
+            f"{size / 1e9:.3g} GB for a batch of {samples}, times {copies} while it is "
+            f"computed; {free / 1e9:.3g} GB are free on {risk.device}. Products with "
+            "GGN and LossHessian do not form it. For a factor, its Gram matrix and all "
+            "that follows take mc_samples=1 or a few more; smaller batches help where "
+            "one block fits."
+        )
 
 
 class OutputOperator(TorchLinearOperator):
@@ -112,6 +144,7 @@ class LossHessian(OutputOperator):
     def dense_batch(self, batch: int) -> Tensor:
         """By products with the columns of the identity."""
         n, width = self.risk.batch_sizes[batch], self.width
+        check_blocks_fit(self.risk, "The Hessian of the loss", width, width, copies=2)
         unit = torch.eye(width, dtype=self.torch_dtype, device=self.device)
         return self.apply_batch(batch, unit.repeat(n, 1)).reshape(n, width, width)
 
@@ -129,8 +162,9 @@ class LossHessian(OutputOperator):
         Raises:
             ValueError: If ``mc_samples`` is negative or the loss has no likelihood to
                 sample from; if the loss is not convex at some sample.
+            MemoryError: If the outputs are too many for an exact square root.
         """
-        return LossHessianSqrt(self, mc_samples, generator).check_convex()
+        return LossHessianSqrt(self, mc_samples, generator).check()
 
 
 class FactoredOutputOperator(OutputOperator):
@@ -167,9 +201,11 @@ class FactoredOutputOperator(OutputOperator):
         """Put the positions on the diagonal."""
         F = self.blocks(batch)
         n, c, s, positions = F.shape
+        rows, columns = c * positions, s * positions
+        check_blocks_fit(self.risk, "The factor of the loss Hessian", rows, columns)
         unit = torch.eye(positions, dtype=F.dtype, device=F.device)
         dense = torch.einsum("ncsp,pq->ncpsq", F, unit)
-        return dense.reshape(n, c * positions, s * positions)
+        return dense.reshape(n, rows, columns)
 
 
 class LossHessianSqrt(FactoredOutputOperator):
@@ -220,12 +256,26 @@ class LossHessianSqrt(FactoredOutputOperator):
         """Computed when first asked for, and kept."""
         if batch not in self._blocks:
             risk = self.risk
+            self._check_fits()
             root = risk.loss.sqrt(risk.outputs[batch], risk.targets()[batch])
             self._blocks[batch] = risk.scale**0.5 * root
         return self._blocks[batch]
 
-    def check_convex(self) -> LossHessianSqrt:
-        """Form the blocks now if that can fail; returns itself."""
+    def _check_fits(self) -> None:
+        channels = self.risk.loss.channels(self.risk.outputs[0]).shape[1]
+        check_blocks_fit(
+            self.risk,
+            f"The exact factor has R = {self.width} columns for each sample. The root "
+            "of the loss Hessian",
+            self.risk.num_outputs,
+            self.risk.loss.sqrt_width(self.risk.outputs[0]),
+            copies=_SQRT_COPIES if channels > 1 else 1,
+        )
+
+    def check(self) -> LossHessianSqrt:
+        """Raise now what would be raised when the blocks are formed; returns itself."""
+        if not self.mc_samples:
+            self._check_fits()
         if not self.mc_samples and isinstance(self.risk.loss, AutogradLoss):
             for batch in range(len(self.risk.batch_sizes)):
                 self.blocks(batch)

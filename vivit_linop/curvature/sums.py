@@ -102,12 +102,17 @@ def check_fits(left: Pullback, right: Pullback) -> None:
         return
     fitting = int((free / itemsize) ** 0.5)
     width = max(left.width, right.width)
+    ways = [
+        "what needs products only: G.eigh(k=...) and scipy.sparse.linalg.cg(G + "
+        "delta * Identity(D), b)"
+    ]
+    if samples := min(fitting // left.risk.num_samples, width - 1):
+        ways.insert(0, f"mc_samples= up to {samples}")
+    if samples := fitting // width:
+        ways.insert(0, f"risk.subset(indices) of up to {samples} samples")
     raise MemoryError(
         f"The Gram matrix [{rows}, {columns}] takes {needed / 1e9:.3g} GB, and "
-        f"{free / 1e9:.3g} GB are free on {left.device}. What fits: "
-        f"risk.subset(indices) of up to {fitting // width} samples, mc_samples= up to "
-        f"{fitting // left.risk.num_samples}, or what needs products only: "
-        "G.eigh(k=...) and scipy.sparse.linalg.cg(G + delta * Identity(D), b)."
+        f"{free / 1e9:.3g} GB are free on {left.device}. What fits: {', '.join(ways)}."
     )
 
 
@@ -125,6 +130,16 @@ class OuterTotal(Total):
     def __init__(self, factor: Pullback, names: Sequence[str]) -> None:
         self.names, self._risk = names, factor.risk
         self.formed = sum(factor.risk.params[name].numel() for name in names)
+        needed = self.formed**2 * torch.finfo(factor.torch_dtype).bits // 8
+        free = free_memory(factor.device)
+        if needed > free:
+            raise MemoryError(
+                f"The matrix [{self.formed}, {self.formed}] over the parameters, here "
+                f"the smaller side of a factor with {factor.width} columns for each "
+                f"sample, takes {needed / 1e9:.3g} GB, and {free / 1e9:.3g} GB are "
+                f"free on {factor.device}. What fits: mc_samples=1 or a few more, and "
+                "what needs products only, such as G.eigh(k=...)."
+            )
         self.matrix = torch.zeros(
             self.formed, self.formed, dtype=factor.torch_dtype, device=factor.device
         )

@@ -147,10 +147,22 @@ def map_leaves(function: Callable[[Tensor], Tensor], X: Any) -> Any:
     if isinstance(X, Tensor):
         return function(X)
     if isinstance(X, Mapping):
-        return {key: map_leaves(function, value) for key, value in X.items()}
+        mapped = {key: map_leaves(function, value) for key, value in X.items()}
+        # Mappings of other types have attributes that a model may ask for.
+        return mapped if type(X) is dict else _rebuilt(X, mapped)
     if isinstance(X, (tuple, list)):
         return tuple(map_leaves(function, value) for value in X)
     return X
+
+
+def _rebuilt(like: Mapping[str, Any], mapped: dict[str, Any]) -> Mapping[str, Any]:
+    """Return a mapping of the type of another one, a dict where that fails."""
+    build: Any = type(like)
+    try:
+        result: Mapping[str, Any] = build(mapped)
+    except Exception:
+        return mapped
+    return result if list(result) == list(mapped) else mapped
 
 
 def _is_batch(data: Any) -> bool:

@@ -20,12 +20,14 @@ from vivit_linop.risk.data import (
     select_samples,
     take,
 )
+from vivit_linop.risk.known_losses import as_output_loss
 from vivit_linop.risk.linearization import Linearization
-from vivit_linop.risk.losses import LossCallable, OutputLoss, as_output_loss
+from vivit_linop.risk.losses import LossCallable, OutputLoss
 from vivit_linop.risk.model import (
     FunctionalModel,
     ModelFunction,
     Params,
+    Predict,
     as_guest,
     random_state,
     strided,
@@ -47,15 +49,25 @@ class EmpiricalRisk:
         model: An ``nn.Module``, or a callable ``(params, x) -> output`` with ``params``
             a dict of tensors. It must treat samples independently (for modules: call
             ``model.eval()``). A module is called with ``model(x)``, ``model(*x)`` for
-            a tuple, ``model(**x)`` for a mapping.
-        loss: ``nn.MSELoss``, ``nn.CrossEntropyLoss``, ``nn.BCEWithLogitsLoss``
-            (closed-form Hessians), or any callable ``(output, target) -> scalar`` that
-            is a mean or sum over samples (Hessians by autograd).
+            a tuple, ``model(**x)`` for a mapping. Of an output with ``.logits`` these
+            are taken. ``torch.compile`` and ``DistributedDataParallel`` are unwrapped.
+        loss: ``nn.MSELoss``, ``nn.CrossEntropyLoss``, ``nn.NLLLoss`` of
+            log-probabilities (with the Hessian of the cross-entropy),
+            ``nn.BCEWithLogitsLoss``, ``nn.GaussianNLLLoss`` with targets
+            ``torch.stack([y, variance], dim=-1)``, ``nn.PoissonNLLLoss``,
+            ``nn.HuberLoss``, ``nn.SmoothL1Loss`` (closed-form Hessians, all options),
+            or any callable ``(output, target) -> scalar`` that is a mean or sum over
+            samples (Hessians by autograd). Classes are axis 1, as in torch.
         data: One pair ``(X, y)``, or a re-iterable of them such as a ``DataLoader``
             without shuffling. X may be a tensor, a tuple or a mapping.
         params: None for all parameters that require grad, an iterable of the model's
             ``Parameter``s, or a dict from names to tensors.
         reduction: ``"mean"`` or ``"sum"``; needed for a loss without this attribute.
+        predict: A function ``(model, X) -> output`` for a module that is to be called,
+            or whose output is to be used, in another way; X comes as it is in the data.
+        check: Whether to check that samples are independent, in the model and in a
+            loss that is not one of torch's above; costs a forward pass of a few
+            samples. Without it, what mixes samples gives numbers without a meaning.
         memory: The bytes that kept linearisations of the net may take; those of
             batches beyond it are made anew for each product. By default a quarter of
             the memory that is free on the device.
@@ -94,12 +106,17 @@ class EmpiricalRisk:
         params: Any | None = None,
         *,
         reduction: str | None = None,
+        predict: Predict | None = None,
+        check: bool = True,
         memory: int | None = None,
     ) -> None:
+        if not isinstance(check, bool):
+            raise TypeError(f"check: True or False, got {check!r}.")
         self.by_sample: list[bool] = []
+        self._check = check
         self._setup(
-            FunctionalModel(model, params),
-            as_output_loss(loss, reduction),
+            FunctionalModel(model, params, predict),
+            as_output_loss(loss, reduction, check),
             as_batches(data),
             memory,
         )
@@ -131,18 +148,20 @@ class EmpiricalRisk:
         self.outputs: list[Tensor] = []
         self._targets: list[Tensor] = []
         total = weight = torch.zeros((), dtype=self.dtype, device=self.device)
+        unchecked = self._check
         for index, (X, y) in enumerate(self.batches()):
             output = self._checked_output(index, X, y)
-            if index == 0:
-                self._check_independent(X, output)
-            self.loss.check(output, y)
-            with torch.no_grad():
-                total = total + self.loss.total(output, y)
-                weight = weight + self.loss.weight(output, y)
             # A tensor that numbers samples does so in every batch.
             axes = sample_axes(X, len(y))
             known = self.by_sample or axes
             self.by_sample = [a and b for a, b in zip(known, axes, strict=True)]
+            if unchecked and len(y) > 1:
+                unchecked = False
+                self._check_independent(X, output)
+            self.loss.check(*self._with_previous(output, y))
+            with torch.no_grad():
+                total = total + self.loss.total(output, y)
+                weight = weight + self.loss.weight(output, y)
             self.outputs.append(output)
             self._targets.append(y.clone())  # the user's may change
         if not self.outputs:
@@ -220,25 +239,37 @@ class EmpiricalRisk:
             seen.update(following)
         return False
 
+    def _with_previous(self, output: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Put a sample that is alone in its batch beside those of the batch before.
+
+        Whether a loss is a sum over samples cannot be seen on one of them.
+        """
+        if len(y) > 1 or not self.outputs or self._targets[-1].shape[1:] != y.shape[1:]:
+            return output, y
+        return torch.cat([self.outputs[-1], output]), torch.cat([self._targets[-1], y])
+
     def _check_independent(self, X: Any, output: Tensor) -> None:
         """Raise an error if some samples have other outputs without the others."""
         n = len(output)
-        if n == 1:
+        some = torch.arange(n // 2, min(n // 2 + 2, n))
+        # A model that runs on batches of one size only is asked about one sample
+        # among copies of it; if it does not run on these either, it cannot be asked.
+        for index in (some, torch.full((n,), n // 2)):
+            part = take(X, index, self.by_sample)
+            try:
+                with as_guest(self.device), torch.no_grad():
+                    others = self.model(self.params, part)
+            except Exception:
+                continue
+            if not self._equal(others, output[index.to(self.device)]):
+                raise ValueError(
+                    "model: its outputs for a sample depend on the other samples of "
+                    "the batch, so per-sample curvature is undefined. Look for "
+                    "normalisations or means over the batch, and for inputs without a "
+                    "sample axis, such as a mask, that are as long as the batch. "
+                    "(check=False turns this check off.)"
+                )
             return
-        index = torch.arange(n // 2, min(n // 2 + 2, n))
-        part = take(X, index, sample_axes(X, n))
-        try:
-            with as_guest(self.device), torch.no_grad():
-                alone = self.model(self.params, part)
-        # A model that runs on batches of one size only cannot be asked.
-        except Exception:
-            return
-        if not self._equal(alone, output[index.to(self.device)]):
-            raise ValueError(
-                "model: its outputs for a sample depend on the other samples of the "
-                "batch, so per-sample curvature is undefined. Look for normalisations "
-                "or means over the batch."
-            )
 
     # Data -------------------------------------------------------------------------
 
@@ -301,7 +332,7 @@ class EmpiricalRisk:
         if len(given.unique()) < len(given):
             raise ValueError("indices: a sample is listed twice.")
         risk = object.__new__(EmpiricalRisk)
-        risk.by_sample = self.by_sample
+        risk.by_sample, risk._check = self.by_sample, self._check
         risk._setup(
             self.model,
             self.loss,

@@ -152,7 +152,8 @@ class Linearization:
             raise ValueError(
                 "model: its derivatives by torch disagree, J x is not the slope that a "
                 "backward pass gives. An operation of the model has a wrong second "
-                "derivative; replace it by an equivalent one."
+                "derivative (replace it by an equivalent one), or computes in a lower "
+                "precision than that of the parameters (give the model in that one)."
             )
 
     def column_chunk(self) -> int:
@@ -274,7 +275,10 @@ def tangent_map(function: Callable[[Params], Tensor], theta: Params) -> GraphMod
         result: Tensor = jvp(function, (theta,), (named,))[1]
         return result
 
-    graph = make_fx(image)(*(torch.zeros_like(p) for p in theta.values()))
+    # The model decides on values of θ and of the data only, which are the same in every
+    # product: what it branches on may be burnt in.
+    trace = make_fx(image, _error_on_data_dependent_ops=False)
+    graph = trace(*(torch.zeros_like(p) for p in theta.values()))
     return split_const_subgraphs(graph)
 
 

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 LossCallable = Callable[[Tensor, Tensor], Tensor]
@@ -29,9 +29,11 @@ class OutputLoss(ABC):
         reduction: ``"mean"`` or ``"sum"``.
 
     Attributes:
+        name: How messages call it.
         source: The loss that the user gave.
     """
 
+    name: str
     source: Any = None
 
     def __init__(self, reduction: str) -> None:
@@ -81,7 +83,7 @@ class OutputLoss(ABC):
         Column m is the gradient of −log p(ỹ | f) at a label ỹ ~ p(· | f), over √M.
         """
         raise ValueError(
-            f"mc_samples: {type(self).__name__} has no likelihood to sample from; use "
+            f"mc_samples: {self.name} has no likelihood to sample from; use "
             "mc_samples=0."
         )
 
@@ -93,9 +95,11 @@ class OutputLoss(ABC):
 class SquaredError(OutputLoss):
     """``nn.MSELoss``: ℓ = Σ_c (f_c − y_c)², Hessian 2 I."""
 
+    name = "MSELoss"
+
     def check(self, output: Tensor, target: Tensor) -> None:
         """Outputs and targets have one shape."""
-        _check_same_shape(output, target, "MSELoss")
+        check_same_shape(output, target, self.name)
 
     def weight(self, output: Tensor, target: Tensor) -> Tensor:
         """Count the entries."""
@@ -142,6 +146,8 @@ class BinaryCrossEntropy(OutputLoss):
         pos_weight: q, broadcast over the outputs, or None for 1.
     """
 
+    name = "BCEWithLogitsLoss"
+
     def __init__(
         self,
         reduction: str,
@@ -158,7 +164,7 @@ class BinaryCrossEntropy(OutputLoss):
 
     def check(self, output: Tensor, target: Tensor) -> None:
         """Targets are probabilities in the shape of the outputs."""
-        _check_same_shape(output, target, "BCEWithLogitsLoss")
+        check_same_shape(output, target, self.name)
         if (target < 0).any() or (target > 1).any():
             raise ValueError("data: targets of BCEWithLogitsLoss must lie in [0, 1].")
         for name, value in (
@@ -248,6 +254,8 @@ class CrossEntropy(OutputLoss):
         label_smoothing: Between 0 and 1.
     """
 
+    name = "CrossEntropyLoss"
+
     def __init__(
         self,
         reduction: str,
@@ -259,7 +267,7 @@ class CrossEntropy(OutputLoss):
         self.class_weight = class_weight
         self.ignore_index, self.label_smoothing = ignore_index, label_smoothing
         if class_weight is not None and (class_weight < 0).any():
-            raise ValueError("loss: weight of CrossEntropyLoss has negative entries.")
+            raise ValueError(f"loss: weight of {self.name} has negative entries.")
 
     def channels(self, output: Tensor) -> Tensor:
         """Classes are axis 1, as in torch."""
@@ -269,22 +277,29 @@ class CrossEntropy(OutputLoss):
         """Targets are classes ``[n, d…]`` or probabilities ``[n, C, d…]``."""
         if output.ndim < 2:
             raise ValueError(
-                "data: CrossEntropyLoss needs outputs [N, C] or [N, C, d…], the model "
+                f"data: {self.name} needs outputs [N, C] or [N, C, d…], the model "
                 f"returned {list(output.shape)}."
             )
         num_classes = output.shape[1]
         if target.is_floating_point():
-            _check_same_shape(output, target, "CrossEntropyLoss with soft targets")
+            check_same_shape(output, target, f"{self.name} with soft targets")
             if (target < 0).any():
                 raise ValueError(
-                    "data: soft targets of CrossEntropyLoss must not be negative."
+                    f"data: soft targets of {self.name} must not be negative."
                 )
         else:
             expected = (len(output), *output.shape[2:])
             if target.shape != expected:
+                advice = ""
+                if target.shape == output.shape[:-1]:
+                    advice = (
+                        " Classes are axis 1, not the last: transpose the outputs, "
+                        "for example with predict=lambda model, X: "
+                        "model(**X).logits.transpose(1, 2)."
+                    )
                 raise ValueError(
-                    f"data: CrossEntropyLoss with outputs {list(output.shape)} needs "
-                    f"class indices {list(expected)}, got {list(target.shape)}."
+                    f"data: {self.name} with outputs {list(output.shape)} needs class "
+                    f"indices {list(expected)}, got {list(target.shape)}.{advice}"
                 )
             classes = target[target != self.ignore_index]
             if classes.numel() and (classes.min() < 0 or classes.max() >= num_classes):
@@ -294,8 +309,8 @@ class CrossEntropy(OutputLoss):
                 )
         if self.class_weight is not None and len(self.class_weight) != num_classes:
             raise ValueError(
-                f"loss: weight of CrossEntropyLoss has {len(self.class_weight)} "
-                f"entries for {num_classes} classes."
+                f"loss: weight of {self.name} has {len(self.class_weight)} entries "
+                f"for {num_classes} classes."
             )
 
     def _class_weights(self, output: Tensor) -> Tensor:
@@ -326,6 +341,17 @@ class CrossEntropy(OutputLoss):
         coefficients = smoothed * self._class_weights(output)[:, None]
         return coefficients if valid is None else coefficients * valid.unsqueeze(1)
 
+    def _mass(self, output: Tensor, target: Tensor) -> Tensor:
+        """Return m, ``[n, P]``; for class indices without the coefficients."""
+        if target.is_floating_point():
+            return self._coefficients(output, target).sum(1)
+        index = target.reshape(len(target), -1)
+        valid = index != self.ignore_index
+        weights = self._class_weights(output)
+        mass = weights[torch.where(valid, index, torch.zeros_like(index))]
+        mass = (1.0 - self.label_smoothing) * mass
+        return (mass + self.label_smoothing * weights.mean()) * valid
+
     def total(self, output: Tensor, target: Tensor) -> Tensor:
         """−Σ a log p."""
         log_p = self.channels(output).log_softmax(1)
@@ -348,7 +374,7 @@ class CrossEntropy(OutputLoss):
         p = f.softmax(1).unsqueeze(-1)
         likeliest = f.argmax(1, keepdim=True).unsqueeze(-1)
         X = X - X.gather(1, likeliest.expand(-1, -1, -1, X.shape[-1]))
-        mass = self._coefficients(output, target).sum(1, keepdim=True).unsqueeze(-1)
+        mass = self._mass(output, target)[:, None, :, None]
         return mass * p * (X - (p * X).sum(1, keepdim=True))
 
     def sqrt_width(self, output: Tensor) -> int:
@@ -377,7 +403,7 @@ class CrossEntropy(OutputLoss):
         column = torch.arange(num_classes - 1, device=output.device)[:, None]
         factor = torch.where(row > column, below, torch.zeros_like(below))
         factor = torch.where(row == column, diagonal.exp().unsqueeze(1), factor)
-        mass = self._coefficients(output, target).sum(1, keepdim=True).unsqueeze(2)
+        mass = self._mass(output, target)[:, None, None]
         return factor * mass.sqrt()
 
     def sample(
@@ -394,11 +420,46 @@ class CrossEntropy(OutputLoss):
         drawn = torch.multinomial(
             flat, mc_samples, replacement=True, generator=generator
         )
-        onehot = F.one_hot(drawn, num_classes).to(p)  # [n P, M, C]
-        residual = (flat.unsqueeze(1) - onehot).reshape(n, positions, mc_samples, -1)
-        mass = self._coefficients(output, target).sum(1)  # [n, P]
-        residual = residual * (mass / mc_samples).sqrt()[:, :, None, None]
+        residual = flat.unsqueeze(1).repeat(1, mc_samples, 1)  # [n P, M, C]
+        rows = drawn.unsqueeze(-1)
+        residual.scatter_add_(2, rows, residual.new_full((), -1.0).expand(rows.shape))
+        residual = residual.reshape(n, positions, mc_samples, -1)
+        mass = self._mass(output, target)
+        residual *= (mass / mc_samples).sqrt()[:, :, None, None]
         return residual.permute(0, 3, 1, 2).reshape(n, -1, mc_samples, 1)
+
+
+class NegativeLogLikelihood(CrossEntropy):
+    """``nn.NLLLoss`` of log-probabilities: the cross-entropy with f = log p as logits.
+
+    By itself ℓ = −f_y is linear and its Hessian zero. As log_softmax leaves
+    log-probabilities as they are, ℓ also is their cross-entropy: the same function of
+    the parameters, whose Hessian diag(p) − p pᵀ is that of the likelihood. G then is
+    what ``nn.CrossEntropyLoss`` gives for the logits under the log_softmax.
+
+    Args:
+        reduction: ``"mean"`` or ``"sum"``.
+        class_weight: ``[C]`` or None.
+        ignore_index: The target that counts for nothing.
+    """
+
+    name = "NLLLoss"
+
+    def check(self, output: Tensor, target: Tensor) -> None:
+        """Outputs are log-probabilities, targets class indices."""
+        if target.is_floating_point():
+            raise ValueError(
+                f"data: {self.name} needs class indices, got {target.dtype}. For soft "
+                "targets use CrossEntropyLoss on logits."
+            )
+        super().check(output, target)
+        mass = output.logsumexp(1).abs().max()
+        if not mass <= 10 * torch.finfo(output.dtype).eps ** 0.5:
+            raise ValueError(
+                f"loss: {self.name} needs log-probabilities along axis 1, but "
+                f"probabilities sum to exp({mass:.3g}) or its inverse. End the model "
+                "with log_softmax, or use CrossEntropyLoss on logits."
+            )
 
 
 class AutogradLoss(OutputLoss):
@@ -408,11 +469,18 @@ class AutogradLoss(OutputLoss):
         function: ``(output, target) -> scalar``, a mean or a sum over samples.
         reduction: Which of the two it is.
         name: How to call it in messages.
+        check_sum: Whether to check that it is a sum of losses of single samples.
     """
 
-    def __init__(self, function: LossCallable, reduction: str, name: str) -> None:
+    def __init__(
+        self,
+        function: LossCallable,
+        reduction: str,
+        name: str,
+        check_sum: bool = True,
+    ) -> None:
         super().__init__(reduction)
-        self.function, self.name = function, name
+        self.function, self.name, self._check_sum = function, name, check_sum
 
     def channels(self, output: Tensor) -> Tensor:
         """All outputs of a sample may be coupled."""
@@ -428,6 +496,8 @@ class AutogradLoss(OutputLoss):
                     f"loss: {self.name} must return a scalar tensor, got {shape}. Use "
                     "reduction='mean' or 'sum'."
                 )
+            if not self._check_sum:
+                return
             whole = self.total(output, target)
             index = torch.arange(len(output), device=output.device)
             # Two ways to split: neighbours apart, then together.
@@ -443,7 +513,8 @@ class AutogradLoss(OutputLoss):
                         f"loss: {self.name} with reduction={self.reduction!r} is not "
                         f"the {self.reduction} of losses of single samples, so "
                         "per-sample curvature is undefined. Give the reduction that it "
-                        "has, or a loss that does not mix samples."
+                        "has, a torch.nn loss for weights and ignored targets, or a "
+                        "loss that does not mix samples."
                     )
 
     def _couples(self, output: Tensor, target: Tensor, mask: Tensor) -> bool:
@@ -523,63 +594,12 @@ class AutogradLoss(OutputLoss):
         return roots.unsqueeze(-1)
 
 
-def as_output_loss(loss: Any, reduction: str | None) -> OutputLoss:
-    """Find what a user's loss is.
-
-    Args:
-        loss: A ``torch.nn`` loss or a callable.
-        reduction: What the user says it is; needed for a callable without the
-            attribute.
-
-    Raises:
-        TypeError: If it cannot be called.
-        ValueError: If its reduction is missing, contradictory or ``"none"``.
-    """
-    if not callable(loss):
-        raise TypeError(
-            "loss: a torch.nn loss or a function (output, target) -> scalar, got "
-            f"{type(loss).__name__}."
-        )
-    own = getattr(loss, "reduction", None)
-    if own is not None and reduction is not None and own != reduction:
-        raise ValueError(
-            f"reduction: {reduction!r} was given, but the loss has reduction={own!r}."
-        )
-    reduction = own if own is not None else reduction
-    name = type(loss).__name__ if isinstance(loss, nn.Module) else _name(loss)
-    if reduction not in ("mean", "sum"):
-        raise ValueError(
-            f"reduction: {name} has reduction={reduction!r}; it must be 'mean' or "
-            "'sum'. For a function, say which it is: EmpiricalRisk(…, "
-            "reduction='mean')."
-        )
-    result = _output_loss(loss, reduction, name)
-    result.source = loss
-    return result
-
-
-def _output_loss(loss: Any, reduction: str, name: str) -> OutputLoss:
-    # Exact types: a subclass may compute something else.
-    if type(loss) is nn.MSELoss:
-        return SquaredError(reduction)
-    if type(loss) is nn.BCEWithLogitsLoss:
-        return BinaryCrossEntropy(reduction, loss.weight, loss.pos_weight)
-    if type(loss) is nn.CrossEntropyLoss:
-        return CrossEntropy(
-            reduction, loss.weight, loss.ignore_index, loss.label_smoothing
-        )
-    return AutogradLoss(loss, reduction, name)
-
-
-def _name(loss: Any) -> str:
-    return str(getattr(loss, "__name__", type(loss).__name__))
-
-
 def _to(weight: Tensor | None, like: Tensor) -> Tensor | None:
     return None if weight is None else weight.to(like)
 
 
-def _check_same_shape(output: Tensor, target: Tensor, name: str) -> None:
+def check_same_shape(output: Tensor, target: Tensor, name: str) -> None:
+    """Raise a ``ValueError`` if targets have not the shape of the outputs."""
     if output.shape != target.shape:
         raise ValueError(
             f"data: {name} needs targets in the shape of the outputs, got outputs "

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -20,6 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 Params = dict[str, Tensor]
 ModelFunction = Callable[[Params, Any], Any]
+Predict = Callable[[nn.Module, Any], Any]
 
 _DROPOUTS = (
     nn.Dropout,
@@ -39,6 +41,7 @@ class FunctionalModel:
         model: An ``nn.Module``, or a callable ``(params, x) -> output``.
         params: None for all parameters of a module that require grad, an iterable of
             its ``Parameter``s, or a dict from names to tensors.
+        predict: ``(model, X) -> output``: how a module is called, if not with X.
 
     Attributes:
         params: Copies of the chosen parameters, by name; they require grad.
@@ -52,15 +55,31 @@ class FunctionalModel:
     """
 
     def __init__(
-        self, model: nn.Module | ModelFunction, params: Any | None = None
+        self,
+        model: nn.Module | ModelFunction,
+        params: Any | None = None,
+        predict: Predict | None = None,
     ) -> None:
         if not callable(model):
             raise TypeError(
                 "model: an nn.Module or a function (params, x) -> output, got "
                 f"{type(model).__name__}."
             )
+        if predict is not None and not callable(predict):
+            raise TypeError(
+                "predict: a function (model, X) -> output, got "
+                f"{type(predict).__name__}."
+            )
+        if isinstance(model, nn.Module):
+            model, params = _unwrapped(model, params)
+        elif predict is not None:
+            raise TypeError(
+                "predict: is how a module is called, but the model is a function "
+                "(params, x) -> output already; put it into that function."
+            )
         self._model = model
         if isinstance(model, nn.Module):
+            self._predictor = None if predict is None else _Predictor(model, predict)
             chosen = _module_params(model, params)
             _check_modes(model)
             # All that the outputs depend on is as it was, also when training goes on.
@@ -73,6 +92,7 @@ class FunctionalModel:
                     )
                     if name not in chosen
                 }
+            _check_precision(self._fixed)
             self._modes = [(m, m.training) for m in model.modules()]
         else:
             chosen = _function_params(params)
@@ -86,10 +106,14 @@ class FunctionalModel:
     def __call__(self, params: Params, X: Any) -> Tensor:
         """Return the outputs, ``[n, …]``."""
         if isinstance(self._model, nn.Module):
-            args, kwargs = _call_arguments(X)
             state = {**self._fixed, **params}
+            module: nn.Module = self._model
+            args, kwargs = _call_arguments(X)
+            if self._predictor is not None:
+                module, args, kwargs = self._predictor, (X,), {}
+                state = {f"model.{name}": value for name, value in state.items()}
             with self._own_modes():
-                output = functional_call(self._model, state, args, kwargs)
+                output = functional_call(module, state, args, kwargs)
         else:
             output = self._model(params, X)
         if not isinstance(output, Tensor):
@@ -97,7 +121,8 @@ class FunctionalModel:
         if not isinstance(output, Tensor):
             raise TypeError(
                 "model: must return a tensor, or an object whose .logits is one, got "
-                f"{type(output).__name__}. Wrap it in a function (params, x) -> tensor."
+                f"{type(output).__name__}. Say what to take with predict=, for example "
+                "predict=lambda model, X: model(**X).last_hidden_state.mean(1)."
             )
         return output
 
@@ -134,6 +159,23 @@ class FunctionalModel:
                 module.training = not mode
 
 
+class _Predictor(nn.Module):
+    """A module that calls another one the way the user says.
+
+    Args:
+        model: The other one.
+        predict: ``(model, X) -> output``.
+    """
+
+    def __init__(self, model: nn.Module, predict: Predict) -> None:
+        super().__init__()
+        self.model, self._predict = model, predict
+
+    def forward(self, X: Any) -> Any:
+        """Call it."""
+        return self._predict(self.model, X)
+
+
 @contextlib.contextmanager
 def as_guest(device: torch.device) -> Iterator[None]:
     """Run the user's code so that nothing global of the user's is changed.
@@ -142,11 +184,16 @@ def as_guest(device: torch.device) -> Iterator[None]:
     all derivatives, and gradients are recorded also where the caller has turned that
     off. Frozen attention in eval mode does not take its fused path either: that rounds
     otherwise and sets padded positions to zero, and a net that is watched does not take
-    it, so that outputs would depend on who calls.
+    it, so that outputs would depend on who calls; as they would under the caller's
+    autocast, which is off too. What ``torch.compile`` has compiled runs as it was
+    written: compiled code has no second derivatives, and no calls that could be
+    recorded.
     """
     devices = [device] if device.type == "cuda" else []
     with (
         _no_fused_attention(),
+        _nothing_compiled(),
+        torch.autocast(device.type, enabled=False),
         torch.random.fork_rng(devices),
         torch.inference_mode(False),
         torch.enable_grad(),
@@ -163,6 +210,17 @@ def _no_fused_attention() -> Iterator[None]:
         yield
     finally:
         torch.backends.mha.set_fastpath_enabled(before)
+
+
+def _nothing_compiled() -> contextlib.AbstractContextManager[object]:
+    # Setting the stance imports the compiler, which takes seconds; without it nothing
+    # is compiled.
+    if "torch._dynamo" not in sys.modules:
+        return contextlib.nullcontext()
+    stance: contextlib.AbstractContextManager[object] = torch.compiler.set_stance(
+        "force_eager"
+    )
+    return stance
 
 
 def strided(gradient: Tensor | None) -> Tensor | None:
@@ -185,6 +243,26 @@ def _call_arguments(X: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if isinstance(X, Mapping):
         return (), dict(X)
     return (X if isinstance(X, tuple) else (X,)), {}
+
+
+def _unwrapped(model: nn.Module, params: Any | None) -> tuple[nn.Module, Any | None]:
+    """Return the module inside of ``torch.compile``, DataParallel and the like.
+
+    Args:
+        model: The module, perhaps in wrappers.
+        params: As given by the user; names are those of the wrapper or of the module.
+    """
+    while True:
+        if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+            attribute = "module"
+        elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
+            attribute = "_orig_mod"
+        else:
+            return model, params
+        if isinstance(params, Mapping):
+            prefix = f"{attribute}."
+            params = {name.removeprefix(prefix): p for name, p in params.items()}
+        model = getattr(model, attribute)
 
 
 def _module_params(model: nn.Module, params: Any | None) -> dict[str, Tensor]:
@@ -272,6 +350,16 @@ def _check_params(params: dict[str, Tensor]) -> None:
         # A sum is one pass; only where it overflows must the entries be looked at.
         if not p.detach().sum().isfinite() and not p.detach().isfinite().all():
             raise ValueError(f"params: {name!r} holds NaN or Inf.")
+
+
+def _check_precision(fixed: dict[str, Tensor]) -> None:
+    for name, tensor in fixed.items():
+        if tensor.dtype in (torch.float16, torch.bfloat16):
+            raise TypeError(
+                f"model: {name!r} is {tensor.dtype}; also what is frozen must be "
+                "float32 or float64. Convert the model with model.float() or "
+                "model.double()."
+            )
 
 
 def _check_modes(model: nn.Module) -> None:

@@ -1,0 +1,252 @@
+"""Losses that couple no outputs: a function of each output and its target.
+
+Their Hessians are diagonal, and known from two derivatives of one function.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from vivit_linop.risk.losses import OutputLoss, check_same_shape
+
+
+class ElementwiseLoss(OutputLoss):
+    """A sum over outputs of a convex function of output and target."""
+
+    def check(self, output: Tensor, target: Tensor) -> None:
+        """Outputs and targets have one shape."""
+        check_same_shape(output, target, self.name)
+
+    def weight(self, output: Tensor, target: Tensor) -> Tensor:
+        """Count the entries."""
+        return output.new_tensor(output.numel())
+
+    @abstractmethod
+    def slope(self, output: Tensor, target: Tensor) -> Tensor:
+        """The first derivative, in the shape of the outputs."""
+
+    @abstractmethod
+    def curvature(self, output: Tensor, target: Tensor) -> Tensor:
+        """The second derivative, in the shape of the outputs."""
+
+    def gradient(self, output: Tensor, target: Tensor) -> Tensor:
+        """The slopes."""
+        return self.channels(self.slope(output, target))
+
+    def hessian_product(self, output: Tensor, target: Tensor, X: Tensor) -> Tensor:
+        """Multiply by the curvatures."""
+        return self.channels(self.curvature(output, target)).unsqueeze(-1) * X
+
+    def sqrt(self, output: Tensor, target: Tensor) -> Tensor:
+        """The roots of the curvatures."""
+        return self.channels(self.curvature(output, target)).sqrt().unsqueeze(2)
+
+
+class GaussianNLL(ElementwiseLoss):
+    """``nn.GaussianNLLLoss``: ℓ = Σ ½ (log v + (f − y)²/v), Hessian diag(1/v).
+
+    The variances v come with the targets: ``torch.stack([y, v], dim=-1)``. As in torch
+    they are at least ``eps``.
+
+    Args:
+        reduction: ``"mean"`` or ``"sum"``.
+        full: Whether ℓ has the constant ½ log 2π.
+        eps: The smallest variance.
+    """
+
+    name = "GaussianNLLLoss"
+
+    def __init__(self, reduction: str, full: bool = False, eps: float = 1e-6) -> None:
+        super().__init__(reduction)
+        self.full, self.eps = full, eps
+
+    def check(self, output: Tensor, target: Tensor) -> None:
+        """Targets have a last axis: the target and its variance."""
+        if target.shape != (*output.shape, 2):
+            raise ValueError(
+                f"data: {self.name} needs targets {[*output.shape, 2]} that hold the "
+                "variances too, torch.stack([y, variance.expand_as(y)], dim=-1); got "
+                f"{list(target.shape)}."
+            )
+        if (target[..., 1] < 0).any():
+            raise ValueError(f"data: variances of {self.name} must not be negative.")
+
+    def _variance(self, target: Tensor) -> Tensor:
+        return target[..., 1].clamp(min=self.eps)
+
+    def total(self, output: Tensor, target: Tensor) -> Tensor:
+        """Sum torch's own."""
+        y, variance = target.unbind(-1)
+        return F.gaussian_nll_loss(
+            output, y, variance, full=self.full, eps=self.eps, reduction="sum"
+        )
+
+    def slope(self, output: Tensor, target: Tensor) -> Tensor:
+        """(f − y)/v."""
+        return (output - target[..., 0]) / self._variance(target)
+
+    def curvature(self, output: Tensor, target: Tensor) -> Tensor:
+        """1/v."""
+        return self._variance(target).reciprocal()
+
+    def sample(
+        self,
+        output: Tensor,
+        target: Tensor,
+        mc_samples: int,
+        generator: torch.Generator | None,
+    ) -> Tensor:
+        """(f − ỹ)/v for ỹ ~ N(f, v)."""
+        deviation = self._variance(target).rsqrt().reshape(len(output), -1, 1)
+        noise = torch.randn(
+            (*deviation.shape[:2], mc_samples),
+            generator=generator,
+            dtype=output.dtype,
+            device=output.device,
+        )
+        return (noise * deviation / mc_samples**0.5).unsqueeze(-1)
+
+
+class PoissonNLL(ElementwiseLoss):
+    """``nn.PoissonNLLLoss``: ℓ = Σ λ − y log λ for a rate λ.
+
+    With ``log_input`` λ = exp(f), and the Hessian is diag(λ); otherwise λ = f, the
+    logarithm is that of f + eps, and the Hessian is diag(y/(f + eps)²).
+
+    Args:
+        reduction: ``"mean"`` or ``"sum"``.
+        log_input: Whether outputs are logarithms of rates.
+        full: Whether ℓ has Stirling's approximation of log y!.
+        eps: Added to a rate before the logarithm.
+    """
+
+    name = "PoissonNLLLoss"
+
+    def __init__(
+        self,
+        reduction: str,
+        log_input: bool = True,
+        full: bool = False,
+        eps: float = 1e-8,
+    ) -> None:
+        super().__init__(reduction)
+        self.log_input, self.full, self.eps = log_input, full, eps
+
+    def check(self, output: Tensor, target: Tensor) -> None:
+        """Counts are not negative, rates neither."""
+        super().check(output, target)
+        if (target < 0).any():
+            raise ValueError(f"data: targets of {self.name} must not be negative.")
+        if not self.log_input and (output + self.eps <= 0).any():
+            raise ValueError(
+                f"loss: {self.name} with log_input=False needs positive outputs. Let "
+                "the model return logarithms of rates, with log_input=True."
+            )
+
+    def total(self, output: Tensor, target: Tensor) -> Tensor:
+        """Sum torch's own."""
+        return F.poisson_nll_loss(
+            output,
+            target.to(output),
+            log_input=self.log_input,
+            full=self.full,
+            eps=self.eps,
+            reduction="sum",
+        )
+
+    def slope(self, output: Tensor, target: Tensor) -> Tensor:
+        """exp(f) − y, or 1 − y/(f + eps)."""
+        if self.log_input:
+            return output.exp() - target
+        return 1.0 - target / (output + self.eps)
+
+    def curvature(self, output: Tensor, target: Tensor) -> Tensor:
+        """exp(f), or y/(f + eps)²."""
+        if self.log_input:
+            return output.exp()
+        return target / (output + self.eps).square()
+
+    def sample(
+        self,
+        output: Tensor,
+        target: Tensor,
+        mc_samples: int,
+        generator: torch.Generator | None,
+    ) -> Tensor:
+        """λ − ỹ for ỹ ~ Poisson(λ)."""
+        if not self.log_input:
+            raise ValueError(
+                f"mc_samples: with log_input=False the Hessian of {self.name} depends "
+                "on the target, so samples of the likelihood would be biased. Let the "
+                "model return logarithms of rates, with log_input=True."
+            )
+        rate = output.exp().reshape(len(output), -1, 1).repeat(1, 1, mc_samples)
+        counts = torch.poisson(rate, generator=generator)
+        return ((rate - counts) / mc_samples**0.5).unsqueeze(-1)
+
+
+class Huber(ElementwiseLoss):
+    """``nn.HuberLoss``: ½ (f − y)² up to |f − y| = δ, δ (|f − y| − ½ δ) beyond.
+
+    Args:
+        reduction: ``"mean"`` or ``"sum"``.
+        delta: δ.
+    """
+
+    name = "HuberLoss"
+
+    def __init__(self, reduction: str, delta: float = 1.0) -> None:
+        super().__init__(reduction)
+        self.delta = delta
+
+    def total(self, output: Tensor, target: Tensor) -> Tensor:
+        """Sum torch's own."""
+        return F.huber_loss(
+            output, target.to(output), reduction="sum", delta=self.delta
+        )
+
+    def slope(self, output: Tensor, target: Tensor) -> Tensor:
+        """The residual, clipped."""
+        return (output - target).clamp(-self.delta, self.delta)
+
+    def curvature(self, output: Tensor, target: Tensor) -> Tensor:
+        """1 inside, 0 beyond."""
+        return ((output - target).abs() < self.delta).to(output)
+
+
+class SmoothL1(ElementwiseLoss):
+    """``nn.SmoothL1Loss``: (f − y)²/(2β) up to |f − y| = β, |f − y| − ½ β beyond.
+
+    Args:
+        reduction: ``"mean"`` or ``"sum"``.
+        beta: β; 0 for the absolute error, which has no curvature.
+    """
+
+    name = "SmoothL1Loss"
+
+    def __init__(self, reduction: str, beta: float = 1.0) -> None:
+        super().__init__(reduction)
+        self.beta = beta
+
+    def total(self, output: Tensor, target: Tensor) -> Tensor:
+        """Sum torch's own."""
+        return F.smooth_l1_loss(
+            output, target.to(output), reduction="sum", beta=self.beta
+        )
+
+    def slope(self, output: Tensor, target: Tensor) -> Tensor:
+        """The residual over β, clipped."""
+        residual = output - target
+        if self.beta == 0.0:
+            return residual.sign()
+        return (residual / self.beta).clamp(-1.0, 1.0)
+
+    def curvature(self, output: Tensor, target: Tensor) -> Tensor:
+        """1/β inside, 0 beyond."""
+        if self.beta == 0.0:
+            return torch.zeros_like(output)
+        return ((output - target).abs() < self.beta).to(output) / self.beta
