@@ -317,7 +317,9 @@ def _saved_bytes(build: Callable[[], Result]) -> tuple[int, Result]:
     def count(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         seen[storage.data_ptr()] = storage.nbytes()
-        return tensor
+        # The graph owns what it saves: the tensor itself, if it is an output, owns its
+        # graph, and neither would ever be freed.
+        return tensor.detach()
 
     try:
         with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
