@@ -103,7 +103,7 @@ class Columns:
         risk = self._risk
         structure = find_structure(risk)
         first = 0
-        for batch, (X, y) in enumerate(risk.batches()):
+        for batch, (X, y) in enumerate(risk.batches("columns")):
             n = len(y)
             if first + n > start:
                 for index in self._cut(X, n, structure):

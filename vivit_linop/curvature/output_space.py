@@ -7,7 +7,6 @@ outputs flattened. These operators know the outputs of the net, not the net.
 from __future__ import annotations
 
 from abc import abstractmethod
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -16,6 +15,9 @@ from torch import Tensor
 from vivit_linop.operators.base import TorchLinearOperator
 from vivit_linop.risk.empirical import EmpiricalRisk, as_risk
 from vivit_linop.risk.losses import AutogradLoss
+
+# What blocks that can be formed again may take.
+_KEPT_BYTES = 2**24
 
 
 class OutputOperator(TorchLinearOperator):
@@ -139,10 +141,29 @@ class FactoredOutputOperator(OutputOperator):
     The blocks of a batch are ``[n, c, s, P]``: for each of P positions that the loss
     does not couple, a matrix of c output channels and s columns. As matrices they have
     C = c·P rows and R = s·P columns.
+
+    Blocks are kept while they are few, and formed anew beyond that: what is kept does
+    not grow with N.
     """
+
+    def __init__(self, risk: EmpiricalRisk, width: int) -> None:
+        super().__init__(risk, width)
+        self._blocks: dict[int, Tensor] = {}
+        self._room = _KEPT_BYTES if risk.memory is None else risk.memory
+        self._room = min(self._room, _KEPT_BYTES)
 
     def blocks(self, batch: int) -> Tensor:
         """The blocks of one batch, ``[n, c, s, P]``."""
+        if batch in self._blocks:
+            return self._blocks[batch]
+        formed = self._form(batch)
+        if formed.nbytes <= self._room:
+            self._room -= formed.nbytes
+            self._blocks[batch] = formed
+        return formed
+
+    def _form(self, batch: int) -> Tensor:
+        """Form the blocks of one batch."""
         raise NotImplementedError
 
     def apply_batch(self, batch: int, X: Tensor) -> Tensor:
@@ -202,27 +223,21 @@ class LossHessianSqrt(FactoredOutputOperator):
             )
         self.hessian, self.mc_samples = hessian, mc_samples
         risk = hessian.risk
-        root_scale = risk.scale**0.5
-        self._blocks: dict[int, Tensor] = {}
+        first = risk.outputs[0]
+        exact = risk.loss.sqrt_width(first) * risk.loss.channels(first).shape[2]
+        super().__init__(risk, mc_samples or exact)
+        # A draw is kept whatever it takes: a second one would be another matrix.
         if mc_samples:
             for batch, (output, target) in enumerate(
                 zip(risk.outputs, risk.targets(), strict=True)
             ):
                 drawn = risk.loss.sample(output, target, mc_samples, generator)
-                self._blocks[batch] = root_scale * drawn
-            width = mc_samples
-        else:
-            first = risk.outputs[0]
-            width = risk.loss.sqrt_width(first) * risk.loss.channels(first).shape[2]
-        super().__init__(risk, width)
+                self._blocks[batch] = risk.scale**0.5 * drawn
 
-    def blocks(self, batch: int) -> Tensor:
-        """Computed when first asked for, and kept."""
-        if batch not in self._blocks:
-            risk = self.risk
-            root = risk.loss.sqrt(risk.outputs[batch], risk.targets()[batch])
-            self._blocks[batch] = risk.scale**0.5 * root
-        return self._blocks[batch]
+    def _form(self, batch: int) -> Tensor:
+        risk = self.risk
+        root = risk.loss.sqrt(risk.outputs[batch], risk.targets()[batch])
+        return risk.scale**0.5 * root
 
     def check_convex(self) -> LossHessianSqrt:
         """Form the blocks now if that can fail; returns itself."""
@@ -270,18 +285,11 @@ class LossGradient(FactoredOutputOperator):
     def __init__(self, risk: EmpiricalRisk) -> None:
         super().__init__(risk, 1)
 
-    @cached_property
-    def _blocks(self) -> list[Tensor]:
+    def _form(self, batch: int) -> Tensor:
         risk = self.risk
         factor = risk.scale / risk.reduction_factor
-        return [
-            factor * risk.loss.gradient(output, target).reshape(len(output), -1, 1, 1)
-            for output, target in zip(risk.outputs, risk.targets(), strict=True)
-        ]
-
-    def blocks(self, batch: int) -> Tensor:
-        """The gradients, ``[n, C, 1, 1]``."""
-        return self._blocks[batch]
+        gradient = risk.loss.gradient(risk.outputs[batch], risk.targets()[batch])
+        return factor * gradient.reshape(len(gradient), -1, 1, 1)
 
 
 class Outer(OutputOperator):

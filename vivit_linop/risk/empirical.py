@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import functools
 import math
+import operator
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from numbers import Real
-from typing import Any
+from typing import Any, TypeVar
 
 import psutil
 import torch
 from torch import Tensor, nn
 
+from vivit_linop.risk import fingerprint
 from vivit_linop.risk.data import (
     Batch,
     as_batches,
@@ -30,6 +32,9 @@ from vivit_linop.risk.model import (
     random_state,
     strided,
 )
+from vivit_linop.risk.progress import shown
+
+Item = TypeVar("Item")
 
 
 class EmpiricalRisk:
@@ -41,7 +46,10 @@ class EmpiricalRisk:
 
     The parameters, frozen ones too, are copied at construction. Operators made from a
     risk stay the same matrices when training goes on; for new parameters make a new
-    risk. Construction passes over the data once (forward), and keeps the outputs.
+    risk. Construction passes over the data once (forward), and keeps the outputs
+    ``[N, C]`` and the targets, but not the inputs: what is streamed may be of any
+    length. Construction, ``gradient()`` and products with J, H and G need no other
+    memory that grows with N, once the linearisations that are kept fill ``memory``.
 
     Args:
         model: An ``nn.Module``, or a callable ``(params, x) -> output`` with ``params``
@@ -52,13 +60,26 @@ class EmpiricalRisk:
             (closed-form Hessians), or any callable ``(output, target) -> scalar`` that
             is a mean or sum over samples (Hessians by autograd).
         data: One pair ``(X, y)``, or a re-iterable of them such as a ``DataLoader``
-            without shuffling. X may be a tensor, a tuple or a mapping.
+            without shuffling. X may be a tensor, a tuple or a mapping. For a model on
+            a GPU let the loader pin its batches (``pin_memory=True``): they are copied
+            without waiting.
         params: None for all parameters that require grad, an iterable of the model's
             ``Parameter``s, or a dict from names to tensors.
         reduction: ``"mean"`` or ``"sum"``; needed for a loss without this attribute.
         memory: The bytes that kept linearisations of the net may take; those of
             batches beyond it are made anew for each product. By default a quarter of
-            the memory that is free on the device.
+            the memory that is free on the device. Also the bytes that the columns of
+            a Gram matrix may take at a time; by default a tenth. Whatever it is, one
+            batch must fit: where it does not, make the batches smaller.
+        check_data: Whether to pass over the data once more, before anything else, to
+            see that they are the same in every pass: a shuffled loader and random
+            augmentations are refused, because an operator is one matrix and numbers
+            its samples. Lists of batches are not read twice. Without the check, each
+            pass starts from one state of torch's generator, so that what is drawn
+            from that is the same every time; other changes are found by the passes
+            that meet other outputs.
+        progress: Whether passes over the data, and the products of an iterative
+            ``eigh``, show progress bars (on stderr).
 
     Attributes:
         num_params: D, the number of entries of all parameters.
@@ -73,8 +94,10 @@ class EmpiricalRisk:
         TypeError: For arguments of a wrong type.
         ValueError: For empty or inconsistent data, parameters that are not the
             model's, modules in training mode where that matters, NaN or Inf in
-            parameters, outputs or loss, a model that draws random numbers, and a model
-            whose output is not differentiable in the parameters.
+            parameters, outputs or loss, a model that draws random numbers, a model
+            whose output is not differentiable in the parameters, and data that are
+            not the same in every pass.
+        MemoryError: Where a batch does not fit on the device.
 
     Example:
         >>> import torch, vivit_linop as vl
@@ -95,8 +118,12 @@ class EmpiricalRisk:
         *,
         reduction: str | None = None,
         memory: int | None = None,
+        check_data: bool = True,
+        progress: bool = False,
     ) -> None:
         self.by_sample: list[bool] = []
+        self.progress = progress
+        self._check_data = check_data and not isinstance(data, (list, tuple))
         self._setup(
             FunctionalModel(model, params),
             as_output_loss(loss, reduction),
@@ -124,14 +151,18 @@ class EmpiricalRisk:
         self.reduction = loss.reduction
         self.sizes = [p.numel() for p in self.params.values()]
         self.num_params = sum(self.sizes)
-        self._pass_over_data()
+        self._pass_over_data(self._fingerprints() if self._check_data else None)
 
-    def _pass_over_data(self) -> None:
-        """Count, check and evaluate everything once."""
+    def _pass_over_data(self, fingerprints: list[bytes] | None) -> None:
+        """Count, check and evaluate everything once.
+
+        Args:
+            fingerprints: What the batches must be, if that has been seen.
+        """
         self.outputs: list[Tensor] = []
         self._targets: list[Tensor] = []
         total = weight = torch.zeros((), dtype=self.dtype, device=self.device)
-        for index, (X, y) in enumerate(self.batches()):
+        for index, (X, y) in enumerate(self.batches("risk", fingerprints)):
             output = self._checked_output(index, X, y)
             if index == 0:
                 self._check_independent(X, output)
@@ -242,27 +273,68 @@ class EmpiricalRisk:
 
     # Data -------------------------------------------------------------------------
 
-    def batches(self) -> Iterator[Batch]:
+    def batches(
+        self, what: str | None = None, fingerprints: list[bytes] | None = None
+    ) -> Iterator[Batch]:
         """Pass over the data.
 
-        Every pass starts from one state of the random number generator, so that a
-        shuffling ``DataLoader`` gives the same batches again; the caller's state is
-        as before.
+        Every pass starts from one state of the random number generator, so that what a
+        loader draws from it is the same again; the caller's state is as before.
+
+        Args:
+            what: What the pass is for, for its progress bar; None for no bar.
+            fingerprints: Those that the batches must have, if they are to be checked.
+
+        Raises:
+            ValueError: If the batches are others.
         """
-        state = self._data_rng
-        iterator = iterate(self._batches, self.device, self.dtype)
-        while True:
-            with torch.random.fork_rng([]):
-                torch.random.set_rng_state(state)
-                batch = next(iterator, None)
-                state = torch.random.get_rng_state()
-            if batch is None:
-                return
+        raw = self._batches
+        if fingerprints is not None:
+            raw = self._compared(raw, fingerprints)
+        batches = iterate(raw, self.device, self.dtype)
+        yield from self._shown(_replayed(batches, self._data_rng), what)
+
+    def _shown(self, batches: Iterable[Item], what: str | None) -> Iterator[Item]:
+        if what is None or not self.progress:
+            return iter(batches)
+        known = len(getattr(self, "batch_sizes", ()))
+        return shown(batches, what, known or operator.length_hint(self._batches))
+
+    def _fingerprints(self) -> list[bytes]:
+        """Pass over the data without the model, from another state of the generator."""
+        other = torch.Generator().manual_seed((torch.initial_seed() + 1) % 2**63)
+        batches = _replayed(self._batches, other.get_state())
+        return [
+            fingerprint.of_batch(batch) for batch in self._shown(batches, "check_data")
+        ]
+
+    def _compared(
+        self, batches: Iterable[Any], fingerprints: list[bytes]
+    ) -> Iterator[Any]:
+        """Yield batches that are those of the pass before."""
+        count = 0
+        for count, batch in enumerate(batches, 1):
+            known = fingerprints[count - 1 : count]
+            if known != [fingerprint.of_batch(batch)]:
+                raise ValueError(self._not_the_same(f"batch {count - 1} is another"))
             yield batch
+        if count < len(fingerprints):
+            seen = f"{count} batches, after {len(fingerprints)},"
+            raise ValueError(self._not_the_same(f"there are {seen}"))
+
+    def _not_the_same(self, difference: str) -> str:
+        return (
+            f"data: {difference} in a second pass over the data, but an operator is "
+            "one matrix and numbers its samples. Give a loader with shuffle=False and "
+            "a dataset without random augmentations, or list(loader) for one draw of "
+            "them. What depends on torch's global generator only is drawn alike in "
+            "every pass with check_data=False."
+        )
 
     def _own_batches(self) -> Iterator[Batch]:
         """The batches with the targets of construction."""
-        for (X, _), y in zip(self.batches(), self._targets, strict=True):
+        batches = self.batches("subset")
+        for (X, _), y in zip(batches, self._targets, strict=True):
             yield X, y
 
     def targets(self) -> list[Tensor]:
@@ -301,7 +373,8 @@ class EmpiricalRisk:
         if len(given.unique()) < len(given):
             raise ValueError("indices: a sample is listed twice.")
         risk = object.__new__(EmpiricalRisk)
-        risk.by_sample = self.by_sample
+        risk.by_sample, risk.progress = self.by_sample, self.progress
+        risk._check_data = False  # they are in memory
         risk._setup(
             self.model,
             self.loss,
@@ -330,7 +403,7 @@ class EmpiricalRisk:
         if budget is None:
             budget = free_memory(self.device) // 4
         budget -= sum(kept.nbytes for kept in self._kept.values())
-        for index, (X, _) in enumerate(self.batches()):
+        for index, (X, _) in enumerate(self.batches("product")):
             if index in self._kept:
                 yield self._kept[index]
                 continue
@@ -390,7 +463,7 @@ class EmpiricalRisk:
         """Return ∇L(θ), ``[D]``. One forward and one backward pass over the data."""
         gradient = torch.zeros(self.num_params, dtype=self.dtype, device=self.device)
         parameters = list(self.params.values())
-        for index, (X, _) in enumerate(self.batches()):
+        for index, (X, _) in enumerate(self.batches("gradient")):
             with as_guest(self.device):
                 output = self.model(self.params, X)
                 self.check_outputs(index, output)
@@ -485,6 +558,21 @@ class EmpiricalRisk:
             f"{type(self.loss).__name__} ({self.reduction}), {self.dtype}, "
             f"{self.device}>"
         )
+
+
+def _replayed(items: Iterable[Item], state: Tensor) -> Iterator[Item]:
+    """Iterate with the generator in a given state; the caller's is left alone."""
+    iterator: Iterator[Item] | None = None
+    while True:
+        with torch.random.fork_rng([]):
+            torch.random.set_rng_state(state)
+            try:
+                iterator = iter(items) if iterator is None else iterator
+                item = next(iterator)
+            except StopIteration:
+                return
+            state = torch.random.get_rng_state()
+        yield item
 
 
 def free_memory(device: torch.device) -> int:
