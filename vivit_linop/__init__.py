@@ -26,6 +26,7 @@ from vivit_linop.operators import (
     TorchLinearOperator,
 )
 from vivit_linop.risk import EmpiricalRisk
+from vivit_linop.saving import load, save
 
 __version__ = "0.1.0"
 
@@ -48,5 +49,7 @@ __all__ = [
     "damped_newton_step",
     "directional_derivatives",
     "linalg",
+    "load",
+    "save",
     "testing",
 ]

@@ -234,6 +234,15 @@ class LossHessianSqrt(FactoredOutputOperator):
                 drawn = risk.loss.sample(output, target, mc_samples, generator)
                 self._blocks[batch] = risk.scale**0.5 * drawn
 
+    @classmethod
+    def of_draw(cls, hessian: LossHessian, draw: Tensor) -> LossHessianSqrt:
+        """Return the root whose blocks were drawn before, ``[N, C, M, 1]``."""
+        node = cls.__new__(cls)
+        FactoredOutputOperator.__init__(node, hessian.risk, draw.shape[2])
+        node.hessian, node.mc_samples = hessian, draw.shape[2]
+        node._blocks = dict(enumerate(draw.split(hessian.risk.batch_sizes)))
+        return node
+
     def _form(self, batch: int) -> Tensor:
         risk = self.risk
         root = risk.loss.sqrt(risk.outputs[batch], risk.targets()[batch])

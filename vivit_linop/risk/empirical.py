@@ -9,7 +9,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from numbers import Real
 from typing import Any, TypeVar
 
-import psutil
 import torch
 from torch import Tensor, nn
 
@@ -24,6 +23,7 @@ from vivit_linop.risk.data import (
 )
 from vivit_linop.risk.linearization import Linearization
 from vivit_linop.risk.losses import LossCallable, OutputLoss, as_output_loss
+from vivit_linop.risk.memory import batch_does_not_fit, explained, free_memory
 from vivit_linop.risk.model import (
     FunctionalModel,
     ModelFunction,
@@ -197,7 +197,7 @@ class EmpiricalRisk:
             raise ValueError(f"loss: its value is {self._value.item()} on the data.")
 
     def _checked_output(self, index: int, X: Any, y: Tensor) -> Tensor:
-        with as_guest(self.device):
+        with explained(self._does_not_fit, X, len(y)), as_guest(self.device):
             before = random_state(self.device)
             # The first batch also shows whether the output can be differentiated.
             with torch.set_grad_enabled(index == 0):
@@ -341,6 +341,43 @@ class EmpiricalRisk:
         """The targets of each batch."""
         return self._targets
 
+    def fingerprint(self) -> dict[str, str | float]:
+        """Return what tells this risk from others: digests, and numbers of it.
+
+        The digest of the samples takes a pass over the data, once; it does not depend
+        on how they are cut into batches. The numbers are equal up to rounding errors
+        if the model and the loss are the same functions.
+
+        Example:
+            >>> import torch, vivit_linop as vl
+            >>> from torch import nn
+            >>> net, (X, y) = nn.Linear(3, 1), (torch.rand(8, 3), torch.rand(8, 1))
+            >>> whole = vl.EmpiricalRisk(net, nn.MSELoss(), (X, y))
+            >>> halves = [(X[:4], y[:4]), (X[4:], y[4:])]
+            >>> cut = vl.EmpiricalRisk(net, nn.MSELoss(), halves)
+            >>> whole.fingerprint()["samples"] == cut.fingerprint()["samples"]
+            True
+        """
+        return {
+            "parameters": fingerprint.of_tensors(self.params.items()),
+            "buffers or frozen parameters": fingerprint.of_tensors(
+                self.model.constants.items()
+            ),
+            "samples": self._samples_digest,
+            "loss": f"{type(self.loss).__name__}, {self.reduction}",
+            "value of the loss": self._value.item(),
+            "outputs of the model": math.hypot(
+                *(output.norm().item() for output in self.outputs)
+            ),
+        }
+
+    @functools.cached_property
+    def _samples_digest(self) -> str:
+        # On the host, where data come from, and the digest is made.
+        host = iterate(self._batches, torch.device("cpu"), self.dtype)
+        batches = self._shown(_replayed(host, self._data_rng), "fingerprint")
+        return fingerprint.of_data(batches, self.by_sample)
+
     def subset(self, indices: Sequence[int] | Tensor) -> EmpiricalRisk:
         """Return the risk of some samples only: their mean (or sum).
 
@@ -407,9 +444,11 @@ class EmpiricalRisk:
             if index in self._kept:
                 yield self._kept[index]
                 continue
-            linearization = Linearization(
-                functools.partial(self._evaluate, X), self.params
-            )
+            size = self.batch_sizes[index] if index < len(self.batch_sizes) else 1
+            with explained(self._does_not_fit, X, size):
+                linearization = Linearization(
+                    functools.partial(self._evaluate, X), self.params
+                )
             self.check_outputs(index, linearization.outputs)
             # The batches come in order, so the kept ones stay ordered.
             keep = index == len(self._kept) and linearization.nbytes <= budget
@@ -418,6 +457,19 @@ class EmpiricalRisk:
                 self._kept[index] = linearization
                 budget -= linearization.nbytes
             yield linearization
+
+    def _does_not_fit(self, X: Any, samples: int) -> str:
+        """What to say of a batch that is too large, by what two samples of it take."""
+        axes = sample_axes(X, samples)
+        one, two = (
+            Linearization(
+                functools.partial(self._evaluate, take(X, torch.arange(count), axes)),
+                self.params,
+            ).nbytes
+            for count in (1, min(2, samples))
+        )
+        per_sample = two - one if samples > 1 else one
+        return batch_does_not_fit(self.device, samples, per_sample)
 
     def _evaluate(self, X: Any, params: Params) -> Tensor:
         return self.model(params, X)
@@ -464,7 +516,11 @@ class EmpiricalRisk:
         gradient = torch.zeros(self.num_params, dtype=self.dtype, device=self.device)
         parameters = list(self.params.values())
         for index, (X, _) in enumerate(self.batches("gradient")):
-            with as_guest(self.device):
+            n = len(self._targets[index]) if index < len(self._targets) else 1
+            with (
+                explained(self._does_not_fit, X, n),
+                as_guest(self.device),
+            ):
                 output = self.model(self.params, X)
                 self.check_outputs(index, output)
                 total = self.loss.total(output, self._targets[index]) * self.scale
@@ -573,13 +629,6 @@ def _replayed(items: Iterable[Item], state: Tensor) -> Iterator[Item]:
                 return
             state = torch.random.get_rng_state()
         yield item
-
-
-def free_memory(device: torch.device) -> int:
-    """The bytes that are free on a device."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    return int(psutil.virtual_memory().available)
 
 
 def as_risk(

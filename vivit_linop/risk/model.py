@@ -100,6 +100,11 @@ class FunctionalModel:
             )
         return output
 
+    @property
+    def constants(self) -> Params:
+        """What else a module's outputs depend on: buffers, parameters not chosen."""
+        return getattr(self, "_fixed", {})
+
     @contextlib.contextmanager
     def _own_modes(self) -> Iterator[None]:
         """Run with the modules in the modes that they had at construction."""
