@@ -390,11 +390,11 @@ class Counting(Dataset):
 
 @pytest.mark.parametrize("memory", [None, 0])
 def test_data_loader_shuffled_by_the_global_generator(memory: int | None) -> None:
-    """Every pass gives the batches of the first, also if the user's state moves on."""
+    """Unchecked, every pass gives the batches of the first, whatever the user draws."""
     net, loss, (X, y) = toy(7)
     torch.manual_seed(3)
     loader = DataLoader(TensorDataset(X, y), batch_size=3, shuffle=True)
-    risk = vl.EmpiricalRisk(net, loss, loader, memory=memory)
+    risk = vl.EmpiricalRisk(net, loss, loader, memory=memory, check_data=False)
     straight = vl.EmpiricalRisk(net, loss, (X, y))
     x = random_vector(risk.num_params)
     for seed in range(3):
@@ -451,7 +451,7 @@ def test_data_loader_shuffled_by_its_own_generator(
     own.manual_seed(0)
     batches = [(inputs, labels) for inputs, labels in loader]
     own.manual_seed(0)
-    risk = vl.EmpiricalRisk(net, loss, loader, memory=memory)
+    risk = vl.EmpiricalRisk(net, loss, loader, memory=memory, check_data=False)
     right_or_refused(quantity, risk, vl.EmpiricalRisk(net, loss, batches))
 
 
@@ -482,7 +482,7 @@ def test_random_augmentations(source: str, quantity: str) -> None:
     try:
         np.random.seed(0)
         torch.manual_seed(0)
-        risk = vl.EmpiricalRisk(net, loss, loader)
+        risk = vl.EmpiricalRisk(net, loss, loader, check_data=False)
         np.random.seed(0)
         torch.manual_seed(0)
         batches = [(inputs, labels) for inputs, labels in loader]
@@ -603,7 +603,7 @@ def test_guest() -> None:
     assert not called
     loader = DataLoader(TensorDataset(*data), batch_size=4, shuffle=True)
     before = Snapshot(net, data)
-    use_everything(vl.EmpiricalRisk(net, loss, loader, memory=0))
+    use_everything(vl.EmpiricalRisk(net, loss, loader, memory=0, check_data=False))
     before.check()
 
 
@@ -900,8 +900,11 @@ def test_data_are_read_no_more_often_than_needed() -> None:
     # Kept linearisations and columns spare passes over the data.
     net, loss, (X, y) = toy()
     dataset = Counting(X, y)
-    risk = vl.EmpiricalRisk(net, loss, DataLoader(dataset, batch_size=4))
-    assert dataset.reads == 6
+    loader = DataLoader(dataset, batch_size=4)
+    vl.EmpiricalRisk(net, loss, loader)
+    assert dataset.reads == 12
+    risk = vl.EmpiricalRisk(net, loss, loader, check_data=False)
+    assert dataset.reads == 18
     x = random_vector(risk.num_params)
     vl.GGN(risk) @ x
     vl.Jacobian(risk) @ x

@@ -38,6 +38,7 @@ from vivit_linop.operators import (
     TorchLinearOperator,
 )
 from vivit_linop.risk import EmpiricalRisk
+from vivit_linop.saving import load, save
 
 __version__ = "0.1.0"
 
@@ -70,6 +71,8 @@ __all__ = [
     "from_curvlinops",
     "from_scipy",
     "linalg",
+    "load",
     "projector",
+    "save",
     "testing",
 ]

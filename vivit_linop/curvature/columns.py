@@ -18,7 +18,8 @@ from torch.func import vjp, vmap
 from vivit_linop.capture import Capture, Structure, find_structure
 from vivit_linop.capture.layers import DenseColumns, LayerColumns, cotangents_key
 from vivit_linop.risk.data import leaves, map_leaves, take
-from vivit_linop.risk.empirical import EmpiricalRisk, free_memory
+from vivit_linop.risk.empirical import EmpiricalRisk
+from vivit_linop.risk.memory import explained, free_memory
 from vivit_linop.risk.model import Params, as_guest, strided
 
 if TYPE_CHECKING:
@@ -107,13 +108,25 @@ class Columns:
         risk = self._risk
         structure = find_structure(risk)
         first = 0
-        for batch, (X, y) in enumerate(risk.batches()):
+        for batch, (X, y) in enumerate(risk.batches("columns")):
             n = len(y)
             if first + n > start:
                 for index in self._cut(X, n, structure):
                     if first + int(index[0]) >= start:
-                        yield self._pieces(batch, X, index, n, first, structure)
+                        with explained(self._do_not_fit, len(index)):
+                            pieces = self._pieces(batch, X, index, n, first, structure)
+                        yield pieces
             first += n
+
+    def _do_not_fit(self, samples: int) -> str:
+        device, free = self._risk.device, free_memory(self._risk.device)
+        fitting = min(free, self._memory) // 4
+        return (
+            f"memory: the columns of {samples} samples do not fit on {device}. They "
+            f"were meant to take {self._memory / 1e9:.3g} GB, and {free / 1e9:.3g} GB "
+            f"are free. With EmpiricalRisk(..., memory={fitting}) fewer samples are "
+            "taken at a time."
+        )
 
     def held(self) -> Iterator[list[list[Piece]]]:
         """Yield as many pieces together as the memory can hold."""

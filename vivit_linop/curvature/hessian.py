@@ -106,7 +106,7 @@ class Hessian(TorchLinearOperator):
         with as_guest(self.risk.device):
             if single and self._kept is not None:
                 return self._differentiate(self._kept, chosen, X)
-            for index, (inputs, _) in enumerate(self.risk.batches()):
+            for index, (inputs, _) in enumerate(self.risk.batches("product")):
                 gradient = self._gradient(index, inputs)
                 if single:
                     self._kept = gradient

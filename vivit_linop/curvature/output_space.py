@@ -7,16 +7,18 @@ outputs flattened. These operators know the outputs of the net, not the net.
 from __future__ import annotations
 
 from abc import abstractmethod
-from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from vivit_linop.operators.base import TorchLinearOperator
-from vivit_linop.risk.empirical import EmpiricalRisk, as_risk, free_memory
+from vivit_linop.risk.empirical import EmpiricalRisk, as_risk
 from vivit_linop.risk.losses import AutogradLoss
+from vivit_linop.risk.memory import free_memory
 
+# What blocks that can be formed again may take.
+_KEPT_BYTES = 2**24
 # How many tensors of its size an exact square root takes while it is computed.
 _SQRT_COPIES = 4
 
@@ -173,10 +175,29 @@ class FactoredOutputOperator(OutputOperator):
     The blocks of a batch are ``[n, c, s, P]``: for each of P positions that the loss
     does not couple, a matrix of c output channels and s columns. As matrices they have
     C = c·P rows and R = s·P columns.
+
+    Blocks are kept while they are few, and formed anew beyond that: what is kept does
+    not grow with N.
     """
+
+    def __init__(self, risk: EmpiricalRisk, width: int) -> None:
+        super().__init__(risk, width)
+        self._blocks: dict[int, Tensor] = {}
+        self._room = _KEPT_BYTES if risk.memory is None else risk.memory
+        self._room = min(self._room, _KEPT_BYTES)
 
     def blocks(self, batch: int) -> Tensor:
         """The blocks of one batch, ``[n, c, s, P]``."""
+        if batch in self._blocks:
+            return self._blocks[batch]
+        formed = self._form(batch)
+        if formed.nbytes <= self._room:
+            self._room -= formed.nbytes
+            self._blocks[batch] = formed
+        return formed
+
+    def _form(self, batch: int) -> Tensor:
+        """Form the blocks of one batch."""
         raise NotImplementedError
 
     def apply_batch(self, batch: int, X: Tensor) -> Tensor:
@@ -238,28 +259,31 @@ class LossHessianSqrt(FactoredOutputOperator):
             )
         self.hessian, self.mc_samples = hessian, mc_samples
         risk = hessian.risk
-        root_scale = risk.scale**0.5
-        self._blocks: dict[int, Tensor] = {}
+        first = risk.outputs[0]
+        exact = risk.loss.sqrt_width(first) * risk.loss.channels(first).shape[2]
+        super().__init__(risk, mc_samples or exact)
+        # A draw is kept whatever it takes: a second one would be another matrix.
         if mc_samples:
             for batch, (output, target) in enumerate(
                 zip(risk.outputs, risk.targets(), strict=True)
             ):
                 drawn = risk.loss.sample(output, target, mc_samples, generator)
-                self._blocks[batch] = root_scale * drawn
-            width = mc_samples
-        else:
-            first = risk.outputs[0]
-            width = risk.loss.sqrt_width(first) * risk.loss.channels(first).shape[2]
-        super().__init__(risk, width)
+                self._blocks[batch] = risk.scale**0.5 * drawn
 
-    def blocks(self, batch: int) -> Tensor:
-        """Computed when first asked for, and kept."""
-        if batch not in self._blocks:
-            risk = self.risk
-            self._check_fits()
-            root = risk.loss.sqrt(risk.outputs[batch], risk.targets()[batch])
-            self._blocks[batch] = risk.scale**0.5 * root
-        return self._blocks[batch]
+    @classmethod
+    def of_draw(cls, hessian: LossHessian, draw: Tensor) -> LossHessianSqrt:
+        """Return the root whose blocks were drawn before, ``[N, C, M, 1]``."""
+        node = cls.__new__(cls)
+        FactoredOutputOperator.__init__(node, hessian.risk, draw.shape[2])
+        node.hessian, node.mc_samples = hessian, draw.shape[2]
+        node._blocks = dict(enumerate(draw.split(hessian.risk.batch_sizes)))
+        return node
+
+    def _form(self, batch: int) -> Tensor:
+        risk = self.risk
+        self._check_fits()
+        root = risk.loss.sqrt(risk.outputs[batch], risk.targets()[batch])
+        return risk.scale**0.5 * root
 
     def _check_fits(self) -> None:
         channels = self.risk.loss.channels(self.risk.outputs[0]).shape[1]
@@ -320,18 +344,11 @@ class LossGradient(FactoredOutputOperator):
     def __init__(self, risk: EmpiricalRisk) -> None:
         super().__init__(risk, 1)
 
-    @cached_property
-    def _blocks(self) -> list[Tensor]:
+    def _form(self, batch: int) -> Tensor:
         risk = self.risk
         factor = risk.scale / risk.reduction_factor
-        return [
-            factor * risk.loss.gradient(output, target).reshape(len(output), -1, 1, 1)
-            for output, target in zip(risk.outputs, risk.targets(), strict=True)
-        ]
-
-    def blocks(self, batch: int) -> Tensor:
-        """The gradients, ``[n, C, 1, 1]``."""
-        return self._blocks[batch]
+        gradient = risk.loss.gradient(risk.outputs[batch], risk.targets()[batch])
+        return factor * gradient.reshape(len(gradient), -1, 1, 1)
 
 
 class Outer(OutputOperator):

@@ -18,6 +18,7 @@ between ways that differ by factors.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -39,10 +40,11 @@ from vivit_linop.linalg.eigenpairs import (
     LowRankDecomposition,
     gram_rounding_error,
 )
+from vivit_linop.linalg.watch import watched
 from vivit_linop.operators.base import TorchLinearOperator
 from vivit_linop.operators.lowrank import Gram, LowRank
 from vivit_linop.operators.verbs import eigh, scale
-from vivit_linop.risk.empirical import free_memory
+from vivit_linop.risk.memory import free_memory
 
 _EIGH_FLOPS, _LEADING_FLOPS = 40.0, 10.0
 _PRODUCT_PASSES = 12.0
@@ -128,11 +130,15 @@ def _eigh(
 
 
 def _arpack(op: LowRank, k: int, name: str) -> Eigenpairs:
+    assert isinstance(op.factor, Pullback)
     target: TorchLinearOperator = op
     if name == "ARPACK on K":
         target = scale(Gram(op.factor, op.factor), op.scale)
     start = np.random.default_rng(0).standard_normal(target.shape[0])
-    evals, evecs = eigsh(target, k=k, which="LA", v0=start.astype(target.dtype))
+    shown = op.factor.risk.progress
+    with watched(target, k) if shown else contextlib.nullcontext(target) as multiplied:
+        v0 = start.astype(target.dtype)
+        evals, evecs = eigsh(multiplied, k=k, which="LA", v0=v0)
     order = np.argsort(evals)
     values = torch.from_numpy(evals[order]).to(op.device)
     vectors = torch.from_numpy(np.ascontiguousarray(evecs[:, order])).to(op.device)

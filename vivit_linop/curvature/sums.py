@@ -28,7 +28,8 @@ from vivit_linop.operators.verbs import (
     row_norms_squared,
     to_dense,
 )
-from vivit_linop.risk.empirical import EmpiricalRisk, free_memory
+from vivit_linop.risk.empirical import EmpiricalRisk
+from vivit_linop.risk.memory import free_memory
 
 
 class Total(ABC):

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import functools
 import math
+import operator
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from numbers import Real
-from typing import Any
+from typing import Any, TypeVar
 
-import psutil
 import torch
 from torch import Tensor, nn
 
+from vivit_linop.risk import fingerprint
 from vivit_linop.risk.data import (
     Batch,
     as_batches,
@@ -23,6 +24,7 @@ from vivit_linop.risk.data import (
 from vivit_linop.risk.known_losses import as_output_loss
 from vivit_linop.risk.linearization import Linearization
 from vivit_linop.risk.losses import LossCallable, OutputLoss
+from vivit_linop.risk.memory import batch_does_not_fit, explained, free_memory
 from vivit_linop.risk.model import (
     FunctionalModel,
     ModelFunction,
@@ -32,6 +34,9 @@ from vivit_linop.risk.model import (
     random_state,
     strided,
 )
+from vivit_linop.risk.progress import shown
+
+Item = TypeVar("Item")
 
 
 class EmpiricalRisk:
@@ -43,7 +48,10 @@ class EmpiricalRisk:
 
     The parameters, frozen ones too, are copied at construction. Operators made from a
     risk stay the same matrices when training goes on; for new parameters make a new
-    risk. Construction passes over the data once (forward), and keeps the outputs.
+    risk. Construction passes over the data once (forward), and keeps the outputs
+    ``[N, C]`` and the targets, but not the inputs: what is streamed may be of any
+    length. Construction, ``gradient()`` and products with J, H and G need no other
+    memory that grows with N, once the linearisations that are kept fill ``memory``.
 
     Args:
         model: An ``nn.Module``, or a callable ``(params, x) -> output`` with ``params``
@@ -59,7 +67,9 @@ class EmpiricalRisk:
             or any callable ``(output, target) -> scalar`` that is a mean or sum over
             samples (Hessians by autograd). Classes are axis 1, as in torch.
         data: One pair ``(X, y)``, or a re-iterable of them such as a ``DataLoader``
-            without shuffling. X may be a tensor, a tuple or a mapping.
+            without shuffling. X may be a tensor, a tuple or a mapping. For a model on
+            a GPU let the loader pin its batches (``pin_memory=True``): they are copied
+            without waiting.
         params: None for all parameters that require grad, an iterable of the model's
             ``Parameter``s, or a dict from names to tensors.
         reduction: ``"mean"`` or ``"sum"``; needed for a loss without this attribute.
@@ -70,7 +80,18 @@ class EmpiricalRisk:
             samples. Without it, what mixes samples gives numbers without a meaning.
         memory: The bytes that kept linearisations of the net may take; those of
             batches beyond it are made anew for each product. By default a quarter of
-            the memory that is free on the device.
+            the memory that is free on the device. Also the bytes that the columns of
+            a Gram matrix may take at a time; by default a tenth. Whatever it is, one
+            batch must fit: where it does not, make the batches smaller.
+        check_data: Whether to pass over the data once more, before anything else, to
+            see that they are the same in every pass: a shuffled loader and random
+            augmentations are refused, because an operator is one matrix and numbers
+            its samples. Lists of batches are not read twice. Without the check, each
+            pass starts from one state of torch's generator, so that what is drawn
+            from that is the same every time; other changes are found by the passes
+            that meet other outputs.
+        progress: Whether passes over the data, and the products of an iterative
+            ``eigh``, show progress bars (on stderr).
 
     Attributes:
         num_params: D, the number of entries of all parameters.
@@ -85,8 +106,10 @@ class EmpiricalRisk:
         TypeError: For arguments of a wrong type.
         ValueError: For empty or inconsistent data, parameters that are not the
             model's, modules in training mode where that matters, NaN or Inf in
-            parameters, outputs or loss, a model that draws random numbers, and a model
-            whose output is not differentiable in the parameters.
+            parameters, outputs or loss, a model that draws random numbers, a model
+            whose output is not differentiable in the parameters, and data that are
+            not the same in every pass.
+        MemoryError: Where a batch does not fit on the device.
 
     Example:
         >>> import torch, vivit_linop as vl
@@ -109,11 +132,15 @@ class EmpiricalRisk:
         predict: Predict | None = None,
         check: bool = True,
         memory: int | None = None,
+        check_data: bool = True,
+        progress: bool = False,
     ) -> None:
         if not isinstance(check, bool):
             raise TypeError(f"check: True or False, got {check!r}.")
         self.by_sample: list[bool] = []
         self._check = check
+        self.progress = progress
+        self._check_data = check_data and not isinstance(data, (list, tuple))
         self._setup(
             FunctionalModel(model, params, predict),
             as_output_loss(loss, reduction, check),
@@ -141,15 +168,19 @@ class EmpiricalRisk:
         self.reduction = loss.reduction
         self.sizes = [p.numel() for p in self.params.values()]
         self.num_params = sum(self.sizes)
-        self._pass_over_data()
+        self._pass_over_data(self._fingerprints() if self._check_data else None)
 
-    def _pass_over_data(self) -> None:
-        """Count, check and evaluate everything once."""
+    def _pass_over_data(self, fingerprints: list[bytes] | None) -> None:
+        """Count, check and evaluate everything once.
+
+        Args:
+            fingerprints: What the batches must be, if that has been seen.
+        """
         self.outputs: list[Tensor] = []
         self._targets: list[Tensor] = []
         total = weight = torch.zeros((), dtype=self.dtype, device=self.device)
         unchecked = self._check
-        for index, (X, y) in enumerate(self.batches()):
+        for index, (X, y) in enumerate(self.batches("risk", fingerprints)):
             output = self._checked_output(index, X, y)
             # A tensor that numbers samples does so in every batch.
             axes = sample_axes(X, len(y))
@@ -185,7 +216,7 @@ class EmpiricalRisk:
             raise ValueError(f"loss: its value is {self._value.item()} on the data.")
 
     def _checked_output(self, index: int, X: Any, y: Tensor) -> Tensor:
-        with as_guest(self.device):
+        with explained(self._does_not_fit, X, len(y)), as_guest(self.device):
             before = random_state(self.device)
             # The first batch also shows whether the output can be differentiated.
             with torch.set_grad_enabled(index == 0):
@@ -273,32 +304,110 @@ class EmpiricalRisk:
 
     # Data -------------------------------------------------------------------------
 
-    def batches(self) -> Iterator[Batch]:
+    def batches(
+        self, what: str | None = None, fingerprints: list[bytes] | None = None
+    ) -> Iterator[Batch]:
         """Pass over the data.
 
-        Every pass starts from one state of the random number generator, so that a
-        shuffling ``DataLoader`` gives the same batches again; the caller's state is
-        as before.
+        Every pass starts from one state of the random number generator, so that what a
+        loader draws from it is the same again; the caller's state is as before.
+
+        Args:
+            what: What the pass is for, for its progress bar; None for no bar.
+            fingerprints: Those that the batches must have, if they are to be checked.
+
+        Raises:
+            ValueError: If the batches are others.
         """
-        state = self._data_rng
-        iterator = iterate(self._batches, self.device, self.dtype)
-        while True:
-            with torch.random.fork_rng([]):
-                torch.random.set_rng_state(state)
-                batch = next(iterator, None)
-                state = torch.random.get_rng_state()
-            if batch is None:
-                return
+        raw = self._batches
+        if fingerprints is not None:
+            raw = self._compared(raw, fingerprints)
+        batches = iterate(raw, self.device, self.dtype)
+        yield from self._shown(_replayed(batches, self._data_rng), what)
+
+    def _shown(self, batches: Iterable[Item], what: str | None) -> Iterator[Item]:
+        if what is None or not self.progress:
+            return iter(batches)
+        known = len(getattr(self, "batch_sizes", ()))
+        return shown(batches, what, known or operator.length_hint(self._batches))
+
+    def _fingerprints(self) -> list[bytes]:
+        """Pass over the data without the model, from another state of the generator."""
+        other = torch.Generator().manual_seed((torch.initial_seed() + 1) % 2**63)
+        batches = _replayed(self._batches, other.get_state())
+        return [
+            fingerprint.of_batch(batch) for batch in self._shown(batches, "check_data")
+        ]
+
+    def _compared(
+        self, batches: Iterable[Any], fingerprints: list[bytes]
+    ) -> Iterator[Any]:
+        """Yield batches that are those of the pass before."""
+        count = 0
+        for count, batch in enumerate(batches, 1):
+            known = fingerprints[count - 1 : count]
+            if known != [fingerprint.of_batch(batch)]:
+                raise ValueError(self._not_the_same(f"batch {count - 1} is another"))
             yield batch
+        if count < len(fingerprints):
+            seen = f"{count} batches, after {len(fingerprints)},"
+            raise ValueError(self._not_the_same(f"there are {seen}"))
+
+    def _not_the_same(self, difference: str) -> str:
+        return (
+            f"data: {difference} in a second pass over the data, but an operator is "
+            "one matrix and numbers its samples. Give a loader with shuffle=False and "
+            "a dataset without random augmentations, or list(loader) for one draw of "
+            "them. What depends on torch's global generator only is drawn alike in "
+            "every pass with check_data=False."
+        )
 
     def _own_batches(self) -> Iterator[Batch]:
         """The batches with the targets of construction."""
-        for (X, _), y in zip(self.batches(), self._targets, strict=True):
+        batches = self.batches("subset")
+        for (X, _), y in zip(batches, self._targets, strict=True):
             yield X, y
 
     def targets(self) -> list[Tensor]:
         """The targets of each batch."""
         return self._targets
+
+    def fingerprint(self) -> dict[str, str | float]:
+        """Return what tells this risk from others: digests, and numbers of it.
+
+        The digest of the samples takes a pass over the data, once; it does not depend
+        on how they are cut into batches. The numbers are equal up to rounding errors
+        if the model and the loss are the same functions.
+
+        Example:
+            >>> import torch, vivit_linop as vl
+            >>> from torch import nn
+            >>> net, (X, y) = nn.Linear(3, 1), (torch.rand(8, 3), torch.rand(8, 1))
+            >>> whole = vl.EmpiricalRisk(net, nn.MSELoss(), (X, y))
+            >>> halves = [(X[:4], y[:4]), (X[4:], y[4:])]
+            >>> cut = vl.EmpiricalRisk(net, nn.MSELoss(), halves)
+            >>> whole.fingerprint()["samples"] == cut.fingerprint()["samples"]
+            True
+        """
+        return {
+            "parameters": fingerprint.of_tensors(self.params.items()),
+            "buffers or frozen parameters": fingerprint.of_tensors(
+                self.model.constants.items()
+            ),
+            "samples": self._samples_digest,
+            "loss": f"{type(self.loss).__name__}, {self.reduction}",
+            "value of the loss": self._value.item(),
+            "outputs of the model": math.hypot(
+                *(output.norm().item() for output in self.outputs)
+            ),
+        }
+
+    @functools.cached_property
+    def _samples_digest(self) -> str:
+        # On the host, where data come from, and the digest is made.
+        host = iterate(self._batches, torch.device("cpu"), self.dtype)
+        batches = self._shown(_replayed(host, self._data_rng), "fingerprint")
+        return fingerprint.of_data(batches, self.by_sample)
 
     def subset(self, indices: Sequence[int] | Tensor) -> EmpiricalRisk:
         """Return the risk of some samples only: their mean (or sum).
@@ -333,6 +442,8 @@ class EmpiricalRisk:
             raise ValueError("indices: a sample is listed twice.")
         risk = object.__new__(EmpiricalRisk)
         risk.by_sample, risk._check = self.by_sample, self._check
+        risk.progress = self.progress
+        risk._check_data = False  # they are in memory
         risk._setup(
             self.model,
             self.loss,
@@ -361,13 +472,15 @@ class EmpiricalRisk:
         if budget is None:
             budget = free_memory(self.device) // 4
         budget -= sum(kept.nbytes for kept in self._kept.values())
-        for index, (X, _) in enumerate(self.batches()):
+        for index, (X, _) in enumerate(self.batches("product")):
             if index in self._kept:
                 yield self._kept[index]
                 continue
-            linearization = Linearization(
-                functools.partial(self._evaluate, X), self.params
-            )
+            size = self.batch_sizes[index] if index < len(self.batch_sizes) else 1
+            with explained(self._does_not_fit, X, size):
+                linearization = Linearization(
+                    functools.partial(self._evaluate, X), self.params
+                )
             self.check_outputs(index, linearization.outputs)
             # The batches come in order, so the kept ones stay ordered.
             keep = index == len(self._kept) and linearization.nbytes <= budget
@@ -376,6 +489,19 @@ class EmpiricalRisk:
                 self._kept[index] = linearization
                 budget -= linearization.nbytes
             yield linearization
+
+    def _does_not_fit(self, X: Any, samples: int) -> str:
+        """What to say of a batch that is too large, by what two samples of it take."""
+        axes = sample_axes(X, samples)
+        one, two = (
+            Linearization(
+                functools.partial(self._evaluate, take(X, torch.arange(count), axes)),
+                self.params,
+            ).nbytes
+            for count in (1, min(2, samples))
+        )
+        per_sample = two - one if samples > 1 else one
+        return batch_does_not_fit(self.device, samples, per_sample)
 
     def _evaluate(self, X: Any, params: Params) -> Tensor:
         return self.model(params, X)
@@ -426,8 +552,12 @@ class EmpiricalRisk:
         value = torch.zeros((), dtype=self.dtype, device=self.device)
         gradient = torch.zeros(self.num_params, dtype=self.dtype, device=self.device)
         parameters = list(self.params.values())
-        for index, (X, _) in enumerate(self.batches()):
-            with as_guest(self.device):
+        for index, (X, _) in enumerate(self.batches("gradient")):
+            n = len(self._targets[index]) if index < len(self._targets) else 1
+            with (
+                explained(self._does_not_fit, X, n),
+                as_guest(self.device),
+            ):
                 output = self.model(self.params, X)
                 self.check_outputs(index, output)
                 total = self.loss.total(output, self._targets[index]) * self.scale
@@ -524,11 +654,19 @@ class EmpiricalRisk:
         )
 
 
-def free_memory(device: torch.device) -> int:
-    """The bytes that are free on a device."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    return int(psutil.virtual_memory().available)
+def _replayed(items: Iterable[Item], state: Tensor) -> Iterator[Item]:
+    """Iterate with the generator in a given state; the caller's is left alone."""
+    iterator: Iterator[Item] | None = None
+    while True:
+        with torch.random.fork_rng([]):
+            torch.random.set_rng_state(state)
+            try:
+                iterator = iter(items) if iterator is None else iterator
+                item = next(iterator)
+            except StopIteration:
+                return
+            state = torch.random.get_rng_state()
+        yield item
 
 
 def as_risk(

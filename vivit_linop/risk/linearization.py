@@ -26,6 +26,7 @@ from torch.fx.experimental.const_fold import split_const_subgraphs
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 
+from vivit_linop.risk.memory import batch_does_not_fit, explained
 from vivit_linop.risk.model import Params, as_guest, strided
 
 Result = TypeVar("Result")
@@ -167,7 +168,8 @@ class Linearization:
     def jvp(self, X: Tensor) -> Tensor:
         """Return J X, ``[D, K] -> [n C, K]``."""
         if self._method is None:
-            self._prepare()
+            with explained(self._does_not_fit):
+                self._prepare()
         return self._by_rows(self._jvp, X, self.outputs.numel())
 
     def vjp(self, U: Tensor) -> Tensor:
@@ -181,6 +183,12 @@ class Linearization:
 
         The products take and give rows, whose parts lie together in memory.
         """
+        with explained(self._does_not_fit):
+            return self._by_some_rows(product, X, size)
+
+    def _by_some_rows(
+        self, product: Callable[[Tensor], Tensor], X: Tensor, size: int
+    ) -> Tensor:
         if X.shape[1] == 1:
             return product(X.squeeze(1)).unsqueeze(1)
         rows = X.T.contiguous()
@@ -197,6 +205,10 @@ class Linearization:
             for row, image in zip(part, images, strict=True):
                 image.copy_(product(row))
         return result.T
+
+    def _does_not_fit(self) -> str:
+        samples = len(self.outputs)
+        return batch_does_not_fit(self.device, samples, self.nbytes / samples)
 
     def _jvp(self, rows: Tensor) -> Tensor:
         """``[D] -> [n C]`` or ``[K, D] -> [K, n C]``."""
@@ -321,7 +333,9 @@ def _saved_bytes(build: Callable[[], Result]) -> tuple[int, Result]:
     def count(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         seen[storage.data_ptr()] = storage.nbytes()
-        return tensor
+        # The graph owns what it saves: the tensor itself, if it is an output, owns its
+        # graph, and neither would ever be freed.
+        return tensor.detach()
 
     try:
         with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):

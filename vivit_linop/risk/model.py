@@ -146,6 +146,11 @@ class FunctionalModel:
             p.grad = None
         return module
 
+    @property
+    def constants(self) -> Params:
+        """What else a module's outputs depend on: buffers, parameters not chosen."""
+        return getattr(self, "_fixed", {})
+
     @contextlib.contextmanager
     def _own_modes(self) -> Iterator[None]:
         """Run with the modules in the modes that they had at construction."""

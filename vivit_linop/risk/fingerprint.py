@@ -1,0 +1,64 @@
+"""Fingerprints of data: what tells one pass over the data from another."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vivit_linop.risk.data import Batch, leaves
+
+
+def of_batch(batch: Any) -> bytes:
+    """Return a digest of the tensors of one batch, as the loader gives it."""
+    digest = hashlib.sha256()
+    for leaf in leaves(batch):
+        digest.update(f"{leaf.dtype}{list(leaf.shape)}".encode())
+        digest.update(_contents(leaf))
+    return digest.digest()
+
+
+def of_data(batches: Iterable[Batch], by_sample: Sequence[bool]) -> str:
+    """Return a digest of all samples in their order, however they are cut into batches.
+
+    Args:
+        batches: Batches of tensors.
+        by_sample: For each tensor of an input, whether its first axis counts samples;
+            one that does not is taken from the first batch.
+    """
+    digests: list[Any] = []
+    for X, y in batches:
+        tensors = [*leaves(X), y]
+        first = not digests
+        for position, (leaf, counts) in enumerate(
+            zip(tensors, [*by_sample, True], strict=True)
+        ):
+            if first:
+                shape = leaf.shape[1:] if counts else leaf.shape
+                name = f"{leaf.dtype}{list(shape)}{counts}"
+                digests.append(hashlib.sha256(name.encode()))
+            if first or counts:
+                digests[position].update(_contents(leaf))
+    return hashlib.sha256(b"".join(d.digest() for d in digests)).hexdigest()
+
+
+def of_tensors(named: Iterable[tuple[str, Tensor]]) -> str:
+    """Return a digest of named tensors."""
+    digest = hashlib.sha256()
+    for name, tensor in named:
+        digest.update(f"{name}{tensor.dtype}{list(tensor.shape)}".encode())
+        digest.update(_contents(tensor))
+    return digest.hexdigest()
+
+
+def _contents(tensor: Tensor) -> Any:
+    """The bytes of a tensor, for a hash; they come to the host for that."""
+    tensor = tensor.detach().cpu()
+    if tensor.layout != torch.strided:
+        tensor = tensor.to_dense()
+    # Conjugates and negatives are kept as marks on the tensor, not in its bytes.
+    tensor = tensor.resolve_conj().resolve_neg().contiguous()
+    return tensor.reshape(-1).view(torch.uint8).numpy()

@@ -1,0 +1,64 @@
+"""The memory of a device, and what is said where it does not suffice."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import psutil
+import torch
+
+
+def free_memory(device: torch.device) -> int:
+    """The bytes that are free on a device."""
+    if device.type == "cuda":
+        # What torch holds without using it is free, too.
+        held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + held
+    return int(psutil.virtual_memory().available)
+
+
+@contextlib.contextmanager
+def explained(describe: Callable[..., str], *arguments: Any) -> Iterator[None]:
+    """Say what would fit where the memory of a device does not suffice.
+
+    Args:
+        describe: Returns the message; called when there is no memory.
+        *arguments: What it is called with.
+
+    Raises:
+        MemoryError: In place of torch's own errors.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        # On the CPU, torch raises no class of its own.
+        if not (
+            isinstance(error, torch.OutOfMemoryError)
+            or "DefaultCPUAllocator" in str(error)
+        ):
+            raise
+        raise MemoryError(describe(*arguments)) from error
+
+
+def batch_does_not_fit(device: torch.device, samples: int, per_sample: float) -> str:
+    """Return what to say of a batch whose linearisation does not fit.
+
+    Args:
+        device: The device.
+        samples: How many the batch has.
+        per_sample: The bytes that the linearisation keeps for each of them.
+    """
+    free = free_memory(device)
+    # A product needs about as much again as what is kept.
+    fitting = max(1, min(samples // 2, int(free / (2 * max(per_sample, 1.0)))))
+    advice = f"Give batches of up to {fitting} samples (batch_size={fitting}), or"
+    if samples == 1:
+        advice = "Make the sample smaller,"
+    return (
+        f"data: a batch of {samples} samples does not fit on {device}: linearising the "
+        f"net on it takes about {2 * samples * per_sample / 1e9:.3g} GB, and "
+        f"{free / 1e9:.3g} GB are free. {advice} keep fewer linearisations of other "
+        "batches with EmpiricalRisk(..., memory=0)."
+    )

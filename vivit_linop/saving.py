@@ -1,0 +1,273 @@
+"""Saving what took long: eigenpairs and operators with their Gram matrices.
+
+A file holds tensors, numbers and strings only, so that ``torch.load`` reads it with
+``weights_only=True``, and a fingerprint of the risk that they belong to. The net and
+the data are not in it: they are given again to :func:`load`, and must be the same.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+from typing import Any
+
+import torch
+
+from vivit_linop.curvature.fisher import EmpiricalFisher, PerSampleGradients
+from vivit_linop.curvature.ggn import GGN, GGNFactor
+from vivit_linop.curvature.jacobian import Jacobian, Pullback
+from vivit_linop.curvature.output_space import LossHessian, LossHessianSqrt
+from vivit_linop.linalg.eigenpairs import Eigenpairs, GramEigenpairs
+from vivit_linop.operators.lowrank import Gram, LowRank
+from vivit_linop.risk.empirical import EmpiricalRisk
+
+Saved = Eigenpairs | LowRank | Gram
+Path = str | os.PathLike[str]
+
+_FORMAT = "vivit_linop 1"
+
+
+def save(result: Saved, path: Path, risk: EmpiricalRisk) -> None:
+    """Save eigenpairs, or an operator with its Gram matrix, to a file.
+
+    Eigenpairs from a Gram matrix are saved as such, with eigenvectors of G only if they
+    have been formed. The Gram matrix ``[N·R, N·R]`` is saved if it has been computed,
+    also that of the operator that eigenpairs come from; a Monte-Carlo draw with all
+    that depends on it, ``[N, C, M]``. The fingerprint takes a pass over the data,
+    without the model. The file replaces one of that name only when it is complete.
+
+    Args:
+        result: What ``eigh`` returned; a GGN or an EmpiricalFisher (or a multiple); a
+            Gram operator ``V.T @ V`` or ``J @ J.T``.
+        path: The file.
+        risk: What ``result`` was computed from.
+
+    Raises:
+        TypeError: If it is something else. Tensors are for ``torch.save``.
+        ValueError: If it belongs to another risk.
+
+    Example:
+        >>> import tempfile, torch, vivit_linop as vl
+        >>> from torch import nn
+        >>> _ = torch.manual_seed(0)
+        >>> net, loss = nn.Linear(3, 3), nn.CrossEntropyLoss()
+        >>> data = (torch.rand(6, 3), torch.randint(3, (6,)))
+        >>> risk = vl.EmpiricalRisk(net, loss, data)
+        >>> pairs = vl.GGN(risk).eigh(k=2)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     vl.save(pairs, f"{folder}/pairs.pt", risk)
+        ...     same_risk = vl.EmpiricalRisk(net, loss, data)  # as after a restart
+        ...     loaded = vl.load(f"{folder}/pairs.pt", same_risk)
+        >>> step = vl.damped_newton_step(same_risk, loaded, damping=0.1)
+        >>> torch.allclose(step, vl.damped_newton_step(risk, pairs, damping=0.1))
+        True
+    """
+    _check_risk(risk)
+    with torch.inference_mode(False):
+        content = {
+            "format": _FORMAT,
+            "fingerprint": risk.fingerprint(),
+            "result": _packed(result, risk),
+        }
+    # An interrupted long job keeps what it saved before.
+    unfinished = f"{os.fspath(path)}.unfinished"
+    try:
+        torch.save(content, unfinished)
+        os.replace(unfinished, path)
+    finally:
+        if os.path.exists(unfinished):
+            os.remove(unfinished)
+
+
+def load(path: Path, risk: EmpiricalRisk) -> Any:
+    """Load what :func:`save` saved, for a risk with the same model, loss and data.
+
+    Costs a pass over the data, without the model, for the fingerprint.
+
+    Args:
+        path: The file.
+        risk: What it was computed from, built again. Batches may be cut differently.
+
+    Returns:
+        Eigenpairs or an operator, on the device of the risk.
+
+    Raises:
+        ValueError: If the file is none of :func:`save`, or the model, the loss or the
+            data are others.
+
+    Example:
+        >>> import tempfile, torch, vivit_linop as vl
+        >>> from torch import nn
+        >>> net, data = nn.Linear(3, 1), (torch.rand(6, 3), torch.rand(6, 1))
+        >>> risk = vl.EmpiricalRisk(net, nn.MSELoss(), data)
+        >>> other = vl.EmpiricalRisk(net, nn.MSELoss(), (data[0], 2 * data[1]))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     G = vl.GGN(risk)
+        ...     evals = G.eigvalsh()
+        ...     vl.save(G, f"{folder}/ggn.pt", risk)
+        ...     G = vl.load(f"{folder}/ggn.pt", risk)  # knows its Gram matrix
+        ...     print(torch.equal(G.eigvalsh(), evals))
+        ...     vl.load(f"{folder}/ggn.pt", other)
+        Traceback (most recent call last):
+        ValueError: risk: ... was saved for another risk: samples, value of the loss ...
+    """
+    _check_risk(risk)
+    try:
+        content = torch.load(path, map_location=risk.device, weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise ValueError(f"path: {path} is no file that vl.save wrote.") from error
+    if not isinstance(content, dict) or content.get("format") != _FORMAT:
+        raise ValueError(
+            f"path: {path} is no file that vl.save wrote, or of another version."
+        )
+    saved, given = content["fingerprint"], risk.fingerprint()
+    others = [name for name in given if not _same(saved.get(name), given[name], risk)]
+    if others:
+        raise ValueError(
+            f"risk: {path} was saved for another risk: {', '.join(others)} "
+            f"{'differ' if len(others) > 1 else 'differs'}. Build the risk as it was, "
+            "from the same parameters, buffers and samples in the same order."
+        )
+    with torch.inference_mode(False):
+        return _unpacked(content["result"], risk)
+
+
+def _check_risk(risk: Any) -> None:
+    if not isinstance(risk, EmpiricalRisk):
+        raise TypeError(f"risk: an EmpiricalRisk, got {type(risk).__name__}.")
+
+
+def _same(saved: Any, given: Any, risk: EmpiricalRisk) -> bool:
+    """Numbers may differ by the order of summation, digests not at all."""
+    if isinstance(saved, float) and isinstance(given, float):
+        tolerance = 10 * torch.finfo(risk.dtype).eps ** 0.5
+        return abs(saved - given) <= tolerance * (abs(saved) + abs(given))
+    return bool(saved == given)
+
+
+# Results -----------------------------------------------------------------------------
+
+
+def _packed(result: Any, risk: EmpiricalRisk) -> dict[str, Any]:
+    """Turn a result into tensors, numbers and strings."""
+    if isinstance(result, GramEigenpairs):
+        packed = _packed_pairs(result)
+        packed["operator"] = _packed(result.operator, risk)
+        if result._larger is not None:
+            packed["larger"] = _packed_pairs(result._larger)
+        return packed
+    if isinstance(result, Eigenpairs):
+        if len(result.eigenvectors) != risk.num_params:
+            raise ValueError(
+                f"risk: has {risk.num_params} parameters, the eigenvectors have "
+                f"{len(result.eigenvectors)} entries."
+            )
+        return {
+            "kind": "pairs",
+            "eigenvalues": result.eigenvalues,
+            "eigenvectors": result.eigenvectors,
+            "route": result.route,
+        }
+    if isinstance(result, LowRank) and isinstance(result.factor, Pullback):
+        return {
+            "kind": "low rank",
+            "scale": float(result.scale),
+            **_packed_factor(result.factor, result.gram, risk),
+        }
+    if isinstance(result, Gram) and isinstance(result.left, Pullback):
+        if result.left is result.right:
+            return {"kind": "Gram", **_packed_factor(result.left, result, risk)}
+    raise TypeError(
+        "result: eigenpairs, a GGN, an EmpiricalFisher or a Gram operator V.T @ V of a "
+        f"risk, got {type(result).__name__}. Save tensors with torch.save."
+    )
+
+
+def _packed_pairs(pairs: GramEigenpairs) -> dict[str, Any]:
+    packed: dict[str, Any] = {
+        "kind": "Gram pairs",
+        "eigenvalues": pairs.eigenvalues,
+        "gram_eigenvectors": pairs.gram_eigenvectors.contiguous(),
+        "route": pairs.route,
+    }
+    if "eigenvectors" in pairs.__dict__:
+        packed["eigenvectors"] = pairs.eigenvectors
+    return packed
+
+
+def _packed_factor(factor: Pullback, gram: Gram, risk: EmpiricalRisk) -> dict[str, Any]:
+    if factor.risk is not risk:
+        raise ValueError("risk: the result was computed from another EmpiricalRisk.")
+    packed: dict[str, Any] = {}
+    if isinstance(factor, GGNFactor):
+        packed["factor"] = "GGN"
+        if factor.mc_samples:
+            batches = range(len(risk.batch_sizes))
+            packed["draw"] = torch.cat([factor.root.blocks(b) for b in batches])
+    elif isinstance(factor, PerSampleGradients):
+        packed["factor"] = "gradients"
+    elif factor.blocks is None:
+        packed["factor"] = "Jacobian"
+    else:
+        raise TypeError(
+            f"result: comes from {factor!r}, which cannot be saved. Save the tensor "
+            ".to_dense() with torch.save."
+        )
+    if "matrix" in gram.__dict__:
+        packed["matrix"] = gram.matrix
+    return packed
+
+
+def _unpacked(packed: dict[str, Any], risk: EmpiricalRisk) -> Any:
+    if packed["kind"] == "low rank":
+        factor = _unpacked_factor(packed, risk)
+        if isinstance(factor, GGNFactor):
+            op: LowRank = GGN.of(factor)
+        else:
+            op = EmpiricalFisher(risk)
+            op.factor = factor
+        return op if op.scale == packed["scale"] else op.rescaled(packed["scale"])
+    if packed["kind"] == "Gram":
+        return _unpacked_factor(packed, risk).gram
+    if packed["kind"] == "pairs":
+        pairs = Eigenpairs(packed["eigenvalues"], packed["eigenvectors"])
+    else:
+        operator = _unpacked(packed["operator"], risk)
+        larger = packed.get("larger")
+        pairs = _unpacked_pairs(
+            packed,
+            operator,
+            None if larger is None else _unpacked_pairs(larger, operator, None),
+        )
+    pairs.route = packed["route"]
+    return pairs
+
+
+def _unpacked_pairs(
+    packed: dict[str, Any], operator: LowRank, larger: GramEigenpairs | None
+) -> GramEigenpairs:
+    pairs = GramEigenpairs(
+        packed["eigenvalues"], operator, packed["gram_eigenvectors"], larger
+    )
+    if "eigenvectors" in packed:
+        pairs.__dict__["eigenvectors"] = packed["eigenvectors"]
+    return pairs
+
+
+def _unpacked_factor(packed: dict[str, Any], risk: EmpiricalRisk) -> Pullback:
+    jacobian = Jacobian(risk)
+    if packed["factor"] == "GGN":
+        hessian = LossHessian(risk)
+        root = (
+            LossHessianSqrt.of_draw(hessian, packed["draw"])
+            if "draw" in packed
+            else LossHessianSqrt(hessian)
+        )
+        factor: Pullback = GGNFactor.through(jacobian, root)
+    elif packed["factor"] == "gradients":
+        factor = PerSampleGradients(risk)
+    else:
+        factor = jacobian.pullback
+    if "matrix" in packed:
+        factor.gram.matrix = packed["matrix"]
+    return factor
