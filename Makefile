@@ -8,7 +8,7 @@ STAMPS := $(VENV)/.stamps
 .NOTPARALLEL:
 # Keep stamps: make would delete them as intermediate files of a pattern rule.
 .PRECIOUS: $(STAMPS)/%
-.PHONY: help demo test lint format bench growth clean
+.PHONY: help demo test lint format bench growth streaming clean
 
 help:  ## show this help (the default)
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' Makefile
@@ -35,6 +35,9 @@ bench: $(STAMPS)/bench $(STAMPS)/pretrained  ## run the benchmarks
 
 growth: $(STAMPS)/bench  ## measure how time and memory grow
 	$(PY) -m benchmarks.growth $(ARGS)
+
+streaming: $(STAMPS)/bench  ## stream 60,000 samples through a net; takes a while
+	$(PY) -m benchmarks.streaming $(ARGS)
 
 clean:  ## remove caches and build outputs (.venv stays)
 	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

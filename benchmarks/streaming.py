@@ -2,8 +2,8 @@
 
 Two sizes of a data set go through the 3c3d net from a ``DataLoader`` that draws its
 images when they are asked for. Each runs in a process of its own, which builds the risk
-and takes the gradient and products with G, Vᵀ and V. Peak memory should not grow with N,
-and times should be linear in it. Prints them, and writes JSON.
+and takes the gradient and products with G, Vᵀ and V. Peak memory should stay, and times
+should be linear in N. Prints them, and writes JSON.
 
 What is kept of each sample are its outputs and its target; a product with Vᵀ also
 returns R numbers for it. ``memory=`` bounds all else that is kept.

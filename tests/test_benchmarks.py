@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import benchmarks.__main__ as command
-from benchmarks import growth, peers, spectra
+from benchmarks import growth, peers, spectra, streaming
 from benchmarks.measure import Ratio, in_turns, median_ratio, peak_memory_in_subprocess
 from benchmarks.problems import NETS, Problem, Residual, Unavailable, make_problem
 
@@ -132,3 +132,14 @@ def test_growth_measures_the_gram_matrix() -> None:
     evals = torch.linalg.eigvalsh(growth.gram(problem)())
     assert len(evals) == growth.side(problem)
     torch.testing.assert_close(evals, spectra.eigenvalues(problem)())
+
+
+def test_streaming_measures_and_prints(capsys: pytest.CaptureFixture[str]) -> None:
+    first, same = streaming.Synthetic(3, "tiny")[1], streaming.Synthetic(9, "tiny")[1]
+    assert all(map(torch.equal, first, same))
+    found = {N: streaming.stream(N, "cpu", "tiny") for N in (100, 300)}
+    for measured in found.values():
+        assert measured["peak_bytes"] >= measured["nothing_bytes"] > 2**24
+        assert all(time > 0 for time in measured["seconds"].values())
+    streaming.print_table(found)
+    assert "N grows by 3, memory by 1." in capsys.readouterr().out

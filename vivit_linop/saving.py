@@ -109,7 +109,7 @@ def load(path: Path, risk: EmpiricalRisk) -> Any:
         ...     print(torch.equal(G.eigvalsh(), evals))
         ...     vl.load(f"{folder}/ggn.pt", other)
         Traceback (most recent call last):
-        ValueError: risk: ... was saved for another risk: samples, value of the loss ...
+        ValueError: risk: ... was saved for one with other samples, other value of ...
     """
     _check_risk(risk)
     try:
@@ -124,9 +124,9 @@ def load(path: Path, risk: EmpiricalRisk) -> Any:
     others = [name for name in given if not _same(saved.get(name), given[name], risk)]
     if others:
         raise ValueError(
-            f"risk: {path} was saved for another risk: {', '.join(others)} "
-            f"{'differ' if len(others) > 1 else 'differs'}. Build the risk as it was, "
-            "from the same parameters, buffers and samples in the same order."
+            f"risk: {path} was saved for one with other {', other '.join(others)}. "
+            "Build the risk as it was, from the same parameters, buffers and samples "
+            "in the same order."
         )
     with torch.inference_mode(False):
         return _unpacked(content["result"], risk)

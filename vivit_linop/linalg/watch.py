@@ -60,9 +60,12 @@ class RitzWatch(TorchLinearOperator):
 
     def _multiply(self, X: Tensor) -> Tensor:
         images = self._op.apply(X)
-        # The solver may write into what it gave and what it got.
-        self._vectors.append(X.clone())
-        self._images.append(images.clone())
+        # Copies: the solver may write into what it gave and what it got. The vector
+        # that it starts from need not have the length of the others.
+        lengths = X.norm(dim=0)
+        lengths = torch.where(lengths > 0, lengths, 1.0)
+        self._vectors.append(X / lengths)
+        self._images.append(images / lengths)
         self.products += X.shape[1]
         self._count += X.shape[1]
         first = self.residual != self.residual  # NaN
