@@ -179,16 +179,15 @@ class EmpiricalRisk:
         self.outputs: list[Tensor] = []
         self._targets: list[Tensor] = []
         total = weight = torch.zeros((), dtype=self.dtype, device=self.device)
-        unchecked = self._check
+        example: tuple[Any, Tensor] | None = None
         for index, (X, y) in enumerate(self.batches("risk", fingerprints)):
             output = self._checked_output(index, X, y)
             # A tensor that numbers samples does so in every batch.
             axes = sample_axes(X, len(y))
             known = self.by_sample or axes
             self.by_sample = [a and b for a, b in zip(known, axes, strict=True)]
-            if unchecked and len(y) > 1:
-                unchecked = False
-                self._check_independent(X, output)
+            if example is None and len(y) > 1:
+                example = X, output
             self.loss.check(*self._with_previous(output, y))
             with torch.no_grad():
                 total = total + self.loss.total(output, y)
@@ -197,6 +196,9 @@ class EmpiricalRisk:
             self._targets.append(y.clone())  # the user's may change
         if not self.outputs:
             raise ValueError("data: is empty, there is not one batch.")
+        # All batches together show which tensors number samples.
+        if self._check and example is not None:
+            self._check_independent(*example)
         self.batch_sizes = [len(output) for output in self.outputs]
         self.num_samples = sum(self.batch_sizes)
         self.num_outputs = self.outputs[0][0].numel()
