@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from weakref import WeakKeyDictionary
 
 import torch
 
@@ -43,27 +44,41 @@ class LayerCost:
     nbytes: float
 
 
+_COSTS: WeakKeyDictionary[EmpiricalRisk, dict[int, list[LayerCost]]] = (
+    WeakKeyDictionary()
+)
+
+
 def layer_costs(risk: EmpiricalRisk, width: int) -> list[LayerCost]:
-    """Count the operations for each parameter; runs the net on one sample.
+    """Count the operations for each parameter; runs the net on two samples, once.
 
     Args:
         risk: The risk.
         width: R.
     """
-    X, _ = next(risk.batches())
+    known = _COSTS.setdefault(risk, {})
+    if width not in known:
+        known[width] = _layer_costs(risk, width)
+    return known[width]
+
+
+def _layer_costs(risk: EmpiricalRisk, width: int) -> list[LayerCost]:
+    X, y = next(risk.batches())
     structure = find_structure(risk)
     opaque = structure.opaque
-    one = Capture(risk, take(X, torch.arange(1), risk.by_sample), 1)
-    if not structure.fits(one):
-        structure = one.check()
+    # Of one sample all axes are its own, so its structure would be another.
+    few = min(2, len(y))
+    capture = Capture(risk, take(X, torch.arange(few), risk.by_sample), few)
+    if not structure.fits(capture):
+        structure = capture.check()
         opaque = opaque | structure.opaque
     generator = torch.Generator().manual_seed(0)
-    noise = torch.randn(one.output.shape, generator=generator).to(one.output)
-    columns = one.columns(
+    noise = torch.randn(capture.output.shape, generator=generator).to(capture.output)
+    columns = capture.columns(
         noise.unsqueeze(2), structure, set(risk.params), compact=False
     )
     kinds: dict[str, list[str]] = {}
-    for use in one.uses:
+    for use in capture.uses:
         for name in use.names:
             kinds.setdefault(name, []).append(use.kind)
     costs, seen = [], set()
@@ -127,8 +142,8 @@ def _cost_of_part(
     way = min(scaled, key=lambda key: scaled[key])
     forward = 2.0 * samples * columns.positions * numel
     gram = scaled[way] / 2
-    factors = columns.factor_entries(0 if shared else width)
-    formed = columns.formed_entries(width)
+    factors = columns.factor_entries(0 if shared else width) / columns.num_samples
+    formed = columns.formed_entries(width) / columns.num_samples
     if compact and columns.positions > 1 and formed <= factors:
         entries = float(samples * formed)
         return "blocks", (forward, gram, 2 * entries, entries)

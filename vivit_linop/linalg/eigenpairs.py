@@ -19,6 +19,8 @@ from vivit_linop.operators.lowrank import LowRank
 
 # How far from orthonormal vectors may be for a single step to correct them.
 _NEARLY = 0.1
+# How many entries of each vector are worked on at a time.
+_PART = 2**16
 # Of so small a part of the eigenpairs it is worth to compute only them.
 FEW = 0.25
 
@@ -399,7 +401,8 @@ def orthonormalised(vectors: Tensor, eigenvalues: Tensor) -> Tensor:
     """Make nearly orthonormal eigenvectors orthonormal to working precision.
 
     Lifted from a Gram matrix, vectors of small eigenvalues carry the largest errors;
-    so the vectors of large eigenvalues are kept and the others corrected.
+    so the vectors of large eigenvalues are kept and the others corrected. Writes to
+    ``vectors``.
     """
     if not len(eigenvalues):
         return vectors
@@ -411,7 +414,11 @@ def orthonormalised(vectors: Tensor, eigenvalues: Tensor) -> Tensor:
         cholesky = torch.linalg.cholesky(overlaps)
         weights = torch.linalg.solve_triangular(cholesky, unit, upper=False).mT
         back = order.argsort()
-        return (weights[back][:, back].T @ vectors.T).T
+        weights = weights[back][:, back]
+        # In place, some rows at a time: fresh memory of that size takes long.
+        for part in vectors.T.split(_PART, dim=1):
+            part.copy_(weights.T @ part)
+        return vectors
     Q, R = torch.linalg.qr(vectors[:, order])
     signs = torch.where(R.diagonal() < 0, -1.0, 1.0).to(Q)
     result = torch.empty_like(vectors)
