@@ -56,7 +56,10 @@ STEP, STEP_VIVIT = "damped Newton step", "damped Newton step, ViViT"
 
 
 def agreement(problem: Problem, results: Results) -> dict[str, float]:
-    found = {}
+    # Directions are orthonormal, so the step is as long as its coefficients.
+    slopes, curvatures = (part.mean(0) for part in results[SLOPES])
+    length = (slopes / (curvatures + DAMPING)).norm()
+    found = {"step's length | from γ and λ": difference(results[STEP].norm(), length)}
     if SLOPES_VIVIT in results:
         (gammas, lambdas), (others, other_lambdas) = (
             results[name] for name in (SLOPES, SLOPES_VIVIT)
