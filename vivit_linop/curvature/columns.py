@@ -28,7 +28,9 @@ if TYPE_CHECKING:
 SampleOutputs = Callable[[Params, Any], Tensor]
 
 # The share of free memory that the columns of one piece of samples may take.
-_MEMORY_SHARE = 10
+_MEMORY_SHARE = 12
+# Into how many pieces at least it is cut: one is made beside those that are held.
+_PIECES = 4
 
 
 @dataclass
@@ -145,7 +147,9 @@ class Columns:
         """Cut a batch so that the columns of each part fit."""
         one = Capture(self._risk, take(X, torch.arange(1), self._risk.by_sample), 1)
         per_sample = one.bytes_per_sample(self._width, structure) + self._formed_bytes
-        return torch.arange(n).split(max(1, min(n, self._memory // per_sample)))
+        return torch.arange(n).split(
+            max(1, min(n, self._memory // _PIECES // per_sample))
+        )
 
     def _pieces(
         self,

@@ -81,7 +81,7 @@ class EmpiricalRisk:
         memory: The bytes that kept linearisations of the net may take; those of
             batches beyond it are made anew for each product. By default a quarter of
             the memory that is free on the device. Also the bytes that the columns of
-            a Gram matrix may take at a time; by default a tenth. Whatever it is, one
+            a Gram matrix may take at a time; by default a twelfth. Whatever it is, one
             batch must fit: where it does not, make the batches smaller.
         check_data: Whether to pass over the data once more, before anything else, to
             see that they are the same in every pass: a shuffled loader and random
