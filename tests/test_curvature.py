@@ -140,6 +140,21 @@ def test_columns_are_stored_where_reading_them_is_cheap(
     assert (V.columns() is not None) == kept
 
 
+def test_columns_of_two_draws_are_not_shared() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(800, 800), nn.ReLU(), nn.Linear(800, 3))
+    data = torch.rand(8, 800), torch.randint(3, (8,))
+    risk = vl.EmpiricalRisk(net, nn.CrossEntropyLoss(), data)
+    J, H = vl.Jacobian(risk), vl.LossHessian(risk)
+    for seed in (0, 1):
+        root = H.sqrt(2, torch.Generator().manual_seed(seed))
+        outer = root @ root.T
+        pulled = J.T @ outer
+        z = torch.linspace(-1, 2, outer.shape[1]).pow(3)
+        assert close(pulled @ z, J.T @ (outer @ z), 1e-5)
+        assert pulled.columns() is not None  # else the test shows nothing
+
+
 @pytest.mark.parametrize("symbol", ["J", "H", "G", "S", "V", "U", "F", "Hess"])
 @pytest.mark.parametrize("name", NAMES)
 def test_operators(name: str, symbol: str) -> None:

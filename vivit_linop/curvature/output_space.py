@@ -58,7 +58,13 @@ class OutputOperator(TorchLinearOperator):
     Args:
         risk: What the samples and outputs are.
         width: R, the columns of each block.
+
+    Attributes:
+        determined: Whether two operators of this type and of one risk are one matrix,
+            so that what is computed for one of them is true of the other.
     """
+
+    determined: bool = False
 
     def __init__(self, risk: EmpiricalRisk, width: int) -> None:
         self.risk, self.width = risk, width
@@ -118,6 +124,7 @@ class LossHessian(OutputOperator):
     """
 
     self_adjoint = True
+    determined = True
 
     def __init__(
         self,
@@ -258,6 +265,7 @@ class LossHessianSqrt(FactoredOutputOperator):
                 f"mc_samples: 0 for exact, or how many to draw, got {mc_samples}."
             )
         self.hessian, self.mc_samples = hessian, mc_samples
+        self.determined = not mc_samples
         risk = hessian.risk
         first = risk.outputs[0]
         exact = risk.loss.sqrt_width(first) * risk.loss.channels(first).shape[2]
@@ -276,6 +284,7 @@ class LossHessianSqrt(FactoredOutputOperator):
         node = cls.__new__(cls)
         FactoredOutputOperator.__init__(node, hessian.risk, draw.shape[2])
         node.hessian, node.mc_samples = hessian, draw.shape[2]
+        node.determined = False
         node._blocks = dict(enumerate(draw.split(hessian.risk.batch_sizes)))
         return node
 
@@ -340,6 +349,8 @@ class LossGradient(FactoredOutputOperator):
     Args:
         risk: The risk.
     """
+
+    determined = True
 
     def __init__(self, risk: EmpiricalRisk) -> None:
         super().__init__(risk, 1)

@@ -115,8 +115,8 @@ def _groups(columns: dict[str, LayerColumns]) -> Iterable[list[str]]:
     return groups.values()
 
 
-# What products of a risk's exact V and of its U run on. As the linearisations, it is
-# kept for all operators that are made from the risk.
+# What products of a risk's exact V and of its U run on, by the type of the blocks in
+# output space. As the linearisations, it is kept for all operators of the risk.
 _OF_RISK: WeakKeyDictionary[EmpiricalRisk, dict[type, StoredColumns | None]] = (
     WeakKeyDictionary()
 )
@@ -125,7 +125,7 @@ _OF_RISK: WeakKeyDictionary[EmpiricalRisk, dict[type, StoredColumns | None]] = (
 def cheaper_columns(pullback: Pullback) -> StoredColumns | None:
     """Return the columns if products with them are the cheaper ones, and they fit."""
     blocks, risk = pullback.blocks, pullback.risk
-    if getattr(blocks, "mc_samples", 0):
+    if blocks is None or not blocks.determined:
         return _cheaper_columns(pullback)
     known = _OF_RISK.setdefault(risk, {})
     if type(blocks) not in known:

@@ -431,7 +431,8 @@ def all_eigenvalues(matrix: Tensor) -> Tensor:
 
     torch's choice of algorithm on the CPU takes up to twice as long.
     """
-    if matrix.device.type != "cpu":
+    # SciPy before 1.13 refuses matrices without entries.
+    if matrix.device.type != "cpu" or not matrix.numel():
         return torch.linalg.eigvalsh(matrix)
     found = scipy.linalg.eigh(matrix.numpy(), eigvals_only=True, driver="evr")
     return torch.from_numpy(found)
