@@ -26,8 +26,8 @@ _SMALL_PRODUCT_COST, _SMALL_PRODUCT_FLOPS = 2, 2e5
 # beside the rest; on other devices enough to be busy.
 _CACHED_BYTES, _PASSING_BYTES = 4 * 2**20, 64 * 2**20
 _DEVICE_FACTOR = 64
-# A symmetric product is halved until a block has this many rows.
-_SYMMETRIC_LEAF = 300
+# A symmetric product is halved while a block has twice this many rows.
+_SYMMETRIC_LEAF = 150
 # Temporaries that are read again right away should still be in a cache.
 _WORKING_SET = 8 * 2**20
 
