@@ -8,7 +8,7 @@ STAMPS := $(VENV)/.stamps
 .NOTPARALLEL:
 # Keep stamps: make would delete them as intermediate files of a pattern rule.
 .PRECIOUS: $(STAMPS)/%
-.PHONY: help demo examples test lint format bench growth streaming clean
+.PHONY: help demo examples test lint format bench growth streaming docs clean
 
 help:  ## show this help (the default)
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' Makefile
@@ -43,8 +43,11 @@ growth: $(STAMPS)/bench  ## measure how time and memory grow
 streaming: $(STAMPS)/bench  ## stream 60,000 samples through a net; takes a while
 	$(PY) -m benchmarks.streaming $(ARGS)
 
+docs: $(STAMPS)/docs  ## build the documentation; runs the small examples
+	$(PY) -m sphinx -W --keep-going -b html docs docs/_build/html
+
 clean:  ## remove caches and build outputs (.venv stays)
-	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf build dist docs/_build docs/gallery *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -exec rm -rf {} +
 
 $(PY):

@@ -1,4 +1,6 @@
-"""Every quantity of BackPACK's extensions, as an operator or one method of it.
+"""
+Every quantity of BackPACK's extensions, as an operator or one method of it
+===========================================================================
 
 On scikit-learn's digits, for a linear model side by side with BackPACK, with its
 scalings, and for a residual net with layer norm that BackPACK cannot do. What is
@@ -362,7 +364,7 @@ if __name__ == "__main__":
     parser.add_argument(
         "--output",
         type=Path,
-        default=Path(__file__).parent / "output",
-        help="folder for the picture (default: examples/output)",
+        default=Path("output"),
+        help="folder for the picture (default: output)",
     )
     main(parser.parse_args().output)

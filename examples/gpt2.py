@@ -1,4 +1,6 @@
-"""Curvature of a language model: a GPT-2 with tied weights, from its configuration.
+"""
+Curvature of a language model: a GPT-2 with tied weights, from its configuration
+================================================================================
 
 Its 50,257 outputs a token are too many for exact columns of the factor V, and the
 library says so. Products with the exact GGN need none of them; one Monte-Carlo sample a

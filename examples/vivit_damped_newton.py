@@ -1,4 +1,6 @@
-"""A damped Newton step during a backward pass with BackPACK, as in ViViT.
+"""
+A damped Newton step during a backward pass with BackPACK, as in ViViT
+======================================================================
 
 The Newton step in the span of the leading eigenvectors of the generalised Gauss-Newton
 matrix (GGN), with a damping for each direction. It is checked against torch.autograd,

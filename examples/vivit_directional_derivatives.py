@@ -1,4 +1,6 @@
-"""Directional derivatives during a backward pass with BackPACK, as in ViViT.
+"""
+Directional derivatives during a backward pass with BackPACK, as in ViViT
+=========================================================================
 
 The slope γ and the curvature λ of the loss of each sample along the leading
 eigenvectors of the generalised Gauss-Newton matrix (GGN). They are checked against

@@ -1,4 +1,6 @@
-"""GGN eigenpairs during a backward pass with BackPACK, as in ViViT.
+"""
+GGN eigenpairs during a backward pass with BackPACK, as in ViViT
+================================================================
 
 Leading eigenvalues and eigenvectors of the generalised Gauss-Newton matrix (GGN), the
 latter in the shapes of the parameters. They are checked against torch.autograd, and

@@ -1,4 +1,6 @@
-"""GGN eigenvalues during a backward pass with BackPACK, as in ViViT.
+"""
+GGN eigenvalues during a backward pass with BackPACK, as in ViViT
+=================================================================
 
 All eigenvalues of the generalised Gauss-Newton matrix (GGN) that can be nonzero, from
 one backward pass. They are checked against torch.autograd, and against the same in the

@@ -289,7 +289,7 @@ def from_backpack(source: Any, quantity: Any) -> TorchLinearOperator:
     Scalings are BackPACK's: quantities of single samples have its r = 1/N in them.
 
     Args:
-        source: An iterable of ``Parameter``s that BackPACK has left its results on; or
+        source: An iterable of parameters that BackPACK has left its results on; or
             an :class:`EmpiricalRisk`, for which BackPACK runs on a copy of the model,
             on all samples at once.
         quantity: For parameters the name of the attribute, ``"kflr"`` or whatever

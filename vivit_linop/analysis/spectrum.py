@@ -104,9 +104,9 @@ class LanczosSpectrum:
         margin: float = 0.05,
         epsilon: float = 1e-5,
     ) -> tuple[Tensor, Tensor]:
-        """Return a logarithmic grid of |λ| + ε and the density on it.
+        """Return a logarithmic grid of ``|λ| + ε`` and the density on it.
 
-        The density is that of |λ| + ε, with Gaussians in log(|λ| + ε).
+        The density is that of ``|λ| + ε``, with Gaussians in its logarithm.
 
         Args:
             num_points: The resolution.

@@ -70,8 +70,8 @@ class EmpiricalRisk:
             without shuffling. X may be a tensor, a tuple or a mapping. For a model on
             a GPU let the loader pin its batches (``pin_memory=True``): they are copied
             without waiting.
-        params: None for all parameters that require grad, an iterable of the model's
-            ``Parameter``s, or a dict from names to tensors.
+        params: None for all parameters that require grad, an iterable of parameters
+            of the model, or a dict from names to tensors.
         reduction: ``"mean"`` or ``"sum"``; needed for a loss without this attribute.
         predict: A function ``(model, X) -> output`` for a module that is to be called,
             or whose output is to be used, in another way; X comes as it is in the data.

@@ -317,7 +317,7 @@ class EighComputation(_Computation):
         Args:
             param_groups: One dictionary for each block of the GGN. ``"params"`` are
                 its parameters, d entries together; ``"criterion"`` is given the
-                min(R·|S|, d) eigenvalues of the block, ascending, and returns the
+                ``min(R·|S|, d)`` eigenvalues, ascending, and returns the
                 indices of those whose eigenvectors are wanted.
 
         Raises:
@@ -459,7 +459,7 @@ class DirectionalDerivativesComputation(_DirectionalComputation):
         Args:
             param_groups: One dictionary for each block of the GGN. ``"params"`` are
                 its parameters, d entries together; ``"criterion"`` is given the
-                min(R·|S|, d) eigenvalues of the block, ascending, and returns the
+                ``min(R·|S|, d)`` eigenvalues, ascending, and returns the
                 indices of those whose eigenvectors are the directions.
 
         Raises:
@@ -538,11 +538,11 @@ class DirectionalDampedNewtonComputation(_DirectionalComputation):
         Args:
             param_groups: One dictionary for each block of the GGN. ``"params"`` are
                 its parameters, d entries together; ``"criterion"`` is given the
-                min(R·|S|, d) eigenvalues of the block, ascending, and returns the
+                ``min(R·|S|, d)`` eigenvalues, ascending, and returns the
                 indices of those whose eigenvectors are the directions; ``"damping"``
                 is given ``(evals, gram_evecs, gammas, lambdas)`` of these, with shapes
-                ``[K]``, ``[R·|S|, K]`` (rows r·|S| + n, as in ViViT), ``[N, K]`` and
-                ``[N, K]``, and returns δ, ``[K]``. A number will do as well.
+                ``[K]``, ``[R·|S|, K]`` (rows ``r·|S| + n`` as in ViViT), ``[N, K]``
+                and ``[N, K]``, and returns δ, ``[K]``. A number will do as well.
 
         Raises:
             ValueError: If a group lacks a key or has no parameters, or a parameter is
