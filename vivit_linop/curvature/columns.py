@@ -7,6 +7,7 @@ no known structure get dense columns, by backward passes of single samples.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -119,6 +120,12 @@ class Columns:
                             pieces = self._pieces(batch, X, index, n, first, structure)
                         yield pieces
             first += n
+
+    def only(self, pullback: Pullback) -> Columns:
+        """Return the columns of one of the pullbacks, in pieces of the same samples."""
+        columns = copy.copy(self)
+        columns._pullbacks = [pullback]
+        return columns
 
     def _do_not_fit(self, samples: int) -> str:
         device, free = self._risk.device, free_memory(self._risk.device)

@@ -101,6 +101,10 @@ class Hessian(TorchLinearOperator):
         """
         if not self._checked:
             self._check_symmetry()
+            self._checked = True
+        return self._block_product(chosen, X)
+
+    def _block_product(self, chosen: Sequence[int], X: Tensor) -> Tensor:
         result = torch.zeros_like(X)
         single = len(self.risk.batch_sizes) == 1
         with as_guest(self.risk.device):
@@ -114,12 +118,11 @@ class Hessian(TorchLinearOperator):
         return result
 
     def _check_symmetry(self) -> None:
-        """Raise an error if ⟨x, H y⟩ and ⟨y, H x⟩ differ, once."""
-        self._checked = True
+        """Raise an error if ⟨x, H y⟩ and ⟨y, H x⟩ differ."""
         generator = torch.Generator().manual_seed(0)
         noise = torch.randn(self.shape[0], 2, generator=generator, dtype=torch.float64)
         X = noise.to(self.device, self.torch_dtype)
-        image = self._multiply(X)
+        image = self._block_product(range(len(self.risk.sizes)), X)
         products = X.T @ image
         tolerance = 100 * torch.finfo(self.torch_dtype).eps ** 0.75
         size = X.norm() * image.norm()

@@ -325,7 +325,16 @@ class EmpiricalRisk:
         if fingerprints is not None:
             raw = self._compared(raw, fingerprints)
         batches = iterate(raw, self.device, self.dtype)
-        yield from self._shown(_replayed(batches, self._data_rng), what)
+        count = 0
+        for batch in self._shown(_replayed(batches, self._data_rng), what):
+            count += 1
+            yield batch
+        known = len(getattr(self, "batch_sizes", ()))
+        if count < known:
+            raise ValueError(
+                f"data: there are {count} batches, when the risk was built there were "
+                f"{known}. Give data that are the same in every pass."
+            )
 
     def _shown(self, batches: Iterable[Item], what: str | None) -> Iterator[Item]:
         if what is None or not self.progress:

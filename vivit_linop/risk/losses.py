@@ -155,7 +155,7 @@ class BinaryCrossEntropy(OutputLoss):
         pos_weight: Tensor | None = None,
     ) -> None:
         super().__init__(reduction)
-        self.loss_weight, self.pos_weight = loss_weight, pos_weight
+        self.loss_weight, self.pos_weight = _copy(loss_weight), _copy(pos_weight)
         for name, value in (("weight", loss_weight), ("pos_weight", pos_weight)):
             if value is not None and (value < 0).any():
                 raise ValueError(
@@ -264,7 +264,7 @@ class CrossEntropy(OutputLoss):
         label_smoothing: float = 0.0,
     ) -> None:
         super().__init__(reduction)
-        self.class_weight = class_weight
+        self.class_weight = _copy(class_weight)
         self.ignore_index, self.label_smoothing = ignore_index, label_smoothing
         if class_weight is not None and (class_weight < 0).any():
             raise ValueError(f"loss: weight of {self.name} has negative entries.")
@@ -592,6 +592,14 @@ class AutogradLoss(OutputLoss):
             )
         roots = evecs * evals.clamp(min=0.0).sqrt().unsqueeze(1)
         return roots.unsqueeze(-1)
+
+
+def _copy(weight: Tensor | None) -> Tensor | None:
+    """The user's tensor may change, and a risk stays the same function."""
+    if weight is None:
+        return None
+    with torch.inference_mode(False):
+        return weight.detach().clone()
 
 
 def _to(weight: Tensor | None, like: Tensor) -> Tensor | None:
