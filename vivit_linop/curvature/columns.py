@@ -18,7 +18,7 @@ from torch.func import vjp, vmap
 
 from vivit_linop.capture import Capture, Structure, find_structure
 from vivit_linop.capture.layers import DenseColumns, LayerColumns, cotangents_key
-from vivit_linop.risk.data import leaves, map_leaves, take
+from vivit_linop.risk.data import copied, leaves, map_leaves, take
 from vivit_linop.risk.empirical import EmpiricalRisk
 from vivit_linop.risk.memory import explained, free_memory
 from vivit_linop.risk.model import Params, as_guest, strided
@@ -169,6 +169,8 @@ class Columns:
     ) -> list[Piece]:
         if len(index) < n:
             X = take(X, index, self._risk.by_sample)
+        else:
+            X = copied(X)  # the columns may be kept
         capture = Capture(self._risk, X, len(index))
         self._risk.check_outputs(batch, capture.output.detach(), index)
         if not structure.fits(capture):

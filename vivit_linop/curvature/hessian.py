@@ -21,7 +21,7 @@ from vivit_linop.interop import backpack_diagonal_hessian, backpack_positive_cur
 from vivit_linop.operators.base import TorchLinearOperator
 from vivit_linop.operators.kronecker import BlockDiagonal
 from vivit_linop.operators.verbs import diagonal
-from vivit_linop.risk.data import take
+from vivit_linop.risk.data import copied, take
 from vivit_linop.risk.empirical import EmpiricalRisk, as_risk
 from vivit_linop.risk.model import Params, as_guest, strided
 
@@ -111,7 +111,7 @@ class Hessian(TorchLinearOperator):
             if single and self._kept is not None:
                 return self._differentiate(self._kept, chosen, X)
             for index, (inputs, _) in enumerate(self.risk.batches("product")):
-                gradient = self._gradient(index, inputs)
+                gradient = self._gradient(index, copied(inputs) if single else inputs)
                 if single:
                     self._kept = gradient
                 result += self._differentiate(gradient, chosen, X)

@@ -16,7 +16,9 @@ from vivit_linop.risk import fingerprint
 from vivit_linop.risk.data import (
     Batch,
     as_batches,
+    copied,
     iterate,
+    leaves,
     sample_axes,
     select_samples,
     take,
@@ -489,12 +491,16 @@ class EmpiricalRisk:
                 continue
             size = self.batch_sizes[index] if index < len(self.batch_sizes) else 1
             with explained(self._does_not_fit, X, size):
+                # The batches come in order, so the kept ones stay ordered.
+                keep = index == len(self._kept)
+                keep = keep and sum(leaf.nbytes for leaf in leaves(X)) <= budget
+                if keep:
+                    X = copied(X)
                 linearization = Linearization(
                     functools.partial(self._evaluate, X), self.params
                 )
             self.check_outputs(index, linearization.outputs)
-            # The batches come in order, so the kept ones stay ordered.
-            keep = index == len(self._kept) and linearization.nbytes <= budget
+            keep = keep and linearization.nbytes <= budget
             linearization.traced = keep  # a trace pays when it is used again
             if keep:
                 self._kept[index] = linearization

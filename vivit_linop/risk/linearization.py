@@ -335,15 +335,25 @@ def _saved_bytes(build: Callable[[], Result]) -> tuple[int, Result]:
     """Run a function and count the bytes that autograd saves for its backward pass."""
     seen: dict[int, int] = {}
 
-    def count(tensor: Tensor) -> Tensor:
+    def count(tensor: Tensor) -> tuple[Tensor, int]:
         storage = tensor.untyped_storage()
         seen[storage.data_ptr()] = storage.nbytes()
         # The graph owns what it saves: the tensor itself, if it is an output, owns its
         # graph, and neither would ever be freed.
-        return tensor.detach()
+        return tensor.detach(), tensor._version
+
+    def unchanged(saved: tuple[Tensor, int]) -> Tensor:
+        # With hooks, torch leaves this check to them.
+        tensor, version = saved
+        if tensor._version != version:
+            raise RuntimeError(
+                "model: a tensor that its backward pass needs, "
+                f"{list(tensor.shape)}, was changed in place by a later operation."
+            )
+        return tensor
 
     try:
-        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+        with torch.autograd.graph.saved_tensors_hooks(count, unchanged):
             result = build()
         return sum(seen.values()), result
     # Transformations inside of the model do not bear hooks; then nobody counts.
