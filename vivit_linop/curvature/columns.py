@@ -16,7 +16,12 @@ import torch
 from torch import Tensor
 from torch.func import vjp, vmap
 
-from vivit_linop.capture import Capture, Structure, find_structure
+from vivit_linop.capture import (
+    Capture,
+    Structure,
+    UnseenUseError,
+    find_structure,
+)
 from vivit_linop.capture.layers import DenseColumns, LayerColumns, cotangents_key
 from vivit_linop.risk.data import copied, leaves, map_leaves, take
 from vivit_linop.risk.empirical import EmpiricalRisk
@@ -179,9 +184,12 @@ class Columns:
         pieces = []
         for pullback in self._pullbacks:
             cotangents = pullback.cotangents(batch)
-            columns = self._columns(
-                X, capture, structure, cotangents[index.to(cotangents.device)]
-            )
+            cotangents = cotangents[index.to(cotangents.device)]
+            try:
+                columns = self._columns(X, capture, structure, cotangents)
+            except UnseenUseError:
+                structure = capture.check()
+                columns = self._columns(X, capture, structure, cotangents)
             end = begin + len(index)
             place = slice(begin * pullback.width, end * pullback.width)
             pieces.append(Piece(place, columns))
@@ -266,9 +274,11 @@ def _one_by_one(
     for index, weight in enumerate(weights):
         output = outputs(params, take(X, torch.tensor([index]), by_sample))
         for w in weight:
-            gradients = torch.autograd.grad(
-                output, list(params.values()), w, retain_graph=True, allow_unused=True
-            )
+            gradients: Sequence[Tensor | None] = [None] * len(params)
+            if output.requires_grad:  # a sample may take a way without them
+                gradients = torch.autograd.grad(
+                    output, params.values(), w, retain_graph=True, allow_unused=True
+                )
             for (name, p), g in zip(
                 params.items(), map(strided, gradients), strict=True
             ):
