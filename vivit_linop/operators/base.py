@@ -471,7 +471,10 @@ class _LinearMap(torch.autograd.Function):
 
 def _has_tangent(X: Tensor) -> bool:
     """Whether forward-mode differentiation goes through a tensor."""
-    return forward_ad.unpack_dual(X).tangent is not None
+    try:
+        return forward_ad.unpack_dual(X).tangent is not None
+    except RuntimeError:  # vmap does not tell
+        return True
 
 
 def is_scalar(x: Any) -> bool:
