@@ -26,6 +26,9 @@ _CHECK_SAMPLES = 4
 _NOISE = 65_537
 
 
+Kind = tuple[str, list[str]]
+
+
 @dataclass
 class Structure:
     """What a net does with its parameters, as far as it has been verified.
@@ -34,16 +37,28 @@ class Structure:
         layouts: For each recorded use, where its samples are; None where unknown.
         opaque: Parameters whose columns need a vector–Jacobian product by sample.
         single: Whether it was found on one sample, where every axis is of that sample.
+        kinds: For each recorded use, what it is and of which parameters.
+        unseen: The numbers of uses that no cotangent reached, so that their layouts
+            are guesses.
     """
 
     layouts: list[str | None]
     opaque: set[str]
     single: bool
+    kinds: list[Kind]
+    unseen: set[int]
 
     def fits(self, capture: Capture) -> bool:
-        """Whether it is that of a capture, as far as can be seen from outside."""
-        same = len(self.layouts) == len(capture.uses)
+        """Whether it is that of a capture, as far as can be seen from outside.
+
+        A net that decides on values takes other ways on other samples.
+        """
+        same = self.kinds == capture.kinds and capture.opaque <= self.opaque
         return same and self.single == (capture.num_samples == 1)
+
+
+class UnseenUseError(RuntimeError):
+    """A cotangent reaches a use that none reached when the structure was found."""
 
 
 class Capture:
@@ -70,6 +85,11 @@ class Capture:
             self.output = output.reshape(num_samples, -1)
         self.uses, self.opaque = recorder.uses, recorder.opaque
 
+    @property
+    def kinds(self) -> list[Kind]:
+        """What each use is, and of which parameters."""
+        return [(use.kind, use.names) for use in self.uses]
+
     def columns(
         self,
         cotangents: Tensor,
@@ -84,23 +104,30 @@ class Capture:
             structure: The verified structure of the net.
             names: The parameters of interest.
             compact: Whether to form columns that are smaller than their factors.
+
+        Raises:
+            UnseenUseError: If the structure must be found again, on this capture.
         """
         wanted = names - structure.opaque
         kept = [
-            (use, layout)
-            for use, layout in zip(self.uses, structure.layouts, strict=True)
+            (use, layout, number in structure.unseen)
+            for number, (use, layout) in enumerate(
+                zip(self.uses, structure.layouts, strict=True)
+            )
             if layout is not None and not wanted.isdisjoint(use.names)
         ]
         if not kept:
             return {}
-        uses = [use for use, _ in kept]
-        layouts = [self._layout(layout) for _, layout in kept]
+        uses = [use for use, _, _ in kept]
+        layouts = [self._layout(layout) for _, layout, _ in kept]
         stacked: list[Tensor] = []
         for r in range(cotangents.shape[2]):
             signals = map(Tensor.detach, self._backward(uses, cotangents[:, :, r]))
             for index, (layout, signal) in enumerate(
                 zip(layouts, signals, strict=True)
             ):
+                if kept[index][2] and signal.any():
+                    raise UnseenUseError
                 signal = layout(signal)
                 if r == 0:
                     shape = len(signal), cotangents.shape[2], *signal.shape[1:]
@@ -148,25 +175,43 @@ class Capture:
 
     # Finding and checking the structure ---------------------------------------------
 
-    def find_layouts(self) -> list[str | None]:
+    def find_layouts(self) -> tuple[list[str | None], set[int]]:
         """Find the axis of the samples at each use.
 
-        Where a cotangent of the last sample alone arrives is where that sample is.
-        """
-        generator = torch.Generator().manual_seed(0)
-        cotangent = torch.zeros_like(self.output)
-        noise = torch.randn(self.output[-1].shape, generator=generator)
-        cotangent[-1] = noise.to(cotangent)
-        signals = self._backward(self.uses, cotangent) if self.uses else []
-        return [
-            self._find_layout(use, signal)
-            for use, signal in zip(self.uses, signals, strict=True)
-        ]
+        Where a cotangent of one sample alone arrives is where that sample is.
 
-    def _find_layout(self, use: Use, signal: Tensor) -> str | None:
+        Returns:
+            The layouts, and the numbers of the uses that no cotangent reaches.
+        """
+        n = self.num_samples
+        generator = torch.Generator().manual_seed(0)
+        noise = torch.randn(self.output.shape, generator=generator).to(self.output)
+        layouts: list[str | None] = [None] * len(self.uses)
+        pending, unseen = list(range(len(self.uses))), set[int]()
+        for sample in reversed(range(n)):
+            if not pending:
+                break
+            cotangent = torch.zeros_like(self.output)
+            cotangent[sample] = noise[sample]
+            signals = self._backward([self.uses[i] for i in pending], cotangent)
+            silent = []
+            for i, signal in zip(pending, signals, strict=True):
+                layouts[i] = self._find_layout(self.uses[i], signal, sample)
+                if n > 1 and layouts[i] is not None and not signal.any():
+                    silent.append(i)
+            pending = silent
+            # Most often no sample reaches what the last one does not.
+            if sample == n - 1 and pending:
+                signals = self._backward([self.uses[i] for i in pending], noise)
+                reached = [signal.any() for signal in signals]
+                unseen = {i for i, r in zip(pending, reached, strict=True) if not r}
+                pending = [i for i in pending if i not in unseen]
+        return layouts, unseen
+
+    def _find_layout(self, use: Use, signal: Tensor, sample: int) -> str | None:
         for candidate in candidates(use, self.num_samples):
-            others = self._layout(candidate)(signal)[:-1]
-            if not others.any():
+            by_sample = self._layout(candidate)(signal)
+            if not (by_sample[:sample].any() or by_sample[sample + 1 :].any()):
                 return candidate
         return None
 
@@ -181,7 +226,13 @@ class Capture:
                 return self._check()
         except (RuntimeError, NotImplementedError):
             nothing: list[str | None] = [None] * len(self.uses)
-            return Structure(nothing, set(self._risk.params), self.num_samples == 1)
+            return Structure(
+                nothing,
+                set(self._risk.params),
+                self.num_samples == 1,
+                self.kinds,
+                set(),
+            )
 
     def _check(self) -> Structure:
         """Compare columns with products through the whole net.
@@ -192,14 +243,20 @@ class Capture:
         are.
         """
         risk = self._risk
-        layouts = self.find_layouts()
+        layouts, unseen = self.find_layouts()
         unknown = {
             name
             for use, layout in zip(self.uses, layouts, strict=True)
             if layout is None
             for name in use.names
         }
-        structure = Structure(layouts, self.opaque | unknown, self.num_samples == 1)
+        structure = Structure(
+            layouts,
+            self.opaque | unknown,
+            self.num_samples == 1,
+            self.kinds,
+            unseen,
+        )
         generator = torch.Generator().manual_seed(1)
 
         noise = torch.randn(_NOISE, generator=generator)

@@ -7,6 +7,7 @@ no known structure get dense columns, by backward passes of single samples.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -15,9 +16,14 @@ import torch
 from torch import Tensor
 from torch.func import vjp, vmap
 
-from vivit_linop.capture import Capture, Structure, find_structure
+from vivit_linop.capture import (
+    Capture,
+    Structure,
+    UnseenUseError,
+    find_structure,
+)
 from vivit_linop.capture.layers import DenseColumns, LayerColumns, cotangents_key
-from vivit_linop.risk.data import leaves, map_leaves, take
+from vivit_linop.risk.data import copied, leaves, map_leaves, take
 from vivit_linop.risk.empirical import EmpiricalRisk
 from vivit_linop.risk.memory import explained, free_memory
 from vivit_linop.risk.model import Params, as_guest, strided
@@ -120,6 +126,12 @@ class Columns:
                         yield pieces
             first += n
 
+    def only(self, pullback: Pullback) -> Columns:
+        """Return the columns of one of the pullbacks, in pieces of the same samples."""
+        columns = copy.copy(self)
+        columns._pullbacks = [pullback]
+        return columns
+
     def _do_not_fit(self, samples: int) -> str:
         device, free = self._risk.device, free_memory(self._risk.device)
         fitting = min(free, self._memory) // 4
@@ -162,6 +174,8 @@ class Columns:
     ) -> list[Piece]:
         if len(index) < n:
             X = take(X, index, self._risk.by_sample)
+        else:
+            X = copied(X)  # the columns may be kept
         capture = Capture(self._risk, X, len(index))
         self._risk.check_outputs(batch, capture.output.detach(), index)
         if not structure.fits(capture):
@@ -170,9 +184,12 @@ class Columns:
         pieces = []
         for pullback in self._pullbacks:
             cotangents = pullback.cotangents(batch)
-            columns = self._columns(
-                X, capture, structure, cotangents[index.to(cotangents.device)]
-            )
+            cotangents = cotangents[index.to(cotangents.device)]
+            try:
+                columns = self._columns(X, capture, structure, cotangents)
+            except UnseenUseError:
+                structure = capture.check()
+                columns = self._columns(X, capture, structure, cotangents)
             end = begin + len(index)
             place = slice(begin * pullback.width, end * pullback.width)
             pieces.append(Piece(place, columns))
@@ -257,9 +274,15 @@ def _one_by_one(
     for index, weight in enumerate(weights):
         output = outputs(params, take(X, torch.tensor([index]), by_sample))
         for w in weight:
-            gradients = torch.autograd.grad(
-                output, list(params.values()), w, retain_graph=True, allow_unused=True
-            )
+            gradients: Sequence[Tensor | None] = [None] * len(params)
+            if output.requires_grad:  # a sample may take a way without them
+                gradients = torch.autograd.grad(
+                    output,
+                    list(params.values()),
+                    w,
+                    retain_graph=True,
+                    allow_unused=True,
+                )
             for (name, p), g in zip(
                 params.items(), map(strided, gradients), strict=True
             ):

@@ -18,10 +18,11 @@ from vivit_linop.curvature.blocks import ParameterBlocks, parameter_groups
 from vivit_linop.curvature.columns import memory_budget
 from vivit_linop.curvature.output_space import LossGradient, LossHessian
 from vivit_linop.interop import backpack_diagonal_hessian, backpack_positive_curvature
+from vivit_linop.modes import ordinary_mode
 from vivit_linop.operators.base import TorchLinearOperator
 from vivit_linop.operators.kronecker import BlockDiagonal
 from vivit_linop.operators.verbs import diagonal
-from vivit_linop.risk.data import take
+from vivit_linop.risk.data import copied, take
 from vivit_linop.risk.empirical import EmpiricalRisk, as_risk
 from vivit_linop.risk.model import Params, as_guest, strided
 
@@ -101,25 +102,28 @@ class Hessian(TorchLinearOperator):
         """
         if not self._checked:
             self._check_symmetry()
+            self._checked = True
+        return self._block_product(chosen, X)
+
+    def _block_product(self, chosen: Sequence[int], X: Tensor) -> Tensor:
         result = torch.zeros_like(X)
         single = len(self.risk.batch_sizes) == 1
         with as_guest(self.risk.device):
             if single and self._kept is not None:
                 return self._differentiate(self._kept, chosen, X)
             for index, (inputs, _) in enumerate(self.risk.batches("product")):
-                gradient = self._gradient(index, inputs)
+                gradient = self._gradient(index, copied(inputs) if single else inputs)
                 if single:
                     self._kept = gradient
                 result += self._differentiate(gradient, chosen, X)
         return result
 
     def _check_symmetry(self) -> None:
-        """Raise an error if ⟨x, H y⟩ and ⟨y, H x⟩ differ, once."""
-        self._checked = True
+        """Raise an error if ⟨x, H y⟩ and ⟨y, H x⟩ differ."""
         generator = torch.Generator().manual_seed(0)
         noise = torch.randn(self.shape[0], 2, generator=generator, dtype=torch.float64)
         X = noise.to(self.device, self.torch_dtype)
-        image = self._multiply(X)
+        image = self._block_product(range(len(self.risk.sizes)), X)
         products = X.T @ image
         tolerance = 100 * torch.finfo(self.torch_dtype).eps ** 0.75
         size = X.norm() * image.norm()
@@ -262,7 +266,7 @@ cpu>]
         recursion = self._recursion(route, by_sample=False)
         if recursion is not None:
             return recursion
-        with torch.inference_mode(False):
+        with ordinary_mode():
             return diagonal.dispatch(TorchLinearOperator)(self)
 
     def sample_diagonals(self, route: str | None = None) -> Tensor:
@@ -291,7 +295,7 @@ cpu>]
         recursion = self._recursion(route, by_sample=True)
         if recursion is not None:
             return recursion / self.risk.reduction_factor
-        with torch.inference_mode(False):
+        with ordinary_mode():
             return self._sample_diagonals()
 
     def explain_diagonal(self) -> DiagonalCost:

@@ -293,7 +293,8 @@ def cross_gram(left: Pullback, right: Pullback) -> Tensor:
                 for (a,) in held:
                     total.add(a, b)
         return total.matrix
-    for held in _columns([left, right], [total]).held():
+    columns = _columns([left, right], [total])
+    for held in columns.held():
         for a, _ in held:
             for _, b in held:
                 total.add(a, b)
@@ -301,7 +302,8 @@ def cross_gram(left: Pullback, right: Pullback) -> Tensor:
         covered = sum(stop - start for start, stop in places)
         if covered == right.shape[1]:
             break
-        for (b,) in _columns([right], [total]).pieces():
+        # Cut alike, a piece is among those held or has no sample of them.
+        for (b,) in columns.only(right).pieces():
             if not _inside(b.place, held):
                 for a, _ in held:
                     total.add(a, b)

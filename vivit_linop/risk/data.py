@@ -106,6 +106,13 @@ def take(X: Any, index: Tensor, by_sample: Sequence[bool]) -> Any:
     )
 
 
+def copied(X: Any) -> Any:
+    """Return an input in memory of its own, for what is kept: the user's may change."""
+    return map_leaves(
+        lambda leaf: leaf.detach().clone().requires_grad_(leaf.requires_grad), X
+    )
+
+
 def select_samples(
     batches: Iterable[Batch], indices: Sequence[int], by_sample: Sequence[bool]
 ) -> list[Batch]:
@@ -170,6 +177,7 @@ def _rebuilt(like: Mapping[str, Any], mapped: dict[str, Any]) -> Mapping[str, An
     build: Any = type(like)
     try:
         result: Mapping[str, Any] = build(mapped)
+    # A type may refuse to be built from a dict in any way that it likes.
     except Exception:
         return mapped
     return result if list(result) == list(mapped) else mapped

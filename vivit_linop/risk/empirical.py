@@ -12,11 +12,14 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from vivit_linop.modes import ordinary_mode
 from vivit_linop.risk import fingerprint
 from vivit_linop.risk.data import (
     Batch,
     as_batches,
+    copied,
     iterate,
+    leaves,
     sample_axes,
     select_samples,
     take,
@@ -148,7 +151,7 @@ class EmpiricalRisk:
             memory,
         )
 
-    @torch.inference_mode(mode=False)
+    @ordinary_mode()
     def _setup(
         self,
         model: FunctionalModel,
@@ -325,7 +328,16 @@ class EmpiricalRisk:
         if fingerprints is not None:
             raw = self._compared(raw, fingerprints)
         batches = iterate(raw, self.device, self.dtype)
-        yield from self._shown(_replayed(batches, self._data_rng), what)
+        count = 0
+        for batch in self._shown(_replayed(batches, self._data_rng), what):
+            count += 1
+            yield batch
+        known = len(getattr(self, "batch_sizes", ()))
+        if count < known:
+            raise ValueError(
+                f"data: there are {count} batches, when the risk was built there were "
+                f"{known}. Give data that are the same in every pass."
+            )
 
     def _shown(self, batches: Iterable[Item], what: str | None) -> Iterator[Item]:
         if what is None or not self.progress:
@@ -480,12 +492,16 @@ class EmpiricalRisk:
                 continue
             size = self.batch_sizes[index] if index < len(self.batch_sizes) else 1
             with explained(self._does_not_fit, X, size):
+                # The batches come in order, so the kept ones stay ordered.
+                keep = index == len(self._kept)
+                keep = keep and sum(leaf.nbytes for leaf in leaves(X)) <= budget
+                if keep:
+                    X = copied(X)
                 linearization = Linearization(
                     functools.partial(self._evaluate, X), self.params
                 )
             self.check_outputs(index, linearization.outputs)
-            # The batches come in order, so the kept ones stay ordered.
-            keep = index == len(self._kept) and linearization.nbytes <= budget
+            keep = keep and linearization.nbytes <= budget
             linearization.traced = keep  # a trace pays when it is used again
             if keep:
                 self._kept[index] = linearization

@@ -85,6 +85,7 @@ class Linearization:
         """Trace the tangent map; returns whether it turned out to be right."""
         graph, parameters = self._image, self._arguments
         theta = {name: p.detach() for name, p in self._params.items()}
+        right = False
         try:
             with warnings.catch_warnings(), mode:
                 warnings.filterwarnings("ignore", message=".*get_attr Node.*")
@@ -92,15 +93,19 @@ class Linearization:
                 self._tangent_map = tangent_map(self._function, theta)
             self._arguments = [p.detach().clone().requires_grad_() for p in parameters]
             self._image = self._tangent_map(*self._arguments)
-            self._method = "trace"
-            if self._agrees(graph):
-                return True
+            right = self._agrees(graph)
         # Any failure of the tracer, of which there are many kinds, only means that
         # another way must be taken; an error of the model itself was seen before.
         except Exception:
             pass
-        self._image, self._arguments, self._tangent_map = graph, parameters, None
-        return False
+        # Also if the user interrupts: half of a trace would give wrong products.
+        finally:
+            if not right:
+                self._image, self._arguments = graph, parameters
+                self._tangent_map = None
+        if right:
+            self._method = "trace"
+        return right
 
     def _agrees(self, graph: Tensor) -> bool:
         """Whether the traced map is the Jacobian, and stays it when used.
@@ -135,7 +140,6 @@ class Linearization:
 
     def _reverse(self) -> None:
         """Keep the graph of u ↦ Jᵀ u, which is linear in u."""
-        self._method = "reverse"
         self._dual = torch.zeros_like(self._image, requires_grad=True)
         gradients = torch.autograd.grad(
             self._image,
@@ -156,6 +160,7 @@ class Linearization:
                 "derivative (replace it by an equivalent one), or computes in a lower "
                 "precision than that of the parameters (give the model in that one)."
             )
+        self._method = "reverse"
 
     def column_chunk(self) -> int:
         """How many columns to multiply at a time."""
@@ -330,15 +335,25 @@ def _saved_bytes(build: Callable[[], Result]) -> tuple[int, Result]:
     """Run a function and count the bytes that autograd saves for its backward pass."""
     seen: dict[int, int] = {}
 
-    def count(tensor: Tensor) -> Tensor:
+    def count(tensor: Tensor) -> tuple[Tensor, int]:
         storage = tensor.untyped_storage()
         seen[storage.data_ptr()] = storage.nbytes()
         # The graph owns what it saves: the tensor itself, if it is an output, owns its
         # graph, and neither would ever be freed.
-        return tensor.detach()
+        return tensor.detach(), tensor._version
+
+    def unchanged(saved: tuple[Tensor, int]) -> Tensor:
+        # With hooks, torch leaves this check to them.
+        tensor, version = saved
+        if tensor._version != version:
+            raise RuntimeError(
+                "model: a tensor that its backward pass needs, "
+                f"{list(tensor.shape)}, was changed in place by a later operation."
+            )
+        return tensor
 
     try:
-        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+        with torch.autograd.graph.saved_tensors_hooks(count, unchanged):
             result = build()
         return sum(seen.values()), result
     # Transformations inside of the model do not bear hooks; then nobody counts.
