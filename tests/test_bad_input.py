@@ -619,6 +619,11 @@ def test_exact_factors_of_wide_outputs() -> None:
             use()
     sampled = vl.GGN(risk, mc_samples=1, generator=torch.Generator().manual_seed(0))
     assert sampled.eigvalsh().shape == (2,)
+    H = vl.LossHessian(risk)
+    torch.testing.assert_close(H.diagonal(), (p * (1 - p) / 2).repeat(2))
+    for op in (H, vl.Jacobian(risk)):
+        with pytest.raises(MemoryError, match=r"GB"):
+            op.to_dense()
 
 
 def test_loss_that_mixes_only_in_its_curvature() -> None:

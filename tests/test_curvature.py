@@ -850,3 +850,30 @@ def test_pullback_is_shared() -> None:
     assert J.T is J.T and isinstance(J.T, Pullback) and J.T.T is J
     V = vl.GGNFactor(risk("mlp_ce_mean"))
     assert V.T.T is V and vl.GGN(risk("mlp_ce_mean")).T.shape == (43, 43)
+
+
+def test_diagonal_of_a_saturated_cross_entropy() -> None:
+    """Entries at certain classes keep their digits."""
+    logits = torch.tensor([[0.0, 40.0, -3.0], [1.0, 0.5, -90.0]], dtype=torch.float64)
+    data = (logits, torch.tensor([0, 1]))
+    loss = nn.CrossEntropyLoss(reduction="sum")
+    H = vl.LossHessian(nn.Linear(3, 3).double(), loss, data)
+    H.risk.outputs = [logits]
+    a, b, c, d = (math.exp(x) for x in (-40.0, -43.0, -0.5, -91.0))
+    expected = [
+        *(a / (1 + a + b), (a + b) / (1 + a + b) ** 2, b / (1 + a + b)),
+        *((c + d) / (1 + c + d) ** 2, c * (1 + d) / (1 + c + d) ** 2, d / (1 + c)),
+    ]
+    got = H.diagonal()
+    torch.testing.assert_close(
+        got, torch.tensor(expected, dtype=got.dtype), rtol=1e-12, atol=0
+    )
+    dense = H.to_dense().diagonal()
+    torch.testing.assert_close(got, dense, rtol=1e-12, atol=0)
+
+
+def test_diagonal_of_sampled_loss_hessian() -> None:
+    of = fresh("ce_sequence")
+    S = vl.LossHessian(of).sqrt(2, torch.Generator().manual_seed(0))
+    H = S @ S.T
+    torch.testing.assert_close(H.diagonal(), H.to_dense().diagonal())

@@ -26,7 +26,7 @@ class LayerCost:
     Attributes:
         name: The parameter.
         use: The kinds of its uses, or why it has no structure.
-        contraction: ``"pairs"``, ``"blocks"``, ``"inputs"`` or ``"dense"``;
+        contraction: ``"pairs"``, ``"blocks"``, ``"inputs"``, ``"rows"`` or ``"dense"``;
             where parts of the parameter are used for themselves, those of the parts.
         forward_flops: Floating-point operations of its layer's forward pass, N samples.
         gram_flops: Those of its part of the Gram matrix, with symmetry, counted in

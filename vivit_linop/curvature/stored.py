@@ -150,6 +150,9 @@ def fitting_columns(
     budget = memory_budget(pullback.risk)
     if sum(cost.nbytes for cost in costs) > budget:
         return None
+    # Few parameters may have small columns that are pulled back from large blocks.
+    if pullback.blocks is not None and not pullback.blocks.blocks_fit():
+        return None
     columns = Columns([pullback], list(pullback.risk.params), budget)
     return StoredColumns.of(pullback, [piece for (piece,) in columns.pieces()])
 

@@ -20,6 +20,8 @@ LossCallable = Callable[[Tensor, Tensor], Tensor]
 
 # Relative to the largest eigenvalue: what rounding may do to a zero of a Hessian.
 _CONVEXITY_TOLERANCE = 1e3
+# How many columns of the identity to multiply at a time.
+_UNIT_COLUMNS = 64
 
 
 class OutputLoss(ABC):
@@ -62,6 +64,24 @@ class OutputLoss(ABC):
     @abstractmethod
     def hessian_product(self, output: Tensor, target: Tensor, X: Tensor) -> Tensor:
         """Multiply each sample's Hessian, ``[n, C, P, K] -> [n, C, P, K]``."""
+
+    def hessian_diagonal(self, output: Tensor, target: Tensor) -> Tensor:
+        """The diagonals of the Hessians, ``[n, C, P]``.
+
+        Without a closed form, by a product for each output of a sample.
+        """
+        f = self.channels(output)
+        n, width = len(f), f[0].numel()
+        result = f.new_empty(n, width)
+        for part in torch.arange(width, device=f.device).split(_UNIT_COLUMNS):
+            unit = f.new_zeros(n, width, len(part))
+            unit[:, part, torch.arange(len(part))] = 1.0
+            product = self.hessian_product(
+                output, target, unit.view(*f.shape, len(part))
+            )
+            product = product.reshape(n, width, len(part))
+            result[:, part] = product[:, part].diagonal(dim1=1, dim2=2)
+        return result.view(f.shape)
 
     @abstractmethod
     def sqrt(self, output: Tensor, target: Tensor) -> Tensor:
@@ -116,6 +136,10 @@ class SquaredError(OutputLoss):
     def hessian_product(self, output: Tensor, target: Tensor, X: Tensor) -> Tensor:
         """2 X."""
         return 2.0 * X
+
+    def hessian_diagonal(self, output: Tensor, target: Tensor) -> Tensor:
+        """2."""
+        return torch.full_like(self.channels(output), 2.0)
 
     def sqrt(self, output: Tensor, target: Tensor) -> Tensor:
         """√2."""
@@ -214,6 +238,10 @@ class BinaryCrossEntropy(OutputLoss):
     def hessian_product(self, output: Tensor, target: Tensor, X: Tensor) -> Tensor:
         """(a + b) σ (1 − σ) X."""
         return self._curvature(output, target).unsqueeze(-1) * X
+
+    def hessian_diagonal(self, output: Tensor, target: Tensor) -> Tensor:
+        """(a + b) σ (1 − σ)."""
+        return self._curvature(output, target)
 
     def sqrt(self, output: Tensor, target: Tensor) -> Tensor:
         """√((a + b) σ (1 − σ))."""
@@ -376,6 +404,15 @@ class CrossEntropy(OutputLoss):
         X = X - X.gather(1, likeliest.expand(-1, -1, -1, X.shape[-1]))
         mass = self._mass(output, target)[:, None, :, None]
         return mass * p * (X - (p * X).sum(1, keepdim=True))
+
+    def hessian_diagonal(self, output: Tensor, target: Tensor) -> Tensor:
+        """M p (1 − p), with 1 − p of the likeliest class as the sum of the others."""
+        f = self.channels(output)
+        p = f.softmax(1)
+        likeliest = f.argmax(1, keepdim=True)
+        others = p.scatter(1, likeliest, 0.0).sum(1, keepdim=True)
+        rest = (1.0 - p).scatter_(1, likeliest, others)
+        return self._mass(output, target).unsqueeze(1) * p * rest
 
     def sqrt_width(self, output: Tensor) -> int:
         """C − 1, the rank of diag(p) − p pᵀ."""
