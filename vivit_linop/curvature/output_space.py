@@ -155,6 +155,7 @@ class LossHessian(OutputOperator):
         params: Any | None = None,
     ) -> None:
         risk = as_risk(risk, loss, data, params)
+        risk.loss.check_curvature(risk.outputs[0], risk.targets()[0])
         super().__init__(risk, risk.num_outputs)
 
     def apply_batch(self, batch: int, X: Tensor) -> Tensor:

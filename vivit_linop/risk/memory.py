@@ -31,8 +31,8 @@ def check_matrix_fits(
     if size > (free := free_memory(device)):
         raise MemoryError(
             f"The matrix [{shape[0]}, {shape[1]}] of {name} takes {size / 1e9:.3g} GB, "
-            f"and {free / 1e9:.3g} GB are free on {device}. Multiply with the operator, "
-            "or take fewer samples: risk.subset(indices)."
+            f"and {free / 1e9:.3g} GB are free on {device}. Multiply with it, or "
+            "take fewer samples: risk.subset(indices)."
         )
 
 
