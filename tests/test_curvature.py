@@ -709,8 +709,10 @@ def _untraceable(*_: Any) -> None:
 )
 def test_linearization(name: str, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     of, truth = risk(name), dense(name)
+    module = "vivit_linop.risk.linearization"
     if method == "reverse":
-        monkeypatch.setattr("vivit_linop.risk.linearization.tangent_map", _untraceable)
+        monkeypatch.setattr(f"{module}.tangent_map", _untraceable)
+    monkeypatch.setattr(f"{module}.tracing_pays", lambda _: method == "trace")
     rows = truth.J.split([n * truth.C for n in of.batch_sizes])
     for (X, _), J in zip(of.batches(), rows, strict=True):
         # Some models write into their input.
@@ -726,12 +728,37 @@ def test_linearization(name: str, method: str, monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.parametrize(
-    "name",
-    ["mlp_ce_mean", "cnn", "normalisations", "tokens", "residual", "transformer"],
+    ("name", "method"),
+    [
+        ("cnn", "trace"),
+        ("residual", "reverse"),
+        ("mlp_ce_mean", "reverse"),
+        ("tokens", "reverse"),
+        ("transformer", "reverse"),
+    ],
 )
-def test_ordinary_nets_are_traced(name: str) -> None:
-    # Otherwise a product costs twice as much.
-    assert {linear.method for linear in risk(name).linearizations()} == {"trace"}
+def test_ordinary_nets_are_traced_where_it_pays(name: str, method: str) -> None:
+    # Convolutions have a slow second derivative; a trace of other nets takes time only.
+    assert {linear.method for linear in fresh(name).linearizations()} == {method}
+
+
+@pytest.mark.parametrize("wrong", ["result", "error"])
+def test_a_trace_stands_in_for_a_wrong_second_derivative(
+    wrong: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def reverse(linear: Linearization) -> bool:
+        if wrong == "error":
+            raise NotImplementedError("derivative for f_backward")
+        return False
+
+    monkeypatch.setattr(Linearization, "_reverse", reverse)
+    of, truth = fresh("mlp_ce_mean"), dense("mlp_ce_mean")
+    x = torch.linspace(-1.0, 1.0, truth.D).double()
+    assert close(vl.Jacobian(of) @ x, truth.J @ x)
+    assert {linear.method for linear in of.linearizations()} == {"trace"}
+    monkeypatch.setattr("vivit_linop.risk.linearization.tangent_map", _untraceable)
+    with pytest.raises((ValueError, NotImplementedError), match="derivative"):
+        vl.Jacobian(fresh("mlp_ce_mean")) @ x
 
 
 def test_hessian_of_a_wrong_double_backward() -> None:

@@ -140,7 +140,7 @@ def _cost_of_part(
         return "dense", (2.0 * samples * numel, rows * formed, 2 * formed, formed)
     scaled = columns.gram_flops((samples,) * 2, (width,) * 2, columns.positions)
     way = min(scaled, key=lambda key: scaled[key])
-    forward = 2.0 * samples * columns.positions * numel
+    forward = float(samples * columns.forward_flops)
     gram = scaled[way] / 2
     factors = columns.factor_entries(0 if shared else width) / columns.num_samples
     formed = columns.formed_entries(width) / columns.num_samples

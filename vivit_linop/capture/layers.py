@@ -177,6 +177,11 @@ class KhatriRaoColumns(LayerColumns):
         """Inputs and cotangents."""
         return self.factor_entries(self.width) * self.cotangents.element_size()
 
+    @property
+    def forward_flops(self) -> int:
+        """The operations of the layer's forward pass, one sample."""
+        return 2 * self.positions * self.numel
+
     def factor_entries(self, width: int) -> int:
         """Count the entries of the factors with a number of columns a sample."""
         each = self.cotangents.numel() // self.width

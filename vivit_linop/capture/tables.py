@@ -36,6 +36,11 @@ class TableColumns(KhatriRaoColumns):
         """The one-hot inputs, formed anew, ``[n, 1, rows, P]``."""
         return F.one_hot(self.index, self._a).mT.unsqueeze(1).to(self.cotangents)
 
+    @property
+    def forward_flops(self) -> int:
+        """Looking up costs what copying does."""
+        return 2 * self.positions * self._b
+
     def factor_entries(self, width: int) -> int:
         """The inputs are their numbers."""
         return self.index.numel() + width * self.cotangents.numel() // self.width

@@ -11,8 +11,8 @@ and g(R̂) those of the Gram matrix by layers:
   which products with K need and those with G do not, does not fit into memory or has
   more entries than ARPACK's vectors of length D. A product takes 12 f on the
   linearisation (4 f operations, at a third of the speed of a large matrix product), and
-  1e11 once to trace the net; or what reading the stored columns twice takes, and 2 R f
-  once to get them (:mod:`vivit_linop.curvature.stored`).
+  1e11 once to trace a net with convolutions; or what reading the stored columns twice
+  takes, and 2 R f once to get them (:mod:`vivit_linop.curvature.stored`).
 
 The numbers of products and the ratios of speed are measured averages; the model decides
 between ways that differ by factors.
@@ -89,7 +89,8 @@ def routes(op: LowRank, k: int) -> list[Route]:
     on_gram = columns <= D and _root_is_small(factor, k)
     eigh_flops = _LEADING_FLOPS if k <= FEW * small else _EIGH_FLOPS
     dense = factor.width * forward + matrix + eigh_flops * small**3
-    product, once = _PRODUCT_PASSES * forward, _TRACE_FLOPS
+    traced = any("conv" in cost.use for cost in costs)
+    product, once = _PRODUCT_PASSES * forward, _TRACE_FLOPS * traced
     stored = 2 * product_cost(costs)
     if stored < product and sum(c.nbytes for c in costs) < memory_budget(factor.risk):
         product, once = stored, 2 * factor.width * forward
