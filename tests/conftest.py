@@ -12,3 +12,9 @@ if torch.cuda.is_available():
 def device(request):
     """Each device that this machine has."""
     return torch.device(request.param)
+
+
+@pytest.fixture(autouse=True)
+def _small_pieces(monkeypatch):
+    """Small problems are cut into pieces too, by a small ``memory=``."""
+    monkeypatch.setattr("vivit_linop.curvature.columns._LEAST_BYTES", 0)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import vivit_linop as vl
-from vivit_linop.curvature import routes
+from vivit_linop.curvature import output_space, routes
 from vivit_linop.linalg.eigenpairs import GramEigenpairs
 
 FEW = [
@@ -183,6 +183,25 @@ def test_pairs_by_arpack(
         assert residuals.max() <= 1e-10 * expected[-1]
         got = vl.directional_derivatives(risk, pairs)
         check_derivatives(got, truth, evecs, 1e-9)
+
+
+@pytest.mark.parametrize("name", ["mlp_ce_mean", "ce_sequence"])
+def test_pairs_where_the_root_does_not_fit(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Products with G need no root of the loss Hessian, and eigenpairs only these."""
+    monkeypatch.setattr(output_space, "free_memory", lambda _: 0)
+    G, truth = vl.GGN(make(name)), dense(name)
+    expected = torch.linalg.eigvalsh(truth.G)
+    with pytest.raises(MemoryError, match="mc_samples="):
+        G.eigvalsh()
+    for k in (1, min(G.factor.shape) - 2):
+        pairs = G.eigh(k=k)
+        assert pairs.route == "ARPACK on G"
+        evals, evecs = pairs
+        assert (evals - expected[-k:]).abs().max() <= 1e-10 * expected[-1]
+        residuals = (truth.G @ evecs - evals * evecs).norm(dim=0)
+        assert residuals.max() <= 1e-10 * expected[-1]
 
 
 # Different samples for gradient and curvature ---------------------------------------

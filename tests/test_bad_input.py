@@ -619,6 +619,11 @@ def test_exact_factors_of_wide_outputs() -> None:
             use()
     sampled = vl.GGN(risk, mc_samples=1, generator=torch.Generator().manual_seed(0))
     assert sampled.eigvalsh().shape == (2,)
+    H = vl.LossHessian(risk)
+    torch.testing.assert_close(H.diagonal(), (p * (1 - p) / 2).repeat(2))
+    for op in (H, vl.Jacobian(risk)):
+        with pytest.raises(MemoryError, match=r"GB"):
+            op.to_dense()
 
 
 def test_loss_that_mixes_only_in_its_curvature() -> None:
@@ -1007,3 +1012,57 @@ def test_gram_matrix_that_cannot_fit(monkeypatch: pytest.MonkeyPatch) -> None:
         )
         with pytest.raises(MemoryError, match=r"up to 9 samples.*eigh"):
             (factor.T @ factor).to_dense()
+
+
+@pytest.mark.parametrize(
+    ("loss", "says"),
+    [
+        (nn.CosineEmbeddingLoss(), "two embeddings"),
+        (nn.TripletMarginLoss(), "an anchor"),
+        (nn.MarginRankingLoss(), "two scores"),
+        (nn.CTCLoss(), "no second derivative"),
+        (nn.BCEWithLogitsLoss(torch.rand(6, 1)), "sample axis"),
+    ],
+    ids=str,
+)
+def test_losses_that_are_none_of_one_output(loss: Any, says: str) -> None:
+    refused("loss", risk_of(loss=loss, data=(X, TARGETS.sigmoid())), says=says)
+
+
+def test_weights_that_number_samples() -> None:
+    model = nn.Sequential(net(), nn.Sigmoid())
+    loss, data = nn.BCELoss(torch.rand(6, 1).double()), (X, TARGETS.sigmoid())
+    refused("loss", risk_of(model, loss, data), says="sample axis")
+
+
+def test_losses_without_second_derivatives() -> None:
+    """Refused where a Hessian is asked for; gradients of samples need none."""
+    y = torch.tensor([[0, 1, -1], [2, -1, 0], [1, 0, -1]]).repeat(2, 1)
+    risk = vl.EmpiricalRisk(net(), nn.MultiLabelMarginLoss(), (X, y))
+    for operator in (vl.GGN, vl.LossHessian):
+        refused("loss", lambda op=operator: op(risk), says="second derivative")
+    torch.testing.assert_close(
+        vl.PerSampleGradients(risk).to_dense().mean(1), risk.gradient()
+    )
+
+
+def test_divergences_of_what_are_no_log_probabilities() -> None:
+    data = (X, TARGETS.softmax(1))
+    refused("loss", risk_of(loss=nn.KLDivLoss(), data=data), says="log_softmax")
+    refused("data", risk_of(loss=nn.KLDivLoss(), data=(X, TARGETS)))
+    refused("data", risk_of(loss=nn.KLDivLoss(), data=(X, CLASSES)), says="NLLLoss")
+
+
+@pytest.mark.parametrize(
+    "norm",
+    [nn.utils.spectral_norm, nn.utils.parametrizations.spectral_norm],
+    ids=["hook", "parametrisation"],
+)
+def test_power_iterations(norm: Any) -> None:
+    model = nn.Sequential(norm(nn.Linear(4, 3)), nn.Tanh()).double()
+    refused("model", risk_of(model), says="model.eval()")
+    G = vl.GGN(model.eval(), CE, (X, CLASSES))
+    J = vl.Jacobian(G.risk)
+    torch.testing.assert_close(
+        G.to_dense(), J.to_dense().T @ (vl.LossHessian(G.risk) @ J.to_dense())
+    )

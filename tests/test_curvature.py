@@ -725,8 +725,10 @@ def _untraceable(*_: Any) -> None:
 )
 def test_linearization(name: str, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     of, truth = risk(name), dense(name)
+    module = "vivit_linop.risk.linearization"
     if method == "reverse":
-        monkeypatch.setattr("vivit_linop.risk.linearization.tangent_map", _untraceable)
+        monkeypatch.setattr(f"{module}.tangent_map", _untraceable)
+    monkeypatch.setattr(f"{module}.tracing_pays", lambda _: method == "trace")
     rows = truth.J.split([n * truth.C for n in of.batch_sizes])
     for (X, _), J in zip(of.batches(), rows, strict=True):
         # Some models write into their input.
@@ -742,12 +744,37 @@ def test_linearization(name: str, method: str, monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.parametrize(
-    "name",
-    ["mlp_ce_mean", "cnn", "normalisations", "tokens", "residual", "transformer"],
+    ("name", "method"),
+    [
+        ("cnn", "trace"),
+        ("residual", "reverse"),
+        ("mlp_ce_mean", "reverse"),
+        ("tokens", "reverse"),
+        ("transformer", "reverse"),
+    ],
 )
-def test_ordinary_nets_are_traced(name: str) -> None:
-    # Otherwise a product costs twice as much.
-    assert {linear.method for linear in risk(name).linearizations()} == {"trace"}
+def test_ordinary_nets_are_traced_where_it_pays(name: str, method: str) -> None:
+    # Convolutions have a slow second derivative; a trace of other nets takes time only.
+    assert {linear.method for linear in fresh(name).linearizations()} == {method}
+
+
+@pytest.mark.parametrize("wrong", ["result", "error"])
+def test_a_trace_stands_in_for_a_wrong_second_derivative(
+    wrong: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def reverse(linear: Linearization) -> bool:
+        if wrong == "error":
+            raise NotImplementedError("derivative for f_backward")
+        return False
+
+    monkeypatch.setattr(Linearization, "_reverse", reverse)
+    of, truth = fresh("mlp_ce_mean"), dense("mlp_ce_mean")
+    x = torch.linspace(-1.0, 1.0, truth.D).double()
+    assert close(vl.Jacobian(of) @ x, truth.J @ x)
+    assert {linear.method for linear in of.linearizations()} == {"trace"}
+    monkeypatch.setattr("vivit_linop.risk.linearization.tangent_map", _untraceable)
+    with pytest.raises((ValueError, NotImplementedError), match="derivative"):
+        vl.Jacobian(fresh("mlp_ce_mean")) @ x
 
 
 def test_hessian_of_a_wrong_double_backward() -> None:
@@ -937,3 +964,116 @@ def test_a_trace_that_is_interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
             J @ torch.ones(of.num_params)
     assert (J.T @ unit - truth.J.T).norm() <= 1e-12 * truth.J.norm()
     assert (J @ J.T @ unit - truth.J @ truth.J.T).norm() <= 1e-12 * truth.J.norm() ** 2
+
+
+def test_diagonal_of_a_saturated_cross_entropy() -> None:
+    """Entries at certain classes keep their digits."""
+    logits = torch.tensor([[0.0, 40.0, -3.0], [1.0, 0.5, -90.0]], dtype=torch.float64)
+    data = (logits, torch.tensor([0, 1]))
+    loss = nn.CrossEntropyLoss(reduction="sum")
+    H = vl.LossHessian(nn.Linear(3, 3).double(), loss, data)
+    H.risk.outputs = [logits]
+    a, b, c, d = (math.exp(x) for x in (-40.0, -43.0, -0.5, -91.0))
+    expected = [
+        *(a / (1 + a + b), (a + b) / (1 + a + b) ** 2, b / (1 + a + b)),
+        *((c + d) / (1 + c + d) ** 2, c * (1 + d) / (1 + c + d) ** 2, d / (1 + c)),
+    ]
+    got = H.diagonal()
+    torch.testing.assert_close(
+        got, torch.tensor(expected, dtype=got.dtype), rtol=1e-12, atol=0
+    )
+    dense = H.to_dense().diagonal()
+    torch.testing.assert_close(got, dense, rtol=1e-12, atol=0)
+
+
+def test_diagonal_of_sampled_loss_hessian() -> None:
+    of = fresh("ce_sequence")
+    S = vl.LossHessian(of).sqrt(2, torch.Generator().manual_seed(0))
+    H = S @ S.T
+    torch.testing.assert_close(H.diagonal(), H.to_dense().diagonal())
+
+
+# Losses of torch without a class of their own -----------------------------------------
+
+LOG_SOFTMAX, SIGMOID = nn.LogSoftmax(1), nn.Sigmoid()
+PROBABILITIES = torch.tensor(
+    [[0.1, 0.7, 0.2], [0.0, 1.0, 0.0], [0.3, 0.3, 0.4], [0.6, 0.1, 0.3]]
+).double()
+SIGNS = torch.tensor([[1.0, -1, 1], [1, 1, -1], [-1, 1, -1], [-1, -1, 1]]).double()
+LABELS, WEIGHTS = torch.tensor([2, 0, 1, 1]), torch.tensor([0.5, 1.5, 2.0]).double()
+
+
+def kullback_leibler(f: Tensor, t: Tensor) -> Tensor:
+    """As a function of all outputs, not of log-probabilities only."""
+    return -(t * f.log_softmax(1)).sum()
+
+
+def multi_margin(f: Tensor, y: Tensor) -> Tensor:
+    losses = [
+        WEIGHTS[c] * (0.7 - row[c] + row[i]).relu() ** 2 / 3
+        for row, c in zip(f, y, strict=True)
+        for i in range(3)
+        if i != c
+    ]
+    return torch.stack(losses).sum() / 4
+
+
+@pytest.mark.parametrize(
+    ("loss", "last", "y", "function"),
+    [
+        (nn.BCELoss(), SIGMOID, PROBABILITIES, None),
+        (nn.BCELoss(WEIGHTS, reduction="sum"), SIGMOID, PROBABILITIES, None),
+        (nn.MultiLabelSoftMarginLoss(WEIGHTS), None, SIGNS.clamp(min=0), None),
+        (nn.SoftMarginLoss(), None, SIGNS, None),
+        (nn.MultiMarginLoss(2, 0.7, WEIGHTS), None, LABELS, multi_margin),
+        (
+            nn.KLDivLoss(),
+            LOG_SOFTMAX,
+            PROBABILITIES,
+            lambda f, t: kullback_leibler(f, t) / 12,
+        ),
+        (
+            nn.KLDivLoss(reduction="batchmean"),
+            LOG_SOFTMAX,
+            PROBABILITIES,
+            lambda f, t: kullback_leibler(f, t) / 4,
+        ),
+        (
+            nn.KLDivLoss(reduction="sum", log_target=True),
+            LOG_SOFTMAX,
+            PROBABILITIES[[0, 2, 3, 3]].log(),
+            lambda f, t: kullback_leibler(f, t.exp()),
+        ),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "",
+)
+def test_losses_of_torch(loss: Any, last: Any, y: Tensor, function: Any) -> None:
+    """Exact, and the same in two cuts into batches."""
+    net = nn.Sequential(*cases.mlp(4, 5, 3), *([last] if last else [])).double()
+    X = cases.features(4, 4).double()
+    value = loss(net(X), y).detach()
+    J = torch.cat(
+        [
+            torch.stack(
+                [
+                    torch.autograd.grad(f, p, retain_graph=True)[0].reshape(-1)
+                    for f in net(X).reshape(-1)
+                ]
+            )
+            for p in net.parameters()
+        ],
+        dim=1,
+    )
+    hessian = torch.autograd.functional.hessian
+    H = hessian(lambda f: (function or loss)(f, y), net(X).detach()).reshape(12, 12)
+    G = J.T @ H @ J
+    for sizes in ([4], [1, 3], [1, 1, 1, 1]):
+        batches = list(zip(X.split(sizes), y.split(sizes), strict=True))
+        of = vl.EmpiricalRisk(net, loss, batches)
+        torch.testing.assert_close(of.value(), value, rtol=1e-12, atol=1e-12)
+        x = torch.linspace(-1.0, 1.0, len(G)).double()
+        torch.testing.assert_close(vl.GGN(of) @ x, G @ x, rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(vl.GGN(of).to_dense(), G, rtol=1e-10, atol=1e-12)
+        gradient = torch.autograd.grad(loss(net(X), y), list(net.parameters()))
+        U, r = vl.PerSampleGradients(of), of.reduction_factor
+        torch.testing.assert_close(r * U.to_dense().sum(1), of.flatten(gradient))

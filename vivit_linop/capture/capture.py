@@ -24,6 +24,8 @@ from vivit_linop.risk.model import as_guest, strided
 # The structure is checked on this many samples of the first batch.
 _CHECK_SAMPLES = 4
 _NOISE = 65_537
+# What temporaries of the check may take.
+_MEMORY = 2**24
 
 
 Kind = tuple[str, list[str]]
@@ -294,14 +296,17 @@ class Capture:
                 if gradient is not None:
                     structure.opaque.add(name)
                 continue
-            rows = columns[name].rows()
-            expected = torch.zeros_like(rows[0]) if gradient is None else gradient
-            error = (rows.sum(0) - expected.detach().reshape(-1)).norm()
-            size = rows.norm() + expected.norm()
-            if not error <= tolerance * size + rounding:
+            part = columns[name]
+            # Columns of a table of words are too long to be formed.
+            error, size = part.entry_sums(), part.squared_norms(_MEMORY).sum().sqrt()
+            if gradient is not None:
+                error -= gradient.detach().reshape(-1)
+                size += gradient.detach().norm()
+            if not error.norm() <= tolerance * size + rounding:
                 structure.opaque.add(name)
                 continue
-            by_sample += rows @ x[name].reshape(-1)
+            images = part.images(x[name].reshape(1, -1))
+            by_sample += part.components(images).view(-1)
             if gradient is not None and gradient.requires_grad:
                 image = image + (gradient * x[name]).sum()
         if image.requires_grad:

@@ -26,7 +26,7 @@ class LayerCost:
     Attributes:
         name: The parameter.
         use: The kinds of its uses, or why it has no structure.
-        contraction: ``"pairs"``, ``"blocks"``, ``"inputs"`` or ``"dense"``;
+        contraction: ``"pairs"``, ``"blocks"``, ``"inputs"``, ``"rows"`` or ``"dense"``;
             where parts of the parameter are used for themselves, those of the parts.
         forward_flops: Floating-point operations of its layer's forward pass, N samples.
         gram_flops: Those of its part of the Gram matrix, with symmetry, counted in
@@ -140,7 +140,7 @@ def _cost_of_part(
         return "dense", (2.0 * samples * numel, rows * formed, 2 * formed, formed)
     scaled = columns.gram_flops((samples,) * 2, (width,) * 2, columns.positions)
     way = min(scaled, key=lambda key: scaled[key])
-    forward = 2.0 * samples * columns.positions * numel
+    forward = float(samples * columns.forward_flops)
     gram = scaled[way] / 2
     factors = columns.factor_entries(0 if shared else width) / columns.num_samples
     formed = columns.formed_entries(width) / columns.num_samples

@@ -20,7 +20,7 @@ from torch import Tensor
 # An elementwise pass over a matrix costs about what this many floating-point
 # operations of a large matrix product do for each entry. An operation of many small
 # products costs as much as some of a large one, and each small product something more.
-_ELEMENTWISE_COST = 40
+ELEMENTWISE_COST = 40
 _SMALL_PRODUCT_COST, _SMALL_PRODUCT_FLOPS = 2, 2e5
 # How much is worked on at a time: on the CPU what caches hold, and what does not count
 # beside the rest; on other devices enough to be busy.
@@ -177,6 +177,11 @@ class KhatriRaoColumns(LayerColumns):
         """Inputs and cotangents."""
         return self.factor_entries(self.width) * self.cotangents.element_size()
 
+    @property
+    def forward_flops(self) -> int:
+        """The operations of the layer's forward pass, one sample."""
+        return 2 * self.positions * self.numel
+
     def factor_entries(self, width: int) -> int:
         """Count the entries of the factors with a number of columns a sample."""
         each = self.cotangents.numel() // self.width
@@ -199,7 +204,7 @@ class KhatriRaoColumns(LayerColumns):
         pairs = samples[0] * samples[1]
         rows, columns = samples[0] * widths[0], samples[1] * widths[1]
         a, b, p, q = self._a, self._b, self.positions, other_positions
-        each = 2 * pairs * a + rows * columns * (2 * b + _ELEMENTWISE_COST)
+        each = 2 * pairs * a + rows * columns * (2 * b + ELEMENTWISE_COST)
         form = a * b * (rows * p + columns * q)
         # For a pair of samples: aᵀa', then b (aᵀa'), then its product with b'.
         products = p * q * (a + widths[0] * b) + q * widths[0] * widths[1] * b
@@ -351,6 +356,15 @@ class KhatriRaoColumns(LayerColumns):
         """The same columns, for the transpose of the parameter; there is one group."""
         return KhatriRaoColumns(self.inputs, self.cotangents, not self._inputs_first)
 
+    def with_more(self, others: Sequence[KhatriRaoColumns]) -> KhatriRaoColumns:
+        """Add the columns of other uses: more uses are more positions."""
+        parts = [self, *others]
+        return KhatriRaoColumns(
+            torch.cat([part.inputs for part in parts], dim=-1),
+            torch.cat([part.cotangents for part in parts], dim=-1),
+            self._inputs_first,
+        )
+
     def rows(self) -> Tensor:
         """Form the columns."""
         order = "ngap,nrgbp->nrgab" if self._inputs_first else "ngap,nrgbp->nrgba"
@@ -366,8 +380,8 @@ class KhatriRaoColumns(LayerColumns):
             norms = self.cotangents.square().sum((3, 4))
             norms = norms * self.inputs.square().sum((2, 3)).unsqueeze(1)
             return norms.sum(2).reshape(-1)
-        pairs = P * P * (2 * b + 2 * a / self.width + _ELEMENTWISE_COST)
-        blocks = a * b * (2 * P + _ELEMENTWISE_COST)
+        pairs = P * P * (2 * b + 2 * a / self.width + ELEMENTWISE_COST)
+        blocks = a * b * (2 * P + ELEMENTWISE_COST)
         by_pairs = pairs < blocks
         entries = self._groups * (P * P if by_pairs else a * b)
         norms = self.cotangents.new_empty(self.num_samples, self.width)
@@ -462,8 +476,8 @@ class KhatriRaoColumns(LayerColumns):
         pairs = self.positions * (self.positions + 1) // 2
         a, b, R = self._a, self._b, self.width
         # The products of pairs are written, blocks are written and squared.
-        by_pairs = pairs * (2 * a * b + _ELEMENTWISE_COST * (a + b) + 2 * R * b)
-        return by_pairs < R * a * b * (2 * self.positions + _ELEMENTWISE_COST)
+        by_pairs = pairs * (2 * a * b + ELEMENTWISE_COST * (a + b) + 2 * R * b)
+        return by_pairs < R * a * b * (2 * self.positions + ELEMENTWISE_COST)
 
     def _pair_products(self, part: slice) -> tuple[Tensor, Tensor]:
         """Products over pairs p ≤ q of inputs, and of cotangents summed over columns.
@@ -518,12 +532,7 @@ def joined(parts: list[LayerColumns]) -> LayerColumns:
     first = parts[0]
     if all(_alike(first, part) for part in parts):
         alike = [part for part in parts if isinstance(part, KhatriRaoColumns)]
-        # More uses are more positions.
-        return KhatriRaoColumns(
-            torch.cat([part.inputs for part in alike], dim=-1),
-            torch.cat([part.cotangents for part in alike], dim=-1),
-            alike[0]._inputs_first,
-        )
+        return alike[0].with_more(alike[1:])
     rows = torch.stack([part.rows() for part in parts]).sum(0)
     return DenseColumns(rows.view(first.num_samples, first.width, -1))
 

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from vivit_linop.capture.layers import DenseColumns, KhatriRaoColumns, LayerColumns
 from vivit_linop.capture.layouts import Layout
 from vivit_linop.capture.recorder import Use
+from vivit_linop.capture.tables import TableColumns
 from vivit_linop.capture.views import View
 
 
@@ -87,10 +88,8 @@ def entries_of_use(use: Use, num_samples: int, width: int) -> int:
     shape, groups = weight.shape, use.arguments.get("groups", 1)
     inputs = use.arguments["input"].numel() // num_samples
     match use.kind:
-        case "linear" | "matvec":
+        case "linear" | "matvec" | "embedding":
             return entries + inputs
-        case "embedding":
-            return entries + inputs * shape[0]
         case "conv":
             return entries + outputs // shape[0] * groups * shape[1:].numel()
         case "conv_transpose":
@@ -173,17 +172,15 @@ def _conv_transpose(arguments: dict[str, Any], X: Tensor, B: Tensor) -> LayerCol
 
 
 def _embedding(arguments: dict[str, Any], X: Tensor, B: Tensor) -> LayerColumns:
-    """Rows of the table are one-hot inputs."""
+    """A look-up is a product with a one-hot input."""
     rows = arguments["weight_shape"][0]
     n, R = B.shape[:2]
-    index = X.reshape(n, -1)
-    onehot = F.one_hot(index, rows).to(B)
+    index = X.reshape(n, -1).long()
+    b = B.reshape(n, R, 1, -1, B.shape[-1]).mT
     padding = arguments.get("padding_idx")
     if padding is not None:
-        onehot = onehot * (index != padding % rows).unsqueeze(-1)
-    a = onehot.reshape(n, 1, -1, rows).mT
-    b = B.reshape(n, R, 1, -1, B.shape[-1]).mT
-    return KhatriRaoColumns(a, b, inputs_first=True)
+        b = b * (index != padding % rows)[:, None, None, None]
+    return TableColumns(index, b, rows)
 
 
 def _norm_weight(normalise: Callable[..., Tensor], trailing: bool) -> Any:

@@ -37,6 +37,9 @@ SampleOutputs = Callable[[Params, Any], Tensor]
 _MEMORY_SHARE = 12
 # Into how many pieces at least it is cut: one is made beside those that are held.
 _PIECES = 4
+# Whatever the budget is, columns are held up to this: the fewer are held, the more
+# often all others are made again.
+_LEAST_BYTES = 64 * 2**20
 
 
 @dataclass
@@ -83,7 +86,7 @@ class Columns:
     Args:
         pullbacks: Jᵀ B for several B.
         names: The parameters of interest.
-        memory: The bytes that a piece may take.
+        memory: The bytes that the columns which are held may take; 64 MiB at least.
         formed: How many entries of a column will be formed in addition.
         compact: Whether columns that are smaller than their factors are formed.
 
@@ -102,7 +105,7 @@ class Columns:
     ) -> None:
         self.compact = compact
         self._pullbacks, self._risk = pullbacks, pullbacks[0].risk
-        self.names, self._memory = set(names), memory
+        self.names, self._memory = set(names), max(memory, _LEAST_BYTES)
         self._width = sum(pullback.width for pullback in pullbacks)
         itemsize = torch.finfo(self._risk.dtype).bits // 8
         self._formed_bytes = formed * self._width * itemsize
@@ -135,11 +138,17 @@ class Columns:
     def _do_not_fit(self, samples: int) -> str:
         device, free = self._risk.device, free_memory(self._risk.device)
         fitting = min(free, self._memory) // 4
+        advice = (
+            f"With EmpiricalRisk(..., memory={fitting}) fewer samples are taken at a "
+            "time."
+            if fitting >= _LEAST_BYTES
+            else "Columns are not cut into smaller parts: with mc_samples=1 a sample "
+            "has one, and products with G need none."
+        )
         return (
             f"memory: the columns of {samples} samples do not fit on {device}. They "
             f"were meant to take {self._memory / 1e9:.3g} GB, and {free / 1e9:.3g} GB "
-            f"are free. With EmpiricalRisk(..., memory={fitting}) fewer samples are "
-            "taken at a time."
+            f"are free. {advice}"
         )
 
     def held(self) -> Iterator[list[list[Piece]]]:

@@ -15,7 +15,7 @@ from torch import Tensor
 from vivit_linop.operators.base import TorchLinearOperator
 from vivit_linop.risk.empirical import EmpiricalRisk, as_risk
 from vivit_linop.risk.losses import AutogradLoss
-from vivit_linop.risk.memory import free_memory
+from vivit_linop.risk.memory import check_matrix_fits, free_memory
 
 # What blocks that can be formed again may take.
 _KEPT_BYTES = 2**24
@@ -103,6 +103,34 @@ class OutputOperator(TorchLinearOperator):
         """The operator times its adjoint."""
         return Outer(self)
 
+    @property
+    def block_entries(self) -> int:
+        """How many entries products with one sample's block read."""
+        return self.risk.num_outputs * self.width
+
+    def blocks_fit(self) -> bool:
+        """Whether the blocks of every batch fit into memory."""
+        return True
+
+    def dense(self) -> Tensor:
+        """The matrix.
+
+        Raises:
+            MemoryError: If it does not fit into free memory.
+        """
+        rows, columns = self.shape
+        name = type(self).__name__
+        check_matrix_fits(name, (rows, columns), self.torch_dtype, self.device)
+        matrix = torch.zeros(rows, columns, dtype=self.torch_dtype, device=self.device)
+        C, R = self.risk.num_outputs, self.width
+        diagonal = matrix.view(-1, C, self.risk.num_samples, R)
+        first = 0
+        for batch, n in enumerate(self.risk.batch_sizes):
+            samples = torch.arange(first, first + n, device=self.device)
+            diagonal[samples, :, samples] = self.dense_batch(batch)
+            first += n
+        return matrix
+
 
 class LossHessian(OutputOperator):
     """H: r times the Hessian of the losses in output space, ``[N·C, N·C]``.
@@ -134,6 +162,7 @@ class LossHessian(OutputOperator):
         params: Any | None = None,
     ) -> None:
         risk = as_risk(risk, loss, data, params)
+        risk.loss.check_curvature(risk.outputs[0], risk.targets()[0])
         super().__init__(risk, risk.num_outputs)
 
     def apply_batch(self, batch: int, X: Tensor) -> Tensor:
@@ -156,6 +185,16 @@ class LossHessian(OutputOperator):
         check_blocks_fit(self.risk, "The Hessian of the loss", width, width, copies=2)
         unit = torch.eye(width, dtype=self.torch_dtype, device=self.device)
         return self.apply_batch(batch, unit.repeat(n, 1)).reshape(n, width, width)
+
+    def diagonal_entries(self) -> Tensor:
+        """The diagonal, ``[N·C]``; the blocks are not formed."""
+        risk = self.risk
+        return risk.scale * torch.cat(
+            [
+                risk.loss.hessian_diagonal(output, target).reshape(-1)
+                for output, target in zip(risk.outputs, risk.targets(), strict=True)
+            ]
+        )
 
     def sqrt(
         self, mc_samples: int = 0, generator: torch.Generator | None = None
@@ -304,6 +343,22 @@ class LossHessianSqrt(FactoredOutputOperator):
             self.risk.loss.sqrt_width(self.risk.outputs[0]),
             copies=_SQRT_COPIES if channels > 1 else 1,
         )
+
+    @property
+    def block_entries(self) -> int:
+        """Where it is exact, positions are not coupled."""
+        positions = self.risk.loss.channels(self.risk.outputs[0]).shape[2]
+        return super().block_entries // (1 if self.mc_samples else positions)
+
+    def blocks_fit(self) -> bool:
+        """Whether the root of every batch fits, as a matrix for each sample too."""
+        try:
+            if not self.mc_samples:
+                self._check_fits()
+            check_blocks_fit(self.risk, "S", self.risk.num_outputs, self.width)
+        except MemoryError:
+            return False
+        return True
 
     def check(self) -> LossHessianSqrt:
         """Raise now what would be raised when the blocks are formed; returns itself."""

@@ -7,10 +7,12 @@ and g(R̂) those of the Gram matrix by layers:
   (a symmetric eigensolver needs some 4/3 R̂³ or 9 R̂³, at a fraction of the speed of a
   matrix product);
 - ARPACK: (20 + 4 k) products and 1e9 each for its calls; on K = VᵀV as an operator
-  where R̂ ≤ D, else on G. A product takes 12 f on the linearisation (4 f operations, at
-  a third of the speed of a large matrix product), and 1e11 once to trace the net; or
-  what reading the stored columns twice takes, and 2 R f once to get them
-  (:mod:`vivit_linop.curvature.stored`).
+  where R̂ ≤ D, else on G. It is on G as well where the root S of the loss Hessian,
+  which products with K need and those with G do not, does not fit into memory or has
+  more entries than ARPACK's vectors of length D. A product takes 12 f on the
+  linearisation (4 f operations, at a third of the speed of a large matrix product), and
+  1e11 once to trace a net with convolutions; or what reading the stored columns twice
+  takes, and 2 R f once to get them (:mod:`vivit_linop.curvature.stored`).
 
 The numbers of products and the ratios of speed are measured averages; the model decides
 between ways that differ by factors.
@@ -50,6 +52,8 @@ _EIGH_FLOPS, _LEADING_FLOPS = 40.0, 10.0
 _PRODUCT_PASSES = 12.0
 _CALL_FLOPS = 1e9
 _TRACE_FLOPS = 1e11
+# How many passes over a root of the loss Hessian its formation takes.
+_FORMING = 4
 
 
 @dataclass(frozen=True)
@@ -78,21 +82,37 @@ def routes(op: LowRank, k: int) -> list[Route]:
     small = min(D, columns)
     if columns <= D:
         matrix = sum(cost.gram_flops for cost in costs)
-        names = "dense Gram", "ARPACK on K"
+        name = "dense Gram"
     else:
         matrix = float(D) ** 2 * columns
-        names = "dense G", "ARPACK on G"
+        name = "dense G"
+    on_gram = columns <= D and _root_is_small(factor, k)
     eigh_flops = _LEADING_FLOPS if k <= FEW * small else _EIGH_FLOPS
     dense = factor.width * forward + matrix + eigh_flops * small**3
-    product, once = _PRODUCT_PASSES * forward, _TRACE_FLOPS
+    traced = any("conv" in cost.use for cost in costs)
+    product, once = _PRODUCT_PASSES * forward, _TRACE_FLOPS * traced
     stored = 2 * product_cost(costs)
     if stored < product and sum(c.nbytes for c in costs) < memory_budget(factor.risk):
         product, once = stored, 2 * factor.width * forward
     krylov = (20 + 4 * k) * (product + _CALL_FLOPS) + once
     return [
-        Route(names[0], dense, 3.0 * small**2 * itemsize),
-        Route(names[1], krylov, (2.0 * k + 20) * small * itemsize),
+        Route(name, dense, 3.0 * small**2 * itemsize),
+        Route(
+            "ARPACK on K" if on_gram else "ARPACK on G",
+            krylov,
+            (2.0 * k + 20) * (columns if on_gram else D) * itemsize,
+        ),
     ]
+
+
+def _root_is_small(factor: Pullback, k: int) -> bool:
+    """Whether products with the root S cost less than longer vectors of ARPACK."""
+    S = factor.blocks
+    if S is None:
+        return True
+    # Each product reads 2 k + 20 vectors twice, and S twice; S may have to be formed.
+    entries = _FORMING * factor.risk.num_samples * S.block_entries
+    return S.blocks_fit() and entries <= (2 * k + 20) * factor.shape[0]
 
 
 def choose_route(op: LowRank, k: int) -> Route:
@@ -100,6 +120,9 @@ def choose_route(op: LowRank, k: int) -> Route:
     dense, krylov = routes(op, k)
     if "small_side" in op.__dict__ or "matrix" in op.gram.__dict__:
         return dense  # most of it has been paid for
+    blocks = op.factor.blocks if isinstance(op.factor, Pullback) else None
+    if blocks is not None and not blocks.blocks_fit() and k < op.shape[0]:
+        return krylov  # nothing else is possible
     # ARPACK needs room for more vectors than it is asked for.
     if k >= min(op.factor.shape) // 2:
         return dense

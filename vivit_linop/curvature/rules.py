@@ -5,21 +5,30 @@ Two Jacobians are the same if they are those of one risk.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from vivit_linop.curvature.fisher import PerSampleGradients
 from vivit_linop.curvature.ggn import GGN, GGNFactor
 from vivit_linop.curvature.jacobian import Jacobian, Pullback
 from vivit_linop.curvature.output_space import (
+    FactoredOutputOperator,
     LossGradient,
     LossHessian,
     LossHessianSqrt,
+    Outer,
     OutputOperator,
 )
 from vivit_linop.operators.base import TorchLinearOperator
 from vivit_linop.operators.lowrank import Gram, LowRank
 from vivit_linop.operators.structure import Adjoint
-from vivit_linop.operators.verbs import adjoint, matmul, to_dense
+from vivit_linop.operators.verbs import (
+    adjoint,
+    diagonal,
+    matmul,
+    row_norms_squared,
+    to_dense,
+)
 
 Op = TorchLinearOperator
 
@@ -93,6 +102,30 @@ def _(A: Adjoint, B: Pullback) -> Op:
 @to_dense.register
 def _(op: Jacobian) -> Tensor:
     return to_dense(op.pullback).T
+
+
+@to_dense.register
+def _(op: OutputOperator) -> Tensor:
+    """The blocks of all samples on the diagonal."""
+    return op.dense()
+
+
+@diagonal.register
+def _(op: LossHessian) -> Tensor:
+    """In closed form for the losses that have one; no block is formed."""
+    return op.diagonal_entries()
+
+
+@diagonal.register
+def _(op: Outer) -> Tensor:
+    """The squared norms of the rows."""
+    return row_norms_squared(op.root)
+
+
+@row_norms_squared.register
+def _(op: FactoredOutputOperator) -> Tensor:
+    batches = range(len(op.risk.batch_sizes))
+    return torch.cat([op.blocks(b).square().sum(2).reshape(-1) for b in batches])
 
 
 def _outer(A: Pullback, B: Pullback) -> Op:

@@ -4,7 +4,7 @@ With the columns of V = Jáµ€ S kept in the structure of their layers, V u and Vá
 matrix product for each layer, of the size of its forward pass, and nothing is pulled
 through the net; but all cotangents are read. In floating-point operations, with f those
 of a forward pass over all samples: at most f and the reading of the columns, against
-2 f for a product on the linearisation of the net.
+2 f for a product on the linearisation of the net. Getting the columns takes 2 R f once.
 """
 
 from __future__ import annotations
@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 # Reading a byte takes as long as this many operations of a large matrix product: some
 # 300 GFLOP/s at 10 GB/s (CPU), 50 TFLOP/s at 3 TB/s (H100).
 _READING_FLOPS = 25
+# After this many products (of an eigensolver) the backward passes that it takes to get
+# the columns should have paid for themselves.
+_PAID_AFTER = 200
 # How much of a matrix to copy at a time.
 _COPIED_BYTES = 16 * 2**20
 # Columns that take no more than this many vectors of parameters are kept by the way.
@@ -138,8 +141,10 @@ def _cheaper_columns(pullback: Pullback) -> StoredColumns | None:
     if isinstance(pullback.risk.loss, AutogradLoss):
         return None
     costs = layer_costs(pullback.risk, pullback.width)
-    linear = 2 * sum(cost.forward_flops for cost in costs)
-    return fitting_columns(pullback, costs) if product_cost(costs) < linear else None
+    forward = sum(cost.forward_flops for cost in costs)
+    storing = 2 * pullback.width * forward
+    cheaper = product_cost(costs) + storing / _PAID_AFTER < 2 * forward
+    return fitting_columns(pullback, costs) if cheaper else None
 
 
 def fitting_columns(
@@ -149,6 +154,9 @@ def fitting_columns(
     costs = costs or layer_costs(pullback.risk, pullback.width)
     budget = memory_budget(pullback.risk)
     if sum(cost.nbytes for cost in costs) > budget:
+        return None
+    # Few parameters may have small columns that are pulled back from large blocks.
+    if pullback.blocks is not None and not pullback.blocks.blocks_fit():
         return None
     columns = Columns([pullback], list(pullback.risk.params), budget)
     return StoredColumns.of(pullback, [piece for (piece,) in columns.pieces()])

@@ -29,7 +29,7 @@ from vivit_linop.operators.verbs import (
     to_dense,
 )
 from vivit_linop.risk.empirical import EmpiricalRisk
-from vivit_linop.risk.memory import free_memory
+from vivit_linop.risk.memory import check_matrix_fits, free_memory
 
 
 class Total(ABC):
@@ -385,6 +385,8 @@ def _(op: Centered) -> Tensor:
 @to_dense.register
 def _(op: Pullback) -> Tensor:
     names = list(op.risk.params)
+    name = "Jacobian" if op.blocks is None else type(op).__name__
+    check_matrix_fits(name, op.shape, op.torch_dtype, op.device)
     result = torch.empty(op.shape, dtype=op.torch_dtype, device=op.device)
     columns = Columns([op], names, memory_budget(op.risk), formed=op.shape[0])
     for (piece,) in columns.pieces():

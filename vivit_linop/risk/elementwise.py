@@ -41,6 +41,10 @@ class ElementwiseLoss(OutputLoss):
         """Multiply by the curvatures."""
         return self.channels(self.curvature(output, target)).unsqueeze(-1) * X
 
+    def hessian_diagonal(self, output: Tensor, target: Tensor) -> Tensor:
+        """The curvatures."""
+        return self.channels(self.curvature(output, target))
+
     def sqrt(self, output: Tensor, target: Tensor) -> Tensor:
         """The roots of the curvatures."""
         return self.channels(self.curvature(output, target)).sqrt().unsqueeze(2)

@@ -222,6 +222,8 @@ class EmpiricalRisk:
 
     def _checked_output(self, index: int, X: Any, y: Tensor) -> Tensor:
         with explained(self._does_not_fit, X, len(y)), as_guest(self.device):
+            buffers = {} if index else self.model.buffers
+            kept = {name: buffer.clone() for name, buffer in buffers.items()}
             before = random_state(self.device)
             # The first batch also shows whether the output can be differentiated.
             with torch.set_grad_enabled(index == 0):
@@ -233,6 +235,13 @@ class EmpiricalRisk:
                 f"{where} drew random numbers, so it is not one function. Call "
                 "model.eval(), or fix what is random (functional dropout, noise)."
             )
+        for name, buffer in buffers.items():
+            if not torch.allclose(kept[name], buffer, 0.0, 0.0, equal_nan=True):
+                raise ValueError(
+                    f"model: its forward pass changes the buffer {name!r} (the power "
+                    "iteration of spectral_norm in training mode, or statistics that "
+                    "are kept), so it is not one function. Call model.eval() first."
+                )
         if output.ndim == 0 or len(output) != len(y) or output.numel() == 0:
             raise ValueError(
                 f"{where} returned outputs {list(output.shape)} for {len(y)} samples; "
@@ -259,7 +268,9 @@ class EmpiricalRisk:
             raise ValueError(
                 f"{where} returned NaN or Inf for sample {int(bad.nonzero()[0])}."
             )
-        return output.detach()
+        # A copy, made after the activations are freed: the original lies beyond them,
+        # and kept there for each batch it would let the heap of the process grow.
+        return output.detach().clone()
 
     def _depends_on_params(self, output: Tensor) -> bool:
         """Whether a backward pass from the output would get to a parameter."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from vivit_linop.risk.elementwise import (
     BinaryCrossEntropy,
@@ -17,6 +17,8 @@ from vivit_linop.risk.elementwise import (
 from vivit_linop.risk.losses import (
     AutogradLoss,
     CrossEntropy,
+    KullbackLeibler,
+    LossCallable,
     NegativeLogLikelihood,
     OutputLoss,
 )
@@ -47,6 +49,23 @@ def as_output_loss(loss: Any, reduction: str | None, check: bool = True) -> Outp
         )
     reduction = own if own is not None else reduction
     name = type(loss).__name__ if isinstance(loss, nn.Module) else _name(loss)
+    if type(loss) in _SEVERAL_INPUTS:
+        raise TypeError(
+            f"loss: {name} takes {_SEVERAL_INPUTS[type(loss)]}, but a risk has one "
+            "output and one target for each sample. Let the model return all of them "
+            "along a new axis, torch.stack([…], dim=1), and give a function with "
+            "reduction=, such as lambda output, target: loss(*output.unbind(1), "
+            "target)."
+        )
+    if type(loss) is nn.CTCLoss:
+        raise TypeError(
+            "loss: CTCLoss takes lengths of inputs and targets, and torch has no "
+            "second derivative of it. For curvature write it with differentiable "
+            "operations, as a function (output, target) -> scalar with the lengths "
+            "among the targets."
+        )
+    if type(loss) is nn.KLDivLoss and reduction == "batchmean":
+        reduction = "mean"
     if reduction not in ("mean", "sum"):
         raise ValueError(
             f"reduction: {name} has reduction={reduction!r}; it must be 'mean' or "
@@ -78,7 +97,38 @@ def _output_loss(loss: Any, reduction: str, name: str, check: bool) -> OutputLos
         return Huber(reduction, loss.delta)
     if type(loss) is nn.SmoothL1Loss:
         return SmoothL1(reduction, loss.beta)
+    if type(loss) is nn.KLDivLoss:
+        return KullbackLeibler(
+            reduction, loss.log_target, loss.reduction == "batchmean"
+        )
+    if type(loss) is nn.MultiMarginLoss:
+        # Torch's own has no second derivative.
+        return AutogradLoss(_multi_margin(loss), reduction, name, check)
     return AutogradLoss(loss, reduction, name, check)
+
+
+# Losses of torch that are no functions of one output, and what of.
+_SEVERAL_INPUTS: dict[type, str] = {
+    nn.CosineEmbeddingLoss: "two embeddings",
+    nn.MarginRankingLoss: "two scores",
+    nn.TripletMarginLoss: "an anchor, a positive and a negative",
+    nn.TripletMarginWithDistanceLoss: "an anchor, a positive and a negative",
+}
+
+
+def _multi_margin(loss: nn.MultiMarginLoss) -> LossCallable:
+    """``nn.MultiMarginLoss``: Σ_{i≠y} w_y max(0, m − f_y + f_i)^p / C."""
+
+    def function(output: Tensor, target: Tensor) -> Tensor:
+        own = target.unsqueeze(1)
+        violation = (loss.margin + output - output.gather(1, own)).clamp(min=0.0)
+        violation = violation.scatter(1, own, 0.0) ** loss.p
+        if loss.weight is not None:
+            violation = violation * loss.weight.to(output)[own]
+        losses = violation.mean(1)
+        return losses.mean() if loss.reduction == "mean" else losses.sum()
+
+    return function
 
 
 def _name(loss: Any) -> str:

@@ -1,14 +1,18 @@
 """The linearisation of a net at θ on one batch: J x and Jᵀ u without a forward pass.
 
-Jᵀ u is an ordinary backward pass through the kept graph of one forward pass. For J x,
-the tangent map x ↦ J x is traced once, and all in it that does not depend on x is
-evaluated and kept; Jᵀ u then is the backward pass through that linear map, so that both
-share what is kept. One product with J and one with Jᵀ are the arithmetic of 4/3 of a
-gradient. (``torch.func.linearize`` does the same, but its map copies each tangent.)
+Jᵀ u is an ordinary backward pass through the kept graph of one forward pass. J x is the
+derivative of Jᵀ u in u, along x: a backward pass through the backward pass, whose graph
+is kept as well. One product with J and one with Jᵀ are the arithmetic of 4/3 of a
+gradient.
 
-Where a model cannot be traced (control flow that depends on values, kernels without
-forward mode), or a trace would be used only once, J x is the derivative of Jᵀ u in u,
-along x: a backward pass through the backward pass.
+For convolutions torch's backward pass through the backward pass takes twice as long as
+it should. In a net of these the tangent map x ↦ J x is traced instead: all in it that
+does not depend on x is evaluated and kept, and Jᵀ u then is the backward pass through
+that linear map. (``torch.func.linearize`` does the same, but its map copies each
+tangent.) Tracing takes seconds, so it is not done for a trace that would be used only
+once, nor for nets of linear layers and attention, where a trace is no faster. Each way
+stands in where the other fails: control flow that depends on values and kernels without
+forward mode, or derivatives that torch does not have or has wrong.
 """
 
 from __future__ import annotations
@@ -34,6 +38,8 @@ Result = TypeVar("Result")
 # What K columns of tangents may take together on the CPU. More would not be faster:
 # columns one by one use the caches better.
 _CPU_COLUMN_BYTES = 4 * 2**20
+# One convolution in this many matrix products makes a trace worth its time.
+_PER_CONVOLUTION = 4
 
 
 class Linearization:
@@ -46,7 +52,7 @@ class Linearization:
     Attributes:
         outputs: The outputs at θ, ``[n, …]``.
         nbytes: The memory that the graph keeps, beyond θ.
-        traced: Whether J x should be traced; else it is a backward pass.
+        traced: Whether J x may be traced; else it is a backward pass.
     """
 
     def __init__(self, function: Callable[[Params], Tensor], params: Params) -> None:
@@ -76,10 +82,27 @@ class Linearization:
     def _prepare(self) -> None:
         """Make J x possible."""
         with as_guest(self.device):
-            if not self.traced or not (
-                self._trace(contextlib.nullcontext()) or self._trace(OutOfPlace())
-            ):
+            if not self.traced:
                 self._reverse()
+            elif tracing_pays(self._image):
+                if not self._trace_somehow() and not self._reverse():
+                    self._refuse()
+            elif not self._reverse_if_possible() and not self._trace_somehow():
+                # Whatever has failed is to be seen.
+                if not self._reverse():
+                    self._refuse()
+
+    def _trace_somehow(self) -> bool:
+        return self._trace(contextlib.nullcontext()) or self._trace(OutOfPlace())
+
+    def _reverse_if_possible(self) -> bool:
+        try:
+            return self._reverse()
+        # Operations without a second derivative may have a forward mode.
+        except (RuntimeError, NotImplementedError) as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            return False
 
     def _trace(self, mode: contextlib.AbstractContextManager[object]) -> bool:
         """Trace the tangent map; returns whether it turned out to be right."""
@@ -108,11 +131,11 @@ class Linearization:
         return right
 
     def _agrees(self, graph: Tensor) -> bool:
-        """Whether the traced map is the Jacobian, and stays it when used.
+        """Whether products are those of the Jacobian, and stay so when used.
 
-        Jᵀ u by the trace must be what an ordinary backward pass gives, and ⟨u, J x⟩
-        must equal ⟨Jᵀ u, x⟩, also when asked again: what the trace keeps is changed by
-        its use if the model works in place.
+        ⟨u, J x⟩ must equal ⟨Jᵀ u, x⟩. Of a trace, Jᵀ u must also be what an ordinary
+        backward pass gives, and all this again: what it keeps is changed by its use if
+        the model works in place.
         """
         generator = torch.Generator().manual_seed(0)
 
@@ -128,18 +151,21 @@ class Linearization:
             )
         )
         tolerance = 100 * torch.finfo(self._dtype).eps ** 0.75
-        for _ in range(2):
-            image, pulled_back = self._jvp(x), self._vjp(u.reshape(-1))
+        traced = self._tangent_map is not None
+        for _ in range(1 + traced):
+            image = self._jvp(x)
+            if traced:
+                error = self._vjp(u.reshape(-1)) - expected
+                if not error.norm() <= tolerance * expected.norm():
+                    return False
             slope = (image * u.reshape(-1)).sum() - (expected * x).sum()
-            if not (pulled_back - expected).norm() <= tolerance * expected.norm():
-                return False
             size = image.norm() * u.norm() + expected.norm() * x.norm()
             if not slope.abs() <= tolerance * size:
                 return False
         return True
 
-    def _reverse(self) -> None:
-        """Keep the graph of u ↦ Jᵀ u, which is linear in u."""
+    def _reverse(self) -> bool:
+        """Keep the graph of u ↦ Jᵀ u; returns whether it turned out to be right."""
         self._dual = torch.zeros_like(self._image, requires_grad=True)
         gradients = torch.autograd.grad(
             self._image,
@@ -152,15 +178,18 @@ class Linearization:
             torch.zeros_like(p) if g is None else g
             for g, p in zip(map(strided, gradients), self._arguments, strict=True)
         ]
+        right = not self.traced or self._agrees(self._image)
+        if right:
+            self._method = "reverse"
+        return right
 
-        if self.traced and not self._agrees(self._image):
-            raise ValueError(
-                "model: its derivatives by torch disagree, J x is not the slope that a "
-                "backward pass gives. An operation of the model has a wrong second "
-                "derivative (replace it by an equivalent one), or computes in a lower "
-                "precision than that of the parameters (give the model in that one)."
-            )
-        self._method = "reverse"
+    def _refuse(self) -> None:
+        raise ValueError(
+            "model: its derivatives by torch disagree, J x is not the slope that a "
+            "backward pass gives. An operation of the model has a wrong second "
+            "derivative (replace it by an equivalent one), or computes in a lower "
+            "precision than that of the parameters (give the model in that one)."
+        )
 
     def column_chunk(self) -> int:
         """How many columns to multiply at a time."""
@@ -274,6 +303,23 @@ class Linearization:
             for gradient, size in zip(map(strided, gradients), self._sizes, strict=True)
         ]
         return torch.cat(parts, dim=-1)
+
+
+def tracing_pays(output: Tensor) -> bool:
+    """Whether a net has many convolutions, seen from the graph of its output."""
+    counts = {"conv": 0, "mm": 0}
+    todo, seen = [output.grad_fn], {None, output.grad_fn}
+    while todo:
+        node = todo.pop()
+        if node is None:
+            continue
+        name = node.name().lower()
+        for kind in counts:
+            counts[kind] += kind in name
+        following = [n for n, _ in node.next_functions if n not in seen]
+        todo += following
+        seen.update(following)
+    return _PER_CONVOLUTION * counts["conv"] > counts["mm"]
 
 
 def tangent_map(function: Callable[[Params], Tensor], theta: Params) -> GraphModule:

@@ -20,6 +20,8 @@ LossCallable = Callable[[Tensor, Tensor], Tensor]
 
 # Relative to the largest eigenvalue: what rounding may do to a zero of a Hessian.
 _CONVEXITY_TOLERANCE = 1e3
+# How many columns of the identity to multiply at a time.
+_UNIT_COLUMNS = 64
 
 
 class OutputLoss(ABC):
@@ -63,6 +65,24 @@ class OutputLoss(ABC):
     def hessian_product(self, output: Tensor, target: Tensor, X: Tensor) -> Tensor:
         """Multiply each sample's Hessian, ``[n, C, P, K] -> [n, C, P, K]``."""
 
+    def hessian_diagonal(self, output: Tensor, target: Tensor) -> Tensor:
+        """The diagonals of the Hessians, ``[n, C, P]``.
+
+        Without a closed form, by a product for each output of a sample.
+        """
+        f = self.channels(output)
+        n, width = len(f), f[0].numel()
+        result = f.new_empty(n, width)
+        for part in torch.arange(width, device=f.device).split(_UNIT_COLUMNS):
+            unit = f.new_zeros(n, width, len(part))
+            unit[:, part, torch.arange(len(part))] = 1.0
+            product = self.hessian_product(
+                output, target, unit.view(*f.shape, len(part))
+            )
+            product = product.reshape(n, width, len(part))
+            result[:, part] = product[:, part].diagonal(dim1=1, dim2=2)
+        return result.view(f.shape)
+
     @abstractmethod
     def sqrt(self, output: Tensor, target: Tensor) -> Tensor:
         """Exact square roots of the Hessians, ``[n, C, R, P]``."""
@@ -86,6 +106,10 @@ class OutputLoss(ABC):
             f"mc_samples: {self.name} has no likelihood to sample from; use "
             "mc_samples=0."
         )
+
+    def check_curvature(self, output: Tensor, target: Tensor) -> None:
+        """Raise a ``ValueError`` if there is no Hessian; closed forms are there."""
+        return
 
     def is_constant(self) -> bool:
         """Whether the Hessian is the same for all outputs."""
@@ -229,6 +253,15 @@ class CrossEntropy(OutputLoss):
         mass = self._mass(output, target)[:, None, :, None]
         return mass * p * (X - (p * X).sum(1, keepdim=True))
 
+    def hessian_diagonal(self, output: Tensor, target: Tensor) -> Tensor:
+        """M p (1 − p), with 1 − p of the likeliest class as the sum of the others."""
+        f = self.channels(output)
+        p = f.softmax(1)
+        likeliest = f.argmax(1, keepdim=True)
+        others = p.scatter(1, likeliest, 0.0).sum(1, keepdim=True)
+        rest = (1.0 - p).scatter_(1, likeliest, others)
+        return self._mass(output, target).unsqueeze(1) * p * rest
+
     def sqrt_width(self, output: Tensor) -> int:
         """C − 1, the rank of diag(p) − p pᵀ."""
         return max(output.shape[1] - 1, 1)
@@ -305,13 +338,53 @@ class NegativeLogLikelihood(CrossEntropy):
                 "targets use CrossEntropyLoss on logits."
             )
         super().check(output, target)
-        mass = output.logsumexp(1).abs().max()
-        if not mass <= 10 * torch.finfo(output.dtype).eps ** 0.5:
+        check_log_probabilities(output, self.name)
+
+
+class KullbackLeibler(CrossEntropy):
+    """``nn.KLDivLoss`` of log-probabilities: ℓ = Σ_c t_c (log t_c − f_c).
+
+    By itself linear in f, it is the cross-entropy with soft targets up to a constant,
+    and has that one's Hessian: see :class:`NegativeLogLikelihood`.
+
+    Args:
+        reduction: ``"mean"`` or ``"sum"``.
+        log_target: Whether targets are logarithms of probabilities.
+        per_sample: Whether a mean is one over samples (``"batchmean"``) instead of one
+            over entries.
+    """
+
+    name = "KLDivLoss"
+
+    def __init__(
+        self, reduction: str, log_target: bool = False, per_sample: bool = False
+    ) -> None:
+        super().__init__(reduction)
+        self.log_target, self._per_sample = log_target, per_sample
+
+    def check(self, output: Tensor, target: Tensor) -> None:
+        """Outputs are log-probabilities, targets in their shape."""
+        if not target.is_floating_point():
             raise ValueError(
-                f"loss: {self.name} needs log-probabilities along axis 1, but "
-                f"probabilities sum to exp({mass:.3g}) or its inverse. End the model "
-                "with log_softmax, or use CrossEntropyLoss on logits."
+                f"data: {self.name} needs probabilities as targets, got "
+                f"{target.dtype}. For class indices use NLLLoss."
             )
+        super().check(output, target.exp() if self.log_target else target)
+        check_log_probabilities(output, self.name)
+
+    def weight(self, output: Tensor, target: Tensor) -> Tensor:
+        """Count the entries, or the samples."""
+        return output.new_tensor(len(output) if self._per_sample else output.numel())
+
+    def total(self, output: Tensor, target: Tensor) -> Tensor:
+        """Sum torch's own."""
+        return F.kl_div(
+            output, target.to(output), reduction="sum", log_target=self.log_target
+        )
+
+    def _coefficients(self, output: Tensor, target: Tensor) -> Tensor:
+        target = target.exp() if self.log_target else target
+        return super()._coefficients(output, target)
 
 
 class AutogradLoss(OutputLoss):
@@ -341,7 +414,7 @@ class AutogradLoss(OutputLoss):
     def check(self, output: Tensor, target: Tensor) -> None:
         """The loss is a scalar and a sum of losses of samples."""
         with torch.no_grad():
-            value = self.function(output, target)
+            value = self._value(output, target)
             if not isinstance(value, Tensor) or value.numel() != 1:
                 shape = list(value.shape) if isinstance(value, Tensor) else value
                 raise ValueError(
@@ -356,7 +429,7 @@ class AutogradLoss(OutputLoss):
             for mask in (index % 2 == 0, index < (len(output) + 1) // 2):
                 if mask.all():
                     continue
-                parts = [self.total(output[m], target[m]) for m in (mask, ~mask)]
+                parts = self._parts(output, target, mask)
                 error = (parts[0] + parts[1] - whole).abs()
                 tolerance = torch.finfo(output.dtype).eps ** 0.5
                 size = max(part.abs() for part in (*parts, whole))
@@ -369,9 +442,47 @@ class AutogradLoss(OutputLoss):
                         "loss that does not mix samples."
                     )
 
+    def _value(self, output: Tensor, target: Tensor) -> Any:
+        try:
+            return self.function(output, target)
+        except TypeError as error:
+            raise TypeError(
+                f"loss: {self.name} cannot be called as loss(output, target): {error}. "
+                "Of a loss of several inputs make a function of one output and one "
+                "target, with reduction=: for example lambda output, target: "
+                "loss(*output.unbind(1), target), where the model returns "
+                "torch.stack([a, b], dim=1)."
+            ) from error
+
+    def _parts(self, output: Tensor, target: Tensor, mask: Tensor) -> list[Tensor]:
+        """The totals of some samples, and of the others."""
+        try:
+            return [self.total(output[m], target[m]) for m in (mask, ~mask)]
+        except (RuntimeError, ValueError, IndexError) as error:
+            raise ValueError(
+                f"loss: {self.name} fails on some of the samples alone: {error}. It "
+                "must not hold anything that numbers samples, such as a weight with a "
+                "sample axis; that belongs to the targets."
+            ) from error
+
+    def check_curvature(self, output: Tensor, target: Tensor) -> None:
+        """One product with a sample's Hessian."""
+        f = self.channels(output[:1])
+        try:
+            self.hessian_product(output[:1], target[:1], torch.ones_like(f)[..., None])
+        except (RuntimeError, NotImplementedError) as error:
+            raise ValueError(
+                f"loss: {self.name} has no second derivative in torch ({error}), so no "
+                "Hessian. Write it as a function of differentiable operations, with "
+                "reduction=. Gradients, PerSampleGradients and EmpiricalFisher need "
+                "none."
+            ) from error
+
     def _couples(self, output: Tensor, target: Tensor, mask: Tensor) -> bool:
         """Whether the Hessian of some samples is another one with the others there."""
-        if not output.is_floating_point():
+        try:
+            self.check_curvature(output, target)
+        except ValueError:
             return False
         f = self.channels(output)
         generator = torch.Generator().manual_seed(0)
@@ -452,6 +563,17 @@ def copied_weight(weight: Tensor | None) -> Tensor | None:
         return None
     with torch.inference_mode(False):
         return weight.detach().clone()
+
+
+def check_log_probabilities(output: Tensor, name: str) -> None:
+    """Raise a ``ValueError`` if outputs are no log-probabilities along axis 1."""
+    mass = output.logsumexp(1).abs().max()
+    if not mass <= 10 * torch.finfo(output.dtype).eps ** 0.5:
+        raise ValueError(
+            f"loss: {name} needs log-probabilities along axis 1, but probabilities sum "
+            f"to exp({mass:.3g}) or its inverse. End the model with log_softmax(1), or "
+            "use CrossEntropyLoss on logits."
+        )
 
 
 def check_same_shape(output: Tensor, target: Tensor, name: str) -> None:

@@ -19,6 +19,23 @@ def free_memory(device: torch.device) -> int:
     return int(psutil.virtual_memory().available)
 
 
+def check_matrix_fits(
+    name: str, shape: tuple[int, int], dtype: torch.dtype, device: torch.device
+) -> None:
+    """Raise an error if a dense matrix does not fit into the memory that is free.
+
+    Raises:
+        MemoryError: It says how large it is and what needs none.
+    """
+    size = shape[0] * shape[1] * torch.finfo(dtype).bits // 8
+    if size > (free := free_memory(device)):
+        raise MemoryError(
+            f"The matrix [{shape[0]}, {shape[1]}] of {name} takes {size / 1e9:.3g} GB, "
+            f"and {free / 1e9:.3g} GB are free on {device}. Multiply with it, or "
+            "take fewer samples: risk.subset(indices)."
+        )
+
+
 @contextlib.contextmanager
 def explained(describe: Callable[..., str], *arguments: Any) -> Iterator[None]:
     """Say what would fit where the memory of a device does not suffice.

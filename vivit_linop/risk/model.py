@@ -93,6 +93,9 @@ class FunctionalModel:
                     if name not in chosen
                 }
             _check_precision(self._fixed)
+            self._buffers = [
+                name for name, b in model.named_buffers() if b.is_floating_point()
+            ]
             self._modes = [(m, m.training) for m in model.modules()]
         else:
             chosen = _function_params(params)
@@ -150,6 +153,12 @@ class FunctionalModel:
     def constants(self) -> Params:
         """What else a module's outputs depend on: buffers, parameters not chosen."""
         return getattr(self, "_fixed", {})
+
+    @property
+    def buffers(self) -> Params:
+        """The buffers among them that hold real numbers."""
+        names = getattr(self, "_buffers", [])
+        return {name: self._fixed[name] for name in names}
 
     @contextlib.contextmanager
     def _own_modes(self) -> Iterator[None]:
