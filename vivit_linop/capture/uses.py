@@ -154,10 +154,7 @@ def _conv(arguments: dict[str, Any], X: Tensor, B: Tensor) -> LayerColumns:
     n, R, out = B.shape[:3]
     patches = unfold(X, arguments)
     positions = B[0, 0, 0].numel()
-    # In memory positions are rows, as products with the columns need them.
-    spatial = range(patches.ndim - (B.ndim - 3), patches.ndim)
-    a = patches.permute(0, *spatial, *range(1, spatial[0]))
-    a = a.reshape(n, positions, groups, -1).permute(0, 2, 3, 1)
+    a = patches.reshape(n, groups, -1, positions)
     b = B.reshape(n, R, groups, out // groups, -1)
     return KhatriRaoColumns(a, b)
 
