@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Set
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -15,7 +15,12 @@ from vivit_linop.capture.layers import LayerColumns, compacted
 from vivit_linop.capture.layouts import Layout, candidates
 from vivit_linop.capture.recorder import Recorder, Use
 from vivit_linop.capture.stacked import assembled
-from vivit_linop.capture.uses import columns_of_use, entries_of_use, overlapping
+from vivit_linop.capture.uses import (
+    columns_of_use,
+    entries_of_use,
+    is_wide,
+    overlapping,
+)
 from vivit_linop.capture.views import View
 from vivit_linop.risk.data import take
 from vivit_linop.risk.empirical import EmpiricalRisk
@@ -85,32 +90,89 @@ class Capture:
             names: The parameters of interest.
             compact: Whether to form columns that are smaller than their factors.
         """
+        kept = self._kept(structure, names)
+        stacked: list[Tensor] = []
+        for r, signals in enumerate(self._signals(kept, cotangents)):
+            for index, signal in enumerate(signals):
+                if r == 0:
+                    stacked.append(_stack(signal, cotangents.shape[2]))
+                stacked[index][:, r] = signal
+        makers = (columns_of_use(*use) for use in kept)
+        return self._assembled(kept, makers, stacked, names - structure.opaque, compact)
+
+    def parts(
+        self, cotangents: Tensor, structure: Structure, names: Set[str]
+    ) -> Iterator[tuple[dict[str, LayerColumns], bool]]:
+        """Yield the columns in parts, for what is summed over all columns.
+
+        Those of layers with many positions come one of each sample at a time, and only
+        one is in memory; those of all others come together, in the last part.
+
+        Args:
+            cotangents: ``[n, C, R]``.
+            structure: The verified structure of the net.
+            names: The parameters of interest.
+
+        Yields:
+            Columns, and whether their inputs have been those of a part before.
+        """
+        wanted, kept = names - structure.opaque, self._kept(structure, names)
+        counts = Counter(name for use, _ in kept for name in use.names)
+        width = cotangents.shape[2]
+        wide = [
+            all(counts[name] == 1 for name in use.names)
+            and is_wide(use, self.num_samples, width)
+            for use, _ in kept
+        ]
+        apart = [use for use, alone in zip(kept, wide, strict=True) if alone]
+        together = [use for use, alone in zip(kept, wide, strict=True) if not alone]
+        makers = [columns_of_use(*use) for use in apart]
+        stacked: list[Tensor] = []
+        for r, signals in enumerate(self._signals(apart + together, cotangents)):
+            single = [signal.unsqueeze(1) for signal in signals[: len(apart)]]
+            yield self._assembled(apart, makers, single, wanted, compact=False), r > 0
+            for index, signal in enumerate(signals[len(apart) :]):
+                if r == 0:
+                    stacked.append(_stack(signal, width))
+                stacked[index][:, r] = signal
+        last = (columns_of_use(*use) for use in together)
+        yield self._assembled(together, last, stacked, wanted, compact=False), False
+
+    def _kept(self, structure: Structure, names: Set[str]) -> list[tuple[Use, Layout]]:
+        """The uses of some parameters."""
         wanted = names - structure.opaque
-        kept = [
-            (use, layout)
+        return [
+            (use, Layout(layout, self.num_samples))
             for use, layout in zip(self.uses, structure.layouts, strict=True)
             if layout is not None and not wanted.isdisjoint(use.names)
         ]
-        if not kept:
-            return {}
+
+    def _signals(
+        self, kept: Sequence[tuple[Use, Layout]], cotangents: Tensor
+    ) -> Iterator[list[Tensor]]:
+        """Pull back ``[n, C, R]`` one by one, to ``[n, …]`` at the output of each use."""
         uses = [use for use, _ in kept]
-        layouts = [self._layout(layout) for _, layout in kept]
-        stacked: list[Tensor] = []
-        for r in range(cotangents.shape[2]):
-            signals = map(Tensor.detach, self._backward(uses, cotangents[:, :, r]))
-            for index, (layout, signal) in enumerate(
-                zip(layouts, signals, strict=True)
-            ):
-                signal = layout(signal)
-                if r == 0:
-                    shape = len(signal), cotangents.shape[2], *signal.shape[1:]
-                    stacked.append(signal.new_empty(shape))
-                stacked[index][:, r] = signal
-        counts = Counter(name for use in uses for name in use.names)
+        for r in range(cotangents.shape[2] if kept else 0):
+            signals = self._backward(uses, cotangents[:, :, r])
+            yield [
+                layout(signal.detach())
+                for (_, layout), signal in zip(kept, signals, strict=True)
+            ]
+
+    def _assembled(
+        self,
+        kept: Sequence[tuple[Use, Layout]],
+        makers: Iterable[Callable[[Tensor], list[tuple[View, LayerColumns]]]],
+        signals: list[Tensor],
+        wanted: Set[str],
+        compact: bool,
+    ) -> dict[str, LayerColumns]:
+        """Return the columns of parameters from signals, which it takes away."""
+        counts = Counter(name for use, _ in kept for name in use.names)
         parts: dict[str, list[tuple[View, LayerColumns]]] = {}
         with torch.no_grad():
-            for use, layout in zip(uses, layouts, strict=True):
-                for view, part in columns_of_use(use, layout, stacked.pop(0)):
+            for make in makers:
+                for view, part in make(signals.pop(0)):
                     if view.name in wanted:
                         if compact and counts[view.name] == 1:
                             part = compacted(part)
@@ -143,9 +205,6 @@ class Capture:
             for use, signal in zip(uses, signals, strict=True)
         ]
 
-    def _layout(self, name: str) -> Layout:
-        return Layout(name, self.num_samples)
-
     # Finding and checking the structure ---------------------------------------------
 
     def find_layouts(self) -> list[str | None]:
@@ -165,7 +224,7 @@ class Capture:
 
     def _find_layout(self, use: Use, signal: Tensor) -> str | None:
         for candidate in candidates(use, self.num_samples):
-            others = self._layout(candidate)(signal)[:-1]
+            others = Layout(candidate, self.num_samples)(signal)[:-1]
             if not others.any():
                 return candidate
         return None
@@ -255,6 +314,11 @@ class Capture:
             if not error <= tolerance * (by_sample.norm() + expected.norm()):
                 structure.opaque = set(risk.params)
         return structure
+
+
+def _stack(signal: Tensor, width: int) -> Tensor:
+    """Return the place for as many signals as a sample has columns."""
+    return signal.new_empty(len(signal), width, *signal.shape[1:])
 
 
 _STRUCTURES: WeakKeyDictionary[EmpiricalRisk, Structure] = WeakKeyDictionary()

@@ -40,10 +40,12 @@ class Piece:
     Attributes:
         place: Which columns of the pullback they are.
         columns: By parameter; a parameter that is missing has zero columns.
+        again: Whether it has other columns of the same layers as a piece before.
     """
 
     place: slice
     columns: dict[str, LayerColumns]
+    again: bool = False
 
     @property
     def nbytes(self) -> int:
@@ -80,6 +82,8 @@ class Columns:
         memory: The bytes that a piece may take.
         formed: How many entries of a column will be formed in addition.
         compact: Whether columns that are smaller than their factors are formed.
+        in_parts: Whether the columns of one sample and parameter may come in several
+            pieces, of one pullback, as they are made.
 
     Attributes:
         names: The parameters of interest.
@@ -93,8 +97,9 @@ class Columns:
         memory: int,
         formed: int = 0,
         compact: bool = True,
+        in_parts: bool = False,
     ) -> None:
-        self.compact = compact
+        self.compact, self._in_parts = compact, in_parts
         self._pullbacks, self._risk = pullbacks, pullbacks[0].risk
         self.names, self._memory = set(names), memory
         self._width = sum(pullback.width for pullback in pullbacks)
@@ -116,8 +121,9 @@ class Columns:
                 for index in self._cut(X, n, structure):
                     if first + int(index[0]) >= start:
                         with explained(self._do_not_fit, len(index)):
-                            pieces = self._pieces(batch, X, index, n, first, structure)
-                        yield pieces
+                            yield from self._pieces(
+                                batch, X, index, n, first, structure
+                            )
             first += n
 
     def _do_not_fit(self, samples: int) -> str:
@@ -159,36 +165,34 @@ class Columns:
         n: int,
         first: int,
         structure: Structure,
-    ) -> list[Piece]:
+    ) -> Iterator[list[Piece]]:
         if len(index) < n:
             X = take(X, index, self._risk.by_sample)
         capture = Capture(self._risk, X, len(index))
         self._risk.check_outputs(batch, capture.output.detach(), index)
         if not structure.fits(capture):
             structure = capture.check()
-        begin = first + int(index[0])
-        pieces = []
-        for pullback in self._pullbacks:
-            cotangents = pullback.cotangents(batch)
-            columns = self._columns(
-                X, capture, structure, cotangents[index.to(cotangents.device)]
-            )
-            end = begin + len(index)
-            place = slice(begin * pullback.width, end * pullback.width)
-            pieces.append(Piece(place, columns))
-        return pieces
-
-    def _columns(
-        self, X: Any, capture: Capture, structure: Structure, cotangents: Tensor
-    ) -> dict[str, LayerColumns]:
-        columns = capture.columns(cotangents, structure, self.names, self.compact)
+        begin, end = first + int(index[0]), first + int(index[0]) + len(index)
         opaque = [
             name
             for name in self._risk.params
             if name in structure.opaque and name in self.names
         ]
-        columns.update(_dense_columns(self._risk, X, cotangents, opaque))
-        return columns
+        pieces = []
+        for pullback in self._pullbacks:
+            place = slice(begin * pullback.width, end * pullback.width)
+            cotangents = pullback.cotangents(batch)
+            cotangents = cotangents[index.to(cotangents.device)]
+            dense = _dense_columns(self._risk, X, cotangents, opaque)
+            if self._in_parts:
+                for part, again in capture.parts(cotangents, structure, self.names):
+                    yield [Piece(place, part, again)]
+                yield [Piece(place, dense)]
+                continue
+            columns = capture.columns(cotangents, structure, self.names, self.compact)
+            pieces.append(Piece(place, {**columns, **dense}))
+        if pieces:
+            yield pieces
 
 
 def memory_budget(risk: EmpiricalRisk) -> int:

@@ -223,7 +223,7 @@ class _KroneckerSums(Total):
         outer: The exact blocks by parameter.
     """
 
-    by_factors = True
+    by_factors = in_parts = True
 
     def __init__(self, factor: Pullback, sharing: str, affine: Sequence[str]) -> None:
         self.names = list(factor.risk.params)
@@ -238,7 +238,7 @@ class _KroneckerSums(Total):
         """Add a piece's sums."""
         for name, columns in left.columns.items():
             if isinstance(columns, KhatriRaoColumns) and name in self._weights:
-                self._add_factors(name, columns)
+                self._add_factors(name, columns, left.again)
             elif columns.numel <= _LARGEST_DENSE:
                 rows = columns.rows()
                 product = rows.T @ rows
@@ -250,17 +250,20 @@ class _KroneckerSums(Total):
                 "Give batches of at least two samples."
             )
 
-    def _add_factors(self, name: str, columns: KhatriRaoColumns) -> None:
-        B, A = columns.kronecker_sums(
-            reduced_cotangents=self._sharing != "expand",
-            reduced_inputs=self._sharing == "reduce",
-            affine=name in self._affine and not columns.inputs_first,
-        )
-        count = self._num_samples
-        A = A / (count * columns.positions if self._sharing == "expand" else count)
-        if name in self.factors:
-            before = self.factors[name]
-            B, A = B + before[0], A + before[1]
+    def _add_factors(self, name: str, columns: KhatriRaoColumns, again: bool) -> None:
+        B = columns.cotangent_sums(self._sharing != "expand")
+        before = self.factors.get(name)
+        if before is not None:
+            B += before[0]
+        if before is None or not again:
+            affine = name in self._affine and not columns.inputs_first
+            A = columns.input_sums(self._sharing == "reduce", affine)
+            count = self._num_samples
+            A /= count * columns.positions if self._sharing == "expand" else count
+            if before is not None:
+                A += before[1]
+        else:
+            A = before[1]
         self.factors[name] = B, A, columns.inputs_first
 
 
