@@ -150,7 +150,7 @@ class Capture:
     def _signals(
         self, kept: Sequence[tuple[Use, Layout]], cotangents: Tensor
     ) -> Iterator[list[Tensor]]:
-        """Pull back ``[n, C, R]`` one by one, to ``[n, …]`` at the output of each use."""
+        """Pull cotangents ``[n, C, R]`` back one by one, to ``[n, …]`` at each use."""
         uses = [use for use, _ in kept]
         for r in range(cotangents.shape[2] if kept else 0):
             signals = self._backward(uses, cotangents[:, :, r])
@@ -188,6 +188,12 @@ class Capture:
         formed = structure.opaque | overlapping(self.uses)
         entries = sum(entries_of_use(use, n, width) for use in self.uses)
         entries += width * sum(params[name].numel() for name in formed)
+        return entries * self.output.element_size()
+
+    @property
+    def largest_signal(self) -> int:
+        """The bytes of the largest output of a use."""
+        entries = max((use.output_shape.numel() for use in self.uses), default=0)
         return entries * self.output.element_size()
 
     def _backward(self, uses: list[Use], cotangent: Tensor) -> list[Tensor]:

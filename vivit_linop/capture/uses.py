@@ -253,7 +253,7 @@ def _sum_positions(B: Tensor, arguments: dict[str, Any], trailing: bool) -> Tens
 
 # Parameters of these are laid out with the axis of inputs before that of outputs.
 _INPUTS_FIRST = {"embedding", "conv_transpose"}
-# Inputs and cotangents as they are in the columns, where these are made each for itself …
+# Inputs and cotangents in the form of columns, where each is made for itself …
 _FACTORS: dict[str, tuple[_OfTensor, _OfTensor]] = {
     "linear": (_linear_inputs, _linear_cotangents),
     "matvec": (_linear_inputs, _linear_cotangents),

@@ -7,6 +7,7 @@ no known structure get dense columns, by backward passes of single samples.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -29,6 +30,9 @@ SampleOutputs = Callable[[Params, Any], Tensor]
 
 # The share of free memory that the columns of one piece of samples may take.
 _MEMORY_SHARE = 12
+# What the largest tensor of a pass on the CPU should take, if there are more than a few
+# samples: fresh memory costs about as much as what is computed in it.
+_SIGNAL_BYTES, _FEW_SAMPLES = 8 * 2**20, 16
 # Into how many pieces at least it is cut: one is made beside those that are held.
 _PIECES = 4
 
@@ -153,9 +157,12 @@ class Columns:
         """Cut a batch so that the columns of each part fit."""
         one = Capture(self._risk, take(X, torch.arange(1), self._risk.by_sample), 1)
         per_sample = one.bytes_per_sample(self._width, structure) + self._formed_bytes
-        return torch.arange(n).split(
-            max(1, min(n, self._memory // _PIECES // per_sample))
-        )
+        size = max(1, self._memory // _PIECES // per_sample)
+        if self._in_parts and self._risk.device.type == "cpu":
+            # One pass is not better than several that stay near the caches.
+            near = _SIGNAL_BYTES // max(1, one.largest_signal)
+            size = min(size, max(near, _FEW_SAMPLES))
+        return torch.arange(n).tensor_split(math.ceil(n / size))
 
     def _pieces(
         self,
