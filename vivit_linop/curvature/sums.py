@@ -238,6 +238,8 @@ class ColumnNorms(Total):
     def __init__(self, factor: Pullback, groups: Sequence[Sequence[str]]) -> None:
         self.names = [name for group in groups for name in group]
         self._groups, self._memory = groups, memory_budget(factor.risk)
+        # Else a piece would have to say which column of a sample it has.
+        self.in_parts = factor.width == 1
         self.norms = torch.zeros(
             factor.shape[1],
             len(groups),
