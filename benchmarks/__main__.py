@@ -16,6 +16,7 @@ import torch
 from benchmarks import (
     directions,
     inverses,
+    preconditioners,
     products,
     quantities,
     spectra,
@@ -39,6 +40,7 @@ SUITES: dict[str, Suite] = {
     "spectra": spectra.SUITE,
     "directions": directions.SUITE,
     "inverses": inverses.SUITE,
+    "preconditioners": preconditioners.SUITE,
     "quantities": quantities.SUITE,
     "vivit": vivit_dropin.SUITE,
 }
@@ -92,6 +94,7 @@ def run(
     print(f"\n{suite.title}: {describe(problem)}", flush=True)
     prepared = prepare(suite, problem)
     agreement = suite.agreement(problem, prepared.results)
+    iterations = suite.iterations(prepared.results)
     prepared.results.clear()
     print_agreement(prepared, agreement)
     times = in_turns(prepared.runs, problem.device, *options.effort)
@@ -117,7 +120,7 @@ def run(
             nothing = memory[NOTHING]
             memory_ratios[ratio.label] = ours / theirs
             beyond[ratio.label] = (ours - nothing) / max(theirs - nothing, 1)
-    print_times(suite, prepared, times, memory)
+    print_times(suite, prepared, times, memory, iterations)
     # What is aimed at is said of the default sizes.
     usual = suite.nets.get(problem.name) or NETS[problem.name].num_samples
     net = problem.name if problem.num_samples == usual else ""
@@ -135,6 +138,7 @@ def run(
         "memory_ratios": memory_ratios,
         "memory_ratios_beyond_nothing": beyond,
         "agreement": agreement,
+        "iterations": iterations,
         "unavailable": prepared.unavailable,
     }
 
@@ -161,17 +165,22 @@ def print_times(
     prepared: Prepared,
     times: dict[str, list[float]],
     memory: dict[str, int],
+    iterations: dict[str, int],
 ) -> None:
     rounds = len(next(iter(times.values())))
     first = "first run" if suite.from_scratch else "set-up"
     print(f"\n{f'milliseconds, rounds: {rounds}':44}", end="")
-    print(f"{'median':>10}{'fastest':>10}{'slowest':>10}{first:>10}{'peak':>12}")
+    print(
+        f"{'median':>10}{'fastest':>10}{'slowest':>10}{first:>10}{'peak':>12}", end=""
+    )
+    print(f"{'iterations':>12}" if iterations else "")
     if memory:
         print(f"{NOTHING:44}{'':40}{memory[NOTHING] / 2**20:8.0f} MiB")
     for name, values in times.items():
         row = statistics.median(values), min(values), max(values), prepared.first[name]
         print(f"{name:44}" + "".join(f"{1e3 * s:10.2f}" for s in row), end="")
-        print(f"{memory[name] / 2**20:8.0f} MiB" if memory else "")
+        print(f"{memory[name] / 2**20:8.0f} MiB" if memory else " " * 12, end="")
+        print(f"{iterations[name]:12d}" if iterations else "")
 
 
 def print_ratios(

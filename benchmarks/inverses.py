@@ -25,14 +25,16 @@ DAMPINGS = torch.logspace(-3, 0, 10, dtype=torch.float64)
 
 
 def dampings(problem: Problem) -> list[float]:
-    """The values of δ: known before anything is timed.
+    """The values of δ: known before anything is timed."""
+    return (largest_eigenvalue(problem) * DAMPINGS).tolist()
 
-    A power iteration tells λ_max well enough, and hardly takes memory.
-    """
+
+def largest_eigenvalue(problem: Problem) -> float:
+    """Return λ_max: a power iteration tells it well enough, and takes no memory."""
     G, x = peers.curvlinops_ggn(problem), problem.columns(1).squeeze(1)
     for _ in range(20):
         x = G @ (x / x.norm())
-    return (x.norm().item() * DAMPINGS).tolist()
+    return x.norm().item()
 
 
 def gradient(problem: Problem) -> Tensor:

@@ -75,6 +75,8 @@ class Suite:
             name, how far these are apart.
         from_scratch: Whether what is timed begins with the net and the data. If not,
             what a case makes once and keeps is made outside, in its set-up.
+        iterations: A function of the cases' results that says how many iterations
+            each has taken, for suites of iterative methods.
     """
 
     title: str
@@ -84,6 +86,7 @@ class Suite:
     memory_ratios: list[Ratio] = field(default_factory=list)
     agreement: Callable[[Problem, Results], dict[str, float]] = lambda *_: {}
     from_scratch: bool = False
+    iterations: Callable[[Results], dict[str, int]] = lambda _: {}
 
 
 # Times -------------------------------------------------------------------------------

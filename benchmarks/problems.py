@@ -252,6 +252,11 @@ def digits_net(num_classes: int) -> nn.Module:
     return net
 
 
+def softmax_regression(num_classes: int) -> nn.Module:
+    """One linear layer."""
+    return nn.Sequential(nn.Flatten(), nn.Linear(784, num_classes))
+
+
 def tiny(num_classes: int) -> nn.Module:
     """A net for tests."""
     return nn.Sequential(
@@ -313,6 +318,7 @@ NETS: dict[str, Net] = {
     "digits": Net(digits_net, (1, 28, 28), 390_410, data=digits),
     "resnet32": Net(resnet32, (3, 32, 32), 464_154),
     "allcnnc": Net(allcnnc, (3, 32, 32), 1_387_108, num_samples=32, num_classes=100),
+    "softmax": Net(softmax_regression, (1, 28, 28), 7_850, 512, data=digits),
     "tiny": Net(tiny, (1, 6, 6), 69, num_samples=6, num_classes=3),
 }
 
@@ -338,7 +344,7 @@ def make_problem(
         y = torch.randint(classes, (num_samples,))
         inputs = "random inputs"
     else:
-        (X, y), inputs = net.data(num_samples), f"real {name}"
+        (X, y), inputs = net.data(num_samples), "real digits"
     data = X.to(device), y.to(device)
     problem = Problem(name, model, nn.CrossEntropyLoss(), data, inputs)
     if classes == net.num_classes and problem.num_params != net.num_params:

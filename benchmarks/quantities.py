@@ -136,6 +136,12 @@ SUITE = Suite(
         Ratio(f"BackPACK / ours, {name}", theirs(name), name, {"3c3d": aim})
         for name, (_, _, aim) in QUANTITIES.items()
     ],
+    memory_ratios=[
+        Ratio(
+            f"ours / BackPACK, {name}", name, theirs(name), {"3c3d": 1.1}, at_most=True
+        )
+        for name in QUANTITIES
+    ],
     agreement=differences(
         *((name, theirs(name)) for name in QUANTITIES if name not in RANDOM)
     ),

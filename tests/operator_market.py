@@ -10,7 +10,9 @@ import torch
 import vivit_linop as vl
 from vivit_linop.operators import (
     Adjoint,
+    CorrectedKronecker,
     Damped,
+    DampedRoot,
     Gram,
     LowRank,
     Product,
@@ -607,6 +609,52 @@ def expression_power(draw):
     op = Sum(vl.Kronecker(A, B), vl.Identity(6)) ** 3
     dense = torch.kron(A.double(), B.double()) + draw.eye(6)
     return op, dense @ dense @ dense
+
+
+@entry
+def corrected_kronecker(draw):
+    basis = vl.Kronecker(draw.definite(2), draw.symmetric(3))
+    op = CorrectedKronecker(basis, draw.entries(6))
+    return op, _corrected(op)
+
+
+@entry
+def scaled_corrected_kronecker(draw):
+    basis = vl.Kronecker(draw.definite(3), draw.definite(2))
+    op = -2.0 * CorrectedKronecker(basis, draw.entries(6))
+    return op, _corrected(op)
+
+
+@entry
+def damped_corrected_kronecker(draw):
+    basis = vl.Kronecker(draw.definite(3), draw.definite(2))
+    op = CorrectedKronecker(basis, draw.entries(6).abs())
+    return Damped(op, 0.25), _corrected(op) + 0.25 * draw.eye(6)
+
+
+def _corrected(op):
+    Q = [evecs.double() for _, evecs in op.basis.factor_eigenpairs]
+    Q = torch.kron(*Q)
+    return (Q * op.eigenvalues.double()) @ Q.T
+
+
+@entry
+def root_of_damped_low_rank(draw):
+    V = draw(6, 3)
+    A = 1.5 * V.double() @ V.double().T + 0.5 * draw.eye(6)
+    return DampedRoot(LowRank(vl.Dense(V), 1.5), 0.5), _power(A, 0.5)
+
+
+@entry
+def inverse_root_of_damped_low_rank(draw):
+    V = draw(6, 3)
+    A = 1.5 * V.double() @ V.double().T + 0.5 * draw.eye(6)
+    return DampedRoot(LowRank(vl.Dense(V), 1.5), 0.5).inv(), _power(A, -0.5)
+
+
+def _power(A, exponent):
+    evals, evecs = torch.linalg.eigh(A)
+    return (evecs * evals**exponent) @ evecs.T
 
 
 # Edges -----------------------------------------------------------------------------

@@ -172,45 +172,18 @@ def test_from_curvlinops_of_what_it_cannot_take() -> None:
         vl.from_curvlinops(np.eye(3))
 
 
-@pytest.mark.parametrize("joint_bias", [True, False])
-@pytest.mark.parametrize("name", ["mlp_ce", "mlp_mse", "cnn_ce"])
-def test_ekfac_has_the_diagonal_of_the_ggn(name: str, joint_bias: bool) -> None:
-    """In the eigenbasis of KFAC; its operator is of a copy of the model."""
-    of = peer_risk(name)
-    E = vl.EKFAC(of, variant="exact", joint_bias=joint_bias)
-    K = vl.KFAC(of, variant="exact", joint_bias=joint_bias)
-    G, matrix, D = vl.GGN(of).to_dense(), E.to_dense(), of.num_params
-    seen = 0
-    for number, block in enumerate(K.blocks):
-        if not isinstance(block, vl.Kronecker):
-            continue
-        place = torch.arange(D).split([b.shape[0] for b in K.blocks])[number]
-        index = K.indices[number] if K.indices is not None else place
-        Q = block.eigenvectors.to_dense()
-        corrected = (Q.T @ G[index][:, index] @ Q).diagonal()
-        expected = (Q * corrected) @ Q.T
-        assert close(matrix[index][:, index], expected)
-        seen += 1
-    assert seen == (2 if name == "mlp_mse" else 3)
-    unit = torch.eye(D, dtype=torch.float64)
-    inverse = (E + 0.1 * vl.Identity(D)).inv()
-    assert close(inverse @ unit, torch.linalg.inv(matrix + 0.1 * unit))
-    assert close(E.trace(), matrix.trace())
-
-
-def test_ekfac_of_what_curvlinops_cannot_do() -> None:
-    with pytest.raises(ValueError, match=r"Use vl\.KFAC"):
-        vl.EKFAC(risk("normalisations"))
-    with pytest.raises(ValueError, match="weights of a loss"):
-        net, _, data = backpack_peer.built("mlp_ce", "mean")
-        loss = nn.CrossEntropyLoss(weight=torch.ones(4).double())
-        vl.EKFAC(net, loss, data)
-    with pytest.raises(ValueError, match="ignore_index"):
-        vl.EKFAC(net, nn.CrossEntropyLoss(ignore_index=int(data[1][0])), data)
-    with pytest.raises(ValueError, match=r"model: EKFAC needs an nn\.Module"):
-        vl.EKFAC(risk("callable_model"))
-    with pytest.raises(ValueError, match="weight_sharing"):
-        vl.EKFAC(peer_risk("mlp_ce"), weight_sharing="backpack")
+@pytest.mark.parametrize("kind", ["KFACLinearOperator", "EKFACLinearOperator"])
+def test_damped_inverses_of_curvlinops_kfac(kind: str) -> None:
+    net, loss, data = backpack_peer.built("mlp_ce", "mean")
+    theirs = getattr(curvlinops, kind)(
+        net, loss, list(net.parameters()), [data], fisher_type="type-2"
+    )
+    E = vl.from_curvlinops(theirs)
+    unit = torch.eye(E.shape[0], dtype=torch.float64)
+    inverse = (E + 0.1 * vl.Identity(len(unit))).inv()
+    assert close(inverse @ unit, torch.linalg.inv(E @ unit + 0.1 * unit))
+    with pytest.raises(TypeError, match="no closed form"):
+        (vl.from_curvlinops(theirs.adjoint() @ theirs) + vl.Identity(len(unit))).inv()
 
 
 # BackPACK ---------------------------------------------------------------------------
@@ -281,7 +254,6 @@ def test_user_model_is_untouched() -> None:
     before = {name: p.clone() for name, p in net.named_parameters()}
     of = vl.EmpiricalRisk(net, loss, data)
     kfra = vl.KFRA(of).to_dense()
-    vl.EKFAC(of).to_dense()
     for name, p in net.named_parameters():
         assert p.grad is None and p.requires_grad and torch.equal(p, before[name])
         assert not hasattr(p, "kfra")

@@ -14,7 +14,7 @@ from cases import Problem, dense, dense_of, problem
 from torch import Tensor, nn
 
 import vivit_linop as vl
-from vivit_linop.operators import Gram, LowRank
+from vivit_linop.operators import DampedRoot, Gram, LowRank
 from vivit_linop.testing import check_operator
 
 RTOL = 1e-10
@@ -287,14 +287,103 @@ def test_batches_do_not_matter() -> None:
         assert close(a.to_dense(), b.to_dense())
 
 
+# EKFAC --------------------------------------------------------------------------------
+
+
+def corrected(K: vl.KFAC, matrix: Tensor) -> Tensor:
+    """KFAC's matrix, its Kronecker blocks with the diagonal of a matrix in their Q."""
+    places = torch.arange(len(matrix)).split([b.shape[0] for b in K.blocks])
+    result = K.to_dense()
+    for block, index in zip(K.blocks, K.indices or places, strict=True):
+        if isinstance(block, vl.Kronecker):
+            Q = torch.kron(*(evecs for _, evecs in block.factor_eigenpairs))
+            evals = (Q.T @ matrix[index][:, index] @ Q).diagonal()
+            result[index[:, None], index] = (Q * evals) @ Q.T
+    return result
+
+
+@pytest.mark.parametrize("joint_bias", [True, False])
+@pytest.mark.parametrize("sharing", ["expand", "reduce", "backpack"])
+@pytest.mark.parametrize(
+    "name", ["mlp_ce_mean", "cnn", "convolutions", "reused_and_tied", "attention"]
+)
+def test_ekfac_has_the_diagonal_of_the_ggn(
+    name: str, sharing: str, joint_bias: bool
+) -> None:
+    of, truth = risk(name), dense(name)
+    E, K = (
+        kind(of, variant="exact", weight_sharing=sharing, joint_bias=joint_bias)
+        for kind in (vl.EKFAC, vl.KFAC)
+    )
+    expected = corrected(K, truth.G)
+    assert E.names == K.names
+    assert close(E.to_dense(), expected)
+    assert not close(expected, K.to_dense())
+    check_operator(E, expected)
+    # Nearer to the GGN than KFAC, and with its trace.
+    G = expected - (expected - truth.G) * (K.to_dense() != 0)
+    assert (G - expected).norm() < (G - K.to_dense()).norm()
+    assert close(E.trace(), truth.G.trace())
+
+
+def test_ekfac_of_embeddings_and_transposed_convolutions() -> None:
+    for build in (_embedding, _transposed_convolution_of_pixels):
+        built = build()
+        of, truth = risk_of(built), dense_of(built)
+        E = vl.EKFAC(of, variant="exact")
+        assert close(E.to_dense(), block_diagonal_of(truth.G, of.sizes))
+    of = peer_risk("grouped_and_transposed", "mean")
+    E, K = (kind(of, variant="exact", joint_bias=True) for kind in (vl.EKFAC, vl.KFAC))
+    assert close(E.to_dense(), corrected(K, vl.GGN(of).to_dense()))
+
+
+def test_ekfac_of_other_curvatures() -> None:
+    """The draws of both passes are the same."""
+    of, truth = risk("cnn"), dense("cnn")
+    E, K = (kind(of, variant="empirical") for kind in (vl.EKFAC, vl.KFAC))
+    assert close(E.to_dense(), corrected(K, truth.F))
+    drawn = {"mc_samples": 2, "generator": torch.Generator().manual_seed(3)}
+    E = vl.EKFAC(of, **drawn)
+    drawn["generator"].manual_seed(3)
+    K = vl.KFAC(of, **drawn)
+    drawn["generator"].manual_seed(3)
+    assert close(E.to_dense(), corrected(K, vl.GGN(of, **drawn).to_dense()))
+
+
+@pytest.mark.parametrize("joint_bias", [True, False])
+@pytest.mark.parametrize("name", ["mlp_ce", "mlp_mse"])
+def test_ekfac_as_curvlinops(name: str, joint_bias: bool) -> None:
+    net, loss, data = backpack_peer.built(name, "mean")
+    theirs = curvlinops.EKFACLinearOperator(
+        net,
+        loss,
+        list(net.parameters()),
+        [data],
+        fisher_type="type-2",
+        separate_weight_and_bias=not joint_bias,
+        check_deterministic=False,
+    )
+    of = peer_risk(name, "mean")
+    E = vl.EKFAC(of, variant="exact", joint_bias=joint_bias)
+    x = draw(of.num_params, 3)
+    got, expected = E @ x, theirs @ x
+    if not joint_bias:  # theirs of biases are diagonal in an eigenbasis, ours exact
+        keep = torch.cat(
+            [torch.full((p.numel(),), p.ndim > 1) for p in of.params.values()]
+        )
+        got, expected = got[keep], expected[keep]
+    assert close(got, expected)
+
+
 # Verbs ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("joint_bias", [True, False])
 @pytest.mark.parametrize("name", ["cnn_ce", "grouped_and_transposed"])
-def test_verbs(name: str, joint_bias: bool) -> None:
+@pytest.mark.parametrize("kind", [vl.KFAC, vl.EKFAC])
+def test_verbs(kind: Any, name: str, joint_bias: bool) -> None:
     of = peer_risk(name, "mean")
-    K = vl.KFAC(of, variant="exact", joint_bias=joint_bias)
+    K = kind(of, variant="exact", joint_bias=joint_bias)
     matrix, D = K.to_dense(), of.num_params
     unit = torch.eye(D, dtype=torch.float64)
     delta = 0.03
@@ -364,6 +453,7 @@ def _positive(n: int, seed: int = 0) -> Tensor:
     return A @ A.T
 
 
+IDENTITY = vl.Identity(5)
 SQUARE_ROOTS = {
     "identity": lambda: vl.Identity(4, torch.float64),
     "diagonal": lambda: vl.Diagonal(draw(4).square()),
@@ -379,6 +469,20 @@ SQUARE_ROOTS = {
     "scattered": lambda: vl.BlockDiagonal(
         [_positive(2), _positive(3)], [torch.tensor([0, 3]), torch.tensor([1, 2, 4])]
     ),
+    "damped_low_rank": lambda: LowRank(vl.Dense(draw(5, 2)), 2.0) + 0.1 * IDENTITY,
+    "damped_wide": lambda: LowRank(vl.Dense(draw(5, 7)), 2.0) + 0.1 * IDENTITY,
+    "damped_singular": lambda: (
+        LowRank(vl.Dense(draw(5, 1) @ draw(1, 3))) + 0.1 * IDENTITY
+    ),
+    "woodbury": lambda: (LowRank(vl.Dense(draw(5, 2)), 2.0) + 0.1 * IDENTITY).inv(),
+    "damped_gram": lambda: Gram(*2 * (vl.Dense(draw(5, 5)),)) + 0.1 * IDENTITY,
+    "damped_low_rank_blocks": lambda: (
+        vl.BlockDiagonal(
+            [LowRank(vl.Dense(draw(3, 1))), _positive(2)],
+            [torch.tensor([0, 2, 4]), torch.tensor([1, 3])],
+        )
+        + 0.1 * IDENTITY
+    ),
     "low_rank_blocks": lambda: vl.BlockDiagonal(
         [LowRank(vl.Dense(draw(5, 2))), vl.Dense(_positive(2))]
     ),
@@ -392,6 +496,26 @@ def test_square_roots(name: str) -> None:
     assert close(root @ root.T, op.to_dense())
 
 
+def test_roots_of_a_damped_ggn() -> None:
+    """Of D × D, as operators: from the Gram matrix's eigenpairs."""
+    of, truth = risk("cnn"), dense("cnn")
+    damped, unit = vl.GGN(of) + 0.01 * vl.Identity(truth.D), torch.eye(truth.D).double()
+    root = damped.sqrt()
+    assert isinstance(root, DampedRoot) and root.self_adjoint
+    matrix = truth.G + 0.01 * unit
+    evals, evecs = torch.linalg.eigh(matrix)
+    assert close(root @ unit, (evecs * evals.sqrt()) @ evecs.T)
+    for inverse in (root.inv(), damped.inv().sqrt()):
+        assert isinstance(inverse, DampedRoot)
+        assert close(inverse @ unit, (evecs / evals.sqrt()) @ evecs.T)
+    assert close(root.inv().inv() @ unit, root @ unit)
+    assert close(root.logdet(), torch.logdet(matrix) / 2)
+    assert close(root.inv().logdet(), -torch.logdet(matrix) / 2)
+    blocks = vl.GGN(of).block_diagonal("parameter") + 0.01 * vl.Identity(truth.D)
+    got = blocks.sqrt() @ unit
+    assert close(got @ got.T, block_diagonal_of(truth.G, of.sizes) + 0.01 * unit)
+
+
 def test_square_roots_that_do_not_exist() -> None:
     with pytest.raises(ValueError, match="not positive semi-definite"):
         vl.Diagonal(torch.tensor([1.0, -1.0])).sqrt()
@@ -401,6 +525,8 @@ def test_square_roots_that_do_not_exist() -> None:
         vl.Dense(draw(3, 3)).sqrt()
     with pytest.raises(TypeError, match="no closed form"):
         vl.Hessian(risk("mlp_ce_mean")).sqrt()
+    with pytest.raises(ValueError, match="damping > 0"):
+        (vl.GGN(risk("cnn")) - vl.Identity(dense("cnn").D)).sqrt()
     scattered = vl.BlockDiagonal(
         [LowRank(vl.Dense(draw(2, 1))), vl.Dense(_positive(1))],
         [torch.tensor([0, 2]), torch.tensor([1])],

@@ -22,6 +22,7 @@ from torch.fx import GraphModule
 from vivit_linop.operators.base import TorchLinearOperator
 from vivit_linop.operators.kronecker import BlockDiagonal, Kronecker
 from vivit_linop.operators.structure import Dense, Diagonal
+from vivit_linop.operators.verbs import damped_inv
 from vivit_linop.risk.empirical import EmpiricalRisk
 
 # SciPy ----------------------------------------------------------------------------
@@ -200,56 +201,16 @@ class CurvlinopsView:
         return self.operator
 
 
-def curvlinops_ekfac(
-    risk: EmpiricalRisk,
-    fisher_type: str,
-    mc_samples: int,
-    seed: int,
-    kfac_approx: str,
-    joint_bias: bool,
-) -> Any:
-    """Return curvlinops' EKFAC operator for a copy of a risk's model."""
-    from curvlinops import EKFACLinearOperator
+@damped_inv.register
+def _(op: CurvlinopsOperator, damping: float) -> TorchLinearOperator:
+    """The inverse of curvlinops' (E)KFAC + δ I, exactly damped; it has no others."""
+    from curvlinops import KFACInverseLinearOperator, KFACLinearOperator
 
-    module, loss = _module_and_loss(risk, "EKFAC")
-    if (
-        getattr(loss, "weight", None) is not None
-        or getattr(loss, "pos_weight", None) is not None
-    ):
-        raise ValueError("loss: curvlinops' EKFAC leaves out the weights of a loss.")
-    ignored = getattr(loss, "ignore_index", None)
-    if ignored is not None and any(
-        (y == ignored).any() for y in risk.targets() if not y.is_floating_point()
-    ):
-        raise ValueError("loss: curvlinops' EKFAC does not know ignore_index.")
-    named = dict(module.named_parameters())
-    try:
-        with torch.enable_grad():
-            return EKFACLinearOperator(
-                module,
-                loss,
-                [named[name] for name in risk.params],
-                list(risk.batches()),
-                fisher_type=fisher_type,
-                mc_samples=mc_samples,
-                seed=seed,
-                kfac_approx=kfac_approx,
-                separate_weight_and_bias=not joint_bias,
-                num_data=risk.num_samples,
-                check_deterministic=False,
-            )
-    except (NotImplementedError, ValueError) as error:
-        raise ValueError(
-            f"model, loss: curvlinops' EKFAC cannot do these: {error} Use vl.KFAC, for "
-            "every model."
-        ) from error
-
-
-def curvlinops_inverse(op: Any, damping: float) -> TorchLinearOperator:
-    """Return the inverse of curvlinops' (E)KFAC + δ I, exactly damped."""
-    from curvlinops import KFACInverseLinearOperator
-
-    inverse = KFACInverseLinearOperator(op, damping=damping, use_exact_damping=True)
+    if not isinstance(op.operator, KFACLinearOperator):
+        return damped_inv.dispatch(object)(op, damping)
+    inverse = KFACInverseLinearOperator(
+        op.operator, damping=damping, use_exact_damping=True
+    )
     return CurvlinopsOperator(inverse)
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Set
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -15,7 +15,12 @@ from vivit_linop.capture.layers import LayerColumns, compacted
 from vivit_linop.capture.layouts import Layout, candidates
 from vivit_linop.capture.recorder import Recorder, Use
 from vivit_linop.capture.stacked import assembled
-from vivit_linop.capture.uses import columns_of_use, entries_of_use, overlapping
+from vivit_linop.capture.uses import (
+    columns_of_use,
+    entries_of_use,
+    is_wide,
+    overlapping,
+)
 from vivit_linop.capture.views import View
 from vivit_linop.risk.data import take
 from vivit_linop.risk.empirical import EmpiricalRisk
@@ -61,6 +66,20 @@ class Structure:
 
 class UnseenUseError(RuntimeError):
     """A cotangent reaches a use that none reached when the structure was found."""
+
+
+class Kept(NamedTuple):
+    """A use whose columns are wanted.
+
+    Attributes:
+        use: The use.
+        layout: Where its samples are.
+        unseen: Whether the layout is a guess.
+    """
+
+    use: Use
+    layout: Layout
+    unseen: bool
 
 
 class Capture:
@@ -110,36 +129,90 @@ class Capture:
         Raises:
             UnseenUseError: If the structure must be found again, on this capture.
         """
+        kept = self._kept(structure, names)
+        stacked: list[Tensor] = []
+        for r, signals in enumerate(self._signals(kept, cotangents)):
+            for index, signal in enumerate(signals):
+                if r == 0:
+                    stacked.append(_stack(signal, cotangents.shape[2]))
+                stacked[index][:, r] = signal
+        makers = (columns_of_use(each.use, each.layout) for each in kept)
+        return self._assembled(kept, makers, stacked, names - structure.opaque, compact)
+
+    def parts(
+        self, cotangents: Tensor, structure: Structure, names: Set[str]
+    ) -> Iterator[tuple[dict[str, LayerColumns], bool]]:
+        """Yield the columns in parts, for what is summed over all columns.
+
+        Those of layers with many positions come one of each sample at a time, and only
+        one is in memory; those of all others come together, in the last part.
+
+        Args:
+            cotangents: ``[n, C, R]``.
+            structure: The verified structure of the net.
+            names: The parameters of interest.
+
+        Yields:
+            Columns, and whether their inputs have been those of a part before.
+        """
+        wanted, kept = names - structure.opaque, self._kept(structure, names)
+        counts = Counter(name for each in kept for name in each.use.names)
+        width = cotangents.shape[2]
+        apart: list[Kept] = []
+        together: list[Kept] = []
+        for each in kept:
+            alone = all(counts[name] == 1 for name in each.use.names)
+            wide = alone and is_wide(each.use, self.num_samples, width)
+            (apart if wide else together).append(each)
+        makers = [columns_of_use(each.use, each.layout) for each in apart]
+        stacked: list[Tensor] = []
+        for r, signals in enumerate(self._signals(apart + together, cotangents)):
+            single = [signal.unsqueeze(1) for signal in signals[: len(apart)]]
+            yield self._assembled(apart, makers, single, wanted, compact=False), r > 0
+            for index, signal in enumerate(signals[len(apart) :]):
+                if r == 0:
+                    stacked.append(_stack(signal, width))
+                stacked[index][:, r] = signal
+        last = (columns_of_use(each.use, each.layout) for each in together)
+        yield self._assembled(together, last, stacked, wanted, compact=False), False
+
+    def _kept(self, structure: Structure, names: Set[str]) -> list[Kept]:
+        """The uses of some parameters."""
         wanted = names - structure.opaque
-        kept = [
-            (use, layout, number in structure.unseen)
+        return [
+            Kept(use, Layout(layout, self.num_samples), number in structure.unseen)
             for number, (use, layout) in enumerate(
                 zip(self.uses, structure.layouts, strict=True)
             )
             if layout is not None and not wanted.isdisjoint(use.names)
         ]
-        if not kept:
-            return {}
-        uses = [use for use, _, _ in kept]
-        layouts = [self._layout(layout) for _, layout, _ in kept]
-        stacked: list[Tensor] = []
-        for r in range(cotangents.shape[2]):
-            signals = map(Tensor.detach, self._backward(uses, cotangents[:, :, r]))
-            for index, (layout, signal) in enumerate(
-                zip(layouts, signals, strict=True)
-            ):
-                if kept[index][2] and signal.any():
-                    raise UnseenUseError
-                signal = layout(signal)
-                if r == 0:
-                    shape = len(signal), cotangents.shape[2], *signal.shape[1:]
-                    stacked.append(signal.new_empty(shape))
-                stacked[index][:, r] = signal
-        counts = Counter(name for use in uses for name in use.names)
+
+    def _signals(
+        self, kept: Sequence[Kept], cotangents: Tensor
+    ) -> Iterator[list[Tensor]]:
+        """Pull cotangents ``[n, C, R]`` back one by one, to ``[n, …]`` at each use."""
+        uses = [each.use for each in kept]
+        for r in range(cotangents.shape[2] if kept else 0):
+            signals = self._backward(uses, cotangents[:, :, r])
+            found = list(zip(kept, signals, strict=True))
+            if any(each.unseen and signal.any() for each, signal in found):
+                raise UnseenUseError
+            yield [each.layout(signal.detach()) for each, signal in found]
+
+    def _assembled(
+        self,
+        kept: Sequence[Kept],
+        makers: Iterable[Callable[[Tensor], list[tuple[View, LayerColumns]]]],
+        signals: list[Tensor],
+        wanted: Set[str],
+        compact: bool,
+    ) -> dict[str, LayerColumns]:
+        """Return the columns of parameters from signals, which it takes away."""
+        counts = Counter(name for each in kept for name in each.use.names)
         parts: dict[str, list[tuple[View, LayerColumns]]] = {}
         with torch.no_grad():
-            for use, layout in zip(uses, layouts, strict=True):
-                for view, part in columns_of_use(use, layout, stacked.pop(0)):
+            for make in makers:
+                for view, part in make(signals.pop(0)):
                     if view.name in wanted:
                         if compact and counts[view.name] == 1:
                             part = compacted(part)
@@ -157,6 +230,12 @@ class Capture:
         entries += width * sum(params[name].numel() for name in formed)
         return entries * self.output.element_size()
 
+    @property
+    def largest_signal(self) -> int:
+        """The bytes of the largest output of a use."""
+        entries = max((use.output_shape.numel() for use in self.uses), default=0)
+        return entries * self.output.element_size()
+
     def _backward(self, uses: list[Use], cotangent: Tensor) -> list[Tensor]:
         """Pull a cotangent back to the outputs of uses."""
         with as_guest(self._risk.device):
@@ -171,9 +250,6 @@ class Capture:
             cotangent.new_zeros(use.output_shape) if signal is None else signal
             for use, signal in zip(uses, signals, strict=True)
         ]
-
-    def _layout(self, name: str) -> Layout:
-        return Layout(name, self.num_samples)
 
     # Finding and checking the structure ---------------------------------------------
 
@@ -212,7 +288,7 @@ class Capture:
 
     def _find_layout(self, use: Use, signal: Tensor, sample: int) -> str | None:
         for candidate in candidates(use, self.num_samples):
-            by_sample = self._layout(candidate)(signal)
+            by_sample = Layout(candidate, self.num_samples)(signal)
             if not (by_sample[:sample].any() or by_sample[sample + 1 :].any()):
                 return candidate
         return None
@@ -317,6 +393,11 @@ class Capture:
             if not error <= tolerance * (by_sample.norm() + expected.norm()):
                 structure.opaque = set(risk.params)
         return structure
+
+
+def _stack(signal: Tensor, width: int) -> Tensor:
+    """Return the place for as many signals as a sample has columns."""
+    return signal.new_empty(len(signal), width, *signal.shape[1:])
 
 
 _STRUCTURES: WeakKeyDictionary[EmpiricalRisk, Structure] = WeakKeyDictionary()

@@ -26,8 +26,9 @@ _SMALL_PRODUCT_COST, _SMALL_PRODUCT_FLOPS = 2, 2e5
 # beside the rest; on other devices enough to be busy.
 _CACHED_BYTES, _PASSING_BYTES = 4 * 2**20, 64 * 2**20
 _DEVICE_FACTOR = 64
-# A symmetric product is halved while a block has twice this many rows.
-_SYMMETRIC_LEAF = 150
+# A symmetric product is halved while a block has twice this many rows; one that goes
+# position by position, in an elementwise way, stops sooner.
+_SYMMETRIC_LEAF, _SYMMETRIC_PAIRS_LEAF = 96, 300
 # Temporaries that are read again right away should still be in a cache.
 _WORKING_SET = 8 * 2**20
 
@@ -245,7 +246,11 @@ class KhatriRaoColumns(LayerColumns):
 
     def _add_pairs(self, gram: Tensor, other: KhatriRaoColumns, memory: int) -> None:
         """Σ_pq (a_p a_qᵀ) ∘ (b_p b_qᵀ), position by position."""
-        if other is self and len(gram) >= 2 * _SYMMETRIC_LEAF and self.num_samples > 1:
+        if (
+            other is self
+            and len(gram) >= 2 * _SYMMETRIC_PAIRS_LEAF
+            and self.num_samples > 1
+        ):
             half = self.num_samples // 2
             first, second = self._samples(slice(half)), self._samples(slice(half, None))
             row = half * self.width
@@ -255,6 +260,8 @@ class KhatriRaoColumns(LayerColumns):
             return
         n, R, m, Q = self.num_samples, self.width, other.num_samples, other.width
         target = gram.view(n, R, m, Q)
+        self._order_by_position()
+        other._order_by_position()
         for group in range(self._groups):
             for p in range(self.positions):
                 a, b = self.inputs[:, group, :, p], self.cotangents[:, :, group, :, p]
@@ -282,6 +289,8 @@ class KhatriRaoColumns(LayerColumns):
         """⟨b (aᵀ a'), b'⟩ for pairs of samples, some samples n with each sample m."""
         n, R, m, Q = self.num_samples, self.width, other.num_samples, other.width
         target = gram.view(n, R, m, Q)
+        self._order_by_position()
+        other._order_by_position()
         per_sample = R * self._b * other.positions * gram.element_size()
         cached = min(memory, _share(_CACHED_BYTES, gram.device))
         chunk = max(1, min(n, cached // per_sample))
@@ -350,7 +359,16 @@ class KhatriRaoColumns(LayerColumns):
 
     def _positions_as_rows(self) -> Tensor:
         """The inputs as ``[G, n·P, a]``."""
+        self._order_by_position()
         return self.inputs.permute(1, 0, 3, 2).reshape(self._groups, -1, self._a)
+
+    def _order_by_position(self) -> None:
+        """Bring the inputs into the order in memory that products need, and keep it.
+
+        They come in the order that is the fastest to write and does for sums.
+        """
+        if self.inputs.stride(2) != 1:
+            self.inputs = self.inputs.mT.contiguous().mT
 
     def transposed(self) -> KhatriRaoColumns:
         """The same columns, for the transpose of the parameter; there is one group."""
@@ -440,29 +458,26 @@ class KhatriRaoColumns(LayerColumns):
             total += (B[part] @ A[part].mT).sum(0)
         return self._laid_out(total)
 
-    def kronecker_sums(
-        self, reduced_cotangents: bool, reduced_inputs: bool, affine: bool
-    ) -> tuple[Tensor, Tensor]:
-        """Sums of outer products of cotangents and of inputs, group by group.
+    def cotangent_sums(self, reduced: bool) -> Tensor:
+        """Σ b bᵀ over all columns, ``[G, b, b]``.
 
         Args:
-            reduced_cotangents: Whether cotangents are first summed over positions.
-            reduced_inputs: Whether inputs are first averaged over positions.
-            affine: Whether a 1 is appended to the inputs, for a bias.
-
-        Returns:
-            Σ b bᵀ ``[G, b, b]`` and Σ a aᵀ ``[G, a, a]``.
+            reduced: Whether cotangents are first summed over positions.
         """
-        A, B = self.inputs, self.cotangents
-        if reduced_inputs:
-            A = A.mean(3, keepdim=True)
-        if reduced_cotangents:
-            B = B.sum(4, keepdim=True)
+        B = self.cotangents.sum(4, keepdim=True) if reduced else self.cotangents
+        return _outer_sums(B.permute(2, 3, 0, 1, 4).flatten(2))
+
+    def input_sums(self, reduced: bool, affine: bool) -> Tensor:
+        """Σ a aᵀ over samples and positions, ``[G, a, a]``.
+
+        Args:
+            reduced: Whether inputs are first averaged over positions.
+            affine: Whether a 1 is appended to the inputs, for a bias.
+        """
+        A = self.inputs.mean(3, keepdim=True) if reduced else self.inputs
         if affine:
             A = torch.cat([A, torch.ones_like(A[:, :, :1])], dim=2)
-        A = A.permute(1, 2, 0, 3).flatten(2)
-        B = B.permute(2, 3, 0, 1, 4).flatten(2)
-        return _outer_sums(B), _outer_sums(A)
+        return _outer_sums(A.permute(1, 2, 0, 3).flatten(2))
 
     @property
     def inputs_first(self) -> bool:
@@ -470,14 +485,7 @@ class KhatriRaoColumns(LayerColumns):
         return self._inputs_first
 
     def _squares_by_pairs(self) -> bool:
-        """Whether pairs of positions cost less than the blocks of all columns."""
-        if self.positions == 1:
-            return True
-        pairs = self.positions * (self.positions + 1) // 2
-        a, b, R = self._a, self._b, self.width
-        # The products of pairs are written, blocks are written and squared.
-        by_pairs = pairs * (2 * a * b + ELEMENTWISE_COST * (a + b) + 2 * R * b)
-        return by_pairs < R * a * b * (2 * self.positions + ELEMENTWISE_COST)
+        return squares_by_pairs(self._a, self._b, self.positions, self.width)
 
     def _pair_products(self, part: slice) -> tuple[Tensor, Tensor]:
         """Products over pairs p ≤ q of inputs, and of cotangents summed over columns.
@@ -512,6 +520,26 @@ class KhatriRaoColumns(LayerColumns):
     def _laid_out(self, entries: Tensor) -> Tensor:
         """From ``[…, G, b, a]`` to the layout of the parameter, ``[…, numel]``."""
         return (entries.mT if self._inputs_first else entries).flatten(-3)
+
+
+def squares_by_pairs(inputs: int, outputs: int, positions: int, width: int) -> bool:
+    """Whether pairs of positions cost less than the blocks of all columns.
+
+    Args:
+        inputs: a.
+        outputs: b.
+        positions: P.
+        width: R.
+    """
+    if positions == 1:
+        return True
+    pairs = positions * (positions + 1) // 2
+    block = inputs * outputs
+    # The products of pairs are written, blocks are written and squared.
+    by_pairs = pairs * (
+        2 * block + ELEMENTWISE_COST * (inputs + outputs) + 2 * width * outputs
+    )
+    return by_pairs < width * block * (2 * positions + ELEMENTWISE_COST)
 
 
 def compacted(columns: LayerColumns) -> LayerColumns:

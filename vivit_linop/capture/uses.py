@@ -9,42 +9,52 @@ from typing import Any
 from torch import Tensor
 from torch.nn import functional as F
 
-from vivit_linop.capture.layers import DenseColumns, KhatriRaoColumns, LayerColumns
+from vivit_linop.capture.layers import (
+    DenseColumns,
+    KhatriRaoColumns,
+    LayerColumns,
+    squares_by_pairs,
+)
 from vivit_linop.capture.layouts import Layout
 from vivit_linop.capture.recorder import Use
 from vivit_linop.capture.tables import TableColumns
 from vivit_linop.capture.views import View
 
+_OfTensor = Callable[[dict[str, Any], Tensor], Tensor]
+
 
 def columns_of_use(
-    use: Use, layout: Layout, B: Tensor
-) -> list[tuple[View, LayerColumns]]:
-    """Return the columns of the parameters of one use.
+    use: Use, layout: Layout
+) -> Callable[[Tensor], list[tuple[View, LayerColumns]]]:
+    """Return what gives the columns of the parameters of one use.
 
     Args:
         use: The use.
         layout: Where the samples are in the tensors of the use.
-        B: The cotangents at its output, ``[n, R, …]``.
 
     Returns:
-        The columns of each view of a parameter.
+        A function of cotangents at its output, ``[n, R, …]``, that returns the columns
+        of each view of a parameter. What does not depend on cotangents is made once.
     """
-    found: list[tuple[View, LayerColumns]] = []
     weight, bias = (use.arguments.get(role) for role in ("weight", "bias"))
-    if isinstance(weight, View):
-        if use.kind == "mul":
-            columns = _mul(use, layout, B)
-        else:
-            inputs = layout(use.arguments["input"])
-            columns = weight_columns(use.kind, use.arguments, inputs, B)
-        found.append((weight, columns))
-    if isinstance(bias, View):
-        if use.kind == "add":
-            columns = _add(use, layout, B)
-        else:
-            columns = bias_columns(use.kind, use.arguments, B)
-        found.append((bias, columns))
-    return found
+    of_weight: Callable[[Tensor], LayerColumns] | None = None
+    if isinstance(weight, View) and use.kind != "mul":
+        inputs = layout(use.arguments["input"])
+        of_weight = _columns_of_weight(use.kind, use.arguments, inputs)
+
+    def columns(B: Tensor) -> list[tuple[View, LayerColumns]]:
+        found: list[tuple[View, LayerColumns]] = []
+        if isinstance(weight, View):
+            found.append((weight, of_weight(B) if of_weight else _mul(use, layout, B)))
+        if isinstance(bias, View):
+            if use.kind == "add":
+                part = _add(use, layout, B)
+            else:
+                part = bias_columns(use.kind, use.arguments, B)
+            found.append((bias, part))
+        return found
+
+    return columns
 
 
 def weight_columns(
@@ -58,7 +68,37 @@ def weight_columns(
         X: The layer's input, samples first.
         B: R cotangents at its output, ``[n, R, …]``.
     """
-    return _WEIGHTS[kind](arguments, X, B)
+    return _columns_of_weight(kind, arguments, X)(B)
+
+
+def _columns_of_weight(
+    kind: str, arguments: dict[str, Any], X: Tensor
+) -> Callable[[Tensor], LayerColumns]:
+    if kind not in _FACTORS:
+        return lambda B: _WEIGHTS[kind](arguments, X, B)
+    of_inputs, of_cotangents = _FACTORS[kind]
+    a = of_inputs(arguments, X)
+    return lambda B: KhatriRaoColumns(a, of_cotangents(arguments, B))
+
+
+def is_wide(use: Use, num_samples: int, width: int) -> bool:
+    """Whether sums over columns are as cheap one column of each sample at a time.
+
+    That is where the squares of its weight's entries are summed from formed columns,
+    not from pairs of positions of all columns at once.
+
+    Args:
+        use: The use.
+        num_samples: n.
+        width: R.
+    """
+    if use.kind not in _FACTORS or not isinstance(use.arguments.get("weight"), View):
+        return False
+    outputs, inputs = use.arguments["weight_shape"][:2]
+    inputs *= use.arguments["weight_shape"][2:].numel()
+    positions = use.output_shape.numel() // (num_samples * outputs)
+    outputs //= use.arguments.get("groups", 1)
+    return not squares_by_pairs(inputs, outputs, positions, width)
 
 
 def bias_columns(kind: str, arguments: dict[str, Any], B: Tensor) -> LayerColumns:
@@ -138,27 +178,29 @@ def _sum_broadcast(B: Tensor, view: View, layout: Layout) -> LayerColumns:
     return DenseColumns(B.reshape(n, R, -1))
 
 
-def _linear(arguments: dict[str, Any], X: Tensor, B: Tensor) -> LayerColumns:
-    """``[n, …, in]`` and ``[n, R, …, out]``; without the last axis if out = 1."""
+def _linear_inputs(arguments: dict[str, Any], X: Tensor) -> Tensor:
+    """``[n, …, in]``; without the last axis if in = 1."""
+    return X.reshape(len(X), 1, -1, arguments["weight_shape"][1]).mT
+
+
+def _linear_cotangents(arguments: dict[str, Any], B: Tensor) -> Tensor:
+    """``[n, R, …, out]``; without the last axis if out = 1."""
     n, R = B.shape[:2]
-    outputs, inputs = arguments["weight_shape"]
-    a = X.reshape(n, 1, -1, inputs).mT
-    b = B.reshape(n, R, 1, -1, outputs).mT
-    return KhatriRaoColumns(a, b)
+    return B.reshape(n, R, 1, -1, arguments["weight_shape"][0]).mT
 
 
-def _conv(arguments: dict[str, Any], X: Tensor, B: Tensor) -> LayerColumns:
-    """``[n, in, …]`` and ``[n, R, out, …]``."""
-    groups = arguments.get("groups", 1)
-    n, R, out = B.shape[:3]
+def _conv_inputs(arguments: dict[str, Any], X: Tensor) -> Tensor:
+    """``[n, in, …]``."""
     patches = unfold(X, arguments)
-    positions = B[0, 0, 0].numel()
-    # In memory positions are rows, as products with the columns need them.
-    spatial = range(patches.ndim - (B.ndim - 3), patches.ndim)
-    a = patches.permute(0, *spatial, *range(1, spatial[0]))
-    a = a.reshape(n, positions, groups, -1).permute(0, 2, 3, 1)
-    b = B.reshape(n, R, groups, out // groups, -1)
-    return KhatriRaoColumns(a, b)
+    positions = patches.shape[len(arguments["weight_shape"]) :].numel()
+    return patches.reshape(len(X), arguments.get("groups", 1), -1, positions)
+
+
+def _conv_cotangents(arguments: dict[str, Any], B: Tensor) -> Tensor:
+    """``[n, R, out, …]``."""
+    n, R, out = B.shape[:3]
+    groups = arguments.get("groups", 1)
+    return B.reshape(n, R, groups, out // groups, -1)
 
 
 def _conv_transpose(arguments: dict[str, Any], X: Tensor, B: Tensor) -> LayerColumns:
@@ -208,10 +250,14 @@ def _sum_positions(B: Tensor, arguments: dict[str, Any], trailing: bool) -> Tens
 
 # Parameters of these are laid out with the axis of inputs before that of outputs.
 _INPUTS_FIRST = {"embedding", "conv_transpose"}
+# Inputs and cotangents in the form of columns, where each is made for itself …
+_FACTORS: dict[str, tuple[_OfTensor, _OfTensor]] = {
+    "linear": (_linear_inputs, _linear_cotangents),
+    "matvec": (_linear_inputs, _linear_cotangents),
+    "conv": (_conv_inputs, _conv_cotangents),
+}
+# … and the columns where not.
 _WEIGHTS: dict[str, Callable[[dict[str, Any], Tensor, Tensor], LayerColumns]] = {
-    "linear": _linear,
-    "matvec": _linear,
-    "conv": _conv,
     "conv_transpose": _conv_transpose,
     "embedding": _embedding,
     "layer_norm": _norm_weight(

@@ -8,6 +8,7 @@ no known structure get dense columns, by backward passes of single samples.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -35,6 +36,9 @@ SampleOutputs = Callable[[Params, Any], Tensor]
 
 # The share of free memory that the columns of one piece of samples may take.
 _MEMORY_SHARE = 12
+# What the largest tensor of a pass on the CPU should take, if there are more than a few
+# samples: fresh memory costs about as much as what is computed in it.
+_SIGNAL_BYTES, _FEW_SAMPLES = 8 * 2**20, 16
 # Into how many pieces at least it is cut: one is made beside those that are held.
 _PIECES = 4
 # Whatever the budget is, columns are held up to this: the fewer are held, the more
@@ -49,10 +53,12 @@ class Piece:
     Attributes:
         place: Which columns of the pullback they are.
         columns: By parameter; a parameter that is missing has zero columns.
+        again: Whether it has other columns of the same layers as a piece before.
     """
 
     place: slice
     columns: dict[str, LayerColumns]
+    again: bool = False
 
     @property
     def nbytes(self) -> int:
@@ -89,6 +95,8 @@ class Columns:
         memory: The bytes that the columns which are held may take; 64 MiB at least.
         formed: How many entries of a column will be formed in addition.
         compact: Whether columns that are smaller than their factors are formed.
+        in_parts: Whether the columns of one sample and parameter may come in several
+            pieces, of one pullback, as they are made.
 
     Attributes:
         names: The parameters of interest.
@@ -102,8 +110,9 @@ class Columns:
         memory: int,
         formed: int = 0,
         compact: bool = True,
+        in_parts: bool = False,
     ) -> None:
-        self.compact = compact
+        self.compact, self._in_parts = compact, in_parts
         self._pullbacks, self._risk = pullbacks, pullbacks[0].risk
         self.names, self._memory = set(names), max(memory, _LEAST_BYTES)
         self._width = sum(pullback.width for pullback in pullbacks)
@@ -125,8 +134,9 @@ class Columns:
                 for index in self._cut(X, n, structure):
                     if first + int(index[0]) >= start:
                         with explained(self._do_not_fit, len(index)):
-                            pieces = self._pieces(batch, X, index, n, first, structure)
-                        yield pieces
+                            yield from self._pieces(
+                                batch, X, index, n, first, structure
+                            )
             first += n
 
     def only(self, pullback: Pullback) -> Columns:
@@ -168,9 +178,12 @@ class Columns:
         """Cut a batch so that the columns of each part fit."""
         one = Capture(self._risk, take(X, torch.arange(1), self._risk.by_sample), 1)
         per_sample = one.bytes_per_sample(self._width, structure) + self._formed_bytes
-        return torch.arange(n).split(
-            max(1, min(n, self._memory // _PIECES // per_sample))
-        )
+        size = max(1, self._memory // _PIECES // per_sample)
+        if self._in_parts and self._risk.device.type == "cpu":
+            # One pass is not better than several that stay near the caches.
+            near = _SIGNAL_BYTES // max(1, one.largest_signal)
+            size = min(size, max(near, _FEW_SAMPLES))
+        return torch.arange(n).tensor_split(math.ceil(n / size))
 
     def _pieces(
         self,
@@ -180,7 +193,7 @@ class Columns:
         n: int,
         first: int,
         structure: Structure,
-    ) -> list[Piece]:
+    ) -> Iterator[list[Piece]]:
         if len(index) < n:
             X = take(X, index, self._risk.by_sample)
         else:
@@ -189,32 +202,43 @@ class Columns:
         self._risk.check_outputs(batch, capture.output.detach(), index)
         if not structure.fits(capture):
             structure = capture.check()
-        begin = first + int(index[0])
+        begin, end = first + int(index[0]), first + int(index[0]) + len(index)
+        # Parts that are given away cannot be taken back if a use is reached of which
+        # the structure does not know.
+        in_parts = self._in_parts and not structure.unseen
         pieces = []
         for pullback in self._pullbacks:
+            place = slice(begin * pullback.width, end * pullback.width)
             cotangents = pullback.cotangents(batch)
             cotangents = cotangents[index.to(cotangents.device)]
+            if in_parts:
+                for part, again in capture.parts(cotangents, structure, self.names):
+                    yield [Piece(place, part, again)]
+                yield [Piece(place, self._dense(X, structure, cotangents))]
+                continue
             try:
-                columns = self._columns(X, capture, structure, cotangents)
+                columns = capture.columns(
+                    cotangents, structure, self.names, self.compact
+                )
             except UnseenUseError:
                 structure = capture.check()
-                columns = self._columns(X, capture, structure, cotangents)
-            end = begin + len(index)
-            place = slice(begin * pullback.width, end * pullback.width)
+                columns = capture.columns(
+                    cotangents, structure, self.names, self.compact
+                )
+            columns |= self._dense(X, structure, cotangents)
             pieces.append(Piece(place, columns))
-        return pieces
+        if pieces:
+            yield pieces
 
-    def _columns(
-        self, X: Any, capture: Capture, structure: Structure, cotangents: Tensor
+    def _dense(
+        self, X: Any, structure: Structure, cotangents: Tensor
     ) -> dict[str, LayerColumns]:
-        columns = capture.columns(cotangents, structure, self.names, self.compact)
         opaque = [
             name
             for name in self._risk.params
             if name in structure.opaque and name in self.names
         ]
-        columns.update(_dense_columns(self._risk, X, cotangents, opaque))
-        return columns
+        return _dense_columns(self._risk, X, cotangents, opaque)
 
 
 def memory_budget(risk: EmpiricalRisk) -> int:

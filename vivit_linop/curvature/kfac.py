@@ -9,7 +9,7 @@ weight that has such a structure, not for registered modules only.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,22 +20,21 @@ from vivit_linop.capture import Capture, find_structure
 from vivit_linop.capture.layers import KhatriRaoColumns
 from vivit_linop.capture.views import View
 from vivit_linop.curvature.blocks import FactorRows, Partition
-from vivit_linop.curvature.columns import Piece
+from vivit_linop.curvature.columns import Piece, memory_budget
 from vivit_linop.curvature.fisher import EmpiricalFisher
 from vivit_linop.curvature.ggn import GGN
 from vivit_linop.curvature.jacobian import Pullback
 from vivit_linop.curvature.sums import Total, sum_columns
-from vivit_linop.interop import (
-    CurvlinopsOperator,
-    backpack_kfra,
-    curvlinops_ekfac,
-    curvlinops_inverse,
-)
+from vivit_linop.interop import backpack_kfra
 from vivit_linop.operators.base import TorchLinearOperator
-from vivit_linop.operators.kronecker import BlockDiagonal, Kronecker
+from vivit_linop.operators.kronecker import (
+    BlockDiagonal,
+    CorrectedKronecker,
+    Kronecker,
+)
 from vivit_linop.operators.lowrank import LowRank
 from vivit_linop.operators.structure import Dense, Identity
-from vivit_linop.operators.verbs import damped_inv, trace
+from vivit_linop.operators.verbs import trace
 from vivit_linop.risk.data import take
 from vivit_linop.risk.empirical import EmpiricalRisk, as_risk
 
@@ -126,28 +125,14 @@ class KFAC(BlockDiagonal):
         weight_sharing: str = "expand",
         joint_bias: bool = False,
     ) -> None:
-        check_choice("variant", variant, VARIANTS)
-        check_choice("weight_sharing", weight_sharing, WEIGHT_SHARINGS)
-        if variant == "mc" and mc_samples == 0:
-            raise ValueError(
-                "mc_samples: at least 1 for variant='mc', got 0. Use variant='exact' "
-                "for the exact GGN."
-            )
+        _check_options(variant, mc_samples, weight_sharing)
         self.risk = as_risk(risk, loss, data, params)
-        if variant == "empirical":
-            curvature: LowRank = EmpiricalFisher(self.risk)
-        else:
-            samples = mc_samples if variant == "mc" else 0
-            curvature = GGN(self.risk, mc_samples=samples, generator=generator)
+        curvature = _curvature(self.risk, variant, mc_samples, generator)
         partners = _bias_partners(self.risk) if joint_bias else {}
         with torch.inference_mode(False):
             parts = _approximate(curvature, weight_sharing, partners)
         self.names = [part.names for part in parts]
-        scattered = any(part.rows is not None for part in parts)
-        super().__init__(
-            [part.block for part in parts],
-            [part.index(self.risk) for part in parts] if scattered else None,
-        )
+        super().__init__(*_placed(parts, self.risk))
 
     def pi_damped(self, damping: float) -> BlockDiagonal:
         """Return K + δ I with each Kronecker block damped factor by factor.
@@ -209,6 +194,38 @@ class _Part:
         return rows.to(risk.device)
 
 
+def _placed(
+    parts: Sequence[_Part], risk: EmpiricalRisk
+) -> tuple[list[TorchLinearOperator], list[Tensor] | None]:
+    """The blocks, and their places unless they follow each other."""
+    scattered = any(part.rows is not None for part in parts)
+    indices = [part.index(risk) for part in parts] if scattered else None
+    return [part.block for part in parts], indices
+
+
+def _check_options(variant: str, mc_samples: int, weight_sharing: str) -> None:
+    check_choice("variant", variant, VARIANTS)
+    check_choice("weight_sharing", weight_sharing, WEIGHT_SHARINGS)
+    if variant == "mc" and mc_samples == 0:
+        raise ValueError(
+            "mc_samples: at least 1 for variant='mc', got 0. Use variant='exact' "
+            "for the exact GGN."
+        )
+
+
+def _curvature(
+    risk: EmpiricalRisk,
+    variant: str,
+    mc_samples: int,
+    generator: torch.Generator | None,
+) -> LowRank:
+    """What is approximated."""
+    if variant == "empirical":
+        return EmpiricalFisher(risk)
+    samples = mc_samples if variant == "mc" else 0
+    return GGN(risk, mc_samples=samples, generator=generator)
+
+
 class _KroneckerSums(Total):
     """The factors of all weights, and the exact blocks of small other parameters.
 
@@ -223,7 +240,7 @@ class _KroneckerSums(Total):
         outer: The exact blocks by parameter.
     """
 
-    by_factors = True
+    by_factors = in_parts = True
 
     def __init__(self, factor: Pullback, sharing: str, affine: Sequence[str]) -> None:
         self.names = list(factor.risk.params)
@@ -238,7 +255,7 @@ class _KroneckerSums(Total):
         """Add a piece's sums."""
         for name, columns in left.columns.items():
             if isinstance(columns, KhatriRaoColumns) and name in self._weights:
-                self._add_factors(name, columns)
+                self._add_factors(name, columns, left.again)
             elif columns.numel <= _LARGEST_DENSE:
                 rows = columns.rows()
                 product = rows.T @ rows
@@ -250,17 +267,20 @@ class _KroneckerSums(Total):
                 "Give batches of at least two samples."
             )
 
-    def _add_factors(self, name: str, columns: KhatriRaoColumns) -> None:
-        B, A = columns.kronecker_sums(
-            reduced_cotangents=self._sharing != "expand",
-            reduced_inputs=self._sharing == "reduce",
-            affine=name in self._affine and not columns.inputs_first,
-        )
-        count = self._num_samples
-        A = A / (count * columns.positions if self._sharing == "expand" else count)
-        if name in self.factors:
-            before = self.factors[name]
-            B, A = B + before[0], A + before[1]
+    def _add_factors(self, name: str, columns: KhatriRaoColumns, again: bool) -> None:
+        B = columns.cotangent_sums(self._sharing != "expand")
+        before = self.factors.get(name)
+        if before is not None:
+            B += before[0]
+        if before is None or not again:
+            affine = name in self._affine and not columns.inputs_first
+            A = columns.input_sums(self._sharing == "reduce", affine)
+            count = self._num_samples
+            A /= count * columns.positions if self._sharing == "expand" else count
+            if before is not None:
+                A += before[1]
+        else:
+            A = before[1]
         self.factors[name] = B, A, columns.inputs_first
 
 
@@ -400,39 +420,43 @@ class KFRA(BlockDiagonal):
         super().__init__(backpack_kfra(self.risk).blocks)
 
 
-class EKFAC(CurvlinopsOperator):
-    """KFAC with corrected eigenvalues, computed by curvlinops.
+class EKFAC(BlockDiagonal):
+    """KFAC with corrected eigenvalues, for every model.
 
-    In the eigenbasis Q of a Kronecker block the diagonal is replaced by that of the
-    curvature itself, diag(Qᵀ G Q) (George et al. 2018, arXiv:1806.03884): of all
-    operators that are diagonal in this basis the closest to the GGN's block in the
-    Frobenius norm. For linear layers and two-dimensional convolutions that are modules.
+    In the eigenbasis Q of a Kronecker block of :class:`KFAC` the diagonal is replaced
+    by that of the curvature itself, diag(Qᵀ G Q) (George et al. 2018,
+    arXiv:1806.03884): of all operators that are diagonal in this basis the closest to
+    the GGN's block in the Frobenius norm. The other blocks are those of :class:`KFAC`.
+    It equals the GGN's block where KFAC does, and has its trace always.
 
-    ``(E + delta * Identity(D)).inv()`` is exact.
+    Costs two passes over the data, one for the factors and one for the squares of the
+    columns' entries in their eigenbases, Σ (Q_Bᵀ b aᵀ Q_A)². All verbs act on the
+    eigenvalues: ``(E + delta * Identity(D)).inv()`` is exact, ``E.sqrt() @ noise``
+    samples.
 
     Args:
         risk: An :class:`EmpiricalRisk`, or a model, followed by ``loss``, ``data`` and
             ``params`` as for :class:`EmpiricalRisk`.
         variant: ``"mc"``, ``"exact"`` or ``"empirical"``, as for :class:`KFAC`.
-        mc_samples: Columns a sample for ``"mc"``.
-        seed: Of the Monte-Carlo samples.
-        weight_sharing: ``"expand"`` or ``"reduce"``, which decides the basis.
+        mc_samples: Columns a sample for ``"mc"``; the same in both passes.
+        generator: For reproducible Monte-Carlo samples.
+        weight_sharing: As for :class:`KFAC`; decides the basis, not the eigenvalues.
         joint_bias: Whether weight and bias of a layer are one block.
 
     Attributes:
         risk: The risk.
-        operator: curvlinops' operator, of a copy of the model.
+        names: For each block the parameters that it is of.
 
     Raises:
-        ValueError: For an unknown variant or weight sharing; if curvlinops cannot do
-            the model or the loss.
+        ValueError: For an unknown variant or weight sharing; what :class:`GGN` raises.
 
     Example:
         >>> import torch, vivit_linop as vl
         >>> from torch import nn
         >>> data = (torch.rand(4, 3), torch.rand(4, 1))
-        >>> vl.EKFAC(nn.Linear(3, 1), nn.MSELoss(), data, variant="exact")
-        <4x4 EKFAC, torch.float32, cpu>
+        >>> E = vl.EKFAC(nn.Linear(3, 1), nn.MSELoss(), data, variant="exact")
+        >>> E.blocks[0]
+        <3x3 CorrectedKronecker, torch.float32, cpu>
     """
 
     def __init__(
@@ -444,28 +468,89 @@ class EKFAC(CurvlinopsOperator):
         *,
         variant: str = "mc",
         mc_samples: int = 1,
-        seed: int = 0,
+        generator: torch.Generator | None = None,
         weight_sharing: str = "expand",
         joint_bias: bool = False,
     ) -> None:
-        check_choice("variant", variant, VARIANTS)
-        check_choice("weight_sharing", weight_sharing, WEIGHT_SHARINGS[:2])
+        _check_options(variant, mc_samples, weight_sharing)
         self.risk = as_risk(risk, loss, data, params)
-        super().__init__(
-            curvlinops_ekfac(
-                self.risk,
-                {"exact": "type-2"}.get(variant, variant),
-                mc_samples if variant == "mc" else 1,
-                seed,
-                weight_sharing,
-                joint_bias,
-            )
+        curvature = _curvature(self.risk, variant, mc_samples, generator)
+        partners = _bias_partners(self.risk) if joint_bias else {}
+        with torch.inference_mode(False):
+            parts = _approximate(curvature, weight_sharing, partners)
+            _correct(parts, curvature)
+        self.names = [part.names for part in parts]
+        super().__init__(*_placed(parts, self.risk))
+
+
+class _EigenvalueSums(Total):
+    """The sums of squared entries of all columns in the eigenbases of their blocks.
+
+    Args:
+        factor: V.
+        bases: By weight, the Kronecker blocks of its groups, ``[out, in]`` or, for
+            parameters with the inputs' axis first, ``[in, out]``.
+
+    Attributes:
+        sums: By weight ``[G, n]``, in the order of the blocks' eigenvectors.
+    """
+
+    by_factors = in_parts = True
+
+    def __init__(
+        self, factor: Pullback, bases: Mapping[str, Sequence[Kronecker]]
+    ) -> None:
+        self.names, self._bases = list(bases), bases
+        self._memory = memory_budget(factor.risk)
+        self._inputs: dict[str, Tensor] = {}
+        self.sums: dict[str, Tensor] = {}
+
+    def add(self, left: Piece, right: Piece) -> None:
+        """Add the squares of a piece's columns."""
+        for name in self.names:
+            columns = left.columns.get(name)
+            if isinstance(columns, KhatriRaoColumns):
+                rotated = self._rotated(name, columns, left.again)
+                squares = rotated.entry_squares(self._memory)
+                squares = squares.view(len(self._bases[name]), -1)
+                known = self.sums.get(name)
+                self.sums[name] = squares if known is None else known + squares
+
+    def _rotated(
+        self, name: str, columns: KhatriRaoColumns, again: bool
+    ) -> KhatriRaoColumns:
+        """The columns in the eigenbases: (Q_B ⊗ Q_A)ᵀ (b ⊗ a) = Q_Bᵀ b ⊗ Q_Aᵀ a."""
+        pairs = [block.factor_eigenpairs for block in self._bases[name]]
+        first, second = (
+            torch.stack([pair[number][1] for pair in pairs]) for number in (0, 1)
         )
+        QB, QA = (second, first) if columns.inputs_first else (first, second)
+        if not again:
+            A = columns.inputs
+            if QA.shape[1] > A.shape[2]:  # joined with a bias
+                A = torch.cat([A, torch.ones_like(A[:, :, :1])], dim=2)
+            self._inputs[name] = QA.mT @ A
+        inputs, cotangents = self._inputs[name], QB.mT @ columns.cotangents
+        return KhatriRaoColumns(inputs, cotangents, columns.inputs_first)
 
 
-@damped_inv.register
-def _(op: EKFAC, damping: float) -> TorchLinearOperator:
-    return curvlinops_inverse(op.operator, damping)
+def _correct(parts: Sequence[_Part], curvature: LowRank) -> None:
+    """Give the Kronecker blocks the diagonal of the curvature in their eigenbasis."""
+    factor = curvature.factor
+    assert isinstance(factor, Pullback)
+    blocks: dict[str, list[Kronecker]] = {}
+    for part in parts:
+        if isinstance(part.block, Kronecker):
+            blocks.setdefault(part.names[0], []).append(part.block)
+    if not blocks:
+        return
+    total = _EigenvalueSums(factor, blocks)
+    sum_columns(factor, [total])
+    rows = {name: iter(curvature.scale * sums) for name, sums in total.sums.items()}
+    for part in parts:
+        if isinstance(part.block, Kronecker):
+            evals = next(rows[part.names[0]])
+            part.block = CorrectedKronecker(part.block, evals)
 
 
 def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:

@@ -40,12 +40,15 @@ class Total(ABC):
         formed: How many entries of each column it forms.
         in_pairs: Whether it needs pairs of different pieces.
         by_factors: Whether it needs the factors also where formed columns are smaller.
+        in_parts: Whether the columns of a sample and parameter may come in several
+            pieces.
     """
 
     names: Sequence[str]
     formed: int = 0
     in_pairs: bool = False
     by_factors: bool = False
+    in_parts: bool = False
 
     @abstractmethod
     def add(self, left: Piece, right: Piece) -> None:
@@ -162,6 +165,8 @@ class EntrySums(Total):
         entries: ``[d]``.
     """
 
+    in_parts = True
+
     def __init__(self, factor: Pullback, names: Sequence[str]) -> None:
         self.names = names
         self._memory = memory_budget(factor.risk)
@@ -198,6 +203,8 @@ class SampleRowNorms(Total):
         norms: ``[N, D]``.
     """
 
+    in_parts = True
+
     def __init__(self, factor: Pullback) -> None:
         risk = factor.risk
         self.names, self._width = list(risk.params), factor.width
@@ -209,12 +216,12 @@ class SampleRowNorms(Total):
         self._parts = dict(zip(self.names, parts, strict=True))
 
     def add(self, left: Piece, right: Piece) -> None:
-        """Fill in the samples of a piece."""
+        """Add to the samples of a piece."""
         start, stop = left.place.start // self._width, left.place.stop // self._width
         for name, part in self._parts.items():
             if name in left.columns:
                 squares = left.columns[name].sample_entry_squares(self._memory)
-                part[start:stop] = squares
+                part[start:stop] += squares
 
 
 class ColumnNorms(Total):
@@ -231,6 +238,8 @@ class ColumnNorms(Total):
     def __init__(self, factor: Pullback, groups: Sequence[Sequence[str]]) -> None:
         self.names = [name for group in groups for name in group]
         self._groups, self._memory = groups, memory_budget(factor.risk)
+        # Else a piece would have to say which column of a sample it has.
+        self.in_parts = factor.width == 1
         self.norms = torch.zeros(
             factor.shape[1],
             len(groups),
@@ -320,7 +329,8 @@ def _columns(pullbacks: Sequence[Pullback], totals: Sequence[Total]) -> Columns:
     names = list(dict.fromkeys(name for total in totals for name in total.names))
     formed = max(total.formed for total in totals)
     compact = not any(total.by_factors for total in totals)
-    return Columns(pullbacks, names, memory_budget(risk), formed, compact)
+    in_parts = all(total.in_parts for total in totals)
+    return Columns(pullbacks, names, memory_budget(risk), formed, compact, in_parts)
 
 
 def _check_same_parameters(left: EmpiricalRisk, right: EmpiricalRisk) -> None:

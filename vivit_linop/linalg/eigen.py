@@ -17,7 +17,11 @@ from vivit_linop.linalg.eigenpairs import (
     all_eigenvalues,
 )
 from vivit_linop.operators.base import TorchLinearOperator
-from vivit_linop.operators.kronecker import BlockDiagonal, Kronecker
+from vivit_linop.operators.kronecker import (
+    BlockDiagonal,
+    CorrectedKronecker,
+    Kronecker,
+)
 from vivit_linop.operators.lowrank import Damped, Gram, LowRank, Woodbury
 from vivit_linop.operators.structure import (
     Dense,
@@ -172,7 +176,7 @@ def _(op: BlockDiagonal) -> Eigendecomposition:
 
 
 @eigendecomposition.register
-def _(op: Kronecker) -> Eigendecomposition:
+def _(op: Kronecker | CorrectedKronecker) -> Eigendecomposition:
     """Products of the factors' eigenvalues, Kronecker products of their vectors."""
     parts = op.factor_eigenpairs
 

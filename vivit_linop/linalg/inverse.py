@@ -8,8 +8,12 @@ from __future__ import annotations
 import torch
 
 from vivit_linop.operators.base import TorchLinearOperator
-from vivit_linop.operators.kronecker import BlockDiagonal, Kronecker
-from vivit_linop.operators.lowrank import Damped, Gram, LowRank, Woodbury
+from vivit_linop.operators.kronecker import (
+    BlockDiagonal,
+    CorrectedKronecker,
+    Kronecker,
+)
+from vivit_linop.operators.lowrank import Damped, DampedRoot, Gram, LowRank, Woodbury
 from vivit_linop.operators.structure import (
     Adjoint,
     Dense,
@@ -22,6 +26,7 @@ from vivit_linop.operators.structure import (
 from vivit_linop.operators.verbs import (
     adjoint,
     damped_inv,
+    diagonal,
     inv,
     scale,
     to_dense,
@@ -93,6 +98,16 @@ def _(op: BlockDiagonal) -> Op:
 def _(op: Kronecker) -> Op:
     """(A ⊗ B)⁻¹ = A⁻¹ ⊗ B⁻¹."""
     return Kronecker(*(factor.inv() for factor in op.factors))
+
+
+@inv.register
+def _(op: CorrectedKronecker) -> Op:
+    return damped_inv(op, 0.0)
+
+
+@inv.register
+def _(op: DampedRoot) -> Op:
+    return DampedRoot(op.operator, op.damping, not op.inverse)
 
 
 @inv.register
@@ -170,3 +185,9 @@ def _(op: Kronecker, damping: float) -> Op:
     evecs = op.eigenvectors
     middle = inv(Diagonal(op.eigenvalues + damping))
     return Product(evecs, middle, Adjoint(evecs))  # recognised as self-adjoint
+
+
+@damped_inv.register
+def _(op: CorrectedKronecker, damping: float) -> Op:
+    inverse = inv(Diagonal(op.eigenvalues + damping))
+    return CorrectedKronecker(op.basis, diagonal(inverse))

@@ -8,8 +8,13 @@ import torch
 from torch import Tensor
 
 from vivit_linop.operators.base import TorchLinearOperator
-from vivit_linop.operators.kronecker import BlockDiagonal, KhatriRao, Kronecker
-from vivit_linop.operators.lowrank import Damped, Gram, LowRank, Woodbury
+from vivit_linop.operators.kronecker import (
+    BlockDiagonal,
+    CorrectedKronecker,
+    KhatriRao,
+    Kronecker,
+)
+from vivit_linop.operators.lowrank import Damped, DampedRoot, Gram, LowRank, Woodbury
 from vivit_linop.operators.structure import (
     Adjoint,
     Dense,
@@ -154,6 +159,13 @@ def _(op: Kronecker) -> Tensor:
     return result.to(op.torch_dtype)
 
 
+@diagonal.register
+def _(op: CorrectedKronecker) -> Tensor:
+    """The squared entries of Q, themselves a Kronecker product, times eigenvalues."""
+    squares = Kronecker(*(evecs.square() for _, evecs in op.factor_eigenpairs))
+    return squares.apply(op.eigenvalues.unsqueeze(1)).squeeze(1)
+
+
 @row_norms_squared.register
 def _(op: TorchLinearOperator) -> Tensor:
     """Sum the squares of the columns, a chunk at a time."""
@@ -179,6 +191,11 @@ def _(op: TorchLinearOperator) -> Tensor:
 def _(op: LowRank) -> Tensor:
     """The trace of the smaller side: tr(V Vᵀ) = tr(VᵀV)."""
     return op.scale * row_norms_squared(op.factor).sum()
+
+
+@trace.register
+def _(op: CorrectedKronecker) -> Tensor:
+    return op.eigenvalues.sum()
 
 
 @trace.register
@@ -263,6 +280,13 @@ def _(op: Damped) -> Tensor:
 @logdet.register
 def _(op: Woodbury) -> Tensor:
     return -damped_logdet(op.operator, op.damping)
+
+
+@logdet.register
+def _(op: DampedRoot) -> Tensor:
+    """Half of that of the damped operator."""
+    half = damped_logdet(op.operator, op.damping) / 2
+    return -half if op.inverse else half
 
 
 @damped_logdet.register

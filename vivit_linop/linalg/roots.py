@@ -10,8 +10,18 @@ import torch
 from torch import Tensor
 
 from vivit_linop.operators.base import TorchLinearOperator
-from vivit_linop.operators.kronecker import BlockDiagonal, Kronecker
-from vivit_linop.operators.lowrank import Damped, Gram, LowRank
+from vivit_linop.operators.kronecker import (
+    BlockDiagonal,
+    CorrectedKronecker,
+    Kronecker,
+)
+from vivit_linop.operators.lowrank import (
+    Damped,
+    DampedRoot,
+    Gram,
+    LowRank,
+    Woodbury,
+)
 from vivit_linop.operators.structure import (
     Dense,
     DenseInverse,
@@ -104,8 +114,19 @@ def _(op: Kronecker) -> Op:
 
 
 @sqrt.register
+def _(op: CorrectedKronecker) -> Op:
+    return damped_sqrt(op, 0.0)
+
+
+@sqrt.register
 def _(op: Damped) -> Op:
     return damped_sqrt(op.operator, op.damping)
+
+
+@sqrt.register
+def _(op: Woodbury) -> Op:
+    """The inverse of the root of what it inverts."""
+    return damped_sqrt(op.operator, op.damping).inv()
 
 
 # √(A + δ I) by what A is ------------------------------------------------------------
@@ -119,6 +140,20 @@ def _(op: Dense, damping: float) -> Op:
 
 
 @damped_sqrt.register
+def _(op: Gram, damping: float) -> Op:
+    return damped_sqrt(Dense(op.matrix), damping)
+
+
+@damped_sqrt.register
+def _(op: LowRank, damping: float) -> Op:
+    """Symmetric; through the eigenpairs of the smaller side."""
+    if op.by_gram:
+        return DampedRoot(op, damping)
+    evals, evecs = torch.linalg.eigh(op.small_side)
+    return Dense((evecs * _roots(evals + damping)) @ evecs.T)
+
+
+@damped_sqrt.register
 def _(op: Diagonal, damping: float) -> Op:
     return Diagonal(_roots(op.entries + damping))
 
@@ -129,7 +164,7 @@ def _(op: BlockDiagonal, damping: float) -> Op:
 
 
 @damped_sqrt.register
-def _(op: Kronecker, damping: float) -> Op:
+def _(op: Kronecker | CorrectedKronecker, damping: float) -> Op:
     """Q (Λ + δ I)^½, with the Kronecker products of the factors' eigenpairs."""
     op._check_self_adjoint("sqrt")
     return Product(op.eigenvectors, Diagonal(_roots(op.eigenvalues + damping)))

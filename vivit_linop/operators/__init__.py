@@ -2,10 +2,16 @@
 
 from vivit_linop.operators import rules  # noqa: F401  (registers)
 from vivit_linop.operators.base import TorchLinearOperator
-from vivit_linop.operators.kronecker import BlockDiagonal, KhatriRao, Kronecker
+from vivit_linop.operators.kronecker import (
+    BlockDiagonal,
+    CorrectedKronecker,
+    KhatriRao,
+    Kronecker,
+)
 from vivit_linop.operators.lowrank import (
     Centered,
     Damped,
+    DampedRoot,
     Gram,
     LowRank,
     Woodbury,
@@ -25,7 +31,9 @@ __all__ = [
     "Adjoint",
     "BlockDiagonal",
     "Centered",
+    "CorrectedKronecker",
     "Damped",
+    "DampedRoot",
     "Dense",
     "DenseInverse",
     "Diagonal",

@@ -171,6 +171,51 @@ class Kronecker(TorchLinearOperator):
         return Kronecker(*(factor.T for factor in self.factors))._multiply(X)
 
 
+class CorrectedKronecker(TorchLinearOperator):
+    """Q Λ Qᵀ in the eigenbasis Q of a Kronecker product, with eigenvalues of its own.
+
+    Args:
+        basis: A Kronecker product of self-adjoint operators.
+        eigenvalues: ``[n]``, in the order of ``basis.eigenvectors``.
+
+    Attributes:
+        basis: The Kronecker product.
+        eigenvalues: Those of this operator.
+
+    Example:
+        >>> import torch, vivit_linop as vl
+        >>> from vivit_linop.operators import CorrectedKronecker
+        >>> A = vl.Kronecker(torch.diag(torch.tensor([1.0, 2.0])), torch.eye(2))
+        >>> CorrectedKronecker(A, torch.arange(4.0)) @ torch.ones(4)
+        tensor([0., 1., 2., 3.])
+    """
+
+    self_adjoint = True
+
+    def __init__(self, basis: Kronecker, eigenvalues: Tensor) -> None:
+        basis._check_self_adjoint("eigenvalue correction")
+        if eigenvalues.shape != basis.shape[:1]:
+            raise ValueError(
+                f"eigenvalues: needs [{basis.shape[0]}], got {list(eigenvalues.shape)}."
+            )
+        self.basis, self.eigenvalues = basis, eigenvalues
+        super().__init__(basis.shape, basis._own_dtype, basis._own_device)
+
+    @property
+    def factor_eigenpairs(self) -> list[tuple[Tensor, Tensor]]:
+        """Those of the basis: their eigenvectors are the axes of Q."""
+        return self.basis.factor_eigenpairs
+
+    @property
+    def eigenvectors(self) -> Kronecker:
+        """Q."""
+        return self.basis.eigenvectors
+
+    def _multiply(self, X: Tensor) -> Tensor:
+        Q = self.eigenvectors
+        return Q._multiply(self.eigenvalues.unsqueeze(1) * Q._multiply_adjoint(X))
+
+
 class KhatriRao(TorchLinearOperator):
     """The column-wise Khatri–Rao product of two matrices: columns b_r ⊗ a_r.
 

@@ -173,6 +173,53 @@ class Damped(TorchLinearOperator):
         return self.operator.T.apply(X) + self.damping * X
 
 
+class DampedRoot(TorchLinearOperator):
+    """The symmetric square root of c V Vᵀ + δ I, or the inverse of that root.
+
+    With the eigenpairs κ, Q of K = VᵀV, for f(λ) = √λ or 1/√λ,
+
+        f(c V Vᵀ + δ I) = f(δ) I + V Q diag((f(c κ + δ) − f(δ)) / κ) Qᵀ Vᵀ,
+
+    where the quotients have a closed form without a division by κ. A product costs one
+    with Vᵀ and one with V; nothing of D × D or of eigenvectors in D is formed. K is
+    known up to rounding errors of about eps λ_max, so the inverse root needs a δ well
+    above that.
+
+    Args:
+        operator: c V Vᵀ, its Gram matrix the smaller side.
+        damping: δ, positive.
+        inverse: Whether it is the root of the inverse.
+
+    Raises:
+        ValueError: If δ is not positive.
+    """
+
+    self_adjoint = True
+
+    def __init__(
+        self, operator: LowRank, damping: float, inverse: bool = False
+    ) -> None:
+        if not damping > 0.0:
+            raise ValueError(
+                "damping: the root of a low-rank operator + damping * I needs "
+                f"damping > 0, got {damping}. A root of the operator itself is "
+                "G.sqrt()."
+            )
+        self.operator, self.damping, self.inverse = operator, damping, inverse
+        evals, evecs = torch.linalg.eigh(operator.gram.matrix.double())
+        roots = (operator.scale * evals.clamp(min=0.0) + damping).sqrt()
+        quotients = operator.scale / (roots + damping**0.5)
+        if inverse:
+            quotients /= -(roots * damping**0.5)
+        self._middle = ((evecs * quotients) @ evecs.T).to(operator.torch_dtype)
+        super().__init__(operator.shape, operator._own_dtype, operator._own_device)
+
+    def _multiply(self, X: Tensor) -> Tensor:
+        V = self.operator.factor
+        product = V.apply(self._middle @ V.T.apply(X))
+        return product + self.damping ** (-0.5 if self.inverse else 0.5) * X
+
+
 class Woodbury(TorchLinearOperator):
     """The inverse of c V Vᵀ + δ I, through the smaller side.
 

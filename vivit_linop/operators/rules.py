@@ -10,7 +10,12 @@ from __future__ import annotations
 from torch import Tensor
 
 from vivit_linop.operators.base import TorchLinearOperator
-from vivit_linop.operators.kronecker import BlockDiagonal, KhatriRao, Kronecker
+from vivit_linop.operators.kronecker import (
+    BlockDiagonal,
+    CorrectedKronecker,
+    KhatriRao,
+    Kronecker,
+)
 from vivit_linop.operators.lowrank import Centered, Damped, Gram, LowRank
 from vivit_linop.operators.structure import (
     Adjoint,
@@ -226,6 +231,11 @@ def _(op: LowRank, factor: float) -> Op:
 @scale.register
 def _(op: Damped, factor: float) -> Op:
     return _damp(scale(op.operator, factor), factor * op.damping)
+
+
+@scale.register
+def _(op: CorrectedKronecker, factor: float) -> Op:
+    return CorrectedKronecker(op.basis, factor * op.eigenvalues)
 
 
 @scale.register
