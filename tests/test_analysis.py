@@ -471,3 +471,19 @@ def test_casting_copies_are_independent() -> None:
     b = to_dtype(a, torch.float64)
     b.model[0].weight.data.zero_()
     assert a.model[0].weight.norm() > 0
+
+
+def test_a_damping_function_may_write() -> None:
+    arguments, keywords = problem("mlp_ce_mean").arguments()
+    risk = vl.EmpiricalRisk(*arguments, **keywords)
+    pairs = vl.GGN(risk).eigh(k=2)
+
+    def damping(evals: Tensor, vectors: Tensor, *derivatives: Tensor) -> Tensor:
+        for given in (vectors, *derivatives):
+            given.zero_()
+        return evals.mul_(0.1)
+
+    expected = vl.damped_newton_step(risk, pairs, lambda evals, *_: 0.1 * evals)
+    for _ in range(2):
+        step = vl.damped_newton_step(risk, pairs, damping)
+        torch.testing.assert_close(step, expected, rtol=1e-12, atol=0.0)

@@ -13,7 +13,17 @@ from typing import Any
 
 import pytest
 import torch
-from cases import Lambda, call, classes, fast_path, features, parameter, problem
+from cases import (
+    Lambda,
+    Problem,
+    call,
+    classes,
+    dense_of,
+    fast_path,
+    features,
+    parameter,
+    problem,
+)
 from test_risk import Snapshot
 from torch import Tensor, nn
 from torch.func import hessian, jacrev, vmap
@@ -943,3 +953,57 @@ def test_memory_of_a_layer(layer: Spec) -> None:
     taken = columns["layer.weight"].nbytes
     said = N * capture.bytes_per_sample(R, structure)
     assert taken <= said <= 3 * taken
+
+
+# Samples that take other ways -------------------------------------------------------
+
+
+def _by_sample(m: Any, x: Tensor) -> Tensor:
+    ways = [(m.second if h.sum() > 0.0 else m.third)(h) for h in m.first(x).unbind()]
+    return torch.stack(ways)
+
+
+def _by_batch(m: Any, x: Tensor) -> Tensor:
+    # Each parameter has a known structure on one way, and none on the other.
+    v, w = (m.v, m.w) if x.sum() > 0.0 else (m.w, m.v)
+    return F.linear(x, v).tanh() + torch.einsum("nd,cd->nc", x, w)
+
+
+def _gated(m: Any, x: Tensor) -> Tensor:
+    # No cotangent of the first samples reaches a layer that has the samples twice.
+    left, right = m.layer(torch.cat([x, 2.0 * x])).tanh().chunk(2)
+    return m.head(x) + (x[:, :1] < 0.0) * left * right
+
+
+@pytest.mark.parametrize(
+    ("forward", "sizes"),
+    [
+        *itertools.product([_by_sample, _gated], [(8,), (4, 4), (5, 3)]),
+        (_by_batch, (4, 4)),
+    ],
+)
+def test_samples_after_the_first_take_another_way(
+    forward: Any, sizes: tuple[int, ...]
+) -> None:
+    members: dict[Any, dict[str, Any]] = {
+        _by_sample: {n: nn.Linear(2, 2) for n in ("first", "second", "third")},
+        _by_batch: {"v": parameter(2, 2), "w": parameter(2, 2)},
+        _gated: {"layer": nn.Linear(2, 2), "head": nn.Linear(2, 2)},
+    }
+    net = Lambda(forward, **members[forward]).double()
+    if forward is _by_sample:
+        with torch.no_grad():
+            net.first.weight.copy_(torch.eye(2))
+            net.first.bias.zero_()
+    first = torch.rand(4, 2, dtype=torch.float64) + 0.1
+    X, y = torch.cat([first, -first]), torch.randn(8, 2, dtype=torch.float64)
+    cut = Problem(net, nn.MSELoss(), (X, y)).rebatched(*sizes)
+    truth = dense_of(cut)
+    risk = vl.EmpiricalRisk(net, nn.MSELoss(), cut.data)
+    assert close(vl.PerSampleGradients(risk).to_dense(), truth.U)
+    V = vl.GGNFactor(risk).to_dense()
+    assert close(V @ V.T, truth.G)
+    assert close(vl.GGN(risk).diagonal(), truth.G.diagonal())
+    assert close(
+        (vl.Jacobian(risk) @ vl.Jacobian(risk).T).to_dense(), truth.J @ truth.J.T
+    )

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import vivit_linop as vl
 from vivit_linop.curvature.jacobian import Pullback
 from vivit_linop.operators.lowrank import Damped, Gram, LowRank, Woodbury
+from vivit_linop.risk import linearization
 from vivit_linop.risk.linearization import Linearization
 from vivit_linop.testing import check_operator
 
@@ -850,3 +851,74 @@ def test_pullback_is_shared() -> None:
     assert J.T is J.T and isinstance(J.T, Pullback) and J.T.T is J
     V = vl.GGNFactor(risk("mlp_ce_mean"))
     assert V.T.T is V and vl.GGN(risk("mlp_ce_mean")).T.shape == (43, 43)
+
+
+@pytest.mark.parametrize("name", ["mlp_ce_mean", "uneven_batches"])
+def test_cross_gram_matrices_in_parts(name: str) -> None:
+    # Whatever fits into memory, each pair of samples counts once.
+    (model, loss, data, params), keywords = problem(name).arguments()
+    truth = dense(name)
+    for memory in range(500, 12_000, 250):
+        of = vl.EmpiricalRisk(model, loss, data, params, memory=memory, **keywords)
+        J, U = vl.Jacobian(of), vl.PerSampleGradients(of)
+        for op, expected in (
+            (J @ U, truth.J @ truth.U),
+            (U.T @ J.T, truth.U.T @ truth.J.T),
+        ):
+            assert (op.to_dense() - expected).norm() <= 1e-12 * expected.norm(), memory
+
+
+class _WrongTwice(torch.autograd.Function):
+    """x², with a backward pass whose derivative is wrong."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x**2
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return _Wrong.apply(x, gradient)
+
+
+class _Wrong(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gradient: Tensor) -> Tensor:
+        ctx.save_for_backward(x, gradient)
+        return 2.0 * x * gradient
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor, Tensor]:
+        x, gradient = ctx.saved_tensors
+        return 7.0 * gradient * cotangent * x, 3.0 * x * cotangent
+
+
+def test_wrong_derivatives_are_refused_each_time() -> None:
+    net = cases.Lambda(
+        lambda m, x: m.second(_WrongTwice.apply(m.first(x))),
+        first=nn.Linear(3, 4),
+        second=nn.Linear(4, 2),
+    ).double()
+    X, y = torch.randn(5, 3).double(), torch.randn(5, 2).double()
+    of = vl.EmpiricalRisk(net, nn.MSELoss(), (X, y))
+    for op in (vl.Hessian(of), vl.Jacobian(of)):
+        for _ in range(2):
+            with pytest.raises(ValueError, match="derivative"):
+                op @ torch.ones(of.num_params)
+
+
+def test_a_trace_that_is_interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments, keywords = problem("mlp_ce_mean").arguments()
+    of, truth = vl.EmpiricalRisk(*arguments, **keywords), dense("mlp_ce_mean")
+    J, unit = vl.Jacobian(of), torch.eye(truth.J.shape[0], dtype=torch.float64)
+
+    def interrupted(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(linearization, "tangent_map", lambda *_: interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            J @ torch.ones(of.num_params)
+    assert (J.T @ unit - truth.J.T).norm() <= 1e-12 * truth.J.norm()
+    assert (J @ J.T @ unit - truth.J @ truth.J.T).norm() <= 1e-12 * truth.J.norm() ** 2

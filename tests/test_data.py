@@ -599,3 +599,39 @@ def test_other_errors_are_not_explained_away() -> None:
     broken["on"] = True
     with pytest.raises(RuntimeError, match="shapes do not match"):
         risk.gradient()
+
+
+@pytest.mark.parametrize("kind", ["G", "V", "V.T", "J", "J.T", "H"])
+def test_data_that_change_after_a_product(kind: str) -> None:
+    # What is kept for further products is not the memory of the user.
+    net, loss, (X, y) = toy()
+    data = X.clone(), y.clone()
+    risk = vl.EmpiricalRisk(net, loss, data)
+    J, V = vl.Jacobian(risk), vl.GGNFactor(risk)
+    operators = {"G": vl.GGN(risk), "V": V, "V.T": V.T, "J": J, "J.T": J.T}
+    op = operators.get(kind, vl.Hessian(risk))
+    x = random_vector(op.shape[1])
+    before = op @ x
+    data[0].numpy()[:] *= 3.0  # a change that torch does not see
+    data[1].zero_()
+    assert torch.equal(op @ x, before)
+
+
+@pytest.mark.parametrize("memory", [0, None])
+def test_batches_that_vanish(memory: int | None) -> None:
+    net, loss, (X, y) = toy()
+    data = [(X[:2], y[:2]), (X[2:], y[2:])]
+    risk = vl.EmpiricalRisk(net, loss, data, memory=memory)
+    D = risk.num_params
+    data.pop()
+    uses: list[Callable[[], Any]] = [
+        risk.gradient,
+        lambda: vl.Jacobian(risk) @ random_vector(D),
+        lambda: vl.GGN(risk) @ random_vector(D),
+        lambda: vl.Hessian(risk) @ random_vector(D),
+        lambda: vl.GGN(risk).eigvalsh(),
+        lambda: vl.EmpiricalFisher(risk).trace(),
+    ]
+    for use in uses:
+        with pytest.raises(ValueError, match="1 batches, when the risk was built"):
+            use()

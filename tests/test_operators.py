@@ -8,6 +8,7 @@ import pytest
 import scipy
 import torch
 from operator_market import MARKET, build
+from torch.autograd import forward_ad
 
 import vivit_linop as vl
 
@@ -191,3 +192,23 @@ def test_tensors_of_other_precisions(dtype):
 def test_repr():
     op, _ = build("low_rank_tall", torch.float32, "cpu")
     assert repr(op) == "<6x6 LowRank, torch.float32, cpu>"
+
+
+@pytest.mark.parametrize("name", ["dense_tall", "low_rank_tall"])
+def test_derivatives_through_a_product(name):
+    op, dense = build(name, torch.float64, "cpu")
+    x, t = torch.randn(2, op.shape[1], dtype=torch.float64)
+
+    def length(x):
+        return (op @ x).square().sum()
+
+    image, tangent = torch.func.jvp(lambda x: op @ x, (x,), (t,))
+    torch.testing.assert_close((image, tangent), (dense @ x, dense @ t))
+    with forward_ad.dual_level():
+        dual = forward_ad.unpack_dual(op @ forward_ad.make_dual(x, t))
+        torch.testing.assert_close(dual.tangent, dense @ t)
+    slope = 2 * dense.T @ (dense @ x)
+    torch.testing.assert_close(torch.func.grad(length)(x), slope)
+    torch.testing.assert_close(torch.func.jacrev(lambda x: op @ x)(x), dense)
+    torch.testing.assert_close(torch.func.jacfwd(lambda x: op @ x)(x), dense)
+    torch.testing.assert_close(torch.func.hessian(length)(x), 2 * dense.T @ dense)

@@ -960,3 +960,86 @@ def test_a_model_that_changes_from_call_to_call() -> None:
     ):
         with pytest.raises(ValueError):
             use(vl.EmpiricalRisk(net, loss, data))
+
+
+@pytest.mark.parametrize("name", ["weight", "pos_weight"])
+def test_weights_of_a_loss_are_copied(name: str) -> None:
+    net, _, (X, y) = toy()
+    weight = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)
+    loss: nn.Module = nn.CrossEntropyLoss(weight=weight)
+    if name == "pos_weight":
+        loss, y = (
+            nn.BCEWithLogitsLoss(pos_weight=weight),
+            torch.rand(len(X), 3).double(),
+        )
+    risk = vl.EmpiricalRisk(net, loss, (X, y))
+    value, gradient, diagonal = risk.value(), risk.gradient(), vl.GGN(risk).diagonal()
+    weight.mul_(torch.tensor([5.0, 1.0, 1.0]))
+    assert torch.equal(risk.gradient(), gradient)
+    assert torch.equal(vl.GGN(risk).diagonal(), diagonal)
+    assert torch.equal(risk.value_and_gradient()[0], value)
+
+
+def test_a_layer_whose_input_is_overwritten() -> None:
+    # As without hooks, a backward pass that would use the new values is an error.
+    def forward(m: Any, x: Tensor) -> Tensor:
+        x = x.clone()
+        h = m.first(x)
+        x.add_(1.0)
+        return m.second(h.tanh()) + x[:, :1]
+
+    _, loss, data = toy()
+    net = Lambda(forward, first=nn.Linear(4, 3), second=nn.Linear(3, 3)).double()
+    for use in (
+        lambda r: r.gradient(),
+        lambda r: vl.Jacobian(r) @ random_vector(27),
+        lambda r: vl.Jacobian(r).T @ random_vector(r.num_samples * 3),
+        lambda r: vl.GGN(r) @ random_vector(27),
+    ):
+        with pytest.raises(RuntimeError, match=r"in ?place"):
+            use(vl.EmpiricalRisk(net, loss, data))
+
+
+def _of_a_guest(risk: vl.EmpiricalRisk) -> dict[str, Tensor]:
+    """What no mode of the caller may change."""
+    D = risk.num_params
+    G, U, x = vl.GGN(risk), vl.PerSampleGradients(risk), torch.ones(D)
+    pairs = G.eigh(k=2)
+    return {
+        "G x": vl.GGN(risk) @ x,
+        "V z": G.factor @ torch.ones(G.factor.shape[1]),
+        "J.T u": vl.Jacobian(risk).T @ torch.ones(risk.num_samples * risk.num_outputs),
+        "H x": vl.Hessian(risk) @ x,
+        "S": vl.LossHessian(risk).sqrt().to_dense(),
+        "K": G.gram.to_dense(),
+        "projector": vl.projector(pairs).to_dense(),
+        "diagonal": G.diagonal(),
+        "diagonals of samples": G.sample_diagonals(),
+        "inverse": (G + 0.1 * vl.Identity(D)).inv() @ x,
+        "norms": U.squared_norms(),
+        "norms of blocks": U.squared_norms("parameter"),
+        "variance": U.variance(),
+        "curvatures": vl.directional_derivatives(risk, pairs)[1],
+        "step": vl.damped_newton_step(risk, pairs, 0.1),
+        "dense": vl.Dense(torch.linspace(0, 1, D * D).view(D, D)) @ x,
+        "gradient": risk.gradient(),
+    }
+
+
+@pytest.mark.parametrize("name", ["autocast", "inference"])
+def test_modes_of_the_caller_change_nothing(name: str) -> None:
+    modes = {
+        "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+        "inference": torch.inference_mode,
+    }
+    net, loss, (X, y) = toy()
+    arguments = copy.deepcopy(net).float(), loss, (X.float(), y)
+    expected = _of_a_guest(vl.EmpiricalRisk(*arguments))
+    with modes[name]():
+        results = _of_a_guest(vl.EmpiricalRisk(*arguments))
+        kept = torch.is_autocast_enabled("cpu"), torch.is_inference_mode_enabled()
+    assert kept == (name == "autocast", name == "inference")
+    for key, want in expected.items():
+        torch.testing.assert_close(
+            results[key], want, rtol=1e-5, atol=1e-6, msg=lambda m, k=key: f"{k}: {m}"
+        )

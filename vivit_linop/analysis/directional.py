@@ -9,10 +9,11 @@ from vivit_linop.curvature.fisher import PerSampleGradients
 from vivit_linop.curvature.ggn import GGNFactor
 from vivit_linop.curvature.jacobian import Pullback
 from vivit_linop.linalg.eigenpairs import Eigenpairs, GramEigenpairs
+from vivit_linop.modes import ordinary_mode
 from vivit_linop.risk.empirical import EmpiricalRisk
 
 
-@torch.inference_mode(mode=False)
+@ordinary_mode()
 def directional_derivatives(
     risk: EmpiricalRisk,
     directions: Eigenpairs | Tensor,

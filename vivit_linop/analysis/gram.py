@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
+from vivit_linop.modes import ordinary_mode
 from vivit_linop.operators.base import TorchLinearOperator
 from vivit_linop.operators.lowrank import LowRank
 
 
-@torch.inference_mode(mode=False)
+@ordinary_mode()
 def centered_gram(columns: TorchLinearOperator) -> Tensor:
     """Return the Gram matrix of the columns minus their mean, ``[N, N]``.
 

@@ -14,13 +14,14 @@ from vivit_linop.analysis.directional import (
 )
 from vivit_linop.curvature.ggn import GGNFactor
 from vivit_linop.linalg.eigenpairs import Eigenpairs, GramEigenpairs
+from vivit_linop.modes import ordinary_mode
 from vivit_linop.operators.base import TorchLinearOperator
 from vivit_linop.risk.empirical import EmpiricalRisk
 
 Damping = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
-@torch.inference_mode(mode=False)
+@ordinary_mode()
 def damped_newton_step(
     risk: EmpiricalRisk,
     directions: Eigenpairs | Tensor,
@@ -117,7 +118,9 @@ def evaluated_damping(
             "returned, not a tensor."
         )
     evals = directions.eigenvalues
-    result = torch.as_tensor(damping(evals, gram_evecs(), gammas, lambdas))
+    # The function may write into what it is given.
+    given = evals.clone(), gram_evecs().clone(), gammas.clone(), lambdas.clone()
+    result = torch.as_tensor(damping(*given))
     if result.is_complex():
         raise TypeError(f"damping: must be real, the function returned {result.dtype}.")
     result = result.to(evals)

@@ -6,12 +6,13 @@ import torch
 from torch import Tensor
 
 from vivit_linop.linalg.eigenpairs import Eigenpairs
+from vivit_linop.modes import ordinary_mode
 from vivit_linop.operators.base import TorchLinearOperator
 from vivit_linop.operators.lowrank import LowRank
 from vivit_linop.operators.structure import Dense, Identity
 
 
-@torch.inference_mode(mode=False)
+@ordinary_mode()
 def projector(
     directions: Eigenpairs | Tensor, complement: bool = False
 ) -> TorchLinearOperator:

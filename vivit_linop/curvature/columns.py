@@ -277,7 +277,11 @@ def _one_by_one(
             gradients: Sequence[Tensor | None] = [None] * len(params)
             if output.requires_grad:  # a sample may take a way without them
                 gradients = torch.autograd.grad(
-                    output, params.values(), w, retain_graph=True, allow_unused=True
+                    output,
+                    list(params.values()),
+                    w,
+                    retain_graph=True,
+                    allow_unused=True,
                 )
             for (name, p), g in zip(
                 params.items(), map(strided, gradients), strict=True

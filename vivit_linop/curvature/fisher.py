@@ -16,6 +16,7 @@ from vivit_linop.curvature.ggn import GGNFactor
 from vivit_linop.curvature.jacobian import Jacobian, Pullback
 from vivit_linop.curvature.output_space import LossGradient
 from vivit_linop.curvature.sums import ColumnNorms, sum_columns
+from vivit_linop.modes import ordinary_mode
 from vivit_linop.operators.base import TorchLinearOperator
 from vivit_linop.operators.kronecker import BlockDiagonal
 from vivit_linop.operators.lowrank import Centered, LowRank
@@ -86,12 +87,12 @@ class PerSampleGradients(Pullback):
             >>> U.squared_norms("parameter").shape
             torch.Size([4, 2])
         """
-        if blocks is None:
-            return row_norms_squared(self.T)
-        total = ColumnNorms(self, parameter_groups(self.risk, blocks))
-        with torch.inference_mode(False):
+        with ordinary_mode():
+            if blocks is None:
+                return row_norms_squared(self.T)
+            total = ColumnNorms(self, parameter_groups(self.risk, blocks))
             sum_columns(self, [total])
-        return total.norms
+            return total.norms
 
     def second_moment(self) -> Tensor:
         """Return (1/N) Σ_n (∇ℓ_n)², entry by entry and without r, ``[D]``.
@@ -108,7 +109,7 @@ class PerSampleGradients(Pullback):
             >>> torch.allclose(U.second_moment(), U.to_dense().square().mean(1))
             True
         """
-        with torch.inference_mode(False):
+        with ordinary_mode():
             return row_norms_squared(self) / self.shape[1]
 
     def variance(self) -> Tensor:
@@ -129,7 +130,7 @@ class PerSampleGradients(Pullback):
             >>> weight.shape
             torch.Size([1, 3])
         """
-        with torch.inference_mode(False):
+        with ordinary_mode():
             return row_norms_squared(self.centered()) / self.shape[1]
 
     def centered(self) -> Centered:

@@ -11,6 +11,7 @@ from vivit_linop.curvature.blocks import ParameterBlocks, block_diagonal
 from vivit_linop.curvature.jacobian import Jacobian, Pullback
 from vivit_linop.curvature.output_space import LossHessian, LossHessianSqrt
 from vivit_linop.curvature.sums import SampleRowNorms, sum_columns
+from vivit_linop.modes import ordinary_mode
 from vivit_linop.operators.kronecker import BlockDiagonal
 from vivit_linop.operators.lowrank import LowRank
 from vivit_linop.risk.empirical import EmpiricalRisk, as_risk
@@ -146,10 +147,10 @@ class GGN(LowRank):
             >>> torch.allclose(G.sample_diagonals().mean(0), G.diagonal())
             True
         """
-        total = SampleRowNorms(self.factor)
-        with torch.inference_mode(False):
+        with ordinary_mode():
+            total = SampleRowNorms(self.factor)
             sum_columns(self.factor, [total])
-        return total.norms.mul_(self.scale / self.risk.reduction_factor)
+            return total.norms.mul_(self.scale / self.risk.reduction_factor)
 
     def block_diagonal(self, blocks: ParameterBlocks) -> BlockDiagonal:
         """Return the block-diagonal of G over blocks of parameters.

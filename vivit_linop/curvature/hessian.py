@@ -18,6 +18,7 @@ from vivit_linop.curvature.blocks import ParameterBlocks, parameter_groups
 from vivit_linop.curvature.columns import memory_budget
 from vivit_linop.curvature.output_space import LossGradient, LossHessian
 from vivit_linop.interop import backpack_diagonal_hessian, backpack_positive_curvature
+from vivit_linop.modes import ordinary_mode
 from vivit_linop.operators.base import TorchLinearOperator
 from vivit_linop.operators.kronecker import BlockDiagonal
 from vivit_linop.operators.verbs import diagonal
@@ -265,7 +266,7 @@ cpu>]
         recursion = self._recursion(route, by_sample=False)
         if recursion is not None:
             return recursion
-        with torch.inference_mode(False):
+        with ordinary_mode():
             return diagonal.dispatch(TorchLinearOperator)(self)
 
     def sample_diagonals(self, route: str | None = None) -> Tensor:
@@ -294,7 +295,7 @@ cpu>]
         recursion = self._recursion(route, by_sample=True)
         if recursion is not None:
             return recursion / self.risk.reduction_factor
-        with torch.inference_mode(False):
+        with ordinary_mode():
             return self._sample_diagonals()
 
     def explain_diagonal(self) -> DiagonalCost:

@@ -13,6 +13,7 @@ import scipy.linalg
 import torch
 from torch import Tensor
 
+from vivit_linop.modes import ordinary_mode
 from vivit_linop.operators import verbs
 from vivit_linop.operators.base import TorchLinearOperator
 from vivit_linop.operators.lowrank import LowRank
@@ -56,7 +57,7 @@ class Eigenpairs:
         """Orthonormal columns ``[n, K]``, formed when first asked for and kept."""
         if isinstance(self._eigenvectors, Tensor):
             return self._eigenvectors
-        with torch.inference_mode(False):
+        with ordinary_mode():
             return self._eigenvectors()
 
     def __iter__(self) -> Iterator[Tensor]:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from vivit_linop.interop import curvlinops_diagonals
+from vivit_linop.modes import ordinary_mode
 from vivit_linop.operators.base import TorchLinearOperator
 
 
@@ -23,7 +24,7 @@ class DiagonalEstimate(NamedTuple):
     standard_error: Tensor
 
 
-@torch.inference_mode(mode=False)
+@ordinary_mode()
 def estimate_diagonal(
     op: TorchLinearOperator, num_products: int, seed: int | None = None
 ) -> DiagonalEstimate:

@@ -18,7 +18,9 @@ import torch
 from scipy.sparse import issparse
 from scipy.sparse.linalg import LinearOperator
 from torch import Tensor
+from torch.autograd import forward_ad
 
+from vivit_linop.modes import ordinary_mode
 from vivit_linop.operators import verbs
 
 if TYPE_CHECKING:
@@ -137,7 +139,7 @@ class TorchLinearOperator(LinearOperator):
         """
         # Also where the caller is in inference mode: what is kept between products
         # must be ordinary tensors.
-        with torch.inference_mode(False), torch.no_grad():
+        with ordinary_mode(), torch.no_grad():
             X = X.to(self._own_device or X.device, self._own_dtype or X.dtype)
             if X.is_inference():
                 X = X.clone()
@@ -156,7 +158,8 @@ class TorchLinearOperator(LinearOperator):
                 f"{list(x.shape)}."
             )
         X = x.reshape(x.shape[0], -1) if x.ndim == 2 else x.unsqueeze(1)
-        if X.requires_grad and torch.is_grad_enabled():
+        # Without derivatives to carry, the node would only take time.
+        if (X.requires_grad and torch.is_grad_enabled()) or _has_tangent(X):
             result: Tensor = _LinearMap.apply(X, self)
         else:
             result = self.apply(X.detach())
@@ -320,36 +323,36 @@ class TorchLinearOperator(LinearOperator):
 
     # The verbs, as methods --------------------------------------------------------
 
-    @torch.inference_mode(mode=False)
+    @ordinary_mode()
     def to_dense(self) -> Tensor:
         """Return the matrix as a torch tensor; costs as many products as columns."""
         return self._own(verbs.to_dense(self))
 
-    @torch.inference_mode(mode=False)
+    @ordinary_mode()
     def diagonal(self) -> Tensor:
         """Return the diagonal of a square operator, ``[n]``."""
         self._check_square("diagonal")
         return self._own(verbs.diagonal(self))
 
-    @torch.inference_mode(mode=False)
+    @ordinary_mode()
     def trace(self) -> Tensor:
         """Return the trace of a square operator, a scalar tensor."""
         self._check_square("trace")
         return self._own(verbs.trace(self))
 
-    @torch.inference_mode(mode=False)
+    @ordinary_mode()
     def inv(self) -> TorchLinearOperator:
         """Return the inverse as an operator."""
         self._check_square("inv")
         return verbs.inv(self)
 
-    @torch.inference_mode(mode=False)
+    @ordinary_mode()
     def solve(self, b: Tensor | np.ndarray) -> Any:
         """Return ``x`` with ``self @ x = b``, for a vector or columns ``b``."""
         self._check_square("solve")
         return verbs.inv(self) @ b
 
-    @torch.inference_mode(mode=False)
+    @ordinary_mode()
     def sqrt(self) -> TorchLinearOperator:
         """Return R with ``self = R @ R.T``; ``R @ noise`` samples from N(0, self).
 
@@ -359,19 +362,19 @@ class TorchLinearOperator(LinearOperator):
         self._check_square("sqrt")
         return verbs.sqrt(self)
 
-    @torch.inference_mode(mode=False)
+    @ordinary_mode()
     def logdet(self) -> Tensor:
         """Return the logarithm of the absolute determinant, a scalar tensor."""
         self._check_square("logdet")
         return self._own(verbs.logdet(self))
 
-    @torch.inference_mode(mode=False)
+    @ordinary_mode()
     def eigvalsh(self) -> Tensor:
         """Return the eigenvalues of a self-adjoint operator, ascending."""
         self._check_self_adjoint("eigvalsh")
         return self._own(verbs.eigvalsh(self))
 
-    @torch.inference_mode(mode=False)
+    @ordinary_mode()
     def eigh(
         self,
         k: int | None = None,
@@ -432,17 +435,46 @@ class TorchLinearOperator(LinearOperator):
 
 
 class _LinearMap(torch.autograd.Function):
-    """A product as a node of autograd: the derivative of A x along u is Aᵀ u."""
+    """A product as a node of autograd: linear, with the adjoint for its gradients.
+
+    With rules for forward mode and ``torch.func``, which would else be cut off.
+    """
 
     @staticmethod
-    def forward(ctx: Any, X: Tensor, operator: TorchLinearOperator) -> Tensor:
-        ctx.operator, ctx.like = operator, X
-        return operator.apply(X)
+    def forward(X: Tensor, operator: TorchLinearOperator) -> Tensor:
+        return operator.apply(X.detach())
+
+    @staticmethod
+    def setup_context(
+        ctx: Any, inputs: tuple[Tensor, TorchLinearOperator], output: Tensor
+    ) -> None:
+        X, ctx.operator = inputs
+        ctx.place = X.device, X.dtype
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         (gradient,) = gradients
-        return ctx.operator.T._product(gradient).to(ctx.like), None
+        return ctx.operator.T._product(gradient).to(*ctx.place), None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Tensor:
+        return ctx.operator._product(tangents[0])
+
+    @staticmethod
+    def vmap(
+        info: Any, in_dims: Any, X: Tensor, operator: TorchLinearOperator
+    ) -> tuple[Tensor, int]:
+        columns = X.movedim(in_dims[0], 1)
+        product = operator._product(columns.flatten(1))
+        return product.unflatten(1, columns.shape[1:]), 1
+
+
+def _has_tangent(X: Tensor) -> bool:
+    """Whether forward-mode differentiation goes through a tensor."""
+    try:
+        return forward_ad.unpack_dual(X).tangent is not None
+    except RuntimeError:  # vmap does not tell
+        return True
 
 
 def is_scalar(x: Any) -> bool:

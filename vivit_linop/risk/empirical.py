@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from vivit_linop.modes import ordinary_mode
 from vivit_linop.risk import fingerprint
 from vivit_linop.risk.data import (
     Batch,
@@ -150,7 +151,7 @@ class EmpiricalRisk:
             memory,
         )
 
-    @torch.inference_mode(mode=False)
+    @ordinary_mode()
     def _setup(
         self,
         model: FunctionalModel,
