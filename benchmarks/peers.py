@@ -143,19 +143,30 @@ def vivit_run(problem: Problem, computation: str, **group: Any) -> Callable[[], 
     import vivit
 
     check_memory(problem, computation)
+    run = computation_run(getattr(vivit, computation), problem, **group)
+    return symeig_put_back()(run)
+
+
+def computation_run(kind: type, problem: Problem, **group: Any) -> Callable[[], Any]:
+    """Return a function that runs one of ViViT's computations, or of the drop-in's.
+
+    Args:
+        kind: The class.
+        problem: The problem.
+        group: What the group of all parameters needs beside ``params``.
+    """
     model, loss = extended(problem)
     params = list(model.parameters())
 
     def run() -> Any:
-        computed = getattr(vivit, computation)()
+        computed = kind()
         groups = [{"params": params, **group}]
         if hasattr(computed, "get_extensions"):
             extensions = computed.get_extensions()
         else:
             extensions = [computed.get_extension()]
         hook = computed.get_extension_hook(groups)
-        with symeig_put_back():
-            backward(model, loss, problem, extensions, hook)
+        backward(model, loss, problem, extensions, hook)
         return computed.get_result(groups[0])
 
     return run

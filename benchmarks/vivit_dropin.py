@@ -18,21 +18,7 @@ from benchmarks.spectra import leading, top
 
 
 def dropin_run(problem: Problem, computation: str, **group: Any) -> Run:
-    model, loss = peers.extended(problem)
-    params = list(model.parameters())
-
-    def run() -> Any:
-        computed = getattr(dropin, computation)()
-        groups = [{"params": params, **group}]
-        if hasattr(computed, "get_extensions"):
-            extensions = computed.get_extensions()
-        else:
-            extensions = [computed.get_extension()]
-        hook = computed.get_extension_hook(groups)
-        peers.backward(model, loss, problem, extensions, hook)
-        return computed.get_result(groups[0])
-
-    return run
+    return peers.computation_run(getattr(dropin, computation), problem, **group)
 
 
 def _damping(evals: Tensor, *_: Tensor) -> Tensor:

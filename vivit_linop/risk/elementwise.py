@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from vivit_linop.risk.losses import OutputLoss, check_same_shape
+from vivit_linop.risk.losses import OutputLoss, check_same_shape, copied_weight
 
 
 class ElementwiseLoss(OutputLoss):
@@ -44,6 +44,134 @@ class ElementwiseLoss(OutputLoss):
     def sqrt(self, output: Tensor, target: Tensor) -> Tensor:
         """The roots of the curvatures."""
         return self.channels(self.curvature(output, target)).sqrt().unsqueeze(2)
+
+
+class SquaredError(ElementwiseLoss):
+    """``nn.MSELoss``: ℓ = Σ_c (f_c − y_c)², Hessian 2 I."""
+
+    name = "MSELoss"
+
+    def total(self, output: Tensor, target: Tensor) -> Tensor:
+        """Sum the squares."""
+        return (output - target).square().sum()
+
+    def slope(self, output: Tensor, target: Tensor) -> Tensor:
+        """2 (f − y)."""
+        return 2.0 * (output - target)
+
+    def curvature(self, output: Tensor, target: Tensor) -> Tensor:
+        """2."""
+        return torch.full_like(output, 2.0)
+
+    def hessian_product(self, output: Tensor, target: Tensor, X: Tensor) -> Tensor:
+        """2 X."""
+        return 2.0 * X
+
+    def sample(
+        self,
+        output: Tensor,
+        target: Tensor,
+        mc_samples: int,
+        generator: torch.Generator | None,
+    ) -> Tensor:
+        """2 (f − ỹ) for ỹ ~ N(f, I/2)."""
+        size = (len(output), output[0].numel(), mc_samples, 1)
+        noise = torch.randn(
+            size, generator=generator, dtype=output.dtype, device=output.device
+        )
+        return noise * (2.0 / mc_samples) ** 0.5
+
+
+class BinaryCrossEntropy(ElementwiseLoss):
+    """``nn.BCEWithLogitsLoss``: ℓ = −Σ w (q y log σ + (1 − y) log(1 − σ)).
+
+    Args:
+        reduction: ``"mean"`` or ``"sum"``.
+        loss_weight: w, broadcast over the outputs, or None for 1.
+        pos_weight: q, broadcast over the outputs, or None for 1.
+    """
+
+    name = "BCEWithLogitsLoss"
+
+    def __init__(
+        self,
+        reduction: str,
+        loss_weight: Tensor | None = None,
+        pos_weight: Tensor | None = None,
+    ) -> None:
+        super().__init__(reduction)
+        self.loss_weight = copied_weight(loss_weight)
+        self.pos_weight = copied_weight(pos_weight)
+        for name, value in (("weight", loss_weight), ("pos_weight", pos_weight)):
+            if value is not None and (value < 0).any():
+                raise ValueError(
+                    f"loss: {name} of BCEWithLogitsLoss has negative entries."
+                )
+
+    def check(self, output: Tensor, target: Tensor) -> None:
+        """Targets are probabilities in the shape of the outputs."""
+        super().check(output, target)
+        if (target < 0).any() or (target > 1).any():
+            raise ValueError("data: targets of BCEWithLogitsLoss must lie in [0, 1].")
+        for name, value in (
+            ("weight", self.loss_weight),
+            ("pos_weight", self.pos_weight),
+        ):
+            # Broadcast along the sample axis only: torch would accept a weight of a
+            # batch's samples, which has no meaning for another batch.
+            if value is not None and value.ndim >= output.ndim and len(value) != 1:
+                raise ValueError(
+                    f"loss: {name} of BCEWithLogitsLoss has shape {list(value.shape)}, "
+                    "which numbers samples; it must not have a sample axis."
+                )
+
+    def total(self, output: Tensor, target: Tensor) -> Tensor:
+        """Sum torch's own."""
+        return F.binary_cross_entropy_with_logits(
+            output,
+            target.to(output),
+            weight=_to(self.loss_weight, output),
+            pos_weight=_to(self.pos_weight, output),
+            reduction="sum",
+        )
+
+    def _coefficients(self, output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """Return a and b of ℓ = −a log σ − b log(1 − σ)."""
+        target = target.to(output)
+        ones = torch.ones_like(output)
+        w, q = _to(self.loss_weight, output), _to(self.pos_weight, output)
+        w = ones if w is None else w * ones
+        return w * (ones if q is None else q) * target, w * (1.0 - target)
+
+    def slope(self, output: Tensor, target: Tensor) -> Tensor:
+        """(a + b) σ − a."""
+        a, b = self._coefficients(output, target)
+        return b * output.sigmoid() - a * (-output).sigmoid()
+
+    def curvature(self, output: Tensor, target: Tensor) -> Tensor:
+        """(a + b) σ (1 − σ); both tails keep their digits."""
+        a, b = self._coefficients(output, target)
+        return (a + b) * output.sigmoid() * (-output).sigmoid()
+
+    def sample(
+        self,
+        output: Tensor,
+        target: Tensor,
+        mc_samples: int,
+        generator: torch.Generator | None,
+    ) -> Tensor:
+        """√(a + b) (σ − ỹ) for ỹ ~ Bernoulli(σ)."""
+        a, b = self._coefficients(output, target)
+        f = output.reshape(len(output), -1, 1)
+        uniform = torch.rand(
+            (*f.shape[:2], mc_samples),
+            generator=generator,
+            dtype=f.dtype,
+            device=f.device,
+        )
+        residual = f.sigmoid() - (uniform < f.sigmoid()).to(f)
+        mass = (a + b).reshape(len(output), -1, 1)
+        return ((mass / mc_samples).sqrt() * residual).unsqueeze(-1)
 
 
 class GaussianNLL(ElementwiseLoss):
@@ -218,35 +346,36 @@ class Huber(ElementwiseLoss):
         return ((output - target).abs() < self.delta).to(output)
 
 
-class SmoothL1(ElementwiseLoss):
-    """``nn.SmoothL1Loss``: (f − y)²/(2β) up to |f − y| = β, |f − y| − ½ β beyond.
+class SmoothL1(Huber):
+    """``nn.SmoothL1Loss``: that of Huber with δ = β, over β.
+
+    (f − y)²/(2β) up to |f − y| = β, |f − y| − ½ β beyond.
 
     Args:
         reduction: ``"mean"`` or ``"sum"``.
-        beta: β; 0 for the absolute error, which has no curvature.
+        delta: β; 0 for the absolute error, which has no curvature.
     """
 
     name = "SmoothL1Loss"
 
-    def __init__(self, reduction: str, beta: float = 1.0) -> None:
-        super().__init__(reduction)
-        self.beta = beta
-
     def total(self, output: Tensor, target: Tensor) -> Tensor:
         """Sum torch's own."""
         return F.smooth_l1_loss(
-            output, target.to(output), reduction="sum", beta=self.beta
+            output, target.to(output), reduction="sum", beta=self.delta
         )
 
     def slope(self, output: Tensor, target: Tensor) -> Tensor:
         """The residual over β, clipped."""
-        residual = output - target
-        if self.beta == 0.0:
-            return residual.sign()
-        return (residual / self.beta).clamp(-1.0, 1.0)
+        if self.delta == 0.0:
+            return (output - target).sign()
+        return super().slope(output, target) / self.delta
 
     def curvature(self, output: Tensor, target: Tensor) -> Tensor:
         """1/β inside, 0 beyond."""
-        if self.beta == 0.0:
+        if self.delta == 0.0:
             return torch.zeros_like(output)
-        return ((output - target).abs() < self.beta).to(output) / self.beta
+        return super().curvature(output, target) / self.delta
+
+
+def _to(weight: Tensor | None, like: Tensor) -> Tensor | None:
+    return None if weight is None else weight.to(like)

@@ -6,14 +6,19 @@ from typing import Any
 
 from torch import nn
 
-from vivit_linop.risk.elementwise import GaussianNLL, Huber, PoissonNLL, SmoothL1
+from vivit_linop.risk.elementwise import (
+    BinaryCrossEntropy,
+    GaussianNLL,
+    Huber,
+    PoissonNLL,
+    SmoothL1,
+    SquaredError,
+)
 from vivit_linop.risk.losses import (
     AutogradLoss,
-    BinaryCrossEntropy,
     CrossEntropy,
     NegativeLogLikelihood,
     OutputLoss,
-    SquaredError,
 )
 
 

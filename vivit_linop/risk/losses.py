@@ -92,154 +92,6 @@ class OutputLoss(ABC):
         return False
 
 
-class SquaredError(OutputLoss):
-    """``nn.MSELoss``: ℓ = Σ_c (f_c − y_c)², Hessian 2 I."""
-
-    name = "MSELoss"
-
-    def check(self, output: Tensor, target: Tensor) -> None:
-        """Outputs and targets have one shape."""
-        check_same_shape(output, target, self.name)
-
-    def weight(self, output: Tensor, target: Tensor) -> Tensor:
-        """Count the entries."""
-        return output.new_tensor(output.numel())
-
-    def total(self, output: Tensor, target: Tensor) -> Tensor:
-        """Sum the squares."""
-        return (output - target).square().sum()
-
-    def gradient(self, output: Tensor, target: Tensor) -> Tensor:
-        """2 (f − y)."""
-        return self.channels(2.0 * (output - target))
-
-    def hessian_product(self, output: Tensor, target: Tensor, X: Tensor) -> Tensor:
-        """2 X."""
-        return 2.0 * X
-
-    def sqrt(self, output: Tensor, target: Tensor) -> Tensor:
-        """√2."""
-        f = self.channels(output)
-        return torch.full_like(f, 2.0**0.5).unsqueeze(2)
-
-    def sample(
-        self,
-        output: Tensor,
-        target: Tensor,
-        mc_samples: int,
-        generator: torch.Generator | None,
-    ) -> Tensor:
-        """2 (f − ỹ) for ỹ ~ N(f, I/2)."""
-        size = (len(output), output[0].numel(), mc_samples, 1)
-        noise = torch.randn(
-            size, generator=generator, dtype=output.dtype, device=output.device
-        )
-        return noise * (2.0 / mc_samples) ** 0.5
-
-
-class BinaryCrossEntropy(OutputLoss):
-    """``nn.BCEWithLogitsLoss``: ℓ = −Σ w (q y log σ + (1 − y) log(1 − σ)).
-
-    Args:
-        reduction: ``"mean"`` or ``"sum"``.
-        loss_weight: w, broadcast over the outputs, or None for 1.
-        pos_weight: q, broadcast over the outputs, or None for 1.
-    """
-
-    name = "BCEWithLogitsLoss"
-
-    def __init__(
-        self,
-        reduction: str,
-        loss_weight: Tensor | None = None,
-        pos_weight: Tensor | None = None,
-    ) -> None:
-        super().__init__(reduction)
-        self.loss_weight, self.pos_weight = _copy(loss_weight), _copy(pos_weight)
-        for name, value in (("weight", loss_weight), ("pos_weight", pos_weight)):
-            if value is not None and (value < 0).any():
-                raise ValueError(
-                    f"loss: {name} of BCEWithLogitsLoss has negative entries."
-                )
-
-    def check(self, output: Tensor, target: Tensor) -> None:
-        """Targets are probabilities in the shape of the outputs."""
-        check_same_shape(output, target, self.name)
-        if (target < 0).any() or (target > 1).any():
-            raise ValueError("data: targets of BCEWithLogitsLoss must lie in [0, 1].")
-        for name, value in (
-            ("weight", self.loss_weight),
-            ("pos_weight", self.pos_weight),
-        ):
-            # Broadcast along the sample axis only: torch would accept a weight of a
-            # batch's samples, which has no meaning for another batch.
-            if value is not None and value.ndim >= output.ndim and len(value) != 1:
-                raise ValueError(
-                    f"loss: {name} of BCEWithLogitsLoss has shape {list(value.shape)}, "
-                    "which numbers samples; it must not have a sample axis."
-                )
-
-    def weight(self, output: Tensor, target: Tensor) -> Tensor:
-        """Count the entries."""
-        return output.new_tensor(output.numel())
-
-    def total(self, output: Tensor, target: Tensor) -> Tensor:
-        """Sum torch's own."""
-        return F.binary_cross_entropy_with_logits(
-            output,
-            target.to(output),
-            weight=_to(self.loss_weight, output),
-            pos_weight=_to(self.pos_weight, output),
-            reduction="sum",
-        )
-
-    def _coefficients(self, output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        """Return a and b of ℓ = −a log σ − b log(1 − σ)."""
-        target = target.to(output)
-        ones = torch.ones_like(output)
-        w, q = _to(self.loss_weight, output), _to(self.pos_weight, output)
-        w = ones if w is None else w * ones
-        return w * (ones if q is None else q) * target, w * (1.0 - target)
-
-    def gradient(self, output: Tensor, target: Tensor) -> Tensor:
-        """(a + b) σ − a."""
-        a, b = self._coefficients(output, target)
-        return self.channels(b * output.sigmoid() - a * (-output).sigmoid())
-
-    def _curvature(self, output: Tensor, target: Tensor) -> Tensor:
-        """(a + b) σ (1 − σ), ``[n, 1, P]``; both tails keep their digits."""
-        a, b = self._coefficients(output, target)
-        return self.channels((a + b) * output.sigmoid() * (-output).sigmoid())
-
-    def hessian_product(self, output: Tensor, target: Tensor, X: Tensor) -> Tensor:
-        """(a + b) σ (1 − σ) X."""
-        return self._curvature(output, target).unsqueeze(-1) * X
-
-    def sqrt(self, output: Tensor, target: Tensor) -> Tensor:
-        """√((a + b) σ (1 − σ))."""
-        return self._curvature(output, target).sqrt().unsqueeze(2)
-
-    def sample(
-        self,
-        output: Tensor,
-        target: Tensor,
-        mc_samples: int,
-        generator: torch.Generator | None,
-    ) -> Tensor:
-        """√(a + b) (σ − ỹ) for ỹ ~ Bernoulli(σ)."""
-        a, b = self._coefficients(output, target)
-        f = output.reshape(len(output), -1, 1)
-        uniform = torch.rand(
-            (*f.shape[:2], mc_samples),
-            generator=generator,
-            dtype=f.dtype,
-            device=f.device,
-        )
-        residual = f.sigmoid() - (uniform < f.sigmoid()).to(f)
-        mass = (a + b).reshape(len(output), -1, 1)
-        return ((mass / mc_samples).sqrt() * residual).unsqueeze(-1)
-
-
 class CrossEntropy(OutputLoss):
     """``nn.CrossEntropyLoss`` with all its options.
 
@@ -264,7 +116,7 @@ class CrossEntropy(OutputLoss):
         label_smoothing: float = 0.0,
     ) -> None:
         super().__init__(reduction)
-        self.class_weight = _copy(class_weight)
+        self.class_weight = copied_weight(class_weight)
         self.ignore_index, self.label_smoothing = ignore_index, label_smoothing
         if class_weight is not None and (class_weight < 0).any():
             raise ValueError(f"loss: weight of {self.name} has negative entries.")
@@ -594,16 +446,12 @@ class AutogradLoss(OutputLoss):
         return roots.unsqueeze(-1)
 
 
-def _copy(weight: Tensor | None) -> Tensor | None:
+def copied_weight(weight: Tensor | None) -> Tensor | None:
     """The user's tensor may change, and a risk stays the same function."""
     if weight is None:
         return None
     with torch.inference_mode(False):
         return weight.detach().clone()
-
-
-def _to(weight: Tensor | None, like: Tensor) -> Tensor | None:
-    return None if weight is None else weight.to(like)
 
 
 def check_same_shape(output: Tensor, target: Tensor, name: str) -> None:

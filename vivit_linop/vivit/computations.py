@@ -492,21 +492,8 @@ class DirectionalDampedNewtonComputation(_DirectionalComputation):
     s = Σ_k −γ̄_k / (λ̄_k + δ_k) e_k, with γ̄ and λ̄ the means over the samples (for
     ``reduction="sum"``, N times these) of the directional derivatives.
 
-    Args:
-        subsampling_grad: The indices of the samples whose gradient the step is for;
-            all if None.
-        subsampling_ggn: The indices of the samples whose GGN gives directions and
-            curvatures; all if None.
-        mc_samples_ggn: 0 for the exact GGN, or the number of Monte-Carlo samples that
-            approximate the Hessian of the loss.
-        verbose: Whether to print what happens during the backward pass.
-        warn_small_eigvals: Warn if a chosen eigenvalue is smaller than this; 0 for
-            never.
-
-    Raises:
-        ValueError: If a list of samples is empty or repeats an index, or
-            ``mc_samples_ggn`` is negative. Indices out of range are found in the
-            backward pass.
+    Takes the arguments of :class:`DirectionalDerivativesComputation`, and raises its
+    errors; ``subsampling_grad`` are the samples whose gradient the step is for.
 
     Example:
         >>> import torch
