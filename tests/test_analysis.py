@@ -487,3 +487,14 @@ def test_a_damping_function_may_write() -> None:
     for _ in range(2):
         step = vl.damped_newton_step(risk, pairs, damping)
         torch.testing.assert_close(step, expected, rtol=1e-12, atol=0.0)
+
+
+def test_eigenvalues_that_are_written_to() -> None:
+    arguments, keywords = problem("mlp_ce_mean").arguments()
+    risk = vl.EmpiricalRisk(*arguments, **keywords)
+    expected = vl.directional_derivatives(risk, vl.GGN(risk).eigh(k=2))[1]
+    pairs = vl.GGN(risk).eigh(k=2)
+    pairs.eigenvalues.sqrt_()
+    lambdas = vl.directional_derivatives(risk, pairs)[1]
+    torch.testing.assert_close(lambdas, expected, rtol=1e-10, atol=1e-14)
+    assert (pairs.eigenvectors.norm(dim=0) - 1.0).abs().max() <= 1e-12

@@ -110,11 +110,14 @@ class GramEigenpairs(Eigenpairs):
         self.operator = operator
         self.gram_eigenvectors = gram_eigenvectors
         self._larger = larger
+        # Vectors are formed later, and the user may have written into the others.
+        self._values = eigenvalues.clone()
 
     @cached_property
     def coefficients(self) -> Tensor:
         """What V is multiplied by to give the eigenvectors, ``[R, K]``."""
-        return self.gram_eigenvectors * (self.operator.scale / self.eigenvalues).sqrt()
+        scale = self.operator.scale
+        return self.gram_eigenvectors * (scale / self._values).sqrt()
 
     def _form(self) -> Tensor:
         V = self.operator.factor
@@ -122,9 +125,9 @@ class GramEigenpairs(Eigenpairs):
         if self._larger is not None:
             others = self._larger.coefficients
             overlaps = others.T @ V.T.apply(vectors)
-            larger = self._larger.eigenvalues[:, None] > self.eigenvalues
+            larger = self._larger.eigenvalues[:, None] > self._values
             vectors -= V.apply(others @ (overlaps * larger))
-        return orthonormalised(vectors, self.eigenvalues)
+        return orthonormalised(vectors, self._values)
 
     def combine(self, weights: Tensor) -> Tensor:
         """Return ``E @ weights`` by one product with V."""
