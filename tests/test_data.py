@@ -599,3 +599,25 @@ def test_other_errors_are_not_explained_away() -> None:
     broken["on"] = True
     with pytest.raises(RuntimeError, match="shapes do not match"):
         risk.gradient()
+
+
+def test_pieces_are_not_smaller_than_worth_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without memory, data are not passed over once for each sample."""
+    monkeypatch.setattr("vivit_linop.curvature.columns._LEAST_BYTES", 2**20)
+    passes = []
+
+    class Counting(DataLoader):
+        def __iter__(self) -> Iterator[Any]:
+            passes.append(1)
+            return super().__iter__()
+
+    torch.manual_seed(0)
+    net, loader = mlp(6, 11, 3), Counting(Drawn(40, 6), batch_size=4)
+    risk = vl.EmpiricalRisk(net, nn.CrossEntropyLoss(), loader, memory=0)
+    V, U = vl.GGNFactor(risk), vl.PerSampleGradients(risk)
+    before = len(passes)
+    gram, cross = (V.T @ V).to_dense(), (U.T @ V).to_dense()
+    assert len(passes) - before <= 4  # two to find the structure
+    columns = V.to_dense()
+    torch.testing.assert_close(gram, columns.T @ columns)
+    torch.testing.assert_close(cross, U.to_dense().T @ columns)
