@@ -1039,7 +1039,7 @@ def test_losses_without_second_derivatives() -> None:
     """Refused where a Hessian is asked for; gradients of samples need none."""
     y = torch.tensor([[0, 1, -1], [2, -1, 0], [1, 0, -1]]).repeat(2, 1)
     risk = vl.EmpiricalRisk(net(), nn.MultiLabelMarginLoss(), (X, y))
-    for operator in (vl.GGN, vl.LossHessian):
+    for operator in (vl.GGN, vl.LossHessian, vl.Hessian):
         refused("loss", lambda op=operator: op(risk), says="second derivative")
     torch.testing.assert_close(
         vl.PerSampleGradients(risk).to_dense().mean(1), risk.gradient()

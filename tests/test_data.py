@@ -635,3 +635,25 @@ def test_batches_that_vanish(memory: int | None) -> None:
     for use in uses:
         with pytest.raises(ValueError, match="1 batches, when the risk was built"):
             use()
+
+
+def test_pieces_are_not_smaller_than_worth_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without memory, data are not passed over once for each sample."""
+    monkeypatch.setattr("vivit_linop.curvature.columns._LEAST_BYTES", 2**20)
+    passes = []
+
+    class Counting(DataLoader):
+        def __iter__(self) -> Iterator[Any]:
+            passes.append(1)
+            return super().__iter__()
+
+    torch.manual_seed(0)
+    net, loader = mlp(6, 11, 3), Counting(Drawn(40, 6), batch_size=4)
+    risk = vl.EmpiricalRisk(net, nn.CrossEntropyLoss(), loader, memory=0)
+    V, U = vl.GGNFactor(risk), vl.PerSampleGradients(risk)
+    before = len(passes)
+    gram, cross = (V.T @ V).to_dense(), (U.T @ V).to_dense()
+    assert len(passes) - before <= 4  # two to find the structure
+    columns = V.to_dense()
+    torch.testing.assert_close(gram, columns.T @ columns)
+    torch.testing.assert_close(cross, U.to_dense().T @ columns)

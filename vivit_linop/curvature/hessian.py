@@ -64,6 +64,7 @@ class Hessian(TorchLinearOperator):
         params: Any | None = None,
     ) -> None:
         self.risk = as_risk(risk, loss, data, params)
+        self.risk.loss.check_curvature(self.risk.outputs[0], self.risk.targets()[0])
         D = self.risk.num_params
         super().__init__((D, D), self.risk.dtype, self.risk.device)
         self._kept: list[Tensor] | None = None

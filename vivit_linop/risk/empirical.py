@@ -66,9 +66,10 @@ class EmpiricalRisk:
             log-probabilities (with the Hessian of the cross-entropy),
             ``nn.BCEWithLogitsLoss``, ``nn.GaussianNLLLoss`` with targets
             ``torch.stack([y, variance], dim=-1)``, ``nn.PoissonNLLLoss``,
-            ``nn.HuberLoss``, ``nn.SmoothL1Loss`` (closed-form Hessians, all options),
-            or any callable ``(output, target) -> scalar`` that is a mean or sum over
-            samples (Hessians by autograd). Classes are axis 1, as in torch.
+            ``nn.HuberLoss``, ``nn.SmoothL1Loss``, ``nn.KLDivLoss`` of log-probabilities
+            (closed-form Hessians, all options), or any callable
+            ``(output, target) -> scalar`` that is a mean or sum over samples (Hessians
+            by autograd). Classes are axis 1, as in torch.
         data: One pair ``(X, y)``, or a re-iterable of them such as a ``DataLoader``
             without shuffling. X may be a tensor, a tuple or a mapping. For a model on
             a GPU let the loader pin its batches (``pin_memory=True``): they are copied
@@ -84,8 +85,9 @@ class EmpiricalRisk:
         memory: The bytes that kept linearisations of the net may take; those of
             batches beyond it are made anew for each product. By default a quarter of
             the memory that is free on the device. Also the bytes that the columns of
-            a Gram matrix may take at a time; by default a twelfth. Whatever it is, one
-            batch must fit: where it does not, make the batches smaller.
+            a Gram matrix may take at a time; by default a twelfth, and 64 MiB at least.
+            Whatever it is, one batch must fit: where it does not, make the batches
+            smaller.
         check_data: Whether to pass over the data once more, before anything else, to
             see that they are the same in every pass: a shuffled loader and random
             augmentations are refused, because an operator is one matrix and numbers
