@@ -422,6 +422,54 @@ def test_positive_curvature_hessian_of_piecewise_linear_nets() -> None:
         assert close(P.to_dense(), blocks)
 
 
+@pytest.mark.parametrize("modify", ["clip", "abs"])
+@pytest.mark.parametrize("name", ["mlp_ce", "mlp_mse", "cnn_ce"])
+def test_positive_curvature_hessian_by_module(name: str, modify: str) -> None:
+    """With BackPACK's blocks inside."""
+    of = peer_risk(name, "mean")
+    expected = vl.PositiveCurvatureHessian(of, modify=modify).to_dense()
+    each: list[Any] = [[n] for n in of.params]
+    P = vl.PositiveCurvatureHessian(of, modify=modify, blocks=each)
+    assert close(P.to_dense(), expected)
+    modules = vl.PositiveCurvatureHessian(of, modify=modify, blocks="module")
+    matrix = modules.to_dense()
+    assert len(modules.blocks) < len(each)
+    check_operator(modules, matrix)
+    evals = torch.linalg.eigvalsh(matrix)
+    assert evals.min() >= -1e-10 * evals.max()
+    for place in torch.arange(of.num_params).split(of.sizes):
+        index = place[:, None], place
+        assert close(matrix[index], expected[index])
+
+
+@pytest.mark.parametrize("modify", ["clip", "abs"])
+def test_positive_curvature_hessian_of_a_module_densely(modify: str) -> None:
+    """The Hessian's block, with the terms of the one function made positive."""
+    net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+    generator = torch.Generator().manual_seed(0)
+    X, y = (torch.randn(6, k, generator=generator).double() for k in (3, 2))
+    halves = [(X[:2], y[:2]), (X[2:], y[2:])]
+    of = vl.EmpiricalRisk(net, nn.MSELoss(), halves)
+    keywords: dict[str, Any] = {"modify": modify, "blocks": "module"}
+    P = vl.PositiveCurvatureHessian(of, as_published=True, **keywords)
+    z = net[0](X).detach()
+    # Of the mean over 12 entries.
+    slopes = 2 / 12 * (net(X) - y).detach() @ net[2].weight.detach()
+    terms = -2 * z.tanh() * (1 - z.tanh().square()) * slopes
+    inputs, unit = torch.cat([X, torch.ones(6, 1)], dim=1), torch.eye(4).double()
+    J = torch.einsum("ij,na->nija", unit, inputs.double())  # [n, z, out, in + 1]
+    J = torch.cat([J[..., :3].flatten(2), J[..., 3]], dim=2)
+    expected = vl.Hessian(of).block_diagonal("module").to_dense()
+    for op, slope in ((P, 1.0), (vl.PositiveCurvatureHessian(of, **keywords), slopes)):
+        positive = terms * slope
+        positive = positive.clamp(min=0) if modify == "clip" else positive.abs()
+        added = torch.einsum("ni,nix,niy->xy", positive - terms, J, J)
+        assert not close(added + expected[:16, :16], expected[:16, :16])
+        whole = expected.clone()
+        whole[:16, :16] += added
+        assert close(op.to_dense(), whole)
+
+
 def test_positive_curvature_hessian_is_refused() -> None:
     with pytest.raises(ValueError, match=r"BackPACK cannot compute PCHMP.*BatchNorm1d"):
         vl.PositiveCurvatureHessian(peer_risk("batch_norm", "mean"))

@@ -234,7 +234,7 @@ _INSTEAD = {
     "PCHMP": "Use vl.GGN(risk).block_diagonal('parameter'), for every model.",
 }
 # Functions with second derivatives, that BackPACK has rules for.
-_CURVED = (nn.Sigmoid, nn.Tanh, nn.ELU, nn.SELU, nn.LogSigmoid)
+CURVED = (nn.Sigmoid, nn.Tanh, nn.ELU, nn.SELU, nn.LogSigmoid)
 
 
 def from_backpack(source: Any, quantity: Any) -> TorchLinearOperator:
@@ -333,7 +333,7 @@ def backpack_values(
     def count(module: nn.Module, _: Any, output: Any) -> None:
         nonlocal residuals
         calls[module] = calls.get(module, 0) + 1
-        if isinstance(module, _CURVED):
+        if isinstance(module, CURVED):
             residuals += output.numel() * output[0].numel() * output.element_size()
 
     try:

@@ -35,18 +35,7 @@ class Partition:
 
     def __init__(self, factor: Pullback, groups: Sequence[Sequence[str]]) -> None:
         self.factor, self.groups = factor, groups
-        risk = factor.risk
-        places = dict(
-            zip(
-                risk.params,
-                torch.arange(risk.num_params).split(risk.sizes),
-                strict=True,
-            )
-        )
-        self.indices = [
-            torch.cat([places[name] for name in group]).to(risk.device)
-            for group in groups
-        ]
+        self.indices = places_of(factor.risk, groups)
 
     @cached_property
     def small_sides(self) -> list[Tensor]:
@@ -130,6 +119,15 @@ def block_diagonal(op: LowRank, blocks: ParameterBlocks) -> BlockDiagonal:
         ],
         partition.indices,
     )
+
+
+def places_of(risk: EmpiricalRisk, groups: Sequence[Sequence[str]]) -> list[Tensor]:
+    """Return the numbers of the rows of groups of parameters."""
+    rows = torch.arange(risk.num_params).split(risk.sizes)
+    places = dict(zip(risk.params, rows, strict=True))
+    return [
+        torch.cat([places[name] for name in group]).to(risk.device) for group in groups
+    ]
 
 
 def parameter_groups(risk: EmpiricalRisk, blocks: ParameterBlocks) -> list[list[str]]:

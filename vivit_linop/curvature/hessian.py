@@ -14,10 +14,18 @@ from torch import Tensor
 from torch.func import jvp, vmap
 
 from vivit_linop.capture.costs import layer_costs
-from vivit_linop.curvature.blocks import ParameterBlocks, parameter_groups
+from vivit_linop.curvature.blocks import ParameterBlocks, parameter_groups, places_of
 from vivit_linop.curvature.columns import memory_budget
 from vivit_linop.curvature.output_space import LossGradient, LossHessian
-from vivit_linop.interop import backpack_diagonal_hessian, backpack_positive_curvature
+from vivit_linop.curvature.positive_curvature import (
+    PositiveCurvature,
+    PositiveCurvatureBlock,
+)
+from vivit_linop.interop import (
+    CURVED,
+    backpack_diagonal_hessian,
+    backpack_positive_curvature,
+)
 from vivit_linop.modes import ordinary_mode
 from vivit_linop.operators.base import TorchLinearOperator
 from vivit_linop.operators.kronecker import BlockDiagonal
@@ -231,10 +239,9 @@ cpu>]
         groups = parameter_groups(risk, blocks)
         names = list(risk.params)
         chosen = [[names.index(name) for name in group] for group in groups]
-        places = torch.arange(risk.num_params, device=risk.device).split(risk.sizes)
         return BlockDiagonal(
             [HessianBlock(self, numbers) for numbers in chosen],
-            [torch.cat([places[number] for number in numbers]) for numbers in chosen],
+            places_of(risk, groups),
         )
 
     # Diagonals ------------------------------------------------------------------------
@@ -454,7 +461,7 @@ class HessianBlock(TorchLinearOperator):
 class PositiveCurvatureHessian(BlockDiagonal):
     """The block-diagonal positive-curvature Hessian, from BackPACK; ``[D, D]``.
 
-    By parameter. A recursion over layers like that of the Hessian, in which the term of
+    A recursion over layers like that of the Hessian, in which the term of
     each elementwise function, diag(φ''(z) ∂L/∂φ), is made positive before it is
     propagated further (Chen, Chou & Chang 2018, BDA-PCH, arXiv:1802.06502). It is *not*
     the Hessian projected on the positive semi-definite matrices; for piecewise linear
@@ -467,13 +474,20 @@ class PositiveCurvatureHessian(BlockDiagonal):
             ``params`` as for :class:`EmpiricalRisk`. All samples are one batch.
         modify: ``"clip"`` sets negative terms to zero, ``"abs"`` takes their absolute
             value.
+        blocks: As for :meth:`vivit_linop.GGN.block_diagonal`. ``"parameter"`` is
+            BackPACK's; a product with blocks of several parameters is a forward-mode
+            and a backward pass a column, with the same terms.
+        as_published: Whether the terms are those above. By default they are BackPACK's:
+            its version 1.7.1 multiplies by the slope ∂L/∂φ once more, before it makes
+            the terms positive, so that the signs are those of φ''.
 
     Attributes:
         risk: The risk.
 
     Raises:
         ValueError: If BackPACK cannot do the model, with the module at fault; for
-            another ``modify``.
+            another ``modify``; if a parameter is missing in ``blocks``, foreign or
+            listed twice.
 
     Example:
         >>> import torch, vivit_linop as vl
@@ -483,6 +497,9 @@ class PositiveCurvatureHessian(BlockDiagonal):
         >>> P = vl.PositiveCurvatureHessian(net, nn.MSELoss(), data, modify="abs")
         >>> P.shape, len(P.blocks)
         ((11, 11), 4)
+        >>> P = vl.PositiveCurvatureHessian(net, nn.MSELoss(), data, blocks="module")
+        >>> [block.shape for block in P.blocks]
+        [(8, 8), (3, 3)]
     """
 
     def __init__(
@@ -493,11 +510,25 @@ class PositiveCurvatureHessian(BlockDiagonal):
         params: Any | None = None,
         *,
         modify: str = "clip",
+        blocks: ParameterBlocks = "parameter",
+        as_published: bool = False,
     ) -> None:
         if modify not in ("clip", "abs"):
             raise ValueError(f"modify: 'clip' or 'abs', got {modify!r}.")
         self.risk = as_risk(risk, loss, data, params)
-        super().__init__(backpack_positive_curvature(self.risk, modify).blocks)
+        groups = parameter_groups(self.risk, blocks)
+        by_parameter = backpack_positive_curvature(self.risk, modify).blocks
+        if blocks == "parameter" and not as_published:
+            super().__init__(by_parameter)
+            return
+        with torch.inference_mode(False):
+            whole = PositiveCurvature(
+                self.risk, CURVED, modify, squared=not as_published
+            )
+        super().__init__(
+            [PositiveCurvatureBlock(whole, group) for group in groups],
+            places_of(self.risk, groups),
+        )
 
 
 @dataclass(frozen=True)

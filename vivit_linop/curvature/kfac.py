@@ -26,6 +26,7 @@ from vivit_linop.curvature.ggn import GGN
 from vivit_linop.curvature.jacobian import Pullback
 from vivit_linop.curvature.sums import Total, sum_columns
 from vivit_linop.interop import backpack_kfra
+from vivit_linop.modes import ordinary_mode
 from vivit_linop.operators.base import TorchLinearOperator
 from vivit_linop.operators.kronecker import (
     BlockDiagonal,
@@ -129,7 +130,7 @@ class KFAC(BlockDiagonal):
         self.risk = as_risk(risk, loss, data, params)
         curvature = _curvature(self.risk, variant, mc_samples, generator)
         partners = _bias_partners(self.risk) if joint_bias else {}
-        with torch.inference_mode(False):
+        with ordinary_mode():
             parts = _approximate(curvature, weight_sharing, partners)
         self.names = [part.names for part in parts]
         super().__init__(*_placed(parts, self.risk))
@@ -476,7 +477,7 @@ class EKFAC(BlockDiagonal):
         self.risk = as_risk(risk, loss, data, params)
         curvature = _curvature(self.risk, variant, mc_samples, generator)
         partners = _bias_partners(self.risk) if joint_bias else {}
-        with torch.inference_mode(False):
+        with ordinary_mode():
             parts = _approximate(curvature, weight_sharing, partners)
             _correct(parts, curvature)
         self.names = [part.names for part in parts]

@@ -1,0 +1,156 @@
+"""The positive-curvature Hessian as a sum over elementwise functions.
+
+The recursion of Chen, Chou & Chang (2018, arXiv:1802.06502) is linear in what it
+propagates: each elementwise function φ_k at z_k adds a diagonal, and what follows only
+multiplies Jacobians. So its blocks are those of
+
+    G + Σ_k J_kᵀ diag(p(φ_k''(z_k) ∂L/∂φ_k)) J_k,
+
+with J_k the Jacobian of z_k in the parameters and p the positive part or the absolute
+value. This gives blocks of several parameters, which BackPACK does not have.
+
+BackPACK 1.7.1 multiplies by the slope ∂L/∂φ_k twice: its ``PCHMP`` has
+p(φ_k''(z_k) (∂L/∂φ_k)²), since its ``hessian_diagonal`` has the slope in it already.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, jvp, vjp
+
+from vivit_linop.curvature.output_space import LossHessian
+from vivit_linop.operators.base import TorchLinearOperator
+from vivit_linop.risk.empirical import EmpiricalRisk
+from vivit_linop.risk.model import Params, as_guest
+
+
+class PositiveCurvature:
+    """G + Σ_k J_kᵀ diag(p_k) J_k of a net whose curved functions are modules.
+
+    Args:
+        risk: The risk, of a module.
+        curved: The types of modules that are functions with second derivatives.
+        modify: ``"clip"`` or ``"abs"``.
+        squared: Whether slopes come squared, as in BackPACK.
+    """
+
+    def __init__(
+        self,
+        risk: EmpiricalRisk,
+        curved: tuple[type[nn.Module], ...],
+        modify: str,
+        squared: bool,
+    ) -> None:
+        module = risk.model.copied_module(risk.params)
+        assert module is not None
+        self.risk, self._module, self._hessian = risk, module, LossHessian(risk)
+        self._curved = [m for m in module.modules() if isinstance(m, curved)]
+        self._modify, self._squared = modify, squared
+        with as_guest(risk.device):
+            self._diagonals = [
+                self._diagonals_of(X, y)
+                for (X, _), y in zip(risk.batches(), risk.targets(), strict=True)
+            ]
+
+    @contextmanager
+    def _watched(self) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
+        """Collect the inputs and outputs of the curved modules, in order."""
+        inputs: list[Tensor] = []
+        outputs: list[Tensor] = []
+
+        def before(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            inputs.append(args[0].clone())  # it may be written to
+
+        def after(module: nn.Module, args: Any, output: Tensor) -> None:
+            outputs.append(output)
+
+        handles = [m.register_forward_pre_hook(before) for m in self._curved]
+        handles += [m.register_forward_hook(after) for m in self._curved]
+        try:
+            yield inputs, outputs
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _diagonals_of(self, X: Tensor, y: Tensor) -> list[Tensor]:
+        """p(φ''(z) ∂L/∂φ) for each use of a curved module."""
+        order: list[nn.Module] = []
+        handles = [
+            m.register_forward_pre_hook(lambda module, _: order.append(module))
+            for m in self._curved
+        ]
+        try:
+            with self._watched() as (inputs, outputs):
+                output = functional_call(self._module, self.risk.params, (X,))
+        finally:
+            for handle in handles:
+                handle.remove()
+        total = self.risk.loss.total(output, y) * self.risk.scale
+        slopes = torch.autograd.grad(total, outputs) if outputs else ()
+        found = []
+        for module, z, slope in zip(order, inputs, slopes, strict=True):
+            z = z.detach().requires_grad_()
+            (first,) = torch.autograd.grad(
+                module(z.clone()).sum(), z, create_graph=True
+            )
+            (second,) = torch.autograd.grad(first.sum(), z)
+            term = (second * (slope.square() if self._squared else slope)).detach()
+            found.append(term.clamp(min=0.0) if self._modify == "clip" else term.abs())
+        return found
+
+    def multiply_block(self, chosen: Sequence[str], X: Tensor) -> Tensor:
+        """Multiply the diagonal block of some parameters, ``[d, K] -> [d, K]``."""
+        risk, result = self.risk, torch.zeros_like(X)
+        fixed = {name: p.detach() for name, p in risk.params.items()}
+        params = {name: fixed.pop(name) for name in chosen}
+        sizes = [p.numel() for p in params.values()]
+        for batch, (data, _) in enumerate(risk.batches("product")):
+
+            def everything(params: Params, data: Any = data) -> list[Tensor]:
+                with self._watched() as (inputs, _):
+                    state = {**fixed, **params}
+                    output = functional_call(self._module, state, (data,))
+                return [output, *inputs]
+
+            with as_guest(risk.device), torch.no_grad():
+                pull_back = vjp(everything, params)[1]
+                for column, total in zip(X.T, result.T, strict=True):
+                    parts = column.split(sizes)
+                    direction = {
+                        name: part.view_as(p)
+                        for (name, p), part in zip(params.items(), parts, strict=True)
+                    }
+                    image, *at_functions = jvp(everything, (params,), (direction,))[1]
+                    rows = self._hessian.apply_batch(batch, image.reshape(-1, 1))
+                    pulled = [rows.view_as(image)]
+                    diagonals = self._diagonals[batch]
+                    pulled += [
+                        d * t for d, t in zip(diagonals, at_functions, strict=True)
+                    ]
+                    (gradients,) = pull_back(pulled)
+                    total += torch.cat([gradients[n].reshape(-1) for n in params])
+        return result
+
+
+class PositiveCurvatureBlock(TorchLinearOperator):
+    """A diagonal block of several parameters.
+
+    Args:
+        whole: What it is a block of.
+        names: The parameters.
+    """
+
+    self_adjoint = True
+
+    def __init__(self, whole: PositiveCurvature, names: Sequence[str]) -> None:
+        self.whole, self.names = whole, list(names)
+        size = sum(whole.risk.params[name].numel() for name in names)
+        super().__init__((size, size), whole.risk.dtype, whole.risk.device)
+
+    def _multiply(self, X: Tensor) -> Tensor:
+        return self.whole.multiply_block(self.names, X)
