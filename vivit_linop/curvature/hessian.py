@@ -521,7 +521,7 @@ class PositiveCurvatureHessian(BlockDiagonal):
         if blocks == "parameter" and not as_published:
             super().__init__(by_parameter)
             return
-        with torch.inference_mode(False):
+        with ordinary_mode():
             whole = PositiveCurvature(
                 self.risk, CURVED, modify, squared=not as_published
             )
