@@ -850,3 +850,16 @@ def test_pullback_is_shared() -> None:
     assert J.T is J.T and isinstance(J.T, Pullback) and J.T.T is J
     V = vl.GGNFactor(risk("mlp_ce_mean"))
     assert V.T.T is V and vl.GGN(risk("mlp_ce_mean")).T.shape == (43, 43)
+
+
+@pytest.mark.parametrize("memory", [8_000, 12_000, 20_000])
+def test_cross_gram_in_pieces(memory: int) -> None:
+    """Pieces of two factors of different widths meet once, also if few are held."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 5)).double()
+    data = torch.randn(37, 6).double(), torch.randint(5, (37,))
+    of = vl.EmpiricalRisk(net, nn.CrossEntropyLoss(), data, memory=memory)
+    U, V = vl.PerSampleGradients(of), vl.GGNFactor(of)
+    expected = U.to_dense().T @ V.to_dense()
+    for got, truth in (((U.T @ V), expected), ((V.T @ U), expected.T)):
+        assert (got.to_dense() - truth).norm() <= 1e-10 * truth.norm()

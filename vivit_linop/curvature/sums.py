@@ -310,7 +310,8 @@ def cross_gram(left: Pullback, right: Pullback) -> Tensor:
         covered = sum(stop - start for start, stop in places)
         if covered == right.shape[1]:
             break
-        for (b,) in _columns([right], [total]).pieces():
+        # Cut as those that are held: a piece is among them, or has nothing of them.
+        for _, b in _columns([left, right], [total]).pieces():
             if not _inside(b.place, held):
                 for a, _ in held:
                     total.add(a, b)
