@@ -951,8 +951,8 @@ def test_wrong_derivatives_are_refused_each_time() -> None:
 
 
 def test_a_trace_that_is_interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
-    arguments, keywords = problem("mlp_ce_mean").arguments()
-    of, truth = vl.EmpiricalRisk(*arguments, **keywords), dense("mlp_ce_mean")
+    arguments, keywords = problem("convolutions").arguments()
+    of, truth = vl.EmpiricalRisk(*arguments, **keywords), dense("convolutions")
     J, unit = vl.Jacobian(of), torch.eye(truth.J.shape[0], dtype=torch.float64)
 
     def interrupted(*_: Any) -> Any:

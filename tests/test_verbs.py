@@ -54,6 +54,8 @@ NO_EIGENVECTORS = NO_EIGENVALUES | {
     "woodbury_scaled",
     "one_by_one_woodbury",
     "expression_newton",
+    "root_of_damped_low_rank",
+    "inverse_root_of_damped_low_rank",
 }
 NO_LOGDET = {
     # neither self-adjoint nor made of what is

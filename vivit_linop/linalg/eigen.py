@@ -22,7 +22,7 @@ from vivit_linop.operators.kronecker import (
     CorrectedKronecker,
     Kronecker,
 )
-from vivit_linop.operators.lowrank import Damped, Gram, LowRank, Woodbury
+from vivit_linop.operators.lowrank import Damped, DampedRoot, Gram, LowRank, Woodbury
 from vivit_linop.operators.structure import (
     Dense,
     DenseInverse,
@@ -87,6 +87,12 @@ def _(op: Damped) -> Tensor:
 @eigvalsh.register
 def _(op: Woodbury) -> Tensor:
     return (1.0 / eigvalsh(Damped(op.operator, op.damping))).flip(0)
+
+
+@eigvalsh.register
+def _(op: DampedRoot) -> Tensor:
+    roots = eigvalsh(Damped(op.operator, op.damping)).sqrt()
+    return (1.0 / roots).flip(0) if op.inverse else roots
 
 
 @eigvalsh.register
