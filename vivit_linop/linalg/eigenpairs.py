@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from functools import cached_property
+from functools import cache, cached_property
 from numbers import Real
 from typing import Any
 
 import numpy as np
 import scipy.linalg
 import torch
+from threadpoolctl import ThreadpoolController
 from torch import Tensor
 
 from vivit_linop.modes import ordinary_mode
@@ -24,6 +25,8 @@ _NEARLY = 0.1
 _PART = 2**16
 # Of so small a part of the eigenpairs it is worth to compute only them.
 FEW = 0.25
+# The eigenpairs of a matrix with so few rows are done sooner than threads go to sleep.
+_FEW_ROWS = 2000
 
 
 class Eigenpairs:
@@ -451,9 +454,19 @@ def largest_eigenpairs(matrix: Tensor, k: int) -> tuple[Tensor, Tensor]:
         evals, evecs = torch.linalg.eigh(matrix)
         return evals[-k:], evecs[:, -k:]
     chosen = [len(matrix) - k, len(matrix) - 1]
-    found = scipy.linalg.eigh(matrix.numpy(), subset_by_index=chosen, driver="evr")
+    # For some time after a call, threads of SciPy's BLAS wait without sleeping, and
+    # torch's, which have the vectors to form, wait for them.
+    threads = 1 if len(matrix) <= _FEW_ROWS else None
+    with _scipy_threads().limit(limits=threads, user_api="blas"):
+        found = scipy.linalg.eigh(matrix.numpy(), subset_by_index=chosen, driver="evr")
     evals, evecs = map(torch.from_numpy, found)
     return evals, evecs
+
+
+@cache
+def _scipy_threads() -> ThreadpoolController:
+    """What sets the number of threads; finding the libraries takes milliseconds."""
+    return ThreadpoolController()
 
 
 def gram_rounding_error(eigenvalues: Tensor, count: int) -> float:
