@@ -360,11 +360,12 @@ class Capture:
         tolerance = 10 * torch.finfo(risk.dtype).eps ** 0.5
         # Of a gradient that is zero, as that of a key's bias in attention, rounding is
         # left, and that may differ.
-        found = [g.detach() for g in pulled_back.values() if g is not None]
-        square = sum((g.square().sum() for g in found), torch.zeros(()))
+        found = {n: g.detach() for n, g in pulled_back.items() if g is not None}
+        norms = {name: gradient.norm() for name, gradient in found.items()}
+        square = sum((norm.square() for norm in norms.values()), torch.zeros(()))
         rounding = 100 * torch.finfo(risk.dtype).eps * square.sqrt()
         by_sample = torch.zeros_like(self.output[:, 0])
-        image = torch.zeros(())
+        checked: dict[str, Tensor] = {}
         for name, gradient in pulled_back.items():
             if name in structure.opaque:
                 continue
@@ -376,18 +377,20 @@ class Capture:
             # Columns of a table of words are too long to be formed.
             error, size = part.entry_sums(), part.squared_norms(_MEMORY).sum().sqrt()
             if gradient is not None:
-                error -= gradient.detach().reshape(-1)
-                size += gradient.detach().norm()
+                error -= found[name].reshape(-1)
+                size += norms[name]
             if not error.norm() <= tolerance * size + rounding:
                 structure.opaque.add(name)
                 continue
             images = part.images(x[name].reshape(1, -1))
             by_sample += part.components(images).view(-1)
             if gradient is not None and gradient.requires_grad:
-                image = image + (gradient * x[name]).sum()
-        if image.requires_grad:
+                checked[name] = gradient
+        if checked:
             with as_guest(risk.device):
-                (products,) = torch.autograd.grad(image, u)
+                (products,) = torch.autograd.grad(
+                    list(checked.values()), u, [x[name] for name in checked]
+                )
             expected = (products * u).sum(1).detach()
             error = (by_sample - expected).norm()
             if not error <= tolerance * (by_sample.norm() + expected.norm()):
