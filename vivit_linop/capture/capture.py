@@ -29,8 +29,6 @@ from vivit_linop.risk.model import as_guest, strided
 # The structure is checked on this many samples of the first batch.
 _CHECK_SAMPLES = 4
 _NOISE = 65_537
-# What temporaries of the check may take.
-_MEMORY = 2**24
 
 
 Kind = tuple[str, list[str]]
@@ -375,7 +373,8 @@ class Capture:
                 continue
             part = columns[name]
             # Columns of a table of words are too long to be formed.
-            error, size = part.entry_sums(), part.squared_norms(_MEMORY).sum().sqrt()
+            error = part.entry_sums()
+            size = error.norm()
             if gradient is not None:
                 error -= found[name].reshape(-1)
                 size += norms[name]

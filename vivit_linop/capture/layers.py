@@ -29,6 +29,8 @@ _DEVICE_FACTOR = 64
 # A symmetric product is halved while a block has twice this many rows; one that goes
 # position by position, in an elementwise way, stops sooner.
 _SYMMETRIC_LEAF, _SYMMETRIC_PAIRS_LEAF = 96, 300
+# The inputs of how many samples are multiplied together.
+_TOGETHER = 4
 # Temporaries that are read again right away should still be in a cache.
 _WORKING_SET = 8 * 2**20
 
@@ -300,13 +302,16 @@ class KhatriRaoColumns(LayerColumns):
                 part = self._samples(slice(start, start + chunk))
                 a = part.inputs[:, group].mT.contiguous()
                 b = part.cotangents[:, :, group].reshape(len(a), -1, self.positions)
-                for other_sample in range(start if other is self else 0, m):
-                    # Of a symmetric matrix, what is above the diagonal.
-                    size = other_sample + 1 - start if other is self else len(a)
-                    product = b[:size] @ (a[:size] @ c[other_sample])
-                    block = product.reshape(-1, d.shape[2]) @ d[other_sample].T
-                    rows = slice(start, start + min(size, len(a)))
-                    target[rows, :, other_sample] += block.view(-1, R, Q)
+                # Of a symmetric matrix, what is above the diagonal.
+                others = range(start if other is self else 0, m)
+                for m0, wide in _side_by_side(c, others):
+                    products = (a @ wide).unflatten(2, (-1, other.positions))
+                    for k, m1 in enumerate(range(m0, m0 + products.shape[2])):
+                        size = min(m1 + 1 - start, len(a)) if other is self else len(a)
+                        product = b[:size] @ products[:size, :, k]
+                        block = product.reshape(-1, d.shape[2]) @ d[m1].T
+                        rows = slice(start, start + size)
+                        target[rows, :, m1] += block.view(-1, R, Q)
 
     def _samples(self, samples: slice) -> KhatriRaoColumns:
         """The columns of some samples."""
@@ -622,6 +627,21 @@ def mirror(matrix: Tensor) -> None:
         diagonal = matrix[rows, rows]
         diagonal.copy_(diagonal.triu() + diagonal.triu(1).T)
         matrix[start + step :, rows] = matrix[rows, start + step :].T
+
+
+def _side_by_side(
+    inputs: Tensor, samples: Sequence[int]
+) -> Iterator[tuple[int, Tensor]]:
+    """Put the inputs ``[n, a, P]`` of a few samples at a time into one matrix.
+
+    A large matrix product is faster than several small ones.
+
+    Yields:
+        The number of the first sample, and ``[a, few·P]``.
+    """
+    for first in samples[::_TOGETHER]:
+        few = inputs[first : min(first + _TOGETHER, samples[-1] + 1)]
+        yield first, few.transpose(0, 1).flatten(1)
 
 
 def _share(size: int, device: torch.device) -> int:
