@@ -86,7 +86,7 @@ def gram(problem: Problem) -> Run:
 
     def run() -> torch.Tensor:
         V = vl.GGNFactor(risk)  # a new one: it keeps its Gram matrix
-        return (V.T @ V).to_dense()
+        return V.gram.matrix
 
     return run
 

@@ -29,6 +29,8 @@ _DEVICE_FACTOR = 64
 # A symmetric product is halved while a block has twice this many rows; one that goes
 # position by position, in an elementwise way, stops sooner.
 _SYMMETRIC_LEAF, _SYMMETRIC_PAIRS_LEAF = 96, 300
+# What a matrix that is multiplied entry by entry may take.
+_OUTER_BYTES = 16 * 2**20
 # The inputs of how many samples are multiplied together.
 _TOGETHER = 4
 # Temporaries that are read again right away should still be in a cache.
@@ -248,17 +250,22 @@ class KhatriRaoColumns(LayerColumns):
 
     def _add_pairs(self, gram: Tensor, other: KhatriRaoColumns, memory: int) -> None:
         """Σ_pq (a_p a_qᵀ) ∘ (b_p b_qᵀ), position by position."""
-        if (
-            other is self
-            and len(gram) >= 2 * _SYMMETRIC_PAIRS_LEAF
-            and self.num_samples > 1
-        ):
+        if other is self:
+            split = len(gram) >= 2 * _SYMMETRIC_PAIRS_LEAF
+        else:
+            limit = min(memory, _share(_OUTER_BYTES, gram.device))
+            split = gram.numel() * gram.element_size() > limit
+        if split and self.num_samples > 1:
             half = self.num_samples // 2
             first, second = self._samples(slice(half)), self._samples(slice(half, None))
             row = half * self.width
-            first._add_pairs(gram[:row, :row], first, memory)
-            second._add_pairs(gram[row:, row:], second, memory)
-            first._add_pairs(gram[:row, row:], second, memory)
+            if other is self:
+                first._add_pairs(gram[:row, :row], first, memory)
+                second._add_pairs(gram[row:, row:], second, memory)
+                first._add_pairs(gram[:row, row:], second, memory)
+            else:
+                first._add_pairs(gram[:row], other, memory)
+                second._add_pairs(gram[row:], other, memory)
             return
         n, R, m, Q = self.num_samples, self.width, other.num_samples, other.width
         target = gram.view(n, R, m, Q)
