@@ -966,6 +966,25 @@ def test_a_trace_that_is_interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (J @ J.T @ unit - truth.J @ truth.J.T).norm() <= 1e-12 * truth.J.norm() ** 2
 
 
+def test_trace_of_batch_norms() -> None:
+    # torch's formula of their tangents works in place.
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), nn.ReLU(inplace=True), nn.Flatten()
+    )
+    net = net.double().eval()
+    net[1].running_mean.uniform_(), net[1].running_var.uniform_(0.5, 2.0)
+    data = torch.randn(4, 2, 5, 5).double(), torch.randn(4, 27).double()
+    J = vl.Jacobian(net, nn.MSELoss(), data)
+    (linearization,) = J.risk.linearizations()
+    expected = J.T.to_dense().T
+    for _ in range(2):
+        assert close(J.to_dense(), expected, 1e-12)
+        x = torch.linspace(-1, 1, J.shape[1], dtype=torch.float64)
+        assert close(J @ x, expected @ x, 1e-12)
+    assert linearization.method == "trace"
+
+
 def test_diagonal_of_a_saturated_cross_entropy() -> None:
     """Entries at certain classes keep their digits."""
     logits = torch.tensor([[0.0, 40.0, -3.0], [1.0, 0.5, -90.0]], dtype=torch.float64)

@@ -342,7 +342,32 @@ def tangent_map(function: Callable[[Params], Tensor], theta: Params) -> GraphMod
     # product: what it branches on may be burnt in.
     trace = make_fx(image, _error_on_data_dependent_ops=False)
     graph = trace(*(torch.zeros_like(p) for p in theta.values()))
+    _write_nowhere(graph)
     return split_const_subgraphs(graph)
+
+
+def _write_nowhere(graph: GraphModule) -> None:
+    """Replace operations in place by those that return a new tensor.
+
+    torch's formulas of forward mode have some (batch norm's), on tensors of their own,
+    which would be evaluated and kept, and written to by each product. Views of such
+    tensors are not followed: that a trace can be used again is checked.
+    """
+    nodes = list(graph.graph.nodes)
+    for position, node in enumerate(nodes):
+        library, _, rest = str(node.target).partition(".")
+        name, _, overload = rest.partition(".")
+        if library != "aten" or not name.endswith("_") or name.endswith("__"):
+            continue
+        packet = getattr(torch.ops.aten, name[:-1], None)
+        if not hasattr(packet, overload):
+            continue
+        node.target = getattr(packet, overload)
+        later = set(nodes[position + 1 :])
+        node.args[0].replace_all_uses_with(
+            node, lambda user, later=later: user in later
+        )
+    graph.recompile()
 
 
 class OutOfPlace(TorchFunctionMode):
