@@ -46,7 +46,40 @@ WEIGHT_SHARINGS = ("expand", "reduce", "backpack")
 _LARGEST_DENSE = 2048
 
 
-class KFAC(BlockDiagonal):
+class _LayerBlocks(BlockDiagonal):
+    """Blocks made of layer factors: what :class:`KFAC` and :class:`EKFAC` share."""
+
+    def __init__(
+        self,
+        risk: EmpiricalRisk | Any,
+        loss: Any = None,
+        data: Any = None,
+        params: Any | None = None,
+        *,
+        variant: str = "mc",
+        mc_samples: int = 1,
+        generator: torch.Generator | None = None,
+        weight_sharing: str = "expand",
+        joint_bias: bool = False,
+    ) -> None:
+        _check_options(variant, mc_samples, weight_sharing)
+        self.risk = as_risk(risk, loss, data, params)
+        curvature = _curvature(self.risk, variant, mc_samples, generator)
+        partners = _bias_partners(self.risk) if joint_bias else {}
+        with ordinary_mode():
+            parts = self._parts(curvature, weight_sharing, partners)
+        self.names = [part.names for part in parts]
+        super().__init__(*_placed(parts, self.risk))
+
+    @classmethod
+    def _parts(
+        cls, curvature: LowRank, weight_sharing: str, partners: dict[str, str]
+    ) -> list[_Part]:
+        """Approximate the blocks of a curvature."""
+        return _approximate(curvature, weight_sharing, partners)
+
+
+class KFAC(_LayerBlocks):
     """The Kronecker-factored approximation B ⊗ A of a curvature, block by block.
 
     For the weight of a linear layer or convolution with inputs a_np and backpropagated
@@ -112,28 +145,6 @@ class KFAC(BlockDiagonal):
         >>> ((K + 0.1 * vl.Identity(8)).inv() @ torch.ones(8)).shape
         torch.Size([8])
     """
-
-    def __init__(
-        self,
-        risk: EmpiricalRisk | Any,
-        loss: Any = None,
-        data: Any = None,
-        params: Any | None = None,
-        *,
-        variant: str = "mc",
-        mc_samples: int = 1,
-        generator: torch.Generator | None = None,
-        weight_sharing: str = "expand",
-        joint_bias: bool = False,
-    ) -> None:
-        _check_options(variant, mc_samples, weight_sharing)
-        self.risk = as_risk(risk, loss, data, params)
-        curvature = _curvature(self.risk, variant, mc_samples, generator)
-        partners = _bias_partners(self.risk) if joint_bias else {}
-        with ordinary_mode():
-            parts = _approximate(curvature, weight_sharing, partners)
-        self.names = [part.names for part in parts]
-        super().__init__(*_placed(parts, self.risk))
 
     def pi_damped(self, damping: float) -> BlockDiagonal:
         """Return K + δ I with each Kronecker block damped factor by factor.
@@ -421,7 +432,7 @@ class KFRA(BlockDiagonal):
         super().__init__(backpack_kfra(self.risk).blocks)
 
 
-class EKFAC(BlockDiagonal):
+class EKFAC(_LayerBlocks):
     """KFAC with corrected eigenvalues, for every model.
 
     In the eigenbasis Q of a Kronecker block of :class:`KFAC` the diagonal is replaced
@@ -460,28 +471,13 @@ class EKFAC(BlockDiagonal):
         <3x3 CorrectedKronecker, torch.float32, cpu>
     """
 
-    def __init__(
-        self,
-        risk: EmpiricalRisk | Any,
-        loss: Any = None,
-        data: Any = None,
-        params: Any | None = None,
-        *,
-        variant: str = "mc",
-        mc_samples: int = 1,
-        generator: torch.Generator | None = None,
-        weight_sharing: str = "expand",
-        joint_bias: bool = False,
-    ) -> None:
-        _check_options(variant, mc_samples, weight_sharing)
-        self.risk = as_risk(risk, loss, data, params)
-        curvature = _curvature(self.risk, variant, mc_samples, generator)
-        partners = _bias_partners(self.risk) if joint_bias else {}
-        with ordinary_mode():
-            parts = _approximate(curvature, weight_sharing, partners)
-            _correct(parts, curvature)
-        self.names = [part.names for part in parts]
-        super().__init__(*_placed(parts, self.risk))
+    @classmethod
+    def _parts(
+        cls, curvature: LowRank, weight_sharing: str, partners: dict[str, str]
+    ) -> list[_Part]:
+        parts = super()._parts(curvature, weight_sharing, partners)
+        _correct(parts, curvature)
+        return parts
 
 
 class _EigenvalueSums(Total):
