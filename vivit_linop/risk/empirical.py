@@ -520,6 +520,9 @@ class EmpiricalRisk:
                 self._kept[index] = linearization
                 budget -= linearization.nbytes
             yield linearization
+            # Else its graph would be there while that of the next batch is made.
+            if not keep:
+                linearization.release()
 
     def _does_not_fit(self, X: Any, samples: int) -> str:
         """What to say of a batch that is too large, by what two samples of it take."""

@@ -191,6 +191,11 @@ class Linearization:
             "precision than that of the parameters (give the model in that one)."
         )
 
+    def release(self) -> None:
+        """Let go of the graph, also where this object is still referred to."""
+        for name in ("_image", "_dual", "_pulled_back", "_tangent_map", "_function"):
+            self.__dict__.pop(name, None)
+
     def column_chunk(self) -> int:
         """How many columns to multiply at a time."""
         budget = _CPU_COLUMN_BYTES
