@@ -6,7 +6,9 @@ and takes the gradient and products with G, Vᵀ and V. Peak memory should stay,
 should be linear in N. Prints them, and writes JSON.
 
 What is kept of each sample are its outputs and its target; a product with Vᵀ also
-returns R numbers for it. ``memory=`` bounds all else that is kept.
+returns R numbers for it. ``memory=`` bounds all else that is kept. With glibc, resident
+memory also holds what its allocator cannot give back: to see what is needed without
+that, set ``MALLOC_MMAP_THRESHOLD_=4194304`` in the environment.
 """
 
 from __future__ import annotations
