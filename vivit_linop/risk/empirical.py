@@ -498,7 +498,7 @@ class EmpiricalRisk:
         budget = self.memory
         if budget is None:
             budget = free_memory(self.device) // 4
-        budget -= sum(kept.nbytes for kept in self._kept.values())
+        budget -= sum(kept.kept_bytes for kept in self._kept.values())
         for index, (X, _) in enumerate(self.batches("product")):
             if index in self._kept:
                 yield self._kept[index]
@@ -514,11 +514,11 @@ class EmpiricalRisk:
                     functools.partial(self._evaluate, X), self.params
                 )
             self.check_outputs(index, linearization.outputs)
-            keep = keep and linearization.nbytes <= budget
+            keep = keep and linearization.kept_bytes <= budget
             linearization.traced = keep  # a trace pays when it is used again
             if keep:
                 self._kept[index] = linearization
-                budget -= linearization.nbytes
+                budget -= linearization.kept_bytes
             yield linearization
             # Else its graph would be there while that of the next batch is made.
             if not keep:

@@ -38,6 +38,9 @@ Result = TypeVar("Result")
 # What K columns of tangents may take together on the CPU. More would not be faster:
 # columns one by one use the caches better.
 _CPU_COLUMN_BYTES = 4 * 2**20
+# What a net's trace keeps, or the graph of a backward pass, in graphs of its outputs:
+# measured 1.4 for a net of linear layers, 1.8 for attention, 2.9 for convolutions.
+_KEPT_GRAPHS = 3
 # One convolution in this many matrix products makes a trace worth its time.
 _PER_CONVOLUTION = 4
 
@@ -51,7 +54,7 @@ class Linearization:
 
     Attributes:
         outputs: The outputs at θ, ``[n, …]``.
-        nbytes: The memory that the graph keeps, beyond θ.
+        nbytes: The memory that the graph of the outputs keeps, beyond θ.
         traced: Whether J x may be traced; else it is a backward pass.
     """
 
@@ -70,6 +73,11 @@ class Linearization:
         with as_guest(self.device):
             self.nbytes, self._image = _saved_bytes(lambda: function(params))
         self.outputs = self._image.detach()
+
+    @property
+    def kept_bytes(self) -> int:
+        """About what it takes at most once J x is possible."""
+        return _KEPT_GRAPHS * self.nbytes
 
     @property
     def method(self) -> str:
