@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 
@@ -87,10 +86,8 @@ def test_residual_blocks_for_backpack_compute_the_same() -> None:
     assert spectra.eigenvalue_difference(ours, theirs) < 1e-4
 
 
-@pytest.mark.skipif(
-    importlib.util.find_spec("vivit") is None, reason="ViViT is not installed"
-)
 def test_what_does_not_fit_is_not_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("vivit", reason="the case asks for the package first")
     monkeypatch.setattr(peers, "free_memory", lambda device: 100)
     with pytest.raises(Unavailable, match="GiB"):
         spectra.vivit_eigenvalues(make_problem("tiny"))

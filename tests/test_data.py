@@ -143,6 +143,50 @@ def test_a_linearisation_is_freed_with_its_graph(kind: str) -> None:
     assert all(token() is None for token in tokens)
 
 
+@pytest.mark.parametrize("used", [True, False])
+def test_a_graph_is_freed_before_the_next_is_made(used: bool) -> None:
+    """Also while the loop still refers to the linearisation before."""
+
+    class Token:
+        pass
+
+    tokens: list[Any] = []
+    alive: list[int] = []
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        alive.append(sum(token() is not None for token in tokens))
+        h = m.first(x).relu()
+        if h.grad_fn is not None:
+            token = Token()
+            h.grad_fn.metadata["token"] = token
+            tokens.append(weakref.ref(token))
+        return m.second(h)
+
+    net = Lambda(forward, first=nn.Linear(4, 5), second=nn.Linear(5, 3)).double()
+    _, loss, (X, y) = toy()
+    risk = vl.EmpiricalRisk(net, loss, [(X[:3], y[:3]), (X[3:], y[3:])], memory=0)
+    gc.collect()
+    tokens.clear(), alive.clear()
+    for linearization in risk.linearizations():
+        if used:
+            linearization.jvp(torch.ones(risk.num_params, 1, dtype=torch.float64))
+    assert linearization.outputs.shape[1] == 3
+    assert len(alive) >= 2
+    assert not any(alive)
+
+
+def test_linearisations_count_with_what_makes_products_possible() -> None:
+    """A trace or a second graph is kept beside the graph of the outputs."""
+    net, loss, data = toy()
+    (first,) = vl.EmpiricalRisk(net, loss, data).linearizations()
+    assert first.kept_bytes > first.nbytes > 0
+    for memory, kept in ((first.kept_bytes, True), (first.kept_bytes - 1, False)):
+        risk = vl.EmpiricalRisk(net, loss, data, memory=memory)
+        (again,) = risk.linearizations()
+        assert again.traced == kept
+        assert (next(iter(risk.linearizations())) is again) == kept
+
+
 def test_blocks_beyond_the_bound_are_formed_anew(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

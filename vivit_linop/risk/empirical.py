@@ -488,6 +488,8 @@ class EmpiricalRisk:
     def linearizations(self) -> Iterator[Linearization]:
         """Yield the linearisation of each batch, kept while the memory budget lasts.
 
+        One that is not kept is good until the next one is asked for.
+
         Raises:
             ValueError: If the outputs differ from those at construction: the data are
                 not the same in every pass.

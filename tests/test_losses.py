@@ -1,0 +1,95 @@
+"""The GGN of losses of torch, against autograd of a function of all outputs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import cases
+import pytest
+import torch
+from torch import Tensor, nn
+
+import vivit_linop as vl
+
+LOG_SOFTMAX, SIGMOID = nn.LogSoftmax(1), nn.Sigmoid()
+PROBABILITIES = torch.tensor(
+    [[0.1, 0.7, 0.2], [0.0, 1.0, 0.0], [0.3, 0.3, 0.4], [0.6, 0.1, 0.3]]
+).double()
+SIGNS = torch.tensor([[1.0, -1, 1], [1, 1, -1], [-1, 1, -1], [-1, -1, 1]]).double()
+LABELS, WEIGHTS = torch.tensor([2, 0, 1, 1]), torch.tensor([0.5, 1.5, 2.0]).double()
+
+
+def kullback_leibler(f: Tensor, t: Tensor) -> Tensor:
+    """As a function of all outputs, not of log-probabilities only."""
+    return -(t * f.log_softmax(1)).sum()
+
+
+def multi_margin(f: Tensor, y: Tensor) -> Tensor:
+    losses = [
+        WEIGHTS[c] * (0.7 - row[c] + row[i]).relu() ** 2 / 3
+        for row, c in zip(f, y, strict=True)
+        for i in range(3)
+        if i != c
+    ]
+    return torch.stack(losses).sum() / 4
+
+
+@pytest.mark.parametrize(
+    ("loss", "last", "y", "function"),
+    [
+        (nn.BCELoss(), SIGMOID, PROBABILITIES, None),
+        (nn.BCELoss(WEIGHTS, reduction="sum"), SIGMOID, PROBABILITIES, None),
+        (nn.MultiLabelSoftMarginLoss(WEIGHTS), None, SIGNS.clamp(min=0), None),
+        (nn.SoftMarginLoss(), None, SIGNS, None),
+        (nn.MultiMarginLoss(2, 0.7, WEIGHTS), None, LABELS, multi_margin),
+        (
+            nn.KLDivLoss(),
+            LOG_SOFTMAX,
+            PROBABILITIES,
+            lambda f, t: kullback_leibler(f, t) / 12,
+        ),
+        (
+            nn.KLDivLoss(reduction="batchmean"),
+            LOG_SOFTMAX,
+            PROBABILITIES,
+            lambda f, t: kullback_leibler(f, t) / 4,
+        ),
+        (
+            nn.KLDivLoss(reduction="sum", log_target=True),
+            LOG_SOFTMAX,
+            PROBABILITIES[[0, 2, 3, 3]].log(),
+            lambda f, t: kullback_leibler(f, t.exp()),
+        ),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "",
+)
+def test_losses_of_torch(loss: Any, last: Any, y: Tensor, function: Any) -> None:
+    """Exact, and the same in two cuts into batches."""
+    net = nn.Sequential(*cases.mlp(4, 5, 3), *([last] if last else [])).double()
+    X = cases.features(4, 4).double()
+    value = loss(net(X), y).detach()
+    J = torch.cat(
+        [
+            torch.stack(
+                [
+                    torch.autograd.grad(f, p, retain_graph=True)[0].reshape(-1)
+                    for f in net(X).reshape(-1)
+                ]
+            )
+            for p in net.parameters()
+        ],
+        dim=1,
+    )
+    hessian = torch.autograd.functional.hessian
+    H = hessian(lambda f: (function or loss)(f, y), net(X).detach()).reshape(12, 12)
+    G = J.T @ H @ J
+    for sizes in ([4], [1, 3], [1, 1, 1, 1]):
+        batches = list(zip(X.split(sizes), y.split(sizes), strict=True))
+        of = vl.EmpiricalRisk(net, loss, batches)
+        torch.testing.assert_close(of.value(), value, rtol=1e-12, atol=1e-12)
+        x = torch.linspace(-1.0, 1.0, len(G)).double()
+        torch.testing.assert_close(vl.GGN(of) @ x, G @ x, rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(vl.GGN(of).to_dense(), G, rtol=1e-10, atol=1e-12)
+        gradient = torch.autograd.grad(loss(net(X), y), list(net.parameters()))
+        U, r = vl.PerSampleGradients(of), of.reduction_factor
+        torch.testing.assert_close(r * U.to_dense().sum(1), of.flatten(gradient))
