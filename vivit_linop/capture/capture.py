@@ -262,7 +262,7 @@ class Capture:
         n = self.num_samples
         generator = torch.Generator().manual_seed(0)
         noise = torch.randn(self.output.shape, generator=generator).to(self.output)
-        layouts: list[str | None] = [None] * len(self.uses)
+        possible = [candidates(use, n) for use in self.uses]
         pending, unseen = list(range(len(self.uses))), set[int]()
         for sample in reversed(range(n)):
             if not pending:
@@ -270,26 +270,28 @@ class Capture:
             cotangent = torch.zeros_like(self.output)
             cotangent[sample] = noise[sample]
             signals = self._backward([self.uses[i] for i in pending], cotangent)
-            silent = []
+            silent, undecided = [], []
             for i, signal in zip(pending, signals, strict=True):
-                layouts[i] = self._find_layout(self.uses[i], signal, sample)
-                if n > 1 and layouts[i] is not None and not signal.any():
+                possible[i] = [
+                    name for name in possible[i] if self._is_at(name, signal, sample)
+                ]
+                if n > 1 and possible[i] and not signal.any():
                     silent.append(i)
-            pending = silent
+                elif len(possible[i]) > 1 and sample > n - _CHECK_SAMPLES:
+                    undecided.append(i)
             # Most often no sample reaches what the last one does not.
-            if sample == n - 1 and pending:
-                signals = self._backward([self.uses[i] for i in pending], noise)
+            if sample == n - 1 and silent:
+                signals = self._backward([self.uses[i] for i in silent], noise)
                 reached = [signal.any() for signal in signals]
-                unseen = {i for i, r in zip(pending, reached, strict=True) if not r}
-                pending = [i for i in pending if i not in unseen]
-        return layouts, unseen
+                unseen = {i for i, r in zip(silent, reached, strict=True) if not r}
+                silent = [i for i in silent if i not in unseen]
+            pending = sorted(silent + undecided)
+        return [next(iter(names), None) for names in possible], unseen
 
-    def _find_layout(self, use: Use, signal: Tensor, sample: int) -> str | None:
-        for candidate in candidates(use, self.num_samples):
-            by_sample = Layout(candidate, self.num_samples)(signal)
-            if not (by_sample[:sample].any() or by_sample[sample + 1 :].any()):
-                return candidate
-        return None
+    def _is_at(self, layout: str, signal: Tensor, sample: int) -> bool:
+        """Whether a layout has the signal of one sample at that sample alone."""
+        by_sample = Layout(layout, self.num_samples)(signal)
+        return not (by_sample[:sample].any() or by_sample[sample + 1 :].any())
 
     def check(self) -> Structure:
         """Return the structure of the net, as far as it stands up to a check.

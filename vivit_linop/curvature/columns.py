@@ -194,6 +194,7 @@ class Columns:
         first: int,
         structure: Structure,
     ) -> Iterator[list[Piece]]:
+        whole = X
         if len(index) < n:
             X = take(X, index, self._risk.by_sample)
         else:
@@ -202,6 +203,10 @@ class Columns:
         self._risk.check_outputs(batch, capture.output.detach(), index)
         if not structure.fits(capture):
             structure = capture.check()
+        if not self.compact and len(index) > 1 and self._hides(X, structure):
+            for sample in index.split(1):
+                yield from self._pieces(batch, whole, sample, n, first, structure)
+            return
         begin, end = first + int(index[0]), first + int(index[0]) + len(index)
         # Parts that are given away cannot be taken back if a use is reached of which
         # the structure does not know.
@@ -229,6 +234,21 @@ class Columns:
             pieces.append(Piece(place, columns))
         if pieces:
             yield pieces
+
+    def _hides(self, X: Any, structure: Structure) -> bool:
+        """Whether weights have factors on one sample that they have not on several.
+
+        Of one sample all axes are its own, wherever the samples of a batch are.
+        """
+        hidden = {
+            name
+            for name in structure.opaque & self.names
+            if self._risk.params[name].ndim > 1
+        }
+        if not hidden:
+            return False
+        one = Capture(self._risk, take(X, torch.arange(1), self._risk.by_sample), 1)
+        return not hidden <= one.check().opaque
 
     def _dense(
         self, X: Any, structure: Structure, cotangents: Tensor
