@@ -828,7 +828,8 @@ def test_sampled_factor_is_one_draw(name: str) -> None:
     ):
         assert close(other @ x, G @ x, 1e-13, scale=dense_V.norm() ** 2 * x.norm())
     if name != "ce_saturated":  # hardly anything is left to chance there
-        assert not close(sampled(1) @ x, G @ x, 1e-3)
+        # A few labels may be drawn alike by chance, but not again and again.
+        assert not all(close(sampled(seed) @ x, G @ x, 1e-3) for seed in range(1, 6))
 
 
 def test_sampled_factor_takes_the_global_generator_by_default() -> None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from vivit_linop.operators.base import TorchLinearOperator
+from vivit_linop.risk.draws import Draws
 from vivit_linop.risk.empirical import EmpiricalRisk, as_risk
 from vivit_linop.risk.losses import AutogradLoss
 from vivit_linop.risk.memory import check_matrix_fits, free_memory
@@ -205,7 +206,10 @@ class LossHessian(OutputOperator):
             mc_samples: 0 for the exact square root; else the number M of sampled
                 columns a sample, and S Sᵀ is H in expectation only.
             generator: For reproducible samples; by default torch's global one, which
-                then advances. The samples are drawn here, once.
+                then advances by one number, the seed of the draw. What is drawn
+                for a sample depends on the seed and the sample's number only, not
+                on how the data are cut into batches, nor on the device. The samples
+                are drawn here, once.
 
         Raises:
             ValueError: If ``mc_samples`` is negative or the loss has no likelihood to
@@ -284,7 +288,7 @@ class LossHessianSqrt(FactoredOutputOperator):
     Args:
         hessian: H.
         mc_samples: 0 for exact.
-        generator: For the samples.
+        generator: On any device, for the seed of the samples.
 
     Attributes:
         hessian: H.
@@ -311,11 +315,16 @@ class LossHessianSqrt(FactoredOutputOperator):
         super().__init__(risk, mc_samples or exact)
         # A draw is kept whatever it takes: a second one would be another matrix.
         if mc_samples:
+            draws = Draws.seeded_by(generator)
+            start = 0
             for batch, (output, target) in enumerate(
                 zip(risk.outputs, risk.targets(), strict=True)
             ):
-                drawn = risk.loss.sample(output, target, mc_samples, generator)
+                drawn = risk.loss.sample(
+                    output, target, mc_samples, draws.starting_at(start)
+                )
                 self._blocks[batch] = risk.scale**0.5 * drawn
+                start += len(output)
 
     @classmethod
     def of_draw(cls, hessian: LossHessian, draw: Tensor) -> LossHessianSqrt:

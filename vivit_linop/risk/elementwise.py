@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from vivit_linop.risk.draws import Draws, counts
 from vivit_linop.risk.losses import OutputLoss, check_same_shape, copied_weight
 
 
@@ -76,14 +77,11 @@ class SquaredError(ElementwiseLoss):
         output: Tensor,
         target: Tensor,
         mc_samples: int,
-        generator: torch.Generator | None,
+        draws: Draws,
     ) -> Tensor:
         """2 (f − ỹ) for ỹ ~ N(f, I/2)."""
-        size = (len(output), output[0].numel(), mc_samples, 1)
-        noise = torch.randn(
-            size, generator=generator, dtype=output.dtype, device=output.device
-        )
-        return noise * (2.0 / mc_samples) ** 0.5
+        noise = draws.normal(len(output), output[0].numel(), mc_samples, 1)
+        return noise.to(output) * (2.0 / mc_samples) ** 0.5
 
 
 class BinaryCrossEntropy(ElementwiseLoss):
@@ -162,17 +160,12 @@ class BinaryCrossEntropy(ElementwiseLoss):
         output: Tensor,
         target: Tensor,
         mc_samples: int,
-        generator: torch.Generator | None,
+        draws: Draws,
     ) -> Tensor:
         """√(a + b) (σ − ỹ) for ỹ ~ Bernoulli(σ)."""
         a, b = self._coefficients(output, target)
         f = output.reshape(len(output), -1, 1)
-        uniform = torch.rand(
-            (*f.shape[:2], mc_samples),
-            generator=generator,
-            dtype=f.dtype,
-            device=f.device,
-        )
+        uniform = draws.uniform(*f.shape[:2], mc_samples).to(f.device)
         residual = f.sigmoid() - (uniform < f.sigmoid()).to(f)
         mass = (a + b).reshape(len(output), -1, 1)
         return ((mass / mc_samples).sqrt() * residual).unsqueeze(-1)
@@ -230,16 +223,11 @@ class GaussianNLL(ElementwiseLoss):
         output: Tensor,
         target: Tensor,
         mc_samples: int,
-        generator: torch.Generator | None,
+        draws: Draws,
     ) -> Tensor:
         """(f − ỹ)/v for ỹ ~ N(f, v)."""
         deviation = self._variance(target).rsqrt().reshape(len(output), -1, 1)
-        noise = torch.randn(
-            (*deviation.shape[:2], mc_samples),
-            generator=generator,
-            dtype=output.dtype,
-            device=output.device,
-        )
+        noise = draws.normal(*deviation.shape[:2], mc_samples).to(output)
         return (noise * deviation / mc_samples**0.5).unsqueeze(-1)
 
 
@@ -307,7 +295,7 @@ class PoissonNLL(ElementwiseLoss):
         output: Tensor,
         target: Tensor,
         mc_samples: int,
-        generator: torch.Generator | None,
+        draws: Draws,
     ) -> Tensor:
         """λ − ỹ for ỹ ~ Poisson(λ)."""
         if not self.log_input:
@@ -317,8 +305,8 @@ class PoissonNLL(ElementwiseLoss):
                 "model return logarithms of rates, with log_input=True."
             )
         rate = output.exp().reshape(len(output), -1, 1).repeat(1, 1, mc_samples)
-        counts = torch.poisson(rate, generator=generator)
-        return ((rate - counts) / mc_samples**0.5).unsqueeze(-1)
+        drawn = counts(rate, draws.uniform(*rate.shape))
+        return ((rate - drawn) / mc_samples**0.5).unsqueeze(-1)
 
 
 class Huber(ElementwiseLoss):

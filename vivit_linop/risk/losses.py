@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from vivit_linop.risk.draws import Draws, categories
+
 LossCallable = Callable[[Tensor, Tensor], Tensor]
 
 # Relative to the largest eigenvalue: what rounding may do to a zero of a Hessian.
@@ -96,11 +98,19 @@ class OutputLoss(ABC):
         output: Tensor,
         target: Tensor,
         mc_samples: int,
-        generator: torch.Generator | None,
+        draws: Draws,
     ) -> Tensor:
         """Random square roots S with E[S Sᵀ] the Hessian, ``[n, C P, M, 1]``.
 
         Column m is the gradient of −log p(ỹ | f) at a label ỹ ~ p(· | f), over √M.
+
+        Args:
+            output: The outputs of a batch.
+            target: Their targets.
+            mc_samples: M.
+            draws: Random numbers, from the first sample of the batch on. All samples
+                must take as many, in one call, so that a sample's do not depend on how
+                the data are cut into batches.
         """
         raise ValueError(
             f"mc_samples: {self.name} has no likelihood to sample from; use "
@@ -296,19 +306,15 @@ class CrossEntropy(OutputLoss):
         output: Tensor,
         target: Tensor,
         mc_samples: int,
-        generator: torch.Generator | None,
+        draws: Draws,
     ) -> Tensor:
         """√m (p − onehot(ỹ)) for ỹ ~ p, drawn for each position."""
-        p = self.channels(output).softmax(1)
-        n, num_classes, positions = p.shape
-        flat = p.movedim(1, 2).reshape(-1, num_classes)
-        drawn = torch.multinomial(
-            flat, mc_samples, replacement=True, generator=generator
-        )
-        residual = flat.unsqueeze(1).repeat(1, mc_samples, 1)  # [n P, M, C]
+        p = self.channels(output).softmax(1).movedim(1, 2)  # [n, P, C]
+        n, positions, _ = p.shape
+        drawn = categories(p, draws.uniform(n, positions, mc_samples))
+        residual = p.unsqueeze(2).repeat(1, 1, mc_samples, 1)  # [n, P, M, C]
         rows = drawn.unsqueeze(-1)
-        residual.scatter_add_(2, rows, residual.new_full((), -1.0).expand(rows.shape))
-        residual = residual.reshape(n, positions, mc_samples, -1)
+        residual.scatter_add_(3, rows, residual.new_full((), -1.0).expand(rows.shape))
         mass = self._mass(output, target)
         residual *= (mass / mc_samples).sqrt()[:, :, None, None]
         return residual.permute(0, 3, 1, 2).reshape(n, -1, mc_samples, 1)
