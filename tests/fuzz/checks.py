@@ -1,0 +1,418 @@
+"""What the library says about a case, beside its truth.
+
+A check is a generator of ``(what, found, expected, size)``: where the difference of the
+two is beyond rounding, relative to ``size``, there is a finding. Checks share one risk
+and run in an order of the seed, because what one of them keeps, another one uses.
+"""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import re
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from random import Random
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import vivit_linop as vl
+from tests.cases import Dense, _leaves
+
+from .truth import Case, Undecided, rounding, truth_of
+
+RTOL = 1e-9
+Row = tuple[str, Any, Tensor, Any]
+Check = Callable[["Library", Dense], Iterator[Row]]
+
+CHECKS: dict[str, Check] = {}
+CURVED: set[str] = set()  # those that need second derivatives of the net
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something that is wrong, or was refused."""
+
+    check: str
+    what: str
+    refused: bool = False
+
+    def __str__(self) -> str:
+        return f"{'refused' if self.refused else 'wrong'}: {self.check}: {self.what}"
+
+
+# Refusals that are right: what the error says, and the reason why it may.
+ALLOWED = {
+    r"^model: .*not differentiable in the parameters": lambda t: not t.J.any(),
+    r"^data: the loss divides by zero": lambda t: True,
+    r"^mc_samples: ": lambda t: True,  # not every loss has a likelihood
+}
+
+
+def check(name: str, *, curved: bool = False) -> Callable[[Check], Check]:
+    def register(function: Check) -> Check:
+        CHECKS[name] = function
+        if curved:
+            CURVED.add(name)
+        return function
+
+    return register
+
+
+class Library:
+    """The operators of a case, each made once, and vectors to multiply them by."""
+
+    def __init__(self, case: Case, seed: int) -> None:
+        self.case = case
+        self.random = Random(seed)
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def noise(self, *shape: int) -> Tensor:
+        return torch.randn(shape, generator=self.generator, dtype=torch.float64)
+
+    @cached_property
+    def risk(self) -> vl.EmpiricalRisk:
+        case = self.case
+        return vl.EmpiricalRisk(
+            case.model,
+            case.loss,
+            case.data,
+            case.params,
+            reduction=case.reduction,
+            memory=case.memory,
+        )
+
+    @cached_property
+    def J(self) -> vl.Jacobian:
+        return vl.Jacobian(self.risk)
+
+    @cached_property
+    def G(self) -> vl.GGN:
+        return vl.GGN(self.risk)
+
+    @cached_property
+    def U(self) -> vl.PerSampleGradients:
+        return vl.PerSampleGradients(self.risk)
+
+    @cached_property
+    def H(self) -> vl.Hessian:
+        return vl.Hessian(self.risk)
+
+
+# First derivatives ---------------------------------------------------------------------
+
+
+@check("risk")
+def _(lib: Library, t: Dense) -> Iterator[Row]:
+    yield "value", lib.risk.value(), t.value, t.value.abs() + 1
+    yield "gradient", lib.risk.gradient(), t.gradient, t.J.norm() + t.gradient.norm()
+
+
+@check("Jacobian")
+def _(lib: Library, t: Dense) -> Iterator[Row]:
+    x, u = lib.noise(t.D), lib.noise(t.N * t.C)
+    yield "J @ x", lib.J @ x, t.J @ x, t.J.norm() * x.norm()
+    yield "J.T @ u", lib.J.T @ u, t.J.T @ u, t.J.norm() * u.norm()
+    yield "J again", lib.J @ x, t.J @ x, t.J.norm() * x.norm()
+
+
+@check("kernel")
+def _(lib: Library, t: Dense) -> Iterator[Row]:
+    kernel = t.J @ t.J.T
+    yield "(J @ J.T).to_dense()", (lib.J @ lib.J.T).to_dense(), kernel, kernel.norm()
+    yield "J.to_dense()", lib.J.to_dense(), t.J, t.J.norm()
+
+
+@check("gradients of samples")
+def _(lib: Library, t: Dense) -> Iterator[Row]:
+    x, size = lib.noise(t.N), t.U.norm()
+    squares = t.U.square()
+    yield "U @ x", lib.U @ x, t.U @ x, size * x.norm()
+    yield "U", lib.U.to_dense(), t.U, size
+    yield "squared norms", lib.U.squared_norms(), squares.sum(0), size**2
+    centred = t.U.var(1, correction=0)
+    yield "variance", lib.U.variance(), centred, squares.mean(1).norm()
+
+
+@check("Fisher")
+def _(lib: Library, t: Dense) -> Iterator[Row]:
+    F, x = vl.EmpiricalFisher(lib.risk), lib.noise(t.D)
+    yield "F @ x", F @ x, t.F @ x, t.F.norm() * x.norm()
+    yield "F.diagonal()", F.diagonal(), t.F.diagonal(), t.F.norm()
+    largest = torch.linalg.eigvalsh(t.F)[-1:]
+    yield "F.eigvalsh()", F.eigvalsh()[-1:], largest, t.F.norm()
+
+
+@check("loss Hessian")
+def _(lib: Library, t: Dense) -> Iterator[Row]:
+    H = vl.LossHessian(lib.risk)
+    yield "H", H.to_dense(), t.H, t.H.norm()
+    S = H.sqrt().to_dense()
+    yield "S @ S.T", S @ S.T, t.H, t.H.norm()
+
+
+# The GGN -------------------------------------------------------------------------------
+
+
+@check("products")
+def _(lib: Library, t: Dense) -> Iterator[Row]:
+    x, X, size = lib.noise(t.D), lib.noise(t.D, 3), t.G.norm()
+    yield "G @ x", lib.G @ x, t.G @ x, size * x.norm()
+    yield "G @ X", lib.G @ X, t.G @ X, size * X.norm()
+    yield "x @ G", x @ lib.G, x @ t.G, size * x.norm()
+    yield "G @ x again", lib.G @ x, t.G @ x, size * x.norm()
+    yield "G @ array", torch.as_tensor(lib.G @ x.numpy()), t.G @ x, size * x.norm()
+
+
+@check("factor")
+def _(lib: Library, t: Dense) -> Iterator[Row]:
+    V, size = lib.G.factor, t.G.norm()
+    x, z = lib.noise(t.D), lib.noise(V.shape[1])
+    matrix = V.to_dense()
+    yield "V @ V.T", matrix @ matrix.T, t.G, size
+    yield "V @ (V.T @ x)", V @ (V.T @ x), t.G @ x, size * x.norm()
+    yield "V @ z", V @ z, matrix @ z, matrix.norm() * z.norm()
+    cross = (lib.U.T @ V).to_dense()
+    sandwich = t.U.T @ t.G @ t.U
+    yield "(Uᵀ V)(Vᵀ U)", cross @ cross.T, sandwich, size * t.U.norm() ** 2
+
+
+@check("spectrum")
+def _(lib: Library, t: Dense) -> Iterator[Row]:
+    known = torch.linalg.eigvalsh(t.G)
+    evals = lib.G.eigvalsh()
+    yield "G.eigvalsh()", evals, known[len(known) - len(evals) :], t.G.norm()
+    evals, evecs = lib.G.eigh()
+    yield "G.eigh()", evecs * evals @ evecs.T, t.G, t.G.norm()
+    unit = torch.eye(len(evals), dtype=torch.float64)
+    yield "orthonormal eigenvectors", evecs.T @ evecs, unit, 1.0
+
+
+@check("diagonals")
+def _(lib: Library, t: Dense) -> Iterator[Row]:
+    size = t.G.norm()
+    yield "G.diagonal()", lib.G.diagonal(), t.G.diagonal(), size
+    yield "G.trace()", lib.G.trace(), t.G.trace(), size
+    samples = t.per_sample_ggn()
+    by_sample = samples.diagonal(dim1=1, dim2=2)
+    found = lib.G.sample_diagonals()
+    yield "G.sample_diagonals()", found, by_sample, samples.norm()
+
+
+@check("blocks")
+def _(lib: Library, t: Dense) -> Iterator[Row]:
+    blocks = lib.G.block_diagonal("parameter")
+    yield "blocks", blocks.to_dense(), _blocks(t.G, lib.risk.sizes), t.G.norm()
+
+
+@check("damped")
+def _(lib: Library, t: Dense) -> Iterator[Row]:
+    delta = 0.1 * float(t.G.norm()) or 0.1
+    A = t.G + delta * torch.eye(t.D, dtype=torch.float64)
+    damped, x = lib.G + delta * vl.Identity(t.D), lib.noise(t.D)
+    expected = torch.linalg.solve(A, x)
+    yield "(G + δI).inv() @ x", damped.inv() @ x, expected, expected.norm()
+    yield "logdet", damped.logdet(), torch.logdet(A), t.D * abs(torch.tensor(delta).log())
+    root = damped.sqrt()
+    yield "sqrt", root @ (root.T @ x), A @ x, A.norm() * x.norm()
+
+
+@check("directions")
+def _(lib: Library, t: Dense) -> Iterator[Row]:
+    directions = torch.linalg.qr(lib.noise(t.D, min(2, t.D))).Q
+    slopes, curvatures = vl.directional_derivatives(lib.risk, directions)
+    expected = torch.einsum("dk,nde,ek->nk", directions, t.per_sample_ggn(), directions)
+    yield "slopes", slopes, t.U.T @ directions, t.U.norm()
+    yield "curvatures", curvatures, expected, t.per_sample_ggn().norm()
+    if t.G.norm() > 1e-6:
+        pairs, size = lib.G.eigh(k=1), float(t.G.norm())
+        step = vl.damped_newton_step(lib.risk, pairs, size)
+        e, evals = pairs.eigenvectors, pairs.eigenvalues
+        expected = -e @ (e.T @ t.gradient / (evals + size))
+        yield "Newton step", step, expected, t.gradient.norm() / size
+
+
+@check("subset")
+def _(lib: Library, t: Dense) -> Iterator[Row]:
+    chosen = sorted(lib.random.sample(range(t.N), lib.random.randint(1, t.N)))
+    try:
+        part = lib.risk.subset(chosen)
+    except ValueError as error:
+        if re.search("divides by zero", str(error)):
+            return
+        raise
+    # What the loss divides by differs between the two (weights of classes).
+    x, G = lib.noise(t.D), t.per_sample_ggn()[chosen].sum(0)
+    product = vl.GGN(part) @ x
+    G = G * (part.scale / lib.risk.scale * t.r)
+    yield "subset", product, G @ x, G.norm() * x.norm()
+
+
+@check("copies")
+def _(lib: Library, t: Dense) -> Iterator[Row]:
+    x = lib.noise(t.D)
+    size = t.G.norm() * x.norm()
+    yield "deepcopy", copy.deepcopy(lib.G) @ x, t.G @ x, size
+    try:
+        pickle.dumps((lib.case.model, lib.case.loss, lib.case.data))
+    except Exception:  # not ours: a model that pickle does not know
+        return
+    yield "pickle", pickle.loads(pickle.dumps(lib.G)) @ x, t.G @ x, size
+
+
+@check("Monte Carlo")
+def _(lib: Library, t: Dense) -> Iterator[Row]:
+    generator = torch.Generator().manual_seed(lib.random.randrange(99))
+    G, x = vl.GGN(lib.risk, mc_samples=2, generator=generator), lib.noise(t.D)
+    V = G.factor.to_dense()
+    size = V.norm() ** 2
+    yield "G @ x", G @ x, V @ (V.T @ x), size * x.norm()
+    yield "diagonal", G.diagonal(), V.square().sum(1), size
+
+
+@check("KFAC")
+def _(lib: Library, t: Dense) -> Iterator[Row]:
+    """Nothing is known of it but that it is one matrix, positive semi-definite."""
+    K, x = vl.KFAC(lib.risk, variant="exact"), lib.noise(t.D)
+    matrix = K.to_dense()
+    yield "K @ x", K @ x, matrix @ x, matrix.norm() * x.norm()
+    yield "symmetric", matrix.T, matrix, matrix.norm()
+    negative = torch.linalg.eigvalsh(matrix).clamp(max=0.0)
+    yield "semi-definite", negative, torch.zeros(t.D), matrix.norm()
+    layers = [m for m in lib.case.model.modules()] if _is_module(lib.case) else []
+    if t.N == 1 and layers and all(isinstance(m, _UNSHARED) for m in layers[1:]):
+        yield "exact on one sample", matrix, _blocks(t.G, lib.risk.sizes), t.G.norm()
+
+
+_UNSHARED = ()
+
+
+# Second derivatives --------------------------------------------------------------------
+
+
+@check("Hessian", curved=True)
+def _(lib: Library, t: Dense) -> Iterator[Row]:
+    x, X = lib.noise(t.D), lib.noise(t.D, 3)
+    size = t.hessian.norm() + 1e-6 * t.G.norm()
+    yield "H @ x", lib.H @ x, t.hessian @ x, size * x.norm()
+    yield "H @ X", lib.H @ X, t.hessian @ X, size * X.norm()
+    yield "H @ x again", lib.H @ x, t.hessian @ x, size * x.norm()
+
+
+@check("Hessian's diagonal", curved=True)
+def _(lib: Library, t: Dense) -> Iterator[Row]:
+    size = t.hessian.norm() + 1e-6 * t.G.norm()
+    yield "H.diagonal()", lib.H.diagonal(), t.hessian.diagonal(), size
+    by_sample = t.r * lib.H.sample_diagonals().sum(0)
+    yield "H.sample_diagonals()", by_sample, t.hessian.diagonal(), size
+    blocks = lib.H.block_diagonal("parameter").to_dense()
+    yield "blocks", blocks, _blocks(t.hessian, lib.risk.sizes), size
+
+
+# ---------------------------------------------------------------------------------------
+
+
+def _is_module(case: Case) -> bool:
+    return isinstance(case.model, nn.Module)
+
+
+def _blocks(matrix: Tensor, sizes: list[int]) -> Tensor:
+    result, start = torch.zeros_like(matrix), 0
+    for size in sizes:
+        end = start + size
+        result[start:end, start:end] = matrix[start:end, start:end]
+        start = end
+    return result
+
+
+def _state(case: Case) -> dict[str, Any]:
+    """All of the user's that must stay as it is."""
+    keys: dict[str, Any] = {"generator": torch.random.get_rng_state().tolist()}
+    with torch.random.fork_rng():  # a loader draws a seed when it is read
+        leaves = _leaves(case.batches())
+    for i, t in enumerate(leaves):
+        keys[f"data {i}"] = t.grad, t.requires_grad, t.tolist()
+    tensors: dict[str, Tensor] = {}
+    if isinstance(case.params, dict):
+        tensors |= {f"params {name}": p for name, p in case.params.items()}
+    for i, module in enumerate(case.model.modules() if _is_module(case) else ()):
+        slots = {**module._parameters, **module._buffers}
+        tensors |= {f"{i} {n}": t for n, t in slots.items() if t is not None}
+        attributes = {
+            name: len(value) if isinstance(value, (dict, list)) else type(value)
+            for name, value in vars(module).items()
+        }
+        keys[f"{i}"] = type(module), module.training, attributes
+    for name, t in tensors.items():
+        keys[name] = id(t), t.grad, t.requires_grad, t.detach().tolist()
+    return keys
+
+
+def findings(
+    build: Callable[[], Case], seed: int = 0, only: str | None = None
+) -> list[Finding]:
+    """What is wrong with a case, checks in an order of the seed.
+
+    Raises:
+        Undecided: If the case has no truth.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        truth, curved = truth_of(build())
+        if (error := rounding(build, truth)) > 1e-13:
+            raise Undecided(f"rounding errors of {error:.0e}")
+        case = build()
+        before = _state(case)
+        found = []
+        lib = Library(case, seed)
+        names = [name for name in CHECKS if only in (None, name)]
+        for name in Random(seed).sample(names, len(names)):
+            problem = _problem(name, lib, truth)
+            if name in CURVED and not curved:
+                refused = problem and not problem.what.startswith("H ")
+                problem = None if refused else Finding(name, "torch has no such")
+            if problem and not _allowed(problem, truth):
+                found.append(problem)
+        after = _state(case)
+    changed = [key for key in before if before[key] != after.get(key)]
+    if changed or len(before) != len(after):
+        found.append(Finding("guest", f"changed: {changed}"))
+    return found
+
+
+def _problem(name: str, lib: Library, truth: Dense) -> Finding | None:
+    try:
+        for what, got, expected, size in CHECKS[name](lib, truth):
+            if got.shape != expected.shape:
+                shapes = f"{list(got.shape)}, expected {list(expected.shape)}"
+                return Finding(name, f"{what} has shape {shapes}")
+            error = float((got - expected).norm())
+            if not error <= RTOL * float(size) + 1e-14:
+                return Finding(name, f"{what} is off by {error / float(size):.1e}")
+    except Exception as error:  # what it is, is for the reader to judge
+        ours = isinstance(error, (TypeError, ValueError, MemoryError))
+        said = str(error).split("\n")[0]
+        if ours and re.match(r"[\w.\[\]]+: ", said):
+            return Finding(name, said, refused=True)
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        where = f"{frame.filename.split('/')[-1]}:{frame.lineno}"
+        return Finding(name, f"{type(error).__name__} at {where}: {said}")
+    return None
+
+
+def _allowed(finding: Finding, truth: Dense) -> bool:
+    return finding.refused and any(
+        re.match(reason, finding.what) and holds(truth)
+        for reason, holds in ALLOWED.items()
+    )
+
+
+def report(build: Callable[[], Case], seed: int) -> None:
+    """Print what is wrong with a case."""
+    for finding in findings(build, seed):
+        print(finding)
