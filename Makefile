@@ -8,7 +8,7 @@ STAMPS := $(VENV)/.stamps
 .NOTPARALLEL:
 # Keep stamps: make would delete them as intermediate files of a pattern rule.
 .PRECIOUS: $(STAMPS)/%
-.PHONY: help demo examples test lint format bench growth streaming docs clean
+.PHONY: help demo examples test fuzz lint format bench growth streaming docs clean
 
 help:  ## show this help (the default)
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' Makefile
@@ -24,6 +24,9 @@ examples: $(STAMPS)/examples $(STAMPS)/encoder  ## run all examples, the large o
 # run on two processes of one thread each, which small problems use best.
 test: $(STAMPS)/test  ## run the tests
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 $(ARGS)
+
+fuzz: $(STAMPS)/test  ## look for nets and expressions on which the library is wrong
+	OMP_NUM_THREADS=1 $(PY) -m tests.fuzz $(ARGS)
 
 lint: $(STAMPS)/lint  ## check style, formatting and types
 	$(PY) -m ruff check .

@@ -79,7 +79,6 @@ class Writer:
 
     def unequal(self) -> None:
         """Break ties between entries, which have no one derivative of an order."""
-        *before, d = self.shape
         steps = f"torch.arange({math.prod(self.shape)}).to(h).reshape({self.shape})"
         self.write(f"h = h + 0.013 * {steps}")
 
@@ -102,7 +101,7 @@ def offered(net: Writer) -> list[str]:
     return [name for name in LAYERS if len(net.shape) in AXES[name]]
 
 
-# Linear maps and what stands between them ---------------------------------------------
+# Linear maps and what stands between them --------------------------------------------
 
 
 @layer()
@@ -142,7 +141,7 @@ def softmax(net: Writer) -> None:
     net.write(f"h = h.{net.some('softmax', 'log_softmax', 'logcumsumexp')}(-1)")
 
 
-# Convolutions and pooling --------------------------------------------------------------
+# Convolutions and pooling -------------------------------------------------------------
 
 
 @layer(2, 3)
@@ -195,7 +194,7 @@ def average(net: Writer) -> None:
     net.shape = net.shape[:axis] + net.shape[axis + 1 :]
 
 
-# Norms ---------------------------------------------------------------------------------
+# Norms --------------------------------------------------------------------------------
 
 
 @layer()
@@ -228,7 +227,7 @@ def batch_norm(net: Writer) -> None:
     net.write(f"h = {net.member(f'nn.BatchNorm{kind}d({net.shape[0]})')}(h)")
 
 
-# Sequences -----------------------------------------------------------------------------
+# Sequences ----------------------------------------------------------------------------
 
 
 @layer(2)
@@ -287,7 +286,7 @@ def packed(net: Writer) -> None:
     net.shape = (d,)
 
 
-# Weights that are functions of parameters ----------------------------------------------
+# Weights that are functions of parameters ---------------------------------------------
 
 
 @layer()
@@ -361,7 +360,9 @@ def parametrized(net: Writer) -> None:
 def positions(net: Writer) -> None:
     places = net.parameter(*net.shape)
     net.write(
-        net.some(f"h = h + {places}", f"h = h * {places}.expand_as(h)", f"h += {places}")
+        net.some(
+            f"h = h + {places}", f"h = h * {places}.expand_as(h)", f"h += {places}"
+        )
     )
 
 
@@ -371,7 +372,7 @@ def unused(net: Writer) -> None:
     net.parameter(0, 3)
 
 
-# Views, writes, ways through the graph -------------------------------------------------
+# Views, writes, ways through the graph ------------------------------------------------
 
 
 @layer()
@@ -457,15 +458,13 @@ def samples_last(net: Writer) -> None:
     )
 
 
-# Samples that go their own ways --------------------------------------------------------
+# Samples that go their own ways -------------------------------------------------------
 
 
 @layer()
 def loop_over_samples(net: Writer) -> None:
     a, b = net.cell(), net.cell()
-    net.write(
-        f"h = torch.stack([{a}(s) if s.sum() > 0 else {b}(s) * 0.5 for s in h])"
-    )
+    net.write(f"h = torch.stack([{a}(s) if s.sum() > 0 else {b}(s) * 0.5 for s in h])")
 
 
 @layer()
@@ -516,7 +515,7 @@ def experts(net: Writer) -> None:
     )
 
 
-# Other ways to compute -----------------------------------------------------------------
+# Other ways to compute ----------------------------------------------------------------
 
 
 @layer()

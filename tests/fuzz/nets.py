@@ -7,11 +7,15 @@ left of it after one is taken away is a plan too, which is how cases are shrunk.
 from __future__ import annotations
 
 import math
+import sys
+import types
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from random import Random
 
+from .checks import Finding, findings
 from .layers import LAYERS, Writer, offered
+from .truth import Undecided
 
 Choice = tuple[str, int]  # a name on a market, and a seed
 
@@ -28,7 +32,6 @@ class Plan:
     parameters: Choice
     samples: int
     memory: int | None = None
-    keywords: dict[str, str] = field(default_factory=dict)
 
     @classmethod
     def draw(cls, seed: int) -> Plan:
@@ -73,7 +76,30 @@ class Plan:
         for samples in range(1, self.samples):
             yield replace(self, samples=samples)
 
+    def findings(self, only: str | None = None) -> list[Finding]:
+        """What is wrong with the case.
+
+        Raises:
+            Undecided: If the program does not run in plain torch.
+        """
+        module = types.ModuleType("fuzzed")
+        sys.modules["fuzzed"] = module  # pickle finds a class by its module's name
+        try:
+            exec(compile(self.program(), "<fuzzed>", "exec"), module.__dict__)
+            module.build()
+        except Exception as error:  # layers do not fit together
+            raise Undecided(f"{type(error).__name__}: {error}") from error
+        return findings(module.build, self.seed, only)
+
     def code(self) -> str:
+        """A script that says what is wrong."""
+        return (
+            f"{self.program()}\n\nif __name__ == '__main__':\n"
+            "    from tests.fuzz.checks import findings\n\n"
+            f"    print(*findings(build, {self.seed}), sep='\\n')\n"
+        )
+
+    def program(self) -> str:
         """The program: a function ``build()`` that returns the case."""
         net = Writer(Random(self.start[1]))
         STARTS[self.start[0]](net)
@@ -88,7 +114,9 @@ class Plan:
         parameters = PARAMETERS[self.parameters[0]](Random(self.parameters[1]))
         if not net.members:
             net.parameter()
-        lines = "\n        ".join(line for line in net.lines if not line.startswith("#"))
+        lines = "\n        ".join(
+            line for line in net.lines if not line.startswith("#")
+        )
         return PROGRAM.format(
             definitions="".join(f"{code}\n\n\n" for code in net.definitions),
             members="\n        ".join(net.members),
@@ -106,7 +134,7 @@ class Plan:
         )
 
 
-PROGRAM = '''import torch
+PROGRAM = """import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.utils import checkpoint
@@ -136,16 +164,15 @@ def build():
     f64, N = torch.float64, {N}
     X = {inputs}
     model, params = net, None
-    with torch.no_grad():
-        f = net(*X) if isinstance(X, tuple) else net(**X) if isinstance(X, dict) else net(X)
+    f = Case(net, None, (X, None)).outputs().detach()
     loss, reduction = {loss}, {reduction}
     y = {target}
     data = {split}
     {parameters}
     return Case(model, loss, data, params, reduction, memory={memory})
-'''
+"""
 
-# Where nets start ----------------------------------------------------------------------
+# Where nets start ---------------------------------------------------------------------
 
 STARTS: dict[str, Callable[[Writer], None]] = {}
 
@@ -215,7 +242,7 @@ def mapping(net: Writer) -> None:
     net.write("h = x * mask[:, None, None]")
 
 
-# Losses, with the heads that they need -------------------------------------------------
+# Losses, with the heads that they need ------------------------------------------------
 
 LossCode = tuple[str, str, str]  # loss, target, reduction (None where the loss has it)
 LOSSES: dict[str, Callable[[Writer], LossCode]] = {}
@@ -263,7 +290,10 @@ def cross_entropy(net: Writer) -> LossCode:
     C = _outputs(net, classes=True)
     options = net.some("", f"weight=torch.rand({C}, dtype=f64) + 0.5")
     options += net.some("", ", label_smoothing=0.25") + _reduction(net)
-    indices, soft = f"torch.randint({C}, f[:, 0].shape)", "torch.rand_like(f).softmax(1)"
+    indices, soft = (
+        f"torch.randint({C}, f[:, 0].shape)",
+        "torch.rand_like(f).softmax(1)",
+    )
     if net.random.random() < 0.3:
         return f"nn.CrossEntropyLoss({options.strip(', ')})", soft, "None"
     if net.random.random() < 0.3:
@@ -339,7 +369,7 @@ def of_ones_own(net: Writer) -> LossCode:
     return "own_loss", "torch.randn_like(f)", repr(how)
 
 
-# Splits of the data --------------------------------------------------------------------
+# Splits of the data -------------------------------------------------------------------
 
 SPLITS: dict[str, Callable[[Random, int], str]] = {
     "one_batch": lambda random, N: "(X, y)",
@@ -356,7 +386,7 @@ def _sizes(random: Random, N: int) -> list[int]:
     return sizes
 
 
-# Which parameters ----------------------------------------------------------------------
+# Which parameters ---------------------------------------------------------------------
 
 PARAMETERS: dict[str, Callable[[Random], list[str]]] = {
     "all_of_them": lambda random: [],

@@ -143,7 +143,7 @@ def truth_of(case: Case) -> tuple[Dense, bool]:
 
 
 def rounding(build: Any, dense: Dense) -> float:
-    """What a perturbation of 1e-11 makes of the gradient and of the Hessian, relative."""
+    """How far rounding errors may bring the gradient and the Hessian, relatively."""
     case = build()
     with plain():
         leaves = case.chosen()
