@@ -6,6 +6,7 @@ factor, N the samples, ℓ_n without r.
 
 import copy
 import functools
+import math
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -36,6 +37,11 @@ def built(name: str, reduction: str) -> tuple[nn.Module, nn.Module, Any]:
 
 def run(name: str, reduction: str, *extensions: Any) -> list[nn.Parameter]:
     """Run BackPACK's extensions; returns parameters that hold their results."""
+    return list(run_on_net(name, reduction, *extensions).parameters())
+
+
+def run_on_net(name: str, reduction: str, *extensions: Any) -> nn.Module:
+    """Run BackPACK's extensions; returns a net whose parameters hold their results."""
     from backpack import backpack, extend
 
     net, loss, (X, y) = built(name, reduction)
@@ -48,7 +54,23 @@ def run(name: str, reduction: str, *extensions: Any) -> list[nn.Parameter]:
             loss(net(X), y).backward()
     finally:
         torch.set_default_dtype(torch.float32)
-    return list(net.parameters())
+    return net
+
+
+def from_factors(net: nn.Module, field: str) -> Tensor:
+    """The matrix of Kronecker factors, in the order of the parameters' entries."""
+    blocks = []
+    for layer in net.modules():
+        for p in layer.parameters(recurse=False):
+            factors = [factor.contiguous() for factor in getattr(p, field)]
+            block = functools.reduce(torch.kron, factors)
+            if type(layer).__name__.startswith("ConvTranspose") and p.ndim > 1:
+                inputs, outputs, *kernel = p.shape
+                axes = outputs, inputs, math.prod(kernel)
+                block = block.view(*axes, *axes).transpose(0, 1).transpose(3, 4)
+                block = block.reshape(p.numel(), p.numel())
+            blocks.append(block)
+    return torch.block_diag(*blocks)
 
 
 def _classes(n: int, count: int) -> Tensor:
@@ -119,6 +141,49 @@ def grouped_and_transposed(reduction: str) -> Any:
 
 
 @problem
+def transposed_1d(reduction: str) -> Any:
+    """Strides, and outputs that no input reaches."""
+    net = nn.Sequential(
+        nn.ConvTranspose1d(3, 2, 2, stride=4, padding=1, dilation=2, bias=False),
+        nn.Tanh(),
+        nn.ConvTranspose1d(2, 2, 3, padding=1),
+        nn.Flatten(),
+        nn.Linear(10, 3),
+    )
+    loss = nn.CrossEntropyLoss(reduction=reduction)
+    return net, loss, (torch.randn(4, 3, 2), _classes(4, 3))
+
+
+@problem
+def transposed_2d(reduction: str) -> Any:
+    """As many channels in as out."""
+    net = nn.Sequential(
+        nn.ConvTranspose2d(2, 2, (2, 3), stride=(2, 1), padding=(0, 1)),
+        nn.Sigmoid(),
+        nn.Conv2d(2, 2, 2, stride=2),
+        nn.Flatten(),
+        nn.Linear(4, 2),
+    )
+    return (
+        net,
+        nn.MSELoss(reduction=reduction),
+        (torch.randn(5, 2, 2, 3), torch.rand(5, 2)),
+    )
+
+
+@problem
+def transposed_3d(reduction: str) -> Any:
+    net = nn.Sequential(
+        nn.ConvTranspose3d(3, 2, 2, stride=(1, 2, 1), dilation=(2, 1, 1)),
+        nn.Sigmoid(),
+        nn.Flatten(),
+        nn.Linear(96, 2),
+    )
+    loss = nn.CrossEntropyLoss(reduction=reduction)
+    return net, loss, (torch.randn(3, 3, 2, 2, 2), _classes(3, 2))
+
+
+@problem
 def tokens_mse(reduction: str) -> Any:
     net = nn.Sequential(nn.Linear(4, 3), nn.Sigmoid(), nn.Flatten(), nn.Linear(15, 2))
     return (
@@ -140,7 +205,16 @@ def batch_norm(reduction: str) -> Any:
 
 ALL = list(PROBLEMS)
 # Those whose layers BackPACK's Kronecker approximations take.
-KRONECKER = ["mlp_ce", "mlp_mse", "bce", "cnn_ce", "conv_1d"]
+KRONECKER = [
+    "mlp_ce",
+    "mlp_mse",
+    "bce",
+    "cnn_ce",
+    "conv_1d",
+    "transposed_1d",
+    "transposed_2d",
+    "transposed_3d",
+]
 # Those whose layers its layer recursion for the Hessian's diagonal takes.
 HESSIAN = ["mlp_ce", "mlp_mse", "bce", "cnn_ce", "conv_1d"]
 # Those whose layers its products with blocks take: 2d and without batch norm.

@@ -192,14 +192,11 @@ def test_damped_inverses_of_curvlinops_kfac(kind: str) -> None:
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("name", [name for name in KRONECKER if name != "bce"])
 def test_kfra(name: str, reduction: str) -> None:
-    parameters = backpack_peer.run(name, reduction, bp.KFRA())
+    net = backpack_peer.run_on_net(name, reduction, bp.KFRA())
     K = vl.KFRA(peer_risk(name, reduction))
-    assert len(K.blocks) == len(K.names) == len(parameters)
-    for block, p in zip(K.blocks, parameters, strict=True):
-        expected = p.kfra[0].contiguous()
-        for factor in p.kfra[1:]:
-            expected = torch.kron(expected, factor.contiguous())
-        assert close(block.to_dense(), expected)
+    assert len(K.blocks) == len(K.names) == len(list(net.parameters()))
+    assert close(K.to_dense(), backpack_peer.from_factors(net, "kfra"))
+    check_operator(K, K.to_dense())
     D = K.shape[0]
     unit = torch.eye(D, dtype=torch.float64)
     damped = (K + 0.1 * vl.Identity(D)).inv() @ unit
@@ -343,6 +340,8 @@ def test_from_backpack_of_what_it_cannot_take() -> None:
     with pytest.raises(TypeError, match="quantity"):
         vl.from_backpack(parameters, bp.KFRA())
     with pytest.raises(TypeError, match="source"):
+        vl.from_backpack(torch.ones(2), "kfra")
+    with pytest.raises(ValueError, match="source: parameter 0 has no 'kfra'"):
         vl.from_backpack(nn.Linear(2, 2), "kfra")
     with pytest.raises(ValueError, match="empty"):
         vl.from_backpack([], "kfra")

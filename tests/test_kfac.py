@@ -164,14 +164,22 @@ def _convolutions_averaged_over_positions() -> Problem:
     return Problem(net, nn.MSELoss(reduction="sum"), (draw(4, 2, 3, 3), draw(4, 2)))
 
 
-def _transposed_convolution_of_pixels() -> Problem:
+def _transposed_convolution_of_one_output() -> Problem:
     net = nn.Sequential(
-        nn.Unflatten(1, (3, 1)),
-        nn.ConvTranspose1d(3, 2, 4, bias=False),
+        nn.ConvTranspose1d(3, 2, 2, padding=2, bias=False),
         nn.Flatten(),
-        nn.Linear(8, 2, bias=False),
+        nn.Linear(2, 2, bias=False),
     ).double()
-    return Problem(net, nn.MSELoss(), (draw(5, 3), draw(5, 2)))
+    return Problem(net, nn.MSELoss(), (draw(5, 3, 4), draw(5, 2)))
+
+
+def _transposed_convolutions_averaged() -> Problem:
+    net = nn.Sequential(
+        nn.ConvTranspose2d(2, 3, 2, stride=2, bias=False),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+    ).double()
+    return Problem(net, nn.MSELoss(), (draw(4, 2, 2, 3), draw(4, 3)))
 
 
 def _embedding() -> Problem:
@@ -192,9 +200,10 @@ EXACT = {
     "convolutions_averaged": (_convolutions_averaged_over_positions, ["reduce"]),
     "one_sample": (_one_sample, ["expand", "reduce", "backpack"]),
     "transposed_convolution": (
-        _transposed_convolution_of_pixels,
+        _transposed_convolution_of_one_output,
         ["expand", "reduce", "backpack"],
     ),
+    "transposed_convolutions_averaged": (_transposed_convolutions_averaged, ["reduce"]),
     "embedding": (_embedding, ["expand", "reduce", "backpack"]),
 }
 
@@ -245,8 +254,7 @@ def test_groups_and_transposed_convolutions() -> None:
     assert K.names == [
         ["0.weight", "0.bias"],
         ["0.weight", "0.bias"],
-        ["2.weight"],
-        ["2.bias"],
+        ["2.weight", "2.bias"],
         ["5.weight", "5.bias"],
     ]
     check_operator(K, K.to_dense())
@@ -327,7 +335,7 @@ def test_ekfac_has_the_diagonal_of_the_ggn(
 
 
 def test_ekfac_of_embeddings_and_transposed_convolutions() -> None:
-    for build in (_embedding, _transposed_convolution_of_pixels):
+    for build in (_embedding, _transposed_convolution_of_one_output):
         built = build()
         of, truth = risk_of(built), dense_of(built)
         E = vl.EKFAC(of, variant="exact")

@@ -11,7 +11,7 @@ import copy
 import inspect
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -235,13 +235,31 @@ _INSTEAD = {
 }
 # Functions with second derivatives, that BackPACK has rules for.
 CURVED = (nn.Sigmoid, nn.Tanh, nn.ELU, nn.SELU, nn.LogSigmoid)
+# BackPACK's Kronecker factors of these number the weight's entries outputs first.
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+
+class Left(NamedTuple):
+    """What BackPACK has left on a parameter.
+
+    Attributes:
+        parameter: The parameter.
+        value: What is there.
+        layer: The module that has the parameter; None if that is not known.
+    """
+
+    parameter: Tensor
+    value: Any
+    layer: nn.Module | None
 
 
 def from_backpack(source: Any, quantity: Any) -> TorchLinearOperator:
     """Return what BackPACK computes as an operator.
 
     - Kronecker factors (``KFAC``, ``KFLR``, ``KFRA``) become a ``BlockDiagonal`` of
-      ``Kronecker`` operators, one block a parameter;
+      ``Kronecker`` operators, one block a parameter. Those of a transposed convolution
+      are of ``weight.transpose(0, 1)``: the operator has the block at the places
+      (``indices``) that its entries have in the parameter;
     - diagonals (``DiagGGNExact``, ``DiagHessian``, ``Variance``, …) a ``Diagonal``;
     - products with blocks (``HMP``, ``GGNMP``, ``PCHMP``) a ``BlockDiagonal``;
     - quantities with axes before the parameter's (``BatchGrad``, ``SqrtGGNExact``, …)
@@ -250,9 +268,9 @@ def from_backpack(source: Any, quantity: Any) -> TorchLinearOperator:
     Scalings are BackPACK's: quantities of single samples have its r = 1/N in them.
 
     Args:
-        source: An iterable of parameters that BackPACK has left its results on; or
-            an :class:`EmpiricalRisk`, for which BackPACK runs on a copy of the model,
-            on all samples at once.
+        source: A module, or an iterable of parameters, that BackPACK has left its
+            results on; or an :class:`EmpiricalRisk`, for which BackPACK runs on a copy
+            of the model, on all samples at once.
         quantity: For parameters the name of the attribute, ``"kflr"`` or whatever
             ``savefield`` says; for a risk an extension, such as
             ``backpack.extensions.KFLR()``.
@@ -260,7 +278,8 @@ def from_backpack(source: Any, quantity: Any) -> TorchLinearOperator:
     Raises:
         TypeError: For arguments of a wrong type, or a quantity that is none of these.
         ValueError: If a parameter has no such attribute; if BackPACK cannot do the
-            model, with the module that it has no rule for.
+            model, with the module that it has no rule for; if the shape of a kernel
+            leaves open whether it is of a transposed convolution, and no module tells.
 
     Example:
         >>> import torch, vivit_linop as vl
@@ -273,33 +292,40 @@ def from_backpack(source: Any, quantity: Any) -> TorchLinearOperator:
         <4x4 BlockDiagonal, torch.float32, cpu>
     """
     if isinstance(source, EmpiricalRisk):
-        return _of_values(backpack_values(source, quantity))
-    if isinstance(source, (Tensor, nn.Module)) or not isinstance(source, Iterable):
+        return _of_results(backpack_results(source, quantity))
+    if isinstance(source, Tensor) or not isinstance(source, Iterable | nn.Module):
         raise TypeError(
-            "source: an EmpiricalRisk or an iterable of Parameters, got "
+            "source: an EmpiricalRisk, a module or an iterable of Parameters, got "
             f"{type(source).__name__}."
         )
     if not isinstance(quantity, str):
         raise TypeError(
             f"quantity: the name of an attribute of the parameters, got {quantity!r}."
         )
-    pairs = []
-    for position, p in enumerate(source):
+    layers = _layers(source) if isinstance(source, nn.Module) else {}
+    results = []
+    parameters = source.parameters() if isinstance(source, nn.Module) else source
+    for position, p in enumerate(parameters):
         if not hasattr(p, quantity):
             raise ValueError(
                 f"source: parameter {position} has no {quantity!r}. Run backward() "
                 "inside of `with backpack(extension):` first; parameters of modules "
                 "that BackPACK has no rule for get none."
             )
-        pairs.append((p, getattr(p, quantity)))
-    if not pairs:
+        results.append(Left(p, getattr(p, quantity), layers.get(id(p))))
+    if not results:
         raise ValueError("source: is empty, there is not one parameter.")
-    return _of_values(pairs)
+    return _of_results(results)
 
 
-def backpack_values(
+def _layers(module: nn.Module) -> dict[int, nn.Module]:
+    """By the id of each parameter, the module that has it."""
+    return {id(p): part for part in module.modules() for p in part.parameters(False)}
+
+
+def backpack_results(
     risk: EmpiricalRisk, extension: Any, memory: int | None = None
-) -> list[tuple[Tensor, Any]]:
+) -> list[Left]:
     """Run one of BackPACK's extensions on a copy of a risk's model.
 
     Args:
@@ -309,7 +335,7 @@ def backpack_values(
             N · features] after each elementwise function; None for any.
 
     Returns:
-        The parameters of the copy, each with what BackPACK left on it.
+        What BackPACK left on the parameters of the copy.
 
     Raises:
         TypeError: If ``extension`` is none.
@@ -369,7 +395,11 @@ def backpack_values(
             f"model: BackPACK did not compute {what} for parameter {missing[0]!r}; it "
             "has no rule for its module."
         )
-    return [(named[name], getattr(named[name], savefield)) for name in risk.params]
+    layers = _layers(module)
+    return [
+        Left(p, getattr(p, savefield), layers[id(p)])
+        for p in (named[name] for name in risk.params)
+    ]
 
 
 def backpack_kfra(risk: EmpiricalRisk) -> BlockDiagonal:
@@ -394,9 +424,9 @@ def backpack_diagonal_hessian(
     from backpack.extensions import BatchDiagHessian, DiagHessian
 
     extension = BatchDiagHessian() if by_sample else DiagHessian()
-    values = [value for _, value in backpack_values(risk, extension, memory)]
+    results = backpack_results(risk, extension, memory)
     leading = 1 if by_sample else 0
-    parts = [value.detach().flatten(leading) for value in values]
+    parts = [result.value.detach().flatten(leading) for result in results]
     return torch.cat(parts, dim=leading)
 
 
@@ -429,19 +459,17 @@ class BackpackProduct(TorchLinearOperator):
         return self._function(vectors).detach().flatten(1).T
 
 
-def _of_values(pairs: Sequence[tuple[Tensor, Any]]) -> TorchLinearOperator:
+def _of_results(results: Sequence[Left]) -> TorchLinearOperator:
     """Decide by what BackPACK left on the parameters."""
-    parameters, values = zip(*pairs, strict=True)
+    parameters, values, _ = zip(*results, strict=True)
     if all(callable(value) and not isinstance(value, Tensor) for value in values):
-        return BlockDiagonal([BackpackProduct(f, p) for p, f in pairs])
+        return BlockDiagonal([BackpackProduct(f, p) for p, f, _ in results])
     if all(isinstance(value, (list, tuple)) for value in values):
-        return BlockDiagonal(
-            [Kronecker(*(factor.detach() for factor in factors)) for factors in values]
-        )
+        return _kronecker_blocks(results)
     if all(isinstance(value, Tensor) for value in values):
-        leading = {value.ndim - p.ndim for p, value in pairs}
+        leading = {value.ndim - p.ndim for p, value, _ in results}
         shapes_match = all(
-            value.shape[value.ndim - p.ndim :] == p.shape for p, value in pairs
+            value.shape[value.ndim - p.ndim :] == p.shape for p, value, _ in results
         )
         if shapes_match and leading == {0}:
             return Diagonal(torch.cat([value.detach().flatten() for value in values]))
@@ -458,6 +486,46 @@ def _of_values(pairs: Sequence[tuple[Tensor, Any]]) -> TorchLinearOperator:
         f"with a block; parameter {list(parameters[0].shape)} holds "
         f"{_describe(values[0])}."
     )
+
+
+def _kronecker_blocks(results: Sequence[Left]) -> BlockDiagonal:
+    """The blocks of all parameters, at the places of their entries."""
+    blocks, indices, start = [], [], 0
+    for number, result in enumerate(results):
+        p = result.parameter
+        places = torch.arange(start, start + p.numel())
+        if _of_transpose(result, number):
+            places = places.view(p.shape).transpose(0, 1).flatten()
+        blocks.append(Kronecker(*(factor.detach() for factor in result.value)))
+        indices.append(places.to(p.device))
+        start += p.numel()
+    in_order = torch.equal(torch.cat(indices).cpu(), torch.arange(start))
+    return BlockDiagonal(blocks, None if in_order else indices)
+
+
+def _of_transpose(result: Left, number: int) -> bool:
+    """Whether factors are those of a parameter with its first two axes exchanged."""
+    p, factors, layer = result
+    if len(factors) != 2 or p.ndim < 3:
+        return False
+    if isinstance(layer, _TRANSPOSED):
+        ends = zip(layer.output_padding, layer.padding, strict=True)
+        if any(added and removed for added, removed in ends):
+            raise ValueError(
+                f"model: BackPACK's factors leave out the output_padding of {layer}. "
+                f"{_INSTEAD['KFRA']}"
+            )
+        return True
+    if layer is not None:
+        return False
+    outputs = len(factors[0])
+    if p.shape[0] == p.shape[1] == outputs > 1:
+        raise ValueError(
+            f"source: parameter {number}, {list(p.shape)}, may be of a convolution or "
+            "of a transposed one, and BackPACK numbers their entries in different "
+            "orders. Give the module in place of its parameters."
+        )
+    return outputs != p.shape[0]
 
 
 def _describe(value: Any) -> str:

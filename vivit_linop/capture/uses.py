@@ -18,6 +18,7 @@ from vivit_linop.capture.layers import (
 from vivit_linop.capture.layouts import Layout
 from vivit_linop.capture.recorder import Use
 from vivit_linop.capture.tables import TableColumns
+from vivit_linop.capture.transposed import Call, TransposedConvolutionColumns
 from vivit_linop.capture.views import View
 
 _OfTensor = Callable[[dict[str, Any], Tensor], Tensor]
@@ -210,7 +211,7 @@ def _conv_transpose(arguments: dict[str, Any], X: Tensor, B: Tensor) -> LayerCol
     unfolded = unfold(B.flatten(0, 1), arguments)
     b = unfolded.reshape(n, R, groups, -1, X[0, 0].numel())
     a = X.reshape(n, groups, channels // groups, -1)
-    return KhatriRaoColumns(a, b, inputs_first=True)
+    return TransposedConvolutionColumns(a, b, [Call(arguments, X, B)])
 
 
 def _embedding(arguments: dict[str, Any], X: Tensor, B: Tensor) -> LayerColumns:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from vivit_linop.capture import Capture, find_structure
 from vivit_linop.capture.layers import KhatriRaoColumns
+from vivit_linop.capture.transposed import TransposedConvolutionColumns
 from vivit_linop.capture.views import View
 from vivit_linop.curvature.blocks import FactorRows, Partition
 from vivit_linop.curvature.columns import Piece, memory_budget
@@ -99,7 +100,11 @@ class KFAC(_LayerBlocks):
     - ``"backpack"``: A = (1/N) Σ_np a aᵀ from ``"expand"`` without 1/P, B from
       ``"reduce"``, as BackPACK's ``KFLR`` and ``KFAC`` for convolutions.
 
-    For linear layers on ``[N, in]`` all three are BackPACK's. Biases, weights of norms
+    For linear layers on ``[N, in]`` all three are BackPACK's. Positions of a transposed
+    convolution are those of its output, as of any layer: a_np is what output p sees of
+    the input, one entry for each input channel and place in the kernel, and the block
+    is B ⊗ A for ``weight.transpose(0, 1)``, at the places (``indices``) that its
+    entries have in the parameter. Biases, weights of norms
     and all parameters without layer factors keep their exact block: that of ``"exact"``
     is the GGN's own. Groups of a convolution are blocks of their own.
 
@@ -238,6 +243,30 @@ def _curvature(
     return GGN(risk, mc_samples=samples, generator=generator)
 
 
+@dataclass
+class _Factors:
+    """The factors of a weight, for each of its G groups of channels.
+
+    Attributes:
+        B: Of outputs, ``[G, b, b]``.
+        A: Of inputs, ``[G, a, a]``.
+        inputs_first: Whether the inputs' axis comes first in the weight's layout.
+        order: Where the weight's entries are, ``[G, b, a]``, unless in their own order.
+    """
+
+    B: Tensor
+    A: Tensor
+    inputs_first: bool
+    order: Tensor | None
+
+
+def _at_outputs(columns: KhatriRaoColumns) -> KhatriRaoColumns:
+    """The columns as sums over positions of what the layer gives."""
+    if isinstance(columns, TransposedConvolutionColumns):
+        return columns.at_outputs()
+    return columns
+
+
 class _KroneckerSums(Total):
     """The factors of all weights, and the exact blocks of small other parameters.
 
@@ -247,8 +276,7 @@ class _KroneckerSums(Total):
         affine: The weights that are joined with a bias.
 
     Attributes:
-        factors: B ``[G, b, b]`` and A ``[G, a, a]`` by weight, and whether the inputs'
-            axis comes first in its layout.
+        factors: The factors by weight.
         outer: The exact blocks by parameter.
     """
 
@@ -260,7 +288,7 @@ class _KroneckerSums(Total):
         self._weights = {name for name, p in factor.risk.params.items() if p.ndim > 1}
         self._sharing, self._affine = sharing, set(affine)
         self._num_samples = factor.risk.num_samples
-        self.factors: dict[str, tuple[Tensor, Tensor, bool]] = {}
+        self.factors: dict[str, _Factors] = {}
         self.outer: dict[str, Tensor] = {}
 
     def add(self, left: Piece, right: Piece) -> None:
@@ -280,20 +308,24 @@ class _KroneckerSums(Total):
             )
 
     def _add_factors(self, name: str, columns: KhatriRaoColumns, again: bool) -> None:
+        order = None
+        if isinstance(columns, TransposedConvolutionColumns):
+            order = columns.by_outputs(torch.arange(columns.numel))
+        columns = _at_outputs(columns)
         B = columns.cotangent_sums(self._sharing != "expand")
         before = self.factors.get(name)
         if before is not None:
-            B += before[0]
+            B += before.B
         if before is None or not again:
             affine = name in self._affine and not columns.inputs_first
             A = columns.input_sums(self._sharing == "reduce", affine)
             count = self._num_samples
             A /= count * columns.positions if self._sharing == "expand" else count
             if before is not None:
-                A += before[1]
+                A += before.A
         else:
-            A = before[1]
-        self.factors[name] = B, A, columns.inputs_first
+            A = before.A
+        self.factors[name] = _Factors(B, A, columns.inputs_first, order)
 
 
 def _approximate(
@@ -310,7 +342,7 @@ def _approximate(
     joined = {
         weight: bias
         for weight, bias in partners.items()
-        if weight in sums.factors and not sums.factors[weight][2]
+        if weight in sums.factors and not sums.factors[weight].inputs_first
     }
     for number, name in enumerate(risk.params):
         if name in joined.values():
@@ -335,24 +367,26 @@ def _kronecker_parts(
     risk: EmpiricalRisk,
     name: str,
     bias: str | None,
-    factors: tuple[Tensor, Tensor, bool],
+    factors: _Factors,
     scale: float,
 ) -> list[_Part]:
     """One block for each group of channels."""
-    Bs, As, inputs_first = factors
-    groups, names = len(Bs), [name]
+    groups, names, order = len(factors.B), [name], factors.order
     rows: list[Tensor] | list[None] = [None]
-    if groups > 1 or bias is not None:
-        numbers = _numbers(risk, name).view(groups, Bs.shape[1], -1)
+    if groups > 1 or bias is not None or order is not None:
+        numbers = _numbers(risk, name)
+        if order is not None:
+            numbers = numbers[order]
+        numbers = numbers.view(groups, factors.B.shape[1], -1)
         if bias is not None:
             own = _numbers(risk, bias).view(groups, -1, 1)
             numbers = torch.cat([numbers, own], dim=2)
             names = [name, bias]
         rows = list(numbers.flatten(1))
     parts = []
-    for B, A, numbers_of_group in zip(Bs, As, rows, strict=True):
+    for B, A, numbers_of_group in zip(factors.B, factors.A, rows, strict=True):
         pair = _symmetric(scale * B), _symmetric(A)
-        block = Kronecker(*(reversed(pair) if inputs_first else pair))
+        block = Kronecker(*(reversed(pair) if factors.inputs_first else pair))
         parts.append(_Part(names, block, numbers_of_group))
     return parts
 
@@ -397,7 +431,9 @@ class KFRA(BlockDiagonal):
     Block-diagonal by parameter, B ⊗ A with A as for ``weight_sharing="backpack"`` of
     :class:`KFAC`, and B propagated from layer to layer as a mean over samples (Botev,
     Ritter & Barber 2017, arXiv:1706.03662): for a linear layer Wᵀ B W, for an
-    elementwise function with derivatives d_n, B ∘ (1/N) Σ_n d_n d_nᵀ. That recursion
+    elementwise function with derivatives d_n, B ∘ (1/N) Σ_n d_n d_nᵀ. Entries are
+    numbered as the risk's parameters are, also where BackPACK exchanges axes. That
+    recursion
     defines it, so it exists for nets of the modules that BackPACK has rules for only,
     and is computed by BackPACK, on a copy of the model.
 
@@ -429,7 +465,8 @@ class KFRA(BlockDiagonal):
     ) -> None:
         self.risk = as_risk(risk, loss, data, params)
         self.names = [[name] for name in self.risk.params]
-        super().__init__(backpack_kfra(self.risk).blocks)
+        approximation = backpack_kfra(self.risk)
+        super().__init__(approximation.blocks, approximation.indices)
 
 
 class EKFAC(_LayerBlocks):
@@ -507,7 +544,7 @@ class _EigenvalueSums(Total):
         for name in self.names:
             columns = left.columns.get(name)
             if isinstance(columns, KhatriRaoColumns):
-                rotated = self._rotated(name, columns, left.again)
+                rotated = self._rotated(name, _at_outputs(columns), left.again)
                 squares = rotated.entry_squares(self._memory)
                 squares = squares.view(len(self._bases[name]), -1)
                 known = self.sums.get(name)
