@@ -17,7 +17,8 @@ import vivit_linop as vl
 from vivit_linop.curvature.jacobian import Pullback
 from vivit_linop.operators.lowrank import Damped, Gram, LowRank, Woodbury
 from vivit_linop.risk import linearization
-from vivit_linop.risk.linearization import Linearization
+from vivit_linop.risk.empirical import _evaluated
+from vivit_linop.risk.linearization import Linearization, NoTangentError
 from vivit_linop.testing import check_operator
 
 DTYPES = [torch.float64, torch.float32]
@@ -732,7 +733,7 @@ def test_linearization(name: str, method: str, monkeypatch: pytest.MonkeyPatch) 
     rows = truth.J.split([n * truth.C for n in of.batch_sizes])
     for (X, _), J in zip(of.batches(), rows, strict=True):
         # Some models write into their input.
-        function = functools.partial(of._evaluate, cases._map(torch.clone, X))
+        function = functools.partial(_evaluated, of.model, cases._map(torch.clone, X))
         linear = Linearization(function, of.params)
         assert linear.method in (method, "reverse")
         generator = torch.Generator().manual_seed(3)
@@ -762,19 +763,25 @@ def test_ordinary_nets_are_traced_where_it_pays(name: str, method: str) -> None:
 def test_a_trace_stands_in_for_a_wrong_second_derivative(
     wrong: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def reverse(linear: Linearization) -> bool:
-        if wrong == "error":
-            raise NotImplementedError("derivative for f_backward")
-        return False
+    module = "vivit_linop.risk.linearization"
+    if wrong == "error":
 
-    monkeypatch.setattr(Linearization, "_reverse", reverse)
+        def impossible(graph: Any) -> None:
+            raise NotImplementedError("derivative for f_backward")
+
+        monkeypatch.setattr(f"{module}.ReverseTangents", impossible)
+    else:
+        monkeypatch.setattr(Linearization, "_reverse", lambda linear: False)
     of, truth = fresh("mlp_ce_mean"), dense("mlp_ce_mean")
     x = torch.linspace(-1.0, 1.0, truth.D).double()
     assert close(vl.Jacobian(of) @ x, truth.J @ x)
     assert {linear.method for linear in of.linearizations()} == {"trace"}
-    monkeypatch.setattr("vivit_linop.risk.linearization.tangent_map", _untraceable)
-    with pytest.raises((ValueError, NotImplementedError), match="derivative"):
-        vl.Jacobian(fresh("mlp_ce_mean")) @ x
+    monkeypatch.setattr(f"{module}.tangent_map", _untraceable)
+    of = fresh("mlp_ce_mean")  # and columns for both
+    assert close(vl.Jacobian(of) @ x, truth.J @ x)
+    assert not of.has_tangents
+    with pytest.raises(NoTangentError, match="second derivative"):
+        next(iter(of.linearizations())).jvp(x.unsqueeze(1))
 
 
 def test_hessian_of_a_wrong_double_backward() -> None:

@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import cached_property
 from typing import Any, Self
+from weakref import ref
 
 import torch
 from torch import Tensor
 
 from vivit_linop.capture.costs import LayerCost, as_table, layer_costs
-from vivit_linop.curvature.output_space import OutputOperator, check_blocks_fit
+from vivit_linop.curvature.output_space import (
+    LossHessian,
+    OutputOperator,
+    check_blocks_fit,
+)
 from vivit_linop.curvature.stored import (
     StoredColumns,
     cheaper_columns,
+    columns_without_tangents,
     fitting_columns,
 )
 from vivit_linop.operators import verbs
 from vivit_linop.operators.base import TorchLinearOperator
 from vivit_linop.operators.lowrank import Gram
 from vivit_linop.risk.empirical import EmpiricalRisk, as_risk
+from vivit_linop.risk.linearization import NoTangentError
+from vivit_linop.risk.losses import AutogradLoss
 
 
 class Jacobian(TorchLinearOperator):
@@ -61,7 +70,7 @@ class Jacobian(TorchLinearOperator):
         return Pullback(self, None)
 
     def _multiply(self, X: Tensor) -> Tensor:
-        return torch.cat([batch.jvp(X) for batch in self.risk.linearizations()])
+        return self.pullback._multiply_adjoint(X)
 
     def _multiply_adjoint(self, X: Tensor) -> Tensor:
         return self.pullback._multiply(X)
@@ -71,29 +80,50 @@ class Pullback(TorchLinearOperator):
     """Jᵀ B for an operator B in output space (or Jᵀ itself), ``[D, N·R]``.
 
     Products run on the linearisation of the net, or on the stored columns where that is
-    cheaper; which of them is decided at the first product.
+    cheaper; which of them is decided at the first product. Where torch cannot give J x
+    (operations with first derivatives only), products with the adjoint run on columns
+    in any case.
 
     Args:
         jacobian: J.
         blocks: B, or None for the identity.
 
     Attributes:
-        jacobian: J.
         blocks: B or None.
         risk: The risk of J.
         width: R, the number of columns a sample; column n·R + r belongs to sample n.
+        stored: The stored columns, if there are any.
+        streams: Whether they were found not to fit into memory.
     """
 
     def __init__(self, jacobian: Jacobian, blocks: OutputOperator | None) -> None:
-        self.jacobian, self.blocks, self.risk = jacobian, blocks, jacobian.risk
+        self.blocks, self.risk = blocks, jacobian.risk
         self.width = self.risk.num_outputs if blocks is None else blocks.width
+        # J keeps Jᵀ, so that Jᵀ must not keep J: both would outlive their last user.
+        self._jacobian: ref[Jacobian] | None = ref(jacobian)
         self.stored: StoredColumns | None = None
-        self._decided = blocks is None
+        self._decided, self.streams = blocks is None, False
         super().__init__(
             (self.risk.num_params, self.risk.num_samples * self.width),
             self.risk.dtype,
             self.risk.device,
         )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What travels: columns are made anew where they pay."""
+        anew = {"_jacobian": None, "stored": None, "_decided": self.blocks is None}
+        return self.__dict__ | anew
+
+    @property
+    def jacobian(self) -> Jacobian:
+        """J."""
+        jacobian = None if self._jacobian is None else self._jacobian()
+        if jacobian is None:
+            jacobian = Jacobian(self.risk)
+            if self.blocks is None:
+                jacobian.pullback = self
+            self._jacobian = ref(jacobian)
+        return jacobian
 
     @classmethod
     def through(cls, jacobian: Jacobian, blocks: OutputOperator) -> Self:
@@ -110,8 +140,9 @@ class Pullback(TorchLinearOperator):
     def columns(self) -> StoredColumns | None:
         """The stored columns, if products are to run on them."""
         if not self._decided:
-            self._decided = True
-            self.stored = self.stored or cheaper_columns(self)
+            with self.risk.making:
+                self.stored = self.stored or cheaper_columns(self)
+                self._decided = True
         return self.stored
 
     def keep_columns(self) -> None:
@@ -156,13 +187,20 @@ class Pullback(TorchLinearOperator):
     def _multiply_adjoint(self, X: Tensor) -> Tensor:
         if (columns := self.columns()) is not None:
             return columns.multiply_adjoint(X)
-        parts = []
+        if self.risk.has_tangents:
+            try:
+                return torch.cat(list(self._images(X)))
+            except NoTangentError:
+                self.risk.has_tangents = False
+        return columns_without_tangents(self).multiply_adjoint(X)
+
+    def _images(self, X: Tensor) -> Iterator[Tensor]:
+        """Bᵀ J X, batch by batch."""
         for batch, linearization in enumerate(self.risk.linearizations()):
             part = linearization.jvp(X)
             if self.blocks is not None:
                 part = self.blocks.apply_adjoint_batch(batch, part)
-            parts.append(part)
-        return torch.cat(parts)
+            yield part
 
 
 @verbs.outer_product.register
@@ -170,6 +208,20 @@ def _(factor: Pullback, X: Tensor) -> Tensor:
     """Batch by batch, so that each linearisation is needed once."""
     if (columns := factor.columns()) is not None:
         return columns.multiply(columns.multiply_adjoint(X))
+    if factor.risk.has_tangents:
+        try:
+            return _outer_by_linearizations(factor, X)
+        except NoTangentError:
+            factor.risk.has_tangents = False
+    outer = None if factor.blocks is None else factor.blocks.outer()
+    # A loss Hessian that nobody has asked for a root of may have none.
+    if isinstance(outer, LossHessian) and isinstance(factor.risk.loss, AutogradLoss):
+        J = factor.jacobian
+        return J.pullback._multiply(outer._multiply(J._multiply(X)))
+    return factor._multiply(factor._multiply_adjoint(X))
+
+
+def _outer_by_linearizations(factor: Pullback, X: Tensor) -> Tensor:
     outer = None if factor.blocks is None else factor.blocks.outer()
     result = None
     for batch, linearization in enumerate(factor.risk.linearizations()):

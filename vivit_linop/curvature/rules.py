@@ -142,6 +142,6 @@ def _outer(A: Pullback, B: Pullback) -> Op:
 
 
 def _gram(A: Pullback, B: Pullback) -> Op:
-    if A is B or (A.jacobian is B.jacobian and A.blocks is B.blocks):
+    if A is B or (A.risk is B.risk and A.blocks is B.blocks):
         return B.gram
     return Gram(A, B)

@@ -111,6 +111,27 @@ class StoredColumns:
         return dict(zip(self._sizes, parts, strict=True))
 
 
+class StreamedColumns:
+    """The columns of all samples of a pullback, made anew for each product.
+
+    Args:
+        pullback: The pullback.
+    """
+
+    def __init__(self, pullback: Pullback) -> None:
+        self._pullback = pullback
+
+    def multiply_adjoint(self, X: Tensor) -> Tensor:
+        """Return the components along all columns, ``[D, K] -> [N·R, K]``."""
+        pullback = self._pullback
+        names, budget = list(pullback.risk.params), memory_budget(pullback.risk)
+        components = [
+            StoredColumns.of(pullback, [piece]).multiply_adjoint(X)
+            for (piece,) in Columns([pullback], names, budget).pieces()
+        ]
+        return torch.cat(components)
+
+
 def _groups(columns: dict[str, LayerColumns]) -> Iterable[list[str]]:
     groups: dict[Any, list[str]] = {}
     for name, part in columns.items():
@@ -134,6 +155,26 @@ def cheaper_columns(pullback: Pullback) -> StoredColumns | None:
     if type(blocks) not in known:
         known[type(blocks)] = _cheaper_columns(pullback)
     return known[type(blocks)]
+
+
+def columns_without_tangents(pullback: Pullback) -> StoredColumns | StreamedColumns:
+    """Return what components along the columns come from where J x is impossible.
+
+    The stored columns if they fit into the memory budget; else columns that are made
+    anew for each product, by R backward passes.
+    """
+    blocks, risk = pullback.blocks, pullback.risk
+    with risk.making:
+        known = _OF_RISK.setdefault(risk, {})
+        shared = blocks is None or blocks.determined
+        if pullback.stored is None and shared:
+            pullback.stored = known.get(type(blocks))
+        if pullback.stored is None and not pullback.streams:
+            pullback.keep_columns()
+            pullback.streams = pullback.stored is None
+        if pullback.stored is not None and shared:
+            known[type(blocks)] = pullback.stored
+    return pullback.stored or StreamedColumns(pullback)
 
 
 def _cheaper_columns(pullback: Pullback) -> StoredColumns | None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import operator
+import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from numbers import Real
 from typing import Any, TypeVar
@@ -106,6 +108,9 @@ class EmpiricalRisk:
         dtype: The torch dtype of the parameters.
         device: Their device.
         reduction: ``"mean"`` or ``"sum"``.
+        has_tangents: Whether J x is possible, as far as is known: not all operations
+            have second derivatives in torch.
+        making: The lock of what is made once and kept, for all threads.
 
     Raises:
         TypeError: For arguments of a wrong type.
@@ -164,7 +169,10 @@ class EmpiricalRisk:
         if memory is not None and not (isinstance(memory, Real) and memory >= 0):
             raise ValueError(f"memory: a number of bytes, at least 0, got {memory!r}.")
         self.model, self.loss, self.memory = model, loss, memory
-        self._kept: dict[int, Linearization] = {}
+        self._kept: list[Linearization] = []
+        self._checked: set[int] = set()
+        self.has_tangents = True
+        self.making = threading.RLock()
         self._batches = batches
         self._data_rng = torch.random.get_rng_state()
         self.params: Params = model.params
@@ -495,52 +503,67 @@ class EmpiricalRisk:
                 not the same in every pass.
         """
         if len(self._kept) == len(self.batch_sizes):
-            yield from self._kept.values()
+            yield from self._kept
             return
         budget = self.memory
         if budget is None:
             budget = free_memory(self.device) // 4
-        budget -= sum(kept.kept_bytes for kept in self._kept.values())
         for index, (X, _) in enumerate(self.batches("product")):
-            if index in self._kept:
-                yield self._kept[index]
-                continue
-            size = self.batch_sizes[index] if index < len(self.batch_sizes) else 1
-            with explained(self._does_not_fit, X, size):
-                # The batches come in order, so the kept ones stay ordered.
-                keep = index == len(self._kept)
-                keep = keep and sum(leaf.nbytes for leaf in leaves(X)) <= budget
-                if keep:
-                    X = copied(X)
-                linearization = Linearization(
-                    functools.partial(self._evaluate, X), self.params
-                )
-            self.check_outputs(index, linearization.outputs)
-            keep = keep and linearization.kept_bytes <= budget
-            linearization.traced = keep  # a trace pays when it is used again
-            if keep:
-                self._kept[index] = linearization
-                budget -= linearization.kept_bytes
+            # The batches come in order, so the kept ones are the first ones. Threads
+            # that come together keep each batch once; the others they make alone.
+            with self.making if index >= len(self._kept) else contextlib.nullcontext():
+                if index < len(self._kept):
+                    linearization = self._kept[index]
+                else:
+                    linearization = self._linearized(index, X, budget)
+            kept = linearization.kept
             yield linearization
+            if linearization.checked:
+                self._checked.add(index)
             # Else its graph would be there while that of the next batch is made.
-            if not keep:
+            if not kept:
                 linearization.release()
+
+    def _linearized(self, index: int, X: Any, budget: int) -> Linearization:
+        """Linearise a batch, and keep it if the budget allows."""
+        room = budget - sum(kept.kept_bytes for kept in self._kept)
+        keep = index == len(self._kept)
+        keep = keep and sum(leaf.nbytes for leaf in leaves(X)) <= room
+        size = self.batch_sizes[index] if index < len(self.batch_sizes) else 1
+        with explained(self._does_not_fit, X, size):
+            linearization = self._linearization(copied(X) if keep else X)
+        self.check_outputs(index, linearization.outputs)
+        linearization.kept = keep and linearization.kept_bytes <= room
+        linearization.checked = index in self._checked
+        if linearization.kept:
+            self._kept.append(linearization)
+        return linearization
+
+    def _linearization(self, X: Any) -> Linearization:
+        # Of the model alone: with a way back to the risk, which keeps it, neither would
+        # be freed when the last reference goes.
+        return Linearization(functools.partial(_evaluated, self.model, X), self.params)
 
     def _does_not_fit(self, X: Any, samples: int) -> str:
         """What to say of a batch that is too large, by what two samples of it take."""
         axes = sample_axes(X, samples)
         one, two = (
-            Linearization(
-                functools.partial(self._evaluate, take(X, torch.arange(count), axes)),
-                self.params,
-            ).nbytes
+            self._linearization(take(X, torch.arange(count), axes)).nbytes
             for count in (1, min(2, samples))
         )
         per_sample = two - one if samples > 1 else one
         return batch_does_not_fit(self.device, samples, per_sample)
 
-    def _evaluate(self, X: Any, params: Params) -> Tensor:
-        return self.model(params, X)
+    def __getstate__(self) -> dict[str, Any]:
+        """What travels: graphs are made anew, and locks."""
+        state = self.__dict__ | {"_kept": [], "_checked": set()}
+        del state["making"]
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Arrive."""
+        self.__dict__.update(state)
+        self.making = threading.RLock()
 
     def _equal(self, left: Tensor, right: Tensor) -> bool:
         """Whether outputs are the same but for the order of summation."""
@@ -688,6 +711,10 @@ class EmpiricalRisk:
             f"{type(self.loss).__name__} ({self.reduction}), {self.dtype}, "
             f"{self.device}>"
         )
+
+
+def _evaluated(model: FunctionalModel, X: Any, params: Params) -> Tensor:
+    return model(params, X)
 
 
 def _replayed(items: Iterable[Item], state: Tensor) -> Iterator[Item]:

@@ -18,9 +18,10 @@ forward mode, or derivatives that torch does not have or has wrong.
 from __future__ import annotations
 
 import contextlib
+import threading
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import torch
 from torch import Tensor
@@ -30,7 +31,11 @@ from torch.fx.experimental.const_fold import split_const_subgraphs
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 
-from vivit_linop.risk.memory import batch_does_not_fit, explained
+from vivit_linop.risk.memory import (
+    batch_does_not_fit,
+    explained,
+    is_out_of_memory,
+)
 from vivit_linop.risk.model import Params, as_guest, strided
 
 Result = TypeVar("Result")
@@ -43,10 +48,104 @@ _CPU_COLUMN_BYTES = 4 * 2**20
 _KEPT_GRAPHS = 3
 # One convolution in this many matrix products makes a trace worth its time.
 _PER_CONVOLUTION = 4
+# The tracer changes things that all threads see.
+_TRACING = threading.Lock()
+
+
+class NoTangentError(ValueError):
+    """J x cannot be had from torch's derivatives; Jᵀ u can, and columns made of it."""
+
+
+class Graph(NamedTuple):
+    """An output with its graph; Jᵀ u is its gradient in the arguments, along u.
+
+    Attributes:
+        output: The output, or its tangent as a linear function of the arguments.
+        arguments: One for each parameter.
+    """
+
+    output: Tensor
+    arguments: list[Tensor]
+
+    def pull_back(self, cotangents: Tensor, batched: bool) -> Sequence[Tensor | None]:
+        """Return Jᵀ u for a cotangent in the output's shape, or for K of them."""
+        return torch.autograd.grad(
+            self.output,
+            self.arguments,
+            cotangents,
+            retain_graph=True,
+            allow_unused=True,
+            is_grads_batched=batched,
+        )
+
+
+class ReverseTangents:
+    """J x as a backward pass through the kept backward pass u ↦ Jᵀ u.
+
+    Args:
+        graph: The net's.
+    """
+
+    method = "reverse"
+
+    def __init__(self, graph: Graph) -> None:
+        self._dual = torch.zeros_like(
+            graph.output, requires_grad=True, memory_format=torch.contiguous_format
+        )
+        gradients = torch.autograd.grad(
+            graph.output,
+            graph.arguments,
+            self._dual,
+            create_graph=True,
+            allow_unused=True,
+        )
+        self._pulled_back = [
+            torch.zeros_like(p) if g is None else g
+            for g, p in zip(map(strided, gradients), graph.arguments, strict=True)
+        ]
+
+    def __call__(self, tangents: list[Tensor], batched: bool) -> Tensor:
+        """Return J x for x in the shapes of the parameters, or for K of them."""
+        used = [
+            (z, t)
+            for z, t in zip(self._pulled_back, tangents, strict=True)
+            if z.requires_grad
+        ]
+        (image,) = torch.autograd.grad(
+            [z for z, _ in used],
+            self._dual,
+            [t for _, t in used],
+            retain_graph=True,
+            is_grads_batched=batched,
+        )
+        return image
+
+
+class TracedTangents:
+    """J x by the traced tangent map.
+
+    Args:
+        tangent_map: A linear function of as many tensors as there are parameters.
+    """
+
+    method = "trace"
+
+    def __init__(self, tangent_map: Callable[..., Tensor]) -> None:
+        self._map = tangent_map
+
+    def __call__(self, tangents: list[Tensor], batched: bool) -> Tensor:
+        """Return J x for x in the shapes of the parameters, or for K of them."""
+        with torch.no_grad():
+            apply = vmap(self._map) if batched else self._map
+            image: Tensor = apply(*tangents)
+        return image
 
 
 class Linearization:
     """The Jacobian of a function of parameters, ready for products.
+
+    Several threads may multiply at once. It holds graphs, which cannot be copied:
+    whoever is copied makes it anew.
 
     Args:
         function: Maps parameters, by name, to outputs ``[n, …]``.
@@ -55,7 +154,8 @@ class Linearization:
     Attributes:
         outputs: The outputs at θ, ``[n, …]``.
         nbytes: The memory that the graph of the outputs keeps, beyond θ.
-        traced: Whether J x may be traced; else it is a backward pass.
+        kept: Whether it is used again; else tracing J x would not pay.
+        checked: Whether J x has been seen to be right for this function and θ.
     """
 
     def __init__(self, function: Callable[[Params], Tensor], params: Params) -> None:
@@ -64,15 +164,19 @@ class Linearization:
         self._sizes = [p.numel() for p in params.values()]
         first = next(iter(params.values()))
         self._dtype, self.device = first.dtype, first.device
-        self.traced = True
-        self._method: str | None = None
+        self.kept, self.checked = True, False
         self._batches = True
-        self._tangent_map: Callable[..., Tensor] | None = None
-        # Jᵀ u is the gradient of the image in the arguments, along u.
-        self._arguments = list(params.values())
+        self._tangents: ReverseTangents | TracedTangents | None = None
+        self._preparing = threading.Lock()
+        self._failure = ""
         with as_guest(self.device):
-            self.nbytes, self._image = _saved_bytes(lambda: function(params))
-        self.outputs = self._image.detach()
+            self.nbytes, output = _saved_bytes(lambda: function(params))
+        self._graph = Graph(output, list(params.values()))
+        self.outputs = output.detach()
+
+    def __reduce__(self) -> NoReturn:
+        """Refuse to be copied or pickled."""
+        raise TypeError("A linearisation holds graphs; copy the risk, which makes it.")
 
     @property
     def kept_bytes(self) -> int:
@@ -81,127 +185,123 @@ class Linearization:
 
     @property
     def method(self) -> str:
-        """How J x is computed, decided when needed: "trace" or "reverse"."""
-        if self._method is None:
-            self._prepare()
-        assert self._method is not None
-        return self._method
+        """How J x is computed, decided when needed: "trace" or "reverse".
 
-    def _prepare(self) -> None:
-        """Make J x possible."""
-        with as_guest(self.device):
-            if not self.traced:
-                self._reverse()
-            elif tracing_pays(self._image):
-                if not self._trace_somehow() and not self._reverse():
-                    self._refuse()
-            elif not self._reverse_if_possible() and not self._trace_somehow():
-                # Whatever has failed is to be seen.
-                if not self._reverse():
-                    self._refuse()
+        Raises:
+            NoTangentError: If J x is impossible.
+        """
+        return self._prepared().method
+
+    def _prepared(self) -> ReverseTangents | TracedTangents:
+        """Make J x possible, once."""
+        with self._preparing, as_guest(self.device):
+            if self._tangents is None:
+                ways = [self._reverse]
+                if self.kept:
+                    first = tracing_pays(self._graph.output)
+                    ways.insert(0 if first else 1, self._trace_somehow)
+                if not any(way() for way in ways):
+                    raise self._impossible()
+                self.checked = True
+        assert self._tangents is not None
+        return self._tangents
 
     def _trace_somehow(self) -> bool:
         return self._trace(contextlib.nullcontext()) or self._trace(OutOfPlace())
 
-    def _reverse_if_possible(self) -> bool:
-        try:
-            return self._reverse()
-        # Operations without a second derivative may have a forward mode.
-        except (RuntimeError, NotImplementedError) as error:
-            if isinstance(error, torch.OutOfMemoryError):
-                raise
-            return False
-
     def _trace(self, mode: contextlib.AbstractContextManager[object]) -> bool:
         """Trace the tangent map; returns whether it turned out to be right."""
-        graph, parameters = self._image, self._arguments
         theta = {name: p.detach() for name, p in self._params.items()}
-        right = False
         try:
-            with warnings.catch_warnings(), mode:
+            with _TRACING, warnings.catch_warnings(), mode:
                 warnings.filterwarnings("ignore", message=".*get_attr Node.*")
                 warnings.filterwarnings("ignore", category=FutureWarning)
-                self._tangent_map = tangent_map(self._function, theta)
-            self._arguments = [p.detach().clone().requires_grad_() for p in parameters]
-            self._image = self._tangent_map(*self._arguments)
-            right = self._agrees(graph)
+                tangents = tangent_map(self._function, theta)
+            arguments = [p.clone().requires_grad_() for p in theta.values()]
+            graph = Graph(tangents(*arguments), arguments)
+            right = self._agree(graph, TracedTangents(tangents))
         # Any failure of the tracer, of which there are many kinds, only means that
         # another way must be taken; an error of the model itself was seen before.
         except Exception:
-            pass
-        # Also if the user interrupts: half of a trace would give wrong products.
-        finally:
-            if not right:
-                self._image, self._arguments = graph, parameters
-                self._tangent_map = None
+            return False
         if right:
-            self._method = "trace"
+            self._graph, self._tangents = graph, TracedTangents(tangents)
         return right
 
-    def _agrees(self, graph: Tensor) -> bool:
+    def _reverse(self) -> bool:
+        """Keep the graph of u ↦ Jᵀ u; returns whether it turned out to be right."""
+        try:
+            tangents = ReverseTangents(self._graph)
+            right = self.checked or self._agree(self._graph, tangents)
+        # Some operations have no second derivative.
+        except (RuntimeError, NotImplementedError) as error:
+            if is_out_of_memory(error):
+                raise
+            self._failure = f" ({error})"
+            return False
+        if right:
+            self._tangents = tangents
+        return right
+
+    def _agree(self, graph: Graph, tangents: ReverseTangents | TracedTangents) -> bool:
         """Whether products are those of the Jacobian, and stay so when used.
 
         ⟨u, J x⟩ must equal ⟨Jᵀ u, x⟩. Of a trace, Jᵀ u must also be what an ordinary
         backward pass gives, and all this again: what it keeps is changed by its use if
         the model works in place.
         """
-        generator = torch.Generator().manual_seed(0)
-
-        def draw(like: Tensor) -> Tensor:
-            noise = torch.randn(like.shape, generator=generator, dtype=like.dtype)
-            return noise.to(like.device)
-
-        u, parameters = draw(graph), list(self._params.values())
-        x = torch.cat([draw(p).reshape(-1) for p in parameters])
-        expected = self._flat(
-            torch.autograd.grad(
-                graph, parameters, u, retain_graph=True, allow_unused=True
-            )
-        )
+        x, u = self._noise(0)
+        expected = self._vjp(u, self._graph)
         tolerance = 100 * torch.finfo(self._dtype).eps ** 0.75
-        traced = self._tangent_map is not None
+        traced = graph is not self._graph
         for _ in range(1 + traced):
-            image = self._jvp(x)
+            image = self._jvp(x, tangents)
             if traced:
-                error = self._vjp(u.reshape(-1)) - expected
+                error = self._vjp(u, graph) - expected
                 if not error.norm() <= tolerance * expected.norm():
                     return False
-            slope = (image * u.reshape(-1)).sum() - (expected * x).sum()
+            slope = (image * u).sum() - (expected * x).sum()
             size = image.norm() * u.norm() + expected.norm() * x.norm()
             if not slope.abs() <= tolerance * size:
                 return False
         return True
 
-    def _reverse(self) -> bool:
-        """Keep the graph of u ↦ Jᵀ u; returns whether it turned out to be right."""
-        self._dual = torch.zeros_like(self._image, requires_grad=True)
-        gradients = torch.autograd.grad(
-            self._image,
-            self._arguments,
-            self._dual,
-            create_graph=True,
-            allow_unused=True,
+    def _noise(self, seed: int) -> tuple[Tensor, Tensor]:
+        """Random x ``[D]`` and u ``[n C]``."""
+        generator = torch.Generator().manual_seed(seed)
+        u, x = (
+            torch.randn(size, generator=generator, dtype=self._dtype).to(self.device)
+            for size in (self.outputs.numel(), sum(self._sizes))
         )
-        self._pulled_back = [
-            torch.zeros_like(p) if g is None else g
-            for g, p in zip(map(strided, gradients), self._arguments, strict=True)
-        ]
-        right = not self.traced or self._agrees(self._image)
-        if right:
-            self._method = "reverse"
-        return right
+        return x, u
 
-    def _refuse(self) -> None:
-        raise ValueError(
+    def _impossible(self) -> ValueError:
+        """What to raise where torch's J x fails or is wrong.
+
+        Columns, which are made of backward passes, can stand in for it if these are
+        linear. Rounding to a lower precision is not, nor is a coarse iteration.
+        """
+        (_, u), (_, v) = self._noise(0), self._noise(1)
+        once, twice = self._vjp(u), self._vjp(u)
+        error = once + self._vjp(v) - self._vjp(u + v)
+        allowed = torch.finfo(self._dtype).eps ** 0.5 * once.norm()
+        if error.norm() <= allowed and (once - twice).norm() <= allowed:
+            return NoTangentError(
+                "model: torch has no second derivative of an operation of it, or a "
+                f"wrong one{self._failure}, so J x is impossible."
+            )
+        return ValueError(
             "model: its derivatives by torch disagree, J x is not the slope that a "
-            "backward pass gives. An operation of the model has a wrong second "
-            "derivative (replace it by an equivalent one), or computes in a lower "
-            "precision than that of the parameters (give the model in that one)."
+            f"backward pass gives{self._failure}. An operation of the model has a "
+            "wrong second derivative (replace it by an equivalent one), or computes "
+            "in a lower precision than that of the parameters (give the model in that "
+            "one), or iterates in its backward pass and stops early (let it iterate "
+            "until it has converged)."
         )
 
     def release(self) -> None:
         """Let go of the graph, also where this object is still referred to."""
-        for name in ("_image", "_dual", "_pulled_back", "_tangent_map", "_function"):
+        for name in ("_graph", "_tangents", "_function"):
             self.__dict__.pop(name, None)
 
     def column_chunk(self) -> int:
@@ -213,10 +313,14 @@ class Linearization:
         return max(1, budget // max(per_column, 1))
 
     def jvp(self, X: Tensor) -> Tensor:
-        """Return J X, ``[D, K] -> [n C, K]``."""
-        if self._method is None:
+        """Return J X, ``[D, K] -> [n C, K]``.
+
+        Raises:
+            NoTangentError: If J x is impossible.
+        """
+        if self._tangents is None:
             with explained(self._does_not_fit):
-                self._prepare()
+                self._prepared()
         return self._by_rows(self._jvp, X, self.outputs.numel())
 
     def vjp(self, U: Tensor) -> Tensor:
@@ -237,7 +341,7 @@ class Linearization:
         self, product: Callable[[Tensor], Tensor], X: Tensor, size: int
     ) -> Tensor:
         if X.shape[1] == 1:
-            return product(X.squeeze(1)).unsqueeze(1)
+            return product(X.squeeze(1).contiguous()).unsqueeze(1)
         rows = X.T.contiguous()
         result = X.new_empty(X.shape[1], size)
         chunk = self.column_chunk() if self._batches else 1
@@ -257,52 +361,31 @@ class Linearization:
         samples = len(self.outputs)
         return batch_does_not_fit(self.device, samples, self.nbytes / samples)
 
-    def _jvp(self, rows: Tensor) -> Tensor:
-        """``[D] -> [n C]`` or ``[K, D] -> [K, n C]``."""
+    def _jvp(
+        self, rows: Tensor, tangents: ReverseTangents | TracedTangents | None = None
+    ) -> Tensor:
+        """``[D] -> [n C]`` or ``[K, D] -> [K, n C]``, rows contiguous."""
+        tangents = tangents or self._tangents
+        assert tangents is not None
         leading = rows.shape[:-1]
-        tangents = [
-            part.reshape((*leading, *shape))
+        # Kernels of a model may walk through memory: parts of several rows are copied,
+        # those of one row lie together already.
+        parts = [
+            part.contiguous().view((*leading, *shape))
             for part, shape in zip(
                 rows.split(self._sizes, dim=-1), self._shapes, strict=True
             )
         ]
         with as_guest(self.device):
-            if self._tangent_map is None:
-                image = self._jvp_reverse(tangents, batched=rows.ndim == 2)
-            else:
-                with torch.no_grad():
-                    batched = vmap(self._tangent_map)
-                    apply = batched if rows.ndim == 2 else self._tangent_map
-                    image = apply(*tangents)
+            image = tangents(parts, batched=rows.ndim == 2)
         return image.reshape(*leading, -1)
 
-    def _jvp_reverse(self, tangents: list[Tensor], batched: bool) -> Tensor:
-        used = [
-            (z, t)
-            for z, t in zip(self._pulled_back, tangents, strict=True)
-            if z.requires_grad
-        ]
-        (image,) = torch.autograd.grad(
-            [z for z, _ in used],
-            self._dual,
-            [t for _, t in used],
-            retain_graph=True,
-            is_grads_batched=batched,
-        )
-        return image
-
-    def _vjp(self, rows: Tensor) -> Tensor:
-        """``[n C] -> [D]`` or ``[K, n C] -> [K, D]``."""
+    def _vjp(self, rows: Tensor, graph: Graph | None = None) -> Tensor:
+        """``[n C] -> [D]`` or ``[K, n C] -> [K, D]``, rows contiguous."""
         leading = rows.shape[:-1]
+        cotangents = rows.view((*leading, *self.outputs.shape))
         with as_guest(self.device):
-            gradients = torch.autograd.grad(
-                self._image,
-                self._arguments,
-                rows.reshape((*leading, *self.outputs.shape)),
-                retain_graph=True,
-                allow_unused=True,
-                is_grads_batched=rows.ndim == 2,
-            )
+            gradients = (graph or self._graph).pull_back(cotangents, rows.ndim == 2)
         return self._flat(gradients, leading)
 
     def _flat(

@@ -50,13 +50,17 @@ def explained(describe: Callable[..., str], *arguments: Any) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        # On the CPU, torch raises no class of its own.
-        if not (
-            isinstance(error, torch.OutOfMemoryError)
-            or "DefaultCPUAllocator" in str(error)
-        ):
+        if not is_out_of_memory(error):
             raise
         raise MemoryError(describe(*arguments)) from error
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an error of torch says that memory does not suffice."""
+    # On the CPU, torch raises no class of its own.
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(
+        error
+    )
 
 
 def batch_does_not_fit(device: torch.device, samples: int, per_sample: float) -> str:
