@@ -732,15 +732,6 @@ def test_vectors(constructor: Any) -> None:
     operator = constructor(toy())
     for op in (operator, operator.T):
         n = op.shape[1]
-        for bad in (
-            torch.ones(n, dtype=torch.complex128),
-            torch.ones(n, dtype=torch.long),
-            torch.ones(n, dtype=torch.bool),
-            np.ones(n, dtype=complex),
-            np.ones(n, dtype=int),
-            torch.ones(n, 2, dtype=torch.long),
-        ):
-            refused("x", lambda A=op, x=bad: A @ x, TypeError)
         for bad in (torch.ones(n + 1), torch.ones(n - 1, 2), torch.ones(n, 1, 1)):
             refused("x", lambda A=op, x=bad: A @ x, ValueError)
 

@@ -329,27 +329,41 @@ def test_shapes_fit_or_are_refused(built, shape):
                 left @ op
 
 
-BAD_DTYPES = [torch.bool, torch.complex64, torch.complex128]
+KINDS = [torch.bool, torch.uint8, torch.int64, torch.complex64, torch.complex128]
 
 
-@given(operators(depth=1), st.sampled_from([*BAD_DTYPES, torch.uint8, torch.int64]))
+@given(operators(depth=1), st.sampled_from(KINDS), st.data())
 @check
-def test_dtypes_fit_or_are_refused(built, dtype):
+def test_numbers_of_any_kind(built, kind, data):
     op, A = built
-    x, y = torch.ones(A.shape[1], dtype=dtype), torch.ones(A.shape[0], dtype=dtype)
-    for expression in (lambda: op @ x, lambda: y @ op, lambda: op.matvec(x)):
-        with pytest.raises(TypeError, match="real floating point"):
-            expression()
-    if dtype not in BAD_DTYPES:
-        return
-    for expression in (
-        lambda: op @ x.numpy(),
-        lambda: y.numpy() @ op,
-        lambda: op.matvec(x.numpy()),
-        lambda: op.rmatmat(y.numpy()[:, None]),
+    dtype = op.torch_dtype
+    x, y = (entries(data.draw, n, dtype=torch.float64) for n in A.T.shape)
+    if kind.is_complex:
+        x, y = torch.complex(x, 1 - x), torch.complex(y, 1 - y)
+    x, y = x.to(kind), y.to(kind)
+    A = A.to(torch.complex128)
+    right, left = A @ x.to(A), A.T @ y.to(A)
+    for got, expected in (
+        (op @ x, right),
+        (y @ op, left),
+        (op.matvec(x), right),
+        (torch.as_tensor(op @ x.numpy()), right),
+        (torch.as_tensor(y.numpy() @ op), left),
     ):
-        with pytest.raises(TypeError, match="real floating point"):
-            expression()
+        assert got.is_complex() == kind.is_complex
+        got, expected = torch.view_as_real(got.to(A)), torch.view_as_real(expected)
+        scale = 256 * A.abs() if kind == torch.uint8 else A.abs()
+        assert close(got, expected, scale, dtype)
+
+
+@given(operators(depth=1))
+@check
+def test_what_is_no_number_is_refused(built):
+    op, A = built
+    for bad in (np.full(A.shape[1], None), np.full(A.shape[1], "1")):
+        for expression in (lambda x=bad: op @ x, lambda x=bad: op.matvec(x)):
+            with pytest.raises(TypeError, match="must be numbers"):
+                expression()
 
 
 @given(operators(depth=1), operators(depth=1))

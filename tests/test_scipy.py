@@ -10,6 +10,7 @@ import inspect
 import numpy as np
 import pytest
 import scipy.linalg
+import scipy.optimize
 import scipy.sparse
 import scipy.sparse.linalg as sla
 import torch
@@ -445,16 +446,123 @@ def test_sums_with_scipy_operators_go_into_solvers(device):
     assert_near(x, np.linalg.solve(A + ridge.toarray(), b), 1e-10)
 
 
-def test_sparse_matrices_are_no_operands():
+@pytest.mark.parametrize("kind", ["csr_matrix", "coo_matrix", "csc_array"])
+@every_dtype
+def test_products_with_sparse_matrices_are_dense(kind, dtype, device):
+    op, A = built(low_rank_tall, dtype, device)
+    random = scipy.sparse.random(len(A), 7, 0.3, random_state=0)
+    sparse, B = getattr(scipy.sparse, kind)(random), random.toarray()
+    for got, expected in (
+        (op @ sparse, A @ B),
+        (op.matmat(sparse), A @ B),
+        (op.dot(sparse), A @ B),
+        (sparse.T @ op, B.T @ A),
+        ((sparse != 0).astype(np.int8).T @ op, (B != 0).T @ A),
+    ):
+        assert isinstance(got, np.ndarray) and got.dtype == op.dtype
+        assert_near(got, expected, 20 * eps(dtype))
+    with pytest.raises(ValueError):
+        op @ sparse.T
+
+
+def test_sums_with_sparse_matrices_are_refused():
     op, _ = low_rank_tall(FLOAT64, "cpu")
     sparse = scipy.sparse.identity(40, format="csr")
-    with pytest.raises(TypeError, match=r"aslinearoperator\(x\)"):
-        op @ sparse
-    with pytest.raises((TypeError, ValueError)):
-        sparse @ op
     for expression in (lambda: op + sparse, lambda: sparse + op):
         with pytest.raises(TypeError):
             expression()
+
+
+# What SciPy's own operators take -----------------------------------------------------
+
+NUMBERS = {
+    "int8": lambda n: np.arange(n, dtype=np.int8),
+    "uint8": lambda n: np.arange(n, dtype=np.uint8),
+    "int64": lambda n: np.arange(n).reshape(-1, 1) - np.arange(3),
+    "bool": lambda n: np.arange(n) > 2,
+    "complex64": lambda n: np.arange(n).astype(np.complex64) * (1 - 2j),
+    "complex128": lambda n: np.arange(n)[:, None] * np.array([1.0, 2j, 3 - 1j]),
+}
+
+
+@pytest.mark.parametrize("kind", NUMBERS)
+@pytest.mark.parametrize("build", [dense, low_rank_tall, woodbury, kronecker])
+@every_dtype
+def test_numbers_of_any_kind(kind, build, dtype, device):
+    op, A = built(build, dtype, device)
+    x = NUMBERS[kind](len(A))
+    rtol, left = 200 * eps(dtype), x.T
+    for got, expected in (
+        (op @ x, A @ x),
+        (op * x, A @ x),
+        (op(x), A @ x),
+        (left @ op, left @ A),
+        (op.T @ x, A.T @ x),
+        (op.matvec(x) if x.ndim == 1 else op.matmat(x), A @ x),
+        (op.rmatvec(x) if x.ndim == 1 else op.rmatmat(x), A.T @ x),
+    ):
+        scale = np.linalg.norm(A) * np.linalg.norm(x)
+        assert np.linalg.norm(got - expected) <= rtol * scale
+        complex_type = np.result_type(op.dtype, np.complex64)
+        assert got.dtype == (complex_type if "complex" in kind else op.dtype)
+
+
+@pytest.mark.parametrize("kind", NUMBERS)
+def test_tensors_of_any_kind(kind, device):
+    op, A = built(low_rank_tall, FLOAT64, device)
+    x = NUMBERS[kind](len(A))
+    tensor = torch.from_numpy(x)
+    for got, expected in ((op @ tensor, A @ x), (torch.from_numpy(x.T) @ op, x.T @ A)):
+        assert got.dtype == (torch.complex128 if "complex" in kind else FLOAT64)
+        assert np.linalg.norm(got.cpu().numpy() - expected) <= 1e-13 * (
+            np.linalg.norm(A) * np.linalg.norm(x)
+        )
+
+
+def test_gradients_flow_through_complex_vectors():
+    op, A = low_rank_tall(FLOAT64, "cpu")
+    x = torch.randn(len(A), dtype=torch.complex128, requires_grad=True)
+    (op @ x).abs().square().sum().backward()
+    expected = 2 * (A @ A).to(x.dtype) @ x.detach()
+    torch.testing.assert_close(x.grad, expected)
+    conjugate = op @ x.detach().conj()
+    torch.testing.assert_close(conjugate, A.to(x.dtype) @ x.detach().conj())
+
+
+def test_scipy_wraps_a_product(device):
+    # It finds the dtype by a product with an int8 vector.
+    op, A = built(damped, FLOAT64, device)
+    b = start(len(A), FLOAT64)
+    wrapped = sla.LinearOperator(op.shape, matvec=lambda v: op @ v + 0.1 * v)
+    assert wrapped.dtype == np.float64
+    x, info = sla.cg(wrapped, b, **TIGHT)
+    assert info == 0
+    assert_near(x, np.linalg.solve(A + 0.1 * np.eye(len(A)), b), 1e-10)
+
+
+@pytest.mark.parametrize("method", ["trust-constr", "Newton-CG"])
+def test_operators_are_hessians_for_minimize(method, device):
+    op, A = built(damped, FLOAT64, device)
+    b = start(len(A), FLOAT64)
+    found = scipy.optimize.minimize(
+        lambda t: 0.5 * t @ (A @ t) - b @ t,
+        np.zeros(len(A)),
+        jac=lambda t: A @ t - b,
+        hess=lambda t: op,
+        method=method,
+        options={"maxiter": 200},
+    )
+    assert_near(found.x, np.linalg.solve(A, b), 1e-5)
+
+
+@pytest.mark.parametrize("power", [0, 1, np.int64(0), np.int8(2), np.int64(3), True])
+@pytest.mark.parametrize("build", [dense, low_rank_tall, kronecker])
+def test_powers(power, build, device):
+    op, A = built(build, FLOAT64, device)
+    result = op**power
+    assert result.torch_dtype == FLOAT64 and result.device == op.device
+    expected = torch.from_numpy(np.linalg.matrix_power(A, int(power))).to(device)
+    vl.testing.check_operator(result, expected)
 
 
 def test_solvers_do_not_need_their_vectors_to_be_writeable(device):

@@ -215,9 +215,8 @@ def test_right_hand_sides_are_checked():
     for b in (torch.ones(2), np.ones(2, dtype=np.float32), torch.ones(3, 1, 1)):
         with pytest.raises(ValueError):
             damped.solve(b)
-    for b in (torch.ones(3, dtype=torch.long), np.ones(3, dtype=complex)):
-        with pytest.raises(TypeError, match="real floating point"):
-            damped.solve(b)
+    with pytest.raises(TypeError, match="must be numbers"):
+        damped.solve(np.full(3, None))
 
 
 def test_gradients_flow_through_solutions(device):

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from numbers import Complex, Real
+from operator import index
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from scipy.sparse.linalg import LinearOperator
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from vivit_linop.modes import ordinary_mode
+from vivit_linop.modes import ordinary_mode, uncompiled
 from vivit_linop.operators import verbs
 
 if TYPE_CHECKING:
@@ -150,13 +151,18 @@ class TorchLinearOperator(LinearOperator):
 
     def _product(self, x: Tensor) -> Tensor:
         """Multiply a torch vector or matrix, with the checks that a user needs."""
-        _check_real_floating(x.dtype, "x")
         if x.ndim not in (1, 2) or x.shape[0] != self.shape[1]:
             raise ValueError(
                 f"x: an operator of shape {tuple(self.shape)} multiplies a vector "
                 f"[{self.shape[1]}] or a matrix [{self.shape[1]}, K], got "
                 f"{list(x.shape)}."
             )
+        if x.is_complex():  # all operators are real
+            parts = torch.view_as_real(x.resolve_conj()).flatten(1)
+            product = self._product(parts).unflatten(1, (*x.shape[1:], 2))
+            return torch.view_as_complex(product.contiguous())
+        if not x.is_floating_point():
+            x = x.to(self.torch_dtype)
         X = x.reshape(x.shape[0], -1) if x.ndim == 2 else x.unsqueeze(1)
         # Without derivatives to carry, the node would only take time.
         if (X.requires_grad and torch.is_grad_enabled()) or _has_tangent(X):
@@ -168,12 +174,14 @@ class TorchLinearOperator(LinearOperator):
     def _product_numpy(self, X: np.ndarray) -> np.ndarray:
         """Multiply a numpy matrix ``[n, K]``."""
         X = np.asarray(X)
-        # SciPy's solvers may come with integers; users are told at ``op @ x``.
-        if X.dtype.kind in "iu":
-            X = X.astype(self.dtype)
-        _check_real_array(X)
-        # torch takes neither negative strides nor, without a warning, read-only
-        # memory, nor extended precision; a copy has none of these.
+        _check_numbers(X)
+        if X.dtype.kind == "c":  # all operators are real
+            both = self._product_numpy(np.concatenate([X.real, X.imag], axis=1))
+            real, imaginary = np.split(both, 2, axis=1)
+            return np.asarray(real + 1j * imaginary)
+        # SciPy finds out dtypes with integers. torch takes neither negative strides
+        # nor, without a warning, read-only memory, nor extended precision; a copy has
+        # none of these.
         if X.dtype not in (np.float32, np.float64):
             X = X.astype(self.dtype)
         elif not X.flags.writeable or any(stride < 0 for stride in X.strides):
@@ -201,30 +209,45 @@ class TorchLinearOperator(LinearOperator):
     def _rmatmat(self, X: np.ndarray) -> np.ndarray:
         return self.T._matmat(X)
 
+    @uncompiled
     def matvec(self, x: Tensor | np.ndarray) -> Any:
         """Multiply a vector; see ``scipy.sparse.linalg.LinearOperator.matvec``."""
-        return self._product(x) if isinstance(x, Tensor) else super().matvec(x)
+        if isinstance(x, Tensor):
+            return self._product(x)
+        return super().matvec(_as_array(x))
 
+    @uncompiled
     def matmat(self, X: Tensor | np.ndarray) -> Any:
         """Multiply a matrix; see ``scipy.sparse.linalg.LinearOperator.matmat``."""
-        return self._product(X) if isinstance(X, Tensor) else super().matmat(X)
+        if isinstance(X, Tensor):
+            return self._product(X)
+        return super().matmat(_as_array(X))
 
+    @uncompiled
     def rmatvec(self, x: Tensor | np.ndarray) -> Any:
         """Multiply a vector by the adjoint."""
-        return self.T._product(x) if isinstance(x, Tensor) else super().rmatvec(x)
+        if isinstance(x, Tensor):
+            return self.T._product(x)
+        return super().rmatvec(_as_array(x))
 
+    @uncompiled
     def rmatmat(self, X: Tensor | np.ndarray) -> Any:
         """Multiply a matrix by the adjoint."""
-        return self.T._product(X) if isinstance(X, Tensor) else super().rmatmat(X)
+        if isinstance(X, Tensor):
+            return self.T._product(X)
+        return super().rmatmat(_as_array(X))
 
     # The algebra --------------------------------------------------------------
 
+    @uncompiled
     def _adjoint(self) -> TorchLinearOperator:
         return verbs.adjoint(self)
 
+    @uncompiled
     def _transpose(self) -> TorchLinearOperator:
         return verbs.adjoint(self)
 
+    @uncompiled
     def dot(self, x: Any) -> Any:
         """Multiply by an operator, a scalar, a tensor or an array from the right."""
         if isinstance(x, TorchLinearOperator):
@@ -235,22 +258,9 @@ class TorchLinearOperator(LinearOperator):
             return verbs.scale(self, as_float(x))
         if isinstance(x, Tensor):
             return self._product(x)
-        if issparse(x):
-            raise TypeError(
-                "x: a sparse matrix is not a vector or matrix to multiply; pass "
-                "x.toarray(), or scipy.sparse.linalg.aslinearoperator(x) for a product "
-                "of operators."
-            )
         if not isinstance(x, LinearOperator):
-            x = np.asarray(x)
-            _check_real_array(x)
+            x = _as_array(x)
         return super().dot(x)
-
-    def __call__(self, x: Any) -> Any:
-        """Return ``self @ x``; SciPy's ``lobpcg`` calls with arrays of integers."""
-        if isinstance(x, np.ndarray) and x.dtype.kind in "iub":
-            x = x.astype(self.dtype)
-        return self @ x
 
     def __mul__(self, x: Any) -> Any:
         """Return ``self * x``: a scaling, or what ``self @ x`` is."""
@@ -266,13 +276,13 @@ class TorchLinearOperator(LinearOperator):
         """Return ``x * self``: a scaling, or what ``x @ self`` is."""
         return self.dot(x) if is_scalar(x) else self.__rmatmul__(x)
 
+    @uncompiled
     def __rmatmul__(self, x: Any) -> Any:
         """Return ``x @ self`` for a tensor or an array ``x``."""
         if is_scalar(x):
             raise ValueError("A scalar is no operand of '@'; use '*' instead.")
         if not isinstance(x, Tensor):
-            x = np.asarray(x)
-            _check_real_array(x)
+            x = _as_array(x)
         if x.ndim not in (1, 2) or x.shape[-1] != self.shape[0]:
             raise ValueError(
                 f"x: [{self.shape[0]}] or [K, {self.shape[0]}] can stand left of an "
@@ -280,16 +290,19 @@ class TorchLinearOperator(LinearOperator):
             )
         return self.T.dot(x) if x.ndim == 1 else self.T.dot(x.T).T
 
+    @uncompiled
     def __truediv__(self, x: Any) -> Any:
         """Return ``self / x`` for a scalar ``x``."""
         if not is_scalar(x):
             return NotImplemented
         return verbs.scale(self, as_float(1.0 / as_float(x)))
 
+    @uncompiled
     def __neg__(self) -> TorchLinearOperator:
         """Return ``-self``."""
         return verbs.scale(self, -1.0)
 
+    @uncompiled
     def __add__(self, x: Any) -> Any:
         """Return ``self + x`` for an operator ``x``."""
         if isinstance(x, TorchLinearOperator):
@@ -310,16 +323,20 @@ class TorchLinearOperator(LinearOperator):
             return self + (-x)
         return NotImplemented
 
-    def __pow__(self, power: int) -> TorchLinearOperator:
-        """Return the operator multiplied by itself ``power`` times, at least once."""
-        if not isinstance(power, int) or power < 1:
+    @uncompiled
+    def __pow__(self, power: Any) -> TorchLinearOperator:
+        """Return the operator multiplied by itself ``power`` times, at least 0."""
+        self._check_square("power")
+        try:
+            times = index(power)
+        except TypeError:
+            times = -1
+        if times < 0:
             raise ValueError(
-                f"power: a positive integer, got {power!r}. Use .inv() for an inverse."
+                f"power: an integer of at least 0, got {power!r}. Use .inv() for an "
+                "inverse."
             )
-        result = self
-        for _ in range(power - 1):
-            result = result @ self
-        return result
+        return verbs.power(self, times)
 
     # The verbs, as methods --------------------------------------------------------
 
@@ -515,25 +532,23 @@ def common_device(*operators: TorchLinearOperator) -> torch.device | None:
     return devices.pop() if devices else None
 
 
-def _check_real_array(x: np.ndarray) -> None:
-    if x.dtype.kind != "f":
+def _as_array(x: Any) -> np.ndarray:
+    """Return numbers that are no tensor as an array; a product with them is dense."""
+    array = x.toarray() if issparse(x) else np.asarray(x)
+    _check_numbers(array)
+    return array
+
+
+def _check_numbers(x: np.ndarray) -> None:
+    if x.dtype.kind not in "fiubc":
         raise TypeError(
-            f"x: vectors must be real floating point, got {x.dtype}. Convert with "
-            "x.astype(float)."
+            f"x: vectors must be numbers, got {x.dtype}. Convert with x.astype(float)."
         )
 
 
 def _numbered(device: torch.device | str) -> torch.device:
     """Return a device as tensors on it name it: "cuda" is the current one."""
     return torch.empty(0, device=device).device
-
-
-def _check_real_floating(dtype: torch.dtype, name: str) -> None:
-    if not dtype.is_floating_point:
-        raise TypeError(
-            f"{name}: vectors must be real floating point, got {dtype}. Convert with "
-            f"{name}.to(op.torch_dtype)."
-        )
 
 
 @verbs.to_dense.register

@@ -33,6 +33,7 @@ from vivit_linop.operators.verbs import (
     matmul,
     outer_matrix,
     outer_product,
+    power,
     scale,
 )
 
@@ -241,6 +242,18 @@ def _(op: CorrectedKronecker, factor: float) -> Op:
 @scale.register
 def _(op: BlockDiagonal, factor: float) -> Op:
     return op.like([scale(block, factor) for block in op.blocks])
+
+
+# Aᵏ -------------------------------------------------------------------------------
+
+
+@power.register
+def _(op: TorchLinearOperator, times: int) -> Op:
+    """A⁰ is the identity, in the place and precision of A."""
+    result: Op = Identity(op.shape[0], op._own_dtype, op._own_device)
+    for _ in range(times):
+        result = matmul(result, op)
+    return result
 
 
 # Aᵀ -------------------------------------------------------------------------------

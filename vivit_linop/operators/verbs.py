@@ -70,6 +70,12 @@ def scale(op: Any, factor: float) -> TorchLinearOperator:
 
 
 @singledispatch
+def power(op: Any, times: int) -> TorchLinearOperator:
+    """Return ``op`` multiplied by itself; the identity for 0 times."""
+    raise _no_rule("power", op)
+
+
+@singledispatch
 def adjoint(op: Any) -> TorchLinearOperator:
     """Return the adjoint (all operators are real: the transpose)."""
     raise _no_rule("adjoint", op)

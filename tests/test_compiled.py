@@ -1,0 +1,97 @@
+"""Operators inside of a function that the caller compiles: the graph breaks there."""
+
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+import vivit_linop as vl
+
+BACKENDS = pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch.compiler.reset()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the compiler, about itself
+        yield
+    torch.compiler.reset()
+
+
+@pytest.fixture(scope="module")
+def risk():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+    data = torch.rand(6, 4).double(), torch.randint(3, (6,))
+    return vl.EmpiricalRisk(net, nn.CrossEntropyLoss(), data)
+
+
+FUNCTIONS = {
+    "product": lambda G, V, I, v: v - 0.1 * (G @ v),
+    "from the left": lambda G, V, I, v: (v + 1) @ G,
+    "adjoint": lambda G, V, I, v: (V.T @ (2 * v)).sum() * v,
+    "SciPy's name": lambda G, V, I, v: G.matvec(v) * 2,
+    "expression": lambda G, V, I, v: (2 * (G @ G) - G / 3 + I) @ v * 2,
+    "inverse": lambda G, V, I, v: v - (G + 0.1 * I).inv() @ v,
+    "verbs": lambda G, V, I, v: G.diagonal() * (v - (G + 0.1 * I).solve(v)),
+    "matrix": lambda G, V, I, v: G @ torch.stack([v, 2 * v], dim=1),
+    "integers": lambda G, V, I, v: G @ torch.ones_like(v, dtype=torch.long) + v,
+}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+@BACKENDS
+def test_values_and_gradients(name, backend, risk):
+    G, V = vl.GGN(risk), vl.GGNFactor(risk)
+    unit = vl.Identity(G.shape[0])
+
+    def function(v):
+        return FUNCTIONS[name](G, V, unit, v)
+
+    compiled = torch.compile(function, backend=backend)
+    x = torch.rand(G.shape[0]).double()
+    for _ in range(2):
+        torch.testing.assert_close(compiled(x), function(x))
+    results = []
+    for f in (function, compiled):
+        v = x.clone().requires_grad_()
+        f(v).square().sum().backward()
+        results.append(v.grad)
+    torch.testing.assert_close(*results)
+
+
+@BACKENDS
+def test_operators_change_from_call_to_call(backend, risk):
+    x = torch.rand(5).double()
+    compiled = torch.compile(lambda op, v: v + op @ v, backend=backend)
+    for seed in range(3):
+        torch.manual_seed(seed)
+        A = torch.rand(5, 5).double()
+        for op, dense in (
+            (vl.Dense(A), A),
+            (vl.Dense(A).T, A.T),
+            (vl.Diagonal(A[0]), A[0].diag()),
+            (vl.Kronecker(A), A),
+        ):
+            torch.testing.assert_close(compiled(op, x), x + dense @ x)
+
+
+@BACKENDS
+def test_arrays(backend):
+    A = vl.Dense(torch.arange(9.0).reshape(3, 3).double())
+    compiled = torch.compile(lambda v: v - A @ v, backend=backend)
+    x = torch.ones(3).double().numpy()
+    assert (compiled(x) == x - A @ x).all()
+
+
+def test_the_compiler_is_not_imported():
+    code = (
+        "import sys, torch, vivit_linop as vl; "
+        "op = vl.Dense(torch.eye(2)); (2 * op + op).inv() @ torch.ones(2); "
+        "sys.exit('torch._dynamo' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
