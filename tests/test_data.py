@@ -624,7 +624,7 @@ def test_out_of_memory_in_columns(monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(*_: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    monkeypatch.setattr("vivit_linop.curvature.columns._dense_columns", fails)
+    monkeypatch.setattr("vivit_linop.capture.CertifiedColumns.columns", fails)
     with pytest.raises(MemoryError, match=r"^memory: .* 6 samples .*memory=262144"):
         vl.GGN(risk).eigvalsh()
 

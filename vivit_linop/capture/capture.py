@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence, Set
-from dataclasses import dataclass
-from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
 
+from vivit_linop.capture.certificate import Certificate
 from vivit_linop.capture.layers import LayerColumns, compacted
 from vivit_linop.capture.layouts import Layout, candidates
 from vivit_linop.capture.recorder import Recorder, Use
 from vivit_linop.capture.stacked import assembled
+from vivit_linop.capture.structure import Variant, kinds_of
 from vivit_linop.capture.uses import (
     columns_of_use,
     entries_of_use,
@@ -26,58 +26,15 @@ from vivit_linop.risk.data import take
 from vivit_linop.risk.empirical import EmpiricalRisk
 from vivit_linop.risk.model import as_guest, strided
 
-# The structure is checked on this many samples of the first batch.
-_CHECK_SAMPLES = 4
-_NOISE = 65_537
-
-
-Kind = tuple[str, list[str]]
-
-
-@dataclass
-class Structure:
-    """What a net does with its parameters, as far as it has been verified.
-
-    Attributes:
-        layouts: For each recorded use, where its samples are; None where unknown.
-        opaque: Parameters whose columns need a vector–Jacobian product by sample.
-        single: Whether it was found on one sample, where every axis is of that sample.
-        kinds: For each recorded use, what it is and of which parameters.
-        unseen: The numbers of uses that no cotangent reached, so that their layouts
-            are guesses.
-    """
-
-    layouts: list[str | None]
-    opaque: set[str]
-    single: bool
-    kinds: list[Kind]
-    unseen: set[int]
-
-    def fits(self, capture: Capture) -> bool:
-        """Whether it is that of a capture, as far as can be seen from outside.
-
-        A net that decides on values takes other ways on other samples.
-        """
-        same = self.kinds == capture.kinds and capture.opaque <= self.opaque
-        return same and self.single == (capture.num_samples == 1)
-
-
-class UnseenUseError(RuntimeError):
-    """A cotangent reaches a use that none reached when the structure was found."""
+# Where one sample leaves a choice between layouts, so many are asked.
+_TELLING_SAMPLES = 4
 
 
 class Kept(NamedTuple):
-    """A use whose columns are wanted.
-
-    Attributes:
-        use: The use.
-        layout: Where its samples are.
-        unseen: Whether the layout is a guess.
-    """
+    """A use whose columns are wanted, and where its samples are."""
 
     use: Use
     layout: Layout
-    unseen: bool
 
 
 class Capture:
@@ -104,30 +61,49 @@ class Capture:
             self.output = output.reshape(num_samples, -1)
         self.uses, self.opaque = recorder.uses, recorder.opaque
 
-    @property
-    def kinds(self) -> list[Kind]:
-        """What each use is, and of which parameters."""
-        return [(use.kind, use.names) for use in self.uses]
+    @classmethod
+    def of_few(
+        cls, risk: EmpiricalRisk, X: Any, n: int, count: int, batch: int = 0
+    ) -> Self:
+        """Run a net on the first samples of a batch.
+
+        Nets that run on whole batches only are run on all of them.
+
+        Args:
+            risk: The risk.
+            X: The input of the batch.
+            n: Its number of samples.
+            count: How many of them suffice.
+            batch: Its number.
+        """
+        if count < n:
+            index = torch.arange(count)
+            try:
+                few = cls(risk, take(X, index, risk.by_sample), count)
+                risk.check_outputs(batch, few.output.detach(), index)
+                return few
+            # In whatever way it fails, it may run on the batch; an error of its own is
+            # seen there again.
+            except Exception:
+                pass
+        return cls(risk, X, n)
 
     def columns(
         self,
         cotangents: Tensor,
-        structure: Structure,
+        variant: Variant,
         names: Set[str],
         compact: bool = True,
     ) -> dict[str, LayerColumns]:
-        """Return the columns of parameters that are not opaque.
+        """Return the columns that parameters have if a variant is that of this run.
 
         Args:
             cotangents: ``[n, C, R]``.
-            structure: The verified structure of the net.
+            variant: What fits.
             names: The parameters of interest.
             compact: Whether to form columns that are smaller than their factors.
-
-        Raises:
-            UnseenUseError: If the structure must be found again, on this capture.
         """
-        kept = self._kept(structure, names)
+        kept = self._kept(variant, names)
         stacked: list[Tensor] = []
         for r, signals in enumerate(self._signals(kept, cotangents)):
             for index, signal in enumerate(signals):
@@ -135,10 +111,10 @@ class Capture:
                     stacked.append(_stack(signal, cotangents.shape[2]))
                 stacked[index][:, r] = signal
         makers = (columns_of_use(each.use, each.layout) for each in kept)
-        return self._assembled(kept, makers, stacked, names - structure.opaque, compact)
+        return self._assembled(kept, makers, stacked, names, compact)
 
     def parts(
-        self, cotangents: Tensor, structure: Structure, names: Set[str]
+        self, cotangents: Tensor, variant: Variant, names: Set[str]
     ) -> Iterator[tuple[dict[str, LayerColumns], bool]]:
         """Yield the columns in parts, for what is summed over all columns.
 
@@ -147,13 +123,13 @@ class Capture:
 
         Args:
             cotangents: ``[n, C, R]``.
-            structure: The verified structure of the net.
+            variant: That of this run.
             names: The parameters of interest.
 
         Yields:
             Columns, and whether their inputs have been those of a part before.
         """
-        wanted, kept = names - structure.opaque, self._kept(structure, names)
+        kept = self._kept(variant, names)
         counts = Counter(name for each in kept for name in each.use.names)
         width = cotangents.shape[2]
         apart: list[Kept] = []
@@ -166,23 +142,20 @@ class Capture:
         stacked: list[Tensor] = []
         for r, signals in enumerate(self._signals(apart + together, cotangents)):
             single = [signal.unsqueeze(1) for signal in signals[: len(apart)]]
-            yield self._assembled(apart, makers, single, wanted, compact=False), r > 0
+            yield self._assembled(apart, makers, single, names, compact=False), r > 0
             for index, signal in enumerate(signals[len(apart) :]):
                 if r == 0:
                     stacked.append(_stack(signal, width))
                 stacked[index][:, r] = signal
         last = (columns_of_use(each.use, each.layout) for each in together)
-        yield self._assembled(together, last, stacked, wanted, compact=False), False
+        yield self._assembled(together, last, stacked, names, compact=False), False
 
-    def _kept(self, structure: Structure, names: Set[str]) -> list[Kept]:
+    def _kept(self, variant: Variant, names: Set[str]) -> list[Kept]:
         """The uses of some parameters."""
-        wanted = names - structure.opaque
         return [
-            Kept(use, Layout(layout, self.num_samples), number in structure.unseen)
-            for number, (use, layout) in enumerate(
-                zip(self.uses, structure.layouts, strict=True)
-            )
-            if layout is not None and not wanted.isdisjoint(use.names)
+            Kept(use, Layout(layout, self.num_samples))
+            for use, layout in zip(self.uses, variant.layouts, strict=True)
+            if layout is not None and not names.isdisjoint(use.names)
         ]
 
     def _signals(
@@ -192,10 +165,10 @@ class Capture:
         uses = [each.use for each in kept]
         for r in range(cotangents.shape[2] if kept else 0):
             signals = self._backward(uses, cotangents[:, :, r])
-            found = list(zip(kept, signals, strict=True))
-            if any(each.unseen and signal.any() for each, signal in found):
-                raise UnseenUseError
-            yield [each.layout(signal.detach()) for each, signal in found]
+            yield [
+                each.layout(signal.detach())
+                for each, signal in zip(kept, signals, strict=True)
+            ]
 
     def _assembled(
         self,
@@ -220,10 +193,10 @@ class Capture:
                 for name, found in parts.items()
             }
 
-    def bytes_per_sample(self, width: int, structure: Structure) -> int:
+    def bytes_per_sample(self, width: int, opaque: Set[str]) -> int:
         """Estimate what the columns of one sample take."""
         n, params = self.num_samples, self._risk.params
-        formed = structure.opaque | overlapping(self.uses)
+        formed = opaque | overlapping(self.uses)
         entries = sum(entries_of_use(use, n, width) for use in self.uses)
         entries += width * sum(params[name].numel() for name in formed)
         return entries * self.output.element_size()
@@ -251,19 +224,57 @@ class Capture:
 
     # Finding and checking the structure ---------------------------------------------
 
-    def find_layouts(self) -> tuple[list[str | None], set[int]]:
-        """Find the axis of the samples at each use.
+    def failing(
+        self,
+        columns: Mapping[str, LayerColumns],
+        cotangents: Tensor,
+        names: Iterable[str],
+        lenient: Set[str] = frozenset(),
+    ) -> set[str]:
+        """Return the parameters whose columns are not those of this run.
 
-        Where a cotangent of one sample alone arrives is where that sample is.
+        Costs one backward pass, and reading the columns.
 
-        Returns:
-            The layouts, and the numbers of the uses that no cotangent reaches.
+        Args:
+            columns: By parameter; one that is missing has zero columns.
+            cotangents: What they were pulled back from, ``[n, C, R]``.
+            names: The parameters to check.
+            lenient: Those of them that cannot be had in a better way.
+        """
+        params = self._risk.params
+        checked = [name for name in names if params[name].numel()]
+        if not checked:
+            return set()
+        certificate = Certificate(
+            {name: columns[name] for name in checked if name in columns}, cotangents
+        )
+        gradients: Sequence[Tensor | None] = [None] * len(checked)
+        if self.output.requires_grad:
+            with as_guest(self._risk.device):
+                gradients = torch.autograd.grad(
+                    self.output,
+                    [params[name] for name in checked],
+                    certificate.cotangent,
+                    retain_graph=True,
+                    allow_unused=True,
+                )
+        return {
+            name
+            for name, gradient in zip(checked, map(strided, gradients), strict=True)
+            if not certificate.error(name, gradient, name in lenient) <= 1.0
+        }
+
+    def find(self) -> Variant:
+        """Return the way that the net has taken, with the axis of samples in each use.
+
+        Where a cotangent of one sample alone arrives is where that sample is. Of uses
+        that no cotangent reaches, the layouts are guesses.
         """
         n = self.num_samples
         generator = torch.Generator().manual_seed(0)
         noise = torch.randn(self.output.shape, generator=generator).to(self.output)
         possible = [candidates(use, n) for use in self.uses]
-        pending, unseen = list(range(len(self.uses))), set[int]()
+        pending = list(range(len(self.uses)))
         for sample in reversed(range(n)):
             if not pending:
                 break
@@ -277,144 +288,23 @@ class Capture:
                 ]
                 if n > 1 and possible[i] and not signal.any():
                     silent.append(i)
-                elif len(possible[i]) > 1 and sample > n - _CHECK_SAMPLES:
+                elif len(possible[i]) > 1 and sample > n - _TELLING_SAMPLES:
                     undecided.append(i)
             # Most often no sample reaches what the last one does not.
             if sample == n - 1 and silent:
                 signals = self._backward([self.uses[i] for i in silent], noise)
-                reached = [signal.any() for signal in signals]
-                unseen = {i for i, r in zip(silent, reached, strict=True) if not r}
-                silent = [i for i in silent if i not in unseen]
+                reached = zip(silent, signals, strict=True)
+                silent = [i for i, signal in reached if signal.any()]
             pending = sorted(silent + undecided)
-        return [next(iter(names), None) for names in possible], unseen
+        layouts = [next(iter(names), None) for names in possible]
+        return Variant(kinds_of(self.uses), layouts, n == 1)
 
     def _is_at(self, layout: str, signal: Tensor, sample: int) -> bool:
         """Whether a layout has the signal of one sample at that sample alone."""
         by_sample = Layout(layout, self.num_samples)(signal)
         return not (by_sample[:sample].any() or by_sample[sample + 1 :].any())
 
-    def check(self) -> Structure:
-        """Return the structure of the net, as far as it stands up to a check.
-
-        A net without second derivatives, or with transformations inside, cannot be
-        checked; then nothing is taken for granted.
-        """
-        try:
-            with as_guest(self._risk.device):
-                return self._check()
-        except (RuntimeError, NotImplementedError):
-            nothing: list[str | None] = [None] * len(self.uses)
-            return Structure(
-                nothing,
-                set(self._risk.params),
-                self.num_samples == 1,
-                self.kinds,
-                set(),
-            )
-
-    def _check(self) -> Structure:
-        """Compare columns with products through the whole net.
-
-        For random u and x, the columns pulled back from u must add up to the gradient
-        Jᵀu of each parameter, and their products with x to u_n · (J x)_n for each
-        sample. A parameter that fails the former is opaque; if the latter fails, all
-        are.
-        """
-        risk = self._risk
-        layouts, unseen = self.find_layouts()
-        unknown = {
-            name
-            for use, layout in zip(self.uses, layouts, strict=True)
-            if layout is None
-            for name in use.names
-        }
-        structure = Structure(
-            layouts,
-            self.opaque | unknown,
-            self.num_samples == 1,
-            self.kinds,
-            unseen,
-        )
-        generator = torch.Generator().manual_seed(1)
-
-        noise = torch.randn(_NOISE, generator=generator)
-
-        def draw(like: Tensor) -> Tensor:
-            # Large parameters get the same noise again and again: drawing takes long.
-            repeats = like.numel() // _NOISE + 1
-            return noise.repeat(repeats)[: like.numel()].view(like.shape).to(like)
-
-        u = torch.randn(self.output.shape, generator=generator)
-        u = u.to(self.output).requires_grad_()
-        x = {name: draw(p) for name, p in risk.params.items()}
-        with as_guest(risk.device):
-            gradients = torch.autograd.grad(
-                self.output,
-                list(risk.params.values()),
-                u,
-                create_graph=True,
-                allow_unused=True,
-            )
-        pulled_back = dict(zip(risk.params, map(strided, gradients), strict=True))
-        columns = self.columns(u.detach().unsqueeze(2), structure, set(risk.params))
-        tolerance = 10 * torch.finfo(risk.dtype).eps ** 0.5
-        # Of a gradient that is zero, as that of a key's bias in attention, rounding is
-        # left, and that may differ.
-        found = {n: g.detach() for n, g in pulled_back.items() if g is not None}
-        norms = {name: gradient.norm() for name, gradient in found.items()}
-        square = sum((norm.square() for norm in norms.values()), torch.zeros(()))
-        rounding = 100 * torch.finfo(risk.dtype).eps * square.sqrt()
-        by_sample = torch.zeros_like(self.output[:, 0])
-        checked: dict[str, Tensor] = {}
-        for name, gradient in pulled_back.items():
-            if name in structure.opaque:
-                continue
-            if name not in columns:  # not seen: it must not matter
-                if gradient is not None:
-                    structure.opaque.add(name)
-                continue
-            part = columns[name]
-            # Columns of a table of words are too long to be formed.
-            error = part.entry_sums()
-            size = error.norm()
-            if gradient is not None:
-                error -= found[name].reshape(-1)
-                size += norms[name]
-            if not error.norm() <= tolerance * size + rounding:
-                structure.opaque.add(name)
-                continue
-            images = part.images(x[name].reshape(1, -1))
-            by_sample += part.components(images).view(-1)
-            if gradient is not None and gradient.requires_grad:
-                checked[name] = gradient
-        if checked:
-            with as_guest(risk.device):
-                (products,) = torch.autograd.grad(
-                    list(checked.values()), u, [x[name] for name in checked]
-                )
-            expected = (products * u).sum(1).detach()
-            error = (by_sample - expected).norm()
-            if not error <= tolerance * (by_sample.norm() + expected.norm()):
-                structure.opaque = set(risk.params)
-        return structure
-
 
 def _stack(signal: Tensor, width: int) -> Tensor:
     """Return the place for as many signals as a sample has columns."""
     return signal.new_empty(len(signal), width, *signal.shape[1:])
-
-
-_STRUCTURES: WeakKeyDictionary[EmpiricalRisk, Structure] = WeakKeyDictionary()
-
-
-def find_structure(risk: EmpiricalRisk) -> Structure:
-    """Record the net on a few samples and check what was recorded, once for a risk."""
-    if risk not in _STRUCTURES:
-        _STRUCTURES[risk] = _find_structure(risk)
-    return _STRUCTURES[risk]
-
-
-def _find_structure(risk: EmpiricalRisk) -> Structure:
-    X, y = next(risk.batches())
-    size = min(len(y), _CHECK_SAMPLES)
-    return Capture(risk, take(X, torch.arange(size), risk.by_sample), size).check()

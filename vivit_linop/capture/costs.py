@@ -8,14 +8,14 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from vivit_linop.capture.capture import Capture, find_structure
+from vivit_linop.capture.capture import Capture
+from vivit_linop.capture.certified import find_structure
 from vivit_linop.capture.layers import (
     KhatriRaoColumns,
     LayerColumns,
     cotangents_key,
 )
 from vivit_linop.capture.stacked import StackedColumns
-from vivit_linop.risk.data import take
 from vivit_linop.risk.empirical import EmpiricalRisk
 
 
@@ -64,18 +64,15 @@ def layer_costs(risk: EmpiricalRisk, width: int) -> list[LayerCost]:
 
 def _layer_costs(risk: EmpiricalRisk, width: int) -> list[LayerCost]:
     X, y = next(risk.batches())
-    structure = find_structure(risk)
-    opaque = structure.opaque
     # Of one sample all axes are its own, so its structure would be another.
-    few = min(2, len(y))
-    capture = Capture(risk, take(X, torch.arange(few), risk.by_sample), few)
-    if not structure.fits(capture):
-        structure = capture.check()
-        opaque = opaque | structure.opaque
+    capture = Capture.of_few(risk, X, len(y), 2)
+    structure = find_structure(risk, alone=capture.num_samples == 1)
+    variant = structure.fitting(capture.uses, capture.num_samples) or capture.find()
+    opaque = structure.opaque | capture.opaque | variant.unknown
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(capture.output.shape, generator=generator).to(capture.output)
     columns = capture.columns(
-        noise.unsqueeze(2), structure, set(risk.params), compact=False
+        noise.unsqueeze(2), variant, set(risk.params) - opaque, compact=False
     )
     kinds: dict[str, list[str]] = {}
     for use in capture.uses:

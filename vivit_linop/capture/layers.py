@@ -11,8 +11,7 @@ For samples n and cotangent columns r, a parameter's part of column (n, r) of J�
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Hashable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -90,6 +89,17 @@ class LayerColumns(ABC):
     def components(self, images: Tensor) -> Tensor:
         """Return the products of cotangents and images, ``[K, n, s] -> [K, n, R]``."""
 
+    @abstractmethod
+    def sizes(self) -> Tensor:
+        """About the norms of the columns, ``[n, R]``, at the cost of reading them.
+
+        Terms that are added up in a column are taken as orthogonal.
+        """
+
+    @abstractmethod
+    def combination(self, weights: Tensor) -> Tensor:
+        """Σ_nr w_nr column_nr, ``[n, R] -> [numel]``."""
+
     def squared_norms(self, memory: int) -> Tensor:
         """The squared norms of the columns, ``[n·R]``.
 
@@ -145,6 +155,15 @@ class DenseColumns(LayerColumns):
         """By one matrix product."""
         out.addmm_(signals.flatten(1), self._rows, beta=int(add))
 
+    def sizes(self) -> Tensor:
+        """The norms."""
+        norms = torch.linalg.vector_norm(self._rows, dim=1)
+        return norms.view(self.num_samples, self.width)
+
+    def combination(self, weights: Tensor) -> Tensor:
+        """By one matrix product."""
+        return weights.reshape(-1) @ self._rows
+
     def images(self, rows: Tensor) -> Tensor:
         """By one matrix product."""
         return (rows @ self._rows.T).view(len(rows), self.num_samples, self.width)
@@ -166,13 +185,19 @@ class KhatriRaoColumns(LayerColumns):
         cotangents: b, ``[n, R, G, b, P]``.
         inputs_first: Whether the parameter is laid out as ``[G, a, b]`` instead of
             ``[G, b, a]``.
+        signal: What is one object for columns with the same cotangents.
     """
 
     def __init__(
-        self, inputs: Tensor, cotangents: Tensor, inputs_first: bool = False
+        self,
+        inputs: Tensor,
+        cotangents: Tensor,
+        inputs_first: bool = False,
+        signal: object | None = None,
     ) -> None:
         self.inputs, self.cotangents = inputs, cotangents
         self._inputs_first = inputs_first
+        self.signal = object() if signal is None else signal
         self.num_samples, self.width, self._groups, b, self.positions = cotangents.shape
         self._a, self._b = inputs.shape[2], b
         self.numel = self._groups * self._a * b
@@ -384,7 +409,9 @@ class KhatriRaoColumns(LayerColumns):
 
     def transposed(self) -> KhatriRaoColumns:
         """The same columns, for the transpose of the parameter; there is one group."""
-        return KhatriRaoColumns(self.inputs, self.cotangents, not self._inputs_first)
+        return KhatriRaoColumns(
+            self.inputs, self.cotangents, not self._inputs_first, self.signal
+        )
 
     def with_more(self, others: Sequence[KhatriRaoColumns]) -> KhatriRaoColumns:
         """Add the columns of other uses: more uses are more positions."""
@@ -402,6 +429,28 @@ class KhatriRaoColumns(LayerColumns):
         return formed.reshape(-1, self.numel)
 
     # Squares and sums of entries, without forming all columns ------------------------
+
+    def sizes(self) -> Tensor:
+        """√Σ_p |a_np|² |b_nrp|²."""
+        inputs = torch.linalg.vector_norm(self.inputs, dim=2).square()
+        cotangents = torch.linalg.vector_norm(self.cotangents, dim=3).square()
+        n, R = cotangents.shape[:2]
+        products = cotangents.reshape(n, R, -1) @ inputs.reshape(n, -1, 1)
+        return products.squeeze(2).sqrt()
+
+    def combination(self, weights: Tensor) -> Tensor:
+        """Σ_np (Σ_r w_nr b_nrp) ⊗ a_np."""
+        b = self.cotangents
+        # Positions may come before channels in memory.
+        turned = b.mT.is_contiguous() and not b.is_contiguous()
+        b = b.mT if turned else b
+        sums = weights.unsqueeze(1) @ b.reshape(*weights.shape, -1)
+        sums = sums.view(self.num_samples, 1, *b.shape[2:])
+        return self._with_cotangents(sums.mT if turned else sums).entry_sums()
+
+    def _with_cotangents(self, cotangents: Tensor) -> KhatriRaoColumns:
+        """Columns of the same inputs."""
+        return KhatriRaoColumns(self.inputs, cotangents, self._inputs_first)
 
     def squared_norms(self, memory: int) -> Tensor:
         """Σ_pq (a_pᵀ a_q)(b_pᵀ b_q) for each column, or from its block if cheaper."""
@@ -584,7 +633,7 @@ def merged(
 
     The Gram matrix of all is the same, and that of the cotangents is needed once.
     """
-    groups: dict[Any, list[tuple[LayerColumns, LayerColumns]]] = {}
+    groups: dict[Hashable, list[tuple[LayerColumns, LayerColumns]]] = {}
     for left, right in pairs:
         key = cotangents_key(left), cotangents_key(right)
         groups.setdefault(key, []).append((left, right))
@@ -598,11 +647,19 @@ def merged(
     return stacked
 
 
-def cotangents_key(columns: LayerColumns) -> Any:
+def cotangents_key(columns: LayerColumns) -> Hashable:
     """What is equal for columns with the same cotangents."""
     if isinstance(columns, KhatriRaoColumns) and columns.positions == 1:
-        return columns.cotangents.data_ptr(), columns.cotangents.shape
-    return id(columns)
+        return columns.signal
+    return columns
+
+
+def share_signal(parts: Sequence[LayerColumns]) -> None:
+    """Mark the columns of one use, a weight's and a bias's, as of one cotangent."""
+    alike = [part for part in parts if isinstance(part, KhatriRaoColumns)]
+    for part in alike[1:]:
+        if part.cotangents.shape == alike[0].cotangents.shape:
+            part.signal = alike[0].signal
 
 
 def _stacked(parts: list[LayerColumns]) -> LayerColumns:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from vivit_linop.capture.layers import (
@@ -53,6 +54,17 @@ class StackedColumns(LayerColumns):
             out.zero_()
         for (start, stop), columns in self.parts.items():
             columns.combine(columns.signals(signals), out[:, start:stop], add)
+
+    def sizes(self) -> Tensor:
+        """The roots of sums of squares."""
+        return torch.stack([part.sizes() for part in self.parts.values()]).norm(dim=0)
+
+    def combination(self, weights: Tensor) -> Tensor:
+        """Part by part."""
+        total = weights.new_zeros(self.numel)
+        for (start, stop), columns in self.parts.items():
+            total[start:stop] = columns.combination(weights)
+        return total
 
     def images(self, rows: Tensor) -> Tensor:
         """The components already, part by part."""

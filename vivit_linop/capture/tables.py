@@ -26,7 +26,7 @@ class TableColumns(KhatriRaoColumns):
 
     def __init__(self, index: Tensor, cotangents: Tensor, rows: int) -> None:
         self.index, self.cotangents = index, cotangents
-        self._inputs_first, self._groups = True, 1
+        self._inputs_first, self._groups, self.signal = True, 1, object()
         self.num_samples, self.width, _, self._b, self.positions = cotangents.shape
         self._a = rows
         self.numel = rows * self._b
@@ -120,6 +120,14 @@ class TableColumns(KhatriRaoColumns):
         formed = sums.new_zeros(shape)
         formed[samples, rows] = sums
         return formed.transpose(1, 2).reshape(-1, self.numel)
+
+    def sizes(self) -> Tensor:
+        """Of one-hot inputs, those of the cotangents."""
+        return torch.linalg.vector_norm(self.cotangents, dim=(2, 3, 4))
+
+    def _with_cotangents(self, cotangents: Tensor) -> KhatriRaoColumns:
+        """Columns of the same rows."""
+        return TableColumns(self.index, cotangents, self._a)
 
     def squared_norms(self, memory: int) -> Tensor:
         """Row by row."""

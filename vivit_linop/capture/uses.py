@@ -13,6 +13,7 @@ from vivit_linop.capture.layers import (
     DenseColumns,
     KhatriRaoColumns,
     LayerColumns,
+    share_signal,
     squares_by_pairs,
 )
 from vivit_linop.capture.layouts import Layout
@@ -46,13 +47,15 @@ def columns_of_use(
     def columns(B: Tensor) -> list[tuple[View, LayerColumns]]:
         found: list[tuple[View, LayerColumns]] = []
         if isinstance(weight, View):
-            found.append((weight, of_weight(B) if of_weight else _mul(use, layout, B)))
+            part = of_weight(B) if of_weight else _mul(use, layout, B)
+            found.append((weight, part))
         if isinstance(bias, View):
             if use.kind == "add":
                 part = _add(use, layout, B)
             else:
                 part = bias_columns(use.kind, use.arguments, B)
             found.append((bias, part))
+        share_signal([part for _, part in found])
         return found
 
     return columns

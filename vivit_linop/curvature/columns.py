@@ -15,19 +15,17 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.func import vjp, vmap
 
 from vivit_linop.capture import (
     Capture,
-    Structure,
-    UnseenUseError,
+    CertifiedColumns,
     find_structure,
 )
-from vivit_linop.capture.layers import DenseColumns, LayerColumns, cotangents_key
-from vivit_linop.risk.data import copied, leaves, map_leaves, take
+from vivit_linop.capture.layers import LayerColumns, cotangents_key
+from vivit_linop.risk.data import copied, take
 from vivit_linop.risk.empirical import EmpiricalRisk
 from vivit_linop.risk.memory import explained, free_memory
-from vivit_linop.risk.model import Params, as_guest, strided
+from vivit_linop.risk.model import Params
 
 if TYPE_CHECKING:
     from vivit_linop.curvature.jacobian import Pullback
@@ -126,17 +124,14 @@ class Columns:
             start: The sample to start from, the first of a piece.
         """
         risk = self._risk
-        structure = find_structure(risk)
         first = 0
         for batch, (X, y) in enumerate(risk.batches("columns")):
             n = len(y)
             if first + n > start:
-                for index in self._cut(X, n, structure):
+                for index in self._cut(batch, X, n):
                     if first + int(index[0]) >= start:
                         with explained(self._do_not_fit, len(index)):
-                            yield from self._pieces(
-                                batch, X, index, n, first, structure
-                            )
+                            yield from self._pieces(batch, X, index, n, first)
             first += n
 
     def only(self, pullback: Pullback) -> Columns:
@@ -174,10 +169,14 @@ class Columns:
             budget -= size
         yield together
 
-    def _cut(self, X: Any, n: int, structure: Structure) -> Iterable[Tensor]:
+    def _cut(self, batch: int, X: Any, n: int) -> Iterable[Tensor]:
         """Cut a batch so that the columns of each part fit."""
-        one = Capture(self._risk, take(X, torch.arange(1), self._risk.by_sample), 1)
-        per_sample = one.bytes_per_sample(self._width, structure) + self._formed_bytes
+        one = Capture.of_few(self._risk, X, n, 1, batch)
+        # Then only, if the net runs on whole batches only.
+        if one.num_samples == n:
+            return [torch.arange(n)]
+        opaque = find_structure(self._risk).opaque
+        per_sample = one.bytes_per_sample(self._width, opaque) + self._formed_bytes
         size = max(1, self._memory // _PIECES // per_sample)
         if self._in_parts and self._risk.device.type == "cpu":
             # One pass is not better than several that stay near the caches.
@@ -192,7 +191,6 @@ class Columns:
         index: Tensor,
         n: int,
         first: int,
-        structure: Structure,
     ) -> Iterator[list[Piece]]:
         whole = X
         if len(index) < n:
@@ -201,64 +199,37 @@ class Columns:
             X = copied(X)  # the columns may be kept
         capture = Capture(self._risk, X, len(index))
         self._risk.check_outputs(batch, capture.output.detach(), index)
-        if not structure.fits(capture):
-            structure = capture.check()
-        if not self.compact and len(index) > 1 and self._hides(X, structure):
+        certified = CertifiedColumns(self._risk, X, capture)
+        if not self.compact and len(index) > 1 and self._hides():
             for sample in index.split(1):
-                yield from self._pieces(batch, whole, sample, n, first, structure)
+                yield from self._pieces(batch, whole, sample, n, first)
             return
         begin, end = first + int(index[0]), first + int(index[0]) + len(index)
-        # Parts that are given away cannot be taken back if a use is reached of which
-        # the structure does not know.
-        in_parts = self._in_parts and not structure.unseen
         pieces = []
         for pullback in self._pullbacks:
             place = slice(begin * pullback.width, end * pullback.width)
             cotangents = pullback.cotangents(batch)
             cotangents = cotangents[index.to(cotangents.device)]
-            if in_parts:
-                for part, again in capture.parts(cotangents, structure, self.names):
+            if self._in_parts:
+                for part, again in certified.parts(cotangents, self.names):
                     yield [Piece(place, part, again)]
-                yield [Piece(place, self._dense(X, structure, cotangents))]
                 continue
-            try:
-                columns = capture.columns(
-                    cotangents, structure, self.names, self.compact
-                )
-            except UnseenUseError:
-                structure = capture.check()
-                columns = capture.columns(
-                    cotangents, structure, self.names, self.compact
-                )
-            columns |= self._dense(X, structure, cotangents)
+            columns = certified.columns(cotangents, self.names, self.compact)
             pieces.append(Piece(place, columns))
         if pieces:
             yield pieces
 
-    def _hides(self, X: Any, structure: Structure) -> bool:
+    def _hides(self) -> bool:
         """Whether weights have factors on one sample that they have not on several.
 
         Of one sample all axes are its own, wherever the samples of a batch are.
         """
         hidden = {
             name
-            for name in structure.opaque & self.names
+            for name in find_structure(self._risk).opaque & self.names
             if self._risk.params[name].ndim > 1
         }
-        if not hidden:
-            return False
-        one = Capture(self._risk, take(X, torch.arange(1), self._risk.by_sample), 1)
-        return not hidden <= one.check().opaque
-
-    def _dense(
-        self, X: Any, structure: Structure, cotangents: Tensor
-    ) -> dict[str, LayerColumns]:
-        opaque = [
-            name
-            for name in self._risk.params
-            if name in structure.opaque and name in self.names
-        ]
-        return _dense_columns(self._risk, X, cotangents, opaque)
+        return not hidden <= find_structure(self._risk, alone=True).opaque
 
 
 def memory_budget(risk: EmpiricalRisk) -> int:
@@ -266,82 +237,3 @@ def memory_budget(risk: EmpiricalRisk) -> int:
     if risk.memory is not None:
         return risk.memory
     return free_memory(risk.device) // _MEMORY_SHARE
-
-
-def _dense_columns(
-    risk: EmpiricalRisk, X: Any, cotangents: Tensor, names: Sequence[str]
-) -> dict[str, LayerColumns]:
-    """Pull back each sample's cotangents ``[n, C, R]`` to single parameters."""
-    if not names:
-        return {}
-    fixed = {name: p.detach() for name, p in risk.params.items()}
-    chosen = {name: fixed.pop(name) for name in names}
-    weights = cotangents.mT  # [n, R, C]
-
-    def outputs(params: Params, sample: Any) -> Tensor:
-        return risk.model({**fixed, **params}, sample).reshape(-1)
-
-    with as_guest(risk.device):
-        try:
-            columns = _vectorised(outputs, chosen, X, weights, risk.by_sample)
-        # What cannot be vectorised (control flow on values, writing in place) is done
-        # sample by sample; an error of the model itself is seen there.
-        except Exception:
-            columns = _one_by_one(outputs, chosen, X, weights, risk.by_sample)
-    return {
-        name: DenseColumns(part.reshape(*part.shape[:2], -1).detach())
-        for name, part in columns.items()
-    }
-
-
-def _vectorised(
-    outputs: SampleOutputs,
-    chosen: Params,
-    X: Any,
-    weights: Tensor,
-    by_sample: Sequence[bool],
-) -> dict[str, Tensor]:
-    def columns(sample_leaves: list[Tensor], weight: Tensor) -> dict[str, Tensor]:
-        given, flags = iter(sample_leaves), iter(by_sample)
-        sample = map_leaves(lambda leaf: next(given)[None] if next(flags) else leaf, X)
-        pull_back = vjp(lambda params: outputs(params, sample), chosen)[1]
-        (gradients,) = vmap(pull_back)(weight)
-        result: dict[str, Tensor] = gradients
-        return result
-
-    batched = [leaf for leaf, flag in zip(leaves(X), by_sample, strict=True) if flag]
-    with torch.no_grad():
-        result: dict[str, Tensor] = vmap(columns)(batched, weights)
-    return result
-
-
-def _one_by_one(
-    outputs: SampleOutputs,
-    chosen: Params,
-    X: Any,
-    weights: Tensor,
-    by_sample: Sequence[bool],
-) -> dict[str, Tensor]:
-    params = {name: p.clone().requires_grad_() for name, p in chosen.items()}
-    columns: dict[str, list[Tensor]] = {name: [] for name in params}
-    for index, weight in enumerate(weights):
-        output = outputs(params, take(X, torch.tensor([index]), by_sample))
-        for w in weight:
-            gradients: Sequence[Tensor | None] = [None] * len(params)
-            if output.requires_grad:  # a sample may take a way without them
-                gradients = torch.autograd.grad(
-                    output,
-                    list(params.values()),
-                    w,
-                    retain_graph=True,
-                    allow_unused=True,
-                )
-            for (name, p), g in zip(
-                params.items(), map(strided, gradients), strict=True
-            ):
-                columns[name].append(torch.zeros_like(p) if g is None else g)
-    width = weights.shape[1]
-    return {
-        name: torch.stack(parts).reshape(-1, width, *chosen[name].shape)
-        for name, parts in columns.items()
-    }

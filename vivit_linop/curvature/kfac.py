@@ -37,7 +37,6 @@ from vivit_linop.operators.kronecker import (
 from vivit_linop.operators.lowrank import LowRank
 from vivit_linop.operators.structure import Dense, Identity
 from vivit_linop.operators.verbs import trace
-from vivit_linop.risk.data import take
 from vivit_linop.risk.empirical import EmpiricalRisk, as_risk
 
 VARIANTS = ("mc", "exact", "empirical")
@@ -404,8 +403,8 @@ def _symmetric(matrix: Tensor) -> Tensor:
 
 def _bias_partners(risk: EmpiricalRisk) -> dict[str, str]:
     """Weights of layers and the bias that is added wherever they are used."""
-    X, _ = next(risk.batches())
-    one = Capture(risk, take(X, torch.arange(1), risk.by_sample), 1)
+    X, y = next(risk.batches())
+    one = Capture.of_few(risk, X, len(y), 1)
     biases: dict[str, set[str | None]] = {}
     weights: dict[str, set[str | None]] = {}
     for use in one.uses:

@@ -1,0 +1,128 @@
+"""Columns of parameters without a known structure, by vector–Jacobian products.
+
+There are three ways, each slower than the one before and possible for more nets: all
+samples vectorised, sample by sample, and on the graph of a whole batch, for nets that
+run on batches of one size only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.func import vjp, vmap
+
+from vivit_linop.capture.capture import Capture
+from vivit_linop.capture.layers import DenseColumns, LayerColumns
+from vivit_linop.risk.data import leaves, map_leaves, take
+from vivit_linop.risk.empirical import EmpiricalRisk
+from vivit_linop.risk.model import Params, as_guest, strided
+
+
+def vectorised(
+    risk: EmpiricalRisk, X: Any, cotangents: Tensor, names: Sequence[str]
+) -> dict[str, LayerColumns]:
+    """Pull back cotangents ``[n, C, R]`` by ``vmap``, which is not always right.
+
+    Returns:
+        The columns, but for those that have another shape than they should.
+
+    Raises:
+        Exception: Of any kind, where the net cannot be vectorised.
+    """
+    fixed, chosen = _split(risk, names)
+    by_sample = risk.by_sample
+
+    def outputs(params: Params, sample: Any) -> Tensor:
+        return risk.model({**fixed, **params}, sample).reshape(-1)
+
+    def columns(sample_leaves: list[Tensor], weight: Tensor) -> dict[str, Tensor]:
+        given, flags = iter(sample_leaves), iter(by_sample)
+        sample = map_leaves(lambda leaf: next(given)[None] if next(flags) else leaf, X)
+        pull_back = vjp(lambda params: outputs(params, sample), chosen)[1]
+        (gradients,) = vmap(pull_back)(weight)
+        result: dict[str, Tensor] = gradients
+        return result
+
+    batched = [leaf for leaf, flag in zip(leaves(X), by_sample, strict=True) if flag]
+    with as_guest(risk.device), torch.no_grad():
+        made = vmap(columns)(batched, cotangents.mT)
+    n, _, R = cotangents.shape
+    return {
+        name: _dense(part, n, R)
+        for name, part in made.items()
+        if part.shape == (n, R, *chosen[name].shape)
+    }
+
+
+def one_by_one(
+    risk: EmpiricalRisk, X: Any, cotangents: Tensor, names: Sequence[str]
+) -> dict[str, LayerColumns]:
+    """Pull back cotangents ``[n, C, R]``, each sample on a graph of its own.
+
+    Raises:
+        Exception: Of any kind, where the net does not run on one sample.
+    """
+    fixed, chosen = _split(risk, names)
+    params = {name: p.clone().requires_grad_() for name, p in chosen.items()}
+    parameters = list(params.values())
+    columns: list[list[Tensor]] = [[] for _ in parameters]
+    with as_guest(risk.device):
+        for index, weights in enumerate(cotangents.mT):
+            sample = take(X, torch.tensor([index]), risk.by_sample)
+            output = risk.model({**fixed, **params}, sample).reshape(-1)
+            for w in weights:
+                gradients = _gradients(output, parameters, w)
+                for part, gradient in zip(columns, gradients, strict=True):
+                    part.append(gradient)
+    n, _, R = cotangents.shape
+    return {
+        name: _dense(torch.stack(part), n, R)
+        for name, part in zip(params, columns, strict=True)
+    }
+
+
+def on_the_batch(
+    capture: Capture, risk: EmpiricalRisk, cotangents: Tensor, names: Sequence[str]
+) -> dict[str, LayerColumns]:
+    """Pull back cotangents ``[n, C, R]`` on the graph of all samples, one by one."""
+    n, _, R = cotangents.shape
+    columns: list[list[Tensor]] = [[] for _ in names]
+    parameters = [risk.params[name] for name in names]
+    with as_guest(risk.device):
+        for index, weights in enumerate(cotangents.mT):
+            for w in weights:
+                u = torch.zeros_like(capture.output)
+                u[index] = w
+                gradients = _gradients(capture.output, parameters, u)
+                for part, gradient in zip(columns, gradients, strict=True):
+                    part.append(gradient)
+    return {
+        name: _dense(torch.stack(part), n, R)
+        for name, part in zip(names, columns, strict=True)
+    }
+
+
+def _split(risk: EmpiricalRisk, names: Sequence[str]) -> tuple[Params, Params]:
+    """All other parameters, and those of interest."""
+    fixed = {name: p.detach() for name, p in risk.params.items()}
+    return fixed, {name: fixed.pop(name) for name in names}
+
+
+def _gradients(output: Tensor, params: list[Tensor], w: Tensor) -> list[Tensor]:
+    found: Sequence[Tensor | None] = [None] * len(params)
+    # A sample may take a way without parameters.
+    if output.requires_grad:
+        found = torch.autograd.grad(
+            output, params, w, retain_graph=True, allow_unused=True
+        )
+    return [
+        torch.zeros_like(p) if g is None else g
+        for p, g in zip(params, map(strided, found), strict=True)
+    ]
+
+
+def _dense(part: Tensor, samples: int, width: int) -> DenseColumns:
+    return DenseColumns(part.detach().reshape(samples, width, -1))
