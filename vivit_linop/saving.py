@@ -3,30 +3,32 @@
 A file holds tensors, numbers and strings only, so that ``torch.load`` reads it with
 ``weights_only=True``, and a fingerprint of the risk that they belong to. The net and
 the data are not in it: they are given again to :func:`load`, and must be the same.
+How it comes to disk and back unharmed is in :mod:`vivit_linop.files`.
 """
 
 from __future__ import annotations
 
 import os
-import pickle
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from vivit_linop import files
 from vivit_linop.curvature.fisher import EmpiricalFisher, PerSampleGradients
 from vivit_linop.curvature.ggn import GGN, GGNFactor
 from vivit_linop.curvature.jacobian import Jacobian, Pullback
 from vivit_linop.curvature.output_space import LossHessian, LossHessianSqrt
 from vivit_linop.linalg.eigenpairs import Eigenpairs, GramEigenpairs
+from vivit_linop.modes import ordinary_mode
 from vivit_linop.operators.lowrank import Gram, LowRank
 from vivit_linop.risk.empirical import EmpiricalRisk
 
 Saved = Eigenpairs | LowRank | Gram
 Path = str | os.PathLike[str]
 
-_FORMAT = "vivit_linop 1"
 
-
+@ordinary_mode()
 def save(result: Saved, path: Path, risk: EmpiricalRisk) -> None:
     """Save eigenpairs, or an operator with its Gram matrix, to a file.
 
@@ -34,7 +36,9 @@ def save(result: Saved, path: Path, risk: EmpiricalRisk) -> None:
     have been formed. The Gram matrix ``[N·R, N·R]`` is saved if it has been computed,
     also that of the operator that eigenpairs come from; a Monte-Carlo draw with all
     that depends on it, ``[N, C, M]``. The fingerprint takes a pass over the data,
-    without the model. The file replaces one of that name only when it is complete.
+    without the model. The file replaces one of that name only when it is complete and
+    on disk; it keeps the permissions of that one, and a link stays a link. It ends with
+    a digest, by which :func:`load` sees damage.
 
     Args:
         result: What ``eigh`` returned; a GGN or an EmpiricalFisher (or a multiple); a
@@ -45,6 +49,8 @@ def save(result: Saved, path: Path, risk: EmpiricalRisk) -> None:
     Raises:
         TypeError: If it is something else. Tensors are for ``torch.save``.
         ValueError: If it belongs to another risk.
+        OSError: If the folder is missing or may not be written to, the path is that of
+            a folder, or there is no room.
 
     Example:
         >>> import tempfile, torch, vivit_linop as vl
@@ -63,22 +69,12 @@ def save(result: Saved, path: Path, risk: EmpiricalRisk) -> None:
         True
     """
     _check_risk(risk)
-    with torch.inference_mode(False):
-        content = {
-            "format": _FORMAT,
-            "fingerprint": risk.fingerprint(),
-            "result": _packed(result, risk),
-        }
-    # An interrupted long job keeps what it saved before.
-    unfinished = f"{os.fspath(path)}.unfinished"
-    try:
-        torch.save(content, unfinished)
-        os.replace(unfinished, path)
-    finally:
-        if os.path.exists(unfinished):
-            os.remove(unfinished)
+    files.check_place(path)  # before anything is computed
+    packed = _without_rest(_packed(result, risk))
+    files.write({"fingerprint": risk.fingerprint(), "result": packed}, path)
 
 
+@ordinary_mode()
 def load(path: Path, risk: EmpiricalRisk) -> Any:
     """Load what :func:`save` saved, for a risk with the same model, loss and data.
 
@@ -92,8 +88,10 @@ def load(path: Path, risk: EmpiricalRisk) -> Any:
         Eigenpairs or an operator, on the device of the risk.
 
     Raises:
-        ValueError: If the file is none of :func:`save`, or the model, the loss or the
-            data are others.
+        ValueError: If the file is damaged, none of :func:`save` or of another version
+            of the format (the first had no digest); if the model, the loss or the data
+            are others.
+        OSError: If it cannot be opened.
 
     Example:
         >>> import tempfile, torch, vivit_linop as vl
@@ -112,14 +110,7 @@ def load(path: Path, risk: EmpiricalRisk) -> Any:
         ValueError: risk: ... was saved for one with other samples, other value of ...
     """
     _check_risk(risk)
-    try:
-        content = torch.load(path, map_location=risk.device, weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise ValueError(f"path: {path} is no file that vl.save wrote.") from error
-    if not isinstance(content, dict) or content.get("format") != _FORMAT:
-        raise ValueError(
-            f"path: {path} is no file that vl.save wrote, or of another version."
-        )
+    content = files.read(path, risk.device)
     saved, given = content["fingerprint"], risk.fingerprint()
     others = [name for name in given if not _same(saved.get(name), given[name], risk)]
     if others:
@@ -128,8 +119,7 @@ def load(path: Path, risk: EmpiricalRisk) -> Any:
             "Build the risk as it was, from the same parameters, buffers and samples "
             "in the same order."
         )
-    with torch.inference_mode(False):
-        return _unpacked(content["result"], risk)
+    return _unpacked(content["result"], risk)
 
 
 def _check_risk(risk: Any) -> None:
@@ -181,6 +171,18 @@ def _packed(result: Any, risk: EmpiricalRisk) -> dict[str, Any]:
         "result: eigenpairs, a GGN, an EmpiricalFisher or a Gram operator V.T @ V of a "
         f"risk, got {type(result).__name__}. Save tensors with torch.save."
     )
+
+
+def _without_rest(packed: dict[str, Any]) -> dict[str, Any]:
+    """Copy the tensors that are a part of a larger memory, which would be saved too."""
+    return {
+        key: _without_rest(value)
+        if isinstance(value, dict)
+        else value.clone()
+        if isinstance(value, Tensor) and value.untyped_storage().nbytes() > value.nbytes
+        else value
+        for key, value in packed.items()
+    }
 
 
 def _packed_pairs(pairs: GramEigenpairs) -> dict[str, Any]:
