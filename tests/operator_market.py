@@ -466,6 +466,13 @@ def low_rank_of_product(draw):
 
 
 @entry
+def low_rank_of_low_rank(draw):
+    V = draw(5, 3)
+    outer = V.double() @ V.double().T
+    return LowRank(LowRank(vl.Dense(V)), 0.1), 0.1 * outer @ outer
+
+
+@entry
 def damped_low_rank(draw):
     V = draw(6, 2)
     op = Damped(LowRank(vl.Dense(V)), 0.5)

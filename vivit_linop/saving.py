@@ -215,7 +215,7 @@ def _packed_factor(factor: Pullback, gram: Gram, risk: EmpiricalRisk) -> dict[st
             f"result: comes from {factor!r}, which cannot be saved. Save the tensor "
             ".to_dense() with torch.save."
         )
-    if "matrix" in gram.__dict__:
+    if gram.known:
         packed["matrix"] = gram.matrix
     return packed
 
@@ -271,5 +271,5 @@ def _unpacked_factor(packed: dict[str, Any], risk: EmpiricalRisk) -> Pullback:
     else:
         factor = jacobian.pullback
     if "matrix" in packed:
-        factor.gram.matrix = packed["matrix"]
+        factor.gram.kept.matrix = packed["matrix"]
     return factor

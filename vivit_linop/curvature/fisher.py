@@ -170,11 +170,7 @@ class PerSampleGradients(Pullback):
 @gram_matrix.register
 def _(left: PerSampleGradients, right: TorchLinearOperator) -> Tensor:
     """From the Gram matrix VᵀV where that is known: u_n = Σ_r c_nr v_nr."""
-    if (
-        isinstance(right, GGNFactor)
-        and right.risk is left.risk
-        and "matrix" in right.gram.__dict__
-    ):
+    if isinstance(right, GGNFactor) and right.risk is left.risk and right.gram.known:
         coordinates = right.root.coordinates(left.gradient)
         if coordinates is not None:
             K = right.gram.matrix

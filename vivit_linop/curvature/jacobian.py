@@ -24,7 +24,7 @@ from vivit_linop.curvature.stored import (
 )
 from vivit_linop.operators import verbs
 from vivit_linop.operators.base import TorchLinearOperator
-from vivit_linop.operators.lowrank import Gram
+from vivit_linop.operators.lowrank import Gram, KeptMatrix
 from vivit_linop.risk.empirical import EmpiricalRisk, as_risk
 from vivit_linop.risk.linearization import NoTangentError
 from vivit_linop.risk.losses import AutogradLoss
@@ -102,6 +102,7 @@ class Pullback(TorchLinearOperator):
         # J keeps Jᵀ, so that Jᵀ must not keep J: both would outlive their last user.
         self._jacobian: ref[Jacobian] | None = ref(jacobian)
         self.stored: StoredColumns | None = None
+        self._kept_gram = KeptMatrix()
         self._decided, self.streams = blocks is None, False
         super().__init__(
             (self.risk.num_params, self.risk.num_samples * self.width),
@@ -132,10 +133,10 @@ class Pullback(TorchLinearOperator):
         Pullback.__init__(node, jacobian, blocks)
         return node
 
-    @cached_property
+    @property
     def gram(self) -> Gram:
         """The Gram operator of the columns; its matrix is computed once and kept."""
-        return Gram(self, self)
+        return Gram(self, self, self._kept_gram)
 
     def columns(self) -> StoredColumns | None:
         """The stored columns, if products are to run on them."""
@@ -201,6 +202,11 @@ class Pullback(TorchLinearOperator):
             if self.blocks is not None:
                 part = self.blocks.apply_adjoint_batch(batch, part)
             yield part
+
+
+@verbs.gram.register
+def _(factor: Pullback) -> Gram:
+    return factor.gram
 
 
 @verbs.outer_product.register

@@ -118,7 +118,7 @@ def _root_is_small(factor: Pullback, k: int) -> bool:
 def choose_route(op: LowRank, k: int) -> Route:
     """Return the cheaper way of those that fit into memory."""
     dense, krylov = routes(op, k)
-    if "small_side" in op.__dict__ or "matrix" in op.gram.__dict__:
+    if "small_side" in op.__dict__ or op.gram.known:
         return dense  # most of it has been paid for
     blocks = op.factor.blocks if isinstance(op.factor, Pullback) else None
     if blocks is not None and not blocks.blocks_fit() and k < op.shape[0]:
@@ -143,7 +143,7 @@ def _eigh(
         route = choose_route(op, int(k))
         if route.name.startswith("ARPACK"):
             return _arpack(op, int(k), route.name)
-        if op.by_gram and "matrix" not in op.gram.__dict__:
+        if op.by_gram and not op.gram.known:
             op.factor.keep_columns()  # the vectors are formed of them
         pairs = decomposition.largest(int(k))
     else:

@@ -14,7 +14,6 @@ from vivit_linop.linalg.eigenpairs import (
     LowRankDecomposition,
     MergedDecomposition,
     ScaledShifted,
-    all_eigenvalues,
 )
 from vivit_linop.operators.base import TorchLinearOperator
 from vivit_linop.operators.kronecker import (
@@ -30,6 +29,7 @@ from vivit_linop.operators.structure import (
     Identity,
     Scaled,
 )
+from vivit_linop.operators.symmetric import symmetric_eigenvalues
 from vivit_linop.operators.verbs import eigendecomposition, eigh, eigvalsh, to_dense
 
 
@@ -56,18 +56,18 @@ def _(op: Identity) -> Tensor:
 
 @eigvalsh.register
 def _(op: Dense) -> Tensor:
-    return all_eigenvalues(op.matrix)
+    return symmetric_eigenvalues(op.matrix)
 
 
 @eigvalsh.register
 def _(op: Gram) -> Tensor:
-    return all_eigenvalues(op.matrix)
+    return symmetric_eigenvalues(op.matrix)
 
 
 @eigvalsh.register
 def _(op: LowRank) -> Tensor:
     """The min(D, R) eigenvalues of the smaller side; the others are zero."""
-    return all_eigenvalues(op.small_side)
+    return symmetric_eigenvalues(op.small_side)
 
 
 @eigvalsh.register
@@ -150,7 +150,7 @@ def _(op: BlockDiagonal) -> Eigendecomposition:
     """The pairs of the blocks, padded with zeros."""
     parts = [eigendecomposition(block) for block in op.blocks]
     wanted = [
-        torch.zeros(part.count, dtype=torch.bool).index_fill(
+        torch.zeros(part.count, dtype=torch.bool, device="cpu").index_fill(
             0, part.default().cpu(), True
         )
         for part in parts

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from functools import cache, cached_property
+from functools import cached_property
 from numbers import Real
 from typing import Any
 
 import numpy as np
-import scipy.linalg
 import torch
-from threadpoolctl import ThreadpoolController
 from torch import Tensor
 
 from vivit_linop.modes import ordinary_mode
 from vivit_linop.operators import verbs
 from vivit_linop.operators.base import TorchLinearOperator
 from vivit_linop.operators.lowrank import LowRank
+from vivit_linop.operators.symmetric import largest_eigenpairs, symmetric_eigenpairs
 
 # How far from orthonormal vectors may be for a single step to correct them.
 _NEARLY = 0.1
@@ -25,8 +24,6 @@ _NEARLY = 0.1
 _PART = 2**16
 # Of so small a part of the eigenpairs it is worth to compute only them.
 FEW = 0.25
-# The eigenpairs of a matrix with so few rows are done sooner than threads go to sleep.
-_FEW_ROWS = 2000
 
 
 class Eigenpairs:
@@ -58,10 +55,12 @@ class Eigenpairs:
     @cached_property
     def eigenvectors(self) -> Tensor:
         """Orthonormal columns ``[n, K]``, formed when first asked for and kept."""
-        if isinstance(self._eigenvectors, Tensor):
-            return self._eigenvectors
         with ordinary_mode():
-            return self._eigenvectors()
+            return self._form()
+
+    def _form(self) -> Tensor:
+        given = self._eigenvectors
+        return given if isinstance(given, Tensor) else given()
 
     def __iter__(self) -> Iterator[Tensor]:
         """Unpack to ``eigenvalues, eigenvectors``."""
@@ -109,7 +108,7 @@ class GramEigenpairs(Eigenpairs):
         gram_eigenvectors: Tensor,
         larger: GramEigenpairs | None = None,
     ) -> None:
-        super().__init__(eigenvalues, self._form)
+        self.eigenvalues, self.route = eigenvalues, "dense"
         self.operator = operator
         self.gram_eigenvectors = gram_eigenvectors
         self._larger = larger
@@ -233,8 +232,7 @@ class DenseDecomposition(Eigendecomposition):
 
     @cached_property
     def _eigh(self) -> tuple[Tensor, Tensor]:
-        evals, evecs = torch.linalg.eigh(self._matrix)
-        return evals, evecs
+        return symmetric_eigenpairs(self._matrix)
 
     @property
     def eigenvalues(self) -> Tensor:
@@ -261,8 +259,7 @@ class LowRankDecomposition(DenseDecomposition):
 
     @cached_property
     def _eigh(self) -> tuple[Tensor, Tensor]:
-        evals, evecs = torch.linalg.eigh(self._operator.small_side)
-        return evals, evecs
+        return symmetric_eigenpairs(self._operator.small_side)
 
     def rounding_error(self) -> float:
         """Eigenvalues of a Gram matrix are known to about this absolute error."""
@@ -319,8 +316,9 @@ class LowRankDecomposition(DenseDecomposition):
             evals[nonzero], self._operator, gram_evecs[:, nonzero]
         ).eigenvectors
         null = indices[evals[indices] <= self.rounding_error()]
-        generator = torch.Generator().manual_seed(0)
-        fill = torch.randn(len(span), len(null), generator=generator).to(span)
+        generator = torch.Generator("cpu").manual_seed(0)
+        shape = len(span), len(null)
+        fill = torch.randn(shape, generator=generator, device="cpu").to(span)
         # A column is only orthogonal to working precision after the second time.
         for _ in range(2):
             fill = torch.linalg.qr(fill - span @ (span.T @ fill)).Q
@@ -431,42 +429,6 @@ def orthonormalised(vectors: Tensor, eigenvalues: Tensor) -> Tensor:
     result = torch.empty_like(vectors)
     result[:, order] = Q * signs
     return result
-
-
-def all_eigenvalues(matrix: Tensor) -> Tensor:
-    """The eigenvalues of a symmetric matrix, ascending; on the CPU by LAPACK's ?syevr.
-
-    torch's choice of algorithm on the CPU takes up to twice as long.
-    """
-    # SciPy before 1.13 refuses matrices without entries.
-    if matrix.device.type != "cpu" or not matrix.numel():
-        return torch.linalg.eigvalsh(matrix)
-    found = scipy.linalg.eigh(matrix.numpy(), eigvals_only=True, driver="evr")
-    return torch.from_numpy(found)
-
-
-def largest_eigenpairs(matrix: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest eigenvalues of a symmetric matrix, ascending, and eigenvectors.
-
-    On the CPU by LAPACK's ``?syevr``, which spares the other eigenvectors.
-    """
-    if matrix.device.type != "cpu":
-        evals, evecs = torch.linalg.eigh(matrix)
-        return evals[-k:], evecs[:, -k:]
-    chosen = [len(matrix) - k, len(matrix) - 1]
-    # For some time after a call, threads of SciPy's BLAS wait without sleeping, and
-    # torch's, which have the vectors to form, wait for them.
-    threads = 1 if len(matrix) <= _FEW_ROWS else None
-    with _scipy_threads().limit(limits=threads, user_api="blas"):
-        found = scipy.linalg.eigh(matrix.numpy(), subset_by_index=chosen, driver="evr")
-    evals, evecs = map(torch.from_numpy, found)
-    return evals, evecs
-
-
-@cache
-def _scipy_threads() -> ThreadpoolController:
-    """What sets the number of threads; finding the libraries takes milliseconds."""
-    return ThreadpoolController()
 
 
 def gram_rounding_error(eigenvalues: Tensor, count: int) -> float:

@@ -137,7 +137,7 @@ def _(op: LowRank) -> Tensor:
 @diagonal.register
 def _(op: Gram) -> Tensor:
     """The squared norms of the columns, unless the matrix is known."""
-    if op.left is op.right and "matrix" not in op.__dict__:
+    if op.left is op.right and not op.known:
         return row_norms_squared(adjoint(op.left))
     return op.matrix.diagonal().clone()
 

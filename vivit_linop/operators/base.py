@@ -560,6 +560,6 @@ def _(op: TorchLinearOperator) -> Tensor:
         unit = torch.zeros(
             columns, stop - start, dtype=op.torch_dtype, device=op.device
         )
-        unit[torch.arange(start, stop), torch.arange(stop - start)] = 1.0
+        unit[start:stop].fill_diagonal_(1.0)
         result[:, start:stop] = op.apply(unit)
     return result

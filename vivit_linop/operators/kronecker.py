@@ -16,6 +16,7 @@ from vivit_linop.operators.base import (
     common_dtype,
 )
 from vivit_linop.operators.structure import Dense, _as_tensor
+from vivit_linop.operators.symmetric import symmetric_eigenpairs
 from vivit_linop.operators.verbs import to_dense
 
 
@@ -140,10 +141,9 @@ class Kronecker(TorchLinearOperator):
     def factor_eigenpairs(self) -> list[tuple[Tensor, Tensor]]:
         """The eigenvalues and eigenvectors of each factor, computed once."""
         dtype = self.torch_dtype
-        pairs = [
-            torch.linalg.eigh(to_dense(factor).to(dtype)) for factor in self.factors
-        ]
-        return [(evals, evecs) for evals, evecs in pairs]
+        # In float64, so that what is known of small eigenvalues is not lost.
+        pairs = [symmetric_eigenpairs(to_dense(f).double()) for f in self.factors]
+        return [(evals.to(dtype), evecs.to(dtype)) for evals, evecs in pairs]
 
     @property
     def eigenvalues(self) -> Tensor:

@@ -8,6 +8,7 @@ the damped inverse (Woodbury's identity).
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
@@ -19,6 +20,14 @@ from vivit_linop.operators.base import (
     common_device,
     common_dtype,
 )
+from vivit_linop.operators.symmetric import symmetric_eigenpairs
+
+
+@dataclass
+class KeptMatrix:
+    """A matrix that is computed once; knows nothing of what it is computed from."""
+
+    matrix: Tensor | None = None
 
 
 class Gram(TorchLinearOperator):
@@ -31,10 +40,19 @@ class Gram(TorchLinearOperator):
     Args:
         left: A, ``[D, R]``.
         right: B, ``[D, Q]``.
+        kept: Where its matrix is kept, for a factor that keeps its own: a factor that
+            kept this node, which refers to it, would be freed by Python's collector
+            only.
     """
 
-    def __init__(self, left: TorchLinearOperator, right: TorchLinearOperator) -> None:
+    def __init__(
+        self,
+        left: TorchLinearOperator,
+        right: TorchLinearOperator,
+        kept: KeptMatrix | None = None,
+    ) -> None:
         self.left, self.right = left, right
+        self.kept = KeptMatrix() if kept is None else kept
         super().__init__(
             (left.shape[1], right.shape[1]),
             common_dtype(left, right),
@@ -46,18 +64,25 @@ class Gram(TorchLinearOperator):
         """Whether both factors are the same."""
         return self.left is self.right
 
-    @cached_property
+    @property
+    def known(self) -> bool:
+        """Whether the matrix has been computed."""
+        return self.kept.matrix is not None
+
+    @property
     def matrix(self) -> Tensor:
         """The matrix, ``[R, Q]``, computed once."""
-        return verbs.gram_matrix(self.left, self.right)
+        if self.kept.matrix is None:
+            self.kept.matrix = verbs.gram_matrix(self.left, self.right)
+        return self.kept.matrix
 
     def _multiply(self, X: Tensor) -> Tensor:
-        if "matrix" in self.__dict__:
+        if self.known:
             return self.matrix @ X
         return self.left.T.apply(self.right.apply(X))
 
     def _multiply_adjoint(self, X: Tensor) -> Tensor:
-        if "matrix" in self.__dict__:
+        if self.known:
             return self.matrix.T @ X
         return self.right.T.apply(self.left.apply(X))
 
@@ -120,9 +145,7 @@ class LowRank(TorchLinearOperator):
     @cached_property
     def gram(self) -> Gram:
         """The Gram operator of the factor; its matrix is computed once and kept."""
-        # Some factors keep theirs.
-        gram = getattr(self.factor, "gram", None)
-        return gram if isinstance(gram, Gram) else Gram(self.factor, self.factor)
+        return verbs.gram(self.factor)
 
     @property
     def by_gram(self) -> bool:
@@ -206,7 +229,7 @@ class DampedRoot(TorchLinearOperator):
                 "G.sqrt()."
             )
         self.operator, self.damping, self.inverse = operator, damping, inverse
-        evals, evecs = torch.linalg.eigh(operator.gram.matrix.double())
+        evals, evecs = symmetric_eigenpairs(operator.gram.matrix.double())
         roots = (operator.scale * evals.clamp(min=0.0) + damping).sqrt()
         quotients = operator.scale / (roots + damping**0.5)
         if inverse:

@@ -29,6 +29,7 @@ from vivit_linop.operators.structure import (
 from vivit_linop.operators.verbs import (
     add,
     adjoint,
+    gram,
     gram_matrix,
     matmul,
     outer_matrix,
@@ -290,6 +291,11 @@ def _(op: Kronecker) -> Op:
 
 
 # Gram matrices ----------------------------------------------------------------------
+
+
+@gram.register
+def _(factor: TorchLinearOperator) -> Gram:
+    return Gram(factor, factor)
 
 
 @gram_matrix.register

@@ -18,6 +18,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from vivit_linop.linalg.eigenpairs import Eigendecomposition, Eigenpairs
     from vivit_linop.operators.base import TorchLinearOperator
+    from vivit_linop.operators.lowrank import Gram
 
 BinaryRule = Callable[[Any, Any], Any]
 
@@ -88,6 +89,12 @@ def to_dense(op: Any) -> Tensor:
     Without a rule of its own, a node is multiplied by the columns of the identity.
     """
     raise _no_rule("to_dense", op)
+
+
+@singledispatch
+def gram(factor: Any) -> Gram:
+    """Return the operator ``factor.T @ factor``; some factors keep its matrix."""
+    raise _no_rule("gram", factor)
 
 
 @singledispatch

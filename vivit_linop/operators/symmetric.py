@@ -1,0 +1,100 @@
+"""Eigenpairs of dense symmetric matrices, within what LAPACK can do."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import scipy.linalg
+import torch
+from threadpoolctl import ThreadpoolController
+from torch import Tensor
+
+# torch calls LAPACK's ?syevd, whose workspace of 2 n² + 6 n + 1 entries is counted in
+# 32 bits: from n = 32,766 on it overflows, and the process ends.
+SYEVD_ROWS = 32_765
+# Beyond, the entries of the matrix itself are not counted in 32 bits.
+LAPACK_ROWS = 46_340
+# The eigenpairs of a matrix with so few rows are done sooner than threads go to sleep.
+_FEW_ROWS = 2000
+
+
+def symmetric_eigenpairs(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """All eigenvalues of a symmetric matrix, ascending, and orthonormal eigenvectors.
+
+    Args:
+        matrix: ``[n, n]``.
+
+    Returns:
+        ``[n]`` and ``[n, n]``.
+
+    Raises:
+        MemoryError: If the matrix has more rows than LAPACK can count entries of.
+    """
+    if matrix.device.type != "cpu" or len(matrix) <= SYEVD_ROWS:
+        evals, evecs = torch.linalg.eigh(matrix)
+        return evals, evecs
+    _check_rows(matrix)
+    return _by_syevr(matrix)
+
+
+def symmetric_eigenvalues(matrix: Tensor) -> Tensor:
+    """The eigenvalues of a symmetric matrix, ascending; on the CPU by LAPACK's ?syevr.
+
+    torch's choice of algorithm on the CPU takes up to twice as long.
+
+    Args:
+        matrix: ``[n, n]``.
+
+    Raises:
+        MemoryError: As :func:`symmetric_eigenpairs`.
+    """
+    # SciPy before 1.13 refuses matrices without entries.
+    if matrix.device.type != "cpu" or not matrix.numel() or matrix.requires_grad:
+        return torch.linalg.eigvalsh(matrix)
+    _check_rows(matrix)
+    found = scipy.linalg.eigh(matrix.numpy(), eigvals_only=True, driver="evr")
+    return torch.from_numpy(found)
+
+
+def largest_eigenpairs(matrix: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest eigenvalues of a symmetric matrix, ascending, and eigenvectors.
+
+    On the CPU by LAPACK's ``?syevr``, which spares the other eigenvectors.
+
+    Args:
+        matrix: ``[n, n]``.
+        k: At most n.
+
+    Raises:
+        MemoryError: As :func:`symmetric_eigenpairs`.
+    """
+    if matrix.device.type != "cpu":
+        evals, evecs = torch.linalg.eigh(matrix)
+        return evals[-k:], evecs[:, -k:]
+    _check_rows(matrix)
+    # For some time after a call, threads of SciPy's BLAS wait without sleeping, and
+    # torch's, which have the vectors to form, wait for them.
+    threads = 1 if len(matrix) <= _FEW_ROWS else None
+    with _scipy_threads().limit(limits=threads, user_api="blas"):
+        return _by_syevr(matrix, [len(matrix) - k, len(matrix) - 1])
+
+
+def _by_syevr(matrix: Tensor, chosen: list[int] | None = None) -> tuple[Tensor, Tensor]:
+    found = scipy.linalg.eigh(matrix.numpy(), subset_by_index=chosen, driver="evr")
+    evals, evecs = map(torch.from_numpy, found)
+    return evals, evecs
+
+
+def _check_rows(matrix: Tensor) -> None:
+    if len(matrix) > LAPACK_ROWS:
+        raise MemoryError(
+            f"eigh: a matrix of {len(matrix)} rows has more entries than LAPACK counts "
+            f"(its limit is {LAPACK_ROWS} rows). Ask for k= of the largest eigenpairs "
+            "of a GGN or Fisher matrix, or use scipy.sparse.linalg.eigsh(op, k)."
+        )
+
+
+@cache
+def _scipy_threads() -> ThreadpoolController:
+    """What sets the number of threads; finding the libraries takes milliseconds."""
+    return ThreadpoolController()
