@@ -120,7 +120,7 @@ def select_samples(
 
     They come in batches at most as large as those that they were taken from.
     """
-    wanted = torch.as_tensor(indices)
+    wanted = torch.as_tensor(indices, device="cpu")
     found: list[tuple[Tensor, Any, Tensor]] = []
     start = largest = 0
     for X, y in batches:

@@ -18,6 +18,10 @@ from vivit_linop.risk.losses import OutputLoss, check_same_shape, copied_weight
 class ElementwiseLoss(OutputLoss):
     """A sum over outputs of a convex function of output and target."""
 
+    def as_targets(self, target: Tensor, output: Tensor) -> Tensor:
+        """Labels and counts may be booleans or integers."""
+        return target.to(output.dtype)
+
     def check(self, output: Tensor, target: Tensor) -> None:
         """Outputs and targets have one shape."""
         check_same_shape(output, target, self.name)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from vivit_linop.modes import ordinary_mode
 from vivit_linop.risk import fingerprint
+from vivit_linop.risk.checks import check_independent, checked_outputs, same_outputs
 from vivit_linop.risk.data import (
     Batch,
     as_batches,
@@ -29,14 +30,18 @@ from vivit_linop.risk.data import (
 from vivit_linop.risk.known_losses import as_output_loss
 from vivit_linop.risk.linearization import Linearization
 from vivit_linop.risk.losses import LossCallable, OutputLoss
-from vivit_linop.risk.memory import batch_does_not_fit, explained, free_memory
+from vivit_linop.risk.memory import (
+    batch_does_not_fit,
+    explained,
+    free_memory,
+    is_out_of_memory,
+)
 from vivit_linop.risk.model import (
     FunctionalModel,
     ModelFunction,
     Params,
     Predict,
     as_guest,
-    random_state,
     strided,
 )
 from vivit_linop.risk.progress import shown
@@ -82,8 +87,10 @@ class EmpiricalRisk:
         predict: A function ``(model, X) -> output`` for a module that is to be called,
             or whose output is to be used, in another way; X comes as it is in the data.
         check: Whether to check that samples are independent, in the model and in a
-            loss that is not one of torch's above; costs a forward pass of a few
-            samples. Without it, what mixes samples gives numbers without a meaning.
+            loss that is not one of torch's above; costs a forward pass of a quarter of
+            the largest batch, or two passes of all of it for a model that runs on
+            batches of one size only. Without it, what mixes samples gives numbers
+            without a meaning.
         memory: The bytes that kept linearisations of the net may take; those of
             batches beyond it are made anew for each product. By default a quarter of
             the memory that is free on the device. Also the bytes that the columns of
@@ -194,12 +201,21 @@ class EmpiricalRisk:
         total = weight = torch.zeros((), dtype=self.dtype, device=self.device)
         example: tuple[Any, Tensor] | None = None
         for index, (X, y) in enumerate(self.batches("risk", fingerprints)):
-            output = self._checked_output(index, X, y)
+            with explained(self._does_not_fit, X, len(y)):
+                output = checked_outputs(self.model, index, X, y)
+            if index and output.shape[1:] != self.outputs[0].shape[1:]:
+                raise ValueError(
+                    f"model: on batch {index} it returned outputs of shape "
+                    f"{list(output.shape[1:])} for a sample, before it was "
+                    f"{list(self.outputs[0].shape[1:])}."
+                )
+            y = self.loss.as_targets(y, output)
             # A tensor that numbers samples does so in every batch.
             axes = sample_axes(X, len(y))
             known = self.by_sample or axes
             self.by_sample = [a and b for a, b in zip(known, axes, strict=True)]
-            if example is None and len(y) > 1:
+            # The largest batch shows the most of what mixes samples.
+            if len(y) > (1 if example is None else len(example[1])):
                 example = X, output
             self.loss.check(*self._with_previous(output, y))
             with torch.no_grad():
@@ -211,7 +227,9 @@ class EmpiricalRisk:
             raise ValueError("data: is empty, there is not one batch.")
         # All batches together show which tensors number samples.
         if self._check and example is not None:
-            self._check_independent(*example)
+            X, output = example
+            with explained(self._does_not_fit, X, len(output)):
+                check_independent(self.model, X, output, self.by_sample)
         self.batch_sizes = [len(output) for output in self.outputs]
         self.num_samples = sum(self.batch_sizes)
         self.num_outputs = self.outputs[0][0].numel()
@@ -230,72 +248,6 @@ class EmpiricalRisk:
         if not math.isfinite(self._value.item()):
             raise ValueError(f"loss: its value is {self._value.item()} on the data.")
 
-    def _checked_output(self, index: int, X: Any, y: Tensor) -> Tensor:
-        with explained(self._does_not_fit, X, len(y)), as_guest(self.device):
-            buffers = {} if index else self.model.buffers
-            kept = {name: buffer.clone() for name, buffer in buffers.items()}
-            before = random_state(self.device)
-            # The first batch also shows whether the output can be differentiated.
-            with torch.set_grad_enabled(index == 0):
-                output = self.model(self.params, X)
-            drawn = not torch.equal(before, random_state(self.device))
-        where = f"model: on batch {index} it"
-        if drawn:
-            raise ValueError(
-                f"{where} drew random numbers, so it is not one function. Call "
-                "model.eval(), or fix what is random (functional dropout, noise)."
-            )
-        for name, buffer in buffers.items():
-            if not torch.allclose(kept[name], buffer, 0.0, 0.0, equal_nan=True):
-                raise ValueError(
-                    f"model: its forward pass changes the buffer {name!r} (the power "
-                    "iteration of spectral_norm in training mode, or statistics that "
-                    "are kept), so it is not one function. Call model.eval() first."
-                )
-        if output.ndim == 0 or len(output) != len(y) or output.numel() == 0:
-            raise ValueError(
-                f"{where} returned outputs {list(output.shape)} for {len(y)} samples; "
-                "the first axis must count samples."
-            )
-        if output.dtype != self.dtype or output.device != self.device:
-            raise ValueError(
-                f"{where} returned {output.dtype} on {output.device}, its parameters "
-                f"are {self.dtype} on {self.device}. Convert the model and the data "
-                "alike."
-            )
-        if index == 0 and not self._depends_on_params(output):
-            raise ValueError(
-                "model: its output is not differentiable in the parameters (it does "
-                "not depend on them, or was detached from them)."
-            )
-        if index and output.shape[1:] != self.outputs[0].shape[1:]:
-            raise ValueError(
-                f"{where} returned outputs of shape {list(output.shape[1:])} for a "
-                f"sample, before it was {list(self.outputs[0].shape[1:])}."
-            )
-        if not output.detach().isfinite().all():
-            bad = ~output.detach().reshape(len(output), -1).isfinite().all(1)
-            raise ValueError(
-                f"{where} returned NaN or Inf for sample {int(bad.nonzero()[0])}."
-            )
-        # A copy, made after the activations are freed: the original lies beyond them,
-        # and kept there for each batch it would let the heap of the process grow.
-        return output.detach().clone()
-
-    def _depends_on_params(self, output: Tensor) -> bool:
-        """Whether a backward pass from the output would get to a parameter."""
-        params = self.params.values()
-        ends = {torch.autograd.graph.get_gradient_edge(p).node for p in params}
-        todo, seen = [output.grad_fn], {None, output.grad_fn}
-        while todo:
-            node = todo.pop()
-            if node in ends:
-                return True
-            following = [] if node is None else [n for n, _ in node.next_functions]
-            todo += [n for n in following if n not in seen]
-            seen.update(following)
-        return False
-
     def _with_previous(self, output: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """Put a sample that is alone in its batch beside those of the batch before.
 
@@ -304,29 +256,6 @@ class EmpiricalRisk:
         if len(y) > 1 or not self.outputs or self._targets[-1].shape[1:] != y.shape[1:]:
             return output, y
         return torch.cat([self.outputs[-1], output]), torch.cat([self._targets[-1], y])
-
-    def _check_independent(self, X: Any, output: Tensor) -> None:
-        """Raise an error if some samples have other outputs without the others."""
-        n = len(output)
-        some = torch.arange(n // 2, min(n // 2 + 2, n))
-        # A model that runs on batches of one size only is asked about one sample
-        # among copies of it; if it does not run on these either, it cannot be asked.
-        for index in (some, torch.full((n,), n // 2)):
-            part = take(X, index, self.by_sample)
-            try:
-                with as_guest(self.device), torch.no_grad():
-                    others = self.model(self.params, part)
-            except Exception:
-                continue
-            if not self._equal(others, output[index.to(self.device)]):
-                raise ValueError(
-                    "model: its outputs for a sample depend on the other samples of "
-                    "the batch, so per-sample curvature is undefined. Look for "
-                    "normalisations or means over the batch, and for inputs without a "
-                    "sample axis, such as a mask, that are as long as the batch. "
-                    "(check=False turns this check off.)"
-                )
-            return
 
     # Data -------------------------------------------------------------------------
 
@@ -368,7 +297,9 @@ class EmpiricalRisk:
 
     def _fingerprints(self) -> list[bytes]:
         """Pass over the data without the model, from another state of the generator."""
-        other = torch.Generator().manual_seed((torch.initial_seed() + 1) % 2**63)
+        other = torch.Generator(device="cpu").manual_seed(
+            (torch.initial_seed() + 1) % 2**63
+        )
         batches = _replayed(self._batches, other.get_state())
         return [
             fingerprint.of_batch(batch) for batch in self._shown(batches, "check_data")
@@ -451,7 +382,8 @@ class EmpiricalRisk:
             indices: Distinct numbers of samples, 0..N−1, counted over all batches.
 
         Raises:
-            ValueError: If it is empty, out of range or repeats a sample.
+            ValueError: If it is empty, out of range or repeats a sample, or if the
+                model runs on batches of other sizes only.
 
         Example:
             >>> import torch, vivit_linop as vl
@@ -461,7 +393,7 @@ class EmpiricalRisk:
             >>> risk.subset([0, 5]).num_samples
             2
         """
-        given = torch.as_tensor(indices)
+        given = torch.as_tensor(indices, device="cpu")
         if given.numel() == 0:
             raise ValueError("indices: is empty, a subset has at least one sample.")
         if given.ndim != 1 or given.is_floating_point() or given.dtype == torch.bool:
@@ -479,19 +411,46 @@ class EmpiricalRisk:
         risk.by_sample, risk._check = self.by_sample, self._check
         risk.progress = self.progress
         risk._check_data = False  # they are in memory
-        risk._setup(
-            self.model,
-            self.loss,
-            select_samples(self._own_batches(), given.tolist(), self.by_sample),
-            self.memory,
-        )
+        parts = select_samples(self._own_batches(), given.tolist(), self.by_sample)
+        try:
+            risk._setup(self.model, self.loss, parts, self.memory)
+        except Exception as error:
+            self._explain_size(parts, error)
+            raise
         # Gathering the samples was one more pass over the data.
-        if not self._equal(torch.cat(self.outputs)[given], torch.cat(risk.outputs)):
+        if not same_outputs(torch.cat(self.outputs)[given], torch.cat(risk.outputs)):
             raise ValueError(
                 "data: are not what they were when the risk was built, or the model is "
                 "another function. Give data that are the same in every pass."
             )
         return risk
+
+    def _failure(self, X: Any) -> Exception | None:
+        """How the model fails on a batch, None if it does not."""
+        try:
+            with as_guest(self.device):
+                self.model(self.params, X)
+        # Errors of the model are of any kind.
+        except Exception as error:
+            return error
+        return None
+
+    def _explain_size(self, parts: Sequence[Batch], error: Exception) -> None:
+        """Say so if a subset has failed because the model takes no such batch."""
+        others = [X for X, y in parts if len(y) not in self.batch_sizes]
+        if not others or is_out_of_memory(error):
+            return
+        failure = self._failure(others[0])
+        own, _ = next(self._own_batches())
+        if failure is None or self._failure(own) is not None:
+            return
+        sizes = ", ".join(map(str, sorted(set(self.batch_sizes))))
+        raise ValueError(
+            "indices: the model does not run on batches of another size than those of "
+            f"the risk ({sizes} samples; {type(failure).__name__}: {failure}). Take as "
+            "many samples as fill such batches, or build a risk of them with a model "
+            "that takes them."
+        ) from failure
 
     def linearizations(self) -> Iterator[Linearization]:
         """Yield the linearisation of each batch, kept while the memory budget lasts.
@@ -547,10 +506,16 @@ class EmpiricalRisk:
     def _does_not_fit(self, X: Any, samples: int) -> str:
         """What to say of a batch that is too large, by what two samples of it take."""
         axes = sample_axes(X, samples)
-        one, two = (
-            self._linearization(take(X, torch.arange(count), axes)).nbytes
-            for count in (1, min(2, samples))
-        )
+        try:
+            one, two = (
+                self._linearization(
+                    take(X, torch.arange(count, device="cpu"), axes)
+                ).nbytes
+                for count in (1, min(2, samples))
+            )
+        # A model may run on no other batch; what is to be said is said without sizes.
+        except Exception:
+            return batch_does_not_fit(self.device, samples, None)
         per_sample = two - one if samples > 1 else one
         return batch_does_not_fit(self.device, samples, per_sample)
 
@@ -564,14 +529,6 @@ class EmpiricalRisk:
         """Arrive."""
         self.__dict__.update(state)
         self.making = threading.RLock()
-
-    def _equal(self, left: Tensor, right: Tensor) -> bool:
-        """Whether outputs are the same but for the order of summation."""
-        if left.shape != right.shape:
-            return False
-        tolerance = 10 * torch.finfo(self.dtype).eps ** 0.5
-        size = 1.0 + left.detach().abs().max()
-        return bool((left - right).detach().abs().max() <= tolerance * size)
 
     def check_outputs(
         self, index: int, outputs: Tensor, samples: Tensor | None = None
@@ -589,7 +546,11 @@ class EmpiricalRisk:
         before = self.outputs[index] if index < len(self.outputs) else None
         if before is not None and samples is not None:
             before = before[samples.to(before.device)]
-        if before is None or not self._equal(before, outputs.reshape(before.shape)):
+        if (
+            before is None
+            or before.numel() != outputs.numel()
+            or not same_outputs(before, outputs.reshape(before.shape))
+        ):
             raise ValueError(
                 f"data: batch {index} is not what it was when the risk was built. An "
                 "operator is one matrix: give a loader without shuffling and random "

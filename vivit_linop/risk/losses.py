@@ -43,6 +43,10 @@ class OutputLoss(ABC):
     def __init__(self, reduction: str) -> None:
         self.reduction = reduction
 
+    def as_targets(self, target: Tensor, output: Tensor) -> Tensor:
+        """Return targets in the dtype that the loss computes with."""
+        return target
+
     @abstractmethod
     def check(self, output: Tensor, target: Tensor) -> None:
         """Raise a ``ValueError`` if the loss does not take these."""
@@ -158,6 +162,17 @@ class CrossEntropy(OutputLoss):
     def channels(self, output: Tensor) -> Tensor:
         """Classes are axis 1, as in torch."""
         return output.reshape(len(output), output.shape[1], -1)
+
+    def as_targets(self, target: Tensor, output: Tensor) -> Tensor:
+        """Class indices are int64; uint8, those of masks, torch takes as well."""
+        if target.is_floating_point() or target.dtype == torch.int64:
+            return target
+        if target.dtype != torch.uint8:
+            raise TypeError(
+                f"data: {self.name} takes class indices as int64 or uint8, got "
+                f"{target.dtype}. Convert them with y.long()."
+            )
+        return target.long()
 
     def check(self, output: Tensor, target: Tensor) -> None:
         """Targets are classes ``[n, d…]`` or probabilities ``[n, C, d…]``."""

@@ -63,23 +63,31 @@ def is_out_of_memory(error: Exception) -> bool:
     )
 
 
-def batch_does_not_fit(device: torch.device, samples: int, per_sample: float) -> str:
+def batch_does_not_fit(
+    device: torch.device, samples: int, per_sample: float | None
+) -> str:
     """Return what to say of a batch whose linearisation does not fit.
 
     Args:
         device: The device.
         samples: How many the batch has.
-        per_sample: The bytes that the linearisation keeps for each of them.
+        per_sample: The bytes that the linearisation keeps for each of them, None where
+            nobody knows.
     """
     free = free_memory(device)
-    # A product needs about as much again as what is kept.
-    fitting = max(1, min(samples // 2, int(free / (2 * max(per_sample, 1.0)))))
-    advice = f"Give batches of up to {fitting} samples (batch_size={fitting}), or"
+    takes, advice = "", "Give smaller batches, or"
+    if per_sample is not None:
+        # A product needs about as much again as what is kept.
+        takes = (
+            ": linearising the net on it takes about "
+            f"{2 * samples * per_sample / 1e9:.3g} GB"
+        )
+        fitting = max(1, min(samples // 2, int(free / (2 * max(per_sample, 1.0)))))
+        advice = f"Give batches of up to {fitting} samples (batch_size={fitting}), or"
     if samples == 1:
         advice = "Make the sample smaller,"
     return (
-        f"data: a batch of {samples} samples does not fit on {device}: linearising the "
-        f"net on it takes about {2 * samples * per_sample / 1e9:.3g} GB, and "
+        f"data: a batch of {samples} samples does not fit on {device}{takes}, and "
         f"{free / 1e9:.3g} GB are free. {advice} keep fewer linearisations of other "
         "batches with EmpiricalRisk(..., memory=0)."
     )

@@ -1,0 +1,347 @@
+"""What construction asks of a model: is it one function of each sample?"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from cases import Lambda, mlp
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import vivit_linop as vl
+from vivit_linop.risk import checks
+
+X, Y = torch.rand(12, 4).double(), torch.randint(3, (12,))
+CE = nn.CrossEntropyLoss()
+
+
+def net() -> nn.Sequential:
+    return mlp(4, 5, 3)
+
+
+def build(forward: Any, data: Any = (X, Y), **keywords: Any) -> vl.EmpiricalRisk:
+    return vl.EmpiricalRisk(Lambda(forward, f=net()), CE, data, **keywords)
+
+
+# Models that differentiate inside -----------------------------------------------------
+
+
+class Residual(nn.Module):
+    """A physics-informed net: its output holds a derivative in the input."""
+
+    def __init__(self, kind: str = "slope", mixes: str = "") -> None:
+        super().__init__()
+        self.net, self.kind, self.mixes = mlp(1, 6, 1), kind, mixes
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.detach().requires_grad_()
+        u = self.net(x)
+        if self.mixes == "mean":
+            u = u - u.mean(0)
+        (du,) = torch.autograd.grad(u.sum(), x, create_graph=True)
+        if self.kind == "laplacian":
+            (du,) = torch.autograd.grad(du.sum(), x, create_graph=True)
+        return du + u
+
+
+class Forces(nn.Module):
+    """The negative gradient of a potential in positions, ``[n, 3, 2]``."""
+
+    def __init__(self, mixes: str = "") -> None:
+        super().__init__()
+        self.net, self.mixes = mlp(3, 5, 1), mixes
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.detach().requires_grad_()
+        distances = (x.unsqueeze(1) - x.unsqueeze(2)).square().sum(-1)
+        energy = self.net(distances[:, [0, 0, 1], [1, 2, 2]])
+        total = energy.sum().square() if self.mixes else energy.sum()
+        (gradient,) = torch.autograd.grad(total, x, create_graph=True)
+        return -gradient.flatten(1)
+
+
+def dense_ggn(model: nn.Module, X: Tensor) -> Tensor:
+    """2/(N C) JᵀJ, row by row by plain autograd."""
+    params = list(model.parameters())
+    rows = []
+    for output in model(X).reshape(-1):
+        grads = torch.autograd.grad(
+            output, params, retain_graph=True, materialize_grads=True
+        )
+        rows.append(torch.cat([g.reshape(-1) for g in grads]))
+    J = torch.stack(rows)
+    return 2.0 * J.T @ J / len(J)
+
+
+@pytest.mark.parametrize("cut", [12, 6, 5])
+@pytest.mark.parametrize("kind", ["slope", "laplacian", "forces"])
+def test_models_that_differentiate_inside(kind: str, cut: int) -> None:
+    torch.manual_seed(0)
+    model: nn.Module = Forces() if kind == "forces" else Residual(kind)
+    x = torch.rand(12, 3, 2) if kind == "forces" else torch.rand(12, 1)
+    x, y = x.double(), torch.zeros(12, 6 if kind == "forces" else 1).double()
+    G = dense_ggn(model.double(), x)
+    batches = list(zip(x.split(cut), y.split(cut), strict=True))
+    with torch.no_grad():  # of the caller
+        risk = vl.EmpiricalRisk(model, nn.MSELoss(), batches)
+        vector = torch.linspace(-1.0, 1.0, len(G)).double()
+        torch.testing.assert_close(vl.GGN(risk) @ vector, G @ vector)
+    torch.testing.assert_close(vl.GGN(risk).trace(), G.trace())
+    part = risk.subset([7, 2, 3])
+    torch.testing.assert_close(
+        vl.GGN(part).trace(), dense_ggn(model, x[[2, 3, 7]]).trace()
+    )
+
+
+@pytest.mark.parametrize("cut", [12, 4])
+@pytest.mark.parametrize("model", [Residual(mixes="mean"), Forces("square")])
+def test_models_that_differentiate_inside_and_mix(model: nn.Module, cut: int) -> None:
+    x = torch.rand(12, 3, 2) if isinstance(model, Forces) else torch.rand(12, 1)
+    y = torch.zeros(12, 6 if isinstance(model, Forces) else 1)
+    data = list(zip(x.double().split(cut), y.double().split(cut), strict=True))
+    with pytest.raises(ValueError, match="depend on the other samples"):
+        vl.EmpiricalRisk(model.double(), nn.MSELoss(), data)
+
+
+def test_models_that_ask_for_the_grad_mode() -> None:
+    """All evaluations are in the mode of products."""
+    risk = build(
+        lambda m, x: m.f(x) * (1.0 if torch.is_grad_enabled() else 2.0),
+        [(X[:6], Y[:6]), (X[6:], Y[6:])],
+    )
+    plain = vl.EmpiricalRisk(risk.model, CE, (X, Y), risk.params)  # type: ignore[arg-type]
+    torch.testing.assert_close(risk.gradient(), plain.gradient())
+
+
+# Samples among others -----------------------------------------------------------------
+
+
+def paired(h: Tensor) -> Tensor:
+    return h + 0.1 * h.reshape(-1, 2, h.shape[1]).flip(1).reshape(h.shape)
+
+
+MIXING: dict[str, Callable[[Tensor], Tensor]] = {
+    "mean": lambda h: h - h.mean(0),
+    "largest": lambda h: h / h.detach().abs().amax(0),
+    "batch norm": lambda h: F.batch_norm(h, None, None, training=True),
+    "attention": lambda h: h + (h @ h.T).softmax(1) @ h,
+    "first": lambda h: h - h[:1],
+    "last": lambda h: h + h[-1:],
+    "sum so far": lambda h: h.cumsum(0),
+    "pairs": lambda h: paired(h) if len(h) % 2 == 0 else h,
+    "mirrored": lambda h: h + 0.1 * h.flip(0),
+    "halves": lambda h: h + 0.1 * h.roll(len(h) // 2, 0),
+    "large batches": lambda h: h - h.mean(0) if len(h) > 8 else h,
+    "a little": lambda h: h + 1e-5 * h.mean(0),
+}
+
+
+@pytest.mark.parametrize("n", [2, 3, 4, 6, 12])
+@pytest.mark.parametrize("fixed", [False, True])
+@pytest.mark.parametrize("name", MIXING)
+def test_mixing(name: str, fixed: bool, n: int) -> None:
+    """Refused, also in models that run on batches of one size only."""
+    if (name == "large batches" and n <= 8) or (name == "pairs" and n % 2):
+        pytest.skip("nothing is mixed")
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        h = m.f(x.view(n, 4) if fixed else x)
+        return MIXING[name](h)
+
+    with pytest.raises(ValueError, match="depend on the other samples"):
+        build(forward, (X[:n], Y[:n]))
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-4])
+def test_mixing_in_single_precision(scale: float) -> None:
+    """Also where outputs are small."""
+    data = (X.float(), X[:, :3].float())
+    plain = Lambda(lambda m, x: scale * m.f(x), f=net().float())
+    assert vl.EmpiricalRisk(plain, nn.MSELoss(), data).num_samples == 12
+    mixing = Lambda(lambda m, x: scale * (m.f(x) - m.f(x).mean(0)), f=net().float())
+    with pytest.raises(ValueError, match="depend on the other"):
+        vl.EmpiricalRisk(mixing, nn.MSELoss(), data)
+
+
+def test_mixing_in_the_largest_batch_only() -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        h = m.f(x)
+        return h - h.mean(0) if len(h) > 4 else h
+
+    build(forward, [(X[:3], Y[:3]), (X[3:7], Y[3:7])])
+    with pytest.raises(ValueError, match="depend on the other samples"):
+        build(forward, [(X[:3], Y[:3]), (X[3:9], Y[3:9]), (X[9:], Y[9:])])
+
+
+class State(nn.Module):
+    """Recurrent, with a state for each sequence of the batch."""
+
+    def __init__(self, n: int, zero: bool = True) -> None:
+        super().__init__()
+        self.rnn, self.out = nn.GRU(4, 5, batch_first=True), nn.Linear(5, 3)
+        state = torch.zeros(1, n, 5) if zero else torch.rand(1, n, 5)
+        self.register_buffer("state", state)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.out(self.rnn(x.unsqueeze(1), self.state)[0][:, -1])
+        return out
+
+
+def fixed_models() -> dict[str, nn.Module]:
+    plain = net()
+    return {
+        "state": State(12).double(),
+        "states of their own": State(12, zero=False).double(),
+        "view": Lambda(lambda m, x: m.f(x.view(12, 4)), f=net()).double(),
+        "padded": Lambda(
+            lambda m, x: m.f(torch.cat([x, x.new_zeros(12 - len(x), 4)])), f=net()
+        ).double(),
+        "exported": torch.export.export(plain, (X,)).module(),
+    }
+
+
+@pytest.mark.parametrize("name", fixed_models())
+def test_models_of_one_batch_size(name: str) -> None:
+    model = fixed_models()[name]
+    risk = vl.EmpiricalRisk(model, CE, (X, Y))
+    expected = torch.autograd.grad(CE(model(X), Y), list(model.parameters()))
+    torch.testing.assert_close(risk.gradient(), risk.flatten(expected))
+    assert risk.num_samples == 12
+    with pytest.raises(ValueError, match=r"(indices|model): .*samples"):
+        risk.subset([0, 3, 5])
+    message = risk._does_not_fit(X, 12)
+    assert "a batch of 12 samples does not fit" in message
+
+
+def test_a_model_that_cannot_be_asked() -> None:
+    """Said, with a way out, instead of believed in silence."""
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        if not torch.equal(x, X):
+            raise KeyError("unknown samples")
+        return m.f(x)
+
+    with pytest.raises(ValueError, match=r"unknown samples.*check=False"):
+        build(forward)
+    assert build(forward, check=False).num_samples == 12
+
+
+def test_sorted_batches_stay_sorted() -> None:
+    """Packed sequences must come in order of their lengths."""
+    lengths = torch.arange(12, 0, -1)
+
+    class Packed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rnn, self.out = nn.GRU(4, 5, batch_first=True), nn.Linear(5, 3)
+
+        def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
+            packed = nn.utils.rnn.pack_padded_sequence(x, lengths, batch_first=True)
+            out: Tensor = self.out(self.rnn(packed)[1][0])
+            return out
+
+    x = torch.rand(12, 12, 4).double()
+    model = Packed().double()
+    risk = vl.EmpiricalRisk(model, CE, ((x, lengths), Y))
+    expected = torch.autograd.grad(CE(model(x, lengths), Y), list(model.parameters()))
+    torch.testing.assert_close(risk.gradient(), risk.flatten(expected))
+
+
+@pytest.mark.parametrize("n", [*range(2, 20), 100, 1000])
+def test_groups_of_samples(n: int) -> None:
+    first, second = (index.tolist() for index, _ in checks._alone(n))
+    assert 0 in first and n - 1 in second and not set(first) & set(second)
+    assert len(first) + len(second) <= max(4, n // 4)
+    for group in (first, second):
+        assert group == sorted(set(group)) and len(group) < n
+    seen: list[int] = []
+    for index, places in checks._in_company(n):
+        assert len(index) == n and (index.diff() >= 0).all()
+        assert torch.equal(index[places], places)
+        assert set(index.tolist()) == set(places.tolist()) != set(range(n))
+        seen += places.tolist()
+    assert sorted(seen) == list(range(n))
+
+
+# Random numbers -----------------------------------------------------------------------
+
+
+def seeded_features(m: Any, x: Tensor) -> Tensor:
+    torch.manual_seed(1)
+    return m.f(torch.cos(x @ torch.randn(4, 4).to(x)))
+
+
+UNUSED: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "a coin of training mode": lambda m, x: (
+        m.f(x) if m.training or torch.rand([]) < 2.0 else x[:, :3]
+    ),
+    "seeded": seeded_features,
+    "times zero": lambda m, x: m.f(x) + 0.0 * torch.randn(len(x), 3),
+    "of samples that are masked": lambda m, x: m.f(
+        torch.where(torch.zeros(4, dtype=torch.bool), torch.rand_like(x), x)
+    ),
+    "numpy": lambda m, x: m.f(x) if np.random.rand() < 2.0 else x,
+    "python": lambda m, x: m.f(x) if random.random() < 2.0 else x,
+}
+
+
+@pytest.mark.parametrize("check", [True, False])
+@pytest.mark.parametrize("name", UNUSED)
+def test_random_numbers_that_are_not_used(name: str, check: bool) -> None:
+    model = Lambda(UNUSED[name], f=net()).eval()
+    before = torch.random.get_rng_state()
+    risk = vl.EmpiricalRisk(model, CE, [(X[:7], Y[:7]), (X[7:], Y[7:])], check=check)
+    gradient = risk.gradient()
+    G, vector = vl.GGN(risk), torch.linspace(-1.0, 1.0, risk.num_params).double()
+    found = G @ vector
+    assert torch.equal(before, torch.random.get_rng_state())
+    with torch.random.fork_rng([]):
+        outputs = model(X)
+        expected = torch.autograd.grad(CE(outputs, Y), list(model.parameters()))
+    torch.testing.assert_close(gradient, risk.flatten(expected))
+    H = vl.LossHessian(vl.EmpiricalRisk(model, CE, (X, Y)))
+    J = vl.Jacobian(vl.EmpiricalRisk(model, CE, (X, Y)))
+    torch.testing.assert_close(found, J.T @ (H @ (J @ vector)))
+
+
+def in_a_fork(m: Any, x: Tensor) -> Tensor:
+    with torch.random.fork_rng([]):
+        return m.f(x + torch.rand_like(x))
+
+
+USED: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "dropout": lambda m, x: F.dropout(m.f(x), 0.5),
+    "a little noise": lambda m, x: m.f(x) + 1e-9 * torch.randn(len(x), 3),
+    "a coin": lambda m, x: m.f(x) if torch.rand([]) < 0.5 else m.f(2.0 * x),
+    "one sample": lambda m, x: m.f(x + torch.rand([]) * (x == x.max())),
+    "order": lambda m, x: m.f(x)[torch.randperm(len(x))],
+}
+
+
+@pytest.mark.parametrize("check", [True, False])
+@pytest.mark.parametrize("name", USED)
+def test_random_numbers_that_are_used(name: str, check: bool) -> None:
+    with pytest.raises(ValueError, match="on batch 0 it drew random numbers"):
+        build(USED[name], check=check)
+
+
+def test_random_numbers_of_a_later_batch() -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        torch.rand([])
+        return m.f(x) if len(x) > 5 else F.dropout(m.f(x), 0.5)
+
+    with pytest.raises(ValueError, match="on batch 1 it drew random numbers"):
+        build(forward, [(X[:7], Y[:7]), (X[7:], Y[7:])])
+
+
+def test_random_numbers_that_nobody_sees() -> None:
+    with pytest.raises(ValueError, match="evaluated a second time"):
+        build(in_a_fork)
+    rng = np.random.default_rng(0)
+    with pytest.raises(ValueError, match="evaluated a second time"):
+        build(lambda m, x: m.f(x) * (1.0 + rng.random()))

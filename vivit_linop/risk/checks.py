@@ -1,0 +1,256 @@
+"""What a model must be before anything that is computed with it is believed.
+
+One function of the parameters and of each sample: the same whenever it is evaluated,
+and whatever other samples stand in the batch. The model is asked by running it, with
+gradients as in every product, so that one that differentiates inside can be asked too.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vivit_linop.risk.data import take
+from vivit_linop.risk.memory import is_out_of_memory
+from vivit_linop.risk.model import FunctionalModel, as_guest, random_state
+
+# From how many states of the generators a model that draws is evaluated on the first
+# batch. A coin that is used falls alike in all of them once in 2⁸ times.
+_STATES = 9
+
+
+def same_outputs(left: Tensor, right: Tensor) -> bool:
+    """Whether outputs are the same but for the order of summation.
+
+    The measure is the largest of them, and rounding errors of terms of about 1: outputs
+    may be differences of these.
+    """
+    if left.shape != right.shape:
+        return False
+    left, right = left.detach(), right.detach()
+    eps = torch.finfo(left.dtype).eps
+    error, size = _largest(left - right), _largest(right)
+    return bool(error <= 10 * eps**0.5 * size + 10 * eps)
+
+
+def _largest(tensor: Tensor) -> Tensor:
+    largest: Tensor = torch.linalg.vector_norm(tensor, math.inf)
+    return largest
+
+
+def checked_outputs(model: FunctionalModel, index: int, X: Any, y: Tensor) -> Tensor:
+    """Return the outputs of a batch, without their graph.
+
+    Args:
+        model: The model.
+        index: The batch; the first is looked at more closely.
+        X: Its inputs.
+        y: Its targets.
+
+    Raises:
+        ValueError: If the outputs are not one differentiable function of parameters and
+            input, or have not the form that they must have.
+    """
+    where = f"model: on batch {index} it"
+    first = next(iter(model.params.values()))
+    with as_guest(first.device):
+        buffers = {} if index else model.buffers
+        kept = {name: buffer.clone() for name, buffer in buffers.items()}
+        before = random_state(first.device)
+        output = model(model.params, X)
+        drawn = not torch.equal(before, random_state(first.device))
+    for name, buffer in buffers.items():
+        if not torch.allclose(kept[name], buffer, 0.0, 0.0, equal_nan=True):
+            raise ValueError(
+                f"model: its forward pass changes the buffer {name!r} (the power "
+                "iteration of spectral_norm in training mode, or statistics that "
+                "are kept), so it is not one function. Call model.eval() first."
+            )
+    if output.ndim == 0 or len(output) != len(y) or output.numel() == 0:
+        raise ValueError(
+            f"{where} returned outputs {list(output.shape)} for {len(y)} samples; "
+            "the first axis must count samples."
+        )
+    if output.dtype != first.dtype or output.device != first.device:
+        raise ValueError(
+            f"{where} returned {output.dtype} on {output.device}, its parameters "
+            f"are {first.dtype} on {first.device}. Convert the model and the data "
+            "alike."
+        )
+    if index == 0 and not _depends_on_params(model, output):
+        raise ValueError(
+            "model: its output is not differentiable in the parameters (it does "
+            "not depend on them, or was detached from them)."
+        )
+    # From here on the activations are free: the copy does not lie beyond them, where
+    # one for each batch would let the heap of the process grow.
+    output = output.detach()
+    output = output.clone()
+    if drawn:
+        _check_unmoved(model, index, X, output)
+    if not output.isfinite().all():
+        bad = ~output.reshape(len(output), -1).isfinite().all(1)
+        raise ValueError(
+            f"{where} returned NaN or Inf for sample {int(bad.nonzero()[0])}."
+        )
+    return output
+
+
+def _depends_on_params(model: FunctionalModel, output: Tensor) -> bool:
+    """Whether a backward pass from the output would get to a parameter."""
+    params = model.params.values()
+    ends = {torch.autograd.graph.get_gradient_edge(p).node for p in params}
+    todo, seen = [output.grad_fn], {None, output.grad_fn}
+    while todo:
+        node = todo.pop()
+        if node in ends:
+            return True
+        following = [] if node is None else [n for n, _ in node.next_functions]
+        todo += [n for n in following if n not in seen]
+        seen.update(following)
+    return False
+
+
+def _check_unmoved(model: FunctionalModel, index: int, X: Any, output: Tensor) -> None:
+    """Raise an error if outputs depend on what the model draws.
+
+    Many models draw and do not use it: decisions of training mode, or random numbers
+    after a seed of their own. The same arithmetic gives the same outputs, but for
+    kernels that sum in any order.
+    """
+    tolerance = 100 * torch.finfo(output.dtype).eps * _largest(output)
+    for seed in range(1, _STATES if index == 0 else 2):
+        with as_guest(output.device):
+            _seed(seed, output.device)
+            again = model(model.params, X).detach()
+        if again.shape != output.shape or _largest(again - output) > tolerance:
+            raise ValueError(
+                f"model: on batch {index} it drew random numbers, so it is not one "
+                "function. Call model.eval(), or fix what is random (functional "
+                "dropout, noise)."
+            )
+
+
+def check_independent(
+    model: FunctionalModel, X: Any, output: Tensor, by_sample: Sequence[bool]
+) -> None:
+    """Raise an error if samples have other outputs beside other samples.
+
+    Two groups of samples are evaluated alone. A model that does not run on these, since
+    it runs on batches of one size only, is evaluated on the whole batch with samples of
+    the group in all places of others, which costs two forward passes of the batch.
+
+    Args:
+        model: The model.
+        X: The inputs of a batch of two samples at least.
+        output: Its outputs.
+        by_sample: For each tensor of the input, whether its first axis counts samples.
+
+    Raises:
+        ValueError: If they do, or if the model can be asked in neither way.
+    """
+    n, device = len(output), output.device
+    failure: Exception | None = None
+    with as_guest(device):
+        # Draws from a fork of the generator, which nobody sees, are found out as well.
+        _seed(0, device)
+        for questions in (_alone(n), _in_company(n)):
+            try:
+                same = all(
+                    _same_among(model, X, output, by_sample, index, places)
+                    for index, places in questions
+                )
+            # Whatever the model raises: it may be since it takes other batches only.
+            except Exception as error:
+                if is_out_of_memory(error):
+                    raise
+                failure = error
+                continue
+            if same:
+                return
+            if not same_outputs(model(model.params, X), output):
+                raise ValueError(
+                    "model: it has other outputs when it is evaluated a second time, "
+                    "so it is not one function. Look for a generator of its own, and "
+                    "for what it counts or keeps from call to call."
+                )
+            raise ValueError(
+                "model: its outputs for a sample depend on the other samples of the "
+                "batch, so per-sample curvature is undefined. Look for normalisations "
+                "or means over the batch, and for inputs without a sample axis, such "
+                "as a mask, that are as long as the batch. (check=False turns this "
+                "check off.)"
+            )
+        model(model.params, X)  # an error that it always raises is to be seen
+    raise ValueError(
+        "model: it does not run on its batch when samples stand in the places of "
+        f"others ({type(failure).__name__}: {failure}), so nobody can tell whether it "
+        "treats samples independently. If it is known to, give check=False."
+    ) from failure
+
+
+def _same_among(
+    model: FunctionalModel,
+    X: Any,
+    output: Tensor,
+    by_sample: Sequence[bool],
+    index: Tensor,
+    places: Tensor,
+) -> bool:
+    """Whether samples put together have their outputs, in some places of that batch."""
+    found = model(model.params, take(X, index, by_sample)).detach()
+    if len(found) != len(index):
+        raise ValueError(
+            f"it returned outputs {list(found.shape)} for {len(index)} samples"
+        )
+    own = index[places].to(output.device)
+    return same_outputs(found[places.to(output.device)], output[own])
+
+
+# Samples to be put together, and the places of them whose outputs are compared.
+Question = tuple[Tensor, Tensor]
+
+
+def _alone(n: int) -> Iterator[Question]:
+    """Two groups without a sample in common, an eighth of the batch each.
+
+    At most one of them holds the largest entry of anything. No sample of theirs stands
+    beside its neighbour, its mirror image, or the one half of the batch further.
+    """
+    more = max(1, n // 8 - 1)
+    inner = range(2, max(n - 2, 2))
+    chosen = random.Random(0).sample(inner, min(2 * more + 1, len(inner)))
+    chosen = [i for i in chosen if i != n // 2]
+    for group in ([0, *chosen[:more]], [*chosen[more : 2 * more], n - 1]):
+        # Some models take sorted batches only.
+        index = torch.tensor(sorted(group), device="cpu")
+        yield index, torch.arange(len(group), device="cpu")
+
+
+def _in_company(n: int) -> Iterator[Question]:
+    """The two halves of the batch, each in its places, with repetitions in the others.
+
+    Places stay, and batches sorted by anything stay sorted.
+    """
+    mine = torch.zeros(n, dtype=torch.bool, device="cpu")
+    mine[random.Random(0).sample(range(n), n // 2)] = True
+    mine[0], mine[1], mine[n // 2], mine[n - 1] = True, False, False, False
+    places = torch.arange(n, device="cpu")
+    first, second = places[mine], places[~mine]
+    yield first[torch.searchsorted(first, places, right=True) - 1], first
+    yield second[torch.searchsorted(second, places)], second
+
+
+def _seed(seed: int, device: torch.device) -> None:
+    """Put the generators of torch, which a guest puts back, into another state."""
+    # Not by torch.manual_seed, which reaches the generators of all devices.
+    generator = torch.Generator(device="cpu").manual_seed(seed)
+    torch.random.set_rng_state(generator.get_state())
+    if device.type == "cuda":
+        own = torch.Generator(device=device).manual_seed(seed)
+        torch.cuda.set_rng_state(own.get_state(), device)
