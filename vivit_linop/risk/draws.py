@@ -39,6 +39,8 @@ class Draws:
     @classmethod
     def seeded_by(cls, generator: torch.Generator | None) -> Draws:
         """Take a seed from a generator on any device, by default torch's global one."""
+        if generator is not None and not isinstance(generator, torch.Generator):
+            raise TypeError(f"generator: a torch.Generator or None, got {generator!r}.")
         device = torch.device("cpu") if generator is None else generator.device
         seed = torch.randint(2**63 - 1, (), generator=generator, device=device)
         return cls(int(seed))
