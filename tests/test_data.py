@@ -494,7 +494,7 @@ def test_loaded_operators_know_their_gram_matrix(
     torch.testing.assert_close(loaded @ x, op @ x, rtol=1e-10, atol=1e-12)
     if evals is not None:
         net[0].register_forward_hook(lambda *_: pytest.fail("computed again"))
-        for module in again.model._model.modules():  # type: ignore[union-attr]
+        for module in again.model.module.modules():  # type: ignore[union-attr]
             module.register_forward_pre_hook(lambda *_: pytest.fail("again"))
         assert torch.equal(loaded.eigvalsh(), evals)
 

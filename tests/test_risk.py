@@ -336,14 +336,10 @@ def test_constructors_take_a_model_a_loss_and_data(operator: Any) -> None:
     expected = operator(risk) @ x
     assert torch.equal(operator(net, loss, data, params) @ x, expected)
     assert torch.equal(operator(net, loss, data, params=params) @ x, expected)
-    assert torch.equal(operator(model_of(risk), loss, [data], params) @ x, expected)
+    assert torch.equal(operator(net, loss, [data], params) @ x, expected)
     assert operator(net, loss, data).shape != operator(risk).shape or (
         operator is vl.LossHessian
     )
-
-
-def model_of(risk: vl.EmpiricalRisk) -> Any:
-    return risk.model._model
 
 
 def test_forms_of_params() -> None:

@@ -1,13 +1,21 @@
-"""Modes of torch that a caller may be in, and that must not change results."""
+"""Modes of torch that a caller may be in, and that must not change results.
+
+Some belong to a thread, others to the process: switches of kernels and of the compiler,
+precisions, the generator of random numbers.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable
-from typing import ParamSpec, TypeVar
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any, ParamSpec, TypeVar
 
 import torch
+
+from vivit_linop.checkpoints import RECOMPUTED
 
 P = ParamSpec("P")
 Result = TypeVar("Result")
@@ -66,3 +74,202 @@ class ordinary_mode:
         """Enter them again."""
         for mode in reversed(self._modes):
             mode.__exit__(None, None, None)
+
+
+class as_guest:
+    """Run the user's code so that nothing global of the user's is changed.
+
+    The random number generators are put back. Attention runs on the kernel that has
+    all derivatives, and gradients are recorded also where the caller has turned that
+    off. Frozen attention in eval mode does not take its fused path either: that rounds
+    otherwise and sets padded positions to zero, and a net that is watched does not take
+    it, so that outputs would depend on who calls; as they would under the caller's
+    autocast, which is off too, and in reduced precisions (TF32 and the like). What
+    ``torch.compile`` has compiled runs as it was written: compiled code has no second
+    derivatives, and no calls that could be recorded.
+
+    What of this is one for the process is set while any thread is inside, and put back
+    when the last one leaves.
+
+    Args:
+        device: Where the model is.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._modes: list[Any] = []
+
+    def __enter__(self) -> None:
+        """Set the switches, then the modes of this thread."""
+        modes: list[Any] = [
+            GENERATORS.of(self._device),
+            _SWITCHES.of(self._device),
+            ordinary_mode(),
+            torch.enable_grad(),
+        ]
+        if RECOMPUTED.seen:
+            modes.append(RECOMPUTED)
+        try:
+            for mode in modes:
+                mode.__enter__()
+                self._modes.append(mode)
+        except BaseException:
+            self.__exit__()
+            raise
+
+    def __exit__(self, *exception: object) -> None:
+        """Put them back."""
+        while self._modes:
+            self._modes.pop().__exit__(None, None, None)
+
+
+Undo = list[Callable[[], object]]
+
+
+class _Shared:
+    """What is one for the process: set by the first that enters, put back by the last.
+
+    Args:
+        set_for: Sets it for a device, and says how that is undone.
+    """
+
+    def __init__(self, set_for: Callable[[torch.device, Undo], None]) -> None:
+        self._set_for = set_for
+        # Reentrant: a handler of signals may run a product in the middle of this.
+        self._lock, self._inside = threading.RLock(), 0
+        self._undo: Undo = []
+        self._devices: set[torch.device] = set()
+
+    def of(self, device: torch.device) -> _OfDevice:
+        """For ``with``."""
+        return _OfDevice(self, device)
+
+    def enter(self, device: torch.device) -> None:
+        """Enter."""
+        with self._lock:
+            self._inside += 1
+            if device in self._devices:
+                return
+            try:
+                self._set_for(device, self._undo)
+            except BaseException:
+                self.leave()
+                raise
+            self._devices.add(device)
+
+    def leave(self) -> None:
+        """Leave."""
+        with self._lock:
+            self._inside -= 1
+            if self._inside:
+                return
+            self._devices.clear()
+            while self._undo:
+                self._undo.pop()()
+
+
+class _OfDevice:
+    """One who enters.
+
+    Args:
+        shared: What.
+        device: Where.
+    """
+
+    def __init__(self, shared: _Shared, device: torch.device) -> None:
+        self._shared, self._device = shared, device
+
+    def __enter__(self) -> None:
+        """Enter."""
+        self._shared.enter(self._device)
+
+    def __exit__(self, *exception: object) -> None:
+        """Leave."""
+        self._shared.leave()
+
+
+def _save_generators(device: torch.device, undo: Undo) -> None:
+    undo.append(functools.partial(torch.set_rng_state, torch.get_rng_state()))
+    if device.type == "cuda":
+        state = torch.cuda.get_rng_state(device)
+        undo.append(functools.partial(torch.cuda.set_rng_state, state, device))
+
+
+def _set_switches(device: torch.device, undo: Undo) -> None:
+    for get, put, value in _KERNELS:
+        before = get()
+        if before != value:
+            undo.append(functools.partial(put, before))
+            put(value)
+    for backend, name, full in _PRECISIONS.get(device.type, ()):
+        precision = getattr(backend, name)
+        if precision not in full:
+            undo.append(functools.partial(setattr, backend, name, precision))
+            setattr(backend, name, full[0])
+    # Setting the stance imports the compiler, which takes seconds; without it nothing
+    # is compiled.
+    if "torch._dynamo" in sys.modules:
+        stance = torch.compiler.set_stance("force_eager")
+        undo.append(functools.partial(stance.__exit__, None, None, None))
+
+
+_BACKENDS: Any = torch.backends
+_SDP = torch.backends.cuda
+_KERNELS: list[tuple[Callable[[], bool], Callable[[bool], object], bool]] = [
+    (
+        torch.backends.mha.get_fastpath_enabled,
+        torch.backends.mha.set_fastpath_enabled,
+        False,
+    ),
+    (_SDP.math_sdp_enabled, _SDP.enable_math_sdp, True),
+    (_SDP.flash_sdp_enabled, _SDP.enable_flash_sdp, False),
+    (_SDP.mem_efficient_sdp_enabled, _SDP.enable_mem_efficient_sdp, False),
+    (_SDP.cudnn_sdp_enabled, _SDP.enable_cudnn_sdp, False),
+]
+# By the type of a device, where torch keeps the precision of products of float32, and
+# what stands for the full one.
+_Precision = tuple[Any, str, tuple[object, ...]]
+_PRECISIONS: dict[str, list[_Precision]]
+if hasattr(torch.backends, "fp32_precision"):  # since torch 2.9
+    _PRECISIONS = {
+        device: [(part, "fp32_precision", ("ieee", "none")) for part in parts]
+        for device, parts in {
+            "cpu": [
+                _BACKENDS.mkldnn.matmul,
+                _BACKENDS.mkldnn.conv,
+                _BACKENDS.mkldnn.rnn,
+            ],
+            "cuda": [
+                _BACKENDS.cuda.matmul,
+                _BACKENDS.cudnn.conv,
+                _BACKENDS.cudnn.rnn,
+            ],
+        }.items()
+    }
+else:
+    _PRECISIONS = {
+        "cuda": [
+            (_BACKENDS.cuda.matmul, "allow_tf32", (False,)),
+            (_BACKENDS.cudnn, "allow_tf32", (False,)),
+        ]
+    }
+# While a guest is inside, a thread that is none should not draw from the generators:
+# the same numbers would come again.
+GENERATORS = _Shared(_save_generators)
+_SWITCHES = _Shared(_set_switches)
+_REPLAY = threading.RLock()
+
+
+@contextlib.contextmanager
+def replayed(state: torch.Tensor) -> Iterator[None]:
+    """Draw from torch's generator in a given state, one thread at a time.
+
+    The caller's state comes back.
+    """
+    with _REPLAY, GENERATORS.of(torch.device("cpu")):
+        before = torch.get_rng_state()
+        try:
+            torch.set_rng_state(state)
+            yield
+        finally:
+            torch.set_rng_state(before)

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from vivit_linop.modes import ordinary_mode
+from vivit_linop.modes import ordinary_mode, replayed
 from vivit_linop.risk import fingerprint
 from vivit_linop.risk.checks import check_independent, checked_outputs, same_outputs
 from vivit_linop.risk.data import (
@@ -682,8 +682,7 @@ def _replayed(items: Iterable[Item], state: Tensor) -> Iterator[Item]:
     """Iterate with the generator in a given state; the caller's is left alone."""
     iterator: Iterator[Item] | None = None
     while True:
-        with torch.random.fork_rng([]):
-            torch.random.set_rng_state(state)
+        with replayed(state):
             try:
                 iterator = iter(items) if iterator is None else iterator
                 item = next(iterator)

@@ -1,27 +1,27 @@
 """The user's model as a function of its parameters, and as a guest.
 
-What the library does with a model leaves it as it was: parameters are copied, so that
+What the library does with a model leaves it as it was. Parameters are copied, so that
 neither their gradients nor their ``requires_grad`` are touched and an operator stays
-the same matrix while training goes on; the state of the random number generators is
-put back.
+the same matrix while training goes on; a module is copied too
+(:mod:`vivit_linop.risk.private`), and what runs it is put back
+(:class:`vivit_linop.modes.as_guest`).
 """
 
 from __future__ import annotations
 
-import contextlib
-import copy
-import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
-Params = dict[str, Tensor]
+from vivit_linop.modes import as_guest as as_guest
+from vivit_linop.risk.copies import Copies
+from vivit_linop.risk.private import Params as Params
+from vivit_linop.risk.private import Predict as Predict
+from vivit_linop.risk.private import PrivateModule, as_tensor
+
 ModelFunction = Callable[[Params, Any], Any]
-Predict = Callable[[nn.Module, Any], Any]
 
 _DROPOUTS = (
     nn.Dropout,
@@ -77,164 +77,81 @@ class FunctionalModel:
                 "predict: is how a module is called, but the model is a function "
                 "(params, x) -> output already; put it into that function."
             )
-        self._model = model
+        self._private: PrivateModule | None = None
+        self._fixed: Params = {}
+        self._buffers: list[str] = []
         if isinstance(model, nn.Module):
-            self._predictor = None if predict is None else _Predictor(model, predict)
             chosen = _module_params(model, params)
             _check_modes(model)
-            # All that the outputs depend on is as it was, also when training goes on.
-            with torch.inference_mode(False):
-                self._fixed = {
-                    name: tensor.detach().clone()
-                    for name, tensor in (
-                        *model.named_parameters(),
-                        *model.named_buffers(),
-                    )
-                    if name not in chosen
-                }
-            _check_precision(self._fixed)
-            self._buffers = [
-                name for name, b in model.named_buffers() if b.is_floating_point()
-            ]
-            self._modes = [(m, m.training) for m in model.modules()]
         else:
             chosen = _function_params(params)
         _check_params(chosen)
+        self.owners = dict(chosen)
+        # In inference mode copies would be tensors that autograd refuses.
         with torch.inference_mode(False):
             self.params: Params = {
                 name: p.detach().clone().requires_grad_() for name, p in chosen.items()
             }
-        self.owners = dict(chosen)
+            if isinstance(model, nn.Module):
+                self._take_module(model, predict)
+            else:
+                # Modules that it calls are copied, as they are now.
+                copies = Copies((), other=lambda tensor: tensor.detach().clone())
+                self._function = copies.of(model)
+
+    def _take_module(self, model: nn.Module, predict: Predict | None) -> None:
+        """Copy all that outputs depend on: it stays as it is when training goes on."""
+        self._fixed = {
+            name: tensor.detach().clone()
+            for name, tensor in (*model.named_parameters(), *model.named_buffers())
+            if name not in self.params
+        }
+        _check_precision(self._fixed)
+        self._buffers = [
+            name for name, b in model.named_buffers() if b.is_floating_point()
+        ]
+        self._private = PrivateModule(model, predict, {**self._fixed, **self.params})
+
+    @property
+    def module(self) -> nn.Module | None:
+        """The module at θ, a copy that is the risk's; None for a function."""
+        return None if self._private is None else self._private.module
 
     def __call__(self, params: Params, X: Any) -> Tensor:
         """Return the outputs, ``[n, …]``."""
-        if isinstance(self._model, nn.Module):
-            state = {**self._fixed, **params}
-            module: nn.Module = self._model
-            args, kwargs = _call_arguments(X)
-            if self._predictor is not None:
-                module, args, kwargs = self._predictor, (X,), {}
-                state = {f"model.{name}": value for name, value in state.items()}
-            with self._own_modes():
-                output = functional_call(module, state, args, kwargs)
-        else:
-            output = self._model(params, X)
-        if not isinstance(output, Tensor):
-            output = getattr(output, "logits", output)
-        if not isinstance(output, Tensor):
-            raise TypeError(
-                "model: must return a tensor, or an object whose .logits is one, got "
-                f"{type(output).__name__}. Say what to take with predict=, for example "
-                "predict=lambda model, X: model(**X).last_hidden_state.mean(1)."
-            )
-        return output
+        if self._private is not None:
+            return self._private(params, X)
+        return as_tensor(Copies(()).of(self._function)(params, X))
 
     def copied_module(self, params: Params) -> nn.Module | None:
-        """Return a copy of the module at these parameters, None for a function model.
+        """Return a module at these parameters, None for a function model.
 
-        For packages that work on modules. It is in the modes of construction.
+        For packages that work on modules, and write on them. It is in the modes of
+        construction, and its parameters are leaves.
         """
-        if not isinstance(self._model, nn.Module):
+        if self._private is None:
             return None
-        module = copy.deepcopy(self._model)
-        modes = [mode for _, mode in self._modes]
-        for part, mode in zip(module.modules(), modes, strict=True):
-            part.training = mode
-        values = {**self._fixed, **params}
-        with torch.no_grad():
-            for name, tensor in (*module.named_parameters(), *module.named_buffers()):
-                tensor.copy_(values[name])
-        for name, p in module.named_parameters():
-            p.requires_grad_(name in params)
-            p.grad = None
-        return module
+        with torch.inference_mode(False):
+            values = {**self._fixed, **params}
+            buffers = {
+                name: values[name].detach().clone()
+                for name, _ in self._private.module.named_buffers()
+            }
+            parameters = {
+                name: nn.Parameter(values[name].detach().clone(), name in params)
+                for name, _ in self._private.module.named_parameters()
+            }
+            return self._private.copy({**buffers, **parameters})
 
     @property
     def constants(self) -> Params:
         """What else a module's outputs depend on: buffers, parameters not chosen."""
-        return getattr(self, "_fixed", {})
+        return self._fixed
 
     @property
     def buffers(self) -> Params:
         """The buffers among them that hold real numbers."""
-        names = getattr(self, "_buffers", [])
-        return {name: self._fixed[name] for name in names}
-
-    @contextlib.contextmanager
-    def _own_modes(self) -> Iterator[None]:
-        """Run with the modules in the modes that they had at construction."""
-        changed = [(m, mode) for m, mode in self._modes if m.training != mode]
-        for module, mode in changed:
-            module.training = mode
-        try:
-            yield
-        finally:
-            for module, mode in changed:
-                module.training = not mode
-
-
-class _Predictor(nn.Module):
-    """A module that calls another one the way the user says.
-
-    Args:
-        model: The other one.
-        predict: ``(model, X) -> output``.
-    """
-
-    def __init__(self, model: nn.Module, predict: Predict) -> None:
-        super().__init__()
-        self.model, self._predict = model, predict
-
-    def forward(self, X: Any) -> Any:
-        """Call it."""
-        return self._predict(self.model, X)
-
-
-@contextlib.contextmanager
-def as_guest(device: torch.device) -> Iterator[None]:
-    """Run the user's code so that nothing global of the user's is changed.
-
-    The random number generators are put back. Attention runs on the kernel that has
-    all derivatives, and gradients are recorded also where the caller has turned that
-    off. Frozen attention in eval mode does not take its fused path either: that rounds
-    otherwise and sets padded positions to zero, and a net that is watched does not take
-    it, so that outputs would depend on who calls; as they would under the caller's
-    autocast, which is off too. What ``torch.compile`` has compiled runs as it was
-    written: compiled code has no second derivatives, and no calls that could be
-    recorded.
-    """
-    devices = [device] if device.type == "cuda" else []
-    with (
-        _no_fused_attention(),
-        _nothing_compiled(),
-        torch.autocast(device.type, enabled=False),
-        torch.random.fork_rng(devices),
-        torch.inference_mode(False),
-        torch.enable_grad(),
-        sdpa_kernel(SDPBackend.MATH),
-    ):
-        yield
-
-
-@contextlib.contextmanager
-def _no_fused_attention() -> Iterator[None]:
-    before = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(before)
-
-
-def _nothing_compiled() -> contextlib.AbstractContextManager[object]:
-    # Setting the stance imports the compiler, which takes seconds; without it nothing
-    # is compiled.
-    if "torch._dynamo" not in sys.modules:
-        return contextlib.nullcontext()
-    stance: contextlib.AbstractContextManager[object] = torch.compiler.set_stance(
-        "force_eager"
-    )
-    return stance
+        return {name: self._fixed[name] for name in self._buffers}
 
 
 def strided(gradient: Tensor | None) -> Tensor | None:
@@ -250,13 +167,6 @@ def random_state(device: torch.device) -> Tensor:
     if device.type == "cuda":
         state = torch.cat([state, torch.cuda.get_rng_state(device)])
     return state
-
-
-def _call_arguments(X: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """A mapping holds keyword arguments of a module, a tuple positional ones."""
-    if isinstance(X, Mapping):
-        return (), dict(X)
-    return (X if isinstance(X, tuple) else (X,)), {}
 
 
 def _unwrapped(model: nn.Module, params: Any | None) -> tuple[nn.Module, Any | None]:

@@ -1,0 +1,88 @@
+"""Reentrant activation checkpoints, run as those of torch's other variant.
+
+What ``checkpoint(…, use_reentrant=True)`` recomputes has a backward pass of its own,
+which cannot give gradients of chosen tensors (``torch.autograd.grad``), nor second
+derivatives. The other variant can, at the same memory. Which of the two runs is decided
+where torch looks up its ``CheckpointFunction``, so this name is taken while a net with
+such checkpoints is inside; threads that are not get torch's own.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from torch.utils import checkpoint
+
+_torch: Any = checkpoint
+
+
+class _ByThread:
+    """Stands in for ``CheckpointFunction``.
+
+    Args:
+        original: Torch's.
+        inside: What threads are inside.
+    """
+
+    def __init__(self, original: Any, inside: threading.local) -> None:
+        self._original, self._inside = original, inside
+
+    def apply(self, function: Callable[..., Any], preserve: bool, *args: Any) -> Any:
+        """Run a checkpoint."""
+        if not getattr(self._inside, "depth", 0):
+            return self._original.apply(function, preserve, *args)
+        RECOMPUTED.seen = self._inside.seen = True
+        return _torch.checkpoint(
+            functools.partial(_inside, function),
+            *args,
+            use_reentrant=False,
+            preserve_rng_state=preserve,
+        )
+
+
+def _inside(function: Callable[..., Any], *args: Any) -> Any:
+    """Also what is recomputed may have checkpoints, in a thread of autograd's."""
+    with RECOMPUTED:
+        return function(*args)
+
+
+class _Recomputed:
+    """For ``with``: reentrant checkpoints of this thread run as the other variant.
+
+    Attributes:
+        seen: Whether there has been one.
+    """
+
+    def __init__(self) -> None:
+        self._lock, self._entered = threading.Lock(), 0
+        self._inside = threading.local()
+        self.seen = False
+
+    def __enter__(self) -> None:
+        """Take the name, if no other thread has."""
+        with self._lock:
+            if not self._entered:
+                self._original = _torch.CheckpointFunction
+                _torch.CheckpointFunction = _ByThread(self._original, self._inside)
+            self._entered += 1
+        self._inside.depth = getattr(self._inside, "depth", 0) + 1
+
+    def __exit__(self, *exception: object) -> None:
+        """Give it back, if no other thread needs it."""
+        self._inside.depth -= 1
+        with self._lock:
+            self._entered -= 1
+            if not self._entered:
+                _torch.CheckpointFunction = self._original
+
+    def seen_here(self) -> bool:
+        """Whether this thread has met one since it was asked last."""
+        seen = getattr(self._inside, "seen", False)
+        self._inside.seen = False
+        return seen
+
+
+RECOMPUTED = _Recomputed()

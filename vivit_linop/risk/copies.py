@@ -1,0 +1,431 @@
+"""Private copies of what the user's code computes with.
+
+A risk must neither change the user's modules nor change with them, and it has other
+tensors in their place: its parameters, tangents, columns. So it runs on copies. A copy
+is shallow, of each module once, however many ways lead to it; tensors are replaced
+wherever they are kept, by identity: in slots, in the flat weights of an RNN, in plain
+lists. What leads to modules is rebuilt to lead to their copies: containers, bound
+methods, ``functools.partial`` and closures. All else (locks, loggers, arrays) is shared
+with the original and never copied.
+
+Not followed are objects of other classes and global variables of methods. Whoever runs
+a copy sees by a :class:`Watch` whether tensors of the original are used.
+"""
+
+from __future__ import annotations
+
+import collections
+import copy
+import functools
+import types
+import weakref
+from collections.abc import Callable, Iterable, Mapping
+from functools import singledispatch
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+# Nothing in these is ever replaced.
+_ATOMS = frozenset(
+    {type(None), bool, int, float, complex, str, bytes, type, torch.dtype, torch.Size}
+)
+# What every module has, of its own: its slots, and dictionaries of hooks.
+_SLOTS = frozenset({"_parameters", "_buffers", "_modules"})
+_OWN = frozenset(k for k, v in vars(nn.Module()).items() if isinstance(v, (dict, set)))
+_CACHED = type(functools.cache(len))
+_FUNCTIONS = (
+    _CACHED,
+    types.FunctionType,
+    types.MethodType,
+    types.BuiltinMethodType,
+    functools.partial,
+)
+_MISSING = object()
+
+
+class Copies:
+    """Copies objects that belong together, each of them once.
+
+    Args:
+        replaced: Pairs of a tensor and what stands for it in copies.
+        other: What becomes of other tensors.
+        left: Objects that are not copied, though they could be.
+        frozen: Whether a function is rebuilt also if it leads to tensors only.
+
+    Attributes:
+        modules: The modules that were copied, each with its copy.
+    """
+
+    def __init__(
+        self,
+        replaced: Iterable[tuple[Tensor, Tensor]],
+        other: Callable[[Tensor], Tensor] | None = None,
+        left: Iterable[object] = (),
+        frozen: bool = False,
+    ) -> None:
+        # Copies by the identity of originals, which whoever asks keeps alive.
+        self.known: dict[int, Any] = {id(x): x for x in left}
+        self._left = set(self.known)
+        self.known.update((id(tensor), new) for tensor, new in replaced)
+        self.other, self._frozen = other, frozen
+        self.modules: list[tuple[nn.Module, nn.Module]] = []
+        # Hooks and other functions of modules: where they belong, and what they are.
+        self.later: list[tuple[dict[str, Any], str, Any]] = []
+
+    def __call__(self, value: Any) -> Any:
+        """Return the copy of an object, or the object if there is nothing to copy."""
+        if type(value) in _ATOMS:
+            return value
+        known = self.known.get(id(value), _MISSING)
+        return _copy(value, self) if known is _MISSING else known
+
+    def of(self, value: Any) -> Any:
+        """Return the copy of an object and of all that it leads to."""
+        new = self(value)
+        # What is shared with functions unless it belongs to a module is known now.
+        while self.later:
+            state, name, attribute = self.later.pop()
+            state[name] = self(attribute)
+        return new
+
+    def remember(self, value: Any, new: Any) -> Any:
+        """Let this be the copy of an object."""
+        self.known[id(value)] = new
+        return new
+
+    def inside(self, value: Any) -> Any:
+        """Return the copy of what a function holds, if modules are in it."""
+        return self(value) if self.leads_somewhere(value) else value
+
+    def leads_somewhere(self, value: Any) -> bool:
+        """Whether there is a module or a known tensor in it."""
+        todo, seen = [value], set[int]()
+        while todo:
+            item = todo.pop()
+            if type(item) in _ATOMS or id(item) in seen or id(item) in self._left:
+                continue
+            seen.add(id(item))
+            if isinstance(item, nn.Module) or id(item) in self.known:
+                return True
+            if isinstance(item, Tensor) and self._frozen:
+                return True
+            todo += _contents(item)
+        return False
+
+
+@singledispatch
+def _copy(value: Any, copies: Copies) -> Any:
+    return value
+
+
+@_copy.register
+def _copy_tensor(value: Tensor, copies: Copies) -> Any:
+    if copies.other is None:
+        return value
+    return copies.remember(value, copies.other(value))
+
+
+@_copy.register
+def _copy_module(value: nn.Module, copies: Copies) -> Any:
+    if isinstance(value, torch.jit.ScriptModule):
+        raise ValueError(
+            f"model: {type(value).__name__} was made by torch.jit; its parameters "
+            "cannot be replaced. Give the module that it was made from."
+        )
+    new = copies.remember(value, object.__new__(type(value)))
+    copies.modules.append((value, new))
+    state = new.__dict__
+    state.update(value.__dict__)
+    # Written out, since it is done for each module in each evaluation.
+    for name, attribute in value.__dict__.items():
+        kind: Any = type(attribute)
+        if kind in _ATOMS or (kind is tuple and _flat(attribute)):
+            continue
+        if name in _OWN and not attribute:
+            state[name] = kind()
+        elif name in _SLOTS:
+            state[name] = {key: copies(item) for key, item in attribute.items()}
+        elif name == "_compiled_call_impl" or _is_cached(value, name, attribute):
+            del state[name]  # it is of the original, and made anew
+        elif name in _OWN or isinstance(attribute, _FUNCTIONS):
+            copies.later.append((state, name, attribute))
+        else:
+            state[name] = copies(attribute)
+    if type(value).__basicsize__ > nn.Module.__basicsize__:
+        for name in _slots(type(value)):
+            if hasattr(value, name):
+                object.__setattr__(new, name, copies(getattr(value, name)))
+    return new
+
+
+@_copy.register
+def _copy_dict(value: dict, copies: Copies) -> Any:  # type: ignore[type-arg]
+    new = copies.remember(value, copy.copy(value))
+    if not value or (_flat(value.values()) and _flat(value)):
+        return new
+    if isinstance(value, collections.defaultdict):
+        new.default_factory = copies(value.default_factory)
+    new.clear()
+    for key, item in value.items():
+        new[copies(key)] = copies(item)
+    return new
+
+
+@_copy.register(list)
+@_copy.register(collections.deque)
+def _copy_list(value: Any, copies: Copies) -> Any:
+    new = copies.remember(value, copy.copy(value))
+    if not _flat(value):
+        for index, item in enumerate(value):
+            new[index] = copies(item)
+    return new
+
+
+@_copy.register
+def _copy_set(value: set, copies: Copies) -> Any:  # type: ignore[type-arg]
+    new = copies.remember(value, copy.copy(value))
+    if not _flat(value):
+        new.clear()
+        new.update([copies(item) for item in value])
+    return new
+
+
+@_copy.register(tuple)
+@_copy.register(frozenset)
+def _copy_fixed(value: Any, copies: Copies) -> Any:
+    if _flat(value):
+        return value
+    items = [copies(item) for item in value]
+    if all(new is old for new, old in zip(items, value, strict=True)):
+        return value
+    kind: Any = type(value)
+    return copies.remember(
+        value, kind._make(items) if hasattr(kind, "_make") else kind(items)
+    )
+
+
+@_copy.register
+def _copy_method(value: types.MethodType, copies: Copies) -> Any:
+    function, owner = copies(value.__func__), copies(value.__self__)
+    if function is value.__func__ and owner is value.__self__:
+        return value
+    return copies.remember(value, types.MethodType(function, owner))
+
+
+@_copy.register
+def _copy_builtin_method(value: types.BuiltinMethodType, copies: Copies) -> Any:
+    owner = value.__self__
+    new = owner if isinstance(owner, types.ModuleType) else copies.inside(owner)
+    return value if new is owner else getattr(new, value.__name__)
+
+
+@_copy.register
+def _copy_partial(value: functools.partial, copies: Copies) -> Any:  # type: ignore[type-arg]
+    if not copies.leads_somewhere(value):
+        return value
+    new = functools.partial(
+        copies(value.func),
+        *map(copies, value.args),
+        **{name: copies(item) for name, item in value.keywords.items()},
+    )
+    new.__dict__.update(value.__dict__)
+    return copies.remember(value, new)
+
+
+@_copy.register(_CACHED)
+def _copy_cached(value: Any, copies: Copies) -> Any:
+    if not copies.leads_somewhere(value):
+        return value
+    again = functools.lru_cache(**value.cache_parameters())
+    return copies.remember(value, again(copies(value.__wrapped__)))
+
+
+@_copy.register
+def _copy_function(value: types.FunctionType, copies: Copies) -> Any:
+    """Rebuild a function with the copies of what it closes over.
+
+    The containers in it are shared unless they lead to modules: a hook that counts
+    in a list of the user's still does.
+    """
+    if not copies.leads_somewhere(value):
+        return value
+    cells = value.__closure__
+    used = _globals(value)
+    new = types.FunctionType(
+        value.__code__,
+        value.__globals__,
+        value.__name__,
+        closure=cells and tuple(types.CellType() for _ in cells),
+    )
+    copies.remember(value, new)  # it may close over itself
+    if any(map(copies.leads_somewhere, used.values())):
+        copied = {name: copies.inside(item) for name, item in used.items()}
+        new = types.FunctionType(
+            value.__code__,
+            {**value.__globals__, **copied},
+            value.__name__,
+            closure=new.__closure__,
+        )
+        copies.remember(value, new)
+    for old_cell, cell in zip(cells or (), new.__closure__ or (), strict=True):
+        if not _is_empty(old_cell):
+            cell.cell_contents = copies.inside(old_cell.cell_contents)
+    new.__defaults__ = copies.inside(value.__defaults__)
+    new.__kwdefaults__ = copies.inside(value.__kwdefaults__)
+    new.__dict__.update(value.__dict__)
+    new.__qualname__, new.__doc__ = value.__qualname__, value.__doc__
+    new.__module__ = value.__module__
+    return new
+
+
+@_copy.register
+def _copy_reference(value: weakref.ReferenceType, copies: Copies) -> Any:  # type: ignore[type-arg]
+    target = value()
+    new = copies.known.get(id(target), target)
+    return value if new is target or new is None else weakref.ref(new)
+
+
+@singledispatch
+def _contents(value: Any) -> Iterable[Any]:
+    """What a copy of an object would have copies of."""
+    return ()
+
+
+@_contents.register
+def _contents_of_dict(value: dict) -> Iterable[Any]:  # type: ignore[type-arg]
+    return [*value, *value.values()]
+
+
+@_contents.register(list)
+@_contents.register(tuple)
+@_contents.register(set)
+@_contents.register(frozenset)
+@_contents.register(collections.deque)
+def _contents_of_items(value: Any) -> Iterable[Any]:
+    return list(value)
+
+
+@_contents.register
+def _contents_of_method(value: types.MethodType) -> Iterable[Any]:
+    return value.__func__, value.__self__
+
+
+@_contents.register(_CACHED)
+def _contents_of_cached(value: Any) -> Iterable[Any]:
+    return (value.__wrapped__,)
+
+
+@_contents.register
+def _contents_of_builtin(value: types.BuiltinMethodType) -> Iterable[Any]:
+    owner = value.__self__
+    return () if isinstance(owner, types.ModuleType) else (owner,)
+
+
+@_contents.register
+def _contents_of_partial(value: functools.partial) -> Iterable[Any]:  # type: ignore[type-arg]
+    return value.func, value.args, value.keywords
+
+
+@_contents.register
+def _contents_of_function(value: types.FunctionType) -> Iterable[Any]:
+    cells = value.__closure__ or ()
+    closed = [cell.cell_contents for cell in cells if not _is_empty(cell)]
+    defaults = [value.__defaults__, value.__kwdefaults__]
+    return [*closed, *defaults, *_globals(value).values()]
+
+
+def _globals(function: types.FunctionType) -> dict[str, Any]:
+    """The modules and tensors that a function names as global variables."""
+    names, codes = set[str](), [function.__code__]
+    while codes:
+        code = codes.pop()
+        names.update(code.co_names)
+        codes += [part for part in code.co_consts if isinstance(part, types.CodeType)]
+    found = {name: function.__globals__.get(name) for name in names}
+    return {
+        name: value
+        for name, value in found.items()
+        if isinstance(value, (nn.Module, Tensor))
+    }
+
+
+def _is_cached(module: nn.Module, name: str, attribute: Any) -> bool:
+    """Whether an attribute was computed from parameters, and will be when asked for."""
+    computed = isinstance(attribute, Tensor) and not attribute.is_leaf
+    made = getattr(type(module), name, None)
+    return computed and isinstance(made, functools.cached_property)
+
+
+def _is_empty(cell: types.CellType) -> bool:
+    try:
+        return cell.cell_contents is _MISSING
+    except ValueError:
+        return True
+
+
+def _flat(values: Iterable[Any]) -> bool:
+    return _ATOMS.issuperset(map(type, values))
+
+
+def _slots(kind: type) -> Iterable[str]:
+    for base in kind.__mro__:
+        slots = base.__dict__.get("__slots__", ())
+        for name in (slots,) if isinstance(slots, str) else slots:
+            if name not in ("__dict__", "__weakref__"):
+                yield name
+
+
+class Watch(TorchFunctionMode):
+    """Sees which tensors are used while it is active: what others are made of.
+
+    Args:
+        among: The tensors of interest, by identity; None for all that were not made
+            meanwhile.
+
+    Attributes:
+        used: Those that were used, by identity.
+    """
+
+    def __init__(self, among: Mapping[int, Any] | None = None) -> None:
+        super().__init__()
+        self._among = among
+        self.used: dict[int, Tensor] = {}
+        self._made: dict[int, Tensor] = {}
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Call the function."""
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        made = tensors_in(result)
+        # What gives none (shape, dtype, device) is no use.
+        if made:
+            for tensor in tensors_in((args, kwargs)):
+                if self._is_wanted(tensor):
+                    self.used[id(tensor)] = tensor
+        if self._among is None:
+            self._made.update((id(t), t) for t in made if id(t) not in self.used)
+        return result
+
+    def _is_wanted(self, tensor: Tensor) -> bool:
+        if self._among is None:
+            return id(tensor) not in self._made
+        return id(tensor) in self._among
+
+
+def tensors_in(value: Any) -> list[Tensor]:
+    """The tensors in arguments or results of torch functions."""
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, dict):
+        value = tuple(value.values())
+    if isinstance(value, (tuple, list)):
+        return [tensor for item in value for tensor in tensors_in(item)]
+    return []

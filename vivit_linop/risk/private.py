@@ -1,0 +1,228 @@
+"""The risk's own module: whatever the user does with theirs, and it does to itself.
+
+Each evaluation runs on a copy of its own (:mod:`vivit_linop.risk.copies`), with the
+tensors it was given in the slots. So threads do not meet, what a forward pass keeps on
+the module is gone with its copy, and what a backward pass recomputes (checkpoints) sees
+the tensors of its evaluation.
+
+Some nets reach the user's own modules in spite of that, through a global variable or an
+object that is no module. The first evaluation watches for it. Then the copy stands in
+for the user's modules while it runs, one thread at a time, and derivatives are checked,
+since a backward pass may be too late for that.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vivit_linop.checkpoints import RECOMPUTED
+from vivit_linop.risk.copies import Copies, Watch
+
+Params = dict[str, Tensor]
+Predict = Callable[[nn.Module, Any], Any]
+Pairs = list[tuple[nn.Module, nn.Module]]
+
+# Of random directions, when derivatives are checked against differences of outputs.
+_DIRECTIONS = 4
+_TOLERANCE = 0.05
+
+
+class PrivateModule:
+    """A module as a function of the tensors in its slots.
+
+    Args:
+        model: The user's.
+        predict: How it is called with X, if not with X itself.
+        own: By name, what stands for its parameters and buffers.
+
+    Raises:
+        ValueError: If it has parts that cannot be copied.
+    """
+
+    def __init__(
+        self, model: nn.Module, predict: Predict | None, own: Mapping[str, Tensor]
+    ) -> None:
+        slots = {**dict(model.named_buffers()), **dict(model.named_parameters())}
+        self._own = dict(own)
+        # What an evaluation must not use: the user's tensors, and what was computed
+        # from them before.
+        self._outside: dict[int, str] = {id(t): name for name, t in slots.items()}
+        self._stale: dict[int, Tensor] = {}
+        copies = Copies(
+            ((tensor, own[name]) for name, tensor in slots.items()),
+            other=self._constant,
+        )
+        self.module, self._predict = copies.of((model, predict))
+        # Kept until the first evaluation has shown whether they are needed.
+        self._originals: Pairs | None = copies.modules
+        self._settled = self._reentrant = False
+
+    def _constant(self, tensor: Tensor) -> Tensor:
+        """Copy a tensor that is in no slot of the model's."""
+        try:
+            constant = tensor.detach().clone()
+        # Left on the model by a transformation that has ended, and of no use.
+        except RuntimeError:
+            return tensor
+        if not tensor.is_leaf:
+            self._stale[id(constant)] = constant
+        return constant
+
+    def __call__(self, params: Params, X: Any) -> Tensor:
+        """Return the outputs for X with some of the tensors replaced."""
+        if self._settled:
+            return self._evaluate(params, X)
+        unwanted = {**self._outside, **self._stale}
+        with RECOMPUTED, Watch(unwanted) as watch:
+            output = self._evaluate(params, X)
+        self._reentrant = RECOMPUTED.seen_here()
+        self._refuse_stale(watch)
+        if watch.used.keys() & self._outside.keys():
+            self._settled = True
+            self._certify(params, X, watch)
+            output = self._evaluate(params, X)
+        else:
+            self._originals = None
+        self._settled = True
+        self._outside, self._stale = {}, {}
+        return output
+
+    def _evaluate(self, params: Params, X: Any) -> Tensor:
+        copies = Copies((self._own[name], value) for name, value in params.items())
+        module, predict = copies.of((self.module, self._predict))
+        with contextlib.ExitStack() as stack:
+            if self._reentrant:
+                stack.enter_context(RECOMPUTED)
+            if self._settled and self._originals is not None:
+                stack.enter_context(_standing_in(self._originals, copies))
+            if predict is not None:
+                return as_tensor(predict(module, X))
+            args, kwargs = _call_arguments(X)
+            return as_tensor(module(*args, **kwargs))
+
+    def copy(self, values: Mapping[str, Tensor]) -> nn.Module:
+        """Return a module like it, with these tensors in its slots."""
+        module: nn.Module = Copies(
+            (self._own[name], value) for name, value in values.items()
+        ).of(self.module)
+        return module
+
+    def _refuse_stale(self, watch: Watch) -> None:
+        used = [self._stale[key] for key in self._stale if key in watch.used]
+        if used:
+            names = [
+                f"{prefix}.{name}".lstrip(".")
+                for prefix, module in self.module.named_modules()
+                for name, value in vars(module).items()
+                if value is used[0]
+            ]
+            what = names[0] if names else f"a tensor {list(used[0].shape)}"
+            raise ValueError(
+                f"model: its forward pass uses {what!r}, which was computed from "
+                "tensors that require grad before, so derivatives would miss how it "
+                "depends on the parameters. Compute it in the forward pass, or detach "
+                "it if it is a constant."
+            )
+
+    def _certify(self, params: Params, X: Any, watch: Watch) -> None:
+        """Raise an error unless derivatives are those of the outputs.
+
+        Beside the parameters of the risk, which the user's modules may still have.
+        """
+        generator = torch.Generator().manual_seed(0)
+
+        def draw(like: Tensor) -> Tensor:
+            noise = torch.randn(like.shape, generator=generator, dtype=like.dtype)
+            return noise.to(like.device)
+
+        theta = {
+            name: (p + 0.1 * p.norm() / p.numel() ** 0.5 * draw(p)).detach()
+            for name, p in params.items()
+        }
+        with torch.enable_grad():
+            leaves = {name: p.clone().requires_grad_() for name, p in theta.items()}
+            output = self._evaluate(leaves, X)
+            u = draw(output)
+            gradients = torch.autograd.grad(
+                (u * output).sum(), list(leaves.values()), allow_unused=True
+            )
+        slopes, differences = [], []
+        step = torch.finfo(output.dtype).eps ** (1 / 3)
+        for _ in range(_DIRECTIONS):
+            x = {name: draw(p) for name, p in theta.items()}
+            slopes.append(
+                sum(
+                    (
+                        (gradient * direction).sum()
+                        for gradient, direction in zip(
+                            gradients, x.values(), strict=True
+                        )
+                        if gradient is not None
+                    ),
+                    torch.zeros_like(u.sum()),
+                )
+            )
+            with torch.no_grad():
+                ahead, behind = (
+                    self._evaluate({n: p + h * x[n] for n, p in theta.items()}, X)
+                    for h in (step, -step)
+                )
+            differences.append((u * (ahead - behind)).sum() / (2 * step))
+        error = torch.stack(slopes) - torch.stack(differences)
+        size = torch.stack(slopes).norm() + torch.stack(differences).norm()
+        if not error.norm() <= _TOLERANCE * size:
+            names = sorted({n for k, n in self._outside.items() if k in watch.used})
+            raise ValueError(
+                f"model: its forward pass reaches {', '.join(names[:3])} of your own "
+                "module, through a global variable or an object that is no module, "
+                "and its backward pass does not get there. Keep the module that it "
+                "uses as an attribute of the model (self.layer = …), and use that."
+            )
+
+
+_ALONE = threading.RLock()
+
+
+@contextlib.contextmanager
+def _standing_in(originals: Pairs, copies: Copies) -> Iterator[None]:
+    """Let copies stand in for the user's modules; nothing is written to these."""
+    with _ALONE:
+        states = [(original, original.__dict__) for original, _ in originals]
+        try:
+            for original, template in originals:
+                copied = copies.known[id(template)]
+                object.__setattr__(original, "__dict__", copied.__dict__)
+            yield
+        finally:
+            for original, state in states:
+                object.__setattr__(original, "__dict__", state)
+
+
+def as_tensor(output: Any) -> Tensor:
+    """Return the outputs of a model as a tensor.
+
+    Raises:
+        TypeError: If they are not.
+    """
+    if not isinstance(output, Tensor):
+        output = getattr(output, "logits", output)
+    if not isinstance(output, Tensor):
+        raise TypeError(
+            "model: must return a tensor, or an object whose .logits is one, got "
+            f"{type(output).__name__}. Say what to take with predict=, for example "
+            "predict=lambda model, X: model(**X).last_hidden_state.mean(1)."
+        )
+    return output
+
+
+def _call_arguments(X: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """A mapping holds keyword arguments of a module, a tuple positional ones."""
+    if isinstance(X, Mapping):
+        return (), dict(X)
+    return (X if isinstance(X, tuple) else (X,)), {}
