@@ -919,19 +919,21 @@ def test_nothing_is_left_after_an_error(
 
 def test_an_error_in_a_torch_function_is_that_of_the_user() -> None:
     # Attention itself raises, in the run that is recorded.
+    wrong = {"now": False}
+
     def forward(m: Any, x: Tensor) -> Tensor:
-        queries = x[..., :3] if m.wrong else x
+        queries = x[..., :3] if wrong["now"] else x
         return m.head(m.attention(queries, x, x)[0].sum(1))
 
     attention = nn.MultiheadAttention(4, 2, batch_first=True)
-    net = Lambda(forward, attention=attention, head=nn.Linear(4, 3), wrong=False)
+    net = Lambda(forward, attention=attention, head=nn.Linear(4, 3))
     net, loss, data = problem_of(net, features(N, 3, 4).double())
     V = vl.GGNFactor(net, loss, data)
-    net.wrong = True
+    wrong["now"] = True
     with pytest.raises(AssertionError, match="embedding dimension"):
         V.explain()
     assert not has_torch_function((torch.zeros(1),))
-    net.wrong = False
+    wrong["now"] = False
     dense = V.to_dense()
     assert close((V.T @ V).to_dense(), dense.T @ dense)
 
