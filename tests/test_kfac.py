@@ -277,6 +277,30 @@ def test_groups_and_transposed_convolutions() -> None:
         assert close(together.blocks[g].to_dense(), apart.blocks[g].to_dense())
 
 
+@pytest.mark.parametrize("kind", [vl.KFAC, vl.EKFAC])
+def test_a_row_for_padding_has_no_curvature(kind: Any) -> None:
+    """Positions of padding use no row; another call may look the same row up."""
+    index, table = torch.tensor([[0, 2, 2], [3, 2, 1], [2, 2, 2]]), draw(4, 3)
+
+    def net(params: dict[str, Tensor], X: Tensor) -> Tensor:
+        table = params["table"]
+        found = nn.functional.embedding(X, table, padding_idx=2).tanh()
+        if params.get("again") is not None:
+            found = found + nn.functional.embedding(X, table, padding_idx=-1)
+        return found.sum(1)
+
+    loss, y = nn.MSELoss(), draw(3, 3)
+    alone = vl.EmpiricalRisk(net, loss, (index, y), {"table": table})
+    K = kind(alone, variant="exact").to_dense().view(4, 3, 4, 3)
+    assert not K[2].any() and K[[0, 1, 3]].any(3).any(2).any(1).all()
+    twice = {"table": table, "again": draw(1)}
+    A = kind(vl.EmpiricalRisk(net, loss, (index, y), twice), variant="exact").blocks[0]
+    if kind is vl.KFAC:
+        # Rows 2 and 3 are looked up by one of the two calls only, of 18 positions.
+        counts = torch.tensor([2, 2, 6, 1]).double()
+        assert close(A.factors[0].to_dense(), torch.diag(counts) / 18)
+
+
 def test_large_blocks_of_others_are_low_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vl.curvature.kfac, "_LARGEST_DENSE", 4)
     of = risk("mlp_ce_mean")

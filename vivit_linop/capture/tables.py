@@ -20,21 +20,37 @@ class TableColumns(KhatriRaoColumns):
 
     Args:
         index: i, ``[n, P]``.
-        cotangents: b, ``[n, R, 1, b, P]``.
+        cotangents: b, ``[n, R, 1, b, P]``; zero at positions of padding.
         rows: How many rows the table has.
+        padding: Which positions use no row, ``[n, P]``; None if there are none.
     """
 
-    def __init__(self, index: Tensor, cotangents: Tensor, rows: int) -> None:
+    def __init__(
+        self,
+        index: Tensor,
+        cotangents: Tensor,
+        rows: int,
+        padding: Tensor | None = None,
+    ) -> None:
         self.index, self.cotangents = index, cotangents
         self._inputs_first, self._groups, self.signal = True, 1, object()
         self.num_samples, self.width, _, self._b, self.positions = cotangents.shape
         self._a = rows
-        self.numel = rows * self._b
+        self.numel, self._padding = rows * self._b, padding
 
     @property
     def inputs(self) -> Tensor:  # type: ignore[override]
         """The one-hot inputs, formed anew, ``[n, 1, rows, P]``."""
-        return F.one_hot(self.index, self._a).mT.unsqueeze(1).to(self.cotangents)
+        one_hot = F.one_hot(self.index, self._a)
+        if self._padding is not None:
+            one_hot = one_hot * ~self._padding.unsqueeze(2)
+        return one_hot.mT.unsqueeze(1).to(self.cotangents)
+
+    @property
+    def _is_padding(self) -> Tensor:
+        if self._padding is None:
+            return torch.zeros_like(self.index, dtype=torch.bool)
+        return self._padding
 
     @property
     def forward_flops(self) -> int:
@@ -127,7 +143,7 @@ class TableColumns(KhatriRaoColumns):
 
     def _with_cotangents(self, cotangents: Tensor) -> KhatriRaoColumns:
         """Columns of the same rows."""
-        return TableColumns(self.index, cotangents, self._a)
+        return TableColumns(self.index, cotangents, self._a, self._padding)
 
     def squared_norms(self, memory: int) -> Tensor:
         """Row by row."""
@@ -165,4 +181,5 @@ class TableColumns(KhatriRaoColumns):
             torch.cat([part.index for part in tables], dim=1),
             torch.cat([part.cotangents for part in tables], dim=-1),
             self._a,
+            torch.cat([part._is_padding for part in tables], dim=1),
         )

@@ -223,10 +223,11 @@ def _embedding(arguments: dict[str, Any], X: Tensor, B: Tensor) -> LayerColumns:
     n, R = B.shape[:2]
     index = X.reshape(n, -1).long()
     b = B.reshape(n, R, 1, -1, B.shape[-1]).mT
-    padding = arguments.get("padding_idx")
-    if padding is not None:
-        b = b * (index != padding % rows)[:, None, None, None]
-    return TableColumns(index, b, rows)
+    number, padding = arguments.get("padding_idx"), None
+    if number is not None:
+        padding = index == number % rows
+        b = b * ~padding[:, None, None, None]
+    return TableColumns(index, b, rows, padding)
 
 
 def _norm_weight(normalise: Callable[..., Tensor], trailing: bool) -> Any:
