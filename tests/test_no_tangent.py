@@ -47,7 +47,7 @@ def _equilibrium(hidden: Callable[[Tensor], Tensor], like: Tensor) -> Tensor:
     """z = hidden(z), with the implicit derivative by a backward hook."""
     with torch.no_grad():
         z = torch.zeros_like(like)
-        for _ in range(80):
+        for _ in range(25):
             z = hidden(z)
     z = hidden(z)
     start = z.clone().detach().requires_grad_()
@@ -55,7 +55,7 @@ def _equilibrium(hidden: Callable[[Tensor], Tensor], like: Tensor) -> Tensor:
 
     def implicit(gradient: Tensor) -> Tensor:
         g = gradient
-        for _ in range(80):
+        for _ in range(25):
             g = torch.autograd.grad(step, start, g, retain_graph=True)[0] + gradient
         return g
 
@@ -66,7 +66,7 @@ def _equilibrium(hidden: Callable[[Tensor], Tensor], like: Tensor) -> Tensor:
 
 def _unrolled(hidden: Callable[[Tensor], Tensor], like: Tensor) -> Tensor:
     z = torch.zeros_like(like)
-    for _ in range(80):
+    for _ in range(25):
         z = hidden(z)
     return z
 
@@ -74,7 +74,7 @@ def _unrolled(hidden: Callable[[Tensor], Tensor], like: Tensor) -> Tensor:
 def _deep_equilibrium(solve: Callable[..., Tensor]) -> Callable[[Any, Tensor], Tensor]:
     def forward(m: Any, x: Tensor) -> Tensor:
         given = m.first(x)
-        return m.last(solve(lambda z: torch.tanh(0.4 * m.inner(z) + given), given))
+        return m.last(solve(lambda z: torch.tanh(0.2 * m.inner(z) + given), given))
 
     return forward
 
