@@ -12,6 +12,7 @@ import vivit_linop as vl
 from vivit_linop.operators import (
     Adjoint,
     BlockDiagonal,
+    CorrectedKronecker,
     Damped,
     Dense,
     DenseInverse,
@@ -190,7 +191,7 @@ RULES = {
     "inv (2 A + I)": (lambda o: inv(2 * o.A + o.I), DenseInverse),
     "inv (0 K + 2 I)": (lambda o: inv(0 * o.K + 2 * o.I), Scaled),
     "inv (BI + I)": (lambda o: inv(o.BI + o.I), BlockDiagonal),
-    "inv (R R.T + I)": (lambda o: inv(o.R @ o.R.T + o.I), Product),
+    "inv (R R.T + I)": (lambda o: inv(o.R @ o.R.T + o.I), CorrectedKronecker),
     "inv (T T.T + I)": (lambda o: inv(o.T @ o.T.T + 1.0 * o.I), BlockDiagonal),
 }
 

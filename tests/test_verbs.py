@@ -31,10 +31,6 @@ REGULAR = on_market(
 NO_INVERSE = {
     "sum_of_three",
     "sum_symmetric",
-    "low_rank_square",
-    "low_rank_wide",
-    "one_by_one_low_rank",
-    "low_rank_with_more_columns_than_a_chunk",
     "expression_damped_by_undecided_identity",
     "expression_power",
     "expression_nested",
@@ -68,8 +64,6 @@ NO_LOGDET = {
     "expression_nested",
     "expression_power",
     "expression_damped_by_undecided_identity",
-    "block_diagonal_rectangular_blocks_in_square",
-    "kronecker_rectangular_factors_in_square",
     "more_columns_than_a_chunk",
 }
 NO_CLOSED_FORM = r"^eig\w*: (no closed form|needs a self-adjoint operator).*scipy"

@@ -29,7 +29,10 @@ from vivit_linop.operators.structure import (
     Identity,
     Scaled,
 )
-from vivit_linop.operators.symmetric import symmetric_eigenvalues
+from vivit_linop.operators.symmetric import (
+    symmetric_eigenpairs,
+    symmetric_eigenvalues,
+)
 from vivit_linop.operators.verbs import eigendecomposition, eigh, eigvalsh, to_dense
 
 
@@ -107,7 +110,11 @@ def _(op: Dense) -> Eigendecomposition:
 
 @eigendecomposition.register
 def _(op: DenseInverse) -> Eigendecomposition:
-    return DenseDecomposition(to_dense(op))
+    """Of the inverted matrix: positive where that is positive definite."""
+    evals, evecs = symmetric_eigenpairs(op.operator.matrix.double())
+    vectors = evecs.to(op.torch_dtype)
+    inverse = (1.0 / (evals + op.damping)).to(op.torch_dtype)
+    return MergedDecomposition(inverse, lambda order: vectors[:, order])
 
 
 @eigendecomposition.register

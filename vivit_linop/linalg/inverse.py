@@ -5,8 +5,9 @@
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Sequence
 
+from vivit_linop.linalg.eigenpairs import gram_rounding_error
 from vivit_linop.operators.base import TorchLinearOperator
 from vivit_linop.operators.kronecker import (
     BlockDiagonal,
@@ -23,16 +24,21 @@ from vivit_linop.operators.structure import (
     Product,
     Scaled,
 )
+from vivit_linop.operators.symmetric import without_noise
 from vivit_linop.operators.verbs import (
     adjoint,
     damped_inv,
     diagonal,
+    eigvalsh,
     inv,
     scale,
     to_dense,
 )
 
 Op = TorchLinearOperator
+
+# An inverse without damping is to have at least two digits.
+_DIGITS = 100.0
 
 
 @inv.register
@@ -52,7 +58,7 @@ def _(op: Gram) -> Op:
 
 @inv.register
 def _(op: DenseInverse) -> Op:
-    return op.operator
+    return op.operator if op.damping == 0.0 else Damped(op.operator, op.damping)
 
 
 @inv.register
@@ -91,12 +97,14 @@ def _(op: Product) -> Op:
 
 @inv.register
 def _(op: BlockDiagonal) -> Op:
+    _check_parts(op.blocks, "block-diagonal operator with rectangular blocks")
     return op.like([block.inv() for block in op.blocks])
 
 
 @inv.register
 def _(op: Kronecker) -> Op:
     """(A ⊗ B)⁻¹ = A⁻¹ ⊗ B⁻¹."""
+    _check_parts(op.factors, "Kronecker product of rectangular factors")
     return Kronecker(*(factor.inv() for factor in op.factors))
 
 
@@ -112,11 +120,25 @@ def _(op: DampedRoot) -> Op:
 
 @inv.register
 def _(op: LowRank) -> Op:
-    raise ValueError(
+    """Through the D × D side, where V has full rank and is well-conditioned."""
+    what = (
         f"inv: a low-rank operator {tuple(op.shape)} with a factor of "
-        f"{op.factor.shape[1]} columns is singular or close to it. Add damping: "
-        "(G + delta * Identity(D)).inv()."
+        f"{op.factor.shape[1]} columns is singular"
     )
+    advice = "Add damping: (G + delta * Identity(D)).inv()."
+    if op.factor.shape[1] < op.shape[0]:
+        zeros = op.shape[0] - op.factor.shape[1]
+        raise ValueError(f"{what}: {zeros} of its eigenvalues are 0. {advice}")
+    evals = eigvalsh(op)
+    low, high = evals[0].item(), evals[-1].item()
+    if not low > _DIGITS * gram_rounding_error(evals, len(evals)):
+        condition = f"{high / low:.1e}" if low > 0.0 else "infinite"
+        raise ValueError(
+            f"{what} or close to it: its condition number is {condition} in "
+            f"{op.torch_dtype}. {advice}"
+        )
+    matrix = to_dense(op)
+    return DenseInverse(Dense((matrix + matrix.T) / 2))
 
 
 @inv.register
@@ -149,8 +171,7 @@ def _(op: Gram, damping: float) -> Op:
 
 @damped_inv.register
 def _(op: Dense, damping: float) -> Op:
-    unit = torch.eye(op.shape[0], dtype=op.torch_dtype, device=op.device)
-    return DenseInverse(Dense(op.matrix + damping * unit))
+    return DenseInverse(op, damping)
 
 
 @damped_inv.register
@@ -182,12 +203,17 @@ def _(op: BlockDiagonal, damping: float) -> Op:
 def _(op: Kronecker, damping: float) -> Op:
     """Q (Λ + δ I)⁻¹ Qᵀ, with Q and Λ the Kronecker products of the factors'."""
     op._check_self_adjoint("inv of a damped Kronecker operator")
-    evecs = op.eigenvectors
-    middle = inv(Diagonal(op.eigenvalues + damping))
-    return Product(evecs, middle, Adjoint(evecs))  # recognised as self-adjoint
+    return damped_inv(CorrectedKronecker(op, op.eigenvalues), damping)
 
 
 @damped_inv.register
 def _(op: CorrectedKronecker, damping: float) -> Op:
-    inverse = inv(Diagonal(op.eigenvalues + damping))
+    """Positive definite for δ > 0 where Λ is but for rounding."""
+    evals = without_noise(op.eigenvalues) if damping > 0.0 else op.eigenvalues
+    inverse = inv(Diagonal(evals + damping))
     return CorrectedKronecker(op.basis, diagonal(inverse))
+
+
+def _check_parts(parts: Sequence[Op], what: str) -> None:
+    if any(part.shape[0] != part.shape[1] for part in parts):
+        raise ValueError(f"inv: a {what} is singular: it has less than full rank.")

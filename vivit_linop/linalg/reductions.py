@@ -24,6 +24,7 @@ from vivit_linop.operators.structure import (
     Scaled,
     Sum,
 )
+from vivit_linop.operators.symmetric import without_noise
 from vivit_linop.operators.verbs import (
     adjoint,
     damped_logdet,
@@ -75,6 +76,13 @@ def _(op: LowRank) -> Tensor:
 @to_dense.register
 def _(op: Gram) -> Tensor:
     return op.matrix.clone()
+
+
+@to_dense.register
+def _(op: DenseInverse) -> Tensor:
+    """Symmetric where the inverted matrix is."""
+    inverse = op.apply(torch.eye(op.shape[0], dtype=op.torch_dtype, device=op.device))
+    return (inverse + inverse.T) / 2 if op.self_adjoint else inverse
 
 
 # Diagonals ------------------------------------------------------------------------
@@ -233,7 +241,7 @@ def _(op: Dense) -> Tensor:
 
 @logdet.register
 def _(op: DenseInverse) -> Tensor:
-    return -logdet(op.operator)
+    return op.log_abs_det()
 
 
 @logdet.register
@@ -255,13 +263,18 @@ def _(op: Scaled) -> Tensor:
 
 @logdet.register
 def _(op: BlockDiagonal) -> Tensor:
+    """−∞ with rectangular blocks, which leave it less than full rank."""
+    if not op.has_square_blocks:
+        return torch.full((), -math.inf, dtype=op.torch_dtype, device=op.device)
     return torch.stack([block.logdet() for block in op.blocks]).sum()
 
 
 @logdet.register
 def _(op: Kronecker) -> Tensor:
-    """Each factor counts as often as the others have rows."""
+    """Each factor counts as often as the others have rows; −∞ with rectangular ones."""
     n = op.shape[0]
+    if any(factor.shape[0] != factor.shape[1] for factor in op.factors):
+        return torch.full((), -math.inf, dtype=op.torch_dtype, device=op.device)
     return torch.stack([f.logdet() * (n // f.shape[0]) for f in op.factors]).sum()
 
 
@@ -308,8 +321,17 @@ def _(op: LowRank, damping: float) -> Tensor:
 
 @damped_logdet.register
 def _(op: Dense, damping: float) -> Tensor:
-    unit = torch.eye(op.shape[0], dtype=op.torch_dtype, device=op.device)
-    return torch.linalg.slogdet(op.matrix + damping * unit).logabsdet
+    """In float64, so that a small δ counts."""
+    unit = torch.eye(op.shape[0], dtype=torch.float64, device=op.device)
+    return torch.linalg.slogdet(op.matrix.double() + damping * unit).logabsdet
+
+
+@damped_logdet.register
+def _(op: Kronecker | CorrectedKronecker, damping: float) -> Tensor:
+    op._check_self_adjoint("logdet")
+    evals = op.eigenvalues
+    evals = without_noise(evals) if damping > 0.0 else evals
+    return (evals.double() + damping).abs().log().sum()
 
 
 @damped_logdet.register

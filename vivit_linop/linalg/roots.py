@@ -30,6 +30,7 @@ from vivit_linop.operators.structure import (
     Product,
     Scaled,
 )
+from vivit_linop.operators.symmetric import symmetric_eigenpairs, without_noise
 from vivit_linop.operators.verbs import adjoint, damped_sqrt, scale, sqrt, to_dense
 
 Op = TorchLinearOperator
@@ -52,13 +53,22 @@ def _(op: Diagonal) -> Op:
 def _(op: Dense) -> Op:
     """Q √Λ."""
     op._check_self_adjoint("sqrt")
-    evals, evecs = torch.linalg.eigh(op.matrix)
+    evals, evecs = symmetric_eigenpairs(op.matrix)
     return Dense(evecs * _roots(evals))
 
 
 @sqrt.register
 def _(op: DenseInverse) -> Op:
-    return sqrt(Dense(to_dense(op)))
+    """Q (Λ + δ I)^−½, from the eigenpairs of the inverted matrix."""
+    op._check_self_adjoint("sqrt")
+    evals, evecs = symmetric_eigenpairs(op.operator.matrix.double())
+    evals = evals + op.damping
+    if evals[0] <= 0.0:
+        raise ValueError(
+            "sqrt: the inverse is not positive semi-definite, what it inverts has the "
+            f"eigenvalue {evals[0]:.3g}."
+        )
+    return Dense((evecs / evals.sqrt()).to(op.torch_dtype))
 
 
 @sqrt.register
@@ -76,9 +86,22 @@ def _(op: LowRank) -> Op:
 
 @sqrt.register
 def _(op: Scaled) -> Op:
-    if op.factor < 0.0:
-        raise ValueError(f"sqrt: the operator is scaled by {op.factor}, below 0.")
-    return scale(sqrt(op.operator), op.factor**0.5)
+    if op.factor >= 0.0:
+        return scale(sqrt(op.operator), op.factor**0.5)
+    inner = op.operator
+    # What is negative semi-definite itself.
+    if isinstance(inner, Kronecker):
+        return sqrt(Kronecker(scale(inner.factors[0], op.factor), *inner.factors[1:]))
+    if isinstance(inner, Product) and len(inner.factors) % 2:
+        factors, half = list(inner.factors), len(inner.factors) // 2
+        factors[half] = scale(factors[half], op.factor)
+        return sqrt(Product(*factors))
+    if isinstance(inner, DenseInverse):
+        return sqrt(Dense(op.factor * to_dense(inner)))
+    raise ValueError(
+        f"sqrt: a {type(inner).__name__} is scaled by {op.factor}, below 0. If the "
+        "whole is positive semi-definite, take Dense(op.to_dense()).sqrt()."
+    )
 
 
 @sqrt.register
@@ -88,7 +111,11 @@ def _(op: Product) -> Op:
     half = len(op.factors) // 2
     if len(op.factors) % 2 == 0:
         return Product(*op.factors[:half])
-    return Product(*op.factors[:half], sqrt(op.factors[half]))
+    middle = op.factors[half]
+    try:
+        return Product(*op.factors[:half], sqrt(middle))
+    except ValueError:  # B is indefinite, A B Aᵀ need not be
+        return _root_of_mirrored(Product(*op.factors[:half]), middle)
 
 
 @sqrt.register
@@ -108,6 +135,9 @@ def _(op: BlockDiagonal) -> Op:
 def _(op: Kronecker) -> Op:
     """√(A ⊗ B) = √A ⊗ √B, from the factors' eigendecompositions."""
     op._check_self_adjoint("sqrt")
+    # (−A) ⊗ (−B) has a root, though its factors have none.
+    if any(without_noise(evals).min() < 0.0 for evals, _ in op.factor_eigenpairs):
+        return Product(op.eigenvectors, Diagonal(_roots(op.eigenvalues)))
     return Kronecker(
         *(Dense(evecs * _roots(evals)) for evals, evecs in op.factor_eigenpairs)
     )
@@ -135,8 +165,9 @@ def _(op: Woodbury) -> Op:
 @damped_sqrt.register
 def _(op: Dense, damping: float) -> Op:
     op._check_self_adjoint("sqrt")
-    evals, evecs = torch.linalg.eigh(op.matrix)
-    return Dense(evecs * _roots(evals + damping))
+    evals, evecs = symmetric_eigenpairs(op.matrix.double())
+    roots = _roots(evals + damping, op.torch_dtype)
+    return Dense((evecs * roots).to(op.torch_dtype))
 
 
 @damped_sqrt.register
@@ -149,7 +180,7 @@ def _(op: LowRank, damping: float) -> Op:
     """Symmetric; through the eigenpairs of the smaller side."""
     if op.by_gram:
         return DampedRoot(op, damping)
-    evals, evecs = torch.linalg.eigh(op.small_side)
+    evals, evecs = symmetric_eigenpairs(op.small_side)
     return Dense((evecs * _roots(evals + damping)) @ evecs.T)
 
 
@@ -167,12 +198,25 @@ def _(op: BlockDiagonal, damping: float) -> Op:
 def _(op: Kronecker | CorrectedKronecker, damping: float) -> Op:
     """Q (Λ + δ I)^½, with the Kronecker products of the factors' eigenpairs."""
     op._check_self_adjoint("sqrt")
-    return Product(op.eigenvectors, Diagonal(_roots(op.eigenvalues + damping)))
+    evals = without_noise(op.eigenvalues) if damping > 0.0 else op.eigenvalues
+    return Product(op.eigenvectors, Diagonal(_roots(evals + damping)))
 
 
-def _roots(values: Tensor) -> Tensor:
+def _root_of_mirrored(outer: Op, middle: Op) -> Op:
+    """√(A B Aᵀ) on the smaller side: of A B Aᵀ, or of R B Rᵀ with A = Q R."""
+    A, B = to_dense(outer).double(), to_dense(middle).double()
+    Q = None
+    if A.shape[0] > A.shape[1]:
+        Q, A = torch.linalg.qr(A)
+    evals, evecs = symmetric_eigenpairs(A @ ((B + B.T) / 2) @ A.T)
+    root = evecs * _roots(evals, outer.torch_dtype)
+    return Dense((root if Q is None else Q @ root).to(outer.torch_dtype))
+
+
+def _roots(values: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """Roots of eigenvalues, of which rounding may have made zeros negative."""
-    limit = -_TOLERANCE * torch.finfo(values.dtype).eps * values.abs().max()
+    eps = torch.finfo(dtype or values.dtype).eps
+    limit = -_TOLERANCE * eps * values.abs().max()
     if values.min() < limit:
         raise ValueError(
             f"sqrt: the operator is not positive semi-definite, it has the eigenvalue "

@@ -13,6 +13,7 @@ from vivit_linop.operators.base import (
     common_device,
     common_dtype,
 )
+from vivit_linop.operators.symmetric import symmetric_eigenvalues, without_noise
 
 
 class Identity(TorchLinearOperator):
@@ -118,22 +119,28 @@ class Diagonal(TorchLinearOperator):
 
 
 class DenseInverse(TorchLinearOperator):
-    """The inverse of a dense operator, through an LU factorisation.
+    """The inverse of A + δ I for a dense A, through an LU factorisation in float64.
 
     Args:
-        operator: The operator to invert.
+        operator: A.
+        damping: δ; added in float64, so that it counts also where it is small.
 
     Raises:
-        ValueError: If it is singular.
+        ValueError: If A + δ I is singular, or if A is symmetric and δ > 0 is too small
+            to make up for eigenvalues that rounding has made negative.
     """
 
-    def __init__(self, operator: Dense) -> None:
-        lu, self._pivots, info = torch.linalg.lu_factor_ex(operator.matrix)
+    def __init__(self, operator: Dense, damping: float = 0.0) -> None:
+        self.operator, self.damping = operator, damping
+        matrix = operator.matrix.to(torch.float64, copy=True)
+        matrix.diagonal().add_(damping)
+        if damping > 0.0 and operator.self_adjoint:
+            _check_noise(matrix, damping, operator.torch_dtype)
+        self._lu, self._pivots, info = torch.linalg.lu_factor_ex(matrix)
         if info.any():
             raise ValueError(
                 "inv: the matrix is singular. Add damping: (A + delta * Identity(n))."
             )
-        self.operator, self._lu = operator, lu
         super().__init__(operator.shape, operator.torch_dtype, operator.device)
 
     @property
@@ -141,11 +148,31 @@ class DenseInverse(TorchLinearOperator):
         """Whether the inverted matrix is symmetric."""
         return self.operator.self_adjoint
 
+    def log_abs_det(self) -> Tensor:
+        """Return the logarithm of the absolute determinant."""
+        return -self._lu.diagonal().abs().log().sum()
+
     def _multiply(self, X: Tensor) -> Tensor:
-        return torch.linalg.lu_solve(self._lu, self._pivots, X)
+        solution = torch.linalg.lu_solve(self._lu, self._pivots, X.double())
+        return solution.to(X.dtype)
 
     def _multiply_adjoint(self, X: Tensor) -> Tensor:
-        return torch.linalg.lu_solve(self._lu, self._pivots, X, adjoint=True)
+        solution = torch.linalg.lu_solve(
+            self._lu, self._pivots, X.double(), adjoint=True
+        )
+        return solution.to(X.dtype)
+
+
+def _check_noise(damped: Tensor, damping: float, dtype: torch.dtype) -> None:
+    """Raise an error if A + δ I is indefinite by the rounding of A alone."""
+    if not torch.linalg.cholesky_ex(damped).info.any():
+        return
+    evals = symmetric_eigenvalues(damped) - damping
+    if (without_noise(evals, dtype) >= 0.0).all():
+        raise ValueError(
+            f"damping: {damping:.3g} is below the rounding error of a matrix with norm "
+            f"{evals.abs().max():.3g} in {dtype}. Use a larger damping, or float64."
+        )
 
 
 class Adjoint(TorchLinearOperator):
@@ -240,12 +267,8 @@ class Product(TorchLinearOperator):
     @property
     def self_adjoint(self) -> bool:  # type: ignore[override]
         """Whether the product reads the same backwards, each factor transposed."""
-        return all(
-            left is right.T
-            or (isinstance(right, Adjoint) and right.parent is left)
-            or (isinstance(left, Adjoint) and left.parent is right)
-            for left, right in zip(self.factors, reversed(self.factors), strict=True)
-        )
+        pairs = zip(self.factors, reversed(self.factors), strict=True)
+        return all(_mirrored(left, right) for left, right in pairs)
 
     def _multiply(self, X: Tensor) -> Tensor:
         for factor in reversed(self.factors):
@@ -256,6 +279,22 @@ class Product(TorchLinearOperator):
         for factor in self.factors:
             X = factor.T.apply(X)
         return X
+
+
+def _mirrored(left: TorchLinearOperator, right: TorchLinearOperator) -> bool:
+    """Whether an operator is the adjoint of another, as far as nodes can tell."""
+    if isinstance(left, Adjoint):
+        return _same(left.parent, right)
+    return left is right.T or (isinstance(right, Adjoint) and _same(left, right.parent))
+
+
+def _same(left: TorchLinearOperator, right: TorchLinearOperator) -> bool:
+    """Whether operators are one node, or dense ones of one matrix in memory."""
+    if isinstance(left, Dense) and isinstance(right, Dense):
+        A, B = left.matrix, right.matrix
+        place, other = (A.data_ptr(), A.stride()), (B.data_ptr(), B.stride())
+        return left.shape == right.shape and A.dtype == B.dtype and place == other
+    return left is right
 
 
 def _as_tensor(array: Tensor | np.ndarray, name: str, ndim: int) -> Tensor:

@@ -79,6 +79,21 @@ def largest_eigenpairs(matrix: Tensor, k: int) -> tuple[Tensor, Tensor]:
         return _by_syevr(matrix, [len(matrix) - k, len(matrix) - 1])
 
 
+def without_noise(evals: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Eigenvalues, with zeros where rounding alone may have made them negative.
+
+    Rounding in a symmetric matrix of n rows moves its eigenvalues by up to about
+    max(10, √n) eps λ_max.
+
+    Args:
+        evals: ``[n]``, in any order.
+        dtype: What the matrix was rounded to, if not to that of the eigenvalues.
+    """
+    eps = torch.finfo(dtype or evals.dtype).eps
+    noise = max(10.0, len(evals) ** 0.5) * eps * evals.abs().max()
+    return torch.where((evals < 0.0) & (evals >= -noise), 0.0, evals)
+
+
 def _by_syevr(matrix: Tensor, chosen: list[int] | None = None) -> tuple[Tensor, Tensor]:
     found = scipy.linalg.eigh(matrix.numpy(), subset_by_index=chosen, driver="evr")
     evals, evecs = map(torch.from_numpy, found)
