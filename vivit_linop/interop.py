@@ -493,13 +493,13 @@ def _kronecker_blocks(results: Sequence[Left]) -> BlockDiagonal:
     blocks, indices, start = [], [], 0
     for number, result in enumerate(results):
         p = result.parameter
-        places = torch.arange(start, start + p.numel())
+        places = torch.arange(start, start + p.numel(), device="cpu")
         if _of_transpose(result, number):
             places = places.view(p.shape).transpose(0, 1).flatten()
         blocks.append(Kronecker(*(factor.detach() for factor in result.value)))
         indices.append(places.to(p.device))
         start += p.numel()
-    in_order = torch.equal(torch.cat(indices).cpu(), torch.arange(start))
+    in_order = torch.equal(torch.cat(indices).cpu(), torch.arange(start, device="cpu"))
     return BlockDiagonal(blocks, None if in_order else indices)
 
 

@@ -13,7 +13,9 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any, ParamSpec, TypeVar
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from vivit_linop.checkpoints import RECOMPUTED
 
@@ -273,3 +275,20 @@ def replayed(state: torch.Tensor) -> Iterator[None]:
             yield
         finally:
             torch.set_rng_state(before)
+
+
+def as_given(data: Any, dtype: torch.dtype | None = None) -> Tensor:
+    """Return a tensor as it is, and a tensor on the CPU of anything else.
+
+    ``torch.as_tensor`` alone would move both to the caller's default device.
+
+    Args:
+        data: A tensor, an array, or numbers.
+        dtype: That of numbers without one.
+    """
+    if isinstance(data, Tensor):
+        return data
+    numbers = torch.as_tensor(data, device="cpu")
+    if dtype is None or isinstance(data, np.ndarray) or numbers.is_complex():
+        return numbers
+    return torch.as_tensor(data, dtype=dtype, device="cpu")

@@ -14,7 +14,7 @@ from vivit_linop.analysis.directional import (
 )
 from vivit_linop.curvature.ggn import GGNFactor
 from vivit_linop.linalg.eigenpairs import Eigenpairs, GramEigenpairs
-from vivit_linop.modes import ordinary_mode
+from vivit_linop.modes import as_given, ordinary_mode
 from vivit_linop.operators.base import TorchLinearOperator
 from vivit_linop.risk.empirical import EmpiricalRisk
 
@@ -120,7 +120,7 @@ def evaluated_damping(
     evals = directions.eigenvalues
     # The function may write into what it is given.
     given = evals.clone(), gram_evecs().clone(), gammas.clone(), lambdas.clone()
-    result = torch.as_tensor(damping(*given))
+    result = as_given(damping(*given), evals.dtype)
     if result.is_complex():
         raise TypeError(f"damping: must be real, the function returned {result.dtype}.")
     result = result.to(evals)

@@ -77,7 +77,7 @@ class Capture:
             batch: Its number.
         """
         if count < n:
-            index = torch.arange(count)
+            index = torch.arange(count, device="cpu")
             try:
                 few = cls(risk, take(X, index, risk.by_sample), count)
                 risk.check_outputs(batch, few.output.detach(), index)
@@ -272,7 +272,12 @@ class Capture:
         """
         n = self.num_samples
         generator = torch.Generator().manual_seed(0)
-        noise = torch.randn(self.output.shape, generator=generator).to(self.output)
+        noise = torch.randn(
+            self.output.shape,
+            generator=generator,
+            dtype=self.output.dtype,
+            device="cpu",
+        ).to(self.output)
         possible = [candidates(use, n) for use in self.uses]
         pending = list(range(len(self.uses)))
         for sample in reversed(range(n)):

@@ -93,7 +93,9 @@ def _weights(sizes: Mapping[str, Tensor], cotangents: Tensor) -> Tensor:
         cotangents: The norms of what is pulled back, ``[n, R]``.
     """
     generator = torch.Generator().manual_seed(2)
-    draws = torch.rand(2, *cotangents.shape, generator=generator, dtype=torch.float64)
+    draws = torch.rand(
+        2, *cotangents.shape, generator=generator, dtype=torch.float64, device="cpu"
+    )
     drawn = ((1.0 + draws[0]) * (draws[1] - 0.5).sign()).to(cotangents)
     scale, eps = torch.zeros_like(cotangents), torch.finfo(cotangents.dtype)
     for size in sizes.values():

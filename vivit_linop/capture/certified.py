@@ -96,7 +96,9 @@ class CertifiedColumns:
             return
         generator = torch.Generator().manual_seed(3)
         n, _, R = cotangents.shape
-        mixing = torch.randn(n, R, 1, generator=generator).to(cotangents)
+        mixing = torch.randn(
+            n, R, 1, generator=generator, dtype=cotangents.dtype, device="cpu"
+        ).to(cotangents)
         norms = torch.linalg.vector_norm(cotangents, dim=1).unsqueeze(2)
         mixing = torch.where(norms > 0.0, mixing / norms, 0.0)
         self.certify_layers(cotangents @ mixing, names)
@@ -203,7 +205,9 @@ def _find_structure(risk: EmpiricalRisk, count: int) -> Structure:
     X, y = next(risk.batches())
     few, structure = Capture.of_few(risk, X, len(y), count), Structure()
     generator = torch.Generator().manual_seed(1)
-    noise = torch.randn(*few.output.shape, 1, generator=generator).to(few.output)
+    noise = torch.randn(
+        *few.output.shape, 1, generator=generator, dtype=few.output.dtype, device="cpu"
+    ).to(few.output)
     certified = CertifiedColumns(risk, X, few, structure)
     certified.certify_layers(noise, set(risk.params))
     return structure

@@ -70,7 +70,12 @@ def _layer_costs(risk: EmpiricalRisk, width: int) -> list[LayerCost]:
     variant = structure.fitting(capture.uses, capture.num_samples) or capture.find()
     opaque = structure.opaque | capture.opaque | variant.unknown
     generator = torch.Generator().manual_seed(0)
-    noise = torch.randn(capture.output.shape, generator=generator).to(capture.output)
+    noise = torch.randn(
+        capture.output.shape,
+        generator=generator,
+        dtype=capture.output.dtype,
+        device="cpu",
+    ).to(capture.output)
     columns = capture.columns(
         noise.unsqueeze(2), variant, set(risk.params) - opaque, compact=False
     )

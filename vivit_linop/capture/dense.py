@@ -71,7 +71,7 @@ def one_by_one(
     columns: list[list[Tensor]] = [[] for _ in parameters]
     with as_guest(risk.device):
         for index, weights in enumerate(cotangents.mT):
-            sample = take(X, torch.tensor([index]), risk.by_sample)
+            sample = take(X, torch.tensor([index], device="cpu"), risk.by_sample)
             output = risk.model({**fixed, **params}, sample).reshape(-1)
             for w in weights:
                 gradients = _gradients(output, parameters, w)

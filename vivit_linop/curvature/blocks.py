@@ -123,7 +123,7 @@ def block_diagonal(op: LowRank, blocks: ParameterBlocks) -> BlockDiagonal:
 
 def places_of(risk: EmpiricalRisk, groups: Sequence[Sequence[str]]) -> list[Tensor]:
     """Return the numbers of the rows of groups of parameters."""
-    rows = torch.arange(risk.num_params).split(risk.sizes)
+    rows = torch.arange(risk.num_params, device="cpu").split(risk.sizes)
     places = dict(zip(risk.params, rows, strict=True))
     return [
         torch.cat([places[name] for name in group]).to(risk.device) for group in groups

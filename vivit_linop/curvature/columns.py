@@ -174,7 +174,7 @@ class Columns:
         one = Capture.of_few(self._risk, X, n, 1, batch)
         # Then only, if the net runs on whole batches only.
         if one.num_samples == n:
-            return [torch.arange(n)]
+            return [torch.arange(n, device="cpu")]
         opaque = find_structure(self._risk).opaque
         per_sample = one.bytes_per_sample(self._width, opaque) + self._formed_bytes
         size = max(1, self._memory // _PIECES // per_sample)
@@ -182,7 +182,7 @@ class Columns:
             # One pass is not better than several that stay near the caches.
             near = _SIGNAL_BYTES // max(1, one.largest_signal)
             size = min(size, max(near, _FEW_SAMPLES))
-        return torch.arange(n).tensor_split(math.ceil(n / size))
+        return torch.arange(n, device="cpu").tensor_split(math.ceil(n / size))
 
     def _pieces(
         self,

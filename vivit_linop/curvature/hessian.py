@@ -130,7 +130,9 @@ class Hessian(TorchLinearOperator):
     def _check_symmetry(self) -> None:
         """Raise an error if ⟨x, H y⟩ and ⟨y, H x⟩ differ."""
         generator = torch.Generator().manual_seed(0)
-        noise = torch.randn(self.shape[0], 2, generator=generator, dtype=torch.float64)
+        noise = torch.randn(
+            self.shape[0], 2, generator=generator, dtype=torch.float64, device="cpu"
+        )
         X = noise.to(self.device, self.torch_dtype)
         image = self._block_product(range(len(self.risk.sizes)), X)
         products = X.T @ image
@@ -354,7 +356,7 @@ cpu>]
         """Raise an error if some entries are not those of products."""
         D = self.shape[0]
         generator = torch.Generator().manual_seed(0)
-        some = torch.randperm(D, generator=generator)[:4].to(found.device)
+        some = torch.randperm(D, generator=generator, device="cpu")[:4].to(found.device)
         entries = torch.cat([found.abs().argmax().unsqueeze(0), some])
         unit = torch.zeros(D, len(entries), dtype=found.dtype, device=found.device)
         unit[entries, torch.arange(len(entries), device=found.device)] = 1.0
@@ -373,7 +375,12 @@ cpu>]
         unit = torch.eye(D, dtype=self.torch_dtype, device=self.device)
         try:
             # Along one random direction all samples together are the Hessian's.
-            noise = torch.randn(D, generator=torch.Generator().manual_seed(0))
+            noise = torch.randn(
+                D,
+                generator=torch.Generator().manual_seed(0),
+                dtype=self.torch_dtype,
+                device="cpu",
+            )
             x = noise.to(unit).unsqueeze(1)
             total = self._second_derivatives(x).sum() * risk.reduction_factor
             expected = (x * self.apply(x)).sum()
@@ -397,7 +404,7 @@ cpu>]
         for (X, y), targets in zip(risk.batches(), risk.targets(), strict=True):
             for n in range(len(y)):
                 with as_guest(risk.device):
-                    sample = take(X, torch.tensor([n]), risk.by_sample)
+                    sample = take(X, torch.tensor([n], device="cpu"), risk.by_sample)
                     output = risk.model(risk.params, sample)
                     total = risk.loss.total(output, targets[n : n + 1]) * factor
                     gradient = self._gradient_of(total)

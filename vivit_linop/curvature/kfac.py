@@ -309,7 +309,7 @@ class _KroneckerSums(Total):
     def _add_factors(self, name: str, columns: KhatriRaoColumns, again: bool) -> None:
         order = None
         if isinstance(columns, TransposedConvolutionColumns):
-            order = columns.by_outputs(torch.arange(columns.numel))
+            order = columns.by_outputs(torch.arange(columns.numel, device="cpu"))
         columns = _at_outputs(columns)
         B = columns.cotangent_sums(self._sharing != "expand")
         before = self.factors.get(name)
@@ -394,7 +394,7 @@ def _numbers(risk: EmpiricalRisk, name: str) -> Tensor:
     """The numbers of the rows of a parameter."""
     place = list(risk.params).index(name)
     start = sum(risk.sizes[:place])
-    return torch.arange(start, start + risk.sizes[place])
+    return torch.arange(start, start + risk.sizes[place], device="cpu")
 
 
 def _symmetric(matrix: Tensor) -> Tensor:

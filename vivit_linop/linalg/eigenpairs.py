@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vivit_linop.modes import ordinary_mode
+from vivit_linop.modes import as_given, ordinary_mode
 from vivit_linop.operators import verbs
 from vivit_linop.operators.base import TorchLinearOperator
 from vivit_linop.operators.lowrank import LowRank
@@ -166,7 +166,7 @@ class Eigendecomposition(ABC):
 
     def default(self) -> Tensor:
         """The indices of the pairs that are wanted if nothing is said: all."""
-        return torch.arange(self.count)
+        return torch.arange(self.count, device="cpu")
 
     def choose(
         self,
@@ -182,7 +182,7 @@ class Eigendecomposition(ABC):
         if k is not None:
             self.check_k(k)
             self._check_rest(k)
-            indices = torch.arange(self.count - int(k), self.count)
+            indices = torch.arange(self.count - int(k), self.count, device="cpu")
         elif select is not None:
             if not callable(select):
                 raise TypeError(
@@ -440,11 +440,11 @@ def gram_rounding_error(eigenvalues: Tensor, count: int) -> float:
 def checked_indices(indices: Any, count: int) -> Tensor:
     """Turn what a criterion returned into indices, or say what is wrong with it."""
     try:
-        given = torch.as_tensor(indices).detach().cpu()
+        given = as_given(indices).detach().cpu()
     except (TypeError, ValueError, RuntimeError):
-        given = torch.tensor(torch.nan)  # no indices of any kind
+        given = torch.tensor(torch.nan, device="cpu")  # no indices of any kind
     if given.ndim == 1 and given.numel() == 0:
-        return torch.empty(0, dtype=torch.long)
+        return torch.empty(0, dtype=torch.long, device="cpu")
     if given.dtype == torch.bool and given.shape == (count,):
         return given.nonzero().squeeze(1)
     if given.ndim != 1 or given.is_floating_point() or given.dtype == torch.bool:

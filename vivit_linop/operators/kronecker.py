@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vivit_linop.modes import as_given
 from vivit_linop.operators.base import (
     TorchLinearOperator,
     common_device,
@@ -50,7 +51,7 @@ class BlockDiagonal(TorchLinearOperator):
         self.blocks = _settled([as_operator(block) for block in blocks])
         self.indices = None
         if indices is not None:
-            self.indices = [torch.as_tensor(index) for index in indices]
+            self.indices = [as_given(index) for index in indices]
         rows = sum(block.shape[0] for block in self.blocks)
         columns = sum(block.shape[1] for block in self.blocks)
         if self.indices is not None:
@@ -289,7 +290,7 @@ def _check_partition(
                 f"{tuple(block.shape)}."
             )
     together = torch.cat([index.cpu() for index in indices]).sort().values
-    if not torch.equal(together, torch.arange(len(together))):
+    if not torch.equal(together, torch.arange(len(together), device="cpu")):
         raise ValueError(
             f"indices: together they must number range({len(together)}) once."
         )

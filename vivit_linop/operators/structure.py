@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vivit_linop.modes import as_given
 from vivit_linop.operators.base import (
     TorchLinearOperator,
     common_device,
@@ -309,7 +310,7 @@ def _as_tensor(array: Tensor | np.ndarray, name: str, ndim: int) -> Tensor:
             or min(array.strides, default=0) < 0
         ):
             array = array.astype(native)
-    tensor = torch.as_tensor(array).detach()
+    tensor = as_given(array).detach()
     if tensor.ndim != ndim:
         raise ValueError(f"{name}: needs {ndim} axes, got shape {list(tensor.shape)}.")
     if not tensor.dtype.is_floating_point:

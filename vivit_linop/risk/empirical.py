@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from vivit_linop.modes import ordinary_mode, replayed
+from vivit_linop.modes import as_given, ordinary_mode, replayed
 from vivit_linop.risk import fingerprint
 from vivit_linop.risk.checks import check_independent, checked_outputs, same_outputs
 from vivit_linop.risk.data import (
@@ -393,7 +393,7 @@ class EmpiricalRisk:
             >>> risk.subset([0, 5]).num_samples
             2
         """
-        given = torch.as_tensor(indices, device="cpu")
+        given = as_given(indices)
         if given.numel() == 0:
             raise ValueError("indices: is empty, a subset has at least one sample.")
         if given.ndim != 1 or given.is_floating_point() or given.dtype == torch.bool:

@@ -270,7 +270,9 @@ class Linearization:
         """Random x ``[D]`` and u ``[n C]``."""
         generator = torch.Generator().manual_seed(seed)
         u, x = (
-            torch.randn(size, generator=generator, dtype=self._dtype).to(self.device)
+            torch.randn(size, generator=generator, dtype=self._dtype, device="cpu").to(
+                self.device
+            )
             for size in (self.outputs.numel(), sum(self._sizes))
         )
         return x, u

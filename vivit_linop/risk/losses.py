@@ -81,7 +81,7 @@ class OutputLoss(ABC):
         result = f.new_empty(n, width)
         for part in torch.arange(width, device=f.device).split(_UNIT_COLUMNS):
             unit = f.new_zeros(n, width, len(part))
-            unit[:, part, torch.arange(len(part))] = 1.0
+            unit[:, part, torch.arange(len(part), device=f.device)] = 1.0
             product = self.hessian_product(
                 output, target, unit.view(*f.shape, len(part))
             )
@@ -507,7 +507,9 @@ class AutogradLoss(OutputLoss):
             return False
         f = self.channels(output)
         generator = torch.Generator().manual_seed(0)
-        x = torch.randn(*f.shape, 1, generator=generator).to(f)
+        x = torch.randn(
+            *f.shape, 1, generator=generator, dtype=f.dtype, device="cpu"
+        ).to(f)
         together = self.hessian_product(output, target, x)[mask]
         alone = self.hessian_product(output[mask], target[mask], x[mask])
         tolerance = torch.finfo(f.dtype).eps ** 0.5
