@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from benchmarks import (
+    certificates,
     directions,
     inverses,
     preconditioners,
@@ -43,6 +44,7 @@ SUITES: dict[str, Suite] = {
     "preconditioners": preconditioners.SUITE,
     "quantities": quantities.SUITE,
     "vivit": vivit_dropin.SUITE,
+    "certificates": certificates.SUITE,
 }
 RESULTS = Path(__file__).parent / "results"
 NOTHING = "nothing"  # the case whose memory is that of the libraries, net and data

@@ -69,7 +69,7 @@ class Certificate:
         spread = self.weights.numel() ** 0.5
         share = self._shares.get(name, self._whole.new_zeros(()))
         accuracy = 10 * eps**0.5 * spread if lenient else 100 * eps**0.75
-        tolerated = accuracy * share + 10 * eps * spread * (share + self._whole)
+        tolerated = accuracy * share + eps * spread * (10 * share + 50 * self._whole)
         with torch.no_grad():
             if name in self._columns:
                 difference = self._columns[name].combination(self.weights)
