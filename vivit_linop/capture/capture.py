@@ -155,7 +155,9 @@ class Capture:
         return [
             Kept(use, Layout(layout, self.num_samples))
             for use, layout in zip(self.uses, variant.layouts, strict=True)
-            if layout is not None and not names.isdisjoint(use.names)
+            if layout is not None
+            and use.output_shape.numel()  # else its columns are zero
+            and not names.isdisjoint(use.names)
         ]
 
     def _signals(

@@ -32,6 +32,8 @@ _SYMMETRIC_LEAF, _SYMMETRIC_PAIRS_LEAF = 96, 300
 _OUTER_BYTES = 16 * 2**20
 # The inputs of how many samples are multiplied together.
 _TOGETHER = 4
+# Sums over so many columns lose no digits that matter.
+_SHORT_SUM = 1024
 # Temporaries that are read again right away should still be in a cache.
 _WORKING_SET = 8 * 2**20
 
@@ -161,8 +163,16 @@ class DenseColumns(LayerColumns):
         return norms.view(self.num_samples, self.width)
 
     def combination(self, weights: Tensor) -> Tensor:
-        """By one matrix product."""
-        return weights.reshape(-1) @ self._rows
+        """Some columns at a time: rounding errors of long sums would grow."""
+        pairs = zip(
+            weights.reshape(-1).split(_SHORT_SUM),
+            self._rows.split(_SHORT_SUM),
+            strict=True,
+        )
+        total = weights.new_zeros(self.numel)
+        for few, rows in pairs:
+            total += few @ rows
+        return total
 
     def images(self, rows: Tensor) -> Tensor:
         """By one matrix product."""
