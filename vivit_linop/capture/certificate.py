@@ -56,8 +56,8 @@ class Certificate:
         """Return how far a parameter's columns are off, in units of what is tolerated.
 
         Rounding errors of two ways to one sum grow with the root of the number of
-        columns, and are those of all parameters, where a parameter's own columns
-        cancel. Ways to a single column differ by ε^¾ at most if the net is well
+        columns, and are those of all parameters where a parameter's own columns cancel.
+        Ways to a single column differ by about ε^¾ at most if the net is well
         conditioned, by √ε otherwise.
 
         Args:
@@ -68,8 +68,11 @@ class Certificate:
         eps = torch.finfo(self.weights.dtype).eps
         spread = self.weights.numel() ** 0.5
         share = self._shares.get(name, self._whole.new_zeros(()))
-        accuracy = 10 * eps**0.5 * spread if lenient else 100 * eps**0.75
-        tolerated = accuracy * share + eps * spread * (10 * share + 50 * self._whole)
+        if lenient:
+            tolerated = 10 * eps**0.5 * spread * (share + self._whole)
+        else:
+            tolerated = 100 * eps**0.75 * share
+            tolerated += spread * (10 * eps * share + eps**0.75 * self._whole)
         with torch.no_grad():
             if name in self._columns:
                 difference = self._columns[name].combination(self.weights)
