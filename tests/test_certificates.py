@@ -343,6 +343,65 @@ def test_derivatives_inside(forward: Any) -> None:
     check(net, torch.randn(N, 2).double(), torch.randn(N, 2).double())
 
 
+# Embeddings ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [nn.Embedding, nn.EmbeddingBag])
+def test_embeddings_that_scale_gradients(kind: Any) -> None:
+    # What torch scales by how often a row is looked up in a batch is no derivative.
+    def net(**options: Any) -> nn.Module:
+        torch.manual_seed(0)
+        return Lambda(
+            lambda m, x: m.o(torch.tanh(m.e(x)).reshape(len(x), -1, 3).mean(1)),
+            e=kind(5, 3, **options),
+            o=nn.Linear(3, 3),
+        ).double()
+
+    scaled = net(scale_grad_by_freq=True)
+    X, y = torch.randint(2, (N, 4)), torch.randint(3, (N,))
+    _, U, G = matrices(net(), X, y)
+    risk = vl.EmpiricalRisk(scaled, nn.CrossEntropyLoss(), (X, y))
+    x = torch.randn(len(G), dtype=torch.float64)
+    assert close(vl.PerSampleGradients(risk).to_dense(), U)
+    assert close(vl.GGN(risk) @ x, G @ x) and close(
+        vl.GGN(risk).diagonal(), G.diagonal()
+    )
+    assert close(risk.gradient(), U.mean(1))
+    assert scaled.e.scale_grad_by_freq
+
+
+def test_a_call_that_scales_gradients() -> None:
+    net = Lambda(
+        lambda m, x: F.embedding(x, m.w, scale_grad_by_freq=True).sum(1),
+        w=parameter(5, 3),
+    )
+    risk = vl.EmpiricalRisk(
+        net, nn.CrossEntropyLoss(), (torch.randint(5, (N, 4)), torch.randint(3, (N,)))
+    )
+    with pytest.raises(ValueError, match=r"^model: .*scale_grad_by_freq"):
+        vl.GGN(risk).diagonal()
+
+
+@pytest.mark.parametrize("length", [N, 4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_norm_of_one_feature(length: int, dtype: torch.dtype) -> None:
+    # It is constant, and what its backward pass leaves is rounding times 1/√eps.
+    net = Lambda(
+        lambda m, x: m.o(m.n(m.a(x)).squeeze(2)),
+        a=nn.Linear(1, 1),
+        n=nn.LayerNorm(1),
+        o=nn.Linear(length, 3),
+    ).to(dtype)
+    nn.init.normal_(net.n.bias)
+    X, y = torch.randn(N, length, 1, dtype=dtype), torch.randint(3, (N,))
+    _, U, G = matrices(net, X, y)
+    risk = vl.EmpiricalRisk(net, nn.CrossEntropyLoss(), (X, y))
+    tolerance = 100 * torch.finfo(dtype).eps ** 0.75
+    assert close(vl.PerSampleGradients(risk).to_dense(), U, tolerance)
+    assert close(vl.GGN(risk).diagonal(), G.diagonal(), tolerance)
+    assert close(vl.GGN(risk).to_dense(), G, tolerance)
+
+
 # Layers that share cotangents, or do not ----------------------------------------------
 
 

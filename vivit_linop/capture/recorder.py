@@ -69,7 +69,10 @@ _SIGNATURES: dict[Callable[..., Any], tuple[str, str]] = {
     F.conv_transpose1d: _CONV_TRANSPOSE,
     F.conv_transpose2d: _CONV_TRANSPOSE,
     F.conv_transpose3d: _CONV_TRANSPOSE,
-    F.embedding: ("embedding", "input weight padding_idx max_norm"),
+    F.embedding: (
+        "embedding",
+        "input weight padding_idx max_norm norm_type scale_grad_by_freq",
+    ),
     F.layer_norm: ("layer_norm", "input normalized_shape weight bias eps"),
     F.rms_norm: ("rms_norm", "input normalized_shape weight eps"),
     F.group_norm: ("group_norm", "input num_groups weight bias eps"),
@@ -231,6 +234,11 @@ class Recorder(TorchFunctionMode):
             if rewritten is None:
                 return None
             kind, arguments = rewritten
+        if arguments.get("scale_grad_by_freq"):
+            raise ValueError(
+                "model: calls F.embedding with scale_grad_by_freq=True, whose backward "
+                "pass gives no derivatives; leave that out, the outputs are the same."
+            )
         if not isinstance(arguments.get("input"), Tensor):
             return None
         # A norm over the batch, or an embedding that renormalises, mixes samples. In

@@ -59,6 +59,7 @@ class PrivateModule:
             other=self._constant,
         )
         self.module, self._predict = copies.of((model, predict))
+        _differentiate_embeddings(self.module)
         # Kept until the first evaluation has shown whether they are needed.
         self._originals: Pairs | None = copies.modules
         self._settled = self._reentrant = False
@@ -226,3 +227,10 @@ def _call_arguments(X: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if isinstance(X, Mapping):
         return (), dict(X)
     return (X if isinstance(X, tuple) else (X,)), {}
+
+
+def _differentiate_embeddings(module: nn.Module) -> None:
+    """Let embeddings have derivatives, not those over how often a row is looked up."""
+    for part in module.modules():
+        if isinstance(part, (nn.Embedding, nn.EmbeddingBag)):
+            part.scale_grad_by_freq = False
