@@ -7,7 +7,6 @@ public. They are imported when they are needed, not with this package.
 from __future__ import annotations
 
 import contextlib
-import copy
 import inspect
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -23,6 +22,7 @@ from vivit_linop.operators.base import TorchLinearOperator
 from vivit_linop.operators.kronecker import BlockDiagonal, Kronecker
 from vivit_linop.operators.structure import Dense, Diagonal
 from vivit_linop.operators.verbs import damped_inv
+from vivit_linop.risk.copies import Copies
 from vivit_linop.risk.empirical import EmpiricalRisk
 
 # SciPy ----------------------------------------------------------------------------
@@ -545,7 +545,7 @@ def _module_and_loss(risk: EmpiricalRisk, what: str) -> tuple[nn.Module, nn.Modu
     module = risk.model.copied_module(risk.params)
     if module is None:
         raise ValueError(f"model: {what} needs an nn.Module, got a function.")
-    return module, copy.deepcopy(source)
+    return module, Copies(()).of(source)
 
 
 def _check_layers(module: nn.Module, what: str) -> None:

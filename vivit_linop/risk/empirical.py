@@ -158,9 +158,10 @@ class EmpiricalRisk:
         self._check = check
         self.progress = progress
         self._check_data = check_data and not isinstance(data, (list, tuple))
+        function = FunctionalModel(model, params, predict)
         self._setup(
-            FunctionalModel(model, params, predict),
-            as_output_loss(loss, reduction, check),
+            function,
+            as_output_loss(loss, reduction, check, function.originals(model)),
             as_batches(data),
             memory,
         )

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from vivit_linop.risk.copies import Copies
 from vivit_linop.risk.elementwise import (
     BinaryCrossEntropy,
     GaussianNLL,
@@ -21,21 +24,34 @@ from vivit_linop.risk.losses import (
     LossCallable,
     NegativeLogLikelihood,
     OutputLoss,
+    leaves_of,
+    parts_of,
+    uses_parameters,
 )
 
 
-def as_output_loss(loss: Any, reduction: str | None, check: bool = True) -> OutputLoss:
+def as_output_loss(
+    loss: Any,
+    reduction: str | None,
+    check: bool = True,
+    parameters: Sequence[Tensor] = (),
+) -> OutputLoss:
     """Find what a user's loss is.
+
+    It stays as it is now: a module, or a function that leads to modules and tensors, is
+    copied with these.
 
     Args:
         loss: A ``torch.nn`` loss or a callable.
         reduction: What the user says it is; needed for a callable without the
             attribute.
         check: Whether to check that a loss without a closed form is a sum over samples.
+        parameters: Those of the user's model, which it must not use.
 
     Raises:
         TypeError: If it cannot be called.
-        ValueError: If its reduction is missing, contradictory or ``"none"``.
+        ValueError: If its reduction is missing, contradictory or ``"none"``; if it
+            holds what was computed from parameters of the model.
     """
     if not callable(loss):
         raise TypeError(
@@ -72,9 +88,35 @@ def as_output_loss(loss: Any, reduction: str | None, check: bool = True) -> Outp
             "'sum'. For a function, say which it is: EmpiricalRisk(…, "
             "reduction='mean')."
         )
-    result = _output_loss(loss, reduction, name, check)
-    result.source = loss
+    frozen, own = _frozen(loss, name, parameters)
+    result = _output_loss(frozen, reduction, name, check)
+    if isinstance(result, AutogradLoss):
+        result.watch(parameters, own)
+    elif isinstance(frozen, nn.Module) and parts_of(frozen.buffers(), parameters):
+        raise uses_parameters(name)
+    result.source = frozen
     return result
+
+
+def _frozen(
+    loss: Any, name: str, parameters: Sequence[Tensor]
+) -> tuple[Any, list[Tensor]]:
+    """Copy a loss, and return the copies of tensors that are in it."""
+    own: list[Tensor] = []
+
+    def freeze(tensor: Tensor) -> Tensor:
+        if parts_of(leaves_of(tensor), parameters):
+            raise uses_parameters(name)
+        own.append(tensor.detach().clone())
+        return own[-1]
+
+    if isinstance(loss, nn.Module) and any(
+        isinstance(part, torch.jit.ScriptModule) for part in loss.modules()
+    ):
+        return loss, own
+    copies = Copies(((p, p) for p in parameters), other=freeze, frozen=True)
+    with torch.inference_mode(False):
+        return copies.of(loss), own
 
 
 def _output_loss(loss: Any, reduction: str, name: str, check: bool) -> OutputLoss:

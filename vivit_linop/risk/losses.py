@@ -9,13 +9,14 @@ loss that couples nothing has one channel.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from vivit_linop.risk.copies import Watch
 from vivit_linop.risk.draws import Draws, categories
 
 LossCallable = Callable[[Tensor, Tensor], Tensor]
@@ -427,6 +428,18 @@ class AutogradLoss(OutputLoss):
     ) -> None:
         super().__init__(reduction)
         self.function, self.name, self._check_sum = function, name, check_sum
+        self._parameters: list[Tensor] | None = None
+        self._own: list[Tensor] = []
+        self._outside: list[tuple[Tensor, Tensor]] = []
+
+    def watch(self, parameters: Sequence[Tensor], own: Sequence[Tensor]) -> None:
+        """Let the next check see which tensors the loss uses.
+
+        Args:
+            parameters: Those of the model, which are refused.
+            own: Those that nobody else has. Others must stay what they are.
+        """
+        self._parameters, self._own = list(parameters), list(own)
 
     def channels(self, output: Tensor) -> Tensor:
         """All outputs of a sample may be coupled."""
@@ -442,6 +455,7 @@ class AutogradLoss(OutputLoss):
                     f"loss: {self.name} must return a scalar tensor, got {shape}. Use "
                     "reduction='mean' or 'sum'."
                 )
+            self._look_outside(output, target)
             if not self._check_sum:
                 return
             whole = self.total(output, target)
@@ -462,6 +476,33 @@ class AutogradLoss(OutputLoss):
                         "has, a torch.nn loss for weights and ignored targets, or a "
                         "loss that does not mix samples."
                     )
+
+    def _look_outside(self, output: Tensor, target: Tensor) -> None:
+        """Find what the loss uses beside outputs and targets, once."""
+        if self._parameters is None:
+            return
+        output = output.detach()
+        with torch.enable_grad(), Watch() as watch:
+            value = self.function(output, target)
+        used = [*watch.used.values(), *leaves_of(value)]
+        if parts_of(used, self._parameters):
+            raise uses_parameters(self.name)
+        known = {id(tensor) for tensor in (output, target, *self._own)}
+        self._outside = [
+            (t, t.detach().clone())
+            for t in {id(t): t for t in used if id(t) not in known}.values()
+        ]
+        self._parameters, self._own = None, []
+
+    def _check_outside(self) -> None:
+        """Raise a ``ValueError`` if others have changed what the loss uses."""
+        for tensor, before in self._outside:
+            if not torch.equal(tensor.detach(), before):
+                raise ValueError(
+                    f"loss: {self.name} uses a tensor {list(before.shape)} that is not "
+                    "its own, and that has changed since the risk was built. Make it "
+                    "an attribute of a loss that is an nn.Module, or build a new risk."
+                )
 
     def _value(self, output: Tensor, target: Tensor) -> Any:
         try:
@@ -521,6 +562,7 @@ class AutogradLoss(OutputLoss):
 
     def total(self, output: Tensor, target: Tensor) -> Tensor:
         """Undo the mean."""
+        self._check_outside()
         factor = len(output) if self.reduction == "mean" else 1
         return factor * self.function(output, target).reshape(())
 
@@ -578,6 +620,38 @@ class AutogradLoss(OutputLoss):
             )
         roots = evecs * evals.clamp(min=0.0).sqrt().unsqueeze(1)
         return roots.unsqueeze(-1)
+
+
+def leaves_of(tensor: Tensor) -> list[Tensor]:
+    """The tensors that require grad, and that a tensor was computed from."""
+    if tensor.grad_fn is None:
+        return [tensor] if tensor.requires_grad else []
+    found, todo, seen = [], [tensor.grad_fn], {None, tensor.grad_fn}
+    while todo:
+        node: Any = todo.pop()
+        if hasattr(node, "variable"):
+            found.append(node.variable)
+        following = [n for n, _ in node.next_functions if n not in seen]
+        todo += following
+        seen.update(following)
+    return found
+
+
+def parts_of(tensors: Iterable[Any], whole: Sequence[Tensor]) -> list[Tensor]:
+    """Return those of some tensors that are among others, by identity."""
+    known = {id(tensor) for tensor in whole}
+    return [tensor for tensor in tensors if id(tensor) in known]
+
+
+def uses_parameters(name: str) -> ValueError:
+    """Of a loss that is not a function of the outputs alone."""
+    return ValueError(
+        f"loss: {name} uses parameters of the model, so it is no function of its "
+        "outputs alone, and derivatives would miss that part. Give the loss without "
+        "it. A regulariser τ/2 ‖θ‖² is added to operators as vl.GGN(risk) + "
+        "τ * vl.Identity(D), another one by its curvature as + vl.Diagonal(…), and "
+        "to risk.value() and risk.gradient() by hand."
+    )
 
 
 def copied_weight(weight: Tensor | None) -> Tensor | None:

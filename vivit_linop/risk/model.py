@@ -117,6 +117,15 @@ class FunctionalModel:
         """The module at θ, a copy that is the risk's; None for a function."""
         return None if self._private is None else self._private.module
 
+    def originals(self, model: nn.Module | ModelFunction) -> list[Tensor]:
+        """Return the user's parameters, whose values were copied.
+
+        Args:
+            model: What the user gave.
+        """
+        own = list(model.parameters()) if isinstance(model, nn.Module) else []
+        return [*own, *self.owners.values()]
+
     def __call__(self, params: Params, X: Any) -> Tensor:
         """Return the outputs, ``[n, …]``."""
         if self._private is not None:
