@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import collections
-import copy
 import functools
-import threading
 import types
 from collections.abc import Callable
 from typing import Any
@@ -13,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 from torch.nn.utils.parametrize import register_parametrization
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
@@ -374,9 +371,7 @@ NETS: dict[str, Callable[[], nn.Module]] = {
     "hook and module share a cache": hook_and_module_share_a_cache,
     "counts calls": counts_calls,
     "compiled part": compiled_part,
-    **{
-        f"checkpoint, {name}": checkpointed(run) for name, run in CHECKPOINTED.items()
-    },
+    **{f"checkpoint, {name}": checkpointed(run) for name, run in CHECKPOINTED.items()},
 }
 
 

@@ -18,6 +18,7 @@ from scipy.sparse.linalg import LinearOperator, aslinearoperator
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
+from vivit_linop.modes import ordinary_mode
 from vivit_linop.operators.base import TorchLinearOperator
 from vivit_linop.operators.kronecker import BlockDiagonal, Kronecker
 from vivit_linop.operators.structure import Dense, Diagonal
@@ -323,6 +324,7 @@ def _layers(module: nn.Module) -> dict[int, nn.Module]:
     return {id(p): part for part in module.modules() for p in part.parameters(False)}
 
 
+@ordinary_mode()
 def backpack_results(
     risk: EmpiricalRisk, extension: Any, memory: int | None = None
 ) -> list[Left]:
@@ -364,7 +366,6 @@ def backpack_results(
 
     try:
         with (
-            torch.inference_mode(False),
             torch.enable_grad(),
             _default_dtype(risk.dtype),
             warnings.catch_warnings(),

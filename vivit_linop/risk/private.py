@@ -30,7 +30,7 @@ Pairs = list[tuple[nn.Module, nn.Module]]
 
 # Of random directions, when derivatives are checked against differences of outputs.
 _DIRECTIONS = 4
-_TOLERANCE = 0.05
+_TOLERANCE = 0.02
 
 
 class PrivateModule:
@@ -79,18 +79,24 @@ class PrivateModule:
         """Return the outputs for X with some of the tensors replaced."""
         if self._settled:
             return self._evaluate(params, X)
-        unwanted = {**self._outside, **self._stale}
-        with RECOMPUTED, Watch(unwanted) as watch:
-            output = self._evaluate(params, X)
+        originals = self._originals or []
+        states = [dict(original.__dict__) for original, _ in originals]
+        with RECOMPUTED, Watch({**self._outside, **self._stale}) as watch:
+            try:
+                output = self._evaluate(params, X)
+            finally:
+                escaped = watch.used.keys() & self._outside.keys()
+                if escaped:  # what this evaluation has left there
+                    for (original, _), state in zip(originals, states, strict=True):
+                        object.__setattr__(original, "__dict__", state)
         self._reentrant = RECOMPUTED.seen_here()
         self._refuse_stale(watch)
-        if watch.used.keys() & self._outside.keys():
-            self._settled = True
-            self._certify(params, X, watch)
+        self._settled = True
+        if escaped:
+            self._certify(params, X, [self._outside[key] for key in escaped])
             output = self._evaluate(params, X)
         else:
             self._originals = None
-        self._settled = True
         self._outside, self._stale = {}, {}
         return output
 
@@ -131,10 +137,11 @@ class PrivateModule:
                 "it if it is a constant."
             )
 
-    def _certify(self, params: Params, X: Any, watch: Watch) -> None:
+    def _certify(self, params: Params, X: Any, escaped: list[str]) -> None:
         """Raise an error unless derivatives are those of the outputs.
 
-        Beside the parameters of the risk, which the user's modules may still have.
+        They are taken where the user's modules, which may still have the parameters of
+        the risk, have others.
         """
         generator = torch.Generator().manual_seed(0)
 
@@ -143,7 +150,7 @@ class PrivateModule:
             return noise.to(like.device)
 
         theta = {
-            name: (p + 0.1 * p.norm() / p.numel() ** 0.5 * draw(p)).detach()
+            name: (p + p.norm() / p.numel() ** 0.5 * draw(p)).detach()
             for name, p in params.items()
         }
         with torch.enable_grad():
@@ -178,9 +185,9 @@ class PrivateModule:
         error = torch.stack(slopes) - torch.stack(differences)
         size = torch.stack(slopes).norm() + torch.stack(differences).norm()
         if not error.norm() <= _TOLERANCE * size:
-            names = sorted({n for k, n in self._outside.items() if k in watch.used})
+            names = ", ".join(sorted(escaped)[:3])
             raise ValueError(
-                f"model: its forward pass reaches {', '.join(names[:3])} of your own "
+                f"model: its forward pass reaches {names} of your own "
                 "module, through a global variable or an object that is no module, "
                 "and its backward pass does not get there. Keep the module that it "
                 "uses as an attribute of the model (self.layer = …), and use that."

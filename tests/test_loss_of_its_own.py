@@ -1,0 +1,282 @@
+"""The loss is part of the risk: what it holds stays, and the model is none of it."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils import parameters_to_vector
+
+import vivit_linop as vl
+
+SCALE = torch.zeros((), dtype=torch.float64)
+
+
+def toy() -> tuple[nn.Sequential, tuple[Tensor, Tensor]]:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 4)).double()
+    return net, (torch.randn(6, 3, dtype=torch.float64), torch.arange(6) % 4)
+
+
+class Scaled(nn.Module):
+    """Temperature scaling."""
+
+    reduction = "mean"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.log_scale = nn.Parameter(torch.zeros((), dtype=torch.float64))
+
+    def forward(self, output: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(self.log_scale.exp() * output, y)
+
+
+class Anchored(nn.Module):
+    """Centres of classes, one a buffer, one a plain attribute, one in a list."""
+
+    reduction = "sum"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("log_scale", torch.zeros((), dtype=torch.float64))
+        self.plain = self.log_scale.clone()
+        self.parts = [self.plain, nn.Parameter(self.plain.clone())]
+
+    def forward(self, output: Tensor, y: Tensor) -> Tensor:
+        scale = self.log_scale + self.plain + self.parts[1]
+        return F.cross_entropy(scale.exp() * output, y, reduction="sum")
+
+
+def changed(loss: Any) -> None:
+    with torch.no_grad():
+        loss.log_scale.add_(1.0)
+        if isinstance(loss, Anchored):
+            loss.plain.add_(1.0)
+            loss.parts[1].add_(1.0)
+
+
+WAYS: dict[str, Callable[[Any], Any]] = {
+    "module": lambda loss: loss,
+    "lambda": lambda loss: lambda o, t: loss(o, t),
+    "method": lambda loss: loss.forward,
+    "partial": lambda loss: functools.partial(lambda m, o, t: m(o, t), loss),
+    "default": lambda loss: lambda o, t, m=loss: m(o, t),
+}
+
+
+def results(risk: vl.EmpiricalRisk) -> list[Tensor]:
+    x = torch.linspace(-1, 1, risk.num_params, dtype=torch.float64)
+    return [vl.GGN(risk) @ x, vl.Hessian(risk) @ x, risk.gradient()]
+
+
+@pytest.mark.parametrize("make", [Scaled, Anchored])
+@pytest.mark.parametrize("way", WAYS)
+def test_tensors_of_a_loss_stay(way: str, make: Callable[[], Any]) -> None:
+    net, data = toy()
+    loss = make()
+    expected = results(vl.EmpiricalRisk(net, make(), data))
+    risk = vl.EmpiricalRisk(net, WAYS[way](loss), data, reduction=loss.reduction)
+    changed(loss)
+    for found, want in zip(results(risk), expected, strict=True):
+        torch.testing.assert_close(found, want)
+    assert all(p.grad is None for p in loss.parameters())
+
+
+def test_a_loss_is_left_as_it_is() -> None:
+    class Keeps(Scaled):
+        def forward(self, output: Tensor, y: Tensor) -> Tensor:
+            self.last = super().forward(output, y)
+            return self.last
+
+    net, data = toy()
+    loss = Keeps()
+    results(vl.EmpiricalRisk(net, loss, data))
+    assert "last" not in vars(loss)
+
+
+def test_a_global_tensor_is_frozen() -> None:
+    net, data = toy()
+
+    def loss(output: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(SCALE.exp() * output, y)
+
+    risk = vl.EmpiricalRisk(net, loss, data, reduction="mean")
+    before = results(risk)
+    SCALE.add_(1.0)
+    try:
+        for found, want in zip(results(risk), before, strict=True):
+            torch.testing.assert_close(found, want)
+    finally:
+        SCALE.zero_()
+
+
+class Holder:
+    """No module."""
+
+    def __init__(self, scale: Tensor) -> None:
+        self.scale = scale
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_what_cannot_be_copied_must_not_change(requires_grad: bool) -> None:
+    net, data = toy()
+    holder = Holder(torch.zeros((), dtype=torch.float64, requires_grad=requires_grad))
+
+    def loss(output: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(holder.scale.exp() * output, y)
+
+    risk = vl.EmpiricalRisk(net, loss, data, reduction="mean")
+    results(risk)
+    holder.scale.data.add_(1.0)
+    for use in (
+        risk.gradient,
+        lambda: vl.GGN(risk) @ torch.ones(risk.num_params, dtype=torch.float64),
+        lambda: vl.Hessian(risk) @ torch.ones(risk.num_params, dtype=torch.float64),
+    ):
+        with pytest.raises(ValueError, match=r"loss: .* has changed"):
+            use()
+
+
+# Losses that reach the model ----------------------------------------------------------
+
+
+class Regularised(nn.Module):
+    reduction = "mean"
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, output: Tensor, y: Tensor) -> Tensor:
+        penalty = sum(p.square().sum() for p in self.net.parameters())
+        return F.cross_entropy(output, y) + 0.1 * penalty
+
+
+def through_a_method(net: Any) -> Any:
+    net.penalised = lambda o, t: F.cross_entropy(o, t) + net[0].weight.norm()
+    return net.penalised
+
+
+def through_what_was_computed(net: Any) -> Any:
+    flat = parameters_to_vector(net.parameters())
+    return lambda o, t: F.cross_entropy(o, t) + flat.square().sum()
+
+
+def through_an_object(net: Any) -> Any:
+    holder = Holder(net[2].bias)
+    return lambda o, t: F.cross_entropy(o, t) + holder.scale.square().sum()
+
+
+def through_an_object_computed(net: Any) -> Any:
+    holder = Holder(net[2].bias.exp())
+    return lambda o, t: F.cross_entropy(o, t) + holder.scale.sum()
+
+
+def frozen_parameter(net: Any) -> Any:
+    net[0].bias.requires_grad_(False)
+    return lambda o, t: F.cross_entropy(o, t) + net[0].bias.square().sum()
+
+
+REACHING: dict[str, Callable[[Any], Any]] = {
+    "module": Regularised,
+    "function": lambda net: (lambda loss: lambda o, t: loss(o, t))(Regularised(net)),
+    "partial": lambda net: functools.partial(
+        lambda p, o, t: F.cross_entropy(o, t) + p.norm(), net[0].weight
+    ),
+    "method": through_a_method,
+    "computed": through_what_was_computed,
+    "object": through_an_object,
+    "object, computed": through_an_object_computed,
+    "frozen": frozen_parameter,
+    "weight of classes": lambda net: nn.CrossEntropyLoss(weight=net[2].bias),
+    "computed weight": lambda net: nn.CrossEntropyLoss(weight=net[2].bias.exp()),
+}
+
+
+@pytest.mark.parametrize("kind", REACHING)
+def test_a_loss_that_reaches_the_model_is_refused(kind: str) -> None:
+    net, data = toy()
+    with torch.no_grad():
+        net[2].bias.abs_()
+    loss = REACHING[kind](net)
+    with pytest.raises(ValueError, match=r"loss: .* parameters of the model.*Identity"):
+        vl.EmpiricalRisk(net, loss, data, reduction="mean")
+
+
+def test_a_loss_that_reaches_given_parameters_is_refused() -> None:
+    w = torch.randn(3, 4, dtype=torch.float64)
+
+    def model(params: dict[str, Tensor], x: Tensor) -> Tensor:
+        return x @ params["w"]
+
+    def loss(output: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(output, y) + w.square().sum()
+
+    with pytest.raises(ValueError, match=r"loss: .* parameters of the model"):
+        vl.EmpiricalRisk(model, loss, toy()[1], {"w": w}, reduction="mean")
+
+
+def test_what_the_error_says_to_do() -> None:
+    """GGN + τ I, and the gradient by hand, are those of the regularised risk."""
+    net, data = toy()
+    tau, params = 0.2, list(net.parameters())
+    risk = vl.EmpiricalRisk(net, nn.CrossEntropyLoss(), data)
+    total = Regularised(net)(net(data[0]), data[1])
+    grads = torch.autograd.grad(total, params, create_graph=True)
+    gradient = torch.cat([g.reshape(-1) for g in grads])
+    x = torch.linspace(-1, 1, risk.num_params, dtype=torch.float64)
+    theta = torch.cat([p.detach().reshape(-1) for p in params])
+    torch.testing.assert_close(risk.gradient() + tau * theta, gradient.detach())
+    Hx = torch.cat([h.reshape(-1) for h in torch.autograd.grad(gradient, params, x)])
+    H = vl.Hessian(risk) + tau * vl.Identity(risk.num_params)
+    torch.testing.assert_close(H @ x, Hx)
+
+
+@pytest.mark.parametrize("kind", ["method", "buffer", "teacher", "holds it"])
+def test_losses_that_may_stay(kind: str) -> None:
+    """Those that use other things of the model, or only have a way to it."""
+    net, data = toy()
+    net.classes = 4  # type: ignore[assignment]
+    net.register_buffer("weights", torch.tensor([1.0, 2, 3, 4], dtype=torch.float64))
+    teacher = copy.deepcopy(net)
+
+    def method(m: Any, o: Tensor, t: Tensor) -> Tensor:
+        m.last = F.cross_entropy(o[:, : m.classes], t)
+        return m.last
+
+    loss = {
+        "method": method.__get__(net),
+        "buffer": lambda o, t: F.cross_entropy(
+            o, t, weight=net.weights, reduction="sum"
+        ),
+        "teacher": lambda o, t: F.cross_entropy(
+            o, teacher.weights * o.detach().softmax(1)
+        ),
+        "holds it": lambda o, t: F.cross_entropy(o, t) * len(list(net.parameters())),
+    }[kind]
+    reduction = "sum" if kind == "buffer" else "mean"
+    risk = vl.EmpiricalRisk(net, loss, data, reduction=reduction)
+    (X, y), params = data, list(net.parameters())
+    grads = torch.autograd.grad(loss(net(X), y), params)
+    expected = torch.cat([g.reshape(-1) for g in grads])
+    vars(net).pop("last", None)
+    torch.testing.assert_close(risk.gradient(), expected)
+    assert "last" not in vars(net)
+    net.weights.zero_()
+    torch.testing.assert_close(risk.gradient(), expected)
+
+
+@pytest.mark.parametrize("make", [Scaled, Anchored])
+def test_risks_with_such_losses_travel(make: Callable[[], nn.Module]) -> None:
+    net, data = toy()
+    risk = vl.EmpiricalRisk(net, make(), data)
+    for again in (copy.deepcopy(risk), pickle.loads(pickle.dumps(risk))):
+        for found, want in zip(results(again), results(risk), strict=True):
+            torch.testing.assert_close(found, want)
