@@ -212,8 +212,11 @@ def _(lib: Library, t: Dense) -> Iterator[Row]:
 
 @check("blocks")
 def _(lib: Library, t: Dense) -> Iterator[Row]:
-    blocks = lib.G.block_diagonal("parameter")
-    yield "blocks", blocks.to_dense(), _blocks(t.G, lib.risk.sizes), t.G.norm()
+    X, blocks = lib.noise(t.D, 2), lib.G.block_diagonal("parameter")
+    expected = _blocks(t.G, lib.risk.sizes)
+    yield "blocks @ X", blocks @ X, expected @ X, t.G.norm() * X.norm()
+    diagonal = expected.diagonal()
+    yield "their diagonal", blocks.diagonal(), diagonal, t.G.norm()
 
 
 @check("damped")
@@ -321,8 +324,9 @@ def _(lib: Library, t: Dense) -> Iterator[Row]:
     yield "H.diagonal()", lib.H.diagonal(), t.hessian.diagonal(), size
     by_sample = t.r * lib.H.sample_diagonals().sum(0)
     yield "H.sample_diagonals()", by_sample, t.hessian.diagonal(), size
-    blocks = lib.H.block_diagonal("parameter").to_dense()
-    yield "blocks", blocks, _blocks(t.hessian, lib.risk.sizes), size
+    X, blocks = lib.noise(t.D, 2), lib.H.block_diagonal("parameter")
+    expected = _blocks(t.hessian, lib.risk.sizes) @ X
+    yield "blocks @ X", blocks @ X, expected, size * X.norm()
 
 
 # --------------------------------------------------------------------------------------

@@ -1,22 +1,183 @@
 """A market of layers, each of which writes a line or more of a net's forward pass.
 
-A layer is a function of the :class:`Writer` that it writes with. The current tensor is
-called ``h``, its shape without the axis of samples stands in ``net.shape``. A layer
-that cannot take that shape is not offered: the decorator says for which numbers of
-axes it is made.
+The current tensor is called ``h``; its shape without the axis of samples is
+``net.shape``. Layers that keep the shape stand in the table ``KEEPING``, as the code
+that they write; the others are functions of the :class:`Writer`.
 """
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from random import Random
 
-LAYERS: dict[str, Layer] = {}
-AXES: dict[str, tuple[int, ...]] = {}
-
 # So many numbers of one sample are enough to be wrong about.
 LARGEST = 24
+
+# Of each layer one of the choices is taken. d is the last axis, c the first, n counts
+# all entries; {nn.…} is a module, {cell} and {other} are some that keep the last axis;
+# {number}, {vector} [d], {square} [d, d], {wide} [2, d], {like} [c, …, d] parameters.
+KEEPING: dict[str, list[str]] = {
+    # Between layers
+    "activation": [
+        f"h = {function}(h)"
+        for function in "torch.tanh F.relu F.gelu F.softplus F.silu F.elu F.leaky_relu "
+        "torch.sin F.hardtanh F.selu torch.sigmoid F.logsigmoid".split()
+    ],
+    "prelu": ["h = {nn.PReLU()}(h)", "h = {nn.PReLU(c)}(h)"],
+    "softmax": ["h = h.softmax(-1)", "h = h.log_softmax(-1)", "h = h.logcumsumexp(-1)"],
+    "cumulative": ["h = h.cumsum(-1)", "h = (1 + h.square()).cumprod(-1).log()"],
+    "positions": ["h = h + {like}", "h = h * {like}.expand_as(h)", "h = h * {like}"],
+    "scale_and_shift": [
+        "h = h * {number}.exp() + {vector}",
+        "h = {number} * h.sin() + {vector}.cos()",
+    ],
+    "unused": ["# {vector} {nn.Linear(2, 2)}"],
+    "empty": ["# {nn.Parameter(torch.zeros(0, 3))}"],
+    # Weights that are functions of parameters, or have several uses
+    "weights": [
+        f"h = F.linear(h, {w})"
+        for w in (
+            "{square}.exp()",
+            "{square}.T",
+            "{square} / {number}.exp()",
+            "{square}.softmax(0)",
+            "torch.cat([{wide}, {square}])[:d]",
+            "{square}.roll(1, 0)",
+            "torch.block_diag(*[{number}] * d)",
+            "torch.stack({square}.unbind(1))",
+            "torch.outer({vector}, {vector})",
+        )
+    ],
+    "matmul": [
+        "h = (h @ {square}).tanh()",
+        "h = torch.einsum('...i,io->...o', h, {square})",
+    ],
+    "autoencoder": ["w = {wide}\nh = F.linear(F.linear(h, w).tanh(), w.T)"],
+    "weight_twice": [
+        "w = {square}\nh = F.linear(h, w) + h @ w",
+        "w = {square}\nh = h @ w @ w",
+    ],
+    "shared": ["m = {cell}\nh = m(m(h).tanh() + h)", "h = {twice}"],
+    "experts": [
+        "out = torch.einsum('...i,eio->...eo', h, torch.stack([{square}, {square}]))\n"
+        "h = ({nn.Linear(d, 2)}(h).softmax(-1)[..., None] * out.tanh()).sum(-2)"
+    ],
+    "parametrized": [
+        "h = {nn.utils.weight_norm(nn.Linear(d, d))}(h)",
+        "h = {nn.utils.parametrizations.weight_norm(nn.Linear(d, d))}(h)",
+        "h = {nn.utils.parametrizations.spectral_norm(nn.Linear(d, d))}(h)",
+        "h = {symmetric(nn.Linear(d, d))}(h)",
+    ],
+    # Views, writes, ways through the graph
+    "residual": ["h = h + {cell}(h)"],
+    "chunks": [
+        "top, rest = h.split([d // 2, d - d // 2], -1)\n"
+        "h = {cell}(torch.cat([rest, top], -1)) * {other}(h)"
+    ],
+    "in_place": [
+        "h = {cell}(h)\n" + write
+        for write in ("h.relu_()", "h += 0.5", "h *= 2.0", "h[..., 0] = 0.25")
+    ],
+    "written_by_parts": [
+        "out = torch.zeros_like(h)\nout[..., :1] = {cell}(h)[..., -1:]\nh = out.add_(h)"
+    ],
+    "samples_in_another_place": [
+        "h = {cell}(h.transpose(0, 1)).transpose(0, 1) if h.ndim > 2 else {other}(h)",
+        "h = {cell}(h.flatten(0, -2)).unflatten(0, h.shape[:-1])",
+        "h = ({square} @ h.mT).mT.contiguous().sigmoid()",
+    ],
+    # Samples that go their own ways
+    "loop_over_samples": [
+        "h = torch.stack([{cell}(s) if s.sum() > 0 else {other}(s) * 0.5 for s in h])"
+    ],
+    "routed": [
+        "left, out = h.flatten(1).sum(1) > 0, torch.empty_like(h)\n"
+        "out[left], out[~left] = {cell}(h[left]), {other}(h[~left])\n"
+        "h = out"
+    ],
+    "sorted_samples": [
+        "order = h.detach().flatten(1).sum(1).argsort()\n"
+        "h = {cell}(h[order])[order.argsort()]"
+    ],
+    "sorted_features": [
+        # Ties have no one derivative.
+        "h = h + 0.013 * torch.arange(n).to(h).reshape(h.shape[1:])\n" + order
+        for order in (
+            "h = h.sort(-1).values",
+            "h = h.cummax(-1).values",
+            "h = h.gather(-1, h.detach().argsort(-1))",
+        )
+    ],
+    "branch_on_shape": ["h = {cell}(h) if h.shape[-1] > 2 else {other}(h).sin()"],
+    # Other ways to compute
+    "checkpointed": [
+        "h = checkpoint.checkpoint({cell}, h, use_reentrant=False)",
+        # Without an input that requires grad, the older way cuts all derivatives.
+        "h = h if h.requires_grad else h.detach().requires_grad_()\n"
+        "h = checkpoint.checkpoint({cell}, h, use_reentrant=True)",
+    ],
+    "custom_function": ["h = Cube.apply(h)", "h = Softsign.apply(h)"],
+    "linear_algebra": [
+        "A = {square}.cosh() + d * torch.eye(d).to(h)\n" + use
+        for use in (
+            "h = torch.linalg.solve(A, h[..., None])[..., 0]",
+            "h = h * torch.linalg.slogdet(A).logabsdet",
+            "h = h @ torch.linalg.cholesky(A @ A.T)",
+            "h = h @ torch.linalg.inv(A)",
+            "h = h + torch.cdist(h.flatten(1)[None, :, :d], A[None])[0].mean(1)"
+            ".reshape(-1, *[1] * (h.ndim - 1))",
+        )
+    ],
+}
+
+DEFINITIONS = {
+    "Cube": '''class Cube(torch.autograd.Function):
+    """x³/3, in the older way to write it."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x**3 / 3
+
+    @staticmethod
+    def backward(ctx, g):
+        return ctx.saved_tensors[0] ** 2 * g
+''',
+    "Softsign": """class Softsign(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x):
+        return x / (1 + x.abs())
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx, g):
+        return g / (1 + ctx.saved_tensors[0].abs()) ** 2
+""",
+    "symmetric": """class Symmetric(nn.Module):
+    def forward(self, w):
+        return w.triu() + w.triu(1).mT
+
+
+def symmetric(layer):
+    nn.utils.parametrize.register_parametrization(layer, "weight", Symmetric())
+    return layer
+""",
+}
+
+CELLS = (
+    "nn.Linear(d, d)",
+    "nn.Sequential(nn.Linear(d, d), nn.Tanh())",
+    "nn.Sequential(nn.Linear(d, 2), nn.SiLU(), nn.Linear(2, d))",
+    "nn.Sequential(nn.RMSNorm(d), nn.Linear(d, d))",
+    "nn.Sequential(nn.Linear(d, d), nn.ReLU(inplace=True), nn.Linear(d, d))",
+)
 
 
 class Writer:
@@ -38,10 +199,6 @@ class Writer:
     def some(self, *choices: str) -> str:
         return self.random.choice(choices)
 
-    def define(self, code: str) -> None:
-        if code not in self.definitions:
-            self.definitions.append(code)
-
     def member(self, code: str) -> str:
         """Make the module or parameter an attribute, and return how it is called."""
         name = code.split("(")[0].split(".")[-1].lower() + str(len(self.members))
@@ -52,96 +209,71 @@ class Writer:
         """A parameter of this shape (of none: a number)."""
         return self.member(f"nn.Parameter(0.5 * torch.randn({list(shape)}))")
 
-    def write(self, *lines: str) -> None:
-        self.lines += lines
+    def write(self, code: str) -> None:
+        """Write lines, in which names stand for sizes and {…} for members."""
+        for name, definition in DEFINITIONS.items():
+            if name in code and definition not in self.definitions:
+                self.definitions.append(definition)
+        code = re.sub(r"\{(.*?)\}", lambda found: self._filled(found[1]), code)
+        self.lines += self._sized(code).split("\n")
 
-    def width(self, width: int | None = None) -> tuple[int, int]:
-        """The length of the last axis before and after a layer that maps it."""
-        before, width = self.shape[-1], width or self.below(4)
-        if math.prod(self.shape[:-1]) * width > LARGEST:
-            width = 1
-        self.shape = (*self.shape[:-1], width)
-        return before, width
+    def _sized(self, code: str) -> str:
+        sizes = {"n": math.prod(self.shape)}
+        if self.shape:
+            sizes |= {"c": self.shape[0], "d": self.shape[-1]}
+        return re.sub(r"\b([cdn])\b(?!['=.])", lambda m: str(sizes[m[1]]), code)
 
-    def cell(self) -> str:
-        """A module that keeps the last axis."""
+    def _filled(self, what: str) -> str:
         d = self.shape[-1]
-        inner = f"nn.Linear({d}, {d})"
-        return self.member(
-            self.some(
-                inner,
-                f"nn.Sequential({inner}, nn.Tanh())",
-                f"nn.Sequential(nn.Linear({d}, 2), nn.SiLU(), nn.Linear(2, {d}))",
-                f"nn.Sequential(nn.LayerNorm({d}), {inner})",
-                f"nn.Sequential({inner}, nn.ReLU(inplace=True), nn.Linear({d}, {d}))",
-            )
-        )
+        shapes = {"number": (), "vector": (d,), "square": (d, d), "wide": (2, d)}
+        if what == "like":
+            return self.parameter(*self.shape)
+        if what in shapes:
+            return self.parameter(*shapes[what])
+        if what == "twice":  # under two names
+            first = self._filled("cell")
+            return f"{first}({self.member(first)}(h).sigmoid() - h)"
+        return self.member(self._sized(self.some(*CELLS) if "." not in what else what))
 
-    def unequal(self) -> None:
-        """Break ties between entries, which have no one derivative of an order."""
-        steps = f"torch.arange({math.prod(self.shape)}).to(h).reshape({self.shape})"
-        self.write(f"h = h + 0.013 * {steps}")
+    def width(self) -> tuple[int, int]:
+        """The length of the last axis before and after a layer that maps it."""
+        before, after = self.shape[-1], self.below(4)
+        if math.prod(self.shape[:-1]) * after > LARGEST:
+            after = 1
+        self.shape = (*self.shape[:-1], after)
+        return before, after
 
 
 Layer = Callable[[Writer], None]
+LAYERS: dict[str, Layer] = {
+    name: lambda net, choices=choices: net.write(net.random.choice(choices))
+    for name, choices in KEEPING.items()
+}
+AXES: dict[str, tuple[int, ...]] = {}
 
 
 def layer(*axes: int) -> Callable[[Layer], Layer]:
     """Register a layer for tensors of so many axes, beside that of samples."""
 
     def register(write: Layer) -> Layer:
-        LAYERS[write.__name__] = write
-        AXES[write.__name__] = axes or (1, 2, 3)
+        LAYERS[write.__name__], AXES[write.__name__] = write, axes
         return write
 
     return register
 
 
 def offered(net: Writer) -> list[str]:
-    return [name for name in LAYERS if len(net.shape) in AXES[name]]
+    """The layers that take the current shape."""
+    return [name for name in LAYERS if len(net.shape) in AXES.get(name, (1, 2, 3))]
 
 
-# Linear maps and what stands between them --------------------------------------------
-
-
-@layer()
+@layer(1, 2, 3)
 def linear(net: Writer) -> None:
     i, o = net.width()
-    bias = net.some("", ", bias=False")
-    net.write(f"h = {net.member(f'nn.Linear({i}, {o}{bias})')}(h)")
-
-
-@layer()
-def activation(net: Writer) -> None:
-    functions = ("torch.tanh", "F.relu", "F.gelu", "F.softplus", "torch.sigmoid")
-    others = ("F.silu", "F.elu", "F.leaky_relu", "torch.sin", "F.hardtanh", "F.selu")
-    net.write(f"h = {net.some(*functions, *others)}(h)")
-
-
-@layer()
-def prelu(net: Writer) -> None:
-    count = net.random.choice([1, net.shape[0]])
-    net.write(f"h = {net.member(f'nn.PReLU({count})')}(h)")
-
-
-@layer()
-def scale_and_shift(net: Writer) -> None:
-    scale, shift = net.parameter(), net.parameter(net.shape[-1])
-    net.write(f"h = h * {scale}.{net.some('exp', 'cos', 'sigmoid')}() + {shift}")
-
-
-@layer()
-def bilinear(net: Writer) -> None:
-    i, o = net.width()
-    net.write(f"h = {net.member(f'nn.Bilinear({i}, {i}, {o})')}(h, h.flip(-1))")
-
-
-@layer()
-def softmax(net: Writer) -> None:
-    net.write(f"h = h.{net.some('softmax', 'log_softmax', 'logcumsumexp')}(-1)")
-
-
-# Convolutions and pooling -------------------------------------------------------------
+    kind = net.some("nn.Linear(I, O)", "nn.Linear(I, O, bias=False)", "bilinear")
+    if kind == "bilinear":
+        return net.write(f"h = {{nn.Bilinear({i}, {i}, {o})}}(h, h.flip(-1))")
+    net.write(f"h = {{{kind.replace('I', str(i)).replace('O', str(o))}}}(h)")
 
 
 @layer(2, 3)
@@ -153,10 +285,8 @@ def convolution(net: Writer) -> None:
     options = net.some(options, "padding=1, padding_mode='circular'")
     if min(places) > 2:
         options = net.some(options, "stride=2, padding=1", "padding=2, dilation=2")
-    if len(places) == 2 and "dilation" not in options and "same" not in options:
-        options = options.replace("padding=1", "padding=(1, 1)")
     module = f"nn.Conv{len(places)}d({channels}, {out}, 3, groups={groups}, {options})"
-    net.write(f"h = {net.member(module)}(h)")
+    net.write(f"h = {{{module}}}(h)")
     if "stride" in options:
         places = [(size + 1) // 2 for size in places]
     net.shape = (out, *places)
@@ -168,22 +298,20 @@ def transposed_convolution(net: Writer) -> None:
     if math.prod(places) * 4 > LARGEST:
         return linear(net)
     groups = net.random.choice([g for g in (1, 2) if channels % g == 0])
-    out, stride = groups, net.below(2)
-    module = f"nn.ConvTranspose{len(places)}d({channels}, {out}, 2, {stride}"
-    net.write(f"h = {net.member(f'{module}, groups={groups})')}(h)")
-    net.shape = (out, *((size - 1) * stride + 2 for size in places))
+    stride = net.below(2)
+    module = f"nn.ConvTranspose{len(places)}d({channels}, {groups}, 2, {stride}"
+    net.write(f"h = {{{module}, groups={groups})}}(h)")
+    net.shape = (groups, *((size - 1) * stride + 2 for size in places))
 
 
 @layer(2, 3)
 def pooling(net: Writer) -> None:
     channels, *places = net.shape
-    d = len(places)
-    kind = net.some("avg_pool", "max_pool", "lp_pool")
     if min(places) < 2:
-        return linear(net)
-    net.unequal()
-    norm = ", 2" if kind == "lp_pool" else ""
-    net.write(f"h = F.{kind}{d}d(h{norm}, 2)")
+        return average(net)
+    net.write("h = h + 0.013 * torch.arange(n).to(h).reshape(h.shape[1:])")
+    pool = net.some("avg_poolKd(h, 2)", "max_poolKd(h, 2)", "lp_poolKd(h, 2, 2)")
+    net.write(f"h = F.{pool.replace('K', str(len(places)))}")
     net.shape = (channels, *(size // 2 for size in places))
 
 
@@ -194,222 +322,65 @@ def average(net: Writer) -> None:
     net.shape = net.shape[:axis] + net.shape[axis + 1 :]
 
 
-# Norms --------------------------------------------------------------------------------
-
-
-@layer()
-def norm_of_features(net: Writer) -> None:
-    kind = net.some("LayerNorm", "RMSNorm")
-    shape = list(net.shape[-net.below(len(net.shape)) :])
-    if kind == "LayerNorm" and math.prod(shape) < 3:
-        return prelu(net)  # two numbers have the norms ±1, whatever they are
-    net.write(f"h = {net.member(f'nn.{kind}({shape})')}(h)")
-
-
-@layer(2, 3)
-def norm_of_channels(net: Writer) -> None:
-    channels, *places = net.shape
-    if math.prod(places) < 3:
-        return prelu(net)
-    affine = net.member(
-        net.some(
-            f"nn.GroupNorm(1, {channels})",
-            f"nn.GroupNorm({channels}, {channels})",
-            f"nn.InstanceNorm{len(places)}d({channels}, affine=True)",
-        )
-    )
-    net.write(f"h = {affine}(h)")
-
-
 @layer(1, 2, 3)
-def batch_norm(net: Writer) -> None:
-    kind = max(1, len(net.shape) - 1)
-    net.write(f"h = {net.member(f'nn.BatchNorm{kind}d({net.shape[0]})')}(h)")
-
-
-# Sequences ----------------------------------------------------------------------------
+def norm(net: Writer) -> None:
+    _, *places = net.shape
+    rank = max(1, len(places))
+    kinds = [f"nn.BatchNorm{rank}d(c)", "nn.RMSNorm(d)", f"nn.RMSNorm({[*net.shape]})"]
+    # What norms make of two numbers is ±1.
+    if net.shape[-1] > 2:
+        kinds += ["nn.LayerNorm(d)", f"nn.LayerNorm({[*net.shape]})"]
+    if math.prod(places) > 2:
+        instance = f"nn.InstanceNorm{rank}d(c, affine=True)"
+        kinds += ["nn.GroupNorm(1, c)", "nn.GroupNorm(c, c)", instance]
+    net.write(f"h = {{{net.some(*kinds)}}}(h)")
 
 
 @layer(2)
 def attention(net: Writer) -> None:
     tokens, d = net.shape
+    if d > 2 and net.random.random() < 0.5:
+        options = net.some("", ", norm_first=True", ", activation='gelu'")
+        module = f"nn.TransformerEncoderLayer(d, 1, 2, batch_first=True{options})"
+        return net.write(f"h = {{{module}}}(h)")
     heads = net.random.choice([k for k in (1, 2) if d % k == 0])
-    module = net.member(f"nn.MultiheadAttention({d}, {heads}, batch_first=True)")
     mask = f", attn_mask=torch.ones({tokens}, {tokens}).triu(1).bool()"
-    net.write(f"h = {module}(h, h, h{net.some('', mask)})[0]")
-
-
-@layer(2)
-def transformer(net: Writer) -> None:
-    d = net.shape[-1]
-    if d < 3:
-        return attention(net)  # a LayerNorm of two numbers is a sign
-    options = net.some("", ", norm_first=True", ", activation='gelu'", ", bias=False")
-    module = f"nn.TransformerEncoderLayer({d}, 1, 2, batch_first=True{options})"
-    net.write(f"h = {net.member(module)}(h)")
+    module = f"nn.MultiheadAttention(d, {heads}, batch_first=True)"
+    net.write(f"h = {{{module}}}(h, h, h{net.some('', mask)})[0]")
 
 
 @layer(2)
 def recurrent(net: Writer) -> None:
-    i, o = net.width(net.below(2))
-    kind, options = net.some("RNN", "GRU", "LSTM"), "batch_first=True"
-    if net.random.random() < 0.3:
-        options += ", bidirectional=True"
-        net.shape = (net.shape[0], 2 * o)
-    module = net.member(f"nn.{kind}({i}, {o}, {net.below(2)}, {options})")
-    net.write(f"h = {module}(h)[0]")
-    if net.random.random() < 0.3:
-        net.write("h = h[:, -1]")
-        net.shape = net.shape[1:]
-
-
-@layer(2)
-def recurrent_cell(net: Writer) -> None:
-    d = net.shape[-1]
-    cell, start = net.member(f"nn.GRUCell({d}, {d})"), net.parameter(d)
-    net.write(f"state = {start}.expand(len(h), -1)")
-    net.write("for step in h.unbind(1):", f"    state = {cell}(step, state)")
-    net.write("h = state")
+    _, d = net.shape
+    code = net.some(
+        f"h = {{nn.{net.some('RNN', 'GRU', 'LSTM')}(d, d, {net.below(2)}, "
+        "batch_first=True)}(h)[0][:, -1]",
+        "h = {nn.LSTM(d, d, batch_first=True, bidirectional=True)}(h)[1][0][0]",
+        # A cell in a loop
+        "state = {vector}.expand(len(h), -1)\n"
+        "for step in h.unbind(1):\n"
+        "    state = {nn.GRUCell(d, d)}(step, state)\n"
+        "h = state",
+        # Sequences of several lengths, sorted and packed
+        "length = (h.detach()[:, 0].abs().sum(1) * 10).long() % c + 1\n"
+        "p = nn.utils.rnn.pack_padded_sequence(h, length, True, False)\n"
+        "h = {nn.GRU(d, d, batch_first=True)}(p)[1][0]",
+    )
+    net.write(code)
     net.shape = (d,)
 
 
-@layer(2)
-def packed(net: Writer) -> None:
-    """Sequences of as many lengths as samples, sorted and packed."""
-    tokens, d = net.shape
-    module = net.member(f"nn.GRU({d}, {d}, batch_first=True)")
-    net.write(
-        f"length = (h.detach()[:, 0].abs().sum(1) * 10).long() % {tokens} + 1",
-        "p = nn.utils.rnn.pack_padded_sequence(h, length, True, False)",
-        f"h = {module}(p)[1][0]",
-    )
-    net.shape = (d,)
-
-
-# Weights that are functions of parameters ---------------------------------------------
-
-
-@layer()
-def weight_in_an_expression(net: Writer) -> None:
-    i, o = net.width()
-    w = net.parameter(o, i)
-    expressions = (f"{w}.exp()", f"{w}.sin()", f"{w} / {w}.norm()", f"{w}.softmax(0)")
-    whole = net.parameter(o + 1, i)
-    others = (f"{net.parameter(i, o)}.T", f"{whole}[:{o}]", f"{whole}.roll(1, 0)[1:]")
-    split = f"torch.cat({net.parameter(o, i)}.split(1), 0)"
-    net.write(f"h = F.linear(h, {net.some(*expressions, *others, split)})")
-
-
-@layer()
-def autoencoder(net: Writer) -> None:
-    w = net.parameter(2, net.shape[-1])
-    net.write(f"h = F.linear(F.linear(h, {w}).tanh(), {w}.T)")
-
-
-@layer()
-def matmul(net: Writer) -> None:
-    i, o = net.width()
-    w = net.parameter(i, o)
-    net.write(
-        net.some(f"h = h @ {w}", f"h = torch.einsum('...i,io->...o', h, {w})")
-        + net.some("", ".tanh()")
-    )
-
-
-@layer()
-def shared(net: Writer) -> None:
-    """A module called twice, or under two names."""
-    cell = net.cell()
-    other = net.member(net.some(cell, cell))
-    net.write(f"h = {cell}({other}(h).tanh() + h)")
-
-
-@layer()
-def twins(net: Writer) -> None:
-    d = net.shape[-1]
-    one, two = (net.member(f"nn.Linear({d}, {d})") for _ in range(2))
-    net.members.append(f"{one}.weight = {two}.weight")
-    net.write(f"h = {one}(h) * {two}(h).sigmoid()")
-
-
-@layer()
-def parametrized(net: Writer) -> None:
-    i, o = net.width()
-    norm = net.some(
-        "nn.utils.weight_norm",
-        "nn.utils.parametrizations.weight_norm",
-        "nn.utils.parametrizations.spectral_norm",
-        "symmetric",
-    )
-    if norm == "symmetric":
-        i = o = net.width(i)[1]
-        net.define(
-            "class Symmetric(nn.Module):\n"
-            "    def forward(self, w):\n"
-            "        return w.triu() + w.triu(1).mT"
-        )
-        norm = "nn.utils.parametrize.register_parametrization"
-        module = net.member(f"nn.Linear({i}, {i})")
-        net.members.append(f"{norm}({module}, 'weight', Symmetric())")
-    else:
-        module = net.member(f"{norm}(nn.Linear({i}, {o}))")
-    net.write(f"h = {module}(h)")
-
-
-@layer()
-def positions(net: Writer) -> None:
-    places = net.parameter(*net.shape)
-    net.write(
-        net.some(
-            f"h = h + {places}", f"h = h * {places}.expand_as(h)", f"h += {places}"
-        )
-    )
-
-
-@layer()
-def unused(net: Writer) -> None:
-    net.parameter(2)
-    net.parameter(0, 3)
-
-
-# Views, writes, ways through the graph ------------------------------------------------
-
-
-@layer()
-def residual(net: Writer) -> None:
-    net.write(f"h = h + {net.cell()}(h)")
-
-
-@layer()
+@layer(1, 2, 3)
 def dense_connection(net: Writer) -> None:
-    if 2 * math.prod(net.shape) > LARGEST:
-        return residual(net)
-    net.write(f"h = torch.cat([h, {net.cell()}(h)], -1)")
-    net.shape = (*net.shape[:-1], 2 * net.shape[-1])
+    if 2 * math.prod(net.shape) <= LARGEST:
+        net.write("h = torch.cat([h, {cell}(h)], -1)")
+        net.shape = (*net.shape[:-1], 2 * net.shape[-1])
 
 
-@layer()
-def chunks(net: Writer) -> None:
-    a, b = net.cell(), net.cell()
-    d = net.shape[-1]
-    net.write(
-        f"top, rest = h.split([{d // 2}, {d - d // 2}], -1)",
-        f"h = {a}(torch.cat([rest, top], -1)) * {b}(h)",
-    )
-
-
-@layer()
-def in_place(net: Writer) -> None:
-    net.write(f"h = {net.cell()}(h)")
-    lines = ("h.relu_()", "h += 0.5", "h *= 2.0", "h[..., 0] = 0.25", "h.mul_(h + 1)")
-    net.write(net.some(*lines[:4]))
-
-
-@layer()
-def write_by_parts(net: Writer) -> None:
-    cell = net.cell()
-    net.write("out = torch.zeros_like(h)", f"out[..., :1] = {cell}(h)[..., -1:]")
-    net.write("h = out.add_(h)")
+@layer(1, 2, 3)
+def spectrum(net: Writer) -> None:
+    net.write("h = torch.fft.rfft(h @ {square}).abs()")
+    net.shape = (*net.shape[:-1], net.shape[-1] // 2 + 1)
 
 
 @layer(1)
@@ -417,169 +388,20 @@ def fold(net: Writer) -> None:
     """Features become tokens or channels, in one of two orders of axes."""
     (d,) = net.shape
     a = net.random.choice([k for k in (1, 2, 3, 4) if d % k == 0])
-    if net.random.random() < 0.5:
-        net.write(f"h = h.view(-1, {a}, {d // a})")
-    else:
-        net.write(f"h = h.reshape(-1, {d // a}, {a}).transpose(1, 2)")
+    other = f"h = h.reshape(-1, {d // a}, {a}).transpose(1, 2)"
+    net.write(net.some(f"h = h.view(-1, {a}, {d // a})", other))
     net.shape = (a, d // a)
 
 
-@layer(2)
-def swap(net: Writer) -> None:
-    net.write(net.some("h = h.mT", "h = h.permute(0, 2, 1).contiguous()"))
-    net.shape = net.shape[::-1]
-
-
 @layer(2, 3)
-def flatten(net: Writer) -> None:
-    net.write("h = h.flatten(1)")
-    net.shape = (math.prod(net.shape),)
-
-
-@layer(2)
-def image(net: Writer) -> None:
-    """One channel; a convolution over tokens and features."""
-    net.write("h = h[:, None]")
-    net.shape = (1, *net.shape)
-
-
-@layer()
-def samples_last(net: Writer) -> None:
-    """Layers between which samples are the second axis, or merged with the first."""
-    if len(net.shape) == 1:
-        w = net.parameter(net.shape[0], net.shape[0])
-        return net.write(f"h = ({w} @ h.T).T.contiguous().sigmoid()")
-    cell = net.cell()
-    net.write(
-        net.some(
-            f"h = {cell}(h.transpose(0, 1)).transpose(0, 1)",
-            f"h = {cell}(h.flatten(0, 1)).unflatten(0, h.shape[:2])",
-        )
-    )
-
-
-# Samples that go their own ways -------------------------------------------------------
-
-
-@layer()
-def loop_over_samples(net: Writer) -> None:
-    a, b = net.cell(), net.cell()
-    net.write(f"h = torch.stack([{a}(s) if s.sum() > 0 else {b}(s) * 0.5 for s in h])")
-
-
-@layer()
-def routed(net: Writer) -> None:
-    a, b = net.cell(), net.cell()
-    net.write(
-        "left = h.flatten(1).sum(1) > 0",
-        "out = torch.empty_like(h)",
-        f"out[left], out[~left] = {a}(h[left]), {b}(h[~left])",
-        "h = out",
-    )
-
-
-@layer()
-def sorted_samples(net: Writer) -> None:
-    cell = net.cell()
-    net.write(
-        "order = h.detach().flatten(1).sum(1).argsort()",
-        f"h = {cell}(h[order])[order.argsort()]",
-    )
-
-
-@layer()
-def sorted_features(net: Writer) -> None:
-    net.unequal()
-    net.write(
-        net.some(
-            "h = h.sort(-1).values",
-            "h = h.cummax(-1).values",
-            "h = h.gather(-1, h.detach().argsort(-1))",
-        )
-    )
-
-
-@layer()
-def branch_on_shape(net: Writer) -> None:
-    a, b = net.cell(), net.cell()
-    net.write(f"h = {a}(h) if h.shape[-1] > 2 else {b}(h).sin()")
-
-
-@layer()
-def experts(net: Writer) -> None:
-    d = net.shape[-1]
-    w, gate = net.parameter(3, d, d), net.member(f"nn.Linear({d}, 3)")
-    net.write(
-        f"out = torch.einsum('...i,eio->...eo', h, {w})",
-        f"h = ({gate}(h).softmax(-1)[..., None] * out.tanh()).sum(-2)",
-    )
-
-
-# Other ways to compute ----------------------------------------------------------------
-
-
-@layer()
-def checkpointed(net: Writer) -> None:
-    # Without an input that requires grad, the older way cuts all derivatives.
-    if net.random.random() < 0.5:
-        net.write("h = h if h.requires_grad else h.detach().requires_grad_()")
-        way = "use_reentrant=True"
+def refold(net: Writer) -> None:
+    first, *rest = net.shape
+    if len(rest) == 2 or net.random.random() < 0.4:
+        net.write("h = h.flatten(1)")
+        net.shape = (math.prod(net.shape),)
+    elif net.random.random() < 0.5:
+        net.write(net.some("h = h.mT", "h = h.permute(0, 2, 1).contiguous()"))
+        net.shape = (*rest, first)
     else:
-        way = "use_reentrant=False"
-    net.write(f"h = checkpoint.checkpoint({net.cell()}, h, {way})")
-
-
-@layer()
-def custom_function(net: Writer) -> None:
-    """Right first and second derivatives, in the two ways to write them."""
-    net.define(
-        "class Cube(torch.autograd.Function):\n"
-        "    @staticmethod\n"
-        "    def forward(ctx, x):\n"
-        "        ctx.save_for_backward(x)\n"
-        "        return x**3 / 3\n\n"
-        "    @staticmethod\n"
-        "    def backward(ctx, g):\n"
-        "        return ctx.saved_tensors[0] ** 2 * g"
-    )
-    net.define(
-        "class Softsign(torch.autograd.Function):\n"
-        "    generate_vmap_rule = True\n\n"
-        "    @staticmethod\n"
-        "    def forward(x):\n"
-        "        return x / (1 + x.abs())\n\n"
-        "    @staticmethod\n"
-        "    def setup_context(ctx, inputs, output):\n"
-        "        ctx.save_for_backward(*inputs)\n\n"
-        "    @staticmethod\n"
-        "    def backward(ctx, g):\n"
-        "        return g / (1 + ctx.saved_tensors[0].abs()) ** 2"
-    )
-    net.write(f"h = {net.some('Cube', 'Softsign')}.apply(h)")
-
-
-@layer(1)
-def linear_algebra(net: Writer) -> None:
-    (d,) = net.shape
-    w = net.parameter(d, d)
-    A = f"({w} @ {w}.T + torch.eye({d}).to(h))"
-    net.write(
-        net.some(
-            f"h = torch.linalg.solve({A}, h[..., None])[..., 0]",
-            f"h = h * torch.linalg.slogdet({A}).logabsdet",
-            f"h = torch.linalg.cholesky({A}).matmul(h[..., None])[..., 0]",
-            f"h = h @ torch.linalg.matrix_exp({w})",
-            f"h = torch.cdist(h[:, None], {w}[None])[:, 0]",
-        )
-    )
-
-
-@layer()
-def spectrum(net: Writer) -> None:
-    net.write(f"h = torch.fft.rfft(h @ {net.parameter(*net.shape[-1:] * 2)}).abs()")
-    net.shape = (*net.shape[:-1], net.shape[-1] // 2 + 1)
-
-
-@layer()
-def cumulative(net: Writer) -> None:
-    net.write(net.some("h = h.cumsum(-1)", "h = (1 + h.square()).cumprod(-1).log()"))
+        net.write("h = h[:, None]")
+        net.shape = (1, first, *rest)

@@ -107,7 +107,6 @@ class Plan:
             if name in offered(net):
                 net.random = Random(seed)
                 LAYERS[name](net)
-                net.write(f"# {name}: {list(net.shape)}")
         net.random = Random(self.loss[1])
         loss, target, reduction = LOSSES[self.loss[0]](net)
         split = SPLITS[self.split[0]](Random(self.split[1]), self.samples)
@@ -118,7 +117,7 @@ class Plan:
             line for line in net.lines if not line.startswith("#")
         )
         return PROGRAM.format(
-            definitions="".join(f"{code}\n\n\n" for code in net.definitions),
+            definitions="".join(f"{code}\n\n" for code in net.definitions),
             members="\n        ".join(net.members),
             arguments=net.arguments,
             lines=lines,
@@ -361,10 +360,10 @@ def of_ones_own(net: Writer) -> LossCode:
         "f.logsumexp(1) + (f.sum(1) - y.sum(1)) ** 2",
     )
     how = net.some("mean", "sum")
-    net.define(
+    net.definitions.append(
         "def own_loss(f, y):\n"
         "    f, y = f.reshape(len(f), -1), y.reshape(len(y), -1)\n"
-        f"    return ({each}).{how}()"
+        f"    return ({each}).{how}()\n"
     )
     return "own_loss", "torch.randn_like(f)", repr(how)
 
