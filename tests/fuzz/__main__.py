@@ -62,13 +62,12 @@ def main() -> None:
         except Undecided as reason:
             findings = []
             count[f"{kind} without a truth: {str(reason)[:70]}"] += 1
-        for finding in findings:
-            count[str(finding)[:120]] += 1
-            # Of one kind of finding, one script is enough.
-            if not any(finding.alike(known) for known in found):
-                found.append(finding)
-                print(f"# {kind}, seed {case.seed}: {finding}")
-                print(shrunk(case, finding).code(), flush=True)
+        count.update(str(finding)[:120] for finding in findings)
+        new = [f for f in findings if not any(f.alike(known) for known in found)]
+        found += new
+        if new:  # one script a case: most often, one fault has many faces
+            print(f"# {kind}, seed {case.seed}:", *new, sep="\n# ")
+            print(shrunk(case, new[0]).code(), flush=True)
         if time.monotonic() > end or (given.case and kind == kinds[-1]):
             break
     print(f"# from seed {given.seed}:")
