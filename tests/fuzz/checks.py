@@ -378,7 +378,10 @@ def findings(
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        truth, curved = truth_of(build())
+        try:
+            truth, curved = truth_of(build())
+        except RuntimeError as error:  # torch refuses: written to, or for one batch
+            raise Undecided(str(error)) from error
         if (error := rounding(build, truth)) > 1e-13:
             raise Undecided(f"rounding errors of {error:.0e}")
         case = build()
