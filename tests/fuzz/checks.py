@@ -13,7 +13,7 @@ import re
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from random import Random
 from typing import Any
@@ -73,8 +73,8 @@ def check(name: str, *, curved: bool = False) -> Callable[[Check], Check]:
 class Library:
     """The operators of a case, each made once, and vectors to multiply them by."""
 
-    def __init__(self, case: Case, seed: int) -> None:
-        self.case = case
+    def __init__(self, case: Case, seed: int, layered: bool) -> None:
+        self.case, self.layered = case, layered
         self.random = Random(seed)
         self.generator = torch.Generator().manual_seed(seed)
 
@@ -291,19 +291,19 @@ def _(lib: Library, t: Dense) -> Iterator[Row]:
 
 @check("KFAC")
 def _(lib: Library, t: Dense) -> Iterator[Row]:
-    """Nothing is known of it but that it is one matrix, positive semi-definite."""
-    K, x = vl.KFAC(lib.risk, variant="exact"), lib.noise(t.D)
-    matrix = K.to_dense()
-    yield "K @ x", K @ x, matrix @ x, matrix.norm() * x.norm()
-    yield "symmetric", matrix.T, matrix, matrix.norm()
-    negative = torch.linalg.eigvalsh(matrix).clamp(max=0.0)
-    yield "semi-definite", negative, torch.zeros(t.D), matrix.norm()
-    layers = [m for m in lib.case.model.modules()] if _is_module(lib.case) else []
-    if t.N == 1 and layers and all(isinstance(m, _UNSHARED) for m in layers[1:]):
-        yield "exact on one sample", matrix, _blocks(t.G, lib.risk.sizes), t.G.norm()
+    """One semi-definite matrix; exact for one sample of vectors, each layer used once.
 
-
-_UNSHARED = ()
+    G's block of a weight is B ⊗ a aᵀ then.
+    """
+    for kind in (vl.KFAC, vl.EKFAC):
+        K, x = kind(lib.risk, variant="exact"), lib.noise(t.D)
+        matrix = K.to_dense()
+        yield "K @ x", K @ x, matrix @ x, matrix.norm() * x.norm()
+        negative = torch.linalg.eigvalsh((matrix + matrix.T) / 2).clamp(max=0.0)
+        yield "semi-definite", negative, torch.zeros(t.D), matrix.norm()
+        if t.N == 1 and lib.layered:
+            exact = _blocks(t.G, lib.risk.sizes)
+            yield "on one sample", _blocks(matrix, lib.risk.sizes), exact, t.G.norm()
 
 
 # Second derivatives -------------------------------------------------------------------
@@ -345,6 +345,22 @@ def _blocks(matrix: Tensor, sizes: list[int]) -> Tensor:
     return result
 
 
+def _layered(case: Case) -> bool:
+    """Whether all parameters are of linear layers that are called once, on vectors."""
+    if not _is_module(case):
+        return False
+    calls: list[nn.Module] = []
+
+    def count(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        if isinstance(module, nn.Linear):
+            calls.extend([module] * (inputs[0].ndim - 1))
+
+    with nn.modules.module.register_module_forward_hook(count):
+        replace(case, data=tuple(case.batches()[0])).outputs()
+    once = {p for m in calls if calls.count(m) == 1 for p in m.parameters()}
+    return once == set(case.model.parameters())
+
+
 def _state(case: Case) -> dict[str, Any]:
     """All of the user's that must stay as it is."""
     keys: dict[str, Any] = {"generator": torch.random.get_rng_state().tolist()}
@@ -384,10 +400,10 @@ def findings(
             raise Undecided(str(error)) from error
         if (error := rounding(build, truth)) > 1e-13:
             raise Undecided(f"rounding errors of {error:.0e}")
-        case = build()
+        layered, case = _layered(build()), build()
         before = _state(case)
         found = []
-        lib = Library(case, seed)
+        lib = Library(case, seed, layered)
         names = [name for name in CHECKS if only in (None, name)]
         for name in Random(seed).sample(names, len(names)):
             problem = problem_in(name, lambda n=name: CHECKS[n](lib, truth))
