@@ -82,6 +82,8 @@ class Plan:
         Raises:
             Undecided: If the program does not run in plain torch.
         """
+        if self.parameters[0] == "function" and "checkpointed" in dict(self.layers):
+            raise Undecided("functional_call is over when layers are computed again")
         module = types.ModuleType("fuzzed")
         sys.modules["fuzzed"] = module  # pickle finds a class by its module's name
         try:
