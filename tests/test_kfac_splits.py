@@ -51,6 +51,19 @@ def _middle_token_of_time_first() -> tuple[nn.Module, Tensor]:
     return net, torch.randn(4, 3, 3)
 
 
+def _routed() -> tuple[nn.Module, Tensor]:
+    """A sample takes one of two ways; of single ones, a layer sees none."""
+
+    def forward(self: Any, X: Tensor) -> Tensor:
+        left = X.sum(1) > 0
+        out = X.new_empty(len(X), 2)
+        out[left], out[~left] = self.f(X[left]), self.g(X[~left])
+        return out.tanh()
+
+    net = Lambda(forward, f=nn.Linear(3, 2), g=nn.Linear(3, 2))
+    return net, torch.tensor([1.0, -1.0, 1.0, 1.0])[:, None] * torch.rand(4, 3)
+
+
 NETS: dict[str, Callable[[], tuple[nn.Module, Tensor]]] = {
     **{
         f"attention, width {d}, {heads} heads, token {token} of {T}": (
@@ -67,6 +80,7 @@ NETS: dict[str, Callable[[], tuple[nn.Module, Tensor]]] = {
     "samples last": _samples_last,
     "convolution of frames": _convolution_of_frames,
     "middle token": _middle_token_of_time_first,
+    "routed": _routed,
 }
 # Where no batch of whatever size tells, the blocks are exact.
 OPAQUE = ["convolution of frames"]
@@ -128,6 +142,8 @@ def test_factors_are_those_of_hooks(name: str) -> None:
             [torch.autograd.grad(c, output, retain_graph=True)[0] for c in columns]
         ).flatten(0, -2)
         a = inputs[layer_name]
-        expected = torch.kron(b.T @ b, a.T @ a / len(a))
+        # A sample has as many positions as any other, or as in "routed", one or none.
+        count = len(X) if name == "routed" else len(a)
+        expected = torch.kron(b.T @ b, a.T @ a / count)
         got = blocks[f"{layer_name}.weight"].to_dense()
         assert (got - expected).norm() <= 1e-12 * expected.norm()

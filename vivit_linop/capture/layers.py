@@ -584,7 +584,8 @@ class KhatriRaoColumns(LayerColumns):
         """Cut the samples so that temporaries of so many entries a sample fit."""
         itemsize = self.inputs.element_size()
         limit = min(memory, _WORKING_SET) if self.inputs.is_cpu else memory
-        size = max(1, limit // (entries * itemsize))
+        # Where a sample takes another way, a layer has no positions.
+        size = max(1, limit // max(1, entries * itemsize))
         for start in range(0, self.num_samples, size):
             yield slice(start, min(start + size, self.num_samples))
 

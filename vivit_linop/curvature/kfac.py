@@ -294,6 +294,8 @@ class _KroneckerSums(Total):
         """Add a piece's sums."""
         for name, columns in left.columns.items():
             if isinstance(columns, KhatriRaoColumns) and name in self._weights:
+                if not columns.positions:  # the net takes another way
+                    continue
                 self._add_factors(name, columns, left.again)
             elif columns.numel <= _LARGEST_DENSE:
                 rows = columns.rows()
@@ -302,8 +304,8 @@ class _KroneckerSums(Total):
                 self.outer[name] = product if known is None else known + product
         if both := set(self.factors) & set(self.outer):
             raise ValueError(
-                f"data: the use of {both.pop()!r} could be told for some batches only. "
-                "Give batches of at least two samples."
+                f"data: how the model uses {both.pop()!r} could be told for some "
+                "batches only. Give other batches, or one sample in each."
             )
 
     def _add_factors(self, name: str, columns: KhatriRaoColumns, again: bool) -> None:
