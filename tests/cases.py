@@ -1420,7 +1420,8 @@ def custom_function() -> Problem:
 @case
 def complex_intermediates() -> Problem:
     def forward(m: Any, x: Tensor) -> Tensor:
-        spectrum = torch.fft.rfft(m.layer(x)) * torch.polar(m.r, m.phi)
+        # Of negative lengths torch.polar has wrong derivatives.
+        spectrum = torch.fft.rfft(m.layer(x)) * torch.polar(m.r.exp(), m.phi)
         return torch.fft.irfft(spectrum, n=4)
 
     net = Lambda(forward, layer=nn.Linear(3, 4), r=parameter(3), phi=parameter(3))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -15,6 +15,11 @@ from torch.func import jvp, vmap
 
 from vivit_linop.capture.costs import layer_costs
 from vivit_linop.curvature.blocks import ParameterBlocks, parameter_groups, places_of
+from vivit_linop.curvature.certificate import (
+    Certificate,
+    differentiable_twice,
+    gradient_of,
+)
 from vivit_linop.curvature.columns import memory_budget
 from vivit_linop.curvature.output_space import LossGradient, LossHessian
 from vivit_linop.curvature.positive_curvature import (
@@ -38,6 +43,8 @@ from vivit_linop.risk.model import Params, as_guest, strided
 # it is overhead (in floating-point operations); else there is nothing to gain by it.
 _TOGETHER = 16
 _SHORT_PASS = 3e7
+# How far apart ways that differ in the order of summation may be, in eps^¾.
+_ROUNDING = 100
 _ROUTES = ("backpack", "products")
 
 
@@ -76,8 +83,13 @@ class Hessian(TorchLinearOperator):
         D = self.risk.num_params
         super().__init__((D, D), self.risk.dtype, self.risk.device)
         self._kept: list[Tensor] | None = None
-        self._checked = False
-        self._batched = True  # until torch refuses
+        self._certified = False
+        self._batched = True  # until torch refuses, or is wrong
+        self._compared: set[tuple[Any, ...]] = set()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Graphs do not travel: a copy makes its own, of its own parameters."""
+        return {**self.__dict__, "_kept": None}
 
     # Products -----------------------------------------------------------------------
 
@@ -90,14 +102,7 @@ class Hessian(TorchLinearOperator):
         return self._gradient_of(total)
 
     def _gradient_of(self, total: Tensor) -> list[Tensor]:
-        parameters = list(self.risk.params.values())
-        gradients = torch.autograd.grad(
-            total, parameters, create_graph=True, allow_unused=True
-        )
-        return [
-            torch.zeros_like(p) if gradient is None else gradient
-            for gradient, p in zip(gradients, parameters, strict=True)
-        ]
+        return gradient_of(total, list(self.risk.params.values()), graph=True)
 
     def _multiply(self, X: Tensor) -> Tensor:
         return self.multiply_block(range(len(self.risk.sizes)), X)
@@ -109,9 +114,9 @@ class Hessian(TorchLinearOperator):
             chosen: The numbers of the parameters.
             X: Their entries.
         """
-        if not self._checked:
-            self._check_symmetry()
-            self._checked = True
+        if not self._certified:
+            Certificate(self.risk).check()
+            self._certified = True
         return self._block_product(chosen, X)
 
     def _block_product(self, chosen: Sequence[int], X: Tensor) -> Tensor:
@@ -119,36 +124,29 @@ class Hessian(TorchLinearOperator):
         single = len(self.risk.batch_sizes) == 1
         with as_guest(self.risk.device):
             if single and self._kept is not None:
-                return self._differentiate(self._kept, chosen, X)
+                return self._differentiate(self._kept, chosen, X, 0)
             for index, (inputs, _) in enumerate(self.risk.batches("product")):
                 gradient = self._gradient(index, copied(inputs) if single else inputs)
                 if single:
                     self._kept = gradient
-                result += self._differentiate(gradient, chosen, X)
+                result += self._differentiate(gradient, chosen, X, index)
         return result
 
-    def _check_symmetry(self) -> None:
-        """Raise an error if ⟨x, H y⟩ and ⟨y, H x⟩ differ."""
-        generator = torch.Generator().manual_seed(0)
-        noise = torch.randn(
-            self.shape[0], 2, generator=generator, dtype=torch.float64, device="cpu"
-        )
-        X = noise.to(self.device, self.torch_dtype)
-        image = self._block_product(range(len(self.risk.sizes)), X)
-        products = X.T @ image
-        tolerance = 100 * torch.finfo(self.torch_dtype).eps ** 0.75
-        size = X.norm() * image.norm()
-        if not (products[0, 1] - products[1, 0]).abs() <= tolerance * size:
-            raise ValueError(
-                "model: its second derivatives by torch are not symmetric, so an "
-                "operation of the model has a wrong one; replace it by an equivalent "
-                "one. The GGN does not need second derivatives."
-            )
-
     def _differentiate(
-        self, gradient: list[Tensor], chosen: Sequence[int], X: Tensor
+        self,
+        gradient: list[Tensor],
+        chosen: Sequence[int],
+        X: Tensor,
+        batch: int | None,
     ) -> Tensor:
-        """Differentiate the gradient in some parameters along each column."""
+        """Differentiate the gradient in some parameters along each column.
+
+        Args:
+            gradient: The gradient, with its graph.
+            chosen: The numbers of the parameters.
+            X: The columns, entries of these parameters.
+            batch: Which batch the gradient is of; None for a single sample.
+        """
         # The loss may be linear in some parameters.
         curved = [index for index in chosen if gradient[index].requires_grad]
         if not curved:
@@ -158,14 +156,18 @@ class Hessian(TorchLinearOperator):
         columns = []
         size = self._together if X.shape[1] > 1 else 1
         for part in X.split(size, dim=1):
+            count = part.shape[1]
             vectors = {
-                index: rows.T.reshape(part.shape[1], *parameters[index].shape)
+                # Contiguous, as vectors come from torch's own backward passes: there
+                # are kernels that take that for granted.
+                index: rows.T.contiguous().view(count, *parameters[index].shape)
                 for index, rows in zip(chosen, part.split(sizes), strict=True)
             }
             products = self._pull_back(
                 [gradient[index] for index in curved],
                 [parameters[index] for index in chosen],
                 [vectors[index] for index in curved],
+                None if batch is None else (batch, *chosen),
             )
             rows_of_parts = [
                 part.new_zeros(size, part.shape[1])
@@ -188,30 +190,82 @@ class Hessian(TorchLinearOperator):
         return sum(cost.forward_flops for cost in costs) < _SHORT_PASS
 
     def _pull_back(
-        self, outputs: list[Tensor], inputs: list[Tensor], vectors: list[Tensor]
+        self,
+        outputs: list[Tensor],
+        inputs: list[Tensor],
+        vectors: list[Tensor],
+        place: tuple[int, ...] | None,
     ) -> list[Tensor | None]:
-        """Backward passes for ``[K, *p]`` vectors, together if torch can."""
+        """Backward passes for ``[K, *p]`` vectors, together if torch can.
+
+        Args:
+            outputs: What is differentiated.
+            inputs: In what.
+            vectors: Along what.
+            place: The batch and parameters, None if they will not come again.
+        """
         count = len(vectors[0])
-        keywords: dict[str, Any] = {"retain_graph": True, "allow_unused": True}
-        if count > 1 and self._batched:
-            try:
-                with warnings.catch_warnings():
-                    warnings.filterwarnings("ignore", "There is a performance drop")
-                    together = torch.autograd.grad(
-                        outputs, inputs, vectors, is_grads_batched=True, **keywords
-                    )
-                return [strided(product) for product in together]
-            # Some operations have no batched backward pass.
-            except (RuntimeError, NotImplementedError):
-                self._batched = False
-        each = [
-            torch.autograd.grad(outputs, inputs, [v[k] for v in vectors], **keywords)
-            for k in range(count)
-        ]
+        with differentiable_twice():
+            if count > 1 and self._batched:
+                together = self._pull_back_together(outputs, inputs, vectors)
+                key = None if place is None else (*place, count)
+                if together is not None and (
+                    (key is not None and key in self._compared)
+                    or self._is_right(together, outputs, inputs, vectors)
+                ):
+                    if key is not None:
+                        self._compared.add(key)
+                    return together
+            each = [
+                _pulled_back(outputs, inputs, [v[k] for v in vectors])
+                for k in range(count)
+            ]
         return [
-            None if products[0] is None else strided(torch.stack(products))
+            None if products[0] is None else torch.stack(products)
             for products in zip(*each, strict=True)
         ]
+
+    def _pull_back_together(
+        self, outputs: list[Tensor], inputs: list[Tensor], vectors: list[Tensor]
+    ) -> list[Tensor | None] | None:
+        """Backward passes in one, None if torch cannot."""
+        try:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "There is a performance drop")
+                return _pulled_back(outputs, inputs, vectors, is_grads_batched=True)
+        # Some operations have no batched backward pass.
+        except (RuntimeError, NotImplementedError) as error:
+            # Less may fit at another time.
+            self._batched = isinstance(error, torch.OutOfMemoryError)
+            return None
+
+    def _is_right(
+        self,
+        together: list[Tensor | None],
+        outputs: list[Tensor],
+        inputs: list[Tensor],
+        vectors: list[Tensor],
+    ) -> bool:
+        """Whether batched backward passes are what single ones are.
+
+        For some shapes torch's batching of an operation is wrong. A random combination
+        of the passes is that of the combined vectors; where not, they are taken singly
+        from now on.
+        """
+        generator = torch.Generator().manual_seed(0)
+        noise = torch.randn(len(vectors[0]), generator=generator, dtype=torch.float64)
+        weights = noise.to(vectors[0])
+        combined = [torch.tensordot(weights, v, dims=1) for v in vectors]
+        alone = _pulled_back(outputs, inputs, combined)
+        error = size = torch.zeros((), dtype=weights.dtype, device=weights.device)
+        for many, one in zip(together, alone, strict=True):
+            if many is not None and one is not None:
+                combination = torch.tensordot(weights, many, dims=1)
+                error = error + (combination - one).square().sum()
+                size = size + many.square().sum()
+        tolerance = _ROUNDING * torch.finfo(self.torch_dtype).eps ** 0.75
+        self._batched = bool(error.sqrt() <= tolerance * size.sqrt() * weights.norm())
+        return self._batched
 
     # Blocks --------------------------------------------------------------------------
 
@@ -345,72 +399,136 @@ cpu>]
             found = backpack_diagonal_hessian(
                 self.risk, by_sample, memory_budget(self.risk)
             )
-            self._check_diagonal(found.sum(0) if by_sample else found)
+            self._check_diagonal(found, by_sample)
         except ValueError:
             if route == "backpack":
                 raise
             return None
         return found
 
-    def _check_diagonal(self, found: Tensor) -> None:
-        """Raise an error if some entries are not those of products."""
-        D = self.shape[0]
+    def _check_diagonal(self, found: Tensor, by_sample: bool) -> None:
+        """Raise an error if some entries are not those of products.
+
+        Of each parameter the largest entry and a random one; of three samples too.
+        """
         generator = torch.Generator().manual_seed(0)
-        some = torch.randperm(D, generator=generator, device="cpu")[:4].to(found.device)
-        entries = torch.cat([found.abs().argmax().unsqueeze(0), some])
-        unit = torch.zeros(D, len(entries), dtype=found.dtype, device=found.device)
+        total = found.sum(0) if by_sample else found
+        entries = []
+        first = 0
+        for part in total.split(self.risk.sizes):
+            if len(part):
+                some = _drawn(len(part), generator)
+                entries += [first + int(part.abs().argmax()), first + some]
+            first += len(part)
+        unit = torch.zeros(
+            len(total), len(entries), dtype=found.dtype, device=found.device
+        )
         unit[entries, torch.arange(len(entries), device=found.device)] = 1.0
-        exact = (self.apply(unit) * unit).sum(0)
-        tolerance = torch.finfo(found.dtype).eps ** 0.5
-        size = exact.abs().max() + found[entries].abs().max()
-        if not (found[entries] - exact).abs().max() <= tolerance * size:
-            raise ValueError(
-                "model: BackPACK and products give different diagonals of its Hessian. "
-                "Use route='products'."
-            )
+        pairs = [(total[entries], (self.apply(unit) * unit).sum(0))]
+        if by_sample:
+            N = len(found)
+            some = _drawn(N, generator)
+            r = self.risk.reduction_factor
+            for number in {0, some, N - 1}:
+                image = r * next(self._of_samples(unit, [number]))
+                pairs.append((found[number, entries], (image * unit).sum(0)))
+        eps = torch.finfo(found.dtype).eps
+        for ours, exact in pairs:
+            size = exact.abs() + ours.abs()
+            tolerance = eps**0.5 * size + _ROUNDING * eps * size.max()
+            if not ((ours - exact).abs() <= tolerance).all():
+                raise ValueError(
+                    "model: BackPACK and products give different diagonals of its "
+                    "Hessian. Use route='products'."
+                )
 
     def _sample_diagonals(self) -> Tensor:
         """By forward mode, or sample by sample."""
         risk, D = self.risk, self.shape[0]
-        unit = torch.eye(D, dtype=self.torch_dtype, device=self.device)
+        generator = torch.Generator("cpu").manual_seed(0)
+        noise = torch.randn(
+            D, 1, generator=generator, dtype=torch.float64, device="cpu"
+        )
+        x = noise.to(self.device, self.torch_dtype)
+        image = self.apply(x)  # certified
         try:
             # Along one random direction all samples together are the Hessian's.
-            noise = torch.randn(
-                D,
-                generator=torch.Generator().manual_seed(0),
-                dtype=self.torch_dtype,
-                device="cpu",
-            )
-            x = noise.to(unit).unsqueeze(1)
             total = self._second_derivatives(x).sum() * risk.reduction_factor
-            expected = (x * self.apply(x)).sum()
+            expected = (x * image).sum()
             tolerance = 10 * torch.finfo(self.torch_dtype).eps ** 0.5
-            size = expected.abs() + x.norm() * self.apply(x).norm()
+            size = expected.abs() + x.norm() * image.norm()
             if (total - expected).abs() <= tolerance * size:
-                parts = unit.split(self._together, dim=1)
-                return torch.cat([self._second_derivatives(U) for U in parts], dim=1)
+                found = self._second_derivatives_in_parts()
+                if found is not None:
+                    return found
         # Operations without forward mode, or that cannot be vectorised.
         except (RuntimeError, NotImplementedError):
             pass
-        return self._diagonals_one_by_one()
+        return self._diagonals_one_by_one(x, image)
 
-    def _diagonals_one_by_one(self) -> Tensor:
-        """D products with the Hessian of each sample."""
-        risk, D = self.risk, self.shape[0]
-        factor = risk.scale / risk.reduction_factor
-        everything = range(len(risk.sizes))
+    def _second_derivatives_in_parts(self) -> Tensor | None:
+        """Those along each entry, None if they are others when taken together."""
+        unit = torch.eye(self.shape[0], dtype=self.torch_dtype, device=self.device)
+        tolerance = 10 * torch.finfo(self.torch_dtype).eps ** 0.5
+        parts = []
+        for number, U in enumerate(unit.split(self._together, dim=1)):
+            part = self._second_derivatives(U)
+            some = number % U.shape[1]
+            alone = self._second_derivatives(U[:, some : some + 1]).squeeze(1)
+            size = part.abs().max()
+            if not (part[:, some] - alone).abs().max() <= tolerance * size:
+                return None
+            parts.append(part)
+        return torch.cat(parts, dim=1)
+
+    def _diagonals_one_by_one(self, x: Tensor, image: Tensor) -> Tensor:
+        """D products with the Hessian of each sample.
+
+        Args:
+            x: A vector, ``[D, 1]``.
+            image: The Hessian's product with it, which all samples' must give.
+        """
+        D = self.shape[0]
         unit = torch.eye(D, dtype=self.torch_dtype, device=self.device)
-        rows = []
+        rows, total = [], torch.zeros_like(image)
+        for matrix in self._of_samples(unit):
+            rows.append(matrix.diagonal())
+            total += self.risk.reduction_factor * (matrix @ x)
+        tolerance = _ROUNDING * torch.finfo(self.torch_dtype).eps ** 0.75
+        size = image.norm() + self.risk.reduction_factor * x.norm() * sum(
+            row.norm() for row in rows
+        )
+        if not (total - image).norm() <= tolerance * size:
+            raise ValueError(
+                "model: the second derivatives of its samples alone are not those of "
+                "the batch; a sample is computed in another way when it is alone."
+            )
+        return torch.stack(rows)
+
+    def _of_samples(
+        self, U: Tensor, numbers: Sequence[int] | None = None
+    ) -> Iterator[Tensor]:
+        """Multiply the Hessians of single samples, ``[D, K] -> [D, K]`` each.
+
+        Args:
+            U: What by.
+            numbers: Of which samples; None for all.
+        """
+        risk = self.risk
+        factor = risk.scale / risk.reduction_factor
+        everything, start = range(len(risk.sizes)), 0
         for (X, y), targets in zip(risk.batches(), risk.targets(), strict=True):
             for n in range(len(y)):
+                if numbers is not None and start + n not in numbers:
+                    continue
                 with as_guest(risk.device):
                     sample = take(X, torch.tensor([n], device="cpu"), risk.by_sample)
                     output = risk.model(risk.params, sample)
                     total = risk.loss.total(output, targets[n : n + 1]) * factor
                     gradient = self._gradient_of(total)
-                    image = self._differentiate(gradient, everything, unit)
-                rows.append(image.diagonal())
-        return torch.stack(rows)
+                    image = self._differentiate(gradient, everything, U, None)
+                yield image
+            start += len(y)
 
     def _second_derivatives(self, U: Tensor) -> Tensor:
         """The second derivatives of ℓ_n along columns, ``[N, K]``.
@@ -444,6 +562,28 @@ cpu>]
             linear = torch.einsum("knc,nc->nk", f2, gradient.blocks(batch)[:, :, 0, 0])
             rows.append(curved.reshape(n, -1, count).sum(1) + linear)
         return torch.cat(rows).detach()
+
+
+def _drawn(below: int, generator: torch.Generator) -> int:
+    return int(torch.randint(below, (), generator=generator, device="cpu"))
+
+
+def _pulled_back(
+    outputs: list[Tensor],
+    inputs: list[Tensor],
+    vectors: list[Tensor],
+    is_grads_batched: bool = False,
+) -> list[Tensor | None]:
+    """A backward pass, or several in one; the graph is kept."""
+    products = torch.autograd.grad(
+        outputs,
+        inputs,
+        vectors,
+        retain_graph=True,
+        allow_unused=True,
+        is_grads_batched=is_grads_batched,
+    )
+    return [strided(product) for product in products]
 
 
 class HessianBlock(TorchLinearOperator):

@@ -1,0 +1,230 @@
+"""Which operation of a net has a wrong second derivative, and what a net detaches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode, resolve_name
+
+from vivit_linop.risk.data import leaves, map_leaves
+from vivit_linop.risk.model import Params, strided
+
+# Steps and tolerances of differences of one operation's gradients.
+_STEPS = {torch.float64: 1e-6, torch.float32: 1e-2}
+_TOLERANCE = {torch.float64: 1e-4, torch.float32: 5e-2}
+
+# The getter of ``Tensor.data``.
+_DATA = torch.Tensor.data.__get__  # type: ignore[attr-defined]
+
+
+class FrozenValues:
+    """What a net makes of its parameters through which no derivative flows.
+
+    What it detaches, and what it computes where it has turned gradients off. A
+    derivative by torch is that of the net in which these values are constants. They
+    are recorded in one evaluation and put in their places in others.
+
+    What an ``autograd.Function`` does in its own forward pass is not among them: its
+    backward pass answers for that.
+
+    Attributes:
+        values: The values, in order.
+    """
+
+    def __init__(self) -> None:
+        self.values: list[Tensor] = []
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """Record an evaluation of the net."""
+        self.values = []
+        with _Frozen(self.values, None):
+            yield
+
+    @contextmanager
+    def replaying(self) -> Iterator[None]:
+        """Let an evaluation of the net meet the recorded values."""
+        if not self.values:
+            yield
+            return
+        with _Frozen(self.values, iter(self.values)):
+            yield
+
+
+class _Frozen(TorchFunctionMode):
+    def __init__(self, values: list[Tensor], replay: Iterator[Tensor] | None) -> None:
+        super().__init__()
+        self._values, self._replay, self._off = values, replay, False
+
+    def __torch_function__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if getattr(func, "__name__", "") == "_set_grad_enabled":
+            self._off = not args[0]
+            return result
+        detaches = func == torch.Tensor.detach or func == _DATA
+        # In the forward pass of a Function gradients are off without the user's word.
+        frozen = self._off or (detaches and torch.is_grad_enabled())
+        if (
+            not frozen
+            or not isinstance(result, Tensor)
+            or any(result is a for a in args)
+        ):
+            return result
+        if not result.is_floating_point():
+            return result
+        if self._replay is None:
+            self._values.append(result.clone())
+            return result
+        value = next(self._replay, None)
+        # Another number of calls, or others: whatever then comes out will not agree.
+        return result if value is None or value.shape != result.shape else value.clone()
+
+
+def at_fault(outputs: Callable[[Params], Tensor], theta: Params) -> str:
+    """Say which operation has a wrong second derivative.
+
+    Args:
+        outputs: The net on some samples, as a function of its parameters.
+        theta: The parameters, by name.
+    """
+    params = {name: p.detach().requires_grad_() for name, p in theta.items()}
+    calls = _Calls()
+    with calls:
+        output = outputs(params)
+    if calls.wrong is not None:
+        return f"At fault is {calls.wrong}."
+    own = _hand_written(output)
+    if own:
+        names = " or ".join(own)
+        return (
+            f"At fault is the hand-written autograd Function {names}, whose backward "
+            "pass is not differentiable or has a wrong derivative."
+        )
+    return (
+        "Which operation is at fault could not be told (a custom kernel, a "
+        "straight-through estimator, numbers of a lower precision?)."
+    )
+
+
+def _hand_written(output: Tensor) -> list[str]:
+    """The names of the autograd Functions in a graph that are written in Python."""
+    found: dict[str, None] = {}
+    todo, seen = [output.grad_fn], {None, output.grad_fn}
+    while todo:
+        node = todo.pop()
+        if node is None:
+            continue
+        if type(node).__module__ == "torch.autograd.function":
+            found[node.name().removesuffix("Backward")] = None
+        following = [n for n, _ in node.next_functions if n not in seen]
+        todo += following
+        seen.update(following)
+    return list(found)
+
+
+class _Calls(TorchFunctionMode):
+    """Finds the first call of torch's functions with a wrong second derivative."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wrong: str | None = None
+        self._seen: set[Any] = set()
+
+    def __torch_function__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        given = (args, kwargs or {})
+        tensors = list(leaves(given))
+        # It may write to its arguments.
+        copies = map_leaves(lambda t: t.detach().clone(), given)
+        active = [t.requires_grad and t.is_floating_point() for t in tensors]
+        result = func(*args, **(kwargs or {}))
+        key = (func, tuple(t.shape for t in tensors))
+        if self.wrong is None and any(active) and key not in self._seen:
+            if any(t.requires_grad for t in leaves(result)):
+                self._seen.add(key)
+                if _is_wrong(func, copies, active):
+                    self.wrong = resolve_name(func) or str(func)
+        return result
+
+
+def _is_wrong(func: Any, given: Any, active: list[bool]) -> bool:
+    """Whether a call's second derivative is not the slope of its first one."""
+    tensors = list(leaves(given))
+    chosen = [t for t, a in zip(tensors, active, strict=True) if a]
+    generator = torch.Generator().manual_seed(0)
+
+    def noise(like: Tensor) -> Tensor:
+        drawn = torch.randn(like.shape, generator=generator, dtype=torch.float64)
+        return drawn.to(like)
+
+    def gradient(values: list[Tensor], graph: bool) -> list[Tensor]:
+        places = iter(values)
+        flags = iter(active)
+        # Copies, since a function that works in place does not take leaves.
+        args, kwargs = map_leaves(
+            lambda t: next(places).clone() if next(flags) else t.clone(), given
+        )
+        results = [r for r in leaves(func(*args, **kwargs)) if r.requires_grad]
+        if not weights:
+            weights.extend((noise(r), r.detach().clone()) for r in results)
+        total = torch.zeros((), dtype=dtype, device=chosen[0].device)
+        for r, (u, r0) in zip(results, weights, strict=True):
+            total = total + (u * r).sum() + 0.5 * (r - r0).square().sum()
+        found = torch.autograd.grad(
+            total, values, create_graph=graph, materialize_grads=True
+        )
+        return [g if g.layout == torch.strided else g.to_dense() for g in found]
+
+    weights: list[tuple[Tensor, Tensor]] = []
+    dtype = chosen[0].dtype
+    if dtype not in _STEPS:
+        return False
+    h = _STEPS[dtype]
+    try:
+        here = [t.clone().requires_grad_() for t in chosen]
+        slope = gradient(here, graph=True)
+        x = [noise(t) for t in chosen]
+        curved = [k for k, g in enumerate(slope) if g.requires_grad]
+        found: Any = [torch.zeros_like(t) for t in chosen]
+        if curved:
+            found = torch.autograd.grad(
+                [slope[k] for k in curved],
+                here,
+                [x[k] for k in curved],
+                materialize_grads=True,
+            )
+        sides = [
+            gradient(
+                [
+                    (t + s * h * v).requires_grad_()
+                    for t, v in zip(chosen, x, strict=True)
+                ],
+                graph=False,
+            )
+            for s in (1, -1)
+        ]
+    # What cannot be differentiated apart is not what is looked for.
+    except Exception:
+        return False
+    found = [strided(f) for f in found]
+    difference = [(a - b) / (2 * h) for a, b in zip(*sides, strict=True)]
+    off = sum(float((f - d).norm()) for f, d in zip(found, difference, strict=True))
+    size = sum(
+        float(f.norm() + d.norm()) for f, d in zip(found, difference, strict=True)
+    )
+    return not off <= _TOLERANCE[dtype] * size
