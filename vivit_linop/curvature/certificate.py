@@ -11,9 +11,8 @@ is the net's in that of the risk, and is not small where the loss is saturated.
 
 A difference must be told from one over a kink (ReLU, max-pooling), where gradients jump
 however small the step is. So it is taken in float64, where steps can be so small that
-kinks are seldom crossed; of a batch where it disagrees the samples are looked at apart,
-and of these such that lie on a kink also a little beside θ. A net is wrong where
-differences of all steps agree with each other and not with H x.
+kinks are seldom crossed. Where it disagrees, θ may lie on a kink itself: so it is taken
+a little beside θ as well, and of the samples apart.
 """
 
 from __future__ import annotations
@@ -21,7 +20,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from enum import Enum
 from functools import cached_property
 from typing import Any
 
@@ -30,34 +28,19 @@ from torch import Tensor
 
 from vivit_linop.curvature.culprit import FrozenValues, at_fault
 from vivit_linop.risk.data import map_leaves, take
+from vivit_linop.risk.differences import (
+    ROUGH,
+    SHIFTS,
+    STEPS,
+    TOLERANCE,
+    Comparison,
+    allowed,
+)
 from vivit_linop.risk.empirical import EmpiricalRisk
 from vivit_linop.risk.model import Params, as_guest, strided
 
-# Steps relative to the parameters, the first for nets without kinks.
-_STEPS = {torch.float64: (1e-7, 1e-6, 1e-9, 1e-10), torch.float32: (1e-2, 3e-3, 1e-3)}
-_STEPS_AT_FIRST = 1
-# The first of them are precise: what they refute is no matter of rounding.
-_PRECISE = 2
-# What H x may be off, in the precision of the net, where differences are better.
-_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4}
-# What it may be off where they are not: a net that runs in float32 only.
-_ROUGH = 3e-2
-# Errors of a part of H x in proportion to all of it: of rounding, and of the above.
-_ROUNDINGS, _SHARE = 300, 1e-2
-# Roundings of a gradient that a difference shows.
-_NOISE = 30
-# How near differences are to each other that have converged, by what they are off H x.
-_CONVERGED = 1e-2
-# The first shift relative to the parameters, to leave a kink, and how often to try.
-_SHIFT, _SHIFTS = 1e-2, 2
-
-
-class Verdict(Enum):
-    """What a difference of gradients says of H x."""
-
-    RIGHT = "right"
-    WRONG = "wrong"
-    UNDECIDED = "undecided"
+# How near outputs in float64 are to those in float32, if the net is the same there.
+_SAME = 1e-2
 
 
 @dataclass(frozen=True)
@@ -108,10 +91,8 @@ class Certificate:
         theta = [p.detach() for p in risk.params.values()]
         typical = torch.cat([p.reshape(-1) for p in theta]).square().mean().sqrt()
         least = 0.1 * float(typical) or 1.0
-        self._scales = [
-            max(float(p.square().mean().sqrt()) if p.numel() else 0.0, least)
-            for p in theta
-        ]
+        sizes = [p.square().mean().sqrt() if p.numel() else p.sum() for p in theta]
+        self._scales = torch.stack(sizes).double().clamp(min=least)
         self._x = self._direction()
 
     def check(self) -> None:
@@ -133,29 +114,29 @@ class Certificate:
     def _check(self, index: int, samples: Samples) -> None:
         """Look at samples together, then at halves of them, in the end at each."""
         found = self._product(samples, self.risk.params, self._x)
-        if self._verdict(samples, self.risk.params, found) is Verdict.RIGHT:
+        if self._right(samples, self.risk.params, found):
+            return
+        shifts = SHIFTS[self._dtype]
+        if self._right_beside(samples, shifts[0]):
             return
         halves = self._halves(samples)
         if not halves:
-            self._check_alone(index, samples)
-            return
-        products = [self._product(half, self.risk.params, self._x) for half in halves]
-        parts = [sum(p) for p in zip(*(p.along for p in products), strict=True)]
-        if any(self._off(found, parts, _TOLERANCE[self.risk.dtype])):
-            raise self._error(index, samples, f"of {len(samples.base)} samples ")
+            if any(self._right_beside(samples, shift) for shift in shifts[1:]):
+                return
+            raise self._error(samples, f"On a sample of batch {index}")
+        products = [self._product(h, self.risk.params, self._x) for h in halves]
+        parts = [a + b for a, b in zip(*(p.along for p in products), strict=True)]
+        if not self._near(found, parts, TOLERANCE[self.risk.dtype]):
+            where = f"On {len(samples.base)} samples of batch {index} together"
+            raise self._error(samples, where)
         for half in halves:
             self._check(index, half)
 
-    def _check_alone(self, index: int, samples: Samples) -> None:
-        """Where they lie on a kink, or nothing can be seen, look beside θ as well."""
-        size = _SHIFT
-        for _ in range(_SHIFTS):
-            theta = self._moved(self.risk.params, self._direction(), size)
-            found = self._product(samples, theta, self._x)
-            if self._verdict(samples, theta, found) is Verdict.RIGHT:
-                return
-            size *= 10.0
-        raise self._error(index, samples, "")
+    def _right_beside(self, samples: Samples, shift: float) -> bool:
+        """Whether they are right beside θ, where that may lie on a kink itself."""
+        theta = self._moved(self.risk.params, self._direction(), shift)
+        found = self._product(samples, theta, self._x)
+        return self._right(samples, theta, found)
 
     def _halves(self, samples: Samples) -> list[Samples]:
         """Halves, none if there is one sample or the net runs on whole batches only."""
@@ -176,10 +157,10 @@ class Certificate:
 
     # Comparisons ----------------------------------------------------------------------
 
-    def _verdict(self, samples: Samples, theta: Params, found: Slope) -> Verdict:
-        verdict = self._compared(samples, theta, found, FrozenValues(), _STEPS_AT_FIRST)
-        if verdict is Verdict.RIGHT:
-            return verdict
+    def _right(self, samples: Samples, theta: Params, found: Slope) -> bool:
+        """Whether differences of gradients agree with H x."""
+        if self._agrees(samples, theta, found, FrozenValues(), first_only=True):
+            return True
         # Torch's derivatives are those of a net in which what it detaches is constant,
         # and so are entries without a gradient, such as those for padding.
         frozen = FrozenValues()
@@ -188,91 +169,62 @@ class Certificate:
         gradients = zip(found.x, found.gradient, strict=True)
         x = [part.masked_fill(g == 0.0, 0.0) for part, g in gradients]
         found = self._product(samples, theta, x)
-        verdict = self._compared(samples, theta, found, frozen)
-        if verdict is Verdict.RIGHT or self._dtype is self.risk.dtype:
-            return verdict
+        if self._agrees(samples, theta, found, frozen):
+            return True
+        if self._dtype is self.risk.dtype:
+            return False
         # Rounding may leave few digits in float32: are they those of float64?
         exact = self._product(samples, theta, x, self._dtype)
-        if any(self._off(found, exact.along, _ROUGH)):
-            return verdict
-        return self._compared(samples, theta, exact, frozen)
+        return self._near(found, exact.along, ROUGH) and self._agrees(
+            samples, theta, exact, frozen
+        )
 
-    def _compared(
+    def _agrees(
         self,
         samples: Samples,
         theta: Params,
         found: Slope,
         frozen: FrozenValues,
-        count: int | None = None,
-    ) -> Verdict:
-        """Compare with differences of all steps; of one, if that agrees."""
-        dtype = self._dtype
-        own = found.along[0].dtype
-        base = _TOLERANCE[own] if dtype is torch.float64 else _ROUGH
+        first_only: bool = False,
+    ) -> bool:
+        """Compare with a difference; with those of other steps if it does not agree."""
         differences: list[list[Tensor]] = []
-        noises: list[float] = []
-        misses: list[list[bool]] = []
-        for step in _STEPS[dtype][:count]:
+        for step in STEPS[self._dtype]:
             differences.append(self._difference(samples, theta, found.x, step, frozen))
-            noises.append(_NOISE * torch.finfo(dtype).eps / step)
-            misses.append(self._off(found, differences[-1], base, noises[-1]))
-            if len(misses) == 1 and not any(misses[0]):
-                return Verdict.RIGHT
-        if count is not None:
-            return Verdict.UNDECIDED
-        verdicts = [
-            self._of_one(
-                number, found, differences, noises, [m[number] for m in misses]
-            )
-            for number in range(len(self._scales))
-        ]
-        for verdict in (Verdict.WRONG, Verdict.UNDECIDED):
-            if verdict in verdicts:
-                return verdict
-        return Verdict.RIGHT
+            if len(differences) == 1:
+                if self._compared(found, differences):
+                    return True
+                if first_only:
+                    return False
+        return self._compared(found, differences)
 
-    def _of_one(
-        self,
-        number: int,
-        found: Slope,
-        differences: list[list[Tensor]],
-        noises: list[float],
-        misses: list[bool],
-    ) -> Verdict:
-        """The verdict on the part of one parameter."""
-        if not all(misses[:_PRECISE]):
-            return Verdict.RIGHT
-        scale, total = self._scales[number], self._total(found)
-        parts = [difference[number] for difference in differences]
-        off = min(float((part - found.along[number]).norm()) for part in parts)
-        nearest = [
-            float((part - parts[0]).norm())
-            <= _CONVERGED * off + 2 * noise * total / scale
-            for part, noise in zip(parts, noises, strict=True)
-        ]
-        if all(nearest):
-            return Verdict.WRONG
-        return Verdict.UNDECIDED if all(misses) else Verdict.RIGHT
+    def _compared(self, found: Slope, differences: list[list[Tensor]]) -> bool:
+        comparison = Comparison(
+            size=self._norms(found.along),
+            total=self._total(found),
+            off=torch.stack([self._norms(d, found.along) for d in differences]),
+            apart=torch.stack([self._norms(d, differences[0]) for d in differences]),
+            precision=self._dtype,
+            own=found.along[0].dtype,
+        )
+        return bool(comparison.right().all())
 
-    def _off(
-        self, found: Slope, expected: list[Tensor], tolerance: float, noise: float = 0.0
-    ) -> list[bool]:
-        """Whether H x is not what is expected, for each parameter."""
-        eps = torch.finfo(found.along[0].dtype).eps
-        floor = max(_SHARE * tolerance, _ROUNDINGS * eps) + noise
-        floor *= self._total(found)
-        result = []
-        for scale, a, b in zip(self._scales, found.along, expected, strict=True):
-            error, size = float((a - b).norm()), float(a.norm())
-            result.append(
-                not scale * error <= (tolerance + noise) * scale * size + floor
-            )
-        return result
+    def _near(self, found: Slope, expected: list[Tensor], tolerance: float) -> bool:
+        """Whether H x is what is expected, for each parameter."""
+        error, size = self._norms(found.along, expected), self._norms(found.along)
+        own = found.along[0].dtype
+        return bool((error <= allowed(size, self._total(found), tolerance, own)).all())
 
-    def _total(self, found: Slope) -> float:
-        """The size of all first and second derivatives, by changes in proportion."""
-        both = zip(self._scales, found.along, found.gradient, strict=True)
-        return sum(s * float(a.norm() + g.norm()) for s, a, g in both)
+    def _norms(self, parts: list[Tensor], others: list[Tensor] | None = None) -> Tensor:
+        """Norms of tensors, or of what they differ by, for changes in proportion."""
+        if others is not None:
+            parts = [a - b for a, b in zip(parts, others, strict=True)]
+        norms = [part.norm().double() for part in parts]
+        return torch.stack(norms) * self._scales
+
+    def _total(self, found: Slope) -> Tensor:
+        """The size of all first and second derivatives."""
+        return (self._norms(found.along) + self._norms(found.gradient)).sum()
 
     # Derivatives ----------------------------------------------------------------------
 
@@ -298,7 +250,11 @@ class Certificate:
         # Whatever a model says to numbers of another precision.
         except Exception:
             return risk.dtype
-        return double if output.dtype is double else risk.dtype
+        known = risk.outputs[0]
+        same = output.dtype is double and torch.allclose(
+            output.to(known), known, rtol=_SAME, atol=_SAME * float(known.abs().max())
+        )
+        return double if same else risk.dtype
 
     def _gradient(
         self,
@@ -372,7 +328,9 @@ class Certificate:
         """A random vector, in proportion to the parameters."""
         return [
             scale * self._normal(p)
-            for scale, p in zip(self._scales, self.risk.params.values(), strict=True)
+            for scale, p in zip(
+                self._scales.tolist(), self.risk.params.values(), strict=True
+            )
         ]
 
     def _normal(self, like: Tensor) -> Tensor:
@@ -381,16 +339,16 @@ class Certificate:
         )
         return noise.to(like.device, like.dtype)
 
-    def _error(self, index: int, samples: Samples, where: str) -> ValueError:
+    def _error(self, samples: Samples, where: str) -> ValueError:
         def outputs(theta: Params) -> Tensor:
             return self._evaluate(theta, samples.X, self._dtype)
 
         params = self.risk.params.items()
         names = at_fault(outputs, {n: p.detach().to(self._dtype) for n, p in params})
         return ValueError(
-            f"model: its second derivatives by torch are wrong. On samples {where}of "
-            f"batch {index} they are not the slope of the gradient. {names} Write it "
-            "with differentiable operations, or replace it by an equivalent one. The "
+            f"model: its second derivatives by torch are wrong. {where} they are not "
+            f"the slope of the gradient. {names} Write it with "
+            "differentiable operations, or replace it by an equivalent one. The "
             "GGN, the Fisher matrices and gradients need no second derivatives."
         )
 

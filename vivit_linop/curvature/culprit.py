@@ -158,7 +158,7 @@ class _Calls(TorchFunctionMode):
             if any(t.requires_grad for t in leaves(result)):
                 self._seen.add(key)
                 if _is_wrong(func, copies, active):
-                    self.wrong = resolve_name(func) or str(func)
+                    self.wrong = resolve_name(func) or f"torch's {func.__name__}"
         return result
 
 

@@ -80,6 +80,8 @@ class Hessian(TorchLinearOperator):
     ) -> None:
         self.risk = as_risk(risk, loss, data, params)
         self.risk.loss.check_curvature(self.risk.outputs[0], self.risk.targets()[0])
+        for output, target in zip(self.risk.outputs, self.risk.targets(), strict=True):
+            self.risk.loss.certify_curvature(output, target)
         D = self.risk.num_params
         super().__init__((D, D), self.risk.dtype, self.risk.device)
         self._kept: list[Tensor] | None = None

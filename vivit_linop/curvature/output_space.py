@@ -164,6 +164,8 @@ class LossHessian(OutputOperator):
     ) -> None:
         risk = as_risk(risk, loss, data, params)
         risk.loss.check_curvature(risk.outputs[0], risk.targets()[0])
+        for output, target in zip(risk.outputs, risk.targets(), strict=True):
+            risk.loss.certify_curvature(output, target)
         super().__init__(risk, risk.num_outputs)
 
     def apply_batch(self, batch: int, X: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vivit_linop.risk.copies import Watch
+from vivit_linop.risk.differences import SHIFTS, STEPS, Comparison
 from vivit_linop.risk.draws import Draws, categories
 
 LossCallable = Callable[[Tensor, Tensor], Tensor]
@@ -124,6 +125,10 @@ class OutputLoss(ABC):
 
     def check_curvature(self, output: Tensor, target: Tensor) -> None:
         """Raise a ``ValueError`` if there is no Hessian; closed forms are there."""
+        return
+
+    def certify_curvature(self, output: Tensor, target: Tensor) -> None:
+        """Raise a ``ValueError`` if the Hessian is wrong; closed forms are right."""
         return
 
     def is_constant(self) -> bool:
@@ -540,6 +545,61 @@ class AutogradLoss(OutputLoss):
                 "none."
             ) from error
 
+    def certify_curvature(self, output: Tensor, target: Tensor) -> None:
+        """Compare a product with differences of gradients, for each sample.
+
+        Where torch's second derivative of the loss is wrong, the latter agree with each
+        other and not with the product. On a kink they may too: so it must also be wrong
+        beside the outputs.
+        """
+        wrong = self._refuted(output, target)
+        if not wrong.any():
+            return
+        for shift in SHIFTS[torch.float64]:
+            size = output.abs().mean() + torch.finfo(output.dtype).tiny
+            beside = output + shift * size * _noise(output, seed=1)
+            wrong &= self._refuted(beside, target)
+        if wrong.any():
+            raise ValueError(
+                f"loss: torch's second derivative of {self.name} is wrong, it is not "
+                f"the slope of its gradient (sample {int(wrong.nonzero()[0])} of its "
+                "batch). Look for hand-written autograd Functions, and write it as a "
+                "function of differentiable operations. Gradients, PerSampleGradients "
+                "and EmpiricalFisher need no second derivatives."
+            )
+
+    def _refuted(self, output: Tensor, target: Tensor) -> Tensor:
+        """Of which samples differences of gradients refute the Hessian, ``[n]``."""
+        scale = (output.square().mean().sqrt() + torch.finfo(output.dtype).tiny).item()
+        x = scale * _noise(output)
+        precision, exact = torch.float64, target
+        if target.is_floating_point():
+            exact = target.double()
+        try:
+            g = self.gradient(output.double(), exact)
+        # Whatever a loss says to numbers of another precision.
+        except Exception:
+            precision, exact = output.dtype, target
+            g = self.gradient(output, target)
+
+        def norms(t: Tensor) -> Tensor:
+            return scale * t.reshape(len(t), -1).double().norm(dim=1)
+
+        def gradient(step: float) -> Tensor:
+            return self.gradient(output.to(precision) + step * x.to(precision), exact)
+
+        along = self.hessian_product(output, target, self.channels(x).unsqueeze(-1))
+        found = along.squeeze(-1)
+        differences = [(gradient(h) - gradient(-h)) / (2 * h) for h in STEPS[precision]]
+        return Comparison(
+            size=norms(found),
+            total=norms(found) + norms(g),
+            off=torch.stack([norms(d - found) for d in differences]),
+            apart=torch.stack([norms(d - differences[0]) for d in differences]),
+            precision=precision,
+            own=output.dtype,
+        ).refuted()
+
     def _couples(self, output: Tensor, target: Tensor, mask: Tensor) -> bool:
         """Whether the Hessian of some samples is another one with the others there."""
         try:
@@ -652,6 +712,14 @@ def uses_parameters(name: str) -> ValueError:
         "τ * vl.Identity(D), another one by its curvature as + vl.Diagonal(…), and "
         "to risk.value() and risk.gradient() by hand."
     )
+
+
+def _noise(like: Tensor, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randn(
+        like.shape, generator=generator, dtype=torch.float64, device="cpu"
+    )
+    return drawn.to(like)
 
 
 def copied_weight(weight: Tensor | None) -> Tensor | None:
