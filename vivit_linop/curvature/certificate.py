@@ -118,10 +118,12 @@ class Certificate:
             return
         shifts = SHIFTS[self._dtype]
         if self._right_beside(samples, shifts[0]):
+            self._check_symmetry(index, samples, found)
             return
         halves = self._halves(samples)
         if not halves:
             if any(self._right_beside(samples, shift) for shift in shifts[1:]):
+                self._check_symmetry(index, samples, found)
                 return
             raise self._error(samples, f"On a sample of batch {index}")
         products = [self._product(h, self.risk.params, self._x) for h in halves]
@@ -137,6 +139,25 @@ class Certificate:
         theta = self._moved(self.risk.params, self._direction(), shift)
         found = self._product(samples, theta, self._x)
         return self._right(samples, theta, found)
+
+    def _check_symmetry(self, index: int, samples: Samples, found: Slope) -> None:
+        """Raise an error if ⟨y, H x⟩ and ⟨x, H y⟩ differ: on a kink they may."""
+        other = self._product(samples, self.risk.params, self._direction())
+        ways = ((found, other), (other, found))
+        yx, xy = (
+            sum(float((b * a).sum()) for b, a in zip(left.x, right.along, strict=True))
+            for right, left in ways
+        )
+        size = float((self._norms(found.along) + self._norms(other.along)).sum())
+        # ⟨x, …⟩ adds up D entries, in units of the parameters.
+        size *= float(sum(p.numel() for p in found.x)) ** 0.5
+        if not abs(yx - xy) <= TOLERANCE[self.risk.dtype] * size:
+            raise ValueError(
+                f"model: its parameters lie on a kink, where torch's second "
+                f"derivatives are not symmetric (batch {index}; zero inputs of a PReLU "
+                "for example), so there is no Hessian. Move the parameters a little. "
+                "The GGN needs no second derivatives."
+            )
 
     def _halves(self, samples: Samples) -> list[Samples]:
         """Halves, none if there is one sample or the net runs on whole batches only."""

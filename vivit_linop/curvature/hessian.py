@@ -208,15 +208,12 @@ class Hessian(TorchLinearOperator):
         """
         count = len(vectors[0])
         with differentiable_twice():
-            if count > 1 and self._batched:
+            if count > 1 and self._batched_is_right(outputs, inputs, vectors, place):
                 together = self._pull_back_together(outputs, inputs, vectors)
-                key = None if place is None else (*place, count)
                 if together is not None and (
-                    (key is not None and key in self._compared)
+                    place is not None
                     or self._is_right(together, outputs, inputs, vectors)
                 ):
-                    if key is not None:
-                        self._compared.add(key)
                     return together
             each = [
                 _pulled_back(outputs, inputs, [v[k] for v in vectors])
@@ -226,6 +223,33 @@ class Hessian(TorchLinearOperator):
             None if products[0] is None else torch.stack(products)
             for products in zip(*each, strict=True)
         ]
+
+    def _batched_is_right(
+        self,
+        outputs: list[Tensor],
+        inputs: list[Tensor],
+        vectors: list[Tensor],
+        place: tuple[int, ...] | None,
+    ) -> bool:
+        """Whether to take passes together; tried once a place, on random vectors.
+
+        Those that are multiplied may have zeros where a fault would show. At no place,
+        each result is to be looked at.
+        """
+        if place is None or not self._batched:
+            return self._batched
+        key = (*place, len(vectors[0]))
+        if key not in self._compared:
+            generator = torch.Generator().manual_seed(0)
+            probe = [
+                torch.randn(v.shape, generator=generator, dtype=v.dtype).to(v.device)
+                for v in vectors
+            ]
+            together = self._pull_back_together(outputs, inputs, probe)
+            if together is None or not self._is_right(together, outputs, inputs, probe):
+                return False
+            self._compared.add(key)
+        return True
 
     def _pull_back_together(
         self, outputs: list[Tensor], inputs: list[Tensor], vectors: list[Tensor]
