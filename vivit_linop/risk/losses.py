@@ -588,11 +588,13 @@ class AutogradLoss(OutputLoss):
         def gradient(step: float) -> Tensor:
             return self.gradient(output.to(precision) + step * x.to(precision), exact)
 
-        along = self.hessian_product(output, target, self.channels(x).unsqueeze(-1))
-        found = along.squeeze(-1)
+        direction = self.channels(x).unsqueeze(-1)
+        found = self.hessian_product(output, target, direction).squeeze(-1)
         differences = [(gradient(h) - gradient(-h)) / (2 * h) for h in STEPS[precision]]
         # Where the loss is saturated, rounding is to be measured by what is not.
-        usual = norms(self.gradient(_noise(output).to(precision), exact))
+        typical = _noise(output)
+        usual = norms(self.gradient(typical, target))
+        usual += norms(self.hessian_product(typical, target, direction))
         return Comparison(
             size=norms(found),
             total=norms(found) + norms(g) + usual.nan_to_num(0.0, 0.0, 0.0),
