@@ -87,7 +87,7 @@ class Certificate:
 
     def __init__(self, risk: EmpiricalRisk) -> None:
         self.risk = risk
-        self._generator = torch.Generator().manual_seed(0)
+        self._generator = torch.Generator("cpu").manual_seed(0)
         theta = [p.detach() for p in risk.params.values()]
         typical = torch.cat([p.reshape(-1) for p in theta]).square().mean().sqrt()
         least = 0.1 * float(typical) or 1.0
@@ -165,7 +165,8 @@ class Certificate:
         if n == 1:
             return []
         halves = [
-            samples.some(part, self.risk.by_sample) for part in torch.arange(n).chunk(2)
+            samples.some(part, self.risk.by_sample)
+            for part in torch.arange(n, device="cpu").chunk(2)
         ]
         try:
             for half in halves:

@@ -166,10 +166,12 @@ def _is_wrong(func: Any, given: Any, active: list[bool]) -> bool:
     """Whether a call's second derivative is not the slope of its first one."""
     tensors = list(leaves(given))
     chosen = [t for t, a in zip(tensors, active, strict=True) if a]
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cpu").manual_seed(0)
 
     def noise(like: Tensor) -> Tensor:
-        drawn = torch.randn(like.shape, generator=generator, dtype=torch.float64)
+        drawn = torch.randn(
+            like.shape, generator=generator, dtype=torch.float64, device="cpu"
+        )
         return drawn.to(like)
 
     def gradient(values: list[Tensor], graph: bool) -> list[Tensor]:

@@ -240,9 +240,11 @@ class Hessian(TorchLinearOperator):
             return self._batched
         key = (*place, len(vectors[0]))
         if key not in self._compared:
-            generator = torch.Generator().manual_seed(0)
+            generator = torch.Generator("cpu").manual_seed(0)
             probe = [
-                torch.randn(v.shape, generator=generator, dtype=v.dtype).to(v.device)
+                torch.randn(
+                    v.shape, generator=generator, dtype=v.dtype, device="cpu"
+                ).to(v.device)
                 for v in vectors
             ]
             together = self._pull_back_together(outputs, inputs, probe)
@@ -278,8 +280,10 @@ class Hessian(TorchLinearOperator):
         of the passes is that of the combined vectors; where not, they are taken singly
         from now on.
         """
-        generator = torch.Generator().manual_seed(0)
-        noise = torch.randn(len(vectors[0]), generator=generator, dtype=torch.float64)
+        generator = torch.Generator("cpu").manual_seed(0)
+        noise = torch.randn(
+            len(vectors[0]), generator=generator, dtype=torch.float64, device="cpu"
+        )
         weights = noise.to(vectors[0])
         combined = [torch.tensordot(weights, v, dims=1) for v in vectors]
         alone = _pulled_back(outputs, inputs, combined)
@@ -437,7 +441,7 @@ cpu>]
 
         Of each parameter the largest entry and a random one; of three samples too.
         """
-        generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator("cpu").manual_seed(0)
         total = found.sum(0) if by_sample else found
         entries = []
         first = 0

@@ -54,8 +54,8 @@ class Comparison:
     @property
     def _noise(self) -> Tensor:
         """What rounding adds to each difference, in proportion to all, ``[steps]``."""
-        steps = torch.tensor(STEPS[self.precision][: len(self.off)], device="cpu")
-        noise = _NOISE * torch.finfo(self.precision).eps / steps.to(self.off)
+        steps = self.off.new_tensor(STEPS[self.precision][: len(self.off)])
+        noise = _NOISE * torch.finfo(self.precision).eps / steps
         return noise.unsqueeze(1)
 
     @property

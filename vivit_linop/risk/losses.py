@@ -747,7 +747,7 @@ def uses_parameters(name: str) -> ValueError:
 
 
 def _noise(like: Tensor, seed: int = 0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator("cpu").manual_seed(seed)
     drawn = torch.randn(
         like.shape, generator=generator, dtype=torch.float64, device="cpu"
     )
