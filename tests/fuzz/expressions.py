@@ -159,9 +159,8 @@ class Expression:
             "print(*case.findings(), sep='\\n')\n"
         )
 
-    def _built(self) -> list[Any]:
-        draws = [MARKET[n](Draw(self.dtype, "cpu", seed)) for n, seed in self.leaves]
-        return draws
+    def _built(self) -> list[tuple[Any, Tensor]]:
+        return [MARKET[n](Draw(self.dtype, "cpu", seed)) for n, seed in self.leaves]
 
     def dense(self) -> list[Rounded]:
         return self._evaluated([Rounded(A) for _, A in self._built()], DENSE)
