@@ -589,7 +589,7 @@ def _used_again(module: nn.Module, calls: Mapping[nn.Module, int]) -> str | None
 
 def _one_batch(risk: EmpiricalRisk, what: str) -> tuple[Tensor, Tensor]:
     inputs, targets = [], []
-    for X, y in risk.batches():
+    for (X, _), y in zip(risk.batches(), risk.targets(), strict=True):
         if not isinstance(X, Tensor):
             kind = "a mapping" if isinstance(X, Mapping) else "several tensors"
             raise ValueError(

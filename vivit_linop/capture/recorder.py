@@ -161,7 +161,8 @@ class Recorder(TorchFunctionMode):
 
     def __post_init__(self) -> None:
         super().__init__()
-        self._views = Views(self.params)
+        # A parameter without entries has no columns, however it is used.
+        self._views = Views({name: p for name, p in self.params.items() if p.numel()})
         self._dtype = next(iter(self.params.values())).dtype
         self._in_attention = False
 
