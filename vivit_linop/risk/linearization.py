@@ -18,6 +18,7 @@ forward mode, or derivatives that torch does not have or has wrong.
 from __future__ import annotations
 
 import contextlib
+import gc
 import threading
 import warnings
 from collections.abc import Callable, Sequence
@@ -200,14 +201,21 @@ class Linearization:
                 if self.kept:
                     first = tracing_pays(self._graph.output)
                     ways.insert(0 if first else 1, self._trace_somehow)
-                if not any(way() for way in ways):
+                for way in ways:
+                    if way():
+                        break
+                else:
                     raise self._impossible()
                 self.checked = True
         assert self._tangents is not None
         return self._tangents
 
     def _trace_somehow(self) -> bool:
-        return self._trace(contextlib.nullcontext()) or self._trace(OutOfPlace())
+        right = self._trace(contextlib.nullcontext()) or self._trace(OutOfPlace())
+        # The tracer leaves circles of references, to its callers too, which would keep
+        # the data of this risk until Python's collector happens to run.
+        gc.collect()
+        return right
 
     def _trace(self, mode: contextlib.AbstractContextManager[object]) -> bool:
         """Trace the tangent map; returns whether it turned out to be right."""
@@ -420,7 +428,7 @@ def tracing_pays(output: Tensor) -> bool:
     return _PER_CONVOLUTION * counts["conv"] > counts["mm"]
 
 
-def tangent_map(function: Callable[[Params], Tensor], theta: Params) -> GraphModule:
+def tangent_map(function: Callable[[Params], Tensor], theta: Params) -> TangentMap:
     """Trace x ↦ J x, with all that does not depend on x evaluated.
 
     Args:
@@ -441,7 +449,32 @@ def tangent_map(function: Callable[[Params], Tensor], theta: Params) -> GraphMod
     trace = make_fx(image, _error_on_data_dependent_ops=False)
     graph = trace(*(torch.zeros_like(p) for p in theta.values()))
     _write_nowhere(graph)
-    return split_const_subgraphs(graph)
+    return TangentMap(graph)
+
+
+class TangentMap:
+    """The code of a traced graph with what it reads, all else evaluated.
+
+    The graph itself is a circle of references: what it holds would not be freed with
+    the last reference to it.
+
+    Args:
+        graph: The graph.
+    """
+
+    def __init__(self, graph: GraphModule) -> None:
+        folded = split_const_subgraphs(graph)
+        folded.run_folding()
+        for node in folded.graph.nodes:
+            if node.op == "get_attr":
+                name = node.target.partition(".")[0]
+                setattr(self, name, getattr(folded, name))
+        self._code = type(folded).forward
+
+    def __call__(self, *tangents: Tensor) -> Tensor:
+        """Return the image of tangents in the shapes of the parameters."""
+        image: Tensor = self._code(self, *tangents)
+        return image
 
 
 def _write_nowhere(graph: GraphModule) -> None:
