@@ -80,6 +80,20 @@ class Graph(NamedTuple):
         )
 
 
+class Probe(NamedTuple):
+    """Random vectors, and what an ordinary backward pass makes of one.
+
+    Attributes:
+        x: ``[D]``.
+        u: ``[n C]``.
+        pulled_back: Jᵀ u, by the first backward pass of the graph, ``[D]``.
+    """
+
+    x: Tensor
+    u: Tensor
+    pulled_back: Tensor
+
+
 class ReverseTangents:
     """J x as a backward pass through the kept backward pass u ↦ Jᵀ u.
 
@@ -170,6 +184,9 @@ class Linearization:
         self._tangents: ReverseTangents | TracedTangents | None = None
         self._preparing = threading.Lock()
         self._failure = ""
+        self._probe: Probe | None = None
+        self._repeats = False
+        self._together: set[str] = set()
         with as_guest(self.device):
             self.nbytes, output = _saved_bytes(lambda: function(params))
         self._graph = Graph(output, list(params.values()))
@@ -197,6 +214,11 @@ class Linearization:
         """Make J x possible, once."""
         with self._preparing, as_guest(self.device):
             if self._tangents is None:
+                if not self.checked:
+                    # Before anything else: a net may do other things the second time.
+                    x, u = self._noise(0)
+                    self._probe = Probe(x, u, self._vjp(u))
+                    self._repeats = True
                 ways = [self._reverse]
                 if self.kept:
                     first = tracing_pays(self._graph.output)
@@ -206,7 +228,7 @@ class Linearization:
                         break
                 else:
                     raise self._impossible()
-                self.checked = True
+                self.checked, self._probe = True, None
         assert self._tangents is not None
         return self._tangents
 
@@ -258,8 +280,8 @@ class Linearization:
         backward pass gives, and all this again: what it keeps is changed by its use if
         the model works in place.
         """
-        x, u = self._noise(0)
-        expected = self._vjp(u, self._graph)
+        assert self._probe is not None
+        x, u, expected = self._probe
         tolerance = 100 * torch.finfo(self._dtype).eps ** 0.75
         traced = graph is not self._graph
         for _ in range(1 + traced):
@@ -334,8 +356,28 @@ class Linearization:
         return self._by_rows(self._jvp, X, self.outputs.numel())
 
     def vjp(self, U: Tensor) -> Tensor:
-        """Return Jᵀ U, ``[n C, K] -> [D, K]``."""
+        """Return Jᵀ U, ``[n C, K] -> [D, K]``.
+
+        Raises:
+            ValueError: If the graph cannot be used more than once.
+        """
+        if not self._repeats and (self.kept or U.shape[1] > 1):
+            with explained(self._does_not_fit):
+                self._check_repeats(U[:, 0].contiguous())
         return self._by_rows(self._vjp, U, sum(self._sizes))
+
+    def _check_repeats(self, u: Tensor) -> None:
+        once, twice = self._vjp(u), self._vjp(u)
+        size = once.nan_to_num(0.0, 0.0, 0.0).norm()
+        tolerance = float(torch.finfo(self._dtype).eps ** 0.5 * size)
+        # What is not finite is so again.
+        if not torch.allclose(once, twice, 0.0, tolerance, equal_nan=True):
+            raise ValueError(
+                "model: a second backward pass through the same graph gives another "
+                "result. Hooks that remove themselves, and functions that free or "
+                "change what they have saved, do so; use ones that can be used again."
+            )
+        self._repeats = bool(once.any())
 
     def _by_rows(
         self, product: Callable[[Tensor], Tensor], X: Tensor, size: int
@@ -358,14 +400,35 @@ class Linearization:
         for part, images in zip(rows.split(chunk), result.split(chunk), strict=True):
             if len(part) > 1 and self._batches:
                 try:
-                    images.copy_(product(part))
-                    continue
+                    if self._is_right(product, part, images.copy_(product(part))):
+                        continue
                 # Not all operations can be batched; all can be done row by row.
                 except (RuntimeError, NotImplementedError):
-                    self._batches = False
+                    pass
+                self._batches = False
             for row, image in zip(part, images, strict=True):
                 image.copy_(product(row))
         return result.T
+
+    def _is_right(
+        self, product: Callable[[Tensor], Tensor], rows: Tensor, images: Tensor
+    ) -> bool:
+        """Whether images of rows together are those of rows alone; checked once.
+
+        By the image of a random combination. Rules of torch for batches are not all
+        right.
+        """
+        if product.__name__ in self._together:
+            return True
+        generator = torch.Generator().manual_seed(0)
+        weights = torch.randn(len(rows), generator=generator, dtype=self._dtype)
+        weights = weights.to(self.device)
+        error = weights @ images - product(weights @ rows)
+        size = (weights * images.norm(dim=1)).norm()
+        if not error.norm() <= 100 * torch.finfo(self._dtype).eps ** 0.75 * size:
+            return False
+        self._together.add(product.__name__)
+        return True
 
     def _does_not_fit(self) -> str:
         samples = len(self.outputs)
