@@ -185,7 +185,7 @@ class Linearization:
         self._preparing = threading.Lock()
         self._failure = ""
         self._probe: Probe | None = None
-        self._repeats = False
+        self._repeats = self._spent = False
         self._together: set[str] = set()
         with as_guest(self.device):
             self.nbytes, output = _saved_bytes(lambda: function(params))
@@ -215,10 +215,7 @@ class Linearization:
         with self._preparing, as_guest(self.device):
             if self._tangents is None:
                 if not self.checked:
-                    # Before anything else: a net may do other things the second time.
-                    x, u = self._noise(0)
-                    self._probe = Probe(x, u, self._vjp(u))
-                    self._repeats = True
+                    self._probed()
                 ways = [self._reverse]
                 if self.kept:
                     first = tracing_pays(self._graph.output)
@@ -227,10 +224,18 @@ class Linearization:
                     if way():
                         break
                 else:
-                    raise self._impossible()
-                self.checked, self._probe = True, None
+                    self._refuse()
+                self.checked = self._repeats = True
+                self._probe = None
         assert self._tangents is not None
         return self._tangents
+
+    def _probed(self) -> Probe:
+        # Before anything else: a net may do other things the second time.
+        if self._probe is None:
+            x, u = self._noise(0)
+            self._probe = Probe(x, u, self._vjp(u))
+        return self._probe
 
     def _trace_somehow(self) -> bool:
         right = self._trace(contextlib.nullcontext()) or self._trace(OutOfPlace())
@@ -280,8 +285,7 @@ class Linearization:
         backward pass gives, and all this again: what it keeps is changed by its use if
         the model works in place.
         """
-        assert self._probe is not None
-        x, u, expected = self._probe
+        x, u, expected = self._probed()
         tolerance = 100 * torch.finfo(self._dtype).eps ** 0.75
         traced = graph is not self._graph
         for _ in range(1 + traced):
@@ -307,22 +311,22 @@ class Linearization:
         )
         return x, u
 
-    def _impossible(self) -> ValueError:
-        """What to raise where torch's J x fails or is wrong.
+    def _refuse(self) -> NoReturn:
+        """Say why torch's J x fails or is wrong.
 
         Columns, which are made of backward passes, can stand in for it if these are
         linear. Rounding to a lower precision is not, nor is a coarse iteration.
         """
-        (_, u), (_, v) = self._noise(0), self._noise(1)
-        once, twice = self._vjp(u), self._vjp(u)
+        _, u, once = self._probed()
+        self._check_repeats(u, once)
+        _, v = self._noise(1)
         error = once + self._vjp(v) - self._vjp(u + v)
-        allowed = torch.finfo(self._dtype).eps ** 0.5 * once.norm()
-        if error.norm() <= allowed and (once - twice).norm() <= allowed:
-            return NoTangentError(
+        if error.norm() <= torch.finfo(self._dtype).eps ** 0.5 * once.norm():
+            raise NoTangentError(
                 "model: torch has no second derivative of an operation of it, or a "
                 f"wrong one{self._failure}, so J x is impossible."
             )
-        return ValueError(
+        raise ValueError(
             "model: its derivatives by torch disagree, J x is not the slope that a "
             f"backward pass gives{self._failure}. An operation of the model has a "
             "wrong second derivative (replace it by an equivalent one), or computes "
@@ -366,12 +370,22 @@ class Linearization:
                 self._check_repeats(U[:, 0].contiguous())
         return self._by_rows(self._vjp, U, sum(self._sizes))
 
-    def _check_repeats(self, u: Tensor) -> None:
-        once, twice = self._vjp(u), self._vjp(u)
+    def _check_repeats(self, u: Tensor, once: Tensor | None = None) -> None:
+        """Raise an error if a second backward pass gives another Jᵀ u.
+
+        Args:
+            u: ``[n C]``.
+            once: What the first backward pass of the graph gave, if it was for u.
+        """
+        once = self._vjp(u) if once is None else once
+        twice = self._vjp(u)
         size = once.nan_to_num(0.0, 0.0, 0.0).norm()
         tolerance = float(torch.finfo(self._dtype).eps ** 0.5 * size)
-        # What is not finite is so again.
-        if not torch.allclose(once, twice, 0.0, tolerance, equal_nan=True):
+        # What is not finite is so again. Later, all passes might agree.
+        self._spent = self._spent or not torch.allclose(
+            once, twice, 0.0, tolerance, equal_nan=True
+        )
+        if self._spent:
             raise ValueError(
                 "model: a second backward pass through the same graph gives another "
                 "result. Hooks that remove themselves, and functions that free or "

@@ -1,0 +1,314 @@
+"""Operators travel: copies and threads give the same products; memory is freed."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import io
+import multiprocessing
+import pickle
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+from joblib import Parallel, delayed
+from torch import Tensor, nn
+
+import vivit_linop as vl
+from vivit_linop.risk import empirical
+
+N, C = 12, 3
+
+
+def _mlp() -> tuple[nn.Module, Tensor]:
+    net = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, C))
+    return net.double(), torch.rand(N, 5).double()
+
+
+def _convolutions() -> tuple[nn.Module, Tensor]:
+    net = nn.Sequential(
+        nn.Conv2d(2, 3, 3), nn.ReLU(), nn.Conv2d(3, 3, 3), nn.Flatten(), nn.Linear(3, C)
+    )
+    return net.double(), torch.rand(N, 2, 5, 5).double()
+
+
+def _risk(
+    net: Callable[[], tuple[nn.Module, Tensor]] = _mlp, memory: int | None = None
+) -> vl.EmpiricalRisk:
+    torch.manual_seed(1)
+    module, X = net()
+    y = torch.randint(C, (N,))
+    data = [(X[:7], y[:7]), (X[7:], y[7:])]
+    return vl.EmpiricalRisk(module, nn.CrossEntropyLoss(), data, memory=memory)
+
+
+Make = Callable[[vl.EmpiricalRisk], Any]
+
+
+def _drawn(risk: vl.EmpiricalRisk) -> vl.GGN:
+    return vl.GGN(risk, mc_samples=2, generator=torch.Generator().manual_seed(0))
+
+
+OPERATORS: dict[str, Make] = {
+    "J": vl.Jacobian,
+    "Jᵀ": lambda risk: vl.Jacobian(risk).T,
+    "J Jᵀ": lambda risk: (lambda J: J @ J.T)(vl.Jacobian(risk)),
+    "V": vl.GGNFactor,
+    "Vᵀ": lambda risk: vl.GGNFactor(risk).T,
+    "VᵀV": lambda risk: (lambda V: V.T @ V)(vl.GGNFactor(risk)),
+    "G": vl.GGN,
+    "G, drawn": _drawn,
+    "2 G + I": lambda risk: 2 * vl.GGN(risk) + vl.Identity(risk.num_params),
+    "U": vl.PerSampleGradients,
+    "F": vl.EmpiricalFisher,
+    "blocks": lambda risk: vl.GGN(risk).block_diagonal("parameter"),
+    "Woodbury": lambda risk: (vl.GGN(risk) + vl.Identity(risk.num_params)).inv(),
+}
+
+
+def _use(op: Any, how: str) -> None:
+    if how == "products":
+        x = torch.linspace(-1.0, 1.0, op.shape[1]).double()
+        op @ x, op @ x.repeat(3, 1).T
+        op.T @ torch.ones(op.shape[0]).double()
+    if how == "spectra":
+        if isinstance(op, vl.GGN):
+            op.eigh(k=2).eigenvectors, op.eigvalsh()
+        op.to_dense()
+
+
+def _by_torch_save(op: Any) -> Any:
+    file = io.BytesIO()
+    torch.save(op, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+WAYS = {
+    "pickle": lambda op: pickle.loads(pickle.dumps(op)),
+    "deepcopy": copy.deepcopy,
+    "torch.save": _by_torch_save,
+}
+
+
+def _close(found: Tensor, expected: Tensor) -> bool:
+    return bool((found - expected).norm() <= 1e-12 * expected.norm())
+
+
+CONDITIONS = [("", None), ("products", None), ("products", 0), ("spectra", None)]
+
+
+@pytest.mark.parametrize(("used", "memory"), CONDITIONS)
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("name", OPERATORS)
+def test_copies(name: str, way: str, used: str, memory: int | None) -> None:
+    op = OPERATORS[name](_risk(memory=memory))
+    _use(op, used)
+    copied = WAYS[way](op)
+    X = torch.randn(op.shape[1], 2, generator=torch.Generator().manual_seed(2)).double()
+    expected = OPERATORS[name](_risk(memory=memory)) @ X
+    assert _close(op @ X, expected) and _close(copied @ X, expected)
+    assert _close(copied.T @ expected, op.T @ expected)
+    assert _close(WAYS[way](copied) @ X[:, 0], expected[:, 0])
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_copies_of_traced_nets(way: str) -> None:
+    J = vl.Jacobian(_risk(_convolutions))
+    x = torch.ones(J.shape[1]).double()
+    expected = J @ x
+    assert {part.method for part in J.risk.linearizations()} == {"trace"}
+    assert _close(WAYS[way](J) @ x, expected)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_what_is_known_goes_along(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gram matrices and eigenpairs are data; graphs and linearisations are not."""
+    G = vl.GGN(_risk())
+    K, pairs = G.gram.to_dense(), G.eigh(k=2)
+    G @ torch.ones(G.shape[0]).double()
+    copied, copied_pairs = WAYS[way](G), WAYS[way](pairs)
+    assert _close(copied_pairs.eigenvectors, pairs.eigenvectors)
+
+    def refused(*_: Any) -> None:
+        raise AssertionError("a pass over the data")
+
+    monkeypatch.setattr(vl.EmpiricalRisk, "batches", refused)
+    assert torch.equal(copied.gram.to_dense(), K)
+
+
+def test_parts_stay_together() -> None:
+    G = vl.GGN(_risk())
+    pair = pickle.loads(pickle.dumps((G, G.factor, G.risk)))
+    assert pair[0].factor is pair[1] and pair[1].risk is pair[2]
+    J = vl.Jacobian(_risk())
+    copied = copy.deepcopy(J.T)
+    assert copied.T.T is copied and copied.jacobian.risk is copied.risk
+
+
+def test_adjoints_of_adjoints() -> None:
+    J = vl.Jacobian(_risk())
+    assert J.T is J.T and J.T.T is J
+    Jt = vl.Jacobian(_risk()).T  # of a J that is gone
+    assert Jt.T.T is Jt
+    assert _close(Jt.T.to_dense(), Jt.to_dense().T)
+
+
+def _product(op: Any, x: Tensor) -> Tensor:
+    result: Tensor = op @ x
+    return result
+
+
+@pytest.mark.parametrize("backend", ["loky", "threading"])
+def test_joblib(backend: str) -> None:
+    op = vl.GGN(_risk())
+    x = torch.ones(op.shape[1]).double()
+    expected = op @ x
+    calls = [delayed(_product)(op, x) for _ in range(2)]
+    for found in Parallel(n_jobs=2, backend=backend)(calls):
+        assert _close(found, expected)
+
+
+def test_spawned_process() -> None:
+    op = vl.Jacobian(_risk()).T
+    x = torch.ones(op.shape[1]).double()
+    expected = op @ x
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        assert _close(pool.apply(_product, (op, x)), expected)
+
+
+# Threads ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("memory", [None, 0, 4000])
+@pytest.mark.parametrize("net", [_mlp, _convolutions])
+@pytest.mark.parametrize("name", ["J", "Jᵀ", "V", "Vᵀ", "G", "U", "VᵀV", "Woodbury"])
+def test_threads(name: str, net: Any, memory: int | None) -> None:
+    """Also the first products, which make what is kept."""
+    expected_of = OPERATORS[name](_risk(net))
+    X = torch.randn(expected_of.shape[1], 12).double()
+    expected = expected_of @ X
+    for _ in range(2):
+        op = OPERATORS[name](_risk(net, memory))
+        start = threading.Barrier(4)
+
+        def product(x: Tensor, op: Any = op, start: Any = start) -> Tensor:
+            start.wait()
+            result: Tensor = op @ x
+            return result
+
+        with ThreadPoolExecutor(4) as pool:
+            found = torch.stack(list(pool.map(product, X.T)), dim=1)
+        assert _close(found, expected)
+        assert _close(op @ X, expected)
+
+
+def test_threads_keep_each_batch_once() -> None:
+    risk = _risk()
+    G = vl.GGN(risk)
+    G.factor._decided = True  # products run on linearisations
+    start = threading.Barrier(4)
+
+    def product(x: Tensor) -> Tensor:
+        start.wait()
+        return G @ x
+
+    X = torch.randn(G.shape[0], 4).double()
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(product, X.T))
+    assert [len(part.outputs) for part in risk._kept] == risk.batch_sizes
+
+
+@pytest.mark.parametrize("verb", ["eigvalsh", "diagonal", "to_dense"])
+def test_threads_that_ask_for_the_same(verb: str) -> None:
+    expected = getattr(vl.GGN(_risk()), verb)()
+    G = vl.GGN(_risk())
+    with ThreadPoolExecutor(4) as pool:
+        for found in pool.map(lambda _: getattr(G, verb)(), range(8)):
+            assert _close(found, expected)
+
+
+# Memory -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def no_collector() -> Iterator[None]:
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+USES: dict[str, Callable[[vl.EmpiricalRisk], Any]] = {
+    **{
+        name: lambda risk, make=make: (lambda op: (_use(op, "products"), op))(
+            make(risk)
+        )
+        for name, make in {**OPERATORS, "H": vl.Hessian}.items()
+    },
+    "gradient": lambda risk: risk.gradient(),
+    "eigh": lambda risk: vl.GGN(risk).eigh().eigenvectors,
+    "eigh(k)": lambda risk: vl.GGN(risk).eigh(k=2),
+    "logdet": lambda risk: (vl.GGN(risk) + vl.Identity(risk.num_params)).logdet(),
+    "sqrt": lambda risk: vl.GGN(risk).sqrt(),
+    "KFAC": lambda risk: vl.KFAC(risk),
+    "NTK": lambda risk: (lambda J: (J @ J.T).to_dense())(vl.Jacobian(risk)),
+}
+
+
+@pytest.mark.parametrize("net", [_mlp, _convolutions])
+@pytest.mark.parametrize("name", USES)
+@pytest.mark.usefixtures("no_collector")
+def test_freed_with_the_last_reference(name: str, net: Any) -> None:
+    risk = _risk(net)
+    for linearization in risk.linearizations():
+        linearization.vjp(torch.ones(linearization.outputs.numel(), 1).double())
+    result = USES[name](risk)
+    held: list[Any] = [risk, risk.model, *risk.outputs, *risk.params.values()]
+    held += [*risk._kept, *(part._graph.output for part in risk._kept)]
+    left = [weakref.ref(thing) for thing in held]
+    del risk, result, linearization, held
+    assert not any(thing() is not None for thing in left)
+
+
+@pytest.mark.usefixtures("no_collector")
+def test_a_traced_net_is_freed() -> None:
+    risk = _risk(_convolutions)
+    J = vl.Jacobian(risk)
+    J @ torch.ones(J.shape[1]).double()
+    (inputs, _) = (part._function.args[1] for part in risk._kept)
+    left = [weakref.ref(thing) for thing in (risk, J, inputs, *risk._kept)]
+    del risk, J, inputs
+    assert not any(thing() is not None for thing in left)
+
+
+# Interruptions ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("where", ["Linearization", "copied", "check_outputs"])
+def test_interrupted_while_linearising(
+    where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    J = vl.Jacobian(_risk())
+    x = torch.ones(J.shape[1]).double()
+    expected = vl.Jacobian(_risk()) @ x
+    owner: Any = vl.EmpiricalRisk if where == "check_outputs" else empirical
+    original, calls = getattr(owner, where), [0]
+
+    def interrupted(*arguments: Any) -> Any:
+        calls[0] += 1
+        if calls[0] == 2:  # in the second batch
+            raise KeyboardInterrupt
+        return original(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, where, interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            J @ x
+    assert len(J.risk._kept) == 1
+    assert _close(J @ x, expected)
+    assert [len(part.outputs) for part in J.risk._kept] == J.risk.batch_sizes
