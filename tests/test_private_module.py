@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
-from torch.nn.utils.parametrize import register_parametrization
+from torch.nn.utils.parametrize import cached, register_parametrization
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
 import vivit_linop as vl
@@ -467,6 +467,22 @@ def test_other_parameters(name: str) -> None:
     torch.testing.assert_close(risk.gradient(), gradient, rtol=1e-9, atol=1e-10)
     u = torch.linspace(-1, 1, N * C, dtype=torch.float64)
     torch.testing.assert_close(vl.Jacobian(risk).T @ u, J.T @ u, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", ["orthogonal", "parametrized", "siamese"])
+def test_the_caller_caches_parametrizations(name: str) -> None:
+    data_ = data()
+    net, other = build(name), build(name)
+    with torch.no_grad():
+        for p in other.parameters():
+            p.mul_(1.5)
+    expected = [vl.GGN(m, LOSS, data_).to_dense() for m in (net, other)]
+    with cached():
+        net(data_[0])
+        found = [vl.GGN(m, LOSS, data_).to_dense() for m in (net, other)]
+        assert name == "siamese" or net[0].weight is net[0].weight
+    for got, want in zip(found, expected, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-12)
 
 
 class State:

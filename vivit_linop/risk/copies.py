@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 from torch.overrides import TorchFunctionMode
 
 # Nothing in these is ever replaced.
@@ -134,13 +135,16 @@ def _copy_module(value: nn.Module, copies: Copies) -> Any:
             f"model: {type(value).__name__} was made by torch.jit; its parameters "
             "cannot be replaced. Give the module that it was made from."
         )
-    new = copies.remember(value, object.__new__(type(value)))
+    kind: Any = type(value)
+    if copies.other is not None and is_parametrized(value):
+        kind = _of_its_own_parameters(value)
+    new = copies.remember(value, object.__new__(kind))
     copies.modules.append((value, new))
     state = new.__dict__
     state.update(value.__dict__)
     # Written out, since it is done for each module in each evaluation.
     for name, attribute in value.__dict__.items():
-        kind: Any = type(attribute)
+        kind = type(attribute)
         if kind in _ATOMS or (kind is tuple and _flat(attribute)):
             continue
         if name in _OWN and not attribute:
@@ -158,6 +162,22 @@ def _copy_module(value: nn.Module, copies: Copies) -> Any:
             if hasattr(value, name):
                 object.__setattr__(new, name, copies(getattr(value, name)))
     return new
+
+
+def _of_its_own_parameters(module: nn.Module) -> type:
+    """A class like that of a parametrized module, for copies of it.
+
+    Torch's own goes by the ``id`` of the original in what ``parametrize.cached`` keeps,
+    which copies would share with it and with each other.
+    """
+
+    def of_self(name: str, original: property) -> property:
+        return property(lambda self: self.parametrizations[name](), original.fset)
+
+    kind: Any = type(module)
+    names: Any = module.parametrizations
+    computed = {name: of_self(name, getattr(kind, name)) for name in names}
+    return type(kind.__name__, (kind,), computed)
 
 
 @_copy.register
