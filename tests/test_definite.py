@@ -231,3 +231,16 @@ def test_a_small_damping_counts_in_float32():
     assert_near(damped.inv() @ x, 1e8 * x.double(), 1e-6)
     expected = math.log(3) + 2 * math.log(1e-8)
     torch.testing.assert_close(damped.logdet().item(), expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("relative", [1e-3, 1e-5, 1e-6, 1e-7])
+@pytest.mark.parametrize("name", ["GGN, D-side", "GGN, Gram side", "KFAC", "EKFAC"])
+def test_the_error_of_logdet_in_float32_is_bounded_as_said(name, relative):
+    op, A = posteriors(torch.float32)[name], posteriors(FLOAT64)[name].to_dense()
+    evals = torch.linalg.eigvalsh(A).clamp(min=0)
+    damping = relative * evals.max().item()
+    logdet = (op + damping * vl.Identity(len(A))).logdet().double()
+    expected = (evals + damping).log().sum()
+    noise = max(10.0, len(A) ** 0.5) * eps(torch.float32) * evals.max()
+    rounding = 10 * eps(torch.float32) * (evals + damping).log().abs().sum()
+    assert (logdet - expected).abs() <= noise * (1 / (evals + damping)).sum() + rounding

@@ -56,7 +56,11 @@ class ordinary_mode:
         @functools.wraps(function)
         def decorated(*args: P.args, **kwargs: P.kwargs) -> Result:
             with ordinary_mode():
-                return function(*args, **kwargs)
+                result = function(*args, **kwargs)
+            # It has enabled gradients; the caller may not want them.
+            if isinstance(result, torch.Tensor) and result.requires_grad:
+                return result if torch.is_grad_enabled() else result.detach()  # type: ignore[return-value]
+            return result
 
         return uncompiled(decorated)
 

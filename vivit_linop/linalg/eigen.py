@@ -21,7 +21,14 @@ from vivit_linop.operators.kronecker import (
     CorrectedKronecker,
     Kronecker,
 )
-from vivit_linop.operators.lowrank import Damped, DampedRoot, Gram, LowRank, Woodbury
+from vivit_linop.operators.lowrank import (
+    Damped,
+    DampedInverse,
+    DampedRoot,
+    Gram,
+    LowRank,
+    Woodbury,
+)
 from vivit_linop.operators.structure import (
     Dense,
     DenseInverse,
@@ -85,6 +92,11 @@ def _(op: Damped) -> Tensor:
     evals = eigvalsh(op.operator)
     zeros = evals.new_zeros(op.shape[0] - len(evals))
     return torch.cat([zeros, evals]).sort().values + op.damping
+
+
+@eigvalsh.register
+def _(op: DampedInverse) -> Tensor:
+    return (1.0 / eigvalsh(Damped(op.operator, op.damping))).sort().values
 
 
 @eigvalsh.register

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from vivit_linop.modes import as_given, ordinary_mode
 from vivit_linop.operators import verbs
-from vivit_linop.operators.base import TorchLinearOperator
+from vivit_linop.operators.base import Scalar, TorchLinearOperator
 from vivit_linop.operators.lowrank import LowRank
 from vivit_linop.operators.symmetric import largest_eigenpairs, symmetric_eigenpairs
 
@@ -153,7 +153,7 @@ class Eigendecomposition(ABC):
     """
 
     count: int
-    rest: float | None = None
+    rest: Scalar | None = None
 
     @property
     @abstractmethod
@@ -253,6 +253,11 @@ class LowRankDecomposition(DenseDecomposition):
     """
 
     def __init__(self, operator: LowRank) -> None:
+        if operator.requires_grad:
+            raise TypeError(
+                "eigh: the factor of a low-rank operator requires grad, and gradients "
+                "would not reach it. Use eigvalsh, or .detach()ed tensors."
+            )
         self._operator = operator
         self.count = min(operator.factor.shape)
         self.rest = 0.0 if self.count < operator.shape[0] else None
@@ -337,7 +342,7 @@ class ScaledShifted(Eigendecomposition):
     """
 
     def __init__(
-        self, inner: Eigendecomposition, factor: float = 1.0, shift: float = 0.0
+        self, inner: Eigendecomposition, factor: Scalar = 1.0, shift: Scalar = 0.0
     ) -> None:
         self._inner, self._factor, self._shift = inner, factor, shift
         self.count = inner.count
@@ -379,7 +384,7 @@ class MergedDecomposition(Eigendecomposition):
         eigenvalues: Tensor,
         vectors: Callable[[Tensor], Tensor],
         wanted: Tensor | None = None,
-        rest: float | None = None,
+        rest: Scalar | None = None,
     ) -> None:
         self._sorted, self._order = eigenvalues.sort()
         self._vectors, self.count = vectors, len(eigenvalues)

@@ -7,14 +7,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
+from torch import Tensor
+
 from vivit_linop.linalg.eigenpairs import gram_rounding_error
-from vivit_linop.operators.base import TorchLinearOperator
+from vivit_linop.operators.base import Scalar, TorchLinearOperator
 from vivit_linop.operators.kronecker import (
     BlockDiagonal,
     CorrectedKronecker,
     Kronecker,
 )
-from vivit_linop.operators.lowrank import Damped, DampedRoot, Gram, LowRank, Woodbury
+from vivit_linop.operators.lowrank import (
+    Damped,
+    DampedInverse,
+    DampedRoot,
+    Gram,
+    LowRank,
+    Woodbury,
+)
 from vivit_linop.operators.structure import (
     Adjoint,
     Dense,
@@ -143,7 +153,16 @@ def _(op: LowRank) -> Op:
 
 @inv.register
 def _(op: Damped) -> Op:
-    return damped_inv(op.operator, op.damping)
+    """By what is damped; for a δ that requires grad around that, if A does not."""
+    A, damping = op.operator, op.damping
+    if not isinstance(damping, Tensor) or A.requires_grad:
+        return damped_inv(A, damping)
+    return DampedInverse(A, damping, damped_inv(A, damping.item()))
+
+
+@inv.register
+def _(op: DampedInverse) -> Op:
+    return Damped(op.operator, op.damping)
 
 
 @inv.register
@@ -155,59 +174,62 @@ def _(op: Woodbury) -> Op:
 
 
 @damped_inv.register
-def _(op: Identity, damping: float) -> Op:
+def _(op: Identity, damping: Scalar) -> Op:
     return inv(scale(op, 1.0 + damping))
 
 
 @damped_inv.register
-def _(op: LowRank, damping: float) -> Op:
+def _(op: LowRank, damping: Scalar) -> Op:
     return Woodbury(op, damping)
 
 
 @damped_inv.register
-def _(op: Gram, damping: float) -> Op:
+def _(op: Gram, damping: Scalar) -> Op:
     return damped_inv(Dense(op.matrix), damping)
 
 
 @damped_inv.register
-def _(op: Dense, damping: float) -> Op:
+def _(op: Dense, damping: Scalar) -> Op:
+    if isinstance(damping, Tensor):
+        unit = torch.eye(op.shape[0], dtype=op.torch_dtype, device=op.device)
+        return DenseInverse(Dense(op.matrix + damping * unit))
     return DenseInverse(op, damping)
 
 
 @damped_inv.register
-def _(op: Damped, damping: float) -> Op:
-    return damped_inv(op.operator, op.damping + damping)
+def _(op: Damped, damping: Scalar) -> Op:
+    return inv(Damped(op.operator, op.damping + damping))
 
 
 @damped_inv.register
-def _(op: Diagonal, damping: float) -> Op:
+def _(op: Diagonal, damping: Scalar) -> Op:
     return inv(Diagonal(op.entries + damping))
 
 
 @damped_inv.register
-def _(op: Scaled, damping: float) -> Op:
+def _(op: Scaled, damping: Scalar) -> Op:
     """(c A + δ I)⁻¹ = (A + δ/c I)⁻¹ / c."""
     if op.factor == 0.0:
         return scale(Identity(op.shape[0], op._own_dtype, op._own_device), 1 / damping)
-    return scale(damped_inv(op.operator, damping / op.factor), 1.0 / op.factor)
+    return scale(inv(Damped(op.operator, damping / op.factor)), 1.0 / op.factor)
 
 
 @damped_inv.register
-def _(op: BlockDiagonal, damping: float) -> Op:
+def _(op: BlockDiagonal, damping: Scalar) -> Op:
     if not op.has_square_blocks:
         return damped_inv(Dense(to_dense(op)), damping)
-    return op.like([damped_inv(block, damping) for block in op.blocks])
+    return op.like([inv(Damped(block, damping)) for block in op.blocks])
 
 
 @damped_inv.register
-def _(op: Kronecker, damping: float) -> Op:
+def _(op: Kronecker, damping: Scalar) -> Op:
     """Q (Λ + δ I)⁻¹ Qᵀ, with Q and Λ the Kronecker products of the factors'."""
     op._check_self_adjoint("inv of a damped Kronecker operator")
     return damped_inv(CorrectedKronecker(op, op.eigenvalues), damping)
 
 
 @damped_inv.register
-def _(op: CorrectedKronecker, damping: float) -> Op:
+def _(op: CorrectedKronecker, damping: Scalar) -> Op:
     """Positive definite for δ > 0 where Λ is but for rounding."""
     evals = without_noise(op.eigenvalues) if damping > 0.0 else op.eigenvalues
     inverse = inv(Diagonal(evals + damping))

@@ -7,14 +7,21 @@ import math
 import torch
 from torch import Tensor
 
-from vivit_linop.operators.base import TorchLinearOperator
+from vivit_linop.operators.base import Scalar, TorchLinearOperator, log_abs
 from vivit_linop.operators.kronecker import (
     BlockDiagonal,
     CorrectedKronecker,
     KhatriRao,
     Kronecker,
 )
-from vivit_linop.operators.lowrank import Damped, DampedRoot, Gram, LowRank, Woodbury
+from vivit_linop.operators.lowrank import (
+    Damped,
+    DampedInverse,
+    DampedRoot,
+    Gram,
+    LowRank,
+    Woodbury,
+)
 from vivit_linop.operators.structure import (
     Adjoint,
     Dense,
@@ -55,6 +62,12 @@ def _(op: Diagonal) -> Tensor:
 @to_dense.register
 def _(op: Adjoint) -> Tensor:
     return to_dense(op.parent).T
+
+
+@to_dense.register
+def _(op: Damped) -> Tensor:
+    unit = torch.eye(op.shape[0], dtype=op.torch_dtype, device=op.device)
+    return to_dense(op.operator) + op.damping * unit
 
 
 @to_dense.register
@@ -212,6 +225,12 @@ def _(op: Damped) -> Tensor:
 
 
 @trace.register
+def _(op: DampedInverse) -> Tensor:
+    """The sum of 1/(λ + δ)."""
+    return eigvalsh(op).sum()
+
+
+@trace.register
 def _(op: Woodbury) -> Tensor:
     """The sum of 1/(λ + δ), the zeros of V Vᵀ included."""
     evals = eigvalsh(op.operator)
@@ -258,7 +277,7 @@ def _(op: Adjoint) -> Tensor:
 def _(op: Scaled) -> Tensor:
     if op.factor == 0.0:
         return torch.full((), -math.inf, dtype=op.torch_dtype, device=op.device)
-    return logdet(op.operator) + op.shape[0] * math.log(abs(op.factor))
+    return logdet(op.operator) + op.shape[0] * log_abs(op.factor)
 
 
 @logdet.register
@@ -286,6 +305,11 @@ def _(op: LowRank) -> Tensor:
 
 
 @logdet.register
+def _(op: DampedInverse) -> Tensor:
+    return -damped_logdet(op.operator, op.damping)
+
+
+@logdet.register
 def _(op: Damped) -> Tensor:
     return damped_logdet(op.operator, op.damping)
 
@@ -303,31 +327,40 @@ def _(op: DampedRoot) -> Tensor:
 
 
 @damped_logdet.register
-def _(op: TorchLinearOperator, damping: float) -> Tensor:
+def _(op: TorchLinearOperator, damping: Scalar) -> Tensor:
     op._check_self_adjoint("logdet")
     return eigvalsh(Damped(op, damping)).abs().log().sum()
 
 
 @damped_logdet.register
-def _(op: LowRank, damping: float) -> Tensor:
+def _(op: LowRank, damping: Scalar) -> Tensor:
     """D log δ + logdet(I + K/δ) (Sylvester's determinant identity)."""
     if not damping > 0.0:
         raise ValueError(
             f"logdet: a damped low-rank operator needs damping > 0, got {damping}."
         )
     evals = eigvalsh(op).clamp(min=0.0)
-    return op.shape[0] * math.log(damping) + torch.log1p(evals / damping).sum()
+    return op.shape[0] * log_abs(damping) + torch.log1p(evals / damping).sum()
 
 
 @damped_logdet.register
-def _(op: Dense, damping: float) -> Tensor:
+def _(op: Scaled, damping: Scalar) -> Tensor:
+    """N log c + logdet(A + δ/c I), where c is positive."""
+    if op.factor > 0.0:
+        inner = logdet(Damped(op.operator, damping / op.factor))
+        return inner + op.shape[0] * log_abs(op.factor)
+    return eigvalsh(Damped(op, damping)).abs().log().sum()
+
+
+@damped_logdet.register
+def _(op: Dense, damping: Scalar) -> Tensor:
     """In float64, so that a small δ counts."""
     unit = torch.eye(op.shape[0], dtype=torch.float64, device=op.device)
     return torch.linalg.slogdet(op.matrix.double() + damping * unit).logabsdet
 
 
 @damped_logdet.register
-def _(op: Kronecker | CorrectedKronecker, damping: float) -> Tensor:
+def _(op: Kronecker | CorrectedKronecker, damping: Scalar) -> Tensor:
     op._check_self_adjoint("logdet")
     evals = op.eigenvalues
     evals = without_noise(evals) if damping > 0.0 else evals
@@ -335,7 +368,7 @@ def _(op: Kronecker | CorrectedKronecker, damping: float) -> Tensor:
 
 
 @damped_logdet.register
-def _(op: BlockDiagonal, damping: float) -> Tensor:
+def _(op: BlockDiagonal, damping: Scalar) -> Tensor:
     if not op.has_square_blocks:
         return damped_logdet(Dense(to_dense(op)), damping)
     return torch.stack([damped_logdet(block, damping) for block in op.blocks]).sum()

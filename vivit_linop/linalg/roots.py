@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vivit_linop.operators.base import TorchLinearOperator
+from vivit_linop.operators.base import Scalar, TorchLinearOperator, without_gradient
 from vivit_linop.operators.kronecker import (
     BlockDiagonal,
     CorrectedKronecker,
@@ -150,7 +150,7 @@ def _(op: CorrectedKronecker) -> Op:
 
 @sqrt.register
 def _(op: Damped) -> Op:
-    return damped_sqrt(op.operator, op.damping)
+    return damped_sqrt(op.operator, without_gradient(op.damping, "damping"))
 
 
 @sqrt.register
@@ -163,7 +163,7 @@ def _(op: Woodbury) -> Op:
 
 
 @damped_sqrt.register
-def _(op: Dense, damping: float) -> Op:
+def _(op: Dense, damping: Scalar) -> Op:
     op._check_self_adjoint("sqrt")
     evals, evecs = symmetric_eigenpairs(op.matrix.double())
     roots = _roots(evals + damping, op.torch_dtype)
@@ -171,12 +171,12 @@ def _(op: Dense, damping: float) -> Op:
 
 
 @damped_sqrt.register
-def _(op: Gram, damping: float) -> Op:
+def _(op: Gram, damping: Scalar) -> Op:
     return damped_sqrt(Dense(op.matrix), damping)
 
 
 @damped_sqrt.register
-def _(op: LowRank, damping: float) -> Op:
+def _(op: LowRank, damping: Scalar) -> Op:
     """Symmetric; through the eigenpairs of the smaller side."""
     if op.by_gram:
         return DampedRoot(op, damping)
@@ -185,17 +185,17 @@ def _(op: LowRank, damping: float) -> Op:
 
 
 @damped_sqrt.register
-def _(op: Diagonal, damping: float) -> Op:
+def _(op: Diagonal, damping: Scalar) -> Op:
     return Diagonal(_roots(op.entries + damping))
 
 
 @damped_sqrt.register
-def _(op: BlockDiagonal, damping: float) -> Op:
+def _(op: BlockDiagonal, damping: Scalar) -> Op:
     return sqrt(op.like([Damped(block, damping) for block in op.blocks]))
 
 
 @damped_sqrt.register
-def _(op: Kronecker | CorrectedKronecker, damping: float) -> Op:
+def _(op: Kronecker | CorrectedKronecker, damping: Scalar) -> Op:
     """Q (Λ + δ I)^½, with the Kronecker products of the factors' eigenpairs."""
     op._check_self_adjoint("sqrt")
     evals = without_noise(op.eigenvalues) if damping > 0.0 else op.eigenvalues

@@ -11,6 +11,7 @@ from vivit_linop.operators.kronecker import (
 from vivit_linop.operators.lowrank import (
     Centered,
     Damped,
+    DampedInverse,
     DampedRoot,
     Gram,
     LowRank,
@@ -33,6 +34,7 @@ __all__ = [
     "Centered",
     "CorrectedKronecker",
     "Damped",
+    "DampedInverse",
     "DampedRoot",
     "Dense",
     "DenseInverse",

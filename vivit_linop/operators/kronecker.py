@@ -95,6 +95,9 @@ class BlockDiagonal(TorchLinearOperator):
         """Return the operator of other blocks at the same places."""
         return BlockDiagonal(blocks, self.indices)
 
+    def _made_of(self) -> Sequence[TorchLinearOperator]:
+        return self.blocks
+
     def _multiply(self, X: Tensor) -> Tensor:
         pairs = zip(self.blocks, self.split(X), strict=True)
         return self.join([block.apply(x) for block, x in pairs])
@@ -159,6 +162,9 @@ class Kronecker(TorchLinearOperator):
         """The Kronecker product of the factors' eigenvectors."""
         return Kronecker(*(vectors for _, vectors in self.factor_eigenpairs))
 
+    def _made_of(self) -> Sequence[TorchLinearOperator]:
+        return self.factors
+
     def _multiply(self, X: Tensor) -> Tensor:
         # Each step multiplies the leading axis and puts it behind the others; after
         # all of them the column axis leads.
@@ -212,6 +218,9 @@ class CorrectedKronecker(TorchLinearOperator):
         """Q."""
         return self.basis.eigenvectors
 
+    def _made_of(self) -> Sequence[TorchLinearOperator | Tensor]:
+        return (self.basis, self.eigenvalues)
+
     def _multiply(self, X: Tensor) -> Tensor:
         Q = self.eigenvectors
         return Q._multiply(self.eigenvalues.unsqueeze(1) * Q._multiply_adjoint(X))
@@ -250,6 +259,9 @@ class KhatriRao(TorchLinearOperator):
             common_device(*parts),
         )
         self.left, self.right = self.left.to(dtype), self.right.to(dtype)
+
+    def _made_of(self) -> Sequence[Tensor]:
+        return (self.left, self.right)
 
     def _multiply(self, X: Tensor) -> Tensor:
         product = torch.einsum("pr,qr,rk->pqk", self.left, self.right, X)

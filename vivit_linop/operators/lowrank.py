@@ -10,15 +10,19 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from vivit_linop.operators import verbs
 from vivit_linop.operators.base import (
+    Scalar,
     TorchLinearOperator,
+    as_scalar,
     common_device,
     common_dtype,
+    without_gradient,
 )
 from vivit_linop.operators.symmetric import symmetric_eigenpairs
 
@@ -76,6 +80,9 @@ class Gram(TorchLinearOperator):
             self.kept.matrix = verbs.gram_matrix(self.left, self.right)
         return self.kept.matrix
 
+    def _made_of(self) -> tuple[TorchLinearOperator, ...]:
+        return (self.left, self.right)
+
     def _multiply(self, X: Tensor) -> Tensor:
         if self.known:
             return self.matrix @ X
@@ -106,6 +113,9 @@ class Centered(TorchLinearOperator):
     def __init__(self, factor: TorchLinearOperator) -> None:
         self.factor = factor
         super().__init__(factor.shape, factor._own_dtype, factor._own_device)
+
+    def _made_of(self) -> tuple[TorchLinearOperator]:
+        return (self.factor,)
 
     def _multiply(self, X: Tensor) -> Tensor:
         return self.factor.apply(X - X.mean(0, keepdim=True))
@@ -138,7 +148,7 @@ class LowRank(TorchLinearOperator):
     self_adjoint = True
 
     def __init__(self, factor: TorchLinearOperator, scale: float = 1.0) -> None:
-        self.factor, self.scale = factor, scale
+        self.factor, self.scale = factor, without_gradient(scale, "scale")
         rows = factor.shape[0]
         super().__init__((rows, rows), factor._own_dtype, factor._own_device)
 
@@ -166,6 +176,9 @@ class LowRank(TorchLinearOperator):
         node.__dict__.pop("small_side", None)
         return node
 
+    def _made_of(self) -> tuple[TorchLinearOperator]:
+        return (self.factor,)
+
     def _multiply(self, X: Tensor) -> Tensor:
         product = verbs.outer_product(self.factor, X)
         # A pass over D entries is worth sparing.
@@ -180,8 +193,8 @@ class Damped(TorchLinearOperator):
         damping: δ.
     """
 
-    def __init__(self, operator: TorchLinearOperator, damping: float) -> None:
-        self.operator, self.damping = operator, damping
+    def __init__(self, operator: TorchLinearOperator, damping: Scalar) -> None:
+        self.operator, self.damping = operator, as_scalar(damping)
         super().__init__(operator.shape, operator._own_dtype, operator._own_device)
 
     @property
@@ -189,11 +202,71 @@ class Damped(TorchLinearOperator):
         """Whether A is."""
         return self.operator.self_adjoint
 
+    def _made_of(self) -> tuple[Scalar | TorchLinearOperator, ...]:
+        return (self.damping, self.operator)
+
     def _multiply(self, X: Tensor) -> Tensor:
         return self.operator.apply(X) + self.damping * X
 
     def _multiply_adjoint(self, X: Tensor) -> Tensor:
         return self.operator.T.apply(X) + self.damping * X
+
+
+class DampedInverse(TorchLinearOperator):
+    """The inverse of A + δ I for a δ that requires grad.
+
+    With x = (A + δ I)⁻¹ b, derivatives are (A + δ I)⁻¹ (db − x dδ), so that gradients
+    cost one more product with the same inverse.
+
+    Args:
+        operator: A, square.
+        damping: δ.
+        inverse: (A + δ I)⁻¹ at the value of δ.
+    """
+
+    def __init__(
+        self,
+        operator: TorchLinearOperator,
+        damping: Tensor,
+        inverse: TorchLinearOperator,
+    ) -> None:
+        self.operator, self.damping, self.inverse = operator, damping, inverse
+        super().__init__(inverse.shape, inverse._own_dtype, inverse._own_device)
+
+    @property
+    def self_adjoint(self) -> bool:  # type: ignore[override]
+        """Whether A is."""
+        return self.operator.self_adjoint
+
+    def _made_of(self) -> tuple[Tensor, TorchLinearOperator]:
+        return (self.damping, self.operator)
+
+    def _multiply(self, X: Tensor) -> Tensor:
+        product: Tensor = _Solve.apply(X, self.damping, self.inverse)
+        return product
+
+    def _multiply_adjoint(self, X: Tensor) -> Tensor:
+        product: Tensor = _Solve.apply(X, self.damping, self.inverse.T)
+        return product
+
+
+class _Solve(torch.autograd.Function):
+    """x = (A + δ I)⁻¹ b as a node of autograd."""
+
+    @staticmethod
+    def forward(X: Tensor, damping: Tensor, inverse: TorchLinearOperator) -> Tensor:
+        return inverse.apply(X)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, damping, ctx.inverse = inputs
+        ctx.save_for_backward(output, damping)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
+        solution, damping = ctx.saved_tensors
+        adjoint: Tensor = _Solve.apply(gradients[0], damping, ctx.inverse.T)
+        return adjoint, -(adjoint * solution).sum().to(damping), None
 
 
 class DampedRoot(TorchLinearOperator):
@@ -220,15 +293,17 @@ class DampedRoot(TorchLinearOperator):
     self_adjoint = True
 
     def __init__(
-        self, operator: LowRank, damping: float, inverse: bool = False
+        self, operator: LowRank, damping: Scalar, inverse: bool = False
     ) -> None:
+        damping = without_gradient(damping, "damping")
         if not damping > 0.0:
             raise ValueError(
                 "damping: the root of a low-rank operator + damping * I needs "
                 f"damping > 0, got {damping}. A root of the operator itself is "
                 "G.sqrt()."
             )
-        self.operator, self.damping, self.inverse = operator, damping, inverse
+        self.operator, self.inverse = _without_gradient(operator, "sqrt"), inverse
+        self.damping = damping
         evals, evecs = symmetric_eigenpairs(operator.gram.matrix.double())
         roots = (operator.scale * evals.clamp(min=0.0) + damping).sqrt()
         quotients = operator.scale / (roots + damping**0.5)
@@ -262,13 +337,14 @@ class Woodbury(TorchLinearOperator):
 
     self_adjoint = True
 
-    def __init__(self, operator: LowRank, damping: float) -> None:
+    def __init__(self, operator: LowRank, damping: Scalar) -> None:
+        damping = without_gradient(damping, "damping")
         if not damping > 0.0:
             raise ValueError(
                 "damping: the inverse of a low-rank operator + damping * I needs "
                 f"damping > 0, got {damping}."
             )
-        self.operator, self.damping = operator, damping
+        self.operator, self.damping = _without_gradient(operator, "inv"), damping
         # The factorisation is small: float64 keeps it safe for small dampings.
         matrix = operator.small_side.to(torch.float64, copy=True)
         norm = torch.linalg.matrix_norm(operator.small_side).item()
@@ -300,3 +376,14 @@ class Woodbury(TorchLinearOperator):
             residual = V.T.apply(outer) - self.damping * inner
             outer -= V.apply(self._solve_small(residual)).mul_(scale)
         return outer.div_(self.damping)
+
+
+def _without_gradient(operator: LowRank, verb: str) -> LowRank:
+    """Return an operator no part of which requires grad, or say what to do."""
+    if operator.requires_grad:
+        raise TypeError(
+            f"{verb}: the factor of a damped low-rank operator requires grad, and "
+            "gradients would not reach it. Make it of .detach()ed tensors, or take "
+            "Dense(op.to_dense()) if it is small."
+        )
+    return operator

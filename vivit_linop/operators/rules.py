@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from vivit_linop.operators.base import TorchLinearOperator
+from vivit_linop.operators.base import Scalar, TorchLinearOperator
 from vivit_linop.operators.kronecker import (
     BlockDiagonal,
     CorrectedKronecker,
@@ -205,43 +205,49 @@ def _(A: Scaled, B: Op) -> Op:
 
 
 @scale.register
-def _(op: TorchLinearOperator, factor: float) -> Op:
-    return op if factor == 1.0 else Scaled(factor, op)
+def _(op: TorchLinearOperator, factor: Scalar) -> Op:
+    return op if _is(factor, 1.0) else Scaled(factor, op)
 
 
 @scale.register
-def _(op: Scaled, factor: float) -> Op:
+def _(op: Scaled, factor: Scalar) -> Op:
     return scale(op.operator, factor * op.factor)
 
 
 @scale.register
-def _(op: Dense, factor: float) -> Op:
+def _(op: Dense, factor: Scalar) -> Op:
+    if isinstance(factor, Tensor):
+        return Scaled(factor, op)
     return Dense(factor * op.matrix)
 
 
 @scale.register
-def _(op: Diagonal, factor: float) -> Op:
+def _(op: Diagonal, factor: Scalar) -> Op:
+    if isinstance(factor, Tensor):
+        return Scaled(factor, op)
     return Diagonal(factor * op.entries)
 
 
 @scale.register
-def _(op: LowRank, factor: float) -> Op:
+def _(op: LowRank, factor: Scalar) -> Op:
     """A (c V Vᵀ) is low-rank as long as it is positive semi-definite."""
+    if isinstance(factor, Tensor):
+        return Scaled(factor, op)
     return op.rescaled(factor * op.scale) if factor > 0.0 else Scaled(factor, op)
 
 
 @scale.register
-def _(op: Damped, factor: float) -> Op:
+def _(op: Damped, factor: Scalar) -> Op:
     return _damp(scale(op.operator, factor), factor * op.damping)
 
 
 @scale.register
-def _(op: CorrectedKronecker, factor: float) -> Op:
+def _(op: CorrectedKronecker, factor: Scalar) -> Op:
     return CorrectedKronecker(op.basis, factor * op.eigenvalues)
 
 
 @scale.register
-def _(op: BlockDiagonal, factor: float) -> Op:
+def _(op: BlockDiagonal, factor: Scalar) -> Op:
     return op.like([scale(block, factor) for block in op.blocks])
 
 
@@ -330,7 +336,7 @@ def _(factor: TorchLinearOperator, X: Tensor) -> Tensor:
     return factor.apply(factor.T.apply(X))
 
 
-def _damp(op: Op, damping: float) -> Op:
+def _damp(op: Op, damping: Scalar) -> Op:
     """A + δ I; damping adds up, and identities are absorbed."""
     if isinstance(op, Damped):
         return _damp(op.operator, op.damping + damping)
@@ -338,7 +344,12 @@ def _damp(op: Op, damping: float) -> Op:
         return scale(op, 1.0 + damping)
     if isinstance(op, Scaled) and isinstance(op.operator, Identity):
         return scale(op.operator, op.factor + damping)
-    return op if damping == 0.0 else Damped(op, damping)
+    return op if _is(damping, 0.0) else Damped(op, damping)
+
+
+def _is(scalar: Scalar, value: float) -> bool:
+    """Whether a number, which gradients do not flow to, has a value."""
+    return not isinstance(scalar, Tensor) and scalar == value
 
 
 def _decided(op: Op, identity: Op) -> bool:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from vivit_linop.modes import as_given
 from vivit_linop.operators.base import (
+    Scalar,
     TorchLinearOperator,
     common_device,
     common_dtype,
@@ -79,12 +80,18 @@ class Dense(TorchLinearOperator):
 
     @cached_property
     def self_adjoint(self) -> bool:  # type: ignore[override]
-        """Whether the matrix is symmetric up to the rounding of its dtype."""
+        """Whether the matrix is symmetric up to the rounding of its dtype.
+
+        Of a matrix that requires grad it is not known: its entries are independent.
+        """
         A = self.matrix
-        if A.shape[0] != A.shape[1]:
+        if A.shape[0] != A.shape[1] or A.requires_grad:
             return False
         tolerance = 10 * torch.finfo(A.dtype).eps * A.abs().max()
         return bool((A - A.T).abs().max() <= tolerance)
+
+    def _made_of(self) -> tuple[Tensor]:
+        return (self.matrix,)
 
     def _multiply(self, X: Tensor) -> Tensor:
         return self.matrix @ X
@@ -114,6 +121,9 @@ class Diagonal(TorchLinearOperator):
         entries = _as_tensor(entries, "entries", ndim=1)
         self.entries = entries
         super().__init__((len(entries), len(entries)), entries.dtype, entries.device)
+
+    def _made_of(self) -> tuple[Tensor]:
+        return (self.entries,)
 
     def _multiply(self, X: Tensor) -> Tensor:
         return self.entries[:, None] * X
@@ -149,6 +159,9 @@ class DenseInverse(TorchLinearOperator):
         """Whether the inverted matrix is symmetric."""
         return self.operator.self_adjoint
 
+    def _made_of(self) -> tuple[TorchLinearOperator]:
+        return (self.operator,)
+
     def log_abs_det(self) -> Tensor:
         """Return the logarithm of the absolute determinant."""
         return -self._lu.diagonal().abs().log().sum()
@@ -172,7 +185,8 @@ def _check_noise(damped: Tensor, damping: float, dtype: torch.dtype) -> None:
     if (without_noise(evals, dtype) >= 0.0).all():
         raise ValueError(
             f"damping: {damping:.3g} is below the rounding error of a matrix with norm "
-            f"{evals.abs().max():.3g} in {dtype}. Use a larger damping, or float64."
+            f"{evals.abs().max().item():.3g} in {dtype}. Use a larger damping, or "
+            "float64."
         )
 
 
@@ -187,6 +201,9 @@ class Adjoint(TorchLinearOperator):
         self.parent = parent
         rows, columns = parent.shape
         super().__init__((columns, rows), parent._own_dtype, parent._own_device)
+
+    def _made_of(self) -> tuple[TorchLinearOperator]:
+        return (self.parent,)
 
     def _multiply(self, X: Tensor) -> Tensor:
         return self.parent._multiply_adjoint(X)
@@ -203,7 +220,7 @@ class Scaled(TorchLinearOperator):
         operator: The operator.
     """
 
-    def __init__(self, factor: float, operator: TorchLinearOperator) -> None:
+    def __init__(self, factor: Scalar, operator: TorchLinearOperator) -> None:
         self.factor, self.operator = factor, operator
         super().__init__(operator.shape, operator._own_dtype, operator._own_device)
 
@@ -216,6 +233,9 @@ class Scaled(TorchLinearOperator):
         self, dtype: torch.dtype | None, device: torch.device | None
     ) -> Scaled:
         return Scaled(self.factor, self.operator._settled(dtype, device))
+
+    def _made_of(self) -> tuple[Scalar | TorchLinearOperator, ...]:
+        return (self.factor, self.operator)
 
     def _multiply(self, X: Tensor) -> Tensor:
         return self.factor * self.operator.apply(X)
@@ -239,6 +259,9 @@ class Sum(TorchLinearOperator):
     def self_adjoint(self) -> bool:  # type: ignore[override]
         """Whether all terms are."""
         return all(term.self_adjoint for term in self.terms)
+
+    def _made_of(self) -> tuple[TorchLinearOperator, ...]:
+        return self.terms
 
     def _multiply(self, X: Tensor) -> Tensor:
         result = self.terms[0].apply(X)
@@ -270,6 +293,9 @@ class Product(TorchLinearOperator):
         """Whether the product reads the same backwards, each factor transposed."""
         pairs = zip(self.factors, reversed(self.factors), strict=True)
         return all(_mirrored(left, right) for left, right in pairs)
+
+    def _made_of(self) -> tuple[TorchLinearOperator, ...]:
+        return self.factors
 
     def _multiply(self, X: Tensor) -> Tensor:
         for factor in reversed(self.factors):
@@ -310,7 +336,9 @@ def _as_tensor(array: Tensor | np.ndarray, name: str, ndim: int) -> Tensor:
             or min(array.strides, default=0) < 0
         ):
             array = array.astype(native)
-    tensor = as_given(array).detach()
+    tensor = as_given(array)
+    if not torch.is_grad_enabled():
+        tensor = tensor.detach()
     if tensor.ndim != ndim:
         raise ValueError(f"{name}: needs {ndim} axes, got shape {list(tensor.shape)}.")
     if not tensor.dtype.is_floating_point:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from vivit_linop.linalg.eigenpairs import Eigendecomposition, Eigenpairs
-    from vivit_linop.operators.base import TorchLinearOperator
+    from vivit_linop.operators.base import Scalar, TorchLinearOperator
     from vivit_linop.operators.lowrank import Gram
 
 BinaryRule = Callable[[Any, Any], Any]
@@ -65,7 +65,7 @@ add = BinaryVerb("add")
 
 
 @singledispatch
-def scale(op: Any, factor: float) -> TorchLinearOperator:
+def scale(op: Any, factor: Scalar) -> TorchLinearOperator:
     """Return ``factor * op``."""
     raise _no_rule("scale", op)
 
@@ -131,7 +131,7 @@ def inv(op: Any) -> TorchLinearOperator:
 
 
 @singledispatch
-def damped_inv(op: Any, damping: float) -> TorchLinearOperator:
+def damped_inv(op: Any, damping: Scalar) -> TorchLinearOperator:
     """Return the inverse of ``op + damping * I`` as an operator."""
     raise TypeError(
         f"inv: no closed form for a damped {type(op).__name__}. Solve with "
@@ -149,7 +149,7 @@ def sqrt(op: Any) -> TorchLinearOperator:
 
 
 @singledispatch
-def damped_sqrt(op: Any, damping: float) -> TorchLinearOperator:
+def damped_sqrt(op: Any, damping: Scalar) -> TorchLinearOperator:
     """Return an R with ``op + damping * I = R @ R.T``."""
     raise TypeError(
         f"sqrt: no closed form for a damped {type(op).__name__}. Take "
@@ -176,7 +176,7 @@ def logdet(op: Any) -> Tensor:
 
 
 @singledispatch
-def damped_logdet(op: Any, damping: float) -> Tensor:
+def damped_logdet(op: Any, damping: Scalar) -> Tensor:
     """Return the log-determinant of ``op + damping * I``."""
     raise _no_rule("logdet", op)
 

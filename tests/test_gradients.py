@@ -1,0 +1,258 @@
+"""Derivatives in a scale, a damping or a matrix that requires grad."""
+
+import pytest
+import torch
+from operator_market import Draw
+from torch import nn
+from torch.autograd import forward_ad
+
+import vivit_linop as vl
+from vivit_linop.operators import CorrectedKronecker, DampedRoot, LowRank, Woodbury
+
+FLOAT64 = torch.float64
+
+
+def operators():
+    """Operators that are constant, symmetric and positive semi-definite."""
+    draw = Draw(FLOAT64, "cpu")
+    V, W = draw(6, 3), draw(6, 9)
+    K = vl.Kronecker(draw.definite(2), draw.definite(3))
+    torch.manual_seed(0)
+    data = torch.rand(5, 2).double(), torch.randint(2, (5,))
+    net = nn.Linear(2, 2).double()
+    risk = vl.EmpiricalRisk(net, nn.CrossEntropyLoss(), data)
+    yield "low rank, tall", LowRank(vl.Dense(V), 2.0)
+    yield "low rank, wide", LowRank(vl.Dense(W))
+    yield "dense", vl.Dense(draw.definite(6))
+    yield "diagonal", vl.Diagonal(draw(6).abs())
+    yield "Kronecker", K
+    yield "corrected", CorrectedKronecker(K, draw(6).abs())
+    yield "blocks", vl.BlockDiagonal([LowRank(vl.Dense(V)), draw.definite(2)])
+    yield "GGN", vl.GGN(risk)
+    yield "KFAC", vl.KFAC(risk, variant="exact")
+    yield "identity", vl.Identity(6, FLOAT64)
+
+
+OPERATORS = dict(operators())
+every_operator = pytest.mark.parametrize("name", OPERATORS)
+
+EXPRESSIONS = {
+    "A + δI": lambda A, eye, s, d: A + d * eye,
+    "sA + δI": lambda A, eye, s, d: s * A + d * eye,
+    "s(A + δI)": lambda A, eye, s, d: s * (A + d * eye),
+    "A/s + 2A + δI + I": lambda A, eye, s, d: A / s + d * eye + eye,
+}
+every_expression = pytest.mark.parametrize("form", EXPRESSIONS)
+
+VERBS = {
+    "logdet": lambda op: op.logdet(),
+    "trace": lambda op: op.trace(),
+    "diagonal": lambda op: op.diagonal(),
+    "eigvalsh": lambda op: op.eigvalsh(),
+    "eigh": lambda op: op.eigh(k=2).eigenvalues,
+    "to_dense": lambda op: op.to_dense(),
+    "product": lambda op: op @ torch.arange(1.0, 1 + op.shape[0]).double(),
+    "left": lambda op: torch.arange(1.0, 1 + op.shape[0]).double() @ op.T,
+    "solve": lambda op: op.solve(torch.arange(1.0, 1 + op.shape[0]).double()),
+    "inverse": lambda op: op.inv().to_dense(),
+    "trace of inverse": lambda op: op.inv().trace(),
+    "diagonal of inverse": lambda op: op.inv().diagonal(),
+    "logdet of inverse": lambda op: op.inv().logdet(),
+    "inverse of inverse": lambda op: op.inv().inv().to_dense(),
+}
+DENSE = {
+    "logdet": torch.logdet,
+    "trace": torch.trace,
+    "diagonal": torch.diagonal,
+    "eigvalsh": torch.linalg.eigvalsh,
+    "eigh": lambda A: torch.linalg.eigvalsh(A)[-2:],
+    "to_dense": lambda A: A,
+    "product": lambda A: A @ torch.arange(1.0, 1 + len(A)).double(),
+    "left": lambda A: torch.arange(1.0, 1 + len(A)).double() @ A,
+    "solve": lambda A: torch.linalg.solve(A, torch.arange(1.0, 1 + len(A)).double()),
+    "inverse": torch.linalg.inv,
+    "trace of inverse": lambda A: torch.linalg.inv(A).trace(),
+    "diagonal of inverse": lambda A: torch.linalg.inv(A).diagonal(),
+    "logdet of inverse": lambda A: -torch.logdet(A),
+    "inverse of inverse": lambda A: A,
+}
+
+
+def leaves():
+    return [torch.tensor(x, dtype=FLOAT64, requires_grad=True) for x in (1.5, 0.7)]
+
+
+def derivatives(value, inputs):
+    weights = torch.linspace(1, 2, value.numel(), dtype=FLOAT64).reshape(value.shape)
+    given = torch.autograd.grad(
+        (weights * value).sum(), inputs, allow_unused=True, retain_graph=True
+    )
+    return [
+        torch.zeros_like(x) if g is None else g
+        for g, x in zip(given, inputs, strict=True)
+    ]
+
+
+@every_operator
+@every_expression
+def test_derivatives_in_scale_and_damping(name, form):
+    A = OPERATORS[name]
+    dense, n = A.to_dense(), A.shape[0]
+    for verb in VERBS:
+        s, d = leaves()
+        op = EXPRESSIONS[form](A, vl.Identity(n), s, d)
+        got = VERBS[verb](op)
+        t, e = leaves()
+        expected = DENSE[verb](EXPRESSIONS[form](dense, torch.eye(n).double(), t, e))
+        torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(
+            derivatives(got, (s, d)),
+            derivatives(expected, (t, e)),
+            rtol=1e-7,
+            atol=1e-9,
+            msg=lambda text, verb=verb: f"{verb}: {text}",
+        )
+
+
+@every_operator
+def test_second_derivatives(name):
+    A = OPERATORS[name]
+    n = A.shape[0]
+    b = torch.linspace(1, 2, n, dtype=FLOAT64, requires_grad=True)
+
+    def functions(s, d, b):
+        op = s * A + d * vl.Identity(n)
+        return op.logdet(), op @ b, op.inv() @ b, op.trace()
+
+    torch.autograd.gradcheck(functions, (*leaves(), b))
+    torch.autograd.gradgradcheck(functions, (*leaves(), b))
+
+
+def test_gradient_of_a_marginal_likelihood():
+    G = OPERATORS["GGN"]
+    D, found = G.shape[0], []
+    for logdet in (
+        lambda tau: (G + tau * vl.Identity(D)).logdet(),
+        lambda tau: torch.logdet(G.to_dense() + tau * torch.eye(D).double()),
+    ):
+        tau = torch.tensor(2.0, dtype=FLOAT64, requires_grad=True)
+        (0.5 * tau * 3.0 + 0.5 * logdet(tau) - 0.5 * D * tau.log()).backward()
+        found.append(tau.grad)
+    torch.testing.assert_close(*found)
+
+
+def test_parameters_and_training_loops():
+    G = OPERATORS["GGN"]
+    log_tau = nn.Parameter(torch.zeros(()))  # float32
+    optimizer = torch.optim.SGD([log_tau], lr=0.1)
+    for _ in range(3):
+        optimizer.zero_grad()
+        op = G + log_tau.exp() * vl.Identity(G.shape[0])
+        assert op.logdet().dtype == FLOAT64
+        (op.logdet() + op.inv().trace()).backward()
+        evals = torch.linalg.eigvalsh(G.to_dense())
+        tau = log_tau.detach().double().exp()
+        expected = (tau / (evals + tau) - tau / (evals + tau) ** 2).sum()
+        torch.testing.assert_close(
+            log_tau.grad.double(), expected, rtol=1e-5, atol=1e-6
+        )
+        optimizer.step()
+
+
+def test_matrices_that_require_grad():
+    draw = Draw(FLOAT64, "cpu")
+    p = draw(6).abs().requires_grad_()
+    M = draw.definite(6).requires_grad_()
+    A = OPERATORS["low rank, tall"]
+    x = draw(6)
+    for op, dense in (
+        (A + vl.Diagonal(p), A.to_dense() + p.diag()),
+        (vl.Dense(M) + 0.5 * vl.Identity(6), M + 0.5 * torch.eye(6).to(M)),
+        (vl.Diagonal(p) @ vl.Dense(M), p.diag() @ M),
+        (
+            LowRank(vl.Dense(M)) + 0.5 * vl.Identity(6),
+            M @ M.T + 0.5 * torch.eye(6).to(M),
+        ),
+        (vl.Kronecker(M[:2, :2], M[3:, 3:]), torch.kron(M[:2, :2], M[3:, 3:])),
+        (
+            vl.BlockDiagonal([M[:2, :2], vl.Diagonal(p[:4])]),
+            torch.block_diag(M[:2, :2], p[:4].diag()),
+        ),
+    ):
+        for got, expected in (
+            (op @ x, dense @ x),
+            (op.trace(), dense.trace()),
+            (op.diagonal(), dense.diagonal()),
+            (op.to_dense(), dense),
+            (x @ op, x @ dense),
+        ):
+            torch.testing.assert_close(
+                derivatives(got, (p, M)), derivatives(expected, (p, M))
+            )
+    for op, dense in ((vl.Diagonal(p), p.diag()), (vl.Dense(M), M)):
+        for got, expected in (
+            (op.logdet(), torch.logdet(dense)),
+            (op.inv() @ x, torch.linalg.solve(dense, x)),
+            (op.solve(x), torch.linalg.solve(dense, x)),
+        ):
+            torch.testing.assert_close(
+                derivatives(got, (p, M)), derivatives(expected, (p, M))
+            )
+
+
+def test_what_gradients_would_not_reach_is_refused():
+    d = torch.tensor(0.5, requires_grad=True)
+    M = torch.ones(4, 2, requires_grad=True)
+    G, unit = LowRank(vl.Dense(M.detach())), vl.Identity(4)
+    for make in (
+        lambda: LowRank(vl.Dense(M.detach()), d),
+        lambda: Woodbury(G, d),
+        lambda: DampedRoot(G, d),
+        lambda: (G + d * unit).sqrt(),
+        lambda: (G + d * unit).inv().sqrt(),
+        lambda: (LowRank(vl.Dense(M)) + unit).inv(),
+        lambda: (LowRank(vl.Dense(M)) + unit).sqrt(),
+        lambda: LowRank(vl.Dense(M)).eigh(),
+    ):
+        with pytest.raises(TypeError, match=r"requires grad|no closed form"):
+            make()
+
+
+def test_constants_stay_constants():
+    G, unit = OPERATORS["low rank, tall"], vl.Identity(6)
+    d = torch.tensor(0.5, dtype=FLOAT64, requires_grad=True)
+    for scalar in (torch.tensor(0.5), d.detach(), 0.5, d.detach().numpy()):
+        op = G + scalar * unit
+        assert not op.requires_grad
+        assert isinstance(op.inv(), Woodbury)
+        assert not op.logdet().requires_grad
+    with torch.no_grad():
+        assert not (G + d * unit).requires_grad
+        live = d * G
+    assert not live.requires_grad
+    op = G + d * unit
+    with torch.no_grad():
+        assert not (op @ torch.ones(6).double()).requires_grad
+        assert not op.logdet().requires_grad
+    assert isinstance(op @ torch.ones(6).double().numpy(), type(d.detach().numpy()))
+    # Zero and one are numbers like others.
+    for value in (0.0, 1.0):
+        e = torch.tensor(value, dtype=FLOAT64, requires_grad=True)
+        assert derivatives((G + e * unit).trace(), (e,))[0] == 6
+        assert derivatives((e * G).trace(), (e,))[0] == G.trace()
+
+
+def test_forward_mode_is_right_or_refused():
+    G, unit = OPERATORS["low rank, tall"], vl.Identity(6)
+    one, x = torch.ones((), dtype=FLOAT64), torch.ones(6).double()
+    delta = torch.tensor(0.5, dtype=FLOAT64)
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(delta, one)
+        logdet = (G + dual * unit).logdet()
+        tangent = forward_ad.unpack_dual(logdet).tangent
+    inverse = torch.linalg.inv(G.to_dense() + 0.5 * torch.eye(6).double())
+    torch.testing.assert_close(tangent, inverse.trace())
+    _, tangent = torch.func.jvp(lambda d: (d * G) @ x, (delta,), (one,))
+    torch.testing.assert_close(tangent, G @ x)
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        torch.func.jvp(lambda d: (G + d * unit).solve(x), (delta,), (one,))
