@@ -99,19 +99,19 @@ class IgnoresAxes(Sound):
         return super()._product(x.squeeze(-1) if x.ndim == 3 else x)
 
 
-class TakesComplexTensors(Sound):
+class DropsImaginaryPartsOfTensors(Sound):
     def _product(self, x):
         return super()._product(x.real if x.is_complex() else x)
 
 
-class TakesComplexArrays(Sound):
+class DropsImaginaryPartsOfArrays(Sound):
     def dot(self, x):
         return super().dot(x.real if isinstance(x, np.ndarray) else x)
 
 
-class TakesIntegerTensors(Sound):
+class WrongForIntegers(Sound):
     def _product(self, x):
-        return super()._product(x.to(self.torch_dtype) if x.dtype == torch.long else x)
+        return super()._product(2 * x if x.dtype == torch.long else x)
 
 
 class CutsTheGraph(Sound):
@@ -195,9 +195,9 @@ FAULTS = {
     IgnoresShapes: "a vector too long raises no ValueError",
     IgnoresLongArrays: "an array too long raises no ValueError",
     IgnoresAxes: "three axes raises no ValueError",
-    TakesComplexTensors: "a complex tensor raises no TypeError",
-    TakesComplexArrays: "a complex array raises no TypeError",
-    TakesIntegerTensors: "an integer tensor raises no TypeError",
+    DropsImaginaryPartsOfTensors: "op @ complex numbers has dtype torch.float64",
+    DropsImaginaryPartsOfArrays: "op @ complex numbers has dtype torch.float64",
+    WrongForIntegers: "op @ torch.int64: relative error",
     CutsTheGraph: "cuts the graph",
     GivesArraysForTensors: "is ndarray",
     GivesTensorsForArrays: "is no array",
