@@ -486,3 +486,25 @@ def test_one_wrong_column(dtype: torch.dtype, scale: float) -> None:
         rows = KhatriRaoColumns(inputs, cotangents).rows().view(n, R, -1)
         assert error(DenseColumns(rows)) < 0.1
         assert error(DenseColumns(rows[order])) > 1.0
+
+
+# Sums of factors ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [vl.KFAC, vl.EKFAC])
+@pytest.mark.parametrize("forward", [_sorts, _swaps, _sorts_by_values])
+def test_factors_of_layers_that_a_batch_hides(forward: Any, kind: Any) -> None:
+    # The order of the second batch shows that samples are not where they seemed.
+    net = Lambda(forward, a=nn.Linear(3, 4), o=nn.Linear(4, 3)).double()
+    X, y = (torch.rand(8, 3).double(), torch.tensor(KEYS[0])), torch.randint(3, (8,))
+    expected = kind(
+        net, nn.CrossEntropyLoss(), _batches(*[1] * 8)(X, y), variant="exact"
+    )
+    for sizes in [(4, 4), (2, 6), (8,)]:
+        found = kind(
+            net, nn.CrossEntropyLoss(), _batches(*sizes)(X, y), variant="exact"
+        )
+        assert close(found.to_dense(), expected.to_dense())
+        assert {type(block) for block in found.blocks} == {
+            type(block) for block in expected.blocks
+        }

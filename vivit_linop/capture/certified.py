@@ -88,31 +88,27 @@ class CertifiedColumns:
     ) -> Iterator[tuple[Columns, bool]]:
         """Yield the columns in parts, as :meth:`Capture.parts`; the dense ones last.
 
-        What is given away cannot be taken back. So the structure is certified before,
-        by one column a sample that mixes all of its: columns are linear in cotangents.
+        What is given away cannot be taken back, so :meth:`certify_layers` comes before.
         """
-        if cotangents.shape[2] == 1:  # that would be all
-            yield self.columns(cotangents, names, compact=False), False
-            return
-        generator = torch.Generator().manual_seed(3)
-        n, _, R = cotangents.shape
-        mixing = torch.randn(
-            n, R, 1, generator=generator, dtype=cotangents.dtype, device="cpu"
-        ).to(cotangents)
-        norms = torch.linalg.vector_norm(cotangents, dim=1).unsqueeze(2)
-        mixing = torch.where(norms > 0.0, mixing / norms, 0.0)
-        self.certify_layers(cotangents @ mixing, names)
-        structured = names - self._structure.opaque
-        yield from self._capture.parts(cotangents, self._variant, structured)
-        yield self.columns(cotangents, names & self._structure.opaque), False
+        opaque = names & self._structure.opaque
+        yield from self._capture.parts(cotangents, self._variant, names - opaque)
+        yield self.columns(cotangents, opaque), False
 
     def certify_layers(self, cotangents: Tensor, names: Set[str]) -> None:
         """Learn which parameters have columns in the structure of their layers.
 
+        It takes one column a sample that mixes all of its: columns are linear in
+        cotangents.
+
         Args:
-            cotangents: ``[n, C, R]``; the columns of others are linear in them.
+            cotangents: ``[n, C, R]``.
             names: The parameters of interest.
         """
+        generator = torch.Generator().manual_seed(3)
+        n, _, R = cotangents.shape
+        mixing = torch.randn(n, R, 1, generator=generator).to(cotangents)
+        norms = torch.linalg.vector_norm(cotangents, dim=1).unsqueeze(2)
+        cotangents = cotangents @ torch.where(norms > 0.0, mixing / norms, 0.0)
         failing = names
         while failing:
             structured = names - self._structure.opaque

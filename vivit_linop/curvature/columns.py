@@ -200,17 +200,21 @@ class Columns:
         capture = Capture(self._risk, X, len(index))
         self._risk.check_outputs(batch, capture.output.detach(), index)
         certified = CertifiedColumns(self._risk, X, capture)
-        if not self.compact and len(index) > 1 and self._hides():
-            for sample in index.split(1):
-                yield from self._pieces(batch, whole, sample, n, first)
-            return
         begin, end = first + int(index[0]), first + int(index[0]) + len(index)
         pieces = []
         for pullback in self._pullbacks:
             place = slice(begin * pullback.width, end * pullback.width)
             cotangents = pullback.cotangents(batch)
             cotangents = cotangents[index.to(cotangents.device)]
-            if self._in_parts:
+            # One column a sample is checked as it is.
+            in_parts = self._in_parts and (cotangents.shape[2] > 1 or not self.compact)
+            if in_parts or not self.compact:
+                certified.certify_layers(cotangents, self.names)
+            if not self.compact and len(index) > 1 and self._hides():
+                for sample in index.split(1):
+                    yield from self._pieces(batch, whole, sample, n, first)
+                return
+            if in_parts:
                 for part, again in certified.parts(cotangents, self.names):
                     yield [Piece(place, part, again)]
                 continue

@@ -266,6 +266,10 @@ def _at_outputs(columns: KhatriRaoColumns) -> KhatriRaoColumns:
     return columns
 
 
+class _ChangedUseError(ValueError):
+    """A weight has factors on some samples, and other columns on others."""
+
+
 class _KroneckerSums(Total):
     """The factors of all weights, and the exact blocks of small other parameters.
 
@@ -289,6 +293,21 @@ class _KroneckerSums(Total):
         self._num_samples = factor.risk.num_samples
         self.factors: dict[str, _Factors] = {}
         self.outer: dict[str, Tensor] = {}
+        self._formed: set[str] = set()
+
+    @classmethod
+    def over(
+        cls, factor: Pullback, sharing: str, affine: Sequence[str]
+    ) -> _KroneckerSums:
+        """Return the sums over all columns."""
+        try:
+            sums = cls(factor, sharing, affine)
+            sum_columns(factor, [sums])
+        # What was learnt of the net on the way now holds from the first sample on.
+        except _ChangedUseError:
+            sums = cls(factor, sharing, affine)
+            sum_columns(factor, [sums])
+        return sums
 
     def add(self, left: Piece, right: Piece) -> None:
         """Add a piece's sums."""
@@ -297,13 +316,15 @@ class _KroneckerSums(Total):
                 if not columns.positions:  # the net takes another way
                     continue
                 self._add_factors(name, columns, left.again)
-            elif columns.numel <= _LARGEST_DENSE:
+                continue
+            self._formed.add(name)
+            if columns.numel <= _LARGEST_DENSE:
                 rows = columns.rows()
                 product = rows.T @ rows
                 known = self.outer.get(name)
                 self.outer[name] = product if known is None else known + product
-        if both := set(self.factors) & set(self.outer):
-            raise ValueError(
+        if both := set(self.factors) & self._formed:
+            raise _ChangedUseError(
                 f"data: how the model uses {both.pop()!r} could be told for some "
                 "batches only. Give other batches, or one sample in each."
             )
@@ -336,8 +357,7 @@ def _approximate(
     factor = curvature.factor
     assert isinstance(factor, Pullback)
     risk = factor.risk
-    sums = _KroneckerSums(factor, sharing, list(partners))
-    sum_columns(factor, [sums])
+    sums = _KroneckerSums.over(factor, sharing, list(partners))
     partition: Partition | None = None
     parts = []
     joined = {
