@@ -74,15 +74,14 @@ class Certificate:
             tolerated = 100 * eps**0.75 * share
             tolerated += spread * (10 * eps * share + eps**0.75 * self._whole)
         with torch.no_grad():
+            if gradient is None:
+                gradient = self.weights.new_zeros(
+                    self._columns[name].numel if name in self._columns else 1
+                )
+            gradient = gradient.reshape(-1)
             if name in self._columns:
-                difference = self._columns[name].combination(self.weights)
-                if gradient is not None:
-                    difference -= gradient.reshape(-1)
-            elif gradient is not None:
-                difference = gradient
-            else:
-                return 0.0
-            distance = torch.linalg.vector_norm(difference)
+                gradient = self._columns[name].residual(self.weights, gradient)
+            distance = torch.linalg.vector_norm(gradient)
         if distance == 0.0:
             return 0.0
         return float(distance / tolerated)

@@ -34,6 +34,8 @@ _OUTER_BYTES = 16 * 2**20
 _TOGETHER = 4
 # Sums over so many columns lose no digits that matter.
 _SHORT_SUM = 1024
+# Into so many rows a matrix is compressed whose norm is asked for.
+_SKETCH_ROWS = 8
 # Temporaries that are read again right away should still be in a cache.
 _WORKING_SET = 8 * 2**20
 
@@ -101,6 +103,18 @@ class LayerColumns(ABC):
     @abstractmethod
     def combination(self, weights: Tensor) -> Tensor:
         """Σ_nr w_nr column_nr, ``[n, R] -> [numel]``."""
+
+    def residual(self, weights: Tensor, expected: Tensor) -> Tensor:
+        """How far a combination is from what it should be.
+
+        Args:
+            weights: w, ``[n, R]``.
+            expected: What Σ_nr w_nr column_nr should be, ``[numel]``.
+
+        Returns:
+            A vector whose norm is about that of the difference, and zero if that is.
+        """
+        return self.combination(weights) - expected
 
     def squared_norms(self, memory: int) -> Tensor:
         """The squared norms of the columns, ``[n·R]``.
@@ -450,13 +464,35 @@ class KhatriRaoColumns(LayerColumns):
 
     def combination(self, weights: Tensor) -> Tensor:
         """Σ_np (Σ_r w_nr b_nrp) ⊗ a_np."""
+        return self._with_cotangents(self._combined(weights)).entry_sums()
+
+    def residual(self, weights: Tensor, expected: Tensor) -> Tensor:
+        """A few random combinations of the rows of the difference.
+
+        All rows would take as long as the gradient of the weight.
+        """
+        if min(self._a, self._b) <= 2 * _SKETCH_ROWS:
+            return super().residual(weights, expected)
+        generator = torch.Generator().manual_seed(4)
+        drawn = torch.randn(_SKETCH_ROWS, self._b, generator=generator)
+        mixing = drawn.to(expected) / _SKETCH_ROWS**0.5
+        mixed = torch.einsum("kb,nrgbp->nrgkp", mixing, self._combined(weights))
+        few = self._with_cotangents(mixed).entry_sums()
+        if self._inputs_first:
+            matrix = expected.reshape(self._groups, self._a, self._b) @ mixing.T
+        else:
+            matrix = mixing @ expected.reshape(self._groups, self._b, self._a)
+        return few - matrix.flatten()
+
+    def _combined(self, weights: Tensor) -> Tensor:
+        """Σ_r w_nr b_nrp, as cotangents of one column a sample."""
         b = self.cotangents
         # Positions may come before channels in memory.
         turned = b.mT.is_contiguous() and not b.is_contiguous()
         b = b.mT if turned else b
         sums = weights.unsqueeze(1) @ b.reshape(*weights.shape, -1)
         sums = sums.view(self.num_samples, 1, *b.shape[2:])
-        return self._with_cotangents(sums.mT if turned else sums).entry_sums()
+        return sums.mT if turned else sums
 
     def _with_cotangents(self, cotangents: Tensor) -> KhatriRaoColumns:
         """Columns of the same inputs."""

@@ -66,6 +66,14 @@ class StackedColumns(LayerColumns):
             total[start:stop] = columns.combination(weights)
         return total
 
+    def residual(self, weights: Tensor, expected: Tensor) -> Tensor:
+        """Part by part, and what is expected in none of them."""
+        rest, parts = expected.clone(), []
+        for (start, stop), columns in self.parts.items():
+            parts.append(columns.residual(weights, expected[start:stop]))
+            rest[start:stop] = 0.0
+        return torch.cat([*parts, rest])
+
     def images(self, rows: Tensor) -> Tensor:
         """The components already, part by part."""
         total = rows.new_zeros(len(rows), self.num_samples, self.width)

@@ -141,6 +141,10 @@ class TableColumns(KhatriRaoColumns):
         """Of one-hot inputs, those of the cotangents."""
         return torch.linalg.vector_norm(self.cotangents, dim=(2, 3, 4))
 
+    def residual(self, weights: Tensor, expected: Tensor) -> Tensor:
+        """All of the difference: rows are only added up."""
+        return LayerColumns.residual(self, weights, expected)
+
     def _with_cotangents(self, cotangents: Tensor) -> KhatriRaoColumns:
         """Columns of the same rows."""
         return TableColumns(self.index, cotangents, self._a, self._padding)
