@@ -158,6 +158,17 @@ def test_vectors_arrive_contiguous(kind: str, name: str) -> None:
         assert _close(found, expected @ x)
 
 
+@pytest.mark.parametrize("kind", KERNELS)
+def test_columns_are_pulled_back_contiguous(kind: str) -> None:
+    with_kernel, plain = _nets(kind)
+    J, V = vl.Jacobian(plain).to_dense(), vl.GGNFactor(plain).to_dense()
+    assert _close(vl.Jacobian(with_kernel).to_dense(), J)
+    assert _close(vl.GGNFactor(with_kernel).to_dense(), V)
+    assert _close(vl.GGNFactor(with_kernel).gram.to_dense(), V.T @ V)
+    assert _close(vl.GGN(with_kernel).diagonal(), V.square().sum(1))
+    assert _close(with_kernel.gradient(), plain.gradient())
+
+
 def test_contiguous_vectors_are_not_copied() -> None:
     seen: list[int] = []
 

@@ -166,7 +166,7 @@ class Capture:
         """Pull cotangents ``[n, C, R]`` back one by one, to ``[n, …]`` at each use."""
         uses = [each.use for each in kept]
         for r in range(cotangents.shape[2] if kept else 0):
-            signals = self._backward(uses, cotangents[:, :, r])
+            signals = self._backward(uses, cotangents[:, :, r].contiguous())
             yield [
                 each.layout(signal.detach())
                 for each, signal in zip(kept, signals, strict=True)

@@ -48,7 +48,7 @@ def vectorised(
 
     batched = [leaf for leaf, flag in zip(leaves(X), by_sample, strict=True) if flag]
     with as_guest(risk.device), torch.no_grad():
-        made = vmap(columns)(batched, cotangents.mT)
+        made = vmap(columns)(batched, cotangents.mT.contiguous())
     n, _, R = cotangents.shape
     return {
         name: _dense(part, n, R)
@@ -70,7 +70,7 @@ def one_by_one(
     parameters = list(params.values())
     columns: list[list[Tensor]] = [[] for _ in parameters]
     with as_guest(risk.device):
-        for index, weights in enumerate(cotangents.mT):
+        for index, weights in enumerate(cotangents.mT.contiguous()):
             sample = take(X, torch.tensor([index], device="cpu"), risk.by_sample)
             output = risk.model({**fixed, **params}, sample).reshape(-1)
             for w in weights:
@@ -92,7 +92,7 @@ def on_the_batch(
     columns: list[list[Tensor]] = [[] for _ in names]
     parameters = [risk.params[name] for name in names]
     with as_guest(risk.device):
-        for index, weights in enumerate(cotangents.mT):
+        for index, weights in enumerate(cotangents.mT.contiguous()):
             for w in weights:
                 u = torch.zeros_like(capture.output)
                 u[index] = w

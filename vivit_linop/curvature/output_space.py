@@ -235,17 +235,18 @@ class FactoredOutputOperator(OutputOperator):
     def __init__(self, risk: EmpiricalRisk, width: int) -> None:
         super().__init__(risk, width)
         self._blocks: dict[int, Tensor] = {}
-        self._room = _KEPT_BYTES if risk.memory is None else risk.memory
-        self._room = min(self._room, _KEPT_BYTES)
+        budget = _KEPT_BYTES if risk.memory is None else risk.memory
+        self._budget = min(budget, _KEPT_BYTES)
 
     def blocks(self, batch: int) -> Tensor:
         """The blocks of one batch, ``[n, c, s, P]``."""
         if batch in self._blocks:
             return self._blocks[batch]
         formed = self._form(batch)
-        if formed.nbytes <= self._room:
-            self._room -= formed.nbytes
-            self._blocks[batch] = formed
+        with self.risk.making:  # threads count what others keep
+            kept = sum(blocks.nbytes for blocks in self._blocks.values())
+            if kept + formed.nbytes <= self._budget:
+                return self._blocks.setdefault(batch, formed)
         return formed
 
     def _form(self, batch: int) -> Tensor:
