@@ -321,3 +321,46 @@ def test_lower_precision_inside_is_refused(inner: torch.dtype) -> None:
     for _ in range(2):
         with pytest.raises(ValueError, match="lower precision"):
             J @ torch.ones(J.shape[1]).double()
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_wrong_tangents_of_a_coarse_iteration_are_seen(seed: int) -> None:
+    """In float32 one random number cannot tell them: they are right by a half."""
+    torch.manual_seed(seed)
+
+    def solve(f: Callable[[Tensor], Tensor], z: Tensor) -> Tensor:
+        for _ in range(200):
+            last, z = z, f(z)
+            if (z - last).norm() <= 1e-3 * z.norm():
+                break
+        return z
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        given = m.first(x)
+        hidden = lambda z: torch.tanh(0.5 * m.inner(z) + given)  # noqa: E731
+        with torch.no_grad():
+            z = solve(hidden, torch.zeros_like(given))
+        z = hidden(z)
+        start = z.detach().clone().requires_grad_()
+        step = hidden(start)
+
+        def back(g: Tensor) -> Tensor:
+            return torch.autograd.grad(step, start, g, retain_graph=True)[0]
+
+        if z.requires_grad:
+            z.register_hook(lambda g: solve(lambda y: back(y) + g, g))
+        return m.last(z)
+
+    net = Lambda(forward, **_parts(), **_inner())
+    X, y = torch.randn(N, 3), torch.randint(C, (N,))
+    output, params = net(X).reshape(-1), list(net.parameters())
+    rows = [torch.autograd.grad(e, params, retain_graph=True) for e in output]
+    exact = torch.stack([torch.cat([g.reshape(-1) for g in row]) for row in rows])
+    J = vl.Jacobian(vl.EmpiricalRisk(net, nn.CrossEntropyLoss(), (X, y)))
+    x = torch.randn(J.shape[1])
+    try:
+        found = J @ x
+    except ValueError as error:
+        assert "stops early" in str(error)
+    else:
+        assert _close(found, exact @ x, 1e-3)

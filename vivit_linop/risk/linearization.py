@@ -281,12 +281,14 @@ class Linearization:
     def _agree(self, graph: Graph, tangents: ReverseTangents | TracedTangents) -> bool:
         """Whether products are those of the Jacobian, and stay so when used.
 
-        ⟨u, J x⟩ must equal ⟨Jᵀ u, x⟩. Of a trace, Jᵀ u must also be what an ordinary
-        backward pass gives, and all this again: what it keeps is changed by its use if
-        the model works in place.
+        ⟨u, J x⟩ must equal ⟨Jᵀ u, x⟩ for a random u, where a large error of J x may be
+        hidden among many outputs, and for u = J x, where its square is seen. Of a
+        trace, Jᵀ u must also be what an ordinary backward pass gives, and all this
+        again: what it keeps is changed by its use if the model works in place.
         """
         x, u, expected = self._probed()
-        tolerance = 100 * torch.finfo(self._dtype).eps ** 0.75
+        eps = torch.finfo(self._dtype).eps
+        tolerance = 100 * eps**0.75
         traced = graph is not self._graph
         for _ in range(1 + traced):
             image = self._jvp(x, tangents)
@@ -298,7 +300,10 @@ class Linearization:
             size = image.norm() * u.norm() + expected.norm() * x.norm()
             if not slope.abs() <= tolerance * size:
                 return False
-        return True
+        pulled_back = self._vjp(image)
+        slope = (image * image).sum() - (pulled_back * x).sum()
+        rounding = 100 * eps * pulled_back.norm() * x.norm()
+        return bool(slope.abs() <= tolerance * image.square().sum() + rounding)
 
     def _noise(self, seed: int) -> tuple[Tensor, Tensor]:
         """Random x ``[D]`` and u ``[n C]``."""
