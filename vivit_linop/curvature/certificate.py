@@ -71,11 +71,13 @@ class Slope:
         x: The vector.
         gradient: The gradient.
         along: The slope.
+        value: The size of what is differentiated.
     """
 
     x: list[Tensor]
     gradient: list[Tensor]
     along: list[Tensor]
+    value: Tensor
 
 
 class Certificate:
@@ -245,8 +247,13 @@ class Certificate:
         return torch.stack(norms) * self._scales
 
     def _total(self, found: Slope) -> Tensor:
-        """The size of all first and second derivatives."""
-        return (self._norms(found.along) + self._norms(found.gradient)).sum()
+        """The size of all first and second derivatives.
+
+        Where all of them cancel, that of the values which they are the rounding of.
+        """
+        total = (self._norms(found.along) + self._norms(found.gradient)).sum()
+        nothing = total < torch.finfo(found.along[0].dtype).eps ** 0.5 * found.value
+        return torch.where(nothing, found.value, total)
 
     # Derivatives ----------------------------------------------------------------------
 
@@ -321,7 +328,8 @@ class Certificate:
             torch.zeros_like(p) if s is None else s
             for s, p in zip(map(strided, slopes), parameters, strict=True)
         ]
-        return Slope(x, [g.detach() for g in gradient], along)
+        value = (samples.u.norm() * samples.base.norm()).double()
+        return Slope(x, [g.detach() for g in gradient], along, value)
 
     def _difference(
         self,

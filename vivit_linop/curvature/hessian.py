@@ -487,7 +487,8 @@ cpu>]
             expected = (x * image).sum()
             tolerance = 10 * torch.finfo(self.torch_dtype).eps ** 0.5
             size = expected.abs() + x.norm() * image.norm()
-            if (total - expected).abs() <= tolerance * size:
+            floor = x.norm() * self._rounding
+            if (total - expected).abs() <= tolerance * size + x.norm() * floor:
                 found = self._second_derivatives_in_parts()
                 if found is not None:
                     return found
@@ -495,6 +496,15 @@ cpu>]
         except (RuntimeError, NotImplementedError):
             pass
         return self._diagonals_one_by_one(x, image)
+
+    @property
+    def _rounding(self) -> float:
+        """What rounding leaves of entries that cancel, by the size of the outputs."""
+        outputs = sum(
+            float(o.reshape(len(o), -1).norm(dim=1).sum()) for o in self.risk.outputs
+        )
+        eps = torch.finfo(self.torch_dtype).eps
+        return _ROUNDING * eps * self.risk.reduction_factor * outputs
 
     def _second_derivatives_in_parts(self) -> Tensor | None:
         """Those along each entry, None if they are others when taken together."""
@@ -528,7 +538,8 @@ cpu>]
         size = image.norm() + self.risk.reduction_factor * x.norm() * sum(
             row.norm() for row in rows
         )
-        if not (total - image).norm() <= tolerance * size:
+        floor = x.norm() * self._rounding
+        if not (total - image).norm() <= tolerance * size + floor:
             raise ValueError(
                 "model: the second derivatives of its samples alone are not those of "
                 "the batch; a sample is computed in another way when it is alone."
