@@ -10,8 +10,9 @@ import vivit_linop as vl
 from benchmarks.measure import Ratio, Results, Run, Suite
 from benchmarks.problems import Problem
 from benchmarks.products import gradient
-from vivit_linop.capture import Capture, CertifiedColumns
 from vivit_linop.curvature.jacobian import Pullback
+from vivit_linop.net.capture import Capture
+from vivit_linop.net.certified import CertifiedColumns
 
 GRAM, ONE_COLUMN = "Gram matrix", "one Monte-Carlo column: norms"
 CHECKS = {GRAM: "check of its columns", ONE_COLUMN: "check of one column a sample"}

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import vivit_linop as vl
-from vivit_linop.curvature import output_space, routes
-from vivit_linop.linalg.eigenpairs import GramEigenpairs
+from vivit_linop.curvature import output_space, plan
+from vivit_linop.linalg.decompositions import GramEigenpairs
 
 FEW = [
     "mlp_ce_mean",
@@ -169,7 +169,7 @@ def test_pairs_by_arpack(
     name: str, route: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The route that is taken for few pairs of a large net gives the same pairs."""
-    monkeypatch.setattr(routes, "choose_route", lambda op, k: routes.Route(route, 0, 0))
+    monkeypatch.setattr(plan, "choose_route", lambda op, k: plan.Route(route, 0, 0))
     risk, truth = make(name), dense(name)
     expected = torch.linalg.eigvalsh(truth.G)
     for k in (1, 4):

@@ -33,8 +33,9 @@ from torch.overrides import has_torch_function
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import vivit_linop as vl
-from vivit_linop.capture import Capture, find_structure
-from vivit_linop.capture.layers import KhatriRaoColumns
+from vivit_linop.net.capture import Capture
+from vivit_linop.net.certified import find_structure
+from vivit_linop.net.columns.khatri_rao import KhatriRaoColumns
 
 N = 3
 # The layers whose weights have Khatri–Rao factors.

@@ -18,9 +18,10 @@ from torch.nn import functional as F
 from torch.nn.utils import rnn
 
 import vivit_linop as vl
-from vivit_linop.capture import Capture, find_structure
-from vivit_linop.capture.certificate import Certificate
-from vivit_linop.capture.layers import (
+from vivit_linop.net.capture import Capture
+from vivit_linop.net.certificate import Certificate
+from vivit_linop.net.certified import find_structure
+from vivit_linop.net.columns.khatri_rao import (
     DenseColumns,
     KhatriRaoColumns,
     LayerColumns,
@@ -176,7 +177,7 @@ def test_what_is_wrong_once_is_not_tried_again(monkeypatch: pytest.MonkeyPatch) 
     def never(*_: Any) -> None:
         raise AssertionError
 
-    monkeypatch.setattr("vivit_linop.capture.certified.vectorised", never)
+    monkeypatch.setattr("vivit_linop.net.certified.vectorised", never)
     assert torch.equal(vl.PerSampleGradients(risk).to_dense(), first)
 
 

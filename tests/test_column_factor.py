@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vivit_linop.capture.layers import (
+from vivit_linop.curvature.column_factor import ColumnFactor, formed
+from vivit_linop.net.columns.khatri_rao import (
     DenseColumns,
     KhatriRaoColumns,
     LayerColumns,
     compacted,
 )
-from vivit_linop.curvature.column_factor import ColumnFactor, formed
 from vivit_linop.operators.lowrank import LowRank
 from vivit_linop.testing import check_operator
 

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 import vivit_linop as vl
 from vivit_linop.curvature.jacobian import Pullback
+from vivit_linop.net import linearization
+from vivit_linop.net.linearization import Linearization, NoTangentError
 from vivit_linop.operators.lowrank import Damped, Gram, LowRank, Woodbury
-from vivit_linop.risk import linearization
 from vivit_linop.risk.empirical import _evaluated
-from vivit_linop.risk.linearization import Linearization, NoTangentError
 from vivit_linop.testing import check_operator
 
 DTYPES = [torch.float64, torch.float32]
@@ -682,7 +682,7 @@ def test_chunks_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
     for place in (
         "operators.base._DENSE_CHUNK",
         "linalg.reductions._CHUNK",
-        "risk.linearization._CPU_COLUMN_BYTES",
+        "net.linearization._CPU_COLUMN_BYTES",
     ):
         monkeypatch.setattr(f"vivit_linop.{place}", 7)
     for name in ("mlp_ce_mean", "control_flow", "uneven_batches"):
@@ -726,7 +726,7 @@ def _untraceable(*_: Any) -> None:
 )
 def test_linearization(name: str, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     of, truth = risk(name), dense(name)
-    module = "vivit_linop.risk.linearization"
+    module = "vivit_linop.net.linearization"
     if method == "reverse":
         monkeypatch.setattr(f"{module}.tangent_map", _untraceable)
     monkeypatch.setattr(f"{module}.tracing_pays", lambda _: method == "trace")
@@ -763,7 +763,7 @@ def test_ordinary_nets_are_traced_where_it_pays(name: str, method: str) -> None:
 def test_a_trace_stands_in_for_a_wrong_second_derivative(
     wrong: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    module = "vivit_linop.risk.linearization"
+    module = "vivit_linop.net.linearization"
     if wrong == "error":
 
         def impossible(graph: Any) -> None:

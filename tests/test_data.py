@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import vivit_linop as vl
-from vivit_linop.curvature import output_space, routes
-from vivit_linop.curvature.routes import Route
-from vivit_linop.linalg.eigenpairs import GramEigenpairs
+from vivit_linop.curvature import output_space, plan
+from vivit_linop.curvature.plan import Route
+from vivit_linop.linalg.decompositions import GramEigenpairs
 from vivit_linop.linalg.watch import RitzWatch, watched
 
 
@@ -293,7 +293,7 @@ def arpack(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
 
     def set_route(side: str) -> None:
         route = Route(f"ARPACK on {side}", 0.0, 0.0)
-        monkeypatch.setattr(routes, "choose_route", lambda *_: route)
+        monkeypatch.setattr(plan, "choose_route", lambda *_: route)
 
     return set_route
 
@@ -624,7 +624,7 @@ def test_out_of_memory_in_columns(monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(*_: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    monkeypatch.setattr("vivit_linop.capture.CertifiedColumns.columns", fails)
+    monkeypatch.setattr("vivit_linop.net.certified.CertifiedColumns.columns", fails)
     with pytest.raises(MemoryError, match=r"^memory: .* 6 samples .*memory=262144"):
         vl.GGN(risk).eigvalsh()
 
@@ -683,7 +683,7 @@ def test_batches_that_vanish(memory: int | None) -> None:
 
 def test_pieces_are_not_smaller_than_worth_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without memory, data are not passed over once for each sample."""
-    monkeypatch.setattr("vivit_linop.curvature.columns._LEAST_BYTES", 2**20)
+    monkeypatch.setattr("vivit_linop.net.blocks._LEAST_BYTES", 2**20)
     passes = []
 
     class Counting(DataLoader):

@@ -8,7 +8,7 @@ import torch
 from operator_market import Draw
 
 import vivit_linop as vl
-from vivit_linop.linalg import eigenpairs
+from vivit_linop.linalg import decompositions
 from vivit_linop.operators import Centered, Gram, LowRank, symmetric
 
 # Gram operators of factors, and who keeps them ----------------------------------------
@@ -123,4 +123,4 @@ def test_matrices_too_large_for_lapack(monkeypatch):
         with pytest.raises(MemoryError, match=r"eigh: a matrix of 9 rows.*k="):
             verb()
     with pytest.raises(MemoryError, match=r"eigsh\(op, k\)"):
-        eigenpairs.largest_eigenpairs(A.matrix, 2)
+        decompositions.largest_eigenpairs(A.matrix, 2)

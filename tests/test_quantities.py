@@ -17,7 +17,7 @@ from cases import dense, problem
 from torch import Tensor, nn
 
 import vivit_linop as vl
-from vivit_linop.capture.layers import KhatriRaoColumns
+from vivit_linop.net.columns.khatri_rao import KhatriRaoColumns
 from vivit_linop.operators import Centered, Gram
 from vivit_linop.testing import check_operator
 
@@ -230,7 +230,7 @@ def test_sums_from_factors(
     monkeypatch.setattr(KhatriRaoColumns, "_squares_by_pairs", lambda self: by_pairs)
     # What an elementwise operation costs decides for the norms.
     cost = -1e9 if by_pairs else 1e9
-    monkeypatch.setattr("vivit_linop.capture.layers.ELEMENTWISE_COST", cost)
+    monkeypatch.setattr("vivit_linop.net.columns.khatri_rao.ELEMENTWISE_COST", cost)
     assert close(columns.entry_squares(memory), rows.square().sum(0))
     by_sample = rows.view(5, 4, -1).square().sum(1)
     assert close(columns.sample_entry_squares(memory), by_sample)

@@ -20,8 +20,8 @@ from torch.fx import GraphModule
 
 from vivit_linop.modes import ordinary_mode
 from vivit_linop.operators.base import TorchLinearOperator
+from vivit_linop.operators.elementary import Dense, Diagonal
 from vivit_linop.operators.kronecker import BlockDiagonal, Kronecker
-from vivit_linop.operators.structure import Dense, Diagonal
 from vivit_linop.operators.verbs import damped_inv
 from vivit_linop.risk.copies import Copies
 from vivit_linop.risk.empirical import EmpiricalRisk

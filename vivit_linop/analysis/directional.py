@@ -8,7 +8,7 @@ from torch import Tensor
 from vivit_linop.curvature.fisher import PerSampleGradients
 from vivit_linop.curvature.ggn import GGNFactor
 from vivit_linop.curvature.jacobian import Pullback
-from vivit_linop.linalg.eigenpairs import Eigenpairs, GramEigenpairs
+from vivit_linop.linalg.decompositions import Eigenpairs, GramEigenpairs
 from vivit_linop.modes import ordinary_mode
 from vivit_linop.risk.empirical import EmpiricalRisk
 

@@ -13,7 +13,7 @@ from vivit_linop.analysis.directional import (
     directional_derivatives,
 )
 from vivit_linop.curvature.ggn import GGNFactor
-from vivit_linop.linalg.eigenpairs import Eigenpairs, GramEigenpairs
+from vivit_linop.linalg.decompositions import Eigenpairs, GramEigenpairs
 from vivit_linop.modes import as_given, ordinary_mode
 from vivit_linop.operators.base import TorchLinearOperator
 from vivit_linop.risk.empirical import EmpiricalRisk

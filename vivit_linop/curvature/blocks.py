@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from vivit_linop.curvature.jacobian import Pullback
-from vivit_linop.curvature.sums import (
+from vivit_linop.net.sums import (
     GramTotal,
     OuterTotal,
     RowNorms,

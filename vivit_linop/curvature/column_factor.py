@@ -8,9 +8,14 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from vivit_linop.capture.layers import DenseColumns, LayerColumns, merged, mirror
-from vivit_linop.curvature.columns import Piece
-from vivit_linop.curvature.stored import StoredColumns
+from vivit_linop.net.blocks import Piece
+from vivit_linop.net.columns.khatri_rao import (
+    DenseColumns,
+    LayerColumns,
+    merged,
+    mirror,
+)
+from vivit_linop.net.stored import StoredColumns
 from vivit_linop.operators.base import TorchLinearOperator
 from vivit_linop.operators.verbs import (
     gram_matrix,

@@ -13,18 +13,16 @@ import torch
 from torch import Tensor
 from torch.func import jvp, vmap
 
-from vivit_linop.capture.costs import layer_costs
 from vivit_linop.curvature.blocks import ParameterBlocks, parameter_groups, places_of
-from vivit_linop.curvature.certificate import (
-    Certificate,
-    differentiable_twice,
-    gradient_of,
-)
-from vivit_linop.curvature.columns import memory_budget
 from vivit_linop.curvature.output_space import LossGradient, LossHessian
 from vivit_linop.curvature.positive_curvature import (
     PositiveCurvature,
     PositiveCurvatureBlock,
+)
+from vivit_linop.curvature.second_derivatives import (
+    Certificate,
+    differentiable_twice,
+    gradient_of,
 )
 from vivit_linop.interop import (
     CURVED,
@@ -32,6 +30,8 @@ from vivit_linop.interop import (
     backpack_positive_curvature,
 )
 from vivit_linop.modes import ordinary_mode
+from vivit_linop.net.blocks import memory_budget
+from vivit_linop.net.costs import layer_costs
 from vivit_linop.operators.base import TorchLinearOperator
 from vivit_linop.operators.kronecker import BlockDiagonal
 from vivit_linop.operators.verbs import diagonal

@@ -10,13 +10,14 @@ from weakref import ref
 import torch
 from torch import Tensor
 
-from vivit_linop.capture.costs import LayerCost, as_table, layer_costs
 from vivit_linop.curvature.output_space import (
     LossHessian,
     OutputOperator,
     check_blocks_fit,
 )
-from vivit_linop.curvature.stored import (
+from vivit_linop.net.costs import LayerCost, as_table, layer_costs
+from vivit_linop.net.linearization import NoTangentError
+from vivit_linop.net.stored import (
     StoredColumns,
     cheaper_columns,
     columns_without_tangents,
@@ -26,8 +27,7 @@ from vivit_linop.operators import verbs
 from vivit_linop.operators.base import TorchLinearOperator
 from vivit_linop.operators.lowrank import Gram, KeptMatrix
 from vivit_linop.risk.empirical import EmpiricalRisk, as_risk
-from vivit_linop.risk.linearization import NoTangentError
-from vivit_linop.risk.losses import AutogradLoss
+from vivit_linop.risk.losses.base import AutogradLoss
 
 
 class Jacobian(TorchLinearOperator):

@@ -3,7 +3,7 @@
 A block of c V Vᵀ for the weight of a layer is c Σ (Σ_p b_p ⊗ a_p)(Σ_p b_p ⊗ a_p)ᵀ, the
 outer sum over columns, with inputs a and backpropagated columns b at positions p.
 KFAC replaces the sum of Kronecker products by a Kronecker product of sums, B ⊗ A. The
-factors come from the layer factors of :mod:`vivit_linop.capture`, so for every use of a
+factors come from the layer factors of :mod:`vivit_linop.net`, so for every use of a
 weight that has such a structure, not for registered modules only.
 """
 
@@ -16,26 +16,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vivit_linop.capture import Capture, find_structure
-from vivit_linop.capture.layers import KhatriRaoColumns
-from vivit_linop.capture.transposed import TransposedConvolutionColumns
-from vivit_linop.capture.views import View
 from vivit_linop.curvature.blocks import FactorRows, Partition
-from vivit_linop.curvature.columns import Piece, memory_budget
 from vivit_linop.curvature.fisher import EmpiricalFisher
 from vivit_linop.curvature.ggn import GGN
 from vivit_linop.curvature.jacobian import Pullback
-from vivit_linop.curvature.sums import Total, sum_columns
 from vivit_linop.interop import backpack_kfra
 from vivit_linop.modes import ordinary_mode
+from vivit_linop.net.blocks import Piece, memory_budget
+from vivit_linop.net.capture import Capture
+from vivit_linop.net.certified import find_structure
+from vivit_linop.net.columns.khatri_rao import KhatriRaoColumns
+from vivit_linop.net.sums import Total, sum_columns
+from vivit_linop.net.transposed import TransposedConvolutionColumns
+from vivit_linop.net.views import View
 from vivit_linop.operators.base import TorchLinearOperator
+from vivit_linop.operators.elementary import Dense, Identity
 from vivit_linop.operators.kronecker import (
     BlockDiagonal,
     CorrectedKronecker,
     Kronecker,
 )
 from vivit_linop.operators.lowrank import LowRank
-from vivit_linop.operators.structure import Dense, Identity
 from vivit_linop.operators.verbs import trace
 from vivit_linop.risk.empirical import EmpiricalRisk, as_risk
 

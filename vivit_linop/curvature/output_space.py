@@ -15,7 +15,7 @@ from torch import Tensor
 from vivit_linop.operators.base import TorchLinearOperator
 from vivit_linop.risk.draws import Draws
 from vivit_linop.risk.empirical import EmpiricalRisk, as_risk
-from vivit_linop.risk.losses import AutogradLoss
+from vivit_linop.risk.losses.base import AutogradLoss
 from vivit_linop.risk.memory import check_matrix_fits, free_memory
 
 # What blocks that can be formed again may take.

@@ -20,8 +20,8 @@ from vivit_linop.curvature.output_space import (
     OutputOperator,
 )
 from vivit_linop.operators.base import TorchLinearOperator
+from vivit_linop.operators.elementary import Adjoint
 from vivit_linop.operators.lowrank import Gram, LowRank
-from vivit_linop.operators.structure import Adjoint
 from vivit_linop.operators.verbs import (
     adjoint,
     diagonal,

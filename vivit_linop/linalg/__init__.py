@@ -11,7 +11,7 @@ from vivit_linop.linalg import (  # noqa: F401  (register)
     reductions,
     roots,
 )
-from vivit_linop.linalg.eigenpairs import Eigendecomposition, Eigenpairs
+from vivit_linop.linalg.decompositions import Eigendecomposition, Eigenpairs
 from vivit_linop.linalg.estimates import DiagonalEstimate, estimate_diagonal
 from vivit_linop.operators.verbs import (
     diagonal,

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from vivit_linop.linalg.eigenpairs import (
+from vivit_linop.linalg.decompositions import (
     DenseDecomposition,
     Eigendecomposition,
     Eigenpairs,
@@ -16,6 +16,13 @@ from vivit_linop.linalg.eigenpairs import (
     ScaledShifted,
 )
 from vivit_linop.operators.base import TorchLinearOperator
+from vivit_linop.operators.elementary import (
+    Dense,
+    DenseInverse,
+    Diagonal,
+    Identity,
+    Scaled,
+)
 from vivit_linop.operators.kronecker import (
     BlockDiagonal,
     CorrectedKronecker,
@@ -28,13 +35,6 @@ from vivit_linop.operators.lowrank import (
     Gram,
     LowRank,
     Woodbury,
-)
-from vivit_linop.operators.structure import (
-    Dense,
-    DenseInverse,
-    Diagonal,
-    Identity,
-    Scaled,
 )
 from vivit_linop.operators.symmetric import (
     symmetric_eigenpairs,

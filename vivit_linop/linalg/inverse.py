@@ -10,8 +10,17 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from vivit_linop.linalg.eigenpairs import gram_rounding_error
+from vivit_linop.linalg.decompositions import gram_rounding_error
 from vivit_linop.operators.base import Scalar, TorchLinearOperator
+from vivit_linop.operators.elementary import (
+    Adjoint,
+    Dense,
+    DenseInverse,
+    Diagonal,
+    Identity,
+    Product,
+    Scaled,
+)
 from vivit_linop.operators.kronecker import (
     BlockDiagonal,
     CorrectedKronecker,
@@ -24,15 +33,6 @@ from vivit_linop.operators.lowrank import (
     Gram,
     LowRank,
     Woodbury,
-)
-from vivit_linop.operators.structure import (
-    Adjoint,
-    Dense,
-    DenseInverse,
-    Diagonal,
-    Identity,
-    Product,
-    Scaled,
 )
 from vivit_linop.operators.symmetric import without_noise
 from vivit_linop.operators.verbs import (

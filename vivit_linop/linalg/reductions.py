@@ -8,6 +8,15 @@ import torch
 from torch import Tensor
 
 from vivit_linop.operators.base import Scalar, TorchLinearOperator, log_abs
+from vivit_linop.operators.elementary import (
+    Adjoint,
+    Dense,
+    DenseInverse,
+    Diagonal,
+    Identity,
+    Scaled,
+    Sum,
+)
 from vivit_linop.operators.kronecker import (
     BlockDiagonal,
     CorrectedKronecker,
@@ -21,15 +30,6 @@ from vivit_linop.operators.lowrank import (
     Gram,
     LowRank,
     Woodbury,
-)
-from vivit_linop.operators.structure import (
-    Adjoint,
-    Dense,
-    DenseInverse,
-    Diagonal,
-    Identity,
-    Scaled,
-    Sum,
 )
 from vivit_linop.operators.symmetric import without_noise
 from vivit_linop.operators.verbs import (

@@ -10,6 +10,14 @@ import torch
 from torch import Tensor
 
 from vivit_linop.operators.base import Scalar, TorchLinearOperator, without_gradient
+from vivit_linop.operators.elementary import (
+    Dense,
+    DenseInverse,
+    Diagonal,
+    Identity,
+    Product,
+    Scaled,
+)
 from vivit_linop.operators.kronecker import (
     BlockDiagonal,
     CorrectedKronecker,
@@ -21,14 +29,6 @@ from vivit_linop.operators.lowrank import (
     Gram,
     LowRank,
     Woodbury,
-)
-from vivit_linop.operators.structure import (
-    Dense,
-    DenseInverse,
-    Diagonal,
-    Identity,
-    Product,
-    Scaled,
 )
 from vivit_linop.operators.symmetric import symmetric_eigenpairs, without_noise
 from vivit_linop.operators.verbs import adjoint, damped_sqrt, scale, sqrt, to_dense

@@ -2,6 +2,16 @@
 
 from vivit_linop.operators import rules  # noqa: F401  (registers)
 from vivit_linop.operators.base import TorchLinearOperator
+from vivit_linop.operators.elementary import (
+    Adjoint,
+    Dense,
+    DenseInverse,
+    Diagonal,
+    Identity,
+    Product,
+    Scaled,
+    Sum,
+)
 from vivit_linop.operators.kronecker import (
     BlockDiagonal,
     CorrectedKronecker,
@@ -16,16 +26,6 @@ from vivit_linop.operators.lowrank import (
     Gram,
     LowRank,
     Woodbury,
-)
-from vivit_linop.operators.structure import (
-    Adjoint,
-    Dense,
-    DenseInverse,
-    Diagonal,
-    Identity,
-    Product,
-    Scaled,
-    Sum,
 )
 
 __all__ = [

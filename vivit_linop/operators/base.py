@@ -26,7 +26,7 @@ from vivit_linop.operators import verbs
 
 if TYPE_CHECKING:
     from vivit_linop.interop import CurvlinopsView
-    from vivit_linop.linalg.eigenpairs import Eigenpairs
+    from vivit_linop.linalg.decompositions import Eigenpairs
 
 NUMPY_DTYPES = {torch.float32: np.dtype("float32"), torch.float64: np.dtype("float64")}
 """The numpy names of the dtypes that an operator can have."""

@@ -16,7 +16,7 @@ from vivit_linop.operators.base import (
     common_device,
     common_dtype,
 )
-from vivit_linop.operators.structure import Dense, _as_tensor
+from vivit_linop.operators.elementary import Dense, _as_tensor
 from vivit_linop.operators.symmetric import symmetric_eigenpairs
 from vivit_linop.operators.verbs import to_dense
 

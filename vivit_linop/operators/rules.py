@@ -10,14 +10,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from vivit_linop.operators.base import Scalar, TorchLinearOperator
-from vivit_linop.operators.kronecker import (
-    BlockDiagonal,
-    CorrectedKronecker,
-    KhatriRao,
-    Kronecker,
-)
-from vivit_linop.operators.lowrank import Centered, Damped, Gram, LowRank
-from vivit_linop.operators.structure import (
+from vivit_linop.operators.elementary import (
     Adjoint,
     Dense,
     Diagonal,
@@ -26,6 +19,13 @@ from vivit_linop.operators.structure import (
     Scaled,
     Sum,
 )
+from vivit_linop.operators.kronecker import (
+    BlockDiagonal,
+    CorrectedKronecker,
+    KhatriRao,
+    Kronecker,
+)
+from vivit_linop.operators.lowrank import Centered, Damped, Gram, LowRank
 from vivit_linop.operators.verbs import (
     add,
     adjoint,

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from vivit_linop.linalg.eigenpairs import Eigendecomposition, Eigenpairs
+    from vivit_linop.linalg.decompositions import Eigendecomposition, Eigenpairs
     from vivit_linop.operators.base import Scalar, TorchLinearOperator
     from vivit_linop.operators.lowrank import Gram
 

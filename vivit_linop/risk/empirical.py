@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from vivit_linop.modes import as_given, ordinary_mode, replayed
+from vivit_linop.net.linearization import Linearization
 from vivit_linop.risk import fingerprint
 from vivit_linop.risk.checks import check_independent, checked_outputs, same_outputs
 from vivit_linop.risk.data import (
@@ -27,9 +28,8 @@ from vivit_linop.risk.data import (
     select_samples,
     take,
 )
-from vivit_linop.risk.known_losses import as_output_loss
-from vivit_linop.risk.linearization import Linearization
-from vivit_linop.risk.losses import LossCallable, OutputLoss
+from vivit_linop.risk.losses.base import LossCallable, OutputLoss
+from vivit_linop.risk.losses.registry import as_output_loss
 from vivit_linop.risk.memory import (
     batch_does_not_fit,
     explained,

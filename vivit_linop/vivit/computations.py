@@ -23,9 +23,9 @@ from vivit_linop.analysis.newton import (
     gram_eigenvectors,
     newton_combination,
 )
-from vivit_linop.capture.layers import LayerColumns, compacted, merged
 from vivit_linop.curvature.column_factor import ColumnFactor, formed
-from vivit_linop.linalg.eigenpairs import Eigenpairs
+from vivit_linop.linalg.decompositions import Eigenpairs
+from vivit_linop.net.columns.khatri_rao import LayerColumns, compacted, merged
 from vivit_linop.operators.lowrank import LowRank
 from vivit_linop.vivit.extensions import (
     ExactLayerRecords,

@@ -31,8 +31,8 @@ from backpack.extensions.secondorder.sqrt_ggn.linear import SqrtGGNLinear
 from backpack.utils.module_classification import is_loss
 from torch import Tensor, nn
 
-from vivit_linop.capture.layers import LayerColumns
-from vivit_linop.capture.uses import bias_columns, weight_columns
+from vivit_linop.net.columns.khatri_rao import LayerColumns
+from vivit_linop.net.kinds import bias_columns, weight_columns
 
 SAVEFIELD = "vivit_linop_layer"
 """The attribute of a parameter that its record is saved in, until the hook takes it."""
@@ -46,7 +46,7 @@ class LayerRecord:
     """What the columns of one parameter are made of.
 
     Attributes:
-        kind: The kind of its layer, as in :class:`vivit_linop.capture.recorder.Use`.
+        kind: The kind of its layer, as in :class:`vivit_linop.net.recorder.Use`.
         role: ``"weight"`` or ``"bias"``.
         arguments: The layer's arguments by name.
         inputs: The layer's input, ``[N, …]``.

@@ -9,7 +9,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from vivit_linop.capture.layers import ELEMENTWISE_COST, KhatriRaoColumns, LayerColumns
+from vivit_linop.net.columns.khatri_rao import (
+    ELEMENTWISE_COST,
+    KhatriRaoColumns,
+    LayerColumns,
+)
 
 
 class TableColumns(KhatriRaoColumns):

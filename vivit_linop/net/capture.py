@@ -9,19 +9,19 @@ from typing import Any, NamedTuple, Self
 import torch
 from torch import Tensor
 
-from vivit_linop.capture.certificate import Certificate
-from vivit_linop.capture.layers import LayerColumns, compacted
-from vivit_linop.capture.layouts import Layout, candidates
-from vivit_linop.capture.recorder import Recorder, Use
-from vivit_linop.capture.stacked import assembled
-from vivit_linop.capture.structure import Variant, kinds_of
-from vivit_linop.capture.uses import (
+from vivit_linop.net.certificate import Certificate
+from vivit_linop.net.columns.khatri_rao import LayerColumns, compacted
+from vivit_linop.net.columns.stacked import assembled
+from vivit_linop.net.kinds import (
     columns_of_use,
     entries_of_use,
     is_wide,
     overlapping,
 )
-from vivit_linop.capture.views import View
+from vivit_linop.net.layouts import Layout, candidates
+from vivit_linop.net.recorder import Recorder, Use
+from vivit_linop.net.structure import Variant, kinds_of
+from vivit_linop.net.views import View
 from vivit_linop.risk.data import take
 from vivit_linop.risk.empirical import EmpiricalRisk
 from vivit_linop.risk.model import as_guest, strided

@@ -19,7 +19,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from vivit_linop.capture.layers import LayerColumns
+from vivit_linop.net.columns.khatri_rao import LayerColumns
 
 
 class Certificate:

@@ -12,7 +12,7 @@ and g(R̂) those of the Gram matrix by layers:
   more entries than ARPACK's vectors of length D. A product takes 12 f on the
   linearisation (4 f operations, at a third of the speed of a large matrix product), and
   1e11 once to trace a net with convolutions; or what reading the stored columns twice
-  takes, and 2 R f once to get them (:mod:`vivit_linop.curvature.stored`).
+  takes, and 2 R f once to get them (:mod:`vivit_linop.net.stored`).
 
 The numbers of products and the ratios of speed are measured averages; the model decides
 between ways that differ by factors.
@@ -29,13 +29,10 @@ import torch
 from scipy.sparse.linalg import eigsh
 from torch import Tensor
 
-from vivit_linop.capture.costs import layer_costs
-from vivit_linop.curvature.columns import memory_budget
 from vivit_linop.curvature.fisher import EmpiricalFisher
 from vivit_linop.curvature.ggn import GGN
 from vivit_linop.curvature.jacobian import Pullback
-from vivit_linop.curvature.stored import product_cost
-from vivit_linop.linalg.eigenpairs import (
+from vivit_linop.linalg.decompositions import (
     FEW,
     Eigenpairs,
     GramEigenpairs,
@@ -43,6 +40,9 @@ from vivit_linop.linalg.eigenpairs import (
     gram_rounding_error,
 )
 from vivit_linop.linalg.watch import watched
+from vivit_linop.net.blocks import memory_budget
+from vivit_linop.net.costs import layer_costs
+from vivit_linop.net.stored import product_cost
 from vivit_linop.operators.base import TorchLinearOperator
 from vivit_linop.operators.lowrank import Gram, LowRank
 from vivit_linop.operators.verbs import eigh, scale

@@ -20,7 +20,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from vivit_linop.capture.views import View, Views, functions, tensors
+from vivit_linop.net.views import View, Views, functions, tensors
 from vivit_linop.risk.model import Params
 
 Arguments = dict[str, Any]

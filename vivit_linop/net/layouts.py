@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from vivit_linop.capture.recorder import Use
+from vivit_linop.net.recorder import Use
 
 # To these only the last axes have a meaning, so samples may be anywhere before them …
 _TRAILING = {"linear", "embedding", "layer_norm", "rms_norm"}

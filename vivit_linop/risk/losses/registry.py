@@ -9,15 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from vivit_linop.risk.copies import Copies
-from vivit_linop.risk.elementwise import (
-    BinaryCrossEntropy,
-    GaussianNLL,
-    Huber,
-    PoissonNLL,
-    SmoothL1,
-    SquaredError,
-)
-from vivit_linop.risk.losses import (
+from vivit_linop.risk.losses.base import (
     AutogradLoss,
     CrossEntropy,
     KullbackLeibler,
@@ -27,6 +19,14 @@ from vivit_linop.risk.losses import (
     leaves_of,
     parts_of,
     uses_parameters,
+)
+from vivit_linop.risk.losses.elementwise import (
+    BinaryCrossEntropy,
+    GaussianNLL,
+    Huber,
+    PoissonNLL,
+    SmoothL1,
+    SquaredError,
 )
 
 

@@ -9,18 +9,18 @@ from typing import Any
 from torch import Tensor
 from torch.nn import functional as F
 
-from vivit_linop.capture.layers import (
+from vivit_linop.net.columns.khatri_rao import (
     DenseColumns,
     KhatriRaoColumns,
     LayerColumns,
     share_signal,
     squares_by_pairs,
 )
-from vivit_linop.capture.layouts import Layout
-from vivit_linop.capture.recorder import Use
-from vivit_linop.capture.tables import TableColumns
-from vivit_linop.capture.transposed import Call, TransposedConvolutionColumns
-from vivit_linop.capture.views import View
+from vivit_linop.net.columns.tables import TableColumns
+from vivit_linop.net.layouts import Layout
+from vivit_linop.net.recorder import Use
+from vivit_linop.net.transposed import Call, TransposedConvolutionColumns
+from vivit_linop.net.views import View
 
 _OfTensor = Callable[[dict[str, Any], Tensor], Tensor]
 

@@ -3,7 +3,7 @@
 The ways, each slower than the one before: from the layers' structure as it is known;
 from the structure as this part shows it; by vectorised vector–Jacobian products; sample
 by sample. A parameter takes the first that gives columns which agree with an ordinary
-backward pass (:mod:`vivit_linop.capture.certificate`); what fails is remembered for the
+backward pass (:mod:`vivit_linop.net.certificate`); what fails is remembered for the
 net.
 """
 
@@ -16,10 +16,10 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from vivit_linop.capture.capture import Capture
-from vivit_linop.capture.dense import on_the_batch, one_by_one, vectorised
-from vivit_linop.capture.layers import LayerColumns
-from vivit_linop.capture.structure import Structure, Variant
+from vivit_linop.net.capture import Capture
+from vivit_linop.net.columns.khatri_rao import LayerColumns
+from vivit_linop.net.dense import on_the_batch, one_by_one, vectorised
+from vivit_linop.net.structure import Structure, Variant
 from vivit_linop.risk.empirical import EmpiricalRisk
 from vivit_linop.risk.memory import is_out_of_memory
 

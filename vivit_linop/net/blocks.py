@@ -1,7 +1,7 @@
 """The columns of a pullback, a piece of samples at a time, layer by layer.
 
 A column of Jᵀ B belongs to one sample, and its entries to one parameter. They are kept
-in the structure of their layers (:mod:`vivit_linop.capture`). Parameters whose use has
+in the structure of their layers (:mod:`vivit_linop.net`). Parameters whose use has
 no known structure get dense columns, by backward passes of single samples.
 """
 
@@ -16,12 +16,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from vivit_linop.capture import (
-    Capture,
-    CertifiedColumns,
-    find_structure,
-)
-from vivit_linop.capture.layers import LayerColumns, cotangents_key
+from vivit_linop.net.capture import Capture
+from vivit_linop.net.certified import CertifiedColumns, find_structure
+from vivit_linop.net.columns.khatri_rao import LayerColumns, cotangents_key
 from vivit_linop.risk.data import copied, take
 from vivit_linop.risk.empirical import EmpiricalRisk
 from vivit_linop.risk.memory import explained, free_memory

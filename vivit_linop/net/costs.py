@@ -8,14 +8,14 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from vivit_linop.capture.capture import Capture
-from vivit_linop.capture.certified import find_structure
-from vivit_linop.capture.layers import (
+from vivit_linop.net.capture import Capture
+from vivit_linop.net.certified import find_structure
+from vivit_linop.net.columns.khatri_rao import (
     KhatriRaoColumns,
     LayerColumns,
     cotangents_key,
 )
-from vivit_linop.capture.stacked import StackedColumns
+from vivit_linop.net.columns.stacked import StackedColumns
 from vivit_linop.risk.empirical import EmpiricalRisk
 
 

@@ -15,13 +15,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from vivit_linop.capture.layers import LayerColumns, merged, mirror
-from vivit_linop.curvature.columns import Columns, Piece, memory_budget
 from vivit_linop.curvature.jacobian import Pullback
-from vivit_linop.curvature.stored import StoredColumns, is_small
+from vivit_linop.net.blocks import Columns, Piece, memory_budget
+from vivit_linop.net.columns.khatri_rao import LayerColumns, merged, mirror
+from vivit_linop.net.stored import StoredColumns, is_small
 from vivit_linop.operators.base import TorchLinearOperator
+from vivit_linop.operators.elementary import Adjoint
 from vivit_linop.operators.lowrank import Centered
-from vivit_linop.operators.structure import Adjoint
 from vivit_linop.operators.verbs import (
     gram_matrix,
     outer_matrix,

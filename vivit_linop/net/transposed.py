@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from vivit_linop.capture.layers import KhatriRaoColumns
+from vivit_linop.net.columns.khatri_rao import KhatriRaoColumns
 
 _FUNCTIONS: list[Callable[..., Tensor]] = [
     F.conv_transpose1d,

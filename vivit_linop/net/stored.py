@@ -16,11 +16,11 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from vivit_linop.capture.costs import LayerCost, layer_costs
-from vivit_linop.capture.layers import LayerColumns, cotangents_key
-from vivit_linop.curvature.columns import Columns, Piece, memory_budget
+from vivit_linop.net.blocks import Columns, Piece, memory_budget
+from vivit_linop.net.columns.khatri_rao import LayerColumns, cotangents_key
+from vivit_linop.net.costs import LayerCost, layer_costs
 from vivit_linop.risk.empirical import EmpiricalRisk
-from vivit_linop.risk.losses import AutogradLoss
+from vivit_linop.risk.losses.base import AutogradLoss
 
 if TYPE_CHECKING:
     from vivit_linop.curvature.jacobian import Pullback

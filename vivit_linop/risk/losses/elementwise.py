@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vivit_linop.risk.draws import Draws, counts
-from vivit_linop.risk.losses import OutputLoss, check_same_shape, copied_weight
+from vivit_linop.risk.losses.base import OutputLoss, check_same_shape, copied_weight
 
 
 class ElementwiseLoss(OutputLoss):

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from vivit_linop.capture.layouts import candidates
-from vivit_linop.capture.recorder import Use
+from vivit_linop.net.layouts import candidates
+from vivit_linop.net.recorder import Use
 
 # A net that takes other ways on other samples may have this many; beyond, parameters
 # whose layouts do not fit are opaque.

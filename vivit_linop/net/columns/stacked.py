@@ -8,14 +8,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from vivit_linop.capture.layers import (
+from vivit_linop.net.columns.khatri_rao import (
     DenseColumns,
     KhatriRaoColumns,
     LayerColumns,
     add_product,
     joined,
 )
-from vivit_linop.capture.views import View
+from vivit_linop.net.views import View
 
 Place = tuple[int, int]
 

@@ -1,0 +1,1 @@
+"""What a net does with its parameters: linearisations, layers, columns."""

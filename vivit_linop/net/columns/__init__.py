@@ -1,0 +1,1 @@
+"""The columns of one parameter, in the structure of its layer."""

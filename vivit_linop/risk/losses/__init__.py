@@ -1,0 +1,1 @@
+"""Losses as functions of outputs, with their derivatives in output space."""
