@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 from torch.func import vjp, vmap
 
-from vivit_linop.net.capture import Capture
+from vivit_linop.net.capture import Capture, pulled_back
 from vivit_linop.net.columns.khatri_rao import DenseColumns, LayerColumns
 from vivit_linop.risk.data import leaves, map_leaves, take
 from vivit_linop.risk.empirical import EmpiricalRisk
-from vivit_linop.risk.model import Params, as_guest, strided
+from vivit_linop.risk.model import Params, as_guest
 
 
 def vectorised(
@@ -74,7 +74,7 @@ def one_by_one(
             sample = take(X, torch.tensor([index], device="cpu"), risk.by_sample)
             output = risk.model({**fixed, **params}, sample).reshape(-1)
             for w in weights:
-                gradients = _gradients(output, parameters, w)
+                gradients = pulled_back(output, parameters, w)
                 for part, gradient in zip(columns, gradients, strict=True):
                     part.append(gradient)
     n, _, R = cotangents.shape
@@ -96,7 +96,7 @@ def on_the_batch(
             for w in weights:
                 u = torch.zeros_like(capture.output)
                 u[index] = w
-                gradients = _gradients(capture.output, parameters, u)
+                gradients = pulled_back(capture.output, parameters, u)
                 for part, gradient in zip(columns, gradients, strict=True):
                     part.append(gradient)
     return {
@@ -109,19 +109,6 @@ def _split(risk: EmpiricalRisk, names: Sequence[str]) -> tuple[Params, Params]:
     """All other parameters, and those of interest."""
     fixed = {name: p.detach() for name, p in risk.params.items()}
     return fixed, {name: fixed.pop(name) for name in names}
-
-
-def _gradients(output: Tensor, params: list[Tensor], w: Tensor) -> list[Tensor]:
-    found: Sequence[Tensor | None] = [None] * len(params)
-    # A sample may take a way without parameters.
-    if output.requires_grad:
-        found = torch.autograd.grad(
-            output, params, w, retain_graph=True, allow_unused=True
-        )
-    return [
-        torch.zeros_like(p) if g is None else g
-        for p, g in zip(params, map(strided, found), strict=True)
-    ]
 
 
 def _dense(part: Tensor, samples: int, width: int) -> DenseColumns:
