@@ -680,7 +680,6 @@ def test_memory_does_not_matter(name: str, memory: int) -> None:
 def test_chunks_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
     # Larger problems are multiplied some columns at a time.
     for place in (
-        "operators.base._DENSE_CHUNK",
         "linalg.reductions._CHUNK",
         "net.linearization._CPU_COLUMN_BYTES",
     ):

@@ -305,7 +305,7 @@ def test_only_what_is_asked_for_is_in_it(tmp_path: Path) -> None:
     risk = risk_of()
     D = risk.num_params
     evecs = torch.eye(D, 4000, dtype=torch.float64)
-    pairs = vl.linalg.decompositions.Eigenpairs(torch.ones(2).double(), evecs[:, :2])
+    pairs = vl.linalg.Eigenpairs(torch.ones(2).double(), evecs[:, :2])
     vl.save(pairs, tmp_path / "pairs", risk)
     assert (tmp_path / "pairs").stat().st_size < 8 * D * 2 + 10_000
     assert torch.equal(vl.load(tmp_path / "pairs", risk).eigenvectors, evecs[:, :2])

@@ -8,8 +8,9 @@ from torch import Tensor
 from vivit_linop.curvature.fisher import PerSampleGradients
 from vivit_linop.curvature.ggn import GGNFactor
 from vivit_linop.curvature.jacobian import Pullback
-from vivit_linop.linalg.decompositions import Eigenpairs, GramEigenpairs
+from vivit_linop.linalg.decompositions import GramEigenpairs
 from vivit_linop.modes import ordinary_mode
+from vivit_linop.operators.eigenpairs import Eigenpairs
 from vivit_linop.risk.empirical import EmpiricalRisk
 
 

@@ -13,9 +13,10 @@ from vivit_linop.analysis.directional import (
     directional_derivatives,
 )
 from vivit_linop.curvature.ggn import GGNFactor
-from vivit_linop.linalg.decompositions import Eigenpairs, GramEigenpairs
+from vivit_linop.linalg.decompositions import GramEigenpairs
 from vivit_linop.modes import as_given, ordinary_mode
 from vivit_linop.operators.base import TorchLinearOperator
+from vivit_linop.operators.eigenpairs import Eigenpairs
 from vivit_linop.risk.empirical import EmpiricalRisk
 
 Damping = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vivit_linop.linalg.decompositions import Eigenpairs
 from vivit_linop.modes import ordinary_mode
 from vivit_linop.operators.base import TorchLinearOperator
+from vivit_linop.operators.eigenpairs import Eigenpairs
 from vivit_linop.operators.elementary import Dense, Identity
 from vivit_linop.operators.lowrank import LowRank
 

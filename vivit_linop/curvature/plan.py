@@ -34,7 +34,6 @@ from vivit_linop.curvature.ggn import GGN
 from vivit_linop.curvature.jacobian import Pullback
 from vivit_linop.linalg.decompositions import (
     FEW,
-    Eigenpairs,
     GramEigenpairs,
     LowRankDecomposition,
     gram_rounding_error,
@@ -44,6 +43,7 @@ from vivit_linop.net.blocks import memory_budget
 from vivit_linop.net.costs import layer_costs
 from vivit_linop.net.stored import product_cost
 from vivit_linop.operators.base import TorchLinearOperator
+from vivit_linop.operators.eigenpairs import Eigenpairs
 from vivit_linop.operators.lowrank import Gram, LowRank
 from vivit_linop.operators.verbs import eigh, scale
 from vivit_linop.risk.memory import free_memory

@@ -11,9 +11,10 @@ from vivit_linop.linalg import (  # noqa: F401  (register)
     reductions,
     roots,
 )
-from vivit_linop.linalg.decompositions import Eigendecomposition, Eigenpairs
 from vivit_linop.linalg.estimates import DiagonalEstimate, estimate_diagonal
+from vivit_linop.operators.eigenpairs import Eigendecomposition, Eigenpairs
 from vivit_linop.operators.verbs import (
+    column_norms_squared,
     diagonal,
     eigendecomposition,
     eigh,
@@ -30,6 +31,7 @@ __all__ = [
     "DiagonalEstimate",
     "Eigendecomposition",
     "Eigenpairs",
+    "column_norms_squared",
     "diagonal",
     "eigendecomposition",
     "eigh",

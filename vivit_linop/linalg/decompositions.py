@@ -1,21 +1,18 @@
-"""Eigenpairs, and the decompositions that they are chosen from."""
+"""Decompositions: where the eigenpairs of an operator come from."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from functools import cached_property
-from numbers import Real
-from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from vivit_linop.modes import as_given, ordinary_mode
 from vivit_linop.operators import verbs
-from vivit_linop.operators.base import Scalar, TorchLinearOperator
+from vivit_linop.operators.base import TorchLinearOperator
+from vivit_linop.operators.eigenpairs import Eigendecomposition, Eigenpairs
 from vivit_linop.operators.lowrank import LowRank
+from vivit_linop.operators.scalars import Scalar
 from vivit_linop.operators.symmetric import largest_eigenpairs, symmetric_eigenpairs
 
 # How far from orthonormal vectors may be for a single step to correct them.
@@ -24,67 +21,6 @@ _NEARLY = 0.1
 _PART = 2**16
 # Of so small a part of the eigenpairs it is worth to compute only them.
 FEW = 0.25
-
-
-class Eigenpairs:
-    """Eigenvalues and orthonormal eigenvectors; unpacks to these two.
-
-    Args:
-        eigenvalues: ``[K]``.
-        eigenvectors: ``[n, K]``, or a function that forms them when first asked.
-
-    Attributes:
-        eigenvalues: ``[K]``.
-        route: How they were computed.
-
-    Example:
-        >>> import torch, vivit_linop as vl
-        >>> pairs = vl.Dense(torch.tensor([[2.0, 0.0], [0.0, 5.0]])).eigh(k=1)
-        >>> evals, evecs = pairs
-        >>> evals, evecs.shape
-        (tensor([5.]), torch.Size([2, 1]))
-    """
-
-    def __init__(
-        self, eigenvalues: Tensor, eigenvectors: Tensor | Callable[[], Tensor]
-    ) -> None:
-        self.eigenvalues = eigenvalues
-        self.route = "dense"
-        self._eigenvectors = eigenvectors
-
-    @cached_property
-    def eigenvectors(self) -> Tensor:
-        """Orthonormal columns ``[n, K]``, formed when first asked for and kept."""
-        with ordinary_mode():
-            return self._form()
-
-    def _form(self) -> Tensor:
-        given = self._eigenvectors
-        return given if isinstance(given, Tensor) else given()
-
-    def __iter__(self) -> Iterator[Tensor]:
-        """Unpack to ``eigenvalues, eigenvectors``."""
-        yield self.eigenvalues
-        yield self.eigenvectors
-
-    def __len__(self) -> int:
-        """The number of pairs, K."""
-        return len(self.eigenvalues)
-
-    def __repr__(self) -> str:
-        """Say how many pairs there are and what their eigenvalues span."""
-        if not len(self):
-            return f"<{type(self).__name__}: none>"
-        low, high = self.eigenvalues.min().item(), self.eigenvalues.max().item()
-        return f"<{type(self).__name__}: {len(self)} in [{low:.3g}, {high:.3g}]>"
-
-    def combine(self, weights: Tensor) -> Tensor:
-        """Return the combination ``E @ weights`` of the eigenvectors, ``[n]``."""
-        return self.eigenvectors @ weights
-
-    def components(self, factor: TorchLinearOperator) -> Tensor:
-        """Return ``factor.T @ E``: the columns of a factor along the eigenvectors."""
-        return factor.T.apply(self.eigenvectors)
 
 
 class GramEigenpairs(Eigenpairs):
@@ -141,83 +77,6 @@ class GramEigenpairs(Eigenpairs):
         if factor is self.operator.factor:
             return self.operator.gram.matrix @ self.coefficients
         return verbs.gram_matrix(factor, self.operator.factor) @ self.coefficients
-
-
-class Eigendecomposition(ABC):
-    """The eigenvalues of an operator, and the way to its eigenvectors.
-
-    Attributes:
-        count: How many eigenvalues there are.
-        rest: The eigenvalue that all others have (a low-rank operator's zero), or None
-            if there are no others.
-    """
-
-    count: int
-    rest: Scalar | None = None
-
-    @property
-    @abstractmethod
-    def eigenvalues(self) -> Tensor:
-        """The eigenvalues, ascending, ``[count]``."""
-
-    @abstractmethod
-    def pairs(self, indices: Tensor) -> Eigenpairs:
-        """Return the pairs of these indices, in their order."""
-
-    def default(self) -> Tensor:
-        """The indices of the pairs that are wanted if nothing is said: all."""
-        return torch.arange(self.count, device="cpu")
-
-    def choose(
-        self,
-        k: int | None,
-        select: Callable[[Tensor], Sequence[int] | Tensor] | None,
-        rcond: float | None,
-    ) -> Tensor:
-        """Turn the arguments of ``eigh`` into indices; checks them first."""
-        if k is not None and select is not None:
-            raise ValueError("k, select: give one of them, not both.")
-        if rcond is not None and not (isinstance(rcond, Real) and rcond >= 0.0):
-            raise ValueError(f"rcond: a number of at least 0, got {rcond!r}.")
-        if k is not None:
-            self.check_k(k)
-            self._check_rest(k)
-            indices = torch.arange(self.count - int(k), self.count, device="cpu")
-        elif select is not None:
-            if not callable(select):
-                raise TypeError(
-                    "select: a function of the eigenvalues that returns indices, got "
-                    f"{select!r}."
-                )
-            indices = checked_indices(select(self.eigenvalues.clone()), self.count)
-        elif rcond is not None:
-            sizes = self.eigenvalues.abs()
-            indices = (sizes > rcond * sizes.max()).nonzero().squeeze(1)
-        else:
-            indices = self.default()
-        return indices.to(self.eigenvalues.device)
-
-    def check_k(self, k: Any) -> None:
-        """Raise an error unless there are k eigenvalues."""
-        if isinstance(k, bool) or not isinstance(k, (int, np.integer)):
-            raise TypeError(f"k: an integer, got {k!r}.")
-        if not 1 <= k <= self.count:
-            raise ValueError(
-                f"k: this operator has {self.count} eigenvalues, so k is between 1 and "
-                f"{self.count}, got {k}."
-            )
-
-    def _check_rest(self, k: int) -> None:
-        """Raise an error if eigenvalues without vectors are among the k largest."""
-        evals = self.eigenvalues
-        if self.rest is None:
-            return
-        error = 100 * torch.finfo(evals.dtype).eps * evals.abs().max().item()
-        if self.rest > evals[-k].item() + error:
-            raise ValueError(
-                f"k: the {k} largest eigenvalues include {self.rest:.3g}, which a "
-                "low-rank operator has no vectors for. Choose with select=."
-            )
 
 
 class DenseDecomposition(Eigendecomposition):
@@ -440,31 +299,3 @@ def gram_rounding_error(eigenvalues: Tensor, count: int) -> float:
     """The absolute error of the eigenvalues of a Gram matrix with ``count`` rows."""
     eps = torch.finfo(eigenvalues.dtype).eps
     return max(10.0, count**0.5) * eps * max(eigenvalues.max().item(), 0.0)
-
-
-def checked_indices(indices: Any, count: int) -> Tensor:
-    """Turn what a criterion returned into indices, or say what is wrong with it."""
-    try:
-        given = as_given(indices).detach().cpu()
-    except (TypeError, ValueError, RuntimeError):
-        given = torch.tensor(torch.nan, device="cpu")  # no indices of any kind
-    if given.ndim == 1 and given.numel() == 0:
-        return torch.empty(0, dtype=torch.long, device="cpu")
-    if given.dtype == torch.bool and given.shape == (count,):
-        return given.nonzero().squeeze(1)
-    if given.ndim != 1 or given.is_floating_point() or given.dtype == torch.bool:
-        raise ValueError(
-            "select: the criterion must return a list of integer indices (or a "
-            f"boolean mask of all {count} eigenvalues), it returned {indices!r}."
-        )
-    if given.min() < -count or given.max() >= count:
-        raise ValueError(
-            f"select: the criterion was given {count} eigenvalues and returned indices "
-            f"from {int(given.min())} to {int(given.max())}."
-        )
-    given = torch.where(given < 0, given + count, given).long()
-    if len(given.unique()) < len(given):
-        raise ValueError(
-            f"select: the criterion returned an index more than once: {indices!r}."
-        )
-    return given

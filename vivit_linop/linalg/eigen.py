@@ -9,13 +9,12 @@ from torch import Tensor
 
 from vivit_linop.linalg.decompositions import (
     DenseDecomposition,
-    Eigendecomposition,
-    Eigenpairs,
     LowRankDecomposition,
     MergedDecomposition,
     ScaledShifted,
 )
 from vivit_linop.operators.base import TorchLinearOperator
+from vivit_linop.operators.eigenpairs import Eigendecomposition, Eigenpairs
 from vivit_linop.operators.elementary import (
     Dense,
     DenseInverse,
@@ -44,7 +43,7 @@ from vivit_linop.operators.verbs import eigendecomposition, eigh, eigvalsh, to_d
 
 
 @eigh.register
-def _(
+def eigenpairs_of_operator(
     op: TorchLinearOperator,
     k: int | None = None,
     select: Callable[[Tensor], Sequence[int] | Tensor] | None = None,
@@ -55,39 +54,39 @@ def _(
 
 
 @eigvalsh.register
-def _(op: TorchLinearOperator) -> Tensor:
+def eigenvalues_of_operator(op: TorchLinearOperator) -> Tensor:
     return eigendecomposition(op).eigenvalues
 
 
 @eigvalsh.register
-def _(op: Identity) -> Tensor:
+def eigenvalues_of_identity(op: Identity) -> Tensor:
     return torch.ones(op.shape[0], dtype=op.torch_dtype, device=op.device)
 
 
 @eigvalsh.register
-def _(op: Dense) -> Tensor:
+def eigenvalues_of_dense(op: Dense) -> Tensor:
     return symmetric_eigenvalues(op.matrix)
 
 
 @eigvalsh.register
-def _(op: Gram) -> Tensor:
+def eigenvalues_of_gram(op: Gram) -> Tensor:
     return symmetric_eigenvalues(op.matrix)
 
 
 @eigvalsh.register
-def _(op: LowRank) -> Tensor:
+def eigenvalues_of_low_rank(op: LowRank) -> Tensor:
     """The min(D, R) eigenvalues of the smaller side; the others are zero."""
     return symmetric_eigenvalues(op.small_side)
 
 
 @eigvalsh.register
-def _(op: Scaled) -> Tensor:
+def eigenvalues_of_scaled(op: Scaled) -> Tensor:
     evals = op.factor * eigvalsh(op.operator)
     return evals if op.factor > 0 else evals.flip(0)
 
 
 @eigvalsh.register
-def _(op: Damped) -> Tensor:
+def eigenvalues_of_damped(op: Damped) -> Tensor:
     """All n eigenvalues: those of A, its zeros included, shifted by δ."""
     evals = eigvalsh(op.operator)
     zeros = evals.new_zeros(op.shape[0] - len(evals))
@@ -95,33 +94,33 @@ def _(op: Damped) -> Tensor:
 
 
 @eigvalsh.register
-def _(op: DampedInverse) -> Tensor:
+def eigenvalues_of_damped_inverse(op: DampedInverse) -> Tensor:
     return (1.0 / eigvalsh(Damped(op.operator, op.damping))).sort().values
 
 
 @eigvalsh.register
-def _(op: Woodbury) -> Tensor:
+def eigenvalues_of_woodbury(op: Woodbury) -> Tensor:
     return (1.0 / eigvalsh(Damped(op.operator, op.damping))).flip(0)
 
 
 @eigvalsh.register
-def _(op: DampedRoot) -> Tensor:
+def eigenvalues_of_damped_root(op: DampedRoot) -> Tensor:
     roots = eigvalsh(Damped(op.operator, op.damping)).sqrt()
     return (1.0 / roots).flip(0) if op.inverse else roots
 
 
 @eigvalsh.register
-def _(op: BlockDiagonal) -> Tensor:
+def eigenvalues_of_block_diagonal(op: BlockDiagonal) -> Tensor:
     return torch.cat([block.eigvalsh() for block in op.blocks]).sort().values
 
 
 @eigendecomposition.register
-def _(op: Dense) -> Eigendecomposition:
+def decomposition_of_dense(op: Dense) -> Eigendecomposition:
     return DenseDecomposition(op.matrix)
 
 
 @eigendecomposition.register
-def _(op: DenseInverse) -> Eigendecomposition:
+def decomposition_of_dense_inverse(op: DenseInverse) -> Eigendecomposition:
     """Of the inverted matrix: positive where that is positive definite."""
     evals, evecs = symmetric_eigenpairs(op.operator.matrix.double())
     vectors = evecs.to(op.torch_dtype)
@@ -130,17 +129,17 @@ def _(op: DenseInverse) -> Eigendecomposition:
 
 
 @eigendecomposition.register
-def _(op: Gram) -> Eigendecomposition:
+def decomposition_of_gram(op: Gram) -> Eigendecomposition:
     return DenseDecomposition(op.matrix)
 
 
 @eigendecomposition.register
-def _(op: Identity) -> Eigendecomposition:
+def decomposition_of_identity(op: Identity) -> Eigendecomposition:
     return DenseDecomposition(to_dense(op))
 
 
 @eigendecomposition.register
-def _(op: Diagonal) -> Eigendecomposition:
+def decomposition_of_diagonal(op: Diagonal) -> Eigendecomposition:
     def vectors(order: Tensor) -> Tensor:
         columns = op.entries.new_zeros(len(op.entries), len(order))
         columns[order, torch.arange(len(order), device=order.device)] = 1.0
@@ -150,22 +149,22 @@ def _(op: Diagonal) -> Eigendecomposition:
 
 
 @eigendecomposition.register
-def _(op: LowRank) -> Eigendecomposition:
+def decomposition_of_low_rank(op: LowRank) -> Eigendecomposition:
     return LowRankDecomposition(op)
 
 
 @eigendecomposition.register
-def _(op: Scaled) -> Eigendecomposition:
+def decomposition_of_scaled(op: Scaled) -> Eigendecomposition:
     return ScaledShifted(eigendecomposition(op.operator), factor=op.factor)
 
 
 @eigendecomposition.register
-def _(op: Damped) -> Eigendecomposition:
+def decomposition_of_damped(op: Damped) -> Eigendecomposition:
     return ScaledShifted(eigendecomposition(op.operator), shift=op.damping)
 
 
 @eigendecomposition.register
-def _(op: BlockDiagonal) -> Eigendecomposition:
+def decomposition_of_block_diagonal(op: BlockDiagonal) -> Eigendecomposition:
     """The pairs of the blocks, padded with zeros."""
     parts = [eigendecomposition(block) for block in op.blocks]
     wanted = [
@@ -201,7 +200,9 @@ def _(op: BlockDiagonal) -> Eigendecomposition:
 
 
 @eigendecomposition.register
-def _(op: Kronecker | CorrectedKronecker) -> Eigendecomposition:
+def decomposition_of_kronecker(
+    op: Kronecker | CorrectedKronecker,
+) -> Eigendecomposition:
     """Products of the factors' eigenvalues, Kronecker products of their vectors."""
     parts = op.factor_eigenpairs
 

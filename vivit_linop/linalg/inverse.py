@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from vivit_linop.linalg.decompositions import gram_rounding_error
-from vivit_linop.operators.base import Scalar, TorchLinearOperator
+from vivit_linop.operators.base import TorchLinearOperator
 from vivit_linop.operators.elementary import (
     Adjoint,
     Dense,
@@ -34,6 +34,7 @@ from vivit_linop.operators.lowrank import (
     LowRank,
     Woodbury,
 )
+from vivit_linop.operators.scalars import Scalar
 from vivit_linop.operators.symmetric import without_noise
 from vivit_linop.operators.verbs import (
     adjoint,
@@ -52,27 +53,27 @@ _DIGITS = 100.0
 
 
 @inv.register
-def _(op: Identity) -> Op:
+def inverse_of_identity(op: Identity) -> Op:
     return op
 
 
 @inv.register
-def _(op: Dense) -> Op:
+def inverse_of_dense(op: Dense) -> Op:
     return DenseInverse(op)
 
 
 @inv.register
-def _(op: Gram) -> Op:
+def inverse_of_gram(op: Gram) -> Op:
     return DenseInverse(Dense(op.matrix))
 
 
 @inv.register
-def _(op: DenseInverse) -> Op:
+def inverse_of_dense_inverse(op: DenseInverse) -> Op:
     return op.operator if op.damping == 0.0 else Damped(op.operator, op.damping)
 
 
 @inv.register
-def _(op: Diagonal) -> Op:
+def inverse_of_diagonal(op: Diagonal) -> Op:
     if (op.entries == 0).any():
         zero = int((op.entries == 0).nonzero()[0])
         raise ValueError(
@@ -83,19 +84,19 @@ def _(op: Diagonal) -> Op:
 
 
 @inv.register
-def _(op: Adjoint) -> Op:
+def inverse_of_adjoint(op: Adjoint) -> Op:
     return adjoint(inv(op.parent))
 
 
 @inv.register
-def _(op: Scaled) -> Op:
+def inverse_of_scaled(op: Scaled) -> Op:
     if op.factor == 0.0:
         raise ValueError("inv: the operator is scaled by 0 and has no inverse.")
     return scale(inv(op.operator), 1.0 / op.factor)
 
 
 @inv.register
-def _(op: Product) -> Op:
+def inverse_of_product(op: Product) -> Op:
     """(A B)⁻¹ = B⁻¹ A⁻¹ for square factors."""
     if any(factor.shape[0] != factor.shape[1] for factor in op.factors):
         raise TypeError(
@@ -106,30 +107,30 @@ def _(op: Product) -> Op:
 
 
 @inv.register
-def _(op: BlockDiagonal) -> Op:
+def inverse_of_block_diagonal(op: BlockDiagonal) -> Op:
     _check_parts(op.blocks, "block-diagonal operator with rectangular blocks")
     return op.like([block.inv() for block in op.blocks])
 
 
 @inv.register
-def _(op: Kronecker) -> Op:
+def inverse_of_kronecker(op: Kronecker) -> Op:
     """(A ⊗ B)⁻¹ = A⁻¹ ⊗ B⁻¹."""
     _check_parts(op.factors, "Kronecker product of rectangular factors")
     return Kronecker(*(factor.inv() for factor in op.factors))
 
 
 @inv.register
-def _(op: CorrectedKronecker) -> Op:
+def inverse_of_corrected_kronecker(op: CorrectedKronecker) -> Op:
     return damped_inv(op, 0.0)
 
 
 @inv.register
-def _(op: DampedRoot) -> Op:
+def inverse_of_damped_root(op: DampedRoot) -> Op:
     return DampedRoot(op.operator, op.damping, not op.inverse)
 
 
 @inv.register
-def _(op: LowRank) -> Op:
+def inverse_of_low_rank(op: LowRank) -> Op:
     """Through the D × D side, where V has full rank and is well-conditioned."""
     what = (
         f"inv: a low-rank operator {tuple(op.shape)} with a factor of "
@@ -152,7 +153,7 @@ def _(op: LowRank) -> Op:
 
 
 @inv.register
-def _(op: Damped) -> Op:
+def inverse_of_damped(op: Damped) -> Op:
     """By what is damped; for a δ that requires grad around that, if A does not."""
     A, damping = op.operator, op.damping
     if not isinstance(damping, Tensor) or A.requires_grad:
@@ -161,12 +162,12 @@ def _(op: Damped) -> Op:
 
 
 @inv.register
-def _(op: DampedInverse) -> Op:
+def inverse_of_damped_inverse(op: DampedInverse) -> Op:
     return Damped(op.operator, op.damping)
 
 
 @inv.register
-def _(op: Woodbury) -> Op:
+def inverse_of_woodbury(op: Woodbury) -> Op:
     return Damped(op.operator, op.damping)
 
 
@@ -174,22 +175,22 @@ def _(op: Woodbury) -> Op:
 
 
 @damped_inv.register
-def _(op: Identity, damping: Scalar) -> Op:
+def damped_inverse_of_identity(op: Identity, damping: Scalar) -> Op:
     return inv(scale(op, 1.0 + damping))
 
 
 @damped_inv.register
-def _(op: LowRank, damping: Scalar) -> Op:
+def damped_inverse_of_low_rank(op: LowRank, damping: Scalar) -> Op:
     return Woodbury(op, damping)
 
 
 @damped_inv.register
-def _(op: Gram, damping: Scalar) -> Op:
+def damped_inverse_of_gram(op: Gram, damping: Scalar) -> Op:
     return damped_inv(Dense(op.matrix), damping)
 
 
 @damped_inv.register
-def _(op: Dense, damping: Scalar) -> Op:
+def damped_inverse_of_dense(op: Dense, damping: Scalar) -> Op:
     if isinstance(damping, Tensor):
         unit = torch.eye(op.shape[0], dtype=op.torch_dtype, device=op.device)
         return DenseInverse(Dense(op.matrix + damping * unit))
@@ -197,17 +198,17 @@ def _(op: Dense, damping: Scalar) -> Op:
 
 
 @damped_inv.register
-def _(op: Damped, damping: Scalar) -> Op:
+def damped_inverse_of_damped(op: Damped, damping: Scalar) -> Op:
     return inv(Damped(op.operator, op.damping + damping))
 
 
 @damped_inv.register
-def _(op: Diagonal, damping: Scalar) -> Op:
+def damped_inverse_of_diagonal(op: Diagonal, damping: Scalar) -> Op:
     return inv(Diagonal(op.entries + damping))
 
 
 @damped_inv.register
-def _(op: Scaled, damping: Scalar) -> Op:
+def damped_inverse_of_scaled(op: Scaled, damping: Scalar) -> Op:
     """(c A + δ I)⁻¹ = (A + δ/c I)⁻¹ / c."""
     if op.factor == 0.0:
         return scale(Identity(op.shape[0], op._own_dtype, op._own_device), 1 / damping)
@@ -215,21 +216,23 @@ def _(op: Scaled, damping: Scalar) -> Op:
 
 
 @damped_inv.register
-def _(op: BlockDiagonal, damping: Scalar) -> Op:
+def damped_inverse_of_block_diagonal(op: BlockDiagonal, damping: Scalar) -> Op:
     if not op.has_square_blocks:
         return damped_inv(Dense(to_dense(op)), damping)
     return op.like([inv(Damped(block, damping)) for block in op.blocks])
 
 
 @damped_inv.register
-def _(op: Kronecker, damping: Scalar) -> Op:
+def damped_inverse_of_kronecker(op: Kronecker, damping: Scalar) -> Op:
     """Q (Λ + δ I)⁻¹ Qᵀ, with Q and Λ the Kronecker products of the factors'."""
     op._check_self_adjoint("inv of a damped Kronecker operator")
     return damped_inv(CorrectedKronecker(op, op.eigenvalues), damping)
 
 
 @damped_inv.register
-def _(op: CorrectedKronecker, damping: Scalar) -> Op:
+def damped_inverse_of_corrected_kronecker(
+    op: CorrectedKronecker, damping: Scalar
+) -> Op:
     """Positive definite for δ > 0 where Λ is but for rounding."""
     evals = without_noise(op.eigenvalues) if damping > 0.0 else op.eigenvalues
     inverse = inv(Diagonal(evals + damping))

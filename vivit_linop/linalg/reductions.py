@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-from vivit_linop.operators.base import Scalar, TorchLinearOperator, log_abs
+from vivit_linop.operators.base import TorchLinearOperator
 from vivit_linop.operators.elementary import (
     Adjoint,
     Dense,
@@ -24,6 +25,7 @@ from vivit_linop.operators.kronecker import (
     Kronecker,
 )
 from vivit_linop.operators.lowrank import (
+    Centered,
     Damped,
     DampedInverse,
     DampedRoot,
@@ -31,9 +33,11 @@ from vivit_linop.operators.lowrank import (
     LowRank,
     Woodbury,
 )
+from vivit_linop.operators.scalars import Scalar, log_abs
 from vivit_linop.operators.symmetric import without_noise
 from vivit_linop.operators.verbs import (
-    adjoint,
+    centered_row_norms_squared,
+    column_norms_squared,
     damped_logdet,
     diagonal,
     eigvalsh,
@@ -44,55 +48,64 @@ from vivit_linop.operators.verbs import (
     trace,
 )
 
+# Columns that are multiplied at a time: enough to batch, few enough to fit.
 _CHUNK = 256
 
 # Dense matrices -----------------------------------------------------------------
 
 
 @to_dense.register
-def _(op: Dense) -> Tensor:
+def matrix_of_operator(op: TorchLinearOperator) -> Tensor:
+    result = torch.empty(op.shape, dtype=op.torch_dtype, device=op.device)
+    for place, columns in _columns(op):
+        result[:, place] = columns
+    return result
+
+
+@to_dense.register
+def matrix_of_dense(op: Dense) -> Tensor:
     return op.matrix.clone()
 
 
 @to_dense.register
-def _(op: Diagonal) -> Tensor:
+def matrix_of_diagonal(op: Diagonal) -> Tensor:
     return torch.diag(op.entries)
 
 
 @to_dense.register
-def _(op: Adjoint) -> Tensor:
+def matrix_of_adjoint(op: Adjoint) -> Tensor:
     return to_dense(op.parent).T
 
 
 @to_dense.register
-def _(op: Damped) -> Tensor:
+def matrix_of_damped(op: Damped) -> Tensor:
     unit = torch.eye(op.shape[0], dtype=op.torch_dtype, device=op.device)
     return to_dense(op.operator) + op.damping * unit
 
 
 @to_dense.register
-def _(op: Scaled) -> Tensor:
+def matrix_of_scaled(op: Scaled) -> Tensor:
     return op.factor * to_dense(op.operator)
 
 
 @to_dense.register
-def _(op: KhatriRao) -> Tensor:
+def matrix_of_khatri_rao(op: KhatriRao) -> Tensor:
     product = op.left[:, None, :] * op.right[None, :, :]
     return product.reshape(op.shape)
 
 
 @to_dense.register
-def _(op: LowRank) -> Tensor:
+def matrix_of_low_rank(op: LowRank) -> Tensor:
     return op.scale * outer_matrix(op.factor)
 
 
 @to_dense.register
-def _(op: Gram) -> Tensor:
+def matrix_of_gram(op: Gram) -> Tensor:
     return op.matrix.clone()
 
 
 @to_dense.register
-def _(op: DenseInverse) -> Tensor:
+def matrix_of_dense_inverse(op: DenseInverse) -> Tensor:
     """Symmetric where the inverted matrix is."""
     inverse = op.apply(torch.eye(op.shape[0], dtype=op.torch_dtype, device=op.device))
     return (inverse + inverse.T) / 2 if op.self_adjoint else inverse
@@ -102,76 +115,69 @@ def _(op: DenseInverse) -> Tensor:
 
 
 @diagonal.register
-def _(op: TorchLinearOperator) -> Tensor:
+def diagonal_of_operator(op: TorchLinearOperator) -> Tensor:
     """Costs n products, in chunks; no n × n array."""
-    n = op.shape[0]
-    parts = []
-    for start in range(0, n, _CHUNK):
-        size = min(_CHUNK, n - start)
-        unit = torch.zeros(n, size, dtype=op.torch_dtype, device=op.device)
-        unit[start : start + size].fill_diagonal_(1.0)
-        parts.append(op.apply(unit)[start : start + size].diagonal())
-    return torch.cat(parts)
+    return torch.cat([part[place].diagonal() for place, part in _columns(op)])
 
 
 @diagonal.register
-def _(op: Identity) -> Tensor:
+def diagonal_of_identity(op: Identity) -> Tensor:
     return torch.ones(op.shape[0], dtype=op.torch_dtype, device=op.device)
 
 
 @diagonal.register
-def _(op: Dense) -> Tensor:
+def diagonal_of_dense(op: Dense) -> Tensor:
     return op.matrix.diagonal().clone()
 
 
 @diagonal.register
-def _(op: Diagonal) -> Tensor:
+def diagonal_of_diagonal(op: Diagonal) -> Tensor:
     return op.entries.clone()
 
 
 @diagonal.register
-def _(op: Adjoint) -> Tensor:
+def diagonal_of_adjoint(op: Adjoint) -> Tensor:
     return diagonal(op.parent)
 
 
 @diagonal.register
-def _(op: Scaled) -> Tensor:
+def diagonal_of_scaled(op: Scaled) -> Tensor:
     return op.factor * diagonal(op.operator)
 
 
 @diagonal.register
-def _(op: Sum) -> Tensor:
+def diagonal_of_sum(op: Sum) -> Tensor:
     return torch.stack([diagonal(term) for term in op.terms]).sum(0)
 
 
 @diagonal.register
-def _(op: Damped) -> Tensor:
+def diagonal_of_damped(op: Damped) -> Tensor:
     return diagonal(op.operator) + op.damping
 
 
 @diagonal.register
-def _(op: LowRank) -> Tensor:
+def diagonal_of_low_rank(op: LowRank) -> Tensor:
     """The squared row norms of V."""
     return op.scale * row_norms_squared(op.factor)
 
 
 @diagonal.register
-def _(op: Gram) -> Tensor:
+def diagonal_of_gram(op: Gram) -> Tensor:
     """The squared norms of the columns, unless the matrix is known."""
     if op.left is op.right and not op.known:
-        return row_norms_squared(adjoint(op.left))
+        return column_norms_squared(op.left)
     return op.matrix.diagonal().clone()
 
 
 @diagonal.register
-def _(op: BlockDiagonal) -> Tensor:
+def diagonal_of_block_diagonal(op: BlockDiagonal) -> Tensor:
     if not op.has_square_blocks:
         return to_dense(op).diagonal().clone()
     return op.join([diagonal(block) for block in op.blocks]).to(op.torch_dtype)
 
 
 @diagonal.register
-def _(op: Kronecker) -> Tensor:
+def diagonal_of_kronecker(op: Kronecker) -> Tensor:
     if any(factor.shape[0] != factor.shape[1] for factor in op.factors):
         return to_dense(op).diagonal().clone()
     result = diagonal(op.factors[0])
@@ -181,57 +187,93 @@ def _(op: Kronecker) -> Tensor:
 
 
 @diagonal.register
-def _(op: CorrectedKronecker) -> Tensor:
+def diagonal_of_corrected_kronecker(op: CorrectedKronecker) -> Tensor:
     """The squared entries of Q, themselves a Kronecker product, times eigenvalues."""
     squares = Kronecker(*(evecs.square() for _, evecs in op.factor_eigenpairs))
     return squares.apply(op.eigenvalues.unsqueeze(1)).squeeze(1)
 
 
+# Norms of rows and columns ----------------------------------------------------------
+
+
 @row_norms_squared.register
-def _(op: TorchLinearOperator) -> Tensor:
+def row_norms_of_operator(op: TorchLinearOperator) -> Tensor:
     """Sum the squares of the columns, a chunk at a time."""
-    rows, columns = op.shape
-    result = torch.zeros(rows, dtype=op.torch_dtype, device=op.device)
-    for start in range(0, columns, _CHUNK):
-        size = min(_CHUNK, columns - start)
-        unit = torch.zeros(columns, size, dtype=op.torch_dtype, device=op.device)
-        unit[start : start + size].fill_diagonal_(1.0)
-        result += op.apply(unit).square().sum(1)
+    result = torch.zeros(op.shape[0], dtype=op.torch_dtype, device=op.device)
+    for _, columns in _columns(op):
+        result += columns.square().sum(1)
     return result
+
+
+@row_norms_squared.register
+def row_norms_of_adjoint(op: Adjoint) -> Tensor:
+    return column_norms_squared(op.parent)
+
+
+@row_norms_squared.register
+def row_norms_of_centered(op: Centered) -> Tensor:
+    return centered_row_norms_squared(op.factor)
+
+
+@column_norms_squared.register
+def column_norms_of_operator(op: TorchLinearOperator) -> Tensor:
+    return torch.cat([columns.square().sum(0) for _, columns in _columns(op)])
+
+
+@column_norms_squared.register
+def column_norms_of_adjoint(op: Adjoint) -> Tensor:
+    return row_norms_squared(op.parent)
+
+
+@centered_row_norms_squared.register
+def centered_row_norms_of_operator(op: TorchLinearOperator) -> Tensor:
+    """By products with the columns less their mean: no digits cancel."""
+    return row_norms_of_operator(Centered(op))
+
+
+def _columns(op: TorchLinearOperator) -> Iterator[tuple[slice, Tensor]]:
+    """The columns of an operator, by products with the identity's, in chunks."""
+    n = op.shape[1]
+    for start in range(0, n, _CHUNK):
+        place = slice(start, min(start + _CHUNK, n))
+        size = place.stop - start
+        unit = torch.zeros(n, size, dtype=op.torch_dtype, device=op.device)
+        unit[place].fill_diagonal_(1.0)
+        yield place, op.apply(unit)
 
 
 # Traces ---------------------------------------------------------------------------
 
 
 @trace.register
-def _(op: TorchLinearOperator) -> Tensor:
+def trace_of_operator(op: TorchLinearOperator) -> Tensor:
     return diagonal(op).sum()
 
 
 @trace.register
-def _(op: LowRank) -> Tensor:
+def trace_of_low_rank(op: LowRank) -> Tensor:
     """The trace of the smaller side: tr(V Vᵀ) = tr(VᵀV)."""
     return op.scale * row_norms_squared(op.factor).sum()
 
 
 @trace.register
-def _(op: CorrectedKronecker) -> Tensor:
+def trace_of_corrected_kronecker(op: CorrectedKronecker) -> Tensor:
     return op.eigenvalues.sum()
 
 
 @trace.register
-def _(op: Damped) -> Tensor:
+def trace_of_damped(op: Damped) -> Tensor:
     return trace(op.operator) + op.shape[0] * op.damping
 
 
 @trace.register
-def _(op: DampedInverse) -> Tensor:
+def trace_of_damped_inverse(op: DampedInverse) -> Tensor:
     """The sum of 1/(λ + δ)."""
     return eigvalsh(op).sum()
 
 
 @trace.register
-def _(op: Woodbury) -> Tensor:
+def trace_of_woodbury(op: Woodbury) -> Tensor:
     """The sum of 1/(λ + δ), the zeros of V Vᵀ included."""
     evals = eigvalsh(op.operator)
     zeros = op.shape[0] - len(evals)
@@ -242,46 +284,46 @@ def _(op: Woodbury) -> Tensor:
 
 
 @logdet.register
-def _(op: TorchLinearOperator) -> Tensor:
+def logdet_of_operator(op: TorchLinearOperator) -> Tensor:
     """The sum of the logarithms of the eigenvalues, for self-adjoint operators."""
     op._check_self_adjoint("logdet")
     return eigvalsh(op).abs().log().sum()
 
 
 @logdet.register
-def _(op: Identity) -> Tensor:
+def logdet_of_identity(op: Identity) -> Tensor:
     return torch.zeros((), dtype=op.torch_dtype, device=op.device)
 
 
 @logdet.register
-def _(op: Dense) -> Tensor:
+def logdet_of_dense(op: Dense) -> Tensor:
     return torch.linalg.slogdet(op.matrix).logabsdet
 
 
 @logdet.register
-def _(op: DenseInverse) -> Tensor:
+def logdet_of_dense_inverse(op: DenseInverse) -> Tensor:
     return op.log_abs_det()
 
 
 @logdet.register
-def _(op: Diagonal) -> Tensor:
+def logdet_of_diagonal(op: Diagonal) -> Tensor:
     return op.entries.abs().log().sum()
 
 
 @logdet.register
-def _(op: Adjoint) -> Tensor:
+def logdet_of_adjoint(op: Adjoint) -> Tensor:
     return logdet(op.parent)
 
 
 @logdet.register
-def _(op: Scaled) -> Tensor:
+def logdet_of_scaled(op: Scaled) -> Tensor:
     if op.factor == 0.0:
         return torch.full((), -math.inf, dtype=op.torch_dtype, device=op.device)
     return logdet(op.operator) + op.shape[0] * log_abs(op.factor)
 
 
 @logdet.register
-def _(op: BlockDiagonal) -> Tensor:
+def logdet_of_block_diagonal(op: BlockDiagonal) -> Tensor:
     """−∞ with rectangular blocks, which leave it less than full rank."""
     if not op.has_square_blocks:
         return torch.full((), -math.inf, dtype=op.torch_dtype, device=op.device)
@@ -289,7 +331,7 @@ def _(op: BlockDiagonal) -> Tensor:
 
 
 @logdet.register
-def _(op: Kronecker) -> Tensor:
+def logdet_of_kronecker(op: Kronecker) -> Tensor:
     """Each factor counts as often as the others have rows; −∞ with rectangular ones."""
     n = op.shape[0]
     if any(factor.shape[0] != factor.shape[1] for factor in op.factors):
@@ -298,42 +340,42 @@ def _(op: Kronecker) -> Tensor:
 
 
 @logdet.register
-def _(op: LowRank) -> Tensor:
+def logdet_of_low_rank(op: LowRank) -> Tensor:
     if op.factor.shape[1] < op.shape[0]:
         return torch.full((), -math.inf, dtype=op.torch_dtype, device=op.device)
     return eigvalsh(op).clamp(min=0.0).log().sum()
 
 
 @logdet.register
-def _(op: DampedInverse) -> Tensor:
+def logdet_of_damped_inverse(op: DampedInverse) -> Tensor:
     return -damped_logdet(op.operator, op.damping)
 
 
 @logdet.register
-def _(op: Damped) -> Tensor:
+def logdet_of_damped(op: Damped) -> Tensor:
     return damped_logdet(op.operator, op.damping)
 
 
 @logdet.register
-def _(op: Woodbury) -> Tensor:
+def logdet_of_woodbury(op: Woodbury) -> Tensor:
     return -damped_logdet(op.operator, op.damping)
 
 
 @logdet.register
-def _(op: DampedRoot) -> Tensor:
+def logdet_of_damped_root(op: DampedRoot) -> Tensor:
     """Half of that of the damped operator."""
     half = damped_logdet(op.operator, op.damping) / 2
     return -half if op.inverse else half
 
 
 @damped_logdet.register
-def _(op: TorchLinearOperator, damping: Scalar) -> Tensor:
+def damped_logdet_of_operator(op: TorchLinearOperator, damping: Scalar) -> Tensor:
     op._check_self_adjoint("logdet")
     return eigvalsh(Damped(op, damping)).abs().log().sum()
 
 
 @damped_logdet.register
-def _(op: LowRank, damping: Scalar) -> Tensor:
+def damped_logdet_of_low_rank(op: LowRank, damping: Scalar) -> Tensor:
     """D log δ + logdet(I + K/δ) (Sylvester's determinant identity)."""
     if not damping > 0.0:
         raise ValueError(
@@ -344,7 +386,7 @@ def _(op: LowRank, damping: Scalar) -> Tensor:
 
 
 @damped_logdet.register
-def _(op: Scaled, damping: Scalar) -> Tensor:
+def damped_logdet_of_scaled(op: Scaled, damping: Scalar) -> Tensor:
     """N log c + logdet(A + δ/c I), where c is positive."""
     if op.factor > 0.0:
         inner = logdet(Damped(op.operator, damping / op.factor))
@@ -353,14 +395,16 @@ def _(op: Scaled, damping: Scalar) -> Tensor:
 
 
 @damped_logdet.register
-def _(op: Dense, damping: Scalar) -> Tensor:
+def damped_logdet_of_dense(op: Dense, damping: Scalar) -> Tensor:
     """In float64, so that a small δ counts."""
     unit = torch.eye(op.shape[0], dtype=torch.float64, device=op.device)
     return torch.linalg.slogdet(op.matrix.double() + damping * unit).logabsdet
 
 
 @damped_logdet.register
-def _(op: Kronecker | CorrectedKronecker, damping: Scalar) -> Tensor:
+def damped_logdet_of_kronecker(
+    op: Kronecker | CorrectedKronecker, damping: Scalar
+) -> Tensor:
     op._check_self_adjoint("logdet")
     evals = op.eigenvalues
     evals = without_noise(evals) if damping > 0.0 else evals
@@ -368,7 +412,7 @@ def _(op: Kronecker | CorrectedKronecker, damping: Scalar) -> Tensor:
 
 
 @damped_logdet.register
-def _(op: BlockDiagonal, damping: Scalar) -> Tensor:
+def damped_logdet_of_block_diagonal(op: BlockDiagonal, damping: Scalar) -> Tensor:
     if not op.has_square_blocks:
         return damped_logdet(Dense(to_dense(op)), damping)
     return torch.stack([damped_logdet(block, damping) for block in op.blocks]).sum()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vivit_linop.operators.base import Scalar, TorchLinearOperator, without_gradient
+from vivit_linop.operators.base import TorchLinearOperator
 from vivit_linop.operators.elementary import (
     Dense,
     DenseInverse,
@@ -30,6 +30,7 @@ from vivit_linop.operators.lowrank import (
     LowRank,
     Woodbury,
 )
+from vivit_linop.operators.scalars import Scalar, without_gradient
 from vivit_linop.operators.symmetric import symmetric_eigenpairs, without_noise
 from vivit_linop.operators.verbs import adjoint, damped_sqrt, scale, sqrt, to_dense
 
@@ -40,17 +41,17 @@ _TOLERANCE = 1e3
 
 
 @sqrt.register
-def _(op: Identity) -> Op:
+def root_of_identity(op: Identity) -> Op:
     return op
 
 
 @sqrt.register
-def _(op: Diagonal) -> Op:
+def root_of_diagonal(op: Diagonal) -> Op:
     return Diagonal(_roots(op.entries))
 
 
 @sqrt.register
-def _(op: Dense) -> Op:
+def root_of_dense(op: Dense) -> Op:
     """Q √Λ."""
     op._check_self_adjoint("sqrt")
     evals, evecs = symmetric_eigenpairs(op.matrix)
@@ -58,7 +59,7 @@ def _(op: Dense) -> Op:
 
 
 @sqrt.register
-def _(op: DenseInverse) -> Op:
+def root_of_dense_inverse(op: DenseInverse) -> Op:
     """Q (Λ + δ I)^−½, from the eigenpairs of the inverted matrix."""
     op._check_self_adjoint("sqrt")
     evals, evecs = symmetric_eigenpairs(op.operator.matrix.double())
@@ -72,20 +73,20 @@ def _(op: DenseInverse) -> Op:
 
 
 @sqrt.register
-def _(op: Gram) -> Op:
+def root_of_gram(op: Gram) -> Op:
     """VᵀV = Vᵀ (Vᵀ)ᵀ."""
     op._check_self_adjoint("sqrt")
     return adjoint(op.left)
 
 
 @sqrt.register
-def _(op: LowRank) -> Op:
+def root_of_low_rank(op: LowRank) -> Op:
     """√c V."""
     return scale(op.factor, op.scale**0.5)
 
 
 @sqrt.register
-def _(op: Scaled) -> Op:
+def root_of_scaled(op: Scaled) -> Op:
     if op.factor >= 0.0:
         return scale(sqrt(op.operator), op.factor**0.5)
     inner = op.operator
@@ -105,7 +106,7 @@ def _(op: Scaled) -> Op:
 
 
 @sqrt.register
-def _(op: Product) -> Op:
+def root_of_product(op: Product) -> Op:
     """√(A B Aᵀ) = A √B, as in eigendecompositions Q Λ Qᵀ."""
     op._check_self_adjoint("sqrt")
     half = len(op.factors) // 2
@@ -119,7 +120,7 @@ def _(op: Product) -> Op:
 
 
 @sqrt.register
-def _(op: BlockDiagonal) -> Op:
+def root_of_block_diagonal(op: BlockDiagonal) -> Op:
     """Block by block; roots need not be square, then they follow each other."""
     roots = [block.sqrt() for block in op.blocks]
     square = all(root.shape[0] == root.shape[1] for root in roots)
@@ -132,7 +133,7 @@ def _(op: BlockDiagonal) -> Op:
 
 
 @sqrt.register
-def _(op: Kronecker) -> Op:
+def root_of_kronecker(op: Kronecker) -> Op:
     """√(A ⊗ B) = √A ⊗ √B, from the factors' eigendecompositions."""
     op._check_self_adjoint("sqrt")
     # (−A) ⊗ (−B) has a root, though its factors have none.
@@ -144,17 +145,17 @@ def _(op: Kronecker) -> Op:
 
 
 @sqrt.register
-def _(op: CorrectedKronecker) -> Op:
+def root_of_corrected_kronecker(op: CorrectedKronecker) -> Op:
     return damped_sqrt(op, 0.0)
 
 
 @sqrt.register
-def _(op: Damped) -> Op:
+def root_of_damped(op: Damped) -> Op:
     return damped_sqrt(op.operator, without_gradient(op.damping, "damping"))
 
 
 @sqrt.register
-def _(op: Woodbury) -> Op:
+def root_of_woodbury(op: Woodbury) -> Op:
     """The inverse of the root of what it inverts."""
     return damped_sqrt(op.operator, op.damping).inv()
 
@@ -163,7 +164,7 @@ def _(op: Woodbury) -> Op:
 
 
 @damped_sqrt.register
-def _(op: Dense, damping: Scalar) -> Op:
+def damped_root_of_dense(op: Dense, damping: Scalar) -> Op:
     op._check_self_adjoint("sqrt")
     evals, evecs = symmetric_eigenpairs(op.matrix.double())
     roots = _roots(evals + damping, op.torch_dtype)
@@ -171,12 +172,12 @@ def _(op: Dense, damping: Scalar) -> Op:
 
 
 @damped_sqrt.register
-def _(op: Gram, damping: Scalar) -> Op:
+def damped_root_of_gram(op: Gram, damping: Scalar) -> Op:
     return damped_sqrt(Dense(op.matrix), damping)
 
 
 @damped_sqrt.register
-def _(op: LowRank, damping: Scalar) -> Op:
+def damped_root_of_low_rank(op: LowRank, damping: Scalar) -> Op:
     """Symmetric; through the eigenpairs of the smaller side."""
     if op.by_gram:
         return DampedRoot(op, damping)
@@ -185,17 +186,17 @@ def _(op: LowRank, damping: Scalar) -> Op:
 
 
 @damped_sqrt.register
-def _(op: Diagonal, damping: Scalar) -> Op:
+def damped_root_of_diagonal(op: Diagonal, damping: Scalar) -> Op:
     return Diagonal(_roots(op.entries + damping))
 
 
 @damped_sqrt.register
-def _(op: BlockDiagonal, damping: Scalar) -> Op:
+def damped_root_of_block_diagonal(op: BlockDiagonal, damping: Scalar) -> Op:
     return sqrt(op.like([Damped(block, damping) for block in op.blocks]))
 
 
 @damped_sqrt.register
-def _(op: Kronecker | CorrectedKronecker, damping: Scalar) -> Op:
+def damped_root_of_kronecker(op: Kronecker | CorrectedKronecker, damping: Scalar) -> Op:
     """Q (Λ + δ I)^½, with the Kronecker products of the factors' eigenpairs."""
     op._check_self_adjoint("sqrt")
     evals = without_noise(op.eigenvalues) if damping > 0.0 else op.eigenvalues

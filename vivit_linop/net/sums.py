@@ -20,9 +20,9 @@ from vivit_linop.net.blocks import Columns, Piece, memory_budget
 from vivit_linop.net.columns.khatri_rao import LayerColumns, merged, mirror
 from vivit_linop.net.stored import StoredColumns, is_small
 from vivit_linop.operators.base import TorchLinearOperator
-from vivit_linop.operators.elementary import Adjoint
-from vivit_linop.operators.lowrank import Centered
 from vivit_linop.operators.verbs import (
+    centered_row_norms_squared,
+    column_norms_squared,
     gram_matrix,
     outer_matrix,
     row_norms_squared,
@@ -369,26 +369,21 @@ def _(op: Pullback) -> Tensor:
     return total.entries
 
 
-@row_norms_squared.register
-def _(op: Adjoint) -> Tensor:
-    """The squared norms of a pullback's columns, without the columns."""
-    if not isinstance(op.parent, Pullback):
-        return row_norms_squared.dispatch(TorchLinearOperator)(op)
-    total = ColumnNorms(op.parent, [list(op.parent.risk.params)])
-    sum_columns(op.parent, [total])
+@column_norms_squared.register
+def _(op: Pullback) -> Tensor:
+    """Without the columns."""
+    total = ColumnNorms(op, [list(op.risk.params)])
+    sum_columns(op, [total])
     return total.norms.squeeze(1)
 
 
-@row_norms_squared.register
-def _(op: Centered) -> Tensor:
+@centered_row_norms_squared.register
+def _(op: Pullback) -> Tensor:
     """Σ_n g_n² − N ḡ²: both sums from one pass."""
-    factor = op.factor
-    if not isinstance(factor, Pullback):
-        return row_norms_squared.dispatch(TorchLinearOperator)(op)
-    names = list(factor.risk.params)
-    squares, sums = RowNorms(factor, names), EntrySums(factor, names)
-    sum_columns(factor, [squares, sums])
-    centred = squares.entries - sums.entries.square() / factor.shape[1]
+    names = list(op.risk.params)
+    squares, sums = RowNorms(op, names), EntrySums(op, names)
+    sum_columns(op, [squares, sums])
+    centred = squares.entries - sums.entries.square() / op.shape[1]
     return centred.clamp(min=0.0)
 
 

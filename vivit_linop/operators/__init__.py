@@ -1,6 +1,9 @@
 """Operators: nodes that know one torch kernel each, and the rules that combine them."""
 
-from vivit_linop.operators import rules  # noqa: F401  (registers)
+from vivit_linop.operators import (
+    rules,  # noqa: F401  (registers)
+    verbs,
+)
 from vivit_linop.operators.base import TorchLinearOperator
 from vivit_linop.operators.elementary import (
     Adjoint,
@@ -49,4 +52,5 @@ __all__ = [
     "Sum",
     "TorchLinearOperator",
     "Woodbury",
+    "verbs",
 ]

@@ -8,31 +8,33 @@ and the methods that hand over to the verbs.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
-from numbers import Complex, Real
 from operator import index
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from scipy.sparse import issparse
 from scipy.sparse.linalg import LinearOperator
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from vivit_linop.modes import ordinary_mode, uncompiled
 from vivit_linop.operators import verbs
+from vivit_linop.operators.eigenpairs import Eigenpairs
+from vivit_linop.operators.scalars import (
+    Scalar,
+    as_float,
+    as_scalar,
+    has_tangent,
+    is_differentiated,
+    is_scalar,
+)
 
 if TYPE_CHECKING:
     from vivit_linop.interop import CurvlinopsView
-    from vivit_linop.linalg.decompositions import Eigenpairs
 
 NUMPY_DTYPES = {torch.float32: np.dtype("float32"), torch.float64: np.dtype("float64")}
 """The numpy names of the dtypes that an operator can have."""
-
-# Columns that ``to_dense`` multiplies at a time: enough to batch, few enough to fit.
-_DENSE_CHUNK = 256
 
 
 class TorchLinearOperator(LinearOperator):
@@ -172,7 +174,7 @@ class TorchLinearOperator(LinearOperator):
         """Multiply so that gradients flow to the columns and to the parts."""
         if self.requires_grad and torch.is_grad_enabled():
             # The parts are multiplied as nodes of autograd, in reverse mode.
-            if _has_tangent(X):
+            if has_tangent(X):
                 raise NotImplementedError(
                     "x: derivatives in forward mode of an operator whose tensors "
                     "require grad; pass the operator .detach()ed tensors."
@@ -197,7 +199,7 @@ class TorchLinearOperator(LinearOperator):
             x = x.to(self.torch_dtype)
         X = x.reshape(x.shape[0], -1) if x.ndim == 2 else x.unsqueeze(1)
         # Without derivatives to carry, the node would only take time.
-        if _is_differentiated(X) or (self.requires_grad and torch.is_grad_enabled()):
+        if is_differentiated(X) or (self.requires_grad and torch.is_grad_enabled()):
             X = X.to(self._own_device or X.device) if self.requires_grad else X
             result = self._differentiable(X.to(self._own_dtype or X.dtype))
         else:
@@ -525,64 +527,6 @@ class _LinearMap(torch.autograd.Function):
         return product.unflatten(1, columns.shape[1:]), 1
 
 
-def _is_differentiated(X: Tensor) -> bool:
-    """Whether derivatives are wanted in a tensor."""
-    return (X.requires_grad and torch.is_grad_enabled()) or _has_tangent(X)
-
-
-def _has_tangent(X: Tensor) -> bool:
-    """Whether forward-mode differentiation goes through a tensor."""
-    try:
-        return forward_ad.unpack_dual(X).tangent is not None
-    except RuntimeError:  # vmap does not tell
-        return True
-
-
-def is_scalar(x: Any) -> bool:
-    """Whether ``x`` is a number, or an array or tensor without axes."""
-    if isinstance(x, (Tensor, np.ndarray)):
-        return x.ndim == 0
-    return isinstance(x, (Complex, np.generic))
-
-
-Scalar: TypeAlias = float | Tensor
-"""A number; a tensor without axes where gradients flow to it."""
-
-
-def as_scalar(x: Any) -> Scalar:
-    """Return a real finite scalar: a float, or a tensor where gradients flow to it."""
-    if isinstance(x, Tensor) and _is_differentiated(x):
-        as_float(x.detach())
-        return x
-    return as_float(x)
-
-
-def without_gradient(x: Any, name: str) -> float:
-    """Return a scalar as a float; refuse one that gradients would not reach."""
-    if isinstance(x, Tensor) and _is_differentiated(x):
-        raise TypeError(
-            f"{name}: found a tensor that requires grad, which gradients would not "
-            "reach here. Write the expression with operators (c * A, A + delta * "
-            f"Identity(n)), or pass {name}.detach()."
-        )
-    return float(x)
-
-
-def log_abs(x: Scalar) -> Scalar:
-    """Return log |x|, a tensor for a tensor."""
-    return x.abs().log() if isinstance(x, Tensor) else math.log(abs(x))
-
-
-def as_float(x: Any) -> float:
-    """Return a real finite scalar as a float, or say why it is none."""
-    value = x.item() if isinstance(x, (Tensor, np.ndarray, np.generic)) else x
-    if not isinstance(value, Real):
-        raise TypeError(f"An operator is scaled by a real number, got {value!r}.")
-    if not math.isfinite(value):
-        raise ValueError(f"An operator is scaled by a finite number, got {value!r}.")
-    return float(value)
-
-
 def common_dtype(*operators: TorchLinearOperator) -> torch.dtype | None:
     """The dtype of an expression over operators, None while none decides it."""
     result: torch.dtype | None = None
@@ -621,17 +565,3 @@ def _check_numbers(x: np.ndarray) -> None:
 def _numbered(device: torch.device | str) -> torch.device:
     """Return a device as tensors on it name it: "cuda" is the current one."""
     return torch.empty(0, device=device).device
-
-
-@verbs.to_dense.register
-def _(op: TorchLinearOperator) -> Tensor:
-    rows, columns = op.shape
-    result = torch.empty(rows, columns, dtype=op.torch_dtype, device=op.device)
-    for start in range(0, columns, _DENSE_CHUNK):
-        stop = min(start + _DENSE_CHUNK, columns)
-        unit = torch.zeros(
-            columns, stop - start, dtype=op.torch_dtype, device=op.device
-        )
-        unit[start:stop].fill_diagonal_(1.0)
-        result[:, start:stop] = op.apply(unit)
-    return result

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from vivit_linop.modes import as_given
 from vivit_linop.operators.base import (
-    Scalar,
     TorchLinearOperator,
     common_device,
     common_dtype,
 )
+from vivit_linop.operators.scalars import Scalar
 from vivit_linop.operators.symmetric import symmetric_eigenvalues, without_noise
 
 

@@ -17,13 +17,11 @@ from torch import Tensor
 
 from vivit_linop.operators import verbs
 from vivit_linop.operators.base import (
-    Scalar,
     TorchLinearOperator,
-    as_scalar,
     common_device,
     common_dtype,
-    without_gradient,
 )
+from vivit_linop.operators.scalars import Scalar, as_scalar, without_gradient
 from vivit_linop.operators.symmetric import symmetric_eigenpairs
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from vivit_linop.operators.base import Scalar, TorchLinearOperator
+from vivit_linop.operators.base import TorchLinearOperator
 from vivit_linop.operators.elementary import (
     Adjoint,
     Dense,
@@ -26,6 +26,7 @@ from vivit_linop.operators.kronecker import (
     Kronecker,
 )
 from vivit_linop.operators.lowrank import Centered, Damped, Gram, LowRank
+from vivit_linop.operators.scalars import Scalar
 from vivit_linop.operators.verbs import (
     add,
     adjoint,
@@ -44,7 +45,7 @@ Op = TorchLinearOperator
 
 
 @matmul.rule(Op, Op)
-def _(A: Op, B: Op) -> Op:
+def product_of_operators(A: Op, B: Op) -> Op:
     """A B is a product; products are flat, and rules apply where two meet."""
     left = A.factors if isinstance(A, Product) else (A,)
     right = B.factors if isinstance(B, Product) else (B,)
@@ -60,19 +61,19 @@ def _(A: Op, B: Op) -> Op:
 
 
 @matmul.rule(Op, Adjoint)
-def _(A: Op, B: Adjoint) -> Op:
+def product_of_operator_and_adjoint(A: Op, B: Adjoint) -> Op:
     """V Vᵀ is low-rank."""
     return LowRank(A) if B.parent is A else NotImplemented
 
 
 @matmul.rule(Adjoint, Op)
-def _(A: Adjoint, B: Op) -> Op:
+def product_of_adjoint_and_operator(A: Adjoint, B: Op) -> Op:
     """VᵀV is a Gram operator."""
     return Gram(B, B) if A.parent is B else NotImplemented
 
 
 @matmul.rule(Adjoint, KhatriRao)
-def _(A: Adjoint, B: KhatriRao) -> Op:
+def product_of_adjoint_and_khatri_rao(A: Adjoint, B: KhatriRao) -> Op:
     """(B ⊙ A)ᵀ (D ⊙ C) = (BᵀD) ∘ (AᵀC)."""
     if not isinstance(A.parent, KhatriRao) or not _aligned(A.parent, B):
         return NotImplemented
@@ -80,17 +81,17 @@ def _(A: Adjoint, B: KhatriRao) -> Op:
 
 
 @matmul.rule(Dense, Dense)
-def _(A: Dense, B: Dense) -> Op:
+def product_of_dense(A: Dense, B: Dense) -> Op:
     return Dense(A.matrix @ B.matrix) if _one_dtype(A, B) else NotImplemented
 
 
 @matmul.rule(Diagonal, Diagonal)
-def _(A: Diagonal, B: Diagonal) -> Op:
+def product_of_diagonals(A: Diagonal, B: Diagonal) -> Op:
     return Diagonal(A.entries * B.entries)
 
 
 @matmul.rule(Kronecker, Kronecker)
-def _(A: Kronecker, B: Kronecker) -> Op:
+def product_of_kroneckers(A: Kronecker, B: Kronecker) -> Op:
     """(A ⊗ B)(C ⊗ D) = AC ⊗ BD."""
     if [a.shape[1] for a in A.factors] != [b.shape[0] for b in B.factors]:
         return NotImplemented
@@ -98,7 +99,7 @@ def _(A: Kronecker, B: Kronecker) -> Op:
 
 
 @matmul.rule(BlockDiagonal, BlockDiagonal)
-def _(A: BlockDiagonal, B: BlockDiagonal) -> Op:
+def product_of_block_diagonals(A: BlockDiagonal, B: BlockDiagonal) -> Op:
     """Block-diagonal operators with matching blocks multiply block by block."""
     if [a.shape[1] for a in A.blocks] != [b.shape[0] for b in B.blocks]:
         return NotImplemented
@@ -108,22 +109,22 @@ def _(A: BlockDiagonal, B: BlockDiagonal) -> Op:
 
 
 @matmul.rule(Scaled, Op)
-def _(A: Scaled, B: Op) -> Op:
+def product_of_scaled_and_operator(A: Scaled, B: Op) -> Op:
     return scale(matmul(A.operator, B), A.factor)
 
 
 @matmul.rule(Op, Scaled)
-def _(A: Op, B: Scaled) -> Op:
+def product_of_operator_and_scaled(A: Op, B: Scaled) -> Op:
     return scale(matmul(A, B.operator), B.factor)
 
 
 @matmul.rule(Identity, Op)
-def _(A: Identity, B: Op) -> Op:
+def product_of_identity_and_operator(A: Identity, B: Op) -> Op:
     return B if _decided(B, A) else NotImplemented
 
 
 @matmul.rule(Op, Identity)
-def _(A: Op, B: Identity) -> Op:
+def product_of_operator_and_identity(A: Op, B: Identity) -> Op:
     return A if _decided(A, B) else NotImplemented
 
 
@@ -131,7 +132,7 @@ def _(A: Op, B: Identity) -> Op:
 
 
 @add.rule(Op, Op)
-def _(A: Op, B: Op) -> Op:
+def sum_of_operators(A: Op, B: Op) -> Op:
     """A + B is a sum, and sums are flat; A + A is 2 A."""
     if A is B:
         return scale(A, 2.0)
@@ -141,23 +142,23 @@ def _(A: Op, B: Op) -> Op:
 
 
 @add.rule(Dense, Dense)
-def _(A: Dense, B: Dense) -> Op:
+def sum_of_dense(A: Dense, B: Dense) -> Op:
     return Dense(A.matrix + B.matrix)
 
 
 @add.rule(Diagonal, Diagonal)
-def _(A: Diagonal, B: Diagonal) -> Op:
+def sum_of_diagonals(A: Diagonal, B: Diagonal) -> Op:
     return Diagonal(A.entries + B.entries)
 
 
 @add.rule(LowRank, LowRank)
-def _(A: LowRank, B: LowRank) -> Op:
+def sum_of_low_ranks(A: LowRank, B: LowRank) -> Op:
     """Multiples of one V Vᵀ add up."""
     return A.rescaled(A.scale + B.scale) if A.factor is B.factor else NotImplemented
 
 
 @add.rule(BlockDiagonal, BlockDiagonal)
-def _(A: BlockDiagonal, B: BlockDiagonal) -> Op:
+def sum_of_block_diagonals(A: BlockDiagonal, B: BlockDiagonal) -> Op:
     if [a.shape for a in A.blocks] != [b.shape for b in B.blocks]:
         return NotImplemented
     if not _same_places(A, B):
@@ -166,28 +167,28 @@ def _(A: BlockDiagonal, B: BlockDiagonal) -> Op:
 
 
 @add.rule(Damped, Op)
-def _(A: Damped, B: Op) -> Op:
+def sum_of_damped_and_operator(A: Damped, B: Op) -> Op:
     """Damping stands outside: (A + δ I) + B = (A + B) + δ I."""
     return _damp(add(A.operator, B), A.damping)
 
 
 @add.rule(Op, Damped)
-def _(A: Op, B: Damped) -> Op:
+def sum_of_operator_and_damped(A: Op, B: Damped) -> Op:
     return _damp(add(A, B.operator), B.damping)
 
 
 @add.rule(Op, Identity)
-def _(A: Op, B: Identity) -> Op:
+def sum_of_operator_and_identity(A: Op, B: Identity) -> Op:
     return _damp(A, 1.0) if _decided(A, B) else NotImplemented
 
 
 @add.rule(Identity, Op)
-def _(A: Identity, B: Op) -> Op:
+def sum_of_identity_and_operator(A: Identity, B: Op) -> Op:
     return _damp(B, 1.0) if _decided(B, A) else NotImplemented
 
 
 @add.rule(Op, Scaled)
-def _(A: Op, B: Scaled) -> Op:
+def sum_of_operator_and_scaled(A: Op, B: Scaled) -> Op:
     """A + δ I is damped."""
     if not isinstance(B.operator, Identity) or not _decided(A, B):
         return NotImplemented
@@ -195,7 +196,7 @@ def _(A: Op, B: Scaled) -> Op:
 
 
 @add.rule(Scaled, Op)
-def _(A: Scaled, B: Op) -> Op:
+def sum_of_scaled_and_operator(A: Scaled, B: Op) -> Op:
     if not isinstance(A.operator, Identity) or not _decided(B, A):
         return NotImplemented
     return _damp(B, A.factor)
@@ -205,31 +206,31 @@ def _(A: Scaled, B: Op) -> Op:
 
 
 @scale.register
-def _(op: TorchLinearOperator, factor: Scalar) -> Op:
+def multiple_of_operator(op: TorchLinearOperator, factor: Scalar) -> Op:
     return op if _is(factor, 1.0) else Scaled(factor, op)
 
 
 @scale.register
-def _(op: Scaled, factor: Scalar) -> Op:
+def multiple_of_scaled(op: Scaled, factor: Scalar) -> Op:
     return scale(op.operator, factor * op.factor)
 
 
 @scale.register
-def _(op: Dense, factor: Scalar) -> Op:
+def multiple_of_dense(op: Dense, factor: Scalar) -> Op:
     if isinstance(factor, Tensor):
         return Scaled(factor, op)
     return Dense(factor * op.matrix)
 
 
 @scale.register
-def _(op: Diagonal, factor: Scalar) -> Op:
+def multiple_of_diagonal(op: Diagonal, factor: Scalar) -> Op:
     if isinstance(factor, Tensor):
         return Scaled(factor, op)
     return Diagonal(factor * op.entries)
 
 
 @scale.register
-def _(op: LowRank, factor: Scalar) -> Op:
+def multiple_of_low_rank(op: LowRank, factor: Scalar) -> Op:
     """A (c V Vᵀ) is low-rank as long as it is positive semi-definite."""
     if isinstance(factor, Tensor):
         return Scaled(factor, op)
@@ -237,17 +238,17 @@ def _(op: LowRank, factor: Scalar) -> Op:
 
 
 @scale.register
-def _(op: Damped, factor: Scalar) -> Op:
+def multiple_of_damped(op: Damped, factor: Scalar) -> Op:
     return _damp(scale(op.operator, factor), factor * op.damping)
 
 
 @scale.register
-def _(op: CorrectedKronecker, factor: Scalar) -> Op:
+def multiple_of_corrected_kronecker(op: CorrectedKronecker, factor: Scalar) -> Op:
     return CorrectedKronecker(op.basis, factor * op.eigenvalues)
 
 
 @scale.register
-def _(op: BlockDiagonal, factor: Scalar) -> Op:
+def multiple_of_block_diagonal(op: BlockDiagonal, factor: Scalar) -> Op:
     return op.like([scale(block, factor) for block in op.blocks])
 
 
@@ -255,7 +256,7 @@ def _(op: BlockDiagonal, factor: Scalar) -> Op:
 
 
 @power.register
-def _(op: TorchLinearOperator, times: int) -> Op:
+def power_of_operator(op: TorchLinearOperator, times: int) -> Op:
     """A⁰ is the identity, in the place and precision of A."""
     result: Op = Identity(op.shape[0], op._own_dtype, op._own_device)
     for _ in range(times):
@@ -267,32 +268,32 @@ def _(op: TorchLinearOperator, times: int) -> Op:
 
 
 @adjoint.register
-def _(op: TorchLinearOperator) -> Op:
+def adjoint_of_operator(op: TorchLinearOperator) -> Op:
     return op if op.self_adjoint else Adjoint(op)
 
 
 @adjoint.register
-def _(op: Adjoint) -> Op:
+def adjoint_of_adjoint(op: Adjoint) -> Op:
     return op.parent
 
 
 @adjoint.register
-def _(op: Scaled) -> Op:
+def adjoint_of_scaled(op: Scaled) -> Op:
     return op if op.self_adjoint else scale(adjoint(op.operator), op.factor)
 
 
 @adjoint.register
-def _(op: Product) -> Op:
+def adjoint_of_product(op: Product) -> Op:
     return op if op.self_adjoint else Product(*(f.T for f in reversed(op.factors)))
 
 
 @adjoint.register
-def _(op: BlockDiagonal) -> Op:
+def adjoint_of_block_diagonal(op: BlockDiagonal) -> Op:
     return op if op.self_adjoint else op.like([block.T for block in op.blocks])
 
 
 @adjoint.register
-def _(op: Kronecker) -> Op:
+def adjoint_of_kronecker(op: Kronecker) -> Op:
     return op if op.self_adjoint else Kronecker(*(f.T for f in op.factors))
 
 
@@ -300,24 +301,24 @@ def _(op: Kronecker) -> Op:
 
 
 @gram.register
-def _(factor: TorchLinearOperator) -> Gram:
+def gram_of_operator(factor: TorchLinearOperator) -> Gram:
     return Gram(factor, factor)
 
 
 @gram_matrix.register
-def _(left: TorchLinearOperator, right: Op) -> Tensor:
+def gram_matrix_of_operator(left: TorchLinearOperator, right: Op) -> Tensor:
     return left.T.apply(right.to_dense())
 
 
 @gram_matrix.register
-def _(left: KhatriRao, right: Op) -> Tensor:
+def gram_matrix_of_khatri_rao(left: KhatriRao, right: Op) -> Tensor:
     if not isinstance(right, KhatriRao) or not _aligned(left, right):
         return left.T.apply(right.to_dense())
     return (left.left.T @ right.left) * (left.right.T @ right.right)
 
 
 @gram_matrix.register
-def _(left: Centered, right: Op) -> Tensor:
+def gram_matrix_of_centered(left: Centered, right: Op) -> Tensor:
     """(A C)ᵀ B = C AᵀB, with C = I − 1 1ᵀ/R; also on the other side."""
     inner = right.factor if isinstance(right, Centered) else right
     K = matmul(left.factor.T, inner).to_dense()
@@ -326,13 +327,13 @@ def _(left: Centered, right: Op) -> Tensor:
 
 
 @outer_matrix.register
-def _(factor: TorchLinearOperator) -> Tensor:
+def outer_matrix_of_operator(factor: TorchLinearOperator) -> Tensor:
     dense = factor.to_dense()
     return dense @ dense.T
 
 
 @outer_product.register
-def _(factor: TorchLinearOperator, X: Tensor) -> Tensor:
+def outer_product_of_operator(factor: TorchLinearOperator, X: Tensor) -> Tensor:
     return factor.apply(factor.T.apply(X))
 
 

@@ -1,26 +1,47 @@
-"""The verbs of the algebra, as names to register rules on.
+"""The verbs of the algebra: functions that get their rules from the types of nodes.
 
-A unary verb is a ``functools.singledispatch`` function: it picks its rule by the type
-of the node. A binary verb picks the newest rule that matches the types of both. The
-rules stand elsewhere: products, sums and scalings in
-:mod:`vivit_linop.operators.rules`, the rest in :mod:`vivit_linop.linalg`. This module
-imports no node, so that the base class can import it.
+A unary verb is a ``functools.singledispatch`` function. ``verb.register`` adds a rule
+for a type, ``A.verb()`` and ``vl.linalg.verb(A)`` use it. A binary verb,
+:class:`BinaryVerb`, has a rule for a pair of types, which ``verb.rule`` adds. What has
+no rule of its own takes the rule of its base class: that of ``TorchLinearOperator``
+works by products, or says which closed form is missing.
+
+>>> import torch, vivit_linop as vl
+>>> from vivit_linop.operators import verbs
+>>> class Flip(vl.TorchLinearOperator):
+...     self_adjoint = True
+...     def _multiply(self, X):
+...         return X.flip(0)
+>>> @verbs.inv.register
+... def inverse_of_flip(op: Flip):
+...     return op
+>>> A = Flip((3, 3), torch.float64)
+>>> (2 * A).inv() @ torch.tensor([2.0, 4.0, 6.0])
+tensor([3., 2., 1.], dtype=torch.float64)
+
+The methods of an operator check shapes before they call a verb; rules may rely on it.
+Rules for a node's parts call the verb on the parts, so that rules of all parts count.
+Rules stand in :mod:`vivit_linop.operators.rules` (products, sums, multiples) and in
+:mod:`vivit_linop.linalg` (the rest). This module imports no node: nodes import it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import singledispatch
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeAlias
 
+from scipy.sparse.linalg import LinearOperator
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from vivit_linop.linalg.decompositions import Eigendecomposition, Eigenpairs
-    from vivit_linop.operators.base import Scalar, TorchLinearOperator
-    from vivit_linop.operators.lowrank import Gram
+from vivit_linop.operators.eigenpairs import Eigendecomposition, Eigenpairs
+from vivit_linop.operators.scalars import Scalar
 
-BinaryRule = Callable[[Any, Any], Any]
+Operator: TypeAlias = LinearOperator
+"""A ``TorchLinearOperator``, by the name of the class that it extends."""
+
+BinaryRule: TypeAlias = Callable[[Any, Any], Any]
+"""A rule of a binary verb."""
 
 
 class BinaryVerb:
@@ -29,6 +50,26 @@ class BinaryVerb:
     Rules are tried from the newest to the oldest, so that a more special one is
     registered after the general one. A rule that does not apply after all returns
     ``NotImplemented``.
+
+    Args:
+        name: What errors call the verb.
+
+    Raises:
+        TypeError: When it is called and no rule applies.
+
+    Example:
+        >>> import torch, vivit_linop as vl
+        >>> from vivit_linop.operators.verbs import matmul
+        >>> class Flip(vl.TorchLinearOperator):
+        ...     self_adjoint = True
+        ...     def _multiply(self, X):
+        ...         return X.flip(0)
+        >>> @matmul.rule(Flip, Flip)
+        ... def product_of_flips(A, B):
+        ...     return vl.Identity(A.shape[0], A.torch_dtype, A.device)
+        >>> A = Flip((3, 3), torch.float64)
+        >>> A @ A
+        <3x3 Identity, torch.float64, cpu>
     """
 
     def __init__(self, name: str) -> None:
@@ -36,7 +77,16 @@ class BinaryVerb:
         self._rules: list[tuple[type, type, BinaryRule]] = []
 
     def rule(self, left: type, right: type) -> Callable[[BinaryRule], BinaryRule]:
-        """Register the decorated function for operands of these types."""
+        """Register the decorated function for operands of these types.
+
+        Args:
+            left: A class of operators; a rule holds for subclasses too.
+            right: Likewise.
+
+        Returns:
+            A decorator. The function it decorates takes both operators, whose shapes
+            fit, and returns an operator, or ``NotImplemented``.
+        """
 
         def register(function: BinaryRule) -> BinaryRule:
             self._rules.append((left, right, function))
@@ -44,86 +94,139 @@ class BinaryVerb:
 
         return register
 
-    def __call__(
-        self, left: TorchLinearOperator, right: TorchLinearOperator
-    ) -> TorchLinearOperator:
+    def __call__(self, left: Operator, right: Operator) -> Operator:
         """Return the node of the newest rule that applies."""
         for left_type, right_type, function in reversed(self._rules):
             if isinstance(left, left_type) and isinstance(right, right_type):
                 result = function(left, right)
                 if result is not NotImplemented:
-                    node: TorchLinearOperator = result
-                    return node
+                    return result
         raise _no_rule(self._name, left)
 
 
+# Expressions ------------------------------------------------------------------------
+
 matmul = BinaryVerb("matmul")
-"""The product of two operators."""
+"""``A @ B``: an operator of shape ``[m, n]`` for shapes ``[m, k]`` and ``[k, n]``."""
 
 add = BinaryVerb("add")
-"""The sum of two operators."""
+"""``A + B``: an operator of the shape that both have."""
 
 
 @singledispatch
-def scale(op: Any, factor: Scalar) -> TorchLinearOperator:
-    """Return ``factor * op``."""
+def scale(op: Any, factor: Scalar) -> Operator:
+    """Return ``factor * op``.
+
+    Args:
+        op: An operator.
+        factor: A finite number; a tensor without axes where gradients flow to it.
+    """
     raise _no_rule("scale", op)
 
 
 @singledispatch
-def power(op: Any, times: int) -> TorchLinearOperator:
-    """Return ``op`` multiplied by itself; the identity for 0 times."""
+def power(op: Any, times: int) -> Operator:
+    """Return a square operator multiplied by itself; the identity for 0 times."""
     raise _no_rule("power", op)
 
 
 @singledispatch
-def adjoint(op: Any) -> TorchLinearOperator:
-    """Return the adjoint (all operators are real: the transpose)."""
+def adjoint(op: Any) -> Operator:
+    """Return the adjoint, ``A.T``; all operators are real, so it is the transpose.
+
+    A rule returns a node whose own adjoint is ``op`` again, where it can: rules
+    recognise A in ``A.T`` by identity.
+    """
     raise _no_rule("adjoint", op)
 
 
 @singledispatch
 def to_dense(op: Any) -> Tensor:
-    """Return the matrix as a torch tensor ``[m, n]``.
+    """Return the matrix, ``[m, n]``, in memory that nobody else writes to.
 
-    Without a rule of its own, a node is multiplied by the columns of the identity.
+    Without a rule, n products with columns of the identity.
     """
     raise _no_rule("to_dense", op)
 
 
+# Factors: V of a low-rank V Vᵀ ------------------------------------------------------
+
+
 @singledispatch
-def gram(factor: Any) -> Gram:
-    """Return the operator ``factor.T @ factor``; some factors keep its matrix."""
+def gram(factor: Any) -> Operator:
+    """Return ``V.T @ V`` as a node that computes its matrix once.
+
+    Without a rule, a new node; a factor that keeps its Gram matrix returns a node that
+    knows it.
+    """
     raise _no_rule("gram", factor)
 
 
 @singledispatch
 def gram_matrix(left: Any, right: Any) -> Tensor:
-    """Return the matrix of ``left.T @ right``, ``[m, n]``."""
+    """Return the matrix of ``left.T @ right``, ``[R, Q]``, exactly symmetric or nearly.
+
+    All that is exact about V Vᵀ (spectrum, damped inverse, log-determinant) needs this
+    verb alone. Dispatches on ``left``; a rule for some types of ``right`` only hands
+    the others on. Without a rule, Q products with ``left.T``.
+    """
     raise _no_rule("gram_matrix", left)
 
 
 @singledispatch
-def row_norms_squared(op: Any) -> Tensor:
-    """Return the squared norms of the rows, ``[m]``: the diagonal of ``op @ op.T``."""
-    raise _no_rule("row_norms_squared", op)
-
-
-@singledispatch
 def outer_matrix(factor: Any) -> Tensor:
-    """Return the matrix of ``factor @ factor.T``."""
+    """Return the matrix of ``V @ V.T``, ``[D, D]``: the smaller side for R > D."""
     raise _no_rule("outer_matrix", factor)
 
 
 @singledispatch
 def outer_product(factor: Any, X: Tensor) -> Tensor:
-    """Return ``factor @ factor.T @ X`` for columns ``X``."""
+    """Return ``V @ V.T @ X`` for columns ``[D, K]``, in memory of its own.
+
+    What a product with V Vᵀ calls. Without a rule, a product with Vᵀ and one with V.
+    """
     raise _no_rule("outer_product", factor)
 
 
 @singledispatch
-def inv(op: Any) -> TorchLinearOperator:
-    """Return the inverse as an operator."""
+def row_norms_squared(op: Any) -> Tensor:
+    """Return the squared norms of the rows, ``[m]``: the diagonal of ``op @ op.T``.
+
+    Without a rule, n products, some columns at a time.
+    """
+    raise _no_rule("row_norms_squared", op)
+
+
+@singledispatch
+def column_norms_squared(op: Any) -> Tensor:
+    """Return the squared norms of the columns, ``[n]``: the diagonal of ``op.T @ op``.
+
+    Without a rule, n products, some columns at a time.
+    """
+    raise _no_rule("column_norms_squared", op)
+
+
+@singledispatch
+def centered_row_norms_squared(op: Any) -> Tensor:
+    """Return the squared norms of the rows less their mean, ``[m]``.
+
+    That is n times the variance of the columns, entry by entry. Without a rule, n
+    products and one with the mean.
+    """
+    raise _no_rule("centered_row_norms_squared", op)
+
+
+# Inverses and roots -----------------------------------------------------------------
+
+
+@singledispatch
+def inv(op: Any) -> Operator:
+    """Return the inverse of a square operator, as an operator.
+
+    Raises:
+        TypeError: If there is no closed form.
+        ValueError: If the operator is numerically singular.
+    """
     raise TypeError(
         f"inv: no closed form for {type(op).__name__}. Solve with "
         "scipy.sparse.linalg.cg(op, b), or invert Dense(op.to_dense()) if it is small."
@@ -131,8 +234,15 @@ def inv(op: Any) -> TorchLinearOperator:
 
 
 @singledispatch
-def damped_inv(op: Any, damping: Scalar) -> TorchLinearOperator:
-    """Return the inverse of ``op + damping * I`` as an operator."""
+def damped_inv(op: Any, damping: Scalar) -> Operator:
+    """Return the inverse of ``op + damping * I``, as an operator.
+
+    What ``inv`` of a damped node calls, with the node inside of it.
+
+    Raises:
+        TypeError: If there is no closed form.
+        ValueError: If the damped operator is numerically singular.
+    """
     raise TypeError(
         f"inv: no closed form for a damped {type(op).__name__}. Solve with "
         "scipy.sparse.linalg.cg(op, b), or invert Dense(op.to_dense()) if it is small."
@@ -140,8 +250,15 @@ def damped_inv(op: Any, damping: Scalar) -> TorchLinearOperator:
 
 
 @singledispatch
-def sqrt(op: Any) -> TorchLinearOperator:
-    """Return an operator R with ``op = R @ R.T``."""
+def sqrt(op: Any) -> Operator:
+    """Return an R with ``op = R @ R.T``, as an operator ``[n, k]``.
+
+    R is unique up to an orthogonal mixing of its columns, and need not be square.
+
+    Raises:
+        TypeError: If there is no closed form, or the operator is not self-adjoint.
+        ValueError: If it is not positive semi-definite.
+    """
     raise TypeError(
         f"sqrt: no closed form for {type(op).__name__}. Take "
         "Dense(op.to_dense()).sqrt() if it is small."
@@ -149,47 +266,82 @@ def sqrt(op: Any) -> TorchLinearOperator:
 
 
 @singledispatch
-def damped_sqrt(op: Any, damping: Scalar) -> TorchLinearOperator:
-    """Return an R with ``op + damping * I = R @ R.T``."""
+def damped_sqrt(op: Any, damping: Scalar) -> Operator:
+    """Return an R with ``op + damping * I = R @ R.T``, as an operator.
+
+    What ``sqrt`` of a damped node calls, with the node inside of it.
+
+    Raises:
+        TypeError: If there is no closed form, or the operator is not self-adjoint.
+        ValueError: If the whole is not positive semi-definite.
+    """
     raise TypeError(
         f"sqrt: no closed form for a damped {type(op).__name__}. Take "
         "Dense(op.to_dense()).sqrt() if it is small."
     )
 
 
+# Diagonals, traces, determinants ----------------------------------------------------
+
+
 @singledispatch
 def diagonal(op: Any) -> Tensor:
-    """Return the diagonal of a square operator."""
+    """Return the diagonal of a square operator, ``[n]``.
+
+    Without a rule, n products, some columns at a time.
+    """
     raise _no_rule("diagonal", op)
 
 
 @singledispatch
 def trace(op: Any) -> Tensor:
-    """Return the trace of a square operator."""
+    """Return the trace of a square operator, without axes.
+
+    Without a rule, the sum of its diagonal.
+    """
     raise _no_rule("trace", op)
 
 
 @singledispatch
 def logdet(op: Any) -> Tensor:
-    """Return the logarithm of the absolute determinant."""
+    """Return log |det A| of a square operator, without axes; −∞ for a singular one.
+
+    Without a rule, from ``eigvalsh``.
+    """
     raise _no_rule("logdet", op)
 
 
 @singledispatch
 def damped_logdet(op: Any, damping: Scalar) -> Tensor:
-    """Return the log-determinant of ``op + damping * I``."""
+    """Return log |det(A + δ I)|, what ``logdet`` of a damped node calls.
+
+    Without a rule, from ``eigvalsh``.
+    """
     raise _no_rule("logdet", op)
+
+
+# Eigenvalues ------------------------------------------------------------------------
 
 
 @singledispatch
 def eigvalsh(op: Any) -> Tensor:
-    """Return the eigenvalues of a self-adjoint operator, ascending."""
+    """Return the eigenvalues of a self-adjoint operator, ascending.
+
+    All n, but of c V Vᵀ with V ``[D, R]`` the min(D, R) of the smaller side: the others
+    are zero. Without a rule, from ``eigendecomposition``.
+    """
     raise _no_rule("eigvalsh", op)
 
 
 @singledispatch
 def eigendecomposition(op: Any) -> Eigendecomposition:
-    """Return all eigenvalues of an operator and the way to its eigenvectors."""
+    """Return all eigenvalues of a self-adjoint operator and the way to its vectors.
+
+    A rule for it gives ``eigh`` and ``eigvalsh`` with all their arguments.
+
+    Raises:
+        TypeError: If there is no closed form.
+    """
     raise TypeError(
         f"eigh: no closed form for {type(op).__name__}. Use "
         "scipy.sparse.linalg.eigsh(op, k), or Dense(op.to_dense()).eigh() if it is "
@@ -204,7 +356,10 @@ def eigh(
     select: Callable[[Tensor], Sequence[int] | Tensor] | None = None,
     rcond: float | None = None,
 ) -> Eigenpairs:
-    """Return eigenpairs of a self-adjoint operator."""
+    """Return eigenpairs of a self-adjoint operator; see ``A.eigh`` for the arguments.
+
+    Without a rule, those that ``eigendecomposition(op).choose(k, select, rcond)`` says.
+    """
     raise _no_rule("eigh", op)
 
 

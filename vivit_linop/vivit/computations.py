@@ -24,8 +24,8 @@ from vivit_linop.analysis.newton import (
     newton_combination,
 )
 from vivit_linop.curvature.column_factor import ColumnFactor, formed
-from vivit_linop.linalg.decompositions import Eigenpairs
 from vivit_linop.net.columns.khatri_rao import LayerColumns, compacted, merged
+from vivit_linop.operators.eigenpairs import Eigenpairs
 from vivit_linop.operators.lowrank import LowRank
 from vivit_linop.vivit.extensions import (
     ExactLayerRecords,

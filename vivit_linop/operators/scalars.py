@@ -1,0 +1,69 @@
+"""Numbers that operators are scaled and damped by; some of them carry gradients."""
+
+from __future__ import annotations
+
+import math
+from numbers import Complex, Real
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+Scalar: TypeAlias = float | Tensor
+"""A number; a tensor without axes where gradients flow to it."""
+
+
+def is_scalar(x: Any) -> bool:
+    """Whether ``x`` is a number, or an array or tensor without axes."""
+    if isinstance(x, (Tensor, np.ndarray)):
+        return x.ndim == 0
+    return isinstance(x, (Complex, np.generic))
+
+
+def as_scalar(x: Any) -> Scalar:
+    """Return a real finite scalar: a float, or a tensor where gradients flow to it."""
+    if isinstance(x, Tensor) and is_differentiated(x):
+        as_float(x.detach())
+        return x
+    return as_float(x)
+
+
+def without_gradient(x: Any, name: str) -> float:
+    """Return a scalar as a float; refuse one that gradients would not reach."""
+    if isinstance(x, Tensor) and is_differentiated(x):
+        raise TypeError(
+            f"{name}: found a tensor that requires grad, which gradients would not "
+            "reach here. Write the expression with operators (c * A, A + delta * "
+            f"Identity(n)), or pass {name}.detach()."
+        )
+    return float(x)
+
+
+def log_abs(x: Scalar) -> Scalar:
+    """Return log |x|, a tensor for a tensor."""
+    return x.abs().log() if isinstance(x, Tensor) else math.log(abs(x))
+
+
+def as_float(x: Any) -> float:
+    """Return a real finite scalar as a float, or say why it is none."""
+    value = x.item() if isinstance(x, (Tensor, np.ndarray, np.generic)) else x
+    if not isinstance(value, Real):
+        raise TypeError(f"An operator is scaled by a real number, got {value!r}.")
+    if not math.isfinite(value):
+        raise ValueError(f"An operator is scaled by a finite number, got {value!r}.")
+    return float(value)
+
+
+def is_differentiated(X: Tensor) -> bool:
+    """Whether derivatives are wanted in a tensor."""
+    return (X.requires_grad and torch.is_grad_enabled()) or has_tangent(X)
+
+
+def has_tangent(X: Tensor) -> bool:
+    """Whether forward-mode differentiation goes through a tensor."""
+    try:
+        return forward_ad.unpack_dual(X).tangent is not None
+    except RuntimeError:  # vmap does not tell
+        return True
