@@ -80,13 +80,14 @@ class PositiveCurvature:
     def _diagonals_of(self, X: Tensor, y: Tensor) -> list[Tensor]:
         """p(φ''(z) ∂L/∂φ) for each use of a curved module."""
         order: list[nn.Module] = []
+        own = self.risk.model.private_input(X)
         handles = [
             m.register_forward_pre_hook(lambda module, _: order.append(module))
             for m in self._curved
         ]
         try:
             with self._watched() as (inputs, outputs):
-                output = functional_call(self._module, self.risk.params, (X,))
+                output = functional_call(self._module, self.risk.params, (own,))
         finally:
             for handle in handles:
                 handle.remove()
@@ -114,7 +115,8 @@ class PositiveCurvature:
             def everything(params: Params, data: Any = data) -> list[Tensor]:
                 with self._watched() as (inputs, _):
                     state = {**fixed, **params}
-                    output = functional_call(self._module, state, (data,))
+                    own = risk.model.private_input(data)
+                    output = functional_call(self._module, state, (own,))
                 return [output, *inputs]
 
             with as_guest(risk.device), torch.no_grad():

@@ -107,10 +107,20 @@ def take(X: Any, index: Tensor, by_sample: Sequence[bool]) -> Any:
 
 
 def copied(X: Any) -> Any:
-    """Return an input in memory of its own, for what is kept: the user's may change."""
-    return map_leaves(
-        lambda leaf: leaf.detach().clone().requires_grad_(leaf.requires_grad), X
-    )
+    """Return an input in memory of its own, for what is kept: the user's may change.
+
+    What is one tensor in two places stays one.
+    """
+    copies: dict[int, Tensor] = {}
+
+    def copy(leaf: Tensor) -> Tensor:
+        if id(leaf) not in copies:
+            own = leaf.detach().clone()
+            # Not asked for in vain: transformations of functions do not allow it.
+            copies[id(leaf)] = own.requires_grad_() if leaf.requires_grad else own
+        return copies[id(leaf)]
+
+    return map_leaves(copy, X)
 
 
 def select_samples(

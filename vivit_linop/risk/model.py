@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from vivit_linop.modes import as_guest as as_guest
 from vivit_linop.risk.copies import Copies
+from vivit_linop.risk.data import copied, leaves
 from vivit_linop.risk.private import Params as Params
 from vivit_linop.risk.private import Predict as Predict
 from vivit_linop.risk.private import PrivateModule, as_tensor
@@ -78,6 +79,8 @@ class FunctionalModel:
                 "(params, x) -> output already; put it into that function."
             )
         self._private: PrivateModule | None = None
+        self._writes = False
+        self._empty: list[str] = []
         self._fixed: Params = {}
         self._buffers: list[str] = []
         if isinstance(model, nn.Module):
@@ -92,6 +95,7 @@ class FunctionalModel:
             self.params: Params = {
                 name: p.detach().clone().requires_grad_() for name, p in chosen.items()
             }
+            self._empty = [name for name, p in self.params.items() if not p.numel()]
             if isinstance(model, nn.Module):
                 self._take_module(model, predict)
             else:
@@ -127,7 +131,27 @@ class FunctionalModel:
         return [*own, *self.owners.values()]
 
     def __call__(self, params: Params, X: Any) -> Tensor:
-        """Return the outputs, ``[n, …]``."""
+        """Return the outputs, ``[n, …]``; X is not written into."""
+        return self._evaluate(params, self.private_input(X))
+
+    def first(self, params: Params, X: Any) -> Tensor:
+        """Return the outputs, and see whether the model writes into its input.
+
+        Where it does once, every evaluation has a copy of the input from then on.
+        """
+        own = copied(X)
+        output = self._evaluate(params, own)
+        self._writes |= any(map(_is_written, leaves(own), leaves(X)))
+        return output
+
+    def private_input(self, X: Any) -> Any:
+        """Return an input that the model may have, a copy if it writes into it."""
+        return copied(X) if self._writes else X
+
+    def _evaluate(self, params: Params, X: Any) -> Tensor:
+        # Torch has no backward pass to some of what has no entries; none is needed.
+        for name in self._empty:
+            params = {**params, name: params[name].detach()}
         if self._private is not None:
             return self._private(params, X)
         return as_tensor(Copies(()).of(self._function)(params, X))
@@ -161,6 +185,13 @@ class FunctionalModel:
     def buffers(self) -> Params:
         """The buffers among them that hold real numbers."""
         return {name: self._fixed[name] for name in self._buffers}
+
+
+def _is_written(own: Tensor, given: Tensor) -> bool:
+    """Whether a copy was written into; also where autograd was not to see it."""
+    if own._version or own.layout != torch.strided:
+        return bool(own._version)
+    return not torch.allclose(own, given, 0.0, 0.0, equal_nan=True)
 
 
 def strided(gradient: Tensor | None) -> Tensor | None:

@@ -1,0 +1,230 @@
+"""Nets that write into their input, and parameters without entries.
+
+The user's data never change, and everything is that of the same net on a copy.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from cases import Lambda, parameter
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import vivit_linop as vl
+from vivit_linop.net.certified import find_structure
+
+N = 5
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    with torch.random.fork_rng([]):
+        torch.manual_seed(0)
+        yield
+
+
+def adds(m: nn.Module, x: Tensor) -> Tensor:
+    x += 1.0
+    return m.a(x).tanh()
+
+
+def rectifies(m: nn.Module, x: Tensor) -> Tensor:
+    return m.a(x.relu_()).tanh() + m.a(x)
+
+
+def assigns(m: nn.Module, x: Tensor, mask: Tensor) -> Tensor:
+    x[:, 0] = x[:, 1] * 2.0
+    x[mask] = 0.0
+    return m.a(x).sin()
+
+
+def unseen(m: nn.Module, x: Tensor) -> Tensor:
+    x.data.mul_(2.0)
+    return m.a(x).sin()
+
+
+def now_and_then(m: nn.Module, x: Tensor) -> Tensor:
+    x[x > 1.5] = 0.5
+    return m.a(x).sin()
+
+
+def of_parameters(m: nn.Module, x: Tensor) -> Tensor:
+    x[:, 1] = x[:, 0].clone() * m.s
+    return m.a(x).sin()
+
+
+NETS: list[Callable[..., Tensor]] = [
+    adds,
+    rectifies,
+    assigns,
+    unseen,
+    now_and_then,
+    of_parameters,
+]
+
+
+def inputs(forward: Callable[..., Tensor], n: int) -> Any:
+    X = torch.randn(n, 3, dtype=torch.float64)
+    if forward is now_and_then:
+        X = X.clamp(max=1.4)
+        X[-1, 0] = 2.0
+    if forward is assigns:
+        return {"x": X, "mask": X > 1.0}
+    return X
+
+
+def cloned(X: Any) -> Any:
+    return {k: v.clone() for k, v in X.items()} if isinstance(X, dict) else X.clone()
+
+
+def pure(net: Any) -> Callable[..., Tensor]:
+    def outputs(X: Any) -> Tensor:
+        own = cloned(X)
+        return net(**own) if isinstance(own, dict) else net(own)
+
+    return outputs
+
+
+def compare(
+    model: Any, params: list[Tensor], outputs: Any, data: Any, given: Any = None
+) -> None:
+    """Compare with autograd on copies of the input."""
+    batches = [data] if isinstance(data, tuple) else data
+    before = [cloned(X) for X, _ in batches]
+    f = torch.cat([outputs(X) for X, _ in batches])
+    y = torch.cat([y for _, y in batches])
+    total = (f - y).square().mean()
+    slopes = torch.autograd.grad(total, params, create_graph=True, allow_unused=True)
+    gradient = torch.cat([g.flatten() for g in slopes])
+    rows = [torch.autograd.grad(g, params, retain_graph=True) for g in gradient]
+    H = torch.stack([torch.cat([g.flatten() for g in row]) for row in rows])
+    rows = [torch.autograd.grad(o, params, retain_graph=True) for o in f.flatten()]
+    J = torch.stack([torch.cat([g.flatten() for g in row]) for row in rows])
+    G = 2 / f.numel() * J.T @ J
+
+    risk = vl.EmpiricalRisk(model, nn.MSELoss(), data, given)
+    close = {"rtol": 0.0, "atol": 1e-9}
+    torch.testing.assert_close(risk.gradient(), gradient.detach(), **close)
+    torch.testing.assert_close((vl.GGN(risk) @ torch.eye(len(G)).double()), G, **close)
+    V = vl.GGNFactor(risk).to_dense()
+    torch.testing.assert_close(V @ V.T, G, **close)
+    torch.testing.assert_close(vl.GGN(risk).diagonal(), G.diagonal(), **close)
+    U = vl.PerSampleGradients(risk).to_dense()
+    torch.testing.assert_close(U.mean(1), gradient.detach(), **close)
+    torch.testing.assert_close(vl.Hessian(risk).to_dense(), H, **close)
+    torch.testing.assert_close(vl.Hessian(risk).diagonal(), H.diagonal(), **close)
+    samples = vl.Hessian(risk).sample_diagonals().mean(0)
+    torch.testing.assert_close(samples, H.diagonal(), **close)
+    assert vl.KFAC(risk).shape == G.shape
+    half = risk.subset([0, 2])
+    assert half.num_samples == 2
+    for (X, _), old in zip(batches, before, strict=True):
+        for new, same in zip(
+            X.values() if isinstance(X, dict) else [X],
+            old.values() if isinstance(old, dict) else [old],
+            strict=True,
+        ):
+            assert torch.equal(new, same)
+
+
+@pytest.mark.parametrize("cut", [False, True])
+@pytest.mark.parametrize("forward", NETS)
+def test_modules(forward: Callable[..., Tensor], cut: bool) -> None:
+    net = Lambda(forward, a=nn.Linear(3, 2))
+    if forward is of_parameters:
+        net.s = parameter()
+    net = net.double()
+    sizes = [2, 3] if cut else [N]
+    data: Any = [
+        (inputs(forward, n), torch.randn(n, 2, dtype=torch.float64)) for n in sizes
+    ]
+    compare(net, list(net.parameters()), pure(net), data if cut else data[0])
+
+
+def test_a_function() -> None:
+    def model(params: dict[str, Tensor], x: Tensor) -> Tensor:
+        x.sub_(0.5)
+        return (x @ params["w"]).tanh()
+
+    w = torch.randn(3, 2, dtype=torch.float64, requires_grad=True)
+    X, y = torch.randn(N, 3).double(), torch.randn(N, 2).double()
+    compare(model, [w], lambda X: model({"w": w}, X.clone()), (X, y), {"w": w})
+
+
+def test_backpack() -> None:
+    net = nn.Sequential(nn.ReLU(inplace=True), nn.Linear(3, 4), nn.Tanh())
+    net = nn.Sequential(*net, nn.Linear(4, 2)).double()
+    X, y = torch.randn(N, 3).double(), torch.randn(N, 2).double()
+    before = X.clone()
+    other = nn.Sequential(nn.ReLU(), *net[1:])
+    for kind in (
+        lambda r: vl.Hessian(r).diagonal(),
+        lambda r: vl.Hessian(r).sample_diagonals(),
+        lambda r: vl.PositiveCurvatureHessian(r).to_dense(),
+        lambda r: vl.PositiveCurvatureHessian(r, blocks="module").to_dense(),
+        lambda r: vl.KFRA(r).to_dense(),
+    ):
+        found, expected = (
+            kind(vl.EmpiricalRisk(model, nn.MSELoss(), (X.clone(), y)))
+            for model in (net, other)
+        )
+        torch.testing.assert_close(found, expected)
+        kind(vl.EmpiricalRisk(net, nn.MSELoss(), (X, y)))
+        assert torch.equal(X, before)
+
+
+# Parameters without entries -----------------------------------------------------------
+
+
+def looks_nothing_up(m: nn.Module, x: Tensor) -> Tensor:
+    h = m.table(torch.zeros(len(x), 0, dtype=torch.long)).sum(1)
+    return m.a(h + x).tanh()
+
+
+def of_no_features(m: nn.Module, x: Tensor) -> Tensor:
+    return m.a(x).tanh() + m.out(m.norm(m.none(x)).sin())
+
+
+def empty_weight(m: nn.Module, x: Tensor) -> Tensor:
+    return m.a(x).tanh() * (1.0 + F.linear(x[:, :0].cos(), m.w.sin()))
+
+
+@pytest.mark.parametrize("cut", [False, True])
+@pytest.mark.parametrize(
+    ("forward", "parts"),
+    [
+        (looks_nothing_up, {"table": lambda: nn.Embedding(0, 3)}),
+        (
+            of_no_features,
+            {
+                "none": lambda: nn.Linear(3, 0),
+                "norm": lambda: nn.LayerNorm(0),
+                "out": lambda: nn.Linear(0, 2),
+            },
+        ),
+        (empty_weight, {"w": lambda: parameter(2, 0)}),
+    ],
+)
+def test_parameters_without_entries(forward: Any, parts: Any, cut: bool) -> None:
+    made = {name: make() for name, make in parts.items()}
+    net = Lambda(forward, a=nn.Linear(3, 2), **made).double()
+    data: Any = [
+        (torch.randn(n, 3).double(), torch.randn(n, 2).double()) for n in (2, 3)
+    ]
+    X, y = (torch.cat(part) for part in zip(*data, strict=True))
+    params = [p for p in net.parameters() if p.numel()]
+    compare(net, params, net, data if cut else (X, y))
+
+
+def test_columns_are_vectorised() -> None:
+    net = Lambda(
+        lambda m, x: m.a(x.add_(1.0) * m.w.cumsum(0)).tanh(), a=nn.Linear(3, 2)
+    )
+    net.w = parameter(3)
+    data = torch.randn(N, 3).double(), torch.randn(N, 2).double()
+    risk = vl.EmpiricalRisk(net.double(), nn.MSELoss(), data)
+    assert "w" in find_structure(risk).opaque
+    vl.PerSampleGradients(risk).to_dense()
+    assert not find_structure(risk).singly
