@@ -215,16 +215,6 @@ def _(op: CurvlinopsOperator, damping: float) -> TorchLinearOperator:
     return CurvlinopsOperator(inverse)
 
 
-def curvlinops_diagonals(
-    op: TorchLinearOperator, repeats: int, num_products: int
-) -> Tensor:
-    """Return independent estimates of a diagonal by curvlinops, ``[repeats, n]``."""
-    from curvlinops import hutchinson_diag
-
-    view: Any = op.to_curvlinops()
-    return torch.stack([hutchinson_diag(view, num_products) for _ in range(repeats)])
-
-
 # BackPACK ---------------------------------------------------------------------------
 
 # What works for every model.

@@ -38,7 +38,7 @@ from vivit_linop.linalg.decompositions import (
     LowRankDecomposition,
     gram_rounding_error,
 )
-from vivit_linop.linalg.watch import watched
+from vivit_linop.linalg.krylov import watched
 from vivit_linop.net.blocks import memory_budget
 from vivit_linop.net.costs import layer_costs
 from vivit_linop.net.stored import product_cost

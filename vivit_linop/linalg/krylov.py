@@ -1,0 +1,45 @@
+"""What iterative eigensolvers are given: operators whose products are counted."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from vivit_linop.operators.base import TorchLinearOperator
+
+
+@contextlib.contextmanager
+def watched(op: TorchLinearOperator, k: int) -> Iterator[TorchLinearOperator]:
+    """Count products on a bar on stderr while k eigenpairs are computed from them.
+
+    Args:
+        op: A, square.
+        k: How many pairs are looked for.
+    """
+    with tqdm(desc=f"eigh(k={k})", unit=" products") as bar:
+        yield Counted(op, bar)
+
+
+class Counted(TorchLinearOperator):
+    """An operator that tells a bar how many columns it has multiplied.
+
+    Args:
+        op: A, square.
+        bar: Where they are counted.
+    """
+
+    def __init__(self, op: TorchLinearOperator, bar: tqdm) -> None:
+        super().__init__(op.shape, op.torch_dtype, op.device)
+        self.self_adjoint = op.self_adjoint
+        self._op, self._bar = op, bar
+
+    def _multiply(self, X: Tensor) -> Tensor:
+        self._bar.update(X.shape[1])
+        return self._op.apply(X)
+
+    def _multiply_adjoint(self, X: Tensor) -> Tensor:
+        self._bar.update(X.shape[1])
+        return self._op.T.apply(X)
