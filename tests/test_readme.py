@@ -11,7 +11,11 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 # index.md is the README again.
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("[!i]*.md"))]
+PAGES = [
+    ROOT / "README.md",
+    *sorted((ROOT / "docs").glob("[!i]*.md")),
+    *sorted((ROOT / "docs" / "extending").glob("*.md")),
+]
 # A block of Python, and a block of text if nothing but white space is between them.
 BLOCK = re.compile(
     r"^```python\n(?P<code>.*?)^```$(?:\s*^```text\n(?P<output>.*?)^```$)?",

@@ -37,7 +37,7 @@ from vivit_linop.operators import (
     Kronecker,
     TorchLinearOperator,
 )
-from vivit_linop.risk import EmpiricalRisk
+from vivit_linop.risk import EmpiricalRisk, losses
 from vivit_linop.saving import load, save
 
 __version__ = "0.1.0"
@@ -72,6 +72,7 @@ __all__ = [
     "from_scipy",
     "linalg",
     "load",
+    "losses",
     "projector",
     "save",
     "testing",

@@ -37,6 +37,7 @@ from vivit_linop.operators.kronecker import BlockDiagonal
 from vivit_linop.operators.verbs import diagonal
 from vivit_linop.risk.data import copied, take
 from vivit_linop.risk.empirical import EmpiricalRisk, as_risk
+from vivit_linop.risk.losses.certificates import certify_curvature, check_curvature
 from vivit_linop.risk.model import Params, as_guest, strided
 
 # Products that are taken together where a pass over the data is so short that most of
@@ -79,9 +80,9 @@ class Hessian(TorchLinearOperator):
         params: Any | None = None,
     ) -> None:
         self.risk = as_risk(risk, loss, data, params)
-        self.risk.loss.check_curvature(self.risk.outputs[0], self.risk.targets()[0])
+        check_curvature(self.risk.loss, self.risk.outputs[0], self.risk.targets()[0])
         for output, target in zip(self.risk.outputs, self.risk.targets(), strict=True):
-            self.risk.loss.certify_curvature(output, target)
+            certify_curvature(self.risk.loss, output, target)
         D = self.risk.num_params
         super().__init__((D, D), self.risk.dtype, self.risk.device)
         self._kept: list[Tensor] | None = None

@@ -27,7 +27,6 @@ from vivit_linop.operators import verbs
 from vivit_linop.operators.base import TorchLinearOperator
 from vivit_linop.operators.lowrank import Gram, KeptMatrix
 from vivit_linop.risk.empirical import EmpiricalRisk, as_risk
-from vivit_linop.risk.losses.base import AutogradLoss
 
 
 class Jacobian(TorchLinearOperator):
@@ -221,7 +220,7 @@ def _(factor: Pullback, X: Tensor) -> Tensor:
             factor.risk.has_tangents = False
     outer = None if factor.blocks is None else factor.blocks.outer()
     # A loss Hessian that nobody has asked for a root of may have none.
-    if isinstance(outer, LossHessian) and isinstance(factor.risk.loss, AutogradLoss):
+    if isinstance(outer, LossHessian) and not factor.risk.loss.convex:
         J = factor.jacobian
         return J.pullback._multiply(outer._multiply(J._multiply(X)))
     return factor._multiply(factor._multiply_adjoint(X))

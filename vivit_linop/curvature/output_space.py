@@ -15,7 +15,11 @@ from torch import Tensor
 from vivit_linop.operators.base import TorchLinearOperator
 from vivit_linop.risk.draws import Draws
 from vivit_linop.risk.empirical import EmpiricalRisk, as_risk
-from vivit_linop.risk.losses.base import AutogradLoss
+from vivit_linop.risk.losses.certificates import (
+    certified_sqrt,
+    certify_curvature,
+    check_curvature,
+)
 from vivit_linop.risk.memory import check_matrix_fits, free_memory
 
 # What blocks that can be formed again may take.
@@ -163,9 +167,9 @@ class LossHessian(OutputOperator):
         params: Any | None = None,
     ) -> None:
         risk = as_risk(risk, loss, data, params)
-        risk.loss.check_curvature(risk.outputs[0], risk.targets()[0])
+        check_curvature(risk.loss, risk.outputs[0], risk.targets()[0])
         for output, target in zip(risk.outputs, risk.targets(), strict=True):
-            risk.loss.certify_curvature(output, target)
+            certify_curvature(risk.loss, output, target)
         super().__init__(risk, risk.num_outputs)
 
     def apply_batch(self, batch: int, X: Tensor) -> Tensor:
@@ -342,7 +346,7 @@ class LossHessianSqrt(FactoredOutputOperator):
     def _form(self, batch: int) -> Tensor:
         risk = self.risk
         self._check_fits()
-        root = risk.loss.sqrt(risk.outputs[batch], risk.targets()[batch])
+        root = certified_sqrt(risk.loss, risk.outputs[batch], risk.targets()[batch])
         return risk.scale**0.5 * root
 
     def _check_fits(self) -> None:
@@ -376,7 +380,7 @@ class LossHessianSqrt(FactoredOutputOperator):
         """Raise now what would be raised when the blocks are formed; returns itself."""
         if not self.mc_samples:
             self._check_fits()
-        if not self.mc_samples and isinstance(self.risk.loss, AutogradLoss):
+        if not self.mc_samples and not self.risk.loss.convex:
             for batch in range(len(self.risk.batch_sizes)):
                 self.blocks(batch)
         return self

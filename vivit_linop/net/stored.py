@@ -20,7 +20,6 @@ from vivit_linop.net.blocks import Columns, Piece, memory_budget
 from vivit_linop.net.columns.khatri_rao import LayerColumns, cotangents_key
 from vivit_linop.net.costs import LayerCost, layer_costs
 from vivit_linop.risk.empirical import EmpiricalRisk
-from vivit_linop.risk.losses.base import AutogradLoss
 
 if TYPE_CHECKING:
     from vivit_linop.curvature.jacobian import Pullback
@@ -179,7 +178,7 @@ def columns_without_tangents(pullback: Pullback) -> StoredColumns | StreamedColu
 
 def _cheaper_columns(pullback: Pullback) -> StoredColumns | None:
     # A root of a loss Hessian that nobody has asked for may not exist.
-    if isinstance(pullback.risk.loss, AutogradLoss):
+    if not pullback.risk.loss.convex:
         return None
     costs = layer_costs(pullback.risk, pullback.width)
     forward = sum(cost.forward_flops for cost in costs)

@@ -28,7 +28,9 @@ from vivit_linop.risk.data import (
     select_samples,
     take,
 )
-from vivit_linop.risk.losses.base import LossCallable, OutputLoss
+from vivit_linop.risk.losses.autograd import LossCallable
+from vivit_linop.risk.losses.base import OutputLoss
+from vivit_linop.risk.losses.certificates import check_loss
 from vivit_linop.risk.losses.registry import as_output_loss
 from vivit_linop.risk.memory import (
     batch_does_not_fit,
@@ -161,7 +163,7 @@ class EmpiricalRisk:
         function = FunctionalModel(model, params, predict)
         self._setup(
             function,
-            as_output_loss(loss, reduction, check, function.originals(model)),
+            as_output_loss(loss, reduction, function.originals(model)),
             as_batches(data),
             memory,
         )
@@ -218,7 +220,7 @@ class EmpiricalRisk:
             # The largest batch shows the most of what mixes samples.
             if len(y) > (1 if example is None else len(example[1])):
                 example = X, output
-            self.loss.check(*self._with_previous(output, y))
+            check_loss(self.loss, *self._with_previous(output, y), self._check)
             with torch.no_grad():
                 total = total + self.loss.total(output, y)
                 weight = weight + self.loss.weight(output, y)

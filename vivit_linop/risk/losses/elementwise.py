@@ -16,13 +16,21 @@ from vivit_linop.risk.losses.base import OutputLoss, check_same_shape, copied_we
 
 
 class ElementwiseLoss(OutputLoss):
-    """A sum over outputs of a convex function of output and target."""
+    """A sum over outputs of a convex function of each output and its target.
+
+    To write one, define :meth:`total`, :meth:`slope` and :meth:`curvature`; a mean
+    is one over entries, as in torch.
+    """
 
     def as_targets(self, target: Tensor, output: Tensor) -> Tensor:
         """Labels and counts may be booleans or integers."""
         return target.to(output.dtype)
 
-    def check(self, output: Tensor, target: Tensor) -> None:
+    def channels(self, output: Tensor) -> Tensor:
+        """No output is coupled to another: one channel."""
+        return output.reshape(len(output), 1, -1)
+
+    def check_data(self, output: Tensor, target: Tensor) -> None:
         """Outputs and targets have one shape."""
         check_same_shape(output, target, self.name)
 
@@ -32,11 +40,11 @@ class ElementwiseLoss(OutputLoss):
 
     @abstractmethod
     def slope(self, output: Tensor, target: Tensor) -> Tensor:
-        """The first derivative, in the shape of the outputs."""
+        """The first derivative of each summand, in the shape of the outputs."""
 
     @abstractmethod
     def curvature(self, output: Tensor, target: Tensor) -> Tensor:
-        """The second derivative, in the shape of the outputs."""
+        """The second derivative, in the shape of the outputs; not negative."""
 
     def gradient(self, output: Tensor, target: Tensor) -> Tensor:
         """The slopes."""
@@ -58,7 +66,7 @@ class ElementwiseLoss(OutputLoss):
 class SquaredError(ElementwiseLoss):
     """``nn.MSELoss``: ℓ = Σ_c (f_c − y_c)², Hessian 2 I."""
 
-    name = "MSELoss"
+    name, tested = "MSELoss", True
 
     def total(self, output: Tensor, target: Tensor) -> Tensor:
         """Sum the squares."""
@@ -92,20 +100,17 @@ class BinaryCrossEntropy(ElementwiseLoss):
     """``nn.BCEWithLogitsLoss``: ℓ = −Σ w (q y log σ + (1 − y) log(1 − σ)).
 
     Args:
-        reduction: ``"mean"`` or ``"sum"``.
         loss_weight: w, broadcast over the outputs, or None for 1.
         pos_weight: q, broadcast over the outputs, or None for 1.
     """
 
-    name = "BCEWithLogitsLoss"
+    name, tested = "BCEWithLogitsLoss", True
 
     def __init__(
         self,
-        reduction: str,
         loss_weight: Tensor | None = None,
         pos_weight: Tensor | None = None,
     ) -> None:
-        super().__init__(reduction)
         self.loss_weight = copied_weight(loss_weight)
         self.pos_weight = copied_weight(pos_weight)
         for name, value in (("weight", loss_weight), ("pos_weight", pos_weight)):
@@ -114,9 +119,9 @@ class BinaryCrossEntropy(ElementwiseLoss):
                     f"loss: {name} of BCEWithLogitsLoss has negative entries."
                 )
 
-    def check(self, output: Tensor, target: Tensor) -> None:
+    def check_data(self, output: Tensor, target: Tensor) -> None:
         """Targets are probabilities in the shape of the outputs."""
-        super().check(output, target)
+        super().check_data(output, target)
         if (target < 0).any() or (target > 1).any():
             raise ValueError("data: targets of BCEWithLogitsLoss must lie in [0, 1].")
         for name, value in (
@@ -182,18 +187,16 @@ class GaussianNLL(ElementwiseLoss):
     they are at least ``eps``.
 
     Args:
-        reduction: ``"mean"`` or ``"sum"``.
         full: Whether ℓ has the constant ½ log 2π.
         eps: The smallest variance.
     """
 
-    name = "GaussianNLLLoss"
+    name, tested = "GaussianNLLLoss", True
 
-    def __init__(self, reduction: str, full: bool = False, eps: float = 1e-6) -> None:
-        super().__init__(reduction)
+    def __init__(self, full: bool = False, eps: float = 1e-6) -> None:
         self.full, self.eps = full, eps
 
-    def check(self, output: Tensor, target: Tensor) -> None:
+    def check_data(self, output: Tensor, target: Tensor) -> None:
         """Targets have a last axis: the target and its variance."""
         if target.shape != (*output.shape, 2):
             raise ValueError(
@@ -242,27 +245,24 @@ class PoissonNLL(ElementwiseLoss):
     logarithm is that of f + eps, and the Hessian is diag(y/(f + eps)²).
 
     Args:
-        reduction: ``"mean"`` or ``"sum"``.
         log_input: Whether outputs are logarithms of rates.
         full: Whether ℓ has Stirling's approximation of log y!.
         eps: Added to a rate before the logarithm.
     """
 
-    name = "PoissonNLLLoss"
+    name, tested = "PoissonNLLLoss", True
 
     def __init__(
         self,
-        reduction: str,
         log_input: bool = True,
         full: bool = False,
         eps: float = 1e-8,
     ) -> None:
-        super().__init__(reduction)
         self.log_input, self.full, self.eps = log_input, full, eps
 
-    def check(self, output: Tensor, target: Tensor) -> None:
+    def check_data(self, output: Tensor, target: Tensor) -> None:
         """Counts are not negative, rates neither."""
-        super().check(output, target)
+        super().check_data(output, target)
         if (target < 0).any():
             raise ValueError(f"data: targets of {self.name} must not be negative.")
         if not self.log_input and (output + self.eps <= 0).any():
@@ -317,14 +317,12 @@ class Huber(ElementwiseLoss):
     """``nn.HuberLoss``: ½ (f − y)² up to |f − y| = δ, δ (|f − y| − ½ δ) beyond.
 
     Args:
-        reduction: ``"mean"`` or ``"sum"``.
         delta: δ.
     """
 
-    name = "HuberLoss"
+    name, tested = "HuberLoss", True
 
-    def __init__(self, reduction: str, delta: float = 1.0) -> None:
-        super().__init__(reduction)
+    def __init__(self, delta: float = 1.0) -> None:
         self.delta = delta
 
     def total(self, output: Tensor, target: Tensor) -> Tensor:
@@ -348,11 +346,10 @@ class SmoothL1(Huber):
     (f − y)²/(2β) up to |f − y| = β, |f − y| − ½ β beyond.
 
     Args:
-        reduction: ``"mean"`` or ``"sum"``.
         delta: β; 0 for the absolute error, which has no curvature.
     """
 
-    name = "SmoothL1Loss"
+    name, tested = "SmoothL1Loss", True
 
     def total(self, output: Tensor, target: Tensor) -> Tensor:
         """Sum torch's own."""

@@ -1,24 +1,26 @@
-"""Which of the library's losses a user's loss is."""
+"""Which loss in output space stands for a user's loss: a table by exact type."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from vivit_linop.risk.copies import Copies
-from vivit_linop.risk.losses.base import (
+from vivit_linop.risk.losses.autograd import (
     AutogradLoss,
-    CrossEntropy,
-    KullbackLeibler,
     LossCallable,
-    NegativeLogLikelihood,
-    OutputLoss,
     leaves_of,
     parts_of,
     uses_parameters,
+)
+from vivit_linop.risk.losses.base import OutputLoss
+from vivit_linop.risk.losses.cross_entropy import (
+    CrossEntropy,
+    KullbackLeibler,
+    NegativeLogLikelihood,
 )
 from vivit_linop.risk.losses.elementwise import (
     BinaryCrossEntropy,
@@ -29,11 +31,79 @@ from vivit_linop.risk.losses.elementwise import (
     SquaredError,
 )
 
+# Takes a copy of the user's loss.
+Builder = Callable[[Any], OutputLoss]
+_Builder = TypeVar("_Builder", bound=Builder)
+
+_BUILDERS: dict[type, Builder] = {
+    nn.MSELoss: lambda loss: SquaredError(),
+    nn.BCEWithLogitsLoss: lambda loss: BinaryCrossEntropy(loss.weight, loss.pos_weight),
+    nn.CrossEntropyLoss: lambda loss: CrossEntropy(
+        loss.weight, loss.ignore_index, loss.label_smoothing
+    ),
+    nn.NLLLoss: lambda loss: NegativeLogLikelihood(loss.weight, loss.ignore_index),
+    nn.GaussianNLLLoss: lambda loss: GaussianNLL(loss.full, loss.eps),
+    nn.PoissonNLLLoss: lambda loss: PoissonNLL(loss.log_input, loss.full, loss.eps),
+    nn.HuberLoss: lambda loss: Huber(loss.delta),
+    nn.SmoothL1Loss: lambda loss: SmoothL1(loss.beta),
+    nn.KLDivLoss: lambda loss: KullbackLeibler(
+        loss.log_target, loss.reduction == "batchmean"
+    ),
+    # Torch's own has no second derivative.
+    nn.MultiMarginLoss: lambda loss: AutogradLoss(_multi_margin(loss)),
+}
+
+
+def register(kind: type[nn.Module]) -> Callable[[_Builder], _Builder]:
+    """Say what a loss of the user is in output space, by its type.
+
+    The decorated function takes a copy of the loss, with the tensors that it has when
+    the risk is built, and returns an :class:`OutputLoss`. It is called once for each
+    risk. Subclasses of ``kind`` may compute something else: they are not taken for it.
+    A type that is registered again, one of torch's too, has the new function.
+
+    Args:
+        kind: The class of the loss.
+
+    Raises:
+        TypeError: If it is no subclass of ``nn.Module``.
+
+    Example:
+        >>> import torch, vivit_linop as vl
+        >>> class Cosh(torch.nn.Module):
+        ...     reduction = "sum"
+        ...     def forward(self, output, target):
+        ...         return (output - target).cosh().sum()
+        >>> class OutputCosh(vl.losses.ElementwiseLoss):
+        ...     def total(self, output, target):
+        ...         return (output - target).cosh().sum()
+        ...     def slope(self, output, target):
+        ...         return (output - target).sinh()
+        ...     def curvature(self, output, target):
+        ...         return (output - target).cosh()
+        >>> @vl.losses.register(Cosh)
+        ... def output_cosh(loss):
+        ...     return OutputCosh()
+        >>> data = torch.zeros(2, 3), torch.zeros(2, 1)
+        >>> vl.LossHessian(torch.nn.Linear(3, 1, bias=False), Cosh(), data).shape
+        (2, 2)
+    """
+    if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
+        raise TypeError(
+            f"kind: a subclass of torch.nn.Module, got {kind!r}. Make the loss a "
+            "module; a function has no type of its own."
+        )
+
+    def registered(builder: _Builder) -> _Builder:
+        _BUILDERS[kind] = builder
+        return builder
+
+    return registered
+
 
 def as_output_loss(
     loss: Any,
     reduction: str | None,
-    check: bool = True,
     parameters: Sequence[Tensor] = (),
 ) -> OutputLoss:
     """Find what a user's loss is.
@@ -45,11 +115,11 @@ def as_output_loss(
         loss: A ``torch.nn`` loss or a callable.
         reduction: What the user says it is; needed for a callable without the
             attribute.
-        check: Whether to check that a loss without a closed form is a sum over samples.
         parameters: Those of the user's model, which it must not use.
 
     Raises:
-        TypeError: If it cannot be called.
+        TypeError: If it cannot be called, or what is registered for it returns
+            something else than an :class:`OutputLoss`.
         ValueError: If its reduction is missing, contradictory or ``"none"``; if it
             holds what was computed from parameters of the model.
     """
@@ -89,12 +159,18 @@ def as_output_loss(
             "reduction='mean')."
         )
     frozen, own = _frozen(loss, name, parameters)
-    result = _output_loss(frozen, reduction, name, check)
+    result = _BUILDERS.get(type(frozen), AutogradLoss)(frozen)
+    if not isinstance(result, OutputLoss):
+        raise TypeError(
+            f"loss: the function that is registered for {name} must return a "
+            f"vl.losses.OutputLoss, got {type(result).__name__}."
+        )
     if isinstance(result, AutogradLoss):
         result.watch(parameters, own)
-    elif isinstance(frozen, nn.Module) and parts_of(frozen.buffers(), parameters):
+    elif parts_of([*frozen.parameters(), *frozen.buffers()], parameters):
         raise uses_parameters(name)
-    result.source = frozen
+    result.source, result.reduction = frozen, reduction
+    result.name = result.name or name
     return result
 
 
@@ -117,36 +193,6 @@ def _frozen(
     copies = Copies(((p, p) for p in parameters), other=freeze, frozen=True)
     with torch.inference_mode(False):
         return copies.of(loss), own
-
-
-def _output_loss(loss: Any, reduction: str, name: str, check: bool) -> OutputLoss:
-    # Exact types: a subclass may compute something else.
-    if type(loss) is nn.MSELoss:
-        return SquaredError(reduction)
-    if type(loss) is nn.BCEWithLogitsLoss:
-        return BinaryCrossEntropy(reduction, loss.weight, loss.pos_weight)
-    if type(loss) is nn.CrossEntropyLoss:
-        return CrossEntropy(
-            reduction, loss.weight, loss.ignore_index, loss.label_smoothing
-        )
-    if type(loss) is nn.NLLLoss:
-        return NegativeLogLikelihood(reduction, loss.weight, loss.ignore_index)
-    if type(loss) is nn.GaussianNLLLoss:
-        return GaussianNLL(reduction, loss.full, loss.eps)
-    if type(loss) is nn.PoissonNLLLoss:
-        return PoissonNLL(reduction, loss.log_input, loss.full, loss.eps)
-    if type(loss) is nn.HuberLoss:
-        return Huber(reduction, loss.delta)
-    if type(loss) is nn.SmoothL1Loss:
-        return SmoothL1(reduction, loss.beta)
-    if type(loss) is nn.KLDivLoss:
-        return KullbackLeibler(
-            reduction, loss.log_target, loss.reduction == "batchmean"
-        )
-    if type(loss) is nn.MultiMarginLoss:
-        # Torch's own has no second derivative.
-        return AutogradLoss(_multi_margin(loss), reduction, name, check)
-    return AutogradLoss(loss, reduction, name, check)
 
 
 # Losses of torch that are no functions of one output, and what of.

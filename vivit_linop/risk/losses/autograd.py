@@ -1,0 +1,126 @@
+"""Any other loss of a user: a function, differentiated by autograd in output space."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vivit_linop.risk.copies import Watch
+from vivit_linop.risk.losses.base import OutputLoss
+
+LossCallable = Callable[[Tensor, Tensor], Tensor]
+
+
+class AutogradLoss(OutputLoss):
+    """A function, with derivatives by autograd.
+
+    Args:
+        function: ``(output, target) -> scalar``, a mean or a sum over samples.
+    """
+
+    def __init__(self, function: LossCallable) -> None:
+        self.function = function
+        self._parameters: Sequence[Tensor] | None = None
+        self._own: Sequence[Tensor] = ()
+        self._outside: Sequence[tuple[Tensor, Tensor]] = ()
+
+    def watch(self, parameters: Sequence[Tensor], own: Sequence[Tensor]) -> None:
+        """Let the next check see which tensors the loss uses.
+
+        Args:
+            parameters: Those of the model, which are refused.
+            own: Those that nobody else has. Others must stay what they are.
+        """
+        self._parameters, self._own = list(parameters), list(own)
+
+    def check_data(self, output: Tensor, target: Tensor) -> None:
+        """The loss is a scalar, and uses no parameters of the model."""
+        with torch.no_grad():
+            value = self._value(output, target)
+        if not isinstance(value, Tensor) or value.numel() != 1:
+            shape = list(value.shape) if isinstance(value, Tensor) else value
+            raise ValueError(
+                f"loss: {self.name} must return a scalar tensor, got {shape}. Use "
+                "reduction='mean' or 'sum'."
+            )
+        self._look_outside(output, target)
+
+    def total(self, output: Tensor, target: Tensor) -> Tensor:
+        """Undo the mean."""
+        self._check_outside()
+        factor = len(output) if self.reduction == "mean" else 1
+        return factor * self.function(output, target).reshape(())
+
+    def _look_outside(self, output: Tensor, target: Tensor) -> None:
+        """Find what the loss uses beside outputs and targets, once."""
+        if self._parameters is None:
+            return
+        output = output.detach()
+        with torch.enable_grad(), Watch() as watch:
+            value = self.function(output, target)
+        used = [*watch.used.values(), *leaves_of(value)]
+        if parts_of(used, self._parameters):
+            raise uses_parameters(self.name)
+        known = {id(tensor) for tensor in (output, target, *self._own)}
+        self._outside = [
+            (t, t.detach().clone())
+            for t in {id(t): t for t in used if id(t) not in known}.values()
+        ]
+        self._parameters, self._own = None, []
+
+    def _check_outside(self) -> None:
+        """Raise a ``ValueError`` if others have changed what the loss uses."""
+        for tensor, before in self._outside:
+            if not torch.equal(tensor.detach(), before):
+                raise ValueError(
+                    f"loss: {self.name} uses a tensor {list(before.shape)} that is not "
+                    "its own, and that has changed since the risk was built. Make it "
+                    "an attribute of a loss that is an nn.Module, or build a new risk."
+                )
+
+    def _value(self, output: Tensor, target: Tensor) -> Any:
+        try:
+            return self.function(output, target)
+        except TypeError as error:
+            raise TypeError(
+                f"loss: {self.name} cannot be called as loss(output, target): {error}. "
+                "Of a loss of several inputs make a function of one output and one "
+                "target, with reduction=: for example lambda output, target: "
+                "loss(*output.unbind(1), target), where the model returns "
+                "torch.stack([a, b], dim=1)."
+            ) from error
+
+
+def leaves_of(tensor: Tensor) -> list[Tensor]:
+    """The tensors that require grad, and that a tensor was computed from."""
+    if tensor.grad_fn is None:
+        return [tensor] if tensor.requires_grad else []
+    found, todo, seen = [], [tensor.grad_fn], {None, tensor.grad_fn}
+    while todo:
+        node: Any = todo.pop()
+        if hasattr(node, "variable"):
+            found.append(node.variable)
+        following = [n for n, _ in node.next_functions if n not in seen]
+        todo += following
+        seen.update(following)
+    return found
+
+
+def parts_of(tensors: Iterable[Any], whole: Sequence[Tensor]) -> list[Tensor]:
+    """Return those of some tensors that are among others, by identity."""
+    known = {id(tensor) for tensor in whole}
+    return [tensor for tensor in tensors if id(tensor) in known]
+
+
+def uses_parameters(name: str) -> ValueError:
+    """Of a loss that is not a function of the outputs alone."""
+    return ValueError(
+        f"loss: {name} uses parameters of the model, so it is no function of its "
+        "outputs alone, and derivatives would miss that part. Give the loss without "
+        "it. A regulariser τ/2 ‖θ‖² is added to operators as vl.GGN(risk) + "
+        "τ * vl.Identity(D), another one by its curvature as + vl.Diagonal(…), and "
+        "to risk.value() and risk.gradient() by hand."
+    )

@@ -1,0 +1,292 @@
+"""Losses are compared with what they must agree with, on the batches they are used for.
+
+A loss of the library is tested, and is asked only whether it takes the data. Any other
+may have errors: a function may mix the samples of a batch, torch's second derivative
+may be wrong, a closed form may belong to another function.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from vivit_linop.risk.differences import SHIFTS, STEPS, Comparison
+from vivit_linop.risk.losses.autograd import AutogradLoss
+from vivit_linop.risk.losses.base import OutputLoss
+
+
+def check_loss(
+    loss: OutputLoss, output: Tensor, target: Tensor, check_sum: bool = True
+) -> None:
+    """Raise a ``ValueError`` if a loss does not take a batch, or is not what it says.
+
+    Args:
+        loss: The loss.
+        output: The outputs of a batch.
+        target: Their targets.
+        check_sum: Whether to look whether it is a sum over samples.
+    """
+    loss.check_data(output, target)
+    if loss.tested:
+        return
+    if check_sum:
+        with torch.no_grad():
+            _check_is_a_sum(loss, output, target)
+    if isinstance(loss, AutogradLoss):
+        return
+    with torch.no_grad():
+        _check_value(loss, output, target)
+    if _has_own(loss, "gradient"):
+        by_autograd = OutputLoss.gradient(loss, output, target)
+        found = loss.gradient(output, target)
+        _compare(loss, "gradient", found, by_autograd, "by autograd of total")
+
+
+def check_curvature(loss: OutputLoss, output: Tensor, target: Tensor) -> None:
+    """Raise a ``ValueError`` if a loss has no Hessian."""
+    if loss.tested:
+        return
+    x = torch.ones_like(loss.channels(output[:1])).unsqueeze(-1)
+    try:
+        product = loss.hessian_product(output[:1], target[:1], x)
+    except (RuntimeError, NotImplementedError) as error:
+        raise ValueError(
+            f"loss: {loss.name} has no second derivative in torch ({error}), so no "
+            "Hessian. Write it as a function of differentiable operations, with "
+            "reduction=. Gradients, PerSampleGradients and EmpiricalFisher need "
+            "none."
+        ) from error
+    if product.shape != x.shape:
+        raise ValueError(
+            f"loss: hessian_product of {loss.name} has shape {list(product.shape)} for "
+            f"X {list(x.shape)}, it must have the same."
+        )
+
+
+def certify_curvature(loss: OutputLoss, output: Tensor, target: Tensor) -> None:
+    """Raise a ``ValueError`` if the Hessian of a sample of a batch is wrong.
+
+    A product is compared with differences of gradients, a diagonal in closed form with
+    products of the first sample.
+    """
+    if loss.tested:
+        return
+    wrong = _surely_refuted(loss, output, target)
+    if wrong.any():
+        sample = int(wrong.nonzero()[0])
+        if _has_own(loss, "hessian_product"):
+            raise ValueError(
+                f"loss: hessian_product of {loss.name} is wrong, it is not the slope "
+                f"of its gradient (sample {sample} of its batch). Leave it out, and "
+                "autograd takes its place."
+            )
+        raise ValueError(
+            f"loss: torch's second derivative of {loss.name} is wrong, it is not "
+            f"the slope of its gradient (sample {sample} of its "
+            "batch). Look for hand-written autograd Functions, and write it as a "
+            "function of differentiable operations. Gradients, PerSampleGradients "
+            "and EmpiricalFisher need no second derivatives."
+        )
+    if _has_own(loss, "hessian_diagonal"):
+        by_products = OutputLoss.hessian_diagonal(loss, output[:1], target[:1])
+        found = loss.hessian_diagonal(output[:1], target[:1])
+        _compare(loss, "hessian_diagonal", found, by_products, "by hessian_product")
+
+
+def certified_sqrt(loss: OutputLoss, output: Tensor, target: Tensor) -> Tensor:
+    """Return ``loss.sqrt``, compared with a product if it is in closed form.
+
+    Raises:
+        ValueError: If it is no square root, or there is none.
+    """
+    S = loss.sqrt(output, target)
+    if loss.tested or not loss.convex:
+        return S
+    f = loss.channels(output)
+    n, C, P = f.shape
+    expected = [n, C, loss.sqrt_width(output), P]
+    if list(S.shape) != expected:
+        raise ValueError(
+            f"loss: sqrt of {loss.name} has shape {list(S.shape)}, it must have "
+            f"{expected}; sqrt_width is the number of its columns."
+        )
+    x = _noise(f)
+    found = torch.einsum("ncrp,nrp->ncp", S, torch.einsum("ncrp,ncp->nrp", S, x))
+    product = loss.hessian_product(output, target, x.unsqueeze(-1)).squeeze(-1)
+    _compare(loss, "S Sᵀ x with S = sqrt", found, product, "by hessian_product")
+    return S
+
+
+def _has_own(loss: OutputLoss, method: str) -> bool:
+    """Whether a loss has a closed form in place of what the base class does."""
+    return getattr(type(loss), method) is not getattr(OutputLoss, method)
+
+
+def _check_value(loss: OutputLoss, output: Tensor, target: Tensor) -> None:
+    """Raise a ``ValueError`` if the user's own loss has another value."""
+    found, value = loss.total(output, target), loss.source(output, target)
+    if loss.reduction == "mean":
+        found = found / loss.weight(output, target)
+    what = {"sum": "total", "mean": "total / weight"}[loss.reduction]
+    _compare(loss, what, found, value, "by the loss itself")
+
+
+def _compare(
+    loss: OutputLoss, what: str, found: Tensor, expected: Tensor, where: str
+) -> None:
+    if found.shape != expected.shape:
+        raise ValueError(
+            f"loss: {what} of {loss.name} has shape {list(found.shape)}, and "
+            f"{list(expected.shape)} {where}."
+        )
+    off, size = (found - expected).double().norm(), expected.double().norm()
+    # Where what is expected overflows, the risk's value is refused.
+    if size.isfinite() and not off <= torch.finfo(expected.dtype).eps ** 0.5 * size:
+        raise ValueError(
+            f"loss: {what} of {loss.name} is wrong: it differs by {float(off):.3g} "
+            f"from what it is {where}, {float(size):.3g} in norm."
+        )
+
+
+def _check_is_a_sum(loss: OutputLoss, output: Tensor, target: Tensor) -> None:
+    """Raise a ``ValueError`` if the loss is no sum of losses of samples."""
+    whole = loss.total(output, target)
+    index = torch.arange(len(output), device=output.device)
+    # Two ways to split: neighbours apart, then together.
+    for mask in (index % 2 == 0, index < (len(output) + 1) // 2):
+        if mask.all():
+            continue
+        parts = _parts(loss, output, target, mask)
+        error = (parts[0] + parts[1] - whole).abs()
+        tolerance = torch.finfo(output.dtype).eps ** 0.5
+        size = max(part.abs() for part in (*parts, whole))
+        if error > tolerance * size or _couples(loss, output, target, mask):
+            raise ValueError(
+                f"loss: {loss.name} with reduction={loss.reduction!r} is not "
+                f"the {loss.reduction} of losses of single samples, so "
+                "per-sample curvature is undefined. Give the reduction that it "
+                "has, a torch.nn loss for weights and ignored targets, or a "
+                "loss that does not mix samples."
+            )
+
+
+def _parts(
+    loss: OutputLoss, output: Tensor, target: Tensor, mask: Tensor
+) -> list[Tensor]:
+    """The totals of some samples, and of the others."""
+    try:
+        return [loss.total(output[m], target[m]) for m in (mask, ~mask)]
+    except (RuntimeError, ValueError, IndexError) as error:
+        raise ValueError(
+            f"loss: {loss.name} fails on some of the samples alone: {error}. It "
+            "must not hold anything that numbers samples, such as a weight with a "
+            "sample axis; that belongs to the targets."
+        ) from error
+
+
+def _couples(loss: OutputLoss, output: Tensor, target: Tensor, mask: Tensor) -> bool:
+    """Whether the Hessian of some samples is another one with the others there."""
+    try:
+        check_curvature(loss, output, target)
+    except ValueError:
+        return False
+    f = loss.channels(output)
+    x = _noise(f).unsqueeze(-1)
+    together = loss.hessian_product(output, target, x)[mask]
+    alone = loss.hessian_product(output[mask], target[mask], x[mask])
+    tolerance = torch.finfo(f.dtype).eps ** 0.5
+    return bool((together - alone).norm() > tolerance * alone.norm() + 1e-30)
+
+
+def _surely_refuted(loss: OutputLoss, output: Tensor, target: Tensor) -> Tensor:
+    """Of which samples differences of gradients refute the Hessian, ``[n]``.
+
+    Where torch's second derivative of the loss is wrong, differences agree with each
+    other and not with the product. On a kink they may too: so it must also be wrong
+    beside the outputs.
+    """
+    nothing = torch.zeros(len(output), dtype=torch.bool, device=output.device)
+    try:
+        wrong = _refuted(loss, output, target)
+        for shift in SHIFTS[torch.float64]:
+            if wrong.any():
+                size = output.abs().mean() + torch.finfo(output.dtype).tiny
+                beside = output + shift * size * _noise(output, seed=1)
+                wrong &= _refuted(loss, beside, target)
+    # Beside the outputs a loss may not be defined, and say so in any way.
+    except Exception:
+        return nothing
+    return wrong
+
+
+def _refuted(loss: OutputLoss, output: Tensor, target: Tensor) -> Tensor:
+    """Of which samples differences of gradients refute the Hessian, ``[n]``."""
+    scale = (output.square().mean().sqrt() + torch.finfo(output.dtype).tiny).item()
+    x = scale * _noise(output)
+    precision, exact = torch.float64, target
+    if target.is_floating_point():
+        exact = target.double()
+    try:
+        g = loss.gradient(output.double(), exact)
+    # Whatever a loss says to numbers of another precision.
+    except Exception:
+        precision, exact = output.dtype, target
+        g = loss.gradient(output, target)
+
+    def norms(t: Tensor) -> Tensor:
+        return scale * t.reshape(len(t), -1).double().norm(dim=1)
+
+    def gradient(step: float) -> Tensor:
+        return loss.gradient(output.to(precision) + step * x.to(precision), exact)
+
+    direction = loss.channels(x).unsqueeze(-1)
+    found = loss.hessian_product(output, target, direction).squeeze(-1)
+    differences: list[Tensor] = []
+
+    def comparison(usual: Tensor) -> Comparison:
+        return Comparison(
+            size=norms(found),
+            total=norms(found) + norms(g) + usual,
+            off=torch.stack([norms(d - found) for d in differences]),
+            apart=torch.stack([norms(d - differences[0]) for d in differences]),
+            precision=precision,
+            own=output.dtype,
+        )
+
+    nothing = torch.zeros_like(norms(g))
+    for h in STEPS[precision]:
+        differences.append((gradient(h) - gradient(-h)) / (2 * h))
+        if len(differences) == 1 and comparison(nothing).right().all():
+            return nothing.bool()
+    return comparison(_usual(loss, output, target, direction, norms)).refuted()
+
+
+def _usual(
+    loss: OutputLoss,
+    output: Tensor,
+    target: Tensor,
+    direction: Tensor,
+    norms: Callable[[Tensor], Tensor],
+) -> Tensor:
+    """The size of derivatives at random outputs, for each sample.
+
+    Where the loss is saturated, rounding is to be measured by what is not.
+    """
+    typical = _noise(output)
+    try:
+        usual = norms(loss.gradient(typical, target))
+        usual = usual + norms(loss.hessian_product(typical, target, direction))
+    # Some losses are of probabilities only, and say so in any way.
+    except Exception:
+        return norms(torch.zeros_like(output))
+    return usual.nan_to_num(0.0, 0.0, 0.0)
+
+
+def _noise(like: Tensor, seed: int = 0) -> Tensor:
+    generator = torch.Generator("cpu").manual_seed(seed)
+    drawn = torch.randn(
+        like.shape, generator=generator, dtype=torch.float64, device="cpu"
+    )
+    return drawn.to(like)
