@@ -21,14 +21,9 @@ import vivit_linop as vl
 from vivit_linop.net.capture import Capture
 from vivit_linop.net.certificate import Certificate
 from vivit_linop.net.certified import find_structure
-from vivit_linop.net.columns.khatri_rao import (
-    DenseColumns,
-    KhatriRaoColumns,
-    LayerColumns,
-    cotangents_key,
-    merged,
-    share_signal,
-)
+from vivit_linop.net.columns.base import DenseColumns, LayerColumns
+from vivit_linop.net.columns.joins import merged, share_signal
+from vivit_linop.net.columns.khatri_rao import KhatriRaoColumns
 
 N = 6
 
@@ -413,9 +408,9 @@ def test_columns_are_merged_by_what_they_share() -> None:
             KhatriRaoColumns(b.new_ones(2, 1, 3, 1), b + i, signal=None) for i in (0, 1)
         ]
         bias = KhatriRaoColumns(b.new_ones(2, 1, 1, 1), parts[0].cotangents)
-        assert len({cotangents_key(part) for part in (*parts, bias)}) == 3
+        assert len({part.cotangents_key for part in (*parts, bias)}) == 3
         share_signal([parts[0], bias])
-        assert len({cotangents_key(part) for part in (*parts, bias)}) == 2
+        assert len({part.cotangents_key for part in (*parts, bias)}) == 2
         assert len(merged([(part, part) for part in (*parts, bias)])) == 2
         return b
 
@@ -431,7 +426,7 @@ def test_weight_and_bias_share_and_two_layers_do_not() -> None:
     capture = Capture(risk, X, N)
     (variant,) = find_structure(risk).variants
     columns = capture.columns(torch.randn(N, 3, 2).double(), variant, set(risk.params))
-    keys = {name: cotangents_key(part) for name, part in columns.items()}
+    keys = {name: part.cotangents_key for name, part in columns.items()}
     assert keys["a.weight"] is keys["a.bias"] and keys["b.weight"] is keys["b.bias"]
     assert keys["a.weight"] is not keys["b.weight"]
     check(net, X, y)

@@ -6,12 +6,9 @@ import torch
 from torch import Tensor
 
 from vivit_linop.curvature.column_factor import ColumnFactor, formed
-from vivit_linop.net.columns.khatri_rao import (
-    DenseColumns,
-    KhatriRaoColumns,
-    LayerColumns,
-    compacted,
-)
+from vivit_linop.net.columns.base import DenseColumns, LayerColumns
+from vivit_linop.net.columns.joins import compacted
+from vivit_linop.net.columns.khatri_rao import KhatriRaoColumns
 from vivit_linop.operators.lowrank import LowRank
 from vivit_linop.testing import check_operator
 

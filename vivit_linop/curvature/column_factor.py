@@ -9,12 +9,8 @@ import torch
 from torch import Tensor
 
 from vivit_linop.net.blocks import Piece
-from vivit_linop.net.columns.khatri_rao import (
-    DenseColumns,
-    LayerColumns,
-    merged,
-    mirror,
-)
+from vivit_linop.net.columns.base import DenseColumns, LayerColumns, mirror
+from vivit_linop.net.columns.joins import merged
 from vivit_linop.net.stored import StoredColumns
 from vivit_linop.operators.base import TorchLinearOperator
 from vivit_linop.operators.verbs import (

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from vivit_linop.net.capture import Capture
 from vivit_linop.net.certified import CertifiedColumns, find_structure
-from vivit_linop.net.columns.khatri_rao import LayerColumns, cotangents_key
+from vivit_linop.net.columns.base import LayerColumns
 from vivit_linop.risk.data import copied, take
 from vivit_linop.risk.empirical import EmpiricalRisk
 from vivit_linop.risk.memory import explained, free_memory
@@ -60,7 +60,7 @@ class Piece:
         """What the columns take; those with the same cotangents share them."""
         sizes: dict[object, int] = {}
         for part in self.columns.values():
-            key = cotangents_key(part)
+            key = part.cotangents_key
             sizes[key] = max(part.nbytes, sizes.get(key, 0))
         return sum(sizes.values())
 

@@ -10,17 +10,12 @@ import torch
 from torch import Tensor
 
 from vivit_linop.net.certificate import Certificate
-from vivit_linop.net.columns.khatri_rao import LayerColumns, compacted
-from vivit_linop.net.columns.stacked import assembled
-from vivit_linop.net.kinds import (
-    columns_of_use,
-    entries_of_use,
-    is_wide,
-    overlapping,
-)
-from vivit_linop.net.layouts import Layout, candidates
-from vivit_linop.net.recorder import Recorder, Use
+from vivit_linop.net.columns.base import LayerColumns
+from vivit_linop.net.columns.joins import assembled, compacted
+from vivit_linop.net.layouts import Layout
+from vivit_linop.net.recorder import Recorder
 from vivit_linop.net.structure import Variant, kinds_of
+from vivit_linop.net.uses import Use, overlapping
 from vivit_linop.net.views import View
 from vivit_linop.risk.data import take
 from vivit_linop.risk.empirical import EmpiricalRisk
@@ -113,7 +108,7 @@ class Capture:
                 if r == 0:
                     stacked.append(_stack(signal, cotangents.shape[2]))
                 stacked[index][:, r] = signal
-        makers = (columns_of_use(each.use, each.layout) for each in kept)
+        makers = (each.use.columns(each.layout) for each in kept)
         return self._assembled(kept, makers, stacked, names, compact)
 
     def parts(
@@ -139,9 +134,9 @@ class Capture:
         together: list[Kept] = []
         for each in kept:
             alone = all(counts[name] == 1 for name in each.use.names)
-            wide = alone and is_wide(each.use, self.num_samples, width)
+            wide = alone and each.use.is_wide(self.num_samples, width)
             (apart if wide else together).append(each)
-        makers = [columns_of_use(each.use, each.layout) for each in apart]
+        makers = [each.use.columns(each.layout) for each in apart]
         stacked: list[Tensor] = []
         for r, signals in enumerate(self._signals(apart + together, cotangents)):
             single = [signal.unsqueeze(1) for signal in signals[: len(apart)]]
@@ -150,7 +145,7 @@ class Capture:
                 if r == 0:
                     stacked.append(_stack(signal, width))
                 stacked[index][:, r] = signal
-        last = (columns_of_use(each.use, each.layout) for each in together)
+        last = (each.use.columns(each.layout) for each in together)
         yield self._assembled(together, last, stacked, names, compact=False), False
 
     def _kept(self, variant: Variant, names: Set[str]) -> list[Kept]:
@@ -202,7 +197,7 @@ class Capture:
         """Estimate what the columns of one sample take."""
         n, params = self.num_samples, self._risk.params
         formed = opaque | overlapping(self.uses)
-        entries = sum(entries_of_use(use, n, width) for use in self.uses)
+        entries = sum(use.entries(n, width) for use in self.uses)
         entries += width * sum(params[name].numel() for name in formed)
         return entries * self.output.element_size()
 
@@ -344,7 +339,7 @@ class Capture:
             dtype=self.output.dtype,
             device="cpu",
         ).to(self.output)
-        possible = [candidates(use, n) for use in self.uses]
+        possible = [use.layouts(n) for use in self.uses]
         pending = list(range(len(self.uses)))
         for sample in reversed(range(n)):
             if not pending:

@@ -23,7 +23,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from vivit_linop.net.columns.khatri_rao import LayerColumns
+from vivit_linop.net.columns.base import LayerColumns
 
 # How many times the measured rounding of a gradient two ways to it may differ by.
 _BY_NOISE = 30

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from vivit_linop.net.capture import Capture
-from vivit_linop.net.columns.khatri_rao import LayerColumns
+from vivit_linop.net.columns.base import LayerColumns
 from vivit_linop.net.dense import on_the_batch, one_by_one, vectorised
 from vivit_linop.net.structure import Structure, Variant
 from vivit_linop.risk.empirical import EmpiricalRisk

@@ -10,11 +10,8 @@ import torch
 
 from vivit_linop.net.capture import Capture
 from vivit_linop.net.certified import find_structure
-from vivit_linop.net.columns.khatri_rao import (
-    KhatriRaoColumns,
-    LayerColumns,
-    cotangents_key,
-)
+from vivit_linop.net.columns.base import LayerColumns
+from vivit_linop.net.columns.khatri_rao import KhatriRaoColumns
 from vivit_linop.net.columns.stacked import StackedColumns
 from vivit_linop.risk.empirical import EmpiricalRisk
 
@@ -82,11 +79,11 @@ def _layer_costs(risk: EmpiricalRisk, width: int) -> list[LayerCost]:
     kinds: dict[str, list[str]] = {}
     for use in capture.uses:
         for name in use.names:
-            kinds.setdefault(name, []).append(use.kind)
+            kinds.setdefault(name, []).append(use.kind.name)
     costs, seen = [], set()
     for name in risk.params:
         part = columns.get(name)
-        key = None if part is None else cotangents_key(part)
+        key = None if part is None else part.cotangents_key
         shared = key in seen
         seen.add(key)
         use_kinds = kinds.get(name, [])

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.func import vjp, vmap
 
 from vivit_linop.net.capture import Capture, pulled_back
-from vivit_linop.net.columns.khatri_rao import DenseColumns, LayerColumns
+from vivit_linop.net.columns.base import DenseColumns, LayerColumns
 from vivit_linop.risk.data import leaves, map_leaves, take
 from vivit_linop.risk.empirical import EmpiricalRisk
 from vivit_linop.risk.model import Params, as_guest

@@ -4,14 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
-
-from vivit_linop.net.recorder import Use
-
-# To these only the last axes have a meaning, so samples may be anywhere before them …
-_TRAILING = {"linear", "embedding", "layer_norm", "rms_norm"}
-# … and for these anywhere at all.
-_ANYWHERE = {"matvec", "add", "mul"}
 
 
 @dataclass(frozen=True)
@@ -50,21 +44,29 @@ class Layout:
         return B if axis is None else B.unsqueeze(axis)
 
 
-def candidates(use: Use, num_samples: int) -> list[str]:
-    """Return the names of the layouts that the output of a use may have."""
-    n, shape = num_samples, use.output_shape
-    axes = len(shape) - (use.kind not in _ANYWHERE)
+def candidates(
+    samples: str, shape: torch.Size, num_samples: int, parameter: torch.Size
+) -> list[str]:
+    """Return the names of the layouts that the output of a layer may have.
+
+    Args:
+        samples: Where its kind may have samples.
+        shape: The shape of the output.
+        num_samples: n.
+        parameter: The shape of the layer's first parameter.
+    """
+    n = num_samples
+    axes = len(shape) - (samples in ("first", "leading"))
     found = ["first"] if axes > 0 and shape[0] == n else []
-    if use.kind in _TRAILING | _ANYWHERE:
+    if samples != "first":
         if n == 1:
             return ["single"]
         if axes > 1 and shape[1] == n:
             found.append("second")
         if axes > 0 and shape[0] % n == 0 and shape[0] > n:
             found += ["merged", "merged second"]
-    if use.kind in ("add", "mul"):
+    if samples == "broadcast":
         # A parameter that has entries of its own for each sample is no such use.
-        (view,) = use.views
-        lengths = (1,) * (len(shape) - len(view.shape)) + view.shape
+        lengths = (1,) * (len(shape) - len(parameter)) + parameter
         found = [c for c in found if lengths[c == "second"] == 1]
     return found

@@ -1,10 +1,9 @@
 """Recording how a net uses its parameters while it runs.
 
-A ``TorchFunctionMode`` sees each call of a torch function. Calls whose dependence on a
-parameter has a known structure (``linear``, convolutions, normalisations, embeddings,
-matrix products, sums and products that broadcast) are recorded with their input and
-with the place of their output in the graph. Every other call that is given a parameter,
-or a view of it, marks it as opaque.
+A ``TorchFunctionMode`` sees each call of a torch function. Calls that are of a known
+kind of layer (:mod:`vivit_linop.net.kinds`) are recorded with their input and with the
+place of their output in the graph. Every other call that is given a parameter, or a
+view of it, marks it as opaque.
 """
 
 from __future__ import annotations
@@ -14,133 +13,15 @@ from dataclasses import dataclass, field
 from types import FunctionType
 from typing import Any
 
-import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.autograd.graph import get_gradient_edge
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from vivit_linop.net.views import View, Views, functions, tensors
+from vivit_linop.net.kinds import Arguments, Kind, Signature, readings
+from vivit_linop.net.uses import Use
+from vivit_linop.net.views import View, Views, tensors
 from vivit_linop.risk.model import Params
-
-Arguments = dict[str, Any]
-
-
-@dataclass
-class Use:
-    """One call of a torch function with parameters of the net.
-
-    Attributes:
-        kind: What the function does with them, as in ``_SIGNATURES``; after
-            ``_REWRITES``.
-        arguments: The call's arguments by name, tensors detached, parameters as views.
-        output_shape: The shape of the result.
-        edge: The place of the result in the graph, before anything is done to it.
-    """
-
-    kind: str
-    arguments: Arguments
-    output_shape: torch.Size
-    edge: GradientEdge
-
-    @property
-    def views(self) -> list[View]:
-        """The parameters that it uses, or what parts of them."""
-        roles = (self.arguments.get(role) for role in ("weight", "bias"))
-        return [view for view in roles if isinstance(view, View)]
-
-    @property
-    def names(self) -> list[str]:
-        """The names of the parameters that it uses."""
-        return [view.name for view in self.views]
-
-
-_CONV = "conv", "input weight bias stride padding dilation groups"
-_CONV_TRANSPOSE = (
-    "conv_transpose",
-    "input weight bias stride padding output_padding groups dilation",
-)
-# What a function does with its parameters, and the names of its arguments in order.
-_SIGNATURES: dict[Callable[..., Any], tuple[str, str]] = {
-    F.linear: ("linear", "input weight bias"),
-    F.conv1d: _CONV,
-    F.conv2d: _CONV,
-    F.conv3d: _CONV,
-    F.conv_transpose1d: _CONV_TRANSPOSE,
-    F.conv_transpose2d: _CONV_TRANSPOSE,
-    F.conv_transpose3d: _CONV_TRANSPOSE,
-    F.embedding: (
-        "embedding",
-        "input weight padding_idx max_norm norm_type scale_grad_by_freq",
-    ),
-    F.layer_norm: ("layer_norm", "input normalized_shape weight bias eps"),
-    F.rms_norm: ("rms_norm", "input normalized_shape weight eps"),
-    F.group_norm: ("group_norm", "input num_groups weight bias eps"),
-    F.batch_norm: (
-        "batch_norm",
-        "input running_mean running_var weight bias training momentum eps",
-    ),
-    F.instance_norm: (
-        "instance_norm",
-        "input running_mean running_var weight bias use_input_stats momentum eps",
-    ),
-    **dict.fromkeys(functions("matmul __matmul__"), ("matmul", "input other")),
-    **dict.fromkeys(functions("mm"), ("matmul", "input mat2")),
-    **dict.fromkeys(functions("mv"), ("matmul", "input vec")),
-    **dict.fromkeys(functions("addmm"), ("addmm", "input mat1 mat2 beta alpha")),
-    **dict.fromkeys(functions("add add_ __add__ __radd__"), ("add", "input other")),
-    **dict.fromkeys(functions("sub sub_ subtract __sub__"), ("sub", "input other")),
-    **dict.fromkeys(functions("mul multiply __mul__ __rmul__"), ("mul", "input other")),
-}
-
-
-def _matmul(given: Arguments) -> tuple[str, Arguments] | None:
-    """``x @ W`` is linear with Wᵀ, and ``x @ w`` with the matrix of one row wᵀ."""
-    data, weight, *options = given.values()
-    if options or not isinstance(weight, View) or len(weight.shape) > 2:
-        return None
-    if len(weight.shape) == 1:
-        return "matvec", {"input": data, "weight": weight.as_row}
-    return "linear", {"input": data, "weight": weight.mT}
-
-
-def _addmm(given: Arguments) -> tuple[str, Arguments] | None:
-    """``b + x @ W``, with one b for all rows."""
-    bias, data, weight, *factors = given.values()
-    if bias is None or weight is None or factors:
-        return None
-    outputs = weight.shape[1:]
-    if bias.shape not in (outputs, (1, *outputs)):
-        return None
-    return "linear", {"input": data, "weight": weight.mT, "bias": bias}
-
-
-def _add(sign: int) -> Callable[[Arguments], tuple[str, Arguments]]:
-    def rewrite(given: Arguments) -> tuple[str, Arguments]:
-        left, right = given["input"], given["other"]
-        if isinstance(right, View):
-            factor = sign * given.get("alpha", 1)
-            return "add", {"input": left, "bias": right, "factor": factor}
-        return "add", {"input": right, "bias": left, "factor": 1}
-
-    return rewrite
-
-
-def _mul(given: Arguments) -> tuple[str, Arguments]:
-    left, right = given["input"], given["other"]
-    if isinstance(right, View):
-        return "mul", {"input": left, "weight": right}
-    return "mul", {"input": right, "weight": left}
-
-
-# Calls that are recorded as another kind, if at all.
-_REWRITES: dict[str, Callable[[Arguments], tuple[str, Arguments] | None]] = {
-    "matmul": _matmul,
-    "addmm": _addmm,
-    "add": _add(1),
-    "sub": _add(-1),
-    "mul": _mul,
-}
 
 
 @dataclass
@@ -222,41 +103,43 @@ class Recorder(TorchFunctionMode):
         kwargs: Arguments,
         result: Any,
     ) -> Use | None:
-        if func not in _SIGNATURES or not isinstance(result, Tensor):
-            return None
-        kind, parameters = _SIGNATURES[func]
-        names = parameters.split()
-        # In the order of the names, also where they were given by name.
+        if not isinstance(result, Tensor) or result.dtype != self._dtype:
+            return None  # else a cotangent is not what it is here
+        for signature, kind in readings(func):
+            arguments = signature.read(self._given(signature, args, kwargs))
+            if arguments is not None:
+                return _use(kind, arguments, result)
+        return None
+
+    def _given(
+        self, signature: Signature, args: tuple[Any, ...], kwargs: Arguments
+    ) -> Arguments:
+        """The arguments in the order of their names, also where they came by name."""
+        names = signature.arguments.split()
         given = dict.fromkeys(names) | dict(zip(names, args, strict=False)) | kwargs
-        given = {key: value for key, value in given.items() if value is not None}
-        arguments = {key: self._freeze(value) for key, value in given.items()}
-        if kind in _REWRITES:
-            rewritten = _REWRITES[kind](arguments)
-            if rewritten is None:
-                return None
-            kind, arguments = rewritten
-        if arguments.get("scale_grad_by_freq"):
-            raise ValueError(
-                "model: calls F.embedding with scale_grad_by_freq=True, whose backward "
-                "pass gives no derivatives; leave that out, the outputs are the same."
-            )
-        if not isinstance(arguments.get("input"), Tensor):
-            return None
-        # A norm over the batch, or an embedding that renormalises, mixes samples. In
-        # other precisions or complex numbers a cotangent is not what it is here.
-        if arguments.get("training") or arguments.get("max_norm") is not None:
-            return None
-        if result.dtype != self._dtype:
-            return None
-        weight = arguments.get("weight")
-        if weight is not None and kind != "mul":
-            arguments["weight_shape"] = weight.shape
-        if not isinstance(weight, View):
-            del arguments["input"]  # needed for the columns of weights only
-        return Use(kind, arguments, result.shape, get_gradient_edge(result))
+        return {
+            name: self._freeze(value)
+            for name, value in given.items()
+            if value is not None
+        }
 
     def _freeze(self, value: Any) -> Any:
         """Detach data; parameters become views, or None if they have no such form."""
         if not isinstance(value, Tensor):
             return value
         return self._views[value] if value in self._views else value.detach()
+
+
+def _use(kind: Kind, arguments: Arguments, result: Tensor) -> Use | None:
+    """The use that a call is, if its kind has rules for the parameters in it."""
+    if not isinstance(arguments.get("input"), Tensor):
+        return None
+    for role in ("weight", "bias"):
+        if isinstance(parameter := arguments.get(role), (View, Tensor)):
+            arguments[f"{role}_shape"] = parameter.shape
+    use = Use(kind, arguments, result.shape, get_gradient_edge(result))
+    if (use.weight and not kind.has_weight) or (use.bias and not kind.bias):
+        return None
+    if use.weight is None:
+        del arguments["input"]  # needed for the columns of weights only
+    return use

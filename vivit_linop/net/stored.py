@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from vivit_linop.net.blocks import Columns, Piece, memory_budget
-from vivit_linop.net.columns.khatri_rao import LayerColumns, cotangents_key
+from vivit_linop.net.columns.base import LayerColumns
 from vivit_linop.net.costs import LayerCost, layer_costs
 from vivit_linop.risk.empirical import EmpiricalRisk
 
@@ -134,7 +134,7 @@ class StreamedColumns:
 def _groups(columns: dict[str, LayerColumns]) -> Iterable[list[str]]:
     groups: dict[Any, list[str]] = {}
     for name, part in columns.items():
-        groups.setdefault(cotangents_key(part), []).append(name)
+        groups.setdefault(part.cotangents_key, []).append(name)
     return groups.values()
 
 

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from vivit_linop.net.layouts import candidates
-from vivit_linop.net.recorder import Use
+from vivit_linop.net.uses import Use
 
 # A net that takes other ways on other samples may have this many; beyond, parameters
 # whose layouts do not fit are opaque.
@@ -35,7 +34,7 @@ class Variant:
         if self.single != (num_samples == 1):
             return False
         return self.kinds == kinds_of(uses) and all(
-            layout is None or layout in candidates(use, num_samples)
+            layout is None or layout in use.layouts(num_samples)
             for use, layout in zip(uses, self.layouts, strict=True)
         )
 
@@ -79,4 +78,4 @@ class Structure:
 
 def kinds_of(uses: list[Use]) -> list[tuple[str, list[str]]]:
     """What each use is, and of which parameters."""
-    return [(use.kind, use.names) for use in uses]
+    return [(use.kind.name, use.names) for use in uses]

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from vivit_linop.curvature.jacobian import Pullback
 from vivit_linop.net.blocks import Columns, Piece, memory_budget
-from vivit_linop.net.columns.khatri_rao import LayerColumns, merged, mirror
+from vivit_linop.net.columns.base import LayerColumns, mirror
+from vivit_linop.net.columns.joins import merged
 from vivit_linop.net.stored import StoredColumns, is_small
 from vivit_linop.operators.base import TorchLinearOperator
 from vivit_linop.operators.verbs import (

@@ -24,7 +24,8 @@ from vivit_linop.analysis.newton import (
     newton_combination,
 )
 from vivit_linop.curvature.column_factor import ColumnFactor, formed
-from vivit_linop.net.columns.khatri_rao import LayerColumns, compacted, merged
+from vivit_linop.net.columns.base import LayerColumns
+from vivit_linop.net.columns.joins import compacted, merged
 from vivit_linop.operators.eigenpairs import Eigenpairs
 from vivit_linop.operators.lowrank import LowRank
 from vivit_linop.vivit.extensions import (

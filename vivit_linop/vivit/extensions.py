@@ -31,8 +31,10 @@ from backpack.extensions.secondorder.sqrt_ggn.linear import SqrtGGNLinear
 from backpack.utils.module_classification import is_loss
 from torch import Tensor, nn
 
-from vivit_linop.net.columns.khatri_rao import LayerColumns
-from vivit_linop.net.kinds import bias_columns, weight_columns
+from vivit_linop.net import layers
+from vivit_linop.net.columns.base import LayerColumns
+from vivit_linop.net.kinds import Kind
+from vivit_linop.net.uses import columns_of_weight
 
 SAVEFIELD = "vivit_linop_layer"
 """The attribute of a parameter that its record is saved in, until the hook takes it."""
@@ -46,7 +48,7 @@ class LayerRecord:
     """What the columns of one parameter are made of.
 
     Attributes:
-        kind: The kind of its layer, as in :class:`vivit_linop.net.recorder.Use`.
+        kind: The kind of its layer.
         role: ``"weight"`` or ``"bias"``.
         arguments: The layer's arguments by name.
         inputs: The layer's input, ``[N, …]``.
@@ -54,7 +56,7 @@ class LayerRecord:
         gradients: The gradient of the loss at the layer's output, ``[N, …]``.
     """
 
-    kind: str
+    kind: Kind
     role: str
     arguments: dict[str, Any]
     inputs: Tensor
@@ -73,9 +75,10 @@ class LayerRecord:
     def _columns(self, subsampling: Indices, B: Tensor) -> LayerColumns:
         with torch.no_grad():
             if self.role == "bias":
-                return bias_columns(self.kind, self.arguments, B)
+                assert self.kind.bias is not None
+                return self.kind.bias(self.arguments, B)
             X = chosen(self.inputs, subsampling)
-            return weight_columns(self.kind, self.arguments, X, B)
+            return columns_of_weight(self.kind, self.arguments, X)(B)
 
 
 def layer_input(module: nn.Module) -> Tensor:
@@ -93,7 +96,7 @@ def chosen(tensor: Tensor, subsampling: Indices) -> Tensor:
 class _Recording:
     """A module extension that saves records; BackPACK's own backpropagates S."""
 
-    kind: str
+    kind: Kind
     options: tuple[str, ...] = ()
 
     def weight(
@@ -137,11 +140,11 @@ class _Recording:
 
 
 class _Linear(_Recording, SqrtGGNLinear):
-    kind = "linear"
+    kind = layers.LINEAR
 
 
 class _Conv(_Recording):
-    kind = "conv"
+    kind = layers.CONV
     options = ("stride", "padding", "dilation", "groups")
 
 
@@ -158,7 +161,7 @@ class _Conv3d(_Conv, SqrtGGNConv3d):
 
 
 class _ConvTranspose(_Conv):
-    kind = "conv_transpose"
+    kind = layers.CONV_TRANSPOSE
 
 
 class _ConvTranspose1d(_ConvTranspose, SqrtGGNConvTranspose1d):
@@ -174,12 +177,12 @@ class _ConvTranspose3d(_ConvTranspose, SqrtGGNConvTranspose3d):
 
 
 class _BatchNorm(_Recording, SqrtGGNBatchNormNd):
-    kind = "batch_norm"
+    kind = layers.BATCH_NORM
     options = ("running_mean", "running_var", "eps")
 
 
 class _Embedding(_Recording, SqrtGGNEmbedding):
-    kind = "embedding"
+    kind = layers.EMBEDDING
     options = ("padding_idx",)
 
 

@@ -1,20 +1,19 @@
-"""The columns that one parameter has in a pullback, in the structure of its layer.
+"""Columns that are sums of outer products: of layers whose weights multiply.
 
-For samples n and cotangent columns r, a parameter's part of column (n, r) of Jᵀ B is
-
-- for the weight of a linear layer b_nr ⊗ a_n, with a_n the layer's input and b_nr the
-  cotangent at its output; with weight sharing (convolutions, tokens, a weight used
-  twice) a sum Σ_p b_nrp ⊗ a_np over positions: :class:`KhatriRaoColumns`;
-- for biases and the weights of norms a short vector: :class:`DenseColumns`.
+For samples n and cotangents r, the weight's part of column (n, r) of Jᵀ B is b_nr ⊗ a_n
+in a linear layer, with a_n its input and b_nr the cotangent at its output. Where a
+weight is shared (convolutions, tokens, a weight used twice) it is a sum over positions,
+Σ_p b_nrp ⊗ a_np.
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Hashable, Iterator, Sequence
 
 import torch
 from torch import Tensor
+
+from vivit_linop.net.columns.base import LayerColumns, add_product, mirror
 
 # An elementwise pass over a matrix costs about what this many floating-point
 # operations of a large matrix product do for each entry. An operation of many small
@@ -25,180 +24,17 @@ _SMALL_PRODUCT_COST, _SMALL_PRODUCT_FLOPS = 2, 2e5
 # beside the rest; on other devices enough to be busy.
 _CACHED_BYTES, _PASSING_BYTES = 4 * 2**20, 64 * 2**20
 _DEVICE_FACTOR = 64
-# A symmetric product is halved while a block has twice this many rows; one that goes
-# position by position, in an elementwise way, stops sooner.
-_SYMMETRIC_LEAF, _SYMMETRIC_PAIRS_LEAF = 96, 300
+# A symmetric product position by position, in an elementwise way, is halved while a
+# block has twice this many rows.
+_SYMMETRIC_PAIRS_LEAF = 300
 # What a matrix that is multiplied entry by entry may take.
 _OUTER_BYTES = 16 * 2**20
 # The inputs of how many samples are multiplied together.
 _TOGETHER = 4
-# Sums over so many columns lose no digits that matter.
-_SHORT_SUM = 1024
 # Into so many rows a matrix is compressed whose norm is asked for.
 _SKETCH_ROWS = 8
 # Temporaries that are read again right away should still be in a cache.
 _WORKING_SET = 8 * 2**20
-
-
-class LayerColumns(ABC):
-    """The columns of one parameter, ``n·R`` of them, for n samples.
-
-    Attributes:
-        width: R.
-        num_samples: n.
-        numel: The number of entries of the parameter.
-    """
-
-    width: int
-    num_samples: int
-    numel: int
-
-    @abstractmethod
-    def add_gram(self, gram: Tensor, other: LayerColumns, memory: int) -> None:
-        """Add the inner products of these columns with others to ``[n·R, m·Q]``.
-
-        Args:
-            gram: What to add to, in place.
-            other: Of the same kind and parameter. If it is this object, only what is
-                on and above the diagonal needs to be right (see :func:`mirror`).
-            memory: The bytes that temporaries may take.
-        """
-
-    @abstractmethod
-    def rows(self) -> Tensor:
-        """The columns as rows, ``[n·R, numel]``."""
-
-    @abstractmethod
-    def signals(self, weights: Tensor) -> Tensor:
-        """Combine the cotangents, ``[K, n, R] -> [K, n, s]``.
-
-        Columns with the same cotangents have the same signals and images.
-        """
-
-    @abstractmethod
-    def combine(self, signals: Tensor, out: Tensor, add: bool) -> None:
-        """Write the combinations of columns that belong to signals.
-
-        Args:
-            signals: ``[K, n, s]``.
-            out: ``[K, numel]``; its rows are contiguous.
-            add: Whether to add to what is there.
-        """
-
-    @abstractmethod
-    def images(self, rows: Tensor) -> Tensor:
-        """Return what the layer makes of parameters ``[K, numel]``: ``[K, n, s]``."""
-
-    @abstractmethod
-    def components(self, images: Tensor) -> Tensor:
-        """Return the products of cotangents and images, ``[K, n, s] -> [K, n, R]``."""
-
-    @abstractmethod
-    def sizes(self) -> Tensor:
-        """About the norms of the columns, ``[n, R]``, at the cost of reading them.
-
-        Terms that are added up in a column are taken as orthogonal.
-        """
-
-    @abstractmethod
-    def combination(self, weights: Tensor) -> Tensor:
-        """Σ_nr w_nr column_nr, ``[n, R] -> [numel]``."""
-
-    def residual(self, weights: Tensor, expected: Tensor) -> Tensor:
-        """How far a combination is from what it should be.
-
-        Args:
-            weights: w, ``[n, R]``.
-            expected: What Σ_nr w_nr column_nr should be, ``[numel]``.
-
-        Returns:
-            A vector whose norm is about that of the difference, and zero if that is.
-        """
-        return self.combination(weights) - expected
-
-    def squared_norms(self, memory: int) -> Tensor:
-        """The squared norms of the columns, ``[n·R]``.
-
-        Args:
-            memory: The bytes that temporaries may take, here and below.
-        """
-        return self.rows().square().sum(1)
-
-    def entry_squares(self, memory: int) -> Tensor:
-        """The squares of the entries, summed over all columns, ``[numel]``."""
-        return self.rows().square().sum(0)
-
-    def sample_entry_squares(self, memory: int) -> Tensor:
-        """The squares of the entries, summed over each sample, ``[n, numel]``."""
-        rows = self.rows().view(self.num_samples, self.width, self.numel)
-        return rows.square().sum(1)
-
-    def entry_sums(self) -> Tensor:
-        """The sum of all columns, ``[numel]``."""
-        return self.rows().sum(0)
-
-    @property
-    @abstractmethod
-    def nbytes(self) -> int:
-        """The memory that they take."""
-
-
-class DenseColumns(LayerColumns):
-    """Columns that are formed.
-
-    Args:
-        values: ``[n, R, numel]``.
-    """
-
-    def __init__(self, values: Tensor) -> None:
-        self.num_samples, self.width, self.numel = values.shape
-        self._rows = values.reshape(-1, self.numel)
-
-    def rows(self) -> Tensor:
-        """The rows."""
-        return self._rows
-
-    @property
-    def nbytes(self) -> int:
-        """The formed columns."""
-        return self._rows.numel() * self._rows.element_size()
-
-    def signals(self, weights: Tensor) -> Tensor:
-        """The weights themselves."""
-        return weights
-
-    def combine(self, signals: Tensor, out: Tensor, add: bool) -> None:
-        """By one matrix product."""
-        out.addmm_(signals.flatten(1), self._rows, beta=int(add))
-
-    def sizes(self) -> Tensor:
-        """The norms."""
-        norms = torch.linalg.vector_norm(self._rows, dim=1)
-        return norms.view(self.num_samples, self.width)
-
-    def combination(self, weights: Tensor) -> Tensor:
-        """Some columns at a time: rounding errors of long sums would grow."""
-        pairs = zip(
-            weights.reshape(-1).split(_SHORT_SUM),
-            self._rows.split(_SHORT_SUM),
-            strict=True,
-        )
-        total = weights.new_zeros(self.numel)
-        for few, rows in pairs:
-            total += few @ rows
-        return total
-
-    def images(self, rows: Tensor) -> Tensor:
-        """By one matrix product."""
-        return (rows @ self._rows.T).view(len(rows), self.num_samples, self.width)
-
-    def components(self, images: Tensor) -> Tensor:
-        """The images themselves."""
-        return images
-
-    def add_gram(self, gram: Tensor, other: LayerColumns, memory: int) -> None:
-        """By one matrix product."""
-        add_product(gram, self.rows(), other.rows(), other is self)
 
 
 class KhatriRaoColumns(LayerColumns):
@@ -230,6 +66,19 @@ class KhatriRaoColumns(LayerColumns):
     def nbytes(self) -> int:
         """Inputs and cotangents."""
         return self.factor_entries(self.width) * self.cotangents.element_size()
+
+    @property
+    def cotangents_key(self) -> Hashable:
+        """Marked as shared, the cotangents are those of several parameters."""
+        return self.signal if self.positions == 1 else self
+
+    def is_like(self, other: LayerColumns) -> bool:
+        """Whether others have factors of the same channels, in the same layout."""
+        return isinstance(other, KhatriRaoColumns) and self._layout == other._layout
+
+    @property
+    def _layout(self) -> tuple[bool, int, int, int]:
+        return self._inputs_first, self._groups, self._a, self._b
 
     @property
     def forward_flops(self) -> int:
@@ -287,7 +136,7 @@ class KhatriRaoColumns(LayerColumns):
         contraction: str | None = None,
     ) -> None:
         """In the cheapest of three ways, or in the one that is asked for."""
-        if not isinstance(other, KhatriRaoColumns) or not _alike(self, other):
+        if not isinstance(other, KhatriRaoColumns) or not self.is_like(other):
             add_product(gram, self.rows(), other.rows(), False)
             return
         ways = {
@@ -650,96 +499,6 @@ def squares_by_pairs(inputs: int, outputs: int, positions: int, width: int) -> b
     return by_pairs < width * block * (2 * positions + ELEMENTWISE_COST)
 
 
-def compacted(columns: LayerColumns) -> LayerColumns:
-    """Form columns that take less memory than their factors."""
-    if not isinstance(columns, KhatriRaoColumns) or columns.positions == 1:
-        return columns
-    width = columns.width
-    if columns.formed_entries(width) > columns.factor_entries(width):
-        return columns
-    shape = columns.num_samples, width, columns.numel
-    return DenseColumns(columns.rows().view(shape))
-
-
-def joined(parts: list[LayerColumns]) -> LayerColumns:
-    """Add up the columns of several uses of one parameter."""
-    if len(parts) == 1:
-        return parts[0]
-    first = parts[0]
-    if all(_alike(first, part) for part in parts):
-        alike = [part for part in parts if isinstance(part, KhatriRaoColumns)]
-        return alike[0].with_more(alike[1:])
-    rows = torch.stack([part.rows() for part in parts]).sum(0)
-    return DenseColumns(rows.view(first.num_samples, first.width, -1))
-
-
-def merged(
-    pairs: Sequence[tuple[LayerColumns, LayerColumns]],
-) -> list[tuple[LayerColumns, LayerColumns]]:
-    """Put columns with the same cotangents together, such as a weight's and a bias's.
-
-    The Gram matrix of all is the same, and that of the cotangents is needed once.
-    """
-    groups: dict[Hashable, list[tuple[LayerColumns, LayerColumns]]] = {}
-    for left, right in pairs:
-        key = cotangents_key(left), cotangents_key(right)
-        groups.setdefault(key, []).append((left, right))
-    stacked = []
-    for group in groups.values():
-        left = _stacked([left for left, _ in group])
-        same = all(left is right for left, right in group)
-        stacked.append(
-            (left, left if same else _stacked([right for _, right in group]))
-        )
-    return stacked
-
-
-def cotangents_key(columns: LayerColumns) -> Hashable:
-    """What is equal for columns with the same cotangents."""
-    if isinstance(columns, KhatriRaoColumns) and columns.positions == 1:
-        return columns.signal
-    return columns
-
-
-def share_signal(parts: Sequence[LayerColumns]) -> None:
-    """Mark the columns of one use, a weight's and a bias's, as of one cotangent."""
-    alike = [part for part in parts if isinstance(part, KhatriRaoColumns)]
-    for part in alike[1:]:
-        if part.cotangents.shape == alike[0].cotangents.shape:
-            part.signal = alike[0].signal
-
-
-def _stacked(parts: list[LayerColumns]) -> LayerColumns:
-    if len(parts) == 1:
-        return parts[0]
-    alike = [part for part in parts if isinstance(part, KhatriRaoColumns)]
-    inputs = torch.cat([part.inputs for part in alike], dim=2)
-    return KhatriRaoColumns(inputs, alike[0].cotangents)
-
-
-def add_product(gram: Tensor, left: Tensor, right: Tensor, symmetric: bool) -> None:
-    """Add ``left @ right.T`` to a matrix; above the diagonal only if symmetric."""
-    if not symmetric or len(left) < 2 * _SYMMETRIC_LEAF:
-        gram.addmm_(left, right.T)
-        return
-    # The diagonal blocks by recursion, the block beside them once.
-    half = len(left) // 2
-    top, bottom = left[:half], left[half:]
-    add_product(gram[:half, :half], top, top, True)
-    add_product(gram[half:, half:], bottom, bottom, True)
-    gram[:half, half:].addmm_(top, bottom.T)
-
-
-def mirror(matrix: Tensor) -> None:
-    """Copy what is above the diagonal of a square matrix to below it."""
-    step = 256
-    for start in range(0, len(matrix), step):
-        rows = slice(start, start + step)
-        diagonal = matrix[rows, rows]
-        diagonal.copy_(diagonal.triu() + diagonal.triu(1).T)
-        matrix[start + step :, rows] = matrix[rows, start + step :].T
-
-
 def _side_by_side(
     inputs: Tensor, samples: Sequence[int]
 ) -> Iterator[tuple[int, Tensor]]:
@@ -766,15 +525,3 @@ def _outer_sums(columns: Tensor) -> Tensor:
         add_product(total, group, group, True)
         mirror(total)
     return sums
-
-
-def _alike(left: LayerColumns, right: LayerColumns) -> bool:
-    if not isinstance(left, KhatriRaoColumns) or not isinstance(
-        right, KhatriRaoColumns
-    ):
-        return False
-    return left._inputs_first == right._inputs_first and (
-        left._groups,
-        left._a,
-        left._b,
-    ) == (right._groups, right._a, right._b)

@@ -2,20 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
-from vivit_linop.net.columns.khatri_rao import (
-    DenseColumns,
-    KhatriRaoColumns,
-    LayerColumns,
-    add_product,
-    joined,
-)
-from vivit_linop.net.views import View
+from vivit_linop.net.columns.base import LayerColumns, add_product
 
 Place = tuple[int, int]
 
@@ -42,7 +32,7 @@ class StackedColumns(LayerColumns):
     def rows(self) -> Tensor:
         """Form the columns."""
         formed = {place: columns.rows() for place, columns in self.parts.items()}
-        return _placed(list(formed.items()), self.numel)
+        return placed(list(formed.items()), self.numel)
 
     def signals(self, weights: Tensor) -> Tensor:
         """The weights themselves: each part has its own cotangents."""
@@ -97,43 +87,10 @@ class StackedColumns(LayerColumns):
             add_product(gram, self.rows(), other.rows(), False)
 
 
-def assembled(uses: Sequence[tuple[View, LayerColumns]], numel: int) -> LayerColumns:
-    """Add up the columns of the uses of one parameter.
-
-    Args:
-        uses: What is used, and the columns of that.
-        numel: The number of entries of the parameter.
-    """
-    by_place: dict[Place, list[LayerColumns]] = {}
-    for view, columns in uses:
-        if view.transposed:
-            columns = _transposed(columns, view)
-        by_place.setdefault(view.place, []).append(columns)
-    parts = {place: joined(columns) for place, columns in sorted(by_place.items())}
-    if (0, numel) in parts and len(parts) == 1:
-        return parts[0, numel]
-    places = list(parts)
-    ends = itertools.pairwise(places)
-    if all(left[1] <= right[0] for left, right in ends):
-        return StackedColumns(parts, numel)
-    first = next(iter(parts.values()))
-    rows = _placed([(place, part.rows()) for place, part in parts.items()], numel)
-    return DenseColumns(rows.view(first.num_samples, first.width, numel))
-
-
-def _placed(parts: list[tuple[Place, Tensor]], numel: int) -> Tensor:
+def placed(parts: list[tuple[Place, Tensor]], numel: int) -> Tensor:
     """Add rows for parts of the parameter into rows for the whole."""
     _, first = parts[0]
     rows = first.new_zeros(len(first), numel)
     for (start, stop), part in parts:
         rows[:, start:stop] += part
     return rows
-
-
-def _transposed(columns: LayerColumns, view: View) -> LayerColumns:
-    """The same columns, for the matrix of which the view is the transpose."""
-    if isinstance(columns, KhatriRaoColumns):
-        return columns.transposed()
-    n, R = columns.num_samples, columns.width
-    matrices = columns.rows().view(n, R, *view.shape).mT
-    return DenseColumns(matrices.reshape(n, R, -1))

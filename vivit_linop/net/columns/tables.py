@@ -9,11 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from vivit_linop.net.columns.khatri_rao import (
-    ELEMENTWISE_COST,
-    KhatriRaoColumns,
-    LayerColumns,
-)
+from vivit_linop.net.columns.base import LayerColumns
+from vivit_linop.net.columns.khatri_rao import ELEMENTWISE_COST, KhatriRaoColumns
 
 
 class TableColumns(KhatriRaoColumns):

@@ -1,0 +1,164 @@
+"""Layer kinds from outside: their columns are used, and certified."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+from cases import Lambda
+from torch import Tensor, nn
+from torch.func import functional_call, jacrev
+from torch.nn import functional as F
+from torch.overrides import handle_torch_function, has_torch_function
+
+import vivit_linop as vl
+from vivit_linop.net import kinds
+from vivit_linop.net.columns.base import DenseColumns, LayerColumns
+from vivit_linop.net.kinds import Arguments, Kind, Signature, register
+from vivit_linop.net.views import View
+
+N = 5
+
+
+@pytest.fixture(autouse=True)
+def _own_table(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    own = {function: list(pairs) for function, pairs in kinds._READINGS.items()}
+    monkeypatch.setattr(kinds, "_READINGS", own)
+    torch.manual_seed(0)
+    yield
+
+
+def check(net: nn.Module, X: Tensor) -> dict[str, str]:
+    """Products, Gram matrix and norms are right; returns the uses by parameter."""
+    net, X = net.double(), X.double()
+    risk = vl.EmpiricalRisk(net, nn.CrossEntropyLoss(), (X, torch.arange(N) % 2))
+    params = {name: p.detach() for name, p in net.named_parameters()}
+    jacobian = jacrev(lambda given: functional_call(net, given, X))(params)
+    J = torch.cat([part.reshape(2 * N, -1) for part in jacobian.values()], dim=1)
+    H = vl.LossHessian(risk).to_dense()
+    V, G = vl.GGNFactor(risk), J.T @ H @ J
+    torch.testing.assert_close(V @ V.T @ torch.eye(len(G)).double(), G)
+    K = V.gram.to_dense()
+    torch.testing.assert_close(K.trace(), G.trace())
+    torch.testing.assert_close(K.square().sum(), G.square().sum())
+    torch.testing.assert_close((V @ V.T).diagonal(), G.diagonal())
+    return {cost.name: cost.use for cost in V.explain()}
+
+
+def read_bilinear(given: Arguments) -> Arguments | None:
+    """Linear in the products of the entries of both inputs."""
+    x, z, weight = given["input1"], given["input2"], given["weight"]
+    if not isinstance(weight, View):
+        return None
+    outputs, *inputs = weight.shape
+    flat = replace(weight, shape=torch.Size((outputs, inputs[0] * inputs[1])))
+    products = (x.unsqueeze(-1) * z.unsqueeze(-2)).flatten(-2)
+    return {"input": products, "weight": flat, "bias": given.get("bias")}
+
+
+BILINEAR = Kind(
+    name="bilinear",
+    signatures=[Signature([F.bilinear], "input1 input2 weight bias", read_bilinear)],
+    samples="leading",
+    inputs=lambda arguments, X: (
+        X.flatten(1, -2).mT.unsqueeze(1) if X.ndim > 2 else X[:, None, :, None]
+    ),
+    cotangents=lambda arguments, B: (
+        B.flatten(2, -2).mT.unsqueeze(2) if B.ndim > 3 else B[:, :, None, :, None]
+    ),
+    bias=lambda arguments, B: DenseColumns(
+        B.flatten(2, -2).sum(2) if B.ndim > 3 else B
+    ),
+)
+
+
+@pytest.mark.parametrize("positions", [(), (3,)], ids=["plain", "tokens"])
+def test_bilinear_layer(positions: tuple[int, ...]) -> None:
+    def forward(m: nn.Module, x: Tensor) -> Tensor:
+        y = m.layer(x[..., :2], x[..., 2:])
+        return y.mean(1) if positions else y
+
+    net, X = Lambda(forward, layer=nn.Bilinear(2, 3, 2)), torch.rand(N, *positions, 5)
+    assert set(check(net, X).values()) == {"no structure"}
+    register(BILINEAR)
+    assert set(check(net, X).values()) == {"bilinear"}
+
+
+def gate(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+    """x ∘ w − b, of tensors that broadcast, seen as one call."""
+    if has_torch_function((x, w, b)):
+        return handle_torch_function(gate, (x, w, b), x, w, b)
+    return torch.stack([row * w - b for row in x])
+
+
+def summed(columns: Tensor, axes: int) -> LayerColumns:
+    return DenseColumns(columns.flatten(2, -1 - axes).sum(2))
+
+
+def gate_kind(sign: float) -> Kind:
+    return Kind(
+        name="gate",
+        signatures=[Signature([gate], "input weight bias")],
+        samples="broadcast",
+        weight=lambda arguments, X, B: summed(
+            B * X.unsqueeze(1), len(arguments["weight_shape"])
+        ),
+        bias=lambda arguments, B: summed(sign * B, len(arguments["bias_shape"])),
+    )
+
+
+class Gated(nn.Module):
+    """Scales and shifts tokens of channels, samples in the second axis."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w, self.b = nn.Parameter(torch.rand(3)), nn.Parameter(torch.rand(3))
+        self.last = nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(gate(x.transpose(0, 1), self.w, self.b).tanh().mean(0))
+
+
+def test_own_function() -> None:
+    register(gate_kind(sign=-1.0))
+    uses = check(Gated(), torch.rand(N, 4, 3))
+    assert uses["w"] == uses["b"] == "gate"
+
+
+def test_wrong_rule_gives_no_wrong_number() -> None:
+    register(gate_kind(sign=1.0))
+    uses = check(Gated(), torch.rand(N, 4, 3))
+    assert (uses["w"], uses["b"]) == ("gate", "no structure")
+
+
+def test_missing_rule_is_no_structure() -> None:
+    register(replace(gate_kind(sign=-1.0), bias=None))
+    uses = check(Gated(), torch.rand(N, 4, 3))
+    assert uses["w"] == uses["b"] == "no structure"
+
+
+def test_last_registered_comes_first_and_may_decline() -> None:
+    never = Signature([F.linear], "input weight bias", lambda given: None)
+    register(Kind(name="never", signatures=[never], bias=gate_kind(1.0).bias))
+    net = nn.Linear(3, 2)
+    assert set(check(net, torch.rand(N, 3)).values()) == {"linear"}
+
+
+def test_same_name_takes_the_place() -> None:
+    register(gate_kind(sign=1.0))
+    register(gate_kind(sign=-1.0))
+    assert len(kinds.readings(gate)) == 1
+    assert check(Gated(), torch.rand(N, 4, 3))["b"] == "gate"
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"samples": "second", "bias": gate_kind(1.0).bias}, "samples: found 'second'"),
+        ({"inputs": BILINEAR.inputs}, "inputs, cotangents"),
+        ({}, "no rule"),
+    ],
+)
+def test_entries_are_checked(given: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Kind(name="mine", signatures=[], **given)

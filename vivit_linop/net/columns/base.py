@@ -1,0 +1,203 @@
+"""What the columns that one parameter has in a pullback can do, and formed ones."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Hashable
+
+import torch
+from torch import Tensor
+
+# A symmetric product is halved while a block has twice this many rows.
+_SYMMETRIC_LEAF = 96
+# Sums over so many columns lose no digits that matter.
+_SHORT_SUM = 1024
+
+
+class LayerColumns(ABC):
+    """The columns of one parameter, ``n·R`` of them, for n samples.
+
+    Attributes:
+        width: R.
+        num_samples: n.
+        numel: The number of entries of the parameter.
+    """
+
+    width: int
+    num_samples: int
+    numel: int
+
+    @abstractmethod
+    def add_gram(self, gram: Tensor, other: LayerColumns, memory: int) -> None:
+        """Add the inner products of these columns with others to ``[n·R, m·Q]``.
+
+        Args:
+            gram: What to add to, in place.
+            other: Of the same kind and parameter. If it is this object, only what is
+                on and above the diagonal needs to be right (see :func:`mirror`).
+            memory: The bytes that temporaries may take.
+        """
+
+    @abstractmethod
+    def rows(self) -> Tensor:
+        """The columns as rows, ``[n·R, numel]``."""
+
+    @abstractmethod
+    def signals(self, weights: Tensor) -> Tensor:
+        """Combine the cotangents, ``[K, n, R] -> [K, n, s]``.
+
+        Columns with the same cotangents have the same signals and images.
+        """
+
+    @abstractmethod
+    def combine(self, signals: Tensor, out: Tensor, add: bool) -> None:
+        """Write the combinations of columns that belong to signals.
+
+        Args:
+            signals: ``[K, n, s]``.
+            out: ``[K, numel]``; its rows are contiguous.
+            add: Whether to add to what is there.
+        """
+
+    @abstractmethod
+    def images(self, rows: Tensor) -> Tensor:
+        """Return what the layer makes of parameters ``[K, numel]``: ``[K, n, s]``."""
+
+    @abstractmethod
+    def components(self, images: Tensor) -> Tensor:
+        """Return the products of cotangents and images, ``[K, n, s] -> [K, n, R]``."""
+
+    @abstractmethod
+    def sizes(self) -> Tensor:
+        """About the norms of the columns, ``[n, R]``, at the cost of reading them.
+
+        Terms that are added up in a column are taken as orthogonal.
+        """
+
+    @abstractmethod
+    def combination(self, weights: Tensor) -> Tensor:
+        """Σ_nr w_nr column_nr, ``[n, R] -> [numel]``."""
+
+    def residual(self, weights: Tensor, expected: Tensor) -> Tensor:
+        """How far a combination is from what it should be.
+
+        Args:
+            weights: w, ``[n, R]``.
+            expected: What Σ_nr w_nr column_nr should be, ``[numel]``.
+
+        Returns:
+            A vector whose norm is about that of the difference, and zero if that is.
+        """
+        return self.combination(weights) - expected
+
+    def squared_norms(self, memory: int) -> Tensor:
+        """The squared norms of the columns, ``[n·R]``.
+
+        Args:
+            memory: The bytes that temporaries may take, here and below.
+        """
+        return self.rows().square().sum(1)
+
+    def entry_squares(self, memory: int) -> Tensor:
+        """The squares of the entries, summed over all columns, ``[numel]``."""
+        return self.rows().square().sum(0)
+
+    def sample_entry_squares(self, memory: int) -> Tensor:
+        """The squares of the entries, summed over each sample, ``[n, numel]``."""
+        rows = self.rows().view(self.num_samples, self.width, self.numel)
+        return rows.square().sum(1)
+
+    def entry_sums(self) -> Tensor:
+        """The sum of all columns, ``[numel]``."""
+        return self.rows().sum(0)
+
+    @property
+    @abstractmethod
+    def nbytes(self) -> int:
+        """The memory that they take."""
+
+    @property
+    def cotangents_key(self) -> Hashable:
+        """What is equal for columns with the same cotangents."""
+        return self
+
+
+class DenseColumns(LayerColumns):
+    """Columns that are formed.
+
+    Args:
+        values: ``[n, R, numel]``.
+    """
+
+    def __init__(self, values: Tensor) -> None:
+        self.num_samples, self.width, self.numel = values.shape
+        self._rows = values.reshape(-1, self.numel)
+
+    def rows(self) -> Tensor:
+        """The rows."""
+        return self._rows
+
+    @property
+    def nbytes(self) -> int:
+        """The formed columns."""
+        return self._rows.numel() * self._rows.element_size()
+
+    def signals(self, weights: Tensor) -> Tensor:
+        """The weights themselves."""
+        return weights
+
+    def combine(self, signals: Tensor, out: Tensor, add: bool) -> None:
+        """By one matrix product."""
+        out.addmm_(signals.flatten(1), self._rows, beta=int(add))
+
+    def sizes(self) -> Tensor:
+        """The norms."""
+        norms = torch.linalg.vector_norm(self._rows, dim=1)
+        return norms.view(self.num_samples, self.width)
+
+    def combination(self, weights: Tensor) -> Tensor:
+        """Some columns at a time: rounding errors of long sums would grow."""
+        pairs = zip(
+            weights.reshape(-1).split(_SHORT_SUM),
+            self._rows.split(_SHORT_SUM),
+            strict=True,
+        )
+        total = weights.new_zeros(self.numel)
+        for few, rows in pairs:
+            total += few @ rows
+        return total
+
+    def images(self, rows: Tensor) -> Tensor:
+        """By one matrix product."""
+        return (rows @ self._rows.T).view(len(rows), self.num_samples, self.width)
+
+    def components(self, images: Tensor) -> Tensor:
+        """The images themselves."""
+        return images
+
+    def add_gram(self, gram: Tensor, other: LayerColumns, memory: int) -> None:
+        """By one matrix product."""
+        add_product(gram, self.rows(), other.rows(), other is self)
+
+
+def add_product(gram: Tensor, left: Tensor, right: Tensor, symmetric: bool) -> None:
+    """Add ``left @ right.T`` to a matrix; above the diagonal only if symmetric."""
+    if not symmetric or len(left) < 2 * _SYMMETRIC_LEAF:
+        gram.addmm_(left, right.T)
+        return
+    # The diagonal blocks by recursion, the block beside them once.
+    half = len(left) // 2
+    top, bottom = left[:half], left[half:]
+    add_product(gram[:half, :half], top, top, True)
+    add_product(gram[half:, half:], bottom, bottom, True)
+    gram[:half, half:].addmm_(top, bottom.T)
+
+
+def mirror(matrix: Tensor) -> None:
+    """Copy what is above the diagonal of a square matrix to below it."""
+    step = 256
+    for start in range(0, len(matrix), step):
+        rows = slice(start, start + step)
+        diagonal = matrix[rows, rows]
+        diagonal.copy_(diagonal.triu() + diagonal.triu(1).T)
+        matrix[start + step :, rows] = matrix[rows, start + step :].T
