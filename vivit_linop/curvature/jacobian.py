@@ -140,7 +140,7 @@ class Pullback(TorchLinearOperator):
     def columns(self) -> StoredColumns | None:
         """The stored columns, if products are to run on them."""
         if not self._decided:
-            with self.risk.making:
+            with self.risk.kept.making:
                 self.stored = self.stored or cheaper_columns(self)
                 self._decided = True
         return self.stored

@@ -247,7 +247,7 @@ class FactoredOutputOperator(OutputOperator):
         if batch in self._blocks:
             return self._blocks[batch]
         formed = self._form(batch)
-        with self.risk.making:  # threads count what others keep
+        with self.risk.kept.making:  # threads count what others keep
             kept = sum(blocks.nbytes for blocks in self._blocks.values())
             if kept + formed.nbytes <= self._budget:
                 return self._blocks.setdefault(batch, formed)

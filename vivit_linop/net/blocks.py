@@ -235,6 +235,4 @@ class Columns:
 
 def memory_budget(risk: EmpiricalRisk) -> int:
     """The bytes that columns may take: the risk's, or a share of what is free."""
-    if risk.memory is not None:
-        return risk.memory
-    return free_memory(risk.device) // _MEMORY_SHARE
+    return risk.kept.budget(_MEMORY_SHARE)

@@ -163,7 +163,7 @@ def columns_without_tangents(pullback: Pullback) -> StoredColumns | StreamedColu
     anew for each product, by R backward passes.
     """
     blocks, risk = pullback.blocks, pullback.risk
-    with risk.making:
+    with risk.kept.making:
         known = _OF_RISK.setdefault(risk, {})
         shared = blocks is None or blocks.determined
         if pullback.stored is None and shared:

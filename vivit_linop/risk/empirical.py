@@ -6,7 +6,6 @@ import contextlib
 import functools
 import math
 import operator
-import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from numbers import Real
 from typing import Any, TypeVar
@@ -28,6 +27,7 @@ from vivit_linop.risk.data import (
     select_samples,
     take,
 )
+from vivit_linop.risk.kept import Kept
 from vivit_linop.risk.losses.autograd import LossCallable
 from vivit_linop.risk.losses.base import OutputLoss
 from vivit_linop.risk.losses.certificates import check_loss
@@ -119,7 +119,7 @@ class EmpiricalRisk:
         reduction: ``"mean"`` or ``"sum"``.
         has_tangents: Whether J x is possible, as far as is known: not all operations
             have second derivatives in torch.
-        making: The lock of what is made once and kept, for all threads.
+        kept: What is made once, for all operators of the risk.
 
     Raises:
         TypeError: For arguments of a wrong type.
@@ -182,12 +182,12 @@ class EmpiricalRisk:
         self._kept: list[Linearization] = []
         self._checked: set[int] = set()
         self.has_tangents = True
-        self.making = threading.RLock()
         self._batches = batches
         self._data_rng = torch.random.get_rng_state()
         self.params: Params = model.params
         first = next(iter(self.params.values()))
         self.dtype, self.device = first.dtype, first.device
+        self.kept = Kept(memory, self.device)
         self.reduction = loss.reduction
         self.sizes = [p.numel() for p in self.params.values()]
         self.num_params = sum(self.sizes)
@@ -473,7 +473,11 @@ class EmpiricalRisk:
         for index, (X, _) in enumerate(self.batches("product")):
             # The batches come in order, so the kept ones are the first ones. Threads
             # that come together keep each batch once; the others they make alone.
-            with self.making if index >= len(self._kept) else contextlib.nullcontext():
+            with (
+                self.kept.making
+                if index >= len(self._kept)
+                else contextlib.nullcontext()
+            ):
                 if index < len(self._kept):
                     linearization = self._kept[index]
                 else:
@@ -523,15 +527,8 @@ class EmpiricalRisk:
         return batch_does_not_fit(self.device, samples, per_sample)
 
     def __getstate__(self) -> dict[str, Any]:
-        """What travels: graphs are made anew, and locks."""
-        state = self.__dict__ | {"_kept": [], "_checked": set()}
-        del state["making"]
-        return state
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Arrive."""
-        self.__dict__.update(state)
-        self.making = threading.RLock()
+        """What travels: graphs are made anew."""
+        return self.__dict__ | {"_kept": [], "_checked": set()}
 
     def check_outputs(
         self, index: int, outputs: Tensor, samples: Tensor | None = None
