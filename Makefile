@@ -28,10 +28,11 @@ test: $(STAMPS)/test  ## run the tests
 fuzz: $(STAMPS)/test  ## look for nets and expressions on which the library is wrong
 	OMP_NUM_THREADS=1 $(PY) -m tests.fuzz $(ARGS)
 
-lint: $(STAMPS)/lint  ## check style, formatting and types
+lint: $(STAMPS)/lint  ## check style, formatting, types and what imports what
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
+	$(VENV)/bin/lint-imports --no-cache
 
 format: $(STAMPS)/lint  ## format the code, fix what can be fixed
 	$(PY) -m ruff check --fix-only .
