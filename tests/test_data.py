@@ -15,8 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import vivit_linop as vl
-from vivit_linop.curvature import output_space, plan
-from vivit_linop.curvature.plan import Route
+from vivit_linop.curvature import output_space
 from vivit_linop.linalg.decompositions import GramEigenpairs
 from vivit_linop.linalg.krylov import watched
 
@@ -286,40 +285,23 @@ def test_a_fixed_draw_is_one_matrix() -> None:
 # Progress and long jobs ---------------------------------------------------------------
 
 
-@pytest.fixture
-def arpack(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
-    """Make ``eigh(k=…)`` take ARPACK on K or on G."""
-
-    def set_route(side: str) -> None:
-        route = Route(f"ARPACK on {side}", 0.0, 0.0)
-        monkeypatch.setattr(plan, "choose_route", lambda *_: route)
-
-    return set_route
-
-
 def work(risk: vl.EmpiricalRisk) -> None:
     G = vl.GGN(risk)
     risk.gradient()
     x = random_vector(risk.num_params)
     G @ x
     vl.Hessian(risk) @ x
-    G.eigh(k=2)
+    G.eigh(k=2, route="ARPACK on K")
     G.eigvalsh()
     risk.subset([0, 1]).gradient()
 
 
-def test_no_output_by_default(
-    capfd: pytest.CaptureFixture[str], arpack: Callable[[str], None]
-) -> None:
-    arpack("K")
+def test_no_output_by_default(capfd: pytest.CaptureFixture[str]) -> None:
     work(streamed(memory=2**12)[1])
     assert capfd.readouterr() == ("", "")
 
 
-def test_progress(
-    capfd: pytest.CaptureFixture[str], arpack: Callable[[str], None]
-) -> None:
-    arpack("K")
+def test_progress(capfd: pytest.CaptureFixture[str]) -> None:
     work(streamed(memory=2**12, progress=True)[1])
     shown, errors = capfd.readouterr()
     assert shown == ""
@@ -330,14 +312,11 @@ def test_progress(
     assert int(last.split("eigh(k=2): ")[1].split(" products")[0]) >= 20
 
 
-@pytest.mark.parametrize("side", ["K", "G"])
-def test_watched_eigenpairs_are_the_same(
-    side: str, arpack: Callable[[str], None]
-) -> None:
-    arpack(side)
+@pytest.mark.parametrize("route", ["ARPACK on K", "ARPACK on G"])
+def test_watched_eigenpairs_are_the_same(route: str) -> None:
     (_, quiet), (_, shown) = streamed(), streamed(progress=True)
-    expected, got = vl.GGN(quiet).eigh(k=3), vl.GGN(shown).eigh(k=3)
-    assert got.route == f"ARPACK on {side}"
+    expected, got = (vl.GGN(r).eigh(k=3, route=route) for r in (quiet, shown))
+    assert got.route == route
     torch.testing.assert_close(
         got.eigenvalues, expected.eigenvalues, rtol=1e-12, atol=0
     )
@@ -367,13 +346,10 @@ def test_products_are_counted(capfd: pytest.CaptureFixture[str]) -> None:
     )
 
 
-@pytest.mark.parametrize("side", ["K", "G"])
+@pytest.mark.parametrize("route", ["ARPACK on K", "ARPACK on G"])
 @pytest.mark.parametrize("progress", [False, True])
-def test_interrupted_eigh(
-    side: str, progress: bool, arpack: Callable[[str], None]
-) -> None:
+def test_interrupted_eigh(route: str, progress: bool) -> None:
     """Ctrl-C inside of a product: all is as before, and can be used again."""
-    arpack(side)
     net = guest_net()
     left = {"calls": 10**9}
 
@@ -391,10 +367,10 @@ def test_interrupted_eigh(
     for calls in (2, 20):
         left["calls"] = calls
         with pytest.raises(KeyboardInterrupt):
-            vl.GGN(risk).eigh(k=2)
+            vl.GGN(risk).eigh(k=2, route=route)
         before.check()
     left["calls"] = 10**9
-    got = vl.GGN(risk).eigh(k=2).eigenvalues
+    got = vl.GGN(risk).eigh(k=2, route=route).eigenvalues
     torch.testing.assert_close(got, expected, rtol=1e-10, atol=0)
     before.check()
 
@@ -441,13 +417,10 @@ def test_loaded_pairs_work_as_before(name: str, formed: bool, tmp_path: Any) -> 
             torch.testing.assert_close(got, expected, rtol=1e-7, atol=1e-9)
 
 
-def test_pairs_of_arpack_are_loaded(
-    tmp_path: Any, arpack: Callable[[str], None]
-) -> None:
+def test_pairs_of_arpack_are_loaded(tmp_path: Any) -> None:
     for side in "KG":
-        arpack(side)
         _, risk = streamed()
-        pairs = vl.GGN(risk).eigh(k=3)
+        pairs = vl.GGN(risk).eigh(k=3, route=f"ARPACK on {side}")
         vl.save(pairs, tmp_path / side, risk)
         loaded = vl.load(tmp_path / side, risk)
         assert loaded.route == f"ARPACK on {side}"

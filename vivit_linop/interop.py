@@ -22,7 +22,7 @@ from vivit_linop.modes import ordinary_mode
 from vivit_linop.operators.base import TorchLinearOperator
 from vivit_linop.operators.elementary import Dense, Diagonal
 from vivit_linop.operators.kronecker import BlockDiagonal, Kronecker
-from vivit_linop.operators.verbs import damped_inv
+from vivit_linop.operators.verbs import damped_inv, to_curvlinops
 from vivit_linop.risk.copies import Copies
 from vivit_linop.risk.empirical import EmpiricalRisk
 
@@ -202,8 +202,16 @@ class CurvlinopsView:
         return self.operator
 
 
+@to_curvlinops.register
+def view_for_curvlinops(op: TorchLinearOperator) -> CurvlinopsView:
+    """The operator, seen as curvlinops expects it."""
+    return CurvlinopsView(op)
+
+
 @damped_inv.register
-def _(op: CurvlinopsOperator, damping: float) -> TorchLinearOperator:
+def damped_inverse_of_curvlinops(
+    op: CurvlinopsOperator, damping: float
+) -> TorchLinearOperator:
     """The inverse of curvlinops' (E)KFAC + δ I, exactly damped; it has no others."""
     from curvlinops import KFACInverseLinearOperator, KFACLinearOperator
 

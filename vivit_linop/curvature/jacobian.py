@@ -10,11 +10,13 @@ from weakref import ref
 import torch
 from torch import Tensor
 
+from vivit_linop.curvature import plan
 from vivit_linop.curvature.output_space import (
     LossHessian,
     OutputOperator,
     check_blocks_fit,
 )
+from vivit_linop.net.blocks import memory_budget
 from vivit_linop.net.costs import LayerCost, as_table, layer_costs
 from vivit_linop.net.linearization import NoTangentError
 from vivit_linop.net.stored import (
@@ -144,6 +146,18 @@ class Pullback(TorchLinearOperator):
                 self.stored = self.stored or cheaper_columns(self)
                 self._decided = True
         return self.stored
+
+    def columns_pay(self) -> bool:
+        """Whether products alone are worth making the columns for."""
+        return plan.columns_pay(layer_costs(self.risk, self.width), self.width)
+
+    def offer(self, columns: StoredColumns) -> None:
+        """Keep columns that a Gram matrix was made of, if they spare what follows."""
+        if self.stored is not None:
+            return
+        costs = layer_costs(self.risk, self.width)
+        if plan.columns_stay(costs, columns.nbytes, memory_budget(self.risk)):
+            self.stored = columns
 
     def keep_columns(self) -> None:
         """Store the columns if they fit into memory, for all that follows."""

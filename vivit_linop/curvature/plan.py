@@ -1,18 +1,20 @@
-"""Which way to the eigenpairs: a cost model, and ARPACK where it is the cheaper one.
+"""Every choice between ways, and the constants that the choices rest on.
 
-In floating-point operations, with f those of a forward pass over all samples, R̂ = N·R
-and g(R̂) those of the Gram matrix by layers:
+Costs are floating-point operations of a large matrix product. f are those of a forward
+pass over all samples, R̂ = N·R, and g(R̂) those of the Gram matrix by layers:
 
-- Gram matrix: R f + g(R̂), and 10 R̂³ for its leading eigenpairs or 40 R̂³ for all
-  (a symmetric eigensolver needs some 4/3 R̂³ or 9 R̂³, at a fraction of the speed of a
-  matrix product);
-- ARPACK: (20 + 4 k) products and 1e9 each for its calls; on K = VᵀV as an operator
-  where R̂ ≤ D, else on G. It is on G as well where the root S of the loss Hessian,
-  which products with K need and those with G do not, does not fit into memory or has
-  more entries than ARPACK's vectors of length D. A product takes 12 f on the
+- the Gram matrix takes R f + g(R̂), and 10 R̂³ for its leading eigenpairs or 40 R̂³ for
+  all (a symmetric eigensolver needs some 4/3 R̂³ or 9 R̂³, at a fraction of the speed of
+  a matrix product);
+- ARPACK takes (20 + 4 k) products and 1e9 each for its calls; on K = VᵀV where R̂ ≤ D,
+  else on G. ARPACK runs on G as well where the root S of the loss Hessian does not fit
+  into memory or has more entries than ARPACK's vectors of length D: products with G
+  need no S. A product reads a known K once. Without K a product takes 12 f on the
   linearisation (4 f operations, at a third of the speed of a large matrix product), and
-  1e11 once to trace a net with convolutions; or what reading the stored columns twice
-  takes, and 2 R f once to get them (:mod:`vivit_linop.net.stored`).
+  1e11 once to trace a net with convolutions; or two readings of the stored columns, and
+  2 R f once to get them;
+- a product with V takes 2 f on the linearisation, making which takes 6 f; on stored
+  columns at most f, and reading the columns.
 
 The numbers of products and the ratios of speed are measured averages; the model decides
 between ways that differ by factors.
@@ -20,40 +22,150 @@ between ways that differ by factors.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
-import torch
-from scipy.sparse.linalg import eigsh
-from torch import Tensor
+from vivit_linop.linalg.decompositions import FEW
+from vivit_linop.net.costs import LayerCost
 
-from vivit_linop.curvature.fisher import EmpiricalFisher
-from vivit_linop.curvature.ggn import GGN
-from vivit_linop.curvature.jacobian import Pullback
-from vivit_linop.linalg.decompositions import (
-    FEW,
-    GramEigenpairs,
-    LowRankDecomposition,
-    gram_rounding_error,
-)
-from vivit_linop.linalg.krylov import watched
-from vivit_linop.net.blocks import memory_budget
-from vivit_linop.net.costs import layer_costs
-from vivit_linop.net.stored import product_cost
-from vivit_linop.operators.base import TorchLinearOperator
-from vivit_linop.operators.eigenpairs import Eigenpairs
-from vivit_linop.operators.lowrank import Gram, LowRank
-from vivit_linop.operators.verbs import eigh, scale
-from vivit_linop.risk.memory import free_memory
-
-_EIGH_FLOPS, _LEADING_FLOPS = 40.0, 10.0
-_PRODUCT_PASSES = 12.0
+# Of a symmetric eigensolver, by the cube of the rows.
+_ALL_PAIRS, _LEADING_PAIRS = 40.0, 10.0
+# ARPACK's products, and what one call takes beside.
+_PRODUCTS, _PRODUCTS_A_PAIR = 20, 4
 _CALL_FLOPS = 1e9
+# Passes over the net that a product with V Vᵀ takes by its time.
+_PRODUCT_PASSES = 12.0
+# Tracing a net with convolutions for its linearisation.
 _TRACE_FLOPS = 1e11
+# Reading a byte takes as long as this many operations of a large matrix product: some
+# 300 GFLOP/s at 10 GB/s (CPU), 50 TFLOP/s at 3 TB/s (H100).
+READING_FLOPS = 25
 # How many passes over a root of the loss Hessian its formation takes.
 _FORMING = 4
+# After this many products (of an eigensolver) the backward passes that it takes to get
+# the columns should have paid for themselves.
+_PAID_AFTER = 200
+# Columns that are there anyway: how many products are expected to follow, and what the
+# linearisation that they spare takes, by forward passes and by its calls.
+_FOLLOWING = 4
+_LINEARISING_PASSES, _LINEARISING_CALLS = 6.0, 3e9
+# Exact blocks up to this many entries are dense matrices, larger ones low-rank.
+LARGEST_DENSE_BLOCK = 2048
+# Products with a Hessian are taken together where a pass over the data is so short that
+# most of it is overhead; else there is nothing to gain by it.
+_TOGETHER, _SHORT_PASS = 16, 3e7
+
+
+# Columns --------------------------------------------------------------------------
+
+
+def forward_flops(costs: Sequence[LayerCost]) -> float:
+    """f, the operations of a forward pass over all samples."""
+    return sum(cost.forward_flops for cost in costs)
+
+
+def column_bytes(costs: Sequence[LayerCost]) -> float:
+    """What the columns of all samples take."""
+    return sum(cost.nbytes for cost in costs)
+
+
+def column_product(costs: Sequence[LayerCost]) -> float:
+    """What a product with stored columns takes."""
+    reading = READING_FLOPS * column_bytes(costs)
+    return sum(cost.product_flops for cost in costs) + reading
+
+
+def columns_pay(costs: Sequence[LayerCost], width: int) -> bool:
+    """Whether columns are worth making for products alone.
+
+    Args:
+        costs: Of the layers.
+        width: R, the columns of a sample.
+    """
+    forward = forward_flops(costs)
+    return column_product(costs) + 2 * width * forward / _PAID_AFTER < 2 * forward
+
+
+def columns_stay(costs: Sequence[LayerCost], nbytes: int, budget: int) -> bool:
+    """Whether columns that a Gram matrix was made of are kept for what follows.
+
+    Eigenvectors and damped inverses need some products with V, which else make the
+    linearisation.
+
+    Args:
+        costs: Of the layers.
+        nbytes: What the columns take.
+        budget: What they may take.
+    """
+    forward = forward_flops(costs)
+    linearising = _LINEARISING_PASSES * forward + _LINEARISING_CALLS + _tracing(costs)
+    on_linearisation = 2 * forward + linearising / _FOLLOWING
+    return nbytes <= budget and column_product(costs) <= on_linearisation
+
+
+def products_together(costs: Sequence[LayerCost]) -> int:
+    """How many products with a Hessian one backward pass takes."""
+    return _TOGETHER if forward_flops(costs) < _SHORT_PASS else 1
+
+
+def _tracing(costs: Sequence[LayerCost]) -> float:
+    return _TRACE_FLOPS * any("conv" in cost.use for cost in costs)
+
+
+# Eigenpairs -------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class FactorCost:
+    """What a factor V of shape ``[D, R̂]`` costs.
+
+    Attributes:
+        matrix: Operations of the smaller of VᵀV and V Vᵀ; infinite where it cannot be.
+        product: Those of a product with V Vᵀ or VᵀV.
+        once: Those before the first product.
+        root_entries: Entries of the root S that products with VᵀV read and products
+            with V Vᵀ do not; infinite where S does not fit into memory.
+    """
+
+    matrix: float
+    product: float
+    once: float = 0.0
+    root_entries: float = 0.0
+
+    @classmethod
+    def of_dense(cls, rows: int, columns: int, itemsize: int) -> FactorCost:
+        """Those of a matrix, or of a factor that nothing is known of."""
+        entries = float(rows) * columns
+        product = 4 * entries + 2 * READING_FLOPS * itemsize * entries
+        return cls(entries * min(rows, columns), product)
+
+    @classmethod
+    def of_layers(
+        cls,
+        costs: Sequence[LayerCost],
+        shape: tuple[int, int],
+        width: int,
+        budget: int,
+        root_entries: float,
+    ) -> FactorCost:
+        """Those of Jᵀ B.
+
+        Args:
+            costs: Of the layers.
+            shape: Of the factor.
+            width: R, the columns of a sample.
+            budget: The bytes that stored columns may take.
+            root_entries: As the attribute.
+        """
+        D, columns = shape
+        forward = forward_flops(costs)
+        gram = sum(cost.gram_flops for cost in costs)
+        matrix = width * forward + (gram if columns <= D else float(D) ** 2 * columns)
+        product, once = _PRODUCT_PASSES * forward, _tracing(costs)
+        stored = 2 * column_product(costs)
+        if stored < product and column_bytes(costs) < budget:
+            product, once = stored, 2 * width * forward
+        return cls(matrix, product, once, _FORMING * root_entries)
 
 
 @dataclass(frozen=True)
@@ -64,119 +176,92 @@ class Route:
         name: ``"dense Gram"``, ``"dense G"``, ``"ARPACK on K"`` or ``"ARPACK on G"``.
         flops: Its estimated floating-point operations.
         nbytes: The memory of its matrix or vectors.
+        refusal: Why it is impossible, or empty.
     """
 
     name: str
     flops: float
     nbytes: float
+    refusal: str = ""
+
+    def __str__(self) -> str:
+        """Say it in a line."""
+        cost = f"{self.flops / 1e9:10.3g} GFLOP {self.nbytes / 1e6:10.3g} MB"
+        return f"{self.name:12}{cost}  {self.refusal}".rstrip()
 
 
-def routes(op: LowRank, k: int) -> list[Route]:
-    """Return the two ways to k eigenpairs of c V Vᵀ, with their estimated costs."""
-    factor = op.factor
-    assert isinstance(factor, Pullback)
-    D, columns = factor.shape
-    itemsize = torch.finfo(op.torch_dtype).bits // 8
-    costs = layer_costs(factor.risk, factor.width)
-    forward = sum(cost.forward_flops for cost in costs)
-    small = min(D, columns)
-    if columns <= D:
-        matrix = sum(cost.gram_flops for cost in costs)
-        name = "dense Gram"
+@dataclass(frozen=True)
+class Choice:
+    """The ways to k eigenpairs, and the one that is taken.
+
+    Attributes:
+        k: How many.
+        routes: All ways.
+        chosen: The way that is taken.
+        why: The reason.
+    """
+
+    k: int
+    routes: list[Route]
+    chosen: Route
+    why: str
+
+    def __str__(self) -> str:
+        """The choice, and a line for each way."""
+        head = f"eigh(k={self.k}) takes {self.chosen.name!r}: {self.why}."
+        return "\n  ".join([head, *map(str, self.routes)])
+
+
+def choose(
+    shape: tuple[int, int],
+    k: int,
+    cost: FactorCost | None,
+    itemsize: int,
+    free: int,
+    by_gram: bool,
+) -> Choice:
+    """Choose the cheaper way to k eigenpairs of c V Vᵀ that fits into memory.
+
+    Args:
+        shape: Of V, ``[D, R̂]``.
+        k: How many.
+        cost: Of V; None where the smaller side is known.
+        itemsize: The bytes of a number.
+        free: The bytes that are free.
+        by_gram: Whether the smaller side is the Gram matrix.
+    """
+    D, columns = shape
+    small = min(shape)
+    lapack = (_LEADING_PAIRS if k <= FEW * small else _ALL_PAIRS) * float(small) ** 3
+    on_gram, lost = by_gram, ""
+    if cost is None:
+        product, once = READING_FLOPS * itemsize * float(small) ** 2, 0.0
     else:
-        matrix = float(D) ** 2 * columns
-        name = "dense G"
-    on_gram = columns <= D and _root_is_small(factor, k)
-    eigh_flops = _LEADING_FLOPS if k <= FEW * small else _EIGH_FLOPS
-    dense = factor.width * forward + matrix + eigh_flops * small**3
-    traced = any("conv" in cost.use for cost in costs)
-    product, once = _PRODUCT_PASSES * forward, _TRACE_FLOPS * traced
-    stored = 2 * product_cost(costs)
-    if stored < product and sum(c.nbytes for c in costs) < memory_budget(factor.risk):
-        product, once = stored, 2 * factor.width * forward
-    krylov = (20 + 4 * k) * (product + _CALL_FLOPS) + once
-    return [
-        Route(name, dense, 3.0 * small**2 * itemsize),
-        Route(
-            "ARPACK on K" if on_gram else "ARPACK on G",
-            krylov,
-            (2.0 * k + 20) * (columns if on_gram else D) * itemsize,
-        ),
-    ]
-
-
-def _root_is_small(factor: Pullback, k: int) -> bool:
-    """Whether products with the root S cost less than longer vectors of ARPACK."""
-    S = factor.blocks
-    if S is None:
-        return True
-    # Each product reads 2 k + 20 vectors twice, and S twice; S may have to be formed.
-    entries = _FORMING * factor.risk.num_samples * S.block_entries
-    return S.blocks_fit() and entries <= (2 * k + 20) * factor.shape[0]
-
-
-def choose_route(op: LowRank, k: int) -> Route:
-    """Return the cheaper way of those that fit into memory."""
-    dense, krylov = routes(op, k)
-    if "small_side" in op.__dict__ or op.gram.known:
-        return dense  # most of it has been paid for
-    blocks = op.factor.blocks if isinstance(op.factor, Pullback) else None
-    if blocks is not None and not blocks.blocks_fit() and k < op.shape[0]:
-        return krylov  # nothing else is possible
+        product, once = cost.product, cost.once
+        lapack += cost.matrix
+        vectors = (2 * k + 20) * D
+        # Each product reads 2 k + 20 vectors twice, and S twice; S may have to be made.
+        on_gram = by_gram and cost.root_entries <= vectors
+        if cost.root_entries == float("inf") and k < D:
+            lost = "the root of the loss Hessian does not fit into memory"
+    dense = Route(
+        "dense Gram" if by_gram else "dense G", lapack, 3.0 * small**2 * itemsize, lost
+    )
     # ARPACK needs room for more vectors than it is asked for.
-    if k >= min(op.factor.shape) // 2:
-        return dense
-    fits = dense.nbytes <= free_memory(op.device)
-    return dense if fits and dense.flops <= krylov.flops else krylov
-
-
-def _eigh(
-    op: LowRank,
-    k: int | None = None,
-    select: Callable[[Tensor], Sequence[int] | Tensor] | None = None,
-    rcond: float | None = None,
-) -> Eigenpairs:
-    decomposition = LowRankDecomposition(op)
-    # Only the largest pairs can be had without all of them.
-    if k is not None and select is None:
-        decomposition.check_k(k)
-        route = choose_route(op, int(k))
-        if route.name.startswith("ARPACK"):
-            return _arpack(op, int(k), route.name)
-        if op.by_gram and not op.gram.known:
-            op.factor.keep_columns()  # the vectors are formed of them
-        pairs = decomposition.largest(int(k))
+    many = "" if lost or k < small // 2 else "ARPACK finds less than half of the pairs"
+    krylov = Route(
+        "ARPACK on K" if on_gram else "ARPACK on G",
+        (_PRODUCTS + _PRODUCTS_A_PAIR * k) * (product + _CALL_FLOPS) + once,
+        (2.0 * k + 20) * (columns if on_gram else D) * itemsize,
+        many,
+    )
+    routes = [dense, krylov]
+    if lost or many:
+        chosen, why = (krylov, lost) if lost else (dense, many)
+    elif cost is not None and dense.nbytes > free:
+        chosen, why = krylov, f"{free / 1e6:.3g} MB are free"
     else:
-        pairs = decomposition.pairs(decomposition.choose(k, select, rcond))
-    pairs.route = "dense Gram" if op.by_gram else "dense G"
-    return pairs
-
-
-def _arpack(op: LowRank, k: int, name: str) -> Eigenpairs:
-    assert isinstance(op.factor, Pullback)
-    target: TorchLinearOperator = op
-    if name == "ARPACK on K":
-        target = scale(Gram(op.factor, op.factor), op.scale)
-    start = np.random.default_rng(0).standard_normal(target.shape[0])
-    shown = op.factor.risk.progress
-    with watched(target, k) if shown else contextlib.nullcontext(target) as multiplied:
-        v0 = start.astype(target.dtype)
-        evals, evecs = eigsh(multiplied, k=k, which="LA", v0=v0)
-    order = np.argsort(evals)
-    values = torch.from_numpy(evals[order]).to(op.device)
-    vectors = torch.from_numpy(np.ascontiguousarray(evecs[:, order])).to(op.device)
-    pairs: Eigenpairs
-    if target is op:
-        pairs = Eigenpairs(values, vectors)
-    elif (values > gram_rounding_error(values, target.shape[0])).all():
-        pairs = GramEigenpairs(values, op, vectors)
-    else:
-        # Fewer than k are numerically nonzero; the dense way knows what to do.
-        pairs = LowRankDecomposition(op).largest(k)
-        name = "dense Gram"
-    pairs.route = name
-    return pairs
-
-
-eigh.register(GGN)(_eigh)
-eigh.register(EmpiricalFisher)(_eigh)
+        chosen = dense if dense.flops <= krylov.flops else krylov
+        known = "its matrix is known, and " if cost is None else ""
+        why = f"{known}it is estimated to be the cheaper"
+    return Choice(k, routes, chosen, why)

@@ -123,7 +123,9 @@ class LowRankDecomposition(DenseDecomposition):
 
     @cached_property
     def _eigh(self) -> tuple[Tensor, Tensor]:
-        return symmetric_eigenpairs(self._operator.small_side)
+        evals, evecs = symmetric_eigenpairs(self._operator.small_side)
+        # The larger side, where that is wanted, has more zeros.
+        return evals[-self.count :], evecs[:, -self.count :]
 
     def rounding_error(self) -> float:
         """Eigenvalues of a Gram matrix are known to about this absolute error."""

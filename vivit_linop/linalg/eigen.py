@@ -76,7 +76,7 @@ def eigenvalues_of_gram(op: Gram) -> Tensor:
 @eigvalsh.register
 def eigenvalues_of_low_rank(op: LowRank) -> Tensor:
     """The min(D, R) eigenvalues of the smaller side; the others are zero."""
-    return symmetric_eigenvalues(op.small_side)
+    return symmetric_eigenvalues(op.small_side)[-min(op.factor.shape) :]
 
 
 @eigvalsh.register

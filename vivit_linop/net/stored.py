@@ -18,22 +18,14 @@ from torch import Tensor
 
 from vivit_linop.net.blocks import Columns, Piece, memory_budget
 from vivit_linop.net.columns.base import LayerColumns
-from vivit_linop.net.costs import LayerCost, layer_costs
+from vivit_linop.net.costs import layer_costs
 from vivit_linop.risk.empirical import EmpiricalRisk
 
 if TYPE_CHECKING:
     from vivit_linop.curvature.jacobian import Pullback
 
-# Reading a byte takes as long as this many operations of a large matrix product: some
-# 300 GFLOP/s at 10 GB/s (CPU), 50 TFLOP/s at 3 TB/s (H100).
-_READING_FLOPS = 25
-# After this many products (of an eigensolver) the backward passes that it takes to get
-# the columns should have paid for themselves.
-_PAID_AFTER = 200
 # How much of a matrix to copy at a time.
 _COPIED_BYTES = 16 * 2**20
-# Columns that take no more than this many vectors of parameters are kept by the way.
-_SMALL = 8
 
 
 class StoredColumns:
@@ -180,18 +172,12 @@ def _cheaper_columns(pullback: Pullback) -> StoredColumns | None:
     # A root of a loss Hessian that nobody has asked for may not exist.
     if not pullback.risk.loss.convex:
         return None
-    costs = layer_costs(pullback.risk, pullback.width)
-    forward = sum(cost.forward_flops for cost in costs)
-    storing = 2 * pullback.width * forward
-    cheaper = product_cost(costs) + storing / _PAID_AFTER < 2 * forward
-    return fitting_columns(pullback, costs) if cheaper else None
+    return fitting_columns(pullback) if pullback.columns_pay() else None
 
 
-def fitting_columns(
-    pullback: Pullback, costs: Sequence[LayerCost] | None = None
-) -> StoredColumns | None:
+def fitting_columns(pullback: Pullback) -> StoredColumns | None:
     """Return the columns if they fit into the memory budget."""
-    costs = costs or layer_costs(pullback.risk, pullback.width)
+    costs = layer_costs(pullback.risk, pullback.width)
     budget = memory_budget(pullback.risk)
     if sum(cost.nbytes for cost in costs) > budget:
         return None
@@ -200,15 +186,3 @@ def fitting_columns(
         return None
     columns = Columns([pullback], list(pullback.risk.params), budget)
     return StoredColumns.of(pullback, [piece for (piece,) in columns.pieces()])
-
-
-def product_cost(costs: Sequence[LayerCost]) -> float:
-    """What a product with stored columns costs, in operations of a large product."""
-    reading = _READING_FLOPS * sum(cost.nbytes for cost in costs)
-    return sum(cost.product_flops for cost in costs) + reading
-
-
-def is_small(nbytes: int, pullback: Pullback) -> bool:
-    """Whether columns are worth keeping when they are there anyway."""
-    vector = pullback.shape[0] * torch.finfo(pullback.torch_dtype).bits // 8
-    return nbytes <= min(_SMALL * vector, memory_budget(pullback.risk))

@@ -19,7 +19,7 @@ from vivit_linop.curvature.jacobian import Pullback
 from vivit_linop.net.blocks import Columns, Piece, memory_budget
 from vivit_linop.net.columns.base import LayerColumns, mirror
 from vivit_linop.net.columns.joins import merged
-from vivit_linop.net.stored import StoredColumns, is_small
+from vivit_linop.net.stored import StoredColumns
 from vivit_linop.operators.base import TorchLinearOperator
 from vivit_linop.operators.verbs import (
     centered_row_norms_squared,
@@ -286,11 +286,9 @@ def sum_columns(factor: Pullback, totals: Sequence[Total]) -> None:
 
 
 def _keep(factor: Pullback, held: list[list[Piece]], columns: Columns) -> None:
-    """Keep columns that are small, for products, if they are all there."""
+    """Offer columns for products, if they are all there."""
     if held[0][0].place.start == 0 and columns.names == set(factor.risk.params):
-        pieces = StoredColumns.of(factor, [piece for (piece,) in held])
-        if is_small(pieces.nbytes, factor):
-            factor.stored = pieces
+        factor.offer(StoredColumns.of(factor, [piece for (piece,) in held]))
 
 
 def cross_gram(left: Pullback, right: Pullback) -> Tensor:

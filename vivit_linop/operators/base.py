@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from operator import index
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,9 +29,6 @@ from vivit_linop.operators.scalars import (
     is_differentiated,
     is_scalar,
 )
-
-if TYPE_CHECKING:
-    from vivit_linop.interop import CurvlinopsView
 
 NUMPY_DTYPES = {torch.float32: np.dtype("float32"), torch.float64: np.dtype("float64")}
 """The numpy names of the dtypes that an operator can have."""
@@ -393,10 +390,15 @@ class TorchLinearOperator(LinearOperator):
         return self._own(verbs.trace(self))
 
     @ordinary_mode()
-    def inv(self) -> TorchLinearOperator:
-        """Return the inverse as an operator."""
+    def inv(self, route: str | None = None) -> TorchLinearOperator:
+        """Return the inverse as an operator.
+
+        Args:
+            route: Of low-rank operators, which side to factorise: ``"dense Gram"`` or
+                ``"dense G"``; None for the smaller one.
+        """
         self._check_square("inv")
-        return verbs.inv(self)
+        return verbs.inv(self._routed(route))
 
     @ordinary_mode()
     def solve(self, b: Tensor | np.ndarray) -> Any:
@@ -427,10 +429,14 @@ class TorchLinearOperator(LinearOperator):
         return self._own(verbs.logdet(self))
 
     @ordinary_mode()
-    def eigvalsh(self) -> Tensor:
-        """Return the eigenvalues of a self-adjoint operator, ascending."""
+    def eigvalsh(self, route: str | None = None) -> Tensor:
+        """Return the eigenvalues of a self-adjoint operator, ascending.
+
+        Args:
+            route: As for :meth:`inv`.
+        """
         self._check_self_adjoint("eigvalsh")
-        return self._own(verbs.eigvalsh(self))
+        return self._own(verbs.eigvalsh(self._routed(route)))
 
     @ordinary_mode()
     def eigh(
@@ -438,6 +444,7 @@ class TorchLinearOperator(LinearOperator):
         k: int | None = None,
         select: Callable[[Tensor], Sequence[int] | Tensor] | None = None,
         rcond: float | None = None,
+        route: str | None = None,
     ) -> Eigenpairs:
         """Return eigenpairs of a self-adjoint operator.
 
@@ -448,15 +455,22 @@ class TorchLinearOperator(LinearOperator):
             rcond: Without ``k`` or ``select``, pairs whose eigenvalue is at most
                 ``rcond`` times the largest in magnitude are left out. Low-rank
                 operators leave out their numerical zeros by default.
+            route: Of low-rank operators, the way to the pairs: ``"dense Gram"`` or
+                ``"dense G"``, with ``k`` also ``"ARPACK on K"`` or ``"ARPACK on G"``;
+                None for the cheapest, which ``explain(k)`` names.
 
         Returns:
             Pairs that unpack to eigenvalues ``[K]`` and orthonormal columns
             ``[n, K]``.
         """
         self._check_self_adjoint("eigh")
-        return verbs.eigh(self, k=k, select=select, rcond=rcond)
+        op = self._routed(route, few=k is not None and select is None)
+        return verbs.eigh(op, k=k, select=select, rcond=rcond)
 
-    def to_curvlinops(self) -> CurvlinopsView:
+    def _routed(self, route: str | None, few: bool = False) -> TorchLinearOperator:
+        return self if route is None else verbs.routed(self, route, few)
+
+    def to_curvlinops(self) -> Any:
         """Return the operator with the interface that curvlinops' estimators use.
 
         For ``hutchpp_trace``, ``xtrace``, ``xdiag``, ``hutchinson_squared_fro`` and
@@ -468,9 +482,7 @@ class TorchLinearOperator(LinearOperator):
             >>> curvlinops.hutchinson_trace(A.to_curvlinops(), num_matvecs=3)
             tensor(45.)
         """
-        from vivit_linop.interop import CurvlinopsView
-
-        return CurvlinopsView(self)
+        return verbs.to_curvlinops(self)
 
     def _own(self, result: Tensor) -> Tensor:
         return result.to(self.torch_dtype)

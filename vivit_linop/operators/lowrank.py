@@ -134,6 +134,7 @@ class LowRank(TorchLinearOperator):
         factor: V.
         scale: c.
         gram: The Gram operator VᵀV (without c).
+        route: The way that decompositions are to take, None for the cheapest.
 
     Example:
         >>> import torch, vivit_linop as vl
@@ -144,6 +145,7 @@ class LowRank(TorchLinearOperator):
     """
 
     self_adjoint = True
+    route: str | None = None
 
     def __init__(self, factor: TorchLinearOperator, scale: float = 1.0) -> None:
         self.factor, self.scale = factor, without_gradient(scale, "scale")
@@ -157,8 +159,15 @@ class LowRank(TorchLinearOperator):
 
     @property
     def by_gram(self) -> bool:
-        """Whether the Gram matrix is the smaller side."""
+        """Whether the Gram matrix is the smaller side, or the one that is wanted."""
+        if self.route is not None:
+            return self.route.endswith(("Gram", "K"))
         return self.factor.shape[1] <= self.shape[0]
+
+    @property
+    def small_side_known(self) -> bool:
+        """Whether the dense matrix that exact verbs work on has been computed."""
+        return "small_side" in self.__dict__ or (self.by_gram and self.gram.known)
 
     @cached_property
     def small_side(self) -> Tensor:
@@ -173,6 +182,36 @@ class LowRank(TorchLinearOperator):
         node.scale = scale
         node.__dict__.pop("small_side", None)
         return node
+
+    def routed(self, route: str) -> LowRank:
+        """Return the node whose decompositions take this way."""
+        node = copy.copy(self)
+        node.route = route
+        if node.by_gram != self.by_gram:
+            node.__dict__.pop("small_side", None)
+        return node
+
+    def explain(self, k: int | None = None) -> Any:
+        """Print what the ways to k eigenpairs cost, and which one is chosen and why.
+
+        Args:
+            k: How many of the largest eigenpairs; by default 10, or all if there are
+                fewer.
+
+        Returns:
+            What is printed; its ``routes`` and ``chosen`` are for programs.
+
+        Example:
+            >>> import torch, vivit_linop as vl
+            >>> V = vl.Dense(torch.rand(1000, 20))
+            >>> choice = (V @ V.T).explain(k=2)
+            eigh(k=2) takes 'dense Gram': it is estimated to be the cheaper.
+              dense Gram     0.00048 GFLOP     0.0048 MB
+              ARPACK on K         28 GFLOP    0.00192 MB
+            >>> choice.chosen.name
+            'dense Gram'
+        """
+        return verbs.explain(self, k)
 
     def _made_of(self) -> tuple[TorchLinearOperator]:
         return (self.factor,)
@@ -357,6 +396,14 @@ class Woodbury(TorchLinearOperator):
         super().__init__(operator.shape, operator._own_dtype, operator._own_device)
         # K is known up to rounding errors, which 1/δ enlarges.
         self._refines = norm / damping > torch.finfo(self.torch_dtype).eps ** -0.125
+
+    def explain(self) -> Any:
+        """Print which side is factorised, what it costs and why.
+
+        Returns:
+            What is printed.
+        """
+        return verbs.explain(self)
 
     def _solve_small(self, X: Tensor) -> Tensor:
         solution = torch.cholesky_solve(X.to(torch.float64), self._cholesky)

@@ -363,5 +363,35 @@ def eigh(
     raise _no_rule("eigh", op)
 
 
+@singledispatch
+def routed(op: Any, route: str, few: bool) -> Operator:
+    """Return the operator with the way that its decomposition is to take.
+
+    Args:
+        op: The operator.
+        route: The name of the way.
+        few: Whether some of the largest eigenpairs are wanted: ARPACK finds no others.
+
+    Raises:
+        ValueError: If there is no such way.
+    """
+    raise ValueError(
+        f"route: found {route!r}, but a {type(op).__name__} has one way only; leave it "
+        "out."
+    )
+
+
+@singledispatch
+def explain(op: Any, k: int | None = None) -> Any:
+    """Print and return which ways an operator takes, and what they cost."""
+    raise _no_rule("explain", op)
+
+
+@singledispatch
+def to_curvlinops(op: Any) -> Any:
+    """Return the operator with the interface that curvlinops' estimators use."""
+    raise _no_rule("to_curvlinops", op)
+
+
 def _no_rule(verb: str, op: Any) -> TypeError:
     return TypeError(f"{verb}: no rule for an operand of type {type(op).__name__}.")

@@ -1,0 +1,164 @@
+"""Ways to eigenpairs and inverses: each gives the truth, and the cheapest is chosen."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import vivit_linop as vl
+from vivit_linop.curvature import plan
+from vivit_linop.net.costs import LayerCost
+
+ROUTES = ("dense Gram", "dense G", "ARPACK on K", "ARPACK on G")
+
+
+def risk_of(samples: int) -> vl.EmpiricalRisk:
+    """5 · 6 + 6 + 6 · 3 + 3 = 57 parameters; 2 columns a sample."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 3)).double()
+    data = torch.rand(samples, 5, dtype=torch.float64), torch.randint(3, (samples,))
+    return vl.EmpiricalRisk(net, nn.CrossEntropyLoss(), data)
+
+
+def operators(samples: int) -> dict[str, Any]:
+    risk = risk_of(samples)
+    J, U = vl.Jacobian(risk), vl.PerSampleGradients(risk)
+    generator = torch.Generator().manual_seed(1)
+    V = torch.randn(57, 2 * samples, generator=generator, dtype=torch.float64)
+    return {
+        "GGN": vl.GGN(risk),
+        "3 GGN": 3 * vl.GGN(risk),
+        "Fisher": vl.EmpiricalFisher(risk),
+        "JᵀJ": J.T @ J,
+        "covariance": U.covariance(),
+        "block": vl.GGN(risk).block_diagonal("parameter").blocks[0],
+        "V Vᵀ": (lambda V: V @ V.T)(vl.Dense(V)),
+    }
+
+
+NAMES = list(operators(4))
+
+
+def close(got: Tensor, expected: Tensor, rtol: float = 1e-9) -> bool:
+    return bool((got - expected).norm() <= rtol * expected.norm())
+
+
+@pytest.mark.parametrize("samples", [6, 40])  # fewer and more columns than rows
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("known", [False, True])
+def test_every_factor_has_all_routes(name: str, samples: int, known: bool) -> None:
+    A = operators(samples)[name].to_dense()
+    expected = torch.linalg.eigvalsh(A)
+    unit = vl.Identity(len(A))
+    exact = torch.linalg.inv(A + 0.1 * torch.eye(len(A), dtype=torch.float64))
+    op = operators(samples)[name]
+    if known:
+        (op + 0.1 * unit).inv()
+    for route in ROUTES:
+        pairs = op.eigh(k=3, route=route)
+        assert pairs.route == route
+        assert close(pairs.eigenvalues, expected[-3:])
+        E = pairs.eigenvectors
+        assert (A @ E - pairs.eigenvalues * E).norm() <= 1e-9 * expected[-1]
+    for route in ROUTES[:2]:
+        evals = op.eigvalsh(route=route)
+        count = min(op.factor.shape)
+        assert len(evals) == count and close(evals, expected[-count:])
+        every = op.eigh(route=route)
+        assert close((every.eigenvectors * every.eigenvalues) @ every.eigenvectors.T, A)
+        damped = op + 0.1 * unit
+        assert close(damped.inv(route=route).to_dense(), exact)
+        assert close(damped.eigvalsh(route=route), expected + 0.1)
+        assert close(op.routed(route).small_side.trace(), A.trace())
+
+
+@pytest.mark.parametrize("route", ["fast", "Dense G", "", "dense"])
+def test_a_wrong_name_lists_the_right_ones(route: str) -> None:
+    G = vl.GGN(risk_of(4))
+    with pytest.raises(ValueError, match=f"route: found {route!r}.*'ARPACK on K'"):
+        G.eigh(k=2, route=route)
+    for call in (
+        lambda: G.eigh(route=route),
+        lambda: G.eigvalsh(route=route),
+        lambda: (G + vl.Identity(57)).inv(route=route),
+        lambda: G.block_diagonal("module").eigvalsh(route=route),
+    ):
+        with pytest.raises(ValueError, match=r"give one of 'dense Gram', 'dense G'\.$"):
+            call()
+
+
+def test_routes_that_do_not_exist_are_refused() -> None:
+    G = vl.GGN(risk_of(4))
+    for call in (
+        lambda: G.eigh(route="ARPACK on K"),  # all pairs
+        lambda: G.eigh(select=lambda evals: [0], route="ARPACK on G"),
+        lambda: G.eigvalsh(route="ARPACK on K"),
+        lambda: (G + vl.Identity(57)).eigh(k=2, route="ARPACK on K"),
+    ):
+        with pytest.raises(ValueError, match="route: found 'ARPACK on"):
+            call()
+    with pytest.raises(ValueError, match="one way only"):
+        vl.Dense(torch.eye(3)).eigh(k=1, route="dense G")
+    with pytest.raises(ValueError, match=r"ARPACK finds at most 7 pairs.*k is 8"):
+        G.eigh(k=8, route="ARPACK on K")
+
+
+def test_a_known_gram_matrix_decides_anew() -> None:
+    """As many columns as LAPACK needs long for; ARPACK multiplies by the matrix."""
+    shape = 10**6, 9000
+    cost = plan.FactorCost.of_dense(*shape, 8)
+    known = plan.choose(shape, 10, None, 8, 10**12, by_gram=True)
+    assert known.chosen.name == "ARPACK on K"
+    assert known.chosen.flops < 0.2 * known.routes[0].flops
+    few = plan.choose((10**6, 500), 10, None, 8, 10**12, by_gram=True)
+    assert few.chosen.name == "dense Gram"
+    most = plan.choose(shape, 5000, None, 8, 10**12, by_gram=True)
+    assert most.chosen.name == "dense Gram" and "half of the pairs" in most.why
+    fresh = plan.choose(shape, 10, cost, 8, 10**6, by_gram=True)
+    assert fresh.chosen.name == "ARPACK on K" and "are free" in fresh.why
+
+
+@pytest.mark.parametrize("samples", [6, 40])
+def test_arpack_on_a_known_matrix_takes_no_pass(samples: int) -> None:
+    risk = risk_of(samples)
+    G = vl.GGN(risk)
+    (G + 0.1 * vl.Identity(57)).inv()
+    calls = []
+    risk.model.module.register_forward_hook(lambda *_: calls.append(1))
+    route = "ARPACK on K" if samples == 6 else "ARPACK on G"
+    evals = G.eigh(k=2, route=route).eigenvalues
+    assert close(evals, vl.GGN(risk_of(samples)).eigvalsh()[-2:]) and not calls
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_explain_names_what_is_taken(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    op = operators(6)[name]
+    choice = op.explain(k=2)
+    assert str(choice) in capsys.readouterr().out
+    assert op.eigh(k=2).route == choice.chosen.name
+    assert all(route.name in str(choice) for route in choice.routes)
+    (op + 0.1 * vl.Identity(op.shape[0])).inv().explain()
+    assert "inv took 'dense G" in capsys.readouterr().out
+    assert "matrix is known" in op.explain(k=2).why
+
+
+def layer(nbytes: float, forward: float, use: str = "linear") -> LayerCost:
+    return LayerCost("weight", use, "pairs", forward, 0.0, forward, nbytes)
+
+
+def test_columns_are_made_where_reading_them_pays() -> None:
+    assert plan.columns_pay([layer(1e6, 1e9)], width=10)
+    assert not plan.columns_pay([layer(1e8, 1e9)], width=10)
+
+
+def test_columns_stay_where_they_fit_and_spare_a_linearisation() -> None:
+    assert plan.columns_stay([layer(1e6, 1e6)], 10**6, budget=10**7)
+    assert not plan.columns_stay([layer(1e6, 1e6)], 10**6, budget=10**5)
+    assert not plan.columns_stay([layer(1e9, 1e6)], 10**9, budget=10**10)
+    # A convolution's linearisation is traced first.
+    assert plan.columns_stay([layer(1e9, 1e6, "conv2d")], 10**9, budget=10**10)

@@ -1,0 +1,226 @@
+"""The k largest eigenpairs of low-rank operators, by the way that the plan chooses.
+
+A way belongs to the factor V of c V Vᵀ: whatever is a factor has the same four.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from functools import singledispatch
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.sparse.linalg import eigsh
+from torch import Tensor
+
+from vivit_linop.curvature import plan
+from vivit_linop.curvature.blocks import FactorRows
+from vivit_linop.curvature.jacobian import Pullback
+from vivit_linop.linalg.decompositions import (
+    GramEigenpairs,
+    LowRankDecomposition,
+    gram_rounding_error,
+)
+from vivit_linop.linalg.krylov import watched
+from vivit_linop.net.blocks import memory_budget
+from vivit_linop.net.costs import layer_costs
+from vivit_linop.operators.base import TorchLinearOperator
+from vivit_linop.operators.eigenpairs import Eigenpairs
+from vivit_linop.operators.elementary import Dense, Scaled
+from vivit_linop.operators.kronecker import BlockDiagonal
+from vivit_linop.operators.lowrank import Centered, Damped, LowRank, Woodbury
+from vivit_linop.operators.verbs import eigh, explain, routed, scale
+from vivit_linop.risk.memory import free_memory
+
+DENSE = ("dense Gram", "dense G")
+ARPACK = ("ARPACK on K", "ARPACK on G")
+
+
+# What a factor costs ----------------------------------------------------------------
+
+
+@singledispatch
+def factor_cost(factor: Any) -> plan.FactorCost:
+    """Return what a factor costs, by its type."""
+    rows, columns = factor.shape
+    return plan.FactorCost.of_dense(rows, columns, _itemsize(factor))
+
+
+@factor_cost.register
+def cost_of_pullback(
+    factor: Pullback, names: Sequence[str] | None = None
+) -> plan.FactorCost:
+    """Count the layers of some parameters, or of all."""
+    S, risk = factor.blocks, factor.risk
+    root_entries = 0.0
+    if S is not None:
+        fits = S.blocks_fit()
+        root_entries = risk.num_samples * S.block_entries if fits else float("inf")
+    every = layer_costs(risk, factor.width)
+    costs = [cost for cost in every if names is None or cost.name in names]
+    rows = sum(risk.params[cost.name].numel() for cost in costs)
+    return plan.FactorCost.of_layers(
+        costs,
+        (rows, factor.shape[1]),
+        factor.width,
+        memory_budget(risk),
+        root_entries,
+    )
+
+
+@factor_cost.register
+def cost_of_rows(factor: FactorRows) -> plan.FactorCost:
+    """Those of its parameters; products go through the whole net."""
+    partition = factor.partition
+    part = cost_of_pullback(partition.factor, partition.groups[factor.group])
+    whole = cost_of_pullback(partition.factor)
+    matrix = 0.0 if "small_sides" in partition.__dict__ else part.matrix
+    return plan.FactorCost(matrix, whole.product, whole.once, whole.root_entries)
+
+
+@factor_cost.register
+def cost_of_centered(factor: Centered) -> plan.FactorCost:
+    """Those of the factor that is centred."""
+    return factor_cost(factor.factor)
+
+
+def choose_route(op: LowRank, k: int) -> plan.Choice:
+    """Choose the way to the k largest pairs of c V Vᵀ."""
+    return plan.choose(
+        op.factor.shape,
+        k,
+        None if op.small_side_known else factor_cost(op.factor),
+        _itemsize(op),
+        free_memory(op.device),
+        op.by_gram,
+    )
+
+
+def _itemsize(op: TorchLinearOperator) -> int:
+    return torch.finfo(op.torch_dtype).bits // 8
+
+
+# Eigenpairs -------------------------------------------------------------------------
+
+
+@eigh.register
+def eigenpairs_of_low_rank(
+    op: LowRank,
+    k: int | None = None,
+    select: Callable[[Tensor], Sequence[int] | Tensor] | None = None,
+    rcond: float | None = None,
+) -> Eigenpairs:
+    """By the dense smaller side, or for few of the largest by ARPACK."""
+    decomposition = LowRankDecomposition(op)
+    # Only the largest pairs can be had without all of them.
+    if k is not None and select is None:
+        decomposition.check_k(k)
+        route = op.route or choose_route(op, int(k)).chosen.name
+        if route in ARPACK:
+            return _by_arpack(op, int(k), route)
+        pairs = decomposition.largest(int(k))
+    else:
+        pairs = decomposition.pairs(decomposition.choose(k, select, rcond))
+    pairs.route = "dense Gram" if op.by_gram else "dense G"
+    return pairs
+
+
+def _by_arpack(op: LowRank, k: int, route: str) -> Eigenpairs:
+    target: TorchLinearOperator = op
+    if route == "ARPACK on K":
+        target = scale(op.gram, op.scale)
+    elif op.small_side_known and not op.by_gram:
+        target = Dense(op.small_side)
+    if k >= target.shape[0]:
+        raise ValueError(
+            f"route: ARPACK finds at most {target.shape[0] - 1} pairs of a matrix with "
+            f"as many rows + 1, k is {k}. Leave route= out."
+        )
+    start = np.random.default_rng(0).standard_normal(target.shape[0])
+    shown = _shows_progress(op.factor)
+    with watched(target, k) if shown else contextlib.nullcontext(target) as multiplied:
+        v0 = start.astype(target.dtype)
+        evals, evecs = eigsh(multiplied, k=k, which="LA", v0=v0)
+    order = np.argsort(evals)
+    values = torch.from_numpy(evals[order]).to(op.device)
+    vectors = torch.from_numpy(np.ascontiguousarray(evecs[:, order])).to(op.device)
+    pairs: Eigenpairs
+    if route == "ARPACK on G":
+        pairs = Eigenpairs(values, vectors)
+    elif (values > gram_rounding_error(values, target.shape[0])).all():
+        pairs = GramEigenpairs(values, op, vectors)
+    else:
+        # Fewer than k are numerically nonzero; the dense way knows what to do.
+        pairs, route = LowRankDecomposition(op).largest(k), "dense Gram"
+    pairs.route = route
+    return pairs
+
+
+def _shows_progress(factor: Any) -> bool:
+    if isinstance(factor, Centered):
+        return _shows_progress(factor.factor)
+    if isinstance(factor, FactorRows):
+        return _shows_progress(factor.partition.factor)
+    return isinstance(factor, Pullback) and factor.risk.progress
+
+
+# Routes that are asked for ----------------------------------------------------------
+
+
+@routed.register
+def low_rank_by_route(op: LowRank, route: str, few: bool) -> TorchLinearOperator:
+    """Check the name; the node remembers it."""
+    _check_name(route, (*DENSE, *ARPACK) if few else DENSE)
+    return op.routed(route)
+
+
+@routed.register
+def damped_by_route(op: Damped, route: str, few: bool) -> TorchLinearOperator:
+    """By the route of what is damped, with dense matrices."""
+    return Damped(routed(op.operator, route, few=False), op.damping)
+
+
+@routed.register
+def scaled_by_route(op: Scaled, route: str, few: bool) -> TorchLinearOperator:
+    """By the route of what is scaled, with dense matrices."""
+    return Scaled(op.factor, routed(op.operator, route, few=False))
+
+
+@routed.register
+def blocks_by_route(op: BlockDiagonal, route: str, few: bool) -> TorchLinearOperator:
+    """The same route for all blocks, with dense matrices."""
+    return op.like([routed(block, route, few=False) for block in op.blocks])
+
+
+def _check_name(route: str, names: Sequence[str]) -> None:
+    if route not in names:
+        listed = ", ".join(map(repr, names))
+        raise ValueError(f"route: found {route!r}; give one of {listed}.")
+
+
+# Explanations -----------------------------------------------------------------------
+
+
+@explain.register
+def explain_low_rank(op: LowRank, k: int | None = None) -> plan.Choice:
+    """The ways to k eigenpairs, and the one that is taken."""
+    decomposition = LowRankDecomposition(op)
+    k = min(10, decomposition.count) if k is None else k
+    decomposition.check_k(k)
+    choice = choose_route(op, k)
+    print(choice)
+    return choice
+
+
+@explain.register
+def explain_woodbury(op: Woodbury, k: int | None = None) -> plan.Route:
+    """The side that was factorised."""
+    inner = op.operator
+    D, columns = inner.factor.shape
+    rows, name = (columns, "dense Gram") if inner.by_gram else (D, "dense G")
+    why = f"{columns} columns of length {D}" if inner.route is None else "asked for"
+    route = plan.Route(name, rows**3 / 3, 8.0 * rows**2)
+    print(f"inv took {name!r}: {why}.\n  {route}")
+    return route
