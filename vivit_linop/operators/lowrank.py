@@ -207,7 +207,7 @@ class LowRank(TorchLinearOperator):
             >>> choice = (V @ V.T).explain(k=2)
             eigh(k=2) takes 'dense Gram': it is estimated to be the cheaper.
               dense Gram     0.00048 GFLOP     0.0048 MB
-              ARPACK on K         28 GFLOP    0.00192 MB
+              ARPACK on K       28.1 GFLOP    0.00192 MB
             >>> choice.chosen.name
             'dense Gram'
         """
