@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import statistics
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,6 +23,7 @@ from benchmarks import (
     quantities,
     spectra,
     vivit_dropin,
+    walk,
 )
 from benchmarks.measure import (
     Prepared,
@@ -53,6 +55,10 @@ EFFORT, QUICK_EFFORT = (50, 60.0), (2, 5.0)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments[:1] == ["walk"]:  # counts, and neither a time nor a peer
+        walk.main(arguments[1:])
+        return
     options = parse(arguments)
     if options.memory_of is not None:
         print(json.dumps({"peak_bytes": memory_of_case(options)}))
@@ -198,9 +204,11 @@ def print_ratios(
             print(f"{ratio.label:44}{value:10.2f}{verdict:>14}")
 
 
-def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("suites", nargs="*", metavar="suite", help=", ".join(SUITES))
+    parser.add_argument(
+        "suites", nargs="*", metavar="suite", help=f"{', '.join(SUITES)}; or walk"
+    )
     parser.add_argument(
         "--nets", nargs="+", choices=NETS, help="by default those of the suite"
     )

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import benchmarks.__main__ as command
-from benchmarks import growth, peers, spectra, streaming
+from benchmarks import growth, peers, spectra, streaming, walk
 from benchmarks.measure import Ratio, in_turns, median_ratio, peak_memory_in_subprocess
 from benchmarks.problems import NETS, Problem, Residual, Unavailable, make_problem
 
@@ -140,3 +140,15 @@ def test_streaming_measures_and_prints(capsys: pytest.CaptureFixture[str]) -> No
         assert all(time > 0 for time in measured["seconds"].values())
     streaming.print_table(found)
     assert "N grows by 3, memory by 1." in capsys.readouterr().out
+
+
+def test_walks_are_counted(capsys: pytest.CaptureFixture[str]) -> None:
+    """Exact numbers: the risk of a net that is there does not run it again."""
+    command.main(["walk"])
+    table = capsys.readouterr().out
+    assert all(name in table for name in walk.WALKS)
+    first, again = (walk.follow(make()) for make in (walk.first_product, walk.product))
+    assert again.files <= again.functions <= again.calls < first.calls
+    assert again.moves < again.calls and again.runs < first.runs
+    command.main(["walk", "--follow", "G @ x"])
+    assert "operators/base.py" in capsys.readouterr().out
