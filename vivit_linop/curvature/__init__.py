@@ -3,10 +3,11 @@
 from vivit_linop.curvature import routes, rules  # noqa: F401  (register)
 from vivit_linop.curvature.fisher import EmpiricalFisher, PerSampleGradients
 from vivit_linop.curvature.ggn import GGN, GGNFactor
-from vivit_linop.curvature.hessian import Hessian, PositiveCurvatureHessian
+from vivit_linop.curvature.hessian import Hessian
 from vivit_linop.curvature.jacobian import Jacobian
-from vivit_linop.curvature.kfac import EKFAC, KFAC, KFRA
+from vivit_linop.curvature.kfac import EKFAC, KFAC
 from vivit_linop.curvature.output_space import LossHessian
+from vivit_linop.curvature.recursions import KFRA, PositiveCurvatureHessian
 from vivit_linop.net import sums  # noqa: F401  (register)
 
 __all__ = [

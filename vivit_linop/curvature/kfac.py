@@ -20,7 +20,6 @@ from vivit_linop.curvature.blocks import FactorRows, Partition
 from vivit_linop.curvature.fisher import EmpiricalFisher
 from vivit_linop.curvature.ggn import GGN
 from vivit_linop.curvature.jacobian import Pullback
-from vivit_linop.interop import backpack_kfra
 from vivit_linop.modes import ordinary_mode
 from vivit_linop.net.blocks import Piece, memory_budget
 from vivit_linop.net.capture import Capture
@@ -445,50 +444,6 @@ def _bias_partners(risk: EmpiricalRisk) -> dict[str, str]:
         if b is not None and not others and weights[b] == {w} and b not in opaque:
             partners[w] = b
     return partners
-
-
-class KFRA(BlockDiagonal):
-    """KFRA: the Kronecker approximation by a recursion over layers, from BackPACK.
-
-    Block-diagonal by parameter, B ⊗ A with A as for ``weight_sharing="backpack"`` of
-    :class:`KFAC`, and B propagated from layer to layer as a mean over samples (Botev,
-    Ritter & Barber 2017, arXiv:1706.03662): for a linear layer Wᵀ B W, for an
-    elementwise function with derivatives d_n, B ∘ (1/N) Σ_n d_n d_nᵀ. Entries are
-    numbered as the risk's parameters are, also where BackPACK exchanges axes. That
-    recursion
-    defines it, so it exists for nets of the modules that BackPACK has rules for only,
-    and is computed by BackPACK, on a copy of the model.
-
-    Args:
-        risk: An :class:`EmpiricalRisk`, or a model, followed by ``loss``, ``data`` and
-            ``params`` as for :class:`EmpiricalRisk`. All samples are one batch.
-
-    Attributes:
-        risk: The risk.
-        names: For each block the parameter that it is of.
-
-    Raises:
-        ValueError: If BackPACK cannot do the model, with the module at fault.
-
-    Example:
-        >>> import torch, vivit_linop as vl
-        >>> from torch import nn
-        >>> data = (torch.rand(4, 3), torch.rand(4, 1))
-        >>> vl.KFRA(nn.Sequential(nn.Linear(3, 1)), nn.MSELoss(), data).blocks[0]
-        <3x3 Kronecker, torch.float32, cpu>
-    """
-
-    def __init__(
-        self,
-        risk: EmpiricalRisk | Any,
-        loss: Any = None,
-        data: Any = None,
-        params: Any | None = None,
-    ) -> None:
-        self.risk = as_risk(risk, loss, data, params)
-        self.names = [[name] for name in self.risk.params]
-        approximation = backpack_kfra(self.risk)
-        super().__init__(approximation.blocks, approximation.indices)
 
 
 class EKFAC(_LayerBlocks):

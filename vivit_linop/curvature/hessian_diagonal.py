@@ -1,0 +1,250 @@
+"""Diagonals of the Hessian: by BackPACK's recursion over layers, or by products."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.func import jvp, vmap
+
+from vivit_linop.curvature.hessian_products import ROUNDING, HessianProducts
+from vivit_linop.curvature.output_space import LossGradient, LossHessian
+from vivit_linop.curvature.recursions import backpack_results
+from vivit_linop.net.blocks import memory_budget
+from vivit_linop.risk.empirical import EmpiricalRisk
+from vivit_linop.risk.model import Params, as_guest
+
+_ROUTES = ("backpack", "products")
+
+
+@dataclass(frozen=True)
+class DiagonalCost:
+    """What the Hessian's diagonal will cost.
+
+    Attributes:
+        products: The number of products with the Hessian, D.
+        seconds: What they take, as estimated from some of them.
+        recursion_seconds: What BackPACK's recursion takes at most, as estimated from
+            one sample.
+        refusal: Why it cannot be used, or None.
+    """
+
+    products: int
+    seconds: float
+    recursion_seconds: float
+    refusal: str | None
+
+    def __str__(self) -> str:
+        """Say it in two lines."""
+        recursion = self.refusal or f"about {self.recursion_seconds:.2g} s"
+        return (
+            f"{self.products} products: about {self.seconds:.2g} s\n"
+            f"recursion over layers by BackPACK: {recursion}"
+        )
+
+
+def cost_of_diagonal(H: HessianProducts) -> DiagonalCost:
+    """Measure what D products take, and BackPACK's recursion for one sample."""
+    D = H.shape[0]
+    count = min(D, H.together)
+    unit = torch.eye(D, count, dtype=H.torch_dtype, device=H.device)
+    H.apply(unit)  # makes the graph
+    start = time.perf_counter()
+    H.apply(unit)[0, 0].item()  # waits for the device
+    seconds = (time.perf_counter() - start) / count
+    N, start = H.risk.num_samples, time.perf_counter()
+    try:
+        one = H.risk.subset([0])
+        _by_backpack(one, False, memory_budget(H.risk) // N)
+        recursion = None
+    except ValueError as error:
+        recursion = str(error)
+    one_sample = time.perf_counter() - start
+    return DiagonalCost(D, seconds * D, N * one_sample, recursion)
+
+
+def diagonal_by_recursion(
+    H: HessianProducts, route: str | None, by_sample: bool
+) -> Tensor | None:
+    """BackPACK's diagonal if it is right, None if products are to be used."""
+    if route is not None and route not in _ROUTES:
+        raise ValueError(f"route: one of {', '.join(_ROUTES)}, got {route!r}.")
+    if route == "products":
+        return None
+    try:
+        found = _by_backpack(H.risk, by_sample, memory_budget(H.risk))
+        _check_diagonal(H, found, by_sample)
+    except ValueError:
+        if route == "backpack":
+            raise
+        return None
+    return found
+
+
+def _check_diagonal(H: HessianProducts, found: Tensor, by_sample: bool) -> None:
+    """Raise an error if some entries are not those of products.
+
+    Of each parameter the largest entry and a random one; of three samples too.
+    """
+    generator = torch.Generator("cpu").manual_seed(0)
+    total = found.sum(0) if by_sample else found
+    entries = []
+    first = 0
+    for part in total.split(H.risk.sizes):
+        if len(part):
+            some = _drawn(len(part), generator)
+            entries += [first + int(part.abs().argmax()), first + some]
+        first += len(part)
+    unit = torch.zeros(len(total), len(entries), dtype=found.dtype, device=found.device)
+    unit[entries, torch.arange(len(entries), device=found.device)] = 1.0
+    pairs = [(total[entries], (H.apply(unit) * unit).sum(0))]
+    if by_sample:
+        N = len(found)
+        some = _drawn(N, generator)
+        r = H.risk.reduction_factor
+        for number in {0, some, N - 1}:
+            image = r * next(H.of_samples(unit, [number]))
+            pairs.append((found[number, entries], (image * unit).sum(0)))
+    eps = torch.finfo(found.dtype).eps
+    for ours, exact in pairs:
+        size = exact.abs() + ours.abs()
+        tolerance = eps**0.5 * size + ROUNDING * eps * size.max()
+        if not ((ours - exact).abs() <= tolerance).all():
+            raise ValueError(
+                "model: BackPACK and products give different diagonals of its "
+                "Hessian. Use route='products'."
+            )
+
+
+def sample_diagonals(H: HessianProducts) -> Tensor:
+    """By forward mode, or sample by sample."""
+    risk, D = H.risk, H.shape[0]
+    generator = torch.Generator("cpu").manual_seed(0)
+    noise = torch.randn(D, 1, generator=generator, dtype=torch.float64, device="cpu")
+    x = noise.to(H.device, H.torch_dtype)
+    image = H.apply(x)  # certified
+    try:
+        # Along one random direction all samples together are the Hessian's.
+        total = _second_derivatives(H, x).sum() * risk.reduction_factor
+        expected = (x * image).sum()
+        tolerance = 10 * torch.finfo(H.torch_dtype).eps ** 0.5
+        size = expected.abs() + x.norm() * image.norm()
+        floor = x.norm() * _rounding(H)
+        if (total - expected).abs() <= tolerance * size + x.norm() * floor:
+            found = _second_derivatives_in_parts(H)
+            if found is not None:
+                return found
+    # Operations without forward mode, or that cannot be vectorised.
+    except (RuntimeError, NotImplementedError):
+        pass
+    return _diagonals_one_by_one(H, x, image)
+
+
+def _rounding(H: HessianProducts) -> float:
+    """What rounding leaves of entries that cancel, by the size of the outputs."""
+    outputs = sum(
+        float(o.reshape(len(o), -1).norm(dim=1).sum()) for o in H.risk.outputs
+    )
+    eps = torch.finfo(H.torch_dtype).eps
+    return ROUNDING * eps * H.risk.reduction_factor * outputs
+
+
+def _second_derivatives_in_parts(H: HessianProducts) -> Tensor | None:
+    """Those along each entry, None if they are others when taken together."""
+    unit = torch.eye(H.shape[0], dtype=H.torch_dtype, device=H.device)
+    tolerance = 10 * torch.finfo(H.torch_dtype).eps ** 0.5
+    parts = []
+    for number, U in enumerate(unit.split(H.together, dim=1)):
+        part = _second_derivatives(H, U)
+        some = number % U.shape[1]
+        alone = _second_derivatives(H, U[:, some : some + 1]).squeeze(1)
+        size = part.abs().max()
+        if not (part[:, some] - alone).abs().max() <= tolerance * size:
+            return None
+        parts.append(part)
+    return torch.cat(parts, dim=1)
+
+
+def _diagonals_one_by_one(H: HessianProducts, x: Tensor, image: Tensor) -> Tensor:
+    """D products with the Hessian of each sample.
+
+    Args:
+        H: The Hessian.
+        x: A vector, ``[D, 1]``.
+        image: The Hessian's product with it, which all samples' must give.
+    """
+    D = H.shape[0]
+    unit = torch.eye(D, dtype=H.torch_dtype, device=H.device)
+    rows, total = [], torch.zeros_like(image)
+    for matrix in H.of_samples(unit):
+        rows.append(matrix.diagonal())
+        total += H.risk.reduction_factor * (matrix @ x)
+    tolerance = ROUNDING * torch.finfo(H.torch_dtype).eps ** 0.75
+    size = image.norm() + H.risk.reduction_factor * x.norm() * sum(
+        row.norm() for row in rows
+    )
+    floor = x.norm() * _rounding(H)
+    if not (total - image).norm() <= tolerance * size + floor:
+        raise ValueError(
+            "model: the second derivatives of its samples alone are not those of "
+            "the batch; a sample is computed in another way when it is alone."
+        )
+    return torch.stack(rows)
+
+
+def _second_derivatives(H: HessianProducts, U: Tensor) -> Tensor:
+    """The second derivatives of ℓ_n along columns, ``[N, K]``.
+
+    uᵀ ∇²ℓ_n u = (J_n u)ᵀ H_n (J_n u) + ⟨∇_f ℓ_n, ∂²f_n/∂u²⟩.
+    """
+    risk, count = H.risk, U.shape[1]
+    gradient, curvature = LossGradient(risk), LossHessian(risk)
+    directions = dict(zip(risk.params, risk.unflatten(U), strict=True))
+    params = {name: p.detach() for name, p in risk.params.items()}
+    rows = []
+    for batch, (X, _) in enumerate(risk.batches()):
+
+        def derivatives(direction: Params, X: Any = X) -> tuple[Tensor, Tensor]:
+            def slope(params: Params) -> Tensor:
+                def f(params: Params) -> Tensor:
+                    return risk.model(params, X)
+
+                derivative: Tensor = jvp(f, (params,), (direction,))[1]
+                return derivative
+
+            both: tuple[Tensor, Tensor] = jvp(slope, (params,), (direction,))[:2]
+            return both
+
+        with as_guest(risk.device), torch.no_grad():
+            first, second = vmap(derivatives)(directions)
+        n = first.shape[1]
+        f1 = first.reshape(count, -1).T  # [n C, K]
+        f2 = second.reshape(count, n, -1)
+        curved = f1 * curvature.apply_batch(batch, f1) / risk.reduction_factor
+        linear = torch.einsum("knc,nc->nk", f2, gradient.blocks(batch)[:, :, 0, 0])
+        rows.append(curved.reshape(n, -1, count).sum(1) + linear)
+    return torch.cat(rows).detach()
+
+
+def _drawn(below: int, generator: torch.Generator) -> int:
+    return int(torch.randint(below, (), generator=generator, device="cpu"))
+
+
+def _by_backpack(risk: EmpiricalRisk, by_sample: bool, memory: int) -> Tensor:
+    """Return the Hessian's diagonal by BackPACK, ``[D]``, or by sample ``[N, D]``.
+
+    By sample with its r.
+
+    Raises:
+        ValueError: If BackPACK cannot do the model, or not in that memory.
+    """
+    from backpack.extensions import BatchDiagHessian, DiagHessian
+
+    extension = BatchDiagHessian() if by_sample else DiagHessian()
+    results = backpack_results(risk, extension, memory)
+    leading = 1 if by_sample else 0
+    parts = [result.value.detach().flatten(leading) for result in results]
+    return torch.cat(parts, dim=leading)

@@ -1,0 +1,303 @@
+"""Products with the Hessian of the empirical risk: derivatives of its gradient."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vivit_linop.curvature import plan
+from vivit_linop.curvature.second_derivatives import (
+    Certificate,
+    differentiable_twice,
+    gradient_of,
+)
+from vivit_linop.net.costs import layer_costs
+from vivit_linop.operators.base import TorchLinearOperator
+from vivit_linop.risk.data import copied, take
+from vivit_linop.risk.empirical import EmpiricalRisk, as_risk
+from vivit_linop.risk.losses.certificates import certify_curvature, check_curvature
+from vivit_linop.risk.model import as_guest, strided
+
+# How far apart ways that differ in the order of summation may be, in eps^¾.
+ROUNDING = 100
+
+
+class HessianProducts(TorchLinearOperator):
+    """What :class:`vivit_linop.Hessian` and its blocks multiply by.
+
+    The graph of the gradient is kept for a single batch, and made anew for several.
+    Backward passes for several vectors are taken together where torch can and does it
+    right.
+    """
+
+    self_adjoint = True
+
+    def __init__(
+        self,
+        risk: EmpiricalRisk | Any,
+        loss: Any = None,
+        data: Any = None,
+        params: Any | None = None,
+    ) -> None:
+        self.risk = as_risk(risk, loss, data, params)
+        check_curvature(self.risk.loss, self.risk.outputs[0], self.risk.targets()[0])
+        for output, target in zip(self.risk.outputs, self.risk.targets(), strict=True):
+            certify_curvature(self.risk.loss, output, target)
+        D = self.risk.num_params
+        super().__init__((D, D), self.risk.dtype, self.risk.device)
+        self._kept: list[Tensor] | None = None
+        self._certified = False
+        self._batched = True  # until torch refuses, or is wrong
+        self._compared: set[tuple[Any, ...]] = set()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Graphs do not travel: a copy makes its own, of its own parameters."""
+        return {**self.__dict__, "_kept": None}
+
+    def _gradient(self, index: int, X: Any) -> list[Tensor]:
+        """The gradient on a batch, with its graph."""
+        risk = self.risk
+        output = risk.model(risk.params, X)
+        risk.check_outputs(index, output)
+        total = risk.loss.total(output, risk.targets()[index]) * risk.scale
+        return self._gradient_of(total)
+
+    def _gradient_of(self, total: Tensor) -> list[Tensor]:
+        return gradient_of(total, list(self.risk.params.values()), graph=True)
+
+    def _multiply(self, X: Tensor) -> Tensor:
+        return self.multiply_block(range(len(self.risk.sizes)), X)
+
+    def multiply_block(self, chosen: Sequence[int], X: Tensor) -> Tensor:
+        """Multiply the diagonal block of some parameters, ``[d, K] -> [d, K]``.
+
+        Args:
+            chosen: The numbers of the parameters.
+            X: Their entries.
+        """
+        if not self._certified:
+            Certificate(self.risk).check()
+            self._certified = True
+        return self._block_product(chosen, X)
+
+    def _block_product(self, chosen: Sequence[int], X: Tensor) -> Tensor:
+        result = torch.zeros_like(X)
+        single = len(self.risk.batch_sizes) == 1
+        with as_guest(self.risk.device):
+            if single and self._kept is not None:
+                return self._differentiate(self._kept, chosen, X, 0)
+            for index, (inputs, _) in enumerate(self.risk.batches("product")):
+                gradient = self._gradient(index, copied(inputs) if single else inputs)
+                if single:
+                    self._kept = gradient
+                result += self._differentiate(gradient, chosen, X, index)
+        return result
+
+    def _differentiate(
+        self,
+        gradient: list[Tensor],
+        chosen: Sequence[int],
+        X: Tensor,
+        batch: int | None,
+    ) -> Tensor:
+        """Differentiate the gradient in some parameters along each column.
+
+        Args:
+            gradient: The gradient, with its graph.
+            chosen: The numbers of the parameters.
+            X: The columns, entries of these parameters.
+            batch: Which batch the gradient is of; None for a single sample.
+        """
+        # The loss may be linear in some parameters.
+        curved = [index for index in chosen if gradient[index].requires_grad]
+        if not curved:
+            return torch.zeros_like(X)
+        parameters = list(self.risk.params.values())
+        sizes = [self.risk.sizes[index] for index in chosen]
+        columns = []
+        size = self.together if X.shape[1] > 1 else 1
+        for part in X.split(size, dim=1):
+            count = part.shape[1]
+            vectors = {
+                # Contiguous, as vectors come from torch's own backward passes: there
+                # are kernels that take that for granted.
+                index: rows.T.contiguous().view(count, *parameters[index].shape)
+                for index, rows in zip(chosen, part.split(sizes), strict=True)
+            }
+            products = self._pull_back(
+                [gradient[index] for index in curved],
+                [parameters[index] for index in chosen],
+                [vectors[index] for index in curved],
+                None if batch is None else (batch, *chosen),
+            )
+            rows_of_parts = [
+                part.new_zeros(size, part.shape[1])
+                if product is None
+                else product.reshape(part.shape[1], size).T
+                for size, product in zip(sizes, products, strict=True)
+            ]
+            columns.append(torch.cat(rows_of_parts))
+        return torch.cat(columns, dim=1)
+
+    @property
+    def together(self) -> int:
+        """How many products are taken together."""
+        return self._together if self._batched else 1
+
+    @cached_property
+    def _together(self) -> int:
+        return plan.products_together(layer_costs(self.risk, 1))
+
+    def _pull_back(
+        self,
+        outputs: list[Tensor],
+        inputs: list[Tensor],
+        vectors: list[Tensor],
+        place: tuple[int, ...] | None,
+    ) -> list[Tensor | None]:
+        """Backward passes for ``[K, *p]`` vectors, together if torch can.
+
+        Args:
+            outputs: What is differentiated.
+            inputs: In what.
+            vectors: Along what.
+            place: The batch and parameters, None if they will not come again.
+        """
+        count = len(vectors[0])
+        with differentiable_twice():
+            if count > 1 and self._batched_is_right(outputs, inputs, vectors, place):
+                together = self._pull_back_together(outputs, inputs, vectors)
+                if together is not None and (
+                    place is not None
+                    or self._is_right(together, outputs, inputs, vectors)
+                ):
+                    return together
+            each = [
+                _pulled_back(outputs, inputs, [v[k] for v in vectors])
+                for k in range(count)
+            ]
+        return [
+            None if products[0] is None else torch.stack(products)
+            for products in zip(*each, strict=True)
+        ]
+
+    def _batched_is_right(
+        self,
+        outputs: list[Tensor],
+        inputs: list[Tensor],
+        vectors: list[Tensor],
+        place: tuple[int, ...] | None,
+    ) -> bool:
+        """Whether to take passes together; tried once a place, on random vectors.
+
+        Those that are multiplied may have zeros where a fault would show. At no place,
+        each result is to be looked at.
+        """
+        if place is None or not self._batched:
+            return self._batched
+        key = (*place, len(vectors[0]))
+        if key not in self._compared:
+            generator = torch.Generator("cpu").manual_seed(0)
+            probe = [
+                torch.randn(
+                    v.shape, generator=generator, dtype=v.dtype, device="cpu"
+                ).to(v.device)
+                for v in vectors
+            ]
+            together = self._pull_back_together(outputs, inputs, probe)
+            if together is None or not self._is_right(together, outputs, inputs, probe):
+                return False
+            self._compared.add(key)
+        return True
+
+    def _pull_back_together(
+        self, outputs: list[Tensor], inputs: list[Tensor], vectors: list[Tensor]
+    ) -> list[Tensor | None] | None:
+        """Backward passes in one, None if torch cannot."""
+        try:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "There is a performance drop")
+                return _pulled_back(outputs, inputs, vectors, is_grads_batched=True)
+        # Some operations have no batched backward pass.
+        except (RuntimeError, NotImplementedError) as error:
+            # Less may fit at another time.
+            self._batched = isinstance(error, torch.OutOfMemoryError)
+            return None
+
+    def _is_right(
+        self,
+        together: list[Tensor | None],
+        outputs: list[Tensor],
+        inputs: list[Tensor],
+        vectors: list[Tensor],
+    ) -> bool:
+        """Whether batched backward passes are what single ones are.
+
+        For some shapes torch's batching of an operation is wrong. A random combination
+        of the passes is that of the combined vectors; where not, they are taken singly
+        from now on.
+        """
+        generator = torch.Generator("cpu").manual_seed(0)
+        noise = torch.randn(
+            len(vectors[0]), generator=generator, dtype=torch.float64, device="cpu"
+        )
+        weights = noise.to(vectors[0])
+        combined = [torch.tensordot(weights, v, dims=1) for v in vectors]
+        alone = _pulled_back(outputs, inputs, combined)
+        error = size = torch.zeros((), dtype=weights.dtype, device=weights.device)
+        for many, one in zip(together, alone, strict=True):
+            if many is not None and one is not None:
+                combination = torch.tensordot(weights, many, dims=1)
+                error = error + (combination - one).square().sum()
+                size = size + many.square().sum()
+        tolerance = ROUNDING * torch.finfo(self.torch_dtype).eps ** 0.75
+        self._batched = bool(error.sqrt() <= tolerance * size.sqrt() * weights.norm())
+        return self._batched
+
+    def of_samples(
+        self, U: Tensor, numbers: Sequence[int] | None = None
+    ) -> Iterator[Tensor]:
+        """Multiply the Hessians of single samples, ``[D, K] -> [D, K]`` each.
+
+        Args:
+            U: What by.
+            numbers: Of which samples; None for all.
+        """
+        risk = self.risk
+        factor = risk.scale / risk.reduction_factor
+        everything, start = range(len(risk.sizes)), 0
+        for (X, y), targets in zip(risk.batches(), risk.targets(), strict=True):
+            for n in range(len(y)):
+                if numbers is not None and start + n not in numbers:
+                    continue
+                with as_guest(risk.device):
+                    sample = take(X, torch.tensor([n], device="cpu"), risk.by_sample)
+                    output = risk.model(risk.params, sample)
+                    total = risk.loss.total(output, targets[n : n + 1]) * factor
+                    gradient = self._gradient_of(total)
+                    image = self._differentiate(gradient, everything, U, None)
+                yield image
+            start += len(y)
+
+
+def _pulled_back(
+    outputs: list[Tensor],
+    inputs: list[Tensor],
+    vectors: list[Tensor],
+    is_grads_batched: bool = False,
+) -> list[Tensor | None]:
+    """A backward pass, or several in one; the graph is kept."""
+    products = torch.autograd.grad(
+        outputs,
+        inputs,
+        vectors,
+        retain_graph=True,
+        allow_unused=True,
+        is_grads_batched=is_grads_batched,
+    )
+    return [strided(product) for product in products]

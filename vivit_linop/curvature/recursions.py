@@ -1,0 +1,411 @@
+"""Recursions over layers that BackPACK computes, on a copy of a risk's model.
+
+KFRA and the positive-curvature Hessian are defined by their recursions, the Hessian's
+diagonal is the fastest by one. BackPACK is imported when it is needed, through names
+that it makes public.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule
+
+from vivit_linop.curvature.blocks import ParameterBlocks, parameter_groups, places_of
+from vivit_linop.curvature.positive_curvature import (
+    PositiveCurvature,
+    PositiveCurvatureBlock,
+)
+from vivit_linop.modes import ordinary_mode
+from vivit_linop.operators.base import TorchLinearOperator
+from vivit_linop.operators.kronecker import BlockDiagonal, Kronecker
+from vivit_linop.risk.copies import Copies
+from vivit_linop.risk.empirical import EmpiricalRisk, as_risk
+
+# What works for every model.
+_INSTEAD = {
+    "KFRA": "Use vl.KFAC, for every model.",
+    "DiagHessian": "Use route='products', for every model.",
+    "BatchDiagHessian": "Use route='products', for every model.",
+    "PCHMP": "Use vl.GGN(risk).block_diagonal('parameter'), for every model.",
+}
+# Functions with second derivatives, that BackPACK has rules for.
+CURVED = (nn.Sigmoid, nn.Tanh, nn.ELU, nn.SELU, nn.LogSigmoid)
+# BackPACK's Kronecker factors of these number the weight's entries outputs first.
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+
+class KFRA(BlockDiagonal):
+    """KFRA: the Kronecker approximation by a recursion over layers, from BackPACK.
+
+    Block-diagonal by parameter, B ⊗ A with A as for ``weight_sharing="backpack"`` of
+    :class:`KFAC`, and B propagated from layer to layer as a mean over samples (Botev,
+    Ritter & Barber 2017, arXiv:1706.03662): for a linear layer Wᵀ B W, for an
+    elementwise function with derivatives d_n, B ∘ (1/N) Σ_n d_n d_nᵀ. Entries are
+    numbered as the risk's parameters are, also where BackPACK exchanges axes. That
+    recursion
+    defines it, so it exists for nets of the modules that BackPACK has rules for only,
+    and is computed by BackPACK, on a copy of the model.
+
+    Args:
+        risk: An :class:`EmpiricalRisk`, or a model, followed by ``loss``, ``data`` and
+            ``params`` as for :class:`EmpiricalRisk`. All samples are one batch.
+
+    Attributes:
+        risk: The risk.
+        names: For each block the parameter that it is of.
+
+    Raises:
+        ValueError: If BackPACK cannot do the model, with the module at fault.
+
+    Example:
+        >>> import torch, vivit_linop as vl
+        >>> from torch import nn
+        >>> data = (torch.rand(4, 3), torch.rand(4, 1))
+        >>> vl.KFRA(nn.Sequential(nn.Linear(3, 1)), nn.MSELoss(), data).blocks[0]
+        <3x3 Kronecker, torch.float32, cpu>
+    """
+
+    def __init__(
+        self,
+        risk: EmpiricalRisk | Any,
+        loss: Any = None,
+        data: Any = None,
+        params: Any | None = None,
+    ) -> None:
+        self.risk = as_risk(risk, loss, data, params)
+        self.names = [[name] for name in self.risk.params]
+        from backpack.extensions import KFRA as Extension
+
+        approximation = kronecker_blocks(backpack_results(self.risk, Extension()))
+        super().__init__(approximation.blocks, approximation.indices)
+
+
+class PositiveCurvatureHessian(BlockDiagonal):
+    """The block-diagonal positive-curvature Hessian, from BackPACK; ``[D, D]``.
+
+    A recursion over layers like that of the Hessian, in which the term of
+    each elementwise function, diag(φ''(z) ∂L/∂φ), is made positive before it is
+    propagated further (Chen, Chou & Chang 2018, BDA-PCH, arXiv:1802.06502). It is *not*
+    the Hessian projected on the positive semi-definite matrices; for piecewise linear
+    functions it is the GGN's block-diagonal. The recursion defines it, so it exists for
+    nets of the modules that BackPACK has rules for only: Linear, Conv2d, ReLU, Sigmoid,
+    Tanh, pooling, padding, Flatten, Dropout, with MSELoss or CrossEntropyLoss.
+
+    Args:
+        risk: An :class:`EmpiricalRisk`, or a model, followed by ``loss``, ``data`` and
+            ``params`` as for :class:`EmpiricalRisk`. All samples are one batch.
+        modify: ``"clip"`` sets negative terms to zero, ``"abs"`` takes their absolute
+            value.
+        blocks: As for :meth:`vivit_linop.GGN.block_diagonal`. ``"parameter"`` is
+            BackPACK's; a product with blocks of several parameters is a forward-mode
+            and a backward pass a column, with the same terms.
+        as_published: Whether the terms are those above. By default they are BackPACK's:
+            its version 1.7.1 multiplies by the slope ∂L/∂φ once more, before it makes
+            the terms positive, so that the signs are those of φ''.
+
+    Attributes:
+        risk: The risk.
+
+    Raises:
+        ValueError: If BackPACK cannot do the model, with the module at fault; for
+            another ``modify``; if a parameter is missing in ``blocks``, foreign or
+            listed twice.
+
+    Example:
+        >>> import torch, vivit_linop as vl
+        >>> from torch import nn
+        >>> net = nn.Sequential(nn.Linear(3, 2), nn.Tanh(), nn.Linear(2, 1))
+        >>> data = (torch.rand(4, 3), torch.rand(4, 1))
+        >>> P = vl.PositiveCurvatureHessian(net, nn.MSELoss(), data, modify="abs")
+        >>> P.shape, len(P.blocks)
+        ((11, 11), 4)
+        >>> P = vl.PositiveCurvatureHessian(net, nn.MSELoss(), data, blocks="module")
+        >>> [block.shape for block in P.blocks]
+        [(8, 8), (3, 3)]
+    """
+
+    def __init__(
+        self,
+        risk: EmpiricalRisk | Any,
+        loss: Any = None,
+        data: Any = None,
+        params: Any | None = None,
+        *,
+        modify: str = "clip",
+        blocks: ParameterBlocks = "parameter",
+        as_published: bool = False,
+    ) -> None:
+        if modify not in ("clip", "abs"):
+            raise ValueError(f"modify: 'clip' or 'abs', got {modify!r}.")
+        self.risk = as_risk(risk, loss, data, params)
+        groups = parameter_groups(self.risk, blocks)
+        from backpack.extensions import PCHMP
+
+        results = backpack_results(self.risk, PCHMP(modify=modify))
+        if blocks == "parameter" and not as_published:
+            super().__init__([BackpackProduct(f, p) for p, f, _ in results])
+            return
+        with ordinary_mode():
+            whole = PositiveCurvature(
+                self.risk, CURVED, modify, squared=not as_published
+            )
+        super().__init__(
+            [PositiveCurvatureBlock(whole, group) for group in groups],
+            places_of(self.risk, groups),
+        )
+
+
+# Running BackPACK -----------------------------------------------------------------
+
+
+class Left(NamedTuple):
+    """What BackPACK has left on a parameter.
+
+    Attributes:
+        parameter: The parameter.
+        value: What is there.
+        layer: The module that has the parameter; None if that is not known.
+    """
+
+    parameter: Tensor
+    value: Any
+    layer: nn.Module | None
+
+
+def layers_of(module: nn.Module) -> dict[int, nn.Module]:
+    """By the id of each parameter, the module that has it."""
+    return {id(p): part for part in module.modules() for p in part.parameters(False)}
+
+
+@ordinary_mode()
+def backpack_results(
+    risk: EmpiricalRisk, extension: Any, memory: int | None = None
+) -> list[Left]:
+    """Run one of BackPACK's extensions on a copy of a risk's model.
+
+    Args:
+        risk: The risk.
+        extension: The extension.
+        memory: The bytes that its recursion for Hessians may take, a matrix [features,
+            N · features] after each elementwise function; None for any.
+
+    Returns:
+        What BackPACK left on the parameters of the copy.
+
+    Raises:
+        TypeError: If ``extension`` is none.
+        ValueError: If BackPACK cannot do the model.
+    """
+    from backpack import backpack, extend
+
+    savefield = getattr(extension, "savefield", None)
+    if not isinstance(savefield, str) or isinstance(extension, type):
+        raise TypeError(
+            "quantity: an instance of a BackPACK extension such as "
+            f"backpack.extensions.KFRA(), got {extension!r}."
+        )
+    what = type(extension).__name__
+    module, loss = _module_and_loss(risk, what)
+    _check_layers(module, what)
+    X, y = _one_batch(risk, what)
+    calls: dict[nn.Module, int] = {}
+    residuals = 0
+
+    def count(module: nn.Module, _: Any, output: Any) -> None:
+        nonlocal residuals
+        calls[module] = calls.get(module, 0) + 1
+        if isinstance(module, CURVED):
+            residuals += output.numel() * output[0].numel() * output.element_size()
+
+    try:
+        with (
+            torch.enable_grad(),
+            _default_dtype(risk.dtype),
+            warnings.catch_warnings(),
+        ):
+            warnings.simplefilter("ignore")  # of torch about BackPACK's hooks
+            handles = [m.register_forward_hook(count) for m in module.modules()]
+            net, loss = extend(module), extend(loss)
+            with backpack(extension):
+                output = net(X)
+                for handle in handles:
+                    handle.remove()
+                if memory is not None and residuals > memory:
+                    raise ValueError(
+                        f"its matrices between layers take {residuals:.1e} bytes, the "
+                        f"budget is {memory:.1e}."
+                    )
+                loss(output, y).backward()
+    except Exception as error:
+        reason = _used_again(module, calls) or _first_line(error)
+        raise _refusal(what, reason) from error
+    again = _used_again(module, calls)
+    if again is not None:
+        raise _refusal(what, again)
+    named = dict(module.named_parameters())
+    missing = [name for name in risk.params if not hasattr(named[name], savefield)]
+    if missing:
+        raise ValueError(
+            f"model: BackPACK did not compute {what} for parameter {missing[0]!r}; it "
+            "has no rule for its module."
+        )
+    layers = layers_of(module)
+    return [
+        Left(p, getattr(p, savefield), layers[id(p)])
+        for p in (named[name] for name in risk.params)
+    ]
+
+
+# What it leaves, as operators -----------------------------------------------------
+
+
+class BackpackProduct(TorchLinearOperator):
+    """A block of ``HMP``, ``GGNMP`` or ``PCHMP``; made by :func:`from_backpack`.
+
+    Args:
+        function: BackPACK's, ``[K, *p] -> [K, *p]``.
+        parameter: The parameter p.
+    """
+
+    self_adjoint = True
+
+    def __init__(self, function: Callable[[Tensor], Tensor], parameter: Tensor) -> None:
+        self._function, self._shape = function, parameter.shape
+        size = parameter.numel()
+        super().__init__((size, size), parameter.dtype, parameter.device)
+
+    def _multiply(self, X: Tensor) -> Tensor:
+        vectors = X.T.reshape(-1, *self._shape)
+        return self._function(vectors).detach().flatten(1).T
+
+
+def kronecker_blocks(results: Sequence[Left]) -> BlockDiagonal:
+    """The blocks of all parameters, at the places of their entries."""
+    blocks, indices, start = [], [], 0
+    for number, result in enumerate(results):
+        p = result.parameter
+        places = torch.arange(start, start + p.numel(), device="cpu")
+        if _of_transpose(result, number):
+            places = places.view(p.shape).transpose(0, 1).flatten()
+        blocks.append(Kronecker(*(factor.detach() for factor in result.value)))
+        indices.append(places.to(p.device))
+        start += p.numel()
+    in_order = torch.equal(torch.cat(indices).cpu(), torch.arange(start, device="cpu"))
+    return BlockDiagonal(blocks, None if in_order else indices)
+
+
+def _of_transpose(result: Left, number: int) -> bool:
+    """Whether factors are those of a parameter with its first two axes exchanged."""
+    p, factors, layer = result
+    if len(factors) != 2 or p.ndim < 3:
+        return False
+    if isinstance(layer, _TRANSPOSED):
+        ends = zip(layer.output_padding, layer.padding, strict=True)
+        if any(added and removed for added, removed in ends):
+            raise ValueError(
+                f"model: BackPACK's factors leave out the output_padding of {layer}. "
+                f"{_INSTEAD['KFRA']}"
+            )
+        return True
+    if layer is not None:
+        return False
+    outputs = len(factors[0])
+    if p.shape[0] == p.shape[1] == outputs > 1:
+        raise ValueError(
+            f"source: parameter {number}, {list(p.shape)}, may be of a convolution or "
+            "of a transposed one, and BackPACK numbers their entries in different "
+            "orders. Give the module in place of its parameters."
+        )
+    return outputs != p.shape[0]
+
+
+# What it can do -------------------------------------------------------------------
+
+
+def _module_and_loss(risk: EmpiricalRisk, what: str) -> tuple[nn.Module, nn.Module]:
+    """A copy of the model with the risk's parameters, and of the loss."""
+    source = risk.loss.source
+    if not isinstance(source, nn.Module):
+        raise ValueError(
+            f"loss: {what} needs a module of torch.nn, got "
+            f"{getattr(source, '__name__', type(source).__name__)}."
+        )
+    module = risk.model.copied_module(risk.params)
+    if module is None:
+        raise ValueError(f"model: {what} needs an nn.Module, got a function.")
+    return module, Copies(()).of(source)
+
+
+def _check_layers(module: nn.Module, what: str) -> None:
+    """BackPACK takes any container for one of modules, a shared parameter for two."""
+    for name, part in module.named_modules():
+        forward = inspect.unwrap(type(part).forward)
+        if isinstance(part, nn.Sequential) and forward is not nn.Sequential.forward:
+            raise _refusal(
+                what, f"{name or 'it'} is a Sequential with a forward pass of its own."
+            )
+        if isinstance(part, GraphModule) and any(
+            node.op in ("call_function", "call_method", "get_attr")
+            for node in part.graph.nodes
+        ):
+            raise _refusal(
+                what,
+                f"{name or 'it'} is a graph with calls of functions between its "
+                "modules.",
+            )
+    shared = len(list(module.named_parameters(remove_duplicate=False)))
+    if shared != len(list(module.named_parameters())):
+        raise _refusal(what, "modules share a parameter.")
+
+
+def _refusal(what: str, reason: str) -> ValueError:
+    """An error that says what works instead."""
+    instead = _INSTEAD.get(what, "The operators of this package work for every model.")
+    return ValueError(
+        f"model: BackPACK cannot compute {what} for it: {reason} {instead}"
+    )
+
+
+def _used_again(module: nn.Module, calls: Mapping[nn.Module, int]) -> str | None:
+    """Say which module with parameters was called more than once, if any was."""
+    for name, part in module.named_modules():
+        if calls.get(part, 0) > 1 and any(True for _ in part.parameters(False)):
+            return f"module {name!r} is used {calls[part]} times."
+    return None
+
+
+def _one_batch(risk: EmpiricalRisk, what: str) -> tuple[Tensor, Tensor]:
+    inputs, targets = [], []
+    for (X, _), y in zip(risk.batches(), risk.targets(), strict=True):
+        if not isinstance(X, Tensor):
+            kind = "a mapping" if isinstance(X, Mapping) else "several tensors"
+            raise ValueError(
+                f"data: BackPACK computes {what} for one tensor as input, got {kind}."
+            )
+        inputs.append(X)
+        targets.append(y)
+    return torch.cat(inputs), torch.cat(targets)
+
+
+@contextlib.contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Some of BackPACK's rules make matrices without saying of which dtype."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip().splitlines()
+    first = text[0].rstrip(".") if text else "it failed"
+    return f"{first} ({type(error).__name__})."
