@@ -22,12 +22,10 @@ from vivit_linop.curvature.ggn import GGN
 from vivit_linop.curvature.jacobian import Pullback
 from vivit_linop.modes import ordinary_mode
 from vivit_linop.net.blocks import Piece, memory_budget
-from vivit_linop.net.capture import Capture
 from vivit_linop.net.certified import find_structure
 from vivit_linop.net.columns.khatri_rao import KhatriRaoColumns
 from vivit_linop.net.sums import Total, sum_columns
 from vivit_linop.net.transposed import TransposedConvolutionColumns
-from vivit_linop.net.views import View
 from vivit_linop.operators.base import TorchLinearOperator
 from vivit_linop.operators.elementary import Dense, Identity
 from vivit_linop.operators.kronecker import (
@@ -425,19 +423,15 @@ def _symmetric(matrix: Tensor) -> Tensor:
 
 def _bias_partners(risk: EmpiricalRisk) -> dict[str, str]:
     """Weights of layers and the bias that is added wherever they are used."""
-    X, y = next(risk.batches())
-    one = Capture.of_few(risk, X, len(y), 1)
+    structure = find_structure(risk)
+    opaque = structure.opaque
     biases: dict[str, set[str | None]] = {}
     weights: dict[str, set[str | None]] = {}
-    for use in one.uses:
-        weight, bias = (use.arguments.get(role) for role in ("weight", "bias"))
-        w = weight.name if isinstance(weight, View) else None
-        b = bias.name if isinstance(bias, View) else None
+    for _, w, b in structure.uses:
         if w is not None:
             biases.setdefault(w, set()).add(b)
         if b is not None:
             weights.setdefault(b, set()).add(w)
-    opaque = find_structure(risk).opaque | one.opaque
     partners: dict[str, str] = {}
     for w, found in biases.items():
         (b, *others) = found

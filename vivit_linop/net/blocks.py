@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from vivit_linop.net.capture import Capture
+from vivit_linop.net.capture import Capture, sample_sizes
 from vivit_linop.net.certified import CertifiedColumns, find_structure
 from vivit_linop.net.columns.base import LayerColumns
 from vivit_linop.risk.data import copied, take
@@ -111,8 +111,7 @@ class Columns:
         self._pullbacks, self._risk = pullbacks, pullbacks[0].risk
         self.names, self._memory = set(names), max(memory, _LEAST_BYTES)
         self._width = sum(pullback.width for pullback in pullbacks)
-        itemsize = torch.finfo(self._risk.dtype).bits // 8
-        self._formed_bytes = formed * self._width * itemsize
+        self._formed = formed
 
     def pieces(self, start: int = 0) -> Iterator[list[Piece]]:
         """Yield pieces, one for each pullback.
@@ -168,18 +167,30 @@ class Columns:
 
     def _cut(self, batch: int, X: Any, n: int) -> Iterable[Tensor]:
         """Cut a batch so that the columns of each part fit."""
-        one = Capture.of_few(self._risk, X, n, 1, batch)
-        # Then only, if the net runs on whole batches only.
-        if one.num_samples == n:
-            return [torch.arange(n, device="cpu")]
-        opaque = find_structure(self._risk).opaque
-        per_sample = one.bytes_per_sample(self._width, opaque) + self._formed_bytes
-        size = max(1, self._memory // _PIECES // per_sample)
-        if self._in_parts and self._risk.device.type == "cpu":
+        risk = self._risk
+        itemsize = torch.finfo(risk.dtype).bits // 8
+        formed = {
+            name: risk.params[name].numel() for name in find_structure(risk).opaque
+        }
+        sizes = sample_sizes(risk, batch, X, n)
+        entries = sizes.entries(self._width, formed) + self._width * self._formed
+        size = max(1, self._memory // _PIECES // max(1, entries * itemsize))
+        if self._in_parts and risk.device.type == "cpu":
             # One pass is not better than several that stay near the caches.
-            near = _SIGNAL_BYTES // max(1, one.largest_signal)
+            near = _SIGNAL_BYTES // max(1, sizes.signal * itemsize)
             size = min(size, max(near, _FEW_SAMPLES))
-        return torch.arange(n, device="cpu").tensor_split(math.ceil(n / size))
+        index = torch.arange(n, device="cpu")
+        if size >= n or not self._runs_in_parts(batch, X, n):
+            return [index]
+        return index.tensor_split(math.ceil(n / size))
+
+    def _runs_in_parts(self, batch: int, X: Any, n: int) -> bool:
+        """Whether the net runs on fewer samples than a batch has."""
+        risk = self._risk
+        return risk.kept.get(
+            ("runs in parts", batch),
+            lambda: Capture.of_few(risk, X, n, 1, batch).num_samples < n,
+        )
 
     def _pieces(
         self,

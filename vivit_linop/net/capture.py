@@ -3,7 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import (
+    Callable,
+    Hashable,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+    Set,
+)
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -14,10 +22,10 @@ from vivit_linop.net.columns.base import LayerColumns
 from vivit_linop.net.columns.joins import assembled, compacted
 from vivit_linop.net.layouts import Layout
 from vivit_linop.net.recorder import Recorder
-from vivit_linop.net.structure import Variant, kinds_of
+from vivit_linop.net.structure import Variant
 from vivit_linop.net.uses import Use, overlapping
 from vivit_linop.net.views import View
-from vivit_linop.risk.data import take
+from vivit_linop.risk.data import leaves, take
 from vivit_linop.risk.empirical import EmpiricalRisk
 from vivit_linop.risk.model import as_guest, strided
 
@@ -33,6 +41,33 @@ class Kept(NamedTuple):
 
     use: Use
     layout: Layout
+
+
+class SampleSizes(NamedTuple):
+    """How many entries the columns of one sample take.
+
+    Attributes:
+        fixed: Those of inputs, and of the signals of one backward pass.
+        by_column: Those of each column a sample.
+        signal: Those of the largest signal.
+        overlapping: Those of parameters that are used in ways that overlap, whose
+            columns are formed.
+    """
+
+    fixed: int
+    by_column: int
+    signal: int
+    overlapping: dict[str, int]
+
+    def entries(self, width: int, formed: Mapping[str, int]) -> int:
+        """Count all, with those of parameters whose columns are formed.
+
+        Args:
+            width: R.
+            formed: The numbers of entries of these parameters.
+        """
+        each = self.by_column + sum({**formed, **self.overlapping}.values())
+        return self.fixed + width * each
 
 
 class Capture:
@@ -193,19 +228,22 @@ class Capture:
                 for name, found in parts.items()
             }
 
-    def bytes_per_sample(self, width: int, opaque: Set[str]) -> int:
-        """Estimate what the columns of one sample take."""
-        n, params = self.num_samples, self._risk.params
-        formed = opaque | overlapping(self.uses)
-        entries = sum(use.entries(n, width) for use in self.uses)
-        entries += width * sum(params[name].numel() for name in formed)
-        return entries * self.output.element_size()
+    def keep_sizes(self, X: Any) -> SampleSizes:
+        """Tell, for all samples of this shape, what the columns of one take.
 
-    @property
-    def largest_signal(self) -> int:
-        """The bytes of the largest output of a use."""
-        entries = max((use.output_shape.numel() for use in self.uses), default=0)
-        return entries * self.output.element_size()
+        Args:
+            X: The input of the batch that these samples are of.
+        """
+        n, params = self.num_samples, self._risk.params
+        fixed = sum(use.entries(n, 0) for use in self.uses)
+        outputs = max((use.output_shape.numel() for use in self.uses), default=0)
+        sizes = SampleSizes(
+            fixed,
+            sum(use.entries(n, 1) for use in self.uses) - fixed,
+            outputs // n,
+            {name: params[name].numel() for name in overlapping(self.uses)},
+        )
+        return self._risk.kept.get(_key_of_sizes(self._risk, X), lambda: sizes)
 
     def _backward(self, uses: list[Use], cotangent: Tensor) -> list[Tensor]:
         """Pull a cotangent back to the outputs of uses."""
@@ -363,12 +401,26 @@ class Capture:
                 silent = [i for i, signal in reached if signal.any()]
             pending = sorted(silent + undecided)
         layouts = [next(iter(names), None) for names in possible]
-        return Variant(kinds_of(self.uses), layouts, n == 1)
+        return Variant([use.key for use in self.uses], layouts, n == 1)
 
     def _is_at(self, layout: str, signal: Tensor, sample: int) -> bool:
         """Whether a layout has the signal of one sample at that sample alone."""
         by_sample = Layout(layout, self.num_samples)(signal)
         return not (by_sample[:sample].any() or by_sample[sample + 1 :].any())
+
+
+def sample_sizes(risk: EmpiricalRisk, batch: int, X: Any, n: int) -> SampleSizes:
+    """Return the sizes for the samples of a batch; runs the net once for each shape."""
+    known: SampleSizes | None = risk.kept.find(_key_of_sizes(risk, X))
+    return known or Capture.of_few(risk, X, n, 1, batch).keep_sizes(X)
+
+
+def _key_of_sizes(risk: EmpiricalRisk, X: Any) -> Hashable:
+    shapes = (
+        leaf.shape[by_sample:]
+        for leaf, by_sample in zip(leaves(X), risk.by_sample, strict=True)
+    )
+    return "sample sizes", *shapes
 
 
 def pulled_back(

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence, Set
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -94,7 +93,7 @@ class CertifiedColumns:
         yield from self._capture.parts(cotangents, self._variant, names - opaque)
         yield self.columns(cotangents, opaque), False
 
-    def certify_layers(self, cotangents: Tensor, names: Set[str]) -> None:
+    def certify_layers(self, cotangents: Tensor, names: Set[str]) -> Columns:
         """Learn which parameters have columns in the structure of their layers.
 
         It takes one column a sample that mixes all of its: columns are linear in
@@ -103,18 +102,22 @@ class CertifiedColumns:
         Args:
             cotangents: ``[n, C, R]``.
             names: The parameters of interest.
+
+        Returns:
+            These columns, of the parameters that have such.
         """
         generator = torch.Generator().manual_seed(3)
         n, _, R = cotangents.shape
         mixing = torch.randn(n, R, 1, generator=generator).to(cotangents)
         norms = torch.linalg.vector_norm(cotangents, dim=1).unsqueeze(2)
         cotangents = cotangents @ torch.where(norms > 0.0, mixing / norms, 0.0)
-        failing = names
+        failing, made = names, Columns()
         while failing:
             structured = names - self._structure.opaque
             made = self._factors(cotangents, structured, compact=False)
             failing = self._capture.failing(made, cotangents, structured)
             self._learn(failing, set())
+        return made
 
     def _find(self) -> Variant:
         variant = self._capture.find()
@@ -179,11 +182,6 @@ class CertifiedColumns:
         )
 
 
-_STRUCTURES: WeakKeyDictionary[EmpiricalRisk, dict[bool, Structure]] = (
-    WeakKeyDictionary()
-)
-
-
 def find_structure(risk: EmpiricalRisk, alone: bool = False) -> Structure:
     """Return what is known of a net; what a few samples show when asked first.
 
@@ -191,19 +189,20 @@ def find_structure(risk: EmpiricalRisk, alone: bool = False) -> Structure:
         risk: The risk.
         alone: Whether of runs on one sample, where every axis is of that sample.
     """
-    known = _STRUCTURES.setdefault(risk, {})
-    if alone not in known:
-        known[alone] = _find_structure(risk, 1 if alone else _FIRST_SAMPLES)
-    return known[alone]
+    count = 1 if alone else _FIRST_SAMPLES
+    return risk.kept.get(("structure", alone), lambda: _find_structure(risk, count))
 
 
 def _find_structure(risk: EmpiricalRisk, count: int) -> Structure:
     X, y = next(risk.batches())
     few, structure = Capture.of_few(risk, X, len(y), count), Structure()
+    few.keep_sizes(X)
     generator = torch.Generator().manual_seed(1)
     noise = torch.randn(
         *few.output.shape, 1, generator=generator, dtype=few.output.dtype, device="cpu"
     ).to(few.output)
     certified = CertifiedColumns(risk, X, few, structure)
-    certified.certify_layers(noise, set(risk.params))
+    columns = certified.certify_layers(noise, set(risk.params))
+    structure.layers = {name: part.without_data() for name, part in columns.items()}
+    structure.uses = [use.key for use in few.uses]
     return structure

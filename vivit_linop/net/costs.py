@@ -4,11 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from weakref import WeakKeyDictionary
 
-import torch
-
-from vivit_linop.net.capture import Capture
 from vivit_linop.net.certified import find_structure
 from vivit_linop.net.columns.base import LayerColumns
 from vivit_linop.net.columns.khatri_rao import KhatriRaoColumns
@@ -41,87 +37,48 @@ class LayerCost:
     nbytes: float
 
 
-_COSTS: WeakKeyDictionary[EmpiricalRisk, dict[int, list[LayerCost]]] = (
-    WeakKeyDictionary()
-)
-
-
 def layer_costs(risk: EmpiricalRisk, width: int) -> list[LayerCost]:
-    """Count the operations for each parameter; runs the net on two samples, once.
+    """Count the operations for each parameter, from what a few samples show, once.
 
     Args:
         risk: The risk.
         width: R.
     """
-    known = _COSTS.setdefault(risk, {})
-    if width not in known:
-        known[width] = _layer_costs(risk, width)
-    return known[width]
+    return risk.kept.get(("layer costs", width), lambda: _layer_costs(risk, width))
 
 
 def _layer_costs(risk: EmpiricalRisk, width: int) -> list[LayerCost]:
-    X, y = next(risk.batches())
-    # Of one sample all axes are its own, so its structure would be another.
-    capture = Capture.of_few(risk, X, len(y), 2)
-    structure = find_structure(risk, alone=capture.num_samples == 1)
-    variant = structure.fitting(capture.uses, capture.num_samples) or capture.find()
-    opaque = structure.opaque | capture.opaque | variant.unknown
-    generator = torch.Generator().manual_seed(0)
-    noise = torch.randn(
-        capture.output.shape,
-        generator=generator,
-        dtype=capture.output.dtype,
-        device="cpu",
-    ).to(capture.output)
-    columns = capture.columns(
-        noise.unsqueeze(2), variant, set(risk.params) - opaque, compact=False
-    )
-    kinds: dict[str, list[str]] = {}
-    for use in capture.uses:
-        for name in use.names:
-            kinds.setdefault(name, []).append(use.kind.name)
+    # Of one sample all axes are its own, so its structure is another.
+    structure = find_structure(risk, alone=risk.batch_sizes[0] == 1)
     costs, seen = [], set()
-    for name in risk.params:
-        part = columns.get(name)
-        key = None if part is None else part.cotangents_key
-        shared = key in seen
-        seen.add(key)
-        use_kinds = kinds.get(name, [])
-        costs.append(_cost(risk, name, part, use_kinds, width, opaque, shared))
-    return costs
-
-
-def _cost(
-    risk: EmpiricalRisk,
-    name: str,
-    columns: LayerColumns | None,
-    kinds: list[str],
-    width: int,
-    opaque: set[str],
-    shared: bool,
-) -> LayerCost:
-    itemsize = torch.finfo(risk.dtype).bits // 8
-    if name in opaque:
-        use, columns = "no structure", None
-    elif columns is None:
-        return LayerCost(name, "unused", "none", 0.0, 0.0, 0.0, 0.0)
-    else:
-        use = " + ".join(kinds)
-    parts = columns.parts.values() if isinstance(columns, StackedColumns) else [columns]
-    costs = [
-        _cost_of_part(
-            part,
-            risk.params[name].numel() if part is None else part.numel,
-            risk.num_samples,
-            width,
-            shared,
-            compact=len(kinds) == 1,
+    for name, p in risk.params.items():
+        kinds = [
+            kind for kind, *used in structure.uses for other in used if other == name
+        ]
+        columns = structure.layers.get(name)
+        if name in structure.opaque:
+            kinds, columns = ["no structure"], None
+        elif columns is None:
+            costs.append(LayerCost(name, "unused", "none", 0.0, 0.0, 0.0, 0.0))
+            continue
+        parts: list[LayerColumns | None] = [columns]
+        if isinstance(columns, StackedColumns):
+            parts = [*columns.parts.values()]
+        shared = columns is not None and columns.cotangents_key in seen
+        seen.add(columns and columns.cotangents_key)
+        found = [
+            _cost_of_part(part, p.numel(), risk.num_samples, width, shared, len(kinds))
+            for part in parts
+        ]
+        ways = " + ".join(dict.fromkeys(way for way, *_ in found))
+        forward, gram, product, entries = (
+            sum(counts) for counts in list(zip(*found, strict=True))[1:]
         )
-        for part in parts
-    ]
-    ways = " + ".join(dict.fromkeys(way for way, _ in costs))
-    forward, gram, product, entries = map(sum, zip(*(c for _, c in costs), strict=True))
-    return LayerCost(name, use, ways, forward, gram, product, entries * itemsize)
+        nbytes = entries * p.element_size()
+        costs.append(
+            LayerCost(name, " + ".join(kinds), ways, forward, gram, product, nbytes)
+        )
+    return costs
 
 
 def _cost_of_part(
@@ -130,24 +87,25 @@ def _cost_of_part(
     samples: int,
     width: int,
     shared: bool,
-    compact: bool,
-) -> tuple[str, tuple[float, float, float, float]]:
+    uses: int,
+) -> tuple[str, float, float, float, float]:
     """Return the contraction, all counts of operations, and the number of entries."""
     rows = float(samples * width)
     if not isinstance(columns, KhatriRaoColumns):
+        numel = numel if columns is None else columns.numel
         formed = rows * numel
-        return "dense", (2.0 * samples * numel, rows * formed, 2 * formed, formed)
+        return "dense", 2.0 * samples * numel, rows * formed, 2 * formed, formed
     scaled = columns.gram_flops((samples,) * 2, (width,) * 2, columns.positions)
     way = min(scaled, key=lambda key: scaled[key])
     forward = float(samples * columns.forward_flops)
     gram = scaled[way] / 2
     factors = columns.factor_entries(0 if shared else width) / columns.num_samples
     formed = columns.formed_entries(width) / columns.num_samples
-    if compact and columns.positions > 1 and formed <= factors:
+    if uses == 1 and columns.positions > 1 and formed <= factors:
         entries = float(samples * formed)
-        return "blocks", (forward, gram, 2 * entries, entries)
+        return "blocks", forward, gram, 2 * entries, entries
     entries = float(samples * factors)
-    return way, (forward, gram, forward + 2 * entries, entries)
+    return way, forward, gram, forward + 2 * entries, entries
 
 
 def as_table(costs: Sequence[LayerCost]) -> str:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from vivit_linop.net.uses import Use
+from vivit_linop.net.columns.base import LayerColumns
+from vivit_linop.net.uses import Use, UseKey
 
 # A net that takes other ways on other samples may have this many; beyond, parameters
 # whose layouts do not fit are opaque.
@@ -20,12 +21,12 @@ class Variant:
     """One way that a net takes: its uses, and where the samples are in each.
 
     Attributes:
-        kinds: For each recorded use, what it is and of which parameters.
+        uses: The kind of each, with the names of weight and bias.
         layouts: For each, where its samples are; None where unknown.
         single: Whether it was found on one sample, where every axis is of that sample.
     """
 
-    kinds: list[tuple[str, list[str]]]
+    uses: list[UseKey]
     layouts: list[str | None]
     single: bool
 
@@ -33,7 +34,7 @@ class Variant:
         """Whether it may be that of a run, as far as can be seen from outside."""
         if self.single != (num_samples == 1):
             return False
-        return self.kinds == kinds_of(uses) and all(
+        return self.uses == [use.key for use in uses] and all(
             layout is None or layout in use.layouts(num_samples)
             for use, layout in zip(uses, self.layouts, strict=True)
         )
@@ -41,8 +42,9 @@ class Variant:
     @property
     def unknown(self) -> set[str]:
         """The parameters with a use whose samples were not found."""
-        pairs = zip(self.kinds, self.layouts, strict=True)
-        return {name for (_, names), at in pairs if at is None for name in names}
+        pairs = zip(self.uses, self.layouts, strict=True)
+        names = {name for (_, *names), at in pairs if at is None for name in names}
+        return {name for name in names if name is not None}
 
 
 @dataclass
@@ -53,11 +55,15 @@ class Structure:
         variants: The ways that it takes, the one seen last first.
         opaque: Parameters whose columns need a vector–Jacobian product by sample.
         singly: Those of them for which samples cannot be vectorised.
+        uses: What was used where it was looked for.
+        layers: There the columns of each parameter, one a sample, without data.
     """
 
     variants: list[Variant] = field(default_factory=list)
     opaque: set[str] = field(default_factory=set)
     singly: set[str] = field(default_factory=set)
+    uses: list[UseKey] = field(default_factory=list)
+    layers: dict[str, LayerColumns] = field(default_factory=dict)
 
     def fitting(self, uses: list[Use], num_samples: int) -> Variant | None:
         """Return a known variant that a run may be of."""
@@ -74,8 +80,3 @@ class Structure:
     def is_full(self) -> bool:
         """Whether so many variants are known that no more are looked for."""
         return len(self.variants) >= _MOST_VARIANTS
-
-
-def kinds_of(uses: list[Use]) -> list[tuple[str, list[str]]]:
-    """What each use is, and of which parameters."""
-    return [(use.kind.name, use.names) for use in uses]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -59,6 +59,12 @@ class TransposedConvolutionColumns(KhatriRaoColumns):
         """Inputs, cotangents, and the cotangents as they arrived."""
         arrived = sum(call.cotangents.numel() for call in self._calls)
         return super().nbytes + arrived * self.cotangents.element_size()
+
+    def without_data(self) -> Self:
+        """Calls are data."""
+        twin = super().without_data()
+        twin._calls = []
+        return twin
 
     def with_more(self, others: Sequence[KhatriRaoColumns]) -> KhatriRaoColumns:
         """Add the columns of other uses."""

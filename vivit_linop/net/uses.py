@@ -17,6 +17,8 @@ from vivit_linop.net.kinds import Arguments, Kind
 from vivit_linop.net.layouts import Layout, candidates
 from vivit_linop.net.views import View
 
+UseKey = tuple[str, str | None, str | None]
+
 
 @dataclass
 class Use:
@@ -31,6 +33,7 @@ class Use:
         bias: That which is its bias.
         views: Those of both that there are.
         names: The names of their parameters.
+        key: The name of its kind, and those of weight and bias.
     """
 
     kind: Kind
@@ -41,6 +44,7 @@ class Use:
     bias: View | None = field(init=False)
     views: list[View] = field(init=False)
     names: list[str] = field(init=False)
+    key: UseKey = field(init=False)
 
     def __post_init__(self) -> None:
         """Look the parameters up."""
@@ -49,6 +53,11 @@ class Use:
         self.bias = bias if isinstance(bias, View) else None
         self.views = [view for view in (weight, bias) if isinstance(view, View)]
         self.names = [view.name for view in self.views]
+        self.key = (
+            self.kind.name,
+            None if self.weight is None else self.weight.name,
+            None if self.bias is None else self.bias.name,
+        )
 
     def columns(
         self, layout: Layout

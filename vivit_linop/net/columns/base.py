@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Hashable
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -115,6 +117,16 @@ class LayerColumns(ABC):
     @abstractmethod
     def nbytes(self) -> int:
         """The memory that they take."""
+
+    def without_data(self) -> Self:
+        """The same columns, of tensors that have shapes only: for what they cost."""
+        twin = copy.copy(self)
+        twin.__dict__ |= {
+            name: value.to("meta")
+            for name, value in self.__dict__.items()
+            if isinstance(value, Tensor)
+        }
+        return twin
 
     @property
     def cotangents_key(self) -> Hashable:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Self
+
 import torch
 from torch import Tensor
 
@@ -28,6 +30,12 @@ class StackedColumns(LayerColumns):
     def nbytes(self) -> int:
         """The columns of the parts."""
         return sum(columns.nbytes for columns in self.parts.values())
+
+    def without_data(self) -> Self:
+        """Part by part."""
+        twin = super().without_data()
+        twin.parts = {place: part.without_data() for place, part in self.parts.items()}
+        return twin
 
     def rows(self) -> Tensor:
         """Form the columns."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -46,6 +47,12 @@ class TableColumns(KhatriRaoColumns):
         if self._padding is not None:
             one_hot = one_hot * ~self._padding.unsqueeze(2)
         return one_hot.mT.unsqueeze(1).to(self.cotangents)
+
+    def without_data(self) -> Self:
+        """The rows that are looked up are data."""
+        twin = super().without_data()
+        twin.__dict__.pop("_distinct", None)
+        return twin
 
     @property
     def _is_padding(self) -> Tensor:
