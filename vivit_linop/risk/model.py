@@ -188,10 +188,13 @@ class FunctionalModel:
 
 
 def _is_written(own: Tensor, given: Tensor) -> bool:
-    """Whether a copy was written into; also where autograd was not to see it."""
+    """Whether a copy was written into; also where autograd was not to see it.
+
+    NaN counts as written: a copy too many does no harm.
+    """
     if own._version or own.layout != torch.strided:
         return bool(own._version)
-    return not torch.allclose(own, given, 0.0, 0.0, equal_nan=True)
+    return not torch.equal(own, given)
 
 
 def strided(gradient: Tensor | None) -> Tensor | None:
