@@ -302,7 +302,7 @@ def test_a_row_for_padding_has_no_curvature(kind: Any) -> None:
 
 
 def test_large_blocks_of_others_are_low_rank(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(vl.curvature.kfac, "_LARGEST_DENSE", 4)
+    monkeypatch.setattr(vl.curvature.plan, "LARGEST_DENSE_BLOCK", 4)
     of = risk("mlp_ce_mean")
     K = vl.KFAC(of, variant="exact")
     assert isinstance(K.blocks[1], LowRank)

@@ -6,7 +6,8 @@ from torch import Tensor
 
 from vivit_linop.modes import ordinary_mode
 from vivit_linop.operators.base import TorchLinearOperator
-from vivit_linop.operators.lowrank import LowRank
+from vivit_linop.operators.lowrank import Centered
+from vivit_linop.operators.verbs import gram_matrix
 
 
 @ordinary_mode()
@@ -33,6 +34,5 @@ def centered_gram(columns: TorchLinearOperator) -> Tensor:
         raise TypeError(
             f"columns: a TorchLinearOperator, got {type(columns).__name__}."
         )
-    K = LowRank(columns).gram.matrix
-    means = K.mean(0)
-    return K - means - means[:, None] + means.mean()
+    centered = Centered(columns)
+    return gram_matrix(centered, centered)

@@ -79,14 +79,16 @@ class FactorRows(TorchLinearOperator):
 
 
 @verbs.gram_matrix.register
-def _(left: FactorRows, right: TorchLinearOperator) -> Tensor:
+def gram_matrix_of_block(left: FactorRows, right: TorchLinearOperator) -> Tensor:
+    """All groups' in one pass, where that is the smaller side."""
     if left is right and left.shape[0] >= left.shape[1]:
         return left.partition.small_sides[left.group]
     return left.T.apply(verbs.to_dense(right))
 
 
 @verbs.outer_matrix.register
-def _(factor: FactorRows) -> Tensor:
+def outer_matrix_of_block(factor: FactorRows) -> Tensor:
+    """As the Gram matrix; the larger side alone."""
     if factor.shape[0] < factor.shape[1]:
         return factor.partition.small_sides[factor.group]
     total = OuterTotal(factor.partition.factor, factor.partition.groups[factor.group])
@@ -95,13 +97,15 @@ def _(factor: FactorRows) -> Tensor:
 
 
 @verbs.outer_product.register
-def _(factor: FactorRows, X: Tensor) -> Tensor:
+def outer_product_of_block(factor: FactorRows, X: Tensor) -> Tensor:
+    """Through the whole factor, as the net is one."""
     padded = verbs.outer_product(factor.partition.factor, factor._padded(X))
     return padded[factor._index]
 
 
 @verbs.row_norms_squared.register
-def _(op: FactorRows) -> Tensor:
+def row_norms_of_block(op: FactorRows) -> Tensor:
+    """From the columns of these parameters only."""
     total = RowNorms(op.partition.factor, op.partition.groups[op.group])
     sum_columns(op.partition.factor, [total])
     return total.entries

@@ -66,7 +66,7 @@ def formed(columns: Sequence[LayerColumns]) -> DenseColumns:
 
 
 @gram_matrix.register
-def _(left: ColumnFactor, right: TorchLinearOperator) -> Tensor:
+def gram_matrix_of_columns(left: ColumnFactor, right: TorchLinearOperator) -> Tensor:
     """Add up the parameters'."""
     if not isinstance(right, ColumnFactor):
         return left.T.apply(to_dense(right))
@@ -81,16 +81,19 @@ def _(left: ColumnFactor, right: TorchLinearOperator) -> Tensor:
 
 
 @outer_matrix.register
-def _(factor: ColumnFactor) -> Tensor:
+def outer_matrix_of_columns(factor: ColumnFactor) -> Tensor:
+    """Form the columns."""
     dense = to_dense(factor)
     return dense @ dense.T
 
 
 @row_norms_squared.register
-def _(op: ColumnFactor) -> Tensor:
+def row_norms_of_columns(op: ColumnFactor) -> Tensor:
+    """One parameter after the other is formed."""
     return torch.cat([part.rows().square().sum(0) for part in op.columns])
 
 
 @to_dense.register
-def _(op: ColumnFactor) -> Tensor:
+def columns_to_dense(op: ColumnFactor) -> Tensor:
+    """One parameter below the other."""
     return torch.cat([part.rows() for part in op.columns], dim=1).T

@@ -30,8 +30,7 @@ class PerSampleGradients(Pullback):
     Column n is ∇ℓ_n, without r: the gradient of the risk is r U 1.
 
     Args:
-        risk: An :class:`EmpiricalRisk`, or a model, followed by ``loss``, ``data`` and
-            ``params`` as for :class:`EmpiricalRisk`.
+        risk: An :class:`EmpiricalRisk`, or its ``model, loss, data, params``.
 
     Example:
         >>> import torch, vivit_linop as vl
@@ -183,8 +182,7 @@ class EmpiricalFisher(LowRank):
     """F = r U Uᵀ = r Σ_n ∇ℓ_n ∇ℓ_nᵀ: the empirical Fisher matrix, ``[D, D]``.
 
     Args:
-        risk: An :class:`EmpiricalRisk`, or a model, followed by ``loss``, ``data`` and
-            ``params`` as for :class:`EmpiricalRisk`.
+        risk: An :class:`EmpiricalRisk`, or its ``model, loss, data, params``.
 
     Attributes:
         factor: U, a :class:`PerSampleGradients`.

@@ -26,8 +26,7 @@ class GGNFactor(Pullback):
     2/3 of a gradient.
 
     Args:
-        risk: An :class:`EmpiricalRisk`, or a model, followed by ``loss``, ``data`` and
-            ``params`` as for :class:`EmpiricalRisk`.
+        risk: An :class:`EmpiricalRisk`, or its ``model, loss, data, params``.
         mc_samples: 0 for the exact factor, or the number M of random columns a sample;
             V Vᵀ then is G in expectation.
         generator: For reproducible random columns.
@@ -82,8 +81,7 @@ class GGN(LowRank):
     through the dense G where that is smaller.
 
     Args:
-        risk: An :class:`EmpiricalRisk`, or a model, followed by ``loss``, ``data`` and
-            ``params`` as for :class:`EmpiricalRisk`.
+        risk: An :class:`EmpiricalRisk`, or its ``model, loss, data, params``.
         mc_samples: 0 for the exact GGN, or the number of Monte-Carlo samples of the
             loss Hessian; one draw for all products.
         generator: For reproducible samples.

@@ -28,8 +28,7 @@ class Hessian(HessianProducts):
     and made anew for the others.
 
     Args:
-        risk: An :class:`EmpiricalRisk`, or a model, followed by ``loss``, ``data`` and
-            ``params`` as for :class:`EmpiricalRisk`.
+        risk: An :class:`EmpiricalRisk`, or its ``model, loss, data, params``.
 
     Example:
         >>> import torch, vivit_linop as vl

@@ -140,7 +140,7 @@ def sample_diagonals(H: HessianProducts) -> Tensor:
     # Operations without forward mode, or that cannot be vectorised.
     except (RuntimeError, NotImplementedError):
         pass
-    return _diagonals_one_by_one(H, x, image)
+    return diagonals_one_by_one(H, x, image)
 
 
 def _rounding(H: HessianProducts) -> float:
@@ -168,7 +168,7 @@ def _second_derivatives_in_parts(H: HessianProducts) -> Tensor | None:
     return torch.cat(parts, dim=1)
 
 
-def _diagonals_one_by_one(H: HessianProducts, x: Tensor, image: Tensor) -> Tensor:
+def diagonals_one_by_one(H: HessianProducts, x: Tensor, image: Tensor) -> Tensor:
     """D products with the Hessian of each sample.
 
     Args:

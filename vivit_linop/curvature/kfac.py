@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vivit_linop.curvature import plan
 from vivit_linop.curvature.blocks import FactorRows, Partition
 from vivit_linop.curvature.fisher import EmpiricalFisher
 from vivit_linop.curvature.ggn import GGN
@@ -39,9 +40,6 @@ from vivit_linop.risk.empirical import EmpiricalRisk, as_risk
 
 VARIANTS = ("mc", "exact", "empirical")
 WEIGHT_SHARINGS = ("expand", "reduce", "backpack")
-
-# Exact blocks up to this size are dense, larger ones low-rank.
-_LARGEST_DENSE = 2048
 
 
 class _LayerBlocks(BlockDiagonal):
@@ -118,8 +116,7 @@ class KFAC(_LayerBlocks):
     ``K.sqrt() @ noise`` samples.
 
     Args:
-        risk: An :class:`EmpiricalRisk`, or a model, followed by ``loss``, ``data`` and
-            ``params`` as for :class:`EmpiricalRisk`.
+        risk: An :class:`EmpiricalRisk`, or its ``model, loss, data, params``.
         variant: ``"mc"``: of the Monte-Carlo GGN; ``"exact"``: of the GGN (KFLR);
             ``"empirical"``: of the empirical Fisher matrix r U Uᵀ.
         mc_samples: Columns a sample for ``"mc"``.
@@ -316,7 +313,7 @@ class _KroneckerSums(Total):
                 self._add_factors(name, columns, left.again)
                 continue
             self._formed.add(name)
-            if columns.numel <= _LARGEST_DENSE:
+            if columns.numel <= plan.LARGEST_DENSE_BLOCK:
                 rows = columns.rows()
                 product = rows.T @ rows
                 known = self.outer.get(name)
@@ -455,8 +452,7 @@ class EKFAC(_LayerBlocks):
     samples.
 
     Args:
-        risk: An :class:`EmpiricalRisk`, or a model, followed by ``loss``, ``data`` and
-            ``params`` as for :class:`EmpiricalRisk`.
+        risk: An :class:`EmpiricalRisk`, or its ``model, loss, data, params``.
         variant: ``"mc"``, ``"exact"`` or ``"empirical"``, as for :class:`KFAC`.
         mc_samples: Columns a sample for ``"mc"``; the same in both passes.
         generator: For reproducible Monte-Carlo samples.

@@ -54,8 +54,8 @@ class KFRA(BlockDiagonal):
     and is computed by BackPACK, on a copy of the model.
 
     Args:
-        risk: An :class:`EmpiricalRisk`, or a model, followed by ``loss``, ``data`` and
-            ``params`` as for :class:`EmpiricalRisk`. All samples are one batch.
+        risk: An :class:`EmpiricalRisk`, or its ``model, loss, data, params``; all
+            samples are one batch.
 
     Attributes:
         risk: The risk.
@@ -99,8 +99,8 @@ class PositiveCurvatureHessian(BlockDiagonal):
     Tanh, pooling, padding, Flatten, Dropout, with MSELoss or CrossEntropyLoss.
 
     Args:
-        risk: An :class:`EmpiricalRisk`, or a model, followed by ``loss``, ``data`` and
-            ``params`` as for :class:`EmpiricalRisk`. All samples are one batch.
+        risk: An :class:`EmpiricalRisk`, or its ``model, loss, data, params``; all
+            samples are one batch.
         modify: ``"clip"`` sets negative terms to zero, ``"abs"`` takes their absolute
             value.
         blocks: As for :meth:`vivit_linop.GGN.block_diagonal`. ``"parameter"`` is
