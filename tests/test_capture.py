@@ -24,13 +24,13 @@ from cases import (
     parameter,
     problem,
 )
-from test_risk import Snapshot
 from torch import Tensor, nn
 from torch.func import hessian, jacrev, vmap
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import has_torch_function
 from torch.utils._python_dispatch import TorchDispatchMode
+from toys import Snapshot
 
 import vivit_linop as vl
 from vivit_linop.net.capture import Capture

@@ -10,9 +10,9 @@ import pytest
 import torch
 from cases import Lambda, dense, mlp, problem
 from scipy.sparse.linalg import eigsh
-from test_risk import Noisy, Snapshot, guest_net, random_vector, toy
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
+from toys import Noisy, Snapshot, guest_net, random_vector, toy
 
 import vivit_linop as vl
 from vivit_linop.curvature import output_space

@@ -1,0 +1,123 @@
+"""What torch's modes and the caller's settings do to results: nothing."""
+
+import copy
+
+import pytest
+import torch
+from cases import problem
+from torch import Tensor
+from toys import toy, use_everything
+
+import vivit_linop as vl
+
+# Grad modes ---------------------------------------------------------------------------
+
+CONTEXTS = {
+    "no_grad": torch.no_grad,
+    "inference": torch.inference_mode,
+}
+
+
+@pytest.mark.parametrize("context", CONTEXTS)
+@pytest.mark.parametrize("inside", ["construction", "use", "data and both"])
+@pytest.mark.parametrize("name", ["mlp_ce_mean", "poisson", "control_flow"])
+def test_grad_modes(name: str, inside: str, context: str) -> None:
+    case = problem(name)
+    arguments, keywords = case.arguments()
+    expected = use_everything(vl.EmpiricalRisk(*arguments, **keywords))
+    mode = CONTEXTS[context]
+    if inside == "data and both":
+        with mode():
+            X, y = arguments[2]
+            arguments = (*arguments[:2], (X.clone(), y.clone()), *arguments[3:])
+    if inside == "use":
+        risk = vl.EmpiricalRisk(*arguments, **keywords)
+    else:
+        with mode():
+            risk = vl.EmpiricalRisk(*arguments, **keywords)
+    if inside == "construction":
+        results = use_everything(risk)
+    else:
+        with mode():
+            results = use_everything(risk)
+    for number, (got, want) in enumerate(zip(results, expected, strict=True)):
+        torch.testing.assert_close(
+            got, want, rtol=1e-9, atol=1e-12, msg=lambda m, n=number: f"{n}: {m}"
+        )
+
+
+def test_a_model_built_in_inference_mode() -> None:
+    # Its parameters are inference tensors, which autograd refuses unless copied.
+    _, loss, data = toy()
+    with torch.inference_mode():
+        net, _, _ = toy()
+        params = {n: p.clone() for n, p in net.named_parameters()}
+    expected = use_everything(vl.EmpiricalRisk(toy()[0], loss, data))
+    for got, want in zip(
+        use_everything(vl.EmpiricalRisk(toy()[0], loss, data, params)),
+        expected,
+        strict=True,
+    ):
+        torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-14)
+
+
+def test_default_dtype_does_not_matter() -> None:
+    # float64 stays float64, and the eigenvectors' completion too.
+    net, loss, (X, y) = toy()
+    data = (X.float(), y)
+    for default in (torch.float32, torch.float64):
+        torch.set_default_dtype(default)
+        try:
+            risk = vl.EmpiricalRisk(copy.deepcopy(net).float(), loss, data)
+            results = use_everything(risk)
+        finally:
+            torch.set_default_dtype(torch.float32)
+        assert {r.dtype for r in results} == {torch.float32}
+
+
+# What is not one function of each sample ----------------------------------------------
+
+
+def _of_a_guest(risk: vl.EmpiricalRisk) -> dict[str, Tensor]:
+    """What no mode of the caller may change."""
+    D = risk.num_params
+    G, U, x = vl.GGN(risk), vl.PerSampleGradients(risk), torch.ones(D)
+    pairs = G.eigh(k=2)
+    return {
+        "G x": vl.GGN(risk) @ x,
+        "V z": G.factor @ torch.ones(G.factor.shape[1]),
+        "J.T u": vl.Jacobian(risk).T @ torch.ones(risk.num_samples * risk.num_outputs),
+        "H x": vl.Hessian(risk) @ x,
+        "S": vl.LossHessian(risk).sqrt().to_dense(),
+        "K": G.gram.to_dense(),
+        "projector": vl.projector(pairs).to_dense(),
+        "diagonal": G.diagonal(),
+        "diagonals of samples": G.sample_diagonals(),
+        "inverse": (G + 0.1 * vl.Identity(D)).inv() @ x,
+        "norms": U.squared_norms(),
+        "norms of blocks": U.squared_norms("parameter"),
+        "variance": U.variance(),
+        "curvatures": vl.directional_derivatives(risk, pairs)[1],
+        "step": vl.damped_newton_step(risk, pairs, 0.1),
+        "dense": vl.Dense(torch.linspace(0, 1, D * D).view(D, D)) @ x,
+        "gradient": risk.gradient(),
+    }
+
+
+@pytest.mark.parametrize("name", ["autocast", "inference"])
+def test_modes_of_the_caller_change_nothing(name: str) -> None:
+    modes = {
+        "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+        "inference": torch.inference_mode,
+    }
+    net, loss, (X, y) = toy()
+    arguments = copy.deepcopy(net).float(), loss, (X.float(), y)
+    expected = _of_a_guest(vl.EmpiricalRisk(*arguments))
+    with modes[name]():
+        results = _of_a_guest(vl.EmpiricalRisk(*arguments))
+        kept = torch.is_autocast_enabled("cpu"), torch.is_inference_mode_enabled()
+    assert kept == (name == "autocast", name == "inference")
+    for key, want in expected.items():
+        torch.testing.assert_close(
+            results[key], want, rtol=1e-5, atol=1e-6, msg=lambda m, k=key: f"{k}: {m}"
+        )

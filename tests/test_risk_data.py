@@ -1,0 +1,202 @@
+"""The forms that data come in; data and models that change are right or refused."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+from toys import Noisy, guest_net, random_vector, toy
+
+import vivit_linop as vl
+
+OPERATORS = [
+    vl.Jacobian,
+    vl.LossHessian,
+    vl.GGN,
+    vl.GGNFactor,
+    vl.PerSampleGradients,
+    vl.EmpiricalFisher,
+    vl.Hessian,
+]
+
+
+QUANTITIES: dict[str, Callable[[vl.EmpiricalRisk], Tensor]] = {
+    "product": lambda r: vl.GGN(r) @ random_vector(r.num_params),
+    "spectrum": lambda r: vl.GGN(r).eigvalsh(),
+    "diagonal": lambda r: vl.GGN(r).diagonal(),
+    "dense": lambda r: vl.GGN(r).to_dense(),
+    "fisher": lambda r: vl.EmpiricalFisher(r).eigvalsh(),
+    "blocks": lambda r: vl.GGN(r).block_diagonal("parameter").eigvalsh(),
+    "newton": lambda r: vl.damped_newton_step(r, vl.GGN(r).eigh(k=3), 0.1),
+    "gradient": lambda r: r.gradient(),
+    "hessian": lambda r: vl.Hessian(r) @ random_vector(r.num_params),
+    "subset": lambda r: r.subset([2, 0]).gradient(),
+}
+
+
+def right_or_refused(
+    quantity: str, risk: vl.EmpiricalRisk, expected: vl.EmpiricalRisk
+) -> None:
+    """What has become impossible is an error, never another number."""
+    try:
+        got = QUANTITIES[quantity](risk)
+    except ValueError as error:
+        assert "data" in str(error) or "model" in str(error)
+        return
+    rtol = 1e-9 if got.dtype == torch.float64 else 1e-4
+    wanted = QUANTITIES[quantity](expected)
+    assert (got - wanted).norm() <= rtol * wanted.norm()
+
+
+# Forms of data ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_constructors_take_a_model_a_loss_and_data(operator: Any) -> None:
+    net, loss, data = toy()
+    params = list(net[0].parameters())
+    risk = vl.EmpiricalRisk(net, loss, data, params)
+    x = random_vector(operator(risk).shape[1])
+    expected = operator(risk) @ x
+    assert torch.equal(operator(net, loss, data, params) @ x, expected)
+    assert torch.equal(operator(net, loss, data, params=params) @ x, expected)
+    assert torch.equal(operator(net, loss, [data], params) @ x, expected)
+    assert operator(net, loss, data).shape != operator(risk).shape or (
+        operator is vl.LossHessian
+    )
+
+
+def test_forms_of_params() -> None:
+    net, loss, data = toy()
+    expected = vl.EmpiricalRisk(net, loss, data, [net[2].weight, net[0].bias])
+    for params in (
+        iter([net[2].weight, net[0].bias]),
+        (net[2].weight, net[0].bias),
+        {"2.weight": net[2].weight, "0.bias": net[0].bias},
+        {"2.weight": net[2].weight.detach(), "0.bias": net[0].bias.detach().clone()},
+    ):
+        risk = vl.EmpiricalRisk(net, loss, data, params)
+        assert list(risk.params) == ["2.weight", "0.bias"]
+        assert torch.equal(risk.gradient(), expected.gradient())
+
+
+def test_batches_as_lists() -> None:
+    # As a DataLoader gives them; also a list of two batches is no pair.
+    net, loss, (X, y) = toy()
+    expected = vl.EmpiricalRisk(net, loss, (X, y)).gradient()
+    for data in (
+        [X, y],
+        [[X, y]],
+        ([X[:2], y[:2]], [X[2:], y[2:]]),
+        [(X[:3], y[:3]), (X[3:], y[3:])],
+    ):
+        got = vl.EmpiricalRisk(net, loss, data).gradient()
+        torch.testing.assert_close(got, expected, rtol=1e-13, atol=1e-15)
+
+
+@pytest.mark.parametrize("memory", [None, 0])
+def test_data_loader_shuffled_by_the_global_generator(memory: int | None) -> None:
+    """Unchecked, every pass gives the batches of the first, whatever the user draws."""
+    net, loss, (X, y) = toy(7)
+    torch.manual_seed(3)
+    loader = DataLoader(TensorDataset(X, y), batch_size=3, shuffle=True)
+    risk = vl.EmpiricalRisk(net, loss, loader, memory=memory, check_data=False)
+    straight = vl.EmpiricalRisk(net, loss, (X, y))
+    x = random_vector(risk.num_params)
+    for seed in range(3):
+        torch.manual_seed(seed)
+        G, F_ = vl.GGN(risk), vl.EmpiricalFisher(risk)
+        torch.testing.assert_close(G @ x, vl.GGN(straight) @ x, rtol=1e-12, atol=1e-14)
+        torch.testing.assert_close(
+            G.eigvalsh(), vl.GGN(straight).eigvalsh(), rtol=1e-10, atol=1e-14
+        )
+        torch.testing.assert_close(
+            F_ @ x, vl.EmpiricalFisher(straight) @ x, rtol=1e-12, atol=1e-14
+        )
+        gram = (vl.PerSampleGradients(risk).T @ G.factor).to_dense()
+        U, V = vl.PerSampleGradients(risk).to_dense(), G.factor.to_dense()
+        torch.testing.assert_close(gram, U.T @ V, rtol=1e-11, atol=1e-13)
+        torch.testing.assert_close(
+            risk.gradient(), straight.gradient(), atol=1e-14, rtol=0
+        )
+
+
+def _new_structure(net: nn.Sequential, kind: str) -> None:
+    if kind == "activation":
+        net[2] = nn.ReLU()
+    elif kind == "hook":
+        net[2].register_forward_hook(lambda m, args, output: 2.0 * output)
+    elif kind == "setting":
+        net[1].eps = 1.0
+    else:
+        net.forward = lambda x: net[0](x)[:, :3]
+
+
+@pytest.mark.parametrize("quantity", QUANTITIES)
+@pytest.mark.parametrize("kind", ["activation", "hook", "setting", "forward"])
+def test_model_that_becomes_another_function(kind: str, quantity: str) -> None:
+    _, loss, data = toy()
+    with torch.random.fork_rng([]):
+        torch.manual_seed(0)
+        net = guest_net()
+    expected = vl.EmpiricalRisk(copy.deepcopy(net), loss, data)
+    risk = vl.EmpiricalRisk(net, loss, data)
+    _new_structure(net, kind)
+    right_or_refused(quantity, risk, expected)
+
+
+@pytest.mark.parametrize("memory", [None, 0])
+@pytest.mark.parametrize("quantity", QUANTITIES)
+def test_data_loader_shuffled_by_its_own_generator(
+    quantity: str, memory: int | None
+) -> None:
+    """Its passes differ, unlike those with the global generator."""
+    net, loss, (X, y) = toy(7)
+    own = torch.Generator().manual_seed(0)
+    loader = DataLoader(TensorDataset(X, y), batch_size=3, shuffle=True, generator=own)
+    own.manual_seed(0)
+    batches = [(inputs, labels) for inputs, labels in loader]
+    own.manual_seed(0)
+    risk = vl.EmpiricalRisk(net, loss, loader, memory=memory, check_data=False)
+    right_or_refused(quantity, risk, vl.EmpiricalRisk(net, loss, batches))
+
+
+@pytest.mark.parametrize("quantity", QUANTITIES)
+@pytest.mark.parametrize("source", ["torch", "numpy"])
+def test_random_augmentations(source: str, quantity: str) -> None:
+    net, loss, (X, y) = toy()
+    loader = DataLoader(Noisy(X, y, source), batch_size=4)
+    state = np.random.get_state()
+    try:
+        np.random.seed(0)
+        torch.manual_seed(0)
+        risk = vl.EmpiricalRisk(net, loss, loader, check_data=False)
+        np.random.seed(0)
+        torch.manual_seed(0)
+        batches = [(inputs, labels) for inputs, labels in loader]
+        expected = vl.EmpiricalRisk(net, loss, batches)
+        right_or_refused(quantity, risk, expected)
+    finally:
+        np.random.set_state(state)
+
+
+@pytest.mark.parametrize("quantity", [vl.GGN, vl.EmpiricalFisher, vl.Hessian])
+def test_targets_changed_in_place(quantity: Any) -> None:
+    # The Hessian of a cross-entropy does not depend on the label, unless classes have
+    # weights; the gradient does.
+    net, _, (X, y) = toy()
+    loss = nn.CrossEntropyLoss(weight=torch.tensor([1.0, 2.0, 3.0]).double())
+    data = (X, y.clone())
+    changed, still = (vl.EmpiricalRisk(net, loss, d) for d in (data, (X, y)))
+    data[1].copy_((y + 1) % 3)
+    x = random_vector(still.num_params)
+    try:
+        got = quantity(changed) @ x
+    except ValueError as error:
+        assert "data" in str(error)
+        return
+    torch.testing.assert_close(got, quantity(still) @ x, rtol=1e-9, atol=1e-12)

@@ -1,0 +1,148 @@
+"""The user's model is left as it was, also after an error."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+from toys import Snapshot, guest_net, random_vector, toy, use_everything
+
+import vivit_linop as vl
+
+# Guest behaviour ----------------------------------------------------------------------
+
+
+def test_guest() -> None:
+    _, loss, data = toy()
+    net = guest_net()
+    called: list[str] = []
+    net[4].bias.register_hook(lambda g: called.append("bias"))
+    net[4].weight.register_post_accumulate_grad_hook(lambda p: called.append("weight"))
+    before = Snapshot(net, data)
+    risk = vl.EmpiricalRisk(net, loss, data)
+    before.check()
+    use_everything(risk)
+    before.check()
+    assert not called
+    loader = DataLoader(TensorDataset(*data), batch_size=4, shuffle=True)
+    before = Snapshot(net, data)
+    use_everything(vl.EmpiricalRisk(net, loss, loader, memory=0, check_data=False))
+    before.check()
+
+
+def test_mc_samples_with_a_generator_leave_the_global_one() -> None:
+    net, loss, data = toy()
+    risk = vl.EmpiricalRisk(net, loss, data)
+    before = Snapshot(net, data)
+    G = vl.GGN(risk, mc_samples=3, generator=torch.Generator().manual_seed(0))
+    G.eigvalsh()
+    before.check()
+
+
+class Stop(Exception):
+    """Raised inside of a user's forward pass."""
+
+
+@pytest.mark.parametrize("error", [Stop, KeyboardInterrupt])
+def test_guest_after_an_error_in_forward(error: type[BaseException]) -> None:
+    """Raised at construction, and at every later call of the model in turn."""
+    _, loss, data = toy()
+    net = guest_net()
+    calls = {"left": -1}
+
+    def hook(module: nn.Module, args: Any) -> None:
+        torch.rand(1)  # the generator has moved on when the error comes
+        if calls["left"] == 0:
+            raise error("stop")
+        calls["left"] -= 1
+
+    def quiet(module: nn.Module, args: Any) -> None:
+        if calls["left"] == 0:
+            raise error("stop")
+        calls["left"] -= 1
+
+    handle = net[2].register_forward_pre_hook(hook)
+    before = Snapshot(net, data)
+    calls["left"] = 0
+    with pytest.raises(error):
+        vl.EmpiricalRisk(net, loss, data)
+    before.check()
+    handle.remove()
+
+    calls["left"] = -1
+    net[2].register_forward_pre_hook(quiet)
+    before = Snapshot(net, data)
+    expected = use_everything(vl.EmpiricalRisk(net, loss, data))
+    x = random_vector(vl.EmpiricalRisk(net, loss, data).num_params)
+    uses: list[Callable[[vl.EmpiricalRisk], Any]] = [
+        lambda r: r.gradient(),
+        lambda r: vl.GGN(r) @ x,
+        lambda r: vl.GGN(r).eigvalsh(),
+        lambda r: vl.Hessian(r) @ x,
+        lambda r: r.subset([0, 2]),
+    ]
+    for use in uses:
+        for delay in range(2):
+            calls["left"] = -1
+            risk = vl.EmpiricalRisk(net, loss, data)
+            calls["left"] = delay
+            try:
+                use(risk)
+            except error:
+                pass
+            calls["left"] = -1
+            before.check()
+            # An interrupted risk is as good as new.
+            got = [risk.gradient(), vl.GGN(risk) @ x, vl.GGN(risk).eigvalsh()]
+            for result, index in zip(got, (1, 2, 6), strict=True):
+                torch.testing.assert_close(
+                    result, expected[index], rtol=1e-9, atol=1e-12
+                )
+
+
+def test_interrupt_is_not_swallowed() -> None:
+    """Where errors of a tracer mean another way, an interrupt means stop."""
+    net, loss, data = toy()
+    raised = {"on": False}
+
+    def hook(module: nn.Module, args: Any) -> None:
+        if raised["on"]:
+            raise KeyboardInterrupt
+
+    net[1].register_forward_pre_hook(hook)
+    risk = vl.EmpiricalRisk(net, loss, data)
+    x = random_vector(risk.num_params)
+    raised["on"] = True
+    for use in (
+        risk.gradient,
+        lambda: vl.GGN(risk) @ x,
+        lambda: vl.GGN(risk).eigvalsh(),
+        lambda: vl.Hessian(risk) @ x,
+    ):
+        with pytest.raises(KeyboardInterrupt):
+            use()
+
+
+def test_errors_of_the_model_come_through() -> None:
+    """A model that fails at a later pass fails with its own error."""
+    net, loss, data = toy()
+    broken = {"on": False}
+
+    def hook(module: nn.Module, args: Any) -> None:
+        if broken["on"]:
+            raise Stop("of the user")
+
+    net[1].register_forward_pre_hook(hook)
+    risk = vl.EmpiricalRisk(net, loss, data)
+    broken["on"] = True
+    x = random_vector(risk.num_params)
+    for use in (
+        risk.gradient,
+        lambda: vl.GGN(risk) @ x,
+        lambda: vl.GGN(risk).eigvalsh(),
+        lambda: vl.Hessian(risk) @ x,
+    ):
+        with pytest.raises(Stop, match="of the user"):
+            use()
