@@ -1,6 +1,6 @@
 """Curvature: operators made of a model, a loss and data."""
 
-from vivit_linop.curvature import routes, rules  # noqa: F401  (register)
+from vivit_linop.curvature import routes, rules, sums  # noqa: F401  (register)
 from vivit_linop.curvature.fisher import EmpiricalFisher, PerSampleGradients
 from vivit_linop.curvature.ggn import GGN, GGNFactor
 from vivit_linop.curvature.hessian import Hessian
@@ -8,7 +8,6 @@ from vivit_linop.curvature.jacobian import Jacobian
 from vivit_linop.curvature.kfac import EKFAC, KFAC
 from vivit_linop.curvature.output_space import LossHessian
 from vivit_linop.curvature.recursions import KFRA, PositiveCurvatureHessian
-from vivit_linop.net import sums  # noqa: F401  (register)
 
 __all__ = [
     "EKFAC",

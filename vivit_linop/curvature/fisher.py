@@ -15,8 +15,9 @@ from vivit_linop.curvature.blocks import (
 from vivit_linop.curvature.ggn import GGNFactor
 from vivit_linop.curvature.jacobian import Jacobian, Pullback
 from vivit_linop.curvature.output_space import LossGradient
+from vivit_linop.curvature.sums import sum_columns
 from vivit_linop.modes import ordinary_mode
-from vivit_linop.net.sums import ColumnNorms, sum_columns
+from vivit_linop.net.sums import ColumnNorms
 from vivit_linop.operators.base import TorchLinearOperator
 from vivit_linop.operators.kronecker import BlockDiagonal
 from vivit_linop.operators.lowrank import Centered, LowRank

@@ -21,11 +21,12 @@ from vivit_linop.curvature.blocks import FactorRows, Partition
 from vivit_linop.curvature.fisher import EmpiricalFisher
 from vivit_linop.curvature.ggn import GGN
 from vivit_linop.curvature.jacobian import Pullback
+from vivit_linop.curvature.sums import sum_columns
 from vivit_linop.modes import ordinary_mode
 from vivit_linop.net.blocks import Piece, memory_budget
 from vivit_linop.net.certified import find_structure
 from vivit_linop.net.columns.khatri_rao import KhatriRaoColumns
-from vivit_linop.net.sums import Total, sum_columns
+from vivit_linop.net.sums import Total
 from vivit_linop.net.transposed import TransposedConvolutionColumns
 from vivit_linop.operators.base import TorchLinearOperator
 from vivit_linop.operators.elementary import Dense, Identity

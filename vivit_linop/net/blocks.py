@@ -11,7 +11,7 @@ import copy
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -23,9 +23,6 @@ from vivit_linop.risk.data import copied, take
 from vivit_linop.risk.empirical import EmpiricalRisk
 from vivit_linop.risk.memory import explained, free_memory
 from vivit_linop.risk.model import Params
-
-if TYPE_CHECKING:
-    from vivit_linop.curvature.jacobian import Pullback
 
 SampleOutputs = Callable[[Params, Any], Tensor]
 
@@ -39,6 +36,26 @@ _PIECES = 4
 # Whatever the budget is, columns are held up to this: the fewer are held, the more
 # often all others are made again.
 _LEAST_BYTES = 64 * 2**20
+
+
+class Cotangents(Protocol):
+    """What is pulled back to columns: R vectors at the outputs of each sample.
+
+    Attributes:
+        risk: The risk.
+        width: R.
+    """
+
+    risk: EmpiricalRisk
+    width: int
+
+    def cotangents(self, batch: int) -> Tensor:
+        """Return those of one batch of n samples, ``[n, C, R]``."""
+
+
+def num_columns(factor: Cotangents) -> int:
+    """N·R."""
+    return factor.risk.num_samples * factor.width
 
 
 @dataclass
@@ -100,7 +117,7 @@ class Columns:
 
     def __init__(
         self,
-        pullbacks: Sequence[Pullback],
+        pullbacks: Sequence[Cotangents],
         names: Sequence[str],
         memory: int,
         formed: int = 0,
@@ -130,7 +147,7 @@ class Columns:
                             yield from self._pieces(batch, X, index, n, first)
             first += n
 
-    def only(self, pullback: Pullback) -> Columns:
+    def only(self, pullback: Cotangents) -> Columns:
         """Return the columns of one of the pullbacks, in pieces of the same samples."""
         columns = copy.copy(self)
         columns._pullbacks = [pullback]

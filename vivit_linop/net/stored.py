@@ -16,7 +16,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from vivit_linop.net.blocks import Columns, Piece, memory_budget
+from vivit_linop.net.blocks import Columns, Cotangents, Piece, memory_budget
 from vivit_linop.net.columns.base import LayerColumns
 from vivit_linop.net.costs import layer_costs
 from vivit_linop.risk.empirical import EmpiricalRisk
@@ -51,10 +51,10 @@ class StoredColumns:
         self._groups = [list(_groups(piece.columns)) for piece in self.pieces]
 
     @classmethod
-    def of(cls, pullback: Pullback, pieces: Sequence[Piece]) -> StoredColumns:
-        """Return those of a pullback."""
-        sizes = {name: p.numel() for name, p in pullback.risk.params.items()}
-        return cls(sizes, pullback.width, pieces)
+    def of(cls, factor: Cotangents, pieces: Sequence[Piece]) -> StoredColumns:
+        """Return those of a factor."""
+        sizes = {name: p.numel() for name, p in factor.risk.params.items()}
+        return cls(sizes, factor.width, pieces)
 
     def multiply(self, X: Tensor) -> Tensor:
         """Combine the columns, ``[N·R, K] -> [D, K]``."""
@@ -103,22 +103,22 @@ class StoredColumns:
 
 
 class StreamedColumns:
-    """The columns of all samples of a pullback, made anew for each product.
+    """The columns of all samples of a factor, made anew for each product.
 
     Args:
-        pullback: The pullback.
+        factor: The factor.
     """
 
-    def __init__(self, pullback: Pullback) -> None:
-        self._pullback = pullback
+    def __init__(self, factor: Cotangents) -> None:
+        self._factor = factor
 
     def multiply_adjoint(self, X: Tensor) -> Tensor:
         """Return the components along all columns, ``[D, K] -> [N·R, K]``."""
-        pullback = self._pullback
-        names, budget = list(pullback.risk.params), memory_budget(pullback.risk)
+        factor = self._factor
+        names, budget = list(factor.risk.params), memory_budget(factor.risk)
         components = [
-            StoredColumns.of(pullback, [piece]).multiply_adjoint(X)
-            for (piece,) in Columns([pullback], names, budget).pieces()
+            StoredColumns.of(factor, [piece]).multiply_adjoint(X)
+            for (piece,) in Columns([factor], names, budget).pieces()
         ]
         return torch.cat(components)
 

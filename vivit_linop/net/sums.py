@@ -1,4 +1,4 @@
-"""Sums over the columns of pullbacks: Gram matrices, outer products, row norms.
+"""Sums over the columns of factors Jᵀ B: Gram matrices, outer products, row norms.
 
 A Gram matrix is a sum over layers of products that need no column formed. If the
 columns of all samples fit into memory in the structure of their layers, one pass over
@@ -15,22 +15,18 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from vivit_linop.curvature.jacobian import Pullback
-from vivit_linop.net.blocks import Columns, Piece, memory_budget
+from vivit_linop.net.blocks import (
+    Columns,
+    Cotangents,
+    Piece,
+    memory_budget,
+    num_columns,
+)
 from vivit_linop.net.columns.base import LayerColumns, mirror
 from vivit_linop.net.columns.joins import merged
 from vivit_linop.net.stored import StoredColumns
-from vivit_linop.operators.base import TorchLinearOperator
-from vivit_linop.operators.verbs import (
-    centered_row_norms_squared,
-    column_norms_squared,
-    gram_matrix,
-    outer_matrix,
-    row_norms_squared,
-    to_dense,
-)
 from vivit_linop.risk.empirical import EmpiricalRisk
-from vivit_linop.risk.memory import check_matrix_fits, free_memory
+from vivit_linop.risk.memory import free_memory
 
 
 class Total(ABC):
@@ -70,12 +66,15 @@ class GramTotal(Total):
 
     in_pairs = True
 
-    def __init__(self, left: Pullback, right: Pullback, names: Sequence[str]) -> None:
+    def __init__(
+        self, left: Cotangents, right: Cotangents, names: Sequence[str]
+    ) -> None:
         self.names, self._symmetric = names, left is right
         self._memory = memory_budget(left.risk)
         check_fits(left, right)
+        sides = num_columns(left), num_columns(right)
         self.matrix = torch.zeros(
-            left.shape[1], right.shape[1], dtype=left.torch_dtype, device=left.device
+            *sides, dtype=left.risk.dtype, device=left.risk.device
         )
 
     def add(self, left: Piece, right: Piece) -> None:
@@ -94,15 +93,15 @@ class GramTotal(Total):
             self.matrix[right.place, left.place] = block.T
 
 
-def check_fits(left: Pullback, right: Pullback) -> None:
+def check_fits(left: Cotangents, right: Cotangents) -> None:
     """Raise an error if a Gram matrix does not fit into the memory that is free.
 
     Raises:
         MemoryError: It says what would fit.
     """
-    itemsize = torch.finfo(left.torch_dtype).bits // 8
-    rows, columns = left.shape[1], right.shape[1]
-    needed, free = rows * columns * itemsize, free_memory(left.device)
+    device, itemsize = left.risk.device, torch.finfo(left.risk.dtype).bits // 8
+    rows, columns = num_columns(left), num_columns(right)
+    needed, free = rows * columns * itemsize, free_memory(device)
     if needed <= free:
         return
     fitting = int((free / itemsize) ** 0.5)
@@ -117,7 +116,7 @@ def check_fits(left: Pullback, right: Pullback) -> None:
         ways.insert(0, f"risk.subset(indices) of up to {samples} samples")
     raise MemoryError(
         f"The Gram matrix [{rows}, {columns}] takes {needed / 1e9:.3g} GB, and "
-        f"{free / 1e9:.3g} GB are free on {left.device}. What fits: {', '.join(ways)}."
+        f"{free / 1e9:.3g} GB are free on {device}. What fits: {', '.join(ways)}."
     )
 
 
@@ -132,21 +131,21 @@ class OuterTotal(Total):
         matrix: ``[d, d]``.
     """
 
-    def __init__(self, factor: Pullback, names: Sequence[str]) -> None:
+    def __init__(self, factor: Cotangents, names: Sequence[str]) -> None:
         self.names, self._risk = names, factor.risk
         self.formed = sum(factor.risk.params[name].numel() for name in names)
-        needed = self.formed**2 * torch.finfo(factor.torch_dtype).bits // 8
-        free = free_memory(factor.device)
+        needed = self.formed**2 * torch.finfo(factor.risk.dtype).bits // 8
+        free = free_memory(factor.risk.device)
         if needed > free:
             raise MemoryError(
                 f"The matrix [{self.formed}, {self.formed}] over the parameters, here "
                 f"the smaller side of a factor with {factor.width} columns for each "
                 f"sample, takes {needed / 1e9:.3g} GB, and {free / 1e9:.3g} GB are "
-                f"free on {factor.device}. What fits: mc_samples=1 or a few more, and "
-                "what needs products only, such as G.eigh(k=...)."
+                f"free on {factor.risk.device}. What fits: mc_samples=1 or a few more, "
+                "and what needs products only, such as G.eigh(k=...)."
             )
         self.matrix = torch.zeros(
-            self.formed, self.formed, dtype=factor.torch_dtype, device=factor.device
+            self.formed, self.formed, dtype=factor.risk.dtype, device=factor.risk.device
         )
 
     def add(self, left: Piece, right: Piece) -> None:
@@ -168,12 +167,12 @@ class EntrySums(Total):
 
     in_parts = True
 
-    def __init__(self, factor: Pullback, names: Sequence[str]) -> None:
+    def __init__(self, factor: Cotangents, names: Sequence[str]) -> None:
         self.names = names
         self._memory = memory_budget(factor.risk)
         sizes = [factor.risk.params[name].numel() for name in names]
         self.entries = torch.zeros(
-            sum(sizes), dtype=factor.torch_dtype, device=factor.device
+            sum(sizes), dtype=factor.risk.dtype, device=factor.risk.device
         )
         self._parts = dict(zip(names, self.entries.split(sizes), strict=True))
 
@@ -206,7 +205,7 @@ class SampleRowNorms(Total):
 
     in_parts = True
 
-    def __init__(self, factor: Pullback) -> None:
+    def __init__(self, factor: Cotangents) -> None:
         risk = factor.risk
         self.names, self._width = list(risk.params), factor.width
         self._memory = memory_budget(risk)
@@ -236,16 +235,16 @@ class ColumnNorms(Total):
         norms: ``[N·R, B]`` for B groups.
     """
 
-    def __init__(self, factor: Pullback, groups: Sequence[Sequence[str]]) -> None:
+    def __init__(self, factor: Cotangents, groups: Sequence[Sequence[str]]) -> None:
         self.names = [name for group in groups for name in group]
         self._groups, self._memory = groups, memory_budget(factor.risk)
         # Else a piece would have to say which column of a sample it has.
         self.in_parts = factor.width == 1
         self.norms = torch.zeros(
-            factor.shape[1],
+            num_columns(factor),
             len(groups),
-            dtype=factor.torch_dtype,
-            device=factor.device,
+            dtype=factor.risk.dtype,
+            device=factor.risk.device,
         )
 
     def add(self, left: Piece, right: Piece) -> None:
@@ -257,16 +256,27 @@ class ColumnNorms(Total):
                     self.norms[left.place, number] += squared
 
 
-def sum_columns(factor: Pullback, totals: Sequence[Total]) -> None:
-    """Compute several sums over the columns of one pullback together."""
+def accumulate(
+    factor: Cotangents, totals: Sequence[Total], stored: StoredColumns | None = None
+) -> StoredColumns | None:
+    """Compute several sums over the columns of one factor together.
+
+    Args:
+        factor: Jᵀ B.
+        totals: What is summed.
+        stored: The columns, if they are there already.
+
+    Returns:
+        All columns, if they have been in memory together.
+    """
     columns = _columns([factor], totals)
-    stored = factor.stored if columns.compact else None
+    stored = stored if columns.compact else None
     paired = [total for total in totals if total.in_pairs]
     if not paired:
         for piece in stored.pieces if stored else (p for (p,) in columns.pieces()):
             for total in totals:
                 total.add(piece, piece)
-        return
+        return None
     whole = [[[piece] for piece in stored.pieces]] if stored else columns.held()
     for held in whole:
         for index, (left,) in enumerate(held):
@@ -276,23 +286,19 @@ def sum_columns(factor: Pullback, totals: Sequence[Total]) -> None:
                 for total in paired:
                     total.add(left, right)
         end = held[-1][0].place.stop
-        if end == factor.shape[1]:
-            _keep(factor, held, columns)
-            return
+        if end == num_columns(factor):
+            if held[0][0].place.start or columns.names != set(factor.risk.params):
+                return None
+            return stored or StoredColumns.of(factor, [piece for (piece,) in held])
         for (right,) in columns.pieces(end // factor.width):
             for (left,) in held:
                 for total in paired:
                     total.add(left, right)
+    return None
 
 
-def _keep(factor: Pullback, held: list[list[Piece]], columns: Columns) -> None:
-    """Offer columns for products, if they are all there."""
-    if held[0][0].place.start == 0 and columns.names == set(factor.risk.params):
-        factor.offer(StoredColumns.of(factor, [piece for (piece,) in held]))
-
-
-def cross_gram(left: Pullback, right: Pullback) -> Tensor:
-    """Return (left columns)ᵀ (right columns) of two pullbacks, ``[R, Q]``."""
+def cross_gram(left: Cotangents, right: Cotangents) -> Tensor:
+    """Return (left columns)ᵀ (right columns) of two factors, ``[R, Q]``."""
     _check_same_parameters(left.risk, right.risk)
     total = GramTotal(left, right, list(left.risk.params))
     if left.risk is not right.risk:
@@ -308,7 +314,7 @@ def cross_gram(left: Pullback, right: Pullback) -> Tensor:
                 total.add(a, b)
         places = {(b.place.start, b.place.stop) for _, b in held}
         covered = sum(stop - start for start, stop in places)
-        if covered == right.shape[1]:
+        if covered == num_columns(right):
             break
         # Cut alike, a piece is among those held or has no sample of them.
         for (b,) in columns.only(right).pieces():
@@ -323,13 +329,13 @@ def _inside(place: slice, held: Sequence[Sequence[Piece]]) -> bool:
     return bool(first <= place.start and place.stop <= last)
 
 
-def _columns(pullbacks: Sequence[Pullback], totals: Sequence[Total]) -> Columns:
-    risk = pullbacks[0].risk
+def _columns(factors: Sequence[Cotangents], totals: Sequence[Total]) -> Columns:
+    risk = factors[0].risk
     names = list(dict.fromkeys(name for total in totals for name in total.names))
     formed = max(total.formed for total in totals)
     compact = not any(total.by_factors for total in totals)
     in_parts = all(total.in_parts for total in totals)
-    return Columns(pullbacks, names, memory_budget(risk), formed, compact, in_parts)
+    return Columns(factors, names, memory_budget(risk), formed, compact, in_parts)
 
 
 def _check_same_parameters(left: EmpiricalRisk, right: EmpiricalRisk) -> None:
@@ -341,58 +347,3 @@ def _check_same_parameters(left: EmpiricalRisk, right: EmpiricalRisk) -> None:
             "Factors of risks with different parameters have no cross-Gram matrix: "
             f"{shapes[0]} and {shapes[1]}."
         )
-
-
-@gram_matrix.register
-def _(left: Pullback, right: TorchLinearOperator) -> Tensor:
-    if not isinstance(right, Pullback):
-        return left.T.apply(to_dense(right))
-    if left is not right:
-        return cross_gram(left, right)
-    total = GramTotal(left, right, list(left.risk.params))
-    sum_columns(left, [total])
-    return total.matrix
-
-
-@outer_matrix.register
-def _(factor: Pullback) -> Tensor:
-    total = OuterTotal(factor, list(factor.risk.params))
-    sum_columns(factor, [total])
-    return total.matrix
-
-
-@row_norms_squared.register
-def _(op: Pullback) -> Tensor:
-    total = RowNorms(op, list(op.risk.params))
-    sum_columns(op, [total])
-    return total.entries
-
-
-@column_norms_squared.register
-def _(op: Pullback) -> Tensor:
-    """Without the columns."""
-    total = ColumnNorms(op, [list(op.risk.params)])
-    sum_columns(op, [total])
-    return total.norms.squeeze(1)
-
-
-@centered_row_norms_squared.register
-def _(op: Pullback) -> Tensor:
-    """Σ_n g_n² − N ḡ²: both sums from one pass."""
-    names = list(op.risk.params)
-    squares, sums = RowNorms(op, names), EntrySums(op, names)
-    sum_columns(op, [squares, sums])
-    centred = squares.entries - sums.entries.square() / op.shape[1]
-    return centred.clamp(min=0.0)
-
-
-@to_dense.register
-def _(op: Pullback) -> Tensor:
-    names = list(op.risk.params)
-    name = "Jacobian" if op.blocks is None else type(op).__name__
-    check_matrix_fits(name, op.shape, op.torch_dtype, op.device)
-    result = torch.empty(op.shape, dtype=op.torch_dtype, device=op.device)
-    columns = Columns([op], names, memory_budget(op.risk), formed=op.shape[0])
-    for (piece,) in columns.pieces():
-        result[:, piece.place] = piece.rows(names, op.risk).T
-    return result
