@@ -11,7 +11,7 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from numbers import Real
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from backpack.extensions.backprop_extension import BackpropExtension
@@ -43,7 +43,10 @@ _MEMORY = 2**27
 _FORMED_ENTRIES = 2**16
 
 
-class _Computation(ABC):
+Result = TypeVar("Result")
+
+
+class _Computation(ABC, Generic[Result]):
     """What the four computations have in common.
 
     Args:
@@ -83,11 +86,38 @@ class _Computation(ABC):
             return ExactLayerRecords(self._subsampling, self._lists)
         return MCLayerRecords(self._mc_samples, self._subsampling, self._lists)
 
-    def _hook(self, param_groups: Sequence[Group]) -> GroupsHook:
+    def get_extension_hook(
+        self, param_groups: Sequence[Group]
+    ) -> Callable[[nn.Module], None]:
+        """Return the extension hook for ``with backpack(…)``.
+
+        Args:
+            param_groups: One dictionary for each block of the GGN, with the keys that
+                the computation needs. ``"params"``: its parameters, d entries together.
+                ``"criterion"``: a function that is given the ``min(R·|S|, d)``
+                eigenvalues, ascending, and returns the indices of those whose
+                eigenvectors are wanted. ``"damping"``: a function that is given
+                ``(evals, gram_evecs, gammas, lambdas)`` of these, with shapes ``[K]``,
+                ``[R·|S|, K]`` (rows ``r·|S| + n`` as in ViViT), ``[N, K]`` and
+                ``[N, K]``, and returns δ, ``[K]``; or a number.
+
+        Raises:
+            ValueError: If a group lacks a key or has no parameters, or a parameter is
+                frozen or listed twice.
+        """
         blocks = checked_blocks(param_groups, self._keys)
         return GroupsHook(
             blocks, self._begin, self._collect, self._finish, self._verbose
         )
+
+    def get_result(self, group: Group) -> Result:
+        """Return the result of a group.
+
+        Raises:
+            KeyError: If there is none.
+        """
+        result: Result = self._result(group)
+        return result
 
     def _begin(self, blocks: Sequence[Block]) -> None:
         for block in blocks:
@@ -150,8 +180,13 @@ class _Computation(ABC):
         return pairs
 
 
-class EigvalshComputation(_Computation):
+class EigvalshComputation(_Computation[Tensor]):
     """GGN eigenvalues during a backward pass.
+
+    ``get_result(group)`` returns the eigenvalues of a group's block, ascending,
+    ``[R·|S|]``. R is C, or ``mc_samples``. Scaled as the GGN of the mean loss over the
+    chosen samples S (for ``reduction="sum"``: N times that). If there are more than the
+    group has entries, the surplus is zero. Groups need ``"params"``.
 
     Args:
         subsampling: The indices of the samples that the GGN is of; all if None.
@@ -196,34 +231,6 @@ class EigvalshComputation(_Computation):
         """Return a BackPACK extension for ``with backpack(…)``."""
         return self._extension()
 
-    def get_extension_hook(
-        self, param_groups: Sequence[Group]
-    ) -> Callable[[nn.Module], None]:
-        """Return the extension hook for ``with backpack(…)``.
-
-        Args:
-            param_groups: One dictionary for each block of the GGN; ``"params"`` are
-                its parameters.
-
-        Raises:
-            ValueError: If a group has no parameters, or a parameter is frozen or
-                listed twice.
-        """
-        return self._hook(param_groups)
-
-    def get_result(self, group: Group) -> Tensor:
-        """Return the eigenvalues of a group's block, ascending, ``[R·|S|]``.
-
-        R is C, or ``mc_samples``. Scaled as the GGN of the mean loss over the chosen
-        samples S (for ``reduction="sum"``: N times that). If there are more than the
-        group has entries, the surplus is zero.
-
-        Raises:
-            KeyError: If there are no results for the group.
-        """
-        result: Tensor = self._result(group)
-        return result
-
     def _begin(self, blocks: Sequence[Block]) -> None:
         super()._begin(blocks)
         self._grams.clear()
@@ -259,8 +266,12 @@ class EigvalshComputation(_Computation):
         return torch.linalg.eigvalsh(gram, UPLO="U") * (of.num_samples / samples)
 
 
-class EighComputation(_Computation):
+class EighComputation(_Computation[tuple[Tensor, list[Tensor]]]):
     """GGN eigenvalues and eigenvectors during a backward pass.
+
+    ``get_result(group)`` returns the chosen eigenvalues ``[K]`` in the order of the
+    criterion, and for each parameter ``[K, *p.shape]``. Over all parameters together
+    the eigenvectors are orthonormal. Groups need ``"params"`` and ``"criterion"``.
 
     Args:
         subsampling: The indices of the samples that the GGN is of; all if None.
@@ -310,37 +321,6 @@ class EighComputation(_Computation):
         """Return a BackPACK extension for ``with backpack(…)``."""
         return self._extension()
 
-    def get_extension_hook(
-        self, param_groups: Sequence[Group]
-    ) -> Callable[[nn.Module], None]:
-        """Return the extension hook for ``with backpack(…)``.
-
-        Args:
-            param_groups: One dictionary for each block of the GGN. ``"params"`` are
-                its parameters, d entries together; ``"criterion"`` is given the
-                ``min(R·|S|, d)`` eigenvalues, ascending, and returns the
-                indices of those whose eigenvectors are wanted.
-
-        Raises:
-            ValueError: If a group lacks a key or has no parameters, or a parameter is
-                frozen or listed twice.
-        """
-        return self._hook(param_groups)
-
-    def get_result(self, group: Group) -> tuple[Tensor, list[Tensor]]:
-        """Return a block's eigenvalues and eigenvectors.
-
-        Returns:
-            The chosen eigenvalues ``[K]`` in the order of the criterion, and for each
-            parameter ``[K, *p.shape]``. Over all parameters together the eigenvectors
-            are orthonormal.
-
-        Raises:
-            KeyError: If there are no results for the group.
-        """
-        result: tuple[Tensor, list[Tensor]] = self._result(group)
-        return result
-
     def _collect(
         self, block: Block, records: list[LayerRecord], of: Pass
     ) -> list[LayerColumns]:
@@ -356,7 +336,7 @@ class EighComputation(_Computation):
         ]
 
 
-class _DirectionalComputation(_Computation):
+class _DirectionalComputation(_Computation[Result]):
     """Slopes and curvatures along the eigenvectors of the GGN.
 
     Args:
@@ -413,8 +393,14 @@ class _DirectionalComputation(_Computation):
         return operator, pairs, gammas, lambdas
 
 
-class DirectionalDerivativesComputation(_DirectionalComputation):
+class DirectionalDerivativesComputation(_DirectionalComputation[tuple[Tensor, Tensor]]):
     """Slopes γ and curvatures λ of samples along GGN eigenvectors.
+
+    ``get_result(group)`` returns γ ``[N, K]`` and λ ``[N, K]`` along a block's K
+    directions: γ[n, k] = ⟨∇ℓ_n, e_k⟩ for the samples of ``subsampling_grad`` and
+    λ[n, k] = e_kᵀ G_n e_k for those of ``subsampling_ggn``, both of the samples' own
+    losses: for a mean loss, λ's mean over n is the eigenvalues. Groups need
+    ``"params"`` and ``"criterion"``.
 
     Args:
         subsampling_grad: The indices of the samples whose slopes are wanted; all if
@@ -452,46 +438,18 @@ class DirectionalDerivativesComputation(_DirectionalComputation):
         (torch.Size([2, 1]), torch.Size([4, 1]))
     """
 
-    def get_extension_hook(
-        self, param_groups: Sequence[Group]
-    ) -> Callable[[nn.Module], None]:
-        """Return the extension hook for ``with backpack(…)``.
-
-        Args:
-            param_groups: One dictionary for each block of the GGN. ``"params"`` are
-                its parameters, d entries together; ``"criterion"`` is given the
-                ``min(R·|S|, d)`` eigenvalues, ascending, and returns the
-                indices of those whose eigenvectors are the directions.
-
-        Raises:
-            ValueError: If a group lacks a key or has no parameters, or a parameter is
-                frozen or listed twice.
-        """
-        return self._hook(param_groups)
-
-    def get_result(self, group: Group) -> tuple[Tensor, Tensor]:
-        """Return γ ``[N, K]`` and λ ``[N, K]`` along a block's K directions.
-
-        γ[n, k] = ⟨∇ℓ_n, e_k⟩ for the samples of ``subsampling_grad`` and λ[n, k] =
-        e_kᵀ G_n e_k for those of ``subsampling_ggn``, both of the samples' own losses:
-        for a mean loss, λ's mean over n is the eigenvalues.
-
-        Raises:
-            KeyError: If there are no results for the group.
-        """
-        result: tuple[Tensor, Tensor] = self._result(group)
-        return result
-
     def _compute(self, block: Block, of: Pass) -> tuple[Tensor, Tensor]:
         _, _, gammas, lambdas = self._derivatives(block, of)
         return gammas, lambdas
 
 
-class DirectionalDampedNewtonComputation(_DirectionalComputation):
+class DirectionalDampedNewtonComputation(_DirectionalComputation[tuple[Tensor, ...]]):
     """Damped Newton steps in the span of GGN eigenvectors.
 
     s = Σ_k −γ̄_k / (λ̄_k + δ_k) e_k, with γ̄ and λ̄ the means over the samples (for
     ``reduction="sum"``, N times these) of the directional derivatives.
+    ``get_result(group)`` returns a block's step, in the shapes and order of
+    ``group["params"]``. Groups need ``"params"``, ``"criterion"`` and ``"damping"``.
 
     Takes the arguments of :class:`DirectionalDerivativesComputation`, and raises its
     errors; ``subsampling_grad`` are the samples whose gradient the step is for.
@@ -517,35 +475,6 @@ class DirectionalDampedNewtonComputation(_DirectionalComputation):
     """
 
     _keys = ("params", "criterion", "damping")
-
-    def get_extension_hook(
-        self, param_groups: Sequence[Group]
-    ) -> Callable[[nn.Module], None]:
-        """Return the extension hook for ``with backpack(…)``.
-
-        Args:
-            param_groups: One dictionary for each block of the GGN. ``"params"`` are
-                its parameters, d entries together; ``"criterion"`` is given the
-                ``min(R·|S|, d)`` eigenvalues, ascending, and returns the
-                indices of those whose eigenvectors are the directions; ``"damping"``
-                is given ``(evals, gram_evecs, gammas, lambdas)`` of these, with shapes
-                ``[K]``, ``[R·|S|, K]`` (rows ``r·|S| + n`` as in ViViT), ``[N, K]``
-                and ``[N, K]``, and returns δ, ``[K]``. A number will do as well.
-
-        Raises:
-            ValueError: If a group lacks a key or has no parameters, or a parameter is
-                frozen or listed twice.
-        """
-        return self._hook(param_groups)
-
-    def get_result(self, group: Group) -> tuple[Tensor, ...]:
-        """Return a block's step, in the shapes and order of ``group["params"]``.
-
-        Raises:
-            KeyError: If there are no results for the group.
-        """
-        result: tuple[Tensor, ...] = self._result(group)
-        return result
 
     def _compute(self, block: Block, of: Pass) -> tuple[Tensor, ...]:
         operator, pairs, gammas, lambdas = self._derivatives(block, of)
