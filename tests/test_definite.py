@@ -244,3 +244,16 @@ def test_the_error_of_logdet_in_float32_is_bounded_as_said(name, relative):
     noise = max(10.0, len(A) ** 0.5) * eps(torch.float32) * evals.max()
     rounding = 10 * eps(torch.float32) * (evals + damping).log().abs().sum()
     assert (logdet - expected).abs() <= noise * (1 / (evals + damping)).sum() + rounding
+
+
+def test_determinants_by_eigenvalues_need_a_symmetric_operator() -> None:
+    """A Kronecker product has no self-adjoint multiple unless it is self-adjoint."""
+    A = torch.tensor([[1.0, 2.0], [0.0, 3.0]], dtype=torch.float64)
+    K = vl.Kronecker(A, A)
+    for op in (vl.Identity(4) - K, vl.Identity(4) - 2 * K, 3 * vl.Identity(4) + (-K)):
+        with pytest.raises(TypeError, match="logdet: needs a self-adjoint operator"):
+            op.logdet()
+    S = A @ A.T
+    symmetric = vl.Identity(4) - vl.Kronecker(S, S)
+    expected = torch.linalg.slogdet(torch.eye(4).double() - torch.kron(S, S)).logabsdet
+    assert torch.isclose(symmetric.logdet(), expected, rtol=1e-12)

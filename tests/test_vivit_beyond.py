@@ -75,14 +75,15 @@ def test_operators_value_and_gradient_over_a_loader(reduction) -> None:
     loader = DataLoader(TensorDataset(*P.data), batch_size=3)
     loss = nn.CrossEntropyLoss(reduction=reduction)
     calls: list[int] = []
-    R = vl.EmpiricalRisk(P.model, loss, loader)
+    handle = P.model.register_forward_hook(lambda *_: calls.append(1))
+    R = vl.EmpiricalRisk(P.model, loss, loader)  # with the hooks of this moment
+    handle.remove()
     weight = 1 if reduction == "mean" else N
     x = torch.rand(D, dtype=F64)
     close(vl.GGN(R) @ x, weight * DENSE.G @ x)
     close(vl.Hessian(R) @ x, weight * DENSE.hessian @ x)
-    handle = P.model.register_forward_hook(lambda *_: calls.append(1))
+    calls.clear()
     value, gradient = R.value_and_gradient()
-    handle.remove()
     assert len(calls) == len(loader)  # both from one pass
     close(value, weight * DENSE.value)
     close(gradient, weight * DENSE.gradient)

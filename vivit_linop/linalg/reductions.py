@@ -391,7 +391,7 @@ def damped_logdet_of_scaled(op: Scaled, damping: Scalar) -> Tensor:
     if op.factor > 0.0:
         inner = logdet(Damped(op.operator, damping / op.factor))
         return inner + op.shape[0] * log_abs(op.factor)
-    return eigvalsh(Damped(op, damping)).abs().log().sum()
+    return damped_logdet_of_operator(op, damping)
 
 
 @damped_logdet.register

@@ -108,7 +108,9 @@ class CertifiedColumns:
         """
         generator = torch.Generator().manual_seed(3)
         n, _, R = cotangents.shape
-        mixing = torch.randn(n, R, 1, generator=generator).to(cotangents)
+        mixing = torch.randn(
+            n, R, 1, generator=generator, dtype=torch.float64, device="cpu"
+        ).to(cotangents)
         norms = torch.linalg.vector_norm(cotangents, dim=1).unsqueeze(2)
         cotangents = cotangents @ torch.where(norms > 0.0, mixing / norms, 0.0)
         failing, made = names, Columns()
