@@ -1,0 +1,107 @@
+"""Progress is shown where it was asked for; interrupts come through."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from data_cases import streamed
+from scipy.sparse.linalg import eigsh
+from torch import Tensor
+from torch.utils.data import DataLoader, TensorDataset
+from toys import Snapshot, guest_net, random_vector, toy
+
+import vivit_linop as vl
+from vivit_linop.linalg.krylov import watched
+
+# Progress and long jobs ---------------------------------------------------------------
+
+
+def work(risk: vl.EmpiricalRisk) -> None:
+    G = vl.GGN(risk)
+    risk.gradient()
+    x = random_vector(risk.num_params)
+    G @ x
+    vl.Hessian(risk) @ x
+    G.eigh(k=2, route="ARPACK on K")
+    G.eigvalsh()
+    risk.subset([0, 1]).gradient()
+
+
+def test_no_output_by_default(capfd: pytest.CaptureFixture[str]) -> None:
+    work(streamed(memory=2**12)[1])
+    assert capfd.readouterr() == ("", "")
+
+
+def test_progress(capfd: pytest.CaptureFixture[str]) -> None:
+    work(streamed(memory=2**12, progress=True)[1])
+    shown, errors = capfd.readouterr()
+    assert shown == ""
+    for bar in ("check_data", "risk", "gradient", "product", "columns", "subset"):
+        assert f"{bar}:   0%|" in errors and "/2 [" in errors, bar
+    assert "eigh(k=2):" in errors
+    *_, last = [line for line in errors.split("\r") if "eigh(k=2):" in line]
+    assert int(last.split("eigh(k=2): ")[1].split(" products")[0]) >= 20
+
+
+@pytest.mark.parametrize("route", ["ARPACK on K", "ARPACK on G"])
+def test_watched_eigenpairs_are_the_same(route: str) -> None:
+    (_, quiet), (_, shown) = streamed(), streamed(progress=True)
+    expected, got = (vl.GGN(r).eigh(k=3, route=route) for r in (quiet, shown))
+    assert got.route == route
+    torch.testing.assert_close(
+        got.eigenvalues, expected.eigenvalues, rtol=1e-12, atol=0
+    )
+
+
+def test_products_are_counted(capfd: pytest.CaptureFixture[str]) -> None:
+    """Those of an eigensolver, also with several columns and with the adjoint."""
+    A = vl.Dense(torch.linspace(0, 10, 300, dtype=torch.float64).exp().diag())
+    multiplied = []
+
+    class Noted(vl.TorchLinearOperator):
+        def _multiply(self, X: Tensor) -> Tensor:
+            multiplied.append(X.shape[1])
+            return A.apply(X)
+
+        _multiply_adjoint = _multiply
+
+    with watched(Noted(A.shape, torch.float64), k=6) as counted:
+        start = np.random.default_rng(0).standard_normal(300)
+        found, _ = eigsh(counted, k=6, which="LA", v0=start)
+        counted @ torch.ones(300, 5).double()
+        counted.T @ torch.ones(300).double()
+    last = capfd.readouterr().err.split("\r")[-1]
+    assert int(last.split("eigh(k=6): ")[1].split(" products")[0]) == sum(multiplied)
+    torch.testing.assert_close(
+        torch.from_numpy(found), A.eigvalsh()[-6:], rtol=1e-10, atol=0
+    )
+
+
+@pytest.mark.parametrize("route", ["ARPACK on K", "ARPACK on G"])
+@pytest.mark.parametrize("progress", [False, True])
+def test_interrupted_eigh(route: str, progress: bool) -> None:
+    """Ctrl-C inside of a product: all is as before, and can be used again."""
+    net = guest_net()
+    left = {"calls": 10**9}
+
+    def hook(*_: Any) -> None:
+        left["calls"] -= 1
+        if left["calls"] <= 0:
+            raise KeyboardInterrupt
+
+    net[2].register_forward_pre_hook(hook)
+    _, loss, (X, y) = toy(30)
+    loader = DataLoader(TensorDataset(X, y), 10)
+    risk = vl.EmpiricalRisk(net, loss, loader, memory=0, progress=progress)
+    expected = vl.GGN(risk).eigvalsh()[-2:]
+    before = Snapshot(net, (X, y))
+    for calls in (2, 20):
+        left["calls"] = calls
+        with pytest.raises(KeyboardInterrupt):
+            vl.GGN(risk).eigh(k=2, route=route)
+        before.check()
+    left["calls"] = 10**9
+    got = vl.GGN(risk).eigh(k=2, route=route).eigenvalues
+    torch.testing.assert_close(got, expected, rtol=1e-10, atol=0)
+    before.check()
