@@ -20,6 +20,12 @@ from backpack.custom_module.slicing import Slicing
 from torch import Tensor, nn
 
 from tests.cases import Dense, Problem, dense_of
+from vivit_linop.vivit import (
+    DirectionalDampedNewtonComputation,
+    DirectionalDerivativesComputation,
+    EighComputation,
+    EigvalshComputation,
+)
 
 
 def _mlp() -> nn.Module:
@@ -245,3 +251,27 @@ def clusters(G: Tensor, criterion: Callable[[Tensor], list[int]]) -> list[Cluste
             found.append(Cluster(value, slice(start, stop), E @ E.T))
             start = stop
     return found
+
+
+COMPUTATIONS = (
+    EigvalshComputation,
+    EighComputation,
+    DirectionalDerivativesComputation,
+    DirectionalDampedNewtonComputation,
+)
+
+
+def one(evals: Tensor, *_: Tensor) -> Tensor:
+    return torch.ones_like(evals)
+
+
+def close(value: Tensor, reference: Tensor, tolerance: float = 1e-9) -> None:
+    """Compare in the norm."""
+    assert value.shape == reference.shape
+    scale = reference.norm().clamp(min=1e-3)
+    assert (value - reference).norm() <= tolerance * scale
+
+
+def flat(vectors: list[Tensor]) -> Tensor:
+    """Vectors in parameter format as rows, ``[K, d]``."""
+    return torch.cat([part.flatten(1) for part in vectors], dim=1)
