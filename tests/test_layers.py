@@ -1,0 +1,165 @@
+"""Each kind of layer gives its parameters exact columns, in its structure."""
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from capture_cases import (
+    FACTORED,
+    LAYERS,
+    OPAQUE,
+    N,
+    Spec,
+    check,
+    drawn,
+    one_layer,
+    title,
+)
+from cases import (
+    Lambda,
+    features,
+)
+from torch import Tensor, nn
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    with torch.random.fork_rng([]), warnings.catch_warnings():
+        # What torch and vmap cost with some layers is not our concern.
+        warnings.filterwarnings("ignore", message="Using padding='same' with even")
+        warnings.filterwarnings("ignore", message="There is a performance drop")
+        torch.manual_seed(0)
+        yield
+
+
+# Layers -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layer", LAYERS, ids=title)
+def test_layer(layer: Spec) -> None:
+    kind, build, shape = layer
+    net, X = one_layer(drawn(build()), *shape)
+    uses = {name: f"dense: {kind}" for name, _ in net.named_parameters()}
+    if kind in FACTORED:
+        uses["layer.weight"] = kind
+    check(net, X, uses)
+
+
+# Attention ----------------------------------------------------------------------------
+
+ATTENTION = {
+    "in_proj_weight": "linear",
+    "in_proj_bias": "dense: linear",
+    "out_proj.weight": "linear",
+    "out_proj.bias": "dense: linear",
+}
+
+
+def attend(how: str) -> Callable[..., Tensor]:
+    """Attention of tokens ``x``, ``[n, 3, 4]``, to others or themselves."""
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        y, z = x.cos(), x[:, :2].sin()
+        arguments = {
+            "self": (x, x, x),
+            "cross": (x, z, z),
+            "separate": (x, y, x),
+        }[how]
+        if not m.attention.batch_first:
+            # By identity, attention knows which of them are the same.
+            swapped = {id(t): t.transpose(0, 1) for t in arguments}
+            arguments = tuple(swapped[id(t)] for t in arguments)
+        h, _ = m.attention(*arguments, need_weights=m.weights)
+        h = h if m.attention.batch_first else h.transpose(0, 1)
+        return h.sum(1).sin()[:, :3]
+
+    return forward
+
+
+@pytest.mark.parametrize("weights", [True, False])
+@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.parametrize("how", ["self", "cross", "separate"])
+def test_attention(how: str, batch_first: bool, weights: bool) -> None:
+    net = Lambda(
+        attend(how),
+        attention=nn.MultiheadAttention(4, 2, batch_first=batch_first),
+        weights=weights,
+    )
+    nn.init.normal_(net.attention.in_proj_bias)
+    uses = {f"attention.{name}": use for name, use in ATTENTION.items()}
+    # The rows of the weight that queries, keys and values have are used separately.
+    calls = {"self": 1, "cross": 2, "separate": 3}[how]
+    uses["attention.in_proj_weight"] = " + ".join(["linear"] * calls)
+    uses["attention.in_proj_bias"] = "dense: " + " + ".join(["linear"] * calls)
+    check(net, features(N, 3, 4).double(), uses)
+
+
+def test_attention_with_other_dimensions_and_learned_tokens() -> None:
+    # Three weights instead of one, which leaves three parts of one bias.
+    def forward(m: Any, x: Tensor) -> Tensor:
+        h, _ = m.attention(x, x[:, :2, :2], x[:, :2, :3])
+        return h.sum(1).sin()[:, :3]
+
+    attention = nn.MultiheadAttention(
+        4, 2, kdim=2, vdim=3, add_bias_kv=True, add_zero_attn=True, batch_first=True
+    )
+    nn.init.normal_(attention.in_proj_bias)
+    uses = dict.fromkeys(["q_proj_weight", "k_proj_weight", "v_proj_weight"], "linear")
+    uses["in_proj_bias"] = "dense: linear + linear + linear"
+    uses |= {"bias_k": OPAQUE, "bias_v": OPAQUE}
+    uses |= {"out_proj.weight": "linear", "out_proj.bias": "dense: linear"}
+    check(
+        Lambda(forward, attention=attention),
+        features(N, 3, 4).double(),
+        {f"attention.{name}": uses[name] for name, _ in attention.named_parameters()},
+    )
+
+
+def test_transformer_with_padding() -> None:
+    # A decoder layer attends to itself under a causal mask, and to padded samples.
+    def forward(m: Any, x: Tensor, padding: Tensor, causal: Tensor) -> Tensor:
+        h = m.encoder(x, src_key_padding_mask=padding)
+        h = m.decoder(
+            x, h, tgt_mask=causal, tgt_is_causal=True, memory_key_padding_mask=padding
+        )
+        return h.sum(1).sin()[:, :3]
+
+    options: dict[str, Any] = {"dim_feedforward": 2, "batch_first": True}
+    net = Lambda(
+        forward,
+        encoder=nn.TransformerEncoder(nn.TransformerEncoderLayer(4, 2, **options), 1),
+        decoder=nn.TransformerDecoderLayer(4, 2, **options),
+    )
+    padding = torch.tensor([[False] * 3, [False, False, True], [False] * 3])
+    causal = nn.Transformer.generate_square_subsequent_mask(3, dtype=torch.float64)
+    uses = {}
+    for name, p in net.named_parameters():
+        norm = ".norm" in name
+        use = "layer_norm" if norm else "linear"
+        if "multihead_attn.in_proj" in name:
+            use = "linear + linear"
+        uses[name] = use if p.ndim > 1 else f"dense: {use}"
+    check(net, (features(N, 3, 4).double(), padding, causal), uses)
+
+
+@pytest.mark.parametrize("frozen", ["encoder", "weights", "biases"])
+def test_frozen_attention(frozen: str) -> None:
+    # A fused path for frozen attention sets what is padded to zero; watched or not,
+    # outputs are those of the other path.
+    def forward(m: Any, x: Tensor, padding: Tensor) -> Tensor:
+        return m.head(m.encoder(x, src_key_padding_mask=padding).sum(1))
+
+    layer = nn.TransformerEncoderLayer(4, 2, dim_feedforward=2, batch_first=True)
+    net = Lambda(forward, encoder=nn.TransformerEncoder(layer, 1), head=nn.Linear(4, 3))
+    for p in net.encoder.parameters():
+        kept = {"encoder": False, "weights": p.ndim == 1, "biases": p.ndim > 1}
+        p.requires_grad_(kept[frozen])
+    uses = {}
+    for name, p in net.named_parameters():
+        if p.requires_grad:
+            use = "layer_norm" if ".norm" in name else "linear"
+            uses[name] = use if p.ndim > 1 else f"dense: {use}"
+    padding = torch.tensor([[False] * 3, [False, False, True], [False] * 3])
+    check(net, (features(N, 3, 4).double(), padding), uses)
