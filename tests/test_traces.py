@@ -1,0 +1,190 @@
+"""Linearisations of nets that can and cannot be traced; wrong second derivatives."""
+
+import functools
+import warnings
+from typing import Any
+
+import cases
+import pytest
+import torch
+from cases import NAMES, dense, problem
+from curvature_cases import FEW, close, fresh, risk
+from torch import Tensor, nn
+
+import vivit_linop as vl
+from vivit_linop.net import linearization
+from vivit_linop.net.linearization import Linearization, NoTangentError
+from vivit_linop.risk.empirical import _evaluated
+
+
+@pytest.fixture(autouse=True)
+def _quiet_vmap():
+    # torch says which of its operations vmap runs in a loop; that is not our concern.
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="There is a performance drop")
+        yield
+
+
+# Linearisations -----------------------------------------------------------------------
+
+
+def _untraceable(*_: Any) -> None:
+    raise NotImplementedError
+
+
+# That a risk's own linearisations are right, products with J have shown already.
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [(n, "trace") for n in FEW] + [(n, "reverse") for n in NAMES],
+)
+def test_linearization(name: str, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    of, truth = risk(name), dense(name)
+    module = "vivit_linop.net.linearization"
+    if method == "reverse":
+        monkeypatch.setattr(f"{module}.tangent_map", _untraceable)
+    monkeypatch.setattr(f"{module}.tracing_pays", lambda _: method == "trace")
+    rows = truth.J.split([n * truth.C for n in of.batch_sizes])
+    for (X, _), J in zip(of.batches(), rows, strict=True):
+        # Some models write into their input.
+        function = functools.partial(_evaluated, of.model, cases._map(torch.clone, X))
+        linear = Linearization(function, of.params)
+        assert linear.method in (method, "reverse")
+        generator = torch.Generator().manual_seed(3)
+        for columns in (1, 4, 1):
+            x = torch.randn(J.shape[1], columns, generator=generator).double()
+            u = torch.randn(J.shape[0], columns, generator=generator).double()
+            assert close(linear.jvp(x), J @ x, scale=J.norm() * x.norm())
+            assert close(linear.vjp(u), J.T @ u, scale=J.norm() * u.norm())
+
+
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [
+        ("cnn", "trace"),
+        ("residual", "reverse"),
+        ("mlp_ce_mean", "reverse"),
+        ("tokens", "reverse"),
+        ("transformer", "reverse"),
+    ],
+)
+def test_ordinary_nets_are_traced_where_it_pays(name: str, method: str) -> None:
+    # Convolutions have a slow second derivative; a trace of other nets takes time only.
+    assert {linear.method for linear in fresh(name).linearizations()} == {method}
+
+
+@pytest.mark.parametrize("wrong", ["result", "error"])
+def test_a_trace_stands_in_for_a_wrong_second_derivative(
+    wrong: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = "vivit_linop.net.linearization"
+    if wrong == "error":
+
+        def impossible(graph: Any) -> None:
+            raise NotImplementedError("derivative for f_backward")
+
+        monkeypatch.setattr(f"{module}.ReverseTangents", impossible)
+    else:
+        monkeypatch.setattr(Linearization, "_reverse", lambda linear: False)
+    of, truth = fresh("mlp_ce_mean"), dense("mlp_ce_mean")
+    x = torch.linspace(-1.0, 1.0, truth.D).double()
+    assert close(vl.Jacobian(of) @ x, truth.J @ x)
+    assert {linear.method for linear in of.linearizations()} == {"trace"}
+    monkeypatch.setattr(f"{module}.tangent_map", _untraceable)
+    of = fresh("mlp_ce_mean")  # and columns for both
+    assert close(vl.Jacobian(of) @ x, truth.J @ x)
+    assert not of.has_tangents
+    with pytest.raises(NoTangentError, match="second derivative"):
+        next(iter(of.linearizations())).jvp(x.unsqueeze(1))
+
+
+def test_hessian_of_a_wrong_double_backward() -> None:
+    # The double backward of torch 2.13's fused weight_norm is wrong, and so is a
+    # product made of it: it must be right or refused, not silently asymmetric.
+    name = "parametrised_weight"
+    truth = dense(name)
+    x = torch.ones(truth.D, dtype=torch.float64)
+    try:
+        product = vl.Hessian(risk(name)) @ x
+    except (ValueError, RuntimeError):
+        return
+    assert close(product, truth.hessian @ x)
+
+
+# Forms of construction ----------------------------------------------------------------
+
+
+class _WrongTwice(torch.autograd.Function):
+    """x², with a backward pass whose derivative is wrong."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x**2
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return _Wrong.apply(x, gradient)
+
+
+class _Wrong(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gradient: Tensor) -> Tensor:
+        ctx.save_for_backward(x, gradient)
+        return 2.0 * x * gradient
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor, Tensor]:
+        x, gradient = ctx.saved_tensors
+        return 7.0 * gradient * cotangent * x, 3.0 * x * cotangent
+
+
+def test_wrong_second_derivatives_are_refused_each_time_or_not_needed() -> None:
+    net = cases.Lambda(
+        lambda m, x: m.second(_WrongTwice.apply(m.first(x))),
+        first=nn.Linear(3, 4),
+        second=nn.Linear(4, 2),
+    ).double()
+    X, y = torch.randn(5, 3).double(), torch.randn(5, 2).double()
+    of = vl.EmpiricalRisk(net, nn.MSELoss(), (X, y))
+    H, J = vl.Hessian(of), vl.Jacobian(of)
+    x = torch.ones(of.num_params).double()
+    for _ in range(2):
+        with pytest.raises(ValueError, match="derivative"):
+            H @ x
+        assert close(J @ x, J.T.to_dense().T @ x)
+
+
+def test_a_trace_that_is_interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments, keywords = problem("convolutions").arguments()
+    of, truth = vl.EmpiricalRisk(*arguments, **keywords), dense("convolutions")
+    J, unit = vl.Jacobian(of), torch.eye(truth.J.shape[0], dtype=torch.float64)
+
+    def interrupted(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(linearization, "tangent_map", lambda *_: interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            J @ torch.ones(of.num_params)
+    assert (J.T @ unit - truth.J.T).norm() <= 1e-12 * truth.J.norm()
+    assert (J @ J.T @ unit - truth.J @ truth.J.T).norm() <= 1e-12 * truth.J.norm() ** 2
+
+
+def test_trace_of_batch_norms() -> None:
+    # torch's formula of their tangents works in place.
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), nn.ReLU(inplace=True), nn.Flatten()
+    )
+    net = net.double().eval()
+    net[1].running_mean.uniform_(), net[1].running_var.uniform_(0.5, 2.0)
+    data = torch.randn(4, 2, 5, 5).double(), torch.randn(4, 27).double()
+    J = vl.Jacobian(net, nn.MSELoss(), data)
+    (linearization,) = J.risk.linearizations()
+    expected = J.T.to_dense().T
+    for _ in range(2):
+        assert close(J.to_dense(), expected, 1e-12)
+        x = torch.linspace(-1, 1, J.shape[1], dtype=torch.float64)
+        assert close(J @ x, expected @ x, 1e-12)
+    assert linearization.method == "trace"
