@@ -78,7 +78,7 @@ def check(net: nn.Module, X: Any, uses: dict[str, str]) -> None:
             found[cost.name] = "mixed: " * ("dense" in ways) + cost.use
     assert found == uses
     J, G = truth(risk, net, loss, data)
-    factor = J.T @ V.blocks.to_dense()
+    factor = J.T @ V.output.to_dense()
     assert close((V.T @ V).to_dense(), factor.T @ factor)
     assert close((V @ V.T).diagonal(), G.diagonal())
     dense = V.to_dense()

@@ -58,7 +58,7 @@ def build(symbol: str, of: vl.EmpiricalRisk, name: str) -> tuple[Any, Tensor]:
         if symbol == "S":
             return S, root
         V = vl.GGNFactor(of)
-        assert torch.equal(V.blocks.to_dense().double(), root)
+        assert torch.equal(V.output.to_dense().double(), root)
         return V, truth.J.T @ root
     constructors: dict[str, tuple[Callable[..., Any], Tensor]] = {
         "J": (vl.Jacobian, truth.J),

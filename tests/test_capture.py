@@ -205,7 +205,7 @@ def test_a_batch_of_one_sample_has_more_structure(
     assert [c.use for c in vl.GGNFactor(whole).explain()] == ["no structure"]
     V = vl.GGNFactor(parts)
     J, G = truth(whole, net, loss, (X, y))
-    dense = J.T @ V.blocks.to_dense()
+    dense = J.T @ V.output.to_dense()
     assert close((V.T @ V).to_dense(), dense.T @ dense)
     assert close((V @ V.T).diagonal(), G.diagonal())
 
@@ -222,7 +222,7 @@ def test_parts_of_parameters_in_pieces(memory: int | None) -> None:
     risk = vl.EmpiricalRisk(net, loss, data, memory=memory)
     V, U = vl.GGNFactor(risk), vl.PerSampleGradients(risk)
     J, G = truth(risk, net, loss, data)
-    dense = J.T @ V.blocks.to_dense()
+    dense = J.T @ V.output.to_dense()
     assert close((V.T @ V).to_dense(), dense.T @ dense)
     assert close((U.T @ V).to_dense(), U.to_dense().T @ dense)
     sizes = [p.numel() for p in risk.params.values()]

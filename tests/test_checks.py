@@ -214,7 +214,7 @@ def test_models_of_one_batch_size(name: str) -> None:
     assert risk.num_samples == 12
     with pytest.raises(ValueError, match=r"(indices|model): .*samples"):
         risk.subset([0, 3, 5])
-    message = risk._does_not_fit(X, 12)
+    message = risk.does_not_fit(X, 12)
     assert "a batch of 12 samples does not fit" in message
 
 

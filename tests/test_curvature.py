@@ -211,7 +211,7 @@ def test_gram_matrices(name: str) -> None:
     table += [(U.T @ J.T, truth.U, truth.J.T)]
     if case.convex:
         V = vl.GGNFactor(of)
-        dense_V = truth.J.T @ V.blocks.to_dense()
+        dense_V = truth.J.T @ V.output.to_dense()
         table += [(V.T @ V, dense_V, dense_V), (U.T @ V, truth.U, dense_V)]
         assert close(V.to_dense(), dense_V)
     for op, left, right in table:
@@ -223,7 +223,7 @@ def test_gram_matrices(name: str) -> None:
 def test_gram_matrices_in_float32(name: str) -> None:
     of, truth = risk(name, torch.float32), dense(name)
     V, U = vl.GGNFactor(of), vl.PerSampleGradients(of)
-    dense_V = truth.J.T @ V.blocks.to_dense().double()
+    dense_V = truth.J.T @ V.output.to_dense().double()
     rtol = problem(name).rtol32
     for op, left in ((V.T @ V, dense_V), (U.T @ V, truth.U)):
         scale = left.norm() * dense_V.norm()
@@ -248,7 +248,7 @@ def test_cross_gram_of_different_data(memory: int | None) -> None:
     part = whole.subset([4, 1])
     V = vl.GGNFactor(whole)
     op = vl.PerSampleGradients(part).T @ V
-    expected = truth.U[:, [4, 1]].T @ truth.J.T @ V.blocks.to_dense()
+    expected = truth.U[:, [4, 1]].T @ truth.J.T @ V.output.to_dense()
     assert close(op.to_dense(), expected)
     check_products(op, expected, 1e-12)
 

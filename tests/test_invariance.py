@@ -37,7 +37,7 @@ def test_batches_do_not_matter(name: str) -> None:
         for symbol in ("J", "H", "G", "U", "F", "Hess"):
             check_products(*build(symbol, of, name), 1e-12)
         V = vl.GGNFactor(of)
-        gram, expected = V.T @ V, truth.J.T @ V.blocks.to_dense()
+        gram, expected = V.T @ V, truth.J.T @ V.output.to_dense()
         assert close(gram.to_dense(), expected.T @ expected)
 
 
@@ -56,7 +56,7 @@ def test_memory_does_not_matter(name: str, memory: int) -> None:
         assert close(op @ x, matrix @ x, scale=matrix.norm() * x.norm())
         assert close(op @ x, matrix @ x, scale=matrix.norm() * x.norm())
     V, U = vl.GGNFactor(of), vl.PerSampleGradients(of)
-    dense_V = truth.J.T @ V.blocks.to_dense()
+    dense_V = truth.J.T @ V.output.to_dense()
     assert close((V.T @ V).to_dense(), dense_V.T @ dense_V)
     cross = truth.U.T @ dense_V
     assert close((U.T @ V).to_dense(), cross, scale=truth.U.norm() * dense_V.norm())

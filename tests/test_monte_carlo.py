@@ -33,7 +33,7 @@ def test_sampled_factor_is_one_draw(name: str) -> None:
     G = sampled(0)
     V = G.factor
     assert V.shape == (truth.D, 2 * truth.N) and V.mc_samples == 2
-    S = V.blocks.to_dense()
+    S = V.output.to_dense()
     dense_V = truth.J.T @ S
     check_products(V, dense_V, 1e-12)
     check_products(G, dense_V @ dense_V.T, 1e-12)

@@ -13,6 +13,7 @@ from torch.autograd.function import once_differentiable
 
 import vivit_linop as vl
 from tests.cases import Lambda
+from vivit_linop.net.linearization import linearizations
 
 N, C = 6, 3
 
@@ -264,7 +265,7 @@ def test_loss_without_a_root(kind: str, memory: int | None) -> None:
 def test_sampled(kind: str) -> None:
     p = _Problem(kind)
     G = vl.GGN(p.risk, mc_samples=2, generator=torch.Generator().manual_seed(0))
-    V = p.J.T @ G.factor.blocks.to_dense()
+    V = p.J.T @ G.factor.output.to_dense()
     assert _close(G @ p.X, V @ (V.T @ p.X))
     assert _close(G.factor.T @ p.X, V.T @ p.X)
 
@@ -302,7 +303,7 @@ def test_columns_that_do_not_fit_are_streamed() -> None:
 def test_streamed_batches_are_checked() -> None:
     """A second derivative that is silently zero must be seen there as well."""
     p = _Problem("once differentiable", memory=0)
-    for linearization in p.risk.linearizations():
+    for linearization in linearizations(p.risk):
         with pytest.raises(ValueError, match="second derivative"):
             linearization.jvp(p.X)
 

@@ -13,8 +13,12 @@ from torch import Tensor, nn
 
 import vivit_linop as vl
 from vivit_linop.net import linearization
-from vivit_linop.net.linearization import Linearization, NoTangentError
-from vivit_linop.risk.empirical import _evaluated
+from vivit_linop.net.linearization import (
+    Linearization,
+    NoTangentError,
+    evaluated,
+    linearizations,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -46,7 +50,7 @@ def test_linearization(name: str, method: str, monkeypatch: pytest.MonkeyPatch) 
     rows = truth.J.split([n * truth.C for n in of.batch_sizes])
     for (X, _), J in zip(of.batches(), rows, strict=True):
         # Some models write into their input.
-        function = functools.partial(_evaluated, of.model, cases._map(torch.clone, X))
+        function = functools.partial(evaluated, of.model, cases._map(torch.clone, X))
         linear = Linearization(function, of.params)
         assert linear.method in (method, "reverse")
         generator = torch.Generator().manual_seed(3)
@@ -69,7 +73,7 @@ def test_linearization(name: str, method: str, monkeypatch: pytest.MonkeyPatch) 
 )
 def test_ordinary_nets_are_traced_where_it_pays(name: str, method: str) -> None:
     # Convolutions have a slow second derivative; a trace of other nets takes time only.
-    assert {linear.method for linear in fresh(name).linearizations()} == {method}
+    assert {linear.method for linear in linearizations(fresh(name))} == {method}
 
 
 @pytest.mark.parametrize("wrong", ["result", "error"])
@@ -88,13 +92,13 @@ def test_a_trace_stands_in_for_a_wrong_second_derivative(
     of, truth = fresh("mlp_ce_mean"), dense("mlp_ce_mean")
     x = torch.linspace(-1.0, 1.0, truth.D).double()
     assert close(vl.Jacobian(of) @ x, truth.J @ x)
-    assert {linear.method for linear in of.linearizations()} == {"trace"}
+    assert {linear.method for linear in linearizations(of)} == {"trace"}
     monkeypatch.setattr(f"{module}.tangent_map", _untraceable)
     of = fresh("mlp_ce_mean")  # and columns for both
     assert close(vl.Jacobian(of) @ x, truth.J @ x)
     assert not of.has_tangents
     with pytest.raises(NoTangentError, match="second derivative"):
-        next(iter(of.linearizations())).jvp(x.unsqueeze(1))
+        next(iter(linearizations(of))).jvp(x.unsqueeze(1))
 
 
 def test_hessian_of_a_wrong_double_backward() -> None:
@@ -181,7 +185,7 @@ def test_trace_of_batch_norms() -> None:
     net[1].running_mean.uniform_(), net[1].running_var.uniform_(0.5, 2.0)
     data = torch.randn(4, 2, 5, 5).double(), torch.randn(4, 27).double()
     J = vl.Jacobian(net, nn.MSELoss(), data)
-    (linearization,) = J.risk.linearizations()
+    (linearization,) = linearizations(J.risk)
     expected = J.T.to_dense().T
     for _ in range(2):
         assert close(J.to_dense(), expected, 1e-12)

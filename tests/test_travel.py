@@ -19,7 +19,8 @@ from joblib import Parallel, delayed
 from torch import Tensor, nn
 
 import vivit_linop as vl
-from vivit_linop.risk import empirical
+from vivit_linop.net import linearization as linearizing
+from vivit_linop.net.linearization import linearizations
 
 N, C = 12, 3
 
@@ -121,7 +122,7 @@ def test_copies_of_traced_nets(way: str) -> None:
     J = vl.Jacobian(_risk(_convolutions))
     x = torch.ones(J.shape[1]).double()
     expected = J @ x
-    assert {part.method for part in J.risk.linearizations()} == {"trace"}
+    assert {part.method for part in linearizations(J.risk)} == {"trace"}
     assert _close(WAYS[way](J) @ x, expected)
 
 
@@ -220,7 +221,9 @@ def test_threads_keep_each_batch_once() -> None:
     X = torch.randn(G.shape[0], 4).double()
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(product, X.T))
-    assert [len(part.outputs) for part in risk._kept] == risk.batch_sizes
+    assert [
+        len(part.outputs) for part in risk.kept.values["linearizations"]
+    ] == risk.batch_sizes
 
 
 @pytest.mark.parametrize("verb", ["eigvalsh", "diagonal", "to_dense"])
@@ -265,11 +268,14 @@ USES: dict[str, Callable[[vl.EmpiricalRisk], Any]] = {
 @pytest.mark.usefixtures("no_collector")
 def test_freed_with_the_last_reference(name: str, net: Any) -> None:
     risk = _risk(net)
-    for linearization in risk.linearizations():
+    for linearization in linearizations(risk):
         linearization.vjp(torch.ones(linearization.outputs.numel(), 1).double())
     result = USES[name](risk)
     held: list[Any] = [risk, risk.model, *risk.outputs, *risk.params.values()]
-    held += [*risk._kept, *(part._graph.output for part in risk._kept)]
+    held += [
+        *risk.kept.values["linearizations"],
+        *(part._graph.output for part in risk.kept.values["linearizations"]),
+    ]
     left = [weakref.ref(thing) for thing in held]
     del risk, result, linearization, held
     assert not any(thing() is not None for thing in left)
@@ -280,8 +286,13 @@ def test_a_traced_net_is_freed() -> None:
     risk = _risk(_convolutions)
     J = vl.Jacobian(risk)
     J @ torch.ones(J.shape[1]).double()
-    (inputs, _) = (part._function.args[1] for part in risk._kept)
-    left = [weakref.ref(thing) for thing in (risk, J, inputs, *risk._kept)]
+    (inputs, _) = (
+        part._function.args[1] for part in risk.kept.values["linearizations"]
+    )
+    left = [
+        weakref.ref(thing)
+        for thing in (risk, J, inputs, *risk.kept.values["linearizations"])
+    ]
     del risk, J, inputs
     assert not any(thing() is not None for thing in left)
 
@@ -296,7 +307,7 @@ def test_interrupted_while_linearising(
     J = vl.Jacobian(_risk())
     x = torch.ones(J.shape[1]).double()
     expected = vl.Jacobian(_risk()) @ x
-    owner: Any = vl.EmpiricalRisk if where == "check_outputs" else empirical
+    owner: Any = vl.EmpiricalRisk if where == "check_outputs" else linearizing
     original, calls = getattr(owner, where), [0]
 
     def interrupted(*arguments: Any) -> Any:
@@ -309,6 +320,8 @@ def test_interrupted_while_linearising(
         patch.setattr(owner, where, interrupted)
         with pytest.raises(KeyboardInterrupt):
             J @ x
-    assert len(J.risk._kept) == 1
+    assert len(J.risk.kept.values["linearizations"]) == 1
     assert _close(J @ x, expected)
-    assert [len(part.outputs) for part in J.risk._kept] == J.risk.batch_sizes
+    assert [
+        len(part.outputs) for part in J.risk.kept.values["linearizations"]
+    ] == J.risk.batch_sizes

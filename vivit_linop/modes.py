@@ -16,6 +16,7 @@ from typing import Any, ParamSpec, TypeVar
 import numpy as np
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from vivit_linop.checkpoints import RECOMPUTED
 
@@ -67,13 +68,13 @@ class ordinary_mode:
     def __enter__(self) -> None:
         """Leave the modes."""
         # Written out, since it is entered in each product of small operators.
-        autocasts: list[contextlib.AbstractContextManager[object]] = [
-            torch.autocast(device, enabled=False)
-            for device in ("cpu", "cuda")
-            if torch.is_autocast_enabled(device)
-        ]
-        self._modes = [torch.inference_mode(False), *autocasts]
-        for mode in self._modes:
+        modes: list[contextlib.AbstractContextManager[object]]
+        modes = [torch.inference_mode(False)]
+        for device in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(device):
+                modes.append(torch.autocast(device, enabled=False))
+        self._modes = modes
+        for mode in modes:
             mode.__enter__()
 
     def __exit__(self, *exception: object) -> None:
@@ -107,14 +108,10 @@ class as_guest:
 
     def __enter__(self) -> None:
         """Set the switches, then the modes of this thread."""
-        modes: list[Any] = [
-            GENERATORS.of(self._device),
-            _SWITCHES.of(self._device),
-            ordinary_mode(),
-            torch.enable_grad(),
-        ]
+        modes: list[Any] = [ordinary_mode(), torch.enable_grad()]
         if RECOMPUTED.seen:
             modes.append(RECOMPUTED)
+        _GUESTS.enter(self._device)
         try:
             for mode in modes:
                 mode.__enter__()
@@ -125,8 +122,11 @@ class as_guest:
 
     def __exit__(self, *exception: object) -> None:
         """Put them back."""
-        while self._modes:
-            self._modes.pop().__exit__(None, None, None)
+        try:
+            while self._modes:
+                self._modes.pop().__exit__(None, None, None)
+        finally:
+            _GUESTS.leave()
 
 
 Undo = list[Callable[[], object]]
@@ -145,10 +145,6 @@ class _Shared:
         self._lock, self._inside = threading.RLock(), 0
         self._undo: Undo = []
         self._devices: set[torch.device] = set()
-
-    def of(self, device: torch.device) -> _OfDevice:
-        """For ``with``."""
-        return _OfDevice(self, device)
 
     def enter(self, device: torch.device) -> None:
         """Enter."""
@@ -174,34 +170,12 @@ class _Shared:
                 self._undo.pop()()
 
 
-class _OfDevice:
-    """One who enters.
-
-    Args:
-        shared: What.
-        device: Where.
-    """
-
-    def __init__(self, shared: _Shared, device: torch.device) -> None:
-        self._shared, self._device = shared, device
-
-    def __enter__(self) -> None:
-        """Enter."""
-        self._shared.enter(self._device)
-
-    def __exit__(self, *exception: object) -> None:
-        """Leave."""
-        self._shared.leave()
-
-
-def _save_generators(device: torch.device, undo: Undo) -> None:
+def _set_for_guests(device: torch.device, undo: Undo) -> None:
+    """Save the generators, and set the switches of kernels, precisions, compiler."""
     undo.append(functools.partial(torch.set_rng_state, torch.get_rng_state()))
     if device.type == "cuda":
         state = torch.cuda.get_rng_state(device)
         undo.append(functools.partial(torch.cuda.set_rng_state, state, device))
-
-
-def _set_switches(device: torch.device, undo: Undo) -> None:
     for get, put, value in _KERNELS:
         before = get()
         if before != value:
@@ -261,8 +235,7 @@ else:
     }
 # While a guest is inside, a thread that is none should not draw from the generators:
 # the same numbers would come again.
-GENERATORS = _Shared(_save_generators)
-_SWITCHES = _Shared(_set_switches)
+_GUESTS = _Shared(_set_for_guests)
 _REPLAY = threading.RLock()
 
 
@@ -272,13 +245,30 @@ def replayed(state: torch.Tensor) -> Iterator[None]:
 
     The caller's state comes back.
     """
-    with _REPLAY, GENERATORS.of(torch.device("cpu")):
-        before = torch.get_rng_state()
+    with _REPLAY:
+        _GUESTS.enter(torch.device("cpu"))
         try:
-            torch.set_rng_state(state)
-            yield
+            before = torch.get_rng_state()
+            try:
+                torch.set_rng_state(state)
+                yield
+            finally:
+                torch.set_rng_state(before)
         finally:
-            torch.set_rng_state(before)
+            _GUESTS.leave()
+
+
+def is_differentiated(X: Tensor) -> bool:
+    """Whether derivatives are wanted in a tensor, in reverse or in forward mode."""
+    return (X.requires_grad and torch.is_grad_enabled()) or has_tangent(X)
+
+
+def has_tangent(X: Tensor) -> bool:
+    """Whether forward-mode differentiation goes through a tensor."""
+    try:
+        return forward_ad.unpack_dual(X).tangent is not None
+    except RuntimeError:  # vmap does not tell
+        return True
 
 
 def as_given(data: Any, dtype: torch.dtype | None = None) -> Tensor:

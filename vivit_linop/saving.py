@@ -209,7 +209,7 @@ def _packed_factor(factor: Pullback, gram: Gram, risk: EmpiricalRisk) -> dict[st
             packed["draw"] = torch.cat([factor.root.blocks(b) for b in batches])
     elif isinstance(factor, PerSampleGradients):
         packed["factor"] = "gradients"
-    elif factor.blocks is None:
+    elif factor.is_plain:
         packed["factor"] = "Jacobian"
     else:
         raise TypeError(

@@ -56,8 +56,8 @@ class PerSampleGradients(Pullback):
     @property
     def gradient(self) -> LossGradient:
         """The gradients in output space."""
-        assert isinstance(self.blocks, LossGradient)
-        return self.blocks
+        assert isinstance(self.output, LossGradient)
+        return self.output
 
     def squared_norms(self, blocks: ParameterBlocks | None = None) -> Tensor:
         """Return the squared norms ‖∇ℓ_n‖² of the samples' gradients, without r.
@@ -168,7 +168,9 @@ class PerSampleGradients(Pullback):
 
 
 @gram_matrix.register
-def _(left: PerSampleGradients, right: TorchLinearOperator) -> Tensor:
+def gram_matrix_of_gradients(
+    left: PerSampleGradients, right: TorchLinearOperator
+) -> Tensor:
     """From the Gram matrix VᵀV where that is known: u_n = Σ_r c_nr v_nr."""
     if isinstance(right, GGNFactor) and right.risk is left.risk and right.gram.known:
         coordinates = right.root.coordinates(left.gradient)

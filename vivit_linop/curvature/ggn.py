@@ -64,8 +64,8 @@ class GGNFactor(Pullback):
     @property
     def root(self) -> LossHessianSqrt:
         """S."""
-        assert isinstance(self.blocks, LossHessianSqrt)
-        return self.blocks
+        assert isinstance(self.output, LossHessianSqrt)
+        return self.output
 
     @property
     def mc_samples(self) -> int:

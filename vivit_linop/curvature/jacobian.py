@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import cached_property
 from typing import Any, Self
 from weakref import ref
@@ -13,12 +12,13 @@ from torch import Tensor
 from vivit_linop.curvature import plan
 from vivit_linop.curvature.output_space import (
     LossHessian,
+    OutputIdentity,
     OutputOperator,
-    check_blocks_fit,
 )
+from vivit_linop.modes import as_guest
 from vivit_linop.net.blocks import memory_budget
 from vivit_linop.net.costs import LayerCost, as_table, layer_costs
-from vivit_linop.net.linearization import NoTangentError
+from vivit_linop.net.linearization import NoTangentError, linearizations
 from vivit_linop.net.stored import (
     StoredColumns,
     cheaper_columns,
@@ -67,7 +67,7 @@ class Jacobian(TorchLinearOperator):
     @cached_property
     def pullback(self) -> Pullback:
         """Jᵀ."""
-        return Pullback(self, None)
+        return Pullback(self, OutputIdentity(self.risk))
 
     def _multiply(self, X: Tensor) -> Tensor:
         return self.pullback._multiply_adjoint(X)
@@ -86,24 +86,23 @@ class Pullback(TorchLinearOperator):
 
     Args:
         jacobian: J.
-        blocks: B, or None for the identity.
+        output: B.
 
     Attributes:
-        blocks: B or None.
+        output: B; the identity for Jᵀ itself.
         risk: The risk of J.
         width: R, the number of columns a sample; column n·R + r belongs to sample n.
         stored: The stored columns, if there are any.
         streams: Whether they were found not to fit into memory.
     """
 
-    def __init__(self, jacobian: Jacobian, blocks: OutputOperator | None) -> None:
-        self.blocks, self.risk = blocks, jacobian.risk
-        self.width = self.risk.num_outputs if blocks is None else blocks.width
+    def __init__(self, jacobian: Jacobian, output: OutputOperator) -> None:
+        self.output, self.risk, self.width = output, jacobian.risk, output.width
         # J keeps Jᵀ, so that Jᵀ must not keep J: both would outlive their last user.
         self._jacobian: ref[Jacobian] | None = ref(jacobian)
         self.stored: StoredColumns | None = None
         self._kept_gram = KeptMatrix()
-        self._decided, self.streams = blocks is None, False
+        self._decided, self.streams = self.is_plain, False
         super().__init__(
             (self.risk.num_params, self.risk.num_samples * self.width),
             self.risk.dtype,
@@ -112,8 +111,13 @@ class Pullback(TorchLinearOperator):
 
     def __getstate__(self) -> dict[str, Any]:
         """What travels: columns are made anew where they pay."""
-        anew = {"_jacobian": None, "stored": None, "_decided": self.blocks is None}
+        anew = {"_jacobian": None, "stored": None, "_decided": self.is_plain}
         return self.__dict__ | anew
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is Jᵀ itself."""
+        return isinstance(self.output, OutputIdentity)
 
     @property
     def jacobian(self) -> Jacobian:
@@ -121,16 +125,16 @@ class Pullback(TorchLinearOperator):
         jacobian = None if self._jacobian is None else self._jacobian()
         if jacobian is None:
             jacobian = Jacobian(self.risk)
-            if self.blocks is None:
+            if self.is_plain:
                 jacobian.pullback = self
             self._jacobian = ref(jacobian)
         return jacobian
 
     @classmethod
-    def through(cls, jacobian: Jacobian, blocks: OutputOperator) -> Self:
+    def through(cls, jacobian: Jacobian, output: OutputOperator) -> Self:
         """Return Jᵀ B as a node of this class."""
         node = cls.__new__(cls)
-        Pullback.__init__(node, jacobian, blocks)
+        Pullback.__init__(node, jacobian, output)
         return node
 
     @property
@@ -176,81 +180,72 @@ class Pullback(TorchLinearOperator):
 
     def cotangents(self, batch: int) -> Tensor:
         """What each column pulls back, ``[n, C, R]``."""
-        if self.blocks is not None:
-            return self.blocks.dense_batch(batch)
-        n, width = self.risk.batch_sizes[batch], self.width
-        check_blocks_fit(self.risk, "The Jacobian of all outputs", width, width)
-        unit = torch.eye(width, dtype=self.torch_dtype, device=self.device)
-        return unit.expand(n, -1, -1)
+        return self.output.dense_batch(batch)
+
+    @cached_property
+    def output_outer(self) -> OutputOperator:
+        """B Bᵀ."""
+        return self.output.outer()
 
     def _multiply(self, X: Tensor) -> Tensor:
         if (columns := self.columns()) is not None:
             return columns.multiply(X)
         parts = X.split([n * self.width for n in self.risk.batch_sizes])
-        result = None
-        for batch, (part, linearization) in enumerate(
-            zip(parts, self.risk.linearizations(), strict=True)
-        ):
-            if self.blocks is not None:
-                part = self.blocks.apply_batch(batch, part)
-            result = _accumulated(result, linearization.vjp(part))
-        assert result is not None
-        return result
+        total: Tensor | None = None
+        with as_guest(self.risk.device):
+            for batch, linearization in enumerate(linearizations(self.risk)):
+                part = self.output.apply_batch(batch, parts[batch])
+                image = linearization.vjp(part)
+                total = image if total is None else total.add_(image)
+        assert total is not None
+        return total
 
     def _multiply_adjoint(self, X: Tensor) -> Tensor:
         if (columns := self.columns()) is not None:
             return columns.multiply_adjoint(X)
         if self.risk.has_tangents:
             try:
-                return torch.cat(list(self._images(X)))
+                return self._components(X)
             except NoTangentError:
                 self.risk.has_tangents = False
         return columns_without_tangents(self).multiply_adjoint(X)
 
-    def _images(self, X: Tensor) -> Iterator[Tensor]:
+    def _components(self, X: Tensor) -> Tensor:
         """Bᵀ J X, batch by batch."""
-        for batch, linearization in enumerate(self.risk.linearizations()):
-            part = linearization.jvp(X)
-            if self.blocks is not None:
-                part = self.blocks.apply_adjoint_batch(batch, part)
-            yield part
+        parts = []
+        with as_guest(self.risk.device):
+            for batch, linearization in enumerate(linearizations(self.risk)):
+                part = linearization.jvp(X)
+                parts.append(self.output.apply_adjoint_batch(batch, part))
+        return torch.cat(parts)
 
 
 @verbs.gram.register
-def _(factor: Pullback) -> Gram:
+def gram_of_pullback(factor: Pullback) -> Gram:
+    """The one that it keeps."""
     return factor.gram
 
 
 @verbs.outer_product.register
-def _(factor: Pullback, X: Tensor) -> Tensor:
-    """Batch by batch, so that each linearisation is needed once."""
+def outer_product_of_pullback(factor: Pullback, X: Tensor) -> Tensor:
+    """Jᵀ (B Bᵀ) J X, batch by batch, so that each linearisation is needed once."""
     if (columns := factor.columns()) is not None:
         return columns.multiply(columns.multiply_adjoint(X))
+    outer = factor.output_outer
     if factor.risk.has_tangents:
+        total: Tensor | None = None
         try:
-            return _outer_by_linearizations(factor, X)
+            with as_guest(factor.risk.device):
+                for batch, linearization in enumerate(linearizations(factor.risk)):
+                    part = outer.apply_batch(batch, linearization.jvp(X))
+                    image = linearization.vjp(part)
+                    total = image if total is None else total.add_(image)
+            assert total is not None
+            return total
         except NoTangentError:
             factor.risk.has_tangents = False
-    outer = None if factor.blocks is None else factor.blocks.outer()
     # A loss Hessian that nobody has asked for a root of may have none.
     if isinstance(outer, LossHessian) and not factor.risk.loss.convex:
         J = factor.jacobian
         return J.pullback._multiply(outer._multiply(J._multiply(X)))
     return factor._multiply(factor._multiply_adjoint(X))
-
-
-def _outer_by_linearizations(factor: Pullback, X: Tensor) -> Tensor:
-    outer = None if factor.blocks is None else factor.blocks.outer()
-    result = None
-    for batch, linearization in enumerate(factor.risk.linearizations()):
-        part = linearization.jvp(X)
-        if outer is not None:
-            part = outer.apply_batch(batch, part)
-        result = _accumulated(result, linearization.vjp(part))
-    assert result is not None
-    return result
-
-
-def _accumulated(total: Tensor | None, part: Tensor) -> Tensor:
-    """Add in place to what is ours; the first part is the total."""
-    return part if total is None else total.add_(part)

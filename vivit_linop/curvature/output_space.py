@@ -7,6 +7,7 @@ outputs flattened. These operators know the outputs of the net, not the net.
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -24,8 +25,18 @@ from vivit_linop.risk.memory import check_matrix_fits, free_memory
 
 # What blocks that can be formed again may take.
 _KEPT_BYTES = 2**24
+# How many tensors of the outputs' size products with the loss Hessian may need.
+_MULTIPLIER_COPIES = 3
 # How many tensors of its size an exact square root takes while it is computed.
 _SQRT_COPIES = 4
+
+
+Multiplier = tuple[torch.Size, Callable[[Tensor], Tensor]]
+
+
+def _budget(risk: EmpiricalRisk) -> int:
+    """What an operator may keep of what can be formed again."""
+    return _KEPT_BYTES if risk.memory is None else min(risk.memory, _KEPT_BYTES)
 
 
 def check_blocks_fit(
@@ -137,6 +148,44 @@ class OutputOperator(TorchLinearOperator):
         return matrix
 
 
+class OutputIdentity(OutputOperator):
+    """The identity in output space: what Jᵀ itself is pulled back from.
+
+    Args:
+        risk: The risk.
+    """
+
+    self_adjoint = True
+    determined = True
+
+    def __init__(self, risk: EmpiricalRisk) -> None:
+        super().__init__(risk, risk.num_outputs)
+
+    def apply_batch(self, batch: int, X: Tensor) -> Tensor:
+        """The same rows."""
+        return X
+
+    def apply_adjoint_batch(self, batch: int, X: Tensor) -> Tensor:
+        """The same rows."""
+        return X
+
+    def dense_batch(self, batch: int) -> Tensor:
+        """One block for all samples."""
+        n, width = self.risk.batch_sizes[batch], self.width
+        check_blocks_fit(self.risk, "The Jacobian of all outputs", width, width)
+        unit = torch.eye(width, dtype=self.torch_dtype, device=self.device)
+        return unit.expand(n, -1, -1)
+
+    @property
+    def block_entries(self) -> int:
+        """None is read."""
+        return 0
+
+    def outer(self) -> OutputOperator:
+        """Itself."""
+        return self
+
+
 class LossHessian(OutputOperator):
     """H: r times the Hessian of the losses in output space, ``[N·C, N·C]``.
 
@@ -169,17 +218,28 @@ class LossHessian(OutputOperator):
         check_curvature(risk.loss, risk.outputs[0], risk.targets()[0])
         for output, target in zip(risk.outputs, risk.targets(), strict=True):
             certify_curvature(risk.loss, output, target)
+        self._multipliers: dict[int, Multiplier] = {}
         super().__init__(risk, risk.num_outputs)
 
     def apply_batch(self, batch: int, X: Tensor) -> Tensor:
         """In closed form, or by the loss's own derivatives."""
+        channels, multiply = self._multipliers.get(batch) or self._multiplier(batch)
+        product = multiply(X.reshape(*channels, X.shape[1]))
+        return self.risk.scale * product.reshape(X.shape)
+
+    def _multiplier(self, batch: int) -> Multiplier:
+        """The shape that products of a batch need, and what does not depend on X."""
         risk = self.risk
         output, target = risk.outputs[batch], risk.targets()[batch]
-        channels = risk.loss.channels(output).shape
-        product = risk.loss.hessian_product(
-            output, target, X.reshape(*channels, X.shape[1])
-        )
-        return risk.scale * product.reshape(X.shape)
+        made = risk.loss.channels(output).shape, risk.loss.hessian_at(output, target)
+        taken = _MULTIPLIER_COPIES * sum(f.nbytes for f in risk.outputs)
+        if taken <= _budget(risk):
+            self._multipliers[batch] = made
+        return made
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What travels: what products need is made anew."""
+        return self.__dict__ | {"_multipliers": {}}
 
     def apply_adjoint_batch(self, batch: int, X: Tensor) -> Tensor:
         """The same: Hessians are symmetric."""
@@ -238,8 +298,7 @@ class FactoredOutputOperator(OutputOperator):
     def __init__(self, risk: EmpiricalRisk, width: int) -> None:
         super().__init__(risk, width)
         self._blocks: dict[int, Tensor] = {}
-        budget = _KEPT_BYTES if risk.memory is None else risk.memory
-        self._budget = min(budget, _KEPT_BYTES)
+        self._budget = _budget(risk)
 
     def blocks(self, batch: int) -> Tensor:
         """The blocks of one batch, ``[n, c, s, P]``."""

@@ -53,11 +53,9 @@ def cost_of_pullback(
     factor: Pullback, names: Sequence[str] | None = None
 ) -> plan.FactorCost:
     """Count the layers of some parameters, or of all."""
-    S, risk = factor.blocks, factor.risk
-    root_entries = 0.0
-    if S is not None:
-        fits = S.blocks_fit()
-        root_entries = risk.num_samples * S.block_entries if fits else float("inf")
+    S, risk = factor.output, factor.risk
+    fits = S.blocks_fit()
+    root_entries = risk.num_samples * S.block_entries if fits else float("inf")
     every = layer_costs(risk, factor.width)
     costs = [cost for cost in every if names is None or cost.name in names]
     rows = sum(risk.params[cost.name].numel() for cost in costs)

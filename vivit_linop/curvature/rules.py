@@ -34,25 +34,27 @@ Op = TorchLinearOperator
 
 
 @adjoint.register
-def _(op: Jacobian) -> Op:
+def adjoint_of_jacobian(op: Jacobian) -> Op:
+    """Jᵀ, the pullback that it keeps."""
     return op.pullback
 
 
 @adjoint.register
-def _(op: Pullback) -> Op:
-    return op.jacobian if op.blocks is None else Adjoint(op)
+def adjoint_of_pullback(op: Pullback) -> Op:
+    """(Jᵀ)ᵀ = J."""
+    return op.jacobian if op.is_plain else Adjoint(op)
 
 
 @matmul.rule(LossHessianSqrt, Adjoint)
-def _(S: LossHessianSqrt, B: Adjoint) -> Op:
+def product_of_root_and_adjoint(S: LossHessianSqrt, B: Adjoint) -> Op:
     """S Sᵀ = H."""
     return S.outer() if B.parent is S else NotImplemented
 
 
 @matmul.rule(Pullback, OutputOperator)
-def _(A: Pullback, B: OutputOperator) -> Op:
+def product_of_pullback_and_output_operator(A: Pullback, B: OutputOperator) -> Op:
     """Jᵀ S = V, Jᵀ ∇ℓ = U, Jᵀ B is a pullback."""
-    if A.blocks is not None or A.risk is not B.risk:
+    if not A.is_plain or A.risk is not B.risk:
         return NotImplemented
     if isinstance(B, LossHessianSqrt):
         return GGNFactor.through(A.jacobian, B)
@@ -62,13 +64,13 @@ def _(A: Pullback, B: OutputOperator) -> Op:
 
 
 @matmul.rule(OutputOperator, Jacobian)
-def _(B: OutputOperator, J: Jacobian) -> Op:
+def product_of_output_operator_and_jacobian(B: OutputOperator, J: Jacobian) -> Op:
     """B J = (Jᵀ Bᵀ)ᵀ for a symmetric B."""
     return Pullback(J, B).T if B.self_adjoint and B.risk is J.risk else NotImplemented
 
 
 @matmul.rule(Adjoint, Jacobian)
-def _(B: Adjoint, J: Jacobian) -> Op:
+def product_of_adjoint_and_jacobian(B: Adjoint, J: Jacobian) -> Op:
     """Bᵀ J = (Jᵀ B)ᵀ."""
     if not isinstance(B.parent, OutputOperator):
         return NotImplemented
@@ -76,54 +78,56 @@ def _(B: Adjoint, J: Jacobian) -> Op:
 
 
 @matmul.rule(Pullback, Jacobian)
-def _(A: Pullback, J: Jacobian) -> Op:
+def product_of_pullback_and_jacobian(A: Pullback, J: Jacobian) -> Op:
     """(Jᵀ H) J = G, Jᵀ J is low-rank."""
     return _outer(A, J.pullback)
 
 
 @matmul.rule(Pullback, Adjoint)
-def _(A: Pullback, B: Adjoint) -> Op:
+def product_of_pullback_and_adjoint(A: Pullback, B: Adjoint) -> Op:
     """V Vᵀ = G, Jᵀ (H J) = G."""
     return _outer(A, B.parent) if isinstance(B.parent, Pullback) else NotImplemented
 
 
 @matmul.rule(Jacobian, Pullback)
-def _(J: Jacobian, B: Pullback) -> Op:
+def product_of_jacobian_and_pullback(J: Jacobian, B: Pullback) -> Op:
     """J Jᵀ and J V are Gram operators."""
     return _gram(J.pullback, B)
 
 
 @matmul.rule(Adjoint, Pullback)
-def _(A: Adjoint, B: Pullback) -> Op:
+def product_of_adjoint_and_pullback(A: Adjoint, B: Pullback) -> Op:
     """VᵀV and UᵀV are Gram operators, also for the data of different risks."""
     return _gram(A.parent, B) if isinstance(A.parent, Pullback) else NotImplemented
 
 
 @to_dense.register
-def _(op: Jacobian) -> Tensor:
+def dense_of_jacobian(op: Jacobian) -> Tensor:
+    """The columns of Jᵀ."""
     return to_dense(op.pullback).T
 
 
 @to_dense.register
-def _(op: OutputOperator) -> Tensor:
+def dense_of_output_operator(op: OutputOperator) -> Tensor:
     """The blocks of all samples on the diagonal."""
     return op.dense()
 
 
 @diagonal.register
-def _(op: LossHessian) -> Tensor:
+def diagonal_of_loss_hessian(op: LossHessian) -> Tensor:
     """In closed form for the losses that have one; no block is formed."""
     return op.diagonal_entries()
 
 
 @diagonal.register
-def _(op: Outer) -> Tensor:
+def diagonal_of_outer(op: Outer) -> Tensor:
     """The squared norms of the rows."""
     return row_norms_squared(op.root)
 
 
 @row_norms_squared.register
-def _(op: FactoredOutputOperator) -> Tensor:
+def row_norms_of_output_factor(op: FactoredOutputOperator) -> Tensor:
+    """Of the blocks, position by position."""
     batches = range(len(op.risk.batch_sizes))
     return torch.cat([op.blocks(b).square().sum(2).reshape(-1) for b in batches])
 
@@ -132,16 +136,21 @@ def _outer(A: Pullback, B: Pullback) -> Op:
     """(Jᵀ A)(Jᵀ B)ᵀ = Jᵀ (A Bᵀ) J."""
     if A.risk is not B.risk:
         return NotImplemented
-    if A.blocks is B.blocks:
+    if _same_output(A, B):
         return GGN.of(A) if isinstance(A, GGNFactor) else LowRank(A)
-    hessian = B.blocks if A.blocks is None else A.blocks
-    if isinstance(hessian, LossHessian) and None in (A.blocks, B.blocks):
+    hessian = B.output if A.is_plain else A.output
+    if isinstance(hessian, LossHessian) and (A.is_plain or B.is_plain):
         root = LossHessianSqrt(hessian)
         return GGN.of(GGNFactor.through(A.jacobian, root))
     return NotImplemented
 
 
 def _gram(A: Pullback, B: Pullback) -> Op:
-    if A is B or (A.risk is B.risk and A.blocks is B.blocks):
+    if A is B or (A.risk is B.risk and _same_output(A, B)):
         return B.gram
     return Gram(A, B)
+
+
+def _same_output(A: Pullback, B: Pullback) -> bool:
+    """Whether two pullbacks of one risk are of the same operator in output space."""
+    return A.output is B.output or (A.is_plain and B.is_plain)

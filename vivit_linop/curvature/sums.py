@@ -92,7 +92,7 @@ def centered_row_norms_of_pullback(op: Pullback) -> Tensor:
 def dense_of_pullback(op: Pullback) -> Tensor:
     """The columns, formed."""
     names = list(op.risk.params)
-    name = "Jacobian" if op.blocks is None else type(op).__name__
+    name = "Jacobian" if op.is_plain else type(op).__name__
     check_matrix_fits(name, op.shape, op.torch_dtype, op.device)
     result = torch.empty(op.shape, dtype=op.torch_dtype, device=op.device)
     columns = Columns([op], names, memory_budget(op.risk), formed=op.shape[0])

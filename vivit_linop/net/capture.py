@@ -411,7 +411,7 @@ class Capture:
 
 def sample_sizes(risk: EmpiricalRisk, batch: int, X: Any, n: int) -> SampleSizes:
     """Return the sizes for the samples of a batch; runs the net once for each shape."""
-    known: SampleSizes | None = risk.kept.find(_key_of_sizes(risk, X))
+    known: SampleSizes | None = risk.kept.values.get(_key_of_sizes(risk, X))
     return known or Capture.of_few(risk, X, n, 1, batch).keep_sizes(X)
 
 

@@ -18,28 +18,28 @@ forward mode, or derivatives that torch does not have or has wrong.
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import threading
 import warnings
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, NoReturn, TypeVar
+from collections.abc import Callable, Iterable, Iterator
+from itertools import compress
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
-from torch.func import jvp, vmap
-from torch.fx import GraphModule
-from torch.fx.experimental.const_fold import split_const_subgraphs
-from torch.fx.experimental.proxy_tensor import make_fx
-from torch.overrides import TorchFunctionMode
+from torch.func import vmap
 
+from vivit_linop.modes import as_guest
+from vivit_linop.net.tangents import OutOfPlace, tangent_map, tracing_pays
+from vivit_linop.risk.data import copied, leaves
+from vivit_linop.risk.empirical import EmpiricalRisk
 from vivit_linop.risk.memory import (
     batch_does_not_fit,
     explained,
     is_out_of_memory,
 )
-from vivit_linop.risk.model import Params, as_guest, strided
-
-Result = TypeVar("Result")
+from vivit_linop.risk.model import FunctionalModel, Params, strided
 
 # What K columns of tangents may take together on the CPU. More would not be faster:
 # columns one by one use the caches better.
@@ -47,8 +47,10 @@ _CPU_COLUMN_BYTES = 4 * 2**20
 # What a net's trace keeps, or the graph of a backward pass, in graphs of its outputs:
 # measured 1.4 for a net of linear layers, 1.8 for attention, 2.9 for convolutions.
 _KEPT_GRAPHS = 3
-# One convolution in this many matrix products makes a trace worth its time.
-_PER_CONVOLUTION = 4
+# The share of free memory that linearisations may take.
+_MEMORY_SHARE = 4
+# Where a risk keeps them.
+_KEPT = "linearizations"
 # The tracer changes things that all threads see.
 _TRACING = threading.Lock()
 
@@ -67,17 +69,6 @@ class Graph(NamedTuple):
 
     output: Tensor
     arguments: list[Tensor]
-
-    def pull_back(self, cotangents: Tensor, batched: bool) -> Sequence[Tensor | None]:
-        """Return Jᵀ u for a cotangent in the output's shape, or for K of them."""
-        return torch.autograd.grad(
-            self.output,
-            self.arguments,
-            cotangents,
-            retain_graph=True,
-            allow_unused=True,
-            is_grads_batched=batched,
-        )
 
 
 class Probe(NamedTuple):
@@ -114,22 +105,18 @@ class ReverseTangents:
             create_graph=True,
             allow_unused=True,
         )
+        pulled_back = [strided(gradient) for gradient in gradients]
+        self._used = [z is not None and z.requires_grad for z in pulled_back]
         self._pulled_back = [
-            torch.zeros_like(p) if g is None else g
-            for g, p in zip(map(strided, gradients), graph.arguments, strict=True)
+            z for z in pulled_back if z is not None and z.requires_grad
         ]
 
     def __call__(self, tangents: list[Tensor], batched: bool) -> Tensor:
         """Return J x for x in the shapes of the parameters, or for K of them."""
-        used = [
-            (z, t)
-            for z, t in zip(self._pulled_back, tangents, strict=True)
-            if z.requires_grad
-        ]
         (image,) = torch.autograd.grad(
-            [z for z, _ in used],
+            self._pulled_back,
             self._dual,
-            [t for _, t in used],
+            list(compress(tangents, self._used)),
             retain_graph=True,
             is_grads_batched=batched,
         )
@@ -165,15 +152,18 @@ class Linearization:
     Args:
         function: Maps parameters, by name, to outputs ``[n, …]``.
         params: θ, by name; tensors that require grad.
+        nbytes: The memory that the graph of the outputs keeps, beyond θ.
 
     Attributes:
         outputs: The outputs at θ, ``[n, …]``.
-        nbytes: The memory that the graph of the outputs keeps, beyond θ.
+        nbytes: As given.
         kept: Whether it is used again; else tracing J x would not pay.
         checked: Whether J x has been seen to be right for this function and θ.
     """
 
-    def __init__(self, function: Callable[[Params], Tensor], params: Params) -> None:
+    def __init__(
+        self, function: Callable[[Params], Tensor], params: Params, nbytes: int = 0
+    ) -> None:
         self._function, self._params = function, params
         self._shapes = [p.shape for p in params.values()]
         self._sizes = [p.numel() for p in params.values()]
@@ -187,8 +177,9 @@ class Linearization:
         self._probe: Probe | None = None
         self._repeats = self._spent = False
         self._together: set[str] = set()
+        self.nbytes = nbytes
         with as_guest(self.device):
-            self.nbytes, output = _saved_bytes(lambda: function(params))
+            output = function(params)
         self._graph = Graph(output, list(params.values()))
         self.outputs = output.detach()
 
@@ -405,14 +396,19 @@ class Linearization:
 
         The products take and give rows, whose parts lie together in memory.
         """
-        with explained(self._does_not_fit):
+        # Written out, since it is entered in each product.
+        try:
+            if X.shape[1] == 1:
+                return product(X.squeeze(1).contiguous()).unsqueeze(1)
             return self._by_some_rows(product, X, size)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            raise MemoryError(self._does_not_fit()) from error
 
     def _by_some_rows(
         self, product: Callable[[Tensor], Tensor], X: Tensor, size: int
     ) -> Tensor:
-        if X.shape[1] == 1:
-            return product(X.squeeze(1).contiguous()).unsqueeze(1)
         rows = X.T.contiguous()
         result = X.new_empty(X.shape[1], size)
         chunk = self.column_chunk() if self._batches else 1
@@ -462,184 +458,101 @@ class Linearization:
         leading = rows.shape[:-1]
         # Kernels of a model may walk through memory: parts of several rows are copied,
         # those of one row lie together already.
-        parts = [
-            part.contiguous().view((*leading, *shape))
-            for part, shape in zip(
-                rows.split(self._sizes, dim=-1), self._shapes, strict=True
-            )
-        ]
-        with as_guest(self.device):
-            image = tangents(parts, batched=rows.ndim == 2)
+        parts = []
+        for part, shape in zip(
+            rows.split(self._sizes, dim=-1), self._shapes, strict=True
+        ):
+            parts.append(part.contiguous().view((*leading, *shape)))
+        image = tangents(parts, batched=rows.ndim == 2)
         return image.reshape(*leading, -1)
 
     def _vjp(self, rows: Tensor, graph: Graph | None = None) -> Tensor:
         """``[n C] -> [D]`` or ``[K, n C] -> [K, D]``, rows contiguous."""
         leading = rows.shape[:-1]
         cotangents = rows.view((*leading, *self.outputs.shape))
-        with as_guest(self.device):
-            gradients = (graph or self._graph).pull_back(cotangents, rows.ndim == 2)
-        return self._flat(gradients, leading)
-
-    def _flat(
-        self, gradients: Sequence[Tensor | None], leading: Sequence[int] = ()
-    ) -> Tensor:
-        """Put gradients in the shapes of the parameters together, None for zero."""
-        parts = [
-            torch.zeros(*leading, size, dtype=self._dtype, device=self.device)
-            if gradient is None
-            else gradient.reshape(*leading, size)
-            for gradient, size in zip(map(strided, gradients), self._sizes, strict=True)
-        ]
+        graph = graph or self._graph
+        gradients = torch.autograd.grad(
+            graph.output,
+            graph.arguments,
+            cotangents,
+            retain_graph=True,
+            allow_unused=True,
+            is_grads_batched=rows.ndim == 2,
+        )
+        parts = []
+        for gradient, size in zip(gradients, self._sizes, strict=True):
+            if gradient is None:
+                gradient = rows.new_zeros(*leading, size)
+            elif gradient.layout != torch.strided:
+                gradient = gradient.to_dense()
+            parts.append(gradient.reshape(*leading, size))
         return torch.cat(parts, dim=-1)
 
 
-def tracing_pays(output: Tensor) -> bool:
-    """Whether a net has many convolutions, seen from the graph of its output."""
-    counts = {"conv": 0, "mm": 0}
-    todo, seen = [output.grad_fn], {None, output.grad_fn}
-    while todo:
-        node = todo.pop()
-        if node is None:
-            continue
-        name = node.name().lower()
-        for kind in counts:
-            counts[kind] += kind in name
-        following = [n for n, _ in node.next_functions if n not in seen]
-        todo += following
-        seen.update(following)
-    return _PER_CONVOLUTION * counts["conv"] > counts["mm"]
+def linearizations(risk: EmpiricalRisk) -> Iterable[Linearization]:
+    """Return the linearisation of each batch, kept while the memory budget lasts.
 
+    One that is not kept is good until the next one is asked for. Products with them are
+    taken as a guest (:class:`vivit_linop.modes.as_guest`), entered once for all.
 
-def tangent_map(function: Callable[[Params], Tensor], theta: Params) -> TangentMap:
-    """Trace x ↦ J x, with all that does not depend on x evaluated.
-
-    Args:
-        function: Maps parameters, by name, to outputs.
-        theta: θ, where J is taken.
-
-    Returns:
-        A function of as many tensors as there are parameters.
+    Raises:
+        ValueError: If the outputs differ from those at construction: the data are not
+            the same in every pass.
     """
-
-    def image(*tangents: Tensor) -> Tensor:
-        named = dict(zip(theta, tangents, strict=True))
-        result: Tensor = jvp(function, (theta,), (named,))[1]
-        return result
-
-    # The model decides on values of θ and of the data only, which are the same in every
-    # product: what it branches on may be burnt in.
-    trace = make_fx(image, _error_on_data_dependent_ops=False)
-    graph = trace(*(torch.zeros_like(p) for p in theta.values()))
-    _write_nowhere(graph)
-    return TangentMap(graph)
+    # Without a call, since it is asked in each product.
+    kept: list[Linearization] = risk.kept.values.get(_KEPT, [])
+    return kept if len(kept) == len(risk.batch_sizes) else _linearized(risk)
 
 
-class TangentMap:
-    """The code of a traced graph with what it reads, all else evaluated.
-
-    The graph itself is a circle of references: what it holds would not be freed with
-    the last reference to it.
-
-    Args:
-        graph: The graph.
-    """
-
-    def __init__(self, graph: GraphModule) -> None:
-        folded = split_const_subgraphs(graph)
-        folded.run_folding()
-        for node in folded.graph.nodes:
-            if node.op == "get_attr":
-                name = node.target.partition(".")[0]
-                setattr(self, name, getattr(folded, name))
-        self._code = type(folded).forward
-
-    def __call__(self, *tangents: Tensor) -> Tensor:
-        """Return the image of tangents in the shapes of the parameters."""
-        image: Tensor = self._code(self, *tangents)
-        return image
-
-
-def _write_nowhere(graph: GraphModule) -> None:
-    """Replace operations in place by those that return a new tensor.
-
-    torch's formulas of forward mode have some (batch norm's), on tensors of their own,
-    which would be evaluated and kept, and written to by each product. Views of such
-    tensors are not followed: that a trace can be used again is checked.
-    """
-    nodes = list(graph.graph.nodes)
-    for position, node in enumerate(nodes):
-        library, _, rest = str(node.target).partition(".")
-        name, _, overload = rest.partition(".")
-        if library != "aten" or not name.endswith("_") or name.endswith("__"):
-            continue
-        packet = getattr(torch.ops.aten, name[:-1], None)
-        if not hasattr(packet, overload):
-            continue
-        node.target = getattr(packet, overload)
-        later = set(nodes[position + 1 :])
-        node.args[0].replace_all_uses_with(
-            node, lambda user, later=later: user in later
-        )
-    graph.recompile()
+def _linearized(risk: EmpiricalRisk) -> Iterator[Linearization]:
+    kept: list[Linearization] = risk.kept.get(_KEPT, list)
+    checked: set[int] = risk.kept.get("checked", set)
+    budget = risk.kept.budget(_MEMORY_SHARE)
+    for index, (X, _) in enumerate(risk.batches("product")):
+        # The batches come in order, so the kept ones are the first ones. Threads that
+        # come together keep each batch once; the others they make alone.
+        making = risk.kept.making if index >= len(kept) else contextlib.nullcontext()
+        with making:
+            if index < len(kept):
+                linearization = kept[index]
+            else:
+                nbytes = risk.graph_bytes[index] if index < len(risk.outputs) else 0
+                room = budget - risk.kept.nbytes
+                keep = index == len(kept)
+                keep = keep and sum(leaf.nbytes for leaf in leaves(X)) <= room
+                keep = keep and _KEPT_GRAPHS * nbytes <= room
+                linearization = _linearization(risk, index, X, nbytes, keep)
+                linearization.checked = index in checked
+                if keep:
+                    kept.append(linearization)
+                    risk.kept.nbytes += linearization.kept_bytes
+        keep = linearization.kept
+        yield linearization
+        if linearization.checked:
+            checked.add(index)
+        # Else its graph would be there while that of the next batch is made.
+        if not keep:
+            linearization.release()
 
 
-class OutOfPlace(TorchFunctionMode):
-    """Runs activations and augmented assignments that work in place out of place.
-
-    A trace of a net with ``nn.ReLU(inplace=True)`` or ``x += y`` is then one that can
-    be used again.
-    """
-
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        """Call the function that returns a new tensor instead."""
-        kwargs = dict(kwargs or {})
-        if kwargs.get("inplace"):
-            kwargs["inplace"] = False
-        return _OUT_OF_PLACE.get(func, func)(*args, **kwargs)
+def _linearization(
+    risk: EmpiricalRisk, index: int, X: Any, nbytes: int, keep: bool
+) -> Linearization:
+    """Linearise a batch."""
+    # Of the model alone: with a way back to the risk, which keeps it, neither would be
+    # freed when the last reference goes.
+    with explained(risk.does_not_fit, X, _samples(risk, index)):
+        function = functools.partial(evaluated, risk.model, copied(X) if keep else X)
+        linearization = Linearization(function, risk.params, nbytes)
+    risk.check_outputs(index, linearization.outputs)
+    linearization.kept = keep
+    return linearization
 
 
-_OUT_OF_PLACE: dict[Callable[..., Any], Callable[..., Any]] = {
-    Tensor.__iadd__: torch.add,
-    Tensor.__isub__: torch.sub,
-    Tensor.__imul__: torch.mul,
-    Tensor.add_: torch.add,
-    Tensor.mul_: torch.mul,
-    Tensor.relu_: torch.relu,
-    torch.relu_: torch.relu,
-}
+def _samples(risk: EmpiricalRisk, index: int) -> int:
+    return risk.batch_sizes[index] if index < len(risk.batch_sizes) else 1
 
 
-def _saved_bytes(build: Callable[[], Result]) -> tuple[int, Result]:
-    """Run a function and count the bytes that autograd saves for its backward pass."""
-    seen: dict[int, int] = {}
-
-    def count(tensor: Tensor) -> tuple[Tensor, int]:
-        storage = tensor.untyped_storage()
-        seen[storage.data_ptr()] = storage.nbytes()
-        # The graph owns what it saves: the tensor itself, if it is an output, owns its
-        # graph, and neither would ever be freed.
-        return tensor.detach(), tensor._version
-
-    def unchanged(saved: tuple[Tensor, int]) -> Tensor:
-        # With hooks, torch leaves this check to them.
-        tensor, version = saved
-        if tensor._version != version:
-            raise RuntimeError(
-                "model: a tensor that its backward pass needs, "
-                f"{list(tensor.shape)}, was changed in place by a later operation."
-            )
-        return tensor
-
-    try:
-        with torch.autograd.graph.saved_tensors_hooks(count, unchanged):
-            result = build()
-        return sum(seen.values()), result
-    # Transformations inside of the model do not bear hooks; then nobody counts.
-    except RuntimeError:
-        return 0, build()
+def evaluated(model: FunctionalModel, X: Any, params: Params) -> Tensor:
+    """Return the outputs of a batch as a function of the parameters."""
+    return model(params, X)

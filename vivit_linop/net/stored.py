@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -19,7 +18,6 @@ from torch import Tensor
 from vivit_linop.net.blocks import Columns, Cotangents, Piece, memory_budget
 from vivit_linop.net.columns.base import LayerColumns
 from vivit_linop.net.costs import layer_costs
-from vivit_linop.risk.empirical import EmpiricalRisk
 
 if TYPE_CHECKING:
     from vivit_linop.curvature.jacobian import Pullback
@@ -130,22 +128,16 @@ def _groups(columns: dict[str, LayerColumns]) -> Iterable[list[str]]:
     return groups.values()
 
 
-# What products of a risk's exact V and of its U run on, by the type of the blocks in
-# output space. As the linearisations, it is kept for all operators of the risk.
-_OF_RISK: WeakKeyDictionary[EmpiricalRisk, dict[type, StoredColumns | None]] = (
-    WeakKeyDictionary()
-)
-
-
 def cheaper_columns(pullback: Pullback) -> StoredColumns | None:
     """Return the columns if products with them are the cheaper ones, and they fit."""
-    blocks, risk = pullback.blocks, pullback.risk
-    if blocks is None or not blocks.determined:
+    if not pullback.output.determined:
         return _cheaper_columns(pullback)
-    known = _OF_RISK.setdefault(risk, {})
-    if type(blocks) not in known:
-        known[type(blocks)] = _cheaper_columns(pullback)
-    return known[type(blocks)]
+    return pullback.risk.kept.get(_key(pullback), lambda: _cheaper_columns(pullback))
+
+
+def _key(pullback: Pullback) -> tuple[str, type]:
+    """Where a risk keeps columns, for all operators that have the same."""
+    return "columns", type(pullback.output)
 
 
 def columns_without_tangents(pullback: Pullback) -> StoredColumns | StreamedColumns:
@@ -154,17 +146,15 @@ def columns_without_tangents(pullback: Pullback) -> StoredColumns | StreamedColu
     The stored columns if they fit into the memory budget; else columns that are made
     anew for each product, by R backward passes.
     """
-    blocks, risk = pullback.blocks, pullback.risk
-    with risk.kept.making:
-        known = _OF_RISK.setdefault(risk, {})
-        shared = blocks is None or blocks.determined
+    shared, kept = pullback.output.determined, pullback.risk.kept
+    with kept.making:
         if pullback.stored is None and shared:
-            pullback.stored = known.get(type(blocks))
+            pullback.stored = kept.values.get(_key(pullback))
         if pullback.stored is None and not pullback.streams:
             pullback.keep_columns()
             pullback.streams = pullback.stored is None
         if pullback.stored is not None and shared:
-            known[type(blocks)] = pullback.stored
+            kept.put(_key(pullback), pullback.stored)
     return pullback.stored or StreamedColumns(pullback)
 
 
@@ -182,7 +172,7 @@ def fitting_columns(pullback: Pullback) -> StoredColumns | None:
     if sum(cost.nbytes for cost in costs) > budget:
         return None
     # Few parameters may have small columns that are pulled back from large blocks.
-    if pullback.blocks is not None and not pullback.blocks.blocks_fit():
+    if not pullback.output.blocks_fit():
         return None
     columns = Columns([pullback], list(pullback.risk.params), budget)
     return StoredColumns.of(pullback, [piece for (piece,) in columns.pieces()])

@@ -9,6 +9,7 @@ and the methods that hand over to the verbs.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from operator import index
 from typing import Any
 
@@ -18,15 +19,18 @@ from scipy.sparse import issparse
 from scipy.sparse.linalg import LinearOperator
 from torch import Tensor
 
-from vivit_linop.modes import ordinary_mode, uncompiled
+from vivit_linop.modes import (
+    has_tangent,
+    is_differentiated,
+    ordinary_mode,
+    uncompiled,
+)
 from vivit_linop.operators import verbs
 from vivit_linop.operators.eigenpairs import Eigenpairs
 from vivit_linop.operators.scalars import (
     Scalar,
     as_float,
     as_scalar,
-    has_tangent,
-    is_differentiated,
     is_scalar,
 )
 
@@ -81,10 +85,21 @@ class TorchLinearOperator(LinearOperator):
         Derivatives in it then flow through products, traces, diagonals, determinants,
         eigenvalues and solutions, or there is an error.
         """
-        return any(
-            isinstance(part, (Tensor, TorchLinearOperator)) and part.requires_grad
-            for part in self._made_of()
-        )
+        for tensor in self._tensors:
+            if tensor.requires_grad:
+                return True
+        return False
+
+    @cached_property
+    def _tensors(self) -> tuple[Tensor, ...]:
+        """The tensors that it is made of, and those of its parts."""
+        found: list[Tensor] = []
+        for part in self._made_of():
+            if isinstance(part, Tensor):
+                found.append(part)
+            elif isinstance(part, TorchLinearOperator):
+                found += part._tensors
+        return tuple(found)
 
     def _made_of(self) -> Sequence[Scalar | TorchLinearOperator]:
         """Return what gradients may flow to: operators, and tensors of its own."""
@@ -156,6 +171,10 @@ class TorchLinearOperator(LinearOperator):
         if torch.is_grad_enabled() and (self.requires_grad or X.requires_grad):
             X = X.to(self._own_device or X.device, self._own_dtype or X.dtype)
             return self._differentiable(X)
+        return self._multiplied(X)
+
+    def _multiplied(self, X: Tensor) -> Tensor:
+        """Multiply columns that carry no derivatives."""
         # Also where the caller is in inference mode: what is kept between products
         # must be ordinary tensors.
         with ordinary_mode(), torch.no_grad():
@@ -200,7 +219,7 @@ class TorchLinearOperator(LinearOperator):
             X = X.to(self._own_device or X.device) if self.requires_grad else X
             result = self._differentiable(X.to(self._own_dtype or X.dtype))
         else:
-            result = self.apply(X.detach())
+            result = self._multiplied(X.detach())
         return result if x.ndim == 2 else result.squeeze(1)
 
     def _product_numpy(self, X: np.ndarray) -> np.ndarray:
@@ -298,8 +317,11 @@ class TorchLinearOperator(LinearOperator):
         """Return ``self * x``: a scaling, or what ``self @ x`` is."""
         return self.dot(x)
 
+    @uncompiled
     def __matmul__(self, x: Any) -> Any:
         """Return ``self @ x`` for an operator, a tensor or an array ``x``."""
+        if isinstance(x, Tensor) and x.ndim > 0:
+            return self._product(x)
         if is_scalar(x):
             raise ValueError("A scalar is no operand of '@'; use '*' instead.")
         return self.dot(x)

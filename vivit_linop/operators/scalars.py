@@ -7,9 +7,9 @@ from numbers import Complex, Real
 from typing import Any, TypeAlias
 
 import numpy as np
-import torch
 from torch import Tensor
-from torch.autograd import forward_ad
+
+from vivit_linop.modes import is_differentiated
 
 Scalar: TypeAlias = float | Tensor
 """A number; a tensor without axes where gradients flow to it."""
@@ -54,16 +54,3 @@ def as_float(x: Any) -> float:
     if not math.isfinite(value):
         raise ValueError(f"An operator is scaled by a finite number, got {value!r}.")
     return float(value)
-
-
-def is_differentiated(X: Tensor) -> bool:
-    """Whether derivatives are wanted in a tensor."""
-    return (X.requires_grad and torch.is_grad_enabled()) or has_tangent(X)
-
-
-def has_tangent(X: Tensor) -> bool:
-    """Whether forward-mode differentiation goes through a tensor."""
-    try:
-        return forward_ad.unpack_dual(X).tangent is not None
-    except RuntimeError:  # vmap does not tell
-        return True

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from vivit_linop.risk.data import take
-from vivit_linop.risk.memory import is_out_of_memory
+from vivit_linop.risk.memory import is_out_of_memory, saved_bytes
 from vivit_linop.risk.model import FunctionalModel, as_guest, random_state
 
 # From how many states of the generators a model that draws is evaluated on the first
@@ -43,8 +43,10 @@ def _largest(tensor: Tensor) -> Tensor:
     return largest
 
 
-def checked_outputs(model: FunctionalModel, index: int, X: Any, y: Tensor) -> Tensor:
-    """Return the outputs of a batch, without their graph.
+def checked_outputs(
+    model: FunctionalModel, index: int, X: Any, y: Tensor
+) -> tuple[int, Tensor]:
+    """Return what the graph of a batch's outputs takes in bytes, and the outputs.
 
     Args:
         model: The model.
@@ -62,7 +64,7 @@ def checked_outputs(model: FunctionalModel, index: int, X: Any, y: Tensor) -> Te
         buffers = {} if index else model.buffers
         kept = {name: buffer.clone() for name, buffer in buffers.items()}
         before = random_state(first.device)
-        output = model.first(model.params, X)
+        nbytes, output = saved_bytes(lambda: model.first(model.params, X))
         drawn = not torch.equal(before, random_state(first.device))
     for name, buffer in buffers.items():
         if not torch.allclose(kept[name], buffer, 0.0, 0.0, equal_nan=True):
@@ -98,7 +100,7 @@ def checked_outputs(model: FunctionalModel, index: int, X: Any, y: Tensor) -> Te
         raise ValueError(
             f"{where} returned NaN or Inf for sample {int(bad.nonzero()[0])}."
         )
-    return output
+    return nbytes, output
 
 
 def _depends_on_params(model: FunctionalModel, output: Tensor) -> bool:

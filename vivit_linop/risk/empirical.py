@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import math
 import operator
@@ -14,15 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from vivit_linop.modes import as_given, ordinary_mode, replayed
-from vivit_linop.net.linearization import Linearization
 from vivit_linop.risk import fingerprint
 from vivit_linop.risk.checks import check_independent, checked_outputs, same_outputs
 from vivit_linop.risk.data import (
     Batch,
     as_batches,
-    copied,
     iterate,
-    leaves,
     sample_axes,
     select_samples,
     take,
@@ -35,8 +31,8 @@ from vivit_linop.risk.losses.registry import as_output_loss
 from vivit_linop.risk.memory import (
     batch_does_not_fit,
     explained,
-    free_memory,
     is_out_of_memory,
+    saved_bytes,
 )
 from vivit_linop.risk.model import (
     FunctionalModel,
@@ -119,6 +115,7 @@ class EmpiricalRisk:
         reduction: ``"mean"`` or ``"sum"``.
         has_tangents: Whether J x is possible, as far as is known: not all operations
             have second derivatives in torch.
+        graph_bytes: What the graph of each batch's outputs takes, beyond θ.
         kept: What is made once, for all operators of the risk.
 
     Raises:
@@ -179,8 +176,6 @@ class EmpiricalRisk:
         if memory is not None and not (isinstance(memory, Real) and memory >= 0):
             raise ValueError(f"memory: a number of bytes, at least 0, got {memory!r}.")
         self.model, self.loss, self.memory = model, loss, memory
-        self._kept: list[Linearization] = []
-        self._checked: set[int] = set()
         self.has_tangents = True
         self._batches = batches
         self._data_rng = torch.random.get_rng_state()
@@ -200,12 +195,13 @@ class EmpiricalRisk:
             fingerprints: What the batches must be, if that has been seen.
         """
         self.outputs: list[Tensor] = []
+        self.graph_bytes: list[int] = []
         self._targets: list[Tensor] = []
         total = weight = torch.zeros((), dtype=self.dtype, device=self.device)
         example: tuple[Any, Tensor] | None = None
         for index, (X, y) in enumerate(self.batches("risk", fingerprints)):
-            with explained(self._does_not_fit, X, len(y)):
-                output = checked_outputs(self.model, index, X, y)
+            with explained(self.does_not_fit, X, len(y)):
+                nbytes, output = checked_outputs(self.model, index, X, y)
             if index and output.shape[1:] != self.outputs[0].shape[1:]:
                 raise ValueError(
                     f"model: on batch {index} it returned outputs of shape "
@@ -225,13 +221,14 @@ class EmpiricalRisk:
                 total = total + self.loss.total(output, y)
                 weight = weight + self.loss.weight(output, y)
             self.outputs.append(output)
+            self.graph_bytes.append(nbytes)
             self._targets.append(y.clone())  # the user's may change
         if not self.outputs:
             raise ValueError("data: is empty, there is not one batch.")
         # All batches together show which tensors number samples.
         if self._check and example is not None:
             X, output = example
-            with explained(self._does_not_fit, X, len(output)):
+            with explained(self.does_not_fit, X, len(output)):
                 check_independent(self.model, X, output, self.by_sample)
         self.batch_sizes = [len(output) for output in self.outputs]
         self.num_samples = sum(self.batch_sizes)
@@ -455,69 +452,12 @@ class EmpiricalRisk:
             "that takes them."
         ) from failure
 
-    def linearizations(self) -> Iterator[Linearization]:
-        """Yield the linearisation of each batch, kept while the memory budget lasts.
-
-        One that is not kept is good until the next one is asked for.
-
-        Raises:
-            ValueError: If the outputs differ from those at construction: the data are
-                not the same in every pass.
-        """
-        if len(self._kept) == len(self.batch_sizes):
-            yield from self._kept
-            return
-        budget = self.memory
-        if budget is None:
-            budget = free_memory(self.device) // 4
-        for index, (X, _) in enumerate(self.batches("product")):
-            # The batches come in order, so the kept ones are the first ones. Threads
-            # that come together keep each batch once; the others they make alone.
-            with (
-                self.kept.making
-                if index >= len(self._kept)
-                else contextlib.nullcontext()
-            ):
-                if index < len(self._kept):
-                    linearization = self._kept[index]
-                else:
-                    linearization = self._linearized(index, X, budget)
-            kept = linearization.kept
-            yield linearization
-            if linearization.checked:
-                self._checked.add(index)
-            # Else its graph would be there while that of the next batch is made.
-            if not kept:
-                linearization.release()
-
-    def _linearized(self, index: int, X: Any, budget: int) -> Linearization:
-        """Linearise a batch, and keep it if the budget allows."""
-        room = budget - sum(kept.kept_bytes for kept in self._kept)
-        keep = index == len(self._kept)
-        keep = keep and sum(leaf.nbytes for leaf in leaves(X)) <= room
-        size = self.batch_sizes[index] if index < len(self.batch_sizes) else 1
-        with explained(self._does_not_fit, X, size):
-            linearization = self._linearization(copied(X) if keep else X)
-        self.check_outputs(index, linearization.outputs)
-        linearization.kept = keep and linearization.kept_bytes <= room
-        linearization.checked = index in self._checked
-        if linearization.kept:
-            self._kept.append(linearization)
-        return linearization
-
-    def _linearization(self, X: Any) -> Linearization:
-        # Of the model alone: with a way back to the risk, which keeps it, neither would
-        # be freed when the last reference goes.
-        return Linearization(functools.partial(_evaluated, self.model, X), self.params)
-
-    def _does_not_fit(self, X: Any, samples: int) -> str:
+    def does_not_fit(self, X: Any, samples: int) -> str:
         """What to say of a batch that is too large, by what two samples of it take."""
         axes = sample_axes(X, samples)
         try:
             one, two = (
-                self._linearization(
-                    take(X, torch.arange(count, device="cpu"), axes)
-                ).nbytes
+                self._graph_bytes(take(X, torch.arange(count, device="cpu"), axes))
                 for count in (1, min(2, samples))
             )
         # A model may run on no other batch; what is to be said is said without sizes.
@@ -526,9 +466,9 @@ class EmpiricalRisk:
         per_sample = two - one if samples > 1 else one
         return batch_does_not_fit(self.device, samples, per_sample)
 
-    def __getstate__(self) -> dict[str, Any]:
-        """What travels: graphs are made anew."""
-        return self.__dict__ | {"_kept": [], "_checked": set()}
+    def _graph_bytes(self, X: Any) -> int:
+        with as_guest(self.device):
+            return saved_bytes(lambda: self.model(self.params, X))[0]
 
     def check_outputs(
         self, index: int, outputs: Tensor, samples: Tensor | None = None
@@ -575,7 +515,7 @@ class EmpiricalRisk:
         for index, (X, _) in enumerate(self.batches("gradient")):
             n = len(self._targets[index]) if index < len(self._targets) else 1
             with (
-                explained(self._does_not_fit, X, n),
+                explained(self.does_not_fit, X, n),
                 as_guest(self.device),
             ):
                 output = self.model(self.params, X)
@@ -672,10 +612,6 @@ class EmpiricalRisk:
             f"{type(self.loss).__name__} ({self.reduction}), {self.dtype}, "
             f"{self.device}>"
         )
-
-
-def _evaluated(model: FunctionalModel, X: Any, params: Params) -> Tensor:
-    return model(params, X)
 
 
 def _replayed(items: Iterable[Item], state: Tensor) -> Iterator[Item]:

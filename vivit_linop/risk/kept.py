@@ -27,7 +27,8 @@ class Kept:
 
     Attributes:
         making: The lock of what is made, for all threads.
-        nbytes: What is kept by :meth:`add`.
+        values: What is kept, by key.
+        nbytes: What they take, where they say so.
     """
 
     def __init__(self, memory: int | None, device: torch.device) -> None:
@@ -37,7 +38,7 @@ class Kept:
     def drop(self) -> None:
         """Let go of everything."""
         self.making = threading.RLock()
-        self._values: dict[Hashable, Any] = {}
+        self.values: dict[Hashable, Any] = {}
         self.nbytes = 0.0
 
     def budget(self, share: int) -> int:
@@ -51,28 +52,25 @@ class Kept:
         return free_memory(self._device) // share
 
     def get(self, key: Hashable, make: Callable[[], Value]) -> Value:
-        """Return a value, which is made at the first call; small ones are not counted.
+        """Return a value, which is made at the first call.
 
         Args:
             key: What it is.
             make: Makes it; by one thread, the others wait.
         """
-        if key not in self._values:
+        if key not in self.values:
             with self.making:
-                if key not in self._values:
-                    self._values[key] = make()
-        value: Value = self._values[key]
+                if key not in self.values:
+                    self.put(key, make())
+        value: Value = self.values[key]
         return value
 
-    def find(self, key: Hashable) -> Any | None:
-        """Return a value if it is kept, else None."""
-        return self._values.get(key)
-
-    def add(self, key: Hashable, value: Any, nbytes: float) -> None:
-        """Keep a value, and count what it takes."""
+    def put(self, key: Hashable, value: Any) -> None:
+        """Keep a value, in place of what was kept before, and count its ``nbytes``."""
         with self.making:
-            self._values[key] = value
-            self.nbytes += nbytes
+            before = self.values.get(key)
+            self.nbytes += getattr(value, "nbytes", 0) - getattr(before, "nbytes", 0)
+            self.values[key] = value
 
     def __getstate__(self) -> dict[str, Any]:
         """What travels: the budget."""

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import psutil
 import torch
+from torch import Tensor
+
+Result = TypeVar("Result")
 
 
 def free_memory(device: torch.device) -> int:
@@ -34,6 +37,29 @@ def check_matrix_fits(
             f"and {free / 1e9:.3g} GB are free on {device}. Multiply with it, or "
             "take fewer samples: risk.subset(indices)."
         )
+
+
+def saved_bytes(build: Callable[[], Result]) -> tuple[int, Result]:
+    """Run a function, and count the bytes that autograd saves for its backward pass."""
+    seen: dict[int, int] = {}
+
+    def count(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        seen[storage.data_ptr()] = storage.nbytes()
+        # The graph owns what it saves: the tensor itself, if it is an output, owns its
+        # graph, and neither would ever be freed.
+        return tensor.detach()
+
+    def unpacked(tensor: Tensor) -> Tensor:
+        return tensor
+
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(count, unpacked):
+            result = build()
+        return sum(seen.values()), result
+    # Transformations inside of the model do not bear hooks; then nobody counts.
+    except RuntimeError:
+        return 0, build()
 
 
 @contextlib.contextmanager

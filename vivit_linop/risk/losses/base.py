@@ -7,7 +7,9 @@ loss couples (the classes of a cross-entropy), P positions that it does not.
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -98,6 +100,10 @@ class OutputLoss(ABC):
                 for x in X.unbind(-1)
             ]
         return torch.stack([self.channels(column) for column in columns], dim=-1)
+
+    def hessian_at(self, output: Tensor, target: Tensor) -> Callable[[Tensor], Tensor]:
+        """Return X ↦ H X; what does not depend on X may be computed once, here."""
+        return functools.partial(self.hessian_product, output, target)
 
     def hessian_diagonal(self, output: Tensor, target: Tensor) -> Tensor:
         """The diagonals of the Hessians, ``[n, C, P]``.

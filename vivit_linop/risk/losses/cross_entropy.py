@@ -5,6 +5,8 @@ All of them say ℓ = −Σ_c a_c log p_c with p the softmax of the outputs.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -151,12 +153,20 @@ class CrossEntropy(OutputLoss):
         The Hessian maps constants to zero, so the shift changes nothing; without it
         the row of a saturated class would be a difference of nearly equal numbers.
         """
+        return self.hessian_at(output, target)(X)
+
+    def hessian_at(self, output: Tensor, target: Tensor) -> Callable[[Tensor], Tensor]:
+        """Keep p, m p and the likeliest class."""
         f = self.channels(output)
         p = f.softmax(1).unsqueeze(-1)
         likeliest = f.argmax(1, keepdim=True).unsqueeze(-1)
-        X = X - X.gather(1, likeliest.expand(-1, -1, -1, X.shape[-1]))
-        mass = self._mass(output, target)[:, None, :, None]
-        return mass * p * (X - (p * X).sum(1, keepdim=True))
+        scaled = self._mass(output, target)[:, None, :, None] * p
+
+        def product(X: Tensor) -> Tensor:
+            X = X - X.gather(1, likeliest.expand(-1, -1, -1, X.shape[-1]))
+            return scaled * (X - (p * X).sum(1, keepdim=True))
+
+        return product
 
     def hessian_diagonal(self, output: Tensor, target: Tensor) -> Tensor:
         """M p (1 − p), with 1 − p of the likeliest class as the sum of the others."""
