@@ -15,10 +15,12 @@ from vivit_linop.net.costs import LayerCost
 ROUTES = ("dense Gram", "dense G", "ARPACK on K", "ARPACK on G")
 
 
-def risk_of(samples: int) -> vl.EmpiricalRisk:
-    """5 · 6 + 6 + 6 · 3 + 3 = 57 parameters; 2 columns a sample."""
+def risk_of(samples: int, calls: list[int] | None = None) -> vl.EmpiricalRisk:
+    """5 · 6 + 6 + 6 · 3 + 3 = 57 parameters; 2 columns a sample; calls are noted."""
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 3)).double()
+    if calls is not None:
+        net.register_forward_hook(lambda *_: calls.append(1))
     data = torch.rand(samples, 5, dtype=torch.float64), torch.randint(3, (samples,))
     return vl.EmpiricalRisk(net, nn.CrossEntropyLoss(), data)
 
@@ -123,11 +125,11 @@ def test_a_known_gram_matrix_decides_anew() -> None:
 
 @pytest.mark.parametrize("samples", [6, 40])
 def test_arpack_on_a_known_matrix_takes_no_pass(samples: int) -> None:
-    risk = risk_of(samples)
-    G = vl.GGN(risk)
+    calls: list[int] = []
+    G = vl.GGN(risk_of(samples, calls))
     (G + 0.1 * vl.Identity(57)).inv()
-    calls = []
-    risk.model.module.register_forward_hook(lambda *_: calls.append(1))
+    assert calls
+    calls.clear()
     route = "ARPACK on K" if samples == 6 else "ARPACK on G"
     evals = G.eigh(k=2, route=route).eigenvalues
     assert close(evals, vl.GGN(risk_of(samples)).eigvalsh()[-2:]) and not calls
@@ -145,6 +147,42 @@ def test_explain_names_what_is_taken(
     (op + 0.1 * vl.Identity(op.shape[0])).inv().explain()
     assert "inv took 'dense G" in capsys.readouterr().out
     assert "matrix is known" in op.explain(k=2).why
+
+
+def test_whatever_asks_for_the_gram_matrix_keeps_its_columns() -> None:
+    """Vectors and solves then need no pass through the net."""
+    for ask in (
+        lambda G: (G + 0.1 * vl.Identity(57)).inv(),
+        lambda G: G.eigh(k=3, route="dense Gram"),
+        lambda G: G.gram.matrix,
+        lambda G: G.eigvalsh(),
+    ):
+        calls: list[int] = []
+        G = vl.GGN(risk_of(6, calls))
+        ask(G)
+        assert calls
+        calls.clear()
+        got = (G + 0.1 * vl.Identity(57)).inv() @ torch.ones(57).double()
+        assert not calls and G.factor.stored is not None
+        A = G.to_dense() + 0.1 * torch.eye(57).double()
+        assert close(A @ got, torch.ones(57).double())
+
+
+def test_columns_beyond_the_budget_are_not_kept() -> None:
+    net = nn.Linear(5, 3).double()
+    data = torch.rand(6, 5).double(), torch.randint(3, (6,))
+    G = vl.GGN(vl.EmpiricalRisk(net, nn.CrossEntropyLoss(), [data], memory=0))
+    (G + 0.1 * vl.Identity(18)).inv()
+    assert G.factor.stored is None
+
+
+def test_explain_says_what_products_run_on(capsys: pytest.CaptureFixture[str]) -> None:
+    V = vl.GGNFactor(risk_of(6))
+    V.explain()
+    assert "products run on the linearisation: " in capsys.readouterr().out
+    V.keep_columns()
+    V.explain()
+    assert "products run on stored columns: " in capsys.readouterr().out
 
 
 def layer(nbytes: float, forward: float, use: str = "linear") -> LayerCost:

@@ -51,6 +51,9 @@ _FOLLOWING = 4
 _LINEARISING_PASSES, _LINEARISING_CALLS = 6.0, 3e9
 # Exact blocks up to this many entries are dense matrices, larger ones low-rank.
 LARGEST_DENSE_BLOCK = 2048
+# Columns of a backward pass with at most this many entries are formed: structure would
+# not pay.
+FORMED_ENTRIES = 2**16
 # Products with a Hessian are taken together where a pass over the data is so short that
 # most of it is overhead; else there is nothing to gain by it.
 _TOGETHER, _SHORT_PASS = 16, 3e7
@@ -101,6 +104,16 @@ def columns_stay(costs: Sequence[LayerCost], nbytes: int, budget: int) -> bool:
     linearising = _LINEARISING_PASSES * forward + _LINEARISING_CALLS + _tracing(costs)
     on_linearisation = 2 * forward + linearising / _FOLLOWING
     return nbytes <= budget and column_product(costs) <= on_linearisation
+
+
+def explained_products(costs: Sequence[LayerCost], stored: bool) -> str:
+    """Say what products with V run on, and what the two ways cost."""
+    place = "stored columns" if stored else "the linearisation"
+    reading, passes = column_product(costs) / 1e9, 2 * forward_flops(costs) / 1e9
+    return (
+        f"products run on {place}: {reading:.3g} GFLOP on stored columns, {passes:.3g} "
+        "GFLOP on the linearisation."
+    )
 
 
 def products_together(costs: Sequence[LayerCost]) -> int:

@@ -23,6 +23,7 @@ from vivit_linop.analysis.newton import (
     gram_eigenvectors,
     newton_combination,
 )
+from vivit_linop.curvature import plan
 from vivit_linop.curvature.column_factor import ColumnFactor, formed
 from vivit_linop.net.columns.base import LayerColumns
 from vivit_linop.net.columns.joins import compacted, merged
@@ -39,8 +40,6 @@ from vivit_linop.vivit.groups import Block, Group, GroupsHook, Pass, checked_blo
 
 # The bytes that temporaries of a Gram matrix may take.
 _MEMORY = 2**27
-# A factor of at most this many entries is formed.
-_FORMED_ENTRIES = 2**16
 
 
 Result = TypeVar("Result")
@@ -505,9 +504,8 @@ def _factor(columns: Sequence[LayerColumns], like: Tensor, form: bool) -> Column
 
 
 def _is_small(columns: Sequence[LayerColumns]) -> bool:
-    """Whether structure would not pay."""
     entries = sum(part.num_samples * part.width * part.numel for part in columns)
-    return entries <= _FORMED_ENTRIES
+    return entries <= plan.FORMED_ENTRIES
 
 
 def _checked_threshold(warn_small_eigvals: float) -> float:
