@@ -409,7 +409,7 @@ def test_columns_are_merged_by_what_they_share() -> None:
         ]
         bias = KhatriRaoColumns(b.new_ones(2, 1, 1, 1), parts[0].cotangents)
         assert len({part.cotangents_key for part in (*parts, bias)}) == 3
-        share_signal([parts[0], bias])
+        share_signal(parts[0], bias)
         assert len({part.cotangents_key for part in (*parts, bias)}) == 2
         assert len(merged([(part, part) for part in (*parts, bias)])) == 2
         return b

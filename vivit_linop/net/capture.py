@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import (
     Callable,
@@ -34,6 +35,9 @@ from vivit_linop.risk.model import as_guest, strided
 _ROUNDINGS = 64
 # Where one sample leaves a choice between layouts, so many are asked.
 _TELLING_SAMPLES = 4
+
+
+Maker = Callable[[Tensor], list[tuple[View, LayerColumns]]]
 
 
 class Kept(NamedTuple):
@@ -139,12 +143,8 @@ class Capture:
         kept = self._kept(variant, names)
         stacked: list[Tensor] = []
         for r, signals in enumerate(self._signals(kept, cotangents)):
-            for index, signal in enumerate(signals):
-                if r == 0:
-                    stacked.append(_stack(signal, cotangents.shape[2]))
-                stacked[index][:, r] = signal
-        makers = (each.use.columns(each.layout) for each in kept)
-        return self._assembled(kept, makers, stacked, names, compact)
+            _stack(stacked, signals, r, cotangents.shape[2])
+        return self._assembled(kept, _makers(kept), stacked, names, compact)
 
     def parts(
         self, cotangents: Tensor, variant: Variant, names: Set[str]
@@ -162,36 +162,33 @@ class Capture:
         Yields:
             Columns, and whether their inputs have been those of a part before.
         """
-        kept = self._kept(variant, names)
-        counts = Counter(name for each in kept for name in each.use.names)
-        width = cotangents.shape[2]
+        kept, width = self._kept(variant, names), cotangents.shape[2]
+        counts = _counts(kept)
         apart: list[Kept] = []
         together: list[Kept] = []
         for each in kept:
             alone = all(counts[name] == 1 for name in each.use.names)
             wide = alone and each.use.is_wide(self.num_samples, width)
             (apart if wide else together).append(each)
-        makers = [each.use.columns(each.layout) for each in apart]
+        makers = list(_makers(apart))
         stacked: list[Tensor] = []
         for r, signals in enumerate(self._signals(apart + together, cotangents)):
             single = [signal.unsqueeze(1) for signal in signals[: len(apart)]]
             yield self._assembled(apart, makers, single, names, compact=False), r > 0
-            for index, signal in enumerate(signals[len(apart) :]):
-                if r == 0:
-                    stacked.append(_stack(signal, width))
-                stacked[index][:, r] = signal
-        last = (each.use.columns(each.layout) for each in together)
+            _stack(stacked, signals[len(apart) :], r, width)
+        last = _makers(together)
         yield self._assembled(together, last, stacked, names, compact=False), False
 
     def _kept(self, variant: Variant, names: Set[str]) -> list[Kept]:
         """The uses of some parameters."""
-        return [
-            Kept(use, Layout(layout, self.num_samples))
-            for use, layout in zip(self.uses, variant.layouts, strict=True)
-            if layout is not None
-            and use.output_shape.numel()  # else its columns are zero
-            and not names.isdisjoint(use.names)
-        ]
+        kept = []
+        for use, layout in zip(self.uses, variant.layouts, strict=True):
+            # Of an output without entries the columns are zero.
+            if layout is None or use.output_shape.numel() == 0:
+                continue
+            if not names.isdisjoint(use.names):
+                kept.append(Kept(use, Layout(layout, self.num_samples)))
+        return kept
 
     def _signals(
         self, kept: Sequence[Kept], cotangents: Tensor
@@ -200,22 +197,22 @@ class Capture:
         uses = [each.use for each in kept]
         for r in range(cotangents.shape[2] if kept else 0):
             signals = self._backward(uses, cotangents[:, :, r].contiguous())
-            yield [
-                each.layout(signal.detach())
-                for each, signal in zip(kept, signals, strict=True)
-            ]
+            for index, each in enumerate(kept):
+                signals[index] = each.layout(signals[index].detach())
+            yield signals
 
     def _assembled(
         self,
         kept: Sequence[Kept],
-        makers: Iterable[Callable[[Tensor], list[tuple[View, LayerColumns]]]],
+        makers: Iterable[Maker],
         signals: list[Tensor],
         wanted: Set[str],
         compact: bool,
     ) -> dict[str, LayerColumns]:
         """Return the columns of parameters from signals, which it takes away."""
-        counts = Counter(name for each in kept for name in each.use.names)
+        counts = _counts(kept)
         parts: dict[str, list[tuple[View, LayerColumns]]] = {}
+        columns: dict[str, LayerColumns] = {}
         with torch.no_grad():
             for make in makers:
                 for view, part in make(signals.pop(0)):
@@ -223,10 +220,9 @@ class Capture:
                         if compact and counts[view.name] == 1:
                             part = compacted(part)
                         parts.setdefault(view.name, []).append((view, part))
-            return {
-                name: assembled(found, self._risk.params[name].numel())
-                for name, found in parts.items()
-            }
+            for name, found in parts.items():
+                columns[name] = assembled(found, self._risk.params[name].numel())
+        return columns
 
     def keep_sizes(self, X: Any) -> SampleSizes:
         """Tell, for all samples of this shape, what the columns of one take.
@@ -234,16 +230,15 @@ class Capture:
         Args:
             X: The input of the batch that these samples are of.
         """
-        n, params = self.num_samples, self._risk.params
-        fixed = sum(use.entries(n, 0) for use in self.uses)
-        outputs = max((use.output_shape.numel() for use in self.uses), default=0)
-        sizes = SampleSizes(
-            fixed,
-            sum(use.entries(n, 1) for use in self.uses) - fixed,
-            outputs // n,
-            {name: params[name].numel() for name in overlapping(self.uses)},
-        )
-        return self._risk.kept.get(_key_of_sizes(self._risk, X), lambda: sizes)
+        n, fixed, each, signal = self.num_samples, 0, 0, 0
+        for use in self.uses:
+            without = use.entries(n, 0)
+            fixed, each = fixed + without, each + use.entries(n, 1) - without
+            signal = max(signal, use.output_shape.numel() // n)
+        sizes = self._risk.params
+        formed = {name: sizes[name].numel() for name in overlapping(self.uses)}
+        kept = SampleSizes(fixed, each, signal, formed)
+        return self._risk.kept.get(_key_of_sizes(self._risk, X), lambda: kept)
 
     def _backward(self, uses: list[Use], cotangent: Tensor) -> list[Tensor]:
         """Pull a cotangent back to the outputs of uses."""
@@ -449,6 +444,21 @@ def _rounded(p: Tensor, generator: torch.Generator) -> Tensor:
     return p + 4 * torch.finfo(p.dtype).eps * p * noise
 
 
-def _stack(signal: Tensor, width: int) -> Tensor:
-    """Return the place for as many signals as a sample has columns."""
-    return signal.new_empty(len(signal), width, *signal.shape[1:])
+def _counts(kept: Sequence[Kept]) -> Counter[str]:
+    """How often each parameter is used."""
+    return Counter(itertools.chain.from_iterable(each.use.names for each in kept))
+
+
+def _makers(kept: Sequence[Kept]) -> Iterator[Maker]:
+    """What makes the columns of each use, when it is asked for."""
+    for each in kept:
+        yield each.use.columns(each.layout)
+
+
+def _stack(stacked: list[Tensor], signals: list[Tensor], r: int, width: int) -> None:
+    """Put signals beside those of the cotangents before, r of as many as a width."""
+    for index, signal in enumerate(signals):
+        if r == 0:
+            shape = len(signal), width, *signal.shape[1:]
+            stacked.append(signal.new_empty(shape))
+        stacked[index][:, r] = signal

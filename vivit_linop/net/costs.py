@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import add
+
+import torch
 
 from vivit_linop.net.certified import find_structure
 from vivit_linop.net.columns.base import LayerColumns
@@ -51,6 +54,7 @@ def _layer_costs(risk: EmpiricalRisk, width: int) -> list[LayerCost]:
     # Of one sample all axes are its own, so its structure is another.
     structure = find_structure(risk, alone=risk.batch_sizes[0] == 1)
     costs, seen = [], set()
+    itemsize = torch.finfo(risk.dtype).bits // 8
     for name, p in risk.params.items():
         kinds = [
             kind for kind, *used in structure.uses for other in used if other == name
@@ -66,18 +70,14 @@ def _layer_costs(risk: EmpiricalRisk, width: int) -> list[LayerCost]:
             parts = [*columns.parts.values()]
         shared = columns is not None and columns.cotangents_key in seen
         seen.add(columns and columns.cotangents_key)
-        found = [
-            _cost_of_part(part, p.numel(), risk.num_samples, width, shared, len(kinds))
-            for part in parts
-        ]
-        ways = " + ".join(dict.fromkeys(way for way, *_ in found))
-        forward, gram, product, entries = (
-            sum(counts) for counts in list(zip(*found, strict=True))[1:]
-        )
-        nbytes = entries * p.element_size()
-        costs.append(
-            LayerCost(name, " + ".join(kinds), ways, forward, gram, product, nbytes)
-        )
+        ways, counts = dict[str, None](), [0.0] * 4
+        for part in parts:
+            sizes = risk.num_samples, width, shared, len(kinds)
+            way, *found = _cost_of_part(part, p.numel(), *sizes)
+            ways[way], counts = None, list(map(add, counts, found))
+        forward, gram, product, entries = counts
+        use, way, nbytes = " + ".join(kinds), " + ".join(ways), entries * itemsize
+        costs.append(LayerCost(name, use, way, forward, gram, product, nbytes))
     return costs
 
 
@@ -96,7 +96,7 @@ def _cost_of_part(
         formed = rows * numel
         return "dense", 2.0 * samples * numel, rows * formed, 2 * formed, formed
     scaled = columns.gram_flops((samples,) * 2, (width,) * 2, columns.positions)
-    way = min(scaled, key=lambda key: scaled[key])
+    way = min(scaled, key=scaled.__getitem__)
     forward = float(samples * columns.forward_flops)
     gram = scaled[way] / 2
     factors = columns.factor_entries(0 if shared else width) / columns.num_samples

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from operator import attrgetter
 from types import FunctionType
 from typing import Any
 
@@ -18,10 +19,12 @@ from torch.autograd.graph import get_gradient_edge
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from vivit_linop.net.kinds import Arguments, Kind, Signature, readings
+from vivit_linop.net.kinds import Arguments, Kind, readings
 from vivit_linop.net.uses import Use
 from vivit_linop.net.views import View, Views, tensors
 from vivit_linop.risk.model import Params
+
+_HAS_GRAPH = attrgetter("requires_grad")
 
 
 @dataclass
@@ -61,7 +64,7 @@ class Recorder(TorchFunctionMode):
         result = func(*args, **kwargs)
         names = self._views.names((args, kwargs))
         # What gives no tensor (shape, dtype, dim), or a constant, is no use.
-        if not names or not any(t.requires_grad for t in tensors(result)):
+        if not names or not any(map(_HAS_GRAPH, tensors(result))):
             return result
         if self._views.follow(func, args, kwargs, result):
             return result
@@ -106,28 +109,17 @@ class Recorder(TorchFunctionMode):
         if not isinstance(result, Tensor) or result.dtype != self._dtype:
             return None  # else a cotangent is not what it is here
         for signature, kind in readings(func):
-            arguments = signature.read(self._given(signature, args, kwargs))
+            # In the order of their names, also where they came by name.
+            names = signature.arguments.split()
+            passed = dict.fromkeys(names) | dict(zip(names, args, strict=False))
+            given = {}
+            for name, value in (passed | kwargs).items():
+                if value is not None:
+                    given[name] = self._views.frozen(value)
+            arguments = signature.read(given)
             if arguments is not None:
                 return _use(kind, arguments, result)
         return None
-
-    def _given(
-        self, signature: Signature, args: tuple[Any, ...], kwargs: Arguments
-    ) -> Arguments:
-        """The arguments in the order of their names, also where they came by name."""
-        names = signature.arguments.split()
-        given = dict.fromkeys(names) | dict(zip(names, args, strict=False)) | kwargs
-        return {
-            name: self._freeze(value)
-            for name, value in given.items()
-            if value is not None
-        }
-
-    def _freeze(self, value: Any) -> Any:
-        """Detach data; parameters become views, or None if they have no such form."""
-        if not isinstance(value, Tensor):
-            return value
-        return self._views[value] if value in self._views else value.detach()
 
 
 def _use(kind: Kind, arguments: Arguments, result: Tensor) -> Use | None:

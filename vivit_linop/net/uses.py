@@ -51,8 +51,11 @@ class Use:
         weight, bias = self.arguments.get("weight"), self.arguments.get("bias")
         self.weight = weight if isinstance(weight, View) else None
         self.bias = bias if isinstance(bias, View) else None
-        self.views = [view for view in (weight, bias) if isinstance(view, View)]
-        self.names = [view.name for view in self.views]
+        self.views, self.names = [], []
+        for view in (self.weight, self.bias):
+            if view is not None:
+                self.views.append(view)
+                self.names.append(view.name)
         self.key = (
             self.kind.name,
             None if self.weight is None else self.weight.name,
@@ -90,7 +93,8 @@ class Use:
                 found.append((self.weight, of_weight(B)))
             if self.bias is not None and self.kind.bias is not None:
                 found.append((self.bias, self.kind.bias(arguments, B)))
-            share_signal([part for _, part in found])
+            if len(found) == 2:
+                share_signal(found[0][1], found[1][1])
             return found
 
         return make

@@ -9,7 +9,7 @@ done to the other, and the twin's offset and strides tell.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -83,14 +83,22 @@ class Views:
 
     def names(self, tree: Any) -> set[str]:
         """Return the parameters of which there are views in a tree of arguments."""
-        return {self._known[id(t)][1] for t in tensors(tree) if id(t) in self._known}
+        found = set()
+        for tensor in tensors(tree):
+            if id(tensor) in self._known:
+                found.add(self._known[id(tensor)][1])
+        return found
 
-    def __contains__(self, tensor: Tensor) -> bool:
-        return id(tensor) in self._known
+    def frozen(self, value: Any) -> Any:
+        """Return an argument detached; a known tensor as what it is a view of.
 
-    def __getitem__(self, tensor: Tensor) -> View | None:
-        """Return what a known tensor is, or None if it has entries from all over."""
-        _, name, twin = self._known[id(tensor)]
+        Known tensors that have entries from all over are None.
+        """
+        if not isinstance(value, Tensor):
+            return value
+        if id(value) not in self._known:
+            return value.detach()
+        _, name, twin = self._known[id(value)]
         start = int(twin.storage_offset())
         place = start, start + twin.numel()
         if twin.is_contiguous():
@@ -107,7 +115,7 @@ class Views:
         result: Any,
     ) -> bool:
         """Learn the views that a call has made; returns whether it has done only so."""
-        if not args or not isinstance(args[0], Tensor) or args[0] not in self:
+        if not args or id(args[0]) not in self._known:
             return False
         _, name, twin = self._known[id(args[0])]
         if func not in _VIEWS and not (
@@ -116,7 +124,7 @@ class Views:
             return False
         if func is Tensor.__getitem__ and not _is_basic(args[1]):
             return False
-        if any(True for _ in tensors((args[1:], kwargs))):
+        if tensors((args[1:], kwargs)):
             return False
         try:
             twins = func(twin, *args[1:], **kwargs)
@@ -129,16 +137,18 @@ class Views:
         return True
 
 
-def tensors(tree: Any) -> Iterable[Tensor]:
-    """Yield the tensors in nested arguments or results."""
-    if isinstance(tree, Tensor):
-        yield tree
-    elif isinstance(tree, dict):
-        for value in tree.values():
-            yield from tensors(value)
-    elif isinstance(tree, (tuple, list)):
-        for value in tree:
-            yield from tensors(value)
+def tensors(tree: Any) -> list[Tensor]:
+    """Return the tensors in nested arguments or results, in order."""
+    found, rest = [], [tree]
+    while rest:
+        item = rest.pop()
+        if isinstance(item, Tensor):
+            found.append(item)
+        elif isinstance(item, (tuple, list)):
+            rest.extend(reversed(item))
+        elif isinstance(item, dict):
+            rest.extend(reversed(item.values()))
+    return found
 
 
 def _is_basic(index: Any) -> bool:

@@ -70,12 +70,11 @@ def compacted(columns: LayerColumns) -> LayerColumns:
     return DenseColumns(columns.rows().view(shape))
 
 
-def share_signal(parts: Sequence[LayerColumns]) -> None:
-    """Mark the columns of one use, a weight's and a bias's, as of one cotangent."""
-    alike = [part for part in parts if isinstance(part, KhatriRaoColumns)]
-    for part in alike[1:]:
-        if part.cotangents.shape == alike[0].cotangents.shape:
-            part.signal = alike[0].signal
+def share_signal(weight: LayerColumns, bias: LayerColumns) -> None:
+    """Mark the columns of one use as of the same cotangents."""
+    if isinstance(weight, KhatriRaoColumns) and isinstance(bias, KhatriRaoColumns):
+        if weight.cotangents.shape == bias.cotangents.shape:
+            bias.signal = weight.signal
 
 
 def merged(

@@ -126,7 +126,7 @@ class KhatriRaoColumns(LayerColumns):
             (self.width, other.width),
             other.positions,
         )
-        return min(flops, key=lambda way: flops[way])
+        return min(flops, key=flops.__getitem__)
 
     def add_gram(
         self,
@@ -407,7 +407,8 @@ class KhatriRaoColumns(LayerColumns):
         A, B = self.inputs, self.cotangents.sum(1)
         if self.positions <= self._b:
             # Positions beside samples: one product for a group, for a copy of both.
-            left, right = (X.permute(1, 2, 0, 3).flatten(2) for X in (B, A))
+            left = B.permute(1, 2, 0, 3).flatten(2)
+            right = A.permute(1, 2, 0, 3).flatten(2)
             return self._laid_out(left @ right.mT)
         total = A.new_zeros(self._groups, self._b, self._a)
         for part in self._parts(self.numel, _WORKING_SET):
