@@ -62,20 +62,36 @@ _TOGETHER, _SHORT_PASS = 16, 3e7
 # Columns --------------------------------------------------------------------------
 
 
-def forward_flops(costs: Sequence[LayerCost]) -> float:
-    """f, the operations of a forward pass over all samples."""
-    return sum(cost.forward_flops for cost in costs)
+@dataclass(frozen=True)
+class NetCost:
+    """What the layers of a net cost together.
 
+    Attributes:
+        forward: f, the operations of a forward pass over all samples.
+        gram: Those of the Gram matrix by layers.
+        product: Those of a product with stored columns, reading them included.
+        nbytes: What the columns of all samples take.
+        tracing: Operations to trace the net, if its linearisation needs that.
+    """
 
-def column_bytes(costs: Sequence[LayerCost]) -> float:
-    """What the columns of all samples take."""
-    return sum(cost.nbytes for cost in costs)
+    forward: float
+    gram: float
+    product: float
+    nbytes: float
+    tracing: float
 
-
-def column_product(costs: Sequence[LayerCost]) -> float:
-    """What a product with stored columns takes."""
-    reading = READING_FLOPS * column_bytes(costs)
-    return sum(cost.product_flops for cost in costs) + reading
+    @classmethod
+    def of(cls, costs: Sequence[LayerCost]) -> NetCost:
+        """Add up the layers'."""
+        forward = gram = product = nbytes = tracing = 0.0
+        for cost in costs:
+            forward += cost.forward_flops
+            gram += cost.gram_flops
+            product += cost.product_flops + READING_FLOPS * cost.nbytes
+            nbytes += cost.nbytes
+            if "conv" in cost.use:
+                tracing = _TRACE_FLOPS
+        return cls(forward, gram, product, nbytes, tracing)
 
 
 def columns_pay(costs: Sequence[LayerCost], width: int) -> bool:
@@ -85,8 +101,8 @@ def columns_pay(costs: Sequence[LayerCost], width: int) -> bool:
         costs: Of the layers.
         width: R, the columns of a sample.
     """
-    forward = forward_flops(costs)
-    return column_product(costs) + 2 * width * forward / _PAID_AFTER < 2 * forward
+    net = NetCost.of(costs)
+    return net.product + 2 * width * net.forward / _PAID_AFTER < 2 * net.forward
 
 
 def columns_stay(costs: Sequence[LayerCost], nbytes: int, budget: int) -> bool:
@@ -100,29 +116,25 @@ def columns_stay(costs: Sequence[LayerCost], nbytes: int, budget: int) -> bool:
         nbytes: What the columns take.
         budget: What they may take.
     """
-    forward = forward_flops(costs)
-    linearising = _LINEARISING_PASSES * forward + _LINEARISING_CALLS + _tracing(costs)
-    on_linearisation = 2 * forward + linearising / _FOLLOWING
-    return nbytes <= budget and column_product(costs) <= on_linearisation
+    net = NetCost.of(costs)
+    linearising = _LINEARISING_PASSES * net.forward + _LINEARISING_CALLS + net.tracing
+    on_linearisation = 2 * net.forward + linearising / _FOLLOWING
+    return nbytes <= budget and net.product <= on_linearisation
 
 
 def explained_products(costs: Sequence[LayerCost], stored: bool) -> str:
     """Say what products with V run on, and what the two ways cost."""
     place = "stored columns" if stored else "the linearisation"
-    reading, passes = column_product(costs) / 1e9, 2 * forward_flops(costs) / 1e9
+    net = NetCost.of(costs)
     return (
-        f"products run on {place}: {reading:.3g} GFLOP on stored columns, {passes:.3g} "
-        "GFLOP on the linearisation."
+        f"products run on {place}: {net.product / 1e9:.3g} GFLOP on stored columns, "
+        f"{2 * net.forward / 1e9:.3g} GFLOP on the linearisation."
     )
 
 
 def products_together(costs: Sequence[LayerCost]) -> int:
     """How many products with a Hessian one backward pass takes."""
-    return _TOGETHER if forward_flops(costs) < _SHORT_PASS else 1
-
-
-def _tracing(costs: Sequence[LayerCost]) -> float:
-    return _TRACE_FLOPS * any("conv" in cost.use for cost in costs)
+    return _TOGETHER if NetCost.of(costs).forward < _SHORT_PASS else 1
 
 
 # Eigenpairs -------------------------------------------------------------------------
@@ -171,13 +183,12 @@ class FactorCost:
             root_entries: As the attribute.
         """
         D, columns = shape
-        forward = forward_flops(costs)
-        gram = sum(cost.gram_flops for cost in costs)
-        matrix = width * forward + (gram if columns <= D else float(D) ** 2 * columns)
-        product, once = _PRODUCT_PASSES * forward, _tracing(costs)
-        stored = 2 * column_product(costs)
-        if stored < product and column_bytes(costs) < budget:
-            product, once = stored, 2 * width * forward
+        net = NetCost.of(costs)
+        matrix = net.gram if columns <= D else float(D) ** 2 * columns
+        matrix += width * net.forward
+        product, once = _PRODUCT_PASSES * net.forward, net.tracing
+        if 2 * net.product < product and net.nbytes < budget:
+            product, once = 2 * net.product, 2 * width * net.forward
         return cls(matrix, product, once, _FORMING * root_entries)
 
 

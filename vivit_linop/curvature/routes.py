@@ -56,9 +56,10 @@ def cost_of_pullback(
     S, risk = factor.output, factor.risk
     fits = S.blocks_fit()
     root_entries = risk.num_samples * S.block_entries if fits else float("inf")
-    every = layer_costs(risk, factor.width)
-    costs = [cost for cost in every if names is None or cost.name in names]
-    rows = sum(risk.params[cost.name].numel() for cost in costs)
+    costs, rows = layer_costs(risk, factor.width), factor.shape[0]
+    if names is not None:
+        costs = [cost for cost in costs if cost.name in names]
+        rows = sum(risk.params[name].numel() for name in names)
     return plan.FactorCost.of_layers(
         costs,
         (rows, factor.shape[1]),
