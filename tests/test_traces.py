@@ -50,7 +50,9 @@ def test_linearization(name: str, method: str, monkeypatch: pytest.MonkeyPatch) 
     rows = truth.J.split([n * truth.C for n in of.batch_sizes])
     for (X, _), J in zip(of.batches(), rows, strict=True):
         # Some models write into their input.
-        function = functools.partial(evaluated, of.model, cases._map(torch.clone, X))
+        function = functools.partial(
+            evaluated, of.model, cases.map_tensors(torch.clone, X)
+        )
         linear = Linearization(function, of.params)
         assert linear.method in (method, "reverse")
         generator = torch.Generator().manual_seed(3)

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 import vivit_linop as vl
-from tests.cases import Dense, _leaves
+from tests.cases import Dense, tensors_of
 
 from .truth import Case, Undecided, rounding, truth_of
 
@@ -367,7 +367,7 @@ def _state(case: Case) -> dict[str, Any]:
     """All of the user's that must stay as it is."""
     keys: dict[str, Any] = {"generator": torch.random.get_rng_state().tolist()}
     with torch.random.fork_rng():  # a loader draws a seed when it is read
-        leaves = _leaves(case.batches())
+        leaves = tensors_of(case.batches())
     for i, t in enumerate(leaves):
         keys[f"data {i}"] = t.grad, t.requires_grad, t.tolist()
     tensors: dict[str, Tensor] = {}

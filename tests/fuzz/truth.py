@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader, Dataset
 
-from tests.cases import Dense, _map, _samples, fast_path
+from tests.cases import Dense, fast_path, map_tensors, samples_of
 
 
 @dataclass
@@ -47,7 +47,9 @@ class Case:
         return chosen if self.params is None else list(self.params)
 
     def outputs(self) -> Tensor:
-        return torch.cat([self._call(_map(torch.clone, X)) for X, _ in self.batches()])
+        return torch.cat(
+            [self._call(map_tensors(torch.clone, X)) for X, _ in self.batches()]
+        )
 
     def _call(self, X: Any) -> Tensor:
         if not isinstance(self.model, nn.Module):
@@ -66,7 +68,7 @@ class _Samples(Dataset[Any]):
 
     def __getitem__(self, index: int) -> tuple[Any, Tensor]:
         X, y = self.batches[index]
-        return _map(lambda t: t[0], X), y[0]
+        return map_tensors(lambda t: t[0], X), y[0]
 
 
 def cut(X: Any, y: Tensor, sizes: Sequence[int] | int, loader: bool = False) -> Any:
@@ -74,7 +76,7 @@ def cut(X: Any, y: Tensor, sizes: Sequence[int] | int, loader: bool = False) -> 
     if loader:
         return DataLoader(_Samples(cut(X, y, [1] * len(y))), batch_size=sizes)
     parts = torch.arange(len(y)).split(list(sizes))
-    return [(_samples(X, part, len(y)), y[part]) for part in parts]
+    return [(samples_of(X, part, len(y)), y[part]) for part in parts]
 
 
 @contextmanager
