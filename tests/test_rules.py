@@ -304,6 +304,41 @@ def test_damping_adds_up():
     assert together.damping == 3
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_dense_and_diagonal_stay_so_when_damped(dtype):
+    draw = Draw(dtype, "cpu")
+    matrix, entries = draw(4, 4), draw(4)
+    unit, live = vl.Identity(4), torch.tensor(0.5, dtype=dtype, requires_grad=True)
+    for delta in (2, 0.5, live):
+        for op, node in ((Dense(matrix), Dense), (Diagonal(entries), Diagonal)):
+            expected = op.to_dense() + delta * torch.eye(4).to(dtype)
+            for damped in (op + delta * unit, delta * unit + op, op + unit * delta):
+                assert isinstance(damped, node)
+                torch.testing.assert_close(damped.to_dense(), expected)
+                torch.testing.assert_close(damped @ matrix, expected @ matrix)
+                torch.testing.assert_close(
+                    (damped @ op).to_dense(), expected @ op.to_dense()
+                )
+                assert (damped @ op).requires_grad == isinstance(delta, torch.Tensor)
+            assert type(op + delta * unit - delta * unit) is node or delta is live
+
+
+def test_a_damping_below_the_rounding_of_a_dense_matrix_counts():
+    """The float32 matrix of ones is singular; with 1e-9 I it is not."""
+    ones, unit = torch.ones(3, 3), vl.Identity(3)
+    damped = Dense(ones) + 1e-9 * unit
+    expected = torch.logdet(ones.double() + 1e-9 * torch.eye(3).double())
+    torch.testing.assert_close(damped.logdet().double(), expected, rtol=1e-5, atol=0)
+    inverse = torch.linalg.inv(ones.double() + 1e-9 * torch.eye(3).double())
+    torch.testing.assert_close(
+        damped.inv().to_dense().double(), inverse, rtol=1e-5, atol=0
+    )
+    twice = (damped + 1e-9 * unit).logdet().double()
+    torch.testing.assert_close(
+        twice, expected + 2 * torch.log(torch.tensor(2.0)).double(), rtol=1e-4, atol=0
+    )
+
+
 def test_identities_are_absorbed():
     ops, _ = operands()
     total = 2 * ops.I + 3 * ops.I
@@ -412,7 +447,7 @@ def test_devices_may_be_named_with_or_without_their_number(device):
     ops, _ = operands(torch.float64, device)
     name = "cuda" if device.type == "cuda" else "cpu:0"
     unit = vl.Identity(6, device=name)
-    assert type(ops.D + unit) is Damped
+    assert type(ops.D + unit) is vl.Diagonal
     x = torch.ones(6, dtype=torch.float64, device=device)
     torch.testing.assert_close((ops.D + unit) @ x, ops.D.entries + 1)
 

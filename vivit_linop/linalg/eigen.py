@@ -14,12 +14,14 @@ from vivit_linop.linalg.decompositions import (
     ScaledShifted,
 )
 from vivit_linop.operators.base import TorchLinearOperator
+from vivit_linop.operators.damped import Damped, DampedInverse
 from vivit_linop.operators.eigenpairs import Eigendecomposition, Eigenpairs
 from vivit_linop.operators.elementary import (
     Dense,
     DenseInverse,
     Diagonal,
     Identity,
+    Product,
     Scaled,
 )
 from vivit_linop.operators.kronecker import (
@@ -27,19 +29,18 @@ from vivit_linop.operators.kronecker import (
     CorrectedKronecker,
     Kronecker,
 )
-from vivit_linop.operators.lowrank import (
-    Damped,
-    DampedInverse,
-    DampedRoot,
-    Gram,
-    LowRank,
-    Woodbury,
-)
+from vivit_linop.operators.lowrank import DampedRoot, Gram, LowRank, Woodbury
 from vivit_linop.operators.symmetric import (
     symmetric_eigenpairs,
     symmetric_eigenvalues,
 )
-from vivit_linop.operators.verbs import eigendecomposition, eigh, eigvalsh, to_dense
+from vivit_linop.operators.verbs import (
+    eigendecomposition,
+    eigh,
+    eigvalsh,
+    no_eigenpairs,
+    to_dense,
+)
 
 
 @eigh.register
@@ -110,6 +111,11 @@ def eigenvalues_of_damped_root(op: DampedRoot) -> Tensor:
 
 
 @eigvalsh.register
+def eigenvalues_of_product(op: Product) -> Tensor:
+    return eigvalsh(_reduced(op))
+
+
+@eigvalsh.register
 def eigenvalues_of_block_diagonal(op: BlockDiagonal) -> Tensor:
     return torch.cat([block.eigvalsh() for block in op.blocks]).sort().values
 
@@ -164,6 +170,11 @@ def decomposition_of_damped(op: Damped) -> Eigendecomposition:
 
 
 @eigendecomposition.register
+def decomposition_of_product(op: Product) -> Eigendecomposition:
+    return eigendecomposition(_reduced(op))
+
+
+@eigendecomposition.register
 def decomposition_of_block_diagonal(op: BlockDiagonal) -> Eigendecomposition:
     """The pairs of the blocks, padded with zeros."""
     parts = [eigendecomposition(block) for block in op.blocks]
@@ -215,3 +226,10 @@ def decomposition_of_kronecker(
         return columns
 
     return MergedDecomposition(op.eigenvalues, vectors)
+
+
+def _reduced(op: Product) -> Dense | LowRank:
+    try:
+        return op.reduced
+    except (TypeError, ValueError):  # no root of what stands in the middle
+        raise no_eigenpairs(op) from None

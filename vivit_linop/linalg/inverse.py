@@ -12,6 +12,7 @@ from torch import Tensor
 
 from vivit_linop.linalg.decompositions import gram_rounding_error
 from vivit_linop.operators.base import TorchLinearOperator
+from vivit_linop.operators.damped import Damped, DampedInverse
 from vivit_linop.operators.elementary import (
     Adjoint,
     Dense,
@@ -26,22 +27,17 @@ from vivit_linop.operators.kronecker import (
     CorrectedKronecker,
     Kronecker,
 )
-from vivit_linop.operators.lowrank import (
-    Damped,
-    DampedInverse,
-    DampedRoot,
-    Gram,
-    LowRank,
-    Woodbury,
-)
+from vivit_linop.operators.lowrank import DampedRoot, Gram, LowRank, Woodbury
 from vivit_linop.operators.scalars import Scalar
 from vivit_linop.operators.symmetric import without_noise
 from vivit_linop.operators.verbs import (
     adjoint,
+    damp,
     damped_inv,
     diagonal,
     eigvalsh,
     inv,
+    no_inverse,
     scale,
     to_dense,
 )
@@ -69,7 +65,7 @@ def inverse_of_gram(op: Gram) -> Op:
 
 @inv.register
 def inverse_of_dense_inverse(op: DenseInverse) -> Op:
-    return op.operator if op.damping == 0.0 else Damped(op.operator, op.damping)
+    return damp(op.operator, op.damping)
 
 
 @inv.register
@@ -98,12 +94,14 @@ def inverse_of_scaled(op: Scaled) -> Op:
 @inv.register
 def inverse_of_product(op: Product) -> Op:
     """(A B)⁻¹ = B⁻¹ A⁻¹ for square factors."""
-    if any(factor.shape[0] != factor.shape[1] for factor in op.factors):
-        raise TypeError(
-            "inv: a product of rectangular operators has no closed-form inverse. "
-            "Solve with scipy.sparse.linalg.cg(op, b)."
-        )
-    return Product(*(inv(factor) for factor in reversed(op.factors)))
+    if all(factor.shape[0] == factor.shape[1] for factor in op.factors):
+        return Product(*(inv(factor) for factor in reversed(op.factors)))
+    if op.self_adjoint:
+        return inv(_reduced(op))
+    raise TypeError(
+        "inv: a product of rectangular operators has no closed-form inverse. "
+        "Solve with scipy.sparse.linalg.cg(op, b)."
+    )
 
 
 @inv.register
@@ -175,8 +173,9 @@ def inverse_of_woodbury(op: Woodbury) -> Op:
 
 
 @damped_inv.register
-def damped_inverse_of_identity(op: Identity, damping: Scalar) -> Op:
-    return inv(scale(op, 1.0 + damping))
+def damped_inverse_of_diagonal(op: Diagonal | Identity | Damped, damping: Scalar) -> Op:
+    """What absorbs a damping, also where a node was made that had not."""
+    return inv(damp(op, damping))
 
 
 @damped_inv.register
@@ -198,28 +197,23 @@ def damped_inverse_of_dense(op: Dense, damping: Scalar) -> Op:
 
 
 @damped_inv.register
-def damped_inverse_of_damped(op: Damped, damping: Scalar) -> Op:
-    return inv(Damped(op.operator, op.damping + damping))
-
-
-@damped_inv.register
-def damped_inverse_of_diagonal(op: Diagonal, damping: Scalar) -> Op:
-    return inv(Diagonal(op.entries + damping))
-
-
-@damped_inv.register
 def damped_inverse_of_scaled(op: Scaled, damping: Scalar) -> Op:
     """(c A + δ I)⁻¹ = (A + δ/c I)⁻¹ / c."""
     if op.factor == 0.0:
         return scale(Identity(op.shape[0], op._own_dtype, op._own_device), 1 / damping)
-    return scale(inv(Damped(op.operator, damping / op.factor)), 1.0 / op.factor)
+    return scale(inv(damp(op.operator, damping / op.factor)), 1.0 / op.factor)
+
+
+@damped_inv.register
+def damped_inverse_of_product(op: Product, damping: Scalar) -> Op:
+    return damped_inv(_reduced(op, "a damped "), damping)
 
 
 @damped_inv.register
 def damped_inverse_of_block_diagonal(op: BlockDiagonal, damping: Scalar) -> Op:
     if not op.has_square_blocks:
         return damped_inv(Dense(to_dense(op)), damping)
-    return op.like([inv(Damped(block, damping)) for block in op.blocks])
+    return op.like([inv(damp(block, damping)) for block in op.blocks])
 
 
 @damped_inv.register
@@ -242,3 +236,12 @@ def damped_inverse_of_corrected_kronecker(
 def _check_parts(parts: Sequence[Op], what: str) -> None:
     if any(part.shape[0] != part.shape[1] for part in parts):
         raise ValueError(f"inv: a {what} is singular: it has less than full rank.")
+
+
+def _reduced(op: Product, what: str = "") -> Op:
+    try:
+        if op.self_adjoint:
+            return op.reduced
+    except (TypeError, ValueError):  # no root of what stands in the middle
+        pass
+    raise no_inverse(op, what)

@@ -9,12 +9,14 @@ import torch
 from torch import Tensor
 
 from vivit_linop.operators.base import TorchLinearOperator
+from vivit_linop.operators.damped import Damped, DampedInverse
 from vivit_linop.operators.elementary import (
     Adjoint,
     Dense,
     DenseInverse,
     Diagonal,
     Identity,
+    Product,
     Scaled,
     Sum,
 )
@@ -24,20 +26,13 @@ from vivit_linop.operators.kronecker import (
     KhatriRao,
     Kronecker,
 )
-from vivit_linop.operators.lowrank import (
-    Centered,
-    Damped,
-    DampedInverse,
-    DampedRoot,
-    Gram,
-    LowRank,
-    Woodbury,
-)
+from vivit_linop.operators.lowrank import Centered, DampedRoot, Gram, LowRank, Woodbury
 from vivit_linop.operators.scalars import Scalar, log_abs
 from vivit_linop.operators.symmetric import without_noise
 from vivit_linop.operators.verbs import (
     centered_row_norms_squared,
     column_norms_squared,
+    damp,
     damped_logdet,
     diagonal,
     eigvalsh,
@@ -148,6 +143,20 @@ def diagonal_of_scaled(op: Scaled) -> Tensor:
 @diagonal.register
 def diagonal_of_sum(op: Sum) -> Tensor:
     return torch.stack([diagonal(term) for term in op.terms]).sum(0)
+
+
+@diagonal.register
+def diagonal_of_product(op: Product) -> Tensor:
+    """(A B)_ii = Σ_k A_ik B_ki, where A and B meet in fewer than n entries."""
+    inner = [factor.shape[1] for factor in op.factors[:-1]]
+    if not inner or min(inner) >= op.shape[0]:
+        return diagonal_of_operator(op)
+    at = 1 + inner.index(min(inner))
+    A, B = Product(*op.factors[:at]), Product(*op.factors[at:])
+    result = torch.zeros(op.shape[0], dtype=op.torch_dtype, device=op.device)
+    for (_, left), (_, right) in zip(_columns(A), _columns(B.T), strict=True):
+        result += (left * right).sum(1)
+    return result
 
 
 @diagonal.register
@@ -347,6 +356,15 @@ def logdet_of_low_rank(op: LowRank) -> Tensor:
 
 
 @logdet.register
+def logdet_of_product(op: Product) -> Tensor:
+    """By the factors where all are square."""
+    if all(factor.shape[0] == factor.shape[1] for factor in op.factors):
+        return torch.stack([logdet(factor) for factor in op.factors]).sum()
+    op._check_self_adjoint("logdet")
+    return logdet(op.reduced)
+
+
+@logdet.register
 def logdet_of_damped_inverse(op: DampedInverse) -> Tensor:
     return -damped_logdet(op.operator, op.damping)
 
@@ -386,10 +404,16 @@ def damped_logdet_of_low_rank(op: LowRank, damping: Scalar) -> Tensor:
 
 
 @damped_logdet.register
+def damped_logdet_of_product(op: Product, damping: Scalar) -> Tensor:
+    op._check_self_adjoint("logdet")
+    return damped_logdet(op.reduced, damping)
+
+
+@damped_logdet.register
 def damped_logdet_of_scaled(op: Scaled, damping: Scalar) -> Tensor:
     """N log c + logdet(A + δ/c I), where c is positive."""
     if op.factor > 0.0:
-        inner = logdet(Damped(op.operator, damping / op.factor))
+        inner = logdet(damp(op.operator, damping / op.factor))
         return inner + op.shape[0] * log_abs(op.factor)
     return damped_logdet_of_operator(op, damping)
 
@@ -415,4 +439,4 @@ def damped_logdet_of_kronecker(
 def damped_logdet_of_block_diagonal(op: BlockDiagonal, damping: Scalar) -> Tensor:
     if not op.has_square_blocks:
         return damped_logdet(Dense(to_dense(op)), damping)
-    return torch.stack([damped_logdet(block, damping) for block in op.blocks]).sum()
+    return torch.stack([logdet(damp(block, damping)) for block in op.blocks]).sum()

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from vivit_linop.operators.base import TorchLinearOperator
+from vivit_linop.operators.damped import Damped
 from vivit_linop.operators.elementary import (
     Dense,
     DenseInverse,
@@ -23,16 +24,17 @@ from vivit_linop.operators.kronecker import (
     CorrectedKronecker,
     Kronecker,
 )
-from vivit_linop.operators.lowrank import (
-    Damped,
-    DampedRoot,
-    Gram,
-    LowRank,
-    Woodbury,
-)
+from vivit_linop.operators.lowrank import DampedRoot, Gram, LowRank, Woodbury
 from vivit_linop.operators.scalars import Scalar, without_gradient
 from vivit_linop.operators.symmetric import symmetric_eigenpairs, without_noise
-from vivit_linop.operators.verbs import adjoint, damped_sqrt, scale, sqrt, to_dense
+from vivit_linop.operators.verbs import (
+    adjoint,
+    damp,
+    damped_sqrt,
+    scale,
+    sqrt,
+    to_dense,
+)
 
 Op = TorchLinearOperator
 
@@ -187,12 +189,18 @@ def damped_root_of_low_rank(op: LowRank, damping: Scalar) -> Op:
 
 @damped_sqrt.register
 def damped_root_of_diagonal(op: Diagonal, damping: Scalar) -> Op:
-    return Diagonal(_roots(op.entries + damping))
+    return sqrt(damp(op, damping))
+
+
+@damped_sqrt.register
+def damped_root_of_product(op: Product, damping: Scalar) -> Op:
+    op._check_self_adjoint("sqrt")
+    return damped_sqrt(op.reduced, damping)
 
 
 @damped_sqrt.register
 def damped_root_of_block_diagonal(op: BlockDiagonal, damping: Scalar) -> Op:
-    return sqrt(op.like([Damped(block, damping) for block in op.blocks]))
+    return sqrt(op.like([damp(block, damping) for block in op.blocks]))
 
 
 @damped_sqrt.register

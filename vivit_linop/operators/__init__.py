@@ -5,6 +5,7 @@ from vivit_linop.operators import (
     verbs,
 )
 from vivit_linop.operators.base import TorchLinearOperator
+from vivit_linop.operators.damped import Damped, DampedDense, DampedInverse
 from vivit_linop.operators.elementary import (
     Adjoint,
     Dense,
@@ -21,15 +22,7 @@ from vivit_linop.operators.kronecker import (
     KhatriRao,
     Kronecker,
 )
-from vivit_linop.operators.lowrank import (
-    Centered,
-    Damped,
-    DampedInverse,
-    DampedRoot,
-    Gram,
-    LowRank,
-    Woodbury,
-)
+from vivit_linop.operators.lowrank import Centered, DampedRoot, Gram, LowRank, Woodbury
 
 __all__ = [
     "Adjoint",
@@ -37,6 +30,7 @@ __all__ = [
     "Centered",
     "CorrectedKronecker",
     "Damped",
+    "DampedDense",
     "DampedInverse",
     "DampedRoot",
     "Dense",

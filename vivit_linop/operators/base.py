@@ -140,6 +140,10 @@ class TorchLinearOperator(LinearOperator):
         """Return the operator as part of one with this dtype and device."""
         return self
 
+    def _mirrors(self, other: TorchLinearOperator) -> bool:
+        """Whether it is the adjoint of another operator, part by part."""
+        return False
+
     # What it is ---------------------------------------------------------------
 
     @property

@@ -9,11 +9,13 @@ import torch
 from torch import Tensor
 
 from vivit_linop.modes import as_given
+from vivit_linop.operators import verbs
 from vivit_linop.operators.base import (
     TorchLinearOperator,
     common_device,
     common_dtype,
 )
+from vivit_linop.operators.lowrank import LowRank
 from vivit_linop.operators.scalars import Scalar
 from vivit_linop.operators.symmetric import symmetric_eigenvalues, without_noise
 
@@ -292,7 +294,22 @@ class Product(TorchLinearOperator):
     def self_adjoint(self) -> bool:  # type: ignore[override]
         """Whether the product reads the same backwards, each factor transposed."""
         pairs = zip(self.factors, reversed(self.factors), strict=True)
-        return all(_mirrored(left, right) for left, right in pairs)
+        return all(mirrored(left, right) for left, right in pairs)
+
+    @cached_property
+    def reduced(self) -> Dense | LowRank:
+        """A self-adjoint product A B Aᵀ as a node that exact verbs have rules for.
+
+        Dense where A has fewer rows than B; else R Rᵀ with R = A √B.
+
+        Raises:
+            TypeError: If B has no closed-form root.
+            ValueError: If the product is not positive semi-definite.
+        """
+        if self.factors[len(self.factors) // 2].shape[0] > self.shape[0]:
+            matrix = verbs.to_dense(self)
+            return Dense((matrix + matrix.T) / 2)
+        return LowRank(verbs.sqrt(self))
 
     def _made_of(self) -> tuple[TorchLinearOperator, ...]:
         return self.factors
@@ -308,11 +325,13 @@ class Product(TorchLinearOperator):
         return X
 
 
-def _mirrored(left: TorchLinearOperator, right: TorchLinearOperator) -> bool:
+def mirrored(left: TorchLinearOperator, right: TorchLinearOperator) -> bool:
     """Whether an operator is the adjoint of another, as far as nodes can tell."""
     if isinstance(left, Adjoint):
         return _same(left.parent, right)
-    return left is right.T or (isinstance(right, Adjoint) and _same(left, right.parent))
+    if isinstance(right, Adjoint):
+        return _same(left, right.parent)
+    return left is right.T or left._mirrors(right)
 
 
 def _same(left: TorchLinearOperator, right: TorchLinearOperator) -> bool:

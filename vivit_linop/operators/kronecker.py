@@ -16,7 +16,7 @@ from vivit_linop.operators.base import (
     common_device,
     common_dtype,
 )
-from vivit_linop.operators.elementary import Dense, _as_tensor
+from vivit_linop.operators.elementary import Dense, _as_tensor, mirrored
 from vivit_linop.operators.symmetric import symmetric_eigenpairs
 from vivit_linop.operators.verbs import to_dense
 
@@ -95,6 +95,21 @@ class BlockDiagonal(TorchLinearOperator):
         """Return the operator of other blocks at the same places."""
         return BlockDiagonal(blocks, self.indices)
 
+    def _mirrors(self, other: TorchLinearOperator) -> bool:
+        return (
+            isinstance(other, BlockDiagonal)
+            and self.has_places_of(other)
+            and _all_mirrored(self.blocks, other.blocks)
+        )
+
+    def has_places_of(self, other: BlockDiagonal) -> bool:
+        """Whether the blocks of another one have the same rows."""
+        if self.indices is None or other.indices is None:
+            return self.indices is other.indices
+        return len(self.indices) == len(other.indices) and all(
+            map(torch.equal, self.indices, other.indices)
+        )
+
     def _made_of(self) -> Sequence[TorchLinearOperator]:
         return self.blocks
 
@@ -161,6 +176,11 @@ class Kronecker(TorchLinearOperator):
     def eigenvectors(self) -> Kronecker:
         """The Kronecker product of the factors' eigenvectors."""
         return Kronecker(*(vectors for _, vectors in self.factor_eigenpairs))
+
+    def _mirrors(self, other: TorchLinearOperator) -> bool:
+        return isinstance(other, Kronecker) and _all_mirrored(
+            self.factors, other.factors
+        )
 
     def _made_of(self) -> Sequence[TorchLinearOperator]:
         return self.factors
@@ -281,6 +301,12 @@ def _settled(parts: Sequence[TorchLinearOperator]) -> list[TorchLinearOperator]:
     """Let identities take the dtype and device of the other parts."""
     dtype, device = common_dtype(*parts), common_device(*parts)
     return [part._settled(dtype, device) for part in parts]
+
+
+def _all_mirrored(
+    left: Sequence[TorchLinearOperator], right: Sequence[TorchLinearOperator]
+) -> bool:
+    return len(left) == len(right) and all(map(mirrored, left, right))
 
 
 def _check_partition(

@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,7 +20,7 @@ from vivit_linop.operators.base import (
     common_device,
     common_dtype,
 )
-from vivit_linop.operators.scalars import Scalar, as_scalar, without_gradient
+from vivit_linop.operators.scalars import Scalar, without_gradient
 from vivit_linop.operators.symmetric import symmetric_eigenpairs
 
 
@@ -220,90 +219,6 @@ class LowRank(TorchLinearOperator):
         product = verbs.outer_product(self.factor, X)
         # A pass over D entries is worth sparing.
         return product if self.scale == 1.0 else product.mul_(self.scale)
-
-
-class Damped(TorchLinearOperator):
-    """The operator A + δ I.
-
-    Args:
-        operator: A, square.
-        damping: δ.
-    """
-
-    def __init__(self, operator: TorchLinearOperator, damping: Scalar) -> None:
-        self.operator, self.damping = operator, as_scalar(damping)
-        super().__init__(operator.shape, operator._own_dtype, operator._own_device)
-
-    @property
-    def self_adjoint(self) -> bool:  # type: ignore[override]
-        """Whether A is."""
-        return self.operator.self_adjoint
-
-    def _made_of(self) -> tuple[Scalar | TorchLinearOperator, ...]:
-        return (self.damping, self.operator)
-
-    def _multiply(self, X: Tensor) -> Tensor:
-        return self.operator.apply(X) + self.damping * X
-
-    def _multiply_adjoint(self, X: Tensor) -> Tensor:
-        return self.operator.T.apply(X) + self.damping * X
-
-
-class DampedInverse(TorchLinearOperator):
-    """The inverse of A + δ I for a δ that requires grad.
-
-    With x = (A + δ I)⁻¹ b, derivatives are (A + δ I)⁻¹ (db − x dδ), so that gradients
-    cost one more product with the same inverse.
-
-    Args:
-        operator: A, square.
-        damping: δ.
-        inverse: (A + δ I)⁻¹ at the value of δ.
-    """
-
-    def __init__(
-        self,
-        operator: TorchLinearOperator,
-        damping: Tensor,
-        inverse: TorchLinearOperator,
-    ) -> None:
-        self.operator, self.damping, self.inverse = operator, damping, inverse
-        super().__init__(inverse.shape, inverse._own_dtype, inverse._own_device)
-
-    @property
-    def self_adjoint(self) -> bool:  # type: ignore[override]
-        """Whether A is."""
-        return self.operator.self_adjoint
-
-    def _made_of(self) -> tuple[Tensor, TorchLinearOperator]:
-        return (self.damping, self.operator)
-
-    def _multiply(self, X: Tensor) -> Tensor:
-        product: Tensor = _Solve.apply(X, self.damping, self.inverse)
-        return product
-
-    def _multiply_adjoint(self, X: Tensor) -> Tensor:
-        product: Tensor = _Solve.apply(X, self.damping, self.inverse.T)
-        return product
-
-
-class _Solve(torch.autograd.Function):
-    """x = (A + δ I)⁻¹ b as a node of autograd."""
-
-    @staticmethod
-    def forward(X: Tensor, damping: Tensor, inverse: TorchLinearOperator) -> Tensor:
-        return inverse.apply(X)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _, damping, ctx.inverse = inputs
-        ctx.save_for_backward(output, damping)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
-        solution, damping = ctx.saved_tensors
-        adjoint: Tensor = _Solve.apply(gradients[0], damping, ctx.inverse.T)
-        return adjoint, -(adjoint * solution).sum().to(damping), None
 
 
 class DampedRoot(TorchLinearOperator):

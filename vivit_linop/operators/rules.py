@@ -10,6 +10,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from vivit_linop.operators.base import TorchLinearOperator
+from vivit_linop.operators.damped import Damped, DampedDense
 from vivit_linop.operators.elementary import (
     Adjoint,
     Dense,
@@ -25,11 +26,12 @@ from vivit_linop.operators.kronecker import (
     KhatriRao,
     Kronecker,
 )
-from vivit_linop.operators.lowrank import Centered, Damped, Gram, LowRank
+from vivit_linop.operators.lowrank import Centered, Gram, LowRank
 from vivit_linop.operators.scalars import Scalar
 from vivit_linop.operators.verbs import (
     add,
     adjoint,
+    damp,
     gram,
     gram_matrix,
     matmul,
@@ -103,7 +105,7 @@ def product_of_block_diagonals(A: BlockDiagonal, B: BlockDiagonal) -> Op:
     """Block-diagonal operators with matching blocks multiply block by block."""
     if [a.shape[1] for a in A.blocks] != [b.shape[0] for b in B.blocks]:
         return NotImplemented
-    if not _same_places(A, B):
+    if not A.has_places_of(B):
         return NotImplemented
     return A.like([a @ b for a, b in zip(A.blocks, B.blocks, strict=True)])
 
@@ -161,7 +163,7 @@ def sum_of_low_ranks(A: LowRank, B: LowRank) -> Op:
 def sum_of_block_diagonals(A: BlockDiagonal, B: BlockDiagonal) -> Op:
     if [a.shape for a in A.blocks] != [b.shape for b in B.blocks]:
         return NotImplemented
-    if not _same_places(A, B):
+    if not A.has_places_of(B):
         return NotImplemented
     return A.like([a + b for a, b in zip(A.blocks, B.blocks, strict=True)])
 
@@ -169,22 +171,22 @@ def sum_of_block_diagonals(A: BlockDiagonal, B: BlockDiagonal) -> Op:
 @add.rule(Damped, Op)
 def sum_of_damped_and_operator(A: Damped, B: Op) -> Op:
     """Damping stands outside: (A + δ I) + B = (A + B) + δ I."""
-    return _damp(add(A.operator, B), A.damping)
+    return damp(add(A.operator, B), A.damping)
 
 
 @add.rule(Op, Damped)
 def sum_of_operator_and_damped(A: Op, B: Damped) -> Op:
-    return _damp(add(A, B.operator), B.damping)
+    return damp(add(A, B.operator), B.damping)
 
 
 @add.rule(Op, Identity)
 def sum_of_operator_and_identity(A: Op, B: Identity) -> Op:
-    return _damp(A, 1.0) if _decided(A, B) else NotImplemented
+    return damp(A, 1.0) if _decided(A, B) else NotImplemented
 
 
 @add.rule(Identity, Op)
 def sum_of_identity_and_operator(A: Identity, B: Op) -> Op:
-    return _damp(B, 1.0) if _decided(B, A) else NotImplemented
+    return damp(B, 1.0) if _decided(B, A) else NotImplemented
 
 
 @add.rule(Op, Scaled)
@@ -192,14 +194,14 @@ def sum_of_operator_and_scaled(A: Op, B: Scaled) -> Op:
     """A + δ I is damped."""
     if not isinstance(B.operator, Identity) or not _decided(A, B):
         return NotImplemented
-    return _damp(A, B.factor)
+    return damp(A, B.factor)
 
 
 @add.rule(Scaled, Op)
 def sum_of_scaled_and_operator(A: Scaled, B: Op) -> Op:
     if not isinstance(A.operator, Identity) or not _decided(B, A):
         return NotImplemented
-    return _damp(B, A.factor)
+    return damp(B, A.factor)
 
 
 # c A ------------------------------------------------------------------------------
@@ -239,7 +241,7 @@ def multiple_of_low_rank(op: LowRank, factor: Scalar) -> Op:
 
 @scale.register
 def multiple_of_damped(op: Damped, factor: Scalar) -> Op:
-    return _damp(scale(op.operator, factor), factor * op.damping)
+    return damp(scale(op.operator, factor), factor * op.damping)
 
 
 @scale.register
@@ -250,6 +252,42 @@ def multiple_of_corrected_kronecker(op: CorrectedKronecker, factor: Scalar) -> O
 @scale.register
 def multiple_of_block_diagonal(op: BlockDiagonal, factor: Scalar) -> Op:
     return op.like([scale(block, factor) for block in op.blocks])
+
+
+# A + δ I --------------------------------------------------------------------------
+
+
+@damp.register
+def damped_operator(op: TorchLinearOperator, damping: Scalar) -> Op:
+    return op if _is(damping, 0.0) else Damped(op, damping)
+
+
+@damp.register
+def damped_damped(op: Damped, damping: Scalar) -> Op:
+    return damp(op.operator, op.damping + damping)
+
+
+@damp.register
+def damped_dense(op: Dense, damping: Scalar) -> Op:
+    return op if _is(damping, 0.0) else DampedDense(op, damping)
+
+
+@damp.register
+def damped_diagonal(op: Diagonal, damping: Scalar) -> Op:
+    return Diagonal(op.entries + damping)
+
+
+@damp.register
+def damped_identity(op: Identity, damping: Scalar) -> Op:
+    return scale(op, 1.0 + damping)
+
+
+@damp.register
+def damped_scaled(op: Scaled, damping: Scalar) -> Op:
+    """C I + δ I = (c + δ) I."""
+    if isinstance(op.operator, Identity):
+        return scale(op.operator, op.factor + damping)
+    return damped_operator(op, damping)
 
 
 # Aᵏ -------------------------------------------------------------------------------
@@ -318,6 +356,16 @@ def gram_matrix_of_khatri_rao(left: KhatriRao, right: Op) -> Tensor:
 
 
 @gram_matrix.register
+def gram_matrix_of_product(left: Product, right: Op) -> Tensor:
+    """(A B)ᵀ (A B) = Bᵀ (AᵀA) B, where A has fewer columns than rows."""
+    A = left.factors[0]
+    if right is not left or A.shape[1] >= A.shape[0]:
+        return gram_matrix_of_operator(left, right)
+    B = Product(*left.factors[1:])
+    return B.T.apply(B.T.apply(gram(A).to_dense()).T)
+
+
+@gram_matrix.register
 def gram_matrix_of_centered(left: Centered, right: Op) -> Tensor:
     """(A C)ᵀ B = C AᵀB, with C = I − 1 1ᵀ/R; also on the other side."""
     inner = right.factor if isinstance(right, Centered) else right
@@ -335,17 +383,6 @@ def outer_matrix_of_operator(factor: TorchLinearOperator) -> Tensor:
 @outer_product.register
 def outer_product_of_operator(factor: TorchLinearOperator, X: Tensor) -> Tensor:
     return factor.apply(factor.T.apply(X))
-
-
-def _damp(op: Op, damping: Scalar) -> Op:
-    """A + δ I; damping adds up, and identities are absorbed."""
-    if isinstance(op, Damped):
-        return _damp(op.operator, op.damping + damping)
-    if isinstance(op, Identity):
-        return scale(op, 1.0 + damping)
-    if isinstance(op, Scaled) and isinstance(op.operator, Identity):
-        return scale(op.operator, op.factor + damping)
-    return op if _is(damping, 0.0) else Damped(op, damping)
 
 
 def _is(scalar: Scalar, value: float) -> bool:
@@ -366,10 +403,3 @@ def _one_dtype(A: Op, B: Op) -> bool:
 def _aligned(A: KhatriRao, B: KhatriRao) -> bool:
     shapes = [(K.left.shape[0], K.right.shape[0]) for K in (A, B)]
     return shapes[0] == shapes[1] and _one_dtype(A, B)
-
-
-def _same_places(A: BlockDiagonal, B: BlockDiagonal) -> bool:
-    if A.indices is None or B.indices is None:
-        return A.indices is B.indices
-    pairs = zip(A.indices, B.indices, strict=True)
-    return A.indices is B.indices or all(a.equal(b) for a, b in pairs)

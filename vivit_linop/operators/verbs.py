@@ -125,6 +125,17 @@ def scale(op: Any, factor: Scalar) -> Operator:
 
 
 @singledispatch
+def damp(op: Any, damping: Scalar) -> Operator:
+    """Return ``op + damping * I`` for a square operator.
+
+    What sums with multiples of the identity become. Without a rule, a damped node,
+    whose inverses, roots and determinants are the business of ``op`` and its rules for
+    ``damped_inv``, ``damped_sqrt`` and ``damped_logdet``.
+    """
+    raise _no_rule("damp", op)
+
+
+@singledispatch
 def power(op: Any, times: int) -> Operator:
     """Return a square operator multiplied by itself; the identity for 0 times."""
     raise _no_rule("power", op)
@@ -227,10 +238,7 @@ def inv(op: Any) -> Operator:
         TypeError: If there is no closed form.
         ValueError: If the operator is numerically singular.
     """
-    raise TypeError(
-        f"inv: no closed form for {type(op).__name__}. Solve with "
-        "scipy.sparse.linalg.cg(op, b), or invert Dense(op.to_dense()) if it is small."
-    )
+    raise no_inverse(op)
 
 
 @singledispatch
@@ -243,10 +251,7 @@ def damped_inv(op: Any, damping: Scalar) -> Operator:
         TypeError: If there is no closed form.
         ValueError: If the damped operator is numerically singular.
     """
-    raise TypeError(
-        f"inv: no closed form for a damped {type(op).__name__}. Solve with "
-        "scipy.sparse.linalg.cg(op, b), or invert Dense(op.to_dense()) if it is small."
-    )
+    raise no_inverse(op, "a damped ")
 
 
 @singledispatch
@@ -259,10 +264,7 @@ def sqrt(op: Any) -> Operator:
         TypeError: If there is no closed form, or the operator is not self-adjoint.
         ValueError: If it is not positive semi-definite.
     """
-    raise TypeError(
-        f"sqrt: no closed form for {type(op).__name__}. Take "
-        "Dense(op.to_dense()).sqrt() if it is small."
-    )
+    raise no_root(op)
 
 
 @singledispatch
@@ -275,10 +277,7 @@ def damped_sqrt(op: Any, damping: Scalar) -> Operator:
         TypeError: If there is no closed form, or the operator is not self-adjoint.
         ValueError: If the whole is not positive semi-definite.
     """
-    raise TypeError(
-        f"sqrt: no closed form for a damped {type(op).__name__}. Take "
-        "Dense(op.to_dense()).sqrt() if it is small."
-    )
+    raise no_root(op, "a damped ")
 
 
 # Diagonals, traces, determinants ----------------------------------------------------
@@ -342,11 +341,7 @@ def eigendecomposition(op: Any) -> Eigendecomposition:
     Raises:
         TypeError: If there is no closed form.
     """
-    raise TypeError(
-        f"eigh: no closed form for {type(op).__name__}. Use "
-        "scipy.sparse.linalg.eigsh(op, k), or Dense(op.to_dense()).eigh() if it is "
-        "small."
-    )
+    raise no_eigenpairs(op)
 
 
 @singledispatch
@@ -391,6 +386,31 @@ def explain(op: Any, k: int | None = None) -> Any:
 def to_curvlinops(op: Any) -> Any:
     """Return the operator with the interface that curvlinops' estimators use."""
     raise _no_rule("to_curvlinops", op)
+
+
+def no_inverse(op: Any, what: str = "") -> TypeError:
+    """Return the error of an operator whose inverse has no closed form."""
+    return TypeError(
+        f"inv: no closed form for {what}{type(op).__name__}. Solve with "
+        "scipy.sparse.linalg.cg(op, b), or invert Dense(op.to_dense()) if it is small."
+    )
+
+
+def no_root(op: Any, what: str = "") -> TypeError:
+    """Return the error of an operator whose root has no closed form."""
+    return TypeError(
+        f"sqrt: no closed form for {what}{type(op).__name__}. Take "
+        "Dense(op.to_dense()).sqrt() if it is small."
+    )
+
+
+def no_eigenpairs(op: Any) -> TypeError:
+    """Return the error of an operator whose eigenpairs have no closed form."""
+    return TypeError(
+        f"eigh: no closed form for {type(op).__name__}. Use "
+        "scipy.sparse.linalg.eigsh(op, k), or Dense(op.to_dense()).eigh() if it is "
+        "small."
+    )
 
 
 def _no_rule(verb: str, op: Any) -> TypeError:

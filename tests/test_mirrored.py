@@ -1,0 +1,209 @@
+"""Mirrored products A B Aᵀ: spectra, roots and inverses of their smaller side."""
+
+import pytest
+import torch
+from operator_market import Draw
+from torch import nn
+
+import vivit_linop as vl
+from vivit_linop.operators import Diagonal, Product
+
+EPS = {torch.float32: 1e-5, torch.float64: 1e-12}
+
+
+def risk_of(dtype):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).to(dtype)
+    data = torch.rand(6, 4, dtype=dtype), torch.randint(3, (6,))
+    return vl.EmpiricalRisk(net, nn.CrossEntropyLoss(), data)
+
+
+def weighted(draw):
+    """V W with weights on the columns, and its product with the transpose."""
+    V, w = draw(30, 4), draw(4)
+    W = vl.Dense(V) @ Diagonal(w)
+    return W @ W.T, (V * w) @ (V * w).T
+
+
+def small_side(draw):
+    """Wᵀ W of the same."""
+    V, w = draw(30, 4), draw(4)
+    W = vl.Dense(V) @ Diagonal(w)
+    return W.T @ W, (V * w).T @ (V * w)
+
+
+def khatri_rao(draw):
+    V, w = vl.KhatriRao(draw(5, 3), draw(6, 3)), draw(3).abs()
+    return V @ Diagonal(w) @ V.T, V.to_dense() * w @ V.to_dense().T
+
+
+def projected(draw):
+    """P G P with a symmetric P of full size."""
+    risk = risk_of(draw(1).dtype)
+    D = risk.num_params
+    E = torch.linalg.qr(draw(D, 7)).Q
+    P, G = vl.Dense(E) @ vl.Dense(E).T, vl.GGN(risk)
+    return P @ G @ P, E @ E.T @ G.to_dense() @ E @ E.T
+
+
+def complement(draw):
+    """(I − E Eᵀ) G (I − E Eᵀ)."""
+    risk = risk_of(draw(1).dtype)
+    D, G = risk.num_params, vl.GGN(risk)
+    E = torch.linalg.qr(draw(D, 7)).Q
+    P = vl.Identity(D) - vl.Dense(E) @ vl.Dense(E).T
+    Q = torch.eye(D, dtype=E.dtype) - E @ E.T
+    return P @ G @ P, Q @ G.to_dense() @ Q
+
+
+def conjugated(draw):
+    """A G Aᵀ with a matrix A of no symmetry."""
+    risk = risk_of(draw(1).dtype)
+    G, A = vl.GGN(risk), draw(risk.num_params, risk.num_params)
+    op = vl.Dense(A) @ G @ vl.Dense(A).T
+    return op, A @ G.to_dense() @ A.T
+
+
+def wide(draw):
+    """A G Aᵀ with fewer rows than G."""
+    risk = risk_of(draw(1).dtype)
+    G, A = vl.GGN(risk), draw(8, risk.num_params)
+    return vl.Dense(A) @ G @ vl.Dense(A).T, A @ G.to_dense() @ A.T
+
+
+def scaled_factor(draw):
+    """The GGN of weighted samples: columns of V times weights."""
+    risk = risk_of(draw(1).dtype)
+    V = vl.GGNFactor(risk)
+    w = draw(V.shape[1])
+    W = V @ Diagonal(w)
+    return W @ W.T, (V.to_dense() * w) @ (V.to_dense() * w).T
+
+
+def dense_inside(draw):
+    A, B = draw(20, 4), draw(4, 4)
+    K = vl.KhatriRao(A[:5], A[5:10])
+    op = K @ vl.Dense(B @ B.T) @ K.T
+    return op, K.to_dense() @ B @ B.T @ K.to_dense().T
+
+
+def longer(draw):
+    """A B D Bᵀ Aᵀ, whose factors do not merge."""
+    A, B, d = draw.regular(24), draw(24, 3), draw(3).abs()
+    K = vl.Kronecker(A[:4, :4], A[:6, :6])
+    op = K @ vl.Dense(B) @ Diagonal(d) @ vl.Dense(B).T @ K.T
+    return op, K.to_dense() @ (B * d) @ B.T @ K.to_dense().T
+
+
+def blocks(draw):
+    """Blocks at scattered places on both sides."""
+    indices = [torch.tensor([0, 3, 4]), torch.tensor([1, 2, 5])]
+    parts, V, d = [draw.regular(3), draw.regular(3)], draw(6, 2), draw(2).abs()
+    B = vl.BlockDiagonal(parts, indices)
+    op = B @ vl.Dense(V) @ Diagonal(d) @ vl.Dense(V).T @ B.T
+    return op, B.to_dense() @ (V * d) @ V.T @ B.to_dense().T
+
+
+CASES = [
+    blocks,
+    weighted, small_side, khatri_rao, projected, complement, conjugated, wide,
+    scaled_factor, dense_inside, longer,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", EPS, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.__name__)
+def test_verbs_of_mirrored_products(case, dtype):
+    op, matrix = case(Draw(dtype, "cpu"))
+    assert isinstance(op, Product) and op.self_adjoint
+    truth, size = matrix.double(), matrix.double().norm()
+    tolerance = EPS[dtype] * size
+
+    def near(got, expected, scale=1.0):
+        assert got.dtype == dtype
+        assert (got.double() - expected).norm() <= scale * tolerance
+
+    vl.testing.check_operator(op, matrix)
+    expected = torch.linalg.eigvalsh(truth)
+    evals = op.eigvalsh()
+    near(evals, expected[-len(evals) :])
+    assert expected[: -len(evals)].abs().sum() <= tolerance  # the others are zero
+    near(op.eigh(k=2).eigenvalues, expected[-2:])
+    pairs = op.eigh()
+    near(pairs.eigenvectors * pairs.eigenvalues @ pairs.eigenvectors.T, truth)
+    near(op.diagonal(), truth.diagonal())
+    near(op.trace(), truth.trace())
+    root = op.sqrt()
+    near((root @ root.T).to_dense(), truth)
+
+    delta = 0.1 * expected[-1].item()
+    n = len(matrix)
+    damped = op + delta * vl.Identity(n)
+    inverse = torch.linalg.inv(truth + delta * torch.eye(n).double())
+    near(damped.inv().to_dense(), inverse, inverse.norm() / size)
+    logdet = torch.logdet(truth + delta * torch.eye(n).double())
+    assert abs(damped.logdet() - logdet) <= EPS[dtype] * n * 10
+    root = damped.sqrt().to_dense()
+    near(root @ root.T, truth + delta * torch.eye(n).double())
+    near((3 * op).eigh(k=1).eigenvalues, 3 * expected[-1:])
+    near(
+        (0.5 * op + delta * vl.Identity(n)).eigvalsh()[-1:], 0.5 * expected[-1:] + delta
+    )
+
+
+def test_log_determinants_of_singular_and_regular_ones():
+    draw = Draw(torch.float64, "cpu")
+    op, _ = weighted(draw)
+    assert op.logdet() == -torch.inf
+    small, matrix = small_side(draw)
+    torch.testing.assert_close(small.logdet(), torch.logdet(matrix))
+    vl.testing.check_operator(small.inv(), torch.linalg.inv(matrix))
+    with pytest.raises(ValueError, match=r"singular.*damping"):
+        op.inv()
+
+
+def test_the_gram_matrix_is_computed_once():
+    class Counted(vl.Dense):
+        adjoints = 0
+
+        def _multiply_adjoint(self, X):
+            self.adjoints += 1
+            return super()._multiply_adjoint(X)
+
+    draw = Draw(torch.float64, "cpu")
+    V = Counted(draw(30, 4))
+    op = V @ vl.Kronecker(draw.regular(2), draw.regular(2))
+    op = op @ op.T
+    evals = op.eigvalsh()
+    known = V.adjoints
+    for delta in (0.1, 1.0):
+        damped = (op + delta * vl.Identity(30)).logdet()
+        expected = 26 * torch.tensor(delta).double().log() + (evals + delta).log().sum()
+        torch.testing.assert_close(damped, expected)
+    assert V.adjoints == known
+
+
+def test_what_has_no_root_says_so():
+    draw = Draw(torch.float64, "cpu")
+    V = vl.Dense(draw(30, 4))
+    indefinite = V @ Diagonal(torch.tensor([1.0, -1.0, 2.0, 3.0]).double()) @ V.T
+    with pytest.raises(TypeError, match="eigh: no closed form for Product"):
+        indefinite.eigvalsh()
+    with pytest.raises(TypeError, match="inv: no closed form for a damped Product"):
+        (indefinite + vl.Identity(30)).inv()
+    with pytest.raises(ValueError, match="not positive semi-definite"):
+        indefinite.sqrt()
+    matrix = indefinite.to_dense()
+    torch.testing.assert_close(indefinite.diagonal(), matrix.diagonal())
+
+
+def test_different_places_or_factors_are_not_mirrored():
+    draw = Draw(torch.float64, "cpu")
+    parts, D = [draw.regular(3), draw.regular(3)], Diagonal(draw(6))
+    A = vl.BlockDiagonal(parts)
+    B = vl.BlockDiagonal(parts, [torch.tensor([0, 3, 4]), torch.tensor([1, 2, 5])])
+    K = vl.Kronecker(draw.regular(2), draw.regular(3))
+    L = vl.Kronecker(K.factors[0], draw.regular(3))
+    for left, right in ((A, B.T), (B, A.T), (A, A), (K, L.T), (K, K), (K, A.T)):
+        assert not (left @ D @ right).self_adjoint
+    assert (A @ D @ A.T).self_adjoint and (K @ D @ K.T).self_adjoint
