@@ -297,3 +297,23 @@ def test_diagonal_of_a_saturated_cross_entropy() -> None:
     )
     dense = H.to_dense().diagonal()
     torch.testing.assert_close(got, dense, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_roots_of_loss_hessians_agree_however_asked_for(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    net = nn.Linear(4, 3).to(dtype)
+    data = torch.rand(6, 4, dtype=dtype), torch.randint(3, (6,))
+    H = vl.LossHessian(net, nn.CrossEntropyLoss(), data)
+    for factor, root in (
+        (1.0, H.sqrt()),
+        (1.0, vl.linalg.sqrt(H)),
+        (2.0, (2 * H).sqrt()),
+        (0.5, vl.linalg.sqrt(0.5 * H)),
+    ):
+        assert root.shape == (18, 12)
+        assert close((root @ root.T).to_dense(), factor * H.to_dense(), rtol=1e-6)
+    S = H.sqrt(mc_samples=1)
+    assert (S @ S.T).sqrt() is S and vl.linalg.sqrt(S @ S.T) is S
+    diagonals = vl.Hessian(net, nn.CrossEntropyLoss(), data)
+    assert close((2 * diagonals).diagonal(), 2 * diagonals.diagonal(), rtol=1e-6)

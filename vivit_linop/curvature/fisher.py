@@ -15,7 +15,7 @@ from vivit_linop.curvature.blocks import (
 from vivit_linop.curvature.ggn import GGNFactor
 from vivit_linop.curvature.jacobian import Jacobian, Pullback
 from vivit_linop.curvature.output_space import LossGradient
-from vivit_linop.curvature.sums import sum_columns
+from vivit_linop.curvature.sums import gram_matrix_of_pullback, sum_columns
 from vivit_linop.modes import ordinary_mode
 from vivit_linop.net.sums import ColumnNorms
 from vivit_linop.operators.base import TorchLinearOperator
@@ -178,7 +178,7 @@ def gram_matrix_of_gradients(
             K = right.gram.matrix
             rows = K.view(*coordinates.shape, K.shape[1])
             return torch.einsum("nr,nrk->nk", coordinates, rows)
-    return gram_matrix.dispatch(Pullback)(left, right)
+    return gram_matrix_of_pullback(left, right)
 
 
 class EmpiricalFisher(LowRank):

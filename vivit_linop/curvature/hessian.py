@@ -14,6 +14,7 @@ from vivit_linop.curvature.hessian_diagonal import (
     sample_diagonals,
 )
 from vivit_linop.curvature.hessian_products import HessianProducts
+from vivit_linop.linalg.reductions import diagonal_of_operator
 from vivit_linop.modes import ordinary_mode
 from vivit_linop.operators.base import TorchLinearOperator
 from vivit_linop.operators.kronecker import BlockDiagonal
@@ -100,7 +101,7 @@ cpu>]
         if recursion is not None:
             return recursion
         with ordinary_mode():
-            return diagonal.dispatch(TorchLinearOperator)(self)
+            return diagonal_of_operator(self)
 
     def sample_diagonals(self, route: str | None = None) -> Tensor:
         """Return the diagonals of the samples' Hessians ∇²ℓ_n, ``[N, D]``.

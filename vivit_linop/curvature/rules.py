@@ -27,6 +27,7 @@ from vivit_linop.operators.verbs import (
     diagonal,
     matmul,
     row_norms_squared,
+    sqrt,
     to_dense,
 )
 
@@ -123,6 +124,17 @@ def diagonal_of_loss_hessian(op: LossHessian) -> Tensor:
 def diagonal_of_outer(op: Outer) -> Tensor:
     """The squared norms of the rows."""
     return row_norms_squared(op.root)
+
+
+@sqrt.register
+def root_of_loss_hessian(op: LossHessian) -> Op:
+    """The exact root, with the checks of ``H.sqrt()``."""
+    return op.sqrt()
+
+
+@sqrt.register
+def root_of_outer(op: Outer) -> Op:
+    return op.root
 
 
 @row_norms_squared.register

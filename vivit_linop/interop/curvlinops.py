@@ -9,7 +9,7 @@ from scipy.sparse.linalg import LinearOperator
 from torch import Tensor
 
 from vivit_linop.operators.base import TorchLinearOperator
-from vivit_linop.operators.verbs import damped_inv, to_curvlinops
+from vivit_linop.operators.verbs import damped_inv, no_inverse, to_curvlinops
 
 
 def from_curvlinops(op: Any) -> TorchLinearOperator:
@@ -127,7 +127,7 @@ def damped_inverse_of_curvlinops(
     from curvlinops import KFACInverseLinearOperator, KFACLinearOperator
 
     if not isinstance(op.operator, KFACLinearOperator):
-        return damped_inv.dispatch(object)(op, damping)
+        raise no_inverse(op, "a damped ")
     inverse = KFACInverseLinearOperator(
         op.operator, damping=damping, use_exact_damping=True
     )
