@@ -30,9 +30,8 @@ NO_INVERSE = {
 
 
 NO_LOGDET = {
-    # neither self-adjoint nor made of what is
+    # neither self-adjoint nor made of square ones that have one
     "sum_of_three",
-    "product",
     "product_rectangular_factors_in_square",
     "product_symmetric",
     "sum_symmetric",
@@ -40,7 +39,6 @@ NO_LOGDET = {
     "expression_nested",
     "expression_power",
     "expression_damped_by_undecided_identity",
-    "more_columns_than_a_chunk",
 }
 
 

@@ -112,7 +112,7 @@ def eigenvalues_of_damped_root(op: DampedRoot) -> Tensor:
 
 @eigvalsh.register
 def eigenvalues_of_product(op: Product) -> Tensor:
-    return eigvalsh(_reduced(op))
+    return eigvalsh(op.reduced_or(no_eigenpairs(op)))
 
 
 @eigvalsh.register
@@ -171,7 +171,7 @@ def decomposition_of_damped(op: Damped) -> Eigendecomposition:
 
 @eigendecomposition.register
 def decomposition_of_product(op: Product) -> Eigendecomposition:
-    return eigendecomposition(_reduced(op))
+    return eigendecomposition(op.reduced_or(no_eigenpairs(op)))
 
 
 @eigendecomposition.register
@@ -226,10 +226,3 @@ def decomposition_of_kronecker(
         return columns
 
     return MergedDecomposition(op.eigenvalues, vectors)
-
-
-def _reduced(op: Product) -> Dense | LowRank:
-    try:
-        return op.reduced
-    except (TypeError, ValueError):  # no root of what stands in the middle
-        raise no_eigenpairs(op) from None

@@ -97,7 +97,7 @@ def inverse_of_product(op: Product) -> Op:
     if all(factor.shape[0] == factor.shape[1] for factor in op.factors):
         return Product(*(inv(factor) for factor in reversed(op.factors)))
     if op.self_adjoint:
-        return inv(_reduced(op))
+        return inv(op.reduced_or(no_inverse(op)))
     raise TypeError(
         "inv: a product of rectangular operators has no closed-form inverse. "
         "Solve with scipy.sparse.linalg.cg(op, b)."
@@ -206,7 +206,7 @@ def damped_inverse_of_scaled(op: Scaled, damping: Scalar) -> Op:
 
 @damped_inv.register
 def damped_inverse_of_product(op: Product, damping: Scalar) -> Op:
-    return damped_inv(_reduced(op, "a damped "), damping)
+    return damped_inv(op.reduced_or(no_inverse(op, "a damped ")), damping)
 
 
 @damped_inv.register
@@ -236,12 +236,3 @@ def damped_inverse_of_corrected_kronecker(
 def _check_parts(parts: Sequence[Op], what: str) -> None:
     if any(part.shape[0] != part.shape[1] for part in parts):
         raise ValueError(f"inv: a {what} is singular: it has less than full rank.")
-
-
-def _reduced(op: Product, what: str = "") -> Op:
-    try:
-        if op.self_adjoint:
-            return op.reduced
-    except (TypeError, ValueError):  # no root of what stands in the middle
-        pass
-    raise no_inverse(op, what)

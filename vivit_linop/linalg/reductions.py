@@ -37,6 +37,7 @@ from vivit_linop.operators.verbs import (
     diagonal,
     eigvalsh,
     logdet,
+    no_eigenpairs,
     outer_matrix,
     row_norms_squared,
     to_dense,
@@ -361,7 +362,7 @@ def logdet_of_product(op: Product) -> Tensor:
     if all(factor.shape[0] == factor.shape[1] for factor in op.factors):
         return torch.stack([logdet(factor) for factor in op.factors]).sum()
     op._check_self_adjoint("logdet")
-    return logdet(op.reduced)
+    return logdet(op.reduced_or(no_eigenpairs(op)))
 
 
 @logdet.register
@@ -406,7 +407,7 @@ def damped_logdet_of_low_rank(op: LowRank, damping: Scalar) -> Tensor:
 @damped_logdet.register
 def damped_logdet_of_product(op: Product, damping: Scalar) -> Tensor:
     op._check_self_adjoint("logdet")
-    return damped_logdet(op.reduced, damping)
+    return damped_logdet(op.reduced_or(no_eigenpairs(op)), damping)
 
 
 @damped_logdet.register

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from functools import cached_property
 
 import numpy as np
@@ -310,6 +311,13 @@ class Product(TorchLinearOperator):
             matrix = verbs.to_dense(self)
             return Dense((matrix + matrix.T) / 2)
         return LowRank(verbs.sqrt(self))
+
+    def reduced_or(self, missing: TypeError) -> Dense | LowRank:
+        """Return ``reduced``, or raise the error of a verb that has no closed form."""
+        if self.self_adjoint:
+            with contextlib.suppress(TypeError, ValueError):
+                return self.reduced
+        raise missing
 
     def _made_of(self) -> tuple[TorchLinearOperator, ...]:
         return self.factors
