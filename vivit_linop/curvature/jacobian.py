@@ -16,15 +16,10 @@ from vivit_linop.curvature.output_space import (
     OutputOperator,
 )
 from vivit_linop.modes import as_guest
-from vivit_linop.net.blocks import memory_budget
+from vivit_linop.net.blocks import Columns, memory_budget
 from vivit_linop.net.costs import LayerCost, as_table, layer_costs
 from vivit_linop.net.linearization import NoTangentError, linearizations
-from vivit_linop.net.stored import (
-    StoredColumns,
-    cheaper_columns,
-    columns_without_tangents,
-    fitting_columns,
-)
+from vivit_linop.net.stored import StoredColumns, StreamedColumns
 from vivit_linop.operators import verbs
 from vivit_linop.operators.base import TorchLinearOperator
 from vivit_linop.operators.lowrank import Gram, KeptMatrix
@@ -80,7 +75,8 @@ class Pullback(TorchLinearOperator):
     """Jᵀ B for an operator B in output space (or Jᵀ itself), ``[D, N·R]``.
 
     Products run on the linearisation of the net, or on the stored columns where that is
-    cheaper; which of them is decided at the first product. Where torch cannot give J x
+    cheaper; which of them is decided at the second product, or at the first where the
+    net has convolutions. Where torch cannot give J x
     (operations with first derivatives only), products with the adjoint run on columns
     in any case.
 
@@ -102,7 +98,7 @@ class Pullback(TorchLinearOperator):
         self._jacobian: ref[Jacobian] | None = ref(jacobian)
         self.stored: StoredColumns | None = None
         self._kept_gram = KeptMatrix()
-        self._decided, self.streams = self.is_plain, False
+        self._decided, self._used, self.streams = self.is_plain, False, False
         super().__init__(
             (self.risk.num_params, self.risk.num_samples * self.width),
             self.risk.dtype,
@@ -145,10 +141,20 @@ class Pullback(TorchLinearOperator):
     def columns(self) -> StoredColumns | None:
         """The stored columns, if products are to run on them."""
         if not self._decided:
+            if not self._used and self._first_is_cheap():
+                self._used = True
+                return self.stored
             with self.risk.kept.making:
-                self.stored = self.stored or cheaper_columns(self)
+                self.stored = self.stored or _shared_columns(self)
                 self._decided = True
         return self.stored
+
+    def _first_is_cheap(self) -> bool:
+        """Whether a product on the linearisation takes less than to look for columns.
+
+        No columns pay for one product. But convolutions are traced for it, in seconds.
+        """
+        return all(p.ndim <= 2 for p in self.risk.params.values())
 
     def columns_pay(self) -> bool:
         """Whether products alone are worth making the columns for."""
@@ -165,7 +171,7 @@ class Pullback(TorchLinearOperator):
     def keep_columns(self) -> None:
         """Store the columns if they fit into memory, for all that follows."""
         if self.stored is None:
-            self.stored = fitting_columns(self)
+            self.stored = _fitting_columns(self)
 
     def explain(self) -> list[LayerCost]:
         """Print what each parameter costs in the Gram matrix, and products by the way.
@@ -211,7 +217,7 @@ class Pullback(TorchLinearOperator):
                 return self._components(X)
             except NoTangentError:
                 self.risk.has_tangents = False
-        return columns_without_tangents(self).multiply_adjoint(X)
+        return _columns_without_tangents(self).multiply_adjoint(X)
 
     def _components(self, X: Tensor) -> Tensor:
         """Bᵀ J X, batch by batch."""
@@ -252,3 +258,53 @@ def outer_product_of_pullback(factor: Pullback, X: Tensor) -> Tensor:
         J = factor.jacobian
         return J.pullback._multiply(outer._multiply(J._multiply(X)))
     return factor._multiply(factor._multiply_adjoint(X))
+
+
+def _shared_columns(pullback: Pullback) -> StoredColumns | None:
+    """Return the columns if products with them are the cheaper ones, and they fit."""
+    if not pullback.output.determined:
+        return _cheaper_columns(pullback)
+    return pullback.risk.kept.get(_key(pullback), lambda: _cheaper_columns(pullback))
+
+
+def _key(pullback: Pullback) -> tuple[str, type]:
+    """Where a risk keeps columns, for all operators that have the same."""
+    return "columns", type(pullback.output)
+
+
+def _columns_without_tangents(pullback: Pullback) -> StoredColumns | StreamedColumns:
+    """Return what components along the columns come from where J x is impossible.
+
+    The stored columns if they fit into the memory budget; else columns that are made
+    anew for each product, by R backward passes.
+    """
+    shared, kept = pullback.output.determined, pullback.risk.kept
+    with kept.making:
+        if pullback.stored is None and shared:
+            pullback.stored = kept.values.get(_key(pullback))
+        if pullback.stored is None and not pullback.streams:
+            pullback.keep_columns()
+            pullback.streams = pullback.stored is None
+        if pullback.stored is not None and shared:
+            kept.put(_key(pullback), pullback.stored)
+    return pullback.stored or StreamedColumns(pullback)
+
+
+def _cheaper_columns(pullback: Pullback) -> StoredColumns | None:
+    # A root of a loss Hessian that nobody has asked for may not exist.
+    if not pullback.risk.loss.convex:
+        return None
+    return _fitting_columns(pullback) if pullback.columns_pay() else None
+
+
+def _fitting_columns(pullback: Pullback) -> StoredColumns | None:
+    """Return the columns if they fit into the memory budget."""
+    costs = layer_costs(pullback.risk, pullback.width)
+    budget = memory_budget(pullback.risk)
+    if sum(cost.nbytes for cost in costs) > budget:
+        return None
+    # Few parameters may have small columns that are pulled back from large blocks.
+    if not pullback.output.blocks_fit():
+        return None
+    columns = Columns([pullback], list(pullback.risk.params), budget)
+    return StoredColumns.of(pullback, [piece for (piece,) in columns.pieces()])

@@ -541,16 +541,13 @@ def _linearization(
     """Linearise a batch."""
     # Of the model alone: with a way back to the risk, which keeps it, neither would be
     # freed when the last reference goes.
-    with explained(risk.does_not_fit, X, _samples(risk, index)):
+    samples = risk.batch_sizes[index] if index < len(risk.batch_sizes) else 1
+    with explained(risk.does_not_fit, X, samples):
         function = functools.partial(evaluated, risk.model, copied(X) if keep else X)
         linearization = Linearization(function, risk.params, nbytes)
     risk.check_outputs(index, linearization.outputs)
     linearization.kept = keep
     return linearization
-
-
-def _samples(risk: EmpiricalRisk, index: int) -> int:
-    return risk.batch_sizes[index] if index < len(risk.batch_sizes) else 1
 
 
 def evaluated(model: FunctionalModel, X: Any, params: Params) -> Tensor:

@@ -10,17 +10,13 @@ of a forward pass over all samples: at most f and the reading of the columns, ag
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from vivit_linop.net.blocks import Columns, Cotangents, Piece, memory_budget
 from vivit_linop.net.columns.base import LayerColumns
-from vivit_linop.net.costs import layer_costs
-
-if TYPE_CHECKING:
-    from vivit_linop.curvature.jacobian import Pullback
 
 # How much of a matrix to copy at a time.
 _COPIED_BYTES = 16 * 2**20
@@ -126,53 +122,3 @@ def _groups(columns: dict[str, LayerColumns]) -> Iterable[list[str]]:
     for name, part in columns.items():
         groups.setdefault(part.cotangents_key, []).append(name)
     return groups.values()
-
-
-def cheaper_columns(pullback: Pullback) -> StoredColumns | None:
-    """Return the columns if products with them are the cheaper ones, and they fit."""
-    if not pullback.output.determined:
-        return _cheaper_columns(pullback)
-    return pullback.risk.kept.get(_key(pullback), lambda: _cheaper_columns(pullback))
-
-
-def _key(pullback: Pullback) -> tuple[str, type]:
-    """Where a risk keeps columns, for all operators that have the same."""
-    return "columns", type(pullback.output)
-
-
-def columns_without_tangents(pullback: Pullback) -> StoredColumns | StreamedColumns:
-    """Return what components along the columns come from where J x is impossible.
-
-    The stored columns if they fit into the memory budget; else columns that are made
-    anew for each product, by R backward passes.
-    """
-    shared, kept = pullback.output.determined, pullback.risk.kept
-    with kept.making:
-        if pullback.stored is None and shared:
-            pullback.stored = kept.values.get(_key(pullback))
-        if pullback.stored is None and not pullback.streams:
-            pullback.keep_columns()
-            pullback.streams = pullback.stored is None
-        if pullback.stored is not None and shared:
-            kept.put(_key(pullback), pullback.stored)
-    return pullback.stored or StreamedColumns(pullback)
-
-
-def _cheaper_columns(pullback: Pullback) -> StoredColumns | None:
-    # A root of a loss Hessian that nobody has asked for may not exist.
-    if not pullback.risk.loss.convex:
-        return None
-    return fitting_columns(pullback) if pullback.columns_pay() else None
-
-
-def fitting_columns(pullback: Pullback) -> StoredColumns | None:
-    """Return the columns if they fit into the memory budget."""
-    costs = layer_costs(pullback.risk, pullback.width)
-    budget = memory_budget(pullback.risk)
-    if sum(cost.nbytes for cost in costs) > budget:
-        return None
-    # Few parameters may have small columns that are pulled back from large blocks.
-    if not pullback.output.blocks_fit():
-        return None
-    columns = Columns([pullback], list(pullback.risk.params), budget)
-    return StoredColumns.of(pullback, [piece for (piece,) in columns.pieces()])
