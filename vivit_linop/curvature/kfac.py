@@ -279,7 +279,7 @@ class _KroneckerSums(Total):
         outer: The exact blocks by parameter.
     """
 
-    by_factors = in_parts = True
+    takes = "factors"
 
     def __init__(self, factor: Pullback, sharing: str, affine: Sequence[str]) -> None:
         self.names = list(factor.risk.params)
@@ -497,7 +497,7 @@ class _EigenvalueSums(Total):
         sums: By weight ``[G, n]``, in the order of the blocks' eigenvectors.
     """
 
-    by_factors = in_parts = True
+    takes = "factors"
 
     def __init__(
         self, factor: Pullback, bases: Mapping[str, Sequence[Kronecker]]

@@ -11,7 +11,7 @@ import copy
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -36,6 +36,9 @@ _PIECES = 4
 # Whatever the budget is, columns are held up to this: the fewer are held, the more
 # often all others are made again.
 _LEAST_BYTES = 64 * 2**20
+
+
+Takes = Literal["stream", "columns", "pairs", "factors"]
 
 
 class Cotangents(Protocol):
@@ -106,13 +109,14 @@ class Columns:
         names: The parameters of interest.
         memory: The bytes that the columns which are held may take; 64 MiB at least.
         formed: How many entries of a column will be formed in addition.
-        compact: Whether columns that are smaller than their factors are formed.
-        in_parts: Whether the columns of one sample and parameter may come in several
-            pieces, of one pullback, as they are made.
+        takes: How they come: ``"columns"`` or ``"pairs"``, the columns of a sample and
+            parameter together, formed where that is smaller; ``"stream"``, in several
+            pieces as they are made, of one factor; ``"factors"``, also so, and never
+            formed where there are factors.
 
     Attributes:
         names: The parameters of interest.
-        compact: Whether small columns are formed.
+        takes: How they come.
     """
 
     def __init__(
@@ -121,10 +125,9 @@ class Columns:
         names: Sequence[str],
         memory: int,
         formed: int = 0,
-        compact: bool = True,
-        in_parts: bool = False,
+        takes: Takes = "columns",
     ) -> None:
-        self.compact, self._in_parts = compact, in_parts
+        self.takes: Takes = takes
         self._pullbacks, self._risk = pullbacks, pullbacks[0].risk
         self.names, self._memory = set(names), max(memory, _LEAST_BYTES)
         self._width = sum(pullback.width for pullback in pullbacks)
@@ -192,7 +195,7 @@ class Columns:
         sizes = sample_sizes(risk, batch, X, n)
         entries = sizes.entries(self._width, formed) + self._width * self._formed
         size = max(1, self._memory // _PIECES // max(1, entries * itemsize))
-        if self._in_parts and risk.device.type == "cpu":
+        if self.takes in ("stream", "factors") and risk.device.type == "cpu":
             # One pass is not better than several that stay near the caches.
             near = _SIGNAL_BYTES // max(1, sizes.signal * itemsize)
             size = min(size, max(near, _FEW_SAMPLES))
@@ -232,10 +235,11 @@ class Columns:
             cotangents = pullback.cotangents(batch)
             cotangents = cotangents[index.to(cotangents.device)]
             # One column a sample is checked as it is.
-            in_parts = self._in_parts and (cotangents.shape[2] > 1 or not self.compact)
-            if in_parts or not self.compact:
+            factors = self.takes == "factors"
+            in_parts = factors or (self.takes == "stream" and cotangents.shape[2] > 1)
+            if in_parts:
                 certified.certify_layers(cotangents, self.names)
-            if not self.compact and len(index) > 1 and self._hides():
+            if factors and len(index) > 1 and self._hides():
                 for sample in index.split(1):
                     yield from self._pieces(batch, whole, sample, n, first)
                 return
@@ -243,7 +247,7 @@ class Columns:
                 for part, again in certified.parts(cotangents, self.names):
                     yield [Piece(place, part, again)]
                 continue
-            columns = certified.columns(cotangents, self.names, self.compact)
+            columns = certified.columns(cotangents, self.names)
             pieces.append(Piece(place, columns))
         if pieces:
             yield pieces

@@ -53,15 +53,12 @@ class CertifiedColumns:
         self._found_here = known is None
         self._variant = known or self._find()
 
-    def columns(
-        self, cotangents: Tensor, names: Set[str], compact: bool = True
-    ) -> Columns:
-        """Return the columns that are pulled back from cotangents.
+    def columns(self, cotangents: Tensor, names: Set[str]) -> Columns:
+        """Return the columns that are pulled back, formed where that is smaller.
 
         Args:
             cotangents: ``[n, C, R]``.
             names: The parameters of interest.
-            compact: Whether to form columns that are smaller than their factors.
 
         Returns:
             By parameter; one that is missing has zero columns.
@@ -74,7 +71,7 @@ class CertifiedColumns:
         while todo:
             opaque = structure.opaque & names
             structured = set(todo) - opaque
-            made = self._factors(cotangents, structured, compact)
+            made = self._factors(cotangents, structured, compact=True)
             made |= self._dense(cotangents, [name for name in todo if name in opaque])
             failing = self._capture.failing(made, cotangents, todo, structure.singly)
             done |= {name: part for name, part in made.items() if name not in failing}

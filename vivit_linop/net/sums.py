@@ -19,6 +19,7 @@ from vivit_linop.net.blocks import (
     Columns,
     Cotangents,
     Piece,
+    Takes,
     memory_budget,
     num_columns,
 )
@@ -28,6 +29,9 @@ from vivit_linop.net.stored import StoredColumns
 from vivit_linop.risk.empirical import EmpiricalRisk
 from vivit_linop.risk.memory import free_memory
 
+# From what does with anything to what does not; factors and pairs are never together.
+_DEMANDS = ("stream", "columns", "pairs", "factors")
+
 
 class Total(ABC):
     """Something that is summed over pairs of columns, or over columns.
@@ -35,17 +39,13 @@ class Total(ABC):
     Attributes:
         names: The parameters that it is over.
         formed: How many entries of each column it forms.
-        in_pairs: Whether it needs pairs of different pieces.
-        by_factors: Whether it needs the factors also where formed columns are smaller.
-        in_parts: Whether the columns of a sample and parameter may come in several
-            pieces.
+        takes: What it is given, as in :class:`Columns`; ``"pairs"`` for pairs of
+            different pieces of columns, too.
     """
 
     names: Sequence[str]
     formed: int = 0
-    in_pairs: bool = False
-    by_factors: bool = False
-    in_parts: bool = False
+    takes: Takes = "columns"
 
     @abstractmethod
     def add(self, left: Piece, right: Piece) -> None:
@@ -64,7 +64,7 @@ class GramTotal(Total):
         matrix: ``[R, Q]``.
     """
 
-    in_pairs = True
+    takes = "pairs"
 
     def __init__(
         self, left: Cotangents, right: Cotangents, names: Sequence[str]
@@ -165,7 +165,7 @@ class EntrySums(Total):
         entries: ``[d]``.
     """
 
-    in_parts = True
+    takes = "stream"
 
     def __init__(self, factor: Cotangents, names: Sequence[str]) -> None:
         self.names = names
@@ -203,7 +203,7 @@ class SampleRowNorms(Total):
         norms: ``[N, D]``.
     """
 
-    in_parts = True
+    takes = "stream"
 
     def __init__(self, factor: Cotangents) -> None:
         risk = factor.risk
@@ -239,7 +239,7 @@ class ColumnNorms(Total):
         self.names = [name for group in groups for name in group]
         self._groups, self._memory = groups, memory_budget(factor.risk)
         # Else a piece would have to say which column of a sample it has.
-        self.in_parts = factor.width == 1
+        self.takes = "stream" if factor.width == 1 else "columns"
         self.norms = torch.zeros(
             num_columns(factor),
             len(groups),
@@ -270,8 +270,8 @@ def accumulate(
         All columns, if they have been in memory together.
     """
     columns = _columns([factor], totals)
-    stored = stored if columns.compact else None
-    paired = [total for total in totals if total.in_pairs]
+    stored = None if columns.takes == "factors" else stored
+    paired = [total for total in totals if total.takes == "pairs"]
     if not paired:
         for piece in stored.pieces if stored else (p for (p,) in columns.pieces()):
             for total in totals:
@@ -333,9 +333,8 @@ def _columns(factors: Sequence[Cotangents], totals: Sequence[Total]) -> Columns:
     risk = factors[0].risk
     names = list(dict.fromkeys(name for total in totals for name in total.names))
     formed = max(total.formed for total in totals)
-    compact = not any(total.by_factors for total in totals)
-    in_parts = all(total.in_parts for total in totals)
-    return Columns(factors, names, memory_budget(risk), formed, compact, in_parts)
+    takes = max((total.takes for total in totals), key=_DEMANDS.index)
+    return Columns(factors, names, memory_budget(risk), formed, takes)
 
 
 def _check_same_parameters(left: EmpiricalRisk, right: EmpiricalRisk) -> None:
