@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 import vivit_linop as vl
 from vivit_linop.risk import checks
+from vivit_linop.risk.model import FunctionalModel
 
 X, Y = torch.rand(12, 4).double(), torch.randint(3, (12,))
 CE = nn.CrossEntropyLoss()
@@ -345,3 +346,85 @@ def test_random_numbers_that_nobody_sees() -> None:
     rng = np.random.default_rng(0)
     with pytest.raises(ValueError, match="evaluated a second time"):
         build(lambda m, x: m.f(x) * (1.0 + rng.random()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("kind", ["slope", "laplacian", "forces"])
+def test_hessians_of_models_that_differentiate_inside(
+    kind: str, dtype: torch.dtype
+) -> None:
+    torch.manual_seed(0)
+    model: nn.Module = Forces() if kind == "forces" else Residual(kind)
+    x = torch.rand(6, 3, 2) if kind == "forces" else torch.rand(6, 1)
+    x, y = x.to(dtype), torch.rand(6, 6 if kind == "forces" else 1).to(dtype)
+    params = list(model.to(dtype).parameters())
+
+    def along(parts: list[Tensor], others: tuple[Tensor, ...] | list[Tensor]) -> Tensor:
+        return sum((a * b).sum() for a, b in zip(parts, others, strict=True))
+
+    direction = [torch.randn_like(p) for p in params]
+    total = nn.MSELoss()(model(x), y)
+    slope = torch.autograd.grad(
+        total, params, create_graph=True, materialize_grads=True
+    )
+    expected = torch.autograd.grad(
+        along(direction, slope), params, materialize_grads=True
+    )
+    with torch.no_grad():  # of the caller
+        H = vl.Hessian(model, nn.MSELoss(), [(x[:2], y[:2]), (x[2:], y[2:])])
+        found = H @ H.risk.flatten(direction)
+    torch.testing.assert_close(found, H.risk.flatten(expected))
+    torch.testing.assert_close(H.diagonal(), H.to_dense().diag(), rtol=1e-4, atol=1e-5)
+
+
+HELD: list[nn.Module] = []
+
+
+class Reached(nn.Module):
+    """A potential whose last layer is found in a list of the file's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(2, 5), nn.Linear(5, 1)
+        HELD[:] = [self.last]
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.detach().requires_grad_()
+        energy = HELD[0](self.first(x).tanh())
+        return torch.autograd.grad(energy.sum(), x, create_graph=True)[0]
+
+
+def test_models_that_differentiate_inside_and_reach_beyond_the_copy() -> None:
+    torch.manual_seed(0)
+    model, x = Reached().double(), torch.rand(5, 2).double()
+    params = [model.first.weight, model.first.bias, model.last.weight]
+    G = vl.GGN(model, nn.MSELoss(), (x, torch.zeros_like(x)), params)
+    rows = [
+        torch.cat([g.flatten() for g in torch.autograd.grad(o, params)])
+        for o in (model(x).reshape(-1)[k] for k in range(10))
+    ]
+    J = torch.stack(rows)
+    torch.testing.assert_close(G.to_dense(), 2.0 * J.T @ J / 10)
+
+
+class Backward(torch.autograd.Function):
+    """A layer whose backward pass has the weight that is in a list of the file's."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x @ HELD[0].weight.T
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient @ HELD[0].weight
+
+
+def test_what_fails_its_certificate_fails_again() -> None:
+    torch.manual_seed(0)
+    model = Lambda(lambda m, x: Backward.apply(m.first(x)), first=nn.Linear(2, 5))
+    model.last = nn.Linear(5, 3)
+    HELD[:] = [model.last]
+    function = FunctionalModel(model.double())
+    for _ in range(2):
+        with pytest.raises(ValueError, match="backward pass does not get there"):
+            function(function.params, torch.rand(4, 2).double())

@@ -93,7 +93,11 @@ class PrivateModule:
         self._refuse_stale(watch)
         self._settled = True
         if escaped:
-            self._certify(params, X, [self._outside[key] for key in escaped])
+            try:
+                self._certify(params, X, [self._outside[key] for key in escaped])
+            except BaseException:
+                self._settled = False  # whoever asks again gets no other answer
+                raise
             output = self._evaluate(params, X)
         else:
             self._originals = None
@@ -176,11 +180,10 @@ class PrivateModule:
                     torch.zeros_like(u.sum()),
                 )
             )
-            with torch.no_grad():
-                ahead, behind = (
-                    self._evaluate({n: p + h * x[n] for n, p in theta.items()}, X)
-                    for h in (step, -step)
-                )
+            ahead, behind = (
+                self._evaluate({n: p + h * x[n] for n, p in theta.items()}, X).detach()
+                for h in (step, -step)
+            )
             differences.append((u * (ahead - behind)).sum() / (2 * step))
         error = torch.stack(slopes) - torch.stack(differences)
         size = torch.stack(slopes).norm() + torch.stack(differences).norm()
