@@ -177,11 +177,11 @@ def test_columns_beyond_the_budget_are_not_kept() -> None:
 
 
 def test_explain_says_what_products_run_on(capsys: pytest.CaptureFixture[str]) -> None:
-    V = vl.GGNFactor(risk_of(6))
-    V.explain()
+    G = vl.GGN(risk_of(6))
+    G.explain()
     assert "products run on the linearisation: " in capsys.readouterr().out
-    V.keep_columns()
-    V.explain()
+    G.factor.keep_columns()
+    G.explain()
     assert "products run on stored columns: " in capsys.readouterr().out
 
 

@@ -174,9 +174,7 @@ class Pullback(TorchLinearOperator):
             self.stored = _fitting_columns(self)
 
     def explain(self) -> list[LayerCost]:
-        """Print what each parameter costs in the Gram matrix, and products by the way.
-
-        Makes what products run on, if that is not decided yet.
+        """Print what each parameter costs in the Gram matrix of the columns.
 
         Returns:
             The rows of the printed table: the parameter, the uses that were seen of
@@ -184,7 +182,6 @@ class Pullback(TorchLinearOperator):
         """
         costs = layer_costs(self.risk, self.width)
         print(as_table(costs))
-        print(plan.explained_products(costs, self.columns() is not None))
         return costs
 
     def cotangents(self, batch: int) -> Tensor:

@@ -205,12 +205,18 @@ def _check_name(route: str, names: Sequence[str]) -> None:
 
 @explain.register
 def explain_low_rank(op: LowRank, k: int | None = None) -> plan.Choice:
-    """The ways to k eigenpairs, and the one that is taken."""
+    """The ways to k eigenpairs and the one that is taken; what products run on.
+
+    Makes the stored columns, where products are to run on them.
+    """
     decomposition = LowRankDecomposition(op)
     k = min(10, decomposition.count) if k is None else k
     decomposition.check_k(k)
     choice = choose_route(op, k)
     print(choice)
+    if isinstance(factor := op.factor, Pullback):
+        costs = layer_costs(factor.risk, factor.width)
+        print(plan.explained_products(costs, factor.columns() is not None))
     return choice
 
 
