@@ -71,13 +71,17 @@ def eigenvalues_of_dense(op: Dense) -> Tensor:
 
 @eigvalsh.register
 def eigenvalues_of_gram(op: Gram) -> Tensor:
-    return symmetric_eigenvalues(op.matrix)
+    return op.eigenvalues
 
 
 @eigvalsh.register
 def eigenvalues_of_low_rank(op: LowRank) -> Tensor:
     """The min(D, R) eigenvalues of the smaller side; the others are zero."""
-    return symmetric_eigenvalues(op.small_side)[-min(op.factor.shape) :]
+    if op.by_gram:
+        evals = op.scale * op.gram.eigenvalues
+    else:
+        evals = symmetric_eigenvalues(op.small_side)
+    return evals[-min(op.factor.shape) :]
 
 
 @eigvalsh.register

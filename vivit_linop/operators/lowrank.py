@@ -22,14 +22,18 @@ from vivit_linop.operators.base import (
     common_dtype,
 )
 from vivit_linop.operators.scalars import Scalar, without_gradient
-from vivit_linop.operators.symmetric import symmetric_eigenpairs
+from vivit_linop.operators.symmetric import symmetric_eigenpairs, symmetric_eigenvalues
 
 
 @dataclass
 class KeptMatrix:
-    """A matrix that is computed once; knows nothing of what it is computed from."""
+    """A symmetric matrix that is computed once, and its eigenvalues.
+
+    It knows nothing of what it is computed from.
+    """
 
     matrix: Tensor | None = None
+    eigenvalues: Tensor | None = None
 
 
 class Gram(TorchLinearOperator):
@@ -77,6 +81,19 @@ class Gram(TorchLinearOperator):
         if self.kept.matrix is None:
             self.kept.matrix = verbs.gram_matrix(self.left, self.right)
         return self.kept.matrix
+
+    @property
+    def eigenvalues(self) -> Tensor:
+        """Those of VᵀV, ascending, computed once: they serve every scale and damping.
+
+        Where gradients flow to the matrix they are computed anew.
+        """
+        kept = self.kept.eigenvalues
+        if kept is None:
+            kept = symmetric_eigenvalues(self.matrix)
+            if not kept.requires_grad:
+                self.kept.eigenvalues = kept
+        return kept.clone()
 
     def _made_of(self) -> tuple[TorchLinearOperator, ...]:
         return (self.left, self.right)
