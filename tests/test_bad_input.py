@@ -314,3 +314,32 @@ def test_power_iterations(norm: Any) -> None:
     torch.testing.assert_close(
         G.to_dense(), J.to_dense().T @ (vl.LossHessian(G.risk) @ J.to_dense())
     )
+
+
+def test_classes_and_single_samples() -> None:
+    refused("loss", lambda: vl.GGN(net(), nn.MSELoss, (X, X)), TypeError, "MSELoss()")
+    refused("model", lambda: vl.GGN(nn.Linear, CE, (X, CLASSES)), TypeError, "class")
+    samples = list(zip(X, CLASSES, strict=True))
+    refused("data", lambda: vl.GGN(net(), CE, samples), says="batches, not samples")
+
+
+def test_what_a_model_reaches_and_changes() -> None:
+    class Calls:
+        """No module, so what it holds is not copied."""
+
+        layer = nn.Linear(4, 3).double()
+
+        def __call__(self, params: dict[str, Tensor], x: Tensor) -> Tensor:
+            return self.layer(x) * params["scale"]
+
+    G = vl.GGN(Calls(), CE, (X, CLASSES), {"scale": torch.ones(3).double()})
+    with torch.no_grad():
+        Calls.layer.weight.add_(1.0)
+    refused("data", lambda: G @ torch.ones(3).double(), says="no module")
+
+
+@pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr])
+def test_sparse_tensors_are_multiplied(layout: torch.layout) -> None:
+    H = vl.GGN(toy())
+    eye = torch.eye(H.shape[1], dtype=H.torch_dtype)
+    torch.testing.assert_close(H @ eye.to_sparse(layout=layout), H.to_dense())

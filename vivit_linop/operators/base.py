@@ -211,6 +211,8 @@ class TorchLinearOperator(LinearOperator):
                 f"[{self.shape[1]}] or a matrix [{self.shape[1]}, K], got "
                 f"{list(x.shape)}."
             )
+        if x.layout != torch.strided:
+            x = x.to_dense()
         if x.is_complex():  # all operators are real
             parts = torch.view_as_real(x.resolve_conj()).flatten(1)
             product = self._product(parts).unflatten(1, (*x.shape[1:], 2))

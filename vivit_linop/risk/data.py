@@ -55,7 +55,13 @@ def iterate(
             )
         X, y = batch
         counts = {len(leaf) for leaf in leaves(X) if leaf.ndim > 0}
-        if y.ndim == 0 or len(y) == 0:
+        if y.ndim == 0:
+            raise ValueError(
+                f"data: batch {index} has one target without a sample axis. A list "
+                "holds batches, not samples: stack these, or give "
+                "DataLoader(data, batch_size=…)."
+            )
+        if len(y) == 0:
             raise ValueError(
                 f"data: batch {index} has no samples, y is {_describe(y)}."
             )

@@ -492,9 +492,11 @@ class EmpiricalRisk:
             or not same_outputs(before, outputs.reshape(before.shape))
         ):
             raise ValueError(
-                f"data: batch {index} is not what it was when the risk was built. An "
-                "operator is one matrix: give a loader without shuffling and random "
-                "augmentations, and do not change the data in place."
+                f"data: batch {index} is not what it was when the risk was built: its "
+                "outputs are others. An operator is one matrix: give a loader without "
+                "shuffling and random augmentations, and do not change the data in "
+                "place; nor what the model reaches through a global variable or an "
+                "object that is no module. Keep that as an attribute of a module."
             )
 
     # Values -------------------------------------------------------------------------

@@ -66,6 +66,11 @@ class FunctionalModel:
                 "model: an nn.Module or a function (params, x) -> output, got "
                 f"{type(model).__name__}."
             )
+        if isinstance(model, type):
+            raise TypeError(
+                f"model: the class {model.__name__} itself; make one, "
+                f"{model.__name__}(…)."
+            )
         if predict is not None and not callable(predict):
             raise TypeError(
                 "predict: a function (model, X) -> output, got "

@@ -128,6 +128,10 @@ def as_output_loss(
             "loss: a torch.nn loss or a function (output, target) -> scalar, got "
             f"{type(loss).__name__}."
         )
+    if isinstance(loss, type):
+        raise TypeError(
+            f"loss: the class {loss.__name__} itself; make one, {loss.__name__}()."
+        )
     own = getattr(loss, "reduction", None)
     if own is not None and reduction is not None and own != reduction:
         raise ValueError(
