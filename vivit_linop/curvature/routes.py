@@ -205,10 +205,7 @@ def _check_name(route: str, names: Sequence[str]) -> None:
 
 @explain.register
 def explain_low_rank(op: LowRank, k: int | None = None) -> plan.Choice:
-    """The ways to k eigenpairs and the one that is taken; what products run on.
-
-    Makes the stored columns, where products are to run on them.
-    """
+    """The ways to k eigenpairs and the one that is taken; what products run on."""
     decomposition = LowRankDecomposition(op)
     k = min(10, decomposition.count) if k is None else k
     decomposition.check_k(k)
@@ -216,7 +213,8 @@ def explain_low_rank(op: LowRank, k: int | None = None) -> plan.Choice:
     print(choice)
     if isinstance(factor := op.factor, Pullback):
         costs = layer_costs(factor.risk, factor.width)
-        print(plan.explained_products(costs, factor.columns() is not None))
+        stored = factor.stored is not None or factor.columns_pay()
+        print(plan.explained_products(costs, stored))
     return choice
 
 
