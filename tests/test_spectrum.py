@@ -11,7 +11,7 @@ from curvature_cases import FEW, blocks_of, check_pairs, check_products, close, 
 from torch import Tensor
 
 import vivit_linop as vl
-from vivit_linop.operators.lowrank import Damped, Woodbury
+from vivit_linop.operators import Damped, Woodbury
 
 EPS = torch.finfo(torch.float64).eps
 
