@@ -343,3 +343,10 @@ def test_sparse_tensors_are_multiplied(layout: torch.layout) -> None:
     H = vl.GGN(toy())
     eye = torch.eye(H.shape[1], dtype=H.torch_dtype)
     torch.testing.assert_close(H @ eye.to_sparse(layout=layout), H.to_dense())
+
+
+@pytest.mark.parametrize(
+    "model", [nn.LazyLinear(3), nn.Linear(4, 3, device="meta")], ids=["lazy", "meta"]
+)
+def test_parameters_without_values(model: nn.Module) -> None:
+    refused("params", risk_of(model), ValueError, says="no values yet")

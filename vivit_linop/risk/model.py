@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from vivit_linop.modes import as_guest as as_guest
 from vivit_linop.risk.copies import Copies
@@ -301,6 +302,13 @@ def _function_params(params: Any | None) -> dict[str, Tensor]:
 
 
 def _check_params(params: dict[str, Tensor]) -> None:
+    for name, p in params.items():
+        if is_lazy(p) or p.is_meta:
+            raise ValueError(
+                f"params: {name!r} has no values yet. Call a lazy model once, "
+                "model(X), or load the values of one on device 'meta', before the risk "
+                "is built."
+            )
     if not params or not sum(p.numel() for p in params.values()):
         raise ValueError("params: is empty; at least one parameter is needed.")
     for what, values in (
