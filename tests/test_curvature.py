@@ -44,7 +44,7 @@ def _quiet_vmap():
 def test_products_from_stored_columns(name: str) -> None:
     for symbol in "VU":
         op, matrix = build(symbol, risk(name), name)
-        stored = type(op).through(op.jacobian, op.blocks)
+        stored = type(op).through(op.jacobian, op.output)
         stored.keep_columns()
         assert stored.columns() is not None
         check_products(stored, matrix, 1e-12)

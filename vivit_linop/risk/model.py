@@ -9,16 +9,20 @@ the same matrix while training goes on; a module is copied too
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 
 from vivit_linop.modes import as_guest as as_guest
 from vivit_linop.risk.copies import Copies
 from vivit_linop.risk.data import copied, leaves
+from vivit_linop.risk.parameters import (
+    check_chosen,
+    chosen_of_function,
+    chosen_of_module,
+)
 from vivit_linop.risk.private import Params as Params
 from vivit_linop.risk.private import Predict as Predict
 from vivit_linop.risk.private import PrivateModule, as_tensor
@@ -90,11 +94,11 @@ class FunctionalModel:
         self._fixed: Params = {}
         self._buffers: list[str] = []
         if isinstance(model, nn.Module):
-            chosen = _module_params(model, params)
+            chosen = chosen_of_module(model, params)
             _check_modes(model)
         else:
-            chosen = _function_params(params)
-        _check_params(chosen)
+            chosen = chosen_of_function(params)
+        check_chosen(chosen)
         self.owners = dict(chosen)
         # In inference mode copies would be tensors that autograd refuses.
         with torch.inference_mode(False):
@@ -236,100 +240,6 @@ def _unwrapped(model: nn.Module, params: Any | None) -> tuple[nn.Module, Any | N
             prefix = f"{attribute}."
             params = {name.removeprefix(prefix): p for name, p in params.items()}
         model = getattr(model, attribute)
-
-
-def _module_params(model: nn.Module, params: Any | None) -> dict[str, Tensor]:
-    named = dict(model.named_parameters())
-    if params is None:
-        chosen = {name: p for name, p in named.items() if p.requires_grad}
-        if not chosen:
-            raise ValueError(
-                "params: no parameter of the model requires grad. Call "
-                "requires_grad_(True) on those of interest, or pass them as params."
-            )
-        return dict(chosen)
-    if isinstance(params, Mapping):
-        foreign = [name for name in params if name not in named]
-        if foreign:
-            raise ValueError(
-                f"params: {foreign[0]!r} is not the name of a parameter of the model. "
-                "Use names of model.named_parameters()."
-            )
-        for name, value in params.items():
-            if not isinstance(value, Tensor) or value.shape != named[name].shape:
-                raise ValueError(
-                    f"params: {name!r} must be a tensor {list(named[name].shape)}, got "
-                    f"{list(value.shape) if isinstance(value, Tensor) else value!r}."
-                )
-        return dict(params)
-    if isinstance(params, Tensor) or not isinstance(params, Iterable):
-        raise TypeError(
-            "params: None, an iterable of Parameters or a dict of tensors, got "
-            f"{type(params).__name__}."
-        )
-    names = {id(p): name for name, p in named.items()}
-    result: dict[str, Tensor] = {}
-    for position, p in enumerate(params):
-        if id(p) not in names:
-            raise ValueError(
-                f"params: number {position} is not a parameter of the model. Take it "
-                "from model.parameters()."
-            )
-        name = names[id(p)]
-        if name in result:
-            raise ValueError(f"params: {name!r} is listed twice.")
-        if not p.requires_grad:
-            raise ValueError(
-                f"params: {name!r} has requires_grad=False. Leave it out, or call "
-                "requires_grad_(True) on it."
-            )
-        result[name] = p
-    return result
-
-
-def _function_params(params: Any | None) -> dict[str, Tensor]:
-    if not isinstance(params, Mapping):
-        raise TypeError(
-            "params: a function model needs a dict from names to tensors, got "
-            f"{type(params).__name__}."
-        )
-    for name, value in params.items():
-        if not isinstance(value, Tensor):
-            raise TypeError(
-                f"params: {name!r} must be a tensor, got {type(value).__name__}."
-            )
-    return dict(params)
-
-
-def _check_params(params: dict[str, Tensor]) -> None:
-    for name, p in params.items():
-        if is_lazy(p) or p.is_meta:
-            raise ValueError(
-                f"params: {name!r} has no values yet. Call a lazy model once, "
-                "model(X), or load the values of one on device 'meta', before the risk "
-                "is built."
-            )
-    if not params or not sum(p.numel() for p in params.values()):
-        raise ValueError("params: is empty; at least one parameter is needed.")
-    for what, values in (
-        ("dtypes", {p.dtype for p in params.values()}),
-        ("devices", {p.device for p in params.values()}),
-    ):
-        if len(values) > 1:
-            raise ValueError(
-                f"params: have several {what}, {sorted(map(str, values))}. Convert the "
-                "model with model.to(…), or choose parameters of one of them."
-            )
-    name, first = next(iter(params.items()))
-    if first.dtype not in (torch.float32, torch.float64):
-        raise TypeError(
-            f"params: {name!r} is {first.dtype}; curvature is computed in float32 or "
-            "float64. Convert the model with model.float() or model.double()."
-        )
-    for name, p in params.items():
-        # A sum is one pass; only where it overflows must the entries be looked at.
-        if not p.detach().sum().isfinite() and not p.detach().isfinite().all():
-            raise ValueError(f"params: {name!r} holds NaN or Inf.")
 
 
 def _check_precision(fixed: dict[str, Tensor]) -> None:
