@@ -91,6 +91,19 @@ class Copies:
             state[name] = self(attribute)
         return new
 
+    def of_called(self, value: Any) -> Any:
+        """Return the copy of what is called: of an object, its attributes too.
+
+        An object with ``__call__``, or whose method is called, is to its attributes
+        what a function is to its closure.
+        """
+        owner = getattr(value, "__self__", value)
+        followed = isinstance(owner, (nn.Module, type, types.ModuleType, *_FUNCTIONS))
+        if not followed and id(owner) not in self.known and hasattr(owner, "__dict__"):
+            new = self.remember(owner, copy.copy(owner))
+            new.__dict__.update({k: self(v) for k, v in vars(owner).items()})
+        return self.of(value)
+
     def remember(self, value: Any, new: Any) -> Any:
         """Let this be the copy of an object."""
         self.known[id(value)] = new

@@ -111,7 +111,7 @@ class FunctionalModel:
             else:
                 # Modules that it calls are copied, as they are now.
                 copies = Copies((), other=lambda tensor: tensor.detach().clone())
-                self._function = copies.of(model)
+                self._function = copies.of_called(model)
 
     def _take_module(self, model: nn.Module, predict: Predict | None) -> None:
         """Copy all that outputs depend on: it stays as it is when training goes on."""
@@ -164,7 +164,7 @@ class FunctionalModel:
             params = {**params, name: params[name].detach()}
         if self._private is not None:
             return self._private(params, X)
-        return as_tensor(Copies(()).of(self._function)(params, X))
+        return as_tensor(Copies(()).of_called(self._function)(params, X))
 
     def copied_module(self, params: Params) -> nn.Module | None:
         """Return a module at these parameters, None for a function model.

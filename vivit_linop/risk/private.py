@@ -58,7 +58,7 @@ class PrivateModule:
             ((tensor, own[name]) for name, tensor in slots.items()),
             other=self._constant,
         )
-        self.module, self._predict = copies.of((model, predict))
+        self.module, self._predict = copies.of(model), copies.of_called(predict)
         _differentiate_embeddings(self.module)
         # Kept until the first evaluation has shown whether they are needed.
         self._originals: Pairs | None = copies.modules
@@ -106,7 +106,7 @@ class PrivateModule:
 
     def _evaluate(self, params: Params, X: Any) -> Tensor:
         copies = Copies((self._own[name], value) for name, value in params.items())
-        module, predict = copies.of((self.module, self._predict))
+        module, predict = copies.of(self.module), copies.of_called(self._predict)
         with contextlib.ExitStack() as stack:
             if self._reentrant:
                 stack.enter_context(RECOMPUTED)

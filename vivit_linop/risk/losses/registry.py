@@ -196,7 +196,7 @@ def _frozen(
         return loss, own
     copies = Copies(((p, p) for p in parameters), other=freeze, frozen=True)
     with torch.inference_mode(False):
-        return copies.of(loss), own
+        return copies.of_called(loss), own
 
 
 # Losses of torch that are no functions of one output, and what of.
