@@ -235,6 +235,19 @@ def test_threads_that_ask_for_the_same(verb: str) -> None:
             assert _close(found, expected)
 
 
+def test_threads_of_a_positive_curvature_hessian() -> None:
+    """Its products hook one module, which threads must not do at once."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+    data = torch.randn(6, 3).double(), torch.randn(6, 2).double()
+    P = vl.PositiveCurvatureHessian(net, nn.MSELoss(), data, blocks="module")
+    X = torch.randn(P.shape[0], 16).double()
+    expected = P @ X
+    with ThreadPoolExecutor(4) as pool:
+        found = torch.stack(list(pool.map(lambda x: P @ x, X.T)), dim=1)
+    assert _close(found, expected)
+
+
 # Memory -----------------------------------------------------------------------------
 
 

@@ -106,6 +106,11 @@ class PositiveCurvature:
 
     def multiply_block(self, chosen: Sequence[str], X: Tensor) -> Tensor:
         """Multiply the diagonal block of some parameters, ``[d, K] -> [d, K]``."""
+        # The hooks are on one module: threads take turns.
+        with self.risk.kept.making:
+            return self._multiply_block(chosen, X)
+
+    def _multiply_block(self, chosen: Sequence[str], X: Tensor) -> Tensor:
         risk, result = self.risk, torch.zeros_like(X)
         fixed = {name: p.detach() for name, p in risk.params.items()}
         params = {name: fixed.pop(name) for name in chosen}
