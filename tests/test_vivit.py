@@ -31,7 +31,6 @@ from vivit_linop.vivit import (
     DirectionalDerivativesComputation,
     EighComputation,
     EigvalshComputation,
-    computations,
 )
 
 SUBSAMPLINGS = (None, [1, 0])
@@ -48,7 +47,7 @@ pytestmark = [
 def form(request, monkeypatch) -> str:
     """Both ways for small problems: V formed, and V in the structure of its layers."""
     if request.param == "structured":
-        monkeypatch.setattr(computations, "_FORMED_ENTRIES", 0)
+        monkeypatch.setattr("vivit_linop.curvature.plan.FORMED_ENTRIES", 0)
     return request.param
 
 
@@ -76,7 +75,7 @@ def test_eigenvalues(name, subsampling, grouping) -> None:
 @pytest.mark.parametrize("name", PROBLEMS)
 def test_eigenpairs(name, subsampling, grouping, criterion, monkeypatch) -> None:
     if subsampling is None:
-        monkeypatch.setattr(computations, "_FORMED_ENTRIES", 0)
+        monkeypatch.setattr("vivit_linop.curvature.plan.FORMED_ENTRIES", 0)
     case, d = setting(name, grouping, criterion=criterion), dense(name)
     results = case.run(EighComputation(subsampling))
     for group, (evals, evecs), place in zip(
@@ -102,7 +101,7 @@ def test_eigenpairs(name, subsampling, grouping, criterion, monkeypatch) -> None
 def test_derivatives_and_steps(name, sub_grad, sub_ggn, grouping, monkeypatch) -> None:
     d = dense(name)
     if sub_grad is None:  # for half of the cases
-        monkeypatch.setattr(computations, "_FORMED_ENTRIES", 0)
+        monkeypatch.setattr("vivit_linop.curvature.plan.FORMED_ENTRIES", 0)
     U = d.U if sub_grad is None else d.U[:, sub_grad]
     curvatures = d.per_sample_ggn()
     curvatures = curvatures if sub_ggn is None else curvatures[sub_ggn]
