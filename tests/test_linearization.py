@@ -299,3 +299,31 @@ def test_numbers_that_are_not_finite_pass_through() -> None:
     assert (J.T @ u).isnan().any()
     u[0] = 1.0
     assert _close(J.T @ u, J.to_dense()[0])
+
+
+class Cancels(nn.Module):
+    """Outputs that no change of the parameters changes."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind, self.e = kind, nn.Embedding(3, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.e(x)
+        if self.kind == "softmax of equal logits":
+            return h.log_softmax(1).flatten(1)
+        if self.kind == "sign":
+            return (h / h.abs()).flatten(1)
+        return (h.exp() / (h + 1.0).exp()).flatten(1)
+
+
+@pytest.mark.parametrize("kind", ["softmax of equal logits", "sign", "quotient"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_derivatives_that_cancel_are_zero(kind: str, dtype: torch.dtype) -> None:
+    """What is left of J is rounding, which J x and Jᵀ u need not have in common."""
+    for seed in range(20):
+        torch.manual_seed(seed)
+        net, X = Cancels(kind).to(dtype), torch.tensor([[1, 1]])
+        risk = vl.EmpiricalRisk(net, nn.MSELoss(), (X, torch.rand(1, 4, dtype=dtype)))
+        J, x = vl.Jacobian(risk), torch.randn(6, dtype=dtype)
+        assert (J @ x).norm() <= 1e3 * torch.finfo(dtype).eps * x.norm()

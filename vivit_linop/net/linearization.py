@@ -290,11 +290,24 @@ class Linearization:
             slope = (image * u).sum() - (expected * x).sum()
             size = image.norm() * u.norm() + expected.norm() * x.norm()
             if not slope.abs() <= tolerance * size:
-                return False
+                return self._cancels(image)
         pulled_back = self._vjp(image)
         slope = (image * image).sum() - (pulled_back * x).sum()
         rounding = 100 * eps * pulled_back.norm() * x.norm()
-        return bool(slope.abs() <= tolerance * image.square().sum() + rounding)
+        right = slope.abs() <= tolerance * image.square().sum() + rounding
+        return bool(right) or self._cancels(image)
+
+    def _cancels(self, image: Tensor) -> bool:
+        """Whether J is zero but for rounding, by a backward pass as by J x.
+
+        Then the two are noise of their own. A change of θ by its own size would change
+        no output by more than its rounding.
+        """
+        x, u, expected = self._probed()
+        theta = torch.stack([p.detach().norm() for p in self._params.values()]).norm()
+        noise = 100 * torch.finfo(self._dtype).eps * self.outputs.norm()
+        slopes = image.norm() / x.norm(), expected.norm() / u.norm()
+        return bool(max(slopes) * theta <= noise)
 
     def _noise(self, seed: int) -> tuple[Tensor, Tensor]:
         """Random x ``[D]`` and u ``[n C]``."""

@@ -323,7 +323,13 @@ class KhatriRaoColumns(LayerColumns):
         if min(self._a, self._b) <= 2 * _SKETCH_ROWS:
             return super().residual(weights, expected)
         generator = torch.Generator().manual_seed(4)
-        drawn = torch.randn(_SKETCH_ROWS, self._b, generator=generator)
+        drawn = torch.randn(
+            _SKETCH_ROWS,
+            self._b,
+            generator=generator,
+            dtype=torch.float64,
+            device="cpu",
+        )
         mixing = drawn.to(expected) / _SKETCH_ROWS**0.5
         mixed = torch.einsum("kb,nrgbp->nrgkp", mixing, self._combined(weights))
         few = self._with_cotangents(mixed).entry_sums()
