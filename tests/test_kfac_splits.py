@@ -147,3 +147,27 @@ def test_factors_are_those_of_hooks(name: str) -> None:
         expected = torch.kron(b.T @ b, a.T @ a / count)
         got = blocks[f"{layer_name}.weight"].to_dense()
         assert (got - expected).norm() <= 1e-12 * expected.norm()
+
+
+class Cancelled(nn.Module):
+    """A norm of one feature hides what is before it, but for rounding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Sequential(nn.RMSNorm(1), nn.Linear(1, 1))
+        self.norm, self.unused = nn.RMSNorm(1), nn.Linear(1, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.norm(self.inner(x).sin())
+
+
+@pytest.mark.parametrize("kind", [vl.KFAC, vl.EKFAC])
+@pytest.mark.parametrize("seed", range(6))
+def test_layers_without_derivatives_have_no_curvature(kind: type, seed: int) -> None:
+    torch.manual_seed(seed)
+    net, X = Cancelled().double(), torch.randn(1, 2, 1).double()
+    risk = vl.EmpiricalRisk(net, nn.MSELoss(), (X, torch.randn(1, 2, 1).double()))
+    K = kind(risk, variant="exact")
+    G = vl.GGN(risk)
+    assert (K.diagonal() - G.diagonal()).abs().max() <= 1e-12
+    assert K.diagonal()[-4:].abs().max() == 0.0  # of the layer that is not used

@@ -25,6 +25,7 @@ from vivit_linop.curvature.sums import sum_columns
 from vivit_linop.modes import ordinary_mode
 from vivit_linop.net.blocks import Piece, memory_budget
 from vivit_linop.net.certified import find_structure
+from vivit_linop.net.columns.base import LayerColumns
 from vivit_linop.net.columns.khatri_rao import KhatriRaoColumns
 from vivit_linop.net.sums import Total
 from vivit_linop.net.transposed import TransposedConvolutionColumns
@@ -511,12 +512,31 @@ class _EigenvalueSums(Total):
         """Add the squares of a piece's columns."""
         for name in self.names:
             columns = left.columns.get(name)
-            if isinstance(columns, KhatriRaoColumns):
-                rotated = self._rotated(name, _at_outputs(columns), left.again)
-                squares = rotated.entry_squares(self._memory)
-                squares = squares.view(len(self._bases[name]), -1)
+            if columns is not None:
+                squares = self._squares(name, columns, left.again)
                 known = self.sums.get(name)
                 self.sums[name] = squares if known is None else known + squares
+
+    def _squares(self, name: str, columns: LayerColumns, again: bool) -> Tensor:
+        """The sums of squares of one piece, ``[G, n]``."""
+        blocks = self._bases[name]
+        if isinstance(columns, KhatriRaoColumns):
+            rotated = self._rotated(name, _at_outputs(columns), again)
+            return rotated.entry_squares(self._memory).view(len(blocks), -1)
+        # This part of the data does not confirm the layer's structure.
+        rows = columns.rows()
+        rows = rows.view(len(rows), len(blocks), -1)
+        if rows.shape[2] != blocks[0].shape[0]:
+            raise ValueError(
+                f"model: in some batches it uses {name!r} as no layer, so its block "
+                "cannot be joined with that of a bias. Give joint_bias=False."
+            )
+        return torch.stack(
+            [
+                block.eigenvectors.T.apply(part.T).square().sum(1)
+                for block, part in zip(blocks, rows.unbind(1), strict=True)
+            ]
+        )
 
     def _rotated(
         self, name: str, columns: KhatriRaoColumns, again: bool
@@ -551,8 +571,12 @@ def _correct(parts: Sequence[_Part], curvature: LowRank) -> None:
     rows = {name: iter(curvature.scale * sums) for name, sums in total.sums.items()}
     for part in parts:
         if isinstance(part.block, Kronecker):
-            evals = next(rows[part.names[0]])
-            part.block = CorrectedKronecker(part.block, evals)
+            # A weight that no sample reaches has no columns.
+            reached = rows.get(part.names[0])
+            evals = part.block.eigenvalues.new_zeros(part.block.shape[0])
+            part.block = CorrectedKronecker(
+                part.block, evals if reached is None else next(reached)
+            )
 
 
 def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
