@@ -257,3 +257,15 @@ def test_determinants_by_eigenvalues_need_a_symmetric_operator() -> None:
     symmetric = vl.Identity(4) - vl.Kronecker(S, S)
     expected = torch.linalg.slogdet(torch.eye(4).double() - torch.kron(S, S)).logabsdet
     assert torch.isclose(symmetric.logdet(), expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize("sign", [-1.0, -0.5])
+def test_negative_multiples_of_products_say_that_symmetry_is_unknown(
+    sign: float,
+) -> None:
+    # −(A⁻¹) (−A) is the identity, which the nodes do not know.
+    A = vl.Dense(torch.randn(4, 2).double())
+    damped = A @ A.T + 0.5 * vl.Identity(4)
+    product = sign * (damped.inv() @ vl.Dense(damped.to_dense()))
+    with pytest.raises(TypeError, match=r"^sqrt: .*self-adjoint"):
+        product.sqrt()

@@ -71,11 +71,7 @@ def test_noise_is_no_wrong_column(name: str, n: int, dtype: torch.dtype) -> None
         model = NETS[name]().to(dtype).eval()
         X, y = torch.randn(n, 3, dtype=dtype), torch.randn(n, 3, dtype=dtype)
         risk = vl.EmpiricalRisk(model, nn.MSELoss(), (X, y))
-        rows = [
-            torch.autograd.grad(out, list(model.parameters()), retain_graph=True)
-            for out in model(X).flatten()
-        ]
-        J = torch.stack([torch.cat([g.flatten() for g in row]) for row in rows])
+        J = dense_jacobian(model, X)
         G = 2 / (3 * n) * J.T @ J
         tolerance = 1e4 * torch.finfo(dtype).eps * G.norm()
         V = vl.GGNFactor(risk).to_dense()
@@ -123,3 +119,83 @@ def test_what_is_wrong_is_no_noise(
     risk = vl.EmpiricalRisk(model, nn.MSELoss(), data, check=False)
     with pytest.raises(ValueError, match=r"^model: .*other derivatives in"):
         vl.PerSampleGradients(risk).to_dense()
+
+
+def signs(m: nn.Module, x: Tensor) -> Tensor:
+    """A shift and what is left of a norm, both of which a softmax leaves out."""
+    return (m.norm(m.first(x)) + m.shift).squeeze(2).log_softmax(1)
+
+
+def scales(m: nn.Module, x: Tensor) -> Tensor:
+    """A positive factor of what is divided by its length."""
+    h = m.first(x) * (m.shift.cosh() + 1.0)
+    return (3.0 * h / h.norm(dim=2, keepdim=True)).squeeze(2).log_softmax(1)
+
+
+def cubes(m: nn.Module, x: Tensor) -> Tensor:
+    """A power of it."""
+    h = F.normalize((m.first(x) + m.shift) ** 3, dim=2).squeeze(2)
+    return h.cosh() * h.softmax(1)
+
+
+CANCELLING = {"signs": signs, "scales": scales, "cubes": cubes}
+
+
+def of_positions(forward: Callable[..., Tensor]) -> nn.Module:
+    return Lambda(
+        forward, first=nn.Linear(3, 1), norm=nn.RMSNorm(1), shift=parameter(1)
+    )
+
+
+def dense_jacobian(model: nn.Module, X: Tensor) -> Tensor:
+    rows = [
+        torch.autograd.grad(
+            out, list(model.parameters()), retain_graph=True, materialize_grads=True
+        )
+        for out in model(X).flatten()
+    ]
+    return torch.stack([torch.cat([g.flatten() for g in row]) for row in rows])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("name", CANCELLING)
+def test_slopes_of_nothing_but_noise_do_not_disagree(
+    name: str, dtype: torch.dtype
+) -> None:
+    for seed in range(40):
+        torch.manual_seed(seed)
+        model = of_positions(CANCELLING[name]).to(dtype).eval()
+        X, y = torch.randn(3, 2, 3, dtype=dtype), torch.randn(3, 2, dtype=dtype)
+        J = vl.Jacobian(vl.EmpiricalRisk(model, nn.MSELoss(), (X, y)))
+        x = torch.randn(J.shape[1], dtype=dtype)
+        dense = dense_jacobian(model, X)
+        # Lengths near zero make it large.
+        noise = 10 * torch.finfo(dtype).eps ** 0.5
+        assert (J @ x - dense @ x).norm() <= noise * x.norm()
+
+
+class Halved(torch.autograd.Function):
+    """The identity, whose second derivatives are off by a factor of two."""
+
+    @staticmethod
+    def forward(ctx: object, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: object, gradient: Tensor) -> Tensor:
+        return gradient.detach() * 0.5 + gradient * 0.5
+
+
+@pytest.mark.parametrize("size", [1.0, 1e-6])
+@pytest.mark.parametrize("name", CANCELLING)
+def test_a_small_wrong_slope_is_no_noise(name: str, size: float) -> None:
+    def forward(m: nn.Module, x: Tensor) -> Tensor:
+        return CANCELLING[name](m, x) + size * Halved.apply(m.side(x).squeeze(2))
+
+    model = of_positions(forward)
+    model.side = nn.Linear(3, 1)
+    X, y = torch.randn(3, 2, 3).double(), torch.randn(3, 2).double()
+    J = vl.Jacobian(vl.EmpiricalRisk(model.double(), nn.MSELoss(), (X, y)))
+    x = torch.randn(J.shape[1]).double()
+    expected = dense_jacobian(model, X) @ x
+    assert (J @ x - expected).norm() <= 1e-9 * expected.norm()

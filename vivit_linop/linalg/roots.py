@@ -91,6 +91,7 @@ def root_of_low_rank(op: LowRank) -> Op:
 def root_of_scaled(op: Scaled) -> Op:
     if op.factor >= 0.0:
         return scale(sqrt(op.operator), op.factor**0.5)
+    op._check_self_adjoint("sqrt")
     inner = op.operator
     # What is negative semi-definite itself.
     if isinstance(inner, Kronecker):

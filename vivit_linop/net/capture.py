@@ -23,6 +23,7 @@ from vivit_linop.net.columns.base import LayerColumns
 from vivit_linop.net.columns.joins import assembled, compacted
 from vivit_linop.net.layouts import Layout
 from vivit_linop.net.recorder import Recorder
+from vivit_linop.net.rounding import ATTEMPTS, with_other_digits
 from vivit_linop.net.structure import Variant
 from vivit_linop.net.uses import Use, overlapping
 from vivit_linop.net.views import View
@@ -30,9 +31,6 @@ from vivit_linop.risk.data import leaves, take
 from vivit_linop.risk.empirical import EmpiricalRisk
 from vivit_linop.risk.model import as_guest, strided
 
-# How often rounding is measured before columns are called wrong: where a few numbers
-# cancel, most often nothing is left.
-_ROUNDINGS = 64
 # Where one sample leaves a choice between layouts, so many are asked.
 _TELLING_SAMPLES = 4
 
@@ -311,7 +309,7 @@ class Capture:
         """
         noise, right = dict.fromkeys(gradients, 0.0), set[str]()
         generator = torch.Generator().manual_seed(0)
-        for number in range(1 + _ROUNDINGS):
+        for number in range(1 + ATTEMPTS):
             names = [name for name in noise if name not in right]
             if not names:
                 break
@@ -351,8 +349,8 @@ class Capture:
         frozen = {name: p for name, p in fixed.items() if name not in buffers}
         at = {name: p.detach().clone() for name, p in (frozen | risk.params).items()}
         if rounded:
-            at = {name: _rounded(p, generator) for name, p in at.items()}
-            cotangent = _rounded(cotangent, generator)
+            at = {name: with_other_digits(p, generator) for name, p in at.items()}
+            cotangent = with_other_digits(cotangent, generator)
         wanted = [at[name].requires_grad_() for name in names]
         with as_guest(risk.device):
             output = risk.model(at, self._X).reshape(self.output.shape)
@@ -432,16 +430,6 @@ def pulled_back(
         torch.zeros_like(p) if g is None else g
         for p, g in zip(params, map(strided, found), strict=True)
     ]
-
-
-def _rounded(p: Tensor, generator: torch.Generator) -> Tensor:
-    """Return numbers with other last digits."""
-    if not p.is_floating_point():
-        return p
-    noise = torch.randn(
-        p.shape, generator=generator, dtype=torch.float64, device="cpu"
-    ).to(p)
-    return p + 4 * torch.finfo(p.dtype).eps * p * noise
 
 
 def _counts(kept: Sequence[Kept]) -> Counter[str]:

@@ -24,9 +24,7 @@ import torch
 from torch import Tensor
 
 from vivit_linop.net.columns.base import LayerColumns
-
-# How many times the measured rounding of a gradient two ways to it may differ by.
-_BY_NOISE = 30
+from vivit_linop.net.rounding import BY_NOISE
 
 
 class Certificate:
@@ -98,7 +96,7 @@ class Certificate:
             distance = torch.linalg.vector_norm(gradient)
         if distance == 0.0:
             return 0.0
-        tolerated += _BY_NOISE * noise
+        tolerated += BY_NOISE * noise
         return float(distance / tolerated)
 
 

@@ -31,6 +31,7 @@ from torch import Tensor
 from torch.func import vmap
 
 from vivit_linop.modes import as_guest
+from vivit_linop.net.rounding import ATTEMPTS, BY_NOISE, with_other_digits
 from vivit_linop.net.tangents import OutOfPlace, tangent_map, tracing_pays
 from vivit_linop.risk.data import copied, leaves
 from vivit_linop.risk.empirical import EmpiricalRisk
@@ -290,24 +291,51 @@ class Linearization:
             slope = (image * u).sum() - (expected * x).sum()
             size = image.norm() * u.norm() + expected.norm() * x.norm()
             if not slope.abs() <= tolerance * size:
-                return self._cancels(image)
+                if traced or not self._is_rounding(slope, x, u, expected):
+                    return False
         pulled_back = self._vjp(image)
         slope = (image * image).sum() - (pulled_back * x).sum()
-        rounding = 100 * eps * pulled_back.norm() * x.norm()
-        right = slope.abs() <= tolerance * image.square().sum() + rounding
-        return bool(right) or self._cancels(image)
+        tolerated = tolerance * image.square().sum()
+        tolerated += 100 * eps * pulled_back.norm() * x.norm()
+        if slope.abs() <= tolerated:
+            return True
+        return not traced and self._is_rounding(slope, x, image, pulled_back)
 
-    def _cancels(self, image: Tensor) -> bool:
-        """Whether J is zero but for rounding, by a backward pass as by J x.
+    def _is_rounding(
+        self, slope: Tensor, x: Tensor, u: Tensor, pulled_back: Tensor
+    ) -> bool:
+        """Whether a difference of two slopes along x is no more than rounding.
 
-        Then the two are noise of their own. A change of θ by its own size would change
-        no output by more than its rounding.
+        Args:
+            slope: ⟨u, J x⟩ − ⟨Jᵀ u, x⟩.
+            x: ``[D]``.
+            u: ``[n C]``.
+            pulled_back: Jᵀ u, ``[D]``, by a backward pass.
         """
-        x, u, expected = self._probed()
-        theta = torch.stack([p.detach().norm() for p in self._params.values()]).norm()
-        noise = 100 * torch.finfo(self._dtype).eps * self.outputs.norm()
-        slopes = image.norm() / x.norm(), expected.norm() / u.norm()
-        return bool(max(slopes) * theta <= noise)
+        if not slope.isfinite():
+            return False
+        generator = torch.Generator().manual_seed(0)
+        for number in range(1 + ATTEMPTS):
+            at = {name: p.detach().clone() for name, p in self._params.items()}
+            cotangent = u
+            if number:
+                at = {name: with_other_digits(p, generator) for name, p in at.items()}
+                cotangent = with_other_digits(u, generator)
+            wanted = [p.requires_grad_() for p in at.values()]
+            # Whatever a net says to parameters that are no longer what they were.
+            try:
+                graph = Graph(self._function(at), wanted)
+                change = torch.linalg.vector_norm(
+                    self._vjp(cotangent, graph) - pulled_back
+                )
+            except Exception:
+                return False
+            # Another gradient at the same parameters is no rounding.
+            if number == 0 and change != 0.0:
+                return False
+            if slope.abs() <= BY_NOISE * change * x.norm():
+                return True
+        return False
 
     def _noise(self, seed: int) -> tuple[Tensor, Tensor]:
         """Random x ``[D]`` and u ``[n C]``."""
