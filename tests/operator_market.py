@@ -262,6 +262,33 @@ def khatri_rao_wide(draw):
     return vl.KhatriRao(B, A), khatri_rao_of(B, A)
 
 
+@entry
+def hstack_of_three(draw):
+    A, b, V = draw(4, 2), draw.entries(4), vl.KhatriRao(draw(2, 3), draw(2, 3))
+    dense = A.double(), torch.diag(b.double()), khatri_rao_of(V.left, V.right)
+    return vl.hstack([A, vl.Diagonal(b), V]), torch.cat(dense, dim=1)
+
+
+@entry
+def hstack_of_two(draw):
+    A, B = draw(5, 2), draw(5, 1)
+    return vl.hstack([A, B]), torch.cat([A, B], dim=1).double()
+
+
+@entry
+def vstack_with_identity(draw):
+    A = draw(3, 4)
+    op = vl.vstack([A, 2 * vl.Identity(4)])
+    return op, torch.cat([A.double(), 2 * draw.eye(4)])
+
+
+@entry
+def low_rank_of_hstack(draw):
+    A, B = draw(6, 2), draw(6, 3)
+    W, dense = vl.hstack([A, B]), torch.cat([A, B], dim=1).double()
+    return W @ W.T, dense @ dense.T
+
+
 # Adjoints --------------------------------------------------------------------------
 
 

@@ -36,6 +36,8 @@ from vivit_linop.operators import (
     KhatriRao,
     Kronecker,
     TorchLinearOperator,
+    hstack,
+    vstack,
 )
 from vivit_linop.risk import EmpiricalRisk, losses
 from vivit_linop.saving import load, save
@@ -70,10 +72,12 @@ __all__ = [
     "from_backpack",
     "from_curvlinops",
     "from_scipy",
+    "hstack",
     "linalg",
     "load",
     "losses",
     "projector",
     "save",
     "testing",
+    "vstack",
 ]

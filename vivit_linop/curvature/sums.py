@@ -6,12 +6,12 @@ pass over the data each, layer by layer (:mod:`vivit_linop.net.sums`).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
-import torch
 from torch import Tensor
 
 from vivit_linop.curvature.jacobian import Pullback
+from vivit_linop.linalg.reductions import matrix_of_operator
 from vivit_linop.net.blocks import Columns, memory_budget
 from vivit_linop.net.sums import (
     ColumnNorms,
@@ -27,6 +27,7 @@ from vivit_linop.operators.base import TorchLinearOperator
 from vivit_linop.operators.verbs import (
     centered_row_norms_squared,
     column_norms_squared,
+    column_pieces,
     gram_matrix,
     outer_matrix,
     row_norms_squared,
@@ -88,14 +89,19 @@ def centered_row_norms_of_pullback(op: Pullback) -> Tensor:
     return centred.clamp(min=0.0)
 
 
+@column_pieces.register
+def column_pieces_of_pullback(op: Pullback) -> Iterator[tuple[slice, Tensor]]:
+    """Formed, from the stored columns or from one pass over the data."""
+    names = list(op.risk.params)
+    columns = Columns([op], names, memory_budget(op.risk), formed=op.shape[0])
+    stored = op.stored
+    for piece in stored.pieces if stored else (p for (p,) in columns.pieces()):
+        yield piece.place, piece.rows(names, op.risk).T
+
+
 @to_dense.register
 def dense_of_pullback(op: Pullback) -> Tensor:
     """The columns, formed."""
-    names = list(op.risk.params)
     name = "Jacobian" if op.is_plain else type(op).__name__
     check_matrix_fits(name, op.shape, op.torch_dtype, op.device)
-    result = torch.empty(op.shape, dtype=op.torch_dtype, device=op.device)
-    columns = Columns([op], names, memory_budget(op.risk), formed=op.shape[0])
-    for (piece,) in columns.pieces():
-        result[:, piece.place] = piece.rows(names, op.risk).T
-    return result
+    return matrix_of_operator(op)

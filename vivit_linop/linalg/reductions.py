@@ -28,10 +28,12 @@ from vivit_linop.operators.kronecker import (
 )
 from vivit_linop.operators.lowrank import Centered, DampedRoot, Gram, LowRank, Woodbury
 from vivit_linop.operators.scalars import Scalar, log_abs
+from vivit_linop.operators.stacks import HStack
 from vivit_linop.operators.symmetric import without_noise
 from vivit_linop.operators.verbs import (
     centered_row_norms_squared,
     column_norms_squared,
+    column_pieces,
     damp,
     damped_logdet,
     diagonal,
@@ -53,7 +55,7 @@ _CHUNK = 256
 @to_dense.register
 def matrix_of_operator(op: TorchLinearOperator) -> Tensor:
     result = torch.empty(op.shape, dtype=op.torch_dtype, device=op.device)
-    for place, columns in _columns(op):
+    for place, columns in column_pieces(op):
         result[:, place] = columns
     return result
 
@@ -113,7 +115,8 @@ def matrix_of_dense_inverse(op: DenseInverse) -> Tensor:
 @diagonal.register
 def diagonal_of_operator(op: TorchLinearOperator) -> Tensor:
     """Costs n products, in chunks; no n × n array."""
-    return torch.cat([part[place].diagonal() for place, part in _columns(op)])
+    pieces = column_pieces_of_operator(op)
+    return torch.cat([part[place].diagonal() for place, part in pieces])
 
 
 @diagonal.register
@@ -155,7 +158,10 @@ def diagonal_of_product(op: Product) -> Tensor:
     at = 1 + inner.index(min(inner))
     A, B = Product(*op.factors[:at]), Product(*op.factors[at:])
     result = torch.zeros(op.shape[0], dtype=op.torch_dtype, device=op.device)
-    for (_, left), (_, right) in zip(_columns(A), _columns(B.T), strict=True):
+    pairs = zip(
+        column_pieces_of_operator(A), column_pieces_of_operator(B.T), strict=True
+    )
+    for (_, left), (_, right) in pairs:
         result += (left * right).sum(1)
     return result
 
@@ -210,7 +216,7 @@ def diagonal_of_corrected_kronecker(op: CorrectedKronecker) -> Tensor:
 def row_norms_of_operator(op: TorchLinearOperator) -> Tensor:
     """Sum the squares of the columns, a chunk at a time."""
     result = torch.zeros(op.shape[0], dtype=op.torch_dtype, device=op.device)
-    for _, columns in _columns(op):
+    for _, columns in column_pieces(op):
         result += columns.square().sum(1)
     return result
 
@@ -221,13 +227,25 @@ def row_norms_of_adjoint(op: Adjoint) -> Tensor:
 
 
 @row_norms_squared.register
+def row_norms_of_stack(op: HStack) -> Tensor:
+    """The norms of the parts' rows add up."""
+    return torch.stack([row_norms_squared(part) for part in op.parts]).sum(0)
+
+
+@row_norms_squared.register
 def row_norms_of_centered(op: Centered) -> Tensor:
     return centered_row_norms_squared(op.factor)
 
 
 @column_norms_squared.register
 def column_norms_of_operator(op: TorchLinearOperator) -> Tensor:
-    return torch.cat([columns.square().sum(0) for _, columns in _columns(op)])
+    return torch.cat([columns.square().sum(0) for _, columns in column_pieces(op)])
+
+
+@column_norms_squared.register
+def column_norms_of_stack(op: HStack) -> Tensor:
+    """Those of one part after the other."""
+    return torch.cat([column_norms_squared(part) for part in op.parts])
 
 
 @column_norms_squared.register
@@ -241,8 +259,11 @@ def centered_row_norms_of_operator(op: TorchLinearOperator) -> Tensor:
     return row_norms_of_operator(Centered(op))
 
 
-def _columns(op: TorchLinearOperator) -> Iterator[tuple[slice, Tensor]]:
-    """The columns of an operator, by products with the identity's, in chunks."""
+@column_pieces.register
+def column_pieces_of_operator(
+    op: TorchLinearOperator,
+) -> Iterator[tuple[slice, Tensor]]:
+    """By products with the identity's columns."""
     n = op.shape[1]
     for start in range(0, n, _CHUNK):
         place = slice(start, min(start + _CHUNK, n))
@@ -250,6 +271,39 @@ def _columns(op: TorchLinearOperator) -> Iterator[tuple[slice, Tensor]]:
         unit = torch.zeros(n, size, dtype=op.torch_dtype, device=op.device)
         unit[place].fill_diagonal_(1.0)
         yield place, op.apply(unit)
+
+
+@column_pieces.register
+def column_pieces_of_dense(op: Dense) -> Iterator[tuple[slice, Tensor]]:
+    """Slices of the matrix."""
+    for start in range(0, op.shape[1], _CHUNK):
+        place = slice(start, min(start + _CHUNK, op.shape[1]))
+        yield place, op.matrix[:, place]
+
+
+@column_pieces.register
+def column_pieces_of_scaled(op: Scaled) -> Iterator[tuple[slice, Tensor]]:
+    for place, columns in column_pieces(op.operator):
+        yield place, op.factor * columns
+
+
+@column_pieces.register
+def column_pieces_of_product(op: Product) -> Iterator[tuple[slice, Tensor]]:
+    """A times the columns of B, whatever these are made by."""
+    for place, columns in column_pieces(op.factors[-1]):
+        for factor in reversed(op.factors[:-1]):
+            columns = factor.apply(columns)
+        yield place, columns
+
+
+@column_pieces.register
+def column_pieces_of_stack(op: HStack) -> Iterator[tuple[slice, Tensor]]:
+    """Those of one part after the other."""
+    start = 0
+    for part in op.parts:
+        for place, columns in column_pieces(part):
+            yield slice(start + place.start, start + place.stop), columns
+        start += part.shape[1]
 
 
 # Traces ---------------------------------------------------------------------------

@@ -23,6 +23,7 @@ from vivit_linop.operators.kronecker import (
     Kronecker,
 )
 from vivit_linop.operators.lowrank import Centered, DampedRoot, Gram, LowRank, Woodbury
+from vivit_linop.operators.stacks import HStack, hstack, vstack
 
 __all__ = [
     "Adjoint",
@@ -37,6 +38,7 @@ __all__ = [
     "DenseInverse",
     "Diagonal",
     "Gram",
+    "HStack",
     "Identity",
     "KhatriRao",
     "Kronecker",
@@ -46,5 +48,7 @@ __all__ = [
     "Sum",
     "TorchLinearOperator",
     "Woodbury",
+    "hstack",
     "verbs",
+    "vstack",
 ]

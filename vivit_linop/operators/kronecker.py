@@ -48,7 +48,7 @@ class BlockDiagonal(TorchLinearOperator):
     ) -> None:
         if not blocks:
             raise ValueError("blocks: is empty, a BlockDiagonal has at least one.")
-        self.blocks = _settled([as_operator(block) for block in blocks])
+        self.blocks = settled([as_operator(block) for block in blocks])
         self.indices = None
         if indices is not None:
             self.indices = [as_given(index) for index in indices]
@@ -141,7 +141,7 @@ class Kronecker(TorchLinearOperator):
     def __init__(self, *factors: TorchLinearOperator | Tensor | np.ndarray) -> None:
         if not factors:
             raise ValueError("factors: is empty, a Kronecker has at least one.")
-        self.factors = tuple(_settled([as_operator(factor) for factor in factors]))
+        self.factors = tuple(settled([as_operator(factor) for factor in factors]))
         super().__init__(
             (
                 math.prod(factor.shape[0] for factor in self.factors),
@@ -297,7 +297,7 @@ def as_operator(x: TorchLinearOperator | Tensor | np.ndarray) -> TorchLinearOper
     return x if isinstance(x, TorchLinearOperator) else Dense(x)
 
 
-def _settled(parts: Sequence[TorchLinearOperator]) -> list[TorchLinearOperator]:
+def settled(parts: Sequence[TorchLinearOperator]) -> list[TorchLinearOperator]:
     """Let identities take the dtype and device of the other parts."""
     dtype, device = common_dtype(*parts), common_device(*parts)
     return [part._settled(dtype, device) for part in parts]

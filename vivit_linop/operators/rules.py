@@ -7,6 +7,7 @@ stand in :mod:`vivit_linop.curvature.rules`.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from vivit_linop.operators.base import TorchLinearOperator
@@ -28,6 +29,7 @@ from vivit_linop.operators.kronecker import (
 )
 from vivit_linop.operators.lowrank import Centered, Gram, LowRank
 from vivit_linop.operators.scalars import Scalar
+from vivit_linop.operators.stacks import HStack
 from vivit_linop.operators.verbs import (
     add,
     adjoint,
@@ -374,10 +376,50 @@ def gram_matrix_of_centered(left: Centered, right: Op) -> Tensor:
     return K - K.mean(1, keepdim=True) if isinstance(right, Centered) else K
 
 
+@gram_matrix.register
+def gram_matrix_of_stack(left: HStack, right: Op) -> Tensor:
+    """[A B]ᵀ [C D] has the blocks AᵀC and so on, those on its diagonal are kept."""
+    parts = right.parts if isinstance(right, HStack) else (right,)
+    K = torch.empty(
+        left.shape[1], right.shape[1], dtype=left.torch_dtype, device=left.device
+    )
+    blocks = [
+        rows.split([part.shape[1] for part in parts], dim=1)
+        for rows in K.split([part.shape[1] for part in left.parts])
+    ]
+    for i, A in enumerate(left.parts):
+        for j, B in enumerate(parts):
+            if A is B:
+                blocks[i][j].copy_(gram(A).to_dense())
+            elif left is right and j < i:
+                blocks[i][j].copy_(blocks[j][i].T)
+            else:
+                blocks[i][j].copy_(gram_matrix(A, B))
+    return K
+
+
 @outer_matrix.register
 def outer_matrix_of_operator(factor: TorchLinearOperator) -> Tensor:
     dense = factor.to_dense()
     return dense @ dense.T
+
+
+@outer_matrix.register
+def outer_matrix_of_stack(factor: HStack) -> Tensor:
+    """A Aᵀ + B Bᵀ + …."""
+    total = outer_matrix(factor.parts[0])
+    for part in factor.parts[1:]:
+        total = total + outer_matrix(part)
+    return total
+
+
+@outer_product.register
+def outer_product_of_stack(factor: HStack, X: Tensor) -> Tensor:
+    """A Aᵀ X + B Bᵀ X + …."""
+    total = outer_product(factor.parts[0], X)
+    for part in factor.parts[1:]:
+        total = total + outer_product(part, X)
+    return total
 
 
 @outer_product.register

@@ -27,7 +27,7 @@ Rules stand in :mod:`vivit_linop.operators.rules` (products, sums, multiples) an
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import singledispatch
 from typing import Any, TypeAlias
 
@@ -158,6 +158,17 @@ def to_dense(op: Any) -> Tensor:
     Without a rule, n products with columns of the identity.
     """
     raise _no_rule("to_dense", op)
+
+
+@singledispatch
+def column_pieces(op: Any) -> Iterator[tuple[slice, Tensor]]:
+    """Yield all columns in order, some at a time: their place, and ``[m, k]``.
+
+    What computes with all columns but keeps few streams these. A piece of a pullback
+    has all columns of its samples. Without a rule, products with columns of the
+    identity.
+    """
+    raise _no_rule("column_pieces", op)
 
 
 # Factors: V of a low-rank V Vᵀ ------------------------------------------------------

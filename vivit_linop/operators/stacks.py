@@ -1,0 +1,115 @@
+"""Operators side by side and one above the other."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vivit_linop.operators.base import (
+    TorchLinearOperator,
+    common_device,
+    common_dtype,
+)
+from vivit_linop.operators.kronecker import as_operator, settled
+
+
+class HStack(TorchLinearOperator):
+    """Operators side by side, [A B …].
+
+    Its Gram matrix has the blocks AᵀA, AᵀB, …, and [A B][A B]ᵀ = A Aᵀ + B Bᵀ.
+
+    Args:
+        parts: At least one, with as many rows each.
+
+    Attributes:
+        parts: The operators.
+    """
+
+    def __init__(self, *parts: TorchLinearOperator) -> None:
+        self.parts = parts
+        super().__init__(
+            (parts[0].shape[0], sum(part.shape[1] for part in parts)),
+            common_dtype(*parts),
+            common_device(*parts),
+        )
+
+    def split(self, X: Tensor) -> list[Tensor]:
+        """Cut the rows of a matrix into what each part multiplies."""
+        return list(X.split([part.shape[1] for part in self.parts]))
+
+    def _made_of(self) -> Sequence[TorchLinearOperator]:
+        return self.parts
+
+    def _multiply(self, X: Tensor) -> Tensor:
+        pairs = zip(self.parts, self.split(X), strict=True)
+        products = [part.apply(x) for part, x in pairs]
+        total = products[0]
+        for product in products[1:]:
+            total = total + product
+        return total
+
+    def _multiply_adjoint(self, X: Tensor) -> Tensor:
+        return torch.cat([part.T.apply(X) for part in self.parts])
+
+
+Parts = Sequence[TorchLinearOperator | Tensor | np.ndarray]
+
+
+def hstack(parts: Parts) -> TorchLinearOperator:
+    """Return operators side by side, [A B …], ``[m, n₁ + n₂ + …]``.
+
+    A product costs one with each part. The closed forms of low-rank operators know the
+    blocks: ``W = hstack([V1, V2])`` has ``W @ W.T`` for V₁V₁ᵀ + V₂V₂ᵀ.
+
+    Args:
+        parts: Operators or matrices with as many rows each, at least one.
+
+    Raises:
+        ValueError: If there is none, or they differ in their numbers of rows.
+
+    Example:
+        >>> import torch, vivit_linop as vl
+        >>> vl.hstack([torch.eye(2), 2 * vl.Identity(2)]) @ torch.ones(4)
+        tensor([3., 3.])
+    """
+    operators = _checked(parts, axis=0)
+    return operators[0] if len(operators) == 1 else HStack(*operators)
+
+
+def vstack(parts: Parts) -> TorchLinearOperator:
+    """Return operators one above the other, [A; B; …], ``[m₁ + m₂ + …, n]``.
+
+    The adjoint of :func:`hstack` of the adjoints.
+
+    Args:
+        parts: Operators or matrices with as many columns each, at least one.
+
+    Raises:
+        ValueError: If there is none, or they differ in their numbers of columns.
+
+    Example:
+        >>> import torch, vivit_linop as vl
+        >>> vl.vstack([torch.eye(2), 2 * vl.Identity(2)]) @ torch.ones(2)
+        tensor([1., 1., 2., 2.])
+    """
+    return hstack([part.T for part in _checked(parts, axis=1)]).T
+
+
+def _checked(parts: Parts, axis: int) -> list[TorchLinearOperator]:
+    """Return the parts as operators of one height, or one width."""
+    if isinstance(parts, (TorchLinearOperator, Tensor, np.ndarray)):
+        raise TypeError(
+            f"parts: a list of operators or matrices, got one {type(parts).__name__}."
+        )
+    operators = settled([as_operator(part) for part in parts])
+    sizes = {part.shape[axis] for part in operators}
+    if len(sizes) != 1:
+        side = ("rows", "columns")[axis]
+        shapes = [tuple(part.shape) for part in operators]
+        raise ValueError(
+            f"parts: at least one, with as many {side} each, got shapes {shapes}."
+        )
+    return operators
