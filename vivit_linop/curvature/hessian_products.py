@@ -80,6 +80,10 @@ class HessianProducts(TorchLinearOperator):
             chosen: The numbers of the parameters.
             X: Their entries.
         """
+        return self.risk.ranks.summed(self._own_product, X, chosen=chosen)
+
+    def _own_product(self, X: Tensor, chosen: Sequence[int]) -> Tensor:
+        """Multiply the block of this rank's samples."""
         if not self._certified:
             Certificate(self.risk).check()
             self._certified = True

@@ -194,9 +194,17 @@ class Pullback(TorchLinearOperator):
         return self.output.outer()
 
     def _multiply(self, X: Tensor) -> Tensor:
+        return self.risk.ranks.summed(self._combination, X)
+
+    def _combination(self, X: Tensor) -> Tensor:
+        """Jᵀ B X over this rank's samples."""
+        return self._transposed(self.risk.ranks.mine(X, self.width))
+
+    def _transposed(self, rows: Tensor) -> Tensor:
+        """Jᵀ B times rows of this rank's samples."""
         if (columns := self.columns()) is not None:
-            return columns.multiply(X)
-        parts = X.split([n * self.width for n in self.risk.batch_sizes])
+            return columns.multiply(rows)
+        parts = rows.split([n * self.width for n in self.risk.batch_sizes])
         total: Tensor | None = None
         with as_guest(self.risk.device):
             for batch, linearization in enumerate(linearizations(self.risk)):
@@ -207,16 +215,20 @@ class Pullback(TorchLinearOperator):
         return total
 
     def _multiply_adjoint(self, X: Tensor) -> Tensor:
+        return self.risk.ranks.listed(self._components, X)
+
+    def _components(self, X: Tensor) -> Tensor:
+        """Bᵀ J X, the rows of this rank's samples."""
         if (columns := self.columns()) is not None:
             return columns.multiply_adjoint(X)
         if self.risk.has_tangents:
             try:
-                return self._components(X)
+                return self._linearised(X)
             except NoTangentError:
                 self.risk.has_tangents = False
         return _columns_without_tangents(self).multiply_adjoint(X)
 
-    def _components(self, X: Tensor) -> Tensor:
+    def _linearised(self, X: Tensor) -> Tensor:
         """Bᵀ J X, batch by batch."""
         parts = []
         with as_guest(self.risk.device):
@@ -224,6 +236,30 @@ class Pullback(TorchLinearOperator):
                 part = linearization.jvp(X)
                 parts.append(self.output.apply_adjoint_batch(batch, part))
         return torch.cat(parts)
+
+    def _outer(self, X: Tensor) -> Tensor:
+        """Jᵀ (B Bᵀ) J X over this rank's samples; each linearisation is needed once."""
+        columns = self.stored if self._decided else self.columns()
+        if columns is not None:
+            return columns.multiply(columns.multiply_adjoint(X))
+        outer = self.output_outer
+        if self.risk.has_tangents:
+            total: Tensor | None = None
+            try:
+                with as_guest(self.risk.device):
+                    for batch, linearization in enumerate(linearizations(self.risk)):
+                        part = outer.apply_batch(batch, linearization.jvp(X))
+                        image = linearization.vjp(part)
+                        total = image if total is None else total.add_(image)
+                assert total is not None
+                return total
+            except NoTangentError:
+                self.risk.has_tangents = False
+        # A loss Hessian that nobody has asked for a root of may have none.
+        if isinstance(outer, LossHessian) and not self.risk.loss.convex:
+            J = self.jacobian.pullback
+            return J._transposed(outer.own_rows(J._components(X)))
+        return self._transposed(self._components(X))
 
 
 @verbs.gram.register
@@ -234,27 +270,8 @@ def gram_of_pullback(factor: Pullback) -> Gram:
 
 @verbs.outer_product.register
 def outer_product_of_pullback(factor: Pullback, X: Tensor) -> Tensor:
-    """Jᵀ (B Bᵀ) J X, batch by batch, so that each linearisation is needed once."""
-    if (columns := factor.columns()) is not None:
-        return columns.multiply(columns.multiply_adjoint(X))
-    outer = factor.output_outer
-    if factor.risk.has_tangents:
-        total: Tensor | None = None
-        try:
-            with as_guest(factor.risk.device):
-                for batch, linearization in enumerate(linearizations(factor.risk)):
-                    part = outer.apply_batch(batch, linearization.jvp(X))
-                    image = linearization.vjp(part)
-                    total = image if total is None else total.add_(image)
-            assert total is not None
-            return total
-        except NoTangentError:
-            factor.risk.has_tangents = False
-    # A loss Hessian that nobody has asked for a root of may have none.
-    if isinstance(outer, LossHessian) and not factor.risk.loss.convex:
-        J = factor.jacobian
-        return J.pullback._multiply(outer._multiply(J._multiply(X)))
-    return factor._multiply(factor._multiply_adjoint(X))
+    """Jᵀ (B Bᵀ) J X."""
+    return factor.risk.ranks.summed(factor._outer, X)
 
 
 def _shared_columns(pullback: Pullback) -> StoredColumns | None:

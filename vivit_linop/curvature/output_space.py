@@ -101,16 +101,27 @@ class OutputOperator(TorchLinearOperator):
     def dense_batch(self, batch: int) -> Tensor:
         """The blocks of one batch, ``[n, C, R]``."""
 
-    def split(self, X: Tensor, width: int) -> list[Tensor]:
-        """Cut rows into batches, with ``width`` rows a sample."""
-        return list(X.split([n * width for n in self.risk.batch_sizes]))
+    def split(self, rows: Tensor, width: int) -> list[Tensor]:
+        """Cut rows of this rank's samples into batches, ``width`` of a sample."""
+        return list(rows.split([n * width for n in self.risk.batch_sizes]))
 
     def _multiply(self, X: Tensor) -> Tensor:
-        parts = enumerate(self.split(X, self.width))
+        return self.risk.ranks.listed(self._images, X)
+
+    def _images(self, X: Tensor) -> Tensor:
+        return self.own_rows(self.risk.ranks.mine(X, self.width))
+
+    def own_rows(self, rows: Tensor) -> Tensor:
+        """Multiply rows of this rank's samples."""
+        parts = enumerate(self.split(rows, self.width))
         return torch.cat([self.apply_batch(batch, part) for batch, part in parts])
 
     def _multiply_adjoint(self, X: Tensor) -> Tensor:
-        parts = enumerate(self.split(X, self.risk.num_outputs))
+        return self.risk.ranks.listed(self._adjoint_images, X)
+
+    def _adjoint_images(self, X: Tensor) -> Tensor:
+        width = self.risk.num_outputs
+        parts = enumerate(self.split(self.risk.ranks.mine(X, width), width))
         return torch.cat(
             [self.apply_adjoint_batch(batch, part) for batch, part in parts]
         )
@@ -137,13 +148,22 @@ class OutputOperator(TorchLinearOperator):
         rows, columns = self.shape
         name = type(self).__name__
         check_matrix_fits(name, (rows, columns), self.torch_dtype, self.device)
-        matrix = torch.zeros(rows, columns, dtype=self.torch_dtype, device=self.device)
-        C, R = self.risk.num_outputs, self.width
-        diagonal = matrix.view(-1, C, self.risk.num_samples, R)
+        return self.risk.ranks.listed(self._dense_rows)
+
+    def _dense_rows(self) -> Tensor:
+        """The rows of this rank's samples."""
+        risk, C, R = self.risk, self.risk.num_outputs, self.width
+        matrix = torch.zeros(
+            sum(risk.batch_sizes) * C,
+            self.shape[1],
+            dtype=self.torch_dtype,
+            device=self.device,
+        )
+        diagonal = matrix.view(-1, C, risk.num_samples, R)
         first = 0
-        for batch, n in enumerate(self.risk.batch_sizes):
+        for batch, n in enumerate(risk.batch_sizes):
             samples = torch.arange(first, first + n, device=self.device)
-            diagonal[samples, :, samples] = self.dense_batch(batch)
+            diagonal[samples, :, risk.ranks.first + samples] = self.dense_batch(batch)
             first += n
         return matrix
 
@@ -254,6 +274,9 @@ class LossHessian(OutputOperator):
 
     def diagonal_entries(self) -> Tensor:
         """The diagonal, ``[N·C]``; the blocks are not formed."""
+        return self.risk.ranks.listed(self._own_diagonal)
+
+    def _own_diagonal(self) -> Tensor:
         risk = self.risk
         return risk.scale * torch.cat(
             [

@@ -140,8 +140,12 @@ def root_of_outer(op: Outer) -> Op:
 @row_norms_squared.register
 def row_norms_of_output_factor(op: FactoredOutputOperator) -> Tensor:
     """Of the blocks, position by position."""
-    batches = range(len(op.risk.batch_sizes))
-    return torch.cat([op.blocks(b).square().sum(2).reshape(-1) for b in batches])
+
+    def own_norms() -> Tensor:
+        batches = range(len(op.risk.batch_sizes))
+        return torch.cat([op.blocks(b).square().sum(2).reshape(-1) for b in batches])
+
+    return op.risk.ranks.listed(own_norms)
 
 
 def _outer(A: Pullback, B: Pullback) -> Op:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from vivit_linop.modes import as_given, ordinary_mode, replayed
+from vivit_linop.ranks.alone import ALONE
 from vivit_linop.risk import fingerprint
 from vivit_linop.risk.checks import check_independent, checked_outputs, same_outputs
 from vivit_linop.risk.data import (
@@ -179,6 +180,7 @@ class EmpiricalRisk:
         self.has_tangents = True
         self._batches = batches
         self._data_rng = torch.random.get_rng_state()
+        self.ranks = ALONE
         self.params: Params = model.params
         first = next(iter(self.params.values()))
         self.dtype, self.device = first.dtype, first.device
@@ -511,8 +513,12 @@ class EmpiricalRisk:
 
     def value_and_gradient(self) -> tuple[Tensor, Tensor]:
         """Return L(θ) and ∇L(θ), ``[D]``, from one pass over the data."""
-        value = torch.zeros((), dtype=self.dtype, device=self.device)
-        gradient = torch.zeros(self.num_params, dtype=self.dtype, device=self.device)
+        both = self.ranks.summed(self._own_gradient_and_value)
+        return both[-1], both[:-1]
+
+    def _own_gradient_and_value(self) -> Tensor:
+        """Those of this rank's samples, ``[D + 1]``."""
+        both = torch.zeros(self.num_params + 1, dtype=self.dtype, device=self.device)
         parameters = list(self.params.values())
         for index, (X, _) in enumerate(self.batches("gradient")):
             n = len(self._targets[index]) if index < len(self._targets) else 1
@@ -524,9 +530,9 @@ class EmpiricalRisk:
                 self.check_outputs(index, output)
                 total = self.loss.total(output, self._targets[index]) * self.scale
                 gradients = torch.autograd.grad(total, parameters, allow_unused=True)
-            value += total.detach()
-            gradient += self.flatten(gradients)
-        return value, gradient
+            both[:-1] += self.flatten(gradients)
+            both[-1] += total.detach()
+        return both
 
     # Parameters ---------------------------------------------------------------------
 

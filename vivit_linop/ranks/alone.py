@@ -1,0 +1,94 @@
+"""The seam between what a process computes and what all processes know.
+
+Each process of a group, a *rank*, has the whole model and a part of the samples. Every
+operator is the matrix of all samples, and every rank has the same vectors. So what is
+summed over samples is summed over ranks, and what is listed by sample is listed rank by
+rank. An operator says which of the two, and computes the part of its own samples.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, TypeVar
+
+from torch import Tensor
+
+Result = TypeVar("Result")
+
+
+class Ballot:
+    """What a rank says in a vote, and what came of it.
+
+    Attributes:
+        flag: Afterwards, whether any rank had set it.
+    """
+
+    def __init__(self) -> None:
+        self.flag = False
+
+
+class Ranks:
+    """One process: its part is the whole.
+
+    Attributes:
+        size: How many processes there are.
+        rank: Which one this is.
+        first: The number of its first sample.
+    """
+
+    size, rank, first = 1, 0, 0
+
+    # Called in C: of a product in one process a profile shows no trace of ranks.
+
+    summed: Callable[..., Tensor] = operator.call
+    """``summed(local, *inputs)``: add up what ranks compute of inputs that all have.
+
+    The sum ``[D, …]`` is the same on all ranks, to the bit.
+    """
+
+    listed: Callable[..., Tensor] = operator.call
+    """``listed(local, *inputs)``: put the rows that ranks compute below each other.
+
+    A rank gives as many rows for each of its samples as all others do.
+    """
+
+    def led(self, compute: Callable[..., Result], *inputs: Any) -> Result:
+        """Let one rank compute, and give its result to all.
+
+        For whatever the bits of a matrix do not decide: eigenvectors, a route.
+        """
+        return compute(*inputs)
+
+    def mine(self, X: Tensor, width: int) -> Tensor:
+        """Return this rank's rows of a matrix with ``width`` rows for each sample."""
+        return X
+
+    def total(self, part: Tensor) -> Tensor:
+        """Add up what ranks have in place of it."""
+        return part
+
+    def gathered(self, item: Result) -> Sequence[Result]:
+        """Return what each rank gives, in their order."""
+        return [item]
+
+    def together(self, what: str, *inputs: Tensor) -> AbstractContextManager[Ballot]:
+        """Do what all ranks do at the same time, each for itself; then vote.
+
+        An error on one of them is then an error on all of them.
+
+        Args:
+            what: What it is.
+            *inputs: What must be the same on all ranks.
+        """
+        return nullcontext(Ballot())
+
+    @property
+    def is_many(self) -> bool:
+        """Whether there is another one."""
+        return self.size > 1
+
+
+ALONE = Ranks()
+"""The one that has all samples."""
