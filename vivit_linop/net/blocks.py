@@ -207,7 +207,7 @@ class Columns:
     def _runs_in_parts(self, batch: int, X: Any, n: int) -> bool:
         """Whether the net runs on fewer samples than a batch has."""
         risk = self._risk
-        return risk.kept.get(
+        return risk.kept.get_everywhere(
             ("runs in parts", batch),
             lambda: Capture.of_few(risk, X, n, 1, batch).num_samples < n,
         )

@@ -236,7 +236,8 @@ class Capture:
         sizes = self._risk.params
         formed = {name: sizes[name].numel() for name in overlapping(self.uses)}
         kept = SampleSizes(fixed, each, signal, formed)
-        return self._risk.kept.get(_key_of_sizes(self._risk, X), lambda: kept)
+        key = _key_of_sizes(self._risk, X)
+        return self._risk.kept.get_everywhere(key, lambda: kept)
 
     def _backward(self, uses: list[Use], cotangent: Tensor) -> list[Tensor]:
         """Pull a cotangent back to the outputs of uses."""
@@ -404,7 +405,7 @@ class Capture:
 
 def sample_sizes(risk: EmpiricalRisk, batch: int, X: Any, n: int) -> SampleSizes:
     """Return the sizes for the samples of a batch; runs the net once for each shape."""
-    known: SampleSizes | None = risk.kept.values.get(_key_of_sizes(risk, X))
+    known: SampleSizes | None = risk.kept.everywhere.get(_key_of_sizes(risk, X))
     return known or Capture.of_few(risk, X, n, 1, batch).keep_sizes(X)
 
 

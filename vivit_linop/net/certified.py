@@ -189,7 +189,9 @@ def find_structure(risk: EmpiricalRisk, alone: bool = False) -> Structure:
         alone: Whether of runs on one sample, where every axis is of that sample.
     """
     count = 1 if alone else _FIRST_SAMPLES
-    return risk.kept.get(("structure", alone), lambda: _find_structure(risk, count))
+    return risk.kept.get_everywhere(
+        ("structure", alone), lambda: _find_structure(risk, count)
+    )
 
 
 def _find_structure(risk: EmpiricalRisk, count: int) -> Structure:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import math
 import operator
@@ -41,14 +42,15 @@ from vivit_linop.risk.model import (
     Params,
     Predict,
     as_guest,
-    strided,
 )
+from vivit_linop.risk.moved import evaluated, moved
+from vivit_linop.risk.parameters import ParameterVectors
 from vivit_linop.risk.progress import shown
 
 Item = TypeVar("Item")
 
 
-class EmpiricalRisk:
+class EmpiricalRisk(ParameterVectors):
     """The empirical risk L(θ) = r Σ_n ℓ(f(x_n, θ), y_n), n = 1..N.
 
     r is 1/N for ``reduction="mean"`` and 1 for ``"sum"``. Whatever else torch's loss
@@ -56,8 +58,8 @@ class EmpiricalRisk:
     over all of the data: a risk does not depend on how the data are cut into batches.
 
     The parameters, frozen ones too, are copied at construction. Operators made from a
-    risk stay the same matrices when training goes on; for new parameters make a new
-    risk. Construction passes over the data once (forward), and keeps the outputs
+    risk stay the same matrices when training goes on; :meth:`at` gives the risk at new
+    ones. Construction passes over the data once (forward), and keeps the outputs
     ``[N, C]`` and the targets, but not the inputs: what is streamed may be of any
     length. Construction, ``gradient()`` and products with J, H and G need no other
     memory that grows with N, once the linearisations that are kept fill ``memory``.
@@ -199,6 +201,7 @@ class EmpiricalRisk:
         self.outputs: list[Tensor] = []
         self.graph_bytes: list[int] = []
         self._targets: list[Tensor] = []
+        self._sums: list[list[Tensor]] = []
         total = weight = torch.zeros((), dtype=self.dtype, device=self.device)
         example: tuple[Any, Tensor] | None = None
         for index, (X, y) in enumerate(self.batches("risk", fingerprints)):
@@ -225,6 +228,7 @@ class EmpiricalRisk:
             self.outputs.append(output)
             self.graph_bytes.append(nbytes)
             self._targets.append(y.clone())  # the user's may change
+            self._sums.append(fingerprint.sums(X))
         if not self.outputs:
             raise ValueError("data: is empty, there is not one batch.")
         # All batches together show which tensors number samples.
@@ -534,83 +538,43 @@ class EmpiricalRisk:
             both[-1] += total.detach()
         return both
 
-    # Parameters ---------------------------------------------------------------------
+    def at(
+        self,
+        parameters: Tensor | Iterable[Tensor] | Mapping[str, Tensor] | None = None,
+    ) -> EmpiricalRisk:
+        """Return the risk of the same data at other parameters, without validation.
 
-    def flatten(
-        self, tensors: Iterable[Tensor | None] | Mapping[str, Tensor | None]
-    ) -> Tensor:
-        """Turn tensors in the shapes of the parameters into a vector or columns.
+        For every step of training: it costs one forward pass, and what is known of the
+        net (the structure of its layers, costs) is kept. That the data are those of
+        construction is seen by their targets and by sums over the inputs. The
+        modes of the modules (``train``, ``eval``) are those of construction.
 
         Args:
-            tensors: One for each parameter, in the order of ``params`` or by name:
-                ``[*p]`` each, or ``[K, *p]`` each. None stands for zeros ``[*p]``.
+            parameters: None for those that the model has now, and for its present
+                buffers and frozen parameters; everything else of it stays as it was.
+                Else a vector ``[D]``, or tensors in the order of ``params`` or by name.
 
-        Returns:
-            ``[D]``, or ``[D, K]``.
+        Raises:
+            ValueError: If they have other shapes, or hold NaN or Inf, or the outputs
+                do; if the data have changed; or if the model is gone.
 
         Example:
             >>> import torch, vivit_linop as vl
             >>> from torch import nn
-            >>> data = (torch.rand(8, 3), torch.rand(8, 1))
-            >>> risk = vl.EmpiricalRisk(nn.Linear(3, 1), nn.MSELoss(), data)
-            >>> risk.flatten([torch.zeros(5, 1, 3), torch.ones(5, 1)]).shape
-            torch.Size([4, 5])
+            >>> net, data = nn.Linear(3, 1), (torch.rand(8, 3), torch.rand(8, 1))
+            >>> risk = vl.EmpiricalRisk(net, nn.MSELoss(), data)
+            >>> risk.at(torch.zeros(4)).value().allclose(data[1].square().mean())
+            True
         """
-        if isinstance(tensors, Mapping):
-            if set(tensors) != set(self.params):
-                raise ValueError(
-                    f"tensors: names are {list(tensors)}, the parameters are "
-                    f"{list(self.params)}."
-                )
-            tensors = [tensors[name] for name in self.params]
-        given = list(tensors)
-        if len(given) != len(self.params):
-            raise ValueError(
-                f"tensors: needs one for each of {len(self.params)} parameters, got "
-                f"{len(given)}."
-            )
-        parts: list[Tensor] = []
-        columns: set[int | None] = set()
-        for tensor, (name, p) in zip(given, self.params.items(), strict=True):
-            tensor = strided(tensor)
-            if tensor is None:
-                tensor = torch.zeros_like(p)
-            if tensor.shape == p.shape:
-                parts.append(tensor.reshape(1, -1))
-                columns.add(None)
-            elif tensor.shape[1:] == p.shape and tensor.ndim > 0:
-                parts.append(tensor.reshape(len(tensor), -1))
-                columns.add(len(tensor))
-            else:
-                raise ValueError(
-                    f"tensors: for {name!r} needs {list(p.shape)} or "
-                    f"[K, …] of that, got {list(tensor.shape)}."
-                )
-        if len(columns) > 1:
-            raise ValueError("tensors: all need the same leading axis, or none.")
-        flat = torch.cat(parts, dim=1).detach()
-        return flat.squeeze(0) if columns == {None} else flat.T
-
-    def unflatten(self, vec: Tensor) -> list[Tensor]:
-        """Turn a vector or columns into tensors in the shapes of the parameters.
-
-        Args:
-            vec: ``[D]``, or ``[D, K]``.
-
-        Returns:
-            One for each parameter, in order: ``[*p]``, or ``[K, *p]``.
-        """
-        if vec.ndim not in (1, 2) or len(vec) != self.num_params:
-            raise ValueError(
-                f"vec: needs [{self.num_params}] or [{self.num_params}, K], got "
-                f"{list(vec.shape)}."
-            )
-        leading = () if vec.ndim == 1 else (vec.shape[1],)
-        parts = vec.split(self.sizes)
-        return [
-            (part if vec.ndim == 1 else part.T).reshape((*leading, *p.shape))
-            for part, p in zip(parts, self.params.values(), strict=True)
-        ]
+        risk = copy.copy(self)
+        with ordinary_mode():
+            risk.model = moved(self.model, parameters)
+            risk.params, risk.kept = risk.model.params, self.kept.elsewhere()
+            known = list(zip(self._sums, self._targets, self.outputs, strict=True))
+            batches = self.batches("at")
+            risk.outputs, total = evaluated(risk.model, self.loss, batches, known)
+            risk._value = total * self.scale
+        return risk
 
     def __repr__(self) -> str:
         """Say what it is made of."""

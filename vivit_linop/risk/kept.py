@@ -3,6 +3,8 @@
 Linearisations, the structure of the net, costs and columns are made once, at the first
 product that needs them. None of them may refer to the risk: it would not be freed with
 the last reference. They hold graphs, so they do not travel: a copy makes them anew.
+What is the same at all parameters (the structure of the net, costs) belongs to all
+risks of the same data.
 """
 
 from __future__ import annotations
@@ -28,6 +30,8 @@ class Kept:
     Attributes:
         making: The lock of what is made, for all threads.
         values: What is kept, by key.
+        everywhere: What is the same at all parameters, by key; shared by risks of the
+            same data.
         nbytes: What they take, where they say so.
     """
 
@@ -39,7 +43,14 @@ class Kept:
         """Let go of everything."""
         self.making = threading.RLock()
         self.values: dict[Hashable, Any] = {}
+        self.everywhere: dict[Hashable, Any] = {}
         self.nbytes = 0.0
+
+    def elsewhere(self) -> Kept:
+        """Return a store for other parameters, with what is the same there."""
+        kept = Kept(self._memory, self._device)
+        kept.everywhere = self.everywhere
+        return kept
 
     def budget(self, share: int) -> int:
         """Return the bytes that may be taken: what the user said, or a share of all.
@@ -63,6 +74,16 @@ class Kept:
                 if key not in self.values:
                     self.put(key, make())
         value: Value = self.values[key]
+        return value
+
+    def get_everywhere(self, key: Hashable, make: Callable[[], Value]) -> Value:
+        """Likewise for a value that is the same at all parameters."""
+        if key not in self.everywhere:
+            with self.making:
+                # Risks at other parameters have other locks: the first value stays.
+                if key not in self.everywhere:
+                    self.everywhere.setdefault(key, make())
+        value: Value = self.everywhere[key]
         return value
 
     def put(self, key: Hashable, value: Any) -> None:

@@ -9,6 +9,8 @@ the same matrix while training goes on; a module is copied too
 
 from __future__ import annotations
 
+import copy
+import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -20,9 +22,11 @@ from vivit_linop.risk.copies import Copies
 from vivit_linop.risk.data import copied, leaves
 from vivit_linop.risk.parameters import (
     check_chosen,
+    check_finite,
     chosen_of_function,
     chosen_of_module,
 )
+from vivit_linop.risk.parameters import strided as strided
 from vivit_linop.risk.private import Params as Params
 from vivit_linop.risk.private import Predict as Predict
 from vivit_linop.risk.private import PrivateModule, as_tensor
@@ -92,7 +96,11 @@ class FunctionalModel:
         self._writes = False
         self._empty: list[str] = []
         self._fixed: Params = {}
+        self._moved: Params = {}
+        self._foreign: set[str] = set()
         self._buffers: list[str] = []
+        # Not kept alive: it is asked for its present state only.
+        self._source: weakref.ref[nn.Module] | None = None
         if isinstance(model, nn.Module):
             chosen = chosen_of_module(model, params)
             _check_modes(model)
@@ -121,15 +129,80 @@ class FunctionalModel:
             if name not in self.params
         }
         _check_precision(self._fixed)
+        named = dict(model.named_parameters())
+        self._foreign = {
+            name for name, owner in self.owners.items() if owner is not named[name]
+        }
+        self._source = weakref.ref(model)
         self._buffers = [
             name for name, b in model.named_buffers() if b.is_floating_point()
         ]
         self._private = PrivateModule(model, predict, {**self._fixed, **self.params})
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What travels: not the user's module."""
+        return self.__dict__ | {"_source": None}
+
     @property
     def module(self) -> nn.Module | None:
-        """The module at θ, a copy that is the risk's; None for a function."""
+        """A copy of the module that is the risk's; None for a function."""
         return None if self._private is None else self._private.module
+
+    def present(self) -> tuple[Params, Params]:
+        """Return the user's parameters as they are now, and what else is a slot.
+
+        Raises:
+            ValueError: If the user's module is gone, or has lost a parameter or buffer.
+        """
+        if self._private is None:
+            return dict(self.owners), {}
+        module = None if self._source is None else self._source()
+        if module is None:
+            raise ValueError(
+                "parameters: the module that the risk was made of is gone, so that it "
+                "has no present parameters. Give them."
+            )
+        slots = dict(module.named_buffers()) | dict(module.named_parameters())
+        known = {**self._fixed, **self.params}
+        for name, tensor in known.items():
+            found = slots.get(name)
+            if found is None or found.shape != tensor.shape:
+                now = "is gone" if found is None else f"is {list(found.shape)} now"
+                raise ValueError(
+                    f"parameters: {name!r} of the model was {list(tensor.shape)} when "
+                    f"the risk was made and {now}. Make a new risk."
+                )
+        # Parameters may have been given as tensors that are not the module's.
+        params = {
+            name: owner if name in self._foreign else slots[name]
+            for name, owner in self.owners.items()
+        }
+        return params, {name: slots[name] for name in self._fixed}
+
+    def at(self, params: Params, fixed: Params) -> FunctionalModel:
+        """Return the same function at other parameters.
+
+        Args:
+            params: Its parameters, in the shapes of these; they are copied.
+            fixed: What stands for other parameters and buffers of a module; what is
+                missing stays.
+        """
+        model = copy.copy(self)
+        model._source = self._source
+        with torch.inference_mode(False):
+            model.params = {
+                name: params[name].detach().to(p, copy=True).requires_grad_()
+                for name, p in self.params.items()
+            }
+            changed = {
+                name: tensor.detach().to(self._fixed[name], copy=True)
+                for name, tensor in fixed.items()
+                if not torch.equal(tensor.to(self._fixed[name]), self._fixed[name])
+            }
+        check_finite(model.params, "parameters")
+        model._fixed = {**self._fixed, **changed}
+        model._moved = {**self._moved, **changed}
+        return model
 
     def originals(self, model: nn.Module | ModelFunction) -> list[Tensor]:
         """Return the user's parameters, whose values were copied.
@@ -163,7 +236,8 @@ class FunctionalModel:
         for name in self._empty:
             params = {**params, name: params[name].detach()}
         if self._private is not None:
-            return self._private(params, X)
+            slots = {**self._moved, **params} if self._moved else params
+            return self._private(slots, X)
         return as_tensor(Copies(()).of_called(self._function)(params, X))
 
     def copied_module(self, params: Params) -> nn.Module | None:
@@ -205,13 +279,6 @@ def _is_written(own: Tensor, given: Tensor) -> bool:
     if own._version or own.layout != torch.strided:
         return bool(own._version)
     return not torch.equal(own, given)
-
-
-def strided(gradient: Tensor | None) -> Tensor | None:
-    """Return a gradient as an ordinary tensor; embeddings can have sparse ones."""
-    if gradient is None or gradient.layout == torch.strided:
-        return gradient
-    return gradient.to_dense()
 
 
 def random_state(device: torch.device) -> Tensor:

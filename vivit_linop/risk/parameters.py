@@ -1,4 +1,4 @@
-"""Which parameters an operator is over: what a user may give as ``params``."""
+"""Which parameters an operator is over, and their tensors as one vector."""
 
 from __future__ import annotations
 
@@ -93,7 +93,6 @@ def check_chosen(params: dict[str, Tensor]) -> None:
                 "model(X), or load the values of one on device 'meta', before the risk "
                 "is built."
             )
-    """Refuse parameters without a common dtype and device, or with NaN or Inf."""
     if not params or not sum(p.numel() for p in params.values()):
         raise ValueError("params: is empty; at least one parameter is needed.")
     for what, values in (
@@ -111,7 +110,147 @@ def check_chosen(params: dict[str, Tensor]) -> None:
             f"params: {name!r} is {first.dtype}; curvature is computed in float32 or "
             "float64. Convert the model with model.float() or model.double()."
         )
+    check_finite(params, "params")
+
+
+def check_finite(params: dict[str, Tensor], argument: str) -> None:
+    """Refuse NaN and Inf."""
     for name, p in params.items():
         # A sum is one pass; only where it overflows must the entries be looked at.
         if not p.detach().sum().isfinite() and not p.detach().isfinite().all():
-            raise ValueError(f"params: {name!r} holds NaN or Inf.")
+            raise ValueError(f"{argument}: {name!r} holds NaN or Inf.")
+
+
+class ParameterVectors:
+    """Vectors over all parameters, ``[D]``, and tensors in their shapes.
+
+    Attributes:
+        params: The parameters, by name.
+    """
+
+    params: dict[str, Tensor]
+
+    def flatten(
+        self, tensors: Iterable[Tensor | None] | Mapping[str, Tensor | None]
+    ) -> Tensor:
+        """Turn tensors in the shapes of the parameters into a vector or columns.
+
+        Args:
+            tensors: One for each parameter, in the order of ``params`` or by name:
+                ``[*p]`` each, or ``[K, *p]`` each. None stands for zeros ``[*p]``.
+
+        Returns:
+            ``[D]``, or ``[D, K]``.
+
+        Example:
+            >>> import torch, vivit_linop as vl
+            >>> from torch import nn
+            >>> data = (torch.rand(8, 3), torch.rand(8, 1))
+            >>> risk = vl.EmpiricalRisk(nn.Linear(3, 1), nn.MSELoss(), data)
+            >>> risk.flatten([torch.zeros(5, 1, 3), torch.ones(5, 1)]).shape
+            torch.Size([4, 5])
+        """
+        if isinstance(tensors, Mapping):
+            if set(tensors) != set(self.params):
+                raise ValueError(
+                    f"tensors: names are {list(tensors)}, the parameters are "
+                    f"{list(self.params)}."
+                )
+            tensors = [tensors[name] for name in self.params]
+        given = list(tensors)
+        if len(given) != len(self.params):
+            raise ValueError(
+                f"tensors: needs one for each of {len(self.params)} parameters, got "
+                f"{len(given)}."
+            )
+        parts: list[Tensor] = []
+        columns: set[int | None] = set()
+        for tensor, (name, p) in zip(given, self.params.items(), strict=True):
+            tensor = strided(tensor)
+            if tensor is None:
+                tensor = torch.zeros_like(p)
+            if tensor.shape == p.shape:
+                parts.append(tensor.reshape(1, -1))
+                columns.add(None)
+            elif tensor.shape[1:] == p.shape and tensor.ndim > 0:
+                parts.append(tensor.reshape(len(tensor), -1))
+                columns.add(len(tensor))
+            else:
+                raise ValueError(
+                    f"tensors: for {name!r} needs {list(p.shape)} or "
+                    f"[K, …] of that, got {list(tensor.shape)}."
+                )
+        if len(columns) > 1:
+            raise ValueError("tensors: all need the same leading axis, or none.")
+        flat = torch.cat(parts, dim=1).detach()
+        return flat.squeeze(0) if columns == {None} else flat.T
+
+    def unflatten(self, vec: Tensor) -> list[Tensor]:
+        """Turn a vector or columns into tensors in the shapes of the parameters.
+
+        Args:
+            vec: ``[D]``, or ``[D, K]``.
+
+        Returns:
+            One for each parameter, in order: ``[*p]``, or ``[K, *p]``.
+        """
+        sizes = [p.numel() for p in self.params.values()]
+        if vec.ndim not in (1, 2) or len(vec) != sum(sizes):
+            raise ValueError(
+                f"vec: needs [{sum(sizes)}] or [{sum(sizes)}, K], got "
+                f"{list(vec.shape)}."
+            )
+        leading = () if vec.ndim == 1 else (vec.shape[1],)
+        return [
+            (part if vec.ndim == 1 else part.T).reshape((*leading, *p.shape))
+            for part, p in zip(vec.split(sizes), self.params.values(), strict=True)
+        ]
+
+    def add_to_(self, model: nn.Module | Mapping[str, Tensor], step: Tensor) -> None:
+        """Add a step to the parameters of a model, in place: θ ← θ + step.
+
+        A risk holds copies of the parameters, so it stays as it is; ``risk.at()`` is
+        the one after the step.
+
+        Args:
+            model: A module that has the parameters of the risk by their names, or a
+                dict of tensors.
+            step: ``[D]``.
+
+        Raises:
+            ValueError: If a parameter is missing or has another shape, or the step is
+                no vector over all of them. Nothing is changed then.
+
+        Example:
+            >>> import torch, vivit_linop as vl
+            >>> from torch import nn
+            >>> _ = torch.manual_seed(0)
+            >>> net, data = nn.Linear(3, 1), (torch.rand(8, 3), torch.rand(8, 1))
+            >>> risk = vl.EmpiricalRisk(net, nn.MSELoss(), data)
+            >>> risk.add_to_(net, -0.1 * risk.gradient())
+            >>> bool(risk.at().value() < risk.value())
+            True
+        """
+        if step.ndim != 1:
+            raise ValueError(f"step: one vector [D] is added, got {list(step.shape)}.")
+        parts = self.unflatten(step)
+        named = dict(
+            model.named_parameters() if isinstance(model, nn.Module) else model
+        )
+        for name, p in self.params.items():
+            found = named.get(name)
+            if found is None or found.shape != p.shape:
+                has = "has none" if found is None else f"it has {list(found.shape)}"
+                raise ValueError(
+                    f"model: needs {name!r} of shape {list(p.shape)}, {has}."
+                )
+        with torch.no_grad():
+            for name, part in zip(self.params, parts, strict=True):
+                named[name].add_(part.to(named[name]))
+
+
+def strided(gradient: Tensor | None) -> Tensor | None:
+    """Return a gradient as an ordinary tensor; embeddings can have sparse ones."""
+    if gradient is None or gradient.layout == torch.strided:
+        return gradient
+    return gradient.to_dense()
