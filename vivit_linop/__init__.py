@@ -11,6 +11,8 @@ from vivit_linop.analysis import (
     centered_gram,
     damped_newton_step,
     directional_derivatives,
+    log_marginal_likelihood,
+    posterior_precision,
     projector,
 )
 from vivit_linop.curvature import (
@@ -75,7 +77,9 @@ __all__ = [
     "hstack",
     "linalg",
     "load",
+    "log_marginal_likelihood",
     "losses",
+    "posterior_precision",
     "projector",
     "save",
     "testing",

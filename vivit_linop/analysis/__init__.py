@@ -1,6 +1,10 @@
 """Analyses: what is read off the spectrum of the GGN."""
 
 from vivit_linop.analysis.directional import directional_derivatives
+from vivit_linop.analysis.evidence import (
+    log_marginal_likelihood,
+    posterior_precision,
+)
 from vivit_linop.analysis.gram import centered_gram
 from vivit_linop.analysis.newton import damped_newton_step
 from vivit_linop.analysis.projectors import projector
@@ -11,5 +15,7 @@ __all__ = [
     "centered_gram",
     "damped_newton_step",
     "directional_derivatives",
+    "log_marginal_likelihood",
+    "posterior_precision",
     "projector",
 ]

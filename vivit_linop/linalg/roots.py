@@ -31,6 +31,7 @@ from vivit_linop.operators.verbs import (
     adjoint,
     damp,
     damped_sqrt,
+    sample,
     scale,
     sqrt,
     to_dense,
@@ -67,9 +68,15 @@ def root_of_dense_inverse(op: DenseInverse) -> Op:
     evals, evecs = symmetric_eigenpairs(op.operator.matrix.double())
     evals = evals + op.damping
     if evals[0] <= 0.0:
+        noise = len(evals) ** 0.5 * torch.finfo(op.torch_dtype).eps * evals.abs().max()
         raise ValueError(
-            "sqrt: the inverse is not positive semi-definite, what it inverts has the "
-            f"eigenvalue {evals[0]:.3g}."
+            f"sqrt: what the inverse inverts has the eigenvalue {evals[0]:.3g}; "
+            + (
+                f"in {op.torch_dtype} that is 0 but for rounding. Add damping: (A + "
+                "delta * Identity(n)).inv().sqrt(), or use float64."
+                if evals[0] >= -noise
+                else "the inverse is not positive semi-definite."
+            )
         )
     return Dense((evecs / evals.sqrt()).to(op.torch_dtype))
 
@@ -161,6 +168,21 @@ def root_of_damped(op: Damped) -> Op:
 def root_of_woodbury(op: Woodbury) -> Op:
     """The inverse of the root of what it inverts."""
     return damped_sqrt(op.operator, op.damping).inv()
+
+
+@sample.register
+def samples_of_operator(
+    op: TorchLinearOperator, num: int, generator: torch.Generator | None = None
+) -> Tensor:
+    """R ε with A = R Rᵀ; the same ε in all precisions and on all devices."""
+    root = sqrt(op)
+    noise = torch.randn(
+        (root.shape[1], num),
+        generator=generator,
+        dtype=torch.float64,
+        device="cpu" if generator is None else generator.device,
+    )
+    return root.apply(noise.to(op.device, op.torch_dtype))
 
 
 # √(A + δ I) by what A is ------------------------------------------------------------

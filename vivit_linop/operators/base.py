@@ -445,6 +445,37 @@ class TorchLinearOperator(LinearOperator):
         return verbs.sqrt(self)
 
     @ordinary_mode()
+    def sample(self, num: int, generator: torch.Generator | None = None) -> Tensor:
+        """Return samples of N(0, self), with mean zero, as columns ``[n, num]``.
+
+        A root times standard normal noise, so for operators with a closed-form root:
+        posteriors ``(G + delta * Identity(D)).inv()``, KFAC and their kin. Of a risk's
+        operator, ``risk.unflatten`` has the parameters' shapes, the samples leading.
+
+        Args:
+            num: How many samples.
+            generator: For reproducible ones; by default torch's global generator.
+
+        Raises:
+            TypeError: If there is no closed-form root.
+            ValueError: If the operator is not positive semi-definite, or ``num`` is
+                below 1.
+
+        Example:
+            >>> import torch, vivit_linop as vl
+            >>> posterior = vl.Diagonal(torch.tensor([4.0, 9.0])).inv()
+            >>> samples = posterior.sample(10_000, torch.Generator().manual_seed(0))
+            >>> torch.allclose(samples.var(1), torch.tensor([1 / 4, 1 / 9]), rtol=0.1)
+            True
+        """
+        self._check_square("sample")
+        if isinstance(num, bool) or not isinstance(num, int) or num < 1:
+            raise ValueError(
+                f"num: how many samples, an integer from 1 on, got {num!r}."
+            )
+        return verbs.sample(self, num, generator)
+
+    @ordinary_mode()
     def logdet(self) -> Tensor:
         """Return the logarithm of the absolute determinant, a scalar tensor.
 

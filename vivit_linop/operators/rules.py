@@ -155,6 +155,16 @@ def sum_of_diagonals(A: Diagonal, B: Diagonal) -> Op:
     return Diagonal(A.entries + B.entries)
 
 
+@add.rule(Dense, Diagonal)
+def sum_of_dense_and_diagonal(A: Dense, B: Diagonal) -> Op:
+    return Dense(A.matrix + torch.diag(B.entries))
+
+
+@add.rule(Diagonal, Dense)
+def sum_of_diagonal_and_dense(A: Diagonal, B: Dense) -> Op:
+    return add(B, A)
+
+
 @add.rule(LowRank, LowRank)
 def sum_of_low_ranks(A: LowRank, B: LowRank) -> Op:
     """Multiples of one V Vᵀ add up."""
@@ -168,6 +178,26 @@ def sum_of_block_diagonals(A: BlockDiagonal, B: BlockDiagonal) -> Op:
     if not A.has_places_of(B):
         return NotImplemented
     return A.like([a + b for a, b in zip(A.blocks, B.blocks, strict=True)])
+
+
+@add.rule(BlockDiagonal, Diagonal)
+def sum_of_block_diagonal_and_diagonal(A: BlockDiagonal, B: Diagonal) -> Op:
+    """Block by block; what is one number on a block is a damping of it."""
+    if not A.has_square_blocks:
+        return NotImplemented
+    parts = A.split(B.entries)
+    return A.like([_with_diagonal(a, b) for a, b in zip(A.blocks, parts, strict=True)])
+
+
+def _with_diagonal(A: Op, entries: Tensor) -> Op:
+    if not entries.requires_grad and (entries == entries[0]).all():
+        return damp(A, entries[0].item())
+    return add(A, Diagonal(entries))
+
+
+@add.rule(Diagonal, BlockDiagonal)
+def sum_of_diagonal_and_block_diagonal(A: Diagonal, B: BlockDiagonal) -> Op:
+    return add(B, A)
 
 
 @add.rule(Damped, Op)

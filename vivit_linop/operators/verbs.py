@@ -291,6 +291,38 @@ def damped_sqrt(op: Any, damping: Scalar) -> Operator:
     raise no_root(op, "a damped ")
 
 
+@singledispatch
+def sample(op: Any, num: int, generator: Any = None) -> Tensor:
+    """Return samples of N(0, op) as columns, ``[n, num]``; see ``A.sample``.
+
+    Without a rule, a root times standard normal noise.
+    """
+    raise _no_rule("sample", op)
+
+
+@singledispatch
+def pinv(op: Any, rcond: float | None = None) -> Operator:
+    """Return the Moore–Penrose inverse, as an operator; see ``A.pinv``.
+
+    Without a rule, from ``eigh`` for self-adjoint operators, and for others from the
+    Gram matrix of their smaller side.
+    """
+    raise _no_rule("pinv", op)
+
+
+@singledispatch
+def restrict(op: Any, index: Tensor) -> Operator:
+    """Return the principal submatrix of these rows and columns, ``[k, k]``.
+
+    Without a rule, a node that multiplies vectors which are zero elsewhere.
+
+    Args:
+        op: A square operator.
+        index: Distinct row numbers, int64, on its device.
+    """
+    raise _no_rule("restrict", op)
+
+
 # Diagonals, traces, determinants ----------------------------------------------------
 
 

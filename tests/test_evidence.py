@@ -1,0 +1,151 @@
+"""The Laplace evidence, its gradients in the prior, and posterior precisions."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from cases import dense
+from curvature_cases import close, risk
+from torch import Tensor, nn
+
+import vivit_linop as vl
+
+float64 = torch.float64
+NAMES = ["mlp_ce_mean", "mlp_mse_sum", "more_columns_than_parameters"]
+
+Curvature = Callable[[vl.EmpiricalRisk], vl.TorchLinearOperator]
+CURVATURES: dict[str, Curvature] = {
+    "ggn": vl.GGN,
+    "fisher": vl.EmpiricalFisher,
+    "kfac": lambda of: vl.KFAC(of, variant="exact"),
+    "ekfac": lambda of: vl.EKFAC(of, variant="exact"),
+    "diagonal": lambda of: vl.Diagonal(vl.GGN(of).diagonal()),
+    "blocks": lambda of: vl.GGN(of).block_diagonal("parameter"),
+    "modules": lambda of: vl.GGN(of).block_diagonal("module"),
+    "dense": lambda of: vl.Dense(vl.GGN(of).to_dense()),
+}
+
+
+def truth(name: str, A: Tensor, entries: Tensor) -> Tensor:
+    """By its definition, with dense matrices."""
+    of, D = dense(name), len(A)
+    theta = risk(name).flatten(risk(name).params).detach()
+    P = torch.diag(entries.expand(D))
+    fit = -of.value / of.r - 0.5 * theta @ P @ theta
+    return fit + 0.5 * (torch.logdet(P) - torch.logdet(A / of.r + P))
+
+
+def per_entry(name: str, kind: str) -> tuple[Tensor, Tensor]:
+    """A precision of a kind that requires grad, and its entries."""
+    of = risk(name)
+    generator = torch.Generator().manual_seed(0)
+    count = {"scalar": (), "parameter": (len(of.sizes),), "entry": (of.num_params,)}
+    precision = 0.5 + torch.rand(count[kind], generator=generator, dtype=float64)
+    precision.requires_grad_()
+    if kind != "parameter":
+        return precision, precision
+    return precision, precision.repeat_interleave(torch.tensor(of.sizes))
+
+
+KINDS = ["scalar", "parameter", "entry"]
+
+
+def has_closed_form(curvature: str, kind: str) -> bool:
+    if curvature in ("kfac", "ekfac", "blocks"):
+        return kind != "entry"
+    return curvature in ("diagonal", "dense") or kind == "scalar"
+
+
+CLOSED = [(c, kind) for c in CURVATURES for kind in KINDS if has_closed_form(c, kind)]
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("curvature, kind", CLOSED)
+def test_value_and_gradient(name: str, curvature: str, kind: str) -> None:
+    A = CURVATURES[curvature](risk(name))
+    precision, entries = per_entry(name, kind)
+    value = vl.log_marginal_likelihood(risk(name), A, precision)
+    expected = truth(name, A.to_dense(), entries)
+    assert close(value, expected, 1e-11)
+    (slope,) = torch.autograd.grad(value, precision)
+    (expected_slope,) = torch.autograd.grad(expected, precision)
+    assert close(slope, expected_slope, 1e-9)
+
+
+@pytest.mark.parametrize("curvature", ["ggn", "kfac", "diagonal"])
+def test_float32(curvature: str) -> None:
+    of = risk("mlp_ce_mean", torch.float32)
+    A = CURVATURES[curvature](of)
+    precision = torch.tensor(0.7, requires_grad=True)
+    value = vl.log_marginal_likelihood(of, A, precision)
+    entries = torch.tensor(0.7, dtype=float64, requires_grad=True)
+    exact = CURVATURES[curvature](risk("mlp_ce_mean")).to_dense()
+    expected = truth("mlp_ce_mean", exact, entries)
+    assert value.dtype == torch.float32
+    assert close(value, expected, 1e-5)
+    (slope,) = torch.autograd.grad(value, precision)
+    (expected_slope,) = torch.autograd.grad(expected, entries)
+    assert close(slope, expected_slope, 1e-4)
+
+
+def test_precisions_by_name_and_as_numbers() -> None:
+    of = risk("mlp_ce_mean")
+    K = vl.KFAC(of, variant="exact")
+    values = torch.linspace(0.5, 2.0, len(of.sizes), dtype=float64)
+    by_order = vl.log_marginal_likelihood(of, K, values)
+    by_name = dict(zip(of.params, values.tolist(), strict=True))
+    assert close(vl.log_marginal_likelihood(of, K, by_name), by_order, 1e-14)
+    all_equal = dict.fromkeys(of.params, 0.3)
+    number = vl.log_marginal_likelihood(of, K, 0.3)
+    assert close(vl.log_marginal_likelihood(of, K, all_equal), number, 1e-12)
+
+
+def test_evidence_of_a_linear_model_is_exact() -> None:
+    """Gaussian data with variance 1/2: the marginal of y is a Gaussian, too."""
+    generator = torch.Generator().manual_seed(0)
+    X = torch.randn(7, 3, generator=generator, dtype=float64)
+    y = torch.randn(7, 1, generator=generator, dtype=float64)
+    delta, net = 1.7, nn.Linear(3, 1, bias=False, dtype=float64)
+    minimum = torch.linalg.solve(2 * X.T @ X + delta * torch.eye(3), 2 * X.T @ y)
+    with torch.no_grad():
+        net.weight.copy_(minimum.T)
+    of = vl.EmpiricalRisk(net, nn.MSELoss(), (X, y))
+    value = vl.log_marginal_likelihood(of, vl.GGN(of), delta)
+    covariance = 0.5 * torch.eye(7, dtype=float64) + X @ X.T / delta
+    marginal = torch.distributions.MultivariateNormal(
+        torch.zeros(7, dtype=float64), covariance
+    ).log_prob(y.squeeze(1))
+    constant = 7 / 2 * torch.log(torch.tensor(torch.pi, dtype=float64))
+    assert close(value - constant, marginal, 1e-12)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_posterior_precision(kind: str) -> None:
+    of, r = risk("mlp_ce_mean"), dense("mlp_ce_mean").r
+    precision, entries = per_entry("mlp_ce_mean", kind)
+    for name in ("ggn", "kfac", "diagonal"):
+        A = CURVATURES[name](of)
+        P = vl.posterior_precision(of, A, precision.detach())
+        expected = A.to_dense() / r + torch.diag(entries.detach().expand(of.num_params))
+        assert close(P.to_dense(), expected)
+        if has_closed_form(name, kind):
+            assert close(P.inv().to_dense(), torch.linalg.inv(expected), 1e-9)
+
+
+def test_what_is_refused() -> None:
+    of = risk("mlp_ce_mean")
+    G, D = vl.GGN(of), of.num_params
+    for bad in (0.0, -1.0, float("nan"), torch.zeros(D)):
+        with pytest.raises(ValueError, match="prior_precision: must be positive"):
+            vl.log_marginal_likelihood(of, G, bad)
+    with pytest.raises(ValueError, match=rf"prior_precision: .*\[{D}\]"):
+        vl.log_marginal_likelihood(of, G, torch.ones(D + 1))
+    with pytest.raises(ValueError, match="prior_precision: names"):
+        vl.log_marginal_likelihood(of, G, {"foreign": 1.0})
+    with pytest.raises(ValueError, match="curvature: an operator of shape"):
+        vl.log_marginal_likelihood(of, vl.Identity(D + 1), 1.0)
+    with pytest.raises(TypeError, match="risk: an EmpiricalRisk"):
+        vl.log_marginal_likelihood(G, G, 1.0)
+    with pytest.raises(TypeError, match="prior_precision: no closed-form"):
+        entries = torch.linspace(1, 2, D, dtype=float64)
+        vl.log_marginal_likelihood(of, vl.KFAC(of), entries)

@@ -1,0 +1,199 @@
+"""The Laplace approximation's evidence, and the precision of its posterior."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from vivit_linop.modes import as_given, ordinary_mode
+from vivit_linop.operators import Diagonal, TorchLinearOperator
+from vivit_linop.operators.verbs import add, damp, diagonal, inv, logdet, scale
+from vivit_linop.risk.empirical import EmpiricalRisk
+
+PriorPrecision: TypeAlias = float | Tensor | Mapping[str, float | Tensor]
+"""A number, one a parameter (in order, or by name), or one an entry, ``[D]``."""
+
+
+@ordinary_mode()
+def log_marginal_likelihood(
+    risk: EmpiricalRisk,
+    curvature: TorchLinearOperator,
+    prior_precision: PriorPrecision,
+) -> Tensor:
+    """Return the Laplace approximation of log p(data), differentiable in the prior.
+
+    With the prior N(0, P⁻¹), the loss as a negative log-likelihood, L = r Σ_n ℓ_n, and
+    a curvature A of L (so that A/r is that of Σ_n ℓ_n; MacKay 1992, *Neural
+    Computation* 4, eq. 4.11; Immer et al. 2021, arXiv:2104.04975, eq. 8),
+
+        −L/r − ½ θᵀPθ + ½ log det P − ½ log det(A/r + P).
+
+    Larger is better. The powers of 2π of prior and posterior cancel. What a loss leaves
+    out of its negative log-likelihood, the value leaves out: nothing for
+    ``nn.CrossEntropyLoss``; ``nn.MSELoss``, a mean over C outputs, is that of Gaussians
+    with variance C/2, less the constant C/2 log(π C) a sample. ``nn.GaussianNLLLoss``
+    has the variances of the targets, and leaves out C/2 log 2π unless ``full=True``.
+    Class weights and ignored targets enter a mean's divisor, and so ℓ_n: for their
+    likelihood take ``reduction="sum"``. For other temperatures scale loss and
+    curvature.
+
+    θ is where the risk was built; the approximation is meant for a minimum of
+    L/r + ½ θᵀPθ. Gradients reach P, not θ and the data. Costs log det(A/r + P): of a
+    GGN its Gram matrix once, and its eigenvalues serve every scalar P. With one number
+    a parameter or entry, each value costs a factorisation, and gradients the diagonal
+    of the posterior covariance.
+
+    Args:
+        risk: N samples, D parameters.
+        curvature: A, self-adjoint ``[D, D]``, as it belongs to the risk (with r in
+            it): a GGN, KFAC, EKFAC, ``Diagonal(G.diagonal())``, G's block-diagonal.
+        prior_precision: The diagonal of P, positive: a number; one for each parameter,
+            ``[len(risk.params)]`` or by name; or one for each entry, ``[D]``. Tensors
+            that require grad get gradients. Kronecker factors have closed forms for
+            one number a block.
+
+    Returns:
+        A scalar.
+
+    Raises:
+        TypeError: If ``curvature`` has no closed-form determinant with such a prior.
+        ValueError: If a precision is not positive, or has another shape.
+
+    Example:
+        >>> import torch, vivit_linop as vl
+        >>> from torch import nn
+        >>> _ = torch.manual_seed(0)
+        >>> data = (torch.rand(8, 3), torch.randint(2, (8,)))
+        >>> risk = vl.EmpiricalRisk(nn.Linear(3, 2), nn.CrossEntropyLoss(), data)
+        >>> precision = torch.tensor(1.0, requires_grad=True)
+        >>> value = vl.log_marginal_likelihood(risk, vl.GGN(risk), precision)
+        >>> value.backward()
+        >>> bool(precision.grad.isfinite())
+        True
+    """
+    precision = _checked(risk, curvature, prior_precision)
+    with torch.no_grad():
+        theta = risk.flatten(risk.params)
+        log_likelihood = -risk.value() / risk.reduction_factor
+    likelihood_curvature = scale(curvature, 1.0 / risk.reduction_factor)
+    penalty = (precision * theta.square()).sum()
+    log_det_prior = precision.log().expand(risk.num_params).sum()
+    if precision.ndim == 0:
+        whole = damp(likelihood_curvature, _scalar(precision))
+        log_det = logdet(whole)
+    else:
+        log_det = _LogDet.apply(precision, likelihood_curvature)
+    value = log_likelihood + 0.5 * (log_det_prior - penalty - log_det)
+    return value.to(risk.dtype)
+
+
+@ordinary_mode()
+def posterior_precision(
+    risk: EmpiricalRisk,
+    curvature: TorchLinearOperator,
+    prior_precision: PriorPrecision,
+) -> TorchLinearOperator:
+    """Return A/r + P: what the Laplace approximation has for the posterior precision.
+
+    Its ``.inv()`` is the posterior covariance, for :func:`predictive_covariance` and
+    ``.sample``.
+
+    Args:
+        risk: N samples, D parameters.
+        curvature: A, self-adjoint ``[D, D]``, as it belongs to the risk (with r in it).
+        prior_precision: The diagonal of P, as for :func:`log_marginal_likelihood`.
+
+    Raises:
+        ValueError: If a precision is not positive, or has another shape.
+
+    Example:
+        >>> import torch, vivit_linop as vl
+        >>> from torch import nn
+        >>> data = (torch.rand(8, 3), torch.rand(8, 1))
+        >>> risk = vl.EmpiricalRisk(nn.Linear(3, 1), nn.MSELoss(), data)
+        >>> S = vl.posterior_precision(risk, vl.GGN(risk), 2.0).inv()
+        >>> S.sample(5).shape
+        torch.Size([4, 5])
+    """
+    precision = _checked(risk, curvature, prior_precision)
+    likelihood_curvature = scale(curvature, 1.0 / risk.reduction_factor)
+    if precision.ndim == 0:
+        return damp(likelihood_curvature, _scalar(precision))
+    return add(likelihood_curvature, Diagonal(precision))
+
+
+def _scalar(precision: Tensor) -> float | Tensor:
+    return precision if precision.requires_grad else precision.item()
+
+
+class _LogDet(torch.autograd.Function):
+    """log det(A + diag p), whose derivative in p is the diagonal of the inverse."""
+
+    @staticmethod
+    def forward(ctx: Any, entries: Tensor, operator: TorchLinearOperator) -> Tensor:
+        ctx.whole = add(operator, Diagonal(entries.detach()))
+        try:
+            return logdet(ctx.whole).to(entries.dtype)
+        except TypeError as error:
+            raise TypeError(
+                "prior_precision: no closed-form determinant of this "
+                f"{type(operator).__name__} with one number for each parameter or "
+                "entry. Give one for all, or one for each block of a block-diagonal "
+                "curvature."
+            ) from error
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        with ordinary_mode():
+            return gradients[0] * diagonal(inv(ctx.whole)), None
+
+
+def _checked(
+    risk: EmpiricalRisk, curvature: TorchLinearOperator, given: PriorPrecision
+) -> Tensor:
+    """Return the diagonal of P as a scalar, or ``[D]``; check what belongs together."""
+    if not isinstance(risk, EmpiricalRisk):
+        raise TypeError(f"risk: an EmpiricalRisk, got {type(risk).__name__}.")
+    D = risk.num_params
+    if not isinstance(curvature, TorchLinearOperator) or curvature.shape != (D, D):
+        raise ValueError(
+            f"curvature: an operator of shape ({D}, {D}) for this risk, got "
+            f"{curvature!r}."
+        )
+    precision = _entries(risk, given)
+    if not (precision.isfinite() & (precision > 0)).all():
+        raise ValueError(
+            "prior_precision: must be positive and finite, the least is "
+            f"{precision.min():.3g}."
+        )
+    return precision
+
+
+def _entries(risk: EmpiricalRisk, given: PriorPrecision) -> Tensor:
+    if isinstance(given, Mapping):
+        if set(given) != set(risk.params):
+            raise ValueError(
+                f"prior_precision: names are {list(given)}, the parameters are "
+                f"{list(risk.params)}."
+            )
+        given = torch.stack(
+            [
+                as_given(given[name], risk.dtype).to(risk.device, risk.dtype)
+                for name in risk.params
+            ]
+        )
+    precision = as_given(given, risk.dtype).to(risk.device, risk.dtype)
+    if precision.ndim == 0 or precision.shape == (risk.num_params,):
+        return precision
+    if precision.shape == (len(risk.sizes),):
+        sizes = torch.tensor(risk.sizes, device=risk.device)
+        return precision.repeat_interleave(sizes)
+    raise ValueError(
+        f"prior_precision: a number, [{len(risk.sizes)}] for the parameters or "
+        f"[{risk.num_params}] for their entries, got {list(precision.shape)}."
+    )
