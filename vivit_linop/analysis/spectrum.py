@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vivit_linop.extras import extra
 from vivit_linop.operators.base import TorchLinearOperator
 from vivit_linop.operators.lowrank import LowRank
 
@@ -88,7 +89,8 @@ class LanczosSpectrum:
             margin: By how much of its length the grid is longer than the spectrum.
         """
         # Imported where it is used: it takes time, and warns.
-        from curvlinops import LanczosApproximateSpectrumCached
+        with extra("curvlinops"):
+            from curvlinops import LanczosApproximateSpectrumCached
 
         arguments = num_repeats, num_points, kappa, margin
         return self._seeded(
@@ -115,7 +117,8 @@ class LanczosSpectrum:
             margin: By how much of its length the grid is longer than the spectrum.
             epsilon: ε, which keeps the logarithm of zeros finite.
         """
-        from curvlinops import LanczosApproximateLogSpectrumCached
+        with extra("curvlinops"):
+            from curvlinops import LanczosApproximateLogSpectrumCached
 
         arguments = num_repeats, num_points, kappa, margin, epsilon
         return self._seeded(

@@ -13,6 +13,7 @@ from torch.func import jvp, vmap
 from vivit_linop.curvature.hessian_products import ROUNDING, HessianProducts
 from vivit_linop.curvature.output_space import LossGradient, LossHessian
 from vivit_linop.curvature.recursions import backpack_results
+from vivit_linop.extras import extra
 from vivit_linop.net.blocks import memory_budget
 from vivit_linop.risk.empirical import EmpiricalRisk
 from vivit_linop.risk.model import Params, as_guest
@@ -60,7 +61,7 @@ def cost_of_diagonal(H: HessianProducts) -> DiagonalCost:
         one = H.risk.subset([0])
         _by_backpack(one, False, memory_budget(H.risk) // N)
         recursion = None
-    except ValueError as error:
+    except (ValueError, ModuleNotFoundError) as error:
         recursion = str(error)
     one_sample = time.perf_counter() - start
     return DiagonalCost(D, seconds * D, N * one_sample, recursion)
@@ -77,7 +78,7 @@ def diagonal_by_recursion(
     try:
         found = _by_backpack(H.risk, by_sample, memory_budget(H.risk))
         _check_diagonal(H, found, by_sample)
-    except ValueError:
+    except (ValueError, ModuleNotFoundError):
         if route == "backpack":
             raise
         return None
@@ -241,9 +242,11 @@ def _by_backpack(risk: EmpiricalRisk, by_sample: bool, memory: int) -> Tensor:
     By sample with its r.
 
     Raises:
+        ModuleNotFoundError: If BackPACK is not installed.
         ValueError: If BackPACK cannot do the model, or not in that memory.
     """
-    from backpack.extensions import BatchDiagHessian, DiagHessian
+    with extra("backpack"):
+        from backpack.extensions import BatchDiagHessian, DiagHessian
 
     extension = BatchDiagHessian() if by_sample else DiagHessian()
     results = backpack_results(risk, extension, memory)

@@ -22,6 +22,7 @@ from vivit_linop.curvature.positive_curvature import (
     PositiveCurvature,
     PositiveCurvatureBlock,
 )
+from vivit_linop.extras import extra
 from vivit_linop.modes import ordinary_mode
 from vivit_linop.operators.base import TorchLinearOperator
 from vivit_linop.operators.kronecker import BlockDiagonal, Kronecker
@@ -81,7 +82,8 @@ class KFRA(BlockDiagonal):
     ) -> None:
         self.risk = as_risk(risk, loss, data, params)
         self.names = [[name] for name in self.risk.params]
-        from backpack.extensions import KFRA as Extension
+        with extra("backpack"):
+            from backpack.extensions import KFRA as Extension
 
         approximation = kronecker_blocks(backpack_results(self.risk, Extension()))
         super().__init__(approximation.blocks, approximation.indices)
@@ -146,7 +148,8 @@ class PositiveCurvatureHessian(BlockDiagonal):
             raise ValueError(f"modify: 'clip' or 'abs', got {modify!r}.")
         self.risk = as_risk(risk, loss, data, params)
         groups = parameter_groups(self.risk, blocks)
-        from backpack.extensions import PCHMP
+        with extra("backpack"):
+            from backpack.extensions import PCHMP
 
         results = backpack_results(self.risk, PCHMP(modify=modify))
         if blocks == "parameter" and not as_published:
@@ -203,7 +206,8 @@ def backpack_results(
         TypeError: If ``extension`` is none.
         ValueError: If BackPACK cannot do the model.
     """
-    from backpack import backpack, extend
+    with extra("backpack"):
+        from backpack import backpack, extend
 
     savefield = getattr(extension, "savefield", None)
     if not isinstance(savefield, str) or isinstance(extension, type):

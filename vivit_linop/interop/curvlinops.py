@@ -8,6 +8,7 @@ import torch
 from scipy.sparse.linalg import LinearOperator
 from torch import Tensor
 
+from vivit_linop.extras import extra
 from vivit_linop.operators.base import TorchLinearOperator
 from vivit_linop.operators.verbs import damped_inv, no_inverse, to_curvlinops
 
@@ -124,7 +125,8 @@ def damped_inverse_of_curvlinops(
     op: CurvlinopsOperator, damping: float
 ) -> TorchLinearOperator:
     """The inverse of curvlinops' (E)KFAC + δ I, exactly damped; it has no others."""
-    from curvlinops import KFACInverseLinearOperator, KFACLinearOperator
+    with extra("curvlinops"):
+        from curvlinops import KFACInverseLinearOperator, KFACLinearOperator
 
     if not isinstance(op.operator, KFACLinearOperator):
         raise no_inverse(op, "a damped ")

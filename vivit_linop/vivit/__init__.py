@@ -7,15 +7,19 @@ Hennig 2022), so that a script needs another import line only::
 
 What BackPACK backpropagates becomes columns in the structure of the layers; Gram
 matrices, eigenpairs, derivatives and steps are those of the rest of this package.
-This package imports BackPACK, so it is not imported with ``vivit_linop``.
+This package imports BackPACK (the extra ``backpack``), so it is not imported with
+``vivit_linop``.
 """
 
-from vivit_linop.vivit.computations import (
-    DirectionalDampedNewtonComputation,
-    DirectionalDerivativesComputation,
-    EighComputation,
-    EigvalshComputation,
-)
+from vivit_linop.extras import extra
+
+with extra("backpack"):
+    from vivit_linop.vivit.computations import (
+        DirectionalDampedNewtonComputation,
+        DirectionalDerivativesComputation,
+        EighComputation,
+        EigvalshComputation,
+    )
 
 __all__ = [
     "DirectionalDampedNewtonComputation",
