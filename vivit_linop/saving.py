@@ -204,6 +204,7 @@ def _packed_factor(factor: Pullback, gram: Gram, risk: EmpiricalRisk) -> dict[st
     packed: dict[str, Any] = {}
     if isinstance(factor, GGNFactor):
         packed["factor"] = "GGN"
+        packed["positive_part"] = factor.root.hessian.positive_part
         if factor.mc_samples:
             batches = range(len(risk.batch_sizes))
             packed["draw"] = torch.cat([factor.root.blocks(b) for b in batches])
@@ -260,7 +261,8 @@ def _unpacked_pairs(
 def _unpacked_factor(packed: dict[str, Any], risk: EmpiricalRisk) -> Pullback:
     jacobian = Jacobian(risk)
     if packed["factor"] == "GGN":
-        hessian = LossHessian(risk)
+        positive = packed.get("positive_part", False)
+        hessian = LossHessian(risk, positive_part=positive)
         root = (
             LossHessianSqrt.of_draw(hessian, packed["draw"])
             if "draw" in packed

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from vivit_linop.curvature.fisher import PerSampleGradients
-from vivit_linop.curvature.ggn import GGNFactor
+from vivit_linop.curvature.ggn import GGN, GGNFactor
 from vivit_linop.curvature.jacobian import Pullback
 from vivit_linop.linalg.decompositions import GramEigenpairs
 from vivit_linop.modes import ordinary_mode
@@ -40,7 +40,7 @@ def directional_derivatives(
 
     Raises:
         TypeError: If ``directions`` is neither.
-        ValueError: If shapes do not match, or the loss has no square root.
+        ValueError: If shapes do not match.
 
     Example:
         >>> import torch, vivit_linop as vl
@@ -55,8 +55,15 @@ def directional_derivatives(
     """
     curvature_risk = checked_curvature_risk(risk, curvature_risk)
     pairs = as_directions(risk, directions)
-    factor = _known_factor(pairs, curvature_risk) or GGNFactor(curvature_risk)
-    return slopes(PerSampleGradients(risk), pairs), curvatures(factor, pairs)
+    gammas = slopes(PerSampleGradients(risk), pairs)
+    factor = _known_factor(pairs, curvature_risk)
+    if factor is not None:
+        return gammas, curvatures(factor, pairs)
+    G = GGN(curvature_risk)
+    if G.semidefinite:
+        return gammas, curvatures(G.factor, pairs)
+    positive, negative = (curvatures(part.factor, pairs) for part in G.parts)
+    return gammas, positive - negative
 
 
 def checked_curvature_risk(
@@ -137,6 +144,6 @@ def as_directions(risk: EmpiricalRisk, directions: Eigenpairs | Tensor) -> Eigen
 def _known_factor(pairs: Eigenpairs, risk: EmpiricalRisk) -> GGNFactor | None:
     """The factor that the pairs come from, if it is the exact one of this risk."""
     factor = pairs.operator.factor if isinstance(pairs, GramEigenpairs) else None
-    if not isinstance(factor, GGNFactor) or factor.mc_samples:
+    if not isinstance(factor, GGNFactor) or not factor.root.determined:
         return None
     return factor if factor.risk is risk else None

@@ -129,7 +129,7 @@ class LanczosSpectrum:
     def _known_boundaries(self) -> Boundaries | None:
         low, high = (None, None) if self._boundaries is None else self._boundaries
         op = self._operator
-        if isinstance(op, LowRank):
+        if isinstance(op, LowRank) and op.semidefinite:
             if low is None and op.factor.shape[1] < op.shape[0]:
                 low = 0.0
             if high is None:

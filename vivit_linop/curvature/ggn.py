@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Any, Self
 
 import torch
@@ -29,8 +30,10 @@ class GGNFactor(Pullback):
     Args:
         risk: An :class:`EmpiricalRisk`, or its ``model, loss, data, params``.
         mc_samples: 0 for the exact factor, or the number M of random columns a sample;
-            V Vᵀ then is G in expectation.
+            V Vᵀ then is G in expectation (the Fisher matrix, where that is another).
         generator: For reproducible random columns.
+        positive_part: Whether each sample's H is replaced by its positive part, for a
+            loss that is not convex. What is drawn is semi-definite without it.
 
     Raises:
         ValueError: If the loss is not convex at some sample, or has no likelihood and
@@ -56,9 +59,11 @@ class GGNFactor(Pullback):
         *,
         mc_samples: int = 0,
         generator: torch.Generator | None = None,
+        positive_part: bool = False,
     ) -> None:
         risk = as_risk(risk, loss, data, params)
-        root = LossHessian(risk).sqrt(mc_samples, generator)
+        hessian = LossHessian(risk, positive_part=positive_part)
+        root = hessian.sqrt(mc_samples, generator)
         super().__init__(Jacobian(risk), root)
 
     @property
@@ -81,11 +86,18 @@ class GGN(LowRank):
     inverses go through the Gram matrix K = VᵀV of size N·R, computed once and kept; or
     through the dense G where that is smaller.
 
+    For a loss that is not convex H, and with it G, is indefinite, and there is no V.
+    Products, ``to_dense``, ``diagonal``, ``trace``, ``logdet``, ``eigvalsh`` and
+    ``eigh`` (by ARPACK for ``k=``) are those of JᵀHJ; inverses and roots are refused,
+    but for ``positive_part=True`` and for Monte-Carlo samples.
+
     Args:
         risk: An :class:`EmpiricalRisk`, or its ``model, loss, data, params``.
         mc_samples: 0 for the exact GGN, or the number of Monte-Carlo samples of the
-            loss Hessian; one draw for all products.
+            loss Hessian; one draw for all products. In expectation G is then the
+            Fisher matrix: where H depends on targets, that is not H.
         generator: For reproducible samples.
+        positive_part: As for :class:`GGNFactor`.
 
     Attributes:
         factor: V, a :class:`GGNFactor`.
@@ -112,10 +124,12 @@ class GGN(LowRank):
         *,
         mc_samples: int = 0,
         generator: torch.Generator | None = None,
+        positive_part: bool = False,
     ) -> None:
         risk = as_risk(risk, loss, data, params)
         # Products need H only; whether H has a root is checked when V is used.
-        root = LossHessianSqrt(LossHessian(risk), mc_samples, generator)
+        hessian = LossHessian(risk, positive_part=positive_part)
+        root = LossHessianSqrt(hessian, mc_samples, generator)
         super().__init__(GGNFactor.through(Jacobian(risk), root))
 
     @classmethod
@@ -129,6 +143,21 @@ class GGN(LowRank):
     def risk(self) -> EmpiricalRisk:
         """The risk that it belongs to."""
         return self.factor.risk
+
+    @property
+    def semidefinite(self) -> bool:  # type: ignore[override]
+        """Whether H has a root; looked at once, for a loss without a closed form."""
+        return self.factor.root.exists
+
+    @cached_property
+    def parts(self) -> tuple[GGN, GGN]:
+        """Jᵀ H₊ J and Jᵀ H₋ J, whose difference is JᵀHJ, for an indefinite H."""
+        J, H = self.factor.jacobian, self.factor.root.hessian
+        positive, negative = (
+            GGN.of(GGNFactor.through(J, LossHessianSqrt(H.part(sign))))
+            for sign in (1, -1)
+        )
+        return positive, negative
 
     def sample_diagonals(self) -> Tensor:
         """Return the diagonals of the samples' GGNs G_n = J_nᵀ H_n J_n, ``[N, D]``.
@@ -146,6 +175,10 @@ class GGN(LowRank):
             >>> torch.allclose(G.sample_diagonals().mean(0), G.diagonal())
             True
         """
+        if not self.semidefinite:
+            positive, negative = self.parts
+            difference = positive.sample_diagonals() - negative.sample_diagonals()
+            return self.scale * difference
         with ordinary_mode():
             total = SampleRowNorms(self.factor)
             sum_columns(self.factor, [total])
@@ -164,6 +197,9 @@ class GGN(LowRank):
             them come from one pass over the data.
 
         Raises:
-            ValueError: If a parameter is missing, foreign or listed twice.
+            ValueError: If a parameter is missing, foreign or listed twice; if the loss
+                is not convex.
         """
+        if not self.semidefinite:
+            self.factor.root.check()
         return block_diagonal(self, blocks)

@@ -256,7 +256,7 @@ class Pullback(TorchLinearOperator):
             except NoTangentError:
                 self.risk.has_tangents = False
         # A loss Hessian that nobody has asked for a root of may have none.
-        if isinstance(outer, LossHessian) and not self.risk.loss.convex:
+        if isinstance(outer, LossHessian) and not self.output.certain:
             J = self.jacobian.pullback
             return J._transposed(outer.own_rows(J._components(X)))
         return self._transposed(self._components(X))
@@ -306,7 +306,7 @@ def _columns_without_tangents(pullback: Pullback) -> StoredColumns | StreamedCol
 
 def _cheaper_columns(pullback: Pullback) -> StoredColumns | None:
     # A root of a loss Hessian that nobody has asked for may not exist.
-    if not pullback.risk.loss.convex:
+    if not pullback.output.certain:
         return None
     return _fitting_columns(pullback) if pullback.columns_pay() else None
 

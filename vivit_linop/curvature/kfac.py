@@ -59,10 +59,20 @@ class _LayerBlocks(BlockDiagonal):
         generator: torch.Generator | None = None,
         weight_sharing: str = "expand",
         joint_bias: bool = False,
+        positive_part: bool = False,
     ) -> None:
         _check_options(variant, mc_samples, weight_sharing)
         self.risk = as_risk(risk, loss, data, params)
-        curvature = _curvature(self.risk, variant, mc_samples, generator)
+        curvature: LowRank
+        if variant == "empirical":
+            curvature = EmpiricalFisher(self.risk)
+        else:
+            curvature = GGN(
+                self.risk,
+                mc_samples=mc_samples if variant == "mc" else 0,
+                generator=generator,
+                positive_part=positive_part,
+            )
         partners = _bias_partners(self.risk) if joint_bias else {}
         with ordinary_mode():
             parts = self._parts(curvature, weight_sharing, partners)
@@ -126,6 +136,8 @@ class KFAC(_LayerBlocks):
         weight_sharing: ``"expand"``, ``"reduce"`` or ``"backpack"``.
         joint_bias: Whether weight and bias of a layer are one block, with a 1 appended
             to the inputs; else the bias has a block of its own.
+        positive_part: Of a loss that is not convex, for ``"exact"``: whether each
+            sample's loss Hessian is replaced by its positive part.
 
     Attributes:
         risk: The risk.
@@ -224,19 +236,6 @@ def _check_options(variant: str, mc_samples: int, weight_sharing: str) -> None:
             "mc_samples: at least 1 for variant='mc', got 0. Use variant='exact' "
             "for the exact GGN."
         )
-
-
-def _curvature(
-    risk: EmpiricalRisk,
-    variant: str,
-    mc_samples: int,
-    generator: torch.Generator | None,
-) -> LowRank:
-    """What is approximated."""
-    if variant == "empirical":
-        return EmpiricalFisher(risk)
-    samples = mc_samples if variant == "mc" else 0
-    return GGN(risk, mc_samples=samples, generator=generator)
 
 
 @dataclass
@@ -460,6 +459,7 @@ class EKFAC(_LayerBlocks):
         generator: For reproducible Monte-Carlo samples.
         weight_sharing: As for :class:`KFAC`; decides the basis, not the eigenvalues.
         joint_bias: Whether weight and bias of a layer are one block.
+        positive_part: As for :class:`KFAC`.
 
     Attributes:
         risk: The risk.

@@ -6,8 +6,10 @@ outputs flattened. These operators know the outputs of the net, not the net.
 
 from __future__ import annotations
 
+import copy
 from abc import abstractmethod
 from collections.abc import Callable
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -16,11 +18,13 @@ from torch import Tensor
 from vivit_linop.operators.base import TorchLinearOperator
 from vivit_linop.risk.draws import Draws
 from vivit_linop.risk.empirical import EmpiricalRisk, as_risk
+from vivit_linop.risk.losses.base import OutputLoss, negative_sample
 from vivit_linop.risk.losses.certificates import (
     certified_sqrt,
     certify_curvature,
     check_curvature,
 )
+from vivit_linop.risk.losses.parts import HessianPart
 from vivit_linop.risk.memory import check_matrix_fits, free_memory
 
 # What blocks that can be formed again may take.
@@ -68,6 +72,23 @@ def check_blocks_fit(
         )
 
 
+def check_root_fits(risk: EmpiricalRisk, loss: OutputLoss, what: str) -> None:
+    """Raise an error if exact square roots of the Hessians of a loss do not fit.
+
+    Args:
+        risk: The risk.
+        loss: The loss.
+        what: How to call what they are needed for.
+
+    Raises:
+        MemoryError: As :func:`check_blocks_fit`.
+    """
+    first = risk.outputs[0]
+    coupled = loss.channels(first).shape[1] > 1
+    copies = _SQRT_COPIES if coupled else 1
+    check_blocks_fit(risk, what, risk.num_outputs, loss.sqrt_width(first), copies)
+
+
 class OutputOperator(TorchLinearOperator):
     """A block-diagonal operator with a block ``[C, R]`` for each sample.
 
@@ -78,9 +99,11 @@ class OutputOperator(TorchLinearOperator):
     Attributes:
         determined: Whether two operators of this type and of one risk are one matrix,
             so that what is computed for one of them is true of the other.
+        certain: Whether its blocks are known to exist.
     """
 
     determined: bool = False
+    certain: bool = True
 
     def __init__(self, risk: EmpiricalRisk, width: int) -> None:
         self.risk, self.width = risk, width
@@ -210,10 +233,17 @@ class LossHessian(OutputOperator):
     """H: r times the Hessian of the losses in output space, ``[N·C, N·C]``.
 
     Products are in closed form for the losses that have one; the blocks are not
-    formed.
+    formed. A loss that is not convex has an indefinite H.
 
     Args:
         risk: An :class:`EmpiricalRisk`, or its ``model, loss, data, params``.
+        positive_part: Whether each sample's Hessian is replaced by its positive part,
+            Q diag(max(λ, 0)) Qᵀ for eigenpairs λ, Q: by an eigendecomposition of
+            ``[C, C]`` blocks. What is positive semi-definite stays what it is.
+
+    Attributes:
+        loss: The loss whose Hessians these are.
+        positive_part: Whether these are positive parts.
 
     Example:
         >>> import torch, vivit_linop as vl
@@ -233,13 +263,33 @@ class LossHessian(OutputOperator):
         loss: Any = None,
         data: Any = None,
         params: Any | None = None,
+        *,
+        positive_part: bool = False,
     ) -> None:
         risk = as_risk(risk, loss, data, params)
         check_curvature(risk.loss, risk.outputs[0], risk.targets()[0])
         for output, target in zip(risk.outputs, risk.targets(), strict=True):
             certify_curvature(risk.loss, output, target)
+        self.loss = risk.loss
         self._multipliers: dict[int, Multiplier] = {}
         super().__init__(risk, risk.num_outputs)
+        self.positive_part = positive_part
+        if positive_part and not self.loss.convex:
+            self._take_part(1)
+
+    def part(self, sign: int) -> LossHessian:
+        """Return the positive part for 1, and what is to be subtracted from it for −1.
+
+        H is their difference.
+        """
+        node = copy.copy(self)
+        node._take_part(sign)
+        return node
+
+    def _take_part(self, sign: int) -> None:
+        check_root_fits(self.risk, self.risk.loss, "The positive part of H")
+        self.loss, self.positive_part = HessianPart(self.risk.loss, sign), sign > 0
+        self._multipliers, self.determined = {}, False
 
     def apply_batch(self, batch: int, X: Tensor) -> Tensor:
         """In closed form, or by the loss's own derivatives."""
@@ -251,8 +301,11 @@ class LossHessian(OutputOperator):
         """The shape that products of a batch need, and what does not depend on X."""
         risk = self.risk
         output, target = risk.outputs[batch], risk.targets()[batch]
-        made = risk.loss.channels(output).shape, risk.loss.hessian_at(output, target)
-        taken = _MULTIPLIER_COPIES * sum(f.nbytes for f in risk.outputs)
+        made = self.loss.channels(output).shape, self.loss.hessian_at(output, target)
+        copies = _MULTIPLIER_COPIES
+        if isinstance(self.loss, HessianPart):  # has its root
+            copies += made[0][1]
+        taken = copies * sum(f.nbytes for f in risk.outputs)
         if taken <= _budget(risk):
             self._multipliers[batch] = made
         return made
@@ -280,7 +333,7 @@ class LossHessian(OutputOperator):
         risk = self.risk
         return risk.scale * torch.cat(
             [
-                risk.loss.hessian_diagonal(output, target).reshape(-1)
+                self.loss.hessian_diagonal(output, target).reshape(-1)
                 for output, target in zip(risk.outputs, risk.targets(), strict=True)
             ]
         )
@@ -301,7 +354,8 @@ class LossHessian(OutputOperator):
 
         Raises:
             ValueError: If ``mc_samples`` is negative or the loss has no likelihood to
-                sample from; if the loss is not convex at some sample.
+                sample from; if the loss is not convex at some sample (see
+                ``positive_part``).
             MemoryError: If the outputs are too many for an exact square root.
         """
         return LossHessianSqrt(self, mc_samples, generator).check()
@@ -396,10 +450,10 @@ class LossHessianSqrt(FactoredOutputOperator):
                 f"mc_samples: 0 for exact, or how many to draw, got {mc_samples}."
             )
         self.hessian, self.mc_samples = hessian, mc_samples
-        self.determined = not mc_samples
-        risk = hessian.risk
+        self.determined = hessian.determined and not mc_samples
+        risk, loss = hessian.risk, hessian.loss
         first = risk.outputs[0]
-        exact = risk.loss.sqrt_width(first) * risk.loss.channels(first).shape[2]
+        exact = loss.sqrt_width(first) * loss.channels(first).shape[2]
         super().__init__(risk, mc_samples or exact)
         # A draw is kept whatever it takes: a second one would be another matrix.
         if mc_samples:
@@ -408,7 +462,7 @@ class LossHessianSqrt(FactoredOutputOperator):
             for batch, (output, target) in enumerate(
                 zip(risk.outputs, risk.targets(), strict=True)
             ):
-                drawn = risk.loss.sample(
+                drawn = loss.sample(
                     output, target, mc_samples, draws.starting_at(start)
                 )
                 self._blocks[batch] = risk.scale**0.5 * drawn
@@ -427,24 +481,22 @@ class LossHessianSqrt(FactoredOutputOperator):
     def _form(self, batch: int) -> Tensor:
         risk = self.risk
         self._check_fits()
-        root = certified_sqrt(risk.loss, risk.outputs[batch], risk.targets()[batch])
+        output, target = risk.outputs[batch], risk.targets()[batch]
+        root = certified_sqrt(self.hessian.loss, output, target)
         return risk.scale**0.5 * root
 
     def _check_fits(self) -> None:
-        channels = self.risk.loss.channels(self.risk.outputs[0]).shape[1]
-        check_blocks_fit(
+        check_root_fits(
             self.risk,
+            self.hessian.loss,
             f"The exact factor has R = {self.width} columns for each sample. The root "
             "of the loss Hessian",
-            self.risk.num_outputs,
-            self.risk.loss.sqrt_width(self.risk.outputs[0]),
-            copies=_SQRT_COPIES if channels > 1 else 1,
         )
 
     @property
     def block_entries(self) -> int:
         """Where it is exact, positions are not coupled."""
-        positions = self.risk.loss.channels(self.risk.outputs[0]).shape[2]
+        positions = self.hessian.loss.channels(self.risk.outputs[0]).shape[2]
         return super().block_entries // (1 if self.mc_samples else positions)
 
     def blocks_fit(self) -> bool:
@@ -461,10 +513,28 @@ class LossHessianSqrt(FactoredOutputOperator):
         """Raise now what would be raised when the blocks are formed; returns itself."""
         if not self.mc_samples:
             self._check_fits()
-        if not self.mc_samples and not self.risk.loss.convex:
+        if not self.certain:
             for batch in range(len(self.risk.batch_sizes)):
                 self.blocks(batch)
         return self
+
+    @property
+    def certain(self) -> bool:  # type: ignore[override]
+        """Drawn, of a convex loss, or looked at."""
+        known = self.mc_samples or self.hessian.loss.convex
+        return bool(known) or self.__dict__.get("exists", False)
+
+    @cached_property
+    def exists(self) -> bool:
+        """Whether H has a root. Blocks that do not fit into memory cannot be asked."""
+        if self.certain:
+            return True
+        risk, loss = self.risk, self.hessian.loss
+        own = self.blocks_fit() and all(
+            negative_sample(loss.hessian_eigenpairs(output, target)[0]) is None
+            for output, target in zip(risk.outputs, risk.targets(), strict=True)
+        )
+        return all(risk.ranks.gathered(own))
 
     def coordinates(self, gradient: LossGradient) -> Tensor | None:
         """Return c with ∇ℓ_n = S_n c_n for all samples, ``[N, R]``, or None.

@@ -119,7 +119,7 @@ def eigenpairs_of_low_rank(
         decomposition.check_k(k)
         route = op.route or choose_route(op, int(k)).chosen.name
         if route in ARPACK:
-            return _by_arpack(op, int(k), route)
+            return by_arpack(op, int(k), route)
         pairs = decomposition.largest(int(k))
     else:
         pairs = decomposition.pairs(decomposition.choose(k, select, rcond))
@@ -127,7 +127,8 @@ def eigenpairs_of_low_rank(
     return pairs
 
 
-def _by_arpack(op: LowRank, k: int, route: str) -> Eigenpairs:
+def by_arpack(op: LowRank, k: int, route: str) -> Eigenpairs:
+    """Return the k largest pairs of c V Vᵀ, by products with K or with all of it."""
     target: TorchLinearOperator = op
     if route == "ARPACK on K":
         target = scale(op.gram, op.scale)

@@ -152,6 +152,7 @@ class LowRank(TorchLinearOperator):
         scale: c.
         gram: The Gram operator VᵀV (without c).
         route: The way that decompositions are to take, None for the cheapest.
+        semidefinite: Whether there is a V; some subclass has products without one.
 
     Example:
         >>> import torch, vivit_linop as vl
@@ -162,6 +163,7 @@ class LowRank(TorchLinearOperator):
     """
 
     self_adjoint = True
+    semidefinite: bool = True
     route: str | None = None
 
     def __init__(self, factor: TorchLinearOperator, scale: float = 1.0) -> None:

@@ -131,6 +131,27 @@ class OutputLoss(ABC):
         Raises:
             ValueError: If a Hessian has a negative eigenvalue.
         """
+        evals, evecs = self.hessian_eigenpairs(output, target)
+        worst = negative_sample(evals)
+        if worst is not None:
+            smallest = evals[worst].min()
+            raise ValueError(
+                f"loss: {self.name} is not convex in the output at sample {worst} of "
+                f"its batch (eigenvalue {smallest:.3g} of its Hessian), so its "
+                "Hessian has no square root. vl.GGN and vl.Hessian work by products: "
+                "to_dense, diagonal, trace, eigvalsh and eigh(k=…). For a factor and "
+                "all that follows from it give positive_part=True, or mc_samples= for "
+                "a loss with sample=."
+            )
+        return roots_of(evals, evecs)
+
+    def hessian_eigenpairs(
+        self, output: Tensor, target: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The eigenvalues and eigenvectors of the Hessians, ``[n, P, C(, C)]``.
+
+        By a product for each of the C channels.
+        """
         f = self.channels(output)
         n, num_channels, positions = f.shape
         unit = torch.eye(num_channels, dtype=f.dtype, device=f.device)
@@ -138,20 +159,10 @@ class OutputLoss(ABC):
         columns = columns.expand(n, -1, positions, -1)
         # [n, P, C, C]: positions are not coupled.
         hessians = self.hessian_product(output, target, columns).movedim(2, 1)
+        if num_channels == 1:
+            return hessians.squeeze(3), torch.ones_like(hessians)
         evals, evecs = torch.linalg.eigh((hessians + hessians.mT) / 2)
-        eps = torch.finfo(output.dtype).eps
-        limit = -_CONVEXITY_TOLERANCE * eps * evals.abs().amax()
-        smallest = evals.amin((1, 2))
-        worst = int(smallest.argmin())
-        if smallest[worst] < limit:
-            raise ValueError(
-                f"loss: {self.name} is not convex in the output at sample {worst} of "
-                f"its batch (eigenvalue {smallest[worst]:.3g} of its Hessian), so its "
-                "Hessian has no square root. Products with vl.GGN and vl.Hessian work; "
-                "for a factor use a convex loss."
-            )
-        roots = evecs * evals.clamp(min=0.0).sqrt().unsqueeze(2)
-        return roots.permute(0, 2, 3, 1)
+        return evals, evecs
 
     def sqrt_width(self, output: Tensor) -> int:
         """The number R of columns that ``sqrt`` has for each position."""
@@ -200,6 +211,21 @@ class OutputLoss(ABC):
             )
         (gradient,) = torch.autograd.grad(total, leaf, create_graph=True)
         return leaf, gradient
+
+
+def negative_sample(eigenvalues: Tensor) -> int | None:
+    """The sample with the lowest of ``[n, P, C]`` eigenvalues, if that is negative."""
+    eps = torch.finfo(eigenvalues.dtype).eps
+    limit = -_CONVEXITY_TOLERANCE * eps * eigenvalues.abs().amax()
+    smallest = eigenvalues.amin((1, 2))
+    worst = int(smallest.argmin())
+    return worst if smallest[worst] < limit else None
+
+
+def roots_of(eigenvalues: Tensor, eigenvectors: Tensor) -> Tensor:
+    """Roots ``[n, C, C, P]`` of the positive parts of ``[n, P, C, C]`` matrices."""
+    roots = eigenvectors * eigenvalues.clamp(min=0.0).sqrt().unsqueeze(2)
+    return roots.permute(0, 2, 3, 1)
 
 
 def copied_weight(weight: Tensor | None) -> Tensor | None:

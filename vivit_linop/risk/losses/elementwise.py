@@ -16,7 +16,7 @@ from vivit_linop.risk.losses.base import OutputLoss, check_same_shape, copied_we
 
 
 class ElementwiseLoss(OutputLoss):
-    """A sum over outputs of a convex function of each output and its target.
+    """A sum over outputs of a function of each output and its target.
 
     To write one, define :meth:`total`, :meth:`slope` and :meth:`curvature`; a mean
     is one over entries, as in torch.
@@ -44,7 +44,7 @@ class ElementwiseLoss(OutputLoss):
 
     @abstractmethod
     def curvature(self, output: Tensor, target: Tensor) -> Tensor:
-        """The second derivative, in the shape of the outputs; not negative."""
+        """The second derivative, in the shape of the outputs."""
 
     def gradient(self, output: Tensor, target: Tensor) -> Tensor:
         """The slopes."""
@@ -59,8 +59,15 @@ class ElementwiseLoss(OutputLoss):
         return self.channels(self.curvature(output, target))
 
     def sqrt(self, output: Tensor, target: Tensor) -> Tensor:
-        """The roots of the curvatures."""
+        """The roots of the curvatures; those of others may be negative."""
+        if not self.tested:
+            return super().sqrt(output, target)
         return self.channels(self.curvature(output, target)).sqrt().unsqueeze(2)
+
+    @property
+    def convex(self) -> bool:
+        """Those of the library are."""
+        return self.tested or type(self).sqrt is not ElementwiseLoss.sqrt
 
 
 class SquaredError(ElementwiseLoss):

@@ -1,0 +1,192 @@
+"""The rules of a GGN whose loss is not convex: JᵀHJ with an indefinite H, without V.
+
+What is linear in H is a difference, G = Jᵀ H₊ J − Jᵀ H₋ J, and both parts have factors,
+in the structure of the layers. Eigenvalues come from products, or from the dense G.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cached_property
+
+from torch import Tensor
+
+from vivit_linop.curvature import plan
+from vivit_linop.curvature.ggn import GGN
+from vivit_linop.curvature.routes import (
+    by_arpack,
+    choose_route,
+    eigenpairs_of_low_rank,
+    explain_low_rank,
+)
+from vivit_linop.linalg.decompositions import DenseDecomposition, LowRankDecomposition
+from vivit_linop.linalg.eigen import eigenvalues_of_low_rank
+from vivit_linop.linalg.inverse import damped_inverse_of_low_rank, inverse_of_low_rank
+from vivit_linop.linalg.reductions import (
+    damped_logdet_of_low_rank,
+    damped_logdet_of_operator,
+    diagonal_of_low_rank,
+    logdet_of_low_rank,
+    logdet_of_operator,
+    matrix_of_low_rank,
+    trace_of_low_rank,
+)
+from vivit_linop.linalg.roots import damped_root_of_low_rank, root_of_low_rank
+from vivit_linop.operators.base import TorchLinearOperator
+from vivit_linop.operators.eigenpairs import Eigendecomposition, Eigenpairs
+from vivit_linop.operators.lowrank import LowRank
+from vivit_linop.operators.scalars import Scalar
+from vivit_linop.operators.symmetric import symmetric_eigenvalues
+from vivit_linop.operators.verbs import (
+    damped_inv,
+    damped_logdet,
+    damped_sqrt,
+    diagonal,
+    eigendecomposition,
+    eigh,
+    eigvalsh,
+    explain,
+    inv,
+    logdet,
+    sqrt,
+    to_dense,
+    trace,
+)
+
+# What is linear in H ----------------------------------------------------------------
+
+
+def _by_parts(op: GGN, rule: Callable[[LowRank], Tensor]) -> Tensor:
+    """Apply a rule for c V Vᵀ, to both parts where H is indefinite."""
+    if op.semidefinite:
+        return rule(op)
+    positive, negative = map(rule, op.parts)
+    return op.scale * (positive - negative)
+
+
+@to_dense.register
+def matrix_of_ggn(op: GGN) -> Tensor:
+    return _by_parts(op, matrix_of_low_rank)
+
+
+@diagonal.register
+def diagonal_of_ggn(op: GGN) -> Tensor:
+    return _by_parts(op, diagonal_of_low_rank)
+
+
+@trace.register
+def trace_of_ggn(op: GGN) -> Tensor:
+    return _by_parts(op, trace_of_low_rank)
+
+
+# Eigenvalues ------------------------------------------------------------------------
+
+
+@eigvalsh.register
+def eigenvalues_of_ggn(op: GGN) -> Tensor:
+    """All D of an indefinite one."""
+    if op.semidefinite:
+        return eigenvalues_of_low_rank(op)
+    return symmetric_eigenvalues(to_dense(op))
+
+
+class IndefiniteDecomposition(DenseDecomposition):
+    """The decomposition of the dense JᵀHJ, which is formed when it is needed.
+
+    Args:
+        operator: JᵀHJ.
+    """
+
+    def __init__(self, operator: GGN) -> None:
+        self._operator, self.count = operator, operator.shape[0]
+
+    @cached_property
+    def _matrix(self) -> Tensor:  # type: ignore[override]
+        return to_dense(self._operator)
+
+
+@eigendecomposition.register
+def decomposition_of_ggn(op: GGN) -> Eigendecomposition:
+    if op.semidefinite:
+        return LowRankDecomposition(op)
+    return IndefiniteDecomposition(op)
+
+
+@eigh.register
+def eigenpairs_of_ggn(
+    op: GGN,
+    k: int | None = None,
+    select: Callable[[Tensor], Sequence[int] | Tensor] | None = None,
+    rcond: float | None = None,
+) -> Eigenpairs:
+    """Of an indefinite one the k largest by ARPACK on products, all from its matrix."""
+    if op.semidefinite:
+        return eigenpairs_of_low_rank(op, k, select, rcond)
+    if op.route is not None and op.by_gram:
+        op.factor.root.check()  # says why there is no Gram matrix
+    decomposition = IndefiniteDecomposition(op)
+    if k is not None and select is None and op.route != "dense G":
+        decomposition.check_k(k)
+        if k < op.shape[0]:
+            return by_arpack(op, int(k), "ARPACK on G")
+    pairs = decomposition.pairs(decomposition.choose(k, select, rcond))
+    pairs.route = "dense G"
+    return pairs
+
+
+@explain.register
+def explain_ggn(op: GGN, k: int | None = None) -> plan.Choice:
+    """The ways to k eigenpairs; of an indefinite one there is one."""
+    if op.semidefinite:
+        return explain_low_rank(op, k)
+    k = min(10, op.shape[0]) if k is None else k
+    IndefiniteDecomposition(op).check_k(k)
+    routes = choose_route(op.routed("dense G"), k).routes
+    fits = op.factor.root.blocks_fit()
+    why = "the loss is not convex" if fits else "blocks of H do not fit into memory"
+    choice = plan.Choice(k, routes, routes[1], f"{why}, so there is no factor V")
+    print(choice)
+    return choice
+
+
+@logdet.register
+def logdet_of_ggn(op: GGN) -> Tensor:
+    rule = logdet_of_low_rank if op.semidefinite else logdet_of_operator
+    return rule(op)
+
+
+@damped_logdet.register
+def damped_logdet_of_ggn(op: GGN, damping: Scalar) -> Tensor:
+    if op.semidefinite:
+        return damped_logdet_of_low_rank(op, damping)
+    return damped_logdet_of_operator(op, damping)
+
+
+# What needs V -----------------------------------------------------------------------
+
+
+def _factored(op: GGN) -> GGN:
+    """Return the operator, or say why it has no V."""
+    if not op.semidefinite:
+        op.factor.root.check()
+    return op
+
+
+@inv.register
+def inverse_of_ggn(op: GGN) -> TorchLinearOperator:
+    return inverse_of_low_rank(_factored(op))
+
+
+@damped_inv.register
+def damped_inverse_of_ggn(op: GGN, damping: Scalar) -> TorchLinearOperator:
+    return damped_inverse_of_low_rank(_factored(op), damping)
+
+
+@sqrt.register
+def root_of_ggn(op: GGN) -> TorchLinearOperator:
+    return root_of_low_rank(_factored(op))
+
+
+@damped_sqrt.register
+def damped_root_of_ggn(op: GGN, damping: Scalar) -> TorchLinearOperator:
+    return damped_root_of_low_rank(_factored(op), damping)
