@@ -121,3 +121,51 @@ def test_modes_of_the_caller_change_nothing(name: str) -> None:
         torch.testing.assert_close(
             results[key], want, rtol=1e-5, atol=1e-6, msg=lambda m, k=key: f"{k}: {m}"
         )
+
+
+class Precise(vl.TorchLinearOperator):
+    """The identity; writes down the precisions in which it is asked."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__((size, size), torch.float32, "cpu")
+        self.seen: set[str] = set()
+
+    def _multiply(self, X: Tensor) -> Tensor:
+        mkldnn = torch.backends.mkldnn
+        parts = [mkldnn.matmul, mkldnn.conv, mkldnn.rnn]
+        self.seen |= {part.fp32_precision for part in parts}
+        return X.clone()
+
+    _multiply_adjoint = _multiply
+
+
+@pytest.mark.parametrize("precision", ["high", "medium"])
+def test_operators_of_any_kind_multiply_in_full_precision(precision: str) -> None:
+    op, x = Precise(4), torch.ones(4)
+    damped = op @ op.T + 0.5 * vl.Identity(4)
+    torch.set_float32_matmul_precision(precision)
+    set_by_caller = torch.backends.mkldnn.matmul.fp32_precision
+    try:
+        products = [op @ x, damped @ x, op.T @ x, op @ (op @ x)]
+        columns = [op.to_dense(), op.diagonal(), op.trace()]
+        assert torch.get_float32_matmul_precision() == precision
+        assert torch.backends.mkldnn.matmul.fp32_precision == set_by_caller
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert len(products + columns) == 7
+    assert op.seen <= {"ieee", "none"}
+
+
+def test_the_precision_comes_back_after_an_error() -> None:
+    class Fails(Precise):
+        def _multiply(self, X: Tensor) -> Tensor:
+            raise ZeroDivisionError
+
+    conv = torch.backends.mkldnn.conv
+    before, conv.fp32_precision = conv.fp32_precision, "bf16"
+    try:
+        with pytest.raises(ZeroDivisionError):
+            Fails(3) @ torch.ones(3)
+        assert conv.fp32_precision == "bf16"
+    finally:
+        conv.fp32_precision = before

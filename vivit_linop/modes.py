@@ -45,10 +45,12 @@ def uncompiled(function: Callable[P, Result]) -> Callable[P, Result]:
 
 
 class ordinary_mode:
-    """Run outside of the caller's inference mode, autocast and compilation.
+    """Run outside of the caller's inference mode, autocast, precision and compilation.
 
     What is kept must be ordinary tensors, and everything is computed in the precision
-    of the operators. For ``with``, and as a decorator of functions.
+    of the operators: autocast and reduced precisions of float32 (TF32 and the like) are
+    off, of which TF32 is torch's default for convolutions on a GPU. For ``with``, and
+    as a decorator of functions.
     """
 
     def __call__(self, function: Callable[P, Result]) -> Callable[P, Result]:
@@ -76,9 +78,11 @@ class ordinary_mode:
         self._modes = modes
         for mode in modes:
             mode.__enter__()
+        _PRECISE.enter()
 
     def __exit__(self, *exception: object) -> None:
         """Enter them again."""
+        _PRECISE.leave()
         for mode in reversed(self._modes):
             mode.__exit__(None, None, None)
 
@@ -90,10 +94,10 @@ class as_guest:
     all derivatives, and gradients are recorded also where the caller has turned that
     off. Frozen attention in eval mode does not take its fused path either: that rounds
     otherwise and sets padded positions to zero, and a net that is watched does not take
-    it, so that outputs would depend on who calls; as they would under the caller's
-    autocast, which is off too, and in reduced precisions (TF32 and the like). What
-    ``torch.compile`` has compiled runs as it was written: compiled code has no second
-    derivatives, and no calls that could be recorded.
+    it, so that outputs would depend on who calls; as they would in the caller's
+    precision, which is off too (:class:`ordinary_mode`). What ``torch.compile`` has
+    compiled runs as it was written: compiled code has no second derivatives, and no
+    calls that could be recorded.
 
     What of this is one for the process is set while any thread is inside, and put back
     when the last one leaves.
@@ -139,14 +143,14 @@ class _Shared:
         set_for: Sets it for a device, and says how that is undone.
     """
 
-    def __init__(self, set_for: Callable[[torch.device, Undo], None]) -> None:
+    def __init__(self, set_for: Callable[[torch.device | None, Undo], None]) -> None:
         self._set_for = set_for
         # Reentrant: a handler of signals may run a product in the middle of this.
         self._lock, self._inside = threading.RLock(), 0
         self._undo: Undo = []
-        self._devices: set[torch.device] = set()
+        self._devices: set[torch.device | None] = set()
 
-    def enter(self, device: torch.device) -> None:
+    def enter(self, device: torch.device | None = None) -> None:
         """Enter."""
         with self._lock:
             self._inside += 1
@@ -170,10 +174,22 @@ class _Shared:
                 self._undo.pop()()
 
 
-def _set_for_guests(device: torch.device, undo: Undo) -> None:
-    """Save the generators, and set the switches of kernels, precisions, compiler."""
+def _set_precisions(_: torch.device | None, undo: Undo) -> None:
+    """Compute in float32 what is float32, on all devices in use."""
+    switches = _PRECISIONS["cpu"]
+    if torch.cuda.is_initialized():
+        switches = switches + _PRECISIONS["cuda"]
+    for backend, name, full in switches:
+        precision = getattr(backend, name)
+        if precision not in full:
+            undo.append(functools.partial(setattr, backend, name, precision))
+            setattr(backend, name, full[0])
+
+
+def _set_for_guests(device: torch.device | None, undo: Undo) -> None:
+    """Save the generators, and set the switches of kernels and of the compiler."""
     undo.append(functools.partial(torch.set_rng_state, torch.get_rng_state()))
-    if device.type == "cuda":
+    if device is not None and device.type == "cuda":
         state = torch.cuda.get_rng_state(device)
         undo.append(functools.partial(torch.cuda.set_rng_state, state, device))
     for get, put, value in _KERNELS:
@@ -181,11 +197,6 @@ def _set_for_guests(device: torch.device, undo: Undo) -> None:
         if before != value:
             undo.append(functools.partial(put, before))
             put(value)
-    for backend, name, full in _PRECISIONS.get(device.type, ()):
-        precision = getattr(backend, name)
-        if precision not in full:
-            undo.append(functools.partial(setattr, backend, name, precision))
-            setattr(backend, name, full[0])
     # Setting the stance imports the compiler, which takes seconds; without it nothing
     # is compiled.
     if "torch._dynamo" in sys.modules:
@@ -228,11 +239,13 @@ if hasattr(torch.backends, "fp32_precision"):  # since torch 2.9
     }
 else:
     _PRECISIONS = {
+        "cpu": [],
         "cuda": [
             (_BACKENDS.cuda.matmul, "allow_tf32", (False,)),
             (_BACKENDS.cudnn, "allow_tf32", (False,)),
-        ]
+        ],
     }
+_PRECISE = _Shared(_set_precisions)
 # While a guest is inside, a thread that is none should not draw from the generators:
 # the same numbers would come again.
 _GUESTS = _Shared(_set_for_guests)
