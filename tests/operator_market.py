@@ -263,6 +263,13 @@ def khatri_rao_wide(draw):
 
 
 @entry
+def random_projection(draw):
+    P = vl.RandomProjection(7, 70, 3, draw.dtype, draw.device)
+    signs = P._signs(torch.arange(7, device=draw.device)).double()
+    return P, (2 * signs - 1).T / 70**0.5
+
+
+@entry
 def hstack_of_three(draw):
     A, b, V = draw(4, 2), draw.entries(4), vl.KhatriRao(draw(2, 3), draw(2, 3))
     dense = A.double(), torch.diag(b.double()), khatri_rao_of(V.left, V.right)

@@ -219,6 +219,41 @@ def test_runs_are_kept_and_random_numbers_left_alone() -> None:
     close(further[1], anew[1])
 
 
+@pytest.mark.parametrize("make", [vl.GGN, vl.Hessian])
+def test_ends_come_from_the_runs_themselves(make) -> None:
+    op = make(risk())
+    products: list[int] = []
+    multiply = op._multiply
+    op._multiply = lambda X: products.append(X.shape[1]) or multiply(X)
+    spectrum = vl.LanczosSpectrum(op, 9)
+    grid, density = spectrum.density(num_repeats=2)
+    log_grid, log_density = spectrum.log_density(num_repeats=2)
+    assert sum(products) == 18  # one product a Lanczos vector, for both densities
+    evals = torch.linalg.eigvalsh(DENSE.G if make is vl.GGN else DENSE.hessian)
+    # The grid is 5 % longer on each side, and the ends are seen from inside.
+    low, high = evals[0].clamp(max=0.0), evals[-1]
+    length = high - low
+    assert high <= grid[-1] <= high + 0.05 * length * 1.001
+    assert low - 0.05 * length * 1.001 <= grid[0] <= low
+    sizes = evals.abs()
+    assert (density.isfinite() & log_density.isfinite()).all()
+    assert sizes.max() <= log_grid[-1] <= 2 * sizes.max()
+
+
+def test_clusters_away_from_zero_and_one_end_given() -> None:
+    evals = torch.cat([torch.linspace(-4, -3, 80), torch.linspace(1, 2, 40)]).double()
+    grid, density = vl.LanczosSpectrum(vl.Diagonal(evals), 30).density(num_repeats=5)
+    assert (grid[0] - (-4 - 0.05 * 6)).abs() < 0.05
+    assert (grid[-1] - (2 + 0.05 * 6)).abs() < 0.05
+    below = grid < 0
+    assert (torch.trapezoid(density[below], grid[below]) - 2 / 3).abs() < 0.1
+    given = vl.LanczosSpectrum(vl.Diagonal(evals), 30, (None, 5.0)).density()[0]
+    assert (given[-1] - (5 + 0.05 * 9)).abs() < 0.05
+    log_grid, _ = vl.LanczosSpectrum(vl.Diagonal(evals), 30).log_density()
+    assert log_grid[0] <= 1.0
+    assert log_grid[-1] >= 4.0
+
+
 def test_wrong_arguments_of_spectra() -> None:
     G = vl.GGN(risk())
     for ncv in (1, 2.5, G.factor.shape[1] + 2, True):
@@ -227,6 +262,9 @@ def test_wrong_arguments_of_spectra() -> None:
     for op in (vl.Jacobian(risk()), DENSE.G):
         with pytest.raises(TypeError, match="operator"):
             vl.LanczosSpectrum(op, 5)
+    for bad, error in ((0, ValueError), (1.5, TypeError), (True, TypeError)):
+        with pytest.raises(error, match="num_repeats"):
+            vl.LanczosSpectrum(G, 5).density(num_repeats=bad)
 
 
 # Approximations and block structures --------------------------------------------------

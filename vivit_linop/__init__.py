@@ -29,7 +29,7 @@ from vivit_linop.curvature import (
     PositiveCurvatureHessian,
 )
 from vivit_linop.interop import from_backpack, from_curvlinops, from_scipy
-from vivit_linop.linalg import estimate_diagonal
+from vivit_linop.linalg import estimate_diagonal, estimate_trace
 from vivit_linop.operators import (
     BlockDiagonal,
     Dense,
@@ -37,6 +37,7 @@ from vivit_linop.operators import (
     Identity,
     KhatriRao,
     Kronecker,
+    RandomProjection,
     TorchLinearOperator,
     hstack,
     vstack,
@@ -66,11 +67,13 @@ __all__ = [
     "LossHessian",
     "PerSampleGradients",
     "PositiveCurvatureHessian",
+    "RandomProjection",
     "TorchLinearOperator",
     "centered_gram",
     "damped_newton_step",
     "directional_derivatives",
     "estimate_diagonal",
+    "estimate_trace",
     "from_backpack",
     "from_curvlinops",
     "from_scipy",

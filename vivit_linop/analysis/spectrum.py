@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TypeAlias
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -13,7 +12,9 @@ from vivit_linop.extras import extra
 from vivit_linop.operators.base import TorchLinearOperator
 from vivit_linop.operators.lowrank import LowRank
 
-Boundaries = tuple[float | None, float | None]
+Boundaries: TypeAlias = tuple[float | None, float | None]
+Run: TypeAlias = tuple[Tensor, Tensor]
+"""Ritz values of a run, and the eigenvectors of its tridiagonal matrix."""
 
 
 class LanczosSpectrum:
@@ -21,17 +22,17 @@ class LanczosSpectrum:
 
     Stochastic Lanczos quadrature by curvlinops (Papyan 2020, *JMLR* 21(252), algorithm
     2 and section C.7): each run of ``ncv`` products with the operator starts from
-    another random vector. Runs are kept, so that a density with another resolution or
-    width costs nothing, and one with more runs only the further ones.
+    another random vector. Runs are kept, and serve :meth:`density` and
+    :meth:`log_density`: another resolution or width costs nothing, more runs cost the
+    further ones. The ends of the spectrum come from the runs themselves, whose extreme
+    Ritz values converge first, from inside.
 
     Args:
         operator: Self-adjoint, ``[D, D]``.
         ncv: The number of Lanczos vectors of a run.
         boundaries: The smallest and largest eigenvalue (of the absolute values, for
-            :meth:`log_density`), None for what is not known. What a low-rank operator
-            knows of them is filled in; the rest is estimated by
-            ``scipy.sparse.linalg.eigsh``.
-        boundaries_tol: The relative accuracy of that.
+            :meth:`log_density`), None for what is not known and comes from the runs.
+            That a low-rank operator has zeros is known.
         seed: For the random vectors; torch's own generator is left as it is.
 
     Raises:
@@ -42,7 +43,7 @@ class LanczosSpectrum:
     Example:
         >>> import torch, vivit_linop as vl
         >>> A = vl.Diagonal(torch.linspace(1.0, 2.0, 200))
-        >>> spectrum = vl.LanczosSpectrum(A, ncv=20, boundaries=(1.0, 2.0))
+        >>> spectrum = vl.LanczosSpectrum(A, ncv=20)
         >>> grid, density = spectrum.density(num_points=100, num_repeats=3)
         >>> grid.shape, density.shape
         (torch.Size([100]), torch.Size([100]))
@@ -56,7 +57,6 @@ class LanczosSpectrum:
         operator: TorchLinearOperator,
         ncv: int,
         boundaries: Boundaries | None = None,
-        boundaries_tol: float = 1e-2,
         seed: int = 0,
     ) -> None:
         if not isinstance(operator, TorchLinearOperator) or not operator.self_adjoint:
@@ -69,9 +69,9 @@ class LanczosSpectrum:
         if isinstance(ncv, bool) or not isinstance(ncv, int) or not 2 <= ncv <= most:
             raise ValueError(f"ncv: an integer from 2 to {most}, got {ncv!r}.")
         self._operator, self._ncv = operator, ncv
-        self._boundaries, self._tol, self._seed = boundaries, boundaries_tol, seed
-        self._cached: dict[type, Any] = {}
-        self._states: dict[type, list[Tensor]] = {}
+        self._boundaries = (None, None) if boundaries is None else boundaries
+        self._seed, self._states = seed, list[Tensor]()
+        self._runs: list[Run] = []
 
     def density(
         self,
@@ -90,12 +90,17 @@ class LanczosSpectrum:
         """
         # Imported where it is used: it takes time, and warns.
         with extra("curvlinops"):
-            from curvlinops import LanczosApproximateSpectrumCached
+            from curvlinops.papyan2020traces.spectrum import (
+                lanczos_approximate_spectrum_from_iter,
+            )
 
-        arguments = num_repeats, num_points, kappa, margin
-        return self._seeded(
-            LanczosApproximateSpectrumCached,
-            lambda cached: cached.approximate_spectrum(*arguments),
+        runs = self._first(num_repeats)
+        ends = self._ends(torch.cat([values for values, _ in runs]))
+        return _mean(
+            lambda run: lanczos_approximate_spectrum_from_iter(
+                run, ends, num_points, kappa, margin
+            ),
+            runs,
         )
 
     def log_density(
@@ -118,49 +123,65 @@ class LanczosSpectrum:
             epsilon: ε, which keeps the logarithm of zeros finite.
         """
         with extra("curvlinops"):
-            from curvlinops import LanczosApproximateLogSpectrumCached
+            from curvlinops.papyan2020traces.spectrum import (
+                lanczos_approximate_log_spectrum_from_iter,
+            )
 
-        arguments = num_repeats, num_points, kappa, margin, epsilon
-        return self._seeded(
-            LanczosApproximateLogSpectrumCached,
-            lambda cached: cached.approximate_log_spectrum(*arguments),
+        runs = self._first(num_repeats)
+        ends = self._ends(torch.cat([values for values, _ in runs]).abs())
+        return _mean(
+            lambda run: lanczos_approximate_log_spectrum_from_iter(
+                run, ends, num_points, kappa, margin, epsilon
+            ),
+            runs,
         )
 
-    def _known_boundaries(self) -> Boundaries | None:
-        low, high = (None, None) if self._boundaries is None else self._boundaries
-        op = self._operator
-        if isinstance(op, LowRank) and op.semidefinite:
-            if low is None and op.factor.shape[1] < op.shape[0]:
-                low = 0.0
-            if high is None:
-                high = op.eigh(k=1).eigenvalues.item()
-        return None if low is None and high is None else (low, high)
+    def _ends(self, ritz_values: Tensor) -> tuple[float, float]:
+        """The smallest and the largest eigenvalue, as far as they are known."""
+        op, (low, high) = self._operator, self._boundaries
+        low_rank = isinstance(op, LowRank) and op.semidefinite
+        if low is None and low_rank and op.factor.shape[1] < op.shape[0]:
+            low = 0.0
+        return (
+            ritz_values.min().item() if low is None else low,
+            ritz_values.max().item() if high is None else high,
+        )
 
-    def _seeded(
-        self, kind: type, estimate: Callable[[Any], tuple[Tensor, Tensor]]
-    ) -> tuple[Tensor, Tensor]:
-        """Run with random numbers of our own, which go on where they ended."""
+    def _first(self, num_repeats: int) -> list[Run]:
+        """Return that many runs; with random numbers of our own, which go on."""
+        if isinstance(num_repeats, bool) or not isinstance(num_repeats, int):
+            raise TypeError(f"num_repeats: an integer, got {num_repeats!r}.")
+        if num_repeats < 1:
+            raise ValueError(f"num_repeats: at least 1 run, got {num_repeats}.")
+        with extra("curvlinops"):
+            from curvlinops.papyan2020traces.spectrum import fast_lanczos
+
         device = self._operator.device
         devices = [device] if device.type == "cuda" else []
         with torch.random.fork_rng(devices), torch.no_grad():
-            if kind in self._states:
-                torch.set_rng_state(self._states[kind][0])
-                for state in self._states[kind][1:]:
+            if self._states:
+                torch.set_rng_state(self._states[0])
+                for state in self._states[1:]:
                     torch.cuda.set_rng_state(state, device)
             else:
                 torch.manual_seed(self._seed)
-                self._cached[kind] = kind(
-                    _ForCurvlinops(self._operator),
-                    self._ncv,
-                    self._known_boundaries(),
-                    self._tol,
+            while len(self._runs) < num_repeats:
+                self._runs.append(
+                    fast_lanczos(_ForCurvlinops(self._operator), self._ncv)
                 )
-            result = estimate(self._cached[kind])
-            self._states[kind] = [
+            self._states = [
                 torch.get_rng_state(),
                 *(torch.cuda.get_rng_state(d) for d in devices),
             ]
-        return result
+        return self._runs[:num_repeats]
+
+
+def _mean(
+    density_of: Callable[[Run], tuple[Tensor, Tensor]], runs: list[Run]
+) -> tuple[Tensor, Tensor]:
+    """Return the grid and the mean of the densities of runs."""
+    grids, densities = zip(*map(density_of, runs), strict=True)
+    return grids[0], torch.stack(densities).mean(0)
 
 
 class _ForCurvlinops:
@@ -178,7 +199,3 @@ class _ForCurvlinops:
     def __matmul__(self, x: Tensor) -> Tensor:
         product: Tensor = self._operator @ x
         return product
-
-    def to_scipy(self, dtype: np.dtype | None = None) -> TorchLinearOperator:
-        """A SciPy linear operator, which ours are."""
-        return self._operator

@@ -11,7 +11,12 @@ from vivit_linop.linalg import (  # noqa: F401  (register)
     reductions,
     roots,
 )
-from vivit_linop.linalg.estimates import DiagonalEstimate, estimate_diagonal
+from vivit_linop.linalg.estimates import (
+    DiagonalEstimate,
+    TraceEstimate,
+    estimate_diagonal,
+    estimate_trace,
+)
 from vivit_linop.operators.eigenpairs import Eigendecomposition, Eigenpairs
 from vivit_linop.operators.verbs import (
     column_norms_squared,
@@ -31,12 +36,14 @@ __all__ = [
     "DiagonalEstimate",
     "Eigendecomposition",
     "Eigenpairs",
+    "TraceEstimate",
     "column_norms_squared",
     "diagonal",
     "eigendecomposition",
     "eigh",
     "eigvalsh",
     "estimate_diagonal",
+    "estimate_trace",
     "inv",
     "logdet",
     "row_norms_squared",

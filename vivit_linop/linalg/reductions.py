@@ -27,6 +27,7 @@ from vivit_linop.operators.kronecker import (
     Kronecker,
 )
 from vivit_linop.operators.lowrank import Centered, DampedRoot, Gram, LowRank, Woodbury
+from vivit_linop.operators.random_projection import RandomProjection
 from vivit_linop.operators.scalars import Scalar, log_abs
 from vivit_linop.operators.stacks import HStack
 from vivit_linop.operators.symmetric import without_noise
@@ -279,6 +280,15 @@ def column_pieces_of_dense(op: Dense) -> Iterator[tuple[slice, Tensor]]:
     for start in range(0, op.shape[1], _CHUNK):
         place = slice(start, min(start + _CHUNK, op.shape[1]))
         yield place, op.matrix[:, place]
+
+
+@column_pieces.register
+def column_pieces_of_random_projection(
+    op: RandomProjection,
+) -> Iterator[tuple[slice, Tensor]]:
+    """The blocks that its products make."""
+    for place, block in op.blocks(op.torch_dtype, op.device):
+        yield place, block.T
 
 
 @column_pieces.register

@@ -23,6 +23,7 @@ from vivit_linop.operators.kronecker import (
     Kronecker,
 )
 from vivit_linop.operators.lowrank import Centered, DampedRoot, Gram, LowRank, Woodbury
+from vivit_linop.operators.random_projection import RandomProjection
 from vivit_linop.operators.stacks import HStack, hstack, vstack
 
 __all__ = [
@@ -44,6 +45,7 @@ __all__ = [
     "Kronecker",
     "LowRank",
     "Product",
+    "RandomProjection",
     "Scaled",
     "Sum",
     "TorchLinearOperator",
