@@ -27,7 +27,8 @@ class RandomProjection(TorchLinearOperator):
 
     Entry (i, j) is a hash of the seed, i and j: one seed is one matrix on all devices,
     in all precisions, and however vectors are cut. A product makes the k·D entries
-    anew, block by block, at a cost of about that of multiplying 3 columns by them.
+    anew, block by block: with few columns it takes 3 to 4 times as long as one with the
+    stored matrix, so give it many columns at once.
 
     Args:
         D: The columns.
