@@ -16,6 +16,7 @@ import torch
 
 from benchmarks import (
     certificates,
+    compositions,
     directions,
     inverses,
     preconditioners,
@@ -47,6 +48,7 @@ SUITES: dict[str, Suite] = {
     "quantities": quantities.SUITE,
     "vivit": vivit_dropin.SUITE,
     "certificates": certificates.SUITE,
+    "compositions": compositions.SUITE,
 }
 RESULTS = Path(__file__).parent / "results"
 NOTHING = "nothing"  # the case whose memory is that of the libraries, net and data

@@ -24,6 +24,7 @@ from vivit_linop.operators.elementary import Adjoint
 from vivit_linop.operators.lowrank import Gram, LowRank
 from vivit_linop.operators.verbs import (
     adjoint,
+    column_norms_squared,
     diagonal,
     matmul,
     row_norms_squared,
@@ -135,6 +136,18 @@ def root_of_loss_hessian(op: LossHessian) -> Op:
 @sqrt.register
 def root_of_outer(op: Outer) -> Op:
     return op.root
+
+
+@row_norms_squared.register
+def row_norms_of_jacobian(op: Jacobian) -> Tensor:
+    """Those of the columns of Jᵀ."""
+    return column_norms_squared(op.pullback)
+
+
+@column_norms_squared.register
+def column_norms_of_jacobian(op: Jacobian) -> Tensor:
+    """Those of the rows of Jᵀ."""
+    return row_norms_squared(op.pullback)
 
 
 @row_norms_squared.register

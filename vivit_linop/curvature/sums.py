@@ -12,6 +12,7 @@ from torch import Tensor
 
 from vivit_linop.curvature.jacobian import Pullback
 from vivit_linop.linalg.reductions import matrix_of_operator
+from vivit_linop.linalg.sandwiches import gram_blocks_of_operator
 from vivit_linop.net.blocks import Columns, memory_budget
 from vivit_linop.net.sums import (
     ColumnNorms,
@@ -19,15 +20,21 @@ from vivit_linop.net.sums import (
     GramTotal,
     OuterTotal,
     RowNorms,
+    SampleGrams,
     Total,
     accumulate,
     cross_gram,
+    cross_sample_grams,
 )
 from vivit_linop.operators.base import TorchLinearOperator
+from vivit_linop.operators.elementary import Dense
+from vivit_linop.operators.lowrank import Centered
 from vivit_linop.operators.verbs import (
+    as_factor,
     centered_row_norms_squared,
     column_norms_squared,
     column_pieces,
+    gram_blocks,
     gram_matrix,
     outer_matrix,
     row_norms_squared,
@@ -46,6 +53,8 @@ def sum_columns(factor: Pullback, totals: Sequence[Total]) -> None:
 @gram_matrix.register
 def gram_matrix_of_pullback(left: Pullback, right: TorchLinearOperator) -> Tensor:
     """Layer by layer, between factors; else by products."""
+    if isinstance(right, (Dense, Centered)):
+        return gram_matrix(right, left).T
     if not isinstance(right, Pullback):
         return left.T.apply(to_dense(right))
     if left is not right:
@@ -53,6 +62,34 @@ def gram_matrix_of_pullback(left: Pullback, right: TorchLinearOperator) -> Tenso
     total = GramTotal(left, right, list(left.risk.params))
     sum_columns(left, [total])
     return total.matrix
+
+
+@as_factor.register
+def pullback_as_factor(op: Pullback) -> Pullback:
+    """Itself: Gram matrices need no column."""
+    return op
+
+
+@gram_blocks.register
+def gram_blocks_of_pullback(
+    left: Pullback, right: TorchLinearOperator, size: int
+) -> Tensor:
+    """From the columns of each sample alone, layer by layer."""
+    if (
+        not isinstance(right, Pullback)
+        or right.risk is not left.risk
+        or right.width != left.width
+        or left.width % size
+    ):
+        return gram_blocks_of_operator(left, right, size)
+    if right is left:
+        total = SampleGrams(left, left)
+        sum_columns(left, [total])
+        grams = total.matrices
+    else:
+        grams = cross_sample_grams(left, right)
+    blocks = grams.unflatten(2, (-1, size)).unflatten(1, (-1, size))
+    return blocks.diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2).flatten(0, 1)
 
 
 @outer_matrix.register

@@ -10,6 +10,7 @@ from vivit_linop.linalg import (  # noqa: F401  (register)
     inverse,
     reductions,
     roots,
+    sandwiches,
 )
 from vivit_linop.linalg.estimates import (
     DiagonalEstimate,
@@ -21,6 +22,7 @@ from vivit_linop.operators.eigenpairs import Eigendecomposition, Eigenpairs
 from vivit_linop.operators.verbs import (
     column_norms_squared,
     diagonal,
+    diagonal_blocks,
     eigendecomposition,
     eigh,
     eigvalsh,
@@ -39,6 +41,7 @@ __all__ = [
     "TraceEstimate",
     "column_norms_squared",
     "diagonal",
+    "diagonal_blocks",
     "eigendecomposition",
     "eigh",
     "eigvalsh",

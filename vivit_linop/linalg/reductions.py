@@ -38,6 +38,7 @@ from vivit_linop.operators.verbs import (
     damp,
     damped_logdet,
     diagonal,
+    diagonal_blocks,
     eigvalsh,
     logdet,
     no_eigenpairs,
@@ -154,8 +155,10 @@ def diagonal_of_sum(op: Sum) -> Tensor:
 def diagonal_of_product(op: Product) -> Tensor:
     """(A B)_ii = Σ_k A_ik B_ki, where A and B meet in fewer than n entries."""
     inner = [factor.shape[1] for factor in op.factors[:-1]]
-    if not inner or min(inner) >= op.shape[0]:
-        return diagonal_of_operator(op)
+    if not inner:
+        return diagonal(op.factors[0])
+    if min(inner) >= op.shape[0]:
+        return diagonal_blocks(op, 1).flatten()
     at = 1 + inner.index(min(inner))
     A, B = Product(*op.factors[:at]), Product(*op.factors[at:])
     result = torch.zeros(op.shape[0], dtype=op.torch_dtype, device=op.device)

@@ -25,6 +25,7 @@ from vivit_linop.net.blocks import (
 )
 from vivit_linop.net.columns.base import LayerColumns, mirror
 from vivit_linop.net.columns.joins import merged
+from vivit_linop.net.columns.samples import sample_grams
 from vivit_linop.net.stored import StoredColumns
 from vivit_linop.risk.empirical import EmpiricalRisk
 from vivit_linop.risk.memory import free_memory
@@ -224,6 +225,36 @@ class SampleRowNorms(Total):
                 part[start:stop] += squares
 
 
+class SampleGrams(Total):
+    """The inner products between the columns of each sample alone.
+
+    Args:
+        left: Jᵀ A.
+        right: Jᵀ B of the same risk.
+
+    Attributes:
+        matrices: ``[N, R, Q]``.
+    """
+
+    def __init__(self, left: Cotangents, right: Cotangents) -> None:
+        risk = left.risk
+        self.names, self._memory = list(risk.params), memory_budget(risk)
+        self._width = left.width
+        shape = risk.num_samples, left.width, right.width
+        self.matrices = torch.zeros(shape, dtype=risk.dtype, device=risk.device)
+
+    def add(self, left: Piece, right: Piece) -> None:
+        """Fill in the samples of a piece, layer by layer."""
+        start, stop = left.place.start // self._width, left.place.stop // self._width
+        pairs = [
+            (left.columns[name], right.columns[name])
+            for name in self.names
+            if name in left.columns and name in right.columns
+        ]
+        for part, other in merged(pairs):
+            self.matrices[start:stop] += sample_grams(part, other, self._memory)
+
+
 class ColumnNorms(Total):
     """The squared norms of the columns, restricted to groups of parameters.
 
@@ -322,6 +353,19 @@ def cross_gram(left: Cotangents, right: Cotangents) -> Tensor:
                 for a, _ in held:
                     total.add(a, b)
     return total.matrix
+
+
+def cross_sample_grams(left: Cotangents, right: Cotangents) -> Tensor:
+    """Return what each sample's columns of two factors have in common, ``[N, R, Q]``.
+
+    Args:
+        left: Jᵀ A.
+        right: Jᵀ B of the same risk.
+    """
+    total = SampleGrams(left, right)
+    for a, b in _columns([left, right], [total]).pieces():
+        total.add(a, b)
+    return total.matrices
 
 
 def _inside(place: slice, held: Sequence[Sequence[Piece]]) -> bool:

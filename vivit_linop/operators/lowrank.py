@@ -284,10 +284,18 @@ class DampedRoot(TorchLinearOperator):
         self._middle = ((evecs * quotients) @ evecs.T).to(operator.torch_dtype)
         super().__init__(operator.shape, operator._own_dtype, operator._own_device)
 
+    @property
+    def shift(self) -> float:
+        """f(δ)."""
+        return self.damping ** (-0.5 if self.inverse else 0.5)
+
+    def multiply_small(self, Y: Tensor) -> Tensor:
+        """Q diag((f(c κ + δ) − f(δ)) / κ) Qᵀ times columns ``[R, K]``."""
+        return self._middle @ Y
+
     def _multiply(self, X: Tensor) -> Tensor:
         V = self.operator.factor
-        product = V.apply(self._middle @ V.T.apply(X))
-        return product + self.damping ** (-0.5 if self.inverse else 0.5) * X
+        return V.apply(self.multiply_small(V.T.apply(X))) + self.shift * X
 
 
 class Woodbury(TorchLinearOperator):
@@ -319,7 +327,7 @@ class Woodbury(TorchLinearOperator):
         self.operator, self.damping = _without_gradient(operator, "inv"), damping
         # The factorisation is small: float64 keeps it safe for small dampings.
         matrix = operator.small_side.to(torch.float64, copy=True)
-        norm = torch.linalg.matrix_norm(operator.small_side).item()
+        self.norm = norm = torch.linalg.matrix_norm(operator.small_side).item()
         matrix.diagonal().add_(damping)
         self._cholesky, info = torch.linalg.cholesky_ex(matrix)
         if info.any():
@@ -340,21 +348,22 @@ class Woodbury(TorchLinearOperator):
         """
         return verbs.explain(self)
 
-    def _solve_small(self, X: Tensor) -> Tensor:
+    def solve_small(self, X: Tensor) -> Tensor:
+        """(δ I + c K)⁻¹ times columns of the smaller side, ``[R, K]``."""
         solution = torch.cholesky_solve(X.to(torch.float64), self._cholesky)
         return solution.to(X.dtype)
 
     def _multiply(self, X: Tensor) -> Tensor:
         if not self.operator.by_gram:
-            return self._solve_small(X)
+            return self.solve_small(X)
         scale, V = self.operator.scale, self.operator.factor
-        inner = self._solve_small(V.T.apply(X))
+        inner = self.solve_small(V.T.apply(X))
         outer = V.apply(inner).mul_(-scale).add_(X)
         # Of nearly equal terms the difference has lost digits in the range of V. There
         # Vᵀ(x − c V y) = δ y must hold, and one step of refinement brings them back.
         if self._refines:
             residual = V.T.apply(outer) - self.damping * inner
-            outer -= V.apply(self._solve_small(residual)).mul_(scale)
+            outer -= V.apply(self.solve_small(residual)).mul_(scale)
         return outer.div_(self.damping)
 
 

@@ -381,6 +381,14 @@ def gram_matrix_of_operator(left: TorchLinearOperator, right: Op) -> Tensor:
 
 
 @gram_matrix.register
+def gram_matrix_of_dense(left: Dense, right: Op) -> Tensor:
+    """By products with the other factor: not formed, where that is none."""
+    if isinstance(right, Dense):
+        return left.matrix.T @ right.matrix
+    return right.T.apply(left.matrix).T
+
+
+@gram_matrix.register
 def gram_matrix_of_khatri_rao(left: KhatriRao, right: Op) -> Tensor:
     if not isinstance(right, KhatriRao) or not _aligned(left, right):
         return left.T.apply(right.to_dense())
@@ -391,6 +399,8 @@ def gram_matrix_of_khatri_rao(left: KhatriRao, right: Op) -> Tensor:
 def gram_matrix_of_product(left: Product, right: Op) -> Tensor:
     """(A B)ᵀ (A B) = Bᵀ (AᵀA) B, where A has fewer columns than rows."""
     A = left.factors[0]
+    if len(left.factors) == 1:
+        return gram_matrix(A, A if right is left else right)
     if right is not left or A.shape[1] >= A.shape[0]:
         return gram_matrix_of_operator(left, right)
     B = Product(*left.factors[1:])

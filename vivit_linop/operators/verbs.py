@@ -196,6 +196,25 @@ def gram_matrix(left: Any, right: Any) -> Tensor:
 
 
 @singledispatch
+def as_factor(op: Any) -> Operator | None:
+    """Return an operator that ``gram_matrix`` has a rule for, and None for others.
+
+    For what stands at both ends of a sandwich AᵀS B, ``[D, R]``: by a rule here, a
+    factor of one's own makes sandwiches that are computed on their small side.
+    """
+    return None
+
+
+@singledispatch
+def gram_blocks(left: Any, right: Any, size: int) -> Tensor:
+    """Return the diagonal blocks of ``left.T @ right``, ``[R/size, size, size]``.
+
+    Both have R columns. Without a rule, from columns, some of them at a time.
+    """
+    raise _no_rule("gram_blocks", left)
+
+
+@singledispatch
 def outer_matrix(factor: Any) -> Tensor:
     """Return the matrix of ``V @ V.T``, ``[D, D]``: the smaller side for R > D."""
     raise _no_rule("outer_matrix", factor)
@@ -333,6 +352,23 @@ def diagonal(op: Any) -> Tensor:
     Without a rule, n products, some columns at a time.
     """
     raise _no_rule("diagonal", op)
+
+
+@singledispatch
+def diagonal_blocks(op: Any, size: int) -> Tensor:
+    """Return the blocks on the diagonal of a square operator, ``[n/size, size, size]``.
+
+    Without a rule, by n products, some columns at a time. Those of AᵀS B for the
+    columns of two factors need nothing beside the blocks: covariances of predictions,
+    sample by sample.
+
+    >>> import torch, vivit_linop as vl
+    >>> A = vl.Dense(torch.arange(16.0).reshape(4, 4))
+    >>> vl.linalg.diagonal_blocks(A, 2)[1]
+    tensor([[10., 11.],
+            [14., 15.]])
+    """
+    raise _no_rule("diagonal_blocks", op)
 
 
 @singledispatch

@@ -1,0 +1,208 @@
+"""Matrices, diagonals and blocks of sandwiches Aᵀ S B, on the small side."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from vivit_linop.operators.base import TorchLinearOperator
+from vivit_linop.operators.elementary import Product
+from vivit_linop.operators.sandwich import LowRankForm, Sandwich, low_rank_form
+from vivit_linop.operators.verbs import (
+    adjoint,
+    column_norms_squared,
+    column_pieces,
+    diagonal,
+    diagonal_blocks,
+    gram_blocks,
+    gram_matrix,
+    to_dense,
+)
+
+# Columns that are solved for, or multiplied, at a time.
+_CHUNK = 256
+
+
+@to_dense.register
+def matrix_of_sandwich(op: Sandwich) -> Tensor:
+    """The sum a AᵀB + (VᵀA)ᵀ M (VᵀB); symmetric where A is B."""
+    A, B, form = op.factor, op.other, _form(op)
+    if A is form.factor:
+        result = _in_parts(form.on_range, gram_matrix(A, B))
+    elif B is form.factor:
+        result = _in_parts(form.on_range, gram_matrix(B, A)).T
+    else:
+        X, Y = _sides(op, form)
+        result = X.T @ _in_parts(form.multiply, Y)
+        if form.shift != 0.0:
+            result += form.shift * gram_matrix(A, B)
+        if _lose_digits(op, form, X, Y, result.norm().reshape(1)).any():
+            result = _by_products(op)
+    return (result + result.T) / 2 if A is B else result
+
+
+@diagonal.register
+def diagonal_of_sandwich(op: Sandwich) -> Tensor:
+    """Of blocks of one entry."""
+    return diagonal_blocks(op, 1).flatten()
+
+
+@diagonal_blocks.register
+def diagonal_blocks_of_sandwich(op: Sandwich, size: int) -> Tensor:
+    """As the matrix, without what is beside the blocks."""
+    A, B, form = op.factor, op.other, _form(op)
+    if A is form.factor or B is form.factor:
+        return _blocks_on_diagonal(to_dense(op), size)
+    X, Y = _sides(op, form)
+    few = max(1, _CHUNK // size) * size
+    result = torch.cat(
+        [
+            _products_of_blocks(left, form.multiply(right).to(left), size)
+            for left, right in zip(X.split(few, 1), Y.split(few, 1), strict=True)
+        ]
+    )
+    if form.shift != 0.0:
+        result += form.shift * gram_blocks(A, B, size)
+    lost = _lose_digits(op, form, X, Y, result.flatten(1).norm(dim=1))
+    for index in lost.nonzero().split(max(1, _CHUNK // size)):
+        columns = size * index + torch.arange(size, device=index.device)
+        result[index.squeeze(1)] = _part_of_product(op, columns.flatten(), size)
+    return (result + result.mT) / 2 if A is B else result
+
+
+@diagonal_blocks.register
+def diagonal_blocks_of_operator(op: TorchLinearOperator, size: int) -> Tensor:
+    """By products with columns, some blocks at a time."""
+    parts = []
+    for columns in _places(op.shape[1], size, op.device):
+        rows = op.apply(_unit(op.shape[1], columns, op))[columns]
+        parts.append(_blocks_on_diagonal(rows, size))
+    return torch.cat(parts)
+
+
+@diagonal_blocks.register
+def diagonal_blocks_of_product(op: Product, size: int) -> Tensor:
+    """(A B)_ii = Σ_k A_ik B_ki, some blocks at a time."""
+    if op.self_adjoint and len(op.factors) == 3:
+        _, middle, A = op.factors
+        pieces = list(_whole_blocks(A, size))
+        return torch.cat(
+            [_products_of_blocks(a, middle.apply(a), size) for a in pieces]
+        )
+    places = _places(op.shape[0], size, op.device)
+    return torch.cat([_part_of_product(op, columns, size) for columns in places])
+
+
+@gram_blocks.register
+def gram_blocks_of_operator(
+    left: TorchLinearOperator, right: TorchLinearOperator, size: int
+) -> Tensor:
+    """From columns, some blocks at a time."""
+    pairs = zip(_whole_blocks(left, size), _whole_blocks(right, size), strict=True)
+    return torch.cat([_products_of_blocks(A, B, size) for A, B in pairs])
+
+
+def _form(op: Sandwich) -> LowRankForm:
+    form = low_rank_form(op.factors[1])
+    assert form is not None
+    return form
+
+
+def _sides(op: Sandwich, form: LowRankForm) -> tuple[Tensor, Tensor]:
+    """VᵀA and VᵀB."""
+    X = gram_matrix(form.factor, op.factor)
+    return X, X if op.other is op.factor else gram_matrix(form.factor, op.other)
+
+
+def _lose_digits(
+    op: Sandwich, form: LowRankForm, X: Tensor, Y: Tensor, sizes: Tensor
+) -> Tensor:
+    """Which parts of a result may have lost more than half of their digits.
+
+    Rounding in AᵀB and in VᵀA is enlarged by a, rounding in K by the two solutions.
+
+    Args:
+        op: The sandwich.
+        form: S.
+        X: VᵀA.
+        Y: VᵀB.
+        sizes: The norms of the parts: as many columns of A and of B each.
+    """
+    eps = torch.finfo(op.torch_dtype).eps
+    if eps * form.condition <= 0.1 * eps**0.5:
+        return torch.zeros(len(sizes), dtype=torch.bool, device=sizes.device)
+
+    def norms(columns: Tensor) -> Tensor:
+        return columns.reshape(len(sizes), -1).sum(1).to(sizes).sqrt()
+
+    A, B = op.factor, op.other
+    left = norms(column_norms_squared(A))
+    inner = norms(_in_parts(form.multiply, X).square().sum(0))
+    right, outer = left, inner
+    if B is not A:
+        right = norms(column_norms_squared(B))
+        outer = norms(_in_parts(form.multiply, Y).square().sum(0))
+    shift = abs(float(form.shift))
+    error = eps * (shift * left * right + form.norm / shift * inner * outer)
+    return ~(error <= eps**0.5 * sizes)
+
+
+def _by_products(op: Product) -> Tensor:
+    """By products with S, some columns at a time."""
+    n = op.shape[1]
+    places = _places(n, 1, op.device)
+    product = Product(*op.factors)
+    return torch.cat([product.apply(_unit(n, c, op)) for c in places], dim=1)
+
+
+def _part_of_product(op: Product, columns: Tensor, size: int) -> Tensor:
+    """Some of the blocks on the diagonal, by products with their rows and columns."""
+    A, B = adjoint(op.factors[0]), Product(*op.factors[1:])
+    left = A.apply(_unit(A.shape[1], columns, op))
+    return _products_of_blocks(left, B.apply(_unit(B.shape[1], columns, op)), size)
+
+
+def _products_of_blocks(left: Tensor, right: Tensor, size: int) -> Tensor:
+    """``[R, n·s]`` twice ``-> [n, s, s]``: left blockᵀ right block."""
+    if size == 1:
+        return (left * right).sum(0).reshape(-1, 1, 1)
+    blocks = left.unflatten(1, (-1, size)).permute(1, 2, 0)
+    return blocks @ right.unflatten(1, (-1, size)).transpose(0, 1)
+
+
+def _whole_blocks(op: TorchLinearOperator, size: int) -> Iterator[Tensor]:
+    """The columns of an operator, whole blocks of some at a time."""
+    few = max(1, _CHUNK // size) * size
+    held = torch.empty(op.shape[0], 0, dtype=op.torch_dtype, device=op.device)
+    for _, columns in column_pieces(op):
+        held = torch.cat([held, columns], dim=1)
+        while held.shape[1] >= few:
+            yield held[:, :few]
+            held = held[:, few:]
+    if held.shape[1]:
+        yield held
+
+
+def _blocks_on_diagonal(matrix: Tensor, size: int) -> Tensor:
+    blocks = matrix.unflatten(0, (-1, size)).unflatten(2, (-1, size))
+    return blocks.diagonal(dim1=0, dim2=2).permute(2, 0, 1).contiguous()
+
+
+def _in_parts(function: Callable[[Tensor], Tensor], columns: Tensor) -> Tensor:
+    parts = [function(part).to(columns) for part in columns.split(_CHUNK, dim=1)]
+    return torch.cat(parts, dim=1)
+
+
+def _places(n: int, size: int, device: torch.device) -> tuple[Tensor, ...]:
+    """The numbers of n columns, whole blocks of some at a time."""
+    few = max(1, _CHUNK // size) * size
+    return torch.arange(n, device=device).split(few)
+
+
+def _unit(n: int, columns: Tensor, op: TorchLinearOperator) -> Tensor:
+    """Columns of the identity."""
+    unit = torch.zeros(n, len(columns), dtype=op.torch_dtype, device=op.device)
+    unit[columns, torch.arange(len(columns), device=op.device)] = 1.0
+    return unit

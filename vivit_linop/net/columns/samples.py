@@ -1,0 +1,79 @@
+"""Inner products between the columns of each sample alone."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from vivit_linop.net.columns.base import LayerColumns
+from vivit_linop.net.columns.khatri_rao import KhatriRaoColumns
+from vivit_linop.net.columns.stacked import StackedColumns
+from vivit_linop.net.columns.tables import TableColumns
+
+
+def sample_grams(left: LayerColumns, right: LayerColumns, memory: int) -> Tensor:
+    """Return the inner products of the columns of each sample with others of its own.
+
+    Args:
+        left: n·R columns.
+        right: n·Q columns of the same parameter and the same samples.
+        memory: The bytes that columns formed on the way may take.
+
+    Returns:
+        ``[n, R, Q]``.
+    """
+    if isinstance(left, KhatriRaoColumns) and isinstance(right, KhatriRaoColumns):
+        if left.is_like(right):
+            return _of_khatri_rao(left, right, memory)
+    if isinstance(left, StackedColumns) and isinstance(right, StackedColumns):
+        if left.parts.keys() == right.parts.keys():
+            parts = [
+                sample_grams(part, right.parts[place], memory)
+                for place, part in left.parts.items()
+            ]
+            return torch.stack(parts).sum(0)
+    rows, others = (c.rows().view(c.num_samples, c.width, -1) for c in (left, right))
+    return rows @ others.mT
+
+
+def _of_khatri_rao(
+    left: KhatriRaoColumns, right: KhatriRaoColumns, memory: int
+) -> Tensor:
+    """By pairs of positions, or where these are many by blocks."""
+    b, d = left.cotangents, right.cotangents
+    n, R, groups, channels, P = b.shape
+    Q, inputs = d.shape[1], left.numel // (groups * channels)
+    by_pairs = P * (inputs + R * channels + R * Q * channels / P)
+    by_blocks = R * channels * inputs * (1 + Q / P)
+    if isinstance(left, TableColumns) or by_pairs <= by_blocks:
+        products = _input_products(left, right)
+        total = b.new_zeros(n, R, Q)
+        for g in range(groups):
+            mixed = b[:, :, g].flatten(1, 2) @ products[:, g]
+            total += mixed.view(n, R, -1) @ d[:, :, g].flatten(2).mT
+        return total
+    total = b.new_zeros(n, R, Q)
+    bytes_per_channel = n * (R + Q) * inputs * b.element_size()
+    chunk = max(1, min(channels, memory // bytes_per_channel))
+    for g in range(groups):
+        for start in range(0, channels, chunk):
+            part = slice(start, start + chunk)
+            block = _block(left, g, part)
+            other = block if right is left else _block(right, g, part)
+            total += block @ other.mT
+    return total
+
+
+def _input_products(left: KhatriRaoColumns, right: KhatriRaoColumns) -> Tensor:
+    """The inner products of a sample's inputs, ``[n, G, P, P]``."""
+    if isinstance(left, TableColumns) and isinstance(right, TableColumns):
+        same = left.index[:, :, None] == right.index[:, None, :]
+        return same.to(left.cotangents).unsqueeze(1)
+    return left.inputs.mT @ right.inputs
+
+
+def _block(columns: KhatriRaoColumns, group: int, channels: slice) -> Tensor:
+    """Columns formed for some channels, ``[n, R, c·a]``."""
+    b = columns.cotangents[:, :, group, channels]
+    formed = b.flatten(1, 2) @ columns.inputs[:, group].mT
+    return formed.view(*b.shape[:2], -1)

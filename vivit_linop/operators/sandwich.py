@@ -1,0 +1,207 @@
+"""Sandwiches Aᵀ S B: what users compose with inverses and roots of curvature.
+
+With S = f(c V Vᵀ + δ I) = a I + V M Vᵀ and A, B of as many rows as V,
+
+    Aᵀ S B = a AᵀB + (VᵀA)ᵀ M (VᵀB),
+
+so that three Gram matrices are all it takes: nothing has as many rows as A.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import singledispatch
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vivit_linop.operators.base import TorchLinearOperator
+from vivit_linop.operators.damped import Damped
+from vivit_linop.operators.elementary import Adjoint, Dense, Product
+from vivit_linop.operators.lowrank import Centered, DampedRoot, LowRank, Woodbury
+from vivit_linop.operators.scalars import Scalar
+from vivit_linop.operators.verbs import adjoint, as_factor, matmul
+
+Op = TorchLinearOperator
+
+
+class Sandwich(Product):
+    """The product Aᵀ S B of two factors, with a function of a low-rank node inside.
+
+    Its matrix and its diagonal come from Gram matrices of the factors with V, and the
+    diagonal needs no other entry of AᵀB. The absolute error of an entry is a few eps
+    |a| |b| / δ for S = (c V Vᵀ + δ I)⁻¹. Entries that lose more than half of the digits
+    by that are computed from products with S instead.
+
+    Args:
+        left: Aᵀ, ``[p, D]``.
+        middle: S, ``[D, D]``; :func:`low_rank_form` knows it.
+        right: B, ``[D, q]``.
+
+    Example:
+        >>> import torch, vivit_linop as vl
+        >>> V, A = vl.Dense(torch.rand(1000, 3)), vl.Dense(torch.rand(1000, 2))
+        >>> S = (V @ V.T + 0.1 * vl.Identity(1000)).inv()
+        >>> A.T @ S @ A
+        <2x2 Sandwich, torch.float32, cpu>
+    """
+
+    @property
+    def factor(self) -> Op:
+        """A, as a factor."""
+        return _factor(adjoint(self.factors[0]))
+
+    @property
+    def other(self) -> Op:
+        """B, as a factor; A itself if it is the same."""
+        return self.factor if self.self_adjoint else _factor(self.factors[2])
+
+
+@dataclass(frozen=True)
+class LowRankForm:
+    """A function f(c V Vᵀ + δ I) as a I + V M Vᵀ.
+
+    Attributes:
+        factor: V, ``[D, R]``, with fewer columns than rows.
+        shift: a.
+        multiply: M times columns, ``[R, K]``; those are float64 for float32 factors.
+        on_range: f(c VᵀV + δ I) times columns: f(c V Vᵀ + δ I) V = V f(c VᵀV + δ I).
+        condition: λ_max/δ if a I and V M Vᵀ cancel, else 1.
+        norm: That of K = VᵀV, or about that.
+    """
+
+    factor: Op
+    shift: Scalar
+    multiply: Callable[[Tensor], Tensor]
+    on_range: Callable[[Tensor], Tensor]
+    condition: float = 1.0
+    norm: float = 0.0
+
+
+@singledispatch
+def low_rank_form(op: Any) -> LowRankForm | None:
+    """Return an operator as a I + V M Vᵀ, or None where it has no such form.
+
+    A rule for a node of one's own makes sandwiches with it.
+    """
+    return None
+
+
+@low_rank_form.register
+def form_of_woodbury(op: Woodbury) -> LowRankForm | None:
+    """I/δ − V (c/δ) (δ I + c K)⁻¹ Vᵀ."""
+    low_rank, delta = op.operator, op.damping
+    if not low_rank.by_gram:
+        return None
+    quotient = -low_rank.scale / delta
+    return LowRankForm(
+        low_rank.factor,
+        1.0 / delta,
+        lambda Y: quotient * op.solve_small(Y),
+        op.solve_small,
+        op.norm / delta,
+        op.norm / low_rank.scale,
+    )
+
+
+@low_rank_form.register
+def form_of_damped_root(op: DampedRoot) -> LowRankForm:
+    """As DampedRoot has it."""
+    low_rank, shift = op.operator, op.shift
+    K = low_rank.gram.matrix
+    norm = torch.linalg.matrix_norm(K).item()
+    return LowRankForm(
+        low_rank.factor,
+        shift,
+        op.multiply_small,
+        lambda Y: op.multiply_small(K.to(Y.dtype) @ Y) + shift * Y,
+        low_rank.scale * norm / op.damping if op.inverse else 1.0,
+        norm,
+    )
+
+
+@low_rank_form.register
+def form_of_low_rank(op: LowRank) -> LowRankForm | None:
+    """Nothing is shifted."""
+    return _form_of_damped_low_rank(op, 0.0)
+
+
+@low_rank_form.register
+def form_of_damped(op: Damped) -> LowRankForm | None:
+    """Of a low-rank node."""
+    if not isinstance(op.operator, LowRank):
+        return None
+    return _form_of_damped_low_rank(op.operator, op.damping)
+
+
+def _form_of_damped_low_rank(op: LowRank, damping: Scalar) -> LowRankForm | None:
+    if not op.by_gram or not op.semidefinite:
+        return None
+    scale = op.scale
+
+    def on_range(Y: Tensor) -> Tensor:
+        return scale * (op.gram.matrix.to(Y.dtype) @ Y) + damping * Y
+
+    return LowRankForm(op.factor, damping, lambda Y: scale * Y, on_range)
+
+
+# What is a factor -------------------------------------------------------------------
+
+
+@as_factor.register
+def dense_as_factor(op: Dense) -> Op:
+    """Itself."""
+    return op
+
+
+@as_factor.register
+def adjoint_as_factor(op: Adjoint) -> Op | None:
+    """Of a dense matrix, a dense one."""
+    return Dense(op.parent.matrix.T) if isinstance(op.parent, Dense) else None
+
+
+@as_factor.register
+def centered_as_factor(op: Centered) -> Op | None:
+    """If what is centred is one."""
+    return op if as_factor(op.factor) is op.factor else None
+
+
+# Rules ------------------------------------------------------------------------------
+
+
+@matmul.rule(Product, Op)
+def product_of_product_and_factor(A: Product, B: Op) -> Op:
+    """(Aᵀ S) B."""
+    return _sandwich(*A.factors, B) if len(A.factors) == 2 else NotImplemented
+
+
+@matmul.rule(Op, Product)
+def product_of_factor_and_product(A: Op, B: Product) -> Op:
+    """Aᵀ (S B)."""
+    return _sandwich(A, *B.factors) if len(B.factors) == 2 else NotImplemented
+
+
+def _factor(op: Op) -> Op:
+    factor = as_factor(op)
+    assert factor is not None
+    return factor
+
+
+def _sandwich(left: Op, middle: Op, right: Op) -> Op:
+    if any(part.requires_grad for part in (left, middle, right)):
+        return NotImplemented
+    if as_factor(right) is None or as_factor(adjoint(left)) is None:
+        return NotImplemented
+    form = low_rank_form(middle)
+    return NotImplemented if form is None else Sandwich(left, middle, right)
+
+
+@adjoint.register
+def adjoint_of_sandwich(op: Sandwich) -> Op:
+    """Bᵀ S A, with S symmetric."""
+    if op.self_adjoint:
+        return op
+    left, middle, right = op.factors
+    return Sandwich(adjoint(right), middle, adjoint(left))
