@@ -11,6 +11,7 @@ from benchmarks.measure import Ratio, Results, Run, Suite
 from benchmarks.problems import Problem
 from benchmarks.products import gradient
 from vivit_linop.curvature.jacobian import Pullback
+from vivit_linop.modes import as_guest
 from vivit_linop.net.capture import Capture
 from vivit_linop.net.certified import CertifiedColumns
 
@@ -37,10 +38,11 @@ def norms(problem: Problem) -> Run:
 def check(V: Pullback) -> Run:
     risk, names = V.risk, set(V.risk.params)
     X, y = next(risk.batches())
-    capture = Capture(risk, X, len(y))
     cotangents = V.cotangents(0)
-    columns = CertifiedColumns(risk, X, capture).columns(cotangents, names)
-    return lambda: capture.failing(columns, cotangents, names)
+    with as_guest(risk.device):
+        certified = CertifiedColumns(risk, X, Capture(risk, X, len(y)))
+        columns = certified.columns(cotangents, names)
+    return lambda: certified.failing(columns, cotangents, names)
 
 
 def failing(_: Problem, results: Results) -> dict[str, float]:

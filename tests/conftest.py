@@ -17,4 +17,4 @@ def device(request):
 @pytest.fixture(autouse=True)
 def _small_pieces(monkeypatch):
     """Small problems are cut into pieces too, by a small ``memory=``."""
-    monkeypatch.setattr("vivit_linop.net.blocks._LEAST_BYTES", 0)
+    monkeypatch.setattr("vivit_linop.net.pieces._LEAST_BYTES", 0)

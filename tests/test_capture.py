@@ -40,6 +40,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from toys import Snapshot
 
 import vivit_linop as vl
+from vivit_linop.modes import as_guest
 from vivit_linop.net.capture import Capture
 from vivit_linop.net.certified import find_structure
 from vivit_linop.net.columns.khatri_rao import KhatriRaoColumns
@@ -314,11 +315,12 @@ def test_memory_of_a_layer(layer: Spec) -> None:
     _, build, shape = layer
     net, loss, data = problem_of(*one_layer(drawn(build()), *shape))
     risk = vl.EmpiricalRisk(net, loss, data)
-    capture, structure = Capture(risk, data[0], N), find_structure(risk)
-    R = 4
-    cotangents = torch.randn(*capture.output.shape, R, dtype=torch.float64)
-    names = set(risk.params)
-    columns = capture.columns(cotangents, structure.variants[0], names, compact=False)
+    structure, names, R = find_structure(risk), set(risk.params), 4
+    with as_guest(risk.device):
+        capture = Capture(risk, data[0], N)
+        cotangents = torch.randn(*capture.output.shape, R, dtype=torch.float64)
+        variant = structure.variants[0]
+        columns = capture.columns(cotangents, variant, names, "factors")
     taken = columns["layer.weight"].nbytes
     formed = {name: risk.params[name].numel() for name in structure.opaque}
     said = N * capture.keep_sizes(data[0]).entries(R, formed) * 8  # float64

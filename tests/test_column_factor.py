@@ -7,7 +7,6 @@ from torch import Tensor
 
 from vivit_linop.curvature.column_factor import ColumnFactor, formed
 from vivit_linop.net.columns.base import DenseColumns, LayerColumns
-from vivit_linop.net.columns.joins import compacted
 from vivit_linop.net.columns.khatri_rao import KhatriRaoColumns
 from vivit_linop.operators.lowrank import LowRank
 from vivit_linop.testing import check_operator
@@ -85,6 +84,6 @@ def test_cross_gram_matrix() -> None:
     torch.testing.assert_close(gram.to_dense(), dense.T @ dense)
     torch.testing.assert_close((U.T @ V).to_dense(), other.T @ dense)
     # Of which one has been formed.
-    mixed = factor([compacted(part) for part in U.columns])
+    mixed = factor([part.compacted() for part in U.columns])
     torch.testing.assert_close((mixed.T @ V).to_dense(), other.T @ dense)
     torch.testing.assert_close((V.T @ mixed).to_dense(), dense.T @ other)

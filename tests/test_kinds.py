@@ -14,8 +14,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 import vivit_linop as vl
 from vivit_linop.net import kinds
 from vivit_linop.net.columns.base import DenseColumns, LayerColumns
-from vivit_linop.net.kinds import Arguments, Kind, Signature, register
-from vivit_linop.net.views import View
+from vivit_linop.net.kinds import Arguments, Kind, Signature, View, register
 
 N = 5
 

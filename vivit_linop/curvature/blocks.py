@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vivit_linop.curvature.jacobian import Pullback
-from vivit_linop.curvature.sums import sum_columns
+from vivit_linop.curvature.jacobian import Pullback, sum_columns
 from vivit_linop.net.sums import GramTotal, OuterTotal, RowNorms
 from vivit_linop.operators import verbs
 from vivit_linop.operators.base import TorchLinearOperator

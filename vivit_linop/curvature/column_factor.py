@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from vivit_linop.net.blocks import Piece
 from vivit_linop.net.columns.base import DenseColumns, LayerColumns, mirror
-from vivit_linop.net.columns.joins import merged
-from vivit_linop.net.stored import StoredColumns
+from vivit_linop.net.pieces import Piece, StoredColumns
 from vivit_linop.operators.base import TorchLinearOperator
 from vivit_linop.operators.verbs import (
     gram_matrix,
@@ -43,20 +40,17 @@ class ColumnFactor(TorchLinearOperator):
     ) -> None:
         self.columns, self.memory = list(columns), memory
         self.num_samples, self.width = columns[0].num_samples, columns[0].width
-        height = sum(part.numel for part in self.columns)
-        super().__init__((height, self.num_samples * self.width), dtype, device)
-
-    @cached_property
-    def _stored(self) -> StoredColumns:
         named = {str(at): part for at, part in enumerate(self.columns)}
         sizes = {name: part.numel for name, part in named.items()}
-        return StoredColumns(sizes, self.width, [Piece(slice(0, self.shape[1]), named)])
+        shape = sum(sizes.values()), self.num_samples * self.width
+        self.piece = Piece(slice(0, shape[1]), named, sizes)
+        super().__init__(shape, dtype, device)
 
     def _multiply(self, X: Tensor) -> Tensor:
-        return self._stored.multiply(X)
+        return StoredColumns([self.piece]).multiply(X)
 
     def _multiply_adjoint(self, X: Tensor) -> Tensor:
-        return self._stored.multiply_adjoint(X)
+        return StoredColumns([self.piece]).multiply_adjoint(X)
 
 
 def formed(columns: Sequence[LayerColumns]) -> DenseColumns:
@@ -73,8 +67,8 @@ def gram_matrix_of_columns(left: ColumnFactor, right: TorchLinearOperator) -> Te
     gram = torch.zeros(
         left.shape[1], right.shape[1], dtype=left.torch_dtype, device=left.device
     )
-    for a, b in merged(list(zip(left.columns, right.columns, strict=True))):
-        a.add_gram(gram, b, left.memory)
+    for part, other in left.piece.pairs(right.piece, list(left.piece.sizes)):
+        part.add_gram(gram, other, left.memory)
     if left is right:
         mirror(gram)
     return gram
@@ -96,4 +90,5 @@ def row_norms_of_columns(op: ColumnFactor) -> Tensor:
 @to_dense.register
 def columns_to_dense(op: ColumnFactor) -> Tensor:
     """One parameter below the other."""
-    return torch.cat([part.rows() for part in op.columns], dim=1).T
+    out = torch.empty(op.shape[::-1], dtype=op.torch_dtype, device=op.device)
+    return op.piece.rows(list(op.piece.sizes), out).T

@@ -13,9 +13,13 @@ from vivit_linop.curvature.blocks import (
     parameter_groups,
 )
 from vivit_linop.curvature.ggn import GGNFactor
-from vivit_linop.curvature.jacobian import Jacobian, Pullback
+from vivit_linop.curvature.jacobian import (
+    Jacobian,
+    Pullback,
+    gram_matrix_of_pullback,
+    sum_columns,
+)
 from vivit_linop.curvature.output_space import LossGradient
-from vivit_linop.curvature.sums import gram_matrix_of_pullback, sum_columns
 from vivit_linop.modes import ordinary_mode
 from vivit_linop.net.sums import ColumnNorms
 from vivit_linop.operators.base import TorchLinearOperator

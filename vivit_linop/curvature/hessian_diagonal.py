@@ -14,7 +14,7 @@ from vivit_linop.curvature.hessian_products import ROUNDING, HessianProducts
 from vivit_linop.curvature.output_space import LossGradient, LossHessian
 from vivit_linop.curvature.recursions import backpack_results
 from vivit_linop.extras import extra
-from vivit_linop.net.blocks import memory_budget
+from vivit_linop.net.pieces import memory_budget
 from vivit_linop.risk.empirical import EmpiricalRisk
 from vivit_linop.risk.model import Params, as_guest
 

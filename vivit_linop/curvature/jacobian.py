@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import Any, Self
 from weakref import ref
@@ -15,15 +16,32 @@ from vivit_linop.curvature.output_space import (
     OutputIdentity,
     OutputOperator,
 )
+from vivit_linop.linalg.reductions import matrix_of_operator
+from vivit_linop.linalg.sandwiches import gram_blocks_of_operator
 from vivit_linop.modes import as_guest
-from vivit_linop.net.blocks import Columns, memory_budget
 from vivit_linop.net.costs import LayerCost, as_table, layer_costs
 from vivit_linop.net.linearization import NoTangentError, linearizations
-from vivit_linop.net.stored import StoredColumns, StreamedColumns
+from vivit_linop.net.pieces import StoredColumns, Total, memory_budget
+from vivit_linop.net.sums import (
+    AllColumns,
+    ColumnNorms,
+    Components,
+    EntrySums,
+    GramTotal,
+    OuterTotal,
+    RowNorms,
+    SampleGrams,
+    accumulate,
+    cross_gram,
+    cross_sample_grams,
+    formed_pieces,
+)
 from vivit_linop.operators import verbs
 from vivit_linop.operators.base import TorchLinearOperator
-from vivit_linop.operators.lowrank import Gram, KeptMatrix
+from vivit_linop.operators.elementary import Dense
+from vivit_linop.operators.lowrank import Centered, Gram, KeptMatrix
 from vivit_linop.risk.empirical import EmpiricalRisk, as_risk
+from vivit_linop.risk.memory import check_matrix_fits
 
 
 class Jacobian(TorchLinearOperator):
@@ -226,7 +244,7 @@ class Pullback(TorchLinearOperator):
                 return self._linearised(X)
             except NoTangentError:
                 self.risk.has_tangents = False
-        return _columns_without_tangents(self).multiply_adjoint(X)
+        return _components_without_tangents(self, X)
 
     def _linearised(self, X: Tensor) -> Tensor:
         """Bᵀ J X, batch by batch."""
@@ -286,11 +304,11 @@ def _key(pullback: Pullback) -> tuple[str, type]:
     return "columns", type(pullback.output)
 
 
-def _columns_without_tangents(pullback: Pullback) -> StoredColumns | StreamedColumns:
-    """Return what components along the columns come from where J x is impossible.
+def _components_without_tangents(pullback: Pullback, X: Tensor) -> Tensor:
+    """Return Vᵀ X where J x is impossible.
 
-    The stored columns if they fit into the memory budget; else columns that are made
-    anew for each product, by R backward passes.
+    On the stored columns if they fit into the memory budget; else on columns that are
+    made anew for each product, by R backward passes.
     """
     shared, kept = pullback.output.determined, pullback.risk.kept
     with kept.making:
@@ -301,7 +319,11 @@ def _columns_without_tangents(pullback: Pullback) -> StoredColumns | StreamedCol
             pullback.streams = pullback.stored is None
         if pullback.stored is not None and shared:
             kept.put(_key(pullback), pullback.stored)
-    return pullback.stored or StreamedColumns(pullback)
+    if pullback.stored is not None:
+        return pullback.stored.multiply_adjoint(X)
+    total = Components(pullback, X)
+    accumulate(pullback, [total])
+    return torch.cat(total.parts, dim=1).T
 
 
 def _cheaper_columns(pullback: Pullback) -> StoredColumns | None:
@@ -320,5 +342,106 @@ def _fitting_columns(pullback: Pullback) -> StoredColumns | None:
     # Few parameters may have small columns that are pulled back from large blocks.
     if not pullback.output.blocks_fit():
         return None
-    columns = Columns([pullback], list(pullback.risk.params), budget)
-    return StoredColumns.of(pullback, [piece for (piece,) in columns.pieces()])
+    total = AllColumns(pullback)
+    accumulate(pullback, [total])
+    return StoredColumns(total.pieces)
+
+
+# Sums over columns: one pass over the data each, layer by layer ---------------------
+
+
+def sum_columns(factor: Pullback, totals: Sequence[Total]) -> None:
+    """Compute several sums over the columns of one pullback together."""
+    columns = accumulate(factor, totals, factor.stored)
+    if columns is not None:
+        factor.offer(columns)
+
+
+@verbs.gram_matrix.register
+def gram_matrix_of_pullback(left: Pullback, right: TorchLinearOperator) -> Tensor:
+    """Layer by layer, between factors; else by products."""
+    if isinstance(right, (Dense, Centered)):
+        return verbs.gram_matrix(right, left).T
+    if not isinstance(right, Pullback):
+        return left.T.apply(verbs.to_dense(right))
+    if left is not right:
+        return cross_gram(left, right)
+    total = GramTotal(left, right, list(left.risk.params))
+    sum_columns(left, [total])
+    return total.matrix
+
+
+@verbs.as_factor.register
+def pullback_as_factor(op: Pullback) -> Pullback:
+    """Itself: Gram matrices need no column."""
+    return op
+
+
+@verbs.gram_blocks.register
+def gram_blocks_of_pullback(
+    left: Pullback, right: TorchLinearOperator, size: int
+) -> Tensor:
+    """From the columns of each sample alone, layer by layer."""
+    if (
+        not isinstance(right, Pullback)
+        or right.risk is not left.risk
+        or right.width != left.width
+        or left.width % size
+    ):
+        return gram_blocks_of_operator(left, right, size)
+    if right is left:
+        total = SampleGrams(left, left)
+        sum_columns(left, [total])
+        grams = total.matrices
+    else:
+        grams = cross_sample_grams(left, right)
+    blocks = grams.unflatten(2, (-1, size)).unflatten(1, (-1, size))
+    return blocks.diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2).flatten(0, 1)
+
+
+@verbs.outer_matrix.register
+def outer_matrix_of_pullback(factor: Pullback) -> Tensor:
+    """From formed columns, some samples at a time."""
+    total = OuterTotal(factor, list(factor.risk.params))
+    sum_columns(factor, [total])
+    return total.matrix
+
+
+@verbs.row_norms_squared.register
+def row_norms_of_pullback(op: Pullback) -> Tensor:
+    """In the structure of the layers."""
+    total = RowNorms(op, list(op.risk.params))
+    sum_columns(op, [total])
+    return total.entries
+
+
+@verbs.column_norms_squared.register
+def column_norms_of_pullback(op: Pullback) -> Tensor:
+    """Without the columns."""
+    total = ColumnNorms(op, [list(op.risk.params)])
+    sum_columns(op, [total])
+    return total.norms.squeeze(1)
+
+
+@verbs.centered_row_norms_squared.register
+def centered_row_norms_of_pullback(op: Pullback) -> Tensor:
+    """Σ_n g_n² − N ḡ²: both sums from one pass."""
+    names = list(op.risk.params)
+    squares, sums = RowNorms(op, names), EntrySums(op, names)
+    sum_columns(op, [squares, sums])
+    centred = squares.entries - sums.entries.square() / op.shape[1]
+    return centred.clamp(min=0.0)
+
+
+@verbs.column_pieces.register
+def column_pieces_of_pullback(op: Pullback) -> Iterator[tuple[slice, Tensor]]:
+    """Formed, from the stored columns or from one pass over the data."""
+    return formed_pieces(op, op.stored)
+
+
+@verbs.to_dense.register
+def dense_of_pullback(op: Pullback) -> Tensor:
+    """The columns, formed."""
+    name = "Jacobian" if op.is_plain else type(op).__name__
+    check_matrix_fits(name, op.shape, op.torch_dtype, op.device)
+    return matrix_of_operator(op)

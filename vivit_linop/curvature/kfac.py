@@ -9,26 +9,24 @@ weight that has such a structure, not for registered modules only.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from vivit_linop.curvature import plan
 from vivit_linop.curvature.blocks import FactorRows, Partition
 from vivit_linop.curvature.fisher import EmpiricalFisher
 from vivit_linop.curvature.ggn import GGN
-from vivit_linop.curvature.jacobian import Pullback
-from vivit_linop.curvature.sums import sum_columns
+from vivit_linop.curvature.jacobian import Pullback, sum_columns
+from vivit_linop.curvature.kronecker_sums import (
+    EigenvalueSums,
+    KroneckerSums,
+    LayerFactors,
+)
 from vivit_linop.modes import ordinary_mode
-from vivit_linop.net.blocks import Piece, memory_budget
 from vivit_linop.net.certified import find_structure
-from vivit_linop.net.columns.base import LayerColumns
-from vivit_linop.net.columns.khatri_rao import KhatriRaoColumns
-from vivit_linop.net.sums import Total
-from vivit_linop.net.transposed import TransposedConvolutionColumns
 from vivit_linop.operators.base import TorchLinearOperator
 from vivit_linop.operators.elementary import Dense, Identity
 from vivit_linop.operators.kronecker import (
@@ -238,112 +236,17 @@ def _check_options(variant: str, mc_samples: int, weight_sharing: str) -> None:
         )
 
 
-@dataclass
-class _Factors:
-    """The factors of a weight, for each of its G groups of channels.
-
-    Attributes:
-        B: Of outputs, ``[G, b, b]``.
-        A: Of inputs, ``[G, a, a]``.
-        inputs_first: Whether the inputs' axis comes first in the weight's layout.
-        order: Where the weight's entries are, ``[G, b, a]``, unless in their own order.
-    """
-
-    B: Tensor
-    A: Tensor
-    inputs_first: bool
-    order: Tensor | None
-
-
-def _at_outputs(columns: KhatriRaoColumns) -> KhatriRaoColumns:
-    """The columns as sums over positions of what the layer gives."""
-    if isinstance(columns, TransposedConvolutionColumns):
-        return columns.at_outputs()
-    return columns
-
-
-class _ChangedUseError(ValueError):
-    """A weight has factors on some samples, and other columns on others."""
-
-
-class _KroneckerSums(Total):
-    """The factors of all weights, and the exact blocks of small other parameters.
-
-    Args:
-        factor: V.
-        sharing: What is summed over positions.
-        affine: The weights that are joined with a bias.
-
-    Attributes:
-        factors: The factors by weight.
-        outer: The exact blocks by parameter.
-    """
-
-    takes = "factors"
-
-    def __init__(self, factor: Pullback, sharing: str, affine: Sequence[str]) -> None:
-        self.names = list(factor.risk.params)
-        # Biases have an exact block.
-        self._weights = {name for name, p in factor.risk.params.items() if p.ndim > 1}
-        self._sharing, self._affine = sharing, set(affine)
-        self._num_samples = factor.risk.num_samples
-        self.factors: dict[str, _Factors] = {}
-        self.outer: dict[str, Tensor] = {}
-        self._formed: set[str] = set()
-
-    @classmethod
-    def over(
-        cls, factor: Pullback, sharing: str, affine: Sequence[str]
-    ) -> _KroneckerSums:
-        """Return the sums over all columns."""
-        try:
-            sums = cls(factor, sharing, affine)
-            sum_columns(factor, [sums])
-        # What was learnt of the net on the way now holds from the first sample on.
-        except _ChangedUseError:
-            sums = cls(factor, sharing, affine)
-            sum_columns(factor, [sums])
-        return sums
-
-    def add(self, left: Piece, right: Piece) -> None:
-        """Add a piece's sums."""
-        for name, columns in left.columns.items():
-            if isinstance(columns, KhatriRaoColumns) and name in self._weights:
-                if not columns.positions:  # the net takes another way
-                    continue
-                self._add_factors(name, columns, left.again)
-                continue
-            self._formed.add(name)
-            if columns.numel <= plan.LARGEST_DENSE_BLOCK:
-                rows = columns.rows()
-                product = rows.T @ rows
-                known = self.outer.get(name)
-                self.outer[name] = product if known is None else known + product
-        if both := set(self.factors) & self._formed:
-            raise _ChangedUseError(
-                f"data: how the model uses {both.pop()!r} could be told for some "
-                "batches only. Give other batches, or one sample in each."
-            )
-
-    def _add_factors(self, name: str, columns: KhatriRaoColumns, again: bool) -> None:
-        order = None
-        if isinstance(columns, TransposedConvolutionColumns):
-            order = columns.by_outputs(torch.arange(columns.numel, device="cpu"))
-        columns = _at_outputs(columns)
-        B = columns.cotangent_sums(self._sharing != "expand")
-        before = self.factors.get(name)
-        if before is not None:
-            B += before.B
-        if before is None or not again:
-            affine = name in self._affine and not columns.inputs_first
-            A = columns.input_sums(self._sharing == "reduce", affine)
-            count = self._num_samples
-            A /= count * columns.positions if self._sharing == "expand" else count
-            if before is not None:
-                A += before.A
-        else:
-            A = before.A
-        self.factors[name] = _Factors(B, A, columns.inputs_first, order)
+def _curvature(
+    risk: EmpiricalRisk,
+    variant: str,
+    mc_samples: int,
+    generator: torch.Generator | None,
+) -> LowRank:
+    """What is approximated."""
+    if variant == "empirical":
+        return EmpiricalFisher(risk)
+    samples = mc_samples if variant == "mc" else 0
+    return GGN(risk, mc_samples=samples, generator=generator)
 
 
 def _approximate(
@@ -353,7 +256,7 @@ def _approximate(
     factor = curvature.factor
     assert isinstance(factor, Pullback)
     risk = factor.risk
-    sums = _KroneckerSums.over(factor, sharing, list(partners))
+    sums = KroneckerSums.over(factor, sharing, list(partners))
     partition: Partition | None = None
     parts = []
     joined = {
@@ -384,7 +287,7 @@ def _kronecker_parts(
     risk: EmpiricalRisk,
     name: str,
     bias: str | None,
-    factors: _Factors,
+    factors: LayerFactors,
     scale: float,
 ) -> list[_Part]:
     """One block for each group of channels."""
@@ -486,76 +389,6 @@ class EKFAC(_LayerBlocks):
         return parts
 
 
-class _EigenvalueSums(Total):
-    """The sums of squared entries of all columns in the eigenbases of their blocks.
-
-    Args:
-        factor: V.
-        bases: By weight, the Kronecker blocks of its groups, ``[out, in]`` or, for
-            parameters with the inputs' axis first, ``[in, out]``.
-
-    Attributes:
-        sums: By weight ``[G, n]``, in the order of the blocks' eigenvectors.
-    """
-
-    takes = "factors"
-
-    def __init__(
-        self, factor: Pullback, bases: Mapping[str, Sequence[Kronecker]]
-    ) -> None:
-        self.names, self._bases = list(bases), bases
-        self._memory = memory_budget(factor.risk)
-        self._inputs: dict[str, Tensor] = {}
-        self.sums: dict[str, Tensor] = {}
-
-    def add(self, left: Piece, right: Piece) -> None:
-        """Add the squares of a piece's columns."""
-        for name in self.names:
-            columns = left.columns.get(name)
-            if columns is not None:
-                squares = self._squares(name, columns, left.again)
-                known = self.sums.get(name)
-                self.sums[name] = squares if known is None else known + squares
-
-    def _squares(self, name: str, columns: LayerColumns, again: bool) -> Tensor:
-        """The sums of squares of one piece, ``[G, n]``."""
-        blocks = self._bases[name]
-        if isinstance(columns, KhatriRaoColumns):
-            rotated = self._rotated(name, _at_outputs(columns), again)
-            return rotated.entry_squares(self._memory).view(len(blocks), -1)
-        # This part of the data does not confirm the layer's structure.
-        rows = columns.rows()
-        rows = rows.view(len(rows), len(blocks), -1)
-        if rows.shape[2] != blocks[0].shape[0]:
-            raise ValueError(
-                f"model: in some batches it uses {name!r} as no layer, so its block "
-                "cannot be joined with that of a bias. Give joint_bias=False."
-            )
-        return torch.stack(
-            [
-                block.eigenvectors.T.apply(part.T).square().sum(1)
-                for block, part in zip(blocks, rows.unbind(1), strict=True)
-            ]
-        )
-
-    def _rotated(
-        self, name: str, columns: KhatriRaoColumns, again: bool
-    ) -> KhatriRaoColumns:
-        """The columns in the eigenbases: (Q_B ⊗ Q_A)ᵀ (b ⊗ a) = Q_Bᵀ b ⊗ Q_Aᵀ a."""
-        pairs = [block.factor_eigenpairs for block in self._bases[name]]
-        first, second = (
-            torch.stack([pair[number][1] for pair in pairs]) for number in (0, 1)
-        )
-        QB, QA = (second, first) if columns.inputs_first else (first, second)
-        if not again:
-            A = columns.inputs
-            if QA.shape[1] > A.shape[2]:  # joined with a bias
-                A = torch.cat([A, torch.ones_like(A[:, :, :1])], dim=2)
-            self._inputs[name] = QA.mT @ A
-        inputs, cotangents = self._inputs[name], QB.mT @ columns.cotangents
-        return KhatriRaoColumns(inputs, cotangents, columns.inputs_first)
-
-
 def _correct(parts: Sequence[_Part], curvature: LowRank) -> None:
     """Give the Kronecker blocks the diagonal of the curvature in their eigenbasis."""
     factor = curvature.factor
@@ -566,7 +399,7 @@ def _correct(parts: Sequence[_Part], curvature: LowRank) -> None:
             blocks.setdefault(part.names[0], []).append(part.block)
     if not blocks:
         return
-    total = _EigenvalueSums(factor, blocks)
+    total = EigenvalueSums(factor, blocks)
     sum_columns(factor, [total])
     rows = {name: iter(curvature.scale * sums) for name, sums in total.sums.items()}
     for part in parts:

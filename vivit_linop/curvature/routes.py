@@ -24,8 +24,8 @@ from vivit_linop.linalg.decompositions import (
     gram_rounding_error,
 )
 from vivit_linop.linalg.krylov import watched
-from vivit_linop.net.blocks import memory_budget
 from vivit_linop.net.costs import layer_costs
+from vivit_linop.net.pieces import memory_budget
 from vivit_linop.operators.base import TorchLinearOperator
 from vivit_linop.operators.damped import Damped
 from vivit_linop.operators.eigenpairs import Eigenpairs

@@ -13,28 +13,29 @@ from collections.abc import (
     Sequence,
     Set,
 )
-from typing import Any, NamedTuple, Self
+from typing import Any, Literal, NamedTuple, Self
 
 import torch
 from torch import Tensor
 
-from vivit_linop.net.certificate import Certificate
 from vivit_linop.net.columns.base import LayerColumns
-from vivit_linop.net.columns.joins import assembled, compacted
-from vivit_linop.net.layouts import Layout
+from vivit_linop.net.columns.joins import assembled
+from vivit_linop.net.kinds import View
 from vivit_linop.net.recorder import Recorder
-from vivit_linop.net.rounding import ATTEMPTS, with_other_digits
-from vivit_linop.net.structure import Variant
-from vivit_linop.net.uses import Use, overlapping
-from vivit_linop.net.views import View
+from vivit_linop.net.structure import Layout, Use, Variant, overlapping
 from vivit_linop.risk.data import leaves, take
 from vivit_linop.risk.empirical import EmpiricalRisk
-from vivit_linop.risk.model import as_guest, strided
+from vivit_linop.risk.model import strided
 
 # Where one sample leaves a choice between layouts, so many are asked.
 _TELLING_SAMPLES = 4
 
 
+# How columns are taken: in parts as they are made, for sums over all of them
+# ("stream"), and in factors also where formed columns are smaller ("factors"); those of
+# a piece of samples together ("columns"), formed side by side ("rows"), or with those
+# of other pieces ("pairs").
+Takes = Literal["stream", "factors", "columns", "rows", "pairs"]
 Maker = Callable[[Tensor], list[tuple[View, LayerColumns]]]
 
 
@@ -75,6 +76,9 @@ class SampleSizes(NamedTuple):
 class Capture:
     """The uses of the parameters in one forward pass, with their graph.
 
+    Made and used inside of :class:`~vivit_linop.modes.as_guest`, which is entered once
+    for a pass over the data.
+
     Args:
         risk: The risk.
         X: The input of n samples.
@@ -88,12 +92,10 @@ class Capture:
     """
 
     def __init__(self, risk: EmpiricalRisk, X: Any, num_samples: int) -> None:
-        self._risk, self._X, self.num_samples = risk, X, num_samples
-        recorder = Recorder(risk.params)
-        with as_guest(risk.device), recorder:
+        self._risk, self.num_samples = risk, num_samples
+        with Recorder(risk.params) as recorder:
             output = risk.model(risk.params, X)
-        with as_guest(risk.device):
-            self.output = output.reshape(num_samples, -1)
+        self.output = output.reshape(num_samples, -1)
         self.uses, self.opaque = recorder.uses, recorder.opaque
 
     @classmethod
@@ -128,7 +130,7 @@ class Capture:
         cotangents: Tensor,
         variant: Variant,
         names: Set[str],
-        compact: bool = True,
+        takes: Takes = "pairs",
     ) -> dict[str, LayerColumns]:
         """Return the columns that parameters have if a variant is that of this run.
 
@@ -136,29 +138,27 @@ class Capture:
             cotangents: ``[n, C, R]``.
             variant: What fits.
             names: The parameters of interest.
-            compact: Whether to form columns that are smaller than their factors.
+            takes: How they are taken.
         """
         kept = self._kept(variant, names)
         stacked: list[Tensor] = []
         for r, signals in enumerate(self._signals(kept, cotangents)):
             _stack(stacked, signals, r, cotangents.shape[2])
-        return self._assembled(kept, _makers(kept), stacked, names, compact)
+        return self._assembled(kept, _makers(kept), stacked, names, takes)
 
     def parts(
         self, cotangents: Tensor, variant: Variant, names: Set[str]
-    ) -> Iterator[tuple[dict[str, LayerColumns], bool]]:
+    ) -> Iterator[dict[str, LayerColumns]]:
         """Yield the columns in parts, for what is summed over all columns.
 
         Those of layers with many positions come one of each sample at a time, and only
-        one is in memory; those of all others come together, in the last part.
+        one is in memory: they have the same inputs, one object. Those of all others
+        come together, in the last part.
 
         Args:
             cotangents: ``[n, C, R]``.
             variant: That of this run.
             names: The parameters of interest.
-
-        Yields:
-            Columns, and whether their inputs have been those of a part before.
         """
         kept, width = self._kept(variant, names), cotangents.shape[2]
         counts = _counts(kept)
@@ -172,10 +172,10 @@ class Capture:
         stacked: list[Tensor] = []
         for r, signals in enumerate(self._signals(apart + together, cotangents)):
             single = [signal.unsqueeze(1) for signal in signals[: len(apart)]]
-            yield self._assembled(apart, makers, single, names, compact=False), r > 0
+            yield self._assembled(apart, makers, single, names, "stream")
             _stack(stacked, signals[len(apart) :], r, width)
         last = _makers(together)
-        yield self._assembled(together, last, stacked, names, compact=False), False
+        yield self._assembled(together, last, stacked, names, "stream")
 
     def _kept(self, variant: Variant, names: Set[str]) -> list[Kept]:
         """The uses of some parameters."""
@@ -205,7 +205,7 @@ class Capture:
         makers: Iterable[Maker],
         signals: list[Tensor],
         wanted: Set[str],
-        compact: bool,
+        takes: Takes,
     ) -> dict[str, LayerColumns]:
         """Return the columns of parameters from signals, which it takes away."""
         counts = _counts(kept)
@@ -215,8 +215,11 @@ class Capture:
             for make in makers:
                 for view, part in make(signals.pop(0)):
                     if view.name in wanted:
-                        if compact and counts[view.name] == 1:
-                            part = compacted(part)
+                        if (
+                            takes not in ("stream", "factors")
+                            and counts[view.name] == 1
+                        ):
+                            part = part.compacted()
                         parts.setdefault(view.name, []).append((view, part))
             for name, found in parts.items():
                 columns[name] = assembled(found, self._risk.params[name].numel())
@@ -241,121 +244,17 @@ class Capture:
 
     def _backward(self, uses: list[Use], cotangent: Tensor) -> list[Tensor]:
         """Pull a cotangent back to the outputs of uses."""
-        with as_guest(self._risk.device):
-            signals = torch.autograd.grad(
-                self.output,
-                [use.edge for use in uses],
-                cotangent,
-                retain_graph=True,
-                allow_unused=True,
-            )
+        signals = torch.autograd.grad(
+            self.output,
+            [use.edge for use in uses],
+            cotangent,
+            retain_graph=True,
+            allow_unused=True,
+        )
         return [
             cotangent.new_zeros(use.output_shape) if signal is None else signal
             for use, signal in zip(uses, signals, strict=True)
         ]
-
-    # Finding and checking the structure ---------------------------------------------
-
-    def failing(
-        self,
-        columns: Mapping[str, LayerColumns],
-        cotangents: Tensor,
-        names: Iterable[str],
-        lenient: Set[str] = frozenset(),
-    ) -> set[str]:
-        """Return the parameters whose columns are not those of this run.
-
-        Costs one backward pass, and reading the columns; more only before columns fail
-        that cannot be had in a better way.
-
-        Args:
-            columns: By parameter; one that is missing has zero columns.
-            cotangents: What they were pulled back from, ``[n, C, R]``.
-            names: The parameters to check.
-            lenient: Those of them that cannot be had in a better way.
-        """
-        params = self._risk.params
-        checked = [name for name in names if params[name].numel()]
-        if not checked:
-            return set()
-        certificate = Certificate(
-            {name: columns[name] for name in checked if name in columns}, cotangents
-        )
-        wanted = [params[name] for name in checked]
-        with as_guest(self._risk.device):
-            found = pulled_back(self.output, wanted, certificate.cotangent)
-        gradients = dict(zip(checked, found, strict=True))
-        failing = {
-            name
-            for name, gradient in gradients.items()
-            if not certificate.error(name, gradient, name in lenient) <= 1.0
-        }
-        last = {
-            name: gradients[name] for name in gradients if name in failing & lenient
-        }
-        return failing - self._within_rounding(last, certificate)
-
-    def _within_rounding(
-        self, gradients: Mapping[str, Tensor], certificate: Certificate
-    ) -> set[str]:
-        """Return the parameters whose columns are off by no more than rounding.
-
-        Rounding is measured: the net is run again where every parameter, and what is
-        pulled back, is off by some units in the last place. That tells nothing of
-        gradients that are others at the same parameters.
-
-        Args:
-            gradients: Some parts of Jᵀ B w, by parameter.
-            certificate: The one with B w.
-        """
-        noise, right = dict.fromkeys(gradients, 0.0), set[str]()
-        generator = torch.Generator().manual_seed(0)
-        for number in range(1 + ATTEMPTS):
-            names = [name for name in noise if name not in right]
-            if not names:
-                break
-            try:
-                found = self._again(names, certificate.cotangent, generator, number > 0)
-            # Whatever a net says to parameters that are no longer what they were.
-            except Exception:
-                break
-            for name, again in zip(names, found, strict=True):
-                change = float(torch.linalg.vector_norm(again - gradients[name]))
-                if number == 0 and change != 0.0:
-                    del noise[name]
-                elif change > noise[name]:
-                    noise[name] = change
-                    error = certificate.error(name, gradients[name], True, change)
-                    if error <= 1.0:
-                        right.add(name)
-        return right
-
-    def _again(
-        self,
-        names: Sequence[str],
-        cotangent: Tensor,
-        generator: torch.Generator,
-        rounded: bool,
-    ) -> list[Tensor]:
-        """Pull a cotangent back to some parameters, by another run of the net.
-
-        Args:
-            names: The parameters.
-            cotangent: ``[n, C]``.
-            generator: For other last digits.
-            rounded: Whether all numbers have others.
-        """
-        risk = self._risk
-        buffers, fixed = risk.model.buffers, risk.model.constants
-        frozen = {name: p for name, p in fixed.items() if name not in buffers}
-        at = {name: p.detach().clone() for name, p in (frozen | risk.params).items()}
-        if rounded:
-            at = {name: with_other_digits(p, generator) for name, p in at.items()}
-            cotangent = with_other_digits(cotangent, generator)
-        wanted = [at[name].requires_grad_() for name in names]
-        with as_guest(risk.device):
-            output = risk.model(at, self._X).reshape(self.output.shape)
-            return pulled_back(output, wanted, cotangent)
 
     def find(self) -> Variant:
         """Return the way that the net has taken, with the axis of samples in each use.

@@ -3,21 +3,37 @@
 The ways, each slower than the one before: from the layers' structure as it is known;
 from the structure as this part shows it; by vectorised vector–Jacobian products; sample
 by sample. A parameter takes the first that gives columns which agree with an ordinary
-backward pass (:mod:`vivit_linop.net.certificate`); what fails is remembered for the
-net.
+backward pass; what fails is remembered for the net.
+
+With a random weight w for each column, Σ w_nr c_nr must be Jᵀ (B w), which is one
+ordinary backward pass through the net on all samples of the columns. A weight of its
+own for each sample *and* column makes wrong values seen as well as right values of the
+wrong sample (Freivalds 1977: a product is checked by a random vector). Each parameter
+is compared for itself, so that only those that fail have to be made in another way.
+
+Weights are scaled so that all columns count alike, however small, and have magnitudes
+between 1 and 2 before: none hides behind the others, and none behind its own weight.
+What is tolerated is measured by one column, not by their sum, so that one wrong column
+among very many is seen.
+
+Columns that are zero but for rounding (a weight that a norm makes irrelevant) do not
+show how large rounding is: what has cancelled is not in them. Before they are called
+wrong, it is measured.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from vivit_linop.net.capture import Capture
+from vivit_linop.modes import as_guest
+from vivit_linop.net.capture import Capture, Takes, pulled_back
 from vivit_linop.net.columns.base import LayerColumns
 from vivit_linop.net.dense import on_the_batch, one_by_one, vectorised
+from vivit_linop.net.rounding import ATTEMPTS, BY_NOISE, with_other_digits
 from vivit_linop.net.structure import Structure, Variant
 from vivit_linop.risk.empirical import EmpiricalRisk
 from vivit_linop.risk.memory import is_out_of_memory
@@ -28,8 +44,95 @@ Columns = dict[str, LayerColumns]
 _FIRST_SAMPLES = 4
 
 
+class Certificate:
+    """Random weights for columns, and what is tolerated where they are added up.
+
+    Args:
+        columns: The columns, by parameter.
+        cotangents: B, ``[n, C, R]``, of which they are pulled back.
+
+    Attributes:
+        weights: w, ``[n, R]``.
+        cotangent: B w, ``[n, C]``.
+    """
+
+    def __init__(self, columns: Mapping[str, LayerColumns], cotangents: Tensor) -> None:
+        self._columns = columns
+        sizes = {name: part.sizes() for name, part in columns.items()}
+        self.weights = _weights(sizes, torch.linalg.vector_norm(cotangents, dim=1))
+        self.cotangent = (cotangents @ self.weights.unsqueeze(2)).squeeze(2)
+        # What a column has, in the mean, of a parameter, and in all.
+        self._shares = {
+            name: (self.weights * size).square().mean().sqrt()
+            for name, size in sizes.items()
+        }
+        shares = [cotangents.new_zeros(()), *self._shares.values()]
+        self._whole = torch.linalg.vector_norm(torch.stack(shares))
+
+    def errors(
+        self,
+        gradients: Mapping[str, Tensor],
+        lenient: Set[str] = frozenset(),
+        noise: float = 0.0,
+    ) -> dict[str, float]:
+        """Return how far parameters' columns are off, in units of what is tolerated.
+
+        Rounding errors of two ways to one sum grow with the root of the number of
+        columns, and are those of all parameters where a parameter's own columns cancel.
+        Ways to a single column differ by about ε^¾ at most if the net is well
+        conditioned, by √ε otherwise.
+
+        Args:
+            gradients: By parameter, its part of Jᵀ B w; it may have no columns.
+            lenient: For which of them the net may be ill-conditioned.
+            noise: By how much rounding is known to change these gradients.
+        """
+        eps = torch.finfo(self.weights.dtype).eps
+        spread, whole = self.weights.numel() ** 0.5, self._whole
+        errors = {}
+        for name, gradient in gradients.items():
+            difference = gradient.reshape(-1)
+            if name in self._columns:
+                difference = self._columns[name].residual(self.weights, difference)
+            distance = torch.linalg.vector_norm(difference)
+            share = self._shares.get(name, whole.new_zeros(()))
+            if name in lenient:
+                tolerated = 10 * eps**0.5 * spread * (share + whole)
+            else:
+                tolerated = 100 * eps**0.75 * share
+                tolerated += spread * (10 * eps * share + eps**0.75 * whole)
+            tolerated += BY_NOISE * noise
+            errors[name] = float(distance / tolerated) if distance != 0.0 else 0.0
+        return errors
+
+
+def _weights(sizes: Mapping[str, Tensor], cotangents: Tensor) -> Tensor:
+    """Random signs and magnitudes over the sizes of the columns, ``[n, R]``.
+
+    Args:
+        sizes: By parameter, those of its columns, ``[n, R]``.
+        cotangents: The norms of what is pulled back, ``[n, R]``.
+    """
+    generator = torch.Generator().manual_seed(2)
+    draws = torch.rand(
+        2, *cotangents.shape, generator=generator, dtype=torch.float64, device="cpu"
+    )
+    drawn = ((1.0 + draws[0]) * (draws[1] - 0.5).sign()).to(cotangents)
+    scale, eps = torch.zeros_like(cotangents), torch.finfo(cotangents.dtype)
+    for size in sizes.values():
+        scale = torch.hypot(scale, size)
+    # A column that should not be as small as it is must not count for too much.
+    pulled = torch.linalg.vector_norm(cotangents)
+    gain = torch.linalg.vector_norm(scale) / pulled if scale.any() else 1.0
+    if pulled > 0.0:
+        scale = torch.maximum(scale, eps.eps**0.25 * gain * cotangents)
+    return torch.where(scale > eps.tiny, drawn / scale, 0.0)
+
+
 class CertifiedColumns:
     """The columns of some samples, for whatever is pulled back.
+
+    Used inside of :class:`~vivit_linop.modes.as_guest`, as what it makes is.
 
     Args:
         risk: The risk.
@@ -53,12 +156,15 @@ class CertifiedColumns:
         self._found_here = known is None
         self._variant = known or self._find()
 
-    def columns(self, cotangents: Tensor, names: Set[str]) -> Columns:
-        """Return the columns that are pulled back, formed where that is smaller.
+    def columns(
+        self, cotangents: Tensor, names: Set[str], takes: Takes = "pairs"
+    ) -> Columns:
+        """Return the columns that are pulled back.
 
         Args:
             cotangents: ``[n, C, R]``.
             names: The parameters of interest.
+            takes: How they are taken.
 
         Returns:
             By parameter; one that is missing has zero columns.
@@ -71,24 +177,22 @@ class CertifiedColumns:
         while todo:
             opaque = structure.opaque & names
             structured = set(todo) - opaque
-            made = self._factors(cotangents, structured, compact=True)
+            made = self._factors(cotangents, structured, takes)
             made |= self._dense(cotangents, [name for name in todo if name in opaque])
-            failing = self._capture.failing(made, cotangents, todo, structure.singly)
+            failing = self.failing(made, cotangents, todo)
             done |= {name: part for name, part in made.items() if name not in failing}
             todo = [name for name in todo if name in failing]
             self._learn(structured & failing, opaque & failing)
         return done
 
-    def parts(
-        self, cotangents: Tensor, names: Set[str]
-    ) -> Iterator[tuple[Columns, bool]]:
+    def parts(self, cotangents: Tensor, names: Set[str]) -> Iterator[Columns]:
         """Yield the columns in parts, as :meth:`Capture.parts`; the dense ones last.
 
         What is given away cannot be taken back, so :meth:`certify_layers` comes before.
         """
         opaque = names & self._structure.opaque
         yield from self._capture.parts(cotangents, self._variant, names - opaque)
-        yield self.columns(cotangents, opaque), False
+        yield self.columns(cotangents, opaque)
 
     def certify_layers(self, cotangents: Tensor, names: Set[str]) -> Columns:
         """Learn which parameters have columns in the structure of their layers.
@@ -103,29 +207,28 @@ class CertifiedColumns:
         Returns:
             These columns, of the parameters that have such.
         """
-        generator = torch.Generator().manual_seed(3)
         n, _, R = cotangents.shape
-        mixing = torch.randn(
-            n, R, 1, generator=generator, dtype=torch.float64, device="cpu"
-        ).to(cotangents)
         norms = torch.linalg.vector_norm(cotangents, dim=1).unsqueeze(2)
+        mixing = _drawn((n, R, 1), torch.Generator().manual_seed(3), cotangents)
         cotangents = cotangents @ torch.where(norms > 0.0, mixing / norms, 0.0)
         failing, made = names, Columns()
         while failing:
             structured = names - self._structure.opaque
-            made = self._factors(cotangents, structured, compact=False)
-            failing = self._capture.failing(made, cotangents, structured)
+            made = self._factors(cotangents, structured, "factors")
+            failing = self.failing(made, cotangents, structured)
             self._learn(failing, set())
         return made
+
+    # Making ---------------------------------------------------------------------------
 
     def _find(self) -> Variant:
         variant = self._capture.find()
         self._structure.learn(variant)
         return variant
 
-    def _factors(self, cotangents: Tensor, names: Set[str], compact: bool) -> Columns:
+    def _factors(self, cotangents: Tensor, names: Set[str], takes: Takes) -> Columns:
         try:
-            return self._capture.columns(cotangents, self._variant, names, compact)
+            return self._capture.columns(cotangents, self._variant, names, takes)
         # A wrong layout may be one that tensors do not have. What is missing is seen
         # when columns are checked, and an error of the net itself there again.
         except Exception as error:
@@ -180,6 +283,107 @@ class CertifiedColumns:
             "params= can leave this parameter out."
         )
 
+    # Checking -------------------------------------------------------------------------
+
+    def failing(
+        self, columns: Columns, cotangents: Tensor, names: Iterable[str]
+    ) -> set[str]:
+        """Return the parameters whose columns are not those of this run.
+
+        Costs one backward pass, and reading the columns; more only before columns fail
+        that cannot be had in a better way.
+
+        Args:
+            columns: By parameter; one that is missing has zero columns.
+            cotangents: What they were pulled back from, ``[n, C, R]``.
+            names: The parameters to check.
+        """
+        params, lenient = self._risk.params, self._structure.singly
+        wanted = {name: params[name] for name in names if params[name].numel()}
+        if not wanted:
+            return set()
+        certificate = Certificate(
+            {name: columns[name] for name in wanted if name in columns}, cotangents
+        )
+        output = self._capture.output
+        found = pulled_back(output, list(wanted.values()), certificate.cotangent)
+        gradients = dict(zip(wanted, found, strict=True))
+        errors = certificate.errors(gradients, lenient)
+        failing = {name for name, error in errors.items() if not error <= 1.0}
+        if last := failing & lenient:
+            failing -= self._within_rounding(
+                {name: gradients[name] for name in gradients if name in last},
+                certificate,
+            )
+        return failing
+
+    def _within_rounding(
+        self, gradients: Mapping[str, Tensor], certificate: Certificate
+    ) -> set[str]:
+        """Return the parameters whose columns are off by no more than rounding.
+
+        Rounding is measured: the net is run again where every parameter, and what is
+        pulled back, is off by some units in the last place. That tells nothing of
+        gradients that are others at the same parameters.
+
+        Args:
+            gradients: Some parts of Jᵀ B w, by parameter.
+            certificate: The one with B w.
+        """
+        noise, right = dict.fromkeys(gradients, 0.0), set[str]()
+        generator = torch.Generator().manual_seed(0)
+        for number in range(1 + ATTEMPTS):
+            names = [name for name in noise if name not in right]
+            if not names:
+                break
+            try:
+                found = self._again(names, certificate.cotangent, generator, number > 0)
+            # Whatever a net says to parameters that are no longer what they were.
+            except Exception:
+                break
+            for name, again in zip(names, found, strict=True):
+                gradient = gradients[name]
+                change = float(torch.linalg.vector_norm(again - gradient))
+                if number == 0 and change != 0.0:
+                    del noise[name]
+                elif change > noise[name]:
+                    noise[name] = change
+                    errors = certificate.errors({name: gradient}, {name}, change)
+                    if errors[name] <= 1.0:
+                        right.add(name)
+        return right
+
+    def _again(
+        self,
+        names: Sequence[str],
+        cotangent: Tensor,
+        generator: torch.Generator,
+        rounded: bool,
+    ) -> list[Tensor]:
+        """Pull a cotangent back to some parameters, by another run of the net.
+
+        Args:
+            names: The parameters.
+            cotangent: ``[n, C]``.
+            generator: For other last digits.
+            rounded: Whether all numbers have others.
+        """
+        model, params = self._risk.model, self._risk.params
+        frozen = {k: p for k, p in model.constants.items() if k not in model.buffers}
+        at = {name: p.detach().clone() for name, p in (frozen | params).items()}
+        if rounded:
+            at = {name: with_other_digits(p, generator) for name, p in at.items()}
+            cotangent = with_other_digits(cotangent, generator)
+        wanted = [at[name].requires_grad_() for name in names]
+        output = model(at, self._X).reshape(self._capture.output.shape)
+        return pulled_back(output, wanted, cotangent)
+
+
+def _drawn(shape: Sequence[int], generator: torch.Generator, like: Tensor) -> Tensor:
+    """Draw normal numbers, the same on every device."""
+    drawn = torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")
+    return drawn.to(like)
+
 
 def find_structure(risk: EmpiricalRisk, alone: bool = False) -> Structure:
     """Return what is known of a net; what a few samples show when asked first.
@@ -196,14 +400,13 @@ def find_structure(risk: EmpiricalRisk, alone: bool = False) -> Structure:
 
 def _find_structure(risk: EmpiricalRisk, count: int) -> Structure:
     X, y = next(risk.batches())
-    few, structure = Capture.of_few(risk, X, len(y), count), Structure()
-    few.keep_sizes(X)
     generator = torch.Generator().manual_seed(1)
-    noise = torch.randn(
-        *few.output.shape, 1, generator=generator, dtype=few.output.dtype, device="cpu"
-    ).to(few.output)
-    certified = CertifiedColumns(risk, X, few, structure)
-    columns = certified.certify_layers(noise, set(risk.params))
+    with as_guest(risk.device):
+        few, structure = Capture.of_few(risk, X, len(y), count), Structure()
+        few.keep_sizes(X)
+        noise = _drawn((*few.output.shape, 1), generator, few.output)
+        certified = CertifiedColumns(risk, X, few, structure)
+        columns = certified.certify_layers(noise, set(risk.params))
     structure.layers = {name: part.without_data() for name, part in columns.items()}
     structure.uses = [use.key for use in few.uses]
     return structure

@@ -10,8 +10,8 @@ import torch
 
 from vivit_linop.net.certified import find_structure
 from vivit_linop.net.columns.base import LayerColumns
+from vivit_linop.net.columns.joins import StackedColumns
 from vivit_linop.net.columns.khatri_rao import KhatriRaoColumns
-from vivit_linop.net.columns.stacked import StackedColumns
 from vivit_linop.risk.empirical import EmpiricalRisk
 
 

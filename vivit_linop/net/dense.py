@@ -2,7 +2,7 @@
 
 There are three ways, each slower than the one before and possible for more nets: all
 samples vectorised, sample by sample, and on the graph of a whole batch, for nets that
-run on batches of one size only.
+run on batches of one size only. Each runs as a guest, which its caller has entered.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from vivit_linop.net.capture import Capture, pulled_back
 from vivit_linop.net.columns.base import DenseColumns, LayerColumns
 from vivit_linop.risk.data import leaves, map_leaves, take
 from vivit_linop.risk.empirical import EmpiricalRisk
-from vivit_linop.risk.model import Params, as_guest
+from vivit_linop.risk.model import Params
 
 
 def vectorised(
@@ -47,7 +47,7 @@ def vectorised(
         return result
 
     batched = [leaf for leaf, flag in zip(leaves(X), by_sample, strict=True) if flag]
-    with as_guest(risk.device), torch.no_grad():
+    with torch.no_grad():
         made = vmap(columns)(batched, cotangents.mT.contiguous())
     n, _, R = cotangents.shape
     return {
@@ -69,14 +69,13 @@ def one_by_one(
     params = {name: p.clone().requires_grad_() for name, p in chosen.items()}
     parameters = list(params.values())
     columns: list[list[Tensor]] = [[] for _ in parameters]
-    with as_guest(risk.device):
-        for index, weights in enumerate(cotangents.mT.contiguous()):
-            sample = take(X, torch.tensor([index], device="cpu"), risk.by_sample)
-            output = risk.model({**fixed, **params}, sample).reshape(-1)
-            for w in weights:
-                gradients = pulled_back(output, parameters, w)
-                for part, gradient in zip(columns, gradients, strict=True):
-                    part.append(gradient)
+    for index, weights in enumerate(cotangents.mT.contiguous()):
+        sample = take(X, torch.tensor([index], device="cpu"), risk.by_sample)
+        output = risk.model({**fixed, **params}, sample).reshape(-1)
+        for w in weights:
+            gradients = pulled_back(output, parameters, w)
+            for part, gradient in zip(columns, gradients, strict=True):
+                part.append(gradient)
     n, _, R = cotangents.shape
     return {
         name: _dense(torch.stack(part), n, R)
@@ -91,14 +90,13 @@ def on_the_batch(
     n, _, R = cotangents.shape
     columns: list[list[Tensor]] = [[] for _ in names]
     parameters = [risk.params[name] for name in names]
-    with as_guest(risk.device):
-        for index, weights in enumerate(cotangents.mT.contiguous()):
-            for w in weights:
-                u = torch.zeros_like(capture.output)
-                u[index] = w
-                gradients = pulled_back(capture.output, parameters, u)
-                for part, gradient in zip(columns, gradients, strict=True):
-                    part.append(gradient)
+    for index, weights in enumerate(cotangents.mT.contiguous()):
+        for w in weights:
+            u = torch.zeros_like(capture.output)
+            u[index] = w
+            gradients = pulled_back(capture.output, parameters, u)
+            for part, gradient in zip(columns, gradients, strict=True):
+                part.append(gradient)
     return {
         name: _dense(torch.stack(part), n, R)
         for name, part in zip(names, columns, strict=True)

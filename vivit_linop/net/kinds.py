@@ -7,9 +7,10 @@ same way, from outside.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from vivit_linop.net.columns.base import LayerColumns
@@ -18,6 +19,43 @@ Arguments = dict[str, Any]
 OfTensor = Callable[[Arguments, Tensor], Tensor]
 
 _SAMPLES = ("first", "leading", "anywhere", "broadcast")
+
+
+def functions(names: str) -> list[Callable[..., Any]]:
+    """Return the functions of these names, of ``torch`` and of tensors."""
+    found = (
+        getattr(place, name, None)
+        for name in names.split()
+        for place in (torch, Tensor)
+    )
+    return [function for function in found if function is not None]
+
+
+@dataclass(frozen=True)
+class View:
+    """Consecutive entries of a flattened parameter as an argument.
+
+    Attributes:
+        name: The parameter.
+        place: Which of its entries these are, from the first to before the second.
+        shape: The shape of the argument.
+        transposed: Whether the entries are, in order, those of its transpose.
+    """
+
+    name: str
+    place: tuple[int, int]
+    shape: torch.Size
+    transposed: bool = False
+
+    @property
+    def mT(self) -> View:
+        """The transpose of a matrix."""
+        return replace(self, shape=self.shape[::-1], transposed=not self.transposed)
+
+    @property
+    def as_row(self) -> View:
+        """A vector as a matrix with one row."""
+        return replace(self, shape=torch.Size((1, *self.shape)))
 
 
 @dataclass(frozen=True)
@@ -30,7 +68,7 @@ class Signature:
         arguments: The names of their arguments in order, in one string.
         read: Takes a call's arguments by name, in the order of their names and without
             those that are None, and returns the layer's; or None where the call is not
-            of this kind. Parameters are given as :class:`~vivit_linop.net.views.View`.
+            of this kind. Parameters are given as :class:`View`.
             A layer's are ``"input"``, the data, with ``"weight"`` and ``"bias"``, the
             parameters, and whatever its columns depend on. By default a call has these
             names already.

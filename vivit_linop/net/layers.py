@@ -15,9 +15,8 @@ from torch.nn import functional as F
 from vivit_linop.net.columns.base import DenseColumns, LayerColumns
 from vivit_linop.net.columns.khatri_rao import KhatriRaoColumns
 from vivit_linop.net.columns.tables import TableColumns
-from vivit_linop.net.kinds import Arguments, Kind, Signature, register
-from vivit_linop.net.transposed import Call, TransposedConvolutionColumns
-from vivit_linop.net.views import View, functions
+from vivit_linop.net.columns.transposed import Call, TransposedConvolutionColumns
+from vivit_linop.net.kinds import Arguments, Kind, Signature, View, functions, register
 
 # Linear layers, and matrix products with parameters ------------------------------
 

@@ -4,6 +4,12 @@ A ``TorchFunctionMode`` sees each call of a torch function. Calls that are of a 
 kind of layer (:mod:`vivit_linop.net.kinds`) are recorded with their input and with the
 place of their output in the graph. Every other call that is given a parameter, or a
 view of it, marks it as opaque.
+
+A net often hands on a view of a parameter: ``x @ w.T``, the three parts of an attention
+layer's input weight, an embedding of the first positions. Where such a view is used as
+a layer uses its weight, it is a use of the parameter like any other. Which entries a
+view has is seen from a twin of the parameter without data: what is done to the one is
+done to the other, and the twin's offset and strides tell.
 """
 
 from __future__ import annotations
@@ -14,17 +20,26 @@ from operator import attrgetter
 from types import FunctionType
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from vivit_linop.net.kinds import Arguments, Kind, readings
-from vivit_linop.net.uses import Use
-from vivit_linop.net.views import View, Views, tensors
+from vivit_linop.net.kinds import Arguments, Kind, View, functions, readings
+from vivit_linop.net.structure import Use
 from vivit_linop.risk.model import Params
 
 _HAS_GRAPH = attrgetter("requires_grad")
+# Functions that give a view of their first argument, whatever its strides are.
+_VIEWS = {
+    *functions("transpose swapaxes swapdims t permute movedim moveaxis"),
+    *functions("unsqueeze squeeze view unflatten"),
+    *functions("narrow select chunk split tensor_split unbind __getitem__"),
+    *(getattr(Tensor, name).__get__ for name in ("T", "mT", "H", "mH")),
+}
+# Functions that give one of a contiguous tensor.
+_VIEWS_IF_CONTIGUOUS = {*functions("reshape flatten ravel contiguous")}
 
 
 @dataclass
@@ -135,3 +150,99 @@ def _use(kind: Kind, arguments: Arguments, result: Tensor) -> Use | None:
     if use.weight is None:
         del arguments["input"]  # needed for the columns of weights only
     return use
+
+
+class Views:
+    """The parameters that a net is given, and the views that it makes of them.
+
+    Args:
+        params: The parameters, by name.
+    """
+
+    def __init__(self, params: Params) -> None:
+        # Tensors are known by identity, so they must live as long as this does.
+        self._known = {
+            id(p): (p, name, torch.empty(p.shape, dtype=p.dtype, device="meta"))
+            for name, p in params.items()
+        }
+
+    def names(self, tree: Any) -> set[str]:
+        """Return the parameters of which there are views in a tree of arguments."""
+        found = set()
+        for tensor in tensors(tree):
+            if id(tensor) in self._known:
+                found.add(self._known[id(tensor)][1])
+        return found
+
+    def frozen(self, value: Any) -> Any:
+        """Return an argument detached; a known tensor as what it is a view of.
+
+        Known tensors that have entries from all over are None.
+        """
+        if not isinstance(value, Tensor):
+            return value
+        if id(value) not in self._known:
+            return value.detach()
+        _, name, twin = self._known[id(value)]
+        start = int(twin.storage_offset())
+        place = start, start + twin.numel()
+        if twin.is_contiguous():
+            return View(name, place, twin.shape)
+        if twin.ndim == 2 and twin.mT.is_contiguous():
+            return View(name, place, twin.shape, transposed=True)
+        return None
+
+    def follow(
+        self,
+        func: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        result: Any,
+    ) -> bool:
+        """Learn the views that a call has made; returns whether it has done only so."""
+        if not args or id(args[0]) not in self._known:
+            return False
+        _, name, twin = self._known[id(args[0])]
+        if func not in _VIEWS and not (
+            func in _VIEWS_IF_CONTIGUOUS and twin.is_contiguous()
+        ):
+            return False
+        if func is Tensor.__getitem__ and not _is_basic(args[1]):
+            return False
+        if tensors((args[1:], kwargs)):
+            return False
+        try:
+            twins = func(twin, *args[1:], **kwargs)
+        except RuntimeError:  # a view because of the strides that the parameter has
+            return False
+        for view, its_twin in zip(tensors(result), tensors(twins), strict=True):
+            if (view.shape, view.dtype) != (its_twin.shape, its_twin.dtype):
+                return False
+            self._known[id(view)] = view, name, its_twin
+        return True
+
+
+def tensors(tree: Any) -> list[Tensor]:
+    """Return the tensors in nested arguments or results, in order."""
+    found, rest = [], [tree]
+    while rest:
+        item = rest.pop()
+        if isinstance(item, Tensor):
+            found.append(item)
+        elif isinstance(item, (tuple, list)):
+            rest.extend(reversed(item))
+        elif isinstance(item, dict):
+            rest.extend(reversed(item.values()))
+    return found
+
+
+def _is_basic(index: Any) -> bool:
+    """Whether an index gives a view."""
+    parts = index if isinstance(index, tuple) else (index,)
+    return all(
+        part is None
+        or part is Ellipsis
+        or isinstance(part, slice)
+        or (isinstance(part, int) and not isinstance(part, bool))
+        for part in parts
+    )

@@ -9,48 +9,26 @@ passed over once more for each such part.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from vivit_linop.net.blocks import (
-    Columns,
+from vivit_linop.modes import as_guest
+from vivit_linop.net.columns.base import LayerColumns, mirror
+from vivit_linop.net.columns.samples import sample_grams
+from vivit_linop.net.pieces import (
     Cotangents,
+    Pass,
     Piece,
-    Takes,
+    StoredColumns,
+    Total,
     memory_budget,
     num_columns,
+    split_rows,
 )
-from vivit_linop.net.columns.base import LayerColumns, mirror
-from vivit_linop.net.columns.joins import merged
-from vivit_linop.net.columns.samples import sample_grams
-from vivit_linop.net.stored import StoredColumns
 from vivit_linop.risk.empirical import EmpiricalRisk
 from vivit_linop.risk.memory import free_memory
-
-# From what does with anything to what does not; factors and pairs are never together.
-_DEMANDS = ("stream", "columns", "pairs", "factors")
-
-
-class Total(ABC):
-    """Something that is summed over pairs of columns, or over columns.
-
-    Attributes:
-        names: The parameters that it is over.
-        formed: How many entries of each column it forms.
-        takes: What it is given, as in :class:`Columns`; ``"pairs"`` for pairs of
-            different pieces of columns, too.
-    """
-
-    names: Sequence[str]
-    formed: int = 0
-    takes: Takes = "columns"
-
-    @abstractmethod
-    def add(self, left: Piece, right: Piece) -> None:
-        """Add a pair of pieces; each single piece comes once, paired with itself."""
 
 
 class GramTotal(Total):
@@ -81,12 +59,7 @@ class GramTotal(Total):
     def add(self, left: Piece, right: Piece) -> None:
         """Add the inner products, layer by layer."""
         block = self.matrix[left.place, right.place]
-        pairs = [
-            (left.columns[name], right.columns[name])
-            for name in self.names
-            if name in left.columns and name in right.columns
-        ]
-        for part, other in merged(pairs):
+        for part, other in left.pairs(right, self.names):
             part.add_gram(block, other, self._memory)
         if self._symmetric and left is right:
             mirror(block)
@@ -121,7 +94,33 @@ def check_fits(left: Cotangents, right: Cotangents) -> None:
     )
 
 
-class OuterTotal(Total):
+class Rows(Total):
+    """The columns of a piece, formed as rows.
+
+    Args:
+        factor: Jᵀ B.
+        names: The parameters, d entries together; all by default.
+
+    Attributes:
+        rows: Those of the last piece, ``[n·R, d]``.
+    """
+
+    takes = "rows"
+
+    def __init__(self, factor: Cotangents, names: Sequence[str] | None = None) -> None:
+        params = factor.risk.params
+        self.names = list(params) if names is None else names
+        self._numel = sum(params[name].numel() for name in self.names)
+        self.rows = torch.empty(0, dtype=factor.risk.dtype, device=factor.risk.device)
+
+    def add(self, left: Piece, right: Piece) -> None:
+        """Form the columns of a piece."""
+        height = left.place.stop - left.place.start
+        self.rows = self.rows.new_empty(height, self._numel)
+        left.rows(self.names, self.rows)
+
+
+class OuterTotal(Rows):
     """The matrix Σ v vᵀ over all columns v, restricted to some parameters.
 
     Args:
@@ -133,26 +132,63 @@ class OuterTotal(Total):
     """
 
     def __init__(self, factor: Cotangents, names: Sequence[str]) -> None:
-        self.names, self._risk = names, factor.risk
-        self.formed = sum(factor.risk.params[name].numel() for name in names)
-        needed = self.formed**2 * torch.finfo(factor.risk.dtype).bits // 8
-        free = free_memory(factor.risk.device)
+        super().__init__(factor, names)
+        d, risk = self._numel, factor.risk
+        needed, free = d**2 * risk.dtype.itemsize, free_memory(risk.device)
         if needed > free:
             raise MemoryError(
-                f"The matrix [{self.formed}, {self.formed}] over the parameters, here "
-                f"the smaller side of a factor with {factor.width} columns for each "
-                f"sample, takes {needed / 1e9:.3g} GB, and {free / 1e9:.3g} GB are "
-                f"free on {factor.risk.device}. What fits: mc_samples=1 or a few more, "
-                "and what needs products only, such as G.eigh(k=...)."
+                f"The matrix [{d}, {d}] over the parameters, here the smaller side of "
+                f"a factor with {factor.width} columns for each sample, takes "
+                f"{needed / 1e9:.3g} GB, and {free / 1e9:.3g} GB are free on "
+                f"{risk.device}. What fits: mc_samples=1 or a few more, and what needs "
+                "products only, such as G.eigh(k=...)."
             )
-        self.matrix = torch.zeros(
-            self.formed, self.formed, dtype=factor.risk.dtype, device=factor.risk.device
-        )
+        self.matrix = torch.zeros(d, d, dtype=risk.dtype, device=risk.device)
 
     def add(self, left: Piece, right: Piece) -> None:
         """Add the outer products of the columns of a piece."""
-        rows = left.rows(self.names, self._risk)
-        self.matrix.addmm_(rows.T, rows)
+        super().add(left, right)
+        self.matrix.addmm_(self.rows.T, self.rows)
+
+
+class AllColumns(Total):
+    """All columns, kept.
+
+    Args:
+        factor: V.
+
+    Attributes:
+        pieces: Its pieces.
+    """
+
+    def __init__(self, factor: Cotangents) -> None:
+        self.names, self.pieces = list(factor.risk.params), list[Piece]()
+
+    def add(self, left: Piece, right: Piece) -> None:
+        """Keep a piece."""
+        self.pieces.append(left)
+
+
+class Components(Total):
+    """Vᵀ X, from columns that are let go.
+
+    Args:
+        factor: V.
+        X: ``[D, K]``.
+
+    Attributes:
+        parts: Its rows, piece by piece, ``[K, n·R]``.
+    """
+
+    def __init__(self, factor: Cotangents, X: Tensor) -> None:
+        params = factor.risk.params
+        sizes = {name: p.numel() for name, p in params.items()}
+        self.names, self.parts = list(params), list[Tensor]()
+        self._rows = split_rows(X.T.contiguous(), sizes)
+
+    def add(self, left: Piece, right: Piece) -> None:
+        """Add the components along a piece's columns."""
+        self.parts.append(left.components(self._rows))
 
 
 class EntrySums(Total):
@@ -246,12 +282,7 @@ class SampleGrams(Total):
     def add(self, left: Piece, right: Piece) -> None:
         """Fill in the samples of a piece, layer by layer."""
         start, stop = left.place.start // self._width, left.place.stop // self._width
-        pairs = [
-            (left.columns[name], right.columns[name])
-            for name in self.names
-            if name in left.columns and name in right.columns
-        ]
-        for part, other in merged(pairs):
+        for part, other in left.pairs(right, self.names):
             self.matrices[start:stop] += sample_grams(part, other, self._memory)
 
 
@@ -300,15 +331,28 @@ def accumulate(
     Returns:
         All columns, if they have been in memory together.
     """
-    columns = _columns([factor], totals)
+    columns = Pass([factor], totals)
     stored = None if columns.takes == "factors" else stored
+    with as_guest(factor.risk.device):
+        if columns.takes != "pairs":
+            for piece in stored.pieces if stored else _single(columns):
+                for total in totals:
+                    total.add(piece, piece)
+            return None
+        return _accumulate_pairs(columns, factor, totals, stored)
+
+
+def _accumulate_pairs(
+    columns: Pass,
+    factor: Cotangents,
+    totals: Sequence[Total],
+    stored: StoredColumns | None,
+) -> StoredColumns | None:
+    """Hold as many pieces as fit; all others pass by, once for each such part."""
     paired = [total for total in totals if total.takes == "pairs"]
-    if not paired:
-        for piece in stored.pieces if stored else (p for (p,) in columns.pieces()):
-            for total in totals:
-                total.add(piece, piece)
-        return None
-    whole = [[[piece] for piece in stored.pieces]] if stored else columns.held()
+    whole: Iterable[list[list[Piece]]] = columns.held()
+    if stored is not None:
+        whole = [[[piece] for piece in stored.pieces]]
     for held in whole:
         for index, (left,) in enumerate(held):
             for total in totals:
@@ -320,7 +364,7 @@ def accumulate(
         if end == num_columns(factor):
             if held[0][0].place.start or columns.names != set(factor.risk.params):
                 return None
-            return stored or StoredColumns.of(factor, [piece for (piece,) in held])
+            return stored or StoredColumns([piece for (piece,) in held])
         for (right,) in columns.pieces(end // factor.width):
             for (left,) in held:
                 for total in paired:
@@ -328,17 +372,50 @@ def accumulate(
     return None
 
 
+def formed_pieces(
+    factor: Cotangents, stored: StoredColumns | None = None
+) -> Iterator[tuple[slice, Tensor]]:
+    """Yield some columns at a time, formed: which they are, and ``[D, n·R]``.
+
+    Args:
+        factor: V.
+        stored: The columns, if they are there already.
+    """
+    whole = Rows(factor)
+    made = iter(stored.pieces) if stored else _single(Pass([factor], [whole]))
+    while True:
+        # Left before the columns are given away.
+        with as_guest(factor.risk.device):
+            piece = next(made, None)
+            if piece is None:
+                return
+            whole.add(piece, piece)
+        yield piece.place, whole.rows.T
+
+
+def _single(columns: Pass) -> Iterator[Piece]:
+    for (piece,) in columns.pieces():
+        yield piece
+
+
 def cross_gram(left: Cotangents, right: Cotangents) -> Tensor:
     """Return (left columns)ᵀ (right columns) of two factors, ``[R, Q]``."""
     _check_same_parameters(left.risk, right.risk)
     total = GramTotal(left, right, list(left.risk.params))
-    if left.risk is not right.risk:
-        for held in _columns([left], [total]).held():
-            for (b,) in _columns([right], [total]).pieces():
+    with as_guest(left.risk.device):
+        if left.risk is right.risk:
+            _add_of_one_risk(total, left, right)
+            return total.matrix
+        for held in Pass([left], [total]).held():
+            for (b,) in Pass([right], [total]).pieces():
                 for (a,) in held:
                     total.add(a, b)
-        return total.matrix
-    columns = _columns([left, right], [total])
+    return total.matrix
+
+
+def _add_of_one_risk(total: GramTotal, left: Cotangents, right: Cotangents) -> None:
+    """Make the columns of both factors of a sample together."""
+    columns = Pass([left, right], [total])
     for held in columns.held():
         for a, _ in held:
             for _, b in held:
@@ -346,13 +423,12 @@ def cross_gram(left: Cotangents, right: Cotangents) -> Tensor:
         places = {(b.place.start, b.place.stop) for _, b in held}
         covered = sum(stop - start for start, stop in places)
         if covered == num_columns(right):
-            break
+            return
         # Cut alike, a piece is among those held or has no sample of them.
         for (b,) in columns.only(right).pieces():
             if not _inside(b.place, held):
                 for a, _ in held:
                     total.add(a, b)
-    return total.matrix
 
 
 def cross_sample_grams(left: Cotangents, right: Cotangents) -> Tensor:
@@ -363,22 +439,15 @@ def cross_sample_grams(left: Cotangents, right: Cotangents) -> Tensor:
         right: Jᵀ B of the same risk.
     """
     total = SampleGrams(left, right)
-    for a, b in _columns([left, right], [total]).pieces():
-        total.add(a, b)
+    with as_guest(left.risk.device):
+        for a, b in Pass([left, right], [total]).pieces():
+            total.add(a, b)
     return total.matrices
 
 
 def _inside(place: slice, held: Sequence[Sequence[Piece]]) -> bool:
     first, last = held[0][1].place.start, held[-1][1].place.stop
     return bool(first <= place.start and place.stop <= last)
-
-
-def _columns(factors: Sequence[Cotangents], totals: Sequence[Total]) -> Columns:
-    risk = factors[0].risk
-    names = list(dict.fromkeys(name for total in totals for name in total.names))
-    formed = max(total.formed for total in totals)
-    takes = max((total.takes for total in totals), key=_DEMANDS.index)
-    return Columns(factors, names, memory_budget(risk), formed, takes)
 
 
 def _check_same_parameters(left: EmpiricalRisk, right: EmpiricalRisk) -> None:

@@ -26,7 +26,7 @@ from vivit_linop.analysis.newton import (
 from vivit_linop.curvature import plan
 from vivit_linop.curvature.column_factor import ColumnFactor, formed
 from vivit_linop.net.columns.base import LayerColumns
-from vivit_linop.net.columns.joins import compacted, merged
+from vivit_linop.net.columns.joins import merged
 from vivit_linop.operators.eigenpairs import Eigenpairs
 from vivit_linop.operators.lowrank import LowRank
 from vivit_linop.vivit.extensions import (
@@ -241,7 +241,7 @@ class EigvalshComputation(_Computation[Tensor]):
         rows = columns[0].num_samples * columns[0].width
         # Fewer rows than the Gram matrix has: its smaller side will do.
         if sum(block.sizes) < rows:
-            return [compacted(part) for part in columns]
+            return [part.compacted() for part in columns]
         key = id(block.group)
         if key not in self._grams:
             self._grams[key] = records[0].signals.new_zeros(rows, rows)
@@ -323,7 +323,7 @@ class EighComputation(_Computation[tuple[Tensor, list[Tensor]]]):
     def _collect(
         self, block: Block, records: list[LayerRecord], of: Pass
     ) -> list[LayerColumns]:
-        return [compacted(record.ggn_columns(self._subsampling)) for record in records]
+        return [record.ggn_columns(self._subsampling).compacted() for record in records]
 
     def _compute(self, block: Block, of: Pass) -> tuple[Tensor, list[Tensor]]:
         operator = self._operator(block.take(), block.params[0], of.num_samples)
@@ -372,8 +372,8 @@ class _DirectionalComputation(_Computation[Result]):
     ) -> list[tuple[LayerColumns, LayerColumns]]:
         return [
             (
-                compacted(record.ggn_columns(self._subsampling)),
-                compacted(record.gradient_columns(self._subsampling_grad)),
+                record.ggn_columns(self._subsampling).compacted(),
+                record.gradient_columns(self._subsampling_grad).compacted(),
             )
             for record in records
         ]

@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from vivit_linop.net import layers
 from vivit_linop.net.columns.base import LayerColumns
 from vivit_linop.net.kinds import Kind
-from vivit_linop.net.uses import columns_of_weight
+from vivit_linop.net.structure import columns_of_weight
 
 SAVEFIELD = "vivit_linop_layer"
 """The attribute of a parameter that its record is saved in, until the hook takes it."""

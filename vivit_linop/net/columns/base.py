@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from typing import Self
 
 import torch
@@ -23,11 +23,14 @@ class LayerColumns(ABC):
         width: R.
         num_samples: n.
         numel: The number of entries of the parameter.
+        cotangents_key: One object for columns with the same cotangents, such as those
+            of a weight and a bias.
     """
 
     width: int
     num_samples: int
     numel: int
+    cotangents_key: Hashable
 
     @abstractmethod
     def add_gram(self, gram: Tensor, other: LayerColumns, memory: int) -> None:
@@ -128,10 +131,25 @@ class LayerColumns(ABC):
         }
         return twin
 
-    @property
-    def cotangents_key(self) -> Hashable:
-        """What is equal for columns with the same cotangents."""
+    # Columns put together -------------------------------------------------------------
+
+    def compacted(self) -> LayerColumns:
+        """The same columns, formed where that takes less memory."""
         return self
+
+    def transposed(self, shape: torch.Size) -> LayerColumns:
+        """The same columns, for the transpose of a parameter of this shape."""
+        matrices = self.rows().view(self.num_samples, self.width, *shape).mT
+        return DenseColumns(matrices.flatten(2))
+
+    def joined(self, others: Sequence[LayerColumns]) -> LayerColumns:
+        """The sums of these columns and those of other uses of the parameter."""
+        rows = torch.stack([part.rows() for part in (self, *others)]).sum(0)
+        return DenseColumns(rows.view(self.num_samples, self.width, -1))
+
+    def beside(self, others: Sequence[LayerColumns]) -> LayerColumns:
+        """The columns of this parameter and of others with the same cotangents."""
+        raise NotImplementedError
 
 
 class DenseColumns(LayerColumns):
@@ -143,6 +161,7 @@ class DenseColumns(LayerColumns):
 
     def __init__(self, values: Tensor) -> None:
         self.num_samples, self.width, self.numel = values.shape
+        self.cotangents_key = object()
         self._rows = values.reshape(-1, self.numel)
 
     def rows(self) -> Tensor:

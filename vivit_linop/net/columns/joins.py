@@ -4,13 +4,108 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Hashable, Sequence
+from typing import Self
 
 import torch
+from torch import Tensor
 
-from vivit_linop.net.columns.base import DenseColumns, LayerColumns
-from vivit_linop.net.columns.khatri_rao import KhatriRaoColumns
-from vivit_linop.net.columns.stacked import Place, StackedColumns, placed
-from vivit_linop.net.views import View
+from vivit_linop.net.columns.base import DenseColumns, LayerColumns, add_product
+from vivit_linop.net.kinds import View
+
+Place = tuple[int, int]
+
+
+class StackedColumns(LayerColumns):
+    """Columns of disjoint parts of a parameter, one above the other.
+
+    Args:
+        parts: By the entries of the flattened parameter that they are for, the columns
+            of each part. Entries in none of them are zero.
+        numel: The number of entries of the parameter.
+    """
+
+    def __init__(self, parts: dict[Place, LayerColumns], numel: int) -> None:
+        first = next(iter(parts.values()))
+        self.num_samples, self.width = first.num_samples, first.width
+        self.cotangents_key = object()
+        self.parts, self.numel = parts, numel
+
+    @property
+    def nbytes(self) -> int:
+        """The columns of the parts."""
+        return sum(columns.nbytes for columns in self.parts.values())
+
+    def without_data(self) -> Self:
+        """Part by part."""
+        twin = super().without_data()
+        twin.parts = {place: part.without_data() for place, part in self.parts.items()}
+        return twin
+
+    def rows(self) -> Tensor:
+        """Form the columns."""
+        formed = {place: columns.rows() for place, columns in self.parts.items()}
+        return placed(list(formed.items()), self.numel)
+
+    def signals(self, weights: Tensor) -> Tensor:
+        """The weights themselves: each part has its own cotangents."""
+        return weights
+
+    def combine(self, signals: Tensor, out: Tensor, add: bool) -> None:
+        """Part by part."""
+        if not add:
+            out.zero_()
+        for (start, stop), columns in self.parts.items():
+            columns.combine(columns.signals(signals), out[:, start:stop], add)
+
+    def sizes(self) -> Tensor:
+        """The roots of sums of squares."""
+        return torch.stack([part.sizes() for part in self.parts.values()]).norm(dim=0)
+
+    def combination(self, weights: Tensor) -> Tensor:
+        """Part by part."""
+        total = weights.new_zeros(self.numel)
+        for (start, stop), columns in self.parts.items():
+            total[start:stop] = columns.combination(weights)
+        return total
+
+    def residual(self, weights: Tensor, expected: Tensor) -> Tensor:
+        """Part by part, and what is expected in none of them."""
+        rest, parts = expected.clone(), []
+        for (start, stop), columns in self.parts.items():
+            parts.append(columns.residual(weights, expected[start:stop]))
+            rest[start:stop] = 0.0
+        return torch.cat([*parts, rest])
+
+    def images(self, rows: Tensor) -> Tensor:
+        """The components already, part by part."""
+        total = rows.new_zeros(len(rows), self.num_samples, self.width)
+        for (start, stop), columns in self.parts.items():
+            total += columns.components(columns.images(rows[:, start:stop]))
+        return total
+
+    def components(self, images: Tensor) -> Tensor:
+        """The images themselves."""
+        return images
+
+    def add_gram(self, gram: Tensor, other: LayerColumns, memory: int) -> None:
+        """Part by part."""
+        if (
+            isinstance(other, StackedColumns)
+            and other.parts.keys() == self.parts.keys()
+        ):
+            for place, columns in self.parts.items():
+                columns.add_gram(gram, other.parts[place], memory)
+        else:
+            add_product(gram, self.rows(), other.rows(), False)
+
+
+def placed(parts: list[tuple[Place, Tensor]], numel: int) -> Tensor:
+    """Add rows for parts of the parameter into rows for the whole."""
+    _, first = parts[0]
+    rows = first.new_zeros(len(first), numel)
+    for (start, stop), part in parts:
+        rows[:, start:stop] += part
+    return rows
 
 
 def assembled(uses: Sequence[tuple[View, LayerColumns]], numel: int) -> LayerColumns:
@@ -23,58 +118,19 @@ def assembled(uses: Sequence[tuple[View, LayerColumns]], numel: int) -> LayerCol
     by_place: dict[Place, list[LayerColumns]] = {}
     for view, columns in uses:
         if view.transposed:
-            columns = _transposed(columns, view)
+            columns = columns.transposed(view.shape)
         by_place.setdefault(view.place, []).append(columns)
-    parts = {place: joined(columns) for place, columns in sorted(by_place.items())}
-    if (0, numel) in parts and len(parts) == 1:
+    parts: dict[Place, LayerColumns] = {}
+    for place, (columns, *others) in sorted(by_place.items()):
+        parts[place] = columns.joined(others) if others else columns
+    if [*parts] == [(0, numel)]:
         return parts[0, numel]
-    places = list(parts)
-    ends = itertools.pairwise(places)
+    ends = itertools.pairwise(parts)
     if all(left[1] <= right[0] for left, right in ends):
         return StackedColumns(parts, numel)
     first = next(iter(parts.values()))
     rows = placed([(place, part.rows()) for place, part in parts.items()], numel)
     return DenseColumns(rows.view(first.num_samples, first.width, numel))
-
-
-def _transposed(columns: LayerColumns, view: View) -> LayerColumns:
-    """The same columns, for the matrix of which the view is the transpose."""
-    if isinstance(columns, KhatriRaoColumns):
-        return columns.transposed()
-    n, R = columns.num_samples, columns.width
-    matrices = columns.rows().view(n, R, *view.shape).mT
-    return DenseColumns(matrices.reshape(n, R, -1))
-
-
-def joined(parts: list[LayerColumns]) -> LayerColumns:
-    """Add up the columns of several uses of one parameter."""
-    if len(parts) == 1:
-        return parts[0]
-    first = parts[0]
-    if isinstance(first, KhatriRaoColumns):
-        alike = [part for part in parts if isinstance(part, KhatriRaoColumns)]
-        if all(first.is_like(part) for part in parts):
-            return first.with_more(alike[1:])
-    rows = torch.stack([part.rows() for part in parts]).sum(0)
-    return DenseColumns(rows.view(first.num_samples, first.width, -1))
-
-
-def compacted(columns: LayerColumns) -> LayerColumns:
-    """Form columns that take less memory than their factors."""
-    if not isinstance(columns, KhatriRaoColumns) or columns.positions == 1:
-        return columns
-    width = columns.width
-    if columns.formed_entries(width) > columns.factor_entries(width):
-        return columns
-    shape = columns.num_samples, width, columns.numel
-    return DenseColumns(columns.rows().view(shape))
-
-
-def share_signal(weight: LayerColumns, bias: LayerColumns) -> None:
-    """Mark the columns of one use as of the same cotangents."""
-    if isinstance(weight, KhatriRaoColumns) and isinstance(bias, KhatriRaoColumns):
-        if weight.cotangents.shape == bias.cotangents.shape:
-            bias.signal = weight.signal
 
 
 def merged(
@@ -89,18 +145,12 @@ def merged(
         key = left.cotangents_key, right.cotangents_key
         groups.setdefault(key, []).append((left, right))
     stacked = []
-    for group in groups.values():
-        left = _side_by_side([left for left, _ in group])
-        same = all(left is right for left, right in group)
-        stacked.append(
-            (left, left if same else _side_by_side([right for _, right in group]))
-        )
+    for (left, right), *more in groups.values():
+        if not more:
+            stacked.append((left, right))
+            continue
+        lefts, rights = zip(*more, strict=True)
+        both = left.beside(lefts)
+        same = left is right and lefts == rights
+        stacked.append((both, both if same else right.beside(rights)))
     return stacked
-
-
-def _side_by_side(parts: list[LayerColumns]) -> LayerColumns:
-    if len(parts) == 1:
-        return parts[0]
-    alike = [part for part in parts if isinstance(part, KhatriRaoColumns)]
-    inputs = torch.cat([part.inputs for part in alike], dim=2)
-    return KhatriRaoColumns(inputs, alike[0].cotangents)

@@ -8,12 +8,12 @@ weight is shared (convolutions, tokens, a weight used twice) it is a sum over po
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from vivit_linop.net.columns.base import LayerColumns, add_product, mirror
+from vivit_linop.net.columns.base import DenseColumns, LayerColumns, add_product
 
 # An elementwise pass over a matrix costs about what this many floating-point
 # operations of a large matrix product do for each entry. An operation of many small
@@ -45,7 +45,6 @@ class KhatriRaoColumns(LayerColumns):
         cotangents: b, ``[n, R, G, b, P]``.
         inputs_first: Whether the parameter is laid out as ``[G, a, b]`` instead of
             ``[G, b, a]``.
-        signal: What is one object for columns with the same cotangents.
     """
 
     def __init__(
@@ -53,11 +52,9 @@ class KhatriRaoColumns(LayerColumns):
         inputs: Tensor,
         cotangents: Tensor,
         inputs_first: bool = False,
-        signal: object | None = None,
     ) -> None:
         self.inputs, self.cotangents = inputs, cotangents
-        self._inputs_first = inputs_first
-        self.signal = object() if signal is None else signal
+        self.inputs_first, self.cotangents_key = inputs_first, object()
         self.num_samples, self.width, self._groups, b, self.positions = cotangents.shape
         self._a, self._b = inputs.shape[2], b
         self.numel = self._groups * self._a * b
@@ -67,18 +64,13 @@ class KhatriRaoColumns(LayerColumns):
         """Inputs and cotangents."""
         return self.factor_entries(self.width) * self.cotangents.element_size()
 
-    @property
-    def cotangents_key(self) -> Hashable:
-        """Marked as shared, the cotangents are those of several parameters."""
-        return self.signal if self.positions == 1 else self
-
     def is_like(self, other: LayerColumns) -> bool:
         """Whether others have factors of the same channels, in the same layout."""
         return isinstance(other, KhatriRaoColumns) and self._layout == other._layout
 
     @property
     def _layout(self) -> tuple[bool, int, int, int]:
-        return self._inputs_first, self._groups, self._a, self._b
+        return self.inputs_first, self._groups, self._a, self._b
 
     @property
     def forward_flops(self) -> int:
@@ -221,7 +213,7 @@ class KhatriRaoColumns(LayerColumns):
     def _samples(self, samples: slice) -> KhatriRaoColumns:
         """The columns of some samples."""
         return KhatriRaoColumns(
-            self.inputs[samples], self.cotangents[samples], self._inputs_first
+            self.inputs[samples], self.cotangents[samples], self.inputs_first
         )
 
     def _block(self, group: int, channels: slice) -> Tensor:
@@ -243,7 +235,7 @@ class KhatriRaoColumns(LayerColumns):
         for signal, row in zip(signals, out, strict=True):
             left = signal.reshape(shape).permute(1, 2, 0, 3)
             left, right = left.reshape(self._groups, self._b, -1), inputs
-            if self._inputs_first:
+            if self.inputs_first:
                 left, right = right.mT, left.mT
             target = row.view(self._groups, left.shape[1], right.shape[2])
             target.baddbmm_(left, right, beta=int(add))
@@ -255,7 +247,7 @@ class KhatriRaoColumns(LayerColumns):
         result = rows.new_empty(len(rows), n, size)
         for row, image in zip(rows, result, strict=True):
             matrix = row.view(self._groups, self._a, self._b)
-            if not self._inputs_first:
+            if not self.inputs_first:
                 matrix = row.view(self._groups, self._b, self._a).mT
             product = torch.bmm(inputs, matrix)
             product = product.view(self._groups, n, self.positions, self._b)
@@ -280,24 +272,53 @@ class KhatriRaoColumns(LayerColumns):
         if self.inputs.stride(2) != 1:
             self.inputs = self.inputs.mT.contiguous().mT
 
-    def transposed(self) -> KhatriRaoColumns:
-        """The same columns, for the transpose of the parameter; there is one group."""
-        return KhatriRaoColumns(
-            self.inputs, self.cotangents, not self._inputs_first, self.signal
-        )
+    # Put together -------------------------------------------------------------------
+
+    def share_cotangents(self, other: LayerColumns) -> None:
+        """Mark the columns of the same use as of the same cotangents."""
+        if isinstance(other, KhatriRaoColumns):
+            if self.positions == 1 and self.cotangents.shape == other.cotangents.shape:
+                other.cotangents_key = self.cotangents_key
+
+    def compacted(self) -> LayerColumns:
+        """Formed, unless there are more entries of columns than of factors."""
+        if self.positions == 1:
+            return self
+        if self.formed_entries(self.width) > self.factor_entries(self.width):
+            return self
+        return DenseColumns(self.rows().view(self.num_samples, self.width, -1))
+
+    def transposed(self, shape: torch.Size) -> KhatriRaoColumns:
+        """The same factors, laid out the other way; there is one group."""
+        twin = KhatriRaoColumns(self.inputs, self.cotangents, not self.inputs_first)
+        twin.cotangents_key = self.cotangents_key
+        return twin
+
+    def joined(self, others: Sequence[LayerColumns]) -> LayerColumns:
+        """More uses are more positions."""
+        alike = [other for other in others if isinstance(other, KhatriRaoColumns)]
+        if len(alike) == len(others) and all(map(self.is_like, alike)):
+            return self.with_more(alike)
+        return super().joined(others)
+
+    def beside(self, others: Sequence[LayerColumns]) -> LayerColumns:
+        """Their inputs are one longer input."""
+        parts = [self, *(part for part in others if isinstance(part, KhatriRaoColumns))]
+        inputs = torch.cat([part.inputs for part in parts], dim=2)
+        return KhatriRaoColumns(inputs, self.cotangents)
 
     def with_more(self, others: Sequence[KhatriRaoColumns]) -> KhatriRaoColumns:
-        """Add the columns of other uses: more uses are more positions."""
+        """Add the columns of other uses, of the same layout."""
         parts = [self, *others]
         return KhatriRaoColumns(
             torch.cat([part.inputs for part in parts], dim=-1),
             torch.cat([part.cotangents for part in parts], dim=-1),
-            self._inputs_first,
+            self.inputs_first,
         )
 
     def rows(self) -> Tensor:
         """Form the columns."""
-        order = "ngap,nrgbp->nrgab" if self._inputs_first else "ngap,nrgbp->nrgba"
+        order = "ngap,nrgbp->nrgab" if self.inputs_first else "ngap,nrgbp->nrgba"
         formed = torch.einsum(order, self.inputs, self.cotangents)
         return formed.reshape(-1, self.numel)
 
@@ -333,7 +354,7 @@ class KhatriRaoColumns(LayerColumns):
         mixing = drawn.to(expected) / _SKETCH_ROWS**0.5
         mixed = torch.einsum("kb,nrgbp->nrgkp", mixing, self._combined(weights))
         few = self._with_cotangents(mixed).entry_sums()
-        if self._inputs_first:
+        if self.inputs_first:
             matrix = expected.reshape(self._groups, self._a, self._b) @ mixing.T
         else:
             matrix = mixing @ expected.reshape(self._groups, self._b, self._a)
@@ -351,7 +372,7 @@ class KhatriRaoColumns(LayerColumns):
 
     def _with_cotangents(self, cotangents: Tensor) -> KhatriRaoColumns:
         """Columns of the same inputs."""
-        return KhatriRaoColumns(self.inputs, cotangents, self._inputs_first)
+        return KhatriRaoColumns(self.inputs, cotangents, self.inputs_first)
 
     def squared_norms(self, memory: int) -> Tensor:
         """Σ_pq (a_pᵀ a_q)(b_pᵀ b_q) for each column, or from its block if cheaper."""
@@ -421,32 +442,6 @@ class KhatriRaoColumns(LayerColumns):
             total += (B[part] @ A[part].mT).sum(0)
         return self._laid_out(total)
 
-    def cotangent_sums(self, reduced: bool) -> Tensor:
-        """Σ b bᵀ over all columns, ``[G, b, b]``.
-
-        Args:
-            reduced: Whether cotangents are first summed over positions.
-        """
-        B = self.cotangents.sum(4, keepdim=True) if reduced else self.cotangents
-        return _outer_sums(B.permute(2, 3, 0, 1, 4).flatten(2))
-
-    def input_sums(self, reduced: bool, affine: bool) -> Tensor:
-        """Σ a aᵀ over samples and positions, ``[G, a, a]``.
-
-        Args:
-            reduced: Whether inputs are first averaged over positions.
-            affine: Whether a 1 is appended to the inputs, for a bias.
-        """
-        A = self.inputs.mean(3, keepdim=True) if reduced else self.inputs
-        if affine:
-            A = torch.cat([A, torch.ones_like(A[:, :, :1])], dim=2)
-        return _outer_sums(A.permute(1, 2, 0, 3).flatten(2))
-
-    @property
-    def inputs_first(self) -> bool:
-        """Whether the parameter is laid out as ``[G, a, b]``."""
-        return self._inputs_first
-
     def _squares_by_pairs(self) -> bool:
         return squares_by_pairs(self._a, self._b, self.positions, self.width)
 
@@ -483,7 +478,7 @@ class KhatriRaoColumns(LayerColumns):
 
     def _laid_out(self, entries: Tensor) -> Tensor:
         """From ``[…, G, b, a]`` to the layout of the parameter, ``[…, numel]``."""
-        return (entries.mT if self._inputs_first else entries).flatten(-3)
+        return (entries.mT if self.inputs_first else entries).flatten(-3)
 
 
 def squares_by_pairs(inputs: int, outputs: int, positions: int, width: int) -> bool:
@@ -523,12 +518,3 @@ def _side_by_side(
 
 def _share(size: int, device: torch.device) -> int:
     return size if device.type == "cpu" else size * _DEVICE_FACTOR
-
-
-def _outer_sums(columns: Tensor) -> Tensor:
-    """Sums of outer products of columns, ``[G, d, k] -> [G, d, d]``."""
-    sums = columns.new_zeros(*columns.shape[:2], columns.shape[1])
-    for total, group in zip(sums, columns, strict=True):
-        add_product(total, group, group, True)
-        mirror(total)
-    return sums

@@ -35,7 +35,7 @@ class TableColumns(KhatriRaoColumns):
         padding: Tensor | None = None,
     ) -> None:
         self.index, self.cotangents = index, cotangents
-        self._inputs_first, self._groups, self.signal = True, 1, object()
+        self.inputs_first, self._groups, self.cotangents_key = True, 1, object()
         self.num_samples, self.width, _, self._b, self.positions = cotangents.shape
         self._a = rows
         self.numel, self._padding = rows * self._b, padding

@@ -1,0 +1,253 @@
+"""Sums over columns that Kronecker-factored approximations are made of.
+
+The factors of weights, and the squares of columns' entries in their eigenbases.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from weakref import ReferenceType, ref
+
+import torch
+from torch import Tensor
+
+from vivit_linop.curvature import plan
+from vivit_linop.curvature.jacobian import Pullback, sum_columns
+from vivit_linop.net.columns.base import LayerColumns, add_product, mirror
+from vivit_linop.net.columns.khatri_rao import KhatriRaoColumns
+from vivit_linop.net.columns.transposed import TransposedConvolutionColumns
+from vivit_linop.net.pieces import Piece, Total, memory_budget
+from vivit_linop.operators.kronecker import Kronecker
+
+
+@dataclass
+class LayerFactors:
+    """The factors of a weight, for each of its G groups of channels.
+
+    Attributes:
+        B: Of outputs, ``[G, b, b]``.
+        A: Of inputs, ``[G, a, a]``.
+        inputs_first: Whether the inputs' axis comes first in the weight's layout.
+        order: Where the weight's entries are, ``[G, b, a]``, unless in their own order.
+    """
+
+    B: Tensor
+    A: Tensor
+    inputs_first: bool
+    order: Tensor | None
+
+
+def _at_outputs(columns: KhatriRaoColumns) -> KhatriRaoColumns:
+    """The columns as sums over positions of what the layer gives."""
+    if isinstance(columns, TransposedConvolutionColumns):
+        return columns.at_outputs()
+    return columns
+
+
+class _ChangedUseError(ValueError):
+    """A weight has factors on some samples, and other columns on others."""
+
+
+class _Inputs:
+    """Which inputs were there last: the columns of a layer in parts have the same."""
+
+    def __init__(self) -> None:
+        self._last: dict[str, ReferenceType[Tensor]] = {}
+
+    def are_new(self, name: str, inputs: Tensor) -> bool:
+        """Whether a parameter's inputs are others than last time."""
+        last = self._last.get(name)
+        self._last[name] = ref(inputs)
+        return last is None or last() is not inputs
+
+
+class KroneckerSums(Total):
+    """The factors of all weights, and the exact blocks of small other parameters.
+
+    Args:
+        factor: V.
+        sharing: What is summed over positions.
+        affine: The weights that are joined with a bias.
+
+    Attributes:
+        factors: The factors by weight.
+        outer: The exact blocks by parameter.
+    """
+
+    takes = "factors"
+
+    def __init__(self, factor: Pullback, sharing: str, affine: Sequence[str]) -> None:
+        self.names = list(factor.risk.params)
+        # Biases have an exact block.
+        self._weights = {name for name, p in factor.risk.params.items() if p.ndim > 1}
+        self._sharing, self._affine = sharing, set(affine)
+        self._num_samples = factor.risk.num_samples
+        self.factors: dict[str, LayerFactors] = {}
+        self.outer: dict[str, Tensor] = {}
+        self._formed: set[str] = set()
+        self._inputs = _Inputs()
+
+    @classmethod
+    def over(
+        cls, factor: Pullback, sharing: str, affine: Sequence[str]
+    ) -> KroneckerSums:
+        """Return the sums over all columns."""
+        try:
+            sums = cls(factor, sharing, affine)
+            sum_columns(factor, [sums])
+        # What was learnt of the net on the way now holds from the first sample on.
+        except _ChangedUseError:
+            sums = cls(factor, sharing, affine)
+            sum_columns(factor, [sums])
+        return sums
+
+    def add(self, left: Piece, right: Piece) -> None:
+        """Add a piece's sums."""
+        for name, columns in left.columns.items():
+            if isinstance(columns, KhatriRaoColumns) and name in self._weights:
+                if not columns.positions:  # the net takes another way
+                    continue
+                self._add_factors(name, columns)
+                continue
+            self._formed.add(name)
+            if columns.numel <= plan.LARGEST_DENSE_BLOCK:
+                rows = columns.rows()
+                product = rows.T @ rows
+                known = self.outer.get(name)
+                self.outer[name] = product if known is None else known + product
+        if both := set(self.factors) & self._formed:
+            raise _ChangedUseError(
+                f"data: how the model uses {both.pop()!r} could be told for some "
+                "batches only. Give other batches, or one sample in each."
+            )
+
+    def _add_factors(self, name: str, columns: KhatriRaoColumns) -> None:
+        order, inputs_are_new = None, self._inputs.are_new(name, columns.inputs)
+        if isinstance(columns, TransposedConvolutionColumns):
+            order = columns.by_outputs(torch.arange(columns.numel, device="cpu"))
+        columns = _at_outputs(columns)
+        B = _cotangent_sums(columns, reduced=self._sharing != "expand")
+        before = self.factors.get(name)
+        if before is not None:
+            B += before.B
+        if before is None or inputs_are_new:
+            affine = name in self._affine and not columns.inputs_first
+            A = _input_sums(columns, self._sharing == "reduce", affine)
+            count = self._num_samples
+            A /= count * columns.positions if self._sharing == "expand" else count
+            if before is not None:
+                A += before.A
+        else:
+            A = before.A
+        self.factors[name] = LayerFactors(B, A, columns.inputs_first, order)
+
+
+def _cotangent_sums(columns: KhatriRaoColumns, reduced: bool) -> Tensor:
+    """Σ b bᵀ over all columns, ``[G, b, b]``.
+
+    Args:
+        columns: The columns.
+        reduced: Whether cotangents are first summed over positions.
+    """
+    B = columns.cotangents
+    B = B.sum(4, keepdim=True) if reduced else B
+    return _outer_sums(B.permute(2, 3, 0, 1, 4).flatten(2))
+
+
+def _input_sums(columns: KhatriRaoColumns, reduced: bool, affine: bool) -> Tensor:
+    """Σ a aᵀ over samples and positions, ``[G, a, a]``.
+
+    Args:
+        columns: The columns.
+        reduced: Whether inputs are first averaged over positions.
+        affine: Whether a 1 is appended to the inputs, for a bias.
+    """
+    A = columns.inputs
+    A = A.mean(3, keepdim=True) if reduced else A
+    return _outer_sums(_with_ones(A, affine).permute(1, 2, 0, 3).flatten(2))
+
+
+def _with_ones(inputs: Tensor, affine: bool) -> Tensor:
+    """Append a 1 to inputs ``[n, G, a, P]``, for a bias."""
+    if not affine:
+        return inputs
+    return torch.cat([inputs, torch.ones_like(inputs[:, :, :1])], dim=2)
+
+
+def _outer_sums(columns: Tensor) -> Tensor:
+    """Sums of outer products of columns, ``[G, d, k] -> [G, d, d]``."""
+    sums = columns.new_zeros(*columns.shape[:2], columns.shape[1])
+    for total, group in zip(sums, columns, strict=True):
+        add_product(total, group, group, True)
+        mirror(total)
+    return sums
+
+
+class EigenvalueSums(Total):
+    """The sums of squared entries of all columns in the eigenbases of their blocks.
+
+    Args:
+        factor: V.
+        bases: By weight, the Kronecker blocks of its groups, ``[out, in]`` or, for
+            parameters with the inputs' axis first, ``[in, out]``.
+
+    Attributes:
+        sums: By weight ``[G, n]``, in the order of the blocks' eigenvectors.
+    """
+
+    takes = "factors"
+
+    def __init__(
+        self, factor: Pullback, bases: Mapping[str, Sequence[Kronecker]]
+    ) -> None:
+        self.names, self._bases = list(bases), bases
+        self._memory = memory_budget(factor.risk)
+        self._inputs, self._rotated_inputs = _Inputs(), dict[str, Tensor]()
+        self.sums: dict[str, Tensor] = {}
+
+    def add(self, left: Piece, right: Piece) -> None:
+        """Add the squares of a piece's columns."""
+        for name in self.names:
+            columns = left.columns.get(name)
+            if columns is not None:
+                squares = self._squares(name, columns)
+                known = self.sums.get(name)
+                self.sums[name] = squares if known is None else known + squares
+
+    def _squares(self, name: str, columns: LayerColumns) -> Tensor:
+        """The sums of squares of one piece, ``[G, n]``."""
+        blocks = self._bases[name]
+        if isinstance(columns, KhatriRaoColumns):
+            rotated = self._rotated(name, columns)
+            return rotated.entry_squares(self._memory).view(len(blocks), -1)
+        # This part of the data does not confirm the layer's structure.
+        rows = columns.rows()
+        rows = rows.view(len(rows), len(blocks), -1)
+        if rows.shape[2] != blocks[0].shape[0]:
+            raise ValueError(
+                f"model: in some batches it uses {name!r} as no layer, so its block "
+                "cannot be joined with that of a bias. Give joint_bias=False."
+            )
+        return torch.stack(
+            [
+                block.eigenvectors.T.apply(part.T).square().sum(1)
+                for block, part in zip(blocks, rows.unbind(1), strict=True)
+            ]
+        )
+
+    def _rotated(self, name: str, columns: KhatriRaoColumns) -> KhatriRaoColumns:
+        """The columns in the eigenbases: (Q_B ⊗ Q_A)ᵀ (b ⊗ a) = Q_Bᵀ b ⊗ Q_Aᵀ a."""
+        inputs_are_new = self._inputs.are_new(name, columns.inputs)
+        columns = _at_outputs(columns)
+        pairs = [block.factor_eigenpairs for block in self._bases[name]]
+        first, second = (
+            torch.stack([pair[number][1] for pair in pairs]) for number in (0, 1)
+        )
+        QB, QA = (second, first) if columns.inputs_first else (first, second)
+        if inputs_are_new:
+            A = columns.inputs
+            joined = QA.shape[1] > A.shape[2]  # with a bias
+            self._rotated_inputs[name] = QA.mT @ _with_ones(A, joined)
+        inputs, cotangents = self._rotated_inputs[name], QB.mT @ columns.cotangents
+        return KhatriRaoColumns(inputs, cotangents, columns.inputs_first)

@@ -1,0 +1,380 @@
+"""V = Jᵀ B on some samples and parameters: pieces, made in passes or kept.
+
+A column of V belongs to one sample, and its entries to one parameter. A :class:`Piece`
+has those of consecutive samples, each parameter's in the structure of its layer; V is
+one piece beside the other. A :class:`Pass` makes them, for whatever is summed over
+columns (:class:`Total`). :class:`StoredColumns` are pieces that are kept: V u and Vᵀ x
+are then one matrix product for each layer, of the size of its forward pass, and nothing
+is pulled through the net; but all cotangents are read. In floating-point operations,
+with f those of a forward pass over all samples: at most f and the reading of the
+columns, against 2 f for a product on the linearisation of the net. Getting the columns
+takes 2 R f once.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from vivit_linop.net.capture import Capture, Takes, sample_sizes
+from vivit_linop.net.certified import CertifiedColumns, find_structure
+from vivit_linop.net.columns.base import LayerColumns
+from vivit_linop.net.columns.joins import merged
+from vivit_linop.risk.data import copied, take
+from vivit_linop.risk.empirical import EmpiricalRisk
+from vivit_linop.risk.memory import explained, free_memory
+
+# The share of free memory that the columns of one piece of samples may take.
+_MEMORY_SHARE = 12
+# What the largest tensor of a pass on the CPU should take, if there are more than a few
+# samples: fresh memory costs about as much as what is computed in it.
+_SIGNAL_BYTES, _FEW_SAMPLES = 8 * 2**20, 16
+# Into how many pieces at least it is cut: one is made beside those that are held.
+_PIECES = 4
+# How much of a matrix to copy at a time.
+_COPIED_BYTES = 16 * 2**20
+# Whatever the budget is, columns are held up to this: the fewer are held, the more
+# often all others are made again.
+_LEAST_BYTES = 64 * 2**20
+# What does with anything comes first; factors and pairs are never together.
+_DEMANDS: list[Takes] = ["stream", "columns", "rows", "pairs", "factors"]
+
+
+class Cotangents(Protocol):
+    """What is pulled back to columns: R vectors at the outputs of each sample.
+
+    Attributes:
+        risk: The risk.
+        width: R.
+    """
+
+    risk: EmpiricalRisk
+    width: int
+
+    def cotangents(self, batch: int) -> Tensor:
+        """Return those of one batch of n samples, ``[n, C, R]``."""
+
+
+def num_columns(factor: Cotangents) -> int:
+    """N·R."""
+    return factor.risk.num_samples * factor.width
+
+
+def memory_budget(risk: EmpiricalRisk) -> int:
+    """The bytes that columns may take: the risk's, or a share of what is free."""
+    return risk.kept.budget(_MEMORY_SHARE)
+
+
+@dataclass
+class Piece:
+    """V on some consecutive samples and some parameters.
+
+    Attributes:
+        place: Which columns of V they are.
+        columns: By parameter; a parameter that is missing has zero columns.
+        sizes: The numbers of entries of all parameters, in the order of V's rows.
+    """
+
+    place: slice
+    columns: Mapping[str, LayerColumns]
+    sizes: Mapping[str, int]
+
+    @cached_property
+    def groups(self) -> list[list[str]]:
+        """The parameters with the same cotangents, as those of a weight and a bias.
+
+        Their signals are needed once, and the cotangents are kept once.
+        """
+        groups: dict[Hashable, list[str]] = {}
+        for name, part in self.columns.items():
+            groups.setdefault(part.cotangents_key, []).append(name)
+        return list(groups.values())
+
+    @cached_property
+    def nbytes(self) -> int:
+        """What the columns take."""
+        sizes = {name: part.nbytes for name, part in self.columns.items()}
+        return sum(max(map(sizes.__getitem__, group)) for group in self.groups)
+
+    def rows(self, names: Sequence[str], out: Tensor) -> Tensor:
+        """Form the columns of some parameters, as rows side by side.
+
+        Args:
+            names: The parameters, d entries together.
+            out: Where to, ``[n·R, d]``.
+        """
+        parts = out.split([self.sizes[name] for name in names], dim=1)
+        for name, part in zip(names, parts, strict=True):
+            if name in self.columns:
+                part.copy_(self.columns[name].rows())
+            else:
+                part.zero_()
+        return out
+
+    def combine(self, weights: Tensor, parts: Mapping[str, Tensor], add: bool) -> None:
+        """Write combinations of the columns.
+
+        Args:
+            weights: ``[K, n·R]``.
+            parts: By parameter where to, ``[K, numel]`` with contiguous rows.
+            add: Whether to add to what is there.
+        """
+        for group in self.groups:
+            first = self.columns[group[0]]
+            shape = len(weights), first.num_samples, first.width
+            signals = first.signals(weights.view(shape))
+            for name in group:
+                self.columns[name].combine(signals, parts[name], add)
+        if not add:
+            for name in parts.keys() - self.columns.keys():
+                parts[name].zero_()
+
+    def components(self, parts: Mapping[str, Tensor]) -> Tensor:
+        """Return the components along the columns, ``[K, n·R]``.
+
+        Args:
+            parts: By parameter, of K vectors, ``[K, numel]``.
+        """
+        some = next(iter(parts.values()))
+        total = some.new_zeros(len(some), self.place.stop - self.place.start)
+        for group in self.groups:
+            first = self.columns[group[0]]
+            images = first.images(parts[group[0]])
+            for name in group[1:]:
+                images += self.columns[name].images(parts[name])
+            total += first.components(images).flatten(1)
+        return total
+
+    def pairs(
+        self, other: Piece, names: Sequence[str]
+    ) -> list[tuple[LayerColumns, LayerColumns]]:
+        """Return columns and others, whose inner products add up over parameters.
+
+        Args:
+            other: Of the same parameters.
+            names: Some of these.
+        """
+        pairs = []
+        for name in names:
+            if name in self.columns and name in other.columns:
+                pairs.append((self.columns[name], other.columns[name]))
+        return merged(pairs)
+
+
+class StoredColumns:
+    """V in pieces that are kept, and products with it.
+
+    Args:
+        pieces: Those of all samples, in order.
+
+    Attributes:
+        pieces: The pieces.
+        nbytes: What they take.
+    """
+
+    def __init__(self, pieces: Sequence[Piece]) -> None:
+        self.pieces, self._sizes = list(pieces), pieces[0].sizes
+        self.nbytes = sum(piece.nbytes for piece in self.pieces)
+
+    def multiply(self, X: Tensor) -> Tensor:
+        """Combine the columns, ``[N·R, K] -> [D, K]``."""
+        rows = X.T.contiguous()
+        result = X.new_empty(len(rows), sum(self._sizes.values()))
+        parts = split_rows(result, self._sizes)
+        for index, piece in enumerate(self.pieces):
+            piece.combine(rows[:, piece.place], parts, add=index > 0)
+        return result.T
+
+    def multiply_adjoint(self, X: Tensor) -> Tensor:
+        """Return the components along all columns, ``[D, K] -> [N·R, K]``."""
+        # Some columns at a time: memory that is used again is faster than fresh memory.
+        chunk = max(1, _COPIED_BYTES // (len(X) * X.element_size()))
+        images = []
+        for part in X.split(chunk, dim=1):
+            parts = split_rows(part.T.contiguous(), self._sizes)
+            components = [piece.components(parts) for piece in self.pieces]
+            images.append(torch.cat(components, dim=1))
+        return torch.cat(images).T
+
+
+def split_rows(rows: Tensor, sizes: Mapping[str, int]) -> dict[str, Tensor]:
+    """Cut ``[K, D]`` into the parts of the parameters."""
+    parts = rows.split(list(sizes.values()), dim=1)
+    return dict(zip(sizes, parts, strict=True))
+
+
+class Total(ABC):
+    """Something that is summed over columns, or over pairs of columns.
+
+    Attributes:
+        names: The parameters that it is over.
+        takes: How it takes columns, as in :data:`vivit_linop.net.capture.Takes`.
+    """
+
+    names: Sequence[str]
+    takes: Takes = "columns"
+
+    @abstractmethod
+    def add(self, left: Piece, right: Piece) -> None:
+        """Add a pair of pieces; each single piece comes once, paired with itself."""
+
+
+class Pass:
+    """Passes over the data that make the columns of V, piece by piece.
+
+    Its pieces are made inside of :class:`~vivit_linop.modes.as_guest`.
+
+    Args:
+        factors: V, or several Jᵀ B of one risk.
+        totals: What is summed over their columns.
+
+    Attributes:
+        names: The parameters of interest.
+        takes: How the columns are taken: as the most demanding of the totals does.
+    """
+
+    def __init__(self, factors: Sequence[Cotangents], totals: Sequence[Total]) -> None:
+        self._factors, self._risk = factors, factors[0].risk
+        self._width = sum(factor.width for factor in factors)
+        self._sizes = {name: p.numel() for name, p in self._risk.params.items()}
+        self.names = {name for total in totals for name in total.names}
+        self.takes = max((total.takes for total in totals), key=_DEMANDS.index)
+        self._memory = max(memory_budget(self._risk), _LEAST_BYTES)
+        # Of each column, what is taken as a row is formed in addition.
+        self._formed = 0
+        for total in totals:
+            if total.takes == "rows":
+                d = sum(self._sizes[name] for name in total.names)
+                self._formed = max(self._formed, d)
+
+    def pieces(self, start: int = 0) -> Iterator[list[Piece]]:
+        """Yield pieces, one for each factor.
+
+        Args:
+            start: The sample to start from, the first of a piece.
+        """
+        first = 0
+        for batch, (X, y) in enumerate(self._risk.batches("columns")):
+            n = len(y)
+            if first + n > start:
+                for index in self._cut(batch, X, n):
+                    if first + int(index[0]) >= start:
+                        with explained(self._do_not_fit, len(index)):
+                            yield from self._pieces(batch, X, index, n, first)
+            first += n
+
+    def only(self, factor: Cotangents) -> Pass:
+        """Return the columns of one of the factors, in pieces of the same samples."""
+        twin = copy.copy(self)
+        twin._factors = [factor]
+        return twin
+
+    def held(self) -> Iterator[list[list[Piece]]]:
+        """Yield as many pieces together as the memory can hold."""
+        budget = self._memory
+        together: list[list[Piece]] = []
+        for pieces in self.pieces():
+            size = 0
+            for piece in pieces:
+                size += piece.nbytes
+            if together and size > budget:
+                yield together
+                budget, together = self._memory, []
+            together.append(pieces)
+            budget -= size
+        yield together
+
+    def _do_not_fit(self, samples: int) -> str:
+        device, free = self._risk.device, free_memory(self._risk.device)
+        fitting = min(free, self._memory) // 4
+        advice = (
+            f"With EmpiricalRisk(..., memory={fitting}) fewer samples are taken at a "
+            "time."
+            if fitting >= _LEAST_BYTES
+            else "Columns are not cut into smaller parts: with mc_samples=1 a sample "
+            "has one, and products with G need none."
+        )
+        return (
+            f"memory: the columns of {samples} samples do not fit on {device}. They "
+            f"were meant to take {self._memory / 1e9:.3g} GB, and {free / 1e9:.3g} GB "
+            f"are free. {advice}"
+        )
+
+    def _cut(self, batch: int, X: Any, n: int) -> Iterable[Tensor]:
+        """Cut a batch so that the columns of each part fit."""
+        risk, width = self._risk, self._width
+        formed = {name: self._sizes[name] for name in find_structure(risk).opaque}
+        sizes = sample_sizes(risk, batch, X, n)
+        itemsize = risk.dtype.itemsize
+        entries = sizes.entries(width, formed) + width * self._formed
+        size = max(1, self._memory // _PIECES // max(1, entries * itemsize))
+        if self.takes in ("stream", "factors") and risk.device.type == "cpu":
+            # One pass is not better than several that stay near the caches.
+            near = _SIGNAL_BYTES // max(1, sizes.signal * itemsize)
+            size = min(size, max(near, _FEW_SAMPLES))
+        index = torch.arange(n, device="cpu")
+        if size >= n or not self._runs_in_parts(batch, X, n):
+            return [index]
+        return index.tensor_split(math.ceil(n / size))
+
+    def _runs_in_parts(self, batch: int, X: Any, n: int) -> bool:
+        """Whether the net runs on fewer samples than a batch has."""
+        risk = self._risk
+        return risk.kept.get_everywhere(
+            ("runs in parts", batch),
+            lambda: Capture.of_few(risk, X, n, 1, batch).num_samples < n,
+        )
+
+    def _pieces(
+        self, batch: int, whole: Any, index: Tensor, n: int, first: int
+    ) -> Iterator[list[Piece]]:
+        """Make the pieces of some samples of a batch of n."""
+        few = len(index) < n
+        # Columns may be kept, when the data are overwritten.
+        X = take(whole, index, self._risk.by_sample) if few else copied(whole)
+        capture = Capture(self._risk, X, len(index))
+        self._risk.check_outputs(batch, capture.output.detach(), index)
+        certified = CertifiedColumns(self._risk, X, capture)
+        begin = first + int(index[0])
+        pieces = []
+        for factor in self._factors:
+            place = slice(begin * factor.width, (begin + len(index)) * factor.width)
+            cotangents = factor.cotangents(batch)
+            cotangents = cotangents[index.to(cotangents.device)]
+            takes = self.takes
+            # One column a sample is checked as it is.
+            if takes == "stream" and factor.width == 1:
+                takes = "columns"
+            if takes not in ("stream", "factors"):
+                columns = certified.columns(cotangents, self.names, takes)
+                pieces.append(Piece(place, columns, self._sizes))
+                continue
+            certified.certify_layers(cotangents, self.names)
+            if takes == "factors" and len(index) > 1 and self._hides():
+                for sample in index.split(1):
+                    yield from self._pieces(batch, whole, sample, n, first)
+                return
+            for part in certified.parts(cotangents, self.names):
+                yield [Piece(place, part, self._sizes)]
+        if pieces:
+            yield pieces
+
+    def _hides(self) -> bool:
+        """Whether weights have factors on one sample that they have not on several.
+
+        Of one sample all axes are its own, wherever the samples of a batch are.
+        """
+        hidden = {
+            name
+            for name in find_structure(self._risk).opaque & self.names
+            if self._risk.params[name].ndim > 1
+        }
+        return not hidden <= find_structure(self._risk, alone=True).opaque
