@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-from collections import Counter
 from collections.abc import (
     Callable,
     Hashable,
@@ -13,13 +11,14 @@ from collections.abc import (
     Sequence,
     Set,
 )
+from itertools import starmap
 from typing import Any, Literal, NamedTuple, Self
 
 import torch
 from torch import Tensor
 
 from vivit_linop.net.columns.base import LayerColumns
-from vivit_linop.net.columns.joins import assembled
+from vivit_linop.net.columns.joins import Place, assembled
 from vivit_linop.net.kinds import View
 from vivit_linop.net.recorder import Recorder
 from vivit_linop.net.structure import Layout, Use, Variant, overlapping
@@ -144,7 +143,7 @@ class Capture:
         stacked: list[Tensor] = []
         for r, signals in enumerate(self._signals(kept, cotangents)):
             _stack(stacked, signals, r, cotangents.shape[2])
-        return self._assembled(kept, _makers(kept), stacked, names, takes)
+        return self._assembled(kept, starmap(Use.columns, kept), stacked, names, takes)
 
     def parts(
         self, cotangents: Tensor, variant: Variant, names: Set[str]
@@ -161,20 +160,20 @@ class Capture:
             names: The parameters of interest.
         """
         kept, width = self._kept(variant, names), cotangents.shape[2]
-        counts = _counts(kept)
+        used = [name for each in kept for name in each.use.names]
         apart: list[Kept] = []
         together: list[Kept] = []
         for each in kept:
-            alone = all(counts[name] == 1 for name in each.use.names)
+            alone = all(used.count(name) == 1 for name in each.use.names)
             wide = alone and each.use.is_wide(self.num_samples, width)
             (apart if wide else together).append(each)
-        makers = list(_makers(apart))
+        makers = [*starmap(Use.columns, apart)]
         stacked: list[Tensor] = []
         for r, signals in enumerate(self._signals(apart + together, cotangents)):
             single = [signal.unsqueeze(1) for signal in signals[: len(apart)]]
             yield self._assembled(apart, makers, single, names, "stream")
             _stack(stacked, signals[len(apart) :], r, width)
-        last = _makers(together)
+        last = starmap(Use.columns, together)
         yield self._assembled(together, last, stacked, names, "stream")
 
     def _kept(self, variant: Variant, names: Set[str]) -> list[Kept]:
@@ -208,19 +207,20 @@ class Capture:
         takes: Takes,
     ) -> dict[str, LayerColumns]:
         """Return the columns of parameters from signals, which it takes away."""
-        counts = _counts(kept)
-        parts: dict[str, list[tuple[View, LayerColumns]]] = {}
+        used = [name for each in kept for name in each.use.names]
+        forms = takes not in ("stream", "factors")
+        parts: dict[str, list[tuple[Place, LayerColumns]]] = {}
         columns: dict[str, LayerColumns] = {}
         with torch.no_grad():
             for make in makers:
                 for view, part in make(signals.pop(0)):
-                    if view.name in wanted:
-                        if (
-                            takes not in ("stream", "factors")
-                            and counts[view.name] == 1
-                        ):
-                            part = part.compacted()
-                        parts.setdefault(view.name, []).append((view, part))
+                    if view.name not in wanted:
+                        continue
+                    if view.transposed:
+                        part = part.transposed(view.shape)
+                    if forms and used.count(view.name) == 1:
+                        part = part.compacted()
+                    parts.setdefault(view.name, []).append((view.place, part))
             for name, found in parts.items():
                 columns[name] = assembled(found, self._risk.params[name].numel())
         return columns
@@ -330,17 +330,6 @@ def pulled_back(
         torch.zeros_like(p) if g is None else g
         for p, g in zip(params, map(strided, found), strict=True)
     ]
-
-
-def _counts(kept: Sequence[Kept]) -> Counter[str]:
-    """How often each parameter is used."""
-    return Counter(itertools.chain.from_iterable(each.use.names for each in kept))
-
-
-def _makers(kept: Sequence[Kept]) -> Iterator[Maker]:
-    """What makes the columns of each use, when it is asked for."""
-    for each in kept:
-        yield each.use.columns(each.layout)
 
 
 def _stack(stacked: list[Tensor], signals: list[Tensor], r: int, width: int) -> None:

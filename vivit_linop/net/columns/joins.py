@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from vivit_linop.net.columns.base import DenseColumns, LayerColumns, add_product
-from vivit_linop.net.kinds import View
 
 Place = tuple[int, int]
 
@@ -108,18 +107,16 @@ def placed(parts: list[tuple[Place, Tensor]], numel: int) -> Tensor:
     return rows
 
 
-def assembled(uses: Sequence[tuple[View, LayerColumns]], numel: int) -> LayerColumns:
+def assembled(uses: Sequence[tuple[Place, LayerColumns]], numel: int) -> LayerColumns:
     """Add up the columns of the uses of one parameter.
 
     Args:
-        uses: What is used, and the columns of that.
+        uses: Which entries are used, and the columns of these.
         numel: The number of entries of the parameter.
     """
     by_place: dict[Place, list[LayerColumns]] = {}
-    for view, columns in uses:
-        if view.transposed:
-            columns = columns.transposed(view.shape)
-        by_place.setdefault(view.place, []).append(columns)
+    for place, columns in uses:
+        by_place.setdefault(place, []).append(columns)
     parts: dict[Place, LayerColumns] = {}
     for place, (columns, *others) in sorted(by_place.items()):
         parts[place] = columns.joined(others) if others else columns
