@@ -43,6 +43,7 @@ from vivit_linop.operators import (
     vstack,
 )
 from vivit_linop.risk import EmpiricalRisk, losses
+from vivit_linop.risk.losses import Loss
 from vivit_linop.saving import load, save
 
 __version__ = "0.1.0"
@@ -64,6 +65,7 @@ __all__ = [
     "KhatriRao",
     "Kronecker",
     "LanczosSpectrum",
+    "Loss",
     "LossHessian",
     "PerSampleGradients",
     "PositiveCurvatureHessian",

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from vivit_linop.modes import as_guest
 
 # Numbers that Philox gives for each value of its counter.
 _PER_COUNT = 4
@@ -49,6 +53,19 @@ class Draws:
         """The same numbers, from another sample on."""
         return Draws(self._seed, first)
 
+    def another(self, number: int) -> Draws:
+        """Numbers for the same samples that have nothing to do with these.
+
+        Args:
+            number: Which; 0 for these themselves.
+        """
+        # The key has 128 bits, of which a seed takes half.
+        return Draws(self._seed + (number << 64), self._first)
+
+    def for_each(self, times: int, start: int = 0) -> Draws:
+        """Numbers for so many labels of each sample, from sample ``start`` on."""
+        return Draws(self._seed, (self._first + start) * times)
+
     def uniform(self, *shape: int) -> Tensor:
         """Numbers in (0, 1) for the next samples, ``[n, …]``, float64 on the host."""
         width = math.prod(shape[1:])
@@ -60,6 +77,65 @@ class Draws:
     def normal(self, *shape: int) -> Tensor:
         """Numbers from N(0, 1) for the next samples, likewise."""
         return torch.special.ndtri(self.uniform(*shape))
+
+
+class LabelDraws:
+    """Random numbers for labels of the samples of a batch.
+
+    Each call has new ones, for n samples along the first axis. Those of a sample depend
+    on its number among all samples, on the seed and on what was called before: not on
+    batches, nor on the device.
+
+    Args:
+        draws: Where they come from.
+
+    Example:
+        >>> source = LabelDraws(Draws(7))
+        >>> source.normal(torch.zeros(5, 2)).shape
+        torch.Size([5, 2])
+        >>> source.categories(torch.tensor([[0.0, 1.0]])), source.counts(torch.zeros(1))
+        (tensor([1]), tensor([0.]))
+    """
+
+    def __init__(self, draws: Draws) -> None:
+        self._draws, self._next = draws, 0
+
+    def uniform(self, like: Tensor) -> Tensor:
+        """Numbers in (0, 1), in the shape and dtype of a tensor ``[n, …]``.
+
+        ``draws.uniform(p) < p`` has labels of a Bernoulli distribution.
+        """
+        return self._uniform(*like.shape).to(like)
+
+    def normal(self, like: Tensor) -> Tensor:
+        """Numbers from N(0, 1), likewise."""
+        return torch.special.ndtri(self._uniform(*like.shape)).to(like)
+
+    def categories(self, probabilities: Tensor) -> Tensor:
+        """Classes, ``[n, …]`` for probabilities ``[n, …, C]``, int64.
+
+        Classes are the last axis; probabilities need not sum to 1.
+        """
+        uniform = self._uniform(*probabilities.shape[:-1], 1)
+        return categories(probabilities.detach(), uniform).squeeze(-1)
+
+    def counts(self, rate: Tensor) -> Tensor:
+        """Counts of Poisson distributions, in the shape and dtype of the rates."""
+        return counts(rate, self._uniform(*rate.shape))
+
+    def _uniform(self, *shape: int) -> Tensor:
+        source, self._next = self._draws.another(self._next), self._next + 1
+        return source.uniform(*shape)
+
+    def drawn(self, function: Callable[..., Any], output: Tensor, target: Any) -> Any:
+        """Return what a function draws, who may use torch's own generator too."""
+        state = torch.Generator().manual_seed(self._seed()).get_state()
+        with as_guest(output.device), torch.no_grad():
+            torch.random.set_rng_state(state)
+            return function(output, target, self)
+
+    def _seed(self) -> int:
+        return int(self._uniform(1).mul(2**62))
 
 
 def categories(probabilities: Tensor, uniform: Tensor) -> Tensor:

@@ -193,13 +193,17 @@ class OutputLoss(ABC):
         """
         raise ValueError(
             f"mc_samples: {self.name} has no likelihood to sample from; use "
-            "mc_samples=0."
+            "mc_samples=0, or say how labels are drawn: vl.Loss(…, sample=…)."
         )
 
     @property
     def convex(self) -> bool:
         """Whether all Hessians have roots for certain: there is a closed form."""
-        return type(self).sqrt is not OutputLoss.sqrt
+        return self.has_own("sqrt")
+
+    def has_own(self, method: str) -> bool:
+        """Whether a method is a closed form in place of what the base class does."""
+        return getattr(type(self), method) is not getattr(OutputLoss, method)
 
     def _graph(self, output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         """Return the outputs as leaves and the gradient as a function of them."""

@@ -34,11 +34,10 @@ def check_loss(
     if check_sum:
         with torch.no_grad():
             _check_is_a_sum(loss, output, target)
-    if isinstance(loss, AutogradLoss):
-        return
-    with torch.no_grad():
-        _check_value(loss, output, target)
-    if _has_own(loss, "gradient"):
+    if not isinstance(loss, AutogradLoss):
+        with torch.no_grad():
+            _check_value(loss, output, target)
+    if loss.has_own("gradient"):
         by_autograd = OutputLoss.gradient(loss, output, target)
         found = loss.gradient(output, target)
         _compare(loss, "gradient", found, by_autograd, "by autograd of total")
@@ -76,7 +75,7 @@ def certify_curvature(loss: OutputLoss, output: Tensor, target: Tensor) -> None:
     wrong = _surely_refuted(loss, output, target)
     if wrong.any():
         sample = int(wrong.nonzero()[0])
-        if _has_own(loss, "hessian_product"):
+        if loss.has_own("hessian_product"):
             raise ValueError(
                 f"loss: hessian_product of {loss.name} is wrong, it is not the slope "
                 f"of its gradient (sample {sample} of its batch). Leave it out, and "
@@ -89,7 +88,8 @@ def certify_curvature(loss: OutputLoss, output: Tensor, target: Tensor) -> None:
             "function of differentiable operations. Gradients, PerSampleGradients "
             "and EmpiricalFisher need no second derivatives."
         )
-    if _has_own(loss, "hessian_diagonal"):
+    _check_positions(loss, output, target)
+    if loss.has_own("hessian_diagonal"):
         by_products = OutputLoss.hessian_diagonal(loss, output[:1], target[:1])
         found = loss.hessian_diagonal(output[:1], target[:1])
         _compare(loss, "hessian_diagonal", found, by_products, "by hessian_product")
@@ -102,7 +102,7 @@ def certified_sqrt(loss: OutputLoss, output: Tensor, target: Tensor) -> Tensor:
         ValueError: If it is no square root, or there is none.
     """
     S = loss.sqrt(output, target)
-    if loss.tested or not loss.convex:
+    if loss.tested or not loss.has_own("sqrt"):
         return S
     f = loss.channels(output)
     n, C, P = f.shape
@@ -117,11 +117,6 @@ def certified_sqrt(loss: OutputLoss, output: Tensor, target: Tensor) -> Tensor:
     product = loss.hessian_product(output, target, x.unsqueeze(-1)).squeeze(-1)
     _compare(loss, "S Sᵀ x with S = sqrt", found, product, "by hessian_product")
     return S
-
-
-def _has_own(loss: OutputLoss, method: str) -> bool:
-    """Whether a loss has a closed form in place of what the base class does."""
-    return getattr(type(loss), method) is not getattr(OutputLoss, method)
 
 
 def _check_value(loss: OutputLoss, output: Tensor, target: Tensor) -> None:
@@ -198,6 +193,25 @@ def _couples(loss: OutputLoss, output: Tensor, target: Tensor, mask: Tensor) -> 
     alone = loss.hessian_product(output[mask], target[mask], x[mask])
     tolerance = torch.finfo(f.dtype).eps ** 0.5
     return bool((together - alone).norm() > tolerance * alone.norm() + 1e-30)
+
+
+def _check_positions(loss: OutputLoss, output: Tensor, target: Tensor) -> None:
+    """Raise a ``ValueError`` if outputs at different positions are coupled."""
+    f = loss.channels(output)
+    positions = f.shape[2]
+    if positions == 1 or loss.has_own("hessian_product"):
+        return
+    index = torch.arange(positions, device=f.device)
+    x = _noise(f)
+    for mask in (index % 2 == 0, index < (positions + 1) // 2):
+        some = torch.where(mask, x, torch.zeros_like(x)).unsqueeze(-1)
+        product = loss.hessian_product(output, target, some).squeeze(-1)
+        elsewhere, size = product[..., ~mask].norm(), product.norm()
+        if elsewhere > torch.finfo(f.dtype).eps ** 0.5 * size:
+            raise ValueError(
+                f"loss: {loss.name} couples outputs at different positions, which its "
+                "channels (coupled= of vl.Loss) keep apart. Say coupled='all'."
+            )
 
 
 def _surely_refuted(loss: OutputLoss, output: Tensor, target: Tensor) -> Tensor:

@@ -30,12 +30,14 @@ from vivit_linop.risk.losses.elementwise import (
     SmoothL1,
     SquaredError,
 )
+from vivit_linop.risk.losses.own import Loss, OwnLoss
 
 # Takes a copy of the user's loss.
 Builder = Callable[[Any], OutputLoss]
 _Builder = TypeVar("_Builder", bound=Builder)
 
 _BUILDERS: dict[type, Builder] = {
+    Loss: OwnLoss,
     nn.MSELoss: lambda loss: SquaredError(),
     nn.BCEWithLogitsLoss: lambda loss: BinaryCrossEntropy(loss.weight, loss.pos_weight),
     nn.CrossEntropyLoss: lambda loss: CrossEntropy(

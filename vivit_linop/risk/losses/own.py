@@ -1,0 +1,287 @@
+"""A loss of the user's own, given by functions: :class:`Loss`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vivit_linop.risk.data import leaves, map_leaves
+from vivit_linop.risk.draws import Draws, LabelDraws
+from vivit_linop.risk.losses.autograd import AutogradLoss
+
+OfBatch = Callable[[Any, Any], Tensor]
+Functions = dict[str, Callable[..., Any]]
+
+COUPLED = ("all", "channels", "none")
+# How many labels are drawn together.
+_LABELS = 2**14
+# The closed form of an output loss that a function of the user's is.
+_METHODS = {
+    "gradient": "gradient",
+    "hessian": "hessian_product",
+    "sqrt": "sqrt",
+    "sample": "sample",
+}
+
+
+class Loss(nn.Module):
+    """A loss of one's own: its value, and what is known of it in closed form.
+
+    Only ``value`` must be there; what else is missing comes by autograd, or is refused
+    where it cannot. All functions take a batch, ``(output, target)``, with n samples.
+    It is a module that may be trained with: called, it is the mean or the sum of the
+    values. :func:`vivit_linop.losses.register` is the longer way, by type.
+
+    Closed forms are compared on the data of the risk: a gradient with autograd, a
+    Hessian with differences of gradients, a root with products of the Hessian, what
+    ``coupled`` says with products too. Of what is drawn, only shapes and finiteness are
+    looked at: for a negative log-likelihood the gradients at drawn labels have mean
+    zero, and ``vl.GGN(risk, mc_samples=1000).trace()`` is near that of the GGN where
+    the Hessian does not depend on labels.
+
+    Args:
+        value: The losses of the samples, ``[n, …]``; or their mean or sum, a scalar,
+            as ``reduction`` says. Differentiable twice.
+        gradient: The slopes in the outputs, in their shape.
+        hessian: For each sample the Hessian ℓ_n'' in its outputs, ``[n, C, C]`` with C
+            outputs a sample, flattened; see ``coupled`` for other shapes. It need not
+            be positive semi-definite.
+        sqrt: S with H = S Sᵀ, ``[n, C, R]``.
+        sample: ``(output, target, draws) -> labels`` in the form of the targets, drawn
+            from the model's distribution p(· | output), for Monte-Carlo samples:
+            ``mc_samples=``, ``vl.KFAC``. ``draws`` has random numbers
+            (:class:`vivit_linop.losses.LabelDraws`); those of torch's global generator
+            are right as well, but depend on how the data are cut into batches.
+        reduction: ``"mean"`` or ``"sum"`` over the samples.
+        coupled: Which outputs the loss couples: ``"all"`` of a sample; ``"channels"``,
+            those along axis 1 at one position, for outputs ``[n, C, d…]``; ``"none"``.
+            The fewer, the smaller are the blocks of H: ``[n, C, C, d…]`` for
+            ``"channels"``, and for ``"none"`` in the shape of the outputs; roots are
+            ``[n, C, R, d…]``, or in the shape of the outputs.
+
+    Raises:
+        TypeError: If something is no function.
+        ValueError: If ``reduction`` or ``coupled`` is something else.
+
+    Example:
+        Means and log-variances of a net with two outputs. H depends on the label, and
+        is indefinite; the Monte-Carlo GGN is the Fisher matrix in expectation.
+
+        >>> import torch, vivit_linop as vl
+        >>> _ = torch.manual_seed(0)
+        >>> def value(f, y):
+        ...     return 0.5 * (f[:, 1] + (f[:, 0] - y[:, 0]) ** 2 / f[:, 1].exp())
+        >>> def sample(f, y, draws):
+        ...     deviation = (0.5 * f[:, 1:]).exp()
+        ...     return f[:, :1] + deviation * draws.normal(deviation)
+        >>> loss = vl.Loss(value, sample=sample)
+        >>> data = torch.rand(50, 3), torch.randn(50, 1)
+        >>> risk = vl.EmpiricalRisk(torch.nn.Linear(3, 2), loss, data)
+        >>> fisher = vl.GGN(risk, mc_samples=100)
+        >>> (fisher + 0.1 * vl.Identity(8)).inv()
+        <8x8 Woodbury, torch.float32, cpu>
+    """
+
+    def __init__(
+        self,
+        value: OfBatch,
+        *,
+        gradient: OfBatch | None = None,
+        hessian: OfBatch | None = None,
+        sqrt: OfBatch | None = None,
+        sample: Callable[[Any, Any, LabelDraws], Any] | None = None,
+        reduction: str = "mean",
+        coupled: str = "all",
+    ) -> None:
+        super().__init__()
+        given = {
+            "value": value,
+            "gradient": gradient,
+            "hessian": hessian,
+            "sqrt": sqrt,
+            "sample": sample,
+        }
+        for name, function in given.items():
+            if not callable(function) and (name == "value" or function is not None):
+                raise TypeError(
+                    f"{name}: a function of outputs and targets, got {function!r}."
+                )
+        for name, word, words in (
+            ("reduction", reduction, ("mean", "sum")),
+            ("coupled", coupled, COUPLED),
+        ):
+            if word not in words:
+                raise ValueError(f"{name}: one of {words}, got {word!r}.")
+        self.given: Functions = {n: f for n, f in given.items() if f is not None}
+        self.reduction, self.coupled = reduction, coupled
+
+    def forward(self, output: Any, target: Any) -> Tensor:
+        """Return the mean or the sum of the samples' losses."""
+        value: Tensor = self.given["value"](output, target)
+        if not isinstance(value, Tensor) or value.ndim == 0:
+            return value
+        return value.mean() if self.reduction == "mean" else value.sum()
+
+
+class OwnLoss(AutogradLoss):
+    """What a :class:`Loss` is in output space.
+
+    Args:
+        loss: The risk's own copy.
+    """
+
+    def __init__(self, loss: Loss) -> None:
+        super().__init__(loss)
+        self._given, self._coupled = loss.given, loss.coupled
+        self.name = str(getattr(loss.given["value"], "__name__", "Loss"))
+        self._closed = {_METHODS[name] for name in self._given if name != "value"}
+        self._width: int | None = None
+
+    def has_own(self, method: str) -> bool:
+        """Whether there is a function for it."""
+        return method in self._closed
+
+    def check_data(self, output: Tensor, target: Any) -> None:
+        """All functions have the shapes that they must have."""
+        super().check_data(output, target)
+        with torch.no_grad():
+            value = self._given["value"](output, target)
+        if value.ndim and len(value) != len(output):
+            raise ValueError(
+                f"loss: {self.name} must return the losses of {len(output)} samples, "
+                f"[{len(output)}], or a scalar, got {list(value.shape)}."
+            )
+        if "sqrt" in self._given:
+            self._width = self.sqrt(output, target).shape[2]
+        if "gradient" in self._given:
+            self.gradient(output, target)
+        if "hessian" in self._given:
+            self._blocks(output, target)
+
+    def channels(self, output: Tensor) -> Tensor:
+        """The coupled outputs, and the positions that are not."""
+        n = len(output)
+        if self._coupled == "channels" and output.ndim > 1:
+            return output.reshape(n, output.shape[1], -1)
+        if self._coupled == "none":
+            return output.reshape(n, 1, -1)
+        return super().channels(output)
+
+    def gradient(self, output: Tensor, target: Any) -> Tensor:
+        """That of the user, or by autograd."""
+        if "gradient" not in self._given:
+            return super().gradient(output, target)
+        gradient = self._call("gradient", list(output.shape), output, target)
+        return self.channels(gradient)
+
+    def hessian_product(self, output: Tensor, target: Any, X: Tensor) -> Tensor:
+        """By the blocks of the user, or by autograd."""
+        if "hessian" not in self._given:
+            return super().hessian_product(output, target, X)
+        return self.hessian_at(output, target)(X)
+
+    def hessian_at(self, output: Tensor, target: Any) -> Callable[[Tensor], Tensor]:
+        """Keep the blocks."""
+        if "hessian" not in self._given:
+            return super().hessian_at(output, target)
+        return partial(torch.einsum, "ncep,nepk->ncpk", self._blocks(output, target))
+
+    def hessian_diagonal(self, output: Tensor, target: Any) -> Tensor:
+        """That of the blocks."""
+        if "hessian" not in self._given:
+            return super().hessian_diagonal(output, target)
+        diagonal = self._blocks(output, target).diagonal(dim1=1, dim2=2)
+        return diagonal.movedim(2, 1)
+
+    def sqrt(self, output: Tensor, target: Any) -> Tensor:
+        """That of the user, or by an eigendecomposition."""
+        if "sqrt" not in self._given:
+            return super().sqrt(output, target)
+        shape = self._blocks_shape(output, None)
+        S = self._call("sqrt", shape, output, target)
+        n, C, P = self.channels(output).shape
+        return S.reshape(n, C, math.prod(S.shape) // max(n * C * P, 1), P)
+
+    def sqrt_width(self, output: Tensor) -> int:
+        """That of the user's root."""
+        return super().sqrt_width(output) if self._width is None else self._width
+
+    def sample(
+        self, output: Tensor, target: Any, mc_samples: int, draws: Draws
+    ) -> Tensor:
+        """The gradients at labels that the user draws, over √M."""
+        if "sample" not in self._given:
+            return super().sample(output, target, mc_samples, draws)
+        # [n M, …]: the labels of a sample stand side by side.
+        index = torch.arange(len(output), device=output.device)
+        parts = [
+            self._gradients_at_labels(output, target, rows, draws, mc_samples)
+            for rows in index.split(max(1, _LABELS // mc_samples))
+        ]
+        columns = torch.cat(parts).reshape(len(output), mc_samples, -1)
+        return columns.mT.unsqueeze(-1) / mc_samples**0.5
+
+    def _gradients_at_labels(
+        self, output: Tensor, target: Any, rows: Tensor, draws: Draws, mc_samples: int
+    ) -> Tensor:
+        """Those of some samples, ``[n M, C, P]``."""
+        source = LabelDraws(draws.for_each(mc_samples, int(rows[0])))
+        index = rows.repeat_interleave(mc_samples)
+        f, y = output[index], map_leaves(lambda leaf: leaf[index], target)
+        labels = source.drawn(self._given["sample"], f, y)
+        self._check_labels(labels, y)
+        gradient = self.gradient(f, labels)
+        if not gradient.isfinite().all():
+            raise ValueError(
+                f"loss: the gradient of {self.name} at labels of sample= is NaN or Inf."
+            )
+        return gradient
+
+    def _check_labels(self, labels: Any, target: Any) -> None:
+        got, expected = (
+            [list(leaf.shape) for leaf in leaves(tree)] for tree in (labels, target)
+        )
+        if got != expected:
+            raise ValueError(
+                f"loss: sample of {self.name} must return labels in the form of the "
+                f"targets, {expected}, got {got or type(labels).__name__}."
+            )
+
+    def _blocks(self, output: Tensor, target: Any) -> Tensor:
+        """The Hessians, ``[n, C, C, P]``."""
+        n, C, P = self.channels(output).shape
+        H = self._call("hessian", self._blocks_shape(output, C), output, target)
+        return H.reshape(n, C, C, P)
+
+    def _blocks_shape(self, output: Tensor, columns: int | None) -> list[int | None]:
+        """The shape of blocks with so many columns; None for any number."""
+        if self._coupled == "none":
+            return list(output.shape)
+        n, C, _ = self.channels(output).shape
+        return [n, C, columns, *(output.shape[2:] if self._coupled != "all" else ())]
+
+    def _call(self, name: str, shape: list[Any], output: Tensor, target: Any) -> Tensor:
+        """Call a function of the user's; the shape may have None for any number."""
+        with torch.no_grad():
+            found = self._given[name](output, target)
+        got = list(found.shape) if isinstance(found, Tensor) else None
+        if (
+            got is None
+            or len(got) != len(shape)
+            or any(
+                expected not in (None, size)
+                for expected, size in zip(shape, got, strict=True)
+            )
+        ):
+            expected = str(shape).replace("None", "R")
+            raise ValueError(
+                f"loss: {name} of {self.name} must return {expected} for outputs "
+                f"{list(output.shape)} and coupled={self._coupled!r}, got "
+                f"{type(found).__name__ if got is None else got}."
+            )
+        return found.detach().to(output)
