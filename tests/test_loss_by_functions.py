@@ -412,7 +412,7 @@ def test_wrong_functions(change: dict[str, Any], says: str) -> None:
     [
         (lambda f, y, draws: f, "labels in the form of the targets, ..6.., got ..6, 3"),
         (lambda f, y, draws: None, "got NoneType"),
-        (lambda f, y, draws: torch.full((6,), float("nan")), "is NaN or Inf"),
+        (lambda f, y, draws: torch.full((6,), float("nan")), "not all of them finite"),
         (None, "is has no likelihood|has no likelihood .* vl.Loss"),
     ],
 )

@@ -115,6 +115,17 @@ def test_a_registered_loss_is_of_the_risk() -> None:
     torch.testing.assert_close(vl.GGN(copy.deepcopy(risk)).to_dense(), before)
 
 
+@pytest.mark.parametrize("wrong", ["shape", "NaN"])
+def test_samples_of_another_form_are_refused(wrong: str) -> None:
+    def sample(self: Any, output: Tensor, target: Tensor, M: int, draws: Any) -> Tensor:
+        drawn = draws.normal(len(output), 3, M).to(output)
+        return drawn if wrong == "shape" else drawn.unsqueeze(-1) / 0.0
+
+    net, loss, data = registered(Bare, sample=sample)
+    with pytest.raises(ValueError, match="sample of SquaredNorm must give gradients"):
+        vl.GGN(net, loss, data, mc_samples=2)
+
+
 def test_subclasses_are_not_taken_for_their_base() -> None:
     class Doubled(SquaredNorm):
         def forward(self, f: Tensor, y: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ from vivit_linop.risk.losses.certificates import (
     certified_sqrt,
     certify_curvature,
     check_curvature,
+    checked_sample,
 )
 from vivit_linop.risk.losses.parts import HessianPart
 from vivit_linop.risk.memory import check_matrix_fits, free_memory
@@ -462,9 +463,8 @@ class LossHessianSqrt(FactoredOutputOperator):
             for batch, (output, target) in enumerate(
                 zip(risk.outputs, risk.targets(), strict=True)
             ):
-                drawn = loss.sample(
-                    output, target, mc_samples, draws.starting_at(start)
-                )
+                mine = draws.starting_at(start)
+                drawn = checked_sample(loss, output, target, mc_samples, mine)
                 self._blocks[batch] = risk.scale**0.5 * drawn
                 start += len(output)
 

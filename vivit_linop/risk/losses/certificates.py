@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from vivit_linop.risk.differences import SHIFTS, STEPS, Comparison
+from vivit_linop.risk.draws import Draws
 from vivit_linop.risk.losses.autograd import AutogradLoss
 from vivit_linop.risk.losses.base import OutputLoss
 
@@ -117,6 +118,27 @@ def certified_sqrt(loss: OutputLoss, output: Tensor, target: Tensor) -> Tensor:
     product = loss.hessian_product(output, target, x.unsqueeze(-1)).squeeze(-1)
     _compare(loss, "S Sᵀ x with S = sqrt", found, product, "by hessian_product")
     return S
+
+
+def checked_sample(
+    loss: OutputLoss, output: Tensor, target: Tensor, mc_samples: int, draws: Draws
+) -> Tensor:
+    """Return ``loss.sample``, which must be finite and have its shape.
+
+    Raises:
+        ValueError: If it is not.
+    """
+    drawn = loss.sample(output, target, mc_samples, draws)
+    if loss.tested:
+        return drawn
+    expected = [len(output), output[0].numel(), mc_samples, 1]
+    if list(drawn.shape) != expected or not drawn.isfinite().all():
+        raise ValueError(
+            f"loss: sample of {loss.name} must give gradients {expected} at labels "
+            f"drawn from its likelihood, got {list(drawn.shape)}, "
+            f"{'all' if drawn.isfinite().all() else 'not all'} of them finite."
+        )
+    return drawn
 
 
 def _check_value(loss: OutputLoss, output: Tensor, target: Tensor) -> None:
