@@ -8,7 +8,10 @@ tensor(2.0794, dtype=torch.float64)
 from vivit_linop.linalg import (  # noqa: F401  (register)
     eigen,
     inverse,
+    iterative,
+    pseudoinverse,
     reductions,
+    restrictions,
     roots,
     sandwiches,
 )
@@ -18,6 +21,7 @@ from vivit_linop.linalg.estimates import (
     estimate_diagonal,
     estimate_trace,
 )
+from vivit_linop.linalg.iterative import IterativeInverse
 from vivit_linop.operators.eigenpairs import Eigendecomposition, Eigenpairs
 from vivit_linop.operators.verbs import (
     column_norms_squared,
@@ -28,7 +32,10 @@ from vivit_linop.operators.verbs import (
     eigvalsh,
     inv,
     logdet,
+    pinv,
+    restrict,
     row_norms_squared,
+    sample,
     sqrt,
     to_dense,
     trace,
@@ -38,6 +45,7 @@ __all__ = [
     "DiagonalEstimate",
     "Eigendecomposition",
     "Eigenpairs",
+    "IterativeInverse",
     "TraceEstimate",
     "column_norms_squared",
     "diagonal",
@@ -49,7 +57,10 @@ __all__ = [
     "estimate_trace",
     "inv",
     "logdet",
+    "pinv",
+    "restrict",
     "row_norms_squared",
+    "sample",
     "sqrt",
     "to_dense",
     "trace",

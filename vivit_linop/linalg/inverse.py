@@ -100,7 +100,7 @@ def inverse_of_product(op: Product) -> Op:
         return inv(op.reduced_or(no_inverse(op)))
     raise TypeError(
         "inv: a product of rectangular operators has no closed-form inverse. "
-        "Solve with scipy.sparse.linalg.cg(op, b)."
+        "op.solve(b) iterates."
     )
 
 

@@ -24,6 +24,7 @@ from vivit_linop.operators.kronecker import (
 )
 from vivit_linop.operators.lowrank import Centered, DampedRoot, Gram, LowRank, Woodbury
 from vivit_linop.operators.random_projection import RandomProjection
+from vivit_linop.operators.restricted import Restricted, Rows
 from vivit_linop.operators.sandwich import Sandwich
 from vivit_linop.operators.stacks import HStack, hstack, vstack
 
@@ -47,6 +48,8 @@ __all__ = [
     "LowRank",
     "Product",
     "RandomProjection",
+    "Restricted",
+    "Rows",
     "Sandwich",
     "Scaled",
     "Sum",

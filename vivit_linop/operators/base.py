@@ -27,6 +27,7 @@ from vivit_linop.modes import (
 )
 from vivit_linop.operators import verbs
 from vivit_linop.operators.eigenpairs import Eigenpairs
+from vivit_linop.operators.indices import Index, as_index
 from vivit_linop.operators.scalars import (
     Scalar,
     as_float,
@@ -429,10 +430,94 @@ class TorchLinearOperator(LinearOperator):
         return verbs.inv(self._routed(route))
 
     @ordinary_mode()
-    def solve(self, b: Tensor | np.ndarray) -> Any:
-        """Return ``x`` with ``self @ x = b``, for a vector or columns ``b``."""
+    def solve(
+        self,
+        b: Tensor | np.ndarray,
+        rtol: float | None = None,
+        M: LinearOperator | None = None,
+    ) -> Any:
+        """Return ``x`` with ``self @ x = b``, for a vector or columns ``b``.
+
+        By ``inv`` where there is a closed form. Where there is none, or ``rtol`` or
+        ``M`` is given, by Krylov iterations with products, column by column
+        (:class:`vivit_linop.linalg.IterativeInverse`), for indefinite and
+        unsymmetric operators too; and an error if they do not get there.
+
+        Args:
+            b: ``[n]`` or ``[n, K]``; gradients flow to it.
+            rtol: The relative residual ‖b − A x‖/‖b‖ to iterate to; by default, where
+                there is no closed form, the root of machine epsilon.
+            M: A preconditioner: an operator that approximates the inverse, such as
+                ``(vl.KFAC(risk) + delta * vl.Identity(D)).inv()``.
+
+        Raises:
+            ArithmeticError: If the iteration does not reach the residual.
+            ValueError: If the operator is numerically singular.
+
+        Example:
+            >>> import torch, vivit_linop as vl
+            >>> from torch import nn
+            >>> data = (torch.rand(8, 3), torch.rand(8, 1))
+            >>> risk = vl.EmpiricalRisk(nn.Linear(3, 1), nn.MSELoss(), data)
+            >>> A = vl.Hessian(risk) + 0.1 * vl.Identity(4)
+            >>> x = A.solve(risk.gradient(), rtol=1e-5)
+            >>> bool((A @ x - risk.gradient()).norm() < 1e-4 * risk.gradient().norm())
+            True
+        """
         self._check_square("solve")
-        return verbs.inv(self) @ b
+        return verbs.solver(self, rtol, M) @ b
+
+    @ordinary_mode()
+    def pinv(self, rcond: float | None = None) -> TorchLinearOperator:
+        """Return the Moore–Penrose inverse, ``[n, m]`` of an operator ``[m, n]``.
+
+        Of low-rank operators and factors through their Gram matrix, never dense in D.
+
+        Args:
+            rcond: Eigenvalues (of what is not self-adjoint, singular values) of at most
+                ``rcond`` times the largest count as zero; in block-diagonal and
+                Kronecker operators, of each part. By default what rounding leaves of
+                zeros: of matrices max(m, n) eps; of Gram matrices, which square
+                singular values, max(10, √n) eps.
+
+        Raises:
+            TypeError: If there is no closed form.
+
+        Example:
+            >>> import torch, vivit_linop as vl
+            >>> J = vl.Dense(torch.tensor([[1.0, 0.0, 0.0], [0.0, 2.0, 0.0]]))
+            >>> J.pinv() @ torch.tensor([1.0, 1.0])
+            tensor([1.0000, 0.5000, 0.0000])
+        """
+        if rcond is not None and not 0.0 <= rcond < 1.0:
+            raise ValueError(f"rcond: a number in [0, 1), got {rcond!r}.")
+        return verbs.pinv(self, rcond)
+
+    @ordinary_mode()
+    def restrict(self, index: Index) -> TorchLinearOperator:
+        """Return the principal submatrix of some rows and columns, ``[k, k]``.
+
+        For a subnetwork: of ``G`` the curvature with all other parameters fixed, of its
+        damped inverse the covariance with all others integrated out. Both have inverses
+        again, so that pruning can go on in rounds. What there are closed forms for
+        keeps them.
+
+        Args:
+            index: Distinct numbers of rows, in the order that is wanted, or a mask. For
+                a risk's parameters, ``risk.flatten(masks) > 0``.
+
+        Raises:
+            TypeError: If they are neither integers nor booleans.
+            ValueError: If there is none, or one is out of range or listed twice.
+
+        Example:
+            >>> import torch, vivit_linop as vl
+            >>> A = vl.Dense(torch.tensor([[2.0, 1.0], [1.0, 2.0]]))
+            >>> A.restrict([1]).to_dense(), A.inv().restrict([1]).to_dense()
+            (tensor([[2.]]), tensor([[0.6667]]))
+        """
+        self._check_square("restrict")
+        return verbs.restrict(self, as_index(index, self.shape[0]).to(self.device))
 
     @ordinary_mode()
     def sqrt(self) -> TorchLinearOperator:

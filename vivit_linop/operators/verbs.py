@@ -272,6 +272,15 @@ def inv(op: Any) -> Operator:
 
 
 @singledispatch
+def solver(op: Any, rtol: float | None = None, M: Any = None) -> Operator:
+    """Return what ``A.solve(b)`` multiplies b by; see there for the arguments.
+
+    Without a rule, ``inv`` where that has one, else an inverse by iteration.
+    """
+    raise _no_rule("solve", op)
+
+
+@singledispatch
 def damped_inv(op: Any, damping: Scalar) -> Operator:
     """Return the inverse of ``op + damping * I``, as an operator.
 
@@ -470,8 +479,8 @@ def to_curvlinops(op: Any) -> Any:
 def no_inverse(op: Any, what: str = "") -> TypeError:
     """Return the error of an operator whose inverse has no closed form."""
     return TypeError(
-        f"inv: no closed form for {what}{type(op).__name__}. Solve with "
-        "scipy.sparse.linalg.cg(op, b), or invert Dense(op.to_dense()) if it is small."
+        f"inv: no closed form for {what}{type(op).__name__}. op.solve(b) iterates; or "
+        "invert Dense(op.to_dense()) if it is small."
     )
 
 

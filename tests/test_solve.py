@@ -1,0 +1,133 @@
+"""``A.solve`` by iteration: right to the residual that is asked for, or an error."""
+
+import numpy as np
+import pytest
+import torch
+from cases import dense
+from curvature_cases import risk
+from operator_market import build
+from verb_cases import FLOAT64, SQUARE
+
+import vivit_linop as vl
+from vivit_linop.linalg import IterativeInverse
+from vivit_linop.operators import Sum, verbs
+
+# Unsymmetric and without structure: GMRES takes as many steps as there are rows.
+REGULAR = [
+    name
+    for name in SQUARE
+    if name != "more_columns_than_a_chunk"
+    and torch.linalg.cond(build(name, FLOAT64, "cpu")[1]) < 1e6
+]
+
+
+@pytest.mark.parametrize("dtype, rtol", [(FLOAT64, 1e-10), (torch.float32, 1e-5)])
+@pytest.mark.parametrize("name", REGULAR)
+def test_on_the_market(name: str, dtype: torch.dtype, rtol: float) -> None:
+    op, matrix = build(name, dtype, "cpu")
+    B = torch.linspace(-1, 1, 2 * len(matrix), dtype=dtype).view(-1, 2).cos()
+    X = op.solve(B, rtol=rtol)
+    assert X.dtype == dtype
+    residual = (matrix @ X.double() - B.double()).norm(dim=0)
+    assert (residual <= 5 * rtol * B.double().norm(dim=0)).all()
+
+
+def indefinite(of: vl.EmpiricalRisk, shift: float) -> vl.TorchLinearOperator:
+    return vl.Hessian(of) + shift * vl.Identity(of.num_params)
+
+
+@pytest.mark.parametrize("dtype, rtol", [(FLOAT64, 1e-9), (torch.float32, 1e-4)])
+@pytest.mark.parametrize("kind", ["definite", "indefinite", "sum of two risks"])
+def test_hessians_and_sums(kind: str, dtype: torch.dtype, rtol: float) -> None:
+    of, truth = risk("mlp_ce_mean", dtype), dense("mlp_ce_mean")
+    evals = torch.linalg.eigvalsh(truth.hessian)
+    unit = torch.eye(truth.D, dtype=FLOAT64)
+    if kind == "sum of two risks":
+        half = of.subset(range(of.num_samples // 2))
+        op = Sum(vl.Hessian(of), vl.GGN(half)) + 0.5 * vl.Identity(truth.D)
+        part = truth.per_sample_ggn()[: of.num_samples // 2].mean(0)
+        matrix = truth.hessian + part + 0.5 * unit
+    else:
+        # The shift lies in a gap between negative and positive eigenvalues.
+        shift = 0.1 - evals[0].item() if kind == "definite" else 0.05
+        op, matrix = indefinite(of, shift), truth.hessian + shift * unit
+        assert (torch.linalg.eigvalsh(matrix)[0] > 0) == (kind == "definite")
+    b = torch.linspace(-1, 1, truth.D, dtype=dtype)
+    x = op.solve(b, rtol=rtol)
+    residual = (matrix @ x.double() - b.double()).norm()
+    assert residual <= 5 * rtol * b.norm()
+    # Without a closed form it iterates by itself, and says so.
+    by_default = verbs.solver(op)
+    assert isinstance(by_default, IterativeInverse)
+    assert by_default.self_adjoint
+    x = op.solve(b)
+    assert (matrix @ x.double() - b.double()).norm() <= 1e-3 * b.norm()
+
+
+def test_closed_forms_come_first() -> None:
+    of = risk("mlp_ce_mean")
+    A = vl.GGN(of) + 0.1 * vl.Identity(of.num_params)
+    b = torch.ones(of.num_params, dtype=FLOAT64)
+    assert torch.equal(A.solve(b), A.inv() @ b)
+    assert not isinstance(verbs.solver(A), IterativeInverse)
+    assert isinstance(verbs.solver(A, rtol=1e-3), IterativeInverse)
+
+
+def test_preconditioners() -> None:
+    """The exact inverse as M needs next to no products."""
+    D = 60
+    evals = torch.logspace(0, 4, D, dtype=FLOAT64)
+    products: list[int] = []
+
+    class Counting(vl.TorchLinearOperator):
+        self_adjoint = True
+
+        def _multiply(self, X: torch.Tensor) -> torch.Tensor:
+            products.append(X.shape[1])
+            return evals[:, None] * X
+
+    op, b = Counting((D, D), FLOAT64), torch.ones(D, dtype=FLOAT64)
+    assert torch.allclose(op.solve(b, rtol=1e-8), b / evals, rtol=1e-3)
+    without = len(products)
+    products.clear()
+    M = vl.Diagonal(1 / evals)
+    assert torch.allclose(op.solve(b, rtol=1e-8, M=M), b / evals, rtol=1e-3)
+    assert len(products) < 5 < without
+
+
+def test_right_hand_sides() -> None:
+    op, matrix = build("sum_of_three", FLOAT64, "cpu")
+    b = torch.linspace(1, 2, len(matrix), dtype=FLOAT64)
+    x = torch.linalg.solve(matrix, b)
+    for given in (b.numpy(), b.view(-1, 1).repeat(1, 2).numpy()):
+        found = op.solve(given, rtol=1e-10)
+        assert isinstance(found, np.ndarray)
+        expected = x.view(-1, *[1] * (given.ndim - 1)).expand(given.shape)
+        assert np.allclose(found, expected)
+    assert torch.equal(op.solve(0 * b), 0 * b)
+    leaf = b.clone().requires_grad_()
+    (slope,) = torch.autograd.grad(op.solve(leaf, rtol=1e-11).sum(), leaf)
+    assert torch.allclose(slope, torch.linalg.solve(matrix.T, torch.ones_like(b)))
+
+
+def test_what_is_refused() -> None:
+    op, matrix = build("sum_of_three", FLOAT64, "cpu")
+    b = torch.ones(len(matrix), dtype=FLOAT64)
+    for bad in (0.0, -1.0, float("nan")):
+        with pytest.raises(ValueError, match="rtol: a positive"):
+            op.solve(b, rtol=bad)
+    with pytest.raises(ValueError, match="M: an approximation"):
+        op.solve(b, M=vl.Identity(2))
+    with pytest.raises(ValueError, match="solve: needs a square"):
+        vl.Dense(torch.rand(2, 3)).solve(torch.ones(2))
+    # There is no solution.
+    singular = Sum(vl.Diagonal(torch.tensor([1.0, 0.0])), vl.Dense(torch.zeros(2, 2)))
+    with pytest.raises(ArithmeticError, match="solve: a relative residual"):
+        singular.solve(torch.ones(2))
+    # Gradients would not reach δ.
+    delta = torch.tensor(1.0, dtype=FLOAT64, requires_grad=True)
+    D = risk("mlp_ce_mean").num_params
+    damped = vl.Hessian(risk("mlp_ce_mean")) + delta * vl.Identity(D)
+    for rtol in (None, 1e-3):
+        with pytest.raises(TypeError, match=r"inv: no closed form|requires grad"):
+            damped.solve(torch.ones(D, dtype=FLOAT64), rtol=rtol)

@@ -1,0 +1,157 @@
+"""Inverses by iteration, for operators without a closed form."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.sparse import linalg as sparse
+from torch import Tensor
+
+from vivit_linop.linalg import inverse  # noqa: F401  (its rules come first)
+from vivit_linop.operators.base import TorchLinearOperator
+from vivit_linop.operators.verbs import inv, solver
+
+Solve = Callable[[np.ndarray, float], tuple[np.ndarray, int]]
+
+# Krylov vectors that GMRES keeps.
+_GMRES_VECTORS = 50
+
+
+class IterativeInverse(TorchLinearOperator):
+    """The inverse of an operator by Krylov iterations, up to a relative residual.
+
+    SciPy's conjugate gradients while all directions have positive curvature, else
+    MINRES (Paige & Saunders 1975), which takes indefinite operators; GMRES for what is
+    not self-adjoint. A solution x of A x = b is looked at, ‖b − A x‖ ≤ rtol ‖b‖, and
+    solved for again with what is left of b; where that does not help, there is an
+    error. Each iteration is one product with A, and one with M.
+
+    Args:
+        operator: A, square.
+        rtol: The relative residual; by default the root of machine epsilon.
+        M: An approximation of A⁻¹, self-adjoint and positive definite for
+            self-adjoint A: a preconditioner.
+
+    Raises:
+        TypeError: If a tensor of A requires grad, which gradients would not reach.
+        ValueError: If ``rtol`` is not positive, or M has another shape.
+    """
+
+    def __init__(
+        self,
+        operator: TorchLinearOperator,
+        rtol: float | None = None,
+        M: sparse.LinearOperator | None = None,
+    ) -> None:
+        if operator.requires_grad:
+            raise TypeError(
+                f"solve: a tensor of this {type(operator).__name__} requires grad, and "
+                "an iteration does not pass gradients to it. Take .detach()ed tensors."
+            )
+        eps = torch.finfo(operator.torch_dtype).eps
+        self.rtol = eps**0.5 if rtol is None else float(rtol)
+        if not self.rtol > 0.0:
+            raise ValueError(f"rtol: a positive number, got {rtol!r}.")
+        if M is not None and tuple(M.shape) != tuple(operator.shape):
+            raise ValueError(
+                f"M: an approximation of the inverse of shape {tuple(operator.shape)}, "
+                f"got {M!r}."
+            )
+        self.operator, self.M = operator, M
+        super().__init__(operator.shape, operator._own_dtype, operator._own_device)
+
+    @property
+    def self_adjoint(self) -> bool:  # type: ignore[override]
+        """Whether A is."""
+        return self.operator.self_adjoint
+
+    def _multiply(self, X: Tensor) -> Tensor:
+        return self._solved(X, self.operator, self.M)
+
+    def _multiply_adjoint(self, X: Tensor) -> Tensor:
+        M = self.M if self.M is None else self.M.T
+        return self._solved(X, self.operator.T, M)
+
+    def _solved(self, X: Tensor, A: TorchLinearOperator, M: Any) -> Tensor:
+        columns = [self._column(x, A, M) for x in X.detach().cpu().numpy().T]
+        return torch.as_tensor(np.stack(columns, axis=1)).to(X)
+
+    def _column(self, b: np.ndarray, A: TorchLinearOperator, M: Any) -> np.ndarray:
+        if not b.any():
+            return np.zeros_like(b)
+        if not self.self_adjoint:
+            return self._refined(b, A, lambda r, tol: _gmres(A, r, tol, M))
+        try:
+            definite = _PositiveCurvature(A)
+            return self._refined(
+                b, A, lambda r, tol: sparse.cg(definite, r, rtol=tol, M=M)
+            )
+        except _IndefiniteError:
+            return self._refined(b, A, lambda r, tol: _minres(A, r, tol, M))
+
+    def _refined(
+        self, b: np.ndarray, A: TorchLinearOperator, solve: Solve
+    ) -> np.ndarray:
+        """Solve again for the residual, as long as that at least halves it."""
+        x, residual = np.zeros_like(b), b
+        size = whole = float(np.linalg.norm(b))
+        while True:
+            part, _ = solve(residual / size, 0.5 * self.rtol * whole / size)
+            x = x + size * part.astype(b.dtype)
+            residual = b - A @ x
+            before, size = size, float(np.linalg.norm(residual))
+            if size <= self.rtol * whole:
+                return x
+            if not size < 0.5 * before:
+                raise ArithmeticError(
+                    f"solve: a relative residual of {self.rtol:.1e} is not reached, "
+                    f"only {size / whole:.1e} in {self.torch_dtype}. Give a larger "
+                    "rtol or a preconditioner M, or add damping: A + delta * "
+                    "Identity(n)."
+                )
+
+
+class _IndefiniteError(ArithmeticError):
+    """A direction has a curvature that is not positive."""
+
+
+class _PositiveCurvature(sparse.LinearOperator):
+    """An operator that only multiplies directions of positive curvature."""
+
+    def __init__(self, operator: TorchLinearOperator) -> None:
+        self._operator = operator
+        super().__init__(operator.dtype, operator.shape)
+
+    def _matvec(self, x: np.ndarray) -> np.ndarray:
+        product = self._operator @ x
+        if not x.reshape(-1) @ product.reshape(-1) > 0.0:
+            raise _IndefiniteError
+        return product
+
+
+def _minres(A: Any, r: np.ndarray, rtol: float, M: Any) -> tuple[np.ndarray, int]:
+    """MINRES measures residuals by ‖A‖ ‖x‖, so that it stops too early by itself."""
+    eps = float(np.finfo(r.dtype).eps)
+    return sparse.minres(A, r, rtol=max(eps, 1e-2 * rtol), M=M)
+
+
+def _gmres(A: Any, r: np.ndarray, rtol: float, M: Any) -> tuple[np.ndarray, int]:
+    restart = min(len(r), _GMRES_VECTORS)
+    return sparse.gmres(A, r, rtol=rtol, restart=restart, M=M)
+
+
+@solver.register
+def solver_of_operator(
+    op: TorchLinearOperator, rtol: float | None = None, M: Any = None
+) -> TorchLinearOperator:
+    """The closed form if there is one, and nothing else was asked for."""
+    if rtol is None and M is None:
+        try:
+            return inv(op)
+        except TypeError:
+            if op.requires_grad:
+                raise
+    return IterativeInverse(op, rtol, M)

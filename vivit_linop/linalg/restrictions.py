@@ -1,0 +1,213 @@
+"""Principal submatrices, and rows of factors: the rules of ``restrict``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from vivit_linop.operators.base import TorchLinearOperator
+from vivit_linop.operators.damped import Damped, DampedDense
+from vivit_linop.operators.elementary import (
+    Adjoint,
+    Dense,
+    DenseInverse,
+    Diagonal,
+    Identity,
+    Product,
+    Scaled,
+    Sum,
+)
+from vivit_linop.operators.kronecker import BlockDiagonal
+from vivit_linop.operators.lowrank import Gram, LowRank, Woodbury
+from vivit_linop.operators.restricted import Restricted, Rows, padded
+from vivit_linop.operators.scalars import Scalar
+from vivit_linop.operators.symmetric import symmetric_eigenpairs
+from vivit_linop.operators.verbs import (
+    add,
+    adjoint,
+    column_pieces,
+    damp,
+    damped_inv,
+    diagonal,
+    gram,
+    gram_matrix,
+    inv,
+    logdet,
+    outer_matrix,
+    outer_product,
+    restrict,
+    row_norms_squared,
+    scale,
+    sqrt,
+    to_dense,
+)
+
+Op = TorchLinearOperator
+
+
+@restrict.register
+def restricted_operator(op: TorchLinearOperator, index: Tensor) -> Op:
+    return Restricted(op, index)
+
+
+@restrict.register
+def restricted_identity(op: Identity, index: Tensor) -> Op:
+    return Identity(len(index), op._own_dtype, op._own_device)
+
+
+@restrict.register
+def restricted_dense(op: Dense, index: Tensor) -> Op:
+    return Dense(op.matrix[index][:, index])
+
+
+@restrict.register
+def restricted_dense_inverse(op: DenseInverse, index: Tensor) -> Op:
+    return Dense(to_dense(op)[index][:, index])
+
+
+@restrict.register
+def restricted_diagonal(op: Diagonal, index: Tensor) -> Op:
+    return Diagonal(op.entries[index])
+
+
+@restrict.register
+def restricted_adjoint(op: Adjoint, index: Tensor) -> Op:
+    return adjoint(restrict(op.parent, index))
+
+
+@restrict.register
+def restricted_scaled(op: Scaled, index: Tensor) -> Op:
+    return scale(restrict(op.operator, index), op.factor)
+
+
+@restrict.register
+def restricted_damped(op: Damped | DampedDense, index: Tensor) -> Op:
+    return damp(restrict(op.operator, index), op.damping)
+
+
+@restrict.register
+def restricted_sum(op: Sum, index: Tensor) -> Op:
+    total = restrict(op.terms[0], index)
+    for term in op.terms[1:]:
+        total = add(total, restrict(term, index))
+    return total
+
+
+@restrict.register
+def restricted_gram(op: Gram, index: Tensor) -> Op:
+    return restrict(Dense(op.matrix), index) if op.known else Restricted(op, index)
+
+
+@restrict.register
+def restricted_product(op: Product, index: Tensor) -> Op:
+    """E (A B C) Eᵀ = (E A) B (E Cᵀ)ᵀ, which stays self-adjoint where C = Aᵀ."""
+    if len(op.factors) < 2:
+        return restrict(op.factors[0], index)
+    left = Rows(op.factors[0], index)
+    right = left if op.self_adjoint else Rows(op.factors[-1].T, index)
+    return Product(left, *op.factors[1:-1], right.T)
+
+
+@restrict.register
+def restricted_low_rank(op: LowRank, index: Tensor) -> Op:
+    """Of the rows of V."""
+    if not op.semidefinite:
+        return Restricted(op, index)
+    return LowRank(Rows(op.factor, index), op.scale)
+
+
+@restrict.register
+def restricted_restricted(op: Restricted, index: Tensor) -> Op:
+    return restrict(op.operator, op.index[index])
+
+
+@restrict.register
+def restricted_block_diagonal(op: BlockDiagonal, index: Tensor) -> Op:
+    """Block by block; blocks without a row among them are left out."""
+    if not op.has_square_blocks:
+        return Restricted(op, index)
+    # Where each row of the whole is among those that are wanted, −1 if it is not.
+    place = torch.full((op.shape[0],), -1, device=index.device)
+    place[index] = torch.arange(len(index), device=index.device)
+    blocks, places = [], []
+    for block, part in zip(op.blocks, op.split(place), strict=True):
+        rows = (part >= 0).nonzero().squeeze(1)
+        if len(rows):
+            blocks.append(restrict(block, rows))
+            places.append(part[rows])
+    return BlockDiagonal(blocks, places)
+
+
+# Rows of factors ----------------------------------------------------------------------
+
+
+@column_pieces.register
+def column_pieces_of_rows(op: Rows) -> Iterator[tuple[slice, Tensor]]:
+    for place, columns in column_pieces(op.operator):
+        yield place, columns[op.index]
+
+
+@row_norms_squared.register
+def row_norms_of_rows(op: Rows) -> Tensor:
+    return row_norms_squared(op.operator)[op.index]
+
+
+@outer_product.register
+def outer_product_of_rows(factor: Rows, X: Tensor) -> Tensor:
+    X = padded(X, factor.index, factor.operator.shape[0])
+    return outer_product(factor.operator, X)[factor.index]
+
+
+@outer_matrix.register
+def outer_matrix_of_rows(factor: Rows) -> Tensor:
+    """Some columns at a time."""
+    k = factor.shape[0]
+    total = torch.zeros(k, k, dtype=factor.torch_dtype, device=factor.device)
+    for _, columns in column_pieces(factor):
+        total.addmm_(columns, columns.T)
+    return total
+
+
+# Of inverses -------------------------------------------------------------------------
+
+
+@diagonal.register
+def diagonal_of_restricted(op: Restricted) -> Tensor:
+    return diagonal(op.operator)[op.index]
+
+
+@sqrt.register
+def root_of_restricted(op: Restricted) -> Op:
+    """E A Eᵀ = (E R)(E R)ᵀ with A = R Rᵀ."""
+    return Rows(sqrt(op.operator), op.index)
+
+
+@inv.register
+def inverse_of_restricted(op: Restricted) -> Op:
+    """Of Woodbury's (c V Vᵀ + δ I)⁻¹: what is not among the rows is eliminated.
+
+    By Schur's complement, (E (c V Vᵀ + δ I)⁻¹ Eᵀ)⁻¹ is the operator of the rows V_k
+    with the others V' integrated out, δ I + c V_k (I + c V'ᵀV'/δ)⁻¹ V_kᵀ.
+    """
+    inner = op.operator
+    if not isinstance(inner, Woodbury) or not inner.operator.by_gram:
+        return inv(Dense(to_dense(op)))
+    low_rank, delta = inner.operator, inner.damping
+    rows = Rows(low_rank.factor, op.index)
+    others = gram(low_rank.factor).to_dense() - gram_matrix(rows, rows)
+    evals, evecs = symmetric_eigenpairs(others.double())
+    weights = (1.0 + low_rank.scale / delta * evals.clamp(min=0.0)).rsqrt()
+    middle = Dense((evecs * weights).to(op.torch_dtype))
+    return damp(LowRank(Product(rows, middle), low_rank.scale), delta)
+
+
+@damped_inv.register
+def damped_inverse_of_restricted(op: Restricted, damping: Scalar) -> Op:
+    return damped_inv(Dense(to_dense(op)), damping)
+
+
+@logdet.register
+def logdet_of_restricted(op: Restricted) -> Tensor:
+    return -logdet(inv(op))

@@ -1,0 +1,49 @@
+"""Numbers of rows, as users give them."""
+
+from __future__ import annotations
+
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vivit_linop.modes import as_given
+
+Index: TypeAlias = Tensor | np.ndarray | list[int] | range
+"""Numbers of rows, or a boolean mask of them."""
+
+
+def as_index(given: Any, rows: int) -> Tensor:
+    """Return distinct numbers of rows, int64, from indices or from a mask.
+
+    Raises:
+        TypeError: If they are neither integers nor booleans.
+        ValueError: If there is none, or one is out of range or listed twice.
+    """
+    index = as_given(list(given) if isinstance(given, range) else given).detach()
+    if index.ndim != 1 or not index.numel():
+        raise ValueError(
+            "index: numbers of rows along one axis, at least one, got shape "
+            f"{list(index.shape)}."
+        )
+    if index.dtype == torch.bool:
+        if len(index) != rows:
+            raise ValueError(f"index: a mask has {rows} entries, got {len(index)}.")
+        index = index.nonzero().squeeze(1)
+        if not len(index):
+            raise ValueError("index: the mask is False everywhere.")
+    if index.is_floating_point() or index.is_complex():
+        raise TypeError(
+            f"index: integers or a boolean mask, got {index.dtype}. Take mask > 0.5, "
+            "or index.long()."
+        )
+    index = index.long()
+    if index.min() < 0 or index.max() >= rows:
+        raise ValueError(
+            f"index: must lie in 0..{rows - 1}, got {int(index.min())}.."
+            f"{int(index.max())}."
+        )
+    if len(index.unique()) < len(index):
+        raise ValueError("index: a row is listed twice.")
+    return index
