@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode, resolve_name
 
-from vivit_linop.risk.data import leaves, map_leaves
+from vivit_linop.risk.containers import leaves, map_leaves
 from vivit_linop.risk.model import Params, strided
 
 # Steps and tolerances of differences of one operation's gradients.

@@ -18,7 +18,8 @@ from vivit_linop.curvature.second_derivatives import (
 )
 from vivit_linop.net.costs import layer_costs
 from vivit_linop.operators.base import TorchLinearOperator
-from vivit_linop.risk.data import copied, take
+from vivit_linop.risk.containers import copied
+from vivit_linop.risk.data import some_targets
 from vivit_linop.risk.empirical import EmpiricalRisk, as_risk
 from vivit_linop.risk.losses.certificates import certify_curvature, check_curvature
 from vivit_linop.risk.model import as_guest, strided
@@ -275,18 +276,20 @@ class HessianProducts(TorchLinearOperator):
         risk = self.risk
         factor = risk.scale / risk.reduction_factor
         everything, start = range(len(risk.sizes)), 0
-        for (X, y), targets in zip(risk.batches(), risk.targets(), strict=True):
-            for n in range(len(y)):
+        batches = zip(risk.batches(), risk.targets(), risk.batch_sizes, strict=True)
+        for (X, _), targets, samples in batches:
+            for n in range(samples):
                 if numbers is not None and start + n not in numbers:
                     continue
                 with as_guest(risk.device):
-                    sample = take(X, torch.tensor([n], device="cpu"), risk.by_sample)
+                    own = torch.tensor([n], device="cpu")
+                    sample = risk.samples.take(X, own)
                     output = risk.model(risk.params, sample)
-                    total = risk.loss.total(output, targets[n : n + 1]) * factor
+                    total = risk.loss.total(output, some_targets(targets, own)) * factor
                     gradient = self._gradient_of(total)
                     image = self._differentiate(gradient, everything, U, None)
                 yield image
-            start += len(y)
+            start += samples
 
 
 def _pulled_back(

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from vivit_linop.curvature.culprit import FrozenValues, at_fault
-from vivit_linop.risk.data import map_leaves, take
+from vivit_linop.risk.containers import map_leaves
 from vivit_linop.risk.differences import (
     ROUGH,
     SHIFTS,
@@ -57,10 +57,10 @@ class Samples:
     u: Tensor
     base: Tensor
 
-    def some(self, index: Tensor, by_sample: Sequence[bool]) -> Samples:
-        """Those of some numbers."""
+    def some(self, index: Tensor, X: Any) -> Samples:
+        """Those of some numbers, which have the input X."""
         at = index.to(self.base.device)
-        return Samples(take(self.X, index, by_sample), self.u[at], self.base[at])
+        return Samples(X, self.u[at], self.base[at])
 
 
 @dataclass(frozen=True)
@@ -167,7 +167,7 @@ class Certificate:
         if n == 1:
             return []
         halves = [
-            samples.some(part, self.risk.by_sample)
+            samples.some(part, self.risk.samples.take(samples.X, part))
             for part in torch.arange(n, device="cpu").chunk(2)
         ]
         try:

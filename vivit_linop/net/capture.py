@@ -22,7 +22,7 @@ from vivit_linop.net.columns.joins import Place, assembled
 from vivit_linop.net.kinds import View
 from vivit_linop.net.recorder import Recorder
 from vivit_linop.net.structure import Layout, Use, Variant, overlapping
-from vivit_linop.risk.data import leaves, take
+from vivit_linop.risk.containers import leaves
 from vivit_linop.risk.empirical import EmpiricalRisk
 from vivit_linop.risk.model import strided
 
@@ -115,7 +115,7 @@ class Capture:
         if count < n:
             index = torch.arange(count, device="cpu")
             try:
-                few = cls(risk, take(X, index, risk.by_sample), count)
+                few = cls(risk, risk.samples.take(X, index), count)
                 risk.check_outputs(batch, few.output.detach(), index)
                 return few
             # In whatever way it fails, it may run on the batch; an error of its own is
@@ -309,10 +309,13 @@ def sample_sizes(risk: EmpiricalRisk, batch: int, X: Any, n: int) -> SampleSizes
 
 
 def _key_of_sizes(risk: EmpiricalRisk, X: Any) -> Hashable:
-    shapes = (
-        leaf.shape[by_sample:]
-        for leaf, by_sample in zip(leaves(X), risk.by_sample, strict=True)
-    )
+    axes = risk.samples.axes(X)
+    shapes = []
+    for at, leaf in enumerate(leaves(X)):
+        shape, axis = list(leaf.shape), None if axes is None else axes[at]
+        if axis is not None:
+            del shape[axis]
+        shapes.append(tuple(shape))
     return "sample sizes", *shapes
 
 

@@ -399,10 +399,11 @@ def find_structure(risk: EmpiricalRisk, alone: bool = False) -> Structure:
 
 
 def _find_structure(risk: EmpiricalRisk, count: int) -> Structure:
-    X, y = next(risk.batches())
+    X, _ = next(risk.batches())
     generator = torch.Generator().manual_seed(1)
     with as_guest(risk.device):
-        few, structure = Capture.of_few(risk, X, len(y), count), Structure()
+        few = Capture.of_few(risk, X, risk.batch_sizes[0], count)
+        structure = Structure()
         few.keep_sizes(X)
         noise = _drawn((*few.output.shape, 1), generator, few.output)
         certified = CertifiedColumns(risk, X, few, structure)

@@ -16,7 +16,7 @@ from torch.func import vjp, vmap
 
 from vivit_linop.net.capture import Capture, pulled_back
 from vivit_linop.net.columns.base import DenseColumns, LayerColumns
-from vivit_linop.risk.data import leaves, map_leaves, take
+from vivit_linop.risk.containers import leaves, map_leaves
 from vivit_linop.risk.empirical import EmpiricalRisk
 from vivit_linop.risk.model import Params
 
@@ -33,22 +33,31 @@ def vectorised(
         Exception: Of any kind, where the net cannot be vectorised.
     """
     fixed, chosen = _split(risk, names)
-    by_sample = risk.by_sample
+    axes = risk.samples.axes(X)
+    if axes is None:
+        raise NotImplementedError("samples are not along axes of tensors")
+    numbered = [axis for axis in axes if axis is not None]
 
     def outputs(params: Params, sample: Any) -> Tensor:
         return risk.model({**fixed, **params}, sample).reshape(-1)
 
     def columns(sample_leaves: list[Tensor], weight: Tensor) -> dict[str, Tensor]:
-        given, flags = iter(sample_leaves), iter(by_sample)
-        sample = map_leaves(lambda leaf: next(given)[None] if next(flags) else leaf, X)
+        given, of_leaf = iter(sample_leaves), iter(axes)
+
+        def alone(leaf: Tensor) -> Tensor:
+            axis = next(of_leaf)
+            return leaf if axis is None else next(given).unsqueeze(axis)
+
+        sample = map_leaves(alone, X)
         pull_back = vjp(lambda params: outputs(params, sample), chosen)[1]
         (gradients,) = vmap(pull_back)(weight)
         result: dict[str, Tensor] = gradients
         return result
 
-    batched = [leaf for leaf, flag in zip(leaves(X), by_sample, strict=True) if flag]
+    pairs = zip(leaves(X), axes, strict=True)
+    batched = [leaf for leaf, axis in pairs if axis is not None]
     with torch.no_grad():
-        made = vmap(columns)(batched, cotangents.mT.contiguous())
+        made = vmap(columns, in_dims=(numbered, 0))(batched, cotangents.mT.contiguous())
     n, _, R = cotangents.shape
     return {
         name: _dense(part, n, R)
@@ -70,7 +79,7 @@ def one_by_one(
     parameters = list(params.values())
     columns: list[list[Tensor]] = [[] for _ in parameters]
     for index, weights in enumerate(cotangents.mT.contiguous()):
-        sample = take(X, torch.tensor([index], device="cpu"), risk.by_sample)
+        sample = risk.samples.take(X, torch.tensor([index], device="cpu"))
         output = risk.model({**fixed, **params}, sample).reshape(-1)
         for w in weights:
             gradients = pulled_back(output, parameters, w)

@@ -33,7 +33,7 @@ from torch.func import vmap
 from vivit_linop.modes import as_guest
 from vivit_linop.net.rounding import ATTEMPTS, BY_NOISE, with_other_digits
 from vivit_linop.net.tangents import OutOfPlace, tangent_map, tracing_pays
-from vivit_linop.risk.data import copied, leaves
+from vivit_linop.risk.containers import copied, leaves
 from vivit_linop.risk.empirical import EmpiricalRisk
 from vivit_linop.risk.memory import (
     batch_does_not_fit,

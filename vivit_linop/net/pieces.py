@@ -28,7 +28,7 @@ from vivit_linop.net.capture import Capture, Takes, sample_sizes
 from vivit_linop.net.certified import CertifiedColumns, find_structure
 from vivit_linop.net.columns.base import LayerColumns
 from vivit_linop.net.columns.joins import merged
-from vivit_linop.risk.data import copied, take
+from vivit_linop.risk.containers import copied
 from vivit_linop.risk.empirical import EmpiricalRisk
 from vivit_linop.risk.memory import explained, free_memory
 
@@ -339,7 +339,7 @@ class Pass:
         """Make the pieces of some samples of a batch of n."""
         few = len(index) < n
         # Columns may be kept, when the data are overwritten.
-        X = take(whole, index, self._risk.by_sample) if few else copied(whole)
+        X = self._risk.samples.take(whole, index) if few else copied(whole)
         capture = Capture(self._risk, X, len(index))
         self._risk.check_outputs(batch, capture.output.detach(), index)
         certified = CertifiedColumns(self._risk, X, capture)

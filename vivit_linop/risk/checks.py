@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vivit_linop.risk.data import take
 from vivit_linop.risk.memory import is_out_of_memory, saved_bytes
 from vivit_linop.risk.model import FunctionalModel, as_guest, random_state
+from vivit_linop.risk.samples import Samples
 
 # From how many states of the generators a model that draws is evaluated on the first
 # batch. A coin that is used falls alike in all of them once in 2⁸ times.
@@ -44,7 +44,7 @@ def _largest(tensor: Tensor) -> Tensor:
 
 
 def checked_outputs(
-    model: FunctionalModel, index: int, X: Any, y: Tensor
+    model: FunctionalModel, index: int, X: Any, n: int
 ) -> tuple[int, Tensor]:
     """Return what the graph of a batch's outputs takes in bytes, and the outputs.
 
@@ -52,7 +52,7 @@ def checked_outputs(
         model: The model.
         index: The batch; the first is looked at more closely.
         X: Its inputs.
-        y: Its targets.
+        n: How many samples it has.
 
     Raises:
         ValueError: If the outputs are not one differentiable function of parameters and
@@ -73,9 +73,9 @@ def checked_outputs(
                 "iteration of spectral_norm in training mode, or statistics that "
                 "are kept), so it is not one function. Call model.eval() first."
             )
-    if output.ndim == 0 or len(output) != len(y) or output.numel() == 0:
+    if output.ndim == 0 or len(output) != n or output.numel() == 0:
         raise ValueError(
-            f"{where} returned outputs {list(output.shape)} for {len(y)} samples; "
+            f"{where} returned outputs {list(output.shape)} for {n} samples; "
             "the first axis must count samples."
         )
     if output.dtype != first.dtype or output.device != first.device:
@@ -138,10 +138,10 @@ def _check_unmoved(model: FunctionalModel, index: int, X: Any, output: Tensor) -
             )
 
 
-def check_independent(
-    model: FunctionalModel, X: Any, output: Tensor, by_sample: Sequence[bool]
-) -> None:
-    """Raise an error if samples have other outputs beside other samples.
+def independent_samples(
+    model: FunctionalModel, X: Any, output: Tensor, ways: Sequence[Samples]
+) -> Samples:
+    """Return where samples are, such that they have the same outputs beside others.
 
     Two groups of samples are evaluated alone. A model that does not run on these, since
     it runs on batches of one size only, is evaluated on the whole batch with samples of
@@ -151,61 +151,73 @@ def check_independent(
         model: The model.
         X: The inputs of a batch of two samples at least.
         output: Its outputs.
-        by_sample: For each tensor of the input, whether its first axis counts samples.
+        ways: Where samples may be, the likeliest first.
 
     Raises:
-        ValueError: If they do, or if the model can be asked in neither way.
+        ValueError: If samples depend on each other in all ways, or if the model can be
+            asked in none.
     """
     n, device = len(output), output.device
-    failure: Exception | None = None
+    failures: dict[Samples, Exception] = {}
+    asked = list(ways)
     with as_guest(device):
         # Draws from a fork of the generator, which nobody sees, are found out as well.
         _seed(0, device)
-        for questions in (_alone(n), _in_company(n)):
-            try:
-                same = all(
-                    _same_among(model, X, output, by_sample, index, places)
-                    for index, places in questions
-                )
-            # Whatever the model raises: it may be since it takes other batches only.
-            except Exception as error:
-                if is_out_of_memory(error):
-                    raise
-                failure = error
-                continue
-            if same:
-                return
-            if not same_outputs(model(model.params, X), output):
-                raise ValueError(
-                    "model: it has other outputs when it is evaluated a second time, "
-                    "so it is not one function. Look for a generator of its own, and "
-                    "for what it counts or keeps from call to call."
-                )
-            raise ValueError(
-                "model: its outputs for a sample depend on the other samples of the "
-                "batch, so per-sample curvature is undefined. Look for normalisations "
-                "or means over the batch, and for inputs without a sample axis, such "
-                "as a mask, that are as long as the batch. (check=False turns this "
-                "check off.)"
-            )
+        for questions in (_alone, _in_company):
+            for samples in list(asked):
+                try:
+                    if all(
+                        _same_among(model, X, output, samples, index, places)
+                        for index, places in questions(n)
+                    ):
+                        return samples
+                # Whatever it raises: it may be since it takes other batches only.
+                except Exception as error:
+                    if is_out_of_memory(error):
+                        raise
+                    failures[samples] = error
+                    continue
+                asked.remove(samples)
         model(model.params, X)  # an error that it always raises is to be seen
+        if ways[0] not in asked:
+            raise _dependent(model, X, output)
+    failure = failures[ways[0]]
     raise ValueError(
         "model: it does not run on its batch when samples stand in the places of "
         f"others ({type(failure).__name__}: {failure}), so nobody can tell whether it "
-        "treats samples independently. If it is known to, give check=False."
+        "treats samples independently. If samples are not where they were looked for, "
+        "say where: sample_axis=, or take= and count=. If it is known to, give "
+        "check=False."
     ) from failure
+
+
+def _dependent(model: FunctionalModel, X: Any, output: Tensor) -> ValueError:
+    """What to say of a model whose samples have other outputs beside others."""
+    if not same_outputs(model(model.params, X), output):
+        return ValueError(
+            "model: it has other outputs when it is evaluated a second time, "
+            "so it is not one function. Look for a generator of its own, and "
+            "for what it counts or keeps from call to call."
+        )
+    return ValueError(
+        "model: its outputs for a sample depend on the other samples of the "
+        "batch, so per-sample curvature is undefined. Look for normalisations "
+        "or means over the batch, and for inputs without a sample axis, such "
+        "as a mask, that are as long as the batch: sample_axis= says where samples "
+        "are. (check=False turns this check off.)"
+    )
 
 
 def _same_among(
     model: FunctionalModel,
     X: Any,
     output: Tensor,
-    by_sample: Sequence[bool],
+    samples: Samples,
     index: Tensor,
     places: Tensor,
 ) -> bool:
     """Whether samples put together have their outputs, in some places of that batch."""
-    found = model(model.params, take(X, index, by_sample)).detach()
+    found = model(model.params, samples.take(X, index)).detach()
     if len(found) != len(index):
         raise ValueError(
             f"it returned outputs {list(found.shape)} for {len(index)} samples"

@@ -1,27 +1,49 @@
 """The data of a risk: validated batches, and parts of them.
 
-A batch is a pair ``(X, y)``; X is a tensor, a tuple of tensors or a mapping of them.
+A batch is a pair ``(X, y)`` of whatever holds tensors
+(:mod:`vivit_linop.risk.containers`), or holds its targets itself. Where the samples are
+in it says :mod:`vivit_linop.risk.samples`.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-Batch = tuple[Any, Tensor]
+from vivit_linop.risk.containers import copied as copied
+from vivit_linop.risk.containers import described, leaves, map_leaves
+from vivit_linop.risk.samples import Samples
+
+Batch = tuple[Any, Any]
+Target = Callable[[Any], Any]
+
+# Where batches that hold their targets have them.
+_LABELS = "labels"
 
 
-def as_batches(data: Any) -> Iterable[Any]:
+def as_batches(data: Any, target: Target | None = None) -> Iterable[Any]:
     """Return an object that can be iterated over again and again, of batches.
+
+    Args:
+        data: One batch, or batches.
+        target: What finds the targets in a batch; None where it is a pair, or holds
+            them under a name that is known.
 
     Raises:
         TypeError: If ``data`` is neither a pair ``(X, y)`` nor an iterable of them.
         ValueError: If it can be iterated over only once.
     """
-    if _is_batch(data):
+    if target is not None:
+        single = not isinstance(data, Iterable) or isinstance(
+            data, (Tensor, Mapping, tuple)
+        )
+    else:
+        single = _is_pair(data) or _holds_targets(data)
+    if single:
         return [data]
     if isinstance(data, (Tensor, str, bytes, Mapping)) or not isinstance(
         data, Iterable
@@ -38,44 +60,135 @@ def as_batches(data: Any) -> Iterable[Any]:
     return data
 
 
+def _is_pair(data: Any) -> bool:
+    """Whether it is one batch, not two of them.
+
+    A list of two is one where the second is a tensor; a tuple also where it holds some,
+    unless the two can be batches only.
+    """
+    if not isinstance(data, (tuple, list)) or len(data) != 2:
+        return False
+    if isinstance(data[1], Tensor):
+        return True
+    if type(data) is not tuple or not _holds(data[1]):
+        return False
+    if not all(isinstance(part, (tuple, list)) and len(part) == 2 for part in data):
+        return True
+    lengths = [{len(leaf) for leaf in leaves(part) if leaf.ndim} for part in data]
+    return lengths[0] == lengths[1] or not all(isinstance(y, Tensor) for _, y in data)
+
+
+def _holds(value: Any) -> bool:
+    return next(leaves(value), None) is not None
+
+
+def _holds_targets(batch: Any) -> bool:
+    """Whether a batch holds its targets: ``labels`` in a mapping, or ``y`` beside."""
+    if isinstance(batch, Mapping):
+        return _LABELS in batch
+    if isinstance(batch, (Tensor, tuple, list)):
+        return False
+    return _holds(getattr(batch, "y", None)) and _holds(batch)
+
+
 def iterate(
-    batches: Iterable[Any], device: torch.device, dtype: torch.dtype
+    batches: Iterable[Any],
+    device: torch.device,
+    dtype: torch.dtype,
+    target: Target | None = None,
 ) -> Iterator[Batch]:
-    """Yield checked batches on a device, real-valued targets in a dtype.
+    """Yield batches on a device, real-valued targets in a dtype.
+
+    Args:
+        batches: The batches.
+        device: The device.
+        dtype: The dtype.
+        target: What finds the targets in a batch, if the user says it.
 
     Raises:
-        TypeError: If a batch is no pair ``(X, y)``.
-        ValueError: If the sample counts of X and y differ, or there are none.
+        TypeError: If a batch is no pair ``(X, y)``, or targets are complex.
     """
-    for index, batch in enumerate(batches):
-        if not _is_batch(batch):
+
+    def ordinary(leaf: Tensor) -> Tensor:
+        return _ordinary(_moved(leaf, device))
+
+    def as_target(leaf: Tensor) -> Tensor:
+        if leaf.is_complex():
             raise TypeError(
-                f"data: batch {index} must be a pair (X, y) with a tensor y, got "
-                f"{_describe(batch)}."
+                f"data: targets must be real, batch {index} has {leaf.dtype}."
             )
-        X, y = batch
-        counts = {len(leaf) for leaf in leaves(X) if leaf.ndim > 0}
-        if y.ndim == 0:
-            raise ValueError(
-                f"data: batch {index} has one target without a sample axis. A list "
-                "holds batches, not samples: stack these, or give "
-                "DataLoader(data, batch_size=…)."
+        leaf = ordinary(leaf)
+        return leaf.to(dtype) if leaf.is_floating_point() else leaf
+
+    for index, batch in enumerate(batches):
+        X, y = _split(batch, index, target)
+        yield map_leaves(ordinary, X), map_leaves(as_target, y)
+
+
+def _split(batch: Any, index: int, target: Target | None) -> Batch:
+    """Return the inputs and the targets of a batch."""
+    if target is not None:
+        y = target(batch)
+        if not _holds(y):
+            raise TypeError(
+                f"target: returned {described(y)} for batch {index}; it must return "
+                "tensors, with an entry for each sample."
             )
-        if len(y) == 0:
-            raise ValueError(
-                f"data: batch {index} has no samples, y is {_describe(y)}."
-            )
-        if len(y) not in counts:
-            raise ValueError(
-                f"data: batch {index} has {len(y)} samples in y and "
-                f"{sorted(counts)} in X ({_describe(X)}); the first axis of both must "
-                "count samples."
-            )
-        if y.is_complex():
-            raise TypeError(f"data: targets must be real, batch {index} has {y.dtype}.")
-        y = _ordinary(_moved(y, device))
-        X = map_leaves(lambda leaf: _ordinary(_moved(leaf, device)), X)
-        yield X, y.to(dtype) if y.is_floating_point() else y
+        return batch, y
+    if isinstance(batch, (tuple, list)) and len(batch) == 2 and _holds(batch[1]):
+        return batch[0], batch[1]
+    if _holds_targets(batch):
+        if not isinstance(batch, Mapping):
+            return batch, batch.y
+        inputs: Any = copy.copy(batch)
+        return inputs, inputs.pop(_LABELS)
+    raise TypeError(
+        f"data: batch {index} must be a pair (X, y) with a tensor y, or hold its "
+        f"targets as {_LABELS!r} in a mapping or as an attribute y, got "
+        f"{described(batch)}. Else say where they are with target=."
+    )
+
+
+def numbers_of(y: Any, index: int) -> list[int]:
+    """Return how many samples the targets of a batch may be of, the likeliest first.
+
+    Raises:
+        ValueError: If there is none, or no sample.
+    """
+    tensors = list(leaves(y))
+    lengths = {len(t) if t.ndim else -1 for t in tensors}
+    if 0 in lengths:
+        raise ValueError(f"data: batch {index} has no samples, y is {described(y)}.")
+    numbers = list(lengths) if len(lengths) == 1 and -1 not in lengths else []
+    if isinstance(y, list):  # of targets for each sample
+        numbers.append(len(y))
+    if -1 in lengths and not numbers:
+        raise ValueError(
+            f"data: batch {index} has one target without a sample axis. A list "
+            "holds batches, not samples: stack these, or give "
+            "DataLoader(data, batch_size=…)."
+        )
+    if not numbers:
+        raise ValueError(
+            f"data: the targets of batch {index} have first axes of "
+            f"{sorted(lengths)} ({described(y)}); all must count samples."
+        )
+    return numbers
+
+
+def stacked(y: Any, n: int) -> Any:
+    """Return targets that are listed for n samples with a sample axis, if that can be.
+
+    What has one already stays, and a list of targets of several shapes.
+    """
+    if not isinstance(y, list) or len(y) != n:
+        return y
+    if all(leaf.ndim and len(leaf) == n for leaf in leaves(y)):
+        return y
+    if any(not isinstance(part, Tensor) for part in y):
+        return y
+    same = len({part.shape for part in y}) == 1
+    return torch.stack(y) if same else y
 
 
 def _moved(tensor: Tensor, device: torch.device) -> Tensor:
@@ -93,127 +206,66 @@ def _ordinary(tensor: Tensor) -> Tensor:
         return tensor.clone() if tensor.is_inference() else tensor
 
 
-def sample_axes(X: Any, num_samples: int) -> list[bool]:
-    """Return for each tensor of an input whether its first axis can count samples."""
-    return [leaf.ndim > 0 and len(leaf) == num_samples for leaf in leaves(X)]
+# Some samples -----------------------------------------------------------------------
 
 
-def take(X: Any, index: Tensor, by_sample: Sequence[bool]) -> Any:
-    """Return some samples of an input; tensors without a sample axis stay whole.
-
-    Args:
-        X: The input.
-        index: The samples.
-        by_sample: For each tensor of the input, whether its first axis counts samples.
-    """
-    flags = iter(by_sample)
-    return map_leaves(
-        lambda leaf: leaf[index.to(leaf.device)] if next(flags) else leaf, X
-    )
+def some_targets(y: Any, index: Tensor) -> Any:
+    """Return the targets of some samples, by number or by a mask."""
+    return map_leaves(lambda leaf: leaf[index.to(leaf.device)], y)
 
 
-def copied(X: Any) -> Any:
-    """Return an input in memory of its own, for what is kept: the user's may change.
-
-    What is one tensor in two places stays one.
-    """
-    copies: dict[int, Tensor] = {}
-
-    def copy(leaf: Tensor) -> Tensor:
-        if id(leaf) not in copies:
-            own = leaf.detach().clone()
-            # Not asked for in vain: transformations of functions do not allow it.
-            copies[id(leaf)] = own.requires_grad_() if leaf.requires_grad else own
-        return copies[id(leaf)]
-
-    return map_leaves(copy, X)
+def joined_targets(targets: Sequence[Any]) -> Any:
+    """Put the targets of several batches into one."""
+    parts = iter(list(zip(*map(leaves, targets), strict=True)))
+    return map_leaves(lambda _: torch.cat(next(parts)), targets[0])
 
 
 def select_samples(
-    batches: Iterable[Batch], indices: Sequence[int], by_sample: Sequence[bool]
+    batches: Iterable[Batch],
+    sizes: Sequence[int],
+    indices: Sequence[int],
+    samples: Samples,
 ) -> list[Batch]:
     """Gather samples, numbered over all batches, in the order of ``indices``.
 
-    They come in batches at most as large as those that they were taken from.
+    They come in batches at most as large as those that they were taken from. What
+    cannot be put into one batch comes in several.
+
+    Args:
+        batches: The batches.
+        sizes: How many samples each has.
+        indices: The samples.
+        samples: Where they are.
     """
     wanted = torch.as_tensor(indices, device="cpu")
-    found: list[tuple[Tensor, Any, Tensor]] = []
-    start = largest = 0
-    for X, y in batches:
-        mine = (wanted >= start) & (wanted < start + len(y))
+    found: list[tuple[Tensor, Any, Any]] = []
+    start = 0
+    for (X, y), n in zip(batches, sizes, strict=True):
+        mine = (wanted >= start) & (wanted < start + n)
         local = wanted[mine] - start
         if len(local):
-            part = take(X, local, by_sample)
-            found.append((mine.nonzero().squeeze(1), part, y[local.to(y.device)]))
-        start += len(y)
-        largest = max(largest, len(y))
+            part = samples.take(X, local), some_targets(y, local)
+            found.append((mine.nonzero().squeeze(1), *part))
+        start += n
     order = torch.cat([positions for positions, _, _ in found]).argsort()
-    inputs = [list(leaves(X)) for _, X, _ in found]
-    joined = iter(
-        [
-            torch.cat(parts) if flag else parts[0]
-            for flag, *parts in zip(by_sample, *inputs, strict=True)
-        ]
-    )
-    X = map_leaves(lambda _: next(joined), found[0][1])
-    y = torch.cat([y for _, _, y in found])
+    try:
+        X = samples.joined([X for _, X, _ in found])
+        y = joined_targets([y for _, _, y in found])
+    # Shapes differ, or nobody knows how to put them together.
+    except (NotImplementedError, RuntimeError):
+        return _in_runs(found, samples)
     return [
-        (take(X, part, by_sample), y[part.to(y.device)])
-        for part in order.split(largest)
+        (samples.take(X, part), some_targets(y, part))
+        for part in order.split(max(sizes))
     ]
 
 
-def leaves(X: Any) -> Iterator[Tensor]:
-    """Yield the tensors of an input."""
-    if isinstance(X, Tensor):
-        yield X
-    elif isinstance(X, Mapping):
-        for value in X.values():
-            yield from leaves(value)
-    elif isinstance(X, (tuple, list)):
-        for value in X:
-            yield from leaves(value)
-
-
-def map_leaves(function: Callable[[Tensor], Tensor], X: Any) -> Any:
-    """Apply a function to the tensors of an input; everything else stays."""
-    if isinstance(X, Tensor):
-        return function(X)
-    if isinstance(X, Mapping):
-        mapped = {key: map_leaves(function, value) for key, value in X.items()}
-        # Mappings of other types have attributes that a model may ask for.
-        return mapped if type(X) is dict else _rebuilt(X, mapped)
-    if isinstance(X, (tuple, list)):
-        return tuple(map_leaves(function, value) for value in X)
-    return X
-
-
-def _rebuilt(like: Mapping[str, Any], mapped: dict[str, Any]) -> Mapping[str, Any]:
-    """Return a mapping of the type of another one, a dict where that fails."""
-    build: Any = type(like)
-    try:
-        result: Mapping[str, Any] = build(mapped)
-    # A type may refuse to be built from a dict in any way that it likes.
-    except Exception:
-        return mapped
-    return result if list(result) == list(mapped) else mapped
-
-
-def _is_batch(data: Any) -> bool:
-    """A list of two batches is none: its second element is not a tensor."""
-    return (
-        isinstance(data, (tuple, list))
-        and len(data) == 2
-        and isinstance(data[1], Tensor)
-    )
-
-
-def _describe(x: Any) -> str:
-    if isinstance(x, Tensor):
-        return f"a tensor {list(x.shape)}"
-    if isinstance(x, Mapping):
-        items = (f"{key}: {_describe(value)}" for key, value in x.items())
-        return "{" + ", ".join(items) + "}"
-    if isinstance(x, (tuple, list)):
-        return "(" + ", ".join(map(_describe, x)) + ")"
-    return type(x).__name__
+def _in_runs(found: Sequence[tuple[Tensor, Any, Any]], samples: Samples) -> list[Batch]:
+    """Cut what comes from each batch where samples of others stand between."""
+    runs: list[tuple[int, Batch]] = []
+    for positions, X, y in found:
+        ends = (positions.diff() != 1).nonzero().squeeze(1) + 1
+        for run in torch.arange(len(positions), device="cpu").tensor_split(ends):
+            part = samples.take(X, run), some_targets(y, run)
+            runs.append((int(positions[run[0]]), part))
+    return [part for _, part in sorted(runs, key=lambda run: run[0])]

@@ -16,19 +16,25 @@ from torch import Tensor, nn
 from vivit_linop.modes import as_given, ordinary_mode, replayed
 from vivit_linop.ranks.alone import ALONE
 from vivit_linop.risk import fingerprint
-from vivit_linop.risk.checks import check_independent, checked_outputs, same_outputs
+from vivit_linop.risk.checks import (
+    checked_outputs,
+    independent_samples,
+    same_outputs,
+)
+from vivit_linop.risk.containers import copied
 from vivit_linop.risk.data import (
     Batch,
+    Target,
     as_batches,
     iterate,
-    sample_axes,
+    joined_targets,
     select_samples,
-    take,
+    stacked,
 )
 from vivit_linop.risk.kept import Kept
 from vivit_linop.risk.losses.autograd import LossCallable
 from vivit_linop.risk.losses.base import OutputLoss
-from vivit_linop.risk.losses.certificates import check_loss
+from vivit_linop.risk.losses.certificates import check_loss, targets_of
 from vivit_linop.risk.losses.registry import as_output_loss
 from vivit_linop.risk.memory import (
     batch_does_not_fit,
@@ -46,6 +52,8 @@ from vivit_linop.risk.model import (
 from vivit_linop.risk.moved import evaluated, moved
 from vivit_linop.risk.parameters import ParameterVectors
 from vivit_linop.risk.progress import shown
+from vivit_linop.risk.samples import Count, Samples, Take
+from vivit_linop.risk.ways import Search
 
 Item = TypeVar("Item")
 
@@ -149,6 +157,10 @@ class EmpiricalRisk(ParameterVectors):
         *,
         reduction: str | None = None,
         predict: Predict | None = None,
+        target: Target | None = None,
+        sample_axis: Any = None,
+        take: Take | None = None,
+        count: Count | None = None,
         check: bool = True,
         memory: int | None = None,
         check_data: bool = True,
@@ -156,15 +168,17 @@ class EmpiricalRisk(ParameterVectors):
     ) -> None:
         if not isinstance(check, bool):
             raise TypeError(f"check: True or False, got {check!r}.")
-        self.by_sample: list[bool] = []
-        self._check = check
+        if target is not None and not callable(target):
+            raise TypeError(f"target: a function, got {type(target).__name__}.")
+        self._search = Search(sample_axis, take, count)
+        self._target, self._check = target, check
         self.progress = progress
         self._check_data = check_data and not isinstance(data, (list, tuple))
         function = FunctionalModel(model, params, predict)
         self._setup(
             function,
             as_output_loss(loss, reduction, function.originals(model)),
-            as_batches(data),
+            as_batches(data, target),
             memory,
         )
 
@@ -200,26 +214,24 @@ class EmpiricalRisk(ParameterVectors):
         """
         self.outputs: list[Tensor] = []
         self.graph_bytes: list[int] = []
-        self._targets: list[Tensor] = []
+        self._targets: list[Any] = []
         self._sums: list[list[Tensor]] = []
         total = weight = torch.zeros((), dtype=self.dtype, device=self.device)
         example: tuple[Any, Tensor] | None = None
         for index, (X, y) in enumerate(self.batches("risk", fingerprints)):
-            with explained(self.does_not_fit, X, len(y)):
-                nbytes, output = checked_outputs(self.model, index, X, y)
+            n = self._search.number(index, X, y)
+            y = stacked(y, n)
+            with explained(self.does_not_fit, X, n):
+                nbytes, output = checked_outputs(self.model, index, X, n)
             if index and output.shape[1:] != self.outputs[0].shape[1:]:
                 raise ValueError(
                     f"model: on batch {index} it returned outputs of shape "
                     f"{list(output.shape[1:])} for a sample, before it was "
                     f"{list(self.outputs[0].shape[1:])}."
                 )
-            y = self.loss.as_targets(y, output)
-            # A tensor that numbers samples does so in every batch.
-            axes = sample_axes(X, len(y))
-            known = self.by_sample or axes
-            self.by_sample = [a and b for a, b in zip(known, axes, strict=True)]
+            y = targets_of(self.loss, y, output)
             # The largest batch shows the most of what mixes samples.
-            if len(y) > (1 if example is None else len(example[1])):
+            if n > (1 if example is None else len(example[1])):
                 example = X, output
             check_loss(self.loss, *self._with_previous(output, y), self._check)
             with torch.no_grad():
@@ -227,15 +239,16 @@ class EmpiricalRisk(ParameterVectors):
                 weight = weight + self.loss.weight(output, y)
             self.outputs.append(output)
             self.graph_bytes.append(nbytes)
-            self._targets.append(y.clone())  # the user's may change
+            self._targets.append(copied(y))  # the user's may change
             self._sums.append(fingerprint.sums(X))
         if not self.outputs:
             raise ValueError("data: is empty, there is not one batch.")
-        # All batches together show which tensors number samples.
+        # All batches together show where samples may be.
         if self._check and example is not None:
             X, output = example
             with explained(self.does_not_fit, X, len(output)):
-                check_independent(self.model, X, output, self.by_sample)
+                found = independent_samples(self.model, X, output, self._search.ways)
+            self._search = Search.known(found)
         self.batch_sizes = [len(output) for output in self.outputs]
         self.num_samples = sum(self.batch_sizes)
         self.num_outputs = self.outputs[0][0].numel()
@@ -254,16 +267,25 @@ class EmpiricalRisk(ParameterVectors):
         if not math.isfinite(self._value.item()):
             raise ValueError(f"loss: its value is {self._value.item()} on the data.")
 
-    def _with_previous(self, output: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    def _with_previous(self, output: Tensor, y: Any) -> tuple[Tensor, Any]:
         """Put a sample that is alone in its batch beside those of the batch before.
 
         Whether a loss is a sum over samples cannot be seen on one of them.
         """
-        if len(y) > 1 or not self.outputs or self._targets[-1].shape[1:] != y.shape[1:]:
+        if len(output) > 1 or not self.outputs:
             return output, y
-        return torch.cat([self.outputs[-1], output]), torch.cat([self._targets[-1], y])
+        try:
+            outputs = torch.cat([self.outputs[-1], output])
+            return outputs, joined_targets([self._targets[-1], y])
+        except RuntimeError:  # their shapes differ
+            return output, y
 
     # Data -------------------------------------------------------------------------
+
+    @property
+    def samples(self) -> Samples:
+        """Where the samples of its inputs are."""
+        return self._search.samples
 
     def batches(
         self, what: str | None = None, fingerprints: list[bytes] | None = None
@@ -283,7 +305,7 @@ class EmpiricalRisk(ParameterVectors):
         raw = self._batches
         if fingerprints is not None:
             raw = self._compared(raw, fingerprints)
-        batches = iterate(raw, self.device, self.dtype)
+        batches = iterate(raw, self.device, self.dtype, self._target)
         count = 0
         for batch in self._shown(_replayed(batches, self._data_rng), what):
             count += 1
@@ -340,7 +362,7 @@ class EmpiricalRisk(ParameterVectors):
         for (X, _), y in zip(batches, self._targets, strict=True):
             yield X, y
 
-    def targets(self) -> list[Tensor]:
+    def targets(self) -> list[Any]:
         """The targets of each batch."""
         return self._targets
 
@@ -377,9 +399,9 @@ class EmpiricalRisk(ParameterVectors):
     @functools.cached_property
     def _samples_digest(self) -> str:
         # On the host, where data come from, and the digest is made.
-        host = iterate(self._batches, torch.device("cpu"), self.dtype)
+        host = iterate(self._batches, torch.device("cpu"), self.dtype, self._target)
         batches = self._shown(_replayed(host, self._data_rng), "fingerprint")
-        return fingerprint.of_data(batches, self.by_sample)
+        return fingerprint.of_data(batches, self.samples)
 
     def subset(self, indices: Sequence[int] | Tensor) -> EmpiricalRisk:
         """Return the risk of some samples only: their mean (or sum).
@@ -414,10 +436,13 @@ class EmpiricalRisk(ParameterVectors):
         if len(given.unique()) < len(given):
             raise ValueError("indices: a sample is listed twice.")
         risk = object.__new__(EmpiricalRisk)
-        risk.by_sample, risk._check = self.by_sample, self._check
+        risk._search, risk._target = Search.known(self.samples), None
+        risk._check = self._check
         risk.progress = self.progress
         risk._check_data = False  # they are in memory
-        parts = select_samples(self._own_batches(), given.tolist(), self.by_sample)
+        parts = select_samples(
+            self._own_batches(), self.batch_sizes, given.tolist(), self.samples
+        )
         try:
             risk._setup(self.model, self.loss, parts, self.memory)
         except Exception as error:
@@ -443,7 +468,8 @@ class EmpiricalRisk(ParameterVectors):
 
     def _explain_size(self, parts: Sequence[Batch], error: Exception) -> None:
         """Say so if a subset has failed because the model takes no such batch."""
-        others = [X for X, y in parts if len(y) not in self.batch_sizes]
+        number = self.samples.number
+        others = [X for X, _ in parts if number(X) not in self.batch_sizes]
         if not others or is_out_of_memory(error):
             return
         failure = self._failure(others[0])
@@ -460,10 +486,10 @@ class EmpiricalRisk(ParameterVectors):
 
     def does_not_fit(self, X: Any, samples: int) -> str:
         """What to say of a batch that is too large, by what two samples of it take."""
-        axes = sample_axes(X, samples)
+        take = self.samples.take
         try:
             one, two = (
-                self._graph_bytes(take(X, torch.arange(count, device="cpu"), axes))
+                self._graph_bytes(take(X, torch.arange(count, device="cpu")))
                 for count in (1, min(2, samples))
             )
         # A model may run on no other batch; what is to be said is said without sizes.
@@ -525,7 +551,7 @@ class EmpiricalRisk(ParameterVectors):
         both = torch.zeros(self.num_params + 1, dtype=self.dtype, device=self.device)
         parameters = list(self.params.values())
         for index, (X, _) in enumerate(self.batches("gradient")):
-            n = len(self._targets[index]) if index < len(self._targets) else 1
+            n = self.batch_sizes[index] if index < len(self.batch_sizes) else 1
             with (
                 explained(self.does_not_fit, X, n),
                 as_guest(self.device),

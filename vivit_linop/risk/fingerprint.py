@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vivit_linop.risk.data import Batch, leaves
+from vivit_linop.risk.containers import leaves
+from vivit_linop.risk.data import Batch, some_targets
+from vivit_linop.risk.samples import Samples
 
 
 def of_batch(batch: Any) -> bytes:
@@ -21,28 +23,51 @@ def of_batch(batch: Any) -> bytes:
     return digest.digest()
 
 
-def of_data(batches: Iterable[Batch], by_sample: Sequence[bool]) -> str:
+def of_data(batches: Iterable[Batch], samples: Samples) -> str:
     """Return a digest of all samples in their order, however they are cut into batches.
 
     Args:
         batches: Batches of tensors.
-        by_sample: For each tensor of an input, whether its first axis counts samples;
-            one that does not is taken from the first batch.
+        samples: Where samples are. What is the same for all is taken from the first
+            batch.
     """
     digests: list[Any] = []
     for X, y in batches:
-        tensors = [*leaves(X), y]
-        first = not digests
-        for position, (leaf, counts) in enumerate(
-            zip(tensors, [*by_sample, True], strict=True)
-        ):
-            if first:
-                shape = leaf.shape[1:] if counts else leaf.shape
-                name = f"{leaf.dtype}{list(shape)}{counts}"
-                digests.append(hashlib.sha256(name.encode()))
-            if first or counts:
-                digests[position].update(_contents(leaf))
+        axes = samples.axes(X)
+        if axes is None:
+            parts = [_sample(X, y, samples, n) for n in range(samples.number(X))]
+        else:
+            parts = [_by_axes(X, y, axes)]
+        for part in parts:
+            first = not digests
+            for position, (leaf, numbered) in enumerate(part):
+                if first:
+                    shape = leaf.shape[1:] if numbered else leaf.shape
+                    name = f"{leaf.dtype}{list(shape)}{numbered}"
+                    digests.append(hashlib.sha256(name.encode()))
+                if first or numbered:
+                    digests[position].update(_contents(leaf))
     return hashlib.sha256(b"".join(d.digest() for d in digests)).hexdigest()
+
+
+# Tensors, and whether their first axis numbers samples.
+_Tensors = list[tuple[Tensor, bool]]
+
+
+def _by_axes(X: Any, y: Any, axes: Sequence[int | None]) -> _Tensors:
+    """Inputs and targets, with samples along the first axis."""
+    inputs = [
+        (leaf, False) if axis is None else (leaf.movedim(axis, 0), True)
+        for leaf, axis in zip(leaves(X), axes, strict=True)
+    ]
+    return [*inputs, *((leaf, True) for leaf in leaves(y))]
+
+
+def _sample(X: Any, y: Any, samples: Samples, n: int) -> _Tensors:
+    """Those of one sample: its own, whatever their axes are."""
+    index = torch.tensor([n], device="cpu")
+    own = (samples.take(X, index), some_targets(y, index))
+    return [(leaf, leaf.ndim > 0) for leaf in leaves(own)]
 
 
 def of_tensors(named: Iterable[tuple[str, Tensor]]) -> str:

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from vivit_linop.modes import as_guest as as_guest
+from vivit_linop.risk.containers import copied, leaves, rebuilt
 from vivit_linop.risk.copies import Copies
-from vivit_linop.risk.data import copied, leaves
 from vivit_linop.risk.parameters import (
     check_chosen,
     check_finite,
@@ -223,8 +223,10 @@ class FunctionalModel:
         Where it does once, every evaluation has a copy of the input from then on.
         """
         own = copied(X)
+        tensors = list(leaves(own))
         output = self._evaluate(params, own)
-        self._writes |= any(map(_is_written, leaves(own), leaves(X)))
+        # The model may have taken something out of a container, or put something in.
+        self._writes |= any(map(_is_written, tensors, leaves(X)))
         return output
 
     def private_input(self, X: Any) -> Any:
@@ -238,7 +240,7 @@ class FunctionalModel:
         if self._private is not None:
             slots = {**self._moved, **params} if self._moved else params
             return self._private(slots, X)
-        return as_tensor(Copies(()).of_called(self._function)(params, X))
+        return as_tensor(Copies(()).of_called(self._function)(params, rebuilt(X)))
 
     def copied_module(self, params: Params) -> nn.Module | None:
         """Return a module at these parameters, None for a function model.

@@ -14,14 +14,17 @@ since a backward pass may be too late for that.
 from __future__ import annotations
 
 import contextlib
+import inspect
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 
 from vivit_linop.checkpoints import RECOMPUTED
+from vivit_linop.risk.containers import rebuilt
 from vivit_linop.risk.copies import Copies, Watch
 
 Params = dict[str, Tensor]
@@ -63,6 +66,8 @@ class PrivateModule:
         # Kept until the first evaluation has shown whether they are needed.
         self._originals: Pairs | None = copies.modules
         self._settled = self._reentrant = False
+        # Which way of calling it with an input is the right one, once it is known.
+        self._call: int | None = None
 
     def _constant(self, tensor: Tensor) -> Tensor:
         """Copy a tensor that is in no slot of the model's."""
@@ -112,10 +117,29 @@ class PrivateModule:
                 stack.enter_context(RECOMPUTED)
             if self._settled and self._originals is not None:
                 stack.enter_context(_standing_in(self._originals, copies))
+            X = rebuilt(X)  # the model may change containers
             if predict is not None:
                 return as_tensor(predict(module, X))
-            args, kwargs = _call_arguments(X)
-            return as_tensor(module(*args, **kwargs))
+            return as_tensor(self._called(module, X))
+
+    def _called(self, module: nn.Module, X: Any) -> Any:
+        """Call the module with an input, as it was called first."""
+        if self._call is not None:
+            args, kwargs = _calls(X)[self._call]
+            return module(*args, **kwargs)
+        failure: Exception | None = None
+        for number in _possible(module, X):
+            args, kwargs = _calls(rebuilt(X))[number]
+            try:
+                output = module(*args, **kwargs)
+            # The error of the likeliest way is to be seen.
+            except Exception as error:
+                failure = failure or error
+                continue
+            self._call = number
+            return output
+        assert failure is not None
+        raise failure
 
     def copy(self, values: Mapping[str, Tensor]) -> nn.Module:
         """Return a module like it, with these tensors in its slots."""
@@ -232,11 +256,41 @@ def as_tensor(output: Any) -> Tensor:
     return output
 
 
-def _call_arguments(X: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """A mapping holds keyword arguments of a module, a tuple positional ones."""
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+def _calls(X: Any) -> list[Call]:
+    """How a module may be called with an input, the likeliest first.
+
+    A mapping holds keyword arguments of a module, a tuple positional ones; so may what
+    data loaders make of tuples, which is lists.
+    """
+    whole: Call = (X,), {}
+    if isinstance(X, PackedSequence):
+        return [whole]
     if isinstance(X, Mapping):
-        return (), dict(X)
-    return (X if isinstance(X, tuple) else (X,)), {}
+        named = all(isinstance(name, str) for name in X)
+        return [((), dict(X)), whole] if named else [whole]
+    if type(X) is tuple:
+        return [(X, {}), whole]
+    return [whole, (tuple(X), {})] if isinstance(X, (list, tuple)) else [whole]
+
+
+def _possible(module: nn.Module, X: Any) -> list[int]:
+    """Which of these calls the module's signature allows; the first if none."""
+    calls = _calls(X)
+    if len(calls) == 1:
+        return [0]
+    try:
+        signature = inspect.signature(module.forward)
+    except (TypeError, ValueError):  # there may be none
+        return [0]
+    possible = []
+    for number, (args, kwargs) in enumerate(calls):
+        with contextlib.suppress(TypeError):
+            signature.bind(*args, **kwargs)
+            possible.append(number)
+    return possible or [0]
 
 
 def _differentiate_embeddings(module: nn.Module) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vivit_linop.risk.containers import leaves
 from vivit_linop.risk.copies import Watch
 from vivit_linop.risk.losses.base import OutputLoss
 
@@ -64,7 +65,7 @@ class AutogradLoss(OutputLoss):
         used = [*watch.used.values(), *leaves_of(value)]
         if parts_of(used, self._parameters):
             raise uses_parameters(self.name)
-        known = {id(tensor) for tensor in (output, target, *self._own)}
+        known = {id(tensor) for tensor in (output, *leaves(target), *self._own)}
         self._outside = [
             (t, t.detach().clone())
             for t in {id(t): t for t in used if id(t) not in known}.values()

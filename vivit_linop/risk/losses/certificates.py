@@ -8,14 +8,32 @@ may be wrong, a closed form may belong to another function.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from vivit_linop.risk.containers import described, map_leaves
+from vivit_linop.risk.data import some_targets
 from vivit_linop.risk.differences import SHIFTS, STEPS, Comparison
 from vivit_linop.risk.draws import Draws
 from vivit_linop.risk.losses.autograd import AutogradLoss
 from vivit_linop.risk.losses.base import OutputLoss
+
+
+def targets_of(loss: OutputLoss, target: Any, output: Tensor) -> Any:
+    """Return targets as a loss computes with them.
+
+    Raises:
+        TypeError: If they are several tensors, and the loss takes one.
+    """
+    if loss.tested and not isinstance(target, Tensor):
+        raise TypeError(
+            f"data: {loss.name} takes one tensor of targets for a batch, got "
+            f"{described(target)}. Give a function (output, target) -> scalar of them, "
+            "with reduction=, or say which it is with target=."
+        )
+    return loss.as_targets(target, output)
 
 
 def check_loss(
@@ -50,7 +68,7 @@ def check_curvature(loss: OutputLoss, output: Tensor, target: Tensor) -> None:
         return
     x = torch.ones_like(loss.channels(output[:1])).unsqueeze(-1)
     try:
-        product = loss.hessian_product(output[:1], target[:1], x)
+        product = loss.hessian_product(output[:1], _first(target), x)
     except (RuntimeError, NotImplementedError) as error:
         raise ValueError(
             f"loss: {loss.name} has no second derivative in torch ({error}), so no "
@@ -91,8 +109,9 @@ def certify_curvature(loss: OutputLoss, output: Tensor, target: Tensor) -> None:
         )
     _check_positions(loss, output, target)
     if loss.has_own("hessian_diagonal"):
-        by_products = OutputLoss.hessian_diagonal(loss, output[:1], target[:1])
-        found = loss.hessian_diagonal(output[:1], target[:1])
+        first = output[:1], _first(target)
+        by_products = OutputLoss.hessian_diagonal(loss, *first)
+        found = loss.hessian_diagonal(*first)
         _compare(loss, "hessian_diagonal", found, by_products, "by hessian_product")
 
 
@@ -194,7 +213,7 @@ def _parts(
 ) -> list[Tensor]:
     """The totals of some samples, and of the others."""
     try:
-        return [loss.total(output[m], target[m]) for m in (mask, ~mask)]
+        return [loss.total(output[m], some_targets(target, m)) for m in (mask, ~mask)]
     except (RuntimeError, ValueError, IndexError) as error:
         raise ValueError(
             f"loss: {loss.name} fails on some of the samples alone: {error}. It "
@@ -212,7 +231,8 @@ def _couples(loss: OutputLoss, output: Tensor, target: Tensor, mask: Tensor) -> 
     f = loss.channels(output)
     x = _noise(f).unsqueeze(-1)
     together = loss.hessian_product(output, target, x)[mask]
-    alone = loss.hessian_product(output[mask], target[mask], x[mask])
+    some = output[mask], some_targets(target, mask)
+    alone = loss.hessian_product(*some, x[mask])
     tolerance = torch.finfo(f.dtype).eps ** 0.5
     return bool((together - alone).norm() > tolerance * alone.norm() + 1e-30)
 
@@ -261,9 +281,8 @@ def _refuted(loss: OutputLoss, output: Tensor, target: Tensor) -> Tensor:
     """Of which samples differences of gradients refute the Hessian, ``[n]``."""
     scale = (output.square().mean().sqrt() + torch.finfo(output.dtype).tiny).item()
     x = scale * _noise(output)
-    precision, exact = torch.float64, target
-    if target.is_floating_point():
-        exact = target.double()
+    precision = torch.float64
+    exact = map_leaves(lambda t: t.double() if t.is_floating_point() else t, target)
     try:
         g = loss.gradient(output.double(), exact)
     # Whatever a loss says to numbers of another precision.
@@ -318,6 +337,11 @@ def _usual(
     except Exception:
         return norms(torch.zeros_like(output))
     return usual.nan_to_num(0.0, 0.0, 0.0)
+
+
+def _first(target: Any) -> Any:
+    """The targets of the first sample."""
+    return some_targets(target, torch.zeros(1, dtype=torch.int64, device="cpu"))
 
 
 def _noise(like: Tensor, seed: int = 0) -> Tensor:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vivit_linop.risk.data import leaves, map_leaves
+from vivit_linop.risk.containers import leaves, map_leaves
 from vivit_linop.risk.draws import Draws, LabelDraws
 from vivit_linop.risk.losses.autograd import AutogradLoss
 

@@ -1,0 +1,257 @@
+"""Whatever holds tensors: its parts, and another one of its type with other parts.
+
+Inputs reach a model as the type that they are: lists, named tuples, dataclasses, packed
+sequences, mappings of any kind, objects with tensors as attributes. :func:`opened` says
+what the parts of a value are; a type that needs another answer is registered with it.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from functools import singledispatch
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+# What is one value, whatever it has inside.
+_VALUES = (
+    *(str, bytes, bytearray, int, float, complex, range, type, ModuleType),
+    *(torch.dtype, torch.device, torch.Generator, torch.Size),
+    *(nn.Module, set, frozenset),
+)
+
+
+class Opened(NamedTuple):
+    """A container, opened.
+
+    Attributes:
+        names: The names of its parts.
+        parts: The parts.
+        build: Returns a container of its type that has other parts.
+    """
+
+    names: Sequence[Hashable]
+    parts: Sequence[Any]
+    build: Callable[[Sequence[Any]], Any]
+
+
+def _nothing(value: Any) -> bool:
+    return False
+
+
+@singledispatch
+def opened(value: Any) -> Opened | None:
+    """Return the parts of a container, None for a value that is none."""
+    if value is None or isinstance(value, _VALUES) or hasattr(value, "__array__"):
+        return None
+    if isinstance(stores := getattr(value, "stores", None), list):
+        return _with_stores(value, stores)
+    if all(hasattr(value, name) for name in ("keys", "__getitem__", "__setitem__")):
+        return _with_items(value)
+    if isinstance(value, Mapping):
+        return Opened(
+            list(value),
+            list(value.values()),
+            lambda parts: type(value)(dict(zip(value, parts, strict=True))),  # type: ignore[call-arg]
+        )
+    return _with_attributes(value)
+
+
+@opened.register
+def opened_tensor(value: Tensor) -> None:
+    """A tensor is what containers hold."""
+    return
+
+
+@opened.register(list)
+def opened_list(value: list[Any]) -> Opened:
+    """Also of a subclass, which keeps its attributes."""
+    if type(value) is list:
+        return Opened(range(len(value)), value, list)
+
+    def build(parts: Sequence[Any]) -> Any:
+        result = copy.copy(value)
+        result[:] = parts
+        return result
+
+    return Opened(range(len(value)), list(value), build)
+
+
+@opened.register(tuple)
+def opened_tuple(value: tuple[Any, ...]) -> Opened:
+    """Named ones, too."""
+    kind: Any = type(value)
+    fields = getattr(value, "_fields", None)
+    make = getattr(kind, "_make", kind)
+    return Opened(fields or range(len(value)), value, make)
+
+
+@opened.register
+def opened_packed(value: PackedSequence) -> Opened:
+    """Its batch sizes stay where torch wants them, on the host."""
+
+    def build(parts: Sequence[Any]) -> PackedSequence:
+        data, order, back = parts
+        return PackedSequence(data, value.batch_sizes, order, back)
+
+    names = ("data", "sorted_indices", "unsorted_indices")
+    return Opened(names, [getattr(value, name) for name in names], build)
+
+
+def _with_items(value: Any) -> Opened:
+    """Open what has keys: a copy of it gets other items."""
+    names = list(value.keys())
+
+    def build(parts: Sequence[Any]) -> Any:
+        result = copy.copy(value)
+        for name, part in zip(names, parts, strict=True):
+            result[name] = part
+        return result
+
+    return Opened(names, [value[name] for name in names], build)
+
+
+def _with_stores(value: Any, stores: Sequence[Any]) -> Opened:
+    """Open a graph of torch_geometric: it has stores of items, one for each type."""
+    places = [(at, key) for at, store in enumerate(stores) for key in store]
+    parts = [stores[at][key] for at, key in places]
+
+    def build(parts: Sequence[Any]) -> Any:
+        result = copy.copy(value)
+        for (at, key), part in zip(places, parts, strict=True):
+            result.stores[at][key] = part
+        return result
+
+    names = [place[1] if len(stores) == 1 else place for place in places]
+    return Opened(names, parts, build)
+
+
+def _with_attributes(value: Any) -> Opened | None:
+    """Open a dataclass or another object: a copy of it gets other attributes."""
+    if dataclasses.is_dataclass(value):
+        names = [field.name for field in dataclasses.fields(value)]
+    else:
+        slots = (getattr(kind, "__slots__", ()) for kind in type(value).__mro__)
+        names = [
+            name
+            for some in (*slots, getattr(value, "__dict__", ()))
+            for name in ([some] if isinstance(some, str) else some)
+            if name not in ("__dict__", "__weakref__")
+        ]
+    names = [name for name in names if hasattr(value, name)]
+    if not names or callable(value):
+        return None
+
+    def build(parts: Sequence[Any]) -> Any:
+        result = copy.copy(value)
+        for name, part in zip(names, parts, strict=True):
+            object.__setattr__(result, name, part)  # frozen ones, too
+        return result
+
+    return Opened(names, [getattr(value, name) for name in names], build)
+
+
+def leaves(value: Any, stop: Callable[[Any], bool] = _nothing) -> Iterator[Any]:
+    """Yield the tensors of a value.
+
+    Args:
+        value: A tensor, or what holds some.
+        stop: Which containers are yielded themselves, in place of their tensors.
+    """
+    yield from _walk(value, stop, ())
+
+
+def _walk(
+    value: Any, stop: Callable[[Any], bool], above: tuple[int, ...]
+) -> Iterator[Any]:
+    if isinstance(value, Tensor) or stop(value):
+        yield value
+        return
+    # What refers to itself has no end.
+    if id(value) in above or (found := opened(value)) is None:
+        return
+    for part in found.parts:
+        yield from _walk(part, stop, (*above, id(value)))
+
+
+def map_leaves(
+    function: Callable[[Any], Any],
+    value: Any,
+    stop: Callable[[Any], bool] = _nothing,
+) -> Any:
+    """Apply a function to the tensors of a value; everything else stays.
+
+    What holds tensors is built anew, so that what is done to the result is not done to
+    the value.
+
+    Args:
+        function: The function.
+        value: A tensor, or what holds some.
+        stop: Which containers are given to the function themselves.
+    """
+    return _mapped(function, value, stop, ())[0]
+
+
+def _mapped(
+    function: Callable[[Any], Any],
+    value: Any,
+    stop: Callable[[Any], bool],
+    above: tuple[int, ...],
+) -> tuple[Any, bool]:
+    """The result, and whether there was a tensor."""
+    if isinstance(value, Tensor) or stop(value):
+        return function(value), True
+    if id(value) in above or (found := opened(value)) is None:
+        return value, False
+    mapped = [
+        _mapped(function, part, stop, (*above, id(value))) for part in found.parts
+    ]
+    # The standard ones can always be built; of others nobody knows that.
+    if any(holds for _, holds in mapped) or type(value) in (tuple, list, dict):
+        parts = [part for part, _ in mapped]
+        return found.build(parts), any(holds for _, holds in mapped)
+    return value, False
+
+
+def rebuilt(value: Any) -> Any:
+    """Return another container with the same tensors: whoever has it may change it."""
+    return map_leaves(lambda leaf: leaf, value)
+
+
+def copied(value: Any) -> Any:
+    """Return a value in memory of its own, for what is kept: the user's may change.
+
+    What is one tensor in two places stays one.
+    """
+    copies: dict[int, Tensor] = {}
+
+    def copy(leaf: Tensor) -> Tensor:
+        if id(leaf) not in copies:
+            own = leaf.detach().clone()
+            # Not asked for in vain: transformations of functions do not allow it.
+            copies[id(leaf)] = own.requires_grad_() if leaf.requires_grad else own
+        return copies[id(leaf)]
+
+    return map_leaves(copy, value)
+
+
+def described(value: Any) -> str:
+    """Say what a value is, with the shapes of its tensors."""
+    if isinstance(value, Tensor):
+        return f"a tensor {list(value.shape)}"
+    found = opened(value)
+    if found is None:
+        return type(value).__name__
+    if type(value) is tuple:
+        return "(" + ", ".join(map(described, value)) + ")"
+    if type(value) is list:
+        return "[" + ", ".join(map(described, value)) + "]"
+    named = zip(found.names, found.parts, strict=True)
+    items = ", ".join(f"{name}: {described(part)}" for name, part in named)
+    name = "" if type(value) is dict else type(value).__name__
+    return f"{name}{{{items}}}"

@@ -1,0 +1,298 @@
+"""Where the samples of an input are: how many there are, and some of them.
+
+Samples are mostly along the first axis of each tensor. Hidden states of an RNN have
+them along the second one, a mask may have none, bags and graphs lie one after the other
+in one tensor (:mod:`vivit_linop.risk.segments`). Which it may be says
+:mod:`vivit_linop.risk.ways`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import singledispatch
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence, pack_sequence, unpack_sequence
+
+from vivit_linop.risk.containers import leaves, map_leaves, opened
+
+Take = Callable[[Any, Tensor], Any]
+Count = Callable[[Any], int]
+
+# Containers that know their samples -------------------------------------------------
+
+
+@singledispatch
+def number_of(unit: Any) -> int | None:
+    """Return how many samples a container has, None for one that does not know."""
+    if _is_graphs(unit):
+        return int(unit.num_graphs)
+    return None
+
+
+@singledispatch
+def some_of(unit: Any, index: Tensor) -> Any:
+    """Return some samples of a container that knows its samples."""
+    return type(unit).from_data_list(unit.index_select(index))
+
+
+@number_of.register
+def number_of_sequences(unit: PackedSequence) -> int:
+    """All are there at the first step."""
+    return int(unit.batch_sizes[0])
+
+
+@some_of.register
+def some_sequences(unit: PackedSequence, index: Tensor) -> PackedSequence:
+    """Pack them again."""
+    sequences = unpack_sequence(unit)
+    # Packed in the order of their lengths, they stay so.
+    ordered = unit.sorted_indices is None and bool((index.diff() >= 0).all())
+    return pack_sequence([sequences[i] for i in index.tolist()], enforce_sorted=ordered)
+
+
+def _is_counted(value: Any) -> bool:
+    return number_of(value) is not None
+
+
+def units_of(X: Any) -> list[Any]:
+    """The tensors of an input, and containers that know their samples."""
+    return list(leaves(X, _is_counted))
+
+
+def _is_graphs(unit: Any) -> bool:
+    """Whether it is a batch of graphs as those of torch_geometric."""
+    names = ("num_graphs", "index_select", "from_data_list")
+    return all(hasattr(type(unit), name) for name in names)
+
+
+# Places of samples in one part of an input ------------------------------------------
+
+
+class Place(ABC):
+    """Where the samples are in one tensor, or in a container that is one unit."""
+
+    def fits(self, unit: Any, n: int) -> bool:
+        """Whether n samples may be there."""
+        return True
+
+    @abstractmethod
+    def take(self, unit: Any, index: Tensor, n: int) -> Any:
+        """Return some of the n samples."""
+
+    def joined(self, units: Sequence[Any]) -> Any:
+        """Put samples of several units into one.
+
+        Raises:
+            NotImplementedError: If nobody knows how.
+        """
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Axis(Place):
+    """Along an axis of a tensor, one after the other.
+
+    Attributes:
+        axis: The axis.
+    """
+
+    axis: int
+
+    def fits(self, unit: Any, n: int) -> bool:
+        """Whether it is as long as there are samples."""
+        return (
+            isinstance(unit, Tensor)
+            and -unit.ndim <= self.axis < unit.ndim
+            and unit.shape[self.axis] == n
+        )
+
+    def take(self, unit: Tensor, index: Tensor, n: int) -> Tensor:
+        """Index the axis."""
+        index = index.to(unit.device)
+        if self.axis == 0:
+            return unit[index]
+        return unit.index_select(self.axis, index)
+
+    def joined(self, units: Sequence[Tensor]) -> Tensor:
+        """One after the other."""
+        return torch.cat(list(units), dim=self.axis)
+
+
+@dataclass(frozen=True)
+class Blocks(Place):
+    """Along the first axis, several rows for each sample: [N * heads, …]."""
+
+    def fits(self, unit: Any, n: int) -> bool:
+        """Whether each has as many."""
+        return (
+            isinstance(unit, Tensor)
+            and unit.ndim > 0
+            and len(unit) > n
+            and len(unit) % n == 0
+        )
+
+    def take(self, unit: Tensor, index: Tensor, n: int) -> Tensor:
+        """Their rows."""
+        rows = unit.unflatten(0, (n, -1))[index.to(unit.device)]
+        return rows.flatten(0, 1)
+
+
+@dataclass(frozen=True)
+class Shared(Place):
+    """Nowhere: it is the same for all samples."""
+
+    def take(self, unit: Any, index: Tensor, n: int) -> Any:
+        """All of it."""
+        return unit
+
+    def joined(self, units: Sequence[Any]) -> Any:
+        """The first."""
+        return units[0]
+
+
+@dataclass(frozen=True)
+class Counted(Place):
+    """In a container that knows its samples."""
+
+    def fits(self, unit: Any, n: int) -> bool:
+        """Whether it has as many."""
+        return number_of(unit) == n
+
+    def take(self, unit: Any, index: Tensor, n: int) -> Any:
+        """By its own way."""
+        return some_of(unit, index)
+
+
+# Samples of an input ----------------------------------------------------------------
+
+
+class Samples(ABC):
+    """Where the samples of the inputs of a risk are."""
+
+    def fits(self, X: Any, n: int) -> bool:
+        """Whether n samples may be there."""
+        return True
+
+    @abstractmethod
+    def number(self, X: Any) -> int:
+        """Return how many samples an input has."""
+
+    @abstractmethod
+    def take(self, X: Any, index: Tensor) -> Any:
+        """Return some samples of an input, ``index`` a vector on the host."""
+
+    def joined(self, inputs: Sequence[Any]) -> Any:
+        """Put samples of several inputs into one.
+
+        Raises:
+            NotImplementedError: If nobody knows how.
+        """
+        raise NotImplementedError
+
+    def axes(self, X: Any) -> list[int | None] | None:
+        """Return the axis of samples in each tensor, None where that does not do."""
+        return None
+
+
+class ByUnit(Samples):
+    """A place in each unit: in each tensor, and in containers that are one.
+
+    Args:
+        places: One for each unit.
+    """
+
+    def __init__(self, places: Sequence[Place]) -> None:
+        self.places = tuple(places)
+
+    def fits(self, X: Any, n: int) -> bool:
+        """Whether each unit may have n samples, and one of them has."""
+        units = units_of(X)
+        return len(units) == len(self.places) and all(
+            place.fits(unit, n) for place, unit in zip(self.places, units, strict=True)
+        )
+
+    def number(self, X: Any) -> int:
+        """By the first unit that has samples."""
+        units = units_of(X)
+        for place, unit in zip(self.places, units, strict=True):
+            if isinstance(place, Axis):
+                return int(unit.shape[place.axis])
+            if isinstance(place, Counted) and (n := number_of(unit)) is not None:
+                return n
+        raise ValueError("no part of the input has a sample axis.")
+
+    def take(self, X: Any, index: Tensor) -> Any:
+        """From each unit."""
+        n, places = self.number(X), iter(self.places)
+        return map_leaves(
+            lambda unit: next(places).take(unit, index, n), X, _is_counted
+        )
+
+    def joined(self, inputs: Sequence[Any]) -> Any:
+        """Unit by unit."""
+        places = iter(self.places)
+        parts = zip(*(units_of(X) for X in inputs), strict=True)
+        joined = iter([next(places).joined(units) for units in parts])
+        return map_leaves(lambda _: next(joined), inputs[0], _is_counted)
+
+    def axes(self, X: Any) -> list[int | None] | None:
+        """Those of the places, if all are axes or shared."""
+        if not all(isinstance(place, (Axis, Shared)) for place in self.places):
+            return None
+        return [
+            place.axis if isinstance(place, Axis) else None for place in self.places
+        ]
+
+
+class Listing(Samples):
+    """In a list: images of several sizes, one for each sample."""
+
+    def fits(self, X: Any, n: int) -> bool:
+        """Whether it has n parts."""
+        return isinstance(X, (list, tuple)) and len(X) == n
+
+    def number(self, X: Any) -> int:
+        """As many as parts."""
+        return len(X)
+
+    def take(self, X: Any, index: Tensor) -> Any:
+        """Those at some places."""
+        return self._built(X, [X[i] for i in index.tolist()])
+
+    def joined(self, inputs: Sequence[Any]) -> Any:
+        """One list after the other."""
+        return self._built(inputs[0], [part for X in inputs for part in X])
+
+    def _built(self, like: Any, parts: list[Any]) -> Any:
+        found = opened(like)
+        assert found is not None
+        return found.build(parts)
+
+
+class Given(Samples):
+    """Where the user says they are.
+
+    Args:
+        take: Returns some samples of an input.
+        count: Returns how many it has.
+    """
+
+    def __init__(self, take: Take, count: Count) -> None:
+        self._take, self._count = take, count
+
+    def fits(self, X: Any, n: int) -> bool:
+        """Whether the user counts as many."""
+        return self._count(X) == n
+
+    def number(self, X: Any) -> int:
+        """As the user counts."""
+        return self._count(X)
+
+    def take(self, X: Any, index: Tensor) -> Any:
+        """As the user does."""
+        return self._take(X, index)

@@ -1,0 +1,162 @@
+"""Samples that lie one after the other in one tensor, and what says where each is."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vivit_linop.risk.containers import leaves, map_leaves
+from vivit_linop.risk.samples import Samples
+
+
+class Bags(Samples):
+    """Bags of tokens, one after the other in a tensor, and where each begins.
+
+    What ``nn.EmbeddingBag`` takes as ``offsets``, with or without the end of the last.
+
+    Args:
+        place: Which tensor has the offsets.
+        closed: Whether they end with the end of the last bag.
+    """
+
+    def __init__(self, place: int, closed: bool) -> None:
+        self._place, self._closed = place, closed
+
+    def fits(self, X: Any, n: int) -> bool:
+        """Whether they begin at 0, do not decrease, and end within a tensor."""
+        tensors = list(leaves(X))
+        if self._place >= len(tensors):
+            return False
+        offsets = tensors[self._place]
+        if not _is_index(offsets, 1) or len(offsets) != n + self._closed:
+            return False
+        length = self._length(tensors)
+        return (
+            length is not None
+            and int(offsets[0]) == 0
+            and bool((offsets.diff() >= 0).all())
+            and (not self._closed or int(offsets[-1]) == length)
+        )
+
+    def _length(self, tensors: Sequence[Tensor]) -> int | None:
+        """How long all bags are together: as the first tensor that can hold them."""
+        end = int(tensors[self._place][-1])
+        others = [t for at, t in enumerate(tensors) if at != self._place and t.ndim]
+        return next((len(t) for t in others if len(t) >= max(end, 1)), None)
+
+    def number(self, X: Any) -> int:
+        """As many as begin."""
+        return len(list(leaves(X))[self._place]) - self._closed
+
+    def take(self, X: Any, index: Tensor) -> Any:
+        """Put some bags one after the other."""
+        tensors = list(leaves(X))
+        offsets, length = tensors[self._place], self._length(tensors)
+        bounds = (
+            offsets
+            if self._closed
+            else torch.cat([offsets, offsets.new_tensor([length])])
+        )
+        index = index.to(offsets.device)
+        sizes = bounds.diff()[index]
+        rows = torch.cat(
+            [torch.arange(*bounds[i : i + 2].tolist()) for i in index.tolist()]
+        )
+        begins = torch.cat([sizes.new_zeros(1), sizes.cumsum(0)])
+        own = begins if self._closed else begins[:-1]
+        n, places = len(bounds) - 1, itertools.count()
+
+        def part(tensor: Tensor) -> Tensor:
+            if next(places) == self._place:
+                return own.to(offsets)
+            if tensor.ndim and len(tensor) == length:
+                return tensor[rows.to(tensor.device)]
+            return tensor[index] if tensor.ndim and len(tensor) == n else tensor
+
+        return map_leaves(part, X)
+
+
+class Graphs(Samples):
+    """Graphs in one: features of all nodes, edges ``[2, E]``, and whose each node is.
+
+    Tensors as long as there are nodes, edges or graphs belong to these; all others are
+    shared.
+
+    Args:
+        place: Which tensor has the number of each node's graph.
+    """
+
+    def __init__(self, place: int) -> None:
+        self._place = place
+
+    def fits(self, X: Any, n: int) -> bool:
+        """Whether there are n graphs, and edges between nodes."""
+        tensors = list(leaves(X))
+        if self._place >= len(tensors):
+            return False
+        owner = tensors[self._place]
+        return (
+            _is_index(owner, 1)
+            and len(owner) >= n
+            and int(owner.min()) == 0
+            and int(owner.max()) == n - 1
+            and any(_are_edges(tensor, len(owner)) for tensor in tensors)
+        )
+
+    def number(self, X: Any) -> int:
+        """As many as nodes belong to."""
+        return int(list(leaves(X))[self._place].max()) + 1
+
+    def take(self, X: Any, index: Tensor) -> Any:
+        """Put some graphs into one, with new numbers of nodes."""
+        tensors = list(leaves(X))
+        owner = tensors[self._place]
+        n, index = self.number(X), index.to(owner.device)
+        edges = next(t for t in tensors if _are_edges(t, len(owner)))
+        nodes = [(owner == i).nonzero().squeeze(1) for i in index.tolist()]
+        theirs = [(owner[edges[0]] == i).nonzero().squeeze(1) for i in index.tolist()]
+        # Where a node of the first, second, … graph that is taken stands then.
+        renumbered, start = [], 0
+        for some, of_edges in zip(nodes, theirs, strict=True):
+            numbers = torch.full_like(owner, -1)
+            numbers[some] = torch.arange(start, start + len(some), device=owner.device)
+            renumbered.append(numbers[edges[:, of_edges]])
+            start += len(some)
+        rows, own = torch.cat(nodes), torch.cat(renumbered, dim=1)
+        sizes = torch.tensor([len(some) for some in nodes], device=owner.device)
+        places = itertools.count()
+
+        def part(tensor: Tensor) -> Tensor:
+            if next(places) == self._place:
+                whole = torch.arange(len(index), device=owner.device)
+                return whole.repeat_interleave(sizes).to(owner)
+            if _are_edges(tensor, len(owner)):
+                return own.to(tensor)
+            length = len(tensor) if tensor.ndim else -1
+            if length == len(owner):
+                return tensor[rows]
+            if length == edges.shape[1]:
+                return tensor[torch.cat(theirs)]
+            return tensor[index] if length == n else tensor
+
+        return map_leaves(part, X)
+
+
+def _is_index(tensor: Tensor, ndim: int) -> bool:
+    """Whether a tensor may hold numbers of rows."""
+    integer = tensor.dtype in (torch.int64, torch.int32)
+    return integer and tensor.ndim == ndim and tensor.numel() > 0
+
+
+def _are_edges(tensor: Tensor, nodes: int) -> bool:
+    """Whether columns are pairs of nodes."""
+    return (
+        _is_index(tensor, 2)
+        and len(tensor) == 2
+        and int(tensor.min()) >= 0
+        and int(tensor.max()) < nodes
+    )

@@ -1,0 +1,246 @@
+"""Which parts of an input have samples, and where: what is possible, and what is so.
+
+The shapes of all batches leave a few ways. Of these the model, which must treat samples
+independently, is asked (:mod:`vivit_linop.risk.checks`). Where nothing fits, the user
+says where samples are.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor
+
+from vivit_linop.risk.containers import described, leaves, opened
+from vivit_linop.risk.data import numbers_of
+from vivit_linop.risk.samples import (
+    Axis,
+    Blocks,
+    ByUnit,
+    Count,
+    Counted,
+    Given,
+    Listing,
+    Place,
+    Samples,
+    Shared,
+    Take,
+    number_of,
+    units_of,
+)
+from vivit_linop.risk.segments import Bags, Graphs
+
+# How many ways are tried of those that may be.
+_MOST_WAYS = 16
+# Where all units have samples so, they are nowhere else.
+_CERTAIN = (Axis(0), Counted())
+
+
+class Search:
+    """Where the samples of all inputs may be, by what has been seen of these.
+
+    Args:
+        sample_axis: The axis of samples, if the user says it: an integer, or a tree
+            like X of integers and None.
+        take: ``(X, index) -> X``, which takes some samples, if the user says it so.
+        count: ``X -> n``, which counts them.
+
+    Attributes:
+        ways: Where they may be, the likeliest first.
+
+    Raises:
+        TypeError: If these are of wrong types, or contradict each other.
+    """
+
+    def __init__(
+        self,
+        sample_axis: Any = None,
+        take: Take | None = None,
+        count: Count | None = None,
+    ) -> None:
+        for name, function in (("take", take), ("count", count)):
+            if function is not None and not callable(function):
+                raise TypeError(f"{name}: a function, got {type(function).__name__}.")
+        if (take is None) != (count is None):
+            raise TypeError(
+                "take, count: give both, take(X, index) -> some samples of an input "
+                "and count(X) -> their number, or none."
+            )
+        if take is not None and sample_axis is not None:
+            raise TypeError("sample_axis: with take and count it is not needed.")
+        self._axis, self.ways = sample_axis, list[Samples]()
+        self._given: Samples | None = None
+        if take is not None and count is not None:
+            self._given = Given(take, count)
+            self.ways = [self._given]
+
+    @classmethod
+    def known(cls, samples: Samples) -> Search:
+        """One that is over."""
+        search = cls()
+        search._given, search.ways = samples, [samples]
+        return search
+
+    @property
+    def samples(self) -> Samples:
+        """The likeliest way."""
+        return self.ways[0]
+
+    def number(self, index: int, X: Any, y: Any) -> int:
+        """Return how many samples a batch has, and learn from it where they may be.
+
+        Args:
+            index: The batch.
+            X: Its input.
+            y: Its targets.
+
+        Raises:
+            ValueError: If nobody knows, or it is none.
+        """
+        if self._axis is not None and not self.ways:
+            self._given = chosen_by_user(self._axis, X)
+            self.ways = [self._given]
+        if self._given is not None:
+            return self._number_by_user(self._given, index, X)
+        numbers = _numbers_by_input(X) or numbers_of(y, index)
+        for n in dict.fromkeys([*_numbers_of_graphs(X, numbers), *numbers]):
+            if index == 0:
+                fitting = ways_of(X, n)
+            else:
+                fitting = [way for way in self.ways if way.fits(X, n)]
+            if fitting:
+                self.ways = fitting
+                return n
+        raise ValueError(
+            f"data: batch {index} has {numbers[0]} samples in y and "
+            f"{sorted({len(t) for t in leaves(X) if t.ndim})} in X ({described(X)}); "
+            "the first axis of both must count samples. Where they are somewhere else "
+            "say so: sample_axis= an integer, or a tree like X of integers and None; "
+            "or take=(X, index) -> some of them and count=X -> their number."
+        )
+
+    def _number_by_user(self, samples: Samples, index: int, X: Any) -> int:
+        name = "count" if isinstance(samples, Given) else "sample_axis"
+        n = samples.number(X)
+        if isinstance(n, bool) or not hasattr(n, "__index__") or int(n) < 1:
+            raise ValueError(
+                f"{name}: finds {n!r} samples in batch {index}; a batch has one at "
+                "least."
+            )
+        if not samples.fits(X, int(n)):
+            raise ValueError(
+                f"{name}: batch {index} has not {n} samples in all tensors of X "
+                f"({described(X)}) that are said to have some."
+            )
+        return int(n)
+
+
+def _numbers_by_input(X: Any) -> list[int]:
+    """What containers say that know their samples."""
+    found = (number_of(unit) for unit in units_of(X))
+    return [n for n in found if n is not None]
+
+
+def _numbers_of_graphs(X: Any, numbers: list[int]) -> list[int]:
+    """How many graphs there are, if there are as many targets as nodes.
+
+    Nodes are no samples: edges are there to mix them.
+    """
+    found = []
+    for at, tensor in enumerate(leaves(X)):
+        if tensor.ndim == 1 and not tensor.is_floating_point() and tensor.numel():
+            n = int(tensor.max()) + 1
+            if len(tensor) in numbers and n < len(tensor) and Graphs(at).fits(X, n):
+                found.append(n)
+    return found
+
+
+def ways_of(X: Any, n: int) -> list[Samples]:
+    """Return where n samples of an input may be, the likeliest first."""
+    units = units_of(X)
+    places = [list(_places(unit, n)) for unit in units]
+    ways: list[Samples] = []
+    likeliest = [options[0] for options in places]
+    plain = [place for place in likeliest if place in _CERTAIN]
+    if units and len(plain) == len(units):
+        ways.append(ByUnit(likeliest))
+    tensors = list(leaves(X))
+    for at, tensor in enumerate(tensors):
+        if tensor.ndim == 1 and len(tensors) > 1 and not tensor.is_floating_point():
+            related = (Bags(at, False), Bags(at, True), Graphs(at))
+            ways += [way for way in related if way.fits(X, n)]
+    if isinstance(X, (list, tuple)) and Listing().fits(X, n):
+        ways.append(Listing())
+    for chosen in itertools.islice(itertools.product(*places), _MOST_WAYS):
+        # Someone must have samples of its own.
+        if any(isinstance(place, (Axis, Counted)) for place in chosen):
+            if not ways or list(chosen) != plain:
+                ways.append(ByUnit(chosen))
+    return ways
+
+
+def _places(unit: Any, n: int) -> Iterator[Place]:
+    """Yield where n samples may be in a unit, the likeliest first."""
+    if Counted().fits(unit, n):
+        yield Counted()
+    if isinstance(unit, Tensor):
+        for axis in range(unit.ndim):
+            if unit.shape[axis] == n:
+                yield Axis(axis)
+        if n > 1 and Blocks().fits(unit, n):
+            yield Blocks()
+    yield Shared()
+
+
+def chosen_by_user(sample_axis: Any, X: Any) -> ByUnit:
+    """Return the places that ``sample_axis`` says: an integer, or a tree like X.
+
+    Args:
+        sample_axis: Integers, and None for what is the same for all samples. One at
+            the place of a container is that of all its tensors.
+        X: The input.
+
+    Raises:
+        TypeError: If it holds something else.
+        ValueError: If it is no tree like X.
+    """
+    places = [_place(axis) for axis in _axes(sample_axis, X, "")]
+    return ByUnit(places)
+
+
+def _place(axis: Any) -> Place:
+    return Shared() if axis is None else Axis(axis)
+
+
+def _axes(axis: Any, X: Any, name: str) -> Iterator[int | None]:
+    """Yield an axis for each tensor of X."""
+    if isinstance(axis, bool) or not (axis is None or isinstance(axis, int)):
+        yield from _axes_of_parts(axis, X, name)
+        return
+    for tensor in leaves(X):
+        if axis is not None and not -tensor.ndim <= axis < tensor.ndim:
+            raise ValueError(
+                f"sample_axis: is {axis} for X{name}, where there is a tensor "
+                f"{list(tensor.shape)}; give None for what is the same for all "
+                "samples."
+            )
+        yield axis
+
+
+def _axes_of_parts(axes: Any, X: Any, name: str) -> Iterator[int | None]:
+    given, found = opened(axes), opened(X)
+    if given is None:
+        raise TypeError(
+            "sample_axis: an integer, None, or a tree like X of these, got "
+            f"{axes!r} for X{name}."
+        )
+    if found is None or set(given.names) != set(found.names):
+        raise ValueError(
+            f"sample_axis: has the parts {list(given.names)} for X{name}, which has "
+            f"{list(found.names) if found else 'none'}."
+        )
+    by_name = dict(zip(given.names, given.parts, strict=True))
+    for key, part in zip(found.names, found.parts, strict=True):
+        yield from _axes(by_name[key], part, f"{name}[{key!r}]")
