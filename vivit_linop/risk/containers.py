@@ -7,6 +7,7 @@ what the parts of a value are; a type that needs another answer is registered wi
 
 from __future__ import annotations
 
+import collections
 import copy
 import dataclasses
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
@@ -69,14 +70,16 @@ def opened_tensor(value: Tensor) -> None:
 
 
 @opened.register(list)
-def opened_list(value: list[Any]) -> Opened:
+@opened.register(collections.deque)
+def opened_list(value: Any) -> Opened:
     """Also of a subclass, which keeps its attributes."""
     if type(value) is list:
         return Opened(range(len(value)), value, list)
 
     def build(parts: Sequence[Any]) -> Any:
         result = copy.copy(value)
-        result[:] = parts
+        result.clear()
+        result.extend(parts)
         return result
 
     return Opened(range(len(value)), list(value), build)

@@ -76,7 +76,9 @@ class EmpiricalRisk(ParameterVectors):
         model: An ``nn.Module``, or a callable ``(params, x) -> output`` with ``params``
             a dict of tensors. It must treat samples independently (for modules: call
             ``model.eval()``). A module is called with ``model(x)``, ``model(*x)`` for
-            a tuple, ``model(**x)`` for a mapping. Of an output with ``.logits`` these
+            a tuple, ``model(**x)`` for a mapping; a tuple or mapping that its signature
+            does not take so, and all else, comes as it is, but a list of what a
+            module takes one by one. Of an output with ``.logits`` these
             are taken. ``torch.compile`` and ``DistributedDataParallel`` are unwrapped.
         loss: ``nn.MSELoss``, ``nn.CrossEntropyLoss``, ``nn.NLLLoss`` of
             log-probabilities (with the Hessian of the cross-entropy),
@@ -87,14 +89,29 @@ class EmpiricalRisk(ParameterVectors):
             ``(output, target) -> scalar`` that is a mean or sum over samples (Hessians
             by autograd). Classes are axis 1, as in torch.
         data: One pair ``(X, y)``, or a re-iterable of them such as a ``DataLoader``
-            without shuffling. X may be a tensor, a tuple or a mapping. For a model on
-            a GPU let the loader pin its batches (``pin_memory=True``): they are copied
-            without waiting.
+            without shuffling. X is whatever holds tensors, and reaches the model as the
+            type that it is: a list, a named tuple, a dataclass, a ``PackedSequence``,
+            a mapping of any kind, a graph. So may be y, for a loss that takes it. A
+            batch may also hold its targets: ``labels`` in a mapping, which the model
+            then does not see, or an attribute ``y``. For a model on a GPU let the
+            loader pin its batches (``pin_memory=True``): they are copied without
+            waiting.
         params: None for all parameters that require grad, an iterable of parameters
             of the model, or a dict from names to tensors.
         reduction: ``"mean"`` or ``"sum"``; needed for a loss without this attribute.
         predict: A function ``(model, X) -> output`` for a module that is to be called,
             or whose output is to be used, in another way; X comes as it is in the data.
+        target: A function ``batch -> y`` for batches that hold their targets in
+            another way; the whole batch is X then.
+        sample_axis: The axis of samples in X: an integer, or a tree like X of integers
+            and None, for what is the same for all samples. By default it is found: the
+            first axis that is as long as there are targets, with which the model
+            treats samples independently. So are bags with offsets, graphs with
+            the numbers of their nodes, and lists with a tensor for each sample.
+        take: A function ``(X, index) -> X`` that takes some samples of an input, also
+            of one that it has returned, where there is no such axis. ``index`` is a
+            vector of integers on the host.
+        count: With ``take``, a function ``X -> int`` that counts samples.
         check: Whether to check that samples are independent, in the model and in a
             loss that is not one of torch's above; costs a forward pass of a quarter of
             the largest batch, or two passes of all of it for a model that runs on

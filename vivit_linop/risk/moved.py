@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -10,13 +11,15 @@ from torch import Tensor
 
 from vivit_linop.risk import fingerprint
 from vivit_linop.risk.checks import same_outputs
-from vivit_linop.risk.data import Batch
+from vivit_linop.risk.containers import leaves
+from vivit_linop.risk.data import Batch, stacked
 from vivit_linop.risk.losses.base import OutputLoss
+from vivit_linop.risk.losses.certificates import targets_of
 from vivit_linop.risk.model import FunctionalModel, as_guest
 from vivit_linop.risk.parameters import ParameterVectors
 
 # Of a batch: the sums over its inputs, its targets, and the outputs for them before.
-Known = tuple[list[Tensor], Tensor, Tensor]
+Known = tuple[list[Tensor], Any, Tensor]
 
 
 def moved(model: FunctionalModel, parameters: Any) -> FunctionalModel:
@@ -79,7 +82,7 @@ def evaluated(
                 f"they were {list(before.shape)}."
             )
         if not _same(fingerprint.sums(X), sums) or not _equal(
-            loss.as_targets(y, output), targets
+            targets_of(loss, stacked(y, len(output)), output), targets
         ):
             raise ValueError(
                 f"data: {where} is not what it was when the risk was made, and only "
@@ -101,7 +104,12 @@ def _same(sums: list[Tensor], before: list[Tensor]) -> bool:
     return len(sums) == len(before) and all(map(same_outputs, sums, before))
 
 
-def _equal(targets: Tensor, before: Tensor) -> bool:
-    return targets.shape == before.shape and torch.allclose(
-        targets, before, 0.0, 0.0, equal_nan=True
+def _equal(targets: Any, before: Any) -> bool:
+    pairs = itertools.zip_longest(leaves(targets), leaves(before))
+    return all(
+        a is not None
+        and b is not None
+        and a.shape == b.shape
+        and torch.allclose(a, b, 0.0, 0.0, equal_nan=True)
+        for a, b in pairs
     )

@@ -1,0 +1,370 @@
+"""Samples that are not along the first axis of everything."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from cases import Lambda
+from sample_truth import check, check_products, truth_of
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import vivit_linop as vl
+
+CE = nn.CrossEntropyLoss()
+N, T, C = 6, 5, 3
+GENERATOR = torch.Generator().manual_seed(0)
+y = torch.randint(C, (N,), generator=GENERATOR)
+
+
+def randn(*shape: int) -> Tensor:
+    return torch.randn(*shape, generator=GENERATOR, dtype=torch.float64)
+
+
+class State(nn.Module):
+    """A state [layers, N, H] beside inputs [N, T, E]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.i, self.h, self.o = nn.Linear(3, 4), nn.Linear(4, 4), nn.Linear(4, C)
+
+    def forward(self, x: Tensor, state: Tensor) -> Tensor:
+        h = self.i(x).mean(1)
+        for layer in state:
+            h = torch.tanh(self.h(layer) + h)
+        out: Tensor = self.o(h)
+        return out
+
+
+class Cell(nn.Module):
+    """States of an LSTM, a pair in a pair."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.r, self.o = nn.LSTM(3, 4), nn.Linear(4, C)
+
+    def forward(self, x: Tensor, state: tuple[Tensor, Tensor]) -> Tensor:
+        out: Tensor = self.o(self.r(x, state)[0][-1])
+        return out
+
+
+class SeqFirst(nn.Module):
+    """Sequences [T, N, E]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.o = nn.MultiheadAttention(4, 2), nn.Linear(4, C)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.o(self.a(x, x, x, need_weights=False)[0].mean(0))
+        return out
+
+
+class Masked(nn.Module):
+    """A mask [N * heads, T, T], or one [T, T] for all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.MultiheadAttention(4, 2, batch_first=True)
+        self.o = nn.Linear(4, C)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        h = self.a(x, x, x, attn_mask=mask, need_weights=False)[0]
+        out: Tensor = self.o(h.mean(1))
+        return out
+
+
+class Bag(nn.Module):
+    def __init__(self, closed: bool = False) -> None:
+        super().__init__()
+        self.e = nn.EmbeddingBag(11, 4, mode="sum", include_last_offset=closed)
+        self.o = nn.Linear(4, C)
+
+    def forward(self, text: Tensor, offsets: Tensor, weights: Any = None) -> Tensor:
+        out: Tensor = self.o(torch.tanh(self.e(text, offsets, weights)))
+        return out
+
+
+class GCN(nn.Module):
+    """Graphs with a feature of each edge, and one of each graph."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(3, C), nn.Linear(1, C)
+
+    def forward(
+        self, x: Tensor, edges: Tensor, batch: Tensor, of_edges: Tensor, bias: Tensor
+    ) -> Tensor:
+        h = self.a(x)
+        messages = self.b(of_edges) * h[edges[0]]
+        h = torch.tanh(h + torch.zeros_like(h).index_add(0, edges[1], messages))
+        return bias + torch.zeros(len(bias), C).to(h).index_add(0, batch, h)
+
+
+def causal(length: int) -> Tensor:
+    return torch.ones(length, length, dtype=torch.bool).triu(1)
+
+
+def masks(heads: int) -> Tensor:
+    result = torch.rand(N, T, T, generator=GENERATOR) < 0.3
+    result[:, range(T), range(T)] = False
+    return result.repeat_interleave(heads, 0)
+
+
+SIZES = torch.tensor([3, 2, 4, 1, 2, 3])
+STARTS = [0, *SIZES.cumsum(0).tolist()]
+OWNER = torch.arange(N).repeat_interleave(SIZES)
+
+
+def graphs() -> tuple[Tensor, ...]:
+    """Rings, two edges a node."""
+    edges = []
+    for start, size in zip(STARTS, SIZES.tolist(), strict=False):
+        ring = torch.arange(size)
+        for step in (1, 2):
+            edges.append(torch.stack([ring, (ring + step) % size]) + start)
+    joined = torch.cat(edges, dim=1)
+    return randn(len(OWNER), 3), joined, OWNER, randn(joined.shape[1], 1), randn(N, C)
+
+
+def one_graph(X: Sequence[Tensor], i: int) -> tuple[Tensor, ...]:
+    nodes, edges, _, of_edges, bias = X
+    start, stop = STARTS[i], STARTS[i + 1]
+    mine = (edges[0] >= start) & (edges[0] < stop)
+    batch = torch.zeros(stop - start, dtype=torch.int64)
+    own = edges[:, mine] - start
+    return nodes[start:stop], own, batch, of_edges[mine], bias[i : i + 1]
+
+
+Case = tuple[nn.Module, Any, Callable[[Any, int], Any]]
+
+
+def case(name: str) -> Case:
+    """A model, its inputs, and those of one sample."""
+    torch.manual_seed(1)
+    if name == "state":
+        X = randn(N, T, 3), randn(2, N, 4)
+        return State(), X, lambda X, i: (X[0][i : i + 1], X[1][:, i : i + 1])
+    if name == "as many layers as samples":
+        X = randn(N, T, 3), randn(N, N, 4)
+        return State(), X, lambda X, i: (X[0][i : i + 1], X[1][:, i : i + 1])
+    if name == "states in a pair":
+        X = randn(T, N, 3), (randn(1, N, 4), randn(1, N, 4))
+        return Cell(), X, lambda X, i: (X[0][:, [i]], tuple(s[:, [i]] for s in X[1]))
+    if name == "sequence first":
+        return SeqFirst(), randn(T, N, 4), lambda X, i: (X[:, i : i + 1],)
+    if name == "sequence first, as long as the batch":
+        return SeqFirst(), randn(N, N, 4), lambda X, i: (X[:, i : i + 1],)
+    if name == "mask for each head":
+        X = randn(N, T, 4), masks(2)
+        return Masked(), X, lambda X, i: (X[0][[i]], X[1][2 * i : 2 * i + 2])
+    if name == "mask for all":
+        return Masked(), (randn(N, T, 4), causal(T)), lambda X, i: (X[0][[i]], X[1])
+    if name == "mask for all, as long as the batch":
+        return Masked(), (randn(N, N, 4), causal(N)), lambda X, i: (X[0][[i]], X[1])
+    if name.startswith("bags"):
+        starts = torch.tensor([0, 3, 4, 4, 10, 15, 17])  # one of them is empty
+        closed = name == "bags with an end"
+        offsets = starts if closed else starts[:-1]
+        text = torch.randint(11, (17,), generator=GENERATOR)
+        X = (text, offsets, randn(17)) if name == "bags, weighted" else (text, offsets)
+
+        def one(X: Any, i: int) -> Any:
+            text, _, *weights = (t[starts[i] : starts[i + 1]] for t in X)
+            ends = torch.tensor([0, len(text)] if closed else [0])
+            return (text, ends, *weights)
+
+        return Bag(closed), X, one
+    assert name == "graphs"
+    return GCN(), graphs(), one_graph
+
+
+FOUND = [
+    "state",
+    "as many layers as samples",
+    "states in a pair",
+    "sequence first",
+    "sequence first, as long as the batch",
+    "mask for each head",
+    "mask for all",
+    "mask for all, as long as the batch",
+    "bags",
+    "bags with an end",
+    "bags, weighted",
+    "graphs",
+]
+
+
+def truth_for(model: nn.Module, X: Any, one: Any, chosen: Sequence[int]) -> Any:
+    samples = [
+        (
+            lambda m, i=i: m(*one(X, i))[0],
+            lambda f, i=i: F.cross_entropy(f, y[i]),
+        )
+        for i in chosen
+    ]
+    return truth_of(model, samples, 1 / len(chosen))
+
+
+@pytest.mark.parametrize("name", FOUND)
+def test_samples_are_found(name: str) -> None:
+    model, X, one = case(name)
+    model = model.double()
+    risk = vl.EmpiricalRisk(model, CE, (X, y))
+    thorough = check if name in ("state", "graphs") else check_products
+    thorough(risk, truth_for(model, X, one, range(N)))
+    chosen = [4, 1, 2]
+    check_products(risk.subset(chosen), truth_for(model, X, one, chosen))
+
+
+AXES: dict[str, Any] = {
+    "state": (0, 1),
+    "as many layers as samples": (0, 1),
+    "states in a pair": 1,
+    "sequence first": 1,
+    "sequence first, as long as the batch": -2,
+    "mask for all": (0, None),
+    "mask for all, as long as the batch": (0, None),
+}
+
+
+@pytest.mark.parametrize("check_model", [True, False])
+@pytest.mark.parametrize("name", AXES)
+def test_samples_are_where_the_user_says(name: str, check_model: bool) -> None:
+    model, X, one = case(name)
+    model = model.double()
+    risk = vl.EmpiricalRisk(
+        model, CE, (X, y), sample_axis=AXES[name], check=check_model
+    )
+    check_products(risk, truth_for(model, X, one, range(N)))
+    digest = risk.fingerprint()["samples"]
+    assert digest == risk.subset(range(N)).fingerprint()["samples"]
+
+
+def take_sets(X: Any, index: Tensor) -> Any:
+    points, sizes = X["points"], X["sizes"]
+    parts = points.split(sizes)
+    return {
+        "points": torch.cat([parts[i] for i in index.tolist()]),
+        "sizes": [sizes[i] for i in index.tolist()],
+    }
+
+
+def test_take_and_count_of_the_user() -> None:
+    """For what nobody could find: sets of points, whose sizes are no tensor."""
+
+    def forward(m: Any, X: Any) -> Tensor:
+        sums = [part.mean(0) for part in torch.tanh(m.f(X["points"])).split(X["sizes"])]
+        return torch.stack(sums)
+
+    torch.manual_seed(1)
+    model = Lambda(forward, f=nn.Linear(3, C)).double()
+    X = {"points": randn(len(OWNER), 3), "sizes": SIZES.tolist()}
+    with pytest.raises(ValueError, match="sample_axis="):
+        vl.EmpiricalRisk(model, CE, (X, y))
+    risk = vl.EmpiricalRisk(
+        model, CE, (X, y), take=take_sets, count=lambda X: len(X["sizes"])
+    )
+
+    def one(X: Any, i: int) -> Any:
+        return (X["points"][STARTS[i] : STARTS[i + 1]],)
+
+    alone = Lambda(lambda m, x: torch.tanh(m.f(x)).mean(0, True), f=model.f)
+    check_products(risk, truth_for(alone, X, one, range(N)))
+    check_products(risk.subset([5, 0]), truth_for(alone, X, one, [5, 0]))
+
+
+def test_images_in_a_list() -> None:
+    """Of several sizes, and one output each."""
+    images = [
+        randn(1, h, w) for h, w in ((4, 4), (6, 5), (3, 7), (4, 4), (5, 5), (3, 3))
+    ]
+
+    class Pooled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.c = nn.Conv2d(1, C, 3, padding=1)
+
+        def forward(self, images: list[Tensor]) -> Tensor:
+            return torch.stack([torch.tanh(self.c(i)).mean((1, 2)) for i in images])
+
+    model = Pooled().double()
+    risk = vl.EmpiricalRisk(model, CE, (images, y))
+    truth = truth_for(model, images, lambda X, i: ([X[i]],), range(N))
+    check_products(risk, truth)
+    check_products(
+        risk.subset([3, 0]),
+        truth_for(model, images, lambda X, i: ([X[i]],), [3, 0]),
+    )
+
+
+def test_batches_show_what_one_does_not() -> None:
+    """A state with as many layers as the first batch has samples."""
+    torch.manual_seed(0)
+    model = State().double()
+    x, h = randn(N, T, 3), randn(2, N, 4)
+    cut = [
+        ((x[:2], h[:, :2]), y[:2]),
+        ((x[2:], h[:, 2:]), y[2:]),
+    ]
+    whole = vl.EmpiricalRisk(model, CE, ((x, h), y))
+    for check_model in (True, False):
+        risk = vl.EmpiricalRisk(model, CE, cut, check=check_model)
+        torch.testing.assert_close(vl.GGN(risk).eigvalsh(), vl.GGN(whole).eigvalsh())
+        assert risk.fingerprint()["samples"] == whole.fingerprint()["samples"]
+
+
+# What is refused ----------------------------------------------------------------------
+
+
+def test_a_model_that_mixes_samples_is_found_out_in_all_ways() -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        h = m.f(x)
+        return h - h.mean(0)
+
+    model = Lambda(forward, f=nn.Linear(N, C)).double()
+    with pytest.raises(ValueError, match="depend on the other samples"):
+        vl.EmpiricalRisk(model, CE, (randn(N, N), y))
+
+
+def test_an_error_of_the_model_is_shown() -> None:
+    """Of a state without an axis of samples, which it does not take of another size."""
+
+    def forward(m: Any, x: Tensor, state: Tensor) -> Tensor:
+        if state.shape[0] != len(x) * 2 or not torch.equal(x, inputs):
+            raise KeyError("this state is of other samples")
+        return m.f(x)
+
+    inputs = randn(N, 4)
+    model = Lambda(forward, f=nn.Linear(4, C)).double()
+    with pytest.raises(ValueError, match="this state is of other samples") as caught:
+        vl.EmpiricalRisk(model, CE, ((inputs, randn(2 * N, 3)), y))
+    assert "depend on" not in str(caught.value)
+    assert "sample_axis=" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("keywords", "error", "message"),
+    [
+        ({"sample_axis": 3}, ValueError, "sample_axis: is 3 for X"),
+        ({"sample_axis": (0, 0, 1)}, ValueError, "sample_axis: has the parts"),
+        ({"sample_axis": (0, "1")}, TypeError, "sample_axis: an integer, None"),
+        ({"sample_axis": (0, 0)}, ValueError, "sample_axis: batch 0 has not 6"),
+        ({"sample_axis": None, "take": take_sets}, TypeError, "give both"),
+        ({"take": take_sets, "count": 3}, TypeError, "count: a function"),
+        ({"take": take_sets, "count": lambda X: 0}, ValueError, "count: finds 0"),
+        (
+            {"take": take_sets, "count": len, "sample_axis": 0},
+            TypeError,
+            "sample_axis: with take",
+        ),
+        ({"target": "labels"}, TypeError, "target: a function"),
+    ],
+)
+def test_what_is_said_wrongly(
+    keywords: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    model, X, _ = case("state")
+    with pytest.raises(error, match=message):
+        vl.EmpiricalRisk(model.double(), CE, (X, y), **keywords)
