@@ -1,4 +1,4 @@
-"""Dense matrices of a risk, sample by sample and by plain autograd, without the package.
+"""Dense matrices of a risk, sample by sample, by plain autograd without the package.
 
 Each sample is a function of the net, and its loss a function of its outputs: whatever
 form the data have, and however many outputs each sample has.
