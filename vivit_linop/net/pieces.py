@@ -262,8 +262,8 @@ class Pass:
             start: The sample to start from, the first of a piece.
         """
         first = 0
-        for batch, (X, y) in enumerate(self._risk.batches("columns")):
-            n = len(y)
+        for batch, (X, _) in enumerate(self._risk.batches("columns")):
+            n = self._risk.batch_sizes[batch]
             if first + n > start:
                 for index in self._cut(batch, X, n):
                     if first + int(index[0]) >= start:
