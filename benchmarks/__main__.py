@@ -19,6 +19,7 @@ from benchmarks import (
     compositions,
     directions,
     inverses,
+    monitor,
     preconditioners,
     products,
     quantities,
@@ -49,6 +50,7 @@ SUITES: dict[str, Suite] = {
     "vivit": vivit_dropin.SUITE,
     "certificates": certificates.SUITE,
     "compositions": compositions.SUITE,
+    "monitor": monitor.SUITE,
 }
 RESULTS = Path(__file__).parent / "results"
 NOTHING = "nothing"  # the case whose memory is that of the libraries, net and data

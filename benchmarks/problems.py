@@ -262,6 +262,11 @@ def small_mlp(num_classes: int) -> nn.Module:
     return nn.Sequential(nn.Flatten(), mlp(num_classes, (32, 32)))
 
 
+def digits_mlp(num_classes: int) -> nn.Module:
+    """The MLP 784-256-128-C, for images."""
+    return nn.Sequential(nn.Flatten(), mlp(num_classes, (256, 128)))
+
+
 def tiny(num_classes: int) -> nn.Module:
     """A net for tests."""
     return nn.Sequential(
@@ -325,6 +330,7 @@ NETS: dict[str, Net] = {
     "allcnnc": Net(allcnnc, (3, 32, 32), 1_387_108, num_samples=32, num_classes=100),
     "softmax": Net(softmax_regression, (1, 28, 28), 7_850, 512, data=digits),
     "small": Net(small_mlp, (1, 28, 28), 26_506, 512, data=digits),
+    "digits-mlp": Net(digits_mlp, (1, 28, 28), 235_146, 300, data=digits),
     "tiny": Net(tiny, (1, 6, 6), 69, num_samples=6, num_classes=3),
 }
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from functools import cached_property
 from typing import Any, Self
 from weakref import ref
@@ -20,7 +22,7 @@ from vivit_linop.linalg.reductions import matrix_of_operator
 from vivit_linop.linalg.sandwiches import gram_blocks_of_operator
 from vivit_linop.modes import as_guest
 from vivit_linop.net.costs import LayerCost, as_table, layer_costs
-from vivit_linop.net.linearization import NoTangentError, linearizations
+from vivit_linop.net.linearization import NoTangentError, linearizations, trusted
 from vivit_linop.net.pieces import StoredColumns, Total, memory_budget
 from vivit_linop.net.sums import (
     AllColumns,
@@ -186,6 +188,17 @@ class Pullback(TorchLinearOperator):
         if plan.columns_stay(costs, columns.nbytes, memory_budget(self.risk)):
             self.stored = columns
 
+    @contextlib.contextmanager
+    def few_products(self) -> Iterator[Pullback]:
+        """Give the same operator for a few products, which are certified inside.
+
+        For these neither columns are looked for, nor anything is checked or traced.
+        """
+        node = Pullback(self.jacobian, self.output)
+        node.stored, node._decided = self.stored, True
+        with trusted(self.risk):
+            yield node
+
     def keep_columns(self) -> None:
         """Store the columns if they fit into memory, for all that follows."""
         if self.stored is None:
@@ -284,6 +297,12 @@ class Pullback(TorchLinearOperator):
 def gram_of_pullback(factor: Pullback) -> Gram:
     """The one that it keeps."""
     return factor.gram
+
+
+@verbs.few_products.register
+def few_products_of_pullback(factor: Pullback) -> AbstractContextManager[Pullback]:
+    """On linearisations that are made for them, without columns."""
+    return factor.few_products()
 
 
 @verbs.outer_product.register

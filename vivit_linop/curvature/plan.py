@@ -140,6 +140,11 @@ def products_together(costs: Sequence[LayerCost]) -> int:
 # Eigenpairs -------------------------------------------------------------------------
 
 
+def arpack_products(k: int) -> int:
+    """How many products ARPACK takes for k pairs, in the mean."""
+    return _PRODUCTS + _PRODUCTS_A_PAIR * k
+
+
 @dataclass(frozen=True)
 class FactorCost:
     """What a factor V of shape ``[D, R̂]`` costs.
@@ -275,7 +280,7 @@ def choose(
     many = "" if lost or k < small // 2 else "ARPACK finds less than half of the pairs"
     krylov = Route(
         "ARPACK on K" if on_gram else "ARPACK on G",
-        (_PRODUCTS + _PRODUCTS_A_PAIR * k) * (product + _CALL_FLOPS) + once,
+        arpack_products(k) * (product + _CALL_FLOPS) + once,
         (2.0 * k + 20) * (columns if on_gram else D) * itemsize,
         many,
     )

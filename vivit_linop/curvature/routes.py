@@ -141,7 +141,8 @@ def by_arpack(op: LowRank, k: int, route: str) -> Eigenpairs:
         )
     start = np.random.default_rng(0).standard_normal(target.shape[0])
     shown = _shows_progress(op.factor)
-    with watched(target, k) if shown else contextlib.nullcontext(target) as multiplied:
+    bar = watched(target, k, plan.arpack_products(k))
+    with bar if shown else contextlib.nullcontext(target) as multiplied:
         v0 = start.astype(target.dtype)
         evals, evecs = eigsh(multiplied, k=k, which="LA", v0=v0)
     order = np.argsort(evals)

@@ -14,6 +14,7 @@ from vivit_linop.linalg import (  # noqa: F401  (register)
     restrictions,
     roots,
     sandwiches,
+    tracking,
 )
 from vivit_linop.linalg.estimates import (
     DiagonalEstimate,

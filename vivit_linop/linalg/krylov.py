@@ -12,15 +12,20 @@ from vivit_linop.operators.base import TorchLinearOperator
 
 
 @contextlib.contextmanager
-def watched(op: TorchLinearOperator, k: int) -> Iterator[TorchLinearOperator]:
+def watched(
+    op: TorchLinearOperator, k: int, total: int
+) -> Iterator[TorchLinearOperator]:
     """Count products on a bar on stderr while k eigenpairs are computed from them.
 
     Args:
         op: A, square.
         k: How many pairs are looked for.
+        total: How many products that takes in the mean; it may be more or less.
     """
-    with tqdm(desc=f"eigh(k={k})", unit=" products") as bar:
+    with tqdm(desc=f"eigh(k={k})", unit=" products", total=total) as bar:
         yield Counted(op, bar)
+        bar.total = bar.n  # that many it were
+        bar.refresh()
 
 
 class Counted(TorchLinearOperator):
@@ -37,9 +42,13 @@ class Counted(TorchLinearOperator):
         self._op, self._bar = op, bar
 
     def _multiply(self, X: Tensor) -> Tensor:
-        self._bar.update(X.shape[1])
+        self._count(X)
         return self._op.apply(X)
 
     def _multiply_adjoint(self, X: Tensor) -> Tensor:
-        self._bar.update(X.shape[1])
+        self._count(X)
         return self._op.T.apply(X)
+
+    def _count(self, X: Tensor) -> None:
+        self._bar.total = max(self._bar.total, self._bar.n + X.shape[1])
+        self._bar.update(X.shape[1])

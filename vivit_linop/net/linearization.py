@@ -50,8 +50,8 @@ _CPU_COLUMN_BYTES = 4 * 2**20
 _KEPT_GRAPHS = 3
 # The share of free memory that linearisations may take.
 _MEMORY_SHARE = 4
-# Where a risk keeps them.
-_KEPT = "linearizations"
+# Where a risk keeps them, and whether their products are certified by who takes them.
+_KEPT, _TRUSTED = "linearizations", "trusted linearizations"
 # The tracer changes things that all threads see.
 _TRACING = threading.Lock()
 
@@ -176,7 +176,7 @@ class Linearization:
         self._preparing = threading.Lock()
         self._failure = ""
         self._probe: Probe | None = None
-        self._repeats = self._spent = False
+        self._repeats = self._spent = self._few = False
         self._together: set[str] = set()
         self.nbytes = nbytes
         with as_guest(self.device):
@@ -187,6 +187,14 @@ class Linearization:
     def __reduce__(self) -> NoReturn:
         """Refuse to be copied or pickled."""
         raise TypeError("A linearisation holds graphs; copy the risk, which makes it.")
+
+    def trust(self) -> None:
+        """Leave the checks of products to who takes them; some will be taken only.
+
+        Nothing is traced for these.
+        """
+        self.checked = self._repeats = self._few = True
+        self._together = {"_jvp", "_vjp"}
 
     @property
     def kept_bytes(self) -> int:
@@ -209,7 +217,7 @@ class Linearization:
                 if not self.checked:
                     self._probed()
                 ways = [self._reverse]
-                if self.kept:
+                if self.kept and not self._few:
                     first = tracing_pays(self._graph.output)
                     ways.insert(0 if first else 1, self._trace_somehow)
                 for way in ways:
@@ -563,7 +571,7 @@ def _linearized(risk: EmpiricalRisk) -> Iterator[Linearization]:
                 keep = keep and sum(leaf.nbytes for leaf in leaves(X)) <= room
                 keep = keep and _KEPT_GRAPHS * nbytes <= room
                 linearization = _linearization(risk, index, X, nbytes, keep)
-                linearization.checked = index in checked
+                linearization.checked |= index in checked
                 if keep:
                     kept.append(linearization)
                     risk.kept.nbytes += linearization.kept_bytes
@@ -588,7 +596,26 @@ def _linearization(
         linearization = Linearization(function, risk.params, nbytes)
     risk.check_outputs(index, linearization.outputs)
     linearization.kept = keep
+    if risk.kept.values.get(_TRUSTED):
+        linearization.trust()
     return linearization
+
+
+@contextlib.contextmanager
+def trusted(risk: EmpiricalRisk) -> Iterator[None]:
+    """Take a few products that are certified inside, on linearisations made for them.
+
+    After an exception these are gone.
+    """
+    risk.kept.put(_TRUSTED, True)
+    try:
+        yield
+    except BaseException:
+        risk.kept.drop_list(_KEPT)
+        risk.kept.values.pop("checked", None)
+        raise
+    finally:
+        risk.kept.put(_TRUSTED, False)
 
 
 def evaluated(model: FunctionalModel, X: Any, params: Params) -> Tensor:

@@ -589,6 +589,8 @@ class TorchLinearOperator(LinearOperator):
         select: Callable[[Tensor], Sequence[int] | Tensor] | None = None,
         rcond: float | None = None,
         route: str | None = None,
+        start: Eigenpairs | None = None,
+        tol: float = 5e-3,
     ) -> Eigenpairs:
         """Return eigenpairs of a self-adjoint operator.
 
@@ -602,14 +604,37 @@ class TorchLinearOperator(LinearOperator):
             route: Of low-rank operators, the way to the pairs: ``"dense Gram"`` or
                 ``"dense G"``, with ``k`` also ``"ARPACK on K"`` or ``"ARPACK on G"``;
                 None for the cheapest, which ``explain(k)`` names.
+            start: Of low-rank operators c V Vᵀ, pairs of a near one, such as that of
+                the training step before: a block iteration begins there, and takes one
+                product of V or Vᵀ with a block of vectors where little has changed.
+                The block has as many vectors as ``start``; more than ``k`` help where
+                the next eigenvalues lie close. A pair that has no part in the block
+                comes in slowly, so begin anew now and then.
+            tol: With ``start``, how exact: another product would raise the sum of the
+                eigenvalues by no more than ``tol`` times the largest, as one random
+                vector tells.
 
         Returns:
             Pairs that unpack to eigenvalues ``[K]`` and orthonormal columns
             ``[n, K]``.
         """
         self._check_self_adjoint("eigh")
+        if start is not None:
+            return self._eigh_near(k, start, tol)
         op = self._routed(route, few=k is not None and select is None)
         return verbs.eigh(op, k=k, select=select, rcond=rcond)
+
+    def _eigh_near(self, k: int | None, start: Eigenpairs, tol: float) -> Eigenpairs:
+        if not isinstance(start, Eigenpairs) or not len(start):
+            raise TypeError(f"start: eigenpairs, as eigh returns them, got {start!r}.")
+        k = len(start) if k is None else k
+        if not 1 <= k <= len(start):
+            raise ValueError(
+                f"k: between 1 and {len(start)}, the number of pairs of start; got {k}."
+            )
+        if not tol > 0:
+            raise ValueError(f"tol: a positive number, got {tol!r}.")
+        return verbs.eigh_near(self, k, start, tol)
 
     def _routed(self, route: str | None, few: bool = False) -> TorchLinearOperator:
         return self if route is None else verbs.routed(self, route, few)

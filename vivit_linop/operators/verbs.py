@@ -27,7 +27,9 @@ Rules stand in :mod:`vivit_linop.operators.rules` (products, sums, multiples) an
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from functools import singledispatch
 from typing import Any, TypeAlias
 
@@ -444,6 +446,28 @@ def eigh(
     Without a rule, those that ``eigendecomposition(op).choose(k, select, rcond)`` says.
     """
     raise _no_rule("eigh", op)
+
+
+@singledispatch
+def eigh_near(op: Any, k: int, start: Eigenpairs, tol: float) -> Eigenpairs:
+    """Return the k largest eigenpairs, found from those of a near operator.
+
+    See ``A.eigh(k, start=…)``.
+    """
+    raise TypeError(
+        f"start: the {type(op).__name__} has no factor V with A = c V Vᵀ, so it cannot "
+        "start from other pairs; leave it out."
+    )
+
+
+@singledispatch
+def few_products(factor: Any) -> AbstractContextManager[Operator]:
+    """Give a factor in the form that is cheapest for some products only.
+
+    In the context these are certified by who takes them; an exception says that they
+    were not.
+    """
+    return contextlib.nullcontext(factor)
 
 
 @singledispatch

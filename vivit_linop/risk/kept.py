@@ -52,6 +52,11 @@ class Kept:
         kept.everywhere = self.everywhere
         return kept
 
+    def drop_list(self, key: Hashable) -> None:
+        """Let go of a list of what says how many bytes it takes."""
+        with self.making:
+            self.nbytes -= sum(item.kept_bytes for item in self.values.pop(key, []))
+
     def budget(self, share: int) -> int:
         """Return the bytes that may be taken: what the user said, or a share of all.
 
