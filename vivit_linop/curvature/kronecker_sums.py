@@ -17,7 +17,7 @@ from vivit_linop.curvature.jacobian import Pullback, sum_columns
 from vivit_linop.net.columns.base import LayerColumns, add_product, mirror
 from vivit_linop.net.columns.khatri_rao import KhatriRaoColumns
 from vivit_linop.net.columns.transposed import TransposedConvolutionColumns
-from vivit_linop.net.pieces import Piece, Total, memory_budget
+from vivit_linop.net.pieces import Piece, Total
 from vivit_linop.operators.kronecker import Kronecker
 
 
@@ -202,7 +202,6 @@ class EigenvalueSums(Total):
         self, factor: Pullback, bases: Mapping[str, Sequence[Kronecker]]
     ) -> None:
         self.names, self._bases = list(bases), bases
-        self._memory = memory_budget(factor.risk)
         self._inputs, self._rotated_inputs = _Inputs(), dict[str, Tensor]()
         self.sums: dict[str, Tensor] = {}
 
@@ -220,7 +219,7 @@ class EigenvalueSums(Total):
         blocks = self._bases[name]
         if isinstance(columns, KhatriRaoColumns):
             rotated = self._rotated(name, columns)
-            return rotated.entry_squares(self._memory).view(len(blocks), -1)
+            return rotated.entry_squares(self.memory).view(len(blocks), -1)
         # This part of the data does not confirm the layer's structure.
         rows = columns.rows()
         rows = rows.view(len(rows), len(blocks), -1)

@@ -21,7 +21,7 @@ from vivit_linop.net.columns.base import LayerColumns
 from vivit_linop.net.columns.joins import Place, assembled
 from vivit_linop.net.kinds import View
 from vivit_linop.net.recorder import Recorder
-from vivit_linop.net.structure import Layout, Use, Variant, overlapping
+from vivit_linop.net.structure import Layout, Use, Variant, isolating, overlapping
 from vivit_linop.risk.containers import leaves
 from vivit_linop.risk.empirical import EmpiricalRisk
 from vivit_linop.risk.model import strided
@@ -280,9 +280,7 @@ class Capture:
             signals = self._backward([self.uses[i] for i in pending], cotangent)
             silent, undecided = [], []
             for i, signal in zip(pending, signals, strict=True):
-                possible[i] = [
-                    name for name in possible[i] if self._is_at(name, signal, sample)
-                ]
+                possible[i] = isolating(possible[i], signal, sample, n)
                 if n > 1 and possible[i] and not signal.any():
                     silent.append(i)
                 elif len(possible[i]) > 1 and sample > n - _TELLING_SAMPLES:
@@ -295,11 +293,6 @@ class Capture:
             pending = sorted(silent + undecided)
         layouts = [next(iter(names), None) for names in possible]
         return Variant([use.key for use in self.uses], layouts, n == 1)
-
-    def _is_at(self, layout: str, signal: Tensor, sample: int) -> bool:
-        """Whether a layout has the signal of one sample at that sample alone."""
-        by_sample = Layout(layout, self.num_samples)(signal)
-        return not (by_sample[:sample].any() or by_sample[sample + 1 :].any())
 
 
 def sample_sizes(risk: EmpiricalRisk, batch: int, X: Any, n: int) -> SampleSizes:

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from operator import add
-
-import torch
 
 from vivit_linop.net.certified import find_structure
-from vivit_linop.net.columns.base import LayerColumns
-from vivit_linop.net.columns.joins import StackedColumns
-from vivit_linop.net.columns.khatri_rao import KhatriRaoColumns
+from vivit_linop.net.columns.base import ColumnCost
 from vivit_linop.risk.empirical import EmpiricalRisk
 
 
@@ -55,59 +50,25 @@ def layer_costs(risk: EmpiricalRisk, width: int) -> list[LayerCost]:
 def _layer_costs(risk: EmpiricalRisk, width: int) -> list[LayerCost]:
     # Of one sample all axes are its own, so its structure is another.
     structure = find_structure(risk, alone=risk.batch_sizes[0] == 1)
-    costs, seen = [], set()
-    itemsize = torch.finfo(risk.dtype).bits // 8
-    for name, p in risk.params.items():
-        kinds = [
-            kind for kind, *used in structure.uses for other in used if other == name
-        ]
-        columns = structure.layers.get(name)
+    costs, counted, samples = [], set[Hashable](), risk.num_samples
+    kinds: dict[str | None, list[str]] = {}
+    for kind, *names in structure.uses:
+        for used in names:
+            kinds.setdefault(used, []).append(kind)
+    for name, numel in zip(risk.params, risk.sizes, strict=True):
+        columns, uses = structure.layers.get(name), kinds.get(name, [])
         if name in structure.opaque:
-            kinds, columns = ["no structure"], None
+            uses, cost = ["no structure"], ColumnCost.of_formed(numel, samples, width)
         elif columns is None:
-            costs.append(LayerCost(name, "unused", "none", 0.0, 0.0, 0.0, 0.0))
-            continue
-        parts: list[LayerColumns | None] = [columns]
-        if isinstance(columns, StackedColumns):
-            parts = [*columns.parts.values()]
-        shared = columns is not None and columns.cotangents_key in seen
-        seen.add(columns and columns.cotangents_key)
-        ways, counts = dict[str, None](), [0.0] * 4
-        for part in parts:
-            sizes = risk.num_samples, width, shared, len(kinds)
-            way, *found = _cost_of_part(part, p.numel(), *sizes)
-            ways[way], counts = None, list(map(add, counts, found))
-        forward, gram, product, entries = counts
-        use, way, nbytes = " + ".join(kinds), " + ".join(ways), entries * itemsize
+            uses, cost = ["unused"], ColumnCost("none", 0.0, 0.0, 0.0, 0.0)
+        else:
+            key = columns.cotangents_key
+            cost = columns.cost(samples, width, key in counted, len(uses) == 1)
+            counted.add(key)
+        way, forward, gram, product, entries = cost
+        use, nbytes = " + ".join(uses), entries * risk.dtype.itemsize
         costs.append(LayerCost(name, use, way, forward, gram, product, nbytes))
     return costs
-
-
-def _cost_of_part(
-    columns: LayerColumns | None,
-    numel: int,
-    samples: int,
-    width: int,
-    shared: bool,
-    uses: int,
-) -> tuple[str, float, float, float, float]:
-    """Return the contraction, all counts of operations, and the number of entries."""
-    rows = float(samples * width)
-    if not isinstance(columns, KhatriRaoColumns):
-        numel = numel if columns is None else columns.numel
-        formed = rows * numel
-        return "dense", 2.0 * samples * numel, rows * formed, 2 * formed, formed
-    scaled = columns.gram_flops((samples,) * 2, (width,) * 2, columns.positions)
-    way = min(scaled, key=scaled.__getitem__)
-    forward = float(samples * columns.forward_flops)
-    gram = scaled[way] / 2
-    factors = columns.factor_entries(0 if shared else width) / columns.num_samples
-    formed = columns.formed_entries(width) / columns.num_samples
-    if uses == 1 and columns.positions > 1 and formed <= factors:
-        entries = float(samples * formed)
-        return "blocks", forward, gram, 2 * entries, entries
-    entries = float(samples * factors)
-    return way, forward, gram, forward + 2 * entries, entries
 
 
 def as_table(costs: Sequence[LayerCost]) -> str:

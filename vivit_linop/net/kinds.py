@@ -7,7 +7,7 @@ same way, from outside.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -76,7 +76,7 @@ class Signature:
 
     functions: Iterable[Callable[..., Any]]
     arguments: str
-    read: Callable[[Arguments], Arguments | None] = lambda given: given
+    read: Callable[[Arguments], Arguments | None] | None = None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -166,6 +166,7 @@ class Kind:
     bias: Callable[[Arguments, Tensor], LayerColumns] | None = None
     inputs_first: bool = False
     entries: Callable[[Arguments, int, int], int] | None = None
+    has_weight: bool = field(init=False)
 
     def __post_init__(self) -> None:
         """Check the entry."""
@@ -177,16 +178,13 @@ class Kind:
             raise ValueError(
                 "inputs, cotangents: found one of them; give both, or weight=."
             )
-        if not self.has_weight and self.bias is None:
+        has_weight = self.weight is not None or self.inputs is not None
+        object.__setattr__(self, "has_weight", has_weight)
+        if not has_weight and self.bias is None:
             raise ValueError(
                 f"Kind {self.name!r} has no rule; give weight=, inputs= and "
                 "cotangents=, or bias=."
             )
-
-    @property
-    def has_weight(self) -> bool:
-        """Whether it has a rule for a weight."""
-        return self.weight is not None or self.inputs is not None
 
 
 _READINGS: dict[Callable[..., Any], list[tuple[Signature, Kind]]] = {}

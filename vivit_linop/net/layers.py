@@ -263,7 +263,7 @@ def _norm(
     def weight(arguments: Arguments, X: Tensor, B: Tensor) -> LayerColumns:
         return summed(arguments, B * normalised(arguments, X).unsqueeze(1))
 
-    read = others.pop("read", lambda given: given)
+    read = others.pop("read", None)
     return Kind(
         name=function.__name__,
         signatures=[Signature([function], arguments, read)],

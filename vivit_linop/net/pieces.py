@@ -19,6 +19,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from operator import attrgetter
 from typing import Any, Protocol
 
 import torch
@@ -101,8 +102,11 @@ class Piece:
     @cached_property
     def nbytes(self) -> int:
         """What the columns take."""
-        sizes = {name: part.nbytes for name, part in self.columns.items()}
-        return sum(max(map(sizes.__getitem__, group)) for group in self.groups)
+        total = 0
+        for group in self.groups:
+            sizes = [self.columns[name].nbytes for name in group]
+            total += max(sizes)
+        return total
 
     def rows(self, names: Sequence[str], out: Tensor) -> Tensor:
         """Form the columns of some parameters, as rows side by side.
@@ -182,7 +186,7 @@ class StoredColumns:
 
     def __init__(self, pieces: Sequence[Piece]) -> None:
         self.pieces, self._sizes = list(pieces), pieces[0].sizes
-        self.nbytes = sum(piece.nbytes for piece in self.pieces)
+        self.nbytes = sum(map(attrgetter("nbytes"), self.pieces))
 
     def multiply(self, X: Tensor) -> Tensor:
         """Combine the columns, ``[N·R, K] -> [D, K]``."""
@@ -217,10 +221,12 @@ class Total(ABC):
     Attributes:
         names: The parameters that it is over.
         takes: How it takes columns, as in :data:`vivit_linop.net.capture.Takes`.
+        memory: The bytes that temporaries may take; a pass sets it.
     """
 
     names: Sequence[str]
     takes: Takes = "columns"
+    memory: int = 0
 
     @abstractmethod
     def add(self, left: Piece, right: Piece) -> None:
@@ -243,16 +249,21 @@ class Pass:
 
     def __init__(self, factors: Sequence[Cotangents], totals: Sequence[Total]) -> None:
         self._factors, self._risk = factors, factors[0].risk
-        self._width = sum(factor.width for factor in factors)
-        self._sizes = {name: p.numel() for name, p in self._risk.params.items()}
-        self.names = {name for total in totals for name in total.names}
-        self.takes = max((total.takes for total in totals), key=_DEMANDS.index)
-        self._memory = max(memory_budget(self._risk), _LEAST_BYTES)
-        # Of each column, what is taken as a row is formed in addition.
-        self._formed = 0
+        risk = self._risk
+        self._sizes = dict(zip(risk.params, risk.sizes, strict=True))
+        self._width, self._formed = 0, 0
+        for factor in factors:
+            self._width += factor.width
+        self.names, self.takes = set[str](), _DEMANDS[0]
+        memory = memory_budget(risk)
+        self._memory = max(memory, _LEAST_BYTES)
         for total in totals:
+            total.memory = memory
+            self.names.update(total.names)
+            self.takes = max(self.takes, total.takes, key=_DEMANDS.index)
+            # Of each column, what is taken as a row is formed in addition.
             if total.takes == "rows":
-                d = sum(self._sizes[name] for name in total.names)
+                d = sum(map(self._sizes.__getitem__, total.names))
                 self._formed = max(self._formed, d)
 
     def pieces(self, start: int = 0) -> Iterator[list[Piece]]:

@@ -131,7 +131,7 @@ class Recorder(TorchFunctionMode):
             for name, value in (passed | kwargs).items():
                 if value is not None:
                     given[name] = self._views.frozen(value)
-            arguments = signature.read(given)
+            arguments = signature.read(given) if signature.read else given
             if arguments is not None:
                 return _use(kind, arguments, result)
         return None

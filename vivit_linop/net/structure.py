@@ -92,6 +92,18 @@ def candidates(
     return found
 
 
+def isolating(
+    layouts: Sequence[str], signal: Tensor, sample: int, num_samples: int
+) -> list[str]:
+    """Return the layouts that have the signal of one sample at that sample alone."""
+    found = []
+    for name in layouts:
+        by_sample = Layout(name, num_samples)(signal)
+        if not (by_sample[:sample].any() or by_sample[sample + 1 :].any()):
+            found.append(name)
+    return found
+
+
 @dataclass
 class Use:
     """One call of a torch function with parameters of the net.
@@ -265,19 +277,23 @@ class Variant:
 
     def fits(self, uses: list[Use], num_samples: int) -> bool:
         """Whether it may be that of a run, as far as can be seen from outside."""
-        if self.single != (num_samples == 1):
+        if self.single != (num_samples == 1) or len(uses) != len(self.uses):
             return False
-        return self.uses == [use.key for use in uses] and all(
-            layout is None or layout in use.layouts(num_samples)
-            for use, layout in zip(uses, self.layouts, strict=True)
-        )
+        for use, key, layout in zip(uses, self.uses, self.layouts, strict=True):
+            if use.key != key:
+                return False
+            if layout is not None and layout not in use.layouts(num_samples):
+                return False
+        return True
 
     @property
     def unknown(self) -> set[str]:
         """The parameters with a use whose samples were not found."""
-        pairs = zip(self.uses, self.layouts, strict=True)
-        names = {name for (_, *names), at in pairs if at is None for name in names}
-        return {name for name in names if name is not None}
+        names = set()
+        for (_, *used), layout in zip(self.uses, self.layouts, strict=True):
+            if layout is None:
+                names |= {name for name in used if name is not None}
+        return names
 
 
 @dataclass
@@ -300,8 +316,10 @@ class Structure:
 
     def fitting(self, uses: list[Use], num_samples: int) -> Variant | None:
         """Return a known variant that a run may be of."""
-        fit = (each for each in self.variants if each.fits(uses, num_samples))
-        return next(fit, None)
+        for variant in self.variants:
+            if variant.fits(uses, num_samples):
+                return variant
+        return None
 
     def learn(self, variant: Variant) -> None:
         """Take up a variant; what is unknown there is opaque everywhere."""

@@ -23,7 +23,6 @@ from vivit_linop.net.pieces import (
     Piece,
     StoredColumns,
     Total,
-    memory_budget,
     num_columns,
     split_rows,
 )
@@ -49,7 +48,6 @@ class GramTotal(Total):
         self, left: Cotangents, right: Cotangents, names: Sequence[str]
     ) -> None:
         self.names, self._symmetric = names, left is right
-        self._memory = memory_budget(left.risk)
         check_fits(left, right)
         sides = num_columns(left), num_columns(right)
         self.matrix = torch.zeros(
@@ -60,7 +58,7 @@ class GramTotal(Total):
         """Add the inner products, layer by layer."""
         block = self.matrix[left.place, right.place]
         for part, other in left.pairs(right, self.names):
-            part.add_gram(block, other, self._memory)
+            part.add_gram(block, other, self.memory)
         if self._symmetric and left is right:
             mirror(block)
         elif self._symmetric:
@@ -206,7 +204,6 @@ class EntrySums(Total):
 
     def __init__(self, factor: Cotangents, names: Sequence[str]) -> None:
         self.names = names
-        self._memory = memory_budget(factor.risk)
         sizes = [factor.risk.params[name].numel() for name in names]
         self.entries = torch.zeros(
             sum(sizes), dtype=factor.risk.dtype, device=factor.risk.device
@@ -227,7 +224,7 @@ class RowNorms(EntrySums):
     """The squared norms of the rows, from the structure of the layers."""
 
     def _of(self, columns: LayerColumns) -> Tensor:
-        return columns.entry_squares(self._memory)
+        return columns.entry_squares(self.memory)
 
 
 class SampleRowNorms(Total):
@@ -245,7 +242,6 @@ class SampleRowNorms(Total):
     def __init__(self, factor: Cotangents) -> None:
         risk = factor.risk
         self.names, self._width = list(risk.params), factor.width
-        self._memory = memory_budget(risk)
         self.norms = torch.zeros(
             risk.num_samples, risk.num_params, dtype=risk.dtype, device=risk.device
         )
@@ -257,7 +253,7 @@ class SampleRowNorms(Total):
         start, stop = left.place.start // self._width, left.place.stop // self._width
         for name, part in self._parts.items():
             if name in left.columns:
-                squares = left.columns[name].sample_entry_squares(self._memory)
+                squares = left.columns[name].sample_entry_squares(self.memory)
                 part[start:stop] += squares
 
 
@@ -274,8 +270,7 @@ class SampleGrams(Total):
 
     def __init__(self, left: Cotangents, right: Cotangents) -> None:
         risk = left.risk
-        self.names, self._memory = list(risk.params), memory_budget(risk)
-        self._width = left.width
+        self.names, self._width = list(risk.params), left.width
         shape = risk.num_samples, left.width, right.width
         self.matrices = torch.zeros(shape, dtype=risk.dtype, device=risk.device)
 
@@ -283,7 +278,7 @@ class SampleGrams(Total):
         """Fill in the samples of a piece, layer by layer."""
         start, stop = left.place.start // self._width, left.place.stop // self._width
         for part, other in left.pairs(right, self.names):
-            self.matrices[start:stop] += sample_grams(part, other, self._memory)
+            self.matrices[start:stop] += sample_grams(part, other, self.memory)
 
 
 class ColumnNorms(Total):
@@ -299,7 +294,7 @@ class ColumnNorms(Total):
 
     def __init__(self, factor: Cotangents, groups: Sequence[Sequence[str]]) -> None:
         self.names = [name for group in groups for name in group]
-        self._groups, self._memory = groups, memory_budget(factor.risk)
+        self._groups = groups
         # Else a piece would have to say which column of a sample it has.
         self.takes = "stream" if factor.width == 1 else "columns"
         self.norms = torch.zeros(
@@ -314,7 +309,7 @@ class ColumnNorms(Total):
         for number, group in enumerate(self._groups):
             for name in group:
                 if name in left.columns:
-                    squared = left.columns[name].squared_norms(self._memory)
+                    squared = left.columns[name].squared_norms(self.memory)
                     self.norms[left.place, number] += squared
 
 

@@ -69,7 +69,8 @@ class Copies:
         # Copies by the identity of originals, which whoever asks keeps alive.
         self.known: dict[int, Any] = {id(x): x for x in left}
         self._left = set(self.known)
-        self.known.update((id(tensor), new) for tensor, new in replaced)
+        for tensor, new in replaced:
+            self.known[id(tensor)] = new
         self.other, self._frozen = other, frozen
         self.modules: list[tuple[nn.Module, nn.Module]] = []
         # Hooks and other functions of modules: where they belong, and what they are.

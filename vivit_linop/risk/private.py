@@ -110,7 +110,8 @@ class PrivateModule:
         return output
 
     def _evaluate(self, params: Params, X: Any) -> Tensor:
-        copies = Copies((self._own[name], value) for name, value in params.items())
+        own = map(self._own.__getitem__, params)
+        copies = Copies(zip(own, params.values(), strict=True))
         module, predict = copies.of(self.module), copies.of_called(self._predict)
         with contextlib.ExitStack() as stack:
             if self._reentrant:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Sequence
-from typing import Self
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -14,6 +14,31 @@ from torch import Tensor
 _SYMMETRIC_LEAF = 96
 # Sums over so many columns lose no digits that matter.
 _SHORT_SUM = 1024
+
+
+class ColumnCost(NamedTuple):
+    """What the columns of a parameter, or of a part of one, cost.
+
+    Attributes:
+        contraction: The way to their Gram matrix.
+        forward: The operations of the layer's forward pass.
+        gram: Those of the Gram matrix, with symmetry.
+        product: Those of a product with stored columns.
+        entries: How many entries are stored.
+    """
+
+    contraction: str
+    forward: float
+    gram: float
+    product: float
+    entries: float
+
+    @classmethod
+    def of_formed(cls, numel: int, samples: int, width: int) -> ColumnCost:
+        """Return what formed columns cost."""
+        rows = float(samples * width)
+        formed = rows * numel
+        return cls("dense", 2.0 * samples * numel, rows * formed, 2 * formed, formed)
 
 
 class LayerColumns(ABC):
@@ -120,6 +145,17 @@ class LayerColumns(ABC):
     @abstractmethod
     def nbytes(self) -> int:
         """The memory that they take."""
+
+    def cost(self, samples: int, width: int, shared: bool, alone: bool) -> ColumnCost:
+        """Return what columns like these cost.
+
+        Args:
+            samples: For how many samples.
+            width: R.
+            shared: Whether the cotangents are counted elsewhere.
+            alone: Whether they are those of the parameter's only use.
+        """
+        return ColumnCost.of_formed(self.numel, samples, width)
 
     def without_data(self) -> Self:
         """The same columns, of tensors that have shapes only: for what they cost."""

@@ -9,7 +9,12 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from vivit_linop.net.columns.base import DenseColumns, LayerColumns, add_product
+from vivit_linop.net.columns.base import (
+    ColumnCost,
+    DenseColumns,
+    LayerColumns,
+    add_product,
+)
 
 Place = tuple[int, int]
 
@@ -39,6 +44,14 @@ class StackedColumns(LayerColumns):
         twin = super().without_data()
         twin.parts = {place: part.without_data() for place, part in self.parts.items()}
         return twin
+
+    def cost(self, samples: int, width: int, shared: bool, alone: bool) -> ColumnCost:
+        """The sums of the parts'."""
+        ways, *counts = zip(
+            *(part.cost(samples, width, shared, alone) for part in self.parts.values()),
+            strict=True,
+        )
+        return ColumnCost(" + ".join(dict.fromkeys(ways)), *map(sum, counts))
 
     def rows(self) -> Tensor:
         """Form the columns."""

@@ -13,7 +13,12 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from vivit_linop.net.columns.base import DenseColumns, LayerColumns, add_product
+from vivit_linop.net.columns.base import (
+    ColumnCost,
+    DenseColumns,
+    LayerColumns,
+    add_product,
+)
 
 # An elementwise pass over a matrix costs about what this many floating-point
 # operations of a large matrix product do for each entry. An operation of many small
@@ -66,11 +71,10 @@ class KhatriRaoColumns(LayerColumns):
 
     def is_like(self, other: LayerColumns) -> bool:
         """Whether others have factors of the same channels, in the same layout."""
-        return isinstance(other, KhatriRaoColumns) and self._layout == other._layout
-
-    @property
-    def _layout(self) -> tuple[bool, int, int, int]:
-        return self.inputs_first, self._groups, self._a, self._b
+        return isinstance(other, KhatriRaoColumns) and (
+            (self.inputs_first, self._groups, self._a, self._b)
+            == (other.inputs_first, other._groups, other._a, other._b)
+        )
 
     @property
     def forward_flops(self) -> int:
@@ -110,6 +114,19 @@ class KhatriRaoColumns(LayerColumns):
             * pairs
             * (_SMALL_PRODUCT_COST * 2.0 * products + _SMALL_PRODUCT_FLOPS),
         }
+
+    def cost(self, samples: int, width: int, shared: bool, alone: bool) -> ColumnCost:
+        """By the cheapest contraction, stored as factors or formed."""
+        flops = self.gram_flops((samples, samples), (width, width), self.positions)
+        way = min(flops, key=flops.__getitem__)
+        forward, gram = float(samples * self.forward_flops), flops[way] / 2
+        factors = self.factor_entries(0 if shared else width) / self.num_samples
+        formed = self.formed_entries(width) / self.num_samples
+        if alone and self.positions > 1 and formed <= factors:
+            entries = float(samples * formed)
+            return ColumnCost("blocks", forward, gram, 2 * entries, entries)
+        entries = float(samples * factors)
+        return ColumnCost(way, forward, gram, forward + 2 * entries, entries)
 
     def contraction(self, other: KhatriRaoColumns) -> str:
         """The cheapest way to the Gram matrix with others: see ``gram_flops``."""
@@ -303,9 +320,11 @@ class KhatriRaoColumns(LayerColumns):
 
     def beside(self, others: Sequence[LayerColumns]) -> LayerColumns:
         """Their inputs are one longer input."""
-        parts = [self, *(part for part in others if isinstance(part, KhatriRaoColumns))]
-        inputs = torch.cat([part.inputs for part in parts], dim=2)
-        return KhatriRaoColumns(inputs, self.cotangents)
+        inputs = [self.inputs]
+        for other in others:
+            assert isinstance(other, KhatriRaoColumns)
+            inputs.append(other.inputs)
+        return KhatriRaoColumns(torch.cat(inputs, dim=2), self.cotangents)
 
     def with_more(self, others: Sequence[KhatriRaoColumns]) -> KhatriRaoColumns:
         """Add the columns of other uses, of the same layout."""
@@ -342,7 +361,7 @@ class KhatriRaoColumns(LayerColumns):
         All rows would take as long as the gradient of the weight.
         """
         if min(self._a, self._b) <= 2 * _SKETCH_ROWS:
-            return super().residual(weights, expected)
+            return self.combination(weights) - expected
         generator = torch.Generator().manual_seed(4)
         drawn = torch.randn(
             _SKETCH_ROWS,
