@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from functools import cached_property
 from typing import Any, Self
@@ -40,8 +40,11 @@ from vivit_linop.net.sums import (
 )
 from vivit_linop.operators import verbs
 from vivit_linop.operators.base import TorchLinearOperator
+from vivit_linop.operators.diagonal_damping import WeightedRows
 from vivit_linop.operators.elementary import Dense
+from vivit_linop.operators.grams import weighted_gram_matrix_of_operator
 from vivit_linop.operators.lowrank import Centered, Gram, KeptMatrix
+from vivit_linop.operators.stacks import HStack
 from vivit_linop.risk.empirical import EmpiricalRisk, as_risk
 from vivit_linop.risk.memory import check_matrix_fits
 
@@ -366,6 +369,9 @@ def _fitting_columns(pullback: Pullback) -> StoredColumns | None:
     return StoredColumns(total.pieces)
 
 
+# Factors that are made of others, and know what to do with these.
+_COMPOSED = (Dense, Centered, HStack, WeightedRows)
+
 # Sums over columns: one pass over the data each, layer by layer ---------------------
 
 
@@ -379,7 +385,7 @@ def sum_columns(factor: Pullback, totals: Sequence[Total]) -> None:
 @verbs.gram_matrix.register
 def gram_matrix_of_pullback(left: Pullback, right: TorchLinearOperator) -> Tensor:
     """Layer by layer, between factors; else by products."""
-    if isinstance(right, (Dense, Centered)):
+    if isinstance(right, _COMPOSED):
         return verbs.gram_matrix(right, left).T
     if not isinstance(right, Pullback):
         return left.T.apply(verbs.to_dense(right))
@@ -396,9 +402,32 @@ def pullback_as_factor(op: Pullback) -> Pullback:
     return op
 
 
+@verbs.weighted_gram_matrix.register
+def weighted_gram_matrix_of_pullback(
+    left: Pullback, right: TorchLinearOperator, weights: Tensor
+) -> Tensor:
+    """As the Gram matrix, with weights in the columns of the layers."""
+    if isinstance(right, _COMPOSED):
+        return verbs.weighted_gram_matrix(right, left, weights).T
+    if not isinstance(right, Pullback):
+        return weighted_gram_matrix_of_operator(left, right, weights)
+    if left is not right:
+        return cross_gram(left, right, weights)
+
+    def total_of(weights: Tensor) -> Tensor:
+        total = GramTotal(left, left, list(left.risk.params), weights)
+        sum_columns(left, [total])
+        return total.matrix
+
+    return _signed(total_of, weights)
+
+
 @verbs.gram_blocks.register
 def gram_blocks_of_pullback(
-    left: Pullback, right: TorchLinearOperator, size: int
+    left: Pullback,
+    right: TorchLinearOperator,
+    size: int,
+    weights: Tensor | None = None,
 ) -> Tensor:
     """From the columns of each sample alone, layer by layer."""
     if (
@@ -407,15 +436,26 @@ def gram_blocks_of_pullback(
         or right.width != left.width
         or left.width % size
     ):
-        return gram_blocks_of_operator(left, right, size)
-    if right is left:
-        total = SampleGrams(left, left)
+        return gram_blocks_of_operator(left, right, size, weights)
+
+    def total_of(weights: Tensor | None) -> Tensor:
+        total = SampleGrams(left, left, weights)
         sum_columns(left, [total])
-        grams = total.matrices
+        return total.matrices
+
+    if right is not left:
+        grams = cross_sample_grams(left, right, weights)
     else:
-        grams = cross_sample_grams(left, right)
+        grams = total_of(None) if weights is None else _signed(total_of, weights)
     blocks = grams.unflatten(2, (-1, size)).unflatten(1, (-1, size))
     return blocks.diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2).flatten(0, 1)
+
+
+def _signed(of: Callable[[Tensor], Tensor], weights: Tensor) -> Tensor:
+    """Return what is linear in weights and known for those that have roots."""
+    if (weights >= 0.0).all():
+        return of(weights)
+    return of(weights.clamp(min=0.0)) - of((-weights).clamp(min=0.0))
 
 
 @verbs.outer_matrix.register

@@ -12,14 +12,16 @@ from vivit_linop.operators.elementary import Product
 from vivit_linop.operators.sandwich import LowRankForm, Sandwich, low_rank_form
 from vivit_linop.operators.verbs import (
     adjoint,
-    column_norms_squared,
     column_pieces,
     diagonal,
     diagonal_blocks,
     gram_blocks,
     gram_matrix,
     to_dense,
+    weighted_gram_matrix,
 )
+
+Op = TorchLinearOperator
 
 # Columns that are solved for, or multiplied, at a time.
 _CHUNK = 256
@@ -29,15 +31,18 @@ _CHUNK = 256
 def matrix_of_sandwich(op: Sandwich) -> Tensor:
     """The sum a AᵀB + (VᵀA)ᵀ M (VᵀB); symmetric where A is B."""
     A, B, form = op.factor, op.other, _form(op)
-    if A is form.factor:
-        result = _in_parts(form.on_range, gram_matrix(A, B))
-    elif B is form.factor:
-        result = _in_parts(form.on_range, gram_matrix(B, A)).T
+    V = form.factor
+    if A is V:
+        result = _in_parts(form.on_range, _gram(A, B, form))
+    elif B is V:
+        result = _in_parts(form.on_range, _gram(B, A, form)).T
+    elif V is None:
+        result = form.shift * _gram(A, B, form)
     else:
-        X, Y = _sides(op, form)
+        X, Y = _sides(op, V, form)
         result = X.T @ _in_parts(form.multiply, Y)
         if form.shift != 0.0:
-            result += form.shift * gram_matrix(A, B)
+            result += form.shift * _gram(A, B, form)
         if _lose_digits(op, form, X, Y, result.norm().reshape(1)).any():
             result = _by_products(op)
     return (result + result.T) / 2 if A is B else result
@@ -53,9 +58,12 @@ def diagonal_of_sandwich(op: Sandwich) -> Tensor:
 def diagonal_blocks_of_sandwich(op: Sandwich, size: int) -> Tensor:
     """As the matrix, without what is beside the blocks."""
     A, B, form = op.factor, op.other, _form(op)
-    if A is form.factor or B is form.factor:
+    V = form.factor
+    if V is not None and (A is V or B is V):
         return _blocks_on_diagonal(to_dense(op), size)
-    X, Y = _sides(op, form)
+    if V is None:
+        return form.shift * gram_blocks(A, B, size, form.weights)
+    X, Y = _sides(op, V, form)
     few = max(1, _CHUNK // size) * size
     result = torch.cat(
         [
@@ -64,7 +72,7 @@ def diagonal_blocks_of_sandwich(op: Sandwich, size: int) -> Tensor:
         ]
     )
     if form.shift != 0.0:
-        result += form.shift * gram_blocks(A, B, size)
+        result += form.shift * gram_blocks(A, B, size, form.weights)
     lost = _lose_digits(op, form, X, Y, result.flatten(1).norm(dim=1))
     for index in lost.nonzero().split(max(1, _CHUNK // size)):
         columns = size * index + torch.arange(size, device=index.device)
@@ -97,11 +105,15 @@ def diagonal_blocks_of_product(op: Product, size: int) -> Tensor:
 
 @gram_blocks.register
 def gram_blocks_of_operator(
-    left: TorchLinearOperator, right: TorchLinearOperator, size: int
+    left: TorchLinearOperator,
+    right: TorchLinearOperator,
+    size: int,
+    weights: Tensor | None = None,
 ) -> Tensor:
     """From columns, some blocks at a time."""
+    w = 1.0 if weights is None else weights[:, None]
     pairs = zip(_whole_blocks(left, size), _whole_blocks(right, size), strict=True)
-    return torch.cat([_products_of_blocks(A, B, size) for A, B in pairs])
+    return torch.cat([_products_of_blocks(A, w * B, size) for A, B in pairs])
 
 
 def _form(op: Sandwich) -> LowRankForm:
@@ -110,10 +122,17 @@ def _form(op: Sandwich) -> LowRankForm:
     return form
 
 
-def _sides(op: Sandwich, form: LowRankForm) -> tuple[Tensor, Tensor]:
-    """VᵀA and VᵀB."""
-    X = gram_matrix(form.factor, op.factor)
-    return X, X if op.other is op.factor else gram_matrix(form.factor, op.other)
+def _gram(A: Op, B: Op, form: LowRankForm) -> Tensor:
+    """AᵀB, or AᵀD B."""
+    if form.weights is None:
+        return gram_matrix(A, B)
+    return weighted_gram_matrix(A, B, form.weights)
+
+
+def _sides(op: Sandwich, V: Op, form: LowRankForm) -> tuple[Tensor, Tensor]:
+    """VᵀA and VᵀB, or VᵀD A and VᵀD B."""
+    X = _gram(V, op.factor, form)
+    return X, X if op.other is op.factor else _gram(V, op.other, form)
 
 
 def _lose_digits(
@@ -137,12 +156,15 @@ def _lose_digits(
     def norms(columns: Tensor) -> Tensor:
         return columns.reshape(len(sizes), -1).sum(1).to(sizes).sqrt()
 
+    def lengths(factor: Op) -> Tensor:
+        return norms(gram_blocks(factor, factor, 1, form.weights))
+
     A, B = op.factor, op.other
-    left = norms(column_norms_squared(A))
+    left = lengths(A)
     inner = norms(_in_parts(form.multiply, X).square().sum(0))
     right, outer = left, inner
     if B is not A:
-        right = norms(column_norms_squared(B))
+        right = lengths(B)
         outer = norms(_in_parts(form.multiply, Y).square().sum(0))
     shift = abs(float(form.shift))
     error = eps * (shift * left * right + form.norm / shift * inner * outer)

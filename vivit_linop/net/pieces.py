@@ -29,6 +29,7 @@ from vivit_linop.net.capture import Capture, Takes, sample_sizes
 from vivit_linop.net.certified import CertifiedColumns, find_structure
 from vivit_linop.net.columns.base import LayerColumns
 from vivit_linop.net.columns.joins import merged
+from vivit_linop.net.columns.weighted import weighted
 from vivit_linop.risk.containers import copied
 from vivit_linop.risk.empirical import EmpiricalRisk
 from vivit_linop.risk.memory import explained, free_memory
@@ -156,6 +157,15 @@ class Piece:
                 images += self.columns[name].images(parts[name])
             total += first.components(images).flatten(1)
         return total
+
+    def weighted(self, weights: Tensor) -> Piece:
+        """Return the columns with a weight for each entry, ``[D]``."""
+        parts = weights.split(list(self.sizes.values()))
+        of = dict(zip(self.sizes, parts, strict=True))
+        columns = {
+            name: weighted(part, of[name]) for name, part in self.columns.items()
+        }
+        return Piece(self.place, columns, self.sizes)
 
     def pairs(
         self, other: Piece, names: Sequence[str]

@@ -37,6 +37,8 @@ class GramTotal(Total):
         left: Jᵀ A, ``[D, R]``.
         right: Jᵀ B, ``[D, Q]``.
         names: The parameters.
+        weights: w, ``[D]``, for (left columns)ᵀ diag(w) (right columns); not negative
+            where left is right.
 
     Attributes:
         matrix: ``[R, Q]``.
@@ -45,9 +47,14 @@ class GramTotal(Total):
     takes = "pairs"
 
     def __init__(
-        self, left: Cotangents, right: Cotangents, names: Sequence[str]
+        self,
+        left: Cotangents,
+        right: Cotangents,
+        names: Sequence[str],
+        weights: Tensor | None = None,
     ) -> None:
         self.names, self._symmetric = names, left is right
+        self._weights = Weights(weights, self._symmetric)
         check_fits(left, right)
         sides = num_columns(left), num_columns(right)
         self.matrix = torch.zeros(
@@ -57,12 +64,37 @@ class GramTotal(Total):
     def add(self, left: Piece, right: Piece) -> None:
         """Add the inner products, layer by layer."""
         block = self.matrix[left.place, right.place]
+        left, right = self._weights.inside(left, right)
         for part, other in left.pairs(right, self.names):
             part.add_gram(block, other, self.memory)
         if self._symmetric and left is right:
             mirror(block)
         elif self._symmetric:
             self.matrix[right.place, left.place] = block.T
+
+
+class Weights:
+    """What stands between left and right columns, entry by entry.
+
+    Args:
+        entries: w, ``[D]``; None for ones.
+        symmetric: Whether left columns are the right ones: both get the roots of w.
+    """
+
+    def __init__(self, entries: Tensor | None, symmetric: bool) -> None:
+        self._symmetric = symmetric
+        self._entries = entries
+        if entries is not None and symmetric:
+            self._entries = entries.sqrt()
+
+    def inside(self, left: Piece, right: Piece) -> tuple[Piece, Piece]:
+        """Return pieces whose inner products have the weights."""
+        if self._entries is None:
+            return left, right
+        first = left.weighted(self._entries)
+        if not self._symmetric:
+            return first, right
+        return first, first if right is left else right.weighted(self._entries)
 
 
 def check_fits(left: Cotangents, right: Cotangents) -> None:
@@ -263,20 +295,25 @@ class SampleGrams(Total):
     Args:
         left: Jᵀ A.
         right: Jᵀ B of the same risk.
+        weights: As for :class:`GramTotal`.
 
     Attributes:
         matrices: ``[N, R, Q]``.
     """
 
-    def __init__(self, left: Cotangents, right: Cotangents) -> None:
+    def __init__(
+        self, left: Cotangents, right: Cotangents, weights: Tensor | None = None
+    ) -> None:
         risk = left.risk
         self.names, self._width = list(risk.params), left.width
+        self._weights = Weights(weights, left is right)
         shape = risk.num_samples, left.width, right.width
         self.matrices = torch.zeros(shape, dtype=risk.dtype, device=risk.device)
 
     def add(self, left: Piece, right: Piece) -> None:
         """Fill in the samples of a piece, layer by layer."""
         start, stop = left.place.start // self._width, left.place.stop // self._width
+        left, right = self._weights.inside(left, right)
         for part, other in left.pairs(right, self.names):
             self.matrices[start:stop] += sample_grams(part, other, self.memory)
 
@@ -393,10 +430,12 @@ def _single(columns: Pass) -> Iterator[Piece]:
         yield piece
 
 
-def cross_gram(left: Cotangents, right: Cotangents) -> Tensor:
-    """Return (left columns)ᵀ (right columns) of two factors, ``[R, Q]``."""
+def cross_gram(
+    left: Cotangents, right: Cotangents, weights: Tensor | None = None
+) -> Tensor:
+    """Return (left columns)ᵀ diag(w) (right columns) of two factors, ``[R, Q]``."""
     _check_same_parameters(left.risk, right.risk)
-    total = GramTotal(left, right, list(left.risk.params))
+    total = GramTotal(left, right, list(left.risk.params), weights)
     with as_guest(left.risk.device):
         if left.risk is right.risk:
             _add_of_one_risk(total, left, right)
@@ -426,14 +465,17 @@ def _add_of_one_risk(total: GramTotal, left: Cotangents, right: Cotangents) -> N
                     total.add(a, b)
 
 
-def cross_sample_grams(left: Cotangents, right: Cotangents) -> Tensor:
-    """Return what each sample's columns of two factors have in common, ``[N, R, Q]``.
+def cross_sample_grams(
+    left: Cotangents, right: Cotangents, weights: Tensor | None = None
+) -> Tensor:
+    """Return the inner products of each sample's columns of two factors, ``[N, R, Q]``.
 
     Args:
         left: Jᵀ A.
         right: Jᵀ B of the same risk.
+        weights: w, ``[D]``, between the columns, or None.
     """
-    total = SampleGrams(left, right)
+    total = SampleGrams(left, right, weights)
     with as_guest(left.risk.device):
         for a, b in Pass([left, right], [total]).pieces():
             total.add(a, b)

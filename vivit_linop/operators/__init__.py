@@ -1,11 +1,17 @@
 """Operators: nodes that know one torch kernel each, and the rules that combine them."""
 
 from vivit_linop.operators import (
+    grams,  # noqa: F401  (registers)
     rules,  # noqa: F401  (registers)
     verbs,
 )
 from vivit_linop.operators.base import TorchLinearOperator
 from vivit_linop.operators.damped import Damped, DampedDense, DampedInverse
+from vivit_linop.operators.diagonal_damping import (
+    DiagonallyDamped,
+    DiagonalWoodbury,
+    WeightedRows,
+)
 from vivit_linop.operators.elementary import (
     Adjoint,
     Dense,
@@ -40,6 +46,8 @@ __all__ = [
     "Dense",
     "DenseInverse",
     "Diagonal",
+    "DiagonalWoodbury",
+    "DiagonallyDamped",
     "Gram",
     "HStack",
     "Identity",
@@ -54,6 +62,7 @@ __all__ = [
     "Scaled",
     "Sum",
     "TorchLinearOperator",
+    "WeightedRows",
     "Woodbury",
     "hstack",
     "verbs",

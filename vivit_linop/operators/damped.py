@@ -97,16 +97,26 @@ class DampedInverse(TorchLinearOperator):
         return (self.damping, self.operator)
 
     def _multiply(self, X: Tensor) -> Tensor:
-        product: Tensor = _Solve.apply(X, self.damping, self.inverse)
-        return product
+        return solved(X, self.damping, self.inverse)
 
     def _multiply_adjoint(self, X: Tensor) -> Tensor:
-        product: Tensor = _Solve.apply(X, self.damping, self.inverse.T)
-        return product
+        return solved(X, self.damping, self.inverse.T)
+
+
+def solved(X: Tensor, damping: Tensor, inverse: TorchLinearOperator) -> Tensor:
+    """Return a product with an inverse that passes derivatives to the damping.
+
+    Args:
+        X: b, ``[n, K]``.
+        damping: δ of (A + δ I)⁻¹ without axes, or p of (A + diag(p))⁻¹, ``[n]``.
+        inverse: That inverse, which requires no grad.
+    """
+    product: Tensor = _Solve.apply(X, damping, inverse)
+    return product
 
 
 class _Solve(torch.autograd.Function):
-    """x = (A + δ I)⁻¹ b as a node of autograd."""
+    """x = (A + δ I)⁻¹ b, or with diag(p) in place of δ I, as a node of autograd."""
 
     @staticmethod
     def forward(X: Tensor, damping: Tensor, inverse: TorchLinearOperator) -> Tensor:
@@ -121,4 +131,6 @@ class _Solve(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
         solution, damping = ctx.saved_tensors
         adjoint: Tensor = _Solve.apply(gradients[0], damping, ctx.inverse.T)
-        return adjoint, -(adjoint * solution).sum().to(damping), None
+        products = -(adjoint * solution)
+        total = products.sum() if damping.ndim == 0 else products.sum(1)
+        return adjoint, total.to(damping), None

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from vivit_linop.operators.base import TorchLinearOperator
 from vivit_linop.operators.damped import Damped, DampedDense
+from vivit_linop.operators.diagonal_damping import DiagonallyDamped
 from vivit_linop.operators.elementary import (
     Adjoint,
     Dense,
@@ -21,24 +22,22 @@ from vivit_linop.operators.elementary import (
     Scaled,
     Sum,
 )
+from vivit_linop.operators.grams import aligned
 from vivit_linop.operators.kronecker import (
     BlockDiagonal,
     CorrectedKronecker,
     KhatriRao,
     Kronecker,
 )
-from vivit_linop.operators.lowrank import Centered, Gram, LowRank
+from vivit_linop.operators.lowrank import Gram, LowRank
 from vivit_linop.operators.scalars import Scalar
-from vivit_linop.operators.stacks import HStack
 from vivit_linop.operators.verbs import (
     add,
     adjoint,
     damp,
-    gram,
+    diagonal,
     gram_matrix,
     matmul,
-    outer_matrix,
-    outer_product,
     power,
     scale,
 )
@@ -79,7 +78,7 @@ def product_of_adjoint_and_operator(A: Adjoint, B: Op) -> Op:
 @matmul.rule(Adjoint, KhatriRao)
 def product_of_adjoint_and_khatri_rao(A: Adjoint, B: KhatriRao) -> Op:
     """(B ⊙ A)ᵀ (D ⊙ C) = (BᵀD) ∘ (AᵀC)."""
-    if not isinstance(A.parent, KhatriRao) or not _aligned(A.parent, B):
+    if not isinstance(A.parent, KhatriRao) or not aligned(A.parent, B):
         return NotImplemented
     return Dense(gram_matrix(A.parent, B))
 
@@ -169,6 +168,57 @@ def sum_of_diagonal_and_dense(A: Diagonal, B: Dense) -> Op:
 def sum_of_low_ranks(A: LowRank, B: LowRank) -> Op:
     """Multiples of one V Vᵀ add up."""
     return A.rescaled(A.scale + B.scale) if A.factor is B.factor else NotImplemented
+
+
+@add.rule(LowRank, Diagonal)
+def sum_of_low_rank_and_diagonal(A: LowRank, B: Diagonal) -> Op:
+    """Damping by a diagonal, of a node with a factor."""
+    return DiagonallyDamped(A, B) if A.semidefinite else NotImplemented
+
+
+@add.rule(Diagonal, LowRank)
+def sum_of_diagonal_and_low_rank(A: Diagonal, B: LowRank) -> Op:
+    return add(B, A)
+
+
+@add.rule(DiagonallyDamped, Diagonal)
+def sum_of_diagonally_damped_and_diagonal(A: DiagonallyDamped, B: Diagonal) -> Op:
+    return DiagonallyDamped(A.low_rank, add(A.damping, B))
+
+
+@add.rule(Diagonal, DiagonallyDamped)
+def sum_of_diagonal_and_diagonally_damped(A: Diagonal, B: DiagonallyDamped) -> Op:
+    return add(B, A)
+
+
+@add.rule(DiagonallyDamped, LowRank)
+def sum_of_diagonally_damped_and_low_rank(A: DiagonallyDamped, B: LowRank) -> Op:
+    return add(add(A.low_rank, B), A.damping)
+
+
+@add.rule(LowRank, DiagonallyDamped)
+def sum_of_low_rank_and_diagonally_damped(A: LowRank, B: DiagonallyDamped) -> Op:
+    return add(add(A, B.low_rank), B.damping)
+
+
+@add.rule(LowRank, BlockDiagonal)
+def sum_of_low_rank_and_block_diagonal(A: LowRank, B: BlockDiagonal) -> Op:
+    """A prior with one number a block is a diagonal."""
+    if not all(_is_diagonal(block) for block in B.blocks):
+        return NotImplemented
+    entries = [diagonal(block).to(A.torch_dtype) for block in B.blocks]
+    return add(A, Diagonal(B.join(entries)))
+
+
+@add.rule(BlockDiagonal, LowRank)
+def sum_of_block_diagonal_and_low_rank(A: BlockDiagonal, B: LowRank) -> Op:
+    return add(B, A)
+
+
+def _is_diagonal(op: Op) -> bool:
+    if isinstance(op, Scaled):
+        return _is_diagonal(op.operator)
+    return isinstance(op, (Diagonal, Identity))
 
 
 @add.rule(BlockDiagonal, BlockDiagonal)
@@ -272,6 +322,12 @@ def multiple_of_low_rank(op: LowRank, factor: Scalar) -> Op:
 
 
 @scale.register
+def multiple_of_diagonally_damped(op: DiagonallyDamped, factor: Scalar) -> Op:
+    low_rank, damping = scale(op.low_rank, factor), scale(op.damping, factor)
+    return add(low_rank, damping) if factor > 0.0 else multiple_of_operator(op, factor)
+
+
+@scale.register
 def multiple_of_damped(op: Damped, factor: Scalar) -> Op:
     return damp(scale(op.operator, factor), factor * op.damping)
 
@@ -307,6 +363,11 @@ def damped_dense(op: Dense, damping: Scalar) -> Op:
 @damp.register
 def damped_diagonal(op: Diagonal, damping: Scalar) -> Op:
     return Diagonal(op.entries + damping)
+
+
+@damp.register
+def damped_diagonally_damped(op: DiagonallyDamped, damping: Scalar) -> Op:
+    return DiagonallyDamped(op.low_rank, Diagonal(op.damping.entries + damping))
 
 
 @damp.register
@@ -367,106 +428,6 @@ def adjoint_of_kronecker(op: Kronecker) -> Op:
     return op if op.self_adjoint else Kronecker(*(f.T for f in op.factors))
 
 
-# Gram matrices ----------------------------------------------------------------------
-
-
-@gram.register
-def gram_of_operator(factor: TorchLinearOperator) -> Gram:
-    return Gram(factor, factor)
-
-
-@gram_matrix.register
-def gram_matrix_of_operator(left: TorchLinearOperator, right: Op) -> Tensor:
-    return left.T.apply(right.to_dense())
-
-
-@gram_matrix.register
-def gram_matrix_of_dense(left: Dense, right: Op) -> Tensor:
-    """By products with the other factor: not formed, where that is none."""
-    if isinstance(right, Dense):
-        return left.matrix.T @ right.matrix
-    return right.T.apply(left.matrix).T
-
-
-@gram_matrix.register
-def gram_matrix_of_khatri_rao(left: KhatriRao, right: Op) -> Tensor:
-    if not isinstance(right, KhatriRao) or not _aligned(left, right):
-        return left.T.apply(right.to_dense())
-    return (left.left.T @ right.left) * (left.right.T @ right.right)
-
-
-@gram_matrix.register
-def gram_matrix_of_product(left: Product, right: Op) -> Tensor:
-    """(A B)ᵀ (A B) = Bᵀ (AᵀA) B, where A has fewer columns than rows."""
-    A = left.factors[0]
-    if len(left.factors) == 1:
-        return gram_matrix(A, A if right is left else right)
-    if right is not left or A.shape[1] >= A.shape[0]:
-        return gram_matrix_of_operator(left, right)
-    B = Product(*left.factors[1:])
-    return B.T.apply(B.T.apply(gram(A).to_dense()).T)
-
-
-@gram_matrix.register
-def gram_matrix_of_centered(left: Centered, right: Op) -> Tensor:
-    """(A C)ᵀ B = C AᵀB, with C = I − 1 1ᵀ/R; also on the other side."""
-    inner = right.factor if isinstance(right, Centered) else right
-    K = matmul(left.factor.T, inner).to_dense()
-    K = K - K.mean(0, keepdim=True)
-    return K - K.mean(1, keepdim=True) if isinstance(right, Centered) else K
-
-
-@gram_matrix.register
-def gram_matrix_of_stack(left: HStack, right: Op) -> Tensor:
-    """[A B]ᵀ [C D] has the blocks AᵀC and so on, those on its diagonal are kept."""
-    parts = right.parts if isinstance(right, HStack) else (right,)
-    K = torch.empty(
-        left.shape[1], right.shape[1], dtype=left.torch_dtype, device=left.device
-    )
-    blocks = [
-        rows.split([part.shape[1] for part in parts], dim=1)
-        for rows in K.split([part.shape[1] for part in left.parts])
-    ]
-    for i, A in enumerate(left.parts):
-        for j, B in enumerate(parts):
-            if A is B:
-                blocks[i][j].copy_(gram(A).to_dense())
-            elif left is right and j < i:
-                blocks[i][j].copy_(blocks[j][i].T)
-            else:
-                blocks[i][j].copy_(gram_matrix(A, B))
-    return K
-
-
-@outer_matrix.register
-def outer_matrix_of_operator(factor: TorchLinearOperator) -> Tensor:
-    dense = factor.to_dense()
-    return dense @ dense.T
-
-
-@outer_matrix.register
-def outer_matrix_of_stack(factor: HStack) -> Tensor:
-    """A Aᵀ + B Bᵀ + …."""
-    total = outer_matrix(factor.parts[0])
-    for part in factor.parts[1:]:
-        total = total + outer_matrix(part)
-    return total
-
-
-@outer_product.register
-def outer_product_of_stack(factor: HStack, X: Tensor) -> Tensor:
-    """A Aᵀ X + B Bᵀ X + …."""
-    total = outer_product(factor.parts[0], X)
-    for part in factor.parts[1:]:
-        total = total + outer_product(part, X)
-    return total
-
-
-@outer_product.register
-def outer_product_of_operator(factor: TorchLinearOperator, X: Tensor) -> Tensor:
-    return factor.apply(factor.T.apply(X))
-
-
 def _is(scalar: Scalar, value: float) -> bool:
     """Whether a number, which gradients do not flow to, has a value."""
     return not isinstance(scalar, Tensor) and scalar == value
@@ -480,8 +441,3 @@ def _decided(op: Op, identity: Op) -> bool:
 
 def _one_dtype(A: Op, B: Op) -> bool:
     return A._own_dtype == B._own_dtype
-
-
-def _aligned(A: KhatriRao, B: KhatriRao) -> bool:
-    shapes = [(K.left.shape[0], K.right.shape[0]) for K in (A, B)]
-    return shapes[0] == shapes[1] and _one_dtype(A, B)

@@ -10,7 +10,7 @@ so that three Gram matrices are all it takes: nothing has as many rows as A.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import singledispatch
 from typing import Any
 
@@ -19,7 +19,8 @@ from torch import Tensor
 
 from vivit_linop.operators.base import TorchLinearOperator
 from vivit_linop.operators.damped import Damped
-from vivit_linop.operators.elementary import Adjoint, Dense, Product
+from vivit_linop.operators.diagonal_damping import DiagonalWoodbury
+from vivit_linop.operators.elementary import Adjoint, Dense, Diagonal, Product
 from vivit_linop.operators.lowrank import Centered, DampedRoot, LowRank, Woodbury
 from vivit_linop.operators.scalars import Scalar
 from vivit_linop.operators.verbs import adjoint, as_factor, matmul
@@ -61,21 +62,23 @@ class Sandwich(Product):
 
 @dataclass(frozen=True)
 class LowRankForm:
-    """A function f(c V Vᵀ + δ I) as a I + V M Vᵀ.
+    """An operator a D + D V M Vᵀ D with a diagonal D, such as f(c V Vᵀ + δ I).
 
     Attributes:
-        factor: V, ``[D, R]``, with fewer columns than rows.
         shift: a.
-        multiply: M times columns, ``[R, K]``; those are float64 for float32 factors.
-        on_range: f(c VᵀV + δ I) times columns: f(c V Vᵀ + δ I) V = V f(c VᵀV + δ I).
-        condition: λ_max/δ if a I and V M Vᵀ cancel, else 1.
-        norm: That of K = VᵀV, or about that.
+        factor: V, ``[D, R]``, with fewer columns than rows; None if there is none.
+        multiply: M times columns, ``[R, K]``.
+        on_range: N times columns, where S V = V N, or with D: S V = D V N.
+        weights: The diagonal of D; None for ones.
+        condition: λ_max/δ if the two terms cancel, else 1.
+        norm: That of the Gram matrix of D^½ V, where they cancel.
     """
 
-    factor: Op
     shift: Scalar
-    multiply: Callable[[Tensor], Tensor]
-    on_range: Callable[[Tensor], Tensor]
+    factor: Op | None = None
+    multiply: Callable[[Tensor], Tensor] = torch.Tensor.clone
+    on_range: Callable[[Tensor], Tensor] = torch.Tensor.clone
+    weights: Tensor | None = None
     condition: float = 1.0
     norm: float = 0.0
 
@@ -97,12 +100,12 @@ def form_of_woodbury(op: Woodbury) -> LowRankForm | None:
         return None
     quotient = -low_rank.scale / delta
     return LowRankForm(
-        low_rank.factor,
         1.0 / delta,
+        low_rank.factor,
         lambda Y: quotient * op.solve_small(Y),
         op.solve_small,
-        op.norm / delta,
-        op.norm / low_rank.scale,
+        condition=op.norm / delta,
+        norm=op.norm / low_rank.scale,
     )
 
 
@@ -113,12 +116,12 @@ def form_of_damped_root(op: DampedRoot) -> LowRankForm:
     K = low_rank.gram.matrix
     norm = torch.linalg.matrix_norm(K).item()
     return LowRankForm(
-        low_rank.factor,
         shift,
+        low_rank.factor,
         op.multiply_small,
-        lambda Y: op.multiply_small(K.to(Y.dtype) @ Y) + shift * Y,
-        low_rank.scale * norm / op.damping if op.inverse else 1.0,
-        norm,
+        lambda Y: op.multiply_small(K @ Y) + shift * Y,
+        condition=low_rank.scale * norm / op.damping if op.inverse else 1.0,
+        norm=norm,
     )
 
 
@@ -142,9 +145,25 @@ def _form_of_damped_low_rank(op: LowRank, damping: Scalar) -> LowRankForm | None
     scale = op.scale
 
     def on_range(Y: Tensor) -> Tensor:
-        return scale * (op.gram.matrix.to(Y.dtype) @ Y) + damping * Y
+        return scale * (op.gram.matrix @ Y) + damping * Y
 
-    return LowRankForm(op.factor, damping, lambda Y: scale * Y, on_range)
+    return LowRankForm(damping, op.factor, lambda Y: scale * Y, on_range)
+
+
+@low_rank_form.register
+def form_of_diagonal(op: Diagonal) -> LowRankForm:
+    """D itself."""
+    return LowRankForm(1.0, weights=op.entries)
+
+
+@low_rank_form.register
+def form_of_diagonal_woodbury(op: DiagonalWoodbury) -> LowRankForm | None:
+    """P⁻¹ − P⁻¹ V c (I + c VᵀP⁻¹V)⁻¹ VᵀP⁻¹."""
+    form = form_of_woodbury(op.woodbury)
+    if form is None:
+        return None
+    V, weights = op.operator.low_rank.factor, op.weights.square()
+    return replace(form, factor=V, weights=weights)
 
 
 # What is a factor -------------------------------------------------------------------

@@ -198,6 +198,20 @@ def gram_matrix(left: Any, right: Any) -> Tensor:
 
 
 @singledispatch
+def weighted_gram_matrix(left: Any, right: Any, weights: Tensor) -> Tensor:
+    """Return the matrix of ``left.T @ diag(w) @ right``, ``[R, Q]``.
+
+    Without a rule, from the columns of ``right``, some at a time.
+
+    Args:
+        left: ``[D, R]``.
+        right: ``[D, Q]``.
+        weights: w, ``[D]``.
+    """
+    raise _no_rule("weighted_gram_matrix", left)
+
+
+@singledispatch
 def as_factor(op: Any) -> Operator | None:
     """Return an operator that ``gram_matrix`` has a rule for, and None for others.
 
@@ -208,10 +222,18 @@ def as_factor(op: Any) -> Operator | None:
 
 
 @singledispatch
-def gram_blocks(left: Any, right: Any, size: int) -> Tensor:
+def gram_blocks(
+    left: Any, right: Any, size: int, weights: Tensor | None = None
+) -> Tensor:
     """Return the diagonal blocks of ``left.T @ right``, ``[R/size, size, size]``.
 
-    Both have R columns. Without a rule, from columns, some of them at a time.
+    Without a rule, from columns, some of them at a time.
+
+    Args:
+        left: ``[D, R]``.
+        right: ``[D, R]``.
+        size: Of a block.
+        weights: w of ``left.T @ diag(w) @ right``, or None for ones.
     """
     raise _no_rule("gram_blocks", left)
 

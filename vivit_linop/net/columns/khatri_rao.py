@@ -197,8 +197,8 @@ class KhatriRaoColumns(LayerColumns):
         for group in range(self._groups):
             for start in range(0, self._b, chunk):
                 channels = slice(start, start + chunk)
-                left = self._block(group, channels)
-                right = left if other is self else other._block(group, channels)
+                left = self.block(group, channels)
+                right = left if other is self else other.block(group, channels)
                 add_product(gram, left, right, other is self)
 
     def _add_inputs(self, gram: Tensor, other: KhatriRaoColumns, memory: int) -> None:
@@ -233,7 +233,7 @@ class KhatriRaoColumns(LayerColumns):
             self.inputs[samples], self.cotangents[samples], self.inputs_first
         )
 
-    def _block(self, group: int, channels: slice) -> Tensor:
+    def block(self, group: int, channels: slice) -> Tensor:
         """Columns as rows for some channels, ``[n·R, c·a]``."""
         b = self.cotangents[:, :, group, channels]
         n, R, c, P = b.shape
@@ -353,7 +353,7 @@ class KhatriRaoColumns(LayerColumns):
 
     def combination(self, weights: Tensor) -> Tensor:
         """Σ_np (Σ_r w_nr b_nrp) ⊗ a_np."""
-        return self._with_cotangents(self._combined(weights)).entry_sums()
+        return self.with_cotangents(self._combined(weights)).entry_sums()
 
     def residual(self, weights: Tensor, expected: Tensor) -> Tensor:
         """A few random combinations of the rows of the difference.
@@ -372,7 +372,7 @@ class KhatriRaoColumns(LayerColumns):
         )
         mixing = drawn.to(expected) / _SKETCH_ROWS**0.5
         mixed = torch.einsum("kb,nrgbp->nrgkp", mixing, self._combined(weights))
-        few = self._with_cotangents(mixed).entry_sums()
+        few = self.with_cotangents(mixed).entry_sums()
         if self.inputs_first:
             matrix = expected.reshape(self._groups, self._a, self._b) @ mixing.T
         else:
@@ -389,7 +389,7 @@ class KhatriRaoColumns(LayerColumns):
         sums = sums.view(self.num_samples, 1, *b.shape[2:])
         return sums.mT if turned else sums
 
-    def _with_cotangents(self, cotangents: Tensor) -> KhatriRaoColumns:
+    def with_cotangents(self, cotangents: Tensor) -> KhatriRaoColumns:
         """Columns of the same inputs."""
         return KhatriRaoColumns(self.inputs, cotangents, self.inputs_first)
 

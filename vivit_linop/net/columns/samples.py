@@ -9,6 +9,7 @@ from vivit_linop.net.columns.base import LayerColumns
 from vivit_linop.net.columns.joins import StackedColumns
 from vivit_linop.net.columns.khatri_rao import KhatriRaoColumns
 from vivit_linop.net.columns.tables import TableColumns
+from vivit_linop.net.columns.weighted import WeightedKhatriRao
 
 
 def sample_grams(left: LayerColumns, right: LayerColumns, memory: int) -> Tensor:
@@ -45,7 +46,8 @@ def _of_khatri_rao(
     Q, inputs = d.shape[1], left.numel // (groups * channels)
     by_pairs = P * (inputs + R * channels + R * Q * channels / P)
     by_blocks = R * channels * inputs * (1 + Q / P)
-    if isinstance(left, TableColumns) or by_pairs <= by_blocks:
+    separate = not isinstance(left, WeightedKhatriRao)
+    if separate and (isinstance(left, TableColumns) or by_pairs <= by_blocks):
         products = _input_products(left, right)
         total = b.new_zeros(n, R, Q)
         for g in range(groups):
@@ -58,8 +60,8 @@ def _of_khatri_rao(
     for g in range(groups):
         for start in range(0, channels, chunk):
             part = slice(start, start + chunk)
-            block = _block(left, g, part)
-            other = block if right is left else _block(right, g, part)
+            block = left.block(g, part).view(n, R, -1)
+            other = block if right is left else right.block(g, part).view(n, Q, -1)
             total += block @ other.mT
     return total
 
@@ -70,10 +72,3 @@ def _input_products(left: KhatriRaoColumns, right: KhatriRaoColumns) -> Tensor:
         same = left.index[:, :, None] == right.index[:, None, :]
         return same.to(left.cotangents).unsqueeze(1)
     return left.inputs.mT @ right.inputs
-
-
-def _block(columns: KhatriRaoColumns, group: int, channels: slice) -> Tensor:
-    """Columns formed for some channels, ``[n, R, c·a]``."""
-    b = columns.cotangents[:, :, group, channels]
-    formed = b.flatten(1, 2) @ columns.inputs[:, group].mT
-    return formed.view(*b.shape[:2], -1)

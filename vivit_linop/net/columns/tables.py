@@ -153,7 +153,7 @@ class TableColumns(KhatriRaoColumns):
         """All of the difference: rows are only added up."""
         return LayerColumns.residual(self, weights, expected)
 
-    def _with_cotangents(self, cotangents: Tensor) -> KhatriRaoColumns:
+    def with_cotangents(self, cotangents: Tensor) -> KhatriRaoColumns:
         """Columns of the same rows."""
         return TableColumns(self.index, cotangents, self._a, self._padding)
 

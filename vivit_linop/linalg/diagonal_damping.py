@@ -1,0 +1,138 @@
+"""Inverses, roots and determinants of c V Vᵀ + P with a diagonal P."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from vivit_linop.modes import ordinary_mode
+from vivit_linop.operators.base import TorchLinearOperator
+from vivit_linop.operators.diagonal_damping import (
+    DiagonallyDamped,
+    DiagonalWoodbury,
+    WeightedRows,
+)
+from vivit_linop.operators.elementary import Dense, Diagonal, Product
+from vivit_linop.operators.lowrank import Woodbury
+from vivit_linop.operators.verbs import (
+    column_norms_squared,
+    column_pieces,
+    damped_logdet,
+    damped_sqrt,
+    diagonal,
+    gram_blocks,
+    inv,
+    logdet,
+    row_norms_squared,
+    sqrt,
+)
+
+Op = TorchLinearOperator
+
+
+@inv.register
+def inverse_of_diagonally_damped(op: DiagonallyDamped) -> Op:
+    """Through the smaller side, as Woodbury's identity."""
+    if not op.low_rank.by_gram:
+        return inv(_on_the_smaller_side(op))
+    _check_positive(op.damping.entries, "inv")
+    return DiagonalWoodbury(op, Woodbury(op.whitened, 1.0))
+
+
+@inv.register
+def inverse_of_diagonal_woodbury(op: DiagonalWoodbury) -> Op:
+    return op.operator
+
+
+@logdet.register
+def logdet_of_diagonally_damped(op: DiagonallyDamped) -> Tensor:
+    """Log det P + log det(I + c WᵀW)."""
+    if not op.low_rank.by_gram:
+        return logdet(_on_the_smaller_side(op))
+    _check_positive(op.damping.entries, "logdet")
+    value: Tensor = _LogDet.apply(op.damping.entries, op)
+    return value
+
+
+@logdet.register
+def logdet_of_diagonal_woodbury(op: DiagonalWoodbury) -> Tensor:
+    return -logdet(op.operator)
+
+
+@sqrt.register
+def root_of_diagonally_damped(op: DiagonallyDamped) -> Op:
+    """P^½ (c W Wᵀ + I)^½."""
+    if not op.low_rank.by_gram:
+        return sqrt(_on_the_smaller_side(op))
+    _check_positive(op.damping.entries, "sqrt")
+    roots = Diagonal(op.damping.entries.sqrt())
+    return Product(roots, damped_sqrt(op.whitened, 1.0))
+
+
+@sqrt.register
+def root_of_diagonal_woodbury(op: DiagonalWoodbury) -> Op:
+    """P^−½ (c W Wᵀ + I)^−½."""
+    return Product(Diagonal(op.weights), sqrt(op.woodbury))
+
+
+@diagonal.register
+def diagonal_of_diagonal_woodbury(op: DiagonalWoodbury) -> Tensor:
+    if op.requires_grad:
+        raise TypeError(
+            "diagonal: derivatives of the inverse's diagonal in the entries of the "
+            "damping are not there. Pass them .detach()ed, or take "
+            "Dense(op.to_dense()) if it is small."
+        )
+    return op.weights.square() * diagonal(op.woodbury)
+
+
+# diag(w) V ------------------------------------------------------------------------
+
+
+@row_norms_squared.register
+def row_norms_of_weighted_rows(op: WeightedRows) -> Tensor:
+    return op.weights.square() * row_norms_squared(op.factor)
+
+
+@column_norms_squared.register
+def column_norms_of_weighted_rows(op: WeightedRows) -> Tensor:
+    return gram_blocks(op.factor, op.factor, 1, op.weights.square()).flatten()
+
+
+@column_pieces.register
+def column_pieces_of_weighted_rows(op: WeightedRows) -> Any:
+    for place, columns in column_pieces(op.factor):
+        yield place, op.weights[:, None] * columns
+
+
+class _LogDet(torch.autograd.Function):
+    """log det(A + P), whose derivative in P is the diagonal of the inverse."""
+
+    @staticmethod
+    def forward(ctx: Any, entries: Tensor, op: DiagonallyDamped) -> Tensor:
+        ctx.op = op
+        return entries.log().sum() + damped_logdet(op.whitened, 1.0)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        with ordinary_mode():
+            inverse: Any = inv(ctx.op)
+            return gradients[0] * diagonal(inverse.detached), None
+
+
+def _on_the_smaller_side(op: DiagonallyDamped) -> Dense:
+    return Dense(op.low_rank.small_side + torch.diag(op.damping.entries))
+
+
+def _check_positive(entries: Tensor, verb: str) -> None:
+    if not (entries > 0.0).all():
+        least = int(entries.argmin())
+        raise ValueError(
+            f"{verb}: a low-rank operator + Diagonal(p) needs entries p > 0, entry "
+            f"{least} is {entries[least].item():.3g}. Restrict the operator to the "
+            "entries that are damped, or damp all of them."
+        )

@@ -1,0 +1,91 @@
+"""Columns whose entries have weights: diag(w) Jᵀ B, parameter by parameter."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from vivit_linop.net.columns.base import DenseColumns, LayerColumns
+from vivit_linop.net.columns.joins import StackedColumns
+from vivit_linop.net.columns.khatri_rao import KhatriRaoColumns
+from vivit_linop.net.columns.tables import TableColumns
+
+
+def weighted(columns: LayerColumns, weights: Tensor) -> LayerColumns:
+    """Return columns with a weight for each entry, in the structure of the layer.
+
+    Weights of whole layers, of inputs, of outputs or of rows of a table are those of
+    inputs or cotangents. Others are multiplied with columns formed for some channels.
+
+    Args:
+        columns: Of a parameter with d entries.
+        weights: ``[d]``.
+    """
+    if isinstance(columns, StackedColumns):
+        parts = {
+            place: weighted(part, weights[slice(*place)])
+            for place, part in columns.parts.items()
+        }
+        return StackedColumns(parts, columns.numel)
+    if isinstance(columns, TableColumns):
+        rows = weights.view(-1, columns.cotangents.shape[3])[columns.index]
+        return columns.with_cotangents(columns.cotangents * rows.mT[:, None, None])
+    if isinstance(columns, KhatriRaoColumns):
+        return _weighted_khatri_rao(columns, weights)
+    rows = columns.rows() * weights
+    return DenseColumns(rows.view(columns.num_samples, columns.width, -1))
+
+
+def _weighted_khatri_rao(columns: KhatriRaoColumns, weights: Tensor) -> LayerColumns:
+    groups, channels = columns.cotangents.shape[2:4]
+    inputs = columns.inputs.shape[2]
+    first, second = (inputs, channels) if columns.inputs_first else (channels, inputs)
+    W = weights.view(groups, first, second)
+    W = W.mT if columns.inputs_first else W
+    if (W == W[:, :1]).all():
+        a = columns.inputs * W[:, 0, :, None]
+        result = KhatriRaoColumns(a, columns.cotangents, columns.inputs_first)
+        result.cotangents_key = columns.cotangents_key
+        return result
+    if (W == W[:, :, :1]).all():
+        b = columns.cotangents * W[:, :, 0, None]
+        return KhatriRaoColumns(columns.inputs, b, columns.inputs_first)
+    return WeightedKhatriRao(columns, W)
+
+
+class WeightedKhatriRao(KhatriRaoColumns):
+    """Khatri–Rao columns, each multiplied entry by entry with the same weights.
+
+    Args:
+        columns: The columns without weights.
+        weights: ``[G, b, a]``.
+    """
+
+    def __init__(self, columns: KhatriRaoColumns, weights: Tensor) -> None:
+        super().__init__(columns.inputs, columns.cotangents, columns.inputs_first)
+        self._weights = weights
+
+    def contraction(self, other: KhatriRaoColumns) -> str:
+        """Weights do not separate."""
+        return "blocks"
+
+    def block(self, group: int, channels: slice) -> Tensor:
+        """Multiply what is formed."""
+        weights = self._weights[group, channels].reshape(-1)
+        return super().block(group, channels) * weights
+
+    def rows(self) -> Tensor:
+        """Multiply what is formed."""
+        return super().rows() * self._laid_out(self._weights)
+
+    def squared_norms(self, memory: int) -> Tensor:
+        """Form the columns for some channels at a time."""
+        groups, channels, inputs = self._weights.shape
+        rows = self.num_samples * self.width
+        chunk = memory // (rows * inputs * self.cotangents.element_size())
+        norms = self.cotangents.new_zeros(rows)
+        for group in range(groups):
+            for part in torch.arange(channels).split(max(1, min(chunk, channels))):
+                place = slice(int(part[0]), int(part[-1]) + 1)
+                norms += self.block(group, place).square_().sum(1)
+        return norms

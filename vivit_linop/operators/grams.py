@@ -1,0 +1,198 @@
+"""Gram and outer products of factors: the rules of these verbs.
+
+The rules for what is pulled back through a Jacobian stand in
+:mod:`vivit_linop.curvature.sums`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from vivit_linop.operators.base import TorchLinearOperator
+from vivit_linop.operators.diagonal_damping import WeightedRows
+from vivit_linop.operators.elementary import Dense, Product
+from vivit_linop.operators.kronecker import KhatriRao
+from vivit_linop.operators.lowrank import Centered, Gram
+from vivit_linop.operators.stacks import HStack
+from vivit_linop.operators.verbs import (
+    column_pieces,
+    gram,
+    gram_matrix,
+    matmul,
+    outer_matrix,
+    outer_product,
+    weighted_gram_matrix,
+)
+
+Op = TorchLinearOperator
+
+
+@gram.register
+def gram_of_operator(factor: TorchLinearOperator) -> Gram:
+    return Gram(factor, factor)
+
+
+@gram_matrix.register
+def gram_matrix_of_operator(left: TorchLinearOperator, right: Op) -> Tensor:
+    return left.T.apply(right.to_dense())
+
+
+@gram_matrix.register
+def gram_matrix_of_dense(left: Dense, right: Op) -> Tensor:
+    """By products with the other factor: not formed, where that is none."""
+    if isinstance(right, Dense):
+        return left.matrix.T @ right.matrix
+    return right.T.apply(left.matrix).T
+
+
+@gram_matrix.register
+def gram_matrix_of_khatri_rao(left: KhatriRao, right: Op) -> Tensor:
+    if not isinstance(right, KhatriRao) or not aligned(left, right):
+        return left.T.apply(right.to_dense())
+    return (left.left.T @ right.left) * (left.right.T @ right.right)
+
+
+@gram_matrix.register
+def gram_matrix_of_product(left: Product, right: Op) -> Tensor:
+    """(A B)ᵀ (A B) = Bᵀ (AᵀA) B, where A has fewer columns than rows."""
+    A = left.factors[0]
+    if len(left.factors) == 1:
+        return gram_matrix(A, A if right is left else right)
+    if right is not left or A.shape[1] >= A.shape[0]:
+        return gram_matrix_of_operator(left, right)
+    B = Product(*left.factors[1:])
+    return B.T.apply(B.T.apply(gram(A).to_dense()).T)
+
+
+@gram_matrix.register
+def gram_matrix_of_centered(left: Centered, right: Op) -> Tensor:
+    """(A C)ᵀ B = C AᵀB, with C = I − 1 1ᵀ/R; also on the other side."""
+    inner = right.factor if isinstance(right, Centered) else right
+    K = matmul(left.factor.T, inner).to_dense()
+    K = K - K.mean(0, keepdim=True)
+    return K - K.mean(1, keepdim=True) if isinstance(right, Centered) else K
+
+
+@gram_matrix.register
+def gram_matrix_of_stack(left: HStack, right: Op) -> Tensor:
+    """[A B]ᵀ [C D] has the blocks AᵀC and so on, those on its diagonal are kept."""
+    parts = right.parts if isinstance(right, HStack) else (right,)
+    K = torch.empty(
+        left.shape[1], right.shape[1], dtype=left.torch_dtype, device=left.device
+    )
+    blocks = [
+        rows.split([part.shape[1] for part in parts], dim=1)
+        for rows in K.split([part.shape[1] for part in left.parts])
+    ]
+    for i, A in enumerate(left.parts):
+        for j, B in enumerate(parts):
+            if A is B:
+                blocks[i][j].copy_(gram(A).to_dense())
+            elif left is right and j < i:
+                blocks[i][j].copy_(blocks[j][i].T)
+            else:
+                blocks[i][j].copy_(gram_matrix(A, B))
+    return K
+
+
+@weighted_gram_matrix.register
+def weighted_gram_matrix_of_operator(
+    left: TorchLinearOperator, right: Op, weights: Tensor
+) -> Tensor:
+    pieces = column_pieces(right)
+    return torch.cat([left.T.apply(weights[:, None] * X) for _, X in pieces], dim=1)
+
+
+@weighted_gram_matrix.register
+def weighted_gram_matrix_of_dense(left: Dense, right: Op, weights: Tensor) -> Tensor:
+    return gram_matrix(Dense(weights[:, None] * left.matrix), right)
+
+
+@weighted_gram_matrix.register
+def weighted_gram_matrix_of_centered(
+    left: Centered, right: Op, weights: Tensor
+) -> Tensor:
+    inner = right.factor if isinstance(right, Centered) else right
+    K = weighted_gram_matrix(left.factor, inner, weights)
+    K = K - K.mean(0, keepdim=True)
+    return K - K.mean(1, keepdim=True) if isinstance(right, Centered) else K
+
+
+@weighted_gram_matrix.register
+def weighted_gram_matrix_of_stack(left: HStack, right: Op, weights: Tensor) -> Tensor:
+    """Block by block."""
+    parts = right.parts if isinstance(right, HStack) else (right,)
+    rows: list[list[Tensor]] = []
+    for i, A in enumerate(left.parts):
+        row = [
+            rows[j][i].T
+            if left is right and j < i
+            else weighted_gram_matrix(A, B, weights)
+            for j, B in enumerate(parts)
+        ]
+        rows.append(row)
+    return torch.cat([torch.cat(row, dim=1) for row in rows])
+
+
+@gram_matrix.register
+def gram_matrix_of_weighted_rows(left: WeightedRows, right: Op) -> Tensor:
+    """(D V)ᵀ (E W) = Vᵀ (D E) W."""
+    if isinstance(right, WeightedRows):
+        weights = left.weights * right.weights
+        return weighted_gram_matrix(left.factor, right.factor, weights)
+    return weighted_gram_matrix(left.factor, right, left.weights)
+
+
+@weighted_gram_matrix.register
+def weighted_gram_matrix_of_weighted_rows(
+    left: WeightedRows, right: Op, weights: Tensor
+) -> Tensor:
+    return gram_matrix(WeightedRows(weights * left.weights, left.factor), right)
+
+
+@outer_matrix.register
+def outer_matrix_of_weighted_rows(factor: WeightedRows) -> Tensor:
+    weights = factor.weights
+    return weights[:, None] * outer_matrix(factor.factor) * weights
+
+
+@outer_product.register
+def outer_product_of_weighted_rows(factor: WeightedRows, X: Tensor) -> Tensor:
+    weights = factor.weights[:, None]
+    return weights * outer_product(factor.factor, weights * X)
+
+
+@outer_matrix.register
+def outer_matrix_of_operator(factor: TorchLinearOperator) -> Tensor:
+    dense = factor.to_dense()
+    return dense @ dense.T
+
+
+@outer_matrix.register
+def outer_matrix_of_stack(factor: HStack) -> Tensor:
+    """A Aᵀ + B Bᵀ + …."""
+    total = outer_matrix(factor.parts[0])
+    for part in factor.parts[1:]:
+        total = total + outer_matrix(part)
+    return total
+
+
+@outer_product.register
+def outer_product_of_stack(factor: HStack, X: Tensor) -> Tensor:
+    """A Aᵀ X + B Bᵀ X + …."""
+    total = outer_product(factor.parts[0], X)
+    for part in factor.parts[1:]:
+        total = total + outer_product(part, X)
+    return total
+
+
+@outer_product.register
+def outer_product_of_operator(factor: TorchLinearOperator, X: Tensor) -> Tensor:
+    return factor.apply(factor.T.apply(X))
+
+
+def aligned(A: KhatriRao, B: KhatriRao) -> bool:
+    """Whether factors have as many rows each, and one dtype."""
+    shapes = [(K.left.shape[0], K.right.shape[0]) for K in (A, B)]
+    return shapes[0] == shapes[1] and A._own_dtype == B._own_dtype
