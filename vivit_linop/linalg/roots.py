@@ -207,7 +207,8 @@ def damped_root_of_low_rank(op: LowRank, damping: Scalar) -> Op:
     if op.by_gram:
         return DampedRoot(op, damping)
     evals, evecs = symmetric_eigenpairs(op.small_side)
-    return Dense((evecs * _roots(evals + damping)) @ evecs.T)
+    root = (evecs * _roots(evals + damping)) @ evecs.T
+    return Dense((root + root.T) / 2)
 
 
 @damped_sqrt.register

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from vivit_linop.operators.base import TorchLinearOperator
 from vivit_linop.operators.elementary import Product
+from vivit_linop.operators.lowrank import Woodbury
 from vivit_linop.operators.sandwich import LowRankForm, Sandwich, low_rank_form
 from vivit_linop.operators.verbs import (
     adjoint,
@@ -25,6 +26,8 @@ Op = TorchLinearOperator
 
 # Columns that are solved for, or multiplied, at a time.
 _CHUNK = 256
+# Half of the digits are there for sure where rounding is this far below.
+_SAFE = 0.1
 
 
 @to_dense.register
@@ -78,6 +81,30 @@ def diagonal_blocks_of_sandwich(op: Sandwich, size: int) -> Tensor:
         columns = size * index + torch.arange(size, device=index.device)
         result[index.squeeze(1)] = _part_of_product(op, columns.flatten(), size)
     return (result + result.mT) / 2 if A is B else result
+
+
+@diagonal.register
+def diagonal_of_woodbury(op: Woodbury) -> Tensor:
+    """(1 − c |row of V L⁻ᵀ|²)/δ with δ I + c K = L Lᵀ, some columns of V L⁻ᵀ at a time.
+
+    Of the dense side, the squares of the rows of L⁻ᵀ. Entries that lose more than half
+    of the digits come from products.
+    """
+    scale, V = op.operator.scale, op.operator.factor
+    total = torch.zeros(op.shape[0], dtype=op.torch_dtype, device=op.device)
+    by_gram = op.operator.by_gram
+    for columns in op.root_columns(_CHUNK):
+        total += (V.apply(columns) if by_gram else columns).square().sum(1)
+    if not by_gram:
+        return total
+    kept = 1.0 - scale * total
+    eps = torch.finfo(op.torch_dtype).eps
+    result = kept / op.damping
+    if eps * op.norm / op.damping > _SAFE * eps**0.5:
+        lost = (kept < eps**0.5).nonzero().squeeze(1)
+        for part in lost.split(_CHUNK):
+            result[part] = op.apply(_unit(op.shape[0], part, op))[part].diagonal()
+    return result
 
 
 @diagonal_blocks.register
@@ -150,7 +177,7 @@ def _lose_digits(
         sizes: The norms of the parts: as many columns of A and of B each.
     """
     eps = torch.finfo(op.torch_dtype).eps
-    if eps * form.condition <= 0.1 * eps**0.5:
+    if eps * form.condition <= _SAFE * eps**0.5:
         return torch.zeros(len(sizes), dtype=torch.bool, device=sizes.device)
 
     def norms(columns: Tensor) -> Tensor:

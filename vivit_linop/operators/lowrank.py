@@ -8,6 +8,7 @@ the damped inverse (Woodbury's identity).
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -352,6 +353,22 @@ class Woodbury(TorchLinearOperator):
         """(δ I + c K)⁻¹ times columns of the smaller side, ``[R, K]``."""
         solution = torch.cholesky_solve(X.to(torch.float64), self._cholesky)
         return solution.to(X.dtype)
+
+    def root_columns(self, count: int) -> Iterator[Tensor]:
+        """Yield columns of L⁻ᵀ, δ I + c K = L Lᵀ, some at a time: ``[R, count]``.
+
+        (δ I + c K)⁻¹ = L⁻ᵀ L⁻¹, so that squares of rows of V L⁻ᵀ are diagonals.
+        """
+        rows = len(self._cholesky)
+        for start in range(0, rows, count):
+            # Of an upper triangular matrix, what is below the diagonal is zero.
+            stop = min(start + count, rows)
+            unit = self._cholesky.new_zeros(stop, stop - start)
+            unit[start:].fill_diagonal_(1.0)
+            upper = self._cholesky[:stop, :stop].T
+            columns = self._cholesky.new_zeros(rows, stop - start)
+            columns[:stop] = torch.linalg.solve_triangular(upper, unit, upper=True)
+            yield columns.to(self.torch_dtype)
 
     def _multiply(self, X: Tensor) -> Tensor:
         if not self.operator.by_gram:

@@ -1,0 +1,198 @@
+"""Damping by a diagonal: priors by layer or by entry, c V Vᵀ + P and its inverse."""
+
+import pytest
+import torch
+from composition_cases import EPS, close, risks
+from operator_market import Draw
+
+import vivit_linop as vl
+from vivit_linop.curvature.jacobian import Pullback
+from vivit_linop.operators import (
+    DenseInverse,
+    DiagonallyDamped,
+    DiagonalWoodbury,
+    LowRank,
+    Product,
+    Sandwich,
+    verbs,
+)
+
+FLOAT64 = torch.float64
+
+
+def by_layer(risk):
+    numbers = 0.1 + torch.rand(len(risk.sizes), dtype=risk.dtype)
+    return numbers.repeat_interleave(torch.tensor(risk.sizes))
+
+
+def by_entry(risk):
+    return 0.1 + torch.rand(risk.num_params, dtype=risk.dtype)
+
+
+def by_output(risk):
+    """One number for each row of a weight and each entry of a bias."""
+    parts = [0.1 + torch.rand(len(p), dtype=p.dtype) for p in risk.params.values()]
+    each = [p.numel() // len(p) for p in risk.params.values()]
+    return torch.cat([p.repeat_interleave(n) for p, n in zip(parts, each, strict=True)])
+
+
+PRIORS = {f.__name__: f for f in (by_layer, by_entry, by_output)}
+CASES = [
+    *(("tall", prior, dtype) for prior in PRIORS for dtype in EPS),
+    *((kind, "by_entry", FLOAT64) for kind in ("wide", "convolution", "tied")),
+    *((kind, "by_layer", FLOAT64) for kind in ("wide", "convolution", "tied")),
+    ("convolution", "by_output", FLOAT64),
+]
+
+
+@pytest.mark.parametrize(("kind", "prior", "dtype"), CASES)
+def test_verbs_against_dense_matrices(kind, prior, dtype):
+    train, test = risks(kind, dtype)
+    G, p = vl.GGN(train), PRIORS[prior](train)
+    V = vl.GGNFactor(train).to_dense().double()
+    dense = V @ V.T + p.double().diag()
+    truth = torch.linalg.inv(dense)
+    A = G + vl.Diagonal(p)
+    assert type(A) is DiagonallyDamped
+    S = A.inv()
+    assert isinstance(S, DenseInverse if kind == "wide" else DiagonalWoodbury)
+    vl.testing.check_operator(S, truth.to(dtype))
+    close(S.to_dense(), truth, dtype)
+    close(S.diagonal(), truth.diagonal(), dtype)
+    close(S.trace(), truth.trace(), dtype)
+    close(A.logdet(), torch.logdet(dense), dtype)
+    close(S.logdet(), -torch.logdet(dense), dtype)
+    close(S.inv().to_dense(), dense, dtype)
+    for op, matrix in ((A, dense), (S, truth)):
+        root = op.sqrt().to_dense().double()
+        close((root @ root.T).to(dtype), matrix, dtype)
+    b = Draw(dtype, "cpu")(len(dense))
+    close(A.solve(b), truth @ b.double(), dtype)
+    for of in (train, test):
+        J, U = vl.Jacobian(of), vl.PerSampleGradients(of)
+        M = vl.Dense(Draw(dtype, "cpu")(len(dense), 2))
+        for B in (J.T, U, U.centered(), M):
+            matrix = B.to_dense().double()
+            op, expected = B.T @ S @ B, matrix.T @ truth @ matrix
+            assert type(op) is (Product if kind == "wide" else Sandwich)
+            close(op.to_dense(), expected, dtype)
+            close(op.diagonal(), expected.diagonal(), dtype)
+    cross = J @ S @ G.factor
+    close(cross.to_dense(), J.to_dense().double() @ truth @ V, dtype)
+
+
+@pytest.mark.parametrize("prior", PRIORS)
+def test_sandwiches_of_diagonals(prior):
+    """Diagonal posteriors, also ones that are not definite."""
+    train, test = risks("tall", FLOAT64)
+    p = PRIORS[prior](train)
+    for entries in (p, p - 0.5):
+        D = vl.Diagonal(entries)
+        for A in (vl.Jacobian(test).T, vl.GGNFactor(train)):
+            matrix = A.to_dense()
+            op, expected = A.T @ D @ A, matrix.T @ entries.diag() @ matrix
+            assert type(op) is Sandwich
+            close(op.to_dense(), expected, FLOAT64)
+            close(op.diagonal(), expected.diagonal(), FLOAT64)
+        U, J = vl.PerSampleGradients(train), vl.Jacobian(test)
+        expected = J.to_dense() @ entries.diag() @ U.to_dense()
+        close((J @ D @ U).to_dense(), expected, FLOAT64)
+
+
+def test_columns_are_not_formed(monkeypatch):
+    """Weights stand in the layers' columns."""
+    train, _ = risks("tall", FLOAT64)
+    G, p = vl.GGN(train), by_entry(train)
+
+    def refused(*_):
+        raise AssertionError("products, or formed columns")
+
+    for name in ("_multiply", "_multiply_adjoint"):
+        monkeypatch.setattr(Pullback, name, refused)
+    A = G + vl.Diagonal(p)
+    monkeypatch.setattr(verbs.column_pieces, "dispatch", refused)
+    A.inv()
+    A.logdet()
+
+
+def test_sums_that_are_damped_by_a_diagonal():
+    train, _ = risks("tall", FLOAT64)
+    G, p = vl.GGN(train), by_entry(train)
+    unit, D = vl.Identity(len(p)), vl.Diagonal(p)
+    sizes = train.sizes
+    blocks = vl.BlockDiagonal([(i + 1.0) * vl.Identity(n) for i, n in enumerate(sizes)])
+    layers = torch.cat([torch.full((n,), i + 1.0) for i, n in enumerate(sizes)])
+    layers = layers.double()
+    dense = G.to_dense()
+    for op, entries, scale in (
+        (D + G, p, 1.0),
+        (G + D + 0.5 * unit, p + 0.5, 1.0),
+        (G + 0.5 * unit + D, p + 0.5, 1.0),
+        (G + D + D, 2 * p, 1.0),
+        (D + (G + D), 2 * p, 1.0),
+        (3.0 * (G + D), 3 * p, 3.0),
+        (G + D + G, p, 2.0),
+        (G + (G + D), p, 2.0),
+        (G + blocks, layers, 1.0),
+        (blocks + G, layers, 1.0),
+    ):
+        assert type(op) is DiagonallyDamped, op
+        matrix = scale * dense + entries.diag()
+        close(op.inv().to_dense(), torch.linalg.inv(matrix), FLOAT64)
+        close(op.to_dense(), matrix, FLOAT64)
+        close(op.diagonal(), matrix.diagonal(), FLOAT64)
+    assert not isinstance(-(G + D), DiagonallyDamped)
+    close((-(G + D)).to_dense(), -dense - p.diag(), FLOAT64)
+
+
+@pytest.mark.parametrize("width", [3, 9])
+def test_derivatives_in_the_entries(width):
+    draw = Draw(FLOAT64, "cpu")
+    V, b = draw(6, width), draw(6)
+    G = LowRank(vl.Dense(V), 2.0)
+    verbs_of = {
+        "logdet": (lambda A: A.logdet(), torch.logdet),
+        "logdet of inverse": (lambda A: A.inv().logdet(), lambda A: -torch.logdet(A)),
+        "solve": (lambda A: A.solve(b), lambda A: torch.linalg.solve(A, b)),
+        "product": (lambda A: A @ b, lambda A: A @ b),
+        "trace": (lambda A: A.trace(), torch.trace),
+        "inverse": (lambda A: A.inv().to_dense(), torch.linalg.inv),
+    }
+    for name, (verb, dense) in verbs_of.items():
+        found = []
+        for of_operators in (True, False):
+            p = torch.linspace(0.5, 1.5, 6, dtype=FLOAT64).requires_grad_()
+            if of_operators:
+                value = verb(G + vl.Diagonal(p))
+            else:
+                value = dense(2 * V @ V.T + p.diag())
+            weights = torch.linspace(1, 2, value.numel()).double().view(value.shape)
+            (weights * value).sum().backward()
+            found.append((value.detach(), p.grad))
+        torch.testing.assert_close(found[0], found[1], msg=name)
+    p = torch.ones(6, dtype=FLOAT64, requires_grad=True)
+    x = draw(6, 2).requires_grad_()
+    torch.autograd.gradcheck(lambda p, x: (G + vl.Diagonal(p)).inv() @ x, (p, x))
+
+
+def test_what_is_not_differentiated_is_refused():
+    V = Draw(FLOAT64, "cpu")(6, 3)
+    G = LowRank(vl.Dense(V))
+    p = torch.ones(6, dtype=FLOAT64, requires_grad=True)
+    S = (G + vl.Diagonal(p)).inv()
+    for verb in (S.diagonal, S.trace):
+        with pytest.raises(TypeError, match="entries of the damping"):
+            verb()
+    M = V.clone().requires_grad_()
+    with pytest.raises(TypeError, match="requires grad"):
+        (LowRank(vl.Dense(M)) + vl.Diagonal(torch.ones(6).double())).inv()
+
+
+def test_entries_that_do_not_damp_are_refused():
+    G = LowRank(vl.Dense(Draw(FLOAT64, "cpu")(6, 3)))
+    for least in (0.0, -1.0):
+        p = torch.ones(6, dtype=FLOAT64)
+        p[4] = least
+        for verb in ("inv", "logdet", "sqrt"):
+            with pytest.raises(ValueError, match=f"{verb}.*entry 4"):
+                getattr(G + vl.Diagonal(p), verb)()
