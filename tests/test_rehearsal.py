@@ -1,0 +1,70 @@
+"""A GPU is rehearsed on the CPU: what is on the device stays there."""
+
+import json
+import shutil
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+from rehearsal.limits import LIMITS
+
+NETS = ["mlp", "convolutions", "attention", "tokens"]
+# Of float32, on other orders of summation.
+CLOSE = 1e-5
+
+pytestmark = pytest.mark.skipif(
+    torch.cuda.is_available() or not (shutil.which("g++") or shutil.which("c++")),
+    reason="needs a compiler of C++, and no GPU",
+)
+
+
+def rehearsed(net: str) -> dict[str, dict[str, Any]]:
+    command = [sys.executable, "-m", "tests.rehearsal", net, "--json"]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    report: dict[str, dict[str, Any]] = json.loads(run.stdout.splitlines()[-1])
+    return report
+
+
+@pytest.mark.parametrize("net", NETS)
+def test_all_stays_on_the_device_is_right_and_waits_no_more_than_it_did(
+    net: str,
+) -> None:
+    report = rehearsed(net)
+    assert report.keys() == LIMITS.keys()
+    wrong, more = {}, {}
+    for name, line in report.items():
+        near = line.get("distance", 0.0) <= CLOSE
+        if "error" in line or not near or not line.get("on_device", True):
+            wrong[name] = line
+        waits, copies = LIMITS[name]
+        if line["waits"] > waits or line["copies"] > copies:
+            more[name] = line["events"]
+    assert not wrong
+    assert not more
+
+
+def test_what_is_kept_is_multiplied_without_waiting() -> None:
+    for name in ("kept G @ x", "kept G @ X", "Woodbury solve", "kept Hessian @ x"):
+        assert LIMITS[name] == (0, 0)
+    assert sum(LIMITS["streamed G @ x"]) <= 6  # of two batches, each with its target
+
+
+def test_a_mixed_device_is_seen() -> None:
+    code = (
+        "from tests.rehearsal.pretended import PretendedGPU, on_the_gpu\n"
+        "import os, torch\n"
+        "with PretendedGPU():\n"
+        "    x = on_the_gpu(torch.ones(3))\n"
+        "    assert x.device == torch.device('cuda:0')\n"
+        "    assert (x + x).sum().item() == 6.0\n"
+        "    try:\n"
+        "        x + torch.ones(3)\n"
+        "    except RuntimeError as error:\n"
+        "        print(error, flush=True)\n"
+        "os._exit(0)\n"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "two devices" in run.stdout, run.stderr
