@@ -205,7 +205,7 @@ def _second_derivatives(H: HessianProducts, U: Tensor) -> Tensor:
     """
     risk, count = H.risk, U.shape[1]
     gradient, curvature = LossGradient(risk), LossHessian(risk)
-    directions = dict(zip(risk.params, risk.unflatten(U), strict=True))
+    directions = risk.unflatten_real(U)
     params = {name: p.detach() for name, p in risk.params.items()}
     rows = []
     for batch, (X, _) in enumerate(risk.batches()):

@@ -393,7 +393,7 @@ def _one_batch(risk: EmpiricalRisk, what: str) -> tuple[Tensor, Tensor]:
             raise ValueError(
                 f"data: BackPACK computes {what} for one tensor as input, got {kind}."
             )
-        inputs.append(X)
+        inputs.append(risk.model.private_input(X))
         targets.append(y)
     return torch.cat(inputs), torch.cat(targets)
 

@@ -78,6 +78,12 @@ def checked_outputs(
             f"{where} returned outputs {list(output.shape)} for {n} samples; "
             "the first axis must count samples."
         )
+    if output.is_complex():
+        raise ValueError(
+            f"{where} returned complex numbers, {output.dtype}; losses take real ones. "
+            "Say which with predict=, for example predict=lambda model, X: "
+            "torch.view_as_real(model(X))."
+        )
     if output.dtype != first.dtype or output.device != first.device:
         raise ValueError(
             f"{where} returned {output.dtype} on {output.device}, its parameters "

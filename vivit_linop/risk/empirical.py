@@ -132,13 +132,18 @@ class EmpiricalRisk(ParameterVectors):
             that meet other outputs.
         progress: Whether passes over the data, and the products of an iterative
             ``eigh``, show progress bars (on stderr).
+        dtype: float32 or float64, for a model in another precision such as bfloat16:
+            copies of its parameters and buffers, inputs and targets are in this one,
+            integers stay. By default that of the parameters.
 
     Attributes:
-        num_params: D, the number of entries of all parameters.
+        num_params: D, the number of entries of all parameters, two for a complex one.
         num_samples: N.
         num_outputs: C, the number of outputs of one sample.
-        params: Copies of the parameters, by name.
-        dtype: The torch dtype of the parameters.
+        params: Copies of the parameters, by name; of complex ones the real and the
+            imaginary parts, ``[*p, 2]``.
+        complex_names: The names of complex ones.
+        dtype: The torch dtype of ``params``.
         device: Their device.
         reduction: ``"mean"`` or ``"sum"``.
         has_tangents: Whether J x is possible, as far as is known: not all operations
@@ -182,6 +187,7 @@ class EmpiricalRisk(ParameterVectors):
         memory: int | None = None,
         check_data: bool = True,
         progress: bool = False,
+        dtype: torch.dtype | None = None,
     ) -> None:
         if not isinstance(check, bool):
             raise TypeError(f"check: True or False, got {check!r}.")
@@ -191,7 +197,7 @@ class EmpiricalRisk(ParameterVectors):
         self._target, self._check = target, check
         self.progress = progress
         self._check_data = check_data and not isinstance(data, (list, tuple))
-        function = FunctionalModel(model, params, predict)
+        function = FunctionalModel(model, params, predict, dtype)
         self._setup(
             function,
             as_output_loss(loss, reduction, function.originals(model)),
@@ -215,6 +221,7 @@ class EmpiricalRisk(ParameterVectors):
         self._data_rng = torch.random.get_rng_state()
         self.ranks = ALONE
         self.params: Params = model.params
+        self.complex_names = model.complex_names
         first = next(iter(self.params.values()))
         self.dtype, self.device = first.dtype, first.device
         self.kept = Kept(memory, self.device)

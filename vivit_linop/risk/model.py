@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from vivit_linop.modes import as_guest as as_guest
-from vivit_linop.risk.containers import copied, leaves, rebuilt
+from vivit_linop.risk.containers import copied, leaves, map_leaves, rebuilt
 from vivit_linop.risk.copies import Copies
 from vivit_linop.risk.parameters import (
     check_chosen,
@@ -27,6 +27,12 @@ from vivit_linop.risk.parameters import (
     chosen_of_module,
 )
 from vivit_linop.risk.parameters import strided as strided
+from vivit_linop.risk.precision import (
+    as_pairs,
+    check_precision,
+    in_precision,
+    of_pairs,
+)
 from vivit_linop.risk.private import Params as Params
 from vivit_linop.risk.private import Predict as Predict
 from vivit_linop.risk.private import PrivateModule, as_tensor
@@ -52,9 +58,13 @@ class FunctionalModel:
         params: None for all parameters of a module that require grad, an iterable of
             its ``Parameter``s, or a dict from names to tensors.
         predict: ``(model, X) -> output``: how a module is called, if not with X.
+        dtype: float32 or float64: the precision of all copies and of inputs; None for
+            that of the parameters.
 
     Attributes:
-        params: Copies of the chosen parameters, by name; they require grad.
+        params: Copies of the chosen parameters, by name; they require grad. Of complex
+            ones the real and imaginary parts, ``[*p, 2]``.
+        complex_names: The complex ones.
 
     Raises:
         TypeError: If ``model`` cannot be called, or parameters have dtypes that
@@ -69,6 +79,7 @@ class FunctionalModel:
         model: nn.Module | ModelFunction,
         params: Any | None = None,
         predict: Predict | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         if not callable(model):
             raise TypeError(
@@ -92,6 +103,8 @@ class FunctionalModel:
                 "predict: is how a module is called, but the model is a function "
                 "(params, x) -> output already; put it into that function."
             )
+        check_precision(dtype)
+        self._dtype = dtype
         self._private: PrivateModule | None = None
         self._writes = False
         self._empty: list[str] = []
@@ -106,25 +119,30 @@ class FunctionalModel:
             _check_modes(model)
         else:
             chosen = chosen_of_function(params)
-        check_chosen(chosen)
+        check_chosen(chosen, dtype)
         self.owners = dict(chosen)
+        self.complex_names = frozenset(n for n, p in chosen.items() if p.is_complex())
         # In inference mode copies would be tensors that autograd refuses.
         with torch.inference_mode(False):
             self.params: Params = {
-                name: p.detach().clone().requires_grad_() for name, p in chosen.items()
+                name: as_pairs(self._copied(p)).requires_grad_()
+                for name, p in chosen.items()
             }
             self._empty = [name for name, p in self.params.items() if not p.numel()]
             if isinstance(model, nn.Module):
                 self._take_module(model, predict)
             else:
                 # Modules that it calls are copied, as they are now.
-                copies = Copies((), other=lambda tensor: tensor.detach().clone())
+                copies = Copies((), other=self._copied)
                 self._function = copies.of_called(model)
+
+    def _copied(self, tensor: Tensor) -> Tensor:
+        return in_precision(tensor.detach().clone(), self._dtype)
 
     def _take_module(self, model: nn.Module, predict: Predict | None) -> None:
         """Copy all that outputs depend on: it stays as it is when training goes on."""
         self._fixed = {
-            name: tensor.detach().clone()
+            name: self._copied(tensor)
             for name, tensor in (*model.named_parameters(), *model.named_buffers())
             if name not in self.params
         }
@@ -137,7 +155,8 @@ class FunctionalModel:
         self._buffers = [
             name for name, b in model.named_buffers() if b.is_floating_point()
         ]
-        self._private = PrivateModule(model, predict, {**self._fixed, **self.params})
+        own = {**self._fixed, **self._as_given(self.params)}
+        self._private = PrivateModule(model, predict, own, self._dtype)
 
     def __getstate__(self) -> dict[str, Any]:
         """What travels: not the user's module."""
@@ -163,7 +182,7 @@ class FunctionalModel:
                 "has no present parameters. Give them."
             )
         slots = dict(module.named_buffers()) | dict(module.named_parameters())
-        known = {**self._fixed, **self.params}
+        known = {**self._fixed, **self.owners}
         for name, tensor in known.items():
             found = slots.get(name)
             if found is None or found.shape != tensor.shape:
@@ -191,7 +210,7 @@ class FunctionalModel:
         model._source = self._source
         with torch.inference_mode(False):
             model.params = {
-                name: params[name].detach().to(p, copy=True).requires_grad_()
+                name: as_pairs(params[name].detach()).to(p, copy=True).requires_grad_()
                 for name, p in self.params.items()
             }
             changed = {
@@ -215,13 +234,14 @@ class FunctionalModel:
 
     def __call__(self, params: Params, X: Any) -> Tensor:
         """Return the outputs, ``[n, …]``; X is not written into."""
-        return self._evaluate(params, self.private_input(X))
+        return self._evaluate(params, self.private_input(X, params))
 
     def first(self, params: Params, X: Any) -> Tensor:
         """Return the outputs, and see whether the model writes into its input.
 
         Where it does once, every evaluation has a copy of the input from then on.
         """
+        X = self._precise(X, params)
         own = copied(X)
         tensors = list(leaves(own))
         output = self._evaluate(params, own)
@@ -229,14 +249,38 @@ class FunctionalModel:
         self._writes |= any(map(_is_written, tensors, leaves(X)))
         return output
 
-    def private_input(self, X: Any) -> Any:
-        """Return an input that the model may have, a copy if it writes into it."""
+    def private_input(self, X: Any, params: Params | None = None) -> Any:
+        """Return an input that the model may have, a copy if it writes into it.
+
+        Args:
+            X: The input.
+            params: The parameters that it is for, whose precision it must have.
+        """
+        X = self._precise(X, self.params if params is None else params)
         return copied(X) if self._writes else X
+
+    def _precise(self, X: Any, params: Params) -> Any:
+        """Return an input in the precision of parameters, if the user asked for one."""
+        if self._dtype is None:
+            return X
+        name, own = next(iter(self.params.items()))
+        dtype = params.get(name, own).dtype
+        return map_leaves(lambda leaf: in_precision(leaf, dtype), X)
+
+    def _as_given(self, params: Params) -> Params:
+        """Return parameters with complex numbers where the model has them."""
+        if not self.complex_names:
+            return params
+        return {
+            name: of_pairs(p) if name in self.complex_names else p
+            for name, p in params.items()
+        }
 
     def _evaluate(self, params: Params, X: Any) -> Tensor:
         # Torch has no backward pass to some of what has no entries; none is needed.
         for name in self._empty:
             params = {**params, name: params[name].detach()}
+        params = self._as_given(params)
         if self._private is not None:
             slots = {**self._moved, **params} if self._moved else params
             return self._private(slots, X)
@@ -246,9 +290,10 @@ class FunctionalModel:
         """Return a module at these parameters, None for a function model.
 
         For packages that work on modules, and write on them. It is in the modes of
-        construction, and its parameters are leaves.
+        construction, and its parameters are leaves: real ones, so that there is none
+        for complex ones either.
         """
-        if self._private is None:
+        if self._private is None or self.complex_names:
             return None
         with torch.inference_mode(False):
             values = {**self._fixed, **params}
@@ -316,8 +361,8 @@ def _check_precision(fixed: dict[str, Tensor]) -> None:
         if tensor.dtype in (torch.float16, torch.bfloat16):
             raise TypeError(
                 f"model: {name!r} is {tensor.dtype}; also what is frozen must be "
-                "float32 or float64. Convert the model with model.float() or "
-                "model.double()."
+                "float32 or float64. Give dtype=torch.float32: the model is evaluated "
+                "in copies of that precision then."
             )
 
 

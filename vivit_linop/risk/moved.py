@@ -33,7 +33,7 @@ def moved(model: FunctionalModel, parameters: Any) -> FunctionalModel:
     if parameters is None:
         return model.at(*model.present())
     vectors = ParameterVectors()
-    vectors.params = model.params
+    vectors.params, vectors.complex_names = model.params, model.complex_names
     if not isinstance(parameters, (Tensor, Mapping)):
         parameters = list(parameters)
     if not isinstance(parameters, Tensor):
@@ -43,8 +43,7 @@ def moved(model: FunctionalModel, parameters: Any) -> FunctionalModel:
             f"parameters: one vector [D], or a tensor for each, got "
             f"{list(parameters.shape)}."
         )
-    parts = vectors.unflatten(parameters)
-    return model.at(dict(zip(model.params, parts, strict=True)), {})
+    return model.at(vectors.unflatten_real(parameters), {})
 
 
 def evaluated(

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from vivit_linop.risk.precision import PRECISIONS, as_pairs, of_pairs
+
 
 def chosen_of_module(model: nn.Module, params: Any | None) -> dict[str, Tensor]:
     """Return the parameters of a module that a user has chosen, by name.
@@ -84,8 +86,13 @@ def chosen_of_function(params: Any | None) -> dict[str, Tensor]:
     return dict(params)
 
 
-def check_chosen(params: dict[str, Tensor]) -> None:
-    """Refuse parameters without values, a common dtype and device, or with NaN."""
+def check_chosen(params: dict[str, Tensor], dtype: torch.dtype | None = None) -> None:
+    """Refuse parameters without values, a common dtype and device, or with NaN.
+
+    Args:
+        params: The parameters.
+        dtype: In which precision they will be copied, None for their own.
+    """
     for name, p in params.items():
         if is_lazy(p) or p.is_meta:
             raise ValueError(
@@ -95,20 +102,28 @@ def check_chosen(params: dict[str, Tensor]) -> None:
             )
     if not params or not sum(p.numel() for p in params.values()):
         raise ValueError("params: is empty; at least one parameter is needed.")
-    for what, values in (
-        ("dtypes", {p.dtype for p in params.values()}),
-        ("devices", {p.device for p in params.values()}),
-    ):
-        if len(values) > 1:
-            raise ValueError(
-                f"params: have several {what}, {sorted(map(str, values))}. Convert the "
-                "model with model.to(…), or choose parameters of one of them."
-            )
+    devices = {str(p.device) for p in params.values()}
+    if len(devices) > 1:
+        raise ValueError(
+            f"params: have several devices, {sorted(devices)}. Convert the model with "
+            "model.to(…), or choose parameters of one of them."
+        )
+    for name, p in params.items():
+        if not (p.is_floating_point() or p.is_complex()):
+            raise TypeError(f"params: {name!r} is {p.dtype}, which has no derivatives.")
+    # Complex numbers are pairs of real ones.
+    dtypes = {p.dtype.to_real() for p in params.values()} if dtype is None else {dtype}
+    if len(dtypes) > 1:
+        raise ValueError(
+            f"params: have several dtypes, {sorted(map(str, dtypes))}. Give dtype= "
+            "torch.float32 or torch.float64, in which copies are evaluated then."
+        )
     name, first = next(iter(params.items()))
-    if first.dtype not in (torch.float32, torch.float64):
+    if dtypes.isdisjoint(PRECISIONS):
         raise TypeError(
             f"params: {name!r} is {first.dtype}; curvature is computed in float32 or "
-            "float64. Convert the model with model.float() or model.double()."
+            "float64. Give dtype=torch.float32: the model is evaluated in copies of "
+            "that precision then."
         )
     check_finite(params, "params")
 
@@ -124,11 +139,15 @@ def check_finite(params: dict[str, Tensor], argument: str) -> None:
 class ParameterVectors:
     """Vectors over all parameters, ``[D]``, and tensors in their shapes.
 
+    A complex parameter has two entries for each number, the real part first.
+
     Attributes:
-        params: The parameters, by name.
+        params: The parameters, by name; of complex ones pairs ``[*p, 2]``.
+        complex_names: The complex ones.
     """
 
     params: dict[str, Tensor]
+    complex_names: frozenset[str] = frozenset()
 
     def flatten(
         self, tensors: Iterable[Tensor | None] | Mapping[str, Tensor | None]
@@ -169,6 +188,8 @@ class ParameterVectors:
             tensor = strided(tensor)
             if tensor is None:
                 tensor = torch.zeros_like(p)
+            if name in self.complex_names:
+                tensor = as_pairs(tensor)
             if tensor.shape == p.shape:
                 parts.append(tensor.reshape(1, -1))
                 columns.add(None)
@@ -194,6 +215,13 @@ class ParameterVectors:
         Returns:
             One for each parameter, in order: ``[*p]``, or ``[K, *p]``.
         """
+        return [
+            of_pairs(part) if name in self.complex_names else part
+            for name, part in self.unflatten_real(vec).items()
+        ]
+
+    def unflatten_real(self, vec: Tensor) -> dict[str, Tensor]:
+        """Return by name what :meth:`unflatten` does, pairs for complex numbers."""
         sizes = [p.numel() for p in self.params.values()]
         if vec.ndim not in (1, 2) or len(vec) != sum(sizes):
             raise ValueError(
@@ -201,10 +229,12 @@ class ParameterVectors:
                 f"{list(vec.shape)}."
             )
         leading = () if vec.ndim == 1 else (vec.shape[1],)
-        return [
-            (part if vec.ndim == 1 else part.T).reshape((*leading, *p.shape))
-            for part, p in zip(vec.split(sizes), self.params.values(), strict=True)
-        ]
+        return {
+            name: (part if vec.ndim == 1 else part.T).reshape((*leading, *p.shape))
+            for part, (name, p) in zip(
+                vec.split(sizes), self.params.items(), strict=True
+            )
+        }
 
     def add_to_(self, model: nn.Module | Mapping[str, Tensor], step: Tensor) -> None:
         """Add a step to the parameters of a model, in place: θ ← θ + step.
@@ -237,12 +267,12 @@ class ParameterVectors:
         named = dict(
             model.named_parameters() if isinstance(model, nn.Module) else model
         )
-        for name, p in self.params.items():
+        for name, part in zip(self.params, parts, strict=True):
             found = named.get(name)
-            if found is None or found.shape != p.shape:
+            if found is None or found.shape != part.shape:
                 has = "has none" if found is None else f"it has {list(found.shape)}"
                 raise ValueError(
-                    f"model: needs {name!r} of shape {list(p.shape)}, {has}."
+                    f"model: needs {name!r} of shape {list(part.shape)}, {has}."
                 )
         with torch.no_grad():
             for name, part in zip(self.params, parts, strict=True):

@@ -26,6 +26,7 @@ from torch.nn.utils.rnn import PackedSequence
 from vivit_linop.checkpoints import RECOMPUTED
 from vivit_linop.risk.containers import rebuilt
 from vivit_linop.risk.copies import Copies, Watch
+from vivit_linop.risk.precision import in_precision
 
 Params = dict[str, Tensor]
 Predict = Callable[[nn.Module, Any], Any]
@@ -43,16 +44,21 @@ class PrivateModule:
         model: The user's.
         predict: How it is called with X, if not with X itself.
         own: By name, what stands for its parameters and buffers.
+        dtype: The precision of other tensors that it has, None for their own.
 
     Raises:
         ValueError: If it has parts that cannot be copied.
     """
 
     def __init__(
-        self, model: nn.Module, predict: Predict | None, own: Mapping[str, Tensor]
+        self,
+        model: nn.Module,
+        predict: Predict | None,
+        own: Mapping[str, Tensor],
+        dtype: torch.dtype | None = None,
     ) -> None:
         slots = {**dict(model.named_buffers()), **dict(model.named_parameters())}
-        self._own = dict(own)
+        self._own, self._dtype = dict(own), dtype
         # What an evaluation must not use: the user's tensors, and what was computed
         # from them before.
         self._outside: dict[int, str] = {id(t): name for name, t in slots.items()}
@@ -72,7 +78,7 @@ class PrivateModule:
     def _constant(self, tensor: Tensor) -> Tensor:
         """Copy a tensor that is in no slot of the model's."""
         try:
-            constant = tensor.detach().clone()
+            constant = in_precision(tensor.detach().clone(), self._dtype)
         # Left on the model by a transformation that has ended, and of no use.
         except RuntimeError:
             return tensor
