@@ -35,7 +35,7 @@ class PerSampleGradients(Pullback):
     Column n is ∇ℓ_n, without r: the gradient of the risk is r U 1.
 
     Args:
-        risk: An :class:`EmpiricalRisk`, or its ``model, loss, data, params``.
+        risk: An :class:`EmpiricalRisk`, or its arguments, ``model, loss, data, …``.
 
     Example:
         >>> import torch, vivit_linop as vl
@@ -53,8 +53,9 @@ class PerSampleGradients(Pullback):
         loss: Any = None,
         data: Any = None,
         params: Any | None = None,
+        **options: Any,
     ) -> None:
-        risk = as_risk(risk, loss, data, params)
+        risk = as_risk(risk, loss, data, params, **options)
         super().__init__(Jacobian(risk), LossGradient(risk))
 
     @property
@@ -189,7 +190,7 @@ class EmpiricalFisher(LowRank):
     """F = r U Uᵀ = r Σ_n ∇ℓ_n ∇ℓ_nᵀ: the empirical Fisher matrix, ``[D, D]``.
 
     Args:
-        risk: An :class:`EmpiricalRisk`, or its ``model, loss, data, params``.
+        risk: An :class:`EmpiricalRisk`, or its arguments, ``model, loss, data, …``.
 
     Attributes:
         factor: U, a :class:`PerSampleGradients`.
@@ -211,8 +212,9 @@ class EmpiricalFisher(LowRank):
         loss: Any = None,
         data: Any = None,
         params: Any | None = None,
+        **options: Any,
     ) -> None:
-        risk = as_risk(risk, loss, data, params)
+        risk = as_risk(risk, loss, data, params, **options)
         super().__init__(PerSampleGradients(risk), risk.reduction_factor)
 
     def block_diagonal(self, blocks: ParameterBlocks) -> BlockDiagonal:

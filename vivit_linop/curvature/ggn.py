@@ -27,7 +27,7 @@ class GGNFactor(Pullback):
     2/3 of a gradient.
 
     Args:
-        risk: An :class:`EmpiricalRisk`, or its ``model, loss, data, params``.
+        risk: An :class:`EmpiricalRisk`, or its arguments, ``model, loss, data, …``.
         mc_samples: 0 for the exact factor, or the number M of random columns a sample;
             V Vᵀ then is G in expectation (the Fisher matrix, where that is another).
         generator: For reproducible random columns.
@@ -59,8 +59,9 @@ class GGNFactor(Pullback):
         mc_samples: int = 0,
         generator: torch.Generator | None = None,
         positive_part: bool = False,
+        **options: Any,
     ) -> None:
-        risk = as_risk(risk, loss, data, params)
+        risk = as_risk(risk, loss, data, params, **options)
         hessian = LossHessian(risk, positive_part=positive_part)
         root = hessian.sqrt(mc_samples, generator)
         super().__init__(Jacobian(risk), root)
@@ -91,7 +92,7 @@ class GGN(LowRank):
     but for ``positive_part=True`` and for Monte-Carlo samples.
 
     Args:
-        risk: An :class:`EmpiricalRisk`, or its ``model, loss, data, params``.
+        risk: An :class:`EmpiricalRisk`, or its arguments, ``model, loss, data, …``.
         mc_samples: 0 for the exact GGN, or the number of Monte-Carlo samples of the
             loss Hessian; one draw for all products. In expectation G is then the
             Fisher matrix: where H depends on targets, that is not H.
@@ -124,8 +125,9 @@ class GGN(LowRank):
         mc_samples: int = 0,
         generator: torch.Generator | None = None,
         positive_part: bool = False,
+        **options: Any,
     ) -> None:
-        risk = as_risk(risk, loss, data, params)
+        risk = as_risk(risk, loss, data, params, **options)
         # Products need H only; whether H has a root is checked when V is used.
         hessian = LossHessian(risk, positive_part=positive_part)
         root = LossHessianSqrt(hessian, mc_samples, generator)

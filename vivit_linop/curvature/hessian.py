@@ -29,7 +29,7 @@ class Hessian(HessianProducts):
     and made anew for the others.
 
     Args:
-        risk: An :class:`EmpiricalRisk`, or its ``model, loss, data, params``.
+        risk: An :class:`EmpiricalRisk`, or its arguments, ``model, loss, data, …``.
 
     Example:
         >>> import torch, vivit_linop as vl

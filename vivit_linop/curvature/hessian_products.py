@@ -44,8 +44,9 @@ class HessianProducts(TorchLinearOperator):
         loss: Any = None,
         data: Any = None,
         params: Any | None = None,
+        **options: Any,
     ) -> None:
-        self.risk = as_risk(risk, loss, data, params)
+        self.risk = as_risk(risk, loss, data, params, **options)
         check_curvature(self.risk.loss, self.risk.outputs[0], self.risk.targets()[0])
         for output, target in zip(self.risk.outputs, self.risk.targets(), strict=True):
             certify_curvature(self.risk.loss, output, target)

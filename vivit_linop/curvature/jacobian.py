@@ -58,7 +58,7 @@ class Jacobian(TorchLinearOperator):
     gradient.
 
     Args:
-        risk: An :class:`EmpiricalRisk`, or its ``model, loss, data, params``.
+        risk: An :class:`EmpiricalRisk`, or its arguments, ``model, loss, data, …``.
 
     Example:
         >>> import torch, vivit_linop as vl
@@ -75,8 +75,9 @@ class Jacobian(TorchLinearOperator):
         loss: Any = None,
         data: Any = None,
         params: Any | None = None,
+        **options: Any,
     ) -> None:
-        self.risk = as_risk(risk, loss, data, params)
+        self.risk = as_risk(risk, loss, data, params, **options)
         rows = self.risk.num_samples * self.risk.num_outputs
         super().__init__(
             (rows, self.risk.num_params), self.risk.dtype, self.risk.device

@@ -58,9 +58,10 @@ class _LayerBlocks(BlockDiagonal):
         weight_sharing: str = "expand",
         joint_bias: bool = False,
         positive_part: bool = False,
+        **options: Any,
     ) -> None:
         _check_options(variant, mc_samples, weight_sharing)
-        self.risk = as_risk(risk, loss, data, params)
+        self.risk = as_risk(risk, loss, data, params, **options)
         curvature: LowRank
         if variant == "empirical":
             curvature = EmpiricalFisher(self.risk)
@@ -126,7 +127,7 @@ class KFAC(_LayerBlocks):
     ``K.sqrt() @ noise`` samples.
 
     Args:
-        risk: An :class:`EmpiricalRisk`, or its ``model, loss, data, params``.
+        risk: An :class:`EmpiricalRisk`, or its arguments, ``model, loss, data, …``.
         variant: ``"mc"``: of the Monte-Carlo GGN; ``"exact"``: of the GGN (KFLR);
             ``"empirical"``: of the empirical Fisher matrix r U Uᵀ.
         mc_samples: Columns a sample for ``"mc"``.
@@ -356,7 +357,7 @@ class EKFAC(_LayerBlocks):
     samples.
 
     Args:
-        risk: An :class:`EmpiricalRisk`, or its ``model, loss, data, params``.
+        risk: An :class:`EmpiricalRisk`, or its arguments, ``model, loss, data, …``.
         variant: ``"mc"``, ``"exact"`` or ``"empirical"``, as for :class:`KFAC`.
         mc_samples: Columns a sample for ``"mc"``; the same in both passes.
         generator: For reproducible Monte-Carlo samples.

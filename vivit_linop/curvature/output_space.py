@@ -237,7 +237,7 @@ class LossHessian(OutputOperator):
     formed. A loss that is not convex has an indefinite H.
 
     Args:
-        risk: An :class:`EmpiricalRisk`, or its ``model, loss, data, params``.
+        risk: An :class:`EmpiricalRisk`, or its arguments, ``model, loss, data, …``.
         positive_part: Whether each sample's Hessian is replaced by its positive part,
             Q diag(max(λ, 0)) Qᵀ for eigenpairs λ, Q: by an eigendecomposition of
             ``[C, C]`` blocks. What is positive semi-definite stays what it is.
@@ -266,8 +266,9 @@ class LossHessian(OutputOperator):
         params: Any | None = None,
         *,
         positive_part: bool = False,
+        **options: Any,
     ) -> None:
-        risk = as_risk(risk, loss, data, params)
+        risk = as_risk(risk, loss, data, params, **options)
         check_curvature(risk.loss, risk.outputs[0], risk.targets()[0])
         for output, target in zip(risk.outputs, risk.targets(), strict=True):
             certify_curvature(risk.loss, output, target)

@@ -79,8 +79,9 @@ class KFRA(BlockDiagonal):
         loss: Any = None,
         data: Any = None,
         params: Any | None = None,
+        **options: Any,
     ) -> None:
-        self.risk = as_risk(risk, loss, data, params)
+        self.risk = as_risk(risk, loss, data, params, **options)
         self.names = [[name] for name in self.risk.params]
         with extra("backpack"):
             from backpack.extensions import KFRA as Extension
@@ -143,10 +144,11 @@ class PositiveCurvatureHessian(BlockDiagonal):
         modify: str = "clip",
         blocks: ParameterBlocks = "parameter",
         as_published: bool = False,
+        **options: Any,
     ) -> None:
         if modify not in ("clip", "abs"):
             raise ValueError(f"modify: 'clip' or 'abs', got {modify!r}.")
-        self.risk = as_risk(risk, loss, data, params)
+        self.risk = as_risk(risk, loss, data, params, **options)
         groups = parameter_groups(self.risk, blocks)
         with extra("backpack"):
             from backpack.extensions import PCHMP

@@ -655,8 +655,16 @@ def as_risk(
     loss: Any = None,
     data: Any = None,
     params: Any | None = None,
+    **options: Any,
 ) -> EmpiricalRisk:
     """Return the risk that an operator's constructor was given, or build it.
+
+    Args:
+        risk_or_model: The risk, or what it is made of: a model.
+        loss: The loss.
+        data: The data.
+        params: The parameters.
+        **options: What else :class:`EmpiricalRisk` takes by name.
 
     Raises:
         TypeError: If it is neither a risk nor a model with a loss and data.
@@ -666,10 +674,15 @@ def as_risk(
             raise TypeError(
                 "risk: with an EmpiricalRisk, loss, data and params are already given."
             )
+        if options:
+            raise TypeError(
+                f"{next(iter(options))}: is an option of the EmpiricalRisk that was "
+                "given; give it there."
+            )
         return risk_or_model
     if loss is None or data is None:
         raise TypeError(
             "risk: an EmpiricalRisk, or a model with a loss and data, got "
             f"{type(risk_or_model).__name__} alone."
         )
-    return EmpiricalRisk(risk_or_model, loss, data, params)
+    return EmpiricalRisk(risk_or_model, loss, data, params, **options)

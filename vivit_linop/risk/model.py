@@ -133,7 +133,8 @@ class FunctionalModel:
                 self._take_module(model, predict)
             else:
                 # Modules that it calls are copied, as they are now.
-                copies = Copies((), other=self._copied)
+                # Tensors that it leads to, too, where they change.
+                copies = Copies((), other=self._copied, frozen=dtype is not None)
                 self._function = copies.of_called(model)
 
     def _copied(self, tensor: Tensor) -> Tensor:
