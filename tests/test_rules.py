@@ -18,6 +18,7 @@ from vivit_linop.operators import (
     DenseInverse,
     Diagonal,
     Gram,
+    HStack,
     Identity,
     Kronecker,
     LowRank,
@@ -151,7 +152,7 @@ RULES = {
     "2 P P.T / 3": (lambda o: 2 * o.P @ o.P.T / 3, LowRank),
     "(2 P).T (2 P)": (lambda o: (2 * o.P).T @ (2 * o.P), Dense),
     "V V.T + 2 V V.T": (lambda o: o.V @ o.V.T + 2 * (o.V @ o.V.T), LowRank),
-    "V V.T + W W.T": (lambda o: o.V @ o.V.T + o.W @ o.W.T, Sum),
+    "V V.T + W W.T": (lambda o: o.V @ o.V.T + o.W @ o.W.T, LowRank),
     # damping
     "V V.T + 2 I": (lambda o: o.V @ o.V.T + 2 * o.I, Damped),
     "2 I + V V.T": (lambda o: 2 * o.I + o.V @ o.V.T, Damped),
@@ -288,7 +289,7 @@ def test_the_same_factor_is_decided_by_identity():
     V = vl.Dense(ops.V.matrix)  # equal numbers, another operator
     assert isinstance(ops.V @ V.T, Product)
     assert isinstance(ops.V.T @ V, Product)
-    assert isinstance(ops.V @ ops.V.T + V @ V.T, Sum)
+    assert isinstance((ops.V @ ops.V.T + V @ V.T).factor, HStack)
 
 
 def test_damping_adds_up():

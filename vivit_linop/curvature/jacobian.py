@@ -41,7 +41,7 @@ from vivit_linop.net.sums import (
 from vivit_linop.operators import verbs
 from vivit_linop.operators.base import TorchLinearOperator
 from vivit_linop.operators.diagonal_damping import WeightedRows
-from vivit_linop.operators.elementary import Dense
+from vivit_linop.operators.elementary import Dense, Scaled
 from vivit_linop.operators.grams import weighted_gram_matrix_of_operator
 from vivit_linop.operators.lowrank import Centered, Gram, KeptMatrix
 from vivit_linop.operators.stacks import HStack
@@ -371,7 +371,7 @@ def _fitting_columns(pullback: Pullback) -> StoredColumns | None:
 
 
 # Factors that are made of others, and know what to do with these.
-_COMPOSED = (Dense, Centered, HStack, WeightedRows)
+_COMPOSED = (Dense, Scaled, Centered, HStack, WeightedRows)
 
 # Sums over columns: one pass over the data each, layer by layer ---------------------
 

@@ -32,6 +32,7 @@ from vivit_linop.operators.eigenpairs import Eigenpairs
 from vivit_linop.operators.elementary import Dense, Scaled
 from vivit_linop.operators.kronecker import BlockDiagonal
 from vivit_linop.operators.lowrank import Centered, LowRank, Woodbury
+from vivit_linop.operators.stacks import HStack
 from vivit_linop.operators.verbs import eigh, explain, routed, scale
 from vivit_linop.risk.memory import free_memory
 
@@ -84,6 +85,24 @@ def cost_of_rows(factor: FactorRows) -> plan.FactorCost:
 def cost_of_centered(factor: Centered) -> plan.FactorCost:
     """Those of the factor that is centred."""
     return factor_cost(factor.factor)
+
+
+@factor_cost.register
+def cost_of_scaled(factor: Scaled) -> plan.FactorCost:
+    """Those of what is scaled."""
+    return factor_cost(factor.operator)
+
+
+@factor_cost.register
+def cost_of_stack(factor: HStack) -> plan.FactorCost:
+    """Those of the parts; blocks between parts cost what those of the parts do."""
+    costs = [factor_cost(part) for part in factor.parts]
+    return plan.FactorCost(
+        len(costs) * sum(cost.matrix for cost in costs),
+        sum(cost.product for cost in costs),
+        sum(cost.once for cost in costs),
+        sum(cost.root_entries for cost in costs),
+    )
 
 
 def choose_route(op: LowRank, k: int) -> plan.Choice:

@@ -231,6 +231,11 @@ def row_norms_of_adjoint(op: Adjoint) -> Tensor:
 
 
 @row_norms_squared.register
+def row_norms_of_scaled(op: Scaled) -> Tensor:
+    return op.factor**2 * row_norms_squared(op.operator)
+
+
+@row_norms_squared.register
 def row_norms_of_stack(op: HStack) -> Tensor:
     """The norms of the parts' rows add up."""
     return torch.stack([row_norms_squared(part) for part in op.parts]).sum(0)
@@ -244,6 +249,11 @@ def row_norms_of_centered(op: Centered) -> Tensor:
 @column_norms_squared.register
 def column_norms_of_operator(op: TorchLinearOperator) -> Tensor:
     return torch.cat([columns.square().sum(0) for _, columns in column_pieces(op)])
+
+
+@column_norms_squared.register
+def column_norms_of_scaled(op: Scaled) -> Tensor:
+    return op.factor**2 * column_norms_squared(op.operator)
 
 
 @column_norms_squared.register

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from vivit_linop.operators.base import TorchLinearOperator
-from vivit_linop.operators.elementary import Product
+from vivit_linop.operators.elementary import Product, Scaled
 from vivit_linop.operators.lowrank import Woodbury
 from vivit_linop.operators.sandwich import LowRankForm, Sandwich, low_rank_form
+from vivit_linop.operators.stacks import HStack
 from vivit_linop.operators.verbs import (
     adjoint,
     column_pieces,
@@ -141,6 +142,29 @@ def gram_blocks_of_operator(
     w = 1.0 if weights is None else weights[:, None]
     pairs = zip(_whole_blocks(left, size), _whole_blocks(right, size), strict=True)
     return torch.cat([_products_of_blocks(A, w * B, size) for A, B in pairs])
+
+
+@gram_blocks.register
+def gram_blocks_of_scaled(
+    left: Scaled, right: Op, size: int, weights: Tensor | None = None
+) -> Tensor:
+    """Of what is scaled."""
+    if right is left:
+        blocks = gram_blocks(left.operator, left.operator, size, weights)
+        return left.factor**2 * blocks
+    return left.factor * gram_blocks(left.operator, right, size, weights)
+
+
+@gram_blocks.register
+def gram_blocks_of_stack(
+    left: HStack, right: Op, size: int, weights: Tensor | None = None
+) -> Tensor:
+    """One part after the other, where a block is of one part."""
+    if right is left and all(part.shape[1] % size == 0 for part in left.parts):
+        return torch.cat(
+            [gram_blocks(part, part, size, weights) for part in left.parts]
+        )
+    return gram_blocks_of_operator(left, right, size, weights)
 
 
 def _form(op: Sandwich) -> LowRankForm:

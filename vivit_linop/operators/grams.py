@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vivit_linop.operators.base import TorchLinearOperator
 from vivit_linop.operators.diagonal_damping import WeightedRows
-from vivit_linop.operators.elementary import Dense, Product
+from vivit_linop.operators.elementary import Dense, Product, Scaled
 from vivit_linop.operators.kronecker import KhatriRao
 from vivit_linop.operators.lowrank import Centered, Gram
 from vivit_linop.operators.stacks import HStack
@@ -94,6 +94,35 @@ def gram_matrix_of_stack(left: HStack, right: Op) -> Tensor:
             else:
                 blocks[i][j].copy_(gram_matrix(A, B))
     return K
+
+
+@gram_matrix.register
+def gram_matrix_of_scaled(left: Scaled, right: Op) -> Tensor:
+    """What is kept of the factor serves all its multiples."""
+    inner, scaling = right, left.factor
+    if isinstance(right, Scaled):
+        inner, scaling = right.operator, scaling * right.factor
+    if inner is left.operator:
+        return scaling * gram(inner).to_dense()
+    return scaling * gram_matrix(left.operator, inner)
+
+
+@weighted_gram_matrix.register
+def weighted_gram_matrix_of_scaled(left: Scaled, right: Op, weights: Tensor) -> Tensor:
+    if isinstance(right, Scaled):
+        inner = weighted_gram_matrix(left.operator, right.operator, weights)
+        return left.factor * right.factor * inner
+    return left.factor * weighted_gram_matrix(left.operator, right, weights)
+
+
+@outer_product.register
+def outer_product_of_scaled(factor: Scaled, X: Tensor) -> Tensor:
+    return factor.factor**2 * outer_product(factor.operator, X)
+
+
+@outer_matrix.register
+def outer_matrix_of_scaled(factor: Scaled) -> Tensor:
+    return factor.factor**2 * outer_matrix(factor.operator)
 
 
 @weighted_gram_matrix.register

@@ -31,6 +31,7 @@ from vivit_linop.operators.kronecker import (
 )
 from vivit_linop.operators.lowrank import Gram, LowRank
 from vivit_linop.operators.scalars import Scalar
+from vivit_linop.operators.stacks import HStack
 from vivit_linop.operators.verbs import (
     add,
     adjoint,
@@ -166,8 +167,18 @@ def sum_of_diagonal_and_dense(A: Diagonal, B: Dense) -> Op:
 
 @add.rule(LowRank, LowRank)
 def sum_of_low_ranks(A: LowRank, B: LowRank) -> Op:
-    """Multiples of one V Vᵀ add up."""
-    return A.rescaled(A.scale + B.scale) if A.factor is B.factor else NotImplemented
+    """Multiples of one V Vᵀ add up; V Vᵀ + W Wᵀ = [V W][V W]ᵀ."""
+    if A.factor is B.factor:
+        return A.rescaled(A.scale + B.scale)
+    if not (A.semidefinite and B.semidefinite):
+        return NotImplemented
+    parts = *_side_by_side(A.factor), *_side_by_side(B.factor, B.scale / A.scale)
+    return LowRank(HStack(*parts), A.scale)
+
+
+def _side_by_side(factor: Op, scale_of_outer: float = 1.0) -> list[Op]:
+    parts = factor.parts if isinstance(factor, HStack) else (factor,)
+    return [scale(part, scale_of_outer**0.5) for part in parts]
 
 
 @add.rule(LowRank, Diagonal)

@@ -20,9 +20,16 @@ from torch import Tensor
 from vivit_linop.operators.base import TorchLinearOperator
 from vivit_linop.operators.damped import Damped
 from vivit_linop.operators.diagonal_damping import DiagonalWoodbury
-from vivit_linop.operators.elementary import Adjoint, Dense, Diagonal, Product
+from vivit_linop.operators.elementary import (
+    Adjoint,
+    Dense,
+    Diagonal,
+    Product,
+    Scaled,
+)
 from vivit_linop.operators.lowrank import Centered, DampedRoot, LowRank, Woodbury
 from vivit_linop.operators.scalars import Scalar
+from vivit_linop.operators.stacks import HStack
 from vivit_linop.operators.verbs import adjoint, as_factor, matmul
 
 Op = TorchLinearOperator
@@ -185,6 +192,18 @@ def adjoint_as_factor(op: Adjoint) -> Op | None:
 def centered_as_factor(op: Centered) -> Op | None:
     """If what is centred is one."""
     return op if as_factor(op.factor) is op.factor else None
+
+
+@as_factor.register
+def scaled_as_factor(op: Scaled) -> Op | None:
+    """If what is scaled is one."""
+    return op if as_factor(op.operator) is op.operator else None
+
+
+@as_factor.register
+def stack_as_factor(op: HStack) -> Op | None:
+    """If all parts are factors."""
+    return op if all(as_factor(part) is part for part in op.parts) else None
 
 
 # Rules ------------------------------------------------------------------------------
