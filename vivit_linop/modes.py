@@ -44,6 +44,15 @@ def uncompiled(function: Callable[P, Result]) -> Callable[P, Result]:
     return decorated
 
 
+class _Here(threading.local):
+    """How often this thread has entered the ordinary mode."""
+
+    depth = 0
+
+
+_HERE = _Here()
+
+
 class ordinary_mode:
     """Run outside of the caller's inference mode, autocast, precision and compilation.
 
@@ -70,19 +79,24 @@ class ordinary_mode:
     def __enter__(self) -> None:
         """Leave the modes."""
         # Written out, since it is entered in each product of small operators.
-        modes: list[contextlib.AbstractContextManager[object]]
-        modes = [torch.inference_mode(False)]
+        modes: list[contextlib.AbstractContextManager[object]] = []
+        if torch.is_inference_mode_enabled():
+            modes.append(torch.inference_mode(False))
         for device in ("cpu", "cuda"):
             if torch.is_autocast_enabled(device):
                 modes.append(torch.autocast(device, enabled=False))
         self._modes = modes
         for mode in modes:
             mode.__enter__()
-        _PRECISE.enter()
+        if _HERE.depth == 0:
+            _PRECISE.enter()
+        _HERE.depth += 1
 
     def __exit__(self, *exception: object) -> None:
         """Enter them again."""
-        _PRECISE.leave()
+        _HERE.depth -= 1
+        if _HERE.depth == 0:
+            _PRECISE.leave()
         for mode in reversed(self._modes):
             mode.__exit__(None, None, None)
 
@@ -112,7 +126,15 @@ class as_guest:
 
     def __enter__(self) -> None:
         """Set the switches, then the modes of this thread."""
-        modes: list[Any] = [ordinary_mode(), torch.enable_grad()]
+        modes: list[Any] = [torch.enable_grad()]
+        # A product has entered it already.
+        if (
+            _HERE.depth == 0
+            or torch.is_inference_mode_enabled()
+            or torch.is_autocast_enabled("cpu")
+            or torch.is_autocast_enabled("cuda")
+        ):
+            modes.insert(0, ordinary_mode())
         if RECOMPUTED.seen:
             modes.append(RECOMPUTED)
         _GUESTS.enter(self._device)

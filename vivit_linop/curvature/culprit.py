@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode, resolve_name
 
+from vivit_linop.noise import Noise
 from vivit_linop.risk.containers import leaves, map_leaves
 from vivit_linop.risk.model import Params, strided
 
@@ -166,13 +167,7 @@ def _is_wrong(func: Any, given: Any, active: list[bool]) -> bool:
     """Whether a call's second derivative is not the slope of its first one."""
     tensors = list(leaves(given))
     chosen = [t for t, a in zip(tensors, active, strict=True) if a]
-    generator = torch.Generator("cpu").manual_seed(0)
-
-    def noise(like: Tensor) -> Tensor:
-        drawn = torch.randn(
-            like.shape, generator=generator, dtype=torch.float64, device="cpu"
-        )
-        return drawn.to(like)
+    noise = Noise().like
 
     def gradient(values: list[Tensor], graph: bool) -> list[Tensor]:
         places = iter(values)

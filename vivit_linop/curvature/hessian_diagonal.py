@@ -15,6 +15,7 @@ from vivit_linop.curvature.output_space import LossGradient, LossHessian
 from vivit_linop.curvature.recursions import backpack_results
 from vivit_linop.extras import extra
 from vivit_linop.net.pieces import memory_budget
+from vivit_linop.noise import Noise
 from vivit_linop.risk.empirical import EmpiricalRisk
 from vivit_linop.risk.model import Params, as_guest
 
@@ -123,9 +124,7 @@ def _check_diagonal(H: HessianProducts, found: Tensor, by_sample: bool) -> None:
 def sample_diagonals(H: HessianProducts) -> Tensor:
     """By forward mode, or sample by sample."""
     risk, D = H.risk, H.shape[0]
-    generator = torch.Generator("cpu").manual_seed(0)
-    noise = torch.randn(D, 1, generator=generator, dtype=torch.float64, device="cpu")
-    x = noise.to(H.device, H.torch_dtype)
+    x = Noise()(D, 1, like=risk.outputs[0])
     image = H.apply(x)  # certified
     try:
         # Along one random direction all samples together are the Hessian's.

@@ -17,6 +17,7 @@ from vivit_linop.curvature.second_derivatives import (
     gradient_of,
 )
 from vivit_linop.net.costs import layer_costs
+from vivit_linop.noise import Noise
 from vivit_linop.operators.base import TorchLinearOperator
 from vivit_linop.risk.containers import copied
 from vivit_linop.risk.data import some_targets
@@ -208,13 +209,7 @@ class HessianProducts(TorchLinearOperator):
             return self._batched
         key = (*place, len(vectors[0]))
         if key not in self._compared:
-            generator = torch.Generator("cpu").manual_seed(0)
-            probe = [
-                torch.randn(
-                    v.shape, generator=generator, dtype=v.dtype, device="cpu"
-                ).to(v.device)
-                for v in vectors
-            ]
+            probe = [*map(Noise().like, vectors)]
             together = self._pull_back_together(outputs, inputs, probe)
             if together is None or not self._is_right(together, outputs, inputs, probe):
                 return False
@@ -248,11 +243,7 @@ class HessianProducts(TorchLinearOperator):
         of the passes is that of the combined vectors; where not, they are taken singly
         from now on.
         """
-        generator = torch.Generator("cpu").manual_seed(0)
-        noise = torch.randn(
-            len(vectors[0]), generator=generator, dtype=torch.float64, device="cpu"
-        )
-        weights = noise.to(vectors[0])
+        weights = Noise()(len(vectors[0]), like=vectors[0])
         combined = [torch.tensordot(weights, v, dims=1) for v in vectors]
         alone = _pulled_back(outputs, inputs, combined)
         error = size = torch.zeros((), dtype=weights.dtype, device=weights.device)

@@ -178,7 +178,7 @@ class Pullback(TorchLinearOperator):
 
         No columns pay for one product. But convolutions are traced for it, in seconds.
         """
-        return all(p.ndim <= 2 for p in self.risk.params.values())
+        return max(map(Tensor.dim, self.risk.params.values())) <= 2
 
     def columns_pay(self) -> bool:
         """Whether products alone are worth making the columns for."""

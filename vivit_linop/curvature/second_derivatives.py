@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from vivit_linop.curvature.culprit import FrozenValues, at_fault
+from vivit_linop.noise import Noise
 from vivit_linop.risk.containers import map_leaves
 from vivit_linop.risk.differences import (
     ROUGH,
@@ -89,7 +90,7 @@ class Certificate:
 
     def __init__(self, risk: EmpiricalRisk) -> None:
         self.risk = risk
-        self._generator = torch.Generator("cpu").manual_seed(0)
+        self._noise = Noise()
         theta = [p.detach() for p in risk.params.values()]
         typical = torch.cat([p.reshape(-1) for p in theta]).square().mean().sqrt()
         least = 0.1 * float(typical) or 1.0
@@ -110,7 +111,7 @@ class Certificate:
                 output = risk.model(risk.params, X).detach()
                 risk.check_outputs(index, output)
                 size = float(output.square().mean().sqrt()) or 1.0
-                u = size * self._normal(output)
+                u = size * self._noise.like(output)
                 self._check(index, Samples(X, u, output))
 
     def _check(self, index: int, samples: Samples) -> None:
@@ -356,17 +357,11 @@ class Certificate:
     def _direction(self) -> list[Tensor]:
         """A random vector, in proportion to the parameters."""
         return [
-            scale * self._normal(p)
+            scale * self._noise.like(p)
             for scale, p in zip(
                 self._scales.tolist(), self.risk.params.values(), strict=True
             )
         ]
-
-    def _normal(self, like: Tensor) -> Tensor:
-        noise = torch.randn(
-            like.shape, generator=self._generator, dtype=torch.float64, device="cpu"
-        )
-        return noise.to(like.device, like.dtype)
 
     def _error(self, samples: Samples, where: str) -> ValueError:
         def outputs(theta: Params) -> Tensor:

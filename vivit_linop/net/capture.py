@@ -22,6 +22,7 @@ from vivit_linop.net.columns.joins import Place, assembled
 from vivit_linop.net.kinds import View
 from vivit_linop.net.recorder import Recorder
 from vivit_linop.net.structure import Layout, Use, Variant, isolating, overlapping
+from vivit_linop.noise import Noise
 from vivit_linop.risk.containers import leaves
 from vivit_linop.risk.empirical import EmpiricalRisk
 from vivit_linop.risk.model import strided
@@ -263,13 +264,7 @@ class Capture:
         that no cotangent reaches, the layouts are guesses.
         """
         n = self.num_samples
-        generator = torch.Generator().manual_seed(0)
-        noise = torch.randn(
-            self.output.shape,
-            generator=generator,
-            dtype=self.output.dtype,
-            device="cpu",
-        ).to(self.output)
+        noise = Noise().like(self.output)
         possible = [use.layouts(n) for use in self.uses]
         pending = list(range(len(self.uses)))
         for sample in reversed(range(n)):

@@ -35,6 +35,7 @@ from vivit_linop.net.columns.base import LayerColumns
 from vivit_linop.net.dense import on_the_batch, one_by_one, vectorised
 from vivit_linop.net.rounding import ATTEMPTS, BY_NOISE, with_other_digits
 from vivit_linop.net.structure import Structure, Variant
+from vivit_linop.noise import Noise
 from vivit_linop.risk.empirical import EmpiricalRisk
 from vivit_linop.risk.memory import is_out_of_memory
 
@@ -209,7 +210,7 @@ class CertifiedColumns:
         """
         n, _, R = cotangents.shape
         norms = torch.linalg.vector_norm(cotangents, dim=1).unsqueeze(2)
-        mixing = _drawn((n, R, 1), torch.Generator().manual_seed(3), cotangents)
+        mixing = Noise(3)(n, R, 1, like=cotangents)
         cotangents = cotangents @ torch.where(norms > 0.0, mixing / norms, 0.0)
         failing, made = names, Columns()
         while failing:
@@ -331,13 +332,13 @@ class CertifiedColumns:
             certificate: The one with B w.
         """
         noise, right = dict.fromkeys(gradients, 0.0), set[str]()
-        generator = torch.Generator().manual_seed(0)
+        digits = Noise()
         for number in range(1 + ATTEMPTS):
             names = [name for name in noise if name not in right]
             if not names:
                 break
             try:
-                found = self._again(names, certificate.cotangent, generator, number > 0)
+                found = self._again(names, certificate.cotangent, digits, number > 0)
             # Whatever a net says to parameters that are no longer what they were.
             except Exception:
                 break
@@ -357,7 +358,7 @@ class CertifiedColumns:
         self,
         names: Sequence[str],
         cotangent: Tensor,
-        generator: torch.Generator,
+        digits: Noise,
         rounded: bool,
     ) -> list[Tensor]:
         """Pull a cotangent back to some parameters, by another run of the net.
@@ -365,24 +366,18 @@ class CertifiedColumns:
         Args:
             names: The parameters.
             cotangent: ``[n, C]``.
-            generator: For other last digits.
+            digits: For other last digits.
             rounded: Whether all numbers have others.
         """
         model, params = self._risk.model, self._risk.params
         frozen = {k: p for k, p in model.constants.items() if k not in model.buffers}
         at = {name: p.detach().clone() for name, p in (frozen | params).items()}
         if rounded:
-            at = {name: with_other_digits(p, generator) for name, p in at.items()}
-            cotangent = with_other_digits(cotangent, generator)
+            at = {name: with_other_digits(p, digits) for name, p in at.items()}
+            cotangent = with_other_digits(cotangent, digits)
         wanted = [at[name].requires_grad_() for name in names]
         output = model(at, self._X).reshape(self._capture.output.shape)
         return pulled_back(output, wanted, cotangent)
-
-
-def _drawn(shape: Sequence[int], generator: torch.Generator, like: Tensor) -> Tensor:
-    """Draw normal numbers, the same on every device."""
-    drawn = torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")
-    return drawn.to(like)
 
 
 def find_structure(risk: EmpiricalRisk, alone: bool = False) -> Structure:
@@ -400,12 +395,11 @@ def find_structure(risk: EmpiricalRisk, alone: bool = False) -> Structure:
 
 def _find_structure(risk: EmpiricalRisk, count: int) -> Structure:
     X, _ = next(risk.batches())
-    generator = torch.Generator().manual_seed(1)
     with as_guest(risk.device):
         few = Capture.of_few(risk, X, risk.batch_sizes[0], count)
         structure = Structure()
         few.keep_sizes(X)
-        noise = _drawn((*few.output.shape, 1), generator, few.output)
+        noise = Noise(1)(*few.output.shape, 1, like=few.output)
         certified = CertifiedColumns(risk, X, few, structure)
         columns = certified.certify_layers(noise, set(risk.params))
     structure.layers = {name: part.without_data() for name, part in columns.items()}

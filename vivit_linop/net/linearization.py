@@ -24,6 +24,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from itertools import compress
+from operator import attrgetter
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -33,6 +34,7 @@ from torch.func import vmap
 from vivit_linop.modes import as_guest
 from vivit_linop.net.rounding import ATTEMPTS, BY_NOISE, with_other_digits
 from vivit_linop.net.tangents import OutOfPlace, tangent_map, tracing_pays
+from vivit_linop.noise import Noise
 from vivit_linop.risk.containers import copied, leaves
 from vivit_linop.risk.empirical import EmpiricalRisk
 from vivit_linop.risk.memory import (
@@ -106,11 +108,13 @@ class ReverseTangents:
             create_graph=True,
             allow_unused=True,
         )
-        pulled_back = [strided(gradient) for gradient in gradients]
-        self._used = [z is not None and z.requires_grad for z in pulled_back]
-        self._pulled_back = [
-            z for z in pulled_back if z is not None and z.requires_grad
-        ]
+        self._used: list[bool] = []
+        self._pulled_back: list[Tensor] = []
+        for gradient in map(strided, gradients):
+            used = gradient is not None and gradient.requires_grad
+            self._used.append(used)
+            if gradient is not None and used:
+                self._pulled_back.append(gradient)
 
     def __call__(self, tangents: list[Tensor], batched: bool) -> Tensor:
         """Return J x for x in the shapes of the parameters, or for K of them."""
@@ -166,8 +170,8 @@ class Linearization:
         self, function: Callable[[Params], Tensor], params: Params, nbytes: int = 0
     ) -> None:
         self._function, self._params = function, params
-        self._shapes = [p.shape for p in params.values()]
-        self._sizes = [p.numel() for p in params.values()]
+        self._shapes = [*map(attrgetter("shape"), params.values())]
+        self._sizes = [*map(Tensor.numel, params.values())]
         first = next(iter(params.values()))
         self._dtype, self.device = first.dtype, first.device
         self.kept, self.checked = True, False
@@ -322,13 +326,13 @@ class Linearization:
         """
         if not slope.isfinite():
             return False
-        generator = torch.Generator().manual_seed(0)
+        digits = Noise()
         for number in range(1 + ATTEMPTS):
             at = {name: p.detach().clone() for name, p in self._params.items()}
             cotangent = u
             if number:
-                at = {name: with_other_digits(p, generator) for name, p in at.items()}
-                cotangent = with_other_digits(u, generator)
+                at = {name: with_other_digits(p, digits) for name, p in at.items()}
+                cotangent = with_other_digits(u, digits)
             wanted = [p.requires_grad_() for p in at.values()]
             # Whatever a net says to parameters that are no longer what they were.
             try:
@@ -347,14 +351,9 @@ class Linearization:
 
     def _noise(self, seed: int) -> tuple[Tensor, Tensor]:
         """Random x ``[D]`` and u ``[n C]``."""
-        generator = torch.Generator().manual_seed(seed)
-        u, x = (
-            torch.randn(size, generator=generator, dtype=self._dtype, device="cpu").to(
-                self.device
-            )
-            for size in (self.outputs.numel(), sum(self._sizes))
-        )
-        return x, u
+        noise = Noise(seed)
+        u = noise(self.outputs.numel(), like=self.outputs)
+        return noise(sum(self._sizes), like=self.outputs), u
 
     def _refuse(self) -> NoReturn:
         """Say why torch's J x fails or is wrong.
@@ -484,9 +483,7 @@ class Linearization:
         """
         if product.__name__ in self._together:
             return True
-        generator = torch.Generator().manual_seed(0)
-        weights = torch.randn(len(rows), generator=generator, dtype=self._dtype)
-        weights = weights.to(self.device)
+        weights = Noise()(len(rows), like=rows)
         error = weights @ images - product(weights @ rows)
         size = (weights * images.norm(dim=1)).norm()
         if not error.norm() <= 100 * torch.finfo(self._dtype).eps ** 0.75 * size:
@@ -568,7 +565,7 @@ def _linearized(risk: EmpiricalRisk) -> Iterator[Linearization]:
                 nbytes = risk.graph_bytes[index] if index < len(risk.outputs) else 0
                 room = budget - risk.kept.nbytes
                 keep = index == len(kept)
-                keep = keep and sum(leaf.nbytes for leaf in leaves(X)) <= room
+                keep = keep and sum(map(attrgetter("nbytes"), leaves(X))) <= room
                 keep = keep and _KEPT_GRAPHS * nbytes <= room
                 linearization = _linearization(risk, index, X, nbytes, keep)
                 linearization.checked |= index in checked

@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from vivit_linop.noise import Noise
+
 # How often rounding is measured before a result is called wrong: where a few numbers
 # cancel, most often nothing is left.
 ATTEMPTS = 64
@@ -17,11 +19,8 @@ ATTEMPTS = 64
 BY_NOISE = 30
 
 
-def with_other_digits(p: Tensor, generator: torch.Generator) -> Tensor:
+def with_other_digits(p: Tensor, noise: Noise) -> Tensor:
     """Return numbers that are off by some units in the last place."""
     if not p.is_floating_point():
         return p
-    noise = torch.randn(
-        p.shape, generator=generator, dtype=torch.float64, device="cpu"
-    ).to(p)
-    return p + 4 * torch.finfo(p.dtype).eps * p * noise
+    return p + 4 * torch.finfo(p.dtype).eps * p * noise.like(p)

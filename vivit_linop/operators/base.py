@@ -222,7 +222,8 @@ class TorchLinearOperator(LinearOperator):
             x = x.to(self.torch_dtype)
         X = x.reshape(x.shape[0], -1) if x.ndim == 2 else x.unsqueeze(1)
         # Without derivatives to carry, the node would only take time.
-        if is_differentiated(X) or (self.requires_grad and torch.is_grad_enabled()):
+        flows = torch.is_grad_enabled() and self._tensors and self.requires_grad
+        if is_differentiated(X) or flows:
             X = X.to(self._own_device or X.device) if self.requires_grad else X
             result = self._differentiable(X.to(self._own_dtype or X.dtype))
         else:

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from vivit_linop.checkpoints import RECOMPUTED
+from vivit_linop.noise import Noise
 from vivit_linop.risk.containers import rebuilt
 from vivit_linop.risk.copies import Copies, Watch
 from vivit_linop.risk.precision import in_precision
@@ -178,12 +179,7 @@ class PrivateModule:
         They are taken where the user's modules, which may still have the parameters of
         the risk, have others.
         """
-        generator = torch.Generator().manual_seed(0)
-
-        def draw(like: Tensor) -> Tensor:
-            noise = torch.randn(like.shape, generator=generator, dtype=like.dtype)
-            return noise.to(like.device)
-
+        draw = Noise().like
         theta = {
             name: (p + p.norm() / p.numel() ** 0.5 * draw(p)).detach()
             for name, p in params.items()

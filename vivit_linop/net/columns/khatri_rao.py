@@ -19,6 +19,7 @@ from vivit_linop.net.columns.base import (
     LayerColumns,
     add_product,
 )
+from vivit_linop.noise import Noise
 
 # An elementwise pass over a matrix costs about what this many floating-point
 # operations of a large matrix product do for each entry. An operation of many small
@@ -362,15 +363,7 @@ class KhatriRaoColumns(LayerColumns):
         """
         if min(self._a, self._b) <= 2 * _SKETCH_ROWS:
             return self.combination(weights) - expected
-        generator = torch.Generator().manual_seed(4)
-        drawn = torch.randn(
-            _SKETCH_ROWS,
-            self._b,
-            generator=generator,
-            dtype=torch.float64,
-            device="cpu",
-        )
-        mixing = drawn.to(expected) / _SKETCH_ROWS**0.5
+        mixing = Noise(4)(_SKETCH_ROWS, self._b, like=expected) / _SKETCH_ROWS**0.5
         mixed = torch.einsum("kb,nrgbp->nrgkp", mixing, self._combined(weights))
         few = self.with_cotangents(mixed).entry_sums()
         if self.inputs_first:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vivit_linop.noise import Noise
 from vivit_linop.risk.containers import described, map_leaves
 from vivit_linop.risk.data import some_targets
 from vivit_linop.risk.differences import SHIFTS, STEPS, Comparison
@@ -132,7 +133,7 @@ def certified_sqrt(loss: OutputLoss, output: Tensor, target: Tensor) -> Tensor:
             f"loss: sqrt of {loss.name} has shape {list(S.shape)}, it must have "
             f"{expected}; sqrt_width is the number of its columns."
         )
-    x = _noise(f)
+    x = Noise().like(f)
     found = torch.einsum("ncrp,nrp->ncp", S, torch.einsum("ncrp,ncp->nrp", S, x))
     product = loss.hessian_product(output, target, x.unsqueeze(-1)).squeeze(-1)
     _compare(loss, "S Sᵀ x with S = sqrt", found, product, "by hessian_product")
@@ -229,7 +230,7 @@ def _couples(loss: OutputLoss, output: Tensor, target: Tensor, mask: Tensor) -> 
     except ValueError:
         return False
     f = loss.channels(output)
-    x = _noise(f).unsqueeze(-1)
+    x = Noise().like(f).unsqueeze(-1)
     together = loss.hessian_product(output, target, x)[mask]
     some = output[mask], some_targets(target, mask)
     alone = loss.hessian_product(*some, x[mask])
@@ -244,7 +245,7 @@ def _check_positions(loss: OutputLoss, output: Tensor, target: Tensor) -> None:
     if positions == 1 or loss.has_own("hessian_product"):
         return
     index = torch.arange(positions, device=f.device)
-    x = _noise(f)
+    x = Noise().like(f)
     for mask in (index % 2 == 0, index < (positions + 1) // 2):
         some = torch.where(mask, x, torch.zeros_like(x)).unsqueeze(-1)
         product = loss.hessian_product(output, target, some).squeeze(-1)
@@ -269,7 +270,7 @@ def _surely_refuted(loss: OutputLoss, output: Tensor, target: Tensor) -> Tensor:
         for shift in SHIFTS[torch.float64]:
             if wrong.any():
                 size = output.abs().mean() + torch.finfo(output.dtype).tiny
-                beside = output + shift * size * _noise(output, seed=1)
+                beside = output + shift * size * Noise(1).like(output)
                 wrong &= _refuted(loss, beside, target)
     # Beside the outputs a loss may not be defined, and say so in any way.
     except Exception:
@@ -280,7 +281,7 @@ def _surely_refuted(loss: OutputLoss, output: Tensor, target: Tensor) -> Tensor:
 def _refuted(loss: OutputLoss, output: Tensor, target: Tensor) -> Tensor:
     """Of which samples differences of gradients refute the Hessian, ``[n]``."""
     scale = (output.square().mean().sqrt() + torch.finfo(output.dtype).tiny).item()
-    x = scale * _noise(output)
+    x = scale * Noise().like(output)
     precision = torch.float64
     exact = map_leaves(lambda t: t.double() if t.is_floating_point() else t, target)
     try:
@@ -329,7 +330,7 @@ def _usual(
 
     Where the loss is saturated, rounding is to be measured by what is not.
     """
-    typical = _noise(output)
+    typical = Noise().like(output)
     try:
         usual = norms(loss.gradient(typical, target))
         usual = usual + norms(loss.hessian_product(typical, target, direction))
@@ -342,11 +343,3 @@ def _usual(
 def _first(target: Any) -> Any:
     """The targets of the first sample."""
     return some_targets(target, torch.zeros(1, dtype=torch.int64, device="cpu"))
-
-
-def _noise(like: Tensor, seed: int = 0) -> Tensor:
-    generator = torch.Generator("cpu").manual_seed(seed)
-    drawn = torch.randn(
-        like.shape, generator=generator, dtype=torch.float64, device="cpu"
-    )
-    return drawn.to(like)

@@ -1,0 +1,34 @@
+"""Normal numbers for checks: the same on every device and in every precision."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class Noise:
+    """A stream of normal numbers, drawn on the host in float64.
+
+    Args:
+        source: A seed, or the generator to draw from.
+
+    Example:
+        >>> Noise(0)(2, like=torch.zeros(1, dtype=torch.float64))
+        tensor([ 1.5410, -0.2934], dtype=torch.float64)
+    """
+
+    def __init__(self, source: int | torch.Generator = 0) -> None:
+        if isinstance(source, int):
+            source = torch.Generator("cpu").manual_seed(source)
+        self._generator = source
+
+    def __call__(self, *shape: int, like: Tensor) -> Tensor:
+        """Draw numbers of a shape, with the dtype and device of a tensor."""
+        drawn = torch.randn(
+            shape, generator=self._generator, dtype=torch.float64, device="cpu"
+        )
+        return drawn.to(like)
+
+    def like(self, tensor: Tensor) -> Tensor:
+        """Draw numbers of a tensor's shape, dtype and device."""
+        return self(*tensor.shape, like=tensor)
