@@ -207,7 +207,7 @@ def _packed_factor(factor: Pullback, gram: Gram, risk: EmpiricalRisk) -> dict[st
         packed["positive_part"] = factor.root.hessian.positive_part
         if factor.mc_samples:
             batches = range(len(risk.batch_sizes))
-            packed["draw"] = torch.cat([factor.root.blocks(b) for b in batches])
+            packed["draw"] = torch.cat([factor.root.drawn(b) for b in batches])
     elif isinstance(factor, PerSampleGradients):
         packed["factor"] = "gradients"
     elif factor.is_plain:

@@ -92,8 +92,10 @@ def slopes(gradients: PerSampleGradients, pairs: Eigenpairs) -> Tensor:
 
 def curvatures(factor: Pullback, pairs: Eigenpairs) -> Tensor:
     """Return λ for the GGN factor V, ``[N, K]``: V_nᵀ e_k squared, without r."""
-    risk = factor.risk
-    return by_sample(pairs.components(factor), risk.num_samples, risk.reduction_factor)
+    risk, components = factor.risk, pairs.components(factor)
+    if not factor.layout.is_uniform:
+        return factor.layout.summed(components.square()) / risk.reduction_factor
+    return by_sample(components, risk.num_samples, risk.reduction_factor)
 
 
 def by_sample(components: Tensor, num_samples: int, r: float) -> Tensor:

@@ -43,7 +43,7 @@ class ColumnFactor(TorchLinearOperator):
         named = {str(at): part for at, part in enumerate(self.columns)}
         sizes = {name: part.numel for name, part in named.items()}
         shape = sum(sizes.values()), self.num_samples * self.width
-        self.piece = Piece(slice(0, shape[1]), named, sizes)
+        self.piece = Piece(slice(0, shape[1]), slice(0, self.num_samples), named, sizes)
         super().__init__(shape, dtype, device)
 
     def _multiply(self, X: Tensor) -> Tensor:

@@ -78,7 +78,7 @@ class Jacobian(TorchLinearOperator):
         **options: Any,
     ) -> None:
         self.risk = as_risk(risk, loss, data, params, **options)
-        rows = self.risk.num_samples * self.risk.num_outputs
+        rows = self.risk.layout.among(self.risk.num_samples)
         super().__init__(
             (rows, self.risk.num_params), self.risk.dtype, self.risk.device
         )
@@ -112,19 +112,22 @@ class Pullback(TorchLinearOperator):
         output: B; the identity for Jᵀ itself.
         risk: The risk of J.
         width: R, the number of columns a sample; column n·R + r belongs to sample n.
+            The largest, where samples have different numbers of them.
+        layout: Which columns belong to which sample.
         stored: The stored columns, if there are any.
         streams: Whether they were found not to fit into memory.
     """
 
     def __init__(self, jacobian: Jacobian, output: OutputOperator) -> None:
         self.output, self.risk, self.width = output, jacobian.risk, output.width
+        self.layout = output.layout
         # J keeps Jᵀ, so that Jᵀ must not keep J: both would outlive their last user.
         self._jacobian: ref[Jacobian] | None = ref(jacobian)
         self.stored: StoredColumns | None = None
         self._kept_gram = KeptMatrix()
         self._decided, self._used, self.streams = self.is_plain, False, False
         super().__init__(
-            (self.risk.num_params, self.risk.num_samples * self.width),
+            (self.risk.num_params, self.layout.among(self.risk.num_samples)),
             self.risk.dtype,
             self.risk.device,
         )
@@ -239,7 +242,7 @@ class Pullback(TorchLinearOperator):
         """Jᵀ B times rows of this rank's samples."""
         if (columns := self.columns()) is not None:
             return columns.multiply(rows)
-        parts = rows.split([n * self.width for n in self.risk.batch_sizes])
+        parts = rows.split(self.layout.sizes)
         total: Tensor | None = None
         with as_guest(self.risk.device):
             for batch, linearization in enumerate(linearizations(self.risk)):
@@ -434,7 +437,8 @@ def gram_blocks_of_pullback(
     if (
         not isinstance(right, Pullback)
         or right.risk is not left.risk
-        or right.width != left.width
+        or right.layout != left.layout
+        or not left.layout.is_uniform
         or left.width % size
     ):
         return gram_blocks_of_operator(left, right, size, weights)

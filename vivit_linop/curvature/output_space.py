@@ -7,8 +7,9 @@ outputs flattened. These operators know the outputs of the net, not the net.
 from __future__ import annotations
 
 import copy
+import math
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -27,6 +28,7 @@ from vivit_linop.risk.losses.certificates import (
 )
 from vivit_linop.risk.losses.parts import HessianPart
 from vivit_linop.risk.memory import check_matrix_fits, free_memory
+from vivit_linop.risk.rows import RowLayout
 
 # What blocks that can be formed again may take.
 _KEPT_BYTES = 2**24
@@ -45,26 +47,31 @@ def _budget(risk: EmpiricalRisk) -> int:
 
 
 def check_blocks_fit(
-    risk: EmpiricalRisk, what: str, rows: int, columns: int, copies: int = 1
+    risk: EmpiricalRisk,
+    what: str,
+    rows: RowLayout,
+    columns: RowLayout,
+    copies: int = 1,
 ) -> None:
     """Raise an error if the blocks of the largest batch do not fit into free memory.
 
     Args:
         risk: The risk.
         what: How to call them.
-        rows: The rows of one sample's block.
-        columns: Its columns.
+        rows: The rows of the blocks.
+        columns: Their columns.
         copies: How many tensors of that size are needed.
 
     Raises:
         MemoryError: It says how large they are and what needs none.
     """
     itemsize = torch.finfo(risk.dtype).bits // 8
-    samples = max(risk.batch_sizes)
-    size, free = samples * rows * columns * itemsize, free_memory(risk.device)
+    shapes = zip(rows.samples, rows.each, columns.each, strict=True)
+    samples, C, R = max(shapes, key=math.prod)
+    size, free = samples * C * R * itemsize, free_memory(risk.device)
     if copies * size > free:
         raise MemoryError(
-            f"{what} has a block [{rows}, {columns}] for each sample: "
+            f"{what} has a block [{C}, {R}] for each sample: "
             f"{size / 1e9:.3g} GB for a batch of {samples}, times {copies} while it is "
             f"computed; {free / 1e9:.3g} GB are free on {risk.device}. Products with "
             "GGN and LossHessian do not form it. For a factor, its Gram matrix and all "
@@ -87,7 +94,21 @@ def check_root_fits(risk: EmpiricalRisk, loss: OutputLoss, what: str) -> None:
     first = risk.outputs[0]
     coupled = loss.channels(first).shape[1] > 1
     copies = _SQRT_COPIES if coupled else 1
-    check_blocks_fit(risk, what, risk.num_outputs, loss.sqrt_width(first), copies)
+    widths = (first,) if risk.layout.is_uniform else risk.outputs
+    each = [loss.sqrt_width(output) for output in widths]
+    check_blocks_fit(risk, what, risk.layout, of_widths(risk, each), copies)
+
+
+def of_widths(risk: EmpiricalRisk, each: Sequence[int]) -> RowLayout:
+    """Return which of so many columns a sample belong to which.
+
+    Args:
+        risk: The risk.
+        each: How many samples have, batch by batch; one number for all batches.
+    """
+    if len(each) == 1:
+        return RowLayout.uniform(risk.batch_sizes, each[0])
+    return RowLayout(risk.layout.samples, tuple(each))
 
 
 class OutputOperator(TorchLinearOperator):
@@ -95,9 +116,13 @@ class OutputOperator(TorchLinearOperator):
 
     Args:
         risk: What the samples and outputs are.
-        width: R, the columns of each block.
+        width: R, the columns of each block; or which columns belong to which sample,
+            where they have different numbers of them.
 
     Attributes:
+        width: R; the largest.
+        layout: Which columns belong to which sample. Rows do as outputs,
+            ``risk.layout``.
         determined: Whether two operators of this type and of one risk are one matrix,
             so that what is computed for one of them is true of the other.
         certain: Whether its blocks are known to exist.
@@ -106,12 +131,13 @@ class OutputOperator(TorchLinearOperator):
     determined: bool = False
     certain: bool = True
 
-    def __init__(self, risk: EmpiricalRisk, width: int) -> None:
-        self.risk, self.width = risk, width
-        samples = risk.num_samples
-        super().__init__(
-            (samples * risk.num_outputs, samples * width), risk.dtype, risk.device
-        )
+    def __init__(self, risk: EmpiricalRisk, width: int | RowLayout) -> None:
+        if isinstance(width, int):
+            width = RowLayout.uniform(risk.batch_sizes, width)
+        self.risk, self.layout, self.width = risk, width, width.width
+        N = risk.num_samples
+        shape = risk.layout.among(N), width.among(N)
+        super().__init__(shape, risk.dtype, risk.device)
 
     @abstractmethod
     def apply_batch(self, batch: int, X: Tensor) -> Tensor:
@@ -125,10 +151,6 @@ class OutputOperator(TorchLinearOperator):
     def dense_batch(self, batch: int) -> Tensor:
         """The blocks of one batch, ``[n, C, R]``."""
 
-    def split(self, rows: Tensor, width: int) -> list[Tensor]:
-        """Cut rows of this rank's samples into batches, ``width`` of a sample."""
-        return list(rows.split([n * width for n in self.risk.batch_sizes]))
-
     def _multiply(self, X: Tensor) -> Tensor:
         return self.risk.ranks.listed(self._images, X)
 
@@ -137,15 +159,16 @@ class OutputOperator(TorchLinearOperator):
 
     def own_rows(self, rows: Tensor) -> Tensor:
         """Multiply rows of this rank's samples."""
-        parts = enumerate(self.split(rows, self.width))
+        parts = enumerate(rows.split(self.layout.sizes))
         return torch.cat([self.apply_batch(batch, part) for batch, part in parts])
 
     def _multiply_adjoint(self, X: Tensor) -> Tensor:
         return self.risk.ranks.listed(self._adjoint_images, X)
 
     def _adjoint_images(self, X: Tensor) -> Tensor:
-        width = self.risk.num_outputs
-        parts = enumerate(self.split(self.risk.ranks.mine(X, width), width))
+        layout = self.risk.layout
+        rows = self.risk.ranks.mine(X, layout.width)
+        parts = enumerate(rows.split(layout.sizes))
         return torch.cat(
             [self.apply_adjoint_batch(batch, part) for batch, part in parts]
         )
@@ -157,7 +180,7 @@ class OutputOperator(TorchLinearOperator):
     @property
     def block_entries(self) -> int:
         """How many entries products with one sample's block read."""
-        return self.risk.num_outputs * self.width
+        return self.risk.layout.width * self.width
 
     def blocks_fit(self) -> bool:
         """Whether the blocks of every batch fit into memory."""
@@ -176,19 +199,22 @@ class OutputOperator(TorchLinearOperator):
 
     def _dense_rows(self) -> Tensor:
         """The rows of this rank's samples."""
-        risk, C, R = self.risk, self.risk.num_outputs, self.width
+        risk, own = self.risk, self.layout
         matrix = torch.zeros(
-            sum(risk.batch_sizes) * C,
+            risk.layout.total,
             self.shape[1],
             dtype=self.torch_dtype,
             device=self.device,
         )
-        diagonal = matrix.view(-1, C, risk.num_samples, R)
-        first = 0
+        first = risk.ranks.first * self.width
         for batch, n in enumerate(risk.batch_sizes):
-            samples = torch.arange(first, first + n, device=self.device)
-            diagonal[samples, :, risk.ranks.first + samples] = self.dense_batch(batch)
-            first += n
+            samples = torch.arange(n, device=self.device)
+            rows, columns = (
+                some.place(batch, slice(0, n)) for some in (risk.layout, own)
+            )
+            part = matrix[rows, first + columns.start : first + columns.stop]
+            blocks = part.unflatten(1, (n, -1)).unflatten(0, (n, -1))
+            blocks[samples, :, samples] = self.dense_batch(batch)
         return matrix
 
 
@@ -203,7 +229,7 @@ class OutputIdentity(OutputOperator):
     determined = True
 
     def __init__(self, risk: EmpiricalRisk) -> None:
-        super().__init__(risk, risk.num_outputs)
+        super().__init__(risk, risk.layout)
 
     def apply_batch(self, batch: int, X: Tensor) -> Tensor:
         """The same rows."""
@@ -215,8 +241,9 @@ class OutputIdentity(OutputOperator):
 
     def dense_batch(self, batch: int) -> Tensor:
         """One block for all samples."""
-        n, width = self.risk.batch_sizes[batch], self.width
-        check_blocks_fit(self.risk, "The Jacobian of all outputs", width, width)
+        n, width = self.risk.batch_sizes[batch], self.layout.each[batch]
+        layout = self.layout
+        check_blocks_fit(self.risk, "The Jacobian of all outputs", layout, layout)
         unit = torch.eye(width, dtype=self.torch_dtype, device=self.device)
         return unit.expand(n, -1, -1)
 
@@ -274,7 +301,7 @@ class LossHessian(OutputOperator):
             certify_curvature(risk.loss, output, target)
         self.loss = risk.loss
         self._multipliers: dict[int, Multiplier] = {}
-        super().__init__(risk, risk.num_outputs)
+        super().__init__(risk, risk.layout)
         self.positive_part = positive_part
         if positive_part and not self.loss.convex:
             self._take_part(1)
@@ -322,8 +349,9 @@ class LossHessian(OutputOperator):
 
     def dense_batch(self, batch: int) -> Tensor:
         """By products with the columns of the identity."""
-        n, width = self.risk.batch_sizes[batch], self.width
-        check_blocks_fit(self.risk, "The Hessian of the loss", width, width, copies=2)
+        n, width = self.risk.batch_sizes[batch], self.layout.each[batch]
+        layout = self.layout
+        check_blocks_fit(self.risk, "The Hessian of the loss", layout, layout, copies=2)
         unit = torch.eye(width, dtype=self.torch_dtype, device=self.device)
         return self.apply_batch(batch, unit.repeat(n, 1)).reshape(n, width, width)
 
@@ -374,7 +402,7 @@ class FactoredOutputOperator(OutputOperator):
     not grow with N.
     """
 
-    def __init__(self, risk: EmpiricalRisk, width: int) -> None:
+    def __init__(self, risk: EmpiricalRisk, width: int | RowLayout) -> None:
         super().__init__(risk, width)
         self._blocks: dict[int, Tensor] = {}
         self._budget = _budget(risk)
@@ -417,7 +445,8 @@ class FactoredOutputOperator(OutputOperator):
         F = self.blocks(batch)
         n, c, s, positions = F.shape
         rows, columns = c * positions, s * positions
-        check_blocks_fit(self.risk, "The factor of the loss Hessian", rows, columns)
+        what = "The factor of the loss Hessian"
+        check_blocks_fit(self.risk, what, self.risk.layout, self.layout)
         unit = torch.eye(positions, dtype=F.dtype, device=F.device)
         dense = torch.einsum("ncsp,pq->ncpsq", F, unit)
         return dense.reshape(n, rows, columns)
@@ -454,9 +483,12 @@ class LossHessianSqrt(FactoredOutputOperator):
         self.hessian, self.mc_samples = hessian, mc_samples
         self.determined = hessian.determined and not mc_samples
         risk, loss = hessian.risk, hessian.loss
-        first = risk.outputs[0]
-        exact = loss.sqrt_width(first) * loss.channels(first).shape[2]
-        super().__init__(risk, mc_samples or exact)
+        if mc_samples:
+            super().__init__(risk, mc_samples)
+        else:
+            some = risk.outputs[:1] if risk.layout.is_uniform else risk.outputs
+            each = [loss.sqrt_width(f) * loss.channels(f).shape[2] for f in some]
+            super().__init__(risk, of_widths(risk, each))
         # A draw is kept whatever it takes: a second one would be another matrix.
         if mc_samples:
             draws = Draws.seeded_by(generator)
@@ -465,19 +497,35 @@ class LossHessianSqrt(FactoredOutputOperator):
                 zip(risk.outputs, risk.targets(), strict=True)
             ):
                 mine = draws.starting_at(start)
+                if not risk.layout.is_uniform:
+                    # Samples that draw more have numbers that others do not have.
+                    mine = mine.another(risk.layout.each[batch] << 32)
                 drawn = checked_sample(loss, output, target, mc_samples, mine)
                 self._blocks[batch] = risk.scale**0.5 * drawn
                 start += len(output)
 
     @classmethod
     def of_draw(cls, hessian: LossHessian, draw: Tensor) -> LossHessianSqrt:
-        """Return the root whose blocks were drawn before, ``[N, C, M, 1]``."""
+        """Return the root whose columns were drawn before.
+
+        Args:
+            hessian: H.
+            draw: Those of each sample, row by row, ``[N·C, M]`` or ``[N, C, M, 1]``.
+        """
         node = cls.__new__(cls)
-        FactoredOutputOperator.__init__(node, hessian.risk, draw.shape[2])
-        node.hessian, node.mc_samples = hessian, draw.shape[2]
+        draw = draw.reshape(-1, draw.shape[-1] if draw.ndim == 2 else draw.shape[-2])
+        FactoredOutputOperator.__init__(node, hessian.risk, draw.shape[1])
+        node.hessian, node.mc_samples = hessian, draw.shape[1]
         node.determined = False
-        node._blocks = dict(enumerate(draw.split(hessian.risk.batch_sizes)))
+        layout = hessian.risk.layout
+        for batch, rows in enumerate(draw.split(layout.sizes)):
+            blocks = rows.unflatten(0, (layout.samples[batch], -1)).unsqueeze(-1)
+            node._blocks[batch] = blocks
         return node
+
+    def drawn(self, batch: int) -> Tensor:
+        """Return what was drawn for one batch, ``[n·C, M]``."""
+        return self.blocks(batch).flatten(0, 1).squeeze(-1)
 
     def _form(self, batch: int) -> Tensor:
         risk = self.risk
@@ -505,7 +553,7 @@ class LossHessianSqrt(FactoredOutputOperator):
         try:
             if not self.mc_samples:
                 self._check_fits()
-            check_blocks_fit(self.risk, "S", self.risk.num_outputs, self.width)
+            check_blocks_fit(self.risk, "S", self.risk.layout, self.layout)
         except MemoryError:
             return False
         return True
@@ -544,6 +592,8 @@ class LossHessianSqrt(FactoredOutputOperator):
         (unless probabilities have underflown), so per-sample gradients are
         combinations of the columns of V.
         """
+        if not self.layout.is_uniform:
+            return None
         parts = []
         for batch in range(len(self.risk.batch_sizes)):
             S, g = self.dense_batch(batch), gradient.dense_batch(batch)
@@ -596,7 +646,7 @@ class Outer(OutputOperator):
 
     def __init__(self, root: OutputOperator) -> None:
         self.root = root
-        super().__init__(root.risk, root.risk.num_outputs)
+        super().__init__(root.risk, root.risk.layout)
 
     def apply_batch(self, batch: int, X: Tensor) -> Tensor:
         """Apply the adjoint, then the operator."""

@@ -395,8 +395,16 @@ def _one_batch(risk: EmpiricalRisk, what: str) -> tuple[Tensor, Tensor]:
             raise ValueError(
                 f"data: BackPACK computes {what} for one tensor as input, got {kind}."
             )
+        if risk.samples.axes(X) != [0]:
+            raise ValueError(
+                f"data: BackPACK computes {what} for samples along the first axis."
+            )
         inputs.append(risk.model.private_input(X))
         targets.append(y)
+    if not risk.layout.is_uniform:
+        raise ValueError(
+            f"data: BackPACK computes {what} for samples with as many outputs each."
+        )
     return torch.cat(inputs), torch.cat(targets)
 
 

@@ -33,6 +33,7 @@ from vivit_linop.net.columns.weighted import weighted
 from vivit_linop.risk.containers import copied
 from vivit_linop.risk.empirical import EmpiricalRisk
 from vivit_linop.risk.memory import explained, free_memory
+from vivit_linop.risk.rows import RowLayout
 
 # The share of free memory that the columns of one piece of samples may take.
 _MEMORY_SHARE = 12
@@ -55,11 +56,13 @@ class Cotangents(Protocol):
 
     Attributes:
         risk: The risk.
-        width: R.
+        width: R; the largest where samples have different numbers.
+        layout: Which columns belong to which sample.
     """
 
     risk: EmpiricalRisk
     width: int
+    layout: RowLayout
 
     def cotangents(self, batch: int) -> Tensor:
         """Return those of one batch of n samples, ``[n, C, R]``."""
@@ -67,7 +70,7 @@ class Cotangents(Protocol):
 
 def num_columns(factor: Cotangents) -> int:
     """N·R."""
-    return factor.risk.num_samples * factor.width
+    return factor.layout.among(factor.risk.num_samples)
 
 
 def memory_budget(risk: EmpiricalRisk) -> int:
@@ -81,11 +84,13 @@ class Piece:
 
     Attributes:
         place: Which columns of V they are.
+        samples: Of which samples.
         columns: By parameter; a parameter that is missing has zero columns.
         sizes: The numbers of entries of all parameters, in the order of V's rows.
     """
 
     place: slice
+    samples: slice
     columns: Mapping[str, LayerColumns]
     sizes: Mapping[str, int]
 
@@ -364,19 +369,20 @@ class Pass:
         capture = Capture(self._risk, X, len(index))
         self._risk.check_outputs(batch, capture.output.detach(), index)
         certified = CertifiedColumns(self._risk, X, capture)
-        begin = first + int(index[0])
+        begin = int(index[0])
+        samples = slice(first + begin, first + begin + len(index))
         pieces = []
         for factor in self._factors:
-            place = slice(begin * factor.width, (begin + len(index)) * factor.width)
+            place = factor.layout.place(batch, slice(begin, begin + len(index)))
             cotangents = factor.cotangents(batch)
             cotangents = cotangents[index.to(cotangents.device)]
             takes = self.takes
             # One column a sample is checked as it is.
-            if takes == "stream" and factor.width == 1:
+            if takes == "stream" and cotangents.shape[2] == 1:
                 takes = "columns"
             if takes not in ("stream", "factors"):
                 columns = certified.columns(cotangents, self.names, takes)
-                pieces.append(Piece(place, columns, self._sizes))
+                pieces.append(Piece(place, samples, columns, self._sizes))
                 continue
             certified.certify_layers(cotangents, self.names)
             if takes == "factors" and len(index) > 1 and self._hides():
@@ -384,7 +390,7 @@ class Pass:
                     yield from self._pieces(batch, whole, sample, n, first)
                 return
             for part in certified.parts(cotangents, self.names):
-                yield [Piece(place, part, self._sizes)]
+                yield [Piece(place, samples, part, self._sizes)]
         if pieces:
             yield pieces
 

@@ -273,7 +273,7 @@ class SampleRowNorms(Total):
 
     def __init__(self, factor: Cotangents) -> None:
         risk = factor.risk
-        self.names, self._width = list(risk.params), factor.width
+        self.names = list(risk.params)
         self.norms = torch.zeros(
             risk.num_samples, risk.num_params, dtype=risk.dtype, device=risk.device
         )
@@ -282,11 +282,10 @@ class SampleRowNorms(Total):
 
     def add(self, left: Piece, right: Piece) -> None:
         """Add to the samples of a piece."""
-        start, stop = left.place.start // self._width, left.place.stop // self._width
         for name, part in self._parts.items():
             if name in left.columns:
                 squares = left.columns[name].sample_entry_squares(self.memory)
-                part[start:stop] += squares
+                part[left.samples] += squares
 
 
 class SampleGrams(Total):
@@ -305,17 +304,16 @@ class SampleGrams(Total):
         self, left: Cotangents, right: Cotangents, weights: Tensor | None = None
     ) -> None:
         risk = left.risk
-        self.names, self._width = list(risk.params), left.width
+        self.names = list(risk.params)
         self._weights = Weights(weights, left is right)
         shape = risk.num_samples, left.width, right.width
         self.matrices = torch.zeros(shape, dtype=risk.dtype, device=risk.device)
 
     def add(self, left: Piece, right: Piece) -> None:
         """Fill in the samples of a piece, layer by layer."""
-        start, stop = left.place.start // self._width, left.place.stop // self._width
         left, right = self._weights.inside(left, right)
         for part, other in left.pairs(right, self.names):
-            self.matrices[start:stop] += sample_grams(part, other, self.memory)
+            self.matrices[left.samples] += sample_grams(part, other, self.memory)
 
 
 class ColumnNorms(Total):
@@ -397,7 +395,7 @@ def _accumulate_pairs(
             if held[0][0].place.start or columns.names != set(factor.risk.params):
                 return None
             return stored or StoredColumns([piece for (piece,) in held])
-        for (right,) in columns.pieces(end // factor.width):
+        for (right,) in columns.pieces(held[-1][0].samples.stop):
             for (left,) in held:
                 for total in paired:
                     total.add(left, right)

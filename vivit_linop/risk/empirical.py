@@ -52,6 +52,7 @@ from vivit_linop.risk.model import (
 from vivit_linop.risk.moved import evaluated, moved
 from vivit_linop.risk.parameters import ParameterVectors
 from vivit_linop.risk.progress import shown
+from vivit_linop.risk.rows import RowLayout
 from vivit_linop.risk.samples import Count, Samples, Take
 from vivit_linop.risk.ways import Search
 
@@ -139,7 +140,9 @@ class EmpiricalRisk(ParameterVectors):
     Attributes:
         num_params: D, the number of entries of all parameters, two for a complex one.
         num_samples: N.
-        num_outputs: C, the number of outputs of one sample.
+        num_outputs: C, the number of outputs of one sample; where samples have
+            different numbers of them, that of all samples together.
+        layout: Which outputs belong to which sample: they are listed sample by sample.
         params: Copies of the parameters, by name; of complex ones the real and the
             imaginary parts, ``[*p, 2]``.
         complex_names: The names of complex ones.
@@ -247,12 +250,6 @@ class EmpiricalRisk(ParameterVectors):
             y = stacked(y, n)
             with explained(self.does_not_fit, X, n):
                 nbytes, output = checked_outputs(self.model, index, X, n)
-            if index and output.shape[1:] != self.outputs[0].shape[1:]:
-                raise ValueError(
-                    f"model: on batch {index} it returned outputs of shape "
-                    f"{list(output.shape[1:])} for a sample, before it was "
-                    f"{list(self.outputs[0].shape[1:])}."
-                )
             y = targets_of(self.loss, y, output)
             # The largest batch shows the most of what mixes samples.
             if n > (1 if example is None else len(example[1])):
@@ -275,7 +272,11 @@ class EmpiricalRisk(ParameterVectors):
             self._search = Search.known(found)
         self.batch_sizes = [len(output) for output in self.outputs]
         self.num_samples = sum(self.batch_sizes)
-        self.num_outputs = self.outputs[0][0].numel()
+        each = tuple(output[0].numel() for output in self.outputs)
+        self.layout = RowLayout(tuple(self.batch_sizes), each)
+        self.num_outputs = self.layout.width
+        if not self.layout.is_uniform:
+            self.num_outputs = self.layout.total
         if self.reduction == "mean" and not weight > 0:
             raise ValueError(
                 "data: the loss divides by zero, every target is ignored or has weight "
@@ -473,7 +474,8 @@ class EmpiricalRisk(ParameterVectors):
             self._explain_size(parts, error)
             raise
         # Gathering the samples was one more pass over the data.
-        if not same_outputs(torch.cat(self.outputs)[given], torch.cat(risk.outputs)):
+        own, found = (torch.cat([o.flatten() for o in r.outputs]) for r in (self, risk))
+        if not same_outputs(own[self.layout.of(given).to(own.device)], found):
             raise ValueError(
                 "data: are not what they were when the risk was built, or the model is "
                 "another function. Give data that are the same in every pass."

@@ -1,0 +1,93 @@
+"""Samples of one batch that have different numbers of outputs: batches of a shape each.
+
+A net may return a list with a tensor for each sample, or the outputs of all samples one
+after the other, item by item: those of the nodes of graphs, of the tokens of sentences.
+Such a batch is cut into parts, in each of which all samples have outputs of one shape.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from vivit_linop.risk.containers import leaves, map_leaves
+from vivit_linop.risk.data import some_targets
+
+
+class RaggedOutputs(Exception):
+    """A net's samples have outputs of different shapes.
+
+    Args:
+        outputs: Those of each sample; or of all, item by item.
+    """
+
+    def __init__(self, outputs: Sequence[Tensor] | Tensor) -> None:
+        super().__init__("outputs of several shapes")
+        self.outputs = outputs
+
+
+class Part(NamedTuple):
+    """Consecutive samples of a batch with outputs of one shape.
+
+    Attributes:
+        samples: Their numbers in the batch.
+        items: Where outputs come item by item, those of these samples; else None.
+        all_items: How many items all samples of the batch have.
+    """
+
+    samples: Tensor
+    items: slice | None = None
+    all_items: int = 0
+
+    def targets(self, y: Any) -> Any:
+        """Return the targets of these samples, with a sample axis."""
+        tensors = list(leaves(y))
+        if self.items is not None and all(
+            leaf.ndim and len(leaf) == self.all_items for leaf in tensors
+        ):
+            own, n = self.items, len(self.samples)
+            return map_leaves(lambda leaf: leaf[own].unflatten(0, (n, -1)), y)
+        if isinstance(y, list) and any(leaf.ndim == 0 for leaf in tensors) is False:
+            if len({leaf.shape for leaf in tensors}) > 1:
+                return torch.stack([y[i] for i in self.samples.tolist()])
+        return some_targets(y, self.samples)
+
+
+def joined_outputs(outputs: Any) -> Tensor:
+    """Put the outputs of samples into one tensor.
+
+    Raises:
+        RaggedOutputs: If they have several shapes.
+    """
+    outputs = list(outputs)
+    if len({output.shape for output in outputs}) > 1:
+        raise RaggedOutputs(outputs)
+    return torch.stack(outputs)
+
+
+def parts_by_shape(shapes: Sequence[torch.Size]) -> list[Part]:
+    """Cut a batch by the shapes of its samples' outputs."""
+    return [Part(torch.tensor(run, device="cpu")) for run in _runs(shapes)]
+
+
+def parts_by_items(sizes: Sequence[int]) -> list[Part]:
+    """Cut a batch by how many items its samples have."""
+    ends = list(itertools.accumulate(sizes, initial=0))
+    return [
+        Part(
+            torch.tensor(run, device="cpu"),
+            slice(ends[run[0]], ends[run[-1] + 1]),
+            ends[-1],
+        )
+        for run in _runs(sizes)
+    ]
+
+
+def _runs(keys: Sequence[Any]) -> list[list[int]]:
+    """Cut numbers where their keys change."""
+    runs = itertools.groupby(range(len(keys)), key=keys.__getitem__)
+    return [list(run) for _, run in runs]
