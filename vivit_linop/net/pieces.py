@@ -170,7 +170,7 @@ class Piece:
         columns = {
             name: weighted(part, of[name]) for name, part in self.columns.items()
         }
-        return Piece(self.place, columns, self.sizes)
+        return Piece(self.place, self.samples, columns, self.sizes)
 
     def pairs(
         self, other: Piece, names: Sequence[str]
