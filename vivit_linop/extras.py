@@ -9,6 +9,7 @@ from collections.abc import Iterator
 _PACKAGES = {
     "backpack": "backpack-for-pytorch",
     "curvlinops": "curvlinops-for-pytorch",
+    "laplace": "laplace-torch",
 }
 
 

@@ -76,6 +76,7 @@ class _LayerBlocks(BlockDiagonal):
         with ordinary_mode():
             parts = self._parts(curvature, weight_sharing, partners)
         self.names = [part.names for part in parts]
+        self.inputs_first = [part.inputs_first for part in parts]
         super().__init__(*_placed(parts, self.risk))
 
     @classmethod
@@ -141,6 +142,8 @@ class KFAC(_LayerBlocks):
     Attributes:
         risk: The risk.
         names: For each block the parameters that it is of.
+        inputs_first: For each block whether it is A ⊗ B, as of a weight with the
+            layout ``[in, out]`` (of an embedding, of x @ W).
 
     Raises:
         ValueError: For an unknown variant or weight sharing; what :class:`GGN` raises.
@@ -211,6 +214,7 @@ class _Part:
     names: list[str]
     block: TorchLinearOperator
     rows: Tensor | None = None
+    inputs_first: bool = False
 
     def index(self, risk: EmpiricalRisk) -> Tensor:
         """The numbers of its rows."""
@@ -308,7 +312,7 @@ def _kronecker_parts(
     for B, A, numbers_of_group in zip(factors.B, factors.A, rows, strict=True):
         pair = _symmetric(scale * B), _symmetric(A)
         block = Kronecker(*(reversed(pair) if factors.inputs_first else pair))
-        parts.append(_Part(names, block, numbers_of_group))
+        parts.append(_Part(names, block, numbers_of_group, factors.inputs_first))
     return parts
 
 

@@ -1,0 +1,263 @@
+"""Backends for laplace-torch (Daxberger et al. 2021, arXiv:2106.14806).
+
+``Laplace(net, "classification", "all", "kron", backend=LinopGGN)``.
+
+All of its structures: full, Kronecker, diagonal, low-rank, over all weights, the last
+layer or a subnetwork. Columns and factors come from the layers of any net, and are
+checked on every batch. Everything else (priors, predictives, marginal likelihoods) is
+laplace-torch's own. This module needs it; nothing else of the package does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vivit_linop.curvature import (
+    GGN,
+    KFAC,
+    EmpiricalFisher,
+    Jacobian,
+    PerSampleGradients,
+)
+from vivit_linop.extras import extra
+from vivit_linop.operators.base import TorchLinearOperator
+from vivit_linop.operators.lowrank import LowRank
+from vivit_linop.risk.empirical import EmpiricalRisk
+
+with extra("laplace"):
+    import laplace
+    from laplace.curvature import CurvatureInterface, EFInterface, GGNInterface
+    from laplace.utils import Kron
+
+Data = tuple[Any, Tensor]
+
+
+def _called(model: nn.Module, X: Any) -> Any:
+    """Call a model as laplace-torch does: with one argument, also if it is a dict."""
+    return model(X)
+
+
+class LinopInterface(CurvatureInterface):
+    """What the backends share: curvatures of a risk, in laplace-torch's forms.
+
+    Its losses are sums over samples, and ½ of that for regression.
+
+    Attributes:
+        low_rank: How many eigenpairs ``LowRankLaplace`` has.
+    """
+
+    low_rank: int = 10
+
+    def curvature(self, risk: EmpiricalRisk) -> LowRank:
+        """Return the curvature of a risk."""
+        raise NotImplementedError
+
+    def kronecker(self, risk: EmpiricalRisk, **options: Any) -> KFAC:
+        """Return its Kronecker-factored approximation."""
+        raise NotImplementedError
+
+    def risk(self, batches: Iterable[Data]) -> EmpiricalRisk:
+        """Return the risk of batches; of the last layer, that of its features."""
+        batches = list(batches)
+        if self.last_layer:
+            batches = [(self.features(x), y) for x, y in batches]
+        return EmpiricalRisk(
+            self._model, self.lossfunc, batches, self.params, predict=_called
+        )
+
+    def features(self, x: Any) -> Tensor:
+        """Return what enters the last layer."""
+        with torch.no_grad():
+            features: Tensor = self.model.forward_with_features(x)[1]
+        return features
+
+    def jacobians(self, x: Any, enable_backprop: bool = False) -> tuple[Tensor, Tensor]:
+        """Return Jacobians ``[n, C, D]`` and outputs ``[n, C]``.
+
+        Args:
+            x: The input.
+            enable_backprop: Whether they are differentiated in x; torch.func does that.
+        """
+        if enable_backprop:
+            return super().jacobians(x, enable_backprop)
+        with torch.no_grad():
+            outputs = self.model(x)
+        no_targets = (x, torch.zeros_like(outputs))
+        risk = EmpiricalRisk(
+            self.model, nn.MSELoss(), no_targets, self.params, predict=_called
+        )
+        J = Jacobian(risk).to_dense().unflatten(0, outputs.shape)
+        return self._chosen(J), outputs
+
+    def gradients(self, x: Any, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Return gradients ``[n, D]`` of the losses of samples, and their sum."""
+        risk = self.risk([(x, y)])
+        return self._chosen(PerSampleGradients(risk).to_dense().T), risk.value()
+
+    def full(self, x: Any, y: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+        """Return the loss, and the curvature ``[D, D]``."""
+        risk = self.risk([(x, y)])
+        curvature: TorchLinearOperator = self.curvature(risk)
+        if self.subnetwork_indices is not None:
+            curvature = curvature.restrict(self.subnetwork_indices)
+        return self.factor * risk.value(), self.factor * curvature.to_dense()
+
+    def diag(self, x: Any, y: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+        """Return the loss, and the diagonal of the curvature, ``[D]``."""
+        risk = self.risk([(x, y)])
+        diagonal = self.curvature(risk).diagonal()
+        return self.factor * risk.value(), self.factor * self._chosen(diagonal)
+
+    def kron(self, x: Any, y: Tensor, N: int, **options: Any) -> tuple[Tensor, Kron]:
+        """Return the loss, and Kronecker factors that add up over batches.
+
+        Args:
+            x: The input.
+            y: The targets.
+            N: The number of all samples.
+            options: ``kfac_approx``, ``"expand"`` or ``"reduce"``.
+
+        Raises:
+            ValueError: If laplace-torch has no place for the factors of a parameter.
+        """
+        risk = self.risk([(x, y)])
+        sharing = options.pop("kfac_approx", "expand")
+        K = self.kronecker(risk, weight_sharing=sharing, **options)
+        factors: dict[str, list[Tensor]] = {}
+        start = 0
+        for number, ((name,), block) in enumerate(zip(K.names, K.blocks, strict=True)):
+            parts = [part.to_dense() for part in getattr(block, "factors", (block,))]
+            p, place = risk.params[name], range(start, start + block.shape[0])
+            own = K.indices is None or K.indices[number].tolist() == list(place)
+            sizes = [p.numel()] if p.ndim == 1 else [len(p), p[0].numel()]
+            if not own or [len(part) for part in parts] != sizes:
+                raise ValueError(
+                    f"model: laplace-torch has no place for the Kronecker factors of "
+                    f"{name!r}, {list(p.shape)}. Take another structure than 'kron', "
+                    "or leave this parameter out (requires_grad=False)."
+                )
+            if len(parts) == 2:  # that of the inputs is a mean over samples
+                parts[not K.inputs_first[number]] *= len(y) / N
+            factors[name] = parts
+            start += p.numel()
+        kron = Kron(list(factors.values()))
+        return self.factor * risk.value(), kron * self.factor
+
+    def eig_lowrank(self, data_loader: Iterable[Data]) -> tuple[Tensor, Tensor, Tensor]:
+        """Return eigenvectors ``[D, K]`` and eigenvalues of all data, and the loss.
+
+        The batches of the loader are held in memory together.
+        """
+        risk = self.risk(data_loader)
+        curvature = self.curvature(risk)
+        pairs = curvature.eigh(k=min(self.low_rank, *curvature.factor.shape))
+        evals, evecs = pairs
+        positive = evals > torch.finfo(risk.dtype).eps * evals[-1]
+        loss = self.factor * risk.value()
+        return evecs[:, positive], self.factor * evals[positive], loss
+
+    def _chosen(self, X: Tensor) -> Tensor:
+        """Return the entries of the subnetwork, of all parameters if there is none."""
+        chosen = self.subnetwork_indices
+        return X if chosen is None else X[..., chosen]
+
+
+class LinopGGN(LinopInterface, GGNInterface):
+    """The GGN for laplace-torch: the ``backend`` of its ``Laplace``.
+
+    Args:
+        args: As of laplace-torch's own backends: the model, the likelihood,
+            ``last_layer``, ``subnetwork_indices``, and the keys of inputs.
+        stochastic: Whether the GGN is one of Monte-Carlo samples.
+        num_samples: How many a sample.
+        low_rank: How many eigenpairs ``LowRankLaplace`` has.
+        kwargs: The same by name.
+
+    Raises:
+        ModuleNotFoundError: When this module is imported without laplace-torch.
+
+    Example:
+        >>> from laplace import Laplace
+        >>> from torch import nn
+        >>> from torch.utils.data import DataLoader, TensorDataset
+        >>> from vivit_linop.interop.laplace import LinopGGN
+        >>> X, y = torch.rand(20, 3), torch.randint(2, (20,))
+        >>> net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+        >>> la = Laplace(net, "classification", "all", "full", backend=LinopGGN)
+        >>> la.fit(DataLoader(TensorDataset(X, y), batch_size=10))
+        >>> la(X).shape
+        torch.Size([20, 2])
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        stochastic: bool = False,
+        num_samples: int = 1,
+        low_rank: int = 10,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self.stochastic, self.num_samples = stochastic, num_samples
+        self.low_rank = low_rank
+
+    @property
+    def _mc_samples(self) -> int:
+        return self.num_samples if self.stochastic else 0
+
+    def curvature(self, risk: EmpiricalRisk) -> LowRank:
+        """Return the GGN."""
+        return GGN(risk, mc_samples=self._mc_samples)
+
+    def kronecker(self, risk: EmpiricalRisk, **options: Any) -> KFAC:
+        """Return its Kronecker-factored approximation."""
+        if not self.stochastic:
+            return KFAC(risk, variant="exact", **options)
+        options.setdefault("mc_samples", self.num_samples)
+        return KFAC(risk, variant="mc", **options)
+
+
+class LinopEF(LinopInterface, EFInterface):
+    """The empirical Fisher matrix for laplace-torch, likewise."""
+
+    def __init__(self, *args: Any, low_rank: int = 10, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.low_rank = low_rank
+
+    def curvature(self, risk: EmpiricalRisk) -> LowRank:
+        """Return the empirical Fisher matrix."""
+        return EmpiricalFisher(risk)
+
+    def kronecker(self, risk: EmpiricalRisk, **options: Any) -> KFAC:
+        """Return its Kronecker-factored approximation."""
+        return KFAC(risk, variant="empirical", **options)
+
+
+class LowRankLaplace(laplace.LowRankLaplace):
+    """laplace-torch's ``LowRankLaplace`` with the largest eigenpairs of our backends.
+
+    Theirs asks for an old package, asdfghjkl, whatever the backend.
+
+    Args:
+        model: The net.
+        likelihood: ``"classification"`` or ``"regression"``.
+        backend: :class:`LinopGGN` or :class:`LinopEF`.
+        kwargs: As of theirs; ``backend_kwargs={"low_rank": K}`` says how many.
+    """
+
+    _key = ("all", "lowrank by vivit_linop")  # theirs stays what "lowrank" means
+
+    def __init__(
+        self,
+        model: nn.Module,
+        likelihood: str,
+        backend: type[LinopInterface] = LinopGGN,
+        **kwargs: Any,
+    ) -> None:
+        laplace.ParametricLaplace.__init__(
+            self, model, likelihood, backend=backend, **kwargs
+        )
