@@ -233,7 +233,10 @@ def _sandwich(left: Op, middle: Op, right: Op) -> Op:
     if as_factor(right) is None or as_factor(adjoint(left)) is None:
         return NotImplemented
     form = low_rank_form(middle)
-    return NotImplemented if form is None else Sandwich(left, middle, right)
+    # Of A D Aᵀ with a small diagonal D, that is the small side.
+    if form is None or (form.factor is None and left.shape[0] > left.shape[1]):
+        return NotImplemented
+    return Sandwich(left, middle, right)
 
 
 @adjoint.register
