@@ -6,7 +6,9 @@ from vivit_linop.analysis.evidence import (
     posterior_precision,
 )
 from vivit_linop.analysis.gram import centered_gram
+from vivit_linop.analysis.influence import influence, self_influence
 from vivit_linop.analysis.newton import damped_newton_step
+from vivit_linop.analysis.predictive import predictive_covariance
 from vivit_linop.analysis.projectors import projector
 from vivit_linop.analysis.spectrum import LanczosSpectrum
 
@@ -15,7 +17,10 @@ __all__ = [
     "centered_gram",
     "damped_newton_step",
     "directional_derivatives",
+    "influence",
     "log_marginal_likelihood",
     "posterior_precision",
+    "predictive_covariance",
     "projector",
+    "self_influence",
 ]

@@ -76,9 +76,8 @@ def log_marginal_likelihood(
         True
     """
     precision = _checked(risk, curvature, prior_precision)
-    with torch.no_grad():
-        theta = risk.flatten(risk.params)
-        log_likelihood = -risk.value() / risk.reduction_factor
+    theta = risk.flatten(risk.params)
+    log_likelihood = -risk.value() / risk.reduction_factor
     likelihood_curvature = scale(curvature, 1.0 / risk.reduction_factor)
     penalty = (precision * theta.square()).sum()
     log_det_prior = precision.log().expand(risk.num_params).sum()

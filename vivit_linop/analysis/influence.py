@@ -31,8 +31,8 @@ def influence(
     Args:
         U_test: Gradients of test samples, ``[D, N*]``: ``vl.PerSampleGradients``; or
             what else is pulled back, such as ``vl.Jacobian(model, X).T`` for outputs.
-        S: Self-adjoint, ``[D, D]``, such as ``(G + delta * Identity(D)).inv()``, that of
-            KFAC or EKFAC; ``Identity(D)`` for the kernel of gradients.
+        S: Self-adjoint, ``[D, D]``, such as ``(G + delta * Identity(D)).inv()``, or
+            that of KFAC or EKFAC; ``Identity(D)`` for the kernel of gradients.
         U_train: Gradients of training samples, ``[D, N]``.
 
     Raises:

@@ -65,13 +65,13 @@ class HessianProducts(TorchLinearOperator):
     def _gradient(self, index: int, X: Any) -> list[Tensor]:
         """The gradient on a batch, with its graph."""
         risk = self.risk
-        output = risk.model(risk.params, X)
+        output = risk.model(risk.model.params, X)
         risk.check_outputs(index, output)
         total = risk.loss.total(output, risk.targets()[index]) * risk.scale
         return self._gradient_of(total)
 
     def _gradient_of(self, total: Tensor) -> list[Tensor]:
-        return gradient_of(total, list(self.risk.params.values()), graph=True)
+        return gradient_of(total, list(self.risk.model.params.values()), graph=True)
 
     def _multiply(self, X: Tensor) -> Tensor:
         return self.multiply_block(range(len(self.risk.sizes)), X)
@@ -124,7 +124,7 @@ class HessianProducts(TorchLinearOperator):
         curved = [index for index in chosen if gradient[index].requires_grad]
         if not curved:
             return torch.zeros_like(X)
-        parameters = list(self.risk.params.values())
+        parameters = list(self.risk.model.params.values())
         sizes = [self.risk.sizes[index] for index in chosen]
         columns = []
         size = self.together if X.shape[1] > 1 else 1
@@ -276,7 +276,7 @@ class HessianProducts(TorchLinearOperator):
                 with as_guest(risk.device):
                     own = torch.tensor([n], device="cpu")
                     sample = risk.samples.take(X, own)
-                    output = risk.model(risk.params, sample)
+                    output = risk.model(risk.model.params, sample)
                     total = risk.loss.total(output, some_targets(targets, own)) * factor
                     gradient = self._gradient_of(total)
                     image = self._differentiate(gradient, everything, U, None)

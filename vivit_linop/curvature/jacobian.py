@@ -45,7 +45,7 @@ from vivit_linop.operators.elementary import Dense, Scaled
 from vivit_linop.operators.grams import weighted_gram_matrix_of_operator
 from vivit_linop.operators.lowrank import Centered, Gram, KeptMatrix
 from vivit_linop.operators.stacks import HStack
-from vivit_linop.risk.empirical import EmpiricalRisk, as_risk
+from vivit_linop.risk.empirical import EmpiricalRisk, as_risk, risk_of_inputs
 from vivit_linop.risk.memory import check_matrix_fits
 
 
@@ -58,13 +58,15 @@ class Jacobian(TorchLinearOperator):
     gradient.
 
     Args:
-        risk: An :class:`EmpiricalRisk`, or its arguments, ``model, loss, data, …``.
+        risk: An :class:`EmpiricalRisk`, or its arguments, ``model, loss, data, …``. A
+            loss and targets are not needed: ``vl.Jacobian(model, X)``, or with
+            ``params=`` and other options, for a batch X of inputs (a tensor, a tuple
+            or a mapping) or a list or loader of such batches.
 
     Example:
         >>> import torch, vivit_linop as vl
         >>> from torch import nn
-        >>> data = (torch.rand(4, 3), torch.rand(4, 2))
-        >>> J = vl.Jacobian(nn.Linear(3, 2), nn.MSELoss(), data)
+        >>> J = vl.Jacobian(nn.Linear(3, 2), torch.rand(4, 3))
         >>> J.shape, (J @ J.T).shape  # the latter is the empirical NTK
         ((8, 8), (8, 8))
     """
@@ -77,7 +79,15 @@ class Jacobian(TorchLinearOperator):
         params: Any | None = None,
         **options: Any,
     ) -> None:
-        self.risk = as_risk(risk, loss, data, params, **options)
+        # In the place of the loss: inputs, if there is nothing else.
+        if data is None and loss is not None and not callable(loss):
+            if isinstance(risk, EmpiricalRisk):
+                raise TypeError(
+                    "risk: with an EmpiricalRisk, its inputs are already given."
+                )
+            self.risk = risk_of_inputs(risk, loss, params, **options)
+        else:
+            self.risk = as_risk(risk, loss, data, params, **options)
         rows = self.risk.layout.among(self.risk.num_samples)
         super().__init__(
             (rows, self.risk.num_params), self.risk.dtype, self.risk.device

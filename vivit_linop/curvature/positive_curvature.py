@@ -46,7 +46,7 @@ class PositiveCurvature:
         modify: str,
         squared: bool,
     ) -> None:
-        module = risk.model.copied_module(risk.params)
+        module = risk.model.copied_module(risk.model.params)
         assert module is not None
         self.risk, self._module, self._hessian = risk, module, LossHessian(risk)
         self._curved = [m for m in module.modules() if isinstance(m, curved)]
@@ -87,7 +87,7 @@ class PositiveCurvature:
         ]
         try:
             with self._watched() as (inputs, outputs):
-                output = functional_call(self._module, self.risk.params, (own,))
+                output = functional_call(self._module, self.risk.model.params, (own,))
         finally:
             for handle in handles:
                 handle.remove()

@@ -343,7 +343,7 @@ def _module_and_loss(risk: EmpiricalRisk, what: str) -> tuple[nn.Module, nn.Modu
             f"loss: {what} needs a module of torch.nn, got "
             f"{getattr(source, '__name__', type(source).__name__)}."
         )
-    module = risk.model.copied_module(risk.params)
+    module = risk.model.copied_module(risk.model.params)
     if module is None:
         raise ValueError(f"model: {what} needs an nn.Module, got a function.")
     return module, Copies(()).of(source)

@@ -91,7 +91,7 @@ class Certificate:
     def __init__(self, risk: EmpiricalRisk) -> None:
         self.risk = risk
         self._noise = Noise()
-        theta = [p.detach() for p in risk.params.values()]
+        theta = [p.detach() for p in risk.model.params.values()]
         typical = torch.cat([p.reshape(-1) for p in theta]).square().mean().sqrt()
         least = 0.1 * float(typical) or 1.0
         sizes = [p.square().mean().sqrt() if p.numel() else p.sum() for p in theta]
@@ -108,7 +108,7 @@ class Certificate:
         for index, (X, _) in enumerate(risk.batches("certificate")):
             with as_guest(risk.device):
                 # With gradients: the model may differentiate inside.
-                output = risk.model(risk.params, X).detach()
+                output = risk.model(risk.model.params, X).detach()
                 risk.check_outputs(index, output)
                 size = float(output.square().mean().sqrt()) or 1.0
                 u = size * self._noise.like(output)
@@ -116,8 +116,8 @@ class Certificate:
 
     def _check(self, index: int, samples: Samples) -> None:
         """Look at samples together, then at halves of them, in the end at each."""
-        found = self._product(samples, self.risk.params, self._x)
-        if self._right(samples, self.risk.params, found):
+        found = self._product(samples, self.risk.model.params, self._x)
+        if self._right(samples, self.risk.model.params, found):
             return
         shifts = SHIFTS[self._dtype]
         if self._right_beside(samples, shifts[0]):
@@ -129,7 +129,7 @@ class Certificate:
                 self._check_symmetry(index, samples, found)
                 return
             raise self._error(samples, f"On a sample of batch {index}")
-        products = [self._product(h, self.risk.params, self._x) for h in halves]
+        products = [self._product(h, self.risk.model.params, self._x) for h in halves]
         parts = [a + b for a, b in zip(*(p.along for p in products), strict=True)]
         if not self._near(found, parts, TOLERANCE[self.risk.dtype]):
             where = f"On {len(samples.base)} samples of batch {index} together"
@@ -139,13 +139,13 @@ class Certificate:
 
     def _right_beside(self, samples: Samples, shift: float) -> bool:
         """Whether they are right beside θ, where that may lie on a kink itself."""
-        theta = self._moved(self.risk.params, self._direction(), shift)
+        theta = self._moved(self.risk.model.params, self._direction(), shift)
         found = self._product(samples, theta, self._x)
         return self._right(samples, theta, found)
 
     def _check_symmetry(self, index: int, samples: Samples, found: Slope) -> None:
         """Raise an error if ⟨y, H x⟩ and ⟨x, H y⟩ differ: on a kink they may."""
-        other = self._product(samples, self.risk.params, self._direction())
+        other = self._product(samples, self.risk.model.params, self._direction())
         ways = ((found, other), (other, found))
         yx, xy = (
             sum(float((b * a).sum()) for b, a in zip(left.x, right.along, strict=True))
@@ -173,7 +173,7 @@ class Certificate:
         ]
         try:
             for half in halves:
-                self.risk.model(self.risk.params, half.X)
+                self.risk.model(self.risk.model.params, half.X)
         # Whatever a model says to batches of another size.
         except Exception:
             return []
@@ -275,7 +275,7 @@ class Certificate:
         X, _ = next(iter(risk.batches()))
         try:
             with as_guest(risk.device):
-                output = self._evaluate(risk.params, X, double).detach()
+                output = self._evaluate(risk.model.params, X, double).detach()
         # Whatever a model says to numbers of another precision.
         except Exception:
             return risk.dtype
@@ -359,7 +359,7 @@ class Certificate:
         return [
             scale * self._noise.like(p)
             for scale, p in zip(
-                self._scales.tolist(), self.risk.params.values(), strict=True
+                self._scales.tolist(), self.risk.model.params.values(), strict=True
             )
         ]
 
@@ -367,7 +367,7 @@ class Certificate:
         def outputs(theta: Params) -> Tensor:
             return self._evaluate(theta, samples.X, self._dtype)
 
-        params = self.risk.params.items()
+        params = self.risk.model.params.items()
         names = at_fault(outputs, {n: p.detach().to(self._dtype) for n, p in params})
         return ValueError(
             f"model: its second derivatives by torch are wrong. {where} they are not "

@@ -93,8 +93,8 @@ class Capture:
 
     def __init__(self, risk: EmpiricalRisk, X: Any, num_samples: int) -> None:
         self._risk, self.num_samples = risk, num_samples
-        with Recorder(risk.params) as recorder:
-            output = risk.model(risk.params, X)
+        with Recorder(risk.model.params) as recorder:
+            output = risk.model(risk.model.params, X)
         self.output = output.reshape(num_samples, -1)
         self.uses, self.opaque = recorder.uses, recorder.opaque
 

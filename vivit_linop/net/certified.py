@@ -299,7 +299,7 @@ class CertifiedColumns:
             cotangents: What they were pulled back from, ``[n, C, R]``.
             names: The parameters to check.
         """
-        params, lenient = self._risk.params, self._structure.singly
+        params, lenient = self._risk.model.params, self._structure.singly
         wanted = {name: params[name] for name in names if params[name].numel()}
         if not wanted:
             return set()

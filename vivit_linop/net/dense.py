@@ -98,7 +98,7 @@ def on_the_batch(
     """Pull back cotangents ``[n, C, R]`` on the graph of all samples, one by one."""
     n, _, R = cotangents.shape
     columns: list[list[Tensor]] = [[] for _ in names]
-    parameters = [risk.params[name] for name in names]
+    parameters = [risk.model.params[name] for name in names]
     for index, weights in enumerate(cotangents.mT.contiguous()):
         for w in weights:
             u = torch.zeros_like(capture.output)

@@ -590,7 +590,7 @@ def _linearization(
     samples = risk.batch_sizes[index] if index < len(risk.batch_sizes) else 1
     with explained(risk.does_not_fit, X, samples):
         function = functools.partial(evaluated, risk.model, copied(X) if keep else X)
-        linearization = Linearization(function, risk.params, nbytes)
+        linearization = Linearization(function, risk.model.params, nbytes)
     risk.check_outputs(index, linearization.outputs)
     linearization.kept = keep
     if risk.kept.values.get(_TRUSTED):

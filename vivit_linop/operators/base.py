@@ -8,7 +8,7 @@ and the methods that hand over to the verbs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from operator import index
 from typing import Any
@@ -732,6 +732,14 @@ def common_device(*operators: TorchLinearOperator) -> torch.device | None:
 
 def _as_array(x: Any) -> np.ndarray:
     """Return numbers that are no tensor as an array; a product with them is dense."""
+    of_tensors = isinstance(x, (list, tuple)) and any(
+        isinstance(part, Tensor) and part.ndim > 0 for part in x
+    )
+    if of_tensors or isinstance(x, (Mapping, Iterator)):
+        raise TypeError(
+            f"x: a {type(x).__name__} of tensors is no vector. Multiply "
+            "risk.flatten(tensors); risk.unflatten(result) is the way back."
+        )
     array = x.toarray() if issparse(x) else np.asarray(x)
     _check_numbers(array)
     return array

@@ -91,6 +91,57 @@ def _holds_targets(batch: Any) -> bool:
     return _holds(getattr(batch, "y", None)) and _holds(batch)
 
 
+def without_targets(
+    inputs: Any, count: Callable[[Any], int] | None = None
+) -> Iterable[Batch]:
+    """Return batches of inputs as pairs, with zeros for targets.
+
+    Args:
+        inputs: One batch, a tensor, a tuple or a mapping; or an iterable of batches,
+            over which one can pass again.
+        count: How many samples a batch has; by default the first axis of its first
+            tensor that has axes.
+
+    Raises:
+        TypeError: If it is none of these.
+        ValueError: If one can pass over it only once.
+    """
+
+    def pair(batch: Any) -> Batch:
+        # A list of one tensor, as loaders give, is a tensor.
+        X = batch[0] if isinstance(batch, list) and len(batch) == 1 else batch
+        with_axes = [leaf for leaf in leaves(X) if leaf.ndim > 0]
+        if not with_axes:
+            raise TypeError(
+                f"inputs: a batch must hold tensors with samples, got {described(X)}."
+            )
+        n = len(with_axes[0]) if count is None else count(X)
+        return X, torch.zeros(n, device="cpu")
+
+    if isinstance(inputs, (Tensor, tuple, Mapping)):
+        return [pair(inputs)]
+    if isinstance(inputs, list):
+        return [pair(batch) for batch in inputs]
+    if isinstance(inputs, str) or not isinstance(inputs, Iterable):
+        raise TypeError(
+            "inputs: a tensor, a tuple or a mapping of tensors, or a list or a "
+            f"DataLoader of these, got {type(inputs).__name__}."
+        )
+    return _Mapped(pair, as_batches(inputs))
+
+
+class _Mapped:
+    """What a function makes of batches, each time that one passes over them."""
+
+    def __init__(
+        self, function: Callable[[Any], Batch], batches: Iterable[Any]
+    ) -> None:
+        self._function, self._batches = function, batches
+
+    def __iter__(self) -> Iterator[Batch]:
+        return map(self._function, self._batches)
+
+
 def iterate(
     batches: Iterable[Any],
     device: torch.device,

@@ -30,11 +30,13 @@ from vivit_linop.risk.data import (
     joined_targets,
     select_samples,
     stacked,
+    without_targets,
 )
 from vivit_linop.risk.kept import Kept
 from vivit_linop.risk.losses.autograd import LossCallable
 from vivit_linop.risk.losses.base import OutputLoss
 from vivit_linop.risk.losses.certificates import check_loss, targets_of
+from vivit_linop.risk.losses.none import NoLoss
 from vivit_linop.risk.losses.registry import as_output_loss
 from vivit_linop.risk.memory import (
     batch_does_not_fit,
@@ -143,8 +145,8 @@ class EmpiricalRisk(ParameterVectors):
         num_outputs: C, the number of outputs of one sample; where samples have
             different numbers of them, that of all samples together.
         layout: Which outputs belong to which sample: they are listed sample by sample.
-        params: Copies of the parameters, by name; of complex ones the real and the
-            imaginary parts, ``[*p, 2]``.
+        params: Copies of the parameters, by name, without a graph; of complex ones the
+            real and the imaginary parts, ``[*p, 2]``.
         complex_names: The names of complex ones.
         dtype: The torch dtype of ``params``.
         device: Their device.
@@ -223,7 +225,7 @@ class EmpiricalRisk(ParameterVectors):
         self._batches = batches
         self._data_rng = torch.random.get_rng_state()
         self.ranks = ALONE
-        self.params: Params = model.params
+        self._take_parameters()
         self.complex_names = model.complex_names
         first = next(iter(self.params.values()))
         self.dtype, self.device = first.dtype, first.device
@@ -232,6 +234,12 @@ class EmpiricalRisk(ParameterVectors):
         self.sizes = [p.numel() for p in self.params.values()]
         self.num_params = sum(self.sizes)
         self._pass_over_data(self._fingerprints() if self._check_data else None)
+
+    def _take_parameters(self) -> None:
+        """Show the parameters of the model, without their graph."""
+        self.params: Params = {
+            name: p.detach() for name, p in self.model.params.items()
+        }
 
     def _pass_over_data(self, fingerprints: list[bytes] | None) -> None:
         """Count, check and evaluate everything once.
@@ -486,7 +494,7 @@ class EmpiricalRisk(ParameterVectors):
         """How the model fails on a batch, None if it does not."""
         try:
             with as_guest(self.device):
-                self.model(self.params, X)
+                self.model(self.model.params, X)
         # Errors of the model are of any kind.
         except Exception as error:
             return error
@@ -526,7 +534,7 @@ class EmpiricalRisk(ParameterVectors):
 
     def _graph_bytes(self, X: Any) -> int:
         with as_guest(self.device):
-            return saved_bytes(lambda: self.model(self.params, X))[0]
+            return saved_bytes(lambda: self.model(self.model.params, X))[0]
 
     def check_outputs(
         self, index: int, outputs: Tensor, samples: Tensor | None = None
@@ -575,14 +583,14 @@ class EmpiricalRisk(ParameterVectors):
     def _own_gradient_and_value(self) -> Tensor:
         """Those of this rank's samples, ``[D + 1]``."""
         both = torch.zeros(self.num_params + 1, dtype=self.dtype, device=self.device)
-        parameters = list(self.params.values())
+        parameters = list(self.model.params.values())
         for index, (X, _) in enumerate(self.batches("gradient")):
             n = self.batch_sizes[index] if index < len(self.batch_sizes) else 1
             with (
                 explained(self.does_not_fit, X, n),
                 as_guest(self.device),
             ):
-                output = self.model(self.params, X)
+                output = self.model(self.model.params, X)
                 self.check_outputs(index, output)
                 total = self.loss.total(output, self._targets[index]) * self.scale
                 gradients = torch.autograd.grad(total, parameters, allow_unused=True)
@@ -621,7 +629,8 @@ class EmpiricalRisk(ParameterVectors):
         risk = copy.copy(self)
         with ordinary_mode():
             risk.model = moved(self.model, parameters)
-            risk.params, risk.kept = risk.model.params, self.kept.elsewhere()
+            risk._take_parameters()
+            risk.kept = self.kept.elsewhere()
             known = list(zip(self._sums, self._targets, self.outputs, strict=True))
             batches = self.batches("at")
             risk.outputs, total = evaluated(risk.model, self.loss, batches, known)
@@ -650,6 +659,25 @@ def _replayed(items: Iterable[Item], state: Tensor) -> Iterator[Item]:
                 return
             state = torch.random.get_rng_state()
         yield item
+
+
+def risk_of_inputs(
+    model: nn.Module | ModelFunction,
+    inputs: Any,
+    params: Any | None = None,
+    **options: Any,
+) -> EmpiricalRisk:
+    """Return a risk without a loss, for what needs none: the Jacobian.
+
+    Args:
+        model: As for :class:`EmpiricalRisk`.
+        inputs: One batch, a tensor, a tuple or a mapping; or a list or a loader of
+            batches.
+        params: As for :class:`EmpiricalRisk`.
+        **options: What else :class:`EmpiricalRisk` takes by name.
+    """
+    data = without_targets(inputs, options.get("count"))
+    return EmpiricalRisk(model, NoLoss(), data, params, **options)
 
 
 def as_risk(

@@ -159,7 +159,7 @@ class ParameterVectors:
                 ``[*p]`` each, or ``[K, *p]`` each. None stands for zeros ``[*p]``.
 
         Returns:
-            ``[D]``, or ``[D, K]``.
+            ``[D]``, or ``[D, K]``; gradients flow to the tensors.
 
         Example:
             >>> import torch, vivit_linop as vl
@@ -203,7 +203,7 @@ class ParameterVectors:
                 )
         if len(columns) > 1:
             raise ValueError("tensors: all need the same leading axis, or none.")
-        flat = torch.cat(parts, dim=1).detach()
+        flat = torch.cat(parts, dim=1)
         return flat.squeeze(0) if columns == {None} else flat.T
 
     def unflatten(self, vec: Tensor) -> list[Tensor]:

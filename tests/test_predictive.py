@@ -1,0 +1,82 @@
+"""Covariances of predictions against dense ones, within one risk and across two."""
+
+import pytest
+import torch
+from cases import dense
+from curvature_cases import close, risk
+from posterior_cases import KINDS, inverse, matrix
+from torch import Tensor, nn
+from toys import toy
+
+import vivit_linop as vl
+
+float64 = torch.float64
+NAMES = ["mlp_ce_mean", "more_columns_than_parameters", "repeated_samples", "cnn"]
+
+
+def by_definition(J: Tensor, S: Tensor, C: int) -> Tensor:
+    blocks = J.reshape(-1, C, J.shape[1])
+    return blocks @ S @ blocks.mT
+
+
+@pytest.mark.parametrize("dtype, rtol", [(float64, 1e-10), (torch.float32, 1e-3)])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", NAMES)
+def test_of_training_samples(
+    name: str, kind: str, dtype: torch.dtype, rtol: float
+) -> None:
+    of, truth = risk(name, dtype), dense(name)
+    S = inverse(kind, of)
+    found = vl.predictive_covariance(vl.Jacobian(of), S)
+    expected = by_definition(truth.J, matrix(kind, name, risk(name)), truth.C)
+    assert found.dtype == dtype
+    assert close(found, expected, rtol)
+    variances = vl.predictive_covariance(vl.Jacobian(of), S, diagonal=True)
+    assert close(variances, expected.diagonal(dim1=1, dim2=2), rtol)
+    assert (variances >= 0).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_of_test_samples(kind: str) -> None:
+    """Across two risks, and from inputs alone."""
+    net, loss, data = toy(9)
+    train = vl.EmpiricalRisk(net, loss, data)
+    S = inverse(kind, train)
+    X = torch.linspace(-2, 2, 20, dtype=float64).view(5, 4).sin()
+    J = vl.Jacobian(net, [X[:2], X[2:]])
+    rows = torch.func.jacrev(
+        lambda theta: torch.func.functional_call(
+            net, dict(zip(train.params, train.unflatten(theta), strict=True)), (X,)
+        )
+    )(train.flatten(train.params))
+    expected = by_definition(rows.reshape(15, -1), S.to_dense(), 3)
+    assert close(vl.predictive_covariance(J, S), expected, 1e-10)
+    variances = vl.predictive_covariance(J, S, diagonal=True)
+    assert close(variances, expected.diagonal(dim1=1, dim2=2), 1e-10)
+
+
+def test_bayesian_linear_regression() -> None:
+    """For a linear model it is the posterior predictive in closed form."""
+    generator = torch.Generator().manual_seed(0)
+    X, X_test = torch.randn(2, 12, 3, generator=generator, dtype=float64)
+    net = nn.Linear(3, 1, bias=False, dtype=float64)
+    of = vl.EmpiricalRisk(net, nn.MSELoss(), (X, X.sum(1, keepdim=True)))
+    S = vl.posterior_precision(of, vl.GGN(of), 0.7).inv()
+    precision = 2 * X.T @ X + 0.7 * torch.eye(3, dtype=float64)  # a variance of 1/2
+    expected = (X_test * torch.linalg.solve(precision, X_test.T).T).sum(1)
+    found = vl.predictive_covariance(vl.Jacobian(net, X_test), S)
+    assert close(found.flatten(), expected)
+
+
+def test_what_is_refused() -> None:
+    of = risk("mlp_ce_mean")
+    J, S = vl.Jacobian(of), inverse("ggn", of)
+    with pytest.raises(TypeError, match=r"J_test: a vl\.Jacobian"):
+        vl.predictive_covariance(J.to_dense(), S)
+    with pytest.raises(ValueError, match="S: a self-adjoint operator of shape"):
+        vl.predictive_covariance(J, vl.Identity(3))
+    with pytest.raises(ValueError, match="S: a self-adjoint operator of shape"):
+        vl.predictive_covariance(J, S.to_dense())
+    unsymmetric = vl.Dense(torch.randn(of.num_params, of.num_params, dtype=float64))
+    with pytest.raises(TypeError, match="S: must be self-adjoint"):
+        vl.predictive_covariance(J, unsymmetric)
