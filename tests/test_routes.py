@@ -65,6 +65,11 @@ def test_every_factor_has_all_routes(name: str, samples: int, known: bool) -> No
         assert close(pairs.eigenvalues, expected[-3:])
         E = pairs.eigenvectors
         assert (A @ E - pairs.eigenvalues * E).norm() <= 1e-9 * expected[-1]
+        shifted = vl.linalg.eigh(2 * (op + 0.1 * unit), k=3, route=route)
+        assert shifted.route == route
+        assert close(shifted.eigenvalues, 2 * (expected[-3:] + 0.1))
+        E = shifted.eigenvectors
+        assert (A @ E - pairs.eigenvalues * E).norm() <= 1e-9 * expected[-1]
     for route in ROUTES[:2]:
         evals = op.eigvalsh(route=route)
         count = min(op.factor.shape)
@@ -98,7 +103,8 @@ def test_routes_that_do_not_exist_are_refused() -> None:
         lambda: G.eigh(route="ARPACK on K"),  # all pairs
         lambda: G.eigh(select=lambda evals: [0], route="ARPACK on G"),
         lambda: G.eigvalsh(route="ARPACK on K"),
-        lambda: (G + vl.Identity(57)).eigh(k=2, route="ARPACK on K"),
+        lambda: (G + vl.Identity(57)).eigh(route="ARPACK on K"),
+        lambda: (vl.Identity(57) - G).eigh(k=2, route="ARPACK on K"),
     ):
         with pytest.raises(ValueError, match="route: found 'ARPACK on"):
             call()
@@ -200,3 +206,31 @@ def test_columns_stay_where_they_fit_and_spare_a_linearisation() -> None:
     assert not plan.columns_stay([layer(1e9, 1e6)], 10**9, budget=10**10)
     # A convolution's linearisation is traced first.
     assert plan.columns_stay([layer(1e9, 1e6, "conv2d")], 10**9, budget=10**10)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_damped_and_scaled_operators_take_the_way_of_what_they_are_of(
+    name: str,
+) -> None:
+    op = operators(6)[name]
+    chosen, expected = op.explain(k=2).chosen.name, op.eigvalsh()[-2:]
+    for outer, truth in (
+        (op + 0.5 * vl.Identity(op.shape[0]), expected + 0.5),
+        (3 * (op + vl.Identity(op.shape[0])), 3 * expected + 3),
+    ):
+        pairs = outer.eigh(k=2)
+        assert pairs.route == chosen and close(pairs.eigenvalues, truth)
+    # The largest of 2 I - A belong to A's zeros.
+    with pytest.raises(ValueError, match="2 largest eigenvalues include 2,"):
+        (2 * vl.Identity(op.shape[0]) - op).eigh(k=2)
+
+
+def test_verbs_as_functions_take_routes() -> None:
+    G = vl.GGN(risk_of(4))
+    damped, expected = G + 0.1 * vl.Identity(57), torch.linalg.eigvalsh(G.to_dense())
+    for route in ROUTES[:2]:
+        assert close(vl.linalg.eigvalsh(G, route=route), expected[-8:])
+        inverse = vl.linalg.inv(damped, route=route)
+        assert close(inverse.to_dense() @ damped.to_dense(), torch.eye(57).double())
+    with pytest.raises(ValueError, match="route: found 'quick'"):
+        vl.linalg.eigh(G, 3, route="quick")

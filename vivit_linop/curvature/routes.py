@@ -199,14 +199,14 @@ def low_rank_by_route(op: LowRank, route: str, few: bool) -> TorchLinearOperator
 
 @routed.register
 def damped_by_route(op: Damped, route: str, few: bool) -> TorchLinearOperator:
-    """By the route of what is damped, with dense matrices."""
-    return Damped(routed(op.operator, route, few=False), op.damping)
+    """By the route of what is damped."""
+    return Damped(routed(op.operator, route, few), op.damping)
 
 
 @routed.register
 def scaled_by_route(op: Scaled, route: str, few: bool) -> TorchLinearOperator:
-    """By the route of what is scaled, with dense matrices."""
-    return Scaled(op.factor, routed(op.operator, route, few=False))
+    """By the route of what is scaled; the smallest pairs with dense matrices."""
+    return Scaled(op.factor, routed(op.operator, route, few and bool(op.factor > 0)))
 
 
 @routed.register

@@ -54,6 +54,43 @@ def eigenpairs_of_operator(
     return decomposition.pairs(decomposition.choose(k, select, rcond))
 
 
+@eigh.register
+def eigenpairs_of_damped(
+    op: Damped,
+    k: int | None = None,
+    select: Callable[[Tensor], Sequence[int] | Tensor] | None = None,
+    rcond: float | None = None,
+) -> Eigenpairs:
+    """The k largest are those of what is damped, found in the same way."""
+    inner = op.operator
+    turned = isinstance(inner, Scaled) and not inner.factor > 0
+    if k is None or select is not None or turned:
+        return eigenpairs_of_operator(op, k, select, rcond)
+    pairs = eigh(inner, k, rcond=rcond)
+    return _with_values(pairs, pairs.eigenvalues + op.damping)
+
+
+@eigh.register
+def eigenpairs_of_scaled(
+    op: Scaled,
+    k: int | None = None,
+    select: Callable[[Tensor], Sequence[int] | Tensor] | None = None,
+    rcond: float | None = None,
+) -> Eigenpairs:
+    """The k largest are those of what is scaled, unless the order is turned around."""
+    if k is None or select is not None or not op.factor > 0:
+        return eigenpairs_of_operator(op, k, select, rcond)
+    pairs = eigh(op.operator, k, rcond=rcond)
+    return _with_values(pairs, op.factor * pairs.eigenvalues)
+
+
+def _with_values(pairs: Eigenpairs, eigenvalues: Tensor) -> Eigenpairs:
+    """The same vectors, formed when they are asked for."""
+    others = Eigenpairs(eigenvalues, lambda: pairs.eigenvectors)
+    others.route = pairs.route
+    return others
+
+
 @eigvalsh.register
 def eigenvalues_of_operator(op: TorchLinearOperator) -> Tensor:
     return eigendecomposition(op).eigenvalues

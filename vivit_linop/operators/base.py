@@ -428,7 +428,7 @@ class TorchLinearOperator(LinearOperator):
                 ``"dense G"``; None for the smaller one.
         """
         self._check_square("inv")
-        return verbs.inv(self._routed(route))
+        return verbs.inv(self, route=route)
 
     @ordinary_mode()
     def solve(
@@ -581,7 +581,7 @@ class TorchLinearOperator(LinearOperator):
             route: As for :meth:`inv`.
         """
         self._check_self_adjoint("eigvalsh")
-        return self._own(verbs.eigvalsh(self._routed(route)))
+        return self._own(verbs.eigvalsh(self, route=route))
 
     @ordinary_mode()
     def eigh(
@@ -622,8 +622,7 @@ class TorchLinearOperator(LinearOperator):
         self._check_self_adjoint("eigh")
         if start is not None:
             return self._eigh_near(k, start, tol)
-        op = self._routed(route, few=k is not None and select is None)
-        return verbs.eigh(op, k=k, select=select, rcond=rcond)
+        return verbs.eigh(self, k, select, rcond, route=route)
 
     def _eigh_near(self, k: int | None, start: Eigenpairs, tol: float) -> Eigenpairs:
         if not isinstance(start, Eigenpairs) or not len(start):
@@ -636,9 +635,6 @@ class TorchLinearOperator(LinearOperator):
         if not tol > 0:
             raise ValueError(f"tol: a positive number, got {tol!r}.")
         return verbs.eigh_near(self, k, start, tol)
-
-    def _routed(self, route: str | None, few: bool = False) -> TorchLinearOperator:
-        return self if route is None else verbs.routed(self, route, few)
 
     def to_curvlinops(self) -> Any:
         """Return the operator with the interface that curvlinops' estimators use.

@@ -28,10 +28,12 @@ Rules stand in :mod:`vivit_linop.operators.rules` (products, sums, multiples) an
 from __future__ import annotations
 
 import contextlib
+import functools
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from functools import singledispatch
-from typing import Any, TypeAlias
+from typing import Any, Generic, ParamSpec, TypeAlias, TypeVar
 
 from scipy.sparse.linalg import LinearOperator
 from torch import Tensor
@@ -41,6 +43,10 @@ from vivit_linop.operators.scalars import Scalar
 
 Operator: TypeAlias = LinearOperator
 """A ``TorchLinearOperator``, by the name of the class that it extends."""
+
+P = ParamSpec("P")
+Rule = TypeVar("Rule", bound=Callable[..., Any])
+Result = TypeVar("Result")
 
 BinaryRule: TypeAlias = Callable[[Any, Any], Any]
 """A rule of a binary verb."""
@@ -104,6 +110,37 @@ class BinaryVerb:
                 if result is not NotImplemented:
                     return result
         raise _no_rule(self._name, left)
+
+
+class RoutedVerb(Generic[P, Result]):
+    """A unary verb that takes one of several ways, which ``route=`` may name.
+
+    Rules see an operator that knows its route (:func:`routed`), not the name.
+
+    Args:
+        verb: The verb, without the argument ``route``.
+    """
+
+    def __init__(self, verb: Callable[P, Result]) -> None:
+        functools.update_wrapper(self, verb)
+        self._verb: Any = singledispatch(verb)
+        self._arguments = inspect.signature(verb)
+
+    def register(self, rule: Rule) -> Rule:
+        """Add the rule of a type, as ``functools.singledispatch`` does."""
+        self._verb.register(rule)
+        return rule
+
+    def __call__(
+        self, op: Any, *arguments: Any, route: str | None = None, **options: Any
+    ) -> Result:
+        """Return what the rule for the operator does, on the way that is asked for."""
+        if route is not None:
+            given = self._arguments.bind(op, *arguments, **options).arguments
+            few = given.get("k") is not None and given.get("select") is None
+            op = routed(op, route, few)
+        result: Result = self._verb(op, *arguments, **options)
+        return result
 
 
 # Expressions ------------------------------------------------------------------------
@@ -284,7 +321,7 @@ def centered_row_norms_squared(op: Any) -> Tensor:
 # Inverses and roots -----------------------------------------------------------------
 
 
-@singledispatch
+@RoutedVerb
 def inv(op: Any) -> Operator:
     """Return the inverse of a square operator, as an operator.
 
@@ -434,7 +471,7 @@ def damped_logdet(op: Any, damping: Scalar) -> Tensor:
 # Eigenvalues ------------------------------------------------------------------------
 
 
-@singledispatch
+@RoutedVerb
 def eigvalsh(op: Any) -> Tensor:
     """Return the eigenvalues of a self-adjoint operator, ascending.
 
@@ -456,7 +493,7 @@ def eigendecomposition(op: Any) -> Eigendecomposition:
     raise no_eigenpairs(op)
 
 
-@singledispatch
+@RoutedVerb
 def eigh(
     op: Any,
     k: int | None = None,
