@@ -106,8 +106,8 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
         # The first format had no digest, so damage could not be seen.
         (lambda: torch.save({"format": "vivit_linop 1"}, path), "is no file that"),
         (pickled, "is no file that"),
-        (lambda: version(3), "has version 3 .* reads version 2"),
-        (lambda: version(2), "is damaged"),
+        (lambda: version(4), "has version 4 .* reads version 3"),
+        (lambda: version(3), "is damaged"),
     ):
         write()
         with pytest.raises(ValueError, match=rf"^path: {path} {message}"):

@@ -32,7 +32,7 @@ from vivit_linop.curvature import (
     PositiveCurvatureHessian,
 )
 from vivit_linop.interop import from_backpack, from_curvlinops, from_scipy
-from vivit_linop.linalg import estimate_diagonal, estimate_trace
+from vivit_linop.linalg import estimate_diagonal, estimate_trace, led
 from vivit_linop.operators import (
     BlockDiagonal,
     Dense,
@@ -84,6 +84,7 @@ __all__ = [
     "from_scipy",
     "hstack",
     "influence",
+    "led",
     "linalg",
     "load",
     "log_marginal_likelihood",

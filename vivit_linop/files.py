@@ -18,7 +18,7 @@ from uuid import uuid4
 
 import torch
 
-_VERSION = 2
+_VERSION = 3
 _MARK = f"vivit_linop {_VERSION} sha256 ".encode()
 _END = len(_MARK) + hashlib.sha256().digest_size * 2
 

@@ -70,9 +70,14 @@ def save(result: Saved, path: Path, risk: EmpiricalRisk) -> None:
         True
     """
     _check_risk(risk)
-    files.check_place(path)  # before anything is computed
+    with risk.ranks.together("save"):
+        if risk.ranks.leads:
+            files.check_place(path)  # before anything is computed
     packed = _without_rest(_packed(result, risk))
-    files.write({"fingerprint": risk.fingerprint(), "result": packed}, path)
+    content = {"fingerprint": risk.fingerprint(), "result": packed}
+    with risk.ranks.together("save"):
+        if risk.ranks.leads:
+            files.write(content, path)
 
 
 @ordinary_mode()
@@ -111,7 +116,7 @@ def load(path: Path, risk: EmpiricalRisk) -> Any:
         ValueError: risk: ... was saved for one with other samples, other value of ...
     """
     _check_risk(risk)
-    content = files.read(path, risk.device)
+    content = risk.ranks.led(files.read, path, risk.device)
     saved, given = content["fingerprint"], risk.fingerprint()
     others = [name for name in given if not _same(saved.get(name), given[name], risk)]
     if others:
@@ -206,8 +211,7 @@ def _packed_factor(factor: Pullback, gram: Gram, risk: EmpiricalRisk) -> dict[st
         packed["factor"] = "GGN"
         packed["positive_part"] = factor.root.hessian.positive_part
         if factor.mc_samples:
-            batches = range(len(risk.batch_sizes))
-            packed["draw"] = torch.cat([factor.root.drawn(b) for b in batches])
+            packed["draw"] = factor.root.draw()
     elif isinstance(factor, PerSampleGradients):
         packed["factor"] = "gradients"
     elif factor.is_plain:
@@ -218,7 +222,8 @@ def _packed_factor(factor: Pullback, gram: Gram, risk: EmpiricalRisk) -> dict[st
             ".to_dense() with torch.save."
         )
     if gram.known:
-        packed["matrix"] = gram.matrix
+        rows = gram.rows
+        packed["matrix"] = gram.matrix if rows is None else rows.on_leader()
     return packed
 
 
@@ -274,5 +279,5 @@ def _unpacked_factor(packed: dict[str, Any], risk: EmpiricalRisk) -> Pullback:
     else:
         factor = jacobian.pullback
     if "matrix" in packed:
-        factor.gram.kept.matrix = packed["matrix"]
+        factor.gram.keep(packed["matrix"])
     return factor

@@ -15,6 +15,7 @@ from vivit_linop.operators import verbs
 from vivit_linop.operators.base import TorchLinearOperator
 from vivit_linop.operators.kronecker import BlockDiagonal
 from vivit_linop.operators.lowrank import LowRank
+from vivit_linop.ranks.alone import Ranks
 from vivit_linop.risk.empirical import EmpiricalRisk
 
 ParameterBlocks = str | Iterable[Any]
@@ -60,6 +61,11 @@ class FactorRows(TorchLinearOperator):
         super().__init__(
             (len(self._index), factor.shape[1]), factor._own_dtype, factor._own_device
         )
+
+    @property
+    def ranks(self) -> Ranks:
+        """Those of the pullback."""
+        return self.partition.factor.ranks
 
     def _multiply(self, X: Tensor) -> Tensor:
         return self.partition.factor.apply(X)[self._index]

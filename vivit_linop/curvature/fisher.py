@@ -17,6 +17,7 @@ from vivit_linop.curvature.jacobian import (
     Jacobian,
     Pullback,
     gram_matrix_of_pullback,
+    gram_rows_of_pullback,
     sum_columns,
 )
 from vivit_linop.curvature.output_space import LossGradient
@@ -25,7 +26,8 @@ from vivit_linop.net.sums import ColumnNorms
 from vivit_linop.operators.base import TorchLinearOperator
 from vivit_linop.operators.kronecker import BlockDiagonal
 from vivit_linop.operators.lowrank import Centered, LowRank
-from vivit_linop.operators.verbs import gram_matrix, row_norms_squared
+from vivit_linop.operators.verbs import gram_matrix, gram_rows, row_norms_squared
+from vivit_linop.ranks.rows import RankRows
 from vivit_linop.risk.empirical import EmpiricalRisk, as_risk
 
 
@@ -177,13 +179,37 @@ def gram_matrix_of_gradients(
     left: PerSampleGradients, right: TorchLinearOperator
 ) -> Tensor:
     """From the Gram matrix VᵀV where that is known: u_n = Σ_r c_nr v_nr."""
-    if isinstance(right, GGNFactor) and right.risk is left.risk and right.gram.known:
-        coordinates = right.root.coordinates(left.gradient)
-        if coordinates is not None:
-            K = right.gram.matrix
-            rows = K.view(*coordinates.shape, K.shape[1])
-            return torch.einsum("nr,nrk->nk", coordinates, rows)
+    if (rows := gram_rows_of_gradients(left, right)) is not None:
+        return rows.whole()
+    coordinates = _coordinates(left, right)
+    if coordinates is not None:
+        return _combined(coordinates, right.gram.matrix)
     return gram_matrix_of_pullback(left, right)
+
+
+@gram_rows.register
+def gram_rows_of_gradients(
+    left: PerSampleGradients, right: TorchLinearOperator
+) -> RankRows | None:
+    """From the rows of VᵀV, where these are known."""
+    coordinates = _coordinates(left, right) if left.ranks.is_many else None
+    if coordinates is None or (K := right.gram.rows) is None:
+        return gram_rows_of_pullback(left, right)
+    own = left.ranks.mine(coordinates, 1)
+    return RankRows(left.ranks, _combined(own, K.own), 1)
+
+
+def _coordinates(U: PerSampleGradients, V: TorchLinearOperator) -> Tensor | None:
+    """Gradients in terms of columns of V whose Gram matrix is known, ``[N, R]``."""
+    if isinstance(V, GGNFactor) and V.risk is U.risk and V.gram.known:
+        return V.root.coordinates(U.gradient)
+    return None
+
+
+def _combined(coordinates: Tensor, K: Tensor) -> Tensor:
+    """Σ_r c_nr K_nr, ``[n, N·R]``."""
+    rows = K.view(*coordinates.shape, K.shape[1])
+    return torch.einsum("nr,nrk->nk", coordinates, rows)
 
 
 class EmpiricalFisher(LowRank):

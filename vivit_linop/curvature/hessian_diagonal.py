@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -147,9 +148,8 @@ def sample_diagonals(H: HessianProducts) -> Tensor:
 
 def _rounding(H: HessianProducts) -> float:
     """What rounding leaves of entries that cancel, by the size of the outputs."""
-    outputs = sum(
-        float(o.reshape(len(o), -1).norm(dim=1).sum()) for o in H.risk.outputs
-    )
+    own = sum(float(o.reshape(len(o), -1).norm(dim=1).sum()) for o in H.risk.outputs)
+    outputs = sum(H.ranks.gathered(own))
     eps = torch.finfo(H.torch_dtype).eps
     return ROUNDING * eps * H.risk.reduction_factor * outputs
 
@@ -180,10 +180,17 @@ def diagonals_one_by_one(H: HessianProducts, x: Tensor, image: Tensor) -> Tensor
     """
     D = H.shape[0]
     unit = torch.eye(D, dtype=H.torch_dtype, device=H.device)
-    rows, total = [], torch.zeros_like(image)
-    for matrix in H.of_samples(unit):
-        rows.append(matrix.diagonal())
-        total += H.risk.reduction_factor * (matrix @ x)
+    total = torch.zeros_like(image)
+
+    def own_rows() -> Tensor:
+        found = []
+        for matrix in H.of_samples(unit):
+            found.append(matrix.diagonal())
+            total.add_(H.risk.reduction_factor * (matrix @ x))
+        return torch.stack(found)
+
+    rows = H.ranks.listed(own_rows)
+    total = H.ranks.total(total)
     tolerance = ROUNDING * torch.finfo(H.torch_dtype).eps ** 0.75
     size = image.norm() + H.risk.reduction_factor * x.norm() * sum(
         row.norm() for row in rows
@@ -194,7 +201,7 @@ def diagonals_one_by_one(H: HessianProducts, x: Tensor, image: Tensor) -> Tensor
             "model: the second derivatives of its samples alone are not those of "
             "the batch; a sample is computed in another way when it is alone."
         )
-    return torch.stack(rows)
+    return rows
 
 
 def _second_derivatives(H: HessianProducts, U: Tensor) -> Tensor:
@@ -202,8 +209,15 @@ def _second_derivatives(H: HessianProducts, U: Tensor) -> Tensor:
 
     uᵀ ∇²ℓ_n u = (J_n u)ᵀ H_n (J_n u) + ⟨∇_f ℓ_n, ∂²f_n/∂u²⟩.
     """
+    both = LossGradient(H.risk), LossHessian(H.risk)
+    return H.ranks.listed(partial(_own_second_derivatives, H, *both), U)
+
+
+def _own_second_derivatives(
+    H: HessianProducts, gradient: LossGradient, curvature: LossHessian, U: Tensor
+) -> Tensor:
+    """Those of this rank's samples."""
     risk, count = H.risk, U.shape[1]
-    gradient, curvature = LossGradient(risk), LossHessian(risk)
     directions = risk.unflatten_real(U)
     params = {name: p.detach() for name, p in risk.params.items()}
     rows = []

@@ -19,6 +19,7 @@ from vivit_linop.curvature.second_derivatives import (
 from vivit_linop.net.costs import layer_costs
 from vivit_linop.noise import Noise
 from vivit_linop.operators.base import TorchLinearOperator
+from vivit_linop.ranks.alone import Ranks
 from vivit_linop.risk.containers import copied
 from vivit_linop.risk.data import some_targets
 from vivit_linop.risk.empirical import EmpiricalRisk, as_risk
@@ -48,15 +49,23 @@ class HessianProducts(TorchLinearOperator):
         **options: Any,
     ) -> None:
         self.risk = as_risk(risk, loss, data, params, **options)
-        check_curvature(self.risk.loss, self.risk.outputs[0], self.risk.targets()[0])
-        for output, target in zip(self.risk.outputs, self.risk.targets(), strict=True):
-            certify_curvature(self.risk.loss, output, target)
+        with self.risk.ranks.together("Hessian"):
+            check_curvature(self.risk.loss, *self.risk.example)
+            for output, target in zip(
+                self.risk.outputs, self.risk.targets(), strict=True
+            ):
+                certify_curvature(self.risk.loss, output, target)
         D = self.risk.num_params
         super().__init__((D, D), self.risk.dtype, self.risk.device)
         self._kept: list[Tensor] | None = None
         self._certified = False
         self._batched = True  # until torch refuses, or is wrong
         self._compared: set[tuple[Any, ...]] = set()
+
+    @property
+    def ranks(self) -> Ranks:
+        """Those of the risk."""
+        return self.risk.ranks
 
     def __getstate__(self) -> dict[str, Any]:
         """Graphs do not travel: a copy makes its own, of its own parameters."""

@@ -34,9 +34,11 @@ from vivit_linop.net.sums import (
     RowNorms,
     SampleGrams,
     accumulate,
+    accumulate_own,
     cross_gram,
     cross_sample_grams,
     formed_pieces,
+    own_gram_rows,
 )
 from vivit_linop.operators import verbs
 from vivit_linop.operators.base import TorchLinearOperator
@@ -45,6 +47,8 @@ from vivit_linop.operators.elementary import Dense, Scaled
 from vivit_linop.operators.grams import weighted_gram_matrix_of_operator
 from vivit_linop.operators.lowrank import Centered, Gram, KeptMatrix
 from vivit_linop.operators.stacks import HStack
+from vivit_linop.ranks.alone import Ranks
+from vivit_linop.ranks.rows import RankRows
 from vivit_linop.risk.empirical import EmpiricalRisk, as_risk, risk_of_inputs
 from vivit_linop.risk.memory import check_matrix_fits
 
@@ -92,6 +96,11 @@ class Jacobian(TorchLinearOperator):
         super().__init__(
             (rows, self.risk.num_params), self.risk.dtype, self.risk.device
         )
+
+    @property
+    def ranks(self) -> Ranks:
+        """Those of the risk."""
+        return self.risk.ranks
 
     @cached_property
     def pullback(self) -> Pullback:
@@ -146,6 +155,11 @@ class Pullback(TorchLinearOperator):
         """What travels: columns are made anew where they pay."""
         anew = {"_jacobian": None, "stored": None, "_decided": self.is_plain}
         return self.__dict__ | anew
+
+    @property
+    def ranks(self) -> Ranks:
+        """Those of the risk."""
+        return self.risk.ranks
 
     @property
     def is_plain(self) -> bool:
@@ -358,7 +372,7 @@ def _components_without_tangents(pullback: Pullback, X: Tensor) -> Tensor:
     if pullback.stored is not None:
         return pullback.stored.multiply_adjoint(X)
     total = Components(pullback, X)
-    accumulate(pullback, [total])
+    accumulate_own(pullback, [total])
     return torch.cat(total.parts, dim=1).T
 
 
@@ -379,7 +393,7 @@ def _fitting_columns(pullback: Pullback) -> StoredColumns | None:
     if not pullback.output.blocks_fit():
         return None
     total = AllColumns(pullback)
-    accumulate(pullback, [total])
+    accumulate_own(pullback, [total])
     return StoredColumns(total.pieces)
 
 
@@ -408,6 +422,16 @@ def gram_matrix_of_pullback(left: Pullback, right: TorchLinearOperator) -> Tenso
     total = GramTotal(left, right, list(left.risk.params))
     sum_columns(left, [total])
     return total.matrix
+
+
+@verbs.gram_rows.register
+def gram_rows_of_pullback(
+    left: Pullback, right: TorchLinearOperator
+) -> RankRows | None:
+    """Over several processes, by pairs of pieces that go round."""
+    if not isinstance(right, Pullback) or not left.ranks.is_many:
+        return None
+    return RankRows(left.ranks, own_gram_rows(left, right), left.width)
 
 
 @verbs.as_factor.register

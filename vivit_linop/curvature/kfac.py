@@ -329,7 +329,7 @@ def _symmetric(matrix: Tensor) -> Tensor:
 
 def _bias_partners(risk: EmpiricalRisk) -> dict[str, str]:
     """Weights of layers and the bias that is added wherever they are used."""
-    structure = find_structure(risk)
+    structure = risk.ranks.led(find_structure, risk)
     opaque = structure.opaque
     biases: dict[str, set[str | None]] = {}
     weights: dict[str, set[str | None]] = {}
@@ -394,6 +394,10 @@ class EKFAC(_LayerBlocks):
         return parts
 
 
+def _eigenpairs_of(block: Kronecker) -> list[tuple[Tensor, Tensor]]:
+    return block.factor_eigenpairs
+
+
 def _correct(parts: Sequence[_Part], curvature: LowRank) -> None:
     """Give the Kronecker blocks the diagonal of the curvature in their eigenbasis."""
     factor = curvature.factor
@@ -404,6 +408,10 @@ def _correct(parts: Sequence[_Part], curvature: LowRank) -> None:
             blocks.setdefault(part.names[0], []).append(part.block)
     if not blocks:
         return
+    for each in blocks.values():
+        for block in each:
+            # Eigenvectors are not unique, and all ranks need the same.
+            block.factor_eigenpairs = factor.ranks.led(_eigenpairs_of, block)
     total = EigenvalueSums(factor, blocks)
     sum_columns(factor, [total])
     rows = {name: iter(curvature.scale * sums) for name, sums in total.sums.items()}

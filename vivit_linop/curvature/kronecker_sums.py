@@ -14,11 +14,13 @@ from torch import Tensor
 
 from vivit_linop.curvature import plan
 from vivit_linop.curvature.jacobian import Pullback, sum_columns
+from vivit_linop.net.certified import share_structure
 from vivit_linop.net.columns.base import LayerColumns, add_product, mirror
 from vivit_linop.net.columns.khatri_rao import KhatriRaoColumns
 from vivit_linop.net.columns.transposed import TransposedConvolutionColumns
 from vivit_linop.net.pieces import Piece, Total
 from vivit_linop.operators.kronecker import Kronecker
+from vivit_linop.ranks.alone import Ranks
 
 
 @dataclass
@@ -93,11 +95,15 @@ class KroneckerSums(Total):
         cls, factor: Pullback, sharing: str, affine: Sequence[str]
     ) -> KroneckerSums:
         """Return the sums over all columns."""
+        # Other ranks raise errors of the same kind.
+        changed = ValueError if factor.ranks.is_many else _ChangedUseError
+        share_structure(factor.risk)
         try:
             sums = cls(factor, sharing, affine)
             sum_columns(factor, [sums])
         # What was learnt of the net on the way now holds from the first sample on.
-        except _ChangedUseError:
+        except changed:
+            share_structure(factor.risk)
             sums = cls(factor, sharing, affine)
             sum_columns(factor, [sums])
         return sums
@@ -116,6 +122,21 @@ class KroneckerSums(Total):
                 product = rows.T @ rows
                 known = self.outer.get(name)
                 self.outer[name] = product if known is None else known + product
+        self._check_uses()
+
+    def finish(self, ranks: Ranks) -> None:
+        """Add up, also what only some ranks have."""
+        factors = self.factors
+        notes = {n: (f.inputs_first, f.order) for n, f in factors.items()}
+        for others, formed in ranks.gathered((notes, self._formed)):
+            notes, self._formed = others | notes, self._formed | formed
+        self.outer = _summed_by_name(self.outer, ranks)
+        B = _summed_by_name({n: f.B for n, f in factors.items()}, ranks)
+        A = _summed_by_name({n: f.A for n, f in factors.items()}, ranks)
+        self.factors = {n: LayerFactors(B[n], A[n], *notes[n]) for n in B}
+        self._check_uses()
+
+    def _check_uses(self) -> None:
         if both := set(self.factors) & self._formed:
             raise _ChangedUseError(
                 f"data: how the model uses {both.pop()!r} could be told for some "
@@ -214,6 +235,10 @@ class EigenvalueSums(Total):
                 known = self.sums.get(name)
                 self.sums[name] = squares if known is None else known + squares
 
+    def finish(self, ranks: Ranks) -> None:
+        """Add up."""
+        self.sums = _summed_by_name(self.sums, ranks)
+
     def _squares(self, name: str, columns: LayerColumns) -> Tensor:
         """The sums of squares of one piece, ``[G, n]``."""
         blocks = self._bases[name]
@@ -250,3 +275,20 @@ class EigenvalueSums(Total):
             self._rotated_inputs[name] = QA.mT @ _with_ones(A, joined)
         inputs, cotangents = self._rotated_inputs[name], QB.mT @ columns.cotangents
         return KhatriRaoColumns(inputs, cotangents, columns.inputs_first)
+
+
+def _summed_by_name(parts: dict[str, Tensor], ranks: Ranks) -> dict[str, Tensor]:
+    """Add up tensors by name, over ranks of which some may have none."""
+    mine = {name: (part.shape, part.dtype) for name, part in parts.items()}
+    layout: dict[str, tuple[torch.Size, torch.dtype]] = {}
+    for each in ranks.gathered(mine):
+        layout |= each
+    device = next((part.device for part in parts.values()), torch.device("cpu"))
+    return {
+        name: ranks.total(
+            parts[name]
+            if name in parts
+            else torch.zeros(shape, dtype=dtype, device=device)
+        )
+        for name, (shape, dtype) in sorted(layout.items())
+    }

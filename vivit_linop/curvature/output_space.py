@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from vivit_linop.operators.base import TorchLinearOperator
+from vivit_linop.ranks.alone import Ranks
 from vivit_linop.risk.draws import Draws
 from vivit_linop.risk.empirical import EmpiricalRisk, as_risk
 from vivit_linop.risk.losses.base import OutputLoss, negative_sample
@@ -91,7 +92,7 @@ def check_root_fits(risk: EmpiricalRisk, loss: OutputLoss, what: str) -> None:
     Raises:
         MemoryError: As :func:`check_blocks_fit`.
     """
-    first = risk.outputs[0]
+    first = risk.example[0]
     coupled = loss.channels(first).shape[1] > 1
     copies = _SQRT_COPIES if coupled else 1
     widths = (first,) if risk.layout.is_uniform else risk.outputs
@@ -138,6 +139,11 @@ class OutputOperator(TorchLinearOperator):
         N = risk.num_samples
         shape = risk.layout.among(N), width.among(N)
         super().__init__(shape, risk.dtype, risk.device)
+
+    @property
+    def ranks(self) -> Ranks:
+        """Those of the risk."""
+        return self.risk.ranks
 
     @abstractmethod
     def apply_batch(self, batch: int, X: Tensor) -> Tensor:
@@ -296,9 +302,10 @@ class LossHessian(OutputOperator):
         **options: Any,
     ) -> None:
         risk = as_risk(risk, loss, data, params, **options)
-        check_curvature(risk.loss, risk.outputs[0], risk.targets()[0])
-        for output, target in zip(risk.outputs, risk.targets(), strict=True):
-            certify_curvature(risk.loss, output, target)
+        with risk.ranks.together("LossHessian"):
+            check_curvature(risk.loss, *risk.example)
+            for output, target in zip(risk.outputs, risk.targets(), strict=True):
+                certify_curvature(risk.loss, output, target)
         self.loss = risk.loss
         self._multipliers: dict[int, Multiplier] = {}
         super().__init__(risk, risk.layout)
@@ -486,13 +493,19 @@ class LossHessianSqrt(FactoredOutputOperator):
         if mc_samples:
             super().__init__(risk, mc_samples)
         else:
-            some = risk.outputs[:1] if risk.layout.is_uniform else risk.outputs
+            some = risk.example[:1] if risk.layout.is_uniform else risk.outputs
             each = [loss.sqrt_width(f) * loss.channels(f).shape[2] for f in some]
             super().__init__(risk, of_widths(risk, each))
         # A draw is kept whatever it takes: a second one would be another matrix.
         if mc_samples:
-            draws = Draws.seeded_by(generator)
-            start = 0
+            with risk.ranks.together("generator"):
+                draws = Draws.seeded_by(generator)  # one number on each rank
+            self._draw(risk.ranks.sent(draws), mc_samples)
+
+    def _draw(self, draws: Draws, mc_samples: int) -> None:
+        """Draw for this rank's samples."""
+        risk, loss, start = self.risk, self.hessian.loss, self.risk.ranks.first
+        with risk.ranks.together("mc_samples"):
             for batch, (output, target) in enumerate(
                 zip(risk.outputs, risk.targets(), strict=True)
             ):
@@ -503,6 +516,14 @@ class LossHessianSqrt(FactoredOutputOperator):
                 drawn = checked_sample(loss, output, target, mc_samples, mine)
                 self._blocks[batch] = risk.scale**0.5 * drawn
                 start += len(output)
+
+    def draw(self) -> Tensor:
+        """What was drawn, ``[N·C, M]``."""
+        return self.risk.ranks.listed(self._own_draw)
+
+    def _own_draw(self) -> Tensor:
+        batches = range(len(self.risk.batch_sizes))
+        return torch.cat([self.blocks(b).flatten(0, 1).squeeze(-1) for b in batches])
 
     @classmethod
     def of_draw(cls, hessian: LossHessian, draw: Tensor) -> LossHessianSqrt:
@@ -518,14 +539,11 @@ class LossHessianSqrt(FactoredOutputOperator):
         node.hessian, node.mc_samples = hessian, draw.shape[1]
         node.determined = False
         layout = hessian.risk.layout
-        for batch, rows in enumerate(draw.split(layout.sizes)):
+        own = hessian.risk.ranks.mine(draw, layout.width)
+        for batch, rows in enumerate(own.split(layout.sizes)):
             blocks = rows.unflatten(0, (layout.samples[batch], -1)).unsqueeze(-1)
             node._blocks[batch] = blocks
         return node
-
-    def drawn(self, batch: int) -> Tensor:
-        """Return what was drawn for one batch, ``[n·C, M]``."""
-        return self.blocks(batch).flatten(0, 1).squeeze(-1)
 
     def _form(self, batch: int) -> Tensor:
         risk = self.risk
@@ -545,7 +563,7 @@ class LossHessianSqrt(FactoredOutputOperator):
     @property
     def block_entries(self) -> int:
         """Where it is exact, positions are not coupled."""
-        positions = self.hessian.loss.channels(self.risk.outputs[0]).shape[2]
+        positions = self.hessian.loss.channels(self.risk.example[0]).shape[2]
         return super().block_entries // (1 if self.mc_samples else positions)
 
     def blocks_fit(self) -> bool:
@@ -560,11 +578,12 @@ class LossHessianSqrt(FactoredOutputOperator):
 
     def check(self) -> LossHessianSqrt:
         """Raise now what would be raised when the blocks are formed; returns itself."""
-        if not self.mc_samples:
-            self._check_fits()
-        if not self.certain:
-            for batch in range(len(self.risk.batch_sizes)):
-                self.blocks(batch)
+        with self.risk.ranks.together("root of the loss Hessian"):
+            if not self.mc_samples:
+                self._check_fits()
+            if not self.certain:
+                for batch in range(len(self.risk.batch_sizes)):
+                    self.blocks(batch)
         return self
 
     @property
@@ -579,11 +598,14 @@ class LossHessianSqrt(FactoredOutputOperator):
         if self.certain:
             return True
         risk, loss = self.risk, self.hessian.loss
-        own = self.blocks_fit() and all(
-            negative_sample(loss.hessian_eigenpairs(output, target)[0]) is None
-            for output, target in zip(risk.outputs, risk.targets(), strict=True)
-        )
-        return all(risk.ranks.gathered(own))
+        with risk.ranks.together("root of the loss Hessian") as ballot:
+            own = self.blocks_fit() and all(
+                negative_sample(loss.hessian_eigenpairs(output, target)[0]) is None
+                for output, target in zip(risk.outputs, risk.targets(), strict=True)
+            )
+            ballot.flag = not own
+            exists = own
+        return exists and not ballot.flag
 
     def coordinates(self, gradient: LossGradient) -> Tensor | None:
         """Return c with ∇ℓ_n = S_n c_n for all samples, ``[N, R]``, or None.
@@ -594,7 +616,15 @@ class LossHessianSqrt(FactoredOutputOperator):
         """
         if not self.layout.is_uniform:
             return None
-        parts = []
+        ranks = self.risk.ranks
+        with ranks.together("coordinates") as ballot:
+            own = self._own_coordinates(gradient)
+            ballot.flag = own is None
+        return None if own is None or ballot.flag else ranks.listed(lambda: own)
+
+    def _own_coordinates(self, gradient: LossGradient) -> Tensor | None:
+        """Those of this rank's samples."""
+        parts = [self.risk.example[0].new_zeros(0, self.width)]
         for batch in range(len(self.risk.batch_sizes)):
             S, g = self.dense_batch(batch), gradient.dense_batch(batch)
             # Columns may differ by many orders of magnitude: solve in unit columns.

@@ -206,7 +206,7 @@ def backpack_results(
 
     Raises:
         TypeError: If ``extension`` is none.
-        ValueError: If BackPACK cannot do the model.
+        ValueError: If BackPACK cannot do the model, or the risk is over processes.
     """
     with extra("backpack"):
         from backpack import backpack, extend
@@ -218,6 +218,12 @@ def backpack_results(
             f"backpack.extensions.KFRA(), got {extension!r}."
         )
     what = type(extension).__name__
+    if risk.ranks.is_many:
+        raise ValueError(
+            f"process_group: BackPACK's {what} is a recursion over the samples of one "
+            "process. Build it from a risk without process_group=; the Hessian's "
+            "diagonal has route='products', KFAC and EKFAC run over processes."
+        )
     module, loss = _module_and_loss(risk, what)
     _check_layers(module, what)
     X, y = _one_batch(risk, what)

@@ -24,6 +24,7 @@ from vivit_linop.linalg.decompositions import (
     gram_rounding_error,
 )
 from vivit_linop.linalg.krylov import watched
+from vivit_linop.linalg.leading import led
 from vivit_linop.net.costs import layer_costs
 from vivit_linop.net.pieces import memory_budget
 from vivit_linop.operators.base import TorchLinearOperator
@@ -106,7 +107,11 @@ def cost_of_stack(factor: HStack) -> plan.FactorCost:
 
 
 def choose_route(op: LowRank, k: int) -> plan.Choice:
-    """Choose the way to the k largest pairs of c V Vᵀ."""
+    """Choose the way to the k largest pairs of c V Vᵀ, the same on all ranks."""
+    return op.ranks.led(_cheapest, op, k)
+
+
+def _cheapest(op: LowRank, k: int) -> plan.Choice:
     return plan.choose(
         op.factor.shape,
         k,
@@ -163,7 +168,7 @@ def by_arpack(op: LowRank, k: int, route: str) -> Eigenpairs:
     bar = watched(target, k, plan.arpack_products(k))
     with bar if shown else contextlib.nullcontext(target) as multiplied:
         v0 = start.astype(target.dtype)
-        evals, evecs = eigsh(multiplied, k=k, which="LA", v0=v0)
+        evals, evecs = led(lambda A: eigsh(A, k=k, which="LA", v0=v0), multiplied)
     order = np.argsort(evals)
     values = torch.from_numpy(evals[order]).to(op.device)
     vectors = torch.from_numpy(np.ascontiguousarray(evecs[:, order])).to(op.device)
@@ -233,8 +238,8 @@ def explain_low_rank(op: LowRank, k: int | None = None) -> plan.Choice:
     choice = choose_route(op, k)
     print(choice)
     if isinstance(factor := op.factor, Pullback):
-        costs = layer_costs(factor.risk, factor.width)
-        stored = factor.stored is not None or factor.columns_pay()
+        costs = factor.ranks.led(layer_costs, factor.risk, factor.width)
+        stored = factor.stored is not None or plan.columns_pay(costs, factor.width)
         print(plan.explained_products(costs, stored))
     return choice
 

@@ -24,6 +24,7 @@ from vivit_linop.linalg.estimates import (
     estimate_trace,
 )
 from vivit_linop.linalg.iterative import IterativeInverse
+from vivit_linop.linalg.leading import led
 from vivit_linop.operators.eigenpairs import Eigendecomposition, Eigenpairs
 from vivit_linop.operators.verbs import (
     column_norms_squared,
@@ -58,6 +59,7 @@ __all__ = [
     "estimate_diagonal",
     "estimate_trace",
     "inv",
+    "led",
     "logdet",
     "pinv",
     "restrict",

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
 
-from vivit_linop.operators import verbs
 from vivit_linop.operators.base import TorchLinearOperator
 from vivit_linop.operators.eigenpairs import Eigendecomposition, Eigenpairs
-from vivit_linop.operators.lowrank import LowRank
+from vivit_linop.operators.lowrank import Gram, LowRank
 from vivit_linop.operators.scalars import Scalar
 from vivit_linop.operators.symmetric import largest_eigenpairs, symmetric_eigenpairs
 
@@ -75,8 +74,8 @@ class GramEigenpairs(Eigenpairs):
     def components(self, factor: TorchLinearOperator) -> Tensor:
         """Return ``factor.T @ E`` through the (cross-)Gram matrix."""
         if factor is self.operator.factor:
-            return self.operator.gram.matrix @ self.coefficients
-        return verbs.gram_matrix(factor, self.operator.factor) @ self.coefficients
+            return self.operator.gram.times(self.coefficients)
+        return Gram(factor, self.operator.factor).times(self.coefficients)
 
 
 class DenseDecomposition(Eigendecomposition):
@@ -123,7 +122,7 @@ class LowRankDecomposition(DenseDecomposition):
 
     @cached_property
     def _eigh(self) -> tuple[Tensor, Tensor]:
-        evals, evecs = symmetric_eigenpairs(self._operator.small_side)
+        evals, evecs = self._operator.decomposed(symmetric_eigenpairs)
         # The larger side, where that is wanted, has more zeros.
         return evals[-self.count :], evecs[:, -self.count :]
 
@@ -138,7 +137,9 @@ class LowRankDecomposition(DenseDecomposition):
     def largest(self, k: int) -> Eigenpairs:
         """The k largest pairs, without the other vectors where k is small."""
         if self._operator.by_gram and k <= FEW * self.count:
-            evals, gram_evecs = largest_eigenpairs(self._operator.small_side, k)
+            evals, gram_evecs = self._operator.decomposed(
+                partial(largest_eigenpairs, k=k)
+            )
             if evals[0] > gram_rounding_error(evals, self.count):
                 return GramEigenpairs(evals, self._operator, gram_evecs)
         return self.pairs(self.choose(k, None, None))

@@ -117,7 +117,7 @@ def eigenvalues_of_low_rank(op: LowRank) -> Tensor:
     if op.by_gram:
         evals = op.scale * op.gram.eigenvalues
     else:
-        evals = symmetric_eigenvalues(op.small_side)
+        evals = op.decomposed(symmetric_eigenvalues)
     return evals[-min(op.factor.shape) :]
 
 

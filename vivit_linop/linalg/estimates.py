@@ -122,5 +122,6 @@ def _signed_products(
     generator = None if seed is None else torch.Generator("cpu").manual_seed(seed)
     shape = op.shape[0], num_products
     signs = 2.0 * torch.randint(2, shape, generator=generator, device="cpu") - 1.0
+    signs = op.ranks.sent(signs)
     for part in signs.to(op.device, op.torch_dtype).split(_CHUNK, dim=1):
         yield part, op.apply(part)

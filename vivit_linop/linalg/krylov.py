@@ -41,6 +41,9 @@ class Counted(TorchLinearOperator):
         self.self_adjoint = op.self_adjoint
         self._op, self._bar = op, bar
 
+    def _made_of(self) -> tuple[TorchLinearOperator]:
+        return (self._op,)
+
     def _multiply(self, X: Tensor) -> Tensor:
         self._count(X)
         return self._op.apply(X)

@@ -182,6 +182,7 @@ def samples_of_operator(
         dtype=torch.float64,
         device="cpu" if generator is None else generator.device,
     )
+    noise = op.ranks.sent(noise)
     return root.apply(noise.to(op.device, op.torch_dtype))
 
 
@@ -206,7 +207,7 @@ def damped_root_of_low_rank(op: LowRank, damping: Scalar) -> Op:
     """Symmetric; through the eigenpairs of the smaller side."""
     if op.by_gram:
         return DampedRoot(op, damping)
-    evals, evecs = symmetric_eigenpairs(op.small_side)
+    evals, evecs = op.decomposed(symmetric_eigenpairs)
     root = (evecs * _roots(evals + damping)) @ evecs.T
     return Dense((root + root.T) / 2)
 

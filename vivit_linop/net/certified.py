@@ -393,6 +393,23 @@ def find_structure(risk: EmpiricalRisk, alone: bool = False) -> Structure:
     )
 
 
+def share_structure(risk: EmpiricalRisk) -> None:
+    """Let all ranks start from one structure, and know what any has learnt of the net.
+
+    A rank without samples finds none itself.
+    """
+    ranks = risk.ranks
+    if not ranks.is_many:
+        return
+    first = ranks.led(find_structure, risk)
+    key = "structure", False
+    own: Structure | None = risk.kept.everywhere.setdefault(key, first)
+    assert own is not None
+    for opaque, singly in ranks.gathered((own.opaque, own.singly)):
+        own.opaque |= opaque
+        own.singly |= singly
+
+
 def _find_structure(risk: EmpiricalRisk, count: int) -> Structure:
     X, _ = next(risk.batches())
     with as_guest(risk.device):

@@ -30,6 +30,7 @@ from vivit_linop.net.certified import CertifiedColumns, find_structure
 from vivit_linop.net.columns.base import LayerColumns
 from vivit_linop.net.columns.joins import merged
 from vivit_linop.net.columns.weighted import weighted
+from vivit_linop.ranks.alone import Ranks
 from vivit_linop.risk.containers import copied
 from vivit_linop.risk.empirical import EmpiricalRisk
 from vivit_linop.risk.memory import explained, free_memory
@@ -87,12 +88,14 @@ class Piece:
         samples: Of which samples.
         columns: By parameter; a parameter that is missing has zero columns.
         sizes: The numbers of entries of all parameters, in the order of V's rows.
+        number: Which part of this process's samples it is of.
     """
 
     place: slice
     samples: slice
     columns: Mapping[str, LayerColumns]
     sizes: Mapping[str, int]
+    number: int = 0
 
     @cached_property
     def groups(self) -> list[list[str]]:
@@ -201,6 +204,7 @@ class StoredColumns:
 
     def __init__(self, pieces: Sequence[Piece]) -> None:
         self.pieces, self._sizes = list(pieces), pieces[0].sizes
+        self._first = self.pieces[0].place.start
         self.nbytes = sum(map(attrgetter("nbytes"), self.pieces))
 
     def multiply(self, X: Tensor) -> Tensor:
@@ -209,7 +213,8 @@ class StoredColumns:
         result = X.new_empty(len(rows), sum(self._sizes.values()))
         parts = split_rows(result, self._sizes)
         for index, piece in enumerate(self.pieces):
-            piece.combine(rows[:, piece.place], parts, add=index > 0)
+            place = piece.place.start - self._first, piece.place.stop - self._first
+            piece.combine(rows[:, slice(*place)], parts, add=index > 0)
         return result.T
 
     def multiply_adjoint(self, X: Tensor) -> Tensor:
@@ -246,6 +251,12 @@ class Total(ABC):
     @abstractmethod
     def add(self, left: Piece, right: Piece) -> None:
         """Add a pair of pieces; each single piece comes once, paired with itself."""
+
+    def finish(self, ranks: Ranks) -> None:
+        """Put together what processes have added, each of its own samples."""
+        raise NotImplementedError(
+            f"{type(self).__name__} is not summed over several processes."
+        )
 
 
 class Pass:
@@ -287,15 +298,27 @@ class Pass:
         Args:
             start: The sample to start from, the first of a piece.
         """
-        first = 0
+        ranks = self._risk.ranks
+        first, number = ranks.first, 0
         for batch, (X, _) in enumerate(self._risk.batches("columns")):
             n = self._risk.batch_sizes[batch]
-            if first + n > start:
+            # Pieces have the same numbers in all passes.
+            if first + n > start or ranks.is_many:
                 for index in self._cut(batch, X, n):
                     if first + int(index[0]) >= start:
                         with explained(self._do_not_fit, len(index)):
-                            yield from self._pieces(batch, X, index, n, first)
+                            for pieces in self._pieces(batch, X, index, n, first):
+                                for piece in pieces:
+                                    piece.number = number
+                                yield pieces
+                    number += 1
             first += n
+
+    @property
+    def samples(self) -> tuple[int, int]:
+        """The numbers of this process's first sample, and of the one after its last."""
+        first = self._risk.ranks.first
+        return first, first + sum(self._risk.batch_sizes)
 
     def only(self, factor: Cotangents) -> Pass:
         """Return the columns of one of the factors, in pieces of the same samples."""
@@ -316,7 +339,8 @@ class Pass:
                 budget, together = self._memory, []
             together.append(pieces)
             budget -= size
-        yield together
+        if together:
+            yield together
 
     def _do_not_fit(self, samples: int) -> str:
         device, free = self._risk.device, free_memory(self._risk.device)
@@ -346,6 +370,8 @@ class Pass:
             # One pass is not better than several that stay near the caches.
             near = _SIGNAL_BYTES // max(1, sizes.signal * itemsize)
             size = min(size, max(near, _FEW_SAMPLES))
+        if risk.ranks.size % 2 == 0:  # two ranks share the pairs of their pieces
+            size = min(size, math.ceil(n / 2))
         index = torch.arange(n, device="cpu")
         if size >= n or not self._runs_in_parts(batch, X, n):
             return [index]
@@ -373,7 +399,9 @@ class Pass:
         samples = slice(first + begin, first + begin + len(index))
         pieces = []
         for factor in self._factors:
-            place = factor.layout.place(batch, slice(begin, begin + len(index)))
+            own = factor.layout.place(batch, slice(begin, begin + len(index)))
+            before = self._risk.ranks.first * factor.width  # of other processes
+            place = slice(before + own.start, before + own.stop)
             cotangents = factor.cotangents(batch)
             cotangents = cotangents[index.to(cotangents.device)]
             takes = self.takes

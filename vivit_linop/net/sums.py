@@ -26,12 +26,16 @@ from vivit_linop.net.pieces import (
     num_columns,
     split_rows,
 )
+from vivit_linop.net.ring import cross_all, pair_all
+from vivit_linop.ranks.alone import Ranks
 from vivit_linop.risk.empirical import EmpiricalRisk
 from vivit_linop.risk.memory import free_memory
 
 
 class GramTotal(Total):
     """The matrix of (left columns)ᵀ (right columns) over some parameters.
+
+    Over several processes each has the rows of its own samples.
 
     Args:
         left: Jᵀ A, ``[D, R]``.
@@ -41,7 +45,7 @@ class GramTotal(Total):
             where left is right.
 
     Attributes:
-        matrix: ``[R, Q]``.
+        rows: Those of this process's samples; all in one process.
     """
 
     takes = "pairs"
@@ -56,21 +60,65 @@ class GramTotal(Total):
         self.names, self._symmetric = names, left is right
         self._weights = Weights(weights, self._symmetric)
         check_fits(left, right)
-        sides = num_columns(left), num_columns(right)
-        self.matrix = torch.zeros(
-            *sides, dtype=left.risk.dtype, device=left.risk.device
-        )
+        risk = left.risk
+        self._ranks = risk.ranks
+        self._first = risk.ranks.first * left.width
+        sides = left.layout.total, num_columns(right)
+        self.rows = torch.zeros(*sides, dtype=risk.dtype, device=risk.device)
+        # How many entries are known, and which blocks other processes need transposed.
+        self._known, self._others = 0, list[tuple[int, slice, slice]]()
+
+    @property
+    def matrix(self) -> Tensor:
+        """The matrix, ``[R, Q]``, on all processes."""
+        return self._ranks.listed(lambda: self.rows)
 
     def add(self, left: Piece, right: Piece) -> None:
         """Add the inner products, layer by layer."""
-        block = self.matrix[left.place, right.place]
+        place = self._own(left.place)
+        block = self.rows[place, right.place]
+        self._known += block.numel()
         left, right = self._weights.inside(left, right)
         for part, other in left.pairs(right, self.names):
             part.add_gram(block, other, self.memory)
         if self._symmetric and left is right:
             mirror(block)
         elif self._symmetric:
-            self.matrix[right.place, left.place] = block.T
+            self._mirror(place, right, block)
+
+    def _own(self, place: slice) -> slice:
+        """Where rows are among those of this process."""
+        return slice(place.start - self._first, place.stop - self._first)
+
+    def _mirror(self, rows: slice, right: Piece, block: Tensor) -> None:
+        """Fill in the transposed block, or remember to send it."""
+        owner = self._ranks.owner(right.samples.start)
+        if owner == self._ranks.rank:
+            across = slice(rows.start + self._first, rows.stop + self._first)
+            self.rows[self._own(right.place), across] = block.T
+            self._known += block.numel()
+        else:
+            self._others.append((owner, rows, right.place))
+
+    def finish(self, ranks: Ranks) -> None:
+        """Send transposed blocks to the ranks whose rows they are."""
+        for distance in range(1, ranks.size // 2 + 1):
+            peer = (ranks.rank + distance) % ranks.size
+            blocks = [
+                (place, rows.start + self._first, self.rows[rows, place].T)
+                for owner, rows, place in self._others
+                if owner == peer
+            ]
+            for place, start, block in ranks.swapped(blocks, distance):
+                across = slice(start, start + block.shape[1])
+                self.rows[self._own(place), across] = block
+                self._known += block.numel()
+        with ranks.together("Gram matrix"):
+            if self._known != self.rows.numel():
+                raise RuntimeError(
+                    f"Of {self.rows.numel()} entries of a Gram matrix on rank "
+                    f"{ranks.rank} {self._known} were computed. Please report this."
+                )
 
 
 class Weights:
@@ -180,6 +228,10 @@ class OuterTotal(Rows):
         super().add(left, right)
         self.matrix.addmm_(self.rows.T, self.rows)
 
+    def finish(self, ranks: Ranks) -> None:
+        """Add up."""
+        self.matrix = ranks.total(self.matrix)
+
 
 class AllColumns(Total):
     """All columns, kept.
@@ -248,6 +300,10 @@ class EntrySums(Total):
             if name in left.columns:
                 self._parts[name] += self._of(left.columns[name])
 
+    def finish(self, ranks: Ranks) -> None:
+        """Add up."""
+        self.entries = ranks.total(self.entries)
+
     def _of(self, columns: LayerColumns) -> Tensor:
         return columns.entry_sums()
 
@@ -273,19 +329,24 @@ class SampleRowNorms(Total):
 
     def __init__(self, factor: Cotangents) -> None:
         risk = factor.risk
-        self.names = list(risk.params)
-        self.norms = torch.zeros(
-            risk.num_samples, risk.num_params, dtype=risk.dtype, device=risk.device
-        )
+        self.names, self._first = list(risk.params), risk.ranks.first
+        shape = sum(risk.batch_sizes), risk.num_params
+        self.norms = torch.zeros(shape, dtype=risk.dtype, device=risk.device)
         parts = self.norms.split(risk.sizes, dim=1)
         self._parts = dict(zip(self.names, parts, strict=True))
 
     def add(self, left: Piece, right: Piece) -> None:
         """Add to the samples of a piece."""
+        place = own_samples(left, self._first)
         for name, part in self._parts.items():
             if name in left.columns:
                 squares = left.columns[name].sample_entry_squares(self.memory)
-                part[left.samples] += squares
+                part[place] += squares
+
+    def finish(self, ranks: Ranks) -> None:
+        """List by sample."""
+        own = self.norms
+        self.norms = ranks.listed(lambda: own)
 
 
 class SampleGrams(Total):
@@ -304,16 +365,32 @@ class SampleGrams(Total):
         self, left: Cotangents, right: Cotangents, weights: Tensor | None = None
     ) -> None:
         risk = left.risk
-        self.names = list(risk.params)
+        self.names, self._first = list(risk.params), risk.ranks.first
         self._weights = Weights(weights, left is right)
-        shape = risk.num_samples, left.width, right.width
+        shape = sum(risk.batch_sizes), left.width, right.width
         self.matrices = torch.zeros(shape, dtype=risk.dtype, device=risk.device)
 
     def add(self, left: Piece, right: Piece) -> None:
         """Fill in the samples of a piece, layer by layer."""
+        place = own_samples(left, self._first)
         left, right = self._weights.inside(left, right)
         for part, other in left.pairs(right, self.names):
-            self.matrices[left.samples] += sample_grams(part, other, self.memory)
+            self.matrices[place] += sample_grams(part, other, self.memory)
+
+    def finish(self, ranks: Ranks) -> None:
+        """List by sample."""
+        own = self.matrices
+        self.matrices = ranks.listed(lambda: own)
+
+
+def own_samples(piece: Piece, first: int) -> slice:
+    """Return where the samples of a piece are among those of this process.
+
+    Args:
+        piece: The piece.
+        first: The number of this process's first sample.
+    """
+    return slice(piece.samples.start - first, piece.samples.stop - first)
 
 
 class ColumnNorms(Total):
@@ -332,8 +409,9 @@ class ColumnNorms(Total):
         self._groups = groups
         # Else a piece would have to say which column of a sample it has.
         self.takes = "stream" if factor.width == 1 else "columns"
+        self._first = factor.risk.ranks.first * factor.width
         self.norms = torch.zeros(
-            num_columns(factor),
+            factor.layout.total,
             len(groups),
             dtype=factor.risk.dtype,
             device=factor.risk.device,
@@ -341,11 +419,17 @@ class ColumnNorms(Total):
 
     def add(self, left: Piece, right: Piece) -> None:
         """Fill in the columns of a piece."""
+        place = slice(left.place.start - self._first, left.place.stop - self._first)
         for number, group in enumerate(self._groups):
             for name in group:
                 if name in left.columns:
                     squared = left.columns[name].squared_norms(self.memory)
-                    self.norms[left.place, number] += squared
+                    self.norms[place, number] += squared
+
+    def finish(self, ranks: Ranks) -> None:
+        """List by sample."""
+        own = self.norms
+        self.norms = ranks.listed(lambda: own)
 
 
 def accumulate(
@@ -359,8 +443,17 @@ def accumulate(
         stored: The columns, if they are there already.
 
     Returns:
-        All columns, if they have been in memory together.
+        All columns (of this process's samples), if they have been in memory together.
     """
+    if factor.risk.ranks.is_many:
+        return _accumulate_over_ranks(factor, totals)
+    return accumulate_own(factor, totals, stored)
+
+
+def accumulate_own(
+    factor: Cotangents, totals: Sequence[Total], stored: StoredColumns | None = None
+) -> StoredColumns | None:
+    """Likewise over the columns of this process's samples only."""
     columns = Pass([factor], totals)
     stored = None if columns.takes == "factors" else stored
     with as_guest(factor.risk.device):
@@ -370,6 +463,35 @@ def accumulate(
                     total.add(piece, piece)
             return None
         return _accumulate_pairs(columns, factor, totals, stored)
+
+
+def _accumulate_over_ranks(
+    factor: Cotangents, totals: Sequence[Total]
+) -> StoredColumns | None:
+    """Each process adds up its own samples; pairs go round."""
+    ranks, columns = factor.risk.ranks, Pass([factor], totals)
+    paired = [total for total in totals if total.takes == "pairs"]
+
+    def single(piece: Piece, same: Piece) -> None:
+        for total in totals:
+            total.add(piece, same)
+
+    def pair(left: Piece, right: Piece) -> None:
+        for total in paired:
+            total.add(left, right)
+
+    held: list[Piece] = []
+    with as_guest(factor.risk.device):
+        if paired:
+            held = pair_all(columns, ranks, single, pair)
+        else:
+            with ranks.together("sums over columns"):
+                for piece in _single(columns):
+                    single(piece, piece)
+    for total in totals:
+        total.finish(ranks)
+    whole = held and columns.names == set(factor.risk.params)
+    return StoredColumns(held) if whole else None
 
 
 def _accumulate_pairs(
@@ -411,6 +533,12 @@ def formed_pieces(
         factor: V.
         stored: The columns, if they are there already.
     """
+    return factor.risk.ranks.in_turn(_own_formed_pieces(factor, stored))
+
+
+def _own_formed_pieces(
+    factor: Cotangents, stored: StoredColumns | None
+) -> Iterator[tuple[slice, Tensor]]:
     whole = Rows(factor)
     made = iter(stored.pieces) if stored else _single(Pass([factor], [whole]))
     while True:
@@ -428,12 +556,37 @@ def _single(columns: Pass) -> Iterator[Piece]:
         yield piece
 
 
+def own_gram_rows(left: Cotangents, right: Cotangents) -> Tensor:
+    """Return (left columns)ᵀ (right columns) over processes, this one's rows."""
+    return _gram_total(left, right, None).rows
+
+
+def _gram_total(
+    left: Cotangents, right: Cotangents, weights: Tensor | None
+) -> GramTotal:
+    """Return the Gram matrix, empty in one process, filled over several."""
+    _check_same_parameters(left.risk, right.risk)
+    ranks, names = left.risk.ranks, list(left.risk.params)
+    with ranks.together("Gram matrix"):
+        total = GramTotal(left, right, names, weights)
+    if not ranks.is_many:
+        return total
+    if left is right:
+        _accumulate_over_ranks(left, [total])
+        return total
+    with as_guest(left.risk.device):
+        cross_all(Pass([left], [total]), Pass([right], [total]), ranks, total.add)
+    total.finish(ranks)
+    return total
+
+
 def cross_gram(
     left: Cotangents, right: Cotangents, weights: Tensor | None = None
 ) -> Tensor:
     """Return (left columns)ᵀ diag(w) (right columns) of two factors, ``[R, Q]``."""
-    _check_same_parameters(left.risk, right.risk)
-    total = GramTotal(left, right, list(left.risk.params), weights)
+    total = _gram_total(left, right, weights)
+    if left.risk.ranks.is_many:
+        return total.matrix
     with as_guest(left.risk.device):
         if left.risk is right.risk:
             _add_of_one_risk(total, left, right)
@@ -473,10 +626,12 @@ def cross_sample_grams(
         right: Jᵀ B of the same risk.
         weights: w, ``[D]``, between the columns, or None.
     """
-    total = SampleGrams(left, right, weights)
-    with as_guest(left.risk.device):
+    ranks = left.risk.ranks
+    with ranks.together("Gram matrices of samples"), as_guest(left.risk.device):
+        total = SampleGrams(left, right, weights)
         for a, b in Pass([left, right], [total]).pieces():
             total.add(a, b)
+    total.finish(ranks)
     return total.matrices
 
 
@@ -488,6 +643,11 @@ def _inside(place: slice, held: Sequence[Sequence[Piece]]) -> bool:
 def _check_same_parameters(left: EmpiricalRisk, right: EmpiricalRisk) -> None:
     if left is right:
         return
+    if left.ranks.size != right.ranks.size:
+        raise ValueError(
+            "Factors of two risks have a cross-Gram matrix if both are over the same "
+            "processes: give both risks process_group=, or none."
+        )
     shapes = [{n: tuple(p.shape) for n, p in r.params.items()} for r in (left, right)]
     if list(shapes[0].items()) != list(shapes[1].items()):
         raise ValueError(

@@ -34,6 +34,7 @@ from vivit_linop.operators.scalars import (
     as_scalar,
     is_scalar,
 )
+from vivit_linop.ranks.alone import ALONE, Ranks
 
 NUMPY_DTYPES = {torch.float32: np.dtype("float32"), torch.float64: np.dtype("float64")}
 """The numpy names of the dtypes that an operator can have."""
@@ -120,6 +121,12 @@ class TorchLinearOperator(LinearOperator):
         self._own_dtype = dtype
         self._own_device = None if device is None else _numbered(device)
         super().__init__(NUMPY_DTYPES[dtype or torch.float64], shape)
+
+    @property
+    def ranks(self) -> Ranks:
+        """The processes that have parts of it: one, unless samples are spread."""
+        parts = [p for p in self._made_of() if isinstance(p, TorchLinearOperator)]
+        return next((p.ranks for p in parts if p.ranks.is_many), ALONE)
 
     # What a node defines -------------------------------------------------------
 

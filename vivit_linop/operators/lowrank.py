@@ -8,10 +8,10 @@ the damped inverse (Woodbury's identity).
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -24,16 +24,21 @@ from vivit_linop.operators.base import (
 )
 from vivit_linop.operators.scalars import Scalar, without_gradient
 from vivit_linop.operators.symmetric import symmetric_eigenpairs, symmetric_eigenvalues
+from vivit_linop.ranks.rows import RankRows
+
+Result = TypeVar("Result")
 
 
 @dataclass
 class KeptMatrix:
     """A symmetric matrix that is computed once, and its eigenvalues.
 
-    It knows nothing of what it is computed from.
+    It knows nothing of what it is computed from. Over several processes each has some
+    of its rows.
     """
 
     matrix: Tensor | None = None
+    rows: RankRows | None = None
     eigenvalues: Tensor | None = None
 
 
@@ -74,14 +79,46 @@ class Gram(TorchLinearOperator):
     @property
     def known(self) -> bool:
         """Whether the matrix has been computed."""
-        return self.kept.matrix is not None
+        return self.kept.matrix is not None or self.kept.rows is not None
 
     @property
     def matrix(self) -> Tensor:
         """The matrix, ``[R, Q]``, computed once."""
         if self.kept.matrix is None:
+            if (rows := self.rows) is not None:
+                return rows.whole()
             self.kept.matrix = verbs.gram_matrix(self.left, self.right)
         return self.kept.matrix
+
+    @property
+    def rows(self) -> RankRows | None:
+        """The matrix in rows over several processes, computed once; None in one."""
+        if self.kept.rows is None and self.kept.matrix is None and self.ranks.is_many:
+            self.kept.rows = verbs.gram_rows(self.left, self.right)
+        return self.kept.rows
+
+    def keep(self, matrix: Tensor) -> None:
+        """Take the matrix as known, of which all processes have been given all."""
+        if not self.ranks.is_many:
+            self.kept.matrix = matrix
+            return
+        width = self.shape[0] // self.ranks.samples
+        own = self.ranks.mine(matrix, width).clone()
+        self.kept.rows = RankRows(self.ranks, own, width)
+
+    def times(self, X: Tensor) -> Tensor:
+        """Multiply by the matrix, which is computed if it is not known."""
+        rows = self.rows
+        return self.matrix @ X if rows is None else rows.multiply(X)
+
+    def decomposed(self, function: Callable[[Tensor], Result]) -> Result:
+        """Return a function of the matrix, computed where it is as a whole.
+
+        Its bits do not decide everything: eigenvectors are not unique.
+        """
+        rows = self.rows
+        matrix = self.matrix if rows is None else rows.on_leader()
+        return self.ranks.led(function, matrix)
 
     @property
     def eigenvalues(self) -> Tensor:
@@ -91,7 +128,7 @@ class Gram(TorchLinearOperator):
         """
         kept = self.kept.eigenvalues
         if kept is None:
-            kept = symmetric_eigenvalues(self.matrix)
+            kept = self.decomposed(symmetric_eigenvalues)
             if not kept.requires_grad:
                 self.kept.eigenvalues = kept
         return kept.clone()
@@ -101,12 +138,13 @@ class Gram(TorchLinearOperator):
 
     def _multiply(self, X: Tensor) -> Tensor:
         if self.known:
-            return self.matrix @ X
+            return self.times(X)
         return self.left.T.apply(self.right.apply(X))
 
     def _multiply_adjoint(self, X: Tensor) -> Tensor:
         if self.known:
-            return self.matrix.T @ X
+            rows = self.rows
+            return self.matrix.T @ X if rows is None else rows.multiply_adjoint(X)
         return self.right.T.apply(self.left.apply(X))
 
 
@@ -196,6 +234,12 @@ class LowRank(TorchLinearOperator):
             return self.scale * self.gram.matrix
         return verbs.to_dense(self)
 
+    def decomposed(self, function: Callable[[Tensor], Result]) -> Result:
+        """Return a function of the smaller side, computed where that is as a whole."""
+        if self.by_gram and self.ranks.is_many:
+            return self.gram.decomposed(lambda K: function(self.scale * K))
+        return self.ranks.led(function, self.small_side)
+
     def rescaled(self, scale: float) -> LowRank:
         """Return the node for another c; what is known of the factor is kept."""
         node = copy.copy(self)
@@ -277,13 +321,18 @@ class DampedRoot(TorchLinearOperator):
             )
         self.operator, self.inverse = _without_gradient(operator, "sqrt"), inverse
         self.damping = damping
-        evals, evecs = symmetric_eigenpairs(operator.gram.matrix.double())
+        evals, evecs = operator.gram.decomposed(
+            lambda K: symmetric_eigenpairs(K.double())
+        )
         roots = (operator.scale * evals.clamp(min=0.0) + damping).sqrt()
         quotients = operator.scale / (roots + damping**0.5)
         if inverse:
             quotients /= -(roots * damping**0.5)
         self._middle = ((evecs * quotients) @ evecs.T).to(operator.torch_dtype)
         super().__init__(operator.shape, operator._own_dtype, operator._own_device)
+
+    def _made_of(self) -> tuple[TorchLinearOperator]:
+        return (self.operator,)
 
     @property
     def shift(self) -> float:
@@ -326,12 +375,9 @@ class Woodbury(TorchLinearOperator):
                 f"damping > 0, got {damping}."
             )
         self.operator, self.damping = _without_gradient(operator, "inv"), damping
-        # The factorisation is small: float64 keeps it safe for small dampings.
-        matrix = operator.small_side.to(torch.float64, copy=True)
-        self.norm = norm = torch.linalg.matrix_norm(operator.small_side).item()
-        matrix.diagonal().add_(damping)
-        self._cholesky, info = torch.linalg.cholesky_ex(matrix)
-        if info.any():
+        self.norm, singular = operator.decomposed(self._factorise)
+        norm = self.norm
+        if singular:
             raise ValueError(
                 f"damping: {damping:.3g} is below the rounding error of an operator "
                 f"with norm {norm:.3g} in {operator.torch_dtype}. Use a "
@@ -340,6 +386,17 @@ class Woodbury(TorchLinearOperator):
         super().__init__(operator.shape, operator._own_dtype, operator._own_device)
         # K is known up to rounding errors, which 1/δ enlarges.
         self._refines = norm / damping > torch.finfo(self.torch_dtype).eps ** -0.125
+
+    def _made_of(self) -> tuple[TorchLinearOperator]:
+        return (self.operator,)
+
+    def _factorise(self, small_side: Tensor) -> tuple[float, bool]:
+        """Keep the Cholesky factor; returns the norm, and whether there is none."""
+        # The factorisation is small: float64 keeps it safe for small dampings.
+        matrix = small_side.to(torch.float64, copy=True)
+        matrix.diagonal().add_(self.damping)
+        self._cholesky, info = torch.linalg.cholesky_ex(matrix)
+        return torch.linalg.matrix_norm(small_side).item(), bool(info.any())
 
     def explain(self) -> Any:
         """Print which side is factorised, what it costs and why.
@@ -351,6 +408,9 @@ class Woodbury(TorchLinearOperator):
 
     def solve_small(self, X: Tensor) -> Tensor:
         """(δ I + c K)⁻¹ times columns of the smaller side, ``[R, K]``."""
+        return self.operator.ranks.led(self._solve_here, X)
+
+    def _solve_here(self, X: Tensor) -> Tensor:
         solution = torch.cholesky_solve(X.to(torch.float64), self._cholesky)
         return solution.to(X.dtype)
 
@@ -359,16 +419,20 @@ class Woodbury(TorchLinearOperator):
 
         (δ I + c K)⁻¹ = L⁻ᵀ L⁻¹, so that squares of rows of V L⁻ᵀ are diagonals.
         """
-        rows = len(self._cholesky)
+        inner = self.operator
+        rows = inner.factor.shape[1] if inner.by_gram else inner.shape[0]
         for start in range(0, rows, count):
-            # Of an upper triangular matrix, what is below the diagonal is zero.
             stop = min(start + count, rows)
-            unit = self._cholesky.new_zeros(stop, stop - start)
-            unit[start:].fill_diagonal_(1.0)
-            upper = self._cholesky[:stop, :stop].T
-            columns = self._cholesky.new_zeros(rows, stop - start)
-            columns[:stop] = torch.linalg.solve_triangular(upper, unit, upper=True)
-            yield columns.to(self.torch_dtype)
+            yield inner.ranks.led(self._root_columns_here, start, stop)
+
+    def _root_columns_here(self, start: int, stop: int) -> Tensor:
+        # Of an upper triangular matrix, what is below the diagonal is zero.
+        unit = self._cholesky.new_zeros(stop, stop - start)
+        unit[start:].fill_diagonal_(1.0)
+        upper = self._cholesky[:stop, :stop].T
+        columns = self._cholesky.new_zeros(len(self._cholesky), stop - start)
+        columns[:stop] = torch.linalg.solve_triangular(upper, unit, upper=True)
+        return columns.to(self.torch_dtype)
 
     def _multiply(self, X: Tensor) -> Tensor:
         if not self.operator.by_gram:

@@ -40,6 +40,7 @@ from torch import Tensor
 
 from vivit_linop.operators.eigenpairs import Eigendecomposition, Eigenpairs
 from vivit_linop.operators.scalars import Scalar
+from vivit_linop.ranks.rows import RankRows
 
 Operator: TypeAlias = LinearOperator
 """A ``TorchLinearOperator``, by the name of the class that it extends."""
@@ -232,6 +233,16 @@ def gram_matrix(left: Any, right: Any) -> Tensor:
     the others on. Without a rule, Q products with ``left.T``.
     """
     raise _no_rule("gram_matrix", left)
+
+
+@singledispatch
+def gram_rows(left: Any, right: Any) -> RankRows | None:
+    """Return ``left.T @ right`` in rows over processes, or None for the whole matrix.
+
+    For factors of risks over the processes of a group: each gets the rows of its own
+    samples, and none has to hold all.
+    """
+    return None
 
 
 @singledispatch

@@ -9,10 +9,11 @@ rank. An operator says which of the two, and computes the part of its own sample
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 
 Result = TypeVar("Result")
@@ -36,9 +37,23 @@ class Ranks:
         size: How many processes there are.
         rank: Which one this is.
         first: The number of its first sample.
+        counts: How many samples each has, where there are several.
     """
 
     size, rank, first = 1, 0, 0
+    counts: Sequence[int] = ()
+
+    def __str__(self) -> str:
+        """What a risk says of it: nothing."""
+        return ""
+
+    def on(self, device: torch.device) -> Ranks:
+        """Return the same ranks, exchanging tensors on a device."""
+        return self
+
+    def counted(self, counts: Sequence[int]) -> Ranks:
+        """Return the same ranks for a risk of whose samples each has so many."""
+        return self
 
     # Called in C: of a product in one process a profile shows no trace of ranks.
 
@@ -61,6 +76,23 @@ class Ranks:
         """
         return compute(*inputs)
 
+    def sent(self, item: Any) -> Any:
+        """Return on all ranks what the leader has."""
+        return item
+
+    def to_leader(self, rows: Tensor, width: int) -> Tensor | None:
+        """Return the rows of all samples on the leader, None on other ranks."""
+        return rows
+
+    def in_turn(self, items: Iterator[Result]) -> Iterator[Result]:
+        """Yield what each rank yields, one rank after the other."""
+        return items
+
+    @property
+    def leads(self) -> bool:
+        """Whether it is this rank that leads."""
+        return True
+
     def mine(self, X: Tensor, width: int) -> Tensor:
         """Return this rank's rows of a matrix with ``width`` rows for each sample."""
         return X
@@ -68,6 +100,32 @@ class Ranks:
     def total(self, part: Tensor) -> Tensor:
         """Add up what ranks have in place of it."""
         return part
+
+    @property
+    def samples(self) -> int:
+        """How many samples all ranks have."""
+        return sum(self.counts)
+
+    def owner(self, sample: int) -> int:
+        """Which rank has a sample."""
+        return 0
+
+    def shifted(
+        self, items: Iterator[Result], distance: int, use: Callable[[Result], None]
+    ) -> None:
+        """Use what another rank iterates over, while the one before gets one's own.
+
+        Args:
+            items: Objects with tensors in them.
+            distance: Takes those of this rank + distance, modulo their number.
+            use: What to do with each.
+        """
+        for item in items:
+            use(item)
+
+    def swapped(self, item: Result, distance: int) -> Result:
+        """Send an object to this rank + distance, and return what is sent to this."""
+        return item
 
     def gathered(self, item: Result) -> Sequence[Result]:
         """Return what each rank gives, in their order."""

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from vivit_linop.modes import as_given, ordinary_mode, replayed
-from vivit_linop.ranks.alone import ALONE
+from vivit_linop.ranks.group import as_ranks
 from vivit_linop.risk import fingerprint
 from vivit_linop.risk.checks import (
     checked_outputs,
@@ -56,6 +56,12 @@ from vivit_linop.risk.parameters import ParameterVectors
 from vivit_linop.risk.progress import shown
 from vivit_linop.risk.rows import RowLayout
 from vivit_linop.risk.samples import Count, Samples, Take
+from vivit_linop.risk.shards import (
+    check_alike,
+    check_is_whole,
+    check_parts,
+    without_padding,
+)
 from vivit_linop.risk.ways import Search
 
 Item = TypeVar("Item")
@@ -138,6 +144,14 @@ class EmpiricalRisk(ParameterVectors):
         dtype: float32 or float64, for a model in another precision such as bfloat16:
             copies of its parameters and buffers, inputs and targets are in this one,
             integers stay. By default that of the parameters.
+        process_group: The processes that share the samples: a group of
+            ``torch.distributed``, or a ``DeviceMesh`` with one dimension. Each then
+            gives its own part of the data (of any size; ``[]`` for none), and every
+            operator is the matrix of all samples, numbered rank by rank: N, r and the
+            sum of weights count over all. All ranks must do the same with the same
+            vectors, and an error of one of them is an error on all. Samples that
+            ``DistributedSampler`` or Accelerate repeat are taken once. None for one
+            process.
 
     Attributes:
         num_params: D, the number of entries of all parameters, two for a complex one.
@@ -155,6 +169,8 @@ class EmpiricalRisk(ParameterVectors):
             have second derivatives in torch.
         graph_bytes: What the graph of each batch's outputs takes, beyond θ.
         kept: What is made once, for all operators of the risk.
+        ranks: The processes that share the samples.
+        example: Outputs and targets of the first batch.
 
     Raises:
         TypeError: For arguments of a wrong type.
@@ -193,22 +209,26 @@ class EmpiricalRisk(ParameterVectors):
         check_data: bool = True,
         progress: bool = False,
         dtype: torch.dtype | None = None,
+        process_group: Any | None = None,
     ) -> None:
         if not isinstance(check, bool):
             raise TypeError(f"check: True or False, got {check!r}.")
         if target is not None and not callable(target):
             raise TypeError(f"target: a function, got {type(target).__name__}.")
         self._search = Search(sample_axis, take, count)
-        self._target, self._check = target, check
-        self.progress = progress
+        self._target, self._check, self._check_parts = target, check, check_data
+        self.ranks = as_ranks(process_group)
+        self.progress = progress and self.ranks.rank == 0
         self._check_data = check_data and not isinstance(data, (list, tuple))
-        function = FunctionalModel(model, params, predict, dtype)
-        self._setup(
-            function,
-            as_output_loss(loss, reduction, function.originals(model)),
-            as_batches(data, target),
-            memory,
-        )
+        with self.ranks.together("EmpiricalRisk"):
+            function = FunctionalModel(model, params, predict, dtype)
+            output_loss = as_output_loss(loss, reduction, function.originals(model))
+            batches = as_batches(data, target)
+        if self.ranks.is_many:
+            batches = without_padding(batches, self.ranks)
+        self._setup(function, output_loss, batches, memory)
+        if not self.ranks.is_many:
+            check_is_whole(data, self.num_samples)
 
     @ordinary_mode()
     def _setup(
@@ -224,7 +244,6 @@ class EmpiricalRisk(ParameterVectors):
         self.has_tangents = True
         self._batches = batches
         self._data_rng = torch.random.get_rng_state()
-        self.ranks = ALONE
         self._take_parameters()
         self.complex_names = model.complex_names
         first = next(iter(self.params.values()))
@@ -233,7 +252,13 @@ class EmpiricalRisk(ParameterVectors):
         self.reduction = loss.reduction
         self.sizes = [p.numel() for p in self.params.values()]
         self.num_params = sum(self.sizes)
-        self._pass_over_data(self._fingerprints() if self._check_data else None)
+        if self.ranks.is_many:
+            self.ranks = self.ranks.on(self.device)
+            check_alike(self.ranks, self._function_digests())
+        with self.ranks.together("EmpiricalRisk"):
+            seen = self._fingerprints() if self._check_data else None
+            total, weight = self._pass_over_data(seen)
+        self._count(total, weight)
 
     def _take_parameters(self) -> None:
         """Show the parameters of the model, without their graph."""
@@ -241,11 +266,16 @@ class EmpiricalRisk(ParameterVectors):
             name: p.detach() for name, p in self.model.params.items()
         }
 
-    def _pass_over_data(self, fingerprints: list[bytes] | None) -> None:
-        """Count, check and evaluate everything once.
+    def _pass_over_data(
+        self, fingerprints: list[bytes] | None
+    ) -> tuple[Tensor, Tensor]:
+        """Check and evaluate this rank's samples once.
 
         Args:
             fingerprints: What the batches must be, if that has been seen.
+
+        Returns:
+            Σ ℓ without a scale, and the sum of the weights.
         """
         self.outputs: list[Tensor] = []
         self.graph_bytes: list[int] = []
@@ -270,8 +300,6 @@ class EmpiricalRisk(ParameterVectors):
             self.graph_bytes.append(nbytes)
             self._targets.append(copied(y))  # the user's may change
             self._sums.append(fingerprint.sums(X))
-        if not self.outputs:
-            raise ValueError("data: is empty, there is not one batch.")
         # All batches together show where samples may be.
         if self._check and example is not None:
             X, output = example
@@ -279,12 +307,33 @@ class EmpiricalRisk(ParameterVectors):
                 found = independent_samples(self.model, X, output, self._search.ways)
             self._search = Search.known(found)
         self.batch_sizes = [len(output) for output in self.outputs]
-        self.num_samples = sum(self.batch_sizes)
         each = tuple(output[0].numel() for output in self.outputs)
         self.layout = RowLayout(tuple(self.batch_sizes), each)
+        return total, weight
+
+    def _count(self, total: Tensor, weight: Tensor) -> None:
+        """Count the samples of all ranks, and normalise by them.
+
+        Args:
+            total: Σ ℓ over this rank's samples.
+            weight: The sum of their weights.
+        """
+        counts = self.ranks.gathered(sum(self.batch_sizes))
+        self.num_samples = sum(counts)
+        if not self.num_samples:
+            raise ValueError("data: is empty, there is not one batch.")
+        self.ranks = self.ranks.counted(counts)
+        if self.ranks.is_many:
+            seen = self.outputs, self._targets
+            check_parts(self.ranks, *seen, self._batches, self._check_parts)
+        # This rank may have none.
+        self.example = self.ranks.led(self._first_outputs)
+        if not self.outputs:
+            self.layout = RowLayout.uniform((), self.example[0][0].numel())
         self.num_outputs = self.layout.width
         if not self.layout.is_uniform:
             self.num_outputs = self.layout.total
+        total, weight = self.ranks.total(torch.stack([total, weight])).unbind()
         if self.reduction == "mean" and not weight > 0:
             raise ValueError(
                 "data: the loss divides by zero, every target is ignored or has weight "
@@ -299,6 +348,9 @@ class EmpiricalRisk(ParameterVectors):
         self._value = total * self.scale
         if not math.isfinite(self._value.item()):
             raise ValueError(f"loss: its value is {self._value.item()} on the data.")
+
+    def _first_outputs(self) -> tuple[Tensor, Any]:
+        return self.outputs[0], self._targets[0]
 
     def _with_previous(self, output: Tensor, y: Any) -> tuple[Tensor, Any]:
         """Put a sample that is alone in its batch beside those of the batch before.
@@ -416,25 +468,34 @@ class EmpiricalRisk(ParameterVectors):
             >>> whole.fingerprint()["samples"] == cut.fingerprint()["samples"]
             True
         """
+        norms = [output.norm().item() for output in self.outputs]
+        return {
+            **self._function_digests(),
+            "samples": self._samples_digest,
+            "value of the loss": self._value.item(),
+            "outputs of the model": math.hypot(
+                *self.ranks.gathered(math.hypot(*norms))
+            ),
+        }
+
+    def _function_digests(self) -> dict[str, str]:
+        """What tells one function of the parameters from another, without data."""
         return {
             "parameters": fingerprint.of_tensors(self.params.items()),
             "buffers or frozen parameters": fingerprint.of_tensors(
                 self.model.constants.items()
             ),
-            "samples": self._samples_digest,
             "loss": f"{type(self.loss).__name__}, {self.reduction}",
-            "value of the loss": self._value.item(),
-            "outputs of the model": math.hypot(
-                *(output.norm().item() for output in self.outputs)
-            ),
         }
 
     @functools.cached_property
     def _samples_digest(self) -> str:
-        # On the host, where data come from, and the digest is made.
-        host = iterate(self._batches, torch.device("cpu"), self.dtype, self._target)
-        batches = self._shown(_replayed(host, self._data_rng), "fingerprint")
-        return fingerprint.of_data(batches, self.samples)
+        with self.ranks.together("fingerprint"):
+            # On the host, where data come from, and the digest is made.
+            host = iterate(self._batches, torch.device("cpu"), self.dtype, self._target)
+            batches = self._shown(_replayed(host, self._data_rng), "fingerprint")
+            found = fingerprint.of_samples(batches, self._search)
+        return fingerprint.joined(self.ranks.gathered(found))
 
     def subset(self, indices: Sequence[int] | Tensor) -> EmpiricalRisk:
         """Return the risk of some samples only: their mean (or sum).
@@ -468,27 +529,52 @@ class EmpiricalRisk(ParameterVectors):
             )
         if len(given.unique()) < len(given):
             raise ValueError("indices: a sample is listed twice.")
+        own = self._own_numbers(given)
         risk = object.__new__(EmpiricalRisk)
-        risk._search, risk._target = Search.known(self.samples), None
-        risk._check = self._check
-        risk.progress = self.progress
-        risk._check_data = False  # they are in memory
-        parts = select_samples(
-            self._own_batches(), self.batch_sizes, given.tolist(), self.samples
-        )
+        risk._target, risk._check = None, self._check
+        risk.progress, risk.ranks = self.progress, self.ranks
+        risk._check_data = risk._check_parts = False  # they are in memory
+        parts: list[Batch] = []
+        with self.ranks.together("subset"):
+            risk._search = Search()
+            if self.batch_sizes:
+                risk._search = Search.known(self.samples)
+            if len(own):
+                parts = select_samples(
+                    self._own_batches(), self.batch_sizes, own.tolist(), self.samples
+                )
         try:
             risk._setup(self.model, self.loss, parts, self.memory)
         except Exception as error:
             self._explain_size(parts, error)
             raise
+        with self.ranks.together("subset"):
+            self._check_selected(own, risk)
+        return risk
+
+    def _own_numbers(self, given: Tensor) -> Tensor:
+        """Which of some samples are this rank's, numbered from its first one."""
+        if not self.ranks.is_many:
+            return given
+        if (given.diff() < 0).any():
+            raise ValueError(
+                "indices: samples are numbered rank by rank, so over several processes "
+                "they must ascend."
+            )
+        own = given - self.ranks.first
+        return own[(own >= 0) & (own < sum(self.batch_sizes))]
+
+    def _check_selected(self, own: Tensor, risk: EmpiricalRisk) -> None:
+        """Raise an error unless a subset has the outputs that its samples had."""
+        if not len(own):
+            return
         # Gathering the samples was one more pass over the data.
-        own, found = (torch.cat([o.flatten() for o in r.outputs]) for r in (self, risk))
-        if not same_outputs(own[self.layout.of(given).to(own.device)], found):
+        old, found = (torch.cat([o.flatten() for o in r.outputs]) for r in (self, risk))
+        if not same_outputs(old[self.layout.of(own).to(old.device)], found):
             raise ValueError(
                 "data: are not what they were when the risk was built, or the model is "
                 "another function. Give data that are the same in every pass."
             )
-        return risk
 
     def _failure(self, X: Any) -> Exception | None:
         """How the model fails on a batch, None if it does not."""
@@ -628,13 +714,17 @@ class EmpiricalRisk(ParameterVectors):
         """
         risk = copy.copy(self)
         with ordinary_mode():
-            risk.model = moved(self.model, parameters)
-            risk._take_parameters()
-            risk.kept = self.kept.elsewhere()
-            known = list(zip(self._sums, self._targets, self.outputs, strict=True))
-            batches = self.batches("at")
-            risk.outputs, total = evaluated(risk.model, self.loss, batches, known)
-            risk._value = total * self.scale
+            with self.ranks.together("at"):
+                risk.model = moved(self.model, parameters)
+                risk._take_parameters()
+                risk.kept = self.kept.elsewhere()
+                known = list(zip(self._sums, self._targets, self.outputs, strict=True))
+                batches = self.batches("at")
+                risk.outputs, total = evaluated(risk.model, self.loss, batches, known)
+            if self.ranks.is_many:
+                check_alike(self.ranks, risk._function_digests())
+            risk.example = self.ranks.led(risk._first_outputs)
+            risk._value = self.ranks.total(total) * self.scale
         return risk
 
     def __repr__(self) -> str:
@@ -643,7 +733,7 @@ class EmpiricalRisk(ParameterVectors):
             f"<EmpiricalRisk: {self.num_params} parameters, {self.num_samples} samples "
             f"in {len(self.batch_sizes)} batch(es), {self.num_outputs} output(s), "
             f"{type(self.loss).__name__} ({self.reduction}), {self.dtype}, "
-            f"{self.device}>"
+            f"{self.device}{self.ranks}>"
         )
 
 

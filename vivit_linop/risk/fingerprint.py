@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 from vivit_linop.risk.containers import leaves
 from vivit_linop.risk.data import Batch, some_targets
 from vivit_linop.risk.samples import Samples
+from vivit_linop.risk.ways import Search
 
 
 def of_batch(batch: Any) -> bytes:
@@ -23,31 +24,55 @@ def of_batch(batch: Any) -> bytes:
     return digest.digest()
 
 
-def of_data(batches: Iterable[Batch], samples: Samples) -> str:
-    """Return a digest of all samples in their order, however they are cut into batches.
+def of_samples(batches: Iterable[Batch], search: Search) -> tuple[bytes, list[bytes]]:
+    """Return a digest of what samples have in common, and one of each sample.
+
+    They do not depend on how samples are cut into batches.
 
     Args:
         batches: Batches of tensors.
-        samples: Where samples are. What is the same for all is taken from the first
-            batch.
+        search: Knows where samples are. What is the same for all is taken from the
+            first batch.
+
+    Returns:
+        Nothing, if there are no samples.
     """
-    digests: list[Any] = []
+    common, digests = hashlib.sha256(), list[bytes]()
     for X, y in batches:
-        axes = samples.axes(X)
+        axes = search.samples.axes(X)
         if axes is None:
-            parts = [_sample(X, y, samples, n) for n in range(samples.number(X))]
-        else:
-            parts = [_by_axes(X, y, axes)]
+            number = search.samples.number(X)
+            digests += [_of_sample(X, y, search.samples, n) for n in range(number)]
+            continue
+        tensors = _by_axes(X, y, axes)
+        if not digests:
+            for leaf, numbered in tensors:
+                shape = leaf.shape[1:] if numbered else leaf.shape
+                common.update(f"{leaf.dtype}{list(shape)}{numbered}".encode())
+                if not numbered:
+                    common.update(_contents(leaf))
+        digests += _of_each([leaf for leaf, numbered in tensors if numbered])
+    return (common.digest() if digests else b""), digests
+
+
+def _of_each(leaves: Sequence[Tensor]) -> Iterator[bytes]:
+    """Yield a digest of each row of tensors, whose first axis is as long."""
+    rows = [_contents(leaf).reshape(len(leaf), -1) for leaf in leaves]
+    for parts in zip(*rows, strict=True):
+        digest = hashlib.sha256()
         for part in parts:
-            first = not digests
-            for position, (leaf, numbered) in enumerate(part):
-                if first:
-                    shape = leaf.shape[1:] if numbered else leaf.shape
-                    name = f"{leaf.dtype}{list(shape)}{numbered}"
-                    digests.append(hashlib.sha256(name.encode()))
-                if first or numbered:
-                    digests[position].update(_contents(leaf))
-    return hashlib.sha256(b"".join(d.digest() for d in digests)).hexdigest()
+            digest.update(part)
+        yield digest.digest()
+
+
+def joined(parts: Iterable[tuple[bytes, list[bytes]]]) -> str:
+    """Return a digest of all samples in their order, from those of parts of them."""
+    whole, first = hashlib.sha256(), b""
+    for common, digests in parts:
+        first = first or common
+        for digest in digests:
+            whole.update(digest)
+    return hashlib.sha256(first + whole.digest()).hexdigest()
 
 
 # Tensors, and whether their first axis numbers samples.
@@ -63,11 +88,10 @@ def _by_axes(X: Any, y: Any, axes: Sequence[int | None]) -> _Tensors:
     return [*inputs, *((leaf, True) for leaf in leaves(y))]
 
 
-def _sample(X: Any, y: Any, samples: Samples, n: int) -> _Tensors:
-    """Those of one sample: its own, whatever their axes are."""
+def _of_sample(X: Any, y: Any, samples: Samples, n: int) -> bytes:
+    """Return a digest of one sample: of its own tensors, whatever their axes are."""
     index = torch.tensor([n], device="cpu")
-    own = (samples.take(X, index), some_targets(y, index))
-    return [(leaf, leaf.ndim > 0) for leaf in leaves(own)]
+    return of_batch((samples.take(X, index), some_targets(y, index)))
 
 
 def of_tensors(named: Iterable[tuple[str, Tensor]]) -> str:

@@ -27,8 +27,9 @@ class RowLayout:
 
     @classmethod
     def uniform(cls, samples: Sequence[int], width: int) -> RowLayout:
-        """As many rows for all samples."""
-        return cls(tuple(samples), (width,) * len(samples))
+        """As many rows for all samples; without a batch, an empty one."""
+        samples = tuple(samples) or (0,)
+        return cls(samples, (width,) * len(samples))
 
     @cached_property
     def sizes(self) -> list[int]:

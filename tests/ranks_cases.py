@@ -1,0 +1,237 @@
+"""Processes that share samples: how they are started, and what they check.
+
+Workers write what they find before they end, and end with ``os._exit``: what torch does
+with a process group on the way out is none of our business.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import cases
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+import vivit_linop as vl
+
+ROOT = Path(__file__).parents[1]
+Found = dict[str, str]
+Check = tuple[str, Callable[[], Any], Any, float]
+
+
+# Starting processes -----------------------------------------------------------------
+
+
+def launched(folder: Path, size: int, *work: str, limit: float = 300.0) -> list[Found]:
+    """Let ``size`` processes do some work; return what each has found."""
+    command = [sys.executable, "tests/ranks_work.py", str(folder), str(size)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    processes = [
+        subprocess.Popen([*command, str(rank), *work], cwd=ROOT, env=environment)
+        for rank in range(size)
+    ]
+    end = time.monotonic() + limit
+    for process in processes:
+        try:
+            process.wait(max(0.0, end - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.kill()
+    return [read(folder, rank) for rank in range(size)]
+
+
+def read(folder: Path, rank: int) -> Found:
+    path = folder / f"{rank}.json"
+    if not path.exists():
+        return {"result": "a process ended without one"}
+    found: Found = json.loads(path.read_text())
+    return found
+
+
+def join(folder: str, size: int, rank: int, seconds: float = 60.0) -> Any:
+    """Join the group of all processes."""
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/store",
+        rank=rank,
+        world_size=size,
+        timeout=timedelta(seconds=seconds),
+    )
+    return dist.group.WORLD
+
+
+def gathered(item: Any) -> list[Any]:
+    every: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(every, item)
+    return every
+
+
+# Parts of problems ------------------------------------------------------------------
+
+
+def part_of(problem: cases.Problem) -> list[tuple[Any, Tensor]]:
+    """This rank's samples, in batches of two.
+
+    Uneven parts: the first has the most, and of three or more the second has none.
+    """
+    ((X, y),) = problem.joined().batches()
+    size, rank = dist.get_world_size(), dist.get_rank()
+    live = [r for r in range(size) if not (size > 2 and r == 1)]
+    counts, left = [0] * size, len(y)
+    for place, r in enumerate(live):
+        more = -(-left * 2 // (len(live) - place + 1))
+        counts[r] = left if r == live[-1] else min(left, more)
+        left -= counts[r]
+    first = sum(counts[:rank])
+    index = torch.arange(first, first + counts[rank])
+    return [
+        (cases.map_tensors(lambda t, i=i: t[i] if len(t) == len(y) else t, X), y[i])
+        if isinstance(X, Tensor)
+        else (_samples(X, i, len(y)), y[i])
+        for i in (index.split(2) if len(index) else ())
+    ]
+
+
+def _samples(X: Any, index: Tensor, total: int) -> Any:
+    return cases.map_tensors(lambda t: t[index] if t.ndim and len(t) == total else t, X)
+
+
+def relative(found: Tensor, wanted: Tensor) -> float:
+    scale = wanted.norm().item() or 1.0
+    return (found - wanted).norm().item() / scale
+
+
+def carried_out(checks: Iterator[Check], prefix: str) -> Found:
+    """Do what is to be checked; return what is wrong."""
+    found = {}
+    for what, compute, wanted, tolerance in checks:
+        try:
+            wanted = wanted() if callable(wanted) else wanted
+            error = relative(compute(), wanted)
+            if not error <= tolerance:
+                found[f"{prefix}: {what}"] = f"error {error:.1e}"
+        except Exception as failure:  # reported below
+            places = traceback.extract_tb(failure.__traceback__)[-3:]
+            where = [f"{Path(p.filename).name}:{p.lineno}" for p in places]
+            text = str(failure)[:200]
+            found[f"{prefix}: {what}"] = f"{type(failure).__name__}: {text} {where}"
+    return found
+
+
+def of_case(name: str, group: Any) -> Found:
+    """Check a problem of the market against its dense matrices."""
+    torch.manual_seed(0)
+    problem, dense = cases.problem(name), cases.dense(name)
+    mine = part_of(problem)
+    (model, loss, _, params), keywords = problem.arguments()
+    try:
+        risk = vl.EmpiricalRisk(
+            model, loss, mine, params, process_group=group, **keywords
+        )
+    except Exception as failure:  # reported by the test
+        return {f"{name}: construction": f"{type(failure).__name__}: {failure}"[:300]}
+    checks = products(problem, dense, risk)
+    found = carried_out(checks, name)
+    if problem.convex and dense.G.norm() > 1e-12:
+        found |= carried_out(of_factor(dense, risk), name)
+    return found
+
+
+def products(
+    problem: cases.Problem, dense: cases.Dense, risk: vl.EmpiricalRisk
+) -> Iterator[Check]:
+    """Values, products and norms, against the dense matrices."""
+    generator = torch.Generator().manual_seed(1)
+    D, rows, exact = dense.D, dense.N * dense.C, 1e-12
+    x = torch.randn(D, 2, generator=generator, dtype=torch.float64)
+    u = torch.randn(rows, 2, generator=generator, dtype=torch.float64)
+    z = torch.randn(dense.N, 2, generator=generator, dtype=torch.float64)
+    J, H = vl.Jacobian(risk), vl.LossHessian(risk)
+    yield "value", risk.value, dense.value, exact
+    if dense.gradient.norm() > 1e-14:
+        yield "gradient", risk.gradient, dense.gradient, exact
+    yield "J x", lambda: J @ x, dense.J @ x, exact
+    yield "Jt u", lambda: J.T @ u, dense.J.T @ u, exact
+    yield "J dense", J.to_dense, dense.J, exact
+    yield "J Jt", (J @ J.T).to_dense, dense.J @ dense.J.T, exact
+    if dense.H.norm() > 1e-12:
+        yield "H u", lambda: H @ u, dense.H @ u, exact
+        yield "H dense", H.to_dense, dense.H, exact
+        yield "H diagonal", H.diagonal, dense.H.diagonal(), exact
+    if dense.G.norm() > 1e-12:
+        G = vl.GGN(risk)
+        yield "G x", lambda: G @ x, dense.G @ x, exact
+    if dense.U.norm() > 1e-12:
+        U, F = vl.PerSampleGradients(risk), vl.EmpiricalFisher(risk)
+        yield "U z", lambda: U @ z, dense.U @ z, 1e-11
+        yield "U dense", U.to_dense, dense.U, exact
+        yield "U norms", U.squared_norms, dense.U.square().sum(0), exact
+        moment = dense.U.square().mean(1)
+        yield "U moments", U.second_moment, moment, exact
+        yield "F x", lambda: F @ x, dense.F @ x, exact
+        top = torch.linalg.eigvalsh(dense.F)[-min(D, dense.N) :]
+        yield "F spectrum", F.eigvalsh, top, 1e-11
+    if problem.has_hessian and dense.hessian.norm() > 1e-12:
+        yield "Hessian x", lambda: vl.Hessian(risk) @ x, dense.hessian @ x, 1e-11
+
+
+def of_factor(dense: cases.Dense, risk: vl.EmpiricalRisk) -> Iterator[Check]:
+    """What needs V, Gram matrices or a decomposition."""
+    generator = torch.Generator().manual_seed(2)
+    D, G, V = dense.D, vl.GGN(risk), vl.GGN(risk).factor
+    x = torch.randn(D, 2, generator=generator, dtype=torch.float64)
+    evals = torch.linalg.eigvalsh(dense.G)
+    small = min(D, V.shape[1])
+    eye, delta = torch.eye(D, dtype=torch.float64), 1e-2 * evals[-1].item()
+    damped = dense.G + delta * eye
+    yield "V Vt x", lambda: V @ (V.T @ x), dense.G @ x, 1e-11
+    yield "K", lambda: _spectrum(V.gram.to_dense(), small), evals[-small:], 1e-11
+    yield "spectrum", G.eigvalsh, evals[-small:], 1e-11
+    yield "diagonal", G.diagonal, dense.G.diagonal(), 1e-12
+    yield "trace", G.trace, dense.G.trace(), 1e-12
+    solution = torch.linalg.solve(damped, x)
+    inverse = (G + delta * vl.Identity(D)).inv
+    yield "inverse", lambda: inverse() @ x, solution, 1e-11
+    logdet = torch.logdet(damped)
+    yield "logdet", (G + delta * vl.Identity(D)).logdet, logdet, 1e-11
+    diagonals = dense.per_sample_ggn().diagonal(dim1=1, dim2=2)
+    yield "sample diagonals", G.sample_diagonals, diagonals, 1e-11
+    yield "E Λ Et", lambda: _projected(G), dense.G, 1e-9
+    yield "λ", lambda: _mean_curvatures(risk), evals[-1:], 1e-9
+    if dense.U.norm() > 1e-12:
+        slopes = dense.U.T @ dense.gradient
+        yield "U, V", lambda: _slopes(risk, V), dense.U.T @ dense.G, 1e-10
+        U = vl.PerSampleGradients(risk)
+        yield "U gradient", lambda: U.T @ risk.gradient(), slopes, 1e-11
+    if small > 4:
+        for route in ("ARPACK on K", "ARPACK on G"):
+            top = torch.linalg.eigvalsh(dense.G)[-2:]
+            yield route, lambda r=route: G.eigh(k=2, route=r).eigenvalues, top, 1e-10
+
+
+def _spectrum(matrix: Tensor, count: int) -> Tensor:
+    return torch.linalg.eigvalsh(matrix)[-count:]
+
+
+def _projected(G: vl.GGN) -> Tensor:
+    pairs = G.eigh()
+    E = pairs.eigenvectors
+    return (E * pairs.eigenvalues) @ E.T
+
+
+def _mean_curvatures(risk: vl.EmpiricalRisk) -> Tensor:
+    pairs = vl.GGN(risk).eigh(k=1)
+    _, lambdas = vl.directional_derivatives(risk, pairs)
+    return lambdas.sum(0) * risk.reduction_factor
+
+
+def _slopes(risk: vl.EmpiricalRisk, V: vl.GGNFactor) -> Tensor:
+    cross = (vl.PerSampleGradients(risk).T @ V).to_dense()
+    return (V @ cross.T).T

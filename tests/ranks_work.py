@@ -1,0 +1,392 @@
+"""What processes that share samples do in tests: run by ``tests.ranks_cases``."""
+
+import hashlib
+import json
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from cases import CASES
+from ranks_cases import Check, Found, carried_out, gathered, join, of_case
+from scipy.sparse.linalg import cg, eigsh, lobpcg, lsmr, minres, svds
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
+
+import vivit_linop as vl
+
+N, C, DELTA = 29, 4, 0.1
+# What the next evaluation of a moody net raises.
+FAILURES: list[BaseException] = []
+
+
+class Moody(nn.Module):
+    """A net that fails when it is told to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = net()
+
+    def forward(self, X: Tensor) -> Tensor:
+        if FAILURES:
+            raise FAILURES.pop()
+        return self.inner(X)
+
+
+def net() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Linear(6, 8), nn.LayerNorm(8), nn.Tanh(), nn.Linear(8, C)
+    ).double()
+
+
+def samples() -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    X = torch.rand(N, 6, generator=generator, dtype=torch.float64)
+    y = torch.randint(C, (N,), generator=generator)
+    y[3] = y[20] = -100
+    return X, y
+
+
+def loss() -> nn.Module:
+    weight = torch.tensor([1.0, 2.0, 3.0, 4.0], dtype=torch.float64)
+    return nn.CrossEntropyLoss(weight=weight, ignore_index=-100)
+
+
+class Work:
+    """Risks of the same samples, in one process and over all.
+
+    Args:
+        group: The processes.
+        folder: Where files may be written.
+    """
+
+    def __init__(self, group: Any, folder: Path) -> None:
+        self.group, self.folder = group, folder
+        self.size, self.rank = dist.get_world_size(), dist.get_rank()
+        self.X, self.y = samples()
+        counts = {1: [N], 2: [17, 12], 3: [12, 0, 17]}[self.size]
+        own = torch.arange(N).split(counts)[self.rank]
+        self.data = [(self.X[i], self.y[i]) for i in (own.split(5) if len(own) else ())]
+        self.one = vl.EmpiricalRisk(net(), loss(), (self.X, self.y))
+        self.risk = self.over(net(), self.data)
+        generator = torch.Generator().manual_seed(2)
+        self.D = self.one.num_params
+        size = self.D, 3
+        self.x = torch.randn(size, generator=generator, dtype=torch.float64)
+
+    def over(self, model: nn.Module, data: Any, **keywords: Any) -> vl.EmpiricalRisk:
+        return vl.EmpiricalRisk(
+            model, loss(), data, process_group=self.group, **keywords
+        )
+
+    def both(self, compute: Callable[[vl.EmpiricalRisk], Tensor]) -> Any:
+        """What a risk over processes gives, and what one process does."""
+        return lambda: compute(self.risk), lambda: compute(self.one)
+
+    # Against one process --------------------------------------------------------------
+
+    def analyses(self) -> Iterator[Check]:
+        """Quantities that have no dense matrix on the market."""
+        x, eye = self.x, vl.Identity(self.D)
+        quantities: dict[str, Callable[[vl.EmpiricalRisk], Tensor]] = {
+            "KFAC": lambda r: vl.KFAC(r, variant="exact") @ x,
+            "KFAC, reduced": lambda r: (
+                vl.KFAC(r, variant="empirical", joint_bias=True) @ x
+            ),
+            "EKFAC": lambda r: vl.EKFAC(r, variant="exact") @ x,
+            "root": lambda r: (vl.GGN(r) + DELTA * eye).sqrt() @ x,
+            "γ, λ": _derivatives,
+            "Newton": lambda r: vl.damped_newton_step(r, vl.GGN(r).eigh(k=4), DELTA),
+            "blocks": lambda r: torch.cat(
+                [b.eigvalsh() for b in vl.GGN(r).block_diagonal("module").blocks]
+            ),
+            "centred": lambda r: vl.centered_gram(vl.PerSampleGradients(r)),
+            "variance": lambda r: vl.PerSampleGradients(r).variance(),
+            "covariance": lambda r: vl.PerSampleGradients(r).covariance().eigvalsh(),
+            "density": lambda r: vl.LanczosSpectrum(vl.GGN(r), 12).density(20)[1],
+            "subset": lambda r: vl.GGN(r.subset(range(0, N, 3))) @ x,
+            "subset on one rank": lambda r: vl.GGN(r.subset([0, 5])) @ x,
+            "other parameters": lambda r: vl.GGN(r.at(r.flatten(r.params) * 2)) @ x,
+            "cross-Gram": lambda r: (
+                vl.GGN(r).factor.T @ vl.Jacobian(r.subset([1, N - 1])).T
+            ).to_dense(),
+            "Hessian's diagonal": lambda r: vl.Hessian(r).diagonal(route="products"),
+            "Hessians' diagonals": lambda r: vl.Hessian(
+                r.subset([0, N - 1])
+            ).sample_diagonals(),
+            "known K": _with_known_gram,
+            "stored columns": lambda r: _with_stored_columns(r, x),
+            "D x D": lambda r: vl.GGN(r).eigvalsh(route="dense G"),
+        }
+        for what, compute in quantities.items():
+            yield what, *self.both(compute), 1e-11
+        for count in (1, 3):
+            yield (
+                f"{count} draws",
+                *self.both(lambda r, m=count: _drawn(r, m, x)),
+                1e-12,
+            )
+
+    def same_bits(self) -> Iterator[Check]:
+        """Results are the same on all ranks, to the bit; solvers run in lockstep."""
+        G, v0 = vl.GGN(self.risk), np.random.default_rng(0).standard_normal(self.D)
+        V, X0 = G.factor, np.random.default_rng(1).standard_normal((self.D, 3))
+        damped = G + DELTA * vl.Identity(self.D)
+        w0 = np.random.default_rng(2).standard_normal(V.shape[1])
+        results = {
+            "products": lambda: (G @ self.x, V.T @ self.x, self.risk.gradient()),
+            "spectrum": lambda: (G.eigvalsh(), G.eigh(k=3).eigenvectors),
+            "eigsh": lambda: eigsh(G, k=3, v0=v0),
+            "cg": lambda: cg(damped, v0, rtol=1e-10),
+            "minres": lambda: minres(damped, v0, rtol=1e-10),
+            "lsmr": lambda: lsmr(V.T, w0)[:1],
+            "lobpcg": lambda: lobpcg(G, X0, tol=1e-8, maxiter=100),
+            "svds": lambda: svds(V.T, k=2, v0=w0[: min(V.shape)])[1:2],
+            "led eigsh": lambda: vl.led(lambda A: eigsh(A, k=3), G),
+        }
+        wanted = torch.linalg.eigvalsh(vl.GGN(self.one).to_dense())[-3:]
+        yield "eigsh, values", lambda: _tensor(eigsh(G, k=3, v0=v0)[0]), wanted, 1e-12
+        yield "led, values", lambda: _tensor(results["led eigsh"]()[0]), wanted, 1e-12
+        for what, compute in results.items():
+            yield f"{what}, bits", lambda c=compute: _agreement(c()), torch.ones(1), 0.0
+
+    def failures(self) -> Iterator[Check]:
+        """An error of one rank is one of all, and the group goes on."""
+        model = Moody()
+        G, mine = vl.GGN(self.over(model, self.data)), self.rank == self.size - 1
+        other = self.x.clone()
+        other[0, 0] += 0.1 * self.rank
+        near = self.x * (1.0 + 1e-15 * self.rank)
+        wanted = vl.GGN(self.one) @ self.x
+        nan = [(X * (np.nan if mine else 1.0), y) for X, y in self.data]
+
+        def failing(error: BaseException) -> Any:
+            FAILURES.extend([error] if mine else [])
+            G.factor.risk.gradient()
+
+        batches = list(self.data)
+        short = self.over(net(), batches)
+
+        def missing() -> Any:
+            last = batches.pop() if mine else None
+            try:
+                short.gradient()
+            finally:
+                batches.extend([last] if last else [])
+
+        def led() -> None:
+            vl.led(lambda A: 1 / 0, G)
+
+        cases = {
+            "the net fails": (lambda: failing(ZeroDivisionError("oh")), "oh"),
+            "Ctrl-C": (lambda: failing(KeyboardInterrupt("stopped")), "stopped"),
+            "a missing batch": (missing, "batches"),
+            "NaN in the data": (lambda: self.over(net(), nan), "NaN"),
+            "another product": (
+                lambda: G @ self.x if mine else G.factor.T @ self.x,
+                "not do the same",
+            ),
+            "another vector": (lambda: G @ other, "differ"),
+            "a failing solver": (led, "division"),
+            "no samples": (lambda: self.over(net(), []), "empty"),
+            "other parameters": (lambda: self.over(_changed(mine), self.data), "rank"),
+            "the same samples": (
+                lambda: self.over(net(), (self.X, self.y)),
+                "the same samples",
+            ),
+            "BackPACK": (
+                lambda: vl.Hessian(self.risk).diagonal(route="backpack"),
+                "process_group",
+            ),
+            "a group that is none": (
+                lambda: vl.EmpiricalRisk(net(), loss(), self.data, process_group=3),
+                "process_group",
+            ),
+        }
+        for what, (fail, text) in cases.items():
+            yield what, lambda f=fail, t=text: _raised(f, t), torch.ones(1), 0.0
+            yield f"after: {what}", lambda: G @ self.x, wanted, 1e-12
+        yield "rounding", lambda: G @ near, wanted, 1e-12
+
+    def late(self) -> Iterator[Check]:
+        """A rank that does not come is waited for until the time limit of the group."""
+        limit = timedelta(seconds=2)
+        group = dist.new_group(timeout=limit, backend="gloo")
+        risk = vl.EmpiricalRisk(net(), loss(), self.data, process_group=group)
+
+        def come() -> None:
+            if self.rank == self.size - 1:
+                time.sleep(4.0)
+            risk.gradient()
+
+        yield "late", lambda: _raised(come, "time limit"), torch.ones(1), 0.0
+
+    def ended(self) -> Iterator[Check]:
+        """A process that has ended is missed at once. The last work of all."""
+        dist.barrier()
+        if self.rank == self.size - 1:
+            return
+        start = time.monotonic()
+
+        def meet() -> None:
+            self.risk.gradient()
+
+        yield "ended", lambda: _without_barrier(meet, "has ended"), torch.ones(1), 0.0
+        assert time.monotonic() - start < 20.0
+
+    def loaders(self) -> Iterator[Check]:
+        """Samplers that repeat samples; wrapped modules; forgotten groups."""
+        dataset, x = TensorDataset(self.X, self.y), self.x
+        wanted = vl.GGN(self.one) @ x
+
+        def loader(shuffle: bool) -> DataLoader:
+            sampler = DistributedSampler(dataset, shuffle=shuffle, seed=3)
+            return DataLoader(dataset, batch_size=4, sampler=sampler)
+
+        def wrapped() -> Tensor:
+            model = nn.parallel.DistributedDataParallel(net())
+            risk = self.over(model, loader(True))
+            assert risk.num_samples == N, risk.num_samples
+            return vl.GGN(risk) @ x
+
+        yield "DDP, shuffled", wrapped, wanted, 1e-12
+        yield (
+            "padding",
+            lambda: vl.GGN(self.over(net(), loader(False))) @ x,
+            wanted,
+            1e-12,
+        )
+
+        def forgotten() -> None:
+            vl.EmpiricalRisk(net(), loss(), loader(False))
+
+        yield (
+            "forgotten",
+            lambda: _raised(forgotten, "process_group"),
+            torch.ones(1),
+            0.0,
+        )
+
+    def files(self) -> Iterator[Check]:
+        """Results are saved by some processes and loaded by others."""
+        paths = [self.folder / name for name in ("over.pt", "one.pt")]
+        for path, saver in zip(paths, (self.risk, self.one), strict=True):
+            G = vl.GGN(saver)
+            evals = G.eigvalsh()
+            if saver is self.risk or self.rank == 0:
+                vl.save(G, path, saver)
+            dist.barrier()
+            for loader in (self.one, self.risk):
+
+                def loaded(p: Path = path, r: vl.EmpiricalRisk = loader) -> Tensor:
+                    known = vl.load(p, r)
+                    assert known.gram.known
+                    return known.eigvalsh()
+
+                yield f"{path.name}, loaded", loaded, evals, 1e-12
+            pairs, path = G.eigh(k=3), path.with_name("pairs.pt")
+            if saver is self.risk:
+                vl.save(pairs, path, saver)
+                dist.barrier()
+                yield (
+                    "pairs",
+                    lambda p=path: vl.load(p, self.one).eigenvalues,
+                    (pairs.eigenvalues),
+                    1e-12,
+                )
+            dist.barrier()
+        draw = vl.GGN(self.risk, mc_samples=2)
+        vl.save(draw, paths[0], self.risk)
+        dist.barrier()
+        yield "draw", lambda: vl.load(paths[0], self.one) @ self.x, draw @ self.x, 1e-12
+
+
+def _derivatives(risk: vl.EmpiricalRisk) -> Tensor:
+    gammas, lambdas = vl.directional_derivatives(risk, vl.GGN(risk).eigh(k=4))
+    return torch.cat([gammas.abs(), lambdas])
+
+
+def _with_known_gram(risk: vl.EmpiricalRisk) -> Tensor:
+    V = vl.GGN(risk).factor
+    K = V.gram.to_dense()
+    cross = (vl.PerSampleGradients(risk).T @ V).to_dense()
+    return torch.cat([V.gram @ K[:, :3], cross[:, :3]])
+
+
+def _with_stored_columns(risk: vl.EmpiricalRisk, x: Tensor) -> Tensor:
+    V = vl.GGN(risk).factor
+    if risk.batch_sizes:
+        V.keep_columns()
+    return torch.cat([(V @ (V.T @ x)), (V @ V.T) @ x])
+
+
+def _drawn(risk: vl.EmpiricalRisk, count: int, x: Tensor) -> Tensor:
+    generator = torch.Generator().manual_seed(1)
+    return vl.GGN(risk, mc_samples=count, generator=generator) @ x
+
+
+def _changed(changed: bool) -> nn.Module:
+    model = net()
+    with torch.no_grad():
+        model[0].bias[2] += 1e-9 * changed  # type: ignore[index,operator]
+    return model
+
+
+def _tensor(array: Any) -> Tensor:
+    return torch.from_numpy(np.sort(np.asarray(array)))
+
+
+def _agreement(results: Any) -> Tensor:
+    arrays = [np.ascontiguousarray(np.asarray(r)) for r in results]
+    digest = hashlib.sha256(b"".join(a.tobytes() for a in arrays)).hexdigest()
+    return torch.tensor([float(len(set(gathered(digest))) == 1)])
+
+
+def _raised(fail: Callable[[], Any], text: str) -> Tensor:
+    """One if it raises on every rank, soon, and says why."""
+    dist.barrier()
+    return _without_barrier(fail, text)
+
+
+def _without_barrier(fail: Callable[[], Any], text: str) -> Tensor:
+    start = time.monotonic()
+    try:
+        fail()
+        said = "nothing"
+    except BaseException as error:  # which is what is looked at
+        said = str(error)
+    seconds = time.monotonic() - start
+    right = text in said and seconds < 20.0
+    if not right:
+        raise AssertionError(f"after {seconds:.1f} s it said: {said}")
+    return torch.ones(1)
+
+
+def main(folder: Path, size: int, rank: int, work: list[str]) -> None:
+    group = join(str(folder), size, rank)
+    found: Found = {}
+    try:
+        names = [name for name in work if name in CASES]
+        for name in names:
+            found |= of_case(name, group)
+        if own := [name for name in work if name not in CASES]:
+            both = Work(group, folder)
+            for name in own:
+                found |= carried_out(getattr(both, name)(), name)
+    except BaseException:
+        found["result"] = traceback.format_exc()
+    (folder / f"{rank}.json").write_text(json.dumps(found))
+    sys.stdout.flush()
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4:])

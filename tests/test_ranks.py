@@ -1,0 +1,103 @@
+"""Risks over several processes: all that they compute is that of all samples."""
+
+from pathlib import Path
+
+import pytest
+import ranks_cases
+import torch
+from torch import nn
+
+import vivit_linop as vl
+from vivit_linop.ranks.alone import ALONE
+from vivit_linop.ranks.packing import layout_of, packed, unpacked
+from vivit_linop.ranks.votes import (
+    Note,
+    RankError,
+    VectorsDifferError,
+    as_error,
+    checksum,
+)
+
+# Of the market: layers and losses of every sort, one batch only, more columns than
+# parameters, parameters that some samples do not reach.
+OF_TWO = ("convolutions", "attention", "ce_everything", "tuple_input_in_batches")
+OF_THREE = ("uneven_batches", "embedding", "more_columns_than_parameters", "huber")
+
+
+@pytest.mark.parametrize(
+    ("size", "work"),
+    [
+        (2, ("analyses", "files", *OF_TWO)),
+        (3, ("same_bits", "loaders", "failures", *OF_THREE, "late")),
+        (2, ("failures", "same_bits", "ended")),
+    ],
+)
+def test_every_process_finds_what_one_would(
+    tmp_path: Path, size: int, work: tuple[str, ...]
+) -> None:
+    found = ranks_cases.launched(tmp_path, size, *work)
+    assert found == [{}] * size
+
+
+def test_one_process_is_alone() -> None:
+    data = torch.rand(4, 3), torch.rand(4, 1)
+    risk = vl.EmpiricalRisk(nn.Linear(3, 1), nn.MSELoss(), data)
+    assert risk.ranks is ALONE
+    assert vl.GGN(risk).ranks is ALONE
+    assert "rank" not in repr(risk)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "others"),
+    [
+        ((torch.ones(5),), (torch.ones(5).nextafter(torch.zeros(5)),)),
+        ((torch.zeros(3),), (torch.zeros(4),)),
+        ((torch.tensor([1.0, 2.0]),), (torch.tensor([2.0, 1.0]),)),
+        ((torch.ones(2), torch.zeros(2)), (torch.zeros(2), torch.ones(2))),
+    ],
+    ids=["a bit", "a zero", "order", "order of tensors"],
+)
+def test_checksums_tell_vectors_apart(
+    tensors: tuple[torch.Tensor, ...], others: tuple[torch.Tensor, ...]
+) -> None:
+    assert checksum(tensors) == checksum(tuple(t.clone() for t in tensors))
+    assert checksum(tensors) != checksum(others)
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"), [(MemoryError("full"), MemoryError), (KeyError("k"), RankError)]
+)
+def test_errors_of_other_ranks_are_of_the_same_kind(
+    error: Exception, kind: type[Exception]
+) -> None:
+    notes = [Note.of("sum", 1, 5, None), Note.of("sum", 1, 5, error)]
+    found = as_error(notes, 0)
+    assert isinstance(found, RankError)
+    assert isinstance(found, kind)
+    assert f"rank 1 raised {type(error).__name__}" in str(found)
+
+
+def test_errors_tell_other_deeds_from_other_vectors() -> None:
+    deeds = as_error([Note("sum", 1, 5), Note("list", 1, 5)], 0)
+    vectors = as_error([Note("sum", 1, 5), Note("sum", 1, 6)], 0)
+    assert "rank 1: list" in str(deeds)
+    assert isinstance(vectors, VectorsDifferError)
+
+
+def test_packed_objects_share_what_they_shared() -> None:
+    shared = torch.rand(4, 3)
+    head, tensors = packed({"a": shared, "b": [shared, shared.T], "c": (1, "x")})
+    content, layout = layout_of(head)
+    assert [shape for _, shape in layout] == [t.shape for t in tensors]
+    assert len(tensors) == 2
+    found = unpacked(content, tensors)
+    assert found["a"] is found["b"][0]
+    assert found["b"][1].equal(shared.T)
+    assert found["c"] == (1, "x")
+
+
+@pytest.mark.parametrize("group", [3, "WORLD", object()])
+def test_what_is_no_group_is_refused(group: object) -> None:
+    data = torch.rand(4, 3), torch.rand(4, 1)
+    with pytest.raises(TypeError, match="process_group: a group"):
+        vl.EmpiricalRisk(nn.Linear(3, 1), nn.MSELoss(), data, process_group=group)

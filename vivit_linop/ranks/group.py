@@ -1,0 +1,389 @@
+"""The ranks of a process group of ``torch.distributed``.
+
+Here are the only collectives of the package. Before ranks exchange anything they vote:
+that none of them has failed, that all do the same, with the same vectors. So an error
+of one rank is an error on all of them, and not a deadlock.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from itertools import accumulate
+from typing import Any, NoReturn, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from vivit_linop.ranks.alone import ALONE, Ballot, Ranks
+from vivit_linop.ranks.packing import layout_of, packed, unpacked
+from vivit_linop.ranks.votes import (
+    Note,
+    RankError,
+    VectorsDifferError,
+    as_error,
+    checksum,
+)
+
+Result = TypeVar("Result")
+
+# How many votes each group has had, of all risks together.
+_VOTES: dict[str, int] = {}
+
+
+def as_ranks(group: Any) -> Ranks:
+    """Return the ranks of a process group, or of a device mesh with one dimension.
+
+    Args:
+        group: The group; None for one process.
+
+    Raises:
+        TypeError: If it is neither.
+        ValueError: If this process is not in it.
+    """
+    if group is None:
+        return ALONE
+    if hasattr(group, "get_group"):  # a DeviceMesh, whose module takes time to import
+        if group.ndim != 1:
+            raise ValueError(
+                f"process_group: a mesh with one dimension, got {group.ndim}. Take "
+                'one of them, mesh["dp"].'
+            )
+        group = group.get_group()
+    if not isinstance(group, dist.ProcessGroup):
+        raise TypeError(
+            "process_group: a group of torch.distributed or a DeviceMesh, got "
+            f"{type(group).__name__}."
+        )
+    if dist.get_rank(group) < 0:
+        raise ValueError("process_group: this process is not in it.")
+    return ALONE if dist.get_world_size(group) == 1 else Group(group)
+
+
+class Group(Ranks):
+    """The ranks of a process group.
+
+    Args:
+        group: The group, of more than one process.
+    """
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self._group, self._device = group, torch.device("cpu")
+        self.size, self.rank = dist.get_world_size(group), dist.get_rank(group)
+
+    def __copy__(self) -> Group:
+        """The same ranks."""
+        ranks = object.__new__(Group)
+        ranks.__dict__.update(self.__dict__)
+        return ranks
+
+    def __deepcopy__(self, memo: object) -> Group:
+        """Return itself: a group is one for all."""
+        return self
+
+    def __reduce__(self) -> NoReturn:
+        """Refuse to travel."""
+        raise TypeError(
+            "An operator of a process group cannot be pickled: other processes are not "
+            "in the group. vl.save writes results to a file."
+        )
+
+    def __str__(self) -> str:
+        """What a risk says of it."""
+        return f", {self.size} ranks"
+
+    def on(self, device: torch.device) -> Group:
+        """Return the same ranks, exchanging tensors on a device."""
+        ranks = copy.copy(self)
+        ranks._device = device
+        return ranks
+
+    def counted(self, counts: Sequence[int]) -> Group:
+        """Return the same ranks for a risk of whose samples each has so many."""
+        ranks = copy.copy(self)
+        ranks.counts = tuple(counts)
+        ranks.first = sum(ranks.counts[: self.rank])
+        return ranks
+
+    @property
+    def leader(self) -> int:
+        """The first rank that has samples."""
+        return next((r for r, n in enumerate(self.counts) if n), 0)
+
+    @property
+    def leads(self) -> bool:
+        """Whether this rank leads."""
+        return self.rank == self.leader
+
+    # What operators ask for ----------------------------------------------------------
+
+    def summed(
+        self, local: Callable[..., Tensor], *inputs: Tensor, **options: Any
+    ) -> Tensor:
+        """Add up over ranks, all with the same order in memory."""
+        part, shape, dtype = self._part(local, inputs, options)
+        if part is None:
+            part = torch.zeros(shape, dtype=dtype, device=self._device)
+        # BLAS would round in another way on columns than on rows.
+        return self.total(part) if part.ndim == 1 else self.total(part.T).T
+
+    def listed(
+        self, local: Callable[..., Tensor], *inputs: Tensor, **options: Any
+    ) -> Tensor:
+        """List rank by rank."""
+        part, shape, dtype = self._part(local, inputs, options)
+        if part is not None:
+            return self._whole(part, len(part) // self.counts[self.rank])
+        part = torch.zeros(0, *shape[1:], dtype=dtype, device=self._device)
+        return self._whole(part, shape[0] // self.counts[self.leader])
+
+    def led(self, compute: Callable[..., Result], *inputs: Any) -> Result:
+        """Compute on the leader."""
+        result: Any = None
+        with self.together(f"led {_name(compute)}"):
+            if self.leads:
+                result = compute(*inputs)
+        return self.sent(result)
+
+    def owner(self, sample: int) -> int:
+        """Count."""
+        return next(r for r, n in enumerate(accumulate(self.counts)) if sample < n)
+
+    def mine(self, X: Tensor, width: int) -> Tensor:
+        """Return this rank's rows."""
+        start = self.first * width
+        return X[start : start + self.counts[self.rank] * width]
+
+    def _part(
+        self,
+        local: Callable[..., Tensor],
+        inputs: tuple[Tensor, ...],
+        options: dict[str, Any],
+    ) -> tuple[Tensor | None, torch.Size, torch.dtype]:
+        """What this rank has to give, None without samples; the leader's shape.
+
+        Ranks on different hardware may have rounded in different ways on the way to
+        the inputs; then all take the leader's. With samples on all ranks the shape is
+        this rank's.
+        """
+        has_samples = self.counts[self.rank] > 0
+        part: Tensor | None = None
+        try:
+            with self.together(_name(local), *inputs):
+                part = local(*inputs, **options) if has_samples else None
+        except VectorsDifferError:
+            theirs = tuple(self.sent(X) for X in inputs)
+            with self.together(_name(local), *theirs):
+                if not all(map(_is_rounding, inputs, theirs)):
+                    raise
+                part = local(*theirs, **options) if has_samples else None
+        if part is not None and all(self.counts):
+            return part, part.shape, part.dtype
+        shape, dtype = self.sent(None if part is None else (part.shape, part.dtype))
+        return part, shape, dtype
+
+    # Collectives ---------------------------------------------------------------------
+
+    def total(self, part: Tensor) -> Tensor:
+        """Add up, by one all-reduce."""
+        part = part.contiguous()
+        with _explained():
+            dist.all_reduce(part, group=self._group)
+        return part
+
+    def _whole(self, part: Tensor, width: int) -> Tensor:
+        """Return the rows of all ranks, ``width`` a sample, from those of this one."""
+        largest = max(self.counts) * width
+        padded = part.new_zeros(largest, *part.shape[1:])
+        padded[: len(part)] = part
+        every = [torch.empty_like(padded) for _ in self.counts]
+        with _explained():
+            dist.all_gather(every, padded, group=self._group)
+        return torch.cat(
+            [rows[: n * width] for rows, n in zip(every, self.counts, strict=True)]
+        )
+
+    def to_leader(self, rows: Tensor, width: int) -> Tensor | None:
+        """Send the rows of this rank's samples to the leader."""
+        with self.together("rows for the leader"):
+            heights = [n * width for n in self.counts]
+            total = sum(heights) if self.leads else 0
+            whole = rows.new_empty(total, *rows.shape[1:])
+        operations: list[tuple[Callable[..., Any], Tensor, int]] = []
+        if self.leads:
+            for rank, part in enumerate(whole.split(heights)):
+                if rank == self.rank:
+                    part.copy_(rows)
+                elif len(part):
+                    operations.append((dist.irecv, part, rank))
+        elif len(rows):
+            operations.append((dist.isend, rows.contiguous(), self.leader))
+        with _explained():
+            self._exchange(operations)
+        return whole if self.leads else None
+
+    def in_turn(self, items: Iterator[Result]) -> Iterator[Result]:
+        """Send each item to all."""
+        for rank in range(self.size):
+            while True:
+                item: Any = None
+                with self.together(f"items of rank {rank}") as ballot:
+                    if rank == self.rank:
+                        item = next(items, None)
+                        ballot.flag = item is not None
+                if not ballot.flag:
+                    break
+                yield self.sent(item, rank)
+
+    def gathered(self, item: Result) -> Sequence[Result]:
+        """Return what each rank gives."""
+        found: list[Any] = [None] * self.size
+        with _explained():
+            dist.all_gather_object(found, item, group=self._group)
+        return found
+
+    def sent(self, item: Any, by: int | None = None) -> Any:
+        """Return the object of the leader, or of another rank, on all ranks."""
+        by = self.leader if by is None else by
+        source = self._global(by)
+        head, tensors = packed(item)
+        box: list[Any] = [head]
+        with _explained():
+            dist.broadcast_object_list(box, src=source, group=self._group)
+            content, layout = layout_of(box[0])
+            if self.rank != by:
+                tensors = self._empty(layout)
+            for tensor in tensors:
+                if tensor.numel():
+                    dist.broadcast(tensor, src=source, group=self._group)
+        return unpacked(content, tensors)
+
+    def shifted(
+        self, items: Iterator[Any], distance: int, use: Callable[[Any], None]
+    ) -> None:
+        """Vote for each item; ranks with fewer send nothing in the end."""
+        other: Any = None
+        while True:
+            with self.together(f"columns at distance {distance}") as ballot:
+                if other is not None:
+                    use(other)
+                item = next(items, None)
+                ballot.flag = item is not None
+            if not ballot.flag:  # on no rank there was another one
+                return
+            other = self.swapped(item, -distance) if distance else item
+
+    def swapped(self, item: Any, distance: int) -> Any:
+        """Send an object to this rank + distance, and return what is sent to this."""
+        head, tensors = packed(item)
+        mine = torch.frombuffer(bytearray(head), dtype=torch.uint8).to(self._device)
+        size = torch.tensor([len(head)], device=self._device)
+        with _explained():
+            (size,) = self._swap([size], [torch.empty_like(size)], distance)
+            buffer = torch.empty(int(size), dtype=torch.uint8, device=self._device)
+            (buffer,) = self._swap([mine], [buffer], distance)
+            content, layout = layout_of(buffer.cpu().numpy().tobytes())
+            received = self._swap(tensors, self._empty(layout), distance)
+        return unpacked(content, received)
+
+    def _swap(
+        self, given: list[Tensor], received: list[Tensor], distance: int
+    ) -> list[Tensor]:
+        sink, source = ((self.rank + d) % self.size for d in (distance, -distance))
+        both: list[tuple[Callable[..., Any], Tensor, int]]
+        both = [(dist.isend, t, sink) for t in given if t.numel()]
+        both += [(dist.irecv, t, source) for t in received if t.numel()]
+        self._exchange(both)
+        return received
+
+    def _exchange(self, wanted: list[tuple[Callable[..., Any], Tensor, int]]) -> None:
+        """Send to ranks and receive from ranks, all at once."""
+        operations = [
+            dist.P2POp(f, tensor, self._global(peer), self._group)
+            for f, tensor, peer in wanted
+        ]
+        for work in dist.batch_isend_irecv(operations) if operations else []:
+            work.wait()
+
+    def _empty(self, layout: list[tuple[torch.dtype, torch.Size]]) -> list[Tensor]:
+        return [torch.empty(s, dtype=d, device=self._device) for d, s in layout]
+
+    def _global(self, rank: int) -> int:
+        return dist.get_global_rank(self._group, rank)
+
+    # Votes ---------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def together(self, what: str, *inputs: Tensor) -> Iterator[Ballot]:
+        """Do what all ranks do at the same time, each for itself; then vote.
+
+        Raises:
+            RankError: If another rank fails, does something else, or has other inputs.
+        """
+        ballot, error = Ballot(), None
+        try:
+            yield ballot
+        except BaseException as raised:
+            error = raised
+        self._vote(what, inputs, error, ballot)
+
+    def _vote(
+        self,
+        what: str,
+        inputs: tuple[Tensor, ...],
+        error: BaseException | None,
+        ballot: Ballot,
+    ) -> None:
+        name = self._group.group_name
+        number = _VOTES[name] = _VOTES.get(name, 0) + 1
+        deed = zlib.crc32(f"{number}{what}".encode())
+        seen = checksum(inputs)
+        slip = torch.tensor(
+            [error is not None, ballot.flag, deed, -deed, seen, -seen],
+            dtype=torch.int64,
+            device=self._device,
+        )
+        with _explained(error):
+            dist.all_reduce(slip, op=dist.ReduceOp.MAX, group=self._group)
+        failed, flag, deed_max, deed_min, seen_max, seen_min = slip.tolist()
+        ballot.flag = bool(flag)
+        if not failed and deed_max == -deed_min and seen_max == -seen_min:
+            return
+        notes = list(self.gathered(Note.of(what, number, seen, error)))
+        # Whatever has been left out on some ranks: now all are at the same place.
+        _VOTES[name] = max(note.number for note in notes)
+        if error is not None:
+            raise error
+        raise as_error(notes, self.rank)
+
+
+@contextlib.contextmanager
+def _explained(error: BaseException | None = None) -> Iterator[None]:
+    """Say what it means that ranks cannot be reached; an error of before is raised."""
+    try:
+        yield
+    except RuntimeError as failure:
+        if error is not None:
+            raise error from failure
+        raise RankError(
+            "a rank has ended, or has not come within the time limit of the process "
+            f"group ({failure}). Start the processes again."
+        ) from failure
+
+
+def _is_rounding(own: Tensor, theirs: Tensor) -> bool:
+    if own.shape != theirs.shape:
+        return False
+    eps = torch.finfo(own.dtype).eps
+    return bool((own - theirs).norm() <= eps**0.5 * theirs.norm())
+
+
+def _name(function: Callable[..., Any]) -> str:
+    """How a function is called in messages, the same on all ranks."""
+    if isinstance(function, functools.partial):
+        function = function.func
+    return str(getattr(function, "__qualname__", type(function).__name__))

@@ -1,0 +1,97 @@
+"""What ranks say before they exchange anything, and the errors that come of it."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+_MODULUS = 2**62
+# The columns of the table of words of which a checksum adds up rows and columns.
+_SIDE = 256
+# What callers may catch, on the ranks that have not failed too.
+_KINDS = (MemoryError, NotImplementedError, ValueError, TypeError, ArithmeticError)
+
+
+class RankError(RuntimeError):
+    """Another rank has failed or has ended, or ranks do not do the same."""
+
+
+class VectorsDifferError(RankError):
+    """The ranks multiply different vectors."""
+
+
+class Note(NamedTuple):
+    """What a rank tells the others when something is wrong.
+
+    Attributes:
+        what: What it was doing.
+        number: Its number among all that the group has done.
+        seen: The checksum of its inputs.
+        said: Its error, None if it has none.
+        kind: The builtin kind of that error.
+    """
+
+    what: str
+    number: int
+    seen: int
+    said: str | None = None
+    kind: str = ""
+
+    @classmethod
+    def of(cls, what: str, number: int, seen: int, error: BaseException | None) -> Note:
+        """Describe an error, if there is one."""
+        if error is None:
+            return cls(what, number, seen)
+        kind = next((k.__name__ for k in _KINDS if isinstance(error, k)), "")
+        return cls(what, number, seen, f"{type(error).__name__}: {error}", kind)
+
+
+def as_error(notes: list[Note], rank: int) -> RankError:
+    """Return what a rank raises that has not failed itself.
+
+    Args:
+        notes: One from each rank.
+        rank: Which one this is.
+    """
+    for other, note in enumerate(notes):
+        if note.said is not None:
+            return _like(note.kind)(f"rank {other} raised {note.said}")
+    if len({note[:2] for note in notes}) > 1:
+        deeds = [f"rank {r}: {n.what} (number {n.number})" for r, n in enumerate(notes)]
+        return RankError("ranks do not do the same: " + ", ".join(deeds))
+    return VectorsDifferError(
+        f"{notes[rank].what}: the vectors differ between ranks. All must multiply the "
+        "same one: make it from the same seed, or broadcast it. SciPy's solvers draw "
+        "start vectors that differ: give them v0=, or let one rank run the solver with "
+        "vl.led(function, operator)."
+    )
+
+
+def _like(kind: str) -> type[RankError]:
+    """An error of ranks that is also of a builtin kind."""
+    for builtin in _KINDS:
+        if builtin.__name__ == kind:
+            return type("RankError", (RankError, builtin), {"__module__": __name__})
+    return RankError
+
+
+def checksum(tensors: tuple[Tensor, ...]) -> int:
+    """A number of the bits of tensors, below 2⁶²; other bits or orders change it.
+
+    Reads them twice, and takes no memory.
+    """
+    total = 0
+    for place, tensor in enumerate(tensors, 1):
+        bits = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+        whole = len(bits) - len(bits) % (8 * _SIDE)
+        table = bits[:whole].view(torch.int64).view(-1, _SIDE)
+        parts = table.sum(0), table.sum(1), bits[whole:].long()
+        sums = [int((part * _weights(part)).sum()) for part in parts]
+        total += place * (sums[0] + 3 * sums[1] + 5 * sums[2] + len(bits))
+    return total % _MODULUS
+
+
+def _weights(part: Tensor) -> Tensor:
+    return 2 * torch.arange(len(part), device=part.device) + 1

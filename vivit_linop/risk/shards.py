@@ -1,0 +1,182 @@
+"""Parts of the data on the ranks of a process group: what they must have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from vivit_linop.modes import replayed
+from vivit_linop.ranks.alone import Ranks
+from vivit_linop.risk import fingerprint
+from vivit_linop.risk.containers import leaves
+from vivit_linop.risk.ways import ways_of
+
+_SEED = 1
+
+
+class OnceEach:
+    """A loader without the samples that its sampler repeats on another rank.
+
+    Args:
+        loader: With a ``batch_sampler``.
+        kept: For each batch, which of its samples are kept.
+    """
+
+    def __init__(self, loader: Any, kept: Sequence[Tensor]) -> None:
+        self._loader, self._kept = loader, kept
+
+    def __iter__(self) -> Iterator[Any]:
+        """Yield batches, smaller where samples are left out."""
+        for number, (batch, kept) in enumerate(
+            zip(self._loader, self._kept, strict=True)
+        ):
+            if kept.all():
+                yield batch
+            elif kept.any():
+                ways = ways_of(batch, len(kept))
+                if not ways:
+                    raise ValueError(
+                        f"data: batch {number} repeats samples of another process, and "
+                        "where its samples are cannot be told. Give parts without "
+                        "that, such as Subset(dataset, range(rank, len(dataset), "
+                        "world_size)); they may be of any sizes."
+                    )
+                yield ways[0].take(batch, kept.nonzero()[:, 0])
+
+
+def without_padding(data: Any, ranks: Ranks) -> Any:
+    """Return a loader that gives each sample of a dataset on one rank only.
+
+    ``DistributedSampler`` and Accelerate repeat samples so that all ranks have as many.
+    Which, their ``batch_sampler`` tells.
+    """
+    with ranks.together("the samples of a loader"):
+        batches = _numbers(data)
+        size = dataset_size(data)
+    every = ranks.gathered((batches, size))
+    sizes = {each for _, each in every}
+    known = [found for found, _ in every if found is not None]
+    if len(known) < len(every) or len(sizes) > 1:
+        return data  # datasets of their own
+    (whole,) = sizes
+    listed = [sum(map(len, found)) for found in known]
+    # Everything on each rank is another mistake.
+    if whole is None or sum(listed) <= whole or all(n == whole for n in listed):
+        return data
+    seen: set[int] = set()
+    kept: list[list[Tensor]] = []
+    for found in known:
+        kept.append([])
+        for batch in found:
+            new = [n not in seen and not seen.add(n) for n in batch]  # type: ignore[func-returns-value]
+            kept[-1].append(torch.tensor(new, device="cpu"))
+    return OnceEach(data, kept[ranks.rank])
+
+
+def _numbers(data: Any) -> list[list[int]] | None:
+    """The samples of a loader's batches, None where that is not known or changes."""
+    sampler = getattr(data, "batch_sampler", None)
+    if sampler is None:
+        return None
+    found = []
+    for seed in (_SEED, _SEED + 1):
+        state = torch.Generator("cpu").manual_seed(seed).get_state()
+        with replayed(state):
+            found.append([list(batch) for batch in sampler])
+    numbers = all(isinstance(n, int) for batch in found[0] for n in batch)
+    return found[0] if numbers and found[0] == found[1] else None
+
+
+def dataset_size(data: Any) -> int | None:
+    """How many samples the dataset of a loader has."""
+    dataset: Any = getattr(data, "dataset", None)
+    return len(dataset) if hasattr(dataset, "__len__") else None
+
+
+def check_is_whole(data: Any, samples: int) -> None:
+    """Raise an error if one process of several has a part of a dataset, unasked.
+
+    Args:
+        data: What was given.
+        samples: How many samples it has.
+    """
+    whole = dataset_size(data)
+    if whole is None or not dist.is_available() or not dist.is_initialized():
+        return
+    last = getattr(data, "batch_size", None) or 0
+    left_out = last if getattr(data, "drop_last", False) else 1
+    if dist.get_world_size() > 1 and whole - samples >= left_out:
+        raise ValueError(
+            f"data: the loader gives {samples} of the {whole} samples of its dataset, "
+            f"and torch.distributed has {dist.get_world_size()} processes. For the "
+            "matrix of all samples give "
+            "process_group=torch.distributed.group.WORLD; for that of these samples "
+            "give list(loader)."
+        )
+
+
+def check_alike(ranks: Ranks, functions: Mapping[str, str]) -> None:
+    """Raise an error unless all ranks have the same function of the parameters.
+
+    Args:
+        ranks: The ranks.
+        functions: By name, digests of what must be the same.
+    """
+    every = ranks.gathered(dict(functions))
+    for name in functions:
+        other = [r for r, each in enumerate(every) if each[name] != every[0][name]]
+        if other:
+            raise ValueError(
+                f"process_group: rank {other[0]} has other {name} than rank 0. All "
+                "ranks need the same: load one checkpoint, or broadcast them."
+            )
+
+
+def check_parts(
+    ranks: Ranks,
+    outputs: Sequence[Tensor],
+    targets: Sequence[Any],
+    data: Any,
+    check: bool,
+) -> None:
+    """Raise an error for parts of the data that repeat samples, or are not alike.
+
+    Args:
+        ranks: The ranks.
+        outputs: Those of this rank's batches.
+        targets: Their targets.
+        data: What was given.
+        check: Whether parts that are the same are an error.
+    """
+    shapes = set[tuple[int, ...]]()
+    for each in ranks.gathered({tuple(output.shape[1:]) for output in outputs}):
+        shapes |= each
+    if len(shapes) > 1:
+        raise ValueError(
+            "process_group: over several processes all samples need outputs of one "
+            f"shape, found {', '.join(str(list(shape)) for shape in sorted(shapes))}."
+        )
+    size, mine = dataset_size(data), sum(map(len, outputs))
+    parts = ranks.gathered(None if size is None else (mine, size))
+    given = [part for part in parts if part is not None]
+    total = sum(n for n, _ in given)
+    if len(given) == len(parts) and any(n < whole for n, whole in given):
+        if len({whole for _, whole in given}) == 1 and total > given[0][1]:
+            raise ValueError(
+                f"data: the ranks have {total} samples of a dataset of {given[0][1]}: "
+                "some come twice, and which cannot be told. Give parts without that, "
+                "such as Subset(dataset, range(rank, len(dataset), world_size)); they "
+                "may be of any sizes."
+            )
+    tensors = [*outputs, *leaves(list(targets))]
+    digest = fingerprint.of_tensors((str(i), t) for i, t in enumerate(tensors))
+    digests = [d for d, n in ranks.gathered((digest, mine)) if n]
+    if check and len(digests) > 1 and len(set(digests)) == 1:
+        raise ValueError(
+            "data: all ranks have the same samples. Give each rank a part of them. If "
+            "they are meant to come several times, give check_data=False."
+        )
