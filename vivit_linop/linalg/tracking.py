@@ -88,7 +88,8 @@ def eigenpairs_near_low_rank(
 ) -> Eigenpairs:
     """By half-steps; from nothing if that does not end."""
     block = beginning(start, op.factor)
-    if op.scale > 0 and block.vectors.shape[1] < min(op.factor.shape):
+    few = block.vectors.shape[1] < min(op.factor.shape)
+    if op.scale > 0 and few and op.semidefinite:
         try:
             with verbs.few_products(op.factor) as factor:
                 return followed(factor, op.scale, k, block, tol)
