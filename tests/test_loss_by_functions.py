@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -178,6 +179,9 @@ def test_samples_have_the_fisher_matrix(name: str) -> None:
     risk, truth, fisher = solved(name)
     M = 20_000
     generator = torch.Generator().manual_seed(1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # it is a likelihood
+        vl.GGN(risk.subset([0, 1]), mc_samples=1)
     S = vl.LossHessian(risk).sqrt(M, generator).to_dense()
     found = S @ S.T
     # The error of a mean of M products of normal numbers, at six deviations and more.
@@ -241,6 +245,31 @@ def test_kfac() -> None:
         K = kind(one, mc_samples=5, generator=next(seeds)).to_dense()
         G = vl.GGN(one, mc_samples=5, generator=next(seeds)).to_dense()
         close(K[:12, :12], G[:12, :12])
+
+
+@pytest.mark.parametrize("entries", [True, False])
+def test_of_a_likelihood_all_entries_count(entries: bool) -> None:
+    """A mean over entries is no likelihood: its gradients are too small for it."""
+
+    def value(f: Tensor, y: Tensor) -> Tensor:
+        losses = F.poisson_nll_loss(f, y, reduction="none")
+        return losses if entries else losses.mean(1)
+
+    def sample(f: Tensor, y: Tensor, draws: vl.losses.LabelDraws) -> Tensor:
+        return draws.counts(f.exp())
+
+    data = inputs(6, 3), classes(6, 4, count=5).double()
+    risk = vl.EmpiricalRisk(net(3, 4), vl.Loss(value, sample=sample), data)
+    known = vl.EmpiricalRisk(net(3, 4), nn.PoissonNLLLoss(), data)
+    close(vl.GGN(risk).to_dense(), vl.GGN(known).to_dense())
+    if entries:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            ours, theirs = (vl.GGN(r, mc_samples=2000).trace() for r in (risk, known))
+        close(ours, theirs, rtol=0.1)
+    else:
+        with pytest.warns(UserWarning, match="0.2.* times its second derivatives"):
+            vl.GGN(risk, mc_samples=1)
 
 
 # Closed forms -------------------------------------------------------------------------

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from vivit_linop.modes import as_guest
+from vivit_linop.risk.containers import leaves
 
 # Numbers that Philox gives for each value of its counter.
 _PER_COUNT = 4
@@ -127,10 +128,10 @@ class LabelDraws:
         source, self._next = self._draws.another(self._next), self._next + 1
         return source.uniform(*shape)
 
-    def drawn(self, function: Callable[..., Any], output: Tensor, target: Any) -> Any:
+    def drawn(self, function: Callable[..., Any], output: Any, target: Any) -> Any:
         """Return what a function draws, who may use torch's own generator too."""
         state = torch.Generator().manual_seed(self._seed()).get_state()
-        with as_guest(output.device), torch.no_grad():
+        with as_guest(next(leaves(output)).device), torch.no_grad():
             torch.random.set_rng_state(state)
             return function(output, target, self)
 

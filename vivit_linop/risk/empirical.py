@@ -288,6 +288,8 @@ class EmpiricalRisk(ParameterVectors):
             y = stacked(y, n)
             with explained(self.does_not_fit, X, n):
                 nbytes, output = checked_outputs(self.model, index, X, n)
+            if not index and self.model.tree is not None:
+                self.loss = self.loss.of_several(self.model.tree)
             y = targets_of(self.loss, y, output)
             # The largest batch shows the most of what mixes samples.
             if n > (1 if example is None else len(example[1])):

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from vivit_linop.modes import as_guest as as_guest
 from vivit_linop.risk.containers import copied, leaves, map_leaves, rebuilt
 from vivit_linop.risk.copies import Copies
+from vivit_linop.risk.outputs import OutputTree, as_tensor
 from vivit_linop.risk.parameters import (
     check_chosen,
     check_finite,
@@ -35,7 +36,7 @@ from vivit_linop.risk.precision import (
 )
 from vivit_linop.risk.private import Params as Params
 from vivit_linop.risk.private import Predict as Predict
-from vivit_linop.risk.private import PrivateModule, as_tensor
+from vivit_linop.risk.private import PrivateModule
 
 ModelFunction = Callable[[Params, Any], Any]
 
@@ -106,6 +107,7 @@ class FunctionalModel:
         check_precision(dtype)
         self._dtype = dtype
         self._private: PrivateModule | None = None
+        self._tree: OutputTree | None = None
         self._writes = False
         self._empty: list[str] = []
         self._fixed: Params = {}
@@ -285,16 +287,23 @@ class FunctionalModel:
         if self._private is not None:
             slots = {**self._moved, **params} if self._moved else params
             return self._private(slots, X)
-        return as_tensor(Copies(()).of_called(self._function)(params, rebuilt(X)))
+        output = Copies(()).of_called(self._function)(params, rebuilt(X))
+        joined, self._tree = as_tensor(output, self._tree)
+        return joined
+
+    @property
+    def tree(self) -> OutputTree | None:
+        """The form of its outputs where these are several; known when it has run."""
+        return self._tree if self._private is None else self._private.tree
 
     def copied_module(self, params: Params) -> nn.Module | None:
         """Return a module at these parameters, None for a function model.
 
         For packages that work on modules, and write on them. It is in the modes of
         construction, and its parameters are leaves: real ones, so that there is none
-        for complex ones either.
+        for complex ones either. Nor is there one with several outputs.
         """
-        if self._private is None or self.complex_names:
+        if self._private is None or self.complex_names or self.tree is not None:
             return None
         with torch.inference_mode(False):
             values = {**self._fixed, **params}

@@ -27,6 +27,7 @@ from vivit_linop.checkpoints import RECOMPUTED
 from vivit_linop.noise import Noise
 from vivit_linop.risk.containers import rebuilt
 from vivit_linop.risk.copies import Copies, Watch
+from vivit_linop.risk.outputs import OutputTree, as_tensor
 from vivit_linop.risk.precision import in_precision
 
 Params = dict[str, Tensor]
@@ -46,6 +47,9 @@ class PrivateModule:
         predict: How it is called with X, if not with X itself.
         own: By name, what stands for its parameters and buffers.
         dtype: The precision of other tensors that it has, None for their own.
+
+    Attributes:
+        tree: The form of its outputs where these are several.
 
     Raises:
         ValueError: If it has parts that cannot be copied.
@@ -75,6 +79,7 @@ class PrivateModule:
         self._settled = self._reentrant = False
         # Which way of calling it with an input is the right one, once it is known.
         self._call: int | None = None
+        self.tree: OutputTree | None = None
 
     def _constant(self, tensor: Tensor) -> Tensor:
         """Copy a tensor that is in no slot of the model's."""
@@ -127,8 +132,11 @@ class PrivateModule:
                 stack.enter_context(_standing_in(self._originals, copies))
             X = rebuilt(X)  # the model may change containers
             if predict is not None:
-                return as_tensor(predict(module, X))
-            return as_tensor(self._called(module, X))
+                output = predict(module, X)
+            else:
+                output = self._called(module, X)
+            joined, self.tree = as_tensor(output, self.tree)
+            return joined
 
     def _called(self, module: nn.Module, X: Any) -> Any:
         """Call the module with an input, as it was called first."""
@@ -240,23 +248,6 @@ def _standing_in(originals: Pairs, copies: Copies) -> Iterator[None]:
         finally:
             for original, state in states:
                 object.__setattr__(original, "__dict__", state)
-
-
-def as_tensor(output: Any) -> Tensor:
-    """Return the outputs of a model as a tensor.
-
-    Raises:
-        TypeError: If they are not.
-    """
-    if not isinstance(output, Tensor):
-        output = getattr(output, "logits", output)
-    if not isinstance(output, Tensor):
-        raise TypeError(
-            "model: must return a tensor, or an object whose .logits is one, got "
-            f"{type(output).__name__}. Say what to take with predict=, for example "
-            "predict=lambda model, X: model(**X).last_hidden_state.mean(1)."
-        )
-    return output
 
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]

@@ -11,6 +11,7 @@ from torch import Tensor
 from vivit_linop.risk.containers import leaves
 from vivit_linop.risk.copies import Watch
 from vivit_linop.risk.losses.base import OutputLoss
+from vivit_linop.risk.outputs import OutputTree
 
 LossCallable = Callable[[Tensor, Tensor], Tensor]
 
@@ -27,6 +28,16 @@ class AutogradLoss(OutputLoss):
         self._parameters: Sequence[Tensor] | None = None
         self._own: Sequence[Tensor] = ()
         self._outside: Sequence[tuple[Tensor, Tensor]] = ()
+        self._tree: OutputTree | None = None
+
+    def of_several(self, tree: OutputTree) -> OutputLoss:
+        """The function has them as the model returns them."""
+        self._tree = tree
+        return self
+
+    def as_returned(self, output: Tensor) -> Any:
+        """Return outputs as the model has returned them."""
+        return output if self._tree is None else self._tree.split(output)
 
     def watch(self, parameters: Sequence[Tensor], own: Sequence[Tensor]) -> None:
         """Let the next check see which tensors the loss uses.
@@ -53,19 +64,20 @@ class AutogradLoss(OutputLoss):
         """Undo the mean."""
         self._check_outside()
         factor = len(output) if self.reduction == "mean" else 1
-        return factor * self.function(output, target).reshape(())
+        return factor * self.function(self.as_returned(output), target).reshape(())
 
     def _look_outside(self, output: Tensor, target: Tensor) -> None:
         """Find what the loss uses beside outputs and targets, once."""
         if self._parameters is None:
             return
-        output = output.detach()
+        returned = self.as_returned(output.detach())
         with torch.enable_grad(), Watch() as watch:
-            value = self.function(output, target)
+            value = self.function(returned, target)
         used = [*watch.used.values(), *leaves_of(value)]
         if parts_of(used, self._parameters):
             raise uses_parameters(self.name)
-        known = {id(tensor) for tensor in (output, *leaves(target), *self._own)}
+        given = (*leaves(returned), *leaves(target), *self._own)
+        known = {id(tensor) for tensor in given}
         self._outside = [
             (t, t.detach().clone())
             for t in {id(t): t for t in used if id(t) not in known}.values()
@@ -84,14 +96,13 @@ class AutogradLoss(OutputLoss):
 
     def _value(self, output: Tensor, target: Tensor) -> Any:
         try:
-            return self.function(output, target)
+            return self.function(self.as_returned(output), target)
         except TypeError as error:
             raise TypeError(
                 f"loss: {self.name} cannot be called as loss(output, target): {error}. "
                 "Of a loss of several inputs make a function of one output and one "
                 "target, with reduction=: for example lambda output, target: "
-                "loss(*output.unbind(1), target), where the model returns "
-                "torch.stack([a, b], dim=1)."
+                "loss(*output, target), where the model returns (a, b)."
             ) from error
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from vivit_linop.risk.draws import Draws
+from vivit_linop.risk.outputs import OutputTree
 
 # Relative to the largest eigenvalue: what rounding may do to a zero of a Hessian.
 _CONVEXITY_TOLERANCE = 1e3
@@ -70,6 +71,21 @@ class OutputLoss(ABC):
     def check_data(self, output: Tensor, target: Tensor) -> None:
         """Raise a ``ValueError`` if the loss does not take these."""
         return
+
+    def of_several(self, tree: OutputTree) -> OutputLoss:
+        """Return the loss of a model with several outputs, which come joined.
+
+        Args:
+            tree: What they were.
+
+        Raises:
+            TypeError: If the loss takes one tensor.
+        """
+        raise TypeError(
+            f"model: returned {tree!r} for a sample, and {self.name} takes one tensor. "
+            "Say which with predict=, or give a loss of them: a function (outputs, "
+            "target) -> scalar with reduction=, or vl.Loss."
+        )
 
     def channels(self, output: Tensor) -> Tensor:
         """Reshape outputs ``[n, …]`` to ``[n, C, P]``."""

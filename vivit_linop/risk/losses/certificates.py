@@ -7,6 +7,7 @@ may be wrong, a closed form may belong to another function.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -20,6 +21,11 @@ from vivit_linop.risk.differences import SHIFTS, STEPS, Comparison
 from vivit_linop.risk.draws import Draws
 from vivit_linop.risk.losses.autograd import AutogradLoss
 from vivit_linop.risk.losses.base import OutputLoss
+from vivit_linop.risk.losses.own import OwnLoss
+
+# At how many drawn labels a likelihood is looked at; beyond how many deviations, and
+# from which factor on, two means over them differ.
+_LOOKED_AT, _DEVIATIONS, _ALIKE = 2048, 8.0, 1.5
 
 
 def targets_of(loss: OutputLoss, target: Any, output: Tensor) -> Any:
@@ -158,7 +164,49 @@ def checked_sample(
             f"drawn from its likelihood, got {list(drawn.shape)}, "
             f"{'all' if drawn.isfinite().all() else 'not all'} of them finite."
         )
+    if isinstance(loss, OwnLoss):
+        warn_unless_likelihood(loss, output, target)
     return drawn
+
+
+def warn_unless_likelihood(loss: OwnLoss, output: Tensor, target: Any) -> None:
+    """Warn if E[∇ℓ ∇ℓᵀ] is not E[∇²ℓ] over drawn labels (Bartlett's second identity).
+
+    Along a random direction, at random outputs: on the data a label that makes the
+    difference may be too rare to be drawn. It is looked at once.
+
+    Args:
+        loss: The loss.
+        output: The outputs of a batch.
+        target: Their targets.
+    """
+    if loss.looked_at:
+        return
+    loss.looked_at = True
+    rows = torch.arange(_LOOKED_AT, device=output.device) % len(output)
+    f = Noise(0).like(output[rows])
+    y = some_targets(target, rows)
+    try:
+        labels = loss.labels(f, y, Draws(0))
+        x = Noise(1).like(loss.channels(f)).sign()
+        squares = (loss.gradient(f, labels) * x).flatten(1).sum(1).square()
+        product = loss.hessian_product(f, labels, x.unsqueeze(-1)).squeeze(-1)
+        hessians = (product * x).flatten(1).sum(1)
+    # Some losses are of probabilities only, and say so in any way.
+    except Exception:
+        return
+    off = squares - hessians
+    surely = off.mean().abs() > _DEVIATIONS * off.std() / len(off) ** 0.5
+    low, high = sorted([squares.mean(), hessians.mean()])
+    if off.isfinite().all() and surely and not high <= _ALIKE * low:
+        warnings.warn(
+            f"loss: at labels of sample= the squared gradients of {loss.name} are "
+            f"{float(squares.mean() / hessians.mean()):.3g} times its second "
+            "derivatives, in the mean; of a negative log-likelihood both are the same. "
+            "Monte-Carlo matrices are no estimates of the Fisher matrix. If the value "
+            "is a mean over entries, let it return all of them.",
+            stacklevel=2,
+        )
 
 
 def _check_value(loss: OutputLoss, output: Tensor, target: Tensor) -> None:

@@ -6,13 +6,18 @@ Their Hessians are diagonal, and known from two derivatives of one function.
 from __future__ import annotations
 
 from abc import abstractmethod
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from vivit_linop.risk.draws import Draws, counts
+from vivit_linop.risk.containers import leaves
+from vivit_linop.risk.draws import Draws, LabelDraws, counts
 from vivit_linop.risk.losses.base import OutputLoss, check_same_shape, copied_weight
+from vivit_linop.risk.losses.own import Loss, OwnLoss
+from vivit_linop.risk.outputs import OutputTree
 
 
 class ElementwiseLoss(OutputLoss):
@@ -203,13 +208,23 @@ class GaussianNLL(ElementwiseLoss):
     def __init__(self, full: bool = False, eps: float = 1e-6) -> None:
         self.full, self.eps = full, eps
 
+    def of_several(self, tree: OutputTree) -> OutputLoss:
+        """Means and variances, both from the net."""
+        if len(tree.shapes) != 2:
+            return super().of_several(tree)
+        both = MeanAndVariance(self.full, self.eps)
+        loss = Loss(both.gaussian_nll, sample=both.sample, reduction=self.reduction)
+        result = OwnLoss(loss)
+        result.name, result.reduction, result.source = self.name, self.reduction, loss
+        return result.of_several(tree)
+
     def check_data(self, output: Tensor, target: Tensor) -> None:
         """Targets have a last axis: the target and its variance."""
         if target.shape != (*output.shape, 2):
             raise ValueError(
                 f"data: {self.name} needs targets {[*output.shape, 2]} that hold the "
                 "variances too, torch.stack([y, variance.expand_as(y)], dim=-1); got "
-                f"{list(target.shape)}."
+                f"{list(target.shape)}. Or let the model return both, (mean, variance)."
             )
         if (target[..., 1] < 0).any():
             raise ValueError(f"data: variances of {self.name} must not be negative.")
@@ -243,6 +258,33 @@ class GaussianNLL(ElementwiseLoss):
         deviation = self._variance(target).rsqrt().reshape(len(output), -1, 1)
         noise = draws.normal(*deviation.shape[:2], mc_samples).to(output)
         return (noise * deviation / mc_samples**0.5).unsqueeze(-1)
+
+
+@dataclass(frozen=True)
+class MeanAndVariance:
+    """``nn.GaussianNLLLoss`` of outputs (mean, variance), which may broadcast.
+
+    It is not convex; in expectation over labels its Hessian is diag(1/v, 1/(2v²)).
+
+    Attributes:
+        full: Whether ℓ has the constant ½ log 2π.
+        eps: The smallest variance.
+    """
+
+    full: bool
+    eps: float
+
+    def gaussian_nll(self, output: Any, target: Tensor) -> Tensor:
+        """The losses, entry by entry."""
+        mean, variance = leaves(output)
+        return F.gaussian_nll_loss(
+            mean, target, variance, full=self.full, eps=self.eps, reduction="none"
+        )
+
+    def sample(self, output: Any, target: Tensor, draws: LabelDraws) -> Tensor:
+        """Labels y ~ N(f, v)."""
+        mean, variance = leaves(output)
+        return mean + variance.clamp(min=self.eps).sqrt() * draws.normal(mean)
 
 
 class PoissonNLL(ElementwiseLoss):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -39,14 +40,20 @@ class Loss(nn.Module):
 
     Closed forms are compared on the data of the risk: a gradient with autograd, a
     Hessian with differences of gradients, a root with products of the Hessian, what
-    ``coupled`` says with products too. Of what is drawn, only shapes and finiteness are
-    looked at: for a negative log-likelihood the gradients at drawn labels have mean
-    zero, and ``vl.GGN(risk, mc_samples=1000).trace()`` is near that of the GGN where
-    the Hessian does not depend on labels.
+    ``coupled`` says with products too. What is drawn must be finite, with the shapes of
+    the targets. For a negative log-likelihood E[∇ℓ ∇ℓᵀ] = E[∇²ℓ] over drawn labels; a
+    warning says so where the two differ, at random outputs: then Monte-Carlo matrices
+    are no estimates of the Fisher matrix. Often ℓ is then a mean over entries.
+
+    Of a model that returns several outputs, as a tuple or mapping, all functions have
+    these as they are. A Hessian and a root have C entries of all outputs, flattened and
+    in their order; a gradient is a container like the outputs.
 
     Args:
-        value: The losses of the samples, ``[n, …]``; or their mean or sum, a scalar,
-            as ``reduction`` says. Differentiable twice.
+        value: The losses ``[n]`` of the samples, or ``[n, …]`` of their entries, where
+            a sample's is the sum and a mean divides by the number of entries, as in
+            torch; or the mean over samples or the sum, a scalar, as ``reduction``
+            says. Differentiable twice.
         gradient: The slopes in the outputs, in their shape.
         hessian: For each sample the Hessian ℓ_n'' in its outputs, ``[n, C, C]`` with C
             outputs a sample, flattened; see ``coupled`` for other shapes. It need not
@@ -133,7 +140,12 @@ class OwnLoss(AutogradLoss):
 
     Args:
         loss: The risk's own copy.
+
+    Attributes:
+        looked_at: Whether it was asked if it is a likelihood.
     """
+
+    looked_at = False
 
     def __init__(self, loss: Loss) -> None:
         super().__init__(loss)
@@ -150,7 +162,7 @@ class OwnLoss(AutogradLoss):
         """All functions have the shapes that they must have."""
         super().check_data(output, target)
         with torch.no_grad():
-            value = self._given["value"](output, target)
+            value = self._losses(output, target)
         if value.ndim and len(value) != len(output):
             raise ValueError(
                 f"loss: {self.name} must return the losses of {len(output)} samples, "
@@ -162,6 +174,21 @@ class OwnLoss(AutogradLoss):
             self.gradient(output, target)
         if "hessian" in self._given:
             self._blocks(output, target)
+
+    def _losses(self, output: Tensor, target: Any) -> Tensor:
+        """What the user's function returns."""
+        losses: Tensor = self._given["value"](self.as_returned(output), target)
+        return losses
+
+    def total(self, output: Tensor, target: Any) -> Tensor:
+        """Sum the losses, or undo the mean."""
+        losses = self._losses(output, target)
+        return losses.sum() if losses.ndim else super().total(output, target)
+
+    def weight(self, output: Tensor, target: Any) -> Tensor:
+        """Count the losses."""
+        losses = self._losses(output, target)
+        return losses.new_tensor(losses.numel() if losses.ndim else len(output))
 
     def channels(self, output: Tensor) -> Tensor:
         """The coupled outputs, and the positions that are not."""
@@ -219,23 +246,26 @@ class OwnLoss(AutogradLoss):
             return super().sample(output, target, mc_samples, draws)
         # [n M, …]: the labels of a sample stand side by side.
         index = torch.arange(len(output), device=output.device)
-        parts = [
-            self._gradients_at_labels(output, target, rows, draws, mc_samples)
-            for rows in index.split(max(1, _LABELS // mc_samples))
-        ]
+        parts = []
+        for rows in index.split(max(1, _LABELS // mc_samples)):
+            own = draws.for_each(mc_samples, int(rows[0]))
+            many = rows.repeat_interleave(mc_samples)
+            f, y = output[many], map_leaves(operator.itemgetter(many), target)
+            parts.append(self.gradient(f, self.labels(f, y, own)))
         columns = torch.cat(parts).reshape(len(output), mc_samples, -1)
         return columns.mT.unsqueeze(-1) / mc_samples**0.5
 
-    def _gradients_at_labels(
-        self, output: Tensor, target: Any, rows: Tensor, draws: Draws, mc_samples: int
-    ) -> Tensor:
-        """Those of some samples, ``[n M, C, P]``."""
-        source = LabelDraws(draws.for_each(mc_samples, int(rows[0])))
-        index = rows.repeat_interleave(mc_samples)
-        f, y = output[index], map_leaves(lambda leaf: leaf[index], target)
-        labels = source.drawn(self._given["sample"], f, y)
-        self._check_labels(labels, y)
-        return self.gradient(f, labels)
+    def labels(self, output: Tensor, target: Any, draws: Draws) -> Any:
+        """Draw a label for each output.
+
+        Raises:
+            ValueError: If they have not the form of the targets.
+        """
+        source = LabelDraws(draws)
+        returned = self.as_returned(output)
+        labels = source.drawn(self._given["sample"], returned, target)
+        self._check_labels(labels, target)
+        return labels
 
     def _check_labels(self, labels: Any, target: Any) -> None:
         got, expected = (
@@ -263,7 +293,9 @@ class OwnLoss(AutogradLoss):
     def _call(self, name: str, shape: list[Any], output: Tensor, target: Any) -> Tensor:
         """Call a function of the user's; the shape may have None for any number."""
         with torch.no_grad():
-            found = self._given[name](output, target)
+            found = self._given[name](self.as_returned(output), target)
+        if name == "gradient" and self._tree is not None:
+            found = self._tree.join(found)
         got = list(found.shape) if isinstance(found, Tensor) else None
         if (
             got is None

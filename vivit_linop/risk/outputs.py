@@ -1,0 +1,90 @@
+"""What a model returns, as one tensor: of several outputs, side by side."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vivit_linop.risk.containers import described, leaves, map_leaves
+
+
+class OutputTree:
+    """Several outputs of a sample, in the container that the model returns.
+
+    Joined they are ``[n, C]``, with the entries of one output after those of another.
+
+    Args:
+        output: What the model returns: a container of tensors ``[n, …]``.
+
+    Attributes:
+        shapes: Of each tensor, for a sample.
+    """
+
+    def __init__(self, output: Any) -> None:
+        self.shapes = [leaf.shape[1:] for leaf in leaves(output)]
+        self._form = map_leaves(lambda leaf: torch.empty(0), output)
+
+    def __repr__(self) -> str:
+        """Say of what shapes outputs are."""
+        shapes = iter(self.shapes)
+        whole = map_leaves(lambda leaf: torch.empty(1, *next(shapes)), self._form)
+        return described(whole)
+
+    def join(self, output: Any) -> Tensor:
+        """Put the tensors side by side.
+
+        Raises:
+            ValueError: If they are not those of this form.
+        """
+        tensors = list(leaves(output))
+        shapes = [leaf.shape[1:] for leaf in tensors]
+        if shapes != self.shapes:
+            raise ValueError(
+                f"model: it returned {described(output)}, before {self!r} for a sample."
+            )
+        return torch.cat([leaf.reshape(len(leaf), -1) for leaf in tensors], dim=1)
+
+    def split(self, joined: Tensor) -> Any:
+        """Return what the model has returned."""
+        parts = joined.split([shape.numel() for shape in self.shapes], dim=1)
+        tensors = (
+            part.reshape(len(joined), *shape)
+            for part, shape in zip(parts, self.shapes, strict=True)
+        )
+        return map_leaves(lambda leaf: next(tensors), self._form)
+
+
+def as_tensor(
+    output: Any, tree: OutputTree | None = None
+) -> tuple[Tensor, OutputTree | None]:
+    """Return the outputs of a model as a tensor.
+
+    Args:
+        output: What it returns: a tensor, an object whose ``.logits`` is one, or a
+            tuple, mapping or object of several with one sample axis.
+        tree: The form of several, once it is known.
+
+    Returns:
+        The tensor, and the form where there are several.
+
+    Raises:
+        TypeError: If it is none of these.
+    """
+    if not isinstance(output, Tensor):
+        output = getattr(output, "logits", output)
+    if isinstance(output, Tensor):
+        return output, None
+    if tree is None:
+        tensors = [] if isinstance(output, list) else list(leaves(output))
+        lengths = {len(leaf) if leaf.ndim else 0 for leaf in tensors}
+        if len(lengths) != 1 or not all(t.is_floating_point() for t in tensors):
+            raise TypeError(
+                "model: must return a tensor, an object whose .logits is one, or a "
+                "tuple of tensors that all have the samples along their first axis, "
+                f"got {described(output)}. Say what to take with predict=, for example "
+                "predict=lambda model, X: model(**X).last_hidden_state.mean(1)."
+            )
+        tree = OutputTree(output)
+    return tree.join(output), tree
