@@ -9,6 +9,8 @@ from vivit_linop import linalg, testing
 from vivit_linop.analysis import (
     LanczosSpectrum,
     centered_gram,
+    class_means,
+    covariance,
     damped_newton_step,
     directional_derivatives,
     influence,
@@ -17,6 +19,7 @@ from vivit_linop.analysis import (
     predictive_covariance,
     projector,
     self_influence,
+    trust_region_step,
 )
 from vivit_linop.curvature import (
     EKFAC,
@@ -75,6 +78,8 @@ __all__ = [
     "RandomProjection",
     "TorchLinearOperator",
     "centered_gram",
+    "class_means",
+    "covariance",
     "damped_newton_step",
     "directional_derivatives",
     "estimate_diagonal",
@@ -95,5 +100,6 @@ __all__ = [
     "save",
     "self_influence",
     "testing",
+    "trust_region_step",
     "vstack",
 ]

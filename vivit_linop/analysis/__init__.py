@@ -1,5 +1,7 @@
 """Analyses: what is read off the spectrum of the GGN."""
 
+from vivit_linop.analysis.class_means import ClassMeans, class_means
+from vivit_linop.analysis.covariance import ParameterCovariance, covariance
 from vivit_linop.analysis.directional import directional_derivatives
 from vivit_linop.analysis.evidence import (
     log_marginal_likelihood,
@@ -11,10 +13,16 @@ from vivit_linop.analysis.newton import damped_newton_step
 from vivit_linop.analysis.predictive import predictive_covariance
 from vivit_linop.analysis.projectors import projector
 from vivit_linop.analysis.spectrum import LanczosSpectrum
+from vivit_linop.analysis.trust_region import TrustRegionStep, trust_region_step
 
 __all__ = [
+    "ClassMeans",
     "LanczosSpectrum",
+    "ParameterCovariance",
+    "TrustRegionStep",
     "centered_gram",
+    "class_means",
+    "covariance",
     "damped_newton_step",
     "directional_derivatives",
     "influence",
@@ -23,4 +31,5 @@ __all__ = [
     "predictive_covariance",
     "projector",
     "self_influence",
+    "trust_region_step",
 ]

@@ -124,7 +124,7 @@ class CrossEntropy(OutputLoss):
         coefficients = smoothed * self._class_weights(output)[:, None]
         return coefficients if valid is None else coefficients * valid.unsqueeze(1)
 
-    def _mass(self, output: Tensor, target: Tensor) -> Tensor:
+    def mass(self, output: Tensor, target: Tensor) -> Tensor:
         """Return m, ``[n, P]``; for class indices without the coefficients."""
         if target.is_floating_point():
             return self._coefficients(output, target).sum(1)
@@ -160,7 +160,7 @@ class CrossEntropy(OutputLoss):
         f = self.channels(output)
         p = f.softmax(1).unsqueeze(-1)
         likeliest = f.argmax(1, keepdim=True).unsqueeze(-1)
-        scaled = self._mass(output, target)[:, None, :, None] * p
+        scaled = self.mass(output, target)[:, None, :, None] * p
 
         def product(X: Tensor) -> Tensor:
             X = X - X.gather(1, likeliest.expand(-1, -1, -1, X.shape[-1]))
@@ -175,7 +175,7 @@ class CrossEntropy(OutputLoss):
         likeliest = f.argmax(1, keepdim=True)
         others = p.scatter(1, likeliest, 0.0).sum(1, keepdim=True)
         rest = (1.0 - p).scatter_(1, likeliest, others)
-        return self._mass(output, target).unsqueeze(1) * p * rest
+        return self.mass(output, target).unsqueeze(1) * p * rest
 
     def sqrt_width(self, output: Tensor) -> int:
         """C − 1, the rank of diag(p) − p pᵀ."""
@@ -203,7 +203,7 @@ class CrossEntropy(OutputLoss):
         column = torch.arange(num_classes - 1, device=output.device)[:, None]
         factor = torch.where(row > column, below, torch.zeros_like(below))
         factor = torch.where(row == column, diagonal.exp().unsqueeze(1), factor)
-        mass = self._mass(output, target)[:, None, None]
+        mass = self.mass(output, target)[:, None, None]
         return factor * mass.sqrt()
 
     def sample(
@@ -220,7 +220,7 @@ class CrossEntropy(OutputLoss):
         residual = p.unsqueeze(2).repeat(1, 1, mc_samples, 1)  # [n, P, M, C]
         rows = drawn.unsqueeze(-1)
         residual.scatter_add_(3, rows, residual.new_full((), -1.0).expand(rows.shape))
-        mass = self._mass(output, target)
+        mass = self.mass(output, target)
         residual *= (mass / mc_samples).sqrt()[:, :, None, None]
         return residual.permute(0, 3, 1, 2).reshape(n, -1, mc_samples, 1)
 
