@@ -73,9 +73,12 @@ def class_means(risk: EmpiricalRisk) -> ClassMeans:
         ),
         strict=True,
     )
-    y, w = torch.cat(labels), torch.cat(weights)
+    y, w, residual = (
+        risk.ranks.listed(lambda own=own: torch.cat(own))
+        for own in (labels, weights, residuals)
+    )
     # w_nk (p_n − e_k): what the columns of sample n are combined by.
-    combinations = torch.cat(residuals) * w.unsqueeze(1)
+    combinations = residual * w.unsqueeze(1)
     D = risk.num_params
     means = torch.zeros(D, C, C, dtype=risk.dtype, device=risk.device)
     for place, columns in column_pieces(Jacobian(risk).T):

@@ -140,11 +140,12 @@ def triangular_factor(factor: Pullback) -> Tensor:
 
 def _residual_variance(risk: EmpiricalRisk) -> float:
     """Return s²."""
-    total = sum(
-        (output - y).double().square().sum().item()
-        for output, y in zip(risk.outputs, risk.targets(), strict=True)
-    )
-    residuals = sum(output.numel() for output in risk.outputs)
+    sums = torch.zeros(2, dtype=torch.float64, device=risk.device)
+    for output, y in zip(risk.outputs, risk.targets(), strict=True):
+        sums[0] += (output - y).double().square().sum()
+        sums[1] += output.numel()
+    total, count = risk.ranks.total(sums).tolist()
+    residuals = int(count)
     if residuals <= risk.num_params:
         raise ValueError(
             f"risk: {residuals} residuals leave nothing to estimate their variance "

@@ -53,7 +53,13 @@ def predictive_covariance(
     if not isinstance(J_test, Jacobian):
         raise TypeError(f"J_test: a vl.Jacobian, got {type(J_test).__name__}.")
     check_square(S, J_test.shape[1], "S")
-    N, C = J_test.risk.num_samples, J_test.risk.num_outputs
+    layout = J_test.risk.layout
+    if not layout.is_uniform:
+        raise ValueError(
+            "J_test: its samples have different numbers of outputs, "
+            f"{sorted(set(layout.each))}; give those with as many each together."
+        )
+    N, C = J_test.risk.num_samples, layout.width
     covariance = J_test @ S @ J_test.T
     if diagonal:
         return covariance.diagonal().reshape(N, C)
