@@ -186,3 +186,226 @@ def test_a_loss_of_ones_own() -> None:
     ]
     risk = vl.EmpiricalRisk(net, loss, batches, reduction="mean")
     check_products(risk, truth_of(net, samples, 1 / 6))
+
+
+# Batches with samples of several shapes -----------------------------------------------
+
+
+class Listed(nn.Module):
+    """Images of several sizes, a list in and a list out."""
+
+    def __init__(self, nested: bool = False) -> None:
+        super().__init__()
+        self.c, self.nested = nn.Conv2d(1, C, 3, padding=1), nested
+
+    def forward(self, images: Any) -> Any:
+        outputs = [self.c(image[None])[0] for image in images]
+        return torch.nested.nested_tensor(outputs) if self.nested else outputs
+
+
+SHAPES = (2, 2), (2, 3), (2, 3), (1, 2)
+
+
+@pytest.mark.parametrize("form", ["list", "batches"])
+def test_lists_of_images(form: str) -> None:
+    net = built(Listed)
+    X = [randn(1, *shape) for shape in SHAPES]
+    y = [randint(C, *shape) for shape in SHAPES]
+    data = [(X[:1], y[:1]), (X[1:], y[1:])] if form == "batches" else (X, y)
+    risk = vl.EmpiricalRisk(net, CE, data)
+    samples = [
+        (
+            lambda m, x=x: m([x])[0],
+            lambda f, t=t: F.cross_entropy(f[None], t[None], reduction="sum"),
+        )
+        for x, t in zip(X, y, strict=True)
+    ]
+    thorough = check if form == "list" else check_products
+    thorough(risk, truth_of(net, samples, 1 / 18))
+    assert risk.batch_sizes == [1, 2, 1]
+    some = truth_of(net, [samples[i] for i in (3, 2, 1)], 1 / 14)
+    check_products(risk.subset([3, 2, 1]), some)
+    whole = vl.EmpiricalRisk(net, CE, (X, y))
+    assert risk.fingerprint()["samples"] == whole.fingerprint()["samples"]
+    assert close(risk.at().gradient(), risk.gradient())
+
+
+def test_lists_of_equal_outputs_are_one_tensor() -> None:
+    net, X = built(Listed), [randn(1, 2, 3) for _ in range(4)]
+    y = randint(C, 4, 2, 3)
+    risk = vl.EmpiricalRisk(net, CE, (X, y))
+    plain = vl.EmpiricalRisk(net.c, CE, (torch.stack(X), y))
+    assert close(vl.GGN(risk).eigvalsh(), vl.GGN(plain).eigvalsh())
+    assert risk.num_outputs == C * 6
+
+
+SIZES = [3, 2, 2, 1]
+
+
+class NodeNet(nn.Module):
+    """Classes of nodes, one graph after the other."""
+
+    def __init__(self, outputs: int = C) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(3, 4), nn.Linear(4, outputs)
+
+    def forward(self, x: Tensor, edges: Tensor, owner: Tensor) -> Tensor:
+        h = self.a(x)
+        h = torch.tanh(h + torch.zeros_like(h).index_add(0, edges[1], h[edges[0]]))
+        return self.b(h)
+
+
+def graphs(sizes: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+    """Rings; a node alone has no edge."""
+    edges, start = [], 0
+    for size in sizes:
+        ring = torch.arange(size if size > 1 else 0)
+        edges.append(torch.stack([ring, (ring + 1) % size]) + start)
+        start += size
+    owner = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
+    return randn(sum(sizes), 3), torch.cat(edges, dim=1), owner
+
+
+def of_graphs(sizes: Sequence[int], X: Any, y: Tensor, loss: Any) -> list[Sample]:
+    samples: list[Sample] = []
+    start = 0
+    for size in sizes:
+        own = slice(start, start + size)
+        _, edges, owner = graphs([size])
+        samples.append(
+            (
+                lambda m, own=own, e=edges, o=owner: m(X[0][own], e, o),
+                lambda f, own=own: loss(f, y[own]),
+            )
+        )
+        start += size
+    return samples
+
+
+NODES: dict[str, tuple[Any, Callable[[], Tensor], Callable[[Tensor, Tensor], Tensor]]]
+NODES = {
+    "classes": (CE, lambda: randint(C, 8), SUMS[nn.CrossEntropyLoss]),
+    "ignored classes": (
+        nn.CrossEntropyLoss(torch.rand(C).double(), ignore_index=1),
+        lambda: torch.tensor([0, 1, 2, 0, 1, 1, 2, 0]),
+        lambda f, y: nn.CrossEntropyLoss(
+            NODES["ignored classes"][0].weight, ignore_index=1, reduction="sum"
+        )(f, y),
+    ),
+    "soft classes": (
+        CE,
+        lambda: randn(8, C).softmax(1),
+        SUMS[nn.CrossEntropyLoss],
+    ),
+    "values": (nn.MSELoss(), lambda: randn(8, C), SUMS[nn.MSELoss]),
+    "labels": (
+        nn.BCEWithLogitsLoss(pos_weight=torch.tensor([1.0, 2.0, 3.0]).double()),
+        lambda: randint(2, 8, C).double(),
+        lambda f, y: F.binary_cross_entropy_with_logits(
+            f,
+            y,
+            pos_weight=torch.tensor([1.0, 2.0, 3.0]).double(),
+            reduction="sum",
+        ),
+    ),
+}
+
+
+def divisor(name: str, loss: Any, y: Tensor) -> float:
+    if name == "ignored classes":
+        return float(loss.weight[y[y != 1]].sum())
+    return len(y) * (1 if isinstance(loss, nn.CrossEntropyLoss) else C)
+
+
+@pytest.mark.parametrize("name", NODES)
+def test_nodes_of_graphs(name: str) -> None:
+    loss, targets, total = NODES[name]
+    net, X, y = built(NodeNet), graphs(SIZES), targets()
+    risk = vl.EmpiricalRisk(net, loss, (X, y))
+    samples = of_graphs(SIZES, X, y, total)
+    thorough = check if name in ("classes", "labels") else check_products
+    thorough(risk, truth_of(net, samples, 1 / divisor(name, loss, y)))
+    # The matrices of all samples together are those of the flat outputs.
+    flat = torch.autograd.functional.jacobian(
+        lambda b: X[0].new_zeros(8, C) + b, net.b.bias.detach()
+    )
+    assert close(vl.Jacobian(risk).to_dense()[:, -C:], flat.reshape(-1, C))
+
+
+def test_subsets_and_cuts_of_graphs() -> None:
+    net, X, y = built(NodeNet), graphs(SIZES), randint(C, 8)
+    samples = of_graphs(SIZES, X, y, SUMS[nn.CrossEntropyLoss])
+    risk = vl.EmpiricalRisk(net, CE, (X, y))
+    chosen = [3, 1, 2]
+    some = truth_of(net, [samples[i] for i in chosen], 1 / 5)
+    check_products(risk.subset(chosen), some)
+    check_products(risk.subset([3]), truth_of(net, [samples[3]], 1.0))
+    assert close(risk.at().value(), risk.value())
+    copied = pickle.loads(pickle.dumps(risk))
+    assert close(vl.GGN(copied).eigvalsh(), vl.GGN(risk).eigvalsh())
+    sum_of = nn.CrossEntropyLoss(reduction="sum")
+    total = vl.EmpiricalRisk(net, sum_of, (X, y))
+    check_products(total, truth_of(net, samples, 1.0, r=1.0))
+
+
+def test_a_batch_with_as_many_nodes_as_graphs_comes_first() -> None:
+    """What outputs are then is seen at the second batch only."""
+    net, y = built(NodeNet), randint(C, 8)
+    X, ones = graphs([3, 2]), graphs([1, 1, 1])
+    data = [(ones, y[:3]), (X, y[3:])]
+    risk = vl.EmpiricalRisk(
+        net,
+        CE,
+        data,
+        take=lambda X, index: _taken(X, index),
+        count=lambda X: int(X[2].max()) + 1,
+    )
+    samples = [
+        *of_graphs([1, 1, 1], ones, y[:3], SUMS[nn.CrossEntropyLoss]),
+        *of_graphs([3, 2], X, y[3:], SUMS[nn.CrossEntropyLoss]),
+    ]
+    check_products(risk, truth_of(net, samples, 1 / 8))
+
+
+def _taken(X: Any, index: Tensor) -> Any:
+    """Whole graphs, by their sizes: they are rings."""
+    x, _, owner = X
+    sizes = [int((owner == i).sum()) for i in index]
+    _, edges, own = graphs(sizes)
+    return torch.cat([x[owner == i] for i in index]), edges, own
+
+
+def test_a_loss_of_ones_own_of_items() -> None:
+    def loss(f: Tensor, y: Tensor) -> Tensor:
+        return (f - y).cosh().sum(1).mean()
+
+    net, X, y = built(NodeNet), graphs(SIZES), randn(8, C)
+    samples = of_graphs(SIZES, X, y, lambda f, y: (f - y).cosh().sum())
+    risk = vl.EmpiricalRisk(net, loss, (X, y), reduction="mean")
+    check_products(risk, truth_of(net, samples, 1 / 8))
+    H = torch.block_diag(*truth_of(net, samples, 1 / 8).H)
+    assert close(vl.LossHessian(risk).to_dense(), H)
+
+
+@pytest.mark.parametrize("outputs", [C, 1])
+def test_drawn_factors_of_items(outputs: int) -> None:
+    loss: Any = CE if outputs > 1 else nn.BCEWithLogitsLoss()
+    net, X = built(NodeNet, outputs), graphs(SIZES)
+    y = randint(C, 8) if outputs > 1 else randint(2, 8, 1).double()
+    risk = vl.EmpiricalRisk(net, loss, (X, y))
+    generator = torch.Generator().manual_seed(0)
+    H = vl.LossHessian(risk).to_dense()
+    S = vl.LossHessian(risk).sqrt(mc_samples=20_000, generator=generator)
+    assert S.shape[1] == 4 * 20_000
+    dense = S.to_dense()
+    assert (dense @ dense.T - H).norm() <= 0.05 * H.norm()
+
+
+def test_nodes_that_see_other_graphs_are_found_out() -> None:
+    class Mixing(NodeNet):
+        def forward(self, x: Tensor, edges: Tensor, owner: Tensor) -> Tensor:
+            h = super().forward(x, edges, owner)
+            return h - h.mean(0)
+
+    with pytest.raises(ValueError, match="depend on the other samples"):
+        vl.EmpiricalRisk(built(Mixing), CE, (graphs(SIZES), randint(C, 8)))

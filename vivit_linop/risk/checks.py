@@ -17,6 +17,7 @@ from torch import Tensor
 
 from vivit_linop.risk.memory import is_out_of_memory, saved_bytes
 from vivit_linop.risk.model import FunctionalModel, as_guest, random_state
+from vivit_linop.risk.ragged import RaggedOutputs
 from vivit_linop.risk.samples import Samples
 
 # From how many states of the generators a model that draws is evaluated on the first
@@ -44,7 +45,7 @@ def _largest(tensor: Tensor) -> Tensor:
 
 
 def checked_outputs(
-    model: FunctionalModel, index: int, X: Any, n: int
+    model: FunctionalModel, index: int, X: Any, n: int, items: int = 0
 ) -> tuple[int, Tensor]:
     """Return what the graph of a batch's outputs takes in bytes, and the outputs.
 
@@ -53,10 +54,12 @@ def checked_outputs(
         index: The batch; the first is looked at more closely.
         X: Its inputs.
         n: How many samples it has.
+        items: How many outputs it has where these come item by item.
 
     Raises:
         ValueError: If the outputs are not one differentiable function of parameters and
             input, or have not the form that they must have.
+        RaggedOutputs: If samples have outputs of several shapes.
     """
     where = f"model: on batch {index} it"
     first = next(iter(model.params.values()))
@@ -73,6 +76,8 @@ def checked_outputs(
                 "iteration of spectral_norm in training mode, or statistics that "
                 "are kept), so it is not one function. Call model.eval() first."
             )
+    if items and output.ndim and len(output) == items:
+        raise RaggedOutputs(output.detach())
     if output.ndim == 0 or len(output) != n or output.numel() == 0:
         raise ValueError(
             f"{where} returned outputs {list(output.shape)} for {n} samples; "
@@ -205,6 +210,11 @@ def _dependent(model: FunctionalModel, X: Any, output: Tensor) -> ValueError:
             "so it is not one function. Look for a generator of its own, and "
             "for what it counts or keeps from call to call."
         )
+    return dependent()
+
+
+def dependent() -> ValueError:
+    """What to say of samples that have other outputs beside others."""
     return ValueError(
         "model: its outputs for a sample depend on the other samples of the "
         "batch, so per-sample curvature is undefined. Look for normalisations "

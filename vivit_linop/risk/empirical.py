@@ -17,11 +17,11 @@ from vivit_linop.modes import as_given, ordinary_mode, replayed
 from vivit_linop.ranks.group import as_ranks
 from vivit_linop.risk import fingerprint
 from vivit_linop.risk.checks import (
-    checked_outputs,
     independent_samples,
     same_outputs,
 )
 from vivit_linop.risk.containers import copied
+from vivit_linop.risk.cuts import Cuts, Evaluated, ItemByItem
 from vivit_linop.risk.data import (
     Batch,
     Target,
@@ -29,13 +29,13 @@ from vivit_linop.risk.data import (
     iterate,
     joined_targets,
     select_samples,
-    stacked,
     without_targets,
 )
 from vivit_linop.risk.kept import Kept
 from vivit_linop.risk.losses.autograd import LossCallable
 from vivit_linop.risk.losses.base import OutputLoss
 from vivit_linop.risk.losses.certificates import check_loss, targets_of
+from vivit_linop.risk.losses.items import LossOfItems
 from vivit_linop.risk.losses.none import NoLoss
 from vivit_linop.risk.losses.registry import as_output_loss
 from vivit_linop.risk.memory import (
@@ -215,7 +215,7 @@ class EmpiricalRisk(ParameterVectors):
             raise TypeError(f"check: True or False, got {check!r}.")
         if target is not None and not callable(target):
             raise TypeError(f"target: a function, got {type(target).__name__}.")
-        self._search = Search(sample_axis, take, count)
+        self._search, self._cuts = Search(sample_axis, take, count), Cuts()
         self._target, self._check, self._check_parts = target, check, check_data
         self.ranks = as_ranks(process_group)
         self.progress = progress and self.ranks.rank == 0
@@ -257,7 +257,11 @@ class EmpiricalRisk(ParameterVectors):
             check_alike(self.ranks, self._function_digests())
         with self.ranks.together("EmpiricalRisk"):
             seen = self._fingerprints() if self._check_data else None
-            total, weight = self._pass_over_data(seen)
+            try:
+                total, weight = self._pass_over_data(seen)
+            except ItemByItem:  # so do those of the batches before
+                self._cuts = Cuts(by_items=True)
+                total, weight = self._pass_over_data(seen)
         self._count(total, weight)
 
     def _take_parameters(self) -> None:
@@ -283,12 +287,9 @@ class EmpiricalRisk(ParameterVectors):
         self._sums: list[list[Tensor]] = []
         total = weight = torch.zeros((), dtype=self.dtype, device=self.device)
         example: tuple[Any, Tensor] | None = None
-        for index, (X, y) in enumerate(self.batches("risk", fingerprints)):
-            n = self._search.number(index, X, y)
-            y = stacked(y, n)
-            with explained(self.does_not_fit, X, n):
-                nbytes, output = checked_outputs(self.model, index, X, n)
-            if not index and self.model.tree is not None:
+        for X, y, nbytes, output in self._evaluated(fingerprints):
+            n = len(output)
+            if not self.outputs and self.model.tree is not None:
                 self.loss = self.loss.of_several(self.model.tree)
             y = targets_of(self.loss, y, output)
             # The largest batch shows the most of what mixes samples.
@@ -328,6 +329,16 @@ class EmpiricalRisk(ParameterVectors):
         if self.ranks.is_many:
             seen = self.outputs, self._targets
             check_parts(self.ranks, *seen, self._batches, self._check_parts)
+            own = set(self.layout.each)
+            if self.model.count is not None:
+                own.add(0)  # no other has this many
+            widths = self.ranks.gathered(own)
+            if len(set().union(*widths)) > 1:
+                raise ValueError(
+                    "data: samples have different numbers of outputs, or outputs come "
+                    "item by item, which a process group does not support. Pad them to "
+                    "one number, with targets that are ignored."
+                )
         # This rank may have none.
         self.example = self.ranks.led(self._first_outputs)
         if not self.outputs:
@@ -353,6 +364,19 @@ class EmpiricalRisk(ParameterVectors):
 
     def _first_outputs(self) -> tuple[Tensor, Any]:
         return self.outputs[0], self._targets[0]
+
+    def _evaluated(self, fingerprints: list[bytes] | None) -> Iterator[Evaluated]:
+        """Evaluate all batches, cut where samples have outputs of several shapes."""
+        for number, (X, y) in enumerate(self.batches("risk", fingerprints)):
+            n = self._search.number(number, X, y)
+            done = len(self.outputs)
+            with explained(self.does_not_fit, X, n):
+                for evaluated in self._cuts.found(
+                    self.model, self._search, number, (X, y), n, done, self._check
+                ):
+                    if self.model.count and not isinstance(self.loss, LossOfItems):
+                        self.loss = LossOfItems(self.loss)
+                    yield evaluated
 
     def _with_previous(self, output: Tensor, y: Any) -> tuple[Tensor, Any]:
         """Put a sample that is alone in its batch beside those of the batch before.
@@ -394,7 +418,8 @@ class EmpiricalRisk(ParameterVectors):
             raw = self._compared(raw, fingerprints)
         batches = iterate(raw, self.device, self.dtype, self._target)
         count = 0
-        for batch in self._shown(_replayed(batches, self._data_rng), what):
+        passed = self._shown(_replayed(batches, self._data_rng), what)
+        for batch in self._cuts.applied(passed, self._search):
             count += 1
             yield batch
         known = len(getattr(self, "batch_sizes", ()))
@@ -496,7 +521,8 @@ class EmpiricalRisk(ParameterVectors):
             # On the host, where data come from, and the digest is made.
             host = iterate(self._batches, torch.device("cpu"), self.dtype, self._target)
             batches = self._shown(_replayed(host, self._data_rng), "fingerprint")
-            found = fingerprint.of_samples(batches, self._search)
+            cut = self._cuts.applied(batches, self._search)
+            found = fingerprint.of_samples(cut, self._search)
         return fingerprint.joined(self.ranks.gathered(found))
 
     def subset(self, indices: Sequence[int] | Tensor) -> EmpiricalRisk:
@@ -534,6 +560,7 @@ class EmpiricalRisk(ParameterVectors):
         own = self._own_numbers(given)
         risk = object.__new__(EmpiricalRisk)
         risk._target, risk._check = None, self._check
+        risk._cuts = Cuts(final=True)
         risk.progress, risk.ranks = self.progress, self.ranks
         risk._check_data = risk._check_parts = False  # they are in memory
         parts: list[Batch] = []
@@ -731,10 +758,11 @@ class EmpiricalRisk(ParameterVectors):
 
     def __repr__(self) -> str:
         """Say what it is made of."""
+        loss = type(getattr(self.loss, "loss", self.loss)).__name__
         return (
             f"<EmpiricalRisk: {self.num_params} parameters, {self.num_samples} samples "
             f"in {len(self.batch_sizes)} batch(es), {self.num_outputs} output(s), "
-            f"{type(self.loss).__name__} ({self.reduction}), {self.dtype}, "
+            f"{loss} ({self.reduction}), {self.dtype}, "
             f"{self.device}{self.ranks}>"
         )
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from vivit_linop.risk.containers import leaves
-from vivit_linop.risk.data import Batch, some_targets
+from vivit_linop.risk.data import Batch, some_targets, stacked
 from vivit_linop.risk.samples import Samples
 from vivit_linop.risk.ways import Search
 
@@ -39,9 +39,9 @@ def of_samples(batches: Iterable[Batch], search: Search) -> tuple[bytes, list[by
     """
     common, digests = hashlib.sha256(), list[bytes]()
     for X, y in batches:
-        axes = search.samples.axes(X)
+        axes, number = search.samples.axes(X), search.samples.number(X)
+        y = stacked(y, number)
         if axes is None:
-            number = search.samples.number(X)
             digests += [_of_sample(X, y, search.samples, n) for n in range(number)]
             continue
         tensors = _by_axes(X, y, axes)

@@ -66,6 +66,8 @@ class FunctionalModel:
         params: Copies of the chosen parameters, by name; they require grad. Of complex
             ones the real and imaginary parts, ``[*p, 2]``.
         complex_names: The complex ones.
+        count: Counts the samples of an input, where the outputs of all come item by
+            item; None where they have a sample axis.
 
     Raises:
         TypeError: If ``model`` cannot be called, or parameters have dtypes that
@@ -112,6 +114,7 @@ class FunctionalModel:
         self._empty: list[str] = []
         self._fixed: Params = {}
         self._moved: Params = {}
+        self.count: Callable[[Any], int] | None = None
         self._foreign: set[str] = set()
         self._buffers: list[str] = []
         # Not kept alive: it is asked for its present state only.
@@ -280,6 +283,13 @@ class FunctionalModel:
         }
 
     def _evaluate(self, params: Params, X: Any) -> Tensor:
+        if self.count is None:
+            return self.item_by_item(params, X)
+        n = self.count(X)
+        return self.item_by_item(params, X).unflatten(0, (n, -1))
+
+    def item_by_item(self, params: Params, X: Any) -> Tensor:
+        """Return the outputs as the model does."""
         # Torch has no backward pass to some of what has no entries; none is needed.
         for name in self._empty:
             params = {**params, name: params[name].detach()}

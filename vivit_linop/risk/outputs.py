@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from vivit_linop.risk.containers import described, leaves, map_leaves
+from vivit_linop.risk.ragged import joined_outputs
 
 
 class OutputTree:
@@ -62,7 +63,8 @@ def as_tensor(
     """Return the outputs of a model as a tensor.
 
     Args:
-        output: What it returns: a tensor, an object whose ``.logits`` is one, or a
+        output: What it returns: a tensor, an object whose ``.logits`` is one, a list of
+            one for each sample or a nested tensor of these, or a
             tuple, mapping or object of several with one sample axis.
         tree: The form of several, once it is known.
 
@@ -71,9 +73,14 @@ def as_tensor(
 
     Raises:
         TypeError: If it is none of these.
+        RaggedOutputs: If samples in a list have outputs of several shapes.
     """
     if not isinstance(output, Tensor):
         output = getattr(output, "logits", output)
+    if isinstance(output, Tensor) and output.is_nested:
+        return joined_outputs(output.unbind()), None
+    if type(output) is list and output and all(isinstance(o, Tensor) for o in output):
+        return joined_outputs(output), None
     if isinstance(output, Tensor):
         return output, None
     if tree is None:

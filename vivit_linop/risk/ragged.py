@@ -51,9 +51,8 @@ class Part(NamedTuple):
         ):
             own, n = self.items, len(self.samples)
             return map_leaves(lambda leaf: leaf[own].unflatten(0, (n, -1)), y)
-        if isinstance(y, list) and any(leaf.ndim == 0 for leaf in tensors) is False:
-            if len({leaf.shape for leaf in tensors}) > 1:
-                return torch.stack([y[i] for i in self.samples.tolist()])
+        if isinstance(y, list) and len({leaf.shape for leaf in tensors}) > 1:
+            return torch.stack([y[i] for i in self.samples.tolist()])
         return some_targets(y, self.samples)
 
 

@@ -31,12 +31,15 @@ def number_of(unit: Any) -> int | None:
     """Return how many samples a container has, None for one that does not know."""
     if _is_graphs(unit):
         return int(unit.num_graphs)
-    return None
+    # One graph alone is one sample, with all its nodes.
+    return 1 if isinstance(getattr(unit, "stores", None), list) else None
 
 
 @singledispatch
 def some_of(unit: Any, index: Tensor) -> Any:
     """Return some samples of a container that knows its samples."""
+    if not _is_graphs(unit):
+        return unit
     return type(unit).from_data_list(unit.index_select(index))
 
 

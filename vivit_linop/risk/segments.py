@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -32,7 +32,9 @@ class Bags(Samples):
         if self._place >= len(tensors):
             return False
         offsets = tensors[self._place]
-        if not _is_index(offsets, 1) or len(offsets) != n + self._closed:
+        if offsets.ndim != 1 or not _is_index(offsets):
+            return False
+        if not len(offsets) or len(offsets) != n + self._closed:
             return False
         length = self._length(tensors)
         return (
@@ -88,75 +90,89 @@ class Graphs(Samples):
 
     Args:
         place: Which tensor has the number of each node's graph.
+        edges: Which has the edges.
+        nodes_first: Of what are as many as nodes and as edges, whether it is of nodes.
     """
 
-    def __init__(self, place: int) -> None:
-        self._place = place
+    def __init__(self, place: int, edges: int, nodes_first: bool = True) -> None:
+        self._place, self._edges = place, edges
+        self._nodes_first = nodes_first
+
+    @classmethod
+    def possible(cls, X: Any) -> Iterator[Graphs]:
+        """Yield what may be, by the tensors of an input."""
+        tensors = list(leaves(X))
+        for at, edges in enumerate(tensors):
+            if edges.ndim == 2 and len(edges) == 2 and _is_index(edges):
+                for place, owner in enumerate(tensors):
+                    if owner.ndim == 1 and _is_index(owner):
+                        yield cls(place, at)
+                        if len(owner) == edges.shape[1]:
+                            yield cls(place, at, nodes_first=False)
 
     def fits(self, X: Any, n: int) -> bool:
         """Whether there are n graphs, and edges between nodes."""
         tensors = list(leaves(X))
-        if self._place >= len(tensors):
+        if max(self._place, self._edges) >= len(tensors):
             return False
-        owner = tensors[self._place]
+        owner, edges = tensors[self._place], tensors[self._edges]
         return (
-            _is_index(owner, 1)
-            and len(owner) >= n
+            owner.ndim == 1
+            and _is_index(owner)
+            and len(owner) >= n > 0
             and int(owner.min()) == 0
             and int(owner.max()) == n - 1
-            and any(_are_edges(tensor, len(owner)) for tensor in tensors)
+            and edges.ndim == 2
+            and len(edges) == 2
+            and _is_index(edges)
+            and (not edges.numel() or int(edges.min()) >= 0)
+            and (not edges.numel() or int(edges.max()) < len(owner))
         )
 
     def number(self, X: Any) -> int:
         """As many as nodes belong to."""
-        return int(list(leaves(X))[self._place].max()) + 1
+        owner = list(leaves(X))[self._place]
+        return int(owner.max()) + 1 if owner.numel() else 0
+
+    def nodes(self, X: Any) -> int:
+        """How many nodes there are."""
+        return len(list(leaves(X))[self._place])
 
     def take(self, X: Any, index: Tensor) -> Any:
         """Put some graphs into one, with new numbers of nodes."""
         tensors = list(leaves(X))
-        owner = tensors[self._place]
+        owner, edges = tensors[self._place], tensors[self._edges]
         n, index = self.number(X), index.to(owner.device)
-        edges = next(t for t in tensors if _are_edges(t, len(owner)))
         nodes = [(owner == i).nonzero().squeeze(1) for i in index.tolist()]
         theirs = [(owner[edges[0]] == i).nonzero().squeeze(1) for i in index.tolist()]
         # Where a node of the first, second, … graph that is taken stands then.
         renumbered, start = [], 0
-        for some, of_edges in zip(nodes, theirs, strict=True):
+        for some, between in zip(nodes, theirs, strict=True):
             numbers = torch.full_like(owner, -1)
             numbers[some] = torch.arange(start, start + len(some), device=owner.device)
-            renumbered.append(numbers[edges[:, of_edges]])
+            renumbered.append(numbers[edges[:, between]])
             start += len(some)
-        rows, own = torch.cat(nodes), torch.cat(renumbered, dim=1)
+        rows, of_edges = torch.cat(nodes), torch.cat(theirs)
+        own = torch.cat(renumbered, dim=1)
         sizes = torch.tensor([len(some) for some in nodes], device=owner.device)
         places = itertools.count()
 
         def part(tensor: Tensor) -> Tensor:
-            if next(places) == self._place:
+            place = next(places)
+            if place == self._place:
                 whole = torch.arange(len(index), device=owner.device)
                 return whole.repeat_interleave(sizes).to(owner)
-            if _are_edges(tensor, len(owner)):
+            if place == self._edges:
                 return own.to(tensor)
             length = len(tensor) if tensor.ndim else -1
-            if length == len(owner):
-                return tensor[rows]
-            if length == edges.shape[1]:
-                return tensor[torch.cat(theirs)]
-            return tensor[index] if length == n else tensor
+            own_rows = {n: index, edges.shape[1]: of_edges, len(owner): rows}
+            if length == edges.shape[1] and not self._nodes_first:
+                return tensor[of_edges]
+            return tensor[own_rows[length]] if length in own_rows else tensor
 
         return map_leaves(part, X)
 
 
-def _is_index(tensor: Tensor, ndim: int) -> bool:
+def _is_index(tensor: Tensor) -> bool:
     """Whether a tensor may hold numbers of rows."""
-    integer = tensor.dtype in (torch.int64, torch.int32)
-    return integer and tensor.ndim == ndim and tensor.numel() > 0
-
-
-def _are_edges(tensor: Tensor, nodes: int) -> bool:
-    """Whether columns are pairs of nodes."""
-    return (
-        _is_index(tensor, 2)
-        and len(tensor) == 2
-        and int(tensor.min()) >= 0
-        and int(tensor.max()) < nodes
-    )
+    return tensor.dtype in (torch.int64, torch.int32)

@@ -105,9 +105,12 @@ class Search:
         if self._given is not None:
             return self._number_by_user(self._given, index, X)
         numbers = _numbers_by_input(X) or numbers_of(y, index)
+        if listed := _are_listed(X, y):
+            numbers = [len(y), *numbers]
         for n in dict.fromkeys([*_numbers_of_graphs(X, numbers), *numbers]):
             if index == 0:
                 fitting = ways_of(X, n)
+                fitting.sort(key=lambda way: listed and not isinstance(way, Listing))
             else:
                 fitting = [way for way in self.ways if way.fits(X, n)]
             if fitting:
@@ -137,6 +140,16 @@ class Search:
         return int(n)
 
 
+def _are_listed(X: Any, y: Any) -> bool:
+    """Whether inputs and targets are lists with a part for each sample.
+
+    Else they are lists of tensors that all number samples.
+    """
+    if not (isinstance(X, list) and isinstance(y, list) and len(X) == len(y)):
+        return False
+    return len({len(leaf) if leaf.ndim else -1 for leaf in leaves((X, y))}) > 1
+
+
 def _numbers_by_input(X: Any) -> list[int]:
     """What containers say that know their samples."""
     found = (number_of(unit) for unit in units_of(X))
@@ -149,11 +162,10 @@ def _numbers_of_graphs(X: Any, numbers: list[int]) -> list[int]:
     Nodes are no samples: edges are there to mix them.
     """
     found = []
-    for at, tensor in enumerate(leaves(X)):
-        if tensor.ndim == 1 and not tensor.is_floating_point() and tensor.numel():
-            n = int(tensor.max()) + 1
-            if len(tensor) in numbers and n < len(tensor) and Graphs(at).fits(X, n):
-                found.append(n)
+    for way in Graphs.possible(X):
+        n, nodes = way.number(X), way.nodes(X)
+        if n < nodes and nodes in numbers and way.fits(X, n):
+            found.append(n)
     return found
 
 
@@ -169,8 +181,9 @@ def ways_of(X: Any, n: int) -> list[Samples]:
     tensors = list(leaves(X))
     for at, tensor in enumerate(tensors):
         if tensor.ndim == 1 and len(tensors) > 1 and not tensor.is_floating_point():
-            related = (Bags(at, False), Bags(at, True), Graphs(at))
-            ways += [way for way in related if way.fits(X, n)]
+            bags = (Bags(at, False), Bags(at, True))
+            ways += [way for way in bags if way.fits(X, n)]
+    ways += [way for way in Graphs.possible(X) if way.fits(X, n)]
     if isinstance(X, (list, tuple)) and Listing().fits(X, n):
         ways.append(Listing())
     for chosen in itertools.islice(itertools.product(*places), _MOST_WAYS):

@@ -26,7 +26,12 @@ class LossOfItems(OutputLoss):
 
     def __init__(self, loss: OutputLoss) -> None:
         self.loss, self.tested = loss, loss.tested
-        self.name, self.reduction, self.source = loss.name, loss.reduction, loss.source
+        self.name, self.reduction = loss.name, loss.reduction
+        self.source = self._of_user
+
+    def _of_user(self, output: Tensor, target: Any) -> Tensor:
+        value: Tensor = self.loss.source(*_items(output, target))
+        return value
 
     def has_own(self, method: str) -> bool:
         """Whether the loss has it in closed form."""
