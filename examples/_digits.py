@@ -1,4 +1,4 @@
-"""What the examples on scikit-learn's digits share: data, training, checks, a folder."""
+"""What examples share: scikit-learn's digits, training, checks, a folder."""
 
 from __future__ import annotations
 

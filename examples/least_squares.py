@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
 
 import matplotlib
 import numpy as np
@@ -37,7 +36,7 @@ def half_squares(residual: Tensor, target: Tensor) -> Tensor:
 
 
 def levenberg_marquardt(
-    risk: vl.EmpiricalRisk, params: object, steps: int, damping: float = 1e-2
+    risk: vl.EmpiricalRisk, steps: int, damping: float = 1e-2
 ) -> tuple[vl.EmpiricalRisk, list[float]]:
     """Steps −(G + δ I)⁻¹ g; δ falls after a step that descends, and rises otherwise."""
     losses = [risk.value().item()]
@@ -58,3 +57,123 @@ def levenberg_marquardt(
 
 def vector(risk: vl.EmpiricalRisk) -> Tensor:
     return risk.flatten(risk.params).detach()
+
+
+# A curve -----------------------------------------------------------------------------
+
+
+def curve(params: Params, x: Tensor) -> Tensor:
+    """A step from a to a + b, of steepness c, at d."""
+    return params["a"] + params["b"] * torch.sigmoid(params["c"] * (x - params["d"]))
+
+
+def fit_a_curve() -> tuple[np.ndarray, np.ndarray, Tensor, Tensor]:
+    """Progression of diabetes by body mass index, 442 patients."""
+    X, y = load_diabetes(return_X_y=True)
+    x, y = torch.tensor(10 * X[:, 2:3]), torch.tensor(y / 100)[:, None]
+    start = {"a": 1.0, "b": 2.0, "c": 3.0, "d": 0.3}
+    params = {name: torch.tensor([v]).double() for name, v in start.items()}
+
+    def fit() -> vl.EmpiricalRisk:
+        risk = vl.EmpiricalRisk(curve, half_squares, (x, y), params, reduction="sum")
+        return levenberg_marquardt(risk, 15)[0]
+
+    risk, seconds = timed(fit)
+    # The residuals' variance times (JᵀJ)⁻¹, which here is G⁻¹.
+    variance = 2 * risk.value() / (len(x) - risk.num_params)
+    pcov = variance * vl.Dense(vl.GGN(risk).to_dense()).inv().to_dense()
+
+    def numpy_curve(x: np.ndarray, a: float, b: float, c: float, d: float):
+        return a + b / (1 + np.exp(-c * (x - d)))
+
+    flat = x[:, 0].numpy(), y[:, 0].numpy()
+    (popt, expected), peer = timed(
+        lambda: curve_fit(
+            numpy_curve, *flat, list(start.values()), ftol=1e-14, xtol=1e-14
+        )
+    )
+    print(f"A curve with four parameters: {seconds:.2f} s, curve_fit {peer:.3f} s")
+    check("the parameters and curve_fit's", vector(risk), popt, 1e-5)
+    check("their covariance and pcov", pcov, expected, 1e-4)
+    return *flat, vector(risk), pcov
+
+
+# A physics-informed net --------------------------------------------------------------
+
+
+class Residual(nn.Module):
+    """u'' + π² sin(π x) for u = (1 − x²) net(x), which is zero at ±1."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = nn.Sequential(nn.Linear(1, 20), nn.Tanh(), nn.Linear(20, 1)).double()
+
+    def solution(self, x: Tensor) -> Tensor:
+        return (1 - x.square()) * self.net(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            (slope,) = torch.autograd.grad(self.solution(x).sum(), x, create_graph=True)
+            (second,) = torch.autograd.grad(slope.sum(), x, create_graph=True)
+        return second + math.pi**2 * torch.sin(math.pi * x.detach())
+
+
+def solve(seconds: float) -> tuple[Residual, list[float]]:
+    x = torch.linspace(-1, 1, 60).double()[:, None]
+    model = Residual()
+    risk = vl.EmpiricalRisk(
+        model, half_squares, (x, torch.zeros_like(x)), reduction="sum"
+    )
+    (found, losses), taken = timed(lambda: levenberg_marquardt(risk, 25))
+    adam, steps = Residual(), 0
+    optimizer = torch.optim.Adam(adam.parameters(), lr=1e-2)
+    end = time.perf_counter() + max(taken, seconds)
+    while time.perf_counter() < end:
+        optimizer.zero_grad()
+        value = 0.5 * adam(x).square().sum()
+        value.backward()
+        optimizer.step()
+        steps += 1
+    risk.add_to_(model, vector(found) - vector(risk))
+    truth = torch.sin(math.pi * x)
+    errors = [(m.solution(x) - truth).abs().max().item() for m in (model, adam)]
+    print(f"\nThe equation: {len(losses) - 1} damped steps, {taken:.2f} s, error of u")
+    print(f"{errors[0]:.1e}; {steps} steps of Adam in that time, error {errors[1]:.1e}")
+    check("the solution and sin(π x)", model.solution(x).detach(), truth, 1e-3)
+    if not errors[0] < errors[1]:
+        raise AssertionError("Adam is nearer to the solution")
+    return model, losses
+
+
+def main() -> None:
+    output = folder(str(__doc__))
+    torch.set_num_threads(1)
+    x, y, theta, pcov = fit_a_curve()
+    model, losses = solve(0.5)
+
+    figure, axes = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
+    line = torch.linspace(x.min(), x.max(), 200).double()[:, None]
+    named = dict(zip("abcd", theta.split(1), strict=True))
+    J = torch.func.jacrev(lambda p: curve(p, line)[:, 0])(named)
+    J = torch.cat([j.flatten(1) for j in J.values()], dim=1)
+    spread = 2 * (J @ pcov * J).sum(1).sqrt()
+    center = curve(named, line)[:, 0]
+    axes[0].plot(x, y, ".", color="0.7", markersize=4)
+    axes[0].plot(line, center)
+    axes[0].fill_between(line[:, 0], center - spread, center + spread, alpha=0.3)
+    axes[0].set(xlabel="body mass index", title="A curve, ± two standard errors")
+    axes[1].semilogy(losses, ".-")
+    axes[1].set(xlabel="damped step", title="½ Σ residual² of the equation")
+    grid = torch.linspace(-1, 1, 200).double()[:, None]
+    axes[2].plot(grid, model.solution(grid).detach(), label="net")
+    axes[2].plot(grid, torch.sin(math.pi * grid), "--", label="sin(π x)")
+    axes[2].set(xlabel="x", title="The solution")
+    axes[2].legend()
+    figure.savefig(output / "least_squares.png", dpi=150)
+    print(f"\nSaved {output / 'least_squares.png'}.")
+
+
+if __name__ == "__main__":
+    main()

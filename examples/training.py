@@ -91,7 +91,9 @@ def main() -> None:
     G = vl.GGN(risk)
     evals, pairs = G.eigvalsh().flip(0), G.eigh(k=SHOWN)
     gap = (evals[:SHOWN] / evals[1 : SHOWN + 1]).argmax().item() + 1
-    print(f"\nCross-entropy: the largest gap is after {gap} eigenvalues, C − 1 = {C - 1}.")
+    print(
+        f"\nCross-entropy: the largest gap is after {gap} eigenvalues, C − 1 = {C - 1}."
+    )
     if gap != C - 1:
         raise AssertionError("C − 1 eigenvalues do not stand out")
     check("the largest ones", evals[:K], peer(net, loss, (X, y)).flip(0), 1e-3)
@@ -99,7 +101,8 @@ def main() -> None:
     projected = pairs.eigenvectors.T @ risk.gradient()
     check("mean slopes and the gradient", slopes.mean(0), projected, 1e-3)
     ratio = (slopes.mean(0).square() / (slopes.var(0) / len(X))).flip(0)
-    print(f"{int((ratio > 1).sum())} of {SHOWN} directions have a slope above its noise.")
+    clear = int((ratio > 1).sum())
+    print(f"{clear} of {SHOWN} directions have a mean slope above its noise.")
 
     figure, axes = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
     axes[0].plot(sharpness, label="λ₁ η/2")
