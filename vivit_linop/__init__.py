@@ -8,6 +8,7 @@ into exact Gram eigenpairs, directional derivatives and damped inverses.
 from vivit_linop import linalg, testing
 from vivit_linop.analysis import (
     LanczosSpectrum,
+    Laplace,
     centered_gram,
     class_means,
     covariance,
@@ -71,6 +72,7 @@ __all__ = [
     "KhatriRao",
     "Kronecker",
     "LanczosSpectrum",
+    "Laplace",
     "Loss",
     "LossHessian",
     "PerSampleGradients",

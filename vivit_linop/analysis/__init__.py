@@ -9,6 +9,7 @@ from vivit_linop.analysis.evidence import (
 )
 from vivit_linop.analysis.gram import centered_gram
 from vivit_linop.analysis.influence import influence, self_influence
+from vivit_linop.analysis.laplace import Laplace
 from vivit_linop.analysis.newton import damped_newton_step
 from vivit_linop.analysis.predictive import predictive_covariance
 from vivit_linop.analysis.projectors import projector
@@ -18,6 +19,7 @@ from vivit_linop.analysis.trust_region import TrustRegionStep, trust_region_step
 __all__ = [
     "ClassMeans",
     "LanczosSpectrum",
+    "Laplace",
     "ParameterCovariance",
     "TrustRegionStep",
     "centered_gram",

@@ -713,6 +713,38 @@ class EmpiricalRisk(ParameterVectors):
             both[-1] += total.detach()
         return both
 
+    def over(self, names: Iterable[str]) -> EmpiricalRisk:
+        """Return it as a function of some of its parameters, the others constant.
+
+        Costs nothing: the same data, outputs and value. For a last layer, or others
+        that a curvature is to be taken of alone.
+
+        Args:
+            names: Those of the parameters; they keep their order.
+
+        Raises:
+            ValueError: If one is none of the risk's, or there are none.
+
+        Example:
+            >>> import torch, vivit_linop as vl
+            >>> from torch import nn
+            >>> data = (torch.rand(8, 3), torch.rand(8, 1))
+            >>> risk = vl.EmpiricalRisk(nn.Linear(3, 1), nn.MSELoss(), data)
+            >>> risk.over(["weight"]).num_params
+            3
+        """
+        chosen = list(names)
+        foreign = [name for name in chosen if name not in self.params]
+        if foreign or not chosen:
+            found = repr(foreign[0]) if foreign else "none"
+            raise ValueError(f"names: some of {list(self.params)}, found {found}.")
+        risk = copy.copy(self)
+        risk.model, risk.kept = self.model.over(chosen), Kept(self.memory, self.device)
+        risk.params = risk.model.params
+        risk.sizes = [p.numel() for p in risk.params.values()]
+        risk.num_params = sum(risk.sizes)
+        return risk
+
     def at(
         self,
         parameters: Tensor | Iterable[Tensor] | Mapping[str, Tensor] | None = None,

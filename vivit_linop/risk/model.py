@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -238,6 +238,19 @@ class FunctionalModel:
         own = list(model.parameters()) if isinstance(model, nn.Module) else []
         return [*own, *self.owners.values()]
 
+    def over(self, names: Sequence[str]) -> FunctionalModel:
+        """Return it as a function of some of its parameters; the others stay."""
+        model = copy.copy(self)
+        model._source = self._source
+        others = {name: p for name, p in self.params.items() if name not in names}
+        constant = self._as_given({name: p.detach() for name, p in others.items()})
+        model.params = {name: p for name, p in self.params.items() if name in names}
+        model.owners = {name: p for name, p in self.owners.items() if name in names}
+        model._empty = [name for name in self._empty if name in names]
+        model._fixed = {**self._fixed, **constant}
+        model._moved = {**self._moved, **constant}
+        return model
+
     def __call__(self, params: Params, X: Any) -> Tensor:
         """Return the outputs, ``[n, …]``; X is not written into."""
         return self._evaluate(params, self.private_input(X, params))
@@ -294,9 +307,10 @@ class FunctionalModel:
         for name in self._empty:
             params = {**params, name: params[name].detach()}
         params = self._as_given(params)
+        if self._moved:
+            params = {**self._moved, **params}
         if self._private is not None:
-            slots = {**self._moved, **params} if self._moved else params
-            return self._private(slots, X)
+            return self._private(params, X)
         output = Copies(()).of_called(self._function)(params, rebuilt(X))
         joined, self._tree = as_tensor(output, self._tree)
         return joined

@@ -1,0 +1,252 @@
+"""The Laplace approximation, and risks over some parameters, against dense matrices."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import math
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import vivit_linop as vl
+
+D64 = torch.float64
+STRUCTURES = ["full", "kfac", "ekfac", "diag", "last_layer"]
+
+
+def problem(reduction: str = "mean", samples: int = 30) -> vl.EmpiricalRisk:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+    X, y = torch.randn(samples, 4, dtype=D64), torch.arange(samples) % 3
+    return vl.EmpiricalRisk(net, nn.CrossEntropyLoss(reduction=reduction), (X, y))
+
+
+def dense_curvature(risk: vl.EmpiricalRisk, structure: str) -> Tensor:
+    """Of Σ_n ℓ_n."""
+    G = vl.GGN(risk).to_dense() / risk.reduction_factor
+    if structure == "diag":
+        return G.diagonal().diag()
+    if structure == "kfac":
+        return vl.KFAC(risk, variant="exact").to_dense() / risk.reduction_factor
+    if structure == "ekfac":
+        return vl.EKFAC(risk, variant="exact").to_dense() / risk.reduction_factor
+    return G[25:, 25:] if structure == "last_layer" else G
+
+
+def jacobian(risk: vl.EmpiricalRisk, X: Tensor, names: list[str]) -> Tensor:
+    """By autograd, ``[N, C, D]``."""
+    params = {name: p.detach() for name, p in risk.params.items()}
+    hidden = torch.tanh(X @ params["0.weight"].T + params["0.bias"])
+    assert (risk.outputs[0].shape[1], hidden.shape[1]) == (3, 5)
+
+    def outputs(params: dict[str, Tensor]) -> Tensor:
+        a = torch.tanh(X @ params["0.weight"].T + params["0.bias"])
+        return a @ params["2.weight"].T + params["2.bias"]
+
+    J = torch.func.jacrev(outputs)(params)
+    return torch.cat([J[name].flatten(2) for name in names], dim=2)
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("samples", [5, 30])
+def test_it_is_that_of_dense_matrices(
+    structure: str, reduction: str, samples: int
+) -> None:
+    risk = problem(reduction, samples)
+    tau = 0.7
+    la = vl.Laplace(risk, tau, structure)
+    A = dense_curvature(risk, structure)
+    D = len(A)
+    precision = A + tau * torch.eye(D, dtype=D64)
+    covariance = precision.inverse()
+    torch.testing.assert_close(la.covariance.to_dense(), covariance)
+    assert (la.covariance.shape, la.mean.shape) == ((D, D), (D,))
+
+    # −Σ_n ℓ_n − ½ τ |θ|² + ½ D log τ − ½ log det(A + τ I)
+    log_likelihood = -risk.value() / risk.reduction_factor
+    evidence = log_likelihood - 0.5 * tau * la.mean.square().sum()
+    evidence += 0.5 * (D * math.log(tau) - precision.logdet())
+    torch.testing.assert_close(la.log_marginal_likelihood(), evidence)
+
+    X = torch.randn(7, 4, dtype=D64)
+    names = list(risk.params)[2:] if structure == "last_layer" else list(risk.params)
+    J = jacobian(risk, X, names)
+    mean, found = la.predictive(X)
+    params = {name: p.detach() for name, p in risk.params.items()}
+    expected = torch.tanh(X @ params["0.weight"].T + params["0.bias"])
+    torch.testing.assert_close(mean, expected @ params["2.weight"].T + params["2.bias"])
+    torch.testing.assert_close(found, J @ covariance @ J.mT)
+    v = found.diagonal(dim1=1, dim2=2)
+    probit = (mean / (1 + math.pi * v / 8).sqrt()).softmax(1)
+    torch.testing.assert_close(la.predictive(X).probabilities(), probit)
+
+    draws = la.sample(20_000, torch.Generator().manual_seed(0))
+    centered = draws - la.mean[:, None]
+    empirical = centered @ centered.T / 20_000
+    assert (empirical - covariance).norm() < 0.1 * covariance.norm()
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_prior_at_the_maximum_of_the_evidence(structure: str) -> None:
+    la = vl.Laplace(problem(), 30.0, structure)
+    found = la.optimize_prior()
+    assert found is la.prior_precision and found.shape == ()
+    best = la.log_marginal_likelihood()
+    grid = torch.logspace(-3, 3, 61, dtype=D64)
+    values = torch.stack([la.log_marginal_likelihood(tau.item()) for tau in grid])
+    assert best >= values.max() - 1e-6
+    assert abs(float((grid[values.argmax()] / found).log10())) < 0.11
+
+
+def test_a_prior_for_each_parameter() -> None:
+    la = vl.Laplace(problem(), structure="kfac")
+    la.optimize_prior()
+    one = la.log_marginal_likelihood()
+    found = la.optimize_prior(per_parameter=True)
+    assert found.shape == (4,)
+    assert la.log_marginal_likelihood() > one
+    log = found.log().requires_grad_()
+    la.log_marginal_likelihood(log.exp()).backward()
+    assert log.grad is not None and log.grad.norm() < 1e-2
+    named = vl.Laplace(la.risk, dict(zip(la.risk.params, found, strict=True)), "kfac")
+    torch.testing.assert_close(
+        named.log_marginal_likelihood(), la.log_marginal_likelihood()
+    )
+
+
+@pytest.mark.parametrize("structure", ["full", "kfac", "diag"])
+def test_it_agrees_with_laplace_torch(structure: str) -> None:
+    from torch.utils.data import DataLoader, TensorDataset
+
+    laplace = pytest.importorskip("laplace")
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+    X, y = torch.randn(30, 4, dtype=D64), torch.arange(30) % 3
+    names = {"full": "full", "kfac": "kron", "diag": "diag"}
+    own = vl.Laplace(
+        vl.EmpiricalRisk(net, nn.CrossEntropyLoss(), (X, y)), 0.7, structure
+    )
+    backend = laplace.curvature.BackPackGGN
+    other = laplace.Laplace(
+        copy.deepcopy(net),
+        "classification",
+        "all",
+        names[structure],
+        prior_precision=0.7,
+        backend=backend,
+    )
+    other.fit(DataLoader(TensorDataset(X, y), batch_size=30))
+    torch.testing.assert_close(
+        own.log_marginal_likelihood(), other.log_marginal_likelihood()
+    )
+    torch.testing.assert_close(own.predictive(X).probabilities(), other(X))
+
+
+def test_the_last_layer_of_other_nets() -> None:
+    class Head(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = nn.Linear(4, 3)  # first of the parameters, last in use
+            self.body = nn.Conv1d(1, 4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            result: Tensor = self.head(self.body(x.unsqueeze(1)).tanh().mean(2))
+            return result
+
+    X, y = torch.randn(9, 5), torch.arange(9) % 3
+    risk = vl.EmpiricalRisk(Head(), nn.CrossEntropyLoss(), (X, y))
+    la = vl.Laplace(risk, structure="last_layer")
+    assert list(la.risk.params) == ["head.weight", "head.bias"]
+    G = vl.GGN(risk).to_dense()[:15, :15]
+    torch.testing.assert_close(la.curvature.to_dense(), G)
+    assert la.predictive(X[:2]).covariance.shape == (2, 3, 3)
+
+
+def test_bad_input() -> None:
+    risk = problem()
+    for arguments, error, message in [
+        ((vl.GGN(risk),), TypeError, "risk: an EmpiricalRisk"),
+        ((risk, 1.0, "block"), ValueError, "structure: one of 'full'"),
+        ((risk, -1.0), ValueError, "prior_precision: must be positive"),
+        ((risk, torch.ones(3)), ValueError, "prior_precision: a number"),
+        ((risk, torch.ones(4), "last_layer"), ValueError, "prior_precision: a number"),
+    ]:
+        with pytest.raises(error, match=message):
+            vl.Laplace(*arguments)  # type: ignore[arg-type]
+
+
+# Risks over some parameters -----------------------------------------------------------
+
+
+def build(kind: str) -> vl.EmpiricalRisk:
+    risk = problem()
+    if kind == "module":
+        return risk
+    if kind == "moved":
+        return risk.at(torch.arange(43, dtype=D64).cos())
+    X, y = torch.randn(8, 4, dtype=D64), torch.arange(8) % 3
+    params = {name: p.detach() for name, p in risk.params.items()}
+
+    def model(params: dict[str, Tensor], x: Tensor) -> Tensor:
+        a = torch.tanh(x @ params["0.weight"].T + params["0.bias"])
+        return a @ params["2.weight"].T + params["2.bias"]
+
+    return vl.EmpiricalRisk(model, nn.CrossEntropyLoss(), (X, y), params)
+
+
+@pytest.mark.parametrize("kind", ["module", "moved", "function"])
+@pytest.mark.parametrize(
+    "names", [["2.weight", "2.bias"], ["0.bias"], ["2.bias", "0.weight"]]
+)
+def test_over_some_parameters(kind: str, names: list[str]) -> None:
+    whole = build(kind)
+    part = whole.over(names)
+    assert list(part.params) == [name for name in whole.params if name in names]
+    ends = torch.tensor([0, *whole.sizes]).cumsum(0).tolist()
+    places = dict(zip(whole.params, itertools.pairwise(ends), strict=False))
+    index = torch.cat([torch.arange(*places[name]) for name in part.params])
+    assert part.num_params == len(index)
+    torch.testing.assert_close(part.value(), whole.value())
+    torch.testing.assert_close(part.gradient(), whole.gradient()[index])
+    for make in (vl.GGN, vl.Hessian, vl.EmpiricalFisher):
+        expected = make(whole).to_dense()[index][:, index]
+        torch.testing.assert_close(make(part).to_dense(), expected)
+    torch.testing.assert_close(
+        vl.GGN(part).eigvalsh()[-4:],
+        torch.linalg.eigvalsh(vl.GGN(whole).to_dense()[index][:, index])[-4:],
+    )
+    # It moves along its own parameters; the others stay.
+    step = torch.full((len(index),), 0.1, dtype=D64)
+    theta = whole.flatten(whole.params).detach()
+    moved = part.at(theta[index] + step)
+    everything = whole.at(theta.index_add(0, index, step))
+    torch.testing.assert_close(moved.value(), everything.value())
+    torch.testing.assert_close(moved.gradient(), everything.gradient()[index])
+    if kind != "function":
+        again = pickle.loads(pickle.dumps(part))
+        torch.testing.assert_close(again.gradient(), part.gradient())
+
+
+def test_over_follows_the_model() -> None:
+    net = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+    data: Any = (torch.randn(9, 4), torch.arange(9) % 3)
+    part = vl.EmpiricalRisk(net, nn.CrossEntropyLoss(), data).over(["0.weight"])
+    with torch.no_grad():
+        for p in net.parameters():
+            p.add_(0.1)
+    fresh = vl.EmpiricalRisk(net, nn.CrossEntropyLoss(), data, [net[0].weight])
+    torch.testing.assert_close(part.at().value(), fresh.value())
+    torch.testing.assert_close(part.at().gradient(), fresh.gradient())
+
+
+def test_over_none_and_others() -> None:
+    risk = problem()
+    with pytest.raises(ValueError, match=r"names: some of .* found 'weight'"):
+        risk.over(["0.bias", "weight"])
+    with pytest.raises(ValueError, match=r"names: some of .* found none"):
+        risk.over([])

@@ -1,0 +1,214 @@
+"""The Laplace approximation of a net's posterior, as a thin face of the expressions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from scipy.optimize import minimize
+from torch import Tensor
+
+from vivit_linop.analysis.evidence import (
+    PriorPrecision,
+    log_marginal_likelihood,
+    posterior_precision,
+)
+from vivit_linop.analysis.predictive import predictive_covariance
+from vivit_linop.curvature import EKFAC, GGN, KFAC, Jacobian
+from vivit_linop.modes import as_given, ordinary_mode
+from vivit_linop.net.certified import find_structure
+from vivit_linop.operators import Diagonal, TorchLinearOperator
+from vivit_linop.risk.empirical import EmpiricalRisk
+
+STRUCTURES: dict[str, Callable[[EmpiricalRisk], TorchLinearOperator]] = {
+    "full": GGN,
+    "kfac": lambda risk: KFAC(risk, variant="exact"),
+    "ekfac": lambda risk: EKFAC(risk, variant="exact"),
+    "diag": lambda risk: Diagonal(GGN(risk).diagonal()),
+    "last_layer": GGN,
+}
+# Precisions that an optimum is looked for among.
+_RANGE = (1e-8, 1e8)
+
+
+class Predictive(NamedTuple):
+    """The distribution of the outputs of a linearised net.
+
+    Attributes:
+        mean: ``[N*, C]``.
+        covariance: ``[N*, C, C]``.
+    """
+
+    mean: Tensor
+    covariance: Tensor
+
+    def probabilities(self) -> Tensor:
+        """Return class probabilities ``[N*, C]`` of logits.
+
+        By MacKay's (1992) approximation: the softmax of m / √(1 + π v / 8) with the
+        mean m and the variance v of each.
+        """
+        variances = self.covariance.diagonal(dim1=1, dim2=2)
+        return (self.mean / (1.0 + math.pi / 8.0 * variances).sqrt()).softmax(1)
+
+
+class Laplace:
+    """The Laplace approximation: the posterior N(θ, (A/r + P)⁻¹) of a net's parameters.
+
+    θ are the parameters of the risk L = r Σ_n ℓ_n, which should be at a minimum of
+    L/r + ½ θᵀPθ; A is a curvature of L, ℓ_n a negative log-likelihood and N(0, P⁻¹) the
+    prior (MacKay 1992; Daxberger et al. 2021, arXiv:2106.14806). Everything is an
+    expression over operators: :func:`posterior_precision`,
+    :func:`log_marginal_likelihood`, :func:`predictive_covariance`, ``A.sample``. With
+    ``nn.MSELoss`` the observations have the variance C/2, or ½ for
+    ``reduction="sum"``.
+
+    Args:
+        risk: The risk.
+        prior_precision: The diagonal of P: a number; one for each parameter, in order
+            or by name; or one for each entry.
+        structure: A: ``"full"``, the GGN as a low-rank operator, never formed;
+            ``"kfac"``, ``"ekfac"``, ``"diag"``, of the exact GGN; or ``"last_layer"``,
+            the GGN of the parameters that the net uses last, the others fixed.
+
+    Attributes:
+        risk: The risk; for ``"last_layer"`` as a function of that layer.
+        curvature: A, which costs what its class says; it is made when first needed.
+        prior_precision: P.
+
+    Raises:
+        TypeError: If ``risk`` is none.
+        ValueError: If the structure is unknown, or a precision not positive.
+
+    Example:
+        >>> import torch, vivit_linop as vl
+        >>> from torch import nn
+        >>> _ = torch.manual_seed(0)
+        >>> data = (torch.rand(20, 3), torch.randint(2, (20,)))
+        >>> risk = vl.EmpiricalRisk(nn.Linear(3, 2), nn.CrossEntropyLoss(), data)
+        >>> la = vl.Laplace(risk, prior_precision=1.0)
+        >>> la.optimize_prior().shape
+        torch.Size([])
+        >>> la.predictive(torch.rand(5, 3)).probabilities().shape
+        torch.Size([5, 2])
+        >>> la.sample(10).shape  # columns; risk.unflatten has the shapes of parameters
+        torch.Size([8, 10])
+    """
+
+    def __init__(
+        self,
+        risk: EmpiricalRisk,
+        prior_precision: PriorPrecision = 1.0,
+        structure: str = "full",
+    ) -> None:
+        if not isinstance(risk, EmpiricalRisk):
+            raise TypeError(f"risk: an EmpiricalRisk, got {type(risk).__name__}.")
+        if structure not in STRUCTURES:
+            listed = ", ".join(map(repr, STRUCTURES))
+            raise ValueError(f"structure: one of {listed}, got {structure!r}.")
+        self.risk = risk.over(last_used(risk)) if structure == "last_layer" else risk
+        self.structure, self.prior_precision = structure, prior_precision
+        unit = Diagonal(torch.ones_like(self.mean))
+        posterior_precision(self.risk, unit, prior_precision)  # which checks it
+
+    @cached_property
+    def curvature(self) -> TorchLinearOperator:
+        """A."""
+        return STRUCTURES[self.structure](self.risk)
+
+    @property
+    def mean(self) -> Tensor:
+        """θ, ``[D]``."""
+        return self.risk.flatten(self.risk.params).detach()
+
+    @property
+    def precision(self) -> TorchLinearOperator:
+        """A/r + P."""
+        return posterior_precision(self.risk, self.curvature, self.prior_precision)
+
+    @property
+    def covariance(self) -> TorchLinearOperator:
+        """(A/r + P)⁻¹."""
+        return self.precision.inv()
+
+    def log_marginal_likelihood(
+        self, prior_precision: PriorPrecision | None = None
+    ) -> Tensor:
+        """Return the approximate log evidence, differentiable in the precision.
+
+        Args:
+            prior_precision: Another P; see :func:`log_marginal_likelihood`.
+        """
+        given = self.prior_precision if prior_precision is None else prior_precision
+        return log_marginal_likelihood(self.risk, self.curvature, given)
+
+    @ordinary_mode()
+    def optimize_prior(self, per_parameter: bool = False) -> Tensor:
+        """Set P to a maximum of the marginal likelihood, and return it.
+
+        By SciPy's L-BFGS-B in log P, between 1e-8 and 1e8, from the present P. For a
+        full GGN and one number, K is decomposed once, and each step costs nothing.
+
+        Args:
+            per_parameter: Whether each parameter gets its own precision,
+                ``[len(risk.params)]``, else one number for all.
+        """
+        mean = log_precision(self.prior_precision)
+        count = len(self.risk.params) if per_parameter else 1
+        value = np.full(count, np.clip(mean, *np.log(_RANGE)))
+
+        def negative(x: np.ndarray) -> tuple[float, np.ndarray]:
+            log = torch.from_numpy(x).to(self.mean).requires_grad_()
+            precision = log.exp()
+            evidence = self.log_marginal_likelihood(
+                precision if per_parameter else precision.squeeze(0)
+            )
+            (slope,) = torch.autograd.grad(evidence, log)
+            return -evidence.item(), -slope.double().cpu().numpy()
+
+        bounds = [tuple(np.log(_RANGE))] * count
+        found = minimize(negative, value, jac=True, method="L-BFGS-B", bounds=bounds)
+        precision = torch.from_numpy(np.exp(found.x)).to(self.mean)
+        self.prior_precision = precision if per_parameter else precision.squeeze(0)
+        return self.prior_precision
+
+    def sample(self, num: int, generator: torch.Generator | None = None) -> Tensor:
+        """Return parameters drawn from the posterior, as columns ``[D, num]``.
+
+        Args:
+            num: How many.
+            generator: For reproducible ones.
+        """
+        return self.mean[:, None] + self.covariance.sample(num, generator)
+
+    def predictive(self, X: Any, **options: Any) -> Predictive:
+        """Return mean and covariance of the linearised net's outputs.
+
+        Args:
+            X: A batch of inputs, or a list or loader of batches.
+            options: What else :class:`EmpiricalRisk` takes by name, of how to read X.
+        """
+        model = self.risk.model
+        J = Jacobian(
+            lambda params, x: model(params, x), X, params=self.risk.params, **options
+        )
+        mean = torch.cat([output.flatten(1) for output in J.risk.outputs])
+        return Predictive(mean, predictive_covariance(J, self.covariance))
+
+
+def last_used(risk: EmpiricalRisk) -> list[str]:
+    """Return the parameters of the last call that uses any."""
+    *_, (_, *names) = find_structure(risk).uses
+    return [name for name in names if name is not None]
+
+
+def log_precision(precision: PriorPrecision) -> float:
+    """Return the mean of the logarithms of precisions."""
+    if isinstance(precision, (float, int, Tensor)):
+        return float(as_given(precision).double().log().mean())
+    logs = [as_given(part).double().log().mean() for part in precision.values()]
+    return float(torch.stack(logs).mean())
