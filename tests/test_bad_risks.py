@@ -72,15 +72,6 @@ def test_one_shot_iterators() -> None:
     refused("data", risk_of(data=zip([X], [CLASSES], strict=True)), ValueError)
 
 
-def test_outputs_of_another_width() -> None:
-    # A fully convolutional net on two sizes of input.
-    conv = nn.Conv1d(1, 2, 2).double()
-    batches = [
-        (torch.ones(2, 1, n).double(), torch.zeros(2, n - 1).long()) for n in (3, 4)
-    ]
-    refused("model", risk_of(conv, CE, batches))
-
-
 def test_data_of_another_dtype() -> None:
     with pytest.raises(
         (ValueError, TypeError, RuntimeError), match=r"dtype|Float|float"

@@ -9,5 +9,13 @@ from vivit_linop.risk.losses.base import OutputLoss
 from vivit_linop.risk.losses.elementwise import ElementwiseLoss
 from vivit_linop.risk.losses.own import Loss
 from vivit_linop.risk.losses.registry import register
+from vivit_linop.risk.losses.weighted import Weighted
 
-__all__ = ["ElementwiseLoss", "LabelDraws", "Loss", "OutputLoss", "register"]
+__all__ = [
+    "ElementwiseLoss",
+    "LabelDraws",
+    "Loss",
+    "OutputLoss",
+    "Weighted",
+    "register",
+]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -46,12 +46,19 @@ class OutputLoss(ABC):
         reduction: ``"mean"`` or ``"sum"``, what the user's loss has.
         source: A copy of the loss that the user gave.
         tested: Whether closed forms are known to be right, and are not compared.
+        takes_several: Whether targets may be several tensors, in a container; by
+            default not of a tested loss.
     """
 
     name: str = ""
     reduction: str = "mean"
     source: Any = None
     tested: bool = False
+
+    @property
+    def takes_several(self) -> bool:
+        """Those of the library take one tensor of targets."""
+        return not self.tested
 
     @abstractmethod
     def total(self, output: Tensor, target: Tensor) -> Tensor:
@@ -70,6 +77,15 @@ class OutputLoss(ABC):
 
     def check_data(self, output: Tensor, target: Tensor) -> None:
         """Raise a ``ValueError`` if the loss does not take these."""
+        return
+
+    def watch(self, parameters: Sequence[Tensor], own: Sequence[Tensor]) -> None:
+        """Let the next check see which tensors the loss uses; a closed form uses none.
+
+        Args:
+            parameters: Those of the model, which are refused.
+            own: Those that nobody else has.
+        """
         return
 
     def of_several(self, tree: OutputTree) -> OutputLoss:

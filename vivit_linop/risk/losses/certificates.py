@@ -34,7 +34,7 @@ def targets_of(loss: OutputLoss, target: Any, output: Tensor) -> Any:
     Raises:
         TypeError: If they are several tensors, and the loss takes one.
     """
-    if loss.tested and not isinstance(target, Tensor):
+    if not loss.takes_several and not isinstance(target, Tensor):
         raise TypeError(
             f"data: {loss.name} takes one tensor of targets for a batch, got "
             f"{described(target)}. Give a function (output, target) -> scalar of them, "

@@ -125,6 +125,49 @@ def as_output_loss(
         ValueError: If its reduction is missing, contradictory or ``"none"``; if it
             holds what was computed from parameters of the model.
     """
+    reduction = checked_reduction(loss, reduction)
+    name = _name(loss)
+    frozen, own = _frozen(loss, name, parameters)
+    result = built(frozen, reduction)
+    result.watch(parameters, own)
+    if not isinstance(result, AutogradLoss):
+        if parts_of([*frozen.parameters(), *frozen.buffers()], parameters):
+            raise uses_parameters(name)
+    return result
+
+
+def built(loss: Any, reduction: str) -> OutputLoss:
+    """Return what stands for a loss, which is taken as it is.
+
+    Args:
+        loss: A loss that can be one.
+        reduction: ``"mean"`` or ``"sum"``.
+
+    Raises:
+        TypeError: If what is registered for it returns something else.
+    """
+    result = _BUILDERS.get(type(loss), AutogradLoss)(loss)
+    if not isinstance(result, OutputLoss):
+        raise TypeError(
+            f"loss: the function that is registered for {_name(loss)} must return a "
+            f"vl.losses.OutputLoss, got {type(result).__name__}."
+        )
+    result.source, result.reduction = loss, reduction
+    result.name = result.name or _name(loss)
+    return result
+
+
+def checked_reduction(loss: Any, reduction: str | None) -> str:
+    """Return ``"mean"`` or ``"sum"``, if this can be a loss.
+
+    Args:
+        loss: What the user gave.
+        reduction: What the user says it is.
+
+    Raises:
+        TypeError: If it cannot be called with outputs and targets.
+        ValueError: If its reduction is missing, contradictory or ``"none"``.
+    """
     if not callable(loss):
         raise TypeError(
             "loss: a torch.nn loss or a function (output, target) -> scalar, got "
@@ -140,14 +183,13 @@ def as_output_loss(
             f"reduction: {reduction!r} was given, but the loss has reduction={own!r}."
         )
     reduction = own if own is not None else reduction
-    name = type(loss).__name__ if isinstance(loss, nn.Module) else _name(loss)
+    name = _name(loss)
     if type(loss) in _SEVERAL_INPUTS:
         raise TypeError(
             f"loss: {name} takes {_SEVERAL_INPUTS[type(loss)]}, but a risk has one "
-            "output and one target for each sample. Let the model return all of them "
-            "along a new axis, torch.stack([…], dim=1), and give a function with "
-            "reduction=, such as lambda output, target: loss(*output.unbind(1), "
-            "target)."
+            "output and one target for each sample. Let the model return all of them, "
+            "as a tuple, and give a function with reduction=, such as lambda outputs, "
+            "target: loss(*outputs, target)."
         )
     if type(loss) is nn.CTCLoss:
         raise TypeError(
@@ -164,20 +206,7 @@ def as_output_loss(
             "'sum'. For a function, say which it is: EmpiricalRisk(…, "
             "reduction='mean')."
         )
-    frozen, own = _frozen(loss, name, parameters)
-    result = _BUILDERS.get(type(frozen), AutogradLoss)(frozen)
-    if not isinstance(result, OutputLoss):
-        raise TypeError(
-            f"loss: the function that is registered for {name} must return a "
-            f"vl.losses.OutputLoss, got {type(result).__name__}."
-        )
-    if isinstance(result, AutogradLoss):
-        result.watch(parameters, own)
-    elif parts_of([*frozen.parameters(), *frozen.buffers()], parameters):
-        raise uses_parameters(name)
-    result.source, result.reduction = frozen, reduction
-    result.name = result.name or name
-    return result
+    return reduction
 
 
 def _frozen(
@@ -226,4 +255,6 @@ def _multi_margin(loss: nn.MultiMarginLoss) -> LossCallable:
 
 
 def _name(loss: Any) -> str:
+    if isinstance(loss, nn.Module):
+        return type(loss).__name__
     return str(getattr(loss, "__name__", type(loss).__name__))

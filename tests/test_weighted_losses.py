@@ -1,0 +1,189 @@
+"""Weights of samples, which travel with the targets."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import vivit_linop as vl
+from vivit_linop.risk.losses.weighted import losses_of_samples
+
+N = 7
+W = torch.tensor([0.5, 2.0, 0.0, 1.0, 3.0, 0.25, 1.5], dtype=torch.float64)
+
+
+def inputs(n: int, *shape: int) -> Tensor:
+    generator = torch.Generator().manual_seed(n)
+    return torch.randn(n, *shape, generator=generator, dtype=torch.float64)
+
+
+def net(outputs: int = 3) -> nn.Module:
+    torch.manual_seed(0)
+    layers = nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, outputs)
+    return nn.Sequential(*layers).double()
+
+
+def welsch(f: Tensor, y: Tensor) -> Tensor:
+    return (1 - (-((f - y) ** 2) / 2).exp()).sum()
+
+
+def branching(f: Tensor, y: Tensor) -> Tensor:
+    """torch cannot vectorise it."""
+    pairs = zip(f, y, strict=True)
+    parts = [(g - z).square().sum() * (2 if z[0] > 0 else 1) for g, z in pairs]
+    return torch.stack(parts).sum()
+
+
+CLASSES = torch.arange(N) % 3
+# A loss, its targets, the mean's divisor of N samples, and whether there are labels.
+KINDS: dict[str, tuple[Any, Tensor, float, bool]] = {
+    "cross-entropy": (nn.CrossEntropyLoss(), CLASSES, N, True),
+    "with weights of classes": (
+        nn.CrossEntropyLoss(weight=torch.tensor([1.0, 2.0, 0.5]), label_smoothing=0.1),
+        CLASSES,
+        float(torch.tensor([1.0, 2.0, 0.5])[CLASSES].sum()),
+        True,
+    ),
+    "squares": (nn.MSELoss(), inputs(N, 3), 3 * N, True),
+    "sum of squares": (nn.MSELoss(reduction="sum"), inputs(N, 3), 1.0, True),
+    "counts": (
+        nn.PoissonNLLLoss(),
+        CLASSES[:, None].expand(N, 3).double(),
+        3 * N,
+        True,
+    ),
+    "Huber": (nn.HuberLoss(), inputs(N, 3), 3 * N, False),
+    "by functions": (
+        vl.Loss(lambda f, y: F.cross_entropy(f, y, reduction="none")),
+        CLASSES,
+        N,
+        False,
+    ),
+    "not convex": (welsch, 3 * inputs(N, 3), 1.0, False),
+    "branching": (branching, inputs(N, 3), 1.0, False),
+}
+
+
+def weighted(loss: Any) -> vl.losses.Weighted:
+    named = isinstance(loss, nn.Module)
+    return vl.losses.Weighted(loss) if named else vl.losses.Weighted(loss, "sum")
+
+
+def value(loss: Any, divisor: float) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """Σ w_n ℓ_n over the divisor, one sample at a time."""
+    if isinstance(loss, nn.Module):
+        loss = copy.deepcopy(loss)
+        loss.reduction = "sum"
+        if isinstance(loss, nn.CrossEntropyLoss) and loss.weight is not None:
+            loss.weight = loss.weight.double()
+
+    def function(f: Tensor, y: Tensor, w: Tensor) -> Tensor:
+        parts = [w[n] * loss(f[n : n + 1], y[n : n + 1]) for n in range(len(f))]
+        return torch.stack(parts).sum() / divisor
+
+    return function
+
+
+def close(found: Any, expected: Tensor, rtol: float = 1e-9) -> None:
+    torch.testing.assert_close(found, expected, rtol=rtol, atol=1e-11)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_weighted(name: str) -> None:
+    loss, y, divisor, has_labels = KINDS[name]
+    model, X = net(), inputs(N, 4)
+    names = list(dict(model.named_parameters()))
+    params = tuple(p.detach() for p in model.parameters())
+
+    def outputs(*tensors: Tensor) -> Tensor:
+        state = dict(zip(names, tensors, strict=True))
+        return torch.func.functional_call(model, state, (X,))
+
+    f, truth = outputs(*params), value(loss, divisor)
+    jacobians = torch.autograd.functional.jacobian(outputs, params)
+    J = torch.cat([j.reshape(f.numel(), -1) for j in jacobians], dim=1)
+    H = torch.autograd.functional.hessian(lambda f: truth(f, y, W), f)
+    H = H.reshape(f.numel(), f.numel())
+    data = [(X[:4], (y[:4], W[:4])), (X[4:], (y[4:], W[4:]))]
+    risk = vl.EmpiricalRisk(model, weighted(loss), data)
+    close(risk.value(), truth(f, y, W))
+    close(weighted(loss)(f, (y, W)), truth(f, y, W))  # to train with
+    close(vl.LossHessian(risk).to_dense(), H)
+    close(vl.LossHessian(risk).diagonal(), H.diagonal())
+    G = vl.GGN(risk)
+    close(G.to_dense(), J.T @ H @ J)
+    close(G.diagonal(), (J.T @ H @ J).diagonal())
+    if name != "not convex":
+        S = vl.LossHessian(risk).sqrt().to_dense()
+        close(S @ S.T, H)
+    leaf = f.clone().requires_grad_()
+    (slope,) = torch.autograd.grad(truth(leaf, y, W), leaf)
+    close(risk.gradient(), J.T @ slope.reshape(-1))
+    if has_labels:
+        S = vl.LossHessian(risk).sqrt(20_000, torch.Generator().manual_seed(0))
+        found = S.to_dense().square().sum(1)
+        assert ((found - H.diagonal()).abs() <= 0.2 * H.diagonal() + 1e-12).all()
+        assert vl.KFAC(risk).trace() > 0
+    for other in (risk.subset([0, 5, 2]), copy.deepcopy(risk)):
+        assert vl.GGN(other).trace().isfinite()
+
+
+def test_closed_forms_stay() -> None:
+    loss = vl.losses.Weighted(nn.CrossEntropyLoss())
+    risk = vl.EmpiricalRisk(net(), loss, (inputs(N, 4), (CLASSES, W)))
+    assert vl.GGNFactor(risk).width == 2 and risk.loss.tested
+    again = pickle.loads(pickle.dumps(risk))
+    close(vl.GGN(again).to_dense(), vl.GGN(risk).to_dense())
+
+
+def counted(calls: list[Any], function: Any, *args: Any) -> Any:
+    calls.append(args)
+    return function(*args)
+
+
+def test_losses_of_samples_are_vectorised(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of the library in one evaluation."""
+    for name in ("cross-entropy", "squares", "counts", "Huber"):
+        loss, y, _, _ = KINDS[name]
+        risk = vl.EmpiricalRisk(net(), loss, (inputs(N, 4), y))
+        calls: list[Any] = []
+        total = functools.partial(counted, calls, type(risk.loss).total)
+        monkeypatch.setattr(risk.loss, "total", functools.partial(total, risk.loss))
+        losses = losses_of_samples(risk.loss, risk.outputs[0], risk.targets()[0])
+        assert losses.shape == (N,) and len(calls) == 1
+        close(losses.sum() * risk.scale, risk.value())
+
+
+def test_the_loss_of_a_weighted_one_uses_no_parameters_of_the_model() -> None:
+    model = net()
+    weight = model[0].weight
+
+    def penalised(f: Tensor, y: Tensor) -> Tensor:
+        return (f - y).square().sum() + 0 * weight.sum()
+
+    data = inputs(N, 4), (inputs(N, 3), W)
+    with pytest.raises(ValueError, match="uses parameters of the model"):
+        vl.EmpiricalRisk(model, vl.losses.Weighted(penalised, "sum"), data)
+
+
+@pytest.mark.parametrize(
+    ("target", "error", "says"),
+    [
+        (CLASSES, TypeError, r"targets \(y, w\)"),
+        ((CLASSES, W[:, None]), ValueError, r"must be \[7\]"),
+        ((CLASSES, -W), ValueError, "not negative"),
+        ((CLASSES, W / 0), ValueError, "finite"),
+    ],
+)
+def test_wrong_weights(target: Any, error: Any, says: str) -> None:
+    with pytest.raises(error, match=says):
+        loss = vl.losses.Weighted(nn.CrossEntropyLoss())
+        vl.EmpiricalRisk(net(), loss, (inputs(N, 4), target))
