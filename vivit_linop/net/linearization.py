@@ -35,6 +35,7 @@ from vivit_linop.modes import as_guest
 from vivit_linop.net.rounding import ATTEMPTS, BY_NOISE, with_other_digits
 from vivit_linop.net.tangents import OutOfPlace, tangent_map, tracing_pays
 from vivit_linop.noise import Noise
+from vivit_linop.risk.checks import read
 from vivit_linop.risk.containers import copied, leaves
 from vivit_linop.risk.empirical import EmpiricalRisk
 from vivit_linop.risk.memory import (
@@ -554,6 +555,7 @@ def _linearized(risk: EmpiricalRisk) -> Iterator[Linearization]:
     kept: list[Linearization] = risk.kept.get(_KEPT, list)
     checked: set[int] = risk.kept.get("checked", set)
     budget = risk.kept.budget(_MEMORY_SHARE)
+    answers: dict[int, Tensor] = {}
     for index, (X, _) in enumerate(risk.batches("product")):
         # The batches come in order, so the kept ones are the first ones. Threads that
         # come together keep each batch once; the others they make alone.
@@ -573,12 +575,17 @@ def _linearized(risk: EmpiricalRisk) -> Iterator[Linearization]:
                     kept.append(linearization)
                     risk.kept.nbytes += linearization.kept_bytes
         keep = linearization.kept
+        if not keep:  # read at the end, since the host waits for the device
+            answers[index] = risk.has_outputs(index, linearization.outputs)
         yield linearization
         if linearization.checked:
             checked.add(index)
         # Else its graph would be there while that of the next batch is made.
         if not keep:
             linearization.release()
+    for index, right in zip(answers, read(list(answers.values())), strict=True):
+        if not right:
+            raise risk.other_data(index)
 
 
 def _linearization(
@@ -591,7 +598,8 @@ def _linearization(
     with explained(risk.does_not_fit, X, samples):
         function = functools.partial(evaluated, risk.model, copied(X) if keep else X)
         linearization = Linearization(function, risk.model.params, nbytes)
-    risk.check_outputs(index, linearization.outputs)
+    if keep:
+        risk.check_outputs(index, linearization.outputs)
     linearization.kept = keep
     if risk.kept.values.get(_TRUSTED):
         linearization.trust()

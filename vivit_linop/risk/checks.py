@@ -17,6 +17,7 @@ from torch import Tensor
 
 from vivit_linop.risk.memory import is_out_of_memory, saved_bytes
 from vivit_linop.risk.model import FunctionalModel, as_guest, random_state
+from vivit_linop.risk.parameters import check_finite
 from vivit_linop.risk.ragged import RaggedOutputs
 from vivit_linop.risk.samples import Samples
 
@@ -31,12 +32,15 @@ def same_outputs(left: Tensor, right: Tensor) -> bool:
     The measure is the largest of them, and rounding errors of terms of about 1: outputs
     may be differences of these.
     """
-    if left.shape != right.shape:
-        return False
+    return left.shape == right.shape and bool(agree(left, right))
+
+
+def agree(left: Tensor, right: Tensor) -> Tensor:
+    """:func:`same_outputs` of outputs of one shape, not read by the host."""
     left, right = left.detach(), right.detach()
     eps = torch.finfo(left.dtype).eps
     error, size = _largest(left - right), _largest(right)
-    return bool(error <= 10 * eps**0.5 * size + 10 * eps)
+    return error <= 10 * eps**0.5 * size + 10 * eps
 
 
 def _largest(tensor: Tensor) -> Tensor:
@@ -67,7 +71,13 @@ def checked_outputs(
         buffers = {} if index else model.buffers
         kept = {name: buffer.clone() for name, buffer in buffers.items()}
         before = random_state(first.device)
-        nbytes, output = saved_bytes(lambda: model.first(model.params, X))
+        try:
+            nbytes, (output, written) = saved_bytes(
+                lambda: model.first(model.params, X)
+            )
+        except Exception:
+            check_finite(model.params, "params")  # which may be why
+            raise
         drawn = not torch.equal(before, random_state(first.device))
     for name, buffer in buffers.items():
         if not torch.allclose(kept[name], buffer, 0.0, 0.0, equal_nan=True):
@@ -104,9 +114,13 @@ def checked_outputs(
     # one for each batch would let the heap of the process grow.
     output = output.detach()
     output = output.clone()
+    *parts, finite = read([*written, output.isfinite().all()])
+    if any(parts):
+        model.writes()
     if drawn:
         _check_unmoved(model, index, X, output)
-    if not output.isfinite().all():
+    if not finite:
+        check_finite(model.params, "params")
         bad = ~output.reshape(len(output), -1).isfinite().all(1)
         raise ValueError(
             f"{where} returned NaN or Inf for sample {int(bad.nonzero()[0])}."
@@ -177,10 +191,11 @@ def independent_samples(
         for questions in (_alone, _in_company):
             for samples in list(asked):
                 try:
-                    if all(
+                    answers = [
                         _same_among(model, X, output, samples, index, places)
                         for index, places in questions(n)
-                    ):
+                    ]
+                    if all(read(answers)):
                         return samples
                 # Whatever it raises: it may be since it takes other batches only.
                 except Exception as error:
@@ -230,8 +245,8 @@ def _same_among(
     output: Tensor,
     samples: Samples,
     index: Tensor,
-    places: Tensor,
-) -> bool:
+    places: Tensor | slice,
+) -> Tensor:
     """Whether samples put together have their outputs, in some places of that batch."""
     found = model(model.params, samples.take(X, index)).detach()
     if len(found) != len(index):
@@ -239,11 +254,23 @@ def _same_among(
             f"it returned outputs {list(found.shape)} for {len(index)} samples"
         )
     own = index[places].to(output.device)
-    return same_outputs(found[places.to(output.device)], output[own])
+    if isinstance(places, Tensor):
+        places = places.to(output.device)
+    return agree(found[places], output[own])
+
+
+def read(answers: Sequence[Tensor]) -> list[bool]:
+    """Read truth values of any devices; the host waits once for each device."""
+    values: dict[int, bool] = {}
+    for device in {answer.device for answer in answers}:
+        there = [i for i, answer in enumerate(answers) if answer.device == device]
+        found = torch.stack([answers[i] for i in there]).tolist()
+        values |= dict(zip(there, found, strict=True))
+    return [values[i] for i in range(len(answers))]
 
 
 # Samples to be put together, and the places of them whose outputs are compared.
-Question = tuple[Tensor, Tensor]
+Question = tuple[Tensor, Tensor | slice]
 
 
 def _alone(n: int) -> Iterator[Question]:
@@ -259,7 +286,7 @@ def _alone(n: int) -> Iterator[Question]:
     for group in ([0, *chosen[:more]], [*chosen[more : 2 * more], n - 1]):
         # Some models take sorted batches only.
         index = torch.tensor(sorted(group), device="cpu")
-        yield index, torch.arange(len(group), device="cpu")
+        yield index, slice(None)
 
 
 def _in_company(n: int) -> Iterator[Question]:

@@ -17,6 +17,7 @@ from vivit_linop.modes import as_given, ordinary_mode, replayed
 from vivit_linop.ranks.group import as_ranks
 from vivit_linop.risk import fingerprint
 from vivit_linop.risk.checks import (
+    agree,
     independent_samples,
     same_outputs,
 )
@@ -52,7 +53,7 @@ from vivit_linop.risk.model import (
     as_guest,
 )
 from vivit_linop.risk.moved import evaluated, moved
-from vivit_linop.risk.parameters import ParameterVectors
+from vivit_linop.risk.parameters import ParameterVectors, all_finite, check_finite
 from vivit_linop.risk.progress import shown
 from vivit_linop.risk.rows import RowLayout
 from vivit_linop.risk.samples import Count, Samples, Take
@@ -347,20 +348,26 @@ class EmpiricalRisk(ParameterVectors):
         if not self.layout.is_uniform:
             self.num_outputs = self.layout.total
         total, weight = self.ranks.total(torch.stack([total, weight])).unbind()
-        if self.reduction == "mean" and not weight > 0:
+        # Together, since the host waits for the device to read them.
+        known = [total, weight.to(total), all_finite(self.params).to(total)]
+        value, divisor, is_finite = torch.stack(known).tolist()
+        if not is_finite:
+            check_finite(self.params, "params")
+        if self.reduction != "mean":
+            divisor = 1.0
+        elif not divisor > 0:
             raise ValueError(
                 "data: the loss divides by zero, every target is ignored or has weight "
                 "zero."
             )
-        divisor = weight.item() if self.reduction == "mean" else 1.0
         # L = scale Σ ℓ with the unscaled ℓ of the loss; r = reduction_factor.
         self.scale = 1.0 / divisor
         self.reduction_factor = (
             1.0 / self.num_samples if self.reduction == "mean" else 1.0
         )
         self._value = total * self.scale
-        if not math.isfinite(self._value.item()):
-            raise ValueError(f"loss: its value is {self._value.item()} on the data.")
+        if not math.isfinite(value * self.scale):
+            raise ValueError(f"loss: its value is {value * self.scale} on the data.")
 
     def _first_outputs(self) -> tuple[Tensor, Any]:
         return self.outputs[0], self._targets[0]
@@ -664,21 +671,35 @@ class EmpiricalRisk(ParameterVectors):
         Raises:
             ValueError: If they differ: the data are not the same in every pass.
         """
+        if not self.has_outputs(index, outputs, samples):
+            raise self.other_data(index)
+
+    def has_outputs(
+        self, index: int, outputs: Tensor, samples: Tensor | None = None
+    ) -> Tensor:
+        """Whether outputs are those at construction, not read by the host.
+
+        Args:
+            index: The batch.
+            outputs: Those of the batch.
+            samples: The samples of the batch that they belong to, None for all.
+        """
         before = self.outputs[index] if index < len(self.outputs) else None
         if before is not None and samples is not None:
             before = before[samples.to(before.device)]
-        if (
-            before is None
-            or before.numel() != outputs.numel()
-            or not same_outputs(before, outputs.reshape(before.shape))
-        ):
-            raise ValueError(
-                f"data: batch {index} is not what it was when the risk was built: its "
-                "outputs are others. An operator is one matrix: give a loader without "
-                "shuffling and random augmentations, and do not change the data in "
-                "place; nor what the model reaches through a global variable or an "
-                "object that is no module. Keep that as an attribute of a module."
-            )
+        if before is None or before.numel() != outputs.numel():
+            return outputs.new_zeros((), dtype=torch.bool)
+        return agree(before, outputs.reshape(before.shape))
+
+    def other_data(self, index: int) -> ValueError:
+        """What to say where the outputs of a batch are others."""
+        return ValueError(
+            f"data: batch {index} is not what it was when the risk was built: its "
+            "outputs are others. An operator is one matrix: give a loader without "
+            "shuffling and random augmentations, and do not change the data in "
+            "place; nor what the model reaches through a global variable or an "
+            "object that is no module. Keep that as an attribute of a module."
+        )
 
     # Values -------------------------------------------------------------------------
 

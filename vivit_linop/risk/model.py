@@ -255,18 +255,22 @@ class FunctionalModel:
         """Return the outputs, ``[n, …]``; X is not written into."""
         return self._evaluate(params, self.private_input(X, params))
 
-    def first(self, params: Params, X: Any) -> Tensor:
-        """Return the outputs, and see whether the model writes into its input.
+    def first(self, params: Params, X: Any) -> tuple[Tensor, list[Tensor]]:
+        """Return the outputs, and whether parts of the input were written into.
 
-        Where it does once, every evaluation has a copy of the input from then on.
+        Once the model knows that it writes (:meth:`writes`), every evaluation has a
+        copy of the input.
         """
         X = self._precise(X, params)
         own = copied(X)
         tensors = list(leaves(own))
         output = self._evaluate(params, own)
         # The model may have taken something out of a container, or put something in.
-        self._writes |= any(map(_is_written, tensors, leaves(X)))
-        return output
+        return output, list(map(_is_written, tensors, leaves(X)))
+
+    def writes(self) -> None:
+        """Give copies of the input from now on."""
+        self._writes = True
 
     def private_input(self, X: Any, params: Params | None = None) -> Any:
         """Return an input that the model may have, a copy if it writes into it.
@@ -352,14 +356,14 @@ class FunctionalModel:
         return {name: self._fixed[name] for name in self._buffers}
 
 
-def _is_written(own: Tensor, given: Tensor) -> bool:
+def _is_written(own: Tensor, given: Tensor) -> Tensor:
     """Whether a copy was written into; also where autograd was not to see it.
 
     NaN counts as written: a copy too many does no harm.
     """
-    if own._version or own.layout != torch.strided:
-        return bool(own._version)
-    return not torch.equal(own, given)
+    if own.layout == torch.strided and own.shape == given.shape:
+        return (own != given).any() | bool(own._version)
+    return torch.tensor(own.layout == torch.strided or own._version > 0, device="cpu")
 
 
 def random_state(device: torch.device) -> Tensor:

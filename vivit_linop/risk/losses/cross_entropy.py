@@ -84,8 +84,9 @@ class CrossEntropy(OutputLoss):
                     f"data: {self.name} with outputs {list(output.shape)} needs class "
                     f"indices {list(expected)}, got {list(target.shape)}.{advice}"
                 )
-            classes = target[target != self.ignore_index]
-            if classes.numel() and (classes.min() < 0 or classes.max() >= num_classes):
+            wrong = (target < 0) | (target >= num_classes)
+            if (wrong & (target != self.ignore_index)).any():
+                classes = target[target != self.ignore_index]
                 raise ValueError(
                     f"data: class indices must lie in 0..{num_classes - 1}, got "
                     f"{int(classes.min())}..{int(classes.max())}."
@@ -105,8 +106,9 @@ class CrossEntropy(OutputLoss):
         """Torch's divisor: the weights of the classes, or the number of positions."""
         if target.is_floating_point():
             return output.new_tensor(output.numel() // output.shape[1])
-        valid = target[target != self.ignore_index]
-        return self._class_weights(output)[valid].sum()
+        valid = target != self.ignore_index
+        weights = self._class_weights(output)[torch.where(valid, target, 0)]
+        return torch.where(valid, weights, 0.0).sum()
 
     def _coefficients(self, output: Tensor, target: Tensor) -> Tensor:
         """Return a, ``[n, C, P]``."""
