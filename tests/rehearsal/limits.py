@@ -56,7 +56,7 @@ LIMITS: dict[str, tuple[int, int]] = {
     "EKFAC's solve": (10, 0),
     "Monte Carlo": (31, 5),
     "subset": (48, 15),
-    "subset by an index of the device": (52, 14),
+    "subset by an index of the device": (53, 15),
     "eigsh": (21, 21),
     "cg": (6, 5),
     "estimates": (0, 1),
