@@ -53,7 +53,7 @@ def test_linearization(name: str, method: str, monkeypatch: pytest.MonkeyPatch) 
         function = functools.partial(
             evaluated, of.model, cases.map_tensors(torch.clone, X)
         )
-        linear = Linearization(function, of.params)
+        linear = Linearization(function, of.model.params)
         assert linear.method in (method, "reverse")
         generator = torch.Generator().manual_seed(3)
         for columns in (1, 4, 1):

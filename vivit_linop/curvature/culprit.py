@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode, resolve_name
 
+from vivit_linop.graphs import gradients, nodes
 from vivit_linop.noise import Noise
 from vivit_linop.risk.containers import leaves, map_leaves
-from vivit_linop.risk.model import Params, strided
+from vivit_linop.risk.model import Params
 
 # Steps and tolerances of differences of one operation's gradients.
 _STEPS = {torch.float64: 1e-6, torch.float32: 1e-2}
@@ -120,16 +121,9 @@ def at_fault(outputs: Callable[[Params], Tensor], theta: Params) -> str:
 def _hand_written(output: Tensor) -> list[str]:
     """The names of the autograd Functions in a graph that are written in Python."""
     found: dict[str, None] = {}
-    todo, seen = [output.grad_fn], {None, output.grad_fn}
-    while todo:
-        node = todo.pop()
-        if node is None:
-            continue
+    for node in nodes(output):
         if type(node).__module__ == "torch.autograd.function":
             found[node.name().removesuffix("Backward")] = None
-        following = [n for n, _ in node.next_functions if n not in seen]
-        todo += following
-        seen.update(following)
     return list(found)
 
 
@@ -182,10 +176,7 @@ def _is_wrong(func: Any, given: Any, active: list[bool]) -> bool:
         total = torch.zeros((), dtype=dtype, device=chosen[0].device)
         for r, (u, r0) in zip(results, weights, strict=True):
             total = total + (u * r).sum() + 0.5 * (r - r0).square().sum()
-        found = torch.autograd.grad(
-            total, values, create_graph=graph, materialize_grads=True
-        )
-        return [g if g.layout == torch.strided else g.to_dense() for g in found]
+        return gradients(total, values, create_graph=graph)
 
     weights: list[tuple[Tensor, Tensor]] = []
     dtype = chosen[0].dtype
@@ -196,15 +187,7 @@ def _is_wrong(func: Any, given: Any, active: list[bool]) -> bool:
         here = [t.clone().requires_grad_() for t in chosen]
         slope = gradient(here, graph=True)
         x = [noise(t) for t in chosen]
-        curved = [k for k, g in enumerate(slope) if g.requires_grad]
-        found: Any = [torch.zeros_like(t) for t in chosen]
-        if curved:
-            found = torch.autograd.grad(
-                [slope[k] for k in curved],
-                here,
-                [x[k] for k in curved],
-                materialize_grads=True,
-            )
+        found = gradients(slope, here, x)
         sides = [
             gradient(
                 [
@@ -218,7 +201,6 @@ def _is_wrong(func: Any, given: Any, active: list[bool]) -> bool:
     # What cannot be differentiated apart is not what is looked for.
     except Exception:
         return False
-    found = [strided(f) for f in found]
     difference = [(a - b) / (2 * h) for a, b in zip(*sides, strict=True)]
     off = sum(float((f - d).norm()) for f, d in zip(found, difference, strict=True))
     size = sum(

@@ -14,8 +14,8 @@ from vivit_linop.curvature import plan
 from vivit_linop.curvature.second_derivatives import (
     Certificate,
     differentiable_twice,
-    gradient_of,
 )
+from vivit_linop.graphs import gradients, strided
 from vivit_linop.net.costs import layer_costs
 from vivit_linop.noise import Noise
 from vivit_linop.operators.base import TorchLinearOperator
@@ -24,7 +24,7 @@ from vivit_linop.risk.containers import copied
 from vivit_linop.risk.data import some_targets
 from vivit_linop.risk.empirical import EmpiricalRisk, as_risk
 from vivit_linop.risk.losses.certificates import certify_curvature, check_curvature
-from vivit_linop.risk.model import as_guest, strided
+from vivit_linop.risk.model import as_guest
 
 # How far apart ways that differ in the order of summation may be, in eps^¾.
 ROUNDING = 100
@@ -80,7 +80,8 @@ class HessianProducts(TorchLinearOperator):
         return self._gradient_of(total)
 
     def _gradient_of(self, total: Tensor) -> list[Tensor]:
-        return gradient_of(total, list(self.risk.model.params.values()), graph=True)
+        parameters = [*self.risk.model.params.values()]
+        return gradients(total, parameters, create_graph=True)
 
     def _multiply(self, X: Tensor) -> Tensor:
         return self.multiply_block(range(len(self.risk.sizes)), X)

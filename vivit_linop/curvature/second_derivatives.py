@@ -18,7 +18,7 @@ a little beside θ as well, and of the samples apart.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from vivit_linop.curvature.culprit import FrozenValues, at_fault
+from vivit_linop.graphs import gradients
 from vivit_linop.noise import Noise
 from vivit_linop.risk.containers import map_leaves
 from vivit_linop.risk.differences import (
@@ -38,7 +39,7 @@ from vivit_linop.risk.differences import (
     allowed,
 )
 from vivit_linop.risk.empirical import EmpiricalRisk
-from vivit_linop.risk.model import Params, as_guest, strided
+from vivit_linop.risk.model import Params, as_guest
 
 # How near outputs in float64 are to those in float32, if the net is the same there.
 _SAME = 1e-2
@@ -301,7 +302,7 @@ class Certificate:
         deviation = output - samples.base.to(dtype)
         total = (samples.u.to(dtype) * output).sum() + 0.5 * deviation.square().sum()
         parameters = list(inner.values())
-        return parameters, gradient_of(total, parameters, graph)
+        return parameters, gradients(total, parameters, create_graph=graph)
 
     def _product(
         self,
@@ -315,19 +316,7 @@ class Certificate:
         x = [part.to(dtype) for part in x]
         with differentiable_twice():
             parameters, gradient = self._gradient(samples, theta, dtype, graph=True)
-            curved = [k for k, g in enumerate(gradient) if g.requires_grad]
-            slopes: Sequence[Tensor | None] = [None] * len(parameters)
-            if curved:
-                slopes = torch.autograd.grad(
-                    [gradient[k] for k in curved],
-                    parameters,
-                    [x[k] for k in curved],
-                    allow_unused=True,
-                )
-        along = [
-            torch.zeros_like(p) if s is None else s
-            for s, p in zip(map(strided, slopes), parameters, strict=True)
-        ]
+            along = gradients(gradient, parameters, x)
         value = (samples.u.norm() * samples.base.norm()).double()
         return Slope(x, [g.detach() for g in gradient], along, value)
 
@@ -375,17 +364,6 @@ class Certificate:
             "differentiable operations, or replace it by an equivalent one. The "
             "GGN, the Fisher matrices and gradients need no second derivatives."
         )
-
-
-def gradient_of(total: Tensor, parameters: list[Tensor], graph: bool) -> list[Tensor]:
-    """The gradient of a scalar; zeros for parameters that it does not depend on."""
-    gradients = torch.autograd.grad(
-        total, parameters, create_graph=graph, allow_unused=True
-    )
-    return [
-        torch.zeros_like(p) if g is None else g
-        for g, p in zip(map(strided, gradients), parameters, strict=True)
-    ]
 
 
 @contextlib.contextmanager

@@ -25,7 +25,6 @@ from vivit_linop.net.structure import Layout, Use, Variant, isolating, overlappi
 from vivit_linop.noise import Noise
 from vivit_linop.risk.containers import leaves
 from vivit_linop.risk.empirical import EmpiricalRisk
-from vivit_linop.risk.model import strided
 
 # Where one sample leaves a choice between layouts, so many are asked.
 _TELLING_SAMPLES = 4
@@ -305,22 +304,6 @@ def _key_of_sizes(risk: EmpiricalRisk, X: Any) -> Hashable:
             del shape[axis]
         shapes.append(tuple(shape))
     return "sample sizes", *shapes
-
-
-def pulled_back(
-    output: Tensor, params: list[Tensor], cotangent: Tensor
-) -> list[Tensor]:
-    """Pull a cotangent back to parameters, on a graph that is kept."""
-    found: Sequence[Tensor | None] = [None] * len(params)
-    # A net may take a way without parameters.
-    if output.requires_grad:
-        found = torch.autograd.grad(
-            output, params, cotangent, retain_graph=True, allow_unused=True
-        )
-    return [
-        torch.zeros_like(p) if g is None else g
-        for p, g in zip(params, map(strided, found), strict=True)
-    ]
 
 
 def _stack(stacked: list[Tensor], signals: list[Tensor], r: int, width: int) -> None:

@@ -29,8 +29,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vivit_linop.graphs import gradients
 from vivit_linop.modes import as_guest
-from vivit_linop.net.capture import Capture, Takes, pulled_back
+from vivit_linop.net.capture import Capture, Takes
 from vivit_linop.net.columns.base import LayerColumns
 from vivit_linop.net.dense import on_the_batch, one_by_one, vectorised
 from vivit_linop.net.rounding import ATTEMPTS, BY_NOISE, with_other_digits
@@ -307,31 +308,32 @@ class CertifiedColumns:
             {name: columns[name] for name in wanted if name in columns}, cotangents
         )
         output = self._capture.output
-        found = pulled_back(output, list(wanted.values()), certificate.cotangent)
-        gradients = dict(zip(wanted, found, strict=True))
-        errors = certificate.errors(gradients, lenient)
+        cotangent = certificate.cotangent
+        found = gradients(output, [*wanted.values()], cotangent, retain_graph=True)
+        pulled_back = dict(zip(wanted, found, strict=True))
+        errors = certificate.errors(pulled_back, lenient)
         failing = {name for name, error in errors.items() if not error <= 1.0}
         if last := failing & lenient:
             failing -= self._within_rounding(
-                {name: gradients[name] for name in gradients if name in last},
+                {name: part for name, part in pulled_back.items() if name in last},
                 certificate,
             )
         return failing
 
     def _within_rounding(
-        self, gradients: Mapping[str, Tensor], certificate: Certificate
+        self, pulled_back: Mapping[str, Tensor], certificate: Certificate
     ) -> set[str]:
         """Return the parameters whose columns are off by no more than rounding.
 
         Rounding is measured: the net is run again where every parameter, and what is
         pulled back, is off by some units in the last place. That tells nothing of
-        gradients that are others at the same parameters.
+        pulled_back that are others at the same parameters.
 
         Args:
-            gradients: Some parts of Jᵀ B w, by parameter.
+            pulled_back: Some parts of Jᵀ B w, by parameter.
             certificate: The one with B w.
         """
-        noise, right = dict.fromkeys(gradients, 0.0), set[str]()
+        noise, right = dict.fromkeys(pulled_back, 0.0), set[str]()
         digits = Noise()
         for number in range(1 + ATTEMPTS):
             names = [name for name in noise if name not in right]
@@ -343,7 +345,7 @@ class CertifiedColumns:
             except Exception:
                 break
             for name, again in zip(names, found, strict=True):
-                gradient = gradients[name]
+                gradient = pulled_back[name]
                 change = float(torch.linalg.vector_norm(again - gradient))
                 if number == 0 and change != 0.0:
                     del noise[name]
@@ -377,7 +379,7 @@ class CertifiedColumns:
             cotangent = with_other_digits(cotangent, digits)
         wanted = [at[name].requires_grad_() for name in names]
         output = model(at, self._X).reshape(self._capture.output.shape)
-        return pulled_back(output, wanted, cotangent)
+        return gradients(output, wanted, cotangent)
 
 
 def find_structure(risk: EmpiricalRisk, alone: bool = False) -> Structure:

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.func import vjp, vmap
 
-from vivit_linop.net.capture import Capture, pulled_back
+from vivit_linop.graphs import gradients
+from vivit_linop.net.capture import Capture
 from vivit_linop.net.columns.base import DenseColumns, LayerColumns
 from vivit_linop.risk.containers import leaves, map_leaves
 from vivit_linop.risk.empirical import EmpiricalRisk
@@ -82,8 +83,8 @@ def one_by_one(
         sample = risk.samples.take(X, torch.tensor([index], device="cpu"))
         output = risk.model({**fixed, **params}, sample).reshape(-1)
         for w in weights:
-            gradients = pulled_back(output, parameters, w)
-            for part, gradient in zip(columns, gradients, strict=True):
+            found = gradients(output, parameters, w, retain_graph=True)
+            for part, gradient in zip(columns, found, strict=True):
                 part.append(gradient)
     n, _, R = cotangents.shape
     return {
@@ -103,8 +104,8 @@ def on_the_batch(
         for w in weights:
             u = torch.zeros_like(capture.output)
             u[index] = w
-            gradients = pulled_back(capture.output, parameters, u)
-            for part, gradient in zip(columns, gradients, strict=True):
+            found = gradients(capture.output, parameters, u, retain_graph=True)
+            for part, gradient in zip(columns, found, strict=True):
                 part.append(gradient)
     return {
         name: _dense(torch.stack(part), n, R)

@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 from torch.func import vmap
 
+from vivit_linop.graphs import strided
 from vivit_linop.modes import as_guest
 from vivit_linop.net.rounding import ATTEMPTS, BY_NOISE, with_other_digits
 from vivit_linop.net.tangents import OutOfPlace, tangent_map, tracing_pays
@@ -43,7 +44,7 @@ from vivit_linop.risk.memory import (
     explained,
     is_out_of_memory,
 )
-from vivit_linop.risk.model import FunctionalModel, Params, strided
+from vivit_linop.risk.model import FunctionalModel, Params
 
 # What K columns of tangents may take together on the CPU. More would not be faster:
 # columns one by one use the caches better.

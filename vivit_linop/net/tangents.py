@@ -17,6 +17,7 @@ from torch.fx.experimental.const_fold import split_const_subgraphs
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 
+from vivit_linop.graphs import nodes
 from vivit_linop.risk.model import Params
 
 # One convolution in this many matrix products makes a trace worth its time.
@@ -26,17 +27,10 @@ _PER_CONVOLUTION = 4
 def tracing_pays(output: Tensor) -> bool:
     """Whether a net has many convolutions, seen from the graph of its output."""
     counts = {"conv": 0, "mm": 0}
-    todo, seen = [output.grad_fn], {None, output.grad_fn}
-    while todo:
-        node = todo.pop()
-        if node is None:
-            continue
+    for node in nodes(output):
         name = node.name().lower()
         for kind in counts:
             counts[kind] += kind in name
-        following = [n for n, _ in node.next_functions if n not in seen]
-        todo += following
-        seen.update(following)
     return _PER_CONVOLUTION * counts["conv"] > counts["mm"]
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vivit_linop.graphs import nodes
 from vivit_linop.risk.memory import is_out_of_memory, saved_bytes
 from vivit_linop.risk.model import FunctionalModel, as_guest, random_state
 from vivit_linop.risk.parameters import check_finite
@@ -132,15 +133,7 @@ def _depends_on_params(model: FunctionalModel, output: Tensor) -> bool:
     """Whether a backward pass from the output would get to a parameter."""
     params = model.params.values()
     ends = {torch.autograd.graph.get_gradient_edge(p).node for p in params}
-    todo, seen = [output.grad_fn], {None, output.grad_fn}
-    while todo:
-        node = todo.pop()
-        if node in ends:
-            return True
-        following = [] if node is None else [n for n, _ in node.next_functions]
-        todo += [n for n in following if n not in seen]
-        seen.update(following)
-    return False
+    return not ends.isdisjoint(nodes(output))
 
 
 def _check_unmoved(model: FunctionalModel, index: int, X: Any, output: Tensor) -> None:

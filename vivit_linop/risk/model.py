@@ -27,7 +27,6 @@ from vivit_linop.risk.parameters import (
     chosen_of_function,
     chosen_of_module,
 )
-from vivit_linop.risk.parameters import strided as strided
 from vivit_linop.risk.precision import (
     as_pairs,
     check_precision,

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from vivit_linop.graphs import strided
 from vivit_linop.risk.precision import PRECISIONS, as_pairs, of_pairs
 
 
@@ -285,10 +286,3 @@ class ParameterVectors:
         with torch.no_grad():
             for name, part in zip(self.params, parts, strict=True):
                 named[name].add_(part.to(named[name]))
-
-
-def strided(gradient: Tensor | None) -> Tensor | None:
-    """Return a gradient as an ordinary tensor; embeddings can have sparse ones."""
-    if gradient is None or gradient.layout == torch.strided:
-        return gradient
-    return gradient.to_dense()

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vivit_linop.graphs import nodes
 from vivit_linop.risk.containers import leaves
 from vivit_linop.risk.copies import Watch
 from vivit_linop.risk.losses.base import OutputLoss
@@ -110,15 +111,7 @@ def leaves_of(tensor: Tensor) -> list[Tensor]:
     """The tensors that require grad, and that a tensor was computed from."""
     if tensor.grad_fn is None:
         return [tensor] if tensor.requires_grad else []
-    found, todo, seen = [], [tensor.grad_fn], {None, tensor.grad_fn}
-    while todo:
-        node: Any = todo.pop()
-        if hasattr(node, "variable"):
-            found.append(node.variable)
-        following = [n for n, _ in node.next_functions if n not in seen]
-        todo += following
-        seen.update(following)
-    return found
+    return [node.variable for node in nodes(tensor) if hasattr(node, "variable")]
 
 
 def parts_of(tensors: Iterable[Any], whole: Sequence[Tensor]) -> list[Tensor]:
