@@ -133,7 +133,9 @@ def test_one_decomposition_serves_every_scale_and_damping(monkeypatch):
         calls.append(len(matrix))
         return torch.linalg.eigvalsh(matrix)
 
-    monkeypatch.setattr("vivit_linop.operators.lowrank.symmetric_eigenvalues", counted)
+    monkeypatch.setattr(
+        "vivit_linop.operators.small_side.symmetric_eigenvalues", counted
+    )
     V = Draw(torch.float64, "cpu")(9, 4)
     G = LowRank(vl.Dense(V))
     unit, eye, A = vl.Identity(9), torch.eye(9).double(), V @ V.T

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Self
 from weakref import ref
 
@@ -45,7 +45,8 @@ from vivit_linop.operators.base import TorchLinearOperator
 from vivit_linop.operators.diagonal_damping import WeightedRows
 from vivit_linop.operators.elementary import Dense, Scaled
 from vivit_linop.operators.grams import weighted_gram_matrix_of_operator
-from vivit_linop.operators.lowrank import Centered, Gram, KeptMatrix
+from vivit_linop.operators.lowrank import Centered, Gram
+from vivit_linop.operators.small_side import KeptMatrix
 from vivit_linop.operators.stacks import HStack
 from vivit_linop.ranks.alone import Ranks
 from vivit_linop.ranks.rows import RankRows
@@ -143,7 +144,7 @@ class Pullback(TorchLinearOperator):
         # J keeps Jᵀ, so that Jᵀ must not keep J: both would outlive their last user.
         self._jacobian: ref[Jacobian] | None = ref(jacobian)
         self.stored: StoredColumns | None = None
-        self._kept_gram = KeptMatrix()
+        self._kept_gram = KeptMatrix(partial(memory_budget, self.risk))
         self._decided, self._used, self.streams = self.is_plain, False, False
         super().__init__(
             (self.risk.num_params, self.layout.among(self.risk.num_samples)),

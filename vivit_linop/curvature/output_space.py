@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vivit_linop.devices import free_memory
 from vivit_linop.operators.base import TorchLinearOperator
 from vivit_linop.ranks.alone import Ranks
 from vivit_linop.risk.draws import Draws
@@ -28,7 +29,7 @@ from vivit_linop.risk.losses.certificates import (
     checked_sample,
 )
 from vivit_linop.risk.losses.parts import HessianPart
-from vivit_linop.risk.memory import check_matrix_fits, free_memory
+from vivit_linop.risk.memory import check_matrix_fits
 from vivit_linop.risk.rows import RowLayout
 
 # What blocks that can be formed again may take.

@@ -6,13 +6,13 @@ pass over all samples, R̂ = N·R, and g(R̂) those of the Gram matrix by layers
 - the Gram matrix takes R f + g(R̂), and 10 R̂³ for its leading eigenpairs or 40 R̂³ for
   all (a symmetric eigensolver needs some 4/3 R̂³ or 9 R̂³, at a fraction of the speed of
   a matrix product);
-- ARPACK takes (20 + 4 k) products and 1e9 each for its calls; on K = VᵀV where R̂ ≤ D,
-  else on G. ARPACK runs on G as well where the root S of the loss Hessian does not fit
-  into memory or has more entries than ARPACK's vectors of length D: products with G
-  need no S. A product reads a known K once. Without K a product takes 12 f on the
-  linearisation (4 f operations, at a third of the speed of a large matrix product), and
-  1e11 once to trace a net with convolutions; or two readings of the stored columns, and
-  2 R f once to get them;
+- ARPACK takes (20 + 4 k) products and 1e9 each for its calls (2e7 for a known K); on K
+  = VᵀV where R̂ ≤ D, else on G. ARPACK runs on G as well where the root S of the loss
+  Hessian does not fit into memory or has more entries than ARPACK's vectors of length
+  D: products with G need no S. A product reads a known K once. Without K a product
+  takes 12 f on the linearisation (4 f operations, at a third of the speed of a large
+  matrix product), and 1e11 once to trace a net with convolutions; or two readings of
+  the stored columns, and 2 R f once to get them;
 - a product with V takes 2 f on the linearisation, making which takes 6 f; on stored
   columns at most f, and reading the columns.
 
@@ -33,6 +33,8 @@ _ALL_PAIRS, _LEADING_PAIRS = 40.0, 10.0
 # ARPACK's products, and what one call takes beside.
 _PRODUCTS, _PRODUCTS_A_PAIR = 20, 4
 _CALL_FLOPS = 1e9
+# What a product with a matrix that is there takes beside reading it.
+_KNOWN_CALL_FLOPS = 2e7
 # Passes over the net that a product with V Vᵀ takes by its time.
 _PRODUCT_PASSES = 12.0
 # Tracing a net with convolutions for its linearisation.
@@ -248,6 +250,7 @@ def choose(
     itemsize: int,
     free: int,
     by_gram: bool,
+    decomposed: bool = False,
 ) -> Choice:
     """Choose the cheaper way to k eigenpairs of c V Vᵀ that fits into memory.
 
@@ -258,15 +261,18 @@ def choose(
         itemsize: The bytes of a number.
         free: The bytes that are free.
         by_gram: Whether the smaller side is the Gram matrix.
+        decomposed: Whether all eigenpairs of the smaller side are known.
     """
     D, columns = shape
     small = min(shape)
     lapack = (_LEADING_PAIRS if k <= FEW * small else _ALL_PAIRS) * float(small) ** 3
+    lapack = 0.0 if decomposed else lapack
     on_gram, lost = by_gram, ""
     if cost is None:
         product, once = READING_FLOPS * itemsize * float(small) ** 2, 0.0
+        product += _KNOWN_CALL_FLOPS
     else:
-        product, once = cost.product, cost.once
+        product, once = cost.product + _CALL_FLOPS, cost.once
         lapack += cost.matrix
         vectors = (2 * k + 20) * D
         # Each product reads 2 k + 20 vectors twice, and S twice; S may have to be made.
@@ -280,7 +286,7 @@ def choose(
     many = "" if lost or k < small // 2 else "ARPACK finds less than half of the pairs"
     krylov = Route(
         "ARPACK on K" if on_gram else "ARPACK on G",
-        arpack_products(k) * (product + _CALL_FLOPS) + once,
+        arpack_products(k) * product + once,
         (2.0 * k + 20) * (columns if on_gram else D) * itemsize,
         many,
     )
@@ -292,5 +298,6 @@ def choose(
     else:
         chosen = dense if dense.flops <= krylov.flops else krylov
         known = "its matrix is known, and " if cost is None else ""
+        known = "its matrix is known and decomposed, and " if decomposed else known
         why = f"{known}it is estimated to be the cheaper"
     return Choice(k, routes, chosen, why)

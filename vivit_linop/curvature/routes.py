@@ -18,6 +18,7 @@ from torch import Tensor
 from vivit_linop.curvature import plan
 from vivit_linop.curvature.blocks import FactorRows
 from vivit_linop.curvature.jacobian import Pullback
+from vivit_linop.devices import free_memory
 from vivit_linop.linalg.decompositions import (
     GramEigenpairs,
     LowRankDecomposition,
@@ -35,7 +36,6 @@ from vivit_linop.operators.kronecker import BlockDiagonal
 from vivit_linop.operators.lowrank import Centered, LowRank, Woodbury
 from vivit_linop.operators.stacks import HStack
 from vivit_linop.operators.verbs import eigh, explain, routed, scale
-from vivit_linop.risk.memory import free_memory
 
 DENSE = ("dense Gram", "dense G")
 ARPACK = ("ARPACK on K", "ARPACK on G")
@@ -119,6 +119,7 @@ def _cheapest(op: LowRank, k: int) -> plan.Choice:
         _itemsize(op),
         free_memory(op.device),
         op.by_gram,
+        op.is_decomposed,
     )
 
 

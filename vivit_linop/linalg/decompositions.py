@@ -122,7 +122,8 @@ class LowRankDecomposition(DenseDecomposition):
 
     @cached_property
     def _eigh(self) -> tuple[Tensor, Tensor]:
-        evals, evecs = self._operator.decomposed(symmetric_eigenpairs)
+        evals, evecs = self._operator.small_eigenpairs
+        evals = self._operator.scale * evals
         # The larger side, where that is wanted, has more zeros.
         return evals[-self.count :], evecs[:, -self.count :]
 
@@ -136,7 +137,8 @@ class LowRankDecomposition(DenseDecomposition):
 
     def largest(self, k: int) -> Eigenpairs:
         """The k largest pairs, without the other vectors where k is small."""
-        if self._operator.by_gram and k <= FEW * self.count:
+        few = k <= FEW * self.count and not self._operator.is_decomposed
+        if self._operator.by_gram and few:
             evals, gram_evecs = self._operator.decomposed(
                 partial(largest_eigenpairs, k=k)
             )

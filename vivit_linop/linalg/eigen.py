@@ -114,10 +114,7 @@ def eigenvalues_of_gram(op: Gram) -> Tensor:
 @eigvalsh.register
 def eigenvalues_of_low_rank(op: LowRank) -> Tensor:
     """The min(D, R) eigenvalues of the smaller side; the others are zero."""
-    if op.by_gram:
-        evals = op.scale * op.gram.eigenvalues
-    else:
-        evals = op.decomposed(symmetric_eigenvalues)
+    evals = op.scale * op.small_eigenvalues
     return evals[-min(op.factor.shape) :]
 
 

@@ -207,8 +207,8 @@ def damped_root_of_low_rank(op: LowRank, damping: Scalar) -> Op:
     """Symmetric; through the eigenpairs of the smaller side."""
     if op.by_gram:
         return DampedRoot(op, damping)
-    evals, evecs = op.decomposed(symmetric_eigenpairs)
-    root = (evecs * _roots(evals + damping)) @ evecs.T
+    evals, evecs = op.small_eigenpairs
+    root = (evecs * _roots(op.scale * evals + damping)) @ evecs.T
     return Dense((root + root.T) / 2)
 
 

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 from torch import Tensor
 
+from vivit_linop.devices import free_memory
 from vivit_linop.modes import as_guest
 from vivit_linop.net.columns.base import LayerColumns, mirror
 from vivit_linop.net.columns.samples import sample_grams
@@ -29,7 +30,6 @@ from vivit_linop.net.pieces import (
 from vivit_linop.net.ring import cross_all, pair_all
 from vivit_linop.ranks.alone import Ranks
 from vivit_linop.risk.empirical import EmpiricalRisk
-from vivit_linop.risk.memory import free_memory
 
 
 class GramTotal(Total):

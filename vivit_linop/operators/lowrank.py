@@ -9,11 +9,9 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor
 
 from vivit_linop.operators import verbs
@@ -23,23 +21,10 @@ from vivit_linop.operators.base import (
     common_dtype,
 )
 from vivit_linop.operators.scalars import Scalar, without_gradient
-from vivit_linop.operators.symmetric import symmetric_eigenpairs, symmetric_eigenvalues
+from vivit_linop.operators.small_side import DampedSolver, KeptMatrix, Pairs
 from vivit_linop.ranks.rows import RankRows
 
 Result = TypeVar("Result")
-
-
-@dataclass
-class KeptMatrix:
-    """A symmetric matrix that is computed once, and its eigenvalues.
-
-    It knows nothing of what it is computed from. Over several processes each has some
-    of its rows.
-    """
-
-    matrix: Tensor | None = None
-    rows: RankRows | None = None
-    eigenvalues: Tensor | None = None
 
 
 class Gram(TorchLinearOperator):
@@ -126,12 +111,7 @@ class Gram(TorchLinearOperator):
 
         Where gradients flow to the matrix they are computed anew.
         """
-        kept = self.kept.eigenvalues
-        if kept is None:
-            kept = self.decomposed(symmetric_eigenvalues)
-            if not kept.requires_grad:
-                self.kept.eigenvalues = kept
-        return kept.clone()
+        return self.kept.eigenvalues(self.decomposed)
 
     def _made_of(self) -> tuple[TorchLinearOperator, ...]:
         return (self.left, self.right)
@@ -207,6 +187,7 @@ class LowRank(TorchLinearOperator):
 
     def __init__(self, factor: TorchLinearOperator, scale: float = 1.0) -> None:
         self.factor, self.scale = factor, without_gradient(scale, "scale")
+        self._outer = KeptMatrix()
         rows = factor.shape[0]
         super().__init__((rows, rows), factor._own_dtype, factor._own_device)
 
@@ -225,34 +206,58 @@ class LowRank(TorchLinearOperator):
     @property
     def small_side_known(self) -> bool:
         """Whether the dense matrix that exact verbs work on has been computed."""
-        return "small_side" in self.__dict__ or (self.by_gram and self.gram.known)
+        return self.gram.known if self.by_gram else self._outer.matrix is not None
 
-    @cached_property
+    @property
     def small_side(self) -> Tensor:
         """The smaller of c VᵀV and c V Vᵀ, dense: what all exact verbs work on."""
+        return self.scale * (self.gram.matrix if self.by_gram else self._outer_matrix)
+
+    @property
+    def _outer_matrix(self) -> Tensor:
+        if self._outer.matrix is None:
+            self._outer.matrix = verbs.outer_matrix(self.factor)
+        return self._outer.matrix
+
+    def on_small_side(self, function: Callable[[Tensor], Result]) -> Result:
+        """Return a function of VᵀV or V Vᵀ, computed where that is as a whole."""
         if self.by_gram:
-            return self.scale * self.gram.matrix
-        return verbs.to_dense(self)
+            return self.gram.decomposed(function)
+        return self.ranks.led(function, self._outer_matrix)
 
     def decomposed(self, function: Callable[[Tensor], Result]) -> Result:
         """Return a function of the smaller side, computed where that is as a whole."""
-        if self.by_gram and self.ranks.is_many:
-            return self.gram.decomposed(lambda K: function(self.scale * K))
-        return self.ranks.led(function, self.small_side)
+        return self.on_small_side(lambda matrix: function(self.scale * matrix))
+
+    @property
+    def _kept(self) -> KeptMatrix:
+        return self.gram.kept if self.by_gram else self._outer
+
+    @property
+    def is_decomposed(self) -> bool:
+        """Whether the eigenpairs of the smaller side are known."""
+        return self._kept.decomposed
+
+    @property
+    def small_eigenvalues(self) -> Tensor:
+        """Those of the smaller of VᵀV and V Vᵀ, ascending, computed once for all c."""
+        return self._kept.eigenvalues(self.on_small_side)
+
+    @property
+    def small_eigenpairs(self) -> Pairs:
+        """Those of the smaller of VᵀV and V Vᵀ, ascending, computed once for all c."""
+        return self._kept.eigenpairs(self.on_small_side)
 
     def rescaled(self, scale: float) -> LowRank:
         """Return the node for another c; what is known of the factor is kept."""
         node = copy.copy(self)
         node.scale = scale
-        node.__dict__.pop("small_side", None)
         return node
 
     def routed(self, route: str) -> LowRank:
         """Return the node whose decompositions take this way."""
         node = copy.copy(self)
         node.route = route
-        if node.by_gram != self.by_gram:
-            node.__dict__.pop("small_side", None)
         return node
 
     def explain(self, k: int | None = None) -> Any:
@@ -321,14 +326,13 @@ class DampedRoot(TorchLinearOperator):
             )
         self.operator, self.inverse = _without_gradient(operator, "sqrt"), inverse
         self.damping = damping
-        evals, evecs = operator.gram.decomposed(
-            lambda K: symmetric_eigenpairs(K.double())
-        )
-        roots = (operator.scale * evals.clamp(min=0.0) + damping).sqrt()
+        evals, self._vectors = operator.small_eigenpairs
+        evals = evals.double().clamp(min=0.0)
+        roots = (operator.scale * evals + damping).sqrt()
         quotients = operator.scale / (roots + damping**0.5)
         if inverse:
             quotients /= -(roots * damping**0.5)
-        self._middle = ((evecs * quotients) @ evecs.T).to(operator.torch_dtype)
+        self._quotients = quotients[:, None].to(operator.torch_dtype)
         super().__init__(operator.shape, operator._own_dtype, operator._own_device)
 
     def _made_of(self) -> tuple[TorchLinearOperator]:
@@ -341,7 +345,7 @@ class DampedRoot(TorchLinearOperator):
 
     def multiply_small(self, Y: Tensor) -> Tensor:
         """Q diag((f(c κ + δ) − f(δ)) / κ) Qᵀ times columns ``[R, K]``."""
-        return self._middle @ Y
+        return self._vectors @ (self._quotients * (self._vectors.T @ Y))
 
     def _multiply(self, X: Tensor) -> Tensor:
         V = self.operator.factor
@@ -375,28 +379,27 @@ class Woodbury(TorchLinearOperator):
                 f"damping > 0, got {damping}."
             )
         self.operator, self.damping = _without_gradient(operator, "inv"), damping
-        self.norm, singular = operator.decomposed(self._factorise)
-        norm = self.norm
-        if singular:
-            raise ValueError(
-                f"damping: {damping:.3g} is below the rounding error of an operator "
-                f"with norm {norm:.3g} in {operator.torch_dtype}. Use a "
-                "larger damping, or float64."
-            )
+        self._solver: DampedSolver | None = None  # where the small side is
+        self.norm, self._refines, error = operator.on_small_side(self._factorise)
+        if error:
+            raise ValueError(error)
         super().__init__(operator.shape, operator._own_dtype, operator._own_device)
-        # K is known up to rounding errors, which 1/δ enlarges.
-        self._refines = norm / damping > torch.finfo(self.torch_dtype).eps ** -0.125
 
     def _made_of(self) -> tuple[TorchLinearOperator]:
         return (self.operator,)
 
-    def _factorise(self, small_side: Tensor) -> tuple[float, bool]:
-        """Keep the Cholesky factor; returns the norm, and whether there is none."""
-        # The factorisation is small: float64 keeps it safe for small dampings.
-        matrix = small_side.to(torch.float64, copy=True)
-        matrix.diagonal().add_(self.damping)
-        self._cholesky, info = torch.linalg.cholesky_ex(matrix)
-        return torch.linalg.matrix_norm(small_side).item(), bool(info.any())
+    def _factorise(self, matrix: Tensor) -> tuple[float, bool, str]:
+        """Keep the factor of the small side; returns its norm, and what is wrong.
+
+        What is wrong must reach all processes.
+        """
+        inner = self.operator
+        pairs = inner.small_eigenpairs if inner.is_decomposed else None
+        try:
+            self._solver = DampedSolver(matrix, inner.scale, self.damping, pairs)
+        except ValueError as error:
+            return 0.0, False, str(error)
+        return self._solver.norm, self._solver.refines, ""
 
     def explain(self) -> Any:
         """Print which side is factorised, what it costs and why.
@@ -411,13 +414,13 @@ class Woodbury(TorchLinearOperator):
         return self.operator.ranks.led(self._solve_here, X)
 
     def _solve_here(self, X: Tensor) -> Tensor:
-        solution = torch.cholesky_solve(X.to(torch.float64), self._cholesky)
-        return solution.to(X.dtype)
+        assert self._solver is not None
+        return self._solver.solve(X)
 
     def root_columns(self, count: int) -> Iterator[Tensor]:
-        """Yield columns of L⁻ᵀ, δ I + c K = L Lᵀ, some at a time: ``[R, count]``.
+        """Yield columns of an R with (δ I + c K)⁻¹ = R Rᵀ, some at a time.
 
-        (δ I + c K)⁻¹ = L⁻ᵀ L⁻¹, so that squares of rows of V L⁻ᵀ are diagonals.
+        Squares of rows of V R are diagonals.
         """
         inner = self.operator
         rows = inner.factor.shape[1] if inner.by_gram else inner.shape[0]
@@ -426,13 +429,8 @@ class Woodbury(TorchLinearOperator):
             yield inner.ranks.led(self._root_columns_here, start, stop)
 
     def _root_columns_here(self, start: int, stop: int) -> Tensor:
-        # Of an upper triangular matrix, what is below the diagonal is zero.
-        unit = self._cholesky.new_zeros(stop, stop - start)
-        unit[start:].fill_diagonal_(1.0)
-        upper = self._cholesky[:stop, :stop].T
-        columns = self._cholesky.new_zeros(len(self._cholesky), stop - start)
-        columns[:stop] = torch.linalg.solve_triangular(upper, unit, upper=True)
-        return columns.to(self.torch_dtype)
+        assert self._solver is not None
+        return self._solver.root_columns(start, stop)
 
     def _multiply(self, X: Tensor) -> Tensor:
         if not self.operator.by_gram:

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from vivit_linop.risk.memory import free_memory
+from vivit_linop.devices import free_memory
 
 Value = TypeVar("Value")
 

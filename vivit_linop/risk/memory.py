@@ -6,20 +6,12 @@ import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
-import psutil
 import torch
 from torch import Tensor
 
+from vivit_linop.devices import free_memory
+
 Result = TypeVar("Result")
-
-
-def free_memory(device: torch.device) -> int:
-    """The bytes that are free on a device."""
-    if device.type == "cuda":
-        # What torch holds without using it is free, too.
-        held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return int(torch.cuda.mem_get_info(device)[0]) + held
-    return int(psutil.virtual_memory().available)
 
 
 def check_matrix_fits(

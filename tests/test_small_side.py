@@ -1,0 +1,175 @@
+"""One matrix and one decomposition serve all that is exact about c V Vᵀ + δ I."""
+
+import pickle
+import weakref
+
+import pytest
+import torch
+from composition_cases import close, risks
+from operator_market import Draw
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import vivit_linop as vl
+from vivit_linop.operators import LowRank, Woodbury, small_side
+
+FLOAT64 = torch.float64
+
+
+@pytest.fixture
+def decompositions(monkeypatch):
+    """The sizes of the matrices that are decomposed."""
+    calls = []
+    for name in ("symmetric_eigenpairs", "symmetric_eigenvalues"):
+        function = getattr(small_side, name)
+
+        def counted(matrix, function=function):
+            calls.append(len(matrix))
+            return function(matrix)
+
+        monkeypatch.setattr(small_side, name, counted)
+    return calls
+
+
+@pytest.mark.parametrize("kind", ["tall", "wide"])
+def test_eigenpairs_serve_every_verb_scale_and_damping(kind, decompositions):
+    train, _ = risks(kind, FLOAT64)
+    V = vl.GGNFactor(train).to_dense()
+    G, D, A = vl.GGN(train), len(V), V @ V.T
+    G.eigh()
+    for scale, delta in ((1.0, 0.1), (1.0, 1e-3), (3.0, 0.5)):
+        op = scale * G + delta * vl.Identity(D)
+        matrix = scale * A + delta * torch.eye(D).double()
+        inverse = torch.linalg.inv(matrix)
+        S = op.inv()
+        close(S.to_dense(), inverse, FLOAT64)
+        close(S.diagonal(), inverse.diagonal(), FLOAT64)
+        close(S.trace(), inverse.trace(), FLOAT64)
+        close(op.logdet(), torch.logdet(matrix), FLOAT64)
+        close(op.eigvalsh(), torch.linalg.eigvalsh(matrix), FLOAT64)
+        for root, square in ((op.sqrt(), matrix), (S.sqrt(), inverse)):
+            close((root @ root.T).to_dense(), square, FLOAT64)
+        largest = torch.linalg.eigvalsh(scale * A)[-2:]
+        close((scale * G).eigh(k=2).eigenvalues, largest, FLOAT64)
+    assert decompositions == [min(V.shape)]
+
+
+@pytest.mark.parametrize("kind", ["tall", "wide"])
+def test_determinants_cost_one_decomposition(kind, decompositions):
+    train, _ = risks(kind, FLOAT64)
+    G = vl.GGN(train)
+    V = vl.GGNFactor(train).to_dense()
+    D = len(V)
+    for tau in torch.logspace(-3, 1, 20).tolist():
+        found = (G + tau * vl.Identity(D)).logdet()
+        matrix = V @ V.T + tau * torch.eye(D).double()
+        close(found, torch.logdet(matrix), FLOAT64)
+    assert decompositions == [min(V.shape)]
+
+
+def test_what_is_kept_is_within_the_budget(decompositions):
+    V = vl.Dense(Draw(FLOAT64, "cpu")(9, 4))
+    kept = small_side.KeptMatrix(lambda: 8 * 16 - 1)
+    K = V.matrix.T @ V.matrix
+    for _ in range(2):
+        evals, _ = kept.eigenpairs(lambda function: function(K))
+        assert not kept.decomposed
+    assert decompositions == [4, 4]
+    torch.testing.assert_close(evals, kept.eigenvalues(lambda f: f(K)))
+    train, _ = risks("tall", FLOAT64)
+    G = vl.GGN(train)
+    G.eigh()
+    assert G.is_decomposed
+
+
+class Peak(TorchDispatchMode):
+    """The most bytes that tensors made meanwhile have taken together."""
+
+    def __init__(self):
+        super().__init__()
+        self.now = self.most = 0
+        self.seen = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        given = tree_leaves((args, kwargs))
+        known = {
+            x.untyped_storage()._cdata for x in given if isinstance(x, torch.Tensor)
+        }
+        result = function(*args, **(kwargs or {}))
+        for x in tree_leaves(result):
+            if isinstance(x, torch.Tensor):
+                self._count(x.untyped_storage(), known)
+        return result
+
+    def _count(self, storage, known):
+        key = storage._cdata
+        if key in known or key in self.seen:
+            return
+        self.seen.add(key)
+        self.now += storage.nbytes()
+        self.most = max(self.most, self.now)
+        weakref.finalize(storage, self._freed, key, storage.nbytes())
+
+    def _freed(self, key, nbytes):
+        self.seen.discard(key)
+        self.now -= nbytes
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, FLOAT64], ids=str)
+def test_memory_of_an_inverse(dtype):
+    """K and a factor of its size: the factorisation is in place."""
+    V = vl.Dense(Draw(dtype, "cpu")(400, 300))
+    G = V @ V.T
+    K = G.gram.matrix
+    with Peak() as peak:
+        S = (2 * G + 10.0 * vl.Identity(400)).inv()
+    assert K.nbytes + peak.most <= 2.5 * K.nbytes
+    x = Draw(dtype, "cpu")(400)
+    with Peak() as peak:
+        product = S @ x
+    assert peak.most <= 0.2 * K.nbytes
+    matrix = (
+        2 * V.matrix.double() @ V.matrix.double().T + 10.0 * torch.eye(400).double()
+    )
+    close(product, torch.linalg.solve(matrix, x.double()), dtype)
+    L = S._solver._cholesky
+    assert L.dtype == dtype and L.untyped_storage().nbytes() == K.nbytes
+
+
+def test_factors_where_rounding_is_large():
+    """In float32 as long as that can be, then in float64, then not at all."""
+    draw = Draw(FLOAT64, "cpu")
+    Q, W = torch.linalg.qr(draw(300, 60)).Q, torch.linalg.qr(draw(60, 60)).Q
+    V = (Q * torch.logspace(0, -6, 60, dtype=FLOAT64) @ W.T).float()
+    factor, A = vl.Dense(V), V.double() @ V.double().T
+    G, b, found = factor @ factor.T, draw(300).float(), []
+    for delta in (1e-3, 1e-5, 3e-7):
+        S = (G + delta * vl.Identity(300)).inv()
+        x = torch.linalg.solve(A + delta * torch.eye(300).double(), b.double())
+        error = ((S @ b).double() - x).norm() / x.norm()
+        assert error <= 1e-7 / delta, error
+        found.append(S._solver._cholesky.dtype)
+    assert found[0] == torch.float32
+    with pytest.raises(ValueError, match="damping: 1e-12 is below the rounding error"):
+        (G + 1e-12 * vl.Identity(300)).inv()
+
+
+def test_room_is_asked_for_before_it_is_taken(monkeypatch):
+    V = vl.Dense(Draw(FLOAT64, "cpu")(40, 20))
+    G = V @ V.T
+    nbytes = G.gram.matrix.nbytes
+    monkeypatch.setattr(small_side, "free_memory", lambda device: nbytes - 1)
+    with pytest.raises(MemoryError, match=r"inv: the Cholesky factor.*20 rows.*cg"):
+        (G + vl.Identity(40)).inv()
+    monkeypatch.setattr(small_side, "free_memory", lambda device: nbytes)
+    assert isinstance((G + vl.Identity(40)).inv(), Woodbury)
+
+
+def test_decompositions_travel():
+    V = vl.Dense(Draw(FLOAT64, "cpu")(9, 4))
+    G = LowRank(V)
+    G.eigh()
+    copied = pickle.loads(pickle.dumps(G))
+    torch.testing.assert_close(copied.eigvalsh(), G.eigvalsh())
+    S = pickle.loads(pickle.dumps((G + vl.Identity(9)).inv()))
+    torch.testing.assert_close(S.to_dense(), (G + vl.Identity(9)).inv().to_dense())
