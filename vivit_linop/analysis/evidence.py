@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from vivit_linop.linalg.diagonal_damping import LogDet
 from vivit_linop.modes import as_given, ordinary_mode
 from vivit_linop.operators import Diagonal, TorchLinearOperator
-from vivit_linop.operators.verbs import add, damp, diagonal, inv, logdet, scale
+from vivit_linop.operators.verbs import add, damp, logdet, scale
 from vivit_linop.risk.empirical import EmpiricalRisk
 
 PriorPrecision: TypeAlias = float | Tensor | Mapping[str, float | Tensor]
@@ -81,11 +81,7 @@ def log_marginal_likelihood(
     likelihood_curvature = scale(curvature, 1.0 / risk.reduction_factor)
     penalty = (precision * theta.square()).sum()
     log_det_prior = precision.log().expand(risk.num_params).sum()
-    if precision.ndim == 0:
-        whole = damp(likelihood_curvature, _scalar(precision))
-        log_det = logdet(whole)
-    else:
-        log_det = _LogDet.apply(precision, likelihood_curvature)
+    log_det = _log_det(likelihood_curvature, precision)
     value = log_likelihood + 0.5 * (log_det_prior - penalty - log_det)
     return value.to(risk.dtype)
 
@@ -129,27 +125,20 @@ def _scalar(precision: Tensor) -> float | Tensor:
     return precision if precision.requires_grad else precision.item()
 
 
-class _LogDet(torch.autograd.Function):
-    """log det(A + diag p), whose derivative in p is the diagonal of the inverse."""
-
-    @staticmethod
-    def forward(ctx: Any, entries: Tensor, operator: TorchLinearOperator) -> Tensor:
-        ctx.whole = add(operator, Diagonal(entries.detach()))
-        try:
-            return logdet(ctx.whole).to(entries.dtype)
-        except TypeError as error:
-            raise TypeError(
-                "prior_precision: no closed-form determinant of this "
-                f"{type(operator).__name__} with one number for each parameter or "
-                "entry. Give one for all, or one for each block of a block-diagonal "
-                "curvature."
-            ) from error
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        with ordinary_mode():
-            return gradients[0] * diagonal(inv(ctx.whole)), None
+def _log_det(operator: TorchLinearOperator, precision: Tensor) -> Tensor:
+    """Return log det(A + P), with derivatives in P."""
+    if precision.ndim == 0:
+        return logdet(damp(operator, _scalar(precision)))
+    try:
+        whole = add(operator, Diagonal(precision.detach()))
+        value: Tensor = LogDet.apply(precision, whole)
+    except TypeError as error:
+        raise TypeError(
+            f"prior_precision: no closed-form determinant of this "
+            f"{type(operator).__name__} with one number for each parameter or entry. "
+            "Give one for all, or one for each block of a block-diagonal curvature."
+        ) from error
+    return value
 
 
 def _checked(

@@ -52,9 +52,13 @@ def logdet_of_diagonally_damped(op: DiagonallyDamped) -> Tensor:
     """Log det P + log det(I + c WᵀW)."""
     if not op.low_rank.by_gram:
         return logdet(_on_the_smaller_side(op))
-    _check_positive(op.damping.entries, "logdet")
-    value: Tensor = _LogDet.apply(op.damping.entries, op)
-    return value
+    entries = op.damping.entries
+    _check_positive(entries, "logdet")
+    if entries.requires_grad:
+        at_value = DiagonallyDamped(op.low_rank, Diagonal(entries.detach()))
+        value: Tensor = LogDet.apply(entries, at_value)
+        return value
+    return entries.log().sum() + damped_logdet(op.whitened, 1.0)
 
 
 @logdet.register
@@ -108,20 +112,24 @@ def column_pieces_of_weighted_rows(op: WeightedRows) -> Any:
         yield place, op.weights[:, None] * columns
 
 
-class _LogDet(torch.autograd.Function):
-    """log det(A + P), whose derivative in P is the diagonal of the inverse."""
+class LogDet(torch.autograd.Function):
+    """log det(A + diag p), whose derivative in p is the diagonal of the inverse.
+
+    Called as ``LogDet.apply(p, op)`` with the operator at the value of p.
+    """
 
     @staticmethod
-    def forward(ctx: Any, entries: Tensor, op: DiagonallyDamped) -> Tensor:
+    def forward(ctx: Any, entries: Tensor, op: TorchLinearOperator) -> Tensor:
+        """The operator's own determinant."""
         ctx.op = op
-        return entries.log().sum() + damped_logdet(op.whitened, 1.0)
+        return logdet(op)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        """With an inverse that is made here."""
         with ordinary_mode():
-            inverse: Any = inv(ctx.op)
-            return gradients[0] * diagonal(inverse.detached), None
+            return gradients[0] * diagonal(inv(ctx.op)), None
 
 
 def _on_the_smaller_side(op: DiagonallyDamped) -> Dense:
