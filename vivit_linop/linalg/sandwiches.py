@@ -123,7 +123,7 @@ def diagonal_blocks_of_product(op: Product, size: int) -> Tensor:
     """(A B)_ii = Σ_k A_ik B_ki, some blocks at a time."""
     if op.self_adjoint and len(op.factors) == 3:
         _, middle, A = op.factors
-        pieces = list(_whole_blocks(A, size))
+        pieces = _whole_blocks(A, size)
         return torch.cat(
             [_products_of_blocks(a, middle.apply(a), size) for a in pieces]
         )
