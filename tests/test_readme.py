@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 # index.md is the README again.
 PAGES = [
     ROOT / "README.md",
-    *sorted((ROOT / "docs").glob("[!i]*.md")),
+    *sorted(set((ROOT / "docs").glob("*.md")) - {ROOT / "docs" / "index.md"}),
     *sorted((ROOT / "docs" / "extending").glob("*.md")),
 ]
 # A block of Python, and a block of text if nothing but white space is between them.
