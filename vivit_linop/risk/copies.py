@@ -28,6 +28,8 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 from torch.overrides import TorchFunctionMode
 
+from vivit_linop.risk.sharded import without_sharding
+
 # Nothing in these is ever replaced.
 _ATOMS = frozenset(
     {type(None), bool, int, float, complex, str, bytes, type, torch.dtype, torch.Size}
@@ -168,7 +170,7 @@ def _copy_module(value: nn.Module, copies: Copies) -> Any:
         elif name == "_compiled_call_impl" or _is_cached(value, name, attribute):
             del state[name]  # it is of the original, and made anew
         elif name in _OWN or isinstance(attribute, _FUNCTIONS):
-            copies.later.append((state, name, attribute))
+            copies.later.append((state, name, without_sharding(name, attribute)))
         else:
             state[name] = copies(attribute)
     if type(value).__basicsize__ > nn.Module.__basicsize__:

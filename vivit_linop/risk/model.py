@@ -36,6 +36,7 @@ from vivit_linop.risk.precision import (
 from vivit_linop.risk.private import Params as Params
 from vivit_linop.risk.private import Predict as Predict
 from vivit_linop.risk.private import PrivateModule
+from vivit_linop.risk.sharded import whole
 
 ModelFunction = Callable[[Params, Any], Any]
 
@@ -123,8 +124,9 @@ class FunctionalModel:
             _check_modes(model)
         else:
             chosen = chosen_of_function(params)
-        check_chosen(chosen, dtype)
         self.owners = dict(chosen)
+        chosen = {name: whole(p) for name, p in chosen.items()}
+        check_chosen(chosen, dtype)
         self.complex_names = frozenset(n for n, p in chosen.items() if p.is_complex())
         # In inference mode copies would be tensors that autograd refuses.
         with torch.inference_mode(False):
@@ -142,7 +144,7 @@ class FunctionalModel:
                 self._function = copies.of_called(model)
 
     def _copied(self, tensor: Tensor) -> Tensor:
-        return in_precision(tensor.detach().clone(), self._dtype)
+        return in_precision(whole(tensor).detach().clone(), self._dtype)
 
     def _take_module(self, model: nn.Module, predict: Predict | None) -> None:
         """Copy all that outputs depend on: it stays as it is when training goes on."""
@@ -198,10 +200,10 @@ class FunctionalModel:
                 )
         # Parameters may have been given as tensors that are not the module's.
         params = {
-            name: owner if name in self._foreign else slots[name]
+            name: whole(owner if name in self._foreign else slots[name])
             for name, owner in self.owners.items()
         }
-        return params, {name: slots[name] for name in self._fixed}
+        return params, {name: whole(slots[name]) for name in self._fixed}
 
     def at(self, params: Params, fixed: Params) -> FunctionalModel:
         """Return the same function at other parameters.
@@ -385,6 +387,8 @@ def _unwrapped(model: nn.Module, params: Any | None) -> tuple[nn.Module, Any | N
             attribute = "module"
         elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
             attribute = "_orig_mod"
+        elif isinstance(getattr(model, "_original_module", None), nn.Module):
+            attribute = "_original_module"  # Lightning Fabric's
         else:
             return model, params
         if isinstance(params, Mapping):
