@@ -18,6 +18,10 @@ from cases import CASES
 from ranks_cases import Check, Found, carried_out, gathered, join, of_case
 from scipy.sparse.linalg import cg, eigsh, lobpcg, lsmr, minres, svds
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 import vivit_linop as vl
@@ -274,6 +278,36 @@ class Work:
             torch.ones(1),
             0.0,
         )
+
+    def sharded(self) -> Iterator[Check]:
+        """Modules whose parameters torch has cut into parts."""
+        mesh = init_device_mesh("cpu", (self.size,))
+        columns = ColwiseParallel(output_layouts=Replicate())
+        models = {"FSDP2": net(), "tensor parallel": net()}
+        fully_shard(models["FSDP2"][0], mesh=mesh)
+        fully_shard(models["FSDP2"], mesh=mesh)
+        parallelize_module(
+            models["tensor parallel"], mesh, {"0": columns, "3": columns}
+        )
+        wanted, H = vl.GGN(self.one), vl.Hessian(self.one)
+        for name, model in models.items():
+            for when in ("before", "after"):
+                if when == "after":
+                    model(self.X[:4]).sum().backward()
+                kinds = [type(p.data) for p in model.parameters()]
+                risk = vl.EmpiricalRisk(model, loss(), self.data, process_group=mesh)
+                G, what = vl.GGN(risk), f"{name}, {when} a step"
+                product, spectrum = wanted @ self.x, wanted.eigvalsh()
+                yield f"{what}: G x", lambda G=G: G @ self.x, product, 1e-12
+                yield f"{what}: spectrum", G.eigvalsh, spectrum, 1e-12
+                yield (
+                    f"{what}: Hessian",
+                    lambda r=risk: vl.Hessian(r) @ self.x,
+                    (H @ self.x),
+                    1e-12,
+                )
+                assert kinds == [type(p.data) for p in model.parameters()]
+                assert DTensor in kinds
 
     def files(self) -> Iterator[Check]:
         """Results are saved by some processes and loaded by others."""

@@ -29,7 +29,7 @@ OF_THREE = ("uneven_batches", "embedding", "more_columns_than_parameters", "hube
     [
         (2, ("analyses", "files", *OF_TWO)),
         (3, ("same_bits", "loaders", "failures", *OF_THREE, "late")),
-        (2, ("failures", "same_bits", "ended")),
+        (2, ("failures", "same_bits", "sharded", "ended")),
     ],
 )
 def test_every_process_finds_what_one_would(
