@@ -10,6 +10,7 @@ import torch
 from sample_truth import Sample, check, check_products, close, truth_of
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils import rnn
 
 import vivit_linop as vl
 
@@ -409,3 +410,69 @@ def test_nodes_that_see_other_graphs_are_found_out() -> None:
 
     with pytest.raises(ValueError, match="depend on the other samples"):
         vl.EmpiricalRisk(built(Mixing), CE, (graphs(SIZES), randint(C, 8)))
+
+
+class TokenNet(nn.Module):
+    """Classes of the tokens of a packed sequence, in its order."""
+
+    def __init__(self, form: str) -> None:
+        super().__init__()
+        self.r, self.o, self.form = nn.RNN(3, 2), nn.Linear(2, C), form
+
+    def forward(self, packed: rnn.PackedSequence) -> Any:
+        h = self.r(packed)[0]
+        f = self.o(h.data)
+        return f if self.form == "tensor" else h._replace(data=f)
+
+
+@pytest.mark.parametrize("form", ["tensor", "packed"])
+def test_tokens_of_packed_sequences(form: str) -> None:
+    lengths = (2, 1, 3, 2)
+    net = built(TokenNet, form)
+    sequences = [randn(k, 3) for k in lengths]
+    classes = [randint(C, k) for k in lengths]
+    X, y = (rnn.pack_sequence(s, enforce_sorted=False) for s in (sequences, classes))
+    risk = vl.EmpiricalRisk(net, CE, (X, y if form == "packed" else y.data))
+    alone = built(TokenNet, "tensor")
+    samples = [
+        (
+            lambda m, s=s: m(rnn.pack_sequence([s])),
+            lambda f, t=t: F.cross_entropy(f, t, reduction="sum"),
+        )
+        for s, t in zip(sequences, classes, strict=True)
+    ]
+    check_products(risk, truth_of(alone, samples, 1 / 8))
+    some = truth_of(alone, [samples[i] for i in (2, 0)], 1 / 5)
+    check_products(risk.subset([2, 0]), some)
+
+
+def test_kronecker_factors_of_tokens_do_not_depend_on_samples() -> None:
+    """Each token is a sample of its own to the layers: KFAC-expand."""
+
+    class Linear(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.o = nn.Linear(4, C)
+
+        def forward(self, x: Tensor) -> Tensor:
+            f = self.o(x)
+            return f.transpose(1, 2) if x.ndim == 3 else f
+
+    net = built(Linear)
+    batches = [(randn(n, T, 4), randint(C, n, T)) for n, T in ((3, 5), (2, 7), (1, 1))]
+    flat = [(X.flatten(0, 1), y.flatten()) for X, y in batches]
+    found, expected = (
+        vl.KFAC(net, CE, data, variant="exact").to_dense() for data in (batches, flat)
+    )
+    assert close(found, expected)
+
+
+def test_outputs_that_the_model_pads_are_refused_with_advice() -> None:
+    class Padding(Listed):
+        def forward(self, images: Any) -> Any:
+            rows = [f.flatten(1).T for f in super().forward(images)]
+            return rnn.pad_sequence(rows, batch_first=True).transpose(1, 2)
+
+    X, y = [randn(1, *shape) for shape in SHAPES], randint(C, 4, 6)
+    with pytest.raises(ValueError, match="return a list with those of each sample"):
+        vl.EmpiricalRisk(built(Padding), CE, (X, y))

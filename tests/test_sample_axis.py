@@ -299,6 +299,66 @@ def test_images_in_a_list() -> None:
     )
 
 
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
+def test_nested_tensors(layout: torch.layout) -> None:
+    sets = [randn(k, 3) for k in (2, 3, 1, 2, 4, 2)]
+    X = torch.nested.nested_tensor(sets, layout=layout)
+
+    def forward(m: Any, X: Any) -> Tensor:
+        parts = X.unbind() if isinstance(X, Tensor) else X
+        return torch.stack([torch.tanh(m.f(part)).mean(0) for part in parts])
+
+    torch.manual_seed(1)
+    model = Lambda(forward, f=nn.Linear(3, C)).double()
+    risk = vl.EmpiricalRisk(model, CE, (X, y))
+    check_products(risk, truth_for(model, sets, lambda X, i: ([X[i]],), range(N)))
+    some = truth_for(model, sets, lambda X, i: ([X[i]],), [4, 1])
+    check_products(risk.subset([4, 1]), some)
+
+
+def test_sparse_inputs() -> None:
+    dense = randn(N, 4) * (torch.rand(N, 4, generator=GENERATOR) < 0.5)
+    torch.manual_seed(1)
+    model = nn.Linear(4, C).double()
+    risk = vl.EmpiricalRisk(model, CE, (dense.to_sparse(), y))
+    check_products(risk, truth_for(model, dense, lambda X, i: (X[[i]],), range(N)))
+
+
+class Dictionary(dict):
+    """Tensors with common axes, which it checks, as a ``TensorDict``."""
+
+    def __init__(self, items: dict[str, Tensor], batch_size: torch.Size) -> None:
+        super().__init__()
+        self.batch_size = batch_size
+        for key, value in items.items():
+            self[key] = value
+
+    def __setitem__(self, key: str, value: Tensor) -> None:
+        assert value.shape[:1] == self.batch_size
+        super().__setitem__(key, value)
+
+    def __getitem__(self, key: Any) -> Any:
+        if isinstance(key, str):
+            return super().__getitem__(key)
+        parts = {name: value[key] for name, value in self.items()}
+        return Dictionary(parts, torch.Size([len(key)]))
+
+
+def test_dictionaries_that_check_their_sizes() -> None:
+    X = Dictionary({"x": randn(N, 4), "s": randn(N, 1)}, torch.Size([N]))
+
+    def forward(m: Any, X: Any) -> Tensor:
+        assert type(X) is Dictionary
+        return m.f(X["x"]) * X["s"]
+
+    torch.manual_seed(1)
+    model = Lambda(forward, f=nn.Linear(4, C)).double()
+    risk = vl.EmpiricalRisk(model, CE, (X, y), predict=lambda m, X: m(X))
+    alone = Lambda(lambda m, x, s: m.f(x) * s, f=model.f)
+    truth = truth_for(alone, X, lambda X, i: (X["x"][[i]], X["s"][[i]]), range(N))
+    check_products(risk, truth)
+
+
 def test_batches_show_what_one_does_not() -> None:
     """A state with as many layers as the first batch has samples."""
     torch.manual_seed(0)

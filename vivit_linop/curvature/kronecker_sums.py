@@ -88,6 +88,8 @@ class KroneckerSums(Total):
         self.factors: dict[str, LayerFactors] = {}
         self.outer: dict[str, Tensor] = {}
         self._formed: set[str] = set()
+        # Of each weight, how many samples were seen, and positions of all of them.
+        self._positions: dict[str, tuple[int, int]] = {}
         self._inputs = _Inputs()
 
     @classmethod
@@ -106,6 +108,8 @@ class KroneckerSums(Total):
             share_structure(factor.risk)
             sums = cls(factor, sharing, affine)
             sum_columns(factor, [sums])
+        for name in sorted(sums.factors):  # all ranks in one order
+            sums.factors[name].A.div_(sums._divisor(name, factor.ranks))
         return sums
 
     def add(self, left: Piece, right: Piece) -> None:
@@ -136,6 +140,13 @@ class KroneckerSums(Total):
         self.factors = {n: LayerFactors(B[n], A[n], *notes[n]) for n in B}
         self._check_uses()
 
+    def _divisor(self, name: str, ranks: Ranks) -> float:
+        """N, times the positions that a sample has on average where each counts."""
+        seen = ranks.gathered(self._positions.get(name, (0, 0)))
+        n, positions = map(sum, zip(*seen, strict=True))
+        each = positions / n if self._sharing == "expand" else 1.0
+        return self._num_samples * each
+
     def _check_uses(self) -> None:
         if both := set(self.factors) & self._formed:
             raise _ChangedUseError(
@@ -155,8 +166,9 @@ class KroneckerSums(Total):
         if before is None or inputs_are_new:
             affine = name in self._affine and not columns.inputs_first
             A = _input_sums(columns, self._sharing == "reduce", affine)
-            count = self._num_samples
-            A /= count * columns.positions if self._sharing == "expand" else count
+            n, positions = self._positions.get(name, (0, 0))
+            own = columns.num_samples
+            self._positions[name] = n + own, positions + own * columns.positions
             if before is not None:
                 A += before.A
         else:

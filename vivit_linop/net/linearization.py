@@ -24,7 +24,6 @@ import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from itertools import compress
-from operator import attrgetter
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -568,7 +567,7 @@ def _linearized(risk: EmpiricalRisk) -> Iterator[Linearization]:
                 nbytes = risk.graph_bytes[index] if index < len(risk.outputs) else 0
                 room = budget - risk.kept.nbytes
                 keep = index == len(kept)
-                keep = keep and sum(map(attrgetter("nbytes"), leaves(X))) <= room
+                keep = keep and sum(map(_nbytes, leaves(X))) <= room
                 keep = keep and _KEPT_GRAPHS * nbytes <= room
                 linearization = _linearization(risk, index, X, nbytes, keep)
                 linearization.checked |= index in checked
@@ -587,6 +586,11 @@ def _linearized(risk: EmpiricalRisk) -> Iterator[Linearization]:
     for index, right in zip(answers, read(list(answers.values())), strict=True):
         if not right:
             raise risk.other_data(index)
+
+
+def _nbytes(leaf: Tensor) -> int:
+    """At most what a tensor takes; sparse ones do not say it."""
+    return leaf.numel() * leaf.element_size()
 
 
 def _linearization(

@@ -246,6 +246,13 @@ def _same_among(
         raise ValueError(
             f"it returned outputs {list(found.shape)} for {len(index)} samples"
         )
+    if found.shape[1:] != output.shape[1:]:
+        raise ValueError(
+            f"it returned outputs of shape {list(found.shape[1:])} for some samples, "
+            f"and of {list(output.shape[1:])} among others. Where it pads them to the "
+            "longest of its batch, let it return a list with those of each sample, or "
+            "pad to one length"
+        )
     own = index[places].to(output.device)
     if isinstance(places, Tensor):
         places = places.to(output.device)

@@ -64,9 +64,21 @@ def opened(value: Any) -> Opened | None:
 
 
 @opened.register
-def opened_tensor(value: Tensor) -> None:
-    """A tensor is what containers hold."""
-    return
+def opened_tensor(value: Tensor) -> Opened | None:
+    """A tensor is what containers hold; a nested one holds others."""
+    if not value.is_nested:
+        return None
+    layout, parts = value.layout, value.unbind()
+
+    def build(parts: Sequence[Any]) -> Tensor:
+        return torch.nested.as_nested_tensor(list(parts), layout=layout)
+
+    return Opened(range(len(parts)), parts, build)
+
+
+def is_leaf(value: Any) -> bool:
+    """Whether a value is a tensor that holds no others."""
+    return isinstance(value, Tensor) and not value.is_nested
 
 
 @opened.register(list)
@@ -172,7 +184,7 @@ def leaves(value: Any, stop: Callable[[Any], bool] = _nothing) -> Iterator[Any]:
 def _walk(
     value: Any, stop: Callable[[Any], bool], above: tuple[int, ...]
 ) -> Iterator[Any]:
-    if isinstance(value, Tensor) or stop(value):
+    if is_leaf(value) or stop(value):
         yield value
         return
     # What refers to itself has no end.
@@ -207,7 +219,7 @@ def _mapped(
     above: tuple[int, ...],
 ) -> tuple[Any, bool]:
     """The result, and whether there was a tensor."""
-    if isinstance(value, Tensor) or stop(value):
+    if is_leaf(value) or stop(value):
         return function(value), True
     if id(value) in above or (found := opened(value)) is None:
         return value, False
@@ -245,7 +257,7 @@ def copied(value: Any) -> Any:
 
 def described(value: Any) -> str:
     """Say what a value is, with the shapes of its tensors."""
-    if isinstance(value, Tensor):
+    if is_leaf(value):
         return f"a tensor {list(value.shape)}"
     found = opened(value)
     if found is None:

@@ -20,6 +20,7 @@ from vivit_linop.risk.model import FunctionalModel, as_guest
 from vivit_linop.risk.ragged import (
     Part,
     RaggedOutputs,
+    orders_of_items,
     parts_by_items,
     parts_by_shape,
 )
@@ -120,40 +121,43 @@ def _cut(
 ) -> Cut:
     """Return the way that samples can be taken in, the parts, and what they give."""
     failure: Exception | None = None
+    before = model.count
     for samples in ways:
-        before = model.count
         try:
-            if isinstance(whole, Tensor):
-                parts = parts_by_items(_sizes(model, samples, X, n))
-                model.count = samples.number
-            else:
-                parts = parts_by_shape([output.shape for output in whole])
-            evaluated = [
-                checked_outputs(
-                    model,
-                    first + number,
-                    samples.take(X, part.samples),
-                    len(part.samples),
-                )
-                for number, part in enumerate(parts)
-            ]
+            for parts in _possible_parts(model, samples, X, n, whole):
+                if isinstance(whole, Tensor):
+                    model.count = samples.number
+                evaluated = [
+                    checked_outputs(
+                        model,
+                        first + number,
+                        samples.take(X, part.samples),
+                        len(part.samples),
+                    )
+                    for number, part in enumerate(parts)
+                ]
+                outputs = [output for _, output in evaluated]
+                if not check or _are_those_of(whole, parts, outputs):
+                    return samples, parts, evaluated
         # In a wrong way it fails somehow.
         except Exception as error:
             if is_out_of_memory(error):
                 raise
-            model.count, failure = before, failure or error
-            continue
-        outputs = [output for _, output in evaluated]
-        if not check or _are_those_of(whole, parts, outputs):
-            return samples, parts, evaluated
+            failure = failure or error
         model.count = before
     raise failure or dependent()
 
 
-def _sizes(model: FunctionalModel, samples: Samples, X: Any, n: int) -> list[int]:
-    """How many items each sample has, alone."""
+def _possible_parts(
+    model: FunctionalModel, samples: Samples, X: Any, n: int, whole: Outputs
+) -> Iterator[list[Part]]:
+    if not isinstance(whole, Tensor):
+        yield parts_by_shape([output.shape for output in whole])
+        return
     indices = torch.arange(n, device="cpu").split(1)
-    return [len(_item_by_item(model, samples.take(X, index))) for index in indices]
+    sizes = [len(_item_by_item(model, samples.take(X, index))) for index in indices]
+    for order in orders_of_items(X, sizes):
+        yield parts_by_items(sizes, order)
 
 
 def _item_by_item(model: FunctionalModel, X: Any) -> Tensor:
@@ -169,7 +173,8 @@ def _are_those_of(
     """Whether parts have the outputs that they have in their batch."""
     if isinstance(whole, Tensor):
         found = torch.cat([output.flatten(0, 1) for output in outputs])
-        return same_outputs(found, whole)
+        items = torch.cat([part.items for part in parts if part.items is not None])
+        return same_outputs(found, whole[items.to(whole.device)])
     return all(
         same_outputs(output, torch.stack([whole[i] for i in part.samples.tolist()]))
         for part, output in zip(parts, outputs, strict=True)

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
 
 from vivit_linop.risk.containers import copied as copied
 from vivit_linop.risk.containers import described, leaves, map_leaves
@@ -173,6 +174,8 @@ def iterate(
 
     for index, batch in enumerate(batches):
         X, y = _split(batch, index, target)
+        if isinstance(y, PackedSequence):
+            y = y.data  # item by item, as outputs are
         yield map_leaves(ordinary, X), map_leaves(as_target, y)
 
 

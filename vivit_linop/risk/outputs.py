@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
 
 from vivit_linop.risk.containers import described, leaves, map_leaves
 from vivit_linop.risk.ragged import joined_outputs
@@ -64,7 +65,7 @@ def as_tensor(
 
     Args:
         output: What it returns: a tensor, an object whose ``.logits`` is one, a list of
-            one for each sample or a nested tensor of these, or a
+            one for each sample, a nested tensor or a packed sequence of these, or a
             tuple, mapping or object of several with one sample axis.
         tree: The form of several, once it is known.
 
@@ -77,6 +78,8 @@ def as_tensor(
     """
     if not isinstance(output, Tensor):
         output = getattr(output, "logits", output)
+    if isinstance(output, PackedSequence):
+        output = output.data  # item by item
     if isinstance(output, Tensor) and output.is_nested:
         return joined_outputs(output.unbind()), None
     if type(output) is list and output and all(isinstance(o, Tensor) for o in output):

@@ -8,11 +8,12 @@ Such a batch is cut into parts, in each of which all samples have outputs of one
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence, unpack_sequence
 
 from vivit_linop.risk.containers import leaves, map_leaves
 from vivit_linop.risk.data import some_targets
@@ -35,12 +36,13 @@ class Part(NamedTuple):
 
     Attributes:
         samples: Their numbers in the batch.
-        items: Where outputs come item by item, those of these samples; else None.
+        items: Where outputs come item by item, the numbers of those of these samples;
+            else None.
         all_items: How many items all samples of the batch have.
     """
 
     samples: Tensor
-    items: slice | None = None
+    items: Tensor | None = None
     all_items: int = 0
 
     def targets(self, y: Any) -> Any:
@@ -49,8 +51,9 @@ class Part(NamedTuple):
         if self.items is not None and all(
             leaf.ndim and len(leaf) == self.all_items for leaf in tensors
         ):
-            own, n = self.items, len(self.samples)
-            return map_leaves(lambda leaf: leaf[own].unflatten(0, (n, -1)), y)
+            n = len(self.samples)
+            own = some_targets(y, self.items)
+            return map_leaves(lambda leaf: leaf.unflatten(0, (n, -1)), own)
         if isinstance(y, list) and len({leaf.shape for leaf in tensors}) > 1:
             return torch.stack([y[i] for i in self.samples.tolist()])
         return some_targets(y, self.samples)
@@ -73,17 +76,40 @@ def parts_by_shape(shapes: Sequence[torch.Size]) -> list[Part]:
     return [Part(torch.tensor(run, device="cpu")) for run in _runs(shapes)]
 
 
-def parts_by_items(sizes: Sequence[int]) -> list[Part]:
-    """Cut a batch by how many items its samples have."""
+def parts_by_items(sizes: Sequence[int], order: Tensor | None = None) -> list[Part]:
+    """Cut a batch by how many items its samples have.
+
+    Args:
+        sizes: How many.
+        order: Where the items are, sample by sample; None if they come so.
+    """
     ends = list(itertools.accumulate(sizes, initial=0))
+    numbers, runs = order, [[i] for i in range(len(sizes))]
+    if numbers is None:
+        numbers, runs = torch.arange(ends[-1], device="cpu"), _runs(sizes)
     return [
         Part(
             torch.tensor(run, device="cpu"),
-            slice(ends[run[0]], ends[run[-1] + 1]),
+            numbers[ends[run[0]] : ends[run[-1] + 1]],
             ends[-1],
         )
-        for run in _runs(sizes)
+        for run in runs
     ]
+
+
+def orders_of_items(X: Any, sizes: Sequence[int]) -> Iterator[Tensor | None]:
+    """Yield where items may be: sample by sample, or as in a packed sequence.
+
+    Args:
+        X: The input.
+        sizes: How many items each sample has.
+    """
+    yield None
+    for unit in leaves(X, lambda value: isinstance(value, PackedSequence)):
+        if isinstance(unit, PackedSequence) and len(unit.data) == sum(sizes):
+            numbers = torch.arange(len(unit.data), device="cpu")
+            packed = unit._replace(data=numbers)
+            yield torch.cat(unpack_sequence(packed))
 
 
 def _runs(keys: Sequence[Any]) -> list[list[int]]:

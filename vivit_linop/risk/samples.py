@@ -31,6 +31,8 @@ def number_of(unit: Any) -> int | None:
     """Return how many samples a container has, None for one that does not know."""
     if _is_graphs(unit):
         return int(unit.num_graphs)
+    if _has_batch_size(unit):
+        return int(unit.batch_size[0])
     # One graph alone is one sample, with all its nodes.
     return 1 if isinstance(getattr(unit, "stores", None), list) else None
 
@@ -38,6 +40,8 @@ def number_of(unit: Any) -> int | None:
 @singledispatch
 def some_of(unit: Any, index: Tensor) -> Any:
     """Return some samples of a container that knows its samples."""
+    if _has_batch_size(unit):
+        return unit[index]
     if not _is_graphs(unit):
         return unit
     return type(unit).from_data_list(unit.index_select(index))
@@ -65,6 +69,27 @@ def _is_counted(value: Any) -> bool:
 def units_of(X: Any) -> list[Any]:
     """The tensors of an input, and containers that know their samples."""
     return list(leaves(X, _is_counted))
+
+
+@number_of.register
+def number_of_tensors(unit: Tensor) -> int | None:
+    """A nested tensor has one for each sample; others do not know."""
+    return int(unit.size(0)) if unit.is_nested else None
+
+
+@some_of.register
+def some_tensors(unit: Tensor, index: Tensor) -> Tensor:
+    """Those of a nested tensor."""
+    parts, found = unit.unbind(), opened(unit)
+    assert found is not None
+    some: Tensor = found.build([parts[i] for i in index.tolist()])
+    return some
+
+
+def _has_batch_size(unit: Any) -> bool:
+    """Whether it is a dictionary of tensors with common axes, as a ``TensorDict``."""
+    size = getattr(unit, "batch_size", None)
+    return isinstance(size, torch.Size) and len(size) > 0
 
 
 def _is_graphs(unit: Any) -> bool:
@@ -115,11 +140,8 @@ class Axis(Place):
         )
 
     def take(self, unit: Tensor, index: Tensor, n: int) -> Tensor:
-        """Index the axis."""
-        index = index.to(unit.device)
-        if self.axis == 0:
-            return unit[index]
-        return unit.index_select(self.axis, index)
+        """Index the axis, also that of a sparse tensor."""
+        return unit.index_select(self.axis, index.to(unit.device))
 
     def joined(self, units: Sequence[Tensor]) -> Tensor:
         """One after the other."""

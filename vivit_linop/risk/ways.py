@@ -11,9 +11,7 @@ import itertools
 from collections.abc import Iterator
 from typing import Any
 
-from torch import Tensor
-
-from vivit_linop.risk.containers import described, leaves, opened
+from vivit_linop.risk.containers import described, is_leaf, leaves, opened
 from vivit_linop.risk.data import numbers_of
 from vivit_linop.risk.samples import (
     Axis,
@@ -198,7 +196,7 @@ def _places(unit: Any, n: int) -> Iterator[Place]:
     """Yield where n samples may be in a unit, the likeliest first."""
     if Counted().fits(unit, n):
         yield Counted()
-    if isinstance(unit, Tensor):
+    if is_leaf(unit):
         for axis in range(unit.ndim):
             if unit.shape[axis] == n:
                 yield Axis(axis)
