@@ -24,6 +24,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from itertools import compress
+from operator import attrgetter
 from typing import Any, NamedTuple, NoReturn
 
 import torch
