@@ -7,6 +7,9 @@ from operator_market import Draw
 
 import vivit_linop as vl
 from vivit_linop.curvature.jacobian import Pullback
+from vivit_linop.net.columns.khatri_rao import KhatriRaoColumns
+from vivit_linop.net.columns.samples import sample_grams
+from vivit_linop.net.columns.weighted import WeightedKhatriRao, weighted
 from vivit_linop.operators import (
     DenseInverse,
     DiagonallyDamped,
@@ -196,3 +199,33 @@ def test_entries_that_do_not_damp_are_refused():
         for verb in ("inv", "logdet", "sqrt"):
             with pytest.raises(ValueError, match=f"{verb}.*entry 4"):
                 getattr(G + vl.Diagonal(p), verb)()
+
+
+@pytest.mark.parametrize("inputs_first", [False, True])
+@pytest.mark.parametrize("groups, positions", [(1, 1), (2, 2), (1, 3)])
+def test_inner_products_of_weighted_columns_of_a_sample(
+    groups, positions, inputs_first
+):
+    """By pairs of positions, and by blocks where these are many, as if formed."""
+    n, R, Q, b, a = 3, 4, 5, 3, 2
+
+    def columns(width):
+        inputs = torch.rand(n, groups, a, positions, dtype=FLOAT64)
+        cotangents = torch.rand(n, width, groups, b, positions, dtype=FLOAT64)
+        return KhatriRaoColumns(inputs, cotangents, inputs_first)
+
+    def formed(part):
+        return part.rows().view(n, part.width, -1)
+
+    left, right = columns(R), columns(Q)
+    weights = torch.rand(groups * a * b, dtype=FLOAT64)
+    for both in (left, weighted(left, weights)), (right, weighted(right, weights)):
+        assert type(both[1]) is WeightedKhatriRao
+        torch.testing.assert_close(formed(both[1]), formed(both[0]) * weights)
+    for one, other in (
+        (weighted(left, weights), right),
+        (weighted(left, weights), weighted(right, weights.sqrt())),
+        (weighted(left, weights),) * 2,
+    ):
+        found = sample_grams(one, other, memory=10**6)
+        torch.testing.assert_close(found, formed(one) @ formed(other).mT)

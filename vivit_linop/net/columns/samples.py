@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor
 
@@ -46,8 +48,10 @@ def _of_khatri_rao(
     Q, inputs = d.shape[1], left.numel // (groups * channels)
     by_pairs = P * (inputs + R * channels + R * Q * channels / P)
     by_blocks = R * channels * inputs * (1 + Q / P)
-    separate = not isinstance(left, WeightedKhatriRao)
-    if separate and (isinstance(left, TableColumns) or by_pairs <= by_blocks):
+    if isinstance(left, WeightedKhatriRao):
+        if P * d.shape[4] <= R:
+            return _of_weighted(left, right)
+    elif isinstance(left, TableColumns) or by_pairs <= by_blocks:
         products = _input_products(left, right)
         total = b.new_zeros(n, R, Q)
         for g in range(groups):
@@ -63,6 +67,21 @@ def _of_khatri_rao(
             block = left.block(g, part).view(n, R, -1)
             other = block if right is left else right.block(g, part).view(n, Q, -1)
             total += block @ other.mT
+    return total
+
+
+def _of_weighted(left: WeightedKhatriRao, right: KhatriRaoColumns) -> Tensor:
+    """By pairs of positions: Σ_ba β_b β'_b w_ba α_a α'_a, the inputs' sums first."""
+    weights = left.weights
+    if isinstance(right, WeightedKhatriRao):
+        weights = weights * right.weights
+    b, d = left.cotangents, right.cotangents
+    total = b.new_zeros(len(b), b.shape[1], d.shape[1])
+    for p, q in itertools.product(range(b.shape[4]), range(d.shape[4])):
+        inputs = left.inputs[:, :, None, :, p] * right.inputs[:, :, None, :, q]
+        channels = (inputs @ weights.mT).squeeze(2)  # [n, G, b]
+        mixed = b[..., p] * channels.unsqueeze(1)
+        total += mixed.flatten(2) @ d[..., q].flatten(2).mT
     return total
 
 

@@ -59,11 +59,14 @@ class WeightedKhatriRao(KhatriRaoColumns):
     Args:
         columns: The columns without weights.
         weights: ``[G, b, a]``.
+
+    Attributes:
+        weights: The weights.
     """
 
     def __init__(self, columns: KhatriRaoColumns, weights: Tensor) -> None:
         super().__init__(columns.inputs, columns.cotangents, columns.inputs_first)
-        self._weights = weights
+        self.weights = weights
 
     def contraction(self, other: KhatriRaoColumns) -> str:
         """Weights do not separate."""
@@ -71,16 +74,16 @@ class WeightedKhatriRao(KhatriRaoColumns):
 
     def block(self, group: int, channels: slice) -> Tensor:
         """Multiply what is formed."""
-        weights = self._weights[group, channels].reshape(-1)
+        weights = self.weights[group, channels].reshape(-1)
         return super().block(group, channels) * weights
 
     def rows(self) -> Tensor:
         """Multiply what is formed."""
-        return super().rows() * self._laid_out(self._weights)
+        return super().rows() * self._laid_out(self.weights)
 
     def squared_norms(self, memory: int) -> Tensor:
         """Form the columns for some channels at a time."""
-        groups, channels, inputs = self._weights.shape
+        groups, channels, inputs = self.weights.shape
         rows = self.num_samples * self.width
         chunk = memory // (rows * inputs * self.cotangents.element_size())
         norms = self.cotangents.new_zeros(rows)
