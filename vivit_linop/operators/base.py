@@ -125,8 +125,10 @@ class TorchLinearOperator(LinearOperator):
     @property
     def ranks(self) -> Ranks:
         """The processes that have parts of it: one, unless samples are spread."""
-        parts = [p for p in self._made_of() if isinstance(p, TorchLinearOperator)]
-        return next((p.ranks for p in parts if p.ranks.is_many), ALONE)
+        for part in self._made_of():
+            if isinstance(part, TorchLinearOperator) and part.ranks.is_many:
+                return part.ranks
+        return ALONE
 
     # What a node defines -------------------------------------------------------
 

@@ -40,7 +40,7 @@ class Sandwich(Product):
 
     Its matrix and its diagonal come from Gram matrices of the factors with V, and the
     diagonal needs no other entry of AᵀB. The absolute error of an entry is a few eps
-    |a| |b| / δ for S = (c V Vᵀ + δ I)⁻¹. Entries that lose more than half of the digits
+    ‖a‖ ‖b‖ / δ for S = (c V Vᵀ + δ I)⁻¹. Entries that lose more than half of the digits
     by that are computed from products with S instead.
 
     Args:

@@ -463,7 +463,7 @@ def trace(op: Any) -> Tensor:
 
 @singledispatch
 def logdet(op: Any) -> Tensor:
-    """Return log |det A| of a square operator, without axes; −∞ for a singular one.
+    """Return ``log |det A|`` of a square operator, without axes; −∞ for a singular one.
 
     Without a rule, from ``eigvalsh``.
     """
@@ -472,7 +472,7 @@ def logdet(op: Any) -> Tensor:
 
 @singledispatch
 def damped_logdet(op: Any, damping: Scalar) -> Tensor:
-    """Return log |det(A + δ I)|, what ``logdet`` of a damped node calls.
+    """Return ``log |det(A + δ I)|``, what ``logdet`` of a damped node calls.
 
     Without a rule, from ``eigvalsh``.
     """

@@ -35,12 +35,14 @@ class Ranks:
 
     Attributes:
         size: How many processes there are.
+        is_many: Whether there are several.
         rank: Which one this is.
         first: The number of its first sample.
         counts: How many samples each has, where there are several.
     """
 
     size, rank, first = 1, 0, 0
+    is_many = False
     counts: Sequence[int] = ()
 
     def __str__(self) -> str:
@@ -69,12 +71,11 @@ class Ranks:
     A rank gives as many rows for each of its samples as all others do.
     """
 
-    def led(self, compute: Callable[..., Result], *inputs: Any) -> Result:
-        """Let one rank compute, and give its result to all.
+    led: Callable[..., Any] = operator.call
+    """``led(compute, *inputs)``: let one rank compute, and give its result to all.
 
-        For whatever the bits of a matrix do not decide: eigenvectors, a route.
-        """
-        return compute(*inputs)
+    For whatever the bits of a matrix do not decide: eigenvectors, a route.
+    """
 
     def sent(self, item: Any) -> Any:
         """Return on all ranks what the leader has."""
@@ -141,11 +142,6 @@ class Ranks:
             *inputs: What must be the same on all ranks.
         """
         return nullcontext(Ballot())
-
-    @property
-    def is_many(self) -> bool:
-        """Whether there is another one."""
-        return self.size > 1
 
 
 ALONE = Ranks()

@@ -71,6 +71,8 @@ class Group(Ranks):
         group: The group, of more than one process.
     """
 
+    is_many = True
+
     def __init__(self, group: dist.ProcessGroup) -> None:
         self._group, self._device = group, torch.device("cpu")
         self.size, self.rank = dist.get_world_size(group), dist.get_rank(group)
