@@ -201,11 +201,7 @@ class OutputLoss(ABC):
         return self.channels(output).shape[1]
 
     def sample(
-        self,
-        output: Tensor,
-        target: Tensor,
-        mc_samples: int,
-        draws: Draws,
+        self, output: Tensor, target: Tensor, mc_samples: int, draws: Draws
     ) -> Tensor:
         """Random square roots S with E[S Sᵀ] the Hessian, ``[n, C P, M, 1]``.
 

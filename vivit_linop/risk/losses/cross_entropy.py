@@ -209,11 +209,7 @@ class CrossEntropy(OutputLoss):
         return factor * mass.sqrt()
 
     def sample(
-        self,
-        output: Tensor,
-        target: Tensor,
-        mc_samples: int,
-        draws: Draws,
+        self, output: Tensor, target: Tensor, mc_samples: int, draws: Draws
     ) -> Tensor:
         """√m (p − onehot(ỹ)) for ỹ ~ p, drawn for each position."""
         p = self.channels(output).softmax(1).movedim(1, 2)  # [n, P, C]

@@ -97,11 +97,7 @@ class SquaredError(ElementwiseLoss):
         return 2.0 * X
 
     def sample(
-        self,
-        output: Tensor,
-        target: Tensor,
-        mc_samples: int,
-        draws: Draws,
+        self, output: Tensor, target: Tensor, mc_samples: int, draws: Draws
     ) -> Tensor:
         """2 (f − ỹ) for ỹ ~ N(f, I/2)."""
         noise = draws.normal(len(output), output[0].numel(), mc_samples, 1)
@@ -177,11 +173,7 @@ class BinaryCrossEntropy(ElementwiseLoss):
         return (a + b) * output.sigmoid() * (-output).sigmoid()
 
     def sample(
-        self,
-        output: Tensor,
-        target: Tensor,
-        mc_samples: int,
-        draws: Draws,
+        self, output: Tensor, target: Tensor, mc_samples: int, draws: Draws
     ) -> Tensor:
         """√(a + b) (σ − ỹ) for ỹ ~ Bernoulli(σ)."""
         a, b = self._coefficients(output, target)
@@ -248,11 +240,7 @@ class GaussianNLL(ElementwiseLoss):
         return self._variance(target).reciprocal()
 
     def sample(
-        self,
-        output: Tensor,
-        target: Tensor,
-        mc_samples: int,
-        draws: Draws,
+        self, output: Tensor, target: Tensor, mc_samples: int, draws: Draws
     ) -> Tensor:
         """(f − ỹ)/v for ỹ ~ N(f, v)."""
         deviation = self._variance(target).rsqrt().reshape(len(output), -1, 1)
@@ -344,11 +332,7 @@ class PoissonNLL(ElementwiseLoss):
         return target / (output + self.eps).square()
 
     def sample(
-        self,
-        output: Tensor,
-        target: Tensor,
-        mc_samples: int,
-        draws: Draws,
+        self, output: Tensor, target: Tensor, mc_samples: int, draws: Draws
     ) -> Tensor:
         """λ − ỹ for ỹ ~ Poisson(λ)."""
         if not self.log_input:
