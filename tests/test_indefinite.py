@@ -244,3 +244,31 @@ def test_blocks_that_do_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
         with pytest.raises(MemoryError, match="has a block"):
             use()
     assert math.isfinite(float((G @ torch.ones(truth.D).double()).norm()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_roots_that_are_found_can_be_formed(dtype: torch.dtype) -> None:
+    """Cholesky factors and eigenvalues draw the line of rounding alike."""
+    torch.manual_seed(0)
+    Q = torch.linalg.qr(torch.randn(4, 4).double()).Q
+    X, y = torch.randn(3, 2).to(dtype), torch.zeros(3, 4, dtype=dtype)
+    net = nn.Linear(2, 4).to(dtype)
+    found = []
+    for lowest in [0.0, *(-(10.0**-k) for k in range(17, 0, -2))]:
+        evals = torch.tensor([lowest, 0.0, 1e-3, 1.0], dtype=torch.float64)
+        A = ((Q * evals) @ Q.T).to(dtype)
+
+        def quadratic(f: Tensor, y: Tensor, A: Tensor = A) -> Tensor:
+            return 0.5 * ((f @ A) * f).sum()
+
+        risk = vl.EmpiricalRisk(net, quadratic, (X, y), reduction="sum")
+        G = vl.GGN(risk)
+        found.append(G.semidefinite)
+        if G.semidefinite:
+            S = vl.LossHessian(risk).sqrt().to_dense()
+            assert (S @ S.T - vl.LossHessian(risk).to_dense()).abs().max() < 1e-3
+        else:
+            assert lowest < -10 * torch.finfo(dtype).eps
+            with pytest.raises(ValueError, match="is not convex"):
+                (G + vl.Identity(G.shape[0])).inv()
+    assert found[0] and not found[-1]

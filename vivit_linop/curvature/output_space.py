@@ -21,7 +21,7 @@ from vivit_linop.operators.base import TorchLinearOperator
 from vivit_linop.ranks.alone import Ranks
 from vivit_linop.risk.draws import Draws
 from vivit_linop.risk.empirical import EmpiricalRisk, as_risk
-from vivit_linop.risk.losses.base import OutputLoss, negative_sample
+from vivit_linop.risk.losses.base import OutputLoss
 from vivit_linop.risk.losses.certificates import (
     certified_sqrt,
     certify_curvature,
@@ -601,7 +601,7 @@ class LossHessianSqrt(FactoredOutputOperator):
         risk, loss = self.risk, self.hessian.loss
         with risk.ranks.together("root of the loss Hessian") as ballot:
             own = self.blocks_fit() and all(
-                negative_sample(loss.hessian_eigenpairs(output, target)[0]) is None
+                loss.has_roots(output, target)
                 for output, target in zip(risk.outputs, risk.targets(), strict=True)
             )
             ballot.flag = not own

@@ -177,24 +177,40 @@ class OutputLoss(ABC):
             )
         return roots_of(evals, evecs)
 
-    def hessian_eigenpairs(
-        self, output: Tensor, target: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """The eigenvalues and eigenvectors of the Hessians, ``[n, P, C(, C)]``.
-
-        By a product for each of the C channels.
-        """
+    def hessians(self, output: Tensor, target: Tensor) -> Tensor:
+        """The Hessians, ``[n, P, C, C]``, by a product for each of the C channels."""
         f = self.channels(output)
         n, num_channels, positions = f.shape
         unit = torch.eye(num_channels, dtype=f.dtype, device=f.device)
         columns = unit.view(1, num_channels, 1, num_channels)
         columns = columns.expand(n, -1, positions, -1)
-        # [n, P, C, C]: positions are not coupled.
+        # Positions are not coupled.
         hessians = self.hessian_product(output, target, columns).movedim(2, 1)
-        if num_channels == 1:
+        return (hessians + hessians.mT) / 2
+
+    def hessian_eigenpairs(
+        self, output: Tensor, target: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The eigenvalues and eigenvectors of the Hessians, ``[n, P, C(, C)]``."""
+        hessians = self.hessians(output, target)
+        if hessians.shape[3] == 1:
             return hessians.squeeze(3), torch.ones_like(hessians)
-        evals, evecs = torch.linalg.eigh((hessians + hessians.mT) / 2)
+        evals, evecs = torch.linalg.eigh(hessians)
         return evals, evecs
+
+    def has_roots(self, output: Tensor, target: Tensor) -> bool:
+        """Whether all Hessians of a batch are positive semi-definite, to rounding.
+
+        By their Cholesky factors, which are had sooner than eigenvalues. ``sqrt`` finds
+        negative eigenvalues in none of these.
+        """
+        hessians = self.hessians(output, target)
+        # No entry is larger than the largest eigenvalue.
+        largest = hessians.abs().amax()
+        shift = _CONVEXITY_TOLERANCE * torch.finfo(output.dtype).eps * largest
+        unit = torch.eye(hessians.shape[3], dtype=output.dtype, device=output.device)
+        shift = shift.clamp(min=torch.finfo(output.dtype).tiny)
+        return not torch.linalg.cholesky_ex(hessians + shift * unit).info.any()
 
     def sqrt_width(self, output: Tensor) -> int:
         """The number R of columns that ``sqrt`` has for each position."""

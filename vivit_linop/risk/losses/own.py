@@ -150,7 +150,8 @@ class OwnLoss(AutogradLoss):
     def __init__(self, loss: Loss) -> None:
         super().__init__(loss)
         self._given, self._coupled = loss.given, loss.coupled
-        self.name = str(getattr(loss.given["value"], "__name__", "Loss"))
+        value = loss.given["value"]
+        self.name = str(getattr(value, "__name__", type(value).__name__))
         self._closed = {_METHODS[name] for name in self._given if name != "value"}
         self._width: int | None = None
 
