@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import importlib
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -66,3 +68,15 @@ def folder(description: str) -> Path:
     output: Path = parser.parse_args().output
     output.mkdir(parents=True, exist_ok=True)
     return output
+
+
+def installed(name: str) -> Any:
+    """A package if it is there, also where a script of this folder has its name."""
+    here, before = Path(__file__).parent.resolve(), sys.path.copy()
+    sys.path[:] = [path for path in before if Path(path).resolve() != here]
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError:
+        return None
+    finally:
+        sys.path[:] = before
