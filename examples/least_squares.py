@@ -2,10 +2,11 @@
 Nonlinear least squares: Levenberg–Marquardt, parameter covariance, a small PINN
 ================================================================================
 
-With ½ Σ r², G is the JᵀJ of Gauss–Newton. A curve is fitted by damped Gauss–Newton
-steps, and its parameters get the covariance of SciPy's ``curve_fit`` (``pcov``). Then a
-net solves u'' = −π² sin(π x), u(±1) = 0, as residuals of its own derivatives: a
-physics-informed net. Damped steps get much further than Adam in the same time.
+With Σ r², G is 2 JᵀJ, and a damped step with it is that of Levenberg and Marquardt:
+``vl.trust_region_step``. A curve is fitted by such steps, and ``vl.covariance`` is the
+``pcov`` of SciPy's ``curve_fit``. Then a net solves u'' = −π² sin(π x), u(±1) = 0, as
+residuals of its own derivatives: a physics-informed net. Damped steps get much further
+than Adam in the same time.
 
     python examples/least_squares.py [--output FOLDER]
 """
@@ -29,28 +30,25 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 Params = dict[str, Tensor]
-
-
-def half_squares(residual: Tensor, target: Tensor) -> Tensor:
-    return 0.5 * (residual - target).square().sum()
+SQUARES = nn.MSELoss(reduction="sum")
 
 
 def levenberg_marquardt(
     risk: vl.EmpiricalRisk, steps: int, damping: float = 1e-2
 ) -> tuple[vl.EmpiricalRisk, list[float]]:
-    """Steps −(G + δ I)⁻¹ g; δ falls after a step that descends, and rises otherwise."""
+    """Steps −(G + δ I)⁻¹ g; δ falls where the model of the risk is good."""
     losses = [risk.value().item()]
-    unit = vl.Identity(risk.num_params)
     for _ in range(steps):
-        G, g = vl.GGN(risk), risk.gradient()
         while True:
-            trial = risk.at(vector(risk) - (G + damping * unit).inv() @ g)
-            if trial.value() <= risk.value():
-                risk, damping = trial, max(damping / 5, 1e-12)
+            step, predicted = vl.trust_region_step(risk, vl.GGN(risk), damping)
+            trial = risk.at(vector(risk) + step)
+            gain = (risk.value() - trial.value()) / predicted
+            if gain > 0:
                 break
             damping *= 4
-            if damping > 1e6:
+            if damping > 1e6:  # at a minimum, but for rounding
                 return risk, losses
+        risk, damping = trial, damping * (0.2 if gain > 0.75 else 2.0)
         losses.append(risk.value().item())
     return risk, losses
 
@@ -75,13 +73,11 @@ def fit_a_curve() -> tuple[np.ndarray, np.ndarray, Tensor, Tensor]:
     params = {name: torch.tensor([v]).double() for name, v in start.items()}
 
     def fit() -> vl.EmpiricalRisk:
-        risk = vl.EmpiricalRisk(curve, half_squares, (x, y), params, reduction="sum")
+        risk = vl.EmpiricalRisk(curve, SQUARES, (x, y), params)
         return levenberg_marquardt(risk, 15)[0]
 
     risk, seconds = timed(fit)
-    # The residuals' variance times (JᵀJ)⁻¹, which here is G⁻¹.
-    variance = 2 * risk.value() / (len(x) - risk.num_params)
-    pcov = variance * vl.Dense(vl.GGN(risk).to_dense()).inv().to_dense()
+    pcov = vl.covariance(risk).matrix
 
     def numpy_curve(x: np.ndarray, a: float, b: float, c: float, d: float):
         return a + b / (1 + np.exp(-c * (x - d)))
@@ -123,16 +119,14 @@ class Residual(nn.Module):
 def solve(seconds: float) -> tuple[Residual, list[float]]:
     x = torch.linspace(-1, 1, 60).double()[:, None]
     model = Residual()
-    risk = vl.EmpiricalRisk(
-        model, half_squares, (x, torch.zeros_like(x)), reduction="sum"
-    )
+    risk = vl.EmpiricalRisk(model, SQUARES, (x, torch.zeros_like(x)))
     (found, losses), taken = timed(lambda: levenberg_marquardt(risk, 25))
     adam, steps = Residual(), 0
     optimizer = torch.optim.Adam(adam.parameters(), lr=1e-2)
     end = time.perf_counter() + max(taken, seconds)
     while time.perf_counter() < end:
         optimizer.zero_grad()
-        value = 0.5 * adam(x).square().sum()
+        value = adam(x).square().sum()
         value.backward()
         optimizer.step()
         steps += 1
@@ -165,7 +159,7 @@ def main() -> None:
     axes[0].fill_between(line[:, 0], center - spread, center + spread, alpha=0.3)
     axes[0].set(xlabel="body mass index", title="A curve, ± two standard errors")
     axes[1].semilogy(losses, ".-")
-    axes[1].set(xlabel="damped step", title="½ Σ residual² of the equation")
+    axes[1].set(xlabel="damped step", title="Σ residual² of the equation")
     grid = torch.linspace(-1, 1, 200).double()[:, None]
     axes[2].plot(grid, model.solution(grid).detach(), label="net")
     axes[2].plot(grid, torch.sin(math.pi * grid), "--", label="sin(π x)")
