@@ -52,6 +52,7 @@ from vivit_linop.risk.model import (
     Predict,
     as_guest,
 )
+from vivit_linop.risk.model_loss import ModelLoss
 from vivit_linop.risk.moved import evaluated, moved
 from vivit_linop.risk.parameters import ParameterVectors, all_finite, check_finite
 from vivit_linop.risk.progress import shown
@@ -97,7 +98,11 @@ class EmpiricalRisk(ParameterVectors):
             ``nn.HuberLoss``, ``nn.SmoothL1Loss``, ``nn.KLDivLoss`` of log-probabilities
             (closed-form Hessians, all options), or any callable
             ``(output, target) -> scalar`` that is a mean or sum over samples (Hessians
-            by autograd). Classes are axis 1, as in torch.
+            by autograd). Classes are axis 1, as in torch. ``"model"`` for a model that
+            returns an object with ``.loss`` and ``.logits`` for batches with
+            ``labels``: that loss, which must be the mean cross-entropy (also of the
+            next label), squared error or binary cross-entropy of them; seen on each
+            batch, by one more forward pass.
         data: One pair ``(X, y)``, or a re-iterable of them such as a ``DataLoader``
             without shuffling. X is whatever holds tensors, and reaches the model as the
             type that it is: a list, a named tuple, a dataclass, a ``PackedSequence``,
@@ -195,7 +200,7 @@ class EmpiricalRisk(ParameterVectors):
     def __init__(
         self,
         model: nn.Module | ModelFunction,
-        loss: nn.Module | LossCallable,
+        loss: nn.Module | LossCallable | str,
         data: Any,
         params: Any | None = None,
         *,
@@ -221,7 +226,13 @@ class EmpiricalRisk(ParameterVectors):
         self.ranks = as_ranks(process_group)
         self.progress = progress and self.ranks.rank == 0
         self._check_data = check_data and not isinstance(data, (list, tuple))
+        of_model: ModelLoss | None = None
         with self.ranks.together("EmpiricalRisk"):
+            if isinstance(loss, str):
+                given = model, params, predict, target, dtype
+                of_model = _loss_of_model(loss, data, *given)
+                loss, predict = of_model.form.loss, of_model.predict
+                target = self._target = of_model.target
             function = FunctionalModel(model, params, predict, dtype)
             output_loss = as_output_loss(loss, reduction, function.originals(model))
             batches = as_batches(data, target)
@@ -230,6 +241,8 @@ class EmpiricalRisk(ParameterVectors):
         self._setup(function, output_loss, batches, memory)
         if not self.ranks.is_many:
             check_is_whole(data, self.num_samples)
+        if of_model is not None:
+            self._check_loss_of_model(of_model)
 
     @ordinary_mode()
     def _setup(
@@ -384,6 +397,15 @@ class EmpiricalRisk(ParameterVectors):
                     if self.model.count and not isinstance(self.loss, LossOfItems):
                         self.loss = LossOfItems(self.loss)
                     yield evaluated
+
+    def _check_loss_of_model(self, of_model: ModelLoss) -> None:
+        """See on all batches that the loss is what the model says."""
+        with self.ranks.together("EmpiricalRisk"):
+            for index, (X, _) in enumerate(self.batches("loss")):
+                seen = self.outputs[index], self._targets[index]
+                weight = self.loss.weight(*seen)
+                if weight > 0:
+                    of_model.check(index, X, self.loss.total(*seen) / weight)
 
     def _with_previous(self, output: Tensor, y: Any) -> tuple[Tensor, Any]:
         """Put a sample that is alone in its batch beside those of the batch before.
@@ -818,6 +840,22 @@ class EmpiricalRisk(ParameterVectors):
             f"{loss} ({self.reduction}), {self.dtype}, "
             f"{self.device}{self.ranks}>"
         )
+
+
+def _loss_of_model(
+    loss: str, data: Any, model: Any, params: Any, predict: Any, target: Any, dtype: Any
+) -> ModelLoss:
+    """Find what the loss is that a model returns."""
+    if loss != "model":
+        raise TypeError(
+            f"loss: a torch.nn loss, a function (output, target) -> scalar or 'model', "
+            f"got {loss!r}."
+        )
+    batches = as_batches(data, target)
+    first = next(_replayed(batches, torch.random.get_rng_state()), None)
+    if first is None:
+        raise ValueError("data: is empty, there is not one batch.")
+    return ModelLoss(model, params, predict, target, dtype, first)
 
 
 def _replayed(items: Iterable[Item], state: Tensor) -> Iterator[Item]:

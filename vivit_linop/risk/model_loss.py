@@ -1,0 +1,212 @@
+"""The loss that a model computes itself, from the labels in its batch: which it is.
+
+Models of language libraries return ``.loss`` beside ``.logits``. That value alone has
+no Hessian in the outputs. But it is one of a few losses of torch, of the logits and
+labels in one of a few forms. The one that has the model's value is taken; on every
+batch it must have it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vivit_linop.risk.containers import described
+from vivit_linop.risk.data import iterate
+from vivit_linop.risk.model import FunctionalModel, Predict, as_guest
+
+Target = Callable[[Any], Any]
+
+
+@dataclass(frozen=True)
+class Form:
+    """A loss of logits and labels that are brought into its form.
+
+    Attributes:
+        loss: The loss.
+        shifted: Whether logits are those of the next label.
+        classes_last: Whether classes are their last axis, instead of axis 1.
+        single: Whether their last axis has one entry, which labels have not.
+    """
+
+    loss: nn.Module
+    shifted: bool = False
+    classes_last: bool = False
+    single: bool = False
+
+    def outputs(self, logits: Tensor) -> Tensor:
+        """Return the outputs that the loss takes."""
+        if self.shifted:
+            logits = logits[:, :-1]
+        if self.classes_last:
+            logits = logits.movedim(-1, 1)
+        return logits.squeeze(-1) if self.single else logits
+
+    def targets(self, labels: Tensor) -> Tensor:
+        """Return the targets that it takes."""
+        return labels[:, 1:] if self.shifted else labels
+
+    def value(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Return the loss."""
+        value: Tensor = self.loss(self.outputs(logits), self.targets(labels))
+        return value
+
+
+@dataclass(frozen=True)
+class Returned:
+    """How a model is called for something that it returns.
+
+    Attributes:
+        predict: How it is called, if the user says it.
+        name: What of its output is wanted.
+        form: What becomes of logits.
+    """
+
+    predict: Predict | None
+    name: str
+    form: Form | None = None
+
+    def __call__(self, model: nn.Module, X: Any) -> Tensor:
+        """Return it, the loss as ``[1]``."""
+        if self.predict is not None:
+            output = self.predict(model, X)
+        else:
+            output = model(**X) if isinstance(X, Mapping) else model(X)
+        found = getattr(output, self.name, None)
+        if not isinstance(found, Tensor):
+            raise TypeError(
+                "loss: 'model' is for models that return an object with .loss and "
+                f".logits where their batch has labels, got {described(output)}."
+            )
+        if self.name == "loss":
+            return found.reshape(1)
+        return found if self.form is None else self.form.outputs(found)
+
+
+@dataclass(frozen=True)
+class Labels:
+    """Where the targets are in a batch.
+
+    Attributes:
+        target: What finds them, if the user says it.
+        form: What becomes of them.
+    """
+
+    target: Target | None
+    form: Form | None = None
+
+    def __call__(self, batch: Any) -> Any:
+        """Return the targets."""
+        if self.target is not None:
+            labels = self.target(batch)
+        elif isinstance(batch, Mapping) and "labels" in batch:
+            labels = batch["labels"]
+        else:
+            raise TypeError(
+                "loss: 'model' needs batches that are mappings with 'labels', or "
+                f"target=, got {described(batch)}."
+            )
+        return labels if self.form is None else self.form.targets(labels)
+
+
+def forms_of(logits: Tensor, labels: Tensor) -> Iterator[Form]:
+    """Yield what a loss of logits and labels may be, by their shapes."""
+    one_more = logits.ndim == labels.ndim + 1
+    if labels.is_floating_point():
+        single = one_more and logits.shape[-1] == 1
+        if single or logits.shape == labels.shape:
+            yield Form(nn.MSELoss(), single=single)
+            yield Form(nn.BCEWithLogitsLoss(), single=single)
+    elif one_more and logits.shape[:-1] == labels.shape:
+        last = logits.ndim > 2
+        yield Form(nn.CrossEntropyLoss(), classes_last=last)
+        if last:
+            yield Form(nn.CrossEntropyLoss(), shifted=True, classes_last=True)
+
+
+class ModelLoss:
+    """The loss of a model, found on its first batch.
+
+    Args:
+        model: The model.
+        params: As for the risk.
+        predict: As for the risk; returns the object with ``.loss`` and ``.logits``.
+        target: As for the risk.
+        dtype: As for the risk.
+        batch: The first batch.
+
+    Attributes:
+        form: What the loss is.
+        predict: Calls the model for the outputs that the loss takes.
+        target: Finds the targets that it takes.
+
+    Raises:
+        TypeError: If the model returns no loss, or the batch has no labels.
+        ValueError: If its loss is none that is known.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        params: Any,
+        predict: Predict | None,
+        target: Target | None,
+        dtype: torch.dtype | None,
+        batch: Any,
+    ) -> None:
+        self._value = FunctionalModel(model, params, Returned(predict, "loss"), dtype)
+        logits_of = FunctionalModel(model, params, Returned(predict, "logits"), dtype)
+        first = next(iter(self._value.params.values()))
+        self._device, whole = first.device, Labels(target)
+        ((batch, labels),) = iterate([batch], first.device, first.dtype, whole)
+        if not isinstance(labels, Tensor):
+            raise TypeError(
+                f"loss: labels must be one tensor, got {described(labels)}."
+            )
+        with as_guest(self._device):
+            logits = logits_of(logits_of.params, batch).detach()
+        value = self.value(batch)
+        for form in forms_of(logits, labels):
+            if _same(form.value(logits, labels), value):
+                self.form = form
+                break
+        else:
+            raise ValueError(
+                f"loss: that of the model, {float(value):.6g} on the first batch, is "
+                "neither cross-entropy (nor that of the next label), mean squared "
+                f"error nor binary cross-entropy of its logits {list(logits.shape)} "
+                f"and labels {list(labels.shape)}. Give the loss, and target= for the "
+                "labels."
+            )
+        self.predict = Returned(predict, "logits", self.form)
+        self.target = Labels(target, self.form)
+
+    def value(self, batch: Any) -> Tensor:
+        """Return what the model says."""
+        with as_guest(self._device):
+            return self._value(self._value.params, batch).detach().squeeze(0)
+
+    def check(self, index: int, batch: Any, found: Tensor) -> None:
+        """Raise an error if the model says something else of a batch.
+
+        Args:
+            index: The batch.
+            batch: Its inputs.
+            found: The mean of the loss over it.
+        """
+        value = self.value(batch)
+        if not _same(found, value):
+            raise ValueError(
+                f"loss: that of the model is {float(value):.6g} on batch {index}, "
+                f"where {self.form.loss} is {float(found):.6g}; on the first batch "
+                "they are the same. Give the loss, and target= for the labels."
+            )
+
+
+def _same(found: Tensor, value: Tensor) -> bool:
+    tolerance = 10 * torch.finfo(value.dtype).eps ** 0.5
+    return bool((found - value).abs() <= tolerance * (1.0 + value.abs()))
