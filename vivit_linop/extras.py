@@ -10,6 +10,7 @@ _PACKAGES = {
     "backpack": "backpack-for-pytorch",
     "curvlinops": "curvlinops-for-pytorch",
     "laplace": "laplace-torch",
+    "plot": "matplotlib",
 }
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
+from vivit_linop.drawing import axes_for, numbers
 from vivit_linop.extras import extra
 from vivit_linop.operators.base import TorchLinearOperator
 from vivit_linop.operators.lowrank import LowRank
@@ -135,6 +136,40 @@ class LanczosSpectrum:
             ),
             runs,
         )
+
+    def plot(
+        self, ax: Any | None = None, log: bool = True, num_repeats: int = 1
+    ) -> Any:
+        """Draw the density; costs the runs that have not been made before.
+
+        Args:
+            ax: Axes of matplotlib; None for new ones.
+            log: Whether that of ``|λ| + ε`` over the logarithm (:meth:`log_density`),
+                else that of λ (:meth:`density`); ordinates are logarithmic.
+            num_repeats: The number of runs that are averaged.
+
+        Returns:
+            The axes.
+
+        Raises:
+            ModuleNotFoundError: Without matplotlib: ``pip install vivit-linop[plot]``.
+
+        Example:
+            >>> import torch, vivit_linop as vl
+            >>> A = vl.Diagonal(torch.linspace(1.0, 2.0, 200))
+            >>> vl.LanczosSpectrum(A, ncv=20).plot().get_xscale()
+            'log'
+        """
+        ax = axes_for(ax, "|λ| + ε" if log else "λ", "spectral density")
+        grid, density = (self.log_density if log else self.density)(
+            num_repeats=num_repeats
+        )
+        # What Gaussians leave far from all eigenvalues would be most of the picture.
+        floor = 1e-8 * density.max()
+        ax.plot(numbers(grid), numbers(density.clamp(min=floor)))
+        ax.set_xscale("log" if log else "linear")
+        ax.set_yscale("log")
+        return ax
 
     def _ends(self, ritz_values: Tensor) -> tuple[float, float]:
         """The smallest and the largest eigenvalue, as far as they are known."""

@@ -13,6 +13,7 @@ import torch
 from scipy.sparse.linalg import LinearOperator
 from torch import Tensor
 
+from vivit_linop.drawing import axes_for, numbers
 from vivit_linop.modes import as_given, ordinary_mode
 from vivit_linop.operators.scalars import Scalar
 
@@ -68,6 +69,38 @@ class Eigenpairs:
             return f"<{type(self).__name__}: none>"
         low, high = self.eigenvalues.min().item(), self.eigenvalues.max().item()
         return f"<{type(self).__name__}: {len(self)} in [{low:.3g}, {high:.3g}]>"
+
+    def plot(self, ax: Any | None = None, **options: Any) -> Any:
+        """Draw the eigenvalues by rank, the largest first; no vector is formed.
+
+        The ordinate is logarithmic, or linear around zero where one is not positive.
+
+        Args:
+            ax: Axes of matplotlib; None for new ones.
+            options: Those of matplotlib's ``plot``.
+
+        Returns:
+            The axes.
+
+        Raises:
+            ModuleNotFoundError: Without matplotlib: ``pip install vivit-linop[plot]``.
+
+        Example:
+            >>> import torch, vivit_linop as vl
+            >>> A = vl.Diagonal(torch.tensor([4.0, 1.0, 2.0]))
+            >>> A.eigh().plot().lines[0].get_ydata().tolist()
+            [4.0, 2.0, 1.0]
+        """
+        ax = axes_for(ax, "rank", "eigenvalue")
+        largest_first = numbers(self.eigenvalues.sort(descending=True).values)
+        if len(self) and largest_first[-1] > 0:
+            ax.set_yscale("log")
+        elif len(self) and largest_first.any():
+            threshold = 1e-3 * abs(largest_first).max()
+            ax.set_yscale("symlog", linthresh=threshold)
+        ranks = range(1, len(self) + 1)
+        ax.plot(ranks, largest_first, **{"marker": ".", "linestyle": "", **options})
+        return ax
 
     def combine(self, weights: Tensor) -> Tensor:
         """Return the combination ``E @ weights`` of the eigenvectors, ``[n]``."""
