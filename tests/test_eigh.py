@@ -30,7 +30,9 @@ NO_EIGENVECTORS = NO_EIGENVALUES | {
 }
 
 
-NO_CLOSED_FORM = r"^eig\w*: (no closed form|needs a self-adjoint operator).*scipy"
+NO_CLOSED_FORM = (
+    r"^eig\w*: (no closed form.*iterates|needs a self-adjoint operator.*scipy)"
+)
 SELF_ADJOINT = on_market(lambda op, dense: op.self_adjoint)
 NOT_SELF_ADJOINT = [name for name in SQUARE if name not in SELF_ADJOINT]
 
@@ -61,7 +63,7 @@ def test_eigenvalues(name, dtype, device):
 @pytest.mark.parametrize("name", sorted(NO_EIGENVALUES))
 def test_no_closed_form_of_the_eigenvalues(name):
     op, _ = build(name, FLOAT64, "cpu")
-    for verb in (op.eigvalsh, op.eigh, lambda: op.eigh(k=1)):
+    for verb in (op.eigvalsh, op.eigh):
         with pytest.raises(TypeError, match=NO_CLOSED_FORM):
             verb()
 

@@ -35,9 +35,11 @@ from vivit_linop.operators.symmetric import (
     symmetric_eigenvalues,
 )
 from vivit_linop.operators.verbs import (
+    NoClosedForm,
     eigendecomposition,
     eigh,
     eigvalsh,
+    extreme_eigenpairs,
     no_eigenpairs,
     to_dense,
 )
@@ -50,7 +52,13 @@ def eigenpairs_of_operator(
     select: Callable[[Tensor], Sequence[int] | Tensor] | None = None,
     rcond: float | None = None,
 ) -> Eigenpairs:
-    decomposition = eigendecomposition(op)
+    """Where there is no closed form, the k largest by ARPACK."""
+    try:
+        decomposition = eigendecomposition(op)
+    except NoClosedForm:
+        if k is None or select is not None:
+            raise
+        return extreme_eigenpairs(op, k)
     return decomposition.pairs(decomposition.choose(k, select, rcond))
 
 

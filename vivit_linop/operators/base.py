@@ -600,12 +600,18 @@ class TorchLinearOperator(LinearOperator):
         rcond: float | None = None,
         route: str | None = None,
         start: Eigenpairs | None = None,
-        tol: float = 5e-3,
+        tol: float | None = None,
+        which: str = "LA",
+        v0: Tensor | np.ndarray | None = None,
     ) -> Eigenpairs:
-        """Return eigenpairs of a self-adjoint operator.
+        """Return eigenpairs of a self-adjoint operator, eigenvalues ascending.
+
+        All of them need a closed form. The ``k`` at an end of the spectrum are there
+        for every operator: for Hessians, sums and products by ARPACK, in some
+        20 + 4 k products; ``pairs.route`` says which way was taken.
 
         Args:
-            k: The ``k`` largest ones.
+            k: The ``k`` largest ones, or what ``which`` says.
             select: A criterion that is given all eigenvalues, ascending, and returns
                 the indices to keep; the pairs come in the order of these indices.
             rcond: Without ``k`` or ``select``, pairs whose eigenvalue is at most
@@ -622,7 +628,12 @@ class TorchLinearOperator(LinearOperator):
                 comes in slowly, so begin anew now and then.
             tol: With ``start``, how exact: another product would raise the sum of the
                 eigenvalues by no more than ``tol`` times the largest, as one random
-                vector tells.
+                vector tells; by default 5e-3. Else the relative accuracy of ARPACK,
+                by default that of the dtype.
+            which: With ``k``, as in SciPy: ``"LA"`` for the largest, ``"SA"`` for the
+                smallest, ``"LM"`` for those of largest magnitude.
+            v0: With ``k``, the vector ``[n]`` that ARPACK starts from. What gives
+                ``tol`` or ``v0`` gets an iteration, also where there is a closed form.
 
         Returns:
             Pairs that unpack to eigenvalues ``[K]`` and orthonormal columns
@@ -630,7 +641,14 @@ class TorchLinearOperator(LinearOperator):
         """
         self._check_self_adjoint("eigh")
         if start is not None:
-            return self._eigh_near(k, start, tol)
+            return self._eigh_near(k, start, 5e-3 if tol is None else tol)
+        if which != "LA" or tol is not None or v0 is not None:
+            if k is None or select is not None or route is not None:
+                raise ValueError(
+                    "which, tol, v0: they say how k pairs at an end of the spectrum "
+                    "are found. Give k=, and leave select= and route= out."
+                )
+            return verbs.extreme_eigenpairs(self, k, which, tol, v0)
         return verbs.eigh(self, k, select, rcond, route=route)
 
     def _eigh_near(self, k: int | None, start: Eigenpairs, tol: float) -> Eigenpairs:

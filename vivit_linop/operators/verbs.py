@@ -519,6 +519,17 @@ def eigh(
 
 
 @singledispatch
+def extreme_eigenpairs(
+    op: Any, k: int, which: str = "LA", tol: float | None = None, v0: Any = None
+) -> Eigenpairs:
+    """Return k eigenpairs at an end of the spectrum; see ``A.eigh(k, which=…)``.
+
+    Without a rule, those of ``eigendecomposition``, or by ARPACK where that has none.
+    """
+    raise _no_rule("extreme_eigenpairs", op)
+
+
+@singledispatch
 def eigh_near(op: Any, k: int, start: Eigenpairs, tol: float) -> Eigenpairs:
     """Return the k largest eigenpairs, found from those of a near operator.
 
@@ -586,12 +597,15 @@ def no_root(op: Any, what: str = "") -> TypeError:
     )
 
 
-def no_eigenpairs(op: Any) -> TypeError:
+class NoClosedForm(TypeError):
+    """What is asked for has no closed form; an iteration may find it."""
+
+
+def no_eigenpairs(op: Any) -> NoClosedForm:
     """Return the error of an operator whose eigenpairs have no closed form."""
-    return TypeError(
-        f"eigh: no closed form for {type(op).__name__}. Use "
-        "scipy.sparse.linalg.eigsh(op, k), or Dense(op.to_dense()).eigh() if it is "
-        "small."
+    return NoClosedForm(
+        f"eigh: no closed form for {type(op).__name__}. eigh(k) iterates for some of "
+        "its pairs; or take Dense(op.to_dense()).eigh() if it is small."
     )
 
 

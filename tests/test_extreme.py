@@ -1,0 +1,193 @@
+"""Eigenpairs at the ends of the spectrum, for operators without a closed form."""
+
+import numpy as np
+import pytest
+import torch
+from composition_cases import risks
+from operator_market import Draw
+from scipy.sparse import linalg as sparse
+from torch import nn
+
+import vivit_linop as vl
+from vivit_linop.linalg import extreme
+
+FLOAT64 = torch.float64
+TOLERANCE = {torch.float32: 2e-4, FLOAT64: 1e-9}
+every_dtype = pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+
+
+def hessian_of(dtype):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 9), nn.Tanh(), nn.Linear(9, 3)).to(dtype)
+    data = torch.rand(20, 4).to(dtype), torch.randint(3, (20,))
+    risk = vl.EmpiricalRisk(net, nn.CrossEntropyLoss(), data)
+    return vl.Hessian(risk), vl.GGN(risk), vl.KFAC(risk, variant="exact")
+
+
+def expressions(dtype):
+    H, G, F = hessian_of(dtype)
+    D = vl.Diagonal(torch.linspace(-1, 1, H.shape[0], dtype=dtype))
+    unit = vl.Identity(H.shape[0])
+    return {
+        "Hessian": H,
+        "damped": H + 0.5 * unit,
+        "scaled": 2 * H,
+        "negative": -H,
+        "difference": H - G,
+        "sum": G + F,
+        "sum with a diagonal": G + D,
+        "product": D @ H @ D,
+        "damped by a diagonal": G + vl.Diagonal(1.5 + D.entries),
+        "inverse": (G + vl.Diagonal(1.5 + D.entries)).inv(),
+    }
+
+
+def chosen(evals, k, which):
+    if which == "LA":
+        return evals[-k:]
+    if which == "SA":
+        return evals[:k]
+    return evals[evals.abs().argsort()[-k:]].sort().values
+
+
+@every_dtype
+@pytest.mark.parametrize("name", expressions(FLOAT64))
+def test_ends_of_spectra(name, dtype):
+    op, exact = expressions(dtype)[name], expressions(FLOAT64)[name]
+    dense = exact.to_dense()
+    dense = (dense + dense.T) / 2
+    evals = torch.linalg.eigvalsh(dense)
+    scale = evals.abs().max()
+    for which in extreme.WHICH:
+        pairs = op.eigh(k=3, which=which)
+        assert pairs.eigenvalues.dtype == pairs.eigenvectors.dtype == dtype
+        found = pairs.eigenvalues.double()
+        tolerance = TOLERANCE[dtype] * scale
+        assert (found - chosen(evals, 3, which)).abs().max() <= tolerance
+        E = pairs.eigenvectors.double()
+        assert (E.T @ E - torch.eye(3).double()).norm() <= TOLERANCE[dtype]
+        assert (dense @ E - E * found).norm() <= 10 * tolerance
+    assert torch.equal(op.eigh(k=3).eigenvalues, op.eigh(k=3).eigenvalues)
+
+
+def test_the_route_is_said():
+    H, G, F = hessian_of(FLOAT64)
+    assert H.eigh(k=2).route == "ARPACK on Hessian"
+    assert (G + F).eigh(k=2).route == "ARPACK on Sum"
+    assert (H + vl.Identity(H.shape[0])).eigh(k=2).route == "ARPACK on Hessian"
+    # Where there is something better, that is taken, unless an iteration is asked for.
+    assert F.eigh(k=2, which="SA").route == "dense"
+    assert G.eigh(k=2, which="LM").route == "dense"
+    assert G.eigh(k=2, tol=1e-6).route == "ARPACK on GGN"
+
+
+def test_few_rows_are_dense():
+    draw = Draw(FLOAT64, "cpu")
+    A, B = draw.symmetric(12), draw.symmetric(12)
+    op = vl.Kronecker(A[:3, :3], A[4:8, 4:8]) + vl.Dense(B)
+    matrix = torch.kron(A[:3, :3].contiguous(), A[4:8, 4:8].contiguous()) + B
+    evals = torch.linalg.eigvalsh(matrix)
+    for which in extreme.WHICH:
+        for k in (1, 11, 12):
+            pairs = op.eigh(k=k, which=which)
+            assert pairs.route == "dense"
+            torch.testing.assert_close(pairs.eigenvalues, chosen(evals, k, which))
+
+
+def test_the_start_and_the_accuracy_reach_arpack(monkeypatch):
+    H, _, _ = hessian_of(FLOAT64)
+    seen = []
+
+    def eigsh(A, k, **options):
+        seen.append(options)
+        return sparse.eigsh(A, k, **options)
+
+    monkeypatch.setattr(extreme, "eigsh", eigsh)
+    v0 = torch.arange(1.0, 1 + H.shape[0])
+    for start in (v0, v0.numpy(), v0.tolist()):
+        H.eigh(k=2, v0=start, tol=1e-3, which="SA")
+        options = seen.pop()
+        assert options["tol"] == 1e-3 and options["which"] == "SA"
+        np.testing.assert_array_equal(options["v0"], v0.double().numpy())
+
+
+def test_ends_without_vectors_are_refused():
+    _, test = risks("tall", FLOAT64)
+    G = vl.GGN(test)
+    assert G.factor.shape[1] < G.shape[0] - 2
+    for op in (G, 2 * G + 0.1 * vl.Identity(G.shape[0])):
+        with pytest.raises(ValueError, match=r"k: the 2 eigenvalues .*tol="):
+            op.eigh(k=2, which="SA")
+        least = op.eigh(k=2, which="SA", tol=0.0).eigenvalues
+        expected = torch.linalg.eigvalsh(op.to_dense())[:2]
+        torch.testing.assert_close(least, expected, atol=1e-10, rtol=1e-8)
+    negative = -1.0 * G
+    evals = torch.linalg.eigvalsh(negative.to_dense())
+    for which in ("SA", "LM"):
+        found = negative.eigh(k=2, which=which).eigenvalues
+        torch.testing.assert_close(found, evals[:2])
+
+
+def test_bad_input_is_named():
+    H, G, _ = hessian_of(FLOAT64)
+    for call, error, message in (
+        (lambda: H.eigh(k=2, which="BE"), ValueError, "which: one of 'LA', 'SA'"),
+        (lambda: H.eigh(which="SA"), ValueError, "which, tol, v0: .*Give k="),
+        (lambda: G.eigh(k=2, tol=1e-3, route="dense Gram"), ValueError, "route= out"),
+        (lambda: H.eigh(k=0), ValueError, "k: between 1 and"),
+        (lambda: H.eigh(k=1.5), TypeError, "k: an integer"),
+        (lambda: H.eigh(k=2, tol=-1.0), ValueError, "tol: a number"),
+        (lambda: H.eigh(k=2, v0=torch.ones(3)), ValueError, r"v0: a vector of 75"),
+        (lambda: H.eigh(k=2, v0=torch.zeros(75)), ValueError, "v0:.*not all 0"),
+        (lambda: H.eigh(), TypeError, r"no closed form for Hessian. eigh\(k\)"),
+        (lambda: H.eigvalsh(), TypeError, "no closed form for Hessian"),
+    ):
+        with pytest.raises(error, match=message):
+            call()
+    p = torch.ones(75, dtype=FLOAT64, requires_grad=True)
+    with pytest.raises(TypeError, match="requires grad"):
+        (G + vl.Diagonal(p)).eigh(k=2)
+
+
+def small_end(dtype):
+    """A sum whose least eigenvalues are zeros but for rounding."""
+    draw = Draw(FLOAT64, "cpu")
+    Q = torch.linalg.qr(draw(80, 80)).Q
+    evals = torch.cat([torch.zeros(3), torch.linspace(0.2, 1, 77)]).double()
+    matrix = Q * evals @ Q.T
+    half = vl.Dense((matrix / 2 + Q[:, :1] @ Q[:, :1].T).to(dtype))
+    low_rank = vl.Dense(Q[:, :1].to(dtype))
+    return half + vl.Kronecker(vl.Dense(torch.eye(1).to(dtype)), half) - 2 * (
+        low_rank @ low_rank.T
+    ), evals
+
+
+@every_dtype
+@pytest.mark.parametrize("rows", [0, 2000])
+def test_zeros_at_the_end_of_a_spectrum(dtype, rows, monkeypatch):
+    """ARPACK asks for more than rounding has; shifted, or from the matrix."""
+    monkeypatch.setattr(extreme, "_DENSE_ROWS", rows)
+    op, evals = small_end(dtype)
+    for sign, which in ((1, "SA"), (-1, "LA")):
+        pairs = (sign * op).eigh(k=3, which=which)
+        assert pairs.eigenvalues.abs().max() <= TOLERANCE[dtype]
+        residual = op @ pairs.eigenvectors
+        assert residual.norm() <= TOLERANCE[dtype]
+    assert (op.eigh(k=2).eigenvalues - evals[-2:]).abs().max() <= TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("which", ["LA", "LM"])
+def test_no_convergence_says_what_to_do(which, monkeypatch):
+    H, _, _ = hessian_of(FLOAT64)
+
+    def eigsh(A, k, maxiter, **_):
+        if k == 1:
+            return np.ones(1), np.ones((75, 1))
+        raise sparse.ArpackNoConvergence("no", np.ones(1), np.ones((75, 1)))
+
+    monkeypatch.setattr(extreme, "eigsh", eigsh)
+    expected = H.eigh(k=2, which=which)  # from the matrix
+    assert expected.route == "dense"
+    monkeypatch.setattr(extreme, "_DENSE_ROWS", 0)
+    with pytest.raises(RuntimeError, match=r"found 1 of 2 pairs of this Hessian.*tol="):
+        H.eigh(k=2, which=which)
