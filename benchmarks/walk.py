@@ -4,13 +4,15 @@ Python's profiler sees each call of a function of the package. What counts is ho
 calls there are, of how many functions in how many files, how often a call stands in
 another file than the one before, and how often the net runs. The numbers are exact, and
 the same on every machine. ``--follow NAME`` prints the functions of one of the walks in
-the order in which they are first called: a way to read the code.
+the order in which they are first called: a way to read the code. ``--shares`` says what
+the walks are spent on.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -40,10 +42,12 @@ class Walk:
 
     Attributes:
         path: The file, the name and the line of each function.
+        topics: What each call serves.
         runs: How often the net ran.
     """
 
     path: list[tuple[str, str, int]]
+    topics: list[str]
     runs: int
 
     @property
@@ -119,30 +123,60 @@ WALKS: dict[str, tuple[Callable[[], Call], Aim]] = {
     "(G + δI).inv() @ g": (solution, Aim()),
 }
 COUNTS = "calls", "functions", "files", "moves", "runs"
+OTHER = "what is computed"
+
+
+# What calls of these functions, and all that these call, serve.
+TOPICS = {
+    "checks": """
+        check_curvature certify_curvature certified_sqrt EmpiricalRisk.check_outputs
+        CertifiedColumns.failing CertifiedColumns._learn Noise.__init__ Noise.__call__
+        Noise.like Linearization._agree Linearization._probed checked_outputs check_loss
+        check_independent EmpiricalRisk._fingerprints
+    """,
+    "reading layers": """
+        Recorder.__post_init__ Recorder.__torch_function__ Capture.find
+        Capture.keep_sizes Structure.fitting Structure.learn Use.columns
+        Use.columns.<locals>.make
+    """,
+    "running the private net": "FunctionalModel.__call__ FunctionalModel.first",
+    "passing over data": "EmpiricalRisk.batches Cuts.batches iterate copied take",
+    "modes of torch": """
+        ordinary_mode.__enter__ ordinary_mode.__exit__ as_guest.__init__
+        as_guest.__enter__ as_guest.__exit__
+    """,
+    "counting costs": "_layer_costs FactorCost.of_layers choose columns_stay",
+}
+BEGINS = {name: topic for topic, names in TOPICS.items() for name in names.split()}
 
 
 def follow(call: Call) -> Walk:
     """Call it, and say where it went."""
     path: list[tuple[str, str, int]] = []
+    topics, inside = list[str](), [OTHER]
     runs = 0
 
     def profile(frame: FrameType, event: str, _: Any) -> None:
         nonlocal runs
+        code = frame.f_code
+        file = Path(code.co_filename)
+        if event == "return" and file.is_relative_to(PACKAGE):
+            inside.pop()
         if event != "call":
             return
-        code = frame.f_code
         runs += code is Net.forward.__code__
-        file = Path(code.co_filename)
         if file.is_relative_to(PACKAGE):
             name = str(file.relative_to(PACKAGE))
             path.append((name, code.co_qualname, code.co_firstlineno))
+            inside.append(BEGINS.get(code.co_qualname, inside[-1]))
+            topics.append(inside[-1])
 
     sys.setprofile(profile)
     try:
         call()
     finally:
         sys.setprofile(None)
-    return Walk(path, runs)
+    return Walk(path, topics, runs)
 
 
 def print_table() -> None:
@@ -167,11 +201,32 @@ def print_path(name: str) -> None:
         last = file
 
 
+def print_shares() -> None:
+    """Functions by what they were first called for, and moves to and inside of that."""
+    topics = [*TOPICS, OTHER]
+    print(f"{'functions, moves':22}" + "".join(f"{topic:>25}" for topic in topics))
+    for name, (prepare, _) in WALKS.items():
+        walk = follow(prepare())
+        first: dict[tuple[str, str, int], str] = {}
+        for place, topic in zip(walk.path, walk.topics, strict=True):
+            first.setdefault(place, topic)
+        functions = Counter(first.values())
+        steps = zip(pairwise(walk.path), walk.topics[1:], strict=True)
+        moves = Counter(topic for (a, b), topic in steps if a[0] != b[0])
+        counts = [f"{functions[topic]}, {moves[topic]}" for topic in topics]
+        print(f"{name:22}" + "".join(f"{count:>25}" for count in counts))
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks walk")
     parser.add_argument("--follow", choices=WALKS, help="print the functions of one")
+    parser.add_argument(
+        "--shares", action="store_true", help="say what the walks are spent on"
+    )
     options = parser.parse_args(arguments)
-    if options.follow is None:
+    if options.shares:
+        print_shares()
+    elif options.follow is None:
         print_table()
     else:
         print_path(options.follow)
