@@ -12,6 +12,7 @@ from collections.abc import (
     Set,
 )
 from itertools import starmap
+from operator import attrgetter
 from typing import Any, Literal, NamedTuple, Self
 
 import torch
@@ -194,8 +195,9 @@ class Capture:
         uses = [each.use for each in kept]
         for r in range(cotangents.shape[2] if kept else 0):
             signals = self._backward(uses, cotangents[:, :, r].contiguous())
-            for index, each in enumerate(kept):
-                signals[index] = each.layout(signals[index].detach())
+            for index, (_, layout) in enumerate(kept):
+                if layout.name != "first":
+                    signals[index] = layout(signals[index])
             yield signals
 
     def _assembled(
@@ -244,17 +246,16 @@ class Capture:
 
     def _backward(self, uses: list[Use], cotangent: Tensor) -> list[Tensor]:
         """Pull a cotangent back to the outputs of uses."""
-        signals = torch.autograd.grad(
-            self.output,
-            [use.edge for use in uses],
-            cotangent,
-            retain_graph=True,
-            allow_unused=True,
+        edges = [*map(attrgetter("edge"), uses)]
+        found = torch.autograd.grad(
+            self.output, edges, cotangent, retain_graph=True, allow_unused=True
         )
-        return [
-            cotangent.new_zeros(use.output_shape) if signal is None else signal
-            for use, signal in zip(uses, signals, strict=True)
-        ]
+        signals = []
+        for use, signal in zip(uses, found, strict=True):
+            if signal is None:
+                signal = cotangent.new_zeros(use.output_shape)
+            signals.append(signal.detach())
+        return signals
 
     def find(self) -> Variant:
         """Return the way that the net has taken, with the axis of samples in each use.

@@ -31,6 +31,7 @@ from vivit_linop.net.certified import CertifiedColumns, find_structure
 from vivit_linop.net.columns.base import LayerColumns
 from vivit_linop.net.columns.joins import merged
 from vivit_linop.net.columns.weighted import weighted
+from vivit_linop.net.structure import Structure
 from vivit_linop.ranks.alone import Ranks
 from vivit_linop.risk.containers import copied
 from vivit_linop.risk.empirical import EmpiricalRisk
@@ -362,7 +363,7 @@ class Pass:
     def _cut(self, batch: int, X: Any, n: int) -> Iterable[Tensor]:
         """Cut a batch so that the columns of each part fit."""
         risk, width = self._risk, self._width
-        formed = {name: self._sizes[name] for name in find_structure(risk).opaque}
+        formed = {name: self._sizes[name] for name in self._structure.opaque}
         sizes = sample_sizes(risk, batch, X, n)
         itemsize = risk.dtype.itemsize
         entries = sizes.entries(width, formed) + width * self._formed
@@ -377,6 +378,11 @@ class Pass:
         if size >= n or not self._runs_in_parts(batch, X, n):
             return [index]
         return index.tensor_split(math.ceil(n / size))
+
+    @cached_property
+    def _structure(self) -> Structure:
+        """What is known of the net on several samples."""
+        return find_structure(self._risk)
 
     def _runs_in_parts(self, batch: int, X: Any, n: int) -> bool:
         """Whether the net runs on fewer samples than a batch has."""
@@ -395,7 +401,8 @@ class Pass:
         X = self._risk.samples.take(whole, index) if few else copied(whole)
         capture = Capture(self._risk, X, len(index))
         self._risk.check_outputs(batch, capture.output.detach(), index)
-        certified = CertifiedColumns(self._risk, X, capture)
+        known = self._structure if len(index) > 1 else None
+        certified = CertifiedColumns(self._risk, X, capture, known)
         begin = int(index[0])
         samples = slice(first + begin, first + begin + len(index))
         pieces = []
@@ -430,7 +437,7 @@ class Pass:
         """
         hidden = {
             name
-            for name in find_structure(self._risk).opaque & self.names
+            for name in self._structure.opaque & self.names
             if self._risk.params[name].ndim > 1
         }
         return not hidden <= find_structure(self._risk, alone=True).opaque
