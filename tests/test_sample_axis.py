@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from cases import Lambda
-from sample_truth import check, check_products, truth_of
+from sample_truth import check, check_products, close, truth_of
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -428,3 +428,14 @@ def test_what_is_said_wrongly(
     model, X, _ = case("state")
     with pytest.raises(error, match=message):
         vl.EmpiricalRisk(model.double(), CE, (X, y), **keywords)
+
+
+def test_jacobians_without_targets_count_samples_themselves() -> None:
+    for name in ("graphs", "bags", "sequence first"):
+        model, X, one = case(name)
+        model = model.double()
+        axis = {"sample_axis": 1} if name == "sequence first" else {}
+        J = vl.Jacobian(model, X, **axis)
+        assert J.risk.num_samples == N
+        expected = truth_for(model, X, one, range(N)).J
+        assert close(J.to_dense(), torch.cat(expected))

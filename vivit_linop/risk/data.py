@@ -17,7 +17,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from vivit_linop.risk.containers import copied as copied
 from vivit_linop.risk.containers import described, leaves, map_leaves
-from vivit_linop.risk.samples import Samples
+from vivit_linop.risk.samples import Samples, number_of
 
 Batch = tuple[Any, Any]
 Target = Callable[[Any], Any]
@@ -92,15 +92,13 @@ def _holds_targets(batch: Any) -> bool:
     return _holds(getattr(batch, "y", None)) and _holds(batch)
 
 
-def without_targets(
-    inputs: Any, count: Callable[[Any], int] | None = None
-) -> Iterable[Batch]:
+def without_targets(inputs: Any, count: Callable[[Any], int | None]) -> Iterable[Batch]:
     """Return batches of inputs as pairs, with zeros for targets.
 
     Args:
         inputs: One batch, a tensor, a tuple or a mapping; or an iterable of batches,
             over which one can pass again.
-        count: How many samples a batch has; by default the first axis of its first
+        count: How many samples a batch has, None for the first axis of its first
             tensor that has axes.
 
     Raises:
@@ -116,10 +114,11 @@ def without_targets(
             raise TypeError(
                 f"inputs: a batch must hold tensors with samples, got {described(X)}."
             )
-        n = len(with_axes[0]) if count is None else count(X)
-        return X, torch.zeros(n, device="cpu")
+        n = count(X)
+        return X, torch.zeros(len(with_axes[0]) if n is None else n, device="cpu")
 
-    if isinstance(inputs, (Tensor, tuple, Mapping)):
+    single = isinstance(inputs, (Tensor, tuple, Mapping))
+    if single or number_of(inputs) is not None:
         return [pair(inputs)]
     if isinstance(inputs, list):
         return [pair(batch) for batch in inputs]

@@ -64,7 +64,7 @@ from vivit_linop.risk.shards import (
     check_parts,
     without_padding,
 )
-from vivit_linop.risk.ways import Search
+from vivit_linop.risk.ways import Search, number_without_targets
 
 Item = TypeVar("Item")
 
@@ -887,7 +887,11 @@ def risk_of_inputs(
         params: As for :class:`EmpiricalRisk`.
         **options: What else :class:`EmpiricalRisk` takes by name.
     """
-    data = without_targets(inputs, options.get("count"))
+    axis = options.get("sample_axis")
+    count = options.get("count") or functools.partial(
+        number_without_targets, sample_axis=axis
+    )
+    data = without_targets(inputs, count)
     return EmpiricalRisk(model, NoLoss(), data, params, **options)
 
 

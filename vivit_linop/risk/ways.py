@@ -138,6 +138,27 @@ class Search:
         return int(n)
 
 
+def number_without_targets(X: Any, sample_axis: Any = None) -> int | None:
+    """Return how many samples an input has if it shows that itself.
+
+    Args:
+        X: The input.
+        sample_axis: As for :class:`Search`.
+    """
+    if sample_axis is not None:
+        return chosen_by_user(sample_axis, X).number(X)
+    if found := _numbers_by_input(X):
+        return found[0]
+    for graphs in Graphs.possible(X):
+        n = graphs.number(X)
+        if n < graphs.nodes(X) and graphs.fits(X, n):
+            return n
+    for at, tensor in enumerate(leaves(X)):
+        if tensor.ndim == 1 and Bags(at, False).fits(X, len(tensor)):
+            return len(tensor)
+    return None
+
+
 def _are_listed(X: Any, y: Any) -> bool:
     """Whether inputs and targets are lists with a part for each sample.
 
