@@ -163,6 +163,40 @@ def test_half_precision_is_refused_with_the_word_that_helps() -> None:
             vl.EmpiricalRisk(model, nn.MSELoss(), (X, y), dtype=wrong)  # type: ignore[arg-type]
 
 
+class Casting(nn.Module):
+    """Keeps what it computes in, as language models do."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer, self.dtype = nn.Linear(3, 2, dtype=dtype), dtype
+        self.inner = nn.Identity()
+        self.inner.compute_dtype = dtype
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x.to(self.dtype)).tanh().to(self.inner.compute_dtype)
+
+
+def test_models_that_keep_a_precision() -> None:
+    model, X, y = Casting(torch.bfloat16), inputs(6, 3).bfloat16(), inputs(6, 2)
+    risk = vl.EmpiricalRisk(model, nn.MSELoss(), (X, y), dtype=torch.float64)
+    exact = Casting(torch.float64)
+    exact.load_state_dict({n: t.double() for n, t in model.state_dict().items()})
+    truth = ggn(exact, X.double(), y.double())
+    torch.testing.assert_close(vl.GGN(risk).to_dense(), truth, rtol=1e-10, atol=1e-12)
+    assert model.dtype is model.inner.compute_dtype is torch.bfloat16
+    with pytest.raises(
+        ValueError, match=r"model: does not run in dtype=torch\.float32"
+    ):
+        vl.EmpiricalRisk(
+            model,
+            nn.MSELoss(),
+            (X, y),
+            dtype=torch.float32,
+            predict=lambda model, x: model.layer(x.half()),
+        )
+
+
 def test_mixed_precision() -> None:
     """Parameters of several precisions become of one."""
     model, X = scaled(torch.float32)

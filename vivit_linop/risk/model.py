@@ -28,8 +28,10 @@ from vivit_linop.risk.parameters import (
     chosen_of_module,
 )
 from vivit_linop.risk.precision import (
+    HALVES,
     as_pairs,
     check_precision,
+    explained_casts,
     in_precision,
     of_pairs,
 )
@@ -265,7 +267,8 @@ class FunctionalModel:
         X = self._precise(X, params)
         own = copied(X)
         tensors = list(leaves(own))
-        output = self._evaluate(params, own)
+        with explained_casts(self._dtype):
+            output = self._evaluate(params, own)
         # The model may have taken something out of a container, or put something in.
         return output, list(map(_is_written, tensors, leaves(X)))
 
@@ -399,7 +402,7 @@ def _unwrapped(model: nn.Module, params: Any | None) -> tuple[nn.Module, Any | N
 
 def _check_precision(fixed: dict[str, Tensor]) -> None:
     for name, tensor in fixed.items():
-        if tensor.dtype in (torch.float16, torch.bfloat16):
+        if tensor.dtype in HALVES:
             raise TypeError(
                 f"model: {name!r} is {tensor.dtype}; also what is frozen must be "
                 "float32 or float64. Give dtype=torch.float32: the model is evaluated "

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -9,6 +11,7 @@ from torch import Tensor
 
 # What curvature is computed in.
 PRECISIONS = (torch.float32, torch.float64)
+HALVES = (torch.float16, torch.bfloat16)
 
 
 def check_precision(dtype: Any) -> None:
@@ -18,6 +21,21 @@ def check_precision(dtype: Any) -> None:
             f"dtype: torch.float32 or torch.float64, in which copies of the model are "
             f"evaluated, or None for the model's own; got {dtype!r}."
         )
+
+
+@contextlib.contextmanager
+def explained_casts(dtype: torch.dtype | None) -> Iterator[None]:
+    """Say what to do where a model in another precision casts by itself."""
+    try:
+        yield
+    except RuntimeError as error:
+        if dtype is None or "dtype" not in str(error):
+            raise
+        raise ValueError(
+            f"model: does not run in dtype={dtype} ({error}). Its forward pass casts "
+            "to a precision of its own. Let it take that of its parameters, as "
+            "x.to(self.weight.dtype) does."
+        ) from error
 
 
 def in_precision(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:

@@ -28,7 +28,7 @@ from vivit_linop.noise import Noise
 from vivit_linop.risk.containers import rebuilt
 from vivit_linop.risk.copies import Copies, Watch
 from vivit_linop.risk.outputs import OutputTree, as_tensor
-from vivit_linop.risk.precision import in_precision
+from vivit_linop.risk.precision import HALVES, in_precision
 
 Params = dict[str, Tensor]
 Predict = Callable[[nn.Module, Any], Any]
@@ -74,6 +74,8 @@ class PrivateModule:
         )
         self.module, self._predict = copies.of(model), copies.of_called(predict)
         _differentiate_embeddings(self.module)
+        if dtype is not None:
+            _compute_in(dtype, self.module)
         # Kept until the first evaluation has shown whether they are needed.
         self._originals: Pairs | None = copies.modules
         self._settled = self._reentrant = False
@@ -285,6 +287,14 @@ def _possible(module: nn.Module, X: Any) -> list[int]:
             signature.bind(*args, **kwargs)
             possible.append(number)
     return possible or [0]
+
+
+def _compute_in(dtype: torch.dtype, module: nn.Module) -> None:
+    """Let modules that keep a half precision to compute in keep another one."""
+    for part in module.modules():
+        for name, value in vars(part).items():
+            if value in HALVES:
+                vars(part)[name] = dtype
 
 
 def _differentiate_embeddings(module: nn.Module) -> None:
