@@ -18,7 +18,7 @@ from vivit_linop import files
 from vivit_linop.curvature.fisher import EmpiricalFisher, PerSampleGradients
 from vivit_linop.curvature.ggn import GGN, GGNFactor
 from vivit_linop.curvature.jacobian import Jacobian, Pullback
-from vivit_linop.curvature.output_space import LossHessian, LossHessianSqrt
+from vivit_linop.curvature.loss_hessian import LossHessian, LossHessianSqrt
 from vivit_linop.linalg.decompositions import GramEigenpairs
 from vivit_linop.modes import ordinary_mode
 from vivit_linop.operators.eigenpairs import Eigenpairs

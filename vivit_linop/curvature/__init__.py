@@ -6,7 +6,7 @@ from vivit_linop.curvature.ggn import GGN, GGNFactor
 from vivit_linop.curvature.hessian import Hessian
 from vivit_linop.curvature.jacobian import Jacobian
 from vivit_linop.curvature.kfac import EKFAC, KFAC
-from vivit_linop.curvature.output_space import LossHessian
+from vivit_linop.curvature.loss_hessian import LossHessian
 from vivit_linop.curvature.recursions import KFRA, PositiveCurvatureHessian
 
 __all__ = [

@@ -20,7 +20,7 @@ from vivit_linop.curvature.jacobian import (
     gram_rows_of_pullback,
     sum_columns,
 )
-from vivit_linop.curvature.output_space import LossGradient
+from vivit_linop.curvature.loss_hessian import LossGradient
 from vivit_linop.modes import ordinary_mode
 from vivit_linop.net.sums import ColumnNorms
 from vivit_linop.operators.base import TorchLinearOperator

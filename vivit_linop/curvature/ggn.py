@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vivit_linop.curvature.blocks import ParameterBlocks, block_diagonal
 from vivit_linop.curvature.jacobian import Jacobian, Pullback, sum_columns
-from vivit_linop.curvature.output_space import LossHessian, LossHessianSqrt
+from vivit_linop.curvature.loss_hessian import LossHessian, LossHessianSqrt
 from vivit_linop.modes import ordinary_mode
 from vivit_linop.net.sums import SampleRowNorms
 from vivit_linop.operators.kronecker import BlockDiagonal

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.func import jvp, vmap
 
 from vivit_linop.curvature.hessian_products import ROUNDING, HessianProducts
-from vivit_linop.curvature.output_space import LossGradient, LossHessian
+from vivit_linop.curvature.loss_hessian import LossGradient, LossHessian
 from vivit_linop.curvature.recursions import backpack_results
 from vivit_linop.extras import extra
 from vivit_linop.net.pieces import memory_budget

@@ -13,11 +13,8 @@ import torch
 from torch import Tensor
 
 from vivit_linop.curvature import plan
-from vivit_linop.curvature.output_space import (
-    LossHessian,
-    OutputIdentity,
-    OutputOperator,
-)
+from vivit_linop.curvature.loss_hessian import LossHessian
+from vivit_linop.curvature.output_space import OutputIdentity, OutputOperator
 from vivit_linop.linalg.reductions import matrix_of_operator
 from vivit_linop.linalg.sandwiches import gram_blocks_of_operator
 from vivit_linop.modes import as_guest

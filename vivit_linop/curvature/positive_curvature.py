@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, jvp, vjp
 
-from vivit_linop.curvature.output_space import LossHessian
+from vivit_linop.curvature.loss_hessian import LossHessian
 from vivit_linop.operators.base import TorchLinearOperator
 from vivit_linop.risk.empirical import EmpiricalRisk
 from vivit_linop.risk.model import Params, as_guest

@@ -11,11 +11,13 @@ from torch import Tensor
 from vivit_linop.curvature.fisher import PerSampleGradients
 from vivit_linop.curvature.ggn import GGN, GGNFactor
 from vivit_linop.curvature.jacobian import Jacobian, Pullback
-from vivit_linop.curvature.output_space import (
-    FactoredOutputOperator,
+from vivit_linop.curvature.loss_hessian import (
     LossGradient,
     LossHessian,
     LossHessianSqrt,
+)
+from vivit_linop.curvature.output_space import (
+    FactoredOutputOperator,
     Outer,
     OutputOperator,
 )
