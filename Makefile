@@ -8,7 +8,7 @@ STAMPS := $(VENV)/.stamps
 .NOTPARALLEL:
 # Keep stamps: make would delete them as intermediate files of a pattern rule.
 .PRECIOUS: $(STAMPS)/%
-.PHONY: help demo examples test fuzz lint format bench growth streaming docs clean
+.PHONY: help demo examples distributed ranks test fuzz lint format bench growth streaming docs clean
 
 help:  ## show this help (the default)
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' Makefile
@@ -22,6 +22,12 @@ examples: $(STAMPS)/examples $(STAMPS)/encoder  ## run all examples, the large o
 
 # Tests and benchmarks take further arguments: make test ARGS="-x -k gram". The tests
 # run on two processes of one thread each, which small problems use best.
+distributed: $(STAMPS)/examples  ## run an example over two processes, by torchrun
+	OMP_NUM_THREADS=1 $(PY) -m torch.distributed.run --standalone --nproc-per-node 2 examples/distributed.py
+
+ranks: $(STAMPS)/test  ## check every case of the tests over 2, 3 and 4 processes; 20 minutes
+	OMP_NUM_THREADS=1 $(PY) tests/ranks_cases.py $(ARGS)
+
 test: $(STAMPS)/test  ## run the tests
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 $(ARGS)
 

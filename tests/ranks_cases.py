@@ -4,10 +4,12 @@ Workers write what they find before they end, and end with ``os._exit``: what to
 with a process group on the way out is none of our business.
 """
 
+import argparse
 import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -235,3 +237,26 @@ def _mean_curvatures(risk: vl.EmpiricalRisk) -> Tensor:
 def _slopes(risk: vl.EmpiricalRisk, V: vl.GGNFactor) -> Tensor:
     cross = (vl.PerSampleGradients(risk).T @ V).to_dense()
     return (V @ cross.T).T
+
+
+def main() -> None:
+    """Check every problem of the market, over several numbers of processes."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("names", nargs="*", help="problems; all by default")
+    parser.add_argument("--processes", type=int, nargs="+", default=[2, 3, 4])
+    options = parser.parse_args()
+    wrong = 0
+    for size in options.processes:
+        with tempfile.TemporaryDirectory() as folder:
+            names = options.names or cases.NAMES
+            found = launched(Path(folder), size, *names, limit=3600.0)
+        for rank, each in enumerate(found):
+            for what, said in each.items():
+                print(f"rank {rank} of {size}: {what}: {said}")
+        wrong += sum(map(len, found))
+        print(f"{size} processes, {len(names)} problems: {sum(map(len, found))} wrong")
+    sys.exit(bool(wrong))
+
+
+if __name__ == "__main__":
+    main()
