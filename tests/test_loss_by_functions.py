@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import vivit_linop as vl
+from vivit_linop.risk.draws import Draws
 
 
 def net(inputs: int, outputs: int) -> nn.Module:
@@ -461,3 +462,46 @@ def test_wrong_arguments() -> None:
         vl.Loss(softmax_ce, reduction="none")
     with pytest.raises(ValueError, match="coupled: one of"):
         vl.Loss(softmax_ce, coupled="pixels")
+
+
+def mixture(f: Tensor, y: Tensor) -> Tensor:
+    """A mixture density network: three weights, means and log-deviations."""
+    weights, means, spread = f.unflatten(1, (3, 3)).unbind(1)
+    parts = torch.distributions.Normal(means, spread.exp()).log_prob(y)
+    return -(weights.log_softmax(1) + parts).logsumexp(1)
+
+
+def mixture_label(f: Tensor, y: Tensor, draws: vl.losses.LabelDraws) -> Tensor:
+    weights, means, spread = f.unflatten(1, (3, 3)).unbind(1)
+    chosen = draws.categories(weights.softmax(1))[:, None]
+    mean, deviation = means.gather(1, chosen), spread.gather(1, chosen).exp()
+    return mean + deviation * draws.normal(mean)
+
+
+def test_a_mixture_density_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its Fisher matrix has no closed form: E[∇ℓ ∇ℓᵀ] = E[∇²ℓ] over drawn labels."""
+    loss, X, y = vl.Loss(mixture, sample=mixture_label), inputs(2, 3), inputs(2, 1)
+    model = net(3, 9)
+    truth = Truth(model, loss, X, y)
+    risk = vl.EmpiricalRisk(model, loss, (X, y))
+    close(vl.GGN(risk).to_dense(), truth.G)
+    M = 40_000
+    S, again = (
+        vl.LossHessian(risk).sqrt(M, torch.Generator().manual_seed(0)).to_dense()
+        for _ in range(2)
+    )
+    close(S, again)
+    # In several parts, the same.
+    monkeypatch.setattr("vivit_linop.risk.losses.own._ENTRIES", 9 * M)
+    parts = vl.LossHessian(risk).sqrt(M, torch.Generator().manual_seed(0)).to_dense()
+    close(parts, S)
+    torch.manual_seed(0)
+    f = truth.f.repeat_interleave(M, 0)
+    labels = mixture_label(f, y, vl.losses.LabelDraws(Draws(5)))
+
+    def single(f: Tensor, y: Tensor) -> Tensor:
+        return mixture(f[None], y[None]).squeeze()
+
+    hessians = torch.vmap(torch.func.hessian(single))(f, labels)
+    fisher = torch.block_diag(*hessians.reshape(2, M, 9, 9).mean(1)) / 2
+    assert (S @ S.T - fisher).norm() < 0.05 * fisher.norm()

@@ -23,9 +23,10 @@ from vivit_linop.risk.losses.autograd import AutogradLoss
 from vivit_linop.risk.losses.base import OutputLoss
 from vivit_linop.risk.losses.own import OwnLoss
 
-# At how many drawn labels a likelihood is looked at; beyond how many deviations, and
-# from which factor on, two means over them differ.
-_LOOKED_AT, _DEVIATIONS, _ALIKE = 2048, 8.0, 1.5
+# At how many drawn labels a likelihood is looked at, with how many entries at most;
+# beyond how many deviations, and from which factor on, two means over them differ.
+_LOOKED_AT, _LOOKED_AT_ENTRIES, _FEWEST = 2048, 2**22, 64
+_DEVIATIONS, _ALIKE = 8.0, 1.5
 
 
 def targets_of(loss: OutputLoss, target: Any, output: Tensor) -> Any:
@@ -183,7 +184,10 @@ def warn_unless_likelihood(loss: OwnLoss, output: Tensor, target: Any) -> None:
     if loss.looked_at:
         return
     loss.looked_at = True
-    rows = torch.arange(_LOOKED_AT, device=output.device) % len(output)
+    count = min(_LOOKED_AT, _LOOKED_AT_ENTRIES // output[0].numel())
+    if count < _FEWEST:
+        return
+    rows = torch.arange(count, device=output.device) % len(output)
     f = Noise(0).like(output[rows])
     y = some_targets(target, rows)
     try:

@@ -19,8 +19,8 @@ OfBatch = Callable[[Any, Any], Tensor]
 Functions = dict[str, Callable[..., Any]]
 
 COUPLED = ("all", "channels", "none")
-# How many labels are drawn together.
-_LABELS = 2**14
+# How many entries of outputs labels are drawn for together.
+_ENTRIES = 2**22
 # The closed form of an output loss that a function of the user's is.
 _METHODS = {
     "gradient": "gradient",
@@ -61,7 +61,8 @@ class Loss(nn.Module):
         sqrt: S with H = S Sᵀ, ``[n, C, R]``.
         sample: ``(output, target, draws) -> labels`` in the form of the targets, drawn
             from the model's distribution p(· | output), for Monte-Carlo samples:
-            ``mc_samples=``, ``vl.KFAC``. ``draws`` has random numbers
+            ``mc_samples=``, ``vl.KFAC``. It has each output and target M times, side
+            by side. ``draws`` has random numbers
             (:class:`vivit_linop.losses.LabelDraws`); those of torch's global generator
             are right as well, but depend on how the data are cut into batches.
         reduction: ``"mean"`` or ``"sum"`` over the samples.
@@ -183,6 +184,7 @@ class OwnLoss(AutogradLoss):
 
     def total(self, output: Tensor, target: Any) -> Tensor:
         """Sum the losses, or undo the mean."""
+        self._check_outside()
         losses = self._losses(output, target)
         return losses.sum() if losses.ndim else super().total(output, target)
 
@@ -247,8 +249,9 @@ class OwnLoss(AutogradLoss):
             return super().sample(output, target, mc_samples, draws)
         # [n M, …]: the labels of a sample stand side by side.
         index = torch.arange(len(output), device=output.device)
+        together = max(1, _ENTRIES // (mc_samples * output[0].numel()))
         parts = []
-        for rows in index.split(max(1, _LABELS // mc_samples)):
+        for rows in index.split(together):
             own = draws.for_each(mc_samples, int(rows[0]))
             many = rows.repeat_interleave(mc_samples)
             f, y = output[many], map_leaves(operator.itemgetter(many), target)
