@@ -129,6 +129,14 @@ class Work:
                 r.subset([0, N - 1])
             ).sample_diagonals(),
             "known K": _with_known_gram,
+            "class means": lambda r: vl.class_means(r)[0],
+            "predictive, alone": lambda r: _predictive(r, self.X[:3]),
+            "influence": lambda r: _influence(r, self.X[:4], self.y[4:8]),
+            "evidence": lambda r: vl.log_marginal_likelihood(r, vl.GGN(r), 2.0)[None],
+            "followed": lambda r: _followed(r),
+            "ends of a Hessian": lambda r: (
+                vl.Hessian(r.subset([0, N - 1])).eigh(k=2).eigenvalues
+            ),
             "stored columns": lambda r: _with_stored_columns(r, x),
             "D x D": lambda r: vl.GGN(r).eigvalsh(route="dense G"),
         }
@@ -363,6 +371,28 @@ class Work:
 def _derivatives(risk: vl.EmpiricalRisk) -> Tensor:
     gammas, lambdas = vl.directional_derivatives(risk, vl.GGN(risk).eigh(k=4))
     return torch.cat([gammas.abs(), lambdas])
+
+
+def _predictive(risk: vl.EmpiricalRisk, X: Tensor) -> Tensor:
+    """Of inputs that all processes have."""
+    S = vl.posterior_precision(risk, vl.GGN(risk), 2.0).inv()
+    return vl.predictive_covariance(vl.Jacobian(net(), X), S)
+
+
+def _influence(risk: vl.EmpiricalRisk, X: Tensor, y: Tensor) -> Tensor:
+    """Of all samples, on samples that all processes have."""
+    test = vl.EmpiricalRisk(net(), loss(), (X, y))
+    S = (vl.GGN(risk) + DELTA * vl.Identity(risk.num_params)).inv()
+    U = vl.PerSampleGradients(risk)
+    on_test = vl.influence(vl.PerSampleGradients(test), S, U)
+    return torch.cat([on_test.flatten(), vl.self_influence(S, U)])
+
+
+def _followed(risk: vl.EmpiricalRisk) -> Tensor:
+    """Eigenvalues a step further."""
+    pairs = vl.GGN(risk).eigh(k=3)
+    moved = risk.at(risk.flatten(risk.params) * 1.001)
+    return vl.GGN(moved).eigh(k=3, start=pairs).eigenvalues
 
 
 def _with_known_gram(risk: vl.EmpiricalRisk) -> Tensor:

@@ -66,16 +66,14 @@ def class_means(risk: EmpiricalRisk) -> ClassMeans:
             f"risk: of a CrossEntropyLoss, got {risk!r}; other losses have no classes."
         )
     C = risk.num_outputs
-    labels, weights, residuals = zip(
-        *(
+    with risk.ranks.together("class means"):
+        found = [
             _labelled(risk, output, target)
             for output, target in zip(risk.outputs, risk.targets(), strict=True)
-        ),
-        strict=True,
-    )
+        ]
     y, w, residual = (
-        risk.ranks.listed(lambda own=own: torch.cat(own))
-        for own in (labels, weights, residuals)
+        risk.ranks.listed(lambda part=part: torch.cat([each[part] for each in found]))
+        for part in range(3)
     )
     # w_nk (p_n − e_k): what the columns of sample n are combined by.
     combinations = residual * w.unsqueeze(1)

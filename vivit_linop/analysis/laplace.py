@@ -202,7 +202,7 @@ class Laplace:
 
 def last_used(risk: EmpiricalRisk) -> list[str]:
     """Return the parameters of the last call that uses any."""
-    *_, (_, *names) = find_structure(risk).uses
+    *_, (_, *names) = risk.ranks.led(find_structure, risk).uses
     return [name for name in names if name is not None]
 
 

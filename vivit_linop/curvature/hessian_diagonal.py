@@ -125,7 +125,7 @@ def _check_diagonal(H: HessianProducts, found: Tensor, by_sample: bool) -> None:
 def sample_diagonals(H: HessianProducts) -> Tensor:
     """By forward mode, or sample by sample."""
     risk, D = H.risk, H.shape[0]
-    x = Noise()(D, 1, like=risk.outputs[0])
+    x = Noise()(D, 1, like=risk.example[0])
     image = H.apply(x)  # certified
     try:
         # Along one random direction all samples together are the Hessian's.

@@ -575,26 +575,37 @@ def _gram_total(
         _accumulate_over_ranks(left, [total])
         return total
     with as_guest(left.risk.device):
-        cross_all(Pass([left], [total]), Pass([right], [total]), ranks, total.add)
+        if right.risk.ranks.is_many:
+            cross_all(Pass([left], [total]), Pass([right], [total]), ranks, total.add)
+        else:  # each process has all of its samples
+            with ranks.together("cross-Gram matrix"):
+                _add_of_two_risks(total, left, right)
     total.finish(ranks)
     return total
+
+
+def _add_of_two_risks(total: GramTotal, left: Cotangents, right: Cotangents) -> None:
+    """Hold as many left columns as fit; the right ones pass by."""
+    for held in Pass([left], [total]).held():
+        for (b,) in Pass([right], [total]).pieces():
+            for (a,) in held:
+                total.add(a, b)
 
 
 def cross_gram(
     left: Cotangents, right: Cotangents, weights: Tensor | None = None
 ) -> Tensor:
     """Return (left columns)ᵀ diag(w) (right columns) of two factors, ``[R, Q]``."""
+    if right.risk.ranks.is_many and not left.risk.ranks.is_many:
+        return cross_gram(right, left, weights).T
     total = _gram_total(left, right, weights)
     if left.risk.ranks.is_many:
         return total.matrix
     with as_guest(left.risk.device):
         if left.risk is right.risk:
             _add_of_one_risk(total, left, right)
-            return total.matrix
-        for held in Pass([left], [total]).held():
-            for (b,) in Pass([right], [total]).pieces():
-                for (a,) in held:
-                    total.add(a, b)
+        else:
+            _add_of_two_risks(total, left, right)
     return total.matrix
 
 
@@ -643,11 +654,6 @@ def _inside(place: slice, held: Sequence[Sequence[Piece]]) -> bool:
 def _check_same_parameters(left: EmpiricalRisk, right: EmpiricalRisk) -> None:
     if left is right:
         return
-    if left.ranks.size != right.ranks.size:
-        raise ValueError(
-            "Factors of two risks have a cross-Gram matrix if both are over the same "
-            "processes: give both risks process_group=, or none."
-        )
     shapes = [{n: tuple(p.shape) for n, p in r.params.items()} for r in (left, right)]
     if list(shapes[0].items()) != list(shapes[1].items()):
         raise ValueError(
