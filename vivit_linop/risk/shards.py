@@ -92,9 +92,12 @@ def _numbers(data: Any) -> list[list[int]] | None:
 
 
 def dataset_size(data: Any) -> int | None:
-    """How many samples the dataset of a loader has."""
+    """How many samples the dataset of a loader has, None if it does not say."""
     dataset: Any = getattr(data, "dataset", None)
-    return len(dataset) if hasattr(dataset, "__len__") else None
+    try:
+        return len(dataset)
+    except (TypeError, NotImplementedError):
+        return None
 
 
 def check_is_whole(data: Any, samples: int) -> None:
@@ -104,15 +107,17 @@ def check_is_whole(data: Any, samples: int) -> None:
         data: What was given.
         samples: How many samples it has.
     """
-    whole = dataset_size(data)
-    if whole is None or not dist.is_available() or not dist.is_initialized():
+    if not dist.is_available() or not dist.is_initialized():
+        return
+    whole, processes = dataset_size(data), dist.get_world_size()
+    if whole is None or processes == 1:
         return
     last = getattr(data, "batch_size", None) or 0
     left_out = last if getattr(data, "drop_last", False) else 1
-    if dist.get_world_size() > 1 and whole - samples >= left_out:
+    if whole - samples >= left_out:
         raise ValueError(
             f"data: the loader gives {samples} of the {whole} samples of its dataset, "
-            f"and torch.distributed has {dist.get_world_size()} processes. For the "
+            f"and torch.distributed has {processes} processes. For the "
             "matrix of all samples give "
             "process_group=torch.distributed.group.WORLD; for that of these samples "
             "give list(loader)."
