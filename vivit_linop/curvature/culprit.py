@@ -26,11 +26,9 @@ _DATA = torch.Tensor.data.__get__  # type: ignore[attr-defined]
 class FrozenValues:
     """What a net makes of its parameters through which no derivative flows.
 
-    What it detaches, and what it computes where it has turned gradients off. A
-    derivative by torch is that of the net in which these values are constants. They
-    are recorded in one evaluation and put in their places in others.
-
-    What an ``autograd.Function`` does in its own forward pass is not among them: its
+    What it detaches, and what it computes with gradients off. To torch these values are
+    constants. They are recorded in one evaluation, and put in their places in others.
+    Not among them is what an ``autograd.Function`` does in its forward pass: its
     backward pass answers for that.
 
     Attributes:

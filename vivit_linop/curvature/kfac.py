@@ -90,42 +90,39 @@ class _LayerBlocks(BlockDiagonal):
 class KFAC(_LayerBlocks):
     """The Kronecker-factored approximation B ⊗ A of a curvature, block by block.
 
-    For the weight of a linear layer or convolution with inputs a_np and backpropagated
-    columns b_nrp (of V, so with √r in them) at P positions p, the block is B ⊗ A, for a
-    weight of the layout ``[out, in]``. With one position
+    A weight ``[out, in]`` meets inputs a_np and cotangents b_nrp, at P positions p of
+    each sample; cotangents are those of V, so they contain √r. With one position
 
         A = (1/N) Σ_n a_n a_nᵀ,    B = Σ_nr b_nr b_nrᵀ
 
     (Martens & Grosse 2015, arXiv:1503.05671; the exact variant is KFLR, Botev et al.
-    2017, arXiv:1706.03662). Where a weight is shared over positions (convolutions,
-    tokens, a weight used several times), ``weight_sharing`` is
+    2017, arXiv:1706.03662). Convolutions, tokens and weights that are used several
+    times have more. Then ``weight_sharing`` is
 
     - ``"expand"``: A = (1/(N P)) Σ_np a aᵀ, B = Σ_nrp b bᵀ (KFC, Grosse & Martens 2016,
       arXiv:1602.01407; Eschenhagen et al. 2023, arXiv:2311.00636);
     - ``"reduce"``: the same with mean inputs (1/P) Σ_p a_np and summed cotangents
-      Σ_p b_nrp in place of single positions (Eschenhagen et al. 2023);
-    - ``"backpack"``: A = (1/N) Σ_np a aᵀ from ``"expand"`` without 1/P, B from
-      ``"reduce"``, as BackPACK's ``KFLR`` and ``KFAC`` for convolutions.
+      Σ_p b_nrp (Eschenhagen et al. 2023);
+    - ``"backpack"``: A = (1/N) Σ_np a aᵀ, and B of ``"reduce"``, as BackPACK's ``KFLR``
+      and ``KFAC`` for convolutions.
 
-    For linear layers on ``[N, in]`` all three are BackPACK's. Positions of a transposed
-    convolution are those of its output, as of any layer: a_np is what output p sees of
-    the input, one entry for each input channel and place in the kernel, and the block
-    is B ⊗ A for ``weight.transpose(0, 1)``, at the places (``indices``) that its
-    entries have in the parameter. Biases, weights of norms
-    and all parameters without layer factors keep their exact block: that of ``"exact"``
-    is the GGN's own. Groups of a convolution are blocks of their own.
+    For linear layers on ``[N, in]`` all three are BackPACK's.
 
-    It equals the GGN's block (variant ``"exact"``) where b does not depend on n, as in
-    deep linear nets with ``nn.MSELoss`` (``"expand"``: applied to each position alone;
-    ``"reduce"``: averaged over positions at the end; Eschenhagen et al. 2023), and for
-    one sample with one position.
+    Other blocks: groups of a convolution have one each. Biases, weights of norms and
+    parameters without layer factors keep their exact block; that of ``"exact"`` is the
+    GGN's. A transposed convolution has the positions of its output, and B ⊗ A is the
+    block of ``weight.transpose(0, 1)``, placed by ``indices``.
 
-    Costs one pass over the data: a forward pass, and R backward passes without weight
-    gradients (C − 1 or C for ``"exact"``, ``mc_samples`` for ``"mc"``, 1 for
-    ``"empirical"``). The factors are computed here. All verbs act on the factors:
-    ``(K + delta * Identity(D)).inv()`` is exact, by the factors' eigendecompositions;
-    :meth:`pi_damped` is the approximation that keeps the Kronecker structure;
-    ``K.sqrt() @ noise`` samples.
+    The block is the GGN's own (variant ``"exact"``) for one sample with one position,
+    and where b does not depend on n: in deep linear nets with ``nn.MSELoss``
+    (``"expand"`` if each position has its output, ``"reduce"`` if they are averaged at
+    the end; Eschenhagen et al. 2023).
+
+    Costs one pass over the data, at construction: a forward pass, and R backward passes
+    without weight gradients. R is C − 1 or C for ``"exact"``, ``mc_samples`` for
+    ``"mc"``, 1 for ``"empirical"``. All verbs act on the factors: the inverse
+    ``(K + delta * Identity(D)).inv()`` is exact, by their eigendecompositions, and
+    ``K.sqrt() @ noise`` samples. :meth:`pi_damped` damps factor by factor.
 
     Args:
         risk: An :class:`EmpiricalRisk`, or its arguments, ``model, loss, data, …``.
@@ -349,13 +346,13 @@ def _bias_partners(risk: EmpiricalRisk) -> dict[str, str]:
 class EKFAC(_LayerBlocks):
     """KFAC with corrected eigenvalues, for every model.
 
-    In the eigenbasis Q of a Kronecker block of :class:`KFAC` the diagonal is replaced
-    by that of the curvature itself, diag(Qᵀ G Q) (George et al. 2018,
-    arXiv:1806.03884): of all operators that are diagonal in this basis the closest to
-    the GGN's block in the Frobenius norm. The other blocks are those of :class:`KFAC`.
-    It equals the GGN's block where KFAC does, and has its trace always.
+    In the eigenbasis Q of a Kronecker block, the diagonal is that of the curvature
+    itself, diag(Qᵀ G Q) (George et al. 2018, arXiv:1806.03884). Of all operators that
+    are diagonal in this basis it is the closest to the GGN's block in the Frobenius
+    norm. It has the block's trace, and equals it where KFAC does. Other blocks are
+    those of :class:`KFAC`.
 
-    Costs two passes over the data, one for the factors and one for the squares of the
+    Costs two passes over the data: one for the factors, one for the squares of the
     columns' entries in their eigenbases, Σ (Q_Bᵀ b aᵀ Q_A)². All verbs act on the
     eigenvalues: ``(E + delta * Identity(D)).inv()`` is exact, ``E.sqrt() @ noise``
     samples.

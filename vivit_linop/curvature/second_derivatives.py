@@ -1,18 +1,18 @@
 """Second derivatives certify themselves: H x against a difference of gradients.
 
-Torch differentiates a backward pass by whatever formula each operation has for that;
-hand-written ones may have none, and then terms are missing without a word. So the slope
-of a gradient along a random x, as torch gives it, is compared with what a difference of
-two gradients gives, on every batch.
+Torch differentiates a backward pass by a formula of each operation. Hand-written
+operations may have none: then terms are missing, without a word. So the slope of a
+gradient along a random x is taken twice on every batch: by torch, and by a difference
+of two gradients.
 
-The gradient is that of φ(θ) = Σ_n ⟨u_n, f_n(θ)⟩ + ½ Σ_n |f_n(θ) − f_n|² with random u
-and f_n the outputs at θ. Its second derivative Jᵀ J x + Σ ⟨u_n, ∂²f_n x⟩ has all that
-is the net's in that of the risk, and is not small where the loss is saturated.
+The gradient is that of φ(θ) = Σ_n ⟨u_n, f_n(θ)⟩ + ½ Σ_n |f_n(θ) − f_n|², with random u
+and the outputs f_n at θ. Its slope is Jᵀ J x + Σ ⟨u_n, ∂²f_n x⟩. It has all of the
+net's part in H x, and is not small where the loss is saturated.
 
-A difference must be told from one over a kink (ReLU, max-pooling), where gradients jump
-however small the step is. So it is taken in float64, where steps can be so small that
-kinks are seldom crossed. Where it disagrees, θ may lie on a kink itself: so it is taken
-a little beside θ as well, and of the samples apart.
+Over a kink (ReLU, max-pooling) gradients jump, however small the step. In float64 steps
+can be so small that kinks are seldom crossed, so differences are taken there. θ itself
+may lie on a kink: where the two disagree, they are taken a little beside θ, and for
+samples apart.
 """
 
 from __future__ import annotations
@@ -186,8 +186,8 @@ class Certificate:
         """Whether differences of gradients agree with H x."""
         if self._agrees(samples, theta, found, FrozenValues(), first_only=True):
             return True
-        # Torch's derivatives are those of a net in which what it detaches is constant,
-        # and so are entries without a gradient, such as those for padding.
+        # Torch takes what a net detaches for constant, and entries without a gradient,
+        # such as those for padding.
         frozen = FrozenValues()
         with frozen.recording():
             self._evaluate(theta, samples.X, self._dtype)
