@@ -24,9 +24,10 @@ def influence(
 
     For S = (c V Vᵀ + damping)⁻¹ through Gram matrices between U, U* and V, of whole
     data sets; for S = (r U Uᵀ + δ I)⁻¹ with the same U through that of U alone. For
-    Kronecker factors and other operators by products of S with the columns of U_train,
-    some at a time, and a tangent pass over the test data for each of these. Nothing of
-    size D × N is formed.
+    diagonals and Kronecker factors from the columns of the layers, with weights and
+    rotated into the eigenbases. For other operators by products of S with the columns
+    of U_train, some at a time, and a tangent pass over the test data for each of these.
+    Nothing of size D × N is formed.
 
     Args:
         U_test: Gradients of test samples, ``[D, N*]``: ``vl.PerSampleGradients``; or

@@ -22,8 +22,9 @@ def predictive_covariance(
 
     For S = (c V Vᵀ + damping)⁻¹ through Gram matrices between V and the Jacobian, R
     columns a training sample and C a test sample: one pass over the test data, and one
-    over the training data for what V has not kept. For Kronecker factors, diagonals
-    and other operators by products of S with the columns of J_testᵀ, some at a time.
+    over the training data for what V has not kept. For diagonals and Kronecker factors
+    from the columns of the layers, with weights and rotated into the eigenbases. For
+    other operators by products of S with the columns of J_testᵀ, some at a time.
     Nothing of size D × N is formed, nor are covariances between samples.
 
     Args:

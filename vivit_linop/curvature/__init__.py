@@ -1,6 +1,11 @@
 """Curvature: operators made of a model, a loss and data."""
 
-from vivit_linop.curvature import indefinite, routes, rules  # noqa: F401  (register)
+from vivit_linop.curvature import (  # noqa: F401  (register)
+    block_sandwich,
+    indefinite,
+    routes,
+    rules,
+)
 from vivit_linop.curvature.fisher import EmpiricalFisher, PerSampleGradients
 from vivit_linop.curvature.ggn import GGN, GGNFactor
 from vivit_linop.curvature.hessian import Hessian

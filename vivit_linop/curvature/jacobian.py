@@ -484,6 +484,11 @@ def gram_blocks_of_pullback(
         grams = cross_sample_grams(left, right, weights)
     else:
         grams = total_of(None) if weights is None else _signed(total_of, weights)
+    return blocks_of_samples(grams, size)
+
+
+def blocks_of_samples(grams: Tensor, size: int) -> Tensor:
+    """Return the blocks on diagonals, ``[N, R, R] -> [N·R/s, s, s]``."""
     blocks = grams.unflatten(2, (-1, size)).unflatten(1, (-1, size))
     return blocks.diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2).flatten(0, 1)
 

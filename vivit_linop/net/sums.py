@@ -55,10 +55,10 @@ class GramTotal(Total):
         left: Cotangents,
         right: Cotangents,
         names: Sequence[str],
-        weights: Tensor | None = None,
+        weights: Tensor | Weights | None = None,
     ) -> None:
         self.names, self._symmetric = names, left is right
-        self._weights = Weights(weights, self._symmetric)
+        self._weights = Weights.of(weights, self._symmetric)
         check_fits(left, right)
         risk = left.risk
         self._ranks = risk.ranks
@@ -134,6 +134,11 @@ class Weights:
         self._entries = entries
         if entries is not None and symmetric:
             self._entries = entries.sqrt()
+
+    @classmethod
+    def of(cls, given: Tensor | Weights | None, symmetric: bool) -> Weights:
+        """Return weights as they are, those of entries from their tensor."""
+        return given if isinstance(given, Weights) else cls(given, symmetric)
 
     def inside(self, left: Piece, right: Piece) -> tuple[Piece, Piece]:
         """Return pieces whose inner products have the weights."""
@@ -362,11 +367,14 @@ class SampleGrams(Total):
     """
 
     def __init__(
-        self, left: Cotangents, right: Cotangents, weights: Tensor | None = None
+        self,
+        left: Cotangents,
+        right: Cotangents,
+        weights: Tensor | Weights | None = None,
     ) -> None:
         risk = left.risk
         self.names, self._first = list(risk.params), risk.ranks.first
-        self._weights = Weights(weights, left is right)
+        self._weights = Weights.of(weights, left is right)
         shape = sum(risk.batch_sizes), left.width, right.width
         self.matrices = torch.zeros(shape, dtype=risk.dtype, device=risk.device)
 
@@ -562,7 +570,7 @@ def own_gram_rows(left: Cotangents, right: Cotangents) -> Tensor:
 
 
 def _gram_total(
-    left: Cotangents, right: Cotangents, weights: Tensor | None
+    left: Cotangents, right: Cotangents, weights: Tensor | Weights | None
 ) -> GramTotal:
     """Return the Gram matrix, empty in one process, filled over several."""
     _check_same_parameters(left.risk, right.risk)
@@ -593,7 +601,7 @@ def _add_of_two_risks(total: GramTotal, left: Cotangents, right: Cotangents) -> 
 
 
 def cross_gram(
-    left: Cotangents, right: Cotangents, weights: Tensor | None = None
+    left: Cotangents, right: Cotangents, weights: Tensor | Weights | None = None
 ) -> Tensor:
     """Return (left columns)ᵀ diag(w) (right columns) of two factors, ``[R, Q]``."""
     if right.risk.ranks.is_many and not left.risk.ranks.is_many:
@@ -628,7 +636,7 @@ def _add_of_one_risk(total: GramTotal, left: Cotangents, right: Cotangents) -> N
 
 
 def cross_sample_grams(
-    left: Cotangents, right: Cotangents, weights: Tensor | None = None
+    left: Cotangents, right: Cotangents, weights: Tensor | Weights | None = None
 ) -> Tensor:
     """Return the inner products of each sample's columns of two factors, ``[N, R, Q]``.
 
