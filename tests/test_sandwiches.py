@@ -6,6 +6,7 @@ from composition_cases import EPS, close, risks
 from operator_market import Draw
 
 import vivit_linop as vl
+from vivit_linop.curvature.block_sandwich import BlockSandwich
 from vivit_linop.curvature.jacobian import Pullback
 from vivit_linop.operators import Product, Sandwich, verbs
 
@@ -118,7 +119,8 @@ def test_what_makes_a_sandwich():
         assert type(op) is Sandwich
     # The scale stands outside.
     assert type((J @ (2 * S) @ J.T).operator) is Sandwich
-    assert type(J @ vl.KFAC(train) @ J.T) is Product
+    assert type(J @ vl.KFAC(train) @ J.T) is BlockSandwich
+    assert type(J @ (vl.KFAC(train) @ J.T)) is BlockSandwich
     # A user's low-rank node has the form as well.
     V = vl.Dense(Draw(torch.float64, "cpu")(20, 3))
     A = vl.Dense(Draw(torch.float64, "cpu")(20, 2))

@@ -98,17 +98,30 @@ class Roots(Weights):
 @matmul.rule(Product, Pullback)
 def product_of_blocks_and_pullback(A: Product, B: Pullback) -> TorchLinearOperator:
     """(Aᵀ S) B."""
-    if len(A.factors) != 2 or A.requires_grad:
+    return _sandwich(*A.factors, B) if len(A.factors) == 2 else NotImplemented
+
+
+@matmul.rule(TorchLinearOperator, Product)
+def product_of_pullback_and_blocks(
+    A: TorchLinearOperator, B: Product
+) -> TorchLinearOperator:
+    """Aᵀ (S B)."""
+    return _sandwich(A, *B.factors) if len(B.factors) == 2 else NotImplemented
+
+
+def _sandwich(
+    left: TorchLinearOperator, middle: TorchLinearOperator, right: TorchLinearOperator
+) -> TorchLinearOperator:
+    if not isinstance(middle, BlockDiagonal) or not isinstance(right, Pullback):
         return NotImplemented
-    left, middle = A.factors
     factor = adjoint(left)
-    if not isinstance(factor, Pullback) or factor.risk.sizes != B.risk.sizes:
+    if not isinstance(factor, Pullback) or factor.risk.sizes != right.risk.sizes:
         return NotImplemented
-    if not isinstance(middle, BlockDiagonal) or not middle.self_adjoint:
+    if middle.requires_grad or not middle.self_adjoint:
         return NotImplemented
-    if not _is_by_parameter(middle, B.risk):
+    if not _is_by_parameter(middle, right.risk):
         return NotImplemented
-    return BlockSandwich(left, middle, B)
+    return BlockSandwich(left, middle, right)
 
 
 def _is_by_parameter(op: BlockDiagonal, risk: EmpiricalRisk) -> bool:
