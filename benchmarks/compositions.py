@@ -7,6 +7,7 @@ known on both sides; train on the first part of the data, test inputs are the ot
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -180,20 +181,66 @@ def evidence_by_hand(at: Setting) -> Run:
     evals, D = at.G.eigvalsh().clamp(min=0.0), at.V.shape[0]
 
     def run() -> Tensor:
-        tau = evals.new_tensor(TAUS)
-        return D * tau.log() + torch.log1p(evals / tau[:, None]).sum(1)
+        return torch.stack(
+            [D * math.log(tau) + torch.log1p(evals / tau).sum() for tau in TAUS]
+        )
 
     return run
 
 
-# A prior by layer -------------------------------------------------------------------
+# A prior by layer: log det(G + P), from the net ------------------------------------
 
 
-def prior_by_layer(at: Setting) -> Tensor:
-    precisions = torch.linspace(0.1, 1.0, len(at.train.sizes))
-    return torch.cat(
-        [p.expand(n) for p, n in zip(precisions, at.train.sizes, strict=True)]
-    )
+def precisions(at: Setting) -> Tensor:
+    return torch.linspace(0.1, 1.0, len(at.train.sizes))
+
+
+def evidence_by_layer(at: Setting) -> Run:
+    sizes = torch.tensor(at.train.sizes)
+    entries = precisions(at).repeat_interleave(sizes)
+    return lambda: (vl.GGN(at.train) + vl.Diagonal(entries)).logdet()
+
+
+def evidence_by_layer_by_hand(at: Setting) -> Run:
+    sizes = torch.tensor(at.train.sizes)
+    entries = precisions(at).repeat_interleave(sizes)
+
+    def run() -> Tensor:
+        # No Gram matrix of the library has weights inside: V is formed.
+        W = vl.GGNFactor(at.train).to_dense().mul_(entries.rsqrt()[:, None])
+        evals = torch.linalg.eigvalsh(W.T @ W).clamp(min=0.0)
+        return entries.log().sum() + torch.log1p(evals).sum()
+
+    return run
+
+
+# Two tasks: (G₁ + G₂ + τ I)⁻¹ x, with both Gram matrices known ----------------------
+
+
+def tasks(at: Setting) -> Run:
+    second = vl.GGN(at.test)
+    _, _ = at.G, second.gram.matrix
+    x = at.problem.columns(1).squeeze(1)
+    return lambda: (at.G + second + TAU * at.eye).inv() @ x
+
+
+def tasks_by_hand(at: Setting) -> Run:
+    second = vl.GGN(at.test)
+    first, last = at.K, second.gram.to_dense()
+    V, W, x = at.V, second.factor, at.problem.columns(1).squeeze(1)
+
+    def run() -> Tensor:
+        cross = (V.T @ W).to_dense()
+        K = torch.cat(
+            [torch.cat([first, cross], 1), torch.cat([cross.T, last], 1)]
+        ).double()
+        K.diagonal().add_(TAU)
+        inner = torch.cat([V.T @ x, W.T @ x]).double()
+        y = torch.cholesky_solve(inner[:, None], torch.linalg.cholesky(K))
+        left, right = y.squeeze(1).to(x.dtype).split([len(first), len(last)])
+        return (x - V @ left - W @ right) / TAU
+
+    return run
 
 
 # Eigenpairs -------------------------------------------------------------------------
@@ -205,7 +252,7 @@ def pairs_after_inverse(at: Setting) -> Run:
 
 
 def pairs_after_inverse_by_hand(at: Setting) -> Run:
-    K = at.K.numpy()
+    _, K = at.S, at.K.numpy()
     return lambda: torch.from_numpy(eigsh(K, k=10, which="LA")[0])
 
 
@@ -215,10 +262,12 @@ PAIRS: dict[str, tuple[Callable[[Setting], Run], Callable[[Setting], Run]]] = {
     "self-influence": (self_influence, self_influence_by_hand),
     "posterior variances": (marginal_variances, marginal_variances_by_hand),
     "evidence for 20 precisions": (evidence, evidence_by_hand),
+    "evidence, a prior by layer": (evidence_by_layer, evidence_by_layer_by_hand),
+    "an inverse for two tasks": (tasks, tasks_by_hand),
     "eigh(k=10) after inv()": (pairs_after_inverse, pairs_after_inverse_by_hand),
 }
 BY_HAND = ", by hand"
-NETS = {"small": 400}
+NETS = {"small": 200}
 
 SUITE = Suite(
     "what users compose, and the same by hand from Gram matrices",

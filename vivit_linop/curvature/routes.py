@@ -155,9 +155,10 @@ def eigenpairs_of_low_rank(
 def by_arpack(op: LowRank, k: int, route: str) -> Eigenpairs:
     """Return the k largest pairs of c V Vᵀ, by products with K or with all of it."""
     target: TorchLinearOperator = op
+    known = op.small_side_known and op.by_gram == (route == "ARPACK on K")
     if route == "ARPACK on K":
         target = scale(op.gram, op.scale)
-    elif op.small_side_known and not op.by_gram:
+    elif known:
         target = Dense(op.small_side)
     if k >= target.shape[0]:
         raise ValueError(
@@ -169,7 +170,13 @@ def by_arpack(op: LowRank, k: int, route: str) -> Eigenpairs:
     bar = watched(target, k, plan.arpack_products(k))
     with bar if shown else contextlib.nullcontext(target) as multiplied:
         v0 = start.astype(target.dtype)
-        evals, evecs = led(lambda A: eigsh(A, k=k, which="LA", v0=v0), multiplied)
+        if known and op.device.type == "cpu" and not op.ranks.is_many:
+            # Calls of an operator take longer than a product with a matrix.
+            matrix = op.on_small_side(Tensor.numpy)
+            evals, evecs = eigsh(matrix, k=k, which="LA", v0=v0)
+            evals *= op.scale
+        else:
+            evals, evecs = led(lambda A: eigsh(A, k=k, which="LA", v0=v0), multiplied)
     order = np.argsort(evals)
     values = torch.from_numpy(evals[order]).to(op.device)
     vectors = torch.from_numpy(np.ascontiguousarray(evecs[:, order])).to(op.device)
