@@ -246,14 +246,18 @@ def tasks_by_hand(at: Setting) -> Run:
 # Eigenpairs -------------------------------------------------------------------------
 
 
+def pairs_wanted(at: Setting) -> int:
+    return min(10, at.V.shape[1] - 1)
+
+
 def pairs_after_inverse(at: Setting) -> Run:
     _ = at.S
-    return lambda: at.G.eigh(k=10).eigenvalues
+    return lambda: at.G.eigh(k=pairs_wanted(at)).eigenvalues
 
 
 def pairs_after_inverse_by_hand(at: Setting) -> Run:
     _, K = at.S, at.K.numpy()
-    return lambda: torch.from_numpy(eigsh(K, k=10, which="LA")[0])
+    return lambda: torch.from_numpy(eigsh(K, k=pairs_wanted(at), which="LA")[0])
 
 
 PAIRS: dict[str, tuple[Callable[[Setting], Run], Callable[[Setting], Run]]] = {

@@ -474,6 +474,8 @@ def gram_blocks_of_pullback(
         or left.width % size
     ):
         return gram_blocks_of_operator(left, right, size, weights)
+    if right is left and size == 1 and weights is None:
+        return verbs.column_norms_squared(left).reshape(-1, 1, 1)
 
     def total_of(weights: Tensor | None) -> Tensor:
         total = SampleGrams(left, left, weights)
