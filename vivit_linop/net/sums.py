@@ -153,11 +153,13 @@ class Weights:
 def check_fits(left: Cotangents, right: Cotangents) -> None:
     """Raise an error if a Gram matrix does not fit into the memory that is free.
 
+    Over several processes, if the rows of this one's samples do not.
+
     Raises:
         MemoryError: It says what would fit.
     """
     device, itemsize = left.risk.device, torch.finfo(left.risk.dtype).bits // 8
-    rows, columns = num_columns(left), num_columns(right)
+    rows, columns = left.layout.total, num_columns(right)
     needed, free = rows * columns * itemsize, free_memory(device)
     if needed <= free:
         return

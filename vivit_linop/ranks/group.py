@@ -1,8 +1,9 @@
 """The ranks of a process group of ``torch.distributed``.
 
-Here are the only collectives of the package. Before ranks exchange anything they vote:
-that none of them has failed, that all do the same, with the same vectors. So an error
-of one rank is an error on all of them, and not a deadlock.
+Here are all collectives of the package but those that gather sharded parameters.
+Before ranks exchange anything they vote: that none of them has failed, that all do the
+same, with the same vectors. So an error of one rank is an error on all of them, and not
+a deadlock.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import math
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate
@@ -19,6 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from vivit_linop.devices import free_memory
 from vivit_linop.ranks.alone import ALONE, Ballot, Ranks
 from vivit_linop.ranks.packing import layout_of, packed, unpacked
 from vivit_linop.ranks.votes import (
@@ -214,6 +217,7 @@ class Group(Ranks):
         with self.together("rows for the leader"):
             heights = [n * width for n in self.counts]
             total = sum(heights) if self.leads else 0
+            self._check_fits(total, rows)
             whole = rows.new_empty(total, *rows.shape[1:])
         operations: list[tuple[Callable[..., Any], Tensor, int]] = []
         if self.leads:
@@ -227,6 +231,18 @@ class Group(Ranks):
         with _explained():
             self._exchange(operations)
         return whole if self.leads else None
+
+    def _check_fits(self, total: int, rows: Tensor) -> None:
+        """Raise an error if so many rows do not fit into memory."""
+        needed = total * math.prod(rows.shape[1:]) * rows.element_size()
+        free = free_memory(self._device)
+        if needed > free:
+            raise MemoryError(
+                f"A matrix of {total} rows takes {needed / 1e9:.3g} GB, and "
+                f"{free / 1e9:.3g} GB are free on {self._device} of the rank that "
+                "decomposes it. What needs its products only: G.eigh(k=…, "
+                "route='ARPACK on K') and scipy.sparse.linalg.cg."
+            )
 
     def in_turn(self, items: Iterator[Result]) -> Iterator[Result]:
         """Send each item to all."""
