@@ -88,7 +88,7 @@ def test_packed_objects_share_what_they_shared() -> None:
     shared = torch.rand(4, 3)
     head, tensors = packed({"a": shared, "b": [shared, shared.T], "c": (1, "x")})
     content, layout = layout_of(head)
-    assert [shape for _, shape in layout] == [t.shape for t in tensors]
+    assert [shape for _, shape, _ in layout] == [t.shape for t in tensors]
     assert len(tensors) == 2
     found = unpacked(content, tensors)
     assert found["a"] is found["b"][0]

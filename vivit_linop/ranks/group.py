@@ -23,7 +23,7 @@ from torch import Tensor
 
 from vivit_linop.devices import free_memory
 from vivit_linop.ranks.alone import ALONE, Ballot, Ranks
-from vivit_linop.ranks.packing import layout_of, packed, unpacked
+from vivit_linop.ranks.packing import Layout, layout_of, packed, unpacked
 from vivit_linop.ranks.votes import (
     Note,
     RankError,
@@ -78,6 +78,8 @@ class Group(Ranks):
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self._group, self._device = group, torch.device("cpu")
+        if dist.get_backend(group) == "nccl":  # has no tensors on the host
+            self._device = torch.device("cuda", torch.cuda.current_device())
         self.size, self.rank = dist.get_world_size(group), dist.get_rank(group)
 
     def __copy__(self) -> Group:
@@ -273,12 +275,14 @@ class Group(Ranks):
         with _explained():
             dist.broadcast_object_list(box, src=source, group=self._group)
             content, layout = layout_of(box[0])
-            if self.rank != by:
+            if self.rank == by:
+                tensors = [tensor.to(self._device) for tensor in tensors]
+            else:
                 tensors = self._empty(layout)
             for tensor in tensors:
                 if tensor.numel():
                     dist.broadcast(tensor, src=source, group=self._group)
-        return unpacked(content, tensors)
+        return unpacked(content, _at_home(tensors, layout))
 
     def shifted(
         self, items: Iterator[Any], distance: int, use: Callable[[Any], None]
@@ -305,8 +309,9 @@ class Group(Ranks):
             buffer = torch.empty(int(size), dtype=torch.uint8, device=self._device)
             (buffer,) = self._swap([mine], [buffer], distance)
             content, layout = layout_of(buffer.cpu().numpy().tobytes())
-            received = self._swap(tensors, self._empty(layout), distance)
-        return unpacked(content, received)
+            given = [tensor.to(self._device) for tensor in tensors]
+            received = self._swap(given, self._empty(layout), distance)
+        return unpacked(content, _at_home(received, layout))
 
     def _swap(
         self, given: list[Tensor], received: list[Tensor], distance: int
@@ -327,8 +332,8 @@ class Group(Ranks):
         for work in dist.batch_isend_irecv(operations) if operations else []:
             work.wait()
 
-    def _empty(self, layout: list[tuple[torch.dtype, torch.Size]]) -> list[Tensor]:
-        return [torch.empty(s, dtype=d, device=self._device) for d, s in layout]
+    def _empty(self, layout: Layout) -> list[Tensor]:
+        return [torch.empty(s, dtype=d, device=self._device) for d, s, _ in layout]
 
     def _global(self, rank: int) -> int:
         return dist.get_global_rank(self._group, rank)
@@ -391,6 +396,12 @@ def _explained(error: BaseException | None = None) -> Iterator[None]:
             "a rank has ended, or has not come within the time limit of the process "
             f"group ({failure}). Start the processes again."
         ) from failure
+
+
+def _at_home(tensors: Sequence[Tensor], layout: Layout) -> list[Tensor]:
+    """Return tensors on the types of devices that they came from."""
+    pairs = zip(tensors, layout, strict=True)
+    return [t if t.device.type == kind else t.to(kind) for t, (*_, kind) in pairs]
 
 
 def _is_rounding(own: Tensor, theirs: Tensor) -> bool:

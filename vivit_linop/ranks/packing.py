@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-Layout = list[tuple[torch.dtype, torch.Size]]
+# Of each tensor: its dtype, its shape, and on what type of device it is.
+Layout = list[tuple[torch.dtype, torch.Size, str]]
 
 
 class _Packer(pickle.Pickler):
@@ -48,7 +49,7 @@ def packed(item: Any) -> tuple[bytes, list[Tensor]]:
     file = io.BytesIO()
     packer = _Packer(file)
     packer.dump(item)
-    layout: Layout = [(t.dtype, t.shape) for t in packer.tensors]
+    layout: Layout = [(t.dtype, t.shape, t.device.type) for t in packer.tensors]
     tensors = [tensor.detach().contiguous() for tensor in packer.tensors]
     return pickle.dumps((file.getvalue(), layout), protocol=5), tensors
 
