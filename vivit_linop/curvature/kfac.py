@@ -36,6 +36,7 @@ from vivit_linop.operators.kronecker import (
 )
 from vivit_linop.operators.lowrank import LowRank
 from vivit_linop.operators.verbs import trace
+from vivit_linop.ranks.alone import Ranks
 from vivit_linop.risk.empirical import EmpiricalRisk, as_risk
 
 VARIANTS = ("mc", "exact", "empirical")
@@ -78,6 +79,11 @@ class _LayerBlocks(BlockDiagonal):
         self.names = [part.names for part in parts]
         self.inputs_first = [part.inputs_first for part in parts]
         super().__init__(*_placed(parts, self.risk))
+
+    @property
+    def ranks(self) -> Ranks:
+        """Those of the risk; all have the same factors."""
+        return self.risk.ranks
 
     @classmethod
     def _parts(
