@@ -90,19 +90,22 @@ class EmpiricalRisk(ParameterVectors):
             a tuple, ``model(**x)`` for a mapping; a tuple or mapping that its signature
             does not take so, and all else, comes as it is, but a list of what a
             module takes one by one. Of an output with ``.logits`` these
-            are taken. ``torch.compile`` and ``DistributedDataParallel`` are unwrapped.
+            are taken; several outputs, in a tuple, a mapping or an object, go to the
+            loss as they are. ``torch.compile`` and ``DistributedDataParallel`` are
+            unwrapped.
         loss: ``nn.MSELoss``, ``nn.CrossEntropyLoss``, ``nn.NLLLoss`` of
             log-probabilities (with the Hessian of the cross-entropy),
             ``nn.BCEWithLogitsLoss``, ``nn.GaussianNLLLoss`` with targets
-            ``torch.stack([y, variance], dim=-1)``, ``nn.PoissonNLLLoss``,
-            ``nn.HuberLoss``, ``nn.SmoothL1Loss``, ``nn.KLDivLoss`` of log-probabilities
-            (closed-form Hessians, all options), or any callable
-            ``(output, target) -> scalar`` that is a mean or sum over samples (Hessians
-            by autograd). Classes are axis 1, as in torch. ``"model"`` for a model that
-            returns an object with ``.loss`` and ``.logits`` for batches with
-            ``labels``: that loss, which must be the mean cross-entropy (also of the
-            next label), squared error or binary cross-entropy of them; seen on each
-            batch, by one more forward pass.
+            ``torch.stack([y, variance], dim=-1)`` or of a model that returns (mean,
+            variance), ``nn.PoissonNLLLoss``, ``nn.HuberLoss``, ``nn.SmoothL1Loss``,
+            ``nn.KLDivLoss`` of log-probabilities (closed-form Hessians, all options);
+            any callable ``(output, target) -> scalar`` that is a mean or sum over
+            samples (Hessians by autograd); a :class:`vivit_linop.Loss`, which says more
+            of it, or a :class:`vivit_linop.losses.Weighted` one. Classes are axis 1, as
+            in torch. ``"model"`` for a model that returns an object with ``.loss`` and
+            ``.logits`` for batches with ``labels``: that loss, which must be the mean
+            cross-entropy (also of the next label), squared error or binary
+            cross-entropy of them; seen on each batch, by one more forward pass.
         data: One pair ``(X, y)``, or a re-iterable of them such as a ``DataLoader``
             without shuffling. X is whatever holds tensors, and reaches the model as the
             type that it is: a list, a named tuple, a dataclass, a ``PackedSequence``,
