@@ -38,6 +38,7 @@ CONTAINERS: dict[str, Callable[[Tensor, Tensor], Any]] = {
     "named tuple": Named,
     "mapping": lambda mean, variance: {"mean": mean, "variance": variance},
     "dataclass": Held,
+    "list": lambda mean, variance: [mean, variance],
     "nested": lambda mean, variance: ((mean, None), {"variance": variance}),
 }
 
@@ -184,6 +185,33 @@ def test_two_tasks(kind: str) -> None:
         found = S.to_dense().square().sum(1)
         assert ((found - expected).abs() <= 24 / 2000**0.5 * expected).all()
         assert vl.EKFAC(risk, mc_samples=2).trace() > 0
+
+
+def test_a_list_of_outputs_or_of_samples() -> None:
+    """As many tensors as samples are one for each; others are several outputs."""
+    X, y = inputs(6, 3), inputs(6, 2)
+    model = MeanVariance("tuple", 2).double()
+
+    def loss(f: Any, y: Tensor) -> Tensor:
+        a, b = f if isinstance(f, list) else f.unbind(1)
+        return ((a - y).square() * b).sum()
+
+    def by_sample(model: nn.Module, x: Tensor) -> list[Tensor]:
+        return list(torch.stack(model(x), dim=1))
+
+    data = [(X[:4], y[:4]), (X[4:], y[4:])]  # the second has two samples, too
+    several, samples, whole = (
+        vl.EmpiricalRisk(model, loss, data, reduction="sum", predict=predict)
+        for predict in (
+            lambda model, x: list(model(x)),
+            by_sample,
+            lambda model, x: torch.stack(model(x), dim=1),
+        )
+    )
+    for kind in (vl.GGN, vl.Hessian):
+        expected = kind(whole).to_dense()
+        close(kind(several).to_dense(), expected)
+        close(kind(samples).to_dense(), expected)
 
 
 def test_a_function_model_of_several_outputs() -> None:

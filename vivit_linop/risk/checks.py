@@ -74,7 +74,7 @@ def checked_outputs(
         before = random_state(first.device)
         try:
             nbytes, (output, written) = saved_bytes(
-                lambda: model.first(model.params, X)
+                lambda: model.first(model.params, X, n)
             )
         except Exception:
             check_finite(model.params, "params")  # which may be why

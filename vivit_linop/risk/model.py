@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from vivit_linop.modes import as_guest as as_guest
 from vivit_linop.risk.containers import copied, leaves, map_leaves, rebuilt
 from vivit_linop.risk.copies import Copies
-from vivit_linop.risk.outputs import OutputTree, as_tensor
+from vivit_linop.risk.outputs import OutputTree, Returned
 from vivit_linop.risk.parameters import (
     check_chosen,
     check_finite,
@@ -111,7 +111,7 @@ class FunctionalModel:
         check_precision(dtype)
         self._dtype = dtype
         self._private: PrivateModule | None = None
-        self._tree: OutputTree | None = None
+        self._returned = Returned()
         self._writes = False
         self._empty: list[str] = []
         self._fixed: Params = {}
@@ -166,6 +166,7 @@ class FunctionalModel:
         ]
         own = {**self._fixed, **self._as_given(self.params)}
         self._private = PrivateModule(model, predict, own, self._dtype)
+        self._returned = self._private.returned
 
     def __getstate__(self) -> dict[str, Any]:
         """What travels: not the user's module."""
@@ -258,16 +259,23 @@ class FunctionalModel:
         """Return the outputs, ``[n, …]``; X is not written into."""
         return self._evaluate(params, self.private_input(X, params))
 
-    def first(self, params: Params, X: Any) -> tuple[Tensor, list[Tensor]]:
+    def first(
+        self, params: Params, X: Any, samples: int
+    ) -> tuple[Tensor, list[Tensor]]:
         """Return the outputs, and whether parts of the input were written into.
 
         Once the model knows that it writes (:meth:`writes`), every evaluation has a
         copy of the input.
+
+        Args:
+            params: The parameters.
+            X: The input of a batch.
+            samples: How many samples it has.
         """
         X = self._precise(X, params)
         own = copied(X)
         tensors = list(leaves(own))
-        with explained_casts(self._dtype):
+        with explained_casts(self._dtype), self._returned.of_batch(samples):
             output = self._evaluate(params, own)
         # The model may have taken something out of a container, or put something in.
         return output, list(map(_is_written, tensors, leaves(X)))
@@ -320,13 +328,12 @@ class FunctionalModel:
         if self._private is not None:
             return self._private(params, X)
         output = Copies(()).of_called(self._function)(params, rebuilt(X))
-        joined, self._tree = as_tensor(output, self._tree)
-        return joined
+        return self._returned(output)
 
     @property
     def tree(self) -> OutputTree | None:
         """The form of its outputs where these are several; known when it has run."""
-        return self._tree if self._private is None else self._private.tree
+        return self._returned.tree
 
     def copied_module(self, params: Params) -> nn.Module | None:
         """Return a module at these parameters, None for a function model.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -58,43 +60,73 @@ class OutputTree:
         return map_leaves(lambda leaf: next(tensors), self._form)
 
 
-def as_tensor(
-    output: Any, tree: OutputTree | None = None
-) -> tuple[Tensor, OutputTree | None]:
-    """Return the outputs of a model as a tensor.
+class Returned:
+    """The one tensor of outputs that is made of what a model returns.
 
-    Args:
-        output: What it returns: a tensor, an object whose ``.logits`` is one, a list of
-            one for each sample, a nested tensor or a packed sequence of these, or a
-            tuple, mapping or object of several with one sample axis.
-        tree: The form of several, once it is known.
-
-    Returns:
-        The tensor, and the form where there are several.
-
-    Raises:
-        TypeError: If it is none of these.
-        RaggedOutputs: If samples in a list have outputs of several shapes.
+    Attributes:
+        tree: The form of several outputs, once the model has returned them.
     """
-    if not isinstance(output, Tensor):
-        output = getattr(output, "logits", output)
-    if isinstance(output, PackedSequence):
-        output = output.data  # item by item
-    if isinstance(output, Tensor) and output.is_nested:
-        return joined_outputs(output.unbind()), None
-    if type(output) is list and output and all(isinstance(o, Tensor) for o in output):
-        return joined_outputs(output), None
-    if isinstance(output, Tensor):
-        return output, None
-    if tree is None:
-        tensors = [] if isinstance(output, list) else list(leaves(output))
-        lengths = {len(leaf) if leaf.ndim else 0 for leaf in tensors}
-        if len(lengths) != 1 or not all(t.is_floating_point() for t in tensors):
-            raise TypeError(
-                "model: must return a tensor, an object whose .logits is one, or a "
-                "tuple of tensors that all have the samples along their first axis, "
-                f"got {described(output)}. Say what to take with predict=, for example "
-                "predict=lambda model, X: model(**X).last_hidden_state.mean(1)."
-            )
-        tree = OutputTree(output)
-    return tree.join(output), tree
+
+    def __init__(self) -> None:
+        self.tree: OutputTree | None = None
+        self._samples: int | None = None
+
+    @contextlib.contextmanager
+    def of_batch(self, samples: int) -> Iterator[None]:
+        """Know how many samples there are: so many tensors in a list are one of each.
+
+        A list of others then is one of several outputs.
+        """
+        self._samples = samples
+        try:
+            yield
+        finally:
+            self._samples = None
+
+    def __call__(self, output: Any) -> Tensor:
+        """Return the outputs of a model as a tensor.
+
+        Args:
+            output: What it returns: a tensor, an object whose ``.logits`` is one, a
+                list of one for each sample, a nested tensor or a packed sequence of
+                these, or a container of several with one sample axis.
+
+        Raises:
+            TypeError: If it is none of these.
+            RaggedOutputs: If samples in a list have outputs of several shapes.
+        """
+        if not isinstance(output, Tensor):
+            output = getattr(output, "logits", output)
+        if isinstance(output, PackedSequence):
+            output = output.data  # item by item
+        if isinstance(output, Tensor):
+            return joined_outputs(output.unbind()) if output.is_nested else output
+        if self.tree is None:
+            if self._is_by_sample(output):
+                return joined_outputs(output)
+            self.tree = _checked_tree(output)
+        return self.tree.join(output)
+
+    def _is_by_sample(self, output: Any) -> bool:
+        """Whether it is a list with a tensor for each sample."""
+        if type(output) is not list or not output:
+            return False
+        if not all(isinstance(part, Tensor) for part in output):
+            return False
+        n = self._samples
+        return n in (None, len(output)) or any(
+            part.ndim == 0 or len(part) != n for part in output
+        )
+
+
+def _checked_tree(output: Any) -> OutputTree:
+    tensors = list(leaves(output))
+    lengths = {len(leaf) if leaf.ndim else 0 for leaf in tensors}
+    if len(lengths) != 1 or not all(t.is_floating_point() for t in tensors):
+        raise TypeError(
+            "model: must return a tensor, an object whose .logits is one, or a "
+            "tuple of tensors that all have the samples along their first axis, "
+            f"got {described(output)}. Say what to take with predict=, for example "
+            "predict=lambda model, X: model(**X).last_hidden_state.mean(1)."
+        )
+    return OutputTree(output)

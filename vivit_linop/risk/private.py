@@ -27,7 +27,7 @@ from vivit_linop.checkpoints import RECOMPUTED
 from vivit_linop.noise import Noise
 from vivit_linop.risk.containers import rebuilt
 from vivit_linop.risk.copies import Copies, Watch
-from vivit_linop.risk.outputs import OutputTree, as_tensor
+from vivit_linop.risk.outputs import Returned
 from vivit_linop.risk.precision import HALVES, in_precision
 
 Params = dict[str, Tensor]
@@ -49,7 +49,7 @@ class PrivateModule:
         dtype: The precision of other tensors that it has, None for their own.
 
     Attributes:
-        tree: The form of its outputs where these are several.
+        returned: What makes one tensor of its outputs.
 
     Raises:
         ValueError: If it has parts that cannot be copied.
@@ -81,7 +81,7 @@ class PrivateModule:
         self._settled = self._reentrant = False
         # Which way of calling it with an input is the right one, once it is known.
         self._call: int | None = None
-        self.tree: OutputTree | None = None
+        self.returned = Returned()
 
     def _constant(self, tensor: Tensor) -> Tensor:
         """Copy a tensor that is in no slot of the model's."""
@@ -137,8 +137,7 @@ class PrivateModule:
                 output = predict(module, X)
             else:
                 output = self._called(module, X)
-            joined, self.tree = as_tensor(output, self.tree)
-            return joined
+            return self.returned(output)
 
     def _called(self, module: nn.Module, X: Any) -> Any:
         """Call the module with an input, as it was called first."""

@@ -14,7 +14,7 @@ from vivit_linop.risk.draws import Draws
 from vivit_linop.risk.losses.base import OutputLoss
 from vivit_linop.risk.losses.certificates import targets_of
 from vivit_linop.risk.losses.registry import built, checked_reduction, register
-from vivit_linop.risk.outputs import OutputTree, as_tensor
+from vivit_linop.risk.outputs import OutputTree, Returned
 
 
 class Weighted(nn.Module):
@@ -51,10 +51,11 @@ class Weighted(nn.Module):
 
     def forward(self, output: Any, target: Any) -> Tensor:
         """Return the mean or the sum of the weighted losses of a batch."""
-        joined, tree = as_tensor(output)
-        loss = weighted_loss(self)
-        if tree is not None:
-            loss = loss.of_several(tree)
+        returned, loss = Returned(), weighted_loss(self)
+        with returned.of_batch(len(target[1])):
+            joined = returned(output)
+        if returned.tree is not None:
+            loss = loss.of_several(returned.tree)
         targets = loss.as_targets(target, joined)
         total = loss.total(joined, targets)
         mean = self.reduction == "mean"
