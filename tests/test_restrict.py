@@ -12,7 +12,15 @@ from torch import Tensor
 from verb_cases import FLOAT64, SQUARE, assert_near
 
 import vivit_linop as vl
-from vivit_linop.operators import Damped, LowRank, Restricted, Woodbury
+from vivit_linop.operators import (
+    Damped,
+    LowRank,
+    Restricted,
+    Rows,
+    Sandwich,
+    Woodbury,
+    verbs,
+)
 
 NAMES = ["mlp_ce_mean", "more_columns_than_parameters", "repeated_samples"]
 
@@ -114,6 +122,50 @@ def test_rounds_of_pruning() -> None:
     expected = dense("mlp_ce_mean").G + 0.1 * torch.eye(D, dtype=FLOAT64)
     expected = torch.linalg.inv(expected[kept][:, kept])
     assert close(S.to_dense(), expected, 1e-10)
+
+
+@pytest.mark.parametrize("dtype, rtol", [(FLOAT64, 1e-10), (torch.float32, 1e-3)])
+@pytest.mark.parametrize("name", ["mlp_ce_mean", "cnn"])
+def test_influence_in_a_subnetwork(
+    name: str, dtype: torch.dtype, rtol: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the small side: the rows of V and U are not formed, if some are left out."""
+    of, truth = risk(name, dtype), dense(name)
+    index = shuffled(truth.D, truth.D // 2)
+    U = Rows(vl.PerSampleGradients(of), index)
+    J = Rows(vl.Jacobian(of).T, index)
+    S = (vl.GGN(of).restrict(index) + 0.1 * vl.Identity(len(index))).inv()
+    assert isinstance(S, Woodbury)
+    matrix = truth.G[index][:, index] + 0.1 * torch.eye(len(index), dtype=FLOAT64)
+    inverse, rows = torch.linalg.inv(matrix), truth.U[index]
+    if truth.N * S.operator.factor.operator.width < len(index):
+        assert type(U.T @ S @ U) is Sandwich
+        monkeypatch.setattr(Rows, "to_dense", None)
+    assert close(vl.influence(U, S, U), rows.T @ inverse @ rows, rtol)
+    assert close(vl.self_influence(S, U), (rows * (inverse @ rows)).sum(0), rtol)
+    outputs = truth.J[:, index]
+    covariance = (J.T @ S @ J).diagonal()
+    assert close(covariance, (outputs @ inverse * outputs).sum(1), rtol)
+    squares = verbs.column_norms_squared(U)
+    assert close(squares, rows.square().sum(0), rtol)
+
+
+def test_rows_of_different_kinds() -> None:
+    of, truth = risk("mlp_ce_mean"), dense("mlp_ce_mean")
+    index, other = shuffled(truth.D, 9), torch.arange(9)
+    U, J = vl.PerSampleGradients(of), vl.Jacobian(of).T
+    left, right = Rows(U, index), Rows(J, other)
+    expected = truth.U[index].T @ truth.J.T[other]
+    assert close(verbs.gram_matrix(left, right), expected)
+    weights = torch.linspace(0.5, 1.0, 9, dtype=FLOAT64)
+    expected = truth.U[index].T @ (weights[:, None] * truth.U[index])
+    assert close(verbs.weighted_gram_matrix(left, left, weights), expected)
+    blocks = verbs.gram_blocks(left, left, 1, weights).flatten()
+    assert close(blocks, expected.diagonal())
+    dense_factor = vl.Dense(torch.rand(9, 2, dtype=FLOAT64))
+    expected = truth.U[index].T @ dense_factor.matrix
+    assert close(verbs.gram_matrix(left, dense_factor), expected)
+    assert close(verbs.gram_matrix(dense_factor, left), expected.T)
 
 
 def test_kinds_of_indices() -> None:

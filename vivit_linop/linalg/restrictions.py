@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from vivit_linop.linalg.sandwiches import gram_blocks_of_operator
 from vivit_linop.operators.base import TorchLinearOperator
 from vivit_linop.operators.damped import Damped, DampedDense
 from vivit_linop.operators.elementary import (
@@ -27,11 +28,14 @@ from vivit_linop.operators.symmetric import symmetric_eigenpairs
 from vivit_linop.operators.verbs import (
     add,
     adjoint,
+    as_factor,
+    column_norms_squared,
     column_pieces,
     damp,
     damped_inv,
     diagonal,
     gram,
+    gram_blocks,
     gram_matrix,
     inv,
     logdet,
@@ -42,6 +46,7 @@ from vivit_linop.operators.verbs import (
     scale,
     sqrt,
     to_dense,
+    weighted_gram_matrix,
 )
 
 Op = TorchLinearOperator
@@ -147,6 +152,59 @@ def restricted_block_diagonal(op: BlockDiagonal, index: Tensor) -> Op:
 def column_pieces_of_rows(op: Rows) -> Iterator[tuple[slice, Tensor]]:
     for place, columns in column_pieces(op.operator):
         yield place, columns[op.index]
+
+
+@as_factor.register
+def rows_as_factor(op: Rows) -> Op | None:
+    """If what they are rows of is one."""
+    return op if as_factor(op.operator) is op.operator else None
+
+
+@gram_matrix.register
+def gram_matrix_of_rows(left: Rows, right: Op) -> Tensor:
+    """As the whole, with weights of one for these rows, and of zero for others."""
+    ones = torch.ones(len(left.index), dtype=left.torch_dtype, device=left.device)
+    return weighted_gram_matrix_of_rows(left, right, ones)
+
+
+@weighted_gram_matrix.register
+def weighted_gram_matrix_of_rows(left: Rows, right: Op, weights: Tensor) -> Tensor:
+    if not _same_rows(left, right):
+        return left.T.apply(weights[:, None] * to_dense(right))
+    whole = _of_all_rows(left, weights)
+    return weighted_gram_matrix(left.operator, right.operator, whole)
+
+
+@gram_blocks.register
+def gram_blocks_of_rows(
+    left: Rows, right: Op, size: int, weights: Tensor | None = None
+) -> Tensor:
+    if not _same_rows(left, right):
+        return gram_blocks_of_operator(left, right, size, weights)
+    if weights is None:
+        weights = torch.ones(
+            len(left.index), dtype=left.torch_dtype, device=left.device
+        )
+    whole = _of_all_rows(left, weights)
+    return gram_blocks(left.operator, right.operator, size, whole)
+
+
+@column_norms_squared.register
+def column_norms_of_rows(op: Rows) -> Tensor:
+    return gram_blocks(op, op, 1).flatten()
+
+
+def _same_rows(left: Rows, right: Op) -> bool:
+    return (
+        isinstance(right, Rows)
+        and left.operator.shape[0] == right.operator.shape[0]
+        and torch.equal(left.index, right.index)
+    )
+
+
+def _of_all_rows(op: Rows, weights: Tensor) -> Tensor:
+    """Return weights with zeros for the other rows."""
+    return weights.new_zeros(op.operator.shape[0]).index_copy(0, op.index, weights)
 
 
 @row_norms_squared.register

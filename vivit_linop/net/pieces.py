@@ -169,11 +169,16 @@ class Piece:
         return total
 
     def weighted(self, weights: Tensor) -> Piece:
-        """Return the columns with a weight for each entry, ``[D]``."""
+        """Return the columns with a weight for each entry, ``[D]``.
+
+        Parameters without any weight have zero columns.
+        """
         parts = weights.split(list(self.sizes.values()))
         of = dict(zip(self.sizes, parts, strict=True))
         columns = {
-            name: weighted(part, of[name]) for name, part in self.columns.items()
+            name: weighted(part, of[name])
+            for name, part in self.columns.items()
+            if of[name].any()
         }
         return Piece(self.place, self.samples, columns, self.sizes)
 
