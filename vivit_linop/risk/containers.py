@@ -172,13 +172,13 @@ def _with_attributes(value: Any) -> Opened | None:
 
 
 def leaves(value: Any, stop: Callable[[Any], bool] = _nothing) -> Iterator[Any]:
-    """Yield the tensors of a value.
+    """Return the tensors of a value, one after the other.
 
     Args:
         value: A tensor, or what holds some.
         stop: Which containers are yielded themselves, in place of their tensors.
     """
-    yield from _walk(value, stop, ())
+    return iter((value,)) if is_leaf(value) else _walk(value, stop, ())
 
 
 def _walk(
@@ -209,6 +209,8 @@ def map_leaves(
         value: A tensor, or what holds some.
         stop: Which containers are given to the function themselves.
     """
+    if is_leaf(value):
+        return function(value)
     return _mapped(function, value, stop, ())[0]
 
 

@@ -269,6 +269,8 @@ def some_targets(y: Any, index: Tensor) -> Any:
 
 def joined_targets(targets: Sequence[Any]) -> Any:
     """Put the targets of several batches into one."""
+    if isinstance(targets[0], Tensor):
+        return torch.cat(list(targets))
     parts = iter(list(zip(*map(leaves, targets), strict=True)))
     return map_leaves(lambda _: torch.cat(next(parts)), targets[0])
 

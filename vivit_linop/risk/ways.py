@@ -11,6 +11,8 @@ import itertools
 from collections.abc import Iterator
 from typing import Any
 
+from torch import Tensor
+
 from vivit_linop.risk.containers import described, is_leaf, leaves, opened
 from vivit_linop.risk.data import numbers_of
 from vivit_linop.risk.samples import (
@@ -69,6 +71,7 @@ class Search:
         if take is not None and sample_axis is not None:
             raise TypeError("sample_axis: with take and count it is not needed.")
         self._axis, self.ways = sample_axis, list[Samples]()
+        self._is_plain = False  # whether all were two tensors, and are nothing else
         self._given: Samples | None = None
         if take is not None and count is not None:
             self._given = Given(take, count)
@@ -97,6 +100,8 @@ class Search:
         Raises:
             ValueError: If nobody knows, or it is none.
         """
+        if index and self._is_plain and _are_rows(X, y):
+            return len(y)
         if self._axis is not None and not self.ways:
             self._given = chosen_by_user(self._axis, X)
             self.ways = [self._given]
@@ -113,6 +118,7 @@ class Search:
                 fitting = [way for way in self.ways if way.fits(X, n)]
             if fitting:
                 self.ways = fitting
+                self._is_plain = len(fitting) == 1 and _are_rows(X, y)
                 return n
         raise ValueError(
             f"data: batch {index} has {numbers[0]} samples in y and "
@@ -136,6 +142,18 @@ class Search:
                 f"({described(X)}) that are said to have some."
             )
         return int(n)
+
+
+def _are_rows(X: Any, y: Any) -> bool:
+    """Whether inputs and targets are tensors with a row for each sample."""
+    return (
+        isinstance(X, Tensor)
+        and isinstance(y, Tensor)
+        and not X.is_nested
+        and X.ndim > 0
+        and y.ndim > 0
+        and len(X) == len(y) > 0
+    )
 
 
 def number_without_targets(X: Any, sample_axis: Any = None) -> int | None:
