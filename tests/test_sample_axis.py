@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from cases import Lambda
@@ -439,3 +440,56 @@ def test_jacobians_without_targets_count_samples_themselves() -> None:
         assert J.risk.num_samples == N
         expected = truth_for(model, X, one, range(N)).J
         assert close(J.to_dense(), torch.cat(expected))
+
+
+WORDS = ["one", "three", "seventeen", "", "of", "samples"]
+
+
+class OfTexts(nn.Module):
+    """Counts letters of texts; with numbers beside them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.f = nn.Linear(5, C)
+
+    def forward(self, X: Any) -> Tensor:
+        texts, numbers = (X["texts"], X["x"]) if isinstance(X, dict) else (X, 0.0)
+        counts = [[text.count(letter) for letter in "aeios"] for text in texts]
+        return torch.tanh(self.f(torch.tensor(counts).double())) + numbers
+
+
+@pytest.mark.parametrize("form", ["texts", "array", "texts and numbers", "said"])
+def test_texts_are_samples(form: str) -> None:
+    torch.manual_seed(1)
+    model, numbers = OfTexts().double(), randn(C, N)
+    X: Any = np.array(WORDS) if form == "array" else list(WORDS)
+    keywords = {}
+    if form in ("texts and numbers", "said"):
+        X = {"texts": X, "x": numbers.T, "sizes": (1, 2)}
+    if form == "said":
+        keywords = {"sample_axis": {"texts": 0, "x": 0, "sizes": None}}
+
+    def one(X: Any, i: int) -> Any:
+        texts = X["texts"] if isinstance(X, dict) else X
+        part = [str(texts[i])]
+        return ({"texts": part, "x": X["x"][[i]]} if isinstance(X, dict) else part,)
+
+    risk = vl.EmpiricalRisk(model, CE, (X, y), predict=lambda m, X: m(X), **keywords)
+    check_products(risk, truth_for(model, X, one, range(N)))
+    check_products(risk.subset([4, 1]), truth_for(model, X, one, [4, 1]))
+    digest = risk.fingerprint()["samples"]
+    assert digest == risk.subset(range(N)).fingerprint()["samples"]
+    assert digest != risk.subset([1, 0, 2, 3, 4, 5]).fingerprint()["samples"]
+
+
+def test_objects_that_refer_to_each_other_are_entered_once() -> None:
+    class Node:
+        pass
+
+    nodes = [Node() for _ in range(12)]
+    for node in nodes:
+        node.others = nodes
+    X = {"x": randn(N, 4), "nodes": nodes[0]}
+    model = Lambda(lambda m, X: m.f(X["x"]), f=nn.Linear(4, C)).double()
+    risk = vl.EmpiricalRisk(model, CE, (X, y))
+    assert risk.num_samples == N

@@ -178,20 +178,30 @@ def leaves(value: Any, stop: Callable[[Any], bool] = _nothing) -> Iterator[Any]:
         value: A tensor, or what holds some.
         stop: Which containers are yielded themselves, in place of their tensors.
     """
-    return iter((value,)) if is_leaf(value) else _walk(value, stop, ())
+    return iter((value,)) if is_leaf(value) else _walk(value, stop, (), {})
 
 
 def _walk(
-    value: Any, stop: Callable[[Any], bool], above: tuple[int, ...]
+    value: Any,
+    stop: Callable[[Any], bool],
+    above: tuple[int, ...],
+    barren: dict[int, Any],
 ) -> Iterator[Any]:
+    """Walk down; what holds nothing is entered once, however many ways lead to it."""
     if is_leaf(value) or stop(value):
         yield value
         return
     # What refers to itself has no end.
-    if id(value) in above or (found := opened(value)) is None:
+    if id(value) in above or id(value) in barren:
         return
-    for part in found.parts:
-        yield from _walk(part, stop, (*above, id(value)))
+    holds = False
+    if (found := opened(value)) is not None:
+        for part in found.parts:
+            for leaf in _walk(part, stop, (*above, id(value)), barren):
+                holds = True
+                yield leaf
+    if not holds:
+        barren[id(value)] = value
 
 
 def map_leaves(
@@ -211,7 +221,7 @@ def map_leaves(
     """
     if is_leaf(value):
         return function(value)
-    return _mapped(function, value, stop, ())[0]
+    return _mapped(function, value, stop, (), {})[0]
 
 
 def _mapped(
@@ -219,19 +229,23 @@ def _mapped(
     value: Any,
     stop: Callable[[Any], bool],
     above: tuple[int, ...],
+    barren: dict[int, Any],
 ) -> tuple[Any, bool]:
     """The result, and whether there was a tensor."""
     if is_leaf(value) or stop(value):
         return function(value), True
-    if id(value) in above or (found := opened(value)) is None:
+    if id(value) in above or id(value) in barren:
         return value, False
-    mapped = [
-        _mapped(function, part, stop, (*above, id(value))) for part in found.parts
-    ]
+    mapped: list[tuple[Any, bool]] = []
+    if (found := opened(value)) is not None:
+        within = (*above, id(value))
+        mapped = [_mapped(function, p, stop, within, barren) for p in found.parts]
+    holds = any(held for _, held in mapped)
+    if not holds:
+        barren[id(value)] = value
     # The standard ones can always be built; of others nobody knows that.
-    if any(holds for _, holds in mapped) or type(value) in (tuple, list, dict):
-        parts = [part for part, _ in mapped]
-        return found.build(parts), any(holds for _, holds in mapped)
+    if found is not None and (holds or type(value) in (tuple, list, dict)):
+        return found.build([part for part, _ in mapped]), holds
     return value, False
 
 

@@ -6,22 +6,35 @@ import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from vivit_linop.risk.containers import leaves
 from vivit_linop.risk.data import Batch, some_targets, stacked
-from vivit_linop.risk.samples import Samples
+from vivit_linop.risk.samples import Samples, has_entries
 from vivit_linop.risk.ways import Search
 
 
 def of_batch(batch: Any) -> bytes:
     """Return a digest of the tensors of one batch, as the loader gives it."""
     digest = hashlib.sha256()
-    for leaf in leaves(batch):
+    for leaf in leaves(batch, has_entries):
+        if not isinstance(leaf, Tensor):  # texts, or an array
+            digest.update(_entries(leaf))
+            continue
         digest.update(f"{leaf.dtype}{list(leaf.shape)}".encode())
         digest.update(_contents(leaf))
     return digest.digest()
+
+
+def _entries(value: Any) -> bytes:
+    """The numbers and texts in a list or an array."""
+    if isinstance(value, np.ndarray) and value.dtype != object:
+        return value.tobytes()
+    if isinstance(value, (list, tuple, np.ndarray)):
+        return b"".join(b"[" + _entries(entry) for entry in value)
+    return repr(value).encode() if isinstance(value, (str, int, float)) else b""
 
 
 def of_samples(batches: Iterable[Batch], search: Search) -> tuple[bytes, list[bytes]]:

@@ -14,11 +14,12 @@ from dataclasses import dataclass
 from functools import singledispatch
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pack_sequence, unpack_sequence
 
-from vivit_linop.risk.containers import leaves, map_leaves, opened
+from vivit_linop.risk.containers import is_leaf, leaves, map_leaves, opened
 
 Take = Callable[[Any, Tensor], Any]
 Count = Callable[[Any], int]
@@ -62,13 +63,20 @@ def some_sequences(unit: PackedSequence, index: Tensor) -> PackedSequence:
     return pack_sequence([sequences[i] for i in index.tolist()], enforce_sorted=ordered)
 
 
-def _is_counted(value: Any) -> bool:
-    return number_of(value) is not None
+def has_entries(value: Any) -> bool:
+    """Whether it is a list or an array of something else than tensors, as of texts."""
+    if isinstance(value, (list, tuple)):
+        return bool(value) and next(leaves(value), None) is None
+    return isinstance(value, np.ndarray) and value.ndim > 0
+
+
+def _is_unit(value: Any) -> bool:
+    return number_of(value) is not None or has_entries(value)
 
 
 def units_of(X: Any) -> list[Any]:
-    """The tensors of an input, and containers that know their samples."""
-    return list(leaves(X, _is_counted))
+    """The tensors of an input, containers that know their samples, and lists."""
+    return list(leaves(X, _is_unit))
 
 
 @number_of.register
@@ -193,6 +201,27 @@ class Counted(Place):
         return some_of(unit, index)
 
 
+@dataclass(frozen=True)
+class Entries(Place):
+    """In a list or an array of something else than tensors: an entry for each."""
+
+    def fits(self, unit: Any, n: int) -> bool:
+        """Whether it has as many."""
+        return has_entries(unit) and len(unit) == n
+
+    def take(self, unit: Any, index: Tensor, n: int) -> Any:
+        """Those at some places."""
+        if isinstance(unit, np.ndarray):
+            return unit[index.numpy()]
+        return type(unit)(unit[i] for i in index.tolist())
+
+    def joined(self, units: Sequence[Any]) -> Any:
+        """One after the other."""
+        if isinstance(units[0], np.ndarray):
+            return np.concatenate(units)
+        return type(units[0])(entry for unit in units for entry in unit)
+
+
 # Samples of an input ----------------------------------------------------------------
 
 
@@ -249,28 +278,31 @@ class ByUnit(Samples):
                 return int(unit.shape[place.axis])
             if isinstance(place, Counted) and (n := number_of(unit)) is not None:
                 return n
+            if isinstance(place, Entries):
+                return len(unit)
         raise ValueError("no part of the input has a sample axis.")
 
     def take(self, X: Any, index: Tensor) -> Any:
         """From each unit."""
         n, places = self.number(X), iter(self.places)
-        return map_leaves(
-            lambda unit: next(places).take(unit, index, n), X, _is_counted
-        )
+        return map_leaves(lambda unit: next(places).take(unit, index, n), X, _is_unit)
 
     def joined(self, inputs: Sequence[Any]) -> Any:
         """Unit by unit."""
         places = iter(self.places)
         parts = zip(*(units_of(X) for X in inputs), strict=True)
         joined = iter([next(places).joined(units) for units in parts])
-        return map_leaves(lambda _: next(joined), inputs[0], _is_counted)
+        return map_leaves(lambda _: next(joined), inputs[0], _is_unit)
 
     def axes(self, X: Any) -> list[int | None] | None:
         """Those of the places, if all are axes or shared."""
         if not all(isinstance(place, (Axis, Shared)) for place in self.places):
             return None
+        pairs = zip(self.places, units_of(X), strict=True)
         return [
-            place.axis if isinstance(place, Axis) else None for place in self.places
+            place.axis if isinstance(place, Axis) else None
+            for place, unit in pairs
+            if is_leaf(unit)
         ]
 
 

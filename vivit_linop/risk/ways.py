@@ -21,6 +21,7 @@ from vivit_linop.risk.samples import (
     ByUnit,
     Count,
     Counted,
+    Entries,
     Given,
     Listing,
     Place,
@@ -225,7 +226,7 @@ def ways_of(X: Any, n: int) -> list[Samples]:
         ways.append(Listing())
     for chosen in itertools.islice(itertools.product(*places), _MOST_WAYS):
         # Someone must have samples of its own.
-        if any(isinstance(place, (Axis, Counted)) for place in chosen):
+        if any(isinstance(place, (Axis, Counted, Entries)) for place in chosen):
             if not ways or list(chosen) != plain:
                 ways.append(ByUnit(chosen))
     return ways
@@ -233,8 +234,9 @@ def ways_of(X: Any, n: int) -> list[Samples]:
 
 def _places(unit: Any, n: int) -> Iterator[Place]:
     """Yield where n samples may be in a unit, the likeliest first."""
-    if Counted().fits(unit, n):
-        yield Counted()
+    for place in (Counted(), Entries()):
+        if place.fits(unit, n):
+            yield place
     if is_leaf(unit):
         for axis in range(unit.ndim):
             if unit.shape[axis] == n:
@@ -256,30 +258,31 @@ def chosen_by_user(sample_axis: Any, X: Any) -> ByUnit:
         TypeError: If it holds something else.
         ValueError: If it is no tree like X.
     """
-    places = [_place(axis) for axis in _axes(sample_axis, X, "")]
-    return ByUnit(places)
+    return ByUnit(list(_chosen(sample_axis, X, "")))
 
 
-def _place(axis: Any) -> Place:
-    return Shared() if axis is None else Axis(axis)
-
-
-def _axes(axis: Any, X: Any, name: str) -> Iterator[int | None]:
-    """Yield an axis for each tensor of X."""
+def _chosen(axis: Any, X: Any, name: str) -> Iterator[Place]:
+    """Yield a place for each unit of X."""
     if isinstance(axis, bool) or not (axis is None or isinstance(axis, int)):
-        yield from _axes_of_parts(axis, X, name)
+        yield from _chosen_parts(axis, X, name)
         return
-    for tensor in leaves(X):
-        if axis is not None and not -tensor.ndim <= axis < tensor.ndim:
+    for unit in units_of(X):
+        if axis is None:
+            yield Shared()
+            continue
+        if not is_leaf(unit):
+            yield Counted() if number_of(unit) is not None else Entries()
+            continue
+        if not -unit.ndim <= axis < unit.ndim:
             raise ValueError(
                 f"sample_axis: is {axis} for X{name}, where there is a tensor "
-                f"{list(tensor.shape)}; give None for what is the same for all "
+                f"{list(unit.shape)}; give None for what is the same for all "
                 "samples."
             )
-        yield axis
+        yield Axis(axis)
 
 
-def _axes_of_parts(axes: Any, X: Any, name: str) -> Iterator[int | None]:
+def _chosen_parts(axes: Any, X: Any, name: str) -> Iterator[Place]:
     given, found = opened(axes), opened(X)
     if given is None:
         raise TypeError(
@@ -293,4 +296,4 @@ def _axes_of_parts(axes: Any, X: Any, name: str) -> Iterator[int | None]:
         )
     by_name = dict(zip(given.names, given.parts, strict=True))
     for key, part in zip(found.names, found.parts, strict=True):
-        yield from _axes(by_name[key], part, f"{name}[{key!r}]")
+        yield from _chosen(by_name[key], part, f"{name}[{key!r}]")
