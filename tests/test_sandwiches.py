@@ -221,3 +221,44 @@ def test_diagonals_of_inverses_keep_their_digits():
         truth = torch.linalg.inv(V64 @ V64.T + delta * torch.eye(300).double())
         error = (S.diagonal().double() / truth.diagonal() - 1.0).abs().max()
         assert error <= 1e-3, error
+
+
+@pytest.mark.parametrize("kind", ["tall", "wide"])
+def test_derivatives_in_the_damping(kind):
+    """On the small side as well; those of matrices at the ends are products'."""
+    train, test = risks(kind, torch.float64)
+    G, J, U = vl.GGN(train), vl.Jacobian(test), vl.PerSampleGradients(train)
+    A, rows, columns = G.to_dense(), J.to_dense(), U.to_dense()
+    V = G.factor.to_dense()
+    D, found = len(A), []
+    delta = torch.tensor(0.1, dtype=torch.float64, requires_grad=True)
+    op = J @ (G + delta * vl.Identity(D)).inv() @ U
+    assert type(op) is (Sandwich if kind == "tall" else Product)
+    for build in (
+        lambda delta, unit, P: (
+            (J @ (G + delta * vl.Identity(D)).inv() @ J.T).diagonal(),
+            vl.linalg.diagonal_blocks(
+                J @ (3 * G + delta * vl.Identity(D)).inv() @ J.T, 3
+            ),
+            (J @ (G + delta * vl.Identity(D)).inv() @ U).to_dense(),
+            (U.T @ (G + delta * vl.Identity(D)).inv() @ G.factor).to_dense(),
+            (vl.Dense(P).T @ (G + delta * vl.Identity(D)).inv() @ U).to_dense(),
+        ),
+        lambda delta, unit, P: (
+            (rows @ (A + delta * unit).inverse() @ rows.T).diagonal(),
+            torch.stack(
+                [r @ (3 * A + delta * unit).inverse() @ r.T for r in rows.split(3)]
+            ),
+            rows @ (A + delta * unit).inverse() @ columns,
+            columns.T @ (A + delta * unit).inverse() @ V,
+            P.T @ (A + delta * unit).inverse() @ columns,
+        ),
+    ):
+        delta = torch.tensor(0.1, dtype=torch.float64, requires_grad=True)
+        P = torch.linspace(0, 1, 2 * D).double().reshape(D, 2).requires_grad_()
+        values = build(delta, torch.eye(D).double(), P)
+        total = sum((value * value.detach().cos()).sum() for value in values)
+        gradients = torch.autograd.grad(total, (delta, P))
+        found.append([*(value.detach() for value in values), *gradients])
+    for got, expected in zip(*found, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-8, atol=1e-10)

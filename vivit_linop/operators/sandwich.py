@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from vivit_linop.operators.base import TorchLinearOperator
-from vivit_linop.operators.damped import Damped
+from vivit_linop.operators.damped import Damped, DampedInverse
 from vivit_linop.operators.diagonal_damping import DiagonalWoodbury
 from vivit_linop.operators.elementary import (
     Adjoint,
@@ -113,6 +113,27 @@ def form_of_woodbury(op: Woodbury) -> LowRankForm | None:
         op.solve_small,
         condition=op.norm / delta,
         norm=op.norm / low_rank.scale,
+    )
+
+
+@low_rank_form.register
+def form_of_damped_inverse(op: DampedInverse) -> LowRankForm | None:
+    """By the eigenpairs Q, κ of K: functions of δ that derivatives pass through."""
+    low_rank, delta = op.operator, op.damping
+    form = low_rank_form(op.inverse)
+    if form is None or not isinstance(low_rank, LowRank):
+        return None
+    evals, vectors = low_rank.small_eigenpairs
+    inverse = 1.0 / (delta + low_rank.scale * evals.clamp(min=0.0))[:, None]
+
+    def on_range(Y: Tensor) -> Tensor:
+        return vectors @ (inverse * (vectors.T @ Y))
+
+    return replace(
+        form,
+        shift=1.0 / delta,
+        multiply=lambda Y: -low_rank.scale / delta * on_range(Y),
+        on_range=on_range,
     )
 
 
@@ -228,7 +249,9 @@ def _factor(op: Op) -> Op:
 
 
 def _sandwich(left: Op, middle: Op, right: Op) -> Op:
-    if any(part.requires_grad for part in (left, middle, right)):
+    # Of what requires grad, only a damping has rules here.
+    inner = middle.operator if isinstance(middle, DampedInverse) else middle
+    if any(part.requires_grad for part in (left, inner, right)):
         return NotImplemented
     if as_factor(right) is None or as_factor(adjoint(left)) is None:
         return NotImplemented
