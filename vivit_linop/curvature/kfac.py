@@ -244,19 +244,6 @@ def _check_options(variant: str, mc_samples: int, weight_sharing: str) -> None:
         )
 
 
-def _curvature(
-    risk: EmpiricalRisk,
-    variant: str,
-    mc_samples: int,
-    generator: torch.Generator | None,
-) -> LowRank:
-    """What is approximated."""
-    if variant == "empirical":
-        return EmpiricalFisher(risk)
-    samples = mc_samples if variant == "mc" else 0
-    return GGN(risk, mc_samples=samples, generator=generator)
-
-
 def _approximate(
     curvature: LowRank, sharing: str, partners: dict[str, str]
 ) -> list[_Part]:
