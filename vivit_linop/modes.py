@@ -173,7 +173,7 @@ class _Shared:
         self._devices: set[torch.device | None] = set()
 
     def enter(self, device: torch.device | None = None) -> None:
-        """Enter."""
+        """Set the switches, unless another thread has for this device."""
         with self._lock:
             self._inside += 1
             if device in self._devices:
@@ -186,7 +186,7 @@ class _Shared:
             self._devices.add(device)
 
     def leave(self) -> None:
-        """Leave."""
+        """Put the switches back, if nobody else is inside."""
         with self._lock:
             self._inside -= 1
             if self._inside:

@@ -68,7 +68,7 @@ class GGNFactor(Pullback):
 
     @property
     def root(self) -> LossHessianSqrt:
-        """S."""
+        """S, the square root of the loss Hessian that V = Jᵀ S contains."""
         assert isinstance(self.output, LossHessianSqrt)
         return self.output
 

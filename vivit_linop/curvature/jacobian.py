@@ -102,7 +102,7 @@ class Jacobian(TorchLinearOperator):
 
     @cached_property
     def pullback(self) -> Pullback:
-        """Jᵀ."""
+        """Jᵀ, made once: what it keeps serves all products."""
         return Pullback(self, OutputIdentity(self.risk))
 
     def _multiply(self, X: Tensor) -> Tensor:
@@ -166,7 +166,7 @@ class Pullback(TorchLinearOperator):
 
     @property
     def jacobian(self) -> Jacobian:
-        """J."""
+        """J, made anew if nobody else has kept it."""
         jacobian = None if self._jacobian is None else self._jacobian()
         if jacobian is None:
             jacobian = Jacobian(self.risk)
@@ -250,7 +250,7 @@ class Pullback(TorchLinearOperator):
 
     @cached_property
     def output_outer(self) -> OutputOperator:
-        """B Bᵀ."""
+        """B Bᵀ, which for the GGN is H: no root is needed."""
         return self.output.outer()
 
     def _multiply(self, X: Tensor) -> Tensor:

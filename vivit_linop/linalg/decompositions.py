@@ -94,7 +94,7 @@ class DenseDecomposition(Eigendecomposition):
 
     @property
     def eigenvalues(self) -> Tensor:
-        """All eigenvalues."""
+        """All, numerical zeros of a low-rank operator included."""
         return self._eigh[0]
 
     def pairs(self, indices: Tensor) -> Eigenpairs:
@@ -256,7 +256,7 @@ class MergedDecomposition(Eigendecomposition):
 
     @property
     def eigenvalues(self) -> Tensor:
-        """The eigenvalues."""
+        """Those of all parts, sorted."""
         return self._sorted
 
     def default(self) -> Tensor:

@@ -72,7 +72,7 @@ class Cotangents(Protocol):
 
 
 def num_columns(factor: Cotangents) -> int:
-    """N·R."""
+    """N·R: how many columns V has."""
     return factor.layout.among(factor.risk.num_samples)
 
 

@@ -201,7 +201,7 @@ class DenseColumns(LayerColumns):
         self._rows = values.reshape(-1, self.numel)
 
     def rows(self) -> Tensor:
-        """The rows."""
+        """As they are kept."""
         return self._rows
 
     @property
@@ -218,7 +218,7 @@ class DenseColumns(LayerColumns):
         out.addmm_(signals.flatten(1), self._rows, beta=int(add))
 
     def sizes(self) -> Tensor:
-        """The norms."""
+        """Exact: no terms are added up."""
         norms = torch.linalg.vector_norm(self._rows, dim=1)
         return norms.view(self.num_samples, self.width)
 

@@ -133,7 +133,7 @@ class TableColumns(KhatriRaoColumns):
             table.view(-1, self._b).index_add_(0, self.index.reshape(-1), parts)
 
     def images(self, rows: Tensor) -> Tensor:
-        """Look up."""
+        """The rows that each sample looks up."""
         found = rows.view(len(rows), -1, self._b)[:, self.index]  # [K, n, P, b]
         return found.mT.reshape(len(rows), len(self.index), -1)
 
