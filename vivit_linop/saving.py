@@ -9,7 +9,7 @@ How it comes to disk and back unharmed is in :mod:`vivit_linop.files`.
 from __future__ import annotations
 
 import os
-from typing import Any
+from typing import Any, TypeVar, overload
 
 import torch
 from torch import Tensor
@@ -27,6 +27,7 @@ from vivit_linop.risk.empirical import EmpiricalRisk
 
 Saved = Eigenpairs | LowRank | Gram
 Path = str | os.PathLike[str]
+Loaded = TypeVar("Loaded")
 
 
 @ordinary_mode()
@@ -80,8 +81,14 @@ def save(result: Saved, path: Path, risk: EmpiricalRisk) -> None:
             files.write(content, path)
 
 
+@overload
+def load(path: Path, risk: EmpiricalRisk) -> Any: ...
+@overload
+def load(path: Path, risk: EmpiricalRisk, kind: type[Loaded]) -> Loaded: ...
+
+
 @ordinary_mode()
-def load(path: Path, risk: EmpiricalRisk) -> Any:
+def load(path: Path, risk: EmpiricalRisk, kind: type[Any] = object) -> Any:
     """Load what :func:`save` saved, for a risk with the same model, loss and data.
 
     Costs a pass over the data, without the model, for the fingerprint.
@@ -89,11 +96,13 @@ def load(path: Path, risk: EmpiricalRisk) -> Any:
     Args:
         path: The file.
         risk: What it was computed from, built again. Batches may be cut differently.
+        kind: What it must be, such as ``vl.Eigenpairs``; for type checkers too.
 
     Returns:
         Eigenpairs or an operator, on the device of the risk.
 
     Raises:
+        TypeError: If it is not of the kind.
         ValueError: If the file is damaged, none of :func:`save` or of another version
             of the format (the first had no digest); if the model, the loss or the data
             are others.
@@ -125,7 +134,10 @@ def load(path: Path, risk: EmpiricalRisk) -> Any:
             "Build the risk as it was, from the same parameters, buffers and samples "
             "in the same order."
         )
-    return _unpacked(content["result"], risk)
+    result = _unpacked(content["result"], risk)
+    if not isinstance(result, kind):
+        raise TypeError(f"kind: {path} holds {result!r}, no {kind.__name__}.")
+    return result
 
 
 def _check_risk(risk: Any) -> None:
@@ -234,7 +246,7 @@ def _unpacked(packed: dict[str, Any], risk: EmpiricalRisk) -> Any:
             op: LowRank = GGN.of(factor)
         else:
             op = EmpiricalFisher(risk)
-            op.factor = factor
+            op.factor = factor  # type: ignore[assignment]
         return op if op.scale == packed["scale"] else op.rescaled(packed["scale"])
     if packed["kind"] == "Gram":
         return _unpacked_factor(packed, risk).gram

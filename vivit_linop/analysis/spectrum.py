@@ -174,9 +174,8 @@ class LanczosSpectrum:
     def _ends(self, ritz_values: Tensor) -> tuple[float, float]:
         """The smallest and the largest eigenvalue, as far as they are known."""
         op, (low, high) = self._operator, self._boundaries
-        low_rank = isinstance(op, LowRank) and op.semidefinite
-        if low is None and low_rank and op.factor.shape[1] < op.shape[0]:
-            low = 0.0
+        if low is None and isinstance(op, LowRank) and op.semidefinite:
+            low = 0.0 if op.factor.shape[1] < op.shape[0] else None
         return (
             ritz_values.min().item() if low is None else low,
             ritz_values.max().item() if high is None else high,

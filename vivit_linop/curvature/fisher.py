@@ -182,7 +182,7 @@ def gram_matrix_of_gradients(
     if (rows := gram_rows_of_gradients(left, right)) is not None:
         return rows.whole()
     coordinates = _coordinates(left, right)
-    if coordinates is not None:
+    if coordinates is not None and isinstance(right, GGNFactor):
         return _combined(coordinates, right.gram.matrix)
     return gram_matrix_of_pullback(left, right)
 
@@ -193,7 +193,8 @@ def gram_rows_of_gradients(
 ) -> RankRows | None:
     """From the rows of VᵀV, where these are known."""
     coordinates = _coordinates(left, right) if left.ranks.is_many else None
-    if coordinates is None or (K := right.gram.rows) is None:
+    K = right.gram.rows if isinstance(right, GGNFactor) else None
+    if coordinates is None or K is None:
         return gram_rows_of_pullback(left, right)
     own = left.ranks.mine(coordinates, 1)
     return RankRows(left.ranks, _combined(own, K.own), 1)

@@ -12,6 +12,7 @@ from vivit_linop.operators.diagonal_damping import (
     DiagonalWoodbury,
     WeightedRows,
 )
+from vivit_linop.operators.eigenpairs import Eigenpairs
 from vivit_linop.operators.elementary import (
     Adjoint,
     Dense,
@@ -48,6 +49,7 @@ __all__ = [
     "Diagonal",
     "DiagonalWoodbury",
     "DiagonallyDamped",
+    "Eigenpairs",
     "Gram",
     "HStack",
     "Identity",

@@ -8,15 +8,13 @@ and the methods that hand over to the verbs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from operator import index
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 import numpy as np
 import torch
-from scipy.sparse import issparse
-from scipy.sparse.linalg import LinearOperator
 from torch import Tensor
 
 from vivit_linop.modes import (
@@ -28,16 +26,21 @@ from vivit_linop.modes import (
 from vivit_linop.operators import verbs
 from vivit_linop.operators.eigenpairs import Eigenpairs
 from vivit_linop.operators.indices import Index, as_index
+from vivit_linop.operators.linear_map import LinearMap
 from vivit_linop.operators.scalars import (
     Scalar,
     as_float,
     as_scalar,
     is_scalar,
 )
+from vivit_linop.operators.scipy_base import LinearOperator
+from vivit_linop.operators.vectors import as_array, check_numbers, numbered
 from vivit_linop.ranks.alone import ALONE, Ranks
 
 NUMPY_DTYPES = {torch.float32: np.dtype("float32"), torch.float64: np.dtype("float64")}
 """The numpy names of the dtypes that an operator can have."""
+Vectors = TypeVar("Vectors", Tensor, np.ndarray)
+"""What is multiplied: torch in, torch out, and numpy in, numpy out."""
 
 
 class TorchLinearOperator(LinearOperator):
@@ -80,6 +83,12 @@ class TorchLinearOperator(LinearOperator):
     self_adjoint: bool = False
     """Whether the operator equals its adjoint."""
 
+    if TYPE_CHECKING:  # what SciPy's class has, which comes without types
+        T: TorchLinearOperator
+        H: TorchLinearOperator
+        adjoint: Callable[[], TorchLinearOperator]
+        transpose: Callable[[], TorchLinearOperator]
+
     @property
     def requires_grad(self) -> bool:
         """Whether a tensor that it is made of, as a scale or a damping, requires grad.
@@ -119,7 +128,7 @@ class TorchLinearOperator(LinearOperator):
                 "model or the tensor first, for example with .float()."
             )
         self._own_dtype = dtype
-        self._own_device = None if device is None else _numbered(device)
+        self._own_device = None if device is None else numbered(device)
         super().__init__(NUMPY_DTYPES[dtype or torch.float64], shape)
 
     @property
@@ -210,7 +219,7 @@ class TorchLinearOperator(LinearOperator):
                     "require grad; pass the operator .detach()ed tensors."
                 )
             return self._multiply(X).to(X.dtype)
-        result: Tensor = _LinearMap.apply(X, self)
+        result: Tensor = LinearMap.apply(X, self)
         return result
 
     def _product(self, x: Tensor) -> Tensor:
@@ -242,7 +251,7 @@ class TorchLinearOperator(LinearOperator):
     def _product_numpy(self, X: np.ndarray) -> np.ndarray:
         """Multiply a numpy matrix ``[n, K]``."""
         X = np.asarray(X)
-        _check_numbers(X)
+        check_numbers(X)
         if X.dtype.kind == "c":  # all operators are real
             both = self._product_numpy(np.concatenate([X.real, X.imag], axis=1))
             real, imaginary = np.split(both, 2, axis=1)
@@ -278,32 +287,32 @@ class TorchLinearOperator(LinearOperator):
         return self.T._matmat(X)
 
     @uncompiled
-    def matvec(self, x: Tensor | np.ndarray) -> Any:
+    def matvec(self, x: Vectors) -> Vectors:
         """Multiply a vector; see ``scipy.sparse.linalg.LinearOperator.matvec``."""
         if isinstance(x, Tensor):
             return self._product(x)
-        return super().matvec(_as_array(x))
+        return super().matvec(as_array(x))
 
     @uncompiled
-    def matmat(self, X: Tensor | np.ndarray) -> Any:
+    def matmat(self, X: Vectors) -> Vectors:
         """Multiply a matrix; see ``scipy.sparse.linalg.LinearOperator.matmat``."""
         if isinstance(X, Tensor):
             return self._product(X)
-        return super().matmat(_as_array(X))
+        return super().matmat(as_array(X))
 
     @uncompiled
-    def rmatvec(self, x: Tensor | np.ndarray) -> Any:
+    def rmatvec(self, x: Vectors) -> Vectors:
         """Multiply a vector by the adjoint."""
         if isinstance(x, Tensor):
             return self.T._product(x)
-        return super().rmatvec(_as_array(x))
+        return super().rmatvec(as_array(x))
 
     @uncompiled
-    def rmatmat(self, X: Tensor | np.ndarray) -> Any:
+    def rmatmat(self, X: Vectors) -> Vectors:
         """Multiply a matrix by the adjoint."""
         if isinstance(X, Tensor):
             return self.T._product(X)
-        return super().rmatmat(_as_array(X))
+        return super().rmatmat(as_array(X))
 
     # The algebra --------------------------------------------------------------
 
@@ -314,6 +323,13 @@ class TorchLinearOperator(LinearOperator):
     @uncompiled
     def _transpose(self) -> TorchLinearOperator:
         return verbs.adjoint(self)
+
+    @overload
+    def dot(self, x: TorchLinearOperator | float) -> TorchLinearOperator: ...
+    @overload
+    def dot(self, x: Vectors) -> Vectors: ...
+    @overload
+    def dot(self, x: Any) -> Any: ...
 
     @uncompiled
     def dot(self, x: Any) -> Any:
@@ -327,12 +343,24 @@ class TorchLinearOperator(LinearOperator):
         if isinstance(x, Tensor):
             return self._product(x)
         if not isinstance(x, LinearOperator):
-            x = _as_array(x)
+            x = as_array(x)
         return super().dot(x)
+
+    @overload
+    def __mul__(self, x: TorchLinearOperator | float) -> TorchLinearOperator: ...
+    @overload
+    def __mul__(self, x: Any) -> Any: ...
 
     def __mul__(self, x: Any) -> Any:
         """Return ``self * x``: a scaling, or what ``self @ x`` is."""
         return self.dot(x)
+
+    @overload
+    def __matmul__(self, x: TorchLinearOperator) -> TorchLinearOperator: ...
+    @overload
+    def __matmul__(self, x: Vectors) -> Vectors: ...
+    @overload
+    def __matmul__(self, x: Any) -> Any: ...
 
     @uncompiled
     def __matmul__(self, x: Any) -> Any:
@@ -343,9 +371,19 @@ class TorchLinearOperator(LinearOperator):
             raise ValueError("A scalar is no operand of '@'; use '*' instead.")
         return self.dot(x)
 
+    @overload
+    def __rmul__(self, x: float) -> TorchLinearOperator: ...
+    @overload
+    def __rmul__(self, x: Any) -> Any: ...
+
     def __rmul__(self, x: Any) -> Any:
         """Return ``x * self``: a scaling, or what ``x @ self`` is."""
         return self.dot(x) if is_scalar(x) else self.__rmatmul__(x)
+
+    @overload
+    def __rmatmul__(self, x: Vectors) -> Vectors: ...
+    @overload
+    def __rmatmul__(self, x: Any) -> Any: ...
 
     @uncompiled
     def __rmatmul__(self, x: Any) -> Any:
@@ -353,7 +391,7 @@ class TorchLinearOperator(LinearOperator):
         if is_scalar(x):
             raise ValueError("A scalar is no operand of '@'; use '*' instead.")
         if not isinstance(x, Tensor):
-            x = _as_array(x)
+            x = as_array(x)
         if x.ndim not in (1, 2) or x.shape[-1] != self.shape[0]:
             raise ValueError(
                 f"x: [{self.shape[0]}] or [K, {self.shape[0]}] can stand left of an "
@@ -362,7 +400,7 @@ class TorchLinearOperator(LinearOperator):
         return self.T.dot(x) if x.ndim == 1 else self.T.dot(x.T).T
 
     @uncompiled
-    def __truediv__(self, x: Any) -> Any:
+    def __truediv__(self, x: Any) -> TorchLinearOperator:
         """Return ``self / x`` for a scalar ``x``."""
         if not is_scalar(x):
             return NotImplemented
@@ -372,6 +410,11 @@ class TorchLinearOperator(LinearOperator):
     def __neg__(self) -> TorchLinearOperator:
         """Return ``-self``."""
         return verbs.scale(self, -1.0)
+
+    @overload
+    def __add__(self, x: TorchLinearOperator | float) -> TorchLinearOperator: ...
+    @overload
+    def __add__(self, x: Any) -> Any: ...
 
     @uncompiled
     def __add__(self, x: Any) -> Any:
@@ -387,6 +430,11 @@ class TorchLinearOperator(LinearOperator):
         return NotImplemented
 
     __radd__ = __add__
+
+    @overload
+    def __sub__(self, x: TorchLinearOperator) -> TorchLinearOperator: ...
+    @overload
+    def __sub__(self, x: Any) -> Any: ...
 
     def __sub__(self, x: Any) -> Any:
         """Return ``self - x`` for an operator ``x``."""
@@ -442,10 +490,10 @@ class TorchLinearOperator(LinearOperator):
     @ordinary_mode()
     def solve(
         self,
-        b: Tensor | np.ndarray,
+        b: Vectors,
         rtol: float | None = None,
         M: LinearOperator | None = None,
-    ) -> Any:
+    ) -> Vectors:
         """Return ``x`` with ``self @ x = b``, for a vector or columns ``b``.
 
         By ``inv`` where there is a closed form. Where there is none, or ``rtol`` or
@@ -697,41 +745,6 @@ class TorchLinearOperator(LinearOperator):
             )
 
 
-class _LinearMap(torch.autograd.Function):
-    """A product as a node of autograd: linear, with the adjoint for its gradients.
-
-    With rules for forward mode and ``torch.func``, which would else be cut off.
-    """
-
-    @staticmethod
-    def forward(X: Tensor, operator: TorchLinearOperator) -> Tensor:
-        return operator.apply(X.detach())
-
-    @staticmethod
-    def setup_context(
-        ctx: Any, inputs: tuple[Tensor, TorchLinearOperator], output: Tensor
-    ) -> None:
-        X, ctx.operator = inputs
-        ctx.place = X.device, X.dtype
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        (gradient,) = gradients
-        return ctx.operator.T._product(gradient).to(*ctx.place), None
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> Tensor:
-        return ctx.operator._product(tangents[0])
-
-    @staticmethod
-    def vmap(
-        info: Any, in_dims: Any, X: Tensor, operator: TorchLinearOperator
-    ) -> tuple[Tensor, int]:
-        columns = X.movedim(in_dims[0], 1)
-        product = operator._product(columns.flatten(1))
-        return product.unflatten(1, columns.shape[1:]), 1
-
-
 def common_dtype(*operators: TorchLinearOperator) -> torch.dtype | None:
     """The dtype of an expression over operators, None while none decides it."""
     result: torch.dtype | None = None
@@ -751,30 +764,3 @@ def common_device(*operators: TorchLinearOperator) -> torch.device | None:
             f"{sorted(map(str, devices))}. Move the tensors they are made of first."
         )
     return devices.pop() if devices else None
-
-
-def _as_array(x: Any) -> np.ndarray:
-    """Return numbers that are no tensor as an array; a product with them is dense."""
-    of_tensors = isinstance(x, (list, tuple)) and any(
-        isinstance(part, Tensor) and part.ndim > 0 for part in x
-    )
-    if of_tensors or isinstance(x, (Mapping, Iterator)):
-        raise TypeError(
-            f"x: a {type(x).__name__} of tensors is no vector. Multiply "
-            "risk.flatten(tensors); risk.unflatten(result) is the way back."
-        )
-    array = x.toarray() if issparse(x) else np.asarray(x)
-    _check_numbers(array)
-    return array
-
-
-def _check_numbers(x: np.ndarray) -> None:
-    if x.dtype.kind not in "fiubc":
-        raise TypeError(
-            f"x: vectors must be numbers, got {x.dtype}. Convert with x.astype(float)."
-        )
-
-
-def _numbered(device: torch.device | str) -> torch.device:
-    """Return a device as tensors on it name it: "cuda" is the current one."""
-    return torch.empty(0, device=device).device
