@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
@@ -169,7 +170,7 @@ def gram_matrix_of_rows(left: Rows, right: Op) -> Tensor:
 
 @weighted_gram_matrix.register
 def weighted_gram_matrix_of_rows(left: Rows, right: Op, weights: Tensor) -> Tensor:
-    if not _same_rows(left, right):
+    if not _same_rows(right, left):
         return left.T.apply(weights[:, None] * to_dense(right))
     whole = _of_all_rows(left, weights)
     return weighted_gram_matrix(left.operator, right.operator, whole)
@@ -179,7 +180,7 @@ def weighted_gram_matrix_of_rows(left: Rows, right: Op, weights: Tensor) -> Tens
 def gram_blocks_of_rows(
     left: Rows, right: Op, size: int, weights: Tensor | None = None
 ) -> Tensor:
-    if not _same_rows(left, right):
+    if not _same_rows(right, left):
         return gram_blocks_of_operator(left, right, size, weights)
     if weights is None:
         weights = torch.ones(
@@ -194,7 +195,7 @@ def column_norms_of_rows(op: Rows) -> Tensor:
     return gram_blocks(op, op, 1).flatten()
 
 
-def _same_rows(left: Rows, right: Op) -> bool:
+def _same_rows(right: Op, left: Rows) -> TypeGuard[Rows]:
     return (
         isinstance(right, Rows)
         and left.operator.shape[0] == right.operator.shape[0]
