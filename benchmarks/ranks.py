@@ -28,7 +28,7 @@ import vivit_linop as vl
 from benchmarks.problems import make_problem
 from vivit_linop.net.sums import own_gram_rows
 
-NET, SAMPLES, COLUMNS = "3c3d", 64, 10
+NET, SAMPLES, COLUMNS = "3c3d", 128, 10
 FEATURES, HIDDEN, CLASSES, COUNT = 256, 512, 10, 240
 
 

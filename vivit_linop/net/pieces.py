@@ -377,7 +377,8 @@ class Pass:
             # One pass is not better than several that stay near the caches.
             near = _SIGNAL_BYTES // max(1, sizes.signal * itemsize)
             size = min(size, max(near, _FEW_SAMPLES))
-        if risk.ranks.size % 2 == 0:  # two ranks share the pairs of their pieces
+        # Two opposite ranks share the pairs of an even number of pieces.
+        if risk.ranks.size % 2 == 0 and len(risk.batch_sizes) % 2:
             size = min(size, math.ceil(n / 2))
         index = torch.arange(n, device="cpu")
         if size >= n or not self._runs_in_parts(batch, X, n):
