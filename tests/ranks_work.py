@@ -132,6 +132,19 @@ class Work:
             "class means": lambda r: vl.class_means(r)[0],
             "predictive, alone": lambda r: _predictive(r, self.X[:3]),
             "influence": lambda r: _influence(r, self.X[:4], self.y[4:8]),
+            "predictive": lambda r: vl.predictive_covariance(
+                vl.Jacobian(r), (vl.GGN(r) + DELTA * eye).inv()
+            ),
+            "variances": lambda r: (vl.GGN(r) + DELTA * eye).inv().diagonal(),
+            "a prior by entry": lambda r: (
+                (vl.GGN(r) + vl.Diagonal(self.x[:, 0].abs() + 1.0)).inv() @ x
+            ),
+            "two parts": lambda r: (
+                (vl.GGN(r) + vl.GGN(r.subset([1, N - 1])) + DELTA * eye).inv() @ x
+            ),
+            "sandwich": lambda r: (
+                vl.GGN(r).factor.T @ (vl.GGN(r) + DELTA * eye).inv() @ vl.GGN(r).factor
+            ).to_dense(),
             "evidence": lambda r: vl.log_marginal_likelihood(r, vl.GGN(r), 2.0)[None],
             "followed": lambda r: _followed(r),
             "ends of a Hessian": lambda r: (
