@@ -11,6 +11,7 @@ from sample_truth import Sample, check, check_products, close, truth_of
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import rnn
+from torch.utils.data import DataLoader
 
 import vivit_linop as vl
 
@@ -207,12 +208,20 @@ class Listed(nn.Module):
 SHAPES = (2, 2), (2, 3), (2, 3), (1, 2)
 
 
-@pytest.mark.parametrize("form", ["list", "batches"])
+@pytest.mark.parametrize("form", ["list", "tuple", "batches", "loader"])
 def test_lists_of_images(form: str) -> None:
     net = built(Listed)
     X = [randn(1, *shape) for shape in SHAPES]
     y = [randint(C, *shape) for shape in SHAPES]
-    data = [(X[:1], y[:1]), (X[1:], y[1:])] if form == "batches" else (X, y)
+    pairs = list(zip(X, y, strict=True))
+    data = {
+        "list": (X, y),
+        "tuple": (tuple(X), tuple(y)),
+        "batches": [(X[:1], y[:1]), (X[1:], y[1:])],
+        "loader": DataLoader(
+            pairs, 3, collate_fn=lambda b: tuple(zip(*b, strict=True))
+        ),
+    }[form]
     risk = vl.EmpiricalRisk(net, CE, data)
     samples = [
         (
@@ -400,6 +409,17 @@ def test_drawn_factors_of_items(outputs: int) -> None:
     assert S.shape[1] == 4 * 20_000
     dense = S.to_dense()
     assert (dense @ dense.T - H).norm() <= 0.05 * H.norm()
+
+
+def test_weights_of_items() -> None:
+    net, X, y, w = built(NodeNet), graphs(SIZES), randint(C, 8), randn(8).exp()
+    loss = vl.losses.Weighted(nn.CrossEntropyLoss(reduction="sum"))
+    risk = vl.EmpiricalRisk(net, loss, (X, (y, w)))
+    outputs = net(*X)
+    total = (w * F.cross_entropy(outputs, y, reduction="none")).sum()
+    assert close(risk.value(), total.detach())
+    gradient = torch.autograd.grad(total, list(net.parameters()))
+    assert close(risk.gradient(), risk.flatten(gradient))
 
 
 def test_nodes_that_see_other_graphs_are_found_out() -> None:

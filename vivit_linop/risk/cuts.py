@@ -56,6 +56,8 @@ class Cuts:
         """
         for number, (X, y) in enumerate(batches):
             if number not in self._parts:
+                if isinstance(y, (list, tuple)) and search.ways:
+                    y = stacked(y, search.samples.number(X), search.samples)
                 yield X, y
                 continue
             for part in self._parts[number]:
@@ -87,7 +89,7 @@ class Cuts:
             ValueError: If samples have other outputs alone.
         """
         X, y = batch
-        y = stacked(y, n)
+        y = stacked(y, n, search.samples)
         if self._final or (model.count is None and not self._by_items):
             items = 0 if self._final else number_of_items(y, n)
             try:
@@ -184,7 +186,7 @@ def _are_those_of(
 def number_of_items(y: Any, n: int) -> int:
     """Return how many items targets are of that are no samples; 0 where none are."""
     lengths = [len(leaf) if leaf.ndim else 0 for leaf in leaves(y)]
-    if isinstance(y, list) and len(y) == n and len(lengths) == n:
-        return sum(lengths)
     items = set(lengths)
+    if isinstance(y, (list, tuple)) and len(y) == n and len(lengths) == n:
+        items = {sum(lengths)}
     return items.pop() if len(items) == 1 and items != {n} else 0

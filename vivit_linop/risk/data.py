@@ -17,7 +17,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from vivit_linop.risk.containers import copied as copied
 from vivit_linop.risk.containers import described, leaves, map_leaves
-from vivit_linop.risk.samples import Samples, number_of
+from vivit_linop.risk.samples import Listing, Samples, number_of
 
 Batch = tuple[Any, Any]
 Target = Callable[[Any], Any]
@@ -213,7 +213,7 @@ def numbers_of(y: Any, index: int) -> list[int]:
     if 0 in lengths:
         raise ValueError(f"data: batch {index} has no samples, y is {described(y)}.")
     numbers = list(lengths) if len(lengths) == 1 and -1 not in lengths else []
-    if isinstance(y, list):  # of targets for each sample
+    if isinstance(y, (list, tuple)):  # of targets for each sample
         numbers.append(len(y))
     if -1 in lengths and not numbers:
         raise ValueError(
@@ -229,19 +229,25 @@ def numbers_of(y: Any, index: int) -> list[int]:
     return numbers
 
 
-def stacked(y: Any, n: int) -> Any:
+def stacked(y: Any, n: int, samples: Samples) -> Any:
     """Return targets that are listed for n samples with a sample axis, if that can be.
 
     What has one already stays, and a list of targets of several shapes.
+
+    Args:
+        y: The targets.
+        n: How many samples there are.
+        samples: Where those of the inputs are.
     """
-    if not isinstance(y, list) or len(y) != n:
+    listed = isinstance(samples, Listing)
+    if not isinstance(y, (list, tuple)) or len(y) != n:
         return y
-    if all(leaf.ndim and len(leaf) == n for leaf in leaves(y)):
+    if not listed and all(leaf.ndim and len(leaf) == n for leaf in leaves(y)):
         return y
     if any(not isinstance(part, Tensor) for part in y):
         return y
     same = len({part.shape for part in y}) == 1
-    return torch.stack(y) if same else y
+    return torch.stack(list(y)) if same else y
 
 
 def _moved(tensor: Tensor, device: torch.device) -> Tensor:

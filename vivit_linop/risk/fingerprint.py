@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from vivit_linop.risk.containers import leaves
-from vivit_linop.risk.data import Batch, some_targets, stacked
+from vivit_linop.risk.data import Batch, some_targets
 from vivit_linop.risk.samples import Samples, has_entries
 from vivit_linop.risk.ways import Search
 
@@ -53,7 +53,6 @@ def of_samples(batches: Iterable[Batch], search: Search) -> tuple[bytes, list[by
     common, digests = hashlib.sha256(), list[bytes]()
     for X, y in batches:
         axes, number = search.samples.axes(X), search.samples.number(X)
-        y = stacked(y, number)
         if axes is None:
             digests += [_of_sample(X, y, search.samples, n) for n in range(number)]
             continue

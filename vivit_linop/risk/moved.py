@@ -12,7 +12,7 @@ from torch import Tensor
 from vivit_linop.risk import fingerprint
 from vivit_linop.risk.checks import same_outputs
 from vivit_linop.risk.containers import leaves
-from vivit_linop.risk.data import Batch, stacked
+from vivit_linop.risk.data import Batch
 from vivit_linop.risk.losses.base import OutputLoss
 from vivit_linop.risk.losses.certificates import targets_of
 from vivit_linop.risk.model import FunctionalModel, as_guest
@@ -81,7 +81,7 @@ def evaluated(
                 f"they were {list(before.shape)}."
             )
         if not _same(fingerprint.sums(X), sums) or not _equal(
-            targets_of(loss, stacked(y, len(output)), output), targets
+            targets_of(loss, y, output), targets
         ):
             raise ValueError(
                 f"data: {where} is not what it was when the risk was made, and only "

@@ -54,7 +54,7 @@ class Part(NamedTuple):
             n = len(self.samples)
             own = some_targets(y, self.items)
             return map_leaves(lambda leaf: leaf.unflatten(0, (n, -1)), own)
-        if isinstance(y, list) and len({leaf.shape for leaf in tensors}) > 1:
+        if isinstance(y, (list, tuple)) and len({leaf.shape for leaf in tensors}) > 1:
             return torch.stack([y[i] for i in self.samples.tolist()])
         return some_targets(y, self.samples)
 

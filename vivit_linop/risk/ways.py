@@ -183,7 +183,8 @@ def _are_listed(X: Any, y: Any) -> bool:
 
     Else they are lists of tensors that all number samples.
     """
-    if not (isinstance(X, list) and isinstance(y, list) and len(X) == len(y)):
+    lists = (list, tuple)
+    if not (isinstance(X, lists) and isinstance(y, lists) and len(X) == len(y)):
         return False
     return len({len(leaf) if leaf.ndim else -1 for leaf in leaves((X, y))}) > 1
 

@@ -38,6 +38,11 @@ class LossOfItems(OutputLoss):
         return self.loss.has_own(method)
 
     @property
+    def takes_several(self) -> bool:
+        """Whether the loss does."""
+        return self.loss.takes_several
+
+    @property
     def convex(self) -> bool:
         """Whether the loss is."""
         return self.loss.convex
