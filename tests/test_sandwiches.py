@@ -178,6 +178,31 @@ def test_digits_that_cancel_are_computed_again(share, middle):
         assert error <= 1e-3, error
 
 
+def test_matrices_of_products_take_the_smaller_side():
+    """By as many products with what stands inside as there are rows or columns."""
+
+    class Counted(vl.Diagonal):
+        columns = 0
+
+        def _multiply(self, X):
+            Counted.columns += X.shape[1]
+            return super()._multiply(X)
+
+    draw = Draw(torch.float64, "cpu")
+    # Of a diagonal itself, a sandwich knows better.
+    inside = vl.BlockDiagonal([Counted(draw(6).abs()), Counted(draw(4).abs())])
+    A, B = draw(10, 2), draw(10, 7)
+    expected = A.T @ inside.to_dense() @ B
+    for op, matrix in (
+        (vl.Dense(A).T @ inside @ vl.Dense(B), expected),
+        (vl.Dense(B).T @ inside @ vl.Dense(A), expected.T),
+    ):
+        assert type(op) is Product
+        Counted.columns = 0
+        close(op.to_dense(), matrix, torch.float64)
+        assert Counted.columns == 2 * 2
+
+
 def test_diagonals_of_products_with_other_middles():
     """No entry beside the diagonal is needed, whatever stands inside."""
     train, test = risks("tall", torch.float64)

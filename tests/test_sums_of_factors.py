@@ -112,3 +112,17 @@ def test_ways_to_eigenpairs_of_sums():
         close(pairs.eigenvalues, expected, FLOAT64)
     choice = G.explain(k=2)
     assert choice.chosen.name in {route.name for route in choice.routes}
+
+
+@pytest.mark.parametrize("dtype", EPS, ids=str)
+def test_sums_of_full_rank_have_inverses_without_damping(dtype):
+    draw = Draw(FLOAT64, "cpu")
+    A, B = torch.linalg.qr(draw(8, 8)).Q[:, :5], torch.linalg.qr(draw(8, 8)).Q[:, :6]
+    V, W = vl.Dense(A.to(dtype)), vl.Dense(B.to(dtype))
+    matrix = A @ A.T + 2 * B @ B.T
+    assert torch.linalg.cond(matrix) < 1e3
+    op = V @ V.T + 2 * (W @ W.T)
+    close(op.inv().to_dense(), torch.linalg.inv(matrix), dtype)
+    close(op.logdet(), torch.logdet(matrix), dtype)
+    with pytest.raises(ValueError, match="singular"):
+        (V @ V.T + 2 * (V @ V.T)).inv()

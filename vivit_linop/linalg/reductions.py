@@ -32,6 +32,7 @@ from vivit_linop.operators.scalars import Scalar, log_abs
 from vivit_linop.operators.stacks import HStack
 from vivit_linop.operators.symmetric import without_noise
 from vivit_linop.operators.verbs import (
+    adjoint,
     centered_row_norms_squared,
     column_norms_squared,
     column_pieces,
@@ -60,6 +61,14 @@ def matrix_of_operator(op: TorchLinearOperator) -> Tensor:
     for place, columns in column_pieces(op):
         result[:, place] = columns
     return result
+
+
+@to_dense.register
+def matrix_of_product(op: Product) -> Tensor:
+    """By products with the columns, or with the rows where these are fewer."""
+    if op.shape[0] < op.shape[1]:
+        return matrix_of_operator(adjoint(op)).T
+    return matrix_of_operator(op)
 
 
 @to_dense.register
