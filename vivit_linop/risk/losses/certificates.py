@@ -111,9 +111,9 @@ def certify_curvature(loss: OutputLoss, output: Tensor, target: Tensor) -> None:
         raise ValueError(
             f"loss: torch's second derivative of {loss.name} is wrong, it is not "
             f"the slope of its gradient (sample {sample} of its "
-            "batch). Look for hand-written autograd Functions, and write it as a "
-            "function of differentiable operations. Gradients, PerSampleGradients "
-            "and EmpiricalFisher need no second derivatives."
+            "batch). Look for hand-written autograd Functions and .detach(), and "
+            "write it as a function of differentiable operations. Gradients, "
+            "PerSampleGradients and EmpiricalFisher need no second derivatives."
         )
     _check_positions(loss, output, target)
     if loss.has_own("hessian_diagonal"):
