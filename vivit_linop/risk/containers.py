@@ -45,14 +45,24 @@ def _nothing(value: Any) -> bool:
     return False
 
 
+def attribute(value: Any, name: str) -> Any:
+    """Return what an object has under a name, None where it fails to say so."""
+    try:
+        return getattr(value, name, None)
+    # Its ``__getattr__`` may raise anything.
+    except Exception:
+        return None
+
+
 @singledispatch
 def opened(value: Any) -> Opened | None:
     """Return the parts of a container, None for a value that is none."""
-    if value is None or isinstance(value, _VALUES) or hasattr(value, "__array__"):
+    kind = type(value)
+    if value is None or isinstance(value, _VALUES) or hasattr(kind, "__array__"):
         return None
-    if isinstance(stores := getattr(value, "stores", None), list):
+    if isinstance(stores := attribute(value, "stores"), list):
         return _with_stores(value, stores)
-    if all(hasattr(value, name) for name in ("keys", "__getitem__", "__setitem__")):
+    if all(hasattr(kind, name) for name in ("keys", "__getitem__", "__setitem__")):
         return _with_items(value)
     if isinstance(value, Mapping):
         return Opened(

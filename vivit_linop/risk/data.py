@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
+from vivit_linop.risk.containers import attribute, described, leaves, map_leaves
 from vivit_linop.risk.containers import copied as copied
-from vivit_linop.risk.containers import described, leaves, map_leaves
 from vivit_linop.risk.samples import Listing, Samples, number_of
 
 Batch = tuple[Any, Any]
@@ -89,7 +89,7 @@ def _holds_targets(batch: Any) -> bool:
         return _LABELS in batch
     if isinstance(batch, (Tensor, tuple, list)):
         return False
-    return _holds(getattr(batch, "y", None)) and _holds(batch)
+    return _holds(attribute(batch, "y")) and _holds(batch)
 
 
 def without_targets(inputs: Any, count: Callable[[Any], int | None]) -> Iterable[Batch]:

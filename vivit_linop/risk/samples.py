@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pack_sequence, unpack_sequence
 
-from vivit_linop.risk.containers import is_leaf, leaves, map_leaves, opened
+from vivit_linop.risk.containers import attribute, is_leaf, leaves, map_leaves, opened
 
 Take = Callable[[Any, Tensor], Any]
 Count = Callable[[Any], int]
@@ -35,7 +35,7 @@ def number_of(unit: Any) -> int | None:
     if _has_batch_size(unit):
         return int(unit.batch_size[0])
     # One graph alone is one sample, with all its nodes.
-    return 1 if isinstance(getattr(unit, "stores", None), list) else None
+    return 1 if isinstance(attribute(unit, "stores"), list) else None
 
 
 @singledispatch
@@ -96,7 +96,7 @@ def some_tensors(unit: Tensor, index: Tensor) -> Tensor:
 
 def _has_batch_size(unit: Any) -> bool:
     """Whether it is a dictionary of tensors with common axes, as a ``TensorDict``."""
-    size = getattr(unit, "batch_size", None)
+    size = attribute(unit, "batch_size")
     return isinstance(size, torch.Size) and len(size) > 0
 
 
