@@ -1,5 +1,6 @@
 """Eigenpairs that start from those of a near operator, against dense eigenpairs."""
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import vivit_linop as vl
+from vivit_linop.operators import verbs
 
 LOSS = nn.CrossEntropyLoss()
 
@@ -193,6 +195,24 @@ def test_wrong_and_missing_second_derivatives(function: Any) -> None:
     check(G.eigh(k=6, start=start), truth, 0.02)
     x = torch.arange(136, dtype=torch.float64).cos()
     torch.testing.assert_close(G @ x, truth @ x)  # and later products are right
+
+
+def test_other_threads_take_certified_products_only() -> None:
+    """While a thread certifies its own linearisation, others make and check theirs."""
+    plain, _ = problem(60)
+    torch.manual_seed(0)
+    X, y = torch.randn(60, 6).double(), torch.arange(60) % 4
+    truth = vl.GGN(vl.EmpiricalRisk(plain, LOSS, (X, y))).to_dense()
+    net = nn.Sequential(plain[0], Apply(Wrong), plain[2])  # type: ignore[index]
+    G = vl.GGN(net, LOSS, (X, y))
+    x = torch.arange(136, dtype=torch.float64).cos()
+    with verbs.few_products(G.factor) as factor:
+        own = factor @ (factor.T @ x)  # not certified: here it is wrong
+        with ThreadPoolExecutor(1) as pool:
+            other = pool.submit(lambda: G @ x).result()
+    assert (own - truth @ x).norm() > 1e-3
+    torch.testing.assert_close(other, truth @ x)
+    torch.testing.assert_close(vl.GGN(G.risk) @ x, truth @ x)
 
 
 def test_bad_input() -> None:

@@ -23,6 +23,7 @@ import gc
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator
+from contextvars import ContextVar
 from itertools import compress
 from operator import attrgetter
 from typing import Any, NamedTuple, NoReturn
@@ -39,6 +40,7 @@ from vivit_linop.noise import Noise
 from vivit_linop.risk.checks import read
 from vivit_linop.risk.containers import copied, leaves
 from vivit_linop.risk.empirical import EmpiricalRisk
+from vivit_linop.risk.kept import Kept
 from vivit_linop.risk.memory import (
     batch_does_not_fit,
     explained,
@@ -54,8 +56,10 @@ _CPU_COLUMN_BYTES = 4 * 2**20
 _KEPT_GRAPHS = 3
 # The share of free memory that linearisations may take.
 _MEMORY_SHARE = 4
-# Where a risk keeps them, and whether their products are certified by who takes them.
+# Where a risk keeps them: those of everybody, and those that are not yet certified.
 _KEPT, _TRUSTED = "linearizations", "trusted linearizations"
+# What keeps those that this thread certifies itself.
+_CERTIFYING: ContextVar[Kept | None] = ContextVar("certifying", default=None)
 # The tracer changes things that all threads see.
 _TRACING = threading.Lock()
 
@@ -549,11 +553,13 @@ def linearizations(risk: EmpiricalRisk) -> Iterable[Linearization]:
     """
     # Without a call, since it is asked in each product.
     kept: list[Linearization] = risk.kept.values.get(_KEPT, [])
-    return kept if len(kept) == len(risk.batch_sizes) else _linearized(risk)
+    if len(kept) == len(risk.batch_sizes):
+        return kept
+    return _linearized(risk, trust=_CERTIFYING.get() is risk.kept)
 
 
-def _linearized(risk: EmpiricalRisk) -> Iterator[Linearization]:
-    kept: list[Linearization] = risk.kept.get(_KEPT, list)
+def _linearized(risk: EmpiricalRisk, trust: bool) -> Iterator[Linearization]:
+    kept: list[Linearization] = risk.kept.get(_TRUSTED if trust else _KEPT, list)
     checked: set[int] = risk.kept.get("checked", set)
     budget = risk.kept.budget(_MEMORY_SHARE)
     answers: dict[int, Tensor] = {}
@@ -571,7 +577,9 @@ def _linearized(risk: EmpiricalRisk) -> Iterator[Linearization]:
                 keep = keep and sum(map(_nbytes, leaves(X))) <= room
                 keep = keep and _KEPT_GRAPHS * nbytes <= room
                 linearization = _linearization(risk, index, X, nbytes, keep)
-                linearization.checked |= index in checked
+                linearization.checked = index in checked
+                if trust:
+                    linearization.trust()
                 if keep:
                     kept.append(linearization)
                     risk.kept.nbytes += linearization.kept_bytes
@@ -579,7 +587,7 @@ def _linearized(risk: EmpiricalRisk) -> Iterator[Linearization]:
         if not keep:  # read at the end, since the host waits for the device
             answers[index] = risk.has_outputs(index, linearization.outputs)
         yield linearization
-        if linearization.checked:
+        if linearization.checked and not trust:
             checked.add(index)
         # Else its graph would be there while that of the next batch is made.
         if not keep:
@@ -607,8 +615,6 @@ def _linearization(
     if keep:
         risk.check_outputs(index, linearization.outputs)
     linearization.kept = keep
-    if risk.kept.values.get(_TRUSTED):
-        linearization.trust()
     return linearization
 
 
@@ -616,17 +622,21 @@ def _linearization(
 def trusted(risk: EmpiricalRisk) -> Iterator[None]:
     """Take a few products that are certified inside, on linearisations made for them.
 
-    After an exception these are gone.
+    Nobody else gets these before the end, and nobody does after an exception.
     """
-    risk.kept.put(_TRUSTED, True)
+    kept = risk.kept
+    token = _CERTIFYING.set(kept)
     try:
         yield
-    except BaseException:
-        risk.kept.drop_list(_KEPT)
-        risk.kept.values.pop("checked", None)
-        raise
+        with kept.making:
+            if not kept.values.get(_KEPT):
+                made = kept.values.pop(_TRUSTED, [])
+                checked: set[int] = kept.get("checked", set)
+                kept.values[_KEPT] = made
+                checked.update(range(len(made)))
     finally:
-        risk.kept.put(_TRUSTED, False)
+        _CERTIFYING.reset(token)
+        kept.drop_list(_TRUSTED)
 
 
 def evaluated(model: FunctionalModel, X: Any, params: Params) -> Tensor:
