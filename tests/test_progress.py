@@ -14,8 +14,16 @@ from toys import Snapshot, guest_net, random_vector, toy
 
 import vivit_linop as vl
 from vivit_linop.linalg.krylov import watched
+from vivit_linop.risk.progress import shown
 
 # Progress and long jobs ---------------------------------------------------------------
+
+
+@pytest.fixture(autouse=True)
+def _terminal(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if stderr were a terminal, but for tests of logs."""
+    if "a_log" not in request.node.name:
+        monkeypatch.setattr("vivit_linop.bars.is_log", lambda: False)
 
 
 def work(risk: vl.EmpiricalRisk) -> None:
@@ -43,8 +51,8 @@ def test_no_output_by_default(capfd: pytest.CaptureFixture[str]) -> None:
 
 def test_progress(capfd: pytest.CaptureFixture[str]) -> None:
     work(streamed(memory=2**12, progress=True)[1])
-    shown, errors = capfd.readouterr()
-    assert shown == ""
+    printed, errors = capfd.readouterr()
+    assert printed == ""
     for bar in ("check_data", "risk", "gradient", "product", "columns", "subset"):
         assert f"{bar}:   0%|" in errors and "/2 [" in errors, bar
     assert "eigh(k=2):" in errors
@@ -54,10 +62,23 @@ def test_progress(capfd: pytest.CaptureFixture[str]) -> None:
     assert "/28 [" in errors  # as many as there are in the mean
 
 
+def test_a_log_has_a_line_in_ten_seconds_at_most(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seconds = [0.0]
+    monkeypatch.setattr("tqdm.std.time", lambda: seconds[0])
+    for _ in shown(range(100), "product", 100):
+        seconds[0] += 1.0
+    assert 1 <= capfd.readouterr().err.count("product:") <= 10
+    for _ in shown(range(5), "product", 5):
+        seconds[0] += 1.0
+    assert "product:" not in capfd.readouterr().err
+
+
 @pytest.mark.parametrize("route", ["ARPACK on K", "ARPACK on G"])
 def test_watched_eigenpairs_are_the_same(route: str) -> None:
-    (_, quiet), (_, shown) = streamed(), streamed(progress=True)
-    expected, got = (vl.GGN(r).eigh(k=3, route=route) for r in (quiet, shown))
+    (_, quiet), (_, seen) = streamed(), streamed(progress=True)
+    expected, got = (vl.GGN(r).eigh(k=3, route=route) for r in (quiet, seen))
     assert got.route == route
     torch.testing.assert_close(
         got.eigenvalues, expected.eigenvalues, rtol=1e-12, atol=0

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from vivit_linop.bars import bar
 from vivit_linop.operators.base import TorchLinearOperator
 
 
@@ -22,10 +23,10 @@ def watched(
         k: How many pairs are looked for.
         total: How many products that takes in the mean; it may be more or less.
     """
-    with tqdm(desc=f"eigh(k={k})", unit=" products", total=total) as bar:
-        yield Counted(op, bar)
-        bar.total = bar.n  # that many it were
-        bar.refresh()
+    with bar(desc=f"eigh(k={k})", unit=" products", total=total) as shown:
+        yield Counted(op, shown)
+        shown.total = shown.n  # that many it were
+        shown.refresh()
 
 
 class Counted(TorchLinearOperator):
@@ -33,13 +34,13 @@ class Counted(TorchLinearOperator):
 
     Args:
         op: A, square.
-        bar: Where they are counted.
+        shown: The bar where they are counted.
     """
 
-    def __init__(self, op: TorchLinearOperator, bar: tqdm) -> None:
+    def __init__(self, op: TorchLinearOperator, shown: tqdm) -> None:
         super().__init__(op.shape, op.torch_dtype, op.device)
         self.self_adjoint = op.self_adjoint
-        self._op, self._bar = op, bar
+        self._op, self._bar = op, shown
 
     def _made_of(self) -> tuple[TorchLinearOperator]:
         return (self._op,)

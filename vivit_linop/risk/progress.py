@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
-from tqdm.auto import tqdm
+from vivit_linop.bars import bar
 
 Item = TypeVar("Item")
 
@@ -18,5 +18,5 @@ def shown(items: Iterable[Item], what: str, total: int) -> Iterator[Item]:
         what: What the pass is for.
         total: How many there are, 0 if that is not known.
     """
-    with tqdm(items, desc=what, total=total or None, unit="batch", leave=False) as bar:
-        yield from bar
+    with bar(items, desc=what, total=total or None, unit="batch", leave=False) as seen:
+        yield from seen
