@@ -15,6 +15,7 @@ from vivit_linop.operators.diagonal_damping import (
     DiagonalWoodbury,
     WeightedRows,
 )
+from vivit_linop.operators.eigenpairs import Eigendecomposition
 from vivit_linop.operators.elementary import Dense, Diagonal, Product
 from vivit_linop.operators.lowrank import Woodbury
 from vivit_linop.operators.verbs import (
@@ -23,9 +24,11 @@ from vivit_linop.operators.verbs import (
     damped_logdet,
     damped_sqrt,
     diagonal,
+    eigendecomposition,
     gram_blocks,
     inv,
     logdet,
+    no_eigenpairs,
     row_norms_squared,
     sqrt,
 )
@@ -80,6 +83,14 @@ def root_of_diagonally_damped(op: DiagonallyDamped) -> Op:
 def root_of_diagonal_woodbury(op: DiagonalWoodbury) -> Op:
     """P^−½ (c W Wᵀ + I)^−½."""
     return Product(Diagonal(op.weights), sqrt(op.woodbury))
+
+
+@eigendecomposition.register
+def decomposition_of_diagonally_damped(op: DiagonallyDamped) -> Eigendecomposition:
+    """Of the D × D side, where that is the smaller one."""
+    if op.low_rank.by_gram:
+        raise no_eigenpairs(op)
+    return eigendecomposition(_on_the_smaller_side(op))
 
 
 @diagonal.register
