@@ -271,6 +271,28 @@ class Work:
 
         yield "late", lambda: _raised(come, "time limit"), torch.ones(1), 0.0
 
+    def subgroup(self) -> Iterator[Check]:
+        """A group of some processes; the others are not in it."""
+        group = dist.new_group([0, self.size - 1])
+        if 0 < self.rank < self.size - 1:
+            yield (
+                "outside",
+                lambda: _without_barrier(
+                    lambda: vl.EmpiricalRisk(net(), loss(), [], process_group=group),
+                    "not in it",
+                ),
+                torch.ones(1),
+                0.0,
+            )
+            return
+        own = slice(0, 10) if self.rank == 0 else slice(10, N)
+        data = self.X[own], self.y[own]
+        G = vl.GGN(vl.EmpiricalRisk(net(), loss(), data, process_group=group))
+        H, eye = vl.GGN(self.one), DELTA * vl.Identity(self.D)
+        yield "G x", lambda: G @ self.x, H @ self.x, 1e-12
+        inverse = (H + eye).inv() @ self.x
+        yield "inverse", lambda: (G + eye).inv() @ self.x, inverse, 1e-11
+
     def ended(self) -> Iterator[Check]:
         """A process that has ended is missed at once. The last work of all."""
         dist.barrier()

@@ -28,7 +28,18 @@ OF_THREE = ("uneven_batches", "embedding", "more_columns_than_parameters", "hube
     ("size", "work"),
     [
         (2, ("analyses", "files", *OF_TWO)),
-        (3, ("same_bits", "little_memory", "loaders", "failures", *OF_THREE, "late")),
+        (
+            3,
+            (
+                "same_bits",
+                "little_memory",
+                "loaders",
+                "failures",
+                *OF_THREE,
+                "subgroup",
+                "late",
+            ),
+        ),
         (2, ("failures", "same_bits", "sharded", "ended")),
     ],
 )

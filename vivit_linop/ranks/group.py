@@ -57,12 +57,13 @@ def as_ranks(group: Any) -> Ranks:
                 'one of them, mesh["dp"].'
             )
         group = group.get_group()
-    if not isinstance(group, dist.ProcessGroup):
+    outside = group == dist.GroupMember.NON_GROUP_MEMBER
+    if not isinstance(group, dist.ProcessGroup) and not outside:
         raise TypeError(
             "process_group: a group of torch.distributed or a DeviceMesh, got "
             f"{type(group).__name__}."
         )
-    if dist.get_rank(group) < 0:
+    if outside or dist.get_rank(group) < 0:
         raise ValueError("process_group: this process is not in it.")
     return ALONE if dist.get_world_size(group) == 1 else Group(group)
 
