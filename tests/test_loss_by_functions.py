@@ -371,6 +371,29 @@ def test_positions(closed: bool) -> None:
     close(vl.GGN(risk).diagonal(), truth.G.diagonal())
 
 
+def test_roots_of_several_shapes() -> None:
+    """Of batches whose samples have different numbers of outputs."""
+
+    def value(f: Tensor, y: Tensor) -> Tensor:
+        return (f - y).flatten(1).sum(1).square()  # of rank one
+
+    def sqrt(f: Tensor, y: Tensor) -> Tensor:
+        return 2**0.5 * torch.ones_like(f).flatten(1).unsqueeze(2)
+
+    torch.manual_seed(0)
+    model = nn.Conv1d(1, 2, 2).double()
+    data = [(inputs(3, 1, n), inputs(3, 2, n - 1)) for n in (3, 5)]
+    plain, closed = (
+        vl.EmpiricalRisk(model, vl.Loss(value, sqrt=root, reduction="sum"), data)
+        for root in (None, sqrt)
+    )
+    assert vl.GGNFactor(closed).shape[1] == 6
+    close(vl.GGN(closed).to_dense(), vl.GGN(plain).to_dense())
+    for risk in (plain, closed):
+        V = vl.GGNFactor(risk).to_dense()
+        close(V @ V.T, vl.GGN(plain).to_dense())
+
+
 def test_kinds_of_values() -> None:
     """Losses of samples, of entries, a mean, a sum: one risk."""
     X, y = inputs(6, 3), inputs(6, 2)

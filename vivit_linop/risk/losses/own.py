@@ -154,7 +154,8 @@ class OwnLoss(AutogradLoss):
         value = loss.given["value"]
         self.name = str(getattr(value, "__name__", type(value).__name__))
         self._closed = {_METHODS[name] for name in self._given if name != "value"}
-        self._width: int | None = None
+        # Of the root, by the shape of a sample's outputs.
+        self._widths: dict[torch.Size, int] = {}
 
     def has_own(self, method: str) -> bool:
         """Whether there is a function for it."""
@@ -171,7 +172,7 @@ class OwnLoss(AutogradLoss):
                 f"[{len(output)}], or a scalar, got {list(value.shape)}."
             )
         if "sqrt" in self._given:
-            self._width = self.sqrt(output, target).shape[2]
+            self._widths[output.shape[1:]] = self.sqrt(output, target).shape[2]
         if "gradient" in self._given:
             self.gradient(output, target)
         if "hessian" in self._given:
@@ -239,7 +240,8 @@ class OwnLoss(AutogradLoss):
 
     def sqrt_width(self, output: Tensor) -> int:
         """That of the user's root."""
-        return super().sqrt_width(output) if self._width is None else self._width
+        known = self._widths.get(output.shape[1:])
+        return super().sqrt_width(output) if known is None else known
 
     def sample(
         self, output: Tensor, target: Any, mc_samples: int, draws: Draws
