@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import singledispatch
+from functools import cache, singledispatch
 from typing import Any
 
 import torch
@@ -123,11 +123,15 @@ def form_of_damped_inverse(op: DampedInverse) -> LowRankForm | None:
     form = low_rank_form(op.inverse)
     if form is None or not isinstance(low_rank, LowRank):
         return None
-    evals, vectors = low_rank.small_eigenpairs
-    inverse = 1.0 / (delta + low_rank.scale * evals.clamp(min=0.0))[:, None]
+
+    @cache
+    def eigenpairs() -> tuple[Tensor, Tensor]:
+        evals, vectors = low_rank.small_eigenpairs
+        return 1.0 / (delta + low_rank.scale * evals.clamp(min=0.0)), vectors
 
     def on_range(Y: Tensor) -> Tensor:
-        return vectors @ (inverse * (vectors.T @ Y))
+        inverse, vectors = eigenpairs()
+        return vectors @ (inverse[:, None] * (vectors.T @ Y))
 
     return replace(
         form,
