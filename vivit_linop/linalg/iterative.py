@@ -10,7 +10,6 @@ import torch
 from scipy.sparse import linalg as sparse
 from torch import Tensor
 
-from vivit_linop.linalg import inverse  # noqa: F401  (its rules come first)
 from vivit_linop.operators.base import TorchLinearOperator
 from vivit_linop.operators.verbs import inv, solver
 
@@ -18,6 +17,8 @@ Solve = Callable[[np.ndarray, float], tuple[np.ndarray, int]]
 
 # Krylov vectors that GMRES keeps.
 _GMRES_VECTORS = 50
+# After so many steps the residual is looked at, and the iteration begins again with it.
+_STEPS = 5000
 
 
 class IterativeInverse(TorchLinearOperator):
@@ -87,7 +88,9 @@ class IterativeInverse(TorchLinearOperator):
         try:
             definite = _PositiveCurvature(A)
             return self._refined(
-                b, A, lambda r, tol: sparse.cg(definite, r, rtol=tol, M=M)
+                b,
+                A,
+                lambda r, tol: sparse.cg(definite, r, rtol=tol, maxiter=_STEPS, M=M),
             )
         except _IndefiniteError:
             return self._refined(b, A, lambda r, tol: _minres(A, r, tol, M))
@@ -135,12 +138,13 @@ class _PositiveCurvature(sparse.LinearOperator):
 def _minres(A: Any, r: np.ndarray, rtol: float, M: Any) -> tuple[np.ndarray, int]:
     """MINRES measures residuals by ‖A‖ ‖x‖, so that it stops too early by itself."""
     eps = float(np.finfo(r.dtype).eps)
-    return sparse.minres(A, r, rtol=max(eps, 1e-2 * rtol), M=M)
+    return sparse.minres(A, r, rtol=max(eps, 1e-2 * rtol), maxiter=_STEPS, M=M)
 
 
 def _gmres(A: Any, r: np.ndarray, rtol: float, M: Any) -> tuple[np.ndarray, int]:
     restart = min(len(r), _GMRES_VECTORS)
-    return sparse.gmres(A, r, rtol=rtol, restart=restart, M=M)
+    times = _STEPS // _GMRES_VECTORS
+    return sparse.gmres(A, r, rtol=rtol, restart=restart, maxiter=times, M=M)
 
 
 @solver.register
