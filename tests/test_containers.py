@@ -376,3 +376,26 @@ def test_no_targets_are_an_error() -> None:
         vl.EmpiricalRisk(net(), CE, [{"x": x}])
     with pytest.raises(TypeError, match="target: returned NoneType for batch 0"):
         vl.EmpiricalRisk(net(), CE, [(x, y)], target=lambda batch: None)
+
+
+def test_items_that_are_attributes_may_raise_errors_of_items() -> None:
+    class Items(UserDict):
+        def __getattr__(self, name: str) -> Any:
+            if name == "data":
+                raise AttributeError(name)
+            return self.data[name]
+
+    for X in (Items(x=x, scale=scale), [Items(x=x), {"scale": scale}]):
+        model = Lambda(
+            lambda m, X: (
+                m.f(X.x) * X.scale
+                if isinstance(X, Items)
+                else m.f(X[0].x) * X[1]["scale"]
+            ),
+            f=net(),
+        )
+        risk = vl.EmpiricalRisk(model, CE, (X, y), predict=lambda m, X: m(X))
+        plain = vl.EmpiricalRisk(
+            Lambda(lambda m, x, s: m.f(x) * s, f=net()), CE, ((x, scale), y)
+        )
+        torch.testing.assert_close(risk.gradient(), plain.gradient())
