@@ -8,7 +8,7 @@ STAMPS := $(VENV)/.stamps
 .NOTPARALLEL:
 # Keep stamps: make would delete them as intermediate files of a pattern rule.
 .PRECIOUS: $(STAMPS)/%
-.PHONY: help demo examples distributed ranks test fuzz lint format bench growth streaming docs clean
+.PHONY: help demo examples distributed ranks test fuzz matrix lint format bench growth streaming docs clean
 
 help:  ## show this help (the default)
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' Makefile
@@ -33,6 +33,9 @@ test: $(STAMPS)/test  ## run the tests
 
 fuzz: $(STAMPS)/test  ## look for nets and expressions on which the library is wrong
 	OMP_NUM_THREADS=1 $(PY) -m tests.fuzz $(ARGS)
+
+matrix: $(PY)  ## run the tests on the lowest and the newest versions, on each Python
+	OMP_NUM_THREADS=1 $(PY) -m tests.matrix $(ARGS)
 
 lint: $(STAMPS)/lint  ## check style, formatting, types and what imports what
 	$(PY) -m ruff check .
