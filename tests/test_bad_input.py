@@ -123,7 +123,8 @@ def test_criterion_cannot_change_the_eigenvalues() -> None:
         return [-1]
 
     torch.testing.assert_close(G.eigh(select=criterion).eigenvalues, before[-1:])
-    assert torch.equal(G.eigvalsh(), before)
+    # Those of the pairs, which are known now, differ by rounding from those alone.
+    torch.testing.assert_close(G.eigvalsh(), before, rtol=1e-10, atol=1e-14)
 
 
 def test_blocks() -> None:
