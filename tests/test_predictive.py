@@ -55,6 +55,24 @@ def test_of_test_samples(kind: str) -> None:
     assert close(variances, expected.diagonal(dim1=1, dim2=2), 1e-10)
 
 
+@pytest.mark.parametrize("kind", ["ggn", "scaled", "identity", "kfac", "diagonal"])
+def test_without_a_product(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the columns of each sample alone: J is multiplied with nothing."""
+    of, truth = risk("cnn"), dense("cnn")
+    S = inverse(kind, of)
+    expected = by_definition(truth.J, matrix(kind, "cnn", of), truth.C)
+
+    def refuses(*_: object) -> Tensor:
+        raise AssertionError("a product with the Jacobian")
+
+    J = vl.Jacobian(of)
+    monkeypatch.setattr(vl.Jacobian, "_multiply", refuses)
+    monkeypatch.setattr(vl.Jacobian, "_multiply_adjoint", refuses)
+    assert close(vl.predictive_covariance(J, S), expected, 1e-10)
+    J.pullback.gram.to_dense()  # also where it is known
+    assert close(vl.predictive_covariance(J, S), expected, 1e-10)
+
+
 def test_bayesian_linear_regression() -> None:
     """For a linear model it is the posterior predictive in closed form."""
     generator = torch.Generator().manual_seed(0)

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from vivit_linop.operators.base import TorchLinearOperator
-from vivit_linop.operators.elementary import Product, Scaled
-from vivit_linop.operators.lowrank import Woodbury
+from vivit_linop.operators.elementary import Product, Scaled, Sum
+from vivit_linop.operators.lowrank import Gram, Woodbury
 from vivit_linop.operators.sandwich import LowRankForm, Sandwich, low_rank_form
 from vivit_linop.operators.stacks import HStack
 from vivit_linop.operators.verbs import (
@@ -116,6 +116,26 @@ def diagonal_blocks_of_operator(op: TorchLinearOperator, size: int) -> Tensor:
         rows = op.apply(_unit(op.shape[1], columns, op))[columns]
         parts.append(_blocks_on_diagonal(rows, size))
     return torch.cat(parts)
+
+
+@diagonal_blocks.register
+def diagonal_blocks_of_scaled(op: Scaled, size: int) -> Tensor:
+    """Those of the operator, scaled."""
+    return op.factor * diagonal_blocks(op.operator, size)
+
+
+@diagonal_blocks.register
+def diagonal_blocks_of_sum(op: Sum, size: int) -> Tensor:
+    """Those of the terms."""
+    return torch.stack([diagonal_blocks(term, size) for term in op.terms]).sum(0)
+
+
+@diagonal_blocks.register
+def diagonal_blocks_of_gram(op: Gram, size: int) -> Tensor:
+    """Without what is beside the blocks, unless the matrix is known."""
+    if op.known:
+        return _blocks_on_diagonal(op.matrix, size)
+    return gram_blocks(op.left, op.right, size)
 
 
 @diagonal_blocks.register
