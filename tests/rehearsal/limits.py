@@ -23,7 +23,7 @@ LIMITS: dict[str, tuple[int, int]] = {
     "eigh(k)": (3, 0),
     "projector": (2, 0),
     "all pairs": (9, 0),
-    "eigh(select)": (4, 1),
+    "eigh(select)": (3, 1),
     "Woodbury": (2, 0),
     "first Woodbury solve": (0, 0),
     "Woodbury solve": (0, 0),
