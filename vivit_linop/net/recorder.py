@@ -83,12 +83,13 @@ class Recorder(TorchFunctionMode):
             return result
         if self._views.follow(func, args, kwargs, result):
             return result
-        use = self._structured(func, args, kwargs, result)
+        own = _with_edge(result, (args, kwargs))
+        use = self._structured(func, args, kwargs, own)
         if use is None or set(use.names) != names:
             self.opaque |= names
-        else:
-            self.uses.append(use)
-        return result
+            return result
+        self.uses.append(use)
+        return own
 
     def _attention(
         self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Arguments
@@ -135,6 +136,22 @@ class Recorder(TorchFunctionMode):
             if arguments is not None:
                 return _use(kind, arguments, result)
         return None
+
+
+def _with_edge(result: Any, given: Any) -> Any:
+    """Return a result whose place in the graph stays, also where it is written to.
+
+    A layer may give a view of what it has computed (``F.linear`` of one transposed
+    sample). Writing into a view moves it in the graph: signals would pass by the place
+    that was recorded. Views of what the net has itself are left to it.
+    """
+    base = result._base if isinstance(result, Tensor) else None
+    if base is None:
+        return result
+    for tensor in tensors(given):
+        if base is tensor or base is tensor._base:
+            return result
+    return result.clone()
 
 
 def _use(kind: Kind, arguments: Arguments, result: Tensor) -> Use | None:
