@@ -123,6 +123,11 @@ def test_modes_of_the_caller_change_nothing(name: str) -> None:
         )
 
 
+has_precisions = pytest.mark.skipif(
+    not hasattr(torch.backends, "fp32_precision"), reason="torch has them since 2.9"
+)
+
+
 class Precise(vl.TorchLinearOperator):
     """The identity; writes down the precisions in which it is asked."""
 
@@ -139,6 +144,7 @@ class Precise(vl.TorchLinearOperator):
     _multiply_adjoint = _multiply
 
 
+@has_precisions
 @pytest.mark.parametrize("precision", ["high", "medium"])
 def test_operators_of_any_kind_multiply_in_full_precision(precision: str) -> None:
     op, x = Precise(4), torch.ones(4)
@@ -156,6 +162,7 @@ def test_operators_of_any_kind_multiply_in_full_precision(precision: str) -> Non
     assert op.seen <= {"ieee", "none"}
 
 
+@has_precisions
 def test_the_precision_comes_back_after_an_error() -> None:
     class Fails(Precise):
         def _multiply(self, X: Tensor) -> Tensor:
