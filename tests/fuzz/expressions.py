@@ -322,7 +322,9 @@ def sqrt(n: Node) -> Iterator[Row]:
 
 
 # What the algebra says it does not do.
-_LIMITS = re.compile("closed form|one by one|rectangular|scipy|needs damping > 0")
+_LIMITS = re.compile(
+    "closed form|one by one|rectangular|scipy|needs (damping|entries p) > 0"
+)
 
 
 def _true(reason: str, n: Node) -> bool:
