@@ -406,7 +406,7 @@ PARAMETERS: dict[str, Callable[[Random], list[str]]] = {
         "params = {n: p.detach().clone() for n, p in net.named_parameters()}",
         "",
         "def model(params, x):",
-        "    positional = x if isinstance(x, (tuple, list)) else (x,)",
+        "    positional = tuple(x) if isinstance(x, (tuple, list)) else (x,)",
         "    if isinstance(x, dict):",
         "        return torch.func.functional_call(net, params, (), x)",
         "    return torch.func.functional_call(net, params, positional)",
