@@ -223,8 +223,9 @@ def blocks(lib: Library, t: Dense) -> Iterator[Row]:
 
 @check
 def damped(lib: Library, t: Dense) -> Iterator[Row]:
-    # A Jacobian that is zero but for rounding leaves some ε² in G.
-    delta = 0.1 * norm if (norm := float(t.G.norm())) > 1e-20 else 0.1
+    # A Jacobian that is zero but for rounding, or whose rows cancel in G, leaves noise.
+    norm, terms = float(t.G.norm()), float(t.J.norm() ** 2 * t.H.norm())
+    delta = 0.1 * norm if norm > max(1e-20, 1e-10 * terms) else 0.1
     A = t.G + delta * torch.eye(t.D, dtype=torch.float64)
     damped, x = lib.G + delta * vl.Identity(t.D), lib.noise(t.D)
     expected = torch.linalg.solve(A, x)
