@@ -350,14 +350,14 @@ def _blocks(matrix: Tensor, sizes: list[int]) -> Tensor:
 
 
 def _layered(case: Case) -> bool:
-    """Whether all parameters are of linear layers that are called once, on vectors."""
+    """Whether all parameters are of linear layers that are given one vector a run."""
     if not _is_module(case):
         return False
     calls: list[nn.Module] = []
 
     def count(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
         if isinstance(module, nn.Linear):
-            calls.extend([module] * (inputs[0].ndim - 1))
+            calls.extend([module] * inputs[0].shape[:-1].numel())
 
     with nn.modules.module.register_module_forward_hook(count):
         replace(case, data=tuple(case.batches()[0])).outputs()
