@@ -167,7 +167,8 @@ def test_replays_of_two_threads_draw_their_own_numbers() -> None:
 
 
 @pytest.mark.skipif(
-    not hasattr(torch.backends, "fp32_precision"), reason="torch has them since 2.9"
+    not hasattr(torch.backends, "fp32_precision"),
+    reason="torch has a precision for each of its libraries since 2.9",
 )
 @pytest.mark.parametrize("precision", ["high", "medium"])
 def test_products_are_in_full_precision(precision: str) -> None:

@@ -124,7 +124,8 @@ def test_modes_of_the_caller_change_nothing(name: str) -> None:
 
 
 has_precisions = pytest.mark.skipif(
-    not hasattr(torch.backends, "fp32_precision"), reason="torch has them since 2.9"
+    not hasattr(torch.backends, "fp32_precision"),
+    reason="torch has a precision for each of its libraries since 2.9",
 )
 
 

@@ -316,7 +316,8 @@ def kfac(lib: Library, t: Dense) -> Iterator[Row]:
 @second_derivatives
 def hessian(lib: Library, t: Dense) -> Iterator[Row]:
     x, X = lib.noise(t.D), lib.noise(t.D, 3)
-    size = t.hessian.norm() + 1e-6 * t.G.norm()
+    # Terms of about 1 that cancel leave rounding for each unit of a vector.
+    size = t.hessian.norm() + 1e-6 * t.G.norm() + 1e-14 / RTOL
     yield "H @ x", lib.H @ x, t.hessian @ x, size * x.norm()
     yield "H @ X", lib.H @ X, t.hessian @ X, size * X.norm()
     yield "H @ x again", lib.H @ x, t.hessian @ x, size * x.norm()
