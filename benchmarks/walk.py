@@ -132,7 +132,7 @@ TOPICS = {
         check_curvature certify_curvature certified_sqrt EmpiricalRisk.check_outputs
         CertifiedColumns.failing CertifiedColumns._learn Noise.__init__ Noise.__call__
         Noise.like Linearization._agree Linearization._probed checked_outputs check_loss
-        check_independent EmpiricalRisk._fingerprints
+        check_independent Passes.fingerprints
     """,
     "reading layers": """
         Recorder.__post_init__ Recorder.__torch_function__ Capture.find
@@ -140,7 +140,7 @@ TOPICS = {
         Use.columns.<locals>.make
     """,
     "running the private net": "FunctionalModel.__call__ FunctionalModel.first",
-    "passing over data": "EmpiricalRisk.batches Cuts.batches iterate copied take",
+    "passing over data": "EmpiricalRisk.batches Passes.batches Cuts.applied iterate copied take",
     "modes of torch": """
         ordinary_mode.__enter__ ordinary_mode.__exit__ as_guest.__init__
         as_guest.__enter__ as_guest.__exit__

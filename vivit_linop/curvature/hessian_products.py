@@ -22,7 +22,8 @@ from vivit_linop.operators.base import TorchLinearOperator
 from vivit_linop.ranks.alone import Ranks
 from vivit_linop.risk.containers import copied
 from vivit_linop.risk.data import some_targets
-from vivit_linop.risk.empirical import EmpiricalRisk, as_risk
+from vivit_linop.risk.empirical import EmpiricalRisk
+from vivit_linop.risk.given import as_risk
 from vivit_linop.risk.losses.certificates import certify_curvature, check_curvature
 from vivit_linop.risk.model import as_guest
 

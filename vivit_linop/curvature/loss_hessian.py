@@ -17,7 +17,8 @@ from vivit_linop.curvature.output_space import (
     kept_budget,
 )
 from vivit_linop.risk.draws import Draws
-from vivit_linop.risk.empirical import EmpiricalRisk, as_risk
+from vivit_linop.risk.empirical import EmpiricalRisk
+from vivit_linop.risk.given import as_risk
 from vivit_linop.risk.losses.base import OutputLoss
 from vivit_linop.risk.losses.certificates import (
     certified_sqrt,

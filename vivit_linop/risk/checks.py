@@ -67,11 +67,10 @@ def checked_outputs(
         RaggedOutputs: If samples have outputs of several shapes.
     """
     where = f"model: on batch {index} it"
-    first = next(iter(model.params.values()))
-    with as_guest(first.device):
+    with as_guest(model.device):
         buffers = {} if index else model.buffers
         kept = {name: buffer.clone() for name, buffer in buffers.items()}
-        before = random_state(first.device)
+        before = random_state(model.device)
         try:
             nbytes, (output, written) = saved_bytes(
                 lambda: model.first(model.params, X, n)
@@ -79,7 +78,7 @@ def checked_outputs(
         except Exception:
             check_finite(model.params, "params")  # which may be why
             raise
-        drawn = not torch.equal(before, random_state(first.device))
+        drawn = not torch.equal(before, random_state(model.device))
     for name, buffer in buffers.items():
         if not torch.allclose(kept[name], buffer, 0.0, 0.0, equal_nan=True):
             raise ValueError(
@@ -100,10 +99,10 @@ def checked_outputs(
             "Say which with predict=, for example predict=lambda model, X: "
             "torch.view_as_real(model(X))."
         )
-    if output.dtype != first.dtype or output.device != first.device:
+    if output.dtype != model.dtype or output.device != model.device:
         raise ValueError(
             f"{where} returned {output.dtype} on {output.device}, its parameters "
-            f"are {first.dtype} on {first.device}. Convert the model and the data "
+            f"are {model.dtype} on {model.device}. Convert the model and the data "
             "alike."
         )
     if index == 0 and not _depends_on_params(model, output):

@@ -163,8 +163,7 @@ def _possible_parts(
 
 
 def _item_by_item(model: FunctionalModel, X: Any) -> Tensor:
-    first = next(iter(model.params.values()))
-    with as_guest(first.device):
+    with as_guest(model.device):
         own = model.private_input(X)
         return model.item_by_item(model.params, own).detach()
 

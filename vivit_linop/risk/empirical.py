@@ -5,46 +5,25 @@ from __future__ import annotations
 import copy
 import functools
 import math
-import operator
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from numbers import Real
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from vivit_linop.modes import as_given, ordinary_mode, replayed
+from vivit_linop.modes import ordinary_mode
 from vivit_linop.ranks.group import as_ranks
 from vivit_linop.risk import fingerprint
-from vivit_linop.risk.checks import (
-    agree,
-    independent_samples,
-    same_outputs,
-)
-from vivit_linop.risk.containers import copied
-from vivit_linop.risk.cuts import Cuts, Evaluated, ItemByItem
-from vivit_linop.risk.data import (
-    Batch,
-    Target,
-    as_batches,
-    iterate,
-    joined_targets,
-    select_samples,
-    without_targets,
-)
+from vivit_linop.risk.checks import agree
+from vivit_linop.risk.cuts import Cuts
+from vivit_linop.risk.data import Batch, Target, as_batches, select_samples
+from vivit_linop.risk.first_pass import first_pass
 from vivit_linop.risk.kept import Kept
 from vivit_linop.risk.losses.autograd import LossCallable
 from vivit_linop.risk.losses.base import OutputLoss
-from vivit_linop.risk.losses.certificates import check_loss, targets_of
-from vivit_linop.risk.losses.items import LossOfItems
-from vivit_linop.risk.losses.none import NoLoss
 from vivit_linop.risk.losses.registry import as_output_loss
-from vivit_linop.risk.memory import (
-    batch_does_not_fit,
-    explained,
-    is_out_of_memory,
-    saved_bytes,
-)
+from vivit_linop.risk.memory import explained
 from vivit_linop.risk.model import (
     FunctionalModel,
     ModelFunction,
@@ -52,21 +31,22 @@ from vivit_linop.risk.model import (
     Predict,
     as_guest,
 )
-from vivit_linop.risk.model_loss import ModelLoss
+from vivit_linop.risk.model_loss import ModelLoss, loss_of_model
 from vivit_linop.risk.moved import evaluated, moved
 from vivit_linop.risk.parameters import ParameterVectors, all_finite, check_finite
-from vivit_linop.risk.progress import shown
+from vivit_linop.risk.passes import Passes
 from vivit_linop.risk.rows import RowLayout
 from vivit_linop.risk.samples import Count, Samples, Take
 from vivit_linop.risk.shards import (
     check_alike,
     check_is_whole,
     check_parts,
+    check_widths,
     without_padding,
 )
-from vivit_linop.risk.ways import Search, number_without_targets
-
-Item = TypeVar("Item")
+from vivit_linop.risk.sizes import check_size, does_not_fit
+from vivit_linop.risk.subsets import check_selected, distinct_samples, own_samples
+from vivit_linop.risk.ways import Search
 
 
 class EmpiricalRisk(ParameterVectors):
@@ -224,24 +204,26 @@ class EmpiricalRisk(ParameterVectors):
             raise TypeError(f"check: True or False, got {check!r}.")
         if target is not None and not callable(target):
             raise TypeError(f"target: a function, got {type(target).__name__}.")
-        self._search, self._cuts = Search(sample_axis, take, count), Cuts()
-        self._target, self._check, self._check_parts = target, check, check_data
+        search = Search(sample_axis, take, count)
+        self._check, self._check_parts = check, check_data
+        self._check_data = check_data and not isinstance(data, (list, tuple))
         self.ranks = as_ranks(process_group)
         self.progress = progress and self.ranks.rank == 0
-        self._check_data = check_data and not isinstance(data, (list, tuple))
         of_model: ModelLoss | None = None
         with self.ranks.together("EmpiricalRisk"):
             if isinstance(loss, str):
-                given = model, params, predict, target, dtype
-                of_model = _loss_of_model(loss, data, *given)
+                of_model = loss_of_model(
+                    loss, data, model, params, predict, target, dtype
+                )
                 loss, predict = of_model.form.loss, of_model.predict
-                target = self._target = of_model.target
+                target = of_model.target
             function = FunctionalModel(model, params, predict, dtype)
             output_loss = as_output_loss(loss, reduction, function.originals(model))
             batches = as_batches(data, target)
         if self.ranks.is_many:
             batches = without_padding(batches, self.ranks)
-        self._setup(function, output_loss, batches, memory)
+        passes = Passes(batches, function, search, target, Cuts(), self.progress)
+        self._setup(function, output_loss, passes, memory)
         if not self.ranks.is_many:
             check_is_whole(data, self.num_samples)
         if of_model is not None:
@@ -252,19 +234,16 @@ class EmpiricalRisk(ParameterVectors):
         self,
         model: FunctionalModel,
         loss: OutputLoss,
-        batches: Iterable[Any],
+        passes: Passes,
         memory: int | None,
     ) -> None:
         if memory is not None and not (isinstance(memory, Real) and memory >= 0):
             raise ValueError(f"memory: a number of bytes, at least 0, got {memory!r}.")
-        self.model, self.loss, self.memory = model, loss, memory
+        self.model, self.loss, self.memory, self._passes = model, loss, memory, passes
         self.has_tangents = True
-        self._batches = batches
-        self._data_rng = torch.random.get_rng_state()
         self._take_parameters()
         self.complex_names = model.complex_names
-        first = next(iter(self.params.values()))
-        self.dtype, self.device = first.dtype, first.device
+        self.dtype, self.device = model.dtype, model.device
         self.kept = Kept(memory, self.device)
         self.reduction = loss.reduction
         self.sizes = [p.numel() for p in self.params.values()]
@@ -273,13 +252,13 @@ class EmpiricalRisk(ParameterVectors):
             self.ranks = self.ranks.on(self.device)
             check_alike(self.ranks, self._function_digests())
         with self.ranks.together("EmpiricalRisk"):
-            seen = self._fingerprints() if self._check_data else None
-            try:
-                total, weight = self._pass_over_data(seen)
-            except ItemByItem:  # so do those of the batches before
-                self._cuts = Cuts(by_items=True)
-                total, weight = self._pass_over_data(seen)
-        self._count(total, weight)
+            passed = model, loss, passes
+            seen = first_pass(*passed, self._check, self._check_data)
+        self.loss, self.outputs, self._targets = seen.loss, seen.outputs, seen.targets
+        self.graph_bytes, self._sums = seen.graph_bytes, seen.sums
+        self.batch_sizes, self.layout = seen.batch_sizes, seen.layout
+        self._count()
+        self._normalise(seen.total, seen.weight)
 
     def _take_parameters(self) -> None:
         """Show the parameters of the model, without their graph."""
@@ -287,75 +266,18 @@ class EmpiricalRisk(ParameterVectors):
             name: p.detach() for name, p in self.model.params.items()
         }
 
-    def _pass_over_data(
-        self, fingerprints: list[bytes] | None
-    ) -> tuple[Tensor, Tensor]:
-        """Check and evaluate this rank's samples once.
-
-        Args:
-            fingerprints: What the batches must be, if that has been seen.
-
-        Returns:
-            Σ ℓ without a scale, and the sum of the weights.
-        """
-        self.outputs: list[Tensor] = []
-        self.graph_bytes: list[int] = []
-        self._targets: list[Any] = []
-        self._sums: list[list[Tensor]] = []
-        total = weight = torch.zeros((), dtype=self.dtype, device=self.device)
-        example: tuple[Any, Tensor] | None = None
-        for X, y, nbytes, output in self._evaluated(fingerprints):
-            n = len(output)
-            if not self.outputs and self.model.tree is not None:
-                self.loss = self.loss.of_several(self.model.tree)
-            y = targets_of(self.loss, y, output)
-            # The largest batch shows the most of what mixes samples.
-            if n > (1 if example is None else len(example[1])):
-                example = X, output
-            check_loss(self.loss, *self._with_previous(output, y), self._check)
-            with torch.no_grad():
-                total = total + self.loss.total(output, y)
-                weight = weight + self.loss.weight(output, y)
-            self.outputs.append(output)
-            self.graph_bytes.append(nbytes)
-            self._targets.append(copied(y))  # the user's may change
-            self._sums.append(fingerprint.sums(X))
-        # All batches together show where samples may be.
-        if self._check and example is not None:
-            X, output = example
-            with explained(self.does_not_fit, X, len(output)):
-                found = independent_samples(self.model, X, output, self._search.ways)
-            self._search = Search.known(found)
-        self.batch_sizes = [len(output) for output in self.outputs]
-        each = tuple(output[0].numel() for output in self.outputs)
-        self.layout = RowLayout(tuple(self.batch_sizes), each)
-        return total, weight
-
-    def _count(self, total: Tensor, weight: Tensor) -> None:
-        """Count the samples of all ranks, and normalise by them.
-
-        Args:
-            total: Σ ℓ over this rank's samples.
-            weight: The sum of their weights.
-        """
+    def _count(self) -> None:
+        """Count the samples and outputs of all ranks."""
         counts = self.ranks.gathered(sum(self.batch_sizes))
         self.num_samples = sum(counts)
         if not self.num_samples:
             raise ValueError("data: is empty, there is not one batch.")
         self.ranks = self.ranks.counted(counts)
         if self.ranks.is_many:
-            seen = self.outputs, self._targets
-            check_parts(self.ranks, *seen, self._batches, self._check_parts)
-            own = set(self.layout.each)
-            if self.model.count is not None:
-                own.add(0)  # no other has this many
-            widths = self.ranks.gathered(own)
-            if len(set().union(*widths)) > 1:
-                raise ValueError(
-                    "data: samples have different numbers of outputs, or outputs come "
-                    "item by item, which a process group does not support. Pad them to "
-                    "one number, with targets that are ignored."
-                )
+            seen = self.outputs, self._targets, self._passes.data
+            check_parts(self.ranks, *seen, self._check_parts)
+            by_items = self.model.count is not None
+            check_widths(self.ranks, self.layout.each, by_items)
         # This rank may have none.
         self.example = self.ranks.led(self._first_outputs)
         if not self.outputs:
@@ -363,6 +285,14 @@ class EmpiricalRisk(ParameterVectors):
         self.num_outputs = self.layout.width
         if not self.layout.is_uniform:
             self.num_outputs = self.layout.total
+
+    def _normalise(self, total: Tensor, weight: Tensor) -> None:
+        """Divide by what the reduction says.
+
+        Args:
+            total: Σ ℓ over this rank's samples.
+            weight: The sum of their weights.
+        """
         total, weight = self.ranks.total(torch.stack([total, weight])).unbind()
         # Together, since the host waits for the device to read them.
         known = [total, weight.to(total), all_finite(self.params).to(total)]
@@ -388,19 +318,6 @@ class EmpiricalRisk(ParameterVectors):
     def _first_outputs(self) -> tuple[Tensor, Any]:
         return self.outputs[0], self._targets[0]
 
-    def _evaluated(self, fingerprints: list[bytes] | None) -> Iterator[Evaluated]:
-        """Evaluate all batches, cut where samples have outputs of several shapes."""
-        for number, (X, y) in enumerate(self.batches("risk", fingerprints)):
-            n = self._search.number(number, X, y)
-            done = len(self.outputs)
-            with explained(self.does_not_fit, X, n):
-                for evaluated in self._cuts.found(
-                    self.model, self._search, number, (X, y), n, done, self._check
-                ):
-                    if self.model.count and not isinstance(self.loss, LossOfItems):
-                        self.loss = LossOfItems(self.loss)
-                    yield evaluated
-
     def _check_loss_of_model(self, of_model: ModelLoss) -> None:
         """See on all batches that the loss is what the model says."""
         with self.ranks.together("EmpiricalRisk"):
@@ -410,29 +327,14 @@ class EmpiricalRisk(ParameterVectors):
                 if weight > 0:
                     of_model.check(index, X, self.loss.total(*seen) / weight)
 
-    def _with_previous(self, output: Tensor, y: Any) -> tuple[Tensor, Any]:
-        """Put a sample that is alone in its batch beside those of the batch before.
-
-        Whether a loss is a sum over samples cannot be seen on one of them.
-        """
-        if len(output) > 1 or not self.outputs:
-            return output, y
-        try:
-            outputs = torch.cat([self.outputs[-1], output])
-            return outputs, joined_targets([self._targets[-1], y])
-        except RuntimeError:  # their shapes differ
-            return output, y
-
     # Data -------------------------------------------------------------------------
 
     @property
     def samples(self) -> Samples:
         """Where the samples of its inputs are."""
-        return self._search.samples
+        return self._passes.search.samples
 
-    def batches(
-        self, what: str | None = None, fingerprints: list[bytes] | None = None
-    ) -> Iterator[Batch]:
+    def batches(self, what: str | None = None) -> Iterator[Batch]:
         """Pass over the data.
 
         Every pass starts from one state of the random number generator, so that what a
@@ -440,71 +342,11 @@ class EmpiricalRisk(ParameterVectors):
 
         Args:
             what: What the pass is for, for its progress bar; None for no bar.
-            fingerprints: Those that the batches must have, if they are to be checked.
 
         Raises:
-            ValueError: If the batches are others.
+            ValueError: If there are fewer batches than at construction.
         """
-        raw = self._batches
-        if fingerprints is not None:
-            raw = self._compared(raw, fingerprints)
-        batches = iterate(raw, self.device, self.dtype, self._target)
-        count = 0
-        passed = self._shown(_replayed(batches, self._data_rng), what)
-        for batch in self._cuts.applied(passed, self._search):
-            count += 1
-            yield batch
-        known = len(getattr(self, "batch_sizes", ()))
-        if count < known:
-            raise ValueError(
-                f"data: there are {count} batches, when the risk was built there were "
-                f"{known}. Give data that are the same in every pass."
-            )
-
-    def _shown(self, batches: Iterable[Item], what: str | None) -> Iterator[Item]:
-        if what is None or not self.progress:
-            return iter(batches)
-        known = len(getattr(self, "batch_sizes", ()))
-        return shown(batches, what, known or operator.length_hint(self._batches))
-
-    def _fingerprints(self) -> list[bytes]:
-        """Pass over the data without the model, from another state of the generator."""
-        other = torch.Generator(device="cpu").manual_seed(
-            (torch.initial_seed() + 1) % 2**63
-        )
-        batches = _replayed(self._batches, other.get_state())
-        return [
-            fingerprint.of_batch(batch) for batch in self._shown(batches, "check_data")
-        ]
-
-    def _compared(
-        self, batches: Iterable[Any], fingerprints: list[bytes]
-    ) -> Iterator[Any]:
-        """Yield batches that are those of the pass before."""
-        count = 0
-        for count, batch in enumerate(batches, 1):
-            known = fingerprints[count - 1 : count]
-            if known != [fingerprint.of_batch(batch)]:
-                raise ValueError(self._not_the_same(f"batch {count - 1} is another"))
-            yield batch
-        if count < len(fingerprints):
-            seen = f"{count} batches, after {len(fingerprints)},"
-            raise ValueError(self._not_the_same(f"there are {seen}"))
-
-    def _not_the_same(self, difference: str) -> str:
-        return (
-            f"data: {difference} in a second pass over the data, but an operator is "
-            "one matrix and numbers its samples. Give a loader with shuffle=False and "
-            "a dataset without random augmentations, or list(loader) for one draw of "
-            "them. What depends on torch's global generator only is drawn alike in "
-            "every pass with check_data=False."
-        )
-
-    def _own_batches(self) -> Iterator[Batch]:
-        """The batches with the targets of construction."""
-        batches = self.batches("subset")
-        for (X, _), y in zip(batches, self._targets, strict=True):
-            yield X, y
+        return self._passes.batches(what)
 
     def targets(self) -> list[Any]:
         """The targets of each batch."""
@@ -550,11 +392,7 @@ class EmpiricalRisk(ParameterVectors):
     @functools.cached_property
     def _samples_digest(self) -> str:
         with self.ranks.together("fingerprint"):
-            # On the host, where data come from, and the digest is made.
-            host = iterate(self._batches, torch.device("cpu"), self.dtype, self._target)
-            batches = self._shown(_replayed(host, self._data_rng), "fingerprint")
-            cut = self._cuts.applied(batches, self._search)
-            found = fingerprint.of_samples(cut, self._search)
+            found = self._passes.digests()
         return fingerprint.joined(self.ranks.gathered(found))
 
     def subset(self, indices: Sequence[int] | Tensor) -> EmpiricalRisk:
@@ -575,113 +413,43 @@ class EmpiricalRisk(ParameterVectors):
             >>> risk.subset([0, 5]).num_samples
             2
         """
-        given = as_given(indices)
-        if given.numel() == 0:
-            raise ValueError("indices: is empty, a subset has at least one sample.")
-        if given.ndim != 1 or given.is_floating_point() or given.dtype == torch.bool:
-            raise TypeError(
-                f"indices: a list of integers, got {list(given.shape)} {given.dtype}."
-            )
-        if given.min() < 0 or given.max() >= self.num_samples:
-            raise ValueError(
-                f"indices: must lie in 0..{self.num_samples - 1}, got "
-                f"{int(given.min())}..{int(given.max())}."
-            )
-        if len(given.unique()) < len(given):
-            raise ValueError("indices: a sample is listed twice.")
-        own = self._own_numbers(given)
+        given = distinct_samples(indices, self.num_samples)
+        own = own_samples(given, self.ranks, sum(self.batch_sizes))
         risk = object.__new__(EmpiricalRisk)
-        risk._target, risk._check = None, self._check
-        risk._cuts = Cuts(final=True)
         risk.progress, risk.ranks = self.progress, self.ranks
+        risk._check = self._check
         risk._check_data = risk._check_parts = False  # they are in memory
         parts: list[Batch] = []
+        search = Search.known(self.samples) if self.batch_sizes else Search()
         with self.ranks.together("subset"):
-            risk._search = Search()
-            if self.batch_sizes:
-                risk._search = Search.known(self.samples)
             if len(own):
                 parts = select_samples(
                     self._own_batches(), self.batch_sizes, own.tolist(), self.samples
                 )
         try:
-            risk._setup(self.model, self.loss, parts, self.memory)
+            cuts = Cuts(final=True)
+            passes = Passes(parts, self.model, search, None, cuts, self.progress)
+            risk._setup(self.model, self.loss, passes, self.memory)
         except Exception as error:
-            self._explain_size(parts, error)
+            if parts:
+                mine, _ = next(self._own_batches())
+                known = self.model, self._passes.search, self.batch_sizes
+                check_size(*known, mine, parts, error)
             raise
         with self.ranks.together("subset"):
-            self._check_selected(own, risk)
+            if len(own):
+                check_selected(self.layout.of(own), self.outputs, risk.outputs)
         return risk
 
-    def _own_numbers(self, given: Tensor) -> Tensor:
-        """Which of some samples are this rank's, numbered from its first one."""
-        if not self.ranks.is_many:
-            return given
-        if (given.diff() < 0).any():
-            raise ValueError(
-                "indices: samples are numbered rank by rank, so over several processes "
-                "they must ascend."
-            )
-        own = given - self.ranks.first
-        return own[(own >= 0) & (own < sum(self.batch_sizes))]
+    def _own_batches(self) -> Iterator[Batch]:
+        """The batches with the targets of construction."""
+        batches = self.batches("subset")
+        for (X, _), y in zip(batches, self._targets, strict=True):
+            yield X, y
 
-    def _check_selected(self, own: Tensor, risk: EmpiricalRisk) -> None:
-        """Raise an error unless a subset has the outputs that its samples had."""
-        if not len(own):
-            return
-        # Gathering the samples was one more pass over the data.
-        old, found = (torch.cat([o.flatten() for o in r.outputs]) for r in (self, risk))
-        if not same_outputs(old[self.layout.of(own).to(old.device)], found):
-            raise ValueError(
-                "data: are not what they were when the risk was built, or the model is "
-                "another function. Give data that are the same in every pass."
-            )
-
-    def _failure(self, X: Any) -> Exception | None:
-        """How the model fails on a batch, None if it does not."""
-        try:
-            with as_guest(self.device):
-                self.model(self.model.params, X)
-        # Errors of the model are of any kind.
-        except Exception as error:
-            return error
-        return None
-
-    def _explain_size(self, parts: Sequence[Batch], error: Exception) -> None:
-        """Say so if a subset has failed because the model takes no such batch."""
-        number = self.samples.number
-        others = [X for X, _ in parts if number(X) not in self.batch_sizes]
-        if not others or is_out_of_memory(error):
-            return
-        failure = self._failure(others[0])
-        own, _ = next(self._own_batches())
-        if failure is None or self._failure(own) is not None:
-            return
-        sizes = ", ".join(map(str, sorted(set(self.batch_sizes))))
-        raise ValueError(
-            "indices: the model does not run on batches of another size than those of "
-            f"the risk ({sizes} samples; {type(failure).__name__}: {failure}). Take as "
-            "many samples as fill such batches, or build a risk of them with a model "
-            "that takes them."
-        ) from failure
-
-    def does_not_fit(self, X: Any, samples: int) -> str:
-        """What to say of a batch that is too large, by what two samples of it take."""
-        take = self.samples.take
-        try:
-            one, two = (
-                self._graph_bytes(take(X, torch.arange(count, device="cpu")))
-                for count in (1, min(2, samples))
-            )
-        # A model may run on no other batch; what is to be said is said without sizes.
-        except Exception:
-            return batch_does_not_fit(self.device, samples, None)
-        per_sample = two - one if samples > 1 else one
-        return batch_does_not_fit(self.device, samples, per_sample)
-
-    def _graph_bytes(self, X: Any) -> int:
-        with as_guest(self.device):
-            return saved_bytes(lambda: self.model(self.model.params, X))[0]
+    def does_not_fit(self, X: Any, n: int) -> str:
+        """What to say of a batch of n samples that is too large for the device."""
+        return does_not_fit(self.model, self._passes.search, X, n)
 
     def check_outputs(
         self, index: int, outputs: Tensor, samples: Tensor | None = None
@@ -843,94 +611,3 @@ class EmpiricalRisk(ParameterVectors):
             f"{loss} ({self.reduction}), {self.dtype}, "
             f"{self.device}{self.ranks}>"
         )
-
-
-def _loss_of_model(
-    loss: str, data: Any, model: Any, params: Any, predict: Any, target: Any, dtype: Any
-) -> ModelLoss:
-    """Find what the loss is that a model returns."""
-    if loss != "model":
-        raise TypeError(
-            f"loss: a torch.nn loss, a function (output, target) -> scalar or 'model', "
-            f"got {loss!r}."
-        )
-    batches = as_batches(data, target)
-    first = next(_replayed(batches, torch.random.get_rng_state()), None)
-    if first is None:
-        raise ValueError("data: is empty, there is not one batch.")
-    return ModelLoss(model, params, predict, target, dtype, first)
-
-
-def _replayed(items: Iterable[Item], state: Tensor) -> Iterator[Item]:
-    """Iterate with the generator in a given state; the caller's is left alone."""
-    iterator: Iterator[Item] | None = None
-    while True:
-        with replayed(state):
-            try:
-                iterator = iter(items) if iterator is None else iterator
-                item = next(iterator)
-            except StopIteration:
-                return
-            state = torch.random.get_rng_state()
-        yield item
-
-
-def risk_of_inputs(
-    model: nn.Module | ModelFunction,
-    inputs: Any,
-    params: Any | None = None,
-    **options: Any,
-) -> EmpiricalRisk:
-    """Return a risk without a loss, for what needs none: the Jacobian.
-
-    Args:
-        model: As for :class:`EmpiricalRisk`.
-        inputs: One batch, a tensor, a tuple or a mapping; or a list or a loader of
-            batches.
-        params: As for :class:`EmpiricalRisk`.
-        **options: What else :class:`EmpiricalRisk` takes by name.
-    """
-    axis = options.get("sample_axis")
-    count = options.get("count") or functools.partial(
-        number_without_targets, sample_axis=axis
-    )
-    data = without_targets(inputs, count)
-    return EmpiricalRisk(model, NoLoss(), data, params, **options)
-
-
-def as_risk(
-    risk_or_model: Any,
-    loss: Any = None,
-    data: Any = None,
-    params: Any | None = None,
-    **options: Any,
-) -> EmpiricalRisk:
-    """Return the risk that an operator's constructor was given, or build it.
-
-    Args:
-        risk_or_model: The risk, or what it is made of: a model.
-        loss: The loss.
-        data: The data.
-        params: The parameters.
-        **options: What else :class:`EmpiricalRisk` takes by name.
-
-    Raises:
-        TypeError: If it is neither a risk nor a model with a loss and data.
-    """
-    if isinstance(risk_or_model, EmpiricalRisk):
-        if loss is not None or data is not None or params is not None:
-            raise TypeError(
-                "risk: with an EmpiricalRisk, loss, data and params are already given."
-            )
-        if options:
-            raise TypeError(
-                f"{next(iter(options))}: is an option of the EmpiricalRisk that was "
-                "given; give it there."
-            )
-        return risk_or_model
-    if loss is None or data is None:
-        raise TypeError(
-            "risk: an EmpiricalRisk, or a model with a loss and data, got "
-            f"{type(risk_or_model).__name__} alone."
-        )
-    return EmpiricalRisk(risk_or_model, loss, data, params, **options)

@@ -173,6 +173,16 @@ class FunctionalModel:
         return self.__dict__ | {"_source": None}
 
     @property
+    def device(self) -> torch.device:
+        """That of the parameters."""
+        return next(iter(self.params.values())).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of the parameters."""
+        return next(iter(self.params.values())).dtype
+
+    @property
     def module(self) -> nn.Module | None:
         """A copy of the module that is the risk's; None for a function."""
         return None if self._private is None else self._private.module

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from vivit_linop.risk.containers import described
-from vivit_linop.risk.data import iterate
+from vivit_linop.risk.data import as_batches, iterate
 from vivit_linop.risk.model import FunctionalModel, Predict, as_guest
+from vivit_linop.risk.passes import replay
 
 Target = Callable[[Any], Any]
 
@@ -205,6 +206,36 @@ class ModelLoss:
                 f"where {self.form.loss} is {float(found):.6g}; on the first batch "
                 "they are the same. Give the loss, and target= for the labels."
             )
+
+
+def loss_of_model(
+    loss: str, data: Any, model: Any, params: Any, predict: Any, target: Any, dtype: Any
+) -> ModelLoss:
+    """Find what the loss is that a model returns, on the first batch of the data.
+
+    Args:
+        loss: ``"model"``.
+        data: As for the risk, and so are the others.
+        model: The model.
+        params: The parameters.
+        predict: How the model is called.
+        target: Where the targets are.
+        dtype: The precision.
+
+    Raises:
+        TypeError: If ``loss`` is another word, or the model returns no loss.
+        ValueError: If there are no data, or the loss is none that is known.
+    """
+    if loss != "model":
+        raise TypeError(
+            f"loss: a torch.nn loss, a function (output, target) -> scalar or 'model', "
+            f"got {loss!r}."
+        )
+    batches = as_batches(data, target)
+    first = next(replay(batches, torch.random.get_rng_state()), None)
+    if first is None:
+        raise ValueError("data: is empty, there is not one batch.")
+    return ModelLoss(model, params, predict, target, dtype, first)
 
 
 def _same(found: Tensor, value: Tensor) -> bool:

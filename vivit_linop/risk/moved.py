@@ -64,8 +64,7 @@ def evaluated(
         ValueError: If the data are others, or outputs are NaN or Inf.
     """
     outputs: list[Tensor] = []
-    first = next(iter(model.params.values()))
-    total = torch.zeros((), dtype=first.dtype, device=first.device)
+    total = torch.zeros((), dtype=model.dtype, device=model.device)
     for index, (X, y) in enumerate(batches):
         where = f"batch {index}"
         if index == len(known):
@@ -73,7 +72,7 @@ def evaluated(
                 f"data: there were {index} batches when the risk was made."
             )
         sums, targets, before = known[index]
-        with as_guest(first.device):
+        with as_guest(model.device):
             output = model(model.params, X).detach()
         if output.shape != before.shape:
             raise ValueError(

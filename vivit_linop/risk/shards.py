@@ -185,3 +185,20 @@ def check_parts(
             "data: all ranks have the same samples. Give each rank a part of them. If "
             "they are meant to come several times, give check_data=False."
         )
+
+
+def check_widths(ranks: Ranks, widths: Sequence[int], by_items: bool) -> None:
+    """Raise an error unless all samples of all ranks have as many outputs.
+
+    Args:
+        ranks: The ranks.
+        widths: How many outputs a sample of each of this rank's batches has.
+        by_items: Whether they come item by item.
+    """
+    own = {*widths, 0} if by_items else {*widths}  # no other has 0
+    if len(set().union(*ranks.gathered(own))) > 1:
+        raise ValueError(
+            "data: samples have different numbers of outputs, or outputs come item by "
+            "item, which a process group does not support. Pad them to one number, "
+            "with targets that are ignored."
+        )

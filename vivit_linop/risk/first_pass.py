@@ -1,0 +1,154 @@
+"""The first pass over the data: the outputs of the model, checked, and the loss."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vivit_linop.risk import fingerprint
+from vivit_linop.risk.checks import independent_samples
+from vivit_linop.risk.containers import copied
+from vivit_linop.risk.cuts import Cuts, Evaluated, ItemByItem
+from vivit_linop.risk.data import joined_targets
+from vivit_linop.risk.losses.base import OutputLoss
+from vivit_linop.risk.losses.certificates import check_loss, targets_of
+from vivit_linop.risk.losses.items import LossOfItems
+from vivit_linop.risk.memory import explained
+from vivit_linop.risk.model import FunctionalModel
+from vivit_linop.risk.passes import Passes
+from vivit_linop.risk.rows import RowLayout
+from vivit_linop.risk.sizes import does_not_fit
+from vivit_linop.risk.ways import Search
+
+
+@dataclass
+class Seen:
+    """What one process has seen of its samples.
+
+    Attributes:
+        loss: The loss, in the form that the outputs need.
+        total: Σ ℓ without a scale.
+        weight: The sum of the weights.
+        outputs: Those of each batch.
+        targets: Those of each batch; copies, since the user's may change.
+        graph_bytes: What the graph of each batch's outputs takes.
+        sums: Sums over the inputs of each batch, by which a change of them is seen.
+    """
+
+    loss: OutputLoss
+    total: Tensor
+    weight: Tensor
+    outputs: list[Tensor] = field(default_factory=list)
+    targets: list[Any] = field(default_factory=list)
+    graph_bytes: list[int] = field(default_factory=list)
+    sums: list[list[Tensor]] = field(default_factory=list)
+
+    @property
+    def batch_sizes(self) -> list[int]:
+        """How many samples each batch has."""
+        return [len(output) for output in self.outputs]
+
+    @property
+    def layout(self) -> RowLayout:
+        """Which outputs belong to which sample."""
+        each = tuple(output[0].numel() for output in self.outputs)
+        return RowLayout(tuple(self.batch_sizes), each)
+
+
+def first_pass(
+    model: FunctionalModel, loss: OutputLoss, passes: Passes, check: bool, twice: bool
+) -> Seen:
+    """Evaluate a model and a loss on all batches, and learn where samples are.
+
+    Args:
+        model: The model.
+        loss: The loss.
+        passes: The data.
+        check: Whether to check that samples are independent.
+        twice: Whether to pass over the data once before, to see that they stay.
+
+    Raises:
+        ValueError: If the data, the outputs or the loss are not what they must be.
+    """
+    fingerprints = passes.fingerprints() if twice else None
+    try:
+        seen = _evaluate(model, loss, passes, check, fingerprints)
+    except ItemByItem:  # so do those of the batches before
+        passes.cuts = Cuts(by_items=True)
+        seen = _evaluate(model, loss, passes, check, fingerprints)
+    passes.number = len(seen.outputs)
+    return seen
+
+
+def _evaluate(
+    model: FunctionalModel,
+    loss: OutputLoss,
+    passes: Passes,
+    check: bool,
+    fingerprints: list[bytes] | None,
+) -> Seen:
+    zero = torch.zeros((), dtype=model.dtype, device=model.device)
+    seen = Seen(loss, zero, zero)
+    example: tuple[Any, Tensor] | None = None
+    for X, y, nbytes, output in _evaluated(model, seen, passes, check, fingerprints):
+        n = len(output)
+        if not seen.outputs and model.tree is not None:
+            seen.loss = seen.loss.of_several(model.tree)
+        y = targets_of(seen.loss, y, output)
+        # The largest batch shows the most of what mixes samples.
+        if n > (1 if example is None else len(example[1])):
+            example = X, output
+        check_loss(seen.loss, *_with_previous(seen, output, y), check)
+        with torch.no_grad():
+            seen.total = seen.total + seen.loss.total(output, y)
+            seen.weight = seen.weight + seen.loss.weight(output, y)
+        seen.outputs.append(output)
+        seen.graph_bytes.append(nbytes)
+        seen.targets.append(copied(y))
+        seen.sums.append(fingerprint.sums(X))
+    # All batches together show where samples may be.
+    if check and example is not None:
+        X, output = example
+        with explained(does_not_fit, model, passes.search, X, len(output)):
+            found = independent_samples(model, X, output, passes.search.ways)
+        passes.search = Search.known(found)
+    return seen
+
+
+def _evaluated(
+    model: FunctionalModel,
+    seen: Seen,
+    passes: Passes,
+    check: bool,
+    fingerprints: list[bytes] | None,
+) -> Iterator[Evaluated]:
+    """Evaluate all batches, cut where samples have outputs of several shapes."""
+    search = passes.search
+    for number, (X, y) in enumerate(passes.batches("risk", fingerprints)):
+        n = search.number(number, X, y)
+        done = len(seen.outputs)
+        with explained(does_not_fit, model, search, X, n):
+            for evaluated in passes.cuts.found(
+                model, search, number, (X, y), n, done, check
+            ):
+                if model.count and not isinstance(seen.loss, LossOfItems):
+                    seen.loss = LossOfItems(seen.loss)
+                yield evaluated
+
+
+def _with_previous(seen: Seen, output: Tensor, y: Any) -> tuple[Tensor, Any]:
+    """Put a sample that is alone in its batch beside those of the batch before.
+
+    Whether a loss is a sum over samples cannot be seen on one of them.
+    """
+    if len(output) > 1 or not seen.outputs:
+        return output, y
+    try:
+        outputs = torch.cat([seen.outputs[-1], output])
+        return outputs, joined_targets([seen.targets[-1], y])
+    except RuntimeError:  # their shapes differ
+        return output, y
