@@ -140,7 +140,9 @@ TOPICS = {
         Use.columns.<locals>.make
     """,
     "running the private net": "FunctionalModel.__call__ FunctionalModel.first",
-    "passing over data": "EmpiricalRisk.batches Passes.batches Cuts.applied iterate copied take",
+    "passing over data": """
+        EmpiricalRisk.batches Passes.batches Cuts.applied iterate copied take
+    """,
     "modes of torch": """
         ordinary_mode.__enter__ ordinary_mode.__exit__ as_guest.__init__
         as_guest.__enter__ as_guest.__exit__
