@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 import vivit_linop as vl
 from vivit_linop.net import pieces
-from vivit_linop.net.sums import GramTotal
+from vivit_linop.net.totals import GramTotal
 
 N, C, DELTA = 29, 4, 0.1
 # What the next evaluation of a moody net raises.

@@ -296,7 +296,7 @@ def test_gram_matrix_that_cannot_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     for factor in (vl.GGN(G.risk).factor, vl.PerSampleGradients(G.risk)):
         budget = 4 * factor.shape[1] ** 2 - 1
         monkeypatch.setattr(
-            "vivit_linop.net.sums.free_memory", lambda _, free=budget: free
+            "vivit_linop.net.totals.free_memory", lambda _, free=budget: free
         )
         with pytest.raises(MemoryError, match=r"up to 9 samples.*eigh"):
             (factor.T @ factor).to_dense()

@@ -21,7 +21,12 @@ from vivit_linop.net.columns.base import DenseColumns, LayerColumns
 from vivit_linop.net.columns.khatri_rao import KhatriRaoColumns
 from vivit_linop.net.columns.weighted import weighted
 from vivit_linop.net.pieces import Piece
-from vivit_linop.net.sums import GramTotal, SampleGrams, Weights, cross_gram
+from vivit_linop.net.sums import cross_gram
+from vivit_linop.net.totals import (
+    GramTotal,
+    SampleGrams,
+    Weights,
+)
 from vivit_linop.operators.base import TorchLinearOperator
 from vivit_linop.operators.elementary import Dense, Diagonal, Product, Scaled
 from vivit_linop.operators.kronecker import BlockDiagonal, Kronecker

@@ -10,7 +10,11 @@ import torch
 from torch import Tensor
 
 from vivit_linop.curvature.jacobian import Pullback, sum_columns
-from vivit_linop.net.sums import GramTotal, OuterTotal, RowNorms
+from vivit_linop.net.totals import (
+    GramTotal,
+    OuterTotal,
+    RowNorms,
+)
 from vivit_linop.operators import verbs
 from vivit_linop.operators.base import TorchLinearOperator
 from vivit_linop.operators.kronecker import BlockDiagonal

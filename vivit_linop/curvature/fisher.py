@@ -22,7 +22,7 @@ from vivit_linop.curvature.jacobian import (
 )
 from vivit_linop.curvature.loss_hessian import LossGradient
 from vivit_linop.modes import ordinary_mode
-from vivit_linop.net.sums import ColumnNorms
+from vivit_linop.net.totals import ColumnNorms
 from vivit_linop.operators.base import TorchLinearOperator
 from vivit_linop.operators.kronecker import BlockDiagonal
 from vivit_linop.operators.lowrank import Centered, LowRank

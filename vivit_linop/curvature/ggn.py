@@ -12,7 +12,7 @@ from vivit_linop.curvature.blocks import ParameterBlocks, block_diagonal
 from vivit_linop.curvature.jacobian import Jacobian, Pullback, sum_columns
 from vivit_linop.curvature.loss_hessian import LossHessian, LossHessianSqrt
 from vivit_linop.modes import ordinary_mode
-from vivit_linop.net.sums import SampleRowNorms
+from vivit_linop.net.totals import SampleRowNorms
 from vivit_linop.operators.kronecker import BlockDiagonal
 from vivit_linop.operators.lowrank import LowRank
 from vivit_linop.risk.empirical import EmpiricalRisk

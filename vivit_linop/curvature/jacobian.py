@@ -22,6 +22,14 @@ from vivit_linop.net.costs import LayerCost, as_table, layer_costs
 from vivit_linop.net.linearization import NoTangentError, linearizations, trusted
 from vivit_linop.net.pieces import StoredColumns, Total, memory_budget
 from vivit_linop.net.sums import (
+    accumulate,
+    accumulate_own,
+    cross_gram,
+    cross_sample_grams,
+    formed_pieces,
+    own_gram_rows,
+)
+from vivit_linop.net.totals import (
     AllColumns,
     ColumnNorms,
     Components,
@@ -30,12 +38,6 @@ from vivit_linop.net.sums import (
     OuterTotal,
     RowNorms,
     SampleGrams,
-    accumulate,
-    accumulate_own,
-    cross_gram,
-    cross_sample_grams,
-    formed_pieces,
-    own_gram_rows,
 )
 from vivit_linop.operators import verbs
 from vivit_linop.operators.base import TorchLinearOperator

@@ -1,0 +1,428 @@
+"""What is summed over the columns of a factor Jᵀ B: inner and outer products, norms.
+
+Each says what it is, how it takes columns, and what a piece of them adds.
+:mod:`vivit_linop.net.sums` passes over the data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from vivit_linop.devices import free_memory
+from vivit_linop.net.columns.base import LayerColumns, mirror
+from vivit_linop.net.columns.samples import sample_grams
+from vivit_linop.net.pieces import Cotangents, Piece, Total, num_columns, split_rows
+from vivit_linop.ranks.alone import Ranks
+
+
+class GramTotal(Total):
+    """The matrix of (left columns)ᵀ (right columns) over some parameters.
+
+    Over several processes each has the rows of its own samples.
+
+    Args:
+        left: Jᵀ A, ``[D, R]``.
+        right: Jᵀ B, ``[D, Q]``.
+        names: The parameters.
+        weights: w, ``[D]``, for (left columns)ᵀ diag(w) (right columns); not negative
+            where left is right.
+
+    Attributes:
+        rows: Those of this process's samples; all in one process.
+    """
+
+    takes = "pairs"
+
+    def __init__(
+        self,
+        left: Cotangents,
+        right: Cotangents,
+        names: Sequence[str],
+        weights: Tensor | Weights | None = None,
+    ) -> None:
+        self.names, self._symmetric = names, left is right
+        self._weights = Weights.of(weights, self._symmetric)
+        check_fits(left, right)
+        risk = left.risk
+        self._ranks = risk.ranks
+        self._first = risk.ranks.first * left.width
+        sides = left.layout.total, num_columns(right)
+        self.rows = torch.zeros(*sides, dtype=risk.dtype, device=risk.device)
+        # How many entries are known, and which blocks other processes need transposed.
+        self._known, self._others = 0, list[tuple[int, slice, slice]]()
+
+    @property
+    def matrix(self) -> Tensor:
+        """The matrix, ``[R, Q]``, on all processes."""
+        return self._ranks.listed(lambda: self.rows)
+
+    def add(self, left: Piece, right: Piece) -> None:
+        """Add the inner products, layer by layer."""
+        place = self._own(left.place)
+        block = self.rows[place, right.place]
+        self._known += block.numel()
+        left, right = self._weights.inside(left, right)
+        for part, other in left.pairs(right, self.names):
+            part.add_gram(block, other, self.memory)
+        if self._symmetric and left is right:
+            mirror(block)
+        elif self._symmetric:
+            self._mirror(place, right, block)
+
+    def _own(self, place: slice) -> slice:
+        """Where rows are among those of this process."""
+        return slice(place.start - self._first, place.stop - self._first)
+
+    def _mirror(self, rows: slice, right: Piece, block: Tensor) -> None:
+        """Fill in the transposed block, or remember to send it."""
+        owner = self._ranks.owner(right.samples.start)
+        if owner == self._ranks.rank:
+            across = slice(rows.start + self._first, rows.stop + self._first)
+            self.rows[self._own(right.place), across] = block.T
+            self._known += block.numel()
+        else:
+            self._others.append((owner, rows, right.place))
+
+    def finish(self, ranks: Ranks) -> None:
+        """Send transposed blocks to the ranks whose rows they are."""
+        for distance in range(1, ranks.size // 2 + 1):
+            peer = (ranks.rank + distance) % ranks.size
+            blocks = [
+                (place, rows.start + self._first, self.rows[rows, place].T)
+                for owner, rows, place in self._others
+                if owner == peer
+            ]
+            for place, start, block in ranks.swapped(blocks, distance):
+                across = slice(start, start + block.shape[1])
+                self.rows[self._own(place), across] = block
+                self._known += block.numel()
+        with ranks.together("Gram matrix"):
+            if self._known != self.rows.numel():
+                raise RuntimeError(
+                    f"Of {self.rows.numel()} entries of a Gram matrix on rank "
+                    f"{ranks.rank} {self._known} were computed. Please report this."
+                )
+
+
+class Weights:
+    """What stands between left and right columns, entry by entry.
+
+    Args:
+        entries: w, ``[D]``; None for ones.
+        symmetric: Whether left columns are the right ones: both get the roots of w.
+    """
+
+    def __init__(self, entries: Tensor | None, symmetric: bool) -> None:
+        self._symmetric = symmetric
+        self._entries = entries
+        if entries is not None and symmetric:
+            self._entries = entries.sqrt()
+
+    @classmethod
+    def of(cls, given: Tensor | Weights | None, symmetric: bool) -> Weights:
+        """Return weights as they are, those of entries from their tensor."""
+        return given if isinstance(given, Weights) else cls(given, symmetric)
+
+    def inside(self, left: Piece, right: Piece) -> tuple[Piece, Piece]:
+        """Return pieces whose inner products have the weights."""
+        if self._entries is None:
+            return left, right
+        first = left.weighted(self._entries)
+        if not self._symmetric:
+            return first, right
+        return first, first if right is left else right.weighted(self._entries)
+
+
+def check_fits(left: Cotangents, right: Cotangents) -> None:
+    """Raise an error if a Gram matrix does not fit into the memory that is free.
+
+    Over several processes, if the rows of this one's samples do not.
+
+    Raises:
+        MemoryError: It says what would fit.
+    """
+    device, itemsize = left.risk.device, torch.finfo(left.risk.dtype).bits // 8
+    rows, columns = left.layout.total, num_columns(right)
+    needed, free = rows * columns * itemsize, free_memory(device)
+    if needed <= free:
+        return
+    fitting = int((free / itemsize) ** 0.5)
+    width = max(left.width, right.width)
+    ways = [
+        "what needs products only: G.eigh(k=...) and scipy.sparse.linalg.cg(G + "
+        "delta * Identity(D), b)"
+    ]
+    if samples := min(fitting // left.risk.num_samples, width - 1):
+        ways.insert(0, f"mc_samples= up to {samples}")
+    if samples := fitting // width:
+        ways.insert(0, f"risk.subset(indices) of up to {samples} samples")
+    raise MemoryError(
+        f"The Gram matrix [{rows}, {columns}] takes {needed / 1e9:.3g} GB, and "
+        f"{free / 1e9:.3g} GB are free on {device}. What fits: {', '.join(ways)}."
+    )
+
+
+class Rows(Total):
+    """The columns of a piece, formed as rows.
+
+    Args:
+        factor: Jᵀ B.
+        names: The parameters, d entries together; all by default.
+
+    Attributes:
+        rows: Those of the last piece, ``[n·R, d]``.
+    """
+
+    takes = "rows"
+
+    def __init__(self, factor: Cotangents, names: Sequence[str] | None = None) -> None:
+        params = factor.risk.params
+        self.names = list(params) if names is None else names
+        self._numel = sum(params[name].numel() for name in self.names)
+        self.rows = torch.empty(0, dtype=factor.risk.dtype, device=factor.risk.device)
+
+    def add(self, left: Piece, right: Piece) -> None:
+        """Form the columns of a piece."""
+        height = left.place.stop - left.place.start
+        self.rows = self.rows.new_empty(height, self._numel)
+        left.rows(self.names, self.rows)
+
+
+class OuterTotal(Rows):
+    """The matrix Σ v vᵀ over all columns v, restricted to some parameters.
+
+    Args:
+        factor: Jᵀ B.
+        names: The parameters, d entries together.
+
+    Attributes:
+        matrix: ``[d, d]``.
+    """
+
+    def __init__(self, factor: Cotangents, names: Sequence[str]) -> None:
+        super().__init__(factor, names)
+        d, risk = self._numel, factor.risk
+        needed, free = d**2 * risk.dtype.itemsize, free_memory(risk.device)
+        if needed > free:
+            raise MemoryError(
+                f"The matrix [{d}, {d}] over the parameters, here the smaller side of "
+                f"a factor with {factor.width} columns for each sample, takes "
+                f"{needed / 1e9:.3g} GB, and {free / 1e9:.3g} GB are free on "
+                f"{risk.device}. What fits: mc_samples=1 or a few more, and what needs "
+                "products only, such as G.eigh(k=...)."
+            )
+        self.matrix = torch.zeros(d, d, dtype=risk.dtype, device=risk.device)
+
+    def add(self, left: Piece, right: Piece) -> None:
+        """Add the outer products of the columns of a piece."""
+        super().add(left, right)
+        self.matrix.addmm_(self.rows.T, self.rows)
+
+    def finish(self, ranks: Ranks) -> None:
+        """Add up."""
+        self.matrix = ranks.total(self.matrix)
+
+
+class AllColumns(Total):
+    """All columns, kept.
+
+    Args:
+        factor: V.
+
+    Attributes:
+        pieces: Its pieces.
+    """
+
+    def __init__(self, factor: Cotangents) -> None:
+        self.names, self.pieces = list(factor.risk.params), list[Piece]()
+
+    def add(self, left: Piece, right: Piece) -> None:
+        """Keep a piece."""
+        self.pieces.append(left)
+
+
+class Components(Total):
+    """Vᵀ X, from columns that are let go.
+
+    Args:
+        factor: V.
+        X: ``[D, K]``.
+
+    Attributes:
+        parts: Its rows, piece by piece, ``[K, n·R]``.
+    """
+
+    def __init__(self, factor: Cotangents, X: Tensor) -> None:
+        params = factor.risk.params
+        sizes = {name: p.numel() for name, p in params.items()}
+        self.names, self.parts = list(params), list[Tensor]()
+        self._rows = split_rows(X.T.contiguous(), sizes)
+
+    def add(self, left: Piece, right: Piece) -> None:
+        """Add the components along a piece's columns."""
+        self.parts.append(left.components(self._rows))
+
+
+class EntrySums(Total):
+    """A vector with an entry for each parameter entry, summed over all columns.
+
+    Args:
+        factor: Jᵀ B.
+        names: The parameters, d entries together.
+
+    Attributes:
+        entries: ``[d]``.
+    """
+
+    takes = "stream"
+
+    def __init__(self, factor: Cotangents, names: Sequence[str]) -> None:
+        self.names = names
+        sizes = [factor.risk.params[name].numel() for name in names]
+        self.entries = torch.zeros(
+            sum(sizes), dtype=factor.risk.dtype, device=factor.risk.device
+        )
+        self._parts = dict(zip(names, self.entries.split(sizes), strict=True))
+
+    def add(self, left: Piece, right: Piece) -> None:
+        """Add the columns of a piece, parameter by parameter."""
+        for name in self.names:
+            if name in left.columns:
+                self._parts[name] += self._of(left.columns[name])
+
+    def finish(self, ranks: Ranks) -> None:
+        """Add up."""
+        self.entries = ranks.total(self.entries)
+
+    def _of(self, columns: LayerColumns) -> Tensor:
+        return columns.entry_sums()
+
+
+class RowNorms(EntrySums):
+    """The squared norms of the rows, from the structure of the layers."""
+
+    def _of(self, columns: LayerColumns) -> Tensor:
+        return columns.entry_squares(self.memory)
+
+
+class SampleRowNorms(Total):
+    """The squared norms of the rows, of each sample's columns alone.
+
+    Args:
+        factor: Jᵀ B.
+
+    Attributes:
+        norms: ``[N, D]``.
+    """
+
+    takes = "stream"
+
+    def __init__(self, factor: Cotangents) -> None:
+        risk = factor.risk
+        self.names, self._first = list(risk.params), risk.ranks.first
+        shape = sum(risk.batch_sizes), risk.num_params
+        self.norms = torch.zeros(shape, dtype=risk.dtype, device=risk.device)
+        parts = self.norms.split(risk.sizes, dim=1)
+        self._parts = dict(zip(self.names, parts, strict=True))
+
+    def add(self, left: Piece, right: Piece) -> None:
+        """Add to the samples of a piece."""
+        place = own_samples(left, self._first)
+        for name, part in self._parts.items():
+            if name in left.columns:
+                squares = left.columns[name].sample_entry_squares(self.memory)
+                part[place] += squares
+
+    def finish(self, ranks: Ranks) -> None:
+        """List by sample."""
+        own = self.norms
+        self.norms = ranks.listed(lambda: own)
+
+
+class SampleGrams(Total):
+    """The inner products between the columns of each sample alone.
+
+    Args:
+        left: Jᵀ A.
+        right: Jᵀ B of the same risk.
+        weights: As for :class:`GramTotal`.
+
+    Attributes:
+        matrices: ``[N, R, Q]``.
+    """
+
+    def __init__(
+        self,
+        left: Cotangents,
+        right: Cotangents,
+        weights: Tensor | Weights | None = None,
+    ) -> None:
+        risk = left.risk
+        self.names, self._first = list(risk.params), risk.ranks.first
+        self._weights = Weights.of(weights, left is right)
+        shape = sum(risk.batch_sizes), left.width, right.width
+        self.matrices = torch.zeros(shape, dtype=risk.dtype, device=risk.device)
+
+    def add(self, left: Piece, right: Piece) -> None:
+        """Fill in the samples of a piece, layer by layer."""
+        place = own_samples(left, self._first)
+        left, right = self._weights.inside(left, right)
+        for part, other in left.pairs(right, self.names):
+            self.matrices[place] += sample_grams(part, other, self.memory)
+
+    def finish(self, ranks: Ranks) -> None:
+        """List by sample."""
+        own = self.matrices
+        self.matrices = ranks.listed(lambda: own)
+
+
+def own_samples(piece: Piece, first: int) -> slice:
+    """Return where the samples of a piece are among those of this process.
+
+    Args:
+        piece: The piece.
+        first: The number of this process's first sample.
+    """
+    return slice(piece.samples.start - first, piece.samples.stop - first)
+
+
+class ColumnNorms(Total):
+    """The squared norms of the columns, restricted to groups of parameters.
+
+    Args:
+        factor: Jᵀ B, ``[D, N·R]``.
+        groups: Names of parameters.
+
+    Attributes:
+        norms: ``[N·R, B]`` for B groups.
+    """
+
+    def __init__(self, factor: Cotangents, groups: Sequence[Sequence[str]]) -> None:
+        self.names = [name for group in groups for name in group]
+        self._groups = groups
+        # Else a piece would have to say which column of a sample it has.
+        self.takes = "stream" if factor.width == 1 else "columns"
+        self._first = factor.risk.ranks.first * factor.width
+        self.norms = torch.zeros(
+            factor.layout.total,
+            len(groups),
+            dtype=factor.risk.dtype,
+            device=factor.risk.device,
+        )
+
+    def add(self, left: Piece, right: Piece) -> None:
+        """Fill in the columns of a piece."""
+        place = slice(left.place.start - self._first, left.place.stop - self._first)
+        for number, group in enumerate(self._groups):
+            for name in group:
+                if name in left.columns:
+                    squared = left.columns[name].squared_norms(self.memory)
+                    self.norms[place, number] += squared
+
+    def finish(self, ranks: Ranks) -> None:
+        """List by sample."""
+        own = self.norms
+        self.norms = ranks.listed(lambda: own)
