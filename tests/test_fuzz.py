@@ -1,13 +1,18 @@
 """A short run of the fuzzer on fixed seeds; ``make fuzz`` takes fresh ones."""
 
+from collections.abc import Callable
+
 import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations, weight_norm
 
 import vivit_linop as vl
 from tests.fuzz import checks
 from tests.fuzz.__main__ import shrunk
 from tests.fuzz.expressions import Expression
 from tests.fuzz.nets import Plan
-from tests.fuzz.truth import Undecided
+from tests.fuzz.truth import Case, Curvature, Undecided
 
 
 def said(case: Plan | Expression) -> str:
@@ -41,6 +46,49 @@ def test_what_is_wrong_is_found_and_shrunk(monkeypatch: pytest.MonkeyPatch) -> N
     small = shrunk(case, finding)
     assert not small.layers and small.samples == 1
     assert "Case(model, loss, data, params" in small.code()
+
+
+def build(net: Callable[[], nn.Module], X: Tensor) -> Case:
+    torch.manual_seed(0)
+    model = net().double()
+    y = torch.ones_like(model(X)).detach()
+    return Case(model, nn.MSELoss(), (X, y))
+
+
+INPUT, TOKENS = torch.rand(3, 2).double() - 0.5, torch.tensor([[0, 1], [2, 0], [1, 1]])
+NETS: dict[str, tuple[Callable[[], nn.Module], Tensor, bool]] = {
+    "smooth": (lambda: nn.Sequential(nn.Linear(2, 2), nn.Tanh()), INPUT, True),
+    "padding": (
+        lambda: nn.Sequential(nn.Embedding(3, 2, padding_idx=0), nn.Tanh()),
+        TOKENS,
+        True,
+    ),
+    "kink": (
+        lambda: nn.Sequential(nn.Linear(2, 2), nn.Tanh(), nn.ReLU()),
+        torch.tensor([[0.0, 0.0], [0.5, 0.25]]).double(),
+        True,
+    ),
+    # Torch's derivative is a constant that does not know of the norm.
+    "norm": (lambda: parametrizations.weight_norm(nn.Linear(2, 2)), INPUT, False),
+    "norm of a number": (lambda: weight_norm(nn.Linear(1, 1)), INPUT[:, :1], False),
+}
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("name", NETS)
+def test_a_refusal_is_right_where_second_derivatives_are_wrong(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    net, X, right = NETS[name]
+    make = lambda: build(net, X)  # noqa: E731
+    assert Curvature(make()).is_right() == right
+    assert not checks.findings(make, only="hessian")
+
+    def refuse(*_: object) -> None:
+        raise ValueError("model: its second derivatives by torch are wrong.")
+
+    monkeypatch.setattr(vl.Hessian, "__matmul__", refuse)
+    assert bool(checks.findings(make, only="hessian")) == right
 
 
 def test_cases_have_a_truth() -> None:

@@ -80,10 +80,22 @@ def cut(X: Any, y: Tensor, sizes: Sequence[int] | int, loader: bool = False) -> 
 
 
 @contextmanager
-def plain():
+def differentiable():
     """Kernels with all derivatives, and nothing computed again in backward passes."""
     again = patch("torch.utils.checkpoint.checkpoint", lambda f, x, **_: f(x))
     with sdpa_kernel(SDPBackend.MATH), fast_path(False), again:
+        yield
+
+
+@contextmanager
+def plain():
+    """The same, without an operation whose second derivative torch has wrong."""
+
+    def weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+        return v * (g / torch.norm_except_dim(v, 2, dim))
+
+    names = "torch._weight_norm", "torch.nn.utils.weight_norm._weight_norm"
+    with differentiable(), patch(names[0], weight_norm), patch(names[1], weight_norm):
         yield
 
 
@@ -142,6 +154,81 @@ def truth_of(case: Case) -> tuple[Dense, bool]:
         if not entry.isfinite().all():
             raise Undecided("not finite")
     return dense, curved_net
+
+
+@dataclass
+class Curvature:
+    """Whether torch's second derivatives of a net are the slopes of its gradients.
+
+    Those of ⟨u, f(θ)⟩ for a random u, so that no loss hides any.
+    """
+
+    case: Case
+
+    def __post_init__(self) -> None:
+        self.leaves = self.case.chosen()
+        self.theta = [p.detach().clone() for p in self.leaves]
+        self.random = torch.Generator().manual_seed(0)
+        self.u = self._noise_like(self.case.outputs())
+
+    def is_right(self) -> bool:
+        """Whether they are, at θ or beside it: θ itself may lie on a kink."""
+        with differentiable():
+            alive = self._alive()
+            try:
+                return any(
+                    self._is_right_beside(shift, alive) for shift in (0.0, 1e-3, 1e-3)
+                )
+            except RuntimeError:  # torch has none
+                return False
+
+    def _alive(self) -> list[Tensor]:
+        """Which entries have a gradient: those of padding are constants to torch."""
+        alive = [torch.zeros_like(p, dtype=torch.bool) for p in self.theta]
+        for _ in range(8):  # one may be zero by chance
+            self.u = self._noise_like(self.u)
+            for flags, g in zip(alive, self._gradient(self._beside(1e-3)), strict=True):
+                flags |= g != 0.0
+        return alive
+
+    def _beside(self, shift: float) -> list[Tensor]:
+        return self._moved(self.theta, shift, [self._noise_like(p) for p in self.theta])
+
+    def _is_right_beside(self, shift: float, alive: list[Tensor]) -> bool:
+        here = self._beside(shift)
+        slope = self._gradient(here, graph=True)
+        x = [self._noise_like(p) * moves for p, moves in zip(here, alive, strict=True)]
+        along = sum((g * part).sum() for g, part in zip(slope, x, strict=True))
+        found = [torch.zeros_like(p) for p in here]
+        if along.requires_grad:
+            found = torch.autograd.grad(along, self.leaves, materialize_grads=True)
+        size = sum(float(t.detach().norm()) for t in (*found, *slope))
+
+        def agrees(step: float) -> bool:
+            a, b = (self._gradient(self._moved(here, h, x)) for h in (step, -step))
+            slopes = [(p - q) / (2 * step) for p, q in zip(a, b, strict=True)]
+            return all(
+                (f - s).norm() <= 1e-5 * f.norm() + 1e-8 * size
+                for f, s in zip(found, slopes, strict=True)
+            )
+
+        return any(map(agrees, (1e-5, 1e-4, 1e-6)))
+
+    def _noise_like(self, t: Tensor) -> Tensor:
+        return torch.randn(t.shape, generator=self.random, dtype=t.dtype)
+
+    @staticmethod
+    def _moved(at: list[Tensor], step: float, along: list[Tensor]) -> list[Tensor]:
+        return [p + step * direction for p, direction in zip(at, along, strict=True)]
+
+    def _gradient(self, at: list[Tensor], graph: bool = False) -> tuple[Tensor, ...]:
+        for p, value in zip(self.leaves, at, strict=True):
+            p.data.copy_(value)
+        total = (self.u * self.case.outputs()).sum()
+        if not total.requires_grad:
+            return tuple(map(torch.zeros_like, self.leaves))
+        keywords = {"create_graph": graph, "materialize_grads": True}
+        return torch.autograd.grad(total, self.leaves, **keywords)
 
 
 def rounding(build: Any, dense: Dense) -> float:

@@ -184,15 +184,20 @@ class Certificate:
 
     def _right(self, samples: Samples, theta: Params, found: Slope) -> bool:
         """Whether differences of gradients agree with H x."""
-        if self._agrees(samples, theta, found, FrozenValues(), first_only=True):
+        first = STEPS[self._dtype][0]
+        difference = self._difference(samples, theta, found.x, first, FrozenValues())
+        if self._compared(found, [difference]):
             return True
         # Torch takes what a net detaches for constant, and entries without a gradient,
-        # such as those for padding.
+        # such as those for padding: these have none beside θ either.
         frozen = FrozenValues()
         with frozen.recording():
             self._evaluate(theta, samples.X, self._dtype)
-        gradients = zip(found.x, found.gradient, strict=True)
-        x = [part.masked_fill(g == 0.0, 0.0) for part, g in gradients]
+        parts = zip(found.x, found.gradient, found.along, difference, strict=True)
+        x = [
+            part.masked_fill((g == 0.0) & (along == 0.0) & (slope == 0.0), 0.0)
+            for part, g, along, slope in parts
+        ]
         found = self._product(samples, theta, x)
         if self._agrees(samples, theta, found, frozen):
             return True
@@ -210,17 +215,13 @@ class Certificate:
         theta: Params,
         found: Slope,
         frozen: FrozenValues,
-        first_only: bool = False,
     ) -> bool:
         """Compare with a difference; with those of other steps if it does not agree."""
         differences: list[list[Tensor]] = []
         for step in STEPS[self._dtype]:
             differences.append(self._difference(samples, theta, found.x, step, frozen))
-            if len(differences) == 1:
-                if self._compared(found, differences):
-                    return True
-                if first_only:
-                    return False
+            if len(differences) == 1 and self._compared(found, differences):
+                return True
         return self._compared(found, differences)
 
     def _compared(self, found: Slope, differences: list[list[Tensor]]) -> bool:
