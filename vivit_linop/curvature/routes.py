@@ -30,12 +30,17 @@ from vivit_linop.net.costs import layer_costs
 from vivit_linop.net.pieces import memory_budget
 from vivit_linop.operators.base import TorchLinearOperator
 from vivit_linop.operators.damped import Damped
+from vivit_linop.operators.dispatch import routed
 from vivit_linop.operators.eigenpairs import Eigenpairs
 from vivit_linop.operators.elementary import Dense, Scaled
 from vivit_linop.operators.kronecker import BlockDiagonal
 from vivit_linop.operators.lowrank import Centered, LowRank, Woodbury
 from vivit_linop.operators.stacks import HStack
-from vivit_linop.operators.verbs import eigh, explain, routed, scale
+from vivit_linop.operators.verbs import (
+    eigh,
+    explain,
+    scale,
+)
 
 DENSE = ("dense Gram", "dense G")
 ARPACK = ("ARPACK on K", "ARPACK on G")

@@ -15,6 +15,7 @@ from vivit_linop.operators.diagonal_damping import (
     DiagonalWoodbury,
     WeightedRows,
 )
+from vivit_linop.operators.dispatch import no_eigenpairs
 from vivit_linop.operators.eigenpairs import Eigendecomposition
 from vivit_linop.operators.elementary import Dense, Diagonal, Product
 from vivit_linop.operators.lowrank import Woodbury
@@ -28,7 +29,6 @@ from vivit_linop.operators.verbs import (
     gram_blocks,
     inv,
     logdet,
-    no_eigenpairs,
     row_norms_squared,
     sqrt,
 )

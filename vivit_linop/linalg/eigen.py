@@ -15,6 +15,7 @@ from vivit_linop.linalg.decompositions import (
 )
 from vivit_linop.operators.base import TorchLinearOperator
 from vivit_linop.operators.damped import Damped, DampedInverse
+from vivit_linop.operators.dispatch import NoClosedForm, no_eigenpairs
 from vivit_linop.operators.eigenpairs import Eigendecomposition, Eigenpairs
 from vivit_linop.operators.elementary import (
     Dense,
@@ -35,12 +36,10 @@ from vivit_linop.operators.symmetric import (
     symmetric_eigenvalues,
 )
 from vivit_linop.operators.verbs import (
-    NoClosedForm,
     eigendecomposition,
     eigh,
     eigvalsh,
     extreme_eigenpairs,
-    no_eigenpairs,
     to_dense,
 )
 

@@ -15,9 +15,9 @@ from vivit_linop.linalg.leading import led
 from vivit_linop.modes import as_given
 from vivit_linop.operators.base import TorchLinearOperator
 from vivit_linop.operators.damped import Damped
+from vivit_linop.operators.dispatch import NoClosedForm
 from vivit_linop.operators.eigenpairs import Eigendecomposition, Eigenpairs
 from vivit_linop.operators.verbs import (
-    NoClosedForm,
     eigendecomposition,
     extreme_eigenpairs,
     to_dense,

@@ -13,6 +13,7 @@ from torch import Tensor
 from vivit_linop.linalg.decompositions import gram_rounding_error
 from vivit_linop.operators.base import TorchLinearOperator
 from vivit_linop.operators.damped import Damped, DampedInverse
+from vivit_linop.operators.dispatch import no_inverse
 from vivit_linop.operators.elementary import (
     Adjoint,
     Dense,
@@ -37,7 +38,6 @@ from vivit_linop.operators.verbs import (
     diagonal,
     eigvalsh,
     inv,
-    no_inverse,
     scale,
     to_dense,
 )

@@ -10,6 +10,7 @@ from torch import Tensor
 from vivit_linop.linalg.columns import column_pieces_of_operator
 from vivit_linop.operators.base import TorchLinearOperator
 from vivit_linop.operators.damped import Damped, DampedInverse
+from vivit_linop.operators.dispatch import no_eigenpairs
 from vivit_linop.operators.elementary import (
     Adjoint,
     Dense,
@@ -41,7 +42,6 @@ from vivit_linop.operators.verbs import (
     diagonal_blocks,
     eigvalsh,
     logdet,
-    no_eigenpairs,
     outer_matrix,
     row_norms_squared,
     to_dense,

@@ -34,11 +34,12 @@ from vivit_linop.modes import as_guest
 from vivit_linop.net.capture import Capture, Takes
 from vivit_linop.net.columns.base import LayerColumns
 from vivit_linop.net.dense import on_the_batch, one_by_one, vectorised
-from vivit_linop.net.rounding import ATTEMPTS, BY_NOISE, with_other_digits
+from vivit_linop.net.rounding import BY_NOISE, nearby
 from vivit_linop.net.structure import Structure, Variant
 from vivit_linop.noise import Noise
 from vivit_linop.risk.empirical import EmpiricalRisk
 from vivit_linop.risk.memory import is_out_of_memory
+from vivit_linop.risk.model import Params
 
 Columns = dict[str, LayerColumns]
 
@@ -333,14 +334,16 @@ class CertifiedColumns:
             pulled_back: Some parts of Jᵀ B w, by parameter.
             certificate: The one with B w.
         """
+        model = self._risk.model
+        frozen = {k: p for k, p in model.constants.items() if k not in model.buffers}
+        params = frozen | self._risk.params
         noise, right = dict.fromkeys(pulled_back, 0.0), set[str]()
-        digits = Noise()
-        for number in range(1 + ATTEMPTS):
+        for number, near in enumerate(nearby(params, certificate.cotangent)):
             names = [name for name in noise if name not in right]
             if not names:
                 break
             try:
-                found = self._again(names, certificate.cotangent, digits, number > 0)
+                found = self._again(names, *near)
             # Whatever a net says to parameters that are no longer what they were.
             except Exception:
                 break
@@ -357,28 +360,11 @@ class CertifiedColumns:
         return right
 
     def _again(
-        self,
-        names: Sequence[str],
-        cotangent: Tensor,
-        digits: Noise,
-        rounded: bool,
+        self, names: Sequence[str], at: Params, cotangent: Tensor
     ) -> list[Tensor]:
-        """Pull a cotangent back to some parameters, by another run of the net.
-
-        Args:
-            names: The parameters.
-            cotangent: ``[n, C]``.
-            digits: For other last digits.
-            rounded: Whether all numbers have others.
-        """
-        model, params = self._risk.model, self._risk.params
-        frozen = {k: p for k, p in model.constants.items() if k not in model.buffers}
-        at = {name: p.detach().clone() for name, p in (frozen | params).items()}
-        if rounded:
-            at = {name: with_other_digits(p, digits) for name, p in at.items()}
-            cotangent = with_other_digits(cotangent, digits)
+        """Pull a cotangent ``[n, C]`` back to some parameters, on another run."""
         wanted = [at[name].requires_grad_() for name in names]
-        output = model(at, self._X).reshape(self._capture.output.shape)
+        output = self._risk.model(at, self._X).reshape(self._capture.output.shape)
         return gradients(output, wanted, cotangent)
 
 

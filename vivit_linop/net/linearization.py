@@ -34,7 +34,9 @@ from torch.func import vmap
 
 from vivit_linop.graphs import strided
 from vivit_linop.modes import as_guest
-from vivit_linop.net.rounding import ATTEMPTS, BY_NOISE, with_other_digits
+from vivit_linop.net.chunks import Chunks, columns_at_a_time
+from vivit_linop.net.rounding import BY_NOISE, nearby
+from vivit_linop.net.slopes import Probe, agree
 from vivit_linop.net.tangents import OutOfPlace, tangent_map, tracing_pays
 from vivit_linop.noise import Noise
 from vivit_linop.risk.checks import read
@@ -48,9 +50,6 @@ from vivit_linop.risk.memory import (
 )
 from vivit_linop.risk.model import FunctionalModel, Params
 
-# What K columns of tangents may take together on the CPU. More would not be faster:
-# columns one by one use the caches better.
-_CPU_COLUMN_BYTES = 4 * 2**20
 # What a net's trace keeps, or the graph of a backward pass, in graphs of its outputs:
 # measured 1.4 for a net of linear layers, 1.8 for attention, 2.9 for convolutions.
 _KEPT_GRAPHS = 3
@@ -78,20 +77,6 @@ class Graph(NamedTuple):
 
     output: Tensor
     arguments: list[Tensor]
-
-
-class Probe(NamedTuple):
-    """Random vectors, and what an ordinary backward pass makes of one.
-
-    Attributes:
-        x: ``[D]``.
-        u: ``[n C]``.
-        pulled_back: Jᵀ u, by the first backward pass of the graph, ``[D]``.
-    """
-
-    x: Tensor
-    u: Tensor
-    pulled_back: Tensor
 
 
 class ReverseTangents:
@@ -181,13 +166,12 @@ class Linearization:
         first = next(iter(params.values()))
         self._dtype, self.device = first.dtype, first.device
         self.kept, self.checked = True, False
-        self._batches = True
+        self._chunks = Chunks()
         self._tangents: ReverseTangents | TracedTangents | None = None
         self._preparing = threading.Lock()
         self._failure = ""
         self._probe: Probe | None = None
         self._repeats = self._spent = self._few = False
-        self._together: set[str] = set()
         self.nbytes = nbytes
         with as_guest(self.device):
             output = function(params)
@@ -204,7 +188,7 @@ class Linearization:
         Nothing is traced for these.
         """
         self.checked = self._repeats = self._few = True
-        self._together = {"_jvp", "_vjp"}
+        self._chunks.trust("_jvp", "_vjp")
 
     @property
     def kept_bytes(self) -> int:
@@ -289,69 +273,39 @@ class Linearization:
         return right
 
     def _agree(self, graph: Graph, tangents: ReverseTangents | TracedTangents) -> bool:
-        """Whether products are those of the Jacobian, and stay so when used.
+        """Whether products are those of the Jacobian, and stay so when used."""
+        is_trace = graph is not self._graph
+        return agree(
+            self._probed(),
+            functools.partial(self._jvp, tangents=tangents),
+            self._vjp,
+            functools.partial(self._vjp, graph=graph) if is_trace else None,
+            self._is_rounding,
+        )
 
-        ⟨u, J x⟩ must equal ⟨Jᵀ u, x⟩ for a random u, where a large error of J x may be
-        hidden among many outputs, and for u = J x, where its square is seen. Of a
-        trace, Jᵀ u must also be what an ordinary backward pass gives, and all this
-        again: what it keeps is changed by its use if the model works in place.
-        """
-        x, u, expected = self._probed()
-        eps = torch.finfo(self._dtype).eps
-        tolerance = 100 * eps**0.75
-        traced = graph is not self._graph
-        for _ in range(1 + traced):
-            image = self._jvp(x, tangents)
-            if traced:
-                error = self._vjp(u, graph) - expected
-                if not error.norm() <= tolerance * expected.norm():
-                    return False
-            slope = (image * u).sum() - (expected * x).sum()
-            size = image.norm() * u.norm() + expected.norm() * x.norm()
-            if not slope.abs() <= tolerance * size:
-                if traced or not self._is_rounding(slope, x, u, expected):
-                    return False
-        pulled_back = self._vjp(image)
-        slope = (image * image).sum() - (pulled_back * x).sum()
-        tolerated = tolerance * image.square().sum()
-        tolerated += 100 * eps * pulled_back.norm() * x.norm()
-        if slope.abs() <= tolerated:
-            return True
-        return not traced and self._is_rounding(slope, x, image, pulled_back)
-
-    def _is_rounding(
-        self, slope: Tensor, x: Tensor, u: Tensor, pulled_back: Tensor
-    ) -> bool:
-        """Whether a difference of two slopes along x is no more than rounding.
+    def _is_rounding(self, slope: Tensor, u: Tensor, pulled_back: Tensor) -> bool:
+        """Whether a difference of two slopes along the probe is no more than rounding.
 
         Args:
             slope: ⟨u, J x⟩ − ⟨Jᵀ u, x⟩.
-            x: ``[D]``.
             u: ``[n C]``.
             pulled_back: Jᵀ u, ``[D]``, by a backward pass.
         """
         if not slope.isfinite():
             return False
-        digits = Noise()
-        for number in range(1 + ATTEMPTS):
-            at = {name: p.detach().clone() for name, p in self._params.items()}
-            cotangent = u
-            if number:
-                at = {name: with_other_digits(p, digits) for name, p in at.items()}
-                cotangent = with_other_digits(u, digits)
-            wanted = [p.requires_grad_() for p in at.values()]
+        size = self._probed().x.norm()
+        for number, (at, cotangent) in enumerate(nearby(self._params, u)):
             # Whatever a net says to parameters that are no longer what they were.
             try:
+                wanted = [p.requires_grad_() for p in at.values()]
                 graph = Graph(self._function(at), wanted)
-                change = torch.linalg.vector_norm(
-                    self._vjp(cotangent, graph) - pulled_back
-                )
+                change = (self._vjp(cotangent, graph) - pulled_back).norm()
             except Exception:
                 return False
             # Another gradient at the same parameters is no rounding.
             if number == 0 and change != 0.0:
                 return False
-            if slope.abs() <= BY_NOISE * change * x.norm():
+            if slope.abs() <= BY_NOISE * change * size:
                 return True
         return False
 
@@ -392,11 +346,9 @@ class Linearization:
 
     def column_chunk(self) -> int:
         """How many columns to multiply at a time."""
-        budget = _CPU_COLUMN_BYTES
-        if self.device.type == "cuda":
-            budget = torch.cuda.mem_get_info(self.device)[0] // 4
-        per_column = self.nbytes + self.outputs.element_size() * sum(self._sizes)
-        return max(1, budget // max(per_column, 1))
+        entries = sum(self._sizes)
+        per_column = self.nbytes + self.outputs.element_size() * entries
+        return columns_at_a_time(self.device, per_column)
 
     def jvp(self, X: Tensor) -> Tensor:
         """Return J X, ``[D, K] -> [n C, K]``.
@@ -454,48 +406,11 @@ class Linearization:
         try:
             if X.shape[1] == 1:
                 return product(X.squeeze(1).contiguous()).unsqueeze(1)
-            return self._by_some_rows(product, X, size)
+            return self._chunks.apply(product, X, size, self.column_chunk())
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
             raise MemoryError(self._does_not_fit()) from error
-
-    def _by_some_rows(
-        self, product: Callable[[Tensor], Tensor], X: Tensor, size: int
-    ) -> Tensor:
-        rows = X.T.contiguous()
-        result = X.new_empty(X.shape[1], size)
-        chunk = self.column_chunk() if self._batches else 1
-        for part, images in zip(rows.split(chunk), result.split(chunk), strict=True):
-            if len(part) > 1 and self._batches:
-                try:
-                    if self._is_right(product, part, images.copy_(product(part))):
-                        continue
-                # Not all operations can be batched; all can be done row by row.
-                except (RuntimeError, NotImplementedError):
-                    pass
-                self._batches = False
-            for row, image in zip(part, images, strict=True):
-                image.copy_(product(row))
-        return result.T
-
-    def _is_right(
-        self, product: Callable[[Tensor], Tensor], rows: Tensor, images: Tensor
-    ) -> bool:
-        """Whether images of rows together are those of rows alone; checked once.
-
-        By the image of a random combination. Rules of torch for batches are not all
-        right.
-        """
-        if product.__name__ in self._together:
-            return True
-        weights = Noise()(len(rows), like=rows)
-        error = weights @ images - product(weights @ rows)
-        size = (weights * images.norm(dim=1)).norm()
-        if not error.norm() <= 100 * torch.finfo(self._dtype).eps ** 0.75 * size:
-            return False
-        self._together.add(product.__name__)
-        return True
 
     def _does_not_fit(self) -> str:
         samples = len(self.outputs)

@@ -7,20 +7,41 @@ units in the last place; by how much that changes the number is rounding.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
 from vivit_linop.noise import Noise
+from vivit_linop.risk.model import Params
 
 # How often rounding is measured before a result is called wrong: where a few numbers
 # cancel, most often nothing is left.
-ATTEMPTS = 64
+_ATTEMPTS = 64
 # How many times the measured rounding of a result two ways to it may differ by.
 BY_NOISE = 30
 
 
-def with_other_digits(p: Tensor, noise: Noise) -> Tensor:
-    """Return numbers that are off by some units in the last place."""
+def nearby(params: Params, cotangent: Tensor) -> Iterator[tuple[Params, Tensor]]:
+    """Yield parameters, and what is pulled back there, with other last digits.
+
+    First as they are: if that gives another result, it is not rounding.
+
+    Args:
+        params: By name.
+        cotangent: What is pulled back.
+
+    Yields:
+        Copies of both.
+    """
+    digits = Noise()
+    yield {name: p.detach().clone() for name, p in params.items()}, cotangent
+    for _ in range(_ATTEMPTS):
+        at = {name: _off(p.detach(), digits) for name, p in params.items()}
+        yield at, _off(cotangent, digits)
+
+
+def _off(p: Tensor, noise: Noise) -> Tensor:
     if not p.is_floating_point():
-        return p
+        return p.clone()
     return p + 4 * torch.finfo(p.dtype).eps * p * noise.like(p)

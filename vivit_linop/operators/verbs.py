@@ -1,9 +1,9 @@
 """The verbs of the algebra: functions that get their rules from the types of nodes.
 
 A unary verb is a ``functools.singledispatch`` function. ``verb.register`` adds a rule
-for a type, ``A.verb()`` and ``vl.linalg.verb(A)`` use it. A binary verb,
-:class:`BinaryVerb`, has a rule for a pair of types, which ``verb.rule`` adds. What has
-no rule of its own takes the rule of its base class: that of ``TorchLinearOperator``
+for a type, ``A.verb()`` and ``vl.linalg.verb(A)`` use it. A binary verb has a rule for
+a pair of types, which ``verb.rule`` adds (:mod:`vivit_linop.operators.dispatch`). What
+has no rule of its own takes the rule of its base class: that of ``TorchLinearOperator``
 works by products, or says which closed form is missing.
 
 >>> import torch, vivit_linop as vl
@@ -28,121 +28,25 @@ Rules stand in :mod:`vivit_linop.operators.rules` (products, sums, multiples) an
 from __future__ import annotations
 
 import contextlib
-import functools
-import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from functools import singledispatch
-from typing import Any, Generic, ParamSpec, TypeAlias, TypeVar
+from typing import Any
 
-from scipy.sparse.linalg import LinearOperator
 from torch import Tensor
 
+from vivit_linop.operators.dispatch import (
+    BinaryVerb,
+    Operator,
+    RoutedVerb,
+    no_eigenpairs,
+    no_inverse,
+    no_root,
+    no_rule,
+)
 from vivit_linop.operators.eigenpairs import Eigendecomposition, Eigenpairs
 from vivit_linop.operators.scalars import Scalar
 from vivit_linop.ranks.rows import RankRows
-
-Operator: TypeAlias = LinearOperator
-"""A ``TorchLinearOperator``, by the name of the class that it extends."""
-
-P = ParamSpec("P")
-Rule = TypeVar("Rule", bound=Callable[..., Any])
-Result = TypeVar("Result")
-
-BinaryRule: TypeAlias = Callable[[Any, Any], Any]
-"""A rule of a binary verb."""
-
-
-class BinaryVerb:
-    """A function of two operators that is given by rules on their types.
-
-    Rules are tried from the newest to the oldest, so that a more special one is
-    registered after the general one. A rule that does not apply after all returns
-    ``NotImplemented``.
-
-    Args:
-        name: What errors call the verb.
-
-    Raises:
-        TypeError: When it is called and no rule applies.
-
-    Example:
-        >>> import torch, vivit_linop as vl
-        >>> from vivit_linop.operators.verbs import matmul
-        >>> class Flip(vl.TorchLinearOperator):
-        ...     self_adjoint = True
-        ...     def _multiply(self, X):
-        ...         return X.flip(0)
-        >>> @matmul.rule(Flip, Flip)
-        ... def product_of_flips(A, B):
-        ...     return vl.Identity(A.shape[0], A.torch_dtype, A.device)
-        >>> A = Flip((3, 3), torch.float64)
-        >>> A @ A
-        <3x3 Identity, torch.float64, cpu>
-    """
-
-    def __init__(self, name: str) -> None:
-        self._name = name
-        self._rules: list[tuple[type, type, BinaryRule]] = []
-
-    def rule(self, left: type, right: type) -> Callable[[BinaryRule], BinaryRule]:
-        """Register the decorated function for operands of these types.
-
-        Args:
-            left: A class of operators; a rule holds for subclasses too.
-            right: Likewise.
-
-        Returns:
-            A decorator. The function it decorates takes both operators, whose shapes
-            fit, and returns an operator, or ``NotImplemented``.
-        """
-
-        def register(function: BinaryRule) -> BinaryRule:
-            self._rules.append((left, right, function))
-            return function
-
-        return register
-
-    def __call__(self, left: Operator, right: Operator) -> Operator:
-        """Return the node of the newest rule that applies."""
-        for left_type, right_type, function in reversed(self._rules):
-            if isinstance(left, left_type) and isinstance(right, right_type):
-                result = function(left, right)
-                if result is not NotImplemented:
-                    return result
-        raise _no_rule(self._name, left)
-
-
-class RoutedVerb(Generic[P, Result]):
-    """A unary verb that takes one of several ways, which ``route=`` may name.
-
-    Rules see an operator that knows its route (:func:`routed`), not the name.
-
-    Args:
-        verb: The verb, without the argument ``route``.
-    """
-
-    def __init__(self, verb: Callable[P, Result]) -> None:
-        functools.update_wrapper(self, verb)
-        self._verb: Any = singledispatch(verb)
-        self._arguments = inspect.signature(verb)
-
-    def register(self, rule: Rule) -> Rule:
-        """Add the rule of a type, as ``functools.singledispatch`` does."""
-        self._verb.register(rule)
-        return rule
-
-    def __call__(
-        self, op: Any, *arguments: Any, route: str | None = None, **options: Any
-    ) -> Result:
-        """Return what the rule for the operator does, on the way that is asked for."""
-        if route is not None:
-            given = self._arguments.bind(op, *arguments, **options).arguments
-            few = given.get("k") is not None and given.get("select") is None
-            op = routed(op, route, few)
-        result: Result = self._verb(op, *arguments, **options)
-        return result
-
 
 # Expressions ------------------------------------------------------------------------
 
@@ -161,7 +65,7 @@ def scale(op: Any, factor: Scalar) -> Operator:
         op: An operator.
         factor: A finite number; a tensor without axes where gradients flow to it.
     """
-    raise _no_rule("scale", op)
+    raise no_rule("scale", op)
 
 
 @singledispatch
@@ -172,13 +76,13 @@ def damp(op: Any, damping: Scalar) -> Operator:
     whose inverses, roots and determinants are the business of ``op`` and its rules for
     ``damped_inv``, ``damped_sqrt`` and ``damped_logdet``.
     """
-    raise _no_rule("damp", op)
+    raise no_rule("damp", op)
 
 
 @singledispatch
 def power(op: Any, times: int) -> Operator:
     """Return a square operator multiplied by itself; the identity for 0 times."""
-    raise _no_rule("power", op)
+    raise no_rule("power", op)
 
 
 @singledispatch
@@ -188,7 +92,7 @@ def adjoint(op: Any) -> Operator:
     A rule returns a node whose own adjoint is ``op`` again, where it can: rules
     recognise A in ``A.T`` by identity.
     """
-    raise _no_rule("adjoint", op)
+    raise no_rule("adjoint", op)
 
 
 @singledispatch
@@ -197,7 +101,7 @@ def to_dense(op: Any) -> Tensor:
 
     Without a rule, n products with columns of the identity.
     """
-    raise _no_rule("to_dense", op)
+    raise no_rule("to_dense", op)
 
 
 @singledispatch
@@ -208,7 +112,7 @@ def column_pieces(op: Any) -> Iterator[tuple[slice, Tensor]]:
     has all columns of its samples. Without a rule, products with columns of the
     identity.
     """
-    raise _no_rule("column_pieces", op)
+    raise no_rule("column_pieces", op)
 
 
 # Factors: V of a low-rank V Vᵀ ------------------------------------------------------
@@ -221,7 +125,7 @@ def gram(factor: Any) -> Operator:
     Without a rule, a new node; a factor that keeps its Gram matrix returns a node that
     knows it.
     """
-    raise _no_rule("gram", factor)
+    raise no_rule("gram", factor)
 
 
 @singledispatch
@@ -232,7 +136,7 @@ def gram_matrix(left: Any, right: Any) -> Tensor:
     verb alone. Dispatches on ``left``; a rule for some types of ``right`` only hands
     the others on. Without a rule, Q products with ``left.T``.
     """
-    raise _no_rule("gram_matrix", left)
+    raise no_rule("gram_matrix", left)
 
 
 @singledispatch
@@ -256,7 +160,7 @@ def weighted_gram_matrix(left: Any, right: Any, weights: Tensor) -> Tensor:
         right: ``[D, Q]``.
         weights: w, ``[D]``.
     """
-    raise _no_rule("weighted_gram_matrix", left)
+    raise no_rule("weighted_gram_matrix", left)
 
 
 @singledispatch
@@ -283,13 +187,13 @@ def gram_blocks(
         size: Of a block.
         weights: w of ``left.T @ diag(w) @ right``, or None for ones.
     """
-    raise _no_rule("gram_blocks", left)
+    raise no_rule("gram_blocks", left)
 
 
 @singledispatch
 def outer_matrix(factor: Any) -> Tensor:
     """Return the matrix of ``V @ V.T``, ``[D, D]``: the smaller side for R > D."""
-    raise _no_rule("outer_matrix", factor)
+    raise no_rule("outer_matrix", factor)
 
 
 @singledispatch
@@ -298,7 +202,7 @@ def outer_product(factor: Any, X: Tensor) -> Tensor:
 
     What a product with V Vᵀ calls. Without a rule, a product with Vᵀ and one with V.
     """
-    raise _no_rule("outer_product", factor)
+    raise no_rule("outer_product", factor)
 
 
 @singledispatch
@@ -307,7 +211,7 @@ def row_norms_squared(op: Any) -> Tensor:
 
     Without a rule, n products, some columns at a time.
     """
-    raise _no_rule("row_norms_squared", op)
+    raise no_rule("row_norms_squared", op)
 
 
 @singledispatch
@@ -316,7 +220,7 @@ def column_norms_squared(op: Any) -> Tensor:
 
     Without a rule, n products, some columns at a time.
     """
-    raise _no_rule("column_norms_squared", op)
+    raise no_rule("column_norms_squared", op)
 
 
 @singledispatch
@@ -326,7 +230,7 @@ def centered_row_norms_squared(op: Any) -> Tensor:
     That is n times the variance of the columns, entry by entry. Without a rule, n
     products and one with the mean.
     """
-    raise _no_rule("centered_row_norms_squared", op)
+    raise no_rule("centered_row_norms_squared", op)
 
 
 # Inverses and roots -----------------------------------------------------------------
@@ -349,7 +253,7 @@ def solver(op: Any, rtol: float | None = None, M: Any = None) -> Operator:
 
     Without a rule, ``inv`` where that has one, else an inverse by iteration.
     """
-    raise _no_rule("solve", op)
+    raise no_rule("solve", op)
 
 
 @singledispatch
@@ -397,7 +301,7 @@ def sample(op: Any, num: int, generator: Any = None) -> Tensor:
 
     Without a rule, a root times standard normal noise.
     """
-    raise _no_rule("sample", op)
+    raise no_rule("sample", op)
 
 
 @singledispatch
@@ -407,7 +311,7 @@ def pinv(op: Any, rcond: float | None = None) -> Operator:
     Without a rule, from ``eigh`` for self-adjoint operators, and for others from the
     Gram matrix of their smaller side.
     """
-    raise _no_rule("pinv", op)
+    raise no_rule("pinv", op)
 
 
 @singledispatch
@@ -420,7 +324,7 @@ def restrict(op: Any, index: Tensor) -> Operator:
         op: A square operator.
         index: Distinct row numbers, int64, on its device.
     """
-    raise _no_rule("restrict", op)
+    raise no_rule("restrict", op)
 
 
 # Diagonals, traces, determinants ----------------------------------------------------
@@ -432,7 +336,7 @@ def diagonal(op: Any) -> Tensor:
 
     Without a rule, n products, some columns at a time.
     """
-    raise _no_rule("diagonal", op)
+    raise no_rule("diagonal", op)
 
 
 @singledispatch
@@ -449,7 +353,7 @@ def diagonal_blocks(op: Any, size: int) -> Tensor:
     tensor([[10., 11.],
             [14., 15.]])
     """
-    raise _no_rule("diagonal_blocks", op)
+    raise no_rule("diagonal_blocks", op)
 
 
 @singledispatch
@@ -458,7 +362,7 @@ def trace(op: Any) -> Tensor:
 
     Without a rule, the sum of its diagonal.
     """
-    raise _no_rule("trace", op)
+    raise no_rule("trace", op)
 
 
 @singledispatch
@@ -467,7 +371,7 @@ def logdet(op: Any) -> Tensor:
 
     Without a rule, from ``eigvalsh``.
     """
-    raise _no_rule("logdet", op)
+    raise no_rule("logdet", op)
 
 
 @singledispatch
@@ -476,7 +380,7 @@ def damped_logdet(op: Any, damping: Scalar) -> Tensor:
 
     Without a rule, from ``eigvalsh``.
     """
-    raise _no_rule("logdet", op)
+    raise no_rule("logdet", op)
 
 
 # Eigenvalues ------------------------------------------------------------------------
@@ -489,7 +393,7 @@ def eigvalsh(op: Any) -> Tensor:
     All n, but of c V Vᵀ with V ``[D, R]`` the min(D, R) of the smaller side: the others
     are zero. Without a rule, from ``eigendecomposition``.
     """
-    raise _no_rule("eigvalsh", op)
+    raise no_rule("eigvalsh", op)
 
 
 @singledispatch
@@ -515,7 +419,7 @@ def eigh(
 
     Without a rule, those that ``eigendecomposition(op).choose(k, select, rcond)`` says.
     """
-    raise _no_rule("eigh", op)
+    raise no_rule("eigh", op)
 
 
 @singledispatch
@@ -526,7 +430,7 @@ def extreme_eigenpairs(
 
     Without a rule, those of ``eigendecomposition``, or by ARPACK where that has none.
     """
-    raise _no_rule("extreme_eigenpairs", op)
+    raise no_rule("extreme_eigenpairs", op)
 
 
 @singledispatch
@@ -552,62 +456,12 @@ def few_products(factor: Any) -> AbstractContextManager[Operator]:
 
 
 @singledispatch
-def routed(op: Any, route: str, few: bool) -> Operator:
-    """Return the operator with the way that its decomposition is to take.
-
-    Args:
-        op: The operator.
-        route: The name of the way.
-        few: Whether some of the largest eigenpairs are wanted: ARPACK finds no others.
-
-    Raises:
-        ValueError: If there is no such way.
-    """
-    raise ValueError(
-        f"route: found {route!r}, but a {type(op).__name__} has one way only; leave it "
-        "out."
-    )
-
-
-@singledispatch
 def explain(op: Any, k: int | None = None) -> Any:
     """Print and return which ways an operator takes, and what they cost."""
-    raise _no_rule("explain", op)
+    raise no_rule("explain", op)
 
 
 @singledispatch
 def to_curvlinops(op: Any) -> Any:
     """Return the operator with the interface that curvlinops' estimators use."""
-    raise _no_rule("to_curvlinops", op)
-
-
-def no_inverse(op: Any, what: str = "") -> TypeError:
-    """Return the error of an operator whose inverse has no closed form."""
-    return TypeError(
-        f"inv: no closed form for {what}{type(op).__name__}. op.solve(b) iterates; or "
-        "invert Dense(op.to_dense()) if it is small."
-    )
-
-
-def no_root(op: Any, what: str = "") -> TypeError:
-    """Return the error of an operator whose root has no closed form."""
-    return TypeError(
-        f"sqrt: no closed form for {what}{type(op).__name__}. Take "
-        "Dense(op.to_dense()).sqrt() if it is small."
-    )
-
-
-class NoClosedForm(TypeError):
-    """What is asked for has no closed form; an iteration may find it."""
-
-
-def no_eigenpairs(op: Any) -> NoClosedForm:
-    """Return the error of an operator whose eigenpairs have no closed form."""
-    return NoClosedForm(
-        f"eigh: no closed form for {type(op).__name__}. eigh(k) iterates for some of "
-        "its pairs; or take Dense(op.to_dense()).eigh() if it is small."
-    )
-
-
-def _no_rule(verb: str, op: Any) -> TypeError:
-    return TypeError(f"{verb}: no rule for an operand of type {type(op).__name__}.")
+    raise no_rule("to_curvlinops", op)

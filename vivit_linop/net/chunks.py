@@ -1,0 +1,87 @@
+"""Products with the columns of a matrix, as many at a time as memory and torch bear."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from vivit_linop.noise import Noise
+
+# What K columns of tangents may take together on the CPU. More would not be faster:
+# columns one by one use the caches better.
+_CPU_COLUMN_BYTES = 4 * 2**20
+
+# ``[d] -> [m]`` and ``[K, d] -> [K, m]``, rows contiguous.
+Product = Callable[[Tensor], Tensor]
+
+
+def columns_at_a_time(device: torch.device, per_column: int) -> int:
+    """Return how many columns to multiply at a time.
+
+    Args:
+        device: Where they are.
+        per_column: The bytes that a product takes for each.
+    """
+    budget = _CPU_COLUMN_BYTES
+    if device.type == "cuda":
+        budget = torch.cuda.mem_get_info(device)[0] // 4
+    return max(1, budget // max(per_column, 1))
+
+
+class Chunks:
+    """What is known of the products of several vectors together.
+
+    torch's rules for batches are not all right, and some operations have none. So the
+    first product of each kind is compared with one of a single vector; where they
+    differ, or it fails, vectors are multiplied one by one from then on.
+    """
+
+    def __init__(self) -> None:
+        self._possible, self._checked = True, set[str]()
+
+    def trust(self, *products: str) -> None:
+        """Leave the check of products of some names to who takes them."""
+        self._checked.update(products)
+
+    def apply(self, product: Product, X: Tensor, size: int, chunk: int) -> Tensor:
+        """Multiply the columns of a matrix, ``[d, K] -> [m, K]``.
+
+        Args:
+            product: Of rows, whose parts lie together in memory.
+            X: The columns.
+            size: m.
+            chunk: How many of them at a time.
+        """
+        rows = X.T.contiguous()
+        result = X.new_empty(X.shape[1], size)
+        chunk = chunk if self._possible else 1
+        for part, images in zip(rows.split(chunk), result.split(chunk), strict=True):
+            if len(part) > 1 and self._possible:
+                try:
+                    if self._is_right(product, part, images.copy_(product(part))):
+                        continue
+                # Not all operations can be batched; all can be done row by row.
+                except (RuntimeError, NotImplementedError):
+                    pass
+                self._possible = False
+            for row, image in zip(part, images, strict=True):
+                image.copy_(product(row))
+        return result.T
+
+    def _is_right(self, product: Product, rows: Tensor, images: Tensor) -> bool:
+        """Whether images of rows together are those of rows alone; checked once.
+
+        By the image of a random combination.
+        """
+        name: str = product.__name__
+        if name in self._checked:
+            return True
+        weights = Noise()(len(rows), like=rows)
+        error = weights @ images - product(weights @ rows)
+        size = (weights * images.norm(dim=1)).norm()
+        if not error.norm() <= 100 * torch.finfo(rows.dtype).eps ** 0.75 * size:
+            return False
+        self._checked.add(name)
+        return True

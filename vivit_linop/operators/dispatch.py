@@ -1,0 +1,166 @@
+"""How a verb finds the rule for its operands, and what it says where there is none.
+
+The verbs themselves are in :mod:`vivit_linop.operators.verbs`.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from functools import singledispatch
+from typing import Any, Generic, ParamSpec, TypeAlias, TypeVar
+
+from scipy.sparse.linalg import LinearOperator
+
+Operator: TypeAlias = LinearOperator
+"""A ``TorchLinearOperator``, by the name of the class that it extends."""
+
+P = ParamSpec("P")
+Rule = TypeVar("Rule", bound=Callable[..., Any])
+Result = TypeVar("Result")
+
+BinaryRule: TypeAlias = Callable[[Any, Any], Any]
+"""A rule of a binary verb."""
+
+
+class BinaryVerb:
+    """A function of two operators that is given by rules on their types.
+
+    Rules are tried from the newest to the oldest, so that a more special one is
+    registered after the general one. A rule that does not apply after all returns
+    ``NotImplemented``.
+
+    Args:
+        name: What errors call the verb.
+
+    Raises:
+        TypeError: When it is called and no rule applies.
+
+    Example:
+        >>> import torch, vivit_linop as vl
+        >>> from vivit_linop.operators.verbs import matmul
+        >>> class Flip(vl.TorchLinearOperator):
+        ...     self_adjoint = True
+        ...     def _multiply(self, X):
+        ...         return X.flip(0)
+        >>> @matmul.rule(Flip, Flip)
+        ... def product_of_flips(A, B):
+        ...     return vl.Identity(A.shape[0], A.torch_dtype, A.device)
+        >>> A = Flip((3, 3), torch.float64)
+        >>> A @ A
+        <3x3 Identity, torch.float64, cpu>
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._rules: list[tuple[type, type, BinaryRule]] = []
+
+    def rule(self, left: type, right: type) -> Callable[[BinaryRule], BinaryRule]:
+        """Register the decorated function for operands of these types.
+
+        Args:
+            left: A class of operators; a rule holds for subclasses too.
+            right: Likewise.
+
+        Returns:
+            A decorator. The function it decorates takes both operators, whose shapes
+            fit, and returns an operator, or ``NotImplemented``.
+        """
+
+        def register(function: BinaryRule) -> BinaryRule:
+            self._rules.append((left, right, function))
+            return function
+
+        return register
+
+    def __call__(self, left: Operator, right: Operator) -> Operator:
+        """Return the node of the newest rule that applies."""
+        for left_type, right_type, function in reversed(self._rules):
+            if isinstance(left, left_type) and isinstance(right, right_type):
+                result = function(left, right)
+                if result is not NotImplemented:
+                    return result
+        raise no_rule(self._name, left)
+
+
+class RoutedVerb(Generic[P, Result]):
+    """A unary verb that takes one of several ways, which ``route=`` may name.
+
+    Rules see an operator that knows its route (:func:`routed`), not the name.
+
+    Args:
+        verb: The verb, without the argument ``route``.
+    """
+
+    def __init__(self, verb: Callable[P, Result]) -> None:
+        functools.update_wrapper(self, verb)
+        self._verb: Any = singledispatch(verb)
+        self._arguments = inspect.signature(verb)
+
+    def register(self, rule: Rule) -> Rule:
+        """Add the rule of a type, as ``functools.singledispatch`` does."""
+        self._verb.register(rule)
+        return rule
+
+    def __call__(
+        self, op: Any, *arguments: Any, route: str | None = None, **options: Any
+    ) -> Result:
+        """Return what the rule for the operator does, on the way that is asked for."""
+        if route is not None:
+            given = self._arguments.bind(op, *arguments, **options).arguments
+            few = given.get("k") is not None and given.get("select") is None
+            op = routed(op, route, few)
+        result: Result = self._verb(op, *arguments, **options)
+        return result
+
+
+@singledispatch
+def routed(op: Any, route: str, few: bool) -> Operator:
+    """Return the operator with the way that its decomposition is to take.
+
+    Args:
+        op: The operator.
+        route: The name of the way.
+        few: Whether some of the largest eigenpairs are wanted: ARPACK finds no others.
+
+    Raises:
+        ValueError: If there is no such way.
+    """
+    raise ValueError(
+        f"route: found {route!r}, but a {type(op).__name__} has one way only; leave it "
+        "out."
+    )
+
+
+def no_inverse(op: Any, what: str = "") -> TypeError:
+    """Return the error of an operator whose inverse has no closed form."""
+    return TypeError(
+        f"inv: no closed form for {what}{type(op).__name__}. op.solve(b) iterates; or "
+        "invert Dense(op.to_dense()) if it is small."
+    )
+
+
+def no_root(op: Any, what: str = "") -> TypeError:
+    """Return the error of an operator whose root has no closed form."""
+    return TypeError(
+        f"sqrt: no closed form for {what}{type(op).__name__}. Take "
+        "Dense(op.to_dense()).sqrt() if it is small."
+    )
+
+
+class NoClosedForm(TypeError):
+    """What is asked for has no closed form; an iteration may find it."""
+
+
+def no_eigenpairs(op: Any) -> NoClosedForm:
+    """Return the error of an operator whose eigenpairs have no closed form."""
+    return NoClosedForm(
+        f"eigh: no closed form for {type(op).__name__}. eigh(k) iterates for some of "
+        "its pairs; or take Dense(op.to_dense()).eigh() if it is small."
+    )
+
+
+def no_rule(verb: str, op: Any) -> TypeError:
+    """Return the error of a verb without a rule for what it is given."""
+    return TypeError(f"{verb}: no rule for an operand of type {type(op).__name__}.")
