@@ -1,17 +1,60 @@
-"""Fixtures that all tests share."""
+"""Fixtures and options that all tests share."""
+
+import os
 
 import pytest
 import torch
 
-DEVICES = ["cpu"]
-if torch.cuda.is_available():
-    DEVICES.append(pytest.param("cuda", marks=pytest.mark.cuda))
+from tests import placing
 
 
-@pytest.fixture(params=DEVICES)
-def device(request):
-    """Each device that this machine has."""
-    return torch.device(request.param)
+def pytest_addoption(parser):
+    parser.addoption(
+        "--device",
+        default="cpu",
+        help="where the tests run, cpu or cuda; see CONTRIBUTING.md",
+    )
+
+
+def pytest_configure(config):
+    # Before test modules are imported, which have tensors too.
+    device = torch.device(config.getoption("--device"))
+    if device.type != "cpu":
+        placing.place(torch.device(device.type, device.index or 0))
+
+
+def pytest_collection_modifyitems(items):
+    if placing.device() == placing.HOST:
+        return
+    for item in items:
+        mark = item.get_closest_marker("host")
+        if mark is not None:
+            item.add_marker(pytest.mark.skip(reason=f"on the CPU only: {mark.args[0]}"))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown(item):
+    try:
+        return (yield)
+    finally:
+        if hasattr(item.config, "workerinput") and not device_works():
+            os._exit(1)  # pytest-xdist starts another worker
+
+
+def device_works():
+    """Whether the device is not in an error that ends all that its process does."""
+    if placing.device().type == "cuda":
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError:
+            return False
+    return True
+
+
+@pytest.fixture
+def device():
+    """Where the tests run."""
+    return placing.device()
 
 
 @pytest.fixture(autouse=True)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import CONVEX, Dense, Lambda, dense, dense_of, mlp, problem, to_dtype
+from cases import CONVEX, Dense, Lambda, converted, dense, dense_of, mlp, problem
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -484,7 +484,7 @@ def test_fallback_columns_stay_within_the_budget(memory: int) -> None:
 def test_casting_copies_are_independent() -> None:
     # The market's own copies: changing one leaves the other.
     a = problem("mlp_ce_mean")
-    b = to_dtype(a, torch.float64)
+    b = converted(a, torch.float64)
     b.model[0].weight.data.zero_()
     assert a.model[0].weight.norm() > 0
 

@@ -3,7 +3,11 @@
 import re
 from pathlib import Path
 
+import pytest
+
 import vivit_linop as vl
+
+pytestmark = pytest.mark.host("text")
 
 PACKAGE = Path(vl.__file__).parent
 PAGE = PACKAGE.parent / "docs" / "architecture.md"

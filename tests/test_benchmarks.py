@@ -14,6 +14,8 @@ from benchmarks import growth, peers, spectra, streaming, walk
 from benchmarks.measure import Ratio, in_turns, median_ratio, peak_memory_in_subprocess
 from benchmarks.problems import NETS, Problem, Residual, Unavailable, make_problem
 
+pytestmark = pytest.mark.host("tables and files")
+
 
 def available(name: str, num_samples: int = 1) -> Problem:
     try:

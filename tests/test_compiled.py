@@ -10,6 +10,8 @@ from torch import nn
 
 import vivit_linop as vl
 
+pytestmark = pytest.mark.host("graphs of the compiler")
+
 BACKENDS = pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 
 

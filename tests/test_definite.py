@@ -31,7 +31,7 @@ def eps(dtype):
 @pytest.mark.parametrize("scale", [1.0, 0.01, -2.0])
 @every_dtype
 def test_full_rank_operators_have_inverses(shape, scale, dtype, device):
-    V = Draw(FLOAT64, "cpu", seed=3)(*shape) + 2 * torch.eye(*shape)
+    V = Draw(FLOAT64, seed=3)(*shape) + 2 * torch.eye(*shape)
     V = V.to(device, dtype)
     G, A = scale * LowRank(vl.Dense(V)), scale * V.double() @ V.double().T
     rtol = 50 * eps(dtype) * torch.linalg.cond(A).item()
@@ -88,7 +88,7 @@ def test_low_rank_operators_say_how_singular_they_are():
     ids=["Kronecker", "blocks", "three"],
 )
 def test_square_operators_of_rectangular_parts_are_singular(build):
-    draw = Draw(FLOAT64, "cpu")
+    draw = Draw(FLOAT64)
     op = build(draw(2, 3), draw(3, 2))
     assert torch.linalg.matrix_rank(op.to_dense()) < op.shape[0]
     assert op.logdet() == -math.inf
@@ -100,7 +100,7 @@ def test_square_operators_of_rectangular_parts_are_singular(build):
 
 
 def roots():
-    draw = Draw(FLOAT64, "cpu")
+    draw = Draw(FLOAT64)
     S, P, Q = -torch.eye(2).double(), draw.definite(3), draw.definite(2)
     W, A = draw(1, 2), draw(3, 2)
     d = vl.Diagonal(torch.tensor([3.0, -1.0]).double())
@@ -126,7 +126,7 @@ def test_roots(op):
 
 
 def test_roots_of_what_is_indefinite_are_refused():
-    draw = Draw(FLOAT64, "cpu")
+    draw = Draw(FLOAT64)
     P, V = draw.definite(3), vl.Dense(draw(4, 3))
     for op in (
         vl.Kronecker(-P, P),
@@ -196,14 +196,14 @@ def test_damped_inverses_in_float32_are_positive_definite_or_refused(name, relat
         return
     evals = inverse.eigvalsh()
     assert evals.min() > 0
-    X = Draw(torch.float32, "cpu")(D, 20)
+    X = Draw(torch.float32)(D, 20)
     assert ((X * (inverse @ X)).sum(0) > 0).all()
     inverse.sqrt()  # is one of a positive definite operator
 
 
 def test_rounding_below_zero_is_no_eigenvalue_of_a_damped_inverse():
     # In float32 the factors of rank one have eigenvalues of about -1e-8.
-    draw = Draw(torch.float32, "cpu", seed=1)
+    draw = Draw(torch.float32, seed=1)
     a, b = draw(6, 1), draw(5, 1)
     K = vl.Kronecker(a @ a.T, b @ b.T)
     C = CorrectedKronecker(K, K.eigenvalues - 1e-8)

@@ -73,11 +73,11 @@ def test_verbs_against_dense_matrices(kind, prior, dtype):
     close(A.eigh(k=2).eigenvalues, evals[-2:], dtype)
     if kind == "wide":
         close(A.eigvalsh(), evals, dtype)
-    b = Draw(dtype, "cpu")(len(dense))
+    b = Draw(dtype)(len(dense))
     close(A.solve(b), truth @ b.double(), dtype)
     for of in (train, test):
         J, U = vl.Jacobian(of), vl.PerSampleGradients(of)
-        M = vl.Dense(Draw(dtype, "cpu")(len(dense), 2))
+        M = vl.Dense(Draw(dtype)(len(dense), 2))
         for B in (J.T, U, U.centered(), M):
             matrix = B.to_dense().double()
             op, expected = B.T @ S @ B, matrix.T @ truth @ matrix
@@ -154,7 +154,7 @@ def test_sums_that_are_damped_by_a_diagonal():
 
 @pytest.mark.parametrize("width", [3, 9])
 def test_derivatives_in_the_entries(width):
-    draw = Draw(FLOAT64, "cpu")
+    draw = Draw(FLOAT64)
     V, b = draw(6, width), draw(6)
     G = LowRank(vl.Dense(V), 2.0)
     verbs_of = {
@@ -183,7 +183,7 @@ def test_derivatives_in_the_entries(width):
 
 
 def test_what_is_not_differentiated_is_refused():
-    V = Draw(FLOAT64, "cpu")(6, 3)
+    V = Draw(FLOAT64)(6, 3)
     G = LowRank(vl.Dense(V))
     p = torch.ones(6, dtype=FLOAT64, requires_grad=True)
     S = (G + vl.Diagonal(p)).inv()
@@ -196,7 +196,7 @@ def test_what_is_not_differentiated_is_refused():
 
 
 def test_entries_that_do_not_damp_are_refused():
-    G = LowRank(vl.Dense(Draw(FLOAT64, "cpu")(6, 3)))
+    G = LowRank(vl.Dense(Draw(FLOAT64)(6, 3)))
     for least in (0.0, -1.0):
         p = torch.ones(6, dtype=FLOAT64)
         p[4] = least

@@ -11,6 +11,8 @@ import torch
 
 import vivit_linop as vl
 
+pytestmark = pytest.mark.host("shows what the CPU prints")
+
 MODULES = [
     "vivit_linop",
     *(

@@ -62,7 +62,7 @@ def test_eigenvalues(name, dtype, device):
 
 @pytest.mark.parametrize("name", sorted(NO_EIGENVALUES))
 def test_no_closed_form_of_the_eigenvalues(name):
-    op, _ = build(name, FLOAT64, "cpu")
+    op, _ = build(name, FLOAT64)
     for verb in (op.eigvalsh, op.eigh):
         with pytest.raises(TypeError, match=NO_CLOSED_FORM):
             verb()
@@ -70,7 +70,7 @@ def test_no_closed_form_of_the_eigenvalues(name):
 
 @pytest.mark.parametrize("name", NOT_SELF_ADJOINT)
 def test_operators_that_are_not_self_adjoint_have_no_eigh(name):
-    op, _ = build(name, FLOAT64, "cpu")
+    op, _ = build(name, FLOAT64)
     for verb in ("eigvalsh", "eigh"):
         with pytest.raises(TypeError, match=rf"^{verb}: needs a self-adjoint operator"):
             getattr(op, verb)()
@@ -125,7 +125,7 @@ def test_k_gives_the_largest_eigenvalues(name, device):
 
 def test_no_closed_form_of_the_eigenvectors():
     for name in NO_EIGENVECTORS:
-        op, _ = build(name, FLOAT64, "cpu")
+        op, _ = build(name, FLOAT64)
         with pytest.raises(TypeError, match=NO_CLOSED_FORM):
             op.eigh()
 
@@ -219,7 +219,7 @@ def test_select_takes_masks(device):
 
 
 def test_criteria_are_given_all_eigenvalues_and_may_change_them():
-    G, dense = outer(FACTORS["tall"](Draw(FLOAT64, "cpu")))
+    G, dense = outer(FACTORS["tall"](Draw(FLOAT64)))
     seen = []
 
     def criterion(evals):
@@ -258,41 +258,41 @@ def test_criteria_are_given_all_eigenvalues_and_may_change_them():
     ids=repr,
 )
 def test_bad_criteria(choice):
-    G, _ = outer(FACTORS["tall"](Draw(FLOAT64, "cpu")))
+    G, _ = outer(FACTORS["tall"](Draw(FLOAT64)))
     with pytest.raises((ValueError, TypeError), match=r"^select: the criterion"):
         G.eigh(select=lambda evals: choice)
 
 
 @pytest.mark.parametrize("select", [[0, 1], 3, "top", torch.tensor([0])])
 def test_criteria_are_functions(select):
-    G, _ = outer(FACTORS["tall"](Draw(FLOAT64, "cpu")))
+    G, _ = outer(FACTORS["tall"](Draw(FLOAT64)))
     with pytest.raises(TypeError, match=r"^select: a function"):
         G.eigh(select=select)
 
 
 @pytest.mark.parametrize("k", [0, -1, 5, 10**9])
 def test_k_out_of_range(k):
-    G, _ = outer(FACTORS["tall"](Draw(FLOAT64, "cpu")))
+    G, _ = outer(FACTORS["tall"](Draw(FLOAT64)))
     with pytest.raises(ValueError, match=rf"^k: this operator has 4 .*{k}"):
         G.eigh(k=k)
 
 
 @pytest.mark.parametrize("k", [1.0, 2.5, "2", True, [1], torch.tensor(2.0)], ids=repr)
 def test_k_is_an_integer(k):
-    G, _ = outer(FACTORS["tall"](Draw(FLOAT64, "cpu")))
+    G, _ = outer(FACTORS["tall"](Draw(FLOAT64)))
     with pytest.raises(TypeError, match=r"^k: an integer"):
         G.eigh(k=k)
 
 
 def test_k_and_select_exclude_each_other():
-    G, _ = outer(FACTORS["tall"](Draw(FLOAT64, "cpu")))
+    G, _ = outer(FACTORS["tall"](Draw(FLOAT64)))
     with pytest.raises(ValueError, match="k, select"):
         G.eigh(k=1, select=lambda evals: [0])
 
 
 @pytest.mark.parametrize("rcond", [-1e-3, math.nan, "small"])
 def test_bad_rcond(rcond):
-    G, _ = outer(FACTORS["tall"](Draw(FLOAT64, "cpu")))
+    G, _ = outer(FACTORS["tall"](Draw(FLOAT64)))
     with pytest.raises((ValueError, TypeError), match="rcond"):
         G.eigh(rcond=rcond)
 
@@ -400,7 +400,7 @@ def test_lifted_vectors_of_small_eigenvalues_are_orthonormal(decades, dtype, dev
 
 def test_eigenvalues_of_a_low_rank_operator_are_no_larger_than_its_smaller_side():
     # D × D would be 320 GB.
-    draw = Draw(FLOAT64, "cpu")
+    draw = Draw(FLOAT64)
     V = vl.KhatriRao(draw(400, 3), draw(500, 3))
     G, unit = V @ V.T, vl.Identity(200_000)
     gram = (V.left.T @ V.left) * (V.right.T @ V.right)
@@ -423,7 +423,7 @@ def test_eigenvalues_of_a_low_rank_operator_are_no_larger_than_its_smaller_side(
 
 
 def test_pairs_unpack():
-    G, _ = outer(FACTORS["tall"](Draw(FLOAT64, "cpu")))
+    G, _ = outer(FACTORS["tall"](Draw(FLOAT64)))
     pairs = G.eigh(k=2)
     evals, evecs = pairs
     assert evals is pairs.eigenvalues

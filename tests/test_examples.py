@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.host("processes of their own")
+
 ROOT = Path(__file__).parents[1]
 # What begins with "_" is shared by examples. Others need a large package and weights;
 # `make examples` runs them.

@@ -10,6 +10,8 @@ from torch import nn
 import vivit_linop as vl
 from vivit_linop.extras import extra
 
+pytestmark = pytest.mark.host("processes of their own")
+
 WITHOUT = """
 import sys
 import torch

@@ -82,7 +82,7 @@ def test_the_route_is_said():
 
 
 def test_few_rows_are_dense():
-    draw = Draw(FLOAT64, "cpu")
+    draw = Draw(FLOAT64)
     A, B = draw.symmetric(12), draw.symmetric(12)
     op = vl.Kronecker(A[:3, :3], A[4:8, 4:8]) + vl.Dense(B)
     matrix = torch.kron(A[:3, :3].contiguous(), A[4:8, 4:8].contiguous()) + B
@@ -151,7 +151,7 @@ def test_bad_input_is_named():
 
 def small_end(dtype):
     """A sum whose least eigenvalues are zeros but for rounding."""
-    draw = Draw(FLOAT64, "cpu")
+    draw = Draw(FLOAT64)
     Q = torch.linalg.qr(draw(80, 80)).Q
     evals = torch.cat([torch.zeros(3), torch.linspace(0.2, 1, 77)]).double()
     matrix = Q * evals @ Q.T

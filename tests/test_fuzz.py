@@ -14,6 +14,8 @@ from tests.fuzz.expressions import Expression
 from tests.fuzz.nets import Plan
 from tests.fuzz.truth import Case, Curvature, Undecided
 
+pytestmark = pytest.mark.host("its nets are the CPU's")
+
 
 def said(case: Plan | Expression) -> str:
     """What is wrong with a case, and the case; nothing if it has no truth."""

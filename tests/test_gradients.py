@@ -14,7 +14,7 @@ FLOAT64 = torch.float64
 
 def operators():
     """Operators that are constant, symmetric and positive semi-definite."""
-    draw = Draw(FLOAT64, "cpu")
+    draw = Draw(FLOAT64)
     V, W = draw(6, 3), draw(6, 9)
     K = vl.Kronecker(draw.definite(2), draw.definite(3))
     torch.manual_seed(0)
@@ -160,7 +160,7 @@ def test_parameters_and_training_loops():
 
 
 def test_matrices_that_require_grad():
-    draw = Draw(FLOAT64, "cpu")
+    draw = Draw(FLOAT64)
     p = draw(6).abs().requires_grad_()
     M = draw.definite(6).requires_grad_()
     A = OPERATORS["low rank, tall"]

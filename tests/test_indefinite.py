@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import Dense, Lambda, Problem, classes, dense_of, features, mlp, to_dtype
+from cases import Dense, Lambda, Problem, classes, converted, dense_of, features, mlp
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -82,7 +82,7 @@ PROBLEMS: dict[str, Callable[[], Problem]] = {
 @functools.cache
 def solved(name: str) -> tuple[vl.EmpiricalRisk, Dense]:
     torch.manual_seed(0)
-    case = to_dtype(PROBLEMS[name](), torch.float64)
+    case = converted(PROBLEMS[name](), torch.float64)
     arguments, keywords = case.arguments()
     return vl.EmpiricalRisk(*arguments, **keywords), dense_of(case)
 
@@ -182,7 +182,7 @@ def test_kfac_of_the_positive_part() -> None:
 def test_a_convex_loss_is_its_positive_part() -> None:
     torch.manual_seed(0)
     case = Problem(mlp(3, 4), nn.CrossEntropyLoss(), (features(5, 3), classes(5, 4)))
-    risk = vl.EmpiricalRisk(*to_dtype(case, torch.float64).arguments()[0])
+    risk = vl.EmpiricalRisk(*converted(case, torch.float64).arguments()[0])
     plain, other = vl.GGN(risk), vl.GGN(risk, positive_part=True)
     assert other.factor.width == plain.factor.width == 3  # the closed form
     close(other.to_dense(), plain.to_dense())

@@ -29,7 +29,7 @@ class Counted(vl.TorchLinearOperator):
 
 
 def factors_with_a_gram_of_their_own():
-    draw = Draw(torch.float64, "cpu")
+    draw = Draw(torch.float64)
     V, W = draw(4, 6), draw(6, 3)
     tall, wide = LowRank(vl.Dense(W)), LowRank(vl.Dense(V.T))
     yield "of tall", tall, W @ W.T
@@ -64,7 +64,7 @@ def test_low_rank_of_any_factor(factor, F):
 def test_memory_comes_back_without_the_collector():
     data = torch.rand(8, 4).double(), torch.rand(8, 3).double()
     risk = vl.EmpiricalRisk(torch.nn.Linear(4, 3).double(), torch.nn.MSELoss(), data)
-    draw = Draw(torch.float64, "cpu")
+    draw = Draw(torch.float64)
     makers = {
         "KhatriRao": lambda: vl.KhatriRao(draw(4, 3), draw(5, 3)),
         "Dense": lambda: vl.Dense(draw(9, 3)),
@@ -94,7 +94,7 @@ def test_memory_comes_back_without_the_collector():
 
 
 def test_matrices_too_large_for_one_of_lapacks_routines(monkeypatch):
-    draw = Draw(torch.float64, "cpu")
+    draw = Draw(torch.float64)
     A = draw.symmetric(9)
     expected = torch.linalg.eigh(A)
 
@@ -116,7 +116,7 @@ def test_matrices_too_large_for_one_of_lapacks_routines(monkeypatch):
 
 
 def test_matrices_too_large_for_lapack(monkeypatch):
-    A = vl.Dense(Draw(torch.float64, "cpu").symmetric(9))
+    A = vl.Dense(Draw(torch.float64).symmetric(9))
     monkeypatch.setattr(symmetric, "SYEVD_ROWS", 7)
     monkeypatch.setattr(symmetric, "LAPACK_ROWS", 8)
     for verb in (A.eigh, A.eigvalsh, vl.Kronecker(A).eigh, (A @ A.T).eigvalsh):
@@ -136,7 +136,7 @@ def test_one_decomposition_serves_every_scale_and_damping(monkeypatch):
     monkeypatch.setattr(
         "vivit_linop.operators.small_side.symmetric_eigenvalues", counted
     )
-    V = Draw(torch.float64, "cpu")(9, 4)
+    V = Draw(torch.float64)(9, 4)
     G = LowRank(vl.Dense(V))
     unit, eye, A = vl.Identity(9), torch.eye(9).double(), V @ V.T
     evals = G.eigvalsh()

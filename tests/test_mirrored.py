@@ -114,7 +114,7 @@ CASES = [
 @pytest.mark.parametrize("dtype", EPS, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.__name__)
 def test_verbs_of_mirrored_products(case, dtype):
-    op, matrix = case(Draw(dtype, "cpu"))
+    op, matrix = case(Draw(dtype))
     assert isinstance(op, Product) and op.self_adjoint
     truth, size = matrix.double(), matrix.double().norm()
     tolerance = EPS[dtype] * size
@@ -152,7 +152,7 @@ def test_verbs_of_mirrored_products(case, dtype):
 
 
 def test_log_determinants_of_singular_and_regular_ones():
-    draw = Draw(torch.float64, "cpu")
+    draw = Draw(torch.float64)
     op, _ = weighted(draw)
     assert op.logdet() == -torch.inf
     small, matrix = small_side(draw)
@@ -170,7 +170,7 @@ def test_the_gram_matrix_is_computed_once():
             self.adjoints += 1
             return super()._multiply_adjoint(X)
 
-    draw = Draw(torch.float64, "cpu")
+    draw = Draw(torch.float64)
     V = Counted(draw(30, 4))
     op = V @ vl.Kronecker(draw.regular(2), draw.regular(2))
     op = op @ op.T
@@ -184,7 +184,7 @@ def test_the_gram_matrix_is_computed_once():
 
 
 def test_what_has_no_root_says_so():
-    draw = Draw(torch.float64, "cpu")
+    draw = Draw(torch.float64)
     V = vl.Dense(draw(30, 4))
     indefinite = V @ Diagonal(torch.tensor([1.0, -1.0, 2.0, 3.0]).double()) @ V.T
     with pytest.raises(TypeError, match="eigh: no closed form for Product"):
@@ -198,7 +198,7 @@ def test_what_has_no_root_says_so():
 
 
 def test_different_places_or_factors_are_not_mirrored():
-    draw = Draw(torch.float64, "cpu")
+    draw = Draw(torch.float64)
     parts, D = [draw.regular(3), draw.regular(3)], Diagonal(draw(6))
     A = vl.BlockDiagonal(parts)
     B = vl.BlockDiagonal(parts, [torch.tensor([0, 3, 4]), torch.tensor([1, 2, 5])])

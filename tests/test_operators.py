@@ -41,13 +41,13 @@ def test_self_adjoint_is_claimed_of_symmetric_matrices_only(name, device):
 
 @every_operator
 def test_adjoint_of_adjoint(name):
-    op, _ = build(name, torch.float64, "cpu")
+    op, _ = build(name, torch.float64)
     assert type(op.T.T) is type(op)
 
 
 @every_operator
 def test_results_do_not_share_memory_with_the_operator(name):
-    op, dense = build(name, torch.float64, "cpu")
+    op, dense = build(name, torch.float64)
     results = [op.to_dense, lambda: op.T.to_dense()]
     if op.shape[0] == op.shape[1]:
         results += [op.diagonal, op.trace]
@@ -77,7 +77,7 @@ def test_copies(name, duplicate, device):
 @every_operator
 def test_the_hook_of_scipy_takes_batches(name):
     # SciPy 1.18 hands [..., n] to `_matvec` and [..., n, k] to `_matmat`.
-    op, dense = build(name, torch.float64, "cpu")
+    op, dense = build(name, torch.float64)
     rows, columns = op.shape
     x = np.random.default_rng(0).standard_normal((2, 3, columns))
     product = op._matvec(x)
@@ -95,7 +95,7 @@ def test_the_hook_of_scipy_takes_batches(name):
 )
 @every_operator
 def test_scipy_multiplies_batches(name):
-    op, dense = build(name, torch.float64, "cpu")
+    op, dense = build(name, torch.float64)
     rows, columns = op.shape
     x = np.random.default_rng(0).standard_normal((2, 3, columns))
     if columns > 1:  # [..., 1] is a column to be reshaped, as before
@@ -107,7 +107,7 @@ def test_scipy_multiplies_batches(name):
 
 
 def test_column_vectors_of_matvec():
-    op, dense = build("dense_tall", torch.float64, "cpu")
+    op, dense = build("dense_tall", torch.float64)
     x, y = np.ones((3, 1)), np.ones((6, 1))
     if tuple(map(int, scipy.__version__.split(".")[:2])) < (1, 18):
         # Later, SciPy warns of this use.
@@ -154,7 +154,7 @@ def test_no_graph_unless_the_vector_asks_for_one(device):
 
 
 def test_second_derivatives_through_a_product():
-    op, dense = build("dense", torch.float64, "cpu")
+    op, dense = build("dense", torch.float64)
     x = torch.ones(5, dtype=torch.float64, requires_grad=True)
     torch.autograd.gradcheck(lambda x: op @ x, (x,))
     torch.autograd.gradgradcheck(lambda x: (op @ x) ** 2, (x,))
@@ -165,7 +165,7 @@ def test_second_derivatives_through_a_product():
 
 
 def test_gradient_reaches_a_vector_of_another_precision():
-    op, dense = build("dense_tall", torch.float64, "cpu")
+    op, dense = build("dense_tall", torch.float64)
     x = torch.ones(3, requires_grad=True)
     (op @ x).sum().backward()
     assert x.grad.dtype == torch.float32
@@ -174,7 +174,7 @@ def test_gradient_reaches_a_vector_of_another_precision():
 
 @pytest.mark.parametrize("kind", ["float16", "longdouble", ">f8", ">f4"])
 def test_arrays_of_other_precisions_and_byte_orders(kind):
-    op, dense = build("dense_tall", torch.float64, "cpu")
+    op, dense = build("dense_tall", torch.float64)
     product = op @ np.array([1.0, 2.0, 4.0]).astype(kind)
     assert product.dtype == np.float64
     expected = dense.numpy() @ [1.0, 2.0, 4.0]
@@ -183,20 +183,20 @@ def test_arrays_of_other_precisions_and_byte_orders(kind):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_tensors_of_other_precisions(dtype):
-    op, dense = build("dense_tall", torch.float32, "cpu")
+    op, dense = build("dense_tall", torch.float32)
     product = op @ torch.tensor([1.0, 2.0, 4.0], dtype=dtype)
     assert product.dtype == torch.float32
     torch.testing.assert_close(product, (dense @ dense.new([1.0, 2.0, 4.0])).float())
 
 
 def test_repr():
-    op, _ = build("low_rank_tall", torch.float32, "cpu")
+    op, _ = build("low_rank_tall", torch.float32)
     assert repr(op) == "<6x6 LowRank, torch.float32, cpu>"
 
 
 @pytest.mark.parametrize("name", ["dense_tall", "low_rank_tall"])
 def test_derivatives_through_a_product(name):
-    op, dense = build(name, torch.float64, "cpu")
+    op, dense = build(name, torch.float64)
     x, t = torch.randn(2, op.shape[1], dtype=torch.float64)
 
     def length(x):

@@ -23,7 +23,7 @@ NO_CLOSED_FORM = {
     "name", [name for name in MARKET if name not in NO_CLOSED_FORM]
 )
 def test_on_the_market(name: str) -> None:
-    op, matrix = build(name, FLOAT64, "cpu")
+    op, matrix = build(name, FLOAT64)
     expected = torch.linalg.pinv(matrix, rtol=1e-12)
     found = op.pinv()
     assert found.shape == op.shape[::-1]
@@ -87,4 +87,4 @@ def test_rcond() -> None:
         with pytest.raises(ValueError, match="rcond: a number in"):
             vl.Identity(3).pinv(rcond=bad)
     with pytest.raises(TypeError, match=r"pinv|eigh"):
-        build("product_symmetric", FLOAT64, "cpu")[0].pinv()
+        build("product_symmetric", FLOAT64)[0].pinv()

@@ -18,6 +18,8 @@ from vivit_linop.ranks.votes import (
     checksum,
 )
 
+pytestmark = pytest.mark.host("processes over gloo")
+
 # Of the market: layers and losses of every sort, one batch only, more columns than
 # parameters, parameters that some samples do not reach.
 OF_TWO = ("convolutions", "attention", "ce_everything", "tuple_input_in_batches")

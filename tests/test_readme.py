@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.host("shows what the CPU prints")
+
 ROOT = Path(__file__).parents[1]
 # index.md is the README again.
 PAGES = [

@@ -36,7 +36,7 @@ def shuffled(n: int, k: int) -> Tensor:
 @pytest.mark.parametrize("dtype", [FLOAT64, torch.float32], ids=str)
 @pytest.mark.parametrize("name", SQUARE)
 def test_on_the_market(name: str, dtype: torch.dtype) -> None:
-    op, matrix = build(name, dtype, "cpu")
+    op, matrix = build(name, dtype)
     index = some_of(len(matrix))
     part, expected = op.restrict(index), matrix[index][:, index]
     rtol = 1e-10 if dtype == FLOAT64 else 1e-3

@@ -307,7 +307,7 @@ def test_damping_adds_up():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_dense_and_diagonal_stay_so_when_damped(dtype):
-    draw = Draw(dtype, "cpu")
+    draw = Draw(dtype)
     matrix, entries = draw(4, 4), draw(4)
     unit, live = vl.Identity(4), torch.tensor(0.5, dtype=dtype, requires_grad=True)
     for delta in (2, 0.5, live):

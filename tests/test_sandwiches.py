@@ -30,9 +30,7 @@ FACTORS = {
     "V": vl.GGNFactor,
     "U": vl.PerSampleGradients,
     "Uc": lambda risk: vl.PerSampleGradients(risk).centered(),
-    "Dense": lambda risk: vl.Dense(
-        Draw(risk.dtype, "cpu")(risk.num_params, risk.num_samples)
-    ),
+    "Dense": lambda risk: vl.Dense(Draw(risk.dtype)(risk.num_params, risk.num_samples)),
 }
 
 
@@ -115,7 +113,7 @@ def test_what_makes_a_sandwich():
     train, test = risks("tall", torch.float64)
     G, J = vl.GGN(train), vl.Jacobian(test)
     S = (G + vl.Identity(G.shape[0])).inv()
-    M = vl.Dense(Draw(torch.float64, "cpu")(4, G.shape[0]))
+    M = vl.Dense(Draw(torch.float64)(4, G.shape[0]))
     for op in (M @ S @ M.T, M @ S @ J.T, J @ G @ M.T, (J @ S) @ J.T, J @ (S @ J.T)):
         assert type(op) is Sandwich
     # The scale stands outside.
@@ -123,8 +121,8 @@ def test_what_makes_a_sandwich():
     assert type(J @ vl.KFAC(train) @ J.T) is BlockSandwich
     assert type(J @ (vl.KFAC(train) @ J.T)) is BlockSandwich
     # A user's low-rank node has the form as well.
-    V = vl.Dense(Draw(torch.float64, "cpu")(20, 3))
-    A = vl.Dense(Draw(torch.float64, "cpu")(20, 2))
+    V = vl.Dense(Draw(torch.float64)(20, 3))
+    A = vl.Dense(Draw(torch.float64)(20, 2))
     assert type(A.T @ (V @ V.T + vl.Identity(20)).inv() @ A) is Sandwich
     p = torch.rand(20, dtype=torch.float64, requires_grad=True)
     assert type(A.T @ vl.Diagonal(p) @ A) is Product
@@ -154,7 +152,7 @@ def test_verbs_of_sandwiches(dtype):
 @pytest.mark.parametrize("middle", ["inverse", "inverse root"])
 def test_digits_that_cancel_are_computed_again(share, middle):
     """In float32 and for columns in the range of V, AᵀB and its correction cancel."""
-    draw = Draw(torch.float64, "cpu")
+    draw = Draw(torch.float64)
     Q = torch.linalg.qr(draw(200, 6)).Q
     V = (Q * torch.logspace(0, -3, 6, dtype=torch.float64)).float()
     A = (Q @ draw(6, 5)).float()
@@ -189,7 +187,7 @@ def test_matrices_of_products_take_the_smaller_side():
             Counted.columns += X.shape[1]
             return super()._multiply(X)
 
-    draw = Draw(torch.float64, "cpu")
+    draw = Draw(torch.float64)
     # Of a diagonal itself, a sandwich knows better.
     inside = vl.BlockDiagonal([Counted(draw(6).abs()), Counted(draw(4).abs())])
     A, B = draw(10, 2), draw(10, 7)
@@ -235,7 +233,7 @@ def test_diagonals_of_inverses_and_roots(kind, dtype):
 
 def test_diagonals_of_inverses_keep_their_digits():
     """Also where rounding in V Vᵀ is as large as the damping."""
-    draw = Draw(torch.float64, "cpu")
+    draw = Draw(torch.float64)
     Q = torch.linalg.qr(draw(300, 6)).Q
     Q[3], Q[7] = 0.0, 0.0  # of the former nothing else is known
     V = (Q * torch.logspace(0, -3, 6, dtype=torch.float64)).float()

@@ -29,15 +29,15 @@ TIGHT = {RTOL: 1e-12, "atol": 0.0}
 
 def spectrum(n, dtype, device, condition=1e2):
     """A symmetric matrix with eigenvalues spaced evenly in the logarithm."""
-    draw = Draw(FLOAT64, "cpu", seed=4)
+    draw = Draw(FLOAT64, seed=4)
     Q = torch.linalg.qr(draw(n, n)).Q
     A = (Q * torch.logspace(0, np.log10(condition), n, dtype=FLOAT64)) @ Q.T
     return ((A + A.T) / 2).to(device, dtype)
 
 
-def factor(rows, columns, dtype, device):
+def factor(rows, columns, dtype, device=None):
     """A factor with singular values from 1 down to 0.1, well separated."""
-    draw = Draw(FLOAT64, "cpu", seed=5)
+    draw = Draw(FLOAT64, seed=5)
     rank = min(rows, columns)
     left = torch.linalg.qr(draw(rows, rank)).Q
     right = torch.linalg.qr(draw(columns, rank)).Q
@@ -47,7 +47,7 @@ def factor(rows, columns, dtype, device):
 
 def layer(dtype, device):
     """The factor of one linear layer's GGN: Khatri–Rao, with decaying columns."""
-    draw = Draw(FLOAT64, "cpu", seed=6)
+    draw = Draw(FLOAT64, seed=6)
     decay = torch.logspace(0, -1, 14, dtype=FLOAT64)
     B, A = draw(6, 14) * decay, draw(7, 14)
     return vl.KhatriRao(B.to(device, dtype), A.to(device, dtype))
@@ -55,7 +55,7 @@ def layer(dtype, device):
 
 def regression(dtype, device):
     """The GGN of a linear model under squared error, which is a Kronecker product."""
-    draw = Draw(FLOAT64, "cpu", seed=7)
+    draw = Draw(FLOAT64, seed=7)
     X = (draw(12, 5) * torch.logspace(0, -1, 5, dtype=FLOAT64)).to(device, dtype)
     model = torch.nn.Linear(5, 3, bias=False, device=device, dtype=dtype)
     y = torch.zeros(12, 3, device=device, dtype=dtype)
@@ -69,7 +69,7 @@ def dense(dtype, device):
     return vl.Dense(A), A
 
 
-def low_rank_tall(dtype, device):
+def low_rank_tall(dtype, device=None):
     V = factor(40, 10, dtype, device)
     op = vl.Dense(V)
     return op @ op.T, V.double() @ V.double().T
@@ -87,7 +87,7 @@ def low_rank_of_a_layer(dtype, device):
     return V @ V.T, matrix @ matrix.T
 
 
-def damped(dtype, device):
+def damped(dtype, device=None):
     G, A = low_rank_tall(dtype, device)
     return G + 0.1 * vl.Identity(len(A)), A + 0.1 * torch.eye(len(A)).to(A)
 
@@ -261,11 +261,11 @@ def rectangular_matrix(name, device):
         V = layer(FLOAT64, device)
         return khatri_rao_of(V.left, V.right).cpu().numpy()
     if name in ("Kronecker", "product"):
-        parts = factor(4, 3, FLOAT64, "cpu"), factor(8, 5, FLOAT64, "cpu")
+        parts = factor(4, 3, FLOAT64), factor(8, 5, FLOAT64)
         matrix = torch.kron(*parts).numpy()
         return matrix * np.linspace(1, 2, 15) if name == "product" else matrix
     shape = (20, 30) if name == "dense, wide" else (30, 20)
-    matrix = factor(*shape, FLOAT64, "cpu").numpy()
+    matrix = factor(*shape, FLOAT64).numpy()
     return matrix.T if name == "adjoint" else matrix
 
 
@@ -414,7 +414,7 @@ def test_functions_of_matrices(device):
 
 
 def test_aslinearoperator_leaves_ours_as_they_are():
-    op, _ = damped(FLOAT64, "cpu")
+    op, _ = damped(FLOAT64)
     assert sla.aslinearoperator(op) is op
     assert isinstance(op, sla.LinearOperator)
 
@@ -472,7 +472,7 @@ def test_products_with_sparse_matrices_are_dense(kind, dtype, device):
 
 
 def test_sums_with_sparse_matrices_are_refused():
-    op, _ = low_rank_tall(FLOAT64, "cpu")
+    op, _ = low_rank_tall(FLOAT64)
     sparse = scipy.sparse.identity(40, format="csr")
     for expression in (lambda: op + sparse, lambda: sparse + op):
         with pytest.raises(TypeError):
@@ -526,7 +526,7 @@ def test_tensors_of_any_kind(kind, device):
 
 
 def test_gradients_flow_through_complex_vectors():
-    op, A = low_rank_tall(FLOAT64, "cpu")
+    op, A = low_rank_tall(FLOAT64)
     x = torch.randn(len(A), dtype=torch.complex128, requires_grad=True)
     (op @ x).abs().square().sum().backward()
     expected = 2 * (A @ A).to(x.dtype) @ x.detach()

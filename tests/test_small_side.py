@@ -68,7 +68,7 @@ def test_determinants_cost_one_decomposition(kind, decompositions):
 
 
 def test_what_is_kept_is_within_the_budget(decompositions):
-    V = vl.Dense(Draw(FLOAT64, "cpu")(9, 4))
+    V = vl.Dense(Draw(FLOAT64)(9, 4))
     kept = small_side.KeptMatrix(lambda: 8 * 16 - 1)
     K = V.matrix.T @ V.matrix
     for _ in range(2):
@@ -118,13 +118,13 @@ class Peak(TorchDispatchMode):
 @pytest.mark.parametrize("dtype", [torch.float32, FLOAT64], ids=str)
 def test_memory_of_an_inverse(dtype):
     """K and a factor of its size: the factorisation is in place."""
-    V = vl.Dense(Draw(dtype, "cpu")(400, 300))
+    V = vl.Dense(Draw(dtype)(400, 300))
     G = V @ V.T
     K = G.gram.matrix
     with Peak() as peak:
         S = (2 * G + 10.0 * vl.Identity(400)).inv()
     assert K.nbytes + peak.most <= 2.5 * K.nbytes
-    x = Draw(dtype, "cpu")(400)
+    x = Draw(dtype)(400)
     with Peak() as peak:
         product = S @ x
     assert peak.most <= 0.2 * K.nbytes
@@ -138,7 +138,7 @@ def test_memory_of_an_inverse(dtype):
 
 def test_factors_where_rounding_is_large():
     """In float32 as long as that can be, then in float64, then not at all."""
-    draw = Draw(FLOAT64, "cpu")
+    draw = Draw(FLOAT64)
     Q, W = torch.linalg.qr(draw(300, 60)).Q, torch.linalg.qr(draw(60, 60)).Q
     V = (Q * torch.logspace(0, -6, 60, dtype=FLOAT64) @ W.T).float()
     factor, A = vl.Dense(V), V.double() @ V.double().T
@@ -155,7 +155,7 @@ def test_factors_where_rounding_is_large():
 
 
 def test_room_is_asked_for_before_it_is_taken(monkeypatch):
-    V = vl.Dense(Draw(FLOAT64, "cpu")(40, 20))
+    V = vl.Dense(Draw(FLOAT64)(40, 20))
     G = V @ V.T
     nbytes = G.gram.matrix.nbytes
     monkeypatch.setattr(small_side, "free_memory", lambda device: nbytes - 1)
@@ -166,7 +166,7 @@ def test_room_is_asked_for_before_it_is_taken(monkeypatch):
 
 
 def test_decompositions_travel():
-    V = vl.Dense(Draw(FLOAT64, "cpu")(9, 4))
+    V = vl.Dense(Draw(FLOAT64)(9, 4))
     G = LowRank(V)
     G.eigh()
     copied = pickle.loads(pickle.dumps(G))

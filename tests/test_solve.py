@@ -17,14 +17,14 @@ REGULAR = [
     name
     for name in SQUARE
     if name != "more_columns_than_a_chunk"
-    and torch.linalg.cond(build(name, FLOAT64, "cpu")[1]) < 1e6
+    and torch.linalg.cond(build(name, FLOAT64)[1]) < 1e6
 ]
 
 
 @pytest.mark.parametrize("dtype, rtol", [(FLOAT64, 1e-10), (torch.float32, 1e-5)])
 @pytest.mark.parametrize("name", REGULAR)
 def test_on_the_market(name: str, dtype: torch.dtype, rtol: float) -> None:
-    op, matrix = build(name, dtype, "cpu")
+    op, matrix = build(name, dtype)
     B = torch.linspace(-1, 1, 2 * len(matrix), dtype=dtype).view(-1, 2).cos()
     X = op.solve(B, rtol=rtol)
     assert X.dtype == dtype
@@ -96,7 +96,7 @@ def test_preconditioners() -> None:
 
 
 def test_right_hand_sides() -> None:
-    op, matrix = build("sum_of_three", FLOAT64, "cpu")
+    op, matrix = build("sum_of_three", FLOAT64)
     b = torch.linspace(1, 2, len(matrix), dtype=FLOAT64)
     x = torch.linalg.solve(matrix, b)
     for given in (b.numpy(), b.view(-1, 1).repeat(1, 2).numpy()):
@@ -111,7 +111,7 @@ def test_right_hand_sides() -> None:
 
 
 def test_what_is_refused() -> None:
-    op, matrix = build("sum_of_three", FLOAT64, "cpu")
+    op, matrix = build("sum_of_three", FLOAT64)
     b = torch.ones(len(matrix), dtype=FLOAT64)
     for bad in (0.0, -1.0, float("nan")):
         with pytest.raises(ValueError, match="rtol: a positive"):

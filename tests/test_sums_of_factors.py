@@ -52,7 +52,7 @@ def test_sums_over_risks(kind, dtype):
 
 
 def test_sums_of_three_and_of_other_nodes():
-    draw = Draw(FLOAT64, "cpu")
+    draw = Draw(FLOAT64)
     A, B, C = draw(20, 3), draw(20, 4), draw(20, 2)
     nodes = [V @ V.T for V in map(vl.Dense, (A, B, C))]
     for op in (sum(nodes), 0 + nodes[0] + (nodes[1] + nodes[2])):
@@ -116,7 +116,7 @@ def test_ways_to_eigenpairs_of_sums():
 
 @pytest.mark.parametrize("dtype", EPS, ids=str)
 def test_sums_of_full_rank_have_inverses_without_damping(dtype):
-    draw = Draw(FLOAT64, "cpu")
+    draw = Draw(FLOAT64)
     A, B = torch.linalg.qr(draw(8, 8)).Q[:, :5], torch.linalg.qr(draw(8, 8)).Q[:, :6]
     V, W = vl.Dense(A.to(dtype)), vl.Dense(B.to(dtype))
     matrix = A @ A.T + 2 * B @ B.T

@@ -71,14 +71,14 @@ def test_diagonal_and_trace(name, dtype, device):
     "verb", ["diagonal", "trace", "inv", "logdet", "eigh", "eigvalsh"]
 )
 def test_rectangular_operators_have_no(verb, name):
-    op, _ = build(name, FLOAT64, "cpu")
+    op, _ = build(name, FLOAT64)
     with pytest.raises(ValueError, match=rf"^{verb}: needs a square operator.*\("):
         getattr(op, verb)()
 
 
 @pytest.mark.parametrize("name", RECTANGULAR)
 def test_rectangular_operators_have_no_solution(name):
-    op, _ = build(name, FLOAT64, "cpu")
+    op, _ = build(name, FLOAT64)
     with pytest.raises(ValueError, match=r"^solve: needs a square operator"):
         op.solve(torch.ones(op.shape[0]))
 
@@ -117,21 +117,21 @@ def test_inverse(name, dtype, device):
 
 @pytest.mark.parametrize("name", [name for name in REGULAR if name not in NO_INVERSE])
 def test_inverse_of_inverse(name):
-    op, dense = build(name, FLOAT64, "cpu")
+    op, dense = build(name, FLOAT64)
     again = op.inv().inv()
     assert_near(again.to_dense(), dense, 10 * tolerance(FLOAT64, dense))
 
 
 @pytest.mark.parametrize("name", [name for name in REGULAR if name in NO_INVERSE])
 def test_no_closed_form_of_the_inverse(name):
-    op, _ = build(name, FLOAT64, "cpu")
+    op, _ = build(name, FLOAT64)
     with pytest.raises((TypeError, ValueError), match=r"^inv\b.*: "):
         op.inv()
 
 
 @pytest.mark.parametrize("name", [name for name in SQUARE if name not in REGULAR])
 def test_singular_operators_have_no_inverse(name):
-    op, _ = build(name, FLOAT64, "cpu")
+    op, _ = build(name, FLOAT64)
     with pytest.raises((TypeError, ValueError), match=r"^inv\b.*: "):
         op.inv()
 
@@ -242,7 +242,7 @@ def test_woodbury_needs_positive_damping(damping):
 
 
 def test_damping_below_the_rounding_error():
-    columns = Draw(torch.float32, "cpu")(6, 1).repeat(1, 3)
+    columns = Draw(torch.float32)(6, 1).repeat(1, 3)
     G = vl.Dense(columns) @ vl.Dense(columns).T
     V = vl.Dense(1e10 * columns)
     G = V @ V.T
@@ -272,7 +272,7 @@ def test_logdet(name, dtype, device):
 
 @pytest.mark.parametrize("name", sorted(NO_LOGDET))
 def test_no_closed_form_of_the_log_determinant(name):
-    op, _ = build(name, FLOAT64, "cpu")
+    op, _ = build(name, FLOAT64)
     with pytest.raises((TypeError, ValueError), match=r"^(logdet|eigvalsh|eigh): "):
         op.logdet()
 
@@ -302,7 +302,7 @@ def test_logdet_of_a_damped_low_rank_operator_does_not_cancel(device):
 
 
 def test_verbs_are_functions_too():
-    op, dense = build("damped_low_rank", FLOAT64, "cpu")
+    op, dense = build("damped_low_rank", FLOAT64)
     assert isinstance(vl.linalg.inv(op), Woodbury)
     assert_near(vl.linalg.logdet(op), torch.linalg.slogdet(dense)[1], 1e-13)
     assert_near(vl.linalg.eigvalsh(op), torch.linalg.eigvalsh(dense), 1e-13)

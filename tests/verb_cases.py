@@ -12,7 +12,7 @@ every_dtype = pytest.mark.parametrize("dtype", [torch.float32, FLOAT64], ids=str
 
 def on_market(condition):
     """The names of the operators on the market whose matrix fulfils a condition."""
-    return [name for name in MARKET if condition(*build(name, FLOAT64, "cpu"))]
+    return [name for name in MARKET if condition(*build(name, FLOAT64))]
 
 
 SQUARE = on_market(lambda op, dense: op.shape[0] == op.shape[1])

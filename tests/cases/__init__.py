@@ -17,13 +17,13 @@ from .market import (
     binary,
     case,
     classes,
+    converted,
     features,
     map_tensors,
     mlp,
     parameter,
     samples_of,
     tensors_of,
-    to_dtype,
     variants,
 )
 from .reference import Dense, call, dense, dense_of, fast_path, problem
@@ -45,6 +45,7 @@ __all__ = [
     "call",
     "case",
     "classes",
+    "converted",
     "dense",
     "dense_of",
     "fast_path",
@@ -55,6 +56,5 @@ __all__ = [
     "problem",
     "samples_of",
     "tensors_of",
-    "to_dtype",
     "variants",
 ]

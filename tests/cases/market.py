@@ -85,17 +85,26 @@ class Problem:
         return replace(self, data=parts)
 
 
-def to_dtype(problem: Problem, dtype: torch.dtype) -> Problem:
-    """A copy of a problem in another precision."""
+def converted(
+    problem: Problem,
+    dtype: torch.dtype | None = None,
+    device: torch.device | None = None,
+) -> Problem:
+    """A copy of a problem in another precision, or on another device."""
 
     def cast(X: Any) -> Any:
-        return map_tensors(lambda t: t.to(dtype) if t.is_floating_point() else t, X)
+        def convert(t: Tensor) -> Tensor:
+            return t.to(device, dtype if t.is_floating_point() else None)
+
+        return map_tensors(convert, X)
 
     module = isinstance(problem.model, nn.Module)
-    model = copy.deepcopy(problem.model).to(dtype) if module else problem.model
+    model = problem.model
+    if module:
+        model = copy.deepcopy(model).to(device=device, dtype=dtype)
     loss = problem.loss
     if isinstance(loss, nn.Module):
-        loss = copy.deepcopy(loss).to(dtype)
+        loss = copy.deepcopy(loss).to(device=device, dtype=dtype)
     data = problem.data
     if isinstance(data, DataLoader):
         data = DataLoader(
@@ -114,7 +123,7 @@ def to_dtype(problem: Problem, dtype: torch.dtype) -> Problem:
 
     reference_loss = problem.reference_loss
     if isinstance(reference_loss, nn.Module):
-        reference_loss = copy.deepcopy(reference_loss).to(dtype)
+        reference_loss = copy.deepcopy(reference_loss).to(device=device, dtype=dtype)
     return replace(
         problem,
         model=model,

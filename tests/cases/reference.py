@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -10,7 +10,9 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, hessian, jacrev
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .market import CASES, Lambda, Problem, map_tensors, to_dtype
+from tests import placing
+
+from .market import CASES, Lambda, Problem, converted, map_tensors
 
 
 @dataclass(frozen=True)
@@ -43,8 +45,19 @@ def dense_of(problem: Problem) -> Dense:
     """Compute everything of a float64 problem from its definition.
 
     Nothing is vectorised (``chunk_size=1``), so that any model can be a case. The
-    risk is torch's own loss of all samples at once.
+    risk is torch's own loss of all samples at once. Computed on the CPU, wherever the
+    tests run.
     """
+    there = placing.device()
+    if there == placing.HOST:
+        return _dense_of(problem)
+    with placing.made_on(placing.HOST):
+        found = _dense_of(converted(problem, device=placing.HOST))
+    tensors = {k: v.to(there) for k, v in vars(found).items() if isinstance(v, Tensor)}
+    return replace(found, **tensors)
+
+
+def _dense_of(problem: Problem) -> Dense:
     chosen = {n: p.detach().double() for n, p in problem.chosen().items()}
     model = problem.reference(problem.model)
     batches = problem.batches()
@@ -152,7 +165,7 @@ def _problem(name: str, dtype: torch.dtype) -> Problem:
     with torch.random.fork_rng([]):
         torch.manual_seed(sum(map(ord, name)))
         built = CASES[name]()
-    return to_dtype(to_dtype(built, torch.float32), dtype)
+    return converted(converted(built, torch.float32), dtype)
 
 
 @functools.cache

@@ -2,6 +2,8 @@
 
 import torch
 
+from tests import placing
+
 MARKET = {}
 
 
@@ -11,16 +13,20 @@ def entry(builder):
     return builder
 
 
-def build(name, dtype, device):
-    """Return an operator of the market and its matrix."""
+def build(name, dtype, device=None):
+    """Return an operator of the market and its matrix, by default where tests run."""
     return MARKET[name](Draw(dtype, device))
 
 
 class Draw:
-    """Draws the tensors that operators are made of, always the same ones."""
+    """Draws the tensors that operators are made of, always the same ones.
 
-    def __init__(self, dtype, device, seed=0):
-        self.dtype, self.device = dtype, device
+    By default they lie where tests run.
+    """
+
+    def __init__(self, dtype, device=None, seed=0):
+        self.dtype = dtype
+        self.device = placing.device() if device is None else device
         self._generator = torch.Generator().manual_seed(seed)
 
     def _noise(self, *shape):

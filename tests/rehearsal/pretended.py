@@ -115,6 +115,20 @@ class Pretended(Tensor):
         Events.note("waits: tolist")
         return self.inner.tolist()
 
+    def __format__(self, spec: str) -> str:
+        Events.note("waits: format")
+        return self.inner.__format__(spec)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        if id(self) not in memo:
+            copied = Pretended(self.inner.detach().clone())
+            copied.requires_grad_(self.requires_grad)
+            copied.__dict__.update(
+                {k: v for k, v in self.__dict__.items() if k != "inner"}
+            )
+            memo[id(self)] = copied
+        return memo[id(self)]
+
     def data_ptr(self) -> int:
         return self.inner.data_ptr()
 

@@ -1,0 +1,89 @@
+"""What became of each test, one JSON line each: -p tests.outcomes --outcomes FILE.
+
+The lines are written as tests end, so that they are there too where the run is ended.
+:func:`summary` groups the failures by what they say.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+# Of the last lines of a failure.
+LINES, WIDTH = 25, 200
+# What differs between failures that are one: numbers, and what has addresses.
+_CHANGING = re.compile(r"0x[0-9a-f]+|[-+]?\d+(\.\d+)?(e[-+]?\d+)?")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--outcomes", type=Path, help="a file for the lines")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    file = config.getoption("--outcomes")
+    if file is not None and not hasattr(config, "workerinput"):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.unlink(missing_ok=True)
+        config.pluginmanager.register(Outcomes(file))
+
+
+class Outcomes:
+    """Writes the lines."""
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.outcome == "passed" and report.when != "call":
+            return
+        self._write(report, report.nodeid, seconds=round(report.duration, 3))
+
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        if report.failed:
+            self._write(report, report.nodeid or "collection", seconds=0.0)
+
+    def _write(self, report: Any, test: str, seconds: float) -> None:
+        line = {"test": test, "outcome": report.outcome, "seconds": seconds}
+        if report.outcome == "failed":
+            lines = str(report.longrepr).splitlines()
+            crash = getattr(report.longrepr, "reprcrash", None)
+            line["message"] = (crash.message if crash else "\n".join(lines[-1:]))[:500]
+            line["at"] = f"{Path(crash.path).name}:{crash.lineno}" if crash else ""
+            line["lines"] = [text[:WIDTH] for text in lines[-LINES:]]
+        elif report.outcome == "skipped" and isinstance(report.longrepr, tuple):
+            line["message"] = report.longrepr[-1]
+        with self._file.open("a") as stream:
+            stream.write(json.dumps(line) + "\n")
+
+
+def summary(lines: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    """Counts, and the failures by what they say, the most frequent first."""
+    counts: Counter[str] = Counter()
+    groups: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    files: Counter[str] = Counter()
+    for line in lines:
+        counts[line["outcome"]] += 1
+        if line["outcome"] == "failed":
+            said = (line["message"].splitlines() or [""])[0]
+            groups[f"{line['at']} {_CHANGING.sub('#', said)}"].append(line)
+            files[line["test"].split("::")[0]] += 1
+    ordered = sorted(groups.items(), key=lambda group: -len(group[1]))
+    return {
+        "counts": dict(counts),
+        "files": dict(files.most_common()),
+        "failures": [
+            {
+                "often": len(group),
+                "says": says,
+                "tests": [line["test"] for line in group],
+                "first": group[0],
+            }
+            for says, group in ordered
+        ],
+    }
