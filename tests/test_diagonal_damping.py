@@ -6,7 +6,7 @@ from composition_cases import EPS, close, risks
 from operator_market import Draw
 
 import vivit_linop as vl
-from vivit_linop.curvature import jacobian
+from vivit_linop.curvature import column_sums
 from vivit_linop.curvature.jacobian import Pullback
 from vivit_linop.net.columns.khatri_rao import KhatriRaoColumns
 from vivit_linop.net.columns.samples import sample_grams
@@ -116,7 +116,7 @@ def test_columns_are_not_formed(monkeypatch):
 
     for name in ("_multiply", "_multiply_adjoint"):
         monkeypatch.setattr(Pullback, name, refused)
-    monkeypatch.setattr(jacobian, "formed_pieces", refused)
+    monkeypatch.setattr(column_sums, "formed_pieces", refused)
     A = G + vl.Diagonal(p)
     A.inv()
     A.logdet()

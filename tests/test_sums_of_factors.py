@@ -6,7 +6,7 @@ from composition_cases import EPS, close, risks
 from operator_market import Draw
 
 import vivit_linop as vl
-from vivit_linop.curvature import jacobian
+from vivit_linop.curvature import column_sums
 from vivit_linop.operators import HStack, LowRank, Sandwich, Woodbury
 
 FLOAT64 = torch.float64
@@ -71,7 +71,7 @@ def test_gram_matrices_that_are_known_are_used_again(monkeypatch):
     G, H = vl.GGN(train), vl.GGN(test)
     known = G.gram.to_dense(), H.gram.to_dense()
     made = []
-    monkeypatch.setattr(jacobian, "GramTotal", lambda *_: made.append(_))
+    monkeypatch.setattr(column_sums, "GramTotal", lambda *_: made.append(_))
     K = (G + 2 * H).gram.to_dense()
     assert not made
     n = len(known[0])

@@ -14,7 +14,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from vivit_linop.curvature.jacobian import Pullback, blocks_of_samples, sum_columns
+from vivit_linop.curvature.column_sums import blocks_of_samples, sum_columns
+from vivit_linop.curvature.jacobian import Pullback
 from vivit_linop.linalg.reductions import matrix_of_operator
 from vivit_linop.linalg.sandwiches import diagonal_blocks_of_product
 from vivit_linop.net.columns.base import DenseColumns, LayerColumns

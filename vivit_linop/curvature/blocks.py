@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vivit_linop.curvature.jacobian import Pullback, sum_columns
+from vivit_linop.curvature.column_sums import sum_columns
+from vivit_linop.curvature.jacobian import Pullback
 from vivit_linop.net.totals import (
     GramTotal,
     OuterTotal,

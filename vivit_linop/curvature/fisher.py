@@ -12,14 +12,13 @@ from vivit_linop.curvature.blocks import (
     block_diagonal,
     parameter_groups,
 )
-from vivit_linop.curvature.ggn import GGNFactor
-from vivit_linop.curvature.jacobian import (
-    Jacobian,
-    Pullback,
+from vivit_linop.curvature.column_sums import (
     gram_matrix_of_pullback,
     gram_rows_of_pullback,
     sum_columns,
 )
+from vivit_linop.curvature.ggn import GGNFactor
+from vivit_linop.curvature.jacobian import Jacobian, Pullback
 from vivit_linop.curvature.loss_hessian import LossGradient
 from vivit_linop.modes import ordinary_mode
 from vivit_linop.net.totals import ColumnNorms

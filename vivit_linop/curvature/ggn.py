@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from vivit_linop.curvature.blocks import ParameterBlocks, block_diagonal
-from vivit_linop.curvature.jacobian import Jacobian, Pullback, sum_columns
+from vivit_linop.curvature.column_sums import sum_columns
+from vivit_linop.curvature.jacobian import Jacobian, Pullback
 from vivit_linop.curvature.loss_hessian import LossHessian, LossHessianSqrt
 from vivit_linop.modes import ordinary_mode
 from vivit_linop.net.totals import SampleRowNorms

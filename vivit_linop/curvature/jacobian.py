@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from functools import cached_property, partial
 from typing import Any, Self
@@ -16,39 +16,17 @@ from vivit_linop.curvature import plan
 from vivit_linop.curvature.loss_hessian import LossHessian
 from vivit_linop.curvature.output_space import OutputIdentity, OutputOperator
 from vivit_linop.linalg.reductions import matrix_of_operator
-from vivit_linop.linalg.sandwiches import gram_blocks_of_operator
 from vivit_linop.modes import as_guest
 from vivit_linop.net.costs import LayerCost, as_table, layer_costs
 from vivit_linop.net.linearization import NoTangentError, linearizations, trusted
-from vivit_linop.net.pieces import StoredColumns, Total, memory_budget
-from vivit_linop.net.sums import (
-    accumulate,
-    accumulate_own,
-    cross_gram,
-    cross_sample_grams,
-    formed_pieces,
-    own_gram_rows,
-)
-from vivit_linop.net.totals import (
-    AllColumns,
-    ColumnNorms,
-    Components,
-    EntrySums,
-    GramTotal,
-    OuterTotal,
-    RowNorms,
-    SampleGrams,
-)
+from vivit_linop.net.pieces import StoredColumns, memory_budget
+from vivit_linop.net.sums import accumulate_own
+from vivit_linop.net.totals import AllColumns, Components
 from vivit_linop.operators import verbs
 from vivit_linop.operators.base import TorchLinearOperator
-from vivit_linop.operators.diagonal_damping import WeightedRows
-from vivit_linop.operators.elementary import Dense, Scaled
-from vivit_linop.operators.grams import weighted_gram_matrix_of_operator
-from vivit_linop.operators.lowrank import Centered, Gram
+from vivit_linop.operators.lowrank import Gram
 from vivit_linop.operators.small_side import KeptMatrix
-from vivit_linop.operators.stacks import HStack
 from vivit_linop.ranks.alone import Ranks
-from vivit_linop.ranks.rows import RankRows
 from vivit_linop.risk.empirical import EmpiricalRisk
 from vivit_linop.risk.given import as_risk, risk_of_inputs
 from vivit_linop.risk.memory import check_matrix_fits
@@ -343,6 +321,14 @@ def outer_product_of_pullback(factor: Pullback, X: Tensor) -> Tensor:
     return factor.risk.ranks.summed(factor._outer, X)
 
 
+@verbs.to_dense.register
+def dense_of_pullback(op: Pullback) -> Tensor:
+    """The columns, formed."""
+    name = "Jacobian" if op.is_plain else type(op).__name__
+    check_matrix_fits(name, op.shape, op.torch_dtype, op.device)
+    return matrix_of_operator(op)
+
+
 def _shared_columns(pullback: Pullback) -> StoredColumns | None:
     """Return the columns if products with them are the cheaper ones, and they fit."""
     if not pullback.output.determined:
@@ -396,158 +382,3 @@ def _fitting_columns(pullback: Pullback) -> StoredColumns | None:
     total = AllColumns(pullback)
     accumulate_own(pullback, [total])
     return StoredColumns(total.pieces)
-
-
-# Factors that are made of others, and know what to do with these.
-_COMPOSED = (Dense, Scaled, Centered, HStack, WeightedRows)
-
-# Sums over columns: one pass over the data each, layer by layer ---------------------
-
-
-def sum_columns(factor: Pullback, totals: Sequence[Total]) -> None:
-    """Compute several sums over the columns of one pullback together."""
-    columns = accumulate(factor, totals, factor.stored)
-    if columns is not None:
-        factor.offer(columns)
-
-
-@verbs.gram_matrix.register
-def gram_matrix_of_pullback(left: Pullback, right: TorchLinearOperator) -> Tensor:
-    """Layer by layer, between factors; else by products."""
-    if isinstance(right, _COMPOSED):
-        return verbs.gram_matrix(right, left).T
-    if not isinstance(right, Pullback):
-        return left.T.apply(verbs.to_dense(right))
-    if left is not right:
-        return cross_gram(left, right)
-    total = GramTotal(left, right, list(left.risk.params))
-    sum_columns(left, [total])
-    return total.matrix
-
-
-@verbs.gram_rows.register
-def gram_rows_of_pullback(
-    left: Pullback, right: TorchLinearOperator
-) -> RankRows | None:
-    """Over several processes, by pairs of pieces that go round."""
-    if not isinstance(right, Pullback) or not left.ranks.is_many:
-        return None
-    return RankRows(left.ranks, own_gram_rows(left, right), left.width)
-
-
-@verbs.as_factor.register
-def pullback_as_factor(op: Pullback) -> Pullback:
-    """Itself: Gram matrices need no column."""
-    return op
-
-
-@verbs.weighted_gram_matrix.register
-def weighted_gram_matrix_of_pullback(
-    left: Pullback, right: TorchLinearOperator, weights: Tensor
-) -> Tensor:
-    """As the Gram matrix, with weights in the columns of the layers."""
-    if isinstance(right, _COMPOSED):
-        return verbs.weighted_gram_matrix(right, left, weights).T
-    if not isinstance(right, Pullback):
-        return weighted_gram_matrix_of_operator(left, right, weights)
-    if left is not right:
-        return cross_gram(left, right, weights)
-
-    def total_of(weights: Tensor) -> Tensor:
-        total = GramTotal(left, left, list(left.risk.params), weights)
-        sum_columns(left, [total])
-        return total.matrix
-
-    return _signed(total_of, weights)
-
-
-@verbs.gram_blocks.register
-def gram_blocks_of_pullback(
-    left: Pullback,
-    right: TorchLinearOperator,
-    size: int,
-    weights: Tensor | None = None,
-) -> Tensor:
-    """From the columns of each sample alone, layer by layer."""
-    if (
-        not isinstance(right, Pullback)
-        or right.risk is not left.risk
-        or right.layout != left.layout
-        or not left.layout.is_uniform
-        or left.width % size
-    ):
-        return gram_blocks_of_operator(left, right, size, weights)
-    if right is left and size == 1 and weights is None:
-        return verbs.column_norms_squared(left).reshape(-1, 1, 1)
-
-    def total_of(weights: Tensor | None) -> Tensor:
-        total = SampleGrams(left, left, weights)
-        sum_columns(left, [total])
-        return total.matrices
-
-    if right is not left:
-        grams = cross_sample_grams(left, right, weights)
-    else:
-        grams = total_of(None) if weights is None else _signed(total_of, weights)
-    return blocks_of_samples(grams, size)
-
-
-def blocks_of_samples(grams: Tensor, size: int) -> Tensor:
-    """Return the blocks on diagonals, ``[N, R, R] -> [N·R/s, s, s]``."""
-    blocks = grams.unflatten(2, (-1, size)).unflatten(1, (-1, size))
-    return blocks.diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2).flatten(0, 1)
-
-
-def _signed(of: Callable[[Tensor], Tensor], weights: Tensor) -> Tensor:
-    """Return what is linear in weights and known for those that have roots."""
-    if (weights >= 0.0).all():
-        return of(weights)
-    return of(weights.clamp(min=0.0)) - of((-weights).clamp(min=0.0))
-
-
-@verbs.outer_matrix.register
-def outer_matrix_of_pullback(factor: Pullback) -> Tensor:
-    """From formed columns, some samples at a time."""
-    total = OuterTotal(factor, list(factor.risk.params))
-    sum_columns(factor, [total])
-    return total.matrix
-
-
-@verbs.row_norms_squared.register
-def row_norms_of_pullback(op: Pullback) -> Tensor:
-    """In the structure of the layers."""
-    total = RowNorms(op, list(op.risk.params))
-    sum_columns(op, [total])
-    return total.entries
-
-
-@verbs.column_norms_squared.register
-def column_norms_of_pullback(op: Pullback) -> Tensor:
-    """Without the columns."""
-    total = ColumnNorms(op, [list(op.risk.params)])
-    sum_columns(op, [total])
-    return total.norms.squeeze(1)
-
-
-@verbs.centered_row_norms_squared.register
-def centered_row_norms_of_pullback(op: Pullback) -> Tensor:
-    """Σ_n g_n² − N ḡ²: both sums from one pass."""
-    names = list(op.risk.params)
-    squares, sums = RowNorms(op, names), EntrySums(op, names)
-    sum_columns(op, [squares, sums])
-    centred = squares.entries - sums.entries.square() / op.shape[1]
-    return centred.clamp(min=0.0)
-
-
-@verbs.column_pieces.register
-def column_pieces_of_pullback(op: Pullback) -> Iterator[tuple[slice, Tensor]]:
-    """Formed, from the stored columns or from one pass over the data."""
-    return formed_pieces(op, op.stored)
-
-
-@verbs.to_dense.register
-def dense_of_pullback(op: Pullback) -> Tensor:
-    """The columns, formed."""
-    name = "Jacobian" if op.is_plain else type(op).__name__
-    check_matrix_fits(name, op.shape, op.torch_dtype, op.device)
-    return matrix_of_operator(op)

@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 
 from vivit_linop.curvature.blocks import FactorRows, Partition
+from vivit_linop.curvature.column_sums import sum_columns
 from vivit_linop.curvature.fisher import EmpiricalFisher
 from vivit_linop.curvature.ggn import GGN
-from vivit_linop.curvature.jacobian import Pullback, sum_columns
+from vivit_linop.curvature.jacobian import Pullback
 from vivit_linop.curvature.kronecker_sums import (
     EigenvalueSums,
     KroneckerSums,

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from vivit_linop.curvature import plan
-from vivit_linop.curvature.jacobian import Pullback, sum_columns
+from vivit_linop.curvature.column_sums import sum_columns
+from vivit_linop.curvature.jacobian import Pullback
 from vivit_linop.net.certified import share_structure
 from vivit_linop.net.columns.base import LayerColumns, add_product, mirror
 from vivit_linop.net.columns.khatri_rao import KhatriRaoColumns
