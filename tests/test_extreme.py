@@ -9,7 +9,7 @@ from scipy.sparse import linalg as sparse
 from torch import nn
 
 import vivit_linop as vl
-from vivit_linop.linalg import extreme
+from vivit_linop.linalg import extreme, krylov
 
 FLOAT64 = torch.float64
 TOLERANCE = {torch.float32: 2e-4, FLOAT64: 1e-9}
@@ -102,7 +102,7 @@ def test_the_start_and_the_accuracy_reach_arpack(monkeypatch):
         seen.append(options)
         return sparse.eigsh(A, k, **options)
 
-    monkeypatch.setattr(extreme, "eigsh", eigsh)
+    monkeypatch.setattr(krylov, "eigsh", eigsh)
     v0 = torch.arange(1.0, 1 + H.shape[0])
     for start in (v0, v0.numpy(), v0.tolist()):
         H.eigh(k=2, v0=start, tol=1e-3, which="SA")
@@ -185,7 +185,7 @@ def test_no_convergence_says_what_to_do(which, monkeypatch):
             return np.ones(1), np.ones((75, 1))
         raise sparse.ArpackNoConvergence("no", np.ones(1), np.ones((75, 1)))
 
-    monkeypatch.setattr(extreme, "eigsh", eigsh)
+    monkeypatch.setattr(krylov, "eigsh", eigsh)
     expected = H.eigh(k=2, which=which)  # from the matrix
     assert expected.route == "dense"
     monkeypatch.setattr(extreme, "_DENSE_ROWS", 0)

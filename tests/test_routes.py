@@ -12,7 +12,11 @@ import vivit_linop as vl
 from vivit_linop.curvature import plan
 from vivit_linop.net.costs import LayerCost
 
-ROUTES = ("dense Gram", "dense G", "ARPACK on K", "ARPACK on G")
+ROUTES = (
+    *("dense Gram", "dense G", "ARPACK on K", "ARPACK on G"),
+    *("Lanczos on K", "Lanczos on G"),
+)
+CPU = torch.device("cpu")
 
 
 def risk_of(samples: int, calls: list[int] | None = None) -> vl.EmpiricalRisk:
@@ -117,15 +121,15 @@ def test_routes_that_do_not_exist_are_refused() -> None:
 def test_a_known_gram_matrix_decides_anew() -> None:
     """As many columns as LAPACK needs long for; ARPACK multiplies by the matrix."""
     shape = 10**6, 9000
-    cost = plan.FactorCost.of_dense(*shape, 8)
-    known = plan.choose(shape, 10, None, 8, 10**12, by_gram=True)
+    cost = plan.FactorCost.of_dense(*shape, 8, CPU)
+    known = plan.choose(shape, 10, None, 8, 10**12, True, CPU)
     assert known.chosen.name == "ARPACK on K"
     assert known.chosen.flops < 0.2 * known.routes[0].flops
-    few = plan.choose((10**6, 500), 10, None, 8, 10**12, by_gram=True)
+    few = plan.choose((10**6, 500), 10, None, 8, 10**12, True, CPU)
     assert few.chosen.name == "dense Gram"
-    most = plan.choose(shape, 5000, None, 8, 10**12, by_gram=True)
+    most = plan.choose(shape, 5000, None, 8, 10**12, True, CPU)
     assert most.chosen.name == "dense Gram" and "half of the pairs" in most.why
-    fresh = plan.choose(shape, 10, cost, 8, 10**6, by_gram=True)
+    fresh = plan.choose(shape, 10, cost, 8, 10**6, True, CPU)
     assert fresh.chosen.name == "ARPACK on K" and "are free" in fresh.why
 
 
@@ -196,16 +200,16 @@ def layer(nbytes: float, forward: float, use: str = "linear") -> LayerCost:
 
 
 def test_columns_are_made_where_reading_them_pays() -> None:
-    assert plan.columns_pay([layer(1e6, 1e9)], width=10)
-    assert not plan.columns_pay([layer(1e8, 1e9)], width=10)
+    assert plan.columns_pay([layer(1e6, 1e9)], 10, CPU)
+    assert not plan.columns_pay([layer(1e8, 1e9)], 10, CPU)
 
 
 def test_columns_stay_where_they_fit_and_spare_a_linearisation() -> None:
-    assert plan.columns_stay([layer(1e6, 1e6)], 10**6, budget=10**7)
-    assert not plan.columns_stay([layer(1e6, 1e6)], 10**6, budget=10**5)
-    assert not plan.columns_stay([layer(1e9, 1e6)], 10**9, budget=10**10)
+    assert plan.columns_stay([layer(1e6, 1e6)], 10**6, 10**7, CPU)
+    assert not plan.columns_stay([layer(1e6, 1e6)], 10**6, 10**5, CPU)
+    assert not plan.columns_stay([layer(1e9, 1e6)], 10**9, 10**10, CPU)
     # A convolution's linearisation is traced first.
-    assert plan.columns_stay([layer(1e9, 1e6, "conv2d")], 10**9, budget=10**10)
+    assert plan.columns_stay([layer(1e9, 1e6, "conv2d")], 10**9, 10**10, CPU)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -27,6 +27,7 @@ from vivit_linop.curvature import (
     GGN,
     KFAC,
     KFRA,
+    DeviceCosts,
     EmpiricalFisher,
     GGNFactor,
     Hessian,
@@ -34,6 +35,7 @@ from vivit_linop.curvature import (
     LossHessian,
     PerSampleGradients,
     PositiveCurvatureHessian,
+    calibrate,
 )
 from vivit_linop.interop import from_backpack, from_curvlinops, from_scipy
 from vivit_linop.linalg import estimate_diagonal, estimate_trace, led
@@ -63,6 +65,7 @@ __all__ = [
     "KFRA",
     "BlockDiagonal",
     "Dense",
+    "DeviceCosts",
     "Diagonal",
     "Eigenpairs",
     "EmpiricalFisher",
@@ -81,6 +84,7 @@ __all__ = [
     "PositiveCurvatureHessian",
     "RandomProjection",
     "TorchLinearOperator",
+    "calibrate",
     "centered_gram",
     "class_means",
     "covariance",

@@ -7,12 +7,14 @@ from vivit_linop.curvature import (  # noqa: F401  (register)
     routes,
     rules,
 )
+from vivit_linop.curvature.calibration import calibrate
 from vivit_linop.curvature.fisher import EmpiricalFisher, PerSampleGradients
 from vivit_linop.curvature.ggn import GGN, GGNFactor
 from vivit_linop.curvature.hessian import Hessian
 from vivit_linop.curvature.jacobian import Jacobian
 from vivit_linop.curvature.kfac import EKFAC, KFAC
 from vivit_linop.curvature.loss_hessian import LossHessian
+from vivit_linop.curvature.plan import DeviceCosts
 from vivit_linop.curvature.recursions import KFRA, PositiveCurvatureHessian
 
 __all__ = [
@@ -20,6 +22,7 @@ __all__ = [
     "GGN",
     "KFAC",
     "KFRA",
+    "DeviceCosts",
     "EmpiricalFisher",
     "GGNFactor",
     "Hessian",
@@ -27,4 +30,5 @@ __all__ = [
     "LossHessian",
     "PerSampleGradients",
     "PositiveCurvatureHessian",
+    "calibrate",
 ]

@@ -169,7 +169,7 @@ class HessianProducts(TorchLinearOperator):
 
     @cached_property
     def _together(self) -> int:
-        return plan.products_together(layer_costs(self.risk, 1))
+        return plan.products_together(layer_costs(self.risk, 1), self.device)
 
     def _pull_back(
         self,

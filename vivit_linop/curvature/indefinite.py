@@ -14,7 +14,7 @@ from torch import Tensor
 from vivit_linop.curvature import plan
 from vivit_linop.curvature.ggn import GGN
 from vivit_linop.curvature.routes import (
-    by_arpack,
+    by_iteration,
     choose_route,
     eigenpairs_of_low_rank,
     explain_low_rank,
@@ -22,6 +22,7 @@ from vivit_linop.curvature.routes import (
 from vivit_linop.linalg.decompositions import DenseDecomposition, LowRankDecomposition
 from vivit_linop.linalg.eigen import eigenvalues_of_low_rank
 from vivit_linop.linalg.inverse import damped_inverse_of_low_rank, inverse_of_low_rank
+from vivit_linop.linalg.krylov import solver_on
 from vivit_linop.linalg.reductions import (
     damped_logdet_of_low_rank,
     damped_logdet_of_operator,
@@ -119,7 +120,7 @@ def eigenpairs_of_ggn(
     select: Callable[[Tensor], Sequence[int] | Tensor] | None = None,
     rcond: float | None = None,
 ) -> Eigenpairs:
-    """Of an indefinite one the k largest by ARPACK on products, all from its matrix."""
+    """Of an indefinite one the k largest by products, all from its matrix."""
     if op.semidefinite:
         return eigenpairs_of_low_rank(op, k, select, rcond)
     if op.route is not None and op.by_gram:
@@ -128,7 +129,8 @@ def eigenpairs_of_ggn(
     if k is not None and select is None and op.route != "dense G":
         decomposition.check_k(k)
         if k < op.shape[0]:
-            return by_arpack(op, int(k), "ARPACK on G")
+            solver = (op.route or solver_on(op.device)).split()[0]
+            return by_iteration(op, int(k), f"{solver} on G")
     pairs = decomposition.pairs(decomposition.choose(k, select, rcond))
     pairs.route = "dense G"
     return pairs
@@ -144,7 +146,9 @@ def explain_ggn(op: GGN, k: int | None = None) -> plan.Choice:
     routes = choose_route(op.routed("dense G"), k).routes
     fits = op.factor.root.blocks_fit()
     why = "the loss is not convex" if fits else "blocks of H do not fit into memory"
-    choice = plan.Choice(k, routes, routes[1], f"{why}, so there is no factor V")
+    taken = f"{solver_on(op.device)} on G"
+    chosen = next(route for route in routes if route.name == taken)
+    choice = plan.Choice(k, routes, chosen, f"{why}, so there is no factor V")
     print(choice)
     return choice
 

@@ -188,14 +188,16 @@ class Pullback(TorchLinearOperator):
 
     def columns_pay(self) -> bool:
         """Whether products alone are worth making the columns for."""
-        return plan.columns_pay(layer_costs(self.risk, self.width), self.width)
+        costs = layer_costs(self.risk, self.width)
+        return plan.columns_pay(costs, self.width, self.device)
 
     def offer(self, columns: StoredColumns) -> None:
         """Keep columns that a Gram matrix was made of, if they spare what follows."""
         if self.stored is not None:
             return
         costs = layer_costs(self.risk, self.width)
-        if plan.columns_stay(costs, columns.nbytes, memory_budget(self.risk)):
+        budget = memory_budget(self.risk)
+        if plan.columns_stay(costs, columns.nbytes, budget, self.device):
             self.stored = columns
 
     @contextlib.contextmanager

@@ -1,7 +1,8 @@
 """Every choice between ways, and the constants that the choices rest on.
 
 Costs are floating-point operations of a large matrix product. f are those of a forward
-pass over all samples, R̂ = N·R, and g(R̂) those of the Gram matrix by layers:
+pass over all samples, R̂ = N·R, and g(R̂) those of the Gram matrix by layers. What a
+device takes for the rest stands in :class:`DeviceCosts`; the numbers here are a CPU's:
 
 - the Gram matrix takes R f + g(R̂), and 10 R̂³ for its leading eigenpairs or 40 R̂³ for
   all (a symmetric eigensolver needs some 4/3 R̂³ or 9 R̂³, at a fraction of the speed of
@@ -13,6 +14,8 @@ pass over all samples, R̂ = N·R, and g(R̂) those of the Gram matrix by layers
   takes 12 f on the linearisation (4 f operations, at a third of the speed of a large
   matrix product), and 1e11 once to trace a net with convolutions; or two readings of
   the stored columns, and 2 R f once to get them;
+- on a GPU, Lanczos takes as many products and reads its vectors there; ARPACK has them
+  on the host, where each product's go to and come from;
 - a product with V takes 2 f on the linearisation, making which takes 6 f; on stored
   columns at most f, and reading the columns.
 
@@ -25,40 +28,142 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
+
 from vivit_linop.linalg.decompositions import FEW
 from vivit_linop.net.costs import LayerCost
 
-# Of a symmetric eigensolver, by the cube of the rows.
-_ALL_PAIRS, _LEADING_PAIRS = 40.0, 10.0
-# ARPACK's products, and what one call takes beside.
+# Products of a Krylov solver.
 _PRODUCTS, _PRODUCTS_A_PAIR = 20, 4
-_CALL_FLOPS = 1e9
-# What a product with a matrix that is there takes beside reading it.
-_KNOWN_CALL_FLOPS = 2e7
 # Passes over the net that a product with V Vᵀ takes by its time.
 _PRODUCT_PASSES = 12.0
-# Tracing a net with convolutions for its linearisation.
-_TRACE_FLOPS = 1e11
-# Reading a byte takes as long as this many operations of a large matrix product: some
-# 300 GFLOP/s at 10 GB/s (CPU), 50 TFLOP/s at 3 TB/s (H100).
-READING_FLOPS = 25
 # How many passes over a root of the loss Hessian its formation takes.
 _FORMING = 4
 # After this many products (of an eigensolver) the backward passes that it takes to get
 # the columns should have paid for themselves.
 _PAID_AFTER = 200
 # Columns that are there anyway: how many products are expected to follow, and what the
-# linearisation that they spare takes, by forward passes and by its calls.
+# linearisation that they spare takes by forward passes.
 _FOLLOWING = 4
-_LINEARISING_PASSES, _LINEARISING_CALLS = 6.0, 3e9
+_LINEARISING_PASSES = 6.0
 # Exact blocks up to this many entries are dense matrices, larger ones low-rank.
 LARGEST_DENSE_BLOCK = 2048
 # Columns of a backward pass with at most this many entries are formed: structure would
 # not pay.
 FORMED_ENTRIES = 2**16
-# Products with a Hessian are taken together where a pass over the data is so short that
-# most of it is overhead; else there is nothing to gain by it.
-_TOGETHER, _SHORT_PASS = 16, 3e7
+# So many products with a Hessian are taken together where a pass over the data is so
+# short that most of it is overhead; else there is nothing to gain by it.
+_TOGETHER = 16
+
+
+# Devices ----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class DeviceCosts:
+    """What a device takes, in seconds and rates: what the choice of a route rests on.
+
+    There are defaults for a CPU and for a GPU; :func:`calibrate` measures the device at
+    hand. ``explain(k)`` names what was used where that is not the CPU's default.
+
+    Attributes:
+        name: Of the device.
+        rate: Floating-point operations of a large matrix product in float32, a second.
+        bandwidth: Bytes of its memory that it reads a second.
+        copying: Bytes a second between its memory and the host's; infinite on a CPU.
+        call: Seconds of a product with G beside its arithmetic.
+        step: Seconds of a product with a known matrix in a Krylov solver, beside
+            reading it.
+        tracing: Seconds to trace a net with convolutions for its linearisation.
+        linearising: Seconds of a linearisation beside its arithmetic.
+        short_pass: Seconds of a forward pass, most of which is overhead.
+        all_pairs: Of a symmetric eigensolver for all pairs of n rows: its time, by that
+            of n³ operations of a large matrix product.
+        leading_pairs: Likewise for less than a quarter of them.
+
+    Example:
+        >>> import vivit_linop as vl
+        >>> costs = vl.DeviceCosts(
+        ...     name="mine", rate=1e12, bandwidth=1e11, copying=float("inf"), call=1e-3,
+        ...     step=1e-4, tracing=0.3, linearising=1e-2, short_pass=1e-4,
+        ...     all_pairs=40.0, leading_pairs=10.0,
+        ... )
+        >>> costs.reading_flops
+        10.0
+    """
+
+    name: str
+    rate: float
+    bandwidth: float
+    copying: float
+    call: float
+    step: float
+    tracing: float
+    linearising: float
+    short_pass: float
+    all_pairs: float
+    leading_pairs: float
+
+    @classmethod
+    def default(cls, device: torch.device | str) -> DeviceCosts:
+        """Return what is assumed of a device of its type."""
+        return CPU_COSTS if torch.device(device).type == "cpu" else GPU_COSTS
+
+    @classmethod
+    def on(cls, device: torch.device | str) -> DeviceCosts:
+        """Return what routes on a device are chosen by."""
+        device = torch.device(device)
+        return _in_use.get(_key(device), cls.default(device))
+
+    def use(self, device: torch.device | str) -> None:
+        """Choose routes on a device by these costs, in this process from now on."""
+        _in_use[_key(torch.device(device))] = self
+
+    @property
+    def reading_flops(self) -> float:
+        """Operations of a large matrix product in the time that a byte is read in."""
+        return self.rate / self.bandwidth
+
+    def flops(self, seconds: float) -> float:
+        """Operations of a large matrix product in some seconds."""
+        return self.rate * seconds
+
+
+# Two cores: some 300 GFLOP/s, and 12 GB/s.
+CPU_COSTS = DeviceCosts(
+    name="a CPU",
+    rate=3e11,
+    bandwidth=1.2e10,
+    copying=float("inf"),
+    call=1e9 / 3e11,
+    step=2e7 / 3e11,
+    tracing=1e11 / 3e11,
+    linearising=3e9 / 3e11,
+    short_pass=3e7 / 3e11,
+    all_pairs=40.0,
+    leading_pairs=10.0,
+)
+# An H100 as its data sheet has it, with pageable memory of the host; what is bound by
+# calls takes Python's time. cuSOLVER has no solver for some of the pairs.
+GPU_COSTS = DeviceCosts(
+    name="a GPU",
+    rate=4.5e13,
+    bandwidth=2.5e12,
+    copying=5e9,
+    call=2e-3,
+    step=2e-4,
+    tracing=1e11 / 3e11,
+    linearising=3e9 / 3e11,
+    short_pass=1e-3,
+    all_pairs=150.0,
+    leading_pairs=150.0,
+)
+_in_use: dict[str, DeviceCosts] = {}
+
+
+def _key(device: torch.device) -> str:
+    """Several GPUs of a machine may differ; cuda is the first of them."""
+    return f"{device.type}:{device.index or 0}"
 
 
 # Columns --------------------------------------------------------------------------
@@ -83,31 +188,39 @@ class NetCost:
     tracing: float
 
     @classmethod
-    def of(cls, costs: Sequence[LayerCost]) -> NetCost:
-        """Add up the layers'."""
+    def of(cls, costs: Sequence[LayerCost], on: DeviceCosts) -> NetCost:
+        """Add up the layers'.
+
+        Args:
+            costs: Of the layers.
+            on: Of the device.
+        """
         forward = gram = product = nbytes = tracing = 0.0
         for cost in costs:
             forward += cost.forward_flops
             gram += cost.gram_flops
-            product += cost.product_flops + READING_FLOPS * cost.nbytes
+            product += cost.product_flops + on.reading_flops * cost.nbytes
             nbytes += cost.nbytes
             if "conv" in cost.use:
-                tracing = _TRACE_FLOPS
+                tracing = on.flops(on.tracing)
         return cls(forward, gram, product, nbytes, tracing)
 
 
-def columns_pay(costs: Sequence[LayerCost], width: int) -> bool:
+def columns_pay(costs: Sequence[LayerCost], width: int, device: torch.device) -> bool:
     """Whether columns are worth making for products alone.
 
     Args:
         costs: Of the layers.
         width: R, the columns of a sample.
+        device: Where they are.
     """
-    net = NetCost.of(costs)
+    net = NetCost.of(costs, DeviceCosts.on(device))
     return net.product + 2 * width * net.forward / _PAID_AFTER < 2 * net.forward
 
 
-def columns_stay(costs: Sequence[LayerCost], nbytes: int, budget: int) -> bool:
+def columns_stay(
+    costs: Sequence[LayerCost], nbytes: int, budget: int, device: torch.device
+) -> bool:
     """Whether columns that a Gram matrix was made of are kept for what follows.
 
     Eigenvectors and damped inverses need some products with V, which else make the
@@ -117,33 +230,40 @@ def columns_stay(costs: Sequence[LayerCost], nbytes: int, budget: int) -> bool:
         costs: Of the layers.
         nbytes: What the columns take.
         budget: What they may take.
+        device: Where they are.
     """
-    net = NetCost.of(costs)
-    linearising = _LINEARISING_PASSES * net.forward + _LINEARISING_CALLS + net.tracing
+    on = DeviceCosts.on(device)
+    net = NetCost.of(costs, on)
+    linearising = _LINEARISING_PASSES * net.forward + net.tracing
+    linearising += on.flops(on.linearising)
     on_linearisation = 2 * net.forward + linearising / _FOLLOWING
     return nbytes <= budget and net.product <= on_linearisation
 
 
-def explained_products(costs: Sequence[LayerCost], stored: bool) -> str:
+def explained_products(
+    costs: Sequence[LayerCost], stored: bool, device: torch.device
+) -> str:
     """Say what products with V run on, and what the two ways cost."""
     place = "stored columns" if stored else "the linearisation"
-    net = NetCost.of(costs)
+    net = NetCost.of(costs, DeviceCosts.on(device))
     return (
         f"products run on {place}: {net.product / 1e9:.3g} GFLOP on stored columns, "
         f"{2 * net.forward / 1e9:.3g} GFLOP on the linearisation."
     )
 
 
-def products_together(costs: Sequence[LayerCost]) -> int:
+def products_together(costs: Sequence[LayerCost], device: torch.device) -> int:
     """How many products with a Hessian one backward pass takes."""
-    return _TOGETHER if NetCost.of(costs).forward < _SHORT_PASS else 1
+    on = DeviceCosts.on(device)
+    short = NetCost.of(costs, on).forward < on.flops(on.short_pass)
+    return _TOGETHER if short else 1
 
 
 # Eigenpairs -------------------------------------------------------------------------
 
 
-def arpack_products(k: int) -> int:
-    """How many products ARPACK takes for k pairs, in the mean."""
+def krylov_products(k: int) -> int:
+    """How many products ARPACK and Lanczos take for k pairs, in the mean."""
     return _PRODUCTS + _PRODUCTS_A_PAIR * k
 
 
@@ -165,10 +285,13 @@ class FactorCost:
     root_entries: float = 0.0
 
     @classmethod
-    def of_dense(cls, rows: int, columns: int, itemsize: int) -> FactorCost:
+    def of_dense(
+        cls, rows: int, columns: int, itemsize: int, device: torch.device
+    ) -> FactorCost:
         """Those of a matrix, or of a factor that nothing is known of."""
         entries = float(rows) * columns
-        product = 4 * entries + 2 * READING_FLOPS * itemsize * entries
+        reading = DeviceCosts.on(device).reading_flops
+        product = 4 * entries + 2 * reading * itemsize * entries
         return cls(entries * min(rows, columns), product)
 
     @classmethod
@@ -179,6 +302,7 @@ class FactorCost:
         width: int,
         budget: int,
         root_entries: float,
+        device: torch.device,
     ) -> FactorCost:
         """Those of Jᵀ B.
 
@@ -188,9 +312,10 @@ class FactorCost:
             width: R, the columns of a sample.
             budget: The bytes that stored columns may take.
             root_entries: As the attribute.
+            device: Where it is.
         """
         D, columns = shape
-        net = NetCost.of(costs)
+        net = NetCost.of(costs, DeviceCosts.on(device))
         matrix = net.gram if columns <= D else float(D) ** 2 * columns
         matrix += width * net.forward
         product, once = _PRODUCT_PASSES * net.forward, net.tracing
@@ -204,7 +329,8 @@ class Route:
     """A way to the k largest eigenpairs.
 
     Attributes:
-        name: ``"dense Gram"``, ``"dense G"``, ``"ARPACK on K"`` or ``"ARPACK on G"``.
+        name: ``"dense Gram"`` or ``"dense G"``; ``"ARPACK on K"`` or ``"ARPACK on G"``;
+            on a GPU ``"Lanczos on K"`` or ``"Lanczos on G"``.
         flops: Its estimated floating-point operations.
         nbytes: The memory of its matrix or vectors.
         refusal: Why it is impossible, or empty.
@@ -230,17 +356,26 @@ class Choice:
         routes: All ways.
         chosen: The way that is taken.
         why: The reason.
+        costs: What it rests on, where that is not a CPU's defaults.
     """
 
     k: int
     routes: list[Route]
     chosen: Route
     why: str
+    costs: DeviceCosts = CPU_COSTS
 
     def __str__(self) -> str:
-        """The choice, and a line for each way."""
+        """The choice, a line for each way, and what it rests on."""
         head = f"eigh(k={self.k}) takes {self.chosen.name!r}: {self.why}."
-        return "\n  ".join([head, *map(str, self.routes)])
+        lines = [head, *map(str, self.routes)]
+        if self.costs is not CPU_COSTS:
+            lines.append(
+                f"Costs of {self.costs.name}: {self.costs.rate / 1e9:.3g} GFLOP/s, "
+                f"{self.costs.bandwidth / 1e9:.3g} GB/s, {1e3 * self.costs.call:.3g} "
+                "ms for the calls of a product."
+            )
+        return "\n  ".join(lines)
 
 
 def choose(
@@ -250,6 +385,7 @@ def choose(
     itemsize: int,
     free: int,
     by_gram: bool,
+    device: torch.device,
     decomposed: bool = False,
 ) -> Choice:
     """Choose the cheaper way to k eigenpairs of c V Vᵀ that fits into memory.
@@ -261,18 +397,20 @@ def choose(
         itemsize: The bytes of a number.
         free: The bytes that are free.
         by_gram: Whether the smaller side is the Gram matrix.
+        device: Where V is.
         decomposed: Whether all eigenpairs of the smaller side are known.
     """
+    on = DeviceCosts.on(device)
     D, columns = shape
     small = min(shape)
-    lapack = (_LEADING_PAIRS if k <= FEW * small else _ALL_PAIRS) * float(small) ** 3
-    lapack = 0.0 if decomposed else lapack
+    pairs = on.leading_pairs if k <= FEW * small else on.all_pairs
+    lapack = 0.0 if decomposed else pairs * float(small) ** 3
     on_gram, lost = by_gram, ""
     if cost is None:
-        product, once = READING_FLOPS * itemsize * float(small) ** 2, 0.0
-        product += _KNOWN_CALL_FLOPS
+        product, once = on.reading_flops * itemsize * float(small) ** 2, 0.0
+        product += on.flops(on.step)
     else:
-        product, once = cost.product + _CALL_FLOPS, cost.once
+        product, once = cost.product + on.flops(on.call), cost.once
         lapack += cost.matrix
         vectors = (2 * k + 20) * D
         # Each product reads 2 k + 20 vectors twice, and S twice; S may have to be made.
@@ -282,15 +420,12 @@ def choose(
     dense = Route(
         "dense Gram" if by_gram else "dense G", lapack, 3.0 * small**2 * itemsize, lost
     )
+    on_side = ("K", columns) if on_gram else ("G", D)
     # ARPACK needs room for more vectors than it is asked for.
     many = "" if lost or k < small // 2 else "ARPACK finds less than half of the pairs"
-    krylov = Route(
-        "ARPACK on K" if on_gram else "ARPACK on G",
-        arpack_products(k) * product + once,
-        (2.0 * k + 20) * (columns if on_gram else D) * itemsize,
-        many,
-    )
-    routes = [dense, krylov]
+    iterations = _krylov_routes(k, product, once, on_side, itemsize, free, many, device)
+    routes = [dense, *iterations]
+    krylov = min(iterations, key=_by_refusal_and_cost)
     if lost or many:
         chosen, why = (krylov, lost) if lost else (dense, many)
     elif cost is not None and dense.nbytes > free:
@@ -300,4 +435,35 @@ def choose(
         known = "its matrix is known, and " if cost is None else ""
         known = "its matrix is known and decomposed, and " if decomposed else known
         why = f"{known}it is estimated to be the cheaper"
-    return Choice(k, routes, chosen, why)
+    return Choice(k, routes, chosen, why, on)
+
+
+def _krylov_routes(
+    k: int,
+    product: float,
+    once: float,
+    on_side: tuple[str, int],
+    itemsize: int,
+    free: int,
+    refusal: str,
+    device: torch.device,
+) -> list[Route]:
+    """ARPACK on the host; before it Lanczos where that is not the device."""
+    on, (side, rows), vectors = DeviceCosts.on(device), on_side, 2.0 * k + 20
+    nbytes, products = vectors * rows * itemsize, krylov_products(k)
+    flops = products * product + once
+    if on.copying == float("inf"):
+        return [Route(f"ARPACK on {side}", flops, nbytes, refusal)]
+    full = "" if nbytes <= free else f"{free / 1e6:.3g} MB are free"
+    # Each step reads the vectors; three quarters of them in the mean, four times.
+    steps = products * 3 * nbytes / on.bandwidth
+    copies = products * 2 * rows * itemsize / on.copying
+    steps_of_host = products * 3 * nbytes / CPU_COSTS.bandwidth + copies
+    return [
+        Route(f"Lanczos on {side}", flops + on.flops(steps), nbytes, refusal or full),
+        Route(f"ARPACK on {side}", flops + on.flops(steps_of_host), nbytes, refusal),
+    ]
+
+
+def _by_refusal_and_cost(route: Route) -> tuple[bool, float]:
+    return bool(route.refusal), route.flops

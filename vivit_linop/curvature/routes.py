@@ -10,9 +10,7 @@ from collections.abc import Callable, Sequence
 from functools import singledispatch
 from typing import Any
 
-import numpy as np
 import torch
-from scipy.sparse.linalg import eigsh
 from torch import Tensor
 
 from vivit_linop.curvature import plan
@@ -24,7 +22,7 @@ from vivit_linop.linalg.decompositions import (
     LowRankDecomposition,
     gram_rounding_error,
 )
-from vivit_linop.linalg.krylov import watched
+from vivit_linop.linalg.krylov import SOLVERS, by_arpack, start_of, watched
 from vivit_linop.linalg.leading import led
 from vivit_linop.net.costs import layer_costs
 from vivit_linop.net.pieces import memory_budget
@@ -43,7 +41,7 @@ from vivit_linop.operators.verbs import (
 )
 
 DENSE = ("dense Gram", "dense G")
-ARPACK = ("ARPACK on K", "ARPACK on G")
+ITERATIONS = ("ARPACK on K", "ARPACK on G", "Lanczos on K", "Lanczos on G")
 
 
 # What a factor costs ----------------------------------------------------------------
@@ -53,7 +51,7 @@ ARPACK = ("ARPACK on K", "ARPACK on G")
 def factor_cost(factor: Any) -> plan.FactorCost:
     """Return what a factor costs, by its type."""
     rows, columns = factor.shape
-    return plan.FactorCost.of_dense(rows, columns, _itemsize(factor))
+    return plan.FactorCost.of_dense(rows, columns, _itemsize(factor), factor.device)
 
 
 @factor_cost.register
@@ -74,6 +72,7 @@ def cost_of_pullback(
         factor.width,
         memory_budget(risk),
         root_entries,
+        risk.device,
     )
 
 
@@ -124,6 +123,7 @@ def _cheapest(op: LowRank, k: int) -> plan.Choice:
         _itemsize(op),
         free_memory(op.device),
         op.by_gram,
+        op.device,
         op.is_decomposed,
     )
 
@@ -142,14 +142,14 @@ def eigenpairs_of_low_rank(
     select: Callable[[Tensor], Sequence[int] | Tensor] | None = None,
     rcond: float | None = None,
 ) -> Eigenpairs:
-    """By the dense smaller side, or for few of the largest by ARPACK."""
+    """By the dense smaller side, or for few of the largest by an iteration."""
     decomposition = LowRankDecomposition(op)
     # Only the largest pairs can be had without all of them.
     if k is not None and select is None:
         decomposition.check_k(k)
         route = op.route or choose_route(op, int(k)).chosen.name
-        if route in ARPACK:
-            return by_arpack(op, int(k), route)
+        if route in ITERATIONS:
+            return by_iteration(op, int(k), route)
         pairs = decomposition.largest(int(k))
     else:
         pairs = decomposition.pairs(decomposition.choose(k, select, rcond))
@@ -157,36 +157,34 @@ def eigenpairs_of_low_rank(
     return pairs
 
 
-def by_arpack(op: LowRank, k: int, route: str) -> Eigenpairs:
+def by_iteration(op: LowRank, k: int, route: str) -> Eigenpairs:
     """Return the k largest pairs of c V Vᵀ, by products with K or with all of it."""
     target: TorchLinearOperator = op
-    known = op.small_side_known and op.by_gram == (route == "ARPACK on K")
-    if route == "ARPACK on K":
+    solver, on_gram = route.split()[0], route.endswith("K")
+    known = op.small_side_known and op.by_gram == on_gram
+    if on_gram:
         target = scale(op.gram, op.scale)
     elif known:
         target = Dense(op.small_side)
-    if k >= target.shape[0]:
+    if solver == "ARPACK" and k >= target.shape[0]:
         raise ValueError(
             f"route: ARPACK finds at most {target.shape[0] - 1} pairs of a matrix with "
             f"as many rows + 1, k is {k}. Leave route= out."
         )
-    start = np.random.default_rng(0).standard_normal(target.shape[0])
     shown = _shows_progress(op.factor)
-    bar = watched(target, k, plan.arpack_products(k))
+    bar = watched(target, k, plan.krylov_products(k))
     with bar if shown else contextlib.nullcontext(target) as multiplied:
-        v0 = start.astype(target.dtype)
-        if known and op.device.type == "cpu" and not op.ranks.is_many:
+        if solver == "ARPACK" and known and _on_one_host(op):
             # Calls of an operator take longer than a product with a matrix.
             matrix = op.on_small_side(Tensor.numpy)
-            evals, evecs = eigsh(matrix, k=k, which="LA", v0=v0)
-            evals *= op.scale
+            values, vectors = by_arpack(matrix, k, start_of(target))
+            values *= op.scale
         else:
-            evals, evecs = led(lambda A: eigsh(A, k=k, which="LA", v0=v0), multiplied)
-    order = np.argsort(evals)
-    values = torch.from_numpy(evals[order]).to(op.device)
-    vectors = torch.from_numpy(np.ascontiguousarray(evecs[:, order])).to(op.device)
+            solve, v0 = SOLVERS[solver], start_of(target)
+            values, vectors = led(lambda A: solve(A, k, v0), multiplied)
+    values, vectors = values.to(op.device), vectors.to(op.device)
     pairs: Eigenpairs
-    if route == "ARPACK on G":
+    if not on_gram:
         pairs = Eigenpairs(values, vectors)
     elif (values > gram_rounding_error(values, target.shape[0])).all():
         pairs = GramEigenpairs(values, op, vectors)
@@ -195,6 +193,10 @@ def by_arpack(op: LowRank, k: int, route: str) -> Eigenpairs:
         pairs, route = LowRankDecomposition(op).largest(k), "dense Gram"
     pairs.route = route
     return pairs
+
+
+def _on_one_host(op: TorchLinearOperator) -> bool:
+    return op.device.type == "cpu" and not op.ranks.is_many
 
 
 def _shows_progress(factor: Any) -> bool:
@@ -211,7 +213,7 @@ def _shows_progress(factor: Any) -> bool:
 @routed.register
 def low_rank_by_route(op: LowRank, route: str, few: bool) -> TorchLinearOperator:
     """Check the name; the node remembers it."""
-    _check_name(route, (*DENSE, *ARPACK) if few else DENSE)
+    _check_name(route, (*DENSE, *ITERATIONS) if few else DENSE)
     return op.routed(route)
 
 
@@ -252,8 +254,10 @@ def explain_low_rank(op: LowRank, k: int | None = None) -> plan.Choice:
     print(choice)
     if isinstance(factor := op.factor, Pullback):
         costs = factor.ranks.led(layer_costs, factor.risk, factor.width)
-        stored = factor.stored is not None or plan.columns_pay(costs, factor.width)
-        print(plan.explained_products(costs, stored))
+        stored = factor.stored is not None or plan.columns_pay(
+            costs, factor.width, op.device
+        )
+        print(plan.explained_products(costs, stored, op.device))
     return choice
 
 

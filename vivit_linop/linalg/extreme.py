@@ -7,10 +7,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.sparse.linalg import ArpackError, ArpackNoConvergence, eigsh
+from scipy.sparse.linalg import ArpackError
 from torch import Tensor
 
 from vivit_linop.linalg.decompositions import DenseDecomposition
+from vivit_linop.linalg.krylov import (
+    SOLVERS,
+    by_arpack,
+    by_lanczos,
+    solver_on,
+    start_of,
+)
+from vivit_linop.linalg.lanczos import NotConverged
 from vivit_linop.linalg.leading import led
 from vivit_linop.modes import as_given
 from vivit_linop.operators.base import TorchLinearOperator
@@ -24,9 +32,9 @@ from vivit_linop.operators.verbs import (
 )
 
 WHICH = ("LA", "SA", "LM")
-# ARPACK takes some 20 + 4 k products (measured); of fewer rows the matrix is cheaper.
+# Solvers take some 20 + 4 k products (measured); of fewer rows the matrix is cheaper.
 _PRODUCTS, _PRODUCTS_A_PAIR = 20, 4
-# Up to so many rows the matrix is formed where ARPACK fails.
+# Up to so many rows the matrix is formed where they fail.
 _DENSE_ROWS = 2000
 # Restarts after which the spectrum is shifted, and how well its norm is to be known.
 _FIRST_RESTARTS, _ROUGHLY = 50, 0.1
@@ -39,10 +47,11 @@ def extreme_eigenpairs_of_operator(
     which: str = "LA",
     tol: float | None = None,
     v0: Any = None,
+    route: str | None = None,
 ) -> Eigenpairs:
     """By the decomposition where there is one and nothing is said of iterations."""
     k = _checked(op, k, which, tol)
-    if tol is None and v0 is None:
+    if tol is None and v0 is None and route is None:
         try:
             decomposition = eigendecomposition(op)
         except NoClosedForm:
@@ -57,7 +66,8 @@ def extreme_eigenpairs_of_operator(
     n = op.shape[0]
     pairs: Eigenpairs | None = None
     if n > _PRODUCTS + _PRODUCTS_A_PAIR * k:
-        pairs = _by_arpack(op, k, which, tol or 0.0, _start(op, v0))
+        solver = route or solver_on(op.device)
+        pairs = _by_iteration(op, k, which, tol or 0.0, _start(op, v0), solver)
     if pairs is None:
         matrix = to_dense(op)
         dense = DenseDecomposition((matrix + matrix.T) / 2)
@@ -65,69 +75,76 @@ def extreme_eigenpairs_of_operator(
     return pairs
 
 
-def arpack_name(op: TorchLinearOperator) -> str:
-    """What the pairs call their route."""
-    return f"ARPACK on {type(op).__name__}"
-
-
-def _by_arpack(
-    op: TorchLinearOperator, k: int, which: str, tol: float, v0: np.ndarray
+def _by_iteration(
+    op: TorchLinearOperator,
+    k: int,
+    which: str,
+    tol: float,
+    v0: Tensor,
+    solver: str,
 ) -> Eigenpairs | None:
-    """None where few rows have a spectrum that ARPACK does not separate."""
+    """None where few rows have a spectrum that no iteration separates."""
 
-    def solved(A: TorchLinearOperator) -> tuple[np.ndarray, np.ndarray] | None:
-        with contextlib.suppress(ArpackNoConvergence):
-            return _eigsh(A, k, which, tol, v0, maxiter=_FIRST_RESTARTS)
+    def solved(A: TorchLinearOperator) -> tuple[Tensor, Tensor] | None:
+        with contextlib.suppress(NotConverged):
+            return SOLVERS[solver](A, k, v0, which, tol, _FIRST_RESTARTS)
         if A.shape[0] <= _DENSE_ROWS:
             return None
-        if which == "LM":
-            return _eigsh(A, k, which, tol, v0)
-        # ARPACK compares residuals with eigenvalues, and of small ones nothing is
-        # enough. Shifted by their norm, all are compared with that; up to what ARPACK
-        # itself takes for zero.
-        size = float(abs(_eigsh(A, 1, "LM", _ROUGHLY, v0)[0][0]))
-        shift = size if which == "LA" else -size
-        enough = max(tol, float(np.finfo(A.dtype).eps) ** (2 / 3))
-        evals, evecs = _eigsh(Damped(A, shift), k, "LM", enough, v0)
-        return evals - np.asarray(shift, evals.dtype), evecs
+        return _PATIENT[solver](A, k, v0, which, tol)
 
+    name = f"{solver} on {type(op).__name__}"
     try:
         found = led(solved, op)
-    except ArpackNoConvergence as error:
+    except NotConverged as error:
         raise RuntimeError(
-            f"eigh: ARPACK has found {len(error.eigenvalues)} of {k} pairs of this "
+            f"eigh: {solver} has found {error} of {k} pairs of this "
             f"{type(op).__name__}. Eigenvalues that lie close need more vectors: ask "
             "for a larger k, or give a larger tol=."
         ) from error
     except ArpackError as error:
         raise RuntimeError(
-            f"eigh: ARPACK has failed on this {type(op).__name__}: {error}. Give "
+            f"eigh: {solver} has failed on this {type(op).__name__}: {error}. Give "
             "another start vector v0=, or take Dense(op.to_dense()).eigh()."
         ) from error
     if found is None:
         return None
-    evals, evecs = found
-    order = np.argsort(evals)
+    values, vectors = found
     pairs = Eigenpairs(
-        torch.from_numpy(evals[order]).to(op.device, op.torch_dtype),
-        torch.from_numpy(np.ascontiguousarray(evecs[:, order])).to(
-            op.device, op.torch_dtype
-        ),
+        values.to(op.device, op.torch_dtype), vectors.to(op.device, op.torch_dtype)
     )
-    pairs.route = arpack_name(op)
+    pairs.route = name
     return pairs
 
 
-def _eigsh(
-    A: TorchLinearOperator,
-    k: int,
-    which: str,
-    tol: float,
-    v0: np.ndarray,
-    maxiter: int | None = None,
-) -> tuple[np.ndarray, np.ndarray]:
-    evals, evecs = eigsh(A, k, which=which, tol=tol, v0=v0, maxiter=maxiter)
-    return evals, evecs
+def _patient_arpack(
+    A: TorchLinearOperator, k: int, v0: Tensor, which: str, tol: float
+) -> tuple[Tensor, Tensor]:
+    """ARPACK on a shifted spectrum.
+
+    ARPACK compares residuals with eigenvalues, and of small ones nothing is enough.
+    Shifted by their norm, all are compared with that; up to what ARPACK itself takes
+    for zero.
+    """
+    if which == "LM":
+        return by_arpack(A, k, v0, which, tol)
+    size = float(by_arpack(A, 1, v0, "LM", _ROUGHLY)[0].abs())
+    shift = size if which == "LA" else -size
+    values, vectors = by_arpack(Damped(A, shift), k, v0, "LM", _enough(A, tol))
+    return values - shift, vectors
+
+
+def _patient_lanczos(
+    A: TorchLinearOperator, k: int, v0: Tensor, which: str, tol: float
+) -> tuple[Tensor, Tensor]:
+    """Lanczos with residuals as large as ARPACK lets them be then."""
+    return by_lanczos(A, k, v0, which, tol, hidden=_enough(A, tol))
+
+
+_PATIENT = {"ARPACK": _patient_arpack, "Lanczos": _patient_lanczos}
+
+
+def _enough(A: TorchLinearOperator, tol: float) -> float:
+    return max(tol, torch.finfo(A.torch_dtype).eps ** (2 / 3))
 
 
 def _chosen(decomposition: Eigendecomposition, k: int, which: str) -> Tensor:
@@ -164,16 +181,14 @@ def _checked(op: TorchLinearOperator, k: Any, which: str, tol: float | None) -> 
     return int(k)
 
 
-def _start(op: TorchLinearOperator, v0: Any) -> np.ndarray:
+def _start(op: TorchLinearOperator, v0: Any) -> Tensor:
     """The vector that the iteration begins with; the same for each call."""
-    n = op.shape[0]
     if v0 is None:
-        start = np.random.default_rng(0).standard_normal(n)
-    else:
-        start = as_given(v0).detach().cpu().double().numpy()
-        if start.shape != (n,) or not np.isfinite(start).all() or not start.any():
-            raise ValueError(
-                f"v0: a vector of {n} finite numbers, not all 0, got shape "
-                f"{list(start.shape)}."
-            )
-    return np.asarray(start, dtype=op.dtype)
+        return start_of(op)
+    start, n = as_given(v0).detach(), op.shape[0]
+    if start.shape != (n,) or not start.isfinite().all() or not start.any():
+        raise ValueError(
+            f"v0: a vector of {n} finite numbers, not all 0, got shape "
+            f"{list(start.shape)}."
+        )
+    return start.to(op.torch_dtype)

@@ -1,15 +1,106 @@
-"""What iterative eigensolvers are given: operators whose products are counted."""
+"""Iterative eigensolvers for operators: one contract, two places to be.
+
+ARPACK keeps its vectors on the host. Of an operator on a GPU each product's go there
+and come back, so there it is Lanczos on the device (:mod:`vivit_linop.linalg.lanczos`).
+"""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import Protocol
 
+import numpy as np
+import torch
+from scipy.sparse.linalg import ArpackNoConvergence, eigsh
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from vivit_linop.bars import bar
+from vivit_linop.linalg.lanczos import NotConverged, lanczos
 from vivit_linop.operators.base import TorchLinearOperator
+
+
+class Solver(Protocol):
+    """What finds k eigenpairs at an end of a spectrum.
+
+    Args:
+        A: Self-adjoint.
+        k: How many pairs.
+        start: The vector that it begins with, ``[n]``, on any device.
+        which: ``"LA"``, ``"SA"`` or ``"LM"``.
+        tol: The relative accuracy; 0 for machine epsilon.
+        restarts: After so many it gives up; None for its own number.
+
+    Returns:
+        Eigenvalues ``[k]``, ascending, and orthonormal columns ``[n, k]``, in the
+        operator's dtype.
+
+    Raises:
+        NotConverged: If it gives up.
+    """
+
+    def __call__(
+        self,
+        A: TorchLinearOperator,
+        k: int,
+        start: Tensor,
+        which: str = "LA",
+        tol: float = 0.0,
+        restarts: int | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Find them."""
+
+
+def by_arpack(
+    A: TorchLinearOperator | np.ndarray,
+    k: int,
+    start: Tensor,
+    which: str = "LA",
+    tol: float = 0.0,
+    restarts: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """By SciPy's ARPACK; the pairs are on the host."""
+    v0 = start.cpu().numpy().astype(A.dtype)
+    try:
+        evals, evecs = eigsh(A, k, which=which, tol=tol, v0=v0, maxiter=restarts)
+    except ArpackNoConvergence as error:
+        raise NotConverged(len(error.eigenvalues)) from error
+    order = np.argsort(evals)
+    vectors = np.ascontiguousarray(evecs[:, order])
+    return torch.from_numpy(evals[order]), torch.from_numpy(vectors)
+
+
+def by_lanczos(
+    A: TorchLinearOperator,
+    k: int,
+    start: Tensor,
+    which: str = "LA",
+    tol: float = 0.0,
+    restarts: int | None = None,
+    hidden: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """By thick-restart Lanczos; nothing leaves the device but what a restart needs."""
+
+    def product(x: Tensor) -> Tensor:
+        return A.apply(x.unsqueeze(1)).squeeze(1)
+
+    v0 = start.to(A.device, A.torch_dtype)
+    return lanczos(product, v0, k, which, tol, restarts or 10 * len(v0), hidden)
+
+
+SOLVERS: dict[str, Solver] = {"ARPACK": by_arpack, "Lanczos": by_lanczos}
+
+
+def solver_on(device: torch.device) -> str:
+    """Return which solver fits a device, where nothing else decides."""
+    return "ARPACK" if device.type == "cpu" else "Lanczos"
+
+
+def start_of(op: TorchLinearOperator) -> Tensor:
+    """Return the vector that a solver begins with, the same at each call."""
+    start = np.random.default_rng(0).standard_normal(op.shape[0])
+    return torch.from_numpy(start).to(op.torch_dtype)
 
 
 @contextlib.contextmanager

@@ -122,7 +122,8 @@ def routed(op: Any, route: str, few: bool) -> Operator:
     Args:
         op: The operator.
         route: The name of the way.
-        few: Whether some of the largest eigenpairs are wanted: ARPACK finds no others.
+        few: Whether some of the largest eigenpairs are wanted; iterations find no
+            others.
 
     Raises:
         ValueError: If there is no such way.

@@ -235,8 +235,8 @@ class VerbMethods(LinearOperator, Generic[Op]):
         """Return eigenpairs of a self-adjoint operator, eigenvalues ascending.
 
         All of them need a closed form. The ``k`` at an end of the spectrum are there
-        for every operator: for Hessians, sums and products by ARPACK, in some
-        20 + 4 k products; ``pairs.route`` says which way was taken.
+        for every operator: for Hessians, sums and products by ARPACK, on a GPU by
+        Lanczos, in some 20 + 4 k products; ``pairs.route`` says which way was taken.
 
         Args:
             k: The ``k`` largest ones, or what ``which`` says.
@@ -246,8 +246,10 @@ class VerbMethods(LinearOperator, Generic[Op]):
                 ``rcond`` times the largest in magnitude are left out. Low-rank
                 operators leave out their numerical zeros by default.
             route: Of low-rank operators, the way to the pairs: ``"dense Gram"`` or
-                ``"dense G"``, with ``k`` also ``"ARPACK on K"`` or ``"ARPACK on G"``;
-                None for the cheapest, which ``explain(k)`` names.
+                ``"dense G"``, with ``k`` also ``"ARPACK on K"``, ``"ARPACK on G"``,
+                ``"Lanczos on K"`` or ``"Lanczos on G"``; None for the cheapest, which
+                ``explain(k)`` names. Of every operator, with ``k``, the iteration:
+                ``"ARPACK"`` on the host, ``"Lanczos"`` where the operator is.
             start: Of low-rank operators c V Vᵀ, pairs of a near one, such as that of
                 the training step before: a block iteration begins there, and takes one
                 product of V or Vᵀ with a block of vectors where little has changed.
@@ -256,11 +258,11 @@ class VerbMethods(LinearOperator, Generic[Op]):
                 comes in slowly, so begin anew now and then.
             tol: With ``start``, how exact: another product would raise the sum of the
                 eigenvalues by no more than ``tol`` times the largest, as one random
-                vector tells; by default 5e-3. Else the relative accuracy of ARPACK,
-                by default that of the dtype.
+                vector tells; by default 5e-3. Else the relative accuracy of the
+                iteration, by default that of the dtype.
             which: With ``k``, as in SciPy: ``"LA"`` for the largest, ``"SA"`` for the
                 smallest, ``"LM"`` for those of largest magnitude.
-            v0: With ``k``, the vector ``[n]`` that ARPACK starts from. What gives
+            v0: With ``k``, the vector ``[n]`` that an iteration starts from. What gives
                 ``tol`` or ``v0`` gets an iteration, also where there is a closed form.
 
         Returns:
@@ -270,13 +272,16 @@ class VerbMethods(LinearOperator, Generic[Op]):
         self._check_self_adjoint("eigh")
         if start is not None:
             return self._eigh_near(k, start, 5e-3 if tol is None else tol)
-        if which != "LA" or tol is not None or v0 is not None:
-            if k is None or select is not None or route is not None:
+        iterated = tol is not None or v0 is not None or route in verbs.ITERATIONS
+        if which != "LA" or iterated:
+            other = route not in (None, *verbs.ITERATIONS)
+            if k is None or select is not None or other:
                 raise ValueError(
-                    "which, tol, v0: they say how k pairs at an end of the spectrum "
-                    "are found. Give k=, and leave select= and route= out."
+                    "which, tol, v0: they say, as route='ARPACK' and 'Lanczos' do, how "
+                    "k pairs at an end of the spectrum are found. Give k=, and leave "
+                    "select= and any other route= out."
                 )
-            return verbs.extreme_eigenpairs(self, k, which, tol, v0)
+            return verbs.extreme_eigenpairs(self, k, which, tol, v0, route)
         return verbs.eigh(self, k, select, rcond, route=route)
 
     def _eigh_near(self, k: int | None, start: Eigenpairs, tol: float) -> Eigenpairs:

@@ -422,13 +422,23 @@ def eigh(
     raise no_rule("eigh", op)
 
 
+# Routes to k eigenpairs of every operator: on the host, and where the operator is.
+ITERATIONS = ("ARPACK", "Lanczos")
+
+
 @singledispatch
 def extreme_eigenpairs(
-    op: Any, k: int, which: str = "LA", tol: float | None = None, v0: Any = None
+    op: Any,
+    k: int,
+    which: str = "LA",
+    tol: float | None = None,
+    v0: Any = None,
+    route: str | None = None,
 ) -> Eigenpairs:
     """Return k eigenpairs at an end of the spectrum; see ``A.eigh(k, which=…)``.
 
-    Without a rule, those of ``eigendecomposition``, or by ARPACK where that has none.
+    Without a rule, those of ``eigendecomposition``, or by an iteration where that has
+    none: ARPACK, on a GPU Lanczos.
     """
     raise no_rule("extreme_eigenpairs", op)
 
