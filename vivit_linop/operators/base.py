@@ -26,6 +26,7 @@ from vivit_linop.modes import (
 from vivit_linop.operators import verbs
 from vivit_linop.operators.linear_map import LinearMap
 from vivit_linop.operators.methods import Vectors, VerbMethods
+from vivit_linop.operators.outline import as_html
 from vivit_linop.operators.scalars import (
     Scalar,
     as_float,
@@ -179,6 +180,10 @@ class TorchLinearOperator(VerbMethods["TorchLinearOperator"]):
             f"<{rows}x{columns} {type(self).__name__}, {self.torch_dtype}, "
             f"{self.device}>"
         )
+
+    def _repr_html_(self) -> str:
+        """Show notebooks the expression as a tree, with shapes and costs."""
+        return as_html(self)
 
     # Products with tensors and arrays -------------------------------------------
 

@@ -364,6 +364,10 @@ class Woodbury(TorchLinearOperator):
         operator: c V Vᵀ.
         damping: δ, positive.
 
+    Attributes:
+        norm: Of the smaller side.
+        refines: Whether a product takes one step of refinement, for a small δ.
+
     Raises:
         ValueError: If δ is not positive, or so small that the damped matrix is
             numerically singular.
@@ -380,7 +384,7 @@ class Woodbury(TorchLinearOperator):
             )
         self.operator, self.damping = _without_gradient(operator, "inv"), damping
         self._solver: DampedSolver | None = None  # where the small side is
-        self.norm, self._refines, error = operator.on_small_side(self._factorise)
+        self.norm, self.refines, error = operator.on_small_side(self._factorise)
         if error:
             raise ValueError(error)
         super().__init__(operator.shape, operator._own_dtype, operator._own_device)
@@ -440,7 +444,7 @@ class Woodbury(TorchLinearOperator):
         outer = V.apply(inner).mul_(-scale).add_(X)
         # Of nearly equal terms the difference has lost digits in the range of V. There
         # Vᵀ(x − c V y) = δ y must hold, and one step of refinement brings them back.
-        if self._refines:
+        if self.refines:
             residual = V.T.apply(outer) - self.damping * inner
             outer -= V.apply(self.solve_small(residual)).mul_(scale)
         return outer.div_(self.damping)
