@@ -60,7 +60,7 @@ docs: $(STAMPS)/docs  ## build the documentation; runs the small examples
 	$(PY) -m sphinx -W --keep-going -b html docs docs/_build/html
 
 clean:  ## remove caches and build outputs (.venv stays)
-	rm -rf build dist docs/_build docs/gallery *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf build dist docs/_build docs/_generated docs/gallery *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -exec rm -rf {} +
 
 $(PY):

@@ -23,6 +23,7 @@ from benchmarks import (
     preconditioners,
     products,
     quantities,
+    quoted,
     spectra,
     vivit_dropin,
     walk,
@@ -62,6 +63,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
     if arguments[:1] == ["walk"]:  # counts, and neither a time nor a peer
         walk.main(arguments[1:])
+        return
+    if arguments[:1] == ["quote"]:  # for the documentation
+        quoted.main(SUITES, arguments[1:])
         return
     options = parse(arguments)
     if options.memory_of is not None:
@@ -210,9 +214,8 @@ def print_ratios(
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument(
-        "suites", nargs="*", metavar="suite", help=f"{', '.join(SUITES)}; or walk"
-    )
+    suites = f"{', '.join(SUITES)}; or walk, quote"
+    parser.add_argument("suites", nargs="*", metavar="suite", help=suites)
     parser.add_argument(
         "--nets", nargs="+", choices=NETS, help="by default those of the suite"
     )

@@ -12,17 +12,20 @@ import pytest
 pytestmark = pytest.mark.host("shows what the CPU prints")
 
 ROOT = Path(__file__).parents[1]
-# index.md is the README again.
+# index.md is made of parts of the README.
 PAGES = [
     ROOT / "README.md",
     *sorted(set((ROOT / "docs").glob("*.md")) - {ROOT / "docs" / "index.md"}),
     *sorted((ROOT / "docs" / "extending").glob("*.md")),
+    *sorted((ROOT / "docs" / "tutorial").glob("*.md")),
 ]
 # A block of Python, and a block of text if nothing but white space is between them.
 BLOCK = re.compile(
     r"^```python\n(?P<code>.*?)^```$(?:\s*^```text\n(?P<output>.*?)^```$)?",
     re.MULTILINE | re.DOTALL,
 )
+# What the documentation shows as a notebook would.
+TREE = re.compile(r"^```\{tree\} (.+)$", re.MULTILINE)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -39,6 +42,8 @@ def test_blocks_print_what_the_page_says(page: Path) -> None:
             exec(code, namespace)
         expected = block["output"] or ""
         assert printed.getvalue() == expected, f"{page.name}, line {line + 1}"
+    for expression in TREE.findall(text):
+        assert "<details open>" in eval(expression, namespace)._repr_html_()
 
 
 def test_pages_have_blocks_with_output() -> None:
@@ -46,12 +51,3 @@ def test_pages_have_blocks_with_output() -> None:
     for page in PAGES:
         blocks = BLOCK.finditer(page.read_text(encoding="utf-8"))
         assert any(block["output"] for block in blocks), page.name
-
-
-def test_links_lead_somewhere() -> None:
-    """Relative links of the pages are files of the repository."""
-    for page in PAGES:
-        prose = re.sub(r"(?ms)^```.*?^```", "", page.read_text(encoding="utf-8"))
-        for target in re.findall(r"\]\(([^)#]+)\)", prose):
-            if "://" not in target:
-                assert (page.parent / target).exists(), f"{page.name}: {target}"
