@@ -15,7 +15,7 @@ from typing import Any
 
 from scipy.sparse.linalg import LinearOperator
 
-from vivit_linop.operators.verbs import Operator
+from vivit_linop.operators.dispatch import Operator
 
 _MOST_PARTS, _MOST_DEEP = 8, 12
 _GREY = "1px solid rgba(128, 128, 128, 0.5)"  # seen on light and on dark ground

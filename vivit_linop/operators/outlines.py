@@ -13,6 +13,7 @@ from vivit_linop.operators.diagonal_damping import (
     DiagonalWoodbury,
     WeightedRows,
 )
+from vivit_linop.operators.dispatch import Operator
 from vivit_linop.operators.elementary import (
     Adjoint,
     Dense,
@@ -33,7 +34,6 @@ from vivit_linop.operators.lowrank import Centered, DampedRoot, Gram, LowRank, W
 from vivit_linop.operators.outline import Cost, Outline, outline, total
 from vivit_linop.operators.random_projection import RandomProjection
 from vivit_linop.operators.scalars import Scalar, as_float
-from vivit_linop.operators.verbs import Operator
 
 
 def _entries(op: Operator) -> float:
