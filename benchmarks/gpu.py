@@ -24,6 +24,8 @@ import torch
 ROOT = Path(__file__).parents[1]
 # Seconds that pytest gets to end after it was told to.
 ENDING = 20.0
+# Bytes that are kept of what pytest prints.
+LOG = 400_000
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -36,15 +38,9 @@ def run_tests(options: argparse.Namespace) -> dict[str, Any]:
     """Run pytest on the device for so many minutes at most; returns its summary."""
     lines = options.out / "tests.jsonl"
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
-    command += ["-p", "tests.outcomes", "--outcomes", str(lines.resolve())]
-    command += [
-        "--device",
-        options.device,
-        "-n",
-        str(options.processes),
-        "--tb=short",
-        "--continue-on-collection-errors",
-    ]
+    command += ["-p", "tests.outcomes", "--outcomes", str(lines.resolve()), "--spread"]
+    command += ["--device", options.device, "-n", str(options.processes)]
+    command += ["--tb=short", "--continue-on-collection-errors"]
     if importlib.util.find_spec("pytest_timeout") is not None:
         command += ["--timeout", str(options.each)]
     command += options.tests
@@ -59,6 +55,8 @@ def run_tests(options: argparse.Namespace) -> dict[str, Any]:
             start_new_session=True,  # its workers are ended with it
         )
         ended = waited_for(run, 60.0 * options.minutes)
+    log_file = options.out / "tests.log"
+    log_file.write_bytes(log_file.read_bytes()[-LOG:])
     from tests.outcomes import summary
 
     written = lines.read_text().splitlines() if lines.exists() else []

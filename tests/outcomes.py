@@ -12,17 +12,30 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import pytest
 
-# Of the last lines of a failure.
-LINES, WIDTH = 25, 200
+# Of the last lines of a failure, which the first few of a kind have.
+LINES, WIDTH, FEW = 25, 200, 3
 # What differs between failures that are one: numbers, and what has addresses.
 _CHANGING = re.compile(r"0x[0-9a-f]+|[-+]?\d+(\.\d+)?(e[-+]?\d+)?")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--outcomes", type=Path, help="a file for the lines")
+    parser.addoption(
+        "--spread",
+        action="store_true",
+        help="take tests from all files alike, for a run that may be stopped",
+    )
+
+
+def pytest_collection_modifyitems(
+    config: pytest.Config, items: list[pytest.Item]
+) -> None:
+    if config.getoption("--spread"):
+        items.sort(key=lambda item: crc32(item.nodeid.encode()))
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -38,6 +51,7 @@ class Outcomes:
 
     def __init__(self, file: Path) -> None:
         self._file = file
+        self._kinds: Counter[str] = Counter()
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.outcome == "passed" and report.when != "call":
@@ -55,11 +69,19 @@ class Outcomes:
             crash = getattr(report.longrepr, "reprcrash", None)
             line["message"] = (crash.message if crash else "\n".join(lines[-1:]))[:500]
             line["at"] = f"{Path(crash.path).name}:{crash.lineno}" if crash else ""
-            line["lines"] = [text[:WIDTH] for text in lines[-LINES:]]
+            self._kinds[kind(line)] += 1
+            shown = lines[-LINES:] if self._kinds[kind(line)] <= FEW else []
+            line["lines"] = [text[:WIDTH] for text in shown]
         elif report.outcome == "skipped" and isinstance(report.longrepr, tuple):
             line["message"] = report.longrepr[-1]
         with self._file.open("a") as stream:
             stream.write(json.dumps(line) + "\n")
+
+
+def kind(failure: dict[str, Any]) -> str:
+    """What failures have in common that are one."""
+    said = (failure["message"].splitlines() or [""])[0]
+    return f"{failure['at']} {_CHANGING.sub('#', said)}"
 
 
 def summary(lines: Iterable[dict[str, Any]]) -> dict[str, Any]:
@@ -70,8 +92,7 @@ def summary(lines: Iterable[dict[str, Any]]) -> dict[str, Any]:
     for line in lines:
         counts[line["outcome"]] += 1
         if line["outcome"] == "failed":
-            said = (line["message"].splitlines() or [""])[0]
-            groups[f"{line['at']} {_CHANGING.sub('#', said)}"].append(line)
+            groups[kind(line)].append(line)
             files[line["test"].split("::")[0]] += 1
     ordered = sorted(groups.items(), key=lambda group: -len(group[1]))
     return {
