@@ -9,6 +9,7 @@ from torch import Tensor
 
 import vivit_linop as vl
 from vivit_linop.operators import LowRank, Product, verbs
+from vivit_linop.operators.dispatch import BinaryVerb
 from vivit_linop.testing import check_operator
 
 # The battery finds faults ----------------------------------------------------------
@@ -406,6 +407,27 @@ def test_subclass_takes_rules_of_binary_verbs(reflection):
     A = vl.Kronecker(torch.ones(3, 2, dtype=torch.float64))
     longer = (A.T @ reflection) @ (reflection @ other)
     assert [type(factor) for factor in longer.factors] == [vl.Kronecker, Householder]
+
+
+def test_commuting_rules_get_operands_in_their_own_order(reflection):
+    verb, dense = BinaryVerb("meet"), vl.Dense(torch.eye(3, dtype=torch.float64))
+
+    @verb.rule(vl.TorchLinearOperator, vl.TorchLinearOperator)
+    def meeting_of_operators(A, B):
+        return "general"
+
+    @verb.commuting(Householder, vl.Dense)
+    def meeting_of_householder_and_dense(A, B):
+        assert isinstance(A, Householder)
+        return "special" if B is dense else NotImplemented
+
+    assert verb(reflection, dense) == verb(dense, reflection) == "special"
+    other = vl.Dense(dense.matrix)
+    assert verb(reflection, other) == verb(other, reflection) == "general"
+    # A newer rule of one order is asked before.
+    verb.rule(vl.Dense, Householder)(lambda A, B: "newer")
+    assert verb(dense, reflection) == "newer"
+    assert verb(reflection, dense) == "special"
 
 
 def test_nodes_made_of_a_subclass_use_its_rules(reflection):

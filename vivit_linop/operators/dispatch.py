@@ -74,6 +74,43 @@ class BinaryVerb:
 
         return register
 
+    def commuting(self, left: type, right: type) -> Callable[[BinaryRule], BinaryRule]:
+        """Register the decorated function for operands of these types in either order.
+
+        For verbs whose operands commute: ``add``.
+
+        Args:
+            left: As for :meth:`rule`.
+            right: Likewise.
+
+        Returns:
+            A decorator. The function it decorates takes the operator of the type
+            ``left`` first, whichever way round the operands came.
+
+        Example:
+            >>> import torch, vivit_linop as vl
+            >>> from vivit_linop.operators.verbs import add
+            >>> class Ones(vl.TorchLinearOperator):
+            ...     self_adjoint = True
+            ...     def _multiply(self, X):
+            ...         return X.sum(0).expand_as(X)
+            >>> @add.commuting(Ones, vl.Dense)
+            ... def sum_of_ones_and_dense(A, B):
+            ...     return vl.Dense(B.matrix + 1.0)
+            >>> vl.Dense(torch.zeros(2, 2)) + Ones((2, 2), torch.float32)
+            <2x2 Dense, torch.float32, cpu>
+        """
+
+        def register(function: BinaryRule) -> BinaryRule:
+            @functools.wraps(function)
+            def mirrored(left: Any, right: Any) -> Any:
+                return function(right, left)
+
+            self.rule(right, left)(mirrored)
+            return self.rule(left, right)(function)
+
+        return register
+
     def __call__(self, left: Operator, right: Operator) -> Operator:
         """Return the node of the newest rule that applies."""
         for left_type, right_type, function in reversed(self._rules):

@@ -1,7 +1,8 @@
 """Products, sums and scalings: the rewrite rules of the algebra.
 
 Each rule is an identity; the newest that matches the types of the operands applies.
-``A.T`` is recognised by identity, never by comparing numbers. The rules for Jacobians
+``A.T`` is recognised by identity, never by comparing numbers. Rules of sums that
+commute are written for one order. The rules for Jacobians
 stand in :mod:`vivit_linop.curvature.rules`.
 """
 
@@ -155,14 +156,9 @@ def sum_of_diagonals(A: Diagonal, B: Diagonal) -> Op:
     return Diagonal(A.entries + B.entries)
 
 
-@add.rule(Dense, Diagonal)
+@add.commuting(Dense, Diagonal)
 def sum_of_dense_and_diagonal(A: Dense, B: Diagonal) -> Op:
     return Dense(A.matrix + torch.diag(B.entries))
-
-
-@add.rule(Diagonal, Dense)
-def sum_of_diagonal_and_dense(A: Diagonal, B: Dense) -> Op:
-    return add(B, A)
 
 
 @add.rule(LowRank, LowRank)
@@ -181,49 +177,29 @@ def _side_by_side(factor: Op, scale_of_outer: float = 1.0) -> list[Op]:
     return [scale(part, scale_of_outer**0.5) for part in parts]
 
 
-@add.rule(LowRank, Diagonal)
+@add.commuting(LowRank, Diagonal)
 def sum_of_low_rank_and_diagonal(A: LowRank, B: Diagonal) -> Op:
     """Damping by a diagonal, of a node with a factor."""
     return DiagonallyDamped(A, B) if A.semidefinite else NotImplemented
 
 
-@add.rule(Diagonal, LowRank)
-def sum_of_diagonal_and_low_rank(A: Diagonal, B: LowRank) -> Op:
-    return add(B, A)
-
-
-@add.rule(DiagonallyDamped, Diagonal)
+@add.commuting(DiagonallyDamped, Diagonal)
 def sum_of_diagonally_damped_and_diagonal(A: DiagonallyDamped, B: Diagonal) -> Op:
     return DiagonallyDamped(A.low_rank, add(A.damping, B))
 
 
-@add.rule(Diagonal, DiagonallyDamped)
-def sum_of_diagonal_and_diagonally_damped(A: Diagonal, B: DiagonallyDamped) -> Op:
-    return add(B, A)
-
-
-@add.rule(DiagonallyDamped, LowRank)
+@add.commuting(DiagonallyDamped, LowRank)
 def sum_of_diagonally_damped_and_low_rank(A: DiagonallyDamped, B: LowRank) -> Op:
     return add(add(A.low_rank, B), A.damping)
 
 
-@add.rule(LowRank, DiagonallyDamped)
-def sum_of_low_rank_and_diagonally_damped(A: LowRank, B: DiagonallyDamped) -> Op:
-    return add(add(A, B.low_rank), B.damping)
-
-
-@add.rule(LowRank, BlockDiagonal)
+@add.commuting(LowRank, BlockDiagonal)
 def sum_of_low_rank_and_block_diagonal(A: LowRank, B: BlockDiagonal) -> Op:
     """A prior with one number a block is a diagonal."""
     if not all(_is_diagonal(block) for block in B.blocks):
         return NotImplemented
     entries = [diagonal(block).to(A.torch_dtype) for block in B.blocks]
     return add(A, Diagonal(B.join(entries)))
-
-
-@add.rule(BlockDiagonal, LowRank)
-def sum_of_block_diagonal_and_low_rank(A: BlockDiagonal, B: LowRank) -> Op:
-    return add(B, A)
 
 
 def _is_diagonal(op: Op) -> bool:
@@ -241,7 +217,7 @@ def sum_of_block_diagonals(A: BlockDiagonal, B: BlockDiagonal) -> Op:
     return A.like([a + b for a, b in zip(A.blocks, B.blocks, strict=True)])
 
 
-@add.rule(BlockDiagonal, Diagonal)
+@add.commuting(BlockDiagonal, Diagonal)
 def sum_of_block_diagonal_and_diagonal(A: BlockDiagonal, B: Diagonal) -> Op:
     """Block by block; what is one number on a block is a damping of it."""
     if not A.has_square_blocks:
@@ -256,45 +232,23 @@ def _with_diagonal(A: Op, entries: Tensor) -> Op:
     return add(A, Diagonal(entries))
 
 
-@add.rule(Diagonal, BlockDiagonal)
-def sum_of_diagonal_and_block_diagonal(A: Diagonal, B: BlockDiagonal) -> Op:
-    return add(B, A)
-
-
-@add.rule(Damped, Op)
+@add.commuting(Damped, Op)
 def sum_of_damped_and_operator(A: Damped, B: Op) -> Op:
     """Damping stands outside: (A + δ I) + B = (A + B) + δ I."""
     return damp(add(A.operator, B), A.damping)
 
 
-@add.rule(Op, Damped)
-def sum_of_operator_and_damped(A: Op, B: Damped) -> Op:
-    return damp(add(A, B.operator), B.damping)
-
-
-@add.rule(Op, Identity)
+@add.commuting(Op, Identity)
 def sum_of_operator_and_identity(A: Op, B: Identity) -> Op:
     return damp(A, 1.0) if _decided(A, B) else NotImplemented
 
 
-@add.rule(Identity, Op)
-def sum_of_identity_and_operator(A: Identity, B: Op) -> Op:
-    return damp(B, 1.0) if _decided(B, A) else NotImplemented
-
-
-@add.rule(Op, Scaled)
+@add.commuting(Op, Scaled)
 def sum_of_operator_and_scaled(A: Op, B: Scaled) -> Op:
     """A + δ I is damped."""
     if not isinstance(B.operator, Identity) or not _decided(A, B):
         return NotImplemented
     return damp(A, B.factor)
-
-
-@add.rule(Scaled, Op)
-def sum_of_scaled_and_operator(A: Scaled, B: Op) -> Op:
-    if not isinstance(A.operator, Identity) or not _decided(B, A):
-        return NotImplemented
-    return damp(B, A.factor)
 
 
 # c A ------------------------------------------------------------------------------
