@@ -311,9 +311,11 @@ def trace_of_damped_inverse(op: DampedInverse) -> Tensor:
 @trace.register
 def trace_of_woodbury(op: Woodbury) -> Tensor:
     """The sum of 1/(λ + δ), the zeros of V Vᵀ included."""
-    evals = eigvalsh(op.operator)
+    low_rank = op.operator
+    evals = low_rank.nonnegative_eigenvalues
     zeros = op.shape[0] - len(evals)
-    return (1.0 / (evals.clamp(min=0.0) + op.damping)).sum() + zeros / op.damping
+    inverse = 1.0 / (low_rank.scale * evals + op.damping)
+    return inverse.sum() + zeros / op.damping
 
 
 # Log-determinants -------------------------------------------------------------------
@@ -426,8 +428,8 @@ def damped_logdet_of_low_rank(op: LowRank, damping: Scalar) -> Tensor:
         raise ValueError(
             f"logdet: a damped low-rank operator needs damping > 0, got {damping}."
         )
-    evals = eigvalsh(op).clamp(min=0.0)
-    return op.shape[0] * log_abs(damping) + torch.log1p(evals / damping).sum()
+    ratios = op.nonnegative_eigenvalues * (op.scale / damping)
+    return torch.log1p(ratios).sum() + op.shape[0] * log_abs(damping)
 
 
 @damped_logdet.register

@@ -244,6 +244,11 @@ class LowRank(TorchLinearOperator):
         return self._kept.eigenvalues(self.on_small_side)
 
     @property
+    def nonnegative_eigenvalues(self) -> Tensor:
+        """The min(D, R) of V Vᵀ, without c, as :meth:`KeptMatrix.nonnegative`."""
+        return self._kept.nonnegative(self.on_small_side, min(self.factor.shape))
+
+    @property
     def small_eigenpairs(self) -> Pairs:
         """Those of the smaller of VᵀV and V Vᵀ, ascending, computed once for all c."""
         return self._kept.eigenpairs(self.on_small_side)

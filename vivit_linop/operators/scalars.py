@@ -17,6 +17,8 @@ Scalar: TypeAlias = float | Tensor
 
 def is_scalar(x: Any) -> bool:
     """Whether ``x`` is a number, or an array or tensor without axes."""
+    if isinstance(x, (float, int)):  # asked first: it is what most are
+        return True
     if isinstance(x, (Tensor, np.ndarray)):
         return x.ndim == 0
     return isinstance(x, (Complex, np.generic))
@@ -48,6 +50,8 @@ def log_abs(x: Scalar) -> Scalar:
 
 def as_float(x: Any) -> float:
     """Return a real finite scalar as a float, or say why it is none."""
+    if type(x) is float and math.isfinite(x):
+        return x
     value = x.item() if isinstance(x, (Tensor, np.ndarray, np.generic)) else x
     if not isinstance(value, Real):
         raise TypeError(f"An operator is scaled by a real number, got {value!r}.")

@@ -41,6 +41,7 @@ class KeptMatrix:
         self.rows: RankRows | None = None
         self._budget = budget
         self._eigenvalues: Tensor | None = None
+        self._nonnegative: Tensor | None = None
         self._eigenpairs: Pairs | None = None
 
     @property
@@ -62,6 +63,22 @@ class KeptMatrix:
                 return found
             self._eigenvalues = found
         return self._eigenvalues.clone()
+
+    def nonnegative(self, on_matrix: OnMatrix, count: int) -> Tensor:
+        """Return the largest eigenvalues, with zeros where rounding left less.
+
+        Not to be written to: they are kept, for one damping after the other.
+
+        Args:
+            on_matrix: As for the eigenvalues.
+            count: How many; the same each time.
+        """
+        if self._nonnegative is None:
+            found = self.eigenvalues(on_matrix)[-count:].clamp(min=0.0)
+            if found.requires_grad:
+                return found
+            self._nonnegative = found
+        return self._nonnegative
 
     def eigenpairs(self, on_matrix: OnMatrix) -> Pairs:
         """Return eigenvalues, ascending, and eigenvectors ``[n, n]``.

@@ -36,4 +36,9 @@ def check_numbers(x: np.ndarray) -> None:
 
 def numbered(device: torch.device | str) -> torch.device:
     """Return a device as tensors on it name it: "cuda" is the current one."""
+    if isinstance(device, torch.device) and device.type == "cpu":
+        return _CPU
     return torch.empty(0, device=device).device
+
+
+_CPU = torch.device("cpu")
