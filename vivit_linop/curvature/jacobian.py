@@ -16,8 +16,10 @@ from vivit_linop.curvature import plan
 from vivit_linop.curvature.loss_hessian import LossHessian
 from vivit_linop.curvature.output_space import OutputIdentity, OutputOperator
 from vivit_linop.linalg.reductions import matrix_of_operator
+from vivit_linop.linalg.tracking import prepared_gram
 from vivit_linop.modes import as_guest
 from vivit_linop.net.costs import LayerCost, as_table, layer_costs
+from vivit_linop.net.inner import InnerProducts
 from vivit_linop.net.linearization import NoTangentError, linearizations, trusted
 from vivit_linop.net.pieces import StoredColumns, memory_budget
 from vivit_linop.net.sums import accumulate_own
@@ -29,7 +31,6 @@ from vivit_linop.operators.small_side import KeptMatrix
 from vivit_linop.ranks.alone import Ranks
 from vivit_linop.risk.empirical import EmpiricalRisk
 from vivit_linop.risk.given import as_risk, risk_of_inputs
-from vivit_linop.risk.memory import check_matrix_fits
 
 
 class Jacobian(TorchLinearOperator):
@@ -122,6 +123,7 @@ class Pullback(TorchLinearOperator):
         # J keeps Jᵀ, so that Jᵀ must not keep J: both would outlive their last user.
         self._jacobian: ref[Jacobian] | None = ref(jacobian)
         self.stored: StoredColumns | None = None
+        self._inner: InnerProducts | None = None
         self._kept_gram = KeptMatrix(partial(memory_budget, self.risk))
         self._decided, self._used, self.streams = self.is_plain, False, False
         super().__init__(
@@ -133,7 +135,7 @@ class Pullback(TorchLinearOperator):
     def __getstate__(self) -> dict[str, Any]:
         """What travels: columns are made anew where they pay."""
         anew = {"_jacobian": None, "stored": None, "_decided": self.is_plain}
-        return self.__dict__ | anew
+        return self.__dict__ | anew | {"_inner": None}
 
     @property
     def ranks(self) -> Ranks:
@@ -211,6 +213,22 @@ class Pullback(TorchLinearOperator):
         with trusted(self.risk):
             yield node
 
+    def prepare_gram(self, vectors: int) -> bool:
+        """Store columns for products with VᵀV, if these then are the cheaper ones.
+
+        Args:
+            vectors: How many are multiplied together.
+        """
+        if not self.output.certain or self.ranks.is_many:
+            return False
+        costs = layer_costs(self.risk, self.width)
+        if not plan.followed_on_columns(costs, self.width, vectors, self.device):
+            return False
+        self.keep_columns()
+        if self.stored is not None:
+            self._inner = InnerProducts(self.stored, vectors)
+        return self.stored is not None
+
     def keep_columns(self) -> None:
         """Store the columns if they fit into memory, for all that follows."""
         if self.stored is None:
@@ -280,6 +298,12 @@ class Pullback(TorchLinearOperator):
                 parts.append(self.output.apply_adjoint_batch(batch, part))
         return torch.cat(parts)
 
+    def inner(self, X: Tensor) -> Tensor:
+        """VᵀV X."""
+        if self._inner is not None:
+            return self._inner.multiply(X)
+        return self.T.apply(self.apply(X))
+
     def _outer(self, X: Tensor) -> Tensor:
         """Jᵀ (B Bᵀ) J X over this rank's samples; each linearisation is needed once."""
         columns = self.stored if self._decided else self.columns()
@@ -315,6 +339,18 @@ def gram_of_pullback(factor: Pullback) -> Gram:
 def few_products_of_pullback(factor: Pullback) -> AbstractContextManager[Pullback]:
     """On linearisations that are made for them, without columns."""
     return factor.few_products()
+
+
+@verbs.inner_product.register
+def inner_product_of_pullback(factor: Pullback, X: Tensor) -> Tensor:
+    """Between the samples where it was prepared for that."""
+    return factor.inner(X)
+
+
+@prepared_gram.register
+def prepared_gram_of_pullback(factor: Pullback, vectors: int) -> bool:
+    """With stored columns."""
+    return factor.prepare_gram(vectors)
 
 
 @verbs.outer_product.register

@@ -46,6 +46,9 @@ _PAID_AFTER = 200
 # linearisation that they spare takes by forward passes.
 _FOLLOWING = 4
 _LINEARISING_PASSES = 6.0
+# Half-steps that pairs are followed by, in the mean; and what columns take beside R
+# backward passes by the time of forward passes: a run of the net, and the check.
+_HALF_STEPS, _CERTIFIED_PASSES = 1.5, 5.0
 # Exact blocks up to this many entries are dense matrices, larger ones low-rank.
 LARGEST_DENSE_BLOCK = 2048
 # Columns of a backward pass with at most this many entries are formed: structure would
@@ -177,6 +180,7 @@ class NetCost:
         forward: f, the operations of a forward pass over all samples.
         gram: Those of the Gram matrix by layers.
         product: Those of a product with stored columns, reading them included.
+        inner: Those of a product with VᵀV on stored columns, without reading them.
         nbytes: What the columns of all samples take.
         tracing: Operations to trace the net, if its linearisation needs that.
     """
@@ -184,6 +188,7 @@ class NetCost:
     forward: float
     gram: float
     product: float
+    inner: float
     nbytes: float
     tracing: float
 
@@ -195,15 +200,16 @@ class NetCost:
             costs: Of the layers.
             on: Of the device.
         """
-        forward = gram = product = nbytes = tracing = 0.0
+        forward = gram = product = inner = nbytes = tracing = 0.0
         for cost in costs:
             forward += cost.forward_flops
             gram += cost.gram_flops
             product += cost.product_flops + on.reading_flops * cost.nbytes
+            inner += cost.inner_flops
             nbytes += cost.nbytes
             if "conv" in cost.use:
                 tracing = on.flops(on.tracing)
-        return cls(forward, gram, product, nbytes, tracing)
+        return cls(forward, gram, product, inner, nbytes, tracing)
 
 
 def columns_pay(costs: Sequence[LayerCost], width: int, device: torch.device) -> bool:
@@ -238,6 +244,28 @@ def columns_stay(
     linearising += on.flops(on.linearising)
     on_linearisation = 2 * net.forward + linearising / _FOLLOWING
     return nbytes <= budget and net.product <= on_linearisation
+
+
+def followed_on_columns(
+    costs: Sequence[LayerCost], width: int, vectors: int, device: torch.device
+) -> bool:
+    """Whether pairs are followed by products with VᵀV, on columns made for them.
+
+    One such product does what takes two half-steps on the linearisation, and one or two
+    are what it takes.
+
+    Args:
+        costs: Of the layers.
+        width: R, the columns of a sample.
+        vectors: How many are followed.
+        device: Where they are.
+    """
+    on = DeviceCosts.on(device)
+    net = NetCost.of(costs, on)
+    making = (width + _CERTIFIED_PASSES) * net.forward + on.flops(on.call)
+    on_columns = making + vectors * net.inner + 2 * on.reading_flops * net.nbytes
+    on_linearisation = _LINEARISING_PASSES + _HALF_STEPS / 2 * vectors * _PRODUCT_PASSES
+    return on_columns < on_linearisation * net.forward
 
 
 def explained_products(

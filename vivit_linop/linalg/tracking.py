@@ -11,11 +11,18 @@ r_i = Tᵀ (W z_i)/σ_i − σ_i B z_i is orthogonal to B, and the Rayleigh quot
 the i-th vector would rise by |r_i|² (Golub & Van Loan, *Matrix Computations*, §10.4).
 For random signs y, |Σ y_i r_i|² is Σ |r_i|² in expectation, and takes one product with
 one vector, which also is a check: its part in B must be what the half-step gave.
+
+Where products with K = VᵀV are the cheaper ones, two half-steps are one product. For Q
+on the side of K and W = K Q, the vectors V Q z with WᵀW z = σ² QᵀW z are the
+Rayleigh–Ritz vectors of V Q, with (W z)/σ on the other side; V is needed only when the
+eigenvectors are asked for. With d_i = (W z_i)/σ_i − σ_i Q z_i, the r_i are V d_i. If
+one product is not enough, Q is joined by what (W z)/σ has beside it: block Lanczos.
 """
 
 from __future__ import annotations
 
-from functools import singledispatch
+from collections.abc import Callable
+from functools import partial, singledispatch
 from typing import NamedTuple
 
 import torch
@@ -35,14 +42,25 @@ _HALF_STEPS = 12
 # Of the vector of the check: random numbers beside what is known, by their norms. They
 # show errors in components that the half-step has none in.
 _NOISE = 0.01
-
-
 # Above this part of the largest square, vectors are orthonormal as they come.
 _CLEAR = 1e-2
 
 
 class NotNear(Exception):
     """The iteration does not end, or its products do not agree with each other."""
+
+
+@singledispatch
+def prepared_gram(factor: TorchLinearOperator, vectors: int) -> bool:
+    """Whether products with VᵀV are to take the place of those with V and Vᵀ.
+
+    A rule that says so has prepared the factor for them.
+
+    Args:
+        factor: V.
+        vectors: How many are multiplied together.
+    """
+    return False
 
 
 class Block(NamedTuple):
@@ -62,7 +80,7 @@ class TrackedEigenpairs(Eigenpairs):
 
     Args:
         eigenvalues: ``[K]``, ascending.
-        eigenvectors: ``[D, K]``.
+        eigenvectors: ``[D, K]``, or a function that forms them when first asked.
         block: What to begin from at the next operator.
         half_steps: How many half-steps were taken.
         missing: What another half-step would raise the sum of the eigenvalues by, as a
@@ -72,7 +90,7 @@ class TrackedEigenpairs(Eigenpairs):
     def __init__(
         self,
         eigenvalues: Tensor,
-        eigenvectors: Tensor,
+        eigenvectors: Tensor | Callable[[], Tensor],
         block: Block,
         half_steps: int,
         missing: float,
@@ -91,6 +109,8 @@ def eigenpairs_near_low_rank(
     few = block.vectors.shape[1] < min(op.factor.shape)
     if op.scale > 0 and few and op.semidefinite:
         try:
+            if op.by_gram and prepared_gram(op.factor, block.vectors.shape[1]):
+                return followed_on_gram(op, k, block, tol)
             with verbs.few_products(op.factor) as factor:
                 return followed(factor, op.scale, k, block, tol)
         except NotNear:
@@ -184,6 +204,76 @@ def followed(
                 missing=float(rise / largest),
             )
     raise NotNear
+
+
+def followed_on_gram(
+    op: LowRank, k: int, block: Block, tol: float
+) -> TrackedEigenpairs:
+    """Return the k largest eigenpairs of c V Vᵀ, by products with VᵀV.
+
+    Args:
+        op: c V Vᵀ, whose factor is prepared for such products.
+        k: How many, at most the vectors of the block.
+        block: Where to begin.
+        tol: When to stop.
+
+    Raises:
+        NotNear: If that is not soon.
+    """
+    factor, gram, scale = op.factor, verbs.gram(op.factor), op.scale
+    new, far = block
+    if not far:
+        new = torch.linalg.qr(factor.T.apply(new)).Q
+    basis, images, size = new[:, :0], new[:, :0], new.shape[1]
+    generator = torch.Generator("cpu").manual_seed(0)
+    for count in range(1, _HALF_STEPS // 2 + 1):
+        basis = torch.cat([basis, new], dim=1)
+        images = torch.cat([images, gram.apply(new)], dim=1)
+        squares, z = _ritz(basis.T @ images, images.T @ images, size)
+        sigma = squares.sqrt()
+        coefficients, there = basis @ z, (images @ z) / sigma
+        signs = torch.rand(size, generator=generator, device="cpu") - 0.5
+        d = (there - sigma * coefficients) @ signs.sign().to(there)
+        rise = d @ gram.apply(d.unsqueeze(1)).squeeze(1)
+        if rise <= tol * squares[-1]:
+            values, chosen = squares[-k:].clone(), coefficients[:, -k:]
+            return TrackedEigenpairs(
+                scale * values,
+                partial(_formed, factor, chosen, values),
+                Block(orthonormalised(there, squares), far=True),
+                half_steps=2 * count,
+                missing=float(rise / squares[-1]),
+            )
+        # What the images have beside the basis.
+        new = there
+        for _ in range(2):  # once leaves rounding errors
+            new = torch.linalg.qr(new - basis @ (basis.T @ new)).Q
+    raise NotNear
+
+
+def _formed(factor: TorchLinearOperator, chosen: Tensor, values: Tensor) -> Tensor:
+    return orthonormalised(factor.apply(chosen), values)
+
+
+def _ritz(inner: Tensor, image: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """The largest solutions of ``image z = σ² inner z``, ``zᵀ inner z = I``, ascending.
+
+    Args:
+        inner: Bᵀ K B for a basis B of vectors on the side of K.
+        image: Bᵀ K² B.
+        size: How many.
+
+    Raises:
+        NotNear: If so many are not independent up to rounding.
+    """
+    dtype, eps = inner.dtype, torch.finfo(inner.dtype).eps
+    values, vectors = torch.linalg.eigh(((inner + inner.T) / 2).double())
+    clear = values > eps * values[-1]
+    if clear.sum() < size:
+        raise NotNear
+    root = vectors[:, clear] / values[clear].sqrt()
+    squares, turned = torch.linalg.eigh(root.T @ image.double() @ root)
+    return squares[-size:].to(dtype), (root @ turned[:, -size:]).to(dtype)
 
 
 def _rise(

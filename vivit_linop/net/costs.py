@@ -22,7 +22,8 @@ class LayerCost:
         forward_flops: Floating-point operations of its layer's forward pass, N samples.
         gram_flops: Those of its part of the Gram matrix, with symmetry, counted in
             those of a large matrix product.
-        product_flops: Those of a product with the stored columns.
+        product_flops: Those of a product with the stored columns V, or with Vᵀ.
+        inner_flops: Those of a product with VᵀV on them.
         nbytes: What its columns take: as factors, or formed where that is smaller.
     """
 
@@ -32,6 +33,7 @@ class LayerCost:
     forward_flops: float
     gram_flops: float
     product_flops: float
+    inner_flops: float
     nbytes: float
 
 
@@ -60,14 +62,14 @@ def _layer_costs(risk: EmpiricalRisk, width: int) -> list[LayerCost]:
         if name in structure.opaque:
             uses, cost = ["no structure"], ColumnCost.of_formed(numel, samples, width)
         elif columns is None:
-            uses, cost = ["unused"], ColumnCost("none", 0.0, 0.0, 0.0, 0.0)
+            uses, cost = ["unused"], ColumnCost("none", 0.0, 0.0, 0.0, 0.0, 0.0)
         else:
             key = columns.cotangents_key
             cost = columns.cost(samples, width, key in counted, len(uses) == 1)
             counted.add(key)
-        way, forward, gram, product, entries = cost
+        way, forward, gram, product, inner, entries = cost
         use, nbytes = " + ".join(uses), entries * risk.dtype.itemsize
-        costs.append(LayerCost(name, use, way, forward, gram, product, nbytes))
+        costs.append(LayerCost(name, use, way, forward, gram, product, inner, nbytes))
     return costs
 
 

@@ -19,6 +19,7 @@ from vivit_linop.operators.verbs import (
     column_pieces,
     gram,
     gram_matrix,
+    inner_product,
     matmul,
     outer_matrix,
     outer_product,
@@ -113,6 +114,16 @@ def weighted_gram_matrix_of_scaled(left: Scaled, right: Op, weights: Tensor) -> 
         inner = weighted_gram_matrix(left.operator, right.operator, weights)
         return left.factor * right.factor * inner
     return left.factor * weighted_gram_matrix(left.operator, right, weights)
+
+
+@inner_product.register
+def inner_product_of_operator(factor: TorchLinearOperator, X: Tensor) -> Tensor:
+    return factor.T.apply(factor.apply(X))
+
+
+@inner_product.register
+def inner_product_of_scaled(factor: Scaled, X: Tensor) -> Tensor:
+    return factor.factor**2 * inner_product(factor.operator, X)
 
 
 @outer_product.register

@@ -119,6 +119,8 @@ class Gram(TorchLinearOperator):
     def _multiply(self, X: Tensor) -> Tensor:
         if self.known:
             return self.times(X)
+        if self.left is self.right:
+            return verbs.inner_product(self.left, X)
         return self.left.T.apply(self.right.apply(X))
 
     def _multiply_adjoint(self, X: Tensor) -> Tensor:

@@ -206,6 +206,16 @@ def outer_product(factor: Any, X: Tensor) -> Tensor:
 
 
 @singledispatch
+def inner_product(factor: Any, X: Tensor) -> Tensor:
+    """Return ``V.T @ V @ X`` for columns ``[R, K]``.
+
+    What a product with VᵀV calls while its matrix is not known. Without a rule, a
+    product with V and one with Vᵀ.
+    """
+    raise no_rule("inner_product", factor)
+
+
+@singledispatch
 def row_norms_squared(op: Any) -> Tensor:
     """Return the squared norms of the rows, ``[m]``: the diagonal of ``op @ op.T``.
 

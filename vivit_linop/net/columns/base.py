@@ -23,7 +23,8 @@ class ColumnCost(NamedTuple):
         contraction: The way to their Gram matrix.
         forward: The operations of the layer's forward pass.
         gram: Those of the Gram matrix, with symmetry.
-        product: Those of a product with stored columns.
+        product: Those of a product with stored columns V, or with Vᵀ.
+        inner: Those of a product with VᵀV.
         entries: How many entries are stored.
     """
 
@@ -31,6 +32,7 @@ class ColumnCost(NamedTuple):
     forward: float
     gram: float
     product: float
+    inner: float
     entries: float
 
     @classmethod
@@ -38,7 +40,8 @@ class ColumnCost(NamedTuple):
         """Return what formed columns cost."""
         rows = float(samples * width)
         formed = rows * numel
-        return cls("dense", 2.0 * samples * numel, rows * formed, 2 * formed, formed)
+        forward, product = 2.0 * samples * numel, 2 * formed
+        return cls("dense", forward, rows * formed, product, 2 * product, formed)
 
 
 class LayerColumns(ABC):

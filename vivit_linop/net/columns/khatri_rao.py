@@ -120,14 +120,18 @@ class KhatriRaoColumns(LayerColumns):
         """By the cheapest contraction, stored as factors or formed."""
         flops = self.gram_flops((samples, samples), (width, width), self.positions)
         way = min(flops, key=flops.__getitem__)
+        between = 2.0 * self._groups * (samples * self.positions) ** 2 * self._b
         forward, gram = float(samples * self.forward_flops), flops[way] / 2
         factors = self.factor_entries(0 if shared else width) / self.num_samples
         formed = self.formed_entries(width) / self.num_samples
         if alone and self.positions > 1 and formed <= factors:
             entries = float(samples * formed)
-            return ColumnCost("blocks", forward, gram, 2 * entries, entries)
+            product = 2 * entries
+            return ColumnCost("blocks", forward, gram, product, 2 * product, entries)
         entries = float(samples * factors)
-        return ColumnCost(way, forward, gram, forward + 2 * entries, entries)
+        product = forward + 2 * entries
+        inner = min(2 * product, between + 4 * entries)
+        return ColumnCost(way, forward, gram, product, inner, entries)
 
     def contraction(self, other: KhatriRaoColumns) -> str:
         """The cheapest way to the Gram matrix with others: see ``gram_flops``."""
@@ -248,7 +252,7 @@ class KhatriRaoColumns(LayerColumns):
 
     def combine(self, signals: Tensor, out: Tensor, add: bool) -> None:
         """Σ_np signal_np ⊗ a_np, one by one."""
-        inputs = self._positions_as_rows()
+        inputs = self.positions_as_rows()
         shape = self.num_samples, self._groups, self._b, self.positions
         for signal, row in zip(signals, out, strict=True):
             left = signal.reshape(shape).permute(1, 2, 0, 3)
@@ -260,7 +264,7 @@ class KhatriRaoColumns(LayerColumns):
 
     def images(self, rows: Tensor) -> Tensor:
         """X a_np, one X at a time."""
-        inputs, n = self._positions_as_rows(), self.num_samples
+        inputs, n = self.positions_as_rows(), self.num_samples
         size = self._groups * self._b * self.positions
         result = rows.new_empty(len(rows), n, size)
         for row, image in zip(rows, result, strict=True):
@@ -277,7 +281,7 @@ class KhatriRaoColumns(LayerColumns):
         cotangents = self.cotangents.reshape(self.num_samples, self.width, -1)
         return torch.bmm(cotangents, images.permute(1, 2, 0)).permute(2, 0, 1)
 
-    def _positions_as_rows(self) -> Tensor:
+    def positions_as_rows(self) -> Tensor:
         """The inputs as ``[G, n·P, a]``."""
         self._order_by_position()
         return self.inputs.permute(1, 0, 3, 2).reshape(self._groups, -1, self._a)
@@ -319,7 +323,7 @@ class KhatriRaoColumns(LayerColumns):
             return self.with_more(alike)
         return super().joined(others)
 
-    def beside(self, others: Sequence[LayerColumns]) -> LayerColumns:
+    def beside(self, others: Sequence[LayerColumns]) -> KhatriRaoColumns:
         """Their inputs are one longer input."""
         inputs = [self.inputs]
         for other in others:
