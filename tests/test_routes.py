@@ -196,7 +196,7 @@ def test_explain_says_what_products_run_on(capsys: pytest.CaptureFixture[str]) -
 
 
 def layer(nbytes: float, forward: float, use: str = "linear") -> LayerCost:
-    return LayerCost("weight", use, "pairs", forward, 0.0, forward, nbytes)
+    return LayerCost("weight", use, "pairs", forward, 0.0, forward, forward, nbytes)
 
 
 def test_columns_are_made_where_reading_them_pays() -> None:

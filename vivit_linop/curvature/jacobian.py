@@ -31,6 +31,7 @@ from vivit_linop.operators.small_side import KeptMatrix
 from vivit_linop.ranks.alone import Ranks
 from vivit_linop.risk.empirical import EmpiricalRisk
 from vivit_linop.risk.given import as_risk, risk_of_inputs
+from vivit_linop.risk.memory import check_matrix_fits
 
 
 class Jacobian(TorchLinearOperator):
