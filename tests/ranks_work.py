@@ -1,6 +1,5 @@
 """What processes that share samples do in tests: run by ``tests.ranks_cases``."""
 
-import hashlib
 import json
 import os
 import sys
@@ -15,7 +14,18 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from cases import CASES
-from ranks_cases import Check, Found, carried_out, gathered, join, of_case
+from ranks_beyond import Beyond
+from ranks_cases import Check, Found, carried_out, join, of_case
+from ranks_setting import (
+    DELTA,
+    N,
+    Setting,
+    agreement,
+    loss,
+    net,
+    raised,
+    without_barrier,
+)
 from scipy.sparse.linalg import cg, eigsh, lobpcg, lsmr, minres, svds
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -28,7 +38,6 @@ import vivit_linop as vl
 from vivit_linop.net import pieces
 from vivit_linop.net.totals import GramTotal
 
-N, C, DELTA = 29, 4, 0.1
 # What the next evaluation of a moody net raises.
 FAILURES: list[BaseException] = []
 
@@ -46,56 +55,8 @@ class Moody(nn.Module):
         return self.inner(X)
 
 
-def net() -> nn.Module:
-    torch.manual_seed(0)
-    return nn.Sequential(
-        nn.Linear(6, 8), nn.LayerNorm(8), nn.Tanh(), nn.Linear(8, C)
-    ).double()
-
-
-def samples() -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(1)
-    X = torch.rand(N, 6, generator=generator, dtype=torch.float64)
-    y = torch.randint(C, (N,), generator=generator)
-    y[3] = y[20] = -100
-    return X, y
-
-
-def loss() -> nn.Module:
-    weight = torch.tensor([1.0, 2.0, 3.0, 4.0], dtype=torch.float64)
-    return nn.CrossEntropyLoss(weight=weight, ignore_index=-100)
-
-
-class Work:
-    """Risks of the same samples, in one process and over all.
-
-    Args:
-        group: The processes.
-        folder: Where files may be written.
-    """
-
-    def __init__(self, group: Any, folder: Path) -> None:
-        self.group, self.folder = group, folder
-        self.size, self.rank = dist.get_world_size(), dist.get_rank()
-        self.X, self.y = samples()
-        counts = {1: [N], 2: [17, 12], 3: [12, 0, 17]}[self.size]
-        own = torch.arange(N).split(counts)[self.rank]
-        self.data = [(self.X[i], self.y[i]) for i in (own.split(5) if len(own) else ())]
-        self.one = vl.EmpiricalRisk(net(), loss(), (self.X, self.y))
-        self.risk = self.over(net(), self.data)
-        generator = torch.Generator().manual_seed(2)
-        self.D = self.one.num_params
-        size = self.D, 3
-        self.x = torch.randn(size, generator=generator, dtype=torch.float64)
-
-    def over(self, model: nn.Module, data: Any, **keywords: Any) -> vl.EmpiricalRisk:
-        return vl.EmpiricalRisk(
-            model, loss(), data, process_group=self.group, **keywords
-        )
-
-    def both(self, compute: Callable[[vl.EmpiricalRisk], Tensor]) -> Any:
-        """What a risk over processes gives, and what one process does."""
-        return lambda: compute(self.risk), lambda: compute(self.one)
+class Work(Setting):
+    """What is checked of risks of the same samples, in one process and over all."""
 
     # Against one process --------------------------------------------------------------
 
@@ -198,7 +159,7 @@ class Work:
         yield "eigsh, values", lambda: _tensor(eigsh(G, k=3, v0=v0)[0]), wanted, 1e-12
         yield "led, values", lambda: _tensor(results["led eigsh"]()[0]), wanted, 1e-12
         for what, compute in results.items():
-            yield f"{what}, bits", lambda c=compute: _agreement(c()), torch.ones(1), 0.0
+            yield f"{what}, bits", lambda c=compute: agreement(c()), torch.ones(1), 0.0
 
     def failures(self) -> Iterator[Check]:
         """An error of one rank is one of all, and the group goes on."""
@@ -246,7 +207,7 @@ class Work:
             ),
             "BackPACK": (
                 lambda: vl.Hessian(self.risk).diagonal(route="backpack"),
-                "process_group",
+                "BackPACK cannot",
             ),
             "a group that is none": (
                 lambda: vl.EmpiricalRisk(net(), loss(), self.data, process_group=3),
@@ -254,7 +215,7 @@ class Work:
             ),
         }
         for what, (fail, text) in cases.items():
-            yield what, lambda f=fail, t=text: _raised(f, t), torch.ones(1), 0.0
+            yield what, lambda f=fail, t=text: raised(f, t), torch.ones(1), 0.0
             yield f"after: {what}", lambda: G @ self.x, wanted, 1e-12
         yield "rounding", lambda: G @ near, wanted, 1e-12
 
@@ -269,7 +230,7 @@ class Work:
                 time.sleep(4.0)
             risk.gradient()
 
-        yield "late", lambda: _raised(come, "time limit"), torch.ones(1), 0.0
+        yield "late", lambda: raised(come, "time limit"), torch.ones(1), 0.0
 
     def subgroup(self) -> Iterator[Check]:
         """A group of some processes; the others are not in it."""
@@ -277,7 +238,7 @@ class Work:
         if 0 < self.rank < self.size - 1:
             yield (
                 "outside",
-                lambda: _without_barrier(
+                lambda: without_barrier(
                     lambda: vl.EmpiricalRisk(net(), loss(), [], process_group=group),
                     "not in it",
                 ),
@@ -303,7 +264,7 @@ class Work:
         def meet() -> None:
             self.risk.gradient()
 
-        yield "ended", lambda: _without_barrier(meet, "has ended"), torch.ones(1), 0.0
+        yield "ended", lambda: without_barrier(meet, "has ended"), torch.ones(1), 0.0
         assert time.monotonic() - start < 20.0
 
     def loaders(self) -> Iterator[Check]:
@@ -334,7 +295,7 @@ class Work:
 
         yield (
             "forgotten",
-            lambda: _raised(forgotten, "process_group"),
+            lambda: raised(forgotten, "process_group"),
             torch.ones(1),
             0.0,
         )
@@ -460,43 +421,21 @@ def _tensor(array: Any) -> Tensor:
     return torch.from_numpy(np.sort(np.asarray(array)))
 
 
-def _agreement(results: Any) -> Tensor:
-    arrays = [np.ascontiguousarray(np.asarray(r)) for r in results]
-    digest = hashlib.sha256(b"".join(a.tobytes() for a in arrays)).hexdigest()
-    return torch.tensor([float(len(set(gathered(digest))) == 1)])
-
-
-def _raised(fail: Callable[[], Any], text: str) -> Tensor:
-    """One if it raises on every rank, soon, and says why."""
-    dist.barrier()
-    return _without_barrier(fail, text)
-
-
-def _without_barrier(fail: Callable[[], Any], text: str) -> Tensor:
-    start = time.monotonic()
-    try:
-        fail()
-        said = "nothing"
-    except BaseException as error:  # which is what is looked at
-        said = str(error)
-    seconds = time.monotonic() - start
-    right = text in said and seconds < 20.0
-    if not right:
-        raise AssertionError(f"after {seconds:.1f} s it said: {said}")
-    return torch.ones(1)
-
-
 def main(folder: Path, size: int, rank: int, work: list[str]) -> None:
-    group = join(str(folder), size, rank)
+    processes = join(str(folder), size, rank)
     found: Found = {}
     try:
         names = [name for name in work if name in CASES]
         for name in names:
-            found |= of_case(name, group)
+            found |= of_case(name, processes)
         if own := [name for name in work if name not in CASES]:
-            both = Work(group, folder)
-            for name in own:
-                found |= carried_out(getattr(both, name)(), name)
+            # The last of them may end the group.
+            for kind in (Beyond, Work):
+                names = [name for name in own if hasattr(kind, name)]
+                if names:
+                    work_of = kind(processes, folder)
+                    for name in names:
+                        found |= carried_out(getattr(work_of, name)(), name)
     except BaseException:
         found["result"] = traceback.format_exc()
     (folder / f"{rank}.json").write_text(json.dumps(found))

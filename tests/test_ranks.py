@@ -29,10 +29,12 @@ OF_THREE = ("uneven_batches", "embedding", "more_columns_than_parameters", "hube
 @pytest.mark.parametrize(
     ("size", "work"),
     [
-        (2, ("analyses", "files", *OF_TWO)),
+        (2, ("analyses", "files", "no_room", "losses", *OF_TWO)),
         (
             3,
             (
+                "other_lapack",
+                "recursions",
                 "same_bits",
                 "little_memory",
                 "loaders",
@@ -50,6 +52,15 @@ def test_every_process_finds_what_one_would(
 ) -> None:
     found = ranks_cases.launched(tmp_path, size, *work)
     assert found == [{}] * size
+
+
+@pytest.mark.parametrize(
+    ("package", "work"),
+    [("accelerate", "accelerated"), ("lightning_fabric", "lightning")],
+)
+def test_prepared_models_and_loaders(tmp_path: Path, package: str, work: str) -> None:
+    pytest.importorskip(package, reason=f"{package} is not installed")
+    assert ranks_cases.launched(tmp_path, 2, work) == [{}] * 2
 
 
 def test_one_process_is_alone() -> None:

@@ -40,6 +40,9 @@ def _updates(net: nn.Sequential) -> Iterator[tuple[str, Callable[[], None]]]:
     def modes() -> None:
         net.train()
 
+    def attributes() -> None:
+        net[1].eps = 10.0
+
     yield from {
         "step": step,
         "data": data,
@@ -47,6 +50,7 @@ def _updates(net: nn.Sequential) -> Iterator[tuple[str, Callable[[], None]]]:
         "buffers": buffers,
         "frozen": frozen,
         "modes": modes,
+        "attributes": attributes,
     }.items()
 
 

@@ -13,7 +13,7 @@ from torch.func import jvp, vmap
 
 from vivit_linop.curvature.hessian_products import ROUNDING, HessianProducts
 from vivit_linop.curvature.loss_hessian import LossGradient, LossHessian
-from vivit_linop.curvature.recursions import backpack_results
+from vivit_linop.curvature.recursions import own_backpack_results
 from vivit_linop.extras import extra
 from vivit_linop.net.pieces import memory_budget
 from vivit_linop.noise import Noise
@@ -108,8 +108,8 @@ def _check_diagonal(H: HessianProducts, found: Tensor, by_sample: bool) -> None:
         N = len(found)
         some = _drawn(N, generator)
         r = H.risk.reduction_factor
-        for number in {0, some, N - 1}:
-            image = r * next(H.of_samples(unit, [number]))
+        for number in sorted({0, some, N - 1}):
+            image = r * _product_of_sample(H, unit, number)
             pairs.append((found[number, entries], (image * unit).sum(0)))
     eps = torch.finfo(found.dtype).eps
     for ours, exact in pairs:
@@ -120,6 +120,15 @@ def _check_diagonal(H: HessianProducts, found: Tensor, by_sample: bool) -> None:
                 "model: BackPACK and products give different diagonals of its "
                 "Hessian. Use route='products'."
             )
+
+
+def _product_of_sample(H: HessianProducts, unit: Tensor, number: int) -> Tensor:
+    """Multiply the Hessian of one sample, on the rank that has it."""
+    own, part = number - H.ranks.first, torch.zeros_like(unit)
+    with H.ranks.together("the Hessian of a sample"):
+        if 0 <= own < sum(H.risk.batch_sizes):
+            part = next(H.of_samples(unit, [own]))
+    return H.ranks.total(part)
 
 
 def sample_diagonals(H: HessianProducts) -> Tensor:
@@ -258,11 +267,28 @@ def _by_backpack(risk: EmpiricalRisk, by_sample: bool, memory: int) -> Tensor:
         ModuleNotFoundError: If BackPACK is not installed.
         ValueError: If BackPACK cannot do the model, or not in that memory.
     """
-    with extra("backpack"):
+    with risk.ranks.together("BackPACK"), extra("backpack"):
         from backpack.extensions import BatchDiagHessian, DiagHessian
 
     extension = BatchDiagHessian() if by_sample else DiagHessian()
-    results = backpack_results(risk, extension, memory)
     leading = 1 if by_sample else 0
-    parts = [result.value.detach().flatten(leading) for result in results]
-    return torch.cat(parts, dim=leading)
+
+    def own() -> Tensor:
+        share = _own_share(risk)
+        if share == 0.0:  # every target is ignored, and a mean over them is no number
+            rows = [sum(risk.batch_sizes)] if by_sample else []
+            return risk.outputs[0].new_zeros(*rows, risk.num_params)
+        results = own_backpack_results(risk, extension, memory)
+        parts = [result.value.detach().flatten(leading) for result in results]
+        whole = torch.cat(parts, dim=leading)
+        return whole if share == 1.0 else share * whole
+
+    return risk.ranks.listed(own) if by_sample else risk.ranks.summed(own)
+
+
+def _own_share(risk: EmpiricalRisk) -> float:
+    """What a mean over this rank's samples counts in that over all."""
+    if not risk.ranks.is_many or risk.reduction != "mean":
+        return 1.0
+    seen = zip(risk.outputs, risk.targets(), strict=True)
+    return risk.scale * sum(risk.loss.weight(*pair).item() for pair in seen)

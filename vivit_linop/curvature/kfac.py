@@ -29,7 +29,7 @@ from vivit_linop.curvature.kronecker_sums import (
 from vivit_linop.modes import ordinary_mode
 from vivit_linop.net.certified import find_structure
 from vivit_linop.operators.base import TorchLinearOperator
-from vivit_linop.operators.elementary import Dense, Identity
+from vivit_linop.operators.elementary import Dense, Identity, dense_over
 from vivit_linop.operators.kronecker import (
     BlockDiagonal,
     CorrectedKronecker,
@@ -208,7 +208,7 @@ def _damped(op: TorchLinearOperator, damping: float) -> TorchLinearOperator:
     """``op + damping * I``, a dense matrix if that is what it is."""
     if isinstance(op, Dense):
         unit = torch.eye(op.shape[0], dtype=op.torch_dtype, device=op.device)
-        return Dense(op.matrix + damping * unit)
+        return op.like(op.matrix + damping * unit)
     return op + damping * Identity(op.shape[0])
 
 
@@ -271,7 +271,7 @@ def _approximate(
             )
         elif name in sums.outer:
             matrix = _symmetric(curvature.scale * sums.outer[name])
-            parts.append(_Part([name], Dense(matrix)))
+            parts.append(_Part([name], dense_over(risk.ranks, matrix)))
         else:
             if partition is None:
                 partition = Partition(factor, [[name] for name in risk.params])
@@ -302,7 +302,7 @@ def _kronecker_parts(
         rows = list(numbers.flatten(1))
     parts = []
     for B, A, numbers_of_group in zip(factors.B, factors.A, rows, strict=True):
-        pair = _symmetric(scale * B), _symmetric(A)
+        pair = [dense_over(risk.ranks, _symmetric(matrix)) for matrix in (scale * B, A)]
         block = Kronecker(*(reversed(pair) if factors.inputs_first else pair))
         parts.append(_Part(names, block, numbers_of_group, factors.inputs_first))
     return parts
@@ -386,10 +386,6 @@ class EKFAC(_LayerBlocks):
         return parts
 
 
-def _eigenpairs_of(block: Kronecker) -> list[tuple[Tensor, Tensor]]:
-    return block.factor_eigenpairs
-
-
 def _correct(parts: Sequence[_Part], curvature: LowRank) -> None:
     """Give the Kronecker blocks the diagonal of the curvature in their eigenbasis."""
     factor = curvature.factor
@@ -400,10 +396,6 @@ def _correct(parts: Sequence[_Part], curvature: LowRank) -> None:
             blocks.setdefault(part.names[0], []).append(part.block)
     if not blocks:
         return
-    for each in blocks.values():
-        for block in each:
-            # Eigenvectors are not unique, and all ranks need the same.
-            block.factor_eigenpairs = factor.ranks.led(_eigenpairs_of, block)
     total = EigenvalueSums(factor, blocks)
     sum_columns(factor, [total])
     rows = {name: iter(curvature.scale * sums) for name, sums in total.sums.items()}

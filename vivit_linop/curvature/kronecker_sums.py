@@ -236,6 +236,11 @@ class EigenvalueSums(Total):
         self, factor: Pullback, bases: Mapping[str, Sequence[Kronecker]]
     ) -> None:
         self.names, self._bases = list(bases), bases
+        # Found here, by one rank, where all ranks are at the same place.
+        self._eigenpairs = {
+            name: [block.factor_eigenpairs for block in blocks]
+            for name, blocks in bases.items()
+        }
         self._inputs, self._rotated_inputs = _Inputs(), dict[str, Tensor]()
         self.sums: dict[str, Tensor] = {}
 
@@ -277,7 +282,7 @@ class EigenvalueSums(Total):
         """The columns in the eigenbases: (Q_B ⊗ Q_A)ᵀ (b ⊗ a) = Q_Bᵀ b ⊗ Q_Aᵀ a."""
         inputs_are_new = self._inputs.are_new(name, columns.inputs)
         columns = _at_outputs(columns)
-        pairs = [block.factor_eigenpairs for block in self._bases[name]]
+        pairs = self._eigenpairs[name]
         first, second = (
             torch.stack([pair[number][1] for pair in pairs]) for number in (0, 1)
         )

@@ -415,6 +415,7 @@ def choose(
     by_gram: bool,
     device: torch.device,
     decomposed: bool = False,
+    shared: bool = False,
 ) -> Choice:
     """Choose the cheaper way to k eigenpairs of c V Vᵀ that fits into memory.
 
@@ -427,6 +428,8 @@ def choose(
         by_gram: Whether the smaller side is the Gram matrix.
         device: Where V is.
         decomposed: Whether all eigenpairs of the smaller side are known.
+        shared: Whether several processes have parts of the smaller side, and one would
+            need all of it.
     """
     on = DeviceCosts.on(device)
     D, columns = shape
@@ -456,7 +459,7 @@ def choose(
     krylov = min(iterations, key=_by_refusal_and_cost)
     if lost or many:
         chosen, why = (krylov, lost) if lost else (dense, many)
-    elif cost is not None and dense.nbytes > free:
+    elif (cost is not None or (shared and not decomposed)) and dense.nbytes > free:
         chosen, why = krylov, f"{free / 1e6:.3g} MB are free"
     else:
         chosen = dense if dense.flops <= krylov.flops else krylov

@@ -25,6 +25,7 @@ from torch.func import functional_call, jvp, vjp
 
 from vivit_linop.curvature.loss_hessian import LossHessian
 from vivit_linop.operators.base import TorchLinearOperator
+from vivit_linop.ranks.alone import Ranks
 from vivit_linop.risk.empirical import EmpiricalRisk
 from vivit_linop.risk.model import Params, as_guest
 
@@ -51,7 +52,7 @@ class PositiveCurvature:
         self.risk, self._module, self._hessian = risk, module, LossHessian(risk)
         self._curved = [m for m in module.modules() if isinstance(m, curved)]
         self._modify, self._squared = modify, squared
-        with as_guest(risk.device):
+        with risk.ranks.together("slopes"), as_guest(risk.device):
             self._diagonals = [
                 self._diagonals_of(X, y)
                 for (X, _), y in zip(risk.batches(), risk.targets(), strict=True)
@@ -108,9 +109,10 @@ class PositiveCurvature:
         """Multiply the diagonal block of some parameters, ``[d, K] -> [d, K]``."""
         # The hooks are on one module: threads take turns.
         with self.risk.kept.making:
-            return self._multiply_block(chosen, X)
+            return self.risk.ranks.summed(self._own_product, X, chosen=chosen)
 
-    def _multiply_block(self, chosen: Sequence[str], X: Tensor) -> Tensor:
+    def _own_product(self, X: Tensor, chosen: Sequence[str]) -> Tensor:
+        """Over this process's samples."""
         risk, result = self.risk, torch.zeros_like(X)
         fixed = {name: p.detach() for name, p in risk.params.items()}
         params = {name: fixed.pop(name) for name in chosen}
@@ -158,6 +160,11 @@ class PositiveCurvatureBlock(TorchLinearOperator):
         self.whole, self.names = whole, list(names)
         size = sum(whole.risk.params[name].numel() for name in names)
         super().__init__((size, size), whole.risk.dtype, whole.risk.device)
+
+    @property
+    def ranks(self) -> Ranks:
+        """Those of the risk."""
+        return self.whole.risk.ranks
 
     def _multiply(self, X: Tensor) -> Tensor:
         return self.whole.multiply_block(self.names, X)

@@ -154,8 +154,12 @@ class PositiveCurvatureHessian(BlockDiagonal):
         with extra("backpack"):
             from backpack.extensions import PCHMP
 
-        results = backpack_results(self.risk, PCHMP(modify=modify))
-        if blocks == "parameter" and not as_published:
+        many = self.risk.ranks.is_many
+        with self.risk.ranks.together("PositiveCurvatureHessian"):
+            results = []
+            if self.risk.batch_sizes:
+                results = own_backpack_results(self.risk, PCHMP(modify=modify))
+        if blocks == "parameter" and not as_published and not many:
             super().__init__([BackpackProduct(f, p) for p, f, _ in results])
             return
         with ordinary_mode():
@@ -190,11 +194,31 @@ def layers_of(module: nn.Module) -> dict[int, nn.Module]:
     return {id(p): part for part in module.modules() for p in part.parameters(False)}
 
 
+def backpack_results(risk: EmpiricalRisk, extension: Any) -> list[Left]:
+    """Run one of BackPACK's extensions on all samples, in one process.
+
+    Raises:
+        TypeError: If ``extension`` is none.
+        ValueError: If BackPACK cannot do the model, or the risk is over processes: a
+            recursion takes means over samples from layer to layer.
+    """
+    if risk.ranks.is_many:
+        what = type(extension).__name__
+        raise ValueError(
+            f"process_group: BackPACK's {what} is a recursion over the samples of one "
+            "process. Build it from a risk without process_group=, or take KFAC or "
+            "EKFAC, which run over processes."
+        )
+    return own_backpack_results(risk, extension)
+
+
 @ordinary_mode()
-def backpack_results(
+def own_backpack_results(
     risk: EmpiricalRisk, extension: Any, memory: int | None = None
 ) -> list[Left]:
-    """Run one of BackPACK's extensions on a copy of a risk's model.
+    """Run one of BackPACK's extensions on this process's samples.
+
+    A mean is over these. There is at least one.
 
     Args:
         risk: The risk.
@@ -207,7 +231,7 @@ def backpack_results(
 
     Raises:
         TypeError: If ``extension`` is none.
-        ValueError: If BackPACK cannot do the model, or the risk is over processes.
+        ValueError: If BackPACK cannot do the model.
     """
     with extra("backpack"):
         from backpack import backpack, extend
@@ -219,12 +243,6 @@ def backpack_results(
             f"backpack.extensions.KFRA(), got {extension!r}."
         )
     what = type(extension).__name__
-    if risk.ranks.is_many:
-        raise ValueError(
-            f"process_group: BackPACK's {what} is a recursion over the samples of one "
-            "process. Build it from a risk without process_group=; the Hessian's "
-            "diagonal has route='products', KFAC and EKFAC run over processes."
-        )
     module, loss = _module_and_loss(risk, what)
     _check_layers(module, what)
     X, y = _one_batch(risk, what)

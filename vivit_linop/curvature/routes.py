@@ -22,6 +22,7 @@ from vivit_linop.linalg.decompositions import (
     LowRankDecomposition,
     gram_rounding_error,
 )
+from vivit_linop.linalg.iterative import IterativeWoodbury
 from vivit_linop.linalg.krylov import SOLVERS, by_arpack, start_of, watched
 from vivit_linop.linalg.leading import led
 from vivit_linop.net.costs import layer_costs
@@ -125,6 +126,7 @@ def _cheapest(op: LowRank, k: int) -> plan.Choice:
         op.by_gram,
         op.device,
         op.is_decomposed,
+        op.ranks.is_many,
     )
 
 
@@ -269,5 +271,8 @@ def explain_woodbury(op: Woodbury, k: int | None = None) -> plan.Route:
     rows, name = (columns, "dense Gram") if inner.by_gram else (D, "dense G")
     why = f"{columns} columns of length {D}" if inner.route is None else "asked for"
     route = plan.Route(name, rows**3 / 3, 8.0 * rows**2)
+    if isinstance(op, IterativeWoodbury):
+        name, why = "CG on K", "no process has room for a factor; an iteration"
+        route = plan.Route(name, 2.0 * rows**2, 8.0 * rows**2)
     print(f"inv took {name!r}: {why}.\n  {route}")
     return route

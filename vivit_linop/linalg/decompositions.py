@@ -13,6 +13,7 @@ from vivit_linop.operators.eigenpairs import Eigendecomposition, Eigenpairs
 from vivit_linop.operators.lowrank import Gram, LowRank
 from vivit_linop.operators.scalars import Scalar
 from vivit_linop.operators.symmetric import largest_eigenpairs, symmetric_eigenpairs
+from vivit_linop.ranks.alone import ALONE, Ranks
 
 # How far from orthonormal vectors may be for a single step to correct them.
 _NEARLY = 0.1
@@ -83,14 +84,16 @@ class DenseDecomposition(Eigendecomposition):
 
     Args:
         matrix: ``[n, n]``.
+        ranks: The processes that have it.
     """
 
-    def __init__(self, matrix: Tensor) -> None:
-        self._matrix, self.count = matrix, len(matrix)
+    def __init__(self, matrix: Tensor, ranks: Ranks = ALONE) -> None:
+        self._matrix, self.count, self._ranks = matrix, len(matrix), ranks
 
     @cached_property
     def _eigh(self) -> tuple[Tensor, Tensor]:
-        return symmetric_eigenpairs(self._matrix)
+        evals, evecs = self._ranks.led(symmetric_eigenpairs, self._matrix)
+        return evals, evecs
 
     @property
     def eigenvalues(self) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -110,7 +111,7 @@ def eigenvalues_of_identity(op: Identity) -> Tensor:
 
 @eigvalsh.register
 def eigenvalues_of_dense(op: Dense) -> Tensor:
-    return symmetric_eigenvalues(op.matrix)
+    return cast(Tensor, op.ranks.led(symmetric_eigenvalues, op.matrix))
 
 
 @eigvalsh.register
@@ -167,13 +168,13 @@ def eigenvalues_of_block_diagonal(op: BlockDiagonal) -> Tensor:
 
 @eigendecomposition.register
 def decomposition_of_dense(op: Dense) -> Eigendecomposition:
-    return DenseDecomposition(op.matrix)
+    return DenseDecomposition(op.matrix, op.ranks)
 
 
 @eigendecomposition.register
 def decomposition_of_dense_inverse(op: DenseInverse) -> Eigendecomposition:
     """Of the inverted matrix: positive where that is positive definite."""
-    evals, evecs = symmetric_eigenpairs(op.operator.matrix.double())
+    evals, evecs = op.ranks.led(symmetric_eigenpairs, op.operator.matrix.double())
     vectors = evecs.to(op.torch_dtype)
     inverse = (1.0 / (evals + op.damping)).to(op.torch_dtype)
     return MergedDecomposition(inverse, lambda order: vectors[:, order])
@@ -181,7 +182,7 @@ def decomposition_of_dense_inverse(op: DenseInverse) -> Eigendecomposition:
 
 @eigendecomposition.register
 def decomposition_of_gram(op: Gram) -> Eigendecomposition:
-    return DenseDecomposition(op.matrix)
+    return DenseDecomposition(op.matrix, op.ranks)
 
 
 @eigendecomposition.register

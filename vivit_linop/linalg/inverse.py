@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from vivit_linop.linalg.decompositions import gram_rounding_error
+from vivit_linop.linalg.iterative import IterativeWoodbury
 from vivit_linop.operators.base import TorchLinearOperator
 from vivit_linop.operators.damped import Damped, DampedInverse
 from vivit_linop.operators.dispatch import no_inverse
@@ -180,7 +181,13 @@ def damped_inverse_of_diagonal(op: Diagonal | Identity | Damped, damping: Scalar
 
 @damped_inv.register
 def damped_inverse_of_low_rank(op: LowRank, damping: Scalar) -> Op:
-    return Woodbury(op, damping)
+    """By a factor of the small side; by iteration, if processes share one too large."""
+    try:
+        return Woodbury(op, damping)
+    except MemoryError:
+        if not op.by_gram or op.gram.rows is None:
+            raise
+    return IterativeWoodbury(op, damping)
 
 
 @damped_inv.register

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -10,8 +10,11 @@ import torch
 from scipy.sparse import linalg as sparse
 from torch import Tensor
 
+from vivit_linop.linalg.leading import led
 from vivit_linop.operators.base import TorchLinearOperator
-from vivit_linop.operators.verbs import inv, solver
+from vivit_linop.operators.lowrank import Woodbury
+from vivit_linop.operators.small_side import needs_refinement
+from vivit_linop.operators.verbs import damp, inv, scale, solver
 
 Solve = Callable[[np.ndarray, float], tuple[np.ndarray, int]]
 
@@ -19,6 +22,8 @@ Solve = Callable[[np.ndarray, float], tuple[np.ndarray, int]]
 _GMRES_VECTORS = 50
 # After so many steps the residual is looked at, and the iteration begins again with it.
 _STEPS = 5000
+# How many roundings of a product a residual may have, times the condition number.
+_ROUNDINGS = 10.0
 
 
 class IterativeInverse(TorchLinearOperator):
@@ -115,6 +120,46 @@ class IterativeInverse(TorchLinearOperator):
                     "rtol or a preconditioner M, or add damping: A + delta * "
                     "Identity(n)."
                 )
+
+
+class IterativeWoodbury(Woodbury):
+    """Woodbury's inverse over processes none of which has room for K: by iteration.
+
+    Each has its rows of K, (δ I + c K) y = b is solved by conjugate gradients on one of
+    them, and all take part in its products. For δ = λ_max/100 that takes some 100 of
+    these, for λ_max/10⁴ some 1,000.
+
+    Args:
+        operator: c V Vᵀ, over several processes.
+        damping: δ, positive.
+    """
+
+    def _prepared(self) -> tuple[float, bool]:
+        inner = self.operator
+        rows = inner.gram.rows
+        assert rows is not None
+        self._damped = damp(scale(inner.gram, inner.scale), self.damping)
+        norm = inner.scale * rows.norm()
+        # A residual cannot be smaller than rounding in a product leaves it.
+        condition = 1.0 + norm / self.damping
+        self._rtol = _ROUNDINGS * torch.finfo(inner.torch_dtype).eps * condition
+        return norm, needs_refinement(condition, inner.torch_dtype)
+
+    def solve_small(self, X: Tensor) -> Tensor:
+        """(δ I + c K)⁻¹ times columns of the smaller side, ``[R, K]``."""
+        return led(lambda A: IterativeInverse(A, self._rtol).apply(X), self._damped)
+
+    def root_columns(self, count: int) -> Iterator[Tensor]:
+        """Refuse: a root takes a factorisation.
+
+        Raises:
+            MemoryError: Always.
+        """
+        raise MemoryError(
+            "diagonal: of this inverse it takes a factor of the Gram matrix, for which "
+            "no process has room. Take fewer samples, risk.subset(…), or mc_samples=; "
+            "products with the inverse are possible."
+        )
 
 
 class _IndefiniteError(ArithmeticError):

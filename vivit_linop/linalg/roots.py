@@ -18,6 +18,7 @@ from vivit_linop.operators.elementary import (
     Identity,
     Product,
     Scaled,
+    dense_over,
 )
 from vivit_linop.operators.kronecker import (
     BlockDiagonal,
@@ -57,15 +58,15 @@ def root_of_diagonal(op: Diagonal) -> Op:
 def root_of_dense(op: Dense) -> Op:
     """Q √Λ."""
     op._check_self_adjoint("sqrt")
-    evals, evecs = symmetric_eigenpairs(op.matrix)
-    return Dense(evecs * _roots(evals))
+    evals, evecs = op.ranks.led(symmetric_eigenpairs, op.matrix)
+    return op.like(evecs * _roots(evals))
 
 
 @sqrt.register
 def root_of_dense_inverse(op: DenseInverse) -> Op:
     """Q (Λ + δ I)^−½, from the eigenpairs of the inverted matrix."""
     op._check_self_adjoint("sqrt")
-    evals, evecs = symmetric_eigenpairs(op.operator.matrix.double())
+    evals, evecs = op.ranks.led(symmetric_eigenpairs, op.operator.matrix.double())
     evals = evals + op.damping
     if evals[0] <= 0.0:
         noise = len(evals) ** 0.5 * torch.finfo(op.torch_dtype).eps * evals.abs().max()
@@ -78,7 +79,7 @@ def root_of_dense_inverse(op: DenseInverse) -> Op:
                 else "the inverse is not positive semi-definite."
             )
         )
-    return Dense((evecs / evals.sqrt()).to(op.torch_dtype))
+    return op.operator.like((evecs / evals.sqrt()).to(op.torch_dtype))
 
 
 @sqrt.register
@@ -150,7 +151,10 @@ def root_of_kronecker(op: Kronecker) -> Op:
     if any(without_noise(evals).min() < 0.0 for evals, _ in op.factor_eigenpairs):
         return Product(op.eigenvectors, Diagonal(_roots(op.eigenvalues)))
     return Kronecker(
-        *(Dense(evecs * _roots(evals)) for evals, evecs in op.factor_eigenpairs)
+        *(
+            dense_over(op.ranks, evecs * _roots(evals))
+            for evals, evecs in op.factor_eigenpairs
+        )
     )
 
 
@@ -192,14 +196,14 @@ def samples_of_operator(
 @damped_sqrt.register
 def damped_root_of_dense(op: Dense, damping: Scalar) -> Op:
     op._check_self_adjoint("sqrt")
-    evals, evecs = symmetric_eigenpairs(op.matrix.double())
+    evals, evecs = op.ranks.led(symmetric_eigenpairs, op.matrix.double())
     roots = _roots(evals + damping, op.torch_dtype)
-    return Dense((evecs * roots).to(op.torch_dtype))
+    return op.like((evecs * roots).to(op.torch_dtype))
 
 
 @damped_sqrt.register
 def damped_root_of_gram(op: Gram, damping: Scalar) -> Op:
-    return damped_sqrt(Dense(op.matrix), damping)
+    return damped_sqrt(dense_over(op.ranks, op.matrix), damping)
 
 
 @damped_sqrt.register

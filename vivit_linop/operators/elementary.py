@@ -19,6 +19,7 @@ from vivit_linop.operators.base import (
 from vivit_linop.operators.lowrank import LowRank
 from vivit_linop.operators.scalars import Scalar
 from vivit_linop.operators.symmetric import symmetric_eigenvalues, without_noise
+from vivit_linop.ranks.alone import Ranks
 
 
 class Identity(TorchLinearOperator):
@@ -101,6 +102,35 @@ class Dense(TorchLinearOperator):
 
     def _multiply_adjoint(self, X: Tensor) -> Tensor:
         return self.matrix.T @ X
+
+    def like(self, matrix: Tensor) -> Dense:
+        """Return another matrix, which the same processes have."""
+        return dense_over(self.ranks, matrix)
+
+
+class SharedDense(Dense):
+    """A matrix that several processes have computed together, the same to the bit.
+
+    What its bits do not decide, such as eigenvectors, one of them computes for all.
+
+    Args:
+        matrix: ``[m, n]``.
+        ranks: The processes.
+    """
+
+    def __init__(self, matrix: Tensor, ranks: Ranks) -> None:
+        super().__init__(matrix)
+        self._shared = ranks
+
+    @property
+    def ranks(self) -> Ranks:
+        """Those that have computed it."""
+        return self._shared
+
+
+def dense_over(ranks: Ranks, matrix: Tensor) -> Dense:
+    """Return a matrix that these processes have."""
+    return SharedDense(matrix, ranks) if ranks.is_many else Dense(matrix)
 
 
 class Diagonal(TorchLinearOperator):

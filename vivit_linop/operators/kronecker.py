@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
+from typing import cast
 
 import numpy as np
 import torch
@@ -159,10 +160,9 @@ class Kronecker(TorchLinearOperator):
     @functools.cached_property
     def factor_eigenpairs(self) -> list[tuple[Tensor, Tensor]]:
         """The eigenvalues and eigenvectors of each factor, computed once."""
-        dtype = self.torch_dtype
-        # In float64, so that what is known of small eigenvalues is not lost.
-        pairs = [symmetric_eigenpairs(to_dense(f).double()) for f in self.factors]
-        return [(evals.to(dtype), evecs.to(dtype)) for evals, evecs in pairs]
+        matrices = [to_dense(factor) for factor in self.factors]
+        pairs = self.ranks.led(_eigenpairs_of, matrices, self.torch_dtype)
+        return cast("list[tuple[Tensor, Tensor]]", pairs)
 
     @property
     def eigenvalues(self) -> Tensor:
@@ -196,6 +196,14 @@ class Kronecker(TorchLinearOperator):
 
     def _multiply_adjoint(self, X: Tensor) -> Tensor:
         return Kronecker(*(factor.T for factor in self.factors))._multiply(X)
+
+
+def _eigenpairs_of(
+    matrices: Sequence[Tensor], dtype: torch.dtype
+) -> list[tuple[Tensor, Tensor]]:
+    # In float64, so that what is known of small eigenvalues is not lost.
+    pairs = [symmetric_eigenpairs(matrix.double()) for matrix in matrices]
+    return [(evals.to(dtype), evecs.to(dtype)) for evals, evecs in pairs]
 
 
 class CorrectedKronecker(TorchLinearOperator):

@@ -391,10 +391,15 @@ class Woodbury(TorchLinearOperator):
             )
         self.operator, self.damping = _without_gradient(operator, "inv"), damping
         self._solver: DampedSolver | None = None  # where the small side is
-        self.norm, self.refines, error = operator.on_small_side(self._factorise)
+        self.norm, self.refines = self._prepared()
+        super().__init__(operator.shape, operator._own_dtype, operator._own_device)
+
+    def _prepared(self) -> tuple[float, bool]:
+        """Make what solves on the small side; its norm, and whether to refine."""
+        norm, refines, error = self.operator.on_small_side(self._factorise)
         if error:
             raise ValueError(error)
-        super().__init__(operator.shape, operator._own_dtype, operator._own_device)
+        return norm, refines
 
     def _made_of(self) -> tuple[TorchLinearOperator]:
         return (self.operator,)

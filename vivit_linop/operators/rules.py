@@ -148,7 +148,7 @@ def sum_of_operators(A: Op, B: Op) -> Op:
 
 @add.rule(Dense, Dense)
 def sum_of_dense(A: Dense, B: Dense) -> Op:
-    return Dense(A.matrix + B.matrix)
+    return (A if A.ranks.is_many else B).like(A.matrix + B.matrix)
 
 
 @add.rule(Diagonal, Diagonal)
@@ -158,7 +158,7 @@ def sum_of_diagonals(A: Diagonal, B: Diagonal) -> Op:
 
 @add.commuting(Dense, Diagonal)
 def sum_of_dense_and_diagonal(A: Dense, B: Diagonal) -> Op:
-    return Dense(A.matrix + torch.diag(B.entries))
+    return A.like(A.matrix + torch.diag(B.entries))
 
 
 @add.rule(LowRank, LowRank)
@@ -268,7 +268,7 @@ def multiple_of_scaled(op: Scaled, factor: Scalar) -> Op:
 def multiple_of_dense(op: Dense, factor: Scalar) -> Op:
     if isinstance(factor, Tensor):
         return Scaled(factor, op)
-    return Dense(factor * op.matrix)
+    return op.like(factor * op.matrix)
 
 
 @scale.register

@@ -129,9 +129,7 @@ class DampedSolver:
             self._values = scale * pairs[0].double() + damping
             if self._values[0] <= 0.0:
                 raise self._below_rounding()
-        # Rounding in A is enlarged by λ/δ, rounding in a factor by that and its size.
-        eps = torch.finfo(matrix.dtype).eps
-        self.refines = self.norm / damping > eps**-0.125
+        self.refines = needs_refinement(self.norm / damping, matrix.dtype)
 
     def solve(self, columns: Tensor) -> Tensor:
         """Return (c A + δ I)⁻¹ times columns ``[n, K]``."""
@@ -186,6 +184,14 @@ class DampedSolver:
             f"with norm {self.norm:.3g} in {self._matrix.dtype}. Use a larger damping, "
             "or float64."
         )
+
+
+def needs_refinement(condition: float, dtype: torch.dtype) -> bool:
+    """Whether solutions for a matrix of a condition number lose too many digits.
+
+    Rounding in A is enlarged by λ/δ, rounding in a factor by that and its size.
+    """
+    return condition > torch.finfo(dtype).eps ** -0.125
 
 
 def _check_room(matrix: Tensor, dtype: torch.dtype) -> None:

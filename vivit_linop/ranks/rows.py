@@ -27,6 +27,11 @@ class RankRows:
         """Return the matrix on the rank that leads, None on the others."""
         return self._ranks.to_leader(self.own, self.width)
 
+    def norm(self) -> float:
+        """Return the Frobenius norm of the matrix."""
+        squares = self._ranks.total(self.own.square().sum()[None])
+        return squares.sqrt().item()
+
     def multiply(self, X: Tensor) -> Tensor:
         """Return its product with a matrix that all ranks have, ``[N·R, K]``."""
         return self._ranks.listed(self._images, X)

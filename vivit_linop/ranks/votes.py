@@ -11,7 +11,14 @@ _MODULUS = 2**62
 # The columns of the table of words of which a checksum adds up rows and columns.
 _SIDE = 256
 # What callers may catch, on the ranks that have not failed too.
-_KINDS = (MemoryError, NotImplementedError, ValueError, TypeError, ArithmeticError)
+_KINDS = (
+    MemoryError,
+    ModuleNotFoundError,
+    NotImplementedError,
+    ValueError,
+    TypeError,
+    ArithmeticError,
+)
 
 
 class RankError(RuntimeError):

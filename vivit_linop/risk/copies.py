@@ -366,10 +366,19 @@ def _contents_of_partial(value: functools.partial) -> Iterable[Any]:  # type: ig
 
 @_contents.register
 def _contents_of_function(value: types.FunctionType) -> Iterable[Any]:
-    cells = value.__closure__ or ()
-    closed = [cell.cell_contents for cell in cells if not _is_empty(cell)]
-    defaults = [value.__defaults__, value.__kwdefaults__]
-    return [*closed, *defaults, *_globals(value).values()]
+    return held_by(value).values()
+
+
+def held_by(function: types.FunctionType) -> dict[str, Any]:
+    """By name, what a function closes over, its defaults, modules and tensors."""
+    code, defaults = function.__code__, function.__defaults__ or ()
+    cells = zip(code.co_freevars, function.__closure__ or (), strict=True)
+    closed = {name: c.cell_contents for name, c in cells if not _is_empty(c)}
+    arguments = code.co_varnames[: code.co_argcount][
+        -len(defaults) or code.co_argcount :
+    ]
+    given = dict(zip(arguments, defaults, strict=True))
+    return {**_globals(function), **(function.__kwdefaults__ or {}), **given, **closed}
 
 
 def _globals(function: types.FunctionType) -> dict[str, Any]:

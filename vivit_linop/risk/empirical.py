@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from vivit_linop.modes import ordinary_mode
 from vivit_linop.ranks.group import as_ranks
 from vivit_linop.risk import fingerprint
+from vivit_linop.risk.alike import check_alike, digests_of
 from vivit_linop.risk.checks import agree
 from vivit_linop.risk.cuts import Cuts
 from vivit_linop.risk.data import Batch, Target, as_batches, select_samples
@@ -38,7 +39,6 @@ from vivit_linop.risk.passes import Passes
 from vivit_linop.risk.rows import RowLayout
 from vivit_linop.risk.samples import Count, Samples, Take
 from vivit_linop.risk.shards import (
-    check_alike,
     check_is_whole,
     check_parts,
     check_widths,
@@ -72,7 +72,8 @@ class EmpiricalRisk(ParameterVectors):
             module takes one by one. Of an output with ``.logits`` these
             are taken; several outputs, in a tuple, a mapping or an object, go to the
             loss as they are. ``torch.compile`` and ``DistributedDataParallel`` are
-            unwrapped.
+            unwrapped. The risk is of the model as it is now, parameters, buffers, modes
+            and attributes; see :meth:`at`.
         loss: ``nn.MSELoss``, ``nn.CrossEntropyLoss``, ``nn.NLLLoss`` of
             log-probabilities (with the Hessian of the cross-entropy),
             ``nn.BCEWithLogitsLoss``, ``nn.GaussianNLLLoss`` with targets
@@ -250,7 +251,7 @@ class EmpiricalRisk(ParameterVectors):
         self.num_params = sum(self.sizes)
         if self.ranks.is_many:
             self.ranks = self.ranks.on(self.device)
-            check_alike(self.ranks, self._function_digests())
+            check_alike(self.ranks, self._digests_of_all)
         with self.ranks.together("EmpiricalRisk"):
             passed = model, loss, passes
             seen = first_pass(*passed, self._check, self._check_data)
@@ -388,6 +389,12 @@ class EmpiricalRisk(ParameterVectors):
             ),
             "loss": f"{type(self.loss).__name__}, {self.reduction}",
         }
+
+    def _digests_of_all(self) -> dict[str, str]:
+        """Those, and what the loss is made of."""
+        own = self._function_digests()
+        parts = digests_of(self.loss.source, "loss")
+        return {**own, **parts, "loss": f"{own['loss']}, {parts['loss']}"}
 
     @functools.cached_property
     def _samples_digest(self) -> str:
@@ -597,7 +604,7 @@ class EmpiricalRisk(ParameterVectors):
                 batches = self.batches("at")
                 risk.outputs, total = evaluated(risk.model, self.loss, batches, known)
             if self.ranks.is_many:
-                check_alike(self.ranks, risk._function_digests())
+                check_alike(self.ranks, risk._function_digests)
             risk.example = self.ranks.led(risk._first_outputs)
             risk._value = self.ranks.total(total) * self.scale
         return risk

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -122,23 +122,6 @@ def check_is_whole(data: Any, samples: int) -> None:
             "process_group=torch.distributed.group.WORLD; for that of these samples "
             "give list(loader)."
         )
-
-
-def check_alike(ranks: Ranks, functions: Mapping[str, str]) -> None:
-    """Raise an error unless all ranks have the same function of the parameters.
-
-    Args:
-        ranks: The ranks.
-        functions: By name, digests of what must be the same.
-    """
-    every = ranks.gathered(dict(functions))
-    for name in functions:
-        other = [r for r, each in enumerate(every) if each[name] != every[0][name]]
-        if other:
-            raise ValueError(
-                f"process_group: rank {other[0]} has other {name} than rank 0. All "
-                "ranks need the same: load one checkpoint, or broadcast them."
-            )
 
 
 def check_parts(
