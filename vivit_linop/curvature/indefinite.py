@@ -26,6 +26,8 @@ from vivit_linop.linalg.krylov import solver_on
 from vivit_linop.linalg.reductions import (
     damped_logdet_of_low_rank,
     damped_logdet_of_operator,
+    damped_logdets_of_low_rank,
+    damped_logdets_of_operator,
     diagonal_of_low_rank,
     logdet_of_low_rank,
     logdet_of_operator,
@@ -41,6 +43,7 @@ from vivit_linop.operators.symmetric import symmetric_eigenvalues
 from vivit_linop.operators.verbs import (
     damped_inv,
     damped_logdet,
+    damped_logdets,
     damped_sqrt,
     diagonal,
     eigendecomposition,
@@ -164,6 +167,12 @@ def damped_logdet_of_ggn(op: GGN, damping: Scalar) -> Tensor:
     if op.semidefinite:
         return damped_logdet_of_low_rank(op, damping)
     return damped_logdet_of_operator(op, damping)
+
+
+@damped_logdets.register
+def damped_logdets_of_ggn(op: GGN, dampings: Tensor) -> Tensor:
+    rule = damped_logdets_of_low_rank if op.semidefinite else damped_logdets_of_operator
+    return rule(op, dampings)
 
 
 # What needs V -----------------------------------------------------------------------

@@ -28,7 +28,7 @@ from vivit_linop.operators.kronecker import (
     Kronecker,
 )
 from vivit_linop.operators.lowrank import Centered, DampedRoot, Gram, LowRank, Woodbury
-from vivit_linop.operators.scalars import Scalar, log_abs
+from vivit_linop.operators.scalars import Scalar, as_scalar, log_abs
 from vivit_linop.operators.stacks import HStack
 from vivit_linop.operators.symmetric import without_noise
 from vivit_linop.operators.verbs import (
@@ -38,6 +38,7 @@ from vivit_linop.operators.verbs import (
     column_pieces,
     damp,
     damped_logdet,
+    damped_logdets,
     diagonal,
     diagonal_blocks,
     eigvalsh,
@@ -430,6 +431,26 @@ def damped_logdet_of_low_rank(op: LowRank, damping: Scalar) -> Tensor:
         )
     ratios = op.nonnegative_eigenvalues * (op.scale / damping)
     return torch.log1p(ratios).sum() + op.shape[0] * log_abs(damping)
+
+
+@damped_logdets.register
+def damped_logdets_of_operator(op: TorchLinearOperator, dampings: Tensor) -> Tensor:
+    if not len(dampings):
+        return dampings.new_zeros(0)
+    return torch.stack([logdet(damp(op, as_scalar(d))) for d in dampings])
+
+
+@damped_logdets.register
+def damped_logdets_of_low_rank(op: LowRank, dampings: Tensor) -> Tensor:
+    """As of one damping, in one go."""
+    if not (dampings > 0.0).all():
+        raise ValueError(
+            "logdet: a damped low-rank operator needs dampings > 0, the least is "
+            f"{dampings.min():.3g}."
+        )
+    evals = op.nonnegative_eigenvalues
+    ratios = evals * (op.scale / dampings).to(evals).unsqueeze(1)
+    return torch.log1p(ratios).sum(1) + op.shape[0] * dampings.log()
 
 
 @damped_logdet.register

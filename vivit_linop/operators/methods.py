@@ -9,10 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vivit_linop.modes import ordinary_mode
+from vivit_linop.modes import as_given, ordinary_mode
 from vivit_linop.operators import verbs
 from vivit_linop.operators.eigenpairs import Eigenpairs
 from vivit_linop.operators.indices import Index, as_index
+from vivit_linop.operators.scalars import as_scalar
 from vivit_linop.operators.scipy_base import LinearOperator
 
 Vectors = TypeVar("Vectors", Tensor, np.ndarray)
@@ -199,16 +200,35 @@ class VerbMethods(LinearOperator, Generic[Op]):
         return verbs.sample(self, num, generator)
 
     @ordinary_mode()
-    def logdet(self) -> Tensor:
+    def logdet(self, damping: float | Tensor | Sequence[float] | None = None) -> Tensor:
         """Return the logarithm of the absolute determinant, a scalar tensor.
 
         For c V Vᵀ + δ I it is D log δ + Σ log(1 + λ/δ). The n eigenvalues λ are known
         up to about max(10, √n) eps λ_max each, so the error is at most that times
         Σ 1/(λ + δ), which is below n/δ. In float32 and for δ = 1e-6 λ_max, eigenvalues
         below δ can be off by 1 each; a model in float64 has them exactly.
+
+        Args:
+            damping: δ, to return that of A + δ I; T of them to return as many, ``[T]``.
+                Those of low-rank operators come from one decomposition, in one go.
+
+        Example:
+            >>> import torch, vivit_linop as vl
+            >>> V = vl.Dense(torch.tensor([[3.0], [4.0]]))
+            >>> (V @ V.T).logdet(damping=[1.0, 2.0])
+            tensor([3.2581, 3.9890])
         """
         self._check_square("logdet")
-        return self._own(verbs.logdet(self))
+        if damping is None:
+            return self._own(verbs.logdet(self))
+        dampings = as_given(damping, torch.float64).to(self.device, torch.float64)
+        if dampings.ndim > 1 or not dampings.isfinite().all():
+            raise ValueError(
+                f"damping: a finite number, or [T] of them, got {damping!r}."
+            )
+        if dampings.ndim == 0:
+            return self._own(verbs.logdet(verbs.damp(self, as_scalar(dampings))))
+        return self._own(verbs.damped_logdets(self, dampings))
 
     @ordinary_mode()
     def eigvalsh(self, route: str | None = None) -> Tensor:

@@ -393,6 +393,19 @@ def damped_logdet(op: Any, damping: Scalar) -> Tensor:
     raise no_rule("logdet", op)
 
 
+@singledispatch
+def damped_logdets(op: Any, dampings: Tensor) -> Tensor:
+    """Return ``log |det(A + δ I)|`` for each of T dampings, ``[T]``.
+
+    Without a rule, one after the other.
+
+    Args:
+        op: A square operator.
+        dampings: ``[T]``, float64.
+    """
+    raise no_rule("logdet", op)
+
+
 # Eigenvalues ------------------------------------------------------------------------
 
 

@@ -1,0 +1,113 @@
+"""Determinants for several dampings, against dense ones."""
+
+import math
+
+import pytest
+import torch
+from operator_market import MARKET, build
+from torch import Tensor, nn
+
+import vivit_linop as vl
+
+TAUS = torch.tensor([0.25, 3.0, 40.0], dtype=torch.float64)
+
+
+def symmetric(name: str) -> bool:
+    op, _ = build(name, torch.float64, "cpu")
+    return op.shape[0] == op.shape[1] and op.self_adjoint
+
+
+def damped_logdets(A: Tensor, taus: Tensor = TAUS) -> Tensor:
+    unit = torch.eye(len(A), dtype=torch.float64)
+    return torch.stack([torch.linalg.slogdet(A + tau * unit)[1] for tau in taus])
+
+
+@pytest.mark.parametrize("name", list(filter(symmetric, MARKET)))
+def test_operators(name: str) -> None:
+    """What has a closed form for one damping has it for several; the same values."""
+    op, A = build(name, torch.float64, "cpu")
+    try:
+        expected = (op + 3.0 * vl.Identity(len(A))).logdet()
+    except (TypeError, ValueError) as error:
+        with pytest.raises(type(error)):
+            op.logdet(damping=TAUS)
+        return
+    got = op.logdet(damping=TAUS)
+    torch.testing.assert_close(got, damped_logdets(A), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(got[1], expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(op.logdet(damping=3), expected, rtol=1e-12, atol=1e-12)
+
+
+def nets(dtype: torch.dtype) -> dict[str, vl.TorchLinearOperator]:
+    """GGNs with fewer columns than parameters and with more, a multiple, an inverse."""
+    torch.manual_seed(0)
+    X, y = torch.rand(30, 4).to(dtype), torch.randint(3, (30,))
+    net = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).to(dtype)
+    few, many = (vl.GGN(net, nn.CrossEntropyLoss(), (X[:n], y[:n])) for n in (5, 30))
+    return {
+        "few": few,
+        "many": many,
+        "multiple": 7 * few,
+        "KFAC": vl.KFAC(many.risk),
+        "diagonal": vl.Diagonal(many.diagonal()),
+    }
+
+
+@pytest.mark.parametrize("name", nets(torch.float64))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_curvatures(name: str, dtype: torch.dtype) -> None:
+    got = nets(dtype)[name].logdet(damping=TAUS.tolist())
+    assert got.dtype == dtype and got.shape == (3,)
+    expected = damped_logdets(nets(torch.float64)[name].to_dense()).to(dtype)
+    torch.testing.assert_close(got, expected)
+
+
+def test_one_decomposition_serves_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+    eigvalsh = vl.operators.small_side.symmetric_eigenvalues  # type: ignore[attr-defined]
+
+    def counted(matrix: Tensor) -> Tensor:
+        calls.append(1)
+        result: Tensor = eigvalsh(matrix)
+        return result
+
+    monkeypatch.setattr(
+        "vivit_linop.operators.small_side.symmetric_eigenvalues", counted
+    )
+    G = nets(torch.float64)["few"]
+    G.logdet(damping=TAUS)
+    for damping in TAUS.tolist():
+        A = G + damping * vl.Identity(G.shape[0])
+        A.logdet(), A.inv().trace()
+    assert len(calls) == 1
+
+
+def test_what_is_kept_is_not_given_away() -> None:
+    G = nets(torch.float64)["few"]
+    expected = G.logdet(damping=TAUS)
+    G.eigvalsh().zero_()
+    torch.testing.assert_close(G.logdet(damping=TAUS), expected)
+
+
+@pytest.mark.parametrize("name", ["few", "KFAC", "diagonal"])
+def test_derivatives_in_the_dampings(name: str) -> None:
+    op = nets(torch.float64)[name]
+    taus = TAUS.clone().requires_grad_()
+    op.logdet(damping=taus).sum().backward()
+    A, unit = op.to_dense(), torch.eye(op.shape[0], dtype=torch.float64)
+    traces = torch.stack([torch.linalg.inv(A + tau * unit).trace() for tau in TAUS])
+    torch.testing.assert_close(taus.grad, traces)
+
+
+def test_bad_dampings() -> None:
+    G = nets(torch.float64)["few"]
+    for damping, message in [
+        (torch.ones(2, 2), "damping: a finite number"),
+        ([1.0, math.nan], "damping: a finite number"),
+        ([1.0, 0.0], "logdet: a damped low-rank operator needs dampings > 0"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            G.logdet(damping=damping)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="square"):
+        G.factor.logdet(damping=1.0)  # type: ignore[attr-defined]
+    assert G.logdet(damping=[]).shape == (0,)
