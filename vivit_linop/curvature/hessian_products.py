@@ -25,6 +25,7 @@ from vivit_linop.risk.data import some_targets
 from vivit_linop.risk.empirical import EmpiricalRisk
 from vivit_linop.risk.given import as_risk
 from vivit_linop.risk.losses.certificates import certify_curvature, check_curvature
+from vivit_linop.risk.memory import is_out_of_memory
 from vivit_linop.risk.model import as_guest
 
 # How far apart ways that differ in the order of summation may be, in eps^¾.
@@ -238,7 +239,7 @@ class HessianProducts(TorchLinearOperator):
         # Some operations have no batched backward pass.
         except (RuntimeError, NotImplementedError) as error:
             # Less may fit at another time.
-            self._batched = isinstance(error, torch.OutOfMemoryError)
+            self._batched = is_out_of_memory(error)
             return None
 
     def _is_right(

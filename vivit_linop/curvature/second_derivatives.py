@@ -39,6 +39,7 @@ from vivit_linop.risk.differences import (
     allowed,
 )
 from vivit_linop.risk.empirical import EmpiricalRisk
+from vivit_linop.risk.memory import is_out_of_memory
 from vivit_linop.risk.model import Params, as_guest
 
 # How near outputs in float64 are to those in float32, if the net is the same there.
@@ -176,7 +177,9 @@ class Certificate:
             for half in halves:
                 self.risk.model(self.risk.model.params, half.X)
         # Whatever a model says to batches of another size.
-        except Exception:
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise
             return []
         return halves
 
@@ -373,7 +376,7 @@ def differentiable_twice() -> Iterator[None]:
     try:
         yield
     except (RuntimeError, NotImplementedError) as error:
-        if isinstance(error, torch.OutOfMemoryError):
+        if is_out_of_memory(error):
             raise
         raise ValueError(
             f"model: has no second derivative in torch ({error}). Replace the "

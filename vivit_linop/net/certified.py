@@ -259,7 +259,9 @@ class CertifiedColumns:
                 columns |= one_by_one(self._risk, self._X, cotangents, alone)
             # A net may run on batches of one size only; an error of the net itself was
             # seen when it was captured.
-            except Exception:
+            except Exception as error:
+                if is_out_of_memory(error):
+                    raise
                 columns |= on_the_batch(self._capture, self._risk, cotangents, alone)
         return columns
 
@@ -345,7 +347,9 @@ class CertifiedColumns:
             try:
                 found = self._again(names, *near)
             # Whatever a net says to parameters that are no longer what they were.
-            except Exception:
+            except Exception as error:
+                if is_out_of_memory(error):
+                    raise
                 break
             for name, again in zip(names, found, strict=True):
                 gradient = pulled_back[name]

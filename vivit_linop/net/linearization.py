@@ -300,7 +300,9 @@ class Linearization:
                 wanted = [p.requires_grad_() for p in at.values()]
                 graph = Graph(self._function(at), wanted)
                 change = (self._vjp(cotangent, graph) - pulled_back).norm()
-            except Exception:
+            except Exception as error:
+                if is_out_of_memory(error):
+                    raise
                 return False
             # Another gradient at the same parameters is no rounding.
             if number == 0 and change != 0.0:

@@ -83,13 +83,15 @@ class Recorder(TorchFunctionMode):
             return result
         if self._views.follow(func, args, kwargs, result):
             return result
-        own = _with_edge(result, (args, kwargs))
-        use = self._structured(func, args, kwargs, own)
+        use = self._structured(func, args, kwargs, result)
         if use is None or set(use.names) != names:
             self.opaque |= names
             return result
+        if _may_move(result, (args, kwargs)):
+            result = result.clone()
+            use.edge = get_gradient_edge(result)
         self.uses.append(use)
-        return own
+        return result
 
     def _attention(
         self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Arguments
@@ -138,20 +140,17 @@ class Recorder(TorchFunctionMode):
         return None
 
 
-def _with_edge(result: Any, given: Any) -> Any:
-    """Return a result whose place in the graph stays, also where it is written to.
+def _may_move(result: Tensor, given: Any) -> bool:
+    """Whether a result moves in the graph where it is written to.
 
     A layer may give a view of what it has computed (``F.linear`` of one transposed
-    sample). Writing into a view moves it in the graph: signals would pass by the place
-    that was recorded. Views of what the net has itself are left to it.
+    sample). Where a view is written to, signals pass by the place that was recorded.
+    Views of what the net has itself are left to it.
     """
-    base = result._base if isinstance(result, Tensor) else None
-    if base is None:
-        return result
-    for tensor in tensors(given):
-        if base is tensor or base is tensor._base:
-            return result
-    return result.clone()
+    base = result._base
+    return base is not None and not any(
+        base is tensor or base is tensor._base for tensor in tensors(given)
+    )
 
 
 def _use(kind: Kind, arguments: Arguments, result: Tensor) -> Use | None:

@@ -22,6 +22,7 @@ from vivit_linop.risk.draws import Draws
 from vivit_linop.risk.losses.autograd import AutogradLoss
 from vivit_linop.risk.losses.base import OutputLoss
 from vivit_linop.risk.losses.own import OwnLoss
+from vivit_linop.risk.memory import is_out_of_memory
 
 # At how many drawn labels a likelihood is looked at, with how many entries at most;
 # beyond how many deviations, and from which factor on, two means over them differ.
@@ -78,6 +79,8 @@ def check_curvature(loss: OutputLoss, output: Tensor, target: Tensor) -> None:
     try:
         product = loss.hessian_product(output[:1], _first(target), x)
     except (RuntimeError, NotImplementedError) as error:
+        if is_out_of_memory(error):
+            raise
         raise ValueError(
             f"loss: {loss.name} has no second derivative in torch ({error}), so no "
             "Hessian. Write it as a function of differentiable operations, with "
