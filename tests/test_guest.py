@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import pickle
@@ -384,6 +385,52 @@ def test_a_function_with_a_module_inside(shared: bool) -> None:
     x = vector(risk.num_params)
     torch.testing.assert_close(vl.GGN(risk) @ x, vl.GGN(expected) @ x)
     assert {name: id(p) for name, p in net.named_parameters()} == before
+
+
+def with_unused_draws() -> nn.Module:
+    net = nn.Sequential(nn.Linear(18, 4), nn.Sigmoid(), nn.Linear(4, 3))
+
+    def draw(*_: object) -> None:
+        torch.rand(2)
+
+    net[1].register_forward_hook(draw)
+    return nn.Sequential(nn.Flatten(), *net)
+
+
+def with_convolution(pool: nn.Module) -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(2, 3, 2, bias=False),
+        nn.Sigmoid(),
+        pool,
+        nn.Flatten(),
+        nn.Linear(3, 3),
+    )
+
+
+DRAWING: dict[str, Callable[[], nn.Module]] = {
+    "draws that are not used": with_unused_draws,
+    "a pooling that becomes a convolution": lambda: with_convolution(nn.AvgPool2d(2)),
+    "another": lambda: with_convolution(nn.AdaptiveAvgPool2d(1)),
+}
+RECURSIONS: list[Callable[[vl.EmpiricalRisk], Any]] = [
+    lambda risk: vl.Hessian(risk).diagonal(),
+    lambda risk: vl.Hessian(risk).sample_diagonals(),
+    lambda risk: vl.from_backpack(risk, DiagGGNExact()),
+    lambda risk: vl.KFRA(risk),
+]
+
+
+@pytest.mark.parametrize("name", DRAWING)
+def test_packages_draw_none_of_the_users_numbers(name: str) -> None:
+    torch.manual_seed(0)
+    net = DRAWING[name]().double()
+    data = torch.rand(4, 2, 3, 3).double(), torch.arange(4) % 3
+    risk = vl.EmpiricalRisk(net, LOSS, data)
+    before = switches()
+    for use in RECURSIONS:
+        with contextlib.suppress(ValueError):  # what a package cannot do
+            use(risk)
+        assert switches() == before
 
 
 # Copies of risks, and packages that work on modules -----------------------------------

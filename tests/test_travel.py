@@ -142,6 +142,102 @@ def test_what_is_known_goes_along(way: str, monkeypatch: pytest.MonkeyPatch) -> 
     assert torch.equal(copied.gram.to_dense(), K)
 
 
+# Functions that lead to modules: ``deepcopy`` and pickles share those.
+
+GLOBAL = nn.Linear(6, C).double()
+
+
+class Holder:
+    def __init__(self, layer: nn.Module) -> None:
+        self.layer = layer
+
+
+class Outside(nn.Module):
+    """A net whose last layer is reached through what is no module."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.first, self.last, self.way = nn.Linear(5, 6).double(), GLOBAL, way
+        self.holder = Holder(GLOBAL)
+
+    def forward(self, x: Tensor) -> Tensor:
+        layer = GLOBAL if self.way == "global" else self.holder.layer
+        result: Tensor = layer(self.first(x).tanh())
+        return result
+
+
+def _closure(net: nn.Module) -> None:
+    forward = net[0].forward  # type: ignore[index]
+    net[0].forward = lambda x: 2.0 * forward(x)  # type: ignore[index]
+
+
+def _hook_of_another_layer(net: nn.Module) -> None:
+    net[0].register_forward_hook(lambda m, args, out: out * net[2].weight.mean())  # type: ignore[index]
+
+
+def _hook_of_a_parameter(net: nn.Module) -> None:
+    weight = net[2].weight  # type: ignore[index]
+    net[2].register_forward_pre_hook(lambda m, args: (args[0] @ weight.T @ weight,))  # type: ignore[index]
+
+
+def _columns(net: nn.Module, X: Tensor, predict: Any = None) -> Tensor:
+    parameters = list(net.parameters())
+    rows = [
+        torch.autograd.grad(o, parameters, retain_graph=True, materialize_grads=True)
+        for o in (net(X) if predict is None else predict(net, X)).flatten()
+    ]
+    return torch.stack([torch.cat([g.flatten() for g in row]) for row in rows])
+
+
+@pytest.mark.parametrize("used", ["", "products"])
+@pytest.mark.parametrize(
+    "change", [_closure, _hook_of_another_layer, _hook_of_a_parameter, "predict"]
+)
+def test_functions_go_with_their_modules(change: Any, used: str) -> None:
+    torch.manual_seed(1)
+    net, X = _mlp()
+    predict = None
+    if change == "predict":
+        first, last = net[0], net[2]  # type: ignore[index]
+        predict = lambda m, x: last(first(x).sin())  # noqa: E731
+    else:
+        change(net)
+    J = _columns(net, X, predict)
+    data = X, torch.randint(C, (N,))
+    op = vl.Jacobian(net, nn.CrossEntropyLoss(), data, predict=predict)
+    _use(op, used)
+    copied = copy.deepcopy(copy.deepcopy(op))
+    with torch.no_grad():
+        for p in net.parameters():
+            p.mul_(1.5)
+    unit = torch.eye(J.shape[1]).double()
+    assert _close(op @ unit, J) and _close(copied @ unit, J)
+    assert _close(copied.to_dense(), J)
+    new = {name: 0.5 * p for name, p in copied.risk.params.items()}
+    moved = vl.Jacobian(copied.risk.at(new)).to_dense()
+    with torch.no_grad():
+        for p, value in zip(net.parameters(), new.values(), strict=True):
+            p.copy_(value)
+    assert _close(moved, _columns(net, X, predict))
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("outside", ["global", "holder"])
+def test_modules_outside_of_the_net(outside: str, way: str) -> None:
+    torch.manual_seed(1)
+    net, X = Outside(outside), torch.rand(N, 5).double()
+    op = vl.Jacobian(net, nn.CrossEntropyLoss(), (X, torch.randint(C, (N,))))
+    J = _columns(net, X)
+    copied = WAYS[way](op)
+    if outside == "global" and way != "deepcopy":
+        for _ in range(2):
+            with pytest.raises(ValueError, match=r"model: .*global variable"):
+                copied @ torch.ones(J.shape[1]).double()
+        return
+    assert _close(copied @ torch.eye(J.shape[1]).double(), J)
+    assert _close(copied.to_dense(), J)
+
+
 def test_parts_stay_together() -> None:
     G = vl.GGN(_risk())
     pair = pickle.loads(pickle.dumps((G, G.factor, G.risk)))

@@ -82,7 +82,7 @@ def cut(X: Any, y: Tensor, sizes: Sequence[int] | int, loader: bool = False) -> 
 @contextmanager
 def differentiable():
     """Kernels with all derivatives, and nothing computed again in backward passes."""
-    again = patch("torch.utils.checkpoint.checkpoint", lambda f, x, **_: f(x))
+    again = patch("torch.utils.checkpoint.checkpoint", lambda f, *x, **_: f(*x))
     with sdpa_kernel(SDPBackend.MATH), fast_path(False), again:
         yield
 

@@ -23,7 +23,7 @@ from vivit_linop.curvature.positive_curvature import (
     PositiveCurvatureBlock,
 )
 from vivit_linop.extras import extra
-from vivit_linop.modes import ordinary_mode
+from vivit_linop.modes import as_guest, ordinary_mode
 from vivit_linop.operators.base import TorchLinearOperator
 from vivit_linop.operators.kronecker import BlockDiagonal, Kronecker
 from vivit_linop.risk.copies import Copies
@@ -257,6 +257,8 @@ def own_backpack_results(
 
     try:
         with (
+            # BackPACK makes convolutions of poolings, with weights that are drawn.
+            as_guest(risk.device),
             torch.enable_grad(),
             _default_dtype(risk.dtype),
             warnings.catch_warnings(),

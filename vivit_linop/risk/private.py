@@ -14,6 +14,7 @@ since a backward pass may be too late for that.
 from __future__ import annotations
 
 import contextlib
+import copy
 import inspect
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -78,7 +79,7 @@ class PrivateModule:
             _compute_in(dtype, self.module)
         # Kept until the first evaluation has shown whether they are needed.
         self._originals: Pairs | None = copies.modules
-        self._settled = self._reentrant = False
+        self._settled = self._reentrant = self._has_travelled = False
         # Which way of calling it with an input is the right one, once it is known.
         self._call: int | None = None
         self.returned = Returned()
@@ -96,6 +97,8 @@ class PrivateModule:
 
     def __call__(self, params: Params, X: Any) -> Tensor:
         """Return the outputs for X with some of the tensors replaced."""
+        if self._has_travelled:
+            return self._evaluate_as_it_was(params, X)
         if self._settled:
             return self._evaluate(params, X)
         originals = self._originals or []
@@ -121,6 +124,44 @@ class PrivateModule:
         else:
             self._originals = None
         self._outside, self._stale = {}, {}
+        return output
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PrivateModule:
+        """Copy it with the functions that lead to its modules, which deepcopy shares.
+
+        What stands for the user's modules does so in the copy too.
+        """
+        new = memo[id(self)] = copy.copy(self)
+        new._has_travelled = self._has_travelled
+        new._own = copy.deepcopy(self._own, memo)
+        new.returned = copy.deepcopy(self.returned, memo)
+        pairs = zip(self._own.values(), new._own.values(), strict=True)
+        copies = Copies(pairs, other=torch.clone)
+        new.module = copies.of(self.module)
+        new._predict = copies.of_called(self._predict)
+        if self._originals is not None:
+            new._originals = [(o, copies(template)) for o, template in self._originals]
+        return new
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Arrive in a process, where global variables are others."""
+        self.__dict__.update(state)
+        self._has_travelled = self._originals is not None
+
+    def _evaluate_as_it_was(self, params: Params, X: Any) -> Tensor:
+        """Evaluate, and raise an error if parameters of global modules are used."""
+        with Watch() as watch:
+            output = self._evaluate(params, X)
+        own = set(map(id, params.values()))
+        for tensor in watch.used.values():
+            if isinstance(tensor, nn.Parameter) and id(tensor) not in own:
+                raise ValueError(
+                    f"model: its forward pass reaches a parameter {list(tensor.shape)} "
+                    "through a global variable, which does not travel with a pickled "
+                    "operator. Keep the module that it uses as an attribute of the "
+                    "model (self.layer = …), and use that; or build the risk here."
+                )
+        self._has_travelled = False
         return output
 
     def _evaluate(self, params: Params, X: Any) -> Tensor:
