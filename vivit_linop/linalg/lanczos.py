@@ -147,9 +147,10 @@ class _Basis:
         On the host, in float64.
         """
         numbers = torch.cat([self._projected.flatten(), self._next.reshape(1)])
-        *_, last = projected = numbers.double().cpu()
-        matrix = projected[:-1].view(self._size, self._size)
-        values, vectors = torch.linalg.eigh(matrix, UPLO="U")
+        *matrix, last = numbers.double().cpu().split(self._size**2)
+        values, vectors = torch.linalg.eigh(
+            matrix[0].view(self._size, self._size), UPLO="U"
+        )
         if self._size == self.rows.shape[1]:
             last = torch.zeros_like(last)  # there are no other directions
         return values, vectors, (last * vectors[-1]).abs()

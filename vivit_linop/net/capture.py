@@ -18,11 +18,12 @@ from typing import Any, Literal, NamedTuple, Self
 import torch
 from torch import Tensor
 
+from vivit_linop.devices import told
 from vivit_linop.net.columns.base import LayerColumns
 from vivit_linop.net.columns.joins import Place, assembled
 from vivit_linop.net.kinds import View
 from vivit_linop.net.recorder import Recorder
-from vivit_linop.net.structure import Layout, Use, Variant, isolating, overlapping
+from vivit_linop.net.structure import Layout, Use, Variant, overlapping, spread
 from vivit_linop.noise import Noise
 from vivit_linop.risk.containers import leaves
 from vivit_linop.risk.empirical import EmpiricalRisk
@@ -273,18 +274,26 @@ class Capture:
             cotangent = torch.zeros_like(self.output)
             cotangent[sample] = noise[sample]
             signals = self._backward([self.uses[i] for i in pending], cotangent)
+            flags = [
+                torch.stack(
+                    [signal.any(), *(spread(c, signal, sample, n) for c in possible[i])]
+                )
+                for i, signal in zip(pending, signals, strict=True)
+            ]
             silent, undecided = [], []
-            for i, signal in zip(pending, signals, strict=True):
-                possible[i] = isolating(possible[i], signal, sample, n)
-                if n > 1 and possible[i] and not signal.any():
+            for i, (heard, *others) in zip(pending, told(flags), strict=True):
+                names = zip(possible[i], others, strict=True)
+                possible[i] = [name for name, at_others in names if not at_others]
+                if n > 1 and possible[i] and not heard:
                     silent.append(i)
                 elif len(possible[i]) > 1 and sample > n - _TELLING_SAMPLES:
                     undecided.append(i)
             # Most often no sample reaches what the last one does not.
             if sample == n - 1 and silent:
                 signals = self._backward([self.uses[i] for i in silent], noise)
-                reached = zip(silent, signals, strict=True)
-                silent = [i for i, signal in reached if signal.any()]
+                flags = [signal.any().reshape(1) for signal in signals]
+                reached = zip(silent, told(flags), strict=True)
+                silent = [i for i, (heard,) in reached if heard]
             pending = sorted(silent + undecided)
         layouts = [next(iter(names), None) for names in possible]
         return Variant([use.key for use in self.uses], layouts, n == 1)

@@ -105,8 +105,10 @@ class Certificate:
                 tolerated = 100 * eps**0.75 * share
                 tolerated += spread * (10 * eps * share + eps**0.75 * whole)
             tolerated += BY_NOISE * noise
-            errors[name] = float(distance / tolerated) if distance != 0.0 else 0.0
-        return errors
+            errors[name] = torch.where(distance != 0.0, distance / tolerated, 0.0)
+        # The host waits for all of them together.
+        found = torch.stack([*errors.values()]).tolist() if errors else []
+        return dict(zip(errors, found, strict=True))
 
 
 def _weights(sizes: Mapping[str, Tensor], cotangents: Tensor) -> Tensor:
@@ -126,9 +128,9 @@ def _weights(sizes: Mapping[str, Tensor], cotangents: Tensor) -> Tensor:
         scale = torch.hypot(scale, size)
     # A column that should not be as small as it is must not count for too much.
     pulled = torch.linalg.vector_norm(cotangents)
-    gain = torch.linalg.vector_norm(scale) / pulled if scale.any() else 1.0
-    if pulled > 0.0:
-        scale = torch.maximum(scale, eps.eps**0.25 * gain * cotangents)
+    gain = torch.where(scale.any(), torch.linalg.vector_norm(scale) / pulled, 1.0)
+    least = torch.where(pulled > 0.0, eps.eps**0.25 * gain * cotangents, 0.0)
+    scale = torch.maximum(scale, least)
     return torch.where(scale > eps.tiny, drawn / scale, 0.0)
 
 

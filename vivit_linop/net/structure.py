@@ -92,16 +92,10 @@ def candidates(
     return found
 
 
-def isolating(
-    layouts: Sequence[str], signal: Tensor, sample: int, num_samples: int
-) -> list[str]:
-    """Return the layouts that have the signal of one sample at that sample alone."""
-    found = []
-    for name in layouts:
-        by_sample = Layout(name, num_samples)(signal)
-        if not (by_sample[:sample].any() or by_sample[sample + 1 :].any()):
-            found.append(name)
-    return found
+def spread(layout: str, signal: Tensor, sample: int, num_samples: int) -> Tensor:
+    """Whether a layout has the signal of one sample at others, not read by the host."""
+    by_sample = Layout(layout, num_samples)(signal)
+    return by_sample[:sample].any() | by_sample[sample + 1 :].any()
 
 
 @dataclass
