@@ -2,9 +2,14 @@
 
 Starts itself under torchrun, with one thread a process, on one machine:
 
-    python -m benchmarks.ranks [--processes 2] [--rounds 3]
+    python -m benchmarks.ranks [--processes 2] [--rounds 5]
 
-Bytes are those of the loopback device, in all directions; they are Linux's counters.
+One process and several take turns. Shown are the least time of all rounds, for a
+machine that has other work now and then, and the median of the least times of the
+rounds: where these differ, it was not idle. Below a product stand its parts: what each
+process does of its own samples while the others do, which is the most that the machine
+allows, and what ranks exchange. Bytes are those of the loopback device, in all
+directions; they are Linux's counters.
 """
 
 from __future__ import annotations
@@ -12,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -38,7 +44,7 @@ def main() -> None:
         return
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
     sizes = (1, options.processes)
     found: dict[int, list[dict[str, Any]]] = {size: [] for size in sizes}
@@ -48,21 +54,32 @@ def main() -> None:
     print(
         f"{NET}, {SAMPLES} samples, one thread a process; load {os.getloadavg()[0]:.1f}"
     )
-    print("seconds of the clock, and of the processor for the busiest process")
-    for what in found[1][0]["times"]:
-        line = f"{what:24}"
-        for kind in (0, 1):
-            alone, together = (
-                min(each["times"][what][kind] for each in found[size]) for size in sizes
-            )
-            line += f" {alone:8.3f} {together:8.3f} {alone / together:6.2f} x"
-        print(line)
+    print("ms of the clock: least | median of rounds; of the busiest processor: least")
+    for what in found[options.processes][0]["times"]:
+        print(compared(what, *(found[size] for size in sizes)))
     print(f"\nbytes over all of {options.processes} ranks, and by formula (MB)")
     for what in found[options.processes][0]["bytes"]:
         pairs = [each["bytes"][what] for each in found[options.processes]]
         measured, formula = min(pairs)
         ratio = measured / formula
         print(f"{what:24} {measured / 1e6:8.3f} {formula / 1e6:8.3f}   {ratio:.3f}")
+
+
+def compared(
+    what: str, alone: list[dict[str, Any]], together: list[dict[str, Any]]
+) -> str:
+    """A line: what one process takes, several, and how many times as much."""
+    line = f"{what:24}"
+    for kind, least in ((0, min), (0, statistics.median), (1, min)):
+        one, several = (
+            1e3 * least(each["times"][what][kind] for each in rounds)
+            if what in rounds[0]["times"]
+            else float("nan")
+            for rounds in (alone, together)
+        )
+        line += f" {one:8.2f} {several:8.2f} {one / several:5.2f} x"
+        line += " |" if kind == 0 else ""
+    return line.replace("     nan", "        ").replace("  nan x", "       ")
 
 
 def started(size: int) -> dict[str, Any]:
@@ -105,11 +122,19 @@ def times() -> dict[str, tuple[float, float]]:
     G = vl.GGN(risk)
     generator = torch.Generator().manual_seed(0)
     X = torch.randn(G.shape[0], COLUMNS, generator=generator)
-    return {
-        "G @ x": fastest(lambda: G @ X[:, 0], 10),
-        f"G @ X, {COLUMNS} columns": fastest(lambda: G @ X, 2),
-        "gradient": fastest(risk.gradient, 5),
-        "K": fastest(lambda: gram_of(G.factor), 2),
+    x = X[:, 0].contiguous()
+    found = {"G @ x": fastest(lambda: G @ x, 40)}
+    if risk.ranks.is_many:
+        own = vl.GGN(vl.EmpiricalRisk(problem.model, problem.loss, data))
+        found |= {
+            "  of its samples": fastest(lambda: own @ x, 40),
+            "  vote": fastest(lambda: vote(risk, x), 40),
+            "  sum over ranks": fastest(lambda: risk.ranks.total(x.clone()), 40),
+        }
+    return found | {
+        f"G @ X, {COLUMNS} columns": fastest(lambda: G @ X, 5),
+        "gradient": fastest(risk.gradient, 10),
+        "K": fastest(lambda: gram_of(G.factor), 3),
     }
 
 
@@ -177,8 +202,8 @@ def volumes() -> dict[str, tuple[float, float]]:
     return found
 
 
-def vote(risk: vl.EmpiricalRisk) -> None:
-    with risk.ranks.together("nothing"):
+def vote(risk: vl.EmpiricalRisk, *vectors: Tensor) -> None:
+    with risk.ranks.together("nothing", *vectors):
         pass
 
 
