@@ -124,10 +124,10 @@ def test_what_is_refused() -> None:
     singular = Sum(vl.Diagonal(torch.tensor([1.0, 0.0])), vl.Dense(torch.zeros(2, 2)))
     with pytest.raises(ArithmeticError, match="solve: a relative residual"):
         singular.solve(torch.ones(2))
-    # Gradients would not reach δ.
-    delta = torch.tensor(1.0, dtype=FLOAT64, requires_grad=True)
+    # Gradients would not reach a scale.
+    factor = torch.tensor(1.0, dtype=FLOAT64, requires_grad=True)
     D = risk("mlp_ce_mean").num_params
-    damped = vl.Hessian(risk("mlp_ce_mean")) + delta * vl.Identity(D)
+    damped = factor * vl.Hessian(risk("mlp_ce_mean")) + vl.Identity(D)
     for rtol in (None, 1e-3):
-        with pytest.raises(TypeError, match=r"inv: no closed form|requires grad"):
+        with pytest.raises(TypeError, match=r"solve: .* requires grad"):
             damped.solve(torch.ones(D, dtype=FLOAT64), rtol=rtol)

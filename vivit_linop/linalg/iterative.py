@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import reduce, singledispatch
 from typing import Any
 
 import numpy as np
@@ -12,9 +13,13 @@ from torch import Tensor
 
 from vivit_linop.linalg.leading import led
 from vivit_linop.operators.base import TorchLinearOperator
+from vivit_linop.operators.damped import Damped, DampedInverse
+from vivit_linop.operators.dispatch import NoClosedForm
+from vivit_linop.operators.elementary import Diagonal, Sum
+from vivit_linop.operators.kronecker import BlockDiagonal
 from vivit_linop.operators.lowrank import Woodbury
 from vivit_linop.operators.small_side import needs_refinement
-from vivit_linop.operators.verbs import damp, inv, scale, solver
+from vivit_linop.operators.verbs import add, damp, inv, scale, solver
 
 Solve = Callable[[np.ndarray, float], tuple[np.ndarray, int]]
 
@@ -192,6 +197,9 @@ def _gmres(A: Any, r: np.ndarray, rtol: float, M: Any) -> tuple[np.ndarray, int]
     return sparse.gmres(A, r, rtol=rtol, restart=restart, maxiter=times, M=M)
 
 
+# What solves ------------------------------------------------------------------------
+
+
 @solver.register
 def solver_of_operator(
     op: TorchLinearOperator, rtol: float | None = None, M: Any = None
@@ -200,7 +208,55 @@ def solver_of_operator(
     if rtol is None and M is None:
         try:
             return inv(op)
+        except NoClosedForm:
+            pass
         except TypeError:
             if op.requires_grad:
                 raise
-    return IterativeInverse(op, rtol, M)
+    return IterativeInverse(op, rtol, preconditioner(op) if M is None else M)
+
+
+@solver.register
+def solver_of_damped(
+    op: Damped, rtol: float | None = None, M: Any = None
+) -> TorchLinearOperator:
+    """Derivatives in δ go around what solves, also around an iteration."""
+    A, damping = op.operator, op.damping
+    if not isinstance(damping, Tensor) or A.requires_grad:
+        return solver_of_operator(op, rtol, M)
+    return DampedInverse(A, damping, solver(damp(A, damping.item()), rtol, M))
+
+
+@solver.register
+def solver_of_block_diagonal(
+    op: BlockDiagonal, rtol: float | None = None, M: Any = None
+) -> TorchLinearOperator:
+    """Block by block."""
+    if M is not None or not op.has_square_blocks:
+        return solver_of_operator(op, rtol, M)
+    return op.like([solver(block, rtol) for block in op.blocks])
+
+
+@singledispatch
+def preconditioner(op: TorchLinearOperator) -> TorchLinearOperator | None:
+    """Return an approximation of the inverse that iterations take if none is given."""
+    return None
+
+
+@preconditioner.register
+def preconditioner_of_sum(op: Sum) -> TorchLinearOperator | None:
+    """Of A + P with a positive diagonal P: (A + p̄ I)⁻¹ where that has a closed form.
+
+    A Kronecker-factored A and a prior by entry: the condition is that of P then.
+    """
+    diagonals = [term for term in op.terms if isinstance(term, Diagonal)]
+    others = [term for term in op.terms if not isinstance(term, Diagonal)]
+    if not diagonals or not others or op.requires_grad:
+        return None
+    entries = torch.stack([term.entries for term in diagonals]).sum(0)
+    if not (entries > 0.0).all():
+        return None
+    try:
+        return inv(damp(reduce(add, others), entries.mean().item()))
+    except (NoClosedForm, ValueError):
+        return None

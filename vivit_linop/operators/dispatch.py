@@ -171,9 +171,13 @@ def routed(op: Any, route: str, few: bool) -> Operator:
     )
 
 
-def no_inverse(op: Any, what: str = "") -> TypeError:
+class NoClosedForm(TypeError):
+    """What is asked for has no closed form; an iteration may find it."""
+
+
+def no_inverse(op: Any, what: str = "") -> NoClosedForm:
     """Return the error of an operator whose inverse has no closed form."""
-    return TypeError(
+    return NoClosedForm(
         f"inv: no closed form for {what}{type(op).__name__}. op.solve(b) iterates; or "
         "invert Dense(op.to_dense()) if it is small."
     )
@@ -185,10 +189,6 @@ def no_root(op: Any, what: str = "") -> TypeError:
         f"sqrt: no closed form for {what}{type(op).__name__}. Take "
         "Dense(op.to_dense()).sqrt() if it is small."
     )
-
-
-class NoClosedForm(TypeError):
-    """What is asked for has no closed form; an iteration may find it."""
 
 
 def no_eigenpairs(op: Any) -> NoClosedForm:

@@ -42,9 +42,13 @@ from vivit_linop.operators.verbs import (
     matmul,
     power,
     scale,
+    to_dense,
 )
 
 Op = TorchLinearOperator
+
+# A Kronecker product with so few rows has an exact sum with a diagonal: a matrix.
+DENSE_ROWS = 2048
 
 # A B ------------------------------------------------------------------------------
 
@@ -230,6 +234,33 @@ def _with_diagonal(A: Op, entries: Tensor) -> Op:
     if not entries.requires_grad and (entries == entries[0]).all():
         return damp(A, entries[0].item())
     return add(A, Diagonal(entries))
+
+
+@add.commuting(Kronecker, Diagonal)
+def sum_of_kronecker_and_diagonal(A: Kronecker, B: Diagonal) -> Op:
+    """No Kronecker product; a small one is a dense matrix."""
+    return _small_sum(A, B)
+
+
+@add.commuting(CorrectedKronecker, Diagonal)
+def sum_of_corrected_kronecker_and_diagonal(A: CorrectedKronecker, B: Diagonal) -> Op:
+    return _small_sum(A, B)
+
+
+@add.commuting(Scaled, Diagonal)
+def sum_of_scaled_and_diagonal(A: Scaled, B: Diagonal) -> Op:
+    """Of a Kronecker product that is scaled."""
+    scaled_kronecker = isinstance(A.operator, (Kronecker, CorrectedKronecker))
+    return _small_sum(A, B) if scaled_kronecker else NotImplemented
+
+
+def _small_sum(A: Op, B: Diagonal) -> Op:
+    if A.shape[0] > DENSE_ROWS or not A.self_adjoint or not _one_dtype(A, B):
+        return NotImplemented
+    # A matrix that requires grad is not known to be symmetric.
+    if A.requires_grad or B.requires_grad:
+        return NotImplemented
+    return Dense(to_dense(A) + torch.diag(B.entries))
 
 
 @add.commuting(Damped, Op)
