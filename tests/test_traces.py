@@ -16,7 +16,6 @@ from vivit_linop.net import linearization
 from vivit_linop.net.linearization import (
     Linearization,
     NoTangentError,
-    evaluated,
     linearizations,
 )
 
@@ -50,9 +49,7 @@ def test_linearization(name: str, method: str, monkeypatch: pytest.MonkeyPatch) 
     rows = truth.J.split([n * truth.C for n in of.batch_sizes])
     for (X, _), J in zip(of.batches(), rows, strict=True):
         # Some models write into their input.
-        function = functools.partial(
-            evaluated, of.model, cases.map_tensors(torch.clone, X)
-        )
+        function = functools.partial(of.model, X=cases.map_tensors(torch.clone, X))
         linear = Linearization(function, of.model.params)
         assert linear.method in (method, "reverse")
         generator = torch.Generator().manual_seed(3)

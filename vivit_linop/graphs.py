@@ -37,12 +37,9 @@ def gradients(
     used = [(out, vector) for out, vector in pairs if out.requires_grad]
     if not used:
         return [*map(torch.zeros_like, inputs)]
+    outputs, cotangents = zip(*used, strict=True)
     found = torch.autograd.grad(
-        [out for out, _ in used],
-        inputs,
-        [vector for _, vector in used],
-        materialize_grads=True,
-        **options,
+        outputs, inputs, cotangents, materialize_grads=True, **options
     )
     return [g if g.layout == torch.strided else g.to_dense() for g in found]
 

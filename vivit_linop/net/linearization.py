@@ -48,7 +48,7 @@ from vivit_linop.risk.memory import (
     explained,
     is_out_of_memory,
 )
-from vivit_linop.risk.model import FunctionalModel, Params
+from vivit_linop.risk.model import Params
 
 # What a net's trace keeps, or the graph of a backward pass, in graphs of its outputs:
 # measured 1.4 for a net of linear layers, 1.8 for attention, 2.9 for convolutions.
@@ -527,7 +527,7 @@ def _linearization(
     # freed when the last reference goes.
     samples = risk.batch_sizes[index] if index < len(risk.batch_sizes) else 1
     with explained(risk.does_not_fit, X, samples):
-        function = functools.partial(evaluated, risk.model, copied(X) if keep else X)
+        function = functools.partial(risk.model, X=copied(X) if keep else X)
         linearization = Linearization(function, risk.model.params, nbytes)
     if keep:
         risk.check_outputs(index, linearization.outputs)
@@ -554,8 +554,3 @@ def trusted(risk: EmpiricalRisk) -> Iterator[None]:
     finally:
         _CERTIFYING.reset(token)
         kept.drop_list(_TRUSTED)
-
-
-def evaluated(model: FunctionalModel, X: Any, params: Params) -> Tensor:
-    """Return the outputs of a batch as a function of the parameters."""
-    return model(params, X)

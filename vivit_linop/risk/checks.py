@@ -260,12 +260,15 @@ def _same_among(
 
 def read(answers: Sequence[Tensor]) -> list[bool]:
     """Read truth values of any devices; the host waits once for each device."""
-    values: dict[int, bool] = {}
-    for device in {answer.device for answer in answers}:
-        there = [i for i, answer in enumerate(answers) if answer.device == device]
-        found = torch.stack([answers[i] for i in there]).tolist()
-        values |= dict(zip(there, found, strict=True))
-    return [values[i] for i in range(len(answers))]
+    places: dict[torch.device, list[int]] = {}
+    for place, answer in enumerate(answers):
+        places.setdefault(answer.device, []).append(place)
+    values = [False] * len(answers)
+    for there in places.values():
+        found = torch.stack([answers[place] for place in there]).tolist()
+        for place, value in zip(there, found, strict=True):
+            values[place] = value
+    return values
 
 
 # Samples to be put together, and the places of them whose outputs are compared.

@@ -54,7 +54,6 @@ class Copies:
     Args:
         replaced: Pairs of a tensor and what stands for it in copies.
         other: What becomes of other tensors.
-        left: Objects that are not copied, though they could be.
         frozen: Whether a function is rebuilt also if it leads to tensors only.
 
     Attributes:
@@ -65,12 +64,10 @@ class Copies:
         self,
         replaced: Iterable[tuple[Tensor, Tensor]],
         other: Callable[[Tensor], Tensor] | None = None,
-        left: Iterable[object] = (),
         frozen: bool = False,
     ) -> None:
         # Copies by the identity of originals, which whoever asks keeps alive.
-        self.known: dict[int, Any] = {id(x): x for x in left}
-        self._left = set(self.known)
+        self.known: dict[int, Any] = {}
         for tensor, new in replaced:
             self.known[id(tensor)] = new
         self.other, self._frozen = other, frozen
@@ -121,7 +118,7 @@ class Copies:
         todo, seen = [value], set[int]()
         while todo:
             item = todo.pop()
-            if type(item) in _ATOMS or id(item) in seen or id(item) in self._left:
+            if type(item) in _ATOMS or id(item) in seen:
                 continue
             seen.add(id(item))
             if isinstance(item, nn.Module) or id(item) in self.known:

@@ -160,22 +160,28 @@ def iterate(
         TypeError: If a batch is no pair ``(X, y)``, or targets are complex.
     """
 
-    def ordinary(leaf: Tensor) -> Tensor:
-        return _ordinary(_moved(leaf, device))
+    def on_device(leaf: Tensor) -> Tensor:
+        leaf = leaf.to(device, non_blocking=overlaps)
+        # Autograd cannot save tensors that were made in inference mode.
+        with torch.inference_mode(False):
+            return leaf.clone() if leaf.is_inference() else leaf
 
     def as_target(leaf: Tensor) -> Tensor:
         if leaf.is_complex():
             raise TypeError(
                 f"data: targets must be real, batch {index} has {leaf.dtype}."
             )
-        leaf = ordinary(leaf)
+        leaf = on_device(leaf)
         return leaf.to(dtype) if leaf.is_floating_point() else leaf
 
+    # Without waiting, where the memory is pinned. The loader's own thread pins batches
+    # while the GPU works; to pin them here would take longer than the plain copy.
+    overlaps = device.type == "cuda"
     for index, batch in enumerate(batches):
         X, y = _split(batch, index, target)
         if isinstance(y, PackedSequence):
             y = y.data  # item by item, as outputs are
-        yield map_leaves(ordinary, X), map_leaves(as_target, y)
+        yield map_leaves(on_device, X), map_leaves(as_target, y)
 
 
 def _split(batch: Any, index: int, target: Target | None) -> Batch:
@@ -248,21 +254,6 @@ def stacked(y: Any, n: int, samples: Samples) -> Any:
         return y
     same = len({part.shape for part in y}) == 1
     return torch.stack(list(y)) if same else y
-
-
-def _moved(tensor: Tensor, device: torch.device) -> Tensor:
-    """Copy to a device; to a GPU without waiting, where the memory is pinned.
-
-    The loader's own thread pins batches while the GPU works. Pinning them here would
-    keep the caller waiting for longer than the plain copy that there is otherwise.
-    """
-    return tensor.to(device, non_blocking=device.type == "cuda")
-
-
-def _ordinary(tensor: Tensor) -> Tensor:
-    """Autograd cannot save tensors that were made in inference mode."""
-    with torch.inference_mode(False):
-        return tensor.clone() if tensor.is_inference() else tensor
 
 
 # Some samples -----------------------------------------------------------------------

@@ -83,12 +83,12 @@ class Passes:
         self, raw: Iterable[Any], device: torch.device, what: str | None
     ) -> Iterator[Batch]:
         batches = iterate(raw, device, self._dtype, self._target)
-        passed = self._shown(replay(batches, self._state), what)
+        passed = replay(batches, self._state)
+        if self._progress and what is not None:
+            passed = self._shown(passed, what)
         return self.cuts.applied(passed, self.search)
 
-    def _shown(self, items: Iterator[Item], what: str | None) -> Iterator[Item]:
-        if what is None or not self._progress:
-            return items
+    def _shown(self, items: Iterator[Item], what: str) -> Iterator[Item]:
         return shown(items, what, self.number or operator.length_hint(self.data))
 
     def fingerprints(self) -> list[bytes]:
@@ -96,7 +96,9 @@ class Passes:
         other = torch.Generator(device="cpu").manual_seed(
             (torch.initial_seed() + 1) % 2**63
         )
-        batches = self._shown(replay(self.data, other.get_state()), "check_data")
+        batches = replay(self.data, other.get_state())
+        if self._progress:
+            batches = self._shown(batches, "check_data")
         return [fingerprint.of_batch(batch) for batch in batches]
 
     def digests(self) -> tuple[bytes, list[bytes]]:
