@@ -19,6 +19,7 @@ from benchmarks import (
     compositions,
     directions,
     inverses,
+    lines,
     monitor,
     preconditioners,
     products,
@@ -63,6 +64,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
     if arguments[:1] == ["walk"]:  # counts, and neither a time nor a peer
         walk.main(arguments[1:])
+        return
+    if arguments[:1] == ["lines"]:  # what the package is for, in lines
+        lines.main(arguments[1:])
         return
     if arguments[:1] == ["quote"]:  # for the documentation
         quoted.main(SUITES, arguments[1:])

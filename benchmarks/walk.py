@@ -132,7 +132,7 @@ TOPICS = {
         check_curvature certify_curvature certified_sqrt EmpiricalRisk.check_outputs
         CertifiedColumns.failing CertifiedColumns._learn Noise.__init__ Noise.__call__
         Noise.like Linearization._agree Linearization._probed checked_outputs check_loss
-        check_independent Passes.fingerprints
+        independent_samples Passes.fingerprints
     """,
     "reading layers": """
         Recorder.__post_init__ Recorder.__torch_function__ Capture.find
@@ -141,7 +141,7 @@ TOPICS = {
     """,
     "running the private net": "FunctionalModel.__call__ FunctionalModel.first",
     "passing over data": """
-        EmpiricalRisk.batches Passes.batches Cuts.applied iterate copied take
+        EmpiricalRisk.batches Passes.batches Cuts.applied iterate copied ByUnit.take
     """,
     "modes of torch": """
         ordinary_mode.__enter__ ordinary_mode.__exit__ as_guest.__init__

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ast
+import fnmatch
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,7 +13,7 @@ import torch
 from torch import nn
 
 import benchmarks.__main__ as command
-from benchmarks import growth, peers, spectra, streaming, walk
+from benchmarks import growth, lines, peers, spectra, streaming, walk
 from benchmarks.measure import Ratio, in_turns, median_ratio, peak_memory_in_subprocess
 from benchmarks.problems import NETS, Problem, Residual, Unavailable, make_problem
 
@@ -154,3 +157,45 @@ def test_walks_are_counted(capsys: pytest.CaptureFixture[str]) -> None:
     assert again.moves < again.calls and again.runs < first.runs
     command.main(["walk", "--follow", "G @ x"])
     assert "operators/base.py" in capsys.readouterr().out
+
+
+def test_shares_of_walks_are_of_functions_that_there_are() -> None:
+    found = {
+        name
+        for path in walk.PACKAGE.rglob("*.py")
+        for name in defined(ast.parse(path.read_text()))
+    }
+    asked = {name.replace(".<locals>.", ".") for name in walk.BEGINS}
+    assert asked - found == set()
+
+
+def defined(node: ast.AST, prefix: str = "") -> Iterator[str]:
+    """The qualified names of the functions and classes inside a node."""
+    for child in ast.iter_child_nodes(node):
+        name = prefix
+        if isinstance(child, (ast.FunctionDef, ast.ClassDef)):
+            name = f"{prefix}{child.name}"
+            yield name
+            name += "."
+        yield from defined(child, name)
+
+
+def test_lines_are_counted_once_each(capsys: pytest.CaptureFixture[str]) -> None:
+    files = list(lines.PACKAGE.rglob("*.py"))
+    names = [path.relative_to(lines.PACKAGE).as_posix() for path in files]
+    for patterns in lines.CAPABILITIES.values():
+        for pattern in patterns.split():
+            assert fnmatch.filter(names, pattern), pattern
+    every = [n for each in lines.counted().values() for n in each.values()]
+    assert sum(n.all for n in every) == sum(
+        path.read_text().count("\n") for path in files
+    )
+    command.main(["lines"])
+    assert f"{sum(n.code for n in every):,}" in capsys.readouterr().out
+
+
+def test_kinds_of_lines() -> None:
+    source = (
+        '"""What.\n\nMore.\n"""\n\n# Why.\nx = (\n    1,\n)  # beside\ny = """\n\n"""\n'
+    )
+    assert lines.Lines.of(source) == (6, 4, 2)

@@ -227,7 +227,9 @@ class Linearization:
     def _probed(self) -> Probe:
         # Before anything else: a net may do other things the second time.
         if self._probe is None:
-            x, u = self._noise(0)
+            noise = Noise()
+            u = noise(self.outputs.numel(), like=self.outputs)
+            x = noise(sum(self._sizes), like=self.outputs)
             self._probe = Probe(x, u, self._vjp(u))
         return self._probe
 
@@ -311,12 +313,6 @@ class Linearization:
                 return True
         return False
 
-    def _noise(self, seed: int) -> tuple[Tensor, Tensor]:
-        """Random x ``[D]`` and u ``[n C]``."""
-        noise = Noise(seed)
-        u = noise(self.outputs.numel(), like=self.outputs)
-        return noise(sum(self._sizes), like=self.outputs), u
-
     def _refuse(self) -> NoReturn:
         """Say why torch's J x fails or is wrong.
 
@@ -325,7 +321,7 @@ class Linearization:
         """
         _, u, once = self._probed()
         self._check_repeats(u, once)
-        _, v = self._noise(1)
+        v = Noise(1)(u.numel(), like=u)
         error = once + self._vjp(v) - self._vjp(u + v)
         if error.norm() <= torch.finfo(self._dtype).eps ** 0.5 * once.norm():
             raise NoTangentError(
