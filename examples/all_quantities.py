@@ -12,17 +12,16 @@ BackPACK's own, carried into an operator; it is refused for the residual net.
 
 from __future__ import annotations
 
-import argparse
 import copy
 import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import matplotlib
 import torch
+from _digits import folder
 from backpack import backpack, extend, extensions
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
@@ -34,6 +33,10 @@ import matplotlib.pyplot as plt
 
 NUM_SAMPLES = 128
 NUM_VECTORS = 3  # that blocks are multiplied with
+
+# %%
+# A net that BackPACK cannot extend
+# ---------------------------------
 
 
 class ResidualNet(nn.Module):
@@ -50,6 +53,13 @@ class ResidualNet(nn.Module):
         hidden = self.first(X.flatten(1))
         hidden = hidden + nn.functional.gelu(self.inner(self.norm(hidden)))
         return self.last(hidden)
+
+
+# %%
+# Each quantity, here and there
+# -----------------------------
+# What is written on the left computes it here; the extension and its field are
+# BackPACK’s.
 
 
 @dataclass
@@ -232,6 +242,11 @@ def quantities() -> list[Quantity]:
     ]
 
 
+# %%
+# Side by side
+# ------------
+
+
 def timed(function: Callable[[], Any], repeats: int = 3) -> tuple[Any, float]:
     """The result, and the shortest of some times; the first call is not timed."""
     result, best = function(), float("inf")
@@ -321,50 +336,46 @@ def check_against_dense(net: nn.Module, data: tuple[Tensor, Tensor]) -> None:
         raise AssertionError("diagonals differ from their dense references")
 
 
-def main(output: Path) -> None:
-    start = time.perf_counter()
-    torch.set_num_threads(1)  # the models are too small for more
-    torch.manual_seed(0)
-    digits = load_digits()
-    X = torch.tensor(digits.images[:NUM_SAMPLES] / 16.0, dtype=torch.float32)
-    y = torch.tensor(digits.target[:NUM_SAMPLES])
+# %%
+# On 128 digits
+# -------------
 
-    print("A linear model: ", end="")
-    linear = tour(nn.Sequential(nn.Flatten(), nn.Linear(64, 10)), (X, y))
-    print("\nA residual net: ", end="")
-    net = ResidualNet()
-    residual = tour(net, (X, y))
-    check_against_dense(net, (X.double()[:16], y[:16]))
+output = folder(str(__doc__))
+start = time.perf_counter()
+torch.set_num_threads(1)  # the models are too small for more
+torch.manual_seed(0)
+digits = load_digits()
+X = torch.tensor(digits.images[:NUM_SAMPLES] / 16.0, dtype=torch.float32)
+y = torch.tensor(digits.target[:NUM_SAMPLES])
 
-    figure, ax = plt.subplots(figsize=(8, 7), layout="constrained")
-    names = list(linear)
-    place = torch.arange(len(names))
-    for values, label, shift in (
-        ([1e3 * linear[n][0] for n in names], "linear model", -0.27),
-        ([1e3 * linear[n][1] for n in names], "linear model, BackPACK", 0.0),
-        (
-            [1e3 * residual[n][0] if n in residual else float("nan") for n in names],
-            "residual net",
-            0.27,
-        ),
-    ):
-        ax.barh(place + shift, values, height=0.25, label=label)
-    ax.set_yticks(place, names)
-    ax.invert_yaxis()
-    ax.set(xscale="log", xlabel="ms (log scale)", title=f"{NUM_SAMPLES} digits")
-    ax.legend()
-    output.mkdir(parents=True, exist_ok=True)
-    picture = output / "all_quantities.png"
-    figure.savefig(picture, dpi=150)
-    print(f"\nSaved {picture}. All of this took {time.perf_counter() - start:.0f} s.")
+print("A linear model: ", end="")
+linear = tour(nn.Sequential(nn.Flatten(), nn.Linear(64, 10)), (X, y))
+print("\nA residual net: ", end="")
+net = ResidualNet()
+residual = tour(net, (X, y))
+check_against_dense(net, (X.double()[:16], y[:16]))
 
+# %%
+# The picture
+# -----------
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="All quantities of BackPACK.")
-    parser.add_argument(
-        "--output",
-        type=Path,
-        default=Path("output"),
-        help="folder for the picture (default: output)",
-    )
-    main(parser.parse_args().output)
+figure, ax = plt.subplots(figsize=(8, 7), layout="constrained")
+names = list(linear)
+place = torch.arange(len(names))
+for values, label, shift in (
+    ([1e3 * linear[n][0] for n in names], "linear model", -0.27),
+    ([1e3 * linear[n][1] for n in names], "linear model, BackPACK", 0.0),
+    (
+        [1e3 * residual[n][0] if n in residual else float("nan") for n in names],
+        "residual net",
+        0.27,
+    ),
+):
+    ax.barh(place + shift, values, height=0.25, label=label)
+ax.set_yticks(place, names)
+ax.invert_yaxis()
+ax.set(xscale="log", xlabel="ms (log scale)", title=f"{NUM_SAMPLES} digits")
+ax.legend()
+picture = output / "all_quantities.png"
+figure.savefig(picture, dpi=150)
+print(f"\nSaved {picture}. All of this took {time.perf_counter() - start:.0f} s.")

@@ -15,9 +15,11 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import subprocess
 import sys
 
+import matplotlib
 import torch
 import torch.distributed as dist
 from _digits import digits, train
@@ -26,22 +28,14 @@ from torch import Tensor, nn
 
 import vivit_linop as vl
 
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
 NUM_SAMPLES, DAMPING, K = 200, 1e-2, 5
 
-
-def main() -> None:
-    """Start the processes, unless torchrun has done so."""
-    if "RANK" in os.environ:
-        work()
-        return
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--processes", type=int, default=2)
-    processes = str(parser.parse_args().processes)
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, *torchrun, processes, __file__]
-    finished = subprocess.run(command, env=environment)
-    sys.exit(finished.returncode)
+# %%
+# What each process does
+# ----------------------
 
 
 def work() -> None:
@@ -122,5 +116,43 @@ def gathered(item: object) -> list:
     return every
 
 
-if __name__ == "__main__":
-    main()
+# %%
+# Starting the processes
+# ----------------------
+# Unless torchrun has done so.
+
+
+def start() -> str:
+    """Run this script in several processes; returns what they print."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--processes", type=int, default=2)
+    processes = str(parser.parse_args().processes)
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *torchrun, processes, __file__]
+    finished = subprocess.run(
+        command, env=environment, stdout=subprocess.PIPE, text=True
+    )
+    if finished.returncode:
+        sys.exit(finished.returncode)
+    return finished.stdout
+
+
+if "RANK" in os.environ:
+    work()
+else:
+    said = start()
+    print(said)
+
+# %%
+# The picture
+# -----------
+# The rows of K, by the process that holds them.
+
+if "RANK" not in os.environ:
+    held = [int(rows) for rows in re.findall(r"(\d+) of \d+ rows of K", said)]
+    figure, ax = plt.subplots(figsize=(4, 4), layout="constrained")
+    for rank, rows in enumerate(held):
+        ax.barh(-sum(held[:rank]), sum(held), -rows, align="edge", label=f"rank {rank}")
+    ax.set(xlabel="column of K", ylabel="− row of K", title="Who holds which rows of K")
+    ax.legend()

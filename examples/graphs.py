@@ -15,6 +15,7 @@ graph has as many outputs as nodes.
 
 from __future__ import annotations
 
+import matplotlib
 import torch
 from _digits import check, train
 from sklearn.datasets import load_digits
@@ -22,8 +23,15 @@ from torch import Tensor, nn
 
 import vivit_linop as vl
 
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
 Graph = tuple[Tensor, Tensor]  # features of nodes, edges
 PRIOR = 1.0  # the precision of all weights
+
+# %%
+# Digits as graphs
+# ----------------
 
 
 def graph_of(image: Tensor) -> Graph:
@@ -41,6 +49,11 @@ def batched(graphs: list[Graph]) -> tuple[Tensor, Tensor, Tensor]:
     edges = [e + start for (_, e), start in zip(graphs, starts, strict=True)]
     owner = torch.arange(len(graphs)).repeat_interleave(sizes)
     return torch.cat([x for x, _ in graphs]), torch.cat(edges, dim=1), owner
+
+
+# %%
+# A graph network
+# ---------------
 
 
 class GraphNet(nn.Module):
@@ -63,49 +76,71 @@ class GraphNet(nn.Module):
         return self.last(x)
 
 
-def main() -> None:
-    torch.set_num_threads(1)
-    torch.set_default_dtype(torch.float64)
-    torch.manual_seed(0)
-    order = torch.randperm(1797)
-    images = torch.tensor(load_digits().images / 16.0)[order]
-    classes = torch.tensor(load_digits().target)[order]
-    graphs = [graph_of(image) for image in images[:240]]
-    X, y = batched(graphs[:200]), classes[:200]
-    net, loss = GraphNet(3, 10), nn.CrossEntropyLoss(reduction="sum")
-    train(net, lambda: loss(net(*X), y), 300, decay=PRIOR / 10)
+# %%
+# Training
+# --------
 
-    risk = vl.EmpiricalRisk(net, loss, (X, y))
-    print(risk)
-    identity = vl.Identity(risk.num_params)
-    posterior = (vl.GGN(risk) + PRIOR * identity).inv()
-    known = graphs[200:]
-    wild = [(x, torch.randint(len(x), e.shape)) for x, e in known]
-    doubts = []
-    for name, some in (("test digits", known), ("wired at random", wild)):
-        J = vl.Jacobian(net, batched(some))
-        doubts.append((J @ posterior @ J.T).diagonal().mean().sqrt().item())
-        print(f"  deviation of a logit, {name}: {doubts[-1]:.3f}")
-    if not doubts[0] < doubts[1]:
-        raise AssertionError("the network is as sure of graphs that make no sense")
-    vector = torch.randn(risk.num_params)
-    alone = [(batched([g]), y[i : i + 1]) for i, g in enumerate(graphs[:200])]
-    one_by_one = vl.GGN(net, loss, alone) @ vector
-    check("G x, graphs together and alone", vl.GGN(risk) @ vector, one_by_one, 1e-9)
+torch.set_num_threads(1)
+torch.set_default_dtype(torch.float64)
+torch.manual_seed(0)
+order = torch.randperm(1797)
+images = torch.tensor(load_digits().images / 16.0)[order]
+classes = torch.tensor(load_digits().target)[order]
+graphs = [graph_of(image) for image in images[:240]]
+X, y = batched(graphs[:200]), classes[:200]
+net, loss = GraphNet(3, 10), nn.CrossEntropyLoss(reduction="sum")
+train(net, lambda: loss(net(*X), y), 300, decay=PRIOR / 10)
 
-    x, edges, owner = batched(graphs[:60])
-    ink = GraphNet(2, 1, nodes=True)
-    data = (x[:, 1:], edges, owner), x[:, :1]
-    train(ink, lambda: nn.functional.mse_loss(ink(*data[0]), data[1]), 200)
-    of_nodes = vl.EmpiricalRisk(ink, nn.MSELoss(), data)
-    print(of_nodes)
-    pairs = vl.GGN(of_nodes).eigh(k=3)
-    _, lambdas = vl.directional_derivatives(of_nodes, pairs)
-    most = int(lambdas[:, -1].argmax())
-    share = float(lambdas[most, -1] / lambdas[:, -1].sum())
-    print(f"  {share:.0%} of the largest eigenvalue come from a {classes[most]}")
-    check("eigenvalues, by graph", lambdas.mean(0), pairs.eigenvalues, 1e-9)
+# %%
+# Doubt
+# -----
+# The risk has found 200 graphs in one batch.
 
+risk = vl.EmpiricalRisk(net, loss, (X, y))
+print(risk)
+identity = vl.Identity(risk.num_params)
+posterior = (vl.GGN(risk) + PRIOR * identity).inv()
+known = graphs[200:]
+wild = [(x, torch.randint(len(x), e.shape)) for x, e in known]
+doubts = []
+for name, some in (("test digits", known), ("wired at random", wild)):
+    J = vl.Jacobian(net, batched(some))
+    doubts.append((J @ posterior @ J.T).diagonal().mean().sqrt().item())
+    print(f"  deviation of a logit, {name}: {doubts[-1]:.3f}")
+if not doubts[0] < doubts[1]:
+    raise AssertionError("the network is as sure of graphs that make no sense")
+vector = torch.randn(risk.num_params)
+alone = [(batched([g]), y[i : i + 1]) for i, g in enumerate(graphs[:200])]
+one_by_one = vl.GGN(net, loss, alone) @ vector
+check("G x, graphs together and alone", vl.GGN(risk) @ vector, one_by_one, 1e-9)
 
-if __name__ == "__main__":
-    main()
+# %%
+# As many outputs as nodes
+# ------------------------
+
+x, edges, owner = batched(graphs[:60])
+ink = GraphNet(2, 1, nodes=True)
+data = (x[:, 1:], edges, owner), x[:, :1]
+train(ink, lambda: nn.functional.mse_loss(ink(*data[0]), data[1]), 200)
+of_nodes = vl.EmpiricalRisk(ink, nn.MSELoss(), data)
+print(of_nodes)
+pairs = vl.GGN(of_nodes).eigh(k=3)
+_, lambdas = vl.directional_derivatives(of_nodes, pairs)
+most = int(lambdas[:, -1].argmax())
+share = float(lambdas[most, -1] / lambdas[:, -1].sum())
+print(f"  {share:.0%} of the largest eigenvalue come from a {classes[most]}")
+check("eigenvalues, by graph", lambdas.mean(0), pairs.eigenvalues, 1e-9)
+
+# %%
+# The picture
+# -----------
+# A digit, and the same nodes wired at random.
+
+figure, axes = plt.subplots(1, 2, figsize=(7, 3.6), layout="constrained")
+names = ("a digit", "wired at random")
+for ax, (nodes, e), doubt, name in zip(
+    axes, (known[0], wild[0]), doubts, names, strict=True
+):
+    ax.plot(nodes[e, 2], -nodes[e, 1], color="0.8", linewidth=0.7)
+    ax.scatter(nodes[:, 2], -nodes[:, 1], c=nodes[:, 0], cmap="Blues", ec="0.3")
+    ax.set(title=f"{name}: deviation {doubt:.2f}", xticks=[], yticks=[], aspect="equal")

@@ -33,6 +33,11 @@ N, LEFT_OUT, FLIPPED, DECAY = 150, 40, 12, 1e-2
 Data = tuple[Tensor, Tensor]
 LOSS = nn.CrossEntropyLoss()
 
+# %%
+# Training with weights
+# ---------------------
+# Leaving a sample out is training with its weight zero, to the same accuracy.
+
 
 def objective(net: nn.Module, data: Data, weights: Tensor) -> Tensor:
     """The mean over all N samples, some with the weight zero, and a penalty."""
@@ -83,56 +88,70 @@ def leave_one_out(net: nn.Module, data: Data, test: Data, samples: list[int]) ->
     return torch.stack(rises)
 
 
-def main() -> None:
-    output = folder(str(__doc__))
-    torch.set_num_threads(1)
-    torch.set_default_dtype(torch.float64)
-    data, test = digits(N), digits(100, skip=N)
-    net = trained(data)
-    risk, test_risk = (vl.EmpiricalRisk(net, LOSS, d) for d in (data, test))
-    U, U_test = vl.PerSampleGradients(risk), vl.PerSampleGradients(test_risk)
-    S = damped_inverse(risk)
-    scores, seconds = timed(lambda: vl.influence(U_test, S, U))
-    print(f"{scores.shape[0]} × {scores.shape[1]} influences: {seconds:.2f} s")
-    dense = vl.GGN(risk).to_dense() + DECAY * torch.eye(risk.num_params)
-    exact = U_test.to_dense().T @ torch.linalg.solve(dense, U.to_dense())
-    check("influences and a dense solve", scores, exact, 1e-6)
+# %%
+# All influences at once
+# ----------------------
 
-    # Of the mean test loss, in the mean over N: r = 1/N.
-    predicted = scores.mean(0) / N
-    order = predicted.argsort()
-    samples = order[np.linspace(0, N - 1, LEFT_OUT).astype(int)].tolist()
-    rises, seconds = timed(lambda: leave_one_out(net, data, test, samples))
-    correlation = np.corrcoef(predicted[samples], rises)[0, 1]
-    print(f"{LEFT_OUT} nets trained without a sample: {seconds:.1f} s")
-    print(f"correlation with what influence says: {correlation:.3f}")
-    if not correlation > 0.95:
-        raise AssertionError("influences do not tell what leaving out does")
+output = folder(str(__doc__))
+torch.set_num_threads(1)
+torch.set_default_dtype(torch.float64)
+data, test = digits(N), digits(100, skip=N)
+net = trained(data)
+risk, test_risk = (vl.EmpiricalRisk(net, LOSS, d) for d in (data, test))
+U, U_test = vl.PerSampleGradients(risk), vl.PerSampleGradients(test_risk)
+S = damped_inverse(risk)
+scores, seconds = timed(lambda: vl.influence(U_test, S, U))
+print(f"{scores.shape[0]} × {scores.shape[1]} influences: {seconds:.2f} s")
+dense = vl.GGN(risk).to_dense() + DECAY * torch.eye(risk.num_params)
+exact = U_test.to_dense().T @ torch.linalg.solve(dense, U.to_dense())
+check("influences and a dense solve", scores, exact, 1e-6)
 
-    y = data[1].clone()
-    y[:FLIPPED] = (y[:FLIPPED] + 3) % 10
-    wrong = vl.EmpiricalRisk(trained((data[0], y)), LOSS, (data[0], y))
-    own = vl.self_influence(damped_inverse(wrong), vl.PerSampleGradients(wrong))
-    flipped = torch.arange(N) < FLIPPED
-    auroc = roc_auc_score(flipped, own)
-    print(f"\n{FLIPPED} labels are exchanged; self-influence tells them: {auroc:.3f}")
-    if not auroc > 0.9:
-        raise AssertionError("self-influence does not find exchanged labels")
+# %%
+# Leaving samples out
+# -------------------
+# Some samples from the most harmful to the most helpful, each left out of a training
+# of its own.
 
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    axes[0].plot(predicted[samples], rises, ".")
-    ends = [float(rises.min()), float(rises.max())]
-    axes[0].plot(ends, ends, color="0.6")
-    axes[0].set(xlabel="influence", ylabel="trained again")
-    axes[0].set_title("Rise of the test loss without a sample")
-    bins = np.geomspace(own.min(), own.max(), 30)
-    axes[1].hist(own[~flipped], bins, alpha=0.6, label="right labels")
-    axes[1].hist(own[flipped], bins, alpha=0.6, label="exchanged labels")
-    axes[1].set(xscale="log", xlabel="self-influence", title="Exchanged labels")
-    axes[1].legend()
-    figure.savefig(output / "influence.png", dpi=150)
-    print(f"\nSaved {output / 'influence.png'}.")
+# Of the mean test loss, in the mean over N: r = 1/N.
+predicted = scores.mean(0) / N
+order = predicted.argsort()
+samples = order[np.linspace(0, N - 1, LEFT_OUT).astype(int)].tolist()
+rises, seconds = timed(lambda: leave_one_out(net, data, test, samples))
+correlation = np.corrcoef(predicted[samples], rises)[0, 1]
+print(f"{LEFT_OUT} nets trained without a sample: {seconds:.1f} s")
+print(f"correlation with what influence says: {correlation:.3f}")
+if not correlation > 0.95:
+    raise AssertionError("influences do not tell what leaving out does")
 
+# %%
+# Labels that were exchanged
+# --------------------------
+# The net depends most on the digits that contradict the others.
 
-if __name__ == "__main__":
-    main()
+y = data[1].clone()
+y[:FLIPPED] = (y[:FLIPPED] + 3) % 10
+wrong = vl.EmpiricalRisk(trained((data[0], y)), LOSS, (data[0], y))
+own = vl.self_influence(damped_inverse(wrong), vl.PerSampleGradients(wrong))
+flipped = torch.arange(N) < FLIPPED
+auroc = roc_auc_score(flipped, own)
+print(f"{FLIPPED} labels are exchanged; self-influence tells them: {auroc:.3f}")
+if not auroc > 0.9:
+    raise AssertionError("self-influence does not find exchanged labels")
+
+# %%
+# The picture
+# -----------
+
+figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+axes[0].plot(predicted[samples], rises, ".")
+ends = [float(rises.min()), float(rises.max())]
+axes[0].plot(ends, ends, color="0.6")
+axes[0].set(xlabel="influence", ylabel="trained again")
+axes[0].set_title("Rise of the test loss without a sample")
+bins = np.geomspace(own.min(), own.max(), 30)
+axes[1].hist(own[~flipped], bins, alpha=0.6, label="right labels")
+axes[1].hist(own[flipped], bins, alpha=0.6, label="exchanged labels")
+axes[1].set(xscale="log", xlabel="self-influence", title="Exchanged labels")
+axes[1].legend()
+figure.savefig(output / "influence.png", dpi=150)
+print(f"\nSaved {output / 'influence.png'}.")

@@ -32,6 +32,11 @@ import matplotlib.pyplot as plt
 N, DECAY = 100, 1.0
 STRUCTURES = {"full": "full", "kfac": "kron", "ekfac": None, "diag": "diag"}
 
+# %%
+# What it is compared with
+# ------------------------
+# A dense Hessian by automatic differentiation, and laplace-torch.
+
 
 def dense_evidence(risk: vl.EmpiricalRisk, G: Tensor, tau: float) -> float:
     """log p(data) with a dense Hessian of the negative log-likelihood."""
@@ -80,75 +85,93 @@ def auroc(higher: Tensor, lower: Tensor) -> float:
     return float(roc_auc_score(labels, torch.cat([higher, lower])))
 
 
-def main() -> None:
-    output = folder(str(__doc__))
-    torch.set_num_threads(1)
-    (X, y), (X_test, y_test) = digits(N), digits(400, skip=N)
-    # No digits: each pixel is from another picture.
-    generator = torch.Generator().manual_seed(0)
-    others = torch.randint(len(X_test), (300, 64), generator=generator)
-    no_digits = torch.gather(X_test, 0, others)
-    torch.manual_seed(0)
-    net = nn.Sequential(nn.Linear(64, 16), nn.Tanh(), nn.Linear(16, 10))
-    loss = nn.CrossEntropyLoss()
-    train(net, lambda: loss(net(X), y), 200, decay=DECAY / N)
-    risk = vl.EmpiricalRisk(net, loss, (X, y))
-    wrong = net(X_test).argmax(1) != y_test
+# %%
+# A net on a hundred digits
+# -------------------------
 
-    taus = torch.logspace(-2, 2, 30)
-    curves, found, spread = {}, {}, {}
-    print("                                   AUROC of")
-    print("structure      τ   evidence  seconds  no digits   errors   laplace-torch")
-    for name in [*STRUCTURES, "last_layer"]:
+output = folder(str(__doc__))
+torch.set_num_threads(1)
+(X, y), (X_test, y_test) = digits(N), digits(400, skip=N)
+# No digits: each pixel is from another picture.
+generator = torch.Generator().manual_seed(0)
+others = torch.randint(len(X_test), (300, 64), generator=generator)
+no_digits = torch.gather(X_test, 0, others)
+torch.manual_seed(0)
+net = nn.Sequential(nn.Linear(64, 16), nn.Tanh(), nn.Linear(16, 10))
+loss = nn.CrossEntropyLoss()
+train(net, lambda: loss(net(X), y), 200, decay=DECAY / N)
+risk = vl.EmpiricalRisk(net, loss, (X, y))
+wrong = net(X_test).argmax(1) != y_test
 
-        def fit(name: str = name) -> vl.Laplace:
-            la = vl.Laplace(risk, DECAY, name)
-            la.optimize_prior()
-            return la
+# %%
+# Five structures, each with its own prior
+# ----------------------------------------
+# The area under the ROC curve says how often a picture that is no digit has a larger
+# deviation than a digit.
 
-        found[name], seconds = timed(fit)
-        la, tau = found[name], float(found[name].prior_precision)
-        curves[name] = [la.log_marginal_likelihood(t.item()).item() for t in taus]
-        on_digits, on_others = la.predictive(X_test), la.predictive(no_digits)
-        spread[name] = [
-            each.covariance.diagonal(dim1=1, dim2=2).sum(1).sqrt()
-            for each in (on_others, on_digits)
-        ]
-        doubt = -on_digits.probabilities().amax(1)
-        line = f"{name:10}{tau:7.2f}{la.log_marginal_likelihood():11.2f}{seconds:9.2f}"
-        line += f"{auroc(*spread[name]):11.3f}{auroc(doubt[wrong], doubt[~wrong]):9.3f}"
-        peers = peer(net, TensorDataset(X, y), STRUCTURES.get(name), tau)
-        print(f"{line}   {peers}")
-    alone, alone_others = (
-        -net(inputs).detach().softmax(1).amax(1) for inputs in (X_test, no_digits)
-    )
-    baseline = auroc(alone_others, alone)
-    errors = auroc(alone[wrong], alone[~wrong])
-    print(f"the net's own probabilities:          {baseline:10.3f}{errors:9.3f}")
-    if not auroc(*spread["full"]) > baseline:
-        raise AssertionError("the posterior does not know what it has not seen")
+taus = torch.logspace(-2, 2, 30)
+curves, found, spread = {}, {}, {}
+print("                                   AUROC of")
+print("structure      τ   evidence  seconds  no digits   errors   laplace-torch")
+for name in [*STRUCTURES, "last_layer"]:
 
-    la, (G, J) = found["full"], dense_ggn(net, X)
-    tau = float(la.prior_precision)
-    evidence = dense_evidence(risk, G, tau)
-    check("evidence and a dense matrix", la.log_marginal_likelihood(), evidence, 1e-4)
-    covariance = (G + tau * torch.eye(len(G), dtype=torch.float64)).inverse()
-    exact = J @ covariance @ J.mT
-    check("covariances of outputs", la.predictive(X).covariance, exact, 1e-3)
+    def fit(name: str = name) -> vl.Laplace:
+        la = vl.Laplace(risk, DECAY, name)
+        la.optimize_prior()
+        return la
 
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    for name, values in curves.items():
-        axes[0].semilogx(taus, values, label=name)
-        axes[0].plot(float(found[name].prior_precision), max(values), "k.")
-    axes[0].set(xlabel="prior precision τ", title="Evidence")
-    axes[0].legend()
-    for label, values in zip(["no digits", "digits"], spread["full"], strict=True):
-        axes[1].hist(values, bins=30, alpha=0.6, density=True, label=label)
-    axes[1].set(xlabel="deviation of the outputs", title="What it does not know")
-    axes[1].legend()
-    figure.savefig(output / "laplace.png", dpi=150)
-    print(f"\nSaved {output / 'laplace.png'}.")
+    found[name], seconds = timed(fit)
+    la, tau = found[name], float(found[name].prior_precision)
+    curves[name] = [la.log_marginal_likelihood(t.item()).item() for t in taus]
+    on_digits, on_others = la.predictive(X_test), la.predictive(no_digits)
+    spread[name] = [
+        each.covariance.diagonal(dim1=1, dim2=2).sum(1).sqrt()
+        for each in (on_others, on_digits)
+    ]
+    doubt = -on_digits.probabilities().amax(1)
+    line = f"{name:10}{tau:7.2f}{la.log_marginal_likelihood():11.2f}{seconds:9.2f}"
+    line += f"{auroc(*spread[name]):11.3f}{auroc(doubt[wrong], doubt[~wrong]):9.3f}"
+    peers = peer(net, TensorDataset(X, y), STRUCTURES.get(name), tau)
+    print(f"{line}   {peers}")
 
+# %%
+# What the probabilities alone say
+# --------------------------------
 
-if __name__ == "__main__":
-    main()
+alone, alone_others = (
+    -net(inputs).detach().softmax(1).amax(1) for inputs in (X_test, no_digits)
+)
+baseline = auroc(alone_others, alone)
+errors = auroc(alone[wrong], alone[~wrong])
+print(f"the net's own probabilities:          {baseline:10.3f}{errors:9.3f}")
+if not auroc(*spread["full"]) > baseline:
+    raise AssertionError("the posterior does not know what it has not seen")
+
+# %%
+# Checks against a dense matrix
+# -----------------------------
+
+la, (G, J) = found["full"], dense_ggn(net, X)
+tau = float(la.prior_precision)
+evidence = dense_evidence(risk, G, tau)
+check("evidence and a dense matrix", la.log_marginal_likelihood(), evidence, 1e-4)
+covariance = (G + tau * torch.eye(len(G), dtype=torch.float64)).inverse()
+exact = J @ covariance @ J.mT
+check("covariances of outputs", la.predictive(X).covariance, exact, 1e-3)
+
+# %%
+# The picture
+# -----------
+
+figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+for name, values in curves.items():
+    axes[0].semilogx(taus, values, label=name)
+    axes[0].plot(float(found[name].prior_precision), max(values), "k.")
+axes[0].set(xlabel="prior precision τ", title="Evidence")
+axes[0].legend()
+for label, values in zip(["no digits", "digits"], spread["full"], strict=True):
+    axes[1].hist(values, bins=30, alpha=0.6, density=True, label=label)
+axes[1].set(xlabel="deviation of the outputs", title="What it does not know")
+axes[1].legend()
+figure.savefig(output / "laplace.png", dpi=150)
+print(f"\nSaved {output / 'laplace.png'}.")

@@ -32,6 +32,15 @@ Params = dict[str, Tensor]
 SQUARES = nn.MSELoss(reduction="sum")
 STEPS, ADAM_STEPS = 40, 500
 
+# %%
+# Levenberg and Marquardt
+# -----------------------
+# A step is taken where the risk falls, and the damping follows how much of the
+# predicted decrease was true.
+
+output = folder(str(__doc__))
+torch.set_num_threads(1)
+
 
 def levenberg_marquardt(
     risk: vl.EmpiricalRisk, steps: int, damping: float = 1e-2
@@ -57,7 +66,10 @@ def vector(risk: vl.EmpiricalRisk) -> Tensor:
     return risk.flatten(risk.params).detach()
 
 
-# A curve -----------------------------------------------------------------------------
+# %%
+# A curve
+# -------
+# Four parameters in a function of a dictionary: a model need not be a module.
 
 
 def curve(params: Params, x: Tensor) -> Tensor:
@@ -94,7 +106,13 @@ def fit_a_curve() -> tuple[np.ndarray, np.ndarray, Tensor, Tensor]:
     return *flat, vector(risk), pcov
 
 
-# A physics-informed net --------------------------------------------------------------
+x, y, theta, pcov = fit_a_curve()
+
+# %%
+# A physics-informed net
+# ----------------------
+# The residual has second derivatives of the net in x, and the GGN takes derivatives
+# of these.
 
 
 class Residual(nn.Module):
@@ -135,9 +153,7 @@ def solve() -> tuple[Residual, list[float]]:
     risk.add_to_(model, vector(found) - vector(risk))
     truth = torch.sin(math.pi * x)
     errors = [(m.solution(x) - truth).abs().max().item() for m in (model, other)]
-    print(
-        f"\nThe equation: {STEPS} damped steps, {seconds:.1f} s: error {errors[0]:.1e}"
-    )
+    print(f"The equation: {STEPS} damped steps, {seconds:.1f} s: error {errors[0]:.1e}")
     print(f"{ADAM_STEPS} of Adam, {others_seconds:.1f} s: error {errors[1]:.1e}")
     check("the solution and sin(π x)", model.solution(x).detach(), truth, 1e-3)
     if not errors[0] < errors[1]:
@@ -145,33 +161,29 @@ def solve() -> tuple[Residual, list[float]]:
     return model, losses
 
 
-def main() -> None:
-    output = folder(str(__doc__))
-    torch.set_num_threads(1)
-    x, y, theta, pcov = fit_a_curve()
-    model, losses = solve()
+model, losses = solve()
 
-    figure, axes = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
-    line = torch.linspace(x.min(), x.max(), 200).double()[:, None]
-    named = dict(zip("abcd", theta.split(1), strict=True))
-    J = torch.func.jacrev(lambda p: curve(p, line)[:, 0])(named)
-    J = torch.cat([j.flatten(1) for j in J.values()], dim=1)
-    spread = 2 * (J @ pcov * J).sum(1).sqrt()
-    center = curve(named, line)[:, 0]
-    axes[0].plot(x, y, ".", color="0.7", markersize=4)
-    axes[0].plot(line, center)
-    axes[0].fill_between(line[:, 0], center - spread, center + spread, alpha=0.3)
-    axes[0].set(xlabel="body mass index", title="A curve, ± two standard errors")
-    axes[1].semilogy(losses, ".-")
-    axes[1].set(xlabel="damped step", title="Σ residual² of the equation")
-    grid = torch.linspace(-1, 1, 200).double()[:, None]
-    axes[2].plot(grid, model.solution(grid).detach(), label="net")
-    axes[2].plot(grid, torch.sin(math.pi * grid), "--", label="sin(π x)")
-    axes[2].set(xlabel="x", title="The solution")
-    axes[2].legend()
-    figure.savefig(output / "least_squares.png", dpi=150)
-    print(f"\nSaved {output / 'least_squares.png'}.")
+# %%
+# The picture
+# -----------
 
-
-if __name__ == "__main__":
-    main()
+figure, axes = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
+line = torch.linspace(x.min(), x.max(), 200).double()[:, None]
+named = dict(zip("abcd", theta.split(1), strict=True))
+J = torch.func.jacrev(lambda p: curve(p, line)[:, 0])(named)
+J = torch.cat([j.flatten(1) for j in J.values()], dim=1)
+spread = 2 * (J @ pcov * J).sum(1).sqrt()
+center = curve(named, line)[:, 0]
+axes[0].plot(x, y, ".", color="0.7", markersize=4)
+axes[0].plot(line, center)
+axes[0].fill_between(line[:, 0], center - spread, center + spread, alpha=0.3)
+axes[0].set(xlabel="body mass index", title="A curve, ± two standard errors")
+axes[1].semilogy(losses, ".-")
+axes[1].set(xlabel="damped step", title="Σ residual² of the equation")
+grid = torch.linspace(-1, 1, 200).double()[:, None]
+axes[2].plot(grid, model.solution(grid).detach(), label="net")
+axes[2].plot(grid, torch.sin(math.pi * grid), "--", label="sin(π x)")
+axes[2].set(xlabel="x", title="The solution")
+axes[2].legend()
+figure.savefig(output / "least_squares.png", dpi=150)
+print(f"\nSaved {output / 'least_squares.png'}.")

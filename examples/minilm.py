@@ -7,8 +7,10 @@ sentences of its own model card; a new linear layer classifies the mean of its t
 vectors. The script compares the cost of a product with the GGN with that of a gradient,
 computes the ten leading eigenpairs through the Gram matrix and checks their residuals.
 
-Run it with ``make examples``.
+    python examples/minilm.py [--output FOLDER]
 """
+
+# sphinx_gallery_thumbnail_path = "_static/minilm.png"
 
 import importlib.util
 import os
@@ -21,14 +23,22 @@ from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import matplotlib
 import torch
+from _digits import folder as picture_folder
 from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer
 from transformers.utils import logging
 
 import vivit_linop as vl
 
+matplotlib.use("Agg")
+
 SENTENCES, TOKENS, CLASSES, PAIRS = 16, 24, 10, 10
+
+# %%
+# A pretrained encoder, its own model card to read
+# ------------------------------------------------
 
 
 def weights() -> Path:
@@ -45,6 +55,11 @@ def sentences(folder: Path) -> list[str]:
     text = re.sub(r"```.*?```|\|.*?\n|\[|\]\(.*?\)|[#*`]", " ", text, flags=re.DOTALL)
     parts = re.split(r"(?<=[.:])\s+", " ".join(text.split()))
     return [part for part in parts if len(part) > 40][:SENTENCES]
+
+
+# %%
+# A new head
+# ----------
 
 
 class Classifier(nn.Module):
@@ -72,44 +87,56 @@ def seconds(function: Callable[[], Any], repeats: int = 5) -> float:
     return min(times)
 
 
-def main() -> None:
-    torch.manual_seed(0)
-    logging.disable_progress_bar()
-    folder = weights()
-    encode = AutoTokenizer.from_pretrained(folder)
-    net = Classifier(AutoModel.from_pretrained(folder)).eval()
-    X = encode(
-        sentences(folder),
-        padding=True,
-        truncation=True,
-        max_length=TOKENS,
-        return_tensors="pt",
-    )
-    y = torch.arange(SENTENCES) % CLASSES
+# %%
+# The risk, and what a product costs
+# ----------------------------------
 
-    risk = vl.EmpiricalRisk(net, nn.CrossEntropyLoss(), (X, y))
-    G = vl.GGN(risk)
-    print(risk)
-    x = torch.randn(risk.num_params)
-    start = time.perf_counter()
-    G @ x  # the first product makes what the others use
-    print(f"first product with G:     {time.perf_counter() - start:.2f} s")
-    gradient, product = seconds(risk.gradient), seconds(lambda: G @ x)
-    print(f"gradient:                 {gradient:.3f} s")
-    print(f"product with G:           {product:.3f} s = {product / gradient:.2f} of it")
+output = picture_folder(str(__doc__))
+torch.manual_seed(0)
+logging.disable_progress_bar()
+folder = weights()
+encode = AutoTokenizer.from_pretrained(folder)
+net = Classifier(AutoModel.from_pretrained(folder)).eval()
+X = encode(
+    sentences(folder),
+    padding=True,
+    truncation=True,
+    max_length=TOKENS,
+    return_tensors="pt",
+)
+y = torch.arange(SENTENCES) % CLASSES
 
-    start = time.perf_counter()
-    pairs = G.eigh(k=PAIRS)
-    evals, evecs = pairs
-    print(f"{PAIRS} eigenpairs ({pairs.route}): {time.perf_counter() - start:.2f} s")
-    residuals = (G @ evecs - evals * evecs).norm(dim=0) / evals[-1]
-    for value, residual in zip(evals.flip(0), residuals.flip(0), strict=True):
-        print(f"  {value:10.4f}   residual {residual:.1e} of the largest")
-    assert residuals.max() <= 1e-4, residuals
+risk = vl.EmpiricalRisk(net, nn.CrossEntropyLoss(), (X, y))
+G = vl.GGN(risk)
+print(risk)
+x = torch.randn(risk.num_params)
+start = time.perf_counter()
+G @ x  # the first product makes what the others use
+print(f"first product with G:     {time.perf_counter() - start:.2f} s")
+gradient, product = seconds(risk.gradient), seconds(lambda: G @ x)
+print(f"gradient:                 {gradient:.3f} s")
+print(f"product with G:           {product:.3f} s = {product / gradient:.2f} of it")
 
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    print(f"peak memory:              {peak:.2f} GiB")
+# %%
+# Ten eigenpairs
+# --------------
 
+start = time.perf_counter()
+pairs = G.eigh(k=PAIRS)
+evals, evecs = pairs
+print(f"{PAIRS} eigenpairs ({pairs.route}): {time.perf_counter() - start:.2f} s")
+residuals = (G @ evecs - evals * evecs).norm(dim=0) / evals[-1]
+for value, residual in zip(evals.flip(0), residuals.flip(0), strict=True):
+    print(f"  {value:10.4f}   residual {residual:.1e} of the largest")
+assert residuals.max() <= 1e-4, residuals
 
-if __name__ == "__main__":
-    main()
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+print(f"peak memory:              {peak:.2f} GiB")
+
+# %%
+# The picture
+# -----------
+
+ax = pairs.plot(marker="o")
+ax.set_title(f"MiniLM, {risk.num_params:,} parameters, {CLASSES} classes")
+ax.figure.savefig(output / "minilm.png", dpi=150)

@@ -16,14 +16,13 @@ deep nets what a block-diagonal leaves out decides, and the GGN of a subset pays
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import matplotlib
 import numpy as np
 import torch
+from _digits import folder
 from scipy.sparse.linalg import cg
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
@@ -37,6 +36,10 @@ NUM_SAMPLES = 512
 NUM_SUBSET = 128
 DAMPINGS = (1e-1, 1e-2, 1e-3)
 TOLERANCE = 1e-6
+
+# %%
+# Two nets on digits
+# ------------------
 
 
 def load_data() -> tuple[Tensor, Tensor]:
@@ -62,6 +65,13 @@ def train(net: nn.Module, loss: nn.Module, X: Tensor, y: Tensor, epochs: int) ->
             optimizer.zero_grad()
             loss(net(X[batch]), y[batch]).backward()
             optimizer.step()
+
+
+# %%
+# Conjugate gradients
+# -------------------
+# SciPy’s solver, with residuals after each iteration, for one damping and one
+# preconditioner after the other.
 
 
 def solve(
@@ -125,42 +135,39 @@ def compare(risk: vl.EmpiricalRisk) -> tuple[dict[str, list[float]], np.ndarray]
     return curves, np.array(counts)
 
 
-def main(output: Path) -> None:
-    start = time.perf_counter()
-    torch.set_num_threads(1)  # small products
-    torch.manual_seed(0)
-    X, y = load_data()
-    loss = nn.CrossEntropyLoss()
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    iterations = []
-    for ax, (name, net) in zip(axes, make_nets().items(), strict=True):
-        train(net, loss, X, y, epochs=5)
-        risk = vl.EmpiricalRisk(net.eval(), loss, (X[:NUM_SAMPLES], y[:NUM_SAMPLES]))
-        print(f"\n{name}, {risk.num_params} parameters, {risk.num_samples} samples")
-        curves, counts = compare(risk)
-        iterations.append(counts)
-        for kind, residuals in curves.items():
-            ax.loglog(np.arange(1, len(residuals) + 1), residuals, label=kind)
-        ax.set(xlabel="iteration of cg", ylabel="relative residual")
-        ax.set_title(f"{name}, δ = {DAMPINGS[-1]:g}")
-    regression, deep = iterations
-    if not (regression[:, 3] < regression[:, 0]).all():
-        raise AssertionError("KFAC has not paid for softmax regression")
-    if not (deep[:, 4] < deep[:, 0]).all():
-        raise AssertionError("the GGN of a subset has not paid for the net")
-    axes[0].legend(title="preconditioner")
-    output.mkdir(parents=True, exist_ok=True)
-    picture = output / "preconditioner.png"
-    figure.savefig(picture, dpi=150)
-    print(f"\nSaved {picture}. All of this took {time.perf_counter() - start:.0f} s.")
+# %%
+# Which of them pay
+# -----------------
 
+output = folder(str(__doc__))
+start = time.perf_counter()
+torch.set_num_threads(1)  # small products
+torch.manual_seed(0)
+X, y = load_data()
+loss = nn.CrossEntropyLoss()
+figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+iterations = []
+for ax, (name, net) in zip(axes, make_nets().items(), strict=True):
+    train(net, loss, X, y, epochs=5)
+    risk = vl.EmpiricalRisk(net.eval(), loss, (X[:NUM_SAMPLES], y[:NUM_SAMPLES]))
+    print(f"\n{name}, {risk.num_params} parameters, {risk.num_samples} samples")
+    curves, counts = compare(risk)
+    iterations.append(counts)
+    for kind, residuals in curves.items():
+        ax.loglog(np.arange(1, len(residuals) + 1), residuals, label=kind)
+    ax.set(xlabel="iteration of cg", ylabel="relative residual")
+    ax.set_title(f"{name}, δ = {DAMPINGS[-1]:g}")
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Preconditioners of cg.")
-    parser.add_argument(
-        "--output",
-        type=Path,
-        default=Path("output"),
-        help="folder for the picture (default: output)",
-    )
-    main(parser.parse_args().output)
+# %%
+# The picture
+# -----------
+
+regression, deep = iterations
+if not (regression[:, 3] < regression[:, 0]).all():
+    raise AssertionError("KFAC has not paid for softmax regression")
+if not (deep[:, 4] < deep[:, 0]).all():
+    raise AssertionError("the GGN of a subset has not paid for the net")
+axes[0].legend(title="preconditioner")
+picture = output / "preconditioner.png"
+figure.savefig(picture, dpi=150)
+print(f"\nSaved {picture}. All of this took {time.perf_counter() - start:.0f} s.")

@@ -29,13 +29,25 @@ import matplotlib.pyplot as plt
 SHARES = [0.3, 0.5, 0.6, 0.7, 0.8]
 DAMPING = 1e-3
 
+# %%
+# A net on 400 digits
+# -------------------
+
+output = folder(str(__doc__))
+torch.set_num_threads(1)
+X, y = digits(400)
+
 
 def make_net() -> nn.Module:
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(64, 16), nn.Tanh(), nn.Linear(16, 10))
 
 
-# Pruning -----------------------------------------------------------------------------
+# %%
+# Pruning
+# -------
+# The inverse is an operator. Its diagonal says what each weight is worth; columns of
+# it say how the others make up for those that go.
 
 
 def prune(X: Tensor, y: Tensor) -> dict[str, list[float]]:
@@ -71,7 +83,12 @@ def prune(X: Tensor, y: Tensor) -> dict[str, list[float]]:
     return losses
 
 
-# Elastic weight consolidation --------------------------------------------------------
+losses = prune(X, y)
+
+# %%
+# Elastic weight consolidation
+# ----------------------------
+# The penalty is a product with F, any operator; gradients flow through it.
 
 
 def accuracy(net: nn.Module, data: tuple[Tensor, Tensor]) -> float:
@@ -117,26 +134,23 @@ def consolidate(X: Tensor, y: Tensor) -> dict[str, list[float]]:
     return found
 
 
-def main() -> None:
-    output = folder(str(__doc__))
-    torch.set_num_threads(1)
-    X, y = digits(400)
-    losses = prune(X, y)
-    print("\nAccuracy on the digits 0–4, and on 5–9 learnt afterwards; penalty:")
-    accuracies = consolidate(X, y)
+print("Accuracy on the digits 0–4, and on 5–9 learnt afterwards; penalty:")
+accuracies = consolidate(X, y)
 
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    for name, row in losses.items():
-        axes[0].semilogy(SHARES, row, "o-", label=name)
-    axes[0].set(xlabel="share of weights that are zero", title="Loss after pruning")
-    axes[0].legend()
-    for offset, pair in enumerate(accuracies.values()):
-        axes[1].bar([offset - 0.2, offset + 0.2], pair, 0.4, color=["C0", "C1"])
-    axes[1].set_xticks(range(len(accuracies)), accuracies)
-    axes[1].set(xlabel="penalty", title="Accuracy: old task (blue), new task (orange)")
-    figure.savefig(output / "pruning_and_ewc.png", dpi=150)
-    print(f"\nSaved {output / 'pruning_and_ewc.png'}.")
+# %%
+# The picture
+# -----------
+# Weights that curvature chooses may go in larger numbers; surgery brings most of the
+# rest back.
 
-
-if __name__ == "__main__":
-    main()
+figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+for name, row in losses.items():
+    axes[0].semilogy(SHARES, row, "o-", label=name)
+axes[0].set(xlabel="share of weights that are zero", title="Loss after pruning")
+axes[0].legend()
+for offset, pair in enumerate(accuracies.values()):
+    axes[1].bar([offset - 0.2, offset + 0.2], pair, 0.4, color=["C0", "C1"])
+axes[1].set_xticks(range(len(accuracies)), accuracies)
+axes[1].set(xlabel="penalty", title="Accuracy: old task (blue), new task (orange)")
+figure.savefig(output / "pruning_and_ewc.png", dpi=150)
+print(f"\nSaved {output / 'pruning_and_ewc.png'}.")

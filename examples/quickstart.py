@@ -12,16 +12,15 @@ operator and on that of curvlinops, and against conjugate gradients.
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
 
 import curvlinops
 import matplotlib
 import numpy as np
 import torch
+from _digits import check, folder, timed
 from scipy.sparse.linalg import cg, eigsh
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
@@ -33,7 +32,6 @@ matplotlib.use("Agg")  # draws to files, so that no display is needed
 import matplotlib.pyplot as plt
 
 Data = tuple[Tensor, Tensor]
-Result = TypeVar("Result")
 
 NUM_TRAIN = 1500  # the other 297 images are held out
 NUM_CURVATURE = 128  # training images that the curvature is taken on
@@ -43,8 +41,9 @@ DAMPING = 1e-2
 # default is float64 precision, which it would work for in vain.
 LANCZOS_TOLERANCE = 1e-5
 
-
-# Data, net and training ----------------------------------------------------------
+# %%
+# Data, net and training
+# ----------------------
 
 
 def load_data() -> tuple[Data, Data]:
@@ -82,7 +81,9 @@ def train(net: nn.Module, loss: nn.Module, data: Data, epochs: int = 5) -> None:
             optimizer.step()
 
 
-# What the operators are compared with ----------------------------------------------
+# %%
+# What the operators are compared with
+# ------------------------------------
 
 
 def dense_ggn_columns(net: nn.Module, data: Data, indices: Tensor) -> Tensor:
@@ -134,22 +135,9 @@ def leading_eigenpairs(
     }
 
 
-def timed(function: Callable[[], Result]) -> tuple[Result, float]:
-    start = time.perf_counter()
-    result = function()
-    return result, time.perf_counter() - start
-
-
-def check(what: str, value: Any, reference: Any, tolerance: float) -> None:
-    """Print the relative error of a value, and raise where it is too large."""
-    value, reference = (torch.as_tensor(x).double() for x in (value, reference))
-    error = ((value - reference).norm() / reference.norm()).item()
-    if not error <= tolerance:
-        raise AssertionError(f"{what}: relative error {error:.1e} > {tolerance:.0e}")
-    print(f"  {what}: relative error {error:.1e} (allowed: {tolerance:.0e})")
-
-
-# The picture -----------------------------------------------------------------------
+# %%
+# The picture
+# -----------
 
 
 def plot(
@@ -202,106 +190,119 @@ def plot(
     ax.set(ylabel="curvature λ$_{nk}$ (log scale)", yscale="log")
     ax.set(xlabel="direction k", xticks=directions)
 
-    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
 
 
-# The tour ----------------------------------------------------------------------------
+# %%
+# The tour: a trained net
+# -----------------------
 
+output = folder(str(__doc__))
+start = time.perf_counter()
+# The net is too small for threads to help, and one thread that shares its cores
+# with other programs is not slowed down by them as much as several are.
+torch.set_num_threads(1)
+torch.manual_seed(0)
+data, test_data = load_data()
+net, loss = make_net(), nn.CrossEntropyLoss()
+_, seconds = timed(lambda: train(net, loss, data))
+net.eval()
+accuracy = (net(test_data[0]).argmax(1) == test_data[1]).float().mean()
+print(
+    f"Trained on {NUM_TRAIN} digits in {seconds:.1f} s. Of {len(test_data[0])} "
+    f"others, {accuracy:.1%} are recognised."
+)
 
-def main(output: Path) -> None:
-    start = time.perf_counter()
-    # The net is too small for threads to help, and one thread that shares its cores
-    # with other programs is not slowed down by them as much as several are.
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    data, test_data = load_data()
-    net, loss = make_net(), nn.CrossEntropyLoss()
-    _, seconds = timed(lambda: train(net, loss, data))
-    net.eval()
-    accuracy = (net(test_data[0]).argmax(1) == test_data[1]).float().mean()
-    print(
-        f"Trained on {NUM_TRAIN} digits in {seconds:.1f} s. Of {len(test_data[0])} "
-        f"others, {accuracy:.1%} are recognised."
-    )
+# %%
+# A risk and its operators
+# ------------------------
 
-    # A model, a loss and data make a risk; operators are made from it.
-    subset = (data[0][:NUM_CURVATURE], data[1][:NUM_CURVATURE])
-    risk = vl.EmpiricalRisk(net, loss, subset)
-    G = vl.GGN(risk)
-    V = G.factor
-    print(f"\nOn {risk.num_samples} of the digits, with {risk.num_params} parameters:")
-    print(f"  G is {G.shape[0]} x {G.shape[1]}, in {G.torch_dtype}")
-    print(f"  V is {V.shape[0]} x {V.shape[1]}: {V.width} columns per digit")
+# A model, a loss and data make a risk; operators are made from it.
+subset = (data[0][:NUM_CURVATURE], data[1][:NUM_CURVATURE])
+risk = vl.EmpiricalRisk(net, loss, subset)
+G = vl.GGN(risk)
+V = G.factor
+print(f"\nOn {risk.num_samples} of the digits, with {risk.num_params} parameters:")
+print(f"  G is {G.shape[0]} x {G.shape[1]}, in {G.torch_dtype}")
+print(f"  V is {V.shape[0]} x {V.shape[1]}: {V.width} columns per digit")
 
-    print("\nColumns of G against dense autograd in float64:")
-    indices = torch.randperm(risk.num_params)[:20]
-    reference = dense_ggn_columns(net, subset, indices)
-    units = nn.functional.one_hot(indices, risk.num_params).float().T  # [D, 20]
-    check("G @ units", G @ units, reference, 1e-5)
-    check("V @ (V.T @ units)", V @ (V.T @ units), reference, 1e-5)
+print("\nColumns of G against dense autograd in float64:")
+indices = torch.randperm(risk.num_params)[:20]
+reference = dense_ggn_columns(net, subset, indices)
+units = nn.functional.one_hot(indices, risk.num_params).float().T  # [D, 20]
+check("G @ units", G @ units, reference, 1e-5)
+check("V @ (V.T @ units)", V @ (V.T @ units), reference, 1e-5)
 
-    # The first use of torch.func imports a lot. Two digits take it out of the times.
-    few = (subset[0][:2], subset[1][:2])
-    for function in leading_eigenpairs(net, loss, few, 1).values():
-        function()
-    ways = leading_eigenpairs(net, loss, subset, K)
-    results = {name: timed(function) for name, function in ways.items()}
-    evals = [evals for (evals, _), _ in results.values()]
-    print(f"\nThe {K} largest eigenvalues of G, with eigenvectors:")
-    print(" rank" + "".join(f"{name:>22}" for name in results))
-    for k in reversed(range(K)):
-        print(f"{K - k:5}" + "".join(f"{column[k]:22.4f}" for column in evals))
-    print("  way" + "".join(f"{way:>22}" for (_, way), _ in results.values()))
-    print(" time" + "".join(f"{seconds:20.2f} s" for _, seconds in results.values()))
-    *others, baseline = evals
-    for name, column in zip(ways, others, strict=False):
-        check(f"{name} and curvlinops", column, baseline, 1e-4)
+# %%
+# The ten largest eigenvalues, in three ways
+# ------------------------------------------
 
-    # G computes its Gram matrix once. All that follows is taken from it.
-    pairs, seconds = timed(G.eigh)
-    print(
-        f"\nThe Gram matrix gives all of the spectrum, {V.shape[1]} eigenvalues, in "
-        f"{seconds:.2f} s;\n{len(pairs)} of them are above rounding error."
-    )
-    check("the largest and curvlinops", pairs.eigenvalues[-K:], baseline, 1e-4)
+# The first use of torch.func imports a lot. Two digits take it out of the times.
+few = (subset[0][:2], subset[1][:2])
+for function in leading_eigenpairs(net, loss, few, 1).values():
+    function()
+ways = leading_eigenpairs(net, loss, subset, K)
+results = {name: timed(function) for name, function in ways.items()}
+evals = [evals for (evals, _), _ in results.values()]
+print(f"\nThe {K} largest eigenvalues of G, with eigenvectors:")
+print(" rank" + "".join(f"{name:>22}" for name in results))
+for k in reversed(range(K)):
+    print(f"{K - k:5}" + "".join(f"{column[k]:22.4f}" for column in evals))
+print("  way" + "".join(f"{way:>22}" for (_, way), _ in results.values()))
+print(" time" + "".join(f"{seconds:20.2f} s" for _, seconds in results.values()))
+*others, baseline = evals
+for name, column in zip(ways, others, strict=False):
+    check(f"{name} and curvlinops", column, baseline, 1e-4)
 
-    print(f"\nThe damped system (G + δ I) x = g with δ = {DAMPING}:")
-    g = risk.gradient()
-    damped = G + DAMPING * vl.Identity(risk.num_params)
-    woodbury, seconds = timed(lambda: damped.inv() @ g)
-    print(f"  Woodbury, damped.inv() @ g: {seconds:.3f} s")
-    steps: list[np.ndarray] = []
-    (solution, info), seconds = timed(
-        lambda: cg(damped, g.numpy(), rtol=1e-5, callback=steps.append)
-    )
-    print(f"  SciPy, cg(damped, g): {seconds:.3f} s, {len(steps)} products with G")
-    if info != 0:
-        raise AssertionError(f"cg: has not converged, info={info}")
-    check("Woodbury and cg", woodbury, solution, 1e-3)
+# %%
+# All eigenvalues
+# ---------------
 
-    print("\nAlong the leading eigenvectors, mean over the digits:")
-    leading = G.eigh(k=K)
-    gammas, lambdas = vl.directional_derivatives(risk, leading)
-    slopes, curvatures = gammas.mean(0), lambdas.mean(0)
-    print(" rank            |slope|           curvature")
-    for k in reversed(range(K)):
-        print(f"{K - k:5}{slopes[k].abs():19.4f}{curvatures[k]:20.4f}")
-    check("mean slope and projected gradient", slopes, leading.eigenvectors.T @ g, 1e-4)
-    check("mean curvature and eigenvalue", curvatures, leading.eigenvalues, 1e-4)
+# G computes its Gram matrix once. All that follows is taken from it.
+pairs, seconds = timed(G.eigh)
+print(
+    f"\nThe Gram matrix gives all of the spectrum, {V.shape[1]} eigenvalues, in "
+    f"{seconds:.2f} s;\n{len(pairs)} of them are above rounding error."
+)
+check("the largest and curvlinops", pairs.eigenvalues[-K:], baseline, 1e-4)
 
-    picture = output / "quickstart.png"
-    smallest = pairs.eigenvalues[0].item()
-    plot(picture, G.eigvalsh(), smallest, baseline, gammas, lambdas)
-    print(f"\nSaved {picture}. All of this took {time.perf_counter() - start:.0f} s.")
+# %%
+# A damped system
+# ---------------
 
+print(f"\nThe damped system (G + δ I) x = g with δ = {DAMPING}:")
+g = risk.gradient()
+damped = G + DAMPING * vl.Identity(risk.num_params)
+woodbury, seconds = timed(lambda: damped.inv() @ g)
+print(f"  Woodbury, damped.inv() @ g: {seconds:.3f} s")
+steps: list[np.ndarray] = []
+(solution, info), seconds = timed(
+    lambda: cg(damped, g.numpy(), rtol=1e-5, callback=steps.append)
+)
+print(f"  SciPy, cg(damped, g): {seconds:.3f} s, {len(steps)} products with G")
+if info != 0:
+    raise AssertionError(f"cg: has not converged, info={info}")
+check("Woodbury and cg", woodbury, solution, 1e-3)
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Curvature of a net on digits.")
-    parser.add_argument(
-        "--output",
-        type=Path,
-        default=Path("output"),
-        help="folder for the picture (default: output)",
-    )
-    main(parser.parse_args().output)
+# %%
+# Slopes and curvatures of single digits
+# --------------------------------------
+
+print("\nAlong the leading eigenvectors, mean over the digits:")
+leading = G.eigh(k=K)
+gammas, lambdas = vl.directional_derivatives(risk, leading)
+slopes, curvatures = gammas.mean(0), lambdas.mean(0)
+print(" rank            |slope|           curvature")
+for k in reversed(range(K)):
+    print(f"{K - k:5}{slopes[k].abs():19.4f}{curvatures[k]:20.4f}")
+check("mean slope and projected gradient", slopes, leading.eigenvectors.T @ g, 1e-4)
+check("mean curvature and eigenvalue", curvatures, leading.eigenvalues, 1e-4)
+
+# %%
+# The picture of all that
+# -----------------------
+
+picture = output / "quickstart.png"
+smallest = pairs.eigenvalues[0].item()
+plot(picture, G.eigvalsh(), smallest, baseline, gammas, lambdas)
+print(f"\nSaved {picture}. All of this took {time.perf_counter() - start:.0f} s.")

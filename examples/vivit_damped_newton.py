@@ -11,6 +11,7 @@ and against the same in the algebra of operators.
 
 from __future__ import annotations
 
+import matplotlib
 import torch
 from _autograd import check, ggn, gradient
 from backpack import backpack, extend
@@ -19,10 +20,15 @@ from torch import Tensor, nn
 import vivit_linop as vl
 from vivit_linop.vivit import DirectionalDampedNewtonComputation
 
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
 torch.manual_seed(0)
 DAMPING = 1.0
 
-# Data, model and loss ------------------------------------------------------------
+# %%
+# Data, model and loss
+# --------------------
 
 N, D_IN, D_HIDDEN, D_OUT = 4, 7, 5, 3
 X, y = torch.rand(N, D_IN), torch.rand(N, D_OUT)
@@ -53,13 +59,17 @@ def constant_damping(
     return DAMPING * torch.ones_like(evals)
 
 
-# In the algebra; on the model as it is -------------------------------------------
+# %%
+# In the algebra; on the model as it is
+# -------------------------------------
 
 risk = vl.EmpiricalRisk(model, loss_function, (X, y))
 pairs = vl.GGN(risk).eigh(select=select_top_k)
 algebra = vl.damped_newton_step(risk, pairs, constant_damping)
 
-# By torch.autograd ---------------------------------------------------------------
+# %%
+# By torch.autograd
+# -----------------
 
 evals, evecs = torch.linalg.eigh(ggn(model, loss_function, X, y))
 keep = select_top_k(evals)
@@ -67,7 +77,9 @@ evals, evecs = evals[keep], evecs[:, keep]
 slopes = evecs.T @ gradient(model, loss_function, X, y)
 reference = evecs @ (-slopes / (evals + DAMPING))
 
-# In a backward pass with BackPACK ------------------------------------------------
+# %%
+# In a backward pass with BackPACK
+# --------------------------------
 
 model, loss_function = extend(model), extend(loss_function)
 loss = loss_function(model(X), y)
@@ -91,3 +103,20 @@ for param, part in zip(group["params"], newton_step, strict=True):
 step = torch.cat([part.reshape(-1) for part in newton_step])
 check("Steps by autograd", step, reference)
 check("Steps in the algebra", step, algebra)
+
+# %%
+# The picture
+# -----------
+# The damping shortens the step; the loss falls beyond it.
+
+sizes = torch.linspace(0, 2, 41)
+with torch.no_grad():
+    start = nn.utils.parameters_to_vector(model.parameters())
+    values = []
+    for size in sizes:
+        nn.utils.vector_to_parameters(start + size * step, model.parameters())
+        values.append(loss_function(model(X), y).item())
+figure, ax = plt.subplots(figsize=(6, 3.5), layout="constrained")
+ax.plot(sizes, values)
+ax.axvline(1.0, color="0.6")
+ax.set(xlabel="multiple of the step", title="The loss along the step")

@@ -11,6 +11,7 @@ torch.autograd, and against the same in the algebra of operators.
 
 from __future__ import annotations
 
+import matplotlib
 import torch
 from _autograd import check, ggn, gradient
 from backpack import backpack, extend
@@ -19,9 +20,14 @@ from torch import Tensor, nn
 import vivit_linop as vl
 from vivit_linop.vivit import DirectionalDerivativesComputation
 
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
 torch.manual_seed(0)
 
-# Data, model and loss ------------------------------------------------------------
+# %%
+# Data, model and loss
+# --------------------
 
 N, D_IN, D_HIDDEN, D_OUT = 4, 7, 5, 3
 X, y = torch.rand(N, D_IN), torch.rand(N, D_OUT)
@@ -40,13 +46,17 @@ def select_top_k(evals: Tensor, k: int = 4) -> list[int]:
     return list(range(len(evals) - k, len(evals)))
 
 
-# In the algebra; on the model as it is -------------------------------------------
+# %%
+# In the algebra; on the model as it is
+# -------------------------------------
 
 risk = vl.EmpiricalRisk(model, loss_function, (X, y))
 pairs = vl.GGN(risk).eigh(select=select_top_k)
 algebra_gammas, algebra_lambdas = vl.directional_derivatives(risk, pairs)
 
-# By torch.autograd: gradients and GGNs of single samples -------------------------
+# %%
+# By torch.autograd: gradients and GGNs of single samples
+# -------------------------------------------------------
 
 evals, evecs = torch.linalg.eigh(ggn(model, loss_function, X, y))
 keep = select_top_k(evals)
@@ -57,7 +67,9 @@ ggns = torch.stack([ggn(model, loss_function, *s) for s in samples])
 reference_gammas = gradients @ evecs
 reference_lambdas = torch.einsum("ik,nij,jk->nk", evecs, ggns, evecs)
 
-# In a backward pass with BackPACK ------------------------------------------------
+# %%
+# In a backward pass with BackPACK
+# --------------------------------
 
 model, loss_function = extend(model), extend(loss_function)
 loss = loss_function(model(X), y)
@@ -82,3 +94,14 @@ check("Curvatures by autograd", lambdas, reference_lambdas)
 check("Means of the curvatures and eigenvalues", lambdas.mean(0), evals)
 check("Slopes in the algebra", gammas.abs(), algebra_gammas.abs())
 check("Curvatures in the algebra", lambdas, algebra_lambdas)
+
+# %%
+# The picture
+# -----------
+# A dot is a sample: its slope and its curvature along a direction.
+
+figure, ax = plt.subplots(figsize=(6, 3.5), layout="constrained")
+for k in range(gammas.shape[1]):
+    ax.plot(gammas[:, k], lambdas[:, k], "o", label=f"λ = {evals[k]:.2g}")
+ax.set(xlabel="slope γ", ylabel="curvature λ", title="Samples along each direction")
+ax.legend(title="direction")

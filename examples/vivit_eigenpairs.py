@@ -11,6 +11,7 @@ against the same in the algebra of operators.
 
 from __future__ import annotations
 
+import matplotlib
 import torch
 from _autograd import check, ggn
 from backpack import backpack, extend
@@ -19,9 +20,14 @@ from torch import Tensor, nn
 import vivit_linop as vl
 from vivit_linop.vivit import EighComputation
 
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
 torch.manual_seed(0)
 
-# Data, model and loss ------------------------------------------------------------
+# %%
+# Data, model and loss
+# --------------------
 
 N, D_IN, D_HIDDEN, D_OUT = 4, 7, 5, 3
 X, y = torch.rand(N, D_IN), torch.rand(N, D_OUT)
@@ -40,7 +46,9 @@ def select_top_k(evals: Tensor, k: int = 4) -> list[int]:
     return list(range(len(evals) - k, len(evals)))
 
 
-# In the algebra, and by torch.autograd; on the model as it is --------------------
+# %%
+# In the algebra, and by torch.autograd; on the model as it is
+# ------------------------------------------------------------
 
 pairs = vl.GGN(model, loss_function, (X, y)).eigh(select=select_top_k)
 algebra_evals, algebra_evecs = pairs
@@ -48,7 +56,9 @@ algebra_evals, algebra_evecs = pairs
 dense = ggn(model, loss_function, X, y)
 reference = torch.linalg.eigvalsh(dense)
 
-# In a backward pass with BackPACK ------------------------------------------------
+# %%
+# In a backward pass with BackPACK
+# --------------------------------
 
 model, loss_function = extend(model), extend(loss_function)
 loss = loss_function(model(X), y)
@@ -77,3 +87,14 @@ check("Inner products of orthonormal vectors", E.T @ E, torch.eye(len(evals)))
 check("Eigenvalues in the algebra", evals, algebra_evals)
 # Eigenvectors are unique up to their signs.
 check("Eigenvectors in the algebra", (E * algebra_evecs).sum(0).abs(), torch.ones(4))
+
+# %%
+# The picture
+# -----------
+# Which parameters each of the directions moves.
+
+figure, ax = plt.subplots(figsize=(6, 3.5), layout="constrained")
+shown = ax.imshow(E.T.abs(), aspect="auto", cmap="Blues")
+ax.set(xlabel="entry of the parameters", ylabel="eigenvector")
+ax.set_title("Magnitudes of the leading eigenvectors")
+figure.colorbar(shown)

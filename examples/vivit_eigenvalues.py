@@ -11,6 +11,7 @@ algebra of operators.
 
 from __future__ import annotations
 
+import matplotlib
 import torch
 from _autograd import check, ggn
 from backpack import backpack, extend
@@ -19,9 +20,14 @@ from torch import nn
 import vivit_linop as vl
 from vivit_linop.vivit import EigvalshComputation
 
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
 torch.manual_seed(0)
 
-# Data, model and loss ------------------------------------------------------------
+# %%
+# Data, model and loss
+# --------------------
 
 N, D_IN, D_HIDDEN, D_OUT = 4, 7, 5, 3
 X, y = torch.rand(N, D_IN), torch.rand(N, D_OUT)
@@ -34,13 +40,17 @@ model = nn.Sequential(
 )
 loss_function = nn.MSELoss()
 
-# In the algebra, and by torch.autograd; on the model as it is --------------------
+# %%
+# In the algebra, and by torch.autograd; on the model as it is
+# ------------------------------------------------------------
 
 algebra = vl.GGN(model, loss_function, (X, y)).eigvalsh()
 
 reference = torch.linalg.eigvalsh(ggn(model, loss_function, X, y))
 
-# In a backward pass with BackPACK ------------------------------------------------
+# %%
+# In a backward pass with BackPACK
+# --------------------------------
 
 model, loss_function = extend(model), extend(loss_function)
 loss = loss_function(model(X), y)
@@ -54,14 +64,16 @@ extension_hook = computation.get_extension_hook([group])
 with backpack(extension, extension_hook=extension_hook):
     loss.backward()
 
-evals = computation.get_result(group)
+evals = whole = computation.get_result(group)
 
 # The Gram matrix has N * D_OUT eigenvalues, the GGN has more: its others are zero.
 print("eigenvalues:", *(f"{value:.5e}" for value in evals), sep="\n  ")
 check("Eigenvalues by autograd", evals, reference[-len(evals) :])
 check("Eigenvalues in the algebra", evals, algebra)
 
-# The blocks of single parameters -------------------------------------------------
+# %%
+# The blocks of single parameters
+# -------------------------------
 
 groups = [{"params": [p]} for p in model.parameters()]
 with backpack(
@@ -74,3 +86,14 @@ for group, place in zip(groups, torch.arange(sum(sizes)).split(sizes), strict=Tr
     evals, reference = computation.get_result(group), torch.linalg.eigvalsh(block)
     both = min(len(evals), len(reference))
     check(f"Those of a block {list(block.shape)}", evals[-both:], reference[-both:])
+
+# %%
+# The picture
+# -----------
+# Both have the same eigenvalues.
+
+figure, ax = plt.subplots(figsize=(6, 3.5), layout="constrained")
+ax.semilogy(whole.flip(0).clamp(min=1e-9), "o", label="backward pass")
+ax.semilogy(algebra.flip(0).clamp(min=1e-9), "+", markersize=12, label="algebra")
+ax.set(xlabel="rank", title="Eigenvalues of the GGN")
+ax.legend()

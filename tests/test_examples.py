@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -37,3 +38,14 @@ def test_example_runs_and_saves_its_picture(example: Path, tmp_path: Path) -> No
     pictures = list(tmp_path.glob("**/*.png"))
     assert bool(pictures) == draws
     assert all(picture.stat().st_size > 10_000 for picture in pictures)
+
+
+def test_examples_have_cells_and_a_picture_for_the_gallery() -> None:
+    for path in (ROOT / "examples").glob("[!_]*.py"):
+        text = path.read_text(encoding="utf-8")
+        assert text.count("\n# %%\n") >= 2, path.name
+        assert "plt." in text or ".plot(" in text, path.name
+        thumbnail = re.search(r'sphinx_gallery_thumbnail_path = "(.+)"', text)
+        assert (thumbnail is not None) == (path.name in LARGE), path.name
+        if thumbnail:
+            assert (ROOT / "docs" / thumbnail[1]).exists()

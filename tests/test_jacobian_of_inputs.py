@@ -82,3 +82,35 @@ def test_what_is_refused() -> None:
         vl.Jacobian(net, iter([X]))
     with pytest.raises(TypeError, match="inputs: a batch must hold tensors"):
         vl.Jacobian(net, ["text"])
+
+
+class SeveralOutputs(nn.Module):
+    def __init__(self, container: type) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(2, 3, dtype=float64), nn.Linear(2, 1, dtype=float64)
+        self.container = container
+
+    def forward(self, X: Tensor) -> object:
+        outputs = self.a(X).tanh(), self.b(X).exp()
+        if self.container is dict:
+            return {"mean": outputs[0], "variance": outputs[1]}
+        return outputs
+
+
+@pytest.mark.parametrize("container", [tuple, dict])
+def test_of_a_model_with_several_outputs(container: type) -> None:
+    net, X = SeveralOutputs(container), torch.rand(5, 2, dtype=float64)
+    params = {name: p.detach() for name, p in net.named_parameters()}
+
+    def outputs(params: dict[str, Tensor]) -> Tensor:
+        found = torch.func.functional_call(net, params, (X,))
+        parts = found.values() if isinstance(found, dict) else found
+        return torch.cat(list(parts), dim=1).flatten()
+
+    blocks = torch.func.jacrev(outputs)(params)
+    expected = torch.cat([block.flatten(1) for block in blocks.values()], dim=1)
+    J = vl.Jacobian(net, X)
+    assert close(J.to_dense(), expected, 1e-12)
+    assert close((J @ J.T).to_dense(), expected @ expected.T, 1e-12)
+    with pytest.raises(ValueError, match="loss: there is none"):
+        vl.GGN(J.risk).to_dense()

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
+
+from vivit_linop.risk.containers import leaves
 
 
 class NoLoss(nn.Module):
@@ -10,12 +14,13 @@ class NoLoss(nn.Module):
 
     reduction = "sum"
 
-    def forward(self, output: Tensor, target: Tensor) -> Tensor:
-        """Zero; an error where derivatives are wanted."""
-        if output.requires_grad:
+    def forward(self, output: Any, target: Tensor) -> Tensor:
+        """Zero, for outputs in any container; an error where derivatives are wanted."""
+        tensors = [leaf for leaf in leaves(output) if isinstance(leaf, Tensor)]
+        if any(tensor.requires_grad for tensor in tensors):
             raise ValueError(
                 "loss: there is none, the operator was made of a model and inputs "
                 "alone, vl.Jacobian(model, X). Give it a risk, "
                 "vl.EmpiricalRisk(model, loss, (X, y))."
             )
-        return output.new_zeros(())
+        return tensors[0].new_zeros(())
