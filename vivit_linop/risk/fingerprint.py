@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -132,8 +133,13 @@ def _weighted_sums(leaf: Tensor) -> Tensor:
     if not leaf.is_floating_point():
         leaf = leaf.double()
     rows = leaf.reshape(len(leaf) if leaf.ndim else 1, -1)
-    weights = torch.arange(rows.shape[1], device=leaf.device).cos().add_(1.5)
-    return rows @ weights.to(rows)
+    return rows @ _weights(rows.shape[1], rows.dtype, rows.device)
+
+
+@functools.lru_cache(maxsize=4)
+def _weights(count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    numbers = torch.arange(count, dtype=torch.float64, device=device)
+    return numbers.cos().add_(1.5).to(dtype)
 
 
 def _contents(tensor: Tensor) -> Any:

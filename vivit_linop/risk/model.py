@@ -150,22 +150,21 @@ class FunctionalModel:
 
     def _take_module(self, model: nn.Module, predict: Predict | None) -> None:
         """Copy all that outputs depend on: it stays as it is when training goes on."""
+        named, buffers = dict(model.named_parameters()), dict(model.named_buffers())
+        slots = {**named, **buffers}
         self._fixed = {
             name: self._copied(tensor)
-            for name, tensor in (*model.named_parameters(), *model.named_buffers())
+            for name, tensor in slots.items()
             if name not in self.params
         }
         _check_precision(self._fixed)
-        named = dict(model.named_parameters())
         self._foreign = {
             name for name, owner in self.owners.items() if owner is not named[name]
         }
         self._source = weakref.ref(model)
-        self._buffers = [
-            name for name, b in model.named_buffers() if b.is_floating_point()
-        ]
+        self._buffers = [name for name, b in buffers.items() if b.is_floating_point()]
         own = {**self._fixed, **self._as_given(self.params)}
-        self._private = PrivateModule(model, predict, own, self._dtype)
+        self._private = PrivateModule(model, predict, slots, own, self._dtype)
         self._returned = self._private.returned
 
     def __getstate__(self) -> dict[str, Any]:

@@ -142,7 +142,7 @@ def all_finite(params: dict[str, Tensor]) -> Tensor:
 
     A sum is one pass over the entries.
     """
-    return torch.stack([p.detach().sum().isfinite() for p in params.values()]).all()
+    return torch.stack([p.detach().sum() for p in params.values()]).isfinite().all()
 
 
 class ParameterVectors:

@@ -46,7 +46,8 @@ class PrivateModule:
     Args:
         model: The user's.
         predict: How it is called with X, if not with X itself.
-        own: By name, what stands for its parameters and buffers.
+        slots: Its parameters and buffers, by name.
+        own: By name, what stands for these.
         dtype: The precision of other tensors that it has, None for their own.
 
     Attributes:
@@ -60,10 +61,10 @@ class PrivateModule:
         self,
         model: nn.Module,
         predict: Predict | None,
+        slots: Mapping[str, Tensor],
         own: Mapping[str, Tensor],
         dtype: torch.dtype | None = None,
     ) -> None:
-        slots = {**dict(model.named_buffers()), **dict(model.named_parameters())}
         self._own, self._dtype = dict(own), dtype
         # What an evaluation must not use: the user's tensors, and what was computed
         # from them before.

@@ -86,6 +86,11 @@ class Search:
         return search
 
     @property
+    def _is_free(self) -> bool:
+        """Whether the user says nothing."""
+        return self._axis is None and self._given is None
+
+    @property
     def samples(self) -> Samples:
         """The likeliest way."""
         return self.ways[0]
@@ -101,7 +106,10 @@ class Search:
         Raises:
             ValueError: If nobody knows, or it is none.
         """
-        if index and self._is_plain and _are_rows(X, y):
+        if (self._is_plain or (not index and self._is_free)) and _are_rows(X, y):
+            if not index:
+                self.ways = _ways_of_rows(X)
+                self._is_plain = len(self.ways) == 1
             return len(y)
         if self._axis is not None and not self.ways:
             self._given = chosen_by_user(self._axis, X)
@@ -210,6 +218,8 @@ def _numbers_of_graphs(X: Any, numbers: list[int]) -> list[int]:
 
 def ways_of(X: Any, n: int) -> list[Samples]:
     """Return where n samples of an input may be, the likeliest first."""
+    if is_leaf(X) and X.ndim and len(X) == n:
+        return _ways_of_rows(X)
     units = units_of(X)
     places = [list(_places(unit, n)) for unit in units]
     ways: list[Samples] = []
@@ -231,6 +241,12 @@ def ways_of(X: Any, n: int) -> list[Samples]:
             if not ways or list(chosen) != plain:
                 ways.append(ByUnit(chosen))
     return ways
+
+
+def _ways_of_rows(X: Tensor) -> list[Samples]:
+    """Where the samples of a tensor may be that has a row for each."""
+    axes = (axis for axis in range(X.ndim) if X.shape[axis] == len(X))
+    return [ByUnit([Axis(axis)]) for axis in axes]
 
 
 def _places(unit: Any, n: int) -> Iterator[Place]:
