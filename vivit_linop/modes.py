@@ -155,6 +155,20 @@ class as_guest:
             _GUESTS.leave()
 
 
+@contextlib.contextmanager
+def guests_to_come(device: torch.device) -> Iterator[None]:
+    """Set what is one for the process once, for all guests that come inside.
+
+    Args:
+        device: Where their models are.
+    """
+    _GUESTS.enter(device)
+    try:
+        yield
+    finally:
+        _GUESTS.leave()
+
+
 Undo = list[Callable[[], object]]
 
 

@@ -21,7 +21,7 @@ import types
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from functools import singledispatch
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -46,6 +46,7 @@ _FUNCTIONS = (
     functools.partial,
 )
 _MISSING = object()
+_NONE: Mapping[int, Any] = types.MappingProxyType({})
 
 
 class Copies:
@@ -55,6 +56,7 @@ class Copies:
         replaced: Pairs of a tensor and what stands for it in copies.
         other: What becomes of other tensors.
         frozen: Whether a function is rebuilt also if it leads to tensors only.
+        plans: How some modules are copied, by their identity.
 
     Attributes:
         modules: The modules that were copied, each with its copy.
@@ -65,12 +67,13 @@ class Copies:
         replaced: Iterable[tuple[Tensor, Tensor]],
         other: Callable[[Tensor], Tensor] | None = None,
         frozen: bool = False,
+        plans: Mapping[int, Plan] = _NONE,
     ) -> None:
         # Copies by the identity of originals, which whoever asks keeps alive.
         self.known: dict[int, Any] = {}
         for tensor, new in replaced:
             self.known[id(tensor)] = new
-        self.other, self._frozen = other, frozen
+        self.other, self._frozen, self.plans = other, frozen, plans
         self.modules: list[tuple[nn.Module, nn.Module]] = []
         # Hooks and other functions of modules: where they belong, and what they are.
         self.later: list[tuple[dict[str, Any], str, Any]] = []
@@ -143,6 +146,8 @@ def _copy_tensor(value: Tensor, copies: Copies) -> Any:
 
 @_copy.register
 def _copy_module(value: nn.Module, copies: Copies) -> Any:
+    if (plan := copies.plans.get(id(value))) is not None:
+        return plan(value, copies)
     if isinstance(value, torch.jit.ScriptModule):
         raise ValueError(
             f"model: {type(value).__name__} was made by torch.jit; its parameters "
@@ -175,6 +180,54 @@ def _copy_module(value: nn.Module, copies: Copies) -> Any:
             if hasattr(value, name):
                 object.__setattr__(new, name, copies(getattr(value, name)))
     return new
+
+
+class Plan(NamedTuple):
+    """What a copy of a module has of its own, where that is known in advance.
+
+    Attributes:
+        empty: Its dictionaries and sets without entries, and their types.
+        slots: Its dictionaries of tensors and modules.
+        others: What else may lead to what is replaced.
+    """
+
+    empty: list[tuple[str, type]]
+    slots: list[str]
+    others: list[str]
+
+    @classmethod
+    def of(cls, module: nn.Module) -> Plan | None:
+        """Return how a module is copied that stays as it is; None where it has more."""
+        if type(module).__basicsize__ > nn.Module.__basicsize__:
+            return None
+        plan = cls([], [], [])
+        for name, attribute in module.__dict__.items():
+            kind = type(attribute)
+            if name in _OWN and not attribute:
+                plan.empty.append((name, kind))
+            elif name in _SLOTS:
+                plan.slots.append(name)
+            elif kind in _ATOMS or (kind is tuple and _flat(attribute)):
+                continue
+            elif name in _OWN or isinstance(attribute, (Tensor, *_FUNCTIONS)):
+                return None
+            else:
+                plan.others.append(name)
+        return plan
+
+    def __call__(self, module: nn.Module, copies: Copies) -> nn.Module:
+        """Copy the module."""
+        new: nn.Module = copies.remember(module, object.__new__(type(module)))
+        state = new.__dict__
+        state.update(module.__dict__)
+        for name, kind in self.empty:
+            state[name] = kind()
+        for name in self.slots:
+            state[name] = {key: copies(item) for key, item in state[name].items()}
+        for name in self.others:
+            state[name] = copies(state[name])
+        copies.modules.append((module, new))
+        return new
 
 
 def _of_its_own_parameters(module: nn.Module) -> type:

@@ -162,9 +162,11 @@ def iterate(
 
     def on_device(leaf: Tensor) -> Tensor:
         leaf = leaf.to(device, non_blocking=overlaps)
+        if not leaf.is_inference():
+            return leaf
         # Autograd cannot save tensors that were made in inference mode.
         with torch.inference_mode(False):
-            return leaf.clone() if leaf.is_inference() else leaf
+            return leaf.clone()
 
     def as_target(leaf: Tensor) -> Tensor:
         if leaf.is_complex():

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vivit_linop.modes import guests_to_come
 from vivit_linop.risk import fingerprint
 from vivit_linop.risk.checks import independent_samples
 from vivit_linop.risk.containers import copied
@@ -75,11 +76,12 @@ def first_pass(
         ValueError: If the data, the outputs or the loss are not what they must be.
     """
     fingerprints = passes.fingerprints() if twice else None
-    try:
-        seen = _evaluate(model, loss, passes, check, fingerprints)
-    except ItemByItem:  # so do those of the batches before
-        passes.cuts = Cuts(by_items=True)
-        seen = _evaluate(model, loss, passes, check, fingerprints)
+    with guests_to_come(model.device):
+        try:
+            seen = _evaluate(model, loss, passes, check, fingerprints)
+        except ItemByItem:  # so do those of the batches before
+            passes.cuts = Cuts(by_items=True)
+            seen = _evaluate(model, loss, passes, check, fingerprints)
     passes.number = len(seen.outputs)
     return seen
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from vivit_linop.modes import ordinary_mode, replayed
 from vivit_linop.risk import fingerprint
+from vivit_linop.risk.containers import is_leaf
 from vivit_linop.risk.cuts import Cuts
 from vivit_linop.risk.data import Batch, Target, iterate
 from vivit_linop.risk.model import FunctionalModel
@@ -83,10 +84,11 @@ class Passes:
         self, raw: Iterable[Any], device: torch.device, what: str | None
     ) -> Iterator[Batch]:
         batches = iterate(raw, device, self._dtype, self._target)
-        passed = replay(batches, self._state)
+        if self._target is not None or not _is_in_memory(raw):
+            batches = replay(batches, self._state)
         if self._progress and what is not None:
-            passed = self._shown(passed, what)
-        return self.cuts.applied(passed, self.search)
+            batches = self._shown(batches, what)
+        return self.cuts.applied(batches, self.search)
 
     def _shown(self, items: Iterator[Item], what: str) -> Iterator[Item]:
         return shown(items, what, self.number or operator.length_hint(self.data))
@@ -120,6 +122,13 @@ def replay(items: Iterable[Item], state: Tensor) -> Iterator[Item]:
                 return
             state = torch.random.get_rng_state()
         yield item
+
+
+def _is_in_memory(batches: Iterable[Any]) -> bool:
+    """Whether batches are tensors that are there, so that nothing draws them."""
+    return type(batches) is list and all(
+        type(batch) is tuple and all(map(is_leaf, batch)) for batch in batches
+    )
 
 
 def _compared(batches: Iterable[Any], fingerprints: list[bytes]) -> Iterator[Any]:

@@ -27,7 +27,7 @@ from torch.nn.utils.rnn import PackedSequence
 from vivit_linop.checkpoints import RECOMPUTED
 from vivit_linop.noise import Noise
 from vivit_linop.risk.containers import rebuilt
-from vivit_linop.risk.copies import Copies, Watch
+from vivit_linop.risk.copies import Copies, Plan, Watch
 from vivit_linop.risk.outputs import Returned
 from vivit_linop.risk.precision import HALVES, in_precision
 
@@ -81,9 +81,15 @@ class PrivateModule:
         # Kept until the first evaluation has shown whether they are needed.
         self._originals: Pairs | None = copies.modules
         self._settled = self._reentrant = self._has_travelled = False
+        # How parts of the module, which stays as it is, are copied.
+        self._plans: dict[int, Plan] | None = None
         # Which way of calling it with an input is the right one, once it is known.
         self._call: int | None = None
         self.returned = Returned()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What travels: parts of the module are other objects elsewhere."""
+        return self.__dict__ | {"_plans": None}
 
     def _constant(self, tensor: Tensor) -> Tensor:
         """Copy a tensor that is in no slot of the model's."""
@@ -167,7 +173,11 @@ class PrivateModule:
 
     def _evaluate(self, params: Params, X: Any) -> Tensor:
         own = map(self._own.__getitem__, params)
-        copies = Copies(zip(own, params.values(), strict=True))
+        if self._plans is None:
+            found = ((id(part), Plan.of(part)) for part in self.module.modules())
+            self._plans = {key: plan for key, plan in found if plan is not None}
+        replaced = zip(own, params.values(), strict=True)
+        copies = Copies(replaced, plans=self._plans)
         module, predict = copies.of(self.module), copies.of_called(self._predict)
         with contextlib.ExitStack() as stack:
             if self._reentrant:

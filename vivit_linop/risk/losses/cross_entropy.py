@@ -107,6 +107,8 @@ class CrossEntropy(OutputLoss):
         if target.is_floating_point():
             return output.new_tensor(output.numel() // output.shape[1])
         valid = target != self.ignore_index
+        if self.class_weight is None:
+            return valid.sum().to(output)
         weights = self._class_weights(output)[torch.where(valid, target, 0)]
         return torch.where(valid, weights, 0.0).sum()
 
@@ -138,7 +140,13 @@ class CrossEntropy(OutputLoss):
         return (mass + self.label_smoothing * weights.mean()) * valid
 
     def total(self, output: Tensor, target: Tensor) -> Tensor:
-        """−Σ a log p."""
+        """−Σ a log p; by torch's own where a is 1 for a class, and else 0."""
+        plain = self.class_weight is None and not self.label_smoothing
+        if plain and output.ndim == 2 and not target.is_floating_point():
+            ignored = self.ignore_index
+            return F.cross_entropy(
+                output, target, ignore_index=ignored, reduction="sum"
+            )
         log_p = self.channels(output).log_softmax(1)
         a = self._coefficients(output, target)
         # 0 · (−inf) has no place in the sum: a class that cannot be and is not.
