@@ -45,8 +45,6 @@ _MEMORY_SHARE = 12
 _SIGNAL_BYTES, _FEW_SAMPLES = 8 * 2**20, 16
 # Into how many pieces at least it is cut: one is made beside those that are held.
 _PIECES = 4
-# How much of a matrix to copy at a time.
-_COPIED_BYTES = 16 * 2**20
 # Whatever the budget is, columns are held up to this: the fewer are held, the more
 # often all others are made again.
 _LEAST_BYTES = 64 * 2**20
@@ -226,14 +224,9 @@ class StoredColumns:
 
     def multiply_adjoint(self, X: Tensor) -> Tensor:
         """Return the components along all columns, ``[D, K] -> [N·R, K]``."""
-        # Some columns at a time: memory that is used again is faster than fresh memory.
-        chunk = max(1, _COPIED_BYTES // (len(X) * X.element_size()))
-        images = []
-        for part in X.split(chunk, dim=1):
-            parts = split_rows(part.T.contiguous(), self._sizes)
-            components = [piece.components(parts) for piece in self.pieces]
-            images.append(torch.cat(components, dim=1))
-        return torch.cat(images).T
+        parts = split_rows(X.T, self._sizes)
+        components = [piece.components(parts) for piece in self.pieces]
+        return torch.cat(components, dim=1).T
 
 
 def split_rows(rows: Tensor, sizes: Mapping[str, int]) -> dict[str, Tensor]:
