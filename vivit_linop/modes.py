@@ -155,24 +155,19 @@ class as_guest:
             _GUESTS.leave()
 
 
-@contextlib.contextmanager
-def guests_to_come(device: torch.device) -> Iterator[None]:
+def guests_to_come(device: torch.device) -> contextlib.AbstractContextManager[None]:
     """Set what is one for the process once, for all guests that come inside.
 
     Args:
         device: Where their models are.
     """
-    _GUESTS.enter(device)
-    try:
-        yield
-    finally:
-        _GUESTS.leave()
+    return _GUESTS.inside(device)
 
 
 Undo = list[Callable[[], object]]
 
 
-class _Shared:
+class Shared:
     """What is one for the process: set by the first that enters, put back by the last.
 
     Args:
@@ -198,6 +193,15 @@ class _Shared:
                 self.leave()
                 raise
             self._devices.add(device)
+
+    @contextlib.contextmanager
+    def inside(self, device: torch.device | None = None) -> Iterator[None]:
+        """Enter and leave."""
+        self.enter(device)
+        try:
+            yield
+        finally:
+            self.leave()
 
     def leave(self) -> None:
         """Put the switches back, if nobody else is inside."""
@@ -281,10 +285,10 @@ else:
             (_BACKENDS.cudnn, "allow_tf32", (False,)),
         ],
     }
-_PRECISE = _Shared(_set_precisions)
+_PRECISE = Shared(_set_precisions)
 # While a guest is inside, a thread that is none should not draw from the generators:
 # the same numbers would come again.
-_GUESTS = _Shared(_set_for_guests)
+_GUESTS = Shared(_set_for_guests)
 _REPLAY = threading.RLock()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 
 import scipy.linalg
@@ -9,12 +10,18 @@ import torch
 from threadpoolctl import ThreadpoolController
 from torch import Tensor
 
+from vivit_linop.modes import Shared, Undo
+
 # torch calls LAPACK's ?syevd, whose workspace of 2 n² + 6 n + 1 entries is counted in
 # 32 bits: from n = 32,766 on it overflows, and the process ends.
 SYEVD_ROWS = 32_765
 # Beyond, the entries of the matrix itself are not counted in 32 bits.
 LAPACK_ROWS = 46_340
-# The eigenpairs of a matrix with so few rows are done sooner than threads go to sleep.
+# With so few rows torch does it sooner than SciPy is called, and in one thread.
+_VERY_FEW_ROWS = 128
+# With so few rows one thread does it as soon as two: it is memory that takes time. Two
+# wait for each other at each row, and without sleeping; where others use the cores,
+# that takes up to 70 times as long (300 rows), and torch's threads wait afterwards.
 _FEW_ROWS = 2000
 
 
@@ -30,11 +37,13 @@ def symmetric_eigenpairs(matrix: Tensor) -> tuple[Tensor, Tensor]:
     Raises:
         MemoryError: If the matrix has more rows than LAPACK can count entries of.
     """
+    if _is_for_one_thread(matrix):
+        return _by_scipy(matrix, "evd")
     if matrix.device.type != "cpu" or len(matrix) <= SYEVD_ROWS:
         evals, evecs = torch.linalg.eigh(matrix)
         return evals, evecs
     _check_rows(matrix)
-    return _by_syevr(matrix)
+    return _by_scipy(matrix, "evr")
 
 
 def symmetric_eigenvalues(matrix: Tensor) -> Tensor:
@@ -48,11 +57,15 @@ def symmetric_eigenvalues(matrix: Tensor) -> Tensor:
     Raises:
         MemoryError: As :func:`symmetric_eigenpairs`.
     """
-    # SciPy before 1.13 refuses matrices without entries.
-    if matrix.device.type != "cpu" or not matrix.numel() or matrix.requires_grad:
+    if (
+        matrix.device.type != "cpu"
+        or len(matrix) <= _VERY_FEW_ROWS
+        or matrix.requires_grad
+    ):
         return torch.linalg.eigvalsh(matrix)
     _check_rows(matrix)
-    found = scipy.linalg.eigh(matrix.numpy(), eigvals_only=True, driver="evr")
+    with _threads_for(matrix):
+        found = scipy.linalg.eigh(matrix.numpy(), eigvals_only=True, driver="evr")
     return torch.from_numpy(found)
 
 
@@ -72,11 +85,7 @@ def largest_eigenpairs(matrix: Tensor, k: int) -> tuple[Tensor, Tensor]:
         evals, evecs = torch.linalg.eigh(matrix)
         return evals[-k:], evecs[:, -k:]
     _check_rows(matrix)
-    # For some time after a call, threads of SciPy's BLAS wait without sleeping, and
-    # torch's, which have the vectors to form, wait for them.
-    threads = 1 if len(matrix) <= _FEW_ROWS else None
-    with _scipy_threads().limit(limits=threads, user_api="blas"):
-        return _by_syevr(matrix, [len(matrix) - k, len(matrix) - 1])
+    return _by_scipy(matrix, "evr", [len(matrix) - k, len(matrix) - 1])
 
 
 def without_noise(evals: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -94,8 +103,11 @@ def without_noise(evals: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     return torch.where((evals < 0.0) & (evals >= -noise), 0.0, evals)
 
 
-def _by_syevr(matrix: Tensor, chosen: list[int] | None = None) -> tuple[Tensor, Tensor]:
-    found = scipy.linalg.eigh(matrix.numpy(), subset_by_index=chosen, driver="evr")
+def _by_scipy(
+    matrix: Tensor, driver: str, chosen: list[int] | None = None
+) -> tuple[Tensor, Tensor]:
+    with _threads_for(matrix):
+        found = scipy.linalg.eigh(matrix.numpy(), subset_by_index=chosen, driver=driver)
     evals, evecs = map(torch.from_numpy, found)
     return evals, evecs
 
@@ -109,7 +121,24 @@ def _check_rows(matrix: Tensor) -> None:
         )
 
 
+def _is_for_one_thread(matrix: Tensor) -> bool:
+    few = _VERY_FEW_ROWS < len(matrix) <= _FEW_ROWS
+    return few and matrix.device.type == "cpu" and not matrix.requires_grad
+
+
+def _threads_for(matrix: Tensor) -> AbstractContextManager[None]:
+    return _ONE_THREAD.inside() if len(matrix) <= _FEW_ROWS else nullcontext()
+
+
 @cache
 def _scipy_threads() -> ThreadpoolController:
     """What sets the number of threads; finding the libraries takes milliseconds."""
     return ThreadpoolController()
+
+
+def _set_one_thread(_: torch.device | None, undo: Undo) -> None:
+    limited = _scipy_threads().limit(limits=1, user_api="blas")
+    undo.append(limited.restore_original_limits)
+
+
+_ONE_THREAD = Shared(_set_one_thread)

@@ -29,6 +29,7 @@ from vivit_linop.net.columns.base import LayerColumns
 from vivit_linop.net.columns.joins import merged
 from vivit_linop.operators.eigenpairs import Eigenpairs
 from vivit_linop.operators.lowrank import LowRank
+from vivit_linop.operators.symmetric import symmetric_eigenvalues
 from vivit_linop.vivit.extensions import (
     ExactLayerRecords,
     LayerRecord,
@@ -262,7 +263,7 @@ class EigvalshComputation(_Computation[Tensor]):
             of.num_samples if self._subsampling is None else len(self._subsampling)
         )
         # Only what is above the diagonal has been summed.
-        return torch.linalg.eigvalsh(gram, UPLO="U") * (of.num_samples / samples)
+        return symmetric_eigenvalues(gram.T) * (of.num_samples / samples)
 
 
 class EighComputation(_Computation[tuple[Tensor, list[Tensor]]]):

@@ -34,7 +34,7 @@ _DEVICE_FACTOR = 64
 _COPIED_BYTES = 2**20
 # A symmetric product position by position, in an elementwise way, is halved while a
 # block has twice this many rows.
-_SYMMETRIC_PAIRS_LEAF = 300
+_SYMMETRIC_PAIRS_LEAF = 140
 # What a matrix that is multiplied entry by entry may take.
 _OUTER_BYTES = 16 * 2**20
 # The inputs of how many samples are multiplied together.
