@@ -268,7 +268,8 @@ class KhatriRaoColumns(LayerColumns):
         """X a_np, one X at a time; of columns side by side some rows of each X."""
         if len(rows) > 1 and rows.stride(1) > 1 and not self.inputs_first:
             return self._images_of_columns(rows)
-        rows = rows.contiguous()
+        if rows.stride(1) > 1:
+            rows = rows.contiguous()
         inputs, n = self.positions_as_rows(), self.num_samples
         size = self._groups * self._b * self.positions
         result = rows.new_empty(len(rows), n, size)
