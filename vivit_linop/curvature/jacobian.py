@@ -18,7 +18,7 @@ from vivit_linop.curvature.output_space import OutputIdentity, OutputOperator
 from vivit_linop.linalg.reductions import matrix_of_operator
 from vivit_linop.linalg.tracking import prepared_gram
 from vivit_linop.modes import as_guest
-from vivit_linop.net.costs import LayerCost, as_table, layer_costs
+from vivit_linop.net.costs import layer_costs
 from vivit_linop.net.inner import InnerProducts
 from vivit_linop.net.linearization import NoTangentError, linearizations, trusted
 from vivit_linop.net.pieces import StoredColumns, memory_budget
@@ -234,17 +234,6 @@ class Pullback(TorchLinearOperator):
         """Store the columns if they fit into memory, for all that follows."""
         if self.stored is None:
             self.stored = _fitting_columns(self)
-
-    def explain(self) -> list[LayerCost]:
-        """Print what each parameter costs in the Gram matrix of the columns.
-
-        Returns:
-            The rows of the printed table: the parameter, the uses that were seen of
-            it, the contraction chosen, floating-point operations and bytes.
-        """
-        costs = layer_costs(self.risk, self.width)
-        print(as_table(costs))
-        return costs
 
     def cotangents(self, batch: int) -> Tensor:
         """What each column pulls back, ``[n, C, R]``."""

@@ -25,7 +25,7 @@ from vivit_linop.linalg.decompositions import (
 from vivit_linop.linalg.iterative import IterativeWoodbury
 from vivit_linop.linalg.krylov import SOLVERS, by_arpack, start_of, watched
 from vivit_linop.linalg.leading import led
-from vivit_linop.net.costs import layer_costs
+from vivit_linop.net.costs import LayerCost, as_table, layer_costs
 from vivit_linop.net.pieces import memory_budget
 from vivit_linop.operators.base import TorchLinearOperator
 from vivit_linop.operators.damped import Damped
@@ -38,6 +38,7 @@ from vivit_linop.operators.stacks import HStack
 from vivit_linop.operators.verbs import (
     eigh,
     explain,
+    gram,
     scale,
 )
 
@@ -254,6 +255,13 @@ def explain_low_rank(op: LowRank, k: int | None = None) -> plan.Choice:
     decomposition.check_k(k)
     choice = choose_route(op, k)
     print(choice)
+    if isinstance(op.factor, HStack):
+        parts = op.factor.parts
+        known = sum(gram(part).known for part in parts)
+        print(
+            f"V is stacked of {len(parts)} parts: blocks of their Gram matrices, "
+            f"{known} of {len(parts)} on the diagonal are known."
+        )
     if isinstance(factor := op.factor, Pullback):
         costs = factor.ranks.led(layer_costs, factor.risk, factor.width)
         stored = factor.stored is not None or plan.columns_pay(
@@ -261,6 +269,18 @@ def explain_low_rank(op: LowRank, k: int | None = None) -> plan.Choice:
         )
         print(plan.explained_products(costs, stored, op.device))
     return choice
+
+
+@explain.register
+def explain_pullback(factor: Pullback, k: int | None = None) -> list[LayerCost]:
+    """What each parameter costs in the Gram matrix of the columns, as a table.
+
+    Its rows are returned: the parameter, the uses that were seen of it, the contraction
+    chosen, floating-point operations and bytes.
+    """
+    costs = layer_costs(factor.risk, factor.width)
+    print(as_table(costs))
+    return costs
 
 
 @explain.register

@@ -8,6 +8,7 @@ tensor(2.0794, dtype=torch.float64)
 from vivit_linop.linalg import (  # noqa: F401  (register)
     diagonal_damping,
     eigen,
+    explanations,
     extreme,
     inverse,
     iterative,

@@ -33,7 +33,7 @@ from vivit_linop.operators.verbs import (
 
 WHICH = ("LA", "SA", "LM")
 # Solvers take some 20 + 4 k products (measured); of fewer rows the matrix is cheaper.
-_PRODUCTS, _PRODUCTS_A_PAIR = 20, 4
+PRODUCTS, PRODUCTS_A_PAIR = 20, 4
 # Up to so many rows the matrix is formed where they fail.
 _DENSE_ROWS = 2000
 # Restarts after which the spectrum is shifted, and how well its norm is to be known.
@@ -65,7 +65,7 @@ def extreme_eigenpairs_of_operator(
         )
     n = op.shape[0]
     pairs: Eigenpairs | None = None
-    if n > _PRODUCTS + _PRODUCTS_A_PAIR * k:
+    if n > PRODUCTS + PRODUCTS_A_PAIR * k:
         solver = route or solver_on(op.device)
         pairs = _by_iteration(op, k, which, tol or 0.0, _start(op, v0), solver)
     if pairs is None:

@@ -206,6 +206,12 @@ def _sides(op: Sandwich, V: Op, form: LowRankForm) -> tuple[Tensor, Tensor]:
     return X, X if op.other is op.factor else _gram(V, op.other, form)
 
 
+def may_lose_digits(op: Sandwich, form: LowRankForm) -> bool:
+    """Whether terms may cancel up to half of the digits."""
+    eps = torch.finfo(op.torch_dtype).eps
+    return eps * form.condition > _SAFE * eps**0.5
+
+
 def _lose_digits(
     op: Sandwich, form: LowRankForm, X: Tensor, Y: Tensor, sizes: Tensor
 ) -> Tensor:
@@ -221,7 +227,7 @@ def _lose_digits(
         sizes: The norms of the parts: as many columns of A and of B each.
     """
     eps = torch.finfo(op.torch_dtype).eps
-    if eps * form.condition <= _SAFE * eps**0.5:
+    if not may_lose_digits(op, form):
         return torch.zeros(len(sizes), dtype=torch.bool, device=sizes.device)
 
     def norms(columns: Tensor) -> Tensor:

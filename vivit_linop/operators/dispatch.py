@@ -140,6 +140,11 @@ class RoutedVerb(Generic[P, Result]):
         self._verb.register(rule)
         return rule
 
+    def dispatch(self, cls: type) -> Callable[..., Any]:
+        """Return the rule of a type, as ``functools.singledispatch`` does."""
+        rule: Callable[..., Any] = self._verb.dispatch(cls)
+        return rule
+
     def __call__(
         self, op: Any, *arguments: Any, route: str | None = None, **options: Any
     ) -> Result:

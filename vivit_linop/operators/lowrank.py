@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from functools import cached_property
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from torch import Tensor
 
@@ -267,28 +267,6 @@ class LowRank(TorchLinearOperator):
         node.route = route
         return node
 
-    def explain(self, k: int | None = None) -> Any:
-        """Print what the ways to k eigenpairs cost, and which one is chosen and why.
-
-        Args:
-            k: How many of the largest eigenpairs; by default 10, or all if there are
-                fewer.
-
-        Returns:
-            What is printed; its ``routes`` and ``chosen`` are for programs.
-
-        Example:
-            >>> import torch, vivit_linop as vl
-            >>> V = vl.Dense(torch.rand(1000, 20))
-            >>> choice = (V @ V.T).explain(k=2)
-            eigh(k=2) takes 'dense Gram': it is estimated to be the cheaper.
-              dense Gram     0.00048 GFLOP     0.0048 MB
-              ARPACK on K       28.1 GFLOP    0.00192 MB
-            >>> choice.chosen.name
-            'dense Gram'
-        """
-        return verbs.explain(self, k)
-
     def _made_of(self) -> tuple[TorchLinearOperator]:
         return (self.factor,)
 
@@ -416,14 +394,6 @@ class Woodbury(TorchLinearOperator):
         except ValueError as error:
             return 0.0, False, str(error)
         return self._solver.norm, self._solver.refines, ""
-
-    def explain(self) -> Any:
-        """Print which side is factorised, what it costs and why.
-
-        Returns:
-            What is printed.
-        """
-        return verbs.explain(self)
 
     def solve_small(self, X: Tensor) -> Tensor:
         """(δ I + c K)⁻¹ times columns of the smaller side, ``[R, K]``."""

@@ -316,6 +316,37 @@ class VerbMethods(LinearOperator, Generic[Op]):
             raise ValueError(f"tol: a positive number, got {tol!r}.")
         return verbs.eigh_near(self, k, start, tol)
 
+    @ordinary_mode()
+    def explain(self, k: int | None = None) -> Any:
+        """Print which ways are taken for what the operator is asked for, and why.
+
+        Of low-rank operators c V Vᵀ, what the ways to k eigenpairs cost, and which one
+        is chosen. Of factors V, what each parameter costs in VᵀV. Of others, by verb:
+        closed forms by their rules, iterations where there are none, the small side of
+        sandwiches and inverses.
+
+        Args:
+            k: How many eigenpairs; by default 10, or all if there are fewer.
+
+        Returns:
+            What is printed, for programs: ``routes`` and ``chosen`` of a low-rank
+            operator, the rows of a factor's table, ``ways`` of others.
+
+        Example:
+            >>> import torch, vivit_linop as vl
+            >>> V = vl.Dense(torch.rand(1000, 20))
+            >>> choice = (V @ V.T).explain(k=2)
+            eigh(k=2) takes 'dense Gram': it is estimated to be the cheaper.
+              dense Gram     0.00048 GFLOP     0.0048 MB
+              ARPACK on K       28.1 GFLOP    0.00192 MB
+            >>> choice.chosen.name
+            'dense Gram'
+            >>> ways = vl.Kronecker(torch.eye(3), torch.eye(4)).explain().ways
+            <12x12 Kronecker, torch.float32, cpu>
+              all  factor by factor, 3 x 3, 4 x 4
+        """
+        return verbs.explain(self, k)
+
     def to_curvlinops(self) -> Any:
         """Return the operator with the interface that curvlinops' estimators use.
 

@@ -1,0 +1,292 @@
+"""What an operator does for each verb, and why: the rules of ``explain``.
+
+Those of operators c V Vᵀ, which choose by what ways cost, stand in
+:mod:`vivit_linop.curvature.routes`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from vivit_linop.linalg.extreme import PRODUCTS, PRODUCTS_A_PAIR
+from vivit_linop.linalg.iterative import IterativeInverse
+from vivit_linop.linalg.krylov import solver_on
+from vivit_linop.linalg.sandwiches import may_lose_digits
+from vivit_linop.operators.base import TorchLinearOperator
+from vivit_linop.operators.damped import Damped, DampedInverse
+from vivit_linop.operators.diagonal_damping import DiagonallyDamped, DiagonalWoodbury
+from vivit_linop.operators.elementary import (
+    Adjoint,
+    Dense,
+    DenseInverse,
+    Product,
+    Scaled,
+    Sum,
+)
+from vivit_linop.operators.kronecker import (
+    BlockDiagonal,
+    CorrectedKronecker,
+    Kronecker,
+)
+from vivit_linop.operators.lowrank import DampedRoot, Gram, LowRank
+from vivit_linop.operators.sandwich import Sandwich, low_rank_form
+from vivit_linop.operators.verbs import (
+    damped_inv,
+    diagonal,
+    eigendecomposition,
+    explain,
+    inv,
+)
+
+Op = TorchLinearOperator
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What an operator does for each verb, and why.
+
+    Attributes:
+        operator: What it is.
+        ways: By verb, the way and the reason.
+        parts: What is said of the operators that it is made of.
+    """
+
+    operator: str
+    ways: Mapping[str, str]
+    parts: tuple[Any, ...] = field(default=())
+
+    def __str__(self) -> str:
+        """The operator, and a line for each verb."""
+        width = max(map(len, self.ways), default=0)
+        lines = [f"  {verb:{width}}  {way}" for verb, way in self.ways.items()]
+        return "\n".join([self.operator, *lines])
+
+
+def _said(
+    op: Op, ways: Mapping[str, str], *parts: Op, k: int | None = None
+) -> Explanation:
+    """Print what is said of an operator, and then of its parts."""
+    print(Explanation(repr(op), ways))
+    return Explanation(repr(op), ways, tuple(explain(part, k) for part in parts))
+
+
+@explain.register
+def explain_operator(op: Op, k: int | None = None) -> Explanation:
+    """Closed forms by their rules; iterations where there are none."""
+    return _said(op, _by_rules(op, k))
+
+
+def _by_rules(op: Op, k: int | None = None) -> dict[str, str]:
+    ways: dict[str, str] = {}
+    if op.shape[0] != op.shape[1]:
+        return {"products": f"those of {type(op).__name__}"}
+    if op.self_adjoint:
+        ways[_eigh(k)] = _rule(eigendecomposition, op) or iterates(op, k)
+    ways["solve"] = _rule(inv, op) or _iterated(op)
+    ways["diagonal"] = _rule(diagonal, op) or f"{op.shape[0]} products with columns"
+    return ways
+
+
+def _eigh(k: int | None) -> str:
+    return "eigh(k)" if k is None else f"eigh(k={k})"
+
+
+def _rule(verb: Any, op: Op) -> str | None:
+    """What a verb's rule says of itself; None where that of all operators is taken."""
+    rule: Callable[..., Any] = verb.dispatch(type(op))
+    if rule in (verb.dispatch(TorchLinearOperator), verb.dispatch(object)):
+        return None
+    name = rule.__name__.replace("_", " ")
+    summary = (rule.__doc__ or "").strip().split("\n")[0]
+    return f"{name}: {summary}" if summary else name
+
+
+def iterates(op: Op, k: int | None = None) -> str:
+    """Which solver finds eigenpairs, and that there is nothing better."""
+    n, solver = op.shape[0], solver_on(op.device)
+    products = PRODUCTS + PRODUCTS_A_PAIR * (min(10, n) if k is None else k)
+    if n <= products:
+        return f"LAPACK on its matrix, made by {n} products: there are few rows"
+    name = type(op).__name__
+    return f"{solver} on {name}, some {products} products: no closed form"
+
+
+def _iterated(op: Op) -> str:
+    if not op.self_adjoint:
+        return "GMRES: no closed form, not self-adjoint"
+    return "conjugate gradients, MINRES where it is indefinite: no closed form"
+
+
+# By what nodes are made of ----------------------------------------------------------
+
+
+@explain.register
+def explain_adjoint(op: Adjoint, k: int | None = None) -> Explanation:
+    """As the operator itself."""
+    return _said(op, {"all": "as the operator that it is the adjoint of"}, op.parent)
+
+
+@explain.register
+def explain_scaled(op: Scaled, k: int | None = None) -> Explanation:
+    """As what is scaled."""
+    return _said(op, {"all": "as what is scaled"}, op.operator, k=k)
+
+
+@explain.register
+def explain_damped(op: Damped, k: int | None = None) -> Explanation:
+    """Eigenpairs are shifted; inverses have rules by what is damped."""
+    A = op.operator
+    ways = {_eigh(k): "as of what is damped, shifted"}
+    if isinstance(A, LowRank):
+        ways["solve"] = f"Woodbury's identity, {_small_side(A)}"
+        ways["logdet"] = "the eigenvalues of that side, for all dampings"
+    else:
+        ways["solve"] = _rule(damped_inv, A) or _iterated(op)
+    ways["diagonal"] = "as of what is damped"
+    return _said(op, ways, A, k=k)
+
+
+def _small_side(op: LowRank) -> str:
+    D, R = op.factor.shape
+    rows, name = (R, "Gram matrix") if op.by_gram else (D, "V Vᵀ")
+    why = f"{R} columns of {D} entries" if op.route is None else "asked for"
+    known = "decomposed" if op.is_decomposed else "factorised"
+    return f"the {rows} x {rows} {name} {known}: {why}"
+
+
+@explain.register
+def explain_damped_inverse(op: DampedInverse, k: int | None = None) -> Explanation:
+    """The inverse at the damping's value; derivatives take another product."""
+    ways = {"all": "the inverse at this damping; derivatives take one more product"}
+    return _said(op, ways, op.inverse)
+
+
+@explain.register
+def explain_damped_root(op: DampedRoot, k: int | None = None) -> Explanation:
+    """Its products."""
+    return _said(op, {"products": f"V and Vᵀ, and {_small_side(op.operator)}"})
+
+
+@explain.register
+def explain_diagonally_damped(
+    op: DiagonallyDamped | DiagonalWoodbury, k: int | None = None
+) -> Explanation:
+    """Woodbury's identity, with weights in the factor."""
+    inner = op if isinstance(op, DiagonallyDamped) else op.operator
+    ways = {
+        "solve": "Woodbury's identity for P^-½ V (an entry of P for each row), "
+        + _small_side(inner.whitened),
+        "logdet": "log det P, and that of I + VᵀP⁻¹V",
+    }
+    if op is inner and op.self_adjoint:
+        ways[_eigh(k)] = iterates(op, k)
+    return _said(op, ways)
+
+
+@explain.register
+def explain_sum(op: Sum, k: int | None = None) -> Explanation:
+    """Nothing in common: iterations."""
+    ways = _by_rules(op, k)
+    if "gradients" in ways.get("solve", ""):
+        ways["solve"] += "; (A + p̄ I)⁻¹ preconditions a sum A + P with a diagonal P > 0"
+    return _said(op, ways)
+
+
+@explain.register
+def explain_product(op: Product, k: int | None = None) -> Explanation:
+    """By its smaller side where it is A B Aᵀ."""
+    ways = {"products": "factor by factor, the last first"}
+    if not op.self_adjoint:
+        return _said(op, ways | ({} if op.shape[0] != op.shape[1] else _by_rules(op)))
+    # Nothing is computed to say so.
+    if op.factors[len(op.factors) // 2].shape[0] > op.shape[0]:
+        ways["all else"] = f"LAPACK on A B Aᵀ, {op.shape[0]} x {op.shape[0]}"
+    else:
+        ways["all else"] = "as V Vᵀ with V = A √B, where B has a root"
+        ways["without"] = iterates(op, k)
+    return _said(op, ways)
+
+
+@explain.register
+def explain_sandwich(op: Sandwich, k: int | None = None) -> Explanation:
+    """Gram matrices in the place of products with D rows."""
+    left, D, right = op.shape[0], op.factors[1].shape[0], op.shape[1]
+    form = low_rank_form(op.factors[1])
+    assert form is not None
+    V = form.factor
+    if V is None:
+        way = "AᵀP B, a Gram matrix with weights"
+    elif op.factor is V or op.other is V:
+        way = "functions of VᵀV, as V stands beside its own inverse"
+    else:
+        way = f"VᵀA and VᵀB, {V.shape[1]} x {left} and {V.shape[1]} x {right}, and AᵀB"
+    ways = {
+        "to_dense": f"the small side: {way}; nothing has {D} rows",
+        "diagonal": "as the matrix, without what is beside the diagonal of AᵀB",
+    }
+    if may_lose_digits(op, form):
+        ways["digits"] = (
+            f"λ_max/δ is {form.condition:.1e}: entries that lose more than half of "
+            "their digits are made by products with S"
+        )
+    return _said(op, ways)
+
+
+@explain.register
+def explain_gram(op: Gram, k: int | None = None) -> Explanation:
+    """By its matrix, or through its factors until that is known."""
+    size = f"{op.shape[0]} x {op.shape[1]}"
+    if op.known:
+        ways = {"products": f"its matrix, {size}, which is known"}
+    else:
+        ways = {"products": f"through its factors; the {size} matrix is not known yet"}
+    if op.left is op.right:
+        ways[f"{_eigh(k)}, solve"] = "LAPACK on its matrix, which is made once"
+    return _said(op, ways)
+
+
+@explain.register
+def explain_dense(op: Dense, k: int | None = None) -> Explanation:
+    """LAPACK."""
+    return _said(op, {"all": f"LAPACK on the {op.shape[0]} x {op.shape[1]} matrix"})
+
+
+@explain.register
+def explain_dense_inverse(op: DenseInverse, k: int | None = None) -> Explanation:
+    """A factorisation."""
+    rows = op.shape[0]
+    return _said(op, {"products": f"a factorisation of the {rows} x {rows} matrix"})
+
+
+@explain.register
+def explain_block_diagonal(op: BlockDiagonal, k: int | None = None) -> Explanation:
+    """Block by block, a block of each type."""
+    first = {type(block): block for block in reversed(op.blocks)}
+    names = [type(block).__name__ for block in op.blocks]
+    counts = ", ".join(
+        f"{names.count(name)} of type {name}" for name in dict.fromkeys(names)
+    )
+    ways = {"all": f"block by block: {counts}"}
+    return _said(op, ways, *reversed(first.values()))
+
+
+@explain.register
+def explain_kronecker(
+    op: Kronecker | CorrectedKronecker, k: int | None = None
+) -> Explanation:
+    """Factor by factor."""
+    factors = (op if isinstance(op, Kronecker) else op.basis).factors
+    sizes = ", ".join(f"{a.shape[0]} x {a.shape[1]}" for a in factors)
+    return _said(op, {"all": f"factor by factor, {sizes}"})
+
+
+@explain.register
+def explain_iterative_inverse(
+    op: IterativeInverse, k: int | None = None
+) -> Explanation:
+    """An iteration for each vector."""
+    with_M = f", preconditioned by {op.M!r}" if op.M is not None else ""
+    way = f"{_iterated(op.operator)}; to a residual of {op.rtol:.1e}{with_M}"
+    return _said(op, {"products": way})
