@@ -24,6 +24,9 @@ def centered_gram(columns: TorchLinearOperator) -> Tensor:
             vl.EmpiricalFisher(risk)``, ``block.factor`` for each block of
             ``F.block_diagonal("module")``.
 
+    Raises:
+        TypeError: If it is no operator.
+
     Example:
         >>> import torch, vivit_linop as vl
         >>> vl.centered_gram(vl.Dense(torch.tensor([[1.0, 3.0], [2.0, 2.0]])))

@@ -138,10 +138,27 @@ class Laplace:
     def log_marginal_likelihood(
         self, prior_precision: PriorPrecision | None = None
     ) -> Tensor:
-        """Return the approximate log evidence, differentiable in the precision.
+        """Return the approximate log evidence, a scalar, differentiable in P.
+
+        Costs one decomposition of the Gram matrix for all precisions that are one
+        number; a Gram matrix with weights for each P by layer or entry.
 
         Args:
             prior_precision: Another P; see :func:`log_marginal_likelihood`.
+
+        Raises:
+            ValueError: If a precision is not positive, or has another shape.
+
+        Example:
+            >>> import torch, vivit_linop as vl
+            >>> from torch import nn
+            >>> data = (torch.rand(8, 3), torch.rand(8, 1))
+            >>> risk = vl.EmpiricalRisk(nn.Linear(3, 1), nn.MSELoss(), data)
+            >>> la = vl.Laplace(risk, prior_precision=1.0)
+            >>> before = la.log_marginal_likelihood()
+            >>> tau = la.optimize_prior()
+            >>> bool(la.log_marginal_likelihood() >= before), la.sample(3).shape
+            (True, torch.Size([4, 3]))
         """
         given = self.prior_precision if prior_precision is None else prior_precision
         return log_marginal_likelihood(self.risk, self.curvature, given)
@@ -156,6 +173,9 @@ class Laplace:
         Args:
             per_parameter: Whether each parameter gets its own precision,
                 ``[len(risk.params)]``, else one number for all.
+
+        Returns:
+            P; :meth:`log_marginal_likelihood` has an example.
         """
         mean = log_precision(self.prior_precision)
         count = len(self.risk.params) if per_parameter else 1
@@ -179,18 +199,36 @@ class Laplace:
     def sample(self, num: int, generator: torch.Generator | None = None) -> Tensor:
         """Return parameters drawn from the posterior, as columns ``[D, num]``.
 
+        Costs a root of the covariance, once, and ``num`` products with it;
+        :meth:`log_marginal_likelihood` has an example.
+
         Args:
             num: How many.
             generator: For reproducible ones.
+
+        Raises:
+            ValueError: If ``num`` is below 1.
         """
         return self.mean[:, None] + self.covariance.sample(num, generator)
 
     def predictive(self, X: Any, **options: Any) -> Predictive:
-        """Return mean and covariance of the linearised net's outputs.
+        """Return mean ``[N*, C]`` and covariance ``[N*, C, C]`` of the net's outputs.
+
+        Those of the linearised net. Costs a forward pass over X, and what
+        :func:`predictive_covariance` does: C backward passes over it.
 
         Args:
             X: A batch of inputs, or a list or loader of batches.
             options: What else :class:`EmpiricalRisk` takes by name, of how to read X.
+
+        Example:
+            >>> import torch, vivit_linop as vl
+            >>> from torch import nn
+            >>> data = (torch.rand(8, 3), torch.rand(8, 2))
+            >>> risk = vl.EmpiricalRisk(nn.Linear(3, 2), nn.MSELoss(), data)
+            >>> mean, covariance = vl.Laplace(risk).predictive(torch.rand(5, 3))
+            >>> mean.shape, covariance.shape
+            (torch.Size([5, 2]), torch.Size([5, 2, 2]))
         """
         model = self.risk.model
         J = Jacobian(

@@ -36,6 +36,9 @@ def damped_newton_step(
     directions; the full-space step ``-(G + delta * I).inv() @ g`` also moves by −g/δ
     outside of it.
 
+    Costs what :func:`directional_derivatives` does: for eigenpairs of G the cross-Gram
+    matrix UᵀV, a backward pass and inner products; and a product of V with one vector.
+
     Args:
         risk: Whose gradient the step is for.
         directions: Eigenpairs, or orthonormal columns ``[D, K]``.

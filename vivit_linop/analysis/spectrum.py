@@ -83,6 +83,8 @@ class LanczosSpectrum:
     ) -> tuple[Tensor, Tensor]:
         """Return a grid of λ and p(λ) on it, ``[num_points]`` each.
 
+        Costs ``ncv`` products for each run; runs are kept for what follows.
+
         Args:
             num_points: The resolution.
             num_repeats: The number of runs that are averaged.
@@ -114,7 +116,9 @@ class LanczosSpectrum:
     ) -> tuple[Tensor, Tensor]:
         """Return a logarithmic grid of ``|λ| + ε`` and the density on it.
 
-        The density is that of ``|λ| + ε``, with Gaussians in its logarithm.
+        The density is that of ``|λ| + ε``, with Gaussians in its logarithm, both
+        ``[num_points]``. Costs ``ncv`` products for each run; runs are kept. The class
+        has an example.
 
         Args:
             num_points: The resolution.

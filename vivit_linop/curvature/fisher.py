@@ -143,7 +143,8 @@ class PerSampleGradients(Pullback):
     def centered(self) -> Centered:
         """Return the operator with the columns ∇ℓ_n − ∇ℓ̄, ``[D, N]``.
 
-        ``Uc = U.centered()``; ``Uc.T @ Uc`` is the centred Gram matrix.
+        ``Uc = U.centered()``; ``Uc.T @ Uc`` is the centred Gram matrix. A product costs
+        what one with U does.
 
         Example:
             >>> import torch, vivit_linop as vl
@@ -161,7 +162,7 @@ class PerSampleGradients(Pullback):
 
         The biased one, (1/N) Σ_n (∇ℓ_n − ∇ℓ̄)(∇ℓ_n − ∇ℓ̄)ᵀ, without r: a low-rank
         operator whose spectrum and damped inverses come from the centred Gram matrix
-        of size N.
+        of size N: a forward and a backward pass. A product costs two with U.
 
         Example:
             >>> import torch, vivit_linop as vl
@@ -245,7 +246,9 @@ class EmpiricalFisher(LowRank):
         super().__init__(PerSampleGradients(risk), risk.reduction_factor)
 
     def block_diagonal(self, blocks: ParameterBlocks) -> BlockDiagonal:
-        """Return the block-diagonal of F over blocks of parameters.
+        """Return the block-diagonal of F over blocks of parameters, ``[D, D]``.
+
+        Costs nothing; the Gram matrices of all blocks come from one pass over the data.
 
         Args:
             blocks: As for :meth:`vivit_linop.GGN.block_diagonal`. The Gram matrix of
@@ -253,5 +256,13 @@ class EmpiricalFisher(LowRank):
 
         Raises:
             ValueError: If a parameter is missing, foreign or listed twice.
+
+        Example:
+            >>> import torch, vivit_linop as vl
+            >>> from torch import nn
+            >>> data = (torch.rand(4, 3), torch.rand(4, 1))
+            >>> F = vl.EmpiricalFisher(nn.Linear(3, 1), nn.MSELoss(), data)
+            >>> F.block_diagonal("parameter").blocks[0].gram
+            <4x4 Gram, torch.float32, cpu>
         """
         return block_diagonal(self, blocks)

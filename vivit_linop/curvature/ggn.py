@@ -202,6 +202,17 @@ class GGN(LowRank):
         Raises:
             ValueError: If a parameter is missing, foreign or listed twice; if the loss
                 is not convex.
+
+        Example:
+            >>> import torch, vivit_linop as vl
+            >>> from torch import nn
+            >>> data = (torch.rand(4, 3), torch.rand(4, 1))
+            >>> G = vl.GGN(nn.Linear(3, 1), nn.MSELoss(), data)
+            >>> blocks = G.block_diagonal("parameter")
+            >>> [block.shape for block in blocks.blocks]
+            [(3, 3), (1, 1)]
+            >>> torch.allclose(blocks.diagonal(), G.diagonal())
+            True
         """
         if not self.semidefinite:
             self.factor.root.check()

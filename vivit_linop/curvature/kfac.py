@@ -167,7 +167,7 @@ class KFAC(_LayerBlocks):
     """
 
     def pi_damped(self, damping: float) -> BlockDiagonal:
-        """Return K + δ I with each Kronecker block damped factor by factor.
+        """Return K + δ I, ``[D, D]``, each Kronecker block damped factor by factor.
 
         (B + (√δ/π) I) ⊗ (A + π√δ I) with π² = (tr A/dim A)/(tr B/dim B) (Martens &
         Grosse 2015, §6.3); blocks of other types get δ I. Unlike the exact K + δ I its

@@ -185,6 +185,9 @@ class LossHessian(OutputOperator):
     ) -> LossHessianSqrt:
         """Return S with H = S Sᵀ, ``[N·C, N·R]``.
 
+        Costs no pass over the data: outputs are kept. Blocks are made when a product
+        needs them.
+
         Args:
             mc_samples: 0 for the exact square root; else the number M of sampled
                 columns a sample, and S Sᵀ is H in expectation only.
@@ -199,6 +202,15 @@ class LossHessian(OutputOperator):
                 sample from; if the loss is not convex at some sample (see
                 ``positive_part``).
             MemoryError: If the outputs are too many for an exact square root.
+
+        Example:
+            >>> import torch, vivit_linop as vl
+            >>> from torch import nn
+            >>> data = (torch.rand(4, 3), torch.randint(2, (4,)))
+            >>> H = vl.LossHessian(nn.Linear(3, 2), nn.CrossEntropyLoss(), data)
+            >>> S = H.sqrt()
+            >>> S.shape, torch.allclose((S @ S.T).to_dense(), H.to_dense())
+            ((8, 4), True)
         """
         return LossHessianSqrt(self, mc_samples, generator).check()
 

@@ -71,9 +71,9 @@ class Eigenpairs:
         return f"<{type(self).__name__}: {len(self)} in [{low:.3g}, {high:.3g}]>"
 
     def plot(self, ax: Any | None = None, **options: Any) -> Any:
-        """Draw the eigenvalues by rank, the largest first; no vector is formed.
+        """Draw the eigenvalues by rank, the largest first.
 
-        The ordinate is logarithmic, or linear around zero where one is not positive.
+        Costs nothing: no vector is formed. The ordinate is logarithmic, or linear around zero where one is not positive.
 
         Args:
             ax: Axes of matplotlib; None for new ones.
@@ -103,11 +103,28 @@ class Eigenpairs:
         return ax
 
     def combine(self, weights: Tensor) -> Tensor:
-        """Return the combination ``E @ weights`` of the eigenvectors, ``[n]``."""
+        """Return the combination ``E @ weights`` of the eigenvectors, ``[n]``.
+
+        Costs forming them, if nobody has asked for them; pairs of V Vᵀ take one product
+        with V in its place.
+
+        Example:
+            >>> import torch, vivit_linop as vl
+            >>> pairs = vl.Diagonal(torch.tensor([2.0, 5.0])).eigh()
+            >>> pairs.combine(torch.tensor([0.0, 1.0])).abs()
+            tensor([0., 1.])
+            >>> pairs.components(vl.Diagonal(torch.tensor([1.0, 7.0]))).abs()
+            tensor([[1., 0.],
+                    [0., 7.]])
+        """
         return self.eigenvectors @ weights
 
     def components(self, factor: LinearOperator) -> Tensor:
-        """Return ``factor.T @ E``: the columns of a factor along the eigenvectors."""
+        """Return ``factor.T @ E``, ``[R, K]``: columns of a factor along eigenvectors.
+
+        Costs K products with ``factor.T``; pairs of V Vᵀ take the cross-Gram matrix in
+        its place. :meth:`combine` has an example.
+        """
         return factor.T @ self.eigenvectors
 
 

@@ -42,28 +42,83 @@ class VerbMethods(LinearOperator, Generic[Op]):
 
     @ordinary_mode()
     def to_dense(self) -> Tensor:
-        """Return the matrix as a torch tensor; costs as many products as columns."""
+        """Return the matrix as a torch tensor, ``[m, n]``.
+
+        Costs n products, some columns at a time; nodes that hold their matrix copy it.
+
+        Example:
+            >>> import torch, vivit_linop as vl
+            >>> (2 * vl.Identity(2)).to_dense()
+            tensor([[2., 0.],
+                    [0., 2.]], dtype=torch.float64)
+        """
         return self._own(verbs.to_dense(self))
 
     @ordinary_mode()
     def diagonal(self) -> Tensor:
-        """Return the diagonal of a square operator, ``[n]``."""
+        """Return the diagonal of a square operator, ``[n]``.
+
+        Of G one forward pass, and R backward passes without weight gradients; of what
+        has no closed form n products. :func:`vivit_linop.estimate_diagonal` takes less.
+
+        Raises:
+            ValueError: If the operator is not square.
+
+        Example:
+            >>> import torch, vivit_linop as vl
+            >>> V = vl.Dense(torch.tensor([[1.0], [2.0]]))
+            >>> (V @ V.T + 0.5 * vl.Identity(2)).diagonal()
+            tensor([1.5000, 4.5000])
+        """
         self._check_square("diagonal")
         return self._own(verbs.diagonal(self))
 
     @ordinary_mode()
     def trace(self) -> Tensor:
-        """Return the trace of a square operator, a scalar tensor."""
+        """Return the trace of a square operator, a scalar tensor.
+
+        Costs what the diagonal does, but of V Vᵀ with a known Gram matrix, and of its
+        damped inverse: these have it from that matrix. For one from a few products see
+        :func:`vivit_linop.estimate_trace`.
+
+        Raises:
+            ValueError: If the operator is not square.
+
+        Example:
+            >>> import torch, vivit_linop as vl
+            >>> A = torch.tensor([[1.0, 5.0], [5.0, 2.0]])
+            >>> vl.Kronecker(torch.eye(2), A).trace()
+            tensor(6.)
+        """
         self._check_square("trace")
         return self._own(verbs.trace(self))
 
     @ordinary_mode()
     def inv(self, route: str | None = None) -> Op:
-        """Return the inverse as an operator.
+        """Return the inverse as an operator, ``[n, n]``.
+
+        Of c V Vᵀ + δ I by Woodbury's identity: the Gram matrix of V, once for all δ,
+        and its Cholesky factor; then two products with V or Vᵀ for each vector (four where
+        δ is so small that digits would be lost). Of Kronecker and block-diagonal
+        operators by their parts.
 
         Args:
             route: Of low-rank operators, which side to factorise: ``"dense Gram"`` or
                 ``"dense G"``; None for the smaller one.
+
+        Raises:
+            TypeError: If there is no closed form; :meth:`solve` iterates.
+            ValueError: If the operator is not square, or numerically singular.
+            MemoryError: If the factorised matrix does not fit.
+
+        Example:
+            >>> import torch, vivit_linop as vl
+            >>> V = vl.Dense(torch.tensor([[1.0], [1.0]]))
+            >>> S = (V @ V.T + 2 * vl.Identity(2)).inv()
+            >>> S
+            <2x2 Woodbury, torch.float32, cpu>
+            >>> S @ torch.tensor([1.0, 1.0])
+            tensor([0.2500, 0.2500])
         """
         self._check_square("inv")
         return verbs.inv(self, route=route)
@@ -163,7 +218,18 @@ class VerbMethods(LinearOperator, Generic[Op]):
         """Return R with ``self = R @ R.T``; ``R @ noise`` samples from N(0, self).
 
         For positive semi-definite operators with a closed form; R is unique up to an
-        orthogonal mixing of its columns, and need not be square.
+        orthogonal mixing of its columns, and need not be square. Of c V Vᵀ it is √c V,
+        which costs nothing; of damped operators and of inverses it takes the eigenpairs
+        of the Gram matrix, and a product then costs one with V and one with Vᵀ.
+
+        Raises:
+            TypeError: If there is no closed form.
+            ValueError: If the operator is not square or not positive semi-definite.
+
+        Example:
+            >>> import torch, vivit_linop as vl
+            >>> vl.Diagonal(torch.tensor([4.0, 9.0])).sqrt().diagonal()
+            tensor([2., 3.])
         """
         self._check_square("sqrt")
         return verbs.sqrt(self)
@@ -172,7 +238,8 @@ class VerbMethods(LinearOperator, Generic[Op]):
     def sample(self, num: int, generator: torch.Generator | None = None) -> Tensor:
         """Return samples of N(0, self), with mean zero, as columns ``[n, num]``.
 
-        A root times standard normal noise, so for operators with a closed-form root:
+        A root times standard normal noise, ``num`` products with the root, so for
+        operators with a closed-form root:
         posteriors ``(G + delta * Identity(D)).inv()``, KFAC and their kin. Of a risk's
         operator, ``risk.unflatten`` has the parameters' shapes, the samples leading.
 
@@ -208,9 +275,16 @@ class VerbMethods(LinearOperator, Generic[Op]):
         Σ 1/(λ + δ), which is below n/δ. In float32 and for δ = 1e-6 λ_max, eigenvalues
         below δ can be off by 1 each; a model in float64 has them exactly.
 
+        Costs one decomposition of the Gram matrix, kept for all δ; of what has no
+        closed form one of the dense matrix.
+
         Args:
             damping: δ, to return that of A + δ I; T of them to return as many, ``[T]``.
                 Those of low-rank operators come from one decomposition, in one go.
+
+        Raises:
+            ValueError: If the operator is not square.
+            TypeError: If it has no closed form and is not self-adjoint.
 
         Example:
             >>> import torch, vivit_linop as vl
@@ -232,10 +306,24 @@ class VerbMethods(LinearOperator, Generic[Op]):
 
     @ordinary_mode()
     def eigvalsh(self, route: str | None = None) -> Tensor:
-        """Return the eigenvalues of a self-adjoint operator, ascending.
+        """Return the eigenvalues of a self-adjoint operator, ascending, ``[n]``.
+
+        Of low-rank operators c V Vᵀ with V ``[D, R]`` only the min(D, R) of the smaller
+        side; the others are zero. Costs the Gram matrix (a forward pass, and backward
+        passes for the columns of a sample) and O(min(D, R)³) for its decomposition.
 
         Args:
             route: As for :meth:`inv`.
+
+        Raises:
+            TypeError: If the operator is not self-adjoint, or has no closed form.
+            ValueError: If it is not square.
+
+        Example:
+            >>> import torch, vivit_linop as vl
+            >>> V = vl.Dense(torch.tensor([[3.0], [4.0]]))
+            >>> (V @ V.T).eigvalsh(), (V @ V.T + vl.Identity(2)).eigvalsh()
+            (tensor([25.]), tensor([ 1., 26.]))
         """
         self._check_self_adjoint("eigvalsh")
         return self._own(verbs.eigvalsh(self, route=route))
@@ -288,6 +376,19 @@ class VerbMethods(LinearOperator, Generic[Op]):
         Returns:
             Pairs that unpack to eigenvalues ``[K]`` and orthonormal columns
             ``[n, K]``.
+
+        Raises:
+            TypeError: If the operator is not self-adjoint; if all pairs are asked for,
+                or ``start`` given, and there is no closed form.
+            ValueError: If ``k``, ``select``, ``which`` or ``route`` ask for what there
+                is not, or for two things at once.
+
+        Example:
+            >>> import torch, vivit_linop as vl
+            >>> A = vl.Diagonal(torch.tensor([2.0, 5.0, 3.0]))
+            >>> evals, evecs = A.eigh(k=2)
+            >>> evals, torch.allclose(A @ evecs, evals * evecs)
+            (tensor([3., 5.]), True)
         """
         self._check_self_adjoint("eigh")
         if start is not None:
@@ -351,7 +452,8 @@ class VerbMethods(LinearOperator, Generic[Op]):
         """Return the operator with the interface that curvlinops' estimators use.
 
         For ``hutchpp_trace``, ``xtrace``, ``xdiag``, ``hutchinson_squared_fro`` and
-        spectral densities; :func:`vivit_linop.from_curvlinops` is the way back.
+        spectral densities; :func:`vivit_linop.from_curvlinops` is the way back. A
+        product with it costs what one with this operator does.
 
         Example:
             >>> import curvlinops, torch, vivit_linop as vl

@@ -82,7 +82,7 @@ def hstack(parts: Parts) -> TorchLinearOperator:
 def vstack(parts: Parts) -> TorchLinearOperator:
     """Return operators one above the other, [A; B; …], ``[m₁ + m₂ + …, n]``.
 
-    The adjoint of :func:`hstack` of the adjoints.
+    The adjoint of :func:`hstack` of the adjoints. A product costs one with each part.
 
     Args:
         parts: Operators or matrices with as many columns each, at least one.

@@ -97,7 +97,7 @@ def adjoint(op: Any) -> Operator:
 
 @singledispatch
 def to_dense(op: Any) -> Tensor:
-    """Return the matrix, ``[m, n]``, in memory that nobody else writes to.
+    """Return the matrix, ``[m, n]``, in memory of its own; see ``A.to_dense``.
 
     Without a rule, n products with columns of the identity.
     """
@@ -220,6 +220,10 @@ def row_norms_squared(op: Any) -> Tensor:
     """Return the squared norms of the rows, ``[m]``: the diagonal of ``op @ op.T``.
 
     Without a rule, n products, some columns at a time.
+
+    >>> import torch, vivit_linop as vl
+    >>> vl.linalg.row_norms_squared(vl.Dense(torch.tensor([[3.0, 4.0], [1.0, 0.0]])))
+    tensor([25.,  1.])
     """
     raise no_rule("row_norms_squared", op)
 
@@ -229,6 +233,10 @@ def column_norms_squared(op: Any) -> Tensor:
     """Return the squared norms of the columns, ``[n]``: the diagonal of ``op.T @ op``.
 
     Without a rule, n products, some columns at a time.
+
+    >>> import torch, vivit_linop as vl
+    >>> vl.linalg.column_norms_squared(vl.Dense(torch.tensor([[3.0, 1.0], [4.0, 0.0]])))
+    tensor([25.,  1.])
     """
     raise no_rule("column_norms_squared", op)
 
@@ -248,7 +256,7 @@ def centered_row_norms_squared(op: Any) -> Tensor:
 
 @RoutedVerb
 def inv(op: Any) -> Operator:
-    """Return the inverse of a square operator, as an operator.
+    """Return the inverse of a square operator, as an operator; see ``A.inv``.
 
     Raises:
         TypeError: If there is no closed form.
@@ -281,7 +289,7 @@ def damped_inv(op: Any, damping: Scalar) -> Operator:
 
 @singledispatch
 def sqrt(op: Any) -> Operator:
-    """Return an R with ``op = R @ R.T``, as an operator ``[n, k]``.
+    """Return an R with ``op = R @ R.T``, as an operator ``[n, k]``; see ``A.sqrt``.
 
     R is unique up to an orthogonal mixing of its columns, and need not be square.
 
@@ -326,7 +334,7 @@ def pinv(op: Any, rcond: float | None = None) -> Operator:
 
 @singledispatch
 def restrict(op: Any, index: Tensor) -> Operator:
-    """Return the principal submatrix of these rows and columns, ``[k, k]``.
+    """Return the principal submatrix of rows and columns; see ``A.restrict``.
 
     Without a rule, a node that multiplies vectors which are zero elsewhere.
 
@@ -342,7 +350,7 @@ def restrict(op: Any, index: Tensor) -> Operator:
 
 @singledispatch
 def diagonal(op: Any) -> Tensor:
-    """Return the diagonal of a square operator, ``[n]``.
+    """Return the diagonal of a square operator, ``[n]``; see ``A.diagonal``.
 
     Without a rule, n products, some columns at a time.
     """
@@ -368,7 +376,7 @@ def diagonal_blocks(op: Any, size: int) -> Tensor:
 
 @singledispatch
 def trace(op: Any) -> Tensor:
-    """Return the trace of a square operator, without axes.
+    """Return the trace of a square operator, without axes; see ``A.trace``.
 
     Without a rule, the sum of its diagonal.
     """
@@ -377,9 +385,9 @@ def trace(op: Any) -> Tensor:
 
 @singledispatch
 def logdet(op: Any) -> Tensor:
-    """Return ``log |det A|`` of a square operator, without axes; −∞ for a singular one.
+    """Return ``log |det A|`` of a square operator, without axes; see ``A.logdet``.
 
-    Without a rule, from ``eigvalsh``.
+    −∞ for a singular one. Without a rule, from ``eigvalsh``.
     """
     raise no_rule("logdet", op)
 
@@ -411,7 +419,7 @@ def damped_logdets(op: Any, dampings: Tensor) -> Tensor:
 
 @RoutedVerb
 def eigvalsh(op: Any) -> Tensor:
-    """Return the eigenvalues of a self-adjoint operator, ascending.
+    """Return eigenvalues of a self-adjoint operator, ascending; see ``A.eigvalsh``.
 
     All n, but of c V Vᵀ with V ``[D, R]`` the min(D, R) of the smaller side: the others
     are zero. Without a rule, from ``eigendecomposition``.
@@ -423,7 +431,8 @@ def eigvalsh(op: Any) -> Tensor:
 def eigendecomposition(op: Any) -> Eigendecomposition:
     """Return all eigenvalues of a self-adjoint operator and the way to its vectors.
 
-    A rule for it gives ``eigh`` and ``eigvalsh`` with all their arguments.
+    A rule for it gives ``eigh`` and ``eigvalsh`` with all their arguments; see
+    ``A.eigh``, which costs what the decomposition does.
 
     Raises:
         TypeError: If there is no closed form.

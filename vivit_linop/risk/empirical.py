@@ -405,6 +405,9 @@ class EmpiricalRisk(ParameterVectors):
     def subset(self, indices: Sequence[int] | Tensor) -> EmpiricalRisk:
         """Return the risk of some samples only: their mean (or sum).
 
+        Costs a pass over the data that picks them, without the model, and the checks of
+        a new risk on them: a forward pass.
+
         Args:
             indices: Distinct numbers of samples, 0..N−1, counted over all batches.
 
@@ -504,15 +507,26 @@ class EmpiricalRisk(ParameterVectors):
     # Values -------------------------------------------------------------------------
 
     def value(self) -> Tensor:
-        """Return L(θ), a scalar tensor. Known since construction."""
+        """Return L(θ), a scalar tensor. Costs nothing; see :meth:`gradient`."""
         return self._value.clone()
 
     def gradient(self) -> Tensor:
-        """Return ∇L(θ), ``[D]``. One forward and one backward pass over the data."""
+        """Return ∇L(θ), ``[D]``. One forward and one backward pass over the data.
+
+        Example:
+            >>> import torch, vivit_linop as vl
+            >>> from torch import nn
+            >>> net, data = nn.Linear(3, 1), (torch.rand(8, 3), torch.rand(8, 1))
+            >>> risk = vl.EmpiricalRisk(net, nn.MSELoss(), data)
+            >>> value, gradient = risk.value_and_gradient()
+            >>> weight, bias = risk.unflatten(risk.gradient())
+            >>> weight.shape, torch.equal(value, risk.value()), gradient.shape
+            (torch.Size([1, 3]), True, torch.Size([4]))
+        """
         return self.value_and_gradient()[1]
 
     def value_and_gradient(self) -> tuple[Tensor, Tensor]:
-        """Return L(θ) and ∇L(θ), ``[D]``, from one pass over the data."""
+        """Return L(θ) and ∇L(θ), ``[D]``, from one pass over the data; see gradient."""
         both = self.ranks.summed(self._own_gradient_and_value)
         return both[-1], both[:-1]
 
@@ -535,7 +549,7 @@ class EmpiricalRisk(ParameterVectors):
         return both
 
     def over(self, names: Iterable[str]) -> EmpiricalRisk:
-        """Return it as a function of some of its parameters, the others constant.
+        """Return it as a function of some of its parameters, ``[d]`` of D.
 
         Costs nothing: the same data, outputs and value. For a last layer, or others
         that a curvature is to be taken of alone.
