@@ -73,7 +73,8 @@ class Eigenpairs:
     def plot(self, ax: Any | None = None, **options: Any) -> Any:
         """Draw the eigenvalues by rank, the largest first.
 
-        Costs nothing: no vector is formed. The ordinate is logarithmic, or linear around zero where one is not positive.
+        Costs nothing: no vector is formed. The ordinate is logarithmic, or linear
+        around zero where one is not positive.
 
         Args:
             ax: Axes of matplotlib; None for new ones.

@@ -98,8 +98,8 @@ class VerbMethods(LinearOperator, Generic[Op]):
         """Return the inverse as an operator, ``[n, n]``.
 
         Of c V Vᵀ + δ I by Woodbury's identity: the Gram matrix of V, once for all δ,
-        and its Cholesky factor; then two products with V or Vᵀ for each vector (four where
-        δ is so small that digits would be lost). Of Kronecker and block-diagonal
+        and its Cholesky factor; then two products with V or Vᵀ for each vector, four
+        where δ is so small that digits would be lost. Of Kronecker and block-diagonal
         operators by their parts.
 
         Args:
