@@ -14,7 +14,6 @@ from torch.utils.data import DataLoader, TensorDataset
 from toys import Noisy, Snapshot, random_vector, toy
 
 import vivit_linop as vl
-from vivit_linop.curvature import output_space
 from vivit_linop.net.linearization import linearizations
 
 # Streams ------------------------------------------------------------------------------
@@ -153,14 +152,12 @@ def test_linearisations_count_with_what_makes_products_possible() -> None:
         assert (next(iter(linearizations(risk))) is again) == kept
 
 
-def test_blocks_beyond_the_bound_are_formed_anew(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_blocks_beyond_the_bound_are_formed_anew() -> None:
     net, loss, data = toy()
     expected = vl.GGNFactor(net, loss, data).to_dense()
-    monkeypatch.setattr(output_space, "_KEPT_BYTES", 3 * 3 * 2 * 8)  # of one batch
     X, y = data
-    factor = vl.GGNFactor(net, loss, [(X[:3], y[:3]), (X[3:], y[3:])])
+    batches, of_one = [(X[:3], y[:3]), (X[3:], y[3:])], 3 * 3 * 2 * 8
+    factor = vl.GGNFactor(net, loss, batches, memory=of_one)
     for _ in range(2):
         assert (factor.to_dense() - expected).norm() <= 1e-12 * expected.norm()
         assert len(factor.root._blocks) == 1

@@ -146,7 +146,7 @@ class WrongDiagonal(Sound):
 
 
 @vl.linalg.diagonal.register
-def _(op: WrongDiagonal) -> Tensor:
+def wrong_diagonal(op: WrongDiagonal) -> Tensor:
     return op.matrix.diagonal() + 1e-3
 
 
@@ -155,7 +155,7 @@ class WrongTrace(Sound):
 
 
 @vl.linalg.trace.register
-def _(op: WrongTrace) -> Tensor:
+def wrong_trace(op: WrongTrace) -> Tensor:
     return op.matrix.diagonal().sum() * 1.1
 
 
@@ -164,7 +164,7 @@ class WrongDense(Sound):
 
 
 @vl.linalg.to_dense.register
-def _(op: WrongDense) -> Tensor:
+def wrong_matrix(op: WrongDense) -> Tensor:
     return op.matrix.T.clone()
 
 
@@ -173,7 +173,7 @@ class WrongScaling(Sound):
 
 
 @verbs.scale.register
-def _(op: WrongScaling, factor: float) -> vl.TorchLinearOperator:
+def wrong_multiple(op: WrongScaling, factor: float) -> vl.TorchLinearOperator:
     return Sound(abs(factor) * op.matrix)
 
 
@@ -358,22 +358,22 @@ class Householder(vl.TorchLinearOperator):
 
 
 @vl.linalg.inv.register
-def _(op: Householder) -> vl.TorchLinearOperator:
+def inverse_of_householder(op: Householder) -> vl.TorchLinearOperator:
     return op
 
 
 @vl.linalg.logdet.register
-def _(op: Householder) -> Tensor:
+def logdet_of_householder(op: Householder) -> Tensor:
     return torch.zeros((), dtype=op.torch_dtype, device=op.device)
 
 
 @vl.linalg.eigendecomposition.register
-def _(op: Householder) -> vl.linalg.Eigendecomposition:
+def decomposition_of_householder(op: Householder) -> vl.linalg.Eigendecomposition:
     return vl.linalg.eigendecomposition(vl.Dense(op.matrix()))
 
 
 @verbs.matmul.rule(Householder, Householder)
-def _(A: Householder, B: Householder) -> vl.TorchLinearOperator:
+def product_of_householders(A: Householder, B: Householder) -> vl.TorchLinearOperator:
     return vl.Identity(A.shape[0], A.torch_dtype) if A is B else NotImplemented
 
 
@@ -464,7 +464,7 @@ class OnlyItsGram(vl.TorchLinearOperator):
 
 
 @verbs.gram_matrix.register
-def _(left: OnlyItsGram, right: vl.TorchLinearOperator) -> Tensor:
+def gram_matrix_of_its_gram(left: OnlyItsGram, right: vl.TorchLinearOperator) -> Tensor:
     assert left is right
     return left.gram
 

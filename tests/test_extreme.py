@@ -166,7 +166,7 @@ def small_end(dtype):
 @pytest.mark.parametrize("rows", [0, 2000])
 def test_zeros_at_the_end_of_a_spectrum(dtype, rows, monkeypatch):
     """ARPACK asks for more than rounding has; shifted, or from the matrix."""
-    monkeypatch.setattr(extreme, "_DENSE_ROWS", rows)
+    monkeypatch.setattr(extreme, "DENSE_ROWS", rows)
     op, evals = small_end(dtype)
     for sign, which in ((1, "SA"), (-1, "LA")):
         pairs = (sign * op).eigh(k=3, which=which)
@@ -188,6 +188,6 @@ def test_no_convergence_says_what_to_do(which, monkeypatch):
     monkeypatch.setattr(krylov, "eigsh", eigsh)
     expected = H.eigh(k=2, which=which)  # from the matrix
     assert expected.route == "dense"
-    monkeypatch.setattr(extreme, "_DENSE_ROWS", 0)
+    monkeypatch.setattr(extreme, "DENSE_ROWS", 0)
     with pytest.raises(RuntimeError, match=r"found 1 of 2 pairs of this Hessian.*tol="):
         H.eigh(k=2, which=which)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import vivit_linop as vl
 from vivit_linop.curvature.hessian_diagonal import diagonals_one_by_one
-from vivit_linop.net.columns.khatri_rao import KhatriRaoColumns
+from vivit_linop.net.columns.khatri_rao import KhatriRaoColumns, squares_by_pairs
 from vivit_linop.operators import Centered, Gram
 from vivit_linop.testing import check_operator
 
@@ -209,29 +209,33 @@ def test_gram_diagonal_without_the_matrix() -> None:
 # Each way to each sum ---------------------------------------------------------------
 
 
-@pytest.mark.parametrize("by_pairs", [True, False])
+# In: inputs, cotangents and positions. Out: whether pairs of positions are cheaper than
+# blocks of columns.
+@pytest.mark.parametrize(
+    ("sizes", "by_pairs"),
+    [
+        ((3, 6, 1), True),
+        ((3, 6, 3), True),
+        ((30, 40, 8), True),
+        ((1, 1, 3), False),
+        ((3, 6, 8), False),
+    ],
+)
 @pytest.mark.parametrize("memory", [1, 2**30])
 @pytest.mark.parametrize("inputs_first", [True, False])
-@pytest.mark.parametrize("positions", [1, 3, 8])
 def test_sums_from_factors(
-    by_pairs: bool,
-    memory: int,
-    inputs_first: bool,
-    positions: int,
-    monkeypatch: pytest.MonkeyPatch,
+    sizes: tuple[int, int, int], by_pairs: bool, memory: int, inputs_first: bool
 ) -> None:
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator, dtype=torch.float64)
 
-    a, b = draw(5, 2, 3, positions), draw(5, 4, 2, 6, positions)
+    inputs, outputs, positions = sizes
+    assert squares_by_pairs(inputs, outputs, positions, width=4) == by_pairs
+    a, b = draw(5, 2, inputs, positions), draw(5, 4, 2, outputs, positions)
     columns = KhatriRaoColumns(a, b, inputs_first)
     rows = columns.rows()
-    monkeypatch.setattr(KhatriRaoColumns, "_squares_by_pairs", lambda self: by_pairs)
-    # What an elementwise operation costs decides for the norms.
-    cost = -1e9 if by_pairs else 1e9
-    monkeypatch.setattr("vivit_linop.net.columns.khatri_rao.ELEMENTWISE_COST", cost)
     assert close(columns.entry_squares(memory), rows.square().sum(0))
     by_sample = rows.view(5, 4, -1).square().sum(1)
     assert close(columns.sample_entry_squares(memory), by_sample)
@@ -247,7 +251,7 @@ def test_squares_form_no_columns(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(self: Any, *_: Any) -> Tensor:
         raise AssertionError("columns were formed")
 
-    for name in ("rows", "_sample_blocks"):
+    for name in ("rows", "sample_blocks"):
         monkeypatch.setattr(KhatriRaoColumns, name, refuse)
     U = vl.PerSampleGradients(of)
     assert close(vl.GGN(of).diagonal(), dense("mlp_ce_mean").G.diagonal())

@@ -38,7 +38,7 @@ def test_entries(D: int, k: int, seed: int) -> None:
     assert close(P.to_dense(), by_definition(D, k, seed), 1e-15)
 
 
-def test_one_seed_is_one_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_seed_is_one_matrix() -> None:
     P = vl.RandomProjection(50, 9, seed=4)
     matrix, X = P.to_dense(), torch.rand(50, 3, dtype=float64)
     assert close(P @ X, matrix @ X)
@@ -46,14 +46,22 @@ def test_one_seed_is_one_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
     assert close((P @ X.float()).double(), matrix @ X, 1e-6)
     for twin in (copy.deepcopy(P), pickle.loads(pickle.dumps(P))):
         assert torch.equal(twin.to_dense(), matrix)
-    monkeypatch.setattr("vivit_linop.operators.random_projection._BLOCK_ENTRIES", 70)
-    assert torch.equal(P.to_dense(), matrix)
-    assert close(P @ X, matrix @ X)
-    assert close(P.T @ X[:9], matrix.T @ X[:9])
     assert not torch.equal(vl.RandomProjection(50, 9, seed=5).to_dense(), matrix)
     state = torch.get_rng_state()
     assert P.to_dense().shape == (9, 50)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_large_ones_are_multiplied_block_by_block() -> None:
+    D, k = 300_000, 8
+    P, X = vl.RandomProjection(D, k, seed=4), torch.rand(D, 2, dtype=float64)
+    places = [place for place, _ in P.blocks(float64, P.device)]
+    assert len(places) > 1 and places[-1].stop == D
+    matrix = P.to_dense()
+    # The first columns are those of a small one.
+    assert torch.equal(matrix[:, :50], vl.RandomProjection(50, k, seed=4).to_dense())
+    assert close(P @ X, matrix @ X)
+    assert close(P.T @ X[:k], matrix.T @ X[:k])
 
 
 def test_signs_are_balanced_and_not_correlated() -> None:

@@ -16,6 +16,7 @@ from vivit_linop.net import linearization
 from vivit_linop.net.linearization import (
     Linearization,
     NoTangentError,
+    ReverseTangents,
     linearizations,
 )
 
@@ -87,7 +88,12 @@ def test_a_trace_stands_in_for_a_wrong_second_derivative(
 
         monkeypatch.setattr(f"{module}.ReverseTangents", impossible)
     else:
-        monkeypatch.setattr(Linearization, "_reverse", lambda linear: False)
+
+        class Wrong(ReverseTangents):
+            def __call__(self, tangents: list[Tensor], batched: bool) -> Tensor:
+                return 1.01 * super().__call__(tangents, batched)
+
+        monkeypatch.setattr(f"{module}.ReverseTangents", Wrong)
     of, truth = fresh("mlp_ce_mean"), dense("mlp_ce_mean")
     x = torch.linspace(-1.0, 1.0, truth.D).double()
     assert close(vl.Jacobian(of) @ x, truth.J @ x)

@@ -35,7 +35,7 @@ WHICH = ("LA", "SA", "LM")
 # Solvers take some 20 + 4 k products (measured); of fewer rows the matrix is cheaper.
 PRODUCTS, PRODUCTS_A_PAIR = 20, 4
 # Up to so many rows the matrix is formed where they fail.
-_DENSE_ROWS = 2000
+DENSE_ROWS = 2000
 # Restarts after which the spectrum is shifted, and how well its norm is to be known.
 _FIRST_RESTARTS, _ROUGHLY = 50, 0.1
 
@@ -88,7 +88,7 @@ def _by_iteration(
     def solved(A: TorchLinearOperator) -> tuple[Tensor, Tensor] | None:
         with contextlib.suppress(NotConverged):
             return SOLVERS[solver](A, k, v0, which, tol, _FIRST_RESTARTS)
-        if A.shape[0] <= _DENSE_ROWS:
+        if A.shape[0] <= DENSE_ROWS:
             return None
         return _PATIENT[solver](A, k, v0, which, tol)
 

@@ -47,7 +47,7 @@ _SIGNAL_BYTES, _FEW_SAMPLES = 8 * 2**20, 16
 _PIECES = 4
 # Whatever the budget is, columns are held up to this: the fewer are held, the more
 # often all others are made again.
-_LEAST_BYTES = 64 * 2**20
+LEAST_BYTES = 64 * 2**20
 # What does with anything comes first; factors and pairs are never together.
 _DEMANDS: list[Takes] = ["stream", "columns", "rows", "pairs", "factors"]
 
@@ -282,7 +282,7 @@ class Pass:
             self._width += factor.width
         self.names, self.takes = set[str](), _DEMANDS[0]
         memory = memory_budget(risk)
-        self._memory = max(memory, _LEAST_BYTES)
+        self._memory = max(memory, LEAST_BYTES)
         for total in totals:
             total.memory = memory
             self.names.update(total.names)
@@ -348,7 +348,7 @@ class Pass:
         advice = (
             f"With EmpiricalRisk(..., memory={fitting}) fewer samples are taken at a "
             "time."
-            if fitting >= _LEAST_BYTES
+            if fitting >= LEAST_BYTES
             else "Columns are not cut into smaller parts: with mc_samples=1 a sample "
             "has one, and products with G need none."
         )

@@ -453,7 +453,7 @@ class KhatriRaoColumns(LayerColumns):
                 total += torch.einsum("ngbk,ngak->gba", B, A)
             else:
                 for group in range(self._groups):
-                    block = self._sample_blocks(part, group)
+                    block = self.sample_blocks(part, group)
                     total[group] += block.square_().sum((0, 1))
         return self._laid_out(total.clamp_(min=0.0))
 
@@ -469,7 +469,7 @@ class KhatriRaoColumns(LayerColumns):
                 total[part] = B @ A.mT
             else:
                 for group in range(self._groups):
-                    block = self._sample_blocks(part, group)
+                    block = self.sample_blocks(part, group)
                     total[part, group] = block.square_().sum(1)
         return self._laid_out(total.clamp_(min=0.0))
 
@@ -504,7 +504,7 @@ class KhatriRaoColumns(LayerColumns):
         cotangents[..., p != q] *= 2.0
         return inputs, cotangents
 
-    def _sample_blocks(self, part: slice, group: int) -> Tensor:
+    def sample_blocks(self, part: slice, group: int) -> Tensor:
         """Columns of some samples as blocks, ``[n, R, b, a]``."""
         B = self.cotangents[part, :, group]
         n, R, b, P = B.shape
