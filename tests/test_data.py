@@ -71,6 +71,7 @@ def kept_bytes(count: int) -> int:
 
 
 def test_only_outputs_and_targets_are_kept_of_a_stream() -> None:
+    kept_bytes(20)  # what is made once for the process
     few, many = kept_bytes(40), kept_bytes(240)
     # Per sample 3 outputs, a target, and a sum of its input, by which other data are
     # seen: of 8 bytes each; inputs have 50 entries.
