@@ -100,6 +100,22 @@ def test_the_loss_is_the_models_own(kind: str) -> None:
     assert risk.subset([3, 1]).num_samples == 2
 
 
+class InAMapping(Language):
+    """Both values by their names, as some trainers want them."""
+
+    def forward(self, ids: Tensor, labels: Tensor | None = None) -> Any:
+        return dict(vars(super().forward(ids, labels)))
+
+
+@pytest.mark.parametrize("kind", ["classes", "next", "binary"])
+def test_the_loss_in_a_mapping(kind: str) -> None:
+    batch = batch_of(kind)
+    found = vl.EmpiricalRisk(InAMapping(kind).double(), "model", batch)
+    same = vl.EmpiricalRisk(Language(kind).double(), "model", batch)
+    torch.testing.assert_close(vl.GGN(found).to_dense(), vl.GGN(same).to_dense())
+    torch.testing.assert_close(found.gradient(), same.gradient())
+
+
 def test_batches_of_several_lengths() -> None:
     """Torch's mean over all labels, not the mean of the batches' losses."""
     net = Language("next").double()

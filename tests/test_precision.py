@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -351,6 +352,21 @@ def test_complex_parameters(name: str) -> None:
     parts = risk.unflatten(columns)
     assert [part.shape[1:] for part in parts] == [p.shape for p in leaves]
     close(risk.flatten(parts), columns)
+
+
+@pytest.mark.parametrize(
+    "travel", [copy.deepcopy, lambda op: pickle.loads(pickle.dumps(op))]
+)
+@pytest.mark.parametrize("name", COMPLEX)
+def test_operators_of_complex_parameters_travel(name: str, travel: Any) -> None:
+    kind, X = COMPLEX[name]
+    model = kind()
+    _, J = real_jacobian(model, X)
+    y = inputs(len(X), len(J) // len(X)).double()
+    op = vl.Jacobian(model, nn.MSELoss(), (X, y))
+    for _ in range(2):  # not used before, and used
+        torch.testing.assert_close(travel(op).to_dense(), J)
+        op @ J[0]
 
 
 @pytest.mark.parametrize("name", COMPLEX)

@@ -78,10 +78,13 @@ class Returned:
         else:
             output = model(**X) if isinstance(X, Mapping) else model(X)
         found = getattr(output, self.name, None)
+        if found is None and isinstance(output, Mapping):
+            found = output.get(self.name)
         if not isinstance(found, Tensor):
             raise TypeError(
                 "loss: 'model' is for models that return an object with .loss and "
-                f".logits where their batch has labels, got {described(output)}."
+                ".logits, or a mapping with both, where their batch has labels, got "
+                f"{described(output)}."
             )
         if self.name == "loss":
             return found.reshape(1)

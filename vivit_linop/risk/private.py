@@ -140,7 +140,9 @@ class PrivateModule:
         """
         new = memo[id(self)] = copy.copy(self)
         new._has_travelled = self._has_travelled
-        new._own = copy.deepcopy(self._own, memo)
+        # Complex parameters are views of pairs, of which deepcopy takes none.
+        leaves = {n: t if t.is_leaf else t.detach() for n, t in self._own.items()}
+        new._own = copy.deepcopy(leaves, memo)
         new.returned = copy.deepcopy(self.returned, memo)
         pairs = zip(self._own.values(), new._own.values(), strict=True)
         copies = Copies(pairs, other=torch.clone)
