@@ -118,6 +118,20 @@ def test_copies(name: str, way: str, used: str, memory: int | None) -> None:
 
 
 @pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("name", ["J", "V", "G", "U", "Woodbury"])
+def test_copies_in_inference_mode(name: str, way: str) -> None:
+    """All that is loaded there is of a kind that autograd refuses."""
+    op = OPERATORS[name](_risk())
+    with torch.inference_mode():
+        copied = WAYS[way](op)
+        x = torch.ones(op.shape[1]).double()
+        within = copied @ x
+    expected = OPERATORS[name](_risk()) @ torch.ones(op.shape[1]).double()
+    assert _close(within, expected) and _close(copied @ x, expected)
+    assert _close(WAYS[way](copied) @ x, expected)
+
+
+@pytest.mark.parametrize("way", WAYS)
 def test_copies_of_traced_nets(way: str) -> None:
     J = vl.Jacobian(_risk(_convolutions))
     x = torch.ones(J.shape[1]).double()

@@ -623,6 +623,13 @@ class EmpiricalRisk(ParameterVectors):
             risk._value = self.ranks.total(total) * self.scale
         return risk
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Arrive, also in inference mode, whose tensors autograd refuses."""
+        self.__dict__.update(state)
+        if any(p.is_inference() for p in self.params.values()):
+            with torch.inference_mode(False):
+                self.__dict__.update(copy.deepcopy(self.__dict__))
+
     def __repr__(self) -> str:
         """Say what it is made of."""
         loss = type(getattr(self.loss, "loss", self.loss)).__name__
