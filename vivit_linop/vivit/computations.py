@@ -27,15 +27,16 @@ from vivit_linop.curvature import plan
 from vivit_linop.curvature.column_factor import ColumnFactor, formed
 from vivit_linop.net.columns.base import LayerColumns
 from vivit_linop.net.columns.joins import merged
+from vivit_linop.operators.base import TorchLinearOperator
 from vivit_linop.operators.eigenpairs import Eigenpairs
+from vivit_linop.operators.elementary import Dense
 from vivit_linop.operators.lowrank import LowRank
 from vivit_linop.operators.symmetric import symmetric_eigenvalues
 from vivit_linop.vivit.extensions import (
-    ExactLayerRecords,
     LayerRecord,
-    MCLayerRecords,
     Subsampling,
     check_subsampling,
+    layer_records,
 )
 from vivit_linop.vivit.groups import Block, Group, GroupsHook, Pass, checked_blocks
 
@@ -82,9 +83,7 @@ class _Computation(ABC, Generic[Result]):
         self._begun: dict[int, Block] = {}
 
     def _extension(self) -> BackpropExtension:
-        if self._mc_samples == 0:
-            return ExactLayerRecords(self._subsampling, self._lists)
-        return MCLayerRecords(self._mc_samples, self._subsampling, self._lists)
+        return layer_records(self._mc_samples, self._subsampling, self._lists)
 
     def get_extension_hook(
         self, param_groups: Sequence[Group]
@@ -499,9 +498,12 @@ class DirectionalDampedNewtonComputation(_DirectionalComputation[tuple[Tensor, .
         )
 
 
-def _factor(columns: Sequence[LayerColumns], like: Tensor, form: bool) -> ColumnFactor:
-    parts = [formed(columns)] if form else columns
-    return ColumnFactor(parts, like.dtype, like.device, _MEMORY)
+def _factor(
+    columns: Sequence[LayerColumns], like: Tensor, form: bool
+) -> TorchLinearOperator:
+    if form:
+        return Dense(formed(columns).rows().T)
+    return ColumnFactor(columns, like.dtype, like.device, _MEMORY)
 
 
 def _is_small(columns: Sequence[LayerColumns]) -> bool:
