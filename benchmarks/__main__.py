@@ -35,10 +35,12 @@ from benchmarks.measure import (
     Suite,
     environment,
     in_turns,
+    load,
     median_ratio,
     peak_memory,
     peak_memory_in_subprocess,
     prepare,
+    shared_cores,
 )
 from benchmarks.problems import NETS, Problem, Unavailable, make_problem
 
@@ -117,7 +119,13 @@ def run(
     iterations = suite.iterations(prepared.results)
     prepared.results.clear()
     print_agreement(prepared, agreement)
+    loads = [load()]
     times = in_turns(prepared.runs, problem.device, *options.effort)
+    loads.append(load())
+    shared: dict[str, list[float]] = {}
+    if options.busy:
+        with shared_cores(options.busy):
+            shared = in_turns(prepared.runs, problem.device, *options.effort)
     memory = {}
     if not options.no_memory:
         of_problem = [suite_name, "--nets", problem.name, "--device", options.device]
@@ -128,11 +136,10 @@ def run(
             )
             for name in (NOTHING, *prepared.runs)
         }
-    ratios = {
-        ratio.label: median_ratio(times, ratio)
-        for ratio in suite.ratios
-        if ratio.of(times)
-    }
+    ratios, shared_ratios = (
+        {r.label: median_ratio(found, r) for r in suite.ratios if r.of(found)}
+        for found in (times, shared)
+    )
     memory_ratios, beyond = {}, {}
     for ratio in suite.memory_ratios:
         if ratio.of(memory):
@@ -140,21 +147,26 @@ def run(
             nothing = memory[NOTHING]
             memory_ratios[ratio.label] = ours / theirs
             beyond[ratio.label] = (ours - nothing) / max(theirs - nothing, 1)
+    print(f"\nload {loads[0]} before, {loads[1]} after")
     print_times(suite, prepared, times, memory, iterations)
     # What is aimed at is said of the default sizes.
     usual = suite.nets.get(problem.name) or NETS[problem.name].num_samples
     net = problem.name if problem.num_samples == usual else ""
     print_ratios("median of ratios", suite.ratios, ratios, net)
+    print_ratios(f"… beside {options.busy} busy", suite.ratios, shared_ratios, "")
     print_ratios("ratios of peak memory", suite.memory_ratios, memory_ratios, net)
     print_ratios(f"… beyond {NOTHING}", suite.memory_ratios, beyond, "")
     return {
         "num_params": problem.num_params,
         "num_samples": problem.num_samples,
         "num_classes": problem.num_classes,
+        "load": loads,
         "seconds": times,
+        "seconds_of_shared_cores": shared,
         "first_seconds": prepared.first,
         "peak_bytes": memory,
         "median_ratios": ratios,
+        "median_ratios_of_shared_cores": shared_ratios,
         "memory_ratios": memory_ratios,
         "memory_ratios_beyond_nothing": beyond,
         "agreement": agreement,
@@ -226,6 +238,13 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--samples", type=int, help="N, by default the suite's")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--quick", action="store_true", help="two rounds at most")
+    parser.add_argument(
+        "--busy",
+        type=int,
+        default=0,
+        metavar="N",
+        help="time all again beside N processes that keep the cores busy",
+    )
     parser.add_argument("--no-memory", action="store_true", help="times only")
     parser.add_argument("--memory-of", metavar="CASE", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)

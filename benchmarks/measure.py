@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import json
 import os
@@ -12,7 +13,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -164,6 +165,26 @@ def in_turns(
     return times
 
 
+@contextlib.contextmanager
+def shared_cores(processes: int) -> Iterator[None]:
+    """Let processes beside this one do nothing but take time on the cores."""
+    busy = [
+        subprocess.Popen([sys.executable, "-c", "while True: pass"])
+        for _ in range(processes)
+    ]
+    try:
+        yield
+    finally:
+        for process in busy:
+            process.kill()
+            process.wait()
+
+
+def load() -> float:
+    """How many processes have been running or waiting in the last minute."""
+    return round(os.getloadavg()[0], 2)
+
+
 def median_ratio(times: Seconds, ratio: Ratio) -> float:
     """The median over the rounds' own ratios."""
     pairs = zip(times[ratio.numerator], times[ratio.denominator], strict=True)
@@ -285,7 +306,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "processor": processor(),
         "cores": os.cpu_count(),
         "torch threads": torch.get_num_threads(),
-        "load": round(os.getloadavg()[0], 2),
+        "load": load(),
         "float32 product, GFLOP/s": round(product_speed(device)),
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),

@@ -62,6 +62,23 @@ def test_cases_of_a_suite_agree(
         assert reason.endswith("is not installed")
 
 
+def test_the_load_is_kept_and_cores_are_shared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(command, "RESULTS", tmp_path)
+    monkeypatch.setattr(command, "QUICK_EFFORT", (1, 5.0))
+    options = ["--nets", "tiny", "--quick", "--no-memory", "--busy", "1"]
+    command.main(["products", *options])
+    (report,) = tmp_path.glob("*.json")
+    found = json.loads(report.read_text())["suites"]["products"]["tiny"]
+    assert len(found["load"]) == 2
+    assert found["seconds_of_shared_cores"].keys() == found["seconds"].keys()
+    assert (
+        found["median_ratios_of_shared_cores"].keys() == found["median_ratios"].keys()
+    )
+    assert "beside 1 busy" in capsys.readouterr().out
+
+
 def test_eigenvalues_are_those_of_vivit() -> None:
     pytest.importorskip("vivit")
     stub = torch.Tensor.symeig

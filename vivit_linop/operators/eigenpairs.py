@@ -221,14 +221,15 @@ def checked_indices(indices: Any, count: int) -> Tensor:
             "select: the criterion must return a list of integer indices (or a "
             f"boolean mask of all {count} eigenvalues), it returned {indices!r}."
         )
-    if given.min() < -count or given.max() >= count:
+    numbers = given.tolist()
+    if min(numbers) < -count or max(numbers) >= count:
         raise ValueError(
             f"select: the criterion was given {count} eigenvalues and returned indices "
-            f"from {int(given.min())} to {int(given.max())}."
+            f"from {min(numbers)} to {max(numbers)}."
         )
-    given = torch.where(given < 0, given + count, given).long()
-    if len(given.unique()) < len(given):
+    places = [number % count for number in numbers]
+    if len(set(places)) < len(places):
         raise ValueError(
             f"select: the criterion returned an index more than once: {indices!r}."
         )
-    return given
+    return torch.tensor(places, device="cpu")
