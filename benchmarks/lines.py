@@ -43,7 +43,7 @@ CAPABILITIES = {
         curvature/block_sandwich.py curvature/indefinite.py linalg/diagonal_damping.py
         linalg/pseudoinverse.py linalg/restrictions.py linalg/sandwiches.py
         net/columns/samples.py net/columns/weighted.py operators/damped.py
-        operators/diagonal_damping.py operators/grams.py operators/indices.py
+        operators/diagonal_damping.py operators/grams.py indices.py
         operators/linear_map.py operators/random_projection.py operators/restricted.py
         operators/sandwich.py operators/scalars.py operators/small_side.py
         operators/stacks.py

@@ -165,7 +165,8 @@ def test_blocks() -> None:
         [0.0, 1.0],
         [[0, 1]],
         3,
-        [True] * 6,
+        [True] * 5,
+        [False] * 6,
     ],
 )
 def test_subsets(indices: Any) -> None:

@@ -153,6 +153,16 @@ def test_subset(name: str, indices: list[int]) -> None:
     )
 
 
+@pytest.mark.parametrize("make", [list, np.array, torch.tensor])
+def test_subset_of_a_mask(make: Any) -> None:
+    arguments, keywords = problem("uneven_batches").arguments()
+    whole = vl.EmpiricalRisk(*arguments, **keywords)
+    chosen = [n % 3 == 1 for n in range(whole.num_samples)]
+    J = vl.Jacobian(whole).to_dense().unflatten(0, (whole.num_samples, -1))
+    found = vl.Jacobian(whole.subset(make(chosen))).to_dense()
+    torch.testing.assert_close(found, J[torch.tensor(chosen)].flatten(0, 1))
+
+
 @pytest.mark.parametrize("kind", [list, tuple, torch.tensor, np.array, range])
 def test_subset_indices_of_all_kinds(kind: Any) -> None:
     risk = vl.EmpiricalRisk(*toy())

@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vivit_linop.indices import Index, as_index
 from vivit_linop.modes import as_given, ordinary_mode
 from vivit_linop.operators import verbs
 from vivit_linop.operators.eigenpairs import Eigenpairs
-from vivit_linop.operators.indices import Index, as_index
 from vivit_linop.operators.scalars import as_scalar
 from vivit_linop.operators.scipy_base import LinearOperator
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 import functools
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from vivit_linop.indices import Index, as_index
 from vivit_linop.modes import ordinary_mode
 from vivit_linop.ranks.group import as_ranks
 from vivit_linop.risk import fingerprint
@@ -45,7 +46,7 @@ from vivit_linop.risk.shards import (
     without_padding,
 )
 from vivit_linop.risk.sizes import check_size, does_not_fit
-from vivit_linop.risk.subsets import check_selected, distinct_samples, own_samples
+from vivit_linop.risk.subsets import check_selected, own_samples
 from vivit_linop.risk.ways import Search
 
 
@@ -402,14 +403,15 @@ class EmpiricalRisk(ParameterVectors):
             found = self._passes.digests()
         return fingerprint.joined(self.ranks.gathered(found))
 
-    def subset(self, indices: Sequence[int] | Tensor) -> EmpiricalRisk:
+    def subset(self, indices: Index) -> EmpiricalRisk:
         """Return the risk of some samples only: their mean (or sum).
 
         Costs a pass over the data that picks them, without the model, and the checks of
         a new risk on them: a forward pass.
 
         Args:
-            indices: Distinct numbers of samples, 0..N−1, counted over all batches.
+            indices: Distinct numbers of samples, 0..N−1, counted over all batches, or
+                a mask of them.
 
         Raises:
             ValueError: If it is empty, out of range or repeats a sample, or if the
@@ -423,7 +425,7 @@ class EmpiricalRisk(ParameterVectors):
             >>> risk.subset([0, 5]).num_samples
             2
         """
-        given = distinct_samples(indices, self.num_samples)
+        given = as_index(indices, self.num_samples, "indices").cpu()
         own = own_samples(given, self.ranks, sum(self.batch_sizes))
         risk = object.__new__(EmpiricalRisk)
         risk.progress, risk.ranks = self.progress, self.ranks

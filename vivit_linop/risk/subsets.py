@@ -7,37 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from vivit_linop.modes import as_given
 from vivit_linop.ranks.alone import Ranks
 from vivit_linop.risk.checks import same_outputs
-
-
-def distinct_samples(indices: Sequence[int] | Tensor, num_samples: int) -> Tensor:
-    """Return the numbers of some samples.
-
-    Args:
-        indices: What the user gave.
-        num_samples: How many samples there are.
-
-    Raises:
-        TypeError: If they are no integers.
-        ValueError: If there is none, or one is out of range or listed twice.
-    """
-    given = as_given(indices)
-    if given.numel() == 0:
-        raise ValueError("indices: is empty, a subset has at least one sample.")
-    if given.ndim != 1 or given.is_floating_point() or given.dtype == torch.bool:
-        raise TypeError(
-            f"indices: a list of integers, got {list(given.shape)} {given.dtype}."
-        )
-    if given.min() < 0 or given.max() >= num_samples:
-        raise ValueError(
-            f"indices: must lie in 0..{num_samples - 1}, got "
-            f"{int(given.min())}..{int(given.max())}."
-        )
-    if len(given.unique()) < len(given):
-        raise ValueError("indices: a sample is listed twice.")
-    return given
 
 
 def own_samples(given: Tensor, ranks: Ranks, own: int) -> Tensor:

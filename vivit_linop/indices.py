@@ -1,4 +1,4 @@
-"""Numbers of rows, as users give them."""
+"""Numbers of rows or samples, as users give them."""
 
 from __future__ import annotations
 
@@ -14,8 +14,13 @@ Index: TypeAlias = Tensor | np.ndarray | list[int] | range
 """Numbers of rows, or a boolean mask of them."""
 
 
-def as_index(given: Any, rows: int) -> Tensor:
-    """Return distinct numbers of rows, int64, from indices or from a mask.
+def as_index(given: Any, count: int, name: str = "index") -> Tensor:
+    """Return distinct numbers, int64, from indices or from a mask.
+
+    Args:
+        given: What the user gave.
+        count: How many rows or samples there are.
+        name: What errors call it.
 
     Raises:
         TypeError: If they are neither integers nor booleans.
@@ -24,26 +29,26 @@ def as_index(given: Any, rows: int) -> Tensor:
     index = as_given(list(given) if isinstance(given, range) else given).detach()
     if index.ndim != 1 or not index.numel():
         raise ValueError(
-            "index: numbers of rows along one axis, at least one, got shape "
+            f"{name}: numbers along one axis, at least one, got shape "
             f"{list(index.shape)}."
         )
     if index.dtype == torch.bool:
-        if len(index) != rows:
-            raise ValueError(f"index: a mask has {rows} entries, got {len(index)}.")
+        if len(index) != count:
+            raise ValueError(f"{name}: a mask has {count} entries, got {len(index)}.")
         index = index.nonzero().squeeze(1)
         if not len(index):
-            raise ValueError("index: the mask is False everywhere.")
+            raise ValueError(f"{name}: the mask is False everywhere.")
     if index.is_floating_point() or index.is_complex():
         raise TypeError(
-            f"index: integers or a boolean mask, got {index.dtype}. Take mask > 0.5, "
+            f"{name}: integers or a boolean mask, got {index.dtype}. Take mask > 0.5, "
             "or index.long()."
         )
     index = index.long()
-    if index.min() < 0 or index.max() >= rows:
+    if index.min() < 0 or index.max() >= count:
         raise ValueError(
-            f"index: must lie in 0..{rows - 1}, got {int(index.min())}.."
+            f"{name}: must lie in 0..{count - 1}, got {int(index.min())}.."
             f"{int(index.max())}."
         )
     if len(index.unique()) < len(index):
-        raise ValueError("index: a row is listed twice.")
+        raise ValueError(f"{name}: one number is listed twice.")
     return index
