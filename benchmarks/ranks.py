@@ -184,7 +184,7 @@ def volumes() -> dict[str, tuple[float, float]]:
     mirrored = (COUNT * R) ** 2 * (1 - 1 / W) / 2 * b
     own_gram_rows(V, V)
     cases: dict[str, tuple[Callable[[], Any], float]] = {
-        "a vote": (lambda: vote(risk), 48 * ring),
+        "a vote": (lambda: vote(risk), 8 * (6 + W) * ring),
         "G x": (lambda: G @ x[:, 0], ring * D * b),
         f"G X, {COLUMNS} columns": (lambda: G @ x, ring * COLUMNS * D * b),
         "gradient": (risk.gradient, ring * (D + 1) * b),

@@ -128,6 +128,36 @@ class Beyond(Setting):
                 0.0,
             )
 
+    def ragged(self) -> Iterator[Check]:
+        """Samples with different numbers of outputs, on some ranks and over ranks."""
+        batches, live = (
+            _texts(),
+            [r for r in range(self.size) if self.size < 3 or r != 1],
+        )
+        cuts = {
+            live[0]: slice(0, 1),
+            live[-1]: slice(1, None),
+        }  # of one length, of more
+        own = batches[cuts[self.rank]] if self.rank in live else []
+        one = vl.EmpiricalRisk(Tagger(), nn.CrossEntropyLoss(), batches)
+        risk = vl.EmpiricalRisk(
+            Tagger(), nn.CrossEntropyLoss(), own, process_group=self.group
+        )
+        assert risk.num_outputs == one.num_outputs > one.num_samples
+        generator = torch.Generator().manual_seed(0)
+        x, u, z = (
+            torch.randn(n, 2, generator=generator, dtype=torch.float64)
+            for n in (one.num_params, one.num_outputs, vl.GGN(one).factor.shape[1])
+        )
+        for what, compute in _of_ragged(x, u, z).items():
+            yield what, lambda c=compute: c(risk), lambda c=compute: c(one), 1e-12
+        path = self.folder / "ragged.pt"
+        G = vl.GGN(risk)
+        spectrum = G.eigvalsh()
+        vl.save(G, path, risk)
+        for name, by in (("one", one), ("many", risk)):
+            yield name, lambda r=by: vl.load(path, r).eigvalsh(), spectrum, 1e-12
+
     def accelerated(self) -> Iterator[Check]:
         """What Accelerate has prepared."""
         from accelerate import Accelerator
@@ -196,6 +226,67 @@ def _recursions(x: Tensor) -> dict[str, Callable[[vl.EmpiricalRisk], Tensor]]:
             vl.PositiveCurvatureHessian(r, modify="abs", blocks="module") @ x
         ),
         "as published": lambda r: vl.PositiveCurvatureHessian(r, as_published=True) @ x,
+    }
+
+
+class Tagger(nn.Module):
+    """Classes of the words of a text, ``[n, C, T]``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding, self.last = nn.Embedding(11, 3), nn.Linear(3, C)
+        self.double()
+
+    def forward(self, words: Tensor) -> Tensor:
+        return self.last(self.embedding(words).tanh()).transpose(1, 2)
+
+
+def _texts() -> list[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(4)
+    sizes = (4, 3), (2, 5), (3, 1), (1, 3)
+    return [
+        (
+            torch.randint(11, s, generator=generator),
+            torch.randint(C, s, generator=generator),
+        )
+        for s in sizes
+    ]
+
+
+def _of_ragged(
+    x: Tensor, u: Tensor, z: Tensor
+) -> dict[str, Callable[[vl.EmpiricalRisk], Tensor]]:
+    eye = vl.Identity(len(x))
+    return {
+        "value": lambda r: r.value()[None],
+        "J x": lambda r: vl.Jacobian(r) @ x,
+        "Jt u": lambda r: vl.Jacobian(r).T @ u,
+        "J": lambda r: vl.Jacobian(r).to_dense(),
+        "H": lambda r: vl.LossHessian(r).to_dense(),
+        "H's diagonal": lambda r: vl.LossHessian(r).diagonal(),
+        "V z": lambda r: vl.GGN(r).factor @ z,
+        "Vt x": lambda r: vl.GGN(r).factor.T @ x,
+        "G x": lambda r: vl.GGN(r) @ x,
+        "K": lambda r: vl.GGN(r).gram.to_dense(),
+        "K z": lambda r: vl.GGN(r).gram.times(z),
+        "J Jt": lambda r: (vl.Jacobian(r) @ vl.Jacobian(r).T).to_dense(),
+        "spectrum": lambda r: vl.GGN(r).eigvalsh(),
+        "inverse": lambda r: (vl.GGN(r) + DELTA * eye).inv() @ x,
+        "λ": lambda r: vl.directional_derivatives(r, vl.GGN(r).eigh(k=3))[1],
+        "U, V": lambda r: (vl.PerSampleGradients(r).T @ vl.GGN(r).factor).to_dense(),
+        "sample diagonals": lambda r: vl.GGN(r).sample_diagonals(),
+        "diagonal": lambda r: vl.GGN(r).diagonal(),
+        "draws": lambda r: (
+            vl.GGN(r, mc_samples=2, generator=torch.Generator().manual_seed(1)) @ x
+        ),
+        "KFAC": lambda r: vl.KFAC(r, variant="exact") @ x,
+        "F": lambda r: vl.EmpiricalFisher(r).eigvalsh(),
+        "Hessian": lambda r: vl.Hessian(r) @ x,
+        "Hessian's diagonals": lambda r: vl.Hessian(r).sample_diagonals(),
+        "subset": lambda r: vl.GGN(r.subset([0, 5, 9])) @ x,
+        "later": lambda r: vl.GGN(r.at(1.5 * r.flatten(r.params))) @ x,
+        "norms": lambda r: vl.PerSampleGradients(r).squared_norms(),
     }
 
 

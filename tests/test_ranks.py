@@ -34,6 +34,7 @@ OF_THREE = ("uneven_batches", "embedding", "more_columns_than_parameters", "hube
             3,
             (
                 "other_lapack",
+                "ragged",
                 "recursions",
                 "same_bits",
                 "little_memory",

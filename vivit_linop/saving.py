@@ -291,5 +291,5 @@ def _unpacked_factor(packed: dict[str, Any], risk: EmpiricalRisk) -> Pullback:
     else:
         factor = jacobian.pullback
     if "matrix" in packed:
-        factor.gram.keep(packed["matrix"])
+        factor.gram.keep(packed["matrix"], factor.layout.own)
     return factor

@@ -94,7 +94,8 @@ def curvatures(factor: Pullback, pairs: Eigenpairs) -> Tensor:
     """Return λ for the GGN factor V, ``[N, K]``: V_nᵀ e_k squared, without r."""
     risk, components = factor.risk, pairs.components(factor)
     if not factor.layout.is_uniform:
-        return factor.layout.summed(components.square()) / risk.reduction_factor
+        squares = risk.ranks.listed(factor.layout.summed, components.square())
+        return squares / risk.reduction_factor
     return by_sample(components, risk.num_samples, risk.reduction_factor)
 
 

@@ -69,7 +69,7 @@ def gram_rows_of_pullback(
     """Over several processes, by pairs of pieces that go round."""
     if not isinstance(right, Pullback) or not left.ranks.is_many:
         return None
-    return RankRows(left.ranks, own_gram_rows(left, right), left.width)
+    return RankRows(left.ranks, own_gram_rows(left, right), left.layout.before)
 
 
 @verbs.as_factor.register

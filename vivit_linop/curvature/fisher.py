@@ -197,8 +197,8 @@ def gram_rows_of_gradients(
     K = right.gram.rows if isinstance(right, GGNFactor) else None
     if coordinates is None or K is None:
         return gram_rows_of_pullback(left, right)
-    own = left.ranks.mine(coordinates, 1)
-    return RankRows(left.ranks, _combined(own, K.own), 1)
+    own = left.layout.of_all(coordinates)
+    return RankRows(left.ranks, _combined(own, K.own), left.layout.before)
 
 
 def _coordinates(U: PerSampleGradients, V: TorchLinearOperator) -> Tensor | None:

@@ -52,7 +52,7 @@ class DiagonalCost:
 def cost_of_diagonal(H: HessianProducts) -> DiagonalCost:
     """Measure what D products take, and BackPACK's recursion for one sample."""
     D = H.shape[0]
-    count = min(D, H.together)
+    count = min(D, H.ranks.led(_together, H))
     unit = torch.eye(D, count, dtype=H.torch_dtype, device=H.device)
     H.apply(unit)  # makes the graph
     start = time.perf_counter()
@@ -155,6 +155,11 @@ def sample_diagonals(H: HessianProducts) -> Tensor:
     return diagonals_one_by_one(H, x, image)
 
 
+def _together(H: HessianProducts) -> int:
+    """How many products are taken together; all ranks need the same number."""
+    return H.together
+
+
 def _rounding(H: HessianProducts) -> float:
     """What rounding leaves of entries that cancel, by the size of the outputs."""
     own = sum(float(o.reshape(len(o), -1).norm(dim=1).sum()) for o in H.risk.outputs)
@@ -168,7 +173,7 @@ def _second_derivatives_in_parts(H: HessianProducts) -> Tensor | None:
     unit = torch.eye(H.shape[0], dtype=H.torch_dtype, device=H.device)
     tolerance = 10 * torch.finfo(H.torch_dtype).eps ** 0.5
     parts = []
-    for number, U in enumerate(unit.split(H.together, dim=1)):
+    for number, U in enumerate(unit.split(H.ranks.led(_together, H), dim=1)):
         part = _second_derivatives(H, U)
         some = number % U.shape[1]
         alone = _second_derivatives(H, U[:, some : some + 1]).squeeze(1)

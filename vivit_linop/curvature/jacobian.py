@@ -249,7 +249,7 @@ class Pullback(TorchLinearOperator):
 
     def _combination(self, X: Tensor) -> Tensor:
         """Jᵀ B X over this rank's samples."""
-        return self._transposed(self.risk.ranks.mine(X, self.width))
+        return self._transposed(self.layout.of_all(X))
 
     def _transposed(self, rows: Tensor) -> Tensor:
         """Jᵀ B times rows of this rank's samples."""

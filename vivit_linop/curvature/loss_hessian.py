@@ -63,8 +63,8 @@ def of_widths(risk: EmpiricalRisk, each: Sequence[int]) -> RowLayout:
         risk: The risk.
         each: How many samples have, batch by batch; one number for all batches.
     """
-    if len(each) == 1:
-        return RowLayout.uniform(risk.batch_sizes, each[0])
+    if len(each) <= 1:  # none, where this process has no samples
+        return RowLayout.uniform(risk.batch_sizes, each[0] if each else 0)
     return RowLayout(risk.layout.samples, tuple(each))
 
 
@@ -251,7 +251,11 @@ class LossHessianSqrt(FactoredOutputOperator):
         else:
             some = risk.example[:1] if risk.layout.is_uniform else risk.outputs
             each = [loss.sqrt_width(f) * loss.channels(f).shape[2] for f in some]
-            super().__init__(risk, of_widths(risk, each))
+            layout = of_widths(risk, each)
+            uniform = risk.layout.is_uniform
+            ranks = risk.ranks
+            layout = layout.counted(ranks) if uniform else layout.over(ranks)
+            super().__init__(risk, layout)
         # A draw is kept whatever it takes: a second one would be another matrix.
         if mc_samples:
             with risk.ranks.together("generator"):
@@ -295,8 +299,7 @@ class LossHessianSqrt(FactoredOutputOperator):
         node.hessian, node.mc_samples = hessian, draw.shape[1]
         node.determined = False
         layout = hessian.risk.layout
-        own = hessian.risk.ranks.mine(draw, layout.width)
-        for batch, rows in enumerate(own.split(layout.sizes)):
+        for batch, rows in enumerate(layout.of_all(draw).split(layout.sizes)):
             blocks = rows.unflatten(0, (layout.samples[batch], -1)).unsqueeze(-1)
             node._blocks[batch] = blocks
         return node

@@ -84,7 +84,7 @@ class OutputOperator(TorchLinearOperator):
 
     def __init__(self, risk: EmpiricalRisk, width: int | RowLayout) -> None:
         if isinstance(width, int):
-            width = RowLayout.uniform(risk.batch_sizes, width)
+            width = RowLayout.uniform(risk.batch_sizes, width).counted(risk.ranks)
         self.risk, self.layout, self.width = risk, width, width.width
         N = risk.num_samples
         shape = risk.layout.among(N), width.among(N)
@@ -111,7 +111,7 @@ class OutputOperator(TorchLinearOperator):
         return self.risk.ranks.listed(self._images, X)
 
     def _images(self, X: Tensor) -> Tensor:
-        return self.own_rows(self.risk.ranks.mine(X, self.width))
+        return self.own_rows(self.layout.of_all(X))
 
     def own_rows(self, rows: Tensor) -> Tensor:
         """Multiply rows of this rank's samples."""
@@ -123,8 +123,7 @@ class OutputOperator(TorchLinearOperator):
 
     def _adjoint_images(self, X: Tensor) -> Tensor:
         layout = self.risk.layout
-        rows = self.risk.ranks.mine(X, layout.width)
-        parts = enumerate(rows.split(layout.sizes))
+        parts = enumerate(layout.of_all(X).split(layout.sizes))
         return torch.cat(
             [self.apply_adjoint_batch(batch, part) for batch, part in parts]
         )
@@ -162,7 +161,7 @@ class OutputOperator(TorchLinearOperator):
             dtype=self.torch_dtype,
             device=self.device,
         )
-        first = risk.ranks.first * self.width
+        first = own.before
         for batch, n in enumerate(risk.batch_sizes):
             samples = torch.arange(n, device=self.device)
             rows, columns = (

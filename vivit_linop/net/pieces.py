@@ -407,7 +407,7 @@ class Pass:
         pieces = []
         for factor in self._factors:
             own = factor.layout.place(batch, slice(begin, begin + len(index)))
-            before = self._risk.ranks.first * factor.width  # of other processes
+            before = factor.layout.before
             place = slice(before + own.start, before + own.stop)
             cotangents = factor.cotangents(batch)
             cotangents = cotangents[index.to(cotangents.device)]

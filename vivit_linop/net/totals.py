@@ -48,7 +48,7 @@ class GramTotal(Total):
         check_fits(left, right)
         risk = left.risk
         self._ranks = risk.ranks
-        self._first = risk.ranks.first * left.width
+        self._first = left.layout.before
         sides = left.layout.total, num_columns(right)
         self.rows = torch.zeros(*sides, dtype=risk.dtype, device=risk.device)
         # How many entries are known, and which blocks other processes need transposed.
@@ -405,7 +405,7 @@ class ColumnNorms(Total):
         self._groups = groups
         # Else a piece would have to say which column of a sample it has.
         self.takes = "stream" if factor.width == 1 else "columns"
-        self._first = factor.risk.ranks.first * factor.width
+        self._first = factor.layout.before
         self.norms = torch.zeros(
             factor.layout.total,
             len(groups),

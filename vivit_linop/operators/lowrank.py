@@ -82,14 +82,17 @@ class Gram(TorchLinearOperator):
             self.kept.rows = verbs.gram_rows(self.left, self.right)
         return self.kept.rows
 
-    def keep(self, matrix: Tensor) -> None:
-        """Take the matrix as known, of which all processes have been given all."""
-        if not self.ranks.is_many:
+    def keep(self, matrix: Tensor, own: slice) -> None:
+        """Take the matrix as known, of which all processes have been given all.
+
+        Args:
+            matrix: ``[R, Q]``.
+            own: The rows of this process's samples.
+        """
+        if self.ranks.is_many:
+            self.kept.rows = RankRows(self.ranks, matrix[own].clone(), own.start)
+        else:
             self.kept.matrix = matrix
-            return
-        width = self.shape[0] // self.ranks.samples
-        own = self.ranks.mine(matrix, width).clone()
-        self.kept.rows = RankRows(self.ranks, own, width)
 
     def times(self, X: Tensor) -> Tensor:
         """Multiply by the matrix, which is computed if it is not known."""

@@ -24,10 +24,12 @@ class Ballot:
 
     Attributes:
         flag: Afterwards, whether any rank had set it.
+        rows: How many rows it has to give.
+        heights: Afterwards, how many each rank has.
     """
 
     def __init__(self) -> None:
-        self.flag = False
+        self.flag, self.rows, self.heights = False, 0, list[int]()
 
 
 class Ranks:
@@ -66,10 +68,7 @@ class Ranks:
     """
 
     listed: Callable[..., Tensor] = operator.call
-    """``listed(local, *inputs)``: put the rows that ranks compute below each other.
-
-    A rank gives as many rows for each of its samples as all others do.
-    """
+    """``listed(local, *inputs)``: put the rows that ranks compute below each other."""
 
     led: Callable[..., Any] = operator.call
     """``led(compute, *inputs)``: let one rank compute, and give its result to all.
@@ -81,7 +80,7 @@ class Ranks:
         """Return on all ranks what the leader has."""
         return item
 
-    def to_leader(self, rows: Tensor, width: int) -> Tensor | None:
+    def to_leader(self, rows: Tensor) -> Tensor | None:
         """Return the rows of all samples on the leader, None on other ranks."""
         return rows
 
@@ -93,10 +92,6 @@ class Ranks:
     def leads(self) -> bool:
         """Whether it is this rank that leads."""
         return True
-
-    def mine(self, X: Tensor, width: int) -> Tensor:
-        """Return this rank's rows of a matrix with ``width`` rows for each sample."""
-        return X
 
     def total(self, part: Tensor) -> Tensor:
         """Add up what ranks have in place of it."""

@@ -133,7 +133,7 @@ class Group(Ranks):
         self, local: Callable[..., Tensor], *inputs: Tensor, **options: Any
     ) -> Tensor:
         """Add up over ranks, all with the same order in memory."""
-        part, shape, dtype = self._part(local, inputs, options)
+        part, shape, dtype, _ = self._part(local, inputs, options)
         if part is None:
             part = torch.zeros(shape, dtype=dtype, device=self._device)
         # BLAS would round in another way on columns than on rows.
@@ -143,11 +143,10 @@ class Group(Ranks):
         self, local: Callable[..., Tensor], *inputs: Tensor, **options: Any
     ) -> Tensor:
         """List rank by rank."""
-        part, shape, dtype = self._part(local, inputs, options)
-        if part is not None:
-            return self._whole(part, len(part) // self.counts[self.rank])
-        part = torch.zeros(0, *shape[1:], dtype=dtype, device=self._device)
-        return self._whole(part, shape[0] // self.counts[self.leader])
+        part, shape, dtype, heights = self._part(local, inputs, options)
+        if part is None:
+            part = torch.zeros(0, *shape[1:], dtype=dtype, device=self._device)
+        return self._whole(part, heights)
 
     def led(self, compute: Callable[..., Result], *inputs: Any) -> Result:
         """Compute on the leader."""
@@ -161,38 +160,42 @@ class Group(Ranks):
         """Count."""
         return next(r for r, n in enumerate(accumulate(self.counts)) if sample < n)
 
-    def mine(self, X: Tensor, width: int) -> Tensor:
-        """Return this rank's rows."""
-        start = self.first * width
-        return X[start : start + self.counts[self.rank] * width]
-
     def _part(
         self,
         local: Callable[..., Tensor],
         inputs: tuple[Tensor, ...],
         options: dict[str, Any],
-    ) -> tuple[Tensor | None, torch.Size, torch.dtype]:
+    ) -> tuple[Tensor | None, torch.Size, torch.dtype, list[int]]:
         """What this rank has to give, None without samples; the leader's shape.
+
+        And how many rows each has.
 
         Ranks on different hardware may have rounded in different ways on the way to
         the inputs; then all take the leader's. With samples on all ranks the shape is
         this rank's.
         """
-        has_samples = self.counts[self.rank] > 0
         part: Tensor | None = None
+
+        def compute(ballot: Ballot, *vectors: Tensor) -> Tensor | None:
+            if not self.counts[self.rank]:
+                return None
+            own = local(*vectors, **options)
+            ballot.rows = len(own) if own.ndim else 0
+            return own
+
         try:
-            with self.together(_name(local), *inputs):
-                part = local(*inputs, **options) if has_samples else None
+            with self.together(_name(local), *inputs) as ballot:
+                part = compute(ballot, *inputs)
         except VectorsDifferError:
             theirs = tuple(self.sent(X) for X in inputs)
-            with self.together(_name(local), *theirs):
+            with self.together(_name(local), *theirs) as ballot:
                 if not all(map(_is_rounding, inputs, theirs)):
                     raise
-                part = local(*theirs, **options) if has_samples else None
+                part = compute(ballot, *theirs)
         if part is not None and all(self.counts):
-            return part, part.shape, part.dtype
+            return part, part.shape, part.dtype, ballot.heights
         shape, dtype = self.sent(None if part is None else (part.shape, part.dtype))
-        return part, shape, dtype
+        return part, shape, dtype, ballot.heights
 
     # Collectives ---------------------------------------------------------------------
 
@@ -203,22 +206,22 @@ class Group(Ranks):
             dist.all_reduce(part, group=self._group)
         return part
 
-    def _whole(self, part: Tensor, width: int) -> Tensor:
-        """Return the rows of all ranks, ``width`` a sample, from those of this one."""
-        largest = max(self.counts) * width
-        padded = part.new_zeros(largest, *part.shape[1:])
+    def _whole(self, part: Tensor, heights: list[int]) -> Tensor:
+        """Return the rows of all ranks, from those of this one."""
+        padded = part.new_zeros(max(heights), *part.shape[1:])
         padded[: len(part)] = part
-        every = [torch.empty_like(padded) for _ in self.counts]
+        every = [torch.empty_like(padded) for _ in heights]
         with _explained():
             dist.all_gather(every, padded, group=self._group)
-        return torch.cat(
-            [rows[: n * width] for rows, n in zip(every, self.counts, strict=True)]
-        )
+        pairs = zip(every, heights, strict=True)
+        return torch.cat([rows[:height] for rows, height in pairs])
 
-    def to_leader(self, rows: Tensor, width: int) -> Tensor | None:
+    def to_leader(self, rows: Tensor) -> Tensor | None:
         """Send the rows of this rank's samples to the leader."""
+        with self.together("rows of this rank") as ballot:
+            ballot.rows = len(rows)
+        heights = ballot.heights
         with self.together("rows for the leader"):
-            heights = [n * width for n in self.counts]
             total = sum(heights) if self.leads else 0
             self._check_fits(total, rows)
             whole = rows.new_empty(total, *rows.shape[1:])
@@ -366,15 +369,17 @@ class Group(Ranks):
         number = _VOTES[name] = _VOTES.get(name, 0) + 1
         deed = zlib.crc32(f"{number}{what}".encode())
         seen = checksum(inputs)
+        heights = [0] * self.size
+        heights[self.rank] = ballot.rows
         slip = torch.tensor(
-            [error is not None, ballot.flag, deed, -deed, seen, -seen],
+            [error is not None, ballot.flag, deed, -deed, seen, -seen, *heights],
             dtype=torch.int64,
             device=self._device,
         )
         with _explained(error):
             dist.all_reduce(slip, op=dist.ReduceOp.MAX, group=self._group)
-        failed, flag, deed_max, deed_min, seen_max, seen_min = slip.tolist()
-        ballot.flag = bool(flag)
+        failed, flag, deed_max, deed_min, seen_max, seen_min, *heights = slip.tolist()
+        ballot.flag, ballot.heights = bool(flag), heights
         if not failed and deed_max == -deed_min and seen_max == -seen_min:
             return
         notes = list(self.gathered(Note.of(what, number, seen, error)))

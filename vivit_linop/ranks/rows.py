@@ -13,11 +13,11 @@ class RankRows:
     Args:
         ranks: The ranks.
         own: The rows of this one's samples, ``[n·R, Q]``.
-        width: R.
+        first: The number of the first of them.
     """
 
-    def __init__(self, ranks: Ranks, own: Tensor, width: int) -> None:
-        self._ranks, self.own, self.width = ranks, own, width
+    def __init__(self, ranks: Ranks, own: Tensor, first: int) -> None:
+        self._ranks, self.own, self._first = ranks, own, first
 
     def whole(self) -> Tensor:
         """Return the matrix on all ranks."""
@@ -25,7 +25,7 @@ class RankRows:
 
     def on_leader(self) -> Tensor | None:
         """Return the matrix on the rank that leads, None on the others."""
-        return self._ranks.to_leader(self.own, self.width)
+        return self._ranks.to_leader(self.own)
 
     def norm(self) -> float:
         """Return the Frobenius norm of the matrix."""
@@ -44,4 +44,4 @@ class RankRows:
         return self._ranks.summed(self._adjoint_images, X)
 
     def _adjoint_images(self, X: Tensor) -> Tensor:
-        return self.own.T @ self._ranks.mine(X, self.width)
+        return self.own.T @ X[self._first : self._first + len(self.own)]

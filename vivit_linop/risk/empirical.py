@@ -41,8 +41,8 @@ from vivit_linop.risk.rows import RowLayout
 from vivit_linop.risk.samples import Count, Samples, Take
 from vivit_linop.risk.shards import (
     check_is_whole,
+    check_not_by_items,
     check_parts,
-    check_widths,
     without_padding,
 )
 from vivit_linop.risk.sizes import check_size, does_not_fit
@@ -278,15 +278,15 @@ class EmpiricalRisk(ParameterVectors):
         if self.ranks.is_many:
             seen = self.outputs, self._targets, self._passes.data
             check_parts(self.ranks, *seen, self._check_parts)
-            by_items = self.model.count is not None
-            check_widths(self.ranks, self.layout.each, by_items)
+            check_not_by_items(self.ranks, self.model.count is not None)
         # This rank may have none.
         self.example = self.ranks.led(self._first_outputs)
         if not self.outputs:
             self.layout = RowLayout.uniform((), self.example[0][0].numel())
+        self.layout = self.layout.over(self.ranks)
         self.num_outputs = self.layout.width
         if not self.layout.is_uniform:
-            self.num_outputs = self.layout.total
+            self.num_outputs = self.layout.among(self.num_samples)
 
     def _normalise(self, total: Tensor, weight: Tensor) -> None:
         """Divide by what the reduction says.

@@ -4,26 +4,35 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
 from torch import Tensor
+
+from vivit_linop.ranks.alone import Ranks
 
 
 @dataclass(frozen=True)
 class RowLayout:
     """Rows listed sample by sample; those of a batch have as many for each sample.
 
-    Where all batches have w for each sample, row n·w + i is row i of sample n.
+    Where all batches have w for each sample, row n·w + i is row i of sample n. Over
+    several processes these are the rows of one, which follow those of the ones before.
 
     Attributes:
         samples: How many samples each batch has.
         each: How many rows each of them has.
+        before: How many rows other processes have before these.
+        overall: How many all have; None in one process.
+        widths: How many rows samples have, of all processes.
     """
 
     samples: tuple[int, ...]
     each: tuple[int, ...]
+    before: int = 0
+    overall: int | None = None
+    widths: frozenset[int] = frozenset()
 
     @classmethod
     def uniform(cls, samples: Sequence[int], width: int) -> RowLayout:
@@ -49,12 +58,38 @@ class RowLayout:
     @cached_property
     def width(self) -> int:
         """How many rows a sample has, at most."""
-        return max(self.each)
+        return max(self.widths or self.each)
 
     @cached_property
     def is_uniform(self) -> bool:
         """Whether all samples have as many."""
-        return len(set(self.each)) == 1
+        return len(self.widths or set(self.each)) == 1
+
+    def over(self, ranks: Ranks) -> RowLayout:
+        """Return it as a part of the rows of all ranks, which they exchange."""
+        if not ranks.is_many:
+            return self
+        of_samples = frozenset(self.each) if any(self.samples) else frozenset()
+        every = ranks.gathered((self.total, of_samples))
+        sizes, widths = zip(*every, strict=True)
+        before, union = sum(sizes[: ranks.rank]), frozenset().union(*widths)
+        return replace(self, before=before, overall=sum(sizes), widths=union)
+
+    def counted(self, ranks: Ranks) -> RowLayout:
+        """Likewise where all samples are known to have as many, without an exchange."""
+        if not ranks.is_many:
+            return self
+        before, overall = ranks.first * self.width, ranks.samples * self.width
+        return replace(self, before=before, overall=overall)
+
+    @property
+    def own(self) -> slice:
+        """Where its rows are among those of all processes."""
+        return slice(self.before, self.before + self.total)
+
+    def of_all(self, rows: Tensor) -> Tensor:
+        """Return its rows of a matrix with those of all processes."""
+        return rows if self.overall is None else rows[self.own]
 
     def among(self, num_samples: int) -> int:
         """How many rows there are, where these may be a part of all samples.
@@ -62,6 +97,8 @@ class RowLayout:
         Args:
             num_samples: All of them.
         """
+        if self.overall is not None:
+            return self.overall
         return num_samples * self.width if self.is_uniform else self.total
 
     def place(self, batch: int, samples: slice) -> slice:
@@ -88,6 +125,11 @@ class RowLayout:
         )
 
     def summed(self, values: Tensor) -> Tensor:
-        """Add up the rows of each sample, ``[rows, …] -> [N, …]``."""
+        """Add up the rows of each sample, ``[rows, …] -> [n, …]``, of its own n.
+
+        Args:
+            values: Those of all processes.
+        """
+        values = self.of_all(values)
         parts = zip(values.split(self.sizes), self.samples, self.each, strict=True)
         return torch.cat([part.unflatten(0, (n, w)).sum(1) for part, n, w in parts])

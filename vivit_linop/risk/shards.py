@@ -140,14 +140,6 @@ def check_parts(
         data: What was given.
         check: Whether parts that are the same are an error.
     """
-    shapes = set[tuple[int, ...]]()
-    for each in ranks.gathered({tuple(output.shape[1:]) for output in outputs}):
-        shapes |= each
-    if len(shapes) > 1:
-        raise ValueError(
-            "process_group: over several processes all samples need outputs of one "
-            f"shape, found {', '.join(str(list(shape)) for shape in sorted(shapes))}."
-        )
     size, mine = dataset_size(data), sum(map(len, outputs))
     parts = ranks.gathered(None if size is None else (mine, size))
     given = [part for part in parts if part is not None]
@@ -170,18 +162,16 @@ def check_parts(
         )
 
 
-def check_widths(ranks: Ranks, widths: Sequence[int], by_items: bool) -> None:
-    """Raise an error unless all samples of all ranks have as many outputs.
+def check_not_by_items(ranks: Ranks, by_items: bool) -> None:
+    """Raise an error on all ranks if outputs come item by item.
 
     Args:
         ranks: The ranks.
-        widths: How many outputs a sample of each of this rank's batches has.
-        by_items: Whether they come item by item.
+        by_items: Whether they do on this one.
     """
-    own = {*widths, 0} if by_items else {*widths}  # no other has 0
-    if len(set().union(*ranks.gathered(own))) > 1:
+    if any(ranks.gathered(by_items)):
         raise ValueError(
-            "data: samples have different numbers of outputs, or outputs come item by "
-            "item, which a process group does not support. Pad them to one number, "
-            "with targets that are ignored."
+            "data: outputs come item by item, which a process group does not support. "
+            "Give batches whose outputs have samples along the first axis, or pad them "
+            "to one shape, with targets that are ignored."
         )
