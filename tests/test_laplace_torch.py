@@ -226,6 +226,55 @@ def test_inputs_in_a_dict_and_several_batches() -> None:
         torch.testing.assert_close(mapping, plain)
 
 
+def test_a_net_is_looked_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its layers, and that samples are independent, on the largest batch so far."""
+    from vivit_linop.net import certified
+    from vivit_linop.risk import first_pass
+
+    counts = {"_find_structure": 0, "independent_samples": 0}
+
+    def counted(module: Any, name: str) -> None:
+        function = getattr(module, name)
+
+        def count(*arguments: Any) -> Any:
+            counts[name] += 1
+            return function(*arguments)
+
+        monkeypatch.setattr(module, name, count)
+
+    counted(certified, "_find_structure")
+    counted(first_pass, "independent_samples")
+    seen = []
+    for batch_size in (18, 6, 7):
+        counts.update(_find_structure=0, independent_samples=0)
+        loader = DataLoader(data("classification"), batch_size=batch_size)
+        for structure in ("kron", "diag"):
+            la = pytest.importorskip("laplace").Laplace(
+                mlp(), "classification", "all", structure, backend=ours("LinopGGN")
+            )
+            la.fit(loader)
+        seen.append(counts.copy())
+    assert seen[0]["independent_samples"] == 2 and seen[0] == seen[1] == seen[2]
+
+
+def test_samples_that_are_mixed_are_refused_in_a_larger_batch() -> None:
+    class Mixing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = mlp()
+
+        def forward(self, x: Tensor) -> Tensor:
+            mixed = x.mean(0, keepdim=True) if len(x) > 4 else 0.0
+            result: Tensor = self.net(x + mixed)
+            return result
+
+    X, y = data("classification").tensors
+    backend = ours("LinopGGN")(Mixing(), "classification")
+    backend.diag(X[:4], y[:4])
+    with pytest.raises(ValueError, match="samples"):
+        backend.diag(X, y)
+
+
 def test_monte_carlo() -> None:
     X, y = data("classification").tensors
     exact = ours("LinopGGN")(mlp(), "classification")

@@ -51,6 +51,9 @@ class LinopInterface(CurvatureInterface):
     """
 
     low_rank: int = 10
+    # That of the largest batch so far: what is a matter of the net is not looked for
+    # again for smaller ones. Columns are checked on every batch.
+    _known: EmpiricalRisk | None = None
 
     def curvature(self, risk: EmpiricalRisk) -> LowRank:
         """Return the curvature of a risk."""
@@ -65,9 +68,22 @@ class LinopInterface(CurvatureInterface):
         batches = list(batches)
         if self.last_layer:
             batches = [(self.features(x), y) for x, y in batches]
-        return EmpiricalRisk(
-            self._model, self.lossfunc, batches, self.params, predict=_called
+        known = self._known
+        # The largest batch shows the most of what mixes samples.
+        more = known is None or sum(len(y) for _, y in batches) > known.num_samples
+        risk = EmpiricalRisk(
+            self._model,
+            self.lossfunc,
+            batches,
+            self.params,
+            predict=_called,
+            check=more,
         )
+        if known is not None:
+            risk.kept.everywhere.update(known.kept.structures())
+        if more:
+            self._known = risk
+        return risk
 
     def features(self, x: Any) -> Tensor:
         """Return what enters the last layer."""

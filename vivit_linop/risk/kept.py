@@ -52,6 +52,11 @@ class Kept:
         kept.everywhere = self.everywhere
         return kept
 
+    def structures(self) -> dict[Hashable, Any]:
+        """Return what is the same for other data too, as far as it is known."""
+        keys = [("structure", alone) for alone in (False, True)]
+        return {key: self.everywhere[key] for key in keys if key in self.everywhere}
+
     def drop_list(self, key: Hashable) -> None:
         """Let go of a list of what says how many bytes it takes."""
         with self.making:
