@@ -125,7 +125,7 @@ class Work(Setting):
 
     def little_memory(self) -> Iterator[Check]:
         """Columns that are not held together go round once for each part."""
-        least, pieces._LEAST_BYTES = pieces._LEAST_BYTES, 6_000
+        least, pieces.LEAST_BYTES = pieces.LEAST_BYTES, 6_000
         risk = vl.EmpiricalRisk(
             net(), loss(), self.data, process_group=self.group, memory=6_000
         )
@@ -136,7 +136,7 @@ class Work(Setting):
         yield "U, V", lambda: (U.T @ vl.GGN(risk).factor).to_dense(), cross, 1e-12
         parts = len(list(pieces.Pass([V], [GramTotal(V, V, V.risk.params)]).held()))
         yield "parts", lambda: torch.tensor([float(parts != 1)]), torch.ones(1), 0.0
-        pieces._LEAST_BYTES = least
+        pieces.LEAST_BYTES = least
 
     def same_bits(self) -> Iterator[Check]:
         """Results are the same on all ranks, to the bit; solvers run in lockstep."""
