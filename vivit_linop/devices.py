@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import psutil
 import torch
 from torch import Tensor
+
+# Seconds for which the host's answer is believed. Asking takes as long as a product of
+# small matrices, and in this time 100 MiB of memory can be filled at most.
+_MOMENT = 0.02
 
 
 def free_memory(device: torch.device) -> int:
@@ -16,6 +22,12 @@ def free_memory(device: torch.device) -> int:
         # What torch holds without using it is free, too.
         held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return int(torch.cuda.mem_get_info(device)[0]) + held
+    moment = int(time.monotonic() / _MOMENT)
+    return _free_on_host(moment)
+
+
+@lru_cache(maxsize=1)
+def _free_on_host(moment: int) -> int:
     return int(psutil.virtual_memory().available)
 
 

@@ -103,6 +103,7 @@ class IndefiniteDecomposition(DenseDecomposition):
 
     def __init__(self, operator: GGN) -> None:
         self._operator, self.count = operator, operator.shape[0]
+        self._ranks = operator.ranks
 
     @cached_property
     def _matrix(self) -> Tensor:  # type: ignore[override]
