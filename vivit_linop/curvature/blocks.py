@@ -133,11 +133,9 @@ def block_diagonal(op: LowRank, blocks: ParameterBlocks) -> BlockDiagonal:
 
 def places_of(risk: EmpiricalRisk, groups: Sequence[Sequence[str]]) -> list[Tensor]:
     """Return the numbers of the rows of groups of parameters."""
-    rows = torch.arange(risk.num_params, device="cpu").split(risk.sizes)
+    rows = torch.arange(risk.num_params, device=risk.device).split(risk.sizes)
     places = dict(zip(risk.params, rows, strict=True))
-    return [
-        torch.cat([places[name] for name in group]).to(risk.device) for group in groups
-    ]
+    return [torch.cat([places[name] for name in group]) for group in groups]
 
 
 def parameter_groups(risk: EmpiricalRisk, blocks: ParameterBlocks) -> list[list[str]]:

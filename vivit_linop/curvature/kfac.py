@@ -29,7 +29,7 @@ from vivit_linop.curvature.kronecker_sums import (
 from vivit_linop.modes import ordinary_mode
 from vivit_linop.net.certified import find_structure
 from vivit_linop.operators.base import TorchLinearOperator
-from vivit_linop.operators.elementary import Dense, Identity, dense_over
+from vivit_linop.operators.elementary import Dense, Identity, symmetric_over
 from vivit_linop.operators.kronecker import (
     BlockDiagonal,
     CorrectedKronecker,
@@ -222,18 +222,20 @@ class _Part:
     inputs_first: bool = False
 
     def index(self, risk: EmpiricalRisk) -> Tensor:
-        """The numbers of its rows."""
-        rows = _numbers(risk, self.names[0]) if self.rows is None else self.rows
-        return rows.to(risk.device)
+        """The numbers of its rows, on the host."""
+        return _numbers(risk, self.names[0]) if self.rows is None else self.rows
 
 
 def _placed(
     parts: Sequence[_Part], risk: EmpiricalRisk
 ) -> tuple[list[TorchLinearOperator], list[Tensor] | None]:
     """The blocks, and their places unless they follow each other."""
-    scattered = any(part.rows is not None for part in parts)
-    indices = [part.index(risk) for part in parts] if scattered else None
-    return [part.block for part in parts], indices
+    blocks = [part.block for part in parts]
+    if all(part.rows is None for part in parts):
+        return blocks, None
+    indices = [part.index(risk) for part in parts]
+    together = torch.cat(indices).to(risk.device)  # the one copy
+    return blocks, list(together.split([*map(len, indices)]))
 
 
 def _check_options(variant: str, mc_samples: int, weight_sharing: str) -> None:
@@ -270,8 +272,8 @@ def _approximate(
                 risk, name, joined.get(name), factors, curvature.scale
             )
         elif name in sums.outer:
-            matrix = _symmetric(curvature.scale * sums.outer[name])
-            parts.append(_Part([name], dense_over(risk.ranks, matrix)))
+            matrix = curvature.scale * sums.outer[name]
+            parts.append(_Part([name], symmetric_over(risk.ranks, matrix)))
         else:
             if partition is None:
                 partition = Partition(factor, [[name] for name in risk.params])
@@ -302,7 +304,7 @@ def _kronecker_parts(
         rows = list(numbers.flatten(1))
     parts = []
     for B, A, numbers_of_group in zip(factors.B, factors.A, rows, strict=True):
-        pair = [dense_over(risk.ranks, _symmetric(matrix)) for matrix in (scale * B, A)]
+        pair = [symmetric_over(risk.ranks, matrix) for matrix in (scale * B, A)]
         block = Kronecker(*(reversed(pair) if factors.inputs_first else pair))
         parts.append(_Part(names, block, numbers_of_group, factors.inputs_first))
     return parts
@@ -313,10 +315,6 @@ def _numbers(risk: EmpiricalRisk, name: str) -> Tensor:
     place = list(risk.params).index(name)
     start = sum(risk.sizes[:place])
     return torch.arange(start, start + risk.sizes[place], device="cpu")
-
-
-def _symmetric(matrix: Tensor) -> Tensor:
-    return (matrix + matrix.T) / 2
 
 
 def _bias_partners(risk: EmpiricalRisk) -> dict[str, str]:

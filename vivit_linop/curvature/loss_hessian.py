@@ -388,12 +388,12 @@ class LossHessianSqrt(FactoredOutputOperator):
             S, g = self.dense_batch(batch), gradient.dense_batch(batch)
             # Columns may differ by many orders of magnitude: solve in unit columns.
             norms = S.norm(dim=1, keepdim=True)
-            if (norms == 0).any():
-                return None
+            known = norms != 0.0
+            norms = torch.where(known, norms, 1.0)
             c = torch.linalg.lstsq(S / norms, g).solution
             tolerance = 100 * torch.finfo(g.dtype).eps
             error = (S / norms @ c - g).norm(dim=1)
-            if not (error <= tolerance * g.norm(dim=1)).all():
+            if not (known.all() & (error <= tolerance * g.norm(dim=1)).all()):
                 return None
             parts.append((c / norms.mT).squeeze(2))
         return torch.cat(parts)

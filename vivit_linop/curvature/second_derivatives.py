@@ -95,7 +95,7 @@ class Certificate:
         self._noise = Noise()
         theta = [p.detach() for p in risk.model.params.values()]
         typical = torch.cat([p.reshape(-1) for p in theta]).square().mean().sqrt()
-        least = 0.1 * float(typical) or 1.0
+        least = torch.where(typical > 0.0, 0.1 * typical, 1.0).double()
         sizes = [p.square().mean().sqrt() if p.numel() else p.sum() for p in theta]
         self._scales = torch.stack(sizes).double().clamp(min=least)
         self._x = self._direction()
@@ -112,7 +112,8 @@ class Certificate:
                 # With gradients: the model may differentiate inside.
                 output = risk.model(risk.model.params, X).detach()
                 risk.check_outputs(index, output)
-                size = float(output.square().mean().sqrt()) or 1.0
+                size = output.square().mean().sqrt()
+                size = torch.where(size > 0.0, size, 1.0)
                 u = size * self._noise.like(output)
                 self._check(index, Samples(X, u, output))
 
@@ -352,7 +353,7 @@ class Certificate:
         return [
             scale * self._noise.like(p)
             for scale, p in zip(
-                self._scales.tolist(), self.risk.model.params.values(), strict=True
+                self._scales, self.risk.model.params.values(), strict=True
             )
         ]
 

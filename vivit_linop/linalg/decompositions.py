@@ -132,6 +132,10 @@ class LowRankDecomposition(DenseDecomposition):
 
     def rounding_error(self) -> float:
         """Eigenvalues of a Gram matrix are known to about this absolute error."""
+        return self._rounding_error
+
+    @cached_property
+    def _rounding_error(self) -> float:
         return gram_rounding_error(self.eigenvalues, self.count)
 
     def default(self) -> Tensor:

@@ -133,6 +133,13 @@ def dense_over(ranks: Ranks, matrix: Tensor) -> Dense:
     return SharedDense(matrix, ranks) if ranks.is_many else Dense(matrix)
 
 
+def symmetric_over(ranks: Ranks, matrix: Tensor) -> Dense:
+    """Return (A + Aᵀ)/2, which these processes have; that it is symmetric is known."""
+    op = dense_over(ranks, (matrix + matrix.T) / 2)
+    op.self_adjoint = True
+    return op
+
+
 class Diagonal(TorchLinearOperator):
     """A diagonal matrix as an operator.
 
@@ -178,10 +185,14 @@ class DenseInverse(TorchLinearOperator):
         self.operator, self.damping = operator, damping
         matrix = operator.matrix.to(torch.float64, copy=True)
         matrix.diagonal().add_(damping)
-        if damping > 0.0 and operator.self_adjoint:
-            _check_noise(matrix, damping, operator.torch_dtype)
         self._lu, self._pivots, info = torch.linalg.lu_factor_ex(matrix)
-        if info.any():
+        faults = [info.any()]
+        if damping > 0.0 and operator.self_adjoint:
+            faults.append(torch.linalg.cholesky_ex(matrix).info.any())
+        is_singular, *is_indefinite = torch.stack(faults).tolist()  # the one wait
+        if any(is_indefinite):
+            _check_noise(matrix, damping, operator.torch_dtype)
+        if is_singular:
             raise ValueError(
                 "inv: the matrix is singular. Add damping: (A + delta * Identity(n))."
             )
@@ -211,9 +222,7 @@ class DenseInverse(TorchLinearOperator):
 
 
 def _check_noise(damped: Tensor, damping: float, dtype: torch.dtype) -> None:
-    """Raise an error if A + δ I is indefinite by the rounding of A alone."""
-    if not torch.linalg.cholesky_ex(damped).info.any():
-        return
+    """Raise an error if A + δ I, indefinite, is so by the rounding of A alone."""
     evals = symmetric_eigenvalues(damped) - damping
     if (without_noise(evals, dtype) >= 0.0).all():
         raise ValueError(

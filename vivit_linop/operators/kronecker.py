@@ -250,8 +250,10 @@ class CorrectedKronecker(TorchLinearOperator):
         return (self.basis, self.eigenvalues)
 
     def _multiply(self, X: Tensor) -> Tensor:
-        Q = self.eigenvectors
-        return Q._multiply(self.eigenvalues.unsqueeze(1) * Q._multiply_adjoint(X))
+        # As matrices: a node would look whether they are symmetric.
+        Q = [vectors for _, vectors in self.factor_eigenpairs]
+        along = Kronecker(*(vectors.T for vectors in Q))._multiply(X)
+        return Kronecker(*Q)._multiply(self.eigenvalues.unsqueeze(1) * along)
 
 
 class KhatriRao(TorchLinearOperator):
@@ -335,8 +337,10 @@ def _check_partition(
                 f"indices[{position}]: numbers {len(index)} rows, the block has shape "
                 f"{tuple(block.shape)}."
             )
-    together = torch.cat([index.cpu() for index in indices]).sort().values
-    if not torch.equal(together, torch.arange(len(together), device="cpu")):
+    # The host waits once.
+    device = indices[0].device
+    together = torch.cat([index.to(device) for index in indices]).sort().values
+    if not torch.equal(together, torch.arange(len(together), device=device)):
         raise ValueError(
             f"indices: together they must number range({len(together)}) once."
         )

@@ -501,7 +501,7 @@ class KhatriRaoColumns(LayerColumns):
         inputs = A[..., p] * A[..., q]
         columns = B.permute(0, 2, 3, 1, 4)
         cotangents = (columns.mT @ columns)[..., p, q]
-        cotangents[..., p != q] *= 2.0
+        cotangents *= 1.0 + (p != q).to(cotangents)
         return inputs, cotangents
 
     def sample_blocks(self, part: slice, group: int) -> Tensor:

@@ -52,6 +52,7 @@ class TableColumns(KhatriRaoColumns):
         """The rows that are looked up are data."""
         twin = super().without_data()
         twin.__dict__.pop("_distinct", None)
+        twin.__dict__.pop("_places", None)
         return twin
 
     @property
@@ -106,7 +107,7 @@ class TableColumns(KhatriRaoColumns):
         target = gram.view(self.num_samples, self.width, other.num_samples, other.width)
         _, samples, sums = self._distinct
         _, others, other_sums = other._distinct
-        places, other_places = self._places(), other._places()
+        places, other_places = self._places, other._places
         for row in places.keys() & other_places.keys():
             left, right = places[row], other_places[row]
             b, d = sums[left], other_sums[right]
@@ -116,9 +117,11 @@ class TableColumns(KhatriRaoColumns):
             index = samples[left, None], others[right]
             target.transpose(1, 2)[index] += block.transpose(1, 2)
 
+    @cached_property
     def _places(self) -> dict[int, slice]:
         """Where each row is among the distinct ones."""
-        rows, counts = self._distinct[0].unique_consecutive(return_counts=True)
+        # On the host, which needs all of them.
+        rows, counts = self._distinct[0].cpu().unique_consecutive(return_counts=True)
         ends = counts.cumsum(0).tolist()
         starts = [0, *ends[:-1]]
         return dict(zip(rows.tolist(), map(slice, starts, ends), strict=True))
