@@ -12,7 +12,8 @@ from torch.utils.data import DataLoader
 from toys import random_vector, toy
 
 import vivit_linop as vl
-from vivit_linop.net import certified
+from vivit_linop.curvature import hessian_products
+from vivit_linop.net import certified, chunks
 from vivit_linop.net.certified import find_structure
 
 ERRORS = [
@@ -176,3 +177,127 @@ def test_pieces_are_not_smaller_than_worth_it(monkeypatch: pytest.MonkeyPatch) -
     columns = V.to_dense()
     torch.testing.assert_close(gram, columns.T @ columns)
     torch.testing.assert_close(cross, U.to_dense().T @ columns)
+
+
+# Vectors together ---------------------------------------------------------------------
+
+CUDA = torch.device("cuda")
+
+
+def free(
+    monkeypatch: pytest.MonkeyPatch, free: int, held: int = 0, used: int = 0
+) -> None:
+    """A GPU with so much memory: free, held by torch, and used of that."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device=None: (free, 10**12))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device=None: held)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device=None: used)
+
+
+def test_what_torch_holds_without_using_it_is_free(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    free(monkeypatch, 4000)
+    assert chunks.columns_at_a_time(CUDA, 10) == 100
+    free(monkeypatch, 0, held=5000, used=1000)
+    assert chunks.columns_at_a_time(CUDA, 10) == 100
+    free(monkeypatch, 0, held=1000, used=1000)
+    assert chunks.columns_at_a_time(CUDA, 10) == 1
+
+
+class Device:
+    """A product that runs out of memory beyond some rows; how many it was given."""
+
+    def __init__(self, fits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.fits, self.free, self.given = fits, 100, list[int]()
+        monkeypatch.setattr("vivit_linop.risk.memory.free_memory", lambda _: self.free)
+
+    def product(self, rows: Tensor) -> Tensor:
+        count = len(rows) if rows.ndim == 2 else 1
+        self.given.append(count)
+        if count > self.fits:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return 2 * rows
+
+
+def test_fewer_vectors_are_taken_where_memory_does_not_suffice(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    X = torch.rand(5, 12)
+    device, parts = Device(3, monkeypatch), chunks.Chunks(torch.device("cpu"))
+    parts.trust("product")
+    assert torch.equal(parts.apply(device.product, X, 5, 12), 2 * X)
+    assert device.given == [12, 6, 3, 3, 3, 3]
+    device.given.clear()
+    # Not tried again while no more is free ...
+    assert torch.equal(parts.apply(device.product, X, 5, 12), 2 * X)
+    assert device.given == [3, 3, 3, 3]
+    device.given.clear()
+    # ... and all together as soon as there is.
+    device.fits, device.free = 12, 200
+    assert torch.equal(parts.apply(device.product, X, 5, 12), 2 * X)
+    assert device.given == [12]
+
+
+def test_a_single_vector_that_does_not_fit_is_an_error(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    device, parts = Device(0, monkeypatch), chunks.Chunks(torch.device("cpu"))
+    with pytest.raises(torch.OutOfMemoryError):
+        parts.apply(device.product, torch.rand(5, 4), 5, 4)
+    device.fits = 4
+    X = torch.rand(5, 4)
+    assert torch.equal(parts.apply(device.product, X, 5, 4), 2 * X)
+
+
+def test_the_check_of_vectors_together_may_run_out_of_memory(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Which says nothing about torch's rules."""
+    device, parts = Device(2, monkeypatch), chunks.Chunks(torch.device("cpu"))
+    X = torch.rand(5, 4)
+    assert torch.equal(parts.apply(device.product, X, 5, 4), 2 * X)
+    assert device.given == [4, 2, 1, 2]  # the third is the check
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory."),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+    ],
+    ids=["GPU", "CPU"],
+)
+def test_products_with_a_hessian_together_run_out_of_memory(
+    monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    net, loss, data = toy()
+    H = vl.Hessian(vl.EmpiricalRisk(net, loss, data))
+    D = H.shape[0]
+    expected, fits, given, available = (
+        H @ torch.eye(D).double(),
+        [3],
+        list[int](),
+        [100],
+    )
+    monkeypatch.setattr("vivit_linop.risk.memory.free_memory", lambda _: available[0])
+    pulled_back = hessian_products._pulled_back
+
+    def limited(
+        outputs: Any, inputs: Any, vectors: Any, is_grads_batched: bool = False
+    ):
+        if is_grads_batched:
+            given.append(len(vectors[0]))
+            if len(vectors[0]) > fits[0]:
+                raise error
+        return pulled_back(outputs, inputs, vectors, is_grads_batched)
+
+    monkeypatch.setattr(hessian_products, "_pulled_back", limited)
+    found = H @ torch.eye(D).double()
+    torch.testing.assert_close(found, expected)
+    assert max(given) > 3 and any(1 < count <= 3 for count in given)
+    given.clear()
+    torch.testing.assert_close(H @ torch.eye(D).double(), expected)
+    assert given and max(given) <= 3
+    fits[0], available[0] = 99, 1000
+    torch.testing.assert_close(H @ torch.eye(D).double(), expected)
+    assert max(given) > 3

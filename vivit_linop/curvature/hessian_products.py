@@ -25,7 +25,7 @@ from vivit_linop.risk.data import some_targets
 from vivit_linop.risk.empirical import EmpiricalRisk
 from vivit_linop.risk.given import as_risk
 from vivit_linop.risk.losses.certificates import certify_curvature, check_curvature
-from vivit_linop.risk.memory import is_out_of_memory
+from vivit_linop.risk.memory import Room, is_out_of_memory
 from vivit_linop.risk.model import as_guest
 
 # How far apart ways that differ in the order of summation may be, in eps^¾.
@@ -62,6 +62,7 @@ class HessianProducts(TorchLinearOperator):
         self._kept: list[Tensor] | None = None
         self._certified = False
         self._batched = True  # until torch refuses, or is wrong
+        self._room = Room(self.risk.device)
         self._compared: set[tuple[Any, ...]] = set()
 
     @property
@@ -138,9 +139,10 @@ class HessianProducts(TorchLinearOperator):
             return torch.zeros_like(X)
         parameters = list(self.risk.model.params.values())
         sizes = [self.risk.sizes[index] for index in chosen]
-        columns = []
-        size = self.together if X.shape[1] > 1 else 1
-        for part in X.split(size, dim=1):
+        columns, start = [], 0
+        wanted = self.together if X.shape[1] > 1 else 1
+        while start < X.shape[1]:
+            part = X[:, start : start + self._room.most(wanted)]
             count = part.shape[1]
             vectors = {
                 # Contiguous, as vectors come from torch's own backward passes: there
@@ -148,19 +150,26 @@ class HessianProducts(TorchLinearOperator):
                 index: rows.T.contiguous().view(count, *parameters[index].shape)
                 for index, rows in zip(chosen, part.split(sizes), strict=True)
             }
-            products = self._pull_back(
-                [gradient[index] for index in curved],
-                [parameters[index] for index in chosen],
-                [vectors[index] for index in curved],
-                None if batch is None else (batch, *chosen),
-            )
+            try:
+                products = self._pull_back(
+                    [gradient[index] for index in curved],
+                    [parameters[index] for index in chosen],
+                    [vectors[index] for index in curved],
+                    None if batch is None else (batch, *chosen),
+                )
+            except RuntimeError as error:
+                if count == 1 or not is_out_of_memory(error):
+                    raise
+                self._room.shrink(count)
+                continue
             rows_of_parts = [
-                part.new_zeros(size, part.shape[1])
+                part.new_zeros(size, count)
                 if product is None
-                else product.reshape(part.shape[1], size).T
+                else product.reshape(count, size).T
                 for size, product in zip(sizes, products, strict=True)
             ]
             columns.append(torch.cat(rows_of_parts))
+            start += count
         return torch.cat(columns, dim=1)
 
     @property
@@ -238,8 +247,9 @@ class HessianProducts(TorchLinearOperator):
                 return _pulled_back(outputs, inputs, vectors, is_grads_batched=True)
         # Some operations have no batched backward pass.
         except (RuntimeError, NotImplementedError) as error:
-            # Less may fit at another time.
-            self._batched = is_out_of_memory(error)
+            if is_out_of_memory(error):
+                raise
+            self._batched = False
             return None
 
     def _is_right(

@@ -7,7 +7,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from vivit_linop.devices import free_memory
 from vivit_linop.noise import Noise
+from vivit_linop.risk.memory import Room, is_out_of_memory
 
 # What K columns of tangents may take together on the CPU. More would not be faster:
 # columns one by one use the caches better.
@@ -26,7 +28,7 @@ def columns_at_a_time(device: torch.device, per_column: int) -> int:
     """
     budget = _CPU_COLUMN_BYTES
     if device.type == "cuda":
-        budget = torch.cuda.mem_get_info(device)[0] // 4
+        budget = free_memory(device) // 4
     return max(1, budget // max(per_column, 1))
 
 
@@ -35,11 +37,16 @@ class Chunks:
 
     torch's rules for batches are not all right, and some operations have none. So the
     first product of each kind is compared with one of a single vector; where they
-    differ, or it fails, vectors are multiplied one by one from then on.
+    differ, or it fails, vectors are multiplied one by one from then on. Where memory
+    does not suffice, fewer are taken for the time being.
+
+    Args:
+        device: Where they are.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
         self._possible, self._checked = True, set[str]()
+        self._room = Room(device)
 
     def trust(self, *products: str) -> None:
         """Leave the check of products of some names to who takes them."""
@@ -56,19 +63,32 @@ class Chunks:
         """
         rows = X.T.contiguous()
         result = X.new_empty(X.shape[1], size)
-        chunk = chunk if self._possible else 1
-        for part, images in zip(rows.split(chunk), result.split(chunk), strict=True):
-            if len(part) > 1 and self._possible:
-                try:
-                    if self._is_right(product, part, images.copy_(product(part))):
-                        continue
-                # Not all operations can be batched; all can be done row by row.
-                except (RuntimeError, NotImplementedError):
-                    pass
-                self._possible = False
-            for row, image in zip(part, images, strict=True):
-                image.copy_(product(row))
+        chunk, start = self._room.most(chunk) if self._possible else 1, 0
+        while start < len(rows):
+            part, images = (t[start : start + chunk] for t in (rows, result))
+            try:
+                self._multiply(product, part, images)
+            except RuntimeError as error:
+                if len(part) == 1 or not is_out_of_memory(error):
+                    raise
+                chunk = self._room.shrink(len(part))
+            else:
+                start += len(part)
         return result.T
+
+    def _multiply(self, product: Product, rows: Tensor, images: Tensor) -> None:
+        """Write the images of some rows; together where that is right."""
+        if len(rows) > 1 and self._possible:
+            try:
+                if self._is_right(product, rows, images.copy_(product(rows))):
+                    return
+            # Not all operations can be batched; all can be done row by row.
+            except (RuntimeError, NotImplementedError) as error:
+                if is_out_of_memory(error):
+                    raise
+            self._possible = False
+        for row, image in zip(rows, images, strict=True):
+            image.copy_(product(row))
 
     def _is_right(self, product: Product, rows: Tensor, images: Tensor) -> bool:
         """Whether images of rows together are those of rows alone; checked once.

@@ -166,7 +166,7 @@ class Linearization:
         first = next(iter(params.values()))
         self._dtype, self.device = first.dtype, first.device
         self.kept, self.checked = True, False
-        self._chunks = Chunks()
+        self._chunks = Chunks(self.device)
         self._tangents: ReverseTangents | TracedTangents | None = None
         self._preparing = threading.Lock()
         self._failure = ""

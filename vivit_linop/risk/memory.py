@@ -13,6 +13,36 @@ from vivit_linop.devices import free_memory
 
 Result = TypeVar("Result")
 
+# As many are taken together again as soon as so much more memory is free than when it
+# did not suffice.
+_MORE = 1.25
+
+
+class Room:
+    """How many vectors are multiplied together, where memory decides.
+
+    Where it does not suffice they are halved, and no more are taken until more memory
+    is free than then.
+
+    Args:
+        device: Where they are.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._most, self._free = 0, 0
+
+    def most(self, wanted: int) -> int:
+        """Return how many to take of those that are wanted, at least one."""
+        if self._most and free_memory(self._device) > _MORE * self._free:
+            self._most = 0
+        return min(wanted, self._most) if self._most else wanted
+
+    def shrink(self, tried: int) -> int:
+        """Return how many to take where that many, two at least, did not fit."""
+        self._most, self._free = tried // 2, free_memory(self._device)
+        return self._most
+
 
 def check_matrix_fits(
     name: str, shape: tuple[int, int], dtype: torch.dtype, device: torch.device
