@@ -44,11 +44,12 @@ def as_index(given: Any, count: int, name: str = "index") -> Tensor:
             "or index.long()."
         )
     index = index.long()
-    if index.min() < 0 or index.max() >= count:
+    read = index.cpu()  # a GPU is waited for once
+    if read.min() < 0 or read.max() >= count:
         raise ValueError(
-            f"{name}: must lie in 0..{count - 1}, got {int(index.min())}.."
-            f"{int(index.max())}."
+            f"{name}: must lie in 0..{count - 1}, got {int(read.min())}.."
+            f"{int(read.max())}."
         )
-    if len(index.unique()) < len(index):
+    if len(read.unique()) < len(read):
         raise ValueError(f"{name}: one number is listed twice.")
     return index
