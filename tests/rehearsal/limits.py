@@ -59,7 +59,7 @@ LIMITS: dict[str, tuple[int, int]] = {
     "EKFAC's solve": (0, 0),
     "Monte Carlo": (6, 5),
     "subset": (9, 15),
-    "subset by an index of the device": (10, 15),
+    "subset by an index of the device": (11, 15),
     "eigsh": (21, 21),
     "cg": (6, 5),
     "estimates": (0, 1),
