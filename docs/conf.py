@@ -94,7 +94,9 @@ sphinx_gallery_conf = {
 
 
 def keep_letters(app, what, name, obj, options, lines: list[str]) -> None:
-    """Keep ``samples: N.`` from becoming a list whose items are counted N, O, P."""
+    """Keep ``samples: N.`` from becoming a list, and a colon from meaning a type."""
+    if what in ("property", "attribute", "data") and lines:
+        lines[0] = lines[0].replace(": ", " – ", 1)
     for i, line in enumerate(lines):
         lines[i] = re.sub(r"^(\s*(?:\w+: )?[A-Za-z])\.(?= |$)", r"\1\\.", line)
 
