@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -83,3 +84,44 @@ def test_the_file_of_the_documentation() -> None:
         assert row["net"] in NETS and row["value"] > 0
         assert row["aim"] in (None, ratio.aims.get(row["net"]))
         assert row["at_most"] == ratio.at_most
+
+
+def drawn_results() -> Any:
+    path = Path(__file__).parents[1] / "docs" / "_ext" / "drawn_results.py"
+    spec = importlib.util.spec_from_file_location("drawn_results", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+ROW = {"suite": "s", "label": "a / b", "net": "mlp", "value": 3.0}
+
+
+@pytest.mark.parametrize(
+    ("aim", "at_most", "reached"),
+    [(2, False, True), (4, False, False), (4, True, True), (2, True, False)],
+)
+def test_bars_know_whether_an_aim_is_reached(
+    aim: float, at_most: bool, reached: bool
+) -> None:
+    row = {**ROW, "aim": aim, "at_most": at_most}
+    assert drawn_results().reached(row) is reached
+    assert drawn_results().reached({**row, "aim": None}) is None
+
+
+def test_the_table_has_each_number_once(tmp_path: Path) -> None:
+    rows = [
+        {**ROW, "aim": 2, "at_most": False},
+        {**ROW, "net": "3c3d", "value": 0.51, "aim": None, "at_most": False},
+        {**ROW, "label": "c / d", "value": 0.25, "aim": 0.3, "at_most": True},
+    ]
+    lines = drawn_results().table(rows).splitlines()
+    assert lines == [
+        "| suite | ratio | `mlp` | aim | `3c3d` | aim |",
+        "| --- | --- | --- | --- | --- | --- |",
+        "| s | a / b | 3 | ≥ 2 | 0.51 |  |",
+        "| s | c / d | 0.25 | ≤ 0.3 |  |  |",
+    ]
+    drawn_results().bars(rows, "three", tmp_path / "bars.svg")
+    assert "<svg" in (tmp_path / "bars.svg").read_text()

@@ -9,13 +9,15 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import matplotlib
-from sphinx.application import Sphinx
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+
+if TYPE_CHECKING:
+    from sphinx.application import Sphinx
 
 Row = dict[str, Any]
 REACHED, MISSED, FREE, AIM = "#2a7f62", "#c8792b", "#6d7f92", "#b3123b"
