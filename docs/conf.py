@@ -27,6 +27,7 @@ extensions = [
     "sphinx_design",
     "sphinx_gallery.gen_gallery",
     "backlinks",  # stands in _ext, as do the others
+    "built_links",
     "drawn_results",
     "trees",
 ]
@@ -61,6 +62,7 @@ def reachable(host: str) -> bool:
     return True
 
 
+linkcheck_ignore = [] if reachable("github.com") else [r"https?://"]
 intersphinx_mapping = {
     name: (f"https://{site}/", None)
     for name, site in {
