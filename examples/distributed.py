@@ -129,7 +129,7 @@ def start() -> str:
     processes = str(parser.parse_args().processes)
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, *torchrun, processes, __file__]
+    command = [sys.executable, *torchrun, processes, sys.argv[0]]
     finished = subprocess.run(
         command, env=environment, stdout=subprocess.PIPE, text=True
     )
