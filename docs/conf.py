@@ -5,8 +5,6 @@ import socket
 import sys
 from pathlib import Path
 
-import torch
-
 import vivit_linop
 
 HERE = Path(__file__).parent
@@ -74,21 +72,14 @@ intersphinx_mapping = {
     if reachable(site.partition("/")[0])
 }
 
-
-def fresh_torch(conf, name: str) -> None:
-    """What an example sets of torch is not the next one's."""
-    torch.set_default_dtype(torch.float32)
-    torch.manual_seed(0)
-
-
 sphinx_gallery_conf = {
     "examples_dirs": "../examples",
     "gallery_dirs": "gallery",
     # Some need a large package, processes or minutes: they are shown, and not run.
     "filename_pattern": r"/(?!_|gpt2|minilm)\w+\.py$",
     "ignore_pattern": r"(^|/)_",
-    "reset_modules": ("matplotlib", fresh_torch),
-    "within_subsection_order": "FileNameSortKey",
+    "reset_modules": ("matplotlib", "gallery_rules.fresh_torch"),
+    "within_subsection_order": "gallery_rules.Order",
     "download_all_examples": False,
     "min_reported_time": 1,
     "write_computation_times": False,

@@ -7,7 +7,7 @@ scalings, and for a residual net with layer norm that BackPACK cannot do. What i
 defined by a recursion over registered layers (KFRA, the positive-curvature Hessian) is
 BackPACK's own, carried into an operator; it is refused for the residual net.
 
-    python examples/all_quantities.py [--output FOLDER]
+``python examples/all_quantities.py [--output FOLDER]``
 """
 
 from __future__ import annotations

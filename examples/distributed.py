@@ -6,6 +6,8 @@ Two processes share the digits: each has the whole net and a part of the images,
 own size. All operators are those of all images, and both processes have the same
 vectors. What each holds is printed, and everything is compared with one process.
 
+::
+
     make distributed
     python examples/distributed.py [--processes 2]
     torchrun --nproc-per-node 2 examples/distributed.py

@@ -6,7 +6,7 @@ Its 50,257 outputs a token are too many for exact columns of the factor V, and t
 library says so. Products with the exact GGN need none of them; one Monte-Carlo sample a
 sequence gives a factor, its Gram eigenvalues and damped solves.
 
-    python examples/gpt2.py [--output FOLDER]
+``python examples/gpt2.py [--output FOLDER]``
 """
 
 # sphinx_gallery_thumbnail_path = "_static/gpt2.png"

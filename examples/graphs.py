@@ -10,7 +10,7 @@ covariance of a Laplace posterior: the network doubts where nodes are wired at r
 second network says for each node how much ink it has, by its neighbours: then each
 graph has as many outputs as nodes.
 
-    python examples/graphs.py
+``python examples/graphs.py``
 """
 
 from __future__ import annotations

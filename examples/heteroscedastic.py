@@ -8,7 +8,7 @@ Gauss-Newton matrix is indefinite; the Fisher matrix, by labels drawn from the n
 distribution, is not. Its inverse is the covariance of a Laplace posterior. That says
 where the net does not know; the variance says where labels are noisy.
 
-    python examples/heteroscedastic.py
+``python examples/heteroscedastic.py``
 """
 
 from __future__ import annotations

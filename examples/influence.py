@@ -10,7 +10,7 @@ minimum is one. With a hidden layer training again also ends elsewhere, and the 
 agree less: a correlation of 0.8 with 8 units; see Basu, Pope & Feizi 2021,
 arXiv:2006.14651.) Self-influence finds digits whose labels were exchanged.
 
-    python examples/influence.py [--output FOLDER]
+``python examples/influence.py [--output FOLDER]``
 """
 
 from __future__ import annotations

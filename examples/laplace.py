@@ -9,7 +9,7 @@ precision τ is the one of the largest evidence. The variance of the outputs the
 digits from pictures that are none, better than the net's own probabilities do.
 laplace-torch's evidence and seconds stand beside, if it is installed.
 
-    python examples/laplace.py [--output FOLDER]
+``python examples/laplace.py [--output FOLDER]``
 """
 
 from __future__ import annotations

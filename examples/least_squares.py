@@ -8,7 +8,7 @@ With Σ r², G is 2 JᵀJ, and a damped step with it is that of Levenberg and Ma
 residuals of its own derivatives: a physics-informed net. A few damped steps get further
 than very many of Adam.
 
-    python examples/least_squares.py [--output FOLDER]
+``python examples/least_squares.py [--output FOLDER]``
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ sentences of its own model card; a new linear layer classifies the mean of its t
 vectors. The script compares the cost of a product with the GGN with that of a gradient,
 computes the ten leading eigenpairs through the Gram matrix and checks their residuals.
 
-    python examples/minilm.py [--output FOLDER]
+``python examples/minilm.py [--output FOLDER]``
 """
 
 # sphinx_gallery_thumbnail_path = "_static/minilm.png"

@@ -11,7 +11,7 @@ they are, as ``A`` and as ``M=``.
 KFAC pays where its blocks are good and the layers hardly interact, as in regression. In
 deep nets what a block-diagonal leaves out decides, and the GGN of a subset pays.
 
-    python examples/preconditioner.py [--output FOLDER]
+``python examples/preconditioner.py [--output FOLDER]``
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ And which weights must stay? Those that an old task's curvature F is large for: 
 task is learnt with the penalty ½ c (θ − θ₀)ᵀ F (θ − θ₀) (elastic weight consolidation;
 Kirkpatrick et al. 2017, arXiv:1612.00796), with the diagonal of F or all of it.
 
-    python examples/pruning_and_ewc.py [--output FOLDER]
+``python examples/pruning_and_ewc.py [--output FOLDER]``
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ G = V Vᵀ as linear operators, and puts them to use. What is computed is checke
 way: against dense automatic differentiation, against SciPy's Lanczos solver on this
 operator and on that of curvlinops, and against conjugate gradients.
 
-    python examples/quickstart.py [--output FOLDER]
+``python examples/quickstart.py [--output FOLDER]``
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ nothing. A network with attention says which of six descriptions in scikit-learn
 sentence is from. The sentences that its parameters depend on most are found by their
 self-influence, gᵀ(G+τI)⁻¹g for the gradient g of a sentence.
 
-    python examples/texts.py
+``python examples/texts.py``
 """
 
 from __future__ import annotations

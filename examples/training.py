@@ -10,7 +10,7 @@ arXiv:2103.00065); from then on the gradient lies along the leading eigenvectors
 stand out (Papyan 2020, arXiv:2008.11865), and few directions have a gradient that is
 larger than its noise.
 
-    python examples/training.py [--output FOLDER]
+``python examples/training.py [--output FOLDER]``
 """
 
 from __future__ import annotations

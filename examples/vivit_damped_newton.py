@@ -6,7 +6,7 @@ The Newton step in the span of the leading eigenvectors of the generalised Gauss
 matrix (GGN), with a damping for each direction. It is checked against torch.autograd,
 and against the same in the algebra of operators.
 
-    python examples/vivit_damped_newton.py
+``python examples/vivit_damped_newton.py``
 """
 
 from __future__ import annotations

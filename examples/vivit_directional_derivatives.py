@@ -6,7 +6,7 @@ The slope γ and the curvature λ of the loss of each sample along the leading
 eigenvectors of the generalised Gauss-Newton matrix (GGN). They are checked against
 torch.autograd, and against the same in the algebra of operators.
 
-    python examples/vivit_directional_derivatives.py
+``python examples/vivit_directional_derivatives.py``
 """
 
 from __future__ import annotations

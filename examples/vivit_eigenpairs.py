@@ -6,7 +6,7 @@ Leading eigenvalues and eigenvectors of the generalised Gauss-Newton matrix (GGN
 latter in the shapes of the parameters. They are checked against torch.autograd, and
 against the same in the algebra of operators.
 
-    python examples/vivit_eigenpairs.py
+``python examples/vivit_eigenpairs.py``
 """
 
 from __future__ import annotations

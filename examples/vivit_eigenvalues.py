@@ -6,7 +6,7 @@ All eigenvalues of the generalised Gauss-Newton matrix (GGN) that can be nonzero
 one backward pass. They are checked against torch.autograd, and against the same in the
 algebra of operators.
 
-    python examples/vivit_eigenvalues.py
+``python examples/vivit_eigenvalues.py``
 """
 
 from __future__ import annotations
