@@ -6,6 +6,8 @@ test, or by torch on its behalf, they make the tensor on the host and move it: a
 devices see the same numbers. Asked by the package they do what torch does: a
 ``device=`` that it forgot shows as a tensor of the wrong device, which
 ``torch.set_default_device`` would hide. NumPy gets a test's tensors through the host.
+Recurrent layers that tests run by themselves, for what is expected, run without cuDNN,
+which lacks derivatives of them; the package has to see to that where it runs a net.
 """
 
 from __future__ import annotations
@@ -18,13 +20,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import vivit_linop
+from vivit_linop.linalg.krylov import solver_on
 
 TESTS = str(Path(__file__).parent)
 PACKAGE = str(Path(vivit_linop.__file__).parent)
 HOST = torch.device("cpu")
+# Lengths of packed sequences are the host's.
+OF_THE_HOST = torch.nn.utils.rnn.__file__
 
 _MAKERS = """
     arange as_tensor asarray empty eye from_numpy full linspace logspace ones rand
@@ -43,6 +48,11 @@ class _Now:
 def device() -> torch.device:
     """Where tests make their tensors."""
     return _Now.device
+
+
+def krylov(side: str) -> str:
+    """The route to a few eigenpairs of an operator, where tests run."""
+    return f"{solver_on(device())} on {side}"
 
 
 @contextlib.contextmanager
@@ -72,6 +82,8 @@ def place(device: torch.device) -> None:
         setattr(replaced, name, _drawn_on_the_host(getattr(Tensor, name)))
     for name in ("numpy", "__array__"):
         setattr(replaced, name, _through_the_host(getattr(Tensor, name)))
+    for replaced in (nn.RNN, nn.LSTM, nn.GRU):
+        replaced.forward = _with_derivatives(replaced.forward)
 
 
 def asked_by_a_test() -> bool:
@@ -89,6 +101,8 @@ def asked_by_a_test() -> bool:
 def _whose(file: str) -> str | None:
     if file == __file__:
         return None
+    if file == OF_THE_HOST:
+        return file
     return next((room for room in (PACKAGE, TESTS) if file.startswith(room)), None)
 
 
@@ -136,3 +150,23 @@ def _through_the_host(read: Callable[..., Any]) -> Callable[..., Any]:
         return read(on_host, *args, **given)
 
     return through
+
+
+def _with_derivatives(forward: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(forward)
+    def run(*args: Any, **given: Any) -> Any:
+        if _runs_in_the_package():
+            return forward(*args, **given)
+        with torch.backends.cudnn.flags(enabled=False):
+            return forward(*args, **given)
+
+    return run
+
+
+def _runs_in_the_package() -> bool:
+    frame = sys._getframe(1)
+    while frame is not None:
+        if _whose(frame.f_code.co_filename) == PACKAGE:
+            return True
+        frame = frame.f_back  # type: ignore[assignment]
+    return False

@@ -28,7 +28,7 @@ KINDS = [*EXACT, *APPROXIMATE, "scaled", "identity", "pi-damped", "dense"]
 
 def inverse(kind: str, of: vl.EmpiricalRisk) -> vl.TorchLinearOperator:
     """(A + δ I)⁻¹, or another self-adjoint operator."""
-    unit = vl.Identity(of.num_params, of.dtype)
+    unit = vl.Identity(of.num_params, of.dtype, of.device)
     if kind == "identity":
         return unit
     if kind == "scaled":

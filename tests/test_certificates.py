@@ -219,7 +219,7 @@ def _routes(m: Any, x: Tensor, key: Tensor) -> Tensor:
 def _packs(m: Any, x: Tensor, key: Tensor) -> Tensor:
     steps = torch.stack([x, x.sin(), x.cos()], 1)
     packed = rnn.pack_padded_sequence(
-        steps, key.clamp(max=3), batch_first=True, enforce_sorted=False
+        steps, key.clamp(max=3).cpu(), batch_first=True, enforce_sorted=False
     )
     packed = packed._replace(data=m.o(torch.tanh(m.a(packed.data))))
     return rnn.pad_packed_sequence(packed, batch_first=True, total_length=3)[0].sum(1)

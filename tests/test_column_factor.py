@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from tests import placing
 from vivit_linop.curvature.column_factor import ColumnFactor, formed
 from vivit_linop.net.columns.base import DenseColumns, LayerColumns
 from vivit_linop.net.columns.khatri_rao import KhatriRaoColumns
@@ -39,7 +40,7 @@ def khatri_rao(
 
 
 def factor(parts: list[LayerColumns]) -> ColumnFactor:
-    return ColumnFactor(parts, F64, torch.device("cpu"), 2**20)
+    return ColumnFactor(parts, F64, placing.device(), 2**20)
 
 
 def make(width: int = WIDTH) -> tuple[ColumnFactor, Tensor]:

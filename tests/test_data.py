@@ -206,7 +206,16 @@ UNSTEADY: dict[str, Callable[[Tensor, Tensor], Any]] = {
 }
 
 
-@pytest.mark.parametrize("kind", UNSTEADY)
+no_workers_with_a_gpu = pytest.mark.host("workers that are forked have no GPU")
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pytest.param(kind, marks=[no_workers_with_a_gpu] if kind == "workers" else [])
+        for kind in UNSTEADY
+    ],
+)
 def test_unsteady_data_are_refused_before_the_model_runs(kind: str) -> None:
     net, loss, (X, y) = toy(12)
     calls: list[int] = []
@@ -220,19 +229,28 @@ def test_unsteady_data_are_refused_before_the_model_runs(kind: str) -> None:
     assert not calls or kind in ("shrinking", "growing")
 
 
-def test_steady_data_pass_the_check() -> None:
+STEADY: dict[str, Callable[[Tensor, Tensor], Any]] = {
+    "loader": lambda X, y: DataLoader(TensorDataset(X, y), 5),
+    "workers": lambda X, y: DataLoader(
+        TensorDataset(X, y), 5, num_workers=1, persistent_workers=True
+    ),
+    "batches": lambda X, y: Batches([(X, y)]),
+}
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["loader", pytest.param("workers", marks=no_workers_with_a_gpu), "batches"],
+)
+def test_steady_data_pass_the_check(kind: str) -> None:
     net, loss, (X, y) = toy(12)
     x = random_vector(47)
     expected = vl.GGN(net, loss, (X, y)) @ x[: sum(p.numel() for p in net.parameters())]
-    persistent = DataLoader(
-        TensorDataset(X, y), 5, num_workers=1, persistent_workers=True
-    )
     before = Snapshot(net, (X, y))
-    for data in (DataLoader(TensorDataset(X, y), 5), persistent, Batches([(X, y)])):
-        risk = vl.EmpiricalRisk(net, loss, data)
-        before.check()
-        got = vl.GGN(risk) @ x[: risk.num_params]
-        assert (got - expected).norm() <= 1e-10 * expected.norm()
+    risk = vl.EmpiricalRisk(net, loss, STEADY[kind](X, y))
+    before.check()
+    got = vl.GGN(risk) @ x[: risk.num_params]
+    assert (got - expected).norm() <= 1e-10 * expected.norm()
 
 
 def test_a_fixed_draw_is_one_matrix() -> None:

@@ -109,6 +109,7 @@ def test_the_generator_advances_once_a_draw() -> None:
     assert torch.equal(drawn, again)
 
 
+@pytest.mark.host("numbers are drawn on the host")
 def test_distributions() -> None:
     """Moments to five standard errors, and what is drawn at the ends of (0, 1)."""
     n = 40000

@@ -7,6 +7,7 @@ from torch import nn
 from torch.autograd import forward_ad
 
 import vivit_linop as vl
+from tests import placing
 from vivit_linop.operators import CorrectedKronecker, DampedRoot, LowRank, Woodbury
 
 FLOAT64 = torch.float64
@@ -30,7 +31,7 @@ def operators():
     yield "blocks", vl.BlockDiagonal([LowRank(vl.Dense(V)), draw.definite(2)])
     yield "GGN", vl.GGN(risk)
     yield "KFAC", vl.KFAC(risk, variant="exact")
-    yield "identity", vl.Identity(6, FLOAT64)
+    yield "identity", vl.Identity(6, FLOAT64, placing.device())
 
 
 OPERATORS = dict(operators())

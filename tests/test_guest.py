@@ -45,6 +45,7 @@ def switches() -> dict[str, Any]:
         "cudnn": cuda.cudnn_sdp_enabled(),
         "matmul": torch.get_float32_matmul_precision(),
         "generator": torch.get_rng_state().tolist(),
+        "recurrences": torch.backends.cudnn.enabled,
         "checkpoints": torch.utils.checkpoint.CheckpointFunction,
     }
 
@@ -193,6 +194,34 @@ def test_products_are_in_full_precision(precision: str) -> None:
     finally:
         torch.set_float32_matmul_precision("highest")
     assert set(seen) <= {"ieee", "none"}
+
+
+@pytest.mark.parametrize("kind", [nn.RNN, nn.LSTM, nn.GRU, nn.Linear])
+def test_recurrent_nets_run_without_cudnn(kind: type[nn.Module]) -> None:
+    """Whose recurrences have no derivatives in eval mode, and no second ones."""
+    seen = []
+
+    class Asks(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.part, self.fails = kind(4, 3), False
+
+        def forward(self, x: Tensor) -> Tensor:
+            seen.append(torch.backends.cudnn.enabled)
+            if self.fails:
+                raise KeyboardInterrupt
+            result = self.part(x[None])  # one step
+            return (result[0] if isinstance(result, tuple) else result)[0]
+
+    net, before = Asks().double().eval(), torch.backends.cudnn.enabled
+    for net.fails in (False, True):
+        try:
+            risk = vl.EmpiricalRisk(net, LOSS, toy()[1])
+            assert vl.Hessian(risk) @ vector(risk.num_params) is not None
+        except KeyboardInterrupt:
+            assert net.fails
+        assert torch.backends.cudnn.enabled is before
+    assert set(seen) == {kind is nn.Linear}
 
 
 # Errors -------------------------------------------------------------------------------

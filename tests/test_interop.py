@@ -85,7 +85,7 @@ def test_from_scipy_in_expressions() -> None:
     assert info == 0
     assert close(expected @ torch.from_numpy(solution), torch.ones(5).double())
     assert vl.from_scipy(mixed) is mixed
-    assert close(A.diagonal(), torch.from_numpy(array).diagonal())
+    assert close(A.diagonal(), torch.from_numpy(array).diagonal().to(A.device))
 
 
 def test_from_scipy_of_what_it_cannot_take() -> None:

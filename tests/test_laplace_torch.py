@@ -177,7 +177,7 @@ def test_low_rank(likelihood: str) -> None:
 
 
 def test_subnetworks() -> None:
-    chosen = torch.tensor([0, 3, 20, 30])
+    chosen = torch.tensor([0, 3, 20, 30], device="cpu")  # a LongTensor, they say
     options: Any = {"subnetwork_indices": chosen}
     for structure in ("full", "diag"):
         la = fitted(

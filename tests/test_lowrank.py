@@ -19,7 +19,7 @@ class Counted(vl.TorchLinearOperator):
 
     def __init__(self, matrix):
         self.matrix, self.gram = matrix, Gram(vl.Dense(matrix.T), vl.Dense(matrix.T))
-        super().__init__(tuple(matrix.shape), matrix.dtype)
+        super().__init__(tuple(matrix.shape), matrix.dtype, matrix.device)
 
     def _multiply(self, X):
         return self.matrix @ X
@@ -93,6 +93,7 @@ def test_memory_comes_back_without_the_collector():
 # What LAPACK can do -------------------------------------------------------------------
 
 
+@pytest.mark.host("LAPACK is the CPU's")
 def test_matrices_too_large_for_one_of_lapacks_routines(monkeypatch):
     draw = Draw(torch.float64)
     A = draw.symmetric(9)
@@ -115,6 +116,7 @@ def test_matrices_too_large_for_one_of_lapacks_routines(monkeypatch):
     torch.testing.assert_close((root @ root.T).to_dense(), dense)
 
 
+@pytest.mark.host("LAPACK is the CPU's")
 def test_matrices_too_large_for_lapack(monkeypatch):
     A = vl.Dense(Draw(torch.float64).symmetric(9))
     monkeypatch.setattr(symmetric, "SYEVD_ROWS", 7)

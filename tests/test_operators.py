@@ -139,7 +139,7 @@ def test_methods_of_scipy_take_tensors(name, device):
 
 def test_products_with_tensors_come_back_on_the_device(device):
     op, dense = build("low_rank_tall", torch.float64, device)
-    x = torch.ones(6, dtype=torch.float64)  # on the CPU
+    x = torch.ones(6, dtype=torch.float64, device="cpu")
     assert (op @ x).device == op.device
     torch.testing.assert_close((op @ x).cpu(), dense.cpu() @ x)
 

@@ -56,7 +56,7 @@ def test_least_norm_solution() -> None:
     J = vl.Jacobian(risk("mlp_ce_mean"))
     assert truth.J.shape[0] < truth.J.shape[1]
     b = torch.linspace(-1, 1, len(truth.J), dtype=FLOAT64)
-    expected = torch.linalg.lstsq(truth.J, b, driver="gelsd").solution
+    expected = torch.linalg.pinv(truth.J) @ b
     assert close(J.pinv() @ b, expected, 1e-8)
 
 

@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 import vivit_linop as vl
+from tests import placing
 from vivit_linop.operators import LowRank
 
 DTYPES = st.sampled_from([torch.float32, torch.float64])
@@ -47,7 +48,8 @@ def leaves(draw, rows, columns, dtype):
         d = entries(draw, rows, dtype=dtype)
         return vl.Diagonal(d), torch.diag(d.double())
     if kind == "identity":
-        return vl.Identity(rows, dtype), torch.eye(rows, dtype=torch.float64)
+        unit = vl.Identity(rows, dtype, placing.device())
+        return unit, torch.eye(rows, dtype=torch.float64)
     if kind == "undecided identity":
         return vl.Identity(rows), torch.eye(rows, dtype=torch.float64)
     if kind == "khatri_rao":
@@ -132,6 +134,7 @@ square = SIZES.flatmap(lambda n: operators(n, n))
 
 def close(got, expected, A, dtype=torch.float64):
     """Compare up to rounding in the precision, relative to the largest entries."""
+    expected = expected.to(got.device)  # the CPU's, where nothing has decided
     scale = max(1.0, A.abs().max().item(), *expected.abs().reshape(-1).tolist())
     rtol = 1e-12 if dtype == torch.float64 else 1e-5
     return got.shape == expected.shape and bool(

@@ -10,6 +10,7 @@ from curvature_cases import close, risk
 from torch import Tensor
 
 import vivit_linop as vl
+from tests import placing
 
 float64 = torch.float64
 
@@ -34,7 +35,7 @@ def by_definition(D: int, k: int, seed: int) -> Tensor:
 
 @pytest.mark.parametrize("D, k, seed", [(5, 3, 0), (4, 64, 1), (3, 130, 2**63 - 1)])
 def test_entries(D: int, k: int, seed: int) -> None:
-    P = vl.RandomProjection(D, k, seed)
+    P = vl.RandomProjection(D, k, seed, device=placing.device())
     assert close(P.to_dense(), by_definition(D, k, seed), 1e-15)
 
 
@@ -83,7 +84,7 @@ def test_signs_are_balanced_and_not_correlated() -> None:
 def test_features_of_gradients(dtype: torch.dtype, rtol: float) -> None:
     of, truth = risk("mlp_ce_mean", dtype), dense("mlp_ce_mean")
     U = vl.PerSampleGradients(of)
-    P = vl.RandomProjection(of.num_params, 5, seed=0)
+    P = vl.RandomProjection(of.num_params, 5, seed=0, device=of.device)
     features = (P @ U).to_dense()
     assert features.dtype == dtype
     assert close(features, P.to_dense() @ truth.U, rtol)

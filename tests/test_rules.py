@@ -30,7 +30,7 @@ from vivit_linop.operators import (
 
 
 @functools.cache
-def operands(dtype=torch.float64, device="cpu"):
+def operands(dtype=torch.float64, device=None):
     """Operators by name, and their matrices by the same names.
 
     All are 6 × 6, but for the factors V, W (6 × 2), Z (6 × 9) and P, Q (Khatri–Rao,
@@ -67,7 +67,8 @@ def operands(dtype=torch.float64, device="cpu"):
         T=vl.BlockDiagonal([g, h]),
     )
     dense = {name: op.to_dense().double() for name, op in vars(ops).items()}
-    # Not by the code under test, where it matters.
+    # Not by the code under test, where it matters; undecided nodes lie on the CPU.
+    dense["I"] = draw.eye(6)
     dense["K"] = torch.kron(a.double(), b.double())
     dense["BD"] = torch.block_diag(a.double(), b.double(), one.double())
     dense["P"] = khatri_rao_of(e, f)
@@ -214,7 +215,7 @@ def test_rule_in_float32(name, device):
     result = expression(ops)
     assert type(result) is node
     assert result._own_dtype in (None, torch.float32)
-    expected = expression(dense)
+    expected = expression(dense).to(result.device)
     error = (result.to_dense().double() - expected).norm()
     assert error <= 1e-5 * expected.norm()
 
@@ -404,15 +405,29 @@ def test_undecided_identities_take_dtype_and_device(dtype, device):
 
 @pytest.mark.parametrize("verb", ["diagonal", "trace", "eigvalsh", "logdet"])
 def test_verbs_on_undecided_parts_take_the_device(verb):
-    # Tensors on "meta" have no values, but cannot be mixed with those on the CPU.
-    entries = torch.ones(3, device="meta")
+    entries = torch.ones(3, device="meta")  # cannot be mixed with what is on the CPU
+    blocks = vl.BlockDiagonal([2 * vl.Identity(2), vl.Identity(1)])
     for op in (
         vl.BlockDiagonal([2 * vl.Identity(2), vl.Diagonal(entries)]),
         vl.Kronecker(vl.Identity(2), vl.Diagonal(entries)),
+        vl.BlockDiagonal([blocks, vl.Diagonal(entries)]),
+        vl.Kronecker(vl.Kronecker(blocks, vl.Identity(2)), vl.Diagonal(entries)),
     ):
         result = getattr(op, verb)()
         assert result.device.type == "meta"
         assert result.dtype == torch.float32
+
+
+def test_undecided_blocks_take_the_device_of_what_they_meet():
+    V = vl.Dense(torch.ones(3, 2, device="meta"))
+    blocks = vl.BlockDiagonal([2 * vl.Identity(2), vl.Identity(1)])
+    for result in (
+        (V @ V.T + blocks).damping.entries,
+        (blocks @ vl.Dense(V.matrix @ V.matrix.T)).logdet(),
+        Scaled(torch.ones((), device="meta"), blocks).diagonal(),
+        Sum(blocks, V @ V.T).diagonal(),
+    ):
+        assert result.device.type == "meta"
 
 
 def test_identity_takes_the_precision_of_the_vector(device):

@@ -22,7 +22,7 @@ POSTERIORS: dict[str, Callable[[vl.EmpiricalRisk], vl.TorchLinearOperator]] = {
     "prior by parameter": lambda of: vl.posterior_precision(
         of, vl.KFAC(of), torch.linspace(1.0, 3.0, len(of.sizes))
     ).inv(),
-    "prior": lambda of: 0.5 * vl.Identity(of.num_params, of.dtype),
+    "prior": lambda of: 0.5 * vl.Identity(of.num_params, of.dtype, of.device),
 }
 
 

@@ -292,7 +292,7 @@ def test_in_modes_of_the_caller(tmp_path: Path) -> None:
     expected = vl.damped_newton_step(risk, pairs, damping=0.1)
     for each in (loaded, again):
         assert not each.eigenvalues.is_inference()
-        assert each.eigenvectors.device == CPU
+        assert each.eigenvectors.device == risk.device
         # A fresh tensor of autograd may come from it.
         scale = torch.ones((), dtype=torch.float64, requires_grad=True)
         (scale * each.eigenvectors).sum().backward()

@@ -60,7 +60,7 @@ def regression(dtype, device):
     model = torch.nn.Linear(5, 3, bias=False, device=device, dtype=dtype)
     y = torch.zeros(12, 3, device=device, dtype=dtype)
     G = vl.GGN(model, torch.nn.MSELoss(), [(X, y)])
-    X = X.double().cpu()
+    X = X.double()
     return G, torch.kron(torch.eye(3, dtype=FLOAT64), X.T @ X) * 2 / (12 * 3)
 
 

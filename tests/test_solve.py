@@ -86,7 +86,7 @@ def test_preconditioners() -> None:
             products.append(X.shape[1])
             return evals[:, None] * X
 
-    op, b = Counting((D, D), FLOAT64), torch.ones(D, dtype=FLOAT64)
+    op, b = Counting((D, D), FLOAT64, evals.device), torch.ones(D, dtype=FLOAT64)
     assert torch.allclose(op.solve(b, rtol=1e-8), b / evals, rtol=1e-3)
     without = len(products)
     products.clear()

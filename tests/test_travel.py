@@ -13,9 +13,11 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from joblib import Parallel, delayed
+from scipy.sparse.linalg import LinearOperator
 from torch import Tensor, nn
 
 import vivit_linop as vl
@@ -259,6 +261,39 @@ def test_parts_stay_together() -> None:
     J = vl.Jacobian(_risk())
     copied = copy.deepcopy(J.T)
     assert copied.T.T is copied and copied.jacobian.risk is copied.risk
+
+
+@pytest.mark.parametrize("used", ["products", "spectra"])
+@pytest.mark.parametrize("name", [*OPERATORS, "H"])
+def test_what_scipy_keeps(
+    name: str, used: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Operators of SciPy 1.18 hold a module, and say how they travel without it."""
+
+    def without(self: Any) -> dict[str, Any]:
+        return self.__dict__ | {"_xp": np.empty(0)}
+
+    def arrived(self: Any, state: dict[str, Any]) -> None:
+        self.__dict__.update(state | {"_xp": np})
+
+    initialise = LinearOperator.__init__
+
+    def initialised(self: Any, *args: Any, **given: Any) -> None:
+        initialise(self, *args, **given)
+        self._xp = np
+
+    for method, function in [
+        ("__init__", initialised),
+        ("__getstate__", without),
+        ("__setstate__", arrived),
+    ]:
+        monkeypatch.setattr(LinearOperator, method, function, raising=False)
+    op = vl.Hessian(_risk()) if name == "H" else OPERATORS[name](_risk())
+    _use(op, used)
+    X = torch.ones(op.shape[1], 2).double()
+    for travel in WAYS.values():
+        copied = travel(op)
+        assert copied._xp is np and _close(copied @ X, op @ X)
 
 
 def test_adjoints_of_adjoints() -> None:

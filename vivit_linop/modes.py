@@ -285,7 +285,34 @@ else:
             (_BACKENDS.cudnn, "allow_tf32", (False,)),
         ],
     }
+
+
+def _turn_off_cudnn(_: torch.device | None, undo: Undo) -> None:
+    """Leave recurrences to kernels that torch has all derivatives of."""
+    undo.append(
+        functools.partial(setattr, _BACKENDS.cudnn, "enabled", _BACKENDS.cudnn.enabled)
+    )
+    _BACKENDS.cudnn.enabled = False
+
+
+@contextlib.contextmanager
+def without_cudnn() -> Iterator[None]:
+    """Run a net with recurrent layers so that it has all derivatives on a GPU.
+
+    cuDNN's recurrences have no backward pass in eval mode, and no second derivatives in
+    any. Torch's own have both. They launch some kernels a time step, where cuDNN
+    launches a few for all, so long sequences of small layers take several times as
+    long; and convolutions beside them do their forward pass without cuDNN.
+    """
+    _RECURRENCES.enter()
+    try:
+        yield
+    finally:
+        _RECURRENCES.leave()
+
+
 _PRECISE = Shared(_set_precisions)
+_RECURRENCES = Shared(_turn_off_cudnn)
 # While a guest is inside, a thread that is none should not draw from the generators:
 # the same numbers would come again.
 _GUESTS = Shared(_set_for_guests)

@@ -9,6 +9,8 @@ from torch.func import grad, vmap
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from tests import placing
+
 from .market import Lambda, Problem, case, classes, features, mlp, parameter
 
 # Uses of parameters -------------------------------------------------------------------
@@ -107,13 +109,26 @@ def detached_uses() -> Problem:
     return Problem(net, nn.MSELoss(), data, has_hessian=False)
 
 
+class WeightNorm(nn.Module):
+    def forward(self, g: Tensor, v: Tensor) -> Tensor:
+        return g * v / v.norm(dim=1, keepdim=True)
+
+    def right_inverse(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        return weight.norm(dim=1, keepdim=True), weight
+
+
 @case
 def parametrised_weight() -> Problem:
     def by_hand(params: dict[str, Tensor], x: Tensor) -> Tensor:
         g, v = (params[f"parametrizations.weight.original{i}"] for i in (0, 1))
         return F.linear(x, g * v / v.norm(dim=1, keepdim=True), params["bias"])
 
-    net = nn.utils.parametrizations.weight_norm(nn.Linear(3, 2))
+    net = nn.Linear(3, 2)
+    # On a GPU torch's own takes norms in float32, also of what is float64.
+    if placing.device() == placing.HOST:
+        nn.utils.parametrizations.weight_norm(net)
+    else:
+        nn.utils.parametrize.register_parametrization(net, "weight", WeightNorm())
     data = (features(4, 3), classes(4, 2))
     return Problem(
         net,

@@ -72,7 +72,7 @@ class HessianProducts(TorchLinearOperator):
 
     def __getstate__(self) -> dict[str, Any]:
         """Graphs do not travel: a copy makes its own, of its own parameters."""
-        return {**self.__dict__, "_kept": None}
+        return super().__getstate__() | {"_kept": None}
 
     def _gradient(self, index: int, X: Any) -> list[Tensor]:
         """The gradient on a batch, with its graph."""

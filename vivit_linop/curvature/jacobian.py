@@ -136,7 +136,7 @@ class Pullback(TorchLinearOperator):
     def __getstate__(self) -> dict[str, Any]:
         """What travels: columns are made anew where they pay."""
         anew = {"_jacobian": None, "stored": None, "_decided": self.is_plain}
-        return self.__dict__ | anew | {"_inner": None}
+        return super().__getstate__() | anew | {"_inner": None}
 
     @property
     def ranks(self) -> Ranks:

@@ -153,7 +153,7 @@ class LossHessian(OutputOperator):
 
     def __getstate__(self) -> dict[str, Any]:
         """What travels: what products need is made anew."""
-        return self.__dict__ | {"_multipliers": {}}
+        return super().__getstate__() | {"_multipliers": {}}
 
     def apply_adjoint_batch(self, batch: int, X: Tensor) -> Tensor:
         """The same: Hessians are symmetric."""

@@ -69,6 +69,11 @@ class ScipyOperator(TorchLinearOperator):
             (rows, columns), torch.float32 if single else torch.float64, device
         )
 
+    def _settled(
+        self, dtype: torch.dtype | None, device: torch.device | None
+    ) -> ScipyOperator:
+        return ScipyOperator(self.operator, self.self_adjoint, device)
+
     def _multiply(self, X: Tensor) -> Tensor:
         return self._through_numpy(self.operator.matmat, X)
 
@@ -79,4 +84,4 @@ class ScipyOperator(TorchLinearOperator):
         product = function(np.ascontiguousarray(X.cpu().numpy()))
         # A copy: a product may be what went in.
         array = np.array(product, order="C")
-        return torch.from_numpy(array).to(self.device, self.torch_dtype)
+        return torch.from_numpy(array).to(X.device, self.torch_dtype)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from vivit_linop.linalg.columns import column_pieces_of_operator
-from vivit_linop.operators.base import TorchLinearOperator
+from vivit_linop.operators.base import TorchLinearOperator, settled
 from vivit_linop.operators.damped import Damped, DampedInverse
 from vivit_linop.operators.dispatch import no_eigenpairs
 from vivit_linop.operators.elementary import (
@@ -389,7 +389,7 @@ def logdet_of_low_rank(op: LowRank) -> Tensor:
 def logdet_of_product(op: Product) -> Tensor:
     """By the factors where all are square."""
     if all(factor.shape[0] == factor.shape[1] for factor in op.factors):
-        return torch.stack([logdet(factor) for factor in op.factors]).sum()
+        return torch.stack([logdet(factor) for factor in settled(op.factors)]).sum()
     op._check_self_adjoint("logdet")
     return logdet(op.reduced_or(no_eigenpairs(op)))
 

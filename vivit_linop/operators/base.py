@@ -154,7 +154,7 @@ class TorchLinearOperator(VerbMethods["TorchLinearOperator"]):
     def _settled(
         self, dtype: torch.dtype | None, device: torch.device | None
     ) -> TorchLinearOperator:
-        """Return the operator as part of one with this dtype and device."""
+        """Return an undecided operator as part of one with this dtype and device."""
         return self
 
     def _mirrors(self, other: TorchLinearOperator) -> bool:
@@ -479,3 +479,17 @@ def common_device(*operators: TorchLinearOperator) -> torch.device | None:
             f"{sorted(map(str, devices))}. Move the tensors they are made of first."
         )
     return devices.pop() if devices else None
+
+
+def settled(parts: Sequence[TorchLinearOperator]) -> list[TorchLinearOperator]:
+    """Let identities take the dtype and device of the other parts."""
+    dtype, device = common_dtype(*parts), common_device(*parts)
+    return [settle(part, dtype, device) for part in parts]
+
+
+def settle(
+    op: TorchLinearOperator, dtype: torch.dtype | None, device: torch.device | None
+) -> TorchLinearOperator:
+    """Return an operator as part of one with this dtype and device."""
+    undecided = op._own_dtype is None or op._own_device is None
+    return op._settled(dtype, device) if undecided else op

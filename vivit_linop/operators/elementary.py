@@ -15,6 +15,8 @@ from vivit_linop.operators.base import (
     TorchLinearOperator,
     common_device,
     common_dtype,
+    settle,
+    settled,
 )
 from vivit_linop.operators.lowrank import LowRank
 from vivit_linop.operators.scalars import Scalar
@@ -263,6 +265,9 @@ class Scaled(TorchLinearOperator):
     """
 
     def __init__(self, factor: Scalar, operator: TorchLinearOperator) -> None:
+        if isinstance(factor, Tensor) and factor.device.type != "cpu":
+            # A number of the host goes with tensors anywhere, any other decides.
+            operator = settle(operator, None, factor.device)
         self.factor, self.operator = factor, operator
         super().__init__(operator.shape, operator._own_dtype, operator._own_device)
 
@@ -274,7 +279,7 @@ class Scaled(TorchLinearOperator):
     def _settled(
         self, dtype: torch.dtype | None, device: torch.device | None
     ) -> Scaled:
-        return Scaled(self.factor, self.operator._settled(dtype, device))
+        return Scaled(self.factor, settle(self.operator, dtype, device))
 
     def _made_of(self) -> tuple[Scalar | TorchLinearOperator, ...]:
         return (self.factor, self.operator)
@@ -294,13 +299,16 @@ class Sum(TorchLinearOperator):
     """
 
     def __init__(self, *terms: TorchLinearOperator) -> None:
-        self.terms = terms
+        self.terms = tuple(settled(terms))
         super().__init__(terms[0].shape, common_dtype(*terms), common_device(*terms))
 
     @property
     def self_adjoint(self) -> bool:  # type: ignore[override]
         """Whether all terms are."""
         return all(term.self_adjoint for term in self.terms)
+
+    def _settled(self, dtype: torch.dtype | None, device: torch.device | None) -> Sum:
+        return Sum(*(settle(term, dtype, device) for term in self.terms))
 
     def _made_of(self) -> tuple[TorchLinearOperator, ...]:
         return self.terms

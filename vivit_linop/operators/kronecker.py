@@ -16,6 +16,8 @@ from vivit_linop.operators.base import (
     TorchLinearOperator,
     common_device,
     common_dtype,
+    settle,
+    settled,
 )
 from vivit_linop.operators.elementary import Dense, _as_tensor, mirrored
 from vivit_linop.operators.symmetric import symmetric_eigenpairs
@@ -111,6 +113,11 @@ class BlockDiagonal(TorchLinearOperator):
             map(torch.equal, self.indices, other.indices)
         )
 
+    def _settled(
+        self, dtype: torch.dtype | None, device: torch.device | None
+    ) -> BlockDiagonal:
+        return self.like([settle(block, dtype, device) for block in self.blocks])
+
     def _made_of(self) -> Sequence[TorchLinearOperator]:
         return self.blocks
 
@@ -181,6 +188,11 @@ class Kronecker(TorchLinearOperator):
         return isinstance(other, Kronecker) and _all_mirrored(
             self.factors, other.factors
         )
+
+    def _settled(
+        self, dtype: torch.dtype | None, device: torch.device | None
+    ) -> Kronecker:
+        return Kronecker(*(settle(part, dtype, device) for part in self.factors))
 
     def _made_of(self) -> Sequence[TorchLinearOperator]:
         return self.factors
@@ -305,12 +317,6 @@ class KhatriRao(TorchLinearOperator):
 def as_operator(x: TorchLinearOperator | Tensor | np.ndarray) -> TorchLinearOperator:
     """Return operators as they are and matrices as :class:`Dense`."""
     return x if isinstance(x, TorchLinearOperator) else Dense(x)
-
-
-def settled(parts: Sequence[TorchLinearOperator]) -> list[TorchLinearOperator]:
-    """Let identities take the dtype and device of the other parts."""
-    dtype, device = common_dtype(*parts), common_device(*parts)
-    return [part._settled(dtype, device) for part in parts]
 
 
 def _all_mirrored(

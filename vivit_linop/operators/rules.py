@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vivit_linop.operators.base import TorchLinearOperator
+from vivit_linop.operators.base import TorchLinearOperator, settle
 from vivit_linop.operators.damped import Damped, DampedDense
 from vivit_linop.operators.diagonal_damping import DiagonallyDamped
 from vivit_linop.operators.elementary import (
@@ -202,7 +202,8 @@ def sum_of_low_rank_and_block_diagonal(A: LowRank, B: BlockDiagonal) -> Op:
     """A prior with one number a block is a diagonal."""
     if not all(_is_diagonal(block) for block in B.blocks):
         return NotImplemented
-    entries = [diagonal(block).to(A.torch_dtype) for block in B.blocks]
+    blocks = [settle(block, A.torch_dtype, A.device) for block in B.blocks]
+    entries = [diagonal(block).to(A.torch_dtype) for block in blocks]
     return add(A, Diagonal(B.join(entries)))
 
 

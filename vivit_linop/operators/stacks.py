@@ -12,8 +12,9 @@ from vivit_linop.operators.base import (
     TorchLinearOperator,
     common_device,
     common_dtype,
+    settled,
 )
-from vivit_linop.operators.kronecker import as_operator, settled
+from vivit_linop.operators.kronecker import as_operator
 
 
 class HStack(TorchLinearOperator):

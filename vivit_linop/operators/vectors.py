@@ -21,6 +21,8 @@ def as_array(x: Any) -> np.ndarray:
             f"x: a {type(x).__name__} of tensors is no vector. Multiply "
             "risk.flatten(tensors); risk.unflatten(result) is the way back."
         )
+    if isinstance(x, (list, tuple)):  # NumPy takes no numbers from other devices
+        x = [part.item() if isinstance(part, Tensor) else part for part in x]
     array = x.toarray() if issparse(x) else np.asarray(x)
     check_numbers(array)
     return array

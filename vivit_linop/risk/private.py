@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from vivit_linop.checkpoints import RECOMPUTED
+from vivit_linop.modes import without_cudnn
 from vivit_linop.noise import Noise
 from vivit_linop.risk.containers import rebuilt
 from vivit_linop.risk.copies import Copies, Plan, Watch
@@ -76,6 +77,8 @@ class PrivateModule:
         )
         self.module, self._predict = copies.of(model), copies.of_called(predict)
         _differentiate_embeddings(self.module)
+        parts = self.module.modules()
+        self._is_recurrent = any(isinstance(part, nn.RNNBase) for part in parts)
         if dtype is not None:
             _compute_in(dtype, self.module)
         # Kept until the first evaluation has shown whether they are needed.
@@ -184,6 +187,8 @@ class PrivateModule:
         with contextlib.ExitStack() as stack:
             if self._reentrant:
                 stack.enter_context(RECOMPUTED)
+            if self._is_recurrent:
+                stack.enter_context(without_cudnn())
             if self._settled and self._originals is not None:
                 stack.enter_context(_standing_in(self._originals, copies))
             X = rebuilt(X)  # the model may change containers
