@@ -55,6 +55,7 @@ class Passes:
         self.data, self.search, self.cuts, self.number = data, search, cuts, 0
         self._device, self._dtype = model.device, model.dtype
         self._target, self._progress = target, progress
+        self._draws = target is not None or not _is_in_memory(data)
         self._state = torch.random.get_rng_state()
 
     def batches(
@@ -84,7 +85,7 @@ class Passes:
         self, raw: Iterable[Any], device: torch.device, what: str | None
     ) -> Iterator[Batch]:
         batches = iterate(raw, device, self._dtype, self._target)
-        if self._target is not None or not _is_in_memory(raw):
+        if self._draws:
             batches = replay(batches, self._state)
         if self._progress and what is not None:
             batches = self._shown(batches, what)
