@@ -50,18 +50,20 @@ CAPABILITIES = {
     """,
     "iterations: tracking, ends of spectra, solvers, Lanczos, costs of devices": """
         curvature/calibration.py linalg/extreme.py linalg/iterative.py linalg/krylov.py
-        linalg/lanczos.py linalg/leading.py linalg/tracking.py
+        linalg/lanczos.py linalg/leading.py linalg/tracking.py net/inner.py
     """,
-    "many processes": "ranks/*.py net/ring.py risk/sharded.py risk/shards.py",
+    "many processes": """
+        ranks/*.py net/ring.py risk/alike.py risk/sharded.py risk/shards.py
+    """,
     "analyses: Laplace, evidence, influence, covariance, predictive, trust region": """
         analysis/class_means.py analysis/covariance.py analysis/evidence.py
         analysis/influence.py analysis/laplace.py analysis/predictive.py
         analysis/trust_region.py interop/laplace.py
     """,
     "KFRA, and BackPACK's recursions": "curvature/recursions.py",
-    "notebooks, plots, bars": """
-        bars.py drawing.py extras.py curvature/outlines.py operators/outline.py
-        operators/outlines.py
+    "notebooks, plots, bars, explain of every operator": """
+        bars.py drawing.py extras.py curvature/outlines.py linalg/explanations.py
+        operators/outline.py operators/outlines.py
     """,
 }
 
