@@ -130,18 +130,18 @@ class Beyond(Setting):
 
     def ragged(self) -> Iterator[Check]:
         """Samples with different numbers of outputs, on some ranks and over ranks."""
-        batches, live = (
-            _texts(),
-            [r for r in range(self.size) if self.size < 3 or r != 1],
-        )
-        cuts = {
-            live[0]: slice(0, 1),
-            live[-1]: slice(1, None),
-        }  # of one length, of more
-        own = batches[cuts[self.rank]] if self.rank in live else []
-        one = vl.EmpiricalRisk(Tagger(), nn.CrossEntropyLoss(), batches)
+        yield from self._of_batches("texts", Tagger(), _texts())
+        yield from self._of_batches("nodes", Nodes(), _graphs())
+
+    def _of_batches(
+        self, name: str, net: nn.Module, batches: list[Any]
+    ) -> Iterator[Check]:
+        """Of one length on the first rank, of several on the last; others have none."""
+        cuts = {0: slice(0, 1), self.size - 1: slice(1, None)}
+        own = batches[cuts[self.rank]] if self.rank in cuts else []
+        one = vl.EmpiricalRisk(net, nn.CrossEntropyLoss(), batches)
         risk = vl.EmpiricalRisk(
-            Tagger(), nn.CrossEntropyLoss(), own, process_group=self.group
+            net, nn.CrossEntropyLoss(), own, process_group=self.group
         )
         assert risk.num_outputs == one.num_outputs > one.num_samples
         generator = torch.Generator().manual_seed(0)
@@ -150,13 +150,19 @@ class Beyond(Setting):
             for n in (one.num_params, one.num_outputs, vl.GGN(one).factor.shape[1])
         )
         for what, compute in _of_ragged(x, u, z).items():
-            yield what, lambda c=compute: c(risk), lambda c=compute: c(one), 1e-12
-        path = self.folder / "ragged.pt"
+            both = lambda c=compute: c(risk), lambda c=compute: c(one)
+            yield f"{name}: {what}", *both, 1e-12
+        path = self.folder / f"{name}.pt"
         G = vl.GGN(risk)
         spectrum = G.eigvalsh()
         vl.save(G, path, risk)
-        for name, by in (("one", one), ("many", risk)):
-            yield name, lambda r=by: vl.load(path, r).eigvalsh(), spectrum, 1e-12
+        for by in (one, risk):
+            yield (
+                f"{name}, loaded",
+                lambda r=by: vl.load(path, r).eigvalsh(),
+                spectrum,
+                1e-12,
+            )
 
     def accelerated(self) -> Iterator[Check]:
         """What Accelerate has prepared."""
@@ -254,6 +260,34 @@ def _texts() -> list[tuple[Tensor, Tensor]]:
     ]
 
 
+class Nodes(nn.Module):
+    """Classes of the nodes of graphs, which come one graph after the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.last = nn.Linear(2, 3), nn.Linear(3, C)
+        self.double()
+
+    def forward(self, x: Tensor, edges: Tensor, owner: Tensor) -> Tensor:
+        h = self.first(x)
+        return self.last(h.index_add(0, edges[1], h[edges[0]]).tanh())
+
+
+def _graphs() -> list[tuple[tuple[Tensor, Tensor, Tensor], Tensor]]:
+    """Chains of nodes: a node is told of the one before it."""
+    generator = torch.Generator().manual_seed(5)
+    batches = []
+    for sizes in ((2, 2), (3, 1), (1, 2, 3)):
+        owner = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
+        numbers = torch.arange(1, len(owner))
+        edges = torch.stack([numbers - 1, numbers])[:, owner.diff() == 0]
+        x = torch.randn(len(owner), 2, generator=generator, dtype=torch.float64)
+        y = torch.randint(C, (len(owner),), generator=generator)
+        batches.append(((x, edges, owner), y))
+    return batches
+
+
 def _of_ragged(
     x: Tensor, u: Tensor, z: Tensor
 ) -> dict[str, Callable[[vl.EmpiricalRisk], Tensor]]:
@@ -284,7 +318,7 @@ def _of_ragged(
         "F": lambda r: vl.EmpiricalFisher(r).eigvalsh(),
         "Hessian": lambda r: vl.Hessian(r) @ x,
         "Hessian's diagonals": lambda r: vl.Hessian(r).sample_diagonals(),
-        "subset": lambda r: vl.GGN(r.subset([0, 5, 9])) @ x,
+        "subset": lambda r: vl.GGN(r.subset([0, 3, 6])) @ x,
         "later": lambda r: vl.GGN(r.at(1.5 * r.flatten(r.params))) @ x,
         "norms": lambda r: vl.PerSampleGradients(r).squared_norms(),
     }

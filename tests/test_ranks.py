@@ -1,6 +1,7 @@
 """Risks over several processes: all that they compute is that of all samples."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import ranks_cases
@@ -8,7 +9,7 @@ import torch
 from torch import nn
 
 import vivit_linop as vl
-from vivit_linop.ranks.alone import ALONE
+from vivit_linop.ranks.alone import ALONE, Ranks
 from vivit_linop.ranks.packing import layout_of, packed, unpacked
 from vivit_linop.ranks.votes import (
     Note,
@@ -17,6 +18,7 @@ from vivit_linop.ranks.votes import (
     as_error,
     checksum,
 )
+from vivit_linop.risk.shards import by_items
 
 pytestmark = pytest.mark.host("processes over gloo")
 
@@ -119,6 +121,31 @@ def test_packed_objects_share_what_they_shared() -> None:
     assert found["a"] is found["b"][0]
     assert found["b"][1].equal(shared.T)
     assert found["c"] == (1, "x")
+
+
+class Said(Ranks):
+    """Ranks that have said something."""
+
+    def __init__(self, said: list[bool | None]) -> None:
+        self.said = said
+
+    def gathered(self, item: Any) -> list[Any]:
+        return self.said
+
+
+@pytest.mark.parametrize(
+    ("said", "found"),
+    [([True, None, True], True), ([None, False], False), ([None, True], True)],
+)
+def test_outputs_come_item_by_item_on_all_ranks(
+    said: list[bool | None], found: bool
+) -> None:
+    assert by_items(Said(said), None) is found
+
+
+def test_outputs_come_item_by_item_on_some_ranks() -> None:
+    with pytest.raises(ValueError, match="on rank 2, and not on rank 0"):
+        by_items(Said([False, None, True]), None)
 
 
 @pytest.mark.parametrize("group", [3, "WORLD", object()])

@@ -24,6 +24,7 @@ from vivit_linop.risk.first_pass import first_pass
 from vivit_linop.risk.kept import Kept
 from vivit_linop.risk.losses.autograd import LossCallable
 from vivit_linop.risk.losses.base import OutputLoss
+from vivit_linop.risk.losses.items import LossOfItems
 from vivit_linop.risk.losses.registry import as_output_loss
 from vivit_linop.risk.memory import explained
 from vivit_linop.risk.model import (
@@ -40,8 +41,8 @@ from vivit_linop.risk.passes import Passes
 from vivit_linop.risk.rows import RowLayout
 from vivit_linop.risk.samples import Count, Samples, Take
 from vivit_linop.risk.shards import (
+    by_items,
     check_is_whole,
-    check_not_by_items,
     check_parts,
     without_padding,
 )
@@ -278,7 +279,9 @@ class EmpiricalRisk(ParameterVectors):
         if self.ranks.is_many:
             seen = self.outputs, self._targets, self._passes.data
             check_parts(self.ranks, *seen, self._check_parts)
-            check_not_by_items(self.ranks, self.model.count is not None)
+            own = self.model.count is not None if self.outputs else None
+            if by_items(self.ranks, own) and not self.outputs:
+                self.loss = LossOfItems(self.loss)
         # This rank may have none.
         self.example = self.ranks.led(self._first_outputs)
         if not self.outputs:

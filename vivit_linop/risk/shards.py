@@ -162,16 +162,20 @@ def check_parts(
         )
 
 
-def check_not_by_items(ranks: Ranks, by_items: bool) -> None:
-    """Raise an error on all ranks if outputs come item by item.
+def by_items(ranks: Ranks, own: bool | None) -> bool:
+    """Return whether outputs come item by item, as on all ranks that have samples.
 
     Args:
         ranks: The ranks.
-        by_items: Whether they do on this one.
+        own: Whether they do on this one, None if it has no samples.
+
+    Raises:
+        ValueError: If they do on some ranks only.
     """
-    if any(ranks.gathered(by_items)):
+    every = list(ranks.gathered(own))
+    if True in every and False in every:
         raise ValueError(
-            "data: outputs come item by item, which a process group does not support. "
-            "Give batches whose outputs have samples along the first axis, or pad them "
-            "to one shape, with targets that are ignored."
+            f"data: outputs come item by item on rank {every.index(True)}, and not on "
+            f"rank {every.index(False)}. All ranks need batches of one form."
         )
+    return True in every
