@@ -190,6 +190,11 @@ def test_what_is_not_differentiated_is_refused():
     for verb in (S.diagonal, S.trace):
         with pytest.raises(TypeError, match="entries of the damping"):
             verb()
+    for weight in (1.0, p.detach().sum(), p.sum()):  # of what it is a factor
+        value = weight * (G + vl.Diagonal(p)).logdet() + p.pow(3).sum()
+        (slope,) = torch.autograd.grad(value, p, create_graph=True)
+        with pytest.raises(TypeError, match="logdet: second derivatives"):
+            torch.autograd.grad(slope.sum(), p)
     M = V.clone().requires_grad_()
     with pytest.raises(TypeError, match="requires grad"):
         (LowRank(vl.Dense(M)) + vl.Diagonal(torch.ones(6).double())).inv()

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from vivit_linop.modes import ordinary_mode
 from vivit_linop.operators.base import TorchLinearOperator
@@ -133,14 +132,36 @@ class LogDet(torch.autograd.Function):
     def forward(ctx: Any, entries: Tensor, op: TorchLinearOperator) -> Tensor:
         """The operator's own determinant."""
         ctx.op = op
+        ctx.save_for_backward(entries)
         return logdet(op)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         """With an inverse that is made here."""
+        (entries,) = ctx.saved_tensors
+        return gradients[0] * InverseDiagonal.apply(entries, ctx.op), None
+
+
+class InverseDiagonal(torch.autograd.Function):
+    """The diagonal of (A + diag p)⁻¹, without a derivative in p.
+
+    Torch's ``once_differentiable`` would take it for a constant where what it is
+    multiplied by requires no grad.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, entries: Tensor, op: TorchLinearOperator) -> Tensor:
+        """That of the operator at the value of p."""
         with ordinary_mode():
-            return gradients[0] * diagonal(inv(ctx.op)), None
+            return diagonal(inv(op))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, None]:
+        """Refuse."""
+        raise TypeError(
+            "logdet: second derivatives in the entries of the damping are not there. "
+            "Take torch.logdet(op.to_dense()) if it is small."
+        )
 
 
 def _on_the_smaller_side(op: DiagonallyDamped) -> Dense:
