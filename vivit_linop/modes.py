@@ -118,6 +118,10 @@ class as_guest:
 
     Args:
         device: Where the model is.
+
+    Raises:
+        ValueError: Inside of a function that ``torch.func`` transforms, where ordinary
+            derivatives are zero without a word.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -126,6 +130,15 @@ class as_guest:
 
     def __enter__(self) -> None:
         """Set the switches, then the modes of this thread."""
+        try:
+            _LEAF.requires_grad_()
+        except RuntimeError as error:
+            raise ValueError(
+                "torch.func: a pass over the data would be differentiated or batched "
+                "too, and what is kept of it would be wrong. Products with an operator "
+                "may be transformed; compute what else the data are needed for "
+                "(G.gram.to_dense(), G.diagonal(), …) before, or call .backward()."
+            ) from error
         modes: list[Any] = [torch.enable_grad()]
         # A product has entered it already.
         if (
@@ -338,6 +351,25 @@ def replayed(state: torch.Tensor) -> Iterator[None]:
             _GUESTS.leave()
 
 
+# In what a transformation of ``torch.func`` runs, torch refuses ``requires_grad_()``.
+_LEAF = torch.zeros((), device="cpu", requires_grad=True)
+
+
+def needs_a_node(X: Tensor) -> bool:
+    """Whether a product with X must be a node of autograd.
+
+    Where derivatives are wanted in X. And in what ``torch.func`` transforms: what a
+    node computes is outside of that.
+    """
+    if X.requires_grad and torch.is_grad_enabled():
+        return True
+    try:
+        _LEAF.requires_grad_()
+        return forward_ad.unpack_dual(X).tangent is not None
+    except RuntimeError:
+        return True
+
+
 def is_differentiated(X: Tensor) -> bool:
     """Whether derivatives are wanted in a tensor, in reverse or in forward mode."""
     return (X.requires_grad and torch.is_grad_enabled()) or has_tangent(X)
@@ -349,6 +381,18 @@ def has_tangent(X: Tensor) -> bool:
         return forward_ad.unpack_dual(X).tangent is not None
     except RuntimeError:  # vmap does not tell
         return True
+
+
+def is_followed(tensor: Tensor) -> bool:
+    """Whether forward mode, or a transformation of ``torch.func``, follows a tensor."""
+    try:
+        _LEAF.requires_grad_()
+    except RuntimeError:
+        try:
+            tensor.data_ptr()
+        except RuntimeError:  # it stands for another one
+            return True
+    return has_tangent(tensor)
 
 
 def as_given(data: Any, dtype: torch.dtype | None = None) -> Tensor:

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from vivit_linop.modes import (
     has_tangent,
-    is_differentiated,
+    is_followed,
+    needs_a_node,
     ordinary_mode,
     uncompiled,
 )
@@ -98,6 +99,16 @@ class TorchLinearOperator(VerbMethods["TorchLinearOperator"]):
             if tensor.requires_grad:
                 return True
         return False
+
+    @property
+    def _is_followed(self) -> bool:
+        """Whether such a tensor has a tangent, or is of a transformation."""
+        return any(map(is_followed, self._tensors))
+
+    @property
+    def _carries_derivatives(self) -> bool:
+        """Whether derivatives in such a tensor are wanted here."""
+        return (torch.is_grad_enabled() and self.requires_grad) or self._is_followed
 
     @cached_property
     def _tensors(self) -> tuple[Tensor, ...]:
@@ -193,7 +204,7 @@ class TorchLinearOperator(VerbMethods["TorchLinearOperator"]):
         What composite nodes call on their parts: casts to the operator's dtype and
         device, and leaves the checks of shape to the outermost product.
         """
-        if torch.is_grad_enabled() and (self.requires_grad or X.requires_grad):
+        if self._carries_derivatives or needs_a_node(X):
             X = X.to(self._own_device or X.device, self._own_dtype or X.dtype)
             return self._differentiable(X)
         return self._multiplied(X)
@@ -213,6 +224,8 @@ class TorchLinearOperator(VerbMethods["TorchLinearOperator"]):
 
     def _differentiable(self, X: Tensor) -> Tensor:
         """Multiply so that gradients flow to the columns and to the parts."""
+        if self._is_followed:
+            return self._multiply(X).to(X.dtype)
         if self.requires_grad and torch.is_grad_enabled():
             # The parts are multiplied as nodes of autograd, in reverse mode.
             if has_tangent(X):
@@ -242,8 +255,7 @@ class TorchLinearOperator(VerbMethods["TorchLinearOperator"]):
             x = x.to(self.torch_dtype)
         X = x.reshape(x.shape[0], -1) if x.ndim == 2 else x.unsqueeze(1)
         # Without derivatives to carry, the node would only take time.
-        flows = torch.is_grad_enabled() and self._tensors and self.requires_grad
-        if is_differentiated(X) or flows:
+        if needs_a_node(X) or (self._tensors and self._carries_derivatives):
             X = X.to(self._own_device or X.device) if self.requires_grad else X
             result = self._differentiable(X.to(self._own_dtype or X.dtype))
         else:
