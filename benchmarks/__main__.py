@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import statistics
 import sys
@@ -25,6 +26,7 @@ from benchmarks import (
     products,
     quantities,
     quoted,
+    routes,
     spectra,
     vivit_dropin,
     walk,
@@ -32,7 +34,9 @@ from benchmarks import (
 from benchmarks.measure import (
     Prepared,
     Ratio,
+    Results,
     Suite,
+    at_most,
     environment,
     in_turns,
     load,
@@ -55,11 +59,14 @@ SUITES: dict[str, Suite] = {
     "certificates": certificates.SUITE,
     "compositions": compositions.SUITE,
     "monitor": monitor.SUITE,
+    "routes": routes.SUITE,
 }
 RESULTS = Path(__file__).parent / "results"
 NOTHING = "nothing"  # the case whose memory is that of the libraries, net and data
 # Rounds at most, and seconds after which no further round is begun.
 EFFORT, QUICK_EFFORT = (50, 60.0), (2, 5.0)
+# Of a quick run, in all.
+QUICK_SECONDS = 100.0
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -85,19 +92,30 @@ def main(arguments: Sequence[str] | None = None) -> None:
     RESULTS.mkdir(exist_ok=True)
     stamp = time.strftime("%Y%m%d-%H%M%S")
     path = RESULTS / f"{'-'.join(options.suites)}-{device.type}-{stamp}.json"
-    for suite_name in options.suites:
+    end = time.perf_counter() + (QUICK_SECONDS if options.quick else math.inf)
+    chosen = [(name, net) for name in options.suites for net in nets_of(name, options)]
+    for number, (suite_name, net) in enumerate(chosen):
         suite = SUITES[suite_name]
-        measured = report["suites"][suite_name] = {}
-        for net in options.nets or suite.nets:
+        measured = report["suites"].setdefault(suite_name, {})
+        left = (end - time.perf_counter()) / (len(chosen) - number)
+        try:
             samples = options.samples or suite.nets.get(net)
-            try:
-                problem = make_problem(net, options.device, samples)
-            except Unavailable as reason:
-                print(f"\n{suite.title}: no {net}, {reason}")
-                continue
-            measured[net] = run(suite_name, problem, options)
-            path.write_text(json.dumps(report, indent=1))  # as far as it got
+            problem = make_problem(net, options.device, samples)
+            measured[net] = run(suite_name, problem, options, left)
+        except Unavailable as reason:
+            print(f"\n{suite.title}: no {net}, {reason}")
+        except Exception as error:
+            measured[net] = {"error": f"{type(error).__name__}: {error}"}
+            print(f"\n{suite.title}, {net}: {measured[net]['error']}")
+        path.write_text(json.dumps(report, indent=1))  # as far as it got
     print(f"\nWritten to {os.path.relpath(path)}.")
+
+
+def nets_of(suite: str, options: argparse.Namespace) -> list[str]:
+    """Those asked for, or the suite's; of a quick run, its first."""
+    if options.nets:
+        return list(options.nets)
+    return list(SUITES[suite].nets)[: 1 if options.quick else None]
 
 
 def memory_of_case(options: argparse.Namespace) -> int:
@@ -109,18 +127,30 @@ def memory_of_case(options: argparse.Namespace) -> int:
 
 
 def run(
-    suite_name: str, problem: Problem, options: argparse.Namespace
+    suite_name: str, problem: Problem, options: argparse.Namespace, left: float
 ) -> dict[str, Any]:
-    """Run one suite on one problem, print it and return what was measured."""
+    """Run one suite on one problem, print it and return what was measured.
+
+    What is not done in the seconds that are left is a row that says so.
+    """
+    now = time.perf_counter
+    start = now()
     suite = SUITES[suite_name]
     print(f"\n{suite.title}: {describe(problem)}", flush=True)
-    prepared = prepare(suite, problem)
-    agreement = suite.agreement(problem, prepared.results)
+    # Rounds get a part of the time too, and no case takes it all.
+    most = 3 * left / (len(suite.cases) + 3)
+    prepared = prepare(
+        suite, problem, lambda: at_most(min(most, 0.7 * left + start - now()))
+    )
+    with at_most(start + left - now()):
+        agreement = agreement_of(suite, problem, prepared.results)
     iterations = suite.iterations(prepared.results)
     prepared.results.clear()
     print_agreement(prepared, agreement)
     loads = [load()]
-    times = in_turns(prepared.runs, problem.device, *options.effort)
+    rounds, seconds = options.effort
+    seconds = min(seconds, max(start + left - now(), 0.1))
+    times = in_turns(prepared.runs, problem.device, rounds, seconds)
     loads.append(load())
     shared: dict[str, list[float]] = {}
     if options.busy:
@@ -130,19 +160,14 @@ def run(
     if not options.no_memory:
         of_problem = [suite_name, "--nets", problem.name, "--device", options.device]
         of_problem += ["--samples", str(problem.num_samples)]
-        memory = {
-            name: peak_memory_in_subprocess(
-                "benchmarks", [*of_problem, "--memory-of", name]
-            )
-            for name in (NOTHING, *prepared.runs)
-        }
+        memory = memory_of_cases((NOTHING, *prepared.runs), of_problem)
     ratios, shared_ratios = (
         {r.label: median_ratio(found, r) for r in suite.ratios if r.of(found)}
         for found in (times, shared)
     )
     memory_ratios, beyond = {}, {}
     for ratio in suite.memory_ratios:
-        if ratio.of(memory):
+        if ratio.of(memory) and NOTHING in memory:
             ours, theirs = memory[ratio.numerator], memory[ratio.denominator]
             nothing = memory[NOTHING]
             memory_ratios[ratio.label] = ours / theirs
@@ -175,6 +200,27 @@ def run(
     }
 
 
+def memory_of_cases(names: Sequence[str], of_problem: list[str]) -> dict[str, int]:
+    """The peaks of those that can be measured, each in a process of its own."""
+    memory = {}
+    for name in names:
+        arguments = [*of_problem, "--memory-of", name]
+        try:
+            memory[name] = peak_memory_in_subprocess("benchmarks", arguments)
+        except RuntimeError as error:
+            print(f"no memory of {name}: {str(error).strip().splitlines()[-1]}")
+    return memory
+
+
+def agreement_of(suite: Suite, problem: Problem, results: Results) -> dict[str, float]:
+    """How far results are apart; nothing, and the reason, where one is missing."""
+    try:
+        return suite.agreement(problem, results)
+    except Exception as error:
+        print(f"results not compared: {type(error).__name__}: {error}")
+        return {}
+
+
 def describe(problem: Problem) -> str:
     X, _ = problem.data
     return (
@@ -199,20 +245,22 @@ def print_times(
     memory: dict[str, int],
     iterations: dict[str, int],
 ) -> None:
-    rounds = len(next(iter(times.values())))
+    rounds = max(map(len, times.values()), default=0)
     first = "first run" if suite.from_scratch else "set-up"
     print(f"\n{f'milliseconds, rounds: {rounds}':44}", end="")
     print(
         f"{'median':>10}{'fastest':>10}{'slowest':>10}{first:>10}{'peak':>12}", end=""
     )
     print(f"{'iterations':>12}" if iterations else "")
-    if memory:
+    if NOTHING in memory:
         print(f"{NOTHING:44}{'':40}{memory[NOTHING] / 2**20:8.0f} MiB")
     for name, values in times.items():
         row = statistics.median(values), min(values), max(values), prepared.first[name]
         print(f"{name:44}" + "".join(f"{1e3 * s:10.2f}" for s in row), end="")
-        print(f"{memory[name] / 2**20:8.0f} MiB" if memory else " " * 12, end="")
-        print(f"{iterations[name]:12d}" if iterations else "")
+        print(
+            f"{memory[name] / 2**20:8.0f} MiB" if name in memory else " " * 12, end=""
+        )
+        print(f"{iterations[name]:12d}" if name in iterations else "")
 
 
 def print_ratios(
@@ -237,7 +285,11 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--samples", type=int, help="N, by default the suite's")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
-    parser.add_argument("--quick", action="store_true", help="two rounds at most")
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="within two minutes: a net of each suite, two rounds, no memory",
+    )
     parser.add_argument(
         "--busy",
         type=int,
@@ -253,6 +305,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     if unknown:
         parser.error(f"no suite {sorted(unknown)}; there are {list(SUITES)}")
     options.effort = QUICK_EFFORT if options.quick else EFFORT
+    options.no_memory |= options.quick
     return options
 
 

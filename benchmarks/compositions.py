@@ -162,9 +162,9 @@ def marginal_variances_by_hand(at: Setting) -> Run:
         # Rows of V L⁻ᵀ, some columns at a time.
         R = at.V.shape[1]
         weights = torch.linalg.solve_triangular(
-            at.cholesky, torch.eye(R, dtype=torch.float64), upper=False
+            at.cholesky, torch.eye(R).to(at.cholesky), upper=False
         ).to(at.K.dtype)
-        total = torch.zeros(D, dtype=at.K.dtype)
+        total = at.K.new_zeros(D)
         for part in weights.T.split(256, dim=1):
             total += (at.V @ part.contiguous()).square().sum(1)
         return (1.0 - total) / TAU
@@ -178,7 +178,7 @@ def evidence(at: Setting) -> Run:
 
 
 def evidence_at_once(at: Setting) -> Run:
-    G, taus = at.G, torch.tensor(TAUS)
+    G, taus = at.G, at.K.new_tensor(TAUS)
     return lambda: G.logdet(damping=taus)
 
 
@@ -197,17 +197,17 @@ def evidence_by_hand(at: Setting) -> Run:
 
 
 def precisions(at: Setting) -> Tensor:
-    return torch.linspace(0.1, 1.0, len(at.train.sizes))
+    return torch.linspace(0.1, 1.0, len(at.train.sizes), device=at.problem.device)
 
 
 def evidence_by_layer(at: Setting) -> Run:
-    sizes = torch.tensor(at.train.sizes)
+    sizes = torch.tensor(at.train.sizes, device=at.problem.device)
     entries = precisions(at).repeat_interleave(sizes)
     return lambda: (vl.GGN(at.train) + vl.Diagonal(entries)).logdet()
 
 
 def evidence_by_layer_by_hand(at: Setting) -> Run:
-    sizes = torch.tensor(at.train.sizes)
+    sizes = torch.tensor(at.train.sizes, device=at.problem.device)
     entries = precisions(at).repeat_interleave(sizes)
 
     def run() -> Tensor:
@@ -261,8 +261,8 @@ def pairs_after_inverse(at: Setting) -> Run:
 
 
 def pairs_after_inverse_by_hand(at: Setting) -> Run:
-    _, K = at.S, at.K.numpy()
-    return lambda: torch.from_numpy(eigsh(K, k=pairs_wanted(at), which="LA")[0])
+    _, K = at.S, at.K.cpu().numpy()
+    return lambda: at.K.new_tensor(eigsh(K, k=pairs_wanted(at), which="LA")[0])
 
 
 PAIRS: dict[str, tuple[Callable[[Setting], Run], Callable[[Setting], Run]]] = {

@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import re
 import resource
+import signal
 import statistics
 import subprocess
 import sys
@@ -106,6 +108,25 @@ def seconds(run: Run, device: torch.device) -> tuple[Any, float]:
     return result, time.perf_counter() - start
 
 
+@contextlib.contextmanager
+def at_most(seconds: float) -> Iterator[None]:
+    """Raise a ``TimeoutError`` in what takes longer, as soon as Python runs again."""
+    if seconds == math.inf:
+        yield
+        return
+
+    def over(*_: object) -> None:
+        raise TimeoutError(f"more than {seconds:.0f} s")
+
+    before = signal.signal(signal.SIGALRM, over)
+    signal.setitimer(signal.ITIMER_REAL, max(seconds, 0.1))
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0.0)
+        signal.signal(signal.SIGALRM, before)
+
+
 @dataclass
 class Prepared:
     """Cases that have run once.
@@ -115,34 +136,65 @@ class Prepared:
         results: What the first runs returned.
         first: Their seconds. With a set-up these are of the set-up and the first run,
             what is made once and kept is made there.
-        unavailable: Why the other cases cannot run.
+        peak: Bytes that were allocated in these runs on a GPU, beyond those before.
+        unavailable: Why the other cases cannot run, or what they raised.
     """
 
     runs: dict[str, Run] = field(default_factory=dict)
     results: dict[str, Any] = field(default_factory=dict)
     first: dict[str, float] = field(default_factory=dict)
+    peak: dict[str, int] = field(default_factory=dict)
     unavailable: dict[str, str] = field(default_factory=dict)
 
 
-def prepare(suite: Suite, problem: Problem) -> Prepared:
-    """Build all cases and run each once."""
+Guard = Callable[[], contextlib.AbstractContextManager[object]]
+
+
+def prepare(
+    suite: Suite, problem: Problem, guard: Guard = contextlib.nullcontext
+) -> Prepared:
+    """Build all cases and run each once; what fails is said, and the others go on.
+
+    Args:
+        suite: The suite.
+        problem: The problem.
+        guard: Makes a context for each case, which may raise an error to end it.
+    """
     prepared = Prepared()
     for name, build in suite.cases.items():
         try:
-            if not suite.from_scratch:
-                # Imports and caches of the first time are not part of the set-up.
-                build(problem)()
-
-            def first_run(name: str = name, build: Build = build) -> Any:
-                prepared.runs[name] = build(problem)
-                return prepared.runs[name]()
-
-            result, elapsed = seconds(first_run, problem.device)
+            with guard():
+                _prepare_case(prepared, name, build, suite, problem)
         except Unavailable as reason:
             prepared.unavailable[name] = str(reason)
-            continue
-        prepared.results[name], prepared.first[name] = result, elapsed
+        except Exception as error:
+            prepared.runs.pop(name, None)
+            prepared.unavailable[name] = f"{type(error).__name__}: {error}"
+            if problem.device.type == "cuda":
+                torch.cuda.empty_cache()
     return prepared
+
+
+def _prepare_case(
+    prepared: Prepared, name: str, build: Build, suite: Suite, problem: Problem
+) -> None:
+    if not suite.from_scratch:
+        # Imports and caches of the first time are not part of the set-up.
+        build(problem)()
+
+    def first_run() -> Any:
+        prepared.runs[name] = build(problem)
+        return prepared.runs[name]()
+
+    on_gpu = problem.device.type == "cuda"
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats(problem.device)
+        before = torch.cuda.memory_allocated(problem.device)
+    result, prepared.first[name] = seconds(first_run, problem.device)
+    if on_gpu:
+        peak = torch.cuda.max_memory_allocated(problem.device)
+        prepared.peak[name] = peak - before
+    prepared.results[name] = result
 
 
 def in_turns(
@@ -151,7 +203,8 @@ def in_turns(
     """Time all runs once a round, so that drifts of the machine meet all of them.
 
     Every other round goes backwards. Ends before ``rounds`` when ``budget`` seconds are
-    over, but not before three rounds unless these take three times as long.
+    over, but not before three rounds unless these take three times as long. What
+    fails in a round has no times.
     """
     times: Seconds = {name: [] for name in runs}
     start = time.perf_counter()
@@ -161,7 +214,15 @@ def in_turns(
             break
         order = list(runs.items())
         for name, run in order if count % 2 == 0 else reversed(order):
-            times[name].append(seconds(run, device)[1])
+            if name not in times:
+                continue
+            try:
+                times[name].append(seconds(run, device)[1])
+            except TimeoutError:
+                raise
+            except Exception as error:
+                print(f"{name}: {type(error).__name__}: {error}")
+                del times[name]
     return times
 
 

@@ -267,6 +267,22 @@ def digits_mlp(num_classes: int) -> nn.Module:
     return nn.Sequential(nn.Flatten(), mlp(num_classes, (256, 128)))
 
 
+class MeanOverTokens(nn.Module):
+    """The mean over the tokens of ``[N, tokens, width]``."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mean(1)
+
+
+def transformer(num_classes: int) -> nn.Module:
+    """Two encoder layers of width 128 over tokens that are given as vectors."""
+    layers = [
+        nn.TransformerEncoderLayer(128, 4, 512, dropout=0.0, batch_first=True)
+        for _ in range(2)
+    ]
+    return nn.Sequential(*layers, MeanOverTokens(), nn.Linear(128, num_classes))
+
+
 def tiny(num_classes: int) -> nn.Module:
     """A net for tests."""
     return nn.Sequential(
@@ -331,6 +347,7 @@ NETS: dict[str, Net] = {
     "softmax": Net(softmax_regression, (1, 28, 28), 7_850, 512, data=digits),
     "small": Net(small_mlp, (1, 28, 28), 26_506, 512, data=digits),
     "digits-mlp": Net(digits_mlp, (1, 28, 28), 235_146, 300, data=digits),
+    "transformer": Net(transformer, (32, 128), 397_834),
     "tiny": Net(tiny, (1, 6, 6), 69, num_samples=6, num_classes=3),
 }
 

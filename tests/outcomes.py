@@ -25,6 +25,9 @@ _CHANGING = re.compile(r"0x[0-9a-f]+|[-+]?\d+(\.\d+)?(e[-+]?\d+)?")
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--outcomes", type=Path, help="a file for the lines")
     parser.addoption(
+        "--first", type=Path, help="such a file of a former run: what passed goes last"
+    )
+    parser.addoption(
         "--spread",
         action="store_true",
         help="take tests from all files alike, for a run that may be stopped",
@@ -36,6 +39,11 @@ def pytest_collection_modifyitems(
 ) -> None:
     if config.getoption("--spread"):
         items.sort(key=lambda item: crc32(item.nodeid.encode()))
+    former = config.getoption("--first")
+    if former is not None:
+        lines = map(json.loads, former.read_text().splitlines())
+        done = {line["test"] for line in lines if line["outcome"] != "failed"}
+        items.sort(key=lambda item: item.nodeid in done)
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -13,8 +13,24 @@ import torch
 from torch import nn
 
 import benchmarks.__main__ as command
-from benchmarks import growth, lines, peers, spectra, streaming, walk
-from benchmarks.measure import Ratio, in_turns, median_ratio, peak_memory_in_subprocess
+from benchmarks import (
+    gpu,
+    growth,
+    lines,
+    peers,
+    products,
+    spectra,
+    streaming,
+    walk,
+)
+from benchmarks.measure import (
+    Ratio,
+    Run,
+    Suite,
+    in_turns,
+    median_ratio,
+    peak_memory_in_subprocess,
+)
 from benchmarks.problems import NETS, Problem, Residual, Unavailable, make_problem
 
 pytestmark = pytest.mark.host("tables and files")
@@ -134,6 +150,70 @@ def test_cases_take_turns() -> None:
     runs = {name: lambda name=name: order.append(name) for name in "ab"}
     in_turns(runs, torch.device("cpu"), rounds=3, budget=60.0)
     assert "".join(order) == "abbaab"
+
+
+def fails(_: Problem) -> Run:
+    raise RuntimeError("no such kernel")
+
+
+def fails_later(_: Problem) -> Run:
+    runs: list[int] = []
+
+    def run() -> torch.Tensor:
+        runs.append(1)
+        if len(runs) == 2:
+            raise RuntimeError("out of memory")
+        return torch.ones(1)
+
+    return run
+
+
+def stays(_: Problem) -> Run:
+    def run() -> None:
+        while True:
+            pass
+
+    return run
+
+
+def test_what_fails_is_a_row_and_the_rest_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(command, "RESULTS", tmp_path)
+    monkeypatch.setattr(command, "QUICK_SECONDS", 20.0)
+    cases = {"gradient": products.gradient, "none": fails, "one": fails_later}
+    broken = Suite(
+        "broken",
+        {**cases, "stays": stays},
+        {"tiny": None},
+        agreement=lambda *_: {"x": 1 / 0},
+        from_scratch=True,
+    )
+    monkeypatch.setitem(command.SUITES, "broken", broken)
+    monkeypatch.setitem(command.SUITES, "products", products.SUITE)
+    command.main(["broken", "products", "--nets", "tiny", "--quick"])
+    (report,) = tmp_path.glob("*.json")
+    found = json.loads(report.read_text())["suites"]
+    assert found["broken"]["tiny"]["unavailable"]["none"] == (
+        "RuntimeError: no such kernel"
+    )
+    assert "TimeoutError" in found["broken"]["tiny"]["unavailable"]["stays"]
+    assert list(found["broken"]["tiny"]["seconds"]) == ["gradient"]
+    assert found["broken"]["tiny"]["agreement"] == {}
+    assert found["products"]["tiny"]["seconds"]
+    assert "out of memory" in capsys.readouterr().out
+
+
+def test_a_device_in_one_call(tmp_path: Path) -> None:
+    options = ["--device", "cpu", "--small", "--suites-only", "--minutes", "0.3"]
+    gpu.main([*options, "--out", str(tmp_path)])
+    found = json.loads((tmp_path / "gpu.json").read_text())
+    suites = ["products", "routes", "products"]
+    assert [row["suite"] for row in found["suites"]] == suites
+    # What this device cannot do, or has no time left for, is said.
+    assert all("seconds" in row or row["error"] for row in found["suites"])
+    assert {"waits", "calibration", "streaming"} <= found.keys()
+    assert "routes, tiny" in (tmp_path / "gpu.txt").read_text()
 
 
 def test_growth_fits_exponents_and_draws(tmp_path: Path) -> None:
