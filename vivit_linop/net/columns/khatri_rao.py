@@ -31,7 +31,7 @@ _SMALL_PRODUCT_COST, _SMALL_PRODUCT_FLOPS = 2, 2e5
 _CACHED_BYTES, _PASSING_BYTES = 4 * 2**20, 64 * 2**20
 _DEVICE_FACTOR = 64
 # As much of a matrix is brought into another order at a time.
-_COPIED_BYTES = 2**20
+_COPIED_BYTES = 2 * 2**20
 # A symmetric product position by position, in an elementwise way, is halved while a
 # block has twice this many rows.
 _SYMMETRIC_PAIRS_LEAF = 140
