@@ -145,6 +145,7 @@ def test_a_gpu_iterates_on_the_device_where_vectors_fit() -> None:
     assert few.chosen.name == "ARPACK on K" and "MB are free" in few.routes[1].refusal
 
 
+@pytest.mark.host("the costs are a CPU's")
 def test_explain_says_what_it_rests_on(quick: list[str]) -> None:
     V = vl.Dense(torch.rand(50, 4))
     op = V @ V.T

@@ -10,7 +10,7 @@ from scipy.sparse.linalg import LinearOperator, eigsh
 from torch import Tensor, nn
 
 import vivit_linop as vl
-from vivit_linop.linalg import extreme, lanczos
+from vivit_linop.linalg import extreme, krylov, lanczos
 
 FLOAT64 = torch.float64
 DTYPES = (torch.float32, FLOAT64)
@@ -243,6 +243,21 @@ def test_what_it_does_not_separate_comes_from_the_matrix() -> None:
     pairs = op.eigh(k=3, route="Lanczos")
     expected = torch.linalg.eigvalsh(op.to_dense())[-3:]
     torch.testing.assert_close(pairs.eigenvalues, expected, rtol=1e-13, atol=0.0)
+
+
+@pytest.mark.parametrize("route", ["ARPACK on K", "Lanczos on G"])
+def test_an_iteration_that_gives_up_says_what_to_do(
+    monkeypatch: pytest.MonkeyPatch, route: str
+) -> None:
+    def gives_up(*_: Any, **__: Any) -> None:
+        raise lanczos.NotConverged(1)
+
+    monkeypatch.setattr(krylov, "eigsh", gives_up)
+    monkeypatch.setattr(krylov, "lanczos", gives_up)
+    G = vl.GGN(risk_of(FLOAT64))
+    solver = route.split()[0]
+    with pytest.raises(RuntimeError, match=f"{solver} has found 1 of 3 pairs of .*GGN"):
+        G.eigh(k=3, route=route)
 
 
 def test_derivatives_and_states_are_left_alone() -> None:

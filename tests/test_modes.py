@@ -177,3 +177,25 @@ def test_the_precision_comes_back_after_an_error() -> None:
         assert conv.fp32_precision == "bf16"
     finally:
         conv.fp32_precision = before
+
+
+def test_random_numbers_are_saved_once_a_product(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """On a GPU it takes time; J and its transpose share it."""
+    net, loss, data = toy()
+    G = vl.GGN(vl.EmpiricalRisk(net, loss, data))
+    x = torch.rand(G.shape[0], 3, dtype=torch.float64)
+    for _ in range(3):  # what products run on is decided
+        G @ x
+    saved, get_rng_state = [], torch.get_rng_state
+
+    def counted() -> Tensor:
+        saved.append(1)
+        return get_rng_state()
+
+    monkeypatch.setattr(torch, "get_rng_state", counted)
+    for product in (lambda: G @ x, lambda: G @ x[:, 0], lambda: G.factor.T @ x):
+        saved.clear()
+        product()
+        assert len(saved) <= 1

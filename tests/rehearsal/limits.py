@@ -23,6 +23,7 @@ LIMITS: dict[str, tuple[int, int]] = {
     "eigh(k)": (3, 0),
     "ARPACK": (21, 23),
     "Lanczos": (1, 4),
+    "eigh(start)": (6, 1),
     "projector": (2, 0),
     "all pairs": (8, 0),
     "eigh(select)": (3, 1),

@@ -120,6 +120,7 @@ OPERATIONS: dict[str, Callable[[SimpleNamespace], Any]] = {
     "eigh(k)": _set("pairs", lambda s: s.G.eigh(k=3)),
     "ARPACK": lambda s: s.G.eigh(k=3, route="ARPACK on G").eigenvalues,
     "Lanczos": lambda s: s.G.eigh(k=3, route="Lanczos on G").eigenvalues,
+    "eigh(start)": lambda s: s.G.eigh(k=3, start=s.pairs).eigenvalues,
     "projector": lambda s: vl.projector(s.pairs) @ s.x,
     "all pairs": lambda s: vl.projector(s.G.eigh()) @ s.x,
     "eigh(select)": lambda s: s.G.eigh(select=lambda e: [len(e) - 1]).eigenvalues,

@@ -23,7 +23,14 @@ from vivit_linop.linalg.decompositions import (
     gram_rounding_error,
 )
 from vivit_linop.linalg.iterative import IterativeWoodbury
-from vivit_linop.linalg.krylov import SOLVERS, by_arpack, start_of, watched
+from vivit_linop.linalg.krylov import (
+    SOLVERS,
+    by_arpack,
+    start_of,
+    too_few,
+    watched,
+)
+from vivit_linop.linalg.lanczos import NotConverged
 from vivit_linop.linalg.leading import led
 from vivit_linop.net.costs import LayerCost, as_table, layer_costs
 from vivit_linop.net.pieces import memory_budget
@@ -174,17 +181,10 @@ def by_iteration(op: LowRank, k: int, route: str) -> Eigenpairs:
             f"route: ARPACK finds at most {target.shape[0] - 1} pairs of a matrix with "
             f"as many rows + 1, k is {k}. Leave route= out."
         )
-    shown = _shows_progress(op.factor)
-    bar = watched(target, k, plan.krylov_products(k))
-    with bar if shown else contextlib.nullcontext(target) as multiplied:
-        if solver == "ARPACK" and known and _on_one_host(op):
-            # Calls of an operator take longer than a product with a matrix.
-            matrix = op.on_small_side(Tensor.numpy)
-            values, vectors = by_arpack(matrix, k, start_of(target))
-            values *= op.scale
-        else:
-            solve, v0 = SOLVERS[solver], start_of(target)
-            values, vectors = led(lambda A: solve(A, k, v0), multiplied)
+    try:
+        values, vectors = _iterated(op, target, k, solver, known)
+    except NotConverged as error:
+        raise too_few(error, k, op, solver) from error
     values, vectors = values.to(op.device), vectors.to(op.device)
     pairs: Eigenpairs
     if not on_gram:
@@ -198,8 +198,20 @@ def by_iteration(op: LowRank, k: int, route: str) -> Eigenpairs:
     return pairs
 
 
-def _on_one_host(op: TorchLinearOperator) -> bool:
-    return op.device.type == "cpu" and not op.ranks.is_many
+def _iterated(
+    op: LowRank, target: TorchLinearOperator, k: int, solver: str, known: bool
+) -> tuple[Tensor, Tensor]:
+    """The pairs of what is multiplied by, K or G."""
+    v0 = start_of(target)
+    here = op.device.type == "cpu" and not op.ranks.is_many
+    shown = _shows_progress(op.factor)
+    bar = watched(target, k, plan.krylov_products(k))
+    with bar if shown else contextlib.nullcontext(target) as multiplied:
+        if solver == "ARPACK" and known and here:
+            # Calls of an operator take longer than a product with a matrix.
+            values, vectors = by_arpack(op.on_small_side(Tensor.numpy), k, v0)
+            return values * op.scale, vectors
+        return led(lambda A: SOLVERS[solver](A, k, v0), multiplied)
 
 
 def _shows_progress(factor: Any) -> bool:

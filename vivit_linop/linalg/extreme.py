@@ -17,6 +17,7 @@ from vivit_linop.linalg.krylov import (
     by_lanczos,
     solver_on,
     start_of,
+    too_few,
 )
 from vivit_linop.linalg.lanczos import NotConverged
 from vivit_linop.linalg.leading import led
@@ -96,11 +97,7 @@ def _by_iteration(
     try:
         found = led(solved, op)
     except NotConverged as error:
-        raise RuntimeError(
-            f"eigh: {solver} has found {error} of {k} pairs of this "
-            f"{type(op).__name__}. Eigenvalues that lie close need more vectors: ask "
-            "for a larger k, or give a larger tol=."
-        ) from error
+        raise too_few(error, k, op, solver) from error
     except ArpackError as error:
         raise RuntimeError(
             f"eigh: {solver} has failed on this {type(op).__name__}: {error}. Give "

@@ -97,6 +97,17 @@ def solver_on(device: torch.device) -> str:
     return "ARPACK" if device.type == "cpu" else "Lanczos"
 
 
+def too_few(
+    error: NotConverged, k: int, op: TorchLinearOperator, solver: str
+) -> RuntimeError:
+    """Return what to say where a solver gives up."""
+    return RuntimeError(
+        f"eigh: {solver} has found {error} of {k} pairs of this {type(op).__name__}. "
+        "Eigenvalues that lie close need more vectors: ask for a larger k, or give a "
+        "larger tol=, or take the dense way."
+    )
+
+
 def start_of(op: TorchLinearOperator) -> Tensor:
     """Return the vector that a solver begins with, the same at each call."""
     start = np.random.default_rng(0).standard_normal(op.shape[0])
