@@ -38,6 +38,7 @@ from benchmarks.measure import (
     Suite,
     at_most,
     environment,
+    in_full_precision,
     in_turns,
     load,
     median_ratio,
@@ -86,6 +87,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
 
     device = torch.device(options.device)
+    if device.type == "cuda":
+        in_full_precision()
     facts = environment(device)
     print(", ".join(f"{name} {value}" for name, value in facts.items()))
     report: dict[str, Any] = {"environment": facts, "suites": {}}

@@ -25,7 +25,13 @@ from typing import Any
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks.measure import at_most, environment, in_turns, prepare
+from benchmarks.measure import (
+    at_most,
+    environment,
+    in_full_precision,
+    in_turns,
+    prepare,
+)
 from benchmarks.problems import make_problem
 
 ROOT = Path(__file__).parents[1]
@@ -52,7 +58,7 @@ PLAN: list[tuple[str, str, int | None]] = [
     ("products", "transformer", 512),
     ("products", "3c3d", 2048),
     ("vivit", "3c3d", 64),
-    ("compositions", "small", 200),
+    ("compositions", "mlp", 128),
     ("certificates", "3c3d", 512),
     ("vivit", "mlp", 64),
     ("spectra", "resnet32", 64),
@@ -171,6 +177,8 @@ class Benchmarks:
     def __init__(self, options: argparse.Namespace, end: float) -> None:
         self.options, self.end = options, end
         self.device = torch.device(options.device)
+        if self.device.type == "cuda":
+            in_full_precision()
         self.lines: list[str] = []
         self.report: dict[str, Any] = {
             "environment": environment(self.device),

@@ -380,6 +380,14 @@ def environment(device: torch.device) -> dict[str, Any]:
     if device.type == "cuda":
         facts["gpu"] = torch.cuda.get_device_name(device)
         facts["cuda"] = torch.version.cuda
-        facts["tf32 in convolutions"] = torch.backends.cudnn.allow_tf32
-        facts["tf32 in products"] = torch.backends.cuda.matmul.allow_tf32
     return facts
+
+
+def in_full_precision() -> None:
+    """Turn off TF32, torch's default for convolutions on a GPU, for peers too."""
+    backends: Any = torch.backends
+    if hasattr(backends, "fp32_precision"):  # since torch 2.9
+        for part in (backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn):
+            part.fp32_precision = "ieee"
+    else:
+        backends.cuda.matmul.allow_tf32 = backends.cudnn.allow_tf32 = False
