@@ -1,4 +1,4 @@
-"""The page on the architecture names the files that there are."""
+"""The page on the architecture names the files there are; test files keep to bounds."""
 
 import re
 from pathlib import Path
@@ -47,3 +47,10 @@ def test_modules_beside_the_rooms_are_named() -> None:
 def test_paths_in_the_text_exist() -> None:
     named = re.findall(r"`((?:\w+/)+\w+\.py)`", PAGE.read_text())
     assert named and [name for name in named if not (PACKAGE / name).exists()] == []
+
+
+def test_test_files_are_short_and_import_no_other() -> None:
+    for path in Path(__file__).parent.rglob("test_*.py"):
+        source = path.read_text()
+        assert source.count("\n") <= 600, path.name
+        assert not re.findall(r"^(?:from|import) (?:tests\.)?test_", source, re.M), path
