@@ -145,12 +145,15 @@ class DampedSolver:
         if self._pairs is not None:
             columns = self._pairs[1][:, start:stop].double()
             return (columns / self._values[start:stop].sqrt()).to(self._matrix)
-        # Of the upper triangular L⁻ᵀ, what is below the diagonal is zero.
-        unit = self._cholesky.new_zeros(stop, stop - start)
+        # Of the upper triangular L⁻ᵀ, what is below the diagonal is zero. A part of L
+        # is copied: not a large one.
+        n = len(self._matrix)
+        rows = stop if 2 * stop <= n else n
+        unit = self._cholesky.new_zeros(rows, stop - start)
         unit[start:].fill_diagonal_(1.0)
-        upper = self._cholesky[:stop, :stop].T
-        columns = self._cholesky.new_zeros(len(self._matrix), stop - start)
-        columns[:stop] = torch.linalg.solve_triangular(upper, unit, upper=True)
+        upper = self._cholesky[:rows, :rows].T
+        columns = self._cholesky.new_zeros(n, stop - start)
+        columns[:rows] = torch.linalg.solve_triangular(upper, unit, upper=True)
         return columns.to(self._matrix)
 
     def _once(self, columns: Tensor) -> Tensor:
