@@ -3,11 +3,14 @@
 import itertools
 import math
 import re
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 import torch
 from operator_market import Draw, build, khatri_rao_of
+from threadpoolctl import threadpool_info, threadpool_limits
+from torch import Tensor
 from verb_cases import FLOAT64, SQUARE, assert_near, every_dtype, graded, on_market
 
 import vivit_linop as vl
@@ -35,6 +38,35 @@ NO_CLOSED_FORM = (
 )
 SELF_ADJOINT = on_market(lambda op, dense: op.self_adjoint)
 NOT_SELF_ADJOINT = [name for name in SQUARE if name not in SELF_ADJOINT]
+
+
+# Threads ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n", [100, 129, 300])
+def test_threads_of_blas_are_as_before(n: int) -> None:
+    """Also where decompositions meet in several threads."""
+    A = torch.randn(n, n, generator=torch.Generator().manual_seed(n)).double()
+    A = A + A.T
+
+    def of_blas() -> list[int]:
+        return [lib["num_threads"] for lib in threadpool_info()]
+
+    def decomposed(_: int) -> tuple[Tensor, Tensor, Tensor]:
+        op = vl.Dense(A)
+        evals, evecs = op.eigh()
+        return op.eigvalsh(), evals, evecs
+
+    with threadpool_limits(2, user_api="blas"):
+        before = of_blas()
+        with ThreadPoolExecutor(4) as pool:
+            found = list(pool.map(decomposed, range(8)))
+        assert of_blas() == before
+    expected = np.linalg.eigvalsh(A.numpy())
+    for alone, evals, evecs in found:
+        np.testing.assert_allclose(alone, expected, atol=1e-11)
+        np.testing.assert_allclose(evals, expected, atol=1e-11)
+        torch.testing.assert_close(evecs @ (evals[:, None] * evecs.T), A)
 
 
 # Eigenvalues --------------------------------------------------------------------------

@@ -105,6 +105,34 @@ def recurrent(kind: Callable[..., nn.Module]) -> nn.Module:
     )
 
 
+class Writes(nn.Module):
+    """Puts what it is given into a list."""
+
+    def __init__(self, seen: list[Tensor]) -> None:
+        super().__init__()
+        self.seen, self.own = seen, linear()
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen.append(x)
+        return torch.tanh(self.own(x))
+
+
+class Reads(nn.Module):
+    """Takes what is in it."""
+
+    def __init__(self, seen: list[Tensor]) -> None:
+        super().__init__()
+        self.seen, self.own = seen, linear(IN, C)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.own(x * self.seen.pop())
+
+
+def shared_list() -> nn.Module:
+    seen = list[Tensor]()
+    return nn.Sequential(Writes(seen), Reads(seen))
+
+
 def plain_list() -> nn.Module:
     """Layers in a list are no part of the model: constants."""
     return Net(
@@ -347,6 +375,7 @@ NETS: dict[str, Callable[[], nn.Module]] = {
         head=linear(6, C),
     ),
     "plain list": plain_list,
+    "list that parts share": shared_list,
     "containers": with_namedtuple,
     "keyed by layer": keyed_by_layer,
     "bound method": bound_method,
