@@ -51,10 +51,17 @@ def test_all_stays_on_the_device_is_right_and_waits_no_more_than_it_did(
 
 def test_the_limits_are_those_that_were_aimed_at() -> None:
     waits = {name: count for name, (count, _) in LIMITS.items()}
-    for name in ("kept G @ x", "kept G @ X", "Woodbury solve", "kept Hessian @ x"):
+    for name in (
+        *("kept G @ x", "kept G @ X", "kept Hessian @ x", "Woodbury solve"),
+        *("KFAC @ x", "KFAC's solve", "EKFAC @ x", "EKFAC's solve"),
+    ):
         assert LIMITS[name] == (0, 0)
     assert waits["construction"] <= 4
+    for name in ("first G @ x", "first Hessian @ x", "first streamed G @ x"):
+        assert waits[name] <= 6
     assert waits["streamed G @ x"] <= 1
+    # One a restart: vectors stay on the device.
+    assert waits["Lanczos"] <= 1 < waits["ARPACK"]
 
 
 def test_a_mixed_device_is_seen() -> None:

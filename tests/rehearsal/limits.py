@@ -20,7 +20,7 @@ LIMITS: dict[str, tuple[int, int]] = {
     "V @ u": (0, 0),
     "gradient": (1, 0),
     "eigvalsh": (6, 4),
-    "eigh(k)": (3, 0),
+    "eigh(k)": (2, 0),
     "ARPACK": (21, 23),
     "Lanczos": (1, 4),
     "eigh(start)": (6, 1),

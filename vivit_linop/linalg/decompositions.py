@@ -149,7 +149,9 @@ class LowRankDecomposition(DenseDecomposition):
             evals, gram_evecs = self._operator.decomposed(
                 partial(largest_eigenpairs, k=k)
             )
-            if evals[0] > gram_rounding_error(evals, self.count):
+            # In ascending order, and read by the host at once.
+            least, most = torch.stack((evals[0], evals[-1])).tolist()
+            if least > _rounding_error(most, evals.dtype, self.count):
                 return GramEigenpairs(evals, self._operator, gram_evecs)
         return self.pairs(self.choose(k, None, None))
 
@@ -309,5 +311,8 @@ def orthonormalised(vectors: Tensor, eigenvalues: Tensor) -> Tensor:
 
 def gram_rounding_error(eigenvalues: Tensor, count: int) -> float:
     """The absolute error of the eigenvalues of a Gram matrix with ``count`` rows."""
-    eps = torch.finfo(eigenvalues.dtype).eps
-    return max(10.0, count**0.5) * eps * max(eigenvalues.max().item(), 0.0)
+    return _rounding_error(eigenvalues.max().item(), eigenvalues.dtype, count)
+
+
+def _rounding_error(largest: float, dtype: torch.dtype, count: int) -> float:
+    return max(10.0, count**0.5) * torch.finfo(dtype).eps * max(largest, 0.0)
