@@ -5,6 +5,8 @@ import socket
 import sys
 from pathlib import Path
 
+from sphinx import addnodes
+
 import vivit_linop
 
 HERE = Path(__file__).parent
@@ -94,5 +96,14 @@ def keep_letters(app, what, name, obj, options, lines: list[str]) -> None:
         lines[i] = re.sub(r"^(\s*(?:\w+: )?[A-Za-z])\.(?= |$)", r"\1\\.", line)
 
 
+def keep_one_signature(app, domain: str, kind: str, content) -> None:
+    """Keep one signature of a verb, which else has one for each of its rules."""
+    if (domain, kind) == ("py", "function"):
+        _, *others = content.parent.findall(addnodes.desc_signature)
+        for signature in others:
+            content.parent.remove(signature)
+
+
 def setup(app) -> None:
+    app.connect("object-description-transform", keep_one_signature)
     app.connect("autodoc-process-docstring", keep_letters, priority=100)
