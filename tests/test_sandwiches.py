@@ -9,6 +9,7 @@ import vivit_linop as vl
 from vivit_linop.curvature import column_sums
 from vivit_linop.curvature.block_sandwich import BlockSandwich
 from vivit_linop.curvature.jacobian import Pullback
+from vivit_linop.linalg import sandwiches
 from vivit_linop.operators import Product, Sandwich
 
 every_dtype = pytest.mark.parametrize("dtype", EPS, ids=str)
@@ -286,3 +287,40 @@ def test_derivatives_in_the_damping(kind):
         found.append([*(value.detach() for value in values), *gradients])
     for got, expected in zip(*found, strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-8, atol=1e-10)
+
+
+def cancelling(
+    rows: int, delta: float, outside: float
+) -> tuple[vl.TorchLinearOperator, torch.Tensor]:
+    """Aᵀ (V Vᵀ + δ I)⁻¹ A in float32, its value; A mostly in the range of V."""
+    generator = torch.Generator().manual_seed(0)
+    V = torch.randn(rows, 6, generator=generator) / rows**0.5
+    A = V @ torch.randn(6, 5, generator=generator)
+    A += outside * torch.randn(rows, 5, generator=generator) / rows**0.5
+    node = vl.Dense(V) @ vl.Dense(V).T + delta * vl.Identity(rows)
+    A64, V64 = A.double(), V.double()
+    inner = torch.linalg.solve(delta * torch.eye(6).double() + V64.T @ V64, V64.T @ A64)
+    return vl.Dense(A).T @ node.inv() @ vl.Dense(A), (
+        A64.T @ A64 - (V64.T @ A64).T @ inner
+    ) / delta
+
+
+@pytest.mark.parametrize(
+    "delta, outside, products", [(1e-3, 0.1, False), (1e-4, 0.0, True)]
+)
+def test_lost_digits_are_measured(
+    delta: float, outside: float, products: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rounding may lose half of the digits in both; in one of them it does."""
+    calls: list[int] = []
+    by_products = sandwiches._by_products
+
+    def counted(op: vl.TorchLinearOperator) -> torch.Tensor:
+        calls.append(1)
+        return by_products(op)
+
+    monkeypatch.setattr(sandwiches, "_by_products", counted)
+    op, truth = cancelling(400, delta, outside)
+    assert sandwiches.may_lose_digits(op, sandwiches._form(op))
+    error = (op.to_dense().double() - truth).norm() / truth.norm()
+    assert error < torch.finfo(torch.float32).eps ** 0.5 and bool(calls) is products
