@@ -503,5 +503,7 @@ def settle(
     op: TorchLinearOperator, dtype: torch.dtype | None, device: torch.device | None
 ) -> TorchLinearOperator:
     """Return an operator as part of one with this dtype and device."""
-    undecided = op._own_dtype is None or op._own_device is None
-    return op._settled(dtype, device) if undecided else op
+    # What decides nothing new leaves it as it is: parts of parts are looked at once.
+    takes_dtype = op._own_dtype is None and dtype is not None
+    takes_device = op._own_device is None and device is not None
+    return op._settled(dtype, device) if takes_dtype or takes_device else op
