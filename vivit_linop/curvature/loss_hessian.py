@@ -390,7 +390,7 @@ class LossHessianSqrt(FactoredOutputOperator):
             norms = S.norm(dim=1, keepdim=True)
             known = norms != 0.0
             norms = torch.where(known, norms, 1.0)
-            c = torch.linalg.lstsq(S / norms, g).solution
+            c = _least_squares(S / norms, g)
             tolerance = 100 * torch.finfo(g.dtype).eps
             error = (S / norms @ c - g).norm(dim=1)
             if not (known.all() & (error <= tolerance * g.norm(dim=1)).all()):
@@ -422,3 +422,17 @@ class LossGradient(FactoredOutputOperator):
         factor = risk.scale / risk.reduction_factor
         gradient = risk.loss.gradient(risk.outputs[batch], risk.targets()[batch])
         return factor * gradient.reshape(len(gradient), -1, 1, 1)
+
+
+def _least_squares(A: Tensor, b: Tensor) -> Tensor:
+    """The shortest x with the least ‖A x - b‖, in batches; any where A has full rank.
+
+    LAPACK's QR finds ranks. CUDA's does not, and gives up where R has a zero.
+    """
+    try:
+        return torch.linalg.lstsq(A, b).solution
+    except torch.linalg.LinAlgError:
+        U, sizes, Vh = torch.linalg.svd(A, full_matrices=False)
+    sizes = sizes.unsqueeze(-1)
+    rounding = max(A.shape[-2:]) * torch.finfo(A.dtype).eps * sizes[..., :1, :]
+    return Vh.mT @ torch.where(sizes > rounding, U.mT @ b / sizes, 0.0)
