@@ -371,7 +371,9 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--processes", type=int, default=14, help="of the tests")
     parser.add_argument("--each", type=float, default=60.0, help="seconds of a test")
     parser.add_argument(
-        "--first", type=Path, help="tests.jsonl of a former run: what passed goes last"
+        "--first",
+        type=Path,
+        help="tests.jsonl of former runs: what failed goes first, what passed last",
     )
     parser.add_argument("tests", nargs="*", help="files, by default all; or -k words")
     return parser.parse_args(arguments)

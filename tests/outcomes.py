@@ -25,7 +25,9 @@ _CHANGING = re.compile(r"0x[0-9a-f]+|[-+]?\d+(\.\d+)?(e[-+]?\d+)?")
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--outcomes", type=Path, help="a file for the lines")
     parser.addoption(
-        "--first", type=Path, help="such a file of a former run: what passed goes last"
+        "--first",
+        type=Path,
+        help="such a file of former runs: what failed goes first, what passed last",
     )
     parser.addoption(
         "--spread",
@@ -42,8 +44,9 @@ def pytest_collection_modifyitems(
     former = config.getoption("--first")
     if former is not None:
         lines = map(json.loads, former.read_text().splitlines())
-        done = {line["test"] for line in lines if line["outcome"] != "failed"}
-        items.sort(key=lambda item: item.nodeid in done)
+        failed = {line["test"]: line["outcome"] == "failed" for line in lines}
+        order = {True: 0, None: 1, False: 2}
+        items.sort(key=lambda item: order[failed.get(item.nodeid)])
 
 
 def pytest_configure(config: pytest.Config) -> None:

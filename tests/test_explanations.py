@@ -6,6 +6,7 @@ from operator_market import MARKET, build
 from torch import nn
 
 import vivit_linop as vl
+from tests import placing
 from vivit_linop.linalg import IterativeInverse
 from vivit_linop.operators import rules
 
@@ -40,7 +41,7 @@ def test_iterations_are_those_that_run() -> None:
         assert way == f"{op.eigh(k=2).route}, some 28 products: no closed form"
     shifted = (2 * H + vl.Identity(D)).explain(k=2)
     assert "shifted" in shifted.ways["eigh(k=2)"]
-    assert "ARPACK on Hessian" in shifted.parts[0].parts[0].ways["eigh(k=2)"]
+    assert placing.krylov("Hessian") in shifted.parts[0].parts[0].ways["eigh(k=2)"]
     assert "conjugate gradients" in H.explain().ways["solve"]
     assert isinstance(vl.operators.verbs.solver(H), IterativeInverse)
     few = vl.Hessian(risk_of().over(["2.bias"]))

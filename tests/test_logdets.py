@@ -13,7 +13,7 @@ TAUS = torch.tensor([0.25, 3.0, 40.0], dtype=torch.float64)
 
 
 def symmetric(name: str) -> bool:
-    op, _ = build(name, torch.float64, "cpu")
+    op, _ = build(name, torch.float64)
     return op.shape[0] == op.shape[1] and op.self_adjoint
 
 
@@ -25,7 +25,7 @@ def damped_logdets(A: Tensor, taus: Tensor = TAUS) -> Tensor:
 @pytest.mark.parametrize("name", list(filter(symmetric, MARKET)))
 def test_operators(name: str) -> None:
     """What has a closed form for one damping has it for several; the same values."""
-    op, A = build(name, torch.float64, "cpu")
+    op, A = build(name, torch.float64)
     try:
         expected = (op + 3.0 * vl.Identity(len(A))).logdet()
     except (TypeError, ValueError) as error:

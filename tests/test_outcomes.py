@@ -14,7 +14,7 @@ from tests import outcomes
 pytestmark = pytest.mark.host("text")
 
 
-def test_what_passed_goes_last(tmp_path: Path) -> None:
+def test_what_failed_goes_first_and_what_passed_last(tmp_path: Path) -> None:
     former = tmp_path / "tests.jsonl"
     known = {"a": "passed", "b": "failed", "c": "skipped", "d": "passed"}
     lines = [json.dumps({"test": t, "outcome": what}) for t, what in known.items()]
@@ -23,7 +23,7 @@ def test_what_passed_goes_last(tmp_path: Path) -> None:
     options = {"--spread": False, "--first": former}
     config: Any = SimpleNamespace(getoption=options.get)
     outcomes.pytest_collection_modifyitems(config, items)
-    assert "".join(item.nodeid for item in items) == "ebfadc"
+    assert "".join(item.nodeid for item in items) == "befadc"
 
 
 def test_failures_that_differ_in_numbers_are_one() -> None:

@@ -40,14 +40,15 @@ def test_entries(D: int, k: int, seed: int) -> None:
 
 
 def test_one_seed_is_one_matrix() -> None:
-    P = vl.RandomProjection(50, 9, seed=4)
+    on = placing.device()
+    P = vl.RandomProjection(50, 9, seed=4, device=on)
     matrix, X = P.to_dense(), torch.rand(50, 3, dtype=float64)
     assert close(P @ X, matrix @ X)
     assert close(P.T @ (P @ X), matrix.T @ matrix @ X)
     assert close((P @ X.float()).double(), matrix @ X, 1e-6)
     for twin in (copy.deepcopy(P), pickle.loads(pickle.dumps(P))):
         assert torch.equal(twin.to_dense(), matrix)
-    assert not torch.equal(vl.RandomProjection(50, 9, seed=5).to_dense(), matrix)
+    assert not torch.equal(vl.RandomProjection(50, 9, 5, device=on).to_dense(), matrix)
     state = torch.get_rng_state()
     assert P.to_dense().shape == (9, 50)
     assert torch.equal(torch.get_rng_state(), state)
@@ -55,12 +56,14 @@ def test_one_seed_is_one_matrix() -> None:
 
 def test_large_ones_are_multiplied_block_by_block() -> None:
     D, k = 300_000, 8
-    P, X = vl.RandomProjection(D, k, seed=4), torch.rand(D, 2, dtype=float64)
+    on = placing.device()
+    P, X = vl.RandomProjection(D, k, 4, device=on), torch.rand(D, 2, dtype=float64)
     places = [place for place, _ in P.blocks(float64, P.device)]
     assert len(places) > 1 and places[-1].stop == D
     matrix = P.to_dense()
     # The first columns are those of a small one.
-    assert torch.equal(matrix[:, :50], vl.RandomProjection(50, k, seed=4).to_dense())
+    small = vl.RandomProjection(50, k, 4, device=on)
+    assert torch.equal(matrix[:, :50], small.to_dense())
     assert close(P @ X, matrix @ X)
     assert close(P.T @ X[:k], matrix.T @ X[:k])
 

@@ -228,7 +228,9 @@ def _write_often(path: Path, value: float) -> None:
         files.write({"tensor": torch.full((200, 50), value)}, path)
 
 
-@pytest.mark.parametrize("processes", [False, True])
+@pytest.mark.parametrize(
+    "processes", [False, pytest.param(True, marks=pytest.mark.host("forked"))]
+)
 def test_two_at_once_leave_one_complete_file(processes: bool, tmp_path: Path) -> None:
     path = tmp_path / "file"
     kind: Any = threading.Thread

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import vivit_linop as vl
+from tests import placing
 from tests.cases import Problem, dense_of
 from tests.vivit_cases import ggn, setting_of
 from vivit_linop.vivit import EigvalshComputation
@@ -206,7 +207,7 @@ def test_runs_are_kept_and_random_numbers_left_alone() -> None:
             return torch.linspace(0, 1, 50, dtype=F64)[:, None] * X
 
     state = torch.get_rng_state()
-    op = Counting((50, 50), F64)
+    op = Counting((50, 50), F64, placing.device())
     spectrum = vl.LanczosSpectrum(op, 10, (0.0, 1.0))
     spectrum.density(num_repeats=2)
     assert sum(products) == 20

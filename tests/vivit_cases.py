@@ -64,7 +64,7 @@ def _problem(
     net: Callable[[], nn.Module], loss: nn.Module, *shape: int, classes: int = 0
 ) -> Callable[[], Problem]:
     def build() -> Problem:
-        with torch.random.fork_rng([]):
+        with torch.random.fork_rng():
             torch.manual_seed(0)
             model = net().double()
             X = torch.rand(*shape, dtype=torch.float64)

@@ -107,9 +107,10 @@ def orders_of_items(X: Any, sizes: Sequence[int]) -> Iterator[Tensor | None]:
     yield None
     for unit in leaves(X, lambda value: isinstance(value, PackedSequence)):
         if isinstance(unit, PackedSequence) and len(unit.data) == sum(sizes):
-            numbers = torch.arange(len(unit.data), device="cpu")
+            # Its own indices, by which it is unpacked, lie where its data are.
+            numbers = torch.arange(len(unit.data), device=unit.data.device)
             packed = unit._replace(data=numbers)
-            yield torch.cat(unpack_sequence(packed))
+            yield torch.cat(unpack_sequence(packed)).cpu()
 
 
 def _runs(keys: Sequence[Any]) -> list[list[int]]:
