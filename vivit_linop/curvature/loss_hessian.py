@@ -431,7 +431,7 @@ def _least_squares(A: Tensor, b: Tensor) -> Tensor:
     """
     try:
         return torch.linalg.lstsq(A, b).solution
-    except torch.linalg.LinAlgError:
+    except RuntimeError:  # torch.linalg.LinAlgError, whose name torch keeps from mypy
         U, sizes, Vh = torch.linalg.svd(A, full_matrices=False)
     sizes = sizes.unsqueeze(-1)
     rounding = max(A.shape[-2:]) * torch.finfo(A.dtype).eps * sizes[..., :1, :]
