@@ -20,7 +20,7 @@ from vivit_linop.analysis.evidence import (
 from vivit_linop.analysis.predictive import predictive_covariance
 from vivit_linop.curvature import EKFAC, GGN, KFAC, Jacobian
 from vivit_linop.modes import as_given, ordinary_mode
-from vivit_linop.net.certified import find_structure
+from vivit_linop.net.certified import read_structure
 from vivit_linop.operators import Diagonal, TorchLinearOperator
 from vivit_linop.risk.empirical import EmpiricalRisk
 
@@ -240,7 +240,7 @@ class Laplace:
 
 def last_used(risk: EmpiricalRisk) -> list[str]:
     """Return the parameters of the last call that uses any."""
-    *_, (_, *names) = risk.ranks.led(find_structure, risk).uses
+    *_, (_, *names) = risk.ranks.led(read_structure, risk).uses
     return [name for name in names if name is not None]
 
 

@@ -377,13 +377,26 @@ class CertifiedColumns:
 def find_structure(risk: EmpiricalRisk, alone: bool = False) -> Structure:
     """Return what is known of a net; what a few samples show when asked first.
 
+    Which of its columns have the structure of layers is certified on these.
+
     Args:
         risk: The risk.
         alone: Whether of runs on one sample, where every axis is of that sample.
     """
-    count = 1 if alone else _FIRST_SAMPLES
     return risk.kept.get_everywhere(
-        ("structure", alone), lambda: _find_structure(risk, count)
+        ("structure", alone), lambda: _find_structure(risk, alone, certify=True)
+    )
+
+
+def read_structure(risk: EmpiricalRisk, alone: bool = False) -> Structure:
+    """Likewise, but without a certificate: for columns that are certified when made.
+
+    Spares two backward passes through a few samples. Parameters may be opaque that
+    are not known as such.
+    """
+    certified: Structure | None = risk.kept.everywhere.get(("structure", alone))
+    return certified or risk.kept.get_everywhere(
+        ("read structure", alone), lambda: _find_structure(risk, alone, certify=False)
     )
 
 
@@ -404,15 +417,19 @@ def share_structure(risk: EmpiricalRisk) -> None:
         own.singly |= singly
 
 
-def _find_structure(risk: EmpiricalRisk, count: int) -> Structure:
+def _find_structure(risk: EmpiricalRisk, alone: bool, certify: bool) -> Structure:
     X, _ = next(risk.batches())
+    count = 1 if alone else _FIRST_SAMPLES
     with as_guest(risk.device):
         few = Capture.of_few(risk, X, risk.batch_sizes[0], count)
-        structure = Structure()
+        # What was learnt since it was read stays.
+        read: Structure | None = risk.kept.everywhere.get(("read structure", alone))
+        structure = read or Structure()
         few.keep_sizes(X)
-        noise = Noise(1)(*few.output.shape, 1, like=few.output)
         certified = CertifiedColumns(risk, X, few, structure)
-        columns = certified.certify_layers(noise, set(risk.params))
-    structure.layers = {name: part.without_data() for name, part in columns.items()}
+        if certify:
+            noise = Noise(1)(*few.output.shape, 1, like=few.output)
+            columns = certified.certify_layers(noise, set(risk.params))
+            structure.layers = {n: part.without_data() for n, part in columns.items()}
     structure.uses = [use.key for use in few.uses]
     return structure

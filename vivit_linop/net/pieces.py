@@ -27,7 +27,11 @@ from torch import Tensor
 
 from vivit_linop.devices import free_memory
 from vivit_linop.net.capture import Capture, Takes, sample_sizes
-from vivit_linop.net.certified import CertifiedColumns, find_structure
+from vivit_linop.net.certified import (
+    CertifiedColumns,
+    find_structure,
+    read_structure,
+)
 from vivit_linop.net.columns.base import LayerColumns
 from vivit_linop.net.columns.joins import merged
 from vivit_linop.net.columns.weighted import weighted
@@ -278,6 +282,7 @@ class Pass:
         risk = self._risk
         self._sizes = dict(zip(risk.params, risk.sizes, strict=True))
         self._width, self._formed = 0, 0
+        self._cuts: dict[int, Sequence[Tensor]] = {}
         for factor in factors:
             self._width += factor.width
         self.names, self.takes = set[str](), _DEMANDS[0]
@@ -304,7 +309,10 @@ class Pass:
             n = self._risk.batch_sizes[batch]
             # Pieces have the same numbers in all passes.
             if first + n > start or ranks.is_many:
-                for index in self._cut(batch, X, n):
+                # What is learnt of the net meanwhile does not move them.
+                if batch not in self._cuts:
+                    self._cuts[batch] = self._cut(batch, X, n)
+                for index in self._cuts[batch]:
                     if first + int(index[0]) >= start:
                         with explained(self._do_not_fit, len(index)):
                             for pieces in self._pieces(batch, X, index, n, first):
@@ -358,7 +366,7 @@ class Pass:
             f"are free. {advice}"
         )
 
-    def _cut(self, batch: int, X: Any, n: int) -> Iterable[Tensor]:
+    def _cut(self, batch: int, X: Any, n: int) -> Sequence[Tensor]:
         """Cut a batch so that the columns of each part fit."""
         risk, width = self._risk, self._width
         formed = {name: self._sizes[name] for name in self._structure.opaque}
@@ -380,8 +388,15 @@ class Pass:
 
     @cached_property
     def _structure(self) -> Structure:
-        """What is known of the net on several samples."""
-        return find_structure(self._risk)
+        """What is known of the net on several samples.
+
+        Pieces are certified when they are made. Where the memory would do for them
+        however they are made, nothing needs to be certified before.
+        """
+        risk = self._risk
+        formed = max(risk.batch_sizes) * self._width * risk.num_params
+        enough = formed * risk.dtype.itemsize <= self._memory
+        return read_structure(risk) if enough else find_structure(risk)
 
     def _runs_in_parts(self, batch: int, X: Any, n: int) -> bool:
         """Whether the net runs on fewer samples than a batch has."""
@@ -411,19 +426,22 @@ class Pass:
             place = slice(before + own.start, before + own.stop)
             cotangents = factor.cotangents(batch)
             cotangents = cotangents[index.to(cotangents.device)]
-            takes = self.takes
+            takes, single = self.takes, cotangents.shape[2] == 1
             # One column a sample is checked as it is.
-            if takes == "stream" and cotangents.shape[2] == 1:
+            if takes == "stream" and single:
                 takes = "columns"
-            if takes not in ("stream", "factors"):
+            columns: dict[str, LayerColumns] | None = None
+            if single or takes not in ("stream", "factors"):
                 columns = certified.columns(cotangents, self.names, takes)
-                pieces.append(Piece(place, samples, columns, self._sizes))
-                continue
-            certified.certify_layers(cotangents, self.names)
+            else:
+                certified.certify_layers(cotangents, self.names)
             if takes == "factors" and len(index) > 1 and self._hides():
                 for sample in index.split(1):
                     yield from self._pieces(batch, whole, sample, n, first)
                 return
+            if columns is not None:
+                pieces.append(Piece(place, samples, columns, self._sizes))
+                continue
             for part in certified.parts(cotangents, self.names):
                 yield [Piece(place, samples, part, self._sizes)]
         if pieces:
@@ -439,4 +457,6 @@ class Pass:
             for name in self._structure.opaque & self.names
             if self._risk.params[name].ndim > 1
         }
+        if not hidden:
+            return False
         return not hidden <= find_structure(self._risk, alone=True).opaque
