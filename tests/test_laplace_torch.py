@@ -231,22 +231,22 @@ def test_a_net_is_looked_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     from vivit_linop.net import certified
     from vivit_linop.risk import first_pass
 
-    counts = {"_find_structure": 0, "independent_samples": 0}
+    counts = {"_look": 0, "independent_samples": 0}
 
     def counted(module: Any, name: str) -> None:
         function = getattr(module, name)
 
-        def count(*arguments: Any) -> Any:
+        def count(*arguments: Any, **options: Any) -> Any:
             counts[name] += 1
-            return function(*arguments)
+            return function(*arguments, **options)
 
         monkeypatch.setattr(module, name, count)
 
-    counted(certified, "_find_structure")
+    counted(certified, "_look")
     counted(first_pass, "independent_samples")
     seen = []
     for batch_size in (18, 6, 7):
-        counts.update(_find_structure=0, independent_samples=0)
+        counts.update(_look=0, independent_samples=0)
         loader = DataLoader(data("classification"), batch_size=batch_size)
         for structure in ("kron", "diag"):
             la = pytest.importorskip("laplace").Laplace(

@@ -61,16 +61,16 @@ class Certificate:
 
     def __init__(self, columns: Mapping[str, LayerColumns], cotangents: Tensor) -> None:
         self._columns = columns
-        sizes = {name: part.sizes() for name, part in columns.items()}
+        n, _, R = cotangents.shape
+        # One operation on those of all parameters is as fast as one on each.
+        found = [part.sizes() for part in columns.values()]
+        sizes = torch.stack(found) if found else cotangents.new_zeros(0, n, R)
         self.weights = _weights(sizes, torch.linalg.vector_norm(cotangents, dim=1))
         self.cotangent = (cotangents @ self.weights.unsqueeze(2)).squeeze(2)
         # What a column has, in the mean, of a parameter, and in all.
-        self._shares = {
-            name: (self.weights * size).square().mean().sqrt()
-            for name, size in sizes.items()
-        }
-        shares = [cotangents.new_zeros(()), *self._shares.values()]
-        self._whole = torch.linalg.vector_norm(torch.stack(shares))
+        shares = (self.weights * sizes).square().mean((1, 2)).sqrt()
+        self._shares = dict(zip(columns, shares, strict=True))
+        self._whole = torch.linalg.vector_norm(shares)
 
     def errors(
         self,
@@ -90,32 +90,35 @@ class Certificate:
             lenient: For which of them the net may be ill-conditioned.
             noise: By how much rounding is known to change these gradients.
         """
-        eps = torch.finfo(self.weights.dtype).eps
-        spread, whole = self.weights.numel() ** 0.5, self._whole
-        errors = {}
+        if not gradients:
+            return {}
+        nothing, distances = torch.zeros_like(self._whole), []
         for name, gradient in gradients.items():
             difference = gradient.reshape(-1)
             if name in self._columns:
                 difference = self._columns[name].residual(self.weights, difference)
-            distance = torch.linalg.vector_norm(difference)
-            share = self._shares.get(name, whole.new_zeros(()))
-            if name in lenient:
-                tolerated = 10 * eps**0.5 * spread * (share + whole)
-            else:
-                tolerated = 100 * eps**0.75 * share
-                tolerated += spread * (10 * eps * share + eps**0.75 * whole)
-            tolerated += BY_NOISE * noise
-            errors[name] = torch.where(distance != 0.0, distance / tolerated, 0.0)
+            distances.append(torch.linalg.vector_norm(difference))
+        share = torch.stack([self._shares.get(name, nothing) for name in gradients])
+        eps, whole = torch.finfo(share.dtype).eps, self._whole
+        spread = self.weights.numel() ** 0.5
+        tolerated = 100 * eps**0.75 * share
+        tolerated += spread * (10 * eps * share + eps**0.75 * whole)
+        if not lenient.isdisjoint(gradients):
+            mask = torch.tensor([n in lenient for n in gradients], device=share.device)
+            more = 10 * eps**0.5 * spread * (share + whole)
+            tolerated = torch.where(mask, more, tolerated)
+        tolerated += BY_NOISE * noise
+        distance = torch.stack(distances)
+        errors = torch.where(distance != 0.0, distance / tolerated, 0.0)
         # The host waits for all of them together.
-        found = torch.stack([*errors.values()]).tolist() if errors else []
-        return dict(zip(errors, found, strict=True))
+        return dict(zip(gradients, errors.tolist(), strict=True))
 
 
-def _weights(sizes: Mapping[str, Tensor], cotangents: Tensor) -> Tensor:
+def _weights(sizes: Tensor, cotangents: Tensor) -> Tensor:
     """Random signs and magnitudes over the sizes of the columns, ``[n, R]``.
 
     Args:
-        sizes: By parameter, those of its columns, ``[n, R]``.
+        sizes: Of each parameter those of its columns, ``[P, n, R]``.
         cotangents: The norms of what is pulled back, ``[n, R]``.
     """
     generator = torch.Generator().manual_seed(2)
@@ -124,8 +127,11 @@ def _weights(sizes: Mapping[str, Tensor], cotangents: Tensor) -> Tensor:
     )
     drawn = ((1.0 + draws[0]) * (draws[1] - 0.5).sign()).to(cotangents)
     scale, eps = torch.zeros_like(cotangents), torch.finfo(cotangents.dtype)
-    for size in sizes.values():
-        scale = torch.hypot(scale, size)
+    if len(sizes):
+        # Squares of what is very large or very small are no numbers.
+        scale = sizes.amax(0)
+        unit = torch.where(scale > 0.0, scale, 1.0)
+        scale = scale * torch.linalg.vector_norm(sizes / unit, dim=0)
     # A column that should not be as small as it is must not count for too much.
     pulled = torch.linalg.vector_norm(cotangents)
     gain = torch.where(scale.any(), torch.linalg.vector_norm(scale) / pulled, 1.0)
@@ -153,7 +159,7 @@ class CertifiedColumns:
         capture: Capture,
         structure: Structure | None = None,
     ) -> None:
-        structure = structure or find_structure(risk, capture.num_samples == 1)
+        structure = structure or read_structure(risk, capture.num_samples == 1)
         self._risk, self._X = risk, X
         self._capture, self._structure = capture, structure
         structure.opaque |= capture.opaque
@@ -383,9 +389,14 @@ def find_structure(risk: EmpiricalRisk, alone: bool = False) -> Structure:
         risk: The risk.
         alone: Whether of runs on one sample, where every axis is of that sample.
     """
-    return risk.kept.get_everywhere(
-        ("structure", alone), lambda: _find_structure(risk, alone, certify=True)
+    structure = risk.kept.get_everywhere(
+        ("structure", alone), lambda: _look(risk, alone, Structure(), certify=True)
     )
+    if not structure.certified:
+        with risk.kept.making:
+            if not structure.certified:
+                _look(risk, alone, structure, certify=True)
+    return structure
 
 
 def read_structure(risk: EmpiricalRisk, alone: bool = False) -> Structure:
@@ -394,9 +405,8 @@ def read_structure(risk: EmpiricalRisk, alone: bool = False) -> Structure:
     Spares two backward passes through a few samples. Parameters may be opaque that
     are not known as such.
     """
-    certified: Structure | None = risk.kept.everywhere.get(("structure", alone))
-    return certified or risk.kept.get_everywhere(
-        ("read structure", alone), lambda: _find_structure(risk, alone, certify=False)
+    return risk.kept.get_everywhere(
+        ("structure", alone), lambda: _look(risk, alone, Structure(), certify=False)
     )
 
 
@@ -417,14 +427,14 @@ def share_structure(risk: EmpiricalRisk) -> None:
         own.singly |= singly
 
 
-def _find_structure(risk: EmpiricalRisk, alone: bool, certify: bool) -> Structure:
+def _look(
+    risk: EmpiricalRisk, alone: bool, structure: Structure, certify: bool
+) -> Structure:
+    """Add what a few samples show to a structure, and return it."""
     X, _ = next(risk.batches())
     count = 1 if alone else _FIRST_SAMPLES
     with as_guest(risk.device):
         few = Capture.of_few(risk, X, risk.batch_sizes[0], count)
-        # What was learnt since it was read stays.
-        read: Structure | None = risk.kept.everywhere.get(("read structure", alone))
-        structure = read or Structure()
         few.keep_sizes(X)
         certified = CertifiedColumns(risk, X, few, structure)
         if certify:
@@ -432,4 +442,5 @@ def _find_structure(risk: EmpiricalRisk, alone: bool, certify: bool) -> Structur
             columns = certified.certify_layers(noise, set(risk.params))
             structure.layers = {n: part.without_data() for n, part in columns.items()}
     structure.uses = [use.key for use in few.uses]
+    structure.certified = certify
     return structure

@@ -16,7 +16,7 @@ from __future__ import annotations
 import copy
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from operator import attrgetter
@@ -410,6 +410,9 @@ class Pass:
         self, batch: int, whole: Any, index: Tensor, n: int, first: int
     ) -> Iterator[list[Piece]]:
         """Make the pieces of some samples of a batch of n."""
+        if self._hides(index):
+            yield from self._singly(batch, whole, index, n, first)
+            return
         few = len(index) < n
         # Columns may be kept, when the data are overwritten.
         X = self._risk.samples.take(whole, index) if few else copied(whole)
@@ -435,9 +438,8 @@ class Pass:
                 columns = certified.columns(cotangents, self.names, takes)
             else:
                 certified.certify_layers(cotangents, self.names)
-            if takes == "factors" and len(index) > 1 and self._hides():
-                for sample in index.split(1):
-                    yield from self._pieces(batch, whole, sample, n, first)
+            if self._hides(index):  # which is learnt from its columns
+                yield from self._singly(batch, whole, index, n, first)
                 return
             if columns is not None:
                 pieces.append(Piece(place, samples, columns, self._sizes))
@@ -447,11 +449,20 @@ class Pass:
         if pieces:
             yield pieces
 
-    def _hides(self) -> bool:
+    def _singly(
+        self, batch: int, whole: Any, index: Tensor, n: int, first: int
+    ) -> Iterator[list[Piece]]:
+        """Make a piece of each sample."""
+        for sample in index.split(1):
+            yield from self._pieces(batch, whole, sample, n, first)
+
+    def _hides(self, index: Tensor) -> bool:
         """Whether weights have factors on one sample that they have not on several.
 
         Of one sample all axes are its own, wherever the samples of a batch are.
         """
+        if self.takes != "factors" or len(index) == 1:
+            return False
         hidden = {
             name
             for name in self._structure.opaque & self.names

@@ -299,13 +299,15 @@ class Structure:
         opaque: Parameters whose columns need a vector–Jacobian product by sample.
         singly: Those of them for which samples cannot be vectorised.
         uses: What was used where it was looked for.
-        layers: There the columns of each parameter, one a sample, without data.
+        certified: Whether columns were certified there.
+        layers: Then those of each parameter, one a sample, without data.
     """
 
     variants: list[Variant] = field(default_factory=list)
     opaque: set[str] = field(default_factory=set)
     singly: set[str] = field(default_factory=set)
     uses: list[UseKey] = field(default_factory=list)
+    certified: bool = False
     layers: dict[str, LayerColumns] = field(default_factory=dict)
 
     def fitting(self, uses: list[Use], num_samples: int) -> Variant | None:

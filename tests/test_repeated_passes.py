@@ -1,0 +1,124 @@
+"""What is run again for a quantity, and what is the same in each pass over the data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from capture_cases import close
+from cases import Problem, dense_of
+from torch import Tensor, nn
+
+import vivit_linop as vl
+from vivit_linop.net import pieces
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+class Runs(nn.Module):
+    """Counts how often a net is run, and pulled back."""
+
+    forwards = backwards = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        Runs.forwards += 1
+        return _Counted.apply(x) if x.requires_grad else x
+
+
+class _Counted(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        Runs.backwards += 1
+        return gradient
+
+
+def _norms(*problem: Any) -> Tensor:
+    return vl.PerSampleGradients(*problem).squared_norms()
+
+
+def _moments(*problem: Any) -> Tensor:
+    return vl.PerSampleGradients(*problem).second_moment()
+
+
+def _diagonal(*problem: Any) -> Tensor:
+    return vl.GGN(*problem, mc_samples=1).diagonal()
+
+
+def _kfac(*problem: Any) -> Tensor:
+    return vl.KFAC(*problem, mc_samples=1).to_dense()
+
+
+def _kflr(*problem: Any) -> Tensor:
+    return vl.KFAC(*problem, variant="exact").to_dense()
+
+
+@pytest.mark.parametrize(
+    ("quantity", "backwards"),
+    [(_norms, 3), (_moments, 3), (_diagonal, 3), (_kfac, 3), (_kflr, 5)],
+)
+def test_backward_passes_of_a_quantity(
+    quantity: Callable[..., Tensor], backwards: int
+) -> None:
+    """Where samples are; the columns (of KFLR first mixed, then two), their check."""
+    net = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3), Runs()).double()
+    X, y = torch.randn(9, 5, dtype=torch.float64), torch.randint(3, (9,))
+    Runs.forwards = Runs.backwards = 0
+    quantity(net, nn.CrossEntropyLoss(), (X, y))
+    assert Runs.backwards == backwards
+    # All samples twice, some of them to see that they are independent, the first four.
+    assert Runs.forwards <= 5
+
+
+def test_what_is_known_of_a_net_is_certified_once_it_is_asked_for() -> None:
+    net = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3)).double()
+    X, y = torch.randn(9, 5, dtype=torch.float64), torch.randint(3, (9,))
+    U = vl.PerSampleGradients(net, nn.CrossEntropyLoss(), (X, y))
+    U.squared_norms()
+    structure = pieces.read_structure(U.risk)
+    assert not structure.certified and not structure.layers
+    assert pieces.find_structure(U.risk) is structure
+    assert structure.certified and set(structure.layers) == set(U.risk.params)
+
+
+class _LateUse(nn.Module):
+    """A layer on samples of one sign; no known use of its weight on the others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(9, 9) / 3)
+        self.head = nn.Linear(9, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if (x[:, 0] > 0.0).all():
+            return self.head(F.linear(x, self.w).tanh())
+        return self.head(torch.einsum("nd,cd->nc", x, self.w).tanh())
+
+
+@pytest.mark.parametrize(
+    ("others", "memory"), [(8, 8_000), (19, 12_000), (12, 13_000), (19, 15_000)]
+)
+def test_pieces_are_the_same_whatever_is_learnt_between_passes(
+    others: int, memory: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That a weight is opaque, which takes memory, is seen when some are held."""
+    num_samples = 16 if others == 8 else 24
+    X = torch.randn(num_samples, 9, dtype=torch.float64)
+    X[:, 0] = X[:, 0].abs()
+    X[-others:, 0] *= -1.0
+    y = torch.randn(num_samples, 2, dtype=torch.float64)
+    problem = Problem(_LateUse().double(), nn.MSELoss(), (X, y))
+    truth = dense_of(problem)
+    monkeypatch.setattr(pieces, "LEAST_BYTES", 0)
+    risk = vl.EmpiricalRisk(problem.model, problem.loss, (X, y), memory=memory)
+    U = vl.PerSampleGradients(risk)
+    assert close((U.T @ U).to_dense(), truth.U.T @ truth.U)
