@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vivit_linop.modes import as_given
+from vivit_linop.arguments import as_numbers
 
 Index: TypeAlias = Tensor | np.ndarray | list[int] | range
 """Numbers of rows, or a boolean mask of them."""
@@ -26,7 +26,8 @@ def as_index(given: Any, count: int, name: str = "index") -> Tensor:
         TypeError: If they are neither integers nor booleans.
         ValueError: If there is none, or one is out of range or listed twice.
     """
-    index = as_given(list(given) if isinstance(given, range) else given).detach()
+    given = list(given) if isinstance(given, range) else given
+    index = as_numbers(given, name).detach()
     if index.ndim != 1 or not index.numel():
         raise ValueError(
             f"{name}: numbers along one axis, at least one, got shape "

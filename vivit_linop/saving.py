@@ -125,6 +125,8 @@ def load(path: Path, risk: EmpiricalRisk, kind: type[Any] = object) -> Any:
         ValueError: risk: ... was saved for one with other samples, other value of ...
     """
     _check_risk(risk)
+    if not isinstance(kind, type):
+        raise TypeError(f"kind: a class, as vl.Eigenpairs, got {kind!r}.")
     content = risk.ranks.led(files.read, path, risk.device)
     saved, given = content["fingerprint"], risk.fingerprint()
     others = [name for name in given if not _same(saved.get(name), given[name], risk)]

@@ -8,8 +8,9 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from vivit_linop.arguments import as_real_numbers
 from vivit_linop.linalg.diagonal_damping import LogDet
-from vivit_linop.modes import as_given, ordinary_mode
+from vivit_linop.modes import ordinary_mode
 from vivit_linop.operators import Diagonal, TorchLinearOperator
 from vivit_linop.operators.verbs import add, damp, logdet, scale
 from vivit_linop.risk.empirical import EmpiricalRisk
@@ -172,11 +173,14 @@ def _entries(risk: EmpiricalRisk, given: PriorPrecision) -> Tensor:
             )
         given = torch.stack(
             [
-                as_given(given[name], risk.dtype).to(risk.device, risk.dtype)
+                as_real_numbers(given[name], "prior_precision", risk.dtype).to(
+                    risk.device, risk.dtype
+                )
                 for name in risk.params
             ]
         )
-    precision = as_given(given, risk.dtype).to(risk.device, risk.dtype)
+    precision = as_real_numbers(given, "prior_precision", risk.dtype)
+    precision = precision.to(risk.device, risk.dtype)
     if precision.ndim == 0 or precision.shape == (risk.num_params,):
         return precision
     if precision.shape == (len(risk.sizes),):

@@ -18,6 +18,7 @@ from vivit_linop.analysis.evidence import (
     posterior_precision,
 )
 from vivit_linop.analysis.predictive import predictive_covariance
+from vivit_linop.arguments import check_flag
 from vivit_linop.curvature import EKFAC, GGN, KFAC, Jacobian
 from vivit_linop.modes import as_given, ordinary_mode
 from vivit_linop.net.certified import read_structure
@@ -178,6 +179,7 @@ class Laplace:
             P; :meth:`log_marginal_likelihood` has an example.
         """
         mean = log_precision(self.prior_precision)
+        check_flag(per_parameter, "per_parameter")
         count = len(self.risk.params) if per_parameter else 1
         value = np.full(count, np.clip(mean, *np.log(_RANGE)))
 

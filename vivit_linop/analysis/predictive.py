@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from vivit_linop.arguments import check_flag
 from vivit_linop.curvature.jacobian import Jacobian
 from vivit_linop.modes import ordinary_mode
 from vivit_linop.operators.base import TorchLinearOperator
@@ -54,6 +55,7 @@ def predictive_covariance(
     if not isinstance(J_test, Jacobian):
         raise TypeError(f"J_test: a vl.Jacobian, got {type(J_test).__name__}.")
     check_square(S, J_test.shape[1], "S")
+    check_flag(diagonal, "diagonal")
     layout = J_test.risk.layout
     if not layout.is_uniform:
         raise ValueError(

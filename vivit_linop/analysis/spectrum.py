@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
+from vivit_linop.arguments import as_count, check_real
 from vivit_linop.drawing import axes_for, numbers
 from vivit_linop.extras import extra
 from vivit_linop.operators.base import TorchLinearOperator
@@ -70,7 +72,7 @@ class LanczosSpectrum:
         if isinstance(ncv, bool) or not isinstance(ncv, int) or not 2 <= ncv <= most:
             raise ValueError(f"ncv: an integer from 2 to {most}, got {ncv!r}.")
         self._operator, self._ncv = operator, ncv
-        self._boundaries = (None, None) if boundaries is None else boundaries
+        self._boundaries = _checked_boundaries(boundaries)
         self._seed, self._states = seed, list[Tensor]()
         self._runs: list[Run] = []
 
@@ -97,6 +99,7 @@ class LanczosSpectrum:
                 lanczos_approximate_spectrum_from_iter,
             )
 
+        _check_grid(num_points, kappa, margin)
         runs = self._first(num_repeats)
         ends = self._ends(torch.cat([values for values, _ in runs]))
         return _mean(
@@ -132,6 +135,10 @@ class LanczosSpectrum:
                 lanczos_approximate_log_spectrum_from_iter,
             )
 
+        _check_grid(num_points, kappa, margin)
+        check_real(epsilon, "epsilon")
+        if not epsilon > 0.0:
+            raise ValueError(f"epsilon: a positive number, got {epsilon!r}.")
         runs = self._first(num_repeats)
         ends = self._ends(torch.cat([values for values, _ in runs]).abs())
         return _mean(
@@ -212,6 +219,33 @@ class LanczosSpectrum:
                 *(torch.cuda.get_rng_state(d) for d in devices),
             ]
         return self._runs[:num_repeats]
+
+
+def _checked_boundaries(boundaries: Boundaries | None) -> Boundaries:
+    if boundaries is None:
+        return None, None
+    if not isinstance(boundaries, (tuple, list)) or len(boundaries) != 2:
+        raise TypeError(
+            "boundaries: the smallest and the largest eigenvalue, or None for either, "
+            f"got {boundaries!r}."
+        )
+    low, high = boundaries
+    for end in (low, high):
+        if end is not None:
+            check_real(end, "boundaries")
+    if low is not None and high is not None and not low < high:
+        raise ValueError(f"boundaries: ascending, got {boundaries!r}.")
+    return low, high
+
+
+def _check_grid(num_points: int, kappa: float, margin: float) -> None:
+    as_count(num_points, "num_points")
+    check_real(kappa, "kappa")
+    if not 1.0 < kappa < math.inf:
+        raise ValueError(f"kappa: a finite number above 1, got {kappa!r}.")
+    check_real(margin, "margin")
+    if not 0.0 <= margin < math.inf:
+        raise ValueError(f"margin: a finite number of at least 0, got {margin!r}.")
 
 
 def _mean(

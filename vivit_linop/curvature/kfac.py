@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vivit_linop.arguments import check_flag
 from vivit_linop.curvature.blocks import FactorRows, Partition
 from vivit_linop.curvature.column_sums import sum_columns
 from vivit_linop.curvature.fisher import EmpiricalFisher
@@ -75,6 +76,7 @@ class _LayerBlocks(BlockDiagonal):
                 generator=generator,
                 positive_part=positive_part,
             )
+        check_flag(joint_bias, "joint_bias")
         partners = _bias_partners(self.risk) if joint_bias else {}
         with ordinary_mode():
             parts = self._parts(curvature, weight_sharing, partners)

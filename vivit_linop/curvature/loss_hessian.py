@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vivit_linop.arguments import check_flag
 from vivit_linop.curvature.output_space import (
     FactoredOutputOperator,
     OutputOperator,
@@ -106,6 +107,7 @@ class LossHessian(OutputOperator):
         positive_part: bool = False,
         **options: Any,
     ) -> None:
+        check_flag(positive_part, "positive_part")
         risk = as_risk(risk, loss, data, params, **options)
         with risk.ranks.together("LossHessian"):
             check_curvature(risk.loss, *risk.example)

@@ -26,10 +26,11 @@ between ways that differ by factors.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 
+from vivit_linop.arguments import check_real
 from vivit_linop.linalg.decompositions import FEW
 from vivit_linop.net.costs import LayerCost
 
@@ -84,6 +85,10 @@ class DeviceCosts:
             of n³ operations of a large matrix product.
         leading_pairs: Likewise for less than a quarter of them.
 
+    Raises:
+        TypeError: If one is no number.
+        ValueError: If one is not positive.
+
     Example:
         >>> import vivit_linop as vl
         >>> costs = vl.DeviceCosts(
@@ -106,6 +111,13 @@ class DeviceCosts:
     short_pass: float
     all_pairs: float
     leading_pairs: float
+
+    def __post_init__(self) -> None:
+        for field in fields(self)[1:]:
+            value = getattr(self, field.name)
+            check_real(value, field.name)
+            if not value > 0.0:
+                raise ValueError(f"{field.name}: a positive number, got {value!r}.")
 
     @classmethod
     def default(cls, device: torch.device | str) -> DeviceCosts:

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from vivit_linop.arguments import as_count
 from vivit_linop.modes import ordinary_mode
 from vivit_linop.operators.base import TorchLinearOperator
 
@@ -115,10 +116,18 @@ def _signed_products(
     op: TorchLinearOperator, num_products: int, seed: int | None
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Check the arguments, and yield random signs x and A x, some columns at a time."""
+    if not isinstance(op, TorchLinearOperator):
+        raise TypeError(
+            f"op: an operator, got {type(op).__name__}. Of a matrix take "
+            "vl.Dense(matrix)."
+        )
     if op.shape[0] != op.shape[1]:
         raise ValueError(f"op: must be square, has shape {tuple(op.shape)}.")
+    num_products = as_count(num_products, "num_products")
     if num_products < 2:
         raise ValueError(f"num_products: at least 2 for an error, got {num_products}.")
+    if seed is not None:
+        as_count(seed, "seed", 0)
     generator = None if seed is None else torch.Generator("cpu").manual_seed(seed)
     shape = op.shape[0], num_products
     signs = 2.0 * torch.randint(2, shape, generator=generator, device="cpu") - 1.0

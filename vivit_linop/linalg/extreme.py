@@ -10,6 +10,7 @@ import torch
 from scipy.sparse.linalg import ArpackError
 from torch import Tensor
 
+from vivit_linop.arguments import as_numbers, check_real
 from vivit_linop.linalg.decompositions import DenseDecomposition
 from vivit_linop.linalg.krylov import (
     SOLVERS,
@@ -21,7 +22,6 @@ from vivit_linop.linalg.krylov import (
 )
 from vivit_linop.linalg.lanczos import NotConverged
 from vivit_linop.linalg.leading import led
-from vivit_linop.modes import as_given
 from vivit_linop.operators.base import TorchLinearOperator
 from vivit_linop.operators.damped import Damped
 from vivit_linop.operators.dispatch import NoClosedForm
@@ -64,11 +64,11 @@ def extreme_eigenpairs_of_operator(
             f"eigh: a tensor of this {type(op).__name__} requires grad, which an "
             "iteration does not pass. Take .detach()ed tensors."
         )
-    n = op.shape[0]
+    n, start = op.shape[0], _start(op, v0)
     pairs: Eigenpairs | None = None
     if n > PRODUCTS + PRODUCTS_A_PAIR * k:
         solver = route or solver_on(op.device)
-        pairs = _by_iteration(op, k, which, tol or 0.0, _start(op, v0), solver)
+        pairs = _by_iteration(op, k, which, tol or 0.0, start, solver)
     if pairs is None:
         matrix = to_dense(op)
         dense = DenseDecomposition((matrix + matrix.T) / 2)
@@ -173,6 +173,8 @@ def _checked(op: TorchLinearOperator, k: Any, which: str, tol: float | None) -> 
         raise TypeError(f"k: an integer, got {k!r}.")
     if not 1 <= k <= op.shape[0]:
         raise ValueError(f"k: between 1 and the {op.shape[0]} rows, got {k}.")
+    if tol is not None:
+        check_real(tol, "tol")
     if tol is not None and not tol >= 0.0:
         raise ValueError(f"tol: a number of at least 0, got {tol!r}.")
     return int(k)
@@ -182,7 +184,7 @@ def _start(op: TorchLinearOperator, v0: Any) -> Tensor:
     """The vector that the iteration begins with; the same for each call."""
     if v0 is None:
         return start_of(op)
-    start, n = as_given(v0).detach(), op.shape[0]
+    start, n = as_numbers(v0, "v0").detach(), op.shape[0]
     if start.shape != (n,) or not start.isfinite().all() or not start.any():
         raise ValueError(
             f"v0: a vector of {n} finite numbers, not all 0, got shape "

@@ -11,6 +11,7 @@ import torch
 from scipy.sparse import linalg as sparse
 from torch import Tensor
 
+from vivit_linop.arguments import check_real
 from vivit_linop.linalg.leading import led
 from vivit_linop.operators.base import TorchLinearOperator
 from vivit_linop.operators.damped import Damped, DampedInverse
@@ -62,11 +63,13 @@ class IterativeInverse(TorchLinearOperator):
                 f"solve: a tensor of this {type(operator).__name__} requires grad, and "
                 "an iteration does not pass gradients to it. Take .detach()ed tensors."
             )
+        if rtol is not None:
+            check_real(rtol, "rtol")
         eps = torch.finfo(operator.torch_dtype).eps
         self.rtol = eps**0.5 if rtol is None else float(rtol)
         if not self.rtol > 0.0:
             raise ValueError(f"rtol: a positive number, got {rtol!r}.")
-        if M is not None and tuple(M.shape) != tuple(operator.shape):
+        if M is not None and tuple(getattr(M, "shape", ())) != tuple(operator.shape):
             raise ValueError(
                 f"M: an approximation of the inverse of shape {tuple(operator.shape)}, "
                 f"got {M!r}."

@@ -63,6 +63,8 @@ def led(function: Callable[[Any], Result], operator: TorchLinearOperator) -> Res
         >>> round(float(evals[0]), 3)
         4.0
     """
+    if not isinstance(operator, TorchLinearOperator):
+        raise TypeError(f"operator: an operator, got {type(operator).__name__}.")
     ranks = operator.ranks
     if not ranks.is_many:
         return function(operator)

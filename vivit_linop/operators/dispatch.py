@@ -67,8 +67,13 @@ class BinaryVerb:
             A decorator. The function it decorates takes both operators, whose shapes
             fit, and returns an operator, or ``NotImplemented``.
         """
+        _check_classes(left, right)
 
         def register(function: BinaryRule) -> BinaryRule:
+            if not callable(function):
+                raise TypeError(
+                    f"{self._name}: a rule is a function, got {function!r}."
+                )
             self._rules.append((left, right, function))
             return function
 
@@ -100,6 +105,7 @@ class BinaryVerb:
             >>> vl.Dense(torch.zeros(2, 2)) + Ones((2, 2), torch.float32)
             <2x2 Dense, torch.float32, cpu>
         """
+        _check_classes(left, right)
 
         def register(function: BinaryRule) -> BinaryRule:
             @functools.wraps(function)
@@ -119,6 +125,12 @@ class BinaryVerb:
                 if result is not NotImplemented:
                     return result
         raise no_rule(self._name, left)
+
+
+def _check_classes(left: Any, right: Any) -> None:
+    for name, kind in (("left", left), ("right", right)):
+        if not isinstance(kind, type):
+            raise TypeError(f"{name}: a class of operators, got {kind!r}.")
 
 
 class RoutedVerb(Generic[P, Result]):

@@ -40,6 +40,7 @@ class Eigenpairs:
     def __init__(
         self, eigenvalues: Tensor, eigenvectors: Tensor | Callable[[], Tensor]
     ) -> None:
+        _check_pairs(eigenvalues, eigenvectors)
         self.eigenvalues = eigenvalues
         self.route = "dense"
         self._eigenvectors = eigenvectors
@@ -233,3 +234,17 @@ def checked_indices(indices: Any, count: int) -> Tensor:
             f"select: the criterion returned an index more than once: {indices!r}."
         )
     return torch.tensor(places, device="cpu")
+
+
+def _check_pairs(eigenvalues: Any, eigenvectors: Any) -> None:
+    """Raise an error unless there is a column for each eigenvalue."""
+    if not isinstance(eigenvalues, Tensor) or eigenvalues.ndim != 1:
+        raise TypeError(f"eigenvalues: a tensor [K], got {eigenvalues!r}.")
+    if isinstance(eigenvectors, Tensor):
+        if eigenvectors.ndim != 2 or eigenvectors.shape[1] != len(eigenvalues):
+            raise ValueError(
+                f"eigenvectors: [n, {len(eigenvalues)}] for that many eigenvalues, got "
+                f"{list(eigenvectors.shape)}."
+            )
+    elif not callable(eigenvectors):
+        raise TypeError(f"eigenvectors: a tensor [n, K], got {eigenvectors!r}.")

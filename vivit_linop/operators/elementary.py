@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vivit_linop.modes import as_given
+from vivit_linop.arguments import as_numbers
 from vivit_linop.operators import verbs
 from vivit_linop.operators.base import (
     TorchLinearOperator,
@@ -410,7 +410,7 @@ def _as_tensor(array: Tensor | np.ndarray, name: str, ndim: int) -> Tensor:
             or min(array.strides, default=0) < 0
         ):
             array = array.astype(native)
-    tensor = as_given(array)
+    tensor = as_numbers(array, name)
     if not torch.is_grad_enabled():
         tensor = tensor.detach()
     if tensor.ndim != ndim:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vivit_linop.modes import as_given
+from vivit_linop.arguments import as_numbers
 from vivit_linop.operators.base import (
     TorchLinearOperator,
     common_device,
@@ -49,12 +49,17 @@ class BlockDiagonal(TorchLinearOperator):
         blocks: Sequence[TorchLinearOperator | Tensor | np.ndarray],
         indices: Sequence[Tensor] | None = None,
     ) -> None:
+        if isinstance(blocks, (TorchLinearOperator, Tensor, np.ndarray)):
+            raise TypeError(
+                "blocks: a list of operators or matrices, got one "
+                f"{type(blocks).__name__}."
+            )
         if not blocks:
             raise ValueError("blocks: is empty, a BlockDiagonal has at least one.")
         self.blocks = settled([as_operator(block) for block in blocks])
         self.indices = None
         if indices is not None:
-            self.indices = [as_given(index) for index in indices]
+            self.indices = [as_numbers(index, "indices") for index in indices]
         rows = sum(block.shape[0] for block in self.blocks)
         columns = sum(block.shape[1] for block in self.blocks)
         if self.indices is not None:

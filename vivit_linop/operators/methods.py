@@ -9,8 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vivit_linop.arguments import as_count, as_real_numbers, check_real
 from vivit_linop.indices import Index, as_index
-from vivit_linop.modes import as_given, ordinary_mode
+from vivit_linop.modes import ordinary_mode
 from vivit_linop.operators import verbs
 from vivit_linop.operators.eigenpairs import Eigenpairs
 from vivit_linop.operators.scalars import as_scalar
@@ -183,8 +184,10 @@ class VerbMethods(LinearOperator, Generic[Op]):
             >>> J.pinv() @ torch.tensor([1.0, 1.0])
             tensor([1.0000, 0.5000, 0.0000])
         """
-        if rcond is not None and not 0.0 <= rcond < 1.0:
-            raise ValueError(f"rcond: a number in [0, 1), got {rcond!r}.")
+        if rcond is not None:
+            check_real(rcond, "rcond")
+            if not 0.0 <= rcond < 1.0:
+                raise ValueError(f"rcond: a number in [0, 1), got {rcond!r}.")
         return verbs.pinv(self, rcond)
 
     @ordinary_mode()
@@ -295,7 +298,8 @@ class VerbMethods(LinearOperator, Generic[Op]):
         self._check_square("logdet")
         if damping is None:
             return self._own(verbs.logdet(self))
-        dampings = as_given(damping, torch.float64).to(self.device, torch.float64)
+        dampings = as_real_numbers(damping, "damping", torch.float64)
+        dampings = dampings.to(self.device, torch.float64)
         if dampings.ndim > 1 or not dampings.isfinite().all():
             raise ValueError(
                 f"damping: a finite number, or [T] of them, got {damping!r}."
@@ -413,6 +417,7 @@ class VerbMethods(LinearOperator, Generic[Op]):
             raise ValueError(
                 f"k: between 1 and {len(start)}, the number of pairs of start; got {k}."
             )
+        check_real(tol, "tol")
         if not tol > 0:
             raise ValueError(f"tol: a positive number, got {tol!r}.")
         return verbs.eigh_near(self, k, start, tol)
@@ -428,6 +433,10 @@ class VerbMethods(LinearOperator, Generic[Op]):
 
         Args:
             k: How many eigenpairs; by default 10, or all if there are fewer.
+
+        Raises:
+            TypeError: If ``k`` is no integer.
+            ValueError: If there are no ``k`` eigenpairs.
 
         Returns:
             What is printed, for programs: ``routes`` and ``chosen`` of a low-rank
@@ -446,6 +455,8 @@ class VerbMethods(LinearOperator, Generic[Op]):
             <12x12 Kronecker, torch.float32, cpu>
               all  factor by factor, 3 x 3, 4 x 4
         """
+        if k is not None and as_count(k, "k") > self.shape[0]:
+            raise ValueError(f"k: between 1 and the {self.shape[0]} rows, got {k}.")
         return verbs.explain(self, k)
 
     def to_curvlinops(self) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
@@ -104,6 +104,10 @@ def _checked(parts: Parts, axis: int) -> list[TorchLinearOperator]:
     if isinstance(parts, (TorchLinearOperator, Tensor, np.ndarray)):
         raise TypeError(
             f"parts: a list of operators or matrices, got one {type(parts).__name__}."
+        )
+    if not isinstance(parts, Iterable):
+        raise TypeError(
+            f"parts: a list of operators or matrices, got {type(parts).__name__}."
         )
     operators = settled([as_operator(part) for part in parts])
     sizes = {part.shape[axis] for part in operators}

@@ -573,6 +573,8 @@ class EmpiricalRisk(ParameterVectors):
             >>> risk.over(["weight"]).num_params
             3
         """
+        if isinstance(names, str) or not isinstance(names, Iterable):
+            raise TypeError(f"names: a list of names of parameters, got {names!r}.")
         chosen = list(names)
         foreign = [name for name in chosen if name not in self.params]
         if foreign or not chosen:

@@ -34,6 +34,11 @@ def moved(model: FunctionalModel, parameters: Any) -> FunctionalModel:
         return model.at(*model.present())
     vectors = ParameterVectors()
     vectors.params, vectors.complex_names = model.params, model.complex_names
+    if isinstance(parameters, str) or not isinstance(parameters, Iterable):
+        raise TypeError(
+            "parameters: one vector [D], or a tensor for each, got "
+            f"{type(parameters).__name__}."
+        )
     if not isinstance(parameters, (Tensor, Mapping)):
         parameters = list(parameters)
     if not isinstance(parameters, Tensor):

@@ -185,6 +185,10 @@ class ParameterVectors:
                     f"{list(self.params)}."
                 )
             tensors = [tensors[name] for name in self.params]
+        if not isinstance(tensors, Iterable):
+            raise TypeError(
+                f"tensors: one for each parameter, got {type(tensors).__name__}."
+            )
         given = list(tensors)
         if len(given) != len(self.params):
             raise ValueError(
@@ -231,6 +235,7 @@ class ParameterVectors:
 
     def unflatten_real(self, vec: Tensor) -> dict[str, Tensor]:
         """Return by name what :meth:`unflatten` does, pairs for complex numbers."""
+        _check_tensor(vec, "vec")
         sizes = [p.numel() for p in self.params.values()]
         if vec.ndim not in (1, 2) or len(vec) != sum(sizes):
             raise ValueError(
@@ -270,6 +275,7 @@ class ParameterVectors:
             >>> bool(risk.at().value() < risk.value())
             True
         """
+        _check_tensor(step, "step")
         if step.ndim != 1:
             raise ValueError(f"step: one vector [D] is added, got {list(step.shape)}.")
         parts = self.unflatten(step)
@@ -286,3 +292,11 @@ class ParameterVectors:
         with torch.no_grad():
             for name, part in zip(self.params, parts, strict=True):
                 named[name].add_(part.to(named[name]))
+
+
+def _check_tensor(given: Any, name: str) -> None:
+    if not isinstance(given, Tensor):
+        raise TypeError(
+            f"{name}: a tensor, got {type(given).__name__}. Of an array take "
+            f"torch.from_numpy({name})."
+        )

@@ -107,6 +107,11 @@ class WeightedLoss(OutputLoss):
                 f"{type(target).__name__}."
             )
         y, w = target
+        if not isinstance(w, Tensor):
+            raise TypeError(
+                f"data: {self.name} takes targets (y, w) with a tensor w of weights "
+                f"[n], got {type(w).__name__}."
+            )
         return targets_of(self.loss, y, output), w.to(output.dtype)
 
     def check_data(self, output: Tensor, target: Any) -> None:
