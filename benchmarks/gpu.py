@@ -202,6 +202,10 @@ class Benchmarks:
             ("calibration", self.calibration),
             ("streaming", self.streaming),
         ]
+        only = tuple(self.options.only)
+        if only:
+            plan = [of for of in plan if title(*of).startswith(only)]
+            others = [of for of in others if of[0].startswith(only)]
         parts = len(plan) + len(others)
         # Peers differentiate attention in forward mode, which fused kernels lack.
         torch.backends.mha.set_fastpath_enabled(False)
@@ -246,8 +250,7 @@ class Benchmarks:
         from benchmarks.__main__ import SUITES, agreement_of
 
         suite = SUITES[suite_name]
-        title = f"{suite_name}, {net}" + (f", N = {samples}" if samples else "")
-        self.say(f"\n{title}")
+        self.say(f"\n{title(suite_name, net, samples)}")
         row: dict[str, Any] = {"suite": suite_name, "net": net, "samples": samples}
         self.report["suites"].append(row)
         if share < SHORTEST:
@@ -310,6 +313,8 @@ class Benchmarks:
                 + ("  grew" if any(r["grew"] for r in of) else "")
                 + (f"  {errors[0][:60]}" if errors else "")
             )
+            for of_net in (row for row in of if row["grew"]):
+                self.say(f"    {of_net['net']}: {of_net['places']}")
         return rows
 
     def calibration(self) -> Any:
@@ -341,6 +346,10 @@ class Benchmarks:
         return found
 
 
+def title(suite: str, net: str, samples: int | None) -> str:
+    return f"{suite}, {net}" + (f", N = {samples}" if samples else "")
+
+
 def case_line(name: str, times: dict[str, list[float]], prepared: Any) -> str:
     if name in prepared.unavailable:
         return f"{name:46}not run: {prepared.unavailable[name]}"[:150]
@@ -366,6 +375,12 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/gpu")
     parser.add_argument("--tests-only", action="store_true", help="no benchmarks")
     parser.add_argument("--suites-only", action="store_true", help="no tests")
+    parser.add_argument(
+        "--only",
+        action="append",
+        default=[],
+        help="a suite by the beginning of its title, as 'spectra, 3c3d'; several times",
+    )
     parser.add_argument("--small", action="store_true", help="nets for tests")
     parser.add_argument("--minutes", type=float, default=7.5, help="of all")
     parser.add_argument("--processes", type=int, default=14, help="of the tests")

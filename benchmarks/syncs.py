@@ -8,7 +8,8 @@ finds is to be at most waits and copies of the rehearsal together.
 from __future__ import annotations
 
 import warnings
-from dataclasses import asdict, dataclass
+from collections import Counter
+from dataclasses import asdict, dataclass, field
 
 import torch
 
@@ -24,6 +25,7 @@ class Waits:
         counted: Waits and copies, None where it failed.
         limit: Those of the rehearsal, together.
         error: Why it failed.
+        places: Lines that waited, and how often.
     """
 
     net: str
@@ -31,6 +33,7 @@ class Waits:
     counted: int | None
     limit: int
     error: str = ""
+    places: dict[str, int] = field(default_factory=dict)
 
     @property
     def grew(self) -> bool:
@@ -44,17 +47,24 @@ def counted(net: str, device: torch.device) -> list[dict[str, object]]:
     before = torch.cuda.get_sync_debug_mode()
     for operation, run in OPERATIONS.items():
         found, error = None, ""
+        places: Counter[str] = Counter()
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             torch.cuda.set_sync_debug_mode("warn")
             try:
                 run(at)
-                found = sum("synchroniz" in str(w.message) for w in caught)
+                places.update(
+                    f"{w.filename.rsplit('vivit_linop/', 1)[-1]}:{w.lineno}"
+                    for w in caught
+                    if "synchroniz" in str(w.message)
+                )
+                found = places.total()
             except Exception as problem:  # the other operations are of interest
                 error = f"{type(problem).__name__}: {problem}"[:200]
             finally:
                 torch.cuda.set_sync_debug_mode(before)
-        row = Waits(net, operation, found, sum(LIMITS[operation]), error)
+        limit = sum(LIMITS[operation])
+        row = Waits(net, operation, found, limit, error, dict(places))
         rows.append({**asdict(row), "grew": row.grew})
     return rows
 

@@ -214,6 +214,10 @@ def test_a_device_in_one_call(tmp_path: Path) -> None:
     assert all("seconds" in row or row["error"] for row in found["suites"])
     assert {"waits", "calibration", "streaming"} <= found.keys()
     assert "routes, tiny" in (tmp_path / "gpu.txt").read_text()
+    gpu.main([*options, "--only", "products, tiny", "--out", str(tmp_path)])
+    found = json.loads((tmp_path / "gpu.json").read_text())
+    assert [row["net"] for row in found["suites"]] == ["tiny"]
+    assert not found.keys() & {"waits", "calibration", "streaming"}
 
 
 def test_growth_fits_exponents_and_draws(tmp_path: Path) -> None:

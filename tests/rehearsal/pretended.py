@@ -35,6 +35,7 @@ _WAITS = {
     "_local_scalar_dense",
     "_unique",
     "_unique2",
+    "allclose",
     "argwhere",
     "bincount",
     "equal",
@@ -136,6 +137,11 @@ class Pretended(Tensor):
         return super().__getitem__(_of_tensors(index))
 
     def __setitem__(self, index: Any, value: Any) -> None:
+        parts = index if isinstance(index, tuple) else (index,)
+        if any(isinstance(part, (Tensor, list)) for part in parts):
+            # CUDA makes a tensor of the host of it, and waits for its copy.
+            if isinstance(value, (bool, int, float)):
+                Events.note("waits: a number put at an index")
         super().__setitem__(_of_tensors(index), value)
 
 

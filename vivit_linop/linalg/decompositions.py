@@ -177,7 +177,7 @@ class LowRankDecomposition(DenseDecomposition):
         if not len(indices) or evals[indices].min() > 1e-4 * evals[-1]:
             return None
         others = evals > evals[indices].min()
-        others[indices] = False
+        others.index_fill_(0, indices, False)
         if not others.any():
             return None
         return GramEigenpairs(evals[others], self._operator, gram_evecs[:, others])

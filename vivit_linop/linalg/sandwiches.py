@@ -320,5 +320,4 @@ def _places(n: int, size: int, device: torch.device) -> tuple[Tensor, ...]:
 def _unit(n: int, columns: Tensor, op: TorchLinearOperator) -> Tensor:
     """Columns of the identity."""
     unit = torch.zeros(n, len(columns), dtype=op.torch_dtype, device=op.device)
-    unit[columns, torch.arange(len(columns), device=op.device)] = 1.0
-    return unit
+    return unit.scatter_(0, columns.unsqueeze(0), 1.0)

@@ -80,13 +80,10 @@ def checked_outputs(
             check_finite(model.params, "params")  # which may be why
             raise
         drawn = not torch.equal(before, random_state(model.device))
-    for name, buffer in buffers.items():
-        if not torch.allclose(kept[name], buffer, 0.0, 0.0, equal_nan=True):
-            raise ValueError(
-                f"model: its forward pass changes the buffer {name!r} (the power "
-                "iteration of spectral_norm in training mode, or statistics that "
-                "are kept), so it is not one function. Call model.eval() first."
-            )
+    same = [
+        torch.isclose(kept[name], buffer, 0.0, 0.0, equal_nan=True).all()
+        for name, buffer in buffers.items()
+    ]
     if items and output.ndim and len(output) == items:
         raise RaggedOutputs(output.detach())
     if output.ndim == 0 or len(output) != n or output.numel() == 0:
@@ -115,8 +112,15 @@ def checked_outputs(
     # one for each batch would let the heap of the process grow.
     output = output.detach()
     output = output.clone()
-    *parts, finite = read([*written, output.isfinite().all()])
-    if any(parts):
+    finite, *parts = read([output.isfinite().all(), *same, *written])
+    for name, is_same in zip(buffers, parts[: len(same)], strict=True):
+        if not is_same:
+            raise ValueError(
+                f"model: its forward pass changes the buffer {name!r} (the power "
+                "iteration of spectral_norm in training mode, or statistics that "
+                "are kept), so it is not one function. Call model.eval() first."
+            )
+    if any(parts[len(same) :]):
         model.writes()
     if drawn:
         _check_unmoved(model, index, X, output)

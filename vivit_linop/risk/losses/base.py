@@ -147,7 +147,7 @@ class OutputLoss(ABC):
         result = f.new_empty(n, width)
         for part in torch.arange(width, device=f.device).split(_UNIT_COLUMNS):
             unit = f.new_zeros(n, width, len(part))
-            unit[:, part, torch.arange(len(part), device=f.device)] = 1.0
+            unit.scatter_(1, part.expand(n, 1, -1), 1.0)
             product = self.hessian_product(
                 output, target, unit.view(*f.shape, len(part))
             )
