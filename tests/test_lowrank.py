@@ -121,6 +121,8 @@ def test_matrices_too_large_for_lapack(monkeypatch):
     A = vl.Dense(Draw(torch.float64).symmetric(9))
     monkeypatch.setattr(symmetric, "SYEVD_ROWS", 7)
     monkeypatch.setattr(symmetric, "LAPACK_ROWS", 8)
+    for few in ("_VERY_FEW_ROWS", "_FEW_ROWS"):
+        monkeypatch.setattr(symmetric, few, 0)
     for verb in (A.eigh, A.eigvalsh, vl.Kronecker(A).eigh, (A @ A.T).eigvalsh):
         with pytest.raises(MemoryError, match=r"eigh: a matrix of 9 rows.*k="):
             verb()
