@@ -80,3 +80,18 @@ def test_positive_definite_or_refused(name: str, kind: Any, joint_bias: bool) ->
         covariance = (inverse @ torch.eye(D)).double()
         assert (root @ root.T - covariance).norm() <= 1e-5 * covariance.norm()
     assert definite >= 3
+
+
+@pytest.mark.parametrize("variant", ["mc", "exact", "empirical"])
+def test_kronecker_factors_are_symmetric_to_the_bit(variant: str) -> None:
+    """That they are is not looked at again: so their eigenpairs are of all of them."""
+    net = nn.Sequential(
+        nn.Conv2d(2, 6, 3, groups=2), nn.Tanh(), nn.Flatten(), nn.Linear(54, 210)
+    )
+    X, y = torch.randn(7, 2, 5, 5), torch.randint(210, (7,))
+    data = list(zip(X.split(3), y.split(3), strict=True))
+    K = vl.KFAC(net, nn.CrossEntropyLoss(), data, variant=variant)
+    for block in K.blocks:
+        for factor in getattr(block, "factors", [block]):
+            matrix = factor.to_dense()
+            assert torch.equal(matrix, matrix.T)

@@ -123,8 +123,7 @@ class KroneckerSums(Total):
                 continue
             self._formed.add(name)
             if columns.numel <= plan.LARGEST_DENSE_BLOCK:
-                rows = columns.rows()
-                product = rows.T @ rows
+                (product,) = _outer_sums(columns.rows().T.unsqueeze(0))
                 known = self.outer.get(name)
                 self.outer[name] = product if known is None else known + product
         self._check_uses()
@@ -210,7 +209,11 @@ def _with_ones(inputs: Tensor, affine: bool) -> Tensor:
 
 
 def _outer_sums(columns: Tensor) -> Tensor:
-    """Sums of outer products of columns, ``[G, d, k] -> [G, d, d]``."""
+    """Sums of outer products of columns, ``[G, d, k] -> [G, d, d]``, symmetric."""
+    # Launching the parts of half a product takes longer than the whole of it.
+    if columns.device.type != "cpu":
+        whole = columns @ columns.mT
+        return (whole + whole.mT) / 2
     sums = columns.new_zeros(*columns.shape[:2], columns.shape[1])
     for total, group in zip(sums, columns, strict=True):
         add_product(total, group, group, True)

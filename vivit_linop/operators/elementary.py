@@ -136,8 +136,12 @@ def dense_over(ranks: Ranks, matrix: Tensor) -> Dense:
 
 
 def symmetric_over(ranks: Ranks, matrix: Tensor) -> Dense:
-    """Return (A + Aᵀ)/2, which these processes have; that it is symmetric is known."""
-    op = dense_over(ranks, (matrix + matrix.T) / 2)
+    """Return a matrix that these processes have, and that is known to be symmetric.
+
+    Sums over several processes may round differently on the two sides of the diagonal,
+    so of these it is (A + Aᵀ)/2.
+    """
+    op = dense_over(ranks, (matrix + matrix.T) / 2 if ranks.is_many else matrix)
     op.self_adjoint = True
     return op
 
