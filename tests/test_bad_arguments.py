@@ -200,3 +200,50 @@ def test_kinds_of_results_are_classes(tmp_path: Any) -> None:
     for kind in ("GGN", vl.GGN(risk), None):
         with pytest.raises(TypeError, match=r"^kind: a class"):
             vl.load(tmp_path / "pairs.pt", risk, kind)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("make", [np.ones, torch.ones], ids=["array", "tensor"])
+@pytest.mark.parametrize("shape", [(3,), (1, 26), (27, 2)])
+def test_vectors_of_other_lengths(make: Any, shape: tuple[int, ...]) -> None:
+    risk = problem()
+    G = vl.GGN(risk)
+    A = G + 0.1 * vl.Identity(26)
+    calls = [lambda x: G @ x, G.dot, G.matvec, G.matmat, A.solve, lambda x: A.inv() @ x]
+    for call in [*calls, lambda x: vl.GGNFactor(risk).T @ x]:
+        with pytest.raises(ValueError, match=r"^x: an operator of shape \(\d+, 26\)"):
+            call(make(shape))
+    with pytest.raises(ValueError, match=r"^x: an operator of shape"):
+        G @ [1.0, 2.0]
+
+
+def test_parameters_before_the_data() -> None:
+    """The order of arguments that curvlinops has."""
+    X, y = torch.rand(6, 3), torch.randint(2, (6,))
+    net, loss = nn.Linear(3, 2), nn.CrossEntropyLoss()
+    for params in (list(net.parameters()), dict(net.named_parameters())):
+        for operator in (vl.GGN, vl.Hessian, vl.KFAC):
+            with pytest.raises(TypeError, match=r"\(model, loss, data, params\)"):
+                operator(net, loss, params, [(X, y)])
+    with pytest.raises(TypeError, match=r"^params: .* Number 0 is of type str"):
+        vl.EmpiricalRisk(net, loss, (X, y), params=["weight"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_inputs_of_another_precision(dtype: torch.dtype) -> None:
+    other = torch.float64 if dtype == torch.float32 else torch.float32
+    X, y = torch.rand(6, 3, dtype=other), torch.randint(2, (6,))
+    net, loss = nn.Linear(3, 2).to(dtype), nn.CrossEntropyLoss()
+    named: Any = {"input": X}
+    for inputs in (X, named):
+        with pytest.raises(
+            TypeError, match=f"^data: the inputs of batch 0 are {other}"
+        ):
+            vl.EmpiricalRisk(net, loss, (inputs, y))
+    with pytest.raises(TypeError, match=f"of batch 1 are {other}"):
+        vl.EmpiricalRisk(net, loss, [(X.to(dtype), y), (X, y)])
+    images = torch.rand(6, 3, 4, 4, dtype=other)
+    net_of_images = nn.Sequential(nn.Conv2d(3, 2, 4), nn.Flatten()).to(dtype)
+    with pytest.raises(TypeError, match=r"^data: the inputs of batch 0"):
+        vl.EmpiricalRisk(net_of_images, loss, (images, y))
+    with pytest.raises(RuntimeError, match="mat1"):  # the model's own
+        vl.EmpiricalRisk(net, loss, (torch.rand(6, 5, dtype=dtype), y))

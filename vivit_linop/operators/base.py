@@ -237,14 +237,25 @@ class TorchLinearOperator(VerbMethods["TorchLinearOperator"]):
         result: Tensor = LinearMap.apply(X, self)
         return result
 
-    def _product(self, x: Tensor) -> Tensor:
-        """Multiply a torch vector or matrix, with the checks that a user needs."""
+    def _check_rows(self, x: Tensor | np.ndarray) -> None:
+        """Refuse what is no vector or matrix of as many rows as there are columns."""
         if x.ndim not in (1, 2) or x.shape[0] != self.shape[1]:
             raise ValueError(
                 f"x: an operator of shape {tuple(self.shape)} multiplies a vector "
                 f"[{self.shape[1]}] or a matrix [{self.shape[1]}, K], got "
                 f"{list(x.shape)}."
             )
+
+    def _as_fitting_array(self, x: Any) -> np.ndarray:
+        """Return an array; scalars and batches of matrices are for SciPy to judge."""
+        array = as_array(x)
+        if array.ndim in (1, 2):
+            self._check_rows(array)
+        return array
+
+    def _product(self, x: Tensor) -> Tensor:
+        """Multiply a torch vector or matrix, with the checks that a user needs."""
+        self._check_rows(x)
         if x.layout != torch.strided:
             x = x.to_dense()
         if x.is_complex():  # all operators are real
@@ -305,14 +316,14 @@ class TorchLinearOperator(VerbMethods["TorchLinearOperator"]):
         """Multiply a vector; see ``scipy.sparse.linalg.LinearOperator.matvec``."""
         if isinstance(x, Tensor):
             return self._product(x)
-        return super().matvec(as_array(x))
+        return super().matvec(self._as_fitting_array(x))
 
     @uncompiled
     def matmat(self, X: Vectors) -> Vectors:
         """Multiply a matrix; see ``scipy.sparse.linalg.LinearOperator.matmat``."""
         if isinstance(X, Tensor):
             return self._product(X)
-        return super().matmat(as_array(X))
+        return super().matmat(self._as_fitting_array(X))
 
     @uncompiled
     def rmatvec(self, x: Vectors) -> Vectors:
@@ -357,7 +368,7 @@ class TorchLinearOperator(VerbMethods["TorchLinearOperator"]):
         if isinstance(x, Tensor):
             return self._product(x)
         if not isinstance(x, LinearOperator):
-            x = as_array(x)
+            x = self._as_fitting_array(x)
         return super().dot(x)
 
     @overload

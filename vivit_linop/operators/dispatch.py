@@ -183,8 +183,8 @@ def routed(op: Any, route: str, few: bool) -> Operator:
         ValueError: If there is no such way.
     """
     raise ValueError(
-        f"route: found {route!r}, but a {type(op).__name__} has one way only; leave it "
-        "out."
+        f"route: found {route!r}, but this {type(op).__name__} has one way only; leave "
+        "it out."
     )
 
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from vivit_linop.graphs import nodes
+from vivit_linop.risk.containers import leaves
 from vivit_linop.risk.memory import is_out_of_memory, saved_bytes
 from vivit_linop.risk.model import FunctionalModel, as_guest, random_state
 from vivit_linop.risk.parameters import check_finite
@@ -76,8 +77,10 @@ def checked_outputs(
             nbytes, (output, written) = saved_bytes(
                 lambda: model.first(model.params, X, n)
             )
-        except Exception:
+        except Exception as error:
             check_finite(model.params, "params")  # which may be why
+            if isinstance(error, RuntimeError) and "type" in str(error):
+                _check_dtypes(model, index, X)
             raise
         drawn = not torch.equal(before, random_state(model.device))
     same = [
@@ -131,6 +134,21 @@ def checked_outputs(
             f"{where} returned NaN or Inf for sample {int(bad.nonzero()[0])}."
         )
     return nbytes, output
+
+
+def _check_dtypes(model: FunctionalModel, index: int, X: Any) -> None:
+    """Raise an error if inputs are in another precision than the parameters."""
+    found = {
+        leaf.dtype
+        for leaf in leaves(X)
+        if isinstance(leaf, Tensor) and leaf.is_floating_point()
+    }
+    if found and model.dtype not in found:
+        raise TypeError(
+            f"data: the inputs of batch {index} are {found.pop()}, the parameters "
+            f"{model.dtype}, and the model fails. Convert one to the other, "
+            "model.double() or X.float()."
+        )
 
 
 def _depends_on_params(model: FunctionalModel, output: Tensor) -> bool:

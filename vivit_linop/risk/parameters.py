@@ -55,6 +55,11 @@ def chosen_of_module(model: nn.Module, params: Any | None) -> dict[str, Tensor]:
     names = {id(p): name for name, p in named.items()}
     result: dict[str, Tensor] = {}
     for position, p in enumerate(params):
+        if not isinstance(p, Tensor):
+            raise TypeError(
+                "params: parameters of the model, after the data: (model, loss, data, "
+                f"params). Number {position} is of type {type(p).__name__}."
+            )
         if id(p) not in names:
             raise ValueError(
                 f"params: number {position} is not a parameter of the model. Take it "
