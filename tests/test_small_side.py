@@ -136,6 +136,25 @@ def test_memory_of_an_inverse(dtype):
     assert L.dtype == dtype and L.untyped_storage().nbytes() == K.nbytes
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, FLOAT64], ids=str)
+@pytest.mark.parametrize("shape", [(400, 300), (1500, 300), (300, 400)], ids=str)
+@pytest.mark.parametrize("known", [False, True])
+def test_memory_of_the_diagonal_of_an_inverse(dtype, shape, known):
+    """Beside K and its factor, by either: some columns of V L⁻ᵀ at a time."""
+    V = vl.Dense(Draw(dtype)(*shape))
+    G = V @ V.T
+    if known:
+        G.eigh()
+    S = (2 * G + 10.0 * vl.Identity(shape[0])).inv()
+    small = dtype.itemsize * min(shape) ** 2
+    with Peak() as peak:
+        entries = S.diagonal()
+    assert peak.most <= 0.5 * small
+    damped = 2 * V.matrix.double() @ V.matrix.double().T
+    damped.diagonal().add_(10.0)
+    close(entries, damped.inverse().diagonal(), dtype)
+
+
 def test_factors_where_rounding_is_large():
     """In float32 as long as that can be, then in float64, then not at all."""
     draw = Draw(FLOAT64)

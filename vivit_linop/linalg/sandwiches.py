@@ -27,6 +27,10 @@ Op = TorchLinearOperator
 
 # Columns that are solved for, or multiplied, at a time.
 _CHUNK = 256
+# So few where memory is to be small; products with fewer take longer each.
+_FEW = 16
+# What columns may take beside a matrix of the small side, as a share of it.
+_BESIDE = 0.4
 # Of how many random vectors an error is measured.
 _VECTORS = 4
 # Half of the digits are there for sure where rounding is this far below.
@@ -92,13 +96,14 @@ def diagonal_of_woodbury(op: Woodbury) -> Tensor:
     """(1 − c |row of V L⁻ᵀ|²)/δ with δ I + c K = L Lᵀ, some columns of V L⁻ᵀ at a time.
 
     Of the dense side, the squares of the rows of L⁻ᵀ. Entries that lose more than half
-    of the digits come from products.
+    of the digits come from products. Beside K and its factor, columns take little.
     """
     scale, V = op.operator.scale, op.operator.factor
     total = torch.zeros(op.shape[0], dtype=op.torch_dtype, device=op.device)
     by_gram = op.operator.by_gram
-    for columns in op.root_columns(_CHUNK):
-        total += (V.apply(columns) if by_gram else columns).square().sum(1)
+    few = _few_beside(min(V.shape), len(total))
+    for columns in op.root_columns(few):
+        total += (V.apply(columns) if by_gram else columns).square_().sum(1)
     if not by_gram:
         return total
     kept = 1.0 - scale * total
@@ -106,9 +111,19 @@ def diagonal_of_woodbury(op: Woodbury) -> Tensor:
     result = kept / op.damping
     if eps * op.norm / op.damping > _SAFE * eps**0.5:
         lost = (kept < eps**0.5).nonzero().squeeze(1)
-        for part in lost.split(_CHUNK):
+        for part in lost.split(few):
             result[part] = op.apply(_unit(op.shape[0], part, op))[part].diagonal()
     return result
+
+
+def _few_beside(small: int, rows: int) -> int:
+    """So many columns that theirs of both sides take less than half of the small matrix.
+
+    Three arrays of the small side are made at a time, and one of the other. No fewer
+    than are worth a product.
+    """
+    fitting = int(_BESIDE * small**2 / (rows + 3 * small))
+    return min(max(fitting, _FEW), _CHUNK)
 
 
 @diagonal_blocks.register

@@ -143,8 +143,8 @@ class DampedSolver:
     def root_columns(self, start: int, stop: int) -> Tensor:
         """Return some columns of an R with (c A + δ I)⁻¹ = R Rᵀ, ``[n, k]``."""
         if self._pairs is not None:
-            columns = self._pairs[1][:, start:stop].double()
-            return (columns / self._values[start:stop].sqrt()).to(self._matrix)
+            columns = self._pairs[1][:, start:stop].to(self._matrix)
+            return columns * self._values[start:stop].rsqrt().to(columns)
         # Of the upper triangular L⁻ᵀ, what is below the diagonal is zero. A part of L
         # is copied: not a large one.
         n = len(self._matrix)
