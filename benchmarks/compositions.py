@@ -277,7 +277,8 @@ PAIRS: dict[str, tuple[Callable[[Setting], Run], Callable[[Setting], Run]]] = {
     "eigh(k=10) after inv()": (pairs_after_inverse, pairs_after_inverse_by_hand),
 }
 BY_HAND = ", by hand"
-NETS = {"small": 200}
+# So many train and test inputs together; those of the largest have five columns each.
+NETS = {"small": 200, "mlp-13k": 200, "mlp-51k": 400, "mlp-100k": 200, "mlp-1m": 200}
 
 SUITE = Suite(
     "what users compose, and the same by hand from Gram matrices",

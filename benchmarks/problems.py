@@ -262,6 +262,13 @@ def small_mlp(num_classes: int) -> nn.Module:
     return nn.Sequential(nn.Flatten(), mlp(num_classes, (32, 32)))
 
 
+def square_mlp(width: int) -> Callable[[int], nn.Module]:
+    """The MLPs with two hidden layers of a width, for images."""
+    return lambda num_classes: nn.Sequential(
+        nn.Flatten(), mlp(num_classes, (width, width))
+    )
+
+
 def digits_mlp(num_classes: int) -> nn.Module:
     """The MLP 784-256-128-C, for images."""
     return nn.Sequential(nn.Flatten(), mlp(num_classes, (256, 128)))
@@ -346,6 +353,10 @@ NETS: dict[str, Net] = {
     "allcnnc": Net(allcnnc, (3, 32, 32), 1_387_108, num_samples=32, num_classes=100),
     "softmax": Net(softmax_regression, (1, 28, 28), 7_850, 512, data=digits),
     "small": Net(small_mlp, (1, 28, 28), 26_506, 512, data=digits),
+    "mlp-13k": Net(square_mlp(16), (1, 28, 28), 13_002, 200),
+    "mlp-51k": Net(square_mlp(60), (1, 28, 28), 51_370, 400),
+    "mlp-100k": Net(square_mlp(113), (1, 28, 28), 102_727, 200),
+    "mlp-1m": Net(square_mlp(682), (1, 28, 28), 1_005_274, 200, 6),
     "digits-mlp": Net(digits_mlp, (1, 28, 28), 235_146, 300, data=digits),
     "transformer": Net(transformer, (32, 128), 397_834),
     "tiny": Net(tiny, (1, 6, 6), 69, num_samples=6, num_classes=3),
