@@ -27,11 +27,15 @@ def digits(count: int, skip: int = 0, seed: int = 0) -> tuple[Tensor, Tensor]:
 
 
 def train(
-    net: nn.Module, loss: Callable[[], Tensor], steps: int, decay: float = 0.0
+    net: nn.Module,
+    loss: Callable[[], Tensor],
+    steps: int,
+    decay: float = 0.0,
+    last_rate: float = 0.0,
 ) -> None:
-    """Adam with a rate that falls to zero, on a loss and ½ decay |θ|²."""
+    """Adam with a rate that falls from 0.01, on a loss and ½ decay |θ|²."""
     optimizer = torch.optim.Adam(net.parameters(), lr=1e-2)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps, last_rate)
     for _ in range(steps):
         optimizer.zero_grad()
         penalty = sum(p.square().sum() for p in net.parameters())

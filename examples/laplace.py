@@ -15,12 +15,11 @@ laplace-torch's evidence and seconds stand beside, if it is installed.
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import matplotlib
 import torch
+from _autograd import cross_entropy_ggn, jacobians
 from _digits import check, digits, folder, installed, timed, train
-from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -30,60 +29,14 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 N, DECAY = 100, 1.0
-STRUCTURES = {"full": "full", "kfac": "kron", "ekfac": None, "diag": "diag"}
-
-# %%
-# What it is compared with
-# ------------------------
-# A dense Hessian by automatic differentiation, and laplace-torch.
-
-
-def dense_evidence(risk: vl.EmpiricalRisk, G: Tensor, tau: float) -> float:
-    """log p(data) with a dense Hessian of the negative log-likelihood."""
-    theta = risk.flatten(risk.params).double()
-    fit = -risk.value().item() / risk.reduction_factor - 0.5 * tau * theta @ theta
-    precision = G + tau * torch.eye(len(G), dtype=torch.float64)
-    return float(fit + 0.5 * len(G) * math.log(tau) - 0.5 * precision.logdet())
-
-
-def dense_ggn(net: nn.Module, X: Tensor) -> tuple[Tensor, Tensor]:
-    """Σ_n J_nᵀ H_n J_n and all J_n by autograd, in float64."""
-    params = {name: p.detach().double() for name, p in net.named_parameters()}
-
-    def outputs(params: dict[str, Tensor]) -> Tensor:
-        result: Tensor = torch.func.functional_call(net, params, (X.double(),))
-        return result
-
-    J = torch.cat(
-        [j.flatten(2) for j in torch.func.jacrev(outputs)(params).values()], 2
-    )
-    p = outputs(params).softmax(1)
-    H = torch.diag_embed(p) - p[:, :, None] * p[:, None, :]
-    return (H @ J).flatten(0, 1).T @ J.flatten(0, 1), J
-
-
-def peer(net: nn.Module, data: TensorDataset, structure: str | None, tau: float) -> str:
-    """laplace-torch on the same net: its evidence and its seconds."""
-    laplace = structure and installed("laplace")
-    if not laplace:
-        return "–"
-
-    def fit() -> Any:
-        la = laplace.Laplace(
-            net, "classification", "all", structure, prior_precision=tau
-        )
-        la.fit(DataLoader(data, batch_size=N))
-        return la.log_marginal_likelihood()
-
-    evidence, seconds = timed(fit)
-    return f"{float(evidence):.2f}, {seconds:.2f} s"
-
-
-def auroc(higher: Tensor, lower: Tensor) -> float:
-    """How often a value of the first is larger than one of the second."""
-    labels = [1] * len(higher) + [0] * len(lower)
-    return float(roc_auc_score(labels, torch.cat([higher, lower])))
-
+# And what laplace-torch calls them.
+STRUCTURES = {
+    "full": "full",
+    "kfac": "kron",
+    "ekfac": None,
+    "diag": "diag",
+    "last_layer": None,
+}
 
 # %%
 # A net on a hundred digits
@@ -95,7 +48,7 @@ torch.set_num_threads(1)
 # No digits: each pixel is from another picture.
 generator = torch.Generator().manual_seed(0)
 others = torch.randint(len(X_test), (300, 64), generator=generator)
-no_digits = torch.gather(X_test, 0, others)
+pictures = torch.gather(X_test, 0, others), X_test
 torch.manual_seed(0)
 net = nn.Sequential(nn.Linear(64, 16), nn.Tanh(), nn.Linear(16, 10))
 loss = nn.CrossEntropyLoss()
@@ -107,40 +60,54 @@ wrong = net(X_test).argmax(1) != y_test
 # Five structures, each with its own prior
 # ----------------------------------------
 # The area under the ROC curve says how often a picture that is no digit has a larger
-# deviation than a digit.
+# deviation than a digit. laplace-torch has its evidence at the same prior.
 
-taus = torch.logspace(-2, 2, 30)
+
+def auroc(higher: Tensor, lower: Tensor) -> float:
+    """How often a value of the first is larger than one of the second."""
+    return (higher[:, None] > lower).double().mean().item()
+
+
+def fitted(structure: str) -> vl.Laplace:
+    la = vl.Laplace(risk, DECAY, structure)
+    la.optimize_prior()
+    return la
+
+
+def peer(structure: str, tau: float) -> float:
+    """The evidence by laplace-torch."""
+    kind = "classification", "all", structure
+    la = torch_laplace.Laplace(net, *kind, prior_precision=tau)
+    la.fit(DataLoader(TensorDataset(X, y), batch_size=N))
+    return float(la.log_marginal_likelihood())
+
+
+taus, torch_laplace = torch.logspace(-2, 2, 30), installed("laplace")
 curves, found, spread = {}, {}, {}
 print("                                   AUROC of")
 print("structure      τ   evidence  seconds  no digits   errors   laplace-torch")
-for name in [*STRUCTURES, "last_layer"]:
-
-    def fit(name: str = name) -> vl.Laplace:
-        la = vl.Laplace(risk, DECAY, name)
-        la.optimize_prior()
-        return la
-
-    found[name], seconds = timed(fit)
-    la, tau = found[name], float(found[name].prior_precision)
+for name, theirs in STRUCTURES.items():
+    la, seconds = timed(lambda name=name: fitted(name))
+    found[name], tau = la, la.prior_precision.item()
     curves[name] = [la.log_marginal_likelihood(t.item()).item() for t in taus]
-    on_digits, on_others = la.predictive(X_test), la.predictive(no_digits)
-    spread[name] = [
-        each.covariance.diagonal(dim1=1, dim2=2).sum(1).sqrt()
-        for each in (on_others, on_digits)
-    ]
-    doubt = -on_digits.probabilities().amax(1)
-    line = f"{name:10}{tau:7.2f}{la.log_marginal_likelihood():11.2f}{seconds:9.2f}"
-    line += f"{auroc(*spread[name]):11.3f}{auroc(doubt[wrong], doubt[~wrong]):9.3f}"
-    peers = peer(net, TensorDataset(X, y), STRUCTURES.get(name), tau)
-    print(f"{line}   {peers}")
+    predicted = [la.predictive(inputs) for inputs in pictures]
+    spread[name] = [p.covariance.diagonal(0, 1, 2).sum(1).sqrt() for p in predicted]
+    doubt = -predicted[1].probabilities().amax(1)
+    print(
+        f"{name:10}{tau:7.2f}{la.log_marginal_likelihood():11.2f}{seconds:9.2f}"
+        f"{auroc(*spread[name]):11.3f}{auroc(doubt[wrong], doubt[~wrong]):9.3f}",
+        end="   ",
+    )
+    if theirs and torch_laplace:
+        evidence, seconds = timed(lambda s=theirs, t=tau: peer(s, t))
+        print(f"{evidence:.2f}, {seconds:.2f} s", end="")
+    print()
 
 # %%
 # What the probabilities alone say
 # --------------------------------
 
-alone, alone_others = (
-    -net(inputs).detach().softmax(1).amax(1) for inputs in (X_test, no_digits)
-)
+alone_others, alone = (-net(x).softmax(1).amax(1) for x in pictures)
 baseline = auroc(alone_others, alone)
 errors = auroc(alone[wrong], alone[~wrong])
 print(f"the net's own probabilities:          {baseline:10.3f}{errors:9.3f}")
@@ -150,13 +117,15 @@ if not auroc(*spread["full"]) > baseline:
 # %%
 # Checks against a dense matrix
 # -----------------------------
+# Evidence is log p(data, θ) and a Gaussian integral.
 
-la, (G, J) = found["full"], dense_ggn(net, X)
-tau = float(la.prior_precision)
-evidence = dense_evidence(risk, G, tau)
+la, J = found["full"], jacobians(net, X)
+tau, theta, D = la.prior_precision.item(), risk.flatten(risk.params), risk.num_params
+precision = cross_entropy_ggn(net, X) + tau * torch.eye(D).double()
+fit = N * risk.value() + 0.5 * tau * theta.square().sum()
+evidence = -fit + 0.5 * D * math.log(tau) - 0.5 * precision.logdet()
 check("evidence and a dense matrix", la.log_marginal_likelihood(), evidence, 1e-4)
-covariance = (G + tau * torch.eye(len(G), dtype=torch.float64)).inverse()
-exact = J @ covariance @ J.mT
+exact = J @ precision.inverse() @ J.mT
 check("covariances of outputs", la.predictive(X).covariance, exact, 1e-3)
 
 # %%

@@ -18,19 +18,20 @@ import math
 import matplotlib
 import numpy as np
 import torch
-from _digits import check, folder, timed
+from _digits import check, folder, timed, train
 from scipy.optimize import curve_fit
 from sklearn.datasets import load_diabetes
 from torch import Tensor, nn
+from torch.nn.utils import vector_to_parameters
 
 import vivit_linop as vl
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-Params = dict[str, Tensor]
+Fit = tuple[vl.EmpiricalRisk, list[float]]  # and its values, step by step
 SQUARES = nn.MSELoss(reduction="sum")
-STEPS, ADAM_STEPS = 40, 500
+STEPS, ADAM_STEPS, TIGHT = 40, 500, {"ftol": 1e-14, "xtol": 1e-14}
 
 # %%
 # Levenberg and Marquardt
@@ -42,23 +43,17 @@ output = folder(str(__doc__))
 torch.set_num_threads(1)
 
 
-def levenberg_marquardt(
-    risk: vl.EmpiricalRisk, steps: int, damping: float = 1e-2
-) -> tuple[vl.EmpiricalRisk, list[float]]:
+def levenberg_marquardt(risk: vl.EmpiricalRisk, steps: int) -> Fit:
     """Steps −(G + δ I)⁻¹ g; δ falls where the model of the risk is good."""
-    losses = [risk.value().item()]
-    for _ in range(steps):
-        while True:
-            step, predicted = vl.trust_region_step(risk, vl.GGN(risk), damping)
-            trial = risk.at(vector(risk) + step)
-            gain = (risk.value() - trial.value()) / predicted
-            if gain > 0:
-                break
-            damping *= 4
-            if damping > 1e6:  # at a minimum, but for rounding
-                return risk, losses
-        risk, damping = trial, damping * (0.2 if gain > 0.75 else 2.0)
-        losses.append(risk.value().item())
+    losses, damping = [risk.value().item()], 1e-2
+    while len(losses) <= steps and damping < 1e6:  # else a minimum, but for rounding
+        step, predicted = vl.trust_region_step(risk, vl.GGN(risk), damping)
+        trial = risk.at(vector(risk) + step)
+        gain = ((risk.value() - trial.value()) / predicted).item()
+        damping *= 4.0 if gain <= 0 else 0.2 if gain > 0.75 else 2.0
+        if gain > 0:
+            risk = trial
+            losses.append(risk.value().item())
     return risk, losses
 
 
@@ -72,41 +67,28 @@ def vector(risk: vl.EmpiricalRisk) -> Tensor:
 # Four parameters in a function of a dictionary: a model need not be a module.
 
 
-def curve(params: Params, x: Tensor) -> Tensor:
+def curve(params: dict[str, Tensor], x: Tensor) -> Tensor:
     """A step from a to a + b, of steepness c, at d."""
     return params["a"] + params["b"] * torch.sigmoid(params["c"] * (x - params["d"]))
 
 
-def fit_a_curve() -> tuple[np.ndarray, np.ndarray, Tensor, Tensor]:
-    """Progression of diabetes by body mass index, 442 patients."""
-    X, y = load_diabetes(return_X_y=True)
-    x, y = torch.tensor(10 * X[:, 2:3]), torch.tensor(y / 100)[:, None]
-    start = {"a": 1.0, "b": 2.0, "c": 3.0, "d": 0.3}
-    params = {name: torch.tensor([v]).double() for name, v in start.items()}
-
-    def fit() -> vl.EmpiricalRisk:
-        risk = vl.EmpiricalRisk(curve, SQUARES, (x, y), params)
-        return levenberg_marquardt(risk, 15)[0]
-
-    risk, seconds = timed(fit)
-    pcov = vl.covariance(risk).matrix
-
-    def numpy_curve(x: np.ndarray, a: float, b: float, c: float, d: float):
-        return a + b / (1 + np.exp(-c * (x - d)))
-
-    flat = x[:, 0].numpy(), y[:, 0].numpy()
-    (popt, expected), peer = timed(
-        lambda: curve_fit(
-            numpy_curve, *flat, list(start.values()), ftol=1e-14, xtol=1e-14
-        )
-    )
-    print(f"A curve with four parameters: {seconds:.2f} s, curve_fit {peer:.3f} s")
-    check("the parameters and curve_fit's", vector(risk), popt, 1e-5)
-    check("their covariance and pcov", pcov, expected, 1e-4)
-    return *flat, vector(risk), pcov
+def numpy_curve(x: np.ndarray, a: float, b: float, c: float, d: float) -> np.ndarray:
+    return a + b / (1 + np.exp(-c * (x - d)))
 
 
-x, y, theta, pcov = fit_a_curve()
+# Progression of diabetes by body mass index, 442 patients.
+X, y = load_diabetes(return_X_y=True)
+x, y = 10 * X[:, 2], y / 100
+guess = [1.0, 2.0, 3.0, 0.3]
+params = dict(zip("abcd", torch.tensor(guess).double().split(1), strict=True))
+data = torch.tensor(x)[:, None], torch.tensor(y)[:, None]
+risk = vl.EmpiricalRisk(curve, SQUARES, data, params)
+(fitted, _), seconds = timed(lambda: levenberg_marquardt(risk, 15))
+pcov = vl.covariance(fitted).matrix
+(popt, expected), peer = timed(lambda: curve_fit(numpy_curve, x, y, guess, **TIGHT))
+print(f"A curve with four parameters: {seconds:.2f} s, curve_fit {peer:.3f} s")
+check("the parameters and curve_fit's", vector(fitted), popt, 1e-5)
+check("their covariance and pcov", pcov, expected, 1e-4)
 
 # %%
 # A physics-informed net
@@ -134,34 +116,19 @@ class Residual(nn.Module):
         return second[:, None] + math.pi**2 * torch.sin(math.pi * x)
 
 
-def adam(x: Tensor) -> Residual:
-    model = Residual()
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
-    for _ in range(ADAM_STEPS):
-        optimizer.zero_grad()
-        model(x).square().sum().backward()
-        optimizer.step()
-    return model
-
-
-def solve() -> tuple[Residual, list[float]]:
-    x = torch.linspace(-1, 1, 60).double()[:, None]
-    model = Residual()
-    risk = vl.EmpiricalRisk(model, SQUARES, (x, torch.zeros_like(x)))
-    (found, losses), seconds = timed(lambda: levenberg_marquardt(risk, STEPS))
-    other, others_seconds = timed(lambda: adam(x))
-    risk.add_to_(model, vector(found) - vector(risk))
-    truth = torch.sin(math.pi * x)
-    errors = [(m.solution(x) - truth).abs().max().item() for m in (model, other)]
-    print(f"The equation: {STEPS} damped steps, {seconds:.1f} s: error {errors[0]:.1e}")
-    print(f"{ADAM_STEPS} of Adam, {others_seconds:.1f} s: error {errors[1]:.1e}")
-    check("the solution and sin(π x)", model.solution(x).detach(), truth, 1e-3)
-    if not errors[0] < errors[1]:
-        raise AssertionError("Adam is nearer to the solution")
-    return model, losses
-
-
-model, losses = solve()
+grid = torch.linspace(-1, 1, 60).double()[:, None]
+model, other = Residual(), Residual()
+risk = vl.EmpiricalRisk(model, SQUARES, (grid, torch.zeros_like(grid)))
+(solved, losses), seconds = timed(lambda: levenberg_marquardt(risk, STEPS))
+vector_to_parameters(vector(solved), model.parameters())
+_, adams = timed(
+    lambda: train(other, lambda: other(grid).square().sum(), ADAM_STEPS, last_rate=1e-2)
+)
+truth = torch.sin(math.pi * grid)
+errors = [(m.solution(grid) - truth).abs().max().item() for m in (model, other)]
+print(f"The equation: {STEPS} damped steps, {seconds:.1f} s: error {errors[0]:.1e}")
+print(f"{ADAM_STEPS} of Adam, {adams:.1f} s: error {errors[1]:.1e}")
+check("the solution and sin(π x)", model.solution(grid).detach(), truth, 1e-3)
 
 # %%
 # The picture
@@ -169,20 +136,17 @@ model, losses = solve()
 
 figure, axes = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
 line = torch.linspace(x.min(), x.max(), 200).double()[:, None]
-named = dict(zip("abcd", theta.split(1), strict=True))
-J = torch.func.jacrev(lambda p: curve(p, line)[:, 0])(named)
-J = torch.cat([j.flatten(1) for j in J.values()], dim=1)
-spread = 2 * (J @ pcov * J).sum(1).sqrt()
-center = curve(named, line)[:, 0]
+J = vl.Jacobian(curve, line, params=fitted.params)
+spread = 2 * vl.predictive_covariance(J, vl.Dense(pcov), diagonal=True)[:, 0].sqrt()
+center = curve(fitted.params, line)[:, 0].detach()
 axes[0].plot(x, y, ".", color="0.7", markersize=4)
 axes[0].plot(line, center)
 axes[0].fill_between(line[:, 0], center - spread, center + spread, alpha=0.3)
 axes[0].set(xlabel="body mass index", title="A curve, ± two standard errors")
 axes[1].semilogy(losses, ".-")
 axes[1].set(xlabel="damped step", title="Σ residual² of the equation")
-grid = torch.linspace(-1, 1, 200).double()[:, None]
 axes[2].plot(grid, model.solution(grid).detach(), label="net")
-axes[2].plot(grid, torch.sin(math.pi * grid), "--", label="sin(π x)")
+axes[2].plot(grid, truth, "--", label="sin(π x)")
 axes[2].set(xlabel="x", title="The solution")
 axes[2].legend()
 figure.savefig(output / "least_squares.png", dpi=150)

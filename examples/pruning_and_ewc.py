@@ -16,10 +16,14 @@ Kirkpatrick et al. 2017, arXiv:1612.00796), with the diagonal of F or all of it.
 
 from __future__ import annotations
 
+import copy
+
 import matplotlib
 import torch
+from _autograd import cross_entropy_ggn
 from _digits import check, digits, folder, timed, train
 from torch import Tensor, nn
+from torch.nn.utils import parameters_to_vector
 
 import vivit_linop as vl
 
@@ -50,92 +54,72 @@ def make_net() -> nn.Module:
 # it say how the others make up for those that go.
 
 
-def prune(X: Tensor, y: Tensor) -> dict[str, list[float]]:
-    net, loss = make_net(), nn.CrossEntropyLoss()
-    train(net, lambda: loss(net(X), y), 150, decay=1e-3)
-    risk = vl.EmpiricalRisk(net, loss, (X, y))
-    theta, D = risk.flatten(risk.params), risk.num_params
-    S = (vl.GGN(risk) + DAMPING * vl.Identity(D)).inv()
-    variances, seconds = timed(S.diagonal)
-    print(f"The diagonal of (G + δ I)⁻¹, D = {D}: {seconds:.2f} s")
-    dense = vl.GGN(risk).to_dense().double() + DAMPING * torch.eye(D).double()
-    check("it and a dense inverse", variances, dense.inverse().diagonal(), 1e-3)
-
-    saliency = {
-        "magnitude": theta.square(),
-        "curvature": theta.square() / variances,
-    }
-    losses: dict[str, list[float]] = {name: [] for name in (*saliency, "surgery")}
-    for share in SHARES:
-        for name, values in saliency.items():
-            gone = values.argsort()[: int(share * D)]
-            losses[name].append(risk.at(theta.index_fill(0, gone, 0.0)).value().item())
-        # The others move by −S E (Eᵀ S E)⁻¹ θ_gone, with the unit columns E.
-        S_gone = S @ torch.eye(D)[:, gone]
-        step = -S_gone @ torch.linalg.solve(S_gone[gone], theta[gone])
-        moved = (theta + step).index_fill(0, gone, 0.0)
-        losses["surgery"].append(risk.at(moved).value().item())
-    print(f"loss {risk.value():.3f}; without a share of the weights:")
-    for name, row in losses.items():
-        print(f"  {name:10}" + "".join(f"{value:8.3f}" for value in row))
-    if not all(s < c < m for m, c, s in zip(*losses.values(), strict=True) if m > 0.2):
-        raise AssertionError("curvature does not choose better than magnitude")
-    return losses
+net, loss = make_net(), nn.CrossEntropyLoss()
+train(net, lambda: loss(net(X), y), 150, decay=1e-3)
+risk = vl.EmpiricalRisk(net, loss, (X, y))
+theta, D = risk.flatten(risk.params), risk.num_params
+S = (vl.GGN(risk) + DAMPING * vl.Identity(D)).inv()
+variances, seconds = timed(S.diagonal)
+print(f"The diagonal of (G + δ I)⁻¹, D = {D}: {seconds:.2f} s")
+dense = cross_entropy_ggn(net, X) / len(X) + DAMPING * torch.eye(D).double()
+check("it and a dense inverse", variances, dense.inverse().diagonal(), 1e-3)
 
 
-losses = prune(X, y)
+def after(vector: Tensor, gone: Tensor) -> float:
+    """The loss at a vector whose entries in some places are zero."""
+    return risk.at(vector.index_fill(0, gone, 0.0)).value().item()
+
+
+losses: dict[str, list[float]] = {"magnitude": [], "curvature": [], "surgery": []}
+for count in (int(share * D) for share in SHARES):
+    losses["magnitude"].append(after(theta, theta.square().argsort()[:count]))
+    gone = (theta.square() / variances).argsort()[:count]
+    losses["curvature"].append(after(theta, gone))
+    # The others move by −S E (Eᵀ S E)⁻¹ θ_gone, with the unit columns E.
+    S_gone = S @ torch.eye(D)[:, gone]
+    step = -S_gone @ torch.linalg.solve(S_gone[gone], theta[gone])
+    losses["surgery"].append(after(theta + step, gone))
+print(f"loss {risk.value():.3f}; without a share of the weights:")
+for name, row in losses.items():
+    print(f"  {name:10}" + "".join(f"{value:8.3f}" for value in row))
+if not all(s < c < m for m, c, s in zip(*losses.values(), strict=True) if m > 0.2):
+    raise AssertionError("curvature does not choose better than magnitude")
 
 # %%
 # Elastic weight consolidation
 # ----------------------------
-# The penalty is a product with F, any operator; gradients flow through it.
+# The penalty is a product with F, any operator; gradients flow through it. The digits
+# 0–4 are learnt first, then 5–9.
+
+old, new = ((X[half], y[half]) for half in (y < 5, y >= 5))
+learner = make_net()
+train(learner, lambda: loss(learner(old[0]), old[1]), 150, decay=1e-3)
+risk = vl.EmpiricalRisk(learner, loss, old)
+theta, G = risk.flatten(risk.params), vl.GGN(risk)
+exact = cross_entropy_ggn(learner, old[0]).diagonal() / len(old[0])
+check("the diagonal and autograd", G.diagonal(), exact, 1e-4)
 
 
-def accuracy(net: nn.Module, data: tuple[Tensor, Tensor]) -> float:
-    return (net(data[0]).argmax(1) == data[1]).float().mean().item()
+def learnt(F: vl.TorchLinearOperator) -> list[float]:
+    """Accuracies on the old and on the new task, which is learnt with a penalty."""
+    net = copy.deepcopy(learner)
+
+    def objective() -> Tensor:
+        d = parameters_to_vector(net.parameters()) - theta
+        return loss(net(new[0]), new[1]) + 50 * d @ (F @ d)
+
+    train(net, objective, 150, decay=1e-3)
+    return [(net(X).argmax(1) == y).double().mean().item() for X, y in (old, new)]
 
 
-def consolidate(X: Tensor, y: Tensor) -> dict[str, list[float]]:
-    """Learn the digits 0–4, then 5–9; accuracies on both."""
-    old, new = ((X[y < 5], y[y < 5]), (X[y >= 5], y[y >= 5]))
-    loss = nn.CrossEntropyLoss()
-    found: dict[str, list[float]] = {}
-    for penalty in ("none", "diagonal", "GGN"):
-        net = make_net()
-        train(net, lambda net=net: loss(net(old[0]), old[1]), 150, decay=1e-3)
-        risk = vl.EmpiricalRisk(net, loss, old)
-        G, theta = vl.GGN(risk), risk.flatten(risk.params)
-        F = {
-            "none": 0.0 * vl.Identity(risk.num_params),
-            "diagonal": vl.Diagonal(G.diagonal()),
-            "GGN": G,
-        }[penalty]
-
-        def objective(net=net, F=F, risk=risk, theta=theta) -> Tensor:
-            d = torch.cat([p.reshape(-1) for p in net.parameters()]) - theta
-            return loss(net(new[0]), new[1]) + 50 * d @ (F @ d)
-
-        train(net, objective, 150, decay=1e-3)
-        found[penalty] = [accuracy(net, old), accuracy(net, new)]
-        print(f"  {penalty:10}{found[penalty][0]:8.1%}{found[penalty][1]:8.1%}")
-    by_sample = torch.func.vmap(
-        torch.func.jacrev(lambda p, x: torch.func.functional_call(net, p, (x,))),
-        (None, 0),
-    )
-    params = dict(zip(risk.params, risk.unflatten(theta), strict=True))
-    J = torch.cat([j.flatten(2) for j in by_sample(params, old[0]).values()], dim=2)
-    p = risk.outputs[0].softmax(1)
-    H = torch.diag_embed(p) - p[:, :, None] * p[:, None, :]
-    exact = torch.einsum("ncd,nck,nkd->d", J, H, J) / len(p)
-    check("the diagonal and autograd", G.diagonal(), exact, 1e-4)
-    both = [sum(pair) for pair in found.values()]
-    if not both == sorted(both):
-        raise AssertionError("the curvature does not keep what was learnt")
-    return found
-
-
+penalties = {"none": 0.0 * G, "diagonal": vl.Diagonal(G.diagonal()), "GGN": G}
+accuracies = {name: learnt(F) for name, F in penalties.items()}
 print("Accuracy on the digits 0–4, and on 5–9 learnt afterwards; penalty:")
-accuracies = consolidate(X, y)
+for name, (before, afterwards) in accuracies.items():
+    print(f"  {name:10}{before:8.1%}{afterwards:8.1%}")
+both = [sum(pair) for pair in accuracies.values()]
+if not both == sorted(both):
+    raise AssertionError("the curvature does not keep what was learnt")
 
 # %%
 # The picture
