@@ -117,7 +117,7 @@ def diagonal_of_woodbury(op: Woodbury) -> Tensor:
 
 
 def _few_beside(small: int, rows: int) -> int:
-    """So many columns that theirs of both sides take less than half of the small matrix.
+    """So many columns that those of both sides take less than half of the matrix.
 
     Three arrays of the small side are made at a time, and one of the other. No fewer
     than are worth a product.
