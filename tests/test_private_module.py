@@ -6,6 +6,7 @@ import collections
 import functools
 import types
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from torch.nn.utils.parametrize import cached, register_parametrization
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
 import vivit_linop as vl
+from vivit_linop.checkpoints import RECOMPUTED
 
 N, IN, C = 5, 4, 3
 LOSS = nn.CrossEntropyLoss()
@@ -462,6 +464,42 @@ def test_nets(name: str) -> None:
     ):
         torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-10)
     before.check()
+
+
+@pytest.mark.parametrize("inner", [False, True])
+@pytest.mark.parametrize("outer", [False, True])
+def test_checkpoints_are_recomputed_in_any_thread(outer: bool, inner: bool) -> None:
+    """A backward pass on a GPU runs in a thread of its own; here another one does."""
+    torch.manual_seed(0)
+    block = nn.Sequential(linear(), nn.Tanh(), linear()).double()
+    names = vars(torch.utils.checkpoint).copy()
+
+    with_graph: list[bool] = []
+
+    def last(h: Tensor) -> Tensor:
+        with_graph.append(torch.is_grad_enabled())  # torch's reentrant one has none
+        return block[2](h)
+
+    def run(h: Tensor, *, times: float) -> Tensor:
+        h = block[:2](h)
+        return times * h * checkpoint(last, h, use_reentrant=inner)
+
+    x = torch.rand(N, IN, dtype=torch.float64, requires_grad=True)
+    h = block[:2](x)
+    parameters = list(block.parameters())
+    expected = torch.autograd.grad((3 * h * block[2](h)).square().sum(), parameters)
+    with RECOMPUTED, ThreadPoolExecutor(1) as thread:
+        given = {"use_reentrant": outer}
+        if outer:  # which takes no arguments by name
+            y = checkpoint(functools.partial(run, times=3.0), x, **given)
+        else:
+            y = checkpoint(run, x, times=3.0, **given)
+        total = y.square().sum()
+        found = thread.submit(torch.autograd.grad, total, parameters).result()
+    for got, want in zip(found, expected, strict=True):
+        torch.testing.assert_close(got, want)
+    assert len(with_graph) > 1 and all(with_graph)
+    assert vars(torch.utils.checkpoint) == names
 
 
 # Torch's second derivative of weight_norm is wrong, and refused.

@@ -4,19 +4,24 @@ What ``checkpoint(…, use_reentrant=True)`` recomputes has a backward pass of i
 which cannot give gradients of chosen tensors (``torch.autograd.grad``), nor second
 derivatives. The other variant can, at the same memory. Which of the two runs is decided
 where torch looks up its ``CheckpointFunction``, so this name is taken while a net with
-such checkpoints is inside; threads that are not get torch's own.
+such checkpoints is inside; threads that are not get torch's own. Backward passes on a
+GPU run in a thread of autograd's, and so does what they recompute: the function that
+torch keeps for that says that it is inside.
 """
 
 from __future__ import annotations
 
-import functools
 import threading
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from torch.utils import checkpoint
 
 _torch: Any = checkpoint
+# Runs a checkpoint of the other variant, and keeps the function. Private to torch: if
+# it is gone, checkpoints in checkpoints raise torch's own error on a GPU.
+_START = "_checkpoint_without_reentrant_generator"
 
 
 class _ByThread:
@@ -36,17 +41,26 @@ class _ByThread:
             return self._original.apply(function, preserve, *args)
         RECOMPUTED.seen = self._inside.seen = True
         return _torch.checkpoint(
-            functools.partial(_inside, function),
-            *args,
-            use_reentrant=False,
-            preserve_rng_state=preserve,
+            function, *args, use_reentrant=False, preserve_rng_state=preserve
         )
 
+    def recomputing(
+        self,
+        start: Callable[..., Any],
+        function: Callable[..., Any],
+        *args: Any,
+        **given: Any,
+    ) -> Any:
+        """Start torch's other variant."""
+        if getattr(self._inside, "depth", 0):
+            function = partial(_inside, function)
+        return start(function, *args, **given)
 
-def _inside(function: Callable[..., Any], *args: Any) -> Any:
+
+def _inside(function: Callable[..., Any], *args: Any, **given: Any) -> Any:
     """Also what is recomputed may have checkpoints, in a thread of autograd's."""
     with RECOMPUTED:
-        return function(*args)
+        return function(*args, **given)
 
 
 class _Recomputed:
@@ -66,7 +80,11 @@ class _Recomputed:
         with self._lock:
             if not self._entered:
                 self._original = _torch.CheckpointFunction
-                _torch.CheckpointFunction = _ByThread(self._original, self._inside)
+                self._start = getattr(_torch, _START, None)
+                taken = _ByThread(self._original, self._inside)
+                _torch.CheckpointFunction = taken
+                if self._start is not None:
+                    setattr(_torch, _START, partial(taken.recomputing, self._start))
             self._entered += 1
         self._inside.depth = getattr(self._inside, "depth", 0) + 1
 
@@ -77,6 +95,8 @@ class _Recomputed:
             self._entered -= 1
             if not self._entered:
                 _torch.CheckpointFunction = self._original
+                if self._start is not None:
+                    setattr(_torch, _START, self._start)
 
     def seen_here(self) -> bool:
         """Whether this thread has met one since it was asked last."""
