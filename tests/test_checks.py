@@ -242,7 +242,9 @@ def test_sorted_batches_stay_sorted() -> None:
             self.rnn, self.out = nn.GRU(4, 5, batch_first=True), nn.Linear(5, 3)
 
         def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
-            packed = nn.utils.rnn.pack_padded_sequence(x, lengths, batch_first=True)
+            packed = nn.utils.rnn.pack_padded_sequence(
+                x, lengths.cpu(), batch_first=True
+            )
             out: Tensor = self.out(self.rnn(packed)[1][0])
             return out
 

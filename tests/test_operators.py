@@ -191,7 +191,7 @@ def test_tensors_of_other_precisions(dtype):
 
 def test_repr():
     op, _ = build("low_rank_tall", torch.float32)
-    assert repr(op) == "<6x6 LowRank, torch.float32, cpu>"
+    assert repr(op) == f"<6x6 LowRank, torch.float32, {op.device}>"
 
 
 @pytest.mark.parametrize("name", ["dense_tall", "low_rank_tall"])

@@ -110,7 +110,7 @@ def test_an_expression_of_a_net() -> None:
     words = Text(A._repr_html_()).words
     for line in (
         "Sandwich 64 × 64",
-        "torch.float64, cpu; a product costs 8/3 gradients + ",
+        f"torch.float64, {A.device}; a product costs 8/3 gradients + ",
         "A₂ = Woodbury 60 × 60 (A + δ I)⁻¹, δ = 0.1 4/3 gradients + ",
         "A = GGN 60 × 60 V Vᵀ 4/3 gradients",
         "V = GGNFactor 60 × 48 JᵀS 2/3 gradient + ",

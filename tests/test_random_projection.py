@@ -69,7 +69,7 @@ def test_large_ones_are_multiplied_block_by_block() -> None:
 
 
 def test_signs_are_balanced_and_not_correlated() -> None:
-    P = vl.RandomProjection(400, 1000, seed=0).to_dense().sign()
+    P = vl.RandomProjection(400, 1000, 0, device=placing.device()).to_dense().sign()
     assert (P != 0).all()
     # Means of n signs have a standard error of 1/√n.
     assert P.mean().abs() < 4 / (400_000) ** 0.5

@@ -444,8 +444,8 @@ def test_a_traced_net_is_freed() -> None:
     risk = _risk(_convolutions)
     J = vl.Jacobian(risk)
     J @ torch.ones(J.shape[1]).double()
-    (inputs, _) = (
-        part._function.args[1] for part in risk.kept.values["linearizations"]
+    inputs, _ = (
+        part._function.keywords["X"] for part in risk.kept.values["linearizations"]
     )
     left = [
         weakref.ref(thing)
