@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn import functional as F
 from torch.nn.utils import parametrizations, parametrize, weight_norm
 
 import vivit_linop as vl
@@ -152,3 +153,42 @@ def test_a_norm_of_one_number(norm: Any, learnt: bool) -> None:
         else:
             exactly = {"products": wanted, "vectors": wanted[:3]}
             torch.testing.assert_close(given, exactly.get(name, wanted.diagonal()))
+
+
+class AllButEqual(nn.Module):
+    """Outputs whose terms of about 1 cancel but for a small part of each."""
+
+    def __init__(self, small: float, square: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.shared, self.own = nn.Linear(3, 1), nn.Linear(3, 3)
+        self.small, self.square = small, square
+
+    def forward(self, x: Tensor) -> Tensor:
+        own = F.linear(x, self.square(self.own.weight), self.own.bias).tanh()
+        # In another order for each output: the sums are rounded apart.
+        return (self.shared(x).tanh() + self.small * own).log_softmax(1)
+
+
+@pytest.mark.parametrize("small", [1e-3, 1e-5, 1e-6, 1e-7])
+@pytest.mark.parametrize("seed", range(4))
+def test_slopes_that_all_but_cancel(small: float, seed: int) -> None:
+    """The noise of differences is that of the terms, not of what they leave."""
+    X, y = data()
+    torch.manual_seed(seed)
+    net = AllButEqual(small, torch.square).double()
+    expected = exact(net, X, y)
+    for name, found in hessians(net, X, y).items():
+        truth = {"vectors": expected[:3], "products": expected}.get(name)
+        truth = expected.diagonal() if truth is None else truth
+        assert (found() - truth).norm() <= 1e-13 + 1e-9 * truth.norm()
+
+
+@pytest.mark.parametrize("small", [1e-3, 1e-5])
+@pytest.mark.parametrize("seed", range(4))
+def test_wrong_slopes_that_all_but_cancel(small: float, seed: int) -> None:
+    X, y = data()
+    torch.manual_seed(seed)
+    net = AllButEqual(small, Squared.apply).double()
+    for found in hessians(net, X, y).values():
+        with pytest.raises(ValueError, match="second derivatives by torch are wrong"):
+            found()

@@ -236,6 +236,7 @@ class Certificate:
             apart=torch.stack([self._norms(d, differences[0]) for d in differences]),
             precision=self._dtype,
             own=found.along[0].dtype,
+            value=found.value,
         )
         return bool(comparison.right().all())
 

@@ -42,6 +42,8 @@ class Comparison:
         apart: Of each difference minus the first, ``[steps, P]``.
         precision: What the differences were taken in.
         own: What H x was taken in.
+        value: The size of the values whose slopes these are, a scalar; 0 if unknown.
+            Where slopes cancel, rounding is in proportion to these.
     """
 
     size: Tensor
@@ -50,18 +52,37 @@ class Comparison:
     apart: Tensor
     precision: torch.dtype
     own: torch.dtype
+    value: Tensor | float = 0.0
+
+    @property
+    def _steps(self) -> Tensor:
+        steps = self.off.new_tensor(STEPS[self.precision][: len(self.off)])
+        return steps.unsqueeze(1)
 
     @property
     def _noise(self) -> Tensor:
         """What rounding adds to each difference, in proportion to all, ``[steps]``."""
-        steps = self.off.new_tensor(STEPS[self.precision][: len(self.off)])
-        noise = _NOISE * torch.finfo(self.precision).eps / steps
-        return noise.unsqueeze(1)
+        return _NOISE * torch.finfo(self.precision).eps / self._steps
+
+    @property
+    def _seen_noise(self) -> Tensor | float:
+        """The noise that grows as steps shrink, ``[steps, P]``, of slopes that cancel.
+
+        Less than rounding of the values could bring: a kink is no noise.
+        """
+        if self.precision is not torch.float64 or len(self.off) < 2:
+            return 0.0
+        smaller = self._steps.squeeze(1) < self._steps[0]
+        if not smaller.any():
+            return 0.0
+        seen = (self.apart * self._steps)[smaller].amin(0) / self._steps
+        return torch.minimum(seen, self._noise * self.value)
 
     @property
     def _agrees(self) -> Tensor:
         base = TOLERANCE[self.own] if self.precision is torch.float64 else ROUGH
-        return self.off <= allowed(self.size, self.total, base, self.own, self._noise)
+        bound = allowed(self.size, self.total, base, self.own, self._noise)
+        return self.off <= bound + self._seen_noise
 
     def refuted(self) -> Tensor:
         """Where differences agree with each other and not with H x, ``[P]``."""
