@@ -38,7 +38,9 @@ EXACT = 1e-12
 def launched(folder: Path, size: int, *work: str, limit: float = 300.0) -> list[Found]:
     """Let ``size`` processes do some work; return what each has found."""
     command = [sys.executable, "tests/ranks_work.py", str(folder), str(size)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    # The processes import the tests as pytest does, from the root.
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     processes = [
         subprocess.Popen([*command, str(rank), *work], cwd=ROOT, env=environment)
         for rank in range(size)
