@@ -26,7 +26,8 @@ def shrunk(case: Case, finding: Finding) -> Case:
     def same(smaller: Case) -> bool:
         try:
             return any(f.alike(finding) for f in smaller.findings(only))
-        except Exception:  # not a case
+        # What was cut away may have held the net together: it fails in any way.
+        except Exception:
             return False
 
     while (better := next(filter(same, case.smaller()), None)) is not None:

@@ -281,7 +281,9 @@ def copies(lib: Library, t: Dense) -> Iterator[Row]:
     yield "deepcopy", copy.deepcopy(lib.G) @ x, t.G @ x, size
     try:
         pickle.dumps((lib.case.model, lib.case.loss, lib.case.data))
-    except Exception:  # not ours: a model that pickle does not know
+    # A model that pickle does not know raises what it likes; without it there is
+    # nothing of ours to compare.
+    except Exception:
         return
     yield "pickle", pickle.loads(pickle.dumps(lib.G)) @ x, t.G @ x, size
 

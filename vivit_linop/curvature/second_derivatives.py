@@ -283,7 +283,8 @@ class Certificate:
         try:
             with as_guest(risk.device):
                 output = self._evaluate(risk.model.params, X, double).detach()
-        # Whatever a model says to numbers of another precision.
+        # Whatever a model says to numbers of another precision, or for want of memory
+        # for them: then differences are taken in its own, with the bounds of that.
         except Exception:
             return risk.dtype
         known = risk.outputs[0]
