@@ -1,11 +1,14 @@
 """What torch's modes and the caller's settings do to results: nothing."""
 
+import contextlib
 import copy
+from collections.abc import Callable
 
 import pytest
 import torch
 from cases import problem
-from torch import Tensor
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from toys import toy, use_everything
 
 import vivit_linop as vl
@@ -104,16 +107,31 @@ def _of_a_guest(risk: vl.EmpiricalRisk) -> dict[str, Tensor]:
     }
 
 
-@pytest.mark.parametrize("name", ["autocast", "inference"])
+def _halved(tensor: Tensor) -> tuple[Tensor, torch.dtype]:
+    """Save in half of the memory, as those do who compress activations."""
+    is_float = tensor.is_floating_point()
+    return tensor.bfloat16() if is_float else tensor, tensor.dtype
+
+
+MODES: dict[str, Callable[[], contextlib.AbstractContextManager[object]]] = {
+    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+    "inference": torch.inference_mode,
+    "hooks that round": lambda: saved_tensors_hooks(
+        _halved, lambda saved: saved[0].to(saved[1])
+    ),
+    "hooks that keep signs only": lambda: saved_tensors_hooks(
+        lambda tensor: tensor.sign(), lambda tensor: tensor
+    ),
+    "hooks that save on the host": torch.autograd.graph.save_on_cpu,
+}
+
+
+@pytest.mark.parametrize("name", MODES)
 def test_modes_of_the_caller_change_nothing(name: str) -> None:
-    modes = {
-        "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
-        "inference": torch.inference_mode,
-    }
     net, loss, (X, y) = toy()
     arguments = copy.deepcopy(net).float(), loss, (X.float(), y)
     expected = _of_a_guest(vl.EmpiricalRisk(*arguments))
-    with modes[name]():
+    with MODES[name]():
         results = _of_a_guest(vl.EmpiricalRisk(*arguments))
         kept = torch.is_autocast_enabled("cpu"), torch.is_inference_mode_enabled()
     assert kept == (name == "autocast", name == "inference")
@@ -121,6 +139,63 @@ def test_modes_of_the_caller_change_nothing(name: str) -> None:
         torch.testing.assert_close(
             results[key], want, rtol=1e-5, atol=1e-6, msg=lambda m, k=key: f"{k}: {m}"
         )
+
+
+@pytest.mark.parametrize("name", [name for name in MODES if "hooks" in name])
+@pytest.mark.parametrize("inside", ["construction", "use", "both"])
+def test_graphs_keep_what_was_computed(inside: str, name: str) -> None:
+    """By autograd: of a loss, of columns without a structure, of a prior."""
+
+    def quartic(output: Tensor, target: Tensor) -> Tensor:
+        return ((output - target) ** 4).sum(1).mean()
+
+    net = Wide().double()
+    X = torch.linspace(-1, 1, 24, dtype=torch.float64).reshape(6, 4)
+    arguments = net, quartic, (X, X.cos()[:, :3])
+
+    def built() -> vl.EmpiricalRisk:
+        return vl.EmpiricalRisk(*arguments, reduction="mean")
+
+    def used(risk: vl.EmpiricalRisk) -> list[Tensor]:
+        posterior = vl.Laplace(risk, 0.5)
+        return [
+            vl.GGN(risk).gram.to_dense(),
+            vl.Hessian(risk).to_dense(),
+            vl.LossHessian(risk).to_dense(),
+            posterior.optimize_prior(),
+        ]
+
+    expected = used(built())
+    with MODES[name]() if inside != "use" else contextlib.nullcontext():
+        risk = built()
+    with MODES[name]() if inside != "construction" else contextlib.nullcontext():
+        results = used(risk)
+    for got, want in zip(results, expected, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-12)
+
+
+class Wide(nn.Module):
+    """Its parameters meet no layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.linspace(-1, 1, 12).reshape(4, 3).sin())
+
+    def forward(self, X: Tensor) -> Tensor:
+        return torch.einsum("ni,ij->nj", X.exp(), self.weight.cumsum(0)).tanh()
+
+
+def test_what_a_net_has_overwritten_is_found_under_hooks_too() -> None:
+    class Overwrites(nn.Linear):
+        def forward(self, X: Tensor) -> Tensor:
+            once = super().forward(X).exp()
+            twice = 2 * once
+            return twice + once.mul_(3)  # the derivative of exp needs its result
+
+    _, loss, data = toy()
+    for name in ["hooks that save on the host", "hooks that round"]:
+        with MODES[name](), pytest.raises(RuntimeError, match="inplace operation"):
+            vl.EmpiricalRisk(Overwrites(4, 3).double(), loss, data).gradient()
 
 
 has_precisions = pytest.mark.skipif(

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from vivit_linop.checkpoints import RECOMPUTED
+from vivit_linop.graphs import recorded
 
 P = ParamSpec("P")
 Result = TypeVar("Result")
@@ -111,7 +112,8 @@ class as_guest:
     it, so that outputs would depend on who calls; as they would in the caller's
     precision, which is off too (:class:`ordinary_mode`). What ``torch.compile`` has
     compiled runs as it was written: compiled code has no second derivatives, and no
-    calls that could be recorded.
+    calls that could be recorded. Graphs keep what was computed, whatever hooks of the
+    caller on saved tensors make of it (:class:`vivit_linop.graphs.recorded`).
 
     What of this is one for the process is set while any thread is inside, and put back
     when the last one leaves.
@@ -139,7 +141,7 @@ class as_guest:
                 "may be transformed; compute what else the data are needed for "
                 "(G.gram.to_dense(), G.diagonal(), …) before, or call .backward()."
             ) from error
-        modes: list[Any] = [torch.enable_grad()]
+        modes: list[Any] = [recorded()]
         # A product has entered it already.
         if (
             _HERE.depth == 0

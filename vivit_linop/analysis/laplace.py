@@ -20,6 +20,7 @@ from vivit_linop.analysis.evidence import (
 from vivit_linop.analysis.predictive import predictive_covariance
 from vivit_linop.arguments import check_flag
 from vivit_linop.curvature import EKFAC, GGN, KFAC, Jacobian
+from vivit_linop.graphs import recorded
 from vivit_linop.modes import as_given, ordinary_mode
 from vivit_linop.net.certified import read_structure
 from vivit_linop.operators import Diagonal, TorchLinearOperator
@@ -185,11 +186,12 @@ class Laplace:
 
         def negative(x: np.ndarray) -> tuple[float, np.ndarray]:
             log = torch.from_numpy(x).to(self.mean).requires_grad_()
-            precision = log.exp()
-            evidence = self.log_marginal_likelihood(
-                precision if per_parameter else precision.squeeze(0)
-            )
-            (slope,) = torch.autograd.grad(evidence, log)
+            with recorded():
+                precision = log.exp()
+                evidence = self.log_marginal_likelihood(
+                    precision if per_parameter else precision.squeeze(0)
+                )
+                (slope,) = torch.autograd.grad(evidence, log)
             return -evidence.item(), -slope.double().cpu().numpy()
 
         bounds = [tuple(np.log(_RANGE))] * count

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vivit_linop.graphs import recorded
 from vivit_linop.risk.draws import Draws
 from vivit_linop.risk.outputs import OutputTree
 
@@ -112,7 +113,7 @@ class OutputLoss(ABC):
 
         Without a closed form, by one backward pass in output space.
         """
-        with torch.enable_grad():
+        with recorded():
             _, gradient = self._graph(output, target)
         return self.channels(gradient.detach())
 
@@ -121,7 +122,7 @@ class OutputLoss(ABC):
 
         Without a closed form, by one backward pass for each of the K columns.
         """
-        with torch.enable_grad():
+        with recorded():
             leaf, gradient = self._graph(output, target)
             if not gradient.requires_grad:  # a linear loss
                 return torch.zeros_like(X)
