@@ -26,7 +26,7 @@ distributed: $(STAMPS)/examples  ## run an example over two processes, by torchr
 	OMP_NUM_THREADS=1 $(PY) -m torch.distributed.run --standalone --nproc-per-node 2 examples/distributed.py
 
 ranks: $(STAMPS)/test  ## check every case of the tests over 2, 3 and 4 processes; 20 minutes
-	PYTHONPATH=. OMP_NUM_THREADS=1 $(PY) tests/ranks_cases.py $(ARGS)
+	OMP_NUM_THREADS=1 $(PY) -m tests.ranks_cases $(ARGS)
 
 test: $(STAMPS)/test  ## run the tests
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 $(ARGS)

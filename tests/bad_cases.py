@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from cases import mlp
 from torch import nn
 
 import vivit_linop as vl
+from tests.cases import mlp
 
 GENERATOR = torch.Generator().manual_seed(0)
 X = torch.randn(6, 4, generator=GENERATOR).double()

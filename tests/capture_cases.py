@@ -6,18 +6,18 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from cases import (
+from torch import Tensor, nn
+from torch.func import hessian, jacrev
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import vivit_linop as vl
+from tests.cases import (
     Lambda,
     call,
     classes,
     fast_path,
     features,
 )
-from torch import Tensor, nn
-from torch.func import hessian, jacrev
-from torch.nn.attention import SDPBackend, sdpa_kernel
-
-import vivit_linop as vl
 
 N = 3
 # The layers whose weights have Khatri–Rao factors.

@@ -5,10 +5,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from cases import dense, problem
 from torch import Tensor
 
 import vivit_linop as vl
+from tests.cases import dense, problem
 
 FEW = [
     "mlp_ce_mean",

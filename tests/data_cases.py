@@ -3,11 +3,11 @@
 from typing import Any
 
 import torch
-from cases import mlp
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 import vivit_linop as vl
+from tests.cases import mlp
 
 
 class Drawn(Dataset):

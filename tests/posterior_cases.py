@@ -3,10 +3,10 @@
 from collections.abc import Callable
 
 import torch
-from cases import dense
 from torch import Tensor
 
 import vivit_linop as vl
+from tests.cases import dense
 
 DELTA = 0.1
 

@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 from backpack import extensions
-from ranks_cases import Check
-from ranks_setting import DELTA, C, N, Setting, agreement, loss, net, raised
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import vivit_linop as vl
+from tests.ranks_cases import Check
+from tests.ranks_setting import DELTA, C, N, Setting, agreement, loss, net, raised
 from vivit_linop.curvature import routes
 from vivit_linop.linalg import decompositions, eigen, roots
 from vivit_linop.operators import kronecker

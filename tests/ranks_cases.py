@@ -18,12 +18,12 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import cases
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 import vivit_linop as vl
+from tests import cases
 
 ROOT = Path(__file__).parents[1]
 Found = dict[str, str]
@@ -37,10 +37,8 @@ EXACT = 1e-12
 
 def launched(folder: Path, size: int, *work: str, limit: float = 300.0) -> list[Found]:
     """Let ``size`` processes do some work; return what each has found."""
-    command = [sys.executable, "tests/ranks_work.py", str(folder), str(size)]
-    # The processes import the tests as pytest does, from the root.
-    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    command = [sys.executable, "-m", "tests.ranks_work", str(folder), str(size)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     processes = [
         subprocess.Popen([*command, str(rank), *work], cwd=ROOT, env=environment)
         for rank in range(size)

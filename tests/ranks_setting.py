@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from ranks_cases import gathered
 from torch import Tensor, nn
 
 import vivit_linop as vl
+from tests.ranks_cases import gathered
 
 N, C, DELTA = 29, 4, 0.1
 

@@ -13,19 +13,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from cases import CASES
-from ranks_beyond import Beyond
-from ranks_cases import Check, Found, carried_out, join, of_case
-from ranks_setting import (
-    DELTA,
-    N,
-    Setting,
-    agreement,
-    loss,
-    net,
-    raised,
-    without_barrier,
-)
 from scipy.sparse.linalg import cg, eigsh, lobpcg, lsmr, minres, svds
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -35,6 +22,19 @@ from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_modul
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 import vivit_linop as vl
+from tests.cases import CASES
+from tests.ranks_beyond import Beyond
+from tests.ranks_cases import Check, Found, carried_out, join, of_case
+from tests.ranks_setting import (
+    DELTA,
+    N,
+    Setting,
+    agreement,
+    loss,
+    net,
+    raised,
+    without_barrier,
+)
 from vivit_linop.net import pieces
 from vivit_linop.net.totals import GramTotal
 

@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from cases import CONVEX, Dense, Lambda, converted, dense, dense_of, mlp, problem
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import vivit_linop as vl
 from tests import placing
+from tests.cases import CONVEX, Dense, Lambda, converted, dense, dense_of, mlp, problem
 from vivit_linop.curvature import output_space
 from vivit_linop.linalg.decompositions import GramEigenpairs
 

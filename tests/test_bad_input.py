@@ -5,11 +5,11 @@ from typing import Any
 
 import pytest
 import torch
-from bad_cases import CE, CLASSES, X, net, refused, risk_of, toy
-from cases import Lambda, mlp
 from torch import Tensor, nn
 
 import vivit_linop as vl
+from tests.bad_cases import CE, CLASSES, X, net, refused, risk_of, toy
+from tests.cases import Lambda, mlp
 
 # Vectors ------------------------------------------------------------------------------
 

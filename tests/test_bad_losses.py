@@ -5,12 +5,12 @@ from typing import Any
 
 import pytest
 import torch
-from bad_cases import CE, CLASSES, MSE, TARGETS, X, net, refused, risk_of, toy
-from cases import Lambda, problem
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import vivit_linop as vl
+from tests.bad_cases import CE, CLASSES, MSE, TARGETS, X, net, refused, risk_of, toy
+from tests.cases import Lambda, problem
 
 # Losses -------------------------------------------------------------------------------
 

@@ -6,13 +6,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from bad_cases import CE, CLASSES, MSE, TARGETS, X, net, refused, risk_of
-from cases import Lambda, mlp
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 import vivit_linop as vl
+from tests.bad_cases import CE, CLASSES, MSE, TARGETS, X, net, refused, risk_of
+from tests.cases import Lambda, mlp
 
 # Data ---------------------------------------------------------------------------------
 

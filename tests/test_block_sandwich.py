@@ -4,10 +4,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from curvature_cases import close, risk
 from torch import Tensor, nn
 
 import vivit_linop as vl
+from tests.curvature_cases import close, risk
 from vivit_linop.curvature.block_sandwich import BlockSandwich
 from vivit_linop.operators import CorrectedKronecker, Kronecker, Product
 

@@ -6,7 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-from capture_cases import (
+from torch import Tensor, nn
+from torch.func import vmap
+from torch.nn import functional as F
+from torch.overrides import has_torch_function
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import vivit_linop as vl
+from tests.capture_cases import (
     FACTORED,
     LAYERS,
     OPAQUE,
@@ -24,7 +31,7 @@ from capture_cases import (
     transposed,
     truth,
 )
-from cases import (
+from tests.cases import (
     Lambda,
     Problem,
     dense_of,
@@ -32,14 +39,7 @@ from cases import (
     parameter,
     problem,
 )
-from torch import Tensor, nn
-from torch.func import vmap
-from torch.nn import functional as F
-from torch.overrides import has_torch_function
-from torch.utils._python_dispatch import TorchDispatchMode
-from toys import Snapshot
-
-import vivit_linop as vl
+from tests.toys import Snapshot
 from vivit_linop.modes import as_guest
 from vivit_linop.net.capture import Capture
 from vivit_linop.net.certified import find_structure

@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 import torch
-from cases import Lambda, call, parameter
 from torch import Tensor, nn
 from torch.func import vmap
 from torch.nn import functional as F
 from torch.nn.utils import rnn
 
 import vivit_linop as vl
+from tests.cases import Lambda, call, parameter
 from vivit_linop.modes import as_guest
 from vivit_linop.net.capture import Capture
 from vivit_linop.net.certified import Certificate, find_structure

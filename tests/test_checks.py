@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cases import Lambda, mlp
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import vivit_linop as vl
+from tests.cases import Lambda, mlp
 from vivit_linop.risk import checks
 from vivit_linop.risk.model import FunctionalModel
 

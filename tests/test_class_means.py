@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from cases import dense
-from curvature_cases import close, risk
 from torch import Tensor, nn
-from toys import toy
 
 import vivit_linop as vl
+from tests.cases import dense
+from tests.curvature_cases import close, risk
+from tests.toys import toy
 
 float64 = torch.float64
 

@@ -11,14 +11,14 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from cases import Lambda
-from sample_truth import check, check_products, truth_of
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import rnn
 from torch.utils.data import DataLoader, TensorDataset
 
 import vivit_linop as vl
+from tests.cases import Lambda
+from tests.sample_truth import check, check_products, truth_of
 
 CE = nn.CrossEntropyLoss()
 N = 6

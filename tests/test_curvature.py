@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from cases import CONVEX, NAMES, dense, problem
-from curvature_cases import build, check_products, close, fresh, risk
 from torch import Tensor, nn
 
 import vivit_linop as vl
+from tests.cases import CONVEX, NAMES, dense, problem
+from tests.curvature_cases import build, check_products, close, fresh, risk
 from vivit_linop.curvature.jacobian import Pullback
 from vivit_linop.operators.lowrank import Gram, LowRank
 from vivit_linop.testing import check_operator

@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from cases import Lambda, dense, mlp, problem
-from data_cases import Drawn
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
-from toys import Noisy, Snapshot, random_vector, toy
 
 import vivit_linop as vl
+from tests.cases import Lambda, dense, mlp, problem
+from tests.data_cases import Drawn
+from tests.toys import Noisy, Snapshot, random_vector, toy
 from vivit_linop.net.linearization import linearizations
 
 # Streams ------------------------------------------------------------------------------

@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cases import Lambda, mlp
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._device import _device_constructors
 
 import vivit_linop as vl
+from tests.cases import Lambda, mlp
 
 DTYPE = torch.float32
 

@@ -5,10 +5,10 @@ import math
 
 import pytest
 import torch
-from operator_market import Draw
 from torch import nn
 
 import vivit_linop as vl
+from tests.operator_market import Draw
 from vivit_linop.operators import CorrectedKronecker, LowRank
 
 FLOAT64 = torch.float64

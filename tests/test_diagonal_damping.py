@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from composition_cases import EPS, close, risks
-from operator_market import Draw
 
 import vivit_linop as vl
+from tests.composition_cases import EPS, close, risks
+from tests.operator_market import Draw
 from vivit_linop.curvature import column_sums
 from vivit_linop.curvature.jacobian import Pullback
 from vivit_linop.net.columns.khatri_rao import KhatriRaoColumns

@@ -8,12 +8,19 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
-from operator_market import Draw, build, khatri_rao_of
 from threadpoolctl import threadpool_info, threadpool_limits
 from torch import Tensor
-from verb_cases import FLOAT64, SQUARE, assert_near, every_dtype, graded, on_market
 
 import vivit_linop as vl
+from tests.operator_market import Draw, build, khatri_rao_of
+from tests.verb_cases import (
+    FLOAT64,
+    SQUARE,
+    assert_near,
+    every_dtype,
+    graded,
+    on_market,
+)
 from vivit_linop.operators import Damped, Gram, LowRank
 
 NO_EIGENVALUES = {

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from cases import dense
-from curvature_cases import risk
 
 import vivit_linop as vl
+from tests.cases import dense
+from tests.curvature_cases import risk
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)

@@ -4,11 +4,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from cases import dense
-from curvature_cases import close, risk
 from torch import Tensor, nn
 
 import vivit_linop as vl
+from tests.cases import dense
+from tests.curvature_cases import close, risk
 
 float64 = torch.float64
 NAMES = ["mlp_ce_mean", "mlp_mse_sum", "more_columns_than_parameters"]

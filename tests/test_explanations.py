@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from operator_market import MARKET, build
 from torch import nn
 
 import vivit_linop as vl
 from tests import placing
+from tests.operator_market import MARKET, build
 from vivit_linop.linalg import IterativeInverse
 from vivit_linop.operators import rules
 

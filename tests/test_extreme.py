@@ -3,13 +3,13 @@
 import numpy as np
 import pytest
 import torch
-from composition_cases import risks
-from operator_market import Draw
 from scipy.sparse import linalg as sparse
 from torch import nn
 
 import vivit_linop as vl
 from tests import placing
+from tests.composition_cases import risks
+from tests.operator_market import Draw
 from vivit_linop.linalg import extreme, krylov
 
 FLOAT64 = torch.float64

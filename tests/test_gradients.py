@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from operator_market import Draw
 from torch import nn
 from torch.autograd import forward_ad
 
 import vivit_linop as vl
 from tests import placing
+from tests.operator_market import Draw
 from vivit_linop.operators import CorrectedKronecker, DampedRoot, LowRank, Woodbury
 
 FLOAT64 = torch.float64

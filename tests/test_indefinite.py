@@ -9,12 +9,21 @@ from typing import Any
 
 import pytest
 import torch
-from cases import Dense, Lambda, Problem, classes, converted, dense_of, features, mlp
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import vivit_linop as vl
 from tests import placing
+from tests.cases import (
+    Dense,
+    Lambda,
+    Problem,
+    classes,
+    converted,
+    dense_of,
+    features,
+    mlp,
+)
 
 
 def gaussian(f: Tensor, y: Tensor) -> Tensor:

@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from cases import dense
-from curvature_cases import close, risk
-from posterior_cases import KINDS, inverse, matrix
 from torch import Tensor, nn
-from toys import toy
 
 import vivit_linop as vl
+from tests.cases import dense
+from tests.curvature_cases import close, risk
+from tests.posterior_cases import KINDS, inverse, matrix
+from tests.toys import toy
 
 float64 = torch.float64
 NAMES = ["mlp_ce_mean", "more_columns_than_parameters", "repeated_samples"]

@@ -4,10 +4,10 @@ from typing import Any
 
 import pytest
 import torch
-from cases import dense, problem
 from torch import Tensor, nn
 
 import vivit_linop as vl
+from tests.cases import dense, problem
 from vivit_linop.curvature import plan
 from vivit_linop.linalg import tracking
 from vivit_linop.net import inner

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from cases import Lambda, parameter
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import vivit_linop as vl
+from tests.cases import Lambda, parameter
 from vivit_linop.net.certified import find_structure
 
 N = 5

@@ -5,20 +5,20 @@ import subprocess
 import sys
 from typing import Any
 
-import backpack_peer
 import curvlinops
 import numpy as np
 import pytest
 import torch
 from backpack import extensions as bp
-from backpack_peer import KRONECKER, REDUCTIONS
-from cases import problem
 from scipy.sparse import csr_matrix
 from scipy.sparse.linalg import LinearOperator, aslinearoperator, cg, eigsh
 from torch import Tensor, nn
 from torch.fx import symbolic_trace
 
 import vivit_linop as vl
+from tests import backpack_peer
+from tests.backpack_peer import KRONECKER, REDUCTIONS
+from tests.cases import problem
 from vivit_linop.testing import check_operator
 
 RTOL = 1e-10

@@ -4,10 +4,10 @@ import warnings
 
 import pytest
 import torch
-from cases import NAMES, dense, problem
-from curvature_cases import blocks_of, build, check_products, close, fresh
 
 import vivit_linop as vl
+from tests.cases import NAMES, dense, problem
+from tests.curvature_cases import blocks_of, build, check_products, close, fresh
 
 
 @pytest.fixture(autouse=True)

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from curvature_cases import close
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
-from toys import toy
 
 import vivit_linop as vl
+from tests.curvature_cases import close
+from tests.toys import toy
 
 float64 = torch.float64
 

@@ -3,17 +3,16 @@
 import functools
 from typing import Any
 
-import backpack_peer
-import cases
 import curvlinops
 import pytest
 import torch
 from backpack import extensions as bp
-from backpack_peer import KRONECKER, REDUCTIONS
-from cases import Problem, dense, dense_of, problem
 from torch import Tensor, nn
 
 import vivit_linop as vl
+from tests import backpack_peer, cases
+from tests.backpack_peer import KRONECKER, REDUCTIONS
+from tests.cases import Problem, dense, dense_of, problem
 from vivit_linop.operators import DampedRoot, Gram, LowRank
 from vivit_linop.testing import check_operator
 

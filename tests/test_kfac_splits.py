@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 import torch
-from cases import Lambda
 from torch import Tensor, nn
 
 import vivit_linop as vl
+from tests.cases import Lambda
 
 SPLITS = [(1, 3), (3, 1), (1, 1, 2), (2, 1, 1), (2, 2), (1, 1, 1, 1)]
 

@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import backpack_peer
 import pytest
 import torch
 from backpack import extensions as bp
@@ -10,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import vivit_linop as vl
+from tests import backpack_peer
 from vivit_linop.curvature.kfac import WEIGHT_SHARINGS
 from vivit_linop.testing import check_operator
 

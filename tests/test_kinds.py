@@ -5,13 +5,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from cases import Lambda
 from torch import Tensor, nn
 from torch.func import functional_call, jacrev
 from torch.nn import functional as F
 from torch.overrides import handle_torch_function, has_torch_function
 
 import vivit_linop as vl
+from tests.cases import Lambda
 from vivit_linop.net import kinds
 from vivit_linop.net.columns.base import DenseColumns, LayerColumns
 from vivit_linop.net.kinds import Arguments, Kind, Signature, View, register

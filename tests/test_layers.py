@@ -6,7 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from capture_cases import (
+from torch import Tensor, nn
+
+from tests.capture_cases import (
     FACTORED,
     LAYERS,
     OPAQUE,
@@ -17,11 +19,10 @@ from capture_cases import (
     one_layer,
     title,
 )
-from cases import (
+from tests.cases import (
     Lambda,
     features,
 )
-from torch import Tensor, nn
 
 
 @pytest.fixture(autouse=True)

@@ -4,10 +4,10 @@ import math
 
 import pytest
 import torch
-from operator_market import MARKET, build
 from torch import Tensor, nn
 
 import vivit_linop as vl
+from tests.operator_market import MARKET, build
 
 TAUS = torch.tensor([0.25, 3.0, 40.0], dtype=torch.float64)
 

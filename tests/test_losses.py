@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import cases
 import pytest
 import torch
 from torch import Tensor, nn
 
 import vivit_linop as vl
+from tests import cases
 
 LOG_SOFTMAX, SIGMOID = nn.LogSoftmax(1), nn.Sigmoid()
 PROBABILITIES = torch.tensor(

@@ -5,9 +5,9 @@ import weakref
 
 import pytest
 import torch
-from operator_market import Draw
 
 import vivit_linop as vl
+from tests.operator_market import Draw
 from vivit_linop.linalg import decompositions
 from vivit_linop.operators import Centered, Gram, LowRank, symmetric
 

@@ -5,13 +5,13 @@ from typing import Any
 
 import pytest
 import torch
-from cases import Lambda, mlp
-from data_cases import Drawn
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from toys import random_vector, toy
 
 import vivit_linop as vl
+from tests.cases import Lambda, mlp
+from tests.data_cases import Drawn
+from tests.toys import random_vector, toy
 from vivit_linop.curvature import hessian_products
 from vivit_linop.net import certified, chunks
 from vivit_linop.net.certified import find_structure

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from operator_market import Draw
 from torch import nn
 
 import vivit_linop as vl
+from tests.operator_market import Draw
 from vivit_linop.operators import Diagonal, Product
 
 EPS = {torch.float32: 1e-5, torch.float64: 1e-12}

@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from cases import Lambda, call, mlp
 from torch import Tensor, nn
 from torch.func import jacrev
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import vivit_linop as vl
+from tests.cases import Lambda, call, mlp
 from vivit_linop.net.linearization import linearizations
 
 CE = nn.CrossEntropyLoss()

@@ -6,12 +6,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from cases import problem
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
-from toys import toy, use_everything
 
 import vivit_linop as vl
+from tests.cases import problem
+from tests.toys import toy, use_everything
 
 # Grad modes ---------------------------------------------------------------------------
 

@@ -4,10 +4,10 @@ import warnings
 
 import pytest
 import torch
-from cases import NAMES, dense, problem
-from curvature_cases import check_pairs, check_products, close, fresh, risk
 
 import vivit_linop as vl
+from tests.cases import NAMES, dense, problem
+from tests.curvature_cases import check_pairs, check_products, close, fresh, risk
 
 
 @pytest.fixture(autouse=True)

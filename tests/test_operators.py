@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import scipy
 import torch
-from operator_market import MARKET, build
 from torch.autograd import forward_ad
 
 import vivit_linop as vl
+from tests.operator_market import MARKET, build
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 every_operator = pytest.mark.parametrize("name", MARKET)

@@ -8,11 +8,11 @@ from html.parser import HTMLParser
 
 import pytest
 import torch
-from operator_market import MARKET, build
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import vivit_linop as vl
+from tests.operator_market import MARKET, build
 from vivit_linop.operators.outline import Cost, Outline, as_html, outline
 
 # What torch does not count: solves with factors, and projections that are drawn.

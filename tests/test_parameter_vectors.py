@@ -3,9 +3,9 @@
 import pytest
 import torch
 from torch import nn
-from toys import random_vector, toy, use_everything
 
 import vivit_linop as vl
+from tests.toys import random_vector, toy, use_everything
 
 float64 = torch.float64
 

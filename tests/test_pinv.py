@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from cases import dense
-from curvature_cases import close, risk
-from operator_market import MARKET, build
 from torch import Tensor
-from verb_cases import FLOAT64
 
 import vivit_linop as vl
+from tests.cases import dense
+from tests.curvature_cases import close, risk
+from tests.operator_market import MARKET, build
+from tests.verb_cases import FLOAT64
 from vivit_linop.operators import LowRank
 
 NO_CLOSED_FORM = {

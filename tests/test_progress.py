@@ -6,13 +6,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from data_cases import streamed
 from scipy.sparse.linalg import eigsh
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
-from toys import Snapshot, guest_net, random_vector, toy
 
 import vivit_linop as vl
+from tests.data_cases import streamed
+from tests.toys import Snapshot, guest_net, random_vector, toy
 from vivit_linop.linalg.krylov import watched
 from vivit_linop.risk.progress import shown
 

@@ -7,16 +7,15 @@ samples, this library has not: r is put on in the tests.
 import functools
 from typing import Any
 
-import backpack_peer
-import cases
 import pytest
 import torch
 from backpack import extensions as bp
-from backpack_peer import REDUCTIONS
-from cases import dense, problem
 from torch import Tensor, nn
 
 import vivit_linop as vl
+from tests import backpack_peer, cases
+from tests.backpack_peer import REDUCTIONS
+from tests.cases import dense, problem
 from vivit_linop.curvature.hessian_diagonal import diagonals_one_by_one
 from vivit_linop.net.columns.khatri_rao import KhatriRaoColumns, squares_by_pairs
 from vivit_linop.operators import Centered, Gram

@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from sample_truth import Sample, check, check_products, close, truth_of
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import rnn
 from torch.utils.data import DataLoader
 
 import vivit_linop as vl
+from tests.sample_truth import Sample, check, check_products, close, truth_of
 
 CE = nn.CrossEntropyLoss()
 C = 3

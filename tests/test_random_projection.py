@@ -5,12 +5,12 @@ import pickle
 
 import pytest
 import torch
-from cases import dense
-from curvature_cases import close, risk
 from torch import Tensor
 
 import vivit_linop as vl
 from tests import placing
+from tests.cases import dense
+from tests.curvature_cases import close, risk
 
 float64 = torch.float64
 

@@ -4,11 +4,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import ranks_cases
 import torch
 from torch import nn
 
 import vivit_linop as vl
+from tests import ranks_cases
 from vivit_linop.ranks.alone import ALONE, Ranks
 from vivit_linop.ranks.packing import layout_of, packed, unpacked
 from vivit_linop.ranks.votes import (

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from rehearsal.limits import LIMITS
+
+from tests.rehearsal.limits import LIMITS
 
 NETS = ["mlp", "convolutions", "attention", "tokens"]
 # Of float32, on other orders of summation.

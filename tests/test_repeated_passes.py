@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from capture_cases import close
-from cases import Problem, dense_of
 from torch import Tensor, nn
 
 import vivit_linop as vl
+from tests.capture_cases import close
+from tests.cases import Problem, dense_of
 from vivit_linop.net import pieces
 
 

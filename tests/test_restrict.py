@@ -5,13 +5,13 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from cases import dense
-from curvature_cases import close, risk
-from operator_market import build
 from torch import Tensor
-from verb_cases import FLOAT64, SQUARE, assert_near
 
 import vivit_linop as vl
+from tests.cases import dense
+from tests.curvature_cases import close, risk
+from tests.operator_market import build
+from tests.verb_cases import FLOAT64, SQUARE, assert_near
 from vivit_linop.operators import (
     Damped,
     LowRank,

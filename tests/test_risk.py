@@ -7,12 +7,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cases import NAMES, Lambda, dense, mlp, problem
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
-from toys import random_vector, toy, use_everything
 
 import vivit_linop as vl
+from tests.cases import NAMES, Lambda, dense, mlp, problem
+from tests.toys import random_vector, toy, use_everything
 
 # Values -------------------------------------------------------------------------------
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
-from toys import Noisy, guest_net, random_vector, toy
 
 import vivit_linop as vl
+from tests.toys import Noisy, guest_net, random_vector, toy
 
 OPERATORS = [
     vl.Jacobian,

@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
-from toys import Snapshot, guest_net, random_vector, toy, use_everything
 
 import vivit_linop as vl
+from tests.toys import Snapshot, guest_net, random_vector, toy, use_everything
 
 # Guest behaviour ----------------------------------------------------------------------
 

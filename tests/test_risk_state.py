@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from cases import Lambda
 from torch import Tensor, nn
 from torch.nn import functional as F
-from toys import guest_net, random_vector, toy, use_everything
 
 import vivit_linop as vl
+from tests.cases import Lambda
+from tests.toys import guest_net, random_vector, toy, use_everything
 
 # Operators are of the parameters at construction --------------------------------------
 

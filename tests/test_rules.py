@@ -6,9 +6,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from operator_market import Draw, khatri_rao_of
 
 import vivit_linop as vl
+from tests.operator_market import Draw, khatri_rao_of
 from vivit_linop.operators import (
     Adjoint,
     BlockDiagonal,

@@ -6,12 +6,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cases import Lambda
-from sample_truth import check, check_products, close, truth_of
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import vivit_linop as vl
+from tests.cases import Lambda
+from tests.sample_truth import check, check_products, close, truth_of
 
 CE = nn.CrossEntropyLoss()
 N, T, C = 6, 5, 3

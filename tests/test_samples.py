@@ -4,10 +4,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from cases import dense
-from curvature_cases import risk
 
 import vivit_linop as vl
+from tests.cases import dense
+from tests.curvature_cases import risk
 
 float64, MANY = torch.float64, 1_000
 

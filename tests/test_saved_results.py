@@ -5,11 +5,11 @@ from typing import Any
 
 import pytest
 import torch
-from data_cases import Drawn, streamed
 from torch import nn
-from toys import guest_net, random_vector, toy
 
 import vivit_linop as vl
+from tests.data_cases import Drawn, streamed
+from tests.toys import guest_net, random_vector, toy
 from vivit_linop.linalg.decompositions import GramEigenpairs
 
 

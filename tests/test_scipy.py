@@ -14,9 +14,9 @@ import scipy.optimize
 import scipy.sparse
 import scipy.sparse.linalg as sla
 import torch
-from operator_market import Draw, khatri_rao_of
 
 import vivit_linop as vl
+from tests.operator_market import Draw, khatri_rao_of
 from vivit_linop.operators import LowRank
 
 FLOAT64 = torch.float64

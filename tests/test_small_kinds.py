@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from cases import Lambda, mlp
 from torch import Tensor, nn
 from torch.func import functional_call, jacrev
 
 import vivit_linop as vl
+from tests.cases import Lambda, mlp
 
 X = torch.rand(6, 4, generator=torch.Generator().manual_seed(0)).double()
 CLASSES = torch.tensor([0, 2, 1, 1, 0, 2])

@@ -5,12 +5,12 @@ import weakref
 
 import pytest
 import torch
-from composition_cases import close, risks
-from operator_market import Draw
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import vivit_linop as vl
+from tests.composition_cases import close, risks
+from tests.operator_market import Draw
 from vivit_linop.operators import LowRank, Woodbury, small_side
 
 FLOAT64 = torch.float64

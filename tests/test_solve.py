@@ -3,12 +3,12 @@
 import numpy as np
 import pytest
 import torch
-from cases import dense
-from curvature_cases import risk
-from operator_market import build
-from verb_cases import FLOAT64, SQUARE
 
 import vivit_linop as vl
+from tests.cases import dense
+from tests.curvature_cases import risk
+from tests.operator_market import build
+from tests.verb_cases import FLOAT64, SQUARE
 from vivit_linop.linalg import IterativeInverse
 from vivit_linop.operators import Sum, verbs
 

@@ -6,11 +6,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cases import CONVEX, dense, problem
-from curvature_cases import FEW, blocks_of, check_pairs, check_products, close, risk
 from torch import Tensor
 
 import vivit_linop as vl
+from tests.cases import CONVEX, dense, problem
+from tests.curvature_cases import (
+    FEW,
+    blocks_of,
+    check_pairs,
+    check_products,
+    close,
+    risk,
+)
 from vivit_linop.operators import Damped, Woodbury
 
 EPS = torch.finfo(torch.float64).eps

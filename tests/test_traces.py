@@ -4,14 +4,14 @@ import functools
 import warnings
 from typing import Any
 
-import cases
 import pytest
 import torch
-from cases import NAMES, dense, problem
-from curvature_cases import FEW, close, fresh, risk
 from torch import Tensor, nn
 
 import vivit_linop as vl
+from tests import cases
+from tests.cases import NAMES, dense, problem
+from tests.curvature_cases import FEW, close, fresh, risk
 from vivit_linop.net import linearization
 from vivit_linop.net.linearization import (
     Linearization,

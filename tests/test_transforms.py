@@ -5,12 +5,12 @@ from typing import Any
 
 import pytest
 import torch
-from cases import mlp
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 
 import vivit_linop as vl
+from tests.cases import mlp
 
 LOSS = nn.CrossEntropyLoss()
 DELTA = torch.tensor(0.3, dtype=torch.float64)

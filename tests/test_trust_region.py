@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from cases import dense
-from curvature_cases import close, risk
 from torch import Tensor, nn
 
 import vivit_linop as vl
+from tests.cases import dense
+from tests.curvature_cases import close, risk
 
 float64 = torch.float64
 

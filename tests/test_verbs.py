@@ -5,10 +5,17 @@ import math
 import numpy as np
 import pytest
 import torch
-from operator_market import MARKET, Draw, build
-from verb_cases import FLOAT64, SQUARE, assert_near, every_dtype, graded, on_market
 
 import vivit_linop as vl
+from tests.operator_market import MARKET, Draw, build
+from tests.verb_cases import (
+    FLOAT64,
+    SQUARE,
+    assert_near,
+    every_dtype,
+    graded,
+    on_market,
+)
 from vivit_linop.operators import LowRank, Woodbury
 
 RECTANGULAR = [name for name in MARKET if name not in SQUARE]

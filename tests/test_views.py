@@ -6,14 +6,15 @@ from typing import Any
 
 import pytest
 import torch
-from capture_cases import OPAQUE, N, check
-from cases import (
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from tests.capture_cases import OPAQUE, N, check
+from tests.cases import (
     Lambda,
     features,
     parameter,
 )
-from torch import Tensor, nn
-from torch.nn import functional as F
 
 
 @pytest.fixture(autouse=True)

@@ -4,10 +4,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from cases import Lambda
 from torch import Tensor, nn
 
 import vivit_linop as vl
+from tests.cases import Lambda
 from vivit_linop.net.certified import find_structure
 
 

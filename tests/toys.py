@@ -6,11 +6,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from cases import mlp
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 import vivit_linop as vl
+from tests.cases import mlp
 
 
 def toy(N: int = 6) -> tuple[nn.Sequential, nn.Module, tuple[Tensor, Tensor]]:

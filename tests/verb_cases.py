@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from operator_market import MARKET, Draw, build
 
 import vivit_linop as vl
+from tests.operator_market import MARKET, Draw, build
 
 FLOAT64 = torch.float64
 every_dtype = pytest.mark.parametrize("dtype", [torch.float32, FLOAT64], ids=str)

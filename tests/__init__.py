@@ -1,0 +1,1 @@
+"""The tests, a package: pytest and scripts import what is shared as ``tests.…``."""
