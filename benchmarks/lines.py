@@ -29,7 +29,7 @@ CAPABILITIES = {
         curvature/culprit.py curvature/second_derivatives.py
     """,
     "a private copy of the net, its precision, other parameters": """
-        checkpoints.py risk/copies.py risk/private.py risk/precision.py risk/moved.py
+        checkpoints.py risk/copies.py risk/private.py risk/precision.py
     """,
     "data of any form, samples along any axis": """
         risk/containers.py risk/cuts.py risk/outputs.py risk/ragged.py risk/rows.py

@@ -15,6 +15,8 @@ import torch
 
 import vivit_linop as vl
 from vivit_linop.operators.methods import VerbMethods
+from vivit_linop.risk.base import Risk
+from vivit_linop.risk.derived import DerivableRisk
 
 pytestmark = pytest.mark.host("shows what the CPU prints")
 
@@ -61,7 +63,8 @@ REFUSES = re.compile(r"^\s+raise \w|self\._check_", re.MULTILINE)
 # Classes whose methods are for users, but for what other rooms of the package call.
 CLASSES = {
     VerbMethods: set(),
-    vl.EmpiricalRisk: {
+    DerivableRisk: set(),
+    Risk: {
         "batches",
         "targets",
         "does_not_fit",

@@ -40,6 +40,7 @@ class Passes:
         search: Where samples are, as far as is known.
         cuts: Into which parts batches are cut.
         number: How many batches and parts there are, 0 until all have been seen.
+        progress: As given.
     """
 
     @ordinary_mode()
@@ -54,7 +55,7 @@ class Passes:
     ) -> None:
         self.data, self.search, self.cuts, self.number = data, search, cuts, 0
         self._device, self._dtype = model.device, model.dtype
-        self._target, self._progress = target, progress
+        self._target, self.progress = target, progress
         self._draws = target is not None or not _is_in_memory(data)
         self._state = torch.random.get_rng_state()
 
@@ -87,7 +88,7 @@ class Passes:
         batches = iterate(raw, device, self._dtype, self._target)
         if self._draws:
             batches = replay(batches, self._state)
-        if self._progress and what is not None:
+        if self.progress and what is not None:
             batches = self._shown(batches, what)
         return self.cuts.applied(batches, self.search)
 
@@ -100,7 +101,7 @@ class Passes:
             (torch.initial_seed() + 1) % 2**63
         )
         batches = replay(self.data, other.get_state())
-        if self._progress:
+        if self.progress:
             batches = self._shown(batches, "check_data")
         return [fingerprint.of_batch(batch) for batch in batches]
 

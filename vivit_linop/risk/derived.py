@@ -1,0 +1,313 @@
+"""Risks that follow from one: of some samples, of some parameters, at others."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from vivit_linop.indices import Index, as_index
+from vivit_linop.modes import ordinary_mode
+from vivit_linop.ranks.alone import Ranks
+from vivit_linop.risk import fingerprint
+from vivit_linop.risk.alike import check_alike
+from vivit_linop.risk.base import Risk
+from vivit_linop.risk.checks import same_outputs
+from vivit_linop.risk.containers import leaves
+from vivit_linop.risk.cuts import Cuts
+from vivit_linop.risk.data import Batch, select_samples
+from vivit_linop.risk.kept import Kept
+from vivit_linop.risk.losses.base import OutputLoss
+from vivit_linop.risk.losses.certificates import targets_of
+from vivit_linop.risk.model import FunctionalModel, as_guest
+from vivit_linop.risk.parameters import ParameterVectors
+from vivit_linop.risk.passes import Passes
+from vivit_linop.risk.sizes import check_size
+from vivit_linop.risk.ways import Search
+
+# Of a batch: the sums over its inputs, its targets, and the outputs for them before.
+Known = tuple[list[Tensor], Any, Tensor]
+
+
+class DerivableRisk(Risk):
+    """A risk, and those of the same model and loss that follow from it."""
+
+    def subset(self, indices: Index) -> Self:
+        """Return the risk of some samples only: their mean (or sum).
+
+        Costs a pass over the data that picks them, without the model, and the checks of
+        a new risk on them: a forward pass.
+
+        Args:
+            indices: Distinct numbers of samples, 0..N−1, counted over all batches, or
+                a mask of them.
+
+        Raises:
+            ValueError: If it is empty, out of range or repeats a sample, or if the
+                model runs on batches of other sizes only.
+
+        Example:
+            >>> import torch, vivit_linop as vl
+            >>> from torch import nn
+            >>> data = (torch.rand(8, 3), torch.rand(8, 1))
+            >>> risk = vl.EmpiricalRisk(nn.Linear(3, 1), nn.MSELoss(), data)
+            >>> risk.subset([0, 5]).num_samples
+            2
+        """
+        given = as_index(indices, self.num_samples, "indices").cpu()
+        own = _own_samples(given, self.ranks, sum(self.batch_sizes))
+        risk = type(self).__new__(type(self))
+        parts: list[Batch] = []
+        search = Search.known(self.samples) if self.batch_sizes else Search()
+        with self.ranks.together("subset"):
+            if len(own):
+                parts = select_samples(
+                    self._own_batches(), self.batch_sizes, own.tolist(), self.samples
+                )
+        try:
+            cuts = Cuts(final=True)
+            passes = Passes(parts, self.model, search, None, cuts, self.progress)
+            Risk.__init__(
+                risk,
+                *(self.model, self.loss, passes, self.ranks, self.memory),
+                check=self._check,
+                check_data=False,  # they are in memory
+                check_parts=False,
+            )
+        except Exception as error:
+            if parts:
+                mine, _ = next(self._own_batches())
+                known = self.model, self._passes.search, self.batch_sizes
+                check_size(*known, mine, parts, error)
+            raise
+        with self.ranks.together("subset"):
+            if len(own):
+                _check_selected(self.layout.of(own), self.outputs, risk.outputs)
+        return risk
+
+    def _own_batches(self) -> Iterator[Batch]:
+        """The batches with the targets of construction."""
+        batches = self.batches("subset")
+        for (X, _), y in zip(batches, self._targets, strict=True):
+            yield X, y
+
+    def over(self, names: Iterable[str]) -> Self:
+        """Return it as a function of some of its parameters, ``[d]`` of D.
+
+        Costs nothing: the same data, outputs and value. For a last layer, or others
+        that a curvature is to be taken of alone.
+
+        Args:
+            names: Those of the parameters; they keep their order.
+
+        Raises:
+            ValueError: If one is none of the risk's, or there are none.
+
+        Example:
+            >>> import torch, vivit_linop as vl
+            >>> from torch import nn
+            >>> data = (torch.rand(8, 3), torch.rand(8, 1))
+            >>> risk = vl.EmpiricalRisk(nn.Linear(3, 1), nn.MSELoss(), data)
+            >>> risk.over(["weight"]).num_params
+            3
+        """
+        if isinstance(names, str) or not isinstance(names, Iterable):
+            raise TypeError(f"names: a list of names of parameters, got {names!r}.")
+        chosen = list(names)
+        foreign = [name for name in chosen if name not in self.params]
+        if foreign or not chosen:
+            found = repr(foreign[0]) if foreign else "none"
+            raise ValueError(f"names: some of {list(self.params)}, found {found}.")
+        risk = copy.copy(self)
+        risk.model, risk.kept = self.model.over(chosen), Kept(self.memory, self.device)
+        risk.params = risk.model.params
+        risk.sizes = [p.numel() for p in risk.params.values()]
+        risk.num_params = sum(risk.sizes)
+        return risk
+
+    def at(
+        self,
+        parameters: Tensor | Iterable[Tensor] | Mapping[str, Tensor] | None = None,
+    ) -> Self:
+        """Return the risk of the same data at other parameters, without validation.
+
+        For every step of training: it costs one forward pass, and what is known of the
+        net (the structure of its layers, costs) is kept. That the data are those of
+        construction is seen by their targets and by sums over the inputs. The
+        modes of the modules (``train``, ``eval``) are those of construction.
+
+        Args:
+            parameters: None for those that the model has now, and for its present
+                buffers and frozen parameters; everything else of it stays as it was.
+                Else a vector ``[D]``, or tensors in the order of ``params`` or by name.
+
+        Raises:
+            ValueError: If they have other shapes, or hold NaN or Inf, or the outputs
+                do; if the data have changed; or if the model is gone.
+
+        Example:
+            >>> import torch, vivit_linop as vl
+            >>> from torch import nn
+            >>> net, data = nn.Linear(3, 1), (torch.rand(8, 3), torch.rand(8, 1))
+            >>> risk = vl.EmpiricalRisk(net, nn.MSELoss(), data)
+            >>> risk.at(torch.zeros(4)).value().allclose(data[1].square().mean())
+            True
+        """
+        risk = copy.copy(self)
+        with ordinary_mode():
+            with self.ranks.together("at"):
+                risk.model = _moved(self.model, parameters)
+                risk._take_parameters()
+                risk.kept = self.kept.elsewhere()
+                known = list(zip(self._sums, self._targets, self.outputs, strict=True))
+                batches = self.batches("at")
+                risk.outputs, total = _evaluated(risk.model, self.loss, batches, known)
+            if self.ranks.is_many:
+                check_alike(self.ranks, risk._function_digests)
+            risk.example = self.ranks.led(risk._first_outputs)
+            risk._value = self.ranks.total(total) * self.scale
+        return risk
+
+
+def _own_samples(given: Tensor, ranks: Ranks, own: int) -> Tensor:
+    """Return which of some samples are this rank's, numbered from its first one.
+
+    Args:
+        given: Numbers over all ranks.
+        ranks: The ranks.
+        own: How many samples this one has.
+
+    Raises:
+        ValueError: If there are several ranks, and the numbers do not ascend.
+    """
+    if not ranks.is_many:
+        return given
+    if (given.diff() < 0).any():
+        raise ValueError(
+            "indices: samples are numbered rank by rank, so over several processes "
+            "they must ascend."
+        )
+    local = given - ranks.first
+    return local[(local >= 0) & (local < own)]
+
+
+def _check_selected(
+    rows: Tensor, before: Sequence[Tensor], found: Sequence[Tensor]
+) -> None:
+    """Raise an error unless samples have the outputs that they had.
+
+    Gathering them was one more pass over the data.
+
+    Args:
+        rows: Which of all outputs are theirs.
+        before: The outputs of all samples, by batch.
+        found: Those of the selected ones.
+    """
+    if not len(rows):
+        return
+    old, new = (torch.cat([o.flatten() for o in each]) for each in (before, found))
+    if not same_outputs(old[rows.to(old.device)], new):
+        raise ValueError(
+            "data: are not what they were when the risk was built, or the model is "
+            "another function. Give data that are the same in every pass."
+        )
+
+
+def _moved(model: FunctionalModel, parameters: Any) -> FunctionalModel:
+    """Return a model at other parameters.
+
+    Args:
+        model: The model.
+        parameters: ``[D]``, tensors in the order of its parameters or by name; None for
+            those that the user's model has now.
+    """
+    if parameters is None:
+        return model.at(*model.present())
+    vectors = ParameterVectors()
+    vectors.params, vectors.complex_names = model.params, model.complex_names
+    if isinstance(parameters, str) or not isinstance(parameters, Iterable):
+        raise TypeError(
+            "parameters: one vector [D], or a tensor for each, got "
+            f"{type(parameters).__name__}."
+        )
+    if not isinstance(parameters, (Tensor, Mapping)):
+        parameters = list(parameters)
+    if not isinstance(parameters, Tensor):
+        parameters = vectors.flatten(parameters)
+    if parameters.ndim != 1:
+        raise ValueError(
+            f"parameters: one vector [D], or a tensor for each, got "
+            f"{list(parameters.shape)}."
+        )
+    return model.at(vectors.unflatten_real(parameters), {})
+
+
+def _evaluated(
+    model: FunctionalModel,
+    loss: OutputLoss,
+    batches: Iterable[Batch],
+    known: Sequence[Known],
+) -> tuple[list[Tensor], Tensor]:
+    """Return the outputs of all batches and the sum of all losses.
+
+    Args:
+        model: The model at other parameters.
+        loss: The loss.
+        batches: The data.
+        known: What the data were before, by batch.
+
+    Raises:
+        ValueError: If the data are others, or outputs are NaN or Inf.
+    """
+    outputs: list[Tensor] = []
+    total = torch.zeros((), dtype=model.dtype, device=model.device)
+    for index, (X, y) in enumerate(batches):
+        where = f"batch {index}"
+        if index == len(known):
+            raise ValueError(
+                f"data: there were {index} batches when the risk was made."
+            )
+        sums, targets, before = known[index]
+        with as_guest(model.device):
+            output = model(model.params, X).detach()
+        if output.shape != before.shape:
+            raise ValueError(
+                f"model: on {where} it returned outputs {list(output.shape)}, before "
+                f"they were {list(before.shape)}."
+            )
+        if not _same_sums(fingerprint.sums(X), sums) or not _same_targets(
+            targets_of(loss, y, output), targets
+        ):
+            raise ValueError(
+                f"data: {where} is not what it was when the risk was made, and only "
+                "the parameters may change. Give a loader without shuffling and "
+                "random augmentations, and do not change the data in place; or make "
+                "a new risk."
+            )
+        if not output.isfinite().all():
+            raise ValueError(f"parameters: on {where} the outputs hold NaN or Inf.")
+        with torch.no_grad():
+            total = total + loss.total(output, targets)
+        outputs.append(output.clone())
+    if not total.isfinite():
+        raise ValueError(f"parameters: the loss is {total.item()} there.")
+    return outputs, total
+
+
+def _same_sums(sums: list[Tensor], before: list[Tensor]) -> bool:
+    return len(sums) == len(before) and all(map(same_outputs, sums, before))
+
+
+def _same_targets(targets: Any, before: Any) -> bool:
+    pairs = itertools.zip_longest(leaves(targets), leaves(before))
+    return all(
+        a is not None
+        and b is not None
+        and a.shape == b.shape
+        and torch.allclose(a, b, 0.0, 0.0, equal_nan=True)
+        for a, b in pairs
+    )
