@@ -32,11 +32,11 @@ CAPABILITIES = {
         checkpoints.py risk/copies.py risk/private.py risk/precision.py
     """,
     "data of any form, samples along any axis": """
-        risk/containers.py risk/cuts.py risk/outputs.py risk/ragged.py risk/rows.py
+        risk/containers.py risk/outputs.py risk/rows.py
         risk/samples.py risk/segments.py risk/sizes.py risk/ways.py
     """,
     "losses: with derivatives of their own, of the model, weighted, item by item": """
-        risk/losses/items.py risk/losses/none.py risk/losses/own.py risk/losses/parts.py
+        risk/losses/derived.py risk/losses/own.py
         risk/losses/weighted.py risk/model_loss.py
     """,
     "algebra: sandwiches, stacks, restrictions, diagonal dampings, gradients": """
@@ -53,7 +53,7 @@ CAPABILITIES = {
         linalg/lanczos.py linalg/leading.py linalg/tracking.py net/inner.py
     """,
     "many processes": """
-        ranks/*.py net/ring.py risk/alike.py risk/sharded.py risk/shards.py
+        ranks/*.py net/ring.py risk/sharded.py risk/shards.py
     """,
     "analyses: Laplace, evidence, influence, covariance, predictive, trust region": """
         analysis/class_means.py analysis/covariance.py analysis/evidence.py

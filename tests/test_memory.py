@@ -209,7 +209,7 @@ class Device:
 
     def __init__(self, fits: int, monkeypatch: pytest.MonkeyPatch) -> None:
         self.fits, self.free, self.given = fits, 100, list[int]()
-        monkeypatch.setattr("vivit_linop.risk.memory.free_memory", lambda _: self.free)
+        monkeypatch.setattr("vivit_linop.devices.free_memory", lambda _: self.free)
 
     def product(self, rows: Tensor) -> Tensor:
         count = len(rows) if rows.ndim == 2 else 1
@@ -279,7 +279,7 @@ def test_products_with_a_hessian_together_run_out_of_memory(
         list[int](),
         [100],
     )
-    monkeypatch.setattr("vivit_linop.risk.memory.free_memory", lambda _: available[0])
+    monkeypatch.setattr("vivit_linop.devices.free_memory", lambda _: available[0])
     pulled_back = hessian_products._pulled_back
 
     def limited(

@@ -13,8 +13,8 @@ from torch.utils.data import DataLoader, TensorDataset
 import vivit_linop as vl
 from tests.data_cases import streamed
 from tests.toys import Snapshot, guest_net, random_vector, toy
+from vivit_linop.bars import shown
 from vivit_linop.linalg.krylov import watched
-from vivit_linop.risk.progress import shown
 
 # Progress and long jobs ---------------------------------------------------------------
 

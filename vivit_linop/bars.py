@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from typing import Any
+from collections.abc import Iterable, Iterator
+from typing import Any, TypeVar
 
 from tqdm.auto import tqdm
 
@@ -27,3 +28,18 @@ def bar(*items: Any, **given: Any) -> tqdm:
     if is_log():
         given |= {"delay": _LOG_SECONDS, "mininterval": _LOG_SECONDS}
     return tqdm(*items, **given)
+
+
+Item = TypeVar("Item")
+
+
+def shown(items: Iterable[Item], what: str, total: int) -> Iterator[Item]:
+    """Yield batches, behind a bar that goes away at the end.
+
+    Args:
+        items: The batches.
+        what: What the pass is for.
+        total: How many there are, 0 if that is not known.
+    """
+    with bar(items, desc=what, total=total or None, unit="batch", leave=False) as seen:
+        yield from seen

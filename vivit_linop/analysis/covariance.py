@@ -7,11 +7,11 @@ from torch import Tensor
 
 from vivit_linop.curvature.ggn import GGNFactor
 from vivit_linop.curvature.jacobian import Jacobian, Pullback
+from vivit_linop.devices import check_matrix_fits
 from vivit_linop.modes import ordinary_mode
 from vivit_linop.operators.verbs import column_pieces
 from vivit_linop.risk.empirical import EmpiricalRisk
 from vivit_linop.risk.losses.elementwise import SquaredError
-from vivit_linop.risk.memory import check_matrix_fits
 
 
 class ParameterCovariance:

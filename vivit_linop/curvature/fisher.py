@@ -27,8 +27,7 @@ from vivit_linop.operators.kronecker import BlockDiagonal
 from vivit_linop.operators.lowrank import Centered, LowRank
 from vivit_linop.operators.verbs import gram_matrix, gram_rows, row_norms_squared
 from vivit_linop.ranks.rows import RankRows
-from vivit_linop.risk.empirical import EmpiricalRisk
-from vivit_linop.risk.given import as_risk
+from vivit_linop.risk.empirical import EmpiricalRisk, as_risk
 
 
 class PerSampleGradients(Pullback):

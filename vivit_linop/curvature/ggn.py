@@ -16,8 +16,7 @@ from vivit_linop.modes import ordinary_mode
 from vivit_linop.net.totals import SampleRowNorms
 from vivit_linop.operators.kronecker import BlockDiagonal
 from vivit_linop.operators.lowrank import LowRank
-from vivit_linop.risk.empirical import EmpiricalRisk
-from vivit_linop.risk.given import as_risk
+from vivit_linop.risk.empirical import EmpiricalRisk, as_risk
 
 
 class GGNFactor(Pullback):

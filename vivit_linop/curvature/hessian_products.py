@@ -15,6 +15,7 @@ from vivit_linop.curvature.second_derivatives import (
     Certificate,
     differentiable_twice,
 )
+from vivit_linop.devices import Room, is_out_of_memory
 from vivit_linop.graphs import gradients, strided
 from vivit_linop.net.costs import layer_costs
 from vivit_linop.noise import Noise
@@ -22,10 +23,8 @@ from vivit_linop.operators.base import TorchLinearOperator
 from vivit_linop.ranks.alone import Ranks
 from vivit_linop.risk.containers import copied
 from vivit_linop.risk.data import some_targets
-from vivit_linop.risk.empirical import EmpiricalRisk
-from vivit_linop.risk.given import as_risk
+from vivit_linop.risk.empirical import EmpiricalRisk, as_risk
 from vivit_linop.risk.losses.certificates import certify_curvature, check_curvature
-from vivit_linop.risk.memory import Room, is_out_of_memory
 from vivit_linop.risk.model import as_guest
 
 # How far apart ways that differ in the order of summation may be, in eps^¾.

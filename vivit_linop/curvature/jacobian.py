@@ -15,6 +15,7 @@ from torch import Tensor
 from vivit_linop.curvature import plan
 from vivit_linop.curvature.loss_hessian import LossHessian
 from vivit_linop.curvature.output_space import OutputIdentity, OutputOperator
+from vivit_linop.devices import check_matrix_fits
 from vivit_linop.linalg.reductions import matrix_of_operator
 from vivit_linop.linalg.tracking import prepared_gram
 from vivit_linop.modes import as_guest
@@ -29,9 +30,7 @@ from vivit_linop.operators.base import TorchLinearOperator
 from vivit_linop.operators.lowrank import Gram
 from vivit_linop.operators.small_side import KeptMatrix
 from vivit_linop.ranks.alone import Ranks
-from vivit_linop.risk.empirical import EmpiricalRisk
-from vivit_linop.risk.given import as_risk, risk_of_inputs
-from vivit_linop.risk.memory import check_matrix_fits
+from vivit_linop.risk.empirical import EmpiricalRisk, as_risk, risk_of_inputs
 
 
 class Jacobian(TorchLinearOperator):

@@ -39,8 +39,7 @@ from vivit_linop.operators.kronecker import (
 from vivit_linop.operators.lowrank import LowRank
 from vivit_linop.operators.verbs import trace
 from vivit_linop.ranks.alone import Ranks
-from vivit_linop.risk.empirical import EmpiricalRisk
-from vivit_linop.risk.given import as_risk
+from vivit_linop.risk.empirical import EmpiricalRisk, as_risk
 
 VARIANTS = ("mc", "exact", "empirical")
 WEIGHT_SHARINGS = ("expand", "reduce", "backpack")

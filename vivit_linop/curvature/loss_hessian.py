@@ -18,8 +18,7 @@ from vivit_linop.curvature.output_space import (
     kept_budget,
 )
 from vivit_linop.risk.draws import Draws
-from vivit_linop.risk.empirical import EmpiricalRisk
-from vivit_linop.risk.given import as_risk
+from vivit_linop.risk.empirical import EmpiricalRisk, as_risk
 from vivit_linop.risk.losses.base import OutputLoss
 from vivit_linop.risk.losses.certificates import (
     certified_sqrt,
@@ -27,7 +26,7 @@ from vivit_linop.risk.losses.certificates import (
     check_curvature,
     checked_sample,
 )
-from vivit_linop.risk.losses.parts import HessianPart
+from vivit_linop.risk.losses.derived import HessianPart
 from vivit_linop.risk.rows import RowLayout
 
 # How many tensors of the outputs' size products with the loss Hessian may need.

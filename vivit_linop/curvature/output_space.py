@@ -12,11 +12,10 @@ from abc import abstractmethod
 import torch
 from torch import Tensor
 
-from vivit_linop.devices import free_memory
+from vivit_linop.devices import check_matrix_fits, free_memory
 from vivit_linop.operators.base import TorchLinearOperator
 from vivit_linop.ranks.alone import Ranks
 from vivit_linop.risk.empirical import EmpiricalRisk
-from vivit_linop.risk.memory import check_matrix_fits
 from vivit_linop.risk.rows import RowLayout
 
 # What blocks that can be formed again may take.

@@ -27,8 +27,7 @@ from vivit_linop.modes import as_guest, ordinary_mode
 from vivit_linop.operators.base import TorchLinearOperator
 from vivit_linop.operators.kronecker import BlockDiagonal, Kronecker
 from vivit_linop.risk.copies import Copies
-from vivit_linop.risk.empirical import EmpiricalRisk
-from vivit_linop.risk.given import as_risk
+from vivit_linop.risk.empirical import EmpiricalRisk, as_risk
 
 # What works for every model.
 _INSTEAD = {

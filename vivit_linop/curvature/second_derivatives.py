@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from vivit_linop.curvature.culprit import FrozenValues, at_fault
+from vivit_linop.devices import is_out_of_memory
 from vivit_linop.graphs import gradients
 from vivit_linop.noise import Noise
 from vivit_linop.risk.containers import map_leaves
@@ -39,7 +40,6 @@ from vivit_linop.risk.differences import (
     allowed,
 )
 from vivit_linop.risk.empirical import EmpiricalRisk
-from vivit_linop.risk.memory import is_out_of_memory
 from vivit_linop.risk.model import Params, as_guest
 
 # How near outputs in float64 are to those in float32, if the net is the same there.

@@ -29,6 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vivit_linop.devices import is_out_of_memory
 from vivit_linop.graphs import gradients
 from vivit_linop.modes import as_guest
 from vivit_linop.net.capture import Capture, Takes
@@ -38,7 +39,6 @@ from vivit_linop.net.rounding import BY_NOISE, nearby
 from vivit_linop.net.structure import Structure, Variant
 from vivit_linop.noise import Noise
 from vivit_linop.risk.empirical import EmpiricalRisk
-from vivit_linop.risk.memory import is_out_of_memory
 from vivit_linop.risk.model import Params
 
 Columns = dict[str, LayerColumns]

@@ -7,9 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from vivit_linop.devices import free_memory
+from vivit_linop.devices import Room, free_memory, is_out_of_memory
 from vivit_linop.noise import Noise
-from vivit_linop.risk.memory import Room, is_out_of_memory
 
 # What K columns of tangents may take together on the CPU. More would not be faster:
 # columns one by one use the caches better.

@@ -32,6 +32,10 @@ import torch
 from torch import Tensor
 from torch.func import vmap
 
+from vivit_linop.devices import (
+    explained,
+    is_out_of_memory,
+)
 from vivit_linop.graphs import strided
 from vivit_linop.modes import as_guest
 from vivit_linop.net.chunks import Chunks, columns_at_a_time
@@ -43,12 +47,8 @@ from vivit_linop.risk.checks import read
 from vivit_linop.risk.containers import copied, leaves
 from vivit_linop.risk.empirical import EmpiricalRisk
 from vivit_linop.risk.kept import Kept
-from vivit_linop.risk.memory import (
-    batch_does_not_fit,
-    explained,
-    is_out_of_memory,
-)
 from vivit_linop.risk.model import Params
+from vivit_linop.risk.sizes import batch_does_not_fit
 
 # What a net's trace keeps, or the graph of a backward pass, in graphs of its outputs:
 # measured 1.4 for a net of linear layers, 1.8 for attention, 2.9 for convolutions.

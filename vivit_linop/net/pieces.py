@@ -25,7 +25,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from vivit_linop.devices import free_memory
+from vivit_linop.devices import explained, free_memory
 from vivit_linop.net.capture import Capture, Takes, sample_sizes
 from vivit_linop.net.certified import (
     CertifiedColumns,
@@ -39,7 +39,6 @@ from vivit_linop.net.structure import Structure
 from vivit_linop.ranks.alone import Ranks
 from vivit_linop.risk.containers import copied
 from vivit_linop.risk.empirical import EmpiricalRisk
-from vivit_linop.risk.memory import explained
 from vivit_linop.risk.rows import RowLayout
 
 # The share of free memory that the columns of one piece of samples may take.

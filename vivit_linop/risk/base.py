@@ -16,23 +16,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vivit_linop.devices import explained
 from vivit_linop.modes import ordinary_mode
 from vivit_linop.ranks.alone import Ranks
 from vivit_linop.risk import fingerprint
-from vivit_linop.risk.alike import check_alike, digests_of
 from vivit_linop.risk.checks import agree
 from vivit_linop.risk.data import Batch
 from vivit_linop.risk.first_pass import first_pass
 from vivit_linop.risk.kept import Kept
 from vivit_linop.risk.losses.base import OutputLoss
-from vivit_linop.risk.losses.items import LossOfItems
-from vivit_linop.risk.memory import explained
+from vivit_linop.risk.losses.derived import LossOfItems
 from vivit_linop.risk.model import FunctionalModel, Params, as_guest
 from vivit_linop.risk.parameters import ParameterVectors, all_finite, check_finite
 from vivit_linop.risk.passes import Passes
 from vivit_linop.risk.rows import RowLayout
 from vivit_linop.risk.samples import Samples
-from vivit_linop.risk.shards import by_items, check_parts
+from vivit_linop.risk.shards import by_items, check_alike, check_parts, digests_of
 from vivit_linop.risk.sizes import does_not_fit
 
 

@@ -16,12 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vivit_linop.devices import is_out_of_memory, saved_bytes
 from vivit_linop.graphs import nodes
 from vivit_linop.risk.containers import leaves
-from vivit_linop.risk.memory import is_out_of_memory, saved_bytes
 from vivit_linop.risk.model import FunctionalModel, as_guest, random_state
+from vivit_linop.risk.outputs import RaggedOutputs
 from vivit_linop.risk.parameters import check_finite
-from vivit_linop.risk.ragged import RaggedOutputs
 from vivit_linop.risk.samples import Samples
 
 # From how many states of the generators a model that draws is evaluated on the first

@@ -14,18 +14,17 @@ from vivit_linop.indices import Index, as_index
 from vivit_linop.modes import ordinary_mode
 from vivit_linop.ranks.alone import Ranks
 from vivit_linop.risk import fingerprint
-from vivit_linop.risk.alike import check_alike
 from vivit_linop.risk.base import Risk
 from vivit_linop.risk.checks import same_outputs
 from vivit_linop.risk.containers import leaves
-from vivit_linop.risk.cuts import Cuts
 from vivit_linop.risk.data import Batch, select_samples
 from vivit_linop.risk.kept import Kept
 from vivit_linop.risk.losses.base import OutputLoss
 from vivit_linop.risk.losses.certificates import targets_of
 from vivit_linop.risk.model import FunctionalModel, as_guest
 from vivit_linop.risk.parameters import ParameterVectors
-from vivit_linop.risk.passes import Passes
+from vivit_linop.risk.passes import Cuts, Passes
+from vivit_linop.risk.shards import check_alike
 from vivit_linop.risk.sizes import check_size
 from vivit_linop.risk.ways import Search
 

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from vivit_linop.ranks.group import as_ranks
-from vivit_linop.risk.cuts import Cuts
-from vivit_linop.risk.data import Target, as_batches
+from vivit_linop.risk.containers import leaves
+from vivit_linop.risk.data import Target, as_batches, without_targets
 from vivit_linop.risk.derived import DerivableRisk
 from vivit_linop.risk.losses.autograd import LossCallable
 from vivit_linop.risk.losses.registry import as_output_loss
 from vivit_linop.risk.model import FunctionalModel, ModelFunction, Predict
 from vivit_linop.risk.model_loss import ModelLoss, loss_of_model
-from vivit_linop.risk.passes import Passes
+from vivit_linop.risk.passes import Cuts, Passes
 from vivit_linop.risk.samples import Count, Take
 from vivit_linop.risk.shards import check_is_whole, without_padding
-from vivit_linop.risk.ways import Search
+from vivit_linop.risk.ways import Search, number_without_targets
 
 
 class EmpiricalRisk(DerivableRisk):
@@ -184,3 +185,81 @@ class EmpiricalRisk(DerivableRisk):
                 weight = self.loss.weight(*seen)
                 if weight > 0:
                     of_model.check(index, X, self.loss.total(*seen) / weight)
+
+
+class NoLoss(nn.Module):
+    """A loss that is zero, and has no derivatives."""
+
+    reduction = "sum"
+
+    def forward(self, output: Any, target: Tensor) -> Tensor:
+        """Zero, for outputs in any container; an error where derivatives are wanted."""
+        tensors = [leaf for leaf in leaves(output) if isinstance(leaf, Tensor)]
+        if any(tensor.requires_grad for tensor in tensors):
+            raise ValueError(
+                "loss: there is none, the operator was made of a model and inputs "
+                "alone, vl.Jacobian(model, X). Give it a risk, "
+                "vl.EmpiricalRisk(model, loss, (X, y))."
+            )
+        return tensors[0].new_zeros(())
+
+
+def risk_of_inputs(
+    model: nn.Module | ModelFunction,
+    inputs: Any,
+    params: Any | None = None,
+    **options: Any,
+) -> EmpiricalRisk:
+    """Return a risk without a loss, for what needs none: the Jacobian.
+
+    Args:
+        model: As for :class:`EmpiricalRisk`.
+        inputs: One batch, a tensor, a tuple or a mapping; or a list or a loader of
+            batches.
+        params: As for :class:`EmpiricalRisk`.
+        **options: What else :class:`EmpiricalRisk` takes by name.
+    """
+    axis = options.get("sample_axis")
+    count = options.get("count") or functools.partial(
+        number_without_targets, sample_axis=axis
+    )
+    data = without_targets(inputs, count)
+    return EmpiricalRisk(model, NoLoss(), data, params, **options)
+
+
+def as_risk(
+    risk_or_model: Any,
+    loss: Any = None,
+    data: Any = None,
+    params: Any | None = None,
+    **options: Any,
+) -> EmpiricalRisk:
+    """Return the risk that an operator's constructor was given, or build it.
+
+    Args:
+        risk_or_model: The risk, or what it is made of: a model.
+        loss: The loss.
+        data: The data.
+        params: The parameters.
+        **options: What else :class:`EmpiricalRisk` takes by name.
+
+    Raises:
+        TypeError: If it is neither a risk nor a model with a loss and data.
+    """
+    if isinstance(risk_or_model, EmpiricalRisk):
+        if loss is not None or data is not None or params is not None:
+            raise TypeError(
+                "risk: with an EmpiricalRisk, loss, data and params are already given."
+            )
+        if options:
+            raise TypeError(
+                f"{next(iter(options))}: is an option of the EmpiricalRisk that was "
+                "given; give it there."
+            )
+        return risk_or_model
+    if loss is None or data is None:
+        raise TypeError(
+            "risk: an EmpiricalRisk, or a model with a loss and data, got "
+            f"{type(risk_or_model).__name__} alone."
+        )
+    return EmpiricalRisk(risk_or_model, loss, data, params, **options)

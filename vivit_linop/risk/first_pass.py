@@ -9,18 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vivit_linop.devices import explained
 from vivit_linop.modes import guests_to_come
 from vivit_linop.risk import fingerprint
 from vivit_linop.risk.checks import independent_samples
 from vivit_linop.risk.containers import copied
-from vivit_linop.risk.cuts import Cuts, Evaluated, ItemByItem
 from vivit_linop.risk.data import joined_targets
 from vivit_linop.risk.losses.base import OutputLoss
 from vivit_linop.risk.losses.certificates import check_loss, targets_of
-from vivit_linop.risk.losses.items import LossOfItems
-from vivit_linop.risk.memory import explained
+from vivit_linop.risk.losses.derived import LossOfItems
 from vivit_linop.risk.model import FunctionalModel
-from vivit_linop.risk.passes import Passes
+from vivit_linop.risk.passes import Cuts, Evaluated, ItemByItem, Passes
 from vivit_linop.risk.rows import RowLayout
 from vivit_linop.risk.sizes import does_not_fit
 from vivit_linop.risk.ways import Search

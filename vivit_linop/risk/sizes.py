@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
+from vivit_linop.devices import free_memory, is_out_of_memory, saved_bytes
 from vivit_linop.risk.data import Batch
-from vivit_linop.risk.memory import batch_does_not_fit, is_out_of_memory, saved_bytes
 from vivit_linop.risk.model import FunctionalModel, as_guest
 from vivit_linop.risk.ways import Search
 
@@ -35,6 +35,36 @@ def does_not_fit(model: FunctionalModel, search: Search, X: Any, n: int) -> str:
     except Exception:
         return batch_does_not_fit(device, n, None)
     return batch_does_not_fit(device, n, two - one if n > 1 else one)
+
+
+def batch_does_not_fit(
+    device: torch.device, samples: int, per_sample: float | None
+) -> str:
+    """Return what to say of a batch whose linearisation does not fit.
+
+    Args:
+        device: The device.
+        samples: How many the batch has.
+        per_sample: The bytes that the linearisation keeps for each of them, None where
+            nobody knows.
+    """
+    free = free_memory(device)
+    takes, advice = "", "Give smaller batches, or"
+    if per_sample is not None:
+        # A product needs about as much again as what is kept.
+        takes = (
+            ": linearising the net on it takes about "
+            f"{2 * samples * per_sample / 1e9:.3g} GB"
+        )
+        fitting = max(1, min(samples // 2, int(free / (2 * max(per_sample, 1.0)))))
+        advice = f"Give batches of up to {fitting} samples (batch_size={fitting}), or"
+    if samples == 1:
+        advice = "Make the sample smaller,"
+    return (
+        f"data: a batch of {samples} samples does not fit on {device}{takes}, and "
+        f"{free / 1e9:.3g} GB are free. {advice} keep fewer linearisations of other "
+        "batches with EmpiricalRisk(..., memory=0)."
+    )
 
 
 def check_size(

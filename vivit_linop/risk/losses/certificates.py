@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vivit_linop.devices import is_out_of_memory
 from vivit_linop.noise import Noise
 from vivit_linop.risk.containers import described, map_leaves
 from vivit_linop.risk.data import some_targets
@@ -22,7 +23,6 @@ from vivit_linop.risk.draws import Draws
 from vivit_linop.risk.losses.autograd import AutogradLoss
 from vivit_linop.risk.losses.base import OutputLoss
 from vivit_linop.risk.losses.own import OwnLoss
-from vivit_linop.risk.memory import is_out_of_memory
 
 # At how many drawn labels a likelihood is looked at, with how many entries at most;
 # beyond how many deviations, and from which factor on, two means over them differ.
