@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from vivit_linop.devices import Room, free_memory, is_out_of_memory
+from vivit_linop.devices import Room, free_memory, fresh, is_out_of_memory
 from vivit_linop.noise import Noise
 
 # What K columns of tangents may take together on the CPU. More would not be faster:
@@ -61,7 +61,7 @@ class Chunks:
             chunk: How many of them at a time.
         """
         rows = X.T.contiguous()
-        result = X.new_empty(X.shape[1], size)
+        result = fresh(X, X.shape[1], size)
         chunk, start = self._room.most(chunk) if self._possible else 1, 0
         while start < len(rows):
             part, images = (t[start : start + chunk] for t in (rows, result))

@@ -25,7 +25,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from vivit_linop.devices import explained, free_memory
+from vivit_linop.devices import explained, free_memory, fresh
 from vivit_linop.net.capture import Capture, Takes, sample_sizes
 from vivit_linop.net.certified import (
     CertifiedColumns,
@@ -218,7 +218,7 @@ class StoredColumns:
     def multiply(self, X: Tensor) -> Tensor:
         """Combine the columns, ``[N·R, K] -> [D, K]``."""
         rows = X.T.contiguous()
-        result = X.new_empty(len(rows), sum(self._sizes.values()))
+        result = fresh(X, len(rows), sum(self._sizes.values()))
         parts = split_rows(result, self._sizes)
         for index, piece in enumerate(self.pieces):
             place = piece.place.start - self._first, piece.place.stop - self._first

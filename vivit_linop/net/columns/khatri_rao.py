@@ -19,6 +19,7 @@ from vivit_linop.net.columns.base import (
     LayerColumns,
     add_product,
 )
+from vivit_linop.net.columns.products import add_outer_products, images
 from vivit_linop.noise import Noise
 
 # An elementwise pass over a matrix costs about what this many floating-point
@@ -30,8 +31,6 @@ _SMALL_PRODUCT_COST, _SMALL_PRODUCT_FLOPS = 2, 2e5
 # beside the rest; on other devices enough to be busy.
 _CACHED_BYTES, _PASSING_BYTES = 4 * 2**20, 64 * 2**20
 _DEVICE_FACTOR = 64
-# As much of a matrix is brought into another order at a time.
-_COPIED_BYTES = 2 * 2**20
 # A symmetric product position by position, in an elementwise way, is halved while a
 # block has twice this many rows.
 _SYMMETRIC_PAIRS_LEAF = 140
@@ -253,56 +252,16 @@ class KhatriRaoColumns(LayerColumns):
         return torch.bmm(weights.transpose(0, 1), cotangents).transpose(0, 1)
 
     def combine(self, signals: Tensor, out: Tensor, add: bool) -> None:
-        """Σ_np signal_np ⊗ a_np, one by one."""
-        inputs = self.positions_as_rows()
+        """Σ_np signal_np ⊗ a_np."""
         shape = self.num_samples, self._groups, self._b, self.positions
-        for signal, row in zip(signals, out, strict=True):
-            left = signal.reshape(shape).permute(1, 2, 0, 3)
-            left, right = left.reshape(self._groups, self._b, -1), inputs
-            if self.inputs_first:
-                left, right = right.mT, left.mT
-            target = row.view(self._groups, left.shape[1], right.shape[2])
-            target.baddbmm_(left, right, beta=int(add))
+        signals = signals.reshape(len(signals), *shape)
+        inputs = self.positions_as_rows()
+        add_outer_products(out, signals, inputs, self.inputs_first, add)
 
     def images(self, rows: Tensor) -> Tensor:
-        """X a_np, one X at a time; of columns side by side some rows of each X."""
-        if len(rows) > 1 and rows.stride(1) > 1 and not self.inputs_first:
-            return self._images_of_columns(rows)
-        if rows.stride(1) > 1:
-            rows = rows.contiguous()
-        inputs, n = self.positions_as_rows(), self.num_samples
-        size = self._groups * self._b * self.positions
-        result = rows.new_empty(len(rows), n, size)
-        for row, image in zip(rows, result, strict=True):
-            matrix = row.view(self._groups, self._a, self._b)
-            if not self.inputs_first:
-                matrix = row.view(self._groups, self._b, self._a).mT
-            product = torch.bmm(inputs, matrix)
-            product = product.view(self._groups, n, self.positions, self._b)
-            image.copy_(product.permute(1, 0, 3, 2).reshape(n, size))
-        return result
-
-    def _images_of_columns(self, rows: Tensor) -> Tensor:
-        """X a_np, where each X is a column of a matrix that lies row by row in memory.
-
-        So many of its rows are brought together as a cache holds, and read once.
-        """
-        inputs, n = self.positions_as_rows(), self.num_samples
-        matrices = rows.unflatten(1, (self._groups, self._b, self._a))
-        result = rows.new_empty(len(rows), n, self._groups, self._b, self.positions)
-        row = len(rows) * self._a * rows.element_size()
-        chunk = max(1, _share(_COPIED_BYTES, rows.device) // row)
-        for group in range(self._groups):
-            some = zip(
-                matrices[:, group].split(chunk, dim=1),
-                result[:, :, group].split(chunk, dim=2),
-                strict=True,
-            )
-            for part, images in some:
-                product = inputs[group] @ part.reshape(-1, self._a).T
-                product = product.view(n, self.positions, len(rows), -1)
-                images.copy_(product.permute(2, 0, 3, 1))
-        return result.flatten(2)
+        """X a_np."""
+        inputs = self.positions_as_rows()
+        return images(rows, inputs, self.positions, self.inputs_first)
 
     def components(self, images: Tensor) -> Tensor:
         """⟨b_nr, image_n⟩."""
