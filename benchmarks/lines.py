@@ -29,7 +29,7 @@ CAPABILITIES = {
         curvature/culprit.py curvature/second_derivatives.py
     """,
     "a private copy of the net, its precision, other parameters": """
-        checkpoints.py risk/copies.py risk/private.py risk/precision.py
+        checkpoints.py risk/copies.py risk/private.py
     """,
     "data of any form, samples along any axis": """
         risk/containers.py risk/outputs.py risk/rows.py
@@ -41,19 +41,19 @@ CAPABILITIES = {
     """,
     "algebra: sandwiches, stacks, restrictions, diagonal dampings, gradients": """
         curvature/block_sandwich.py curvature/indefinite.py linalg/diagonal_damping.py
-        linalg/pseudoinverse.py linalg/restrictions.py linalg/sandwiches.py
+ linalg/restrictions.py linalg/sandwiches.py
         net/columns/samples.py net/columns/weighted.py operators/damped.py
-        operators/diagonal_damping.py operators/grams.py indices.py
+ operators/grams.py
         operators/linear_map.py operators/random_projection.py operators/restricted.py
-        operators/sandwich.py operators/scalars.py operators/small_side.py
+        operators/sandwich.py operators/operands.py operators/small_side.py
         operators/stacks.py
     """,
     "iterations: tracking, ends of spectra, solvers, Lanczos, costs of devices": """
-        curvature/calibration.py linalg/extreme.py linalg/iterative.py linalg/krylov.py
-        linalg/lanczos.py linalg/leading.py linalg/tracking.py net/inner.py
+        curvature/calibration.py linalg/iterative.py linalg/krylov.py
+ linalg/leading.py linalg/tracking.py net/inner.py
     """,
     "many processes": """
-        ranks/*.py net/ring.py risk/sharded.py risk/shards.py
+        ranks/*.py risk/sharded.py risk/shards.py
     """,
     "analyses: Laplace, evidence, influence, covariance, predictive, trust region": """
         analysis/class_means.py analysis/covariance.py analysis/evidence.py
@@ -62,7 +62,7 @@ CAPABILITIES = {
     """,
     "KFRA, and BackPACK's recursions": "curvature/recursions.py",
     "notebooks, plots, bars, explain of every operator": """
-        bars.py drawing.py extras.py curvature/outlines.py linalg/explanations.py
+        bars.py drawing.py extras.py linalg/explanations.py
         operators/outline.py operators/outlines.py
     """,
 }

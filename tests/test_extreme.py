@@ -10,7 +10,7 @@ import vivit_linop as vl
 from tests import placing
 from tests.composition_cases import risks
 from tests.operator_market import Draw
-from vivit_linop.linalg import extreme, krylov
+from vivit_linop.linalg import eigen, krylov
 
 FLOAT64 = torch.float64
 TOLERANCE = {torch.float32: 2e-4, FLOAT64: 1e-9}
@@ -59,7 +59,7 @@ def test_ends_of_spectra(name, dtype):
     dense = (dense + dense.T) / 2
     evals = torch.linalg.eigvalsh(dense)
     scale = evals.abs().max()
-    for which in extreme.WHICH:
+    for which in eigen.WHICH:
         pairs = op.eigh(k=3, which=which)
         assert pairs.eigenvalues.dtype == pairs.eigenvectors.dtype == dtype
         found = pairs.eigenvalues.double()
@@ -88,7 +88,7 @@ def test_few_rows_are_dense():
     op = vl.Kronecker(A[:3, :3], A[4:8, 4:8]) + vl.Dense(B)
     matrix = torch.kron(A[:3, :3].contiguous(), A[4:8, 4:8].contiguous()) + B
     evals = torch.linalg.eigvalsh(matrix)
-    for which in extreme.WHICH:
+    for which in eigen.WHICH:
         for k in (1, 11, 12):
             pairs = op.eigh(k=k, which=which)
             assert pairs.route == "dense"
@@ -167,7 +167,7 @@ def small_end(dtype):
 @pytest.mark.parametrize("rows", [0, 2000])
 def test_zeros_at_the_end_of_a_spectrum(dtype, rows, monkeypatch):
     """ARPACK asks for more than rounding has; shifted, or from the matrix."""
-    monkeypatch.setattr(extreme, "DENSE_ROWS", rows)
+    monkeypatch.setattr(eigen, "DENSE_ROWS", rows)
     op, evals = small_end(dtype)
     for sign, which in ((1, "SA"), (-1, "LA")):
         pairs = (sign * op).eigh(k=3, which=which)
@@ -190,6 +190,6 @@ def test_no_convergence_says_what_to_do(which, monkeypatch):
     monkeypatch.setattr(krylov, "eigsh", eigsh)
     expected = H.eigh(k=2, which=which)  # from the matrix
     assert expected.route == "dense"
-    monkeypatch.setattr(extreme, "DENSE_ROWS", 0)
+    monkeypatch.setattr(eigen, "DENSE_ROWS", 0)
     with pytest.raises(RuntimeError, match=r"found 1 of 2 pairs of this Hessian.*tol="):
         H.eigh(k=2, which=which)

@@ -10,13 +10,15 @@ from torch import nn
 import vivit_linop as vl
 from tests import ranks_cases
 from vivit_linop.ranks.alone import ALONE, Ranks
-from vivit_linop.ranks.packing import layout_of, packed, unpacked
-from vivit_linop.ranks.votes import (
+from vivit_linop.ranks.messages import (
     Note,
     RankError,
     VectorsDifferError,
     as_error,
     checksum,
+    layout_of,
+    packed,
+    unpacked,
 )
 from vivit_linop.risk.shards import by_items
 

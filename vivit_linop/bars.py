@@ -10,6 +10,7 @@ from tqdm.auto import tqdm
 
 # In a log, seconds until the first line, and between lines.
 _LOG_SECONDS = 10.0
+Item = TypeVar("Item")
 
 
 def is_log() -> bool:
@@ -28,9 +29,6 @@ def bar(*items: Any, **given: Any) -> tqdm:
     if is_log():
         given |= {"delay": _LOG_SECONDS, "mininterval": _LOG_SECONDS}
     return tqdm(*items, **given)
-
-
-Item = TypeVar("Item")
 
 
 def shown(items: Iterable[Item], what: str, total: int) -> Iterator[Item]:

@@ -4,7 +4,6 @@ from vivit_linop.curvature import (  # noqa: F401  (register)
     block_sandwich,
     column_sums,
     indefinite,
-    outlines,
     routes,
     rules,
 )

@@ -30,12 +30,12 @@ from vivit_linop.net.totals import (
 )
 from vivit_linop.operators import verbs
 from vivit_linop.operators.base import TorchLinearOperator
-from vivit_linop.operators.diagonal_damping import WeightedRows
+from vivit_linop.operators.damped import WeightedRows
 from vivit_linop.operators.elementary import Dense, Scaled
 from vivit_linop.operators.grams import weighted_gram_matrix_of_operator
 from vivit_linop.operators.lowrank import Centered
 from vivit_linop.operators.stacks import HStack
-from vivit_linop.ranks.rows import RankRows
+from vivit_linop.ranks.alone import RankRows
 
 # Factors that are made of others, and know what to do with these.
 _COMPOSED = (Dense, Scaled, Centered, HStack, WeightedRows)

@@ -26,7 +26,7 @@ from vivit_linop.operators.base import TorchLinearOperator
 from vivit_linop.operators.kronecker import BlockDiagonal
 from vivit_linop.operators.lowrank import Centered, LowRank
 from vivit_linop.operators.verbs import gram_matrix, gram_rows, row_norms_squared
-from vivit_linop.ranks.rows import RankRows
+from vivit_linop.ranks.alone import RankRows
 from vivit_linop.risk.empirical import EmpiricalRisk, as_risk
 
 

@@ -38,7 +38,7 @@ from vivit_linop.linalg.roots import damped_root_of_low_rank, root_of_low_rank
 from vivit_linop.operators.base import TorchLinearOperator
 from vivit_linop.operators.eigenpairs import Eigendecomposition, Eigenpairs
 from vivit_linop.operators.lowrank import LowRank
-from vivit_linop.operators.scalars import Scalar
+from vivit_linop.operators.operands import Scalar
 from vivit_linop.operators.symmetric import symmetric_eigenvalues
 from vivit_linop.operators.verbs import (
     damped_inv,

@@ -25,12 +25,12 @@ from vivit_linop.linalg.decompositions import (
 from vivit_linop.linalg.iterative import IterativeWoodbury
 from vivit_linop.linalg.krylov import (
     SOLVERS,
+    NotConverged,
     by_arpack,
     start_of,
     too_few,
     watched,
 )
-from vivit_linop.linalg.lanczos import NotConverged
 from vivit_linop.linalg.leading import led
 from vivit_linop.net.costs import LayerCost, as_table, layer_costs
 from vivit_linop.net.pieces import memory_budget

@@ -11,7 +11,7 @@ from torch import Tensor
 from vivit_linop.operators.base import TorchLinearOperator
 from vivit_linop.operators.eigenpairs import Eigendecomposition, Eigenpairs
 from vivit_linop.operators.lowrank import Gram, LowRank
-from vivit_linop.operators.scalars import Scalar
+from vivit_linop.operators.operands import Scalar
 from vivit_linop.operators.symmetric import largest_eigenpairs, symmetric_eigenpairs
 from vivit_linop.ranks.alone import ALONE, Ranks
 

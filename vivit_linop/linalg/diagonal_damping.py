@@ -9,7 +9,7 @@ from torch import Tensor
 
 from vivit_linop.modes import ordinary_mode
 from vivit_linop.operators.base import TorchLinearOperator
-from vivit_linop.operators.diagonal_damping import (
+from vivit_linop.operators.damped import (
     DiagonallyDamped,
     DiagonalWoodbury,
     WeightedRows,

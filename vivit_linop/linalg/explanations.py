@@ -10,13 +10,17 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from vivit_linop.linalg.extreme import PRODUCTS, PRODUCTS_A_PAIR
+from vivit_linop.linalg.eigen import PRODUCTS, PRODUCTS_A_PAIR
 from vivit_linop.linalg.iterative import IterativeInverse
 from vivit_linop.linalg.krylov import solver_on
 from vivit_linop.linalg.sandwiches import may_lose_digits
 from vivit_linop.operators.base import TorchLinearOperator
-from vivit_linop.operators.damped import Damped, DampedInverse
-from vivit_linop.operators.diagonal_damping import DiagonallyDamped, DiagonalWoodbury
+from vivit_linop.operators.damped import (
+    Damped,
+    DampedInverse,
+    DiagonallyDamped,
+    DiagonalWoodbury,
+)
 from vivit_linop.operators.elementary import (
     Adjoint,
     Dense,

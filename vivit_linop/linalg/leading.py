@@ -9,7 +9,7 @@ from torch import Tensor
 
 from vivit_linop.operators.base import TorchLinearOperator
 from vivit_linop.ranks.alone import Ranks
-from vivit_linop.ranks.votes import RankError
+from vivit_linop.ranks.messages import RankError
 
 Result = TypeVar("Result")
 

@@ -26,7 +26,7 @@ from vivit_linop.operators.kronecker import (
     Kronecker,
 )
 from vivit_linop.operators.lowrank import DampedRoot, Gram, LowRank, Woodbury
-from vivit_linop.operators.scalars import Scalar, without_gradient
+from vivit_linop.operators.operands import Scalar, without_gradient
 from vivit_linop.operators.symmetric import symmetric_eigenpairs, without_noise
 from vivit_linop.operators.verbs import (
     adjoint,

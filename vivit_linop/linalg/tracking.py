@@ -34,7 +34,7 @@ from vivit_linop.operators.base import TorchLinearOperator
 from vivit_linop.operators.damped import Damped
 from vivit_linop.operators.eigenpairs import Eigenpairs
 from vivit_linop.operators.lowrank import LowRank
-from vivit_linop.operators.scalars import Scalar
+from vivit_linop.operators.operands import Scalar
 from vivit_linop.operators.verbs import eigh, eigh_near
 
 # Half-steps after which the operators are not near enough.

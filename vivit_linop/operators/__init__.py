@@ -7,8 +7,10 @@ from vivit_linop.operators import (
     verbs,
 )
 from vivit_linop.operators.base import TorchLinearOperator
-from vivit_linop.operators.damped import Damped, DampedDense, DampedInverse
-from vivit_linop.operators.diagonal_damping import (
+from vivit_linop.operators.damped import (
+    Damped,
+    DampedDense,
+    DampedInverse,
     DiagonallyDamped,
     DiagonalWoodbury,
     WeightedRows,

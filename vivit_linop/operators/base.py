@@ -27,15 +27,17 @@ from vivit_linop.modes import (
 from vivit_linop.operators import verbs
 from vivit_linop.operators.linear_map import LinearMap
 from vivit_linop.operators.methods import Vectors, VerbMethods
-from vivit_linop.operators.outline import as_html
-from vivit_linop.operators.scalars import (
+from vivit_linop.operators.operands import (
     Scalar,
+    as_array,
     as_float,
     as_scalar,
+    check_numbers,
     is_scalar,
+    numbered,
 )
+from vivit_linop.operators.outline import as_html
 from vivit_linop.operators.scipy_base import LinearOperator
-from vivit_linop.operators.vectors import as_array, check_numbers, numbered
 from vivit_linop.ranks.alone import ALONE, Ranks
 
 NUMPY_DTYPES = {torch.float32: np.dtype("float32"), torch.float64: np.dtype("float64")}

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from vivit_linop.drawing import axes_for, numbers
 from vivit_linop.modes import as_given, ordinary_mode
-from vivit_linop.operators.scalars import Scalar
+from vivit_linop.operators.operands import Scalar
 
 
 class Eigenpairs:

@@ -19,7 +19,7 @@ from vivit_linop.operators.base import (
     settled,
 )
 from vivit_linop.operators.lowrank import LowRank
-from vivit_linop.operators.scalars import Scalar
+from vivit_linop.operators.operands import Scalar
 from vivit_linop.operators.symmetric import symmetric_eigenvalues, without_noise
 from vivit_linop.ranks.alone import Ranks
 

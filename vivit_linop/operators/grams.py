@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from vivit_linop.operators.base import TorchLinearOperator
-from vivit_linop.operators.diagonal_damping import WeightedRows
+from vivit_linop.operators.damped import WeightedRows
 from vivit_linop.operators.elementary import Dense, Product, Scaled
 from vivit_linop.operators.kronecker import KhatriRao
 from vivit_linop.operators.lowrank import Centered, Gram

@@ -20,9 +20,9 @@ from vivit_linop.operators.base import (
     common_device,
     common_dtype,
 )
-from vivit_linop.operators.scalars import Scalar, without_gradient
+from vivit_linop.operators.operands import Scalar, without_gradient
 from vivit_linop.operators.small_side import DampedSolver, KeptMatrix, Pairs
-from vivit_linop.ranks.rows import RankRows
+from vivit_linop.ranks.alone import RankRows
 
 Result = TypeVar("Result")
 

@@ -9,12 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vivit_linop.arguments import as_count, as_real_numbers, check_real
-from vivit_linop.indices import Index, as_index
+from vivit_linop.arguments import Index, as_count, as_index, as_real_numbers, check_real
 from vivit_linop.modes import ordinary_mode
 from vivit_linop.operators import verbs
 from vivit_linop.operators.eigenpairs import Eigenpairs
-from vivit_linop.operators.scalars import as_scalar
+from vivit_linop.operators.operands import as_scalar
 from vivit_linop.operators.scipy_base import LinearOperator
 
 Vectors = TypeVar("Vectors", Tensor, np.ndarray)

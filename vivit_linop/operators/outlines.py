@@ -7,8 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from vivit_linop.operators.damped import Damped, DampedDense, DampedInverse
-from vivit_linop.operators.diagonal_damping import (
+from vivit_linop.operators.damped import (
+    Damped,
+    DampedDense,
+    DampedInverse,
     DiagonallyDamped,
     DiagonalWoodbury,
     WeightedRows,
@@ -31,9 +33,9 @@ from vivit_linop.operators.kronecker import (
     Kronecker,
 )
 from vivit_linop.operators.lowrank import Centered, DampedRoot, Gram, LowRank, Woodbury
+from vivit_linop.operators.operands import Scalar, as_float
 from vivit_linop.operators.outline import Cost, Outline, outline, total
 from vivit_linop.operators.random_projection import RandomProjection
-from vivit_linop.operators.scalars import Scalar, as_float
 
 
 def _entries(op: Operator) -> float:

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from vivit_linop.operators.base import TorchLinearOperator, settle
-from vivit_linop.operators.damped import Damped, DampedDense
-from vivit_linop.operators.diagonal_damping import DiagonallyDamped
+from vivit_linop.operators.damped import Damped, DampedDense, DiagonallyDamped
 from vivit_linop.operators.elementary import (
     Adjoint,
     Dense,
@@ -31,7 +30,7 @@ from vivit_linop.operators.kronecker import (
     Kronecker,
 )
 from vivit_linop.operators.lowrank import Gram, LowRank
-from vivit_linop.operators.scalars import Scalar
+from vivit_linop.operators.operands import Scalar
 from vivit_linop.operators.stacks import HStack
 from vivit_linop.operators.verbs import (
     add,

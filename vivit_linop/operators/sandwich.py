@@ -18,8 +18,7 @@ import torch
 from torch import Tensor
 
 from vivit_linop.operators.base import TorchLinearOperator
-from vivit_linop.operators.damped import Damped, DampedInverse
-from vivit_linop.operators.diagonal_damping import DiagonalWoodbury
+from vivit_linop.operators.damped import Damped, DampedInverse, DiagonalWoodbury
 from vivit_linop.operators.elementary import (
     Adjoint,
     Dense,
@@ -28,7 +27,7 @@ from vivit_linop.operators.elementary import (
     Scaled,
 )
 from vivit_linop.operators.lowrank import Centered, DampedRoot, LowRank, Woodbury
-from vivit_linop.operators.scalars import Scalar
+from vivit_linop.operators.operands import Scalar
 from vivit_linop.operators.stacks import HStack
 from vivit_linop.operators.verbs import adjoint, as_factor, matmul
 

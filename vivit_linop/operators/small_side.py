@@ -15,7 +15,7 @@ from torch import Tensor
 
 from vivit_linop.devices import free_memory
 from vivit_linop.operators.symmetric import symmetric_eigenpairs, symmetric_eigenvalues
-from vivit_linop.ranks.rows import RankRows
+from vivit_linop.ranks.alone import RankRows
 
 Pairs = tuple[Tensor, Tensor]
 OnMatrix = Callable[[Callable[[Tensor], Any]], Any]

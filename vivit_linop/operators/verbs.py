@@ -45,8 +45,8 @@ from vivit_linop.operators.dispatch import (
     no_rule,
 )
 from vivit_linop.operators.eigenpairs import Eigendecomposition, Eigenpairs
-from vivit_linop.operators.scalars import Scalar
-from vivit_linop.ranks.rows import RankRows
+from vivit_linop.operators.operands import Scalar
+from vivit_linop.ranks.alone import RankRows
 
 # Expressions ------------------------------------------------------------------------
 

@@ -23,13 +23,16 @@ from torch import Tensor
 
 from vivit_linop.devices import free_memory
 from vivit_linop.ranks.alone import ALONE, Ballot, Ranks
-from vivit_linop.ranks.packing import Layout, layout_of, packed, unpacked
-from vivit_linop.ranks.votes import (
+from vivit_linop.ranks.messages import (
+    Layout,
     Note,
     RankError,
     VectorsDifferError,
     as_error,
     checksum,
+    layout_of,
+    packed,
+    unpacked,
 )
 
 Result = TypeVar("Result")

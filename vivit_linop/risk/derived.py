@@ -10,7 +10,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from vivit_linop.indices import Index, as_index
+from vivit_linop.arguments import Index, as_index
 from vivit_linop.modes import ordinary_mode
 from vivit_linop.ranks.alone import Ranks
 from vivit_linop.risk import fingerprint

@@ -22,15 +22,13 @@ from vivit_linop.risk.containers import copied, leaves, map_leaves, rebuilt
 from vivit_linop.risk.copies import Copies
 from vivit_linop.risk.outputs import OutputTree, Returned
 from vivit_linop.risk.parameters import (
-    check_chosen,
-    check_finite,
-    chosen_of_function,
-    chosen_of_module,
-)
-from vivit_linop.risk.precision import (
     HALVES,
     as_pairs,
+    check_chosen,
+    check_finite,
     check_precision,
+    chosen_of_function,
+    chosen_of_module,
     explained_casts,
     in_precision,
     of_pairs,

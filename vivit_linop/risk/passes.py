@@ -34,6 +34,9 @@ from vivit_linop.risk.ways import Search
 
 # A batch with outputs of one shape: the bytes of its graph, and the outputs.
 Evaluated = tuple[Any, Any, int, Tensor]
+Outputs = Sequence[Tensor] | Tensor
+Cut = tuple[Samples, list[Part], list[tuple[int, Tensor]]]
+Item = TypeVar("Item")
 
 
 class ItemByItem(Exception):
@@ -113,10 +116,6 @@ class Cuts:
             yield samples.take(X, part.samples), part.targets(y), nbytes, output
 
 
-Outputs = Sequence[Tensor] | Tensor
-Cut = tuple[Samples, list[Part], list[tuple[int, Tensor]]]
-
-
 def _cut(
     model: FunctionalModel,
     ways: Sequence[Samples],
@@ -194,9 +193,6 @@ def number_of_items(y: Any, n: int) -> int:
     if isinstance(y, (list, tuple)) and len(y) == n and len(lengths) == n:
         items = {sum(lengths)}
     return items.pop() if len(items) == 1 and items != {n} else 0
-
-
-Item = TypeVar("Item")
 
 
 class Passes:

@@ -30,7 +30,7 @@ from vivit_linop.noise import Noise
 from vivit_linop.risk.containers import rebuilt
 from vivit_linop.risk.copies import Copies, Plan, Watch
 from vivit_linop.risk.outputs import Returned
-from vivit_linop.risk.precision import HALVES, in_precision
+from vivit_linop.risk.parameters import HALVES, in_precision
 
 Params = dict[str, Tensor]
 Predict = Callable[[nn.Module, Any], Any]

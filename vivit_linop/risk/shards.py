@@ -22,6 +22,7 @@ from vivit_linop.risk.copies import held_by
 from vivit_linop.risk.ways import ways_of
 
 _SEED = 1
+_OF_ANY_MODULE = frozenset(vars(nn.Module()))
 
 
 class OnceEach:
@@ -185,9 +186,6 @@ def by_items(ranks: Ranks, own: bool | None) -> bool:
             f"rank {every.index(False)}. All ranks need batches of one form."
         )
     return True in every
-
-
-_OF_ANY_MODULE = frozenset(vars(nn.Module()))
 
 
 def check_alike(ranks: Ranks, digests: Callable[[], Mapping[str, str]]) -> None:
