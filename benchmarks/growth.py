@@ -46,6 +46,10 @@ GRAM_SAMPLES = {"mlp": [64, 128, 256, 512, 1024], "3c3d": [8, 16, 32, 64, 128]}
 QUICK_SAMPLES = {"mlp": [32, 64, 128]}
 QUICK_WIDTHS = [256, 512, 1024]
 QUICK_GRAM_SAMPLES = {"mlp": [32, 64, 128], "3c3d": [4, 8, 16]}
+# On a GPU, smaller ones take no longer than their calls.
+GPU_SAMPLES = {"mlp": [2048, 4096, 8192, 16384, 32768, 65536]}
+GPU_WIDTHS = [1024, 2048, 4096, 8192, 16384]
+GPU_GRAM_SAMPLES = {"mlp": [256, 512, 1024, 2048], "3c3d": [128, 256, 512, 1024]}
 
 
 @dataclass
@@ -129,14 +133,18 @@ def measure(options: argparse.Namespace) -> Iterator[Curve]:
         runs = {side(problem): gram(problem) for problem in problems}
         yield timed(Curve(f"Gram, {net}", "N·R", "s", 2.0), runs, options)
         memory = Curve(f"Gram, {net}", "N·R", "B", 2.0)
-        of_net = ["--memory-of", net, "--device", device]
-        one, *peaks = (
-            peak_memory_in_subprocess("benchmarks.growth", [*of_net, "--at", str(N)])
-            for N in (1, *sizes)
-        )
+        one, *peaks = (peak(net, device, N) for N in (1, *sizes))
         for problem, peak in zip(problems, peaks, strict=True):
             memory.points[side(problem)] = float(max(peak - one, 1))
         yield memory
+
+
+def peak(net: str, device: str, num_samples: int) -> int:
+    """The peak of memory of a Gram matrix; on the CPU that of a process of its own."""
+    if torch.device(device).type == "cuda":
+        return peak_memory(gram, make_problem(net, device, num_samples))
+    of_net = ["--memory-of", net, "--device", device, "--at", str(num_samples)]
+    return peak_memory_in_subprocess("benchmarks.growth", of_net)
 
 
 def print_curve(curve: Curve) -> None:
@@ -212,10 +220,14 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--memory-of", metavar="NET", help=argparse.SUPPRESS)
     parser.add_argument("--at", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
-    options.effort = (2, 5.0) if options.quick else (15, 20.0)
-    options.samples = QUICK_SAMPLES if options.quick else SAMPLES
-    options.widths = QUICK_WIDTHS if options.quick else WIDTHS
-    options.gram_samples = QUICK_GRAM_SAMPLES if options.quick else GRAM_SAMPLES
+    options.effort, sizes = (15, 20.0), (SAMPLES, WIDTHS, GRAM_SAMPLES)
+    if options.quick:
+        sizes = QUICK_SAMPLES, QUICK_WIDTHS, QUICK_GRAM_SAMPLES
+        options.effort = 2, 5.0
+    elif torch.device(options.device).type == "cuda":
+        sizes = GPU_SAMPLES, GPU_WIDTHS, GPU_GRAM_SAMPLES
+        options.effort = 5, 5.0
+    options.samples, options.widths, options.gram_samples = sizes
     return options
 
 

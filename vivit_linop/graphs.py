@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import (
+    GradientEdge,
     Node,
     disable_saved_tensors_hooks,
     saved_tensors_hooks,
 )
+from torch.func import vmap
 
 
 class recorded:
@@ -97,6 +100,46 @@ def gradients(
         outputs, inputs, cotangents, materialize_grads=True, **options
     )
     return [g if g.layout == torch.strided else g.to_dense() for g in found]
+
+
+def batched_gradients(
+    outputs: Tensor | Sequence[Tensor],
+    inputs: Sequence[Tensor | GradientEdge],
+    vectors: Sequence[Tensor],
+) -> list[Tensor | None]:
+    """Pull several vectors back at once through a graph that stays.
+
+    By the rules of ``torch.func`` for batches. Those of ``is_grads_batched`` are older
+    and fewer: layers that have none (convolutions, pools, norms, softmax) are walked
+    through vector by vector.
+
+    Args:
+        outputs: One output, or several.
+        inputs: What to pull back to.
+        vectors: K of them for each output, ``[K, …]``.
+
+    Returns:
+        ``[K, …]`` for each input; None for one that no output depends on.
+
+    Raises:
+        RuntimeError: If an operation cannot be batched; functions of the user's may
+            raise errors of other kinds.
+    """
+    used: list[bool] = []
+
+    def pulled_back(*few: Tensor) -> tuple[Tensor, ...]:
+        found = torch.autograd.grad(
+            outputs, inputs, few, retain_graph=True, allow_unused=True
+        )
+        used[:] = [gradient is not None for gradient in found]
+        # None is nothing that can be batched, nor is no result at all.
+        return few[0], *(gradient for gradient in found if gradient is not None)
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "There is a performance drop")
+        _, *found = vmap(pulled_back)(*vectors)
+    rest = iter(found)
+    return [next(rest) if is_used else None for is_used in used]
 
 
 def nodes(output: Tensor) -> list[Node]:

@@ -9,6 +9,7 @@ nothing of time, kernels or memory.
 from __future__ import annotations
 
 import contextlib
+import functools
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -51,14 +52,21 @@ _WAITS = {
     "unique_dim_consecutive",
 }
 _INDEXING = {"_index_put_impl_", "_unsafe_index", "index", "index_put", "index_put_"}
+# What computes nothing and is no view by its schema.
+_NO_KERNEL = {"_unsafe_view", "promote_types", "is_same_size", "set_"}
 # Which take tensors of the host.
 _MIXING = {"_to_copy", "copy_", "detach", "lift_fresh", *_INDEXING}
 
 
 class Events(Counter[str]):
-    """How often the host waits or copies, by what and where in the package."""
+    """How often the host waits or copies, by what and where in the package.
+
+    Attributes:
+        launches: How many operations on the device are no mere views.
+    """
 
     active: Events | None = None
+    launches: int = 0
 
     @staticmethod
     def note(what: str) -> None:
@@ -184,6 +192,8 @@ def run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         raise RuntimeError(f"{name}: tensors of two devices at {_place()}")
     if ours and name in _WAITS:
         Events.note(f"waits: {name}")
+    if on_gpu and Events.active is not None and _launches(func, name):
+        Events.active.launches += 1
     plain_args, plain_given = tree_map(_plain, (args, given))
     out = func(*plain_args, **plain_given)
     if func._schema.is_mutable and not name.startswith("_native_batch"):
@@ -197,6 +207,15 @@ def run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     with contextlib.suppress(Exception):
         out = return_and_correct_aliasing(func, args, kwargs, out)
     return out
+
+
+@functools.cache
+def _launches(func: Any, name: str) -> bool:
+    """Whether an operation computes: it is no view, and gives more than memory."""
+    if name in _NO_KERNEL or name.startswith(("empty", "new_empty")):
+        return False
+    returns = [said.alias_info for said in func._schema.returns]
+    return any(alias is None or alias.is_write for alias in returns)
 
 
 def _plain(x: Any) -> Any:

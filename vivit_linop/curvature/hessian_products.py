@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import Any
@@ -16,7 +15,7 @@ from vivit_linop.curvature.second_derivatives import (
     differentiable_twice,
 )
 from vivit_linop.devices import Room, is_out_of_memory
-from vivit_linop.graphs import gradients, strided
+from vivit_linop.graphs import batched_gradients, gradients, strided
 from vivit_linop.net.costs import layer_costs
 from vivit_linop.noise import Noise
 from vivit_linop.operators.base import TorchLinearOperator
@@ -241,9 +240,7 @@ class HessianProducts(TorchLinearOperator):
     ) -> list[Tensor | None] | None:
         """Backward passes in one, None if torch cannot."""
         try:
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", "There is a performance drop")
-                return _pulled_back(outputs, inputs, vectors, is_grads_batched=True)
+            return batched_gradients(outputs, inputs, vectors)
         # Some operations have no batched backward pass.
         except (RuntimeError, NotImplementedError) as error:
             if is_out_of_memory(error):
@@ -309,15 +306,9 @@ def _pulled_back(
     outputs: list[Tensor],
     inputs: list[Tensor],
     vectors: list[Tensor],
-    is_grads_batched: bool = False,
 ) -> list[Tensor | None]:
-    """A backward pass, or several in one; the graph is kept."""
+    """A backward pass; the graph is kept."""
     products = torch.autograd.grad(
-        outputs,
-        inputs,
-        vectors,
-        retain_graph=True,
-        allow_unused=True,
-        is_grads_batched=is_grads_batched,
+        outputs, inputs, vectors, retain_graph=True, allow_unused=True
     )
     return [strided(product) for product in products]

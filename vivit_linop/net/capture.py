@@ -18,7 +18,9 @@ from typing import Any, Literal, NamedTuple, Self
 import torch
 from torch import Tensor
 
-from vivit_linop.devices import told
+from vivit_linop.devices import is_out_of_memory, told
+from vivit_linop.graphs import batched_gradients
+from vivit_linop.net.chunks import columns_at_a_time
 from vivit_linop.net.columns.base import LayerColumns
 from vivit_linop.net.columns.joins import Place, assembled
 from vivit_linop.net.kinds import View
@@ -90,10 +92,12 @@ class Capture:
         output: The outputs, ``[n, C]``, with their graph.
         uses: The recorded uses.
         opaque: Parameters with a use that has no known structure.
+        together: Whether the last columns were pulled back together, by torch's rules
+            for batches.
     """
 
     def __init__(self, risk: EmpiricalRisk, X: Any, num_samples: int) -> None:
-        self._risk, self.num_samples = risk, num_samples
+        self._risk, self.num_samples, self.together = risk, num_samples, False
         with Recorder(risk.model.params) as recorder:
             output = risk.model(risk.model.params, X)
         self.output = output.reshape(num_samples, -1)
@@ -142,9 +146,11 @@ class Capture:
             takes: How they are taken.
         """
         kept = self._kept(variant, names)
-        stacked: list[Tensor] = []
-        for r, signals in enumerate(self._signals(kept, cotangents)):
-            _stack(stacked, signals, r, cotangents.shape[2])
+        stacked = self._pulled_together(kept, cotangents, variant)
+        if not stacked:
+            width = cotangents.shape[2]
+            for r, signals in enumerate(self._signals(kept, cotangents)):
+                _stack(stacked, _single(signals), r, width)
         return self._assembled(kept, starmap(Use.columns, kept), stacked, names, takes)
 
     def parts(
@@ -172,9 +178,9 @@ class Capture:
         makers = [*starmap(Use.columns, apart)]
         stacked: list[Tensor] = []
         for r, signals in enumerate(self._signals(apart + together, cotangents)):
-            single = [signal.unsqueeze(1) for signal in signals[: len(apart)]]
-            yield self._assembled(apart, makers, single, names, "stream")
-            _stack(stacked, signals[len(apart) :], r, width)
+            single = _single(signals)
+            yield self._assembled(apart, makers, single[: len(apart)], names, "stream")
+            _stack(stacked, single[len(apart) :], r, width)
         last = starmap(Use.columns, together)
         yield self._assembled(together, last, stacked, names, "stream")
 
@@ -188,6 +194,35 @@ class Capture:
             if not names.isdisjoint(use.names):
                 kept.append(Kept(use, Layout(layout, self.num_samples)))
         return kept
+
+    def _pulled_together(
+        self, kept: Sequence[Kept], cotangents: Tensor, variant: Variant
+    ) -> list[Tensor]:
+        """Pull cotangents ``[n, C, R]`` back together, to ``[n, R, …]`` at each use.
+
+        As many columns in a backward pass as memory bears. None where that is one, or
+        where an operation of the net has no rule for batches.
+        """
+        uses, width = [each.use for each in kept], cotangents.shape[2]
+        entries = sum(use.output_shape.numel() for use in uses)
+        nbytes = entries * cotangents.element_size()
+        few = columns_at_a_time(self.output.device, nbytes) if variant.together else 1
+        stacked: list[Tensor] = []
+        self.together = few > 1 < width and bool(uses)
+        if not self.together:
+            return stacked
+        try:
+            for start in range(0, width, few):
+                rows = cotangents[:, :, start : start + few].permute(2, 0, 1)
+                found = self._backward(uses, rows.contiguous())
+                for index, (_, layout) in enumerate(kept):
+                    found[index] = layout.of_columns(found[index])
+                _stack(stacked, found, start, width)
+        except (RuntimeError, NotImplementedError) as error:
+            # What does not fit says nothing of the net.
+            self.together, variant.together = False, is_out_of_memory(error)
+            return []
+        return stacked
 
     def _signals(
         self, kept: Sequence[Kept], cotangents: Tensor
@@ -246,15 +281,18 @@ class Capture:
         return self._risk.kept.get_everywhere(key, lambda: kept)
 
     def _backward(self, uses: list[Use], cotangent: Tensor) -> list[Tensor]:
-        """Pull a cotangent back to the outputs of uses."""
+        """Pull a cotangent ``[n, C]``, or several, back to the outputs of uses."""
         edges = [*map(attrgetter("edge"), uses)]
-        found = torch.autograd.grad(
-            self.output, edges, cotangent, retain_graph=True, allow_unused=True
-        )
+        if several := cotangent.shape[:-2]:
+            found = batched_gradients(self.output, edges, [cotangent])
+        else:
+            found = torch.autograd.grad(
+                self.output, edges, cotangent, retain_graph=True, allow_unused=True
+            )
         signals = []
         for use, signal in zip(uses, found, strict=True):
             if signal is None:
-                signal = cotangent.new_zeros(use.output_shape)
+                signal = cotangent.new_zeros(*several, *use.output_shape)
             signals.append(signal.detach())
         return signals
 
@@ -316,10 +354,17 @@ def _key_of_sizes(risk: EmpiricalRisk, X: Any) -> Hashable:
     return "sample sizes", *shapes
 
 
-def _stack(stacked: list[Tensor], signals: list[Tensor], r: int, width: int) -> None:
-    """Put signals beside those of the cotangents before, r of as many as a width."""
+def _single(signals: Sequence[Tensor]) -> list[Tensor]:
+    """Signals ``[n, …]`` of one cotangent as ``[n, 1, …]``."""
+    return [signal.unsqueeze(1) for signal in signals]
+
+
+def _stack(
+    stacked: list[Tensor], signals: Sequence[Tensor], start: int, width: int
+) -> None:
+    """Put signals ``[n, k, …]`` beside those of the ``start`` cotangents before."""
     for index, signal in enumerate(signals):
-        if r == 0:
-            shape = len(signal), width, *signal.shape[1:]
+        if start == 0:
+            shape = len(signal), width, *signal.shape[2:]
             stacked.append(signal.new_empty(shape))
-        stacked[index][:, r] = signal
+        stacked[index][:, start : start + signal.shape[1]] = signal

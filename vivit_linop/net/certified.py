@@ -193,6 +193,9 @@ class CertifiedColumns:
             failing = self.failing(made, cotangents, todo)
             done |= {name: part for name, part in made.items() if name not in failing}
             todo = [name for name in todo if name in failing]
+            if structured & failing and self._capture.together:
+                # Torch's rules for batches are not all right.
+                self._variant.together, structured = False, set()
             self._learn(structured & failing, opaque & failing)
         return done
 

@@ -22,7 +22,7 @@ import functools
 import gc
 import threading
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextvars import ContextVar
 from itertools import compress
 from operator import attrgetter
@@ -36,7 +36,7 @@ from vivit_linop.devices import (
     explained,
     is_out_of_memory,
 )
-from vivit_linop.graphs import strided
+from vivit_linop.graphs import batched_gradients, strided
 from vivit_linop.modes import as_guest
 from vivit_linop.net.chunks import Chunks, columns_at_a_time
 from vivit_linop.net.rounding import BY_NOISE, nearby
@@ -109,12 +109,13 @@ class ReverseTangents:
 
     def __call__(self, tangents: list[Tensor], batched: bool) -> Tensor:
         """Return J x for x in the shapes of the parameters, or for K of them."""
+        vectors = list(compress(tangents, self._used))
+        if batched:
+            (images,) = batched_gradients(self._pulled_back, [self._dual], vectors)
+            assert images is not None
+            return images
         (image,) = torch.autograd.grad(
-            self._pulled_back,
-            self._dual,
-            list(compress(tangents, self._used)),
-            retain_graph=True,
-            is_grads_batched=batched,
+            self._pulled_back, self._dual, vectors, retain_graph=True
         )
         return image
 
@@ -436,14 +437,17 @@ class Linearization:
         leading = rows.shape[:-1]
         cotangents = rows.view((*leading, *self.outputs.shape))
         graph = graph or self._graph
-        gradients = torch.autograd.grad(
-            graph.output,
-            graph.arguments,
-            cotangents,
-            retain_graph=True,
-            allow_unused=True,
-            is_grads_batched=rows.ndim == 2,
-        )
+        gradients: Sequence[Tensor | None]
+        if rows.ndim == 2:
+            gradients = batched_gradients(graph.output, graph.arguments, [cotangents])
+        else:
+            gradients = torch.autograd.grad(
+                graph.output,
+                graph.arguments,
+                cotangents,
+                retain_graph=True,
+                allow_unused=True,
+            )
         parts = []
         for gradient, size in zip(gradients, self._sizes, strict=True):
             if gradient is None:

@@ -46,8 +46,9 @@ _MEMORY_SHARE = 12
 # What the largest tensor of a pass on the CPU should take, if there are more than a few
 # samples: fresh memory costs about as much as what is computed in it.
 _SIGNAL_BYTES, _FEW_SAMPLES = 8 * 2**20, 16
-# Into how many pieces at least it is cut: one is made beside those that are held.
-_PIECES = 4
+# Into how many pieces at least it is cut, where one is made beside those that are held,
+# and where it passes by.
+_PIECES, _PASSING_PIECES = 4, 2
 # Whatever the budget is, columns are held up to this: the fewer are held, the more
 # often all others are made again.
 LEAST_BYTES = 64 * 2**20
@@ -372,8 +373,9 @@ class Pass:
         sizes = sample_sizes(risk, batch, X, n)
         itemsize = risk.dtype.itemsize
         entries = sizes.entries(width, formed) + width * self._formed
-        size = max(1, self._memory // _PIECES // max(1, entries * itemsize))
-        if self.takes in ("stream", "factors") and risk.device.type == "cpu":
+        pieces = _PASSING_PIECES if self._passes_by else _PIECES
+        size = max(1, self._memory // pieces // max(1, entries * itemsize))
+        if self._in_parts:
             # One pass is not better than several that stay near the caches.
             near = _SIGNAL_BYTES // max(1, sizes.signal * itemsize)
             size = min(size, max(near, _FEW_SAMPLES))
@@ -384,6 +386,20 @@ class Pass:
         if size >= n or not self._runs_in_parts(batch, X, n):
             return [index]
         return index.tensor_split(math.ceil(n / size))
+
+    @property
+    def _passes_by(self) -> bool:
+        """Whether columns are let go as soon as they have been added up."""
+        return self.takes in ("stream", "factors")
+
+    @property
+    def _in_parts(self) -> bool:
+        """Whether these come one of each sample at a time.
+
+        On a GPU each would take launches of its own, and the memory of a piece does
+        for all.
+        """
+        return self._passes_by and self._risk.device.type == "cpu"
 
     @cached_property
     def _structure(self) -> Structure:
@@ -428,12 +444,12 @@ class Pass:
             place = slice(before + own.start, before + own.stop)
             cotangents = factor.cotangents(batch)
             cotangents = cotangents[index.to(cotangents.device)]
-            takes, single = self.takes, cotangents.shape[2] == 1
             # One column a sample is checked as it is.
-            if takes == "stream" and single:
+            takes, parts = self.takes, self._in_parts and cotangents.shape[2] > 1
+            if takes == "stream" and not parts:
                 takes = "columns"
             columns: dict[str, LayerColumns] | None = None
-            if single or takes not in ("stream", "factors"):
+            if not parts:
                 columns = certified.columns(cotangents, self.names, takes)
             else:
                 certified.certify_layers(cotangents, self.names)

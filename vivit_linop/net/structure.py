@@ -16,6 +16,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
+from torch.func import vmap
 
 from vivit_linop.net.columns.base import LayerColumns
 from vivit_linop.net.columns.khatri_rao import KhatriRaoColumns, squares_by_pairs
@@ -54,6 +55,13 @@ class Layout:
         if self.name == "merged second":
             return tensor.reshape(-1, n, *tensor.shape[1:]).transpose(0, 1)
         return tensor.unsqueeze(0)
+
+    def of_columns(self, tensors: Tensor) -> Tensor:
+        """Bring R tensors, ``[R, …]``, into the form ``[n, R, …]``."""
+        if self.name == "first":
+            return tensors.transpose(0, 1)
+        arranged: Tensor = vmap(self, out_dims=1)(tensors)
+        return arranged
 
     def aligned(self, B: Tensor) -> Tensor:
         """Give cotangents ``[n, R, …]`` one axis again for each of the use's output.
@@ -263,11 +271,14 @@ class Variant:
         uses: The kind of each, with the names of weight and bias.
         layouts: For each, where its samples are; None where unknown.
         single: Whether it was found on one sample, where every axis is of that sample.
+        together: Whether a sample's columns may be pulled back together; not where
+            torch's rules for batches have failed, or were wrong.
     """
 
     uses: list[UseKey]
     layouts: list[str | None]
     single: bool
+    together: bool = field(default=True, compare=False)
 
     def fits(self, uses: list[Use], num_samples: int) -> bool:
         """Whether it may be that of a run, as far as can be seen from outside."""

@@ -10,8 +10,11 @@ from typing import NamedTuple, Self
 import torch
 from torch import Tensor
 
-# A symmetric product is halved while a block has twice this many rows.
-_SYMMETRIC_LEAF = 96
+# A symmetric product is halved while a block has twice this many rows, and copied to
+# its other half so many rows at a time: on the CPU, and on other devices, where the
+# launches of small parts take longer than what they spare.
+_SYMMETRIC_LEAF, _DEVICE_LEAF = 96, 2048
+_MIRRORED_ROWS, _DEVICE_ROWS = 256, 4096
 # Sums over so many columns lose no digits that matter.
 _SHORT_SUM = 1024
 
@@ -252,7 +255,8 @@ class DenseColumns(LayerColumns):
 
 def add_product(gram: Tensor, left: Tensor, right: Tensor, symmetric: bool) -> None:
     """Add ``left @ right.T`` to a matrix; above the diagonal only if symmetric."""
-    if not symmetric or len(left) < 2 * _SYMMETRIC_LEAF:
+    leaf = _SYMMETRIC_LEAF if left.is_cpu else _DEVICE_LEAF
+    if not symmetric or len(left) < 2 * leaf:
         gram.addmm_(left, right.T)
         return
     # The diagonal blocks by recursion, the block beside them once.
@@ -265,7 +269,7 @@ def add_product(gram: Tensor, left: Tensor, right: Tensor, symmetric: bool) -> N
 
 def mirror(matrix: Tensor) -> None:
     """Copy what is above the diagonal of a square matrix to below it."""
-    step = 256
+    step = _MIRRORED_ROWS if matrix.is_cpu else _DEVICE_ROWS
     for start in range(0, len(matrix), step):
         rows = slice(start, start + step)
         diagonal = matrix[rows, rows]

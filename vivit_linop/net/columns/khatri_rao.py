@@ -32,8 +32,8 @@ _SMALL_PRODUCT_COST, _SMALL_PRODUCT_FLOPS = 2, 2e5
 _CACHED_BYTES, _PASSING_BYTES = 4 * 2**20, 64 * 2**20
 _DEVICE_FACTOR = 64
 # A symmetric product position by position, in an elementwise way, is halved while a
-# block has twice this many rows.
-_SYMMETRIC_PAIRS_LEAF = 140
+# block has twice this many rows; on other devices than the CPU twice the second.
+_SYMMETRIC_PAIRS_LEAF, _DEVICE_PAIRS_LEAF = 140, 4096
 # What a matrix that is multiplied entry by entry may take.
 _OUTER_BYTES = 16 * 2**20
 # The inputs of how many samples are multiplied together.
@@ -164,7 +164,8 @@ class KhatriRaoColumns(LayerColumns):
     def _add_pairs(self, gram: Tensor, other: KhatriRaoColumns, memory: int) -> None:
         """Σ_pq (a_p a_qᵀ) ∘ (b_p b_qᵀ), position by position."""
         if other is self:
-            split = len(gram) >= 2 * _SYMMETRIC_PAIRS_LEAF
+            leaf = _SYMMETRIC_PAIRS_LEAF if gram.is_cpu else _DEVICE_PAIRS_LEAF
+            split = len(gram) >= 2 * leaf
         else:
             limit = min(memory, _share(_OUTER_BYTES, gram.device))
             split = gram.numel() * gram.element_size() > limit
