@@ -104,7 +104,7 @@ def gradients(
 
 def batched_gradients(
     outputs: Tensor | Sequence[Tensor],
-    inputs: Sequence[Tensor | GradientEdge],
+    inputs: Sequence[Tensor] | Sequence[GradientEdge],
     vectors: Sequence[Tensor],
 ) -> list[Tensor | None]:
     """Pull several vectors back at once through a graph that stays.

@@ -283,6 +283,7 @@ class Capture:
     def _backward(self, uses: list[Use], cotangent: Tensor) -> list[Tensor]:
         """Pull a cotangent ``[n, C]``, or several, back to the outputs of uses."""
         edges = [*map(attrgetter("edge"), uses)]
+        found: Sequence[Tensor | None]
         if several := cotangent.shape[:-2]:
             found = batched_gradients(self.output, edges, [cotangent])
         else:

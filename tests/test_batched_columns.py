@@ -1,0 +1,89 @@
+"""A sample's columns are pulled back together, and one by one where that fails."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, hessian, jacrev
+
+import vivit_linop as vl
+from vivit_linop.graphs import batched_gradients
+from vivit_linop.net.certified import find_structure
+
+
+class Tripled(torch.autograd.Function):
+    """Of a single tensor it is right; of several together it is off, or fails."""
+
+    generate_vmap_rule = False
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return 3.0 * x
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def vmap(info, in_dims, x):
+        wrong = x.clone()
+        wrong.movedim(in_dims[0], 0)[-1] *= 0.5
+        return 3.0 * wrong, in_dims[0]
+
+
+class Unbatched(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return 3.0 * x
+
+
+class Odd(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, tripled):
+        ctx.tripled = tripled
+        return 3.0 * x
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return ctx.tripled.apply(gradient), None
+
+
+class Layer(nn.Module):
+    def __init__(self, tripled):
+        super().__init__()
+        self.tripled = tripled
+
+    def forward(self, x):
+        return Odd.apply(x, self.tripled) if self.tripled else 3.0 * x
+
+
+def problem(middle):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(5, 4), middle, nn.Tanh(), nn.Linear(4, 3)).double()
+    return net, (torch.rand(6, 5).double(), torch.tensor([0, 1, 2, 0, 1, 2]))
+
+
+@pytest.mark.parametrize("tripled", [Tripled, Unbatched, None])
+def test_wrong_and_missing_rules_cost_nothing_but_time(tripled):
+    net, data = problem(Layer(tripled))
+    V = vl.GGNFactor(net, nn.CrossEntropyLoss(), data)
+    (plain, (X, y)), loss = problem(Layer(None)), nn.CrossEntropyLoss()
+    theta = {name: p.detach() for name, p in plain.named_parameters()}
+    jacobians = jacrev(lambda t: functional_call(plain, t, X))(theta)
+    J = torch.cat([j.flatten(2) for j in jacobians.values()], dim=2).flatten(0, 1)
+    H = hessian(lambda f: loss(f, y))(plain(X).detach()).reshape(len(J), len(J))
+    expected = torch.linalg.eigvalsh(J.T @ H @ J)[-12:]
+    torch.testing.assert_close(torch.linalg.eigvalsh(V.gram.to_dense()), expected)
+    structure = find_structure(V.risk)
+    assert not structure.opaque
+    assert structure.variants[0].together == (tripled is None)
+
+
+def test_gradients_of_several_vectors_are_those_of_each():
+    x = torch.rand(2, 3, 8, 8, requires_grad=True)
+    unused = torch.rand(2, requires_grad=True)
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.MaxPool2d(2), nn.Flatten(), nn.Softmax(1))
+    y, vectors = net(x), torch.rand(5, 2, 36)
+    found, nothing = batched_gradients(y, [x, unused], [vectors])
+    each = [torch.autograd.grad(y, x, v, retain_graph=True)[0] for v in vectors]
+    torch.testing.assert_close(found, torch.stack(each))
+    assert nothing is None
