@@ -81,7 +81,8 @@ def test_wrong_and_missing_rules_cost_nothing_but_time(tripled):
 def test_gradients_of_several_vectors_are_those_of_each():
     x = torch.rand(2, 3, 8, 8, requires_grad=True)
     unused = torch.rand(2, requires_grad=True)
-    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.MaxPool2d(2), nn.Flatten(), nn.Softmax(1))
+    layers = nn.Conv2d(3, 4, 3), nn.MaxPool2d(2), nn.Flatten(), nn.Softmax(1)
+    net = nn.Sequential(*layers)
     y, vectors = net(x), torch.rand(5, 2, 36)
     found, nothing = batched_gradients(y, [x, unused], [vectors])
     each = [torch.autograd.grad(y, x, v, retain_graph=True)[0] for v in vectors]
