@@ -129,7 +129,7 @@ OTHER = "what is computed"
 # What calls of these functions, and all that these call, serve.
 TOPICS = {
     "checks": """
-        check_curvature certify_curvature certified_sqrt EmpiricalRisk.check_outputs
+        check_curvature certify_curvature certified_sqrt Risk.check_outputs
         CertifiedColumns.failing CertifiedColumns._learn Noise.__init__ Noise.__call__
         Noise.like Linearization._agree Linearization._probed checked_outputs check_loss
         independent_samples Passes.fingerprints
@@ -141,7 +141,7 @@ TOPICS = {
     """,
     "running the private net": "FunctionalModel.__call__ FunctionalModel.first",
     "passing over data": """
-        EmpiricalRisk.batches Passes.batches Cuts.applied iterate copied ByUnit.take
+        Risk.batches Passes.batches Cuts.applied iterate copied ByUnit.take
     """,
     "modes of torch": """
         ordinary_mode.__enter__ ordinary_mode.__exit__ as_guest.__init__

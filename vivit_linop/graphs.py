@@ -11,61 +11,8 @@ from torch import Tensor
 from torch.autograd.graph import (
     GradientEdge,
     Node,
-    disable_saved_tensors_hooks,
-    saved_tensors_hooks,
 )
 from torch.func import vmap
-
-
-class recorded:
-    """For ``with``: record a graph, and save for it what was computed.
-
-    Gradients are recorded also where the caller has turned that off. Hooks of the
-    caller's (``torch.autograd.graph.saved_tensors_hooks``) may round or change what a
-    graph saves, and nobody can tell which do. So all of them have no effect inside,
-    ``save_on_cpu`` included; the ``memory`` of a risk bounds what is kept.
-    """
-
-    def __enter__(self) -> None:
-        """Enter both."""
-        # Written out, since it is entered in each product.
-        self._grad = torch.enable_grad()
-        self._grad.__enter__()
-        self._hooks = None
-        if _has_hooks():
-            self._hooks = saved_tensors_hooks(_with_version, _unchanged)
-            self._hooks.__enter__()
-
-    def __exit__(self, *exception: object) -> None:
-        """Leave them."""
-        if self._hooks is not None:
-            self._hooks.__exit__()
-        self._grad.__exit__(None, None, None)
-
-
-def _has_hooks() -> bool:
-    """Whether hooks on saved tensors are on in this thread."""
-    try:
-        with disable_saved_tensors_hooks("There are none."):
-            return False
-    except RuntimeError:  # torch refuses to while they are on
-        return True
-
-
-def _with_version(tensor: Tensor) -> tuple[Tensor, int]:
-    """Save a tensor as torch does without hooks, which looks at versions too."""
-    # Detached: an output would own the graph that owns it, and never be freed.
-    return tensor.detach(), tensor._version
-
-
-def _unchanged(saved: tuple[Tensor, int]) -> Tensor:
-    tensor, version = saved
-    if tensor._version != version:
-        raise RuntimeError(
-            "A tensor that is needed for a gradient has been modified by an inplace "
-            "operation."
-        )
-    return tensor
 
 
 def strided(gradient: Tensor | None) -> Tensor | None:

@@ -17,9 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.autograd.graph import disable_saved_tensors_hooks, saved_tensors_hooks
 
 from vivit_linop.checkpoints import RECOMPUTED
-from vivit_linop.graphs import recorded
 
 P = ParamSpec("P")
 Result = TypeVar("Result")
@@ -102,6 +102,47 @@ class ordinary_mode:
             mode.__exit__(None, None, None)
 
 
+def _recording() -> list[contextlib.AbstractContextManager[object]]:
+    """The modes in which a graph is recorded, and saves what was computed."""
+    modes: list[contextlib.AbstractContextManager[object]] = [torch.enable_grad()]
+    try:
+        with disable_saved_tensors_hooks("There are none."):
+            return modes
+    except RuntimeError:  # torch refuses to while there are some in this thread
+        return [*modes, saved_tensors_hooks(_with_version, _unchanged)]
+
+
+@contextlib.contextmanager
+def recorded() -> Iterator[None]:
+    """Record a graph, and save for it what was computed.
+
+    Gradients are recorded also where the caller has turned that off. Hooks of the
+    caller's (``torch.autograd.graph.saved_tensors_hooks``) may round or change what a
+    graph saves, and nobody can tell which do. So all of them have no effect inside,
+    ``save_on_cpu`` included; the ``memory`` of a risk bounds what is kept.
+    """
+    with contextlib.ExitStack() as stack:
+        for mode in _recording():
+            stack.enter_context(mode)
+        yield
+
+
+def _with_version(tensor: Tensor) -> tuple[Tensor, int]:
+    """Save a tensor as torch does without hooks, which looks at versions too."""
+    # Detached: an output would own the graph that owns it, and never be freed.
+    return tensor.detach(), tensor._version
+
+
+def _unchanged(saved: tuple[Tensor, int]) -> Tensor:
+    tensor, version = saved
+    if tensor._version != version:
+        raise RuntimeError(
+            "A tensor that is needed for a gradient has been modified by an inplace "
+            "operation."
+        )
+    return tensor
+
+
 class as_guest:
     """Run the user's code so that nothing global of the user's is changed.
 
@@ -113,7 +154,7 @@ class as_guest:
     precision, which is off too (:class:`ordinary_mode`). What ``torch.compile`` has
     compiled runs as it was written: compiled code has no second derivatives, and no
     calls that could be recorded. Graphs keep what was computed, whatever hooks of the
-    caller on saved tensors make of it (:class:`vivit_linop.graphs.recorded`).
+    caller on saved tensors make of it (:func:`recorded`).
 
     What of this is one for the process is set while any thread is inside, and put back
     when the last one leaves.
@@ -141,7 +182,7 @@ class as_guest:
                 "may be transformed; compute what else the data are needed for "
                 "(G.gram.to_dense(), G.diagonal(), …) before, or call .backward()."
             ) from error
-        modes: list[Any] = [recorded()]
+        modes: list[Any] = _recording()
         # A product has entered it already.
         if (
             _HERE.depth == 0

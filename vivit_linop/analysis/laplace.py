@@ -20,8 +20,7 @@ from vivit_linop.analysis.evidence import (
 from vivit_linop.analysis.predictive import predictive_covariance
 from vivit_linop.arguments import check_flag
 from vivit_linop.curvature import EKFAC, GGN, KFAC, Jacobian
-from vivit_linop.graphs import recorded
-from vivit_linop.modes import as_given, ordinary_mode
+from vivit_linop.modes import as_given, ordinary_mode, recorded
 from vivit_linop.net.certified import read_structure
 from vivit_linop.operators import Diagonal, TorchLinearOperator
 from vivit_linop.risk.empirical import EmpiricalRisk

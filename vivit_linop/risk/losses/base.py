@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vivit_linop.graphs import recorded
+from vivit_linop.modes import recorded
 from vivit_linop.risk.draws import Draws
 from vivit_linop.risk.outputs import OutputTree
 
