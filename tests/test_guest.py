@@ -168,34 +168,6 @@ def test_replays_of_two_threads_draw_their_own_numbers() -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
-@pytest.mark.skipif(
-    not hasattr(torch.backends, "fp32_precision"),
-    reason="torch has a precision for each of its libraries since 2.9",
-)
-@pytest.mark.parametrize("precision", ["high", "medium"])
-def test_products_are_in_full_precision(precision: str) -> None:
-    seen = []
-
-    class Asks(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.layer = nn.Linear(4, 3)
-
-        def forward(self, x: Tensor) -> Tensor:
-            seen.append(torch.backends.mkldnn.matmul.fp32_precision)
-            result: Tensor = self.layer(x)
-            return result
-
-    X, y = toy()[1]
-    torch.set_float32_matmul_precision(precision)
-    try:
-        vl.EmpiricalRisk(Asks(), LOSS, (X.float(), y)).gradient()
-        assert torch.get_float32_matmul_precision() == precision
-    finally:
-        torch.set_float32_matmul_precision("highest")
-    assert set(seen) <= {"ieee", "none"}
-
-
 @pytest.mark.parametrize("kind", [nn.RNN, nn.LSTM, nn.GRU, nn.Linear])
 def test_recurrent_nets_run_without_cudnn(kind: type[nn.Module]) -> None:
     """Whose recurrences have no derivatives in eval mode, and no second ones."""

@@ -239,6 +239,26 @@ def test_operators_of_any_kind_multiply_in_full_precision(precision: str) -> Non
 
 
 @has_precisions
+@pytest.mark.parametrize("precision", ["high", "medium"])
+def test_nets_run_in_full_precision(precision: str) -> None:
+    seen = []
+
+    class Asks(nn.Linear):
+        def forward(self, X: Tensor) -> Tensor:
+            seen.append(torch.backends.mkldnn.matmul.fp32_precision)
+            return super().forward(X)
+
+    _, loss, (X, y) = toy()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        vl.EmpiricalRisk(Asks(4, 3), loss, (X.float(), y)).gradient()
+        assert torch.get_float32_matmul_precision() == precision
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert seen and set(seen) <= {"ieee", "none"}
+
+
+@has_precisions
 def test_the_precision_comes_back_after_an_error() -> None:
     class Fails(Precise):
         def _multiply(self, X: Tensor) -> Tensor:
