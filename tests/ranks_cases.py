@@ -8,10 +8,10 @@ import argparse
 import functools
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
-import time
 import traceback
 from collections.abc import Callable, Iterator
 from datetime import timedelta
@@ -37,18 +37,16 @@ EXACT = 1e-12
 
 def launched(folder: Path, size: int, *work: str, limit: float = 300.0) -> list[Found]:
     """Let ``size`` processes do some work; return what each has found."""
-    command = [sys.executable, "-m", "tests.ranks_work", str(folder), str(size)]
+    command = [sys.executable, "-m", "tests.ranks_work", str(folder), str(size), *work]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    processes = [
-        subprocess.Popen([*command, str(rank), *work], cwd=ROOT, env=environment)
-        for rank in range(size)
-    ]
-    end = time.monotonic() + limit
-    for process in processes:
-        try:
-            process.wait(max(0.0, end - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            process.kill()
+    parent = subprocess.Popen(
+        command, cwd=ROOT, env=environment, start_new_session=True
+    )
+    try:
+        parent.wait(limit)
+    except subprocess.TimeoutExpired:
+        os.killpg(parent.pid, signal.SIGKILL)
+        parent.wait()
     return [read(folder, rank) for rank in range(size)]
 
 

@@ -8,7 +8,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -421,10 +421,19 @@ def _tensor(array: Any) -> Tensor:
     return torch.from_numpy(np.sort(np.asarray(array)))
 
 
-def main(folder: Path, size: int, rank: int, work: list[str]) -> None:
-    processes = join(str(folder), size, rank)
+def main(folder: Path, size: int, work: list[str]) -> None:
+    """Fork the processes: each would take longer to import torch than for its work."""
+    for rank in range(size):
+        if os.fork() == 0:
+            carry_out(folder, size, rank, work)
+    for _ in range(size):
+        os.wait()
+
+
+def carry_out(folder: Path, size: int, rank: int, work: list[str]) -> NoReturn:
     found: Found = {}
     try:
+        processes = join(str(folder), size, rank)
         names = [name for name in work if name in CASES]
         for name in names:
             found |= of_case(name, processes)
@@ -444,4 +453,4 @@ def main(folder: Path, size: int, rank: int, work: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4:])
+    main(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3:])

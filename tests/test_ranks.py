@@ -33,7 +33,20 @@ OF_THREE = ("uneven_batches", "embedding", "more_columns_than_parameters", "hube
 @pytest.mark.parametrize(
     ("size", "work"),
     [
-        (2, ("analyses", "files", "no_room", "losses", *OF_TWO)),
+        (
+            2,
+            (
+                "analyses",
+                "files",
+                "no_room",
+                "losses",
+                *OF_TWO,
+                "failures",
+                "same_bits",
+                "sharded",
+                "ended",
+            ),
+        ),
         (
             3,
             (
@@ -49,7 +62,6 @@ OF_THREE = ("uneven_batches", "embedding", "more_columns_than_parameters", "hube
                 "late",
             ),
         ),
-        (2, ("failures", "same_bits", "sharded", "ended")),
     ],
 )
 def test_every_process_finds_what_one_would(
