@@ -12,7 +12,7 @@ import contextlib
 import functools
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from . import guard
@@ -25,7 +25,6 @@ from torch.utils._python_dispatch import (  # noqa: E402
     TorchDispatchMode,
     return_and_correct_aliasing,
 )
-from torch.utils._pytree import tree_flatten, tree_map  # noqa: E402
 
 CUDA = torch.device("cuda:0")
 # Whose result is read by the host, or has a size that it must know.
@@ -163,10 +162,18 @@ def _of_tensors(index: Any) -> Any:
 def run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     """Run one operation on the numbers."""
     name = func._schema.name.split("::")[1]
-    flat, _ = tree_flatten((args, kwargs))
-    ours = [x for x in flat if isinstance(x, Pretended)]
-    hosts = [x for x in flat if isinstance(x, Tensor) and not isinstance(x, Pretended)]
-    given = dict(kwargs)
+    ours: list[Tensor] = []
+    hosts: list[Tensor] = []
+
+    def plain(x: Any) -> Any:
+        if isinstance(x, Pretended):
+            ours.append(x)
+            return x.inner
+        if isinstance(x, Tensor):
+            hosts.append(x)
+        return x
+
+    plain_args, given = _mapped(plain, args), _mapped(plain, kwargs)
     on_gpu = bool(ours)
     if given.get("device") is not None:
         target = torch.device(given["device"])
@@ -194,13 +201,12 @@ def run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         Events.note(f"waits: {name}")
     if on_gpu and Events.active is not None and _launches(func, name):
         Events.active.launches += 1
-    plain_args, plain_given = tree_map(_plain, (args, given))
-    out = func(*plain_args, **plain_given)
+    out = func(*plain_args, **given)
     if func._schema.is_mutable and not name.startswith("_native_batch"):
         return _written(func, args, kwargs, out, on_gpu)
     if not on_gpu:
         return out
-    out = tree_map(_pretending, out)
+    out = _mapped(_pretending, out)
     if name == "_to_copy":
         return out
     # Some functions have no rule for what their results share with their arguments.
@@ -218,8 +224,13 @@ def _launches(func: Any, name: str) -> bool:
     return any(alias is None or alias.is_write for alias in returns)
 
 
-def _plain(x: Any) -> Any:
-    return x.inner if isinstance(x, Pretended) else x
+def _mapped(change: Callable[[Any], Any], x: Any) -> Any:
+    """Arguments or results with what is in their lists and tables changed."""
+    if isinstance(x, dict):
+        return {name: _mapped(change, part) for name, part in x.items()}
+    if isinstance(x, (tuple, list)):
+        return type(x)([_mapped(change, part) for part in x])
+    return change(x)
 
 
 def _pretending(x: Any) -> Any:
@@ -271,10 +282,16 @@ def _written(func: Any, args: Any, kwargs: Any, out: Any, on_gpu: bool) -> Any:
 class PretendedGPU(TorchDispatchMode):
     """Operations that make tensors where ``device="cuda"`` says so."""
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        return run(func, args, kwargs or {})
+
+def _dispatch(
+    mode: PretendedGPU, func: Any, types: Any, args: Any = (), kwargs: Any = None
+) -> Any:
+    return run(func, args, kwargs or {})
+
+
+# Of a class that defines it torch wraps it for its compiler, whose import takes longer
+# than what is rehearsed.
+PretendedGPU.__torch_dispatch__ = _dispatch
 
 
 class Generator(torch.Generator):
