@@ -235,7 +235,7 @@ def test_bad_parameters() -> None:
     risk = vl.EmpiricalRisk(net, LOSS, (X, Y))
     D = risk.num_params
     for given, message in [
-        (torch.zeros(D - 1), "vec: needs"),
+        (torch.zeros(D - 1), "parameters: needs"),
         (torch.zeros(D, 2), "parameters: one vector"),
         ([torch.zeros(2)], "tensors: needs one for each"),
         ({"a": torch.zeros(2)}, "tensors: names are"),
@@ -259,7 +259,7 @@ def test_bad_steps() -> None:
     g = risk.gradient()
     with pytest.raises(ValueError, match="step: one vector"):
         risk.add_to_(net, g.unsqueeze(1))
-    with pytest.raises(ValueError, match="vec: needs"):
+    with pytest.raises(ValueError, match="step: needs"):
         risk.add_to_(net, g[1:])
     with pytest.raises(ValueError, match=r"model: needs '2\.weight' .* has none"):
         risk.add_to_(net[:1], g)

@@ -99,9 +99,9 @@ def test_yes_or_no(given: Any) -> None:
         (r"^rtol: a number", lambda A: vl.Hessian(problem()).solve(A, rtol="a")),
         (r"^M: an approximation", lambda A: vl.Hessian(problem()).solve(A, M=3)),
         (r"^parts: a list", lambda A: vl.hstack(None)),  # type: ignore[arg-type]
-        (r"^matrix: numbers", lambda A: vl.vstack([A, None])),  # type: ignore[list-item]
+        (r"^parts: number 1", lambda A: vl.vstack([A, None])),  # type: ignore[list-item]
         (r"^blocks: a list", lambda A: vl.BlockDiagonal(A.to_dense())),
-        (r"^indices: numbers", lambda A: vl.BlockDiagonal([A], indices="a")),
+        (r"^indices: a list", lambda A: vl.BlockDiagonal([A], indices="a")),
         (r"^operator: an operator", lambda A: vl.led(lambda B: B, None)),
     ],
 )
@@ -155,9 +155,9 @@ def test_names_and_tensors_of_parameters() -> None:
         with pytest.raises(TypeError, match=r"^names: a list"):
             risk.over(names)  # type: ignore[arg-type]
     for parameters in (3, "0.weight", 1.5):
-        with pytest.raises(TypeError, match=r"^parameters: one vector"):
+        with pytest.raises(TypeError, match=r"^parameters: a list of tensors"):
             risk.at(parameters)  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match=r"^tensors: one for each"):
+    with pytest.raises(TypeError, match=r"^tensors: a list of tensors"):
         risk.flatten(3)  # type: ignore[arg-type]
 
 

@@ -571,7 +571,7 @@ def test_square_roots_that_do_not_exist() -> None:
 
 def test_bad_input() -> None:
     of = risk("mlp_ce_mean")
-    with pytest.raises(ValueError, match=r"variant: one of mc, exact.*'kfra'"):
+    with pytest.raises(ValueError, match=r"variant: one of 'mc', 'exact'.*'kfra'"):
         vl.KFAC(of, variant="kfra")
     with pytest.raises(ValueError, match="weight_sharing: one of"):
         vl.KFAC(of, weight_sharing="sum")

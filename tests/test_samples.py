@@ -89,7 +89,7 @@ def test_what_is_refused() -> None:
     of = risk("mlp_ce_mean")
     S = POSTERIORS["ggn"](of)
     for bad in (0, -1, 1.5, True):
-        with pytest.raises(ValueError, match="num: how many samples"):
+        with pytest.raises((TypeError, ValueError), match=r"^num: "):
             S.sample(bad)
     with pytest.raises(ValueError, match="sample: needs a square"):
         vl.Dense(torch.rand(2, 3)).sample(1)

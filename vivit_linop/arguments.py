@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from numbers import Real
 from typing import Any, TypeAlias
 
@@ -36,7 +37,7 @@ def as_numbers(given: Any, name: str, dtype: torch.dtype | None = None) -> Tenso
 def as_real_numbers(given: Any, name: str, dtype: torch.dtype | None = None) -> Tensor:
     """Return what :func:`as_numbers` does, of real numbers only."""
     numbers = as_numbers(given, name, dtype)
-    if numbers.is_complex():
+    if numbers.is_complex() or numbers.dtype == torch.bool:
         raise TypeError(f"{name}: must be real, got {given!r}.")
     return numbers
 
@@ -48,6 +49,52 @@ def as_count(given: Any, name: str, least: int = 1) -> int:
     if given < least:
         raise ValueError(f"{name}: at least {least}, got {given}.")
     return int(given)
+
+
+def check_choice(given: Any, name: str, choices: Iterable[str]) -> None:
+    """Refuse what is none of some words."""
+    if not isinstance(given, str) or given not in choices:
+        listed = ", ".join(map(repr, choices))
+        raise ValueError(f"{name}: one of {listed}, got {given!r}.")
+
+
+def as_list(given: Any, name: str, what: str) -> list[Any]:
+    """Return a list of what can be gone through; a string is one thing.
+
+    Args:
+        given: What the user gave.
+        name: What errors call it.
+        what: What it is a list of.
+    """
+    if not isinstance(given, (str, bytes)) and hasattr(given, "__iter__"):
+        try:
+            return list(given)
+        except TypeError:  # tensors and arrays without axes
+            pass
+    raise TypeError(f"{name}: a list of {what}, got {given!r}.")
+
+
+def check_function(given: Any, name: str) -> None:
+    """Refuse what cannot be called, and classes."""
+    if not callable(given) or isinstance(given, type):
+        what = given.__name__ if isinstance(given, type) else type(given).__name__
+        raise TypeError(f"{name}: a function, got {what}.")
+
+
+def check_generator(given: Any) -> None:
+    """Refuse what is neither a generator of torch nor None."""
+    if given is not None and not isinstance(given, torch.Generator):
+        raise TypeError(f"generator: a torch.Generator or None, got {given!r}.")
+
+
+def as_device(given: Any) -> torch.device:
+    """Return a device; it need not be there."""
+    try:
+        if isinstance(given, (str, torch.device)):
+            return torch.device(given)
+    except RuntimeError:  # it knows no such name
+        pass
+    raise ValueError(f"device: a device of torch, as 'cpu' or 'cuda:0', got {given!r}.")
 
 
 def check_real(given: Any, name: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from vivit_linop.arguments import check_flag
 from vivit_linop.curvature.ggn import GGNFactor
 from vivit_linop.curvature.jacobian import Jacobian, Pullback
 from vivit_linop.devices import check_matrix_fits
@@ -95,6 +96,7 @@ def covariance(
     """
     if not isinstance(risk, EmpiricalRisk):
         raise TypeError(f"risk: an EmpiricalRisk, got {type(risk).__name__}.")
+    check_flag(absolute_sigma, "absolute_sigma")
     squares = isinstance(risk.loss, SquaredError)
     if absolute_sigma and not squares:
         raise ValueError(

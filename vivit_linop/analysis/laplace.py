@@ -18,7 +18,7 @@ from vivit_linop.analysis.evidence import (
     posterior_precision,
 )
 from vivit_linop.analysis.predictive import predictive_covariance
-from vivit_linop.arguments import check_flag
+from vivit_linop.arguments import check_choice, check_flag
 from vivit_linop.curvature import EKFAC, GGN, KFAC, Jacobian
 from vivit_linop.modes import as_given, ordinary_mode, recorded
 from vivit_linop.net.certified import read_structure
@@ -108,9 +108,7 @@ class Laplace:
     ) -> None:
         if not isinstance(risk, EmpiricalRisk):
             raise TypeError(f"risk: an EmpiricalRisk, got {type(risk).__name__}.")
-        if structure not in STRUCTURES:
-            listed = ", ".join(map(repr, STRUCTURES))
-            raise ValueError(f"structure: one of {listed}, got {structure!r}.")
+        check_choice(structure, "structure", STRUCTURES)
         self.risk = risk.over(last_used(risk)) if structure == "last_layer" else risk
         self.structure, self.prior_precision = structure, prior_precision
         unit = Diagonal(torch.ones_like(self.mean))
@@ -233,6 +231,8 @@ class Laplace:
             >>> mean.shape, covariance.shape
             (torch.Size([5, 2]), torch.Size([5, 2, 2]))
         """
+        if X is None or callable(X):
+            raise TypeError(f"X: inputs of the model, got {type(X).__name__}.")
         model = self.risk.model
         J = Jacobian(
             lambda params, x: model(params, x), X, params=self.risk.params, **options

@@ -12,9 +12,10 @@ from vivit_linop.analysis.directional import (
     checked_curvature_risk,
     directional_derivatives,
 )
+from vivit_linop.arguments import as_real_numbers
 from vivit_linop.curvature.ggn import GGNFactor
 from vivit_linop.linalg.decompositions import GramEigenpairs
-from vivit_linop.modes import as_given, ordinary_mode
+from vivit_linop.modes import ordinary_mode
 from vivit_linop.operators.base import TorchLinearOperator
 from vivit_linop.operators.eigenpairs import Eigenpairs
 from vivit_linop.risk.empirical import EmpiricalRisk
@@ -124,10 +125,7 @@ def evaluated_damping(
     evals = directions.eigenvalues
     # The function may write into what it is given.
     given = evals.clone(), gram_evecs().clone(), gammas.clone(), lambdas.clone()
-    result = as_given(damping(*given), evals.dtype)
-    if result.is_complex():
-        raise TypeError(f"damping: must be real, the function returned {result.dtype}.")
-    result = result.to(evals)
+    result = as_real_numbers(damping(*given), "damping", evals.dtype).to(evals)
     if result.shape != evals.shape:
         raise ValueError(
             f"damping: the function must return [{len(evals)}], it returned "

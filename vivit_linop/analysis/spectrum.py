@@ -73,7 +73,7 @@ class LanczosSpectrum:
             raise ValueError(f"ncv: an integer from 2 to {most}, got {ncv!r}.")
         self._operator, self._ncv = operator, ncv
         self._boundaries = _checked_boundaries(boundaries)
-        self._seed, self._states = seed, list[Tensor]()
+        self._seed, self._states = as_count(seed, "seed", 0), list[Tensor]()
         self._runs: list[Run] = []
 
     def density(
@@ -137,8 +137,8 @@ class LanczosSpectrum:
 
         _check_grid(num_points, kappa, margin)
         check_real(epsilon, "epsilon")
-        if not epsilon > 0.0:
-            raise ValueError(f"epsilon: a positive number, got {epsilon!r}.")
+        if not 0.0 < epsilon < math.inf:
+            raise ValueError(f"epsilon: a finite positive number, got {epsilon!r}.")
         runs = self._first(num_repeats)
         ends = self._ends(torch.cat([values for values, _ in runs]).abs())
         return _mean(

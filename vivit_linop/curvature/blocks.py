@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vivit_linop.arguments import as_list
 from vivit_linop.curvature.column_sums import sum_columns
 from vivit_linop.curvature.jacobian import Pullback
 from vivit_linop.net.totals import (
@@ -156,19 +157,19 @@ def parameter_groups(risk: EmpiricalRisk, blocks: ParameterBlocks) -> list[list[
         raise ValueError(
             f"blocks: 'parameter', 'module' or groups of parameters, got {blocks!r}."
         )
-    if not isinstance(blocks, Iterable):
-        raise TypeError(
-            "blocks: 'parameter', 'module' or groups of parameters, got "
-            f"{type(blocks).__name__}."
-        )
+    what = "groups of parameters; or 'parameter' or 'module'"
     by_identity = {id(owner): name for name, owner in risk.model.owners.items()}
     groups = []
-    for position, block in enumerate(blocks):
+    for position, block in enumerate(as_list(blocks, "blocks", what)):
         if isinstance(block, Mapping):
             if "params" not in block:
                 raise ValueError(f"blocks[{position}]: a group needs the key 'params'.")
             block = block["params"]
-        members = [block] if isinstance(block, (Tensor, str)) else list(block)
+        members = (
+            [block]
+            if isinstance(block, (Tensor, str))
+            else as_list(block, f"blocks[{position}]", "parameters, or their names")
+        )
         group = [
             m if isinstance(m, str) else by_identity.get(id(m), "") for m in members
         ]

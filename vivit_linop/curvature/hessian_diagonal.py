@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.func import jvp, vmap
 
+from vivit_linop.arguments import check_choice
 from vivit_linop.curvature.hessian_products import ROUNDING, HessianProducts
 from vivit_linop.curvature.loss_hessian import LossGradient, LossHessian
 from vivit_linop.curvature.recursions import own_backpack_results
@@ -73,8 +74,8 @@ def diagonal_by_recursion(
     H: HessianProducts, route: str | None, by_sample: bool
 ) -> Tensor | None:
     """BackPACK's diagonal if it is right, None if products are to be used."""
-    if route is not None and route not in _ROUTES:
-        raise ValueError(f"route: one of {', '.join(_ROUTES)}, got {route!r}.")
+    if route is not None:
+        check_choice(route, "route", _ROUTES)
     if route == "products":
         return None
     try:

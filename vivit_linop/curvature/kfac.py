@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vivit_linop.arguments import check_flag
+from vivit_linop.arguments import as_count, check_choice, check_flag
 from vivit_linop.curvature.blocks import FactorRows, Partition
 from vivit_linop.curvature.column_sums import sum_columns
 from vivit_linop.curvature.fisher import EmpiricalFisher
@@ -240,9 +240,9 @@ def _placed(
 
 
 def _check_options(variant: str, mc_samples: int, weight_sharing: str) -> None:
-    check_choice("variant", variant, VARIANTS)
-    check_choice("weight_sharing", weight_sharing, WEIGHT_SHARINGS)
-    if variant == "mc" and mc_samples == 0:
+    check_choice(variant, "variant", VARIANTS)
+    check_choice(weight_sharing, "weight_sharing", WEIGHT_SHARINGS)
+    if variant == "mc" and as_count(mc_samples, "mc_samples", 0) == 0:
         raise ValueError(
             "mc_samples: at least 1 for variant='mc', got 0. Use variant='exact' "
             "for the exact GGN."
@@ -406,9 +406,3 @@ def _correct(parts: Sequence[_Part], curvature: LowRank) -> None:
             part.block = CorrectedKronecker(
                 part.block, evals if reached is None else next(reached)
             )
-
-
-def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
-    """Raise an error unless an argument is one of its choices."""
-    if value not in choices:
-        raise ValueError(f"{name}: one of {', '.join(choices)}, got {value!r}.")

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vivit_linop.arguments import check_flag
+from vivit_linop.arguments import as_count, check_flag, check_generator
 from vivit_linop.curvature.output_space import (
     FactoredOutputOperator,
     OutputOperator,
@@ -238,12 +238,8 @@ class LossHessianSqrt(FactoredOutputOperator):
         mc_samples: int = 0,
         generator: torch.Generator | None = None,
     ) -> None:
-        if isinstance(mc_samples, bool) or not isinstance(mc_samples, int):
-            raise TypeError(f"mc_samples: an integer, got {mc_samples!r}.")
-        if mc_samples < 0:
-            raise ValueError(
-                f"mc_samples: 0 for exact, or how many to draw, got {mc_samples}."
-            )
+        mc_samples = as_count(mc_samples, "mc_samples", 0)  # 0 for exact
+        check_generator(generator)
         self.hessian, self.mc_samples = hessian, mc_samples
         self.determined = hessian.determined and not mc_samples
         risk, loss = hessian.risk, hessian.loss

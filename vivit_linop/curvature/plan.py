@@ -30,7 +30,7 @@ from dataclasses import dataclass, fields
 
 import torch
 
-from vivit_linop.arguments import check_real
+from vivit_linop.arguments import as_device, check_real
 from vivit_linop.linalg.decompositions import FEW
 from vivit_linop.net.costs import LayerCost
 
@@ -122,17 +122,17 @@ class DeviceCosts:
     @classmethod
     def default(cls, device: torch.device | str) -> DeviceCosts:
         """Return what is assumed of a device of its type."""
-        return CPU_COSTS if torch.device(device).type == "cpu" else GPU_COSTS
+        return CPU_COSTS if as_device(device).type == "cpu" else GPU_COSTS
 
     @classmethod
     def on(cls, device: torch.device | str) -> DeviceCosts:
         """Return what routes on a device are chosen by."""
-        device = torch.device(device)
+        device = as_device(device)
         return _in_use.get(_key(device), cls.default(device))
 
     def use(self, device: torch.device | str) -> None:
         """Choose routes on a device by these costs, in this process from now on."""
-        _in_use[_key(torch.device(device))] = self
+        _in_use[_key(as_device(device))] = self
 
     @property
     def reading_flops(self) -> float:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
+from vivit_linop.arguments import check_choice, check_flag
 from vivit_linop.curvature.blocks import ParameterBlocks, parameter_groups, places_of
 from vivit_linop.curvature.positive_curvature import (
     PositiveCurvature,
@@ -146,8 +147,8 @@ class PositiveCurvatureHessian(BlockDiagonal):
         as_published: bool = False,
         **options: Any,
     ) -> None:
-        if modify not in ("clip", "abs"):
-            raise ValueError(f"modify: 'clip' or 'abs', got {modify!r}.")
+        check_choice(modify, "modify", ("clip", "abs"))
+        check_flag(as_published, "as_published")
         self.risk = as_risk(risk, loss, data, params, **options)
         groups = parameter_groups(self.risk, blocks)
         with extra("backpack"):

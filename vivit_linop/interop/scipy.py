@@ -10,6 +10,7 @@ import torch
 from scipy.sparse.linalg import LinearOperator, aslinearoperator
 from torch import Tensor
 
+from vivit_linop.arguments import check_flag
 from vivit_linop.operators.base import TorchLinearOperator
 
 
@@ -41,7 +42,14 @@ def from_scipy(
     """
     if isinstance(op, TorchLinearOperator):
         return op
-    return ScipyOperator(aslinearoperator(op), self_adjoint, device)
+    check_flag(self_adjoint, "self_adjoint")
+    try:
+        operator = aslinearoperator(op)
+    except TypeError:
+        raise TypeError(
+            f"op: an operator or a matrix of SciPy's, got {type(op).__name__}."
+        ) from None
+    return ScipyOperator(operator, self_adjoint, device)
 
 
 class ScipyOperator(TorchLinearOperator):

@@ -67,13 +67,16 @@ class GramEigenpairs(Eigenpairs):
             vectors -= V.apply(others @ (overlaps * larger))
         return orthonormalised(vectors, self._values)
 
-    def combine(self, weights: Tensor) -> Tensor:
-        """Return ``E @ weights`` by one product with V."""
+    def _size(self) -> int:
+        return self.operator.shape[0]
+
+    def _combination(self, weights: Tensor) -> Tensor:
+        """By one product with V."""
         combined = (self.coefficients @ weights).unsqueeze(1)
         return self.operator.factor.apply(combined).squeeze(1)
 
-    def components(self, factor: TorchLinearOperator) -> Tensor:
-        """Return ``factor.T @ E`` through the (cross-)Gram matrix."""
+    def _components(self, factor: TorchLinearOperator) -> Tensor:
+        """Through the (cross-)Gram matrix."""
         if factor is self.operator.factor:
             return self.operator.gram.times(self.coefficients)
         return Gram(factor, self.operator.factor).times(self.coefficients)

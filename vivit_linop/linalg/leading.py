@@ -65,6 +65,8 @@ def led(function: Callable[[Any], Result], operator: TorchLinearOperator) -> Res
     """
     if not isinstance(operator, TorchLinearOperator):
         raise TypeError(f"operator: an operator, got {type(operator).__name__}.")
+    if not callable(function):
+        raise TypeError(f"function: a function, got {type(function).__name__}.")
     ranks = operator.ranks
     if not ranks.is_many:
         return function(operator)

@@ -133,7 +133,9 @@ class TorchLinearOperator(VerbMethods["TorchLinearOperator"]):
         dtype: torch.dtype | None,
         device: torch.device | str | None = None,
     ) -> None:
-        if dtype is not None and dtype not in NUMPY_DTYPES:
+        if dtype is not None and not (
+            isinstance(dtype, torch.dtype) and dtype in NUMPY_DTYPES
+        ):
             raise TypeError(
                 f"dtype: operators are float32 or float64, got {dtype}. Convert the "
                 "model or the tensor first, for example with .float()."
@@ -429,6 +431,8 @@ class TorchLinearOperator(VerbMethods["TorchLinearOperator"]):
     @uncompiled
     def __truediv__(self, x: Any) -> TorchLinearOperator:
         """Return ``self / x`` for a scalar ``x``."""
+        if isinstance(x, Tensor) and x.ndim:  # which would divide by itself first
+            raise TypeError(f"An operator is divided by a number, got {list(x.shape)}.")
         if not is_scalar(x):
             return NotImplemented
         return verbs.scale(self, as_scalar(1.0 / as_scalar(x)))

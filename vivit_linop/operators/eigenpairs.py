@@ -119,6 +119,14 @@ class Eigenpairs:
             tensor([[1., 0.],
                     [0., 7.]])
         """
+        if not isinstance(weights, Tensor) or weights.shape != self.eigenvalues.shape:
+            raise ValueError(
+                f"weights: a tensor [{len(self)}], one for each eigenvector, got "
+                f"{list(weights.shape) if isinstance(weights, Tensor) else weights!r}."
+            )
+        return self._combination(weights.to(self.eigenvalues))
+
+    def _combination(self, weights: Tensor) -> Tensor:
         return self.eigenvectors @ weights
 
     def components(self, factor: LinearOperator) -> Tensor:
@@ -127,6 +135,20 @@ class Eigenpairs:
         Costs K products with ``factor.T``; pairs of V Vᵀ take the cross-Gram matrix in
         its place. :meth:`combine` has an example.
         """
+        if not isinstance(factor, (LinearOperator, Tensor)):
+            raise TypeError(f"factor: an operator, got {type(factor).__name__}.")
+        if len(factor.shape) != 2 or factor.shape[0] != self._size():
+            raise ValueError(
+                f"factor: needs {self._size()} rows, as eigenvectors have entries, got "
+                f"shape {tuple(factor.shape)}."
+            )
+        return self._components(factor)
+
+    def _size(self) -> int:
+        """How many entries an eigenvector has."""
+        return len(self.eigenvectors)
+
+    def _components(self, factor: LinearOperator) -> Tensor:
         return factor.T @ self.eigenvectors
 
 

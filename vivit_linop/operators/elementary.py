@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vivit_linop.arguments import as_numbers
+from vivit_linop.arguments import as_count, as_numbers
 from vivit_linop.operators import verbs
 from vivit_linop.operators.base import (
     TorchLinearOperator,
@@ -46,9 +46,8 @@ class Identity(TorchLinearOperator):
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> None:
-        if not isinstance(n, (int, np.integer)) or n < 1:
-            raise ValueError(f"n: the size of an identity is at least 1, got {n!r}.")
-        super().__init__((int(n), int(n)), dtype, device)
+        n = as_count(n, "n")
+        super().__init__((n, n), dtype, device)
 
     def _settled(
         self, dtype: torch.dtype | None, device: torch.device | None

@@ -5,13 +5,13 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from vivit_linop.arguments import as_numbers
+from vivit_linop.arguments import as_list, as_numbers
 from vivit_linop.operators.base import (
     TorchLinearOperator,
     common_device,
@@ -49,17 +49,11 @@ class BlockDiagonal(TorchLinearOperator):
         blocks: Sequence[TorchLinearOperator | Tensor | np.ndarray],
         indices: Sequence[Tensor] | None = None,
     ) -> None:
-        if isinstance(blocks, (TorchLinearOperator, Tensor, np.ndarray)):
-            raise TypeError(
-                "blocks: a list of operators or matrices, got one "
-                f"{type(blocks).__name__}."
-            )
-        if not blocks:
-            raise ValueError("blocks: is empty, a BlockDiagonal has at least one.")
-        self.blocks = settled([as_operator(block) for block in blocks])
+        self.blocks = settled(as_operators(blocks, "blocks"))
         self.indices = None
         if indices is not None:
-            self.indices = [as_numbers(index, "indices") for index in indices]
+            listed = as_list(indices, "indices", "places, one for each block")
+            self.indices = [as_numbers(index, "indices") for index in listed]
         rows = sum(block.shape[0] for block in self.blocks)
         columns = sum(block.shape[1] for block in self.blocks)
         if self.indices is not None:
@@ -152,9 +146,7 @@ class Kronecker(TorchLinearOperator):
     """
 
     def __init__(self, *factors: TorchLinearOperator | Tensor | np.ndarray) -> None:
-        if not factors:
-            raise ValueError("factors: is empty, a Kronecker has at least one.")
-        self.factors = tuple(settled([as_operator(factor) for factor in factors]))
+        self.factors = tuple(settled(as_operators(factors, "factors")))
         super().__init__(
             (
                 math.prod(factor.shape[0] for factor in self.factors),
@@ -319,9 +311,31 @@ class KhatriRao(TorchLinearOperator):
         return torch.einsum("pr,qr,pqk->rk", self.left, self.right, X)
 
 
-def as_operator(x: TorchLinearOperator | Tensor | np.ndarray) -> TorchLinearOperator:
-    """Return operators as they are and matrices as :class:`Dense`."""
-    return x if isinstance(x, TorchLinearOperator) else Dense(x)
+def as_operators(given: Any, name: str) -> list[TorchLinearOperator]:
+    """Return a list of operators and matrices as operators.
+
+    Args:
+        given: What the user gave.
+        name: What errors call it.
+
+    Raises:
+        TypeError: If it is no list, or one of its entries is no matrix.
+        ValueError: If it is empty.
+    """
+    what = "operators or matrices"
+    if isinstance(given, (TorchLinearOperator, Tensor, np.ndarray)):
+        raise TypeError(f"{name}: a list of {what}, got one {type(given).__name__}.")
+    operators: list[TorchLinearOperator] = []
+    for position, part in enumerate(as_list(given, name, what)):
+        if not isinstance(part, TorchLinearOperator):
+            try:
+                part = Dense(part)
+            except (TypeError, ValueError) as error:
+                raise type(error)(f"{name}: number {position}, as a {error}") from None
+        operators.append(part)
+    if not operators:
+        raise ValueError(f"{name}: at least one, got none.")
+    return operators
 
 
 def _all_mirrored(

@@ -9,7 +9,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vivit_linop.arguments import Index, as_count, as_index, as_real_numbers, check_real
+from vivit_linop.arguments import (
+    Index,
+    as_count,
+    as_index,
+    as_real_numbers,
+    check_generator,
+    check_real,
+)
 from vivit_linop.modes import ordinary_mode
 from vivit_linop.operators import verbs
 from vivit_linop.operators.eigenpairs import Eigenpairs
@@ -262,11 +269,8 @@ class VerbMethods(LinearOperator, Generic[Op]):
             True
         """
         self._check_square("sample")
-        if isinstance(num, bool) or not isinstance(num, int) or num < 1:
-            raise ValueError(
-                f"num: how many samples, an integer from 1 on, got {num!r}."
-            )
-        return verbs.sample(self, num, generator)
+        check_generator(generator)
+        return verbs.sample(self, as_count(num, "num"), generator)
 
     @ordinary_mode()
     def logdet(self, damping: float | Tensor | Sequence[float] | None = None) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 from scipy.sparse import issparse
 from torch import Tensor
 
+from vivit_linop.arguments import as_device
 from vivit_linop.modes import is_differentiated
 
 _CPU = torch.device("cpu")
@@ -45,9 +46,13 @@ def check_numbers(x: np.ndarray) -> None:
 
 def numbered(device: torch.device | str) -> torch.device:
     """Return a device as tensors on it name it: "cuda" is the current one."""
-    if isinstance(device, torch.device) and device.type == "cpu":
+    device = as_device(device)
+    if device.type == "cpu":
         return _CPU
-    return torch.empty(0, device=device).device
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"device: {device} is not there ({error}).") from None
 
 
 """A number; a tensor without axes where gradients flow to it."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ from vivit_linop.operators.base import (
     common_dtype,
     settled,
 )
-from vivit_linop.operators.kronecker import as_operator
+from vivit_linop.operators.kronecker import as_operators
 
 
 class HStack(TorchLinearOperator):
@@ -101,20 +101,10 @@ def vstack(parts: Parts) -> TorchLinearOperator:
 
 def _checked(parts: Parts, axis: int) -> list[TorchLinearOperator]:
     """Return the parts as operators of one height, or one width."""
-    if isinstance(parts, (TorchLinearOperator, Tensor, np.ndarray)):
-        raise TypeError(
-            f"parts: a list of operators or matrices, got one {type(parts).__name__}."
-        )
-    if not isinstance(parts, Iterable):
-        raise TypeError(
-            f"parts: a list of operators or matrices, got {type(parts).__name__}."
-        )
-    operators = settled([as_operator(part) for part in parts])
+    operators = settled(as_operators(parts, "parts"))
     sizes = {part.shape[axis] for part in operators}
     if len(sizes) != 1:
         side = ("rows", "columns")[axis]
         shapes = [tuple(part.shape) for part in operators]
-        raise ValueError(
-            f"parts: at least one, with as many {side} each, got shapes {shapes}."
-        )
+        raise ValueError(f"parts: need as many {side} each, got shapes {shapes}.")
     return operators

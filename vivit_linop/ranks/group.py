@@ -60,7 +60,8 @@ def as_ranks(group: Any) -> Ranks:
                 'one of them, mesh["dp"].'
             )
         group = group.get_group()
-    outside = group == dist.GroupMember.NON_GROUP_MEMBER
+    none: Any = dist.GroupMember.NON_GROUP_MEMBER
+    outside = isinstance(group, type(none)) and group == none
     if not isinstance(group, dist.ProcessGroup) and not outside:
         raise TypeError(
             "process_group: a group of torch.distributed or a DeviceMesh, got "

@@ -10,12 +10,12 @@ import copy
 import functools
 import math
 from collections.abc import Iterator
-from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from vivit_linop.arguments import check_real
 from vivit_linop.devices import explained
 from vivit_linop.modes import ordinary_mode
 from vivit_linop.ranks.alone import Ranks
@@ -76,8 +76,10 @@ class Risk(ParameterVectors):
         check_data: bool,
         check_parts: bool,
     ) -> None:
-        if memory is not None and not (isinstance(memory, Real) and memory >= 0):
-            raise ValueError(f"memory: a number of bytes, at least 0, got {memory!r}.")
+        if memory is not None:
+            check_real(memory, "memory")
+            if not memory >= 0:
+                raise ValueError(f"memory: bytes, at least 0, got {memory!r}.")
         self.model, self.loss, self.memory, self._passes = model, loss, memory, passes
         self.ranks, self.progress, self._check = ranks, passes.progress, check
         self.has_tangents = True

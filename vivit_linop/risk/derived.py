@@ -10,7 +10,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from vivit_linop.arguments import Index, as_index
+from vivit_linop.arguments import Index, as_index, as_list
 from vivit_linop.modes import ordinary_mode
 from vivit_linop.ranks.alone import Ranks
 from vivit_linop.risk import fingerprint
@@ -114,10 +114,8 @@ class DerivableRisk(Risk):
             >>> risk.over(["weight"]).num_params
             3
         """
-        if isinstance(names, str) or not isinstance(names, Iterable):
-            raise TypeError(f"names: a list of names of parameters, got {names!r}.")
-        chosen = list(names)
-        foreign = [name for name in chosen if name not in self.params]
+        chosen = as_list(names, "names", "names of parameters")
+        foreign = [name for name in chosen if name not in list(self.params)]
         if foreign or not chosen:
             found = repr(foreign[0]) if foreign else "none"
             raise ValueError(f"names: some of {list(self.params)}, found {found}.")
@@ -228,21 +226,14 @@ def _moved(model: FunctionalModel, parameters: Any) -> FunctionalModel:
         return model.at(*model.present())
     vectors = ParameterVectors()
     vectors.params, vectors.complex_names = model.params, model.complex_names
-    if isinstance(parameters, str) or not isinstance(parameters, Iterable):
-        raise TypeError(
-            "parameters: one vector [D], or a tensor for each, got "
-            f"{type(parameters).__name__}."
-        )
-    if not isinstance(parameters, (Tensor, Mapping)):
-        parameters = list(parameters)
     if not isinstance(parameters, Tensor):
-        parameters = vectors.flatten(parameters)
+        parameters = vectors.flattened(parameters, "parameters")
     if parameters.ndim != 1:
         raise ValueError(
             f"parameters: one vector [D], or a tensor for each, got "
             f"{list(parameters.shape)}."
         )
-    return model.at(vectors.unflatten_real(parameters), {})
+    return model.at(vectors.unflatten_real(parameters, "parameters"), {})
 
 
 def _evaluated(

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vivit_linop.arguments import check_generator
 from vivit_linop.modes import as_guest
 from vivit_linop.risk.containers import leaves
 
@@ -44,8 +45,7 @@ class Draws:
     @classmethod
     def seeded_by(cls, generator: torch.Generator | None) -> Draws:
         """Take a seed from a generator on any device, by default torch's global one."""
-        if generator is not None and not isinstance(generator, torch.Generator):
-            raise TypeError(f"generator: a torch.Generator or None, got {generator!r}.")
+        check_generator(generator)
         device = torch.device("cpu") if generator is None else generator.device
         seed = torch.randint(2**63 - 1, (), generator=generator, device=device)
         return cls(int(seed))

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vivit_linop.arguments import check_flag, check_function
 from vivit_linop.ranks.group import as_ranks
 from vivit_linop.risk.containers import leaves
 from vivit_linop.risk.data import Target, as_batches, without_targets
@@ -146,10 +147,11 @@ class EmpiricalRisk(DerivableRisk):
         dtype: torch.dtype | None = None,
         process_group: Any | None = None,
     ) -> None:
-        if not isinstance(check, bool):
-            raise TypeError(f"check: True or False, got {check!r}.")
-        if target is not None and not callable(target):
-            raise TypeError(f"target: a function, got {type(target).__name__}.")
+        check_flag(check, "check")
+        check_flag(check_data, "check_data")
+        check_flag(progress, "progress")
+        if target is not None:
+            check_function(target, "target")
         search, ranks = Search(sample_axis, take, count), as_ranks(process_group)
         of_model: ModelLoss | None = None
         with ranks.together("EmpiricalRisk"):

@@ -97,9 +97,6 @@ def _evaluate(
     example: tuple[Any, Tensor] | None = None
     for X, y, nbytes, output in _evaluated(model, seen, passes, check, fingerprints):
         n = len(output)
-        if not seen.outputs and model.tree is not None:
-            seen.loss = seen.loss.of_several(model.tree)
-        y = targets_of(seen.loss, y, output)
         # The largest batch shows the most of what mixes samples.
         if n > (1 if example is None else len(example[1])):
             example = X, output
@@ -127,18 +124,26 @@ def _evaluated(
     check: bool,
     fingerprints: list[bytes] | None,
 ) -> Iterator[Evaluated]:
-    """Evaluate all batches, cut where samples have outputs of several shapes."""
+    """Evaluate all batches, cut where samples have outputs of several shapes.
+
+    Targets are as the loss computes with them.
+    """
     search = passes.search
     for number, (X, y) in enumerate(passes.batches("risk", fingerprints)):
         n = search.number(number, X, y)
         done = len(seen.outputs)
-        with explained(does_not_fit, model, search, X, n):
-            for evaluated in passes.cuts.found(
+        with (
+            explained(does_not_fit, model, search, X, n),
+            search.agreeing(number, n, y),
+        ):
+            for part, targets, nbytes, output in passes.cuts.found(
                 model, search, number, (X, y), n, done, check
             ):
                 if model.count and not isinstance(seen.loss, LossOfItems):
                     seen.loss = LossOfItems(seen.loss)
-                yield evaluated
+                if not seen.outputs and model.tree is not None:
+                    seen.loss = seen.loss.of_several(model.tree)
+                yield part, targets_of(seen.loss, targets, output), nbytes, output
 
 
 def _with_previous(seen: Seen, output: Tensor, y: Any) -> tuple[Tensor, Any]:

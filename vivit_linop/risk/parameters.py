@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from vivit_linop.arguments import as_list
 from vivit_linop.graphs import strided
 
 # What curvature is computed in.
@@ -19,7 +20,7 @@ HALVES = (torch.float16, torch.bfloat16)
 
 def check_precision(dtype: Any) -> None:
     """Raise a ``ValueError`` unless a model can be evaluated in it; None is no wish."""
-    if dtype is not None and dtype not in PRECISIONS:
+    if dtype is not None and not any(dtype is known for known in PRECISIONS):
         raise ValueError(
             f"dtype: torch.float32 or torch.float64, in which copies of the model are "
             f"evaluated, or None for the model's own; got {dtype!r}."
@@ -230,26 +231,35 @@ class ParameterVectors:
             >>> risk.flatten([torch.zeros(5, 1, 3), torch.ones(5, 1)]).shape
             torch.Size([4, 5])
         """
+        return self.flattened(tensors, "tensors")
+
+    def flattened(self, tensors: Any, argument: str) -> Tensor:
+        """Do what :meth:`flatten` does.
+
+        Args:
+            tensors: What the user gave.
+            argument: What errors call it.
+        """
         if isinstance(tensors, Mapping):
             if set(tensors) != set(self.params):
                 raise ValueError(
-                    f"tensors: names are {list(tensors)}, the parameters are "
+                    f"{argument}: names are {list(tensors)}, the parameters are "
                     f"{list(self.params)}."
                 )
             tensors = [tensors[name] for name in self.params]
-        if not isinstance(tensors, Iterable):
-            raise TypeError(
-                f"tensors: one for each parameter, got {type(tensors).__name__}."
-            )
-        given = list(tensors)
+        given = as_list(tensors, argument, "tensors, one for each parameter")
         if len(given) != len(self.params):
             raise ValueError(
-                f"tensors: needs one for each of {len(self.params)} parameters, got "
+                f"{argument}: needs one for each of {len(self.params)} parameters, got "
                 f"{len(given)}."
             )
         parts: list[Tensor] = []
         columns: set[int | None] = set()
         for tensor, (name, p) in zip(given, self.params.items(), strict=True):
+            if tensor is not None and not isinstance(tensor, Tensor):
+                raise TypeError(
+                    f"{argument}: for {name!r} a tensor, got {type(tensor).__name__}."
+                )
             tensor = strided(tensor)
             if tensor is None:
                 tensor = torch.zeros_like(p)
@@ -263,11 +273,11 @@ class ParameterVectors:
                 columns.add(len(tensor))
             else:
                 raise ValueError(
-                    f"tensors: for {name!r} needs {list(p.shape)} or "
+                    f"{argument}: for {name!r} needs {list(p.shape)} or "
                     f"[K, …] of that, got {list(tensor.shape)}."
                 )
         if len(columns) > 1:
-            raise ValueError("tensors: all need the same leading axis, or none.")
+            raise ValueError(f"{argument}: all need the same leading axis, or none.")
         flat = torch.cat(parts, dim=1)
         return flat.squeeze(0) if columns == {None} else flat.T
 
@@ -280,19 +290,27 @@ class ParameterVectors:
         Returns:
             One for each parameter, in order: ``[*p]``, or ``[K, *p]``.
         """
+        return self._parts(vec, "vec")
+
+    def _parts(self, vec: Tensor, argument: str) -> list[Tensor]:
         return [
             of_pairs(part) if name in self.complex_names else part
-            for name, part in self.unflatten_real(vec).items()
+            for name, part in self.unflatten_real(vec, argument).items()
         ]
 
-    def unflatten_real(self, vec: Tensor) -> dict[str, Tensor]:
+    def unflatten_real(self, vec: Tensor, argument: str = "vec") -> dict[str, Tensor]:
         """Return by name what :meth:`unflatten` does, pairs for complex numbers."""
-        _check_tensor(vec, "vec")
+        _check_tensor(vec, argument)
         sizes = [p.numel() for p in self.params.values()]
         if vec.ndim not in (1, 2) or len(vec) != sum(sizes):
             raise ValueError(
-                f"vec: needs [{sum(sizes)}] or [{sum(sizes)}, K], got "
+                f"{argument}: needs [{sum(sizes)}] or [{sum(sizes)}, K], got "
                 f"{list(vec.shape)}."
+            )
+        if vec.is_complex() and (argument != "vec" or self.complex_names):
+            raise TypeError(
+                f"{argument}: must be real, got {vec.dtype}; a complex parameter has "
+                "two entries for each number."
             )
         leading = () if vec.ndim == 1 else (vec.shape[1],)
         return {
@@ -330,7 +348,13 @@ class ParameterVectors:
         _check_tensor(step, "step")
         if step.ndim != 1:
             raise ValueError(f"step: one vector [D] is added, got {list(step.shape)}.")
-        parts = self.unflatten(step)
+        parts = self._parts(step, "step")
+        if not step.isfinite().all():
+            raise ValueError("step: holds NaN or Inf; the model stays as it is.")
+        if not isinstance(model, (nn.Module, Mapping)):
+            raise TypeError(
+                f"model: a module, or a dict of tensors, got {type(model).__name__}."
+            )
         named = dict(
             model.named_parameters() if isinstance(model, nn.Module) else model
         )

@@ -7,12 +7,15 @@ says where samples are.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor
 
+from vivit_linop.arguments import check_function
+from vivit_linop.devices import is_out_of_memory
 from vivit_linop.risk.containers import described, is_leaf, leaves, opened
 from vivit_linop.risk.data import numbers_of
 from vivit_linop.risk.samples import (
@@ -62,8 +65,8 @@ class Search:
         count: Count | None = None,
     ) -> None:
         for name, function in (("take", take), ("count", count)):
-            if function is not None and not callable(function):
-                raise TypeError(f"{name}: a function, got {type(function).__name__}.")
+            if function is not None:
+                check_function(function, name)
         if (take is None) != (count is None):
             raise TypeError(
                 "take, count: give both, take(X, index) -> some samples of an input "
@@ -136,6 +139,31 @@ class Search:
             "say so: sample_axis= an integer, or a tree like X of integers and None; "
             "or take=(X, index) -> some of them and count=X -> their number."
         )
+
+    @contextlib.contextmanager
+    def agreeing(self, index: int, n: int, y: Any) -> Iterator[None]:
+        """Say what may be wrong where a batch fails whose samples the user has counted.
+
+        Targets need not be as many: they may be of items, such as the nodes of graphs.
+
+        Args:
+            index: The batch.
+            n: How many samples it is said to have.
+            y: Its targets.
+        """
+        try:
+            yield
+        except (IndexError, RuntimeError) as error:
+            lengths = sorted({len(t) for t in leaves(y) if t.ndim})
+            by_user = self._axis is not None or isinstance(self._given, Given)
+            if not by_user or n in lengths or is_out_of_memory(error):
+                raise
+            name = "sample_axis" if self._axis is not None else "count"
+            raise ValueError(
+                f"{name}: finds {n} samples in batch {index}, whose targets have "
+                f"{lengths} along the first axis, and neither samples nor their items "
+                f"can be told apart ({type(error).__name__}: {error})."
+            ) from error
 
     def _number_by_user(self, samples: Samples, index: int, X: Any) -> int:
         name = "count" if isinstance(samples, Given) else "sample_axis"

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vivit_linop.arguments import check_choice
 from vivit_linop.risk.containers import leaves, map_leaves
 from vivit_linop.risk.draws import Draws, LabelDraws
 from vivit_linop.risk.losses.autograd import AutogradLoss
@@ -123,8 +124,7 @@ class Loss(nn.Module):
             ("reduction", reduction, ("mean", "sum")),
             ("coupled", coupled, COUPLED),
         ):
-            if word not in words:
-                raise ValueError(f"{name}: one of {words}, got {word!r}.")
+            check_choice(word, name, words)
         self.given: Functions = {n: f for n, f in given.items() if f is not None}
         self.reduction, self.coupled = reduction, coupled
 

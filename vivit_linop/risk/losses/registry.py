@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from vivit_linop.arguments import check_choice
 from vivit_linop.risk.copies import Copies
 from vivit_linop.risk.losses.autograd import (
     AutogradLoss,
@@ -178,6 +179,8 @@ def checked_reduction(loss: Any, reduction: str | None) -> str:
             f"loss: the class {loss.__name__} itself; make one, {loss.__name__}()."
         )
     own = getattr(loss, "reduction", None)
+    if reduction is not None:
+        check_choice(reduction, "reduction", ("mean", "sum"))
     if own is not None and reduction is not None and own != reduction:
         raise ValueError(
             f"reduction: {reduction!r} was given, but the loss has reduction={own!r}."
@@ -200,7 +203,7 @@ def checked_reduction(loss: Any, reduction: str | None) -> str:
         )
     if type(loss) is nn.KLDivLoss and reduction == "batchmean":
         reduction = "mean"
-    if reduction not in ("mean", "sum"):
+    if not isinstance(reduction, str) or reduction not in ("mean", "sum"):
         raise ValueError(
             f"reduction: {name} has reduction={reduction!r}; it must be 'mean' or "
             "'sum'. For a function, say which it is: EmpiricalRisk(…, "
