@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from numbers import Real
 from typing import Any, TypeAlias
@@ -37,7 +38,7 @@ def as_numbers(given: Any, name: str, dtype: torch.dtype | None = None) -> Tenso
 def as_real_numbers(given: Any, name: str, dtype: torch.dtype | None = None) -> Tensor:
     """Return what :func:`as_numbers` does, of real numbers only."""
     numbers = as_numbers(given, name, dtype)
-    if numbers.is_complex() or numbers.dtype == torch.bool:
+    if numbers.is_complex() or isinstance(given, bool):
         raise TypeError(f"{name}: must be real, got {given!r}.")
     return numbers
 
@@ -102,6 +103,13 @@ def check_real(given: Any, name: str) -> None:
     value = given.item() if isinstance(given, Tensor) and given.ndim == 0 else given
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name}: a number, got {given!r}.")
+
+
+def check_finite(given: Any, name: str) -> None:
+    """Refuse what is no real number, NaN and infinity."""
+    check_real(given, name)
+    if not math.isfinite(given):
+        raise ValueError(f"{name}: a finite number, got {given!r}.")
 
 
 def check_flag(given: Any, name: str) -> None:

@@ -119,6 +119,8 @@ def as_directions(risk: EmpiricalRisk, directions: Eigenpairs | Tensor) -> Eigen
                 f"directions: must be real floating point, got {directions.dtype}."
             )
         columns = directions.detach().to(risk.device, risk.dtype)
+        if not columns.isfinite().all():
+            raise ValueError("directions: hold NaN or Inf.")
         return Eigenpairs(columns.new_full((columns.shape[1],), torch.nan), columns)
     if not isinstance(directions, Eigenpairs):
         raise TypeError(

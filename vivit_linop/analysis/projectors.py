@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from vivit_linop.arguments import check_flag
 from vivit_linop.modes import ordinary_mode
 from vivit_linop.operators.base import TorchLinearOperator
 from vivit_linop.operators.eigenpairs import Eigenpairs
@@ -42,6 +43,7 @@ def projector(
         >>> (Q @ torch.tensor([1.0, 3.0])).round(decimals=4)
         tensor([-1.,  1.])
     """
+    check_flag(complement, "complement")
     if isinstance(directions, Eigenpairs):
         E = directions.eigenvectors
     elif isinstance(directions, Tensor):

@@ -7,6 +7,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from vivit_linop.analysis.predictive import check_square
+from vivit_linop.arguments import check_finite
 from vivit_linop.modes import ordinary_mode
 from vivit_linop.operators.base import TorchLinearOperator
 from vivit_linop.operators.elementary import Identity
@@ -72,6 +73,7 @@ def trust_region_step(
     if isinstance(damping, TorchLinearOperator):
         check_square(damping, D, "damping")
     else:
+        check_finite(damping, "damping")
         damping = damping * Identity(D, A._own_dtype, A._own_device)
     g = risk.gradient()
     step = -((A + damping).solve(g))

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vivit_linop.arguments import as_device
 from vivit_linop.curvature import plan
 from vivit_linop.curvature.ggn import GGN
 from vivit_linop.linalg.krylov import SOLVERS, solver_on, start_of
@@ -65,7 +64,7 @@ def calibrate(
         True
         >>> vl.DeviceCosts.default("cpu").use("cpu")  # as before
     """
-    where = torch.empty(0).device if device is None else as_device(device)
+    where = torch.empty(0).device if device is None else numbered(device)
     name = _name(where)
     if file is not None and Path(file).exists():
         costs = _read(Path(file), name)

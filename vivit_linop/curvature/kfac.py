@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vivit_linop.arguments import as_count, check_choice, check_flag
+from vivit_linop.arguments import as_count, check_choice, check_finite, check_flag
 from vivit_linop.curvature.blocks import FactorRows, Partition
 from vivit_linop.curvature.column_sums import sum_columns
 from vivit_linop.curvature.fisher import EmpiricalFisher
@@ -189,6 +189,7 @@ class KFAC(_LayerBlocks):
             >>> K.pi_damped(0.1).inv().blocks[0]
             <6x6 Kronecker, torch.float32, cpu>
         """
+        check_finite(damping, "damping")
         if not damping > 0.0:
             raise ValueError(f"damping: must be positive, got {damping}.")
         return self.like([_pi_damped(block, damping) for block in self.blocks])

@@ -162,6 +162,8 @@ class RoutedVerb(Generic[P, Result]):
     ) -> Result:
         """Return what the rule for the operator does, on the way that is asked for."""
         if route is not None:
+            if not isinstance(route, str):
+                raise TypeError(f"route: the name of a way, got {route!r}.")
             given = self._arguments.bind(op, *arguments, **options).arguments
             few = given.get("k") is not None and given.get("select") is None
             op = routed(op, route, few)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
-from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -13,6 +12,7 @@ import torch
 from scipy.sparse.linalg import LinearOperator
 from torch import Tensor
 
+from vivit_linop.arguments import check_real
 from vivit_linop.drawing import axes_for, numbers
 from vivit_linop.modes import as_given, ordinary_mode
 from vivit_linop.operators.operands import Scalar
@@ -186,8 +186,10 @@ class Eigendecomposition(ABC):
         """Turn the arguments of ``eigh`` into indices; checks them first."""
         if k is not None and select is not None:
             raise ValueError("k, select: give one of them, not both.")
-        if rcond is not None and not (isinstance(rcond, Real) and rcond >= 0.0):
-            raise ValueError(f"rcond: a number of at least 0, got {rcond!r}.")
+        if rcond is not None:
+            check_real(rcond, "rcond")
+            if not rcond >= 0.0:
+                raise ValueError(f"rcond: a number of at least 0, got {rcond!r}.")
         if k is not None:
             self.check_k(k)
             self._check_rest(k)

@@ -398,6 +398,9 @@ class VerbMethods(LinearOperator, Generic[Op]):
             (tensor([3., 5.]), True)
         """
         self._check_self_adjoint("eigh")
+        for name, word in (("which", which), ("route", "" if route is None else route)):
+            if not isinstance(word, str):
+                raise TypeError(f"{name}: a word, got {word!r}.")
         if start is not None:
             return self._eigh_near(k, start, 5e-3 if tol is None else tol)
         iterated = tol is not None or v0 is not None or route in verbs.ITERATIONS
