@@ -237,8 +237,8 @@ def test_bad_parameters() -> None:
     for given, message in [
         (torch.zeros(D - 1), "parameters: needs"),
         (torch.zeros(D, 2), "parameters: one vector"),
-        ([torch.zeros(2)], "tensors: needs one for each"),
-        ({"a": torch.zeros(2)}, "tensors: names are"),
+        ([torch.zeros(2)], "parameters: needs one for each"),
+        ({"a": torch.zeros(2)}, "parameters: names are"),
         (torch.full((D,), torch.nan), "parameters: '0.weight' holds NaN"),
         (torch.full((D,), 1e200, dtype=torch.float64), "parameters: "),
     ]:

@@ -389,7 +389,17 @@ def test_errors_name_the_argument(name: str) -> None:
 
 
 # Any value is one, or the argument goes to EmpiricalRisk or to matplotlib as it is.
-FREE = {"loss", "data", "params", "file", "path", "eigenvectors", "indices", "dtype"}
+FREE = {
+    "shape",
+    "loss",
+    "data",
+    "params",
+    "file",
+    "path",
+    "eigenvectors",
+    "indices",
+    "dtype",
+}
 NO_CALLS = {"DeviceCosts", "KFAC", "from_backpack"}  # numbers; tested with their peers
 
 

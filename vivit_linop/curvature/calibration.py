@@ -21,6 +21,7 @@ from vivit_linop.modes import ordinary_mode
 from vivit_linop.noise import Noise
 from vivit_linop.operators.elementary import Dense
 from vivit_linop.operators.symmetric import largest_eigenpairs, symmetric_eigenpairs
+from vivit_linop.operators.vectors import numbered
 from vivit_linop.risk.empirical import EmpiricalRisk
 
 _ROUNDS = 3

@@ -110,6 +110,12 @@ class Eigenpairs:
         Costs forming them, if nobody has asked for them; pairs of V Vᵀ take one product
         with V in its place.
 
+        Args:
+            weights: ``[K]``.
+
+        Raises:
+            ValueError: If there is not one for each eigenvector.
+
         Example:
             >>> import torch, vivit_linop as vl
             >>> pairs = vl.Diagonal(torch.tensor([2.0, 5.0])).eigh()
@@ -134,6 +140,13 @@ class Eigenpairs:
 
         Costs K products with ``factor.T``; pairs of V Vᵀ take the cross-Gram matrix in
         its place. :meth:`combine` has an example.
+
+        Args:
+            factor: An operator or a matrix, ``[n, R]``.
+
+        Raises:
+            TypeError: If it is neither.
+            ValueError: If it has another number of rows.
         """
         if not isinstance(factor, (LinearOperator, Tensor)):
             raise TypeError(f"factor: an operator, got {type(factor).__name__}.")
