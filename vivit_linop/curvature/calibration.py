@@ -20,8 +20,8 @@ from vivit_linop.linalg.krylov import SOLVERS, solver_on, start_of
 from vivit_linop.modes import ordinary_mode
 from vivit_linop.noise import Noise
 from vivit_linop.operators.elementary import Dense
+from vivit_linop.operators.operands import numbered
 from vivit_linop.operators.symmetric import largest_eigenpairs, symmetric_eigenpairs
-from vivit_linop.operators.vectors import numbered
 from vivit_linop.risk.empirical import EmpiricalRisk
 
 _ROUNDS = 3
