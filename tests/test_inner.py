@@ -208,3 +208,95 @@ def test_the_plan_takes_columns_where_they_are_the_cheaper_way() -> None:
     assert chosen(300)
     assert not chosen(5)  # overhead
     assert not chosen(300, width=200)
+
+
+@pytest.mark.usefixtures("on_columns")
+def test_training_that_goes_to_and_fro() -> None:
+    """From the third step on, pairs begin where they were two steps before."""
+    net, risk = problem_of(12)
+    step = -8.0 * risk.gradient()
+    pairs: Any = vl.GGN(risk).eigh(k=4)
+    taken = []
+    for count in range(6):
+        risk.add_to_(net, step if count % 2 == 0 else -step)
+        risk = risk.at()
+        G = vl.GGN(risk)
+        pairs = G.eigh(k=4, start=pairs)
+        check(pairs, G.to_dense(), 0.02)
+        taken.append(pairs.half_steps)
+    assert min(taken[:2]) > 2 and taken[-2:] == [2, 2]
+    assert pairs.following is pairs.before
+    # What it is guessed to be decides nothing but how long it takes.
+    check(G.eigh(k=4, start=pairs, tol=1e-7), G.to_dense(), 1e-5)
+
+
+def krylov(size: int = 4) -> tuple[Tensor, Tensor, tracking.Krylov, list[int]]:
+    """A factor and vectors, what is missing of its pairs, and columns multiplied."""
+    generator = torch.Generator().manual_seed(0)
+    V = torch.randn(40, 30, generator=generator, dtype=torch.float64)
+    V = V * torch.linspace(-3, 0, 30, dtype=torch.float64).exp()
+    K, columns = V.T @ V, []
+
+    class Counted(vl.Dense):
+        def _multiply(self, X: Tensor) -> Tensor:
+            columns.append(X.shape[1])
+            return super()._multiply(X)
+
+    near = torch.linalg.eigh(K).eigenvectors[:, -size:]
+    near = near + 0.1 * torch.randn(30, size, generator=generator, dtype=torch.float64)
+    Q = torch.linalg.qr(near).Q
+    return K, Q, tracking.Krylov(Counted(V), Q), columns
+
+
+def test_what_is_missing_is_bounded_or_told_by_a_vector() -> None:
+    K, Q, found, columns = krylov()
+    W = K @ Q
+    L = torch.linalg.cholesky(Q.T @ W)
+    A = torch.linalg.solve_triangular(L, W.T, upper=False)  # Ritz: A Aᵀ
+    values, Y = torch.linalg.eigh(A @ A.T)
+    torch.testing.assert_close(found.squares, values)
+    Z = torch.linalg.solve_triangular(L.mT, Y, upper=True)
+    D = W @ Z / values.sqrt() - values.sqrt() * (Q @ Z)
+    rise = float((D * (K @ D)).sum() / values[-1])
+    columns.clear()
+    bound = found.rise(1e3)
+    assert not columns and rise <= bound <= 1e3
+    told = found.rise(1e-9)  # by one vector, which widens the block
+    assert columns == [1] and 0.1 * rise < told < 10 * rise
+
+
+def test_few_directions_are_enough_for_the_second_product() -> None:
+    K, _, found, columns = krylov()
+    exact = torch.linalg.eigvalsh(K)[-4:]
+    before = float((exact - found.squares).sum() / exact[-1])
+    rise = found.rise(1e-12)
+    columns.clear()
+    found.widen(1.0)
+    after = float((exact - found.squares).sum() / exact[-1])
+    assert sum(columns) < 3 and 0 <= after < before - 0.3 * rise
+    for _ in range(3):
+        found.rise(1e-12)
+        found.widen(1e-9)
+    torch.testing.assert_close(found.squares, exact)
+
+
+def test_inner_products_of_the_data_are_made_once() -> None:
+    """Those of a layer whose inputs move with the parameters are not kept."""
+    net, risk = problem_of(12, width=64)
+    known: dict[Any, Any] = {}
+    kept = []
+    for _ in range(3):
+        pullback = vl.Jacobian(risk).pullback
+        pullback.keep_columns()
+        assert pullback.stored is not None
+        products = InnerProducts(pullback.stored, 9, known)
+        V, X = pullback.to_dense(), torch.eye(len(risk.outputs) * 24)[:, :5].double()
+        torch.testing.assert_close(products.multiply(X), V.T @ (V @ X))
+        kept.append(known["inputs", "0.weight", "0.bias"])
+        risk = step(net, risk, 0.5)
+    assert kept[0] is kept[1] is kept[2] is not None
+    assert known["inputs", "2.weight", "2.bias"] is None
+    kept[0].rows.add_(1.0)  # other data
+    products = InnerProducts(pullback.stored, 9, known)
+    torch.testing.assert_close(products.multiply(X), V.T @ (V @ X))
+    assert known["inputs", "0.weight", "0.bias"] is None

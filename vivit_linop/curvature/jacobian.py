@@ -226,7 +226,8 @@ class Pullback(TorchLinearOperator):
             return False
         self.keep_columns()
         if self.stored is not None:
-            self._inner = InnerProducts(self.stored, vectors)
+            everywhere = self.risk.kept.everywhere
+            self._inner = InnerProducts(self.stored, vectors, everywhere)
         return self.stored is not None
 
     def keep_columns(self) -> None:

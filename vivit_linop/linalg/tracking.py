@@ -15,15 +15,21 @@ one vector, which also is a check: its part in B must be what the half-step gave
 Where products with K = VᵀV are the cheaper ones, two half-steps are one product. For Q
 on the side of K and W = K Q, the vectors V Q z with WᵀW z = σ² QᵀW z are the
 Rayleigh–Ritz vectors of V Q, with (W z)/σ on the other side; V is needed only when the
-eigenvectors are asked for. With d_i = (W z_i)/σ_i − σ_i Q z_i, the r_i are V d_i. If
-one product is not enough, Q is joined by what (W z)/σ has beside it: block Lanczos.
+eigenvectors are asked for. With d_i = (W z_i)/σ_i − σ_i Q z_i, the r_i are V d_i. They
+are orthogonal to V Q, so that Σ |r_i|² ≤ (tr K − Σ σ_i²) Σ |d_i|²: where that is
+little, nothing else is multiplied. If one product is not enough, Q is joined by those
+directions of the d_i that have most of their squares: block Lanczos.
+
+At the edge of stability training goes to and fro, and the pairs with it. Those of the
+step before the last are the nearer ones then, and the next iteration begins there.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from functools import partial, singledispatch
-from typing import NamedTuple
+from functools import cached_property, partial, singledispatch
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -42,6 +48,8 @@ _HALF_STEPS = 12
 # Of the vector of the check: random numbers beside what is known, by their norms. They
 # show errors in components that the half-step has none in.
 _NOISE = 0.01
+# What may be missing in directions that do not join a block, of what is tolerated.
+_LEFT_OUT = 0.5
 # Above this part of the largest square, vectors are orthonormal as they come.
 _CLEAR = 1e-2
 
@@ -74,6 +82,10 @@ class Block(NamedTuple):
     vectors: Tensor
     far: bool
 
+    def is_beside(self, other: Block) -> bool:
+        """Whether both are on the far side, of factors with as many columns."""
+        return self.far and other.far and len(self.vectors) == len(other.vectors)
+
 
 class TrackedEigenpairs(Eigenpairs):
     """Eigenpairs of a block iteration, and where it goes on.
@@ -81,10 +93,14 @@ class TrackedEigenpairs(Eigenpairs):
     Args:
         eigenvalues: ``[K]``, ascending.
         eigenvectors: ``[D, K]``, or a function that forms them when first asked.
-        block: What to begin from at the next operator.
+        block: The vectors that the iteration ended with.
         half_steps: How many half-steps were taken.
         missing: What another half-step would raise the sum of the eigenvalues by, as a
-            random vector tells, in units of the largest.
+            random vector tells, or at most; in units of the largest.
+
+    Attributes:
+        before: The block of the operator before, if it is known and on the far side.
+        following: What to begin from at the next operator.
     """
 
     def __init__(
@@ -97,7 +113,27 @@ class TrackedEigenpairs(Eigenpairs):
     ) -> None:
         super().__init__(eigenvalues, eigenvectors)
         self.block, self.half_steps, self.missing = block, half_steps, missing
+        self.before: Block | None = None
+        self.following = block
         self.route = "tracked"
+
+    def came_from(self, start: Eigenpairs) -> Self:
+        """Guess where the next ones are, from how these lie to those before.
+
+        Args:
+            start: The pairs of the operator before.
+        """
+        if isinstance(start, TrackedEigenpairs) and start.block.is_beside(self.block):
+            self.before, own = start.block, self.block.vectors[:, -len(self) :]
+            if start.before is not None and start.before.is_beside(self.block):
+                # How much of the eigenvalues these vectors have within those.
+                last, other = (
+                    self.eigenvalues @ (block.vectors.T.to(own) @ own).square().sum(0)
+                    for block in (start.block, start.before)
+                )
+                if other > last:
+                    self.following = start.block
+        return self
 
 
 @eigh_near.register
@@ -110,9 +146,9 @@ def eigenpairs_near_low_rank(
     if op.scale > 0 and few and op.semidefinite:
         try:
             if op.by_gram and prepared_gram(op.factor, block.vectors.shape[1]):
-                return followed_on_gram(op, k, block, tol)
+                return followed_on_gram(op, k, block, tol).came_from(start)
             with verbs.few_products(op.factor) as factor:
-                return followed(factor, op.scale, k, block, tol)
+                return followed(factor, op.scale, k, block, tol).came_from(start)
         except NotNear:
             pass
     return eigh(op, k)
@@ -147,7 +183,7 @@ def beginning_of_tracked(
     start: TrackedEigenpairs, factor: TorchLinearOperator
 ) -> Block:
     """Those that are nearer by half a step."""
-    vectors, far = start.block
+    vectors, far = start.following
     if len(vectors) != factor.shape[far]:
         return beginning_of_pairs(start, factor)
     return Block(vectors.to(factor.torch_dtype), far)
@@ -220,35 +256,106 @@ def followed_on_gram(
     Raises:
         NotNear: If that is not soon.
     """
-    factor, gram, scale = op.factor, verbs.gram(op.factor), op.scale
+    factor, scale = op.factor, op.scale
     new, far = block
     if not far:
         new = torch.linalg.qr(factor.T.apply(new)).Q
-    basis, images, size = new[:, :0], new[:, :0], new.shape[1]
-    generator = torch.Generator("cpu").manual_seed(0)
+    krylov = Krylov(factor, new)
     for count in range(1, _HALF_STEPS // 2 + 1):
-        basis = torch.cat([basis, new], dim=1)
-        images = torch.cat([images, gram.apply(new)], dim=1)
-        squares, z = _ritz(basis.T @ images, images.T @ images, size)
-        sigma = squares.sqrt()
-        coefficients, there = basis @ z, (images @ z) / sigma
-        signs = torch.rand(size, generator=generator, device="cpu") - 0.5
-        d = (there - sigma * coefficients) @ signs.sign().to(there)
-        rise = d @ gram.apply(d.unsqueeze(1)).squeeze(1)
-        if rise <= tol * squares[-1]:
-            values, chosen = squares[-k:].clone(), coefficients[:, -k:]
+        rise = krylov.rise(tol)
+        if rise <= tol:
+            values, chosen = krylov.squares[-k:].clone(), krylov.here[:, -k:]
+            vectors = orthonormalised(krylov.there, krylov.squares)
             return TrackedEigenpairs(
                 scale * values,
                 partial(_formed, factor, chosen, values),
-                Block(orthonormalised(there, squares), far=True),
+                Block(vectors, far=True),
                 half_steps=2 * count,
-                missing=float(rise / squares[-1]),
+                missing=rise,
             )
-        # What the images have beside the basis.
-        new = there
-        for _ in range(2):  # once leaves rounding errors
-            new = torch.linalg.qr(new - basis @ (basis.T @ new)).Q
+        if not math.isfinite(rise):
+            raise NotNear
+        krylov.widen(tol / rise)
     raise NotNear
+
+
+class Krylov:
+    """Vectors Q on the far side of V, their images K Q, and the best pairs in V Q.
+
+    Args:
+        factor: V.
+        vectors: Q to begin with, orthonormal, ``[R, B]``.
+
+    Attributes:
+        squares: The largest σ², ascending, ``[B]``.
+        here: Q z, whose images under V are the Ritz vectors.
+        there: (K Q z)/σ.
+        short: d = there − σ here.
+
+    Raises:
+        NotNear: If fewer vectors of V Q are independent up to rounding.
+    """
+
+    def __init__(self, factor: TorchLinearOperator, vectors: Tensor) -> None:
+        self._factor, self._gram = factor, verbs.gram(factor)
+        self._generator = torch.Generator("cpu").manual_seed(0)
+        # Products take vectors as rows that lie together.
+        self._rows, self._images = vectors.T, self._gram.apply(vectors).T
+        self._size = vectors.shape[1]
+        self._solve()
+
+    @cached_property
+    def _trace(self) -> Tensor:
+        return verbs.column_norms_squared(self._factor).sum()
+
+    def _solve(self) -> None:
+        rows, images = self._rows, self._images
+        self.squares, z = _ritz(rows @ images.T, images @ images.T, self._size)
+        sigma = self.squares.sqrt()
+        self.here, self.there = (z.T @ rows).T, ((z / sigma).T @ images).T
+        self.short = self.there - sigma * self.here
+
+    def rise(self, tol: float) -> float:
+        """What another half-step would raise the sum of the squares by.
+
+        In units of the largest. No more than that, if it is at most ``tol`` by the
+        trace of K; else as a random vector tells, which then is one of Q.
+        """
+        largest, short = self.squares[-1], self.short.square().sum()
+        # If the pairs that are not followed add up to less, a vector is multiplied.
+        if short * self.squares[0] <= tol * largest:
+            rest = (self._trace - self.squares.sum()).clamp(min=0.0)
+            if rest * short <= tol * largest:
+                return float(rest * short / largest)
+        signs = torch.rand(self._size, generator=self._generator, device="cpu") - 0.5
+        d = (self.short @ signs.sign().to(short)).unsqueeze(0)
+        image = self._gram.apply(d.T).T
+        rise = float((d * image).sum() / largest)
+        if rise > tol:
+            inside = d @ self._rows.T
+            d, image = d - inside @ self._rows, image - inside @ self._images
+            self._join(d / d.norm(), image / d.norm())
+        return rise
+
+    def widen(self, tolerated: float) -> None:
+        """Multiply the directions of ``short`` that have most of its squares.
+
+        Args:
+            tolerated: Which part of what is missing may be.
+        """
+        parts, directions = torch.linalg.eigh(self.short.T @ self.short)
+        outside = parts.cumsum(0) <= _LEFT_OUT * tolerated * parts.sum()
+        # One of them is there by the vector that told so.
+        first = max(1, int(outside.sum()))
+        new = (self.short @ directions[:, first:]).T
+        for _ in range(2):  # once leaves rounding errors
+            new = torch.linalg.qr((new - new @ self._rows.T @ self._rows).T).Q.T
+        self._join(new, self._gram.apply(new.T).T)
+        self._solve()
+
+    def _join(self, rows: Tensor, images: Tensor) -> None:
+        self._rows = torch.cat([self._rows, rows])
+        self._images = torch.cat([self._images, images])
 
 
 def _formed(factor: TorchLinearOperator, chosen: Tensor, values: Tensor) -> Tensor:

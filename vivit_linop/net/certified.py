@@ -65,7 +65,7 @@ class Certificate:
         # One operation on those of all parameters is as fast as one on each.
         found = [part.sizes() for part in columns.values()]
         sizes = torch.stack(found) if found else cotangents.new_zeros(0, n, R)
-        self.weights = _weights(sizes, torch.linalg.vector_norm(cotangents, dim=1))
+        self.weights = _weights(sizes, _norms(cotangents, 1))
         self.cotangent = (cotangents @ self.weights.unsqueeze(2)).squeeze(2)
         # What a column has, in the mean, of a parameter, and in all.
         shares = (self.weights * sizes).square().mean((1, 2)).sqrt()
@@ -131,13 +131,18 @@ def _weights(sizes: Tensor, cotangents: Tensor) -> Tensor:
         # Squares of what is very large or very small are no numbers.
         scale = sizes.amax(0)
         unit = torch.where(scale > 0.0, scale, 1.0)
-        scale = scale * torch.linalg.vector_norm(sizes / unit, dim=0)
+        scale = scale * _norms(sizes / unit, 0)
     # A column that should not be as small as it is must not count for too much.
     pulled = torch.linalg.vector_norm(cotangents)
     gain = torch.where(scale.any(), torch.linalg.vector_norm(scale) / pulled, 1.0)
     least = torch.where(pulled > 0.0, eps.eps**0.25 * gain * cotangents, 0.0)
     scale = torch.maximum(scale, least)
     return torch.where(scale > eps.tiny, drawn / scale, 0.0)
+
+
+def _norms(tensor: Tensor, dim: int) -> Tensor:
+    """Norms along an axis; torch's own are slow along any but the last."""
+    return tensor.square().sum(dim).sqrt()
 
 
 class CertifiedColumns:
@@ -222,7 +227,7 @@ class CertifiedColumns:
             These columns, of the parameters that have such.
         """
         n, _, R = cotangents.shape
-        norms = torch.linalg.vector_norm(cotangents, dim=1).unsqueeze(2)
+        norms = _norms(cotangents, 1).unsqueeze(2)
         mixing = Noise(3)(n, R, 1, like=cotangents)
         cotangents = cotangents @ torch.where(norms > 0.0, mixing / norms, 0.0)
         failing, made = names, Columns()

@@ -44,6 +44,24 @@ _SKETCH_ROWS = 8
 _WORKING_SET = 8 * 2**20
 
 
+class SharedCotangents:
+    """What columns with the same cotangents, as of a weight and a bias, compute once.
+
+    Attributes:
+        squares: |b_nr|², ``[n, R, G]``.
+        combined: The last weights, and Σ_r w_nr b_nr, for the others to take.
+    """
+
+    def __init__(self) -> None:
+        self.squares: Tensor | None = None
+        self.combined: tuple[Tensor, Tensor] | None = None
+
+    def taken(self, weights: Tensor) -> Tensor | None:
+        """Give what was combined with these weights, and keep it no longer."""
+        found, self.combined = self.combined, None
+        return found[1] if found is not None and found[0] is weights else None
+
+
 class KhatriRaoColumns(LayerColumns):
     """Columns Σ_p b_nrp ⊗ a_np, for each of G groups of channels.
 
@@ -288,7 +306,7 @@ class KhatriRaoColumns(LayerColumns):
         """Mark the columns of the same use as of the same cotangents."""
         if isinstance(other, KhatriRaoColumns):
             if self.positions == 1 and self.cotangents.shape == other.cotangents.shape:
-                other.cotangents_key = self.cotangents_key
+                self.cotangents_key = other.cotangents_key = SharedCotangents()
 
     def compacted(self) -> LayerColumns:
         """Formed, unless there are more entries of columns than of factors."""
@@ -339,10 +357,20 @@ class KhatriRaoColumns(LayerColumns):
     def sizes(self) -> Tensor:
         """√Σ_p |a_np|² |b_nrp|²."""
         inputs = torch.linalg.vector_norm(self.inputs, dim=2).square()
-        cotangents = torch.linalg.vector_norm(self.cotangents, dim=3).square()
+        cotangents = self._squares()
         n, R = cotangents.shape[:2]
         products = cotangents.reshape(n, R, -1) @ inputs.reshape(n, -1, 1)
         return products.squeeze(2).sqrt()
+
+    def _squares(self) -> Tensor:
+        """|b_nrp|², ``[n, R, G, P]``."""
+        shared = self.cotangents_key
+        if not isinstance(shared, SharedCotangents):
+            return torch.linalg.vector_norm(self.cotangents, dim=3).square()
+        if shared.squares is None:  # of one position
+            norms = torch.linalg.vector_norm(self.cotangents.squeeze(4), dim=3)
+            shared.squares = norms.square()
+        return shared.squares.unsqueeze(3)
 
     def combination(self, weights: Tensor) -> Tensor:
         """Σ_np (Σ_r w_nr b_nrp) ⊗ a_np."""
@@ -366,13 +394,19 @@ class KhatriRaoColumns(LayerColumns):
 
     def _combined(self, weights: Tensor) -> Tensor:
         """Σ_r w_nr b_nrp, as cotangents of one column a sample."""
-        b = self.cotangents
+        shared, b = self.cotangents_key, self.cotangents
+        if isinstance(shared, SharedCotangents):
+            if (known := shared.taken(weights)) is not None:
+                return known
         # Positions may come before channels in memory.
         turned = b.mT.is_contiguous() and not b.is_contiguous()
         b = b.mT if turned else b
         sums = weights.unsqueeze(1) @ b.reshape(*weights.shape, -1)
         sums = sums.view(self.num_samples, 1, *b.shape[2:])
-        return sums.mT if turned else sums
+        sums = sums.mT if turned else sums
+        if isinstance(shared, SharedCotangents):
+            shared.combined = weights, sums
+        return sums
 
     def with_cotangents(self, cotangents: Tensor) -> KhatriRaoColumns:
         """Columns of the same inputs."""
@@ -382,7 +416,7 @@ class KhatriRaoColumns(LayerColumns):
         """Σ_pq (a_pᵀ a_q)(b_pᵀ b_q) for each column, or from its block if cheaper."""
         a, b, P = self._a, self._b, self.positions
         if P == 1:
-            norms = self.cotangents.square().sum((3, 4))
+            norms = self._squares().squeeze(3)
             norms = norms * self.inputs.square().sum((2, 3)).unsqueeze(1)
             return norms.sum(2).reshape(-1)
         pairs = P * P * (2 * b + 2 * a / self.width + ELEMENTWISE_COST)
