@@ -29,28 +29,25 @@ CAPABILITIES = {
         curvature/culprit.py curvature/second_derivatives.py
     """,
     "a private copy of the net, its precision, other parameters": """
-        checkpoints.py risk/copies.py risk/private.py
+        checkpoints.py risk/copies.py risk/private.py risk/watch.py
     """,
     "data of any form, samples along any axis": """
-        risk/containers.py risk/outputs.py risk/rows.py
-        risk/samples.py risk/segments.py risk/sizes.py risk/ways.py
+        risk/containers.py risk/outputs.py risk/rows.py risk/samples.py risk/segments.py
+        risk/ways.py
     """,
     "losses: with derivatives of their own, of the model, weighted, item by item": """
-        risk/losses/derived.py risk/losses/own.py
-        risk/losses/weighted.py risk/model_loss.py
+        risk/losses/derived.py risk/losses/own.py risk/model_loss.py
     """,
     "algebra: sandwiches, stacks, restrictions, diagonal dampings, gradients": """
         curvature/block_sandwich.py curvature/indefinite.py linalg/diagonal_damping.py
- linalg/restrictions.py linalg/sandwiches.py
-        net/columns/samples.py net/columns/weighted.py operators/damped.py
- operators/grams.py
-        operators/linear_map.py operators/random_projection.py operators/restricted.py
-        operators/sandwich.py operators/operands.py operators/small_side.py
-        operators/stacks.py
+        linalg/restrictions.py linalg/sandwiches.py net/columns/samples.py
+        net/columns/weighted.py operators/damped.py operators/grams.py
+        operators/linear_map.py operators/random_projection.py operators/sandwich.py
+        operators/operands.py operators/small_side.py operators/parts.py
     """,
     "iterations: tracking, ends of spectra, solvers, Lanczos, costs of devices": """
-        curvature/calibration.py linalg/iterative.py linalg/krylov.py
- linalg/leading.py linalg/tracking.py net/inner.py
+        curvature/calibration.py linalg/iterative.py linalg/krylov.py linalg/leading.py
+        linalg/tracking.py net/inner.py
     """,
     "many processes": """
         ranks/*.py risk/sharded.py risk/shards.py
@@ -62,8 +59,8 @@ CAPABILITIES = {
     """,
     "KFRA, and BackPACK's recursions": "curvature/recursions.py",
     "notebooks, plots, bars, explain of every operator": """
-        bars.py drawing.py extras.py linalg/explanations.py
-        operators/outline.py operators/outlines.py
+        bars.py drawing.py extras.py linalg/explanations.py operators/outline.py
+        operators/outlines.py
     """,
 }
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import vivit_linop as vl
-from vivit_linop.risk.losses.weighted import losses_of_samples
+from vivit_linop.risk.losses.derived import losses_of_samples
 
 N = 7
 W = torch.tensor([0.5, 2.0, 0.0, 1.0, 3.0, 0.25, 1.5], dtype=torch.float64)

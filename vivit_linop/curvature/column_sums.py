@@ -34,7 +34,7 @@ from vivit_linop.operators.damped import WeightedRows
 from vivit_linop.operators.elementary import Dense, Scaled
 from vivit_linop.operators.grams import weighted_gram_matrix_of_operator
 from vivit_linop.operators.lowrank import Centered
-from vivit_linop.operators.stacks import HStack
+from vivit_linop.operators.parts import HStack
 from vivit_linop.ranks.alone import RankRows
 
 # Factors that are made of others, and know what to do with these.

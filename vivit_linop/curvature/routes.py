@@ -41,7 +41,7 @@ from vivit_linop.operators.eigenpairs import Eigenpairs
 from vivit_linop.operators.elementary import Dense, Scaled
 from vivit_linop.operators.kronecker import BlockDiagonal
 from vivit_linop.operators.lowrank import Centered, LowRank, Woodbury
-from vivit_linop.operators.stacks import HStack
+from vivit_linop.operators.parts import HStack
 from vivit_linop.operators.verbs import (
     eigh,
     explain,

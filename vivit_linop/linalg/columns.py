@@ -9,8 +9,8 @@ from torch import Tensor
 
 from vivit_linop.operators.base import TorchLinearOperator
 from vivit_linop.operators.elementary import Dense, Product, Scaled
+from vivit_linop.operators.parts import HStack
 from vivit_linop.operators.random_projection import RandomProjection
-from vivit_linop.operators.stacks import HStack
 from vivit_linop.operators.verbs import column_pieces
 
 # Columns that are multiplied at a time: enough to batch, few enough to fit.

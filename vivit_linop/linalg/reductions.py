@@ -29,7 +29,7 @@ from vivit_linop.operators.kronecker import (
 )
 from vivit_linop.operators.lowrank import Centered, DampedRoot, Gram, LowRank, Woodbury
 from vivit_linop.operators.operands import Scalar, as_scalar, log_abs
-from vivit_linop.operators.stacks import HStack
+from vivit_linop.operators.parts import HStack
 from vivit_linop.operators.symmetric import without_noise
 from vivit_linop.operators.verbs import (
     adjoint,

@@ -24,7 +24,7 @@ from vivit_linop.operators.elementary import (
 from vivit_linop.operators.kronecker import BlockDiagonal
 from vivit_linop.operators.lowrank import Gram, LowRank, Woodbury
 from vivit_linop.operators.operands import Scalar
-from vivit_linop.operators.restricted import Restricted, Rows, padded
+from vivit_linop.operators.parts import Restricted, Rows, padded
 from vivit_linop.operators.symmetric import symmetric_eigenpairs
 from vivit_linop.operators.verbs import (
     add,

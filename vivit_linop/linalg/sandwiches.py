@@ -10,8 +10,8 @@ from torch import Tensor
 from vivit_linop.operators.base import TorchLinearOperator
 from vivit_linop.operators.elementary import Product, Scaled, Sum
 from vivit_linop.operators.lowrank import Gram, Woodbury
+from vivit_linop.operators.parts import HStack
 from vivit_linop.operators.sandwich import LowRankForm, Sandwich, low_rank_form
-from vivit_linop.operators.stacks import HStack
 from vivit_linop.operators.verbs import (
     adjoint,
     column_pieces,

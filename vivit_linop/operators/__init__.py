@@ -33,10 +33,9 @@ from vivit_linop.operators.kronecker import (
     Kronecker,
 )
 from vivit_linop.operators.lowrank import Centered, DampedRoot, Gram, LowRank, Woodbury
+from vivit_linop.operators.parts import HStack, Restricted, Rows, hstack, vstack
 from vivit_linop.operators.random_projection import RandomProjection
-from vivit_linop.operators.restricted import Restricted, Rows
 from vivit_linop.operators.sandwich import Sandwich
-from vivit_linop.operators.stacks import HStack, hstack, vstack
 
 __all__ = [
     "Adjoint",

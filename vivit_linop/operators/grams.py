@@ -14,7 +14,7 @@ from vivit_linop.operators.damped import WeightedRows
 from vivit_linop.operators.elementary import Dense, Product, Scaled
 from vivit_linop.operators.kronecker import KhatriRao
 from vivit_linop.operators.lowrank import Centered, Gram
-from vivit_linop.operators.stacks import HStack
+from vivit_linop.operators.parts import HStack
 from vivit_linop.operators.verbs import (
     column_pieces,
     gram,

@@ -31,7 +31,7 @@ from vivit_linop.operators.kronecker import (
 )
 from vivit_linop.operators.lowrank import Gram, LowRank
 from vivit_linop.operators.operands import Scalar
-from vivit_linop.operators.stacks import HStack
+from vivit_linop.operators.parts import HStack
 from vivit_linop.operators.verbs import (
     add,
     adjoint,

@@ -28,7 +28,7 @@ from vivit_linop.operators.elementary import (
 )
 from vivit_linop.operators.lowrank import Centered, DampedRoot, LowRank, Woodbury
 from vivit_linop.operators.operands import Scalar
-from vivit_linop.operators.stacks import HStack
+from vivit_linop.operators.parts import HStack
 from vivit_linop.operators.verbs import adjoint, as_factor, matmul
 
 Op = TorchLinearOperator

@@ -28,11 +28,10 @@ from vivit_linop.risk.losses.base import OutputLoss
 from vivit_linop.risk.losses.derived import LossOfItems
 from vivit_linop.risk.model import FunctionalModel, Params, as_guest
 from vivit_linop.risk.parameters import ParameterVectors, all_finite, check_finite
-from vivit_linop.risk.passes import Passes
+from vivit_linop.risk.passes import Passes, does_not_fit
 from vivit_linop.risk.rows import RowLayout
 from vivit_linop.risk.samples import Samples
 from vivit_linop.risk.shards import by_items, check_alike, check_parts, digests_of
-from vivit_linop.risk.sizes import does_not_fit
 
 
 class Risk(ParameterVectors):

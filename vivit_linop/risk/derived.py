@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from vivit_linop.arguments import Index, as_index, as_list
+from vivit_linop.devices import is_out_of_memory
 from vivit_linop.modes import ordinary_mode
 from vivit_linop.ranks.alone import Ranks
 from vivit_linop.risk import fingerprint
@@ -25,7 +26,6 @@ from vivit_linop.risk.model import FunctionalModel, as_guest
 from vivit_linop.risk.parameters import ParameterVectors
 from vivit_linop.risk.passes import Cuts, Passes
 from vivit_linop.risk.shards import check_alike
-from vivit_linop.risk.sizes import check_size
 from vivit_linop.risk.ways import Search
 
 # Of a batch: the sums over its inputs, its targets, and the outputs for them before.
@@ -81,7 +81,7 @@ class DerivableRisk(Risk):
             if parts:
                 mine, _ = next(self._own_batches())
                 known = self.model, self._passes.search, self.batch_sizes
-                check_size(*known, mine, parts, error)
+                _check_size(*known, mine, parts, error)
             raise
         with self.ranks.together("subset"):
             if len(own):
@@ -301,3 +301,50 @@ def _same_targets(targets: Any, before: Any) -> bool:
         and torch.allclose(a, b, 0.0, 0.0, equal_nan=True)
         for a, b in pairs
     )
+
+
+def _check_size(
+    model: FunctionalModel,
+    search: Search,
+    sizes: Sequence[int],
+    own: Any,
+    parts: Sequence[Batch],
+    error: Exception,
+) -> None:
+    """Raise an error if the model has failed because it takes no batch of a size.
+
+    Args:
+        model: The model.
+        search: Where samples are.
+        sizes: How many samples the batches of the risk have.
+        own: The inputs of one of these.
+        parts: Batches of some of its samples, of which one has failed.
+        error: How.
+
+    Raises:
+        ValueError: If the model runs on ``own``, and not on a batch of another size.
+    """
+    others = [X for X, _ in parts if search.samples.number(X) not in sizes]
+    if not others or is_out_of_memory(error):
+        return
+    failure = _failure(model, others[0])
+    if failure is None or _failure(model, own) is not None:
+        return
+    listed = ", ".join(map(str, sorted(set(sizes))))
+    raise ValueError(
+        "indices: the model does not run on batches of another size than those of "
+        f"the risk ({listed} samples; {type(failure).__name__}: {failure}). Take as "
+        "many samples as fill such batches, or build a risk of them with a model "
+        "that takes them."
+    ) from failure
+
+
+def _failure(model: FunctionalModel, X: Any) -> Exception | None:
+    """How the model fails on a batch, None if it does not."""
+    try:
+        with as_guest(model.device):
+            model(model.params, X)
+    # Errors of the model are of any kind.
+    except Exception as error:
+        return error
+    return None

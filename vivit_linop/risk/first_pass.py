@@ -19,9 +19,8 @@ from vivit_linop.risk.losses.base import OutputLoss
 from vivit_linop.risk.losses.certificates import check_loss, targets_of
 from vivit_linop.risk.losses.derived import LossOfItems
 from vivit_linop.risk.model import FunctionalModel
-from vivit_linop.risk.passes import Cuts, Evaluated, ItemByItem, Passes
+from vivit_linop.risk.passes import Cuts, Evaluated, ItemByItem, Passes, does_not_fit
 from vivit_linop.risk.rows import RowLayout
-from vivit_linop.risk.sizes import does_not_fit
 from vivit_linop.risk.ways import Search
 
 

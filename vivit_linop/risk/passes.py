@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from vivit_linop.bars import shown
-from vivit_linop.devices import is_out_of_memory
+from vivit_linop.devices import free_memory, is_out_of_memory, saved_bytes
 from vivit_linop.modes import ordinary_mode, replayed
 from vivit_linop.risk import fingerprint
 from vivit_linop.risk.checks import checked_outputs, dependent, same_outputs
@@ -326,4 +326,58 @@ def _not_the_same(difference: str) -> ValueError:
         "a dataset without random augmentations, or list(loader) for one draw of "
         "them. What depends on torch's global generator only is drawn alike in "
         "every pass with check_data=False."
+    )
+
+
+def does_not_fit(model: FunctionalModel, search: Search, X: Any, n: int) -> str:
+    """What to say of a batch that is too large, by what two samples of it take.
+
+    Args:
+        model: The model.
+        search: Where samples are.
+        X: The inputs of the batch.
+        n: How many samples it has.
+    """
+    device = model.device
+
+    def graph_bytes(some: int) -> int:
+        part = search.samples.take(X, torch.arange(some, device="cpu"))
+        with as_guest(device):
+            return saved_bytes(lambda: model(model.params, part))[0]
+
+    try:
+        one, two = graph_bytes(1), graph_bytes(min(2, n))
+    # A model may run on no other batch; what is to be said is said without sizes.
+    except Exception:
+        return batch_does_not_fit(device, n, None)
+    return batch_does_not_fit(device, n, two - one if n > 1 else one)
+
+
+def batch_does_not_fit(
+    device: torch.device, samples: int, per_sample: float | None
+) -> str:
+    """Return what to say of a batch whose linearisation does not fit.
+
+    Args:
+        device: The device.
+        samples: How many the batch has.
+        per_sample: The bytes that the linearisation keeps for each of them, None where
+            nobody knows.
+    """
+    free = free_memory(device)
+    takes, advice = "", "Give smaller batches, or"
+    if per_sample is not None:
+        # A product needs about as much again as what is kept.
+        takes = (
+            ": linearising the net on it takes about "
+            f"{2 * samples * per_sample / 1e9:.3g} GB"
+        )
+        fitting = max(1, min(samples // 2, int(free / (2 * max(per_sample, 1.0)))))
+        advice = f"Give batches of up to {fitting} samples (batch_size={fitting}), or"
+    if samples == 1:
+        advice = "Make the sample smaller,"
+    return (
+        f"data: a batch of {samples} samples does not fit on {device}{takes}, and "
+        f"{free / 1e9:.3g} GB are free. {advice} keep fewer linearisations of other "
+        "batches with EmpiricalRisk(..., memory=0)."
     )

@@ -28,9 +28,10 @@ from vivit_linop.checkpoints import RECOMPUTED
 from vivit_linop.modes import without_cudnn
 from vivit_linop.noise import Noise
 from vivit_linop.risk.containers import rebuilt
-from vivit_linop.risk.copies import Copies, Plan, Watch
+from vivit_linop.risk.copies import Copies, Plan
 from vivit_linop.risk.outputs import Returned
 from vivit_linop.risk.parameters import HALVES, in_precision
+from vivit_linop.risk.watch import Watch
 
 Params = dict[str, Tensor]
 Predict = Callable[[nn.Module, Any], Any]

@@ -6,10 +6,10 @@ A loss without a closed form here is differentiated by autograd. :class:`Loss` a
 
 from vivit_linop.risk.draws import LabelDraws
 from vivit_linop.risk.losses.base import OutputLoss
+from vivit_linop.risk.losses.derived import Weighted
 from vivit_linop.risk.losses.elementwise import ElementwiseLoss
 from vivit_linop.risk.losses.own import Loss
 from vivit_linop.risk.losses.registry import register
-from vivit_linop.risk.losses.weighted import Weighted
 
 __all__ = [
     "ElementwiseLoss",

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from vivit_linop.graphs import nodes
 from vivit_linop.risk.containers import leaves
-from vivit_linop.risk.copies import Watch
 from vivit_linop.risk.losses.base import OutputLoss
 from vivit_linop.risk.outputs import OutputTree
+from vivit_linop.risk.watch import Watch
 
 LossCallable = Callable[[Tensor, Tensor], Tensor]
 

@@ -1,16 +1,20 @@
-"""Losses that are made of another one: of many items a sample, of a part of H."""
+"""Losses made of another one: weighted, of many items a sample, with a part of H."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import operator
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vivit_linop.risk.containers import map_leaves
 from vivit_linop.risk.draws import Draws
 from vivit_linop.risk.losses.base import OutputLoss, roots_of
+from vivit_linop.risk.losses.certificates import targets_of
+from vivit_linop.risk.losses.registry import built, checked_reduction, register
+from vivit_linop.risk.outputs import OutputTree, Returned
 
 
 class LossOfItems(OutputLoss):
@@ -174,3 +178,187 @@ class HessianPart(OutputLoss):
     ) -> Tensor:
         """Those of the loss: what is drawn is semi-definite in any case."""
         return self.loss.sample(output, target, mc_samples, draws)
+
+
+class Weighted(nn.Module):
+    """A loss with weights of samples: ℓ_n becomes w_n ℓ_n, for targets ``(y, w)``.
+
+    What the loss has in closed form the weighted one has too: H is w_n H_n, and labels
+    for Monte-Carlo samples are drawn as before. A mean still divides by what it
+    divides by without weights (N, or the entries, or the weights of classes): weights
+    of mean one leave the scale as it is.
+
+    Args:
+        loss: A ``torch.nn`` loss, a :class:`vivit_linop.Loss`, or a function.
+        reduction: For a function, ``"mean"`` or ``"sum"``.
+
+    Raises:
+        ValueError: In a risk, if w is not ``[n]``, negative or not finite.
+
+    Example:
+        >>> import torch, vivit_linop as vl
+        >>> from torch import nn
+        >>> X, y, w = torch.rand(6, 3), torch.randint(2, (6,)), torch.rand(6)
+        >>> loss = vl.losses.Weighted(nn.CrossEntropyLoss())
+        >>> G = vl.GGN(nn.Linear(3, 2), loss, (X, (y, w)))
+        >>> plain = vl.GGN(nn.Linear(3, 2), nn.CrossEntropyLoss(), (X, y))
+        >>> G.factor.width == plain.factor.width
+        True
+    """
+
+    def __init__(self, loss: Any, reduction: str | None = None) -> None:
+        super().__init__()
+        own = getattr(loss, "reduction", None) or reduction
+        # Both divide by samples only.
+        self.loss, self.reduction = loss, "mean" if own == "batchmean" else own
+
+    def forward(self, output: Any, target: Any) -> Tensor:
+        """Return the mean or the sum of the weighted losses of a batch."""
+        returned, loss = Returned(), weighted_loss(self)
+        with returned.of_batch(len(target[1])):
+            joined = returned(output)
+        if returned.tree is not None:
+            loss = loss.of_several(returned.tree)
+        targets = loss.as_targets(target, joined)
+        total = loss.total(joined, targets)
+        mean = self.reduction == "mean"
+        return total / loss.weight(joined, targets) if mean else total
+
+
+@register(Weighted)
+def weighted_loss(loss: Weighted) -> OutputLoss:
+    """By what is weighted."""
+    own = getattr(loss.loss, "reduction", loss.reduction)
+    return WeightedLoss(built(loss.loss, checked_reduction(loss.loss, own)))
+
+
+class WeightedLoss(OutputLoss):
+    """What a :class:`Weighted` is in output space.
+
+    Args:
+        loss: The loss without weights.
+    """
+
+    takes_several = True
+
+    def __init__(self, loss: OutputLoss) -> None:
+        self.loss, self.tested, self.name = loss, loss.tested, f"Weighted {loss.name}"
+
+    def has_own(self, method: str) -> bool:
+        """Whether the loss has it."""
+        return self.loss.has_own(method)
+
+    @property
+    def convex(self) -> bool:
+        """Whether the loss is."""
+        return self.loss.convex
+
+    def watch(self, parameters: Sequence[Tensor], own: Sequence[Tensor]) -> None:
+        """What the loss uses."""
+        self.loss.watch(parameters, own)
+
+    def of_several(self, tree: OutputTree) -> OutputLoss:
+        """The loss of several outputs, weighted."""
+        self.loss = self.loss.of_several(tree)
+        return self
+
+    def as_targets(self, target: Any, output: Tensor) -> Any:
+        """As the loss computes with them."""
+        if not isinstance(target, (tuple, list)) or len(target) != 2:
+            raise TypeError(
+                f"data: {self.name} takes targets (y, w) with weights w [n], got "
+                f"{type(target).__name__}."
+            )
+        y, w = target
+        if not isinstance(w, Tensor):
+            raise TypeError(
+                f"data: {self.name} takes targets (y, w) with a tensor w of weights "
+                f"[n], got {type(w).__name__}."
+            )
+        return targets_of(self.loss, y, output), w.to(output.dtype)
+
+    def check_data(self, output: Tensor, target: Any) -> None:
+        """Weights are of samples."""
+        y, w = target
+        if w.shape != (len(output),):
+            raise ValueError(
+                f"data: weights of {self.name} must be [{len(output)}], got "
+                f"{list(w.shape)}."
+            )
+        if not w.isfinite().all() or (w < 0).any():
+            raise ValueError(
+                f"data: weights of {self.name} must be finite and not negative."
+            )
+        self.loss.check_data(output, y)
+
+    def channels(self, output: Tensor) -> Tensor:
+        """As for the loss."""
+        return self.loss.channels(output)
+
+    def weight(self, output: Tensor, target: Any) -> Tensor:
+        """That of the loss."""
+        return self.loss.weight(output, target[0])
+
+    def total(self, output: Tensor, target: Any) -> Tensor:
+        """The losses of single samples, weighted."""
+        return torch.dot(target[1], losses_of_samples(self.loss, output, target[0]))
+
+    def gradient(self, output: Tensor, target: Any) -> Tensor:
+        """Those of the loss, weighted."""
+        return _of_sample(target[1], self.loss.gradient(output, target[0]))
+
+    def hessian_product(self, output: Tensor, target: Any, X: Tensor) -> Tensor:
+        """Those of the loss, weighted."""
+        return self.hessian_at(output, target)(X)
+
+    def hessian_at(self, output: Tensor, target: Any) -> Callable[[Tensor], Tensor]:
+        """What the loss keeps."""
+        y, w = target
+        product = self.loss.hessian_at(output, y)
+        return lambda X: _of_sample(w, product(X))
+
+    def hessian_diagonal(self, output: Tensor, target: Any) -> Tensor:
+        """That of the loss, weighted."""
+        return _of_sample(target[1], self.loss.hessian_diagonal(output, target[0]))
+
+    def sqrt_width(self, output: Tensor) -> int:
+        """That of the loss."""
+        return self.loss.sqrt_width(output)
+
+    def sqrt(self, output: Tensor, target: Any) -> Tensor:
+        """√w_n S_n."""
+        return _of_sample(target[1].sqrt(), self.loss.sqrt(output, target[0]))
+
+    def sample(
+        self, output: Tensor, target: Any, mc_samples: int, draws: Draws
+    ) -> Tensor:
+        """√w_n times that of the loss."""
+        drawn = self.loss.sample(output, target[0], mc_samples, draws)
+        return _of_sample(target[1].sqrt(), drawn)
+
+
+def losses_of_samples(loss: OutputLoss, output: Tensor, target: Any) -> Tensor:
+    """The losses of single samples, ``[n]``, differentiable.
+
+    Of all together, or one by one where torch cannot do that.
+    """
+
+    def single(f: Tensor, y: Any) -> Tensor:
+        one = map_leaves(lambda leaf: leaf.unsqueeze(0), y)
+        return loss.total(f.unsqueeze(0), one)
+
+    try:
+        return torch.vmap(single)(output, target)
+    # Functions that branch on values, and operations without such a rule.
+    except Exception:
+        return torch.stack(
+            [
+                single(f, map_leaves(operator.itemgetter(n), target))
+                for n, f in enumerate(output)
+            ]
+        )
+
+
+def _of_sample(weights: Tensor, values: Tensor) -> Tensor:
+    """Multiply what each sample has by its weight."""
+    return weights.reshape(-1, *(1,) * (values.ndim - 1)) * values

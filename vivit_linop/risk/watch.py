@@ -1,0 +1,63 @@
+"""Which tensors are used while something runs: those that a copy has not replaced."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+
+class Watch(TorchFunctionMode):
+    """Sees which tensors are used while it is active: what others are made of.
+
+    Args:
+        among: The tensors of interest, by identity; None for all that were not made
+            meanwhile.
+
+    Attributes:
+        used: Those that were used, by identity.
+    """
+
+    def __init__(self, among: Mapping[int, Any] | None = None) -> None:
+        super().__init__()
+        self._among = among
+        self.used: dict[int, Tensor] = {}
+        self._made: dict[int, Tensor] = {}
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Call the function."""
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        made = tensors_in(result)
+        # What gives none (shape, dtype, device) is no use.
+        if made:
+            for tensor in tensors_in((args, kwargs)):
+                if self._is_wanted(tensor):
+                    self.used[id(tensor)] = tensor
+        if self._among is None:
+            self._made.update((id(t), t) for t in made if id(t) not in self.used)
+        return result
+
+    def _is_wanted(self, tensor: Tensor) -> bool:
+        if self._among is None:
+            return id(tensor) not in self._made
+        return id(tensor) in self._among
+
+
+def tensors_in(value: Any) -> list[Tensor]:
+    """The tensors in arguments or results of torch functions."""
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, dict):
+        value = tuple(value.values())
+    if isinstance(value, (tuple, list)):
+        return [tensor for item in value for tensor in tensors_in(item)]
+    return []
