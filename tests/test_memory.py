@@ -280,18 +280,15 @@ def test_products_with_a_hessian_together_run_out_of_memory(
         [100],
     )
     monkeypatch.setattr("vivit_linop.devices.free_memory", lambda _: available[0])
-    pulled_back = hessian_products._pulled_back
+    together = hessian_products.batched_gradients
 
-    def limited(
-        outputs: Any, inputs: Any, vectors: Any, is_grads_batched: bool = False
-    ):
-        if is_grads_batched:
-            given.append(len(vectors[0]))
-            if len(vectors[0]) > fits[0]:
-                raise error
-        return pulled_back(outputs, inputs, vectors, is_grads_batched)
+    def limited(outputs: Any, inputs: Any, vectors: Any) -> Any:
+        given.append(len(vectors[0]))
+        if len(vectors[0]) > fits[0]:
+            raise error
+        return together(outputs, inputs, vectors)
 
-    monkeypatch.setattr(hessian_products, "_pulled_back", limited)
+    monkeypatch.setattr(hessian_products, "batched_gradients", limited)
     found = H @ torch.eye(D).double()
     torch.testing.assert_close(found, expected)
     assert max(given) > 3 and any(1 < count <= 3 for count in given)
