@@ -1,7 +1,8 @@
 """Rehearse a GPU: python -m tests.rehearsal mlp [--events "kept G @ x"].
 
 Prints, for each operation, how often the host waits for the device, how often it copies
-to it, and how far the result is from that of the CPU; as JSON or for reading.
+to it, how many operations it launches, and how far the result is from that of the CPU;
+as JSON or for reading.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ def rehearsed(net: str) -> dict[str, dict[str, Any]]:
                     line["error"] = f"{type(error).__name__}: {error}"
                     line["trace"] = traceback.format_exc()
                     result = None
-            line["events"] = dict(events)
+            line["events"], line["launches"] = dict(events), events.launches
             for kind in ("waits", "copies"):
                 line[kind] = sum(n for what, n in events.items() if kind in what)
             known, found = expected[name], numbers(result)
@@ -83,7 +84,7 @@ def main() -> None:
             print(f"{often:4} {what}")
     else:
         for name, line in report.items():
-            counts = "{waits:4} {copies:4}".format(**line)
+            counts = "{waits:4} {copies:4} {launches:5}".format(**line)
             far = f"{line['distance']:.0e}" if "distance" in line else ""
             error = line.get("error", "").splitlines()[:1]
             print(f"{name:35} {counts} {far:8}", *error)
