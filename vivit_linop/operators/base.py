@@ -1,9 +1,10 @@
 """The base class of all operators: SciPy's contract on torch kernels.
 
 A node of the algebra says how to multiply a matrix of columns by itself and by its
-adjoint, in torch. Everything else stands here, once: the bridge between numpy and
-torch, what ``@``, ``*``, ``+`` do with tensors, arrays, scalars and other operators.
-:mod:`vivit_linop.operators.methods` hands over to the verbs.
+adjoint, in torch. Everything else stands here, once: what ``@``, ``*``, ``+`` do with
+tensors, arrays, scalars and other operators. The bridge between numpy and torch is in
+:mod:`vivit_linop.operators.scipy_base`, and :mod:`vivit_linop.operators.methods` hands
+over to the verbs.
 """
 
 from __future__ import annotations
@@ -32,19 +33,18 @@ from vivit_linop.operators.operands import (
     as_array,
     as_float,
     as_scalar,
-    check_numbers,
     is_scalar,
     numbered,
 )
 from vivit_linop.operators.outline import as_html
-from vivit_linop.operators.scipy_base import LinearOperator
+from vivit_linop.operators.scipy_base import LinearOperator, NumpyProducts
 from vivit_linop.ranks.alone import ALONE, Ranks
 
 NUMPY_DTYPES = {torch.float32: np.dtype("float32"), torch.float64: np.dtype("float64")}
 """The numpy names of the dtypes that an operator can have."""
 
 
-class TorchLinearOperator(VerbMethods["TorchLinearOperator"]):
+class TorchLinearOperator(VerbMethods["TorchLinearOperator"], NumpyProducts):
     """A SciPy ``LinearOperator`` that multiplies with torch kernels.
 
     Whatever SciPy does with a linear operator it does with this one: numpy arrays go
@@ -276,44 +276,6 @@ class TorchLinearOperator(VerbMethods["TorchLinearOperator"]):
         else:
             result = self._multiplied(X.detach())
         return result if x.ndim == 2 else result.squeeze(1)
-
-    def _product_numpy(self, X: np.ndarray) -> np.ndarray:
-        """Multiply a numpy matrix ``[n, K]``."""
-        X = np.asarray(X)
-        check_numbers(X)
-        if X.dtype.kind == "c":  # all operators are real
-            both = self._product_numpy(np.concatenate([X.real, X.imag], axis=1))
-            real, imaginary = np.split(both, 2, axis=1)
-            return np.asarray(real + 1j * imaginary)
-        # SciPy finds out dtypes with integers. torch takes neither negative strides
-        # nor, without a warning, read-only memory, nor extended precision; a copy has
-        # none of these.
-        if X.dtype not in (np.float32, np.float64):
-            X = X.astype(self.dtype)
-        elif not X.flags.writeable or any(stride < 0 for stride in X.strides):
-            X = X.copy()
-        result = self.apply(torch.from_numpy(X))
-        return result.detach().cpu().numpy()
-
-    # SciPy calls these hooks, always with numpy arrays. SciPy 1.18 hands batches
-    # [..., n] to `_matvec`; before, also columns [n, 1].
-    def _matvec(self, x: np.ndarray) -> np.ndarray:
-        rows, columns = self.shape
-        if x.shape[-1] != columns:
-            x = x.reshape(columns)
-        product = self._product_numpy(x.reshape(-1, columns).T)
-        return product.T.reshape(*x.shape[:-1], rows)
-
-    def _matmat(self, X: np.ndarray) -> np.ndarray:
-        if X.ndim == 2:
-            return self._product_numpy(X)
-        return np.stack([self._matmat(x) for x in X])
-
-    def _rmatvec(self, x: np.ndarray) -> np.ndarray:
-        return self.T._matvec(x)
-
-    def _rmatmat(self, X: np.ndarray) -> np.ndarray:
-        return self.T._matmat(X)
 
     @uncompiled
     def matvec(self, x: Vectors) -> Vectors:

@@ -1,4 +1,4 @@
-"""SciPy's ``LinearOperator``, and what type checkers are to know of it.
+"""SciPy's ``LinearOperator``: what type checkers are to know of it, what it calls.
 
 SciPy comes without types. To mypy a class of an untyped base may be anything, also an
 ``int``, so that ``2 * A`` would be one. With the package ``scipy-stubs`` SciPy's
@@ -10,6 +10,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
+from torch import Tensor
+
+from vivit_linop.operators.operands import check_numbers
 
 if TYPE_CHECKING:
 
@@ -36,4 +40,52 @@ if TYPE_CHECKING:
 else:
     from scipy.sparse.linalg import LinearOperator
 
-__all__ = ["LinearOperator"]
+__all__ = ["LinearOperator", "NumpyProducts"]
+
+
+class NumpyProducts(LinearOperator):
+    """Products with numpy arrays by those with tensors."""
+
+    if TYPE_CHECKING:  # what the class of all operators has
+        T: NumpyProducts
+
+        def apply(self, X: Tensor) -> Tensor:
+            """Multiply the columns of a matrix, ``[n, K] -> [m, K]``."""
+
+    def _product_numpy(self, X: np.ndarray) -> np.ndarray:
+        """Multiply a numpy matrix ``[n, K]``."""
+        X = np.asarray(X)
+        check_numbers(X)
+        if X.dtype.kind == "c":  # all operators are real
+            both = self._product_numpy(np.concatenate([X.real, X.imag], axis=1))
+            real, imaginary = np.split(both, 2, axis=1)
+            return np.asarray(real + 1j * imaginary)
+        # SciPy finds out dtypes with integers. torch takes neither negative strides
+        # nor, without a warning, read-only memory, nor extended precision; a copy has
+        # none of these.
+        if X.dtype not in (np.float32, np.float64):
+            X = X.astype(self.dtype)
+        elif not X.flags.writeable or any(stride < 0 for stride in X.strides):
+            X = X.copy()
+        result = self.apply(torch.from_numpy(X))
+        return result.detach().cpu().numpy()
+
+    # SciPy calls these hooks, always with numpy arrays. SciPy 1.18 hands batches
+    # [..., n] to `_matvec`; before, also columns [n, 1].
+    def _matvec(self, x: np.ndarray) -> np.ndarray:
+        rows, columns = self.shape
+        if x.shape[-1] != columns:
+            x = x.reshape(columns)
+        product = self._product_numpy(x.reshape(-1, columns).T)
+        return product.T.reshape(*x.shape[:-1], rows)
+
+    def _matmat(self, X: np.ndarray) -> np.ndarray:
+        if X.ndim == 2:
+            return self._product_numpy(X)
+        return np.stack([self._matmat(x) for x in X])
+
+    def _rmatvec(self, x: np.ndarray) -> np.ndarray:
+        return self.T._matvec(x)
+
+    def _rmatmat(self, X: np.ndarray) -> np.ndarray:
+        return self.T._matmat(X)

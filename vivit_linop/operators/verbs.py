@@ -278,11 +278,8 @@ def solver(op: Any, rtol: float | None = None, M: Any = None) -> Operator:
 def damped_inv(op: Any, damping: Scalar) -> Operator:
     """Return the inverse of ``op + damping * I``, as an operator.
 
-    What ``inv`` of a damped node calls, with the node inside of it.
-
-    Raises:
-        TypeError: If there is no closed form.
-        ValueError: If the damped operator is numerically singular.
+    What ``inv`` of a damped node calls, with the node inside of it; it raises the
+    errors of ``inv``.
     """
     raise no_inverse(op, "a damped ")
 
@@ -304,11 +301,8 @@ def sqrt(op: Any) -> Operator:
 def damped_sqrt(op: Any, damping: Scalar) -> Operator:
     """Return an R with ``op + damping * I = R @ R.T``, as an operator.
 
-    What ``sqrt`` of a damped node calls, with the node inside of it.
-
-    Raises:
-        TypeError: If there is no closed form, or the operator is not self-adjoint.
-        ValueError: If the whole is not positive semi-definite.
+    What ``sqrt`` of a damped node calls, with the node inside of it; it raises the
+    errors of ``sqrt``.
     """
     raise no_root(op, "a damped ")
 
@@ -477,10 +471,7 @@ def extreme_eigenpairs(
 
 @singledispatch
 def eigh_near(op: Any, k: int, start: Eigenpairs, tol: float) -> Eigenpairs:
-    """Return the k largest eigenpairs, found from those of a near operator.
-
-    See ``A.eigh(k, start=…)``.
-    """
+    """Return the k largest pairs from those of a near one; see ``A.eigh(start=…)``."""
     raise TypeError(
         f"start: the {type(op).__name__} has no factor V with A = c V Vᵀ, so it cannot "
         "start from other pairs; leave it out."

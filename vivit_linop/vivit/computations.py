@@ -43,7 +43,6 @@ from vivit_linop.vivit.groups import Block, Group, GroupsHook, Pass, checked_blo
 # The bytes that temporaries of a Gram matrix may take.
 _MEMORY = 2**27
 
-
 Result = TypeVar("Result")
 
 
@@ -179,7 +178,25 @@ class _Computation(ABC, Generic[Result]):
         return pairs
 
 
-class EigvalshComputation(_Computation[Tensor]):
+class _OfGGN(_Computation[Result]):
+    """What those of the GGN alone have in common: its samples, and one extension."""
+
+    def __init__(
+        self,
+        subsampling: Subsampling = None,
+        mc_samples: int = 0,
+        verbose: bool = False,
+    ) -> None:
+        super().__init__(
+            ("subsampling", subsampling), ("mc_samples", mc_samples), verbose
+        )
+
+    def get_extension(self) -> BackpropExtension:
+        """Return a BackPACK extension for ``with backpack(…)``."""
+        return self._extension()
+
+
+class EigvalshComputation(_OfGGN[Tensor]):
     """GGN eigenvalues during a backward pass.
 
     ``get_result(group)`` returns the eigenvalues of a group's block, ascending,
@@ -215,24 +232,9 @@ class EigvalshComputation(_Computation[Tensor]):
 
     _keys = ("params",)
 
-    def __init__(
-        self,
-        subsampling: Subsampling = None,
-        mc_samples: int = 0,
-        verbose: bool = False,
-    ) -> None:
-        super().__init__(
-            ("subsampling", subsampling), ("mc_samples", mc_samples), verbose
-        )
-        self._grams: dict[int, Tensor] = {}
-
-    def get_extension(self) -> BackpropExtension:
-        """Return a BackPACK extension for ``with backpack(…)``."""
-        return self._extension()
-
     def _begin(self, blocks: Sequence[Block]) -> None:
         super()._begin(blocks)
-        self._grams.clear()
+        self._grams: dict[int, Tensor] = {}
 
     def _collect(
         self, block: Block, records: list[LayerRecord], of: Pass
@@ -265,24 +267,18 @@ class EigvalshComputation(_Computation[Tensor]):
         return symmetric_eigenvalues(gram.T) * (of.num_samples / samples)
 
 
-class EighComputation(_Computation[tuple[Tensor, list[Tensor]]]):
+class EighComputation(_OfGGN[tuple[Tensor, list[Tensor]]]):
     """GGN eigenvalues and eigenvectors during a backward pass.
 
     ``get_result(group)`` returns the chosen eigenvalues ``[K]`` in the order of the
     criterion, and for each parameter ``[K, *p.shape]``. Over all parameters together
     the eigenvectors are orthonormal. Groups need ``"params"`` and ``"criterion"``.
 
+    Takes the arguments of :class:`EigvalshComputation`, and raises its errors.
+
     Args:
-        subsampling: The indices of the samples that the GGN is of; all if None.
-        mc_samples: 0 for the exact GGN, or the number of Monte-Carlo samples that
-            approximate the Hessian of the loss.
-        verbose: Whether to print what happens during the backward pass.
         warn_small_eigvals: Warn if a chosen eigenvalue is smaller than this; 0 for
             never.
-
-    Raises:
-        ValueError: If ``subsampling`` is empty or repeats an index, or ``mc_samples``
-            is negative. Indices out of range are found in the backward pass.
 
     Example:
         >>> import torch
@@ -311,14 +307,8 @@ class EighComputation(_Computation[tuple[Tensor, list[Tensor]]]):
         verbose: bool = False,
         warn_small_eigvals: float = 1e-4,
     ) -> None:
-        super().__init__(
-            ("subsampling", subsampling), ("mc_samples", mc_samples), verbose
-        )
+        super().__init__(subsampling, mc_samples, verbose)
         self._warn_small_eigvals = _checked_threshold(warn_small_eigvals)
-
-    def get_extension(self) -> BackpropExtension:
-        """Return a BackPACK extension for ``with backpack(…)``."""
-        return self._extension()
 
     def _collect(
         self, block: Block, records: list[LayerRecord], of: Pass
@@ -338,12 +328,7 @@ class EighComputation(_Computation[tuple[Tensor, list[Tensor]]]):
 class _DirectionalComputation(_Computation[Result]):
     """Slopes and curvatures along the eigenvectors of the GGN.
 
-    Args:
-        subsampling_grad: The indices of the samples whose gradients are taken.
-        subsampling_ggn: The indices of the samples that the GGN is of.
-        mc_samples_ggn: 0 for the exact GGN, or a number of Monte-Carlo samples.
-        verbose: Whether to print what happens during the backward pass.
-        warn_small_eigvals: Warn if a chosen eigenvalue is smaller than this.
+    Takes the arguments of :class:`DirectionalDerivativesComputation`.
     """
 
     def __init__(
