@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import (
     GradientEdge,
     Node,
@@ -100,3 +102,42 @@ def nodes(output: Tensor) -> list[Node]:
                 seen.add(following)
                 found.append(following)
     return found
+
+
+def has_own_code(output: Tensor) -> bool:
+    """Whether a backward pass runs functions that are not torch's, as far as is seen.
+
+    These may do other things the second time.
+    """
+    return any(isinstance(node, BackwardCFunction) for node in nodes(output))
+
+
+def nbytes_saved(output: Tensor) -> int:
+    """Return the bytes that the graph of a tensor has saved for backward passes.
+
+    It must not have been made under hooks for saved tensors, which would be called.
+    """
+    seen: dict[int, int] = {}
+    for node in nodes(output):
+        for tensor in _saved(node):
+            storage = tensor.untyped_storage()
+            seen[storage.data_ptr()] = storage.nbytes()
+    return sum(seen.values())
+
+
+def _saved(node: Node) -> Iterator[Tensor]:
+    for name in _names_of_saved(type(node)):
+        try:
+            saved = getattr(node, name)
+        # Written into since; backward passes will say so.
+        except RuntimeError:
+            continue
+        for part in saved if isinstance(saved, (tuple, list)) else (saved,):
+            if isinstance(part, Tensor) and part.layout == torch.strided:
+                yield part
+
+
+@lru_cache(maxsize=1024)
+def _names_of_saved(kind: type[Node]) -> list[str]:
+    """Under which attributes nodes of a kind show what they have saved."""
+    return [n for n in dir(kind) if n.startswith("_saved_") or n == "saved_tensors"]

@@ -29,6 +29,7 @@ from vivit_linop.net.structure import Layout, Use, Variant, overlapping, spread
 from vivit_linop.noise import Noise
 from vivit_linop.risk.containers import leaves
 from vivit_linop.risk.empirical import EmpiricalRisk
+from vivit_linop.risk.first_run import Run
 
 # Where one sample leaves a choice between layouts, so many are asked.
 _TELLING_SAMPLES = 4
@@ -86,22 +87,31 @@ class Capture:
         risk: The risk.
         X: The input of n samples.
         num_samples: n.
+        run: The run, if there was one on this input already.
 
     Attributes:
         num_samples: n.
         output: The outputs, ``[n, C]``, with their graph.
         uses: The recorded uses.
+        formed: Of columns that were formed, as they were before, without data.
         opaque: Parameters with a use that has no known structure.
         together: Whether the last columns were pulled back together, by torch's rules
             for batches.
     """
 
-    def __init__(self, risk: EmpiricalRisk, X: Any, num_samples: int) -> None:
+    def __init__(
+        self, risk: EmpiricalRisk, X: Any, num_samples: int, run: Run | None = None
+    ) -> None:
         self._risk, self.num_samples, self.together = risk, num_samples, False
-        with Recorder(risk.model.params) as recorder:
-            output = risk.model(risk.model.params, X)
+        if run is None:
+            with Recorder(risk.model.params) as recorder:
+                output = risk.model(risk.model.params, X)
+        else:
+            assert isinstance(run.record, Recorder)
+            recorder, output = run.record, run.output
         self.output = output.reshape(num_samples, -1)
         self.uses, self.opaque = recorder.uses, recorder.opaque
+        self.formed: dict[str, LayerColumns] = {}
 
     @classmethod
     def of_few(
@@ -257,11 +267,21 @@ class Capture:
                     if view.transposed:
                         part = part.transposed(view.shape)
                     if forms and used.count(view.name) == 1:
-                        part = part.compacted()
+                        part = self._compacted(view, part)
                     parts.setdefault(view.name, []).append((view.place, part))
             for name, found in parts.items():
                 columns[name] = assembled(found, self._risk.params[name].numel())
         return columns
+
+    def _compacted(self, view: View, part: LayerColumns) -> LayerColumns:
+        """Form columns where that takes less, and note what they were."""
+        compacted = part.compacted()
+        if compacted is not part:
+            use = [(view.place, part.without_data())]
+            self.formed[view.name] = assembled(
+                use, self._risk.params[view.name].numel()
+            )
+        return compacted
 
     def keep_sizes(self, X: Any) -> SampleSizes:
         """Tell, for all samples of this shape, what the columns of one take.

@@ -38,6 +38,7 @@ from vivit_linop.net.dense import on_the_batch, one_by_one, vectorised
 from vivit_linop.net.rounding import BY_NOISE, nearby
 from vivit_linop.net.structure import Structure, Variant
 from vivit_linop.noise import Noise
+from vivit_linop.risk import first_run
 from vivit_linop.risk.empirical import EmpiricalRisk
 from vivit_linop.risk.model import Params
 
@@ -45,6 +46,8 @@ Columns = dict[str, LayerColumns]
 
 # The structure is first looked for on this many samples of the first batch.
 _FIRST_SAMPLES = 4
+# A run of all samples that keeps no more than this serves as well.
+_SMALL_RUN = 2**22
 
 
 class Certificate:
@@ -202,7 +205,21 @@ class CertifiedColumns:
                 # Torch's rules for batches are not all right.
                 self._variant.together, structured = False, set()
             self._learn(structured & failing, opaque & failing)
+        if takes == "pairs" and not structure.certified:
+            if names >= self._risk.params.keys():
+                self._note(done)
         return done
+
+    def _note(self, columns: Columns) -> None:
+        """Note that columns of all parameters have been certified here."""
+        capture, structure = self._capture, self._structure
+        structure.layers = {
+            name: capture.formed.get(name) or part.without_data()
+            for name, part in columns.items()
+            if name not in structure.opaque
+        }
+        structure.uses = [use.key for use in capture.uses]
+        structure.certified = True
 
     def parts(self, cotangents: Tensor, names: Set[str]) -> Iterator[Columns]:
         """Yield the columns in parts, as :meth:`Capture.parts`; the dense ones last.
@@ -442,7 +459,7 @@ def _look(
     X, _ = next(risk.batches())
     count = 1 if alone else _FIRST_SAMPLES
     with as_guest(risk.device):
-        few = Capture.of_few(risk, X, risk.batch_sizes[0], count)
+        few = _run_on_few(risk, X, count)
         few.keep_sizes(X)
         certified = CertifiedColumns(risk, X, few, structure)
         if certify:
@@ -452,3 +469,16 @@ def _look(
     structure.uses = [use.key for use in few.uses]
     structure.certified = certify
     return structure
+
+
+def _run_on_few(risk: EmpiricalRisk, X: Any, count: int) -> Capture:
+    """Run the net on the first samples of the first batch.
+
+    A run on all of them that has been made serves as well, if backward passes through
+    it take no longer than another run.
+    """
+    n = risk.batch_sizes[0]
+    serves = (count > 1 or n == 1) and first_run.nbytes_kept(risk.kept) <= _SMALL_RUN
+    if serves and (run := first_run.used(risk.kept, X)) is not None:
+        return Capture(risk, run.X, n, run)
+    return Capture.of_few(risk, X, n, count)

@@ -43,9 +43,11 @@ from vivit_linop.net.rounding import BY_NOISE, nearby
 from vivit_linop.net.slopes import Probe, agree
 from vivit_linop.net.tangents import OutOfPlace, tangent_map, tracing_pays
 from vivit_linop.noise import Noise
+from vivit_linop.risk import first_run
 from vivit_linop.risk.checks import read
 from vivit_linop.risk.containers import copied, leaves
 from vivit_linop.risk.empirical import EmpiricalRisk
+from vivit_linop.risk.first_run import Run
 from vivit_linop.risk.kept import Kept
 from vivit_linop.risk.model import Params
 from vivit_linop.risk.passes import batch_does_not_fit
@@ -150,6 +152,7 @@ class Linearization:
         function: Maps parameters, by name, to outputs ``[n, …]``.
         params: θ, by name; tensors that require grad.
         nbytes: The memory that the graph of the outputs keeps, beyond θ.
+        output: The outputs with their graph, if the function was evaluated already.
 
     Attributes:
         outputs: The outputs at θ, ``[n, …]``.
@@ -159,7 +162,11 @@ class Linearization:
     """
 
     def __init__(
-        self, function: Callable[[Params], Tensor], params: Params, nbytes: int = 0
+        self,
+        function: Callable[[Params], Tensor],
+        params: Params,
+        nbytes: int = 0,
+        output: Tensor | None = None,
     ) -> None:
         self._function, self._params = function, params
         self._shapes = [*map(attrgetter("shape"), params.values())]
@@ -174,8 +181,9 @@ class Linearization:
         self._probe: Probe | None = None
         self._repeats = self._spent = self._few = False
         self.nbytes = nbytes
-        with as_guest(self.device):
-            output = function(params)
+        if output is None:
+            with as_guest(self.device):
+                output = function(params)
         self._graph = Graph(output, list(params.values()))
         self.outputs = output.detach()
 
@@ -488,12 +496,13 @@ def _linearized(risk: EmpiricalRisk, trust: bool) -> Iterator[Linearization]:
             if index < len(kept):
                 linearization = kept[index]
             else:
+                run = first_run.taken(risk.kept, X)
                 nbytes = risk.graph_bytes[index] if index < len(risk.outputs) else 0
                 room = budget - risk.kept.nbytes
                 keep = index == len(kept)
                 keep = keep and sum(map(_nbytes, leaves(X))) <= room
                 keep = keep and _KEPT_GRAPHS * nbytes <= room
-                linearization = _linearization(risk, index, X, nbytes, keep)
+                linearization = _linearization(risk, index, X, nbytes, keep, run)
                 linearization.checked = index in checked
                 if trust:
                     linearization.trust()
@@ -520,16 +529,21 @@ def _nbytes(leaf: Tensor) -> int:
 
 
 def _linearization(
-    risk: EmpiricalRisk, index: int, X: Any, nbytes: int, keep: bool
+    risk: EmpiricalRisk, index: int, X: Any, nbytes: int, keep: bool, run: Run | None
 ) -> Linearization:
-    """Linearise a batch."""
+    """Linearise a batch, by a run of the net on it that has been made."""
     # Of the model alone: with a way back to the risk, which keeps it, neither would be
     # freed when the last reference goes.
     samples = risk.batch_sizes[index] if index < len(risk.batch_sizes) else 1
     with explained(risk.does_not_fit, X, samples):
-        function = functools.partial(risk.model, X=copied(X) if keep else X)
-        linearization = Linearization(function, risk.model.params, nbytes)
-    if keep:
+        if run is not None:
+            X = run.X
+        elif keep:
+            X = copied(X)
+        function = functools.partial(risk.model, X=X)
+        output = None if run is None else run.output
+        linearization = Linearization(function, risk.model.params, nbytes, output)
+    if keep and run is None:
         risk.check_outputs(index, linearization.outputs)
     linearization.kept = keep
     return linearization

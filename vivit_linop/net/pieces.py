@@ -37,6 +37,7 @@ from vivit_linop.net.columns.joins import merged
 from vivit_linop.net.columns.weighted import weighted
 from vivit_linop.net.structure import Structure
 from vivit_linop.ranks.alone import Ranks
+from vivit_linop.risk import first_run
 from vivit_linop.risk.containers import copied
 from vivit_linop.risk.empirical import EmpiricalRisk
 from vivit_linop.risk.rows import RowLayout
@@ -376,9 +377,11 @@ class Pass:
         pieces = _PASSING_PIECES if self._passes_by else _PIECES
         size = max(1, self._memory // pieces // max(1, entries * itemsize))
         if self._in_parts:
-            # One pass is not better than several that stay near the caches.
+            # One pass is not better than several that stay near the caches, unless
+            # the first half of it has been made.
             near = _SIGNAL_BYTES // max(1, sizes.signal * itemsize)
-            size = min(size, max(near, _FEW_SAMPLES))
+            if not 0 < first_run.nbytes_kept(risk.kept) <= LEAST_BYTES:
+                size = min(size, max(near, _FEW_SAMPLES))
         # Two opposite ranks share the pairs of an even number of pieces.
         if risk.ranks.size % 2 == 0 and len(risk.batch_sizes) % 2:
             size = min(size, math.ceil(n / 2))
@@ -428,11 +431,7 @@ class Pass:
         if self._hides(index):
             yield from self._singly(batch, whole, index, n, first)
             return
-        few = len(index) < n
-        # Columns may be kept, when the data are overwritten.
-        X = self._risk.samples.take(whole, index) if few else copied(whole)
-        capture = Capture(self._risk, X, len(index))
-        self._risk.check_outputs(batch, capture.output.detach(), index)
+        X, capture = self._captured(batch, whole, index, n)
         known = self._structure if len(index) > 1 else None
         certified = CertifiedColumns(self._risk, X, capture, known)
         begin = int(index[0])
@@ -463,6 +462,22 @@ class Pass:
                 yield [Piece(place, samples, part, self._sizes)]
         if pieces:
             yield pieces
+
+    def _captured(
+        self, batch: int, whole: Any, index: Tensor, n: int
+    ) -> tuple[Any, Capture]:
+        """Return some samples of a batch of n, and a run of the net on them."""
+        risk = self._risk
+        run = first_run.taken(risk.kept, whole)
+        if run is not None and len(index) == n:
+            return run.X, Capture(risk, run.X, n, run)
+        del run  # with its graph, before another one is made
+        # Columns may be kept, when the data are overwritten.
+        few = len(index) < n
+        X = risk.samples.take(whole, index) if few else copied(whole)
+        capture = Capture(risk, X, len(index))
+        risk.check_outputs(batch, capture.output.detach(), index)
+        return X, capture
 
     def _singly(
         self, batch: int, whole: Any, index: Tensor, n: int, first: int

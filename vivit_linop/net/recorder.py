@@ -28,8 +28,12 @@ from torch.overrides import TorchFunctionMode
 
 from vivit_linop.net.kinds import Arguments, Kind, View, functions, readings
 from vivit_linop.net.structure import Use
+from vivit_linop.risk.first_run import watched_by
 from vivit_linop.risk.model import Params
 
+# What a net calls before it can put a hook into the graph.
+_GRAD_FN: Any = Tensor.grad_fn
+_TOUCHES_GRAPH = {Tensor.register_hook, _GRAD_FN.__get__}
 _HAS_GRAPH = attrgetter("requires_grad")
 # Functions that give a view of their first argument, whatever its strides are.
 _VIEWS = {
@@ -52,11 +56,13 @@ class Recorder(TorchFunctionMode):
     Attributes:
         uses: The recorded calls, in order.
         opaque: Names of parameters with a use that has no known structure.
+        has_hooks: Whether the net may have put hooks into the graph.
     """
 
     params: Params
     uses: list[Use] = field(default_factory=list)
     opaque: set[str] = field(default_factory=set)
+    has_hooks: bool = False
 
     def __post_init__(self) -> None:
         super().__init__()
@@ -77,6 +83,8 @@ class Recorder(TorchFunctionMode):
         if func is F.multi_head_attention_forward and not self._in_attention:
             return self._attention(func, args, kwargs)
         result = func(*args, **kwargs)
+        if func in _TOUCHES_GRAPH:
+            self.has_hooks = True
         names = self._views.names((args, kwargs))
         # What gives no tensor (shape, dtype, dim), or a constant, is no use.
         if not names or not any(map(_HAS_GRAPH, tensors(result))):
@@ -138,6 +146,9 @@ class Recorder(TorchFunctionMode):
             if arguments is not None:
                 return _use(kind, arguments, result)
         return None
+
+
+watched_by(Recorder)
 
 
 def _may_move(result: Tensor, given: Any) -> bool:

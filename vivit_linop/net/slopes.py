@@ -56,12 +56,13 @@ def agree(
         if traced:
             error = traced(u) - expected
             facts.append(error.norm() <= tolerance * expected.norm())
-        slope = (image * u).sum() - (expected * x).sum()
+        slope = torch.dot(image, u) - torch.dot(expected, x)
         size = image.norm() * u.norm() + expected.norm() * x.norm()
         facts.append(slope.abs() <= tolerance * size)
     pulled_back = vjp(image)
-    square = (image * image).sum() - (pulled_back * x).sum()
-    tolerated = tolerance * image.square().sum()
+    norm = torch.dot(image, image)
+    square = norm - torch.dot(pulled_back, x)
+    tolerated = tolerance * norm
     tolerated += 100 * eps * pulled_back.norm() * x.norm()
     facts.append(square.abs() <= tolerated)
     # The host waits for all of them together.

@@ -11,14 +11,16 @@ import functools
 import math
 import random
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from vivit_linop.devices import is_out_of_memory, saved_bytes
+from vivit_linop.devices import is_out_of_memory
 from vivit_linop.graphs import nodes
 from vivit_linop.risk.containers import leaves
+from vivit_linop.risk.first_run import Run, run_of
 from vivit_linop.risk.model import FunctionalModel, as_guest, random_state
 from vivit_linop.risk.outputs import RaggedOutputs
 from vivit_linop.risk.parameters import check_finite
@@ -51,10 +53,25 @@ def _largest(tensor: Tensor) -> Tensor:
     return largest
 
 
+@dataclass
+class Checked:
+    """A batch's outputs.
+
+    Attributes:
+        outputs: They, without a graph.
+        graph_bytes: What their graph takes.
+        run: The run that gave them, if it may serve as another.
+    """
+
+    outputs: Tensor
+    graph_bytes: int
+    run: Run | None
+
+
 def checked_outputs(
     model: FunctionalModel, index: int, X: Any, n: int, items: int = 0
-) -> tuple[int, Tensor]:
-    """Return what the graph of a batch's outputs takes in bytes, and the outputs.
+) -> Checked:
+    """Return the outputs of a batch.
 
     Args:
         model: The model.
@@ -74,15 +91,14 @@ def checked_outputs(
         kept = {name: buffer.clone() for name, buffer in buffers.items()}
         before = random_state(model.device)
         try:
-            nbytes, (output, written) = saved_bytes(
-                lambda: model.first(model.params, X, n)
-            )
+            run = run_of(model, X, n)
         except Exception as error:
             check_finite(model.params, "params")  # which may be why
             if isinstance(error, RuntimeError) and "type" in str(error):
                 _check_dtypes(model, index, X)
             raise
         drawn = not torch.equal(before, random_state(model.device))
+    output = run.output
     same = [
         torch.isclose(kept[name], buffer, 0.0, 0.0, equal_nan=True).all()
         for name, buffer in buffers.items()
@@ -115,7 +131,7 @@ def checked_outputs(
     # one for each batch would let the heap of the process grow.
     output = output.detach()
     output = output.clone()
-    finite, *parts = read([output.isfinite().all(), *same, *written])
+    finite, *parts = read([output.isfinite().all(), *same, *run.written])
     for name, is_same in zip(buffers, parts[: len(same)], strict=True):
         if not is_same:
             raise ValueError(
@@ -123,7 +139,8 @@ def checked_outputs(
                 "iteration of spectral_norm in training mode, or statistics that "
                 "are kept), so it is not one function. Call model.eval() first."
             )
-    if any(parts[len(same) :]):
+    writes = any(parts[len(same) :])
+    if writes:
         model.writes()
     if drawn:
         _check_unmoved(model, index, X, output)
@@ -133,7 +150,8 @@ def checked_outputs(
         raise ValueError(
             f"{where} returned NaN or Inf for sample {int(bad.nonzero()[0])}."
         )
-    return nbytes, output
+    serves = run.record is not None and not (writes or drawn)
+    return Checked(output, run.graph_bytes, run if serves else None)
 
 
 def _check_dtypes(model: FunctionalModel, index: int, X: Any) -> None:

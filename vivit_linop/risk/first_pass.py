@@ -15,6 +15,7 @@ from vivit_linop.risk import fingerprint
 from vivit_linop.risk.checks import independent_samples
 from vivit_linop.risk.containers import copied
 from vivit_linop.risk.data import joined_targets
+from vivit_linop.risk.first_run import Run
 from vivit_linop.risk.losses.base import OutputLoss
 from vivit_linop.risk.losses.certificates import check_loss, targets_of
 from vivit_linop.risk.losses.derived import LossOfItems
@@ -35,6 +36,7 @@ class Seen:
         outputs: Those of each batch.
         targets: Those of each batch; copies, since the user's may change.
         graph_bytes: What the graph of each batch's outputs takes.
+        run: The run of the net on the only batch, if it may serve as another.
         sums: Sums over the inputs of each batch, by which a change of them is seen.
     """
 
@@ -45,6 +47,7 @@ class Seen:
     targets: list[Any] = field(default_factory=list)
     graph_bytes: list[int] = field(default_factory=list)
     sums: list[list[Tensor]] = field(default_factory=list)
+    run: Run | None = None
 
     @property
     def batch_sizes(self) -> list[int]:
@@ -94,7 +97,8 @@ def _evaluate(
     zero = torch.zeros((), dtype=model.dtype, device=model.device)
     seen = Seen(loss, zero, zero)
     example: tuple[Any, Tensor] | None = None
-    for X, y, nbytes, output in _evaluated(model, seen, passes, check, fingerprints):
+    for X, y, checked in _evaluated(model, seen, passes, check, fingerprints):
+        output = checked.outputs
         n = len(output)
         # The largest batch shows the most of what mixes samples.
         if n > (1 if example is None else len(example[1])):
@@ -104,7 +108,8 @@ def _evaluate(
             seen.total = seen.total + seen.loss.total(output, y)
             seen.weight = seen.weight + seen.loss.weight(output, y)
         seen.outputs.append(output)
-        seen.graph_bytes.append(nbytes)
+        seen.graph_bytes.append(checked.graph_bytes)
+        seen.run = checked.run
         seen.targets.append(copied(y))
         seen.sums.append(fingerprint.sums(X))
     # All batches together show where samples may be.
@@ -129,6 +134,7 @@ def _evaluated(
     """
     search = passes.search
     for number, (X, y) in enumerate(passes.batches("risk", fingerprints)):
+        seen.run = None  # several would take more memory than one
         n = search.number(number, X, y)
         done = len(seen.outputs)
         with (

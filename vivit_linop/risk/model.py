@@ -268,8 +268,8 @@ class FunctionalModel:
 
     def first(
         self, params: Params, X: Any, samples: int
-    ) -> tuple[Tensor, list[Tensor]]:
-        """Return the outputs, and whether parts of the input were written into.
+    ) -> tuple[Any, Tensor, list[Tensor]]:
+        """Return a copy of the input, its outputs, and whether parts were written into.
 
         Once the model knows that it writes (:meth:`writes`), every evaluation has a
         copy of the input.
@@ -285,7 +285,7 @@ class FunctionalModel:
         with explained_casts(self._dtype), self._returned.of_batch(samples):
             output = self._evaluate(params, own)
         # The model may have taken something out of a container, or put something in.
-        return output, list(map(_is_written, tensors, leaves(X)))
+        return own, output, list(map(_is_written, tensors, leaves(X)))
 
     def writes(self) -> None:
         """Give copies of the input from now on."""
@@ -336,6 +336,11 @@ class FunctionalModel:
             return self._private(params, X)
         output = Copies(()).of_called(self._function)(params, rebuilt(X))
         return self._returned(output)
+
+    @property
+    def calls(self) -> int:
+        """How often a module was called, in whatever way; 0 for a function."""
+        return 0 if self._private is None else self._private.calls
 
     @property
     def tree(self) -> OutputTree | None:

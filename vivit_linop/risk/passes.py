@@ -18,7 +18,7 @@ from vivit_linop.bars import shown
 from vivit_linop.devices import free_memory, is_out_of_memory, saved_bytes
 from vivit_linop.modes import ordinary_mode, replayed
 from vivit_linop.risk import fingerprint
-from vivit_linop.risk.checks import checked_outputs, dependent, same_outputs
+from vivit_linop.risk.checks import Checked, checked_outputs, dependent, same_outputs
 from vivit_linop.risk.containers import is_leaf, leaves
 from vivit_linop.risk.data import Batch, Target, iterate, stacked
 from vivit_linop.risk.model import FunctionalModel, as_guest
@@ -32,10 +32,10 @@ from vivit_linop.risk.outputs import (
 from vivit_linop.risk.samples import Samples
 from vivit_linop.risk.ways import Search
 
-# A batch with outputs of one shape: the bytes of its graph, and the outputs.
-Evaluated = tuple[Any, Any, int, Tensor]
+# A batch with outputs of one shape, and these.
+Evaluated = tuple[Any, Any, Checked]
 Outputs = Sequence[Tensor] | Tensor
-Cut = tuple[Samples, list[Part], list[tuple[int, Tensor]]]
+Cut = tuple[Samples, list[Part], list[Checked]]
 Item = TypeVar("Item")
 
 
@@ -101,7 +101,7 @@ class Cuts:
         if self._final or (model.count is None and not self._by_items):
             items = 0 if self._final else number_of_items(y, n)
             try:
-                yield X, y, *checked_outputs(model, first, X, n, items)
+                yield X, y, checked_outputs(model, first, X, n, items)
                 return
             except RaggedOutputs as ragged:
                 whole = ragged.outputs
@@ -112,8 +112,9 @@ class Cuts:
         samples, parts, evaluated = _cut(model, search.ways, X, n, whole, first, check)
         search.ways = [samples]
         self._parts[number] = parts
-        for part, (nbytes, output) in zip(parts, evaluated, strict=True):
-            yield samples.take(X, part.samples), part.targets(y), nbytes, output
+        for part, checked in zip(parts, evaluated, strict=True):
+            checked.run = None  # there are others
+            yield samples.take(X, part.samples), part.targets(y), checked
 
 
 def _cut(
@@ -142,7 +143,7 @@ def _cut(
                     )
                     for number, part in enumerate(parts)
                 ]
-                outputs = [output for _, output in evaluated]
+                outputs = [checked.outputs for checked in evaluated]
                 if not check or _are_those_of(whole, parts, outputs):
                     return samples, parts, evaluated
         # In a wrong way it fails somehow.

@@ -54,6 +54,7 @@ class PrivateModule:
 
     Attributes:
         returned: What makes one tensor of its outputs.
+        calls: How often it was called, in whatever way.
 
     Raises:
         ValueError: If it has parts that cannot be copied.
@@ -67,7 +68,7 @@ class PrivateModule:
         own: Mapping[str, Tensor],
         dtype: torch.dtype | None = None,
     ) -> None:
-        self._own, self._dtype = dict(own), dtype
+        self._own, self._dtype, self.calls = dict(own), dtype, 0
         # What an evaluation must not use: the user's tensors, and what was computed
         # from them before.
         self._outside: dict[int, str] = {id(t): name for name, t in slots.items()}
@@ -194,6 +195,7 @@ class PrivateModule:
                 stack.enter_context(_standing_in(self._originals, copies))
             X = rebuilt(X)  # the model may change containers
             if predict is not None:
+                self.calls += 1
                 output = predict(module, X)
             else:
                 output = self._called(module, X)
@@ -202,11 +204,13 @@ class PrivateModule:
     def _called(self, module: nn.Module, X: Any) -> Any:
         """Call the module with an input, as it was called first."""
         if self._call is not None:
+            self.calls += 1
             args, kwargs = _calls(X)[self._call]
             return module(*args, **kwargs)
         failure: Exception | None = None
         for number in _possible(module, X):
             args, kwargs = _calls(rebuilt(X))[number]
+            self.calls += 1
             try:
                 output = module(*args, **kwargs)
             # The error of the likeliest way is to be seen.

@@ -1,0 +1,177 @@
+"""The run of a net that construction has checked, kept for the first quantity.
+
+Whatever is computed of a fresh risk starts with a run of the net on all samples, and
+construction has just made one. A risk of one batch keeps it with its graph, where that
+fits into the budget, until another risk is built. Whoever takes it has it alone: the
+linearisation keeps the graph, columns are pulled back through it and let it go. Its
+input is compared with what the data are then, so that a change of them is seen as ever.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import disable_saved_tensors_hooks
+
+from vivit_linop.devices import is_out_of_memory, saved_bytes
+from vivit_linop.graphs import has_own_code, nbytes_saved
+from vivit_linop.risk.kept import Kept
+from vivit_linop.risk.model import FunctionalModel, Params
+from vivit_linop.risk.outputs import RaggedOutputs
+
+
+class Record(Protocol):
+    """What has watched a run.
+
+    Attributes:
+        has_hooks: Whether the net may have put hooks into the graph.
+    """
+
+    has_hooks: bool
+
+
+Watch = Callable[[Params], contextlib.AbstractContextManager[Record]]
+
+_KEY = "first run"
+# The share of free memory that it may take, as the columns that it is for.
+_MEMORY_SHARE = 12
+# Whose run is kept: of those that nobody asks for there is one at most.
+_keeping: list[weakref.ref[Kept]] = []
+# What is entered around the run, once :func:`watched_by` has said so.
+_watches: list[Watch] = []
+
+
+def watched_by(watch: Watch) -> None:
+    """Let the room above see runs, which are kept with what has watched them.
+
+    Args:
+        watch: Returns, for the parameters, what is entered around the run.
+    """
+    _watches[:] = [watch]
+
+
+@dataclass
+class Run:
+    """A run of a net on a batch.
+
+    Attributes:
+        X: The input: a copy that nobody else has.
+        output: The outputs, with their graph.
+        written: Whether parts of the input were written into.
+        graph_bytes: What the graph takes.
+        record: What has watched it; None where it may not serve as a run of the net:
+            it was watched by nobody, or was more than one evaluation.
+        repeats: Whether a second one who pulls back through it gets what the first
+            would: there are only torch's own functions in the graph, and no hooks.
+    """
+
+    X: Any
+    output: Tensor
+    written: list[Tensor]
+    graph_bytes: int
+    record: Record | None = None
+    repeats: bool = False
+
+    @property
+    def nbytes(self) -> int:
+        """What it takes at most."""
+        return self.graph_bytes + sum(p.nbytes for p in _parts(self.X).values())
+
+    def is_of(self, X: Any) -> bool:
+        """Whether an input is that of the run."""
+        own, given = _parts(self.X), _parts(X)
+        return own.keys() == given.keys() and all(
+            part.dtype == given[name].dtype and torch.equal(part, given[name])
+            for name, part in own.items()
+        )
+
+
+def _parts(X: Any) -> dict[Hashable, Tensor]:
+    """The tensors of an input that consists of nothing else, none of another one."""
+    parts: dict[Hashable, Any] = {None: X}
+    if type(X) in (tuple, list):
+        parts = dict(enumerate(X))
+    elif type(X) is dict:
+        parts = X
+    plain = all(
+        type(part) is Tensor and part.layout == torch.strided and not part.is_nested
+        for part in parts.values()
+    )
+    return parts if plain else {}
+
+
+def run_of(model: FunctionalModel, X: Any, samples: int) -> Run:
+    """Run a net on a batch for the first time.
+
+    A graph that holds something else than what was computed (checkpoints) is that of a
+    second run, and only measured.
+
+    Args:
+        model: The net.
+        X: The input.
+        samples: How many it has.
+    """
+    (watch,), calls = _watches, model.calls
+    try:
+        with (
+            disable_saved_tensors_hooks("first run"),
+            watch(model.params) as record,
+        ):
+            own, output, written = model.first(model.params, X, samples)
+    except RaggedOutputs:
+        raise
+    # Hooks, or a net that bears nobody watching; an error of its own comes again.
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+    else:
+        run = Run(own, output, written, nbytes_saved(output))
+        if model.calls - calls <= 1 and _parts(X):
+            run.record = record
+            run.repeats = not record.has_hooks and not has_own_code(output)
+        return run
+    nbytes, found = saved_bytes(lambda: model.first(model.params, X, samples))
+    own, output, written = found
+    return Run(own, output, written, nbytes)
+
+
+def keep(kept: Kept, run: Run | None) -> None:
+    """Keep a run, if it may serve as one and fits, in place of that of another risk.
+
+    Args:
+        kept: What the risk keeps.
+        run: That of its only batch.
+    """
+    if run is None or run.record is None:
+        return
+    if run.nbytes > kept.budget(_MEMORY_SHARE):
+        return
+    for other in _keeping:
+        if (before := other()) is not None:
+            before.values.pop(_KEY, None)
+    _keeping[:] = [weakref.ref(kept)]
+    kept.values[_KEY] = run
+
+
+def taken(kept: Kept, X: Any) -> Run | None:
+    """Take the run, which is kept no longer; None if there is none on this input."""
+    run: Run | None = kept.values.pop(_KEY, None)
+    return run if run is not None and run.is_of(X) else None
+
+
+def used(kept: Kept, X: Any) -> Run | None:
+    """Use the run, which stays kept; None if there is none on this input."""
+    run: Run | None = kept.values.get(_KEY)
+    return run if run is not None and run.repeats and run.is_of(X) else None
+
+
+def nbytes_kept(kept: Kept) -> int:
+    """Return what the run takes, 0 if there is none."""
+    run: Run | None = kept.values.get(_KEY)
+    return 0 if run is None else run.nbytes
