@@ -49,7 +49,7 @@ def test_out_of_memory_says_what_would_fit(use: Any, error: Exception) -> None:
         r"|^memory: the columns of 6 samples .*GB.*memory=\d+\)"
     )
     with pytest.raises(MemoryError, match=advice) as raised:
-        risk = vl.EmpiricalRisk(net, loss, data)
+        risk = vl.EmpiricalRisk(net, loss, data, memory=0)
         room["samples"] = 5
         use(risk)
     assert raised.value.__cause__ is error
@@ -151,7 +151,7 @@ def test_other_errors_are_not_explained_away() -> None:
         return m.layer(x)
 
     net = Lambda(forward, layer=nn.Linear(4, 3)).double()
-    risk = vl.EmpiricalRisk(net, loss, data)
+    risk = vl.EmpiricalRisk(net, loss, data, memory=0)
     broken["on"] = True
     with pytest.raises(RuntimeError, match="shapes do not match"):
         risk.gradient()

@@ -75,8 +75,9 @@ def test_backward_passes_of_a_quantity(
     Runs.forwards = Runs.backwards = 0
     quantity(net, nn.CrossEntropyLoss(), (X, y))
     assert Runs.backwards == backwards
-    # All samples twice, some of them to see that they are independent, the first four.
-    assert Runs.forwards <= 5
+    # All samples, some of them twice to see that they are independent, and the first
+    # four: a graph with functions that are not torch's is pulled back through once.
+    assert Runs.forwards <= 4
 
 
 def test_what_is_known_of_a_net_is_certified_once_it_is_asked_for() -> None:

@@ -112,7 +112,7 @@ def test_interrupt_is_not_swallowed() -> None:
             raise KeyboardInterrupt
 
     net[1].register_forward_pre_hook(hook)
-    risk = vl.EmpiricalRisk(net, loss, data)
+    risk = vl.EmpiricalRisk(net, loss, data, memory=0)
     x = random_vector(risk.num_params)
     raised["on"] = True
     for use in (
@@ -135,7 +135,7 @@ def test_errors_of_the_model_come_through() -> None:
             raise Stop("of the user")
 
     net[1].register_forward_pre_hook(hook)
-    risk = vl.EmpiricalRisk(net, loss, data)
+    risk = vl.EmpiricalRisk(net, loss, data, memory=0)
     broken["on"] = True
     x = random_vector(risk.num_params)
     for use in (

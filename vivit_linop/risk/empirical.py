@@ -78,8 +78,9 @@ class EmpiricalRisk(DerivableRisk):
             without a meaning.
         memory: The bytes that kept linearisations of the net may take, by default a
             quarter of the memory that is free on the device; also those of the columns
-            of a Gram matrix at a time, by default a twelfth, and 64 MiB at least. One
-            batch must fit.
+            of a Gram matrix at a time, by default a twelfth, and 64 MiB at least; and
+            as much for the run of the net on an only batch, which is kept for the
+            first quantity or until another risk is built. One batch must fit.
         check_data: Whether to pass over the data once more, before anything else, to
             see that they are the same in every pass: a shuffled loader and random
             augmentations are refused. Lists of batches are not read twice. Without

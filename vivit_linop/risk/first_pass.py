@@ -141,14 +141,14 @@ def _evaluated(
             explained(does_not_fit, model, search, X, n),
             search.agreeing(number, n, y),
         ):
-            for part, targets, nbytes, output in passes.cuts.found(
+            for part, targets, checked in passes.cuts.found(
                 model, search, number, (X, y), n, done, check
             ):
                 if model.count and not isinstance(seen.loss, LossOfItems):
                     seen.loss = LossOfItems(seen.loss)
                 if not seen.outputs and model.tree is not None:
                     seen.loss = seen.loss.of_several(model.tree)
-                yield part, targets_of(seen.loss, targets, output), nbytes, output
+                yield part, targets_of(seen.loss, targets, checked.outputs), checked
 
 
 def _with_previous(seen: Seen, output: Tensor, y: Any) -> tuple[Tensor, Any]:

@@ -1,0 +1,172 @@
+"""The run of construction serves the first quantity, and nothing that it should not."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import save_on_cpu
+from torch.utils.checkpoint import checkpoint
+
+import vivit_linop as vl
+from tests.capture_cases import close
+from tests.cases import Problem, dense_of
+from tests.cases.market import Lambda
+from vivit_linop.risk import first_run
+
+N = 17
+
+
+def _problem(forward: Callable[[Any, Tensor], Tensor] | None = None) -> Problem:
+    torch.manual_seed(0)
+    layers = nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 3)
+    net: nn.Module = nn.Sequential(*layers)
+    if forward is not None:
+        net = Lambda(forward, first=layers[0], last=layers[2])
+    X, y = torch.randn(N, 5, dtype=torch.float64), torch.randint(3, (N,))
+    return Problem(net.double(), nn.CrossEntropyLoss(), (X, y))
+
+
+def _risk(problem: Problem, **options: Any) -> vl.EmpiricalRisk:
+    return vl.EmpiricalRisk(problem.model, problem.loss, problem.data, **options)
+
+
+def _column(risk: vl.EmpiricalRisk) -> Tensor:
+    return torch.linspace(-1, 1, risk.num_params, dtype=risk.dtype)
+
+
+QUANTITIES: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
+    "product": (lambda r: vl.GGN(r) @ _column(r), lambda t, x: t.G @ x),
+    "gradient": (lambda r: r.gradient(), lambda t, x: t.U.mean(1)),
+    "Gram": (
+        lambda r: vl.PerSampleGradients(r).gram.to_dense(),
+        lambda t, x: t.U.T @ t.U,
+    ),
+    "norms": (
+        lambda r: vl.PerSampleGradients(r).squared_norms(),
+        lambda t, x: t.U.square().sum(0),
+    ),
+    "diagonal": (lambda r: vl.GGN(r).diagonal(), lambda t, x: t.G.diagonal()),
+    "pairs": (
+        lambda r: vl.GGN(r).eigh(k=2).eigenvalues,
+        lambda t, x: torch.linalg.eigvalsh(t.G)[-2:],
+    ),
+}
+
+
+def _all_are_right(risk: vl.EmpiricalRisk, problem: Problem) -> None:
+    truth, x = dense_of(problem), _column(risk)
+    for quantity, wanted in QUANTITIES.values():
+        assert close(quantity(risk), wanted(truth, x))
+
+
+@pytest.mark.parametrize("name", QUANTITIES)
+def test_the_net_runs_for_the_checks_of_construction_only(name: str) -> None:
+    problem, sizes = _problem(), list[int]()
+    problem.model.register_forward_hook(lambda _, args, out: sizes.append(len(out)))
+    quantity, wanted = QUANTITIES[name]
+    risk = _risk(problem)
+    found = quantity(risk)
+    assert sizes == [N, N // 8, N // 8]  # the two groups of samples
+    assert close(found, wanted(dense_of(problem), _column(risk)))
+
+
+def test_all_quantities_of_one_risk_are_right() -> None:
+    problem = _problem()
+    _all_are_right(_risk(problem), problem)
+
+
+@pytest.mark.parametrize("name", QUANTITIES)
+def test_a_change_of_the_data_is_seen(name: str) -> None:
+    problem = _problem()
+    risk = _risk(problem)
+    problem.data[0][3] += 0.1
+    with pytest.raises(ValueError, match=r"^data: batch 0 is not what it was"):
+        QUANTITIES[name][0](risk)
+
+
+def test_there_is_one_at_most_and_it_fits_and_does_not_travel() -> None:
+    problem = _problem()
+    risk = _risk(problem)
+    assert first_run.nbytes_kept(risk.kept) > 0
+    for twin in (copy.deepcopy(risk), pickle.loads(pickle.dumps(risk))):
+        assert first_run.nbytes_kept(twin.kept) == 0
+        _all_are_right(twin, problem)
+    other = _risk(problem)
+    assert first_run.nbytes_kept(risk.kept) == 0 < first_run.nbytes_kept(other.kept)
+    X, y = problem.data
+    for without in (
+        _risk(problem, memory=0),
+        _risk(Problem(problem.model, problem.loss, [(X[:9], y[:9]), (X[9:], y[9:])])),
+        other.over(["2.weight"]),
+        other.at(),
+    ):
+        assert first_run.nbytes_kept(without.kept) == 0
+    vl.GGN(other) @ _column(other)
+    assert first_run.nbytes_kept(other.kept) == 0
+
+
+def _hooked(m: Any, x: Tensor) -> Tensor:
+    """A gradient that is doubled the first time only."""
+    h = m.first(x).tanh()
+    handle = h.register_hook(lambda g: (handle.remove(), 2 * g)[1])
+    return m.last(h)
+
+
+def _hooked_node(m: Any, x: Tensor) -> Tensor:
+    """Likewise, at a node of the graph."""
+    h = m.first(x).tanh()
+    handle = h.grad_fn.register_prehook(lambda g: (handle.remove(), (2 * g[0],))[1])
+    return m.last(h)
+
+
+class _Once(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.factor = 2.0
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        factor, ctx.factor = ctx.factor, 1.0
+        return factor * gradient
+
+
+def _own_function(m: Any, x: Tensor) -> Tensor:
+    return m.last(_Once.apply(m.first(x).tanh()))
+
+
+@pytest.mark.parametrize("forward", [_hooked, _hooked_node, _own_function])
+def test_what_a_graph_does_once_is_not_used_up(
+    forward: Callable[[Any, Tensor], Tensor],
+) -> None:
+    """After a gradient, a product sees that two backward passes differ."""
+    risk = _risk(_problem(forward))
+    assert first_run.nbytes_kept(risk.kept) > 0
+    for _ in range(2):
+        QUANTITIES["gradient"][0](risk)
+    with pytest.raises(ValueError, match=r"^model: "):
+        vl.Jacobian(risk).T @ torch.ones(N * 3, dtype=risk.dtype)
+
+
+def _checkpointed(m: Any, x: Tensor) -> Tensor:
+    return m.last(checkpoint(m.first, x, use_reentrant=False).tanh())
+
+
+def _offloaded(m: Any, x: Tensor) -> Tensor:
+    with save_on_cpu():
+        return m.last(m.first(x).tanh())
+
+
+@pytest.mark.parametrize("forward", [_checkpointed, _offloaded])
+def test_graphs_that_hold_something_else_are_let_go(
+    forward: Callable[[Any, Tensor], Tensor],
+) -> None:
+    risk = _risk(_problem(forward))
+    assert first_run.nbytes_kept(risk.kept) == 0
+    _all_are_right(risk, _problem(lambda m, x: m.last(m.first(x).tanh())))
