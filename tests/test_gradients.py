@@ -8,7 +8,7 @@ from torch.autograd import forward_ad
 import vivit_linop as vl
 from tests import placing
 from tests.operator_market import Draw
-from vivit_linop.operators import CorrectedKronecker, DampedRoot, LowRank, Woodbury
+from vivit_linop.operators import CorrectedKronecker, LowRank, Woodbury
 
 FLOAT64 = torch.float64
 
@@ -60,6 +60,8 @@ VERBS = {
     "diagonal of inverse": lambda op: op.inv().diagonal(),
     "logdet of inverse": lambda op: op.inv().logdet(),
     "inverse of inverse": lambda op: op.inv().inv().to_dense(),
+    "root": lambda op: squared(op.sqrt()),
+    "root of inverse": lambda op: squared(op.inv().sqrt()),
 }
 DENSE = {
     "logdet": torch.logdet,
@@ -76,7 +78,15 @@ DENSE = {
     "diagonal of inverse": lambda A: torch.linalg.inv(A).diagonal(),
     "logdet of inverse": lambda A: -torch.logdet(A),
     "inverse of inverse": lambda A: A,
+    "root": lambda A: A,
+    "root of inverse": torch.linalg.inv,
 }
+
+
+def squared(root):
+    """R Rᵀ, to which derivatives pass."""
+    matrix = root.to_dense()
+    return matrix @ matrix.T
 
 
 def leaves():
@@ -113,6 +123,47 @@ def test_derivatives_in_scale_and_damping(name, form):
             atol=1e-9,
             msg=lambda text, verb=verb: f"{verb}: {text}",
         )
+
+
+@pytest.mark.parametrize("name", ["low rank, tall", "low rank, wide", "GGN"])
+def test_products_with_roots_and_samples(name):
+    """The root is symmetric; samples are an inverse times samples of its inverse."""
+    A = OPERATORS[name]
+    n, x = A.shape[0], torch.linspace(1, 2, A.shape[0]).double()
+    d = torch.tensor(0.7, dtype=FLOAT64, requires_grad=True)
+    evals, Q = torch.linalg.eigh(A.to_dense() + d * torch.eye(n).double())
+    op = A + d * vl.Identity(n)
+    B = vl.Dense(torch.linspace(-1, 1, 2 * n).double().reshape(n, 2))
+    for got, power in ((op.sqrt(), 0.5), (op.inv().sqrt(), -0.5)):
+        expected = Q @ (evals**power).diag() @ Q.T
+        for value, truth in (
+            (got @ x, expected @ x),
+            (got.diagonal(), expected.diagonal()),
+            (got.trace(), expected.trace()),
+            (got.logdet(), power * evals.log().sum()),
+            ((B.T @ got @ B).to_dense(), B.matrix.T @ expected @ B.matrix),
+        ):
+            torch.testing.assert_close(value, truth)
+            for _ in range(2):  # no graph is kept in between
+                (slope,) = derivatives(value, (d,))
+            # Q and the eigenvalues of the truth are differentiated as A + δ I is.
+            (wanted,) = derivatives(truth, (d,))
+            torch.testing.assert_close(slope, wanted, rtol=1e-6, atol=1e-9)
+
+    def samples(d):
+        S = (A + d * vl.Identity(n)).inv()
+        return S.sample(2, torch.Generator().manual_seed(0))
+
+    torch.autograd.gradcheck(samples, (d,))
+    if name == "low rank, wide":
+        return
+    p = torch.linspace(0.5, 1, n, dtype=FLOAT64, requires_grad=True)
+    torch.autograd.gradcheck(
+        lambda p: (
+            (A + vl.Diagonal(p)).inv().sample(2, torch.Generator().manual_seed(0))
+        ),
+        (p,),
+    )
 
 
 @every_operator
@@ -208,14 +259,15 @@ def test_what_gradients_would_not_reach_is_refused():
     for make in (
         lambda: LowRank(vl.Dense(M.detach()), d),
         lambda: Woodbury(G, d),
-        lambda: DampedRoot(G, d),
-        lambda: (G + d * unit).sqrt(),
-        lambda: (G + d * unit).inv().sqrt(),
+        lambda: (G + vl.Diagonal(d.expand(4))).sqrt(),
+        lambda: (G + vl.Diagonal(d.expand(4))).inv().sqrt(),
         lambda: (LowRank(vl.Dense(M)) + unit).inv(),
         lambda: (LowRank(vl.Dense(M)) + unit).sqrt(),
         lambda: LowRank(vl.Dense(M)).eigh(),
     ):
-        with pytest.raises(TypeError, match=r"requires grad|no closed form"):
+        with pytest.raises(
+            TypeError, match=r"requires grad|no closed form|derivatives in"
+        ):
             make()
 
 

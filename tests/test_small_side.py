@@ -1,10 +1,12 @@
 """One matrix and one decomposition serve all that is exact about c V Vᵀ + δ I."""
 
+import math
 import pickle
 import weakref
 
 import pytest
 import torch
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -153,6 +155,50 @@ def test_memory_of_the_diagonal_of_an_inverse(dtype, shape, known):
     damped = 2 * V.matrix.double() @ V.matrix.double().T
     damped.diagonal().add_(10.0)
     close(entries, damped.inverse().diagonal(), dtype)
+
+
+def nets():
+    """Wide and narrow nets, and one with convolutions; how many samples they get."""
+    yield nn.Sequential(nn.Linear(100, 30), nn.ReLU(), nn.Linear(30, 10)), (80, 100)
+    yield nn.Sequential(nn.Linear(30, 8), nn.ReLU(), nn.Linear(8, 10)), (40, 30)
+    conv = nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Flatten())
+    yield nn.Sequential(conv, nn.Linear(128, 10)), (40, 1, 6, 6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, FLOAT64], ids=str)
+@pytest.mark.parametrize("number", range(3))
+def test_memory_of_what_an_inverse_does(number, dtype):
+    """Of nets, beside K and its factor; K is what a user has already."""
+    torch.manual_seed(0)
+    net, shape = list(nets())[number]
+    X, y = torch.randn(shape).to(dtype), torch.randint(10, shape[:1])
+    risk = vl.EmpiricalRisk(net.to(dtype), nn.CrossEntropyLoss(), (X, y))
+    G, D = vl.GGN(risk), risk.num_params
+    S = (G + 0.1 * vl.Identity(D)).inv()
+    _ = S @ torch.ones(D).to(dtype), S @ torch.ones(D).to(dtype)  # columns, if stored
+    small = dtype.itemsize * min(G.factor.shape) ** 2
+    evals = torch.linalg.eigvalsh(G.gram.to_dense().double()).clamp(min=0.0)
+    zeros = D - len(evals)
+    verbs = {
+        "product": lambda: S @ torch.ones(D).to(dtype),
+        "logdet": S.logdet,
+        "trace": S.trace,
+        "diagonal": S.diagonal,
+        "sample": lambda: S.sample(2),
+    }
+    found = {}
+    for name, verb in verbs.items():
+        with Peak() as peak:
+            found[name] = verb()
+        assert peak.most <= 0.5 * small, (name, peak.most / small)
+    logdet = -(evals + 0.1).log().sum() - zeros * math.log(0.1)
+    close(found["logdet"], logdet, dtype)
+    close(found["trace"], (1 / (evals + 0.1)).sum() + zeros / 0.1, dtype)
+    some = torch.arange(0, D, D // 20)
+    units = torch.zeros(D, len(some), dtype=dtype)
+    units[some, torch.arange(len(some))] = 1.0
+    close(found["diagonal"][some], (S @ units)[some].diagonal(), dtype)
+    assert not G.has_eigenvalues
 
 
 def test_factors_where_rounding_is_large():

@@ -73,6 +73,7 @@ def root_of_diagonally_damped(op: DiagonallyDamped) -> Op:
     """P^½ (c W Wᵀ + I)^½."""
     if not op.low_rank.by_gram:
         return sqrt(_on_the_smaller_side(op))
+    _check_constant(op, "sqrt")
     _check_positive(op.damping.entries, "sqrt")
     roots = Diagonal(op.damping.entries.sqrt())
     return Product(roots, damped_sqrt(op.whitened, 1.0))
@@ -81,6 +82,7 @@ def root_of_diagonally_damped(op: DiagonallyDamped) -> Op:
 @sqrt.register
 def root_of_diagonal_woodbury(op: DiagonalWoodbury) -> Op:
     """P^−½ (c W Wᵀ + I)^−½."""
+    _check_constant(op, "sqrt")
     return Product(Diagonal(op.weights), sqrt(op.woodbury))
 
 
@@ -94,12 +96,7 @@ def decomposition_of_diagonally_damped(op: DiagonallyDamped) -> Eigendecompositi
 
 @diagonal.register
 def diagonal_of_diagonal_woodbury(op: DiagonalWoodbury) -> Tensor:
-    if op.requires_grad:
-        raise TypeError(
-            "diagonal: derivatives of the inverse's diagonal in the entries of the "
-            "damping are not there. Pass them .detach()ed, or take "
-            "Dense(op.to_dense()) if it is small."
-        )
+    _check_constant(op, "diagonal")
     return op.weights.square() * diagonal(op.woodbury)
 
 
@@ -166,6 +163,14 @@ class InverseDiagonal(torch.autograd.Function):
 
 def _on_the_smaller_side(op: DiagonallyDamped) -> Dense:
     return Dense(op.low_rank.small_side + torch.diag(op.damping.entries))
+
+
+def _check_constant(op: DiagonallyDamped | DiagonalWoodbury, verb: str) -> None:
+    if op.requires_grad:
+        raise TypeError(
+            f"{verb}: derivatives in the entries of the damping are not there. Pass "
+            "them .detach()ed, or take Dense(op.to_dense()) if it is small."
+        )
 
 
 def _check_positive(entries: Tensor, verb: str) -> None:

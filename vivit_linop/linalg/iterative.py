@@ -157,14 +157,26 @@ class IterativeWoodbury(Woodbury):
         """(δ I + c K)⁻¹ times columns of the smaller side, ``[R, K]``."""
         return led(lambda A: IterativeInverse(A, self._rtol).apply(X), self._damped)
 
-    def root_columns(self, count: int) -> Iterator[Tensor]:
+    @property
+    def small_logdet(self) -> Tensor:
+        """Refuse: it takes a factorisation.
+
+        Raises:
+            MemoryError: Always.
+        """
+        raise self._without_factor("logdet")
+
+    def root_columns(self) -> Iterator[Tensor]:
         """Refuse: a root takes a factorisation.
 
         Raises:
             MemoryError: Always.
         """
-        raise MemoryError(
-            "diagonal: of this inverse it takes a factor of the Gram matrix, for which "
+        raise self._without_factor("diagonal, trace")
+
+    def _without_factor(self, what: str) -> MemoryError:
+        return MemoryError(
+            f"{what}: of this inverse it takes a factor of the Gram matrix, for which "
             "no process has room. Take fewer samples, risk.subset(…), or mc_samples=; "
             "products with the inverse are possible."
         )

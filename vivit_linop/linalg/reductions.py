@@ -311,12 +311,25 @@ def trace_of_damped_inverse(op: DampedInverse) -> Tensor:
 
 @trace.register
 def trace_of_woodbury(op: Woodbury) -> Tensor:
-    """The sum of 1/(λ + δ), the zeros of V Vᵀ included."""
+    """The sum of 1/(λ + δ), the zeros of V Vᵀ included.
+
+    Where the eigenvalues are not known, the squares of L⁻ᵀ with δ I + c K = L Lᵀ.
+    """
     low_rank = op.operator
-    evals = low_rank.nonnegative_eigenvalues
-    zeros = op.shape[0] - len(evals)
-    inverse = 1.0 / (low_rank.scale * evals + op.damping)
-    return inverse.sum() + zeros / op.damping
+    if low_rank.has_eigenvalues:
+        evals = low_rank.nonnegative_eigenvalues
+        known, total = len(evals), (1.0 / (low_rank.scale * evals + op.damping)).sum()
+    else:
+        known = low_rank.small_rows
+        parts = [columns.square_().sum() for columns in op.root_columns()]
+        total = torch.stack(parts).sum()
+    return total + (op.shape[0] - known) / op.damping
+
+
+@trace.register
+def trace_of_damped_root(op: DampedRoot) -> Tensor:
+    """The sum of the roots, or of 1 over these."""
+    return eigvalsh(op).sum()
 
 
 # Log-determinants -------------------------------------------------------------------
@@ -406,7 +419,12 @@ def logdet_of_damped(op: Damped) -> Tensor:
 
 @logdet.register
 def logdet_of_woodbury(op: Woodbury) -> Tensor:
-    return -damped_logdet(op.operator, op.damping)
+    """From the factor that it has, unless the eigenvalues are known."""
+    low_rank = op.operator
+    if low_rank.has_eigenvalues:
+        return -damped_logdet(low_rank, op.damping)
+    zeros = op.shape[0] - low_rank.small_rows
+    return -op.small_logdet - zeros * math.log(op.damping)
 
 
 @logdet.register

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from vivit_linop.operators.base import TorchLinearOperator
-from vivit_linop.operators.damped import Damped
+from vivit_linop.operators.damped import Damped, DampedInverse, DiagonalWoodbury
+from vivit_linop.operators.dispatch import no_root
 from vivit_linop.operators.elementary import (
     Dense,
     DenseInverse,
@@ -18,6 +19,7 @@ from vivit_linop.operators.elementary import (
     Identity,
     Product,
     Scaled,
+    Sum,
     dense_over,
 )
 from vivit_linop.operators.kronecker import (
@@ -26,12 +28,13 @@ from vivit_linop.operators.kronecker import (
     Kronecker,
 )
 from vivit_linop.operators.lowrank import DampedRoot, Gram, LowRank, Woodbury
-from vivit_linop.operators.operands import Scalar, without_gradient
+from vivit_linop.operators.operands import Scalar
 from vivit_linop.operators.symmetric import symmetric_eigenpairs, without_noise
 from vivit_linop.operators.verbs import (
     adjoint,
     damp,
     damped_sqrt,
+    inv,
     sample,
     scale,
     sqrt,
@@ -165,29 +168,83 @@ def root_of_corrected_kronecker(op: CorrectedKronecker) -> Op:
 
 @sqrt.register
 def root_of_damped(op: Damped) -> Op:
-    return damped_sqrt(op.operator, without_gradient(op.damping, "damping"))
+    return damped_sqrt(op.operator, op.damping)
 
 
 @sqrt.register
-def root_of_woodbury(op: Woodbury) -> Op:
-    """The inverse of the root of what it inverts."""
-    return damped_sqrt(op.operator, op.damping).inv()
+def root_of_inverse(op: Woodbury | DampedInverse) -> Op:
+    """(A + δ I)⁻¹ = R⁻ᵀ R⁻¹ with A + δ I = R Rᵀ."""
+    return adjoint(inv(damped_sqrt(op.operator, op.damping)))
 
 
 @sample.register
 def samples_of_operator(
     op: TorchLinearOperator, num: int, generator: torch.Generator | None = None
 ) -> Tensor:
-    """R ε with A = R Rᵀ; the same ε in all precisions and on all devices."""
+    """R ε with A = R Rᵀ."""
     root = sqrt(op)
+    return root.apply(_noise(op, root.shape[1], num, generator))
+
+
+@sample.register
+def samples_of_low_rank(
+    op: LowRank, num: int, generator: torch.Generator | None = None
+) -> Tensor:
+    """√c V ε."""
+    if not op.semidefinite:
+        return samples_of_operator(op, num, generator)
+    noise = _noise(op, op.factor.shape[1], num, generator)
+    return op.scale**0.5 * op.factor.apply(noise)
+
+
+@sample.register
+def samples_of_damped(
+    op: Damped, num: int, generator: torch.Generator | None = None
+) -> Tensor:
+    """Of a low-rank node, its samples and √δ ε: no root of the whole is formed."""
+    if not isinstance(op.operator, LowRank) or not op.damping >= 0.0:
+        return samples_of_operator(op, num, generator)
+    samples = sample(op.operator, num, generator)
+    return samples + op.damping**0.5 * _noise(op, op.shape[0], num, generator)
+
+
+@sample.register
+def samples_of_sum(
+    op: Sum, num: int, generator: torch.Generator | None = None
+) -> Tensor:
+    """Those of the terms add up."""
+    return torch.stack([sample(term, num, generator) for term in op.terms]).sum(0)
+
+
+@sample.register
+def samples_of_inverse(
+    op: Woodbury | DampedInverse | DiagonalWoodbury,
+    num: int,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """A⁻¹ times those of A, of covariance A⁻¹ A A⁻¹."""
+    return op.apply(sample(inv(op), num, generator))
+
+
+@sample.register
+def samples_of_block_diagonal(
+    op: BlockDiagonal, num: int, generator: torch.Generator | None = None
+) -> Tensor:
+    """Block by block."""
+    if not op.has_square_blocks:
+        return samples_of_operator(op, num, generator)
+    return op.join([sample(block, num, generator) for block in op.blocks])
+
+
+def _noise(op: Op, rows: int, num: int, generator: torch.Generator | None) -> Tensor:
+    """Draw ε, the same in all precisions, on all devices and in all processes."""
     noise = torch.randn(
-        (root.shape[1], num),
+        (rows, num),
         generator=generator,
         dtype=torch.float64,
         device="cpu" if generator is None else generator.device,
     )
-    noise = op.ranks.sent(noise)
-    return root.apply(noise.to(op.device, op.torch_dtype))
+    return op.ranks.sent(noise).to(op.device, op.torch_dtype)
 
 
 # √(A + δ I) by what A is ------------------------------------------------------------
@@ -209,16 +266,20 @@ def damped_root_of_gram(op: Gram, damping: Scalar) -> Op:
 @damped_sqrt.register
 def damped_root_of_low_rank(op: LowRank, damping: Scalar) -> Op:
     """Symmetric; through the eigenpairs of the smaller side."""
-    if op.by_gram:
-        return DampedRoot(op, damping)
-    evals, evecs = op.small_eigenpairs
-    root = (evecs * _roots(op.scale * evals + damping)) @ evecs.T
-    return Dense((root + root.T) / 2)
+    return DampedRoot(op, damping)
 
 
 @damped_sqrt.register
 def damped_root_of_diagonal(op: Diagonal, damping: Scalar) -> Op:
     return sqrt(damp(op, damping))
+
+
+@damped_sqrt.register
+def damped_root_of_scaled(op: Scaled, damping: Scalar) -> Op:
+    """√(c A + δ I) = √c √(A + δ/c I)."""
+    if not op.factor > 0.0:
+        raise no_root(op, "a damped ")
+    return scale(sqrt(damp(op.operator, damping / op.factor)), op.factor**0.5)
 
 
 @damped_sqrt.register

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from vivit_linop.operators.base import TorchLinearOperator
 from vivit_linop.operators.elementary import Product, Scaled, Sum
-from vivit_linop.operators.lowrank import Gram, Woodbury
+from vivit_linop.operators.lowrank import DampedRoot, Gram, Woodbury
 from vivit_linop.operators.parts import HStack
 from vivit_linop.operators.sandwich import LowRankForm, Sandwich, low_rank_form
 from vivit_linop.operators.verbs import (
@@ -28,9 +28,10 @@ Op = TorchLinearOperator
 # Columns that are solved for, or multiplied, at a time.
 _CHUNK = 256
 # So few where memory is to be small; products with fewer take longer each.
-_FEW = 16
-# What columns may take beside a matrix of the small side, as a share of it.
-_BESIDE = 0.4
+_FEW, _MANY = 4, 16
+# What columns may take beside a matrix of the small side, as a share of it. Layers of a
+# net hold something too while they make them.
+_BESIDE = 0.25
 # Of how many random vectors an error is measured.
 _VECTORS = 4
 # Half of the digits are there for sure where rounding is this far below.
@@ -98,32 +99,49 @@ def diagonal_of_woodbury(op: Woodbury) -> Tensor:
     Of the dense side, the squares of the rows of L⁻ᵀ. Entries that lose more than half
     of the digits come from products. Beside K and its factor, columns take little.
     """
-    scale, V = op.operator.scale, op.operator.factor
-    total = torch.zeros(op.shape[0], dtype=op.torch_dtype, device=op.device)
-    by_gram = op.operator.by_gram
-    few = _few_beside(min(V.shape), len(total))
-    for columns in op.root_columns(few):
-        total += (V.apply(columns) if by_gram else columns).square_().sum(1)
-    if not by_gram:
+    low_rank, D = op.operator, op.shape[0]
+    few = _few_beside(low_rank.small_rows, D)
+    total = torch.zeros(D, dtype=op.torch_dtype, device=op.device)
+    for columns in op.root_columns():
+        if not low_rank.by_gram:
+            total += columns.square_().sum(1)
+            continue
+        for part in columns.split(few, dim=1):
+            total += low_rank.factor.apply(part).square_().sum(1)
+    if not low_rank.by_gram:
         return total
-    kept = 1.0 - scale * total
+    kept = total.mul_(-low_rank.scale).add_(1.0)
     eps = torch.finfo(op.torch_dtype).eps
-    result = kept / op.damping
+    lost = kept < eps**0.5
+    result = kept.div_(op.damping)
     if eps * op.norm / op.damping > _SAFE * eps**0.5:
-        lost = (kept < eps**0.5).nonzero().squeeze(1)
-        for part in lost.split(few):
-            result[part] = op.apply(_unit(op.shape[0], part, op))[part].diagonal()
+        for part in lost.nonzero().squeeze(1).split(few):
+            result[part] = op.apply(_unit(D, part, op))[part].diagonal()
     return result
 
 
-def _few_beside(small: int, rows: int) -> int:
-    """So many columns that those of both sides take less than half of the matrix.
+@diagonal.register
+def diagonal_of_damped_root(op: DampedRoot) -> Tensor:
+    """f(δ) + Σ_k q_k (V Q_k)², with the diagonal q beside the eigenvectors Q of K."""
+    low_rank, D = op.operator, op.shape[0]
+    vectors, factors = op.small_form
+    few = _few_beside(low_rank.small_rows, D)
+    total = torch.zeros(D, dtype=op.torch_dtype, device=op.device)
+    for columns, q in zip(vectors.split(few, 1), factors.split(few), strict=True):
+        if low_rank.by_gram:
+            columns = low_rank.factor.apply(columns)
+        total = total + columns.square() @ q
+    return total + op.shift if low_rank.by_gram else total
 
-    Three arrays of the small side are made at a time, and one of the other. No fewer
-    than are worth a product.
+
+def _few_beside(small: int, rows: int) -> int:
+    """How many columns of all rows are made at a time.
+
+    With three vectors they take less than a share of the matrix of the small side,
+    where vectors do not take that by themselves. No fewer than are worth a product.
     """
-    fitting = int(_BESIDE * small**2 / (rows + 3 * small))
-    return min(max(fitting, _FEW), _CHUNK)
+    fitting = int(_BESIDE * small**2) // rows - 3
+    return min(max(fitting, _FEW), _MANY)
 
 
 @diagonal_blocks.register

@@ -20,11 +20,14 @@ from vivit_linop.operators.base import (
     common_device,
     common_dtype,
 )
-from vivit_linop.operators.operands import Scalar, without_gradient
+from vivit_linop.operators.operands import Scalar, as_scalar, without_gradient
 from vivit_linop.operators.small_side import DampedSolver, KeptMatrix, Pairs
 from vivit_linop.ranks.alone import RankRows
 
 Result = TypeVar("Result")
+
+# Columns of a root that are made at a time: this share of all, within limits.
+_SHARE, _LEAST_COLUMNS, _MOST_COLUMNS = 16, 4, 256
 
 
 class Gram(TorchLinearOperator):
@@ -209,6 +212,11 @@ class LowRank(TorchLinearOperator):
         return self.factor.shape[1] <= self.shape[0]
 
     @property
+    def small_rows(self) -> int:
+        """How many rows the smaller side has."""
+        return self.factor.shape[1] if self.by_gram else self.shape[0]
+
+    @property
     def small_side_known(self) -> bool:
         """Whether the dense matrix that exact verbs work on has been computed."""
         return self.gram.known if self.by_gram else self._outer.matrix is not None
@@ -242,6 +250,11 @@ class LowRank(TorchLinearOperator):
     def is_decomposed(self) -> bool:
         """Whether the eigenpairs of the smaller side are known."""
         return self._kept.decomposed
+
+    @property
+    def has_eigenvalues(self) -> bool:
+        """Whether the eigenvalues of the smaller side are known."""
+        return self._kept.has_eigenvalues
 
     @property
     def small_eigenvalues(self) -> Tensor:
@@ -287,13 +300,13 @@ class DampedRoot(TorchLinearOperator):
         f(c V Vᵀ + δ I) = f(δ) I + V Q diag((f(c κ + δ) − f(δ)) / κ) Qᵀ Vᵀ,
 
     where the quotients have a closed form without a division by κ. A product costs one
-    with Vᵀ and one with V; nothing of D × D or of eigenvectors in D is formed. K is
-    known up to rounding errors of about eps λ_max, so the inverse root needs a δ well
-    above that.
+    with Vᵀ and one with V; nothing of D × D or of eigenvectors in D is formed. Where
+    the D × D side is the smaller one, it is Q diag(f(c κ + δ)) Qᵀ. K is known up to
+    rounding errors of about eps λ_max, so the inverse root needs a δ well above that.
 
     Args:
-        operator: c V Vᵀ, its Gram matrix the smaller side.
-        damping: δ, positive.
+        operator: c V Vᵀ.
+        damping: δ, positive; derivatives pass to it.
         inverse: Whether it is the root of the inverse.
 
     Raises:
@@ -305,7 +318,7 @@ class DampedRoot(TorchLinearOperator):
     def __init__(
         self, operator: LowRank, damping: Scalar, inverse: bool = False
     ) -> None:
-        damping = without_gradient(damping, "damping")
+        damping = as_scalar(damping)
         if not damping > 0.0:
             raise ValueError(
                 "damping: the root of a low-rank operator + damping * I needs "
@@ -315,27 +328,40 @@ class DampedRoot(TorchLinearOperator):
         self.operator, self.inverse = _without_gradient(operator, "sqrt"), inverse
         self.damping = damping
         evals, self._vectors = operator.small_eigenpairs
-        evals = evals.double().clamp(min=0.0)
-        roots = (operator.scale * evals + damping).sqrt()
-        quotients = operator.scale / (roots + damping**0.5)
-        if inverse:
-            quotients /= -(roots * damping**0.5)
-        self._quotients = quotients[:, None].to(operator.torch_dtype)
+        self._values = operator.scale * evals.double().clamp(min=0.0)
         super().__init__(operator.shape, operator._own_dtype, operator._own_device)
 
-    def _made_of(self) -> tuple[TorchLinearOperator]:
-        return (self.operator,)
+    def _made_of(self) -> tuple[Scalar | TorchLinearOperator, ...]:
+        return (self.damping, self.operator)
 
     @property
-    def shift(self) -> float:
+    def shift(self) -> Scalar:
         """f(δ)."""
         return self.damping ** (-0.5 if self.inverse else 0.5)
 
+    @property
+    def small_form(self) -> tuple[Tensor, Tensor]:
+        """Q, ``[R, R]``, and the diagonal between Q and Qᵀ, ``[R]``."""
+        roots = (self._values + self.damping).sqrt()
+        if not self.operator.by_gram:
+            factors = 1.0 / roots if self.inverse else roots
+        else:
+            factors = self.operator.scale / (roots + self.damping**0.5)
+            if self.inverse:
+                factors = -factors / (roots * self.damping**0.5)
+        return self._vectors, factors.to(self.torch_dtype)
+
     def multiply_small(self, Y: Tensor) -> Tensor:
-        """Q diag((f(c κ + δ) − f(δ)) / κ) Qᵀ times columns ``[R, K]``."""
-        return self._vectors @ (self._quotients * (self._vectors.T @ Y))
+        """Q diag((f(c κ + δ) − f(δ)) / κ) Qᵀ times columns ``[R, K]``.
+
+        On the D × D side, all of it.
+        """
+        vectors, factors = self.small_form
+        return vectors @ (factors[:, None] * (vectors.T @ Y))
 
     def _multiply(self, X: Tensor) -> Tensor:
+        if not self.operator.by_gram:
+            return self.multiply_small(X)
         V = self.operator.factor
         return V.apply(self.multiply_small(V.T.apply(X))) + self.shift * X
 
@@ -406,13 +432,22 @@ class Woodbury(TorchLinearOperator):
         assert self._solver is not None
         return self._solver.solve(X)
 
-    def root_columns(self, count: int) -> Iterator[Tensor]:
+    @property
+    def small_logdet(self) -> Tensor:
+        """Log det(δ I + c K)."""
+        return self.operator.ranks.led(self._logdet_here)
+
+    def _logdet_here(self) -> Tensor:
+        assert self._solver is not None
+        return self._solver.logdet
+
+    def root_columns(self) -> Iterator[Tensor]:
         """Yield columns of an R with (δ I + c K)⁻¹ = R Rᵀ, some at a time.
 
-        Squares of rows of V R are diagonals.
+        Squares of rows of V R are diagonals. Beside K a few columns take little.
         """
-        inner = self.operator
-        rows = inner.factor.shape[1] if inner.by_gram else inner.shape[0]
+        inner, rows = self.operator, self.operator.small_rows
+        count = min(max(rows // _SHARE, _LEAST_COLUMNS), _MOST_COLUMNS)
         for start in range(0, rows, count):
             stop = min(start + count, rows)
             yield inner.ranks.led(self._root_columns_here, start, stop)

@@ -248,8 +248,10 @@ class VerbMethods(LinearOperator, Generic[Op]):
         """Return samples of N(0, self), with mean zero, as columns ``[n, num]``.
 
         A root times standard normal noise, ``num`` products with the root, so for
-        operators with a closed-form root:
-        posteriors ``(G + delta * Identity(D)).inv()``, KFAC and their kin. Of a risk's
+        operators with a closed-form root: KFAC and its kin. Sums add samples of their
+        terms, and an inverse multiplies those of what it inverts: of a posterior
+        ``(G + delta * Identity(D)).inv()`` a sample costs a product with V and one
+        with the inverse, and derivatives pass to ``delta``. Of a risk's
         operator, ``risk.unflatten`` has the parameters' shapes, the samples leading.
 
         Args:

@@ -141,17 +141,20 @@ def form_of_damped_inverse(op: DampedInverse) -> LowRankForm | None:
 
 
 @low_rank_form.register
-def form_of_damped_root(op: DampedRoot) -> LowRankForm:
+def form_of_damped_root(op: DampedRoot) -> LowRankForm | None:
     """As DampedRoot has it."""
     low_rank, shift = op.operator, op.shift
+    if not low_rank.by_gram:
+        return None
     K = low_rank.gram.matrix
     norm = torch.linalg.matrix_norm(K).item()
+    delta = op.damping.item() if isinstance(op.damping, Tensor) else op.damping
     return LowRankForm(
         shift,
         low_rank.factor,
         op.multiply_small,
         lambda Y: op.multiply_small(K @ Y) + shift * Y,
-        condition=low_rank.scale * norm / op.damping if op.inverse else 1.0,
+        condition=low_rank.scale * norm / delta if op.inverse else 1.0,
         norm=norm,
     )
 
@@ -253,7 +256,9 @@ def _factor(op: Op) -> Op:
 
 def _sandwich(left: Op, middle: Op, right: Op) -> Op:
     # Of what requires grad, only a damping has rules here.
-    inner = middle.operator if isinstance(middle, DampedInverse) else middle
+    inner = middle
+    if isinstance(middle, (DampedInverse, DampedRoot)):
+        inner = middle.operator
     if any(part.requires_grad for part in (left, inner, right)):
         return NotImplemented
     if as_factor(right) is None or as_factor(adjoint(left)) is None:

@@ -49,6 +49,11 @@ class KeptMatrix:
         """Whether its eigenpairs are kept."""
         return self._eigenpairs is not None
 
+    @property
+    def has_eigenvalues(self) -> bool:
+        """Whether its eigenvalues are kept, alone or with eigenvectors."""
+        return self.decomposed or self._eigenvalues is not None
+
     def eigenvalues(self, on_matrix: OnMatrix) -> Tensor:
         """Return them ascending, ``[n]``; kept where no gradient flows to the matrix.
 
@@ -140,6 +145,15 @@ class DampedSolver:
             solution = solution + self._once(residual)
         return solution
 
+    @property
+    def logdet(self) -> Tensor:
+        """Log det(c A + δ I)."""
+        if self._pairs is not None:
+            found = self._values.log().sum()
+        else:
+            found = 2.0 * self._cholesky.diagonal().double().log().sum()
+        return found.to(self._matrix)
+
     def root_columns(self, start: int, stop: int) -> Tensor:
         """Return some columns of an R with (c A + δ I)⁻¹ = R Rᵀ, ``[n, k]``."""
         if self._pairs is not None:
@@ -148,7 +162,7 @@ class DampedSolver:
         # Of the upper triangular L⁻ᵀ, what is below the diagonal is zero. A part of L
         # is copied: not a large one.
         n = len(self._matrix)
-        rows = stop if 2 * stop <= n else n
+        rows = stop if 4 * stop <= n else n
         unit = self._cholesky.new_zeros(rows, stop - start)
         unit[start:].fill_diagonal_(1.0)
         upper = self._cholesky[:rows, :rows].T
