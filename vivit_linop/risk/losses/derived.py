@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vivit_linop.arguments import check_choice, check_function
 from vivit_linop.risk.containers import map_leaves
 from vivit_linop.risk.draws import Draws
 from vivit_linop.risk.losses.base import OutputLoss, roots_of
@@ -208,6 +209,9 @@ class Weighted(nn.Module):
 
     def __init__(self, loss: Any, reduction: str | None = None) -> None:
         super().__init__()
+        check_function(loss, "loss")
+        if reduction is not None:
+            check_choice(reduction, "reduction", ("mean", "sum"))
         own = getattr(loss, "reduction", None) or reduction
         # Both divide by samples only.
         self.loss, self.reduction = loss, "mean" if own == "batchmean" else own
