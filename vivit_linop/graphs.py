@@ -118,11 +118,16 @@ def nbytes_saved(output: Tensor) -> int:
     It must not have been made under hooks for saved tensors, which would be called.
     """
     seen: dict[int, int] = {}
+    total = 0
     for node in nodes(output):
         for tensor in _saved(node):
             storage = tensor.untyped_storage()
-            seen[storage.data_ptr()] = storage.nbytes()
-    return sum(seen.values())
+            try:
+                seen[storage.data_ptr()] = storage.nbytes()
+            # A tensor that wraps others has none of its own.
+            except RuntimeError:
+                total += tensor.nbytes
+    return total + sum(seen.values())
 
 
 def _saved(node: Node) -> Iterator[Tensor]:
