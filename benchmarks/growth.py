@@ -133,13 +133,13 @@ def measure(options: argparse.Namespace) -> Iterator[Curve]:
         runs = {side(problem): gram(problem) for problem in problems}
         yield timed(Curve(f"Gram, {net}", "N·R", "s", 2.0), runs, options)
         memory = Curve(f"Gram, {net}", "N·R", "B", 2.0)
-        one, *peaks = (peak(net, device, N) for N in (1, *sizes))
+        one, *peaks = (peak_of_gram(net, device, N) for N in (1, *sizes))
         for problem, peak in zip(problems, peaks, strict=True):
             memory.points[side(problem)] = float(max(peak - one, 1))
         yield memory
 
 
-def peak(net: str, device: str, num_samples: int) -> int:
+def peak_of_gram(net: str, device: str, num_samples: int) -> int:
     """The peak of memory of a Gram matrix; on the CPU that of a process of its own."""
     if torch.device(device).type == "cuda":
         return peak_memory(gram, make_problem(net, device, num_samples))
