@@ -409,4 +409,4 @@ def _fitting_columns(pullback: Pullback) -> StoredColumns | None:
         return None
     total = AllColumns(pullback)
     accumulate_own(pullback, [total])
-    return StoredColumns(total.pieces)
+    return StoredColumns.kept_on(pullback.device, total.pieces)

@@ -20,7 +20,7 @@ from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from operator import attrgetter
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -34,6 +34,7 @@ from vivit_linop.net.certified import (
 )
 from vivit_linop.net.columns.base import LayerColumns
 from vivit_linop.net.columns.joins import merged
+from vivit_linop.net.columns.khatri_rao import KhatriRaoColumns
 from vivit_linop.net.columns.weighted import weighted
 from vivit_linop.net.structure import Structure
 from vivit_linop.ranks.alone import Ranks
@@ -98,7 +99,7 @@ class Piece:
 
     place: slice
     samples: slice
-    columns: Mapping[str, LayerColumns]
+    columns: dict[str, LayerColumns]
     sizes: Mapping[str, int]
     number: int = 0
 
@@ -201,6 +202,33 @@ class Piece:
         return merged(pairs)
 
 
+    def can_be_followed_by(self, other: Piece) -> bool:
+        """Whether columns of other samples are of the same structure."""
+        mine, theirs = self.columns, other.columns
+        return mine.keys() == theirs.keys() and all(
+            theirs[name].continues(part) for name, part in mine.items()
+        )
+
+    def followed_by(self, others: Sequence[Piece]) -> Piece:
+        """Return one piece of these samples and of others, whose columns it takes away.
+
+        There is never more than one parameter's part twice.
+        """
+        ends = (self, *others)[-1]
+        place = slice(self.place.start, ends.place.stop)
+        samples = slice(self.samples.start, ends.samples.stop)
+        columns: dict[str, LayerColumns] = {}
+        for group in self.groups:
+            whole: LayerColumns | None = None
+            for name in group:
+                part, *more = (piece.columns.pop(name) for piece in (self, *others))
+                joined = part.followed_by(more)
+                if isinstance(whole, KhatriRaoColumns):
+                    whole.share_cotangents(joined)
+                columns[name] = whole = joined
+        return Piece(place, samples, columns, self.sizes, self.number)
+
+
 class StoredColumns:
     """V in pieces that are kept, and products with it.
 
@@ -216,6 +244,20 @@ class StoredColumns:
         self.pieces, self._sizes = list(pieces), pieces[0].sizes
         self._first = self.pieces[0].place.start
         self.nbytes = sum(map(attrgetter("nbytes"), self.pieces))
+
+    @classmethod
+    def kept_on(cls, device: torch.device, pieces: Sequence[Piece]) -> Self:
+        """Keep pieces that nobody else needs, on a GPU as one where they can be.
+
+        There each would take launches of its own in every product.
+
+        Args:
+            device: Where they are.
+            pieces: Those of all samples, in order; their columns are taken away.
+        """
+        first, *others = pieces
+        alike = device.type != "cpu" and all(map(first.can_be_followed_by, others))
+        return cls([first.followed_by(others)] if alike else pieces)
 
     def multiply(self, X: Tensor) -> Tensor:
         """Combine the columns, ``[N·R, K] -> [D, K]``."""

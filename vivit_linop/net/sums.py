@@ -117,7 +117,8 @@ def _accumulate_pairs(
         if end == num_columns(factor):
             if held[0][0].place.start or columns.names != set(factor.risk.params):
                 return None
-            return stored or StoredColumns([piece for (piece,) in held])
+            pieces = [piece for (piece,) in held]
+            return stored or StoredColumns.kept_on(factor.risk.device, pieces)
         for (right,) in columns.pieces(held[-1][0].samples.stop):
             for (left,) in held:
                 for total in paired:

@@ -193,6 +193,14 @@ class LayerColumns(ABC):
         """The columns of this parameter and of others with the same cotangents."""
         raise NotImplementedError
 
+    def continues(self, other: LayerColumns) -> bool:
+        """Whether these are like others, of other samples, and can follow them."""
+        return False
+
+    def followed_by(self, others: Sequence[LayerColumns]) -> LayerColumns:
+        """The columns of these samples and of others, which can follow them."""
+        raise NotImplementedError
+
 
 class DenseColumns(LayerColumns):
     """Columns that are formed.
@@ -209,6 +217,15 @@ class DenseColumns(LayerColumns):
     def rows(self) -> Tensor:
         """As they are kept."""
         return self._rows
+
+    def continues(self, other: LayerColumns) -> bool:
+        """What is formed is alike."""
+        return isinstance(other, DenseColumns) and self.width == other.width
+
+    def followed_by(self, others: Sequence[LayerColumns]) -> DenseColumns:
+        """Row below row."""
+        rows = torch.cat([part.rows() for part in (self, *others)])
+        return DenseColumns(rows.view(-1, self.width, self.numel))
 
     @property
     def nbytes(self) -> int:

@@ -27,6 +27,9 @@ from vivit_linop.noise import Noise
 # products costs as much as some of a large one, and each small product something more.
 ELEMENTWISE_COST = 40
 _SMALL_PRODUCT_COST, _SMALL_PRODUCT_FLOPS = 2, 2e5
+# On a GPU each call takes Python and a launch, in operations of a large product: some
+# 20 microseconds were measured beside an H100.
+_LAUNCH_FLOPS = 1e9
 # How much is worked on at a time: on the CPU what caches hold, and what does not count
 # beside the rest; on other devices enough to be busy.
 _CACHED_BYTES, _PASSING_BYTES = 4 * 2**20, 64 * 2**20
@@ -159,6 +162,11 @@ class KhatriRaoColumns(LayerColumns):
             (self.width, other.width),
             other.positions,
         )
+        if not self.inputs.is_cpu:
+            # Beside those of blocks, which are few.
+            each = 3 * self._groups * _LAUNCH_FLOPS
+            flops["pairs"] += each * self.positions * other.positions
+            flops["inputs"] += each * other.num_samples
         return min(flops, key=flops.__getitem__)
 
     def add_gram(
@@ -336,6 +344,24 @@ class KhatriRaoColumns(LayerColumns):
             assert isinstance(other, KhatriRaoColumns)
             inputs.append(other.inputs)
         return KhatriRaoColumns(torch.cat(inputs, dim=2), self.cotangents)
+
+    def continues(self, other: LayerColumns) -> bool:
+        """With factors of the same shapes; kinds of their own keep more than these."""
+        return (
+            type(other) is type(self) is KhatriRaoColumns
+            and self.is_like(other)
+            and (self.width, self.positions) == (other.width, other.positions)
+        )
+
+    def followed_by(self, others: Sequence[LayerColumns]) -> KhatriRaoColumns:
+        """Sample below sample."""
+        parts = [self]
+        for other in others:
+            assert isinstance(other, KhatriRaoColumns)
+            parts.append(other)
+        cotangents = torch.cat([part.cotangents for part in parts])
+        inputs = torch.cat([part.inputs for part in parts])
+        return KhatriRaoColumns(inputs, cotangents, self.inputs_first)
 
     def with_more(self, others: Sequence[KhatriRaoColumns]) -> KhatriRaoColumns:
         """Add the columns of other uses, of the same layout."""
