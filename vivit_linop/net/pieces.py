@@ -201,7 +201,6 @@ class Piece:
                 pairs.append((self.columns[name], other.columns[name]))
         return merged(pairs)
 
-
     def can_be_followed_by(self, other: Piece) -> bool:
         """Whether columns of other samples are of the same structure."""
         mine, theirs = self.columns, other.columns

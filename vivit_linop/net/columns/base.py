@@ -252,10 +252,8 @@ class DenseColumns(LayerColumns):
             self._rows.split(_SHORT_SUM),
             strict=True,
         )
-        total = weights.new_zeros(self.numel)
-        for few, rows in pairs:
-            total += few @ rows
-        return total
+        sums = [few @ rows for few, rows in pairs]
+        return sums[0] if len(sums) == 1 else torch.stack(sums).sum(0)
 
     def images(self, rows: Tensor) -> Tensor:
         """By one matrix product."""

@@ -382,6 +382,9 @@ class KhatriRaoColumns(LayerColumns):
 
     def sizes(self) -> Tensor:
         """√Σ_p |a_np|² |b_nrp|²."""
+        if self._groups == self.positions == 1:
+            inputs = torch.linalg.vector_norm(self.inputs, dim=(1, 2))
+            return torch.linalg.vector_norm(self.cotangents, dim=(2, 3, 4)) * inputs
         inputs = torch.linalg.vector_norm(self.inputs, dim=2).square()
         cotangents = self._squares()
         n, R = cotangents.shape[:2]
@@ -495,7 +498,8 @@ class KhatriRaoColumns(LayerColumns):
 
     def entry_sums(self) -> Tensor:
         """Σ b aᵀ over all columns and positions."""
-        A, B = self.inputs, self.cotangents.sum(1)
+        A, B = self.inputs, self.cotangents
+        B = B.squeeze(1) if self.width == 1 else B.sum(1)
         if self.positions <= self._b:
             # Positions beside samples: one product for a group, for a copy of both.
             left = B.permute(1, 2, 0, 3).flatten(2)
