@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from torch.utils.data import DataLoader, TensorDataset
 
 import vivit_linop as vl
@@ -128,6 +129,52 @@ def test_parameters_that_were_exchanged(change: Callable[[nn.Module], None]) -> 
     risk = vl.EmpiricalRisk(net, LOSS, (X, Y))
     change(net)
     check_same(risk.at(), vl.EmpiricalRisk(net, LOSS, (X, Y)))
+
+
+CHANGES: dict[str, Callable[[nn.Sequential], object]] = {
+    "a hook": lambda net: net[1].register_forward_hook(lambda m, args, out: 2 * out),
+    "a hook before": lambda net: net.register_forward_pre_hook(
+        lambda m, args: (args[0].sin(),)
+    ),
+    "a hook on gradients": lambda net: net[0].register_full_backward_hook(
+        lambda m, inputs, outputs: tuple(g if g is None else 2 * g for g in inputs)
+    ),
+    "another layer": lambda net: net.__setitem__(1, nn.ReLU()),
+    "one more layer": lambda net: net.append(nn.Tanh()),
+    "one layer less": lambda net: net.__delitem__(1),
+    "a forward of its own": lambda net: setattr(net[1], "forward", torch.sin),
+    "a parametrization": lambda net: parametrize.register_parametrization(
+        net[0], "weight", nn.Tanh()
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_model_that_has_become_another_function(name: str) -> None:
+    net = make()
+    risk = vl.EmpiricalRisk(net, LOSS, (X, Y))
+    before = risk.at().gradient()
+    CHANGES[name](net)
+    with pytest.raises(ValueError, match=r"^parameters: .*Make a new risk"):
+        risk.at()
+    # What the risk is of has stayed, and a new one is of the model as it is now.
+    assert torch.equal(risk.gradient(), before)
+    if name == "a hook on gradients":
+        return
+    new = vl.EmpiricalRisk(net, LOSS, (X, Y))
+    torch.testing.assert_close(new.value(), LOSS(net(X), Y).detach())
+    assert torch.equal(new.at().gradient(), new.gradient())
+
+
+def test_hooks_that_were_there_stay() -> None:
+    net = make()
+    handle = net[1].register_forward_hook(lambda m, args, out: 2 * out)
+    risk = vl.EmpiricalRisk(net, LOSS, (X, Y))
+    train(net)
+    check_same(risk.at(), vl.EmpiricalRisk(net, LOSS, (X, Y)))
+    handle.remove()
+    with pytest.raises(ValueError, match=r"^parameters: 1 has other hooks"):
+        risk.at()
 
 
 def test_some_parameters_and_foreign_ones() -> None:

@@ -11,6 +11,7 @@ import contextlib
 import inspect
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -27,6 +28,7 @@ from vivit_linop.extras import extra
 from vivit_linop.modes import as_guest, ordinary_mode
 from vivit_linop.operators.base import TorchLinearOperator
 from vivit_linop.operators.kronecker import BlockDiagonal, Kronecker
+from vivit_linop.risk.checks import same_outputs
 from vivit_linop.risk.copies import Copies
 from vivit_linop.risk.empirical import EmpiricalRisk, as_risk
 
@@ -174,6 +176,8 @@ class PositiveCurvatureHessian(BlockDiagonal):
 
 # Running BackPACK -----------------------------------------------------------------
 
+_HOOKS = attrgetter("_forward_hooks", "_forward_pre_hooks")
+
 
 class Left(NamedTuple):
     """What BackPACK has left on a parameter.
@@ -275,7 +279,14 @@ def own_backpack_results(
                         f"its matrices between layers take {residuals:.1e} bytes, the "
                         f"budget is {memory:.1e}."
                     )
-                loss(output, y).backward()
+                value = loss(output, y)
+                if not _is_the_risk(risk, output, value):
+                    raise ValueError(
+                        "it goes by the types of modules and of the loss, and hooks "
+                        "on them, or forward methods of their own, change what these "
+                        "compute."
+                    )
+                value.backward()
     except Exception as error:
         reason = _used_again(module, calls) or _first_line(error)
         raise _refusal(what, reason) from error
@@ -363,7 +374,10 @@ def _of_transpose(result: Left, number: int) -> bool:
 
 
 def _module_and_loss(risk: EmpiricalRisk, what: str) -> tuple[nn.Module, nn.Module]:
-    """A copy of the model with the risk's parameters, and of the loss."""
+    """A copy of the model with the risk's parameters, and of the loss, without hooks.
+
+    BackPACK computes with the types of modules.
+    """
     source = risk.loss.source
     if not isinstance(source, nn.Module):
         raise ValueError(
@@ -373,7 +387,23 @@ def _module_and_loss(risk: EmpiricalRisk, what: str) -> tuple[nn.Module, nn.Modu
     module = risk.model.copied_module(risk.model.params)
     if module is None:
         raise ValueError(f"model: {what} needs an nn.Module, got a function.")
-    return module, Copies(()).of(source)
+    loss = Copies(()).of(source)
+    for part in (*module.modules(), *loss.modules()):
+        for hooks in _HOOKS(part):
+            hooks.clear()
+        vars(part).pop("forward", None)
+    return module, loss
+
+
+def _is_the_risk(risk: EmpiricalRisk, output: Tensor, value: Tensor) -> bool:
+    """Whether modules by their types have the outputs and the loss of the risk."""
+    pairs = list(zip(risk.outputs, risk.targets(), strict=True))
+    with torch.no_grad():
+        total = torch.stack([risk.loss.total(*pair) for pair in pairs]).sum()
+        if risk.reduction == "mean":
+            total /= torch.stack([risk.loss.weight(*pair) for pair in pairs]).sum()
+    expected = torch.cat(risk.outputs)
+    return same_outputs(output, expected) and same_outputs(value, total)
 
 
 def _check_layers(module: nn.Module, what: str) -> None:

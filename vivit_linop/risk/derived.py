@@ -135,7 +135,8 @@ class DerivableRisk(Risk):
         For every step of training: it costs one forward pass, and what is known of the
         net (the structure of its layers, costs) is kept. That the data are those of
         construction is seen by their targets and by sums over the inputs. The
-        modes of the modules (``train``, ``eval``) are those of construction.
+        modes of the modules (``train``, ``eval``) are those of construction; modules
+        that were exchanged, and hooks that were put on since, are refused.
 
         Args:
             parameters: None for those that the model has now, and for its present
@@ -144,7 +145,8 @@ class DerivableRisk(Risk):
 
         Raises:
             ValueError: If they have other shapes, or hold NaN or Inf, or the outputs
-                do; if the data have changed; or if the model is gone.
+                do; if the data have changed; or if the model is gone, or consists of
+                other modules or hooks.
 
         Example:
             >>> import torch, vivit_linop as vl

@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -119,6 +120,7 @@ class FunctionalModel:
         self._buffers: list[str] = []
         # Not kept alive: it is asked for its present state only.
         self._source: weakref.ref[nn.Module] | None = None
+        self._anatomy: Anatomy = {}
         if isinstance(model, nn.Module):
             chosen = chosen_of_module(model, params)
             _check_modes(model)
@@ -131,7 +133,7 @@ class FunctionalModel:
         # In inference mode copies would be tensors that autograd refuses.
         with torch.inference_mode(False):
             self.params: Params = {
-                name: as_pairs(self._copied(p)).requires_grad_()
+                name: nn.Parameter(as_pairs(self._copied(p)))
                 for name, p in chosen.items()
             }
             self._empty = [name for name, p in self.params.items() if not p.numel()]
@@ -159,7 +161,7 @@ class FunctionalModel:
         self._foreign = {
             name for name, owner in self.owners.items() if owner is not named[name]
         }
-        self._source = weakref.ref(model)
+        self._source, self._anatomy = weakref.ref(model), _anatomy(model)
         self._buffers = [name for name, b in buffers.items() if b.is_floating_point()]
         own = {**self._fixed, **self._as_given(self.params)}
         self._private = PrivateModule(model, predict, slots, own, self._dtype)
@@ -188,7 +190,8 @@ class FunctionalModel:
         """Return the user's parameters as they are now, and what else is a slot.
 
         Raises:
-            ValueError: If the user's module is gone, or has lost a parameter or buffer.
+            ValueError: If the user's module is gone, has lost a parameter or buffer, or
+                consists of other modules or has other hooks.
         """
         if self._private is None:
             return dict(self.owners), {}
@@ -198,6 +201,7 @@ class FunctionalModel:
                 "parameters: the module that the risk was made of is gone, so that it "
                 "has no present parameters. Give them."
             )
+        _check_anatomy(_anatomy(module), self._anatomy)
         slots = dict(module.named_buffers()) | dict(module.named_parameters())
         known = {**self._fixed, **self.owners}
         for name, tensor in known.items():
@@ -227,7 +231,7 @@ class FunctionalModel:
         model._source = self._source
         with torch.inference_mode(False):
             model.params = {
-                name: as_pairs(params[name].detach()).to(p, copy=True).requires_grad_()
+                name: nn.Parameter(as_pairs(params[name].detach()).to(p, copy=True))
                 for name, p in self.params.items()
             }
             changed = {
@@ -377,6 +381,41 @@ class FunctionalModel:
     def buffers(self) -> Params:
         """The buffers among them that hold real numbers."""
         return {name: self._fixed[name] for name in self._buffers}
+
+
+# By the name of a module, what it computes with: its class, a forward method of its
+# own, and the numbers of its hooks, each of which torch gives once.
+Anatomy = dict[str, tuple[str, int, tuple[int, ...]]]
+_HOOKS = attrgetter(
+    "_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks"
+)
+
+
+def _anatomy(model: nn.Module) -> Anatomy:
+    return {
+        name: (
+            f"{type(part).__module__}.{type(part).__qualname__}",
+            id(vars(part).get("forward")),
+            tuple(number for hooks in _HOOKS(part) for number in hooks),
+        )
+        for name, part in model.named_modules()
+    }
+
+
+def _check_anatomy(now: Anatomy, before: Anatomy) -> None:
+    """Raise a ``ValueError`` if a module has become another function than it was."""
+    for name in {**before, **now}:
+        if now.get(name) == before.get(name):
+            continue
+        was, is_now = before.get(name, ("no module",)), now.get(name, ("no module",))
+        if was[0] != is_now[0]:
+            change = f"was {was[0]} when the risk was made and is {is_now[0]} now"
+        else:
+            change = "has other hooks, or another forward, than when the risk was made"
+        raise ValueError(
+            f"parameters: {name or 'the model'} {change}, so the risk at its present "
+            "parameters would be of another function. Make a new risk."
+        )
 
 
 def _is_written(own: Tensor, given: Tensor) -> Tensor:

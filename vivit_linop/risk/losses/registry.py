@@ -147,7 +147,9 @@ def built(loss: Any, reduction: str) -> OutputLoss:
     Raises:
         TypeError: If what is registered for it returns something else.
     """
-    result = _BUILDERS.get(type(loss), AutogradLoss)(loss)
+    # A type says what a loss computes unless this one computes something else.
+    builder = AutogradLoss if _is_changed(loss) else _BUILDERS.get(type(loss))
+    result = (builder or AutogradLoss)(loss)
     if not isinstance(result, OutputLoss):
         raise TypeError(
             f"loss: the function that is registered for {_name(loss)} must return a "
@@ -231,6 +233,15 @@ def _frozen(
     copies = Copies(((p, p) for p in parameters), other=freeze, frozen=True)
     with torch.inference_mode(False):
         return copies.of_called(loss), own
+
+
+def _is_changed(loss: Any) -> bool:
+    """Whether a loss has a forward method of its own, or hooks on it."""
+    if not isinstance(loss, nn.Module):
+        return False
+    return "forward" in vars(loss) or bool(
+        loss._forward_hooks or loss._forward_pre_hooks
+    )
 
 
 # Losses of torch that are no functions of one output, and what of.

@@ -1,0 +1,167 @@
+"""Modules that compute something else than their type says: hooks, forward methods."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import vivit_linop as vl
+
+X = torch.linspace(-1, 1, 18, dtype=torch.float64).reshape(6, 3).sin()
+CLASSES = torch.arange(6) % 2
+NUMBERS = X[:, :2].exp()
+
+
+def net() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+
+
+def changed(module: nn.Module, change: Callable[[Any], object]) -> Any:
+    change(module)
+    return module
+
+
+def check(model: nn.Module, loss: nn.Module, y: Tensor) -> vl.EmpiricalRisk:
+    """Compare with autograd of the user's own modules."""
+    parameters = list(model.parameters())
+    output = model(X)
+    value = loss(output, y)
+    gradients = torch.autograd.grad(value, parameters, retain_graph=True)
+    rows = [
+        torch.cat(
+            [
+                g.reshape(-1)
+                for g in torch.autograd.grad(entry, parameters, retain_graph=True)
+            ]
+        )
+        for entry in output.reshape(-1)
+    ]
+    J = torch.stack(rows)
+    H: Any = torch.autograd.functional.hessian(
+        lambda f: loss(f.view_as(output), y), output.detach().reshape(-1)
+    )
+    risk = vl.EmpiricalRisk(model, loss, (X, y))
+    x = torch.arange(risk.num_params, dtype=torch.float64).cos()
+    for got, expected in [
+        (risk.value(), value.detach()),
+        (risk.gradient(), torch.cat([g.reshape(-1) for g in gradients])),
+        (vl.Jacobian(risk).to_dense(), J),
+        (vl.GGN(risk) @ x, J.T @ (H @ (J @ x))),
+        (vl.GGN(risk).diagonal(), (J.T @ H @ J).diagonal()),
+        (vl.Hessian(risk).diagonal(), vl.Hessian(risk).to_dense().diagonal()),
+    ]:
+        torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-12)
+    return risk
+
+
+LOSSES: dict[str, tuple[Callable[[], nn.Module], Tensor]] = {
+    "a hook": (
+        lambda: changed(
+            nn.CrossEntropyLoss(),
+            lambda loss: loss.register_forward_hook(lambda m, args, out: 3 * out),
+        ),
+        CLASSES,
+    ),
+    "a hook before": (
+        lambda: changed(
+            nn.MSELoss(reduction="sum"),
+            lambda loss: loss.register_forward_pre_hook(
+                lambda m, args: (args[0].sinh(), args[1])
+            ),
+        ),
+        NUMBERS,
+    ),
+    "a forward of its own": (
+        lambda: changed(
+            nn.CrossEntropyLoss(),
+            lambda loss: setattr(
+                loss, "forward", lambda f, y: F.cross_entropy(2 * f, y)
+            ),
+        ),
+        CLASSES,
+    ),
+    "a hook on a loss of one's own": (
+        lambda: changed(
+            vl.Loss(lambda f, y: (f - y).square().sum(1)),
+            lambda loss: loss.register_forward_hook(lambda m, args, out: 3 * out),
+        ),
+        NUMBERS,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_losses_that_compute_something_else_than_their_type(name: str) -> None:
+    make, y = LOSSES[name]
+    risk = check(net(), make(), y)
+    assert not risk.loss.tested  # so it is compared with autograd
+
+
+LAYERS: dict[str, Callable[[nn.Sequential], object]] = {
+    "a hook": lambda n: n[1].register_forward_hook(lambda m, args, out: 2 * out),
+    "a hook before": lambda n: n[2].register_forward_pre_hook(
+        lambda m, args: (2 * args[0],)
+    ),
+    "a forward of its own": lambda n: setattr(n[1], "forward", lambda x: x.tanh() * 2),
+    "a forward of the whole": lambda n: setattr(
+        n, "forward", lambda x: n[2](2 * n[1](n[0](x)))
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_layers_that_compute_something_else_than_their_type(name: str) -> None:
+    """BackPACK goes by types."""
+    risk = check(changed(net(), LAYERS[name]), nn.CrossEntropyLoss(), CLASSES)
+    for make in (vl.KFRA, vl.PositiveCurvatureHessian):
+        with pytest.raises(ValueError, match=r"^model: BackPACK cannot compute"):
+            make(risk)
+    loss, y = LOSSES["a hook"]
+    with pytest.raises(ValueError, match=r"^model: BackPACK cannot compute"):
+        vl.KFRA(net(), loss(), (X, y))
+
+
+def test_hooks_that_only_look_are_no_reason_to_refuse() -> None:
+    seen: list[int] = []
+    model = net()
+    model[1].register_forward_hook(lambda m, args, out: seen.append(1))
+    args = nn.CrossEntropyLoss(), (X, CLASSES)
+    found, expected = vl.KFRA(model, *args), vl.KFRA(net(), *args)
+    torch.testing.assert_close(found.to_dense(), expected.to_dense())
+    assert seen
+
+
+class AsksForItsParameters(nn.Linear):
+    """Computes something else where its weight is no ``nn.Parameter``."""
+
+    def forward(self, X: Tensor) -> Tensor:
+        return super().forward(X) * (1 if self.is_usual(self.weight) else 2)
+
+    def is_usual(self, weight: Tensor) -> bool:
+        return isinstance(weight, nn.Parameter)
+
+
+class AsksForLeaves(AsksForItsParameters):
+    def is_usual(self, weight: Tensor) -> bool:
+        return weight.is_leaf and weight.requires_grad
+
+
+class AsksForItsType(AsksForItsParameters):
+    def is_usual(self, weight: Tensor) -> bool:
+        return type(weight) is nn.Parameter
+
+
+@pytest.mark.parametrize("kind", [AsksForItsParameters, AsksForLeaves, AsksForItsType])
+def test_nets_that_ask_what_their_parameters_are(kind: type[nn.Linear]) -> None:
+    model = net()
+    model[0] = kind(3, 4).double()
+    risk = check(model, nn.CrossEntropyLoss(), CLASSES)
+    torch.testing.assert_close(
+        risk.at().gradient(), risk.gradient(), rtol=1e-12, atol=1e-14
+    )
