@@ -11,6 +11,7 @@ import functools
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from operator import attrgetter, methodcaller
 from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
@@ -275,8 +276,8 @@ def _set_precisions(_: torch.device | None, undo: Undo) -> None:
     switches = _PRECISIONS["cpu"]
     if torch.cuda.is_initialized():
         switches = switches + _PRECISIONS["cuda"]
-    for backend, name, full in switches:
-        precision = getattr(backend, name)
+    for backend, name, read, full in switches:
+        precision = read(backend)
         if precision not in full:
             undo.append(functools.partial(setattr, backend, name, precision))
             setattr(backend, name, full[0])
@@ -313,13 +314,17 @@ _KERNELS: list[tuple[Callable[[], bool], Callable[[bool], object], bool]] = [
     (_SDP.mem_efficient_sdp_enabled, _SDP.enable_mem_efficient_sdp, False),
     (_SDP.cudnn_sdp_enabled, _SDP.enable_cudnn_sdp, False),
 ]
-# By the type of a device, where torch keeps the precision of products of float32, and
+# By the type of a device, where torch keeps the precision of products of float32, how
+# that is read (``getattr`` is ten times slower where ``__getattr__`` alone knows), and
 # what stands for the full one.
-_Precision = tuple[Any, str, tuple[object, ...]]
+_Precision = tuple[Any, str, Callable[[Any], object], tuple[object, ...]]
 _PRECISIONS: dict[str, list[_Precision]]
+_READ_PRECISION = methodcaller("__getattr__", "fp32_precision")
+_READ_TF32 = attrgetter("allow_tf32")
+_FULL = ("ieee", "none")
 if hasattr(torch.backends, "fp32_precision"):  # since torch 2.9
     _PRECISIONS = {
-        device: [(part, "fp32_precision", ("ieee", "none")) for part in parts]
+        device: [(part, "fp32_precision", _READ_PRECISION, _FULL) for part in parts]
         for device, parts in {
             "cpu": [
                 _BACKENDS.mkldnn.matmul,
@@ -337,8 +342,8 @@ else:
     _PRECISIONS = {
         "cpu": [],
         "cuda": [
-            (_BACKENDS.cuda.matmul, "allow_tf32", (False,)),
-            (_BACKENDS.cudnn, "allow_tf32", (False,)),
+            (_BACKENDS.cuda.matmul, "allow_tf32", _READ_TF32, (False,)),
+            (_BACKENDS.cudnn, "allow_tf32", _READ_TF32, (False,)),
         ],
     }
 

@@ -55,6 +55,7 @@ class BinaryVerb:
     def __init__(self, name: str) -> None:
         self._name = name
         self._rules: list[tuple[type, type, BinaryRule]] = []
+        self._for_types: dict[tuple[type, type], list[BinaryRule]] = {}
 
     def rule(self, left: type, right: type) -> Callable[[BinaryRule], BinaryRule]:
         """Register the decorated function for operands of these types.
@@ -75,6 +76,7 @@ class BinaryVerb:
                     f"{self._name}: a rule is a function, got {function!r}."
                 )
             self._rules.append((left, right, function))
+            self._for_types.clear()
             return function
 
         return register
@@ -119,12 +121,23 @@ class BinaryVerb:
 
     def __call__(self, left: Operator, right: Operator) -> Operator:
         """Return the node of the newest rule that applies."""
-        for left_type, right_type, function in reversed(self._rules):
-            if isinstance(left, left_type) and isinstance(right, right_type):
-                result = function(left, right)
-                if result is not NotImplemented:
-                    return result
+        types = type(left), type(right)
+        rules = self._for_types.get(types)
+        if rules is None:
+            rules = self._for_types[types] = self._rules_for(*types)
+        for function in rules:
+            result = function(left, right)
+            if result is not NotImplemented:
+                return result
         raise no_rule(self._name, left)
+
+    def _rules_for(self, left: type, right: type) -> list[BinaryRule]:
+        """Return the rules of two types, the newest first."""
+        return [
+            function
+            for left_type, right_type, function in reversed(self._rules)
+            if issubclass(left, left_type) and issubclass(right, right_type)
+        ]
 
 
 def _check_classes(left: Any, right: Any) -> None:

@@ -483,7 +483,8 @@ class VerbMethods(LinearOperator, Generic[Op]):
         return verbs.to_curvlinops(self)
 
     def _own(self, result: Tensor) -> Tensor:
-        return result.to(self.torch_dtype)
+        dtype = self.torch_dtype
+        return result if result.dtype == dtype else result.to(dtype)
 
     def _check_square(self, verb: str) -> None:
         if self.shape[0] != self.shape[1]:

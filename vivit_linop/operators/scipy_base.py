@@ -7,6 +7,7 @@ functions have types, and take what is seen here for an array, which it is not.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -43,8 +44,22 @@ else:
 __all__ = ["LinearOperator", "NumpyProducts"]
 
 
+@lru_cache(maxsize=256, typed=True)
+def _kept_by_scipy(dtype: Any, *shape: Any) -> dict[str, Any]:
+    """Return what SciPy's class keeps of an operator, whose shape it checks once.
+
+    That takes as long as the rest of a small node.
+    """
+    node = object.__new__(LinearOperator)
+    LinearOperator.__init__(node, dtype, shape)
+    return vars(node)
+
+
 class NumpyProducts(LinearOperator):
     """Products with numpy arrays by those with tensors."""
+
+    def __init__(self, dtype: Any, shape: tuple[int, int]) -> None:
+        vars(self).update(_kept_by_scipy(dtype, *shape))
 
     if TYPE_CHECKING:  # what the class of all operators has
         T: NumpyProducts
