@@ -202,6 +202,8 @@ def layer(nbytes: float, forward: float, use: str = "linear") -> LayerCost:
 def test_columns_are_made_where_reading_them_pays() -> None:
     assert plan.columns_pay([layer(1e6, 1e9)], 10, CPU)
     assert not plan.columns_pay([layer(1e8, 1e9)], 10, CPU)
+    # A GPU reads more bytes in the time of a forward pass by its rate.
+    assert plan.columns_pay([layer(1e8, 1e9)], 10, torch.device("cuda"))
 
 
 def test_columns_stay_where_they_fit_and_spare_a_linearisation() -> None:

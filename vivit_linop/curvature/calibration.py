@@ -130,6 +130,7 @@ def _measured(device: torch.device, name: str) -> plan.DeviceCosts:
         short_pass=2 * seconds(lambda: net(data[0])),
         all_pairs=seconds(lambda: symmetric_eigenpairs(S)) / cubes,
         leading_pairs=seconds(lambda: largest_eigenpairs(S, _LEADING)) / cubes,
+        passes=plan.DeviceCosts.default(device).passes,
     )
 
 
