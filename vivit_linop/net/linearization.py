@@ -5,14 +5,10 @@ derivative of Jᵀ u in u, along x: a backward pass through the backward pass, w
 is kept as well. One product with J and one with Jᵀ are the arithmetic of 4/3 of a
 gradient.
 
-For convolutions torch's backward pass through the backward pass takes twice as long as
-it should. In a net of these the tangent map x ↦ J x is traced instead: all in it that
-does not depend on x is evaluated and kept, and Jᵀ u then is the backward pass through
-that linear map. (``torch.func.linearize`` does the same, but its map copies each
-tangent.) Tracing takes seconds, so it is not done for a trace that would be used only
-once, nor for nets of linear layers and attention, where a trace is no faster. Each way
-stands in where the other fails: control flow that depends on values and kernels without
-forward mode, or derivatives that torch does not have or has wrong.
+In a net of convolutions the tangent map x ↦ J x is traced instead
+(:mod:`vivit_linop.net.tangents`), and Jᵀ u is the backward pass through that linear
+map. Each way stands in where the other fails: control flow that depends on values and
+kernels without forward mode, or derivatives that torch does not have or has wrong.
 """
 
 from __future__ import annotations
@@ -30,18 +26,20 @@ from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
-from torch.func import vmap
 
-from vivit_linop.devices import (
-    explained,
-    is_out_of_memory,
-)
+from vivit_linop.devices import explained, is_out_of_memory
 from vivit_linop.graphs import batched_gradients, strided
 from vivit_linop.modes import as_guest
 from vivit_linop.net.chunks import Chunks, columns_at_a_time
 from vivit_linop.net.rounding import BY_NOISE, nearby
-from vivit_linop.net.slopes import Probe, agree
-from vivit_linop.net.tangents import OutOfPlace, tangent_map, tracing_pays
+from vivit_linop.net.tangents import (
+    OutOfPlace,
+    Probe,
+    TracedTangents,
+    agree,
+    tangent_map,
+    tracing_pays,
+)
 from vivit_linop.noise import Noise
 from vivit_linop.risk import first_run
 from vivit_linop.risk.checks import read
@@ -119,26 +117,6 @@ class ReverseTangents:
         (image,) = torch.autograd.grad(
             self._pulled_back, self._dual, vectors, retain_graph=True
         )
-        return image
-
-
-class TracedTangents:
-    """J x by the traced tangent map.
-
-    Args:
-        tangent_map: A linear function of as many tensors as there are parameters.
-    """
-
-    method = "trace"
-
-    def __init__(self, tangent_map: Callable[..., Tensor]) -> None:
-        self._map = tangent_map
-
-    def __call__(self, tangents: list[Tensor], batched: bool) -> Tensor:
-        """Return J x for x in the shapes of the parameters, or for K of them."""
-        with torch.no_grad():
-            apply = vmap(self._map) if batched else self._map
-            image: Tensor = apply(*tangents)
         return image
 
 

@@ -1,17 +1,21 @@
-"""Tracing the tangent map x ↦ J x of a net, with all that does not depend on x folded.
+"""The tangent map x ↦ J x of a net: how it is traced, and whether products are right.
 
-A trace is worth its time for nets of convolutions, whose second derivative by torch is
-slow. It may fail or be wrong in many ways, so whoever uses it compares its products.
+For convolutions torch's backward pass through a backward pass takes twice as long as it
+should. In the trace of a net of these all that does not depend on x is evaluated and
+kept. (``torch.func.linearize`` does the same, but its map copies each tangent.) Tracing
+takes seconds, so it is not done for a trace that would be used only once, nor for nets
+of linear layers and attention, where a trace is no faster. A trace may be wrong in many
+ways, and so may second derivatives by torch: products are compared with Jᵀ u.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.func import jvp
+from torch.func import jvp, vmap
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.const_fold import split_const_subgraphs
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -22,6 +26,25 @@ from vivit_linop.risk.model import Params
 
 # One convolution in this many matrix products makes a trace worth its time.
 _PER_CONVOLUTION = 4
+_ATEN: Any = torch.ops.aten
+# The same operations by Python's own bindings, which take half of the time of a call.
+_DIRECT: dict[Any, Any] = {
+    _ATEN.add.Tensor: torch.add,
+    _ATEN.convolution.default: torch.convolution,
+    _ATEN.mm.default: torch.mm,
+    _ATEN.mul.Tensor: torch.mul,
+    _ATEN.t.default: torch.t,
+}
+_OUT_OF_PLACE: dict[Callable[..., Any], Callable[..., Any]] = {
+    Tensor.__iadd__: torch.add,
+    Tensor.__isub__: torch.sub,
+    Tensor.__imul__: torch.mul,
+    Tensor.add_: torch.add,
+    Tensor.mul_: torch.mul,
+    Tensor.relu_: torch.relu,
+    torch.relu_: torch.relu,
+}
+Product = Callable[[Tensor], Tensor]
 
 
 def tracing_pays(output: Tensor) -> bool:
@@ -81,6 +104,26 @@ class TangentMap:
     def __call__(self, *tangents: Tensor) -> Tensor:
         """Return the image of tangents in the shapes of the parameters."""
         image: Tensor = self._code(self, *tangents)
+        return image
+
+
+class TracedTangents:
+    """J x by the traced tangent map.
+
+    Args:
+        tangent_map: A linear function of as many tensors as there are parameters.
+    """
+
+    method = "trace"
+
+    def __init__(self, tangent_map: Callable[..., Tensor]) -> None:
+        self._map = tangent_map
+
+    def __call__(self, tangents: list[Tensor], batched: bool) -> Tensor:
+        """Return J x for x in the shapes of the parameters, or for K of them."""
+        with torch.no_grad():
+            apply = vmap(self._map) if batched else self._map
+            image: Tensor = apply(*tangents)
         return image
 
 
@@ -165,21 +208,64 @@ class OutOfPlace(TorchFunctionMode):
         return _OUT_OF_PLACE.get(func, func)(*args, **kwargs)
 
 
-_ATEN: Any = torch.ops.aten
-# The same operations by Python's own bindings, which take half of the time of a call.
-_DIRECT: dict[Any, Any] = {
-    _ATEN.add.Tensor: torch.add,
-    _ATEN.convolution.default: torch.convolution,
-    _ATEN.mm.default: torch.mm,
-    _ATEN.mul.Tensor: torch.mul,
-    _ATEN.t.default: torch.t,
-}
-_OUT_OF_PLACE: dict[Callable[..., Any], Callable[..., Any]] = {
-    Tensor.__iadd__: torch.add,
-    Tensor.__isub__: torch.sub,
-    Tensor.__imul__: torch.mul,
-    Tensor.add_: torch.add,
-    Tensor.mul_: torch.mul,
-    Tensor.relu_: torch.relu,
-    torch.relu_: torch.relu,
-}
+class Probe(NamedTuple):
+    """Random vectors, and what an ordinary backward pass makes of one.
+
+    Attributes:
+        x: ``[D]``.
+        u: ``[n C]``.
+        pulled_back: Jᵀ u, by the first backward pass of the graph, ``[D]``.
+    """
+
+    x: Tensor
+    u: Tensor
+    pulled_back: Tensor
+
+
+def agree(
+    probe: Probe,
+    jvp: Product,
+    vjp: Product,
+    traced: Product | None,
+    is_rounding: Callable[[Tensor, Tensor, Tensor], bool],
+) -> bool:
+    """Whether products are those of the Jacobian, and stay so when used.
+
+    ⟨u, J x⟩ must equal ⟨Jᵀ u, x⟩ for a random u, where a large error of J x may be
+    hidden among many outputs, and for u = J x, where its square is seen. Of a trace,
+    Jᵀ u must also be what an ordinary backward pass gives, and all this again: what it
+    keeps is changed by its use if the model works in place.
+
+    Args:
+        probe: The random vectors.
+        jvp: J x, as it would be used.
+        vjp: Jᵀ u by an ordinary backward pass.
+        traced: Jᵀ u by a trace, None where J x is none.
+        is_rounding: Whether ⟨u, J x⟩ − ⟨Jᵀ u, x⟩ is, given also u and Jᵀ u. A trace is
+            let go without that question.
+    """
+    x, u, expected = probe
+    eps = torch.finfo(x.dtype).eps
+    tolerance = 100 * eps**0.75
+    facts = []
+    for _ in range(2 if traced else 1):
+        image = jvp(x)
+        if traced:
+            error = traced(u) - expected
+            facts.append(error.norm() <= tolerance * expected.norm())
+        slope = torch.dot(image, u) - torch.dot(expected, x)
+        size = image.norm() * u.norm() + expected.norm() * x.norm()
+        facts.append(slope.abs() <= tolerance * size)
+    pulled_back = vjp(image)
+    norm = torch.dot(image, image)
+    square = norm - torch.dot(pulled_back, x)
+    tolerated = tolerance * norm
+    tolerated += 100 * eps * pulled_back.norm() * x.norm()
+    facts.append(square.abs() <= tolerated)
+    # The host waits for all of them together.
+    right = torch.stack(facts).tolist()
+    if traced:
+        return all(right)
+    return (right[0] or is_rounding(slope, u, expected)) and (
+        right[1] or is_rounding(square, image, pulled_back)
+    )

@@ -241,25 +241,25 @@ class TorchLinearOperator(VerbMethods["TorchLinearOperator"], NumpyProducts):
         result: Tensor = LinearMap.apply(X, self)
         return result
 
-    def _check_rows(self, x: Tensor | np.ndarray) -> None:
-        """Refuse what is no vector or matrix of as many rows as there are columns."""
-        if x.ndim not in (1, 2) or x.shape[0] != self.shape[1]:
-            raise ValueError(
-                f"x: an operator of shape {tuple(self.shape)} multiplies a vector "
-                f"[{self.shape[1]}] or a matrix [{self.shape[1]}, K], got "
-                f"{list(x.shape)}."
-            )
+    def _other_rows(self, x: Tensor | np.ndarray) -> ValueError:
+        """What to say of no vector or matrix of as many rows as there are columns."""
+        return ValueError(
+            f"x: an operator of shape {tuple(self.shape)} multiplies a vector "
+            f"[{self.shape[1]}] or a matrix [{self.shape[1]}, K], got "
+            f"{list(x.shape)}."
+        )
 
     def _as_fitting_array(self, x: Any) -> np.ndarray:
         """Return an array; scalars and batches of matrices are for SciPy to judge."""
         array = as_array(x)
-        if array.ndim in (1, 2):
-            self._check_rows(array)
+        if array.ndim in (1, 2) and array.shape[0] != self.shape[1]:
+            raise self._other_rows(array)
         return array
 
     def _product(self, x: Tensor) -> Tensor:
         """Multiply a torch vector or matrix, with the checks that a user needs."""
-        self._check_rows(x)
+        if x.ndim not in (1, 2) or x.shape[0] != self.shape[1]:
+            raise self._other_rows(x)
         if x.layout != torch.strided:
             x = x.to_dense()
         if x.is_complex():  # all operators are real
