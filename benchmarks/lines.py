@@ -29,7 +29,7 @@ CAPABILITIES = {
         curvature/culprit.py curvature/second_derivatives.py
     """,
     "a private copy of the net, its precision, other parameters": """
-        checkpoints.py risk/copies.py risk/private.py risk/watch.py
+        checkpoints.py risk/changes.py risk/copies.py risk/private.py risk/watch.py
     """,
     "data of any form, samples along any axis": """
         risk/containers.py risk/outputs.py risk/rows.py risk/samples.py risk/segments.py

@@ -1,17 +1,21 @@
 """The risk at other parameters against a risk that is made anew there."""
 
 import copy
+import functools
 import pickle
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.utils.data import DataLoader, TensorDataset
 
 import vivit_linop as vl
+from vivit_linop.risk import first_pass
+from vivit_linop.risk.model import FunctionalModel
 
 X, Y = torch.rand(12, 5, dtype=torch.float64), torch.arange(12) % 3
 LOSS = nn.CrossEntropyLoss()
@@ -155,15 +159,17 @@ def test_a_model_that_has_become_another_function(name: str) -> None:
     risk = vl.EmpiricalRisk(net, LOSS, (X, Y))
     before = risk.at().gradient()
     CHANGES[name](net)
-    with pytest.raises(ValueError, match=r"^parameters: .*Make a new risk"):
-        risk.at()
-    # What the risk is of has stayed, and a new one is of the model as it is now.
+    if name in ("one layer less", "a parametrization"):
+        with pytest.raises(ValueError, match=r"^parameters: .*Make a new risk"):
+            risk.at()
+    elif name == "a hook on gradients":
+        fresh = vl.EmpiricalRisk(net, LOSS, (X, Y))
+        assert torch.equal(risk.at().gradient(), fresh.gradient())
+        assert not torch.equal(fresh.gradient(), before)
+    else:
+        check_same(risk.at(), vl.EmpiricalRisk(net, LOSS, (X, Y)))
+    # What the risk is of has stayed.
     assert torch.equal(risk.gradient(), before)
-    if name == "a hook on gradients":
-        return
-    new = vl.EmpiricalRisk(net, LOSS, (X, Y))
-    torch.testing.assert_close(new.value(), LOSS(net(X), Y).detach())
-    assert torch.equal(new.at().gradient(), new.gradient())
 
 
 def test_hooks_that_were_there_stay() -> None:
@@ -173,8 +179,7 @@ def test_hooks_that_were_there_stay() -> None:
     train(net)
     check_same(risk.at(), vl.EmpiricalRisk(net, LOSS, (X, Y)))
     handle.remove()
-    with pytest.raises(ValueError, match=r"^parameters: 1 has other hooks"):
-        risk.at()
+    check_same(risk.at(), vl.EmpiricalRisk(net, LOSS, (X, Y)))
 
 
 def test_some_parameters_and_foreign_ones() -> None:
@@ -229,6 +234,154 @@ def test_subsets_loaders_and_travel() -> None:
     with pytest.raises(ValueError, match=r"parameters: the module .* is gone"):
         there.at()
     check_same(there.at(fresh.params), fresh)
+
+
+# What else changes of a model ---------------------------------------------------------
+
+
+class Scaled(nn.Module):
+    """A layer with attributes, and a function that leads to a module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(4, 4)
+        self.factor, self.options = 1.0, {"shifts": [0.0, 0.5]}
+        self.cut, self.last = False, torch.zeros(())
+        self.gain = torch.ones(4, dtype=torch.float64)
+        self.function = functools.partial(F.linear, bias=torch.zeros(4).double())
+        self.act: Any = nn.Tanh()
+
+    def forward(self, x: Tensor) -> Tensor:
+        shift = sum(self.options["shifts"])
+        x = self.act(self.inner(x)) * self.factor * self.gain + shift
+        self.last = x.detach()
+        return self.function(x.detach() if self.cut else x, torch.eye(4).double())
+
+
+def rebound(layer: Scaled) -> None:
+    layer.factor = 2.0
+
+
+def nested(layer: Scaled) -> None:
+    layer.options["shifts"][1] = -3.0
+
+
+def written(layer: Scaled) -> None:
+    layer.gain[2] = 7.0
+
+
+def exchanged(layer: Scaled) -> None:
+    layer.act = nn.Sigmoid()
+
+
+def another_function(layer: Scaled) -> None:
+    layer.function = lambda x, W: x.square() @ W
+
+
+def hooked(layer: Scaled) -> None:
+    layer.register_forward_hook(lambda module, args, output: output.sin())
+
+
+def derivatives_alone(layer: Scaled) -> None:
+    layer.cut = True  # the same outputs
+
+
+OTHERS = [
+    *(rebound, nested, written, exchanged, another_function, hooked),
+    derivatives_alone,
+]
+
+
+@pytest.mark.parametrize("change", OTHERS)
+@pytest.mark.parametrize("loader", [False, True])
+def test_what_else_has_changed_of_the_model(
+    change: Callable[[Scaled], None], loader: bool
+) -> None:
+    """It is seen, and the model validated anew; modes are those of before."""
+    layer = Scaled()
+    net = make(layer, nn.Dropout(0.5), nn.BatchNorm1d(4))
+    data: Any = (X, Y)
+    if loader:
+        data = DataLoader(TensorDataset(X, Y), batch_size=5)
+    risk = vl.EmpiricalRisk(net, LOSS, data)
+    vl.GGN(risk).eigvalsh()
+    theta, before = risk.flatten(risk.params), risk.gradient()
+    train(net)
+    change(layer)
+    now, fresh = risk.at(), vl.EmpiricalRisk(net.eval(), LOSS, (X, Y))
+    check_same(now, fresh)
+    net.train()
+    check_same(now.at(), fresh)
+    # The function of then, at parameters that are given.
+    assert torch.equal(risk.at(theta).gradient(), before)
+
+
+def test_without_a_change_nothing_is_validated(monkeypatch: pytest.MonkeyPatch) -> None:
+    net = make(nn.Dropout(0.5), nn.BatchNorm1d(4), nn.MultiheadAttention(4, 2))
+    net = nn.Sequential(net[0], net[1], net[2], net[4]).double().eval()
+    risk = vl.EmpiricalRisk(net, LOSS, (X, Y))
+    train(net)
+    monkeypatch.setattr(first_pass, "independent_samples", None)
+    monkeypatch.setattr(FunctionalModel, "anew", None)
+    risk.at().at()
+
+
+@pytest.mark.parametrize("kind", ["closure", "object", "predict"])
+def test_functions_that_lead_to_what_has_changed(kind: str) -> None:
+    torch.manual_seed(0)
+    layer, outer = Scaled().double(), 1.0
+
+    class Model:
+        power = 1.0
+
+        def __call__(self, params: dict[str, Tensor], x: Tensor) -> Tensor:
+            return params["a"] * layer(x).sin() ** self.power
+
+    def closure(params: dict[str, Tensor], x: Tensor) -> Tensor:
+        return outer * params["a"] * layer(x).sin()
+
+    called = Model()
+
+    def build() -> vl.EmpiricalRisk:
+        if kind == "predict":
+            net, data = nn.Linear(4, 4, bias=False).double(), (x, y)
+            torch.nn.init.eye_(net.weight)
+            risk = vl.EmpiricalRisk(net, LOSS, data, predict=called_with_module)
+            kept.append(net)
+            return risk
+        model = closure if kind == "closure" else called
+        return vl.EmpiricalRisk(model, LOSS, (x, y), params)
+
+    def called_with_module(module: nn.Module, x: Tensor) -> Tensor:
+        return outer * layer(module(x))
+
+    kept: list[nn.Module] = []
+    x, y = X[:, :4], Y
+    params = {"a": torch.ones(4, dtype=torch.float64)}
+    risk = build()
+    torch.testing.assert_close(risk.at().value(), risk.value())
+    layer.factor, outer, called.power = 0.5, 7.0, 3.0
+    assert not torch.isclose(risk.at().value(), risk.value(), rtol=1e-3)
+    check_same(risk.at(), build())
+
+
+def test_changes_that_make_no_risk_are_refused() -> None:
+    layer = Scaled()
+    net = make(layer)
+    risk = vl.EmpiricalRisk(net, LOSS, (X, Y))
+    layer.act = nn.PReLU().double()
+    with pytest.raises(ValueError, match=r"parameters: the model has '1\.act\.weight'"):
+        risk.at()
+    layer.act = nn.Tanh()
+    layer.function = lambda x, W: x - x.mean(0)  # mixes samples
+    with pytest.raises(ValueError, match="a sample depend on the other"):
+        risk.at()
+    layer.function, inputs = F.linear, X.clone()
+    risk = vl.EmpiricalRisk(net, LOSS, (inputs, Y))
+    layer.factor = 3.0
+    inputs[3] += 1.0
+    with pytest.raises(ValueError, match="data: batch 0 is not what it was"):
+        risk.at()
 
 
 # What is refused ----------------------------------------------------------------------

@@ -30,15 +30,15 @@ from torch.nn.utils.parametrize import is_parametrized
 from vivit_linop.risk.sharded import without_sharding
 
 # Nothing in these is ever replaced.
-_ATOMS = frozenset(
+ATOMS = frozenset(
     {type(None), bool, int, float, complex, str, bytes, type, torch.dtype, torch.Size}
 )
 # What every module has, of its own: its slots, and dictionaries of hooks.
 _SLOTS = frozenset({"_parameters", "_buffers", "_modules"})
-_OWN = frozenset(k for k, v in vars(nn.Module()).items() if isinstance(v, (dict, set)))
-_CACHED = type(functools.cache(len))
-_FUNCTIONS = (
-    _CACHED,
+OWN = frozenset(k for k, v in vars(nn.Module()).items() if isinstance(v, (dict, set)))
+CACHED = type(functools.cache(len))
+FUNCTIONS = (
+    CACHED,
     types.FunctionType,
     types.MethodType,
     types.BuiltinMethodType,
@@ -79,7 +79,7 @@ class Copies:
 
     def __call__(self, value: Any) -> Any:
         """Return the copy of an object, or the object if there is nothing to copy."""
-        if type(value) in _ATOMS:
+        if type(value) in ATOMS:
             return value
         known = self.known.get(id(value), _MISSING)
         return _copy(value, self) if known is _MISSING else known
@@ -100,7 +100,7 @@ class Copies:
         what a function is to its closure.
         """
         owner = getattr(value, "__self__", value)
-        followed = isinstance(owner, (nn.Module, type, types.ModuleType, *_FUNCTIONS))
+        followed = isinstance(owner, (nn.Module, type, types.ModuleType, *FUNCTIONS))
         if not followed and id(owner) not in self.known and hasattr(owner, "__dict__"):
             new = self.remember(owner, copy.copy(owner))
             new.__dict__.update({k: self(v) for k, v in vars(owner).items()})
@@ -120,7 +120,7 @@ class Copies:
         todo, seen = [value], set[int]()
         while todo:
             item = todo.pop()
-            if type(item) in _ATOMS or id(item) in seen:
+            if type(item) in ATOMS or id(item) in seen:
                 continue
             seen.add(id(item))
             if isinstance(item, nn.Module) or id(item) in self.known:
@@ -162,20 +162,20 @@ def _copy_module(value: nn.Module, copies: Copies) -> Any:
     # Written out, since it is done for each module in each evaluation.
     for name, attribute in value.__dict__.items():
         kind = type(attribute)
-        if kind in _ATOMS or (kind is tuple and _flat(attribute)):
+        if kind in ATOMS or (kind is tuple and _flat(attribute)):
             continue
-        if name in _OWN and not attribute:
+        if name in OWN and not attribute:
             state[name] = kind()
         elif name in _SLOTS:
             state[name] = {key: copies(item) for key, item in attribute.items()}
-        elif name == "_compiled_call_impl" or _is_cached(value, name, attribute):
+        elif name == "_compiled_call_impl" or is_cached(value, name, attribute):
             del state[name]  # it is of the original, and made anew
-        elif name in _OWN or isinstance(attribute, _FUNCTIONS):
+        elif name in OWN or isinstance(attribute, FUNCTIONS):
             copies.later.append((state, name, without_sharding(name, attribute)))
         else:
             state[name] = copies(attribute)
     if type(value).__basicsize__ > nn.Module.__basicsize__:
-        for name in _slots(type(value)):
+        for name in slots_of(type(value)):
             if hasattr(value, name):
                 object.__setattr__(new, name, copies(getattr(value, name)))
     return new
@@ -202,13 +202,13 @@ class Plan(NamedTuple):
         plan = cls([], [], [])
         for name, attribute in module.__dict__.items():
             kind = type(attribute)
-            if name in _OWN and not attribute:
+            if name in OWN and not attribute:
                 plan.empty.append((name, kind))
             elif name in _SLOTS:
                 plan.slots.append(name)
-            elif kind in _ATOMS or (kind is tuple and _flat(attribute)):
+            elif kind in ATOMS or (kind is tuple and _flat(attribute)):
                 continue
-            elif name in _OWN or isinstance(attribute, (Tensor, *_FUNCTIONS)):
+            elif name in OWN or isinstance(attribute, (Tensor, *FUNCTIONS)):
                 return None
             else:
                 plan.others.append(name)
@@ -319,7 +319,7 @@ def _copy_partial(value: functools.partial, copies: Copies) -> Any:  # type: ign
     return copies.remember(value, new)
 
 
-@_copy.register(_CACHED)
+@_copy.register(CACHED)
 def _copy_cached(value: Any, copies: Copies) -> Any:
     if not copies.leads_somewhere(value):
         return value
@@ -355,7 +355,7 @@ def _copy_function(value: types.FunctionType, copies: Copies) -> Any:
         )
         copies.remember(value, new)
     for old_cell, cell in zip(cells or (), new.__closure__ or (), strict=True):
-        if not _is_empty(old_cell):
+        if not is_empty(old_cell):
             cell.cell_contents = copies.inside(old_cell.cell_contents)
     new.__defaults__ = copies.inside(value.__defaults__)
     new.__kwdefaults__ = copies.inside(value.__kwdefaults__)
@@ -397,7 +397,7 @@ def _contents_of_method(value: types.MethodType) -> Iterable[Any]:
     return value.__func__, value.__self__
 
 
-@_contents.register(_CACHED)
+@_contents.register(CACHED)
 def _contents_of_cached(value: Any) -> Iterable[Any]:
     return (value.__wrapped__,)
 
@@ -422,7 +422,7 @@ def held_by(function: types.FunctionType) -> dict[str, Any]:
     """By name, what a function closes over, its defaults, modules and tensors."""
     code, defaults = function.__code__, function.__defaults__ or ()
     cells = zip(code.co_freevars, function.__closure__ or (), strict=True)
-    closed = {name: c.cell_contents for name, c in cells if not _is_empty(c)}
+    closed = {name: c.cell_contents for name, c in cells if not is_empty(c)}
     arguments = code.co_varnames[: code.co_argcount][
         -len(defaults) or code.co_argcount :
     ]
@@ -445,14 +445,15 @@ def _globals(function: types.FunctionType) -> dict[str, Any]:
     }
 
 
-def _is_cached(module: nn.Module, name: str, attribute: Any) -> bool:
+def is_cached(module: nn.Module, name: str, attribute: Any) -> bool:
     """Whether an attribute was computed from parameters, and will be when asked for."""
     computed = isinstance(attribute, Tensor) and not attribute.is_leaf
     made = getattr(type(module), name, None)
     return computed and isinstance(made, functools.cached_property)
 
 
-def _is_empty(cell: types.CellType) -> bool:
+def is_empty(cell: types.CellType) -> bool:
+    """Whether a function has nothing in a cell."""
     try:
         return cell.cell_contents is _MISSING
     except ValueError:
@@ -460,10 +461,11 @@ def _is_empty(cell: types.CellType) -> bool:
 
 
 def _flat(values: Iterable[Any]) -> bool:
-    return _ATOMS.issuperset(map(type, values))
+    return ATOMS.issuperset(map(type, values))
 
 
-def _slots(kind: type) -> Iterable[str]:
+def slots_of(kind: type) -> Iterable[str]:
+    """The names of the slots of a class that are no dictionary of attributes."""
     for base in kind.__mro__:
         slots = base.__dict__.get("__slots__", ())
         for name in (slots,) if isinstance(slots, str) else slots:

@@ -23,6 +23,7 @@ from vivit_linop.risk.kept import Kept
 from vivit_linop.risk.losses.base import OutputLoss
 from vivit_linop.risk.losses.certificates import targets_of
 from vivit_linop.risk.model import FunctionalModel, as_guest
+from vivit_linop.risk.model_loss import Returned
 from vivit_linop.risk.parameters import ParameterVectors
 from vivit_linop.risk.passes import Cuts, Passes
 from vivit_linop.risk.shards import check_alike
@@ -135,18 +136,19 @@ class DerivableRisk(Risk):
         For every step of training: it costs one forward pass, and what is known of the
         net (the structure of its layers, costs) is kept. That the data are those of
         construction is seen by their targets and by sums over the inputs. The
-        modes of the modules (``train``, ``eval``) are those of construction; modules
-        that were exchanged, and hooks that were put on since, are refused.
+        modes of the modules (``train``, ``eval``) are those of construction.
 
         Args:
-            parameters: None for those that the model has now, and for its present
-                buffers and frozen parameters; everything else of it stays as it was.
-                Else a vector ``[D]``, or tensors in the order of ``params`` or by name.
+            parameters: None for the model as it is now: its present parameters, frozen
+                ones and buffers; if attributes, hooks or submodules have changed, it is
+                validated as for a new risk, which costs as much. Else a vector ``[D]``,
+                or tensors in the order of ``params`` or by name; everything but these
+                is as it was then.
 
         Raises:
             ValueError: If they have other shapes, or hold NaN or Inf, or the outputs
-                do; if the data have changed; or if the model is gone, or consists of
-                other modules or hooks.
+                do; if the data have changed; if the model is gone, or has parameters
+                that it had not.
 
         Example:
             >>> import torch, vivit_linop as vl
@@ -156,6 +158,11 @@ class DerivableRisk(Risk):
             >>> risk.at(torch.zeros(4)).value().allclose(data[1].square().mean())
             True
         """
+        if parameters is None:
+            with self.ranks.together("at") as ballot:
+                ballot.flag = self.model.has_changed()
+            if ballot.flag:
+                return self._anew()
         risk = copy.copy(self)
         with ordinary_mode():
             with self.ranks.together("at"):
@@ -169,6 +176,39 @@ class DerivableRisk(Risk):
                 check_alike(self.ranks, risk._function_digests)
             risk.example = self.ranks.led(risk._first_outputs)
             risk._value = self.ranks.total(total) * self.scale
+        return risk
+
+    def _anew(self) -> Self:
+        """Return the risk of the same data for what the user's model is now.
+
+        Raises:
+            ValueError: If the data have changed, or the model is none for a risk.
+        """
+        with self.ranks.together("at"), ordinary_mode():
+            model, passes = self.model.anew(), copy.copy(self._passes)
+            if isinstance(model.predict, Returned):
+                raise ValueError(
+                    "model: more has changed of it than parameters and buffers, and "
+                    "its loss may have, too. Make a new risk."
+                )
+        passes.search, passes.cuts = copy.copy(passes.search), Cuts()
+        passes.number = 0
+        risk = type(self).__new__(type(self))
+        Risk.__init__(
+            risk,
+            *(model, self.loss, passes, self.ranks, self.memory),
+            check=self._check,
+            check_data=False,  # they are compared with what they were
+            check_parts=False,
+        )
+        with self.ranks.together("at"):
+            batches = zip(self._sums, self._targets, strict=False)
+            for index, (sums, targets) in enumerate(batches):
+                if index >= len(risk._sums) or not (
+                    _same_sums(risk._sums[index], sums)
+                    and _same_targets(risk._targets[index], targets)
+                ):
+                    raise _other_data(f"batch {index}")
         return risk
 
 
@@ -274,12 +314,7 @@ def _evaluated(
         if not _same_sums(fingerprint.sums(X), sums) or not _same_targets(
             targets_of(loss, y, output), targets
         ):
-            raise ValueError(
-                f"data: {where} is not what it was when the risk was made, and only "
-                "the parameters may change. Give a loader without shuffling and "
-                "random augmentations, and do not change the data in place; or make "
-                "a new risk."
-            )
+            raise _other_data(where)
         if not output.isfinite().all():
             raise ValueError(f"parameters: on {where} the outputs hold NaN or Inf.")
         with torch.no_grad():
@@ -288,6 +323,14 @@ def _evaluated(
     if not total.isfinite():
         raise ValueError(f"parameters: the loss is {total.item()} there.")
     return outputs, total
+
+
+def _other_data(where: str) -> ValueError:
+    return ValueError(
+        f"data: {where} is not what it was when the risk was made, and only the model "
+        "may change. Give a loader without shuffling and random augmentations, and do "
+        "not change the data in place; or make a new risk."
+    )
 
 
 def _same_sums(sums: list[Tensor], before: list[Tensor]) -> bool:

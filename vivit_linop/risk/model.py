@@ -12,13 +12,13 @@ from __future__ import annotations
 import copy
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from operator import attrgetter
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from vivit_linop.modes import as_guest as as_guest
+from vivit_linop.risk.changes import Comparison
 from vivit_linop.risk.containers import copied, leaves, map_leaves, rebuilt
 from vivit_linop.risk.copies import Copies
 from vivit_linop.risk.outputs import OutputTree, Returned
@@ -50,6 +50,20 @@ _DROPOUTS = (
     nn.FeatureAlphaDropout,
 )
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+
+
+class Source(NamedTuple):
+    """What the user gave, to be asked for its present state.
+
+    Attributes:
+        module: Gives the module as long as somebody else keeps it; None for a function.
+        predict: How it is called.
+        function: The function.
+    """
+
+    module: Callable[[], nn.Module | None]
+    predict: Predict | None
+    function: ModelFunction | None = None
 
 
 class FunctionalModel:
@@ -118,9 +132,7 @@ class FunctionalModel:
         self.count: Callable[[Any], int] | None = None
         self._foreign: set[str] = set()
         self._buffers: list[str] = []
-        # Not kept alive: it is asked for its present state only.
-        self._source: weakref.ref[nn.Module] | None = None
-        self._anatomy: Anatomy = {}
+        self._source: Source | None = None
         if isinstance(model, nn.Module):
             chosen = chosen_of_module(model, params)
             _check_modes(model)
@@ -144,6 +156,7 @@ class FunctionalModel:
                 # Tensors that it leads to, too, where they change.
                 copies = Copies((), other=self._copied, frozen=dtype is not None)
                 self._function = copies.of_called(model)
+                self._source = Source(lambda: None, None, model)
 
     def _copied(self, tensor: Tensor) -> Tensor:
         return in_precision(whole(tensor).detach().clone(), self._dtype)
@@ -161,7 +174,7 @@ class FunctionalModel:
         self._foreign = {
             name for name, owner in self.owners.items() if owner is not named[name]
         }
-        self._source, self._anatomy = weakref.ref(model), _anatomy(model)
+        self._source = Source(weakref.ref(model), predict)
         self._buffers = [name for name, b in buffers.items() if b.is_floating_point()]
         own = {**self._fixed, **self._as_given(self.params)}
         self._private = PrivateModule(model, predict, slots, own, self._dtype)
@@ -186,22 +199,25 @@ class FunctionalModel:
         """A copy of the module that is the risk's; None for a function."""
         return None if self._private is None else self._private.module
 
+    @property
+    def predict(self) -> Predict | None:
+        """How the user's module is called, if that is said and it is here."""
+        return None if self._source is None else self._source.predict
+
     def present(self) -> tuple[Params, Params]:
         """Return the user's parameters as they are now, and what else is a slot.
 
         Raises:
-            ValueError: If the user's module is gone, has lost a parameter or buffer, or
-                consists of other modules or has other hooks.
+            ValueError: If the user's module is gone, or has lost a parameter or buffer.
         """
         if self._private is None:
             return dict(self.owners), {}
-        module = None if self._source is None else self._source()
+        module = None if self._source is None else self._source.module()
         if module is None:
             raise ValueError(
                 "parameters: the module that the risk was made of is gone, so that it "
                 "has no present parameters. Give them."
             )
-        _check_anatomy(_anatomy(module), self._anatomy)
         slots = dict(module.named_buffers()) | dict(module.named_parameters())
         known = {**self._fixed, **self.owners}
         for name, tensor in known.items():
@@ -218,6 +234,50 @@ class FunctionalModel:
             for name, owner in self.owners.items()
         }
         return params, {name: whole(slots[name]) for name in self._fixed}
+
+    def has_changed(self) -> bool:
+        """Whether the user's model is not the same function any more.
+
+        Other values of parameters and buffers, and modes, are no change. Of what has
+        travelled there is no user's model.
+        """
+        if self._source is None:
+            return False
+        if self._private is None:
+            return not Comparison(())(self._source.function, self._function)
+        module = self._source.module()
+        predict = self._source.predict
+        return module is not None and not self._private.is_copy_of(module, predict)
+
+    def anew(self) -> FunctionalModel:
+        """Return what the user's model is now, in the modes of before.
+
+        Raises:
+            ValueError: If it has other parameters; as :meth:`present` and :meth:`at`.
+        """
+        model, source = self.at(*self.present()), self._source
+        assert source is not None
+        model._moved, model._writes, model.count = {}, False, None
+        with torch.inference_mode(False):
+            if self._private is None:
+                copies = Copies((), other=self._copied, frozen=self._dtype is not None)
+                model._function = copies.of_called(source.function)
+                model._returned = Returned()
+                return model
+            module = source.module()
+            assert module is not None
+            for name, p in module.named_parameters():
+                if p.requires_grad and name not in {**self.params, **self._fixed}:
+                    raise ValueError(
+                        f"parameters: the model has {name!r}, and had none when "
+                        "the risk was made. Make a new risk."
+                    )
+            model._take_module(module, source.predict)
+        model._foreign = self._foreign
+        assert model._private is not None
+        model._private.take_modes(self._private)
+        _check_modes(model._private.module)
+        return model
 
     def at(self, params: Params, fixed: Params) -> FunctionalModel:
         """Return the same function at other parameters.
@@ -381,41 +441,6 @@ class FunctionalModel:
     def buffers(self) -> Params:
         """The buffers among them that hold real numbers."""
         return {name: self._fixed[name] for name in self._buffers}
-
-
-# By the name of a module, what it computes with: its class, a forward method of its
-# own, and the numbers of its hooks, each of which torch gives once.
-Anatomy = dict[str, tuple[str, int, tuple[int, ...]]]
-_HOOKS = attrgetter(
-    "_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks"
-)
-
-
-def _anatomy(model: nn.Module) -> Anatomy:
-    return {
-        name: (
-            f"{type(part).__module__}.{type(part).__qualname__}",
-            id(vars(part).get("forward")),
-            tuple(number for hooks in _HOOKS(part) for number in hooks),
-        )
-        for name, part in model.named_modules()
-    }
-
-
-def _check_anatomy(now: Anatomy, before: Anatomy) -> None:
-    """Raise a ``ValueError`` if a module has become another function than it was."""
-    for name in {**before, **now}:
-        if now.get(name) == before.get(name):
-            continue
-        was, is_now = before.get(name, ("no module",)), now.get(name, ("no module",))
-        if was[0] != is_now[0]:
-            change = f"was {was[0]} when the risk was made and is {is_now[0]} now"
-        else:
-            change = "has other hooks, or another forward, than when the risk was made"
-        raise ValueError(
-            f"parameters: {name or 'the model'} {change}, so the risk at its present "
-            "parameters would be of another function. Make a new risk."
-        )
 
 
 def _is_written(own: Tensor, given: Tensor) -> Tensor:

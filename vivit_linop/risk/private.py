@@ -27,6 +27,7 @@ from torch.nn.utils.rnn import PackedSequence
 from vivit_linop.checkpoints import RECOMPUTED
 from vivit_linop.modes import without_cudnn
 from vivit_linop.noise import Noise
+from vivit_linop.risk.changes import Comparison
 from vivit_linop.risk.containers import rebuilt
 from vivit_linop.risk.copies import Copies, Plan
 from vivit_linop.risk.outputs import Returned
@@ -106,6 +107,25 @@ class PrivateModule:
         if not tensor.is_leaf:
             self._stale[id(constant)] = constant
         return constant
+
+    def is_copy_of(self, model: nn.Module, predict: Predict | None) -> bool:
+        """Whether it is still what a copy would be, but for what is in slots.
+
+        Args:
+            model: The user's.
+            predict: How it is called.
+        """
+        slots = dict(model.named_buffers()) | dict(model.named_parameters())
+        same = Comparison(
+            (slots[name], own) for name, own in self._own.items() if name in slots
+        )
+        return same(model, self.module) and same(predict, self._predict)
+
+    def take_modes(self, other: PrivateModule) -> None:
+        """Set training modes as those of another copy; new modules have its root's."""
+        modes = {name: part.training for name, part in other.module.named_modules()}
+        for name, part in self.module.named_modules():
+            part.training = modes.get(name, other.module.training)
 
     def __call__(self, params: Params, X: Any) -> Tensor:
         """Return the outputs for X with some of the tensors replaced."""

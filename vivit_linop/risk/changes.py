@@ -1,0 +1,193 @@
+"""Whether what a copy was made of is still what it was then.
+
+A risk runs on copies of the user's modules and functions
+(:mod:`vivit_linop.risk.copies`). Parameters and buffers move in training; here it is
+seen whether anything else of the originals has changed that the copies have of their
+own: attributes, containers in them, hooks, submodules, closures. What copies share with
+the originals is the same object, and not looked into.
+"""
+
+from __future__ import annotations
+
+import collections
+import functools
+import types
+import weakref
+from collections.abc import Iterable
+from functools import singledispatch
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vivit_linop.risk.copies import (
+    ATOMS,
+    CACHED,
+    FUNCTIONS,
+    OWN,
+    held_by,
+    is_cached,
+    slots_of,
+)
+from vivit_linop.risk.parameters import HALVES
+from vivit_linop.risk.sharded import without_sharding
+
+# Modes are those of construction; the others are set on copies.
+_NOT_COMPARED = frozenset({"training", "_compiled_call_impl", "scale_grad_by_freq"})
+_MISSING = object()
+
+
+class Comparison:
+    """Compares originals with their copies.
+
+    Args:
+        replaced: Pairs of a tensor of the originals and what stands for it in copies:
+            these may have any values.
+    """
+
+    def __init__(self, replaced: Iterable[tuple[Tensor, Tensor]]) -> None:
+        pairs = list(replaced)
+        self.replaced = {id(tensor): new for tensor, new in pairs}
+        self.new = {id(new) for _, new in pairs}
+        # Objects may lead to themselves.
+        self._seen: set[tuple[int, int]] = set()
+
+    def __call__(self, value: Any, twin: Any) -> bool:
+        """Whether an object is what it was when its twin was made."""
+        if value is twin:
+            return True
+        kind = type(value)
+        if kind in ATOMS:
+            return _same_atoms(value, twin)
+        key = id(value), id(twin)
+        if key in self._seen:
+            return True
+        self._seen.add(key)
+        return _same(value, twin, self)
+
+    def each(self, values: Iterable[Any], twins: Iterable[Any]) -> bool:
+        """Whether objects one by one are what they were."""
+        mine, others = list(values), list(twins)
+        return len(mine) == len(others) and all(map(self, mine, others))
+
+
+def _same_atoms(value: Any, twin: Any) -> bool:
+    if value in HALVES and isinstance(twin, torch.dtype):
+        return True  # copies compute in another precision
+    if type(value) is not type(twin):
+        return False
+    return bool(value == twin or (value != value and twin != twin))
+
+
+@singledispatch
+def _same(value: Any, twin: Any, comparison: Comparison) -> bool:
+    """Of objects that are not shared: by their attributes."""
+    if type(value) is not type(twin) or not hasattr(value, "__dict__"):
+        return False
+    return comparison(vars(value), vars(twin))
+
+
+@_same.register
+def _same_tensors(value: Tensor, twin: Any, comparison: Comparison) -> bool:
+    if id(value) in comparison.replaced:
+        return comparison.replaced[id(value)] is twin
+    if not isinstance(twin, Tensor) or id(twin) in comparison.new:
+        return False
+    try:
+        return torch.equal(value.detach().to(twin), twin)
+    # Not all kinds of tensors can be compared.
+    except (RuntimeError, NotImplementedError):
+        return False
+
+
+@_same.register
+def _same_modules(value: nn.Module, twin: Any, comparison: Comparison) -> bool:
+    # The copy of a parametrized module has a class of its own.
+    if not isinstance(twin, nn.Module) or type(value) not in type(twin).__mro__[:2]:
+        return False
+    mine, others = value.__dict__, twin.__dict__
+    for name in mine.keys() | others.keys():
+        own, other = mine.get(name, _MISSING), others.get(name, _MISSING)
+        if own is other or name in _NOT_COMPARED:
+            continue
+        if name in OWN and not own and not other:
+            continue
+        if other is _MISSING and is_cached(value, name, own):
+            continue
+        if name in OWN or isinstance(own, FUNCTIONS):
+            own = without_sharding(name, own)
+        if not comparison(own, other):
+            return False
+    if type(value).__basicsize__ > nn.Module.__basicsize__:
+        names = list(slots_of(type(value)))
+        both = [[getattr(m, name, _MISSING) for name in names] for m in (value, twin)]
+        return comparison.each(*both)
+    return True
+
+
+@_same.register
+def _same_dicts(value: dict, twin: Any, comparison: Comparison) -> bool:  # type: ignore[type-arg]
+    return (
+        isinstance(twin, dict)
+        and comparison.each(value, twin)
+        and comparison.each(value.values(), twin.values())
+    )
+
+
+@_same.register(list)
+@_same.register(tuple)
+@_same.register(collections.deque)
+def _same_lists(value: Any, twin: Any, comparison: Comparison) -> bool:
+    return type(value) is type(twin) and comparison.each(value, twin)
+
+
+@_same.register(set)
+@_same.register(frozenset)
+def _same_sets(value: Any, twin: Any, comparison: Comparison) -> bool:
+    return bool(value == twin)
+
+
+@_same.register
+def _same_methods(value: types.MethodType, twin: Any, comparison: Comparison) -> bool:
+    return isinstance(twin, types.MethodType) and comparison.each(
+        (value.__func__, value.__self__), (twin.__func__, twin.__self__)
+    )
+
+
+@_same.register
+def _same_builtin_methods(
+    value: types.BuiltinMethodType, twin: Any, comparison: Comparison
+) -> bool:
+    return isinstance(twin, types.BuiltinMethodType) and comparison.each(
+        (value.__name__, value.__self__), (twin.__name__, twin.__self__)
+    )
+
+
+@_same.register
+def _same_partials(value: functools.partial, twin: Any, comparison: Comparison) -> bool:  # type: ignore[type-arg]
+    return isinstance(twin, functools.partial) and comparison.each(
+        (value.func, value.args, value.keywords), (twin.func, twin.args, twin.keywords)
+    )
+
+
+@_same.register(CACHED)
+def _same_cached(value: Any, twin: Any, comparison: Comparison) -> bool:
+    return isinstance(twin, CACHED) and comparison(value.__wrapped__, twin.__wrapped__)
+
+
+@_same.register
+def _same_functions(
+    value: types.FunctionType, twin: Any, comparison: Comparison
+) -> bool:
+    if not isinstance(twin, types.FunctionType) or value.__code__ is not twin.__code__:
+        return False
+    return comparison(held_by(value), held_by(twin))
+
+
+@_same.register
+def _same_references(
+    value: weakref.ReferenceType,  # type: ignore[type-arg]
+    twin: Any,
+    comparison: Comparison,
+) -> bool:
+    return isinstance(twin, weakref.ReferenceType) and comparison(value(), twin())
