@@ -95,7 +95,9 @@ class Risk(ParameterVectors):
         with self.ranks.together("EmpiricalRisk"):
             seen = first_pass(model, loss, passes, check, check_data)
         self.loss, self.outputs, self._targets = seen.loss, seen.outputs, seen.targets
-        if len(seen.outputs) == 1:
+        # A run that is kept is that of the only batch.
+        self._run_serves = len(seen.outputs) == 1 and seen.run is not None
+        if self._run_serves:
             first_run.keep(self.kept, seen.run)
         self.graph_bytes, self._sums = seen.graph_bytes, seen.sums
         self.batch_sizes, self.layout = seen.batch_sizes, seen.layout

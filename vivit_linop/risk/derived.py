@@ -14,11 +14,12 @@ from vivit_linop.arguments import Index, as_index, as_list
 from vivit_linop.devices import is_out_of_memory
 from vivit_linop.modes import ordinary_mode
 from vivit_linop.ranks.alone import Ranks
-from vivit_linop.risk import fingerprint
+from vivit_linop.risk import fingerprint, first_run
 from vivit_linop.risk.base import Risk
 from vivit_linop.risk.checks import same_outputs
 from vivit_linop.risk.containers import leaves
 from vivit_linop.risk.data import Batch, select_samples
+from vivit_linop.risk.first_run import Run, next_run
 from vivit_linop.risk.kept import Kept
 from vivit_linop.risk.losses.base import OutputLoss
 from vivit_linop.risk.losses.certificates import targets_of
@@ -171,7 +172,12 @@ class DerivableRisk(Risk):
                 risk.kept = self.kept.elsewhere()
                 known = list(zip(self._sums, self._targets, self.outputs, strict=True))
                 batches = self.batches("at")
-                risk.outputs, total = _evaluated(risk.model, self.loss, batches, known)
+                serves = self._run_serves and first_run.is_wanted(risk.kept)
+                graph_bytes = self.graph_bytes[0] if serves else None
+                risk.outputs, total, run = _evaluated(
+                    risk.model, self.loss, batches, known, graph_bytes
+                )
+                first_run.keep(risk.kept, run)
             if self.ranks.is_many:
                 check_alike(self.ranks, risk._function_digests)
             risk.example = self.ranks.led(risk._first_outputs)
@@ -283,19 +289,22 @@ def _evaluated(
     loss: OutputLoss,
     batches: Iterable[Batch],
     known: Sequence[Known],
-) -> tuple[list[Tensor], Tensor]:
-    """Return the outputs of all batches and the sum of all losses.
+    graph_bytes: int | None,
+) -> tuple[list[Tensor], Tensor, Run | None]:
+    """Return the outputs of all batches, the sum of all losses, and a run to keep.
 
     Args:
         model: The model at other parameters.
         loss: The loss.
         batches: The data.
         known: What the data were before, by batch.
+        graph_bytes: What the graph of the only batch takes, if its run is to be kept.
 
     Raises:
         ValueError: If the data are others, or outputs are NaN or Inf.
     """
     outputs: list[Tensor] = []
+    run: Run | None = None
     total = torch.zeros((), dtype=model.dtype, device=model.device)
     for index, (X, y) in enumerate(batches):
         where = f"batch {index}"
@@ -305,7 +314,9 @@ def _evaluated(
             )
         sums, targets, before = known[index]
         with as_guest(model.device):
-            output = model(model.params, X).detach()
+            if graph_bytes is not None:
+                run = next_run(model, X, graph_bytes)
+            output = (run.output if run else model(model.params, X)).detach()
         if output.shape != before.shape:
             raise ValueError(
                 f"model: on {where} it returned outputs {list(output.shape)}, before "
@@ -322,7 +333,7 @@ def _evaluated(
         outputs.append(output.clone())
     if not total.isfinite():
         raise ValueError(f"parameters: the loss is {total.item()} there.")
-    return outputs, total
+    return outputs, total, run
 
 
 def _other_data(where: str) -> ValueError:

@@ -5,6 +5,7 @@ construction has just made one. A risk of one batch keeps it with its graph, whe
 fits into the budget, until another risk is built. Whoever takes it has it alone: the
 linearisation keeps the graph, columns are pulled back through it and let it go. Its
 input is compared with what the data are then, so that a change of them is seen as ever.
+So does a risk at other parameters, if that of the risk it came from has been taken.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from torch.autograd.graph import disable_saved_tensors_hooks
 
 from vivit_linop.devices import is_out_of_memory, saved_bytes
 from vivit_linop.graphs import has_own_code, nbytes_saved
+from vivit_linop.risk.containers import copied
 from vivit_linop.risk.kept import Kept
 from vivit_linop.risk.model import FunctionalModel, Params
 from vivit_linop.risk.outputs import RaggedOutputs
@@ -38,7 +40,7 @@ class Record(Protocol):
 
 Watch = Callable[[Params], contextlib.AbstractContextManager[Record]]
 
-_KEY = "first run"
+_KEY, _WANTED = "first run", "first runs are wanted"
 # The share of free memory that it may take, as the columns that it is for.
 _MEMORY_SHARE = 12
 # Whose run is kept: of those that nobody asks for there is one at most.
@@ -141,6 +143,29 @@ def run_of(model: FunctionalModel, X: Any, samples: int) -> Run:
     return Run(own, output, written, nbytes)
 
 
+def next_run(model: FunctionalModel, X: Any, graph_bytes: int) -> Run:
+    """Run a net at other parameters, on a batch whose first run could serve.
+
+    Args:
+        model: The net.
+        X: The input.
+        graph_bytes: What the graph of the first run took.
+    """
+    (watch,), calls, own = _watches, model.calls, copied(X)
+    with disable_saved_tensors_hooks("first run"), watch(model.params) as record:
+        output = model(model.params, own)
+    run = Run(own, output, [], graph_bytes)
+    if model.calls - calls <= 1:
+        run.record = record
+        run.repeats = not record.has_hooks and not has_own_code(output)
+    return run
+
+
+def is_wanted(kept: Kept) -> bool:
+    """Whether the run at some parameters has been asked for, so that others may be."""
+    return _WANTED in kept.everywhere
+
+
 def keep(kept: Kept, run: Run | None) -> None:
     """Keep a run, if it may serve as one and fits, in place of that of another risk.
 
@@ -162,6 +187,7 @@ def keep(kept: Kept, run: Run | None) -> None:
 def taken(kept: Kept, X: Any) -> Run | None:
     """Take the run, which is kept no longer; None if there is none on this input."""
     run: Run | None = kept.values.pop(_KEY, None)
+    kept.everywhere[_WANTED] = True
     return run if run is not None and run.is_of(X) else None
 
 
