@@ -17,6 +17,7 @@ import torch
 
 from benchmarks import (
     certificates,
+    compiled,
     compositions,
     directions,
     inverses,
@@ -51,6 +52,7 @@ from benchmarks.problems import NETS, Problem, Unavailable, make_problem
 
 SUITES: dict[str, Suite] = {
     "products": products.SUITE,
+    "compiled": compiled.SUITE,
     "spectra": spectra.SUITE,
     "directions": directions.SUITE,
     "inverses": inverses.SUITE,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import inspect
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -29,10 +30,14 @@ def require(module: str, package: str) -> None:
 
 def curvlinops_ggn(problem: Problem) -> curvlinops.GGNLinearOperator:
     """Return curvlinops' GGN, without the passes that check determinism."""
-    return curvlinops.GGNLinearOperator(
+    kind, params = curvlinops.GGNLinearOperator, problem.params
+    # The branch after 3.0.1 takes parameters by name.
+    if "dict" in str(inspect.signature(kind).parameters["params"].annotation):
+        params = dict(problem.model.named_parameters())
+    return kind(
         problem.model,
         problem.loss,
-        problem.params,
+        params,
         [problem.data],
         check_deterministic=False,
     )

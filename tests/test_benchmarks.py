@@ -14,6 +14,7 @@ from torch import nn
 
 import benchmarks.__main__ as command
 from benchmarks import (
+    compiled,
     gpu,
     growth,
     lines,
@@ -59,7 +60,7 @@ def test_pretrained_net_knows_digits() -> None:
     assert accuracy > 0.75  # 0.816 on all 1797
 
 
-@pytest.mark.parametrize("suite", command.SUITES)
+@pytest.mark.parametrize("suite", sorted({*command.SUITES} - {"compiled"}))
 def test_cases_of_a_suite_agree(
     suite: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -76,6 +77,18 @@ def test_cases_of_a_suite_agree(
     # Only what is not installed is left out.
     for reason in found["unavailable"].values():
         assert reason.endswith("is not installed")
+
+
+def test_compiled_products_agree(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiled, "BACKEND", "eager")
+    problem = available("tiny", 4)
+    results = {name: build(problem)() for name, build in compiled.SUITE.cases.items()}
+    assert len(results) == 8
+    for error in compiled.SUITE.agreement(problem, results).values():
+        assert error < 1e-5
+    monkeypatch.setattr(compiled, "BACKEND", "of another machine")
+    with pytest.raises(Unavailable, match=r"torch\.compile fails here"):
+        compiled.product(problem, "ours", 1, compiled=True)
 
 
 def test_the_load_is_kept_and_cores_are_shared(
