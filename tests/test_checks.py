@@ -193,22 +193,21 @@ class State(nn.Module):
         return out
 
 
-def fixed_models() -> dict[str, nn.Module]:
-    plain = net()
-    return {
-        "state": State(12).double(),
-        "states of their own": State(12, zero=False).double(),
-        "view": Lambda(lambda m, x: m.f(x.view(12, 4)), f=net()).double(),
-        "padded": Lambda(
-            lambda m, x: m.f(torch.cat([x, x.new_zeros(12 - len(x), 4)])), f=net()
-        ).double(),
-        "exported": torch.export.export(plain, (X,)).module(),
-    }
+# Built by the tests: torch.export is not imported sooner.
+FIXED: dict[str, Callable[[], nn.Module]] = {
+    "state": lambda: State(12),
+    "states of their own": lambda: State(12, zero=False),
+    "view": lambda: Lambda(lambda m, x: m.f(x.view(12, 4)), f=net()),
+    "padded": lambda: Lambda(
+        lambda m, x: m.f(torch.cat([x, x.new_zeros(12 - len(x), 4)])), f=net()
+    ),
+    "exported": lambda: torch.export.export(net(), (X,)).module(),
+}
 
 
-@pytest.mark.parametrize("name", fixed_models())
+@pytest.mark.parametrize("name", FIXED)
 def test_models_of_one_batch_size(name: str) -> None:
-    model = fixed_models()[name]
+    model = FIXED[name]().double()
     risk = vl.EmpiricalRisk(model, CE, (X, Y))
     expected = torch.autograd.grad(CE(model(X), Y), list(model.parameters()))
     torch.testing.assert_close(risk.gradient(), risk.flatten(expected))
