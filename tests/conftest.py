@@ -1,5 +1,6 @@
 """Fixtures and options that all tests share."""
 
+import gc
 import os
 
 import pytest
@@ -30,6 +31,13 @@ def pytest_collection_modifyitems(items):
         mark = item.get_closest_marker("host")
         if mark is not None:
             item.add_marker(pytest.mark.skip(reason=f"on the CPU only: {mark.args[0]}"))
+
+
+def pytest_collection_finish(session):
+    # What stays for good need not be looked at by each collection of garbage, of which
+    # every traced net asks for one.
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(wrapper=True)

@@ -50,7 +50,7 @@ NOT_SELF_ADJOINT = [name for name in SQUARE if name not in SELF_ADJOINT]
 # Threads ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("n", [100, 129, 300])
+@pytest.mark.parametrize("n", [100, 129])
 def test_threads_of_blas_are_as_before(n: int) -> None:
     """Also where decompositions meet in several threads."""
     A = torch.randn(n, n, generator=torch.Generator().manual_seed(n)).double()
@@ -67,7 +67,7 @@ def test_threads_of_blas_are_as_before(n: int) -> None:
     with threadpool_limits(2, user_api="blas"):
         before = of_blas()
         with ThreadPoolExecutor(4) as pool:
-            found = list(pool.map(decomposed, range(8)))
+            found = list(pool.map(decomposed, range(4)))
         assert of_blas() == before
     expected = np.linalg.eigvalsh(A.numpy())
     for alone, evals, evecs in found:
