@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import vivit_linop as vl
 from tests import cases
@@ -19,6 +20,7 @@ from vivit_linop.net.linearization import (
     ReverseTangents,
     linearizations,
 )
+from vivit_linop.net.tangents import tangent_map
 
 
 @pytest.fixture(autouse=True)
@@ -197,3 +199,34 @@ def test_trace_of_batch_norms() -> None:
         x = torch.linspace(-1, 1, J.shape[1], dtype=torch.float64)
         assert close(J @ x, expected @ x, 1e-12)
     assert linearization.method == "trace"
+
+
+class Multiplications(TorchDispatchMode):
+    """Counts products entry by entry."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten.mul.Tensor
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_norm_in_eval_mode_scales_once() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(2, 3, 2), nn.BatchNorm2d(3)).double().eval()
+    net[1].running_var.uniform_(0.5, 2.0)
+    X, theta = torch.rand(4, 2, 5, 5).double(), dict(net.named_parameters())
+    theta = {name: p.detach() for name, p in theta.items()}
+    x = [torch.rand_like(p) for p in theta.values()]
+
+    def function(params: dict[str, Tensor]) -> Tensor:
+        return torch.func.functional_call(net, params, X)
+
+    tangents = tangent_map(function, theta)
+    with Multiplications() as counted:
+        image = tangents(*x)
+    # That of the activations, and that of the weight's tangent.
+    assert counted.count == 2
+    named = dict(zip(theta, x, strict=True))
+    _, expected = torch.func.jvp(function, (theta,), (named,))
+    torch.testing.assert_close(image, expected)
