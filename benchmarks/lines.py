@@ -57,6 +57,9 @@ CAPABILITIES = {
         analysis/influence.py analysis/laplace.py analysis/predictive.py
         analysis/trust_region.py interop/laplace.py
     """,
+    "many columns at a time, the run of construction": """
+        net/columns/products.py risk/first_run.py
+    """,
     "KFRA, and BackPACK's recursions": "curvature/recursions.py",
     "notebooks, plots, bars, explain of every operator": """
         bars.py drawing.py extras.py linalg/explanations.py operators/outline.py

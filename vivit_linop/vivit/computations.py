@@ -277,8 +277,7 @@ class EighComputation(_OfGGN[tuple[Tensor, list[Tensor]]]):
     Takes the arguments of :class:`EigvalshComputation`, and raises its errors.
 
     Args:
-        warn_small_eigvals: Warn if a chosen eigenvalue is smaller than this; 0 for
-            never.
+        warn_small_eigvals: Warn if a chosen eigenvalue is smaller; 0 for never.
 
     Example:
         >>> import torch
@@ -394,13 +393,10 @@ class DirectionalDerivativesComputation(_DirectionalComputation[tuple[Tensor, Te
         mc_samples_ggn: 0 for the exact GGN, or the number of Monte-Carlo samples that
             approximate the Hessian of the loss, for directions and curvatures.
         verbose: Whether to print what happens during the backward pass.
-        warn_small_eigvals: Warn if a chosen eigenvalue is smaller than this; 0 for
-            never.
+        warn_small_eigvals: Warn if a chosen eigenvalue is smaller; 0 for never.
 
     Raises:
-        ValueError: If a list of samples is empty or repeats an index, or
-            ``mc_samples_ggn`` is negative. Indices out of range are found in the
-            backward pass.
+        ValueError: As for :class:`EigvalshComputation`.
 
     Example:
         >>> import torch
