@@ -19,6 +19,9 @@ from vivit_linop.devices import free_memory
 
 Value = TypeVar("Value")
 
+# First words of keys: what belongs to a net, whatever the data are.
+_OF_THE_NET = "structure", "sample sizes"
+
 
 class Kept:
     """What has been made once.
@@ -54,8 +57,11 @@ class Kept:
 
     def structures(self) -> dict[Hashable, Any]:
         """Return what is the same for other data too, as far as it is known."""
-        keys = [("structure", alone) for alone in (False, True)]
-        return {key: self.everywhere[key] for key in keys if key in self.everywhere}
+        return {
+            key: value
+            for key, value in self.everywhere.items()
+            if isinstance(key, tuple) and key[0] in _OF_THE_NET
+        }
 
     def drop_list(self, key: Hashable) -> None:
         """Let go of a list of what says how many bytes it takes."""
