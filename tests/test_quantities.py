@@ -478,7 +478,7 @@ def test_positive_curvature_hessian_of_a_module_densely(modify: str) -> None:
 def test_positive_curvature_hessian_is_refused() -> None:
     with pytest.raises(ValueError, match=r"BackPACK cannot compute PCHMP.*BatchNorm1d"):
         vl.PositiveCurvatureHessian(peer_risk("batch_norm", "mean"))
-    with pytest.raises(ValueError, match="modify: 'clip' or 'abs'"):
+    with pytest.raises(ValueError, match="modify: one of 'clip', 'abs'"):
         vl.PositiveCurvatureHessian(peer_risk("mlp_ce", "mean"), modify="square")
 
 
