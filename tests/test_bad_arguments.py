@@ -245,5 +245,10 @@ def test_inputs_of_another_precision(dtype: torch.dtype) -> None:
     net_of_images = nn.Sequential(nn.Conv2d(3, 2, 4), nn.Flatten()).to(dtype)
     with pytest.raises(TypeError, match=r"^data: the inputs of batch 0"):
         vl.EmpiricalRisk(net_of_images, loss, (images, y))
+    for wrong in (torch.int64, torch.uint8, torch.bool, torch.complex64):
+        with pytest.raises(TypeError, match=f"of batch 0 are {wrong}"):
+            vl.EmpiricalRisk(net, loss, (X.to(wrong), y))
+    with pytest.raises(ValueError, match=r"^data: batch 0 is on device 'meta'"):
+        vl.EmpiricalRisk(net, loss, (X.to("meta"), y))
     with pytest.raises(RuntimeError, match="mat1"):  # the model's own
         vl.EmpiricalRisk(net, loss, (torch.rand(6, 5, dtype=dtype), y))

@@ -223,6 +223,41 @@ def test_tied_parameters_by_both_names() -> None:
     refused("params", risk_of(model, MSE, (X, X), both))
 
 
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("tie", ["data", "set_", "a view"])
+def test_parameters_that_share_memory(tie: str, frozen: bool) -> None:
+    """They are two for autograd, and one for whoever moves them."""
+    first, second = nn.Linear(4, 4).double(), nn.Linear(4, 4).double()
+    if tie == "data":
+        second.weight.data = first.weight.data
+    elif tie == "set_":
+        with torch.no_grad():
+            second.weight.set_(first.weight)
+    else:
+        second.weight = nn.Parameter(first.weight.detach()[:4].view(4, 4))
+    second.weight.requires_grad_(not frozen)
+    model = nn.Sequential(first, nn.Tanh(), second)
+    refused("params", risk_of(model, MSE, (X, X)), says="share their memory")
+    risk = vl.EmpiricalRisk(model, MSE, (X, X), [first.bias])
+    assert risk.num_params == 4
+    second.weight = nn.Parameter(first.weight.detach().clone())
+    assert vl.EmpiricalRisk(model, MSE, (X, X)).num_params == 40
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
+def test_parameters_in_one_flat_memory(kind: type[nn.RNNBase]) -> None:
+    """As cuDNN wants them; they do not overlap."""
+    model = kind(4, 3, batch_first=True).double()
+    flat = torch.cat([p.detach().reshape(-1) for p in model.parameters()])
+    sizes = [p.numel() for p in model.parameters()]
+    for p, part in zip(model.parameters(), flat.split(sizes), strict=True):
+        p.data = part.view_as(p)
+    risk = vl.EmpiricalRisk(
+        model, MSE, (X[:, None], TARGETS), predict=lambda m, x: m(x)[0][:, 0]
+    )
+    assert risk.num_params == len(flat)
+
+
 def test_parameters_of_a_function() -> None:
     def model(params: Any, x: Tensor) -> Tensor:
         return x @ params["w"]

@@ -1,7 +1,7 @@
 """The forms that data come in; data and models that change are right or refused."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -200,3 +200,33 @@ def test_targets_changed_in_place(quantity: Any) -> None:
         assert "data" in str(error)
         return
     torch.testing.assert_close(got, quantity(still) @ x, rtol=1e-9, atol=1e-12)
+
+
+class Grows:
+    """A loader that gives a batch more, or less, from its third pass on."""
+
+    def __init__(self, first: int, later: int) -> None:
+        self.counts, self.passes = (first, first, later), 0
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        count = self.counts[min(self.passes, 2)]
+        self.passes += 1
+        X = torch.arange(24.0).reshape(8, 3).sin()
+        yield from [(X[i : i + 2], X[i : i + 2, :1]) for i in range(0, 2 * count, 2)]
+
+
+@pytest.mark.parametrize(("first", "later"), [(3, 4), (3, 2), (1, 4)])
+def test_another_number_of_batches(first: int, later: int) -> None:
+    """Found in whatever pass it is, beside batches that have stayed."""
+    for use in (
+        lambda risk: risk.gradient(),
+        lambda risk: vl.GGN(risk).gram.to_dense(),
+        lambda risk: vl.GGN(risk).diagonal(),
+        lambda risk: risk.subset([0, 1]),
+        lambda risk: risk.at(),
+        lambda risk: vl.Hessian(risk) @ torch.ones(4),
+    ):
+        net = nn.Linear(3, 1)
+        risk = vl.EmpiricalRisk(net, nn.MSELoss(), Grows(first, later), memory=0)
+        with pytest.raises(ValueError, match=r"^data: there are \d+ (or more )?batch"):
+            use(risk)

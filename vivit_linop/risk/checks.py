@@ -156,14 +156,12 @@ def checked_outputs(
 
 def _check_dtypes(model: FunctionalModel, index: int, X: Any) -> None:
     """Raise an error if inputs are in another precision than the parameters."""
-    found = {
-        leaf.dtype
-        for leaf in leaves(X)
-        if isinstance(leaf, Tensor) and leaf.is_floating_point()
-    }
+    found = [leaf.dtype for leaf in leaves(X) if isinstance(leaf, Tensor)]
+    # Integers beside numbers in the right precision are indices.
+    found.sort(key=lambda dtype: not dtype.is_floating_point)
     if found and model.dtype not in found:
         raise TypeError(
-            f"data: the inputs of batch {index} are {found.pop()}, the parameters "
+            f"data: the inputs of batch {index} are {found[0]}, the parameters "
             f"{model.dtype}, and the model fails. Convert one to the other, "
             "model.double() or X.float()."
         )

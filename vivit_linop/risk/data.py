@@ -161,6 +161,10 @@ def iterate(
     """
 
     def on_device(leaf: Tensor) -> Tensor:
+        if leaf.is_meta:
+            raise ValueError(
+                f"data: batch {index} is on device 'meta', without values."
+            )
         leaf = leaf.to(device, non_blocking=overlaps)
         if not leaf.is_inference():
             return leaf

@@ -27,6 +27,7 @@ from vivit_linop.risk.parameters import (
     as_pairs,
     check_chosen,
     check_finite,
+    check_memory,
     check_precision,
     chosen_of_function,
     chosen_of_module,
@@ -135,6 +136,7 @@ class FunctionalModel:
         self._source: Source | None = None
         if isinstance(model, nn.Module):
             chosen = chosen_of_module(model, params)
+            check_memory(model, chosen)
             _check_modes(model)
         else:
             chosen = chosen_of_function(params)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -123,6 +123,30 @@ def chosen_of_module(model: nn.Module, params: Any | None) -> dict[str, Tensor]:
             )
         result[name] = p
     return result
+
+
+def check_memory(model: nn.Module, chosen: Container[str]) -> None:
+    """Refuse parameters that are two for autograd, and one in memory.
+
+    Args:
+        model: The module.
+        chosen: The names of the parameters that derivatives are taken in.
+
+    Raises:
+        ValueError: If another parameter begins where a chosen one does.
+    """
+    places: dict[tuple[torch.device, int], str] = {}
+    for name, p in model.named_parameters():
+        plain = type(p) is nn.Parameter and p.layout == torch.strided
+        if not plain or p.is_meta or not p.numel():
+            continue
+        other = places.setdefault((p.device, p.data_ptr()), name)
+        if other != name and (name in chosen or other in chosen):
+            raise ValueError(
+                f"params: {other!r} and {name!r} share their memory, but derivatives "
+                "in one of them do not see the other. Let them be one parameter, "
+                "b.weight = a.weight, or copy one of them."
+            )
 
 
 def chosen_of_function(params: Any | None) -> dict[str, Tensor]:

@@ -250,11 +250,14 @@ class Passes:
         count = 0
         for batch in self._cut(raw, self._device, what):
             count += 1
+            if 0 < self.number < count:
+                break
             yield batch
-        if count < self.number:
+        if count != self.number > 0:
+            more = "or more " if count > self.number else ""
             raise ValueError(
-                f"data: there are {count} batches, when the risk was built there were "
-                f"{self.number}. Give data that are the same in every pass."
+                f"data: there are {count} {more}batches, when the risk was built there "
+                f"were {self.number}. Give data that are the same in every pass."
             )
 
     def _cut(
