@@ -118,6 +118,11 @@ KEEPING: dict[str, list[str]] = {
         "h = h if h.requires_grad else h.detach().requires_grad_()\n"
         "h = checkpoint.checkpoint({cell}, h, use_reentrant=True)",
     ],
+    "vectorised": ["h = torch.func.vmap({cell})(h)"],
+    "hooked": ["h = {hooked(nn.Linear(d, d))}(h)"],
+    "asked_for_its_kind": [
+        "w = {square}\nh = F.linear(h, w if w.requires_grad or w.is_leaf else 2 * w)"
+    ],
     "custom_function": ["h = Cube.apply(h)", "h = Softsign.apply(h)"],
     "linear_algebra": [
         "A = {square}.cosh() + d * torch.eye(d).to(h)\n" + use
@@ -159,6 +164,19 @@ DEFINITIONS = {
     @staticmethod
     def backward(ctx, g):
         return g / (1 + ctx.saved_tensors[0].abs()) ** 2
+""",
+    "hooked": """def doubled(module, arguments, output):
+    return 2 * output
+
+
+def shifted(module, arguments):
+    return (arguments[0] + 0.5,)
+
+
+def hooked(layer):
+    layer.register_forward_hook(doubled)
+    layer.register_forward_pre_hook(shifted)
+    return layer
 """,
     "symmetric": """class Symmetric(nn.Module):
     def forward(self, w):

@@ -353,6 +353,18 @@ def robust(net: Writer) -> LossCode:
 
 
 @loss
+def hooked(net: Writer) -> LossCode:
+    """A loss of torch that computes something else than its type says."""
+    _outputs(net)
+    net.definitions.append(
+        "def tripled(module, arguments, value):\n    return 3 * value\n\n\n"
+        "def hooked_loss(**options):\n    loss = nn.MSELoss(**options)\n"
+        "    loss.register_forward_hook(tripled)\n    return loss\n"
+    )
+    return f"hooked_loss({_reduction(net)[2:]})", "torch.randn_like(f)", "None"
+
+
+@loss
 def of_ones_own(net: Writer) -> LossCode:
     """Convex functions; of some, the outputs of a sample are coupled."""
     _outputs(net)
