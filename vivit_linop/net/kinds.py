@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -77,6 +78,11 @@ class Signature:
     functions: Iterable[Callable[..., Any]]
     arguments: str
     read: Callable[[Arguments], Arguments | None] | None = None
+
+    @cached_property
+    def names(self) -> list[str]:
+        """The names of the arguments."""
+        return self.arguments.split()
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -136,7 +136,7 @@ class Recorder(TorchFunctionMode):
             return None  # else a cotangent is not what it is here
         for signature, kind in readings(func):
             # In the order of their names, also where they came by name.
-            names = signature.arguments.split()
+            names = signature.names
             passed = dict.fromkeys(names) | dict(zip(names, args, strict=False))
             given = {}
             for name, value in (passed | kwargs).items():
@@ -187,10 +187,10 @@ class Views:
     """
 
     def __init__(self, params: Params) -> None:
-        # Tensors are known by identity, so they must live as long as this does.
-        self._known = {
-            id(p): (p, name, torch.empty(p.shape, dtype=p.dtype, device="meta"))
-            for name, p in params.items()
+        # Tensors are known by identity, so they must live as long as this does. Twins
+        # of parameters are made when there is a view of one.
+        self._known: dict[int, tuple[Tensor, str, Tensor | None]] = {
+            id(p): (p, name, None) for name, p in params.items()
         }
 
     def names(self, tree: Any) -> set[str]:
@@ -211,6 +211,8 @@ class Views:
         if id(value) not in self._known:
             return value.detach()
         _, name, twin = self._known[id(value)]
+        if twin is None:
+            return View(name, (0, value.numel()), value.shape)
         start = int(twin.storage_offset())
         place = start, start + twin.numel()
         if twin.is_contiguous():
@@ -229,10 +231,12 @@ class Views:
         """Learn the views that a call has made; returns whether it has done only so."""
         if not args or id(args[0]) not in self._known:
             return False
-        _, name, twin = self._known[id(args[0])]
-        if func not in _VIEWS and not (
-            func in _VIEWS_IF_CONTIGUOUS and twin.is_contiguous()
-        ):
+        if func not in _VIEWS and func not in _VIEWS_IF_CONTIGUOUS:
+            return False
+        viewed, name, twin = self._known[id(args[0])]
+        if twin is None:
+            twin = torch.empty(viewed.shape, dtype=viewed.dtype, device="meta")
+        if func in _VIEWS_IF_CONTIGUOUS and not twin.is_contiguous():
             return False
         if func is Tensor.__getitem__ and not _is_basic(args[1]):
             return False
