@@ -3,12 +3,14 @@
 Each run takes a step of gradient descent, which is not part of the monitor's cost but
 of all cases', and so is the gradient that it takes. A risk that is made anew validates
 the model and the data; ``risk.at()`` does not, and its eigenpairs start from those of
-the step before.
+the step before. At the edge of stability, where pairs move by more, the steps are those
+that training has taken before: there and back again.
 """
 
 from __future__ import annotations
 
 import copy
+import itertools
 from typing import Any
 
 from torch import Tensor
@@ -21,6 +23,8 @@ from benchmarks.products import gradient
 PAIRS, RATE, BEGUN = 10, 0.02, 30
 AT, MADE = "risk.at()", "EmpiricalRisk(…)"
 FOLLOWED, ANEW = "eigh(k, start=…) at risk.at()", "eigh(k) of a new risk"
+# Where the largest eigenvalue times the rate is about 2, with the steps that are taken.
+EDGE, EDGE_RATE, EDGE_STEPS = "eigh(k, start=…) at the edge", 0.1, range(90, 120)
 
 
 class Training:
@@ -78,6 +82,25 @@ def followed(problem: Problem) -> Run:
     return run
 
 
+def at_the_edge(problem: Problem) -> Run:
+    training, thetas = Training(problem), []
+    for count in range(EDGE_STEPS.stop - BEGUN):
+        risk = training.risk
+        risk.add_to_(training.model, -EDGE_RATE * risk.gradient())
+        if count + BEGUN >= EDGE_STEPS.start:
+            thetas.append(risk.flatten(risk.params))
+        training.now()
+    there_and_back = itertools.cycle([*thetas, *thetas[-2:0:-1]])
+    pairs: list[Any] = [vl.GGN(training.risk).eigh(PAIRS)]
+
+    def run() -> tuple[Tensor, Any]:
+        risk = training.risk.at(next(there_and_back))
+        pairs[0] = vl.GGN(risk).eigh(PAIRS, start=pairs[0])
+        return pairs[0].eigenvalues, risk
+
+    return run
+
+
 def anew(problem: Problem) -> Run:
     training = Training(problem)
 
@@ -92,18 +115,24 @@ def anew(problem: Problem) -> Run:
 def agreement(_: Problem, results: Results) -> dict[str, float]:
     """Of values, gradients, and eigenvalues where the block iteration goes on."""
     (_, risk), (evals, fresh) = results[FOLLOWED], results[ANEW]
+    edge, there = results[EDGE]
+    exact_there = vl.GGN(there).eigh(PAIRS).eigenvalues
     G = vl.GGN(risk)
     exact = G.eigh(PAIRS, start=G.eigh(PAIRS), tol=1e-6).eigenvalues
     return {
         f"value, {AT} | {MADE}": difference(results[AT], results[MADE]),
         f"gradient, {AT} | {MADE}": difference(risk.gradient(), fresh.gradient()),
         "eigenvalues, start=… with tol=1e-6 | without": difference(exact, evals),
+        "eigenvalues at the edge | exact": difference(edge, exact_there),
     }
 
 
 SUITE = Suite(
     "Ten eigenpairs of the GGN at a step of training",
-    {"gradient": gradient, AT: at, MADE: made, FOLLOWED: followed, ANEW: anew},
+    {
+        **{"gradient": gradient, AT: at, MADE: made, FOLLOWED: followed, ANEW: anew},
+        EDGE: at_the_edge,
+    },
     nets={"digits-mlp": None},
     ratios=[
         Ratio(f"{AT} / gradient", AT, "gradient", {"digits-mlp": 1.2}, at_most=True),
@@ -111,6 +140,13 @@ SUITE = Suite(
         Ratio(
             "start=… / gradient",
             FOLLOWED,
+            "gradient",
+            {"digits-mlp": 10.0},
+            at_most=True,
+        ),
+        Ratio(
+            "start=… at the edge / gradient",
+            EDGE,
             "gradient",
             {"digits-mlp": 10.0},
             at_most=True,
