@@ -262,13 +262,14 @@ def test_streaming_measures_and_prints(capsys: pytest.CaptureFixture[str]) -> No
 
 
 def test_walks_are_counted(capsys: pytest.CaptureFixture[str]) -> None:
-    """Exact numbers: the risk of a net that is there does not run it again."""
+    """Exact numbers: construction runs the net, and products do not run it again."""
     command.main(["walk"])
     table = capsys.readouterr().out
     assert all(name in table for name in walk.WALKS)
-    first, again = (walk.follow(make()) for make in (walk.first_product, walk.product))
+    ways = walk.construction, walk.first_product, walk.product
+    risk, first, again = (walk.follow(make()) for make in ways)
     assert again.files <= again.functions <= again.calls < first.calls
-    assert again.moves < again.calls and again.runs < first.runs
+    assert again.moves < again.calls and again.runs == first.runs == 0 < risk.runs
     command.main(["walk", "--follow", "G @ x"])
     assert "operators/base.py" in capsys.readouterr().out
 
