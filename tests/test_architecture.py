@@ -1,5 +1,6 @@
 """The page on the architecture names the files there are; test files keep to bounds."""
 
+import pkgutil
 import re
 from pathlib import Path
 
@@ -47,6 +48,25 @@ def test_modules_beside_the_rooms_are_named() -> None:
 def test_paths_in_the_text_exist() -> None:
     named = re.findall(r"`((?:\w+/)+\w+\.py)`", PAGE.read_text())
     assert named and [name for name in named if not (PACKAGE / name).exists()] == []
+
+
+def test_names_in_docstrings_exist() -> None:
+    reference = re.compile(r":(?:mod|class|func|meth):`~?(vivit_linop\.[\w.]+)`")
+    named = {
+        (path.name, name)
+        for path in PACKAGE.rglob("*.py")
+        for name in reference.findall(path.read_text())
+    }
+    assert named and [name for name in named if not exists(name[1])] == []
+
+
+def exists(name: str) -> bool:
+    """Whether a module, or what one has, is called so."""
+    try:
+        pkgutil.resolve_name(name)
+    except (ImportError, AttributeError):
+        return False
+    return True
 
 
 def test_test_files_are_short_and_import_no_other() -> None:

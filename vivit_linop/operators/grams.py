@@ -1,7 +1,7 @@
 """Gram and outer products of factors: the rules of these verbs.
 
 The rules for what is pulled back through a Jacobian stand in
-:mod:`vivit_linop.curvature.sums`.
+:mod:`vivit_linop.curvature.column_sums`.
 """
 
 from __future__ import annotations
