@@ -16,6 +16,8 @@ from tests.cases import Lambda
 from vivit_linop.net.linearization import linearizations
 
 N, C = 6, 3
+# Each has a tenth of the error of the one before.
+ITERATIONS = 14
 
 
 class _Once(torch.autograd.Function):
@@ -48,7 +50,7 @@ def _equilibrium(hidden: Callable[[Tensor], Tensor], like: Tensor) -> Tensor:
     """z = hidden(z), with the implicit derivative by a backward hook."""
     with torch.no_grad():
         z = torch.zeros_like(like)
-        for _ in range(25):
+        for _ in range(ITERATIONS):
             z = hidden(z)
     z = hidden(z)
     start = z.clone().detach().requires_grad_()
@@ -56,7 +58,7 @@ def _equilibrium(hidden: Callable[[Tensor], Tensor], like: Tensor) -> Tensor:
 
     def implicit(gradient: Tensor) -> Tensor:
         g = gradient
-        for _ in range(25):
+        for _ in range(ITERATIONS):
             g = torch.autograd.grad(step, start, g, retain_graph=True)[0] + gradient
         return g
 
@@ -67,7 +69,7 @@ def _equilibrium(hidden: Callable[[Tensor], Tensor], like: Tensor) -> Tensor:
 
 def _unrolled(hidden: Callable[[Tensor], Tensor], like: Tensor) -> Tensor:
     z = torch.zeros_like(like)
-    for _ in range(25):
+    for _ in range(ITERATIONS):
         z = hidden(z)
     return z
 
@@ -75,7 +77,7 @@ def _unrolled(hidden: Callable[[Tensor], Tensor], like: Tensor) -> Tensor:
 def _deep_equilibrium(solve: Callable[..., Tensor]) -> Callable[[Any, Tensor], Tensor]:
     def forward(m: Any, x: Tensor) -> Tensor:
         given = m.first(x)
-        return m.last(solve(lambda z: torch.tanh(0.2 * m.inner(z) + given), given))
+        return m.last(solve(lambda z: torch.tanh(0.1 * m.inner(z) + given), given))
 
     return forward
 
@@ -231,8 +233,10 @@ def test_products(kind: str, memory: int | None) -> None:
     assert _close(vl.GGN(p.risk) @ unit, p.G)
 
 
-@pytest.mark.parametrize("memory", [None, 0])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("kind", "memory"),
+    [*((kind, None) for kind in KINDS), ("bag mean", 0), ("deep equilibrium", 0)],
+)
 def test_what_is_built_on_products(kind: str, memory: int | None) -> None:
     p = _Problem(kind, memory=memory)
     G, b, delta = vl.GGN(p.risk), p.X[:, 0], 0.3
@@ -324,7 +328,7 @@ def test_lower_precision_inside_is_refused(inner: torch.dtype) -> None:
             J @ torch.ones(J.shape[1]).double()
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(2))
 def test_wrong_tangents_of_a_coarse_iteration_are_seen(seed: int) -> None:
     """In float32 one random number cannot tell them: they are right by a half."""
     torch.manual_seed(seed)
