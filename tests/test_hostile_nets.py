@@ -1,0 +1,238 @@
+"""Nets that few would write: right by autograd of the user's own, or refused."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import vivit_linop as vl
+
+N, C = 7, 3
+LOSS = nn.CrossEntropyLoss()
+
+
+class Net(nn.Module):
+    """A forward pass, and what it uses."""
+
+    def __init__(self, forward: Callable[..., Tensor], **parts: Any) -> None:
+        super().__init__()
+        self.forward_of = forward
+        for name, part in parts.items():
+            setattr(self, name, part)
+
+    def forward(self, X: Tensor) -> Tensor:
+        return self.forward_of(self, X)
+
+
+class WrongVmap(torch.autograd.Function):
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return x.sin()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.save_for_backward(inputs[0])
+        ctx.save_for_forward(inputs[0])
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return g * ctx.saved_tensors[0].cos()
+
+    @staticmethod
+    def vmap(info: Any, dims: Any, x: Tensor) -> Any:
+        return x.cos(), dims[0]
+
+
+class WrongTangent(WrongVmap):
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor) -> Tensor:
+        return 2 * tangent
+
+    vmap = None  # type: ignore[assignment]
+
+
+class Child(nn.Module):
+    """Its weight is its parent's."""
+
+    def __init__(self, parent: nn.Module) -> None:
+        super().__init__()
+        self.parent = weakref.ref(parent)
+
+    def forward(self, X: Tensor) -> Tensor:
+        return F.linear(X, self.parent().w)  # type: ignore[union-attr]
+
+
+def parameter(*shape: int) -> nn.Parameter:
+    return nn.Parameter(torch.randn(shape))
+
+
+def stacked(net: Any, X: Tensor) -> Tensor:
+    """Two members, vectorised by the user."""
+    weights = torch.stack([net.a.weight, net.b.weight])
+    return torch.func.vmap(F.linear, (None, 0))(X, weights).tanh().sum(0)
+
+
+def written(net: Any, X: Tensor) -> Tensor:
+    h, out = net.a(X), torch.zeros(len(X), 4, dtype=X.dtype)
+    out[:, :2] = h[:, :2].sin()
+    out[:, 2:] = h[:, 2:]
+    out[:, 0] *= h[:, 3]
+    return net.c(out)
+
+
+def unique(net: Any, X: Tensor) -> Tensor:
+    rows, places = X.round().unique(dim=0, return_inverse=True)
+    return net.a(rows)[places]
+
+
+def by_capacity(net: Any, X: Tensor) -> Tensor:
+    """Each expert takes two samples of the batch, the first ones."""
+    chosen = net.a(X).argmax(1)
+    rank = (F.one_hot(chosen, 3).cumsum(0).gather(1, chosen[:, None]) - 1).squeeze(1)
+    return net.b(X) * (rank < 2)[:, None]
+
+
+def in_pairs(net: Any, X: Tensor) -> Tensor:
+    h = net.a(X)
+    return h + 0.1 * h.roll(1, 0) * (torch.arange(len(X)) % 2)[:, None]
+
+
+def without_gradients(net: Any, X: Tensor) -> Tensor:
+    torch.set_grad_enabled(False)
+    h = net.a(X).tanh()
+    torch.set_grad_enabled(True)
+    return net.c(h + net.b(X))
+
+
+def threaded(net: Any, X: Tensor) -> Tensor:
+    with ThreadPoolExecutor(1) as pool:
+        return net.c(pool.submit(lambda: net.a(X).tanh()).result())
+
+
+def parented() -> nn.Module:
+    net = Net(lambda net, X: net.child(X), w=parameter(C, 5))
+    net.child = Child(net)
+    return net
+
+
+L = nn.Linear
+NETS: dict[str, Callable[[], nn.Module]] = {
+    "vectorised inside": lambda: Net(
+        lambda net, X: torch.func.vmap(lambda x: net.c(net.a(x).tanh()))(X),
+        a=L(5, 4),
+        c=L(4, C),
+    ),
+    "an ensemble": lambda: Net(stacked, a=L(5, C, False), b=L(5, C, False)),
+    "derivatives inside": lambda: Net(
+        lambda net, X: (
+            torch.func.vmap(torch.func.jacrev(lambda x: net.a(x).tanh().sum()))(X)
+            @ net.w
+        ),
+        a=L(5, 4),
+        w=parameter(5, C),
+    ),
+    "overlapping slices": lambda: Net(
+        lambda net, X: (
+            F.linear(X, net.w[:C]) + F.linear(X, net.w[1 : C + 1]) * (X @ net.w[-C:].T)
+        ),
+        w=parameter(6, 5),
+    ),
+    "strides of its own": lambda: Net(
+        lambda net, X: F.linear(X, torch.as_strided(net.w, (C, 5), (2, 1))),
+        w=parameter(20),
+    ),
+    "windows of a vector": lambda: Net(
+        lambda net, X: F.linear(X, net.w.unfold(0, 5, 2)[:C]), w=parameter(20)
+    ),
+    "weights from samples": lambda: Net(
+        lambda net, X: net.c(
+            F.conv1d(X[None], net.a(X)[:, None], groups=len(X)).squeeze(0)
+        ),
+        a=L(5, 3),
+        c=L(3, C),
+    ),
+    "a wrong rule for vmap": lambda: Net(
+        lambda net, X: net.c(WrongVmap.apply(net.a(X) * net.w.cumsum(0))),
+        a=L(5, 4),
+        c=L(4, C),
+        w=parameter(4),
+    ),
+    "wrong tangents": lambda: Net(
+        lambda net, X: net.c(WrongTangent.apply(net.a(X[:, None])).flatten(1)),
+        a=nn.Conv1d(1, 2, 3),
+        c=L(6, C),
+    ),
+    "written by parts": lambda: Net(written, a=L(5, 4), c=L(4, C)),
+    "rows that are the same": lambda: Net(unique, a=L(5, C)),
+    "gradients off and on": lambda: Net(
+        without_gradients, a=L(5, 4), b=L(5, 4), c=L(4, C)
+    ),
+    "another thread": lambda: Net(threaded, a=L(5, 4), c=L(4, C)),
+    "a weight of the parent's": parented,
+    "outputs that are a parameter": lambda: Net(
+        lambda net, X: net.w.expand(len(X), C), w=parameter(C)
+    ),
+    "outputs that are inputs": lambda: Net(
+        lambda net, X: X[:, :C].add_(net.w), w=parameter(C)
+    ),
+}
+
+
+def rows_of(gradients: tuple[Tensor | None, ...], parameters: list[Any]) -> Tensor:
+    pairs = zip(gradients, parameters, strict=True)
+    return torch.cat(
+        [(torch.zeros_like(p) if g is None else g).reshape(-1) for g, p in pairs]
+    )
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_what_autograd_says(name: str) -> None:
+    torch.manual_seed(0)
+    net, X, y = NETS[name]().double(), torch.randn(N, 5).double(), torch.arange(N) % C
+    parameters = list(net.parameters())
+    output = net(X.clone())
+    J = torch.stack(
+        [
+            rows_of(
+                torch.autograd.grad(
+                    entry, parameters, retain_graph=True, allow_unused=True
+                ),
+                parameters,
+            )
+            for entry in output.reshape(-1)
+        ]
+    )
+    p = output.detach().softmax(1)
+    blocks = (p.diag_embed() - p[:, :, None] * p[:, None]) / N
+    G = J.T @ torch.block_diag(*blocks) @ J
+    slopes = (p - F.one_hot(y, C)) / N
+    risk = vl.EmpiricalRisk(net, LOSS, (X, y))
+    x = torch.arange(risk.num_params).double().cos()
+    of = vl.GGN(risk)
+    for got, expected in [
+        (risk.value(), LOSS(output, y).detach()),
+        (risk.gradient(), slopes.reshape(-1) @ J),
+        (vl.Jacobian(risk) @ x, J @ x),
+        (vl.Jacobian(risk).T.to_dense(), J.T),
+        (of @ x, G @ x),
+        (of.diagonal(), G.diagonal()),
+        (of.gram.to_dense().norm(), G.norm()),
+        (vl.PerSampleGradients(risk).to_dense().mean(1), slopes.reshape(-1) @ J),
+    ]:
+        torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("forward", [by_capacity, in_pairs])
+def test_samples_that_depend_on_others(forward: Callable[..., Tensor]) -> None:
+    torch.manual_seed(0)
+    net = Net(forward, a=L(5, C), b=L(5, C)).double()
+    data = torch.randn(N, 5).double(), torch.arange(N) % C
+    with pytest.raises(ValueError, match="depend on the other samples"):
+        vl.EmpiricalRisk(net, LOSS, data)
