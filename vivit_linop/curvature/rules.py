@@ -49,6 +49,9 @@ _PASS = Cost(Fraction(2, 3))
 _SECOND_DERIVATIVES = Cost(Fraction(2))
 
 
+# Rewriting ---------------------------------------------------------------------------
+
+
 @adjoint.register
 def adjoint_of_jacobian(op: Jacobian) -> Op:
     """Jᵀ, the pullback that it keeps."""
@@ -197,6 +200,9 @@ def _gram(A: Pullback, B: Pullback) -> Op:
 def _same_output(A: Pullback, B: Pullback) -> bool:
     """Whether two pullbacks of one risk are of the same operator in output space."""
     return A.output is B.output or (A.is_plain and B.is_plain)
+
+
+# What products cost ------------------------------------------------------------------
 
 
 @outline.register

@@ -71,6 +71,9 @@ DENSE_ROWS = 2000
 _FIRST_RESTARTS, _ROUGHLY = 50, 0.1
 
 
+# Eigenpairs --------------------------------------------------------------------------
+
+
 @eigh.register
 def eigenpairs_of_operator(
     op: TorchLinearOperator,
@@ -123,6 +126,9 @@ def _with_values(pairs: Eigenpairs, eigenvalues: Tensor) -> Eigenpairs:
     others = Eigenpairs(eigenvalues, lambda: pairs.eigenvectors)
     others.route = pairs.route
     return others
+
+
+# Eigenvalues -------------------------------------------------------------------------
 
 
 @eigvalsh.register
@@ -190,6 +196,9 @@ def eigenvalues_of_product(op: Product) -> Tensor:
 @eigvalsh.register
 def eigenvalues_of_block_diagonal(op: BlockDiagonal) -> Tensor:
     return torch.cat([block.eigvalsh() for block in op.blocks]).sort().values
+
+
+# Decompositions ----------------------------------------------------------------------
 
 
 @eigendecomposition.register
@@ -298,6 +307,9 @@ def decomposition_of_kronecker(
         return columns
 
     return MergedDecomposition(op.eigenvalues, vectors)
+
+
+# Ends of spectra ---------------------------------------------------------------------
 
 
 @extreme_eigenpairs.register

@@ -52,6 +52,9 @@ Op = TorchLinearOperator
 _DIGITS = 100.0
 
 
+# Inverses ----------------------------------------------------------------------------
+
+
 @inv.register
 def inverse_of_identity(op: Identity) -> Op:
     return op
@@ -176,6 +179,9 @@ def inverse_of_woodbury(op: Woodbury) -> Op:
 # (A + δ I)⁻¹ by what A is -----------------------------------------------------------
 
 
+# Inverses of damped nodes ------------------------------------------------------------
+
+
 @damped_inv.register
 def damped_inverse_of_diagonal(op: Diagonal | Identity | Damped, damping: Scalar) -> Op:
     """What absorbs a damping, also where a node was made that had not."""
@@ -246,6 +252,9 @@ def damped_inverse_of_corrected_kronecker(
 def _check_parts(parts: Sequence[Op], what: str) -> None:
     if any(part.shape[0] != part.shape[1] for part in parts):
         raise ValueError(f"inv: a {what} is singular: it has less than full rank.")
+
+
+# Moore–Penrose inverses --------------------------------------------------------------
 
 
 @pinv.register

@@ -178,6 +178,9 @@ class Counted(TorchLinearOperator):
         self._bar.update(X.shape[1])
 
 
+# Thick-restart Lanczos ---------------------------------------------------------------
+
+
 class NotConverged(Exception):
     """Only some pairs are as accurate as they should be: so many."""
 

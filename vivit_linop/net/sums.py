@@ -264,6 +264,9 @@ def _check_same_parameters(left: EmpiricalRisk, right: EmpiricalRisk) -> None:
         )
 
 
+# Pairs of columns over processes -----------------------------------------------------
+
+
 def pair_all(columns: Pass, ranks: Ranks, single: Use, pair: Use) -> list[Piece]:
     """Pair the columns of one factor with each other, each pair on one rank.
 

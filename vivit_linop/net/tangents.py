@@ -208,6 +208,9 @@ class OutOfPlace(TorchFunctionMode):
         return _OUT_OF_PLACE.get(func, func)(*args, **kwargs)
 
 
+# Whether products are right ----------------------------------------------------------
+
+
 class Probe(NamedTuple):
     """Random vectors, and what an ordinary backward pass makes of one.
 

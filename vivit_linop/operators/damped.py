@@ -22,6 +22,8 @@ from vivit_linop.operators.elementary import Dense, Diagonal, Sum
 from vivit_linop.operators.lowrank import LowRank, Woodbury
 from vivit_linop.operators.operands import Scalar, as_scalar
 
+# Damping by a number -----------------------------------------------------------------
+
 
 class Damped(TorchLinearOperator):
     """The operator A + δ I.
@@ -143,6 +145,9 @@ class _Solve(torch.autograd.Function):
         products = -(adjoint * solution)
         total = products.sum() if damping.ndim == 0 else products.sum(1)
         return adjoint, total.to(damping), None
+
+
+# Damping by a diagonal ---------------------------------------------------------------
 
 
 class WeightedRows(TorchLinearOperator):

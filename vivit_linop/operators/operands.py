@@ -19,6 +19,9 @@ _CPU = torch.device("cpu")
 Scalar: TypeAlias = float | Tensor
 
 
+# Vectors and devices -----------------------------------------------------------------
+
+
 def as_array(x: Any) -> np.ndarray:
     """Return numbers that are no tensor as an array; a product with them is dense."""
     of_tensors = isinstance(x, (list, tuple)) and any(
@@ -56,6 +59,9 @@ def numbered(device: torch.device | str) -> torch.device:
 
 
 """A number; a tensor without axes where gradients flow to it."""
+
+
+# Numbers -----------------------------------------------------------------------------
 
 
 def is_scalar(x: Any) -> bool:

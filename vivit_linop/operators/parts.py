@@ -19,6 +19,9 @@ from vivit_linop.operators.kronecker import as_operators
 Parts = Sequence[TorchLinearOperator | Tensor | np.ndarray]
 
 
+# Operators side by side --------------------------------------------------------------
+
+
 class HStack(TorchLinearOperator):
     """Operators side by side, [A B …].
 
@@ -107,6 +110,9 @@ def _checked(parts: Parts, axis: int) -> list[TorchLinearOperator]:
         shapes = [tuple(part.shape) for part in operators]
         raise ValueError(f"parts: need as many {side} each, got shapes {shapes}.")
     return operators
+
+
+# Rows, and rows and columns ----------------------------------------------------------
 
 
 def padded(X: Tensor, index: Tensor, rows: int) -> Tensor:

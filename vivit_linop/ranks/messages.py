@@ -26,6 +26,9 @@ _KINDS = (
 Layout = list[tuple[torch.dtype, torch.Size, str]]
 
 
+# Votes -------------------------------------------------------------------------------
+
+
 class RankError(RuntimeError):
     """Another rank has failed or has ended, or ranks do not do the same."""
 
@@ -107,6 +110,9 @@ def checksum(tensors: tuple[Tensor, ...]) -> int:
 
 def _weights(part: Tensor) -> Tensor:
     return 2 * torch.arange(len(part), device=part.device) + 1
+
+
+# Objects -----------------------------------------------------------------------------
 
 
 class _Packer(pickle.Pickler):

@@ -218,6 +218,9 @@ class DerivableRisk(Risk):
         return risk
 
 
+# Some samples ------------------------------------------------------------------------
+
+
 def _own_samples(given: Tensor, ranks: Ranks, own: int) -> Tensor:
     """Return which of some samples are this rank's, numbered from its first one.
 
@@ -260,6 +263,9 @@ def _check_selected(
             "data: are not what they were when the risk was built, or the model is "
             "another function. Give data that are the same in every pass."
         )
+
+
+# Other parameters --------------------------------------------------------------------
 
 
 def _moved(model: FunctionalModel, parameters: Any) -> FunctionalModel:
@@ -353,6 +359,9 @@ def _same_targets(targets: Any, before: Any) -> bool:
         and torch.allclose(a, b, 0.0, 0.0, equal_nan=True)
         for a, b in pairs
     )
+
+
+# Batches of other sizes --------------------------------------------------------------
 
 
 def _check_size(

@@ -20,6 +20,8 @@ from torch.nn.utils.rnn import PackedSequence, unpack_sequence
 from vivit_linop.risk.containers import described, leaves, map_leaves
 from vivit_linop.risk.data import some_targets
 
+# Samples with outputs of several shapes ----------------------------------------------
+
 
 class RaggedOutputs(Exception):
     """A net's samples have outputs of different shapes.
@@ -119,6 +121,9 @@ def _runs(keys: Sequence[Any]) -> list[list[int]]:
     """Cut numbers where their keys change."""
     runs = itertools.groupby(range(len(keys)), key=keys.__getitem__)
     return [list(run) for _, run in runs]
+
+
+# Several outputs of a sample ---------------------------------------------------------
 
 
 class OutputTree:

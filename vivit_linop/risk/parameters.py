@@ -18,6 +18,9 @@ PRECISIONS = (torch.float32, torch.float64)
 HALVES = (torch.float16, torch.bfloat16)
 
 
+# Precision ---------------------------------------------------------------------------
+
+
 def check_precision(dtype: Any) -> None:
     """Raise a ``ValueError`` unless a model can be evaluated in it; None is no wish."""
     if dtype is not None and not any(dtype is known for known in PRECISIONS):
@@ -59,6 +62,9 @@ def as_pairs(tensor: Tensor) -> Tensor:
 def of_pairs(pairs: Tensor) -> Tensor:
     """Return the complex numbers of pairs ``[…, 2]``."""
     return torch.complex(pairs[..., 0], pairs[..., 1])
+
+
+# Which parameters --------------------------------------------------------------------
 
 
 def chosen_of_module(model: nn.Module, params: Any | None) -> dict[str, Tensor]:
@@ -220,6 +226,9 @@ def all_finite(params: dict[str, Tensor]) -> Tensor:
     A sum is one pass over the entries.
     """
     return torch.stack([p.detach().sum() for p in params.values()]).isfinite().all()
+
+
+# Vectors -----------------------------------------------------------------------------
 
 
 class ParameterVectors:

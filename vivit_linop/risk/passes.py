@@ -39,6 +39,9 @@ Cut = tuple[Samples, list[Part], list[Checked]]
 Item = TypeVar("Item")
 
 
+# Cuts --------------------------------------------------------------------------------
+
+
 class ItemByItem(Exception):
     """Outputs come item by item, which batches before did not show."""
 
@@ -196,6 +199,9 @@ def number_of_items(y: Any, n: int) -> int:
     return items.pop() if len(items) == 1 and items != {n} else 0
 
 
+# Passes ------------------------------------------------------------------------------
+
+
 class Passes:
     """The data, as batches of tensors on one device, cut as the first pass found.
 
@@ -331,6 +337,9 @@ def _not_the_same(difference: str) -> ValueError:
         "them. What depends on torch's global generator only is drawn alike in "
         "every pass with check_data=False."
     )
+
+
+# Batches that are too large ----------------------------------------------------------
 
 
 def does_not_fit(model: FunctionalModel, search: Search, X: Any, n: int) -> str:

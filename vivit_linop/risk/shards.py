@@ -25,6 +25,9 @@ _SEED = 1
 _OF_ANY_MODULE = frozenset(vars(nn.Module()))
 
 
+# Parts of the data -------------------------------------------------------------------
+
+
 class OnceEach:
     """A loader without the samples that its sampler repeats on another rank.
 
@@ -186,6 +189,9 @@ def by_items(ranks: Ranks, own: bool | None) -> bool:
             f"rank {every.index(False)}. All ranks need batches of one form."
         )
     return True in every
+
+
+# The same function -------------------------------------------------------------------
 
 
 def check_alike(ranks: Ranks, digests: Callable[[], Mapping[str, str]]) -> None:

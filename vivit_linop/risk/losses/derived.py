@@ -17,6 +17,8 @@ from vivit_linop.risk.losses.certificates import targets_of
 from vivit_linop.risk.losses.registry import built, checked_reduction, register
 from vivit_linop.risk.outputs import OutputTree, Returned
 
+# Many items a sample -----------------------------------------------------------------
+
 
 class LossOfItems(OutputLoss):
     """The sum of a loss over the items of each sample.
@@ -124,6 +126,9 @@ def _items(output: Tensor, target: Any) -> tuple[Tensor, Any]:
     return output.flatten(0, 1), map_leaves(lambda leaf: leaf.flatten(0, 1), target)
 
 
+# A part of the Hessian ---------------------------------------------------------------
+
+
 class HessianPart(OutputLoss):
     """A loss with the positive or the negative part of each sample's Hessian.
 
@@ -179,6 +184,9 @@ class HessianPart(OutputLoss):
     ) -> Tensor:
         """Those of the loss: what is drawn is semi-definite in any case."""
         return self.loss.sample(output, target, mc_samples, draws)
+
+
+# Weights of samples ------------------------------------------------------------------
 
 
 class Weighted(nn.Module):
