@@ -305,8 +305,8 @@ class Krylov:
         self._solve()
 
     @cached_property
-    def _trace(self) -> Tensor:
-        return verbs.column_norms_squared(self._factor).sum()
+    def _trace(self) -> float:
+        return float(verbs.column_norms_squared(self._factor).sum())
 
     def _solve(self) -> None:
         rows, images = self._rows, self._images
@@ -321,16 +321,19 @@ class Krylov:
         In units of the largest. No more than that, if it is at most ``tol`` by the
         trace of K; else as a random vector tells, which then is one of Q.
         """
-        largest, short = self.squares[-1], self.short.square().sum()
+        squares, size = self.squares, self.short.square().sum()
+        # Together, since the host waits for the device to read them.
+        known = torch.stack([squares[0], squares[-1], squares.sum(), size])
+        least, largest, total, short = known.tolist()
         # If the pairs that are not followed add up to less, a vector is multiplied.
-        if short * self.squares[0] <= tol * largest:
-            rest = (self._trace - self.squares.sum()).clamp(min=0.0)
+        if short * least <= tol * largest:
+            rest = max(self._trace - total, 0.0)
             if rest * short <= tol * largest:
-                return float(rest * short / largest)
+                return rest * short / largest
         signs = torch.rand(self._size, generator=self._generator, device="cpu") - 0.5
-        d = (self.short @ signs.sign().to(short)).unsqueeze(0)
+        d = (self.short @ signs.sign().to(squares)).unsqueeze(0)
         image = self._gram.apply(d.T).T
-        rise = float((d * image).sum() / largest)
+        rise = float((d * image).sum()) / largest
         if rise > tol:
             inside = d @ self._rows.T
             d, image = d - inside @ self._rows, image - inside @ self._images
