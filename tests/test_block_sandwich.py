@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 import vivit_linop as vl
 from tests.curvature_cases import close, risk
+from tests.refusals import refuse_products
 from vivit_linop.curvature.block_sandwich import BlockSandwich
 from vivit_linop.operators import CorrectedKronecker, Kronecker, Product
 
@@ -34,10 +35,6 @@ INVERSES: dict[str, Inverse] = {
 }
 
 
-def refuses(*_: object) -> Tensor:
-    raise AssertionError("S is multiplied with columns of D entries")
-
-
 @pytest.mark.parametrize("name", ["mlp_ce_mean", "cnn"])
 @pytest.mark.parametrize("kind", INVERSES)
 def test_columns_are_rotated_not_multiplied(
@@ -47,9 +44,9 @@ def test_columns_are_rotated_not_multiplied(
     S = INVERSES[kind](of)
     J, U = vl.Jacobian(of), vl.PerSampleGradients(of)
     rows, columns, matrix = J.to_dense(), U.to_dense(), S.to_dense()
-    monkeypatch.setattr(CorrectedKronecker, "_multiply", refuses)
+    refuse_products(monkeypatch, CorrectedKronecker)
     if name == "mlp_ce_mean":
-        monkeypatch.setattr(Kronecker, "_multiply", refuses)
+        refuse_products(monkeypatch, Kronecker)
     for op, expected in (
         (J @ S @ J.T, rows @ matrix @ rows.T),
         (U.T @ S @ U, columns.T @ matrix @ columns),

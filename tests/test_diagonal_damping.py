@@ -6,6 +6,7 @@ import torch
 import vivit_linop as vl
 from tests.composition_cases import EPS, close, risks
 from tests.operator_market import Draw
+from tests.refusals import refuse_products
 from vivit_linop.curvature import column_sums
 from vivit_linop.curvature.jacobian import Pullback
 from vivit_linop.net.columns.khatri_rao import KhatriRaoColumns
@@ -110,13 +111,10 @@ def test_columns_are_not_formed(monkeypatch):
     """Weights stand in the layers' columns."""
     train, _ = risks("tall", FLOAT64)
     G, p = vl.GGN(train), by_entry(train)
-
-    def refused(*_):
-        raise AssertionError("products, or formed columns")
-
-    for name in ("_multiply", "_multiply_adjoint"):
-        monkeypatch.setattr(Pullback, name, refused)
-    monkeypatch.setattr(column_sums, "formed_pieces", refused)
+    refuse_products(monkeypatch, Pullback)
+    monkeypatch.setattr(
+        column_sums, "formed_pieces", lambda *_: pytest.fail("columns are formed")
+    )
     A = G + vl.Diagonal(p)
     A.inv()
     A.logdet()

@@ -52,7 +52,7 @@ def test_products_of_nets(
 
 def test_vectors_are_taken_some_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(inner, "between_pays", lambda parts, vectors: True)
-    monkeypatch.setattr(inner, "_CACHED_BYTES", 1)
+    monkeypatch.setattr(inner, "CACHED_BYTES", 1)
     test_products_of_nets("convolutions", None, monkeypatch)
 
 

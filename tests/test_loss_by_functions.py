@@ -515,7 +515,7 @@ def test_a_mixture_density_network(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     close(S, again)
     # In several parts, the same.
-    monkeypatch.setattr("vivit_linop.risk.losses.own._ENTRIES", 9 * M)
+    monkeypatch.setattr("vivit_linop.risk.losses.own.DRAWN_ENTRIES", 9 * M)
     parts = vl.LossHessian(risk).sqrt(M, torch.Generator().manual_seed(0)).to_dense()
     close(parts, S)
     torch.manual_seed(0)

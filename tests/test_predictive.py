@@ -8,6 +8,7 @@ import vivit_linop as vl
 from tests.cases import dense
 from tests.curvature_cases import close, risk
 from tests.posterior_cases import KINDS, inverse, matrix
+from tests.refusals import refuse_products
 from tests.toys import toy
 
 float64 = torch.float64
@@ -62,12 +63,8 @@ def test_without_a_product(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     S = inverse(kind, of)
     expected = by_definition(truth.J, matrix(kind, "cnn", of), truth.C)
 
-    def refuses(*_: object) -> Tensor:
-        raise AssertionError("a product with the Jacobian")
-
     J = vl.Jacobian(of)
-    monkeypatch.setattr(vl.Jacobian, "_multiply", refuses)
-    monkeypatch.setattr(vl.Jacobian, "_multiply_adjoint", refuses)
+    refuse_products(monkeypatch, vl.Jacobian)
     assert close(vl.predictive_covariance(J, S), expected, 1e-10)
     J.pullback.gram.to_dense()  # also where it is known
     assert close(vl.predictive_covariance(J, S), expected, 1e-10)

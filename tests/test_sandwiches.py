@@ -6,6 +6,7 @@ import torch
 import vivit_linop as vl
 from tests.composition_cases import EPS, close, risks
 from tests.operator_market import Draw
+from tests.refusals import refuse_products
 from vivit_linop.curvature import column_sums
 from vivit_linop.curvature.block_sandwich import BlockSandwich
 from vivit_linop.curvature.jacobian import Pullback
@@ -96,12 +97,10 @@ def test_no_product_has_as_many_rows_as_parameters(dtype, middle, monkeypatch):
     J, U = vl.Jacobian(test), vl.PerSampleGradients(train)
     Ut = vl.PerSampleGradients(test)
 
-    def refused(*_):
-        raise AssertionError("a product with the columns")
-
-    monkeypatch.setattr(Pullback, "_multiply", refused)
-    monkeypatch.setattr(Pullback, "_multiply_adjoint", refused)
-    monkeypatch.setattr(column_sums, "formed_pieces", refused)
+    refuse_products(monkeypatch, Pullback)
+    monkeypatch.setattr(
+        column_sums, "formed_pieces", lambda *_: pytest.fail("columns are formed")
+    )
     for op in (J @ S @ J.T, Ut.T @ S @ U, U.T @ S @ G.factor, G.factor.T @ S @ U):
         assert type(op) is Sandwich
         vl.linalg.to_dense(op)

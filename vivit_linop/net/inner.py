@@ -23,7 +23,7 @@ from vivit_linop.net.columns.khatri_rao import KhatriRaoColumns
 from vivit_linop.net.pieces import Piece, StoredColumns
 
 # What is worked on at a time.
-_CACHED_BYTES = 2**22
+CACHED_BYTES = 2**22
 
 
 class Inputs(NamedTuple):
@@ -116,7 +116,7 @@ class BetweenSamples:
         """
         entries = sum(part.positions * part.num_samples for part in self._parts)
         entries *= self._parts[0].cotangents[0, 0, ..., 0].numel()
-        chunk = max(1, _CACHED_BYTES // (entries * weights[0].element_size()))
+        chunk = max(1, CACHED_BYTES // (entries * weights[0].element_size()))
         for start in range(0, len(weights[0]), chunk):
             few = slice(start, start + chunk)
             images = self._products @ self._signals([rows[few] for rows in weights])

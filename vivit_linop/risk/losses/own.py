@@ -21,7 +21,7 @@ Functions = dict[str, Callable[..., Any]]
 
 COUPLED = ("all", "channels", "none")
 # How many entries of outputs labels are drawn for together.
-_ENTRIES = 2**22
+DRAWN_ENTRIES = 2**22
 # The closed form of an output loss that a function of the user's is.
 _METHODS = {
     "gradient": "gradient",
@@ -251,7 +251,7 @@ class OwnLoss(AutogradLoss):
             return super().sample(output, target, mc_samples, draws)
         # [n M, …]: the labels of a sample stand side by side.
         index = torch.arange(len(output), device=output.device)
-        together = max(1, _ENTRIES // (mc_samples * output[0].numel()))
+        together = max(1, DRAWN_ENTRIES // (mc_samples * output[0].numel()))
         parts = []
         for rows in index.split(together):
             own = draws.for_each(mc_samples, int(rows[0]))
