@@ -165,3 +165,30 @@ def test_nets_that_ask_what_their_parameters_are(kind: type[nn.Linear]) -> None:
     torch.testing.assert_close(
         risk.at().gradient(), risk.gradient(), rtol=1e-12, atol=1e-14
     )
+    if kind is not AsksForLeaves:
+        last = risk.over(["2.weight", "2.bias"])
+        assert torch.equal(last.gradient(), risk.gradient()[-last.num_params :])
+
+
+def test_nets_that_ask_what_their_frozen_parameters_are() -> None:
+    model = net()
+    model[0] = AsksForItsParameters(3, 4).double().requires_grad_(False)
+    risk = vl.EmpiricalRisk(model, nn.CrossEntropyLoss(), (X, CLASSES))
+    for _ in range(2):
+        value = nn.CrossEntropyLoss()(model(X), CLASSES).detach()
+        torch.testing.assert_close(risk.at().value(), value, rtol=1e-12, atol=0)
+        with torch.no_grad():
+            model[0].weight.mul_(2)
+
+
+@pytest.mark.parametrize("kind", [nn.Parameter, torch.Tensor.requires_grad_])
+def test_functions_of_parameters_have_the_kind_that_is_given(kind: Any) -> None:
+    def function(params: dict[str, Tensor], X: Tensor) -> Tensor:
+        factor = 2 if isinstance(params["w"], nn.Parameter) else 1
+        return factor * (X @ params["w"])
+
+    params = {"w": kind(torch.ones(3, 2, dtype=torch.float64))}
+    value = nn.MSELoss()(function(params, X), NUMBERS).detach()
+    risk = vl.EmpiricalRisk(function, nn.MSELoss(), (X, NUMBERS), params)
+    torch.testing.assert_close(risk.value(), value)
+    torch.testing.assert_close(risk.at().value(), value)

@@ -146,8 +146,11 @@ class FunctionalModel:
         self.complex_names = frozenset(n for n, p in chosen.items() if p.is_complex())
         # In inference mode copies would be tensors that autograd refuses.
         with torch.inference_mode(False):
+            # A function of parameters has the kind of tensors that the user gives.
             self.params: Params = {
                 name: nn.Parameter(as_pairs(self._copied(p)))
+                if isinstance(model, nn.Module) or isinstance(p, nn.Parameter)
+                else as_pairs(self._copied(p)).requires_grad_()
                 for name, p in chosen.items()
             }
             self._empty = [name for name, p in self.params.items() if not p.numel()]
@@ -168,7 +171,7 @@ class FunctionalModel:
         named, buffers = dict(model.named_parameters()), dict(model.named_buffers())
         slots = {**named, **buffers}
         self._fixed = {
-            name: self._copied(tensor)
+            name: _of_kind(tensor, self._copied(tensor))
             for name, tensor in slots.items()
             if name not in self.params
         }
@@ -293,11 +296,16 @@ class FunctionalModel:
         model._source = self._source
         with torch.inference_mode(False):
             model.params = {
-                name: nn.Parameter(as_pairs(params[name].detach()).to(p, copy=True))
+                name: _of_kind(
+                    p, as_pairs(params[name].detach()).to(p, copy=True)
+                ).requires_grad_()
                 for name, p in self.params.items()
             }
             changed = {
-                name: tensor.detach().to(self._fixed[name], copy=True)
+                name: _of_kind(
+                    self._fixed[name],
+                    tensor.detach().to(self._fixed[name], copy=True),
+                )
                 for name, tensor in fixed.items()
                 if not torch.equal(tensor.to(self._fixed[name]), self._fixed[name])
             }
@@ -320,7 +328,9 @@ class FunctionalModel:
         model = copy.copy(self)
         model._source = self._source
         others = {name: p for name, p in self.params.items() if name not in names}
-        constant = self._as_given({name: p.detach() for name, p in others.items()})
+        constant = self._as_given(
+            {name: _of_kind(p, p.detach()) for name, p in others.items()}
+        )
         model.params = {name: p for name, p in self.params.items() if name in names}
         model.owners = {name: p for name, p in self.owners.items() if name in names}
         model._empty = [name for name in self._empty if name in names]
@@ -443,6 +453,13 @@ class FunctionalModel:
     def buffers(self) -> Params:
         """The buffers among them that hold real numbers."""
         return {name: self._fixed[name] for name in self._buffers}
+
+
+def _of_kind(like: Tensor, values: Tensor) -> Tensor:
+    """Return values as a frozen parameter where they stand for one: nets may ask."""
+    if isinstance(like, nn.Parameter) and type(values) is Tensor:
+        return nn.Parameter(values, requires_grad=False)
+    return values
 
 
 def _is_written(own: Tensor, given: Tensor) -> Tensor:
