@@ -157,6 +157,28 @@ def test_memory_of_the_diagonal_of_an_inverse(dtype, shape, known):
     close(entries, damped.inverse().diagonal(), dtype)
 
 
+@pytest.mark.parametrize("kind", ["tall", "wide"])
+@pytest.mark.parametrize("dtype", [torch.float32, FLOAT64], ids=str)
+def test_inverses_of_damped_inverses(kind, dtype):
+    """Of a posterior and noise: no product with the operator, none with columns."""
+    train, test = risks(kind, dtype)
+    G, D = vl.GGN(train) + vl.GGN(test), train.num_params
+    A = G.to_dense().double() + 0.1 * torch.eye(D).double()
+    for delta in (0.3, 20.0):
+        S = (G + 0.1 * vl.Identity(D)).inv() + delta * vl.Identity(D)
+        truth = torch.linalg.inv(torch.linalg.inv(A) + delta * torch.eye(D).double())
+        found, x = S.inv(), torch.linspace(-1, 1, D).to(dtype)
+        close(found @ x, truth @ x.double(), dtype)
+        close(found.diagonal(), truth.diagonal(), dtype)
+        close(S.solve(x), truth @ x.double(), dtype)
+    least = torch.finfo(dtype).eps ** 0.5
+    with pytest.raises(TypeError, match="no closed form for a damped Woodbury"):
+        ((G + 0.1 * vl.Identity(D)).inv() + least * vl.Identity(D)).inv()
+    small = vl.Dense(A[:4, :4]).inv() + 0.3 * vl.Identity(4)
+    truth = torch.linalg.inv(torch.linalg.inv(A[:4, :4]) + 0.3 * torch.eye(4).double())
+    close(small.inv().to_dense(), truth, FLOAT64)
+
+
 def nets():
     """Wide and narrow nets, and one with convolutions; how many samples they get."""
     yield nn.Sequential(nn.Linear(100, 30), nn.ReLU(), nn.Linear(30, 10)), (80, 100)

@@ -200,6 +200,21 @@ def damped_inverse_of_low_rank(op: LowRank, damping: Scalar) -> Op:
 
 
 @damped_inv.register
+def damped_inverse_of_woodbury(op: Woodbury, damping: Scalar) -> Op:
+    """(A⁻¹ + δ I)⁻¹ = I/δ − (A + I/δ)⁻¹/δ², if that leaves half of the digits."""
+    product = op.damping * damping
+    if not product > torch.finfo(op.torch_dtype).eps ** 0.5:
+        raise no_inverse(op, "a damped ")
+    inverse = damped_inv(op.operator, op.damping + 1.0 / damping)
+    return damp(scale(inverse, -1.0 / damping**2), 1.0 / damping)
+
+
+@damped_inv.register
+def damped_inverse_of_dense_inverse(op: DenseInverse, damping: Scalar) -> Op:
+    return damped_inv(Dense(to_dense(op)), damping)
+
+
+@damped_inv.register
 def damped_inverse_of_gram(op: Gram, damping: Scalar) -> Op:
     return damped_inv(Dense(op.matrix), damping)
 
