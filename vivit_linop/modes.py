@@ -11,7 +11,7 @@ import functools
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from operator import attrgetter, methodcaller
+from operator import attrgetter
 from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
@@ -315,11 +315,10 @@ _KERNELS: list[tuple[Callable[[], bool], Callable[[bool], object], bool]] = [
     (_SDP.cudnn_sdp_enabled, _SDP.enable_cudnn_sdp, False),
 ]
 # By the type of a device, where torch keeps the precision of products of float32, how
-# that is read (``getattr`` is ten times slower where ``__getattr__`` alone knows), and
-# what stands for the full one.
+# that is read, and what stands for the full one.
 _Precision = tuple[Any, str, Callable[[Any], object], tuple[object, ...]]
 _PRECISIONS: dict[str, list[_Precision]]
-_READ_PRECISION = methodcaller("__getattr__", "fp32_precision")
+_READ_PRECISION = attrgetter("fp32_precision")
 _READ_TF32 = attrgetter("allow_tf32")
 _FULL = ("ieee", "none")
 if hasattr(torch.backends, "fp32_precision"):  # since torch 2.9
