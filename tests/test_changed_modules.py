@@ -103,6 +103,30 @@ def test_losses_that_compute_something_else_than_their_type(name: str) -> None:
     assert not risk.loss.tested  # so it is compared with autograd
 
 
+def test_losses_that_vectorise_themselves() -> None:
+    """Also a weighted one with a hook on it, whose targets have the weights."""
+
+    class Vectorised(nn.Module):
+        reduction = "mean"
+
+        def forward(self, output: Tensor, target: Tensor) -> Tensor:
+            return torch.func.vmap(F.cross_entropy)(output, target).mean()
+
+    assert not check(net(), Vectorised(), CLASSES).loss.tested
+    weights = torch.linspace(0.5, 2.0, 6, dtype=torch.float64)
+    data = X, (CLASSES, weights)
+    plain = vl.losses.Weighted(nn.CrossEntropyLoss())
+    hooked = changed(
+        vl.losses.Weighted(nn.CrossEntropyLoss()),
+        lambda loss: loss.register_forward_hook(lambda m, args, out: 3 * out),
+    )
+    expected, found = (vl.GGN(net(), loss, data) for loss in (plain, hooked))
+    torch.testing.assert_close(found.diagonal(), 3 * expected.diagonal())
+    torch.testing.assert_close(
+        found.factor.risk.value(), 3 * expected.factor.risk.value()
+    )
+
+
 LAYERS: dict[str, Callable[[nn.Sequential], object]] = {
     "a hook": lambda n: n[1].register_forward_hook(lambda m, args, out: 2 * out),
     "a hook before": lambda n: n[2].register_forward_pre_hook(

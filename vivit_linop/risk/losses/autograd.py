@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -79,10 +80,12 @@ class AutogradLoss(OutputLoss):
             raise uses_parameters(self.name)
         given = (*leaves(returned), *leaves(target), *self._own)
         known = {id(tensor) for tensor in given}
-        self._outside = [
-            (t, t.detach().clone())
-            for t in {id(t): t for t in used if id(t) not in known}.values()
-        ]
+        outside: list[tuple[Tensor, Tensor]] = []
+        for t in {id(t): t for t in used if id(t) not in known}.values():
+            # Inside of a transformation of torch.func it stood for another one.
+            with contextlib.suppress(RuntimeError):
+                outside.append((t, t.detach().clone()))
+        self._outside = outside
         self._parameters, self._own = None, []
 
     def _check_outside(self) -> None:
