@@ -207,3 +207,30 @@ def test_different_places_or_factors_are_not_mirrored():
     for left, right in ((A, B.T), (B, A.T), (A, A), (K, L.T), (K, K), (K, A.T)):
         assert not (left @ D @ right).self_adjoint
     assert (A @ D @ A.T).self_adjoint and (K @ D @ K.T).self_adjoint
+
+
+def test_diagonals_of_one_tensor_are_mirrored():
+    """P G P with a P written twice has the inverse of a low-rank node."""
+    draw = Draw(torch.float64)
+    G, p = vl.Dense(draw(30, 4)), draw(30).abs()
+    A = Diagonal(p) @ (G @ G.T) @ Diagonal(p) + 0.1 * vl.Identity(30)
+    W = p[:, None] * G.matrix
+    matrix = W @ W.T + 0.1 * torch.eye(30).double()
+    torch.testing.assert_close(A.inv().to_dense(), torch.linalg.inv(matrix))
+    torch.testing.assert_close(A.logdet(), torch.logdet(matrix))
+    assert not (Diagonal(p) @ (G @ G.T) @ Diagonal(p.clone())).self_adjoint
+    # Of one memory, but with other derivatives.
+    leaf = p.clone().requires_grad_()
+    assert not (Diagonal(leaf) @ (G @ G.T) @ Diagonal(leaf.detach())).self_adjoint
+    product = Diagonal(leaf) @ (G @ G.T) @ Diagonal(leaf) @ p
+    expected = leaf * (G.matrix @ (G.matrix.T @ (leaf * p)))
+    (found,) = torch.autograd.grad(product.sum(), leaf)
+    (wanted,) = torch.autograd.grad(expected.sum(), leaf)
+    torch.testing.assert_close(found, wanted)
+    slope = torch.func.grad(
+        lambda q: (Diagonal(q) @ (G @ G.T) @ Diagonal(q) @ p).sum()
+    )(p)
+    torch.testing.assert_close(
+        slope,
+        torch.func.grad(lambda q: (q * (G.matrix @ (G.matrix.T @ (q * p)))).sum())(p),
+    )

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from vivit_linop.arguments import as_count, as_numbers
+from vivit_linop.modes import is_followed
 from vivit_linop.operators import verbs
 from vivit_linop.operators.base import (
     TorchLinearOperator,
@@ -169,6 +170,9 @@ class Diagonal(TorchLinearOperator):
 
     def _made_of(self) -> tuple[Tensor]:
         return (self.entries,)
+
+    def _mirrors(self, other: TorchLinearOperator) -> bool:
+        return isinstance(other, Diagonal) and _one_place(self.entries, other.entries)
 
     def _multiply(self, X: Tensor) -> Tensor:
         return self.entries[:, None] * X
@@ -395,10 +399,18 @@ def mirrored(left: TorchLinearOperator, right: TorchLinearOperator) -> bool:
 def _same(left: TorchLinearOperator, right: TorchLinearOperator) -> bool:
     """Whether operators are one node, or dense ones of one matrix in memory."""
     if isinstance(left, Dense) and isinstance(right, Dense):
-        A, B = left.matrix, right.matrix
-        place, other = (A.data_ptr(), A.stride()), (B.data_ptr(), B.stride())
-        return left.shape == right.shape and A.dtype == B.dtype and place == other
+        return _one_place(left.matrix, right.matrix)
     return left is right
+
+
+def _one_place(A: Tensor, B: Tensor) -> bool:
+    """Whether tensors have the same entries in memory, and the same derivatives."""
+    if A is B:
+        return True
+    if is_followed(A) or is_followed(B) or A.requires_grad or B.requires_grad:
+        return False
+    place, other = (A.data_ptr(), A.stride()), (B.data_ptr(), B.stride())
+    return A.shape == B.shape and A.dtype == B.dtype and place == other
 
 
 def _as_tensor(array: Tensor | np.ndarray, name: str, ndim: int) -> Tensor:
