@@ -27,6 +27,11 @@ def changed(module: nn.Module, change: Callable[[Any], object]) -> Any:
     return module
 
 
+def doubled(module: nn.Module, inputs: Any, outputs: Any) -> Any:
+    """A hook on gradients."""
+    return tuple(g if g is None else 2 * g for g in inputs)
+
+
 def check(model: nn.Module, loss: nn.Module, y: Tensor) -> vl.EmpiricalRisk:
     """Compare with autograd of the user's own modules."""
     parameters = list(model.parameters())
@@ -86,6 +91,13 @@ LOSSES: dict[str, tuple[Callable[[], nn.Module], Tensor]] = {
         ),
         CLASSES,
     ),
+    "a hook on gradients": (
+        lambda: changed(
+            nn.CrossEntropyLoss(),
+            lambda loss: loss.register_full_backward_hook(doubled),
+        ),
+        CLASSES,
+    ),
     "a hook on a loss of one's own": (
         lambda: changed(
             vl.Loss(lambda f, y: (f - y).square().sum(1)),
@@ -115,6 +127,9 @@ def test_losses_that_vectorise_themselves() -> None:
     assert not check(net(), Vectorised(), CLASSES).loss.tested
     weights = torch.linspace(0.5, 2.0, 6, dtype=torch.float64)
     data = X, (CLASSES, weights)
+    inner = LOSSES["a hook on gradients"][0]()
+    with pytest.raises(ValueError, match=r"^loss: a hook on gradients"):
+        vl.EmpiricalRisk(net(), vl.losses.Weighted(inner), data)
     plain = vl.losses.Weighted(nn.CrossEntropyLoss())
     hooked = changed(
         vl.losses.Weighted(nn.CrossEntropyLoss()),
@@ -149,6 +164,19 @@ def test_layers_that_compute_something_else_than_their_type(name: str) -> None:
     loss, y = LOSSES["a hook"]
     with pytest.raises(ValueError, match=r"^model: BackPACK cannot compute"):
         vl.KFRA(net(), loss(), (X, y))
+
+
+@pytest.mark.parametrize("make", [vl.KFRA, vl.PositiveCurvatureHessian])
+def test_recursions_know_nothing_of_hooks_on_gradients(
+    make: Callable[..., Any],
+) -> None:
+    layers, loss = net(), nn.CrossEntropyLoss()
+    for part in (layers[1], loss):
+        handle = part.register_full_backward_hook(doubled)
+        with pytest.raises(ValueError, match=r"^model: .*hooks on gradients"):
+            make(layers, loss, (X, CLASSES))
+        handle.remove()
+    make(layers, loss, (X, CLASSES))
 
 
 def test_hooks_that_only_look_are_no_reason_to_refuse() -> None:

@@ -389,6 +389,8 @@ def _module_and_loss(risk: EmpiricalRisk, what: str) -> tuple[nn.Module, nn.Modu
         raise ValueError(f"model: {what} needs an nn.Module, got a function.")
     loss = Copies(()).of(source)
     for part in (*module.modules(), *loss.modules()):
+        if part._backward_hooks or part._backward_pre_hooks:
+            raise _refusal(what, "it knows nothing of hooks on gradients.")
         for hooks in _HOOKS(part):
             hooks.clear()
         vars(part).pop("forward", None)

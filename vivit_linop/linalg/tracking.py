@@ -318,14 +318,14 @@ class Krylov:
     def rise(self, tol: float) -> float:
         """What another half-step would raise the sum of the squares by.
 
-        In units of the largest. No more than that, if it is at most ``tol`` by the
-        trace of K; else as a random vector tells, which then is one of Q.
+        In units of the largest. The bound by the trace of K, where that is at most
+        ``tol``; else what a random vector tells, which joins Q if that is more.
         """
         squares, size = self.squares, self.short.square().sum()
         # Together, since the host waits for the device to read them.
         known = torch.stack([squares[0], squares[-1], squares.sum(), size])
         least, largest, total, short = known.tolist()
-        # If the pairs that are not followed add up to less, a vector is multiplied.
+        # The trace is taken only where a rest of one such square would be tolerated.
         if short * least <= tol * largest:
             rest = max(self._trace - total, 0.0)
             if rest * short <= tol * largest:

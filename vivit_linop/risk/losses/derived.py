@@ -240,6 +240,12 @@ class Weighted(nn.Module):
 @register(Weighted)
 def weighted_loss(loss: Weighted) -> OutputLoss:
     """By what is weighted."""
+    parts = loss.loss.modules() if isinstance(loss.loss, nn.Module) else ()
+    if any(part._backward_hooks or part._backward_pre_hooks for part in parts):
+        raise ValueError(
+            "loss: a hook on gradients of what is weighted has no effect on single "
+            "samples. Put it on the Weighted loss."
+        )
     own = getattr(loss.loss, "reduction", loss.reduction)
     return WeightedLoss(built(loss.loss, checked_reduction(loss.loss, own)))
 

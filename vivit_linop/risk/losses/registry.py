@@ -239,9 +239,9 @@ def _is_changed(loss: Any) -> bool:
     """Whether a loss has a forward method of its own, or hooks on it."""
     if not isinstance(loss, nn.Module):
         return False
-    return "forward" in vars(loss) or bool(
-        loss._forward_hooks or loss._forward_pre_hooks
-    )
+    forward = loss._forward_hooks, loss._forward_pre_hooks
+    backward = loss._backward_hooks, loss._backward_pre_hooks
+    return "forward" in vars(loss) or any(forward + backward)
 
 
 # Losses of torch that are no functions of one output, and what of.
