@@ -400,7 +400,7 @@ FREE = {
     "indices",
     "dtype",
 }
-NO_CALLS = {"DeviceCosts", "KFAC", "from_backpack"}  # numbers; tested with their peers
+NO_CALLS = {"DeviceCosts", "from_backpack"}  # numbers; tested with its peer
 
 
 @pytest.mark.parametrize("name", sorted({*vl.__all__} - NO_CALLS))

@@ -170,3 +170,21 @@ def test_graphs_that_hold_something_else_are_let_go(
     risk = _risk(_problem(forward))
     assert first_run.nbytes_kept(risk.kept) == 0
     _all_are_right(risk, _problem(lambda m, x: m.last(m.first(x).tanh())))
+
+
+@pytest.mark.parametrize("forward", [_checkpointed, _offloaded])
+def test_graphs_that_hold_something_else_at_other_parameters(
+    forward: Callable[[Any, Tensor], Tensor],
+) -> None:
+    def plain(m: Any, x: Tensor) -> Tensor:
+        return m.last(m.first(x).tanh())
+
+    def later(m: Any, x: Tensor) -> Tensor:
+        return (forward if m.last.bias.sum() > 3 else plain)(m, x)
+
+    risk, at_others = _risk(_problem(later)), _problem(plain)
+    QUANTITIES["product"][0](risk)  # so that the next run is wanted
+    risk.add_to_(at_others.model, torch.full((risk.num_params,), 2.0).double())
+    now = risk.at(risk.flatten(risk.params) + 2.0)
+    assert first_run.nbytes_kept(now.kept) == 0
+    _all_are_right(now, at_others)

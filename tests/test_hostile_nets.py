@@ -13,22 +13,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import vivit_linop as vl
+from tests.cases import Lambda
 
 N, C = 7, 3
 LOSS = nn.CrossEntropyLoss()
-
-
-class Net(nn.Module):
-    """A forward pass, and what it uses."""
-
-    def __init__(self, forward: Callable[..., Tensor], **parts: Any) -> None:
-        super().__init__()
-        self.forward_of = forward
-        for name, part in parts.items():
-            setattr(self, name, part)
-
-    def forward(self, X: Tensor) -> Tensor:
-        return self.forward_of(self, X)
 
 
 class WrongVmap(torch.autograd.Function):
@@ -117,20 +105,20 @@ def threaded(net: Any, X: Tensor) -> Tensor:
 
 
 def parented() -> nn.Module:
-    net = Net(lambda net, X: net.child(X), w=parameter(C, 5))
+    net = Lambda(lambda net, X: net.child(X), w=parameter(C, 5))
     net.child = Child(net)
     return net
 
 
 L = nn.Linear
 NETS: dict[str, Callable[[], nn.Module]] = {
-    "vectorised inside": lambda: Net(
+    "vectorised inside": lambda: Lambda(
         lambda net, X: torch.func.vmap(lambda x: net.c(net.a(x).tanh()))(X),
         a=L(5, 4),
         c=L(4, C),
     ),
-    "an ensemble": lambda: Net(stacked, a=L(5, C, False), b=L(5, C, False)),
-    "derivatives inside": lambda: Net(
+    "an ensemble": lambda: Lambda(stacked, a=L(5, C, False), b=L(5, C, False)),
+    "derivatives inside": lambda: Lambda(
         lambda net, X: (
             torch.func.vmap(torch.func.jacrev(lambda x: net.a(x).tanh().sum()))(X)
             @ net.w
@@ -138,48 +126,48 @@ NETS: dict[str, Callable[[], nn.Module]] = {
         a=L(5, 4),
         w=parameter(5, C),
     ),
-    "overlapping slices": lambda: Net(
+    "overlapping slices": lambda: Lambda(
         lambda net, X: (
             F.linear(X, net.w[:C]) + F.linear(X, net.w[1 : C + 1]) * (X @ net.w[-C:].T)
         ),
         w=parameter(6, 5),
     ),
-    "strides of its own": lambda: Net(
+    "strides of its own": lambda: Lambda(
         lambda net, X: F.linear(X, torch.as_strided(net.w, (C, 5), (2, 1))),
         w=parameter(20),
     ),
-    "windows of a vector": lambda: Net(
+    "windows of a vector": lambda: Lambda(
         lambda net, X: F.linear(X, net.w.unfold(0, 5, 2)[:C]), w=parameter(20)
     ),
-    "weights from samples": lambda: Net(
+    "weights from samples": lambda: Lambda(
         lambda net, X: net.c(
             F.conv1d(X[None], net.a(X)[:, None], groups=len(X)).squeeze(0)
         ),
         a=L(5, 3),
         c=L(3, C),
     ),
-    "a wrong rule for vmap": lambda: Net(
+    "a wrong rule for vmap": lambda: Lambda(
         lambda net, X: net.c(WrongVmap.apply(net.a(X) * net.w.cumsum(0))),
         a=L(5, 4),
         c=L(4, C),
         w=parameter(4),
     ),
-    "wrong tangents": lambda: Net(
+    "wrong tangents": lambda: Lambda(
         lambda net, X: net.c(WrongTangent.apply(net.a(X[:, None])).flatten(1)),
         a=nn.Conv1d(1, 2, 3),
         c=L(6, C),
     ),
-    "written by parts": lambda: Net(written, a=L(5, 4), c=L(4, C)),
-    "rows that are the same": lambda: Net(unique, a=L(5, C)),
-    "gradients off and on": lambda: Net(
+    "written by parts": lambda: Lambda(written, a=L(5, 4), c=L(4, C)),
+    "rows that are the same": lambda: Lambda(unique, a=L(5, C)),
+    "gradients off and on": lambda: Lambda(
         without_gradients, a=L(5, 4), b=L(5, 4), c=L(4, C)
     ),
-    "another thread": lambda: Net(threaded, a=L(5, 4), c=L(4, C)),
+    "another thread": lambda: Lambda(threaded, a=L(5, 4), c=L(4, C)),
     "a weight of the parent's": parented,
-    "outputs that are a parameter": lambda: Net(
+    "outputs that are a parameter": lambda: Lambda(
         lambda net, X: net.w.expand(len(X), C), w=parameter(C)
     ),
-    "outputs that are inputs": lambda: Net(
+    "outputs that are inputs": lambda: Lambda(
         lambda net, X: X[:, :C].add_(net.w), w=parameter(C)
     ),
 }
@@ -232,7 +220,7 @@ def test_what_autograd_says(name: str) -> None:
 @pytest.mark.parametrize("forward", [by_capacity, in_pairs])
 def test_samples_that_depend_on_others(forward: Callable[..., Tensor]) -> None:
     torch.manual_seed(0)
-    net = Net(forward, a=L(5, C), b=L(5, C)).double()
+    net = Lambda(forward, a=L(5, C), b=L(5, C)).double()
     data = torch.randn(N, 5).double(), torch.arange(N) % C
     with pytest.raises(ValueError, match="depend on the other samples"):
         vl.EmpiricalRisk(net, LOSS, data)

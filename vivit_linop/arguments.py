@@ -53,7 +53,7 @@ def as_count(given: Any, name: str, least: int = 1) -> int:
 
 
 def check_choice(given: Any, name: str, choices: Iterable[str]) -> None:
-    """Refuse what is none of some words."""
+    """Refuse what is not one of the words."""
     if not isinstance(given, str) or given not in choices:
         listed = ", ".join(map(repr, choices))
         raise ValueError(f"{name}: one of {listed}, got {given!r}.")

@@ -132,7 +132,7 @@ class DerivableRisk(Risk):
         self,
         parameters: Tensor | Iterable[Tensor] | Mapping[str, Tensor] | None = None,
     ) -> Self:
-        """Return the risk of the same data at other parameters, without validation.
+        """Return the risk of the same data at other parameters.
 
         For every step of training: it costs one forward pass, and what is known of the
         net (the structure of its layers, costs) is kept. That the data are those of

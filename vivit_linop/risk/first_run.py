@@ -143,8 +143,10 @@ def run_of(model: FunctionalModel, X: Any, samples: int) -> Run:
     return Run(own, output, written, nbytes)
 
 
-def next_run(model: FunctionalModel, X: Any, graph_bytes: int) -> Run:
+def next_run(model: FunctionalModel, X: Any, graph_bytes: int) -> Run | None:
     """Run a net at other parameters, on a batch whose first run could serve.
+
+    None where it uses hooks on saved tensors at these, or bears nobody watching.
 
     Args:
         model: The net.
@@ -152,8 +154,13 @@ def next_run(model: FunctionalModel, X: Any, graph_bytes: int) -> Run:
         graph_bytes: What the graph of the first run took.
     """
     (watch,), calls, own = _watches, model.calls, copied(X)
-    with disable_saved_tensors_hooks("first run"), watch(model.params) as record:
-        output = model(model.params, own)
+    try:
+        with disable_saved_tensors_hooks("first run"), watch(model.params) as record:
+            output = model(model.params, own)
+    except Exception as error:  # an error of its own comes again
+        if is_out_of_memory(error):
+            raise
+        return None
     run = Run(own, output, [], graph_bytes)
     if model.calls - calls <= 1:
         run.record = record
