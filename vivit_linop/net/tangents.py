@@ -171,15 +171,15 @@ def _scale_once(graph: GraphModule) -> None:
 
 def _merge_scales(node: Node, depend: set[Node]) -> None:
     """(x a) b as x (a b)."""
-    x, b = _parts(node, depend)
+    x, b = _tangent_and_scale(node, depend)
     if isinstance(x, Node) and x.target is torch.mul:
-        first, a = _parts(x, depend)
+        first, a = _tangent_and_scale(x, depend)
         if isinstance(a, Node) and isinstance(b, Node):
             with node.graph.inserting_before(node):
                 node.args = first, node.graph.call_function(torch.mul, (a, b))
 
 
-def _parts(node: Node, depend: set[Node]) -> tuple[Any, Any]:
+def _tangent_and_scale(node: Node, depend: set[Node]) -> tuple[Any, Any]:
     """A product's factor that depends on x, and the other if that does not."""
     left, right = node.args
     if left not in depend:

@@ -61,7 +61,7 @@ class GramTotal(Total):
 
     def add(self, left: Piece, right: Piece) -> None:
         """Add the inner products, layer by layer."""
-        place = self._own(left.place)
+        place = self._rows_here(left.place)
         block = self.rows[place, right.place]
         self._known += block.numel()
         left, right = self._weights.inside(left, right)
@@ -72,7 +72,7 @@ class GramTotal(Total):
         elif self._symmetric:
             self._mirror(place, right, block)
 
-    def _own(self, place: slice) -> slice:
+    def _rows_here(self, place: slice) -> slice:
         """Where rows are among those of this process."""
         return slice(place.start - self._first, place.stop - self._first)
 
@@ -81,7 +81,7 @@ class GramTotal(Total):
         owner = self._ranks.owner(right.samples.start)
         if owner == self._ranks.rank:
             across = slice(rows.start + self._first, rows.stop + self._first)
-            self.rows[self._own(right.place), across] = block.T
+            self.rows[self._rows_here(right.place), across] = block.T
             self._known += block.numel()
         else:
             self._others.append((owner, rows, right.place))
@@ -97,7 +97,7 @@ class GramTotal(Total):
             ]
             for place, start, block in ranks.swapped(blocks, distance):
                 across = slice(start, start + block.shape[1])
-                self.rows[self._own(place), across] = block
+                self.rows[self._rows_here(place), across] = block
                 self._known += block.numel()
         with ranks.together("Gram matrix"):
             if self._known != self.rows.numel():

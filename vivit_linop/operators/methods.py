@@ -59,7 +59,7 @@ class VerbMethods(LinearOperator, Generic[Op]):
             tensor([[2., 0.],
                     [0., 2.]], dtype=torch.float64)
         """
-        return self._own(verbs.to_dense(self))
+        return self._in_own_dtype(verbs.to_dense(self))
 
     @ordinary_mode()
     def diagonal(self) -> Tensor:
@@ -78,7 +78,7 @@ class VerbMethods(LinearOperator, Generic[Op]):
             tensor([1.5000, 4.5000])
         """
         self._check_square("diagonal")
-        return self._own(verbs.diagonal(self))
+        return self._in_own_dtype(verbs.diagonal(self))
 
     @ordinary_mode()
     def trace(self) -> Tensor:
@@ -98,7 +98,7 @@ class VerbMethods(LinearOperator, Generic[Op]):
             tensor(6.)
         """
         self._check_square("trace")
-        return self._own(verbs.trace(self))
+        return self._in_own_dtype(verbs.trace(self))
 
     @ordinary_mode()
     def inv(self, route: str | None = None) -> Op:
@@ -302,7 +302,7 @@ class VerbMethods(LinearOperator, Generic[Op]):
         """
         self._check_square("logdet")
         if damping is None:
-            return self._own(verbs.logdet(self))
+            return self._in_own_dtype(verbs.logdet(self))
         dampings = as_real_numbers(damping, "damping", torch.float64)
         dampings = dampings.to(self.device, torch.float64)
         if dampings.ndim > 1 or not dampings.isfinite().all():
@@ -310,8 +310,10 @@ class VerbMethods(LinearOperator, Generic[Op]):
                 f"damping: a finite number, or [T] of them, got {damping!r}."
             )
         if dampings.ndim == 0:
-            return self._own(verbs.logdet(verbs.damp(self, as_scalar(dampings))))
-        return self._own(verbs.damped_logdets(self, dampings))
+            return self._in_own_dtype(
+                verbs.logdet(verbs.damp(self, as_scalar(dampings)))
+            )
+        return self._in_own_dtype(verbs.damped_logdets(self, dampings))
 
     @ordinary_mode()
     def eigvalsh(self, route: str | None = None) -> Tensor:
@@ -335,7 +337,7 @@ class VerbMethods(LinearOperator, Generic[Op]):
             (tensor([25.]), tensor([ 1., 26.]))
         """
         self._check_self_adjoint("eigvalsh")
-        return self._own(verbs.eigvalsh(self, route=route))
+        return self._in_own_dtype(verbs.eigvalsh(self, route=route))
 
     @ordinary_mode()
     def eigh(
@@ -482,7 +484,7 @@ class VerbMethods(LinearOperator, Generic[Op]):
         """
         return verbs.to_curvlinops(self)
 
-    def _own(self, result: Tensor) -> Tensor:
+    def _in_own_dtype(self, result: Tensor) -> Tensor:
         dtype = self.torch_dtype
         return result if result.dtype == dtype else result.to(dtype)
 

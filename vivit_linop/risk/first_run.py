@@ -5,7 +5,7 @@ construction has just made one. A risk of one batch keeps it with its graph, whe
 fits into the budget, until another risk is built. Whoever takes it has it alone: the
 linearisation keeps the graph, columns are pulled back through it and let it go. Its
 input is compared with what the data are then, so that a change of them is seen as ever.
-So does a risk at other parameters, if that of the risk it came from has been taken.
+A risk at other parameters keeps its run too, if that of the risk before has been taken.
 """
 
 from __future__ import annotations
@@ -83,18 +83,18 @@ class Run:
     @property
     def nbytes(self) -> int:
         """What it takes at most."""
-        return self.graph_bytes + sum(p.nbytes for p in _parts(self.X).values())
+        return self.graph_bytes + sum(p.nbytes for p in _plain_tensors(self.X).values())
 
     def is_of(self, X: Any) -> bool:
         """Whether an input is that of the run."""
-        own, given = _parts(self.X), _parts(X)
+        own, given = _plain_tensors(self.X), _plain_tensors(X)
         return own.keys() == given.keys() and all(
             part.dtype == given[name].dtype and torch.equal(part, given[name])
             for name, part in own.items()
         )
 
 
-def _parts(X: Any) -> dict[Hashable, Tensor]:
+def _plain_tensors(X: Any) -> dict[Hashable, Tensor]:
     """The tensors of an input that consists of nothing else, none of another one."""
     parts: dict[Hashable, Any] = {None: X}
     if type(X) in (tuple, list):
@@ -134,7 +134,7 @@ def run_of(model: FunctionalModel, X: Any, samples: int) -> Run:
             raise
     else:
         run = Run(own, output, written, nbytes_saved(output))
-        if model.calls - calls <= 1 and _parts(X):
+        if model.calls - calls <= 1 and _plain_tensors(X):
             run.record = record
             run.repeats = not record.has_hooks and not has_own_code(output)
         return run

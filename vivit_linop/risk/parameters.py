@@ -323,9 +323,9 @@ class ParameterVectors:
         Returns:
             One for each parameter, in order: ``[*p]``, or ``[K, *p]``.
         """
-        return self._parts(vec, "vec")
+        return self._unflattened(vec, "vec")
 
-    def _parts(self, vec: Tensor, argument: str) -> list[Tensor]:
+    def _unflattened(self, vec: Tensor, argument: str) -> list[Tensor]:
         return [
             of_pairs(part) if name in self.complex_names else part
             for name, part in self.unflatten_real(vec, argument).items()
@@ -381,7 +381,7 @@ class ParameterVectors:
         _check_tensor(step, "step")
         if step.ndim != 1:
             raise ValueError(f"step: one vector [D] is added, got {list(step.shape)}.")
-        parts = self._parts(step, "step")
+        parts = self._unflattened(step, "step")
         if not step.isfinite().all():
             raise ValueError("step: holds NaN or Inf; the model stays as it is.")
         if not isinstance(model, (nn.Module, Mapping)):
