@@ -46,7 +46,7 @@ class Risk(ParameterVectors):
             is free.
         check: Whether to check that samples are independent.
         check_data: Whether to pass over the data once before, to see that they stay.
-        check_parts: Whether ranks with the same data are an error.
+        parts_differ: Whether ranks with the same data are an error.
 
     Attributes:
         model: What was given; so are ``loss``, ``memory`` and ``ranks``.
@@ -73,7 +73,7 @@ class Risk(ParameterVectors):
         *,
         check: bool,
         check_data: bool,
-        check_parts: bool,
+        parts_differ: bool,
     ) -> None:
         if memory is not None:
             check_real(memory, "memory")
@@ -101,7 +101,7 @@ class Risk(ParameterVectors):
             first_run.keep(self.kept, seen.run)
         self.graph_bytes, self._sums = seen.graph_bytes, seen.sums
         self.batch_sizes, self.layout = seen.batch_sizes, seen.layout
-        self._count(check_parts)
+        self._count(parts_differ)
         self._normalise(seen.total, seen.weight)
 
     def _take_parameters(self) -> None:

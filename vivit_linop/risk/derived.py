@@ -77,7 +77,7 @@ class DerivableRisk(Risk):
                 *(self.model, self.loss, passes, self.ranks, self.memory),
                 check=self._check,
                 check_data=False,  # they are in memory
-                check_parts=False,
+                parts_differ=False,
             )
         except Exception as error:
             if parts:
@@ -205,7 +205,7 @@ class DerivableRisk(Risk):
             *(model, self.loss, passes, self.ranks, self.memory),
             check=self._check,
             check_data=False,  # they are compared with what they were
-            check_parts=False,
+            parts_differ=False,
         )
         with self.ranks.together("at"):
             batches = zip(self._sums, self._targets, strict=False)

@@ -173,7 +173,7 @@ class EmpiricalRisk(DerivableRisk):
             *(function, output_loss, passes, ranks, memory),
             check=check,
             check_data=check_data and not isinstance(data, (list, tuple)),
-            check_parts=check_data,
+            parts_differ=check_data,
         )
         if not ranks.is_many:
             check_is_whole(data, self.num_samples)
