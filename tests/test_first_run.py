@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -188,3 +190,30 @@ def test_graphs_that_hold_something_else_at_other_parameters(
     now = risk.at(risk.flatten(risk.params) + 2.0)
     assert first_run.nbytes_kept(now.kept) == 0
     _all_are_right(now, at_others)
+
+
+@pytest.mark.parametrize("name", QUANTITIES)
+@pytest.mark.parametrize("kind", ["array", "data", "tensor"])
+def test_memory_of_the_users_in_a_graph_is_what_it_was(kind: str, name: str) -> None:
+    """Of what an object that is no module holds, copies of the net have the same."""
+    held = SimpleNamespace(array=np.linspace(1.0, 2.0, 6))
+    held.tensor = torch.from_numpy(held.array.copy())
+
+    def scaled(m: Any, x: Tensor) -> Tensor:
+        scale = torch.from_numpy(held.array) if kind == "array" else held.tensor
+        return m.last(m.first(x).tanh() * scale)
+
+    problem = _problem(scaled)
+    quantity, wanted = QUANTITIES[name]
+    risk = _risk(problem)
+    assert close(quantity(risk), wanted(dense_of(problem), _column(risk)))
+    risk = _risk(problem)
+    assert first_run.nbytes_kept(risk.kept) > 0
+    if kind == "array":
+        held.array *= 2.0
+    elif kind == "data":
+        held.tensor.data.mul_(2.0)
+    else:
+        held.tensor.mul_(2.0)
+    with pytest.raises(ValueError, match=r"^data: batch 0 is not what it was"):
+        quantity(risk)

@@ -130,6 +130,14 @@ def nbytes_saved(output: Tensor) -> int:
     return total + sum(seen.values())
 
 
+def constants_saved(output: Tensor) -> list[Tensor]:
+    """Return what the graph of a tensor has saved that has no graph itself.
+
+    It must not have been made under hooks for saved tensors, which would be called.
+    """
+    return [t for node in nodes(output) for t in _saved(node) if t.is_leaf]
+
+
 def _saved(node: Node) -> Iterator[Tensor]:
     for name in _names_of_saved(type(node)):
         try:

@@ -5,6 +5,8 @@ construction has just made one. A risk of one batch keeps it with its graph, whe
 fits into the budget, until another risk is built. Whoever takes it has it alone: the
 linearisation keeps the graph, columns are pulled back through it and let it go. Its
 input is compared with what the data are then, so that a change of them is seen as ever.
+What a graph has saved may be the user's memory too (arrays in an attribute of the net):
+it must be what it was.
 A risk at other parameters keeps its run too, if that of the risk before has been taken.
 """
 
@@ -13,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import weakref
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -21,7 +23,8 @@ from torch import Tensor
 from torch.autograd.graph import disable_saved_tensors_hooks
 
 from vivit_linop.devices import is_out_of_memory, saved_bytes
-from vivit_linop.graphs import has_own_code, nbytes_saved
+from vivit_linop.graphs import constants_saved, has_own_code, nbytes_saved
+from vivit_linop.risk import fingerprint
 from vivit_linop.risk.containers import copied
 from vivit_linop.risk.kept import Kept
 from vivit_linop.risk.model import FunctionalModel, Params
@@ -71,6 +74,9 @@ class Run:
             it was watched by nobody, or was more than one evaluation.
         repeats: Whether a second one who pulls back through it gets what the first
             would: there are only torch's own functions in the graph, and no hooks.
+        constants: What the graph has saved that is not the risk's own, nor computed
+            from parameters; with the versions of then.
+        sums: Those over the constants then.
     """
 
     X: Any
@@ -79,6 +85,30 @@ class Run:
     graph_bytes: int
     record: Record | None = None
     repeats: bool = False
+    constants: list[tuple[Tensor, int]] = field(default_factory=list)
+    sums: list[Tensor] = field(default_factory=list)
+
+    def serve(self, record: Record, model: FunctionalModel) -> None:
+        """Let it serve as a run of the net.
+
+        Args:
+            record: What has watched it.
+            model: The net.
+        """
+        self.record = record
+        self.repeats = not record.has_hooks and not has_own_code(self.output)
+        own = [*_plain_tensors(self.X).values()]
+        own += [*model.params.values(), *model.constants.values()]
+        known = {0, *map(_place, own)}
+        self.constants = [
+            (tensor.detach(), tensor._version)
+            for tensor in constants_saved(self.output)
+            if _place(tensor) not in known
+        ]
+        self.sums = self._sums()
+
+    def _sums(self) -> list[Tensor]:
+        return fingerprint.sums([tensor for tensor, _ in self.constants])
 
     @property
     def nbytes(self) -> int:
@@ -86,12 +116,25 @@ class Run:
         return self.graph_bytes + sum(p.nbytes for p in _plain_tensors(self.X).values())
 
     def is_of(self, X: Any) -> bool:
-        """Whether an input is that of the run."""
+        """Whether an input is that of the run, and its graph is what it was."""
         own, given = _plain_tensors(self.X), _plain_tensors(X)
-        return own.keys() == given.keys() and all(
+        same = own.keys() == given.keys() and all(
             part.dtype == given[name].dtype and torch.equal(part, given[name])
             for name, part in own.items()
         )
+        return same and (
+            all(tensor._version == version for tensor, version in self.constants)
+            and all(map(torch.equal, self._sums(), self.sums))
+        )
+
+
+def _place(tensor: Tensor) -> int:
+    """Where the entries of a tensor are; 0 if it has none of its own."""
+    try:
+        return tensor.untyped_storage().data_ptr()
+    # It wraps others.
+    except RuntimeError:
+        return 0
 
 
 def _plain_tensors(X: Any) -> dict[Hashable, Tensor]:
@@ -135,8 +178,7 @@ def run_of(model: FunctionalModel, X: Any, samples: int) -> Run:
     else:
         run = Run(own, output, written, nbytes_saved(output))
         if model.calls - calls <= 1 and _plain_tensors(X):
-            run.record = record
-            run.repeats = not record.has_hooks and not has_own_code(output)
+            run.serve(record, model)
         return run
     nbytes, found = saved_bytes(lambda: model.first(model.params, X, samples))
     own, output, written = found
@@ -163,8 +205,7 @@ def next_run(model: FunctionalModel, X: Any, graph_bytes: int) -> Run | None:
         return None
     run = Run(own, output, [], graph_bytes)
     if model.calls - calls <= 1:
-        run.record = record
-        run.repeats = not record.has_hooks and not has_own_code(output)
+        run.serve(record, model)
     return run
 
 
