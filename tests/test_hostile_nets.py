@@ -104,6 +104,13 @@ def threaded(net: Any, X: Tensor) -> Tensor:
         return net.c(pool.submit(lambda: net.a(X).tanh()).result())
 
 
+def keeping(net: Any, X: Tensor) -> Tensor:
+    h = net.a(X).tanh()
+    if h.requires_grad:
+        h.retain_grad()
+    return net.c(h)
+
+
 def parented() -> nn.Module:
     net = Lambda(lambda net, X: net.child(X), w=parameter(C, 5))
     net.child = Child(net)
@@ -164,6 +171,7 @@ NETS: dict[str, Callable[[], nn.Module]] = {
     ),
     "another thread": lambda: Lambda(threaded, a=L(5, 4), c=L(4, C)),
     "a weight of the parent's": parented,
+    "gradients of layers are kept": lambda: Lambda(keeping, a=L(5, 4), c=L(4, C)),
     "outputs that are a parameter": lambda: Lambda(
         lambda net, X: net.w.expand(len(X), C), w=parameter(C)
     ),
@@ -209,6 +217,8 @@ def test_what_autograd_says(name: str) -> None:
         (risk.gradient(), slopes.reshape(-1) @ J),
         (vl.Jacobian(risk) @ x, J @ x),
         (vl.Jacobian(risk).T.to_dense(), J.T),
+        (vl.Jacobian(risk.subset(range(N)).at()).T.to_dense(), J.T),
+        (vl.GGN(risk) @ x[:, None].expand(-1, 3), (G @ x)[:, None].expand(-1, 3)),
         (of @ x, G @ x),
         (of.diagonal(), G.diagonal()),
         (of.gram.to_dense().norm(), G.norm()),

@@ -57,12 +57,15 @@ class Recorder(TorchFunctionMode):
         uses: The recorded calls, in order.
         opaque: Names of parameters with a use that has no known structure.
         has_hooks: Whether the net may have put hooks into the graph.
+        keeps_gradients: Whether the net asks for gradients of what it computes, which
+            nothing is asked for here.
     """
 
     params: Params
     uses: list[Use] = field(default_factory=list)
     opaque: set[str] = field(default_factory=set)
     has_hooks: bool = False
+    keeps_gradients: bool = False
 
     def __post_init__(self) -> None:
         super().__init__()
@@ -80,6 +83,9 @@ class Recorder(TorchFunctionMode):
     ) -> Any:
         """Call the function, and record it if it is given parameters."""
         kwargs = kwargs or {}
+        if func is Tensor.retain_grad:
+            self.keeps_gradients = True
+            return None
         if func is F.multi_head_attention_forward and not self._in_attention:
             return self._attention(func, args, kwargs)
         result = func(*args, **kwargs)

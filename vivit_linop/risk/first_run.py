@@ -36,9 +36,11 @@ class Record(Protocol):
 
     Attributes:
         has_hooks: Whether the net may have put hooks into the graph.
+        keeps_gradients: Whether the net asks for gradients of what it computes.
     """
 
     has_hooks: bool
+    keeps_gradients: bool
 
 
 Watch = Callable[[Params], contextlib.AbstractContextManager[Record]]
@@ -176,6 +178,7 @@ def run_of(model: FunctionalModel, X: Any, samples: int) -> Run:
         if is_out_of_memory(error):
             raise
     else:
+        model.keeps_gradients |= record.keeps_gradients
         run = Run(own, output, written, nbytes_saved(output))
         if model.calls - calls <= 1 and _plain_tensors(X):
             run.serve(record, model)

@@ -39,6 +39,7 @@ from vivit_linop.risk.private import Params as Params
 from vivit_linop.risk.private import Predict as Predict
 from vivit_linop.risk.private import PrivateModule
 from vivit_linop.risk.sharded import whole
+from vivit_linop.risk.watch import WithoutKeptGradients
 
 ModelFunction = Callable[[Params, Any], Any]
 
@@ -84,6 +85,8 @@ class FunctionalModel:
         complex_names: The complex ones.
         count: Counts the samples of an input, where the outputs of all come item by
             item; None where they have a sample axis.
+        keeps_gradients: Whether it asks for gradients of what it computes, which no
+            evaluation does from then on.
 
     Raises:
         TypeError: If ``model`` cannot be called, or parameters have dtypes that
@@ -126,7 +129,7 @@ class FunctionalModel:
         self._dtype = dtype
         self._private: PrivateModule | None = None
         self._returned = Returned()
-        self._writes = False
+        self._writes = self.keeps_gradients = False
         self._empty: list[str] = []
         self._fixed: Params = {}
         self._moved: Params = {}
@@ -402,6 +405,12 @@ class FunctionalModel:
 
     def item_by_item(self, params: Params, X: Any) -> Tensor:
         """Return the outputs as the model does."""
+        if self.keeps_gradients:
+            with WithoutKeptGradients():
+                return self._outputs(params, X)
+        return self._outputs(params, X)
+
+    def _outputs(self, params: Params, X: Any) -> Tensor:
         # Torch has no backward pass to some of what has no entries; none is needed.
         for name in self._empty:
             params = {**params, name: params[name].detach()}

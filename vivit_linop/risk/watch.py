@@ -52,6 +52,22 @@ class Watch(TorchFunctionMode):
         return id(tensor) in self._among
 
 
+class WithoutKeptGradients(TorchFunctionMode):
+    """Lets no tensor keep its gradient: those of several vectors at once are none."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Call the function, unless it is that one."""
+        if func is Tensor.retain_grad:
+            return None
+        return func(*args, **(kwargs or {}))
+
+
 def tensors_in(value: Any) -> list[Tensor]:
     """The tensors in arguments or results of torch functions."""
     if isinstance(value, Tensor):
