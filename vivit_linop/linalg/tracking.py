@@ -174,6 +174,8 @@ def beginning(start: Eigenpairs, factor: TorchLinearOperator) -> Block:
             f"vectors with {len(vectors)} entries. Give those of the same model at "
             "other parameters."
         )
+    if not (vectors.isfinite().all() and start.eigenvalues.isfinite().all()):
+        raise ValueError("start: holds NaN or Inf; leave it out to begin anew.")
     own = vectors.to(factor.torch_dtype, copy=True)
     return Block(orthonormalised(own, start.eigenvalues), far=False)
 
