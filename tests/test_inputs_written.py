@@ -1,6 +1,7 @@
 """Nets that write into their input, and parameters without entries.
 
-The user's data never change, and everything is that of the same net on a copy.
+The user's data never change, nor does whether they require grad, and everything is that
+of the same net on a copy.
 """
 
 from collections.abc import Callable
@@ -55,6 +56,12 @@ def of_parameters(m: nn.Module, x: Tensor) -> Tensor:
     return m.a(x).sin()
 
 
+def differentiates(m: nn.Module, x: Tensor) -> Tensor:
+    energy = m.a(x.requires_grad_()).sin().sum()
+    (force,) = torch.autograd.grad(energy, x, create_graph=True)
+    return force[:, :2] + m.a(x)
+
+
 NETS: list[Callable[..., Tensor]] = [
     adds,
     rectifies,
@@ -62,6 +69,7 @@ NETS: list[Callable[..., Tensor]] = [
     unseen,
     now_and_then,
     of_parameters,
+    differentiates,
 ]
 
 
@@ -127,6 +135,7 @@ def compare(
             strict=True,
         ):
             assert torch.equal(new, same)
+            assert not new.requires_grad
 
 
 @pytest.mark.parametrize("cut", [False, True])

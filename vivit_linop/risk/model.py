@@ -474,8 +474,11 @@ def _of_kind(like: Tensor, values: Tensor) -> Tensor:
 def _is_written(own: Tensor, given: Tensor) -> Tensor:
     """Whether a copy was written into; also where autograd was not to see it.
 
-    NaN counts as written: a copy too many does no harm.
+    NaN counts as written: a copy too many does no harm. So does a copy that requires
+    grad now, which what is given would do too.
     """
+    if own.requires_grad and not given.requires_grad:
+        return torch.tensor(True, device="cpu")
     if own.layout == torch.strided and own.shape == given.shape:
         return (own != given).any() | bool(own._version)
     return torch.tensor(own.layout == torch.strided or own._version > 0, device="cpu")
