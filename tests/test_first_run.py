@@ -217,3 +217,15 @@ def test_memory_of_the_users_in_a_graph_is_what_it_was(kind: str, name: str) -> 
         held.tensor.mul_(2.0)
     with pytest.raises(ValueError, match=r"^data: batch 0 is not what it was"):
         quantity(risk)
+
+
+@pytest.mark.parametrize("name", QUANTITIES)
+def test_activations_that_are_taken_out_may_be_written_into(name: str) -> None:
+    problem, seen = _problem(), list[Tensor]()
+    problem.model[1].register_forward_hook(lambda _, args, out: seen.append(out))
+    quantity, wanted = QUANTITIES[name]
+    risk = _risk(problem)
+    with torch.no_grad():
+        for activations in seen:
+            activations.div_(activations.norm())
+    assert close(quantity(risk), wanted(dense_of(problem), _column(risk)))

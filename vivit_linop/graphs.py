@@ -130,12 +130,12 @@ def nbytes_saved(output: Tensor) -> int:
     return total + sum(seen.values())
 
 
-def constants_saved(output: Tensor) -> list[Tensor]:
-    """Return what the graph of a tensor has saved that has no graph itself.
+def saved_in(output: Tensor) -> list[Tensor]:
+    """Return what the graph of a tensor has saved.
 
     It must not have been made under hooks for saved tensors, which would be called.
     """
-    return [t for node in nodes(output) for t in _saved(node) if t.is_leaf]
+    return [tensor for node in nodes(output) for tensor in _saved(node)]
 
 
 def _saved(node: Node) -> Iterator[Tensor]:

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.autograd.graph import disable_saved_tensors_hooks
 
 from vivit_linop.devices import is_out_of_memory, saved_bytes
-from vivit_linop.graphs import constants_saved, has_own_code, nbytes_saved
+from vivit_linop.graphs import has_own_code, nbytes_saved, saved_in
 from vivit_linop.risk import fingerprint
 from vivit_linop.risk.containers import copied
 from vivit_linop.risk.kept import Kept
@@ -76,8 +76,8 @@ class Run:
             it was watched by nobody, or was more than one evaluation.
         repeats: Whether a second one who pulls back through it gets what the first
             would: there are only torch's own functions in the graph, and no hooks.
-        constants: What the graph has saved that is not the risk's own, nor computed
-            from parameters; with the versions of then.
+        saved: What the graph has saved, with the versions of then.
+        constants: What of it is not the risk's own, nor computed from parameters.
         sums: Those over the constants then.
     """
 
@@ -87,7 +87,8 @@ class Run:
     graph_bytes: int
     record: Record | None = None
     repeats: bool = False
-    constants: list[tuple[Tensor, int]] = field(default_factory=list)
+    saved: list[tuple[Tensor, int]] = field(default_factory=list)
+    constants: list[Tensor] = field(default_factory=list)
     sums: list[Tensor] = field(default_factory=list)
 
     def serve(self, record: Record, model: FunctionalModel) -> None:
@@ -102,15 +103,12 @@ class Run:
         own = [*_plain_tensors(self.X).values()]
         own += [*model.params.values(), *model.constants.values()]
         known = {0, *map(_place, own)}
+        saved = saved_in(self.output)
+        self.saved = [(tensor, tensor._version) for tensor in saved]
         self.constants = [
-            (tensor.detach(), tensor._version)
-            for tensor in constants_saved(self.output)
-            if _place(tensor) not in known
+            tensor for tensor in saved if tensor.is_leaf and _place(tensor) not in known
         ]
-        self.sums = self._sums()
-
-    def _sums(self) -> list[Tensor]:
-        return fingerprint.sums([tensor for tensor, _ in self.constants])
+        self.sums = fingerprint.sums(self.constants)
 
     @property
     def nbytes(self) -> int:
@@ -125,8 +123,8 @@ class Run:
             for name, part in own.items()
         )
         return same and (
-            all(tensor._version == version for tensor, version in self.constants)
-            and all(map(torch.equal, self._sums(), self.sums))
+            all(tensor._version == version for tensor, version in self.saved)
+            and all(map(torch.equal, fingerprint.sums(self.constants), self.sums))
         )
 
 
