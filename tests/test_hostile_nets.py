@@ -104,6 +104,12 @@ def threaded(net: Any, X: Tensor) -> Tensor:
         return net.c(pool.submit(lambda: net.a(X).tanh()).result())
 
 
+def distances(net: Any, X: Tensor) -> Tensor:
+    """Torch's own rule for batches of their derivatives is wrong."""
+    h = net.a(X)
+    return net.c(h + torch.cdist(h[None], net.w[None])[0].mean(1, keepdim=True))
+
+
 def keeping(net: Any, X: Tensor) -> Tensor:
     h = net.a(X).tanh()
     if h.requires_grad:
@@ -171,6 +177,7 @@ NETS: dict[str, Callable[[], nn.Module]] = {
     ),
     "another thread": lambda: Lambda(threaded, a=L(5, 4), c=L(4, C)),
     "a weight of the parent's": parented,
+    "distances": lambda: Lambda(distances, a=L(5, 4), c=L(4, C), w=parameter(4, 4)),
     "gradients of layers are kept": lambda: Lambda(keeping, a=L(5, 4), c=L(4, C)),
     "outputs that are a parameter": lambda: Lambda(
         lambda net, X: net.w.expand(len(X), C), w=parameter(C)
@@ -221,6 +228,7 @@ def test_what_autograd_says(name: str) -> None:
         (vl.GGN(risk) @ x[:, None].expand(-1, 3), (G @ x)[:, None].expand(-1, 3)),
         (of @ x, G @ x),
         (of.diagonal(), G.diagonal()),
+        (vl.GGN(net, LOSS, (X, y)).diagonal(), G.diagonal()),
         (of.gram.to_dense().norm(), G.norm()),
         (vl.PerSampleGradients(risk).to_dense().mean(1), slopes.reshape(-1) @ J),
     ]:

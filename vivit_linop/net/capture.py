@@ -185,9 +185,6 @@ class Capture:
             alone = all(used.count(name) == 1 for name in each.use.names)
             wide = alone and each.use.is_wide(self.num_samples, width)
             (apart if wide else together).append(each)
-        if not apart:
-            yield self.columns(cotangents, variant, names, "stream")
-            return
         makers = [*starmap(Use.columns, apart)]
         stacked: list[Tensor] = []
         for r, signals in enumerate(self._signals(apart + together, cotangents)):
