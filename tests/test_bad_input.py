@@ -334,10 +334,19 @@ def test_what_a_model_reaches_and_changes() -> None:
         def __call__(self, params: dict[str, Tensor], x: Tensor) -> Tensor:
             return self.layer(x) * params["scale"]
 
-    G = vl.GGN(Calls(), CE, (X, CLASSES), {"scale": torch.ones(3).double()})
+    x = torch.ones(3).double()
+
+    def ggn(memory: int | None) -> vl.GGN:
+        return vl.GGN(Calls(), CE, (X, CLASSES), {"scale": x}, memory=memory)
+
+    before = ggn(None) @ x
+    again, kept = ggn(0), ggn(None)
     with torch.no_grad():
         Calls.layer.weight.add_(1.0)
-    refused("data", lambda: G @ torch.ones(3).double(), says="no module")
+    # Unless the run of construction serves the product, which is that of before.
+    torch.testing.assert_close(kept @ x, before)
+    refused("data", lambda: again @ x, says="no module")
+    assert not torch.allclose(ggn(None) @ x, before)
 
 
 @pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr])
