@@ -377,8 +377,9 @@ class VerbMethods(LinearOperator, Generic[Op]):
                 comes in slowly, so begin anew now and then.
             tol: With ``start``, how exact: another product would raise the sum of the
                 eigenvalues by no more than ``tol`` times the largest, by a bound or
-                as one random vector tells; by default 5e-3. Else the relative
-                accuracy of the iteration, by default that of the dtype.
+                as one random vector tells, which now and then sees a fifth of it or
+                less; by default 5e-3. Without ``start``, the relative accuracy of the
+                iteration, by default that of the dtype.
             which: With ``k``, as in SciPy: ``"LA"`` for the largest, ``"SA"`` for the
                 smallest, ``"LM"`` for those of largest magnitude.
             v0: With ``k``, the vector ``[n]`` that an iteration starts from. What gives
