@@ -11,7 +11,6 @@ import contextlib
 import inspect
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -29,7 +28,7 @@ from vivit_linop.modes import as_guest, ordinary_mode
 from vivit_linop.operators.base import TorchLinearOperator
 from vivit_linop.operators.kronecker import BlockDiagonal, Kronecker
 from vivit_linop.risk.checks import same_outputs
-from vivit_linop.risk.copies import Copies
+from vivit_linop.risk.copies import BACKWARD_HOOKS, FORWARD_HOOKS, Copies
 from vivit_linop.risk.empirical import EmpiricalRisk, as_risk
 
 # What works for every model.
@@ -175,8 +174,6 @@ class PositiveCurvatureHessian(BlockDiagonal):
 
 
 # Running BackPACK -----------------------------------------------------------------
-
-_HOOKS = attrgetter("_forward_hooks", "_forward_pre_hooks")
 
 
 class Left(NamedTuple):
@@ -389,9 +386,9 @@ def _module_and_loss(risk: EmpiricalRisk, what: str) -> tuple[nn.Module, nn.Modu
         raise ValueError(f"model: {what} needs an nn.Module, got a function.")
     loss = Copies(()).of(source)
     for part in (*module.modules(), *loss.modules()):
-        if part._backward_hooks or part._backward_pre_hooks:
+        if any(BACKWARD_HOOKS(part)):
             raise _refusal(what, "it knows nothing of hooks on gradients.")
-        for hooks in _HOOKS(part):
+        for hooks in FORWARD_HOOKS(part):
             hooks.clear()
         vars(part).pop("forward", None)
     return module, loss

@@ -21,6 +21,7 @@ import types
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from functools import singledispatch
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -33,6 +34,9 @@ from vivit_linop.risk.sharded import without_sharding
 ATOMS = frozenset(
     {type(None), bool, int, float, complex, str, bytes, type, torch.dtype, torch.Size}
 )
+# Where torch keeps the hooks of a module: dictionaries, which are false if empty.
+FORWARD_HOOKS = attrgetter("_forward_hooks", "_forward_pre_hooks")
+BACKWARD_HOOKS = attrgetter("_backward_hooks", "_backward_pre_hooks")
 # What every module has, of its own: its slots, and dictionaries of hooks.
 _SLOTS = frozenset({"_parameters", "_buffers", "_modules"})
 OWN = frozenset(k for k, v in vars(nn.Module()).items() if isinstance(v, (dict, set)))

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from vivit_linop.arguments import check_choice, check_function
 from vivit_linop.risk.containers import map_leaves
+from vivit_linop.risk.copies import BACKWARD_HOOKS
 from vivit_linop.risk.draws import Draws
 from vivit_linop.risk.losses.base import OutputLoss, roots_of
 from vivit_linop.risk.losses.certificates import targets_of
@@ -241,7 +242,7 @@ class Weighted(nn.Module):
 def weighted_loss(loss: Weighted) -> OutputLoss:
     """By what is weighted."""
     parts = loss.loss.modules() if isinstance(loss.loss, nn.Module) else ()
-    if any(part._backward_hooks or part._backward_pre_hooks for part in parts):
+    if any(any(BACKWARD_HOOKS(part)) for part in parts):
         raise ValueError(
             "loss: a hook on gradients of what is weighted has no effect on single "
             "samples. Put it on the Weighted loss."

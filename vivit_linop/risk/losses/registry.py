@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from vivit_linop.arguments import check_choice
-from vivit_linop.risk.copies import Copies
+from vivit_linop.risk.copies import BACKWARD_HOOKS, FORWARD_HOOKS, Copies
 from vivit_linop.risk.losses.autograd import (
     AutogradLoss,
     LossCallable,
@@ -239,9 +239,8 @@ def _is_changed(loss: Any) -> bool:
     """Whether a loss has a forward method of its own, or hooks on it."""
     if not isinstance(loss, nn.Module):
         return False
-    forward = loss._forward_hooks, loss._forward_pre_hooks
-    backward = loss._backward_hooks, loss._backward_pre_hooks
-    return "forward" in vars(loss) or any(forward + backward)
+    hooks = FORWARD_HOOKS(loss) + BACKWARD_HOOKS(loss)
+    return "forward" in vars(loss) or any(hooks)
 
 
 # Losses of torch that are no functions of one output, and what of.
