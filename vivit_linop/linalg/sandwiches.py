@@ -10,6 +10,7 @@ from torch import Tensor
 from vivit_linop.operators.base import TorchLinearOperator
 from vivit_linop.operators.elementary import Product, Scaled, Sum
 from vivit_linop.operators.lowrank import DampedRoot, Gram, Woodbury
+from vivit_linop.operators.operands import as_float
 from vivit_linop.operators.parts import HStack
 from vivit_linop.operators.sandwich import LowRankForm, Sandwich, low_rank_form
 from vivit_linop.operators.verbs import (
@@ -279,7 +280,7 @@ def _lose_digits(
     if B is not A:
         right = lengths(B)
         outer = norms(_in_parts(form.multiply, Y).square().sum(0))
-    shift = abs(float(form.shift))
+    shift = abs(as_float(form.shift))
     error = eps * (shift * left * right + form.norm / shift * inner * outer)
     return ~(error <= eps**0.5 * sizes)
 
