@@ -25,15 +25,16 @@ FIRST = "what the first version did"
 CAPABILITIES = {
     "certificates of outputs, J x, columns, losses, second derivatives": """
         noise.py net/certified.py net/rounding.py risk/checks.py
-        risk/differences.py risk/draws.py risk/losses/certificates.py
+        risk/losses/differences.py risk/losses/draws.py risk/losses/certificates.py
         curvature/culprit.py curvature/second_derivatives.py
     """,
     "a private copy of the net, its precision, other parameters": """
-        checkpoints.py risk/changes.py risk/copies.py risk/private.py risk/watch.py
+        checkpoints.py risk/model/copies.py risk/model/private_module.py
+        risk/model/staleness.py risk/model/tensors_used.py
     """,
     "data of any form, samples along any axis": """
-        risk/containers.py risk/outputs.py risk/rows.py risk/samples.py risk/segments.py
-        risk/ways.py
+        risk/data/containers.py risk/data/samples.py risk/data/sample_search.py
+        risk/data/segments.py risk/model/outputs.py risk/row_layout.py
     """,
     "losses: with derivatives of their own, of the model, weighted, item by item": """
         risk/losses/derived.py risk/losses/own.py risk/model_loss.py
@@ -50,7 +51,8 @@ CAPABILITIES = {
         linalg/tracking.py net/inner.py
     """,
     "many processes": """
-        ranks/*.py risk/sharded.py risk/shards.py
+        ranks/*.py risk/data/distributed.py risk/model/same_function.py
+        risk/model/sharded.py
     """,
     "analyses: Laplace, evidence, influence, covariance, predictive, trust region": """
         analysis/class_means.py analysis/covariance.py analysis/evidence.py

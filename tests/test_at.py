@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import vivit_linop as vl
 from vivit_linop.risk import first_pass
-from vivit_linop.risk.model import FunctionalModel
+from vivit_linop.risk.model.functional import FunctionalModel
 
 X, Y = torch.rand(12, 5, dtype=torch.float64), torch.arange(12) % 3
 LOSS = nn.CrossEntropyLoss()

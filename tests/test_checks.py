@@ -15,7 +15,7 @@ from torch.nn import functional as F
 import vivit_linop as vl
 from tests.cases import Lambda, mlp
 from vivit_linop.risk import checks
-from vivit_linop.risk.model import FunctionalModel
+from vivit_linop.risk.model.functional import FunctionalModel
 
 X, Y = torch.rand(12, 4).double(), torch.randint(3, (12,))
 CE = nn.CrossEntropyLoss()

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import vivit_linop as vl
-from vivit_linop.risk.draws import Draws, categories, counts
+from vivit_linop.risk.losses.draws import Draws, categories, counts
 
 N = 13
 

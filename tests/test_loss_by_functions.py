@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import vivit_linop as vl
-from vivit_linop.risk.draws import Draws
+from vivit_linop.risk.losses.draws import Draws
 
 
 def net(inputs: int, outputs: int) -> nn.Module:

@@ -20,7 +20,7 @@ from vivit_linop.ranks.messages import (
     packed,
     unpacked,
 )
-from vivit_linop.risk.shards import by_items
+from vivit_linop.risk.data.distributed import by_items
 
 pytestmark = pytest.mark.host("processes over gloo")
 

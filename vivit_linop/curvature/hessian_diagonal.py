@@ -19,7 +19,7 @@ from vivit_linop.extras import extra
 from vivit_linop.net.pieces import memory_budget
 from vivit_linop.noise import Noise
 from vivit_linop.risk.empirical import EmpiricalRisk
-from vivit_linop.risk.model import Params, as_guest
+from vivit_linop.risk.model.functional import Params, as_guest
 
 _ROUTES = ("backpack", "products")
 

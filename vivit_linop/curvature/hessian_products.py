@@ -20,11 +20,11 @@ from vivit_linop.net.costs import layer_costs
 from vivit_linop.noise import Noise
 from vivit_linop.operators.base import TorchLinearOperator
 from vivit_linop.ranks.alone import Ranks
-from vivit_linop.risk.containers import copied
-from vivit_linop.risk.data import some_targets
+from vivit_linop.risk.data.batches import some_targets
+from vivit_linop.risk.data.containers import copied
 from vivit_linop.risk.empirical import EmpiricalRisk, as_risk
 from vivit_linop.risk.losses.certificates import certify_curvature, check_curvature
-from vivit_linop.risk.model import as_guest
+from vivit_linop.risk.model.functional import as_guest
 
 # How far apart ways that differ in the order of summation may be, in eps^¾.
 ROUNDING = 100

@@ -17,7 +17,6 @@ from vivit_linop.curvature.output_space import (
     check_blocks_fit,
     kept_budget,
 )
-from vivit_linop.risk.draws import Draws
 from vivit_linop.risk.empirical import EmpiricalRisk, as_risk
 from vivit_linop.risk.losses.base import OutputLoss
 from vivit_linop.risk.losses.certificates import (
@@ -27,7 +26,8 @@ from vivit_linop.risk.losses.certificates import (
     checked_sample,
 )
 from vivit_linop.risk.losses.derived import HessianPart
-from vivit_linop.risk.rows import RowLayout
+from vivit_linop.risk.losses.draws import Draws
+from vivit_linop.risk.row_layout import RowLayout
 
 # How many tensors of the outputs' size products with the loss Hessian may need.
 _MULTIPLIER_COPIES = 3

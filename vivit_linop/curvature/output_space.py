@@ -16,7 +16,7 @@ from vivit_linop.devices import check_matrix_fits, free_memory
 from vivit_linop.operators.base import TorchLinearOperator
 from vivit_linop.ranks.alone import Ranks
 from vivit_linop.risk.empirical import EmpiricalRisk
-from vivit_linop.risk.rows import RowLayout
+from vivit_linop.risk.row_layout import RowLayout
 
 # What blocks that can be formed again may take.
 _KEPT_BYTES = 2**24

@@ -27,7 +27,7 @@ from vivit_linop.curvature.loss_hessian import LossHessian
 from vivit_linop.operators.base import TorchLinearOperator
 from vivit_linop.ranks.alone import Ranks
 from vivit_linop.risk.empirical import EmpiricalRisk
-from vivit_linop.risk.model import Params, as_guest
+from vivit_linop.risk.model.functional import Params, as_guest
 
 
 class PositiveCurvature:

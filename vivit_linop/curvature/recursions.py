@@ -28,8 +28,8 @@ from vivit_linop.modes import as_guest, ordinary_mode
 from vivit_linop.operators.base import TorchLinearOperator
 from vivit_linop.operators.kronecker import BlockDiagonal, Kronecker
 from vivit_linop.risk.checks import same_outputs
-from vivit_linop.risk.copies import BACKWARD_HOOKS, FORWARD_HOOKS, Copies
 from vivit_linop.risk.empirical import EmpiricalRisk, as_risk
+from vivit_linop.risk.model.copies import BACKWARD_HOOKS, FORWARD_HOOKS, Copies
 
 # What works for every model.
 _INSTEAD = {

@@ -30,8 +30,9 @@ from vivit_linop.curvature.culprit import FrozenValues, at_fault
 from vivit_linop.devices import is_out_of_memory
 from vivit_linop.graphs import gradients
 from vivit_linop.noise import Noise
-from vivit_linop.risk.containers import map_leaves
-from vivit_linop.risk.differences import (
+from vivit_linop.risk.data.containers import map_leaves
+from vivit_linop.risk.empirical import EmpiricalRisk
+from vivit_linop.risk.losses.differences import (
     ROUGH,
     SHIFTS,
     STEPS,
@@ -39,8 +40,7 @@ from vivit_linop.risk.differences import (
     Comparison,
     allowed,
 )
-from vivit_linop.risk.empirical import EmpiricalRisk
-from vivit_linop.risk.model import Params, as_guest
+from vivit_linop.risk.model.functional import Params, as_guest
 
 # How near outputs in float64 are to those in float32, if the net is the same there.
 _SAME = 1e-2

@@ -27,7 +27,7 @@ from vivit_linop.net.kinds import View
 from vivit_linop.net.recorder import Recorder
 from vivit_linop.net.structure import Layout, Use, Variant, overlapping, spread
 from vivit_linop.noise import Noise
-from vivit_linop.risk.containers import leaves
+from vivit_linop.risk.data.containers import leaves
 from vivit_linop.risk.empirical import EmpiricalRisk
 from vivit_linop.risk.first_run import Run
 

@@ -40,7 +40,7 @@ from vivit_linop.net.structure import Structure, Variant
 from vivit_linop.noise import Noise
 from vivit_linop.risk import first_run
 from vivit_linop.risk.empirical import EmpiricalRisk
-from vivit_linop.risk.model import Params
+from vivit_linop.risk.model.functional import Params
 
 Columns = dict[str, LayerColumns]
 

@@ -43,12 +43,12 @@ from vivit_linop.net.tangents import (
 from vivit_linop.noise import Noise
 from vivit_linop.risk import first_run
 from vivit_linop.risk.checks import read
-from vivit_linop.risk.containers import copied, leaves
+from vivit_linop.risk.data.containers import copied, leaves
 from vivit_linop.risk.empirical import EmpiricalRisk
 from vivit_linop.risk.first_run import Run
-from vivit_linop.risk.kept import Kept
-from vivit_linop.risk.model import Params
+from vivit_linop.risk.model.functional import Params
 from vivit_linop.risk.passes import batch_does_not_fit
+from vivit_linop.risk.store import Kept
 
 # What a net's trace keeps, or the graph of a backward pass, in graphs of its outputs:
 # measured 1.4 for a net of linear layers, 1.8 for attention, 2.9 for convolutions.

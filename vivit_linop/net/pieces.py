@@ -39,9 +39,9 @@ from vivit_linop.net.columns.weighted import weighted
 from vivit_linop.net.structure import Structure
 from vivit_linop.ranks.alone import Ranks
 from vivit_linop.risk import first_run
-from vivit_linop.risk.containers import copied
+from vivit_linop.risk.data.containers import copied
 from vivit_linop.risk.empirical import EmpiricalRisk
-from vivit_linop.risk.rows import RowLayout
+from vivit_linop.risk.row_layout import RowLayout
 
 # The share of free memory that the columns of one piece of samples may take.
 _MEMORY_SHARE = 12

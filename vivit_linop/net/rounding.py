@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from vivit_linop.noise import Noise
-from vivit_linop.risk.model import Params
+from vivit_linop.risk.model.functional import Params
 
 # How often rounding is measured before a result is called wrong: where a few numbers
 # cancel, most often nothing is left.

@@ -22,7 +22,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 
 from vivit_linop.graphs import nodes
-from vivit_linop.risk.model import Params
+from vivit_linop.risk.model.functional import Params
 
 # One convolution in this many matrix products makes a trace worth its time.
 _PER_CONVOLUTION = 4

@@ -19,19 +19,21 @@ from vivit_linop.arguments import check_real
 from vivit_linop.devices import explained
 from vivit_linop.modes import ordinary_mode
 from vivit_linop.ranks.alone import Ranks
-from vivit_linop.risk import fingerprint, first_run
+from vivit_linop.risk import first_run
 from vivit_linop.risk.checks import agree
-from vivit_linop.risk.data import Batch
+from vivit_linop.risk.data import fingerprint
+from vivit_linop.risk.data.batches import Batch
+from vivit_linop.risk.data.distributed import by_items, check_parts
+from vivit_linop.risk.data.samples import Samples
 from vivit_linop.risk.first_pass import first_pass
-from vivit_linop.risk.kept import Kept
 from vivit_linop.risk.losses.base import OutputLoss
 from vivit_linop.risk.losses.derived import LossOfItems
-from vivit_linop.risk.model import FunctionalModel, Params, as_guest
-from vivit_linop.risk.parameters import ParameterVectors, all_finite, check_finite
+from vivit_linop.risk.model.functional import FunctionalModel, Params, as_guest
+from vivit_linop.risk.model.parameters import ParameterVectors, all_finite, check_finite
+from vivit_linop.risk.model.same_function import check_alike, digests_of
 from vivit_linop.risk.passes import Passes, does_not_fit
-from vivit_linop.risk.rows import RowLayout
-from vivit_linop.risk.samples import Samples
-from vivit_linop.risk.shards import by_items, check_alike, check_parts, digests_of
+from vivit_linop.risk.row_layout import RowLayout
+from vivit_linop.risk.store import Kept
 
 
 class Risk(ParameterVectors):

@@ -19,12 +19,12 @@ from torch import Tensor
 
 from vivit_linop.devices import is_out_of_memory
 from vivit_linop.graphs import nodes
-from vivit_linop.risk.containers import leaves
+from vivit_linop.risk.data.containers import leaves
+from vivit_linop.risk.data.samples import Samples
 from vivit_linop.risk.first_run import Run, run_of
-from vivit_linop.risk.model import FunctionalModel, as_guest, random_state
-from vivit_linop.risk.outputs import RaggedOutputs
-from vivit_linop.risk.parameters import check_finite
-from vivit_linop.risk.samples import Samples
+from vivit_linop.risk.model.functional import FunctionalModel, as_guest, random_state
+from vivit_linop.risk.model.outputs import RaggedOutputs
+from vivit_linop.risk.model.parameters import check_finite
 
 # From how many states of the generators a model that draws is evaluated on the first
 # batch. A coin that is used falls alike in all of them once in 2⁸ times.

@@ -14,21 +14,22 @@ from vivit_linop.arguments import Index, as_index, as_list
 from vivit_linop.devices import is_out_of_memory
 from vivit_linop.modes import ordinary_mode
 from vivit_linop.ranks.alone import Ranks
-from vivit_linop.risk import fingerprint, first_run
+from vivit_linop.risk import first_run
 from vivit_linop.risk.base import Risk
 from vivit_linop.risk.checks import same_outputs
-from vivit_linop.risk.containers import leaves
-from vivit_linop.risk.data import Batch, select_samples
+from vivit_linop.risk.data import fingerprint
+from vivit_linop.risk.data.batches import Batch, select_samples
+from vivit_linop.risk.data.containers import leaves
+from vivit_linop.risk.data.sample_search import Search
 from vivit_linop.risk.first_run import Run, next_run
-from vivit_linop.risk.kept import Kept
 from vivit_linop.risk.losses.base import OutputLoss
 from vivit_linop.risk.losses.certificates import targets_of
-from vivit_linop.risk.model import FunctionalModel, as_guest
+from vivit_linop.risk.model.functional import FunctionalModel, as_guest
+from vivit_linop.risk.model.parameters import ParameterVectors
+from vivit_linop.risk.model.same_function import check_alike
 from vivit_linop.risk.model_loss import Returned
-from vivit_linop.risk.parameters import ParameterVectors
 from vivit_linop.risk.passes import Cuts, Passes
-from vivit_linop.risk.shards import check_alike
-from vivit_linop.risk.ways import Search
+from vivit_linop.risk.store import Kept
 
 # Of a batch: the sums over its inputs, its targets, and the outputs for them before.
 Known = tuple[list[Tensor], Any, Tensor]

@@ -10,17 +10,17 @@ from torch import Tensor, nn
 
 from vivit_linop.arguments import check_flag, check_function
 from vivit_linop.ranks.group import as_ranks
-from vivit_linop.risk.containers import leaves
-from vivit_linop.risk.data import Target, as_batches, without_targets
+from vivit_linop.risk.data.batches import Target, as_batches, without_targets
+from vivit_linop.risk.data.containers import leaves
+from vivit_linop.risk.data.distributed import check_is_whole, without_padding
+from vivit_linop.risk.data.sample_search import Search, number_without_targets
+from vivit_linop.risk.data.samples import Count, Take
 from vivit_linop.risk.derived import DerivableRisk
 from vivit_linop.risk.losses.autograd import LossCallable
 from vivit_linop.risk.losses.registry import as_output_loss
-from vivit_linop.risk.model import FunctionalModel, ModelFunction, Predict
+from vivit_linop.risk.model.functional import FunctionalModel, ModelFunction, Predict
 from vivit_linop.risk.model_loss import ModelLoss, loss_of_model
 from vivit_linop.risk.passes import Cuts, Passes
-from vivit_linop.risk.samples import Count, Take
-from vivit_linop.risk.shards import check_is_whole, without_padding
-from vivit_linop.risk.ways import Search, number_without_targets
 
 
 class EmpiricalRisk(DerivableRisk):

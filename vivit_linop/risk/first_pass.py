@@ -11,18 +11,18 @@ from torch import Tensor
 
 from vivit_linop.devices import explained
 from vivit_linop.modes import guests_to_come
-from vivit_linop.risk import fingerprint
 from vivit_linop.risk.checks import independent_samples
-from vivit_linop.risk.containers import copied
-from vivit_linop.risk.data import joined_targets
+from vivit_linop.risk.data import fingerprint
+from vivit_linop.risk.data.batches import joined_targets
+from vivit_linop.risk.data.containers import copied
+from vivit_linop.risk.data.sample_search import Search
 from vivit_linop.risk.first_run import Run
 from vivit_linop.risk.losses.base import OutputLoss
 from vivit_linop.risk.losses.certificates import check_loss, targets_of
 from vivit_linop.risk.losses.derived import LossOfItems
-from vivit_linop.risk.model import FunctionalModel
+from vivit_linop.risk.model.functional import FunctionalModel
 from vivit_linop.risk.passes import Cuts, Evaluated, ItemByItem, Passes, does_not_fit
-from vivit_linop.risk.rows import RowLayout
-from vivit_linop.risk.ways import Search
+from vivit_linop.risk.row_layout import RowLayout
 
 
 @dataclass

@@ -24,11 +24,11 @@ from torch.autograd.graph import disable_saved_tensors_hooks
 
 from vivit_linop.devices import is_out_of_memory, saved_bytes
 from vivit_linop.graphs import has_own_code, nbytes_saved, saved_in
-from vivit_linop.risk import fingerprint
-from vivit_linop.risk.containers import copied
-from vivit_linop.risk.kept import Kept
-from vivit_linop.risk.model import FunctionalModel, Params
-from vivit_linop.risk.outputs import RaggedOutputs
+from vivit_linop.risk.data import fingerprint
+from vivit_linop.risk.data.containers import copied
+from vivit_linop.risk.model.functional import FunctionalModel, Params
+from vivit_linop.risk.model.outputs import RaggedOutputs
+from vivit_linop.risk.store import Kept
 
 
 class Record(Protocol):

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vivit_linop.risk.containers import described
-from vivit_linop.risk.data import as_batches, iterate
-from vivit_linop.risk.model import FunctionalModel, Predict, as_guest
+from vivit_linop.risk.data.batches import as_batches, iterate
+from vivit_linop.risk.data.containers import described
+from vivit_linop.risk.model.functional import FunctionalModel, Predict, as_guest
 from vivit_linop.risk.passes import replay
 
 Target = Callable[[Any], Any]

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from vivit_linop.graphs import nodes
-from vivit_linop.risk.containers import leaves
+from vivit_linop.risk.data.containers import leaves
 from vivit_linop.risk.losses.base import OutputLoss
-from vivit_linop.risk.outputs import OutputTree
-from vivit_linop.risk.watch import Watch
+from vivit_linop.risk.model.outputs import OutputTree
+from vivit_linop.risk.model.tensors_used import Watch
 
 LossCallable = Callable[[Tensor, Tensor], Tensor]
 

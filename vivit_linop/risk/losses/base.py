@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from vivit_linop.modes import recorded
-from vivit_linop.risk.draws import Draws
-from vivit_linop.risk.outputs import OutputTree
+from vivit_linop.risk.losses.draws import Draws
+from vivit_linop.risk.model.outputs import OutputTree
 
 # Relative to the largest eigenvalue: what rounding may do to a zero of a Hessian.
 _CONVEXITY_TOLERANCE = 1e3

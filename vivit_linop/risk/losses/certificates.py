@@ -16,12 +16,12 @@ from torch import Tensor
 
 from vivit_linop.devices import is_out_of_memory
 from vivit_linop.noise import Noise
-from vivit_linop.risk.containers import described, map_leaves
-from vivit_linop.risk.data import some_targets
-from vivit_linop.risk.differences import SHIFTS, STEPS, Comparison
-from vivit_linop.risk.draws import Draws
+from vivit_linop.risk.data.batches import some_targets
+from vivit_linop.risk.data.containers import described, map_leaves
 from vivit_linop.risk.losses.autograd import AutogradLoss
 from vivit_linop.risk.losses.base import OutputLoss
+from vivit_linop.risk.losses.differences import SHIFTS, STEPS, Comparison
+from vivit_linop.risk.losses.draws import Draws
 from vivit_linop.risk.losses.own import OwnLoss
 
 # At how many drawn labels a likelihood is looked at, with how many entries at most;

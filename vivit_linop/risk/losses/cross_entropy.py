@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from vivit_linop.risk.draws import Draws, categories
 from vivit_linop.risk.losses.base import OutputLoss, check_same_shape, copied_weight
+from vivit_linop.risk.losses.draws import Draws, categories
 
 
 class CrossEntropy(OutputLoss):

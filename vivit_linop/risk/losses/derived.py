@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from vivit_linop.arguments import check_choice, check_function
-from vivit_linop.risk.containers import map_leaves
-from vivit_linop.risk.copies import BACKWARD_HOOKS
-from vivit_linop.risk.draws import Draws
+from vivit_linop.risk.data.containers import map_leaves
 from vivit_linop.risk.losses.base import OutputLoss, roots_of
 from vivit_linop.risk.losses.certificates import targets_of
+from vivit_linop.risk.losses.draws import Draws
 from vivit_linop.risk.losses.registry import built, checked_reduction, register
-from vivit_linop.risk.outputs import OutputTree, Returned
+from vivit_linop.risk.model.copies import BACKWARD_HOOKS
+from vivit_linop.risk.model.outputs import OutputTree, Returned
 
 # Many items a sample -----------------------------------------------------------------
 

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from vivit_linop.risk.containers import leaves
-from vivit_linop.risk.draws import Draws, LabelDraws, counts
+from vivit_linop.risk.data.containers import leaves
 from vivit_linop.risk.losses.base import OutputLoss, check_same_shape, copied_weight
+from vivit_linop.risk.losses.draws import Draws, LabelDraws, counts
 from vivit_linop.risk.losses.own import Loss, OwnLoss
-from vivit_linop.risk.outputs import OutputTree
+from vivit_linop.risk.model.outputs import OutputTree
 
 
 class ElementwiseLoss(OutputLoss):

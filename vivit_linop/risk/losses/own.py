@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from vivit_linop.arguments import check_choice
-from vivit_linop.risk.containers import leaves, map_leaves
-from vivit_linop.risk.draws import Draws, LabelDraws
+from vivit_linop.risk.data.containers import leaves, map_leaves
 from vivit_linop.risk.losses.autograd import AutogradLoss
+from vivit_linop.risk.losses.draws import Draws, LabelDraws
 
 OfBatch = Callable[[Any, Any], Tensor]
 Functions = dict[str, Callable[..., Any]]

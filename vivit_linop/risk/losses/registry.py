@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from vivit_linop.arguments import check_choice
-from vivit_linop.risk.copies import BACKWARD_HOOKS, FORWARD_HOOKS, Copies
 from vivit_linop.risk.losses.autograd import (
     AutogradLoss,
     LossCallable,
@@ -32,6 +31,7 @@ from vivit_linop.risk.losses.elementwise import (
     SquaredError,
 )
 from vivit_linop.risk.losses.own import Loss, OwnLoss
+from vivit_linop.risk.model.copies import BACKWARD_HOOKS, FORWARD_HOOKS, Copies
 
 # Takes a copy of the user's loss.
 Builder = Callable[[Any], OutputLoss]

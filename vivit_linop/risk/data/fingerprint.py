@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vivit_linop.risk.containers import leaves
-from vivit_linop.risk.data import Batch, some_targets
-from vivit_linop.risk.samples import Samples, has_entries
-from vivit_linop.risk.ways import Search
+from vivit_linop.risk.data.batches import Batch, some_targets
+from vivit_linop.risk.data.containers import leaves
+from vivit_linop.risk.data.sample_search import Search
+from vivit_linop.risk.data.samples import Samples, has_entries
 
 
 def of_batch(batch: Any) -> bytes:

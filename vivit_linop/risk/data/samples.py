@@ -2,8 +2,8 @@
 
 Samples are mostly along the first axis of each tensor. Hidden states of an RNN have
 them along the second one, a mask may have none, bags and graphs lie one after the other
-in one tensor (:mod:`vivit_linop.risk.segments`). Which it may be says
-:mod:`vivit_linop.risk.ways`.
+in one tensor (:mod:`vivit_linop.risk.data.segments`). Which it may be says
+:mod:`vivit_linop.risk.data.sample_search`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,13 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pack_sequence, unpack_sequence
 
-from vivit_linop.risk.containers import attribute, is_leaf, leaves, map_leaves, opened
+from vivit_linop.risk.data.containers import (
+    attribute,
+    is_leaf,
+    leaves,
+    map_leaves,
+    opened,
+)
 
 Take = Callable[[Any, Tensor], Any]
 Count = Callable[[Any], int]

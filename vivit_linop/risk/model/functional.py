@@ -3,7 +3,7 @@
 What the library does with a model leaves it as it was. Parameters are copied, so that
 neither their gradients nor their ``requires_grad`` are touched and an operator stays
 the same matrix while training goes on; a module is copied too
-(:mod:`vivit_linop.risk.private`), and what runs it is put back
+(:mod:`vivit_linop.risk.model.private_module`), and what runs it is put back
 (:class:`vivit_linop.modes.as_guest`).
 """
 
@@ -18,11 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from vivit_linop.modes import as_guest as as_guest
-from vivit_linop.risk.changes import Comparison
-from vivit_linop.risk.containers import copied, leaves, map_leaves, rebuilt
-from vivit_linop.risk.copies import Copies
-from vivit_linop.risk.outputs import OutputTree, Returned
-from vivit_linop.risk.parameters import (
+from vivit_linop.risk.data.containers import copied, leaves, map_leaves, rebuilt
+from vivit_linop.risk.model.copies import Copies
+from vivit_linop.risk.model.outputs import OutputTree, Returned
+from vivit_linop.risk.model.parameters import (
     HALVES,
     as_pairs,
     check_chosen,
@@ -35,11 +34,12 @@ from vivit_linop.risk.parameters import (
     in_precision,
     of_pairs,
 )
-from vivit_linop.risk.private import Params as Params
-from vivit_linop.risk.private import Predict as Predict
-from vivit_linop.risk.private import PrivateModule
-from vivit_linop.risk.sharded import whole
-from vivit_linop.risk.watch import WithoutKeptGradients
+from vivit_linop.risk.model.private_module import Params as Params
+from vivit_linop.risk.model.private_module import Predict as Predict
+from vivit_linop.risk.model.private_module import PrivateModule
+from vivit_linop.risk.model.sharded import whole
+from vivit_linop.risk.model.staleness import Comparison
+from vivit_linop.risk.model.tensors_used import WithoutKeptGradients
 
 ModelFunction = Callable[[Params, Any], Any]
 

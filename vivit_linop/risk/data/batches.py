@@ -1,8 +1,8 @@
 """The data of a risk: validated batches, and parts of them.
 
 A batch is a pair ``(X, y)`` of whatever holds tensors
-(:mod:`vivit_linop.risk.containers`), or holds its targets itself. Where the samples are
-in it says :mod:`vivit_linop.risk.samples`.
+(:mod:`vivit_linop.risk.data.containers`), or holds its targets itself. Where the
+samples are in it says :mod:`vivit_linop.risk.data.samples`.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from vivit_linop.risk.containers import attribute, described, leaves, map_leaves
-from vivit_linop.risk.containers import copied as copied
-from vivit_linop.risk.samples import Listing, Samples, number_of
+from vivit_linop.risk.data.containers import attribute, described, leaves, map_leaves
+from vivit_linop.risk.data.containers import copied as copied
+from vivit_linop.risk.data.samples import Listing, Samples, number_of
 
 Batch = tuple[Any, Any]
 Target = Callable[[Any], Any]

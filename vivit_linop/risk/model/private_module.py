@@ -1,9 +1,9 @@
 """The risk's own module: whatever the user does with theirs, and it does to itself.
 
-Each evaluation runs on a copy of its own (:mod:`vivit_linop.risk.copies`), with the
-tensors it was given in the slots. So threads do not meet, what a forward pass keeps on
-the module is gone with its copy, and what a backward pass recomputes (checkpoints) sees
-the tensors of its evaluation.
+Each evaluation runs on a copy of its own (:mod:`vivit_linop.risk.model.copies`), with
+the tensors it was given in the slots. So threads do not meet, what a forward pass keeps
+on the module is gone with its copy, and what a backward pass recomputes (checkpoints)
+sees the tensors of its evaluation.
 
 Some nets reach the user's own modules in spite of that, through a global variable or an
 object that is no module. The first evaluation watches for it. Then the copy stands in
@@ -27,12 +27,12 @@ from torch.nn.utils.rnn import PackedSequence
 from vivit_linop.checkpoints import RECOMPUTED
 from vivit_linop.modes import without_cudnn
 from vivit_linop.noise import Noise
-from vivit_linop.risk.changes import Comparison
-from vivit_linop.risk.containers import rebuilt
-from vivit_linop.risk.copies import Copies, Plan
-from vivit_linop.risk.outputs import Returned
-from vivit_linop.risk.parameters import HALVES, in_precision
-from vivit_linop.risk.watch import Watch
+from vivit_linop.risk.data.containers import rebuilt
+from vivit_linop.risk.model.copies import Copies, Plan
+from vivit_linop.risk.model.outputs import Returned
+from vivit_linop.risk.model.parameters import HALVES, in_precision
+from vivit_linop.risk.model.staleness import Comparison
+from vivit_linop.risk.model.tensors_used import Watch
 
 Params = dict[str, Tensor]
 Predict = Callable[[nn.Module, Any], Any]

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from vivit_linop.arguments import check_function
 from vivit_linop.devices import is_out_of_memory
-from vivit_linop.risk.containers import described, is_leaf, leaves, opened
-from vivit_linop.risk.data import numbers_of
-from vivit_linop.risk.samples import (
+from vivit_linop.risk.data.batches import numbers_of
+from vivit_linop.risk.data.containers import described, is_leaf, leaves, opened
+from vivit_linop.risk.data.samples import (
     Axis,
     Blocks,
     ByUnit,
@@ -34,7 +34,7 @@ from vivit_linop.risk.samples import (
     number_of,
     units_of,
 )
-from vivit_linop.risk.segments import Bags, Graphs
+from vivit_linop.risk.data.segments import Bags, Graphs
 
 # How many ways are tried of those that may be.
 _MOST_WAYS = 16

@@ -1,8 +1,8 @@
 """Whether what a copy was made of is still what it was then.
 
 A risk runs on copies of the user's modules and functions
-(:mod:`vivit_linop.risk.copies`). Parameters and buffers move in training; here it is
-seen whether anything else of the originals has changed that the copies have of their
+(:mod:`vivit_linop.risk.model.copies`). Parameters and buffers move in training; here it
+is seen whether anything else of the originals has changed that the copies have of their
 own: attributes, containers in them, hooks, submodules, closures. What copies share with
 the originals is the same object, and not looked into.
 """
@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vivit_linop.risk.copies import (
+from vivit_linop.risk.model.copies import (
     ATOMS,
     CACHED,
     FUNCTIONS,
@@ -29,8 +29,8 @@ from vivit_linop.risk.copies import (
     is_cached,
     slots_of,
 )
-from vivit_linop.risk.parameters import HALVES
-from vivit_linop.risk.sharded import without_sharding
+from vivit_linop.risk.model.parameters import HALVES
+from vivit_linop.risk.model.sharded import without_sharding
 
 # Modes are those of construction; the others are set on copies.
 _NOT_COMPARED = frozenset({"training", "_compiled_call_impl", "scale_grad_by_freq"})

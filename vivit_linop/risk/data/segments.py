@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vivit_linop.risk.containers import leaves, map_leaves
-from vivit_linop.risk.samples import Samples
+from vivit_linop.risk.data.containers import leaves, map_leaves
+from vivit_linop.risk.data.samples import Samples
 
 
 class Bags(Samples):

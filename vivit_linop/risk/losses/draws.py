@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vivit_linop.arguments import check_generator
 from vivit_linop.modes import as_guest
-from vivit_linop.risk.containers import leaves
+from vivit_linop.risk.data.containers import leaves
 
 # Numbers that Philox gives for each value of its counter.
 _PER_COUNT = 4

@@ -9,7 +9,8 @@ methods, ``functools.partial`` and closures. All else (locks, loggers, arrays) i
 with the original and never copied.
 
 Not followed are objects of other classes and global variables of methods. Whoever runs
-a copy sees whether tensors of the original are used (:mod:`vivit_linop.risk.watch`).
+a copy sees whether tensors of the original are used
+(:mod:`vivit_linop.risk.model.tensors_used`).
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from vivit_linop.risk.sharded import without_sharding
+from vivit_linop.risk.model.sharded import without_sharding
 
 # Nothing in these is ever replaced.
 ATOMS = frozenset(

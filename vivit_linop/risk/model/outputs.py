@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, unpack_sequence
 
-from vivit_linop.risk.containers import described, leaves, map_leaves
-from vivit_linop.risk.data import some_targets
+from vivit_linop.risk.data.batches import some_targets
+from vivit_linop.risk.data.containers import described, leaves, map_leaves
 
 # Samples with outputs of several shapes ----------------------------------------------
 

@@ -1,0 +1,1 @@
+"""The user's model as a guest: a function of its parameters, run on private copies."""

@@ -1,0 +1,150 @@
+"""Whether all ranks of a process group have the same model and loss, by digests."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import types
+from collections.abc import Callable, Iterable, Mapping
+from functools import singledispatch
+from typing import Any
+
+import numpy as np
+from torch import Tensor, nn
+
+from vivit_linop.ranks.alone import Ranks
+from vivit_linop.risk.data import fingerprint
+from vivit_linop.risk.model.copies import held_by
+
+_OF_ANY_MODULE = frozenset(vars(nn.Module()))
+
+
+def check_alike(ranks: Ranks, digests: Callable[[], Mapping[str, str]]) -> None:
+    """Raise an error unless all ranks have the same.
+
+    Args:
+        ranks: The ranks.
+        digests: Returns by name what must be the same.
+    """
+    with ranks.together("the same function"):
+        own = digests()
+    every = ranks.gathered(own)
+    for name in dict.fromkeys(name for each in every for name in each):
+        seen = [each.get(name) for each in every]
+        other = next((r for r, digest in enumerate(seen) if digest != seen[0]), None)
+        if other is not None:
+            raise ValueError(
+                f"process_group: rank {other} has other {name} than rank 0. All ranks "
+                "need the same: load one checkpoint, or broadcast them."
+            )
+
+
+def digests_of(value: Any, name: str) -> dict[str, str]:
+    """Return by name what tells a loss from another: its tensors and attributes.
+
+    Args:
+        value: What is called. Followed are containers, modules, closures and defaults
+            of functions; of other objects only this one.
+        name: How it is called.
+    """
+    found, known = dict[str, str](), dict[int, Any]()
+    todo = [(name, value)]
+    owner = getattr(value, "__self__", value)
+    while todo:
+        path, item = todo.pop()
+        found[path] = _own(item)
+        parts = _parts(item) or (vars(item) if _is_followed(item, owner) else {})
+        if parts and id(item) not in known:
+            known[id(item)] = item
+            todo += [(f"{path}.{key}", part) for key, part in parts.items()]
+    return found
+
+
+def _is_followed(item: Any, owner: Any) -> bool:
+    return item is owner and hasattr(item, "__dict__") and not isinstance(item, type)
+
+
+@singledispatch
+def _own(item: Any) -> str:
+    """What an object is, without its parts."""
+    return type(item).__qualname__
+
+
+@_own.register(bool)
+@_own.register(int)
+@_own.register(float)
+@_own.register(complex)
+@_own.register(str)
+@_own.register(bytes)
+@_own.register(np.generic)
+def _of_value(item: Any) -> str:
+    return repr(item)
+
+
+@_own.register
+def _of_tensor(item: Tensor) -> str:
+    return fingerprint.of_tensors([("", item)])
+
+
+@_own.register
+def _of_array(item: np.ndarray) -> str:
+    return f"{item.dtype}{item.shape}{_digest(item.tobytes())}"
+
+
+@_own.register
+def _of_function(item: types.FunctionType) -> str:
+    return f"{item.__qualname__} {_digest(*_instructions(item.__code__))}"
+
+
+def _instructions(code: types.CodeType) -> Iterable[bytes]:
+    """What a function does, with which names and numbers."""
+    yield code.co_code + repr(code.co_names).encode()
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from _instructions(constant)
+        elif isinstance(constant, frozenset):  # in another order in each process
+            yield repr(sorted(map(repr, constant))).encode()
+        else:
+            yield repr(constant).encode()
+
+
+def _digest(*parts: bytes) -> str:
+    return hashlib.sha256(b"\0".join(parts)).hexdigest()
+
+
+@singledispatch
+def _parts(item: Any) -> Mapping[Any, Any]:
+    """What an object is made of, by name."""
+    return {}
+
+
+@_parts.register
+def _of_module(item: nn.Module) -> Mapping[Any, Any]:
+    others = {k: v for k, v in vars(item).items() if k not in _OF_ANY_MODULE}
+    return {**others, **item._parameters, **item._buffers, **item._modules}
+
+
+@_parts.register
+def _of_mapping(item: dict) -> Mapping[Any, Any]:  # type: ignore[type-arg]
+    return item
+
+
+@_parts.register(list)
+@_parts.register(tuple)
+def _of_items(item: Any) -> Mapping[Any, Any]:
+    return dict(enumerate(item))
+
+
+@_parts.register
+def _of_closure(item: types.FunctionType) -> Mapping[Any, Any]:
+    return held_by(item)
+
+
+@_parts.register
+def _of_method(item: types.MethodType) -> Mapping[Any, Any]:
+    return {item.__func__.__name__: item.__func__, "__self__": item.__self__}
+
+
+@_parts.register
+def _of_partial(item: functools.partial) -> Mapping[Any, Any]:  # type: ignore[type-arg]
+    return {"func": item.func, **dict(enumerate(item.args)), **item.keywords}
