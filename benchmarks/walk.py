@@ -131,7 +131,7 @@ TOPICS = {
     "checks": """
         check_curvature certify_curvature certified_sqrt Risk.check_outputs
         CertifiedColumns.failing CertifiedColumns._learn Noise.__init__ Noise.__call__
-        Noise.like Linearization._agree Linearization._probed checked_outputs check_loss
+        Noise.like Preparation._agree Preparation._probed checked_outputs check_loss
         independent_samples Passes.fingerprints
     """,
     "reading layers": """

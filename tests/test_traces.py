@@ -13,14 +13,10 @@ import vivit_linop as vl
 from tests import cases
 from tests.cases import NAMES, dense, problem
 from tests.curvature_cases import FEW, close, fresh, risk
-from vivit_linop.net import linearization
-from vivit_linop.net.linearization import (
-    Linearization,
-    NoTangentError,
-    ReverseTangents,
-    linearizations,
-)
-from vivit_linop.net.tangents import tangent_map
+from vivit_linop.net import tangents
+from vivit_linop.net.linearization import Linearization, linearizations
+from vivit_linop.net.tangents import NoTangentError, ReverseTangents
+from vivit_linop.net.tracing import tangent_map
 
 
 @pytest.fixture(autouse=True)
@@ -45,7 +41,7 @@ def _untraceable(*_: Any) -> None:
 )
 def test_linearization(name: str, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     of, truth = risk(name), dense(name)
-    module = "vivit_linop.net.linearization"
+    module = "vivit_linop.net.tangents"
     if method == "reverse":
         monkeypatch.setattr(f"{module}.tangent_map", _untraceable)
     monkeypatch.setattr(f"{module}.tracing_pays", lambda _: method == "trace")
@@ -82,7 +78,7 @@ def test_ordinary_nets_are_traced_where_it_pays(name: str, method: str) -> None:
 def test_a_trace_stands_in_for_a_wrong_second_derivative(
     wrong: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    module = "vivit_linop.net.linearization"
+    module = "vivit_linop.net.tangents"
     if wrong == "error":
 
         def impossible(graph: Any) -> None:
@@ -175,7 +171,7 @@ def test_a_trace_that_is_interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(linearization, "tangent_map", lambda *_: interrupted)
+        patch.setattr(tangents, "tangent_map", lambda *_: interrupted)
         with pytest.raises(KeyboardInterrupt):
             J @ torch.ones(of.num_params)
     assert (J.T @ unit - truth.J.T).norm() <= 1e-12 * truth.J.norm()
@@ -222,9 +218,9 @@ def test_a_norm_in_eval_mode_scales_once() -> None:
     def function(params: dict[str, Tensor]) -> Tensor:
         return torch.func.functional_call(net, params, X)
 
-    tangents = tangent_map(function, theta)
+    traced = tangent_map(function, theta)
     with Multiplications() as counted:
-        image = tangents(*x)
+        image = traced(*x)
     # That of the activations, and that of the weight's tangent.
     assert counted.count == 2
     named = dict(zip(theta, x, strict=True))

@@ -443,10 +443,12 @@ def test_freed_with_the_last_reference(name: str, net: Any) -> None:
 def test_a_traced_net_is_freed() -> None:
     risk = _risk(_convolutions)
     J = vl.Jacobian(risk)
-    J @ torch.ones(J.shape[1]).double()
+    J.T @ torch.ones(J.shape[0]).double()
     inputs, _ = (
-        part._function.keywords["X"] for part in risk.kept.values["linearizations"]
+        part._preparation._function.keywords["X"]
+        for part in risk.kept.values["linearizations"]
     )
+    J @ torch.ones(J.shape[1]).double()
     left = [
         weakref.ref(thing)
         for thing in (risk, J, inputs, *risk.kept.values["linearizations"])

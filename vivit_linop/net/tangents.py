@@ -1,214 +1,209 @@
-"""The tangent map x ↦ J x of a net: how it is traced, and whether products are right.
+"""J x and Jᵀ u by graphs of a net, and which way to J x is right.
 
 For convolutions torch's backward pass through a backward pass takes twice as long as it
-should. In the trace of a net of these all that does not depend on x is evaluated and
-kept. (``torch.func.linearize`` does the same, but its map copies each tangent.) Tracing
-takes seconds, so it is not done for a trace that would be used only once, nor for nets
-of linear layers and attention, where a trace is no faster. A trace may be wrong in many
-ways, and so may second derivatives by torch: products are compared with Jᵀ u.
+should; a trace (:mod:`vivit_linop.net.tracing`) does not. Tracing takes seconds, so it
+is not done for a trace that would be used only once, nor for nets of linear layers and
+attention, where a trace is no faster. A trace may be wrong in many ways, and so may
+second derivatives by torch: products are compared with Jᵀ u before they are used.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+import contextlib
+import gc
+import threading
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from itertools import compress
+from operator import attrgetter
+from typing import NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
-from torch.func import jvp, vmap
-from torch.fx import GraphModule, Node
-from torch.fx.experimental.const_fold import split_const_subgraphs
-from torch.fx.experimental.proxy_tensor import make_fx
-from torch.overrides import TorchFunctionMode
+from torch.func import vmap
 
-from vivit_linop.graphs import nodes
+from vivit_linop.devices import is_out_of_memory
+from vivit_linop.graphs import batched_gradients, nodes, strided
+from vivit_linop.net.rounding import BY_NOISE, nearby
+from vivit_linop.net.tracing import OutOfPlace, tangent_map
+from vivit_linop.noise import Noise
 from vivit_linop.risk.model.functional import Params
 
 # One convolution in this many matrix products makes a trace worth its time.
 _PER_CONVOLUTION = 4
-_ATEN: Any = torch.ops.aten
-# The same operations by Python's own bindings, which take half of the time of a call.
-_DIRECT: dict[Any, Any] = {
-    _ATEN.add.Tensor: torch.add,
-    _ATEN.convolution.default: torch.convolution,
-    _ATEN.mm.default: torch.mm,
-    _ATEN.mul.Tensor: torch.mul,
-    _ATEN.t.default: torch.t,
-}
-_OUT_OF_PLACE: dict[Callable[..., Any], Callable[..., Any]] = {
-    Tensor.__iadd__: torch.add,
-    Tensor.__isub__: torch.sub,
-    Tensor.__imul__: torch.mul,
-    Tensor.add_: torch.add,
-    Tensor.mul_: torch.mul,
-    Tensor.relu_: torch.relu,
-    torch.relu_: torch.relu,
-}
-Product = Callable[[Tensor], Tensor]
+# The tracer changes things that all threads see.
+_TRACING = threading.Lock()
 
 
-def tracing_pays(output: Tensor) -> bool:
-    """Whether a net has many convolutions, seen from the graph of its output."""
-    counts = {"conv": 0, "mm": 0}
-    for node in nodes(output):
-        name = node.name().lower()
-        for kind in counts:
-            counts[kind] += kind in name
-    return _PER_CONVOLUTION * counts["conv"] > counts["mm"]
+class NoTangentError(ValueError):
+    """J x cannot be had from torch's derivatives; Jᵀ u can, and columns made of it."""
 
 
-def tangent_map(function: Callable[[Params], Tensor], theta: Params) -> TangentMap:
-    """Trace x ↦ J x, with all that does not depend on x evaluated.
+class Graph:
+    """An output with its graph; Jᵀ u is its gradient in the arguments, along u.
 
     Args:
-        function: Maps parameters, by name, to outputs.
-        theta: θ, where J is taken.
+        output: The output, or its tangent as a linear function of the arguments.
+        arguments: One for each parameter.
 
-    Returns:
-        A function of as many tensors as there are parameters.
+    Attributes:
+        output: As given.
+        arguments: As given.
+        sizes: The entries of each argument.
+        repeats: Whether a second backward pass is known to give what the first does.
     """
 
-    def image(*tangents: Tensor) -> Tensor:
-        named = dict(zip(theta, tangents, strict=True))
-        result: Tensor = jvp(function, (theta,), (named,))[1]
-        return result
+    def __init__(self, output: Tensor, arguments: Sequence[Tensor]) -> None:
+        self.output, self.arguments = output, arguments
+        self.sizes = [*map(Tensor.numel, arguments)]
+        self.repeats = self._spent = False
 
-    # The model decides on values of θ and of the data only, which are the same in every
-    # product: what it branches on may be burnt in.
-    trace = make_fx(image, _error_on_data_dependent_ops=False)
-    graph = trace(*(torch.zeros_like(p) for p in theta.values()))
-    _write_nowhere(graph)
-    _scale_once(graph)
-    return TangentMap(graph)
+    def pull_back(self, rows: Tensor) -> Tensor:
+        """Jᵀ u, ``[n C] -> [D]`` or ``[K, n C] -> [K, D]``, rows contiguous."""
+        leading = rows.shape[:-1]
+        cotangents = rows.view((*leading, *self.output.shape))
+        gradients: Sequence[Tensor | None]
+        if rows.ndim == 2:
+            gradients = batched_gradients(self.output, self.arguments, [cotangents])
+        else:
+            gradients = torch.autograd.grad(
+                self.output,
+                self.arguments,
+                cotangents,
+                retain_graph=True,
+                allow_unused=True,
+            )
+        parts = []
+        for gradient, size in zip(gradients, self.sizes, strict=True):
+            if gradient is None:
+                gradient = rows.new_zeros(*leading, size)
+            elif gradient.layout != torch.strided:
+                gradient = gradient.to_dense()
+            parts.append(gradient.reshape(*leading, size))
+        return torch.cat(parts, dim=-1)
+
+    def check_repeats(self, u: Tensor, once: Tensor | None = None) -> None:
+        """Raise an error if a second backward pass gives another Jᵀ u.
+
+        Args:
+            u: ``[n C]``.
+            once: What the first backward pass of the graph gave, if it was for u.
+
+        Raises:
+            ValueError: It says which nets do so.
+        """
+        once = self.pull_back(u) if once is None else once
+        twice = self.pull_back(u)
+        size = once.nan_to_num(0.0, 0.0, 0.0).norm()
+        tolerance = float(torch.finfo(once.dtype).eps ** 0.5 * size)
+        # What is not finite is so again. Later, all passes might agree.
+        self._spent = self._spent or not torch.allclose(
+            once, twice, 0.0, tolerance, equal_nan=True
+        )
+        if self._spent:
+            raise ValueError(
+                "model: a second backward pass through the same graph gives another "
+                "result. Hooks that remove themselves, and functions that free or "
+                "change what they have saved, do so; use ones that can be used again."
+            )
+        self.repeats = bool(once.any())
 
 
-class TangentMap:
-    """The code of a traced graph with what it reads, all else evaluated.
-
-    The graph itself is a circle of references: what it holds would not be freed with
-    the last reference to it.
+class Tangents(ABC):
+    """J x in one of two ways.
 
     Args:
-        graph: The graph.
+        arguments: One for each parameter, of its shape.
     """
 
-    def __init__(self, graph: GraphModule) -> None:
-        folded = split_const_subgraphs(graph)
-        folded.run_folding()
-        for node in folded.graph.nodes:
-            if node.op == "get_attr":
-                name = node.target.partition(".")[0]
-                setattr(self, name, getattr(folded, name))
-        self._code = type(folded).forward
+    method: str
 
-    def __call__(self, *tangents: Tensor) -> Tensor:
-        """Return the image of tangents in the shapes of the parameters."""
-        image: Tensor = self._code(self, *tangents)
+    def __init__(self, arguments: Sequence[Tensor]) -> None:
+        self._sizes = [*map(Tensor.numel, arguments)]
+        self._shapes = [*map(attrgetter("shape"), arguments)]
+
+    def along(self, rows: Tensor) -> Tensor:
+        """J x, ``[D] -> [n C]`` or ``[K, D] -> [K, n C]``, rows contiguous."""
+        leading = rows.shape[:-1]
+        # Kernels of a model may walk through memory: parts of several rows are copied,
+        # those of one row lie together already.
+        parts = []
+        for part, shape in zip(
+            rows.split(self._sizes, dim=-1), self._shapes, strict=True
+        ):
+            parts.append(part.contiguous().view((*leading, *shape)))
+        return self(parts, batched=rows.ndim == 2).reshape(*leading, -1)
+
+    @abstractmethod
+    def __call__(self, tangents: list[Tensor], batched: bool) -> Tensor:
+        """Return J x for x in the shapes of the parameters, or for K of them."""
+
+
+class ReverseTangents(Tangents):
+    """J x as a backward pass through the kept backward pass u ↦ Jᵀ u.
+
+    Args:
+        graph: The net's.
+    """
+
+    method = "reverse"
+
+    def __init__(self, graph: Graph) -> None:
+        super().__init__(graph.arguments)
+        self._dual = torch.zeros_like(
+            graph.output, requires_grad=True, memory_format=torch.contiguous_format
+        )
+        gradients = torch.autograd.grad(
+            graph.output,
+            graph.arguments,
+            self._dual,
+            create_graph=True,
+            allow_unused=True,
+        )
+        self._used: list[bool] = []
+        self._pulled_back: list[Tensor] = []
+        for gradient in map(strided, gradients):
+            used = gradient is not None and gradient.requires_grad
+            self._used.append(used)
+            if gradient is not None and used:
+                self._pulled_back.append(gradient)
+
+    def __call__(self, tangents: list[Tensor], batched: bool) -> Tensor:
+        """Pull the tangents back."""
+        vectors = list(compress(tangents, self._used))
+        if batched:
+            (images,) = batched_gradients(self._pulled_back, [self._dual], vectors)
+            assert images is not None
+            return images
+        (image,) = torch.autograd.grad(
+            self._pulled_back, self._dual, vectors, retain_graph=True
+        )
         return image
 
 
-class TracedTangents:
+class TracedTangents(Tangents):
     """J x by the traced tangent map.
 
     Args:
         tangent_map: A linear function of as many tensors as there are parameters.
+        arguments: As for :class:`Tangents`.
     """
 
     method = "trace"
 
-    def __init__(self, tangent_map: Callable[..., Tensor]) -> None:
+    def __init__(
+        self, tangent_map: Callable[..., Tensor], arguments: Sequence[Tensor]
+    ) -> None:
+        super().__init__(arguments)
         self._map = tangent_map
 
     def __call__(self, tangents: list[Tensor], batched: bool) -> Tensor:
-        """Return J x for x in the shapes of the parameters, or for K of them."""
+        """Run the trace."""
         with torch.no_grad():
             apply = vmap(self._map) if batched else self._map
             image: Tensor = apply(*tangents)
         return image
-
-
-def _write_nowhere(graph: GraphModule) -> None:
-    """Replace operations in place by those that return a new tensor.
-
-    torch's formulas of forward mode have some (batch norm's), on tensors of their own,
-    which would be evaluated and kept, and written to by each product. Views of such
-    tensors are not followed: that a trace can be used again is checked.
-    """
-    nodes = list(graph.graph.nodes)
-    for position, node in enumerate(nodes):
-        library, _, rest = str(node.target).partition(".")
-        name, _, overload = rest.partition(".")
-        if library != "aten" or not name.endswith("_") or name.endswith("__"):
-            continue
-        packet = getattr(torch.ops.aten, name[:-1], None)
-        if not hasattr(packet, overload):
-            continue
-        node.target = getattr(packet, overload)
-        later = set(nodes[position + 1 :])
-        node.args[0].replace_all_uses_with(
-            node, lambda user, later=later: user in later
-        )
-    graph.recompile()
-
-
-def _scale_once(graph: GraphModule) -> None:
-    """Let (x a) b be x (a b), whose second factor is evaluated once.
-
-    Norms in eval mode have such products of whole activations. All calls are then those
-    that take Python the least time.
-    """
-    depend: set[Node] = set()
-    for node in list(graph.graph.nodes):
-        if node.op == "placeholder" or not depend.isdisjoint(node.all_input_nodes):
-            depend.add(node)
-        if node in depend and not node.kwargs:
-            node.target = _DIRECT.get(node.target, node.target)
-            if node.target is torch.mul:
-                _merge_scales(node, depend)
-    graph.graph.eliminate_dead_code()
-    graph.recompile()
-
-
-def _merge_scales(node: Node, depend: set[Node]) -> None:
-    """(x a) b as x (a b)."""
-    x, b = _tangent_and_scale(node, depend)
-    if isinstance(x, Node) and x.target is torch.mul:
-        first, a = _tangent_and_scale(x, depend)
-        if isinstance(a, Node) and isinstance(b, Node):
-            with node.graph.inserting_before(node):
-                node.args = first, node.graph.call_function(torch.mul, (a, b))
-
-
-def _tangent_and_scale(node: Node, depend: set[Node]) -> tuple[Any, Any]:
-    """A product's factor that depends on x, and the other if that does not."""
-    left, right = node.args
-    if left not in depend:
-        left, right = right, left
-    return left, None if right in depend else right
-
-
-class OutOfPlace(TorchFunctionMode):
-    """Runs activations and augmented assignments that work in place out of place.
-
-    A trace of a net with ``nn.ReLU(inplace=True)`` or ``x += y`` is then one that can
-    be used again.
-    """
-
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        """Call the function that returns a new tensor instead."""
-        kwargs = dict(kwargs or {})
-        if kwargs.get("inplace"):
-            kwargs["inplace"] = False
-        return _OUT_OF_PLACE.get(func, func)(*args, **kwargs)
-
-
-# Whether products are right ----------------------------------------------------------
 
 
 class Probe(NamedTuple):
@@ -225,50 +220,189 @@ class Probe(NamedTuple):
     pulled_back: Tensor
 
 
-def agree(
-    probe: Probe,
-    jvp: Product,
-    vjp: Product,
-    traced: Product | None,
-    is_rounding: Callable[[Tensor, Tensor, Tensor], bool],
-) -> bool:
-    """Whether products are those of the Jacobian, and stay so when used.
-
-    ⟨u, J x⟩ must equal ⟨Jᵀ u, x⟩ for a random u, where a large error of J x may be
-    hidden among many outputs, and for u = J x, where its square is seen. Of a trace,
-    Jᵀ u must also be what an ordinary backward pass gives, and all this again: what it
-    keeps is changed by its use if the model works in place.
+class Preparation:
+    """How J x is found: way by way, until one is right.
 
     Args:
-        probe: The random vectors.
-        jvp: J x, as it would be used.
-        vjp: Jᵀ u by an ordinary backward pass.
-        traced: Jᵀ u by a trace, None where J x is none.
-        is_rounding: Whether ⟨u, J x⟩ − ⟨Jᵀ u, x⟩ is, given also u and Jᵀ u. A trace is
-            let go without that question.
+        function: Maps parameters, by name, to outputs ``[n, …]``.
+        params: θ, by name; tensors that require grad.
+        graph: That of the outputs at θ.
     """
-    x, u, expected = probe
-    eps = torch.finfo(x.dtype).eps
-    tolerance = 100 * eps**0.75
-    facts = []
-    for _ in range(2 if traced else 1):
-        image = jvp(x)
-        if traced:
-            error = traced(u) - expected
-            facts.append(error.norm() <= tolerance * expected.norm())
-        slope = torch.dot(image, u) - torch.dot(expected, x)
-        size = image.norm() * u.norm() + expected.norm() * x.norm()
-        facts.append(slope.abs() <= tolerance * size)
-    pulled_back = vjp(image)
-    norm = torch.dot(image, image)
-    square = norm - torch.dot(pulled_back, x)
-    tolerated = tolerance * norm
-    tolerated += 100 * eps * pulled_back.norm() * x.norm()
-    facts.append(square.abs() <= tolerated)
-    # The host waits for all of them together.
-    right = torch.stack(facts).tolist()
-    if traced:
-        return all(right)
-    return (right[0] or is_rounding(slope, u, expected)) and (
-        right[1] or is_rounding(square, image, pulled_back)
-    )
+
+    def __init__(
+        self, function: Callable[[Params], Tensor], params: Params, graph: Graph
+    ) -> None:
+        self._function, self._params, self._graph = function, params, graph
+        self._failure = ""
+        self._probe: Probe | None = None
+
+    def find(self, may_trace: bool, checked: bool) -> tuple[Graph, Tangents]:
+        """Return the first way that is right, and the graph that Jᵀ u goes through.
+
+        Args:
+            may_trace: Whether it is used so often that a trace may pay.
+            checked: Whether J x is known to be right for this function and θ.
+
+        Raises:
+            NoTangentError: If J x is impossible.
+            ValueError: If it is wrong, and columns cannot stand in for it.
+        """
+        if not checked:
+            self._probed()
+        first = may_trace and tracing_pays(self._graph.output)
+        found = self._trace_somehow() if first else None
+        found = found or self._reverse(checked)
+        if found is None and may_trace and not first:
+            found = self._trace_somehow()
+        return found or self._refuse()
+
+    def _probed(self) -> Probe:
+        # Before anything else: a net may do other things the second time.
+        if self._probe is None:
+            graph, noise = self._graph, Noise()
+            output = graph.output.detach()
+            u = noise(output.numel(), like=output)
+            x = noise(sum(graph.sizes), like=output)
+            self._probe = Probe(x, u, graph.pull_back(u))
+        return self._probe
+
+    def _trace_somehow(self) -> tuple[Graph, Tangents] | None:
+        found = self._trace(contextlib.nullcontext()) or self._trace(OutOfPlace())
+        # The tracer leaves circles of references, to its callers too, which would keep
+        # the data of this risk until Python's collector happens to run.
+        gc.collect()
+        return found
+
+    def _trace(
+        self, mode: contextlib.AbstractContextManager[object]
+    ) -> tuple[Graph, Tangents] | None:
+        """Trace the tangent map; None if it turned out to be wrong."""
+        theta = {name: p.detach() for name, p in self._params.items()}
+        try:
+            with _TRACING, warnings.catch_warnings(), mode:
+                warnings.filterwarnings("ignore", message=".*get_attr Node.*")
+                warnings.filterwarnings("ignore", category=FutureWarning)
+                traced = tangent_map(self._function, theta)
+            arguments = [p.clone().requires_grad_() for p in theta.values()]
+            graph = Graph(traced(*arguments), arguments)
+            tangents = TracedTangents(traced, arguments)
+            right = self._agree(graph, tangents)
+        # Any failure of the tracer, of which there are many kinds, only means that
+        # another way must be taken; an error of the model itself was seen before.
+        except Exception:
+            return None
+        return (graph, tangents) if right else None
+
+    def _reverse(self, checked: bool) -> tuple[Graph, Tangents] | None:
+        """Keep the graph of u ↦ Jᵀ u; None if it turned out to be wrong."""
+        try:
+            tangents = ReverseTangents(self._graph)
+            right = checked or self._agree(self._graph, tangents)
+        # Some operations have no second derivative.
+        except (RuntimeError, NotImplementedError) as error:
+            if is_out_of_memory(error):
+                raise
+            self._failure = f" ({error})"
+            return None
+        return (self._graph, tangents) if right else None
+
+    def _agree(self, graph: Graph, tangents: Tangents) -> bool:
+        """Whether products are those of the Jacobian, and stay so when used.
+
+        ⟨u, J x⟩ must equal ⟨Jᵀ u, x⟩ for a random u, where a large error of J x may be
+        hidden among many outputs, and for u = J x, where its square is seen. Of a
+        trace, Jᵀ u must also be what an ordinary backward pass gives, and all this
+        again: what it keeps is changed by its use if the model works in place.
+
+        Args:
+            graph: The net's, or a trace.
+            tangents: Of it.
+        """
+        x, u, expected = self._probed()
+        traced = graph is not self._graph
+        eps = torch.finfo(x.dtype).eps
+        tolerance = 100 * eps**0.75
+        facts = []
+        for _ in range(2 if traced else 1):
+            image = tangents.along(x)
+            if traced:
+                error = graph.pull_back(u) - expected
+                facts.append(error.norm() <= tolerance * expected.norm())
+            slope = torch.dot(image, u) - torch.dot(expected, x)
+            size = image.norm() * u.norm() + expected.norm() * x.norm()
+            facts.append(slope.abs() <= tolerance * size)
+        pulled_back = self._graph.pull_back(image)
+        norm = torch.dot(image, image)
+        square = norm - torch.dot(pulled_back, x)
+        tolerated = tolerance * norm
+        tolerated += 100 * eps * pulled_back.norm() * x.norm()
+        facts.append(square.abs() <= tolerated)
+        # The host waits for all of them together.
+        right = torch.stack(facts).tolist()
+        if traced:  # it is let go without a question
+            return all(right)
+        return (right[0] or self._is_rounding(slope, u, expected)) and (
+            right[1] or self._is_rounding(square, image, pulled_back)
+        )
+
+    def _is_rounding(self, slope: Tensor, u: Tensor, pulled_back: Tensor) -> bool:
+        """Whether a difference of two slopes along the probe is no more than rounding.
+
+        Args:
+            slope: ⟨u, J x⟩ − ⟨Jᵀ u, x⟩.
+            u: ``[n C]``.
+            pulled_back: Jᵀ u, ``[D]``, by a backward pass.
+        """
+        if not slope.isfinite():
+            return False
+        size = self._probed().x.norm()
+        for number, (at, cotangent) in enumerate(nearby(self._params, u)):
+            # Whatever a net says to parameters that are no longer what they were.
+            try:
+                wanted = [p.requires_grad_() for p in at.values()]
+                graph = Graph(self._function(at), wanted)
+                change = (graph.pull_back(cotangent) - pulled_back).norm()
+            except Exception as error:
+                if is_out_of_memory(error):
+                    raise
+                return False
+            # Another gradient at the same parameters is no rounding.
+            if number == 0 and change != 0.0:
+                return False
+            if slope.abs() <= BY_NOISE * change * size:
+                return True
+        return False
+
+    def _refuse(self) -> NoReturn:
+        """Say why torch's J x fails or is wrong.
+
+        Columns, which are made of backward passes, can stand in for it if these are
+        linear. Rounding to a lower precision is not, nor is a coarse iteration.
+        """
+        graph, (_, u, once) = self._graph, self._probed()
+        graph.check_repeats(u, once)
+        v = Noise(1)(u.numel(), like=u)
+        error = once + graph.pull_back(v) - graph.pull_back(u + v)
+        if error.norm() <= torch.finfo(once.dtype).eps ** 0.5 * once.norm():
+            raise NoTangentError(
+                "model: torch has no second derivative of an operation of it, or a "
+                f"wrong one{self._failure}, so J x is impossible."
+            )
+        raise ValueError(
+            "model: its derivatives by torch disagree, J x is not the slope that a "
+            f"backward pass gives{self._failure}. An operation of the model has a "
+            "wrong second derivative (replace it by an equivalent one), or computes "
+            "in a lower precision than that of the parameters (give the model in that "
+            "one), or iterates in its backward pass and stops early (let it iterate "
+            "until it has converged)."
+        )
+
+
+def tracing_pays(output: Tensor) -> bool:
+    """Whether a net has many convolutions, seen from the graph of its output."""
+    counts = {"conv": 0, "mm": 0}
+    for node in nodes(output):
+        name = node.name().lower()
+        for kind in counts:
+            counts[kind] += kind in name
+    return _PER_CONVOLUTION * counts["conv"] > counts["mm"]
