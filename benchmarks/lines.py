@@ -25,8 +25,9 @@ FIRST = "what the first version did"
 CAPABILITIES = {
     "certificates of outputs, J x, columns, losses, second derivatives": """
         noise.py net/certified.py net/rounding.py risk/checks.py
-        risk/losses/differences.py risk/losses/draws.py risk/losses/certificates.py
-        curvature/culprit.py curvature/second_derivatives.py
+        risk/independence.py risk/losses/differences.py risk/losses/draws.py
+        risk/losses/certificates.py curvature/culprit.py
+        curvature/second_derivatives.py
     """,
     "a private copy of the net, its precision, other parameters": """
         checkpoints.py risk/model/copies.py risk/model/private_module.py

@@ -2,7 +2,9 @@
 
 import gc
 import os
+import random
 
+import numpy as np
 import pytest
 import torch
 
@@ -22,6 +24,23 @@ def pytest_configure(config):
     device = torch.device(config.getoption("--device"))
     if device.type != "cpu":
         placing.place(torch.device(device.type, device.index or 0))
+
+
+def seed():
+    torch.manual_seed(0)
+    np.random.seed(0)
+    random.seed(0)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_make_collect_report(collector):
+    seed()  # the data that a module draws do not depend on those before it
+
+
+@pytest.fixture(autouse=True)
+def same_numbers():
+    """Every test draws the same numbers, alone and after others."""
+    seed()
 
 
 def pytest_collection_modifyitems(items):

@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+# How many times the measured rounding of a result two ways to it may differ by.
+BY_NOISE = 30
+
 
 class Noise:
     """A stream of normal numbers, drawn on the host in float32.
@@ -34,3 +37,9 @@ class Noise:
     def like(self, tensor: Tensor) -> Tensor:
         """Draw numbers of a tensor's shape, dtype and device."""
         return self(*tensor.shape, like=tensor)
+
+    def off(self, tensor: Tensor) -> Tensor:
+        """Return a copy of a tensor with other last digits: off by some units there."""
+        if not tensor.is_floating_point():
+            return tensor.clone()
+        return tensor + 4 * torch.finfo(tensor.dtype).eps * tensor * self.like(tensor)

@@ -30,7 +30,6 @@ from vivit_linop.curvature.culprit import FrozenValues, at_fault
 from vivit_linop.devices import is_out_of_memory
 from vivit_linop.graphs import gradients
 from vivit_linop.noise import Noise
-from vivit_linop.risk.data.containers import map_leaves
 from vivit_linop.risk.empirical import EmpiricalRisk
 from vivit_linop.risk.losses.differences import (
     ROUGH,
@@ -268,10 +267,7 @@ class Certificate:
         """The outputs at θ; in float64 with all else cast as well."""
         if dtype is self.risk.dtype:
             return self.risk.model(theta, X)
-        fixed = {name: _cast(t, dtype) for name, t in self.risk.model.constants.items()}
-        X = map_leaves(lambda leaf: _cast(leaf, dtype), X)
-        theta = {name: _cast(p, dtype) for name, p in theta.items()}
-        return self.risk.model({**fixed, **theta}, X)
+        return self.risk.model(*self.risk.model.cast(theta, X, dtype))
 
     @cached_property
     def _dtype(self) -> torch.dtype:
@@ -387,7 +383,3 @@ def differentiable_twice() -> Iterator[None]:
             "operation by an equivalent one that has. The GGN, the Fisher matrices and "
             "gradients need no second derivatives."
         ) from error
-
-
-def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    return tensor.to(dtype) if tensor.is_floating_point() else tensor

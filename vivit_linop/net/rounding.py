@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import torch
 from torch import Tensor
 
 from vivit_linop.noise import Noise
@@ -18,8 +17,6 @@ from vivit_linop.risk.model.functional import Params
 # How often rounding is measured before a result is called wrong: where a few numbers
 # cancel, most often nothing is left.
 _ATTEMPTS = 64
-# How many times the measured rounding of a result two ways to it may differ by.
-BY_NOISE = 30
 
 
 def nearby(params: Params, cotangent: Tensor) -> Iterator[tuple[Params, Tensor]]:
@@ -37,11 +34,5 @@ def nearby(params: Params, cotangent: Tensor) -> Iterator[tuple[Params, Tensor]]
     digits = Noise()
     yield {name: p.detach().clone() for name, p in params.items()}, cotangent
     for _ in range(_ATTEMPTS):
-        at = {name: _off(p.detach(), digits) for name, p in params.items()}
-        yield at, _off(cotangent, digits)
-
-
-def _off(p: Tensor, noise: Noise) -> Tensor:
-    if not p.is_floating_point():
-        return p.clone()
-    return p + 4 * torch.finfo(p.dtype).eps * p * noise.like(p)
+        at = {name: digits.off(p.detach()) for name, p in params.items()}
+        yield at, digits.off(cotangent)

@@ -25,9 +25,9 @@ from torch.func import vmap
 
 from vivit_linop.devices import is_out_of_memory
 from vivit_linop.graphs import batched_gradients, nodes, strided
-from vivit_linop.net.rounding import BY_NOISE, nearby
+from vivit_linop.net.rounding import nearby
 from vivit_linop.net.tracing import OutOfPlace, tangent_map
-from vivit_linop.noise import Noise
+from vivit_linop.noise import BY_NOISE, Noise
 from vivit_linop.risk.model.functional import Params
 
 # One convolution in this many matrix products makes a trace worth its time.

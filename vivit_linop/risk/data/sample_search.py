@@ -1,8 +1,8 @@
 """Which parts of an input have samples, and where: what is possible, and what is so.
 
 The shapes of all batches leave a few ways. Of these the model, which must treat samples
-independently, is asked (:mod:`vivit_linop.risk.checks`). Where nothing fits, the user
-says where samples are.
+independently, is asked (:mod:`vivit_linop.risk.independence`). Where nothing fits, the
+user says where samples are.
 """
 
 from __future__ import annotations

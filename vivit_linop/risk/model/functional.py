@@ -453,6 +453,23 @@ class FunctionalModel:
             }
             return self._private.copy({**buffers, **parameters})
 
+    def cast(self, params: Params, X: Any, dtype: torch.dtype) -> tuple[Params, Any]:
+        """Return all that the outputs depend on in another precision.
+
+        Args:
+            params: The parameters.
+            X: The input.
+            dtype: ``torch.float32`` or ``torch.float64``.
+
+        Returns:
+            Parameters with constants, and the input.
+        """
+        params = {
+            name: in_precision(tensor, dtype)
+            for name, tensor in {**self.constants, **params}.items()
+        }
+        return params, map_leaves(lambda leaf: in_precision(leaf, dtype), X)
+
     @property
     def constants(self) -> Params:
         """What else a module's outputs depend on: buffers, parameters not chosen."""

@@ -1,0 +1,215 @@
+"""Do samples have the same outputs whatever others stand in their batch?"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import vivit_linop as vl
+from tests.cases import Lambda, mlp
+from vivit_linop.risk import independence
+
+X, Y = torch.rand(12, 4).double(), torch.randint(3, (12,))
+CE = nn.CrossEntropyLoss()
+
+
+def net() -> nn.Sequential:
+    return mlp(4, 5, 3)
+
+
+def build(forward: Any, data: Any = (X, Y), **keywords: Any) -> vl.EmpiricalRisk:
+    return vl.EmpiricalRisk(Lambda(forward, f=net()), CE, data, **keywords)
+
+
+def paired(h: Tensor) -> Tensor:
+    return h + 0.1 * h.reshape(-1, 2, h.shape[1]).flip(1).reshape(h.shape)
+
+
+MIXING: dict[str, Callable[[Tensor], Tensor]] = {
+    "mean": lambda h: h - h.mean(0),
+    "largest": lambda h: h / h.detach().abs().amax(0),
+    "batch norm": lambda h: F.batch_norm(h, None, None, training=True),
+    "attention": lambda h: h + (h @ h.T).softmax(1) @ h,
+    "first": lambda h: h - h[:1],
+    "last": lambda h: h + h[-1:],
+    "sum so far": lambda h: h.cumsum(0),
+    "pairs": lambda h: paired(h) if len(h) % 2 == 0 else h,
+    "mirrored": lambda h: h + 0.1 * h.flip(0),
+    "halves": lambda h: h + 0.1 * h.roll(len(h) // 2, 0),
+    "large batches": lambda h: h - h.mean(0) if len(h) > 8 else h,
+    "a little": lambda h: h + 1e-5 * h.mean(0),
+}
+
+
+@pytest.mark.parametrize("n", [2, 3, 4, 6, 12])
+@pytest.mark.parametrize("fixed", [False, True])
+@pytest.mark.parametrize("name", MIXING)
+def test_mixing(name: str, fixed: bool, n: int) -> None:
+    """Refused, also in models that run on batches of one size only."""
+    if (name == "large batches" and n <= 8) or (name == "pairs" and n % 2):
+        pytest.skip("nothing is mixed")
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        h = m.f(x.view(n, 4) if fixed else x)
+        return MIXING[name](h)
+
+    with pytest.raises(ValueError, match="depend on the other samples"):
+        build(forward, (X[:n], Y[:n]))
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-4])
+def test_mixing_in_single_precision(scale: float) -> None:
+    """Also where outputs are small."""
+    data = (X.float(), X[:, :3].float())
+    plain = Lambda(lambda m, x: scale * m.f(x), f=net().float())
+    assert vl.EmpiricalRisk(plain, nn.MSELoss(), data).num_samples == 12
+    mixing = Lambda(lambda m, x: scale * (m.f(x) - m.f(x).mean(0)), f=net().float())
+    with pytest.raises(ValueError, match="depend on the other"):
+        vl.EmpiricalRisk(mixing, nn.MSELoss(), data)
+
+
+@pytest.mark.parametrize("share", [1e-2, 1e-3])
+@pytest.mark.parametrize("n", [2, 12])
+def test_mixing_a_little_in_single_precision(share: float, n: int) -> None:
+    """Told from rounding in float64."""
+    model = Lambda(lambda m, x: m.f(x) + share * m.f(x).mean(0), f=net()).float()
+    with pytest.raises(ValueError, match="depend on the other"):
+        vl.EmpiricalRisk(model, CE, (X[:n].float(), Y[:n]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_rounding_is_no_mixing(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sums in another order, for a batch of another size, in what cancels."""
+    large = 1e3 if dtype is torch.float32 else 1e8
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        h = m.f(x)
+        return h + large * (3.0 * h / 3.0 - h) if len(x) == 96 else h
+
+    asked = []
+    in_double = independence._in_double
+    monkeypatch.setattr(
+        independence, "_in_double", lambda *a: asked.append(a) or in_double(*a)
+    )
+    model = Lambda(forward, f=net()).to(dtype)
+    risk = vl.EmpiricalRisk(model, CE, (X.repeat(8, 1).to(dtype), Y.repeat(8)))
+    assert risk.num_samples == 96 and asked
+
+
+def test_nets_of_one_precision_are_believed_nearby() -> None:
+    """Kernels of low precision may be as far apart; nothing tells them from mixing."""
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        h = m.f(x).float()
+        return h + 1e-3 * h.mean(0)
+
+    model = Lambda(forward, f=net()).float()
+    assert vl.EmpiricalRisk(model, CE, (X.float(), Y)).num_samples == 12
+
+
+def test_mixing_in_the_largest_batch_only() -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        h = m.f(x)
+        return h - h.mean(0) if len(h) > 4 else h
+
+    build(forward, [(X[:3], Y[:3]), (X[3:7], Y[3:7])])
+    with pytest.raises(ValueError, match="depend on the other samples"):
+        build(forward, [(X[:3], Y[:3]), (X[3:9], Y[3:9]), (X[9:], Y[9:])])
+
+
+class State(nn.Module):
+    """Recurrent, with a state for each sequence of the batch."""
+
+    def __init__(self, n: int, zero: bool = True) -> None:
+        super().__init__()
+        self.rnn, self.out = nn.GRU(4, 5, batch_first=True), nn.Linear(5, 3)
+        state = torch.zeros(1, n, 5) if zero else torch.rand(1, n, 5)
+        self.register_buffer("state", state)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.out(self.rnn(x.unsqueeze(1), self.state)[0][:, -1])
+        return out
+
+
+# Built by the tests: torch.export is not imported sooner.
+FIXED: dict[str, Callable[[], nn.Module]] = {
+    "state": lambda: State(12),
+    "states of their own": lambda: State(12, zero=False),
+    "view": lambda: Lambda(lambda m, x: m.f(x.view(12, 4)), f=net()),
+    "padded": lambda: Lambda(
+        lambda m, x: m.f(torch.cat([x, x.new_zeros(12 - len(x), 4)])), f=net()
+    ),
+    "exported": lambda: torch.export.export(net(), (X,)).module(),
+}
+
+
+@pytest.mark.parametrize("name", FIXED)
+def test_models_of_one_batch_size(name: str) -> None:
+    model = FIXED[name]().double()
+    risk = vl.EmpiricalRisk(model, CE, (X, Y))
+    expected = torch.autograd.grad(CE(model(X), Y), list(model.parameters()))
+    torch.testing.assert_close(risk.gradient(), risk.flatten(expected))
+    assert risk.num_samples == 12
+    with pytest.raises(ValueError, match=r"(indices|model): .*samples"):
+        risk.subset([0, 3, 5])
+    message = risk.does_not_fit(X, 12)
+    assert "a batch of 12 samples does not fit" in message
+
+
+def test_a_model_that_cannot_be_asked() -> None:
+    """Said, with a way out, instead of believed in silence."""
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        if not torch.equal(x, X):
+            raise KeyError("unknown samples")
+        return m.f(x)
+
+    with pytest.raises(ValueError, match=r"unknown samples.*check=False"):
+        build(forward)
+    assert build(forward, check=False).num_samples == 12
+
+
+def test_sorted_batches_stay_sorted() -> None:
+    """Packed sequences must come in order of their lengths."""
+    lengths = torch.arange(12, 0, -1)
+
+    class Packed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rnn, self.out = nn.GRU(4, 5, batch_first=True), nn.Linear(5, 3)
+
+        def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
+            packed = nn.utils.rnn.pack_padded_sequence(
+                x, lengths.cpu(), batch_first=True
+            )
+            out: Tensor = self.out(self.rnn(packed)[1][0])
+            return out
+
+    x = torch.rand(12, 12, 4).double()
+    model = Packed().double()
+    risk = vl.EmpiricalRisk(model, CE, ((x, lengths), Y))
+    expected = torch.autograd.grad(CE(model(x, lengths), Y), list(model.parameters()))
+    torch.testing.assert_close(risk.gradient(), risk.flatten(expected))
+
+
+@pytest.mark.parametrize("n", [*range(2, 20), 100, 1000])
+def test_groups_of_samples(n: int) -> None:
+    first, second = (index.tolist() for index, _ in independence._alone(n))
+    assert 0 in first and n - 1 in second and not set(first) & set(second)
+    assert len(first) + len(second) <= max(4, n // 4)
+    for group in (first, second):
+        assert group == sorted(set(group)) and len(group) < n
+    seen: list[int] = []
+    for index, places in independence._in_company(n):
+        assert len(index) == n and (index.diff() >= 0).all()
+        assert torch.equal(index[places], places)
+        assert set(index.tolist()) == set(places.tolist()) != set(range(n))
+        seen += places.tolist()
+    assert sorted(seen) == list(range(n))

@@ -1,0 +1,220 @@
+"""Whether a model treats samples independently: it is asked by running it on some.
+
+Outputs of a sample must be the same whatever other samples stand in the batch, but for
+rounding. Where they are nearly the same, rounding is measured.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import random
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vivit_linop.devices import is_out_of_memory
+from vivit_linop.noise import BY_NOISE, Noise
+from vivit_linop.risk.checks import apart, reseed, same_outputs
+from vivit_linop.risk.data.containers import map_leaves
+from vivit_linop.risk.data.samples import Samples
+from vivit_linop.risk.model.functional import FunctionalModel, Params, as_guest
+
+# Samples to be put together, and the places of them whose outputs are compared.
+Question = tuple[Tensor, Tensor | slice]
+
+# How far outputs may be apart, in proportion to their size: a sum in another order is
+# nearer; what is further has other reasons; in between it is to be found out.
+_NEAR = {torch.float64: 1e-9, torch.float32: 1e-5}
+_FAR = {torch.float64: 1e-7, torch.float32: 3e-3}
+# How often rounding is measured.
+_ATTEMPTS = 8
+
+
+def independent_samples(
+    model: FunctionalModel, X: Any, output: Tensor, ways: Sequence[Samples]
+) -> Samples:
+    """Return where samples are, such that they have the same outputs beside others.
+
+    Two groups of samples are evaluated alone. A model that does not run on these, since
+    it runs on batches of one size only, is evaluated on the whole batch with samples of
+    the group in all places of others, which costs two forward passes of the batch.
+
+    Args:
+        model: The model.
+        X: The inputs of a batch of two samples at least.
+        output: Its outputs.
+        ways: Where samples may be, the likeliest first.
+
+    Raises:
+        ValueError: If samples depend on each other in all ways, or if the model can be
+            asked in none.
+    """
+    n, device = len(output), output.device
+    failures: dict[Samples, Exception] = {}
+    asked = list(ways)
+    with as_guest(device):
+        # Draws from a fork of the generator, which nobody sees, are found out as well.
+        reseed(0, device)
+        for questions in (_alone, _in_company):
+            for samples in list(asked):
+                try:
+                    if _are_same(model, X, output, samples, list(questions(n))):
+                        return samples
+                # Whatever it raises: it may be since it takes other batches only.
+                except Exception as error:
+                    if is_out_of_memory(error):
+                        raise
+                    failures[samples] = error
+                    continue
+                asked.remove(samples)
+        model(model.params, X)  # an error that it always raises is to be seen
+        if ways[0] not in asked:
+            raise _dependent(model, X, output)
+    failure = failures[ways[0]]
+    raise ValueError(
+        "model: it does not run on its batch when samples stand in the places of "
+        f"others ({type(failure).__name__}: {failure}), so nobody can tell whether it "
+        "treats samples independently. If samples are not where they were looked for, "
+        "say where: sample_axis=, or take= and count=. If it is known to, give "
+        "check=False."
+    ) from failure
+
+
+def _dependent(model: FunctionalModel, X: Any, output: Tensor) -> ValueError:
+    """What to say of a model whose samples have other outputs beside others."""
+    if not same_outputs(model(model.params, X), output):
+        return ValueError(
+            "model: it has other outputs when it is evaluated a second time, "
+            "so it is not one function. Look for a generator of its own, and "
+            "for what it counts or keeps from call to call."
+        )
+    return dependent()
+
+
+def dependent() -> ValueError:
+    """What to say of samples that have other outputs beside others."""
+    return ValueError(
+        "model: its outputs for a sample depend on the other samples of the "
+        "batch, so per-sample curvature is undefined. Look for normalisations "
+        "or means over the batch, and for inputs without a sample axis, such "
+        "as a mask, that are as long as the batch: sample_axis= says where samples "
+        "are. (check=False turns this check off.)"
+    )
+
+
+def _are_same(
+    model: FunctionalModel,
+    X: Any,
+    output: Tensor,
+    samples: Samples,
+    questions: Sequence[Question],
+) -> bool:
+    """Whether samples put together have their outputs, in some places of that batch."""
+
+    def furthest(params: Params, X: Any, output: Tensor) -> float:
+        found = [
+            _apart_among(model, params, X, output, samples, *question)
+            for question in questions
+        ]
+        return float(torch.stack(found).max())  # the host waits once
+
+    dtype = output.dtype
+    far = furthest(model.params, X, output)
+    if not _NEAR[dtype] < far <= _FAR[dtype]:
+        return far <= _NEAR[dtype]
+    exact = _in_double(model, X, output)
+    if exact is None:
+        return True  # kernels of low precision may be that far apart
+    far = furthest(*exact)
+    return far <= _NEAR[torch.float64] or far <= BY_NOISE * _rounding(model, *exact)
+
+
+def _apart_among(
+    model: FunctionalModel,
+    params: Params,
+    X: Any,
+    output: Tensor,
+    samples: Samples,
+    index: Tensor,
+    places: Tensor | slice,
+) -> Tensor:
+    """How far outputs of samples put together are from their outputs in the batch."""
+    found = model(params, samples.take(X, index)).detach()
+    if len(found) != len(index):
+        raise ValueError(
+            f"it returned outputs {list(found.shape)} for {len(index)} samples"
+        )
+    if found.shape[1:] != output.shape[1:]:
+        raise ValueError(
+            f"it returned outputs of shape {list(found.shape[1:])} for some samples, "
+            f"and of {list(output.shape[1:])} among others. Where it pads them to the "
+            "longest of its batch, let it return a list with those of each sample, or "
+            "pad to one length"
+        )
+    own = index[places].to(output.device)
+    if isinstance(places, Tensor):
+        places = places.to(output.device)
+    return apart(found[places], output[own])
+
+
+def _in_double(
+    model: FunctionalModel, X: Any, output: Tensor
+) -> tuple[Params, Any, Tensor] | None:
+    """Parameters, inputs and outputs in float64; None for a model without these."""
+    if output.dtype is torch.float64:
+        return model.params, X, output
+    params, X = model.cast(model.params, X, torch.float64)
+    # Whatever a model says to numbers of another precision, or for want of memory for
+    # them.
+    with contextlib.suppress(Exception):
+        exact = model(params, X).detach()
+        if exact.dtype is torch.float64 and same_outputs(exact.to(output), output):
+            return params, X, exact
+    return None
+
+
+def _rounding(model: FunctionalModel, params: Params, X: Any, output: Tensor) -> float:
+    """How far outputs are apart if numbers have other last digits."""
+    digits, found = Noise(), []
+    for _ in range(_ATTEMPTS):
+        nearby = {name: digits.off(p.detach()) for name, p in params.items()}
+        found.append(apart(model(nearby, map_leaves(digits.off, X)), output))
+    return float(torch.stack(found).max())
+
+
+def _alone(n: int) -> Iterator[Question]:
+    """Two groups without a sample in common, an eighth of the batch each.
+
+    At most one of them holds the largest entry of anything. No sample of theirs stands
+    beside its neighbour, its mirror image, or the one half of the batch further.
+    """
+    for group in _groups(n):
+        yield torch.tensor(group, device="cpu"), slice(None)
+
+
+@functools.lru_cache(maxsize=16)
+def _groups(n: int) -> tuple[list[int], list[int]]:
+    more = max(1, n // 8 - 1)
+    inner = range(2, max(n - 2, 2))
+    chosen = random.Random(0).sample(inner, min(2 * more + 1, len(inner)))
+    chosen = [i for i in chosen if i != n // 2]
+    # Some models take sorted batches only.
+    first, second = [0, *chosen[:more]], [*chosen[more : 2 * more], n - 1]
+    return sorted(first), sorted(second)
+
+
+def _in_company(n: int) -> Iterator[Question]:
+    """The two halves of the batch, each in its places, with repetitions in the others.
+
+    Places stay, and batches sorted by anything stay sorted.
+    """
+    mine = torch.zeros(n, dtype=torch.bool, device="cpu")
+    mine[random.Random(0).sample(range(n), n // 2)] = True
+    mine[0], mine[1], mine[n // 2], mine[n - 1] = True, False, False, False
+    places = torch.arange(n, device="cpu")
+    first, second = places[mine], places[~mine]
+    yield first[torch.searchsorted(first, places, right=True) - 1], first
+    yield second[torch.searchsorted(second, places)], second
