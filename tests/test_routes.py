@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -240,3 +241,30 @@ def test_verbs_as_functions_take_routes() -> None:
         assert close(inverse.to_dense() @ damped.to_dense(), torch.eye(57).double())
     with pytest.raises(ValueError, match="route: found 'quick'"):
         vl.linalg.eigh(G, 3, route="quick")
+
+
+@pytest.mark.parametrize("k", [1, 10])
+@pytest.mark.parametrize("shape", [(57, 12), (57, 200), (10**4, 300), (10**5, 100)])
+@pytest.mark.parametrize("forward", [1e4, 1e8, 1e12])
+def test_where_calls_alone_decide_costs_do_too(
+    shape: tuple[int, int], k: int, forward: float
+) -> None:
+    assert plan.dense_suffices(shape, k, CPU)
+    D, columns = shape
+    entries = float(D) * columns
+    for nbytes in (0.0, 8 * entries):  # of any structure up to formed columns
+        gram = entries * min(shape)
+        costs = [replace(layer(nbytes, forward), gram_flops=gram)]
+        cost = plan.FactorCost.of_layers(costs, shape, 10, 10**9, 0.0, CPU)
+        choice = plan.choose(shape, k, cost, 8, 10**12, columns <= D, CPU)
+        assert choice.chosen.name.startswith("dense")
+
+
+def test_small_problems_count_no_costs_of_layers() -> None:
+    G = vl.GGN(risk_of(6))
+    assert close(G.eigh(k=3).eigenvalues, vl.GGN(risk_of(6)).eigvalsh()[-3:])
+    assert not [key for key in G.risk.kept.everywhere if "layer costs" in key]
+    assert G.factor.stored is not None
+    shape = 10**6, 9000
+    assert not plan.dense_suffices(shape, 10, CPU)
+    assert not plan.few_stay(10**8, CPU) and plan.few_stay(10**6, CPU)

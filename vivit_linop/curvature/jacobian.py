@@ -196,11 +196,12 @@ class Pullback(TorchLinearOperator):
 
     def offer(self, columns: StoredColumns) -> None:
         """Keep columns that a Gram matrix was made of, if they spare what follows."""
-        if self.stored is not None:
+        nbytes, budget = columns.nbytes, memory_budget(self.risk)
+        if self.stored is not None or nbytes > budget:
             return
-        costs = layer_costs(self.risk, self.width)
-        budget = memory_budget(self.risk)
-        if plan.columns_stay(costs, columns.nbytes, budget, self.device):
+        if plan.few_stay(nbytes, self.device) or plan.columns_stay(
+            layer_costs(self.risk, self.width), nbytes, budget, self.device
+        ):
             self.stored = columns
 
     @contextlib.contextmanager
@@ -362,7 +363,7 @@ def _shared_columns(pullback: Pullback) -> StoredColumns | None:
     """Return the columns if products with them are the cheaper ones, and they fit."""
     if not pullback.output.determined:
         return _cheaper_columns(pullback)
-    return pullback.risk.kept.get(_key(pullback), lambda: _cheaper_columns(pullback))
+    return pullback.risk.kept.get(_key(pullback), _cheaper_columns, pullback)
 
 
 def _key(pullback: Pullback) -> tuple[str, type]:

@@ -15,7 +15,6 @@ from vivit_linop.curvature.output_space import (
     FactoredOutputOperator,
     OutputOperator,
     check_blocks_fit,
-    kept_budget,
 )
 from vivit_linop.risk.empirical import EmpiricalRisk, as_risk
 from vivit_linop.risk.losses.base import OutputLoss
@@ -148,7 +147,7 @@ class LossHessian(OutputOperator):
         if isinstance(self.loss, HessianPart):  # has its root
             copies += made[0][1]
         taken = copies * sum(f.nbytes for f in risk.outputs)
-        if taken <= kept_budget(risk):
+        if taken <= risk.kept.small_budget:
             self._multipliers[batch] = made
         return made
 

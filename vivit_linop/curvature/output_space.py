@@ -18,14 +18,6 @@ from vivit_linop.ranks.alone import Ranks
 from vivit_linop.risk.empirical import EmpiricalRisk
 from vivit_linop.risk.row_layout import RowLayout
 
-# What blocks that can be formed again may take.
-_KEPT_BYTES = 2**24
-
-
-def kept_budget(risk: EmpiricalRisk) -> int:
-    """What an operator may keep of what can be formed again."""
-    return _KEPT_BYTES if risk.memory is None else min(risk.memory, _KEPT_BYTES)
-
 
 def check_blocks_fit(
     risk: EmpiricalRisk,
@@ -225,7 +217,7 @@ class FactoredOutputOperator(OutputOperator):
     def __init__(self, risk: EmpiricalRisk, width: int | RowLayout) -> None:
         super().__init__(risk, width)
         self._blocks: dict[int, Tensor] = {}
-        self._budget = kept_budget(risk)
+        self._budget = risk.kept.small_budget
 
     def blocks(self, batch: int) -> Tensor:
         """The blocks of one batch, ``[n, c, s, P]``."""

@@ -25,6 +25,7 @@ between ways that differ by factors.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
@@ -38,6 +39,8 @@ from vivit_linop.net.costs import LayerCost
 _PRODUCTS, _PRODUCTS_A_PAIR = 20, 4
 # Passes over the net that a product with V Vᵀ takes by its time.
 _PRODUCT_PASSES = 12.0
+# How much cheaper a way is by a bound, where that decides.
+_CERTAINLY = 2.0
 # How many passes over a root of the loss Hessian its formation takes.
 _FORMING = 4
 # After this many products (of an eigensolver) the backward passes that it takes to get
@@ -131,8 +134,7 @@ class DeviceCosts:
     @classmethod
     def on(cls, device: torch.device | str) -> DeviceCosts:
         """Return what routes on a device are chosen by."""
-        device = as_device(device)
-        return _in_use.get(_key(device), cls.default(device))
+        return _costs_on(as_device(device))
 
     def use(self, device: torch.device | str) -> None:
         """Choose routes on a device by these costs, in this process from now on."""
@@ -188,6 +190,11 @@ def _key(device: torch.device) -> str:
     return f"{device.type}:{device.index or 0}"
 
 
+def _costs_on(device: torch.device) -> DeviceCosts:
+    default = CPU_COSTS if device.type == "cpu" else GPU_COSTS
+    return _in_use.get(_key(device), default) if _in_use else default
+
+
 # Columns --------------------------------------------------------------------------
 
 
@@ -239,7 +246,7 @@ def columns_pay(costs: Sequence[LayerCost], width: int, device: torch.device) ->
         width: R, the columns of a sample.
         device: Where they are.
     """
-    on = DeviceCosts.on(device)
+    on = _costs_on(device)
     net = NetCost.of(costs, on)
     making = 2 * width * net.forward / _PAID_AFTER
     return net.product + making < on.passes * net.forward
@@ -259,12 +266,25 @@ def columns_stay(
         budget: What they may take.
         device: Where they are.
     """
-    on = DeviceCosts.on(device)
+    on = _costs_on(device)
     net = NetCost.of(costs, on)
     linearising = _LINEARISING_PASSES * net.forward + net.tracing
     linearising += on.flops(on.linearising)
     on_linearisation = on.passes * net.forward + linearising / _FOLLOWING
     return nbytes <= budget and net.product <= on_linearisation
+
+
+def few_stay(nbytes: int, device: torch.device) -> bool:
+    """Whether columns are so small that they stay, whatever the layers are.
+
+    Reading them then takes less than a linearisation beside its arithmetic.
+
+    Args:
+        nbytes: What the columns take.
+        device: Where they are.
+    """
+    on = _costs_on(device)
+    return nbytes * on.reading_flops <= on.flops(on.linearising) / _FOLLOWING
 
 
 def followed_on_columns(
@@ -281,7 +301,7 @@ def followed_on_columns(
         vectors: How many are followed.
         device: Where they are.
     """
-    on = DeviceCosts.on(device)
+    on = _costs_on(device)
     net = NetCost.of(costs, on)
     making = (width + _CERTIFIED_PASSES) * net.forward + on.flops(on.call)
     on_columns = making + vectors * net.inner + 2 * on.reading_flops * net.nbytes
@@ -294,7 +314,7 @@ def explained_products(
 ) -> str:
     """Say what products with V run on, and what the two ways cost."""
     place = "stored columns" if stored else "the linearisation"
-    on = DeviceCosts.on(device)
+    on = _costs_on(device)
     net = NetCost.of(costs, on)
     return (
         f"products run on {place}: {net.product / 1e9:.3g} GFLOP on stored columns, "
@@ -304,7 +324,7 @@ def explained_products(
 
 def products_together(costs: Sequence[LayerCost], device: torch.device) -> int:
     """How many products with a Hessian one backward pass takes."""
-    on = DeviceCosts.on(device)
+    on = _costs_on(device)
     short = NetCost.of(costs, on).forward < on.flops(on.short_pass)
     return _TOGETHER if short else 1
 
@@ -340,7 +360,7 @@ class FactorCost:
     ) -> FactorCost:
         """Those of a matrix, or of a factor that nothing is known of."""
         entries = float(rows) * columns
-        reading = DeviceCosts.on(device).reading_flops
+        reading = _costs_on(device).reading_flops
         product = 4 * entries + 2 * reading * itemsize * entries
         return cls(entries * min(rows, columns), product)
 
@@ -365,7 +385,7 @@ class FactorCost:
             device: Where it is.
         """
         D, columns = shape
-        net = NetCost.of(costs, DeviceCosts.on(device))
+        net = NetCost.of(costs, _costs_on(device))
         matrix = net.gram if columns <= D else float(D) ** 2 * columns
         matrix += width * net.forward
         product, once = _PRODUCT_PASSES * net.forward, net.tracing
@@ -428,6 +448,24 @@ class Choice:
         return "\n  ".join(lines)
 
 
+def dense_suffices(shape: tuple[int, int], k: int, device: torch.device) -> bool:
+    """Whether the dense way is the cheapest, whatever the layers of the net are.
+
+    An iteration takes more for its calls alone than inner products of formed columns
+    and an eigensolver do; each of its products takes more passes over the net than
+    a column of each sample.
+
+    Args:
+        shape: Of V, ``[D, R̂]``.
+        k: How many pairs.
+        device: Where V is.
+    """
+    on, entries, small = _costs_on(device), math.prod(shape), min(shape)
+    pairs = max(on.leading_pairs, on.all_pairs)
+    dense = float(entries) * small + pairs * float(small) ** 3
+    return dense <= krylov_products(k) * on.flops(on.call) / _CERTAINLY
+
+
 def choose(
     shape: tuple[int, int],
     k: int,
@@ -453,7 +491,7 @@ def choose(
         shared: Whether several processes have parts of the smaller side, and one would
             need all of it.
     """
-    on = DeviceCosts.on(device)
+    on = _costs_on(device)
     D, columns = shape
     small = min(shape)
     pairs = on.leading_pairs if k <= FEW * small else on.all_pairs
@@ -476,7 +514,7 @@ def choose(
     on_side = ("K", columns) if on_gram else ("G", D)
     # ARPACK needs room for more vectors than it is asked for.
     many = "" if lost or k < small // 2 else "ARPACK finds less than half of the pairs"
-    iterations = _krylov_routes(k, product, once, on_side, itemsize, free, many, device)
+    iterations = _krylov_routes(k, product, once, on_side, itemsize, free, many, on)
     routes = [dense, *iterations]
     krylov = min(iterations, key=_by_refusal_and_cost)
     if lost or many:
@@ -499,10 +537,10 @@ def _krylov_routes(
     itemsize: int,
     free: int,
     refusal: str,
-    device: torch.device,
+    on: DeviceCosts,
 ) -> list[Route]:
     """ARPACK on the host; before it Lanczos where that is not the device."""
-    on, (side, rows), vectors = DeviceCosts.on(device), on_side, 2.0 * k + 20
+    (side, rows), vectors = on_side, 2.0 * k + 20
     nbytes, products = vectors * rows * itemsize, krylov_products(k)
     flops = products * product + once
     if on.copying == float("inf"):

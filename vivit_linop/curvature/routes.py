@@ -124,6 +124,15 @@ def choose_route(op: LowRank, k: int) -> plan.Choice:
     return op.ranks.led(_cheapest, op, k)
 
 
+def quickest_route(op: LowRank, k: int) -> str:
+    """Return the name of that way; what layers cost is asked only where it decides."""
+    shape, free = op.factor.shape, free_memory(op.device)
+    fits = 3 * min(shape) ** 2 * _itemsize(op) <= free
+    if fits and not op.ranks.is_many and plan.dense_suffices(shape, k, op.device):
+        return DENSE[0] if op.by_gram else DENSE[1]
+    return choose_route(op, k).chosen.name
+
+
 def _cheapest(op: LowRank, k: int) -> plan.Choice:
     return plan.choose(
         op.factor.shape,
@@ -157,7 +166,7 @@ def eigenpairs_of_low_rank(
     # Only the largest pairs can be had without all of them.
     if k is not None and select is None:
         decomposition.check_k(k)
-        route = op.route or choose_route(op, int(k)).chosen.name
+        route = op.route or quickest_route(op, int(k))
         if route in ITERATIONS:
             return by_iteration(op, int(k), route)
         pairs = decomposition.largest(int(k))

@@ -298,7 +298,7 @@ class Capture:
         formed = {name: sizes[name].numel() for name in overlapping(self.uses)}
         kept = SampleSizes(fixed, each, signal, formed)
         key = _key_of_sizes(self._risk, X)
-        return self._risk.kept.get_everywhere(key, lambda: kept)
+        return self._risk.kept.everywhere.setdefault(key, kept)
 
     def _backward(self, uses: list[Use], cotangent: Tensor) -> list[Tensor]:
         """Pull a cotangent ``[n, C]``, or several, back to the outputs of uses."""

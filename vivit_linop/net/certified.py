@@ -414,9 +414,8 @@ def find_structure(risk: EmpiricalRisk, alone: bool = False) -> Structure:
         risk: The risk.
         alone: Whether of runs on one sample, where every axis is of that sample.
     """
-    structure = risk.kept.get_everywhere(
-        ("structure", alone), lambda: _look(risk, alone, Structure(), certify=True)
-    )
+    key = "structure", alone
+    structure = risk.kept.get_everywhere(key, _look, risk, alone, Structure(), True)
     if not structure.certified:
         with risk.kept.making:
             if not structure.certified:
@@ -430,9 +429,8 @@ def read_structure(risk: EmpiricalRisk, alone: bool = False) -> Structure:
     Spares two backward passes through a few samples. Parameters may be opaque that
     are not known as such.
     """
-    return risk.kept.get_everywhere(
-        ("structure", alone), lambda: _look(risk, alone, Structure(), certify=False)
-    )
+    key = "structure", alone
+    return risk.kept.get_everywhere(key, _look, risk, alone, Structure(), False)
 
 
 def share_structure(risk: EmpiricalRisk) -> None:

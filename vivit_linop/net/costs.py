@@ -44,9 +44,8 @@ def layer_costs(risk: EmpiricalRisk, width: int) -> list[LayerCost]:
         risk: The risk.
         width: R.
     """
-    return risk.kept.get_everywhere(
-        ("layer costs", width), lambda: _layer_costs(risk, width)
-    )
+    key = "layer costs", width
+    return risk.kept.get_everywhere(key, _layer_costs, risk, width)
 
 
 def _layer_costs(risk: EmpiricalRisk, width: int) -> list[LayerCost]:

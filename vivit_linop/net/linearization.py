@@ -18,6 +18,7 @@ import functools
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextvars import ContextVar
+from functools import cached_property
 from typing import Any, NoReturn
 
 from torch import Tensor
@@ -74,7 +75,6 @@ class Linearization:
     ) -> None:
         self.device = next(iter(params.values())).device
         self.kept, self.checked, self._few = True, False, False
-        self._chunks = Chunks(self.device)
         self._tangents: Tangents | None = None
         self._preparing = threading.Lock()
         self.nbytes = nbytes
@@ -85,6 +85,10 @@ class Linearization:
         self._num_params = sum(self._graph.sizes)
         self._preparation = Preparation(function, params, self._graph)
         self.outputs = output.detach()
+
+    @cached_property
+    def _chunks(self) -> Chunks:
+        return Chunks(self.device)
 
     def __reduce__(self) -> NoReturn:
         """Refuse to be copied or pickled."""
@@ -231,9 +235,10 @@ def _linearized(risk: EmpiricalRisk, trust: bool) -> Iterator[Linearization]:
         # Else its graph would be there while that of the next batch is made.
         if not keep:
             linearization.release()
-    for index, right in zip(answers, read(list(answers.values())), strict=True):
-        if not right:
-            raise risk.other_data(index)
+    if answers:
+        for index, right in zip(answers, read(list(answers.values())), strict=True):
+            if not right:
+                raise risk.other_data(index)
 
 
 def _nbytes(leaf: Tensor) -> int:

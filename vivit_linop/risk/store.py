@@ -21,6 +21,8 @@ Value = TypeVar("Value")
 
 # First words of keys: what belongs to a net, whatever the data are.
 _OF_THE_NET = "structure", "sample sizes"
+# What blocks that can be formed again may take.
+_SMALL = 2**24
 
 
 class Kept:
@@ -78,27 +80,35 @@ class Kept:
             return self._memory
         return free_memory(self._device) // share
 
-    def get(self, key: Hashable, make: Callable[[], Value]) -> Value:
+    @property
+    def small_budget(self) -> int:
+        """The bytes that an operator may keep of what can be formed again."""
+        return _SMALL if self._memory is None else min(self._memory, _SMALL)
+
+    def get(self, key: Hashable, make: Callable[..., Value], *arguments: Any) -> Value:
         """Return a value, which is made at the first call.
 
         Args:
             key: What it is.
             make: Makes it; by one thread, the others wait.
+            *arguments: What it is made of.
         """
         if key not in self.values:
             with self.making:
                 if key not in self.values:
-                    self.put(key, make())
+                    self.put(key, make(*arguments))
         value: Value = self.values[key]
         return value
 
-    def get_everywhere(self, key: Hashable, make: Callable[[], Value]) -> Value:
+    def get_everywhere(
+        self, key: Hashable, make: Callable[..., Value], *arguments: Any
+    ) -> Value:
         """Likewise for a value that is the same at all parameters."""
         if key not in self.everywhere:
             with self.making:
                 # Risks at other parameters have other locks: the first value stays.
                 if key not in self.everywhere:
-                    self.everywhere.setdefault(key, make())
+                    self.everywhere.setdefault(key, make(*arguments))
         value: Value = self.everywhere[key]
         return value
 
