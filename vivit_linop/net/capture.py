@@ -111,6 +111,9 @@ class Capture:
             recorder, output = run.record, run.output
         self.output = output.reshape(num_samples, -1)
         self.uses, self.opaque = recorder.uses, recorder.opaque
+        if risk.model.foreign.parts:  # columns that are kept do not change with it
+            for use in self.uses:
+                use.arguments.update(risk.model.foreign.copied_from(use.arguments))
         self.formed: dict[str, LayerColumns] = {}
 
     @classmethod

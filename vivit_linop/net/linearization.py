@@ -191,8 +191,10 @@ def linearizations(risk: EmpiricalRisk) -> Iterable[Linearization]:
 
     Raises:
         ValueError: If the outputs differ from those at construction: the data are not
-            the same in every pass.
+            the same in every pass; or if memory that the net reads has changed.
     """
+    if risk.model.foreign.parts:
+        risk.model.foreign.check()
     # Without a call, since it is asked in each product.
     kept: list[Linearization] = risk.kept.values.get(_KEPT, [])
     if len(kept) == len(risk.batch_sizes):

@@ -105,6 +105,7 @@ class Risk(ParameterVectors):
         self.batch_sizes, self.layout = seen.batch_sizes, seen.layout
         self._count(parts_differ)
         self._normalise(seen.total, seen.weight)
+        model.foreign.settle()
 
     def _take_parameters(self) -> None:
         """Show the parameters of the model, without their graph."""

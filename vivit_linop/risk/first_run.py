@@ -5,8 +5,8 @@ construction has just made one. A risk of one batch keeps it with its graph, whe
 fits into the budget, until another risk is built. Whoever takes it has it alone: the
 linearisation keeps the graph, columns are pulled back through it and let it go. Its
 input is compared with what the data are then, so that a change of them is seen as ever.
-What a graph has saved may be the user's memory too (arrays in an attribute of the net):
-it must be what it was.
+What a graph has saved must be what it was, and so must memory of others that the net
+has read (:mod:`vivit_linop.risk.model.foreign_memory`).
 A risk at other parameters keeps its run too, if that of the risk before has been taken.
 """
 
@@ -24,8 +24,8 @@ from torch.autograd.graph import disable_saved_tensors_hooks
 
 from vivit_linop.devices import is_out_of_memory, saved_bytes
 from vivit_linop.graphs import has_own_code, nbytes_saved, saved_in
-from vivit_linop.risk.data import fingerprint
 from vivit_linop.risk.data.containers import copied
+from vivit_linop.risk.model.foreign_memory import ForeignMemory
 from vivit_linop.risk.model.functional import FunctionalModel, Params
 from vivit_linop.risk.model.outputs import RaggedOutputs
 from vivit_linop.risk.store import Kept
@@ -77,8 +77,7 @@ class Run:
         repeats: Whether a second one who pulls back through it gets what the first
             would: there are only torch's own functions in the graph, and no hooks.
         saved: What the graph has saved, with the versions of then.
-        constants: What of it is not the risk's own, nor computed from parameters.
-        sums: Those over the constants then.
+        foreign: The memory of others that the net reads.
     """
 
     X: Any
@@ -88,8 +87,7 @@ class Run:
     record: Record | None = None
     repeats: bool = False
     saved: list[tuple[Tensor, int]] = field(default_factory=list)
-    constants: list[Tensor] = field(default_factory=list)
-    sums: list[Tensor] = field(default_factory=list)
+    foreign: ForeignMemory = field(default_factory=ForeignMemory)
 
     def serve(self, record: Record, model: FunctionalModel) -> None:
         """Let it serve as a run of the net.
@@ -98,17 +96,10 @@ class Run:
             record: What has watched it.
             model: The net.
         """
-        self.record = record
+        self.record, self.foreign = record, model.foreign
         self.repeats = not record.has_hooks and not has_own_code(self.output)
-        own = [*_plain_tensors(self.X).values()]
-        own += [*model.params.values(), *model.constants.values()]
-        known = {0, *map(_place, own)}
         saved = saved_in(self.output)
         self.saved = [(tensor, tensor._version) for tensor in saved]
-        self.constants = [
-            tensor for tensor in saved if tensor.is_leaf and _place(tensor) not in known
-        ]
-        self.sums = fingerprint.sums(self.constants)
 
     @property
     def nbytes(self) -> int:
@@ -116,25 +107,20 @@ class Run:
         return self.graph_bytes + sum(p.nbytes for p in _plain_tensors(self.X).values())
 
     def is_of(self, X: Any) -> bool:
-        """Whether an input is that of the run, and its graph is what it was."""
+        """Whether an input is that of the run, and its graph is what it was.
+
+        Raises:
+            ValueError: If memory of others that the net reads has changed.
+        """
+        self.foreign.check()
         own, given = _plain_tensors(self.X), _plain_tensors(X)
         same = own.keys() == given.keys() and all(
             part.dtype == given[name].dtype and torch.equal(part, given[name])
             for name, part in own.items()
         )
-        return same and (
-            all(tensor._version == version for tensor, version in self.saved)
-            and all(map(torch.equal, fingerprint.sums(self.constants), self.sums))
+        return same and all(
+            tensor._version == version for tensor, version in self.saved
         )
-
-
-def _place(tensor: Tensor) -> int:
-    """Where the entries of a tensor are; 0 if it has none of its own."""
-    try:
-        return tensor.untyped_storage().data_ptr()
-    # It wraps others.
-    except RuntimeError:
-        return 0
 
 
 def _plain_tensors(X: Any) -> dict[Hashable, Tensor]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from vivit_linop.modes import as_guest as as_guest
 from vivit_linop.risk.data.containers import copied, leaves, map_leaves, rebuilt
 from vivit_linop.risk.model.copies import Copies
+from vivit_linop.risk.model.foreign_memory import ForeignMemory
 from vivit_linop.risk.model.outputs import OutputTree, Returned
 from vivit_linop.risk.model.parameters import (
     HALVES,
@@ -83,6 +84,7 @@ class FunctionalModel:
         params: Copies of the chosen parameters, by name; they require grad. Of complex
             ones the real and imaginary parts, ``[*p, 2]``.
         complex_names: The complex ones.
+        foreign: The memory that it reads and the risk has no copy of.
         count: Counts the samples of an input, where the outputs of all come item by
             item; None where they have a sample axis.
         keeps_gradients: Whether it asks for gradients of what it computes, which no
@@ -130,6 +132,8 @@ class FunctionalModel:
         self._private: PrivateModule | None = None
         self._returned = Returned()
         self._writes = self.keeps_gradients = False
+        self._constants: list[Tensor] = []
+        self.foreign = ForeignMemory()
         self._empty: list[str] = []
         self._fixed: Params = {}
         self._moved: Params = {}
@@ -162,12 +166,21 @@ class FunctionalModel:
             else:
                 # Modules that it calls are copied, as they are now.
                 # Tensors that it leads to, too, where they change.
-                copies = Copies((), other=self._copied, frozen=dtype is not None)
-                self._function = copies.of_called(model)
+                self._take_function(model)
                 self._source = Source(lambda: None, None, model)
 
     def _copied(self, tensor: Tensor) -> Tensor:
         return in_precision(whole(tensor).detach().clone(), self._dtype)
+
+    def _constant(self, tensor: Tensor) -> Tensor:
+        self._constants.append(self._copied(tensor))
+        return self._constants[-1]
+
+    def _take_function(self, function: Any) -> None:
+        """Copy what a function leads to and that changes in training."""
+        self._constants = []
+        copies = Copies((), other=self._constant, frozen=self._dtype is not None)
+        self._function = copies.of_called(function)
 
     def _take_module(self, model: nn.Module, predict: Predict | None) -> None:
         """Copy all that outputs depend on: it stays as it is when training goes on."""
@@ -187,6 +200,7 @@ class FunctionalModel:
         own = {**self._fixed, **self._as_given(self.params)}
         self._private = PrivateModule(model, predict, slots, own, self._dtype)
         self._returned = self._private.returned
+        self._constants = self._private.constants
 
     def __getstate__(self) -> dict[str, Any]:
         """What travels: not the user's module."""
@@ -246,11 +260,14 @@ class FunctionalModel:
     def has_changed(self) -> bool:
         """Whether the user's model is not the same function any more.
 
-        Other values of parameters and buffers, and modes, are no change. Of what has
+        Other values of parameters and buffers, and modes, are no change; other entries
+        of memory that it reads and the risk has no copy of are one. Of what has
         travelled there is no user's model.
         """
         if self._source is None:
             return False
+        if self.foreign.has_changed():
+            return True
         if self._private is None:
             return not Comparison(())(self._source.function, self._function)
         module = self._source.module()
@@ -266,10 +283,10 @@ class FunctionalModel:
         model, source = self.at(*self.present()), self._source
         assert source is not None
         model._moved, model._writes, model.count = {}, False, None
+        model.foreign = ForeignMemory()
         with torch.inference_mode(False):
             if self._private is None:
-                copies = Copies((), other=self._copied, frozen=self._dtype is not None)
-                model._function = copies.of_called(source.function)
+                model._take_function(source.function)
                 model._returned = Returned()
                 return model
             module = source.module()
@@ -343,6 +360,8 @@ class FunctionalModel:
 
     def __call__(self, params: Params, X: Any) -> Tensor:
         """Return the outputs, ``[n, …]``; X is not written into."""
+        if self.foreign.parts:
+            self.foreign.check()
         return self._evaluate(params, self.private_input(X, params))
 
     def first(
@@ -361,10 +380,24 @@ class FunctionalModel:
         X = self._precise(X, params)
         own = copied(X)
         tensors = list(leaves(own))
-        with explained_casts(self._dtype), self._returned.of_batch(samples):
+        known = [*tensors, *params.values(), *self._known()]
+        with (
+            explained_casts(self._dtype),
+            self._returned.of_batch(samples),
+            self.foreign.read_by(known),
+        ):
             output = self._evaluate(params, own)
         # The model may have taken something out of a container, or put something in.
         return own, output, list(map(_is_written, tensors, leaves(X)))
+
+    def _known(self) -> Iterator[Tensor]:
+        """What it may read: its own constants, and what copies stand in for."""
+        yield from self._fixed.values()
+        yield from self._constants
+        module = None if self._source is None else self._source.module()
+        if module is not None:
+            yield from module.parameters()
+            yield from module.buffers()
 
     def writes(self) -> None:
         """Give copies of the input from now on."""
@@ -441,6 +474,7 @@ class FunctionalModel:
         """
         if self._private is None or self.complex_names or self.tree is not None:
             return None
+        self.foreign.check()
         with torch.inference_mode(False):
             values = {**self._fixed, **params}
             buffers = {

@@ -56,6 +56,7 @@ class PrivateModule:
     Attributes:
         returned: What makes one tensor of its outputs.
         calls: How often it was called, in whatever way.
+        constants: Its copies of tensors that are in no slot.
 
     Raises:
         ValueError: If it has parts that cannot be copied.
@@ -74,6 +75,7 @@ class PrivateModule:
         # from them before.
         self._outside: dict[int, str] = {id(t): name for name, t in slots.items()}
         self._stale: dict[int, Tensor] = {}
+        self.constants: list[Tensor] = []
         copies = Copies(
             ((tensor, own[name]) for name, tensor in slots.items()),
             other=self._constant,
@@ -104,6 +106,7 @@ class PrivateModule:
         # Left on the model by a transformation that has ended, and of no use.
         except RuntimeError:
             return tensor
+        self.constants.append(constant)
         if not tensor.is_leaf:
             self._stale[id(constant)] = constant
         return constant

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import weakref
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -24,7 +25,8 @@ class Watch(TorchFunctionMode):
         super().__init__()
         self._among = among
         self.used: dict[int, Tensor] = {}
-        self._made: dict[int, Tensor] = {}
+        # Weak, since what is made need not live on; another may have its number then.
+        self._made: dict[int, weakref.ref[Tensor]] = {}
 
     def __torch_function__(
         self,
@@ -43,12 +45,18 @@ class Watch(TorchFunctionMode):
                 if self._is_wanted(tensor):
                     self.used[id(tensor)] = tensor
         if self._among is None:
-            self._made.update((id(t), t) for t in made if id(t) not in self.used)
+            self._were_made(made)
         return result
+
+    def _were_made(self, tensors: Iterable[Tensor]) -> None:
+        for tensor in tensors:
+            if id(tensor) not in self.used:
+                self._made[id(tensor)] = weakref.ref(tensor)
 
     def _is_wanted(self, tensor: Tensor) -> bool:
         if self._among is None:
-            return id(tensor) not in self._made
+            made = self._made.get(id(tensor))
+            return made is None or made() is not tensor
         return id(tensor) in self._among
 
 
