@@ -10,8 +10,7 @@ import contextlib
 import functools
 import sys
 import threading
-from collections.abc import Callable, Iterator
-from operator import attrgetter
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
@@ -40,9 +39,18 @@ def uncompiled(function: Callable[P, Result]) -> Callable[P, Result]:
             return torch.compiler.disable(function)(*args, **kwargs)
         return function(*args, **kwargs)
 
-    # The compiler counts by code object how often it has compiled a function.
-    code = decorated.__code__  # type: ignore[attr-defined]
-    decorated.__code__ = code.replace(co_name=function.__name__)  # type: ignore[attr-defined]
+    return _named_as(decorated, function)
+
+
+def _named_as(
+    decorated: Callable[P, Result], function: Callable[P, Result]
+) -> Callable[P, Result]:
+    """Give a wrapper a code object of its own.
+
+    The compiler counts by code object how often it has compiled a function.
+    """
+    code = decorated.__code__
+    decorated.__code__ = code.replace(co_name=function.__name__)
     return decorated
 
 
@@ -64,11 +72,16 @@ class ordinary_mode:
     as a decorator of functions.
     """
 
+    _modes: Sequence[contextlib.AbstractContextManager[object]] = ()
+    _precise: bool = False
+
     def __call__(self, function: Callable[P, Result]) -> Callable[P, Result]:
         """Decorate a function; one context for each call, since they may be nested."""
 
         @functools.wraps(function)
         def decorated(*args: P.args, **kwargs: P.kwargs) -> Result:
+            if torch.compiler.is_dynamo_compiling():
+                return torch.compiler.disable(decorated)(*args, **kwargs)
             with ordinary_mode():
                 result = function(*args, **kwargs)
             # It has enabled gradients; the caller may not want them.
@@ -76,11 +89,24 @@ class ordinary_mode:
                 return result if torch.is_grad_enabled() else result.detach()  # type: ignore[return-value]
             return result
 
-        return uncompiled(decorated)
+        return _named_as(decorated, function)
 
     def __enter__(self) -> None:
         """Leave the modes."""
         # Written out, since it is entered in each product of small operators.
+        if (
+            torch.is_inference_mode_enabled()
+            or torch.is_autocast_enabled("cpu")
+            or torch.is_autocast_enabled("cuda")
+        ):
+            self._leave_modes()
+        depth = _HERE.depth
+        if depth == 0 and (_PRECISE.undo or _is_reduced()):
+            _PRECISE.enter()
+            self._precise = True
+        _HERE.depth = depth + 1
+
+    def _leave_modes(self) -> None:
         modes: list[contextlib.AbstractContextManager[object]] = []
         if torch.is_inference_mode_enabled():
             modes.append(torch.inference_mode(False))
@@ -90,17 +116,16 @@ class ordinary_mode:
         self._modes = modes
         for mode in modes:
             mode.__enter__()
-        if _HERE.depth == 0:
-            _PRECISE.enter()
-        _HERE.depth += 1
 
     def __exit__(self, *exception: object) -> None:
         """Enter them again."""
         _HERE.depth -= 1
-        if _HERE.depth == 0:
+        if self._precise:
+            self._precise = False
             _PRECISE.leave()
-        for mode in reversed(self._modes):
-            mode.__exit__(None, None, None)
+        if self._modes:
+            for mode in reversed(self._modes):
+                mode.__exit__(None, None, None)
 
 
 def _recording() -> list[contextlib.AbstractContextManager[object]]:
@@ -229,13 +254,16 @@ class Shared:
 
     Args:
         set_for: Sets it for a device, and says how that is undone.
+
+    Attributes:
+        undo: What is to be put back; empty while nothing had to be set.
     """
 
     def __init__(self, set_for: Callable[[torch.device | None, Undo], None]) -> None:
         self._set_for = set_for
         # Reentrant: a handler of signals may run a product in the middle of this.
         self._lock, self._inside = threading.RLock(), 0
-        self._undo: Undo = []
+        self.undo: Undo = []
         self._devices: set[torch.device | None] = set()
 
     def enter(self, device: torch.device | None = None) -> None:
@@ -245,7 +273,7 @@ class Shared:
             if device in self._devices:
                 return
             try:
-                self._set_for(device, self._undo)
+                self._set_for(device, self.undo)
             except BaseException:
                 self.leave()
                 raise
@@ -267,17 +295,28 @@ class Shared:
             if self._inside:
                 return
             self._devices.clear()
-            while self._undo:
-                self._undo.pop()()
+            while self.undo:  # which says so until it is put back
+                self.undo[-1]()
+                self.undo.pop()
+
+
+def _precisions_in_use() -> list[_Precision]:
+    switches = _PRECISIONS["cpu"]
+    return switches + _PRECISIONS["cuda"] if torch.cuda.is_initialized() else switches
+
+
+def _is_reduced() -> bool:
+    """Whether something in float32 would be computed in less."""
+    for _, _, read, full in _precisions_in_use():
+        if read() not in full:
+            return True
+    return False
 
 
 def _set_precisions(_: torch.device | None, undo: Undo) -> None:
     """Compute in float32 what is float32, on all devices in use."""
-    switches = _PRECISIONS["cpu"]
-    if torch.cuda.is_initialized():
-        switches = switches + _PRECISIONS["cuda"]
-    for backend, name, read, full in switches:
-        precision = read(backend)
+    for backend, name, read, full in _precisions_in_use():
+        precision = read()
         if precision not in full:
             undo.append(functools.partial(setattr, backend, name, precision))
             setattr(backend, name, full[0])
@@ -316,14 +355,24 @@ _KERNELS: list[tuple[Callable[[], bool], Callable[[bool], object], bool]] = [
 ]
 # By the type of a device, where torch keeps the precision of products of float32, how
 # that is read, and what stands for the full one.
-_Precision = tuple[Any, str, Callable[[Any], object], tuple[object, ...]]
+_Precision = tuple[Any, str, Callable[[], object], tuple[object, ...]]
 _PRECISIONS: dict[str, list[_Precision]]
-_READ_PRECISION = attrgetter("fp32_precision")
-_READ_TF32 = attrgetter("allow_tf32")
 _FULL = ("ieee", "none")
+
+
+def _precision(backend: Any, name: str, full: tuple[object, ...]) -> _Precision:
+    """Return a switch with what reads it, once in each product."""
+    read: Callable[[], object] = functools.partial(getattr, backend, name)
+    # Where torch answers by ``__getattr__`` alone, the search that fails before takes
+    # twice as long.
+    if not hasattr(type(backend), name) and hasattr(type(backend), "__getattr__"):
+        read = functools.partial(type(backend).__getattr__, backend, name)
+    return backend, name, read, full
+
+
 if hasattr(torch.backends, "fp32_precision"):  # since torch 2.9
     _PRECISIONS = {
-        device: [(part, "fp32_precision", _READ_PRECISION, _FULL) for part in parts]
+        device: [_precision(part, "fp32_precision", _FULL) for part in parts]
         for device, parts in {
             "cpu": [
                 _BACKENDS.mkldnn.matmul,
@@ -341,8 +390,8 @@ else:
     _PRECISIONS = {
         "cpu": [],
         "cuda": [
-            (_BACKENDS.cuda.matmul, "allow_tf32", _READ_TF32, (False,)),
-            (_BACKENDS.cudnn, "allow_tf32", _READ_TF32, (False,)),
+            _precision(_BACKENDS.cuda.matmul, "allow_tf32", (False,)),
+            _precision(_BACKENDS.cudnn, "allow_tf32", (False,)),
         ],
     }
 

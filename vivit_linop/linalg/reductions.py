@@ -448,7 +448,7 @@ def damped_logdet_of_low_rank(op: LowRank, damping: Scalar) -> Tensor:
             f"logdet: a damped low-rank operator needs damping > 0, got {damping}."
         )
     ratios = op.nonnegative_eigenvalues * (op.scale / damping)
-    return torch.log1p(ratios).sum() + op.shape[0] * log_abs(damping)
+    return ratios.log1p_().sum().add_(op.shape[0] * log_abs(damping))
 
 
 @damped_logdets.register

@@ -10,7 +10,7 @@ over to the verbs.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cached_property
+from functools import cached_property, lru_cache
 from operator import index
 from typing import TYPE_CHECKING, Any, overload
 
@@ -37,11 +37,36 @@ from vivit_linop.operators.operands import (
     numbered,
 )
 from vivit_linop.operators.outline import as_html
-from vivit_linop.operators.scipy_base import LinearOperator, NumpyProducts
+from vivit_linop.operators.scipy_base import (
+    LinearOperator,
+    NumpyProducts,
+    kept_by_scipy,
+)
 from vivit_linop.ranks.alone import ALONE, Ranks
 
 NUMPY_DTYPES = {torch.float32: np.dtype("float32"), torch.float64: np.dtype("float64")}
 """The numpy names of the dtypes that an operator can have."""
+
+
+_Described = tuple[tuple[int, int], np.dtype[Any], dict[str, Any]]
+
+
+@lru_cache(maxsize=256)
+def _described(dtype: torch.dtype | None, shape: tuple[int, int]) -> _Described:
+    """Return the shape, the numpy dtype and what else SciPy's class keeps of a node.
+
+    The nodes of an expression are alike, and to check each of them would take as long
+    as the rest of a small one.
+    """
+    if dtype is not None and not (
+        isinstance(dtype, torch.dtype) and dtype in NUMPY_DTYPES
+    ):
+        raise TypeError(
+            f"dtype: operators are float32 or float64, got {dtype}. Convert the "
+            "model or the tensor first, for example with .float()."
+        )
+    kept = kept_by_scipy(NUMPY_DTYPES[dtype or torch.float64], shape)
+    return kept.pop("shape"), kept.pop("dtype"), kept
 
 
 class TorchLinearOperator(VerbMethods["TorchLinearOperator"], NumpyProducts):
@@ -133,16 +158,11 @@ class TorchLinearOperator(VerbMethods["TorchLinearOperator"], NumpyProducts):
         dtype: torch.dtype | None,
         device: torch.device | str | None = None,
     ) -> None:
-        if dtype is not None and not (
-            isinstance(dtype, torch.dtype) and dtype in NUMPY_DTYPES
-        ):
-            raise TypeError(
-                f"dtype: operators are float32 or float64, got {dtype}. Convert the "
-                "model or the tensor first, for example with .float()."
-            )
         self._own_dtype = dtype
         self._own_device = None if device is None else numbered(device)
-        super().__init__(NUMPY_DTYPES[dtype or torch.float64], shape)
+        self.shape, self.dtype, more = _described(dtype, tuple(shape))
+        if more:
+            vars(self).update(more)
 
     @property
     def ranks(self) -> Ranks:
@@ -367,9 +387,12 @@ class TorchLinearOperator(VerbMethods["TorchLinearOperator"], NumpyProducts):
     @overload
     def __rmul__(self, x: Any) -> Any: ...
 
+    @uncompiled
     def __rmul__(self, x: Any) -> Any:
         """Return ``x * self``: a scaling, or what ``x @ self`` is."""
-        return self.dot(x) if is_scalar(x) else self.__rmatmul__(x)
+        if is_scalar(x):
+            return verbs.scale(self, as_scalar(x))
+        return self.__rmatmul__(x)
 
     @overload
     def __rmatmul__(self, x: Vectors) -> Vectors: ...

@@ -263,8 +263,11 @@ class LowRank(TorchLinearOperator):
 
     @property
     def nonnegative_eigenvalues(self) -> Tensor:
-        """The min(D, R) of V Vᵀ, without c, as :meth:`KeptMatrix.nonnegative`."""
-        return self._kept.nonnegative(self.on_small_side, min(self.factor.shape))
+        """The min(D, R) of V Vᵀ, without c, as :class:`KeptMatrix` has them."""
+        kept = self._kept
+        if kept.nonnegative is not None:  # one damping after the other
+            return kept.nonnegative
+        return kept.make_nonnegative(self.on_small_side, min(self.factor.shape))
 
     @property
     def small_eigenpairs(self) -> Pairs:

@@ -49,6 +49,8 @@ def check_numbers(x: np.ndarray) -> None:
 
 def numbered(device: torch.device | str) -> torch.device:
     """Return a device as tensors on it name it: "cuda" is the current one."""
+    if device is _CPU:  # of another node
+        return _CPU
     device = as_device(device)
     if device.type == "cpu":
         return _CPU
@@ -66,7 +68,7 @@ def numbered(device: torch.device | str) -> torch.device:
 
 def is_scalar(x: Any) -> bool:
     """Whether ``x`` is a number, or an array or tensor without axes."""
-    if isinstance(x, (float, int)):  # asked first: it is what most are
+    if isinstance(x, (float, int)):  # asked first, as above
         return True
     if isinstance(x, (Tensor, np.ndarray)):
         return x.ndim == 0
@@ -75,6 +77,8 @@ def is_scalar(x: Any) -> bool:
 
 def as_scalar(x: Any) -> Scalar:
     """Return a real finite scalar: a float, or a tensor where gradients flow to it."""
+    if type(x) is float and math.isfinite(x):  # asked first: it is what most are
+        return x
     if isinstance(x, Tensor) and is_differentiated(x):
         as_float(x.detach())
         return x

@@ -7,8 +7,7 @@ functions have types, and take what is seen here for an array, which it is not.
 
 from __future__ import annotations
 
-from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import torch
@@ -41,15 +40,11 @@ if TYPE_CHECKING:
 else:
     from scipy.sparse.linalg import LinearOperator
 
-__all__ = ["LinearOperator", "NumpyProducts"]
+__all__ = ["LinearOperator", "NumpyProducts", "kept_by_scipy"]
 
 
-@lru_cache(maxsize=256, typed=True)
-def _kept_by_scipy(dtype: Any, *shape: Any) -> dict[str, Any]:
-    """Return what SciPy's class keeps of an operator, whose shape it checks once.
-
-    That takes as long as the rest of a small node.
-    """
+def kept_by_scipy(dtype: Any, shape: tuple[Any, ...]) -> dict[str, Any]:
+    """Return what SciPy's class keeps of an operator, whose shape it checks."""
     node = object.__new__(LinearOperator)
     LinearOperator.__init__(node, dtype, shape)
     return vars(node)
@@ -58,8 +53,9 @@ def _kept_by_scipy(dtype: Any, *shape: Any) -> dict[str, Any]:
 class NumpyProducts(LinearOperator):
     """Products with numpy arrays by those with tensors."""
 
-    def __init__(self, dtype: Any, shape: tuple[int, int]) -> None:
-        vars(self).update(_kept_by_scipy(dtype, *shape))
+    def __new__(cls, *arguments: Any, **options: Any) -> Self:
+        """Make a node; SciPy's class would look for products that stand here."""
+        return object.__new__(cls)
 
     if TYPE_CHECKING:  # what the class of all operators has
         T: NumpyProducts

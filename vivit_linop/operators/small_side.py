@@ -34,6 +34,8 @@ class KeptMatrix:
     Attributes:
         matrix: ``[n, n]``, or None while it has not been computed.
         rows: Those of this process, where there are several.
+        nonnegative: The largest eigenvalues, with zeros where rounding left less, or
+            None while nobody has asked for them. Not to be written to.
     """
 
     def __init__(self, budget: Callable[[], int] | None = None) -> None:
@@ -41,7 +43,7 @@ class KeptMatrix:
         self.rows: RankRows | None = None
         self._budget = budget
         self._eigenvalues: Tensor | None = None
-        self._nonnegative: Tensor | None = None
+        self.nonnegative: Tensor | None = None
         self._eigenpairs: Pairs | None = None
 
     @property
@@ -69,21 +71,17 @@ class KeptMatrix:
             self._eigenvalues = found
         return self._eigenvalues.clone()
 
-    def nonnegative(self, on_matrix: OnMatrix, count: int) -> Tensor:
-        """Return the largest eigenvalues, with zeros where rounding left less.
-
-        Not to be written to: they are kept, for one damping after the other.
+    def make_nonnegative(self, on_matrix: OnMatrix, count: int) -> Tensor:
+        """Return those of :attr:`nonnegative`, kept for one damping after the other.
 
         Args:
             on_matrix: As for the eigenvalues.
             count: How many; the same each time.
         """
-        if self._nonnegative is None:
-            found = self.eigenvalues(on_matrix)[-count:].clamp(min=0.0)
-            if found.requires_grad:
-                return found
-            self._nonnegative = found
-        return self._nonnegative
+        found = self.eigenvalues(on_matrix)[-count:].clamp(min=0.0)
+        if not found.requires_grad:
+            self.nonnegative = found
+        return found
 
     def eigenpairs(self, on_matrix: OnMatrix) -> Pairs:
         """Return eigenvalues, ascending, and eigenvectors ``[n, n]``.
