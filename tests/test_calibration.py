@@ -49,7 +49,8 @@ def test_the_defaults_of_a_cpu_are_what_they_were() -> None:
     assert costs.reading_flops == pytest.approx(25)
     for seconds, flops in (
         (costs.call, 1e9),
-        (costs.step, 2e7),
+        (costs.step, 3.6e6),
+        (costs.row, 6e5),
         (costs.tracing, 1e11),
         (costs.linearising, 3e9),
         (costs.short_pass, 3e7),

@@ -126,7 +126,7 @@ def test_a_known_gram_matrix_decides_anew() -> None:
     known = plan.choose(shape, 10, None, 8, 10**12, True, CPU)
     assert known.chosen.name == "ARPACK on K"
     assert known.chosen.flops < 0.2 * known.routes[0].flops
-    few = plan.choose((10**6, 500), 10, None, 8, 10**12, True, CPU)
+    few = plan.choose((10**6, 150), 10, None, 8, 10**12, True, CPU)
     assert few.chosen.name == "dense Gram"
     most = plan.choose(shape, 5000, None, 8, 10**12, True, CPU)
     assert most.chosen.name == "dense Gram" and "half of the pairs" in most.why

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.autograd.graph import disable_saved_tensors_hooks, saved_tensors_hooks
+from torch.compiler import is_dynamo_compiling
 
 from vivit_linop.checkpoints import RECOMPUTED
 
@@ -35,7 +36,7 @@ def uncompiled(function: Callable[P, Result]) -> Callable[P, Result]:
 
     @functools.wraps(function)
     def decorated(*args: P.args, **kwargs: P.kwargs) -> Result:
-        if torch.compiler.is_dynamo_compiling():
+        if is_dynamo_compiling():
             return torch.compiler.disable(function)(*args, **kwargs)
         return function(*args, **kwargs)
 
@@ -80,7 +81,7 @@ class ordinary_mode:
 
         @functools.wraps(function)
         def decorated(*args: P.args, **kwargs: P.kwargs) -> Result:
-            if torch.compiler.is_dynamo_compiling():
+            if is_dynamo_compiling():
                 return torch.compiler.disable(decorated)(*args, **kwargs)
             with ordinary_mode():
                 result = function(*args, **kwargs)

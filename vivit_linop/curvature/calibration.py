@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from vivit_linop.curvature import plan
 from vivit_linop.curvature.ggn import GGN
-from vivit_linop.linalg.krylov import SOLVERS, solver_on, start_of
+from vivit_linop.linalg.krylov import SOLVERS, by_arpack, solver_on, start_of
 from vivit_linop.modes import ordinary_mode
 from vivit_linop.noise import Noise
 from vivit_linop.operators.elementary import Dense
@@ -115,6 +115,9 @@ def _measured(device: torch.device, name: str) -> plan.DeviceCosts:
     S = Noise(0)(fewer, fewer, like=A)
     S = S @ S.T
     small, cubes = S[:_STEP_ROWS, :_STEP_ROWS], fewer**3 / rate
+    leading = seconds(lambda: largest_eigenpairs(S, _LEADING)) / cubes
+    of_small = seconds(lambda: largest_eigenpairs(small, _LEADING))
+    beside = of_small - leading * _STEP_ROWS**3 / rate
     net, data = _problem(device)
     first, kept = _products(device, net, data)
     tracing, _ = _products(device, _convolutional(device), data)
@@ -129,8 +132,10 @@ def _measured(device: torch.device, name: str) -> plan.DeviceCosts:
         linearising=first,
         short_pass=2 * seconds(lambda: net(data[0])),
         all_pairs=seconds(lambda: symmetric_eigenpairs(S)) / cubes,
-        leading_pairs=seconds(lambda: largest_eigenpairs(S, _LEADING)) / cubes,
+        leading_pairs=leading,
         passes=plan.DeviceCosts.default(device).passes,
+        matrix_bandwidth=A.nbytes / seconds(lambda: A @ A[0]),
+        row=max(beside, of_small / 10) / _STEP_ROWS,
     )
 
 
@@ -145,7 +150,10 @@ def _seconds(device: torch.device, run: Callable[[], Any]) -> float:
 
 def _steps(matrix: Tensor) -> None:
     op = Dense(matrix)
-    SOLVERS[solver_on(op.device)](op, _STEP_PAIRS, start_of(op))
+    if (solver := solver_on(op.device)) == "ARPACK":
+        by_arpack(matrix.numpy(), _STEP_PAIRS, start_of(op))
+    else:
+        SOLVERS[solver](op, _STEP_PAIRS, start_of(op))
 
 
 def _problem(device: torch.device) -> tuple[nn.Module, tuple[Tensor, Tensor]]:

@@ -6,9 +6,9 @@ device takes for the rest stands in :class:`DeviceCosts`; the numbers here are a
 
 - the Gram matrix takes R f + g(R̂), and 10 R̂³ for its leading eigenpairs or 40 R̂³ for
   all (a symmetric eigensolver needs some 4/3 R̂³ or 9 R̂³, at a fraction of the speed of
-  a matrix product);
-- ARPACK takes (20 + 4 k) products and 1e9 each for its calls (2e7 for a known K); on K
-  = VᵀV where R̂ ≤ D, else on G. ARPACK runs on G as well where the root S of the loss
+  a matrix product), and 2 μs a row;
+- ARPACK takes (20 + 4 k) products and 1e9 each for its calls (12 μs for a known K); on
+  K = VᵀV where R̂ ≤ D, else on G. ARPACK runs on G as well where the root S of the loss
   Hessian does not fit into memory or has more entries than ARPACK's vectors of length
   D: products with G need no S. A product reads a known K once. Without K a product
   takes 12 f on the linearisation (4 f operations, at a third of the speed of a large
@@ -37,6 +37,8 @@ from vivit_linop.net.costs import LayerCost
 
 # Products of a Krylov solver.
 _PRODUCTS, _PRODUCTS_A_PAIR = 20, 4
+# What LAPACK takes in float64 by its time in float32 (1.4 to 1.8, 200 to 2,000 rows).
+_DOUBLE = 1.5
 # Passes over the net that a product with V Vᵀ takes by its time.
 _PRODUCT_PASSES = 12.0
 # How much cheaper a way is by a bound, where that decides.
@@ -90,6 +92,9 @@ class DeviceCosts:
         passes: How many forward passes a product with V takes on the linearisation:
             two by its arithmetic, more by its time where activations are slow to read
             beside that.
+        matrix_bandwidth: Bytes a second of a known matrix that is multiplied by one
+            vector after the other; caches hold a part of it.
+        row: Seconds of a symmetric eigensolver for each row, beside its arithmetic.
 
     Raises:
         TypeError: If one is no number.
@@ -118,6 +123,8 @@ class DeviceCosts:
     all_pairs: float
     leading_pairs: float
     passes: float = 2.0
+    matrix_bandwidth: float = 3e10
+    row: float = 2e-6
 
     def __post_init__(self) -> None:
         for field in fields(self)[1:]:
@@ -150,14 +157,18 @@ class DeviceCosts:
         return self.rate * seconds
 
 
-# Two cores: some 300 GFLOP/s, and 12 GB/s.
+# Two cores: some 300 GFLOP/s, and 12 GB/s. What is known of a matrix was measured with
+# one thread on an AMD EPYC, for 200 to 4,000 rows and 1, 5, 10 and 20 pairs of matrices
+# with a few large eigenvalues, with a power law and without gaps: a product of ARPACK
+# took 12 μs and its bytes at 60 GB/s (a megabyte) to 22 GB/s (64), LAPACK's ?syevr 13
+# (500 rows) to 9 (2,000) n³ beside 2 μs a row.
 CPU_COSTS = DeviceCosts(
     name="a CPU",
     rate=3e11,
     bandwidth=1.2e10,
     copying=float("inf"),
     call=1e9 / 3e11,
-    step=2e7 / 3e11,
+    step=1.2e-5,
     tracing=1e11 / 3e11,
     linearising=3e9 / 3e11,
     short_pass=3e7 / 3e11,
@@ -181,6 +192,8 @@ GPU_COSTS = DeviceCosts(
     all_pairs=160.0,
     leading_pairs=160.0,
     passes=7.0,
+    matrix_bandwidth=2.8e12,
+    row=1e-9,  # in the others
 )
 _in_use: dict[str, DeviceCosts] = {}
 
@@ -495,11 +508,13 @@ def choose(
     D, columns = shape
     small = min(shape)
     pairs = on.leading_pairs if k <= FEW * small else on.all_pairs
-    lapack = 0.0 if decomposed else pairs * float(small) ** 3
+    lapack = pairs * float(small) ** 3 + on.flops(on.row) * small
+    lapack = 0.0 if decomposed else lapack
     on_gram, lost = by_gram, ""
     if cost is None:
-        product, once = on.reading_flops * itemsize * float(small) ** 2, 0.0
-        product += on.flops(on.step)
+        lapack *= _DOUBLE if itemsize == 8 else 1.0
+        reading = itemsize * float(small) ** 2 / on.matrix_bandwidth
+        product, once = on.flops(on.step + reading), 0.0
     else:
         product, once = cost.product + on.flops(on.call), cost.once
         lapack += cost.matrix

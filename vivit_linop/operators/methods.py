@@ -458,7 +458,7 @@ class VerbMethods(LinearOperator, Generic[Op]):
             >>> V = vl.Dense(torch.rand(1000, 20))
             >>> choice = (V @ V.T).explain(k=2)
             eigh(k=2) takes 'dense Gram': it is estimated to be the cheaper.
-              dense Gram     0.00048 GFLOP     0.0048 MB
+              dense Gram      0.0125 GFLOP     0.0048 MB
               ARPACK on K       28.1 GFLOP    0.00192 MB
             >>> choice.chosen.name
             'dense Gram'
