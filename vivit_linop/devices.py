@@ -22,6 +22,8 @@ _MOMENT = 0.02
 # As many are taken together again as soon as so much more memory is free than when it
 # did not suffice.
 _MORE = 1.25
+# How errors of no class of their own say that there is no memory.
+_NO_MEMORY = "DefaultCPUAllocator", "_STATUS_ALLOC_FAILED", "CUDA error: out of memory"
 # From here on the C library gets each block from the system anew (glibc's
 # M_MMAP_THRESHOLD is at most this on 64 bits).
 _FRESH_BYTES = 32 * 2**20
@@ -121,7 +123,9 @@ def saved_bytes(build: Callable[[], Result]) -> tuple[int, Result]:
             result = build()
         return sum(seen.values()), result
     # Transformations inside of the model do not bear hooks; then nobody counts.
-    except RuntimeError:
+    except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise
         return 0, build()
 
 
@@ -145,11 +149,10 @@ def explained(describe: Callable[..., str], *arguments: Any) -> Iterator[None]:
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether an error of torch says that memory does not suffice."""
-    # On the CPU, torch raises no class of its own.
-    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(
-        error
-    )
+    """Whether an error says that memory does not suffice."""
+    kinds = torch.OutOfMemoryError, MemoryError
+    # Torch on the CPU raises no class of its own, nor do libraries on a GPU.
+    return isinstance(error, kinds) or any(text in str(error) for text in _NO_MEMORY)
 
 
 def told(tensors: Sequence[Tensor]) -> list[list[Any]]:

@@ -15,6 +15,7 @@ from vivit_linop.arguments import check_choice
 from vivit_linop.curvature.hessian_products import ROUNDING, HessianProducts
 from vivit_linop.curvature.loss_hessian import LossGradient, LossHessian
 from vivit_linop.curvature.recursions import own_backpack_results
+from vivit_linop.devices import is_out_of_memory
 from vivit_linop.extras import extra
 from vivit_linop.net.pieces import memory_budget
 from vivit_linop.noise import Noise
@@ -81,8 +82,10 @@ def diagonal_by_recursion(
     try:
         found = _by_backpack(H.risk, by_sample, memory_budget(H.risk))
         _check_diagonal(H, found, by_sample)
-    except (ValueError, ModuleNotFoundError):
-        if route == "backpack":
+    except Exception as error:
+        # It is impossible, or products do with less memory.
+        impossible = isinstance(error, (ValueError, ModuleNotFoundError))
+        if route == "backpack" or not (impossible or is_out_of_memory(error)):
             raise
         return None
     return found
@@ -150,7 +153,8 @@ def sample_diagonals(H: HessianProducts) -> Tensor:
             found = _second_derivatives_in_parts(H)
             if found is not None:
                 return found
-    # Operations without forward mode, or that cannot be vectorised.
+    # Operations without forward mode, or that cannot be vectorised; one by one also
+    # takes less memory.
     except (RuntimeError, NotImplementedError):
         pass
     return diagonals_one_by_one(H, x, image)

@@ -16,6 +16,7 @@ from vivit_linop.curvature.output_space import (
     OutputOperator,
     check_blocks_fit,
 )
+from vivit_linop.devices import is_out_of_memory
 from vivit_linop.risk.empirical import EmpiricalRisk, as_risk
 from vivit_linop.risk.losses.base import OutputLoss
 from vivit_linop.risk.losses.certificates import (
@@ -427,7 +428,10 @@ def _least_squares(A: Tensor, b: Tensor) -> Tensor:
     """
     try:
         return torch.linalg.lstsq(A, b).solution
-    except RuntimeError:  # torch.linalg.LinAlgError, whose name torch keeps from mypy
+    # It is torch.linalg.LinAlgError, whose name torch keeps from mypy.
+    except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise
         U, sizes, Vh = torch.linalg.svd(A, full_matrices=False)
     sizes = sizes.unsqueeze(-1)
     rounding = max(A.shape[-2:]) * torch.finfo(A.dtype).eps * sizes[..., :1, :]

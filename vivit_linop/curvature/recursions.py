@@ -23,6 +23,7 @@ from vivit_linop.curvature.positive_curvature import (
     PositiveCurvature,
     PositiveCurvatureBlock,
 )
+from vivit_linop.devices import is_out_of_memory
 from vivit_linop.extras import extra
 from vivit_linop.modes import as_guest, ordinary_mode
 from vivit_linop.operators.base import TorchLinearOperator
@@ -285,6 +286,8 @@ def own_backpack_results(
                     )
                 value.backward()
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         reason = _used_again(module, calls) or _first_line(error)
         raise _refusal(what, reason) from error
     again = _used_again(module, calls)

@@ -137,10 +137,11 @@ class Capture:
                 few = cls(risk, risk.samples.take(X, index), count)
                 risk.check_outputs(batch, few.output.detach(), index)
                 return few
-            # In whatever way it fails, it may run on the batch; an error of its own, a
-            # lack of memory too, is seen there again.
-            except Exception:
-                pass
+            # In whatever way it fails, it may run on the batch; an error of its own is
+            # seen there again. The batch takes more memory.
+            except Exception as error:
+                if is_out_of_memory(error):
+                    raise
         return cls(risk, X, n)
 
     def columns(

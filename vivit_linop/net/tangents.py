@@ -233,7 +233,7 @@ class Preparation:
         self, function: Callable[[Params], Tensor], params: Params, graph: Graph
     ) -> None:
         self._function, self._params, self._graph = function, params, graph
-        self._failure = ""
+        self._failure, self._is_last = "", False
         self._probe: Probe | None = None
 
     def find(self, may_trace: bool, checked: bool) -> tuple[Graph, Tangents]:
@@ -253,6 +253,7 @@ class Preparation:
         found = self._trace_somehow() if first else None
         found = found or self._reverse(checked)
         if found is None and may_trace and not first:
+            self._is_last = True
             found = self._trace_somehow()
         return found or self._refuse()
 
@@ -288,8 +289,11 @@ class Preparation:
             tangents = TracedTangents(traced, arguments)
             right = self._agree(graph, tangents)
         # Any failure of the tracer, of which there are many kinds, only means that
-        # another way must be taken; an error of the model itself was seen before.
-        except Exception:
+        # another way must be taken; an error of the model itself was seen before. The
+        # other way takes less memory.
+        except Exception as error:
+            if self._is_last and is_out_of_memory(error):
+                raise
             return None
         return (graph, tangents) if right else None
 

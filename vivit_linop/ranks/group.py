@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from vivit_linop.devices import free_memory
+from vivit_linop.devices import free_memory, is_out_of_memory
 from vivit_linop.ranks.alone import ALONE, Ballot, Ranks
 from vivit_linop.ranks.messages import (
     Layout,
@@ -402,6 +402,8 @@ def _explained(error: BaseException | None = None) -> Iterator[None]:
     except RuntimeError as failure:
         if error is not None:
             raise error from failure
+        if is_out_of_memory(failure):
+            raise
         raise RankError(
             "a rank has ended, or has not come within the time limit of the process "
             f"group ({failure}). Start the processes again."

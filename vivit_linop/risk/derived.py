@@ -408,5 +408,7 @@ def _failure(model: FunctionalModel, X: Any) -> Exception | None:
             model(model.params, X)
     # Errors of the model are of any kind.
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         return error
     return None

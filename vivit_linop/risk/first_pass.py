@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vivit_linop.devices import explained
+from vivit_linop.devices import explained, is_out_of_memory
 from vivit_linop.modes import guests_to_come
 from vivit_linop.risk.data import fingerprint
 from vivit_linop.risk.data.batches import joined_targets
@@ -161,5 +161,8 @@ def _with_previous(seen: Seen, output: Tensor, y: Any) -> tuple[Tensor, Any]:
     try:
         outputs = torch.cat([seen.outputs[-1], output])
         return outputs, joined_targets([seen.targets[-1], y])
-    except RuntimeError:  # their shapes differ
+    except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise
+        # Their shapes differ.
         return output, y

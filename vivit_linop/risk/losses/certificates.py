@@ -200,7 +200,9 @@ def warn_unless_likelihood(loss: OwnLoss, output: Tensor, target: Any) -> None:
         product = loss.hessian_product(f, labels, x.unsqueeze(-1)).squeeze(-1)
         hessians = (product * x).flatten(1).sum(1)
     # Some losses are of probabilities only, and say so in any way.
-    except Exception:
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
         return
     off = squares - hessians
     surely = off.mean().abs() > _DEVIATIONS * off.std() / len(off) ** 0.5
@@ -271,6 +273,8 @@ def _parts(
     try:
         return [loss.total(output[m], some_targets(target, m)) for m in (mask, ~mask)]
     except (RuntimeError, ValueError, IndexError) as error:
+        if is_out_of_memory(error):
+            raise
         raise ValueError(
             f"loss: {loss.name} fails on some of the samples alone: {error}. It "
             "must not hold anything that numbers samples, such as a weight with a "
@@ -328,7 +332,9 @@ def _surely_refuted(loss: OutputLoss, output: Tensor, target: Tensor) -> Tensor:
                 beside = output + shift * size * Noise(1).like(output)
                 wrong &= _refuted(loss, beside, target)
     # Beside the outputs a loss may not be defined, and say so in any way.
-    except Exception:
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
         return nothing
     return wrong
 
@@ -341,7 +347,7 @@ def _refuted(loss: OutputLoss, output: Tensor, target: Tensor) -> Tensor:
     exact = map_leaves(lambda t: t.double() if t.is_floating_point() else t, target)
     try:
         g = loss.gradient(output.double(), exact)
-    # Whatever a loss says to numbers of another precision.
+    # Whatever a loss says to numbers of another precision; its own takes less memory.
     except Exception:
         precision, exact = output.dtype, target
         g = loss.gradient(output, target)
@@ -390,7 +396,9 @@ def _usual(
         usual = norms(loss.gradient(typical, target))
         usual = usual + norms(loss.hessian_product(typical, target, direction))
     # Some losses are of probabilities only, and say so in any way.
-    except Exception:
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
         return norms(torch.zeros_like(output))
     return usual.nan_to_num(0.0, 0.0, 0.0)
 

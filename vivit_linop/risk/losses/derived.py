@@ -368,7 +368,8 @@ def losses_of_samples(loss: OutputLoss, output: Tensor, target: Any) -> Tensor:
 
     try:
         return torch.vmap(single)(output, target)
-    # Functions that branch on values, and operations without such a rule.
+    # Functions that branch on values, and operations without such a rule; one by one
+    # also takes less memory.
     except Exception:
         return torch.stack(
             [

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from vivit_linop.checkpoints import RECOMPUTED
+from vivit_linop.devices import is_out_of_memory
 from vivit_linop.modes import without_cudnn
 from vivit_linop.noise import Noise
 from vivit_linop.risk.data.containers import rebuilt
@@ -104,7 +105,9 @@ class PrivateModule:
         try:
             constant = in_precision(tensor.detach().clone(), self._dtype)
         # Left on the model by a transformation that has ended, and of no use.
-        except RuntimeError:
+        except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise
             return tensor
         self.constants.append(constant)
         if not tensor.is_leaf:
@@ -238,6 +241,8 @@ class PrivateModule:
                 output = module(*args, **kwargs)
             # The error of the likeliest way is to be seen.
             except Exception as error:
+                if is_out_of_memory(error):
+                    raise
                 failure = failure or error
                 continue
             self._call = number

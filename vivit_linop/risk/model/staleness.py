@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vivit_linop.devices import is_out_of_memory
 from vivit_linop.risk.model.copies import (
     ATOMS,
     CACHED,
@@ -96,7 +97,9 @@ def _same_tensors(value: Tensor, twin: Any, comparison: Comparison) -> bool:
     try:
         return torch.equal(value.detach().to(twin), twin)
     # Not all kinds of tensors can be compared.
-    except (RuntimeError, NotImplementedError):
+    except (RuntimeError, NotImplementedError) as error:
+        if is_out_of_memory(error):
+            raise
         return False
 
 
