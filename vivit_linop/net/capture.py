@@ -18,7 +18,7 @@ from typing import Any, Literal, NamedTuple, Self
 import torch
 from torch import Tensor
 
-from vivit_linop.devices import is_out_of_memory, told
+from vivit_linop.devices import explained, is_out_of_memory, told
 from vivit_linop.graphs import batched_gradients
 from vivit_linop.net.chunks import columns_at_a_time
 from vivit_linop.net.columns.base import LayerColumns
@@ -134,7 +134,8 @@ class Capture:
         if count < n:
             index = torch.arange(count, device="cpu")
             try:
-                few = cls(risk, risk.samples.take(X, index), count)
+                with explained(risk.does_not_fit, X, count):
+                    few = cls(risk, risk.samples.take(X, index), count)
                 risk.check_outputs(batch, few.output.detach(), index)
                 return few
             # In whatever way it fails, it may run on the batch; an error of its own is
