@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import copy
 import pickle
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -229,3 +232,34 @@ def test_activations_that_are_taken_out_may_be_written_into(name: str) -> None:
         for activations in seen:
             activations.div_(activations.norm())
     assert close(quantity(risk), wanted(dense_of(problem), _column(risk)))
+
+
+def test_risks_without_anybody_who_watches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where the room of risks alone has been imported."""
+    monkeypatch.setattr(first_run, "_watches", [first_run._by_nobody])
+    problem = _problem()
+    risk = _risk(problem)
+    assert first_run.nbytes_kept(risk.kept) == 0
+    _all_are_right(risk, problem)
+    _all_are_right(risk.at(risk.flatten(risk.params)), problem)
+
+
+@pytest.mark.host("a process of its own, on the CPU")
+def test_the_room_of_risks_needs_no_other() -> None:
+    code = f"""
+import sys, types
+package = types.ModuleType("vivit_linop")
+package.__path__ = [{str(Path(vl.__file__).parent)!r}]
+sys.modules["vivit_linop"] = package
+import torch
+from vivit_linop.risk.empirical import EmpiricalRisk
+data = torch.ones(4, 3), torch.zeros(4, 1)
+net = torch.nn.Linear(3, 1, bias=False)
+torch.nn.init.ones_(net.weight)
+print(EmpiricalRisk(net, torch.nn.MSELoss(), data).gradient().tolist())
+print(any(name.startswith("vivit_linop.net") for name in sys.modules))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split("\n")[:2] == ["[6.0, 6.0, 6.0]", "False"]

@@ -259,24 +259,23 @@ def test_what_is_missing_is_bounded_or_told_by_a_vector() -> None:
     D = W @ Z / values.sqrt() - values.sqrt() * (Q @ Z)
     rise = float((D * (K @ D)).sum() / values[-1])
     columns.clear()
-    bound = found.rise(1e3)
-    assert not columns and rise <= bound <= 1e3
-    told = found.rise(1e-9)  # by one vector, which widens the block
-    assert columns == [1] and 0.1 * rise < told < 10 * rise
+    bound, told_by = found.rise(1e3)
+    assert told_by is None and not columns and rise <= bound <= 1e3
+    told, told_by = found.rise(1e-9)
+    assert told_by is not None and columns == [1] and 0.1 * rise < told < 10 * rise
 
 
 def test_few_directions_are_enough_for_the_second_product() -> None:
     K, _, found, columns = krylov()
     exact = torch.linalg.eigvalsh(K)[-4:]
     before = float((exact - found.squares).sum() / exact[-1])
-    rise = found.rise(1e-12)
+    rise, told_by = found.rise(1e-12)
     columns.clear()
-    found.widen(1.0)
+    found.widen(1.0, told_by)
     after = float((exact - found.squares).sum() / exact[-1])
     assert sum(columns) < 3 and 0 <= after < before - 0.3 * rise
     for _ in range(3):
-        found.rise(1e-12)
-        found.widen(1e-9)
+        found.widen(1e-9, found.rise(1e-12)[1])
     torch.testing.assert_close(found.squares, exact)
 
 

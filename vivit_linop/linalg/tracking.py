@@ -264,7 +264,7 @@ def followed_on_gram(
         new = torch.linalg.qr(factor.T.apply(new)).Q
     krylov = Krylov(factor, new)
     for count in range(1, _HALF_STEPS // 2 + 1):
-        rise = krylov.rise(tol)
+        rise, told_by = krylov.rise(tol)
         if rise <= tol:
             values, chosen = krylov.squares[-k:].clone(), krylov.here[:, -k:]
             vectors = orthonormalised(krylov.there, krylov.squares)
@@ -277,8 +277,12 @@ def followed_on_gram(
             )
         if not math.isfinite(rise):
             raise NotNear
-        krylov.widen(tol / rise)
+        krylov.widen(tol / rise, told_by)
     raise NotNear
+
+
+# Rows ``[b, R]``, and their images under K; None for none.
+Directions = tuple[Tensor, Tensor] | None
 
 
 class Krylov:
@@ -317,11 +321,17 @@ class Krylov:
         self.here, self.there = (z.T @ rows).T, ((z / sigma).T @ images).T
         self.short = self.there - sigma * self.here
 
-    def rise(self, tol: float) -> float:
+    def rise(self, tol: float) -> tuple[float, Directions]:
         """What another half-step would raise the sum of the squares by.
 
         In units of the largest. The bound by the trace of K, where that is at most
-        ``tol``; else what a random vector tells, which joins Q if that is more.
+        ``tol``; else what a random vector tells.
+
+        Args:
+            tol: What is small enough.
+
+        Returns:
+            The number, and the vector that has told it, if one has.
         """
         squares, size = self.squares, self.short.square().sum()
         # Together, since the host waits for the device to read them.
@@ -331,27 +341,28 @@ class Krylov:
         if short * least <= tol * largest:
             rest = max(self._trace - total, 0.0)
             if rest * short <= tol * largest:
-                return rest * short / largest
+                return rest * short / largest, None
         signs = torch.rand(self._size, generator=self._generator, device="cpu") - 0.5
         d = (self.short @ signs.sign().to(squares)).unsqueeze(0)
         image = self._gram.apply(d.T).T
-        rise = float((d * image).sum()) / largest
-        if rise > tol:
-            inside = d @ self._rows.T
-            d, image = d - inside @ self._rows, image - inside @ self._images
-            self._join(d / d.norm(), image / d.norm())
-        return rise
+        return float((d * image).sum()) / largest, (d, image)
 
-    def widen(self, tolerated: float) -> None:
+    def widen(self, tolerated: float, told_by: Directions) -> None:
         """Multiply the directions of ``short`` that have most of its squares.
 
         Args:
             tolerated: Which part of what is missing may be.
+            told_by: The vector that has told what is missing; it joins Q, too.
         """
+        if told_by is not None:
+            d, image = told_by
+            inside = d @ self._rows.T
+            d, image = d - inside @ self._rows, image - inside @ self._images
+            self._join(d / d.norm(), image / d.norm())
         parts, directions = torch.linalg.eigh(self.short.T @ self.short)
         outside = parts.cumsum(0) <= _LEFT_OUT * tolerated * parts.sum()
         # One of them is there by the vector that told so.
-        first = max(1, int(outside.sum()))
+        first = max(told_by is not None, int(outside.sum()))
         new = (self.short @ directions[:, first:]).T
         for _ in range(2):  # once leaves rounding errors
             new = torch.linalg.qr((new - new @ self._rows.T @ self._rows).T).Q.T

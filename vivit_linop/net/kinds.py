@@ -6,6 +6,7 @@ same way, from outside.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -194,6 +195,7 @@ class Kind:
 
 
 _READINGS: dict[Callable[..., Any], list[tuple[Signature, Kind]]] = {}
+_REGISTERING = threading.Lock()
 
 
 def register(kind: Kind) -> None:
@@ -206,11 +208,15 @@ def register(kind: Kind) -> None:
     Args:
         kind: The kind.
     """
-    for readings in _READINGS.values():
-        readings[:] = [pair for pair in readings if pair[1].name != kind.name]
+    new: dict[Callable[..., Any], list[tuple[Signature, Kind]]] = {}
     for signature in kind.signatures:
         for function in signature.functions:
-            _READINGS.setdefault(function, []).insert(0, (signature, kind))
+            new.setdefault(function, []).insert(0, (signature, kind))
+    with _REGISTERING:
+        for function, before in {**dict.fromkeys(new, ()), **_READINGS}.items():
+            others = [pair for pair in before if pair[1].name != kind.name]
+            # At once: other threads read nets meanwhile.
+            _READINGS[function] = new.get(function, []) + others
 
 
 def readings(function: Callable[..., Any]) -> Sequence[tuple[Signature, Kind]]:

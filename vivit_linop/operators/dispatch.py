@@ -76,7 +76,8 @@ class BinaryVerb:
                     f"{self._name}: a rule is a function, got {function!r}."
                 )
             self._rules.append((left, right, function))
-            self._for_types.clear()
+            # Another dictionary: a thread that is looking rules up fills the old one.
+            self._for_types = {}
             return function
 
         return register
@@ -122,9 +123,10 @@ class BinaryVerb:
     def __call__(self, left: Operator, right: Operator) -> Operator:
         """Return the node of the newest rule that applies."""
         types = type(left), type(right)
-        rules = self._for_types.get(types)
+        known = self._for_types
+        rules = known.get(types)
         if rules is None:
-            rules = self._for_types[types] = self._rules_for(*types)
+            rules = known[types] = self._rules_for(*types)
         for function in rules:
             result = function(left, right)
             if result is not NotImplemented:

@@ -13,10 +13,11 @@ A risk at other parameters keeps its run too, if that of the risk before has bee
 from __future__ import annotations
 
 import contextlib
+import threading
 import weakref
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -43,19 +44,30 @@ class Record(Protocol):
     keeps_gradients: bool
 
 
-Watch = Callable[[Params], contextlib.AbstractContextManager[Record]]
+Watch = Callable[[Params], contextlib.AbstractContextManager[Record | None]]
+
+Result = TypeVar("Result")
 
 _KEY, _WANTED = "first run", "first runs are wanted"
 # The share of free memory that it may take, as the columns that it is for.
 _MEMORY_SHARE = 12
 # Whose run is kept: of those that nobody asks for there is one at most.
 _keeping: list[weakref.ref[Kept]] = []
-# What is entered around the run, once :func:`watched_by` has said so.
-_watches: list[Watch] = []
+_KEEPING = threading.Lock()
+
+
+def _by_nobody(params: Params) -> contextlib.AbstractContextManager[None]:
+    return contextlib.nullcontext()
+
+
+# What is entered around the run, until :func:`watched_by` says something else.
+_watches: list[Watch] = [_by_nobody]
 
 
 def watched_by(watch: Watch) -> None:
     """Let the room above see runs, which are kept with what has watched them.
+
+    Before that none is kept.
 
     Args:
         watch: Returns, for the parameters, what is entered around the run.
@@ -89,13 +101,15 @@ class Run:
     saved: list[tuple[Tensor, int]] = field(default_factory=list)
     foreign: ForeignMemory = field(default_factory=ForeignMemory)
 
-    def serve(self, record: Record, model: FunctionalModel) -> None:
+    def serve(self, record: Record | None, model: FunctionalModel) -> None:
         """Let it serve as a run of the net.
 
         Args:
-            record: What has watched it.
+            record: What has watched it; None if it may not serve.
             model: The net.
         """
+        if record is None:
+            return
         self.record, self.foreign = record, model.foreign
         self.repeats = not record.has_hooks and not has_own_code(self.output)
         saved = saved_in(self.output)
@@ -148,28 +162,14 @@ def run_of(model: FunctionalModel, X: Any, samples: int) -> Run:
         X: The input.
         samples: How many it has.
     """
-    (watch,), calls = _watches, model.calls
-    try:
-        with (
-            disable_saved_tensors_hooks("first run"),
-            watch(model.params) as record,
-        ):
-            own, output, written = model.first(model.params, X, samples)
-    except RaggedOutputs:
-        raise
-    # Hooks, or a net that bears nobody watching; an error of its own comes again.
-    except Exception as error:
-        if is_out_of_memory(error):
-            raise
-    else:
-        model.keeps_gradients |= record.keeps_gradients
-        run = Run(own, output, written, nbytes_saved(output))
-        if model.calls - calls <= 1 and _plain_tensors(X):
-            run.serve(record, model)
-        return run
-    nbytes, found = saved_bytes(lambda: model.first(model.params, X, samples))
-    own, output, written = found
-    return Run(own, output, written, nbytes)
+    found = _watched(model, X, lambda: model.first(model.params, X, samples))
+    if found is None:
+        nbytes, result = saved_bytes(lambda: model.first(model.params, X, samples))
+        return Run(*result, nbytes)
+    (own, output, written), record = found
+    run = Run(own, output, written, nbytes_saved(output))
+    run.serve(record, model)
+    return run
 
 
 def next_run(model: FunctionalModel, X: Any, graph_bytes: int) -> Run | None:
@@ -182,18 +182,42 @@ def next_run(model: FunctionalModel, X: Any, graph_bytes: int) -> Run | None:
         X: The input.
         graph_bytes: What the graph of the first run took.
     """
-    (watch,), calls, own = _watches, model.calls, copied(X)
+    own = copied(X)
+    found = _watched(model, X, lambda: model(model.params, own))
+    if found is None:
+        return None
+    output, record = found
+    run = Run(own, output, [], graph_bytes)
+    run.serve(record, model)
+    return run
+
+
+def _watched(
+    model: FunctionalModel, X: Any, evaluate: Callable[[], Result]
+) -> tuple[Result, Record | None] | None:
+    """Evaluate a net, and return what has watched it if the run may serve as another.
+
+    None where it uses hooks on saved tensors, or bears nobody watching.
+
+    Args:
+        model: The net.
+        X: The input.
+        evaluate: Evaluates it.
+    """
+    (watch,), calls = _watches, model.calls
     try:
         with disable_saved_tensors_hooks("first run"), watch(model.params) as record:
-            output = model(model.params, own)
+            result = evaluate()
+    except RaggedOutputs:
+        raise
     except Exception as error:  # an error of its own comes again
         if is_out_of_memory(error):
             raise
         return None
-    run = Run(own, output, [], graph_bytes)
-    if model.calls - calls <= 1:
-        run.serve(record, model)
-    return run
+    if record is not None:
+        model.keeps_gradients |= record.keeps_gradients
+    serves = model.calls - calls <= 1 and _plain_tensors(X)
+    return result, record if serves else None
 
 
 def is_wanted(kept: Kept) -> bool:
@@ -212,11 +236,12 @@ def keep(kept: Kept, run: Run | None) -> None:
         return
     if run.nbytes > kept.budget(_MEMORY_SHARE):
         return
-    for other in _keeping:
-        if (before := other()) is not None:
-            before.values.pop(_KEY, None)
-    _keeping[:] = [weakref.ref(kept)]
-    kept.values[_KEY] = run
+    with _KEEPING:
+        for other in _keeping:
+            if (before := other()) is not None:
+                before.values.pop(_KEY, None)
+        _keeping[:] = [weakref.ref(kept)]
+        kept.values[_KEY] = run
 
 
 def taken(kept: Kept, X: Any) -> Run | None:
