@@ -103,6 +103,47 @@ def test_rounding_is_no_mixing(
     assert risk.num_samples == 96 and asked
 
 
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float32, 1e-3), (torch.float64, 1e-7)]
+)
+def test_iterations_that_end_together(
+    dtype: torch.dtype, tolerance: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Samples decide when the others are done, which no derivative shows."""
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        given, z = m.f(x), x.new_zeros(len(x), 3)
+        for _ in range(1000):
+            last, z = z, 0.9 * x[:, :1] * z + given
+            if (z - last).norm() <= tolerance * z.norm():
+                break
+        return z
+
+    asked = []
+    are_alone = independence._are_alone
+    monkeypatch.setattr(
+        independence, "_are_alone", lambda *a: asked.append(a) or are_alone(*a)
+    )
+    model = Lambda(forward, f=net()).to(dtype)
+    assert vl.EmpiricalRisk(model, CE, (X.to(dtype), Y)).num_samples == 12
+    assert asked
+
+
+@pytest.mark.parametrize("where", ["tokens", "detached"])
+def test_mixing_a_little_without_derivatives_in_inputs(where: str) -> None:
+    tokens = where == "tokens"
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        h = m.f(x if tokens else x.detach())
+        return h + 1e-3 * h.mean(0)
+
+    first = nn.Embedding(12, 4) if tokens else nn.Linear(4, 4)
+    model = Lambda(forward, f=nn.Sequential(first, net())).float()
+    inputs = torch.arange(12) if tokens else X.float()
+    with pytest.raises(ValueError, match="depend on the other samples"):
+        vl.EmpiricalRisk(model, CE, (inputs, Y))
+
+
 def test_nets_of_one_precision_are_believed_nearby() -> None:
     """Kernels of low precision may be as far apart; nothing tells them from mixing."""
 
