@@ -73,10 +73,8 @@ class Jacobian(TorchLinearOperator):
             self.risk = risk_of_inputs(risk, loss, params, **options)
         else:
             self.risk = as_risk(risk, loss, data, params, **options)
-        rows = self.risk.layout.among(self.risk.num_samples)
-        super().__init__(
-            (rows, self.risk.num_params), self.risk.dtype, self.risk.device
-        )
+        shape = self.risk.num_outputs, self.risk.num_params
+        super().__init__(shape, self.risk.dtype, self.risk.device)
 
     @property
     def ranks(self) -> Ranks:
@@ -128,7 +126,7 @@ class Pullback(TorchLinearOperator):
         self._kept_gram = KeptMatrix(partial(memory_budget, self.risk))
         self._decided, self._used, self.streams = self.is_plain, False, False
         super().__init__(
-            (self.risk.num_params, self.layout.among(self.risk.num_samples)),
+            (self.risk.num_params, output.shape[1]),
             self.risk.dtype,
             self.risk.device,
         )

@@ -63,21 +63,18 @@ class Cotangents(Protocol):
 
     Attributes:
         risk: The risk.
+        shape: Of V, ``[D, N·R]``.
         width: R; the largest where samples have different numbers.
         layout: Which columns belong to which sample.
     """
 
     risk: EmpiricalRisk
+    shape: tuple[int, int]
     width: int
     layout: RowLayout
 
     def cotangents(self, batch: int) -> Tensor:
         """Return those of one batch of n samples, ``[n, C, R]``."""
-
-
-def num_columns(factor: Cotangents) -> int:
-    """N·R: how many columns V has."""
-    return factor.layout.among(factor.risk.num_samples)
 
 
 def memory_budget(risk: EmpiricalRisk) -> int:
@@ -338,6 +335,11 @@ class Pass:
             if total.takes == "rows":
                 d = sum(map(self._sizes.__getitem__, total.names))
                 self._formed = max(self._formed, d)
+        # Columns are let go as soon as they have been added up; then they come one of
+        # each sample at a time, but not on a GPU, where each would take launches of its
+        # own, and the memory of a piece does for all.
+        self._passes_by = self.takes in ("stream", "factors")
+        self._in_parts = self._passes_by and risk.device.type == "cpu"
 
     def pieces(self, start: int = 0) -> Iterator[list[Piece]]:
         """Yield pieces, one for each factor.
@@ -430,20 +432,6 @@ class Pass:
         if size >= n or not self._runs_in_parts(batch, X, n):
             return [index]
         return index.tensor_split(math.ceil(n / size))
-
-    @property
-    def _passes_by(self) -> bool:
-        """Whether columns are let go as soon as they have been added up."""
-        return self.takes in ("stream", "factors")
-
-    @property
-    def _in_parts(self) -> bool:
-        """Whether these come one of each sample at a time.
-
-        On a GPU each would take launches of its own, and the memory of a piece does
-        for all.
-        """
-        return self._passes_by and self._risk.device.type == "cpu"
 
     @cached_property
     def _structure(self) -> Structure:

@@ -24,7 +24,6 @@ from vivit_linop.net.pieces import (
     Piece,
     StoredColumns,
     Total,
-    num_columns,
 )
 from vivit_linop.net.totals import GramTotal, Rows, SampleGrams, Weights
 from vivit_linop.ranks.alone import Ranks
@@ -114,7 +113,7 @@ def _accumulate_pairs(
                 for total in paired:
                     total.add(left, right)
         end = held[-1][0].place.stop
-        if end == num_columns(factor):
+        if end == factor.shape[1]:
             if held[0][0].place.start or columns.names != set(factor.risk.params):
                 return None
             pieces = [piece for (piece,) in held]
@@ -220,7 +219,7 @@ def _add_of_one_risk(total: GramTotal, left: Cotangents, right: Cotangents) -> N
                 total.add(a, b)
         places = {(b.place.start, b.place.stop) for _, b in held}
         covered = sum(stop - start for start, stop in places)
-        if covered == num_columns(right):
+        if covered == right.shape[1]:
             return
         # Cut alike, a piece is among those held or has no sample of them.
         for (b,) in columns.only(right).pieces():

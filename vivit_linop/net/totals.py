@@ -14,7 +14,7 @@ from torch import Tensor
 from vivit_linop.devices import free_memory
 from vivit_linop.net.columns.base import LayerColumns, mirror
 from vivit_linop.net.columns.samples import sample_grams
-from vivit_linop.net.pieces import Cotangents, Piece, Total, num_columns, split_rows
+from vivit_linop.net.pieces import Cotangents, Piece, Total, split_rows
 from vivit_linop.ranks.alone import Ranks
 
 
@@ -49,7 +49,7 @@ class GramTotal(Total):
         risk = left.risk
         self._ranks = risk.ranks
         self._first = left.layout.before
-        sides = left.layout.total, num_columns(right)
+        sides = left.layout.total, right.shape[1]
         self.rows = torch.zeros(*sides, dtype=risk.dtype, device=risk.device)
         # How many entries are known, and which blocks other processes need transposed.
         self._known, self._others = 0, list[tuple[int, slice, slice]]()
@@ -145,7 +145,7 @@ def check_fits(left: Cotangents, right: Cotangents) -> None:
         MemoryError: It says what would fit.
     """
     device, itemsize = left.risk.device, torch.finfo(left.risk.dtype).bits // 8
-    rows, columns = left.layout.total, num_columns(right)
+    rows, columns = left.layout.total, right.shape[1]
     needed, free = rows * columns * itemsize, free_memory(device)
     if needed <= free:
         return

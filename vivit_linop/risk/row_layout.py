@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import operator
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -26,6 +26,11 @@ class RowLayout:
         before: How many rows other processes have before these.
         overall: How many all have; None in one process.
         widths: How many rows samples have, of all processes.
+        sizes: How many rows each batch has.
+        starts: The first row of each batch.
+        total: How many rows there are.
+        width: How many rows a sample has, at most.
+        is_uniform: Whether all samples have as many.
     """
 
     samples: tuple[int, ...]
@@ -33,37 +38,30 @@ class RowLayout:
     before: int = 0
     overall: int | None = None
     widths: frozenset[int] = frozenset()
+    sizes: list[int] = field(init=False, compare=False, repr=False)
+    starts: list[int] = field(init=False, compare=False, repr=False)
+    total: int = field(init=False, compare=False, repr=False)
+    width: int = field(init=False, compare=False, repr=False)
+    is_uniform: bool = field(init=False, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        """Count."""
+        sizes = [*map(operator.mul, self.samples, self.each)]
+        starts = [*itertools.accumulate(sizes, initial=0)]
+        widths = self.widths or set(self.each)
+        vars(self).update(
+            sizes=sizes,
+            starts=starts[:-1],
+            total=starts[-1],
+            width=max(widths),
+            is_uniform=len(widths) == 1,
+        )
 
     @classmethod
     def uniform(cls, samples: Sequence[int], width: int) -> RowLayout:
         """As many rows for all samples; without a batch, an empty one."""
         samples = tuple(samples) or (0,)
         return cls(samples, (width,) * len(samples))
-
-    @cached_property
-    def sizes(self) -> list[int]:
-        """How many rows each batch has."""
-        return [n * w for n, w in zip(self.samples, self.each, strict=True)]
-
-    @cached_property
-    def total(self) -> int:
-        """How many there are."""
-        return sum(self.sizes)
-
-    @cached_property
-    def starts(self) -> list[int]:
-        """The first row of each batch."""
-        return list(itertools.accumulate(self.sizes, initial=0))[:-1]
-
-    @cached_property
-    def width(self) -> int:
-        """How many rows a sample has, at most."""
-        return max(self.widths or self.each)
-
-    @cached_property
-    def is_uniform(self) -> bool:
-        """Whether all samples have as many."""
-        return len(self.widths or set(self.each)) == 1
 
     def over(self, ranks: Ranks) -> RowLayout:
         """Return it as a part of the rows of all ranks, which they exchange."""
