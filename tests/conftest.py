@@ -87,4 +87,4 @@ def device():
 @pytest.fixture(autouse=True)
 def _small_pieces(monkeypatch):
     """Small problems are cut into pieces too, by a small ``memory=``."""
-    monkeypatch.setattr("vivit_linop.net.pieces.LEAST_BYTES", 0)
+    monkeypatch.setattr("vivit_linop.net.column_passes.LEAST_BYTES", 0)

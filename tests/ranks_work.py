@@ -35,7 +35,7 @@ from tests.ranks_setting import (
     raised,
     without_barrier,
 )
-from vivit_linop.net import pieces
+from vivit_linop.net import column_passes
 from vivit_linop.net.totals import GramTotal
 
 # What the next evaluation of a moody net raises.
@@ -125,7 +125,7 @@ class Work(Setting):
 
     def little_memory(self) -> Iterator[Check]:
         """Columns that are not held together go round once for each part."""
-        least, pieces.LEAST_BYTES = pieces.LEAST_BYTES, 6_000
+        least, column_passes.LEAST_BYTES = column_passes.LEAST_BYTES, 6_000
         risk = vl.EmpiricalRisk(
             net(), loss(), self.data, process_group=self.group, memory=6_000
         )
@@ -134,9 +134,11 @@ class Work(Setting):
         cross = (vl.PerSampleGradients(self.one).T @ W).to_dense()
         yield "K", V.gram.to_dense, W.gram.to_dense(), 1e-12
         yield "U, V", lambda: (U.T @ vl.GGN(risk).factor).to_dense(), cross, 1e-12
-        parts = len(list(pieces.Pass([V], [GramTotal(V, V, V.risk.params)]).held()))
+        parts = len(
+            list(column_passes.Pass([V], [GramTotal(V, V, V.risk.params)]).held())
+        )
         yield "parts", lambda: torch.tensor([float(parts != 1)]), torch.ones(1), 0.0
-        pieces.LEAST_BYTES = least
+        column_passes.LEAST_BYTES = least
 
     def same_bits(self) -> Iterator[Check]:
         """Results are the same on all ranks, to the bit; solvers run in lockstep."""

@@ -159,7 +159,7 @@ def test_other_errors_are_not_explained_away() -> None:
 
 def test_pieces_are_not_smaller_than_worth_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without memory, data are not passed over once for each sample."""
-    monkeypatch.setattr("vivit_linop.net.pieces.LEAST_BYTES", 2**20)
+    monkeypatch.setattr("vivit_linop.net.column_passes.LEAST_BYTES", 2**20)
     passes = []
 
     class Counting(DataLoader):

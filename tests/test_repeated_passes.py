@@ -13,7 +13,8 @@ from torch import Tensor, nn
 import vivit_linop as vl
 from tests.capture_cases import close
 from tests.cases import Problem, dense_of
-from vivit_linop.net import pieces
+from vivit_linop.net import column_passes
+from vivit_linop.net.certified import find_structure, read_structure
 
 
 @pytest.fixture(autouse=True)
@@ -85,9 +86,9 @@ def test_what_is_known_of_a_net_is_certified_once_it_is_asked_for() -> None:
     X, y = torch.randn(9, 5, dtype=torch.float64), torch.randint(3, (9,))
     U = vl.PerSampleGradients(net, nn.CrossEntropyLoss(), (X, y))
     U.squared_norms()
-    structure = pieces.read_structure(U.risk)
+    structure = read_structure(U.risk)
     assert not structure.certified and not structure.layers
-    assert pieces.find_structure(U.risk) is structure
+    assert find_structure(U.risk) is structure
     assert structure.certified and set(structure.layers) == set(U.risk.params)
 
 
@@ -119,7 +120,7 @@ def test_pieces_are_the_same_whatever_is_learnt_between_passes(
     y = torch.randn(num_samples, 2, dtype=torch.float64)
     problem = Problem(_LateUse().double(), nn.MSELoss(), (X, y))
     truth = dense_of(problem)
-    monkeypatch.setattr(pieces, "LEAST_BYTES", 0)
+    monkeypatch.setattr(column_passes, "LEAST_BYTES", 0)
     risk = vl.EmpiricalRisk(problem.model, problem.loss, (X, y), memory=memory)
     U = vl.PerSampleGradients(risk)
     assert close((U.T @ U).to_dense(), truth.U.T @ truth.U)

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from vivit_linop.curvature.jacobian import Pullback
 from vivit_linop.linalg.sandwiches import gram_blocks_of_operator
-from vivit_linop.net.pieces import Total
 from vivit_linop.net.sums import (
     accumulate,
     cross_gram,
@@ -27,6 +26,7 @@ from vivit_linop.net.totals import (
     OuterTotal,
     RowNorms,
     SampleGrams,
+    Total,
 )
 from vivit_linop.operators import verbs
 from vivit_linop.operators.base import TorchLinearOperator

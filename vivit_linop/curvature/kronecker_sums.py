@@ -19,7 +19,8 @@ from vivit_linop.net.certified import share_structure
 from vivit_linop.net.columns.base import LayerColumns, add_product, mirror
 from vivit_linop.net.columns.khatri_rao import KhatriRaoColumns
 from vivit_linop.net.columns.transposed import TransposedConvolutionColumns
-from vivit_linop.net.pieces import Piece, Total
+from vivit_linop.net.pieces import Piece
+from vivit_linop.net.totals import Total
 from vivit_linop.operators.kronecker import Kronecker
 from vivit_linop.ranks.alone import Ranks
 

@@ -18,14 +18,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from torch import Tensor
 
 from vivit_linop.modes import as_guest
-from vivit_linop.net.pieces import (
-    Cotangents,
-    Pass,
-    Piece,
-    StoredColumns,
-    Total,
-)
-from vivit_linop.net.totals import GramTotal, Rows, SampleGrams, Weights
+from vivit_linop.net.column_passes import Pass
+from vivit_linop.net.pieces import Cotangents, Piece, StoredColumns
+from vivit_linop.net.totals import GramTotal, Rows, SampleGrams, Total, Weights
 from vivit_linop.ranks.alone import Ranks
 from vivit_linop.risk.empirical import EmpiricalRisk
 

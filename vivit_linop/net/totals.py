@@ -6,16 +6,42 @@ Each says what it is, how it takes columns, and what a piece of them adds.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from vivit_linop.devices import free_memory
+from vivit_linop.net.capture import Takes
 from vivit_linop.net.columns.base import LayerColumns, mirror
 from vivit_linop.net.columns.samples import sample_grams
-from vivit_linop.net.pieces import Cotangents, Piece, Total, split_rows
+from vivit_linop.net.pieces import Cotangents, Piece, split_rows
 from vivit_linop.ranks.alone import Ranks
+
+
+class Total(ABC):
+    """Something that is summed over columns, or over pairs of columns.
+
+    Attributes:
+        names: The parameters that it is over.
+        takes: How it takes columns, as in :data:`vivit_linop.net.capture.Takes`.
+        memory: The bytes that temporaries may take; a pass sets it.
+    """
+
+    names: Sequence[str]
+    takes: Takes = "columns"
+    memory: int = 0
+
+    @abstractmethod
+    def add(self, left: Piece, right: Piece) -> None:
+        """Add a pair of pieces; each single piece comes once, paired with itself."""
+
+    def finish(self, ranks: Ranks) -> None:
+        """Put together what processes have added, each of its own samples."""
+        raise NotImplementedError(
+            f"{type(self).__name__} is not summed over several processes."
+        )
 
 
 class GramTotal(Total):

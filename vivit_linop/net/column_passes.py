@@ -1,0 +1,269 @@
+"""Passes over the data that make the columns of V = Jᵀ B, piece by piece.
+
+A batch is cut so that the columns of each part fit into memory, however they are taken
+(:class:`~vivit_linop.net.totals.Total`): those of other parts are made when it has been
+added up, or beside those that are held.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vivit_linop.devices import explained, free_memory
+from vivit_linop.net.capture import Capture, Takes, sample_sizes
+from vivit_linop.net.certified import CertifiedColumns, find_structure, read_structure
+from vivit_linop.net.columns.base import LayerColumns
+from vivit_linop.net.pieces import Cotangents, Piece, memory_budget
+from vivit_linop.net.structure import Structure
+from vivit_linop.net.totals import Total
+from vivit_linop.risk import first_run
+from vivit_linop.risk.data.containers import copied
+
+# What the largest tensor of a pass on the CPU should take, if there are more than a few
+# samples: fresh memory costs about as much as what is computed in it.
+_SIGNAL_BYTES, _FEW_SAMPLES = 8 * 2**20, 16
+# Into how many pieces at least it is cut, where one is made beside those that are held,
+# and where it passes by.
+_PIECES, _PASSING_PIECES = 4, 2
+# Whatever the budget is, columns are held up to this: the fewer are held, the more
+# often all others are made again.
+LEAST_BYTES = 64 * 2**20
+# What does with anything comes first; factors and pairs are never together.
+_DEMANDS: list[Takes] = ["stream", "columns", "rows", "pairs", "factors"]
+
+
+class Pass:
+    """Passes over the data that make the columns of V, piece by piece.
+
+    Its pieces are made inside of :class:`~vivit_linop.modes.as_guest`.
+
+    Args:
+        factors: V, or several Jᵀ B of one risk.
+        totals: What is summed over their columns.
+
+    Attributes:
+        names: The parameters of interest.
+        takes: How the columns are taken: as the most demanding of the totals does.
+    """
+
+    def __init__(self, factors: Sequence[Cotangents], totals: Sequence[Total]) -> None:
+        self._factors, self._risk = factors, factors[0].risk
+        risk = self._risk
+        self._sizes = dict(zip(risk.params, risk.sizes, strict=True))
+        self._width, self._formed = 0, 0
+        self._cuts: dict[int, Sequence[Tensor]] = {}
+        for factor in factors:
+            self._width += factor.width
+        self.names, self.takes = set[str](), _DEMANDS[0]
+        memory = memory_budget(risk)
+        self._memory = max(memory, LEAST_BYTES)
+        for total in totals:
+            total.memory = memory
+            self.names.update(total.names)
+            self.takes = max(self.takes, total.takes, key=_DEMANDS.index)
+            # Of each column, what is taken as a row is formed in addition.
+            if total.takes == "rows":
+                d = sum(map(self._sizes.__getitem__, total.names))
+                self._formed = max(self._formed, d)
+        # Columns are let go as soon as they have been added up; then they come one of
+        # each sample at a time, but not on a GPU, where each would take launches of its
+        # own, and the memory of a piece does for all.
+        self._passes_by = self.takes in ("stream", "factors")
+        self._in_parts = self._passes_by and risk.device.type == "cpu"
+
+    def pieces(self, start: int = 0) -> Iterator[list[Piece]]:
+        """Yield pieces, one for each factor.
+
+        Args:
+            start: The sample to start from, the first of a piece.
+        """
+        ranks = self._risk.ranks
+        first, number = ranks.first, 0
+        for batch, (X, _) in enumerate(self._risk.batches("columns")):
+            n = self._risk.batch_sizes[batch]
+            # Pieces have the same numbers in all passes.
+            if first + n > start or ranks.is_many:
+                # What is learnt of the net meanwhile does not move them.
+                if batch not in self._cuts:
+                    self._cuts[batch] = self._cut(batch, X, n)
+                for index in self._cuts[batch]:
+                    if first + int(index[0]) >= start:
+                        with explained(self._do_not_fit, len(index)):
+                            for pieces in self._pieces(batch, X, index, n, first):
+                                for piece in pieces:
+                                    piece.number = number
+                                yield pieces
+                    number += 1
+            first += n
+
+    @property
+    def samples(self) -> tuple[int, int]:
+        """The numbers of this process's first sample, and of the one after its last."""
+        first = self._risk.ranks.first
+        return first, first + sum(self._risk.batch_sizes)
+
+    def only(self, factor: Cotangents) -> Pass:
+        """Return the columns of one of the factors, in pieces of the same samples."""
+        twin = copy.copy(self)
+        twin._factors = [factor]
+        return twin
+
+    def held(self) -> Iterator[list[list[Piece]]]:
+        """Yield as many pieces together as the memory can hold."""
+        budget = self._memory
+        together: list[list[Piece]] = []
+        for pieces in self.pieces():
+            size = 0
+            for piece in pieces:
+                size += piece.nbytes
+            if together and size > budget:
+                yield together
+                budget, together = self._memory, []
+            together.append(pieces)
+            budget -= size
+        if together:
+            yield together
+
+    def _do_not_fit(self, samples: int) -> str:
+        device, free = self._risk.device, free_memory(self._risk.device)
+        fitting = min(free, self._memory) // 4
+        advice = (
+            f"With EmpiricalRisk(..., memory={fitting}) fewer samples are taken at a "
+            "time."
+            if fitting >= LEAST_BYTES
+            else "Columns are not cut into smaller parts: with mc_samples=1 a sample "
+            "has one, and products with G need none."
+        )
+        return (
+            f"memory: the columns of {samples} samples do not fit on {device}. They "
+            f"were meant to take {self._memory / 1e9:.3g} GB, and {free / 1e9:.3g} GB "
+            f"are free. {advice}"
+        )
+
+    def _cut(self, batch: int, X: Any, n: int) -> Sequence[Tensor]:
+        """Cut a batch so that the columns of each part fit."""
+        risk, width = self._risk, self._width
+        formed = {name: self._sizes[name] for name in self._structure.opaque}
+        sizes = sample_sizes(risk, batch, X, n)
+        itemsize = risk.dtype.itemsize
+        entries = sizes.entries(width, formed) + width * self._formed
+        pieces = _PASSING_PIECES if self._passes_by else _PIECES
+        size = max(1, self._memory // pieces // max(1, entries * itemsize))
+        if self._in_parts:
+            # One pass is not better than several that stay near the caches, unless
+            # the first half of it has been made.
+            near = _SIGNAL_BYTES // max(1, sizes.signal * itemsize)
+            if not 0 < first_run.nbytes_kept(risk.kept) <= LEAST_BYTES:
+                size = min(size, max(near, _FEW_SAMPLES))
+        # Two opposite ranks share the pairs of an even number of pieces.
+        if risk.ranks.size % 2 == 0 and len(risk.batch_sizes) % 2:
+            size = min(size, math.ceil(n / 2))
+        index = torch.arange(n, device="cpu")
+        if size >= n or not self._runs_in_parts(batch, X, n):
+            return [index]
+        return index.tensor_split(math.ceil(n / size))
+
+    @cached_property
+    def _structure(self) -> Structure:
+        """What is known of the net on several samples.
+
+        Pieces are certified when they are made. Where the memory would do for them
+        however they are made, nothing needs to be certified before.
+        """
+        risk = self._risk
+        formed = max(risk.batch_sizes) * self._width * risk.num_params
+        enough = formed * risk.dtype.itemsize <= self._memory
+        return read_structure(risk) if enough else find_structure(risk)
+
+    def _runs_in_parts(self, batch: int, X: Any, n: int) -> bool:
+        """Whether the net runs on fewer samples than a batch has."""
+        risk = self._risk
+        return risk.kept.get_everywhere(
+            ("runs in parts", batch),
+            lambda: Capture.of_few(risk, X, n, 1, batch).num_samples < n,
+        )
+
+    def _pieces(
+        self, batch: int, whole: Any, index: Tensor, n: int, first: int
+    ) -> Iterator[list[Piece]]:
+        """Make the pieces of some samples of a batch of n."""
+        if self._hides(index):
+            yield from self._singly(batch, whole, index, n, first)
+            return
+        X, capture = self._captured(batch, whole, index, n)
+        known = self._structure if len(index) > 1 else None
+        certified = CertifiedColumns(self._risk, X, capture, known)
+        begin = int(index[0])
+        samples = slice(first + begin, first + begin + len(index))
+        pieces = []
+        for factor in self._factors:
+            own = factor.layout.place(batch, slice(begin, begin + len(index)))
+            before = factor.layout.before
+            place = slice(before + own.start, before + own.stop)
+            cotangents = factor.cotangents(batch)
+            cotangents = cotangents[index.to(cotangents.device)]
+            # One column a sample is checked as it is.
+            takes, parts = self.takes, self._in_parts and cotangents.shape[2] > 1
+            if takes == "stream" and not parts:
+                takes = "columns"
+            columns: dict[str, LayerColumns] | None = None
+            if not parts:
+                columns = certified.columns(cotangents, self.names, takes)
+            else:
+                certified.certify_layers(cotangents, self.names)
+            if self._hides(index):  # which is learnt from its columns
+                yield from self._singly(batch, whole, index, n, first)
+                return
+            if columns is not None:
+                pieces.append(Piece(place, samples, columns, self._sizes))
+                continue
+            for part in certified.parts(cotangents, self.names):
+                yield [Piece(place, samples, part, self._sizes)]
+        if pieces:
+            yield pieces
+
+    def _captured(
+        self, batch: int, whole: Any, index: Tensor, n: int
+    ) -> tuple[Any, Capture]:
+        """Return some samples of a batch of n, and a run of the net on them."""
+        risk = self._risk
+        run = first_run.taken(risk.kept, whole)
+        if run is not None and len(index) == n:
+            return run.X, Capture(risk, run.X, n, run)
+        del run  # with its graph, before another one is made
+        # Columns may be kept, when the data are overwritten.
+        few = len(index) < n
+        X = risk.samples.take(whole, index) if few else copied(whole)
+        capture = Capture(risk, X, len(index))
+        risk.check_outputs(batch, capture.output.detach(), index)
+        return X, capture
+
+    def _singly(
+        self, batch: int, whole: Any, index: Tensor, n: int, first: int
+    ) -> Iterator[list[Piece]]:
+        """Make a piece of each sample."""
+        for sample in index.split(1):
+            yield from self._pieces(batch, whole, sample, n, first)
+
+    def _hides(self, index: Tensor) -> bool:
+        """Whether weights have factors on one sample that they have not on several.
+
+        Of one sample all axes are its own, wherever the samples of a batch are.
+        """
+        if self.takes != "factors" or len(index) == 1:
+            return False
+        hidden = {
+            name
+            for name in self._structure.opaque & self.names
+            if self._risk.params[name].ndim > 1
+        }
+        if not hidden:
+            return False
+        return not hidden <= find_structure(self._risk, alone=True).opaque
