@@ -73,7 +73,7 @@ class Jacobian(TorchLinearOperator):
             self.risk = risk_of_inputs(risk, loss, params, **options)
         else:
             self.risk = as_risk(risk, loss, data, params, **options)
-        shape = self.risk.num_outputs, self.risk.num_params
+        shape = self.risk.num_rows, self.risk.num_params
         super().__init__(shape, self.risk.dtype, self.risk.device)
 
     @property

@@ -77,7 +77,7 @@ class OutputOperator(TorchLinearOperator):
         if isinstance(width, int):
             width = RowLayout.uniform(risk.batch_sizes, width).counted(risk.ranks)
         self.risk, self.layout, self.width = risk, width, width.width
-        shape = risk.num_outputs, width.among(risk.num_samples)
+        shape = risk.num_rows, width.among(risk.num_samples)
         super().__init__(shape, risk.dtype, risk.device)
 
     @property

@@ -53,6 +53,7 @@ class Risk(ParameterVectors):
     Attributes:
         model: What was given; so are ``loss``, ``memory`` and ``ranks``.
         outputs: The outputs of each batch.
+        num_rows: How many outputs all samples have: the rows of J.
         batch_sizes: How many samples each batch has.
         sizes: How many entries each parameter has.
         scale: L = scale Σ ℓ, with the loss as torch has it without its divisor.
@@ -135,9 +136,9 @@ class Risk(ParameterVectors):
         if not self.outputs:
             self.layout = RowLayout.uniform((), self.example[0][0].numel())
         self.layout = self.layout.over(self.ranks)
-        self.num_outputs = self.layout.width
-        if not self.layout.is_uniform:
-            self.num_outputs = self.layout.among(self.num_samples)
+        self.num_rows = self.layout.among(self.num_samples)
+        uniform = self.layout.is_uniform
+        self.num_outputs = self.layout.width if uniform else self.num_rows
 
     def _normalise(self, total: Tensor, weight: Tensor) -> None:
         """Divide by what the reduction says.

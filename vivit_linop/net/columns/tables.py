@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vivit_linop.net.columns.base import LayerColumns
-from vivit_linop.net.columns.khatri_rao import ELEMENTWISE_COST, KhatriRaoColumns
+from vivit_linop.net.columns.khatri_rao import KhatriRaoColumns
+from vivit_linop.net.columns.outer_sums import ELEMENTWISE_COST
 
 
 class TableColumns(KhatriRaoColumns):

@@ -8,6 +8,7 @@ from torch import Tensor
 from vivit_linop.net.columns.base import DenseColumns, LayerColumns
 from vivit_linop.net.columns.joins import StackedColumns
 from vivit_linop.net.columns.khatri_rao import KhatriRaoColumns
+from vivit_linop.net.columns.outer_sums import OuterSums
 from vivit_linop.net.columns.tables import TableColumns
 
 
@@ -68,7 +69,7 @@ class WeightedKhatriRao(KhatriRaoColumns):
         super().__init__(columns.inputs, columns.cotangents, columns.inputs_first)
         self.weights = weights
 
-    def contraction(self, other: KhatriRaoColumns) -> str:
+    def contraction(self, other: OuterSums) -> str:
         """Weights do not separate."""
         return "blocks"
 
