@@ -53,7 +53,7 @@ class RowLayout:
             sizes=sizes,
             starts=starts[:-1],
             total=starts[-1],
-            width=max(widths),
+            width=max(widths, default=0),  # of no samples
             is_uniform=len(widths) == 1,
         )
 
