@@ -115,6 +115,52 @@ def test_losses_that_compute_something_else_than_their_type(name: str) -> None:
     assert not risk.loss.tested  # so it is compared with autograd
 
 
+def _if_loss(change: Callable[..., Any]) -> Callable[..., Any]:
+    """A hook on all modules that does something to losses."""
+
+    def hook(module: nn.Module, *given: Any) -> Any:
+        return change(*given) if isinstance(module, nn.modules.loss._Loss) else None
+
+    return hook
+
+
+# By name, how hooks are put on all modules, and what they do.
+ON_ALL: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
+    "outputs": (
+        nn.modules.module.register_module_forward_hook,
+        _if_loss(lambda args, out: 3 * out),
+    ),
+    "inputs": (
+        nn.modules.module.register_module_forward_pre_hook,
+        _if_loss(lambda args: (args[0].sinh(), args[1])),
+    ),
+    "gradients": (
+        nn.modules.module.register_module_full_backward_hook,
+        _if_loss(lambda inputs, outputs: doubled(nn.Module(), inputs, outputs)),
+    ),
+    "layers": (
+        nn.modules.module.register_module_forward_hook,
+        lambda module, args, out: 2 * out if isinstance(module, nn.Tanh) else None,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ON_ALL)
+@pytest.mark.parametrize("kind", [nn.CrossEntropyLoss, nn.MSELoss, nn.HuberLoss])
+def test_hooks_on_all_modules(kind: type[nn.Module], name: str) -> None:
+    register, hook = ON_ALL[name]
+    handle = register(hook)
+    try:
+        y = CLASSES if kind is nn.CrossEntropyLoss else NUMBERS
+        assert not check(net(), kind(), y).loss.tested
+        for make in (vl.KFRA, vl.PositiveCurvatureHessian):
+            with pytest.raises(ValueError, match=r"^model: .*hooks on all modules"):
+                make(net(), kind(), (X, y))
+    finally:
+        handle.remove()
+    check(net(), kind(), y)
+
+
 def test_losses_that_vectorise_themselves() -> None:
     """Also a weighted one with a hook on it, whose targets have the weights."""
 

@@ -30,7 +30,12 @@ from vivit_linop.operators.base import TorchLinearOperator
 from vivit_linop.operators.kronecker import BlockDiagonal, Kronecker
 from vivit_linop.risk.checks import same_outputs
 from vivit_linop.risk.empirical import EmpiricalRisk, as_risk
-from vivit_linop.risk.model.copies import BACKWARD_HOOKS, FORWARD_HOOKS, Copies
+from vivit_linop.risk.model.copies import (
+    BACKWARD_HOOKS,
+    FORWARD_HOOKS,
+    Copies,
+    has_hooks_on_all,
+)
 
 # What works for every model.
 _INSTEAD = {
@@ -387,6 +392,8 @@ def _module_and_loss(risk: EmpiricalRisk, what: str) -> tuple[nn.Module, nn.Modu
     module = risk.model.copied_module(risk.model.params)
     if module is None:
         raise ValueError(f"model: {what} needs an nn.Module, got a function.")
+    if has_hooks_on_all():
+        raise _refusal(what, "there are hooks on all modules, and it goes by types.")
     loss = Copies(()).of(source)
     for part in (*module.modules(), *loss.modules()):
         if any(BACKWARD_HOOKS(part)):

@@ -15,7 +15,7 @@ from vivit_linop.risk.losses.base import OutputLoss, roots_of
 from vivit_linop.risk.losses.certificates import targets_of
 from vivit_linop.risk.losses.draws import Draws
 from vivit_linop.risk.losses.registry import built, checked_reduction, register
-from vivit_linop.risk.model.copies import BACKWARD_HOOKS
+from vivit_linop.risk.model.copies import BACKWARD_HOOKS, has_hooks_on_all
 from vivit_linop.risk.model.outputs import OutputTree, Returned
 
 # Many items a sample -----------------------------------------------------------------
@@ -242,10 +242,11 @@ class Weighted(nn.Module):
 def weighted_loss(loss: Weighted) -> OutputLoss:
     """By what is weighted."""
     parts = loss.loss.modules() if isinstance(loss.loss, nn.Module) else ()
-    if any(any(BACKWARD_HOOKS(part)) for part in parts):
+    on_all = parts and has_hooks_on_all(gradients_only=True)
+    if on_all or any(any(BACKWARD_HOOKS(part)) for part in parts):
         raise ValueError(
             "loss: a hook on gradients of what is weighted has no effect on single "
-            "samples. Put it on the Weighted loss."
+            "samples. Put it on the Weighted loss, and not on all modules."
         )
     own = getattr(loss.loss, "reduction", loss.reduction)
     return WeightedLoss(built(loss.loss, checked_reduction(loss.loss, own)))

@@ -31,7 +31,12 @@ from vivit_linop.risk.losses.elementwise import (
     SquaredError,
 )
 from vivit_linop.risk.losses.own import Loss, OwnLoss
-from vivit_linop.risk.model.copies import BACKWARD_HOOKS, FORWARD_HOOKS, Copies
+from vivit_linop.risk.model.copies import (
+    BACKWARD_HOOKS,
+    FORWARD_HOOKS,
+    Copies,
+    has_hooks_on_all,
+)
 
 # Takes a copy of the user's loss.
 Builder = Callable[[Any], OutputLoss]
@@ -236,11 +241,11 @@ def _frozen(
 
 
 def _is_changed(loss: Any) -> bool:
-    """Whether a loss has a forward method of its own, or hooks on it."""
+    """Whether a loss has a forward method of its own, or hooks on it or on all."""
     if not isinstance(loss, nn.Module):
         return False
     hooks = FORWARD_HOOKS(loss) + BACKWARD_HOOKS(loss)
-    return "forward" in vars(loss) or any(hooks)
+    return "forward" in vars(loss) or any(hooks) or has_hooks_on_all()
 
 
 # Losses of torch that are no functions of one output, and what of.

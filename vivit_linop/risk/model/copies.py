@@ -38,6 +38,9 @@ ATOMS = frozenset(
 # Where torch keeps the hooks of a module: dictionaries, which are false if empty.
 FORWARD_HOOKS = attrgetter("_forward_hooks", "_forward_pre_hooks")
 BACKWARD_HOOKS = attrgetter("_backward_hooks", "_backward_pre_hooks")
+# Where it keeps those on all modules of the process.
+_ON_ALL = [f"_global_{h}" for h in ("forward_hooks", "forward_pre_hooks")]
+_ON_ALL_GRADIENTS = [f"_global_{h}" for h in ("backward_hooks", "backward_pre_hooks")]
 # What every module has, of its own: its slots, and dictionaries of hooks.
 _SLOTS = frozenset({"_parameters", "_buffers", "_modules"})
 OWN = frozenset(k for k, v in vars(nn.Module()).items() if isinstance(v, (dict, set)))
@@ -51,6 +54,16 @@ FUNCTIONS = (
 )
 _MISSING = object()
 _NONE: Mapping[int, Any] = types.MappingProxyType({})
+
+
+def has_hooks_on_all(gradients_only: bool = False) -> bool:
+    """Whether there are hooks on all modules of the process.
+
+    Args:
+        gradients_only: Whether those on forward passes do not count.
+    """
+    names = _ON_ALL_GRADIENTS + ([] if gradients_only else _ON_ALL)
+    return any(getattr(nn.modules.module, name) for name in names)
 
 
 class Copies:
