@@ -108,6 +108,25 @@ def test_other_files_are_refused(
     assert vl.DeviceCosts.on("cpu") == plan.CPU_COSTS
 
 
+@pytest.mark.parametrize(
+    "missing", [["passes", "matrix_bandwidth", "row"], ["row"], ["passes"]]
+)
+def test_files_of_earlier_versions_are_refused(
+    quick: list[str], tmp_path: Path, missing: list[str]
+) -> None:
+    """What they lack would be that of a CPU, also for a GPU."""
+    place = tmp_path / "costs.json"
+    vl.calibrate("cpu", file=place)
+    plan.CPU_COSTS.use("cpu")
+    known = json.loads(place.read_text())
+    place.write_text(json.dumps({k: v for k, v in known.items() if k not in missing}))
+    with pytest.raises(ValueError, match=rf"earlier version, .*{', '.join(missing)}"):
+        vl.calibrate("cpu", file=place)
+    assert vl.DeviceCosts.on("cpu") == plan.CPU_COSTS
+    place.unlink()
+    assert vl.calibrate("cpu", file=place).passes == known["passes"]
+
+
 def test_costs_of_another_device_are_refused(quick: list[str], tmp_path: Path) -> None:
     place = tmp_path / "costs.json"
     costs = dataclasses.replace(plan.GPU_COSTS, name="another card")

@@ -6,7 +6,7 @@ import json
 import os
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -55,7 +55,8 @@ def calibrate(
         The costs. ``explain(k)`` names them from now on.
 
     Raises:
-        ValueError: If the file holds something else, or costs of another device.
+        ValueError: If the file holds something else, costs of another device, or not
+            all of them, since an earlier version wrote it.
         OSError: If it cannot be read or written.
 
     Example:
@@ -86,12 +87,20 @@ def _name(device: torch.device) -> str:
 
 def _read(file: Path, name: str) -> plan.DeviceCosts:
     try:
-        costs = plan.DeviceCosts(**json.loads(file.read_text()))
+        known = json.loads(file.read_text())
+        costs = plan.DeviceCosts(**known)
     except (TypeError, ValueError) as error:
         raise ValueError(
             f"file: {file} holds no costs of a device ({error}). Remove it, or give "
             "the name of another file."
         ) from error
+    # What an earlier version did not measure has defaults of a CPU.
+    missing = [field.name for field in fields(costs) if field.name not in known]
+    if missing:
+        raise ValueError(
+            f"file: {file} was written by an earlier version, without "
+            f"{', '.join(missing)}. Remove it; the device is measured again then."
+        )
     if costs.name != name:
         raise ValueError(
             f"file: {file} holds the costs of {costs.name!r}, the device is {name!r}. "
