@@ -17,10 +17,11 @@ from vivit_linop.curvature.loss_hessian import LossGradient, LossHessian
 from vivit_linop.curvature.recursions import own_backpack_results
 from vivit_linop.devices import is_out_of_memory
 from vivit_linop.extras import extra
+from vivit_linop.modes import as_guest
 from vivit_linop.net.pieces import memory_budget
 from vivit_linop.noise import Noise
 from vivit_linop.risk.empirical import EmpiricalRisk
-from vivit_linop.risk.model.functional import Params, as_guest
+from vivit_linop.risk.model.private_module import Params
 
 _ROUTES = ("backpack", "products")
 

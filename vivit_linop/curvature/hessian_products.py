@@ -16,6 +16,7 @@ from vivit_linop.curvature.second_derivatives import (
 )
 from vivit_linop.devices import Room, is_out_of_memory
 from vivit_linop.graphs import batched_gradients, gradients, strided
+from vivit_linop.modes import as_guest
 from vivit_linop.net.costs import layer_costs
 from vivit_linop.noise import Noise
 from vivit_linop.operators.base import TorchLinearOperator
@@ -24,7 +25,6 @@ from vivit_linop.risk.data.batches import some_targets
 from vivit_linop.risk.data.containers import copied
 from vivit_linop.risk.empirical import EmpiricalRisk, as_risk
 from vivit_linop.risk.losses.certificates import certify_curvature, check_curvature
-from vivit_linop.risk.model.functional import as_guest
 
 # How far apart ways that differ in the order of summation may be, in eps^¾.
 ROUNDING = 100

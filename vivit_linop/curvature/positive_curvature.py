@@ -24,10 +24,11 @@ from torch import Tensor, nn
 from torch.func import functional_call, jvp, vjp
 
 from vivit_linop.curvature.loss_hessian import LossHessian
+from vivit_linop.modes import as_guest
 from vivit_linop.operators.base import TorchLinearOperator
 from vivit_linop.ranks.alone import Ranks
 from vivit_linop.risk.empirical import EmpiricalRisk
-from vivit_linop.risk.model.functional import Params, as_guest
+from vivit_linop.risk.model.private_module import Params
 
 
 class PositiveCurvature:

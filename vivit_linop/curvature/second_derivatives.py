@@ -29,6 +29,7 @@ from torch import Tensor
 from vivit_linop.curvature.culprit import FrozenValues, at_fault
 from vivit_linop.devices import is_out_of_memory
 from vivit_linop.graphs import gradients
+from vivit_linop.modes import as_guest
 from vivit_linop.noise import Noise
 from vivit_linop.risk.empirical import EmpiricalRisk
 from vivit_linop.risk.losses.differences import (
@@ -39,7 +40,7 @@ from vivit_linop.risk.losses.differences import (
     Comparison,
     allowed,
 )
-from vivit_linop.risk.model.functional import Params, as_guest
+from vivit_linop.risk.model.private_module import Params
 
 # How near outputs in float64 are to those in float32, if the net is the same there.
 _SAME = 1e-2

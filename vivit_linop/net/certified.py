@@ -40,7 +40,7 @@ from vivit_linop.net.structure import Structure, Variant
 from vivit_linop.noise import BY_NOISE, Noise
 from vivit_linop.risk import first_run
 from vivit_linop.risk.empirical import EmpiricalRisk
-from vivit_linop.risk.model.functional import Params
+from vivit_linop.risk.model.private_module import Params
 
 Columns = dict[str, LayerColumns]
 

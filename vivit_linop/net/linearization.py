@@ -32,7 +32,7 @@ from vivit_linop.risk.checks import read
 from vivit_linop.risk.data.containers import copied, leaves
 from vivit_linop.risk.empirical import EmpiricalRisk
 from vivit_linop.risk.first_run import Run
-from vivit_linop.risk.model.functional import Params
+from vivit_linop.risk.model.private_module import Params
 from vivit_linop.risk.passes import batch_does_not_fit
 from vivit_linop.risk.store import Kept
 

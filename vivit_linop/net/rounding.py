@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from torch import Tensor
 
 from vivit_linop.noise import Noise
-from vivit_linop.risk.model.functional import Params
+from vivit_linop.risk.model.private_module import Params
 
 # How often rounding is measured before a result is called wrong: where a few numbers
 # cancel, most often nothing is left.

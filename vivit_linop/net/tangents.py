@@ -28,7 +28,7 @@ from vivit_linop.graphs import batched_gradients, nodes, strided
 from vivit_linop.net.rounding import nearby
 from vivit_linop.net.tracing import OutOfPlace, tangent_map
 from vivit_linop.noise import BY_NOISE, Noise
-from vivit_linop.risk.model.functional import Params
+from vivit_linop.risk.model.private_module import Params
 
 # One convolution in this many matrix products makes a trace worth its time.
 _PER_CONVOLUTION = 4

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from vivit_linop.arguments import check_real
 from vivit_linop.devices import explained
-from vivit_linop.modes import ordinary_mode
+from vivit_linop.modes import as_guest, ordinary_mode
 from vivit_linop.ranks.alone import Ranks
 from vivit_linop.risk import first_run
 from vivit_linop.risk.checks import agree
@@ -28,8 +28,9 @@ from vivit_linop.risk.data.samples import Samples
 from vivit_linop.risk.first_pass import first_pass
 from vivit_linop.risk.losses.base import OutputLoss
 from vivit_linop.risk.losses.derived import LossOfItems
-from vivit_linop.risk.model.functional import FunctionalModel, Params, as_guest
+from vivit_linop.risk.model.functional import FunctionalModel
 from vivit_linop.risk.model.parameters import ParameterVectors, all_finite, check_finite
+from vivit_linop.risk.model.private_module import Params
 from vivit_linop.risk.model.same_function import check_alike, digests_of
 from vivit_linop.risk.passes import Passes, does_not_fit
 from vivit_linop.risk.row_layout import RowLayout

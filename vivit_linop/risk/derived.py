@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vivit_linop.arguments import Index, as_index, as_list
 from vivit_linop.devices import is_out_of_memory
-from vivit_linop.modes import ordinary_mode
+from vivit_linop.modes import as_guest, ordinary_mode
 from vivit_linop.ranks.alone import Ranks
 from vivit_linop.risk import first_run
 from vivit_linop.risk.base import Risk
@@ -24,7 +24,7 @@ from vivit_linop.risk.data.sample_search import Search
 from vivit_linop.risk.first_run import Run, next_run
 from vivit_linop.risk.losses.base import OutputLoss
 from vivit_linop.risk.losses.certificates import targets_of
-from vivit_linop.risk.model.functional import FunctionalModel, as_guest
+from vivit_linop.risk.model.functional import FunctionalModel
 from vivit_linop.risk.model.parameters import ParameterVectors
 from vivit_linop.risk.model.same_function import check_alike
 from vivit_linop.risk.model_loss import Returned

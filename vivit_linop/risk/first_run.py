@@ -27,8 +27,9 @@ from vivit_linop.devices import is_out_of_memory, saved_bytes
 from vivit_linop.graphs import has_own_code, nbytes_saved, saved_in
 from vivit_linop.risk.data.containers import copied
 from vivit_linop.risk.model.foreign_memory import ForeignMemory
-from vivit_linop.risk.model.functional import FunctionalModel, Params
+from vivit_linop.risk.model.functional import FunctionalModel
 from vivit_linop.risk.model.outputs import RaggedOutputs
+from vivit_linop.risk.model.private_module import Params
 from vivit_linop.risk.store import Kept
 
 

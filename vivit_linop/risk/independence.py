@@ -17,11 +17,13 @@ from torch import Tensor
 
 from vivit_linop.devices import is_out_of_memory
 from vivit_linop.graphs import gradients
+from vivit_linop.modes import as_guest
 from vivit_linop.noise import BY_NOISE, Noise
 from vivit_linop.risk.checks import apart, reseed, same_outputs
 from vivit_linop.risk.data.containers import leaves, map_leaves
 from vivit_linop.risk.data.samples import Samples
-from vivit_linop.risk.model.functional import FunctionalModel, Params, as_guest
+from vivit_linop.risk.model.functional import FunctionalModel
+from vivit_linop.risk.model.private_module import Params
 
 # Samples to be put together, and the places of them whose outputs are compared.
 Question = tuple[Tensor, Tensor | slice]

@@ -15,9 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vivit_linop.modes import as_guest
 from vivit_linop.risk.data.batches import as_batches, iterate
 from vivit_linop.risk.data.containers import described
-from vivit_linop.risk.model.functional import FunctionalModel, Predict, as_guest
+from vivit_linop.risk.model.functional import FunctionalModel
+from vivit_linop.risk.model.private_module import Predict
 from vivit_linop.risk.passes import replay
 
 Target = Callable[[Any], Any]

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from vivit_linop.bars import shown
 from vivit_linop.devices import free_memory, is_out_of_memory, saved_bytes
-from vivit_linop.modes import ordinary_mode, replayed
+from vivit_linop.modes import as_guest, ordinary_mode, replayed
 from vivit_linop.risk.checks import Checked, checked_outputs, same_outputs
 from vivit_linop.risk.data import fingerprint
 from vivit_linop.risk.data.batches import Batch, Target, iterate, stacked
@@ -24,7 +24,7 @@ from vivit_linop.risk.data.containers import is_leaf, leaves
 from vivit_linop.risk.data.sample_search import Search
 from vivit_linop.risk.data.samples import Samples
 from vivit_linop.risk.independence import dependent
-from vivit_linop.risk.model.functional import FunctionalModel, as_guest
+from vivit_linop.risk.model.functional import FunctionalModel
 from vivit_linop.risk.model.outputs import (
     Part,
     RaggedOutputs,

@@ -16,7 +16,6 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from vivit_linop.risk.data.containers import attribute, described, leaves, map_leaves
-from vivit_linop.risk.data.containers import copied as copied
 from vivit_linop.risk.data.samples import Listing, Samples, number_of
 
 Batch = tuple[Any, Any]

@@ -11,19 +11,23 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from vivit_linop.modes import as_guest as as_guest
 from vivit_linop.risk.data.containers import copied, leaves, map_leaves, rebuilt
 from vivit_linop.risk.model.copies import Copies
 from vivit_linop.risk.model.foreign_memory import ForeignMemory
+from vivit_linop.risk.model.given import (
+    check_fixed,
+    check_given,
+    check_modes,
+    unwrapped,
+)
 from vivit_linop.risk.model.outputs import OutputTree, Returned
 from vivit_linop.risk.model.parameters import (
-    HALVES,
     as_pairs,
     check_chosen,
     check_finite,
@@ -35,24 +39,12 @@ from vivit_linop.risk.model.parameters import (
     in_precision,
     of_pairs,
 )
-from vivit_linop.risk.model.private_module import Params as Params
-from vivit_linop.risk.model.private_module import Predict as Predict
-from vivit_linop.risk.model.private_module import PrivateModule
+from vivit_linop.risk.model.private_module import Params, Predict, PrivateModule
 from vivit_linop.risk.model.sharded import whole
 from vivit_linop.risk.model.staleness import Comparison
 from vivit_linop.risk.model.tensors_used import WithoutKeptGradients
 
 ModelFunction = Callable[[Params, Any], Any]
-
-_DROPOUTS = (
-    nn.Dropout,
-    nn.Dropout1d,
-    nn.Dropout2d,
-    nn.Dropout3d,
-    nn.AlphaDropout,
-    nn.FeatureAlphaDropout,
-)
-_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 class Source(NamedTuple):
@@ -105,28 +97,9 @@ class FunctionalModel:
         predict: Predict | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        if not callable(model):
-            raise TypeError(
-                "model: an nn.Module or a function (params, x) -> output, got "
-                f"{type(model).__name__}."
-            )
-        if isinstance(model, type):
-            raise TypeError(
-                f"model: the class {model.__name__} itself; make one, "
-                f"{model.__name__}(…)."
-            )
-        if predict is not None and not callable(predict):
-            raise TypeError(
-                "predict: a function (model, X) -> output, got "
-                f"{type(predict).__name__}."
-            )
+        check_given(model, predict)
         if isinstance(model, nn.Module):
-            model, params = _unwrapped(model, params)
-        elif predict is not None:
-            raise TypeError(
-                "predict: is how a module is called, but the model is a function "
-                "(params, x) -> output already; put it into that function."
-            )
+            model, params = unwrapped(model, params)
         check_precision(dtype)
         self._dtype = dtype
         self._private: PrivateModule | None = None
@@ -144,7 +117,7 @@ class FunctionalModel:
         if isinstance(model, nn.Module):
             chosen = chosen_of_module(model, params)
             check_memory(model, chosen)
-            _check_modes(model)
+            check_modes(model)
         else:
             chosen = chosen_of_function(params)
         self.owners = dict(chosen)
@@ -191,7 +164,7 @@ class FunctionalModel:
             for name, tensor in slots.items()
             if name not in self.params
         }
-        _check_precision(self._fixed)
+        check_fixed(self._fixed)
         self._foreign = {
             name for name, owner in self.owners.items() if owner is not named[name]
         }
@@ -301,7 +274,7 @@ class FunctionalModel:
         model._foreign = self._foreign
         assert model._private is not None
         model._private.take_modes(self._private)
-        _check_modes(model._private.module)
+        check_modes(model._private.module)
         return model
 
     def at(self, params: Params, fixed: Params) -> FunctionalModel:
@@ -541,59 +514,3 @@ def random_state(device: torch.device) -> Tensor:
     if device.type == "cuda":
         state = torch.cat([state, torch.cuda.get_rng_state(device)])
     return state
-
-
-def _unwrapped(model: nn.Module, params: Any | None) -> tuple[nn.Module, Any | None]:
-    """Return the module inside of ``torch.compile``, DataParallel and the like.
-
-    Args:
-        model: The module, perhaps in wrappers.
-        params: As given by the user; names are those of the wrapper or of the module.
-    """
-    while True:
-        if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
-            attribute = "module"
-        elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
-            attribute = "_orig_mod"
-        elif isinstance(getattr(model, "_original_module", None), nn.Module):
-            attribute = "_original_module"  # Lightning Fabric's
-        else:
-            return model, params
-        if isinstance(params, Mapping):
-            prefix = f"{attribute}."
-            params = {name.removeprefix(prefix): p for name, p in params.items()}
-        model = getattr(model, attribute)
-
-
-def _check_precision(fixed: dict[str, Tensor]) -> None:
-    for name, tensor in fixed.items():
-        if tensor.dtype in HALVES:
-            raise TypeError(
-                f"model: {name!r} is {tensor.dtype}; also what is frozen must be "
-                "float32 or float64. Give dtype=torch.float32: the model is evaluated "
-                "in copies of that precision then."
-            )
-
-
-def _check_modes(model: nn.Module) -> None:
-    for name, module in model.named_modules():
-        problem = None
-        if isinstance(module, _BATCH_NORMS):
-            if module.training or module.running_mean is None:
-                problem = "normalises with statistics of the batch"
-        elif isinstance(module, _DROPOUTS):
-            if module.training and module.p > 0.0:
-                problem = "drops units at random"
-        elif isinstance(module, (nn.RNNBase, nn.MultiheadAttention)):
-            if module.training and module.dropout > 0.0:
-                problem = "drops units at random"
-        if problem is not None:
-            advice = (
-                "Call model.eval() first."
-                if module.training
-                else "It keeps no running statistics; use a module that does."
-            )
-            raise ValueError(
-                f"model: {name or 'the model'} ({type(module).__name__}) {problem}, so "
-                f"per-sample curvature is undefined. {advice}"
-            )
