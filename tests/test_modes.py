@@ -78,6 +78,48 @@ def test_default_dtype_does_not_matter() -> None:
         assert {r.dtype for r in results} == {torch.float32}
 
 
+class WithConstants(nn.Module):
+    """A net that makes constants of the default dtype, in each run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 5), nn.Linear(5, 3)
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale = torch.linspace(0.1, 1.7, 5)
+        out: Tensor = self.last(torch.tanh(self.first(x)) * scale.sin() / 3)
+        return out
+
+
+@pytest.mark.parametrize("first", [torch.float32, torch.float64])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_net_has_the_default_dtype_of_construction(
+    first: torch.dtype, frozen: bool
+) -> None:
+    """What is kept and what is made later are of one net, to the last digit."""
+    torch.manual_seed(0)
+    _, loss, (X, y) = toy()
+    net, others = WithConstants(), {torch.float32, torch.float64} - {first}
+    theta = dict(net.named_parameters())
+    called = torch.func.functional_call
+    model = (lambda p, x: called(net, p, (x,))) if frozen else net
+    args = model, loss, (X, y), (theta if frozen else None)
+    torch.set_default_dtype(first)
+    try:
+        expected = use_everything(vl.EmpiricalRisk(*args))
+        risk = vl.EmpiricalRisk(*args)
+        vl.GGN(risk) @ torch.ones(risk.num_params, dtype=torch.float64)
+        torch.set_default_dtype(others.pop())
+        found = use_everything(risk)
+        assert torch.get_default_dtype() is not first
+        assert torch.equal(risk.at(risk.flatten(risk.params)).value(), risk.value())
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for got, want in zip(found, expected, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-13)
+
+
 # What is not one function of each sample ----------------------------------------------
 
 

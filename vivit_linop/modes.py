@@ -448,6 +448,27 @@ def replayed(state: torch.Tensor) -> Iterator[None]:
             _GUESTS.leave()
 
 
+_DEFAULT_DTYPE = threading.RLock()
+
+
+@contextlib.contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Let what is made without a dtype have this one, which is one for the process.
+
+    Where that needs a change, one thread at a time.
+    """
+    if torch.get_default_dtype() is dtype:
+        yield
+        return
+    with _DEFAULT_DTYPE:
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(dtype)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(before)
+
+
 # In what a transformation of ``torch.func`` runs, torch refuses ``requires_grad_()``.
 _LEAF = torch.zeros((), device="cpu", requires_grad=True)
 

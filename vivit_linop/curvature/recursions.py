@@ -7,10 +7,9 @@ that it makes public.
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -25,7 +24,7 @@ from vivit_linop.curvature.positive_curvature import (
 )
 from vivit_linop.devices import is_out_of_memory
 from vivit_linop.extras import extra
-from vivit_linop.modes import as_guest, ordinary_mode
+from vivit_linop.modes import as_guest, default_dtype, ordinary_mode
 from vivit_linop.operators.base import TorchLinearOperator
 from vivit_linop.operators.kronecker import BlockDiagonal, Kronecker
 from vivit_linop.risk.checks import same_outputs
@@ -267,7 +266,8 @@ def own_backpack_results(
             # BackPACK makes convolutions of poolings, with weights that are drawn.
             as_guest(risk.device),
             torch.enable_grad(),
-            _default_dtype(risk.dtype),
+            # Some of its rules make matrices without saying of which dtype.
+            default_dtype(risk.dtype),
             warnings.catch_warnings(),
         ):
             warnings.simplefilter("ignore")  # of torch about BackPACK's hooks
@@ -472,17 +472,6 @@ def _one_batch(risk: EmpiricalRisk, what: str) -> tuple[Tensor, Tensor]:
             f"data: BackPACK computes {what} for samples with as many outputs each."
         )
     return torch.cat(inputs), torch.cat(targets)
-
-
-@contextlib.contextmanager
-def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    """Some of BackPACK's rules make matrices without saying of which dtype."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
 
 
 def _first_line(error: Exception) -> str:

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from vivit_linop.modes import default_dtype
 from vivit_linop.risk.data.containers import copied, leaves, map_leaves, rebuilt
 from vivit_linop.risk.model.copies import Copies
 from vivit_linop.risk.model.foreign_memory import ForeignMemory
@@ -101,7 +102,7 @@ class FunctionalModel:
         if isinstance(model, nn.Module):
             model, params = unwrapped(model, params)
         check_precision(dtype)
-        self._dtype = dtype
+        self._dtype, self._default_dtype = dtype, torch.get_default_dtype()
         self._private: PrivateModule | None = None
         self._returned = Returned()
         self._writes = self.keeps_gradients = False
@@ -423,10 +424,11 @@ class FunctionalModel:
         params = self._as_given(params)
         if self._moved:
             params = {**self._moved, **params}
-        if self._private is not None:
-            return self._private(params, X)
-        output = Copies(()).of_called(self._function)(params, rebuilt(X))
-        return self._returned(output)
+        with default_dtype(self._default_dtype):
+            if self._private is not None:
+                return self._private(params, X)
+            output = Copies(()).of_called(self._function)(params, rebuilt(X))
+            return self._returned(output)
 
     @property
     def calls(self) -> int:
