@@ -49,7 +49,7 @@ def check_numbers(x: np.ndarray) -> None:
 
 def numbered(device: torch.device | str) -> torch.device:
     """Return a device as tensors on it name it: "cuda" is the current one."""
-    if device is _CPU:  # of another node
+    if device == _CPU:  # nearly always, and for each node
         return _CPU
     device = as_device(device)
     if device.type == "cpu":
