@@ -23,14 +23,16 @@ from vivit_linop.linalg.decompositions import DenseDecomposition, LowRankDecompo
 from vivit_linop.linalg.eigen import eigenvalues_of_low_rank
 from vivit_linop.linalg.inverse import damped_inverse_of_low_rank, inverse_of_low_rank
 from vivit_linop.linalg.krylov import solver_on
-from vivit_linop.linalg.reductions import (
+from vivit_linop.linalg.logdets import (
     damped_logdet_of_low_rank,
     damped_logdet_of_operator,
     damped_logdets_of_low_rank,
     damped_logdets_of_operator,
-    diagonal_of_low_rank,
     logdet_of_low_rank,
     logdet_of_operator,
+)
+from vivit_linop.linalg.reductions import (
+    diagonal_of_low_rank,
     matrix_of_low_rank,
     trace_of_low_rank,
 )

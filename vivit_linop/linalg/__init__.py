@@ -11,6 +11,7 @@ from vivit_linop.linalg import (  # noqa: F401  (register)
     explanations,
     inverse,
     iterative,
+    logdets,
     reductions,
     restrictions,
     roots,

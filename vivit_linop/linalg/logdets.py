@@ -1,0 +1,212 @@
+"""Log-determinants, of an operator and with one damping or many: the rules."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from vivit_linop.operators.base import TorchLinearOperator, settled
+from vivit_linop.operators.damped import Damped, DampedInverse
+from vivit_linop.operators.dispatch import no_eigenpairs
+from vivit_linop.operators.elementary import (
+    Adjoint,
+    Dense,
+    DenseInverse,
+    Diagonal,
+    Identity,
+    Product,
+    Scaled,
+)
+from vivit_linop.operators.kronecker import (
+    BlockDiagonal,
+    CorrectedKronecker,
+    Kronecker,
+)
+from vivit_linop.operators.lowrank import DampedRoot, LowRank, Woodbury
+from vivit_linop.operators.operands import Scalar, as_scalar, log_abs
+from vivit_linop.operators.symmetric import without_noise
+from vivit_linop.operators.verbs import (
+    damp,
+    damped_logdet,
+    damped_logdets,
+    eigvalsh,
+    logdet,
+    to_dense,
+)
+
+
+@logdet.register
+def logdet_of_operator(op: TorchLinearOperator) -> Tensor:
+    """The sum of the logarithms of the eigenvalues, for self-adjoint operators."""
+    op._check_self_adjoint("logdet")
+    return eigvalsh(op).abs().log().sum()
+
+
+@logdet.register
+def logdet_of_identity(op: Identity) -> Tensor:
+    return torch.zeros((), dtype=op.torch_dtype, device=op.device)
+
+
+@logdet.register
+def logdet_of_dense(op: Dense) -> Tensor:
+    return torch.linalg.slogdet(op.matrix).logabsdet
+
+
+@logdet.register
+def logdet_of_dense_inverse(op: DenseInverse) -> Tensor:
+    return op.log_abs_det()
+
+
+@logdet.register
+def logdet_of_diagonal(op: Diagonal) -> Tensor:
+    return op.entries.abs().log().sum()
+
+
+@logdet.register
+def logdet_of_adjoint(op: Adjoint) -> Tensor:
+    return logdet(op.parent)
+
+
+@logdet.register
+def logdet_of_scaled(op: Scaled) -> Tensor:
+    if op.factor == 0.0:
+        return torch.full((), -math.inf, dtype=op.torch_dtype, device=op.device)
+    return logdet(op.operator) + op.shape[0] * log_abs(op.factor)
+
+
+@logdet.register
+def logdet_of_block_diagonal(op: BlockDiagonal) -> Tensor:
+    """−∞ with rectangular blocks, which leave it less than full rank."""
+    if not op.has_square_blocks:
+        return torch.full((), -math.inf, dtype=op.torch_dtype, device=op.device)
+    return torch.stack([block.logdet() for block in op.blocks]).sum()
+
+
+@logdet.register
+def logdet_of_kronecker(op: Kronecker) -> Tensor:
+    """Each factor counts as often as the others have rows; −∞ with rectangular ones."""
+    n = op.shape[0]
+    if any(factor.shape[0] != factor.shape[1] for factor in op.factors):
+        return torch.full((), -math.inf, dtype=op.torch_dtype, device=op.device)
+    return torch.stack([f.logdet() * (n // f.shape[0]) for f in op.factors]).sum()
+
+
+@logdet.register
+def logdet_of_low_rank(op: LowRank) -> Tensor:
+    if op.factor.shape[1] < op.shape[0]:
+        return torch.full((), -math.inf, dtype=op.torch_dtype, device=op.device)
+    return eigvalsh(op).clamp(min=0.0).log().sum()
+
+
+@logdet.register
+def logdet_of_product(op: Product) -> Tensor:
+    """By the factors where all are square."""
+    if all(factor.shape[0] == factor.shape[1] for factor in op.factors):
+        return torch.stack([logdet(factor) for factor in settled(op.factors)]).sum()
+    op._check_self_adjoint("logdet")
+    return logdet(op.reduced_or(no_eigenpairs(op)))
+
+
+@logdet.register
+def logdet_of_damped_inverse(op: DampedInverse) -> Tensor:
+    return -damped_logdet(op.operator, op.damping)
+
+
+@logdet.register
+def logdet_of_damped(op: Damped) -> Tensor:
+    return damped_logdet(op.operator, op.damping)
+
+
+@logdet.register
+def logdet_of_woodbury(op: Woodbury) -> Tensor:
+    """From the factor that it has, unless the eigenvalues are known."""
+    low_rank = op.operator
+    if low_rank.has_eigenvalues:
+        return -damped_logdet(low_rank, op.damping)
+    zeros = op.shape[0] - low_rank.small_rows
+    return -op.small_logdet - zeros * math.log(op.damping)
+
+
+@logdet.register
+def logdet_of_damped_root(op: DampedRoot) -> Tensor:
+    """Half of that of the damped operator."""
+    half = damped_logdet(op.operator, op.damping) / 2
+    return -half if op.inverse else half
+
+
+@damped_logdet.register
+def damped_logdet_of_operator(op: TorchLinearOperator, damping: Scalar) -> Tensor:
+    op._check_self_adjoint("logdet")
+    return eigvalsh(Damped(op, damping)).abs().log().sum()
+
+
+@damped_logdet.register
+def damped_logdet_of_low_rank(op: LowRank, damping: Scalar) -> Tensor:
+    """D log δ + logdet(I + K/δ) (Sylvester's determinant identity)."""
+    if not damping > 0.0:
+        raise ValueError(
+            f"logdet: a damped low-rank operator needs damping > 0, got {damping}."
+        )
+    ratios = op.nonnegative_eigenvalues * (op.scale / damping)
+    return ratios.log1p_().sum().add_(op.shape[0] * log_abs(damping))
+
+
+@damped_logdets.register
+def damped_logdets_of_operator(op: TorchLinearOperator, dampings: Tensor) -> Tensor:
+    if not len(dampings):
+        return dampings.new_zeros(0)
+    return torch.stack([logdet(damp(op, as_scalar(d))) for d in dampings])
+
+
+@damped_logdets.register
+def damped_logdets_of_low_rank(op: LowRank, dampings: Tensor) -> Tensor:
+    """As of one damping, in one go."""
+    if not (dampings > 0.0).all():
+        raise ValueError(
+            "logdet: a damped low-rank operator needs dampings > 0, the least is "
+            f"{dampings.min():.3g}."
+        )
+    evals = op.nonnegative_eigenvalues
+    ratios = evals * (op.scale / dampings).to(evals).unsqueeze(1)
+    return torch.log1p(ratios).sum(1) + op.shape[0] * dampings.log()
+
+
+@damped_logdet.register
+def damped_logdet_of_product(op: Product, damping: Scalar) -> Tensor:
+    op._check_self_adjoint("logdet")
+    return damped_logdet(op.reduced_or(no_eigenpairs(op)), damping)
+
+
+@damped_logdet.register
+def damped_logdet_of_scaled(op: Scaled, damping: Scalar) -> Tensor:
+    """N log c + logdet(A + δ/c I), where c is positive."""
+    if op.factor > 0.0:
+        inner = logdet(damp(op.operator, damping / op.factor))
+        return inner + op.shape[0] * log_abs(op.factor)
+    return damped_logdet_of_operator(op, damping)
+
+
+@damped_logdet.register
+def damped_logdet_of_dense(op: Dense, damping: Scalar) -> Tensor:
+    """In float64, so that a small δ counts."""
+    unit = torch.eye(op.shape[0], dtype=torch.float64, device=op.device)
+    return torch.linalg.slogdet(op.matrix.double() + damping * unit).logabsdet
+
+
+@damped_logdet.register
+def damped_logdet_of_kronecker(
+    op: Kronecker | CorrectedKronecker, damping: Scalar
+) -> Tensor:
+    op._check_self_adjoint("logdet")
+    evals = op.eigenvalues
+    evals = without_noise(evals) if damping > 0.0 else evals
+    return (evals.double() + damping).abs().log().sum()
+
+
+@damped_logdet.register
+def damped_logdet_of_block_diagonal(op: BlockDiagonal, damping: Scalar) -> Tensor:
+    if not op.has_square_blocks:
+        return damped_logdet(Dense(to_dense(op)), damping)
+    return torch.stack([logdet(damp(block, damping)) for block in op.blocks]).sum()
