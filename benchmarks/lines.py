@@ -49,7 +49,8 @@ CAPABILITIES = {
         operators/operands.py operators/small_side.py operators/parts.py
     """,
     "iterations: tracking, ends of spectra, solvers, Lanczos, costs of devices": """
-        curvature/calibration.py linalg/iterative.py linalg/krylov.py linalg/leading.py
+        curvature/calibration.py curvature/device_costs.py linalg/iterative.py
+        linalg/krylov.py linalg/leading.py
         linalg/tracking.py net/inner.py
     """,
     "many processes": """

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from vivit_linop.curvature import plan
+from vivit_linop.curvature.device_costs import DeviceCosts
 from vivit_linop.curvature.ggn import GGN
 from vivit_linop.linalg.krylov import SOLVERS, by_arpack, solver_on, start_of
 from vivit_linop.modes import ordinary_mode
@@ -38,7 +39,7 @@ _SAMPLES, _SIDE, _CLASSES = 8, 12, 3
 def calibrate(
     device: torch.device | str | None = None,
     file: str | os.PathLike[str] | None = None,
-) -> plan.DeviceCosts:
+) -> DeviceCosts:
     """Measure what a device takes, and choose routes by that in this process.
 
     Without it choices rest on the defaults of a CPU or a GPU; these decide differently
@@ -85,10 +86,10 @@ def _name(device: torch.device) -> str:
     return f"CPU, {torch.get_num_threads()} threads"
 
 
-def _read(file: Path, name: str) -> plan.DeviceCosts:
+def _read(file: Path, name: str) -> DeviceCosts:
     try:
         known = json.loads(file.read_text())
-        costs = plan.DeviceCosts(**known)
+        costs = DeviceCosts(**known)
     except (TypeError, ValueError) as error:
         raise ValueError(
             f"file: {file} holds no costs of a device ({error}). Remove it, or give "
@@ -109,7 +110,7 @@ def _read(file: Path, name: str) -> plan.DeviceCosts:
     return costs
 
 
-def _measured(device: torch.device, name: str) -> plan.DeviceCosts:
+def _measured(device: torch.device, name: str) -> DeviceCosts:
     def seconds(run: Callable[[], Any]) -> float:
         """The least of some runs, after one that does not count."""
         return min(_seconds(device, run) for _ in range(1 + _ROUNDS))
@@ -130,7 +131,7 @@ def _measured(device: torch.device, name: str) -> plan.DeviceCosts:
     net, data = _problem(device)
     first, kept = _products(device, net, data)
     tracing, _ = _products(device, _convolutional(device), data)
-    return plan.DeviceCosts(
+    return DeviceCosts(
         name=name,
         rate=rate,
         bandwidth=nbytes / seconds(read.sum),
@@ -142,7 +143,7 @@ def _measured(device: torch.device, name: str) -> plan.DeviceCosts:
         short_pass=2 * seconds(lambda: net(data[0])),
         all_pairs=seconds(lambda: symmetric_eigenpairs(S)) / cubes,
         leading_pairs=leading,
-        passes=plan.DeviceCosts.default(device).passes,
+        passes=DeviceCosts.default(device).passes,
         matrix_bandwidth=A.nbytes / seconds(lambda: A @ A[0]),
         row=max(beside, of_small / 10) / _STEP_ROWS,
     )
