@@ -390,6 +390,9 @@ def _stack(
 ) -> None:
     """Put signals ``[n, k, …]`` beside those of the ``start`` cotangents before."""
     for index, signal in enumerate(signals):
+        if signal.shape[1] == width and signal.is_contiguous():
+            stacked.append(signal)  # there are no others
+            continue
         if start == 0:
             shape = len(signal), width, *signal.shape[2:]
             stacked.append(signal.new_empty(shape))

@@ -35,6 +35,9 @@ _PIECES, _PASSING_PIECES = 4, 2
 # Whatever the budget is, columns are held up to this: the fewer are held, the more
 # often all others are made again.
 LEAST_BYTES = 64 * 2**20
+# A run of a batch that has been made serves whole up to this; a larger one is made
+# again, in parts that stay near the caches.
+_LARGEST_RUN = 128 * 2**20
 # What does with anything comes first; factors and pairs are never together.
 _DEMANDS: list[Takes] = ["stream", "columns", "rows", "pairs", "factors"]
 
@@ -160,7 +163,7 @@ class Pass:
             # One pass is not better than several that stay near the caches, unless
             # the first half of it has been made.
             near = _SIGNAL_BYTES // max(1, sizes.signal * itemsize)
-            if not 0 < first_run.nbytes_kept(risk.kept) <= LEAST_BYTES:
+            if not 0 < first_run.nbytes_kept(risk.kept) <= _LARGEST_RUN:
                 size = min(size, max(near, _FEW_SAMPLES))
         # Two opposite ranks share the pairs of an even number of pieces.
         if risk.ranks.size % 2 == 0 and len(risk.batch_sizes) % 2:

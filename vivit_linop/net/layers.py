@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor
 from torch.nn import functional as F
 
+from vivit_linop.devices import fresh
 from vivit_linop.net.columns.base import DenseColumns, LayerColumns
 from vivit_linop.net.columns.khatri_rao import KhatriRaoColumns
 from vivit_linop.net.columns.tables import TableColumns
@@ -142,6 +143,8 @@ def _tuple(value: Any, dims: int) -> tuple[int, ...]:
 def _conv_inputs(arguments: Arguments, X: Tensor) -> Tensor:
     """``[n, in, …]``."""
     patches = unfold(X, arguments)
+    if not patches.is_contiguous():
+        patches = fresh(X, *patches.shape).copy_(patches)
     positions = patches.shape[len(arguments["weight_shape"]) :].numel()
     return patches.reshape(len(X), arguments.get("groups", 1), -1, positions)
 

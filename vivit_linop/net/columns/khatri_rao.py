@@ -167,7 +167,7 @@ class KhatriRaoColumns(OuterSums):
         if self._groups == self.positions == 1:
             inputs = torch.linalg.vector_norm(self.inputs, dim=(1, 2))
             return torch.linalg.vector_norm(self.cotangents, dim=(2, 3, 4)) * inputs
-        inputs = torch.linalg.vector_norm(self.inputs, dim=2).square()
+        inputs = self._summed_squares(self.inputs, 2)
         cotangents = self._squares()
         n, R = cotangents.shape[:2]
         products = cotangents.reshape(n, R, -1) @ inputs.reshape(n, -1, 1)
@@ -177,11 +177,20 @@ class KhatriRaoColumns(OuterSums):
         """|b_nrp|², ``[n, R, G, P]``."""
         shared = self.cotangents_key
         if not isinstance(shared, SharedCotangents):
-            return torch.linalg.vector_norm(self.cotangents, dim=3).square()
+            return self._summed_squares(self.cotangents, 3)
         if shared.squares is None:  # of one position
             norms = torch.linalg.vector_norm(self.cotangents.squeeze(4), dim=3)
             shared.squares = norms.square()
         return shared.squares.unsqueeze(3)
+
+    def _summed_squares(self, factor: Tensor, dim: int) -> Tensor:
+        """Σ of squares along an axis, where torch's own norms are slow."""
+        entries = factor[0].numel()
+        sums = [
+            factor[part].square().sum(dim)
+            for part in self._parts(entries, factor.nbytes)
+        ]
+        return sums[0] if len(sums) == 1 else torch.cat(sums)
 
     def combination(self, weights: Tensor) -> Tensor:
         """Σ_np (Σ_r w_nr b_nrp) ⊗ a_np."""
