@@ -92,6 +92,24 @@ def test_what_is_known_of_a_net_is_certified_once_it_is_asked_for() -> None:
     assert structure.certified and set(structure.layers) == set(U.risk.params)
 
 
+@pytest.mark.parametrize(("memory", "looks"), [(None, 0), (2_000, 1)])
+def test_small_batches_need_no_run_on_a_few_samples(
+    memory: int | None, looks: int
+) -> None:
+    """What they show is learnt from the batch itself, if it fits by far."""
+    net = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3)).double()
+    X, y = torch.randn(2, 9, 5).double(), torch.randint(3, (2, 9))
+    batches, loss, runs = [*zip(X, y, strict=True)], nn.CrossEntropyLoss(), list[int]()
+    net.register_forward_hook(lambda *_: runs.append(1))
+    G = vl.GGN(vl.EmpiricalRisk(net, loss, batches, memory=memory))
+    runs.clear()
+    K = G.gram.to_dense()
+    assert (len(runs) > 2) == bool(looks)
+    truth = dense_of(Problem(net, loss, (X.flatten(0, 1), y.flatten())))
+    assert close(K.trace(), truth.G.trace())
+    assert close(K.square().sum(), truth.G.square().sum())
+
+
 class _LateUse(nn.Module):
     """A layer on samples of one sign; no known use of its weight on the others."""
 

@@ -47,7 +47,7 @@ Columns = dict[str, LayerColumns]
 # The structure is first looked for on this many samples of the first batch.
 _FIRST_SAMPLES = 4
 # A run of all samples that keeps no more than this serves as well.
-_SMALL_RUN = 2**22
+SMALL_RUN = 2**22
 
 
 class Certificate:
@@ -405,17 +405,22 @@ class CertifiedColumns:
         return gradients(output, wanted, cotangent)
 
 
-def find_structure(risk: EmpiricalRisk, alone: bool = False) -> Structure:
-    """Return what is known of a net; what a few samples show when asked first.
-
-    Which of its columns have the structure of layers is certified on these.
+def known_structure(risk: EmpiricalRisk, alone: bool = False) -> Structure:
+    """Return what is known of a net, which may be nothing yet.
 
     Args:
         risk: The risk.
         alone: Whether of runs on one sample, where every axis is of that sample.
     """
-    key = "structure", alone
-    structure = risk.kept.get_everywhere(key, _look, risk, alone, Structure(), True)
+    return risk.kept.get_everywhere(("structure", alone), Structure)
+
+
+def find_structure(risk: EmpiricalRisk, alone: bool = False) -> Structure:
+    """Likewise; what a few samples show when asked first.
+
+    Which of its columns have the structure of layers is certified on these.
+    """
+    structure = known_structure(risk, alone)
     if not structure.certified:
         with risk.kept.making:
             if not structure.certified:
@@ -429,8 +434,12 @@ def read_structure(risk: EmpiricalRisk, alone: bool = False) -> Structure:
     Spares two backward passes through a few samples. Parameters may be opaque that
     are not known as such.
     """
-    key = "structure", alone
-    return risk.kept.get_everywhere(key, _look, risk, alone, Structure(), False)
+    structure = known_structure(risk, alone)
+    if not structure.variants:
+        with risk.kept.making:
+            if not structure.variants:
+                _look(risk, alone, structure, certify=False)
+    return structure
 
 
 def share_structure(risk: EmpiricalRisk) -> None:
@@ -452,8 +461,8 @@ def share_structure(risk: EmpiricalRisk) -> None:
 
 def _look(
     risk: EmpiricalRisk, alone: bool, structure: Structure, certify: bool
-) -> Structure:
-    """Add what a few samples show to a structure, and return it."""
+) -> None:
+    """Add what a few samples show to a structure."""
     X, _ = next(risk.batches())
     count = 1 if alone else _FIRST_SAMPLES
     with as_guest(risk.device):
@@ -466,7 +475,6 @@ def _look(
             structure.layers = {n: part.without_data() for n, part in columns.items()}
     structure.uses = [use.key for use in few.uses]
     structure.certified = certify
-    return structure
 
 
 def _run_on_few(risk: EmpiricalRisk, X: Any, count: int) -> Capture:
@@ -476,7 +484,7 @@ def _run_on_few(risk: EmpiricalRisk, X: Any, count: int) -> Capture:
     it take no longer than another run.
     """
     n = risk.batch_sizes[0]
-    serves = (count > 1 or n == 1) and first_run.nbytes_kept(risk.kept) <= _SMALL_RUN
+    serves = (count > 1 or n == 1) and first_run.nbytes_kept(risk.kept) <= SMALL_RUN
     if serves and (run := first_run.used(risk.kept, X)) is not None:
         return Capture(risk, run.X, n, run)
     return Capture.of_few(risk, X, n, count)

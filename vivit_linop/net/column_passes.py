@@ -18,7 +18,13 @@ from torch import Tensor
 
 from vivit_linop.devices import explained, free_memory
 from vivit_linop.net.capture import Capture, Takes, sample_sizes
-from vivit_linop.net.certified import CertifiedColumns, find_structure, read_structure
+from vivit_linop.net.certified import (
+    SMALL_RUN,
+    CertifiedColumns,
+    find_structure,
+    known_structure,
+    read_structure,
+)
 from vivit_linop.net.columns.base import LayerColumns
 from vivit_linop.net.pieces import Cotangents, Piece, memory_budget
 from vivit_linop.net.structure import Structure
@@ -153,6 +159,8 @@ class Pass:
     def _cut(self, batch: int, X: Any, n: int) -> Sequence[Tensor]:
         """Cut a batch so that the columns of each part fit."""
         risk, width = self._risk, self._width
+        if self._fits_by_far:
+            return [torch.arange(n, device="cpu")]
         formed = {name: self._sizes[name] for name in self._structure.opaque}
         sizes = sample_sizes(risk, batch, X, n)
         itemsize = risk.dtype.itemsize
@@ -174,16 +182,38 @@ class Pass:
         return index.tensor_split(math.ceil(n / size))
 
     @cached_property
+    def _formed_bytes(self) -> int:
+        """What the columns of a batch take if all are formed."""
+        risk = self._risk
+        entries = max(risk.batch_sizes) * self._width * risk.num_params
+        return entries * risk.dtype.itemsize
+
+    @cached_property
+    def _fits_by_far(self) -> bool:
+        """Whether nothing needs to be known of the net for a batch to be one piece.
+
+        What it shows then is learnt from that: backward passes through it take no
+        longer than a run on a few samples.
+        """
+        runs = self._risk.graph_bytes
+        if self._passes_by or self._risk.ranks.is_many:
+            return False
+        if not all(0 < nbytes <= SMALL_RUN for nbytes in runs):
+            return False
+        signals = (self._width + 1) * max(runs)
+        return _PIECES * (2 * self._formed_bytes + signals) <= self._memory
+
+    @cached_property
     def _structure(self) -> Structure:
         """What is known of the net on several samples.
 
         Pieces are certified when they are made. Where the memory would do for them
         however they are made, nothing needs to be certified before.
         """
-        risk = self._risk
-        formed = max(risk.batch_sizes) * self._width * risk.num_params
-        enough = formed * risk.dtype.itemsize <= self._memory
-        return read_structure(risk) if enough else find_structure(risk)
+        if self._fits_by_far:
+            return known_structure(self._risk)
+        enough = self._formed_bytes <= self._memory
+        return (read_structure if enough else find_structure)(self._risk)
 
     def _runs_in_parts(self, batch: int, X: Any, n: int) -> bool:
         """Whether the net runs on fewer samples than a batch has."""
