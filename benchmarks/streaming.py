@@ -7,8 +7,7 @@ should be linear in N. Prints them, and writes JSON.
 
 What is kept of each sample are its outputs and its target; a product with Vᵀ also
 returns R numbers for it. ``memory=`` bounds all else that is kept. With glibc, resident
-memory also holds what its allocator cannot give back: to see what is needed without
-that, set ``MALLOC_MMAP_THRESHOLD_=4194304`` in the environment.
+memory also holds what its allocator cannot give back between two batches.
 """
 
 from __future__ import annotations

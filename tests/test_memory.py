@@ -1,5 +1,6 @@
 """What does not fit says what would."""
 
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,6 +13,7 @@ import vivit_linop as vl
 from tests.cases import Lambda, mlp
 from tests.data_cases import Drawn
 from tests.toys import random_vector, toy
+from vivit_linop import devices
 from vivit_linop.curvature import hessian_products
 from vivit_linop.net import certified, chunks
 from vivit_linop.net.certified import find_structure
@@ -298,3 +300,53 @@ def test_products_with_a_hessian_together_run_out_of_memory(
     fits[0], available[0] = 99, 1000
     torch.testing.assert_close(H @ torch.eye(D).double(), expected)
     assert max(given) > 3
+
+
+# Passes over many batches -------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda r: None,
+        lambda r: r.gradient(),
+        lambda r: vl.GGN(r) @ random_vector(r.num_params),
+        lambda r: vl.PerSampleGradients(r).squared_norms(),
+    ],
+)
+def test_a_pass_has_the_graph_of_one_batch_at_a_time(use: Any) -> None:
+    held: list[weakref.ref[Tensor]] = []
+    others: list[int] = []
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        if len(x) == 16:
+            others.append(sum(ref() is not None for ref in held))
+        h = m.layer(x)
+        if len(x) == 16:
+            held.append(weakref.ref(h))
+        return h * h  # the graph keeps h
+
+    net = Lambda(forward, layer=nn.Linear(4, 3)).double()
+    data = [
+        (torch.rand(16, 4, dtype=torch.float64), torch.randint(3, (16,)))
+        for _ in range(5)
+    ]
+    risk = vl.EmpiricalRisk(net, nn.CrossEntropyLoss(), data, memory=0)
+    use(risk)
+    assert len(others) >= 5
+    assert max(others) == 0
+
+
+@pytest.mark.parametrize(("batches", "times"), [(7, 0), (8, 1), (17, 2)])
+def test_memory_goes_back_to_the_system_in_long_passes(
+    batches: int, times: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    net, loss, (X, y) = toy()
+    data = [(X, y)] * batches
+    risk = vl.EmpiricalRisk(net, loss, data, memory=0)
+    returned: list[int] = []
+    monkeypatch.setattr(devices, "_trim", returned.append)
+    gradient = risk.gradient()
+    assert returned == [0] * (times if risk.device.type == "cpu" else 0)
+    monkeypatch.setattr(devices, "_trim", None)  # another C library
+    assert torch.equal(risk.gradient(), gradient)

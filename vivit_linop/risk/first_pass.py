@@ -109,7 +109,8 @@ def _evaluate(
             seen.weight = seen.weight + seen.loss.weight(output, y)
         seen.outputs.append(output)
         seen.graph_bytes.append(checked.graph_bytes)
-        seen.run = checked.run
+        # Nobody else has it, so that it goes before the next batch is evaluated.
+        seen.run, checked.run = checked.run, None
         seen.targets.append(copied(y))
         seen.sums.append(fingerprint.sums(X))
     # All batches together show where samples may be.

@@ -15,7 +15,12 @@ import torch
 from torch import Tensor
 
 from vivit_linop.bars import shown
-from vivit_linop.devices import free_memory, is_out_of_memory, saved_bytes
+from vivit_linop.devices import (
+    free_memory,
+    is_out_of_memory,
+    return_free_heap,
+    saved_bytes,
+)
 from vivit_linop.modes import as_guest, ordinary_mode, replayed
 from vivit_linop.risk.checks import Checked, checked_outputs, same_outputs
 from vivit_linop.risk.data import fingerprint
@@ -38,6 +43,9 @@ Evaluated = tuple[Any, Any, Checked]
 Outputs = Sequence[Tensor] | Tensor
 Cut = tuple[Samples, list[Part], list[Checked]]
 Item = TypeVar("Item")
+
+# After so many batches memory goes back to the system. That takes some milliseconds.
+_HEAP_BATCHES = 8
 
 
 # Cuts --------------------------------------------------------------------------------
@@ -260,6 +268,8 @@ class Passes:
             if 0 < self.number < count:
                 break
             yield batch
+            if count % _HEAP_BATCHES == 0 and self._device.type == "cpu":
+                return_free_heap()
         if count != self.number > 0:
             more = "or more " if count > self.number else ""
             raise ValueError(
