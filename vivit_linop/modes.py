@@ -102,9 +102,12 @@ class ordinary_mode:
         ):
             self._leave_modes()
         depth = _HERE.depth
-        if depth == 0 and (_PRECISE.undo or _is_reduced()):
-            _PRECISE.enter()
-            self._precise = True
+        if depth == 0:
+            # Locked: another thread may be about to put reduced precisions back.
+            with _PRECISE.lock:
+                if _PRECISE.undo or _is_reduced():
+                    _PRECISE.enter()
+                    self._precise = True
         _HERE.depth = depth + 1
 
     def _leave_modes(self) -> None:
@@ -257,19 +260,20 @@ class Shared:
         set_for: Sets it for a device, and says how that is undone.
 
     Attributes:
+        lock: Held while they change.
         undo: What is to be put back; empty while nothing had to be set.
     """
 
     def __init__(self, set_for: Callable[[torch.device | None, Undo], None]) -> None:
         self._set_for = set_for
         # Reentrant: a handler of signals may run a product in the middle of this.
-        self._lock, self._inside = threading.RLock(), 0
+        self.lock, self._inside = threading.RLock(), 0
         self.undo: Undo = []
         self._devices: set[torch.device | None] = set()
 
     def enter(self, device: torch.device | None = None) -> None:
         """Set the switches, unless another thread has for this device."""
-        with self._lock:
+        with self.lock:
             self._inside += 1
             if device in self._devices:
                 return
@@ -291,14 +295,13 @@ class Shared:
 
     def leave(self) -> None:
         """Put the switches back, if nobody else is inside."""
-        with self._lock:
+        with self.lock:
             self._inside -= 1
             if self._inside:
                 return
             self._devices.clear()
-            while self.undo:  # which says so until it is put back
-                self.undo[-1]()
-                self.undo.pop()
+            while self.undo:
+                self.undo.pop()()
 
 
 def _precisions_in_use() -> list[_Precision]:
