@@ -226,9 +226,10 @@ def blocks(lib: Library, t: Dense) -> Iterator[Row]:
 
 @check
 def damped(lib: Library, t: Dense) -> Iterator[Row]:
-    # A Jacobian that is zero but for rounding, or whose rows cancel in G, leaves noise.
+    # A Jacobian that is zero but for rounding, or whose rows cancel in the dense G,
+    # leaves noise: eps of the terms, beside δ.
     norm, terms = float(t.G.norm()), float(t.J.norm() ** 2 * t.H.norm())
-    delta = 0.1 * norm if norm > max(1e-20, 1e-10 * terms) else 0.1
+    delta = 0.1 * norm if norm > max(1e-20, 1e-5 * terms) else 0.1
     A = t.G + delta * torch.eye(t.D, dtype=torch.float64)
     damped, x = lib.G + delta * vl.Identity(t.D), lib.noise(t.D)
     expected = torch.linalg.solve(A, x)
