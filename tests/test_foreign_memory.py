@@ -134,9 +134,12 @@ def test_what_comes_after_a_change_is_refused(read: str, blind: bool) -> None:
     net, X, y = _problem(read, blind)
     risk = vl.EmpiricalRisk(net, nn.CrossEntropyLoss(), (X, y))
     G, x = vl.GGN(risk), torch.rand(43, dtype=torch.float64)
-    dense = _ggn(net, X, y, BEFORE)
+    dense, H = _ggn(net, X, y, BEFORE), vl.Hessian(risk)
     assert close(G @ x, dense @ x)
+    H @ x  # on a graph that is kept
     _change()
+    with pytest.raises(ValueError, match=REFUSED):
+        H @ x
     for ask in ASKED.values():
         with pytest.raises(ValueError, match=REFUSED):
             ask(risk, G, x)

@@ -108,6 +108,8 @@ class HessianProducts(TorchLinearOperator):
         single = len(self.risk.batch_sizes) == 1
         with as_guest(self.risk.device):
             if single and self._kept is not None:
+                self.risk.model.foreign.check()
+                self.risk.loss.check_memory()
                 return self._differentiate(self._kept, chosen, X, 0)
             for index, (inputs, _) in enumerate(self.risk.batches("product")):
                 gradient = self._gradient(index, copied(inputs) if single else inputs)

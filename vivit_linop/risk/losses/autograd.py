@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -12,8 +11,8 @@ from torch import Tensor
 from vivit_linop.graphs import nodes
 from vivit_linop.risk.data.containers import leaves
 from vivit_linop.risk.losses.base import OutputLoss
+from vivit_linop.risk.model.foreign_memory import ForeignMemory
 from vivit_linop.risk.model.outputs import OutputTree
-from vivit_linop.risk.model.tensors_used import Watch
 
 LossCallable = Callable[[Tensor, Tensor], Tensor]
 
@@ -29,7 +28,7 @@ class AutogradLoss(OutputLoss):
         self.function = function
         self._parameters: Sequence[Tensor] | None = None
         self._own: Sequence[Tensor] = ()
-        self._outside: Sequence[tuple[Tensor, Tensor]] = ()
+        self._memory = ForeignMemory()
         self._tree: OutputTree | None = None
 
     def of_several(self, tree: OutputTree) -> OutputLoss:
@@ -49,6 +48,7 @@ class AutogradLoss(OutputLoss):
             own: Those that nobody else has. Others must stay what they are.
         """
         self._parameters, self._own = list(parameters), list(own)
+        self._memory = ForeignMemory(f"loss: {self.name}")
 
     def check_data(self, output: Tensor, target: Tensor) -> None:
         """The loss is a scalar, and uses no parameters of the model."""
@@ -64,7 +64,7 @@ class AutogradLoss(OutputLoss):
 
     def total(self, output: Tensor, target: Tensor) -> Tensor:
         """Undo the mean."""
-        self._check_outside()
+        self.check_memory()
         factor = len(output) if self.reduction == "mean" else 1
         return factor * self.function(self.as_returned(output), target).reshape(())
 
@@ -73,30 +73,18 @@ class AutogradLoss(OutputLoss):
         if self._parameters is None:
             return
         returned = self.as_returned(output.detach())
-        with torch.enable_grad(), Watch() as watch:
+        own = [*leaves(returned), *leaves(target), *self._own]
+        with torch.enable_grad(), self._memory.read_by(own) as read:
             value = self.function(returned, target)
-        used = [*watch.used.values(), *leaves_of(value)]
-        if parts_of(used, self._parameters):
+        if parts_of([*read.values(), *leaves_of(value)], self._parameters):
             raise uses_parameters(self.name)
-        given = (*leaves(returned), *leaves(target), *self._own)
-        known = {id(tensor) for tensor in given}
-        outside: list[tuple[Tensor, Tensor]] = []
-        for t in {id(t): t for t in used if id(t) not in known}.values():
-            # Inside of a transformation of torch.func it stood for another one.
-            with contextlib.suppress(RuntimeError):
-                outside.append((t, t.detach().clone()))
-        self._outside = outside
+        self._memory.settle()
         self._parameters, self._own = None, []
 
-    def _check_outside(self) -> None:
-        """Raise a ``ValueError`` if others have changed what the loss uses."""
-        for tensor, before in self._outside:
-            if not torch.equal(tensor.detach(), before):
-                raise ValueError(
-                    f"loss: {self.name} uses a tensor {list(before.shape)} that is not "
-                    "its own, and that has changed since the risk was built. Make it "
-                    "an attribute of a loss that is an nn.Module, or build a new risk."
-                )
+    def check_memory(self) -> None:
+        """Without a call where it reads nothing, since it is asked in each product."""
+        if self._memory.parts:
+            self._memory.check()
 
     def _value(self, output: Tensor, target: Tensor) -> Any:
         try:

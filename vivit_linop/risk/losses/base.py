@@ -61,6 +61,15 @@ class OutputLoss(ABC):
         """Those of the library take one tensor of targets."""
         return not self.tested
 
+    def check_memory(self) -> None:
+        """Raise an error if memory of others that it reads has changed.
+
+        A loss that is made of another one, its ``loss``, asks that one.
+        """
+        inner = getattr(self, "loss", None)
+        if isinstance(inner, OutputLoss):
+            inner.check_memory()
+
     @abstractmethod
     def total(self, output: Tensor, target: Tensor) -> Tensor:
         """The sum of ℓ_n over the batch, a scalar, differentiable."""

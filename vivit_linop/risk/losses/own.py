@@ -185,7 +185,7 @@ class OwnLoss(AutogradLoss):
 
     def total(self, output: Tensor, target: Any) -> Tensor:
         """Sum the losses, or undo the mean."""
-        self._check_outside()
+        self.check_memory()
         losses = self._losses(output, target)
         return losses.sum() if losses.ndim else super().total(output, target)
 

@@ -70,31 +70,35 @@ class Part(NamedTuple):
 
 
 class ForeignMemory:
-    """What a net reads that is neither the risk's nor made in its runs.
+    """What a net or a loss reads that is neither the risk's nor made in its runs.
+
+    Args:
+        reader: What errors call it.
 
     Attributes:
-        parts: It, by place. What the net itself writes into is not among it.
+        parts: It, by place. What the reader itself writes into is not among it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, reader: str = "model: its forward pass") -> None:
+        self._reader = reader
         self.parts: dict[int, Part] = {}
         self._written: set[int] = set()
         self._settled = False
 
     def __reduce__(self) -> Any:
         """Travel as nothing: memory elsewhere is other memory."""
-        return ForeignMemory, ()
+        return ForeignMemory, (self._reader,)
 
     @contextlib.contextmanager
-    def read_by(self, own: Iterable[Tensor]) -> Iterator[None]:
-        """Learn what a run reads, inside.
+    def read_by(self, own: Iterable[Tensor]) -> Iterator[Mapping[int, Tensor]]:
+        """Learn what a run reads, inside; gives the tensors, by identity.
 
         Args:
             own: What belongs to the risk, or is taken care of elsewhere.
         """
         self.check()
         with _Reads(list(own)) as reads:
-            yield
+            yield reads.used
         self._written |= reads.written
         parts = dict(self.parts)
         for where, tensors in reads.read.items():
@@ -133,10 +137,10 @@ class ForeignMemory:
             self._drop_changed()
             return
         raise ValueError(
-            f"model: its forward pass reads {part.what} behind a global variable or in "
-            "an object that is no module, of which the risk has no copy, and it is not "
+            f"{self._reader} reads {part.what} behind a global variable or in an "
+            "object that is no module, of which the risk has no copy, and it is not "
             "what it was when the risk was built. An operator is one matrix: make a "
-            "new risk, or keep it as a tensor on the model (an attribute or a buffer)."
+            "new risk, or keep it as a tensor on the module (an attribute or a buffer)."
         )
 
     def _drop_changed(self) -> None:
@@ -188,6 +192,7 @@ class _Reads(Watch):
         for tensor in _plain(filter(self._is_wanted, given)):
             if (where := place(tensor)) in self._own_places:
                 continue
+            self.used[id(tensor)] = tensor
             if func is Tensor.__setitem__ or any(new is tensor for new in made):
                 self.written.add(where)
             elif any(place(new) == where for new in made):
