@@ -257,6 +257,33 @@ def test_a_net_is_looked_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert seen[0]["independent_samples"] == 2 and seen[0] == seen[1] == seen[2]
 
 
+@pytest.mark.parametrize("change", ["step", "dropout", "attribute"])
+def test_batches_follow_from_the_first_while_the_model_stays(change: str) -> None:
+    """After a change the backend looks at the model anew, and refuses what it must."""
+    net = nn.Sequential(mlp(), nn.Dropout(0.5)).eval()
+    backend = ours("LinopGGN")(net, "classification")
+    X, y = data("classification").tensors
+    backend.diag(X[:9], y[:9])
+    with pytest.raises(ValueError, match="NaN or Inf for sample 2"):
+        backend.diag(X.where(torch.arange(18)[:, None] != 11, torch.nan)[9:], y[9:])
+    with pytest.raises(ValueError, match="class indices must lie"):
+        backend.diag(X[9:], y[9:] + 1)
+    if change == "dropout":
+        net.train()
+        with pytest.raises(ValueError, match="drops units at random"):
+            backend.diag(X[9:], y[9:])
+        return
+    if change == "step":
+        with torch.no_grad():
+            net[0][2].weight.mul_(2.0)
+    else:
+        net[0][1] = nn.Sigmoid()
+    loss, found = backend.diag(X[9:], y[9:])
+    truth = theirs("CurvlinopsGGN")(net, "classification").full(X[9:], y[9:], N=9)
+    assert torch.allclose(loss, nn.functional.cross_entropy(net(X[9:]), y[9:]) * 9)
+    assert torch.allclose(found, truth[1].diagonal())
+
+
 def test_samples_that_are_mixed_are_refused_in_a_larger_batch() -> None:
     class Mixing(nn.Module):
         def __init__(self) -> None:

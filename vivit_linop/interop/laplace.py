@@ -51,9 +51,9 @@ class LinopInterface(CurvatureInterface):
     """
 
     low_rank: int = 10
-    # That of the largest batch so far: what is a matter of the net is not looked for
-    # again for smaller ones. Columns are checked on every batch.
-    _known: EmpiricalRisk | None = None
+    # That of the largest batch so far, and the modes of its modules: others of the same
+    # model follow from it. Data and columns are checked on every batch.
+    _known: tuple[EmpiricalRisk, list[bool]] | None = None
 
     def curvature(self, risk: EmpiricalRisk) -> LowRank:
         """Return the curvature of a risk."""
@@ -68,21 +68,17 @@ class LinopInterface(CurvatureInterface):
         batches = list(batches)
         if self.last_layer:
             batches = [(self.features(x), y) for x, y in batches]
-        known = self._known
+        modes = [module.training for module in self._model.modules()]
         # The largest batch shows the most of what mixes samples.
-        more = known is None or sum(len(y) for _, y in batches) > known.num_samples
+        if self._known is not None:
+            known, then = self._known
+            more = sum(len(y) for _, y in batches) > known.num_samples
+            if not more and then == modes and known.is_current():
+                return known.on(batches)
         risk = EmpiricalRisk(
-            self._model,
-            self.lossfunc,
-            batches,
-            self.params,
-            predict=_called,
-            check=more,
+            self._model, self.lossfunc, batches, self.params, predict=_called
         )
-        if known is not None:
-            risk.kept.everywhere.update(known.kept.structures())
-        if more:
-            self._known = risk
+        self._known = risk, modes
         return risk
 
     def features(self, x: Any) -> Tensor:

@@ -199,6 +199,10 @@ class Capture:
         last = starmap(Use.columns, together)
         yield self._assembled(together, last, stacked, names, "stream")
 
+    def has_wide(self, width: int) -> bool:
+        """Whether :meth:`parts` has more than one for R columns a sample."""
+        return any(use.is_wide(self.num_samples, width) for use in self.uses)
+
     def _kept(self, variant: Variant, names: Set[str]) -> list[Kept]:
         """The uses of some parameters."""
         kept = []

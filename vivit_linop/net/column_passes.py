@@ -242,8 +242,10 @@ class Pass:
             place = slice(before + own.start, before + own.stop)
             cotangents = factor.cotangents(batch)
             cotangents = cotangents[index.to(cotangents.device)]
-            # One column a sample is checked as it is.
-            takes, parts = self.takes, self._in_parts and cotangents.shape[2] > 1
+            # One column a sample is checked as it is, and so are those of which no part
+            # would come before the others.
+            takes, width = self.takes, cotangents.shape[2]
+            parts = self._in_parts and width > 1 and capture.has_wide(width)
             if takes == "stream" and not parts:
                 takes = "columns"
             columns: dict[str, LayerColumns] | None = None

@@ -58,15 +58,17 @@ def _described(dtype: torch.dtype | None, shape: tuple[int, int]) -> _Described:
     The nodes of an expression are alike, and to check each of them would take as long
     as the rest of a small one.
     """
-    if dtype is not None and not (
-        isinstance(dtype, torch.dtype) and dtype in NUMPY_DTYPES
-    ):
-        raise TypeError(
-            f"dtype: operators are float32 or float64, got {dtype}. Convert the "
-            "model or the tensor first, for example with .float()."
-        )
+    if dtype is not None and dtype not in NUMPY_DTYPES:
+        raise _other_dtype(dtype)
     kept = kept_by_scipy(NUMPY_DTYPES[dtype or torch.float64], shape)
     return kept.pop("shape"), kept.pop("dtype"), kept
+
+
+def _other_dtype(found: Any) -> TypeError:
+    return TypeError(
+        f"dtype: operators are float32 or float64, got {found}. Convert the model or "
+        "the tensor first, for example with .float()."
+    )
 
 
 class TorchLinearOperator(VerbMethods["TorchLinearOperator"], NumpyProducts):
@@ -158,6 +160,8 @@ class TorchLinearOperator(VerbMethods["TorchLinearOperator"], NumpyProducts):
         dtype: torch.dtype | None,
         device: torch.device | str | None = None,
     ) -> None:
+        if dtype is not None and not isinstance(dtype, torch.dtype):
+            raise _other_dtype(dtype)
         self._own_dtype = dtype
         self._own_device = None if device is None else numbered(device)
         self.shape, self.dtype, more = _described(dtype, tuple(shape))

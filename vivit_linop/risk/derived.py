@@ -185,6 +185,65 @@ class DerivableRisk(Risk):
             risk._value = self.ranks.total(total) * self.scale
         return risk
 
+    def on(self, data: Any, *, check_data: bool = True) -> Self:
+        """Return the risk of other data at the same parameters.
+
+        For one batch after the other: it costs a forward pass, and what is known of the
+        net is kept. What depends on the data is checked as for a new risk; that samples
+        are independent is not looked at again.
+
+        Args:
+            data: As for a new risk, in the form of this one's.
+            check_data: Likewise.
+
+        Raises:
+            ValueError: As a new risk of these data; if the loss is the model's own, of
+                which each risk needs its own copy.
+
+        Example:
+            >>> import torch, vivit_linop as vl
+            >>> from torch import nn
+            >>> X, y = torch.rand(8, 3), torch.rand(8, 1)
+            >>> risk = vl.EmpiricalRisk(nn.Linear(3, 1), nn.MSELoss(), (X[:4], y[:4]))
+            >>> other = risk.on((X[4:], y[4:]))
+            >>> whole = vl.EmpiricalRisk(nn.Linear(3, 1), nn.MSELoss(), (X, y))
+            >>> both = (risk.value() + other.value()) / 2
+            >>> both.allclose(whole.at(risk.flatten(risk.params)).value())
+            True
+        """
+        if isinstance(self.model.predict, Returned):
+            raise ValueError(
+                "data: the loss is the model's own, so the risk of other data is "
+                "another function. Make a new risk."
+            )
+        risk = type(self).__new__(type(self))
+        with self.ranks.together("on"):
+            passes = self._passes.of(data, self.model)
+        Risk.__init__(
+            risk,
+            *(self.model, self.loss, passes, self.ranks, self.memory),
+            check=False,
+            check_data=check_data and not isinstance(data, (list, tuple)),
+            parts_differ=check_data,
+        )
+        risk._check = self._check
+        risk.kept.everywhere.update(self.kept.structures())
+        return risk
+
+    def is_current(self) -> bool:
+        """Whether the user's model is what it was, at the same parameters and buffers.
+
+        The modes of its modules (``train``, ``eval``) are not looked at.
+        """
+        if self.model.has_changed():
+            return False
+        try:
+            now = _moved(self.model, None)
+        except ValueError:  # it is gone, or has other parameters, or NaN in them
+            return False
+        mine, theirs = ({**m.constants, **m.params} for m in (self.model, now))
+        return all(torch.equal(mine[name], theirs[name]) for name in mine)
+
     def _anew(self) -> Self:
         """Return the risk of the same data for what the user's model is now.
 

@@ -24,7 +24,13 @@ from vivit_linop.devices import (
 from vivit_linop.modes import as_guest, ordinary_mode, replayed
 from vivit_linop.risk.checks import Checked, checked_outputs, same_outputs
 from vivit_linop.risk.data import fingerprint
-from vivit_linop.risk.data.batches import Batch, Target, iterate, stacked
+from vivit_linop.risk.data.batches import (
+    Batch,
+    Target,
+    as_batches,
+    iterate,
+    stacked,
+)
 from vivit_linop.risk.data.containers import is_leaf, leaves
 from vivit_linop.risk.data.sample_search import Search
 from vivit_linop.risk.data.samples import Samples
@@ -248,6 +254,17 @@ class Passes:
         self._target, self.progress = target, progress
         self._draws = target is not None or not _is_in_memory(data)
         self._state = torch.random.get_rng_state()
+
+    def of(self, data: Any, model: FunctionalModel) -> Passes:
+        """Return passes over other data, with samples and targets where these are.
+
+        Args:
+            data: As the user gives them.
+            model: As at construction.
+        """
+        batches = as_batches(data, self._target)
+        search = Search.known(self.search.samples)
+        return Passes(batches, model, search, self._target, Cuts(), self.progress)
 
     def batches(
         self, what: str | None = None, fingerprints: list[bytes] | None = None
