@@ -49,7 +49,7 @@ def check_numbers(x: np.ndarray) -> None:
 
 def numbered(device: torch.device | str) -> torch.device:
     """Return a device as tensors on it name it: "cuda" is the current one."""
-    if device == _CPU:  # nearly always, and for each node
+    if type(device) is torch.device and device == _CPU:  # nearly always, for each node
         return _CPU
     device = as_device(device)
     if device.type == "cpu":
