@@ -195,13 +195,16 @@ class Pass:
         What it shows then is learnt from that: backward passes through it take no
         longer than a run on a few samples.
         """
-        runs = self._risk.graph_bytes
-        if self._passes_by or self._risk.ranks.is_many:
+        risk = self._risk
+        runs = risk.graph_bytes
+        if self._passes_by or risk.ranks.is_many:
             return False
         if not all(0 < nbytes <= SMALL_RUN for nbytes in runs):
             return False
-        signals = (self._width + 1) * max(runs)
-        return _PIECES * (2 * self._formed_bytes + signals) <= self._memory
+        # Signals of all columns, and inputs as kernels see them.
+        unfolded = max(p.shape[2:].numel() for p in risk.params.values())
+        factors = (self._width + 1 + unfolded) * max(runs)
+        return _PIECES * (2 * self._formed_bytes + factors) <= self._memory
 
     @cached_property
     def _structure(self) -> Structure:
