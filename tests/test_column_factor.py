@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 
 from tests import placing
-from vivit_linop.curvature.column_factor import ColumnFactor, formed
 from vivit_linop.net.columns.base import DenseColumns, LayerColumns
 from vivit_linop.net.columns.khatri_rao import KhatriRaoColumns
 from vivit_linop.operators.lowrank import LowRank
 from vivit_linop.testing import check_operator
+from vivit_linop.vivit.column_factor import ColumnFactor, formed
 
 F64 = torch.float64
 SAMPLES, WIDTH = 3, 2

@@ -1,4 +1,8 @@
-"""The class structure of the GGN of a cross-entropy."""
+"""The class structure of the GGN of a cross-entropy: what its outliers are made of.
+
+G is made of C² mean gradients, by label and class, and of the spread around them. The
+means make its largest eigenvalues.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The covariance of fitted parameters."""
+"""The covariance of fitted parameters: error bars of a least-squares fit."""
 
 from __future__ import annotations
 

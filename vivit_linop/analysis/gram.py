@@ -1,4 +1,4 @@
-"""Gram matrices of centred columns."""
+"""Gram matrices of columns less their mean: of gradients, the noise of their mean."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Covariances of linearised predictions."""
+"""What a covariance of parameters means for predictions: J S Jᵀ by samples."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""To and from other packages: SciPy, curvlinops and BackPACK.
+"""To and from other packages: SciPy, curvlinops, BackPACK and laplace-torch.
 
-A file each. BackPACK and curvlinops are imported when they are needed, and through
-names that they make public.
+A file each. These packages are imported when they are needed, and through names that
+they make public.
 """
 
 from vivit_linop.interop.backpack import from_backpack

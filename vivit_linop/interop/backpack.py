@@ -1,4 +1,4 @@
-"""What BackPACK computes as operators."""
+"""What BackPACK leaves on parameters, as operators: to be inverted and composed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Products as nodes of autograd."""
+"""Products as nodes of autograd: gradients pass through them to what is multiplied."""
 
 from __future__ import annotations
 

@@ -24,7 +24,6 @@ from vivit_linop.analysis.newton import (
     newton_combination,
 )
 from vivit_linop.curvature import plan
-from vivit_linop.curvature.column_factor import ColumnFactor, formed
 from vivit_linop.net.columns.base import LayerColumns
 from vivit_linop.net.columns.joins import merged
 from vivit_linop.operators.base import TorchLinearOperator
@@ -32,6 +31,7 @@ from vivit_linop.operators.eigenpairs import Eigenpairs
 from vivit_linop.operators.elementary import Dense
 from vivit_linop.operators.lowrank import LowRank
 from vivit_linop.operators.symmetric import symmetric_eigenvalues
+from vivit_linop.vivit.column_factor import ColumnFactor, formed
 from vivit_linop.vivit.extensions import (
     LayerRecord,
     Subsampling,

@@ -1,4 +1,8 @@
-"""Collecting the records of a backward pass by groups of parameters."""
+"""What a backward pass leaves at layers, sorted into groups of parameters.
+
+BackPACK calls a hook for each layer, in its order. What a group's result is made of is
+complete when its last layer has been met.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""A factor that is given by its columns, parameter by parameter."""
+"""A factor that is given by its columns: what BackPACK's backward pass leaves.
+
+It has no risk to make columns of, as pullbacks have; so it has the verbs that these
+have, on columns that are there.
+"""
 
 from __future__ import annotations
 
