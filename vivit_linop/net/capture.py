@@ -43,7 +43,7 @@ Takes = Literal["stream", "factors", "columns", "rows", "pairs"]
 Maker = Callable[[Tensor], list[tuple[View, LayerColumns]]]
 
 
-class Kept(NamedTuple):
+class PlacedUse(NamedTuple):
     """A use whose columns are wanted, and where its samples are."""
 
     use: Use
@@ -160,13 +160,15 @@ class Capture:
             names: The parameters of interest.
             takes: How they are taken.
         """
-        kept = self._kept(variant, names)
-        stacked = self._pulled_together(kept, cotangents, variant)
+        placed = self._placed(variant, names)
+        stacked = self._pulled_together(placed, cotangents, variant)
         if not stacked:
             width = cotangents.shape[2]
-            for r, signals in enumerate(self._signals(kept, cotangents)):
+            for r, signals in enumerate(self._signals(placed, cotangents)):
                 _stack(stacked, _single(signals), r, width)
-        return self._assembled(kept, starmap(Use.columns, kept), stacked, names, takes)
+        return self._assembled(
+            placed, starmap(Use.columns, placed), stacked, names, takes
+        )
 
     def parts(
         self, cotangents: Tensor, variant: Variant, names: Set[str]
@@ -182,11 +184,11 @@ class Capture:
             variant: That of this run.
             names: The parameters of interest.
         """
-        kept, width = self._kept(variant, names), cotangents.shape[2]
-        used = [name for each in kept for name in each.use.names]
-        apart: list[Kept] = []
-        together: list[Kept] = []
-        for each in kept:
+        placed, width = self._placed(variant, names), cotangents.shape[2]
+        used = [name for each in placed for name in each.use.names]
+        apart: list[PlacedUse] = []
+        together: list[PlacedUse] = []
+        for each in placed:
             alone = all(used.count(name) == 1 for name in each.use.names)
             wide = alone and each.use.is_wide(self.num_samples, width)
             (apart if wide else together).append(each)
@@ -203,26 +205,26 @@ class Capture:
         """Whether :meth:`parts` has more than one for R columns a sample."""
         return any(use.is_wide(self.num_samples, width) for use in self.uses)
 
-    def _kept(self, variant: Variant, names: Set[str]) -> list[Kept]:
-        """The uses of some parameters."""
-        kept = []
+    def _placed(self, variant: Variant, names: Set[str]) -> list[PlacedUse]:
+        """The uses of some parameters, with where their samples are."""
+        placed = []
         for use, layout in zip(self.uses, variant.layouts, strict=True):
             # Of an output without entries the columns are zero.
             if layout is None or use.output_shape.numel() == 0:
                 continue
             if not names.isdisjoint(use.names):
-                kept.append(Kept(use, Layout(layout, self.num_samples)))
-        return kept
+                placed.append(PlacedUse(use, Layout(layout, self.num_samples)))
+        return placed
 
     def _pulled_together(
-        self, kept: Sequence[Kept], cotangents: Tensor, variant: Variant
+        self, placed: Sequence[PlacedUse], cotangents: Tensor, variant: Variant
     ) -> list[Tensor]:
         """Pull cotangents ``[n, C, R]`` back together, to ``[n, R, …]`` at each use.
 
         As many columns in a backward pass as memory bears. None where that is one, or
         where an operation of the net has no rule for batches.
         """
-        uses, width = [each.use for each in kept], cotangents.shape[2]
+        uses, width = [each.use for each in placed], cotangents.shape[2]
         entries = sum(use.output_shape.numel() for use in uses)
         nbytes = entries * cotangents.element_size()
         few = columns_at_a_time(self.output.device, nbytes) if variant.together else 1
@@ -234,7 +236,7 @@ class Capture:
             for start in range(0, width, few):
                 rows = cotangents[:, :, start : start + few].permute(2, 0, 1)
                 found = self._backward(uses, rows.contiguous())
-                for index, (_, layout) in enumerate(kept):
+                for index, (_, layout) in enumerate(placed):
                     found[index] = layout.of_columns(found[index])
                 _stack(stacked, found, start, width)
         except (RuntimeError, NotImplementedError) as error:
@@ -244,27 +246,27 @@ class Capture:
         return stacked
 
     def _signals(
-        self, kept: Sequence[Kept], cotangents: Tensor
+        self, placed: Sequence[PlacedUse], cotangents: Tensor
     ) -> Iterator[list[Tensor]]:
         """Pull cotangents ``[n, C, R]`` back one by one, to ``[n, …]`` at each use."""
-        uses = [each.use for each in kept]
-        for r in range(cotangents.shape[2] if kept else 0):
+        uses = [each.use for each in placed]
+        for r in range(cotangents.shape[2] if placed else 0):
             signals = self._backward(uses, cotangents[:, :, r].contiguous())
-            for index, (_, layout) in enumerate(kept):
+            for index, (_, layout) in enumerate(placed):
                 if layout.name != "first":
                     signals[index] = layout(signals[index])
             yield signals
 
     def _assembled(
         self,
-        kept: Sequence[Kept],
+        placed: Sequence[PlacedUse],
         makers: Iterable[Maker],
         signals: list[Tensor],
         wanted: Set[str],
         takes: Takes,
     ) -> dict[str, LayerColumns]:
         """Return the columns of parameters from signals, which it takes away."""
-        used = [name for each in kept for name in each.use.names]
+        used = [name for each in placed for name in each.use.names]
         forms = takes not in ("stream", "factors")
         parts: dict[str, list[tuple[Place, LayerColumns]]] = {}
         columns: dict[str, LayerColumns] = {}
@@ -305,9 +307,9 @@ class Capture:
             signal = max(signal, use.output_shape.numel() // n)
         sizes = self._risk.params
         formed = {name: sizes[name].numel() for name in overlapping(self.uses)}
-        kept = SampleSizes(fixed, each, signal, formed)
+        found = SampleSizes(fixed, each, signal, formed)
         key = _key_of_sizes(self._risk, X)
-        return self._risk.kept.everywhere.setdefault(key, kept)
+        return self._risk.kept.everywhere.setdefault(key, found)
 
     def _backward(self, uses: list[Use], cotangent: Tensor) -> list[Tensor]:
         """Pull a cotangent ``[n, C]``, or several, back to the outputs of uses."""

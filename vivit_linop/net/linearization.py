@@ -34,7 +34,7 @@ from vivit_linop.risk.empirical import EmpiricalRisk
 from vivit_linop.risk.first_run import Run
 from vivit_linop.risk.model.private_module import Params
 from vivit_linop.risk.passes import batch_does_not_fit
-from vivit_linop.risk.store import Kept
+from vivit_linop.risk.store import Store
 
 # What a net's trace keeps, or the graph of a backward pass, in graphs of its outputs:
 # measured 1.4 for a net of linear layers, 1.8 for attention, 2.9 for convolutions.
@@ -44,7 +44,7 @@ _MEMORY_SHARE = 4
 # Where a risk keeps them: those of everybody, and those that are not yet certified.
 _KEPT, _TRUSTED = "linearizations", "trusted linearizations"
 # What keeps those that this thread certifies itself.
-_CERTIFYING: ContextVar[Kept | None] = ContextVar("certifying", default=None)
+_CERTIFYING: ContextVar[Store | None] = ContextVar("certifying", default=None)
 
 
 class Linearization:

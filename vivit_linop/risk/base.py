@@ -34,7 +34,7 @@ from vivit_linop.risk.model.private_module import Params
 from vivit_linop.risk.model.same_function import check_alike, digests_of
 from vivit_linop.risk.passes import Passes, does_not_fit
 from vivit_linop.risk.row_layout import RowLayout
-from vivit_linop.risk.store import Kept
+from vivit_linop.risk.store import Store
 
 
 class Risk(ParameterVectors):
@@ -89,7 +89,7 @@ class Risk(ParameterVectors):
         self._take_parameters()
         self.complex_names = model.complex_names
         self.dtype, self.device = model.dtype, model.device
-        self.kept = Kept(memory, self.device)
+        self.kept = Store(memory, self.device)
         self.reduction = loss.reduction
         self.sizes = [p.numel() for p in self.params.values()]
         self.num_params = sum(self.sizes)

@@ -29,7 +29,7 @@ from vivit_linop.risk.model.parameters import ParameterVectors
 from vivit_linop.risk.model.same_function import check_alike
 from vivit_linop.risk.model_loss import Returned
 from vivit_linop.risk.passes import Cuts, Passes
-from vivit_linop.risk.store import Kept
+from vivit_linop.risk.store import Store
 
 # Of a batch: the sums over its inputs, its targets, and the outputs for them before.
 Known = tuple[list[Tensor], Any, Tensor]
@@ -123,7 +123,7 @@ class DerivableRisk(Risk):
             found = repr(foreign[0]) if foreign else "none"
             raise ValueError(f"names: some of {list(self.params)}, found {found}.")
         risk = copy.copy(self)
-        risk.model, risk.kept = self.model.over(chosen), Kept(self.memory, self.device)
+        risk.model, risk.kept = self.model.over(chosen), Store(self.memory, self.device)
         risk.params = risk.model.params
         risk.sizes = [p.numel() for p in risk.params.values()]
         risk.num_params = sum(risk.sizes)

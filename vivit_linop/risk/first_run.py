@@ -30,7 +30,7 @@ from vivit_linop.risk.model.foreign_memory import ForeignMemory
 from vivit_linop.risk.model.functional import FunctionalModel
 from vivit_linop.risk.model.outputs import RaggedOutputs
 from vivit_linop.risk.model.private_module import Params
-from vivit_linop.risk.store import Kept
+from vivit_linop.risk.store import Store
 
 
 class Record(Protocol):
@@ -53,7 +53,7 @@ _KEY, _WANTED = "first run", "first runs are wanted"
 # The share of free memory that it may take, as the columns that it is for.
 _MEMORY_SHARE = 12
 # Whose run is kept: of those that nobody asks for there is one at most.
-_keeping: list[weakref.ref[Kept]] = []
+_keeping: list[weakref.ref[Store]] = []
 _KEEPING = threading.Lock()
 
 
@@ -222,12 +222,12 @@ def _watched(
     return result, record if serves else None
 
 
-def is_wanted(kept: Kept) -> bool:
+def is_wanted(kept: Store) -> bool:
     """Whether the run at some parameters has been asked for, so that others may be."""
     return _WANTED in kept.everywhere
 
 
-def keep(kept: Kept, run: Run | None) -> None:
+def keep(kept: Store, run: Run | None) -> None:
     """Keep a run, if it may serve as one and fits, in place of that of another risk.
 
     Args:
@@ -246,20 +246,20 @@ def keep(kept: Kept, run: Run | None) -> None:
         kept.values[_KEY] = run
 
 
-def taken(kept: Kept, X: Any) -> Run | None:
+def taken(kept: Store, X: Any) -> Run | None:
     """Take the run, which is kept no longer; None if there is none on this input."""
     run: Run | None = kept.values.pop(_KEY, None)
     kept.everywhere[_WANTED] = True
     return run if run is not None and run.is_of(X) else None
 
 
-def used(kept: Kept, X: Any) -> Run | None:
+def used(kept: Store, X: Any) -> Run | None:
     """Use the run, which stays kept; None if there is none on this input."""
     run: Run | None = kept.values.get(_KEY)
     return run if run is not None and run.repeats and run.is_of(X) else None
 
 
-def nbytes_kept(kept: Kept) -> int:
+def nbytes_kept(kept: Store) -> int:
     """Return what the run takes, 0 if there is none."""
     run: Run | None = kept.values.get(_KEY)
     return 0 if run is None else run.nbytes

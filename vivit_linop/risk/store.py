@@ -25,7 +25,7 @@ _OF_THE_NET = "structure", "sample sizes"
 _SMALL = 2**24
 
 
-class Kept:
+class Store:
     """What has been made once.
 
     Args:
@@ -51,9 +51,9 @@ class Kept:
         self.everywhere: dict[Hashable, Any] = {}
         self.nbytes = 0.0
 
-    def elsewhere(self) -> Kept:
+    def elsewhere(self) -> Store:
         """Return a store for other parameters, with what is the same there."""
-        kept = Kept(self._memory, self._device)
+        kept = Store(self._memory, self._device)
         kept.everywhere = self.everywhere
         return kept
 
