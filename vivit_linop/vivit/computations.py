@@ -26,6 +26,7 @@ from vivit_linop.analysis.newton import (
 from vivit_linop.curvature import plan
 from vivit_linop.net.columns.base import LayerColumns
 from vivit_linop.net.columns.joins import merged
+from vivit_linop.net.columns.khatri_rao import KhatriRaoColumns
 from vivit_linop.operators.base import TorchLinearOperator
 from vivit_linop.operators.eigenpairs import Eigenpairs
 from vivit_linop.operators.elementary import Dense
@@ -240,6 +241,10 @@ class EigvalshComputation(_OfGGN[Tensor]):
         self, block: Block, records: list[LayerRecord], of: Pass
     ) -> list[LayerColumns | None]:
         columns = [record.ggn_columns(self._subsampling) for record in records]
+        # Of one module, so that they are of one S.
+        if isinstance(first := columns[0], KhatriRaoColumns):
+            for other in columns[1:]:
+                first.share_cotangents(other)
         rows = columns[0].num_samples * columns[0].width
         # Fewer rows than the Gram matrix has: its smaller side will do.
         if sum(block.sizes) < rows:
