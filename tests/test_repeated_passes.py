@@ -142,3 +142,59 @@ def test_pieces_are_the_same_whatever_is_learnt_between_passes(
     risk = vl.EmpiricalRisk(problem.model, problem.loss, (X, y), memory=memory)
     U = vl.PerSampleGradients(risk)
     assert close((U.T @ U).to_dense(), truth.U.T @ truth.U)
+
+
+ASKED: dict[str, Callable[[vl.EmpiricalRisk], Any]] = {
+    "G x": lambda risk: vl.GGN(risk) @ torch.ones(risk.num_params).double(),
+    "spectrum": lambda risk: vl.GGN(risk).eigvalsh(),
+    "diagonal": lambda risk: vl.GGN(risk).diagonal(),
+    "H x": lambda risk: vl.Hessian(risk) @ torch.ones(risk.num_params).double(),
+    "gradient": lambda risk: risk.gradient(),
+    "norms": lambda risk: vl.PerSampleGradients(risk).squared_norms(),
+    "subset": lambda risk: risk.subset([0, 4]),
+    "at": lambda risk: risk.at(risk.flatten(risk.params)),
+}
+CHANGES: dict[str, Callable[[Tensor], Any]] = {
+    "scaled": lambda X: X.mul_(1.01),
+    "one number": lambda X: X[4, 1].add_(0.1),
+    "samples swapped": lambda X: X.copy_(X.flip(0)),
+    "entries swapped": lambda X: X.copy_(X.flip(1)),
+    "by .data": lambda X: X.data.add_(0.1),
+}
+
+
+@pytest.mark.parametrize("memory", [None, 0])
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("batches", [1, 2])
+def test_inputs_that_outputs_do_not_show(
+    batches: int, change: str, memory: int | None
+) -> None:
+    """A last layer begins with zeros, where only derivatives depend on the input."""
+    net = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+    nn.init.zeros_(net[2].weight)
+    X, y = torch.rand(6, 4, dtype=torch.float64), torch.randint(3, (6,))
+    data = list(zip(X.chunk(batches), y.chunk(batches), strict=True))
+    risk = vl.EmpiricalRisk(net, nn.CrossEntropyLoss(), data, memory=memory)
+    for ask in ASKED.values():
+        ask(risk)
+    risk = vl.EmpiricalRisk(net, nn.CrossEntropyLoss(), data, memory=memory)
+    CHANGES[change](X)
+    for ask in ASKED.values():
+        with pytest.raises(ValueError, match=r"^data: batch [01] is not what it was"):
+            ask(risk)
+
+
+def test_inputs_without_numbers_are_those_that_they_were() -> None:
+    """NaN that a net replaces, and inputs without entries."""
+    net = nn.Linear(4, 3).double()
+    X, y = torch.rand(6, 4, dtype=torch.float64), torch.randint(3, (6,))
+    X[2, 1] = float("nan")
+    data = (X, torch.zeros(6, 0)), y
+    risk = vl.EmpiricalRisk(
+        net,
+        nn.CrossEntropyLoss(),
+        [data],
+        predict=lambda net, X: net(X[0].nan_to_num(0.5)),
+    )
+    for ask in ASKED.values():
+        ask(risk)

@@ -76,7 +76,7 @@ class HessianProducts(TorchLinearOperator):
         """The gradient on a batch, with its graph."""
         risk = self.risk
         output = risk.model(risk.model.params, X)
-        risk.check_outputs(index, output)
+        risk.check_outputs(index, output, X)
         total = risk.loss.total(output, risk.targets()[index]) * risk.scale
         return self._gradient_of(total)
 

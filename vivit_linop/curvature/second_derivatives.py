@@ -111,7 +111,7 @@ class Certificate:
             with as_guest(risk.device):
                 # With gradients: the model may differentiate inside.
                 output = risk.model(risk.model.params, X).detach()
-                risk.check_outputs(index, output)
+                risk.check_outputs(index, output, X)
                 size = output.square().mean().sqrt()
                 size = torch.where(size > 0.0, size, 1.0)
                 u = size * self._noise.like(output)

@@ -136,7 +136,7 @@ class Capture:
             try:
                 with explained(risk.does_not_fit, X, count):
                     few = cls(risk, risk.samples.take(X, index), count)
-                risk.check_outputs(batch, few.output.detach(), index)
+                risk.check_outputs(batch, few.output.detach(), samples=index)
                 return few
             # In whatever way it fails, it may run on the batch; an error of its own is
             # seen there again. The batch takes more memory.

@@ -206,7 +206,8 @@ def _linearized(risk: EmpiricalRisk, trust: bool) -> Iterator[Linearization]:
     kept: list[Linearization] = risk.kept.get(_TRUSTED if trust else _KEPT, list)
     checked: set[int] = risk.kept.get("checked", set)
     budget = risk.kept.budget(_MEMORY_SHARE)
-    answers: dict[int, Tensor] = {}
+    # Batches, what is asked of them, and what the answer should be.
+    asked: list[tuple[int, Tensor, bool]] = []
     for index, (X, _) in enumerate(risk.batches("product")):
         # The batches come in order, so the kept ones are the first ones. Threads that
         # come together keep each batch once; the others they make alone.
@@ -230,16 +231,18 @@ def _linearized(risk: EmpiricalRisk, trust: bool) -> Iterator[Linearization]:
                     risk.kept.nbytes += linearization.kept_bytes
         keep = linearization.kept
         if not keep:  # read at the end, since the host waits for the device
-            answers[index] = risk.has_outputs(index, linearization.outputs)
+            asked.append((index, risk.has_outputs(index, linearization.outputs), True))
+            asked += [(index, fact, False) for fact in risk.inputs_differ(index, X)]
         yield linearization
         if linearization.checked and not trust:
             checked.add(index)
         # Else its graph would be there while that of the next batch is made.
         if not keep:
             linearization.release()
-    if answers:
-        for index, right in zip(answers, read(list(answers.values())), strict=True):
-            if not right:
+    if asked:
+        answers = read([fact for _, fact, _ in asked])
+        for (index, _, expected), answer in zip(asked, answers, strict=True):
+            if answer is not expected:
                 raise risk.other_data(index)
 
 
@@ -264,7 +267,7 @@ def _linearization(
         output = None if run is None else run.output
         linearization = Linearization(function, risk.model.params, nbytes, output)
     if keep and run is None:
-        risk.check_outputs(index, linearization.outputs)
+        risk.check_outputs(index, linearization.outputs, X)
     linearization.kept = keep
     return linearization
 

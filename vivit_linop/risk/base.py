@@ -20,7 +20,7 @@ from vivit_linop.devices import explained
 from vivit_linop.modes import as_guest, ordinary_mode
 from vivit_linop.ranks.alone import Ranks
 from vivit_linop.risk import first_run
-from vivit_linop.risk.checks import agree
+from vivit_linop.risk.checks import agree, read
 from vivit_linop.risk.data import fingerprint
 from vivit_linop.risk.data.batches import Batch
 from vivit_linop.risk.data.distributed import by_items, check_parts
@@ -252,23 +252,34 @@ class Risk(ParameterVectors):
         return does_not_fit(self.model, self._passes.search, X, n)
 
     def check_outputs(
-        self, index: int, outputs: Tensor, samples: Tensor | None = None
+        self,
+        index: int,
+        outputs: Tensor,
+        X: Any = None,
+        samples: Tensor | None = None,
     ) -> None:
         """Raise an error if outputs differ from those at construction.
 
         Args:
             index: The batch.
             outputs: Those of the batch.
+            X: Its input, whole: outputs do not show it all where weights are zero.
+                None if somebody has looked at it.
             samples: The samples of the batch that they belong to, None for all.
 
         Raises:
             ValueError: If they differ: the data are not the same in every pass.
         """
-        if not self.has_outputs(index, outputs, samples):
+        right = self.has_outputs(index, outputs, samples)
+        wrong = [] if X is None else self.inputs_differ(index, X)
+        if read([right, *wrong]) != [True, *([False] * len(wrong))]:
             raise self.other_data(index)
 
     def has_outputs(
-        self, index: int, outputs: Tensor, samples: Tensor | None = None
+        self,
+        index: int,
+        outputs: Tensor,
+        samples: Tensor | None = None,
     ) -> Tensor:
         """Whether outputs are those at construction, not read by the host.
 
@@ -284,13 +295,24 @@ class Risk(ParameterVectors):
             return outputs.new_zeros((), dtype=torch.bool)
         return agree(before, outputs.reshape(before.shape))
 
+    def inputs_differ(self, index: int, X: Any) -> list[Tensor]:
+        """Whether sums over the input of a batch are others; not read by the host.
+
+        Args:
+            index: The batch.
+            X: Its input, whole.
+        """
+        if index >= len(self._sums):
+            return []
+        return fingerprint.Sums(X).differ_from(self._sums[index])
+
     def other_data(self, index: int) -> ValueError:
         """What to say where the outputs of a batch are others."""
         return ValueError(
             f"data: batch {index} is not what it was when the risk was built: its "
-            "outputs are others. An operator is one matrix: give a loader without "
-            "shuffling and random augmentations, and do not change the data in "
-            "place; nor what the model reaches through a global variable or an "
+            "inputs or outputs are others. An operator is one matrix: give a loader "
+            "without shuffling and random augmentations, and do not change the data "
+            "in place; nor what the model reaches through a global variable or an "
             "object that is no module. Keep that as an attribute of a module."
         )
 
@@ -333,7 +355,7 @@ class Risk(ParameterVectors):
                 run = first_run.used(self.kept, X)
                 if run is None:
                     output = self.model(self.model.params, X)
-                    self.check_outputs(index, output)
+                    self.check_outputs(index, output, X)
                 else:
                     output = run.output
                 total = self.loss.total(output, self._targets[index]) * self.scale

@@ -32,7 +32,7 @@ from vivit_linop.risk.passes import Cuts, Passes
 from vivit_linop.risk.store import Store
 
 # Of a batch: the sums over its inputs, its targets, and the outputs for them before.
-Known = tuple[list[Tensor], Any, Tensor]
+Known = tuple[fingerprint.Sums, Any, Tensor]
 
 
 class DerivableRisk(Risk):
@@ -93,8 +93,10 @@ class DerivableRisk(Risk):
 
     def _own_batches(self) -> Iterator[Batch]:
         """The batches with the targets of construction."""
-        batches = self.batches("subset")
-        for (X, _), y in zip(batches, self._targets, strict=True):
+        batches = zip(self.batches("subset"), self._targets, strict=True)
+        for index, ((X, _), y) in enumerate(batches):
+            if any(self.inputs_differ(index, X)):
+                raise self.other_data(index)
             yield X, y
 
     def over(self, names: Iterable[str]) -> Self:
@@ -270,9 +272,10 @@ class DerivableRisk(Risk):
         with self.ranks.together("at"):
             batches = zip(self._sums, self._targets, strict=False)
             for index, (sums, targets) in enumerate(batches):
-                if index >= len(risk._sums) or not (
-                    _same_sums(risk._sums[index], sums)
-                    and _same_targets(risk._targets[index], targets)
+                if (
+                    index >= len(risk._sums)
+                    or any(risk._sums[index].differ_from(sums))
+                    or not _same_targets(risk._targets[index], targets)
                 ):
                     raise _other_data(f"batch {index}")
         return risk
@@ -384,7 +387,7 @@ def _evaluated(
                 f"model: on {where} it returned outputs {list(output.shape)}, before "
                 f"they were {list(before.shape)}."
             )
-        if not _same_sums(fingerprint.sums(X), sums) or not _same_targets(
+        if any(fingerprint.Sums(X).differ_from(sums)) or not _same_targets(
             targets_of(loss, y, output), targets
         ):
             raise _other_data(where)
@@ -404,10 +407,6 @@ def _other_data(where: str) -> ValueError:
         "may change. Give a loader without shuffling and random augmentations, and do "
         "not change the data in place; or make a new risk."
     )
-
-
-def _same_sums(sums: list[Tensor], before: list[Tensor]) -> bool:
-    return len(sums) == len(before) and all(map(same_outputs, sums, before))
 
 
 def _same_targets(targets: Any, before: Any) -> bool:

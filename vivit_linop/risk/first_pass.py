@@ -46,7 +46,7 @@ class Seen:
     outputs: list[Tensor] = field(default_factory=list)
     targets: list[Any] = field(default_factory=list)
     graph_bytes: list[int] = field(default_factory=list)
-    sums: list[list[Tensor]] = field(default_factory=list)
+    sums: list[fingerprint.Sums] = field(default_factory=list)
     run: Run | None = None
 
     @property
@@ -112,7 +112,7 @@ def _evaluate(
         # Nobody else has it, so that it goes before the next batch is evaluated.
         seen.run, checked.run = checked.run, None
         seen.targets.append(copied(y))
-        seen.sums.append(fingerprint.sums(X))
+        seen.sums.append(fingerprint.Sums(X))
     # All batches together show where samples may be.
     if check and example is not None:
         X, output = example

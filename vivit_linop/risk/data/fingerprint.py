@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -15,6 +16,9 @@ from vivit_linop.risk.data.batches import Batch, some_targets
 from vivit_linop.risk.data.containers import leaves
 from vivit_linop.risk.data.sample_search import Search
 from vivit_linop.risk.data.samples import Samples, has_entries
+
+# In units of eps.
+_ROUNDING = 1e3
 
 
 def of_batch(batch: Any) -> bytes:
@@ -116,13 +120,49 @@ def of_tensors(named: Iterable[tuple[str, Tensor]]) -> str:
     return digest.hexdigest()
 
 
-def sums(X: Any) -> list[Tensor]:
-    """Return weighted sums over the tensors of an input, by the first axis.
+class Sums:
+    """Weighted sums over the tensors of an input, by the first axis.
 
     A sign of change that costs one reading: weights are those of no symmetry, so that
     a flip or a permutation shows.
+
+    Args:
+        X: The input.
     """
-    return [_weighted_sums(leaf.detach()) for leaf in leaves(X)]
+
+    def __init__(self, X: Any) -> None:
+        self._values = [_weighted_sums(leaf.detach()) for leaf in leaves(X)]
+
+    @functools.cached_property
+    def _rounding(self) -> list[Tensor]:
+        """What sums may be off by where threads add up in another order."""
+        return [
+            _ROUNDING * torch.finfo(sums.dtype).eps * _largest(sums)
+            for sums in self._values
+        ]
+
+    def differ_from(self, before: Sums) -> list[Tensor]:
+        """Whether they are others, by tensor; not read by the host.
+
+        Of tensors with NaN or Inf they say nothing.
+        """
+        pairs = list(zip(self._values, before._values, strict=False))
+        if len(self._values) != len(before._values) or any(
+            now.shape != then.shape for now, then in pairs
+        ):
+            return [torch.tensor(True, device="cpu")]
+        return [
+            _largest(now - then) > rounding
+            for (now, then), rounding in zip(pairs, before._rounding, strict=True)
+            if len(then)
+        ]
+
+
+def _largest(sums: Tensor) -> Tensor:
+    if not len(sums):
+        return sums.new_zeros(())
+    largest: Tensor = torch.linalg.vector_norm(sums, math.inf)
+    return largest
 
 
 def _weighted_sums(leaf: Tensor) -> Tensor:
