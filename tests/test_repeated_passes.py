@@ -180,7 +180,7 @@ def test_inputs_that_outputs_do_not_show(
     risk = vl.EmpiricalRisk(net, nn.CrossEntropyLoss(), data, memory=memory)
     CHANGES[change](X)
     for ask in ASKED.values():
-        with pytest.raises(ValueError, match=r"^data: batch [01] is not what it was"):
+        with pytest.raises(ValueError, match=r"^data: .* not what (it was|they were)"):
             ask(risk)
 
 

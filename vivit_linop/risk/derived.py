@@ -16,7 +16,7 @@ from vivit_linop.modes import as_guest, ordinary_mode
 from vivit_linop.ranks.alone import Ranks
 from vivit_linop.risk import first_run
 from vivit_linop.risk.base import Risk
-from vivit_linop.risk.checks import same_outputs
+from vivit_linop.risk.checks import agree, read
 from vivit_linop.risk.data import fingerprint
 from vivit_linop.risk.data.batches import Batch, select_samples
 from vivit_linop.risk.data.containers import leaves
@@ -64,12 +64,12 @@ class DerivableRisk(Risk):
         own = _own_samples(given, self.ranks, sum(self.batch_sizes))
         risk = type(self).__new__(type(self))
         parts: list[Batch] = []
+        differ: list[Tensor] = []  # of batches, read at the end
         search = Search.known(self.samples) if self.batch_sizes else Search()
         with self.ranks.together("subset"):
             if len(own):
-                parts = select_samples(
-                    self._own_batches(), self.batch_sizes, own.tolist(), self.samples
-                )
+                batches, sizes = self._own_batches(differ), self.batch_sizes
+                parts = select_samples(batches, sizes, own.tolist(), self.samples)
         try:
             cuts = Cuts(final=True)
             passes = Passes(parts, self.model, search, None, cuts, self.progress)
@@ -82,21 +82,25 @@ class DerivableRisk(Risk):
             )
         except Exception as error:
             if parts:
-                mine, _ = next(self._own_batches())
+                mine, _ = next(self._own_batches([]))
                 known = self.model, self._passes.search, self.batch_sizes
                 _check_size(*known, mine, parts, error)
             raise
         with self.ranks.together("subset"):
             if len(own):
-                _check_selected(self.layout.of(own), self.outputs, risk.outputs)
+                rows = self.layout.of(own)
+                _check_selected(rows, self.outputs, risk.outputs, differ)
         return risk
 
-    def _own_batches(self) -> Iterator[Batch]:
-        """The batches with the targets of construction."""
+    def _own_batches(self, differ: list[Tensor]) -> Iterator[Batch]:
+        """The batches with the targets of construction.
+
+        Args:
+            differ: Where facts come that must not hold.
+        """
         batches = zip(self.batches("subset"), self._targets, strict=True)
         for index, ((X, _), y) in enumerate(batches):
-            if any(self.inputs_differ(index, X)):
-                raise self.other_data(index)
+            differ += self.inputs_differ(index, X)
             yield X, y
 
     def over(self, names: Iterable[str]) -> Self:
@@ -307,9 +311,12 @@ def _own_samples(given: Tensor, ranks: Ranks, own: int) -> Tensor:
 
 
 def _check_selected(
-    rows: Tensor, before: Sequence[Tensor], found: Sequence[Tensor]
+    rows: Tensor,
+    before: Sequence[Tensor],
+    found: Sequence[Tensor],
+    differ: Sequence[Tensor],
 ) -> None:
-    """Raise an error unless samples have the outputs that they had.
+    """Raise an error unless samples have the inputs and outputs that they had.
 
     Gathering them was one more pass over the data.
 
@@ -317,11 +324,14 @@ def _check_selected(
         rows: Which of all outputs are theirs.
         before: The outputs of all samples, by batch.
         found: Those of the selected ones.
+        differ: Whether inputs are others.
     """
     if not len(rows):
         return
     old, new = (torch.cat([o.flatten() for o in each]) for each in (before, found))
-    if not same_outputs(old[rows.to(old.device)], new):
+    old = old[rows.to(old.device)]
+    same = old.shape == new.shape and read([agree(old, new), *differ])
+    if same != [True, *[False] * len(differ)]:
         raise ValueError(
             "data: are not what they were when the risk was built, or the model is "
             "another function. Give data that are the same in every pass."
