@@ -70,6 +70,7 @@ CLASSES = {
         "does_not_fit",
         "check_outputs",
         "has_outputs",
+        "inputs_differ",
         "other_data",
     },
     vl.GGN: set(),
