@@ -63,7 +63,7 @@ REFUSES = re.compile(r"^\s+raise \w|self\._check_", re.MULTILINE)
 # Classes whose methods are for users, but for what other rooms of the package call.
 CLASSES = {
     VerbMethods: set(),
-    DerivableRisk: set(),
+    DerivableRisk: {"is_current"},
     Risk: {
         "batches",
         "targets",

@@ -199,7 +199,7 @@ class DerivableRisk(Risk):
         are independent is not looked at again.
 
         Args:
-            data: As for a new risk, in the form of this one's.
+            data: As for a new risk, in the form of this one's (``[n, …]``).
             check_data: Likewise.
 
         Raises:
