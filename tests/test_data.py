@@ -14,7 +14,7 @@ import vivit_linop as vl
 from tests.cases import Lambda, dense, mlp, problem
 from tests.data_cases import Drawn
 from tests.toys import Noisy, Snapshot, random_vector, toy
-from vivit_linop.net.linearization import linearizations
+from vivit_linop.net.linearized import linearizations
 
 # Streams ------------------------------------------------------------------------------
 

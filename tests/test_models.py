@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import vivit_linop as vl
 from tests.cases import Lambda, call, mlp
-from vivit_linop.net.linearization import linearizations
+from vivit_linop.net.linearized import linearizations
 
 CE = nn.CrossEntropyLoss()
 

@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 
 import vivit_linop as vl
 from tests.cases import Lambda
-from vivit_linop.net.linearization import linearizations
+from vivit_linop.net.linearized import linearizations
 
 N, C = 6, 3
 # Each has a tenth of the error of the one before.

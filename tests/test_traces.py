@@ -14,8 +14,9 @@ from tests import cases
 from tests.cases import NAMES, dense, problem
 from tests.curvature_cases import FEW, close, fresh, risk
 from vivit_linop.net import tangents
-from vivit_linop.net.linearization import Linearization, linearizations
-from vivit_linop.net.tangents import NoTangentError, ReverseTangents
+from vivit_linop.net.linearization import ReverseTangents
+from vivit_linop.net.linearized import linearizations, linearized
+from vivit_linop.net.tangents import NoTangentError
 from vivit_linop.net.tracing import tangent_map
 
 
@@ -49,7 +50,7 @@ def test_linearization(name: str, method: str, monkeypatch: pytest.MonkeyPatch) 
     for (X, _), J in zip(of.batches(), rows, strict=True):
         # Some models write into their input.
         function = functools.partial(of.model, X=cases.map_tensors(torch.clone, X))
-        linear = Linearization(function, of.model.params)
+        linear = linearized(function, of.model.params)
         assert linear.method in (method, "reverse")
         generator = torch.Generator().manual_seed(3)
         for columns in (1, 4, 1):

@@ -21,8 +21,8 @@ from scipy.sparse.linalg import LinearOperator
 from torch import Tensor, nn
 
 import vivit_linop as vl
-from vivit_linop.net import linearization as linearizing
-from vivit_linop.net.linearization import linearizations
+from vivit_linop.net import linearized as linearizing
+from vivit_linop.net.linearized import linearizations
 
 N, C = 12, 3
 
@@ -445,7 +445,7 @@ def test_a_traced_net_is_freed() -> None:
     J = vl.Jacobian(risk)
     J.T @ torch.ones(J.shape[0]).double()
     inputs, _ = (
-        part._preparation._function.keywords["X"]
+        part._find.__self__._function.keywords["X"]
         for part in risk.kept.values["linearizations"]
     )
     J @ torch.ones(J.shape[1]).double()

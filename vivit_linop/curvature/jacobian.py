@@ -21,7 +21,8 @@ from vivit_linop.linalg.tracking import prepared_gram
 from vivit_linop.modes import as_guest
 from vivit_linop.net.costs import layer_costs
 from vivit_linop.net.inner import InnerProducts
-from vivit_linop.net.linearization import linearizations, trusted
+from vivit_linop.net.linearization import kept_linearizations
+from vivit_linop.net.linearized import linearizations, trusted
 from vivit_linop.net.pieces import StoredColumns, memory_budget
 from vivit_linop.net.sums import accumulate_own
 from vivit_linop.net.tangents import NoTangentError
@@ -258,7 +259,8 @@ class Pullback(TorchLinearOperator):
         parts = rows.split(self.layout.sizes)
         total: Tensor | None = None
         with as_guest(self.risk.device):
-            for batch, linearization in enumerate(linearizations(self.risk)):
+            ready = kept_linearizations(self.risk) or linearizations(self.risk)
+            for batch, linearization in enumerate(ready):
                 part = self.output.apply_batch(batch, parts[batch])
                 image = linearization.vjp(part)
                 total = image if total is None else total.add_(image)
@@ -283,7 +285,8 @@ class Pullback(TorchLinearOperator):
         """Bᵀ J X, batch by batch."""
         parts = []
         with as_guest(self.risk.device):
-            for batch, linearization in enumerate(linearizations(self.risk)):
+            ready = kept_linearizations(self.risk) or linearizations(self.risk)
+            for batch, linearization in enumerate(ready):
                 part = linearization.jvp(X)
                 parts.append(self.output.apply_adjoint_batch(batch, part))
         return torch.cat(parts)
@@ -304,7 +307,8 @@ class Pullback(TorchLinearOperator):
             total: Tensor | None = None
             try:
                 with as_guest(self.risk.device):
-                    for batch, linearization in enumerate(linearizations(self.risk)):
+                    ready = kept_linearizations(self.risk) or linearizations(self.risk)
+                    for batch, linearization in enumerate(ready):
                         part = outer.apply_batch(batch, linearization.jvp(X))
                         image = linearization.vjp(part)
                         total = image if total is None else total.add_(image)

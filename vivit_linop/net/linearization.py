@@ -13,38 +13,174 @@ kernels without forward mode, or derivatives that torch does not have or has wro
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import threading
-from collections.abc import Callable, Iterable, Iterator
-from contextvars import ContextVar
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from functools import cached_property
-from typing import Any, NoReturn
+from itertools import compress
+from operator import attrgetter
+from typing import NoReturn
 
+import torch
 from torch import Tensor
 
 from vivit_linop.devices import explained, is_out_of_memory
+from vivit_linop.graphs import batched_gradients, strided
 from vivit_linop.modes import as_guest
 from vivit_linop.net.chunks import Chunks, columns_at_a_time
-from vivit_linop.net.tangents import Graph, Preparation, Tangents
-from vivit_linop.risk import first_run
-from vivit_linop.risk.checks import read
-from vivit_linop.risk.data.containers import copied, leaves
 from vivit_linop.risk.empirical import EmpiricalRisk
-from vivit_linop.risk.first_run import Run
-from vivit_linop.risk.model.private_module import Params
 from vivit_linop.risk.passes import batch_does_not_fit
-from vivit_linop.risk.store import Store
 
 # What a net's trace keeps, or the graph of a backward pass, in graphs of its outputs:
 # measured 1.4 for a net of linear layers, 1.8 for attention, 2.9 for convolutions.
-_KEPT_GRAPHS = 3
-# The share of free memory that linearisations may take.
-_MEMORY_SHARE = 4
-# Where a risk keeps them: those of everybody, and those that are not yet certified.
-_KEPT, _TRUSTED = "linearizations", "trusted linearizations"
-# What keeps those that this thread certifies itself.
-_CERTIFYING: ContextVar[Store | None] = ContextVar("certifying", default=None)
+KEPT_GRAPHS = 3
+# Where a risk keeps them.
+KEPT = "linearizations"
+
+
+class Graph:
+    """An output with its graph; Jᵀ u is its gradient in the arguments, along u.
+
+    Args:
+        output: The output, or its tangent as a linear function of the arguments.
+        arguments: One for each parameter.
+
+    Attributes:
+        output: As given.
+        arguments: As given.
+        sizes: The entries of each argument.
+        repeats: Whether a second backward pass is known to give what the first does.
+    """
+
+    def __init__(self, output: Tensor, arguments: Sequence[Tensor]) -> None:
+        self.output, self.arguments = output, arguments
+        self.sizes = [*map(Tensor.numel, arguments)]
+        self.repeats = self._spent = False
+
+    def pull_back(self, rows: Tensor) -> Tensor:
+        """Jᵀ u, ``[n C] -> [D]`` or ``[K, n C] -> [K, D]``, rows contiguous."""
+        leading = rows.shape[:-1]
+        cotangents = rows.view((*leading, *self.output.shape))
+        gradients: Sequence[Tensor | None]
+        if rows.ndim == 2:
+            gradients = batched_gradients(self.output, self.arguments, [cotangents])
+        else:
+            gradients = torch.autograd.grad(
+                self.output,
+                self.arguments,
+                cotangents,
+                retain_graph=True,
+                allow_unused=True,
+            )
+        parts = []
+        for gradient, size in zip(gradients, self.sizes, strict=True):
+            if gradient is None:
+                gradient = rows.new_zeros(*leading, size)
+            elif gradient.layout != torch.strided:
+                gradient = gradient.to_dense()
+            parts.append(gradient.reshape(*leading, size))
+        return torch.cat(parts, dim=-1)
+
+    def check_repeats(self, u: Tensor, once: Tensor | None = None) -> None:
+        """Raise an error if a second backward pass gives another Jᵀ u.
+
+        Args:
+            u: ``[n C]``.
+            once: What the first backward pass of the graph gave, if it was for u.
+
+        Raises:
+            ValueError: It says which nets do so.
+        """
+        once = self.pull_back(u) if once is None else once
+        twice = self.pull_back(u)
+        size = once.nan_to_num(0.0, 0.0, 0.0).norm()
+        tolerance = float(torch.finfo(once.dtype).eps ** 0.5 * size)
+        # What is not finite is so again. Later, all passes might agree.
+        self._spent = self._spent or not torch.allclose(
+            once, twice, 0.0, tolerance, equal_nan=True
+        )
+        if self._spent:
+            raise ValueError(
+                "model: a second backward pass through the same graph gives another "
+                "result. Hooks that remove themselves, and functions that free or "
+                "change what they have saved, do so; use ones that can be used again."
+            )
+        self.repeats = bool(once.any())
+
+
+class Tangents(ABC):
+    """J x in one of two ways.
+
+    Args:
+        arguments: One for each parameter, of its shape.
+    """
+
+    method: str
+
+    def __init__(self, arguments: Sequence[Tensor]) -> None:
+        self._sizes = [*map(Tensor.numel, arguments)]
+        self._shapes = [*map(attrgetter("shape"), arguments)]
+
+    def along(self, rows: Tensor) -> Tensor:
+        """J x, ``[D] -> [n C]`` or ``[K, D] -> [K, n C]``, rows contiguous."""
+        leading = rows.shape[:-1]
+        # Kernels of a model may walk through memory: parts of several rows are copied,
+        # those of one row lie together already.
+        parts = []
+        for part, shape in zip(
+            rows.split(self._sizes, dim=-1), self._shapes, strict=True
+        ):
+            parts.append(part.contiguous().view((*leading, *shape)))
+        return self(parts, batched=rows.ndim == 2).reshape(*leading, -1)
+
+    @abstractmethod
+    def __call__(self, tangents: list[Tensor], batched: bool) -> Tensor:
+        """Return J x for x in the shapes of the parameters, or for K of them."""
+
+
+class ReverseTangents(Tangents):
+    """J x as a backward pass through the kept backward pass u ↦ Jᵀ u.
+
+    Args:
+        graph: The net's.
+    """
+
+    method = "reverse"
+
+    def __init__(self, graph: Graph) -> None:
+        super().__init__(graph.arguments)
+        self._dual = torch.zeros_like(
+            graph.output, requires_grad=True, memory_format=torch.contiguous_format
+        )
+        gradients = torch.autograd.grad(
+            graph.output,
+            graph.arguments,
+            self._dual,
+            create_graph=True,
+            allow_unused=True,
+        )
+        self._used: list[bool] = []
+        self._pulled_back: list[Tensor] = []
+        for gradient in map(strided, gradients):
+            used = gradient is not None and gradient.requires_grad
+            self._used.append(used)
+            if gradient is not None and used:
+                self._pulled_back.append(gradient)
+
+    def __call__(self, tangents: list[Tensor], batched: bool) -> Tensor:
+        """Pull the tangents back."""
+        vectors = list(compress(tangents, self._used))
+        if batched:
+            (images,) = batched_gradients(self._pulled_back, [self._dual], vectors)
+            assert images is not None
+            return images
+        (image,) = torch.autograd.grad(
+            self._pulled_back, self._dual, vectors, retain_graph=True
+        )
+        return image
+
+
+Find = Callable[[bool, bool], tuple[Graph, Tangents]]
 
 
 class Linearization:
@@ -54,10 +190,11 @@ class Linearization:
     whoever is copied makes it anew.
 
     Args:
-        function: Maps parameters, by name, to outputs ``[n, …]``.
-        params: θ, by name; tensors that require grad.
+        graph: That of the outputs at θ, ``[n, …]``.
+        find: Finds J x when it is needed: the first way that is right, and the graph
+            that Jᵀ u then goes through. It is told whether a trace may pay, and whether
+            J x is known to be right.
         nbytes: The memory that the graph of the outputs keeps, beyond θ.
-        output: The outputs with their graph, if the function was evaluated already.
 
     Attributes:
         outputs: The outputs at θ, ``[n, …]``.
@@ -66,25 +203,14 @@ class Linearization:
         checked: Whether J x has been seen to be right for this function and θ.
     """
 
-    def __init__(
-        self,
-        function: Callable[[Params], Tensor],
-        params: Params,
-        nbytes: int = 0,
-        output: Tensor | None = None,
-    ) -> None:
-        self.device = next(iter(params.values())).device
+    def __init__(self, graph: Graph, find: Find, nbytes: int = 0) -> None:
+        self.device, self.nbytes = graph.output.device, nbytes
         self.kept, self.checked, self._few = True, False, False
+        self._graph, self._find = graph, find
+        self._num_params = sum(graph.sizes)
         self._tangents: Tangents | None = None
         self._preparing = threading.Lock()
-        self.nbytes = nbytes
-        if output is None:
-            with as_guest(self.device):
-                output = function(params)
-        self._graph = Graph(output, list(params.values()))
-        self._num_params = sum(self._graph.sizes)
-        self._preparation = Preparation(function, params, self._graph)
-        self.outputs = output.detach()
+        self.outputs = graph.output.detach()
 
     @cached_property
     def _chunks(self) -> Chunks:
@@ -105,7 +231,7 @@ class Linearization:
     @property
     def kept_bytes(self) -> int:
         """About what it takes at most once J x is possible."""
-        return _KEPT_GRAPHS * self.nbytes
+        return KEPT_GRAPHS * self.nbytes
 
     @property
     def method(self) -> str:
@@ -121,15 +247,15 @@ class Linearization:
         with self._preparing, as_guest(self.device):
             if self._tangents is None:
                 may_trace = self.kept and not self._few
-                found = self._preparation.find(may_trace, self.checked)
+                found = self._find(may_trace, self.checked)
                 self._graph, self._tangents = found
                 self.checked = self._graph.repeats = True
-                del self._preparation
+                del self._find
         return self._tangents
 
     def release(self) -> None:
         """Let go of the graph, also where this object is still referred to."""
-        for name in ("_graph", "_tangents", "_preparation"):
+        for name in ("_graph", "_tangents", "_find"):
             self.__dict__.pop(name, None)
 
     def column_chunk(self) -> int:
@@ -183,111 +309,13 @@ class Linearization:
         return batch_does_not_fit(self.device, samples, self.nbytes / samples)
 
 
-def linearizations(risk: EmpiricalRisk) -> Iterable[Linearization]:
-    """Return the linearisation of each batch, kept while the memory budget lasts.
-
-    One that is not kept is good until the next one is asked for. Products with them are
-    taken as a guest (:class:`vivit_linop.modes.as_guest`), entered once for all.
+def kept_linearizations(risk: EmpiricalRisk) -> list[Linearization] | None:
+    """Return the linearisation of each batch if all are kept, asked in each product.
 
     Raises:
-        ValueError: If the outputs differ from those at construction: the data are not
-            the same in every pass; or if memory that the net reads has changed.
+        ValueError: If memory that the net reads has changed.
     """
     if risk.model.foreign.parts:
         risk.model.foreign.check()
-    # Without a call, since it is asked in each product.
-    kept: list[Linearization] = risk.kept.values.get(_KEPT, [])
-    if len(kept) == len(risk.batch_sizes):
-        return kept
-    return _linearized(risk, trust=_CERTIFYING.get() is risk.kept)
-
-
-def _linearized(risk: EmpiricalRisk, trust: bool) -> Iterator[Linearization]:
-    kept: list[Linearization] = risk.kept.get(_TRUSTED if trust else _KEPT, list)
-    checked: set[int] = risk.kept.get("checked", set)
-    budget = risk.kept.budget(_MEMORY_SHARE)
-    # Batches, what is asked of them, and what the answer should be.
-    asked: list[tuple[int, Tensor, bool]] = []
-    for index, (X, _) in enumerate(risk.batches("product")):
-        # The batches come in order, so the kept ones are the first ones. Threads that
-        # come together keep each batch once; the others they make alone.
-        making = risk.kept.making if index >= len(kept) else contextlib.nullcontext()
-        with making:
-            if index < len(kept):
-                linearization = kept[index]
-            else:
-                run = first_run.taken(risk.kept, X)
-                nbytes = risk.graph_bytes[index] if index < len(risk.outputs) else 0
-                room = budget - risk.kept.nbytes
-                keep = index == len(kept)
-                keep = keep and sum(map(_nbytes, leaves(X))) <= room
-                keep = keep and _KEPT_GRAPHS * nbytes <= room
-                linearization = _linearization(risk, index, X, nbytes, keep, run)
-                linearization.checked = index in checked
-                if trust:
-                    linearization.trust()
-                if keep:
-                    kept.append(linearization)
-                    risk.kept.nbytes += linearization.kept_bytes
-        keep = linearization.kept
-        if not keep:  # read at the end, since the host waits for the device
-            asked.append((index, risk.has_outputs(index, linearization.outputs), True))
-            asked += [(index, fact, False) for fact in risk.inputs_differ(index, X)]
-        yield linearization
-        if linearization.checked and not trust:
-            checked.add(index)
-        # Else its graph would be there while that of the next batch is made.
-        if not keep:
-            linearization.release()
-    if asked:
-        answers = read([fact for _, fact, _ in asked])
-        for (index, _, expected), answer in zip(asked, answers, strict=True):
-            if answer is not expected:
-                raise risk.other_data(index)
-
-
-def _nbytes(leaf: Tensor) -> int:
-    """At most what a tensor takes; sparse ones do not say it."""
-    return leaf.numel() * leaf.element_size()
-
-
-def _linearization(
-    risk: EmpiricalRisk, index: int, X: Any, nbytes: int, keep: bool, run: Run | None
-) -> Linearization:
-    """Linearise a batch, by a run of the net on it that has been made."""
-    # Of the model alone: with a way back to the risk, which keeps it, neither would be
-    # freed when the last reference goes.
-    samples = risk.batch_sizes[index] if index < len(risk.batch_sizes) else 1
-    with explained(risk.does_not_fit, X, samples):
-        if run is not None:
-            X = run.X
-        elif keep:
-            X = copied(X)
-        function = functools.partial(risk.model, X=X)
-        output = None if run is None else run.output
-        linearization = Linearization(function, risk.model.params, nbytes, output)
-    if keep and run is None:
-        risk.check_outputs(index, linearization.outputs, X)
-    linearization.kept = keep
-    return linearization
-
-
-@contextlib.contextmanager
-def trusted(risk: EmpiricalRisk) -> Iterator[None]:
-    """Take a few products that are certified inside, on linearisations made for them.
-
-    Nobody else gets these before the end, and nobody does after an exception.
-    """
-    kept = risk.kept
-    token = _CERTIFYING.set(kept)
-    try:
-        yield
-        with kept.making:
-            if not kept.values.get(_KEPT):
-                made = kept.values.pop(_TRUSTED, [])
-                checked: set[int] = kept.get("checked", set)
-                kept.values[_KEPT] = made
-                checked.update(range(len(made)))
-    finally:
-        _CERTIFYING.reset(token)
-        kept.drop_list(_TRUSTED)
+    kept: list[Linearization] = risk.kept.values.get(KEPT, [])
+    return kept if len(kept) == len(risk.batch_sizes) else None

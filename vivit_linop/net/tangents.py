@@ -1,4 +1,4 @@
-"""J x and Jᵀ u by graphs of a net, and which way to J x is right.
+"""How J x is found: which way to it is right.
 
 For convolutions torch's backward pass through a backward pass takes twice as long as it
 should; a trace (:mod:`vivit_linop.net.tracing`) does not. Tracing takes seconds, so it
@@ -13,10 +13,7 @@ import contextlib
 import gc
 import threading
 import warnings
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from itertools import compress
-from operator import attrgetter
 from typing import NamedTuple, NoReturn
 
 import torch
@@ -24,7 +21,8 @@ from torch import Tensor
 from torch.func import vmap
 
 from vivit_linop.devices import is_out_of_memory
-from vivit_linop.graphs import batched_gradients, nodes, strided
+from vivit_linop.graphs import nodes
+from vivit_linop.net.linearization import Graph, ReverseTangents, Tangents
 from vivit_linop.net.rounding import nearby
 from vivit_linop.net.tracing import OutOfPlace, tangent_map
 from vivit_linop.noise import BY_NOISE, Noise
@@ -38,148 +36,6 @@ _TRACING = threading.Lock()
 
 class NoTangentError(ValueError):
     """J x cannot be had from torch's derivatives; Jᵀ u can, and columns made of it."""
-
-
-class Graph:
-    """An output with its graph; Jᵀ u is its gradient in the arguments, along u.
-
-    Args:
-        output: The output, or its tangent as a linear function of the arguments.
-        arguments: One for each parameter.
-
-    Attributes:
-        output: As given.
-        arguments: As given.
-        sizes: The entries of each argument.
-        repeats: Whether a second backward pass is known to give what the first does.
-    """
-
-    def __init__(self, output: Tensor, arguments: Sequence[Tensor]) -> None:
-        self.output, self.arguments = output, arguments
-        self.sizes = [*map(Tensor.numel, arguments)]
-        self.repeats = self._spent = False
-
-    def pull_back(self, rows: Tensor) -> Tensor:
-        """Jᵀ u, ``[n C] -> [D]`` or ``[K, n C] -> [K, D]``, rows contiguous."""
-        leading = rows.shape[:-1]
-        cotangents = rows.view((*leading, *self.output.shape))
-        gradients: Sequence[Tensor | None]
-        if rows.ndim == 2:
-            gradients = batched_gradients(self.output, self.arguments, [cotangents])
-        else:
-            gradients = torch.autograd.grad(
-                self.output,
-                self.arguments,
-                cotangents,
-                retain_graph=True,
-                allow_unused=True,
-            )
-        parts = []
-        for gradient, size in zip(gradients, self.sizes, strict=True):
-            if gradient is None:
-                gradient = rows.new_zeros(*leading, size)
-            elif gradient.layout != torch.strided:
-                gradient = gradient.to_dense()
-            parts.append(gradient.reshape(*leading, size))
-        return torch.cat(parts, dim=-1)
-
-    def check_repeats(self, u: Tensor, once: Tensor | None = None) -> None:
-        """Raise an error if a second backward pass gives another Jᵀ u.
-
-        Args:
-            u: ``[n C]``.
-            once: What the first backward pass of the graph gave, if it was for u.
-
-        Raises:
-            ValueError: It says which nets do so.
-        """
-        once = self.pull_back(u) if once is None else once
-        twice = self.pull_back(u)
-        size = once.nan_to_num(0.0, 0.0, 0.0).norm()
-        tolerance = float(torch.finfo(once.dtype).eps ** 0.5 * size)
-        # What is not finite is so again. Later, all passes might agree.
-        self._spent = self._spent or not torch.allclose(
-            once, twice, 0.0, tolerance, equal_nan=True
-        )
-        if self._spent:
-            raise ValueError(
-                "model: a second backward pass through the same graph gives another "
-                "result. Hooks that remove themselves, and functions that free or "
-                "change what they have saved, do so; use ones that can be used again."
-            )
-        self.repeats = bool(once.any())
-
-
-class Tangents(ABC):
-    """J x in one of two ways.
-
-    Args:
-        arguments: One for each parameter, of its shape.
-    """
-
-    method: str
-
-    def __init__(self, arguments: Sequence[Tensor]) -> None:
-        self._sizes = [*map(Tensor.numel, arguments)]
-        self._shapes = [*map(attrgetter("shape"), arguments)]
-
-    def along(self, rows: Tensor) -> Tensor:
-        """J x, ``[D] -> [n C]`` or ``[K, D] -> [K, n C]``, rows contiguous."""
-        leading = rows.shape[:-1]
-        # Kernels of a model may walk through memory: parts of several rows are copied,
-        # those of one row lie together already.
-        parts = []
-        for part, shape in zip(
-            rows.split(self._sizes, dim=-1), self._shapes, strict=True
-        ):
-            parts.append(part.contiguous().view((*leading, *shape)))
-        return self(parts, batched=rows.ndim == 2).reshape(*leading, -1)
-
-    @abstractmethod
-    def __call__(self, tangents: list[Tensor], batched: bool) -> Tensor:
-        """Return J x for x in the shapes of the parameters, or for K of them."""
-
-
-class ReverseTangents(Tangents):
-    """J x as a backward pass through the kept backward pass u ↦ Jᵀ u.
-
-    Args:
-        graph: The net's.
-    """
-
-    method = "reverse"
-
-    def __init__(self, graph: Graph) -> None:
-        super().__init__(graph.arguments)
-        self._dual = torch.zeros_like(
-            graph.output, requires_grad=True, memory_format=torch.contiguous_format
-        )
-        gradients = torch.autograd.grad(
-            graph.output,
-            graph.arguments,
-            self._dual,
-            create_graph=True,
-            allow_unused=True,
-        )
-        self._used: list[bool] = []
-        self._pulled_back: list[Tensor] = []
-        for gradient in map(strided, gradients):
-            used = gradient is not None and gradient.requires_grad
-            self._used.append(used)
-            if gradient is not None and used:
-                self._pulled_back.append(gradient)
-
-    def __call__(self, tangents: list[Tensor], batched: bool) -> Tensor:
-        """Pull the tangents back."""
-        vectors = list(compress(tangents, self._used))
-        if batched:
-            (images,) = batched_gradients(self._pulled_back, [self._dual], vectors)
-            assert images is not None
-            return images
-        (image,) = torch.autograd.grad(
-            self._pulled_back, self._dual, vectors, retain_graph=True
-        )
-        return image
 
 
 class TracedTangents(Tangents):
