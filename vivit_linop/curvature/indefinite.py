@@ -31,12 +31,9 @@ from vivit_linop.linalg.logdets import (
     logdet_of_low_rank,
     logdet_of_operator,
 )
-from vivit_linop.linalg.reductions import (
-    diagonal_of_low_rank,
-    matrix_of_low_rank,
-    trace_of_low_rank,
-)
+from vivit_linop.linalg.reductions import diagonal_of_low_rank, matrix_of_low_rank
 from vivit_linop.linalg.roots import damped_root_of_low_rank, root_of_low_rank
+from vivit_linop.linalg.traces import trace_of_low_rank
 from vivit_linop.operators.base import TorchLinearOperator
 from vivit_linop.operators.eigenpairs import Eigendecomposition, Eigenpairs
 from vivit_linop.operators.lowrank import LowRank

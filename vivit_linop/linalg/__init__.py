@@ -16,6 +16,7 @@ from vivit_linop.linalg import (  # noqa: F401  (register)
     restrictions,
     roots,
     sandwiches,
+    traces,
     tracking,
 )
 from vivit_linop.linalg.estimates import (

@@ -32,6 +32,7 @@ from vivit_linop.linalg.krylov import (
     too_few,
 )
 from vivit_linop.linalg.leading import led
+from vivit_linop.linalg.reductions import narrowest_low_rank
 from vivit_linop.operators.base import TorchLinearOperator
 from vivit_linop.operators.damped import Damped, DampedInverse
 from vivit_linop.operators.dispatch import NoClosedForm, no_eigenpairs
@@ -119,6 +120,24 @@ def eigenpairs_of_scaled(
         return eigenpairs_of_operator(op, k, select, rcond)
     pairs = eigh(op.operator, k, rcond=rcond)
     return _with_values(pairs, op.factor * pairs.eigenvalues)
+
+
+@eigh.register
+def eigenpairs_of_product(
+    op: Product,
+    k: int | None = None,
+    select: Callable[[Tensor], Sequence[int] | Tensor] | None = None,
+    rcond: float | None = None,
+) -> Eigenpairs:
+    """The k largest by products, where no factor narrows what would be a large matrix.
+
+    Between the ends of S S with S = (c V Vᵀ + δ I)⁻¹ nothing has fewer rows.
+    """
+    narrow = narrowest_low_rank(op) or any(f.shape != op.shape for f in op.factors)
+    small = narrow or op.shape[0] <= DENSE_ROWS
+    if k is None or select is not None or small or op.requires_grad:
+        return eigenpairs_of_operator(op, k, select, rcond)
+    return extreme_eigenpairs(op, k, route=solver_on(op.device))
 
 
 def _with_values(pairs: Eigenpairs, eigenvalues: Tensor) -> Eigenpairs:

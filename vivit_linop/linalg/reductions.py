@@ -1,4 +1,4 @@
-"""Matrices, diagonals, norms and traces: the rules of the verbs that read entries."""
+"""Matrices, diagonals and norms: the rules of the verbs that read entries."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 from vivit_linop.linalg.columns import column_pieces_of_operator
 from vivit_linop.operators.base import TorchLinearOperator
-from vivit_linop.operators.damped import Damped, DampedInverse
+from vivit_linop.operators.damped import Damped
 from vivit_linop.operators.elementary import (
     Adjoint,
     Dense,
@@ -24,7 +24,7 @@ from vivit_linop.operators.kronecker import (
     KhatriRao,
     Kronecker,
 )
-from vivit_linop.operators.lowrank import Centered, DampedRoot, Gram, LowRank, Woodbury
+from vivit_linop.operators.lowrank import Centered, Gram, LowRank
 from vivit_linop.operators.parts import HStack
 from vivit_linop.operators.verbs import (
     adjoint,
@@ -33,11 +33,9 @@ from vivit_linop.operators.verbs import (
     column_pieces,
     diagonal,
     diagonal_blocks,
-    eigvalsh,
     outer_matrix,
     row_norms_squared,
     to_dense,
-    trace,
 )
 
 # Dense matrices -----------------------------------------------------------------
@@ -155,7 +153,12 @@ def diagonal_of_product(op: Product) -> Tensor:
     if not inner:
         return diagonal(op.factors[0])
     if min(inner) >= op.shape[0]:
-        return diagonal_blocks(op, 1).flatten()
+        if (found := narrowest_low_rank(op)) is None:
+            return diagonal_blocks(op, 1).flatten()
+        at, low_rank = found
+        V = low_rank.factor
+        narrow = *op.factors[:at], V, adjoint(V), *op.factors[at + 1 :]
+        return low_rank.scale * diagonal_of_product(Product(*narrow))
     at = 1 + inner.index(min(inner))
     A, B = Product(*op.factors[:at]), Product(*op.factors[at:])
     result = torch.zeros(op.shape[0], dtype=op.torch_dtype, device=op.device)
@@ -165,6 +168,23 @@ def diagonal_of_product(op: Product) -> Tensor:
     for (_, left), (_, right) in pairs:
         result += (left * right).sum(1)
     return result
+
+
+def narrowest_low_rank(op: Product) -> tuple[int, LowRank] | None:
+    """Return which factor is a c V Vᵀ with the fewest columns in V.
+
+    None where V has as many as there are rows, or gradients flow to it.
+    """
+    columns = {
+        factor.factor.shape[1]: (at, factor)
+        for at, factor in enumerate(op.factors)
+        if isinstance(factor, LowRank)
+        and factor.by_gram
+        and factor.semidefinite
+        and not factor.requires_grad
+    }
+    least = min(columns, default=op.shape[0])
+    return columns[least] if least < op.shape[0] else None
 
 
 @diagonal.register
@@ -268,56 +288,3 @@ def column_norms_of_adjoint(op: Adjoint) -> Tensor:
 def centered_row_norms_of_operator(op: TorchLinearOperator) -> Tensor:
     """By products with the columns less their mean: no digits cancel."""
     return row_norms_of_operator(Centered(op))
-
-
-# Traces ---------------------------------------------------------------------------
-
-
-@trace.register
-def trace_of_operator(op: TorchLinearOperator) -> Tensor:
-    return diagonal(op).sum()
-
-
-@trace.register
-def trace_of_low_rank(op: LowRank) -> Tensor:
-    """The trace of the smaller side: tr(V Vᵀ) = tr(VᵀV)."""
-    return op.scale * row_norms_squared(op.factor).sum()
-
-
-@trace.register
-def trace_of_corrected_kronecker(op: CorrectedKronecker) -> Tensor:
-    return op.eigenvalues.sum()
-
-
-@trace.register
-def trace_of_damped(op: Damped) -> Tensor:
-    return trace(op.operator) + op.shape[0] * op.damping
-
-
-@trace.register
-def trace_of_damped_inverse(op: DampedInverse) -> Tensor:
-    """The sum of 1/(λ + δ)."""
-    return eigvalsh(op).sum()
-
-
-@trace.register
-def trace_of_woodbury(op: Woodbury) -> Tensor:
-    """The sum of 1/(λ + δ), the zeros of V Vᵀ included.
-
-    Where the eigenvalues are not known, the squares of L⁻ᵀ with δ I + c K = L Lᵀ.
-    """
-    low_rank = op.operator
-    if low_rank.has_eigenvalues:
-        evals = low_rank.nonnegative_eigenvalues
-        known, total = len(evals), (1.0 / (low_rank.scale * evals + op.damping)).sum()
-    else:
-        known = low_rank.small_rows
-        parts = [columns.square_().sum() for columns in op.root_columns()]
-        total = torch.stack(parts).sum()
-    return total + (op.shape[0] - known) / op.damping
-
-
-@trace.register
-def trace_of_damped_root(op: DampedRoot) -> Tensor:
-    """The sum of the roots, or of 1 over these."""
-    return eigvalsh(op).sum()

@@ -6,6 +6,8 @@ columns: ``R @ noise`` with standard normal noise is a sample of N(0, A).
 
 from __future__ import annotations
 
+from functools import reduce
+
 import torch
 from torch import Tensor
 
@@ -21,6 +23,7 @@ from vivit_linop.operators.elementary import (
     Scaled,
     Sum,
     dense_over,
+    symmetric_over,
 )
 from vivit_linop.operators.kronecker import (
     BlockDiagonal,
@@ -35,6 +38,7 @@ from vivit_linop.operators.verbs import (
     damp,
     damped_sqrt,
     inv,
+    matmul,
     sample,
     scale,
     sqrt,
@@ -124,6 +128,8 @@ def root_of_product(op: Product) -> Op:
     """√(A B Aᵀ) = A √B, as in eigendecompositions Q Λ Qᵀ."""
     op._check_self_adjoint("sqrt")
     half = len(op.factors) // 2
+    if (root := _narrow_root(op)) is not None:
+        return root
     if len(op.factors) % 2 == 0:
         return Product(*op.factors[:half])
     middle = op.factors[half]
@@ -131,6 +137,25 @@ def root_of_product(op: Product) -> Op:
         return Product(*op.factors[:half], sqrt(middle))
     except ValueError:  # B is indefinite, A B Aᵀ need not be
         return _root_of_mirrored(Product(*op.factors[:half]), middle)
+
+
+def _narrow_root(op: Product) -> Op | None:
+    """A V √(c² VᵀB V) of A (c V Vᵀ) B (c V Vᵀ) Aᵀ, as of powers.
+
+    None where there is no such V, or it has more columns than rows.
+    """
+    for at, factor in enumerate(op.factors[: len(op.factors) // 2]):
+        if (
+            isinstance(factor, LowRank)
+            and factor.by_gram
+            and factor.semidefinite
+            and not op.requires_grad
+        ):
+            V, between = factor.factor, op.factors[at + 1 : -at - 1]
+            small = to_dense(reduce(matmul, (adjoint(V), *between, V)))
+            middle = symmetric_over(op.ranks, factor.scale**2 * (small + small.T) / 2)
+            return Product(*op.factors[:at], V, sqrt(middle))
+    return None
 
 
 @sqrt.register

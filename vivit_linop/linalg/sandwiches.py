@@ -7,9 +7,11 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from vivit_linop.linalg.reductions import diagonal_of_operator
 from vivit_linop.operators.base import TorchLinearOperator
+from vivit_linop.operators.damped import DampedInverse
 from vivit_linop.operators.elementary import Product, Scaled, Sum
-from vivit_linop.operators.lowrank import DampedRoot, Gram, Woodbury
+from vivit_linop.operators.lowrank import DampedRoot, Gram, LowRank, Woodbury
 from vivit_linop.operators.operands import as_float
 from vivit_linop.operators.parts import HStack
 from vivit_linop.operators.sandwich import LowRankForm, Sandwich, low_rank_form
@@ -118,6 +120,31 @@ def diagonal_of_woodbury(op: Woodbury) -> Tensor:
     if eps * op.norm / op.damping > _SAFE * eps**0.5:
         for part in lost.nonzero().squeeze(1).split(few):
             result[part] = op.apply(_unit(D, part, op))[part].diagonal()
+    return result
+
+
+@diagonal.register
+def diagonal_of_damped_inverse(op: DampedInverse) -> Tensor:
+    """1/δ − Σ_k c (V Q)²_k / (δ (δ + c κ_k)), which derivatives in δ pass through.
+
+    Entries that lose more than half of the digits come from products.
+    """
+    low_rank, D = op.operator, op.shape[0]
+    if not (isinstance(low_rank, LowRank) and low_rank.by_gram):
+        return diagonal_of_operator(op)
+    evals, vectors = low_rank.small_eigenpairs
+    evals, delta = low_rank.scale * evals.double().clamp(min=0.0), op.damping.double()
+    shares = (low_rank.scale / (delta + evals)).to(vectors)
+    few = _few_beside(low_rank.small_rows, D)
+    total = torch.zeros(D, dtype=op.torch_dtype, device=op.device)
+    for columns, share in zip(vectors.split(few, 1), shares.split(few), strict=True):
+        total = total + low_rank.factor.apply(columns).square() @ share
+    kept = 1.0 - total
+    lost = kept.detach() < torch.finfo(kept.dtype).eps ** 0.5
+    result = kept / op.damping.to(kept)
+    for part in lost.nonzero().squeeze(1).split(few):
+        entries = op.apply(_unit(D, part, op))[part].diagonal()
+        result = result.index_copy(0, part, entries)
     return result
 
 

@@ -373,6 +373,11 @@ class Product(TorchLinearOperator):
                 return self.reduced
         raise missing
 
+    def _mirrors(self, other: TorchLinearOperator) -> bool:
+        if not isinstance(other, Product) or len(self.factors) != len(other.factors):
+            return False
+        return all(map(mirrored, self.factors, reversed(other.factors)))
+
     def _made_of(self) -> tuple[TorchLinearOperator, ...]:
         return self.factors
 

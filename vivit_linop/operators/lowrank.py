@@ -286,6 +286,11 @@ class LowRank(TorchLinearOperator):
         node.route = route
         return node
 
+    def _mirrors(self, other: TorchLinearOperator) -> bool:
+        if not isinstance(other, LowRank):
+            return False
+        return self.factor is other.factor and self.scale == other.scale
+
     def _made_of(self) -> tuple[TorchLinearOperator]:
         return (self.factor,)
 
@@ -410,6 +415,11 @@ class Woodbury(TorchLinearOperator):
         if error:
             raise ValueError(error)
         return norm, refines
+
+    def _mirrors(self, other: TorchLinearOperator) -> bool:
+        if not isinstance(other, Woodbury) or self.damping != other.damping:
+            return False
+        return self.operator._mirrors(other.operator)
 
     def _made_of(self) -> tuple[TorchLinearOperator]:
         return (self.operator,)
