@@ -39,7 +39,8 @@ def operators(n: int, dtype: torch.dtype) -> dict[str, Any]:
         "P": vl.Diagonal(torch.linspace(0.1, 1.0, G.shape[0], dtype=dtype)),
         "F": vl.EmpiricalFisher(second),
         "I": eye,
-        "K": (vl.KFAC(first) + TAU * eye).inv().sqrt(),
+        "C": (C := vl.KFAC(first)),
+        "K": (C + TAU * eye).inv().sqrt(),
     }
 
 
@@ -67,6 +68,12 @@ def columns(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return counts
 
 
+def inverse(o: dict[str, Any], name: str) -> Any:
+    """(A + τ I)⁻¹, made anew each time it is typed."""
+    damped = o[name] + TAU * o["I"]
+    return torch.linalg.inv(damped) if isinstance(damped, Tensor) else damped.inv()
+
+
 Expression = Callable[[dict[str, Any]], Any]
 PRODUCTS: dict[str, Expression] = {
     "G S": lambda o: o["G"] @ o["S"],
@@ -79,6 +86,11 @@ PRODUCTS: dict[str, Expression] = {
     "P S P": lambda o: o["P"] @ o["S"] @ o["P"],
     "G G": lambda o: o["G"] @ o["G"],
     "G S H T": lambda o: o["G"] @ o["S"] @ o["H"] @ o["T"],
+    "C (C + tau I)⁻¹": lambda o: o["C"] @ inverse(o, "C"),
+    "(C + tau I)⁻¹ C": lambda o: inverse(o, "C") @ o["C"],
+    "(C + tau I)⁻²": lambda o: inverse(o, "C") @ inverse(o, "C"),
+    "P S": lambda o: o["P"] @ o["S"],
+    "(G - H) (G - H)": lambda o: (o["G"] - o["H"]) @ (o["G"] - o["H"]),
     "2 S - G T": lambda o: 2 * o["S"] - o["G"] @ o["T"],
 }
 
@@ -115,18 +127,11 @@ def test_diagonals_of_products_are_as_narrow_as_their_factors(
         assert max(columns) < op.shape[0]
 
 
-def inverse(o: dict[str, Any]) -> Any:
-    """S, made anew each time it is typed."""
-    if isinstance(o["G"], Tensor):
-        return o["S"]
-    return (o["G"] + TAU * o["I"]).inv()
-
-
 MIRRORED: dict[str, Expression] = {
     "G G": lambda o: o["G"] @ o["G"],
     "G³": lambda o: o["G"] @ o["G"] @ o["G"],
     "2 G S 2 G": lambda o: 2 * o["G"] @ o["S"] @ (2 * o["G"]),
-    "S again": lambda o: inverse(o) @ o["G"] @ inverse(o),
+    "S again": lambda o: inverse(o, "G") @ o["G"] @ inverse(o, "G"),
     "P G S G P": lambda o: o["P"] @ o["G"] @ o["S"] @ o["G"] @ o["P"],
     "S S": lambda o: o["S"] @ o["S"],
     "KᵀG K": lambda o: o["K"].T @ o["G"] @ o["K"],

@@ -13,6 +13,7 @@ from typing import Any
 from vivit_linop.linalg.eigen import PRODUCTS, PRODUCTS_A_PAIR
 from vivit_linop.linalg.iterative import IterativeInverse
 from vivit_linop.linalg.krylov import solver_on
+from vivit_linop.linalg.reductions import narrowest_low_rank
 from vivit_linop.linalg.sandwiches import may_lose_digits
 from vivit_linop.operators.base import TorchLinearOperator
 from vivit_linop.operators.damped import (
@@ -202,6 +203,8 @@ def explain_sum(op: Sum, k: int | None = None) -> Explanation:
 def explain_product(op: Product, k: int | None = None) -> Explanation:
     """By its smaller side where it is A B Aᵀ."""
     ways = {"products": "factor by factor, the last first"}
+    if narrowest_low_rank(op) is not None:
+        ways["trace"] = "on the small side: tr(A V Vᵀ B) = tr(VᵀB A V)"
     if not op.self_adjoint:
         return _said(op, ways | ({} if op.shape[0] != op.shape[1] else _by_rules(op)))
     # Nothing is computed to say so.

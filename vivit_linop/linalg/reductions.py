@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import reduce
+
 import torch
 from torch import Tensor
 
@@ -33,6 +35,7 @@ from vivit_linop.operators.verbs import (
     column_pieces,
     diagonal,
     diagonal_blocks,
+    matmul,
     outer_matrix,
     row_norms_squared,
     to_dense,
@@ -153,6 +156,11 @@ def diagonal_of_product(op: Product) -> Tensor:
     if not inner:
         return diagonal(op.factors[0])
     if min(inner) >= op.shape[0]:
+        first, *between, last = op.factors
+        if isinstance(first, Diagonal):
+            return first.entries * diagonal(reduce(matmul, (*between, last)))
+        if isinstance(last, Diagonal):
+            return diagonal(reduce(matmul, (first, *between))) * last.entries
         if (found := narrowest_low_rank(op)) is None:
             return diagonal_blocks(op, 1).flatten()
         at, low_rank = found

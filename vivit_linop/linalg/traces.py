@@ -17,7 +17,7 @@ from torch import Tensor
 from vivit_linop.linalg.reductions import narrowest_low_rank
 from vivit_linop.operators.base import TorchLinearOperator
 from vivit_linop.operators.damped import Damped, DampedInverse
-from vivit_linop.operators.elementary import Product, Scaled, Sum
+from vivit_linop.operators.elementary import Diagonal, Product, Scaled, Sum
 from vivit_linop.operators.kronecker import CorrectedKronecker
 from vivit_linop.operators.lowrank import DampedRoot, LowRank, Woodbury
 from vivit_linop.operators.sandwich import LowRankForm, low_rank_form
@@ -106,10 +106,19 @@ def trace_of_product(op: Product) -> Tensor:
         V, between = low_rank.factor, _after(op, at)
         return low_rank.scale * trace(reduce(matmul, (adjoint(V), *between, V)))
     for at, factor in enumerate(factors):
-        if isinstance(factor, Damped):
-            rest = reduce(matmul, _after(op, at))
-            return trace(matmul(factor.operator, rest)) + factor.damping * trace(rest)
+        if isinstance(factor, (Damped, Sum)):
+            return _trace_by_terms(factor, reduce(matmul, _after(op, at)))
+        if isinstance(factor, Diagonal):
+            rest = diagonal(reduce(matmul, _after(op, at)))
+            return (factor.entries * rest).sum()
     return _trace_by_forms(op)
+
+
+def _trace_by_terms(op: Damped | Sum, rest: TorchLinearOperator) -> Tensor:
+    """tr(A B + δ B), or tr(A₁ B) + tr(A₂ B)."""
+    if isinstance(op, Damped):
+        return trace(matmul(op.operator, rest)) + op.damping * trace(rest)
+    return torch.stack([trace(matmul(term, rest)) for term in op.terms]).sum()
 
 
 def _after(op: Product, at: int) -> tuple[TorchLinearOperator, ...]:

@@ -106,6 +106,28 @@ def product_of_kroneckers(A: Kronecker, B: Kronecker) -> Op:
     return Kronecker(*(a @ b for a, b in zip(A.factors, B.factors, strict=True)))
 
 
+@matmul.rule(Kronecker, CorrectedKronecker)
+def product_of_kronecker_and_corrected_one(A: Kronecker, B: CorrectedKronecker) -> Op:
+    """Functions of one Kronecker product have its eigenvectors."""
+    if A is not B.basis:
+        return NotImplemented
+    return CorrectedKronecker(A, A.eigenvalues * B.eigenvalues)
+
+
+@matmul.rule(CorrectedKronecker, Kronecker)
+def product_of_corrected_kronecker_and_its_basis(
+    A: CorrectedKronecker, B: Kronecker
+) -> Op:
+    return product_of_kronecker_and_corrected_one(B, A)
+
+
+@matmul.rule(CorrectedKronecker, CorrectedKronecker)
+def product_of_corrected_kroneckers(A: CorrectedKronecker, B: CorrectedKronecker) -> Op:
+    if A.basis is not B.basis:
+        return NotImplemented
+    return CorrectedKronecker(A.basis, A.eigenvalues * B.eigenvalues)
+
+
 @matmul.rule(BlockDiagonal, BlockDiagonal)
 def product_of_block_diagonals(A: BlockDiagonal, B: BlockDiagonal) -> Op:
     """Block-diagonal operators with matching blocks multiply block by block."""

@@ -192,7 +192,7 @@ class DerivableRisk(Risk):
         return risk
 
     def on(self, data: Any, *, check_data: bool = True) -> Self:
-        """Return the risk of other data at the same parameters.
+        """Return the risk of other data, any number of samples, at these parameters.
 
         For one batch after the other: it costs a forward pass, and what is known of the
         net is kept. What depends on the data is checked as for a new risk; that samples
@@ -239,7 +239,18 @@ class DerivableRisk(Risk):
     def is_current(self) -> bool:
         """Whether the user's model is what it was, at the same parameters and buffers.
 
-        The modes of its modules (``train``, ``eval``) are not looked at.
+        The modes of its modules (``train``, ``eval``) are not looked at. Costs reading
+        its D numbers, and no pass over the data.
+
+        Example:
+            >>> import torch, vivit_linop as vl
+            >>> from torch import nn
+            >>> net, data = nn.Linear(3, 1), (torch.rand(8, 3), torch.rand(8, 1))
+            >>> risk = vl.EmpiricalRisk(net, nn.MSELoss(), data)
+            >>> before = risk.is_current()
+            >>> _ = nn.init.zeros_(net.bias)
+            >>> before, risk.is_current(), risk.at().is_current()
+            (True, False, True)
         """
         if self.model.has_changed():
             return False
