@@ -84,7 +84,9 @@ def quote(
     for report in reports:
         for name, nets in report["suites"].items():
             for net, measured in nets.items():
-                rounds = max(map(len, measured["seconds"].values()), default=0)
+                # What has failed as a whole has an error and no times.
+                times = measured.get("seconds", {})
+                rounds = max(map(len, times.values()), default=0)
                 if name not in suites or net not in NETS or rounds < _ROUNDS:
                     continue
                 found = rows_of(name, suites[name], net, measured)

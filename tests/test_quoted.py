@@ -56,6 +56,13 @@ def test_quick_reports_are_not_quoted(rounds: int) -> None:
     assert quote(report(rounds)) == BEFORE
 
 
+def test_what_has_failed_is_not_quoted() -> None:
+    failed = report(value=5.0)
+    failed["suites"]["products"]["3c3d"] = {"error": "MemoryError: "}
+    failed["suites"]["spectra"] = {"mlp": {"error": "TimeoutError: "}}
+    assert quote(failed) == quote(report(value=5.0))
+
+
 def test_other_sizes_have_no_aim() -> None:
     assert [row["aim"] for row in quote(report(num_samples=64))["rows"]] == [None, None]
 
