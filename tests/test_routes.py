@@ -134,6 +134,21 @@ def test_a_known_gram_matrix_decides_anew() -> None:
     assert fresh.chosen.name == "ARPACK on K" and "are free" in fresh.why
 
 
+def test_a_known_matrix_of_some_hundred_rows_is_iterated_on() -> None:
+    """What is taken is what explain says, known or not."""
+    generator = torch.Generator().manual_seed(0)
+    V = vl.Dense(torch.randn(900, 400, generator=generator))
+    for known, route in ((False, "dense Gram"), (True, "ARPACK on K")):
+        G = V @ V.T
+        if known:
+            _ = (G + vl.Identity(900)).inv()
+        said = G.explain(k=5).chosen.name
+        pairs = G.eigh(k=5)
+        assert pairs.route == said == route
+        expected = torch.linalg.eigvalsh(V.matrix.double().T @ V.matrix.double())
+        assert close(pairs.eigenvalues.double(), expected[-5:], 1e-5)
+
+
 @pytest.mark.parametrize("samples", [6, 40])
 def test_arpack_on_a_known_matrix_takes_no_pass(samples: int) -> None:
     calls: list[int] = []

@@ -128,7 +128,9 @@ def quickest_route(op: LowRank, k: int) -> str:
     """Return the name of that way; what layers cost is asked only where it decides."""
     shape, free = op.factor.shape, free_memory(op.device)
     fits = 3 * min(shape) ** 2 * _itemsize(op) <= free
-    if fits and not op.ranks.is_many and plan.dense_suffices(shape, k, op.device):
+    # A known matrix decides without the layers, and products with it take less.
+    asks = not (op.small_side_known or op.ranks.is_many)
+    if asks and fits and plan.dense_suffices(shape, k, op.device):
         return DENSE[0] if op.by_gram else DENSE[1]
     return choose_route(op, k).chosen.name
 
