@@ -279,10 +279,10 @@ class Pass:
         # Columns may be kept, when the data are overwritten.
         few = len(index) < n
         X = risk.samples.take(whole, index) if few else copied(whole)
+        # With the first samples, whether those of all are what they were.
+        differ = risk.inputs_differ(batch, whole) if int(index[0]) == 0 else []
         capture = Capture(risk, X, len(index))
-        # Of the first samples, whether those of all are what they were.
-        first = whole if int(index[0]) == 0 else None
-        risk.check_outputs(batch, capture.output.detach(), first, index)
+        risk.check_outputs(batch, capture.output.detach(), differ, index)
         return X, capture
 
     def _singly(

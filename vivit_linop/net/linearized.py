@@ -83,6 +83,7 @@ def _linearized(risk: EmpiricalRisk, trust: bool) -> Iterator[Linearization]:
         # The batches come in order, so the kept ones are the first ones. Threads that
         # come together keep each batch once; the others they make alone.
         making = risk.kept.making if index >= len(kept) else contextlib.nullcontext()
+        differ: list[Tensor] = []
         with making:
             if index < len(kept):
                 linearization = kept[index]
@@ -93,7 +94,10 @@ def _linearized(risk: EmpiricalRisk, trust: bool) -> Iterator[Linearization]:
                 keep = index == len(kept)
                 keep = keep and sum(map(_nbytes, leaves(X))) <= room
                 keep = keep and KEPT_GRAPHS * nbytes <= room
+                differ = risk.inputs_differ(index, X) if run is None else []
                 linearization = _linearization(risk, index, X, nbytes, keep, run)
+                if keep and run is None:
+                    risk.check_outputs(index, linearization.outputs, differ)
                 linearization.checked = index in checked
                 if trust:
                     linearization.trust()
@@ -103,7 +107,7 @@ def _linearized(risk: EmpiricalRisk, trust: bool) -> Iterator[Linearization]:
         keep = linearization.kept
         if not keep:  # read at the end, since the host waits for the device
             asked.append((index, risk.has_outputs(index, linearization.outputs), True))
-            asked += [(index, fact, False) for fact in risk.inputs_differ(index, X)]
+            asked += [(index, fact, False) for fact in differ]
         yield linearization
         if linearization.checked and not trust:
             checked.add(index)
@@ -137,8 +141,6 @@ def _linearization(
         function = functools.partial(risk.model, X=X)
         output = None if run is None else run.output
         linearization = linearized(function, risk.model.params, nbytes, output)
-    if keep and run is None:
-        risk.check_outputs(index, linearization.outputs, X)
     linearization.kept = keep
     return linearization
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -255,7 +255,7 @@ class Risk(ParameterVectors):
         self,
         index: int,
         outputs: Tensor,
-        X: Any = None,
+        differ: Sequence[Tensor] = (),
         samples: Tensor | None = None,
     ) -> None:
         """Raise an error if outputs differ from those at construction.
@@ -263,16 +263,14 @@ class Risk(ParameterVectors):
         Args:
             index: The batch.
             outputs: Those of the batch.
-            X: Its input, whole: outputs do not show it all where weights are zero.
-                None if somebody has looked at it.
+            differ: What :meth:`inputs_differ` has said of its input.
             samples: The samples of the batch that they belong to, None for all.
 
         Raises:
             ValueError: If they differ: the data are not the same in every pass.
         """
         right = self.has_outputs(index, outputs, samples)
-        wrong = [] if X is None else self.inputs_differ(index, X)
-        if read([right, *wrong]) != [True, *([False] * len(wrong))]:
+        if read([right, *differ]) != [True, *[False] * len(differ)]:
             raise self.other_data(index)
 
     def has_outputs(
@@ -298,9 +296,11 @@ class Risk(ParameterVectors):
     def inputs_differ(self, index: int, X: Any) -> list[Tensor]:
         """Whether sums over the input of a batch are others; not read by the host.
 
+        Outputs do not show all of it, where weights are zero.
+
         Args:
             index: The batch.
-            X: Its input, whole.
+            X: Its input, whole, before the model has it, which may spoil it.
         """
         if index >= len(self._sums):
             return []
@@ -354,8 +354,9 @@ class Risk(ParameterVectors):
             ):
                 run = first_run.used(self.kept, X)
                 if run is None:
+                    differ = self.inputs_differ(index, X)
                     output = self.model(self.model.params, X)
-                    self.check_outputs(index, output, X)
+                    self.check_outputs(index, output, differ)
                 else:
                     output = run.output
                 total = self.loss.total(output, self._targets[index]) * self.scale
