@@ -129,10 +129,23 @@ def quickest_route(op: LowRank, k: int) -> str:
     shape, free = op.factor.shape, free_memory(op.device)
     fits = 3 * min(shape) ** 2 * _itemsize(op) <= free
     # A known matrix decides without the layers, and products with it take less.
-    asks = not (op.small_side_known or op.ranks.is_many)
+    asks = not (op.small_side_known or op.ranks.is_many) and _root_fits(op.factor)
     if asks and fits and plan.dense_suffices(shape, k, op.device):
         return DENSE[0] if op.by_gram else DENSE[1]
     return choose_route(op, k).chosen.name
+
+
+def _root_fits(factor: Any) -> bool:
+    """Whether the root of the loss Hessian fits into memory, where there is one."""
+    if isinstance(factor, Pullback):
+        return factor.output.blocks_fit()
+    if isinstance(factor, FactorRows):
+        return _root_fits(factor.partition.factor)
+    if isinstance(factor, HStack):
+        return all(map(_root_fits, factor.parts))
+    if isinstance(factor, Scaled):
+        return _root_fits(factor.operator)
+    return not isinstance(factor, Centered) or _root_fits(factor.factor)
 
 
 def _cheapest(op: LowRank, k: int) -> plan.Choice:
