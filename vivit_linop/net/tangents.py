@@ -13,7 +13,7 @@ import contextlib
 import gc
 import threading
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple, NoReturn
 
 import torch
@@ -124,11 +124,8 @@ class Preparation:
         return self._probe
 
     def _trace_somehow(self) -> tuple[Graph, Tangents] | None:
-        found = self._trace(contextlib.nullcontext()) or self._trace(OutOfPlace())
-        # The tracer leaves circles of references, to its callers too, which would keep
-        # the data of this risk until Python's collector happens to run.
-        gc.collect()
-        return found
+        with _young_circles_collected():
+            return self._trace(contextlib.nullcontext()) or self._trace(OutOfPlace())
 
     def _trace(
         self, mode: contextlib.AbstractContextManager[object]
@@ -256,6 +253,23 @@ class Preparation:
             "one), or iterates in its backward pass and stops early (let it iterate "
             "until it has converged)."
         )
+
+
+@contextlib.contextmanager
+def _young_circles_collected() -> Iterator[None]:
+    """Free what the tracer leaves in circles of references, to its callers too.
+
+    They would keep the data of a risk until Python's collector happens to run. While
+    that waits all new objects are young ones, which are looked through in little time.
+    """
+    waits = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.collect(0)
+        if waits:
+            gc.enable()
 
 
 def tracing_pays(output: Tensor) -> bool:
