@@ -77,7 +77,7 @@ def test_chunks_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
     # Larger problems are multiplied some columns at a time.
     for place in (
         "linalg.columns._CHUNK",
-        "net.chunks._CPU_COLUMN_BYTES",
+        "devices._CPU_COLUMN_BYTES",
     ):
         monkeypatch.setattr(f"vivit_linop.{place}", 7)
     for name in ("mlp_ce_mean", "control_flow", "uneven_batches"):

@@ -64,7 +64,7 @@ def test_curvatures(name: str, dtype: torch.dtype) -> None:
 
 def test_one_decomposition_serves_all(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[int] = []
-    eigvalsh = vl.operators.small_side.symmetric_eigenvalues  # type: ignore[attr-defined]
+    eigvalsh = vl.operators.symmetric.symmetric_eigenvalues  # type: ignore[attr-defined]
 
     def counted(matrix: Tensor) -> Tensor:
         calls.append(1)
@@ -72,7 +72,7 @@ def test_one_decomposition_serves_all(monkeypatch: pytest.MonkeyPatch) -> None:
         return result
 
     monkeypatch.setattr(
-        "vivit_linop.operators.small_side.symmetric_eigenvalues", counted
+        "vivit_linop.operators.symmetric.symmetric_eigenvalues", counted
     )
     G = nets(torch.float64)["few"]
     G.logdet(damping=TAUS)

@@ -138,7 +138,7 @@ def test_one_decomposition_serves_every_scale_and_damping(monkeypatch):
         return torch.linalg.eigvalsh(matrix)
 
     monkeypatch.setattr(
-        "vivit_linop.operators.small_side.symmetric_eigenvalues", counted
+        "vivit_linop.operators.symmetric.symmetric_eigenvalues", counted
     )
     V = Draw(torch.float64)(9, 4)
     G = LowRank(vl.Dense(V))

@@ -199,11 +199,11 @@ def test_what_torch_holds_without_using_it_is_free(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     free(monkeypatch, 4000)
-    assert chunks.columns_at_a_time(CUDA, 10) == 100
+    assert devices.columns_at_a_time(CUDA, 10) == 100
     free(monkeypatch, 0, held=5000, used=1000)
-    assert chunks.columns_at_a_time(CUDA, 10) == 100
+    assert devices.columns_at_a_time(CUDA, 10) == 100
     free(monkeypatch, 0, held=1000, used=1000)
-    assert chunks.columns_at_a_time(CUDA, 10) == 1
+    assert devices.columns_at_a_time(CUDA, 10) == 1
 
 
 class Device:

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 import vivit_linop as vl
 from tests.composition_cases import close, risks
 from tests.operator_market import Draw
-from vivit_linop.operators import LowRank, Woodbury, small_side
+from vivit_linop.operators import LowRank, Woodbury, symmetric
 
 FLOAT64 = torch.float64
 
@@ -23,13 +23,13 @@ def decompositions(monkeypatch):
     """The sizes of the matrices that are decomposed."""
     calls = []
     for name in ("symmetric_eigenpairs", "symmetric_eigenvalues"):
-        function = getattr(small_side, name)
+        function = getattr(symmetric, name)
 
         def counted(matrix, function=function):
             calls.append(len(matrix))
             return function(matrix)
 
-        monkeypatch.setattr(small_side, name, counted)
+        monkeypatch.setattr(symmetric, name, counted)
     return calls
 
 
@@ -71,7 +71,7 @@ def test_determinants_cost_one_decomposition(kind, decompositions):
 
 def test_what_is_kept_is_within_the_budget(decompositions):
     V = vl.Dense(Draw(FLOAT64)(9, 4))
-    kept = small_side.KeptMatrix(lambda: 8 * 16 - 1)
+    kept = symmetric.KeptMatrix(lambda: 8 * 16 - 1)
     K = V.matrix.T @ V.matrix
     for _ in range(2):
         evals, _ = kept.eigenpairs(lambda function: function(K))
@@ -245,10 +245,10 @@ def test_room_is_asked_for_before_it_is_taken(monkeypatch):
     V = vl.Dense(Draw(FLOAT64)(40, 20))
     G = V @ V.T
     nbytes = G.gram.matrix.nbytes
-    monkeypatch.setattr(small_side, "free_memory", lambda device: nbytes - 1)
+    monkeypatch.setattr(symmetric, "free_memory", lambda device: nbytes - 1)
     with pytest.raises(MemoryError, match=r"inv: the Cholesky factor.*20 rows.*cg"):
         (G + vl.Identity(40)).inv()
-    monkeypatch.setattr(small_side, "free_memory", lambda device: nbytes)
+    monkeypatch.setattr(symmetric, "free_memory", lambda device: nbytes)
     assert isinstance((G + vl.Identity(40)).inv(), Woodbury)
 
 

@@ -25,6 +25,9 @@ _MOMENT = 0.02
 _MORE = 1.25
 # How errors of no class of their own say that there is no memory.
 _NO_MEMORY = "DefaultCPUAllocator", "_STATUS_ALLOC_FAILED", "CUDA error: out of memory"
+# What K columns of tangents may take together on the CPU. More would not be faster:
+# columns one by one use the caches better.
+_CPU_COLUMN_BYTES = 4 * 2**20
 # From here on the C library gets each block from the system anew (glibc's
 # M_MMAP_THRESHOLD is at most this on 64 bits).
 _FRESH_BYTES = 32 * 2**20
@@ -80,6 +83,19 @@ try:
 # Another C library, or another system.
 except (AttributeError, OSError, TypeError):
     _trim = None
+
+
+def columns_at_a_time(device: torch.device, per_column: int) -> int:
+    """Return how many columns to multiply at a time.
+
+    Args:
+        device: Where they are.
+        per_column: The bytes that a product takes for each.
+    """
+    budget = _CPU_COLUMN_BYTES
+    if device.type == "cuda":
+        budget = free_memory(device) // 4
+    return max(1, budget // max(per_column, 1))
 
 
 class Room:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vivit_linop.arguments import numbered
 from vivit_linop.curvature import plan
 from vivit_linop.curvature.device_costs import DeviceCosts
 from vivit_linop.curvature.ggn import GGN
@@ -21,7 +22,6 @@ from vivit_linop.linalg.krylov import SOLVERS, by_arpack, solver_on, start_of
 from vivit_linop.modes import ordinary_mode
 from vivit_linop.noise import Noise
 from vivit_linop.operators.elementary import Dense
-from vivit_linop.operators.operands import numbered
 from vivit_linop.operators.symmetric import largest_eigenpairs, symmetric_eigenpairs
 from vivit_linop.risk.empirical import EmpiricalRisk
 

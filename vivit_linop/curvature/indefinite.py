@@ -1,28 +1,22 @@
 """The rules of a GGN whose loss is not convex: JᵀHJ with an indefinite H, without V.
 
 What is linear in H is a difference, G = Jᵀ H₊ J − Jᵀ H₋ J, and both parts have factors,
-in the structure of the layers. Eigenvalues come from products, or from the dense G.
+in the structure of the layers. All eigenvalues come from the dense G; a few pairs by
+:mod:`vivit_linop.curvature.routes`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import cached_property
+from collections.abc import Callable
 
 from torch import Tensor
 
-from vivit_linop.curvature import plan
+from vivit_linop.arguments import Scalar
 from vivit_linop.curvature.ggn import GGN
-from vivit_linop.curvature.routes import (
-    by_iteration,
-    choose_route,
-    eigenpairs_of_low_rank,
-    explain_low_rank,
-)
-from vivit_linop.linalg.decompositions import DenseDecomposition, LowRankDecomposition
+from vivit_linop.curvature.routes import IndefiniteDecomposition
+from vivit_linop.linalg.decompositions import LowRankDecomposition
 from vivit_linop.linalg.eigen import eigenvalues_of_low_rank
 from vivit_linop.linalg.inverse import damped_inverse_of_low_rank, inverse_of_low_rank
-from vivit_linop.linalg.krylov import solver_on
 from vivit_linop.linalg.logdets import (
     damped_logdet_of_low_rank,
     damped_logdet_of_operator,
@@ -35,9 +29,8 @@ from vivit_linop.linalg.reductions import diagonal_of_low_rank, matrix_of_low_ra
 from vivit_linop.linalg.roots import damped_root_of_low_rank, root_of_low_rank
 from vivit_linop.linalg.traces import trace_of_low_rank
 from vivit_linop.operators.base import TorchLinearOperator
-from vivit_linop.operators.eigenpairs import Eigendecomposition, Eigenpairs
+from vivit_linop.operators.eigenpairs import Eigendecomposition
 from vivit_linop.operators.lowrank import LowRank
-from vivit_linop.operators.operands import Scalar
 from vivit_linop.operators.symmetric import symmetric_eigenvalues
 from vivit_linop.operators.verbs import (
     damped_inv,
@@ -46,9 +39,7 @@ from vivit_linop.operators.verbs import (
     damped_sqrt,
     diagonal,
     eigendecomposition,
-    eigh,
     eigvalsh,
-    explain,
     inv,
     logdet,
     sqrt,
@@ -93,67 +84,11 @@ def eigenvalues_of_ggn(op: GGN) -> Tensor:
     return symmetric_eigenvalues(to_dense(op))
 
 
-class IndefiniteDecomposition(DenseDecomposition):
-    """The decomposition of the dense JᵀHJ, which is formed when it is needed.
-
-    Args:
-        operator: JᵀHJ.
-    """
-
-    def __init__(self, operator: GGN) -> None:
-        self._operator, self.count = operator, operator.shape[0]
-        self._ranks = operator.ranks
-
-    @cached_property
-    def _matrix(self) -> Tensor:  # type: ignore[override]
-        return to_dense(self._operator)
-
-
 @eigendecomposition.register
 def decomposition_of_ggn(op: GGN) -> Eigendecomposition:
     if op.semidefinite:
         return LowRankDecomposition(op)
     return IndefiniteDecomposition(op)
-
-
-@eigh.register
-def eigenpairs_of_ggn(
-    op: GGN,
-    k: int | None = None,
-    select: Callable[[Tensor], Sequence[int] | Tensor] | None = None,
-    rcond: float | None = None,
-) -> Eigenpairs:
-    """Of an indefinite one the k largest by products, all from its matrix."""
-    if op.semidefinite:
-        return eigenpairs_of_low_rank(op, k, select, rcond)
-    if op.route is not None and op.by_gram:
-        op.factor.root.check()  # says why there is no Gram matrix
-    decomposition = IndefiniteDecomposition(op)
-    if k is not None and select is None and op.route != "dense G":
-        decomposition.check_k(k)
-        if k < op.shape[0]:
-            solver = (op.route or solver_on(op.device)).split()[0]
-            return by_iteration(op, int(k), f"{solver} on G")
-    pairs = decomposition.pairs(decomposition.choose(k, select, rcond))
-    pairs.route = "dense G"
-    return pairs
-
-
-@explain.register
-def explain_ggn(op: GGN, k: int | None = None) -> plan.Choice:
-    """The ways to k eigenpairs; of an indefinite one there is one."""
-    if op.semidefinite:
-        return explain_low_rank(op, k)
-    k = min(10, op.shape[0]) if k is None else k
-    IndefiniteDecomposition(op).check_k(k)
-    routes = choose_route(op.routed("dense G"), k).routes
-    fits = op.factor.root.blocks_fit()
-    why = "the loss is not convex" if fits else "blocks of H do not fit into memory"
-    taken = f"{solver_on(op.device)} on G"
-    chosen = next(route for route in routes if route.name == taken)
-    choice = plan.Choice(k, routes, chosen, f"{why}, so there is no factor V")
-    print(choice)
-    return choice
 
 
 @logdet.register

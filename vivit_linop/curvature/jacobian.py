@@ -30,7 +30,7 @@ from vivit_linop.net.totals import AllColumns, Components
 from vivit_linop.operators import verbs
 from vivit_linop.operators.base import TorchLinearOperator
 from vivit_linop.operators.lowrank import Gram
-from vivit_linop.operators.small_side import KeptMatrix
+from vivit_linop.operators.symmetric import KeptMatrix
 from vivit_linop.ranks.alone import Ranks
 from vivit_linop.risk.empirical import EmpiricalRisk, as_risk, risk_of_inputs
 

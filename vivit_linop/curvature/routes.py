@@ -1,23 +1,27 @@
 """The k largest eigenpairs of low-rank operators, by the way that the plan chooses.
 
-A way belongs to the factor V of c V Vᵀ: whatever is a factor has the same four.
+A way belongs to the factor V of c V Vᵀ: whatever is a factor has the same four. A GGN
+whose loss is not convex has none: its pairs come from products, or from the dense G.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
-from functools import singledispatch
+from functools import cached_property, singledispatch
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from vivit_linop.arguments import check_k
 from vivit_linop.curvature import plan
 from vivit_linop.curvature.blocks import FactorRows
+from vivit_linop.curvature.ggn import GGN
 from vivit_linop.curvature.jacobian import Pullback
 from vivit_linop.devices import free_memory
 from vivit_linop.linalg.decompositions import (
+    DenseDecomposition,
     GramEigenpairs,
     LowRankDecomposition,
     gram_rounding_error,
@@ -27,6 +31,7 @@ from vivit_linop.linalg.krylov import (
     SOLVERS,
     NotConverged,
     by_arpack,
+    solver_on,
     start_of,
     too_few,
     watched,
@@ -47,6 +52,7 @@ from vivit_linop.operators.verbs import (
     explain,
     gram,
     scale,
+    to_dense,
 )
 
 DENSE = ("dense Gram", "dense G")
@@ -180,7 +186,7 @@ def eigenpairs_of_low_rank(
     decomposition = LowRankDecomposition(op)
     # Only the largest pairs can be had without all of them.
     if k is not None and select is None:
-        decomposition.check_k(k)
+        check_k(k, decomposition.count)
         route = op.route or quickest_route(op, int(k))
         if route in ITERATIONS:
             return by_iteration(op, int(k), route)
@@ -188,6 +194,45 @@ def eigenpairs_of_low_rank(
     else:
         pairs = decomposition.pairs(decomposition.choose(k, select, rcond))
     pairs.route = "dense Gram" if op.by_gram else "dense G"
+    return pairs
+
+
+class IndefiniteDecomposition(DenseDecomposition):
+    """The decomposition of the dense JᵀHJ, which is formed when it is needed.
+
+    Args:
+        operator: JᵀHJ.
+    """
+
+    def __init__(self, operator: GGN) -> None:
+        self._operator, self.count = operator, operator.shape[0]
+        self._ranks = operator.ranks
+
+    @cached_property
+    def _matrix(self) -> Tensor:  # type: ignore[override]
+        return to_dense(self._operator)
+
+
+@eigh.register
+def eigenpairs_of_ggn(
+    op: GGN,
+    k: int | None = None,
+    select: Callable[[Tensor], Sequence[int] | Tensor] | None = None,
+    rcond: float | None = None,
+) -> Eigenpairs:
+    """Of an indefinite one the k largest by products, all from its matrix."""
+    if op.semidefinite:
+        return eigenpairs_of_low_rank(op, k, select, rcond)
+    if op.route is not None and op.by_gram:
+        op.factor.root.check()  # says why there is no Gram matrix
+    decomposition = IndefiniteDecomposition(op)
+    if k is not None and select is None and op.route != "dense G":
+        check_k(k, decomposition.count)
+        if k < op.shape[0]:
+            solver = (op.route or solver_on(op.device)).split()[0]
+            return by_iteration(op, int(k), f"{solver} on G")
+    pairs = decomposition.pairs(decomposition.choose(k, select, rcond))
+    pairs.route = "dense G"
     return pairs
 
 
@@ -288,7 +333,7 @@ def explain_low_rank(op: LowRank, k: int | None = None) -> plan.Choice:
     """The ways to k eigenpairs and the one that is taken; what products run on."""
     decomposition = LowRankDecomposition(op)
     k = min(10, decomposition.count) if k is None else k
-    decomposition.check_k(k)
+    check_k(k, decomposition.count)
     choice = choose_route(op, k)
     print(choice)
     if isinstance(op.factor, HStack):
@@ -304,6 +349,23 @@ def explain_low_rank(op: LowRank, k: int | None = None) -> plan.Choice:
             costs, factor.width, op.device
         )
         print(plan.explained_products(costs, stored, op.device))
+    return choice
+
+
+@explain.register
+def explain_ggn(op: GGN, k: int | None = None) -> plan.Choice:
+    """The ways to k eigenpairs; of an indefinite one there is one."""
+    if op.semidefinite:
+        return explain_low_rank(op, k)
+    k = min(10, op.shape[0]) if k is None else k
+    check_k(k, op.shape[0])
+    routes = choose_route(op.routed("dense G"), k).routes
+    fits = op.factor.root.blocks_fit()
+    why = "the loss is not convex" if fits else "blocks of H do not fit into memory"
+    taken = f"{solver_on(op.device)} on G"
+    chosen = next(route for route in routes if route.name == taken)
+    choice = plan.Choice(k, routes, chosen, f"{why}, so there is no factor V")
+    print(choice)
     return choice
 
 

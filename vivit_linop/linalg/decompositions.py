@@ -8,10 +8,10 @@ from functools import cached_property, partial
 import torch
 from torch import Tensor
 
+from vivit_linop.arguments import Scalar
 from vivit_linop.operators.base import TorchLinearOperator
 from vivit_linop.operators.eigenpairs import Eigendecomposition, Eigenpairs
 from vivit_linop.operators.lowrank import Gram, LowRank
-from vivit_linop.operators.operands import Scalar
 from vivit_linop.operators.symmetric import largest_eigenpairs, symmetric_eigenpairs
 from vivit_linop.ranks.alone import ALONE, Ranks
 

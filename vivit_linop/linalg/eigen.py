@@ -15,7 +15,7 @@ import torch
 from scipy.sparse.linalg import ArpackError
 from torch import Tensor
 
-from vivit_linop.arguments import as_numbers, check_real
+from vivit_linop.arguments import as_numbers, check_k, check_real
 from vivit_linop.linalg.decompositions import (
     DenseDecomposition,
     LowRankDecomposition,
@@ -439,7 +439,7 @@ def _chosen(decomposition: Eigendecomposition, k: int, which: str) -> Tensor:
     evals, rest = decomposition.eigenvalues, decomposition.rest
     if which == "LA":
         return decomposition.choose(k, None, None)
-    decomposition.check_k(k)
+    check_k(k, decomposition.count)
     keys = evals if which == "SA" else -evals.abs()
     chosen = keys.argsort()[:k].sort().values
     if rest is not None:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from vivit_linop.arguments import Scalar
 from vivit_linop.linalg.decompositions import GramEigenpairs, gram_rounding_error
 from vivit_linop.linalg.iterative import IterativeWoodbury
 from vivit_linop.operators.base import TorchLinearOperator
@@ -30,7 +31,6 @@ from vivit_linop.operators.kronecker import (
     Kronecker,
 )
 from vivit_linop.operators.lowrank import DampedRoot, Gram, LowRank, Woodbury
-from vivit_linop.operators.operands import Scalar
 from vivit_linop.operators.symmetric import without_noise
 from vivit_linop.operators.verbs import (
     adjoint,

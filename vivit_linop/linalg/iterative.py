@@ -19,7 +19,7 @@ from vivit_linop.operators.dispatch import NoClosedForm
 from vivit_linop.operators.elementary import Diagonal, Sum
 from vivit_linop.operators.kronecker import BlockDiagonal
 from vivit_linop.operators.lowrank import Woodbury
-from vivit_linop.operators.small_side import needs_refinement
+from vivit_linop.operators.symmetric import needs_refinement
 from vivit_linop.operators.verbs import add, damp, inv, scale, solver
 
 Solve = Callable[[np.ndarray, float], tuple[np.ndarray, int]]

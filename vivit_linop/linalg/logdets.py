@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from vivit_linop.arguments import Scalar, as_scalar, log_abs
 from vivit_linop.operators.base import TorchLinearOperator, settled
 from vivit_linop.operators.damped import Damped, DampedInverse
 from vivit_linop.operators.dispatch import no_eigenpairs
@@ -25,7 +26,6 @@ from vivit_linop.operators.kronecker import (
     Kronecker,
 )
 from vivit_linop.operators.lowrank import DampedRoot, LowRank, Woodbury
-from vivit_linop.operators.operands import Scalar, as_scalar, log_abs
 from vivit_linop.operators.symmetric import without_noise
 from vivit_linop.operators.verbs import (
     damp,

@@ -8,6 +8,7 @@ from typing import TypeGuard
 import torch
 from torch import Tensor
 
+from vivit_linop.arguments import Scalar
 from vivit_linop.linalg.sandwiches import gram_blocks_of_operator
 from vivit_linop.operators.base import TorchLinearOperator
 from vivit_linop.operators.damped import Damped, DampedDense
@@ -23,7 +24,6 @@ from vivit_linop.operators.elementary import (
 )
 from vivit_linop.operators.kronecker import BlockDiagonal
 from vivit_linop.operators.lowrank import Gram, LowRank, Woodbury
-from vivit_linop.operators.operands import Scalar
 from vivit_linop.operators.parts import Restricted, Rows, padded
 from vivit_linop.operators.symmetric import symmetric_eigenpairs
 from vivit_linop.operators.verbs import (

@@ -11,6 +11,7 @@ from functools import reduce
 import torch
 from torch import Tensor
 
+from vivit_linop.arguments import Scalar
 from vivit_linop.operators.base import TorchLinearOperator
 from vivit_linop.operators.damped import Damped, DampedInverse, DiagonalWoodbury
 from vivit_linop.operators.dispatch import no_root
@@ -31,7 +32,6 @@ from vivit_linop.operators.kronecker import (
     Kronecker,
 )
 from vivit_linop.operators.lowrank import DampedRoot, Gram, LowRank, Woodbury
-from vivit_linop.operators.operands import Scalar
 from vivit_linop.operators.symmetric import symmetric_eigenpairs, without_noise
 from vivit_linop.operators.verbs import (
     adjoint,

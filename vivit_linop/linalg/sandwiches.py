@@ -7,12 +7,12 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from vivit_linop.arguments import as_float
 from vivit_linop.linalg.reductions import diagonal_of_operator
 from vivit_linop.operators.base import TorchLinearOperator
 from vivit_linop.operators.damped import DampedInverse
 from vivit_linop.operators.elementary import Product, Scaled, Sum
 from vivit_linop.operators.lowrank import DampedRoot, Gram, LowRank, Woodbury
-from vivit_linop.operators.operands import as_float
 from vivit_linop.operators.parts import HStack
 from vivit_linop.operators.sandwich import LowRankForm, Sandwich, low_rank_form
 from vivit_linop.operators.verbs import (

@@ -34,13 +34,13 @@ from typing import NamedTuple, Self
 import torch
 from torch import Tensor
 
+from vivit_linop.arguments import Scalar
 from vivit_linop.linalg.decompositions import GramEigenpairs, orthonormalised
 from vivit_linop.operators import verbs
 from vivit_linop.operators.base import TorchLinearOperator
 from vivit_linop.operators.damped import Damped
 from vivit_linop.operators.eigenpairs import Eigenpairs
 from vivit_linop.operators.lowrank import LowRank
-from vivit_linop.operators.operands import Scalar
 from vivit_linop.operators.verbs import eigh, eigh_near
 
 # Half-steps after which the operators are not near enough.

@@ -18,9 +18,8 @@ from typing import Any, Literal, NamedTuple, Self
 import torch
 from torch import Tensor
 
-from vivit_linop.devices import explained, is_out_of_memory, told
+from vivit_linop.devices import columns_at_a_time, explained, is_out_of_memory, told
 from vivit_linop.graphs import batched_gradients
-from vivit_linop.net.chunks import columns_at_a_time
 from vivit_linop.net.columns.base import LayerColumns
 from vivit_linop.net.columns.joins import Place, assembled
 from vivit_linop.net.kinds import View

@@ -7,28 +7,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from vivit_linop.devices import Room, free_memory, fresh, is_out_of_memory
+from vivit_linop.devices import Room, fresh, is_out_of_memory
 from vivit_linop.noise import Noise
-
-# What K columns of tangents may take together on the CPU. More would not be faster:
-# columns one by one use the caches better.
-_CPU_COLUMN_BYTES = 4 * 2**20
 
 # ``[d] -> [m]`` and ``[K, d] -> [K, m]``, rows contiguous.
 Product = Callable[[Tensor], Tensor]
-
-
-def columns_at_a_time(device: torch.device, per_column: int) -> int:
-    """Return how many columns to multiply at a time.
-
-    Args:
-        device: Where they are.
-        per_column: The bytes that a product takes for each.
-    """
-    budget = _CPU_COLUMN_BYTES
-    if device.type == "cuda":
-        budget = free_memory(device) // 4
-    return max(1, budget // max(per_column, 1))
 
 
 class Chunks:

@@ -24,10 +24,10 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
-from vivit_linop.devices import explained, is_out_of_memory
+from vivit_linop.devices import columns_at_a_time, explained, is_out_of_memory
 from vivit_linop.graphs import batched_gradients, strided
 from vivit_linop.modes import as_guest
-from vivit_linop.net.chunks import Chunks, columns_at_a_time
+from vivit_linop.net.chunks import Chunks
 from vivit_linop.risk.empirical import EmpiricalRisk
 from vivit_linop.risk.passes import batch_does_not_fit
 

@@ -18,6 +18,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vivit_linop.arguments import (
+    Scalar,
+    as_array,
+    as_float,
+    as_scalar,
+    is_scalar,
+    numbered,
+)
 from vivit_linop.modes import (
     has_tangent,
     is_followed,
@@ -28,20 +36,8 @@ from vivit_linop.modes import (
 from vivit_linop.operators import verbs
 from vivit_linop.operators.linear_map import LinearMap
 from vivit_linop.operators.methods import Vectors, VerbMethods
-from vivit_linop.operators.operands import (
-    Scalar,
-    as_array,
-    as_float,
-    as_scalar,
-    is_scalar,
-    numbered,
-)
 from vivit_linop.operators.outline import as_html
-from vivit_linop.operators.scipy_base import (
-    LinearOperator,
-    NumpyProducts,
-    kept_by_scipy,
-)
+from vivit_linop.operators.scipy_base import LinearOperator, NumpyProducts
 from vivit_linop.ranks.alone import ALONE, Ranks
 
 NUMPY_DTYPES = {torch.float32: np.dtype("float32"), torch.float64: np.dtype("float64")}
@@ -60,7 +56,9 @@ def _described(dtype: torch.dtype | None, shape: tuple[int, int]) -> _Described:
     """
     if dtype is not None and dtype not in NUMPY_DTYPES:
         raise _other_dtype(dtype)
-    kept = kept_by_scipy(NUMPY_DTYPES[dtype or torch.float64], shape)
+    node = object.__new__(LinearOperator)
+    LinearOperator.__init__(node, NUMPY_DTYPES[dtype or torch.float64], shape)
+    kept = vars(node)
     return kept.pop("shape"), kept.pop("dtype"), kept
 
 

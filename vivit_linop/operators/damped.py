@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vivit_linop.arguments import Scalar, as_scalar
 from vivit_linop.operators import verbs
 from vivit_linop.operators.base import TorchLinearOperator
 from vivit_linop.operators.elementary import Dense, Diagonal, Sum
 from vivit_linop.operators.lowrank import LowRank, Woodbury
-from vivit_linop.operators.operands import Scalar, as_scalar
 
 # Damping by a number -----------------------------------------------------------------
 

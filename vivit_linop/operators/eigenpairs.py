@@ -7,15 +7,13 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from typing import Any
 
-import numpy as np
 import torch
 from scipy.sparse.linalg import LinearOperator
 from torch import Tensor
 
-from vivit_linop.arguments import check_real
+from vivit_linop.arguments import Scalar, check_k, check_real
 from vivit_linop.drawing import axes_for, numbers
 from vivit_linop.modes import as_given, ordinary_mode
-from vivit_linop.operators.operands import Scalar
 
 
 class Eigenpairs:
@@ -204,7 +202,7 @@ class Eigendecomposition(ABC):
             if not rcond >= 0.0:
                 raise ValueError(f"rcond: a number of at least 0, got {rcond!r}.")
         if k is not None:
-            self.check_k(k)
+            check_k(k, self.count)
             self._check_rest(k)
             indices = torch.arange(self.count - int(k), self.count, device="cpu")
         elif select is not None:
@@ -220,16 +218,6 @@ class Eigendecomposition(ABC):
         else:
             indices = self.default()
         return indices.to(self.eigenvalues.device)
-
-    def check_k(self, k: Any) -> None:
-        """Raise an error unless there are k eigenvalues."""
-        if isinstance(k, bool) or not isinstance(k, (int, np.integer)):
-            raise TypeError(f"k: an integer, got {k!r}.")
-        if not 1 <= k <= self.count:
-            raise ValueError(
-                f"k: this operator has {self.count} eigenvalues, so k is between 1 and "
-                f"{self.count}, got {k}."
-            )
 
     def _check_rest(self, k: int) -> None:
         """Raise an error if eigenvalues without vectors are among the k largest."""

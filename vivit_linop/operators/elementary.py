@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vivit_linop.arguments import as_count, as_numbers
+from vivit_linop.arguments import Scalar, as_count, as_numbers
 from vivit_linop.modes import is_followed
 from vivit_linop.operators import verbs
 from vivit_linop.operators.base import (
@@ -20,7 +20,6 @@ from vivit_linop.operators.base import (
     settled,
 )
 from vivit_linop.operators.lowrank import LowRank
-from vivit_linop.operators.operands import Scalar
 from vivit_linop.operators.symmetric import symmetric_eigenvalues, without_noise
 from vivit_linop.ranks.alone import Ranks
 

@@ -14,14 +14,14 @@ from typing import TypeVar
 
 from torch import Tensor
 
+from vivit_linop.arguments import Scalar, as_scalar, without_gradient
 from vivit_linop.operators import verbs
 from vivit_linop.operators.base import (
     TorchLinearOperator,
     common_device,
     common_dtype,
 )
-from vivit_linop.operators.operands import Scalar, as_scalar, without_gradient
-from vivit_linop.operators.small_side import DampedSolver, KeptMatrix, Pairs
+from vivit_linop.operators.symmetric import DampedSolver, KeptMatrix, Pairs
 from vivit_linop.ranks.alone import RankRows
 
 Result = TypeVar("Result")

@@ -14,13 +14,13 @@ from vivit_linop.arguments import (
     as_count,
     as_index,
     as_real_numbers,
+    as_scalar,
     check_generator,
     check_real,
 )
 from vivit_linop.modes import ordinary_mode
 from vivit_linop.operators import verbs
 from vivit_linop.operators.eigenpairs import Eigenpairs
-from vivit_linop.operators.operands import as_scalar
 from vivit_linop.operators.scipy_base import LinearOperator
 
 Vectors = TypeVar("Vectors", Tensor, np.ndarray)

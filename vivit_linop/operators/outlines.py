@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from vivit_linop.arguments import Scalar, as_float
 from vivit_linop.operators.damped import (
     Damped,
     DampedDense,
@@ -33,7 +34,6 @@ from vivit_linop.operators.kronecker import (
     Kronecker,
 )
 from vivit_linop.operators.lowrank import Centered, DampedRoot, Gram, LowRank, Woodbury
-from vivit_linop.operators.operands import Scalar, as_float
 from vivit_linop.operators.outline import Cost, Outline, outline, total
 from vivit_linop.operators.random_projection import RandomProjection
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from vivit_linop.arguments import Scalar
 from vivit_linop.operators.base import TorchLinearOperator, settle
 from vivit_linop.operators.damped import Damped, DampedDense, DiagonallyDamped
 from vivit_linop.operators.elementary import (
@@ -30,7 +31,6 @@ from vivit_linop.operators.kronecker import (
     Kronecker,
 )
 from vivit_linop.operators.lowrank import Gram, LowRank
-from vivit_linop.operators.operands import Scalar
 from vivit_linop.operators.parts import HStack
 from vivit_linop.operators.verbs import (
     add,

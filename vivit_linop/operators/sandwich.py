@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vivit_linop.arguments import Scalar
 from vivit_linop.operators.base import TorchLinearOperator
 from vivit_linop.operators.damped import Damped, DampedInverse, DiagonalWoodbury
 from vivit_linop.operators.elementary import (
@@ -27,7 +28,6 @@ from vivit_linop.operators.elementary import (
     Scaled,
 )
 from vivit_linop.operators.lowrank import Centered, DampedRoot, LowRank, Woodbury
-from vivit_linop.operators.operands import Scalar
 from vivit_linop.operators.parts import HStack
 from vivit_linop.operators.verbs import adjoint, as_factor, matmul
 

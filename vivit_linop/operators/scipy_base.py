@@ -7,13 +7,13 @@ functions have types, and take what is seen here for an array, which it is not.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from vivit_linop.operators.operands import check_numbers
+from vivit_linop.arguments import check_numbers
 
 if TYPE_CHECKING:
 
@@ -40,22 +40,11 @@ if TYPE_CHECKING:
 else:
     from scipy.sparse.linalg import LinearOperator
 
-__all__ = ["LinearOperator", "NumpyProducts", "kept_by_scipy"]
-
-
-def kept_by_scipy(dtype: Any, shape: tuple[Any, ...]) -> dict[str, Any]:
-    """Return what SciPy's class keeps of an operator, whose shape it checks."""
-    node = object.__new__(LinearOperator)
-    LinearOperator.__init__(node, dtype, shape)
-    return vars(node)
+__all__ = ["LinearOperator", "NumpyProducts"]
 
 
 class NumpyProducts(LinearOperator):
     """Products with numpy arrays by those with tensors."""
-
-    def __new__(cls, *arguments: Any, **options: Any) -> Self:
-        """Make a node; SciPy's class would look for products that stand here."""
-        return object.__new__(cls)
 
     if TYPE_CHECKING:  # what the class of all operators has
         T: NumpyProducts

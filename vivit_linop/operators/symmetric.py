@@ -1,16 +1,29 @@
-"""Eigenpairs of dense symmetric matrices, within what LAPACK can do."""
+"""Dense symmetric matrices: eigenpairs within what LAPACK can do, solutions.
+
+The smaller side of a low-rank node is one, decomposed once: all that is exact about
+c V Vᵀ + δ I for every c and δ comes from VᵀV or V Vᵀ, and what is kept of it, its
+eigenvalues, its eigenpairs. A single inverse takes less: a Cholesky factor, one
+triangle in the precision of the matrix.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
+from typing import Any
 
 import scipy.linalg
 import torch
 from threadpoolctl import ThreadpoolController
 from torch import Tensor
 
+from vivit_linop.devices import free_memory
 from vivit_linop.modes import Shared, Undo
+from vivit_linop.ranks.alone import RankRows
+
+Pairs = tuple[Tensor, Tensor]
+OnMatrix = Callable[[Callable[[Tensor], Any]], Any]
 
 # torch calls LAPACK's ?syevd, whose workspace of 2 n² + 6 n + 1 entries is counted in
 # 32 bits: from n = 32,766 on it overflows, and the process ends.
@@ -142,3 +155,205 @@ def _set_one_thread(_: torch.device | None, undo: Undo) -> None:
 
 
 _ONE_THREAD = Shared(_set_one_thread)
+
+
+# Decomposed once ----------------------------------------------------------------------
+
+
+class KeptMatrix:
+    """A symmetric matrix that is computed once, and its decomposition.
+
+    It knows nothing of what it is computed from. Over several processes each has some
+    of its rows.
+
+    Args:
+        budget: Returns how many bytes eigenvectors may take to be kept; None for any
+            number.
+
+    Attributes:
+        matrix: ``[n, n]``, or None while it has not been computed.
+        rows: Those of this process, where there are several.
+        nonnegative: The largest eigenvalues, with zeros where rounding left less, or
+            None while nobody has asked for them. Not to be written to.
+    """
+
+    def __init__(self, budget: Callable[[], int] | None = None) -> None:
+        self.matrix: Tensor | None = None
+        self.rows: RankRows | None = None
+        self._budget = budget
+        self._eigenvalues: Tensor | None = None
+        self.nonnegative: Tensor | None = None
+        self._eigenpairs: Pairs | None = None
+
+    @property
+    def decomposed(self) -> bool:
+        """Whether its eigenpairs are kept."""
+        return self._eigenpairs is not None
+
+    @property
+    def has_eigenvalues(self) -> bool:
+        """Whether its eigenvalues are kept, alone or with eigenvectors."""
+        return self.decomposed or self._eigenvalues is not None
+
+    def eigenvalues(self, on_matrix: OnMatrix) -> Tensor:
+        """Return them ascending, ``[n]``; kept where no gradient flows to the matrix.
+
+        Args:
+            on_matrix: Returns a function of the matrix, computed where it is.
+        """
+        if self._eigenpairs is not None:
+            return self._eigenpairs[0].clone()
+        if self._eigenvalues is None:
+            found: Tensor = on_matrix(symmetric_eigenvalues)
+            if found.requires_grad:
+                return found
+            self._eigenvalues = found
+        return self._eigenvalues.clone()
+
+    def make_nonnegative(self, on_matrix: OnMatrix, count: int) -> Tensor:
+        """Return those of :attr:`nonnegative`, kept for one damping after the other.
+
+        Args:
+            on_matrix: As for the eigenvalues.
+            count: How many; the same each time.
+        """
+        found = self.eigenvalues(on_matrix)[-count:].clamp(min=0.0)
+        if not found.requires_grad:
+            self.nonnegative = found
+        return found
+
+    def eigenpairs(self, on_matrix: OnMatrix) -> Pairs:
+        """Return eigenvalues, ascending, and eigenvectors ``[n, n]``.
+
+        Not to be written to: they are kept for what follows, within the budget.
+
+        Args:
+            on_matrix: As for the eigenvalues.
+        """
+        if self._eigenpairs is not None:
+            return self._eigenpairs
+        pairs: Pairs = on_matrix(symmetric_eigenpairs)
+        if self._budget is None or pairs[1].nbytes <= self._budget():
+            self._eigenpairs, self._eigenvalues = pairs, None
+        return pairs
+
+
+class DampedSolver:
+    """Solutions of (c A + δ I) y = b for a symmetric A ≥ 0.
+
+    By the eigenpairs of A where these are known. Else by a Cholesky factor, in the
+    precision of A and in place, and one step of refinement; where rounding makes that
+    impossible, in float64. So an inverse takes at most 1 and 2 times the memory of A.
+
+    Args:
+        matrix: A.
+        scale: c.
+        damping: δ, positive.
+        pairs: The eigenpairs of A, if they are known.
+
+    Attributes:
+        norm: The norm of c A.
+
+    Raises:
+        ValueError: If δ is so small that the damped matrix is numerically singular.
+        MemoryError: If the factor does not fit into free memory.
+    """
+
+    def __init__(
+        self, matrix: Tensor, scale: float, damping: float, pairs: Pairs | None = None
+    ) -> None:
+        self._matrix, self._scale, self._damping = matrix, scale, damping
+        self.norm = scale * torch.linalg.matrix_norm(matrix).item()
+        self._pairs = pairs
+        if pairs is None:
+            self._cholesky = self._factorised()
+        else:
+            self._values = scale * pairs[0].double() + damping
+            if self._values[0] <= 0.0:
+                raise self._below_rounding()
+        self.refines = needs_refinement(self.norm / damping, matrix.dtype)
+
+    def solve(self, columns: Tensor) -> Tensor:
+        """Return (c A + δ I)⁻¹ times columns ``[n, K]``."""
+        solution = self._once(columns)
+        if self.refines and self._matrix.dtype != torch.float64:
+            image = self._matrix @ solution
+            residual = columns - self._scale * image - self._damping * solution
+            solution = solution + self._once(residual)
+        return solution
+
+    @property
+    def logdet(self) -> Tensor:
+        """Log det(c A + δ I)."""
+        if self._pairs is not None:
+            found = self._values.log().sum()
+        else:
+            found = 2.0 * self._cholesky.diagonal().double().log().sum()
+        return found.to(self._matrix)
+
+    def root_columns(self, start: int, stop: int) -> Tensor:
+        """Return some columns of an R with (c A + δ I)⁻¹ = R Rᵀ, ``[n, k]``."""
+        if self._pairs is not None:
+            columns = self._pairs[1][:, start:stop].to(self._matrix)
+            return columns * self._values[start:stop].rsqrt().to(columns)
+        # Of the upper triangular L⁻ᵀ, what is below the diagonal is zero. A part of L
+        # is copied: not a large one.
+        n = len(self._matrix)
+        rows = stop if 4 * stop <= n else n
+        unit = self._cholesky.new_zeros(rows, stop - start)
+        unit[start:].fill_diagonal_(1.0)
+        upper = self._cholesky[:rows, :rows].T
+        columns = self._cholesky.new_zeros(n, stop - start)
+        columns[:rows] = torch.linalg.solve_triangular(upper, unit, upper=True)
+        return columns.to(self._matrix)
+
+    def _once(self, columns: Tensor) -> Tensor:
+        if self._pairs is not None:
+            vectors = self._pairs[1]
+            inner = (vectors.T @ columns) / self._values[:, None].to(columns)
+            return vectors @ inner
+        L = self._cholesky
+        inner = torch.linalg.solve_triangular(L, columns.to(L), upper=False)
+        return torch.linalg.solve_triangular(L.T, inner, upper=True).to(columns)
+
+    def _factorised(self) -> Tensor:
+        """L with c A + δ I = L Lᵀ."""
+        for dtype in dict.fromkeys([self._matrix.dtype, torch.float64]):
+            _check_room(self._matrix, dtype)
+            # Column-major, so that LAPACK works in place, and solutions copy nothing.
+            rows = self._matrix.to(
+                dtype, copy=True, memory_format=torch.contiguous_format
+            )
+            damped = rows.T
+            damped.mul_(self._scale).diagonal().add_(self._damping)
+            info = torch.empty((), dtype=torch.int32, device=damped.device)
+            torch.linalg.cholesky_ex(damped, out=(damped, info))
+            if not info.any():
+                return damped
+        raise self._below_rounding()
+
+    def _below_rounding(self) -> ValueError:
+        return ValueError(
+            f"damping: {self._damping:.3g} is below the rounding error of an operator "
+            f"with norm {self.norm:.3g} in {self._matrix.dtype}. Use a larger damping, "
+            "or float64."
+        )
+
+
+def needs_refinement(condition: float, dtype: torch.dtype) -> bool:
+    """Whether solutions for a matrix of a condition number lose too many digits.
+
+    Rounding in A is enlarged by λ/δ, rounding in a factor by that and its size.
+    """
+    return condition > torch.finfo(dtype).eps ** -0.125
+
+
+def _check_room(matrix: Tensor, dtype: torch.dtype) -> None:
+    needed, free = matrix.numel() * dtype.itemsize, free_memory(matrix.device)
+    if needed > free:
+        raise MemoryError(
+            f"inv: the Cholesky factor of a matrix of {len(matrix)} rows takes "
+            f"{needed / 1e9:.3g} GB, and {free / 1e9:.3g} GB are free on "
+            f"{matrix.device}. Solve with scipy.sparse.linalg.cg(op, b), or take fewer "
+            "samples or mc_samples."
+        )

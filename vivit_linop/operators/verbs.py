@@ -35,6 +35,7 @@ from typing import Any
 
 from torch import Tensor
 
+from vivit_linop.arguments import Scalar
 from vivit_linop.operators.dispatch import (
     BinaryVerb,
     Operator,
@@ -45,7 +46,6 @@ from vivit_linop.operators.dispatch import (
     no_rule,
 )
 from vivit_linop.operators.eigenpairs import Eigendecomposition, Eigenpairs
-from vivit_linop.operators.operands import Scalar
 from vivit_linop.ranks.alone import RankRows
 
 # Expressions ------------------------------------------------------------------------
