@@ -47,6 +47,10 @@ READS: dict[str, Callable[[Tensor], Tensor]] = {
     "matrix": lambda h: h @ torch.diag(HELD.tensor),
     "frozen layer": lambda h: HELD.layer(h),
     "sparse": lambda h: torch.sparse.mm(HELD.sparse, h.T).T,
+    "compressed": lambda h: (HELD.compressed @ h.T).T,
+    "in the dtype of others": lambda h: h * torch.from_numpy(HELD.array).to(h),
+    "as it is": lambda h: h * torch.as_tensor(HELD.tensor).contiguous(),
+    "broadcast": lambda h: h * torch.broadcast_tensors(HELD.tensor, h[0])[0],
     "row of a table": lambda h: h * HELD.table[1],
     "places": lambda h: (h * HELD.scale)[:, torch.from_numpy(HELD.order)],
     "looked up": lambda h: h * HELD.table[[1]],
@@ -63,6 +67,7 @@ def _hold(values: np.ndarray) -> None:
     HELD.table = torch.stack([tensor + 1.0, tensor])
     HELD.order, HELD.scale = np.arange(5), tensor.clone()
     HELD.sparse = torch.diag(tensor).to_sparse_coo().coalesce()
+    HELD.compressed = torch.diag(tensor).to_sparse_csr()
     HELD.layer = nn.Linear(5, 5, bias=False).double().requires_grad_(False)
     HELD.layer.weight.copy_(torch.diag(tensor))
 
@@ -75,6 +80,7 @@ def _change() -> None:
     HELD.tensor.data.copy_(values)
     HELD.table.data[1] = values
     HELD.sparse._values().data.copy_(values)
+    HELD.compressed.values().data.copy_(values)
     HELD.layer.weight.data.copy_(torch.diag(values))
 
 
@@ -159,6 +165,16 @@ def test_columns_of_inputs_that_others_hold() -> None:
     held.data.mul_(3.0)
     x = torch.rand(43, dtype=torch.float64)
     assert close(G @ x, _ggn(net, inputs, y, np.ones(5)) @ x)
+
+
+def test_memory_that_is_cut_off_is_not_read() -> None:
+    _, X, y = _problem("array")
+    held = torch.ones(2**20, 5, dtype=torch.float64)
+    net = Net(lambda h: h * held[:3].mean() * held.sum(0).sign())
+    risk = vl.EmpiricalRisk(net, nn.CrossEntropyLoss(), (X, y))
+    held.untyped_storage().resize_(64)
+    with pytest.raises(ValueError, match=REFUSED):
+        risk.gradient()
 
 
 def _scratch(h: Tensor) -> Tensor:

@@ -66,6 +66,9 @@ class Part(NamedTuple):
     @property
     def has_changed(self) -> bool:
         """Whether it has. On a GPU the host waits for it."""
+        # What lies beyond the end of memory that was cut off is not to be touched.
+        if _bounds(self.now)[1] > self.now.untyped_storage().nbytes():
+            return True
         return not torch.equal(self.now, self.then)
 
 
@@ -183,27 +186,37 @@ class _Reads(Watch):
     ) -> Any:
         """Call the function."""
         kwargs = kwargs or {}
+        given = tensors_in((args, kwargs))
+        foreign = list(_plain(filter(self._is_wanted, given)))
+        versions = [*map(_version, foreign)]
         result = func(*args, **kwargs)
         made = tensors_in(result)
-        if not made and func is not Tensor.__setitem__:
-            return result  # shape, dtype and the like
-        given = tensors_in((args, kwargs))
-        shares = func in _SHARING and not given
-        for tensor in _plain(filter(self._is_wanted, given)):
+        if func in _SHARING and not given:
+            return result  # what it has made is memory of others
+        shared = set[int]()
+        for tensor, version in zip(foreign, versions, strict=True):
             if (where := place(tensor)) in self._own_places:
                 continue
-            self.used[id(tensor)] = tensor
-            if func is Tensor.__setitem__ or any(new is tensor for new in made):
+            if _version(tensor) != version:
                 self.written.add(where)
-            elif any(place(new) == where for new in made):
-                shares = True  # a view of it, which is what will be read
-            elif made and func in _LOOKING_UP and _is_more(tensor, made):
+            if not made:
+                continue  # it was asked for its shape, its dtype or the like
+            self.used[id(tensor)] = tensor
+            if any(new is tensor or place(new) == where for new in made):
+                shared.add(where)  # it or a view of it, which is what will be read
+            elif func in _LOOKING_UP and _is_more(tensor, made):
                 self.tables[where] = tensor
-            elif made:
+            else:
                 self.read.setdefault(where, []).append(tensor)
-        if not shares:
-            self._were_made(made)
+        if shared:
+            made = [new for new in made if place(new) not in shared]
+        self._were_made(made)
         return result
+
+
+def _version(tensor: Tensor) -> int:
+    """How often it was written into; 0 where torch does not count."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def _is_more(tensor: Tensor, made: Sequence[Tensor]) -> bool:
@@ -215,6 +228,10 @@ def _plain(tensors: Iterable[Tensor]) -> Iterator[Tensor]:
     for tensor in tensors:
         if tensor.layout == torch.sparse_coo:
             yield from (tensor._indices(), tensor._values())
+        elif tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
+            yield from (tensor.crow_indices(), tensor.col_indices(), tensor.values())
+        elif tensor.layout in (torch.sparse_csc, torch.sparse_bsc):
+            yield from (tensor.ccol_indices(), tensor.row_indices(), tensor.values())
         else:
             yield tensor
 
