@@ -21,8 +21,7 @@ from tests.cases import Lambda, call, parameter
 from vivit_linop.modes import as_guest
 from vivit_linop.net.capture import Capture
 from vivit_linop.net.certified import Certificate, find_structure
-from vivit_linop.net.columns.base import DenseColumns, LayerColumns
-from vivit_linop.net.columns.joins import merged
+from vivit_linop.net.columns.base import DenseColumns, LayerColumns, merged
 from vivit_linop.net.columns.khatri_rao import KhatriRaoColumns
 
 N = 6

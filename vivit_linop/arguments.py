@@ -118,8 +118,6 @@ def as_device(given: Any) -> torch.device:
 
 def numbered(device: torch.device | str) -> torch.device:
     """Return a device as tensors on it name it: "cuda" is the current one."""
-    if type(device) is torch.device and device == _CPU:  # nearly always, for each node
-        return _CPU
     device = as_device(device)
     if device.type == "cpu":
         return _CPU

@@ -201,4 +201,4 @@ def told(tensors: Sequence[Tensor]) -> list[list[Any]]:
     if not tensors:
         return []
     read = torch.cat([*tensors]).cpu().split([*map(len, tensors)])
-    return [part.tolist() for part in read]
+    return [*map(Tensor.tolist, read)]

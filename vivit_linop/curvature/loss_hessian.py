@@ -52,7 +52,7 @@ def check_root_fits(risk: EmpiricalRisk, loss: OutputLoss, what: str) -> None:
     coupled = loss.channels(first).shape[1] > 1
     copies = _SQRT_COPIES if coupled else 1
     widths = (first,) if risk.layout.is_uniform else risk.outputs
-    each = [loss.sqrt_width(output) for output in widths]
+    each = [*map(loss.sqrt_width, widths)]
     check_blocks_fit(risk, what, risk.layout, of_widths(risk, each), copies)
 
 
@@ -108,10 +108,11 @@ class LossHessian(OutputOperator):
     ) -> None:
         check_flag(positive_part, "positive_part")
         risk = as_risk(risk, loss, data, params, **options)
-        with risk.ranks.together("LossHessian"):
-            check_curvature(risk.loss, *risk.example)
-            for output, target in zip(risk.outputs, risk.targets(), strict=True):
-                certify_curvature(risk.loss, output, target)
+        if not risk.loss.tested:
+            with risk.ranks.together("LossHessian"):
+                check_curvature(risk.loss, *risk.example)
+                for output, target in zip(risk.outputs, risk.targets(), strict=True):
+                    certify_curvature(risk.loss, output, target)
         self.loss = risk.loss
         self._multipliers: dict[int, Multiplier] = {}
         super().__init__(risk, risk.layout)

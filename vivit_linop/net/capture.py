@@ -11,7 +11,7 @@ from collections.abc import (
     Sequence,
     Set,
 )
-from itertools import starmap
+from itertools import compress, pairwise, starmap
 from operator import attrgetter
 from typing import Any, Literal, NamedTuple, Self
 
@@ -20,11 +20,11 @@ from torch import Tensor
 
 from vivit_linop.devices import columns_at_a_time, explained, is_out_of_memory, told
 from vivit_linop.graphs import batched_gradients
-from vivit_linop.net.columns.base import LayerColumns
-from vivit_linop.net.columns.joins import Place, assembled
+from vivit_linop.net.columns.base import DenseColumns, LayerColumns
+from vivit_linop.net.columns.stacked import Place, StackedColumns, placed
 from vivit_linop.net.kinds import View
 from vivit_linop.net.recorder import Recorder
-from vivit_linop.net.structure import Layout, Use, Variant, overlapping, spread
+from vivit_linop.net.structure import Layout, Use, Variant, fitting, overlapping
 from vivit_linop.noise import Noise
 from vivit_linop.risk.data.containers import leaves
 from vivit_linop.risk.empirical import EmpiricalRisk
@@ -223,8 +223,10 @@ class Capture:
         As many columns in a backward pass as memory bears. None where that is one, or
         where an operation of the net has no rule for batches.
         """
-        uses, width = [each.use for each in placed], cotangents.shape[2]
-        entries = sum(use.output_shape.numel() for use in uses)
+        uses, width, entries = list[Use](), cotangents.shape[2], 0
+        for use, _ in placed:
+            uses.append(use)
+            entries += use.output_shape.numel()
         nbytes = entries * cotangents.element_size()
         few = columns_at_a_time(self.output.device, nbytes) if variant.together else 1
         stacked: list[Tensor] = []
@@ -342,17 +344,13 @@ class Capture:
                 break
             cotangent = torch.zeros_like(self.output)
             cotangent[sample] = noise[sample]
-            signals = self._backward([self.uses[i] for i in pending], cotangent)
-            flags = [
-                torch.stack(
-                    [signal.any(), *(spread(c, signal, sample, n) for c in possible[i])]
-                )
-                for i, signal in zip(pending, signals, strict=True)
-            ]
+            uses = [*map(self.uses.__getitem__, pending)]
+            flags = []
+            for i, signal in zip(pending, self._backward(uses, cotangent), strict=True):
+                flags.append(fitting(possible[i], signal, sample, n))
             silent, undecided = [], []
-            for i, (heard, *others) in zip(pending, told(flags), strict=True):
-                names = zip(possible[i], others, strict=True)
-                possible[i] = [name for name, at_others in names if not at_others]
+            for i, (heard, *fits) in zip(pending, told(flags), strict=True):
+                possible[i] = [*compress(possible[i], fits)]
                 if n > 1 and possible[i] and not heard:
                     silent.append(i)
                 elif len(possible[i]) > 1 and sample > n - _TELLING_SAMPLES:
@@ -365,7 +363,30 @@ class Capture:
                 silent = [i for i, (heard,) in reached if heard]
             pending = sorted(silent + undecided)
         layouts = [next(iter(names), None) for names in possible]
-        return Variant([use.key for use in self.uses], layouts, n == 1)
+        return Variant([*map(attrgetter("key"), self.uses)], layouts, n == 1)
+
+
+def assembled(uses: Sequence[tuple[Place, LayerColumns]], numel: int) -> LayerColumns:
+    """Add up the columns of the uses of one parameter.
+
+    Args:
+        uses: Which entries are used, and the columns of these.
+        numel: The number of entries of the parameter.
+    """
+    by_place: dict[Place, list[LayerColumns]] = {}
+    for place, columns in uses:
+        by_place.setdefault(place, []).append(columns)
+    parts: dict[Place, LayerColumns] = {}
+    for place, (columns, *others) in sorted(by_place.items()):
+        parts[place] = columns.joined(others) if others else columns
+    if [*parts] == [(0, numel)]:
+        return parts[0, numel]
+    ends = pairwise(parts)
+    if all(left[1] <= right[0] for left, right in ends):
+        return StackedColumns(parts, numel)
+    first = next(iter(parts.values()))
+    rows = placed([(place, part.rows()) for place, part in parts.items()], numel)
+    return DenseColumns(rows.view(first.num_samples, first.width, numel))
 
 
 def sample_sizes(risk: EmpiricalRisk, batch: int, X: Any, n: int) -> SampleSizes:

@@ -199,7 +199,7 @@ class Pass:
         runs = risk.graph_bytes
         if self._passes_by or risk.ranks.is_many:
             return False
-        if not all(0 < nbytes <= SMALL_RUN for nbytes in runs):
+        if not 0 < min(runs) or max(runs) > SMALL_RUN:
             return False
         # Signals of all columns, and inputs as kernels see them.
         unfolded = max(p.shape[2:].numel() for p in risk.params.values())

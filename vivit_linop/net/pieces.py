@@ -22,8 +22,7 @@ import torch
 from torch import Tensor
 
 from vivit_linop.devices import fresh
-from vivit_linop.net.columns.base import LayerColumns
-from vivit_linop.net.columns.joins import merged
+from vivit_linop.net.columns.base import LayerColumns, merged
 from vivit_linop.net.columns.khatri_rao import KhatriRaoColumns
 from vivit_linop.net.columns.weighted import weighted
 from vivit_linop.risk.empirical import EmpiricalRisk

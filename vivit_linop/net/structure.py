@@ -100,10 +100,19 @@ def candidates(
     return found
 
 
-def spread(layout: str, signal: Tensor, sample: int, num_samples: int) -> Tensor:
-    """Whether a layout has the signal of one sample at others, not read by the host."""
-    by_sample = Layout(layout, num_samples)(signal)
-    return by_sample[:sample].any() | by_sample[sample + 1 :].any()
+def fitting(
+    layouts: Sequence[str], signal: Tensor, sample: int, num_samples: int
+) -> Tensor:
+    """Whether there is a signal of one sample; for each layout, whether all is there.
+
+    Not read by the host.
+    """
+    flags = [signal.any()]
+    for layout in layouts:
+        by_sample = Layout(layout, num_samples)(signal)
+        others = by_sample[:sample].any() | by_sample[sample + 1 :].any()
+        flags.append(~others)
+    return torch.stack(flags)
 
 
 @dataclass

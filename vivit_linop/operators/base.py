@@ -44,6 +44,7 @@ NUMPY_DTYPES = {torch.float32: np.dtype("float32"), torch.float64: np.dtype("flo
 """The numpy names of the dtypes that an operator can have."""
 
 
+_CPU = torch.device("cpu")
 _Described = tuple[tuple[int, int], np.dtype[Any], dict[str, Any]]
 
 
@@ -161,7 +162,9 @@ class TorchLinearOperator(VerbMethods["TorchLinearOperator"], NumpyProducts):
         if dtype is not None and not isinstance(dtype, torch.dtype):
             raise _other_dtype(dtype)
         self._own_dtype = dtype
-        self._own_device = None if device is None else numbered(device)
+        if device is not None and device != _CPU:  # which most of them are on
+            device = numbered(device)
+        self._own_device = device
         self.shape, self.dtype, more = _described(dtype, tuple(shape))
         if more:
             vars(self).update(more)
@@ -488,13 +491,17 @@ def common_dtype(*operators: TorchLinearOperator) -> torch.dtype | None:
 
 def common_device(*operators: TorchLinearOperator) -> torch.device | None:
     """The device of an expression over operators, None while none decides it."""
-    devices = {op._own_device for op in operators if op._own_device is not None}
-    if len(devices) > 1:
-        raise ValueError(
-            "Operators on different devices cannot be combined: "
-            f"{sorted(map(str, devices))}. Move the tensors they are made of first."
-        )
-    return devices.pop() if devices else None
+    result: torch.device | None = None
+    for operator in operators:
+        own = operator._own_device
+        if own is not None and result is not None and own != result:
+            raise ValueError(
+                "Operators on different devices cannot be combined: "
+                f"{sorted(map(str, (own, result)))}. Move the tensors they are made of "
+                "first."
+            )
+        result = own or result
+    return result
 
 
 def settled(parts: Sequence[TorchLinearOperator]) -> list[TorchLinearOperator]:

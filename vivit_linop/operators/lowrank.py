@@ -107,9 +107,10 @@ class Gram(TorchLinearOperator):
 
         Its bits do not decide everything: eigenvectors are not unique.
         """
-        rows = self.rows
+        ranks = self.ranks
+        rows = self.rows if ranks.is_many else None
         matrix = self.matrix if rows is None else rows.on_leader()
-        return self.ranks.led(function, matrix)
+        return ranks.led(function, matrix)
 
     @property
     def eigenvalues(self) -> Tensor:

@@ -130,13 +130,15 @@ class Run:
         if self.foreign.parts:
             self.foreign.check()
         own, given = _plain_tensors(self.X), _plain_tensors(X)
-        same = own.keys() == given.keys() and all(
-            part.dtype == given[name].dtype and torch.equal(part, given[name])
-            for name, part in own.items()
-        )
-        return same and all(
-            tensor._version == version for tensor, version in self.saved
-        )
+        if own.keys() != given.keys():
+            return False
+        for name, part in own.items():
+            if part.dtype != given[name].dtype or not torch.equal(part, given[name]):
+                return False
+        for tensor, version in self.saved:
+            if tensor._version != version:
+                return False
+        return True
 
 
 def _plain_tensors(X: Any) -> dict[Hashable, Tensor]:
@@ -146,11 +148,10 @@ def _plain_tensors(X: Any) -> dict[Hashable, Tensor]:
         parts = dict(enumerate(X))
     elif type(X) is dict:
         parts = X
-    plain = all(
-        type(part) is Tensor and part.layout == torch.strided and not part.is_nested
-        for part in parts.values()
-    )
-    return parts if plain else {}
+    for part in parts.values():
+        if type(part) is not Tensor or part.layout != torch.strided or part.is_nested:
+            return {}
+    return parts
 
 
 def run_of(model: FunctionalModel, X: Any, samples: int) -> Run:

@@ -24,8 +24,7 @@ from vivit_linop.analysis.newton import (
     newton_combination,
 )
 from vivit_linop.curvature import plan
-from vivit_linop.net.columns.base import LayerColumns
-from vivit_linop.net.columns.joins import merged
+from vivit_linop.net.columns.base import LayerColumns, merged
 from vivit_linop.net.columns.khatri_rao import KhatriRaoColumns
 from vivit_linop.operators.base import TorchLinearOperator
 from vivit_linop.operators.eigenpairs import Eigenpairs

@@ -166,11 +166,9 @@ class LayerColumns(ABC):
     def without_data(self) -> Self:
         """The same columns, of tensors that have shapes only: for what they cost."""
         twin = copy.copy(self)
-        twin.__dict__ |= {
-            name: value.to("meta")
-            for name, value in self.__dict__.items()
-            if isinstance(value, Tensor)
-        }
+        for name, value in vars(self).items():
+            if isinstance(value, Tensor):
+                setattr(twin, name, value.to("meta"))
         return twin
 
     # Columns put together -------------------------------------------------------------
@@ -290,3 +288,26 @@ def mirror(matrix: Tensor) -> None:
         diagonal = matrix[rows, rows]
         diagonal.copy_(diagonal.triu() + diagonal.triu(1).T)
         matrix[start + step :, rows] = matrix[rows, start + step :].T
+
+
+def merged(
+    pairs: Sequence[tuple[LayerColumns, LayerColumns]],
+) -> list[tuple[LayerColumns, LayerColumns]]:
+    """Put columns with the same cotangents together, such as a weight's and a bias's.
+
+    The Gram matrix of all is the same, and that of the cotangents is needed once.
+    """
+    groups: dict[Hashable, list[tuple[LayerColumns, LayerColumns]]] = {}
+    for left, right in pairs:
+        key = left.cotangents_key, right.cotangents_key
+        groups.setdefault(key, []).append((left, right))
+    stacked = []
+    for (left, right), *more in groups.values():
+        if not more:
+            stacked.append((left, right))
+            continue
+        lefts, rights = zip(*more, strict=True)
+        both = left.beside(lefts)
+        same = left is right and lefts == rights
+        stacked.append((both, both if same else right.beside(rights)))
+    return stacked

@@ -52,10 +52,22 @@ class KhatriRaoColumns(OuterSums):
             ``[G, b, a]``.
     """
 
+    def __init__(
+        self,
+        inputs: Tensor,
+        cotangents: Tensor,
+        inputs_first: bool = False,
+    ) -> None:
+        self.inputs, self.cotangents = inputs, cotangents
+        self.inputs_first, self.cotangents_key = inputs_first, object()
+        self.num_samples, self.width, self._groups, b, self.positions = cotangents.shape
+        self._a, self._b = inputs.shape[2], b
+        self.numel = self._groups * self._a * b
+
     @property
     def nbytes(self) -> int:
         """Inputs and cotangents."""
-        return self.factor_entries(self.width) * self.cotangents.element_size()
+        return self.inputs.nbytes + self.cotangents.nbytes
 
     def _samples(self, samples: slice) -> KhatriRaoColumns:
         """The columns of some samples."""

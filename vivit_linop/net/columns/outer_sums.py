@@ -39,24 +39,21 @@ _TOGETHER = 4
 class OuterSums(LayerColumns):
     """Factors of columns Σ_p b_nrp ⊗ a_np, whose Gram matrix needs no column formed.
 
-    Args:
+    Attributes:
         inputs: a, ``[n, G, a, P]``.
         cotangents: b, ``[n, R, G, b, P]``.
         inputs_first: Whether the parameter is laid out as ``[G, a, b]`` instead of
             ``[G, b, a]``.
+        positions: P.
     """
 
-    def __init__(
-        self,
-        inputs: Tensor,
-        cotangents: Tensor,
-        inputs_first: bool = False,
-    ) -> None:
-        self.inputs, self.cotangents = inputs, cotangents
-        self.inputs_first, self.cotangents_key = inputs_first, object()
-        self.num_samples, self.width, self._groups, b, self.positions = cotangents.shape
-        self._a, self._b = inputs.shape[2], b
-        self.numel = self._groups * self._a * b
+    inputs: Tensor
+    cotangents: Tensor
+    inputs_first: bool
+    positions: int
+    _groups: int
+    _a: int
+    _b: int
 
     def is_like(self, other: LayerColumns) -> bool:
         """Whether others have factors of the same channels, in the same layout."""

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from vivit_linop.net.columns.base import LayerColumns
-from vivit_linop.net.columns.joins import StackedColumns
 from vivit_linop.net.columns.khatri_rao import KhatriRaoColumns
+from vivit_linop.net.columns.stacked import StackedColumns
 from vivit_linop.net.columns.tables import TableColumns
 from vivit_linop.net.columns.weighted import WeightedKhatriRao
 

@@ -67,8 +67,13 @@ class TableColumns(KhatriRaoColumns):
         """Looking up costs what copying does."""
         return 2 * self.positions * self._b
 
-    def factor_entries(self, width: int) -> int:
+    @property
+    def nbytes(self) -> int:
         """The inputs are their numbers."""
+        return self.index.nbytes + self.cotangents.nbytes
+
+    def factor_entries(self, width: int) -> int:
+        """Likewise."""
         return self.index.numel() + width * self.cotangents.numel() // self.width
 
     def gram_flops(

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from vivit_linop.net.columns.base import DenseColumns, LayerColumns
-from vivit_linop.net.columns.joins import StackedColumns
 from vivit_linop.net.columns.khatri_rao import KhatriRaoColumns
 from vivit_linop.net.columns.outer_sums import OuterSums
+from vivit_linop.net.columns.stacked import StackedColumns
 from vivit_linop.net.columns.tables import TableColumns
 
 

@@ -1,9 +1,7 @@
-"""Columns put together: of several uses, of parts of a parameter, of parameters."""
+"""Columns of parts of a parameter, one above the other."""
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Hashable, Sequence
 from typing import Self
 
 import torch
@@ -11,7 +9,6 @@ from torch import Tensor
 
 from vivit_linop.net.columns.base import (
     ColumnCost,
-    DenseColumns,
     LayerColumns,
     add_product,
 )
@@ -118,49 +115,3 @@ def placed(parts: list[tuple[Place, Tensor]], numel: int) -> Tensor:
     for (start, stop), part in parts:
         rows[:, start:stop] += part
     return rows
-
-
-def assembled(uses: Sequence[tuple[Place, LayerColumns]], numel: int) -> LayerColumns:
-    """Add up the columns of the uses of one parameter.
-
-    Args:
-        uses: Which entries are used, and the columns of these.
-        numel: The number of entries of the parameter.
-    """
-    by_place: dict[Place, list[LayerColumns]] = {}
-    for place, columns in uses:
-        by_place.setdefault(place, []).append(columns)
-    parts: dict[Place, LayerColumns] = {}
-    for place, (columns, *others) in sorted(by_place.items()):
-        parts[place] = columns.joined(others) if others else columns
-    if [*parts] == [(0, numel)]:
-        return parts[0, numel]
-    ends = itertools.pairwise(parts)
-    if all(left[1] <= right[0] for left, right in ends):
-        return StackedColumns(parts, numel)
-    first = next(iter(parts.values()))
-    rows = placed([(place, part.rows()) for place, part in parts.items()], numel)
-    return DenseColumns(rows.view(first.num_samples, first.width, numel))
-
-
-def merged(
-    pairs: Sequence[tuple[LayerColumns, LayerColumns]],
-) -> list[tuple[LayerColumns, LayerColumns]]:
-    """Put columns with the same cotangents together, such as a weight's and a bias's.
-
-    The Gram matrix of all is the same, and that of the cotangents is needed once.
-    """
-    groups: dict[Hashable, list[tuple[LayerColumns, LayerColumns]]] = {}
-    for left, right in pairs:
-        key = left.cotangents_key, right.cotangents_key
-        groups.setdefault(key, []).append((left, right))
-    stacked = []
-    for (left, right), *more in groups.values():
-        if not more:
-            stacked.append((left, right))
-            continue
-        lefts, rights = zip(*more, strict=True)
-        both = left.beside(lefts)
-        same = left is right and lefts == rights
-        stacked.append((both, both if same else right.beside(rights)))
-    return stacked
