@@ -472,3 +472,72 @@ def test_bad_steps() -> None:
     risk.add_to_(net, g)
     assert torch.equal(net[0].weight, before["0.weight"] + risk.unflatten(g)[0])
     assert net[0].weight.grad is None and net[0].weight.is_leaf
+
+
+# Sparse state ------------------------------------------------------------------------
+
+
+class Graph(nn.Module):
+    """Mixes features by a sparse matrix, which is kept in one of three ways."""
+
+    def __init__(self, matrix: Tensor, kept: str) -> None:
+        super().__init__()
+        self.layer = make()
+        if kept == "buffer":
+            self.register_buffer("matrix", matrix)
+        else:
+            frozen = nn.Parameter(matrix, requires_grad=False)
+            self.matrix = frozen if kept == "parameter" else matrix
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.layer((self.matrix @ x.T).T)
+        return out
+
+
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "coo": lambda matrix: matrix.to_sparse_coo(),
+    "csr": lambda matrix: matrix.to_sparse_csr(),
+    "csc": lambda matrix: matrix.to_sparse_csc(),
+    "bsr": lambda matrix: matrix.to_sparse_bsr((1, 1)),
+}
+
+
+@pytest.mark.parametrize(
+    ("layout", "kept"),
+    [
+        ("coo", "buffer"),
+        ("coo", "attribute"),
+        ("csr", "buffer"),
+        ("csr", "parameter"),
+        ("csc", "attribute"),
+        ("bsr", "parameter"),
+    ],
+)
+def test_sparse_matrices_in_a_net(layout: str, kept: str) -> None:
+    A = torch.diag(torch.linspace(0.5, 1.5, 5, dtype=torch.float64))
+    A[0, 3] = -1.0
+    net = Graph(LAYOUTS[layout](A), kept)
+    risk = vl.EmpiricalRisk(net, LOSS, (X, Y))
+    x = torch.arange(risk.num_params, dtype=torch.float64).cos()
+    once, twice = (vl.GGN(net.layer, LOSS, (c * X @ A.T, Y)) @ x for c in (1.0, 2.0))
+    torch.testing.assert_close(vl.GGN(risk) @ x, once)
+    assert risk.is_current()
+    values = net.matrix._values() if layout == "coo" else net.matrix.values()
+    values.mul_(2.0)
+    torch.testing.assert_close(vl.GGN(risk.on((X, Y))) @ x, once)  # it has a copy
+    assert not risk.is_current()
+    torch.testing.assert_close(vl.GGN(risk.at()) @ x, twice)
+
+
+@pytest.mark.parametrize("change", [0.0, 1.0])  # of values, or of entries too
+def test_sparse_buffers_that_a_pass_writes_into(change: float) -> None:
+    net = Graph(torch.eye(5, dtype=torch.float64).to_sparse_coo(), "buffer")
+    new = change * torch.ones(5, 5, dtype=torch.float64)
+    more = (new + 0.1 * torch.eye(5)).to_sparse_coo()
+
+    def add(net: Graph, args: Any, out: Tensor) -> None:
+        net.matrix.add_(more)
+
+    net.register_forward_hook(add)
+    with pytest.raises(ValueError, match="model: its forward pass changes the buf"):
+        vl.EmpiricalRisk(net, LOSS, (X, Y))

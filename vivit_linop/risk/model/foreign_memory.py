@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from vivit_linop.risk.model.parameters import strided_parts
 from vivit_linop.risk.model.tensors_used import Watch, tensors_in
 
 # What gives tensors on memory that somebody else has.
@@ -187,7 +188,8 @@ class _Reads(Watch):
         """Call the function."""
         kwargs = kwargs or {}
         given = tensors_in((args, kwargs))
-        foreign = list(_plain(filter(self._is_wanted, given)))
+        wanted = filter(self._is_wanted, given)
+        foreign = [part for tensor in wanted for part in strided_parts(tensor)]
         versions = [*map(_version, foreign)]
         result = func(*args, **kwargs)
         made = tensors_in(result)
@@ -221,19 +223,6 @@ def _version(tensor: Tensor) -> int:
 
 def _is_more(tensor: Tensor, made: Sequence[Tensor]) -> bool:
     return tensor.ndim > 0 and tensor.numel() > sum(map(Tensor.numel, made))
-
-
-def _plain(tensors: Iterable[Tensor]) -> Iterator[Tensor]:
-    """Tensors, and what sparse ones consist of."""
-    for tensor in tensors:
-        if tensor.layout == torch.sparse_coo:
-            yield from (tensor._indices(), tensor._values())
-        elif tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
-            yield from (tensor.crow_indices(), tensor.col_indices(), tensor.values())
-        elif tensor.layout in (torch.sparse_csc, torch.sparse_bsc):
-            yield from (tensor.ccol_indices(), tensor.row_indices(), tensor.values())
-        else:
-            yield tensor
 
 
 def _part_of(tensors: Sequence[Tensor], before: Part | None) -> Part:

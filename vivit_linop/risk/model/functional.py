@@ -37,6 +37,7 @@ from vivit_linop.risk.model.parameters import (
     chosen_of_function,
     chosen_of_module,
     explained_casts,
+    have_equal_entries,
     in_precision,
     of_pairs,
 )
@@ -296,12 +297,9 @@ class FunctionalModel:
                 for name, p in self.params.items()
             }
             changed = {
-                name: _of_kind(
-                    self._fixed[name],
-                    tensor.detach().to(self._fixed[name], copy=True),
-                )
+                name: _of_kind(known, tensor.detach().to(known, copy=True))
                 for name, tensor in fixed.items()
-                if not torch.equal(tensor.to(self._fixed[name]), self._fixed[name])
+                if not have_equal_entries(tensor.to(known := self._fixed[name]), known)
             }
         check_finite(model.params, "parameters")
         model._fixed = {**self._fixed, **changed}

@@ -54,6 +54,25 @@ def in_precision(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
     return tensor.to(dtype) if tensor.is_floating_point() else tensor
 
 
+def strided_parts(tensor: Tensor) -> tuple[Tensor, ...]:
+    """Return what a sparse tensor consists of; of any other, itself."""
+    if tensor.layout == torch.sparse_coo:
+        return tensor._indices(), tensor._values()
+    if tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
+        return tensor.crow_indices(), tensor.col_indices(), tensor.values()
+    if tensor.layout in (torch.sparse_csc, torch.sparse_bsc):
+        return tensor.ccol_indices(), tensor.row_indices(), tensor.values()
+    return (tensor,)
+
+
+def have_equal_entries(left: Tensor, right: Tensor) -> bool:
+    """Whether tensors are the same, sparse ones in the same order."""
+    if left.layout != right.layout or left.shape != right.shape:
+        return False
+    parts = zip(strided_parts(left), strided_parts(right), strict=True)
+    return all(torch.equal(a, b) for a, b in parts)
+
+
 def as_pairs(tensor: Tensor) -> Tensor:
     """Return complex numbers ``[…]`` as real and imaginary parts ``[…, 2]``."""
     return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor

@@ -30,7 +30,7 @@ from vivit_linop.risk.model.copies import (
     is_cached,
     slots_of,
 )
-from vivit_linop.risk.model.parameters import HALVES
+from vivit_linop.risk.model.parameters import HALVES, have_equal_entries
 from vivit_linop.risk.model.sharded import without_sharding
 
 # Modes are those of construction; the others are set on copies.
@@ -95,7 +95,7 @@ def _same_tensors(value: Tensor, twin: Any, comparison: Comparison) -> bool:
     if not isinstance(twin, Tensor) or id(twin) in comparison.new:
         return False
     try:
-        return torch.equal(value.detach().to(twin), twin)
+        return have_equal_entries(value.detach().to(twin), twin)
     # Not all kinds of tensors can be compared.
     except (RuntimeError, NotImplementedError) as error:
         if is_out_of_memory(error):
