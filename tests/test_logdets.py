@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 import vivit_linop as vl
 from tests.operator_market import MARKET, build
+from vivit_linop.linalg.logdets import plus, times
 
 TAUS = torch.tensor([0.25, 3.0, 40.0], dtype=torch.float64)
 
@@ -111,3 +112,19 @@ def test_bad_dampings() -> None:
     with pytest.raises(ValueError, match="square"):
         G.factor.logdet(damping=1.0)  # type: ignore[attr-defined]
     assert G.logdet(damping=[]).shape == (0,)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("shape", [(), (3,), (2, 5)], ids=str)
+@pytest.mark.parametrize("number", [0.1, -3e20, 1e-38])
+def test_numbers_round_as_in_torch(
+    dtype: torch.dtype, shape: tuple[int, ...], number: float
+) -> None:
+    X = torch.randn(shape, dtype=dtype).mul(1e3).requires_grad_()
+    c = torch.tensor(number, dtype=dtype, requires_grad=True)
+    for ours, expected in ((times, X * number), (plus, X + number)):
+        for result in (ours(X, number), ours(X, c)):
+            assert result.dtype == dtype
+            assert torch.equal(result, expected)
+        (slope,) = torch.autograd.grad(ours(X, number).sum(), X)
+        assert torch.equal(slope, torch.autograd.grad(expected.sum(), X)[0])

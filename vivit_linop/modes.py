@@ -311,8 +311,8 @@ def _precisions_in_use() -> list[_Precision]:
 
 def _is_reduced() -> bool:
     """Whether something in float32 would be computed in less."""
-    for _, _, read, full in _precisions_in_use():
-        if read() not in full:
+    for _, name, read, full in _precisions_in_use():
+        if read(name) not in full:
             return True
     return False
 
@@ -320,7 +320,7 @@ def _is_reduced() -> bool:
 def _set_precisions(_: torch.device | None, undo: Undo) -> None:
     """Compute in float32 what is float32, on all devices in use."""
     for backend, name, read, full in _precisions_in_use():
-        precision = read()
+        precision = read(name)
         if precision not in full:
             undo.append(functools.partial(setattr, backend, name, precision))
             setattr(backend, name, full[0])
@@ -359,18 +359,18 @@ _KERNELS: list[tuple[Callable[[], bool], Callable[[bool], object], bool]] = [
 ]
 # By the type of a device, where torch keeps the precision of products of float32, how
 # that is read, and what stands for the full one.
-_Precision = tuple[Any, str, Callable[[], object], tuple[object, ...]]
+_Precision = tuple[Any, str, Callable[[str], object], tuple[object, ...]]
 _PRECISIONS: dict[str, list[_Precision]]
 _FULL = ("ieee", "none")
 
 
 def _precision(backend: Any, name: str, full: tuple[object, ...]) -> _Precision:
     """Return a switch with what reads it, once in each product."""
-    read: Callable[[], object] = functools.partial(getattr, backend, name)
+    read: Callable[[str], object] = functools.partial(getattr, backend)
     # Where torch answers by ``__getattr__`` alone, the search that fails before takes
     # twice as long.
     if not hasattr(type(backend), name) and hasattr(type(backend), "__getattr__"):
-        read = functools.partial(type(backend).__getattr__, backend, name)
+        read = backend.__getattr__
     return backend, name, read, full
 
 

@@ -73,7 +73,7 @@ def logdet_of_adjoint(op: Adjoint) -> Tensor:
 def logdet_of_scaled(op: Scaled) -> Tensor:
     if op.factor == 0.0:
         return torch.full((), -math.inf, dtype=op.torch_dtype, device=op.device)
-    return logdet(op.operator) + op.shape[0] * log_abs(op.factor)
+    return plus(logdet(op.operator), op.shape[0] * log_abs(op.factor))
 
 
 @logdet.register
@@ -149,8 +149,8 @@ def damped_logdet_of_low_rank(op: LowRank, damping: Scalar) -> Tensor:
         raise ValueError(
             f"logdet: a damped low-rank operator needs damping > 0, got {damping}."
         )
-    ratios = op.nonnegative_eigenvalues * (op.scale / damping)
-    return ratios.log1p_().sum().add_(op.shape[0] * log_abs(damping))
+    ratios = times(op.nonnegative_eigenvalues, op.scale / damping)
+    return plus(ratios.log1p_().sum(), op.shape[0] * log_abs(damping))
 
 
 @damped_logdets.register
@@ -184,7 +184,7 @@ def damped_logdet_of_scaled(op: Scaled, damping: Scalar) -> Tensor:
     """N log c + logdet(A + δ/c I), where c is positive."""
     if op.factor > 0.0:
         inner = logdet(damp(op.operator, damping / op.factor))
-        return inner + op.shape[0] * log_abs(op.factor)
+        return plus(inner, op.shape[0] * log_abs(op.factor))
     return damped_logdet_of_operator(op, damping)
 
 
@@ -210,3 +210,24 @@ def damped_logdet_of_block_diagonal(op: BlockDiagonal, damping: Scalar) -> Tenso
     if not op.has_square_blocks:
         return damped_logdet(Dense(to_dense(op)), damping)
     return torch.stack([logdet(damp(block, damping)) for block in op.blocks]).sum()
+
+
+# Arithmetic with numbers ------------------------------------------------------------
+
+# Without axes and on the CPU, they go with tensors of any device and precision.
+_ZERO = torch.zeros((), dtype=torch.float32, device="cpu")
+_ONE = torch.ones((), dtype=torch.float32, device="cpu")
+
+
+def times(X: Tensor, c: Scalar) -> Tensor:
+    """Return c X, for few entries sooner than ``c * X``.
+
+    That makes a tensor of a number, which takes as long as the product; 0 + c X does
+    not, and rounds once as well.
+    """
+    return c * X if isinstance(c, Tensor) else torch.add(_ZERO, X, alpha=c)
+
+
+def plus(X: Tensor, c: Scalar) -> Tensor:
+    """Return X + c, for few entries sooner than ``X + c``, likewise."""
+    return X + c if isinstance(c, Tensor) else torch.add(X, _ONE, alpha=c)
