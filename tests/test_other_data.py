@@ -118,12 +118,33 @@ def test_samples_and_targets_are_where_they_were() -> None:
         (lambda X, y: (X, y[:-1]), r"needs class indices \[8\]"),
         (lambda X, y: (X[:0], y[:0]), "finds 0 samples"),
         (lambda X, y: (X.float(), y), "float32"),
+        (lambda X, y: ((X, X), y), "^data: batch 0 has not 8 samples in all tensors"),
     ],
 )
 def test_data_are_checked(change: Any, message: str) -> None:
     risk = vl.EmpiricalRisk(mlp(), nn.CrossEntropyLoss(), data(6))
     with pytest.raises((ValueError, TypeError), match=message):
         risk.on(change(*data(8, seed=4)))
+
+
+class Opens(nn.Module):
+    """Takes a tensor, or a mapping that holds one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = mlp()
+
+    def forward(self, given: Any) -> Tensor:
+        out: Tensor = self.net(given["x"] if isinstance(given, dict) else given)
+        return out
+
+
+@pytest.mark.parametrize("is_first_whole", [False, True])
+def test_inputs_in_another_form(is_first_whole: bool) -> None:
+    X, y = data(6)
+    first, other = (X, {"x": X}) if is_first_whole else ({"x": X}, X)
+    risk = vl.EmpiricalRisk(Opens(), nn.CrossEntropyLoss(), (first, y))
+    assert risk.on((other, y)).value() == risk.value()
 
 
 def test_a_loader_that_shuffles_is_refused() -> None:

@@ -166,7 +166,8 @@ class Search:
             ) from error
 
     def _number_by_user(self, samples: Samples, index: int, X: Any) -> int:
-        name = "count" if isinstance(samples, Given) else "sample_axis"
+        found = "data" if self._axis is None else "sample_axis"  # in other data
+        name = "count" if isinstance(samples, Given) else found
         n = samples.number(X)
         if isinstance(n, bool) or not hasattr(n, "__index__") or int(n) < 1:
             raise ValueError(

@@ -92,8 +92,8 @@ class PrivateModule:
         self._settled = self._reentrant = self._has_travelled = False
         # How parts of the module, which stays as it is, are copied.
         self._plans: dict[int, Plan] | None = None
-        # Which way of calling it with an input is the right one, once it is known.
-        self._call: int | None = None
+        # Which way of calling it is the right one for inputs of a type, once known.
+        self._call: dict[str, int] = {}
         self.returned = Returned()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -228,10 +228,11 @@ class PrivateModule:
             return self.returned(output)
 
     def _called(self, module: nn.Module, X: Any) -> Any:
-        """Call the module with an input, as it was called first."""
-        if self._call is not None:
+        """Call the module with an input, as with the first one of its form."""
+        form = type(X).__qualname__
+        if form in self._call:
             self.calls += 1
-            args, kwargs = _calls(X)[self._call]
+            args, kwargs = _calls(X)[self._call[form]]
             return module(*args, **kwargs)
         failure: Exception | None = None
         for number in _possible(module, X):
@@ -245,7 +246,7 @@ class PrivateModule:
                     raise
                 failure = failure or error
                 continue
-            self._call = number
+            self._call[form] = number
             return output
         assert failure is not None
         raise failure
