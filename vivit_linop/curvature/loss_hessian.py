@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -37,23 +37,29 @@ _SQRT_COPIES = 4
 Multiplier = tuple[torch.Size, Callable[[Tensor], Tensor]]
 
 
-def check_root_fits(risk: EmpiricalRisk, loss: OutputLoss, what: str) -> None:
+def check_root_fits(
+    risk: EmpiricalRisk, loss: OutputLoss, what: str, columns: RowLayout
+) -> None:
     """Raise an error if exact square roots of the Hessians of a loss do not fit.
 
     Args:
         risk: The risk.
         loss: The loss.
         what: How to call what they are needed for.
+        columns: Their :func:`root_columns`.
 
     Raises:
         MemoryError: As :func:`check_blocks_fit`.
     """
-    first = risk.example[0]
-    coupled = loss.channels(first).shape[1] > 1
+    coupled = loss.channels(risk.example[0]).shape[1] > 1
     copies = _SQRT_COPIES if coupled else 1
-    widths = (first,) if risk.layout.is_uniform else risk.outputs
-    each = [*map(loss.sqrt_width, widths)]
-    check_blocks_fit(risk, what, risk.layout, of_widths(risk, each), copies)
+    check_blocks_fit(risk, what, risk.layout, columns, copies)
+
+
+def root_columns(risk: EmpiricalRisk, loss: OutputLoss) -> RowLayout:
+    """Return which columns exact square roots have, of one position each."""
+    some = risk.example[:1] if risk.layout.is_uniform else risk.outputs
+    return of_widths(risk, [*map(loss.sqrt_width, some)])
 
 
 def of_widths(risk: EmpiricalRisk, each: Sequence[int]) -> RowLayout:
@@ -130,7 +136,8 @@ class LossHessian(OutputOperator):
         return node
 
     def _take_part(self, sign: int) -> None:
-        check_root_fits(self.risk, self.risk.loss, "The positive part of H")
+        columns = root_columns(self.risk, self.risk.loss)
+        check_root_fits(self.risk, self.risk.loss, "The positive part of H", columns)
         self.loss, self.positive_part = HessianPart(self.risk.loss, sign), sign > 0
         self._multipliers, self.determined = {}, False
 
@@ -246,14 +253,16 @@ class LossHessianSqrt(FactoredOutputOperator):
         risk, loss = hessian.risk, hessian.loss
         if mc_samples:
             super().__init__(risk, mc_samples)
+        elif risk.layout.is_uniform:
+            self._columns = root_columns(risk, loss)
+            positions = loss.channels(risk.example[0]).shape[2]
+            super().__init__(risk, self._columns.width * positions)
         else:
-            some = risk.example[:1] if risk.layout.is_uniform else risk.outputs
-            each = [loss.sqrt_width(f) * loss.channels(f).shape[2] for f in some]
-            layout = of_widths(risk, each)
-            uniform = risk.layout.is_uniform
-            ranks = risk.ranks
-            layout = layout.counted(ranks) if uniform else layout.over(ranks)
-            super().__init__(risk, layout)
+            self._columns = root_columns(risk, loss)
+            each = [
+                loss.sqrt_width(f) * loss.channels(f).shape[2] for f in risk.outputs
+            ]
+            super().__init__(risk, of_widths(risk, each).over(risk.ranks))
         # A draw is kept whatever it takes: a second one would be another matrix.
         if mc_samples:
             with risk.ranks.together("generator"):
@@ -306,7 +315,9 @@ class LossHessianSqrt(FactoredOutputOperator):
         risk = self.risk
         self._check_fits()
         output, target = risk.outputs[batch], risk.targets()[batch]
-        root = certified_sqrt(self.hessian.loss, output, target)
+        loss = self.hessian.loss
+        make = loss.sqrt if loss.tested else partial(certified_sqrt, loss)
+        root = make(output, target)
         return risk.scale**0.5 * root
 
     def _check_fits(self) -> None:
@@ -315,6 +326,7 @@ class LossHessianSqrt(FactoredOutputOperator):
             self.hessian.loss,
             f"The exact factor has R = {self.width} columns for each sample. The root "
             "of the loss Hessian",
+            self._columns,
         )
 
     @property

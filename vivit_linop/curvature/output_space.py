@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
+from operator import attrgetter
 
 import torch
 from torch import Tensor
@@ -38,7 +39,7 @@ def check_blocks_fit(
     Raises:
         MemoryError: It says how large they are and what needs none.
     """
-    itemsize = torch.finfo(risk.dtype).bits // 8
+    itemsize = risk.dtype.itemsize
     shapes = zip(rows.samples, rows.each, columns.each, strict=True)
     samples, C, R = max(shapes, key=math.prod)
     size, free = samples * C * R * itemsize, free_memory(risk.device)
@@ -224,7 +225,7 @@ class FactoredOutputOperator(OutputOperator):
             return self._blocks[batch]
         formed = self._form(batch)
         with self.risk.kept.making:  # threads count what others keep
-            kept = sum(blocks.nbytes for blocks in self._blocks.values())
+            kept = sum(map(attrgetter("nbytes"), self._blocks.values()))
             if kept + formed.nbytes <= self._budget:
                 return self._blocks.setdefault(batch, formed)
         return formed
@@ -255,6 +256,8 @@ class FactoredOutputOperator(OutputOperator):
         """Put the positions on the diagonal."""
         F = self.blocks(batch)
         n, c, s, positions = F.shape
+        if positions == 1:
+            return F.squeeze(3)
         rows, columns = c * positions, s * positions
         what = "The factor of the loss Hessian"
         check_blocks_fit(self.risk, what, self.risk.layout, self.layout)

@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 from functools import cached_property, singledispatch
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from vivit_linop.arguments import check_k
@@ -66,7 +65,9 @@ ITERATIONS = ("ARPACK on K", "ARPACK on G", "Lanczos on K", "Lanczos on G")
 def factor_cost(factor: Any) -> plan.FactorCost:
     """Return what a factor costs, by its type."""
     rows, columns = factor.shape
-    return plan.FactorCost.of_dense(rows, columns, _itemsize(factor), factor.device)
+    return plan.FactorCost.of_dense(
+        rows, columns, factor.torch_dtype.itemsize, factor.device
+    )
 
 
 @factor_cost.register
@@ -133,7 +134,7 @@ def choose_route(op: LowRank, k: int) -> plan.Choice:
 def quickest_route(op: LowRank, k: int) -> str:
     """Return the name of that way; what layers cost is asked only where it decides."""
     shape, free = op.factor.shape, free_memory(op.device)
-    fits = 3 * min(shape) ** 2 * _itemsize(op) <= free
+    fits = 3 * min(shape) ** 2 * op.torch_dtype.itemsize <= free
     # A known matrix decides without the layers, and products with it take less.
     asks = not (op.small_side_known or op.ranks.is_many) and _root_fits(op.factor)
     if asks and fits and plan.dense_suffices(shape, k, op.device):
@@ -159,17 +160,13 @@ def _cheapest(op: LowRank, k: int) -> plan.Choice:
         op.factor.shape,
         k,
         None if op.small_side_known else factor_cost(op.factor),
-        _itemsize(op),
+        op.torch_dtype.itemsize,
         free_memory(op.device),
         op.by_gram,
         op.device,
         op.is_decomposed,
         op.ranks.is_many,
     )
-
-
-def _itemsize(op: TorchLinearOperator) -> int:
-    return torch.finfo(op.torch_dtype).bits // 8
 
 
 # Eigenpairs -------------------------------------------------------------------------

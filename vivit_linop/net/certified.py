@@ -24,6 +24,7 @@ wrong, it is measured.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -95,13 +96,15 @@ class Certificate:
         """
         if not gradients:
             return {}
-        nothing, distances = torch.zeros_like(self._whole), []
+        nothing = torch.zeros_like(self._whole)
+        shares, distances = list[Tensor](), list[Tensor]()
         for name, gradient in gradients.items():
             difference = gradient.reshape(-1)
             if name in self._columns:
                 difference = self._columns[name].residual(self.weights, difference)
             distances.append(torch.linalg.vector_norm(difference))
-        share = torch.stack([self._shares.get(name, nothing) for name in gradients])
+            shares.append(self._shares.get(name, nothing))
+        share = torch.stack(shares)
         eps, whole = torch.finfo(share.dtype).eps, self._whole
         spread = self.weights.numel() ** 0.5
         tolerated = 100 * eps**0.75 * share
@@ -199,7 +202,9 @@ class CertifiedColumns:
             made = self._factors(cotangents, structured, takes)
             made |= self._dense(cotangents, [name for name in todo if name in opaque])
             failing = self.failing(made, cotangents, todo)
-            done |= {name: part for name, part in made.items() if name not in failing}
+            for name in failing:
+                made.pop(name, None)
+            done |= made
             todo = [name for name in todo if name in failing]
             if structured & failing and self._capture.together:
                 # Torch's rules for batches are not all right.
@@ -213,12 +218,12 @@ class CertifiedColumns:
     def _note(self, columns: Columns) -> None:
         """Note that columns of all parameters have been certified here."""
         capture, structure = self._capture, self._structure
-        structure.layers = {
-            name: capture.formed.get(name) or part.without_data()
-            for name, part in columns.items()
-            if name not in structure.opaque
-        }
-        structure.uses = [use.key for use in capture.uses]
+        layers = Columns()
+        for name, part in columns.items():
+            if name not in structure.opaque:
+                layers[name] = capture.formed.get(name) or part.without_data()
+        structure.layers = layers
+        structure.uses = [*map(attrgetter("key"), capture.uses)]
         structure.certified = True
 
     def parts(self, cotangents: Tensor, names: Set[str]) -> Iterator[Columns]:

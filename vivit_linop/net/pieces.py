@@ -90,8 +90,10 @@ class Piece:
         """What the columns take."""
         total = 0
         for group in self.groups:
-            sizes = [self.columns[name].nbytes for name in group]
-            total += max(sizes)
+            largest = 0
+            for name in group:
+                largest = max(largest, self.columns[name].nbytes)
+            total += largest
         return total
 
     def rows(self, names: Sequence[str], out: Tensor) -> Tensor:

@@ -72,34 +72,6 @@ class Layout:
         return B if axis is None else B.unsqueeze(axis)
 
 
-def candidates(
-    samples: str, shape: torch.Size, num_samples: int, parameter: torch.Size
-) -> list[str]:
-    """Return the names of the layouts that the output of a layer may have.
-
-    Args:
-        samples: Where its kind may have samples.
-        shape: The shape of the output.
-        num_samples: n.
-        parameter: The shape of the layer's first parameter.
-    """
-    n = num_samples
-    axes = len(shape) - (samples in ("first", "leading"))
-    found = ["first"] if axes > 0 and shape[0] == n else []
-    if samples != "first":
-        if n == 1:
-            return ["single"]
-        if axes > 1 and shape[1] == n:
-            found.append("second")
-        if axes > 0 and shape[0] % n == 0 and shape[0] > n:
-            found += ["merged", "merged second"]
-    if samples == "broadcast":
-        # A parameter that has entries of its own for each sample is no such use.
-        lengths = (1,) * (len(shape) - len(parameter)) + parameter
-        found = [c for c in found if lengths[c == "second"] == 1]
-    return found
-
-
 def fitting(
     layouts: Sequence[str], signal: Tensor, sample: int, num_samples: int
 ) -> Tensor:
@@ -196,8 +168,22 @@ class Use:
 
     def layouts(self, num_samples: int) -> list[str]:
         """Return the names of the layouts that it may have with n samples."""
-        shapes = self.output_shape, num_samples, self.views[0].shape
-        return candidates(self.kind.samples, *shapes)
+        n, shape, samples = num_samples, self.output_shape, self.kind.samples
+        axes = len(shape) - (samples in ("first", "leading"))
+        found = ["first"] if axes > 0 and shape[0] == n else []
+        if samples != "first":
+            if n == 1:
+                return ["single"]
+            if axes > 1 and shape[1] == n:
+                found.append("second")
+            if axes > 0 and shape[0] % n == 0 and shape[0] > n:
+                found += ["merged", "merged second"]
+        if samples == "broadcast":
+            # A parameter that has entries of its own for each sample is no such use.
+            parameter = self.views[0].shape
+            lengths = (1,) * (len(shape) - len(parameter)) + parameter
+            found = [c for c in found if lengths[c == "second"] == 1]
+        return found
 
     def is_wide(self, num_samples: int, width: int) -> bool:
         """Whether sums over columns are as cheap one column of each sample at a time.

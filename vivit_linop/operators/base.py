@@ -479,34 +479,29 @@ class TorchLinearOperator(VerbMethods["TorchLinearOperator"], NumpyProducts):
         return verbs.power(self, times)
 
 
-def common_dtype(*operators: TorchLinearOperator) -> torch.dtype | None:
-    """The dtype of an expression over operators, None while none decides it."""
-    result: torch.dtype | None = None
+def in_common(
+    *operators: TorchLinearOperator,
+) -> tuple[torch.dtype | None, torch.device | None]:
+    """The dtype and device of an expression over operators, None while none decides."""
+    dtype: torch.dtype | None = None
+    device: torch.device | None = None
     for operator in operators:
-        own = operator._own_dtype
+        own, place = operator._own_dtype, operator._own_device
         if own is not None:
-            result = own if result is None else torch.promote_types(result, own)
-    return result
-
-
-def common_device(*operators: TorchLinearOperator) -> torch.device | None:
-    """The device of an expression over operators, None while none decides it."""
-    result: torch.device | None = None
-    for operator in operators:
-        own = operator._own_device
-        if own is not None and result is not None and own != result:
+            dtype = own if dtype is None else torch.promote_types(dtype, own)
+        if place is not None and device is not None and place != device:
             raise ValueError(
                 "Operators on different devices cannot be combined: "
-                f"{sorted(map(str, (own, result)))}. Move the tensors they are made of "
-                "first."
+                f"{sorted(map(str, (place, device)))}. Move the tensors they are made "
+                "of first."
             )
-        result = own or result
-    return result
+        device = place or device
+    return dtype, device
 
 
 def settled(parts: Sequence[TorchLinearOperator]) -> list[TorchLinearOperator]:
     """Let identities take the dtype and device of the other parts."""
-    dtype, device = common_dtype(*parts), common_device(*parts)
+    dtype, device = in_common(*parts)
     return [settle(part, dtype, device) for part in parts]
 
 

@@ -14,8 +14,7 @@ from vivit_linop.modes import is_followed
 from vivit_linop.operators import verbs
 from vivit_linop.operators.base import (
     TorchLinearOperator,
-    common_device,
-    common_dtype,
+    in_common,
     settle,
     settled,
 )
@@ -306,7 +305,7 @@ class Sum(TorchLinearOperator):
 
     def __init__(self, *terms: TorchLinearOperator) -> None:
         self.terms = tuple(settled(terms))
-        super().__init__(terms[0].shape, common_dtype(*terms), common_device(*terms))
+        super().__init__(terms[0].shape, *in_common(*terms))
 
     @property
     def self_adjoint(self) -> bool:  # type: ignore[override]
@@ -339,9 +338,7 @@ class Product(TorchLinearOperator):
     def __init__(self, *factors: TorchLinearOperator) -> None:
         self.factors = factors
         super().__init__(
-            (factors[0].shape[0], factors[-1].shape[1]),
-            common_dtype(*factors),
-            common_device(*factors),
+            (factors[0].shape[0], factors[-1].shape[1]), *in_common(*factors)
         )
 
     @property

@@ -14,8 +14,7 @@ from torch import Tensor
 from vivit_linop.arguments import as_list, as_numbers
 from vivit_linop.operators.base import (
     TorchLinearOperator,
-    common_device,
-    common_dtype,
+    in_common,
     settle,
     settled,
 )
@@ -58,9 +57,7 @@ class BlockDiagonal(TorchLinearOperator):
         columns = sum(block.shape[1] for block in self.blocks)
         if self.indices is not None:
             _check_partition(self.blocks, self.indices)
-        super().__init__(
-            (rows, columns), common_dtype(*self.blocks), common_device(*self.blocks)
-        )
+        super().__init__((rows, columns), *in_common(*self.blocks))
 
     @property
     def self_adjoint(self) -> bool:  # type: ignore[override]
@@ -152,8 +149,7 @@ class Kronecker(TorchLinearOperator):
                 math.prod(factor.shape[0] for factor in self.factors),
                 math.prod(factor.shape[1] for factor in self.factors),
             ),
-            common_dtype(*self.factors),
-            common_device(*self.factors),
+            *in_common(*self.factors),
         )
 
     @property
@@ -291,11 +287,11 @@ class KhatriRao(TorchLinearOperator):
                 f"{self.left.shape[1]} and {self.right.shape[1]}."
             )
         parts = Dense(self.left), Dense(self.right)
-        dtype = common_dtype(*parts)
+        dtype, device = in_common(*parts)
         super().__init__(
             (self.left.shape[0] * self.right.shape[0], self.left.shape[1]),
             dtype,
-            common_device(*parts),
+            device,
         )
         self.left, self.right = self.left.to(dtype), self.right.to(dtype)
 

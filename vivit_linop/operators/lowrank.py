@@ -18,11 +18,10 @@ from vivit_linop.arguments import Scalar, as_scalar, without_gradient
 from vivit_linop.operators import verbs
 from vivit_linop.operators.base import (
     TorchLinearOperator,
-    common_device,
-    common_dtype,
+    in_common,
 )
 from vivit_linop.operators.symmetric import DampedSolver, KeptMatrix, Pairs
-from vivit_linop.ranks.alone import RankRows
+from vivit_linop.ranks.alone import RankRows, Ranks
 
 Result = TypeVar("Result")
 
@@ -53,16 +52,18 @@ class Gram(TorchLinearOperator):
     ) -> None:
         self.left, self.right = left, right
         self.kept = KeptMatrix() if kept is None else kept
-        super().__init__(
-            (left.shape[1], right.shape[1]),
-            common_dtype(left, right),
-            common_device(left, right),
-        )
+        super().__init__((left.shape[1], right.shape[1]), *in_common(left, right))
 
     @property
     def self_adjoint(self) -> bool:  # type: ignore[override]
         """Whether both factors are the same."""
         return self.left is self.right
+
+    @property
+    def ranks(self) -> Ranks:
+        """Those of the factor that has samples."""
+        ranks = self.left.ranks
+        return ranks if ranks.is_many else self.right.ranks
 
     @property
     def known(self) -> bool:

@@ -10,8 +10,7 @@ from torch import Tensor
 
 from vivit_linop.operators.base import (
     TorchLinearOperator,
-    common_device,
-    common_dtype,
+    in_common,
     settled,
 )
 from vivit_linop.operators.kronecker import as_operators
@@ -38,8 +37,7 @@ class HStack(TorchLinearOperator):
         self.parts = parts
         super().__init__(
             (parts[0].shape[0], sum(part.shape[1] for part in parts)),
-            common_dtype(*parts),
-            common_device(*parts),
+            *in_common(*parts),
         )
 
     def split(self, X: Tensor) -> list[Tensor]:

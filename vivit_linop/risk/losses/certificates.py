@@ -133,7 +133,7 @@ def certified_sqrt(loss: OutputLoss, output: Tensor, target: Tensor) -> Tensor:
         ValueError: If it is no square root, or there is none.
     """
     S = loss.sqrt(output, target)
-    if loss.tested or not loss.has_own("sqrt"):
+    if not loss.has_own("sqrt"):
         return S
     f = loss.channels(output)
     n, C, P = f.shape
