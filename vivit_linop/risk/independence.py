@@ -200,21 +200,21 @@ def _are_alone(
     """
     X = map_leaves(lambda leaf: leaf.detach().clone(), X)
     axes = samples.axes(X) or []
-    apart = [
+    wanted = [
         (leaf.requires_grad_(), axis)
         for leaf, axis in zip(leaves(X), axes, strict=False)
         if axis is not None and leaf.is_floating_point()
     ]
-    if not apart:
+    if not wanted:
         return False
     mine = torch.arange(len(output), device=output.device) % 2 == 0
     found = model(params, X)
     vector = Noise(1).like(found)
     vector[~mine] = 0.0
-    slopes = gradients(found, [leaf for leaf, _ in apart], vector)
+    slopes = gradients(found, [leaf for leaf, _ in wanted], vector)
     of_samples = [
         slope.movedim(axis, 0).reshape(len(mine), -1).any(1).to(output.device)
-        for slope, (_, axis) in zip(slopes, apart, strict=True)
+        for slope, (_, axis) in zip(slopes, wanted, strict=True)
     ]
     reached = torch.stack(of_samples).any(0)
     return bool(reached.any() and not reached[~mine].any())
