@@ -198,3 +198,21 @@ def test_inputs_without_numbers_are_those_that_they_were() -> None:
     )
     for ask in ASKED.values():
         ask(risk)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float8_e4m3fn])
+def test_inputs_in_less_than_the_precision_of_sums(dtype: torch.dtype) -> None:
+    net = nn.Sequential(nn.Linear(300, 2), nn.Linear(2, 3)).double()
+    nn.init.zeros_(net[1].weight)
+    X, y = torch.rand(6, 300).to(dtype), torch.randint(3, (6,))
+    risk = vl.EmpiricalRisk(
+        *(net, nn.CrossEntropyLoss(), [(X, y)]),
+        predict=lambda net, X: net(X.double()),
+    )
+    other, full = X.double(), vl.GGN(net, nn.CrossEntropyLoss(), (X.double(), y))
+    assert torch.allclose(vl.GGN(risk).diagonal(), full.diagonal())
+    other[3, 1] += 0.5
+    X.copy_(other)
+    for ask in (ASKED["diagonal"], ASKED["subset"], ASKED["at"]):
+        with pytest.raises(ValueError, match=r"^data: .* not what (it was|they were)"):
+            ask(risk)

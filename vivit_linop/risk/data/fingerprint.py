@@ -172,6 +172,8 @@ def _weighted_sums(leaf: Tensor) -> Tensor:
         leaf = torch.view_as_real(leaf.resolve_conj())
     if not leaf.is_floating_point():
         leaf = leaf.double()
+    elif leaf.itemsize < 4:  # in their own precision sums would say nothing
+        leaf = leaf.float()
     rows = leaf.reshape(len(leaf) if leaf.ndim else 1, -1)
     return rows @ _weights(rows.shape[1], rows.dtype, rows.device)
 
