@@ -342,12 +342,15 @@ class CertifiedColumns:
             names: The parameters to check.
         """
         params, lenient = self._risk.model.params, self._structure.singly
-        wanted = {name: params[name] for name in names if params[name].numel()}
+        wanted, made = dict[str, Tensor](), Columns()
+        for name in names:
+            if params[name].numel():
+                wanted[name] = params[name]
+                if name in columns:
+                    made[name] = columns[name]
         if not wanted:
             return set()
-        certificate = Certificate(
-            {name: columns[name] for name in wanted if name in columns}, cotangents
-        )
+        certificate = Certificate(made, cotangents)
         output = self._capture.output
         cotangent = certificate.cotangent
         found = gradients(output, [*wanted.values()], cotangent, retain_graph=True)

@@ -14,6 +14,7 @@ and go round. Of two ranks that are each other's, each takes half of the pairs.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import chain
 
 from torch import Tensor
 
@@ -111,7 +112,7 @@ def _accumulate_pairs(
         if end == factor.shape[1]:
             if held[0][0].place.start or columns.names != set(factor.risk.params):
                 return None
-            pieces = [piece for (piece,) in held]
+            pieces = [*chain.from_iterable(held)]
             return stored or StoredColumns.kept_on(factor.risk.device, pieces)
         for (right,) in columns.pieces(held[-1][0].samples.stop):
             for (left,) in held:
