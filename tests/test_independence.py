@@ -144,15 +144,37 @@ def test_mixing_a_little_without_derivatives_in_inputs(where: str) -> None:
         vl.EmpiricalRisk(model, CE, (inputs, Y))
 
 
-def test_nets_of_one_precision_are_believed_nearby() -> None:
-    """Kernels of low precision may be as far apart; nothing tells them from mixing."""
+def _writing(x: Tensor) -> Tensor:
+    x *= 1
+    return x
+
+
+# What a net of one precision does with its inputs and outputs.
+LOW: dict[str, tuple[Any, Callable[[Tensor], Tensor], bool]] = {
+    "mixing": (X, lambda h: h + 1e-3 * h.mean(0), False),
+    "neighbours": (X, lambda h: h + 1e-3 * h.roll(1, 0), False),
+    "other kernels": (X, lambda h: h * (1.0 + 1e-4 * len(h)), True),
+    "tokens": (torch.arange(12), lambda h: h + 1e-3 * h.mean(0), True),
+}
+
+
+@pytest.mark.parametrize("writes", [False, True])
+@pytest.mark.parametrize("name", LOW)
+def test_nets_of_one_precision_are_told_by_derivatives(name: str, writes: bool) -> None:
+    """Kernels of low precision may be as far apart, and are believed."""
+    inputs, change, believed = LOW[name]
+    first = nn.Embedding(12, 4) if name == "tokens" else nn.Linear(4, 4)
 
     def forward(m: Any, x: Tensor) -> Tensor:
-        h = m.f(x).float()
-        return h + 1e-3 * h.mean(0)
+        return change(m.f(_writing(x) if writes else x).float())
 
-    model = Lambda(forward, f=net()).float()
-    assert vl.EmpiricalRisk(model, CE, (X.float(), Y)).num_samples == 12
+    model = Lambda(forward, f=nn.Sequential(first, net())).float()
+    data = inputs.float() if name != "tokens" else inputs, Y
+    if believed or writes:  # of inputs that it writes into nobody can tell
+        assert vl.EmpiricalRisk(model, CE, data).num_samples == 12
+    else:
+        with pytest.raises(ValueError, match="depend on the other samples"):
+            vl.EmpiricalRisk(model, CE, data)
 
 
 def test_mixing_in_the_largest_batch_only() -> None:

@@ -130,12 +130,13 @@ def _are_same(
         return far <= _NEAR[dtype]
     exact = _in_double(model, X, output)
     if exact is None:
-        return True  # kernels of low precision may be that far apart
+        # Kernels of low precision may be that far apart.
+        return _are_alone(model, model.params, X, output, samples) is not False
     far = furthest(*exact)
     if far <= _NEAR[torch.float64] or far <= BY_NOISE * _rounding(model, *exact):
         return True
     # An iteration that ends when all samples have converged leaves such differences.
-    return _are_alone(model, *exact, samples)
+    return _are_alone(model, *exact, samples) is True
 
 
 def _apart_among(
@@ -193,10 +194,11 @@ def _rounding(model: FunctionalModel, params: Params, X: Any, output: Tensor) ->
 
 def _are_alone(
     model: FunctionalModel, params: Params, X: Any, output: Tensor, samples: Samples
-) -> bool:
+) -> bool | None:
     """Whether outputs have derivatives in inputs of their own samples only.
 
-    False for inputs of which this cannot be told: tokens, lists.
+    None for inputs of which this cannot be told: tokens, lists, and those that the
+    model writes into.
     """
     X = map_leaves(lambda leaf: leaf.detach().clone(), X)
     axes = samples.axes(X) or []
@@ -206,18 +208,24 @@ def _are_alone(
         if axis is not None and leaf.is_floating_point()
     ]
     if not wanted:
-        return False
+        return None
     mine = torch.arange(len(output), device=output.device) % 2 == 0
-    found = model(params, X)
-    vector = Noise(1).like(found)
-    vector[~mine] = 0.0
-    slopes = gradients(found, [leaf for leaf, _ in wanted], vector)
+    try:
+        found = model(params, X)
+        vector = Noise(1).like(found)
+        vector[~mine] = 0.0
+        slopes = gradients(found, [leaf for leaf, _ in wanted], vector)
+    # Whatever it says to inputs that require grad.
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        return None
     of_samples = [
         slope.movedim(axis, 0).reshape(len(mine), -1).any(1).to(output.device)
         for slope, (_, axis) in zip(slopes, wanted, strict=True)
     ]
     reached = torch.stack(of_samples).any(0)
-    return bool(reached.any() and not reached[~mine].any())
+    return not bool(reached[~mine].any()) if reached.any() else None
 
 
 def _alone(n: int) -> Iterator[Question]:
