@@ -215,15 +215,15 @@ def _are_alone(
         vector = Noise(1).like(found)
         vector[~mine] = 0.0
         slopes = gradients(found, [leaf for leaf, _ in wanted], vector)
-    # Whatever it says to inputs that require grad.
+        of_samples = [
+            slope.movedim(axis, 0).reshape(len(mine), -1).any(1).to(output.device)
+            for slope, (_, axis) in zip(slopes, wanted, strict=True)
+        ]
+    # Whatever it says to inputs that require grad; slopes in sparse ones are sparse.
     except Exception as error:
         if is_out_of_memory(error):
             raise
         return None
-    of_samples = [
-        slope.movedim(axis, 0).reshape(len(mine), -1).any(1).to(output.device)
-        for slope, (_, axis) in zip(slopes, wanted, strict=True)
-    ]
     reached = torch.stack(of_samples).any(0)
     return not bool(reached[~mine].any()) if reached.any() else None
 
