@@ -154,7 +154,9 @@ def test_a_loader_that_shuffles_is_refused() -> None:
         risk.on(shuffled)
 
 
-@pytest.mark.parametrize("change", ["parameter", "buffer", "attribute", "hook", "gone"])
+@pytest.mark.parametrize(
+    "change", ["parameter", "NaN", "shape", "buffer", "attribute", "hook", "gone"]
+)
 def test_whether_the_model_is_what_it_was(change: str) -> None:
     net: Any = mlp()
     risk = vl.EmpiricalRisk(net, nn.CrossEntropyLoss(), data(6))
@@ -164,6 +166,10 @@ def test_whether_the_model_is_what_it_was(change: str) -> None:
     with torch.no_grad():
         if change == "parameter":
             net[3].bias[0] += 1e-9
+        elif change == "NaN":
+            net[3].bias[0] = torch.nan
+        elif change == "shape":
+            net[3].bias = nn.Parameter(net[3].bias[:1].clone())
         elif change == "buffer":
             net[1].running_mean[1] = 1.0
         elif change == "attribute":

@@ -16,7 +16,7 @@ from vivit_linop.curvature import plan
 from vivit_linop.curvature.column_sums import sum_columns
 from vivit_linop.curvature.jacobian import Pullback
 from vivit_linop.net.certified import share_structure
-from vivit_linop.net.columns.base import LayerColumns, add_product, mirror
+from vivit_linop.net.columns.base import LayerColumns, add_product, mirror, pays_whole
 from vivit_linop.net.columns.khatri_rao import KhatriRaoColumns
 from vivit_linop.net.columns.transposed import TransposedConvolutionColumns
 from vivit_linop.net.pieces import Piece
@@ -211,8 +211,8 @@ def _with_ones(inputs: Tensor, affine: bool) -> Tensor:
 
 def _outer_sums(columns: Tensor) -> Tensor:
     """Sums of outer products of columns, ``[G, d, k] -> [G, d, d]``, symmetric."""
-    # Launching the parts of half a product takes longer than the whole of it.
-    if columns.device.type != "cpu":
+    # On other devices, launching the parts of a half takes longer than the whole.
+    if not columns.is_cpu or pays_whole(columns[0]):
         whole = columns @ columns.mT
         return (whole + whole.mT) / 2
     sums = columns.new_zeros(*columns.shape[:2], columns.shape[1])

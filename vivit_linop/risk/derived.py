@@ -25,7 +25,7 @@ from vivit_linop.risk.first_run import Run, next_run
 from vivit_linop.risk.losses.base import OutputLoss
 from vivit_linop.risk.losses.certificates import targets_of
 from vivit_linop.risk.model.functional import FunctionalModel
-from vivit_linop.risk.model.parameters import ParameterVectors, have_equal_entries
+from vivit_linop.risk.model.parameters import ParameterVectors
 from vivit_linop.risk.model.same_function import check_alike
 from vivit_linop.risk.model_loss import Returned
 from vivit_linop.risk.passes import Cuts, Passes
@@ -255,11 +255,9 @@ class DerivableRisk(Risk):
         if self.model.has_changed():
             return False
         try:
-            now = _moved(self.model, None)
-        except ValueError:  # it is gone, or has other parameters, or NaN in them
+            return self.model.is_at_present()
+        except ValueError:  # it is gone, or has other parameters
             return False
-        mine, theirs = ({**m.constants, **m.params} for m in (self.model, now))
-        return all(have_equal_entries(mine[name], theirs[name]) for name in mine)
 
     def _anew(self) -> Self:
         """Return the risk of the same data for what the user's model is now.

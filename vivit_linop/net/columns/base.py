@@ -268,8 +268,7 @@ class DenseColumns(LayerColumns):
 
 def add_product(gram: Tensor, left: Tensor, right: Tensor, symmetric: bool) -> None:
     """Add ``left @ right.T`` to a matrix; above the diagonal only if symmetric."""
-    leaf = _SYMMETRIC_LEAF if left.is_cpu else _DEVICE_LEAF
-    if not symmetric or len(left) < 2 * leaf:
+    if not symmetric or pays_whole(left):
         gram.addmm_(left, right.T)
         return
     # The diagonal blocks by recursion, the block beside them once.
@@ -278,6 +277,11 @@ def add_product(gram: Tensor, left: Tensor, right: Tensor, symmetric: bool) -> N
     add_product(gram[:half, :half], top, top, True)
     add_product(gram[half:, half:], bottom, bottom, True)
     gram[:half, half:].addmm_(top, bottom.T)
+
+
+def pays_whole(rows: Tensor) -> bool:
+    """Whether ``rows @ rows.T`` is made as a whole sooner than half of it."""
+    return len(rows) < 2 * (_SYMMETRIC_LEAF if rows.is_cpu else _DEVICE_LEAF)
 
 
 def mirror(matrix: Tensor) -> None:

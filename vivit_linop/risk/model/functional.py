@@ -232,6 +232,17 @@ class FunctionalModel:
         }
         return params, {name: whole(slots[name]) for name in self._fixed}
 
+    def is_at_present(self) -> bool:
+        """Whether the user's parameters and buffers are what they are here.
+
+        Raises:
+            ValueError: As :meth:`present`.
+        """
+        now, fixed = self.present()
+        now = {name: as_pairs(p.detach()) for name, p in now.items()} | fixed
+        known = {**self.params, **self._fixed}
+        return all(have_equal_entries(now[n].to(p), p) for n, p in known.items())
+
     def has_changed(self) -> bool:
         """Whether the user's model is not the same function any more.
 
