@@ -162,9 +162,11 @@ class TorchLinearOperator(VerbMethods["TorchLinearOperator"], NumpyProducts):
         if dtype is not None and not isinstance(dtype, torch.dtype):
             raise _other_dtype(dtype)
         self._own_dtype = dtype
-        if device is not None and device != _CPU:  # which most of them are on
-            device = numbered(device)
-        self._own_device = device
+        self._own_device: torch.device | None
+        if device is None or (type(device) is torch.device and device == _CPU):
+            self._own_device = device  # as nearly always
+        else:
+            self._own_device = numbered(device)
         self.shape, self.dtype, more = _described(dtype, tuple(shape))
         if more:
             vars(self).update(more)
