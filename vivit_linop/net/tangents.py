@@ -262,13 +262,13 @@ def _young_circles_collected() -> Iterator[None]:
     They would keep the data of a risk until Python's collector happens to run. While
     that waits all new objects are young ones, which are looked through in little time.
     """
-    waits = gc.isenabled()
+    was_enabled = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
         gc.collect(0)
-        if waits:
+        if was_enabled:
             gc.enable()
 
 
