@@ -142,6 +142,9 @@ def start() -> str:
 
 if "RANK" in os.environ:
     work()
+    # Threads of gloo may abort a process that ends in the usual way, all work done.
+    sys.stdout.flush()
+    os._exit(0)
 else:
     said = start()
     print(said)
