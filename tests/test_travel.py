@@ -23,6 +23,7 @@ from torch import Tensor, nn
 import vivit_linop as vl
 from vivit_linop.net import linearized as linearizing
 from vivit_linop.net.linearized import linearizations
+from vivit_linop.net.tangents import young_circles_collected
 
 N, C = 12, 3
 
@@ -485,3 +486,17 @@ def test_interrupted_while_linearising(
     assert [
         len(part.outputs) for part in J.risk.kept.values["linearizations"]
     ] == J.risk.batch_sizes
+
+
+@pytest.mark.parametrize("is_on", [False, True])
+def test_the_collector_is_on_as_the_caller_had_it(is_on: bool) -> None:
+    """Tracing, which convolutions take, stops it for a while; also where it fails."""
+    (gc.enable if is_on else gc.disable)()
+    try:
+        _use(vl.GGN(_risk(_convolutions)), "products")
+        assert gc.isenabled() == is_on
+        with pytest.raises(KeyboardInterrupt), young_circles_collected():
+            raise KeyboardInterrupt
+        assert gc.isenabled() == is_on
+    finally:
+        gc.enable()

@@ -196,7 +196,8 @@ def _is_wrong(func: Any, given: Any, active: list[bool]) -> bool:
             )
             for s in (1, -1)
         ]
-    # What cannot be differentiated apart is not what is looked for.
+    # What cannot be differentiated apart, for want of memory too, is not named by the
+    # error for which it is looked.
     except Exception:
         return False
     difference = [(a - b) / (2 * h) for a, b in zip(*sides, strict=True)]

@@ -124,7 +124,7 @@ class Preparation:
         return self._probe
 
     def _trace_somehow(self) -> tuple[Graph, Tangents] | None:
-        with _young_circles_collected():
+        with young_circles_collected():
             return self._trace(contextlib.nullcontext()) or self._trace(OutOfPlace())
 
     def _trace(
@@ -256,7 +256,7 @@ class Preparation:
 
 
 @contextlib.contextmanager
-def _young_circles_collected() -> Iterator[None]:
+def young_circles_collected() -> Iterator[None]:
     """Free what the tracer leaves in circles of references, to its callers too.
 
     They would keep the data of a risk until Python's collector happens to run. While
