@@ -128,3 +128,21 @@ def test_numbers_round_as_in_torch(
             assert torch.equal(result, expected)
         (slope,) = torch.autograd.grad(ours(X, number).sum(), X)
         assert torch.equal(slope, torch.autograd.grad(expected.sum(), X)[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("damping", [1e-30, 1e-39, 1e-300])
+def test_dampings_beneath_single_precision(damping: float, dtype: torch.dtype) -> None:
+    """λ/δ may be more than float32 holds; the logarithm is not."""
+    op = nets(dtype)["few"]
+    D, evals = op.shape[0], op.eigvalsh().double().clamp(min=0.0)
+    rank = min(D, op.factor.shape[1])
+    top = evals.sort().values[-rank:]
+    expected = (top + damping).log().sum() + (D - rank) * math.log(damping)
+    delta = torch.tensor(damping, dtype=torch.float64, requires_grad=True)
+    for found in (
+        (op + damping * vl.Identity(D)).logdet(),
+        (op + delta * vl.Identity(D)).logdet().detach(),
+        op.logdet(damping=[damping, 1.0])[0],
+    ):
+        assert found.double() == pytest.approx(float(expected), rel=1e-5)

@@ -36,6 +36,9 @@ from vivit_linop.operators.verbs import (
     to_dense,
 )
 
+# What eigenvalues are multiplied by in float64: in float32 the result may be infinite.
+_LARGE = 1e16
+
 
 @logdet.register
 def logdet_of_operator(op: TorchLinearOperator) -> Tensor:
@@ -149,8 +152,13 @@ def damped_logdet_of_low_rank(op: LowRank, damping: Scalar) -> Tensor:
         raise ValueError(
             f"logdet: a damped low-rank operator needs damping > 0, got {damping}."
         )
-    ratios = times(op.nonnegative_eigenvalues, op.scale / damping)
-    return plus(ratios.log1p_().sum(), op.shape[0] * log_abs(damping))
+    evals, ratio = op.nonnegative_eigenvalues, op.scale / damping
+    if ratio > _LARGE:
+        if isinstance(damping, Tensor):
+            ratio = op.scale / damping.double()
+        large = (evals.double() * ratio).log1p().sum().to(evals)
+        return plus(large, op.shape[0] * log_abs(damping))
+    return plus(times(evals, ratio).log1p_().sum(), op.shape[0] * log_abs(damping))
 
 
 @damped_logdets.register
@@ -162,14 +170,13 @@ def damped_logdets_of_operator(op: TorchLinearOperator, dampings: Tensor) -> Ten
 
 @damped_logdets.register
 def damped_logdets_of_low_rank(op: LowRank, dampings: Tensor) -> Tensor:
-    """As of one damping, in one go."""
+    """As of one damping, in one go; in float64, which holds λ/δ of every δ."""
     if not (dampings > 0.0).all():
         raise ValueError(
             "logdet: a damped low-rank operator needs dampings > 0, the least is "
             f"{dampings.min():.3g}."
         )
-    evals = op.nonnegative_eigenvalues
-    ratios = evals * (op.scale / dampings).to(evals).unsqueeze(1)
+    ratios = op.nonnegative_eigenvalues.double() * (op.scale / dampings).unsqueeze(1)
     return torch.log1p(ratios).sum(1) + op.shape[0] * dampings.log()
 
 
