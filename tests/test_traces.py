@@ -15,8 +15,7 @@ from tests.cases import NAMES, dense, problem
 from tests.curvature_cases import FEW, close, fresh, risk
 from vivit_linop.net import tangents
 from vivit_linop.net.linearization import ReverseTangents
-from vivit_linop.net.linearized import linearizations, linearized
-from vivit_linop.net.tangents import NoTangentError
+from vivit_linop.net.linearized import NoTangentError, linearizations, linearized
 from vivit_linop.net.tracing import tangent_map
 
 
@@ -42,7 +41,7 @@ def _untraceable(*_: Any) -> None:
 )
 def test_linearization(name: str, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     of, truth = risk(name), dense(name)
-    module = "vivit_linop.net.tangents"
+    module = "vivit_linop.net.linearized"
     if method == "reverse":
         monkeypatch.setattr(f"{module}.tangent_map", _untraceable)
     monkeypatch.setattr(f"{module}.tracing_pays", lambda _: method == "trace")
@@ -79,7 +78,7 @@ def test_ordinary_nets_are_traced_where_it_pays(name: str, method: str) -> None:
 def test_a_trace_stands_in_for_a_wrong_second_derivative(
     wrong: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    module = "vivit_linop.net.tangents"
+    module = "vivit_linop.net.linearized"
     if wrong == "error":
 
         def impossible(graph: Any) -> None:

@@ -22,8 +22,7 @@ from torch import Tensor, nn
 
 import vivit_linop as vl
 from vivit_linop.net import linearized as linearizing
-from vivit_linop.net.linearized import linearizations
-from vivit_linop.net.tangents import young_circles_collected
+from vivit_linop.net.linearized import linearizations, young_circles_collected
 
 N, C = 12, 3
 

@@ -22,10 +22,9 @@ from vivit_linop.modes import as_guest
 from vivit_linop.net.costs import layer_costs
 from vivit_linop.net.inner import InnerProducts
 from vivit_linop.net.linearization import kept_linearizations
-from vivit_linop.net.linearized import linearizations, trusted
+from vivit_linop.net.linearized import NoTangentError, linearizations, trusted
 from vivit_linop.net.pieces import StoredColumns, memory_budget
 from vivit_linop.net.sums import accumulate_own
-from vivit_linop.net.tangents import NoTangentError
 from vivit_linop.net.totals import AllColumns, Components
 from vivit_linop.operators import verbs
 from vivit_linop.operators.base import TorchLinearOperator

@@ -1,25 +1,42 @@
-"""The linearisations that a risk keeps: one of each batch, while the memory lasts."""
+"""How linearisations are made, by a way to J x that is right, and which a risk keeps.
+
+For convolutions torch's backward pass through a backward pass takes twice as long as it
+should; a trace (:mod:`vivit_linop.net.tracing`) does not. Tracing takes seconds, so it
+is not done for a trace that would be used only once, nor for nets of linear layers and
+attention, where a trace is no faster. A trace may be wrong in many ways, and so may
+second derivatives by torch: products are compared with Jᵀ u before they are used.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterable, Iterator
+import gc
+import threading
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, NamedTuple, NoReturn
 
+import torch
 from torch import Tensor
+from torch.func import vmap
 
-from vivit_linop.devices import explained
+from vivit_linop.devices import explained, is_out_of_memory
+from vivit_linop.graphs import nodes
 from vivit_linop.modes import as_guest
 from vivit_linop.net.linearization import (
     KEPT,
     KEPT_GRAPHS,
     Graph,
     Linearization,
+    ReverseTangents,
+    Tangents,
     kept_linearizations,
 )
-from vivit_linop.net.tangents import Preparation
+from vivit_linop.net.rounding import nearby
+from vivit_linop.net.tracing import OutOfPlace, tangent_map
+from vivit_linop.noise import BY_NOISE, Noise
 from vivit_linop.risk import first_run
 from vivit_linop.risk.checks import read
 from vivit_linop.risk.data.containers import copied, leaves
@@ -28,12 +45,267 @@ from vivit_linop.risk.first_run import Run
 from vivit_linop.risk.model.private_module import Params
 from vivit_linop.risk.store import Store
 
+# One convolution in this many matrix products makes a trace worth its time.
+_PER_CONVOLUTION = 4
+# The tracer changes things that all threads see.
+_TRACING = threading.Lock()
 # The share of free memory that linearisations may take.
 _MEMORY_SHARE = 4
 # Where a risk keeps those that are not yet certified.
 _TRUSTED = "trusted linearizations"
 # What keeps those that this thread certifies itself.
 _CERTIFYING: ContextVar[Store | None] = ContextVar("certifying", default=None)
+
+
+class NoTangentError(ValueError):
+    """J x cannot be had from torch's derivatives; Jᵀ u can, and columns made of it."""
+
+
+class TracedTangents(Tangents):
+    """J x by the traced tangent map.
+
+    Args:
+        tangent_map: A linear function of as many tensors as there are parameters.
+        arguments: As for :class:`Tangents`.
+    """
+
+    method = "trace"
+
+    def __init__(
+        self, tangent_map: Callable[..., Tensor], arguments: Sequence[Tensor]
+    ) -> None:
+        super().__init__(arguments)
+        self._map = tangent_map
+
+    def __call__(self, tangents: list[Tensor], batched: bool) -> Tensor:
+        """Run the trace."""
+        with torch.no_grad():
+            apply = vmap(self._map) if batched else self._map
+            image: Tensor = apply(*tangents)
+        return image
+
+
+class Probe(NamedTuple):
+    """Random vectors, and what an ordinary backward pass makes of one.
+
+    Attributes:
+        x: ``[D]``.
+        u: ``[n C]``.
+        pulled_back: Jᵀ u, by the first backward pass of the graph, ``[D]``.
+    """
+
+    x: Tensor
+    u: Tensor
+    pulled_back: Tensor
+
+
+class Preparation:
+    """How J x is found: way by way, until one is right.
+
+    Args:
+        function: Maps parameters, by name, to outputs ``[n, …]``.
+        params: θ, by name; tensors that require grad.
+        graph: That of the outputs at θ.
+    """
+
+    def __init__(
+        self, function: Callable[[Params], Tensor], params: Params, graph: Graph
+    ) -> None:
+        self._function, self._params, self._graph = function, params, graph
+        self._failure, self._is_last = "", False
+        self._probe: Probe | None = None
+
+    def find(self, may_trace: bool, checked: bool) -> tuple[Graph, Tangents]:
+        """Return the first way that is right, and the graph that Jᵀ u goes through.
+
+        Args:
+            may_trace: Whether it is used so often that a trace may pay.
+            checked: Whether J x is known to be right for this function and θ.
+
+        Raises:
+            NoTangentError: If J x is impossible.
+            ValueError: If it is wrong, and columns cannot stand in for it.
+        """
+        if not checked:
+            self._probed()
+        first = may_trace and tracing_pays(self._graph.output)
+        found = self._trace_somehow() if first else None
+        found = found or self._reverse(checked)
+        if found is None and may_trace and not first:
+            self._is_last = True
+            found = self._trace_somehow()
+        return found or self._refuse()
+
+    def _probed(self) -> Probe:
+        # Before anything else: a net may do other things the second time.
+        if self._probe is None:
+            graph, noise = self._graph, Noise()
+            output = graph.output.detach()
+            u = noise(output.numel(), like=output)
+            x = noise(sum(graph.sizes), like=output)
+            self._probe = Probe(x, u, graph.pull_back(u))
+        return self._probe
+
+    def _trace_somehow(self) -> tuple[Graph, Tangents] | None:
+        with young_circles_collected():
+            return self._trace(contextlib.nullcontext()) or self._trace(OutOfPlace())
+
+    def _trace(
+        self, mode: contextlib.AbstractContextManager[object]
+    ) -> tuple[Graph, Tangents] | None:
+        """Trace the tangent map; None if it turned out to be wrong."""
+        theta = {name: p.detach() for name, p in self._params.items()}
+        try:
+            with _TRACING, warnings.catch_warnings(), mode:
+                warnings.filterwarnings("ignore", message=".*get_attr Node.*")
+                warnings.filterwarnings("ignore", category=FutureWarning)
+                traced = tangent_map(self._function, theta)
+            arguments = [p.clone().requires_grad_() for p in theta.values()]
+            graph = Graph(traced(*arguments), arguments)
+            tangents = TracedTangents(traced, arguments)
+            right = self._agree(graph, tangents)
+        # Any failure of the tracer, of which there are many kinds, only means that
+        # another way must be taken; an error of the model itself was seen before. The
+        # other way takes less memory.
+        except Exception as error:
+            if self._is_last and is_out_of_memory(error):
+                raise
+            return None
+        return (graph, tangents) if right else None
+
+    def _reverse(self, checked: bool) -> tuple[Graph, Tangents] | None:
+        """Keep the graph of u ↦ Jᵀ u; None if it turned out to be wrong."""
+        try:
+            tangents = ReverseTangents(self._graph)
+            right = checked or self._agree(self._graph, tangents)
+        # Some operations have no second derivative.
+        except (RuntimeError, NotImplementedError) as error:
+            if is_out_of_memory(error):
+                raise
+            self._failure = f" ({error})"
+            return None
+        return (self._graph, tangents) if right else None
+
+    def _agree(self, graph: Graph, tangents: Tangents) -> bool:
+        """Whether products are those of the Jacobian, and stay so when used.
+
+        ⟨u, J x⟩ must equal ⟨Jᵀ u, x⟩ for a random u, where a large error of J x may be
+        hidden among many outputs, and for u = J x, where its square is seen. Of a
+        trace, Jᵀ u must also be what an ordinary backward pass gives, and all this
+        again: what it keeps is changed by its use if the model works in place.
+
+        Args:
+            graph: The net's, or a trace.
+            tangents: Of it.
+        """
+        x, u, expected = self._probed()
+        traced = graph is not self._graph
+        eps = torch.finfo(x.dtype).eps
+        tolerance = 100 * eps**0.75
+        facts = []
+        for _ in range(2 if traced else 1):
+            image = tangents.along(x)
+            if traced:
+                error = graph.pull_back(u) - expected
+                facts.append(error.norm() <= tolerance * expected.norm())
+            slope = torch.dot(image, u) - torch.dot(expected, x)
+            size = image.norm() * u.norm() + expected.norm() * x.norm()
+            facts.append(slope.abs() <= tolerance * size)
+        pulled_back = self._graph.pull_back(image)
+        norm = torch.dot(image, image)
+        square = norm - torch.dot(pulled_back, x)
+        tolerated = tolerance * norm
+        tolerated += 100 * eps * pulled_back.norm() * x.norm()
+        facts.append(square.abs() <= tolerated)
+        # The host waits for all of them together.
+        right = torch.stack(facts).tolist()
+        if traced:  # it is let go without a question
+            return all(right)
+        return (right[0] or self._is_rounding(slope, u, expected)) and (
+            right[1] or self._is_rounding(square, image, pulled_back)
+        )
+
+    def _is_rounding(self, slope: Tensor, u: Tensor, pulled_back: Tensor) -> bool:
+        """Whether a difference of two slopes along the probe is no more than rounding.
+
+        Args:
+            slope: ⟨u, J x⟩ − ⟨Jᵀ u, x⟩.
+            u: ``[n C]``.
+            pulled_back: Jᵀ u, ``[D]``, by a backward pass.
+        """
+        if not slope.isfinite():
+            return False
+        size = self._probed().x.norm()
+        for number, (at, cotangent) in enumerate(nearby(self._params, u)):
+            # Whatever a net says to parameters that are no longer what they were.
+            try:
+                wanted = [p.requires_grad_() for p in at.values()]
+                graph = Graph(self._function(at), wanted)
+                change = (graph.pull_back(cotangent) - pulled_back).norm()
+            except Exception as error:
+                if is_out_of_memory(error):
+                    raise
+                return False
+            # Another gradient at the same parameters is no rounding.
+            if number == 0 and change != 0.0:
+                return False
+            if slope.abs() <= BY_NOISE * change * size:
+                return True
+        return False
+
+    def _refuse(self) -> NoReturn:
+        """Say why torch's J x fails or is wrong.
+
+        Columns, which are made of backward passes, can stand in for it if these are
+        linear. Rounding to a lower precision is not, nor is a coarse iteration.
+        """
+        graph, (_, u, once) = self._graph, self._probed()
+        graph.check_repeats(u, once)
+        v = Noise(1)(u.numel(), like=u)
+        error = once + graph.pull_back(v) - graph.pull_back(u + v)
+        if error.norm() <= torch.finfo(once.dtype).eps ** 0.5 * once.norm():
+            raise NoTangentError(
+                "model: torch has no second derivative of an operation of it, or a "
+                f"wrong one{self._failure}, so J x is impossible."
+            )
+        raise ValueError(
+            "model: its derivatives by torch disagree, J x is not the slope that a "
+            f"backward pass gives{self._failure}. An operation of the model has a "
+            "wrong second derivative (replace it by an equivalent one), or computes "
+            "in a lower precision than that of the parameters (give the model in that "
+            "one), or iterates in its backward pass and stops early (let it iterate "
+            "until it has converged)."
+        )
+
+
+@contextlib.contextmanager
+def young_circles_collected() -> Iterator[None]:
+    """Free what the tracer leaves in circles of references, to its callers too.
+
+    They would keep the data of a risk until Python's collector happens to run. While
+    that waits all new objects are young ones, which are looked through in little time.
+    """
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.collect(0)
+        if was_enabled:
+            gc.enable()
+
+
+def tracing_pays(output: Tensor) -> bool:
+    """Whether a net has many convolutions, seen from the graph of its output."""
+    counts = {"conv": 0, "mm": 0}
+    for node in nodes(output):
+        name = node.name().lower()
+        for kind in counts:
+            counts[kind] += kind in name
+    return _PER_CONVOLUTION * counts["conv"] > counts["mm"]
+
+
+# What a risk keeps --------------------------------------------------------------------
 
 
 def linearized(
@@ -92,7 +364,9 @@ def _linearized(risk: EmpiricalRisk, trust: bool) -> Iterator[Linearization]:
                 nbytes = risk.graph_bytes[index] if index < len(risk.outputs) else 0
                 room = budget - risk.kept.nbytes
                 keep = index == len(kept)
-                keep = keep and sum(map(_nbytes, leaves(X))) <= room
+                # At most what they take; sparse tensors do not say it.
+                taken = sum(leaf.numel() * leaf.element_size() for leaf in leaves(X))
+                keep = keep and taken <= room
                 keep = keep and KEPT_GRAPHS * nbytes <= room
                 differ = risk.inputs_differ(index, X) if run is None else []
                 linearization = _linearization(risk, index, X, nbytes, keep, run)
@@ -119,11 +393,6 @@ def _linearized(risk: EmpiricalRisk, trust: bool) -> Iterator[Linearization]:
         for (index, _, expected), answer in zip(asked, answers, strict=True):
             if answer is not expected:
                 raise risk.other_data(index)
-
-
-def _nbytes(leaf: Tensor) -> int:
-    """At most what a tensor takes; sparse ones do not say it."""
-    return leaf.numel() * leaf.element_size()
 
 
 def _linearization(
