@@ -63,7 +63,7 @@ CAPABILITIES = {
         analysis/trust_region.py interop/laplace.py
     """,
     "many columns at a time, the run of construction": """
-        net/columns/products.py risk/first_run.py
+        net/columns/products.py risk/kept.py
     """,
     "KFRA, and BackPACK's recursions": "curvature/recursions.py",
     "notebooks, plots, bars, explain of every operator": """

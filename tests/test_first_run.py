@@ -22,7 +22,7 @@ import vivit_linop as vl
 from tests.capture_cases import close
 from tests.cases import Problem, dense_of
 from tests.cases.market import Lambda
-from vivit_linop.risk import first_run
+from vivit_linop.risk import kept
 
 N = 17
 
@@ -98,12 +98,12 @@ def test_a_change_of_the_data_is_seen(name: str) -> None:
 def test_there_is_one_at_most_and_it_fits_and_does_not_travel() -> None:
     problem = _problem()
     risk = _risk(problem)
-    assert first_run.nbytes_kept(risk.kept) > 0
+    assert risk.kept.run_nbytes > 0
     for twin in (copy.deepcopy(risk), pickle.loads(pickle.dumps(risk))):
-        assert first_run.nbytes_kept(twin.kept) == 0
+        assert twin.kept.run_nbytes == 0
         _all_are_right(twin, problem)
     other = _risk(problem)
-    assert first_run.nbytes_kept(risk.kept) == 0 < first_run.nbytes_kept(other.kept)
+    assert risk.kept.run_nbytes == 0 < other.kept.run_nbytes
     X, y = problem.data
     for without in (
         _risk(problem, memory=0),
@@ -111,9 +111,9 @@ def test_there_is_one_at_most_and_it_fits_and_does_not_travel() -> None:
         other.over(["2.weight"]),
         other.at(),
     ):
-        assert first_run.nbytes_kept(without.kept) == 0
+        assert without.kept.run_nbytes == 0
     vl.GGN(other) @ _column(other)
-    assert first_run.nbytes_kept(other.kept) == 0
+    assert other.kept.run_nbytes == 0
 
 
 def _hooked(m: Any, x: Tensor) -> Tensor:
@@ -152,7 +152,7 @@ def test_what_a_graph_does_once_is_not_used_up(
 ) -> None:
     """After a gradient, a product sees that two backward passes differ."""
     risk = _risk(_problem(forward))
-    assert first_run.nbytes_kept(risk.kept) > 0
+    assert risk.kept.run_nbytes > 0
     for _ in range(2):
         QUANTITIES["gradient"][0](risk)
     with pytest.raises(ValueError, match=r"^model: "):
@@ -173,7 +173,7 @@ def test_graphs_that_hold_something_else_are_let_go(
     forward: Callable[[Any, Tensor], Tensor],
 ) -> None:
     risk = _risk(_problem(forward))
-    assert first_run.nbytes_kept(risk.kept) == 0
+    assert risk.kept.run_nbytes == 0
     _all_are_right(risk, _problem(lambda m, x: m.last(m.first(x).tanh())))
 
 
@@ -191,7 +191,7 @@ def test_graphs_that_hold_something_else_at_other_parameters(
     QUANTITIES["product"][0](risk)  # so that the next run is wanted
     risk.add_to_(at_others.model, torch.full((risk.num_params,), 2.0).double())
     now = risk.at(risk.flatten(risk.params) + 2.0)
-    assert first_run.nbytes_kept(now.kept) == 0
+    assert now.kept.run_nbytes == 0
     _all_are_right(now, at_others)
 
 
@@ -211,7 +211,7 @@ def test_memory_of_the_users_in_a_graph_is_what_it_was(kind: str, name: str) -> 
     risk = _risk(problem)
     assert close(quantity(risk), wanted(dense_of(problem), _column(risk)))
     risk = _risk(problem)
-    assert first_run.nbytes_kept(risk.kept) > 0
+    assert risk.kept.run_nbytes > 0
     if kind == "array":
         held.array *= 2.0
     elif kind == "data":
@@ -236,10 +236,10 @@ def test_activations_that_are_taken_out_may_be_written_into(name: str) -> None:
 
 def test_risks_without_anybody_who_watches(monkeypatch: pytest.MonkeyPatch) -> None:
     """As where the room of risks alone has been imported."""
-    monkeypatch.setattr(first_run, "_watches", [first_run._by_nobody])
+    monkeypatch.setattr(kept, "_watches", [kept._by_nobody])
     problem = _problem()
     risk = _risk(problem)
-    assert first_run.nbytes_kept(risk.kept) == 0
+    assert risk.kept.run_nbytes == 0
     _all_are_right(risk, problem)
     _all_are_right(risk.at(risk.flatten(risk.params)), problem)
 

@@ -13,7 +13,7 @@ import vivit_linop as vl
 from tests.sample_truth import close
 from vivit_linop.curvature import hessian_diagonal
 from vivit_linop.devices import is_out_of_memory, saved_bytes
-from vivit_linop.net import tangents
+from vivit_linop.net import linearized
 from vivit_linop.net.capture import Capture
 
 LACKS: dict[str, Callable[[], Exception]] = {
@@ -138,8 +138,8 @@ def test_a_lack_in_the_first_way_lets_the_second_one_be_taken(
     def no_memory(*_: Any) -> Any:
         raise lack
 
-    monkeypatch.setattr(tangents, "tracing_pays", lambda output: True)
-    monkeypatch.setattr(tangents, "tangent_map", no_memory)
+    monkeypatch.setattr(linearized, "tracing_pays", lambda output: True)
+    monkeypatch.setattr(linearized, "tangent_map", no_memory)
     net, (X, _) = Failing(lambda x: False, lack), _data()
     J = vl.Jacobian(net, X)
     x = torch.rand(J.shape[1], dtype=torch.float64)
@@ -165,8 +165,8 @@ def test_a_lack_in_the_last_way_is_seen(
     def no_derivative(*_: Any) -> Any:
         raise NotImplementedError("derivative of it")
 
-    monkeypatch.setattr(tangents, "ReverseTangents", no_derivative)
-    monkeypatch.setattr(tangents, "tangent_map", no_memory)
+    monkeypatch.setattr(linearized, "ReverseTangents", no_derivative)
+    monkeypatch.setattr(linearized, "tangent_map", no_memory)
     J = vl.Jacobian(Failing(lambda x: False, lack), _data()[0])
     _raises(lack, lambda: J @ torch.rand(J.shape[1], dtype=torch.float64))
 

@@ -13,7 +13,7 @@ import vivit_linop as vl
 from tests import cases
 from tests.cases import NAMES, dense, problem
 from tests.curvature_cases import FEW, close, fresh, risk
-from vivit_linop.net import tangents
+from vivit_linop.net import linearized as linearizing
 from vivit_linop.net.linearization import ReverseTangents
 from vivit_linop.net.linearized import NoTangentError, linearizations, linearized
 from vivit_linop.net.tracing import tangent_map
@@ -171,7 +171,7 @@ def test_a_trace_that_is_interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(tangents, "tangent_map", lambda *_: interrupted)
+        patch.setattr(linearizing, "tangent_map", lambda *_: interrupted)
         with pytest.raises(KeyboardInterrupt):
             J @ torch.ones(of.num_params)
     assert (J.T @ unit - truth.J.T).norm() <= 1e-12 * truth.J.norm()

@@ -28,7 +28,7 @@ from vivit_linop.net.structure import Layout, Use, Variant, fitting, overlapping
 from vivit_linop.noise import Noise
 from vivit_linop.risk.data.containers import leaves
 from vivit_linop.risk.empirical import EmpiricalRisk
-from vivit_linop.risk.first_run import Run
+from vivit_linop.risk.kept import Run
 
 # Where one sample leaves a choice between layouts, so many are asked.
 _TELLING_SAMPLES = 4

@@ -39,7 +39,6 @@ from vivit_linop.net.dense import on_the_batch, one_by_one, vectorised
 from vivit_linop.net.rounding import nearby
 from vivit_linop.net.structure import Structure, Variant
 from vivit_linop.noise import BY_NOISE, Noise
-from vivit_linop.risk import first_run
 from vivit_linop.risk.empirical import EmpiricalRisk
 from vivit_linop.risk.model.private_module import Params
 
@@ -492,7 +491,7 @@ def _run_on_few(risk: EmpiricalRisk, X: Any, count: int) -> Capture:
     it take no longer than another run.
     """
     n = risk.batch_sizes[0]
-    serves = (count > 1 or n == 1) and first_run.nbytes_kept(risk.kept) <= SMALL_RUN
-    if serves and (run := first_run.used(risk.kept, X)) is not None:
+    serves = (count > 1 or n == 1) and risk.kept.run_nbytes <= SMALL_RUN
+    if serves and (run := risk.kept.use_run(X)) is not None:
         return Capture(risk, run.X, n, run)
     return Capture.of_few(risk, X, n, count)

@@ -29,7 +29,6 @@ from vivit_linop.net.columns.base import LayerColumns
 from vivit_linop.net.pieces import Cotangents, Piece, memory_budget
 from vivit_linop.net.structure import Structure
 from vivit_linop.net.totals import Total
-from vivit_linop.risk import first_run
 from vivit_linop.risk.data.containers import copied
 
 # What the largest tensor of a pass on the CPU should take, if there are more than a few
@@ -171,7 +170,7 @@ class Pass:
             # One pass is not better than several that stay near the caches, unless
             # the first half of it has been made.
             near = _SIGNAL_BYTES // max(1, sizes.signal * itemsize)
-            if not 0 < first_run.nbytes_kept(risk.kept) <= _LARGEST_RUN:
+            if not 0 < risk.kept.run_nbytes <= _LARGEST_RUN:
                 size = min(size, max(near, _FEW_SAMPLES))
         # Two opposite ranks share the pairs of an even number of pieces.
         if risk.ranks.size % 2 == 0 and len(risk.batch_sizes) % 2:
@@ -272,7 +271,7 @@ class Pass:
     ) -> tuple[Any, Capture]:
         """Return some samples of a batch of n, and a run of the net on them."""
         risk = self._risk
-        run = first_run.taken(risk.kept, whole)
+        run = risk.kept.take_run(whole)
         if run is not None and len(index) == n:
             return run.X, Capture(risk, run.X, n, run)
         del run  # with its graph, before another one is made

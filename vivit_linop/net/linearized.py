@@ -37,13 +37,11 @@ from vivit_linop.net.linearization import (
 from vivit_linop.net.rounding import nearby
 from vivit_linop.net.tracing import OutOfPlace, tangent_map
 from vivit_linop.noise import BY_NOISE, Noise
-from vivit_linop.risk import first_run
 from vivit_linop.risk.checks import read
 from vivit_linop.risk.data.containers import copied, leaves
 from vivit_linop.risk.empirical import EmpiricalRisk
-from vivit_linop.risk.first_run import Run
+from vivit_linop.risk.kept import Run, Store
 from vivit_linop.risk.model.private_module import Params
-from vivit_linop.risk.store import Store
 
 # One convolution in this many matrix products makes a trace worth its time.
 _PER_CONVOLUTION = 4
@@ -360,7 +358,7 @@ def _linearized(risk: EmpiricalRisk, trust: bool) -> Iterator[Linearization]:
             if index < len(kept):
                 linearization = kept[index]
             else:
-                run = first_run.taken(risk.kept, X)
+                run = risk.kept.take_run(X)
                 nbytes = risk.graph_bytes[index] if index < len(risk.outputs) else 0
                 room = budget - risk.kept.nbytes
                 keep = index == len(kept)

@@ -19,13 +19,13 @@ from vivit_linop.arguments import check_real
 from vivit_linop.devices import explained
 from vivit_linop.modes import as_guest, ordinary_mode
 from vivit_linop.ranks.alone import Ranks
-from vivit_linop.risk import first_run
 from vivit_linop.risk.checks import agree, read
 from vivit_linop.risk.data import fingerprint
 from vivit_linop.risk.data.batches import Batch
 from vivit_linop.risk.data.distributed import by_items, check_parts
 from vivit_linop.risk.data.samples import Samples
 from vivit_linop.risk.first_pass import first_pass
+from vivit_linop.risk.kept import Store
 from vivit_linop.risk.losses.base import OutputLoss
 from vivit_linop.risk.losses.derived import LossOfItems
 from vivit_linop.risk.model.functional import FunctionalModel
@@ -34,7 +34,6 @@ from vivit_linop.risk.model.private_module import Params
 from vivit_linop.risk.model.same_function import check_alike, digests_of
 from vivit_linop.risk.passes import Passes, does_not_fit
 from vivit_linop.risk.row_layout import RowLayout
-from vivit_linop.risk.store import Store
 
 
 class Risk(ParameterVectors):
@@ -102,7 +101,7 @@ class Risk(ParameterVectors):
         # A run that is kept is that of the only batch.
         self._run_serves = len(seen.outputs) == 1 and seen.run is not None
         if self._run_serves:
-            first_run.keep(self.kept, seen.run)
+            self.kept.keep_run(seen.run)
         self.graph_bytes, self._sums = seen.graph_bytes, seen.sums
         self.batch_sizes, self.layout = seen.batch_sizes, seen.layout
         self._count(parts_differ)
@@ -352,7 +351,7 @@ class Risk(ParameterVectors):
                 explained(self.does_not_fit, X, n),
                 as_guest(self.device),
             ):
-                run = first_run.used(self.kept, X)
+                run = self.kept.use_run(X)
                 if run is None:
                     differ = self.inputs_differ(index, X)
                     output = self.model(self.model.params, X)

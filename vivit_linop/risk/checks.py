@@ -20,7 +20,7 @@ from torch import Tensor
 from vivit_linop.graphs import nodes
 from vivit_linop.modes import as_guest
 from vivit_linop.risk.data.containers import leaves
-from vivit_linop.risk.first_run import Run, run_of
+from vivit_linop.risk.kept import Run, run_of
 from vivit_linop.risk.model.functional import FunctionalModel, random_state
 from vivit_linop.risk.model.outputs import RaggedOutputs
 from vivit_linop.risk.model.parameters import check_finite, strided_parts

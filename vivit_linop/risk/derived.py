@@ -14,14 +14,13 @@ from vivit_linop.arguments import Index, as_index, as_list
 from vivit_linop.devices import is_out_of_memory
 from vivit_linop.modes import as_guest, ordinary_mode
 from vivit_linop.ranks.alone import Ranks
-from vivit_linop.risk import first_run
 from vivit_linop.risk.base import Risk
 from vivit_linop.risk.checks import agree, read
 from vivit_linop.risk.data import fingerprint
 from vivit_linop.risk.data.batches import Batch, select_samples
 from vivit_linop.risk.data.containers import leaves
 from vivit_linop.risk.data.sample_search import Search
-from vivit_linop.risk.first_run import Run, next_run
+from vivit_linop.risk.kept import Run, Store, next_run
 from vivit_linop.risk.losses.base import OutputLoss
 from vivit_linop.risk.losses.certificates import targets_of
 from vivit_linop.risk.model.functional import FunctionalModel
@@ -29,7 +28,6 @@ from vivit_linop.risk.model.parameters import ParameterVectors
 from vivit_linop.risk.model.same_function import check_alike
 from vivit_linop.risk.model_loss import Returned
 from vivit_linop.risk.passes import Cuts, Passes
-from vivit_linop.risk.store import Store
 
 # Of a batch: the sums over its inputs, its targets, and the outputs for them before.
 Known = tuple[fingerprint.Sums, Any, Tensor]
@@ -179,12 +177,12 @@ class DerivableRisk(Risk):
                 risk.kept = self.kept.elsewhere()
                 known = list(zip(self._sums, self._targets, self.outputs, strict=True))
                 batches = self.batches("at")
-                serves = self._run_serves and first_run.is_wanted(risk.kept)
+                serves = self._run_serves and risk.kept.wants_runs
                 graph_bytes = self.graph_bytes[0] if serves else None
                 risk.outputs, total, run = _evaluated(
                     risk.model, self.loss, batches, known, graph_bytes
                 )
-                first_run.keep(risk.kept, run)
+                risk.kept.keep_run(run)
             if self.ranks.is_many:
                 check_alike(self.ranks, risk._function_digests)
             risk.example = self.ranks.led(risk._first_outputs)

@@ -15,8 +15,8 @@ from vivit_linop.risk.data import fingerprint
 from vivit_linop.risk.data.batches import joined_targets
 from vivit_linop.risk.data.containers import copied
 from vivit_linop.risk.data.sample_search import Search
-from vivit_linop.risk.first_run import Run
 from vivit_linop.risk.independence import independent_samples
+from vivit_linop.risk.kept import Run
 from vivit_linop.risk.losses.base import OutputLoss
 from vivit_linop.risk.losses.certificates import check_loss, targets_of
 from vivit_linop.risk.losses.derived import LossOfItems

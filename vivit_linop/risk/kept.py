@@ -1,4 +1,10 @@
-"""The run of a net that construction has checked, kept for the first quantity.
+"""What a risk keeps for all operators of it: one store, one lock and one budget.
+
+Linearisations, the structure of the net, costs and columns are made once, at the first
+product that needs them. None of them may refer to the risk: it would not be freed with
+the last reference. They hold graphs, so they do not travel: a copy makes them anew.
+What is the same at all parameters (the structure of the net, costs) belongs to all
+risks of the same data.
 
 Whatever is computed of a fresh risk starts with a run of the net on all samples, and
 construction has just made one. A risk of one batch keeps it with its graph, where that
@@ -23,14 +29,173 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import disable_saved_tensors_hooks
 
-from vivit_linop.devices import is_out_of_memory, saved_bytes
+from vivit_linop.devices import free_memory, is_out_of_memory, saved_bytes
 from vivit_linop.graphs import has_own_code, nbytes_saved, saved_in
 from vivit_linop.risk.data.containers import copied
 from vivit_linop.risk.model.foreign_memory import ForeignMemory
 from vivit_linop.risk.model.functional import FunctionalModel
 from vivit_linop.risk.model.outputs import RaggedOutputs
 from vivit_linop.risk.model.private_module import Params
-from vivit_linop.risk.store import Store
+
+Value = TypeVar("Value")
+
+# First words of keys: what belongs to a net, whatever the data are.
+_OF_THE_NET = "structure", "sample sizes"
+# What blocks that can be formed again may take.
+_SMALL = 2**24
+_RUN, _WANTED = "first run", "first runs are wanted"
+# The share of free memory that a run may take, as the columns that it is for.
+_MEMORY_SHARE = 12
+# Whose run is kept: of those that nobody asks for there is one at most.
+_keeping: list[weakref.ref[Store]] = []
+_KEEPING = threading.Lock()
+
+
+class Store:
+    """What has been made once.
+
+    Args:
+        memory: The bytes that it may take, None for a share of what is free.
+        device: Where it is.
+
+    Attributes:
+        making: The lock of what is made, for all threads.
+        values: What is kept, by key.
+        everywhere: What is the same at all parameters, by key; shared by risks of the
+            same data.
+        nbytes: What they take, where they say so.
+    """
+
+    def __init__(self, memory: int | None, device: torch.device) -> None:
+        self._memory, self._device = memory, device
+        self.drop()
+
+    def drop(self) -> None:
+        """Let go of everything."""
+        self.making = threading.RLock()
+        self.values: dict[Hashable, Any] = {}
+        self.everywhere: dict[Hashable, Any] = {}
+        self.nbytes = 0.0
+
+    def elsewhere(self) -> Store:
+        """Return a store for other parameters, with what is the same there."""
+        kept = Store(self._memory, self._device)
+        kept.everywhere = self.everywhere
+        return kept
+
+    def structures(self) -> dict[Hashable, Any]:
+        """Return what is the same for other data too, as far as it is known."""
+        return {
+            key: value
+            for key, value in self.everywhere.items()
+            if isinstance(key, tuple) and key[0] in _OF_THE_NET
+        }
+
+    def drop_list(self, key: Hashable) -> None:
+        """Let go of a list of what says how many bytes it takes."""
+        with self.making:
+            self.nbytes -= sum(item.kept_bytes for item in self.values.pop(key, []))
+
+    def budget(self, share: int) -> int:
+        """Return the bytes that may be taken: what the user said, or a share of all.
+
+        Args:
+            share: Into how many parts free memory is divided otherwise.
+        """
+        if self._memory is not None:
+            return self._memory
+        return free_memory(self._device) // share
+
+    @property
+    def small_budget(self) -> int:
+        """The bytes that an operator may keep of what can be formed again."""
+        return _SMALL if self._memory is None else min(self._memory, _SMALL)
+
+    def get(self, key: Hashable, make: Callable[..., Value], *arguments: Any) -> Value:
+        """Return a value, which is made at the first call.
+
+        Args:
+            key: What it is.
+            make: Makes it; by one thread, the others wait.
+            *arguments: What it is made of.
+        """
+        if key not in self.values:
+            with self.making:
+                if key not in self.values:
+                    self.put(key, make(*arguments))
+        value: Value = self.values[key]
+        return value
+
+    def get_everywhere(
+        self, key: Hashable, make: Callable[..., Value], *arguments: Any
+    ) -> Value:
+        """Likewise for a value that is the same at all parameters."""
+        if key not in self.everywhere:
+            with self.making:
+                # Risks at other parameters have other locks: the first value stays.
+                if key not in self.everywhere:
+                    self.everywhere.setdefault(key, make(*arguments))
+        value: Value = self.everywhere[key]
+        return value
+
+    def put(self, key: Hashable, value: Any) -> None:
+        """Keep a value, in place of what was kept before, and count its ``nbytes``."""
+        with self.making:
+            before = self.values.get(key)
+            self.nbytes += getattr(value, "nbytes", 0) - getattr(before, "nbytes", 0)
+            self.values[key] = value
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What travels: the budget."""
+        return {"_memory": self._memory, "_device": self._device}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Arrive, with nothing."""
+        self.__dict__.update(state)
+        self.drop()
+
+    # The run of construction --------------------------------------------------------
+
+    @property
+    def wants_runs(self) -> bool:
+        """Whether the run at some parameters has been asked for, so others may be."""
+        return _WANTED in self.everywhere
+
+    @property
+    def run_nbytes(self) -> int:
+        """What the run takes, 0 if there is none."""
+        run: Run | None = self.values.get(_RUN)
+        return 0 if run is None else run.nbytes
+
+    def keep_run(self, run: Run | None) -> None:
+        """Keep that of the only batch, in place of that of another risk.
+
+        If it may serve as one, and fits.
+        """
+        if run is None or run.record is None:
+            return
+        if run.nbytes > self.budget(_MEMORY_SHARE):
+            return
+        with _KEEPING:
+            for other in _keeping:
+                if (before := other()) is not None:
+                    before.values.pop(_RUN, None)
+            _keeping[:] = [weakref.ref(self)]
+            self.values[_RUN] = run
+
+    def take_run(self, X: Any) -> Run | None:
+        """Take the run, kept no longer; None if there is none on this input."""
+        run: Run | None = self.values.pop(_RUN, None)
+        self.everywhere[_WANTED] = True
+        return run if run is not None and run.is_of(X) else None
+
+    def use_run(self, X: Any) -> Run | None:
+        """Use the run, which stays kept; None if there is none on this input."""
+        run: Run | None = self.values.get(_RUN)
+        return run if run is not None and run.repeats and run.is_of(X) else None
+
+
+# Runs of a net ----------------------------------------------------------------------
 
 
 class Record(Protocol):
@@ -46,15 +211,6 @@ class Record(Protocol):
 
 
 Watch = Callable[[Params], contextlib.AbstractContextManager[Record | None]]
-
-Result = TypeVar("Result")
-
-_KEY, _WANTED = "first run", "first runs are wanted"
-# The share of free memory that it may take, as the columns that it is for.
-_MEMORY_SHARE = 12
-# Whose run is kept: of those that nobody asks for there is one at most.
-_keeping: list[weakref.ref[Store]] = []
-_KEEPING = threading.Lock()
 
 
 def _by_nobody(params: Params) -> contextlib.AbstractContextManager[None]:
@@ -196,8 +352,8 @@ def next_run(model: FunctionalModel, X: Any, graph_bytes: int) -> Run | None:
 
 
 def _watched(
-    model: FunctionalModel, X: Any, evaluate: Callable[[], Result]
-) -> tuple[Result, Record | None] | None:
+    model: FunctionalModel, X: Any, evaluate: Callable[[], Value]
+) -> tuple[Value, Record | None] | None:
     """Evaluate a net, and return what has watched it if the run may serve as another.
 
     None where it uses hooks on saved tensors, or bears nobody watching.
@@ -221,46 +377,3 @@ def _watched(
         model.keeps_gradients |= record.keeps_gradients
     serves = model.calls - calls <= 1 and _plain_tensors(X)
     return result, record if serves else None
-
-
-def is_wanted(kept: Store) -> bool:
-    """Whether the run at some parameters has been asked for, so that others may be."""
-    return _WANTED in kept.everywhere
-
-
-def keep(kept: Store, run: Run | None) -> None:
-    """Keep a run, if it may serve as one and fits, in place of that of another risk.
-
-    Args:
-        kept: What the risk keeps.
-        run: That of its only batch.
-    """
-    if run is None or run.record is None:
-        return
-    if run.nbytes > kept.budget(_MEMORY_SHARE):
-        return
-    with _KEEPING:
-        for other in _keeping:
-            if (before := other()) is not None:
-                before.values.pop(_KEY, None)
-        _keeping[:] = [weakref.ref(kept)]
-        kept.values[_KEY] = run
-
-
-def taken(kept: Store, X: Any) -> Run | None:
-    """Take the run, which is kept no longer; None if there is none on this input."""
-    run: Run | None = kept.values.pop(_KEY, None)
-    kept.everywhere[_WANTED] = True
-    return run if run is not None and run.is_of(X) else None
-
-
-def used(kept: Store, X: Any) -> Run | None:
-    """Use the run, which stays kept; None if there is none on this input."""
-    run: Run | None = kept.values.get(_KEY)
-    return run if run is not None and run.repeats and run.is_of(X) else None
-
-
-def nbytes_kept(kept: Store) -> int:
-    """Return what the run takes, 0 if there is none."""
-    run: Run | None = kept.values.get(_KEY)
-    return 0 if run is None else run.nbytes
