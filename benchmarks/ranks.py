@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 import vivit_linop as vl
 from benchmarks.problems import make_problem
-from vivit_linop.net.sums import own_gram_rows
+from vivit_linop.net.cross_grams import own_gram_rows
 
 NET, SAMPLES, COLUMNS = "3c3d", 128, 10
 FEATURES, HIDDEN, CLASSES, COUNT = 256, 512, 10, 240

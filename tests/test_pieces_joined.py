@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 import vivit_linop as vl
+from vivit_linop.net.column_passes import accumulate_own
 from vivit_linop.net.pieces import StoredColumns
-from vivit_linop.net.sums import accumulate_own
 from vivit_linop.net.totals import AllColumns
 
 GPU = torch.device("cuda")

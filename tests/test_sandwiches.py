@@ -99,7 +99,7 @@ def test_no_product_has_as_many_rows_as_parameters(dtype, middle, monkeypatch):
 
     refuse_products(monkeypatch, Pullback)
     monkeypatch.setattr(
-        column_sums, "formed_pieces", lambda *_: pytest.fail("columns are formed")
+        column_sums, "Rows", lambda *_: pytest.fail("columns are formed")
     )
     for op in (J @ S @ J.T, Ut.T @ S @ U, U.T @ S @ G.factor, G.factor.T @ S @ U):
         assert type(op) is Sandwich

@@ -21,8 +21,8 @@ from vivit_linop.linalg.sandwiches import diagonal_blocks_of_product
 from vivit_linop.net.columns.base import DenseColumns, LayerColumns
 from vivit_linop.net.columns.khatri_rao import KhatriRaoColumns
 from vivit_linop.net.columns.weighted import weighted
+from vivit_linop.net.cross_grams import cross_gram
 from vivit_linop.net.pieces import Piece
-from vivit_linop.net.sums import cross_gram
 from vivit_linop.net.totals import (
     GramTotal,
     SampleGrams,

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from vivit_linop.curvature.jacobian import Pullback
 from vivit_linop.linalg.sandwiches import gram_blocks_of_operator
-from vivit_linop.net.sums import (
-    accumulate,
+from vivit_linop.modes import as_guest
+from vivit_linop.net.column_passes import Pass, accumulate
+from vivit_linop.net.cross_grams import (
     cross_gram,
     cross_sample_grams,
-    formed_pieces,
     own_gram_rows,
 )
 from vivit_linop.net.totals import (
@@ -25,6 +25,7 @@ from vivit_linop.net.totals import (
     GramTotal,
     OuterTotal,
     RowNorms,
+    Rows,
     SampleGrams,
     Total,
 )
@@ -179,4 +180,17 @@ def centered_row_norms_of_pullback(op: Pullback) -> Tensor:
 @verbs.column_pieces.register
 def column_pieces_of_pullback(op: Pullback) -> Iterator[tuple[slice, Tensor]]:
     """Formed, from the stored columns or from one pass over the data."""
-    return formed_pieces(op, op.stored)
+    return op.ranks.in_turn(_own_formed_pieces(op))
+
+
+def _own_formed_pieces(factor: Pullback) -> Iterator[tuple[slice, Tensor]]:
+    whole, stored = Rows(factor), factor.stored
+    made = iter(stored.pieces) if stored else Pass([factor], [whole]).single()
+    while True:
+        # Left before the columns are given away.
+        with as_guest(factor.risk.device):
+            piece = next(made, None)
+            if piece is None:
+                return
+            whole.add(piece, piece)
+        yield piece.place, whole.rows.T

@@ -19,12 +19,12 @@ from vivit_linop.devices import check_matrix_fits
 from vivit_linop.linalg.reductions import matrix_of_operator
 from vivit_linop.linalg.tracking import prepared_gram
 from vivit_linop.modes import as_guest
+from vivit_linop.net.column_passes import accumulate_own
 from vivit_linop.net.costs import layer_costs
 from vivit_linop.net.inner import InnerProducts
 from vivit_linop.net.linearization import kept_linearizations
 from vivit_linop.net.linearized import NoTangentError, linearizations, trusted
 from vivit_linop.net.pieces import StoredColumns, memory_budget
-from vivit_linop.net.sums import accumulate_own
 from vivit_linop.net.totals import AllColumns, Components
 from vivit_linop.operators import verbs
 from vivit_linop.operators.base import TorchLinearOperator

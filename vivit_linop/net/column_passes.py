@@ -1,22 +1,31 @@
-"""Passes over the data that make the columns of V = Jᵀ B, piece by piece.
+"""Passes over the data that make the columns of V = Jᵀ B, and sums over all of them.
 
 A batch is cut so that the columns of each part fit into memory, however they are taken
 (:class:`~vivit_linop.net.totals.Total`): those of other parts are made when it has been
-added up, or beside those that are held.
+added up, or beside those that are held. If the columns of all samples fit in the
+structure of their layers, one pass is enough: a forward pass, and as many backward
+passes without weight gradients as a sample has columns. Else pairs take one more for
+each part that is held.
+
+Where samples are spread over processes, each rank pairs the columns that it holds with
+its own, and with those of half of the other ranks, which are made as they are needed
+and go round. Of two ranks that are each other's, each takes half of the pairs.
 """
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from vivit_linop.devices import explained, free_memory
+from vivit_linop.modes import as_guest
 from vivit_linop.net.capture import Capture, Takes, sample_sizes
 from vivit_linop.net.certified import (
     SMALL_RUN,
@@ -26,10 +35,13 @@ from vivit_linop.net.certified import (
     read_structure,
 )
 from vivit_linop.net.columns.base import LayerColumns
-from vivit_linop.net.pieces import Cotangents, Piece, memory_budget
+from vivit_linop.net.pieces import Cotangents, Piece, StoredColumns, memory_budget
 from vivit_linop.net.structure import Structure
 from vivit_linop.net.totals import Total
+from vivit_linop.ranks.alone import Ranks
 from vivit_linop.risk.data.containers import copied
+
+Use = Callable[[Piece, Piece], None]
 
 # What the largest tensor of a pass on the CPU should take, if there are more than a few
 # samples: fresh memory costs about as much as what is computed in it.
@@ -138,6 +150,22 @@ class Pass:
             budget -= size
         if together:
             yield together
+
+    def single(self) -> Iterator[Piece]:
+        """Yield the pieces of the only factor."""
+        for (piece,) in self.pieces():
+            yield piece
+
+    def held_over(self, ranks: Ranks) -> Iterator[list[Piece]]:
+        """Yield what fits together, nothing while other ranks have more."""
+        parts = self.held()
+        while True:
+            with ranks.together("columns held") as ballot:
+                held = [piece for (piece,) in next(parts, [])]
+                ballot.flag = bool(held)
+            if not ballot.flag:
+                return
+            yield held
 
     def _do_not_fit(self, samples: int) -> str:
         device, free = self._risk.device, free_memory(self._risk.device)
@@ -306,3 +334,148 @@ class Pass:
         if not hidden:
             return False
         return not hidden <= find_structure(self._risk, alone=True).opaque
+
+
+# Sums over all of them --------------------------------------------------------------
+
+
+def accumulate(
+    factor: Cotangents, totals: Sequence[Total], stored: StoredColumns | None = None
+) -> StoredColumns | None:
+    """Compute several sums over the columns of one factor together.
+
+    Args:
+        factor: Jᵀ B.
+        totals: What is summed.
+        stored: The columns, if they are there already.
+
+    Returns:
+        All columns (of this process's samples), if they have been in memory together.
+    """
+    if factor.risk.ranks.is_many:
+        return _accumulate_over_ranks(factor, totals)
+    return accumulate_own(factor, totals, stored)
+
+
+def accumulate_own(
+    factor: Cotangents, totals: Sequence[Total], stored: StoredColumns | None = None
+) -> StoredColumns | None:
+    """Likewise over the columns of this process's samples only."""
+    columns = Pass([factor], totals)
+    stored = None if columns.takes == "factors" else stored
+    with as_guest(factor.risk.device):
+        if columns.takes != "pairs":
+            for piece in stored.pieces if stored else columns.single():
+                for total in totals:
+                    total.add(piece, piece)
+            return None
+        return _accumulate_pairs(columns, factor, totals, stored)
+
+
+def _accumulate_over_ranks(
+    factor: Cotangents, totals: Sequence[Total]
+) -> StoredColumns | None:
+    """Each process adds up its own samples; pairs go round."""
+    ranks, columns = factor.risk.ranks, Pass([factor], totals)
+    paired = [total for total in totals if total.takes == "pairs"]
+
+    def single(piece: Piece, same: Piece) -> None:
+        for total in totals:
+            total.add(piece, same)
+
+    def pair(left: Piece, right: Piece) -> None:
+        for total in paired:
+            total.add(left, right)
+
+    held: list[Piece] = []
+    with as_guest(factor.risk.device):
+        if paired:
+            held = pair_all(columns, ranks, single, pair)
+        else:
+            with ranks.together("sums over columns"):
+                for piece in columns.single():
+                    single(piece, piece)
+    for total in totals:
+        total.finish(ranks)
+    whole = held and columns.names == set(factor.risk.params)
+    return StoredColumns(held) if whole else None
+
+
+def _accumulate_pairs(
+    columns: Pass,
+    factor: Cotangents,
+    totals: Sequence[Total],
+    stored: StoredColumns | None,
+) -> StoredColumns | None:
+    """Hold as many pieces as fit; all others pass by, once for each such part."""
+    paired = [total for total in totals if total.takes == "pairs"]
+    whole: Iterable[list[list[Piece]]] = columns.held()
+    if stored is not None:
+        whole = [[[piece] for piece in stored.pieces]]
+    for held in whole:
+        for index, (left,) in enumerate(held):
+            for total in totals:
+                total.add(left, left)
+            for (right,) in held[index + 1 :]:
+                for total in paired:
+                    total.add(left, right)
+        end = held[-1][0].place.stop
+        if end == factor.shape[1]:
+            if held[0][0].place.start or columns.names != set(factor.risk.params):
+                return None
+            pieces = [*chain.from_iterable(held)]
+            return stored or StoredColumns.kept_on(factor.risk.device, pieces)
+        for (right,) in columns.pieces(held[-1][0].samples.stop):
+            for (left,) in held:
+                for total in paired:
+                    total.add(left, right)
+    return None
+
+
+def pair_all(columns: Pass, ranks: Ranks, single: Use, pair: Use) -> list[Piece]:
+    """Pair the columns of one factor with each other, each pair on one rank.
+
+    Args:
+        columns: The columns of this rank's samples.
+        ranks: The ranks.
+        single: What to do with each piece and itself.
+        pair: What to do with two different pieces, the first of this rank.
+
+    Returns:
+        The pieces of this rank, if it has held all of them together; else none.
+    """
+    whole = False
+    held: list[Piece] = []
+    for held in columns.held_over(ranks):
+        end = held[-1].samples.stop if held else 0
+        whole = bool(held) and (held[0].samples.start, end) == columns.samples
+        with ranks.together("columns of this rank"):
+            for index, left in enumerate(held):
+                single(left, left)
+                for right in held[index + 1 :]:
+                    pair(left, right)
+            if held and not whole:
+                for (right,) in columns.pieces(end):
+                    for left in held:
+                        pair(left, right)
+        for distance in range(1, ranks.size // 2 + 1):
+            use = _with_half(held, ranks, distance, pair)
+            ranks.shifted(iter(held) if whole else columns.single(), distance, use)
+    return held if whole else []
+
+
+def _with_half(
+    held: list[Piece], ranks: Ranks, distance: int, pair: Use
+) -> Callable[[Piece], None]:
+    """Pair what is held with a piece of another rank, unless that rank does it."""
+    opposite = 2 * distance == ranks.size
+    upper = opposite and ranks.rank >= distance
+
+    def use(right: Piece) -> None:
+        for left in held:
+            # The pieces of the lower one of two opposite ranks decide.
+            decides = right if upper else left
+            if not opposite or decides.number % 2 == int(upper):
+                pair(left, right)
+
+    return use

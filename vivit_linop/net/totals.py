@@ -1,7 +1,7 @@
 """What is summed over the columns of a factor Jᵀ B: inner and outer products, norms.
 
 Each says what it is, how it takes columns, and what a piece of them adds.
-:mod:`vivit_linop.net.sums` passes over the data.
+:mod:`vivit_linop.net.column_passes` passes over the data.
 """
 
 from __future__ import annotations

@@ -1,0 +1,132 @@
+"""Inner products between the columns of two factors, whichever risks they are of."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from vivit_linop.modes import as_guest
+from vivit_linop.net.column_passes import Pass, Use, accumulate
+from vivit_linop.net.pieces import Cotangents, Piece
+from vivit_linop.net.totals import GramTotal, SampleGrams, Weights
+from vivit_linop.ranks.alone import Ranks
+from vivit_linop.risk.empirical import EmpiricalRisk
+
+
+def own_gram_rows(left: Cotangents, right: Cotangents) -> Tensor:
+    """Return (left columns)ᵀ (right columns) over processes, this one's rows."""
+    return _gram_total(left, right, None).rows
+
+
+def _gram_total(
+    left: Cotangents, right: Cotangents, weights: Tensor | Weights | None
+) -> GramTotal:
+    """Return the Gram matrix, empty in one process, filled over several."""
+    _check_same_parameters(left.risk, right.risk)
+    ranks, names = left.risk.ranks, list(left.risk.params)
+    with ranks.together("Gram matrix"):
+        total = GramTotal(left, right, names, weights)
+    if not ranks.is_many:
+        return total
+    if left is right:
+        accumulate(left, [total])
+        return total
+    with as_guest(left.risk.device):
+        if right.risk.ranks.is_many:
+            cross_all(Pass([left], [total]), Pass([right], [total]), ranks, total.add)
+        else:  # each process has all of its samples
+            with ranks.together("cross-Gram matrix"):
+                _add_of_two_risks(total, left, right)
+    total.finish(ranks)
+    return total
+
+
+def _add_of_two_risks(total: GramTotal, left: Cotangents, right: Cotangents) -> None:
+    """Hold as many left columns as fit; the right ones pass by."""
+    for held in Pass([left], [total]).held():
+        for (b,) in Pass([right], [total]).pieces():
+            for (a,) in held:
+                total.add(a, b)
+
+
+def cross_gram(
+    left: Cotangents, right: Cotangents, weights: Tensor | Weights | None = None
+) -> Tensor:
+    """Return (left columns)ᵀ diag(w) (right columns) of two factors, ``[R, Q]``."""
+    if right.risk.ranks.is_many and not left.risk.ranks.is_many:
+        return cross_gram(right, left, weights).T
+    total = _gram_total(left, right, weights)
+    if left.risk.ranks.is_many:
+        return total.matrix
+    with as_guest(left.risk.device):
+        if left.risk is right.risk:
+            _add_of_one_risk(total, left, right)
+        else:
+            _add_of_two_risks(total, left, right)
+    return total.matrix
+
+
+def _add_of_one_risk(total: GramTotal, left: Cotangents, right: Cotangents) -> None:
+    """Make the columns of both factors of a sample together."""
+    columns = Pass([left, right], [total])
+    for held in columns.held():
+        for a, _ in held:
+            for _, b in held:
+                total.add(a, b)
+        places = {(b.place.start, b.place.stop) for _, b in held}
+        covered = sum(stop - start for start, stop in places)
+        if covered == right.shape[1]:
+            return
+        # Cut alike, a piece is among those held or has no sample of them.
+        for (b,) in columns.only(right).pieces():
+            if not _inside(b.place, held):
+                for a, _ in held:
+                    total.add(a, b)
+
+
+def cross_sample_grams(
+    left: Cotangents, right: Cotangents, weights: Tensor | Weights | None = None
+) -> Tensor:
+    """Return the inner products of each sample's columns of two factors, ``[N, R, Q]``.
+
+    Args:
+        left: Jᵀ A.
+        right: Jᵀ B of the same risk.
+        weights: w, ``[D]``, between the columns, or None.
+    """
+    ranks = left.risk.ranks
+    with ranks.together("Gram matrices of samples"), as_guest(left.risk.device):
+        total = SampleGrams(left, right, weights)
+        for a, b in Pass([left, right], [total]).pieces():
+            total.add(a, b)
+    total.finish(ranks)
+    return total.matrices
+
+
+def _inside(place: slice, held: Sequence[Sequence[Piece]]) -> bool:
+    first, last = held[0][1].place.start, held[-1][1].place.stop
+    return bool(first <= place.start and place.stop <= last)
+
+
+def _check_same_parameters(left: EmpiricalRisk, right: EmpiricalRisk) -> None:
+    if left is right:
+        return
+    shapes = [{n: tuple(p.shape) for n, p in r.params.items()} for r in (left, right)]
+    if list(shapes[0].items()) != list(shapes[1].items()):
+        raise ValueError(
+            "Factors of risks with different parameters have no cross-Gram matrix: "
+            f"{shapes[0]} and {shapes[1]}."
+        )
+
+
+def cross_all(left: Pass, right: Pass, ranks: Ranks, pair: Use) -> None:
+    """Pair this rank's columns of one factor with those of another of all ranks."""
+    for held in left.held_over(ranks):
+
+        def use(b: Piece, held: list[Piece] = held) -> None:
+            for a in held:
+                pair(a, b)
+
+        for distance in range(ranks.size):
+            ranks.shifted(right.single(), distance, use)
