@@ -25,12 +25,7 @@ _START = "_checkpoint_without_reentrant_generator"
 
 
 class _ByThread:
-    """Stands in for ``CheckpointFunction``.
-
-    Args:
-        original: Torch's.
-        inside: What threads are inside.
-    """
+    """Stands in for ``CheckpointFunction``, torch's ``original``, in some threads."""
 
     def __init__(self, original: Any, inside: threading.local) -> None:
         self._original, self._inside = original, inside

@@ -54,10 +54,6 @@ def fresh(like: Tensor, *shape: int) -> Tensor:
     Linux makes fresh memory page by page when it is first written. With pages of 4 KiB
     that took half as long as the matrix product that was written. NumPy asks for pages
     of 2 MiB, and torch does not.
-
-    Args:
-        like: Whose dtype and device it gets.
-        shape: Its shape.
     """
     nbytes = math.prod(shape) * like.element_size()
     if not like.is_cpu or nbytes < _FRESH_BYTES:
@@ -99,13 +95,10 @@ def columns_at_a_time(device: torch.device, per_column: int) -> int:
 
 
 class Room:
-    """How many vectors are multiplied together, where memory decides.
+    """How many vectors are multiplied together, where the memory of a device decides.
 
     Where it does not suffice they are halved, and no more are taken until more memory
     is free than then.
-
-    Args:
-        device: Where they are.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -193,11 +186,7 @@ def is_out_of_memory(error: Exception) -> bool:
 
 
 def told(tensors: Sequence[Tensor]) -> list[list[Any]]:
-    """Read the entries of vectors of one device, for all of which the host waits once.
-
-    Args:
-        tensors: Of one dtype, each ``[k]``.
-    """
+    """Read vectors of one device and dtype; the host waits once for all of them."""
     if not tensors:
         return []
     read = torch.cat([*tensors]).cpu().split([*map(len, tensors)])

@@ -18,9 +18,6 @@ _PACKAGES = {
 def extra(name: str) -> Iterator[None]:
     """Name the extra that is missing where an import inside fails.
 
-    Args:
-        name: That of the extra.
-
     Raises:
         ModuleNotFoundError: If a module is not there.
     """

@@ -257,11 +257,7 @@ def _mean(
 
 
 class _ForCurvlinops:
-    """An operator with the names that curvlinops uses.
-
-    Args:
-        operator: The operator.
-    """
+    """An operator with the names that curvlinops uses."""
 
     def __init__(self, operator: TorchLinearOperator) -> None:
         self._operator = operator

@@ -53,12 +53,7 @@ class Partition:
 
 
 class FactorRows(TorchLinearOperator):
-    """The rows of a pullback that belong to one group of parameters, ``[d, N·R]``.
-
-    Args:
-        partition: The pullback and the groups.
-        group: The number of the group.
-    """
+    """The rows of a pullback that belong to one group of parameters, ``[d, N·R]``."""
 
     def __init__(self, partition: Partition, group: int) -> None:
         self.partition, self.group = partition, group

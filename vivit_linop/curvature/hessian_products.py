@@ -89,12 +89,7 @@ class HessianProducts(TorchLinearOperator):
         return self.multiply_block(range(len(self.risk.sizes)), X)
 
     def multiply_block(self, chosen: Sequence[int], X: Tensor) -> Tensor:
-        """Multiply the diagonal block of some parameters, ``[d, K] -> [d, K]``.
-
-        Args:
-            chosen: The numbers of the parameters.
-            X: Their entries.
-        """
+        """Multiply the diagonal block of some parameters, ``[d, K] -> [d, K]``."""
         return self.risk.ranks.summed(self._own_product, X, chosen=chosen)
 
     def _own_product(self, X: Tensor, chosen: Sequence[int]) -> Tensor:
@@ -282,9 +277,7 @@ class HessianProducts(TorchLinearOperator):
     ) -> Iterator[Tensor]:
         """Multiply the Hessians of single samples, ``[D, K] -> [D, K]`` each.
 
-        Args:
-            U: What by.
-            numbers: Of which samples; None for all.
+        Those that are numbered; None for all.
         """
         risk = self.risk
         factor = risk.scale / risk.reduction_factor

@@ -214,11 +214,7 @@ class Pullback(TorchLinearOperator):
             yield node
 
     def prepare_gram(self, vectors: int) -> bool:
-        """Store columns for products with VᵀV, if these then are the cheaper ones.
-
-        Args:
-            vectors: How many are multiplied together.
-        """
+        """Store columns if VᵀV times so many vectors then is cheaper; whether it is."""
         if not self.output.certain or self.ranks.is_many:
             return False
         costs = layer_costs(self.risk, self.width)

@@ -40,17 +40,7 @@ Multiplier = tuple[torch.Size, Callable[[Tensor], Tensor]]
 def check_root_fits(
     risk: EmpiricalRisk, loss: OutputLoss, what: str, columns: RowLayout
 ) -> None:
-    """Raise an error if exact square roots of the Hessians of a loss do not fit.
-
-    Args:
-        risk: The risk.
-        loss: The loss.
-        what: How to call what they are needed for.
-        columns: Their :func:`root_columns`.
-
-    Raises:
-        MemoryError: As :func:`check_blocks_fit`.
-    """
+    """Raise the error of :func:`check_blocks_fit` where exact roots do not fit."""
     coupled = loss.channels(risk.example[0]).shape[1] > 1
     copies = _SQRT_COPIES if coupled else 1
     check_blocks_fit(risk, what, risk.layout, columns, copies)
@@ -417,9 +407,6 @@ class LossGradient(FactoredOutputOperator):
     """The gradients ∇_f ℓ_n as the columns of a block-diagonal operator, ``[N·C, N]``.
 
     Without r, as :class:`vivit_linop.PerSampleGradients`.
-
-    Args:
-        risk: The risk.
     """
 
     determined = True

@@ -165,11 +165,7 @@ class OutputOperator(TorchLinearOperator):
 
 
 class OutputIdentity(OutputOperator):
-    """The identity in output space: what Jᵀ itself is pulled back from.
-
-    Args:
-        risk: The risk.
-    """
+    """The identity in output space: what Jᵀ itself is pulled back from."""
 
     self_adjoint = True
     determined = True
@@ -267,11 +263,7 @@ class FactoredOutputOperator(OutputOperator):
 
 
 class Outer(OutputOperator):
-    """An operator in output space times its adjoint.
-
-    Args:
-        root: The operator.
-    """
+    """An operator in output space times its adjoint."""
 
     self_adjoint = True
 

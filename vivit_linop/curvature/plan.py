@@ -110,13 +110,7 @@ class NetCost:
 
 
 def columns_pay(costs: Sequence[LayerCost], width: int, device: torch.device) -> bool:
-    """Whether columns are worth making for products alone.
-
-    Args:
-        costs: Of the layers.
-        width: R, the columns of a sample.
-        device: Where they are.
-    """
+    """Whether columns, R of each sample, are worth making for products alone."""
     on = costs_on(device)
     net = NetCost.of(costs, on)
     making = 2 * width * net.forward / _PAID_AFTER
@@ -126,16 +120,10 @@ def columns_pay(costs: Sequence[LayerCost], width: int, device: torch.device) ->
 def columns_stay(
     costs: Sequence[LayerCost], nbytes: int, budget: int, device: torch.device
 ) -> bool:
-    """Whether columns that a Gram matrix was made of are kept for what follows.
+    """Whether a Gram matrix's columns are kept, of so many bytes within a budget.
 
     Eigenvectors and damped inverses need some products with V, which else make the
     linearisation.
-
-    Args:
-        costs: Of the layers.
-        nbytes: What the columns take.
-        budget: What they may take.
-        device: Where they are.
     """
     on = costs_on(device)
     net = NetCost.of(costs, on)
@@ -149,10 +137,6 @@ def few_stay(nbytes: int, device: torch.device) -> bool:
     """Whether columns are so small that they stay, whatever the layers are.
 
     Reading them then takes less than a linearisation beside its arithmetic.
-
-    Args:
-        nbytes: What the columns take.
-        device: Where they are.
     """
     on = costs_on(device)
     return nbytes * on.reading_flops <= on.flops(on.linearising) / _FOLLOWING
@@ -161,16 +145,10 @@ def few_stay(nbytes: int, device: torch.device) -> bool:
 def followed_on_columns(
     costs: Sequence[LayerCost], width: int, vectors: int, device: torch.device
 ) -> bool:
-    """Whether pairs are followed by products with VᵀV, on columns made for them.
+    """Whether so many pairs are followed by products with VᵀV, on columns for them.
 
     One such product does what takes two half-steps on the linearisation, and one or two
     are what it takes.
-
-    Args:
-        costs: Of the layers.
-        width: R, the columns of a sample.
-        vectors: How many are followed.
-        device: Where they are.
     """
     on = costs_on(device)
     net = NetCost.of(costs, on)
@@ -326,16 +304,11 @@ def _lapack(on: DeviceCosts, rows: int, k: int) -> float:
 
 
 def dense_suffices(shape: tuple[int, int], k: int, device: torch.device) -> bool:
-    """Whether the dense way is the cheapest, whatever the layers of the net are.
+    """Whether the dense way to k pairs is the cheapest, whatever the net's layers are.
 
     An iteration takes more for its calls alone than inner products of formed columns
     and an eigensolver do; each of its products takes more passes over the net than
     a column of each sample.
-
-    Args:
-        shape: Of V, ``[D, R̂]``.
-        k: How many pairs.
-        device: Where V is.
     """
     on, entries, small = costs_on(device), math.prod(shape), min(shape)
     dense = float(entries) * small + _lapack(on, small, k)

@@ -148,12 +148,7 @@ class PositiveCurvature:
 
 
 class PositiveCurvatureBlock(TorchLinearOperator):
-    """A diagonal block of several parameters.
-
-    Args:
-        whole: What it is a block of.
-        names: The parameters.
-    """
+    """A diagonal block of several parameters."""
 
     self_adjoint = True
 

@@ -195,11 +195,7 @@ def eigenpairs_of_low_rank(
 
 
 class IndefiniteDecomposition(DenseDecomposition):
-    """The decomposition of the dense JᵀHJ, which is formed when it is needed.
-
-    Args:
-        operator: JᵀHJ.
-    """
+    """The decomposition of the dense JᵀHJ, which is formed when it is needed."""
 
     def __init__(self, operator: GGN) -> None:
         self._operator, self.count = operator, operator.shape[0]

@@ -56,11 +56,7 @@ def from_curvlinops(op: Any) -> TorchLinearOperator:
 
 
 class CurvlinopsOperator(TorchLinearOperator):
-    """An operator of curvlinops; made by :func:`from_curvlinops`.
-
-    Args:
-        operator: The operator.
-    """
+    """An operator of curvlinops; made by :func:`from_curvlinops`."""
 
     def __init__(self, operator: Any) -> None:
         self.operator = operator
@@ -83,9 +79,6 @@ class CurvlinopsView:
     Made by ``op.to_curvlinops()``. It multiplies tensors, and has what
     ``hutchpp_trace`` and the like ask for; :func:`from_curvlinops` gives the operator
     back.
-
-    Args:
-        operator: The operator.
 
     Attributes:
         shape: Rows and columns.

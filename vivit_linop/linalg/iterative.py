@@ -136,10 +136,6 @@ class IterativeWoodbury(Woodbury):
     Each has its rows of K, (δ I + c K) y = b is solved by conjugate gradients on one of
     them, and all take part in its products. For δ = λ_max/100 that takes some 100 of
     these, for λ_max/10⁴ some 1,000.
-
-    Args:
-        operator: c V Vᵀ, over several processes.
-        damping: δ, positive.
     """
 
     def _prepared(self) -> tuple[float, bool]:

@@ -119,16 +119,9 @@ class Capture:
     def of_few(
         cls, risk: EmpiricalRisk, X: Any, n: int, count: int, batch: int = 0
     ) -> Self:
-        """Run a net on the first samples of a batch.
+        """Run a net on the first ``count`` of n samples of a batch.
 
         Nets that run on whole batches only are run on all of them.
-
-        Args:
-            risk: The risk.
-            X: The input of the batch.
-            n: Its number of samples.
-            count: How many of them suffice.
-            batch: Its number.
         """
         if count < n:
             index = torch.arange(count, device="cpu")

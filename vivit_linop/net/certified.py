@@ -237,12 +237,8 @@ class CertifiedColumns:
     def certify_layers(self, cotangents: Tensor, names: Set[str]) -> Columns:
         """Learn which parameters have columns in the structure of their layers.
 
-        It takes one column a sample that mixes all of its: columns are linear in
-        cotangents.
-
-        Args:
-            cotangents: ``[n, C, R]``.
-            names: The parameters of interest.
+        Of cotangents ``[n, C, R]`` it takes one column a sample that mixes all of its:
+        columns are linear in cotangents.
 
         Returns:
             These columns, of the parameters that have such.

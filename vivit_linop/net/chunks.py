@@ -21,9 +21,6 @@ class Chunks:
     first product of each kind is compared with one of a single vector; where they
     differ, or it fails, vectors are multiplied one by one from then on. Where memory
     does not suffice, fewer are taken for the time being.
-
-    Args:
-        device: Where they are.
     """
 
     def __init__(self, device: torch.device) -> None:

@@ -38,12 +38,7 @@ class LayerCost:
 
 
 def layer_costs(risk: EmpiricalRisk, width: int) -> list[LayerCost]:
-    """Count the operations for each parameter, from what a few samples show, once.
-
-    Args:
-        risk: The risk.
-        width: R.
-    """
+    """Count the operations for each parameter, from what a few samples show, once."""
     key = "layer costs", width
     return risk.kept.get_everywhere(key, _layer_costs, risk, width)
 

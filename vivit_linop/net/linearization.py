@@ -139,11 +139,7 @@ class Tangents(ABC):
 
 
 class ReverseTangents(Tangents):
-    """J x as a backward pass through the kept backward pass u ↦ Jᵀ u.
-
-    Args:
-        graph: The net's.
-    """
+    """J x as a backward pass through the kept backward pass u ↦ Jᵀ u."""
 
     method = "reverse"
 

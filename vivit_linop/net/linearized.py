@@ -191,10 +191,6 @@ class Preparation:
         hidden among many outputs, and for u = J x, where its square is seen. Of a
         trace, Jᵀ u must also be what an ordinary backward pass gives, and all this
         again: what it keeps is changed by its use if the model works in place.
-
-        Args:
-            graph: The net's, or a trace.
-            tangents: Of it.
         """
         x, u, expected = self._probed()
         traced = graph is not self._graph

@@ -162,12 +162,7 @@ class Piece:
     def pairs(
         self, other: Piece, names: Sequence[str]
     ) -> list[tuple[LayerColumns, LayerColumns]]:
-        """Return columns and others, whose inner products add up over parameters.
-
-        Args:
-            other: Of the same parameters.
-            names: Some of these.
-        """
+        """Return columns and others whose inner products add up over parameters."""
         pairs = []
         for name in names:
             if name in self.columns and name in other.columns:
@@ -204,11 +199,8 @@ class Piece:
 class StoredColumns:
     """V in pieces that are kept, and products with it.
 
-    Args:
-        pieces: Those of all samples, in order.
-
     Attributes:
-        pieces: The pieces.
+        pieces: The pieces, of all samples, in order.
         nbytes: What they take.
     """
 

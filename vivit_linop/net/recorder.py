@@ -50,9 +50,6 @@ _VIEWS_IF_CONTIGUOUS = {*functions("reshape flatten ravel contiguous")}
 class Recorder(TorchFunctionMode):
     """Records the uses of some parameters while it is active.
 
-    Args:
-        params: The parameters, by name.
-
     Attributes:
         uses: The recorded calls, in order.
         opaque: Names of parameters with a use that has no known structure.
@@ -186,11 +183,7 @@ def _use(kind: Kind, arguments: Arguments, result: Tensor) -> Use | None:
 
 
 class Views:
-    """The parameters that a net is given, and the views that it makes of them.
-
-    Args:
-        params: The parameters, by name.
-    """
+    """The parameters that a net is given, and the views that it makes of them."""
 
     def __init__(self, params: Params) -> None:
         # Tensors are known by identity, so they must live as long as this does. Twins

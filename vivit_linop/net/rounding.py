@@ -20,16 +20,9 @@ _ATTEMPTS = 64
 
 
 def nearby(params: Params, cotangent: Tensor) -> Iterator[tuple[Params, Tensor]]:
-    """Yield parameters, and what is pulled back there, with other last digits.
+    """Yield copies of parameters, and of what is pulled back, with other last digits.
 
     First as they are: if that gives another result, it is not rounding.
-
-    Args:
-        params: By name.
-        cotangent: What is pulled back.
-
-    Yields:
-        Copies of both.
     """
     digits = Noise()
     yield {name: p.detach().clone() for name, p in params.items()}, cotangent

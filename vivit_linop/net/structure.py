@@ -190,10 +190,6 @@ class Use:
 
         That is where the squares of its weight's entries are summed from formed
         columns, not from pairs of positions of all columns at once.
-
-        Args:
-            num_samples: n.
-            width: R.
         """
         if self.kind.inputs is None or self.weight is None:
             return False
@@ -203,12 +199,7 @@ class Use:
         return not squares_by_pairs(shape[1:].numel(), outputs, positions, width)
 
     def entries(self, num_samples: int, width: int) -> int:
-        """Count the entries of what is needed for the columns of one sample.
-
-        Args:
-            num_samples: n.
-            width: R.
-        """
+        """Count the entries of what is needed for R columns of one of n samples."""
         outputs = self.output_shape.numel() // num_samples
         # Signals as they are stacked, and those of one backward pass.
         entries = (width + 1) * outputs

@@ -218,11 +218,7 @@ class Rows(Total):
 
 
 class OuterTotal(Rows):
-    """The matrix Σ v vᵀ over all columns v, restricted to some parameters.
-
-    Args:
-        factor: Jᵀ B.
-        names: The parameters, d entries together.
+    """The matrix Σ v vᵀ over all columns v, restricted to parameters with d entries.
 
     Attributes:
         matrix: ``[d, d]``.
@@ -255,9 +251,6 @@ class OuterTotal(Rows):
 class AllColumns(Total):
     """All columns, kept.
 
-    Args:
-        factor: V.
-
     Attributes:
         pieces: Its pieces.
     """
@@ -271,11 +264,7 @@ class AllColumns(Total):
 
 
 class Components(Total):
-    """Vᵀ X, from columns that are let go.
-
-    Args:
-        factor: V.
-        X: ``[D, K]``.
+    """Vᵀ X for X ``[D, K]``, from columns that are let go.
 
     Attributes:
         parts: Its rows, piece by piece, ``[K, n·R]``.
@@ -294,10 +283,6 @@ class Components(Total):
 
 class EntrySums(Total):
     """A vector with an entry for each parameter entry, summed over all columns.
-
-    Args:
-        factor: Jᵀ B.
-        names: The parameters, d entries together.
 
     Attributes:
         entries: ``[d]``.
@@ -337,9 +322,6 @@ class RowNorms(EntrySums):
 class SampleRowNorms(Total):
     """The squared norms of the rows, of each sample's columns alone.
 
-    Args:
-        factor: Jᵀ B.
-
     Attributes:
         norms: ``[N, D]``.
     """
@@ -369,12 +351,9 @@ class SampleRowNorms(Total):
 
 
 class SampleGrams(Total):
-    """The inner products between the columns of each sample alone.
+    """The inner products between the columns of each sample alone, of one risk.
 
-    Args:
-        left: Jᵀ A.
-        right: Jᵀ B of the same risk.
-        weights: As for :class:`GramTotal`.
+    With weights as :class:`GramTotal`.
 
     Attributes:
         matrices: ``[N, R, Q]``.
@@ -417,10 +396,6 @@ def own_samples(piece: Piece, first: int) -> slice:
 
 class ColumnNorms(Total):
     """The squared norms of the columns, restricted to groups of parameters.
-
-    Args:
-        factor: Jᵀ B, ``[D, N·R]``.
-        groups: Names of parameters.
 
     Attributes:
         norms: ``[N·R, B]`` for B groups.

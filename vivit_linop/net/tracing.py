@@ -39,11 +39,7 @@ _OUT_OF_PLACE: dict[Callable[..., Any], Callable[..., Any]] = {
 
 
 def tangent_map(function: Callable[[Params], Tensor], theta: Params) -> TangentMap:
-    """Trace x ↦ J x, with all that does not depend on x evaluated.
-
-    Args:
-        function: Maps parameters, by name, to outputs.
-        theta: θ, where J is taken.
+    """Trace x ↦ J x at θ, with all that does not depend on x evaluated.
 
     Returns:
         A function of as many tensors as there are parameters.
@@ -68,9 +64,6 @@ class TangentMap:
 
     The graph itself is a circle of references: what it holds would not be freed with
     the last reference to it.
-
-    Args:
-        graph: The graph.
     """
 
     def __init__(self, graph: GraphModule) -> None:

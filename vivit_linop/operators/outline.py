@@ -95,13 +95,7 @@ def outline(op: Any) -> Outline:
 
 
 def total(parts: Iterable[Operator], times: int = 1, flops: float = 0.0) -> Cost | None:
-    """Return the cost of a product with each of some parts, and of what is beside.
-
-    Args:
-        parts: Operators.
-        times: How many products with each.
-        flops: Operations beside these.
-    """
+    """Return the cost of products with each of some parts, and of what is beside."""
     cost = Cost(flops=flops)
     for part in parts:
         of_part = outline(part).cost

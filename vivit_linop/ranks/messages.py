@@ -64,12 +64,7 @@ class Note(NamedTuple):
 
 
 def as_error(notes: list[Note], rank: int) -> RankError:
-    """Return what a rank raises that has not failed itself.
-
-    Args:
-        notes: One from each rank.
-        rank: Which one this is.
-    """
+    """Return what a rank raises that has not failed itself, from the notes of all."""
     for other, note in enumerate(notes):
         if note.said is not None:
             return _like(note.kind)(f"rank {other} raised {note.said}")

@@ -311,15 +311,10 @@ def _plain_tensors(X: Any) -> dict[Hashable, Tensor]:
 
 
 def run_of(model: FunctionalModel, X: Any, samples: int) -> Run:
-    """Run a net on a batch for the first time.
+    """Run a net on a batch of so many samples for the first time.
 
     A graph that holds something else than what was computed (checkpoints) is that of a
     second run, and only measured.
-
-    Args:
-        model: The net.
-        X: The input.
-        samples: How many it has.
     """
     found = _watched(model, X, lambda: model.first(model.params, X, samples))
     if found is None:
@@ -357,11 +352,6 @@ def _watched(
     """Evaluate a net, and return what has watched it if the run may serve as another.
 
     None where it uses hooks on saved tensors, or bears nobody watching.
-
-    Args:
-        model: The net.
-        X: The input.
-        evaluate: Evaluates it.
     """
     (watch,), calls = _watches, model.calls
     try:

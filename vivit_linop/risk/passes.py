@@ -74,12 +74,7 @@ class Cuts:
         self._parts: dict[int, list[Part]] = {}
 
     def applied(self, batches: Iterable[Batch], search: Search) -> Iterator[Batch]:
-        """Cut batches as it was found.
-
-        Args:
-            batches: The batches.
-            search: Where their samples are.
-        """
+        """Cut batches as it was found."""
         for number, (X, y) in enumerate(batches):
             if number not in self._parts:
                 if isinstance(y, (list, tuple)) and search.ways:
@@ -371,14 +366,7 @@ def _not_the_same(difference: str) -> ValueError:
 
 
 def does_not_fit(model: FunctionalModel, search: Search, X: Any, n: int) -> str:
-    """What to say of a batch that is too large, by what two samples of it take.
-
-    Args:
-        model: The model.
-        search: Where samples are.
-        X: The inputs of the batch.
-        n: How many samples it has.
-    """
+    """What to say of a batch that is too large, by what two samples of it take."""
     device = model.device
 
     def graph_bytes(some: int) -> int:

@@ -90,11 +90,7 @@ class RowLayout:
         return rows if self.overall is None else rows[self.own]
 
     def among(self, num_samples: int) -> int:
-        """How many rows there are, where these may be a part of all samples.
-
-        Args:
-            num_samples: All of them.
-        """
+        """How many rows there are, where these may be a part of all samples."""
         if self.overall is not None:
             return self.overall
         return num_samples * self.width if self.is_uniform else self.total
@@ -123,11 +119,7 @@ class RowLayout:
         )
 
     def summed(self, values: Tensor) -> Tensor:
-        """Add up the rows of each sample, ``[rows, …] -> [n, …]``, of its own n.
-
-        Args:
-            values: Those of all processes.
-        """
+        """Add up the rows of each of its samples, ``[rows of all, …] -> [n, …]``."""
         values = self.of_all(values)
         parts = zip(values.split(self.sizes), self.samples, self.each, strict=True)
         return torch.cat([part.unflatten(0, (n, w)).sum(1) for part, n, w in parts])

@@ -307,11 +307,6 @@ def check_subsampling(
 ) -> list[int] | None:
     """Return indices of different samples as a list, or raise an error.
 
-    Args:
-        name: The name of the argument.
-        subsampling: The indices, or None.
-        num_samples: N, where it is known.
-
     Raises:
         TypeError: If there is anything but integers.
         ValueError: If there are none, some twice, or some out of range.

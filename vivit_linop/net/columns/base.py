@@ -201,11 +201,7 @@ class LayerColumns(ABC):
 
 
 class DenseColumns(LayerColumns):
-    """Columns that are formed.
-
-    Args:
-        values: ``[n, R, numel]``.
-    """
+    """Columns that are formed, ``[n, R, numel]``."""
 
     def __init__(self, values: Tensor) -> None:
         self.num_samples, self.width, self.numel = values.shape

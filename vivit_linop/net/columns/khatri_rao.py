@@ -353,14 +353,7 @@ class KhatriRaoColumns(OuterSums):
 
 
 def squares_by_pairs(inputs: int, outputs: int, positions: int, width: int) -> bool:
-    """Whether pairs of positions cost less than the blocks of all columns.
-
-    Args:
-        inputs: a.
-        outputs: b.
-        positions: P.
-        width: R.
-    """
+    """Whether pairs of P positions cost less than blocks ``[a, b]`` of R columns."""
     if positions == 1:
         return True
     pairs = positions * (positions + 1) // 2

@@ -93,10 +93,7 @@ class TransposedConvolutionColumns(KhatriRaoColumns):
         return KhatriRaoColumns(torch.cat(inputs, dim=-1), torch.cat(cotangents, -1))
 
     def by_outputs(self, entries: Tensor) -> Tensor:
-        """Arrange the entries of a weight, ``[in, out/G, *k]``, by its outputs.
-
-        Args:
-            entries: ``[in · out/G · k]``.
+        """Arrange the entries of a weight, ``[in · out/G · k]``, by its outputs.
 
         Returns:
             ``[G, out/G, in/G·k]``.

@@ -13,14 +13,10 @@ from vivit_linop.net.columns.tables import TableColumns
 
 
 def weighted(columns: LayerColumns, weights: Tensor) -> LayerColumns:
-    """Return columns with a weight for each entry, in the structure of the layer.
+    """Return columns with a weight for each entry, ``[d]``, in the layer's structure.
 
     Weights of whole layers, of inputs, of outputs or of rows of a table are those of
     inputs or cotangents. Others are multiplied with columns formed for some channels.
-
-    Args:
-        columns: Of a parameter with d entries.
-        weights: ``[d]``.
     """
     if isinstance(columns, StackedColumns):
         parts = {
@@ -57,12 +53,8 @@ def _weighted_khatri_rao(columns: KhatriRaoColumns, weights: Tensor) -> LayerCol
 class WeightedKhatriRao(KhatriRaoColumns):
     """Khatri–Rao columns, each multiplied entry by entry with the same weights.
 
-    Args:
-        columns: The columns without weights.
-        weights: ``[G, b, a]``.
-
     Attributes:
-        weights: The weights.
+        weights: The weights, ``[G, b, a]``.
     """
 
     def __init__(self, columns: KhatriRaoColumns, weights: Tensor) -> None:

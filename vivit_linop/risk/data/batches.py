@@ -244,11 +244,6 @@ def stacked(y: Any, n: int, samples: Samples) -> Any:
     """Return targets that are listed for n samples with a sample axis, if that can be.
 
     What has one already stays, and a list of targets of several shapes.
-
-    Args:
-        y: The targets.
-        n: How many samples there are.
-        samples: Where those of the inputs are.
     """
     listed = isinstance(samples, Listing)
     if not isinstance(y, (list, tuple)) or len(y) != n:
@@ -287,12 +282,6 @@ def select_samples(
 
     They come in batches at most as large as those that they were taken from. What
     cannot be put into one batch comes in several.
-
-    Args:
-        batches: The batches.
-        sizes: How many samples each has.
-        indices: The samples.
-        samples: Where they are.
     """
     wanted = torch.as_tensor(indices, device="cpu")
     found: list[tuple[Tensor, Any, Any]] = []

@@ -101,12 +101,7 @@ def dataset_size(data: Any) -> int | None:
 
 
 def check_is_whole(data: Any, samples: int) -> None:
-    """Raise an error if one process of several has a part of a dataset, unasked.
-
-    Args:
-        data: What was given.
-        samples: How many samples it has.
-    """
+    """Raise an error if one process of several has a part of a dataset, unasked."""
     if not dist.is_available() or not dist.is_initialized():
         return
     whole, processes = dataset_size(data), dist.get_world_size()

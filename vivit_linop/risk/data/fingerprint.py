@@ -125,9 +125,6 @@ class Sums:
 
     A sign of change that costs one reading: weights are those of no symmetry, so that
     a flip or a permutation shows.
-
-    Args:
-        X: The input.
     """
 
     def __init__(self, X: Any) -> None:

@@ -101,11 +101,6 @@ class Search:
     def number(self, index: int, X: Any, y: Any) -> int:
         """Return how many samples a batch has, and learn from it where they may be.
 
-        Args:
-            index: The batch.
-            X: Its input.
-            y: Its targets.
-
         Raises:
             ValueError: If nobody knows, or it is none.
         """
@@ -195,12 +190,7 @@ def _are_rows(X: Any, y: Any) -> bool:
 
 
 def number_without_targets(X: Any, sample_axis: Any = None) -> int | None:
-    """Return how many samples an input has if it shows that itself.
-
-    Args:
-        X: The input.
-        sample_axis: As for :class:`Search`.
-    """
+    """Return how many samples an input has if it shows that itself."""
     if sample_axis is not None:
         return chosen_by_user(sample_axis, X).number(X)
     if found := _numbers_by_input(X):

@@ -27,9 +27,6 @@ class LossOfItems(OutputLoss):
     Outputs are ``[n, m, …]``, with m items in each of n samples. The loss is asked for
     ``[n m, …]``: what it says of its samples it says of items, and the Hessian of a
     sample has a block for each of its items.
-
-    Args:
-        loss: The loss.
     """
 
     def __init__(self, loss: OutputLoss) -> None:
@@ -253,11 +250,7 @@ def weighted_loss(loss: Weighted) -> OutputLoss:
 
 
 class WeightedLoss(OutputLoss):
-    """What a :class:`Weighted` is in output space.
-
-    Args:
-        loss: The loss without weights.
-    """
+    """What a :class:`Weighted` is in output space."""
 
     takes_several = True
 

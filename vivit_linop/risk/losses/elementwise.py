@@ -347,11 +347,7 @@ class PoissonNLL(ElementwiseLoss):
 
 
 class Huber(ElementwiseLoss):
-    """``nn.HuberLoss``: ½ (f − y)² up to |f − y| = δ, δ (|f − y| − ½ δ) beyond.
-
-    Args:
-        delta: δ.
-    """
+    """``nn.HuberLoss``: ½ (f − y)² up to |f − y| = δ, δ (|f − y| − ½ δ) beyond."""
 
     name, tested = "HuberLoss", True
 

@@ -139,9 +139,6 @@ class Loss(nn.Module):
 class OwnLoss(AutogradLoss):
     """What a :class:`Loss` is in output space.
 
-    Args:
-        loss: The risk's own copy.
-
     Attributes:
         looked_at: Whether it was asked if it is a likelihood.
     """

@@ -76,9 +76,6 @@ class Part(NamedTuple):
 class ForeignMemory:
     """What a net or a loss reads that is neither the risk's nor made in its runs.
 
-    Args:
-        reader: What errors call it.
-
     Attributes:
         parts: It, by place. What the reader itself writes into is not among it.
     """
@@ -157,9 +154,6 @@ class ForeignMemory:
 class _Reads(Watch):
     """Sees what is read that is neither in some places nor made meanwhile.
 
-    Args:
-        own: Tensors there.
-
     Attributes:
         written: The places that were written into.
         read: What was read, by place.
@@ -228,9 +222,7 @@ def _is_more(tensor: Tensor, made: Sequence[Tensor]) -> bool:
 def _part_of(tensors: Sequence[Tensor], before: Part | None) -> Part:
     """The memory from the first to the last entry of tensors in one place.
 
-    Args:
-        tensors: They.
-        before: What is known of the place.
+    With what is known of it before.
     """
     storage = tensors[0].untyped_storage()
     bounds = [*map(_bounds, tensors)]

@@ -318,11 +318,7 @@ class FunctionalModel:
         return model
 
     def originals(self, model: nn.Module | ModelFunction) -> list[Tensor]:
-        """Return the user's parameters, whose values were copied.
-
-        Args:
-            model: What the user gave.
-        """
+        """Return the user's parameters, whose values were copied."""
         own = list(model.parameters()) if isinstance(model, nn.Module) else []
         return [*own, *self.owners.values()]
 
@@ -354,11 +350,6 @@ class FunctionalModel:
 
         Once the model knows that it writes (:meth:`writes`), every evaluation has a
         copy of the input.
-
-        Args:
-            params: The parameters.
-            X: The input of a batch.
-            samples: How many samples it has.
         """
         X = self._precise(X, params)
         own = copied(X)
@@ -472,12 +463,7 @@ class FunctionalModel:
             return self._private.copy({**buffers, **parameters})
 
     def cast(self, params: Params, X: Any, dtype: torch.dtype) -> tuple[Params, Any]:
-        """Return all that the outputs depend on in another precision.
-
-        Args:
-            params: The parameters.
-            X: The input.
-            dtype: ``torch.float32`` or ``torch.float64``.
+        """Return what outputs depend on in another precision, float32 or float64.
 
         Returns:
             Parameters with constants, and the input.

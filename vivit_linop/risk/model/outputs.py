@@ -102,12 +102,7 @@ def parts_by_items(sizes: Sequence[int], order: Tensor | None = None) -> list[Pa
 
 
 def orders_of_items(X: Any, sizes: Sequence[int]) -> Iterator[Tensor | None]:
-    """Yield where items may be: sample by sample, or as in a packed sequence.
-
-    Args:
-        X: The input.
-        sizes: How many items each sample has.
-    """
+    """Yield where items may be: sample by sample, or as in a packed sequence."""
     yield None
     for unit in leaves(X, lambda value: isinstance(value, PackedSequence)):
         if isinstance(unit, PackedSequence) and len(unit.data) == sum(sizes):

@@ -286,12 +286,7 @@ class ParameterVectors:
         return self.flattened(tensors, "tensors")
 
     def flattened(self, tensors: Any, argument: str) -> Tensor:
-        """Do what :meth:`flatten` does.
-
-        Args:
-            tensors: What the user gave.
-            argument: What errors call it.
-        """
+        """Do what :meth:`flatten` does; errors name the argument."""
         if isinstance(tensors, Mapping):
             if set(tensors) != set(self.params):
                 raise ValueError(

@@ -115,12 +115,7 @@ class PrivateModule:
         return constant
 
     def is_copy_of(self, model: nn.Module, predict: Predict | None) -> bool:
-        """Whether it is still what a copy would be, but for what is in slots.
-
-        Args:
-            model: The user's.
-            predict: How it is called.
-        """
+        """Whether it is still what a copy would be, but for what is in slots."""
         slots = dict(model.named_buffers()) | dict(model.named_parameters())
         same = Comparison(
             (slots[name], own) for name, own in self._own.items() if name in slots
