@@ -61,11 +61,7 @@ class _Frozen(TorchFunctionMode):
         self._values, self._replay, self._off = values, replay, False
 
     def __torch_function__(
-        self,
-        func: Any,
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
         if getattr(func, "__name__", "") == "_set_grad_enabled":
@@ -134,11 +130,7 @@ class _Calls(TorchFunctionMode):
         self._seen: set[Any] = set()
 
     def __torch_function__(
-        self,
-        func: Any,
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         given = (args, kwargs or {})
         tensors = list(leaves(given))

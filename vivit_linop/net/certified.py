@@ -36,9 +36,8 @@ from vivit_linop.modes import as_guest
 from vivit_linop.net.capture import Capture, Takes
 from vivit_linop.net.columns.base import LayerColumns
 from vivit_linop.net.dense import on_the_batch, one_by_one, vectorised
-from vivit_linop.net.rounding import nearby
 from vivit_linop.net.structure import Structure, Variant
-from vivit_linop.noise import BY_NOISE, Noise
+from vivit_linop.noise import BY_NOISE, Noise, nearby
 from vivit_linop.risk.empirical import EmpiricalRisk
 from vivit_linop.risk.model.private_module import Params
 

@@ -34,9 +34,8 @@ from vivit_linop.net.linearization import (
     Tangents,
     kept_linearizations,
 )
-from vivit_linop.net.rounding import nearby
 from vivit_linop.net.tracing import OutOfPlace, tangent_map
-from vivit_linop.noise import BY_NOISE, Noise
+from vivit_linop.noise import BY_NOISE, Noise, nearby
 from vivit_linop.risk.checks import read
 from vivit_linop.risk.data.containers import copied, leaves
 from vivit_linop.risk.empirical import EmpiricalRisk

@@ -72,11 +72,7 @@ class Recorder(TorchFunctionMode):
         self._in_attention = False
 
     def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: Arguments | None = None,
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         """Call the function, and record it if it is given parameters."""
         kwargs = kwargs or {}

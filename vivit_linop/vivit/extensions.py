@@ -100,30 +100,16 @@ class _Recording:
     """A module extension that saves records; BackPACK's own backpropagates S."""
 
     kind: Kind
-    options: tuple[str, ...] = ()
-
-    def weight(
-        self,
-        ext: BackpropExtension,
-        module: nn.Module,
-        g_inp: tuple[Tensor, ...],
-        g_out: tuple[Tensor, ...],
-        S: Tensor,
-    ) -> LayerRecord:
-        return self._record("weight", module, g_out, S)
-
-    def bias(
-        self,
-        ext: BackpropExtension,
-        module: nn.Module,
-        g_inp: tuple[Tensor, ...],
-        g_out: tuple[Tensor, ...],
-        S: Tensor,
-    ) -> LayerRecord:
-        return self._record("bias", module, g_out, S)
+    options: tuple[str, ...]
 
     def _record(
-        self, role: str, module: nn.Module, g_out: tuple[Tensor, ...], S: Tensor
+        self,
+        role: str,
+        ext: BackpropExtension,
+        module: nn.Module,
+        g_inp: tuple[Tensor, ...],
+        g_out: tuple[Tensor, ...],
+        S: Tensor,
     ) -> LayerRecord:
         if getattr(module, "padding_mode", "zeros") != "zeros":
             raise NotImplementedError(
@@ -141,67 +127,41 @@ class _Recording:
             g_out[0].detach(),
         )
 
-
-class _Linear(_Recording, SqrtGGNLinear):
-    kind = layers.LINEAR
-
-
-class _Conv(_Recording):
-    kind = layers.CONV
-    options = ("stride", "padding", "dilation", "groups")
+    weight = functools.partialmethod(_record, "weight")
+    bias = functools.partialmethod(_record, "bias")
 
 
-class _Conv1d(_Conv, SqrtGGNConv1d):
-    pass
+def _recording(of_backpack: type, kind: Kind, *options: str) -> _Recording:
+    """Return BackPACK's extension of a module, which records layers of this kind."""
+    attributes = {"kind": kind, "options": options}
+    made = type(of_backpack.__name__, (_Recording, of_backpack), attributes)
+    recording: _Recording = made()
+    return recording
 
 
-class _Conv2d(_Conv, SqrtGGNConv2d):
-    pass
-
-
-class _Conv3d(_Conv, SqrtGGNConv3d):
-    pass
-
-
-class _ConvTranspose(_Conv):
-    kind = layers.CONV_TRANSPOSE
-
-
-class _ConvTranspose1d(_ConvTranspose, SqrtGGNConvTranspose1d):
-    pass
-
-
-class _ConvTranspose2d(_ConvTranspose, SqrtGGNConvTranspose2d):
-    pass
-
-
-class _ConvTranspose3d(_ConvTranspose, SqrtGGNConvTranspose3d):
-    pass
-
-
-class _BatchNorm(_Recording, SqrtGGNBatchNormNd):
-    kind = layers.BATCH_NORM
-    options = ("running_mean", "running_var", "eps")
-
-
-class _Embedding(_Recording, SqrtGGNEmbedding):
-    kind = layers.EMBEDDING
-    options = ("padding_idx",)
-
-
+_CONV = "stride", "padding", "dilation", "groups"
+_NORM = _recording(
+    SqrtGGNBatchNormNd, layers.BATCH_NORM, "running_mean", "running_var", "eps"
+)
 # They have no state, so that all extensions share them.
 _MODULES: dict[type[nn.Module], _Recording] = {
-    nn.Linear: _Linear(),
-    nn.Conv1d: _Conv1d(),
-    nn.Conv2d: _Conv2d(),
-    nn.Conv3d: _Conv3d(),
-    nn.ConvTranspose1d: _ConvTranspose1d(),
-    nn.ConvTranspose2d: _ConvTranspose2d(),
-    nn.ConvTranspose3d: _ConvTranspose3d(),
-    nn.BatchNorm1d: _BatchNorm(),
-    nn.BatchNorm2d: _BatchNorm(),
-    nn.BatchNorm3d: _BatchNorm(),
-    nn.Embedding: _Embedding(),
+    nn.Linear: _recording(SqrtGGNLinear, layers.LINEAR),
+    nn.Conv1d: _recording(SqrtGGNConv1d, layers.CONV, *_CONV),
+    nn.Conv2d: _recording(SqrtGGNConv2d, layers.CONV, *_CONV),
+    nn.Conv3d: _recording(SqrtGGNConv3d, layers.CONV, *_CONV),
+    nn.ConvTranspose1d: _recording(
+        SqrtGGNConvTranspose1d, layers.CONV_TRANSPOSE, *_CONV
+    ),
+    nn.ConvTranspose2d: _recording(
+        SqrtGGNConvTranspose2d, layers.CONV_TRANSPOSE, *_CONV
+    ),
+    nn.ConvTranspose3d: _recording(
+        SqrtGGNConvTranspose3d, layers.CONV_TRANSPOSE, *_CONV
+    ),
+    nn.BatchNorm1d: _NORM,
+    nn.BatchNorm2d: _NORM,
+    nn.BatchNorm3d: _NORM,
+    nn.Embedding: _recording(SqrtGGNEmbedding, layers.EMBEDDING, "padding_idx"),
 }
 
 

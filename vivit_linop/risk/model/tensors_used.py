@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -29,11 +29,7 @@ class Watch(TorchFunctionMode):
         self._made: dict[int, weakref.ref[Tensor]] = {}
 
     def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         """Call the function."""
         kwargs = kwargs or {}
@@ -64,11 +60,7 @@ class WithoutKeptGradients(TorchFunctionMode):
     """Lets no tensor keep its gradient: those of several vectors at once are none."""
 
     def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         """Call the function, unless it is that one."""
         if func is Tensor.retain_grad:
