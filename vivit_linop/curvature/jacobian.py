@@ -172,20 +172,16 @@ class Pullback(TorchLinearOperator):
     def columns(self) -> StoredColumns | None:
         """The stored columns, if products are to run on them."""
         if not self._decided:
-            if not self._used and self._first_is_cheap():
+            # No columns pay for one product. But convolutions are traced for it, in
+            # seconds.
+            dims = map(Tensor.dim, self.risk.params.values())
+            if not self._used and max(dims) <= 2:
                 self._used = True
                 return self.stored
             with self.risk.kept.making:
                 self.stored = self.stored or _shared_columns(self)
                 self._decided = True
         return self.stored
-
-    def _first_is_cheap(self) -> bool:
-        """Whether a product on the linearisation takes less than to look for columns.
-
-        No columns pay for one product. But convolutions are traced for it, in seconds.
-        """
-        return max(map(Tensor.dim, self.risk.params.values())) <= 2
 
     def columns_pay(self) -> bool:
         """Whether products alone are worth making the columns for."""

@@ -149,9 +149,8 @@ class LowRankDecomposition(DenseDecomposition):
         """The k largest pairs, without the other vectors where k is small."""
         few = k <= FEW * self.count and not self._operator.is_decomposed
         if self._operator.by_gram and few:
-            evals, gram_evecs = self._operator.decomposed(
-                partial(largest_eigenpairs, k=k)
-            )
+            found = self._operator.on_small_side(partial(largest_eigenpairs, k=k))
+            evals, gram_evecs = self._operator.scale * found[0], found[1]
             # In ascending order, and read by the host at once.
             least, most = torch.stack((evals[0], evals[-1])).tolist()
             if least > _rounding_error(most, evals.dtype, self.count):

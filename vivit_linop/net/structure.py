@@ -277,15 +277,6 @@ class Variant:
                 return False
         return True
 
-    @property
-    def unknown(self) -> set[str]:
-        """The parameters with a use whose samples were not found."""
-        names = set()
-        for (_, *used), layout in zip(self.uses, self.layouts, strict=True):
-            if layout is None:
-                names |= {name for name in used if name is not None}
-        return names
-
 
 @dataclass
 class Structure:
@@ -315,10 +306,12 @@ class Structure:
         return None
 
     def learn(self, variant: Variant) -> None:
-        """Take up a variant; what is unknown there is opaque everywhere."""
+        """Take up a variant; where samples were not found, parameters are opaque."""
         others = [each for each in self.variants if each != variant]
         self.variants = [variant, *others[: _MOST_VARIANTS - 1]]
-        self.opaque |= variant.unknown
+        for (_, *used), layout in zip(variant.uses, variant.layouts, strict=True):
+            if layout is None:
+                self.opaque |= {name for name in used if name is not None}
 
     @property
     def is_full(self) -> bool:

@@ -338,9 +338,7 @@ class TorchLinearOperator(VerbMethods["TorchLinearOperator"], NumpyProducts):
     def _adjoint(self) -> TorchLinearOperator:
         return verbs.adjoint(self)
 
-    @uncompiled
-    def _transpose(self) -> TorchLinearOperator:
-        return verbs.adjoint(self)
+    _transpose = _adjoint
 
     @overload
     def dot(self, x: TorchLinearOperator | float) -> TorchLinearOperator: ...

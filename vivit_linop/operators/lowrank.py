@@ -240,10 +240,6 @@ class LowRank(TorchLinearOperator):
             return self.gram.decomposed(function)
         return self.ranks.led(function, self._outer_matrix)
 
-    def decomposed(self, function: Callable[[Tensor], Result]) -> Result:
-        """Return a function of the smaller side, computed where that is as a whole."""
-        return self.on_small_side(lambda matrix: function(self.scale * matrix))
-
     @property
     def _kept(self) -> KeptMatrix:
         return self.gram.kept if self.by_gram else self._outer

@@ -21,7 +21,7 @@ from vivit_linop.graphs import nodes
 from vivit_linop.modes import as_guest
 from vivit_linop.risk.data.containers import leaves
 from vivit_linop.risk.kept import Run, run_of
-from vivit_linop.risk.model.functional import FunctionalModel, random_state
+from vivit_linop.risk.model.functional import FunctionalModel
 from vivit_linop.risk.model.outputs import RaggedOutputs
 from vivit_linop.risk.model.parameters import check_finite, strided_parts
 
@@ -96,7 +96,7 @@ def checked_outputs(
     with as_guest(model.device):
         buffers = {} if index else model.buffers
         kept = {name: buffer.clone() for name, buffer in buffers.items()}
-        before = random_state(model.device)
+        before = _random_state(model.device)
         try:
             run = run_of(model, X, n)
         except Exception as error:
@@ -104,7 +104,7 @@ def checked_outputs(
             if isinstance(error, RuntimeError) and "type" in str(error):
                 _check_dtypes(model, index, X)
             raise
-        drawn = not torch.equal(before, random_state(model.device))
+        drawn = not torch.equal(before, _random_state(model.device))
     output = run.output
     same = [_is_as_before(kept[name], buffer) for name, buffer in buffers.items()]
     if items and output.ndim and len(output) == items:
@@ -218,6 +218,14 @@ def read(answers: Sequence[Tensor]) -> list[bool]:
         for place, value in zip(there, found, strict=True):
             values[place] = value
     return values
+
+
+def _random_state(device: torch.device) -> Tensor:
+    """Return the state of the generators that a model on a device may draw from."""
+    state = torch.random.get_rng_state()
+    if device.type == "cuda":
+        state = torch.cat([state, torch.cuda.get_rng_state(device)])
+    return state
 
 
 def reseed(seed: int, device: torch.device) -> None:

@@ -503,11 +503,3 @@ def _is_written(own: Tensor, given: Tensor) -> Tensor:
     if own.layout == torch.strided and own.shape == given.shape:
         return (own != given).any() | bool(own._version)
     return torch.tensor(own.layout == torch.strided or own._version > 0, device="cpu")
-
-
-def random_state(device: torch.device) -> Tensor:
-    """Return the state of the generators that a model on a device may draw from."""
-    state = torch.random.get_rng_state()
-    if device.type == "cuda":
-        state = torch.cat([state, torch.cuda.get_rng_state(device)])
-    return state
