@@ -21,6 +21,7 @@ from vivit_linop.operators import verbs
 from vivit_linop.operators.base import TorchLinearOperator
 from vivit_linop.operators.kronecker import BlockDiagonal
 from vivit_linop.operators.lowrank import LowRank
+from vivit_linop.operators.parts import padded
 from vivit_linop.ranks.alone import Ranks
 from vivit_linop.risk.empirical import EmpiricalRisk
 
@@ -72,12 +73,8 @@ class FactorRows(TorchLinearOperator):
         return self.partition.factor.apply(X)[self._index]
 
     def _multiply_adjoint(self, X: Tensor) -> Tensor:
-        return self.partition.factor.T.apply(self._padded(X))
-
-    def _padded(self, X: Tensor) -> Tensor:
-        padded = X.new_zeros(self.partition.factor.shape[0], X.shape[1])
-        padded[self._index] = X
-        return padded
+        factor = self.partition.factor
+        return factor.T.apply(padded(X, self._index, factor.shape[0]))
 
 
 @verbs.gram_matrix.register
@@ -101,8 +98,8 @@ def outer_matrix_of_block(factor: FactorRows) -> Tensor:
 @verbs.outer_product.register
 def outer_product_of_block(factor: FactorRows, X: Tensor) -> Tensor:
     """Through the whole factor, as the net is one."""
-    padded = verbs.outer_product(factor.partition.factor, factor._padded(X))
-    return padded[factor._index]
+    V = factor.partition.factor
+    return verbs.outer_product(V, padded(X, factor._index, V.shape[0]))[factor._index]
 
 
 @verbs.row_norms_squared.register

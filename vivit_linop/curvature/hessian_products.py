@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from vivit_linop.curvature import plan
+from vivit_linop.curvature.loss_hessian import certify_loss
 from vivit_linop.curvature.second_derivatives import (
     Certificate,
     differentiable_twice,
@@ -24,7 +25,6 @@ from vivit_linop.ranks.alone import Ranks
 from vivit_linop.risk.data.batches import some_targets
 from vivit_linop.risk.data.containers import copied
 from vivit_linop.risk.empirical import EmpiricalRisk, as_risk
-from vivit_linop.risk.losses.certificates import certify_curvature, check_curvature
 
 # How far apart ways that differ in the order of summation may be, in eps^¾.
 ROUNDING = 100
@@ -49,12 +49,7 @@ class HessianProducts(TorchLinearOperator):
         **options: Any,
     ) -> None:
         self.risk = as_risk(risk, loss, data, params, **options)
-        with self.risk.ranks.together("Hessian"):
-            check_curvature(self.risk.loss, *self.risk.example)
-            for output, target in zip(
-                self.risk.outputs, self.risk.targets(), strict=True
-            ):
-                certify_curvature(self.risk.loss, output, target)
+        certify_loss(self.risk, "Hessian")
         D = self.risk.num_params
         super().__init__((D, D), self.risk.dtype, self.risk.device)
         self._kept: list[Tensor] | None = None

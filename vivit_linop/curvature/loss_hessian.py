@@ -46,6 +46,19 @@ def check_root_fits(
     check_blocks_fit(risk, what, risk.layout, columns, copies)
 
 
+def certify_loss(risk: EmpiricalRisk, what: str) -> None:
+    """Raise an error if the loss has no second derivatives on the data, or wrong ones.
+
+    Args:
+        risk: The risk.
+        what: What needs them.
+    """
+    with risk.ranks.together(what):
+        check_curvature(risk.loss, *risk.example)
+        for output, target in zip(risk.outputs, risk.targets(), strict=True):
+            certify_curvature(risk.loss, output, target)
+
+
 def root_columns(risk: EmpiricalRisk, loss: OutputLoss) -> RowLayout:
     """Return which columns exact square roots have, of one position each."""
     some = risk.example[:1] if risk.layout.is_uniform else risk.outputs
@@ -105,10 +118,7 @@ class LossHessian(OutputOperator):
         check_flag(positive_part, "positive_part")
         risk = as_risk(risk, loss, data, params, **options)
         if not risk.loss.tested:
-            with risk.ranks.together("LossHessian"):
-                check_curvature(risk.loss, *risk.example)
-                for output, target in zip(risk.outputs, risk.targets(), strict=True):
-                    certify_curvature(risk.loss, output, target)
+            certify_loss(risk, "LossHessian")
         self.loss = risk.loss
         self._multipliers: dict[int, Multiplier] = {}
         super().__init__(risk, risk.layout)

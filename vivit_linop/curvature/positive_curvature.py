@@ -60,12 +60,14 @@ class PositiveCurvature:
             ]
 
     @contextmanager
-    def _watched(self) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
-        """Collect the inputs and outputs of the curved modules, in order."""
+    def _watched(self) -> Iterator[tuple[list[nn.Module], list[Tensor], list[Tensor]]]:
+        """Collect the curved modules that are called, their inputs and outputs."""
+        called: list[nn.Module] = []
         inputs: list[Tensor] = []
         outputs: list[Tensor] = []
 
         def before(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            called.append(module)
             inputs.append(args[0].clone())  # it may be written to
 
         def after(module: nn.Module, args: Any, output: Tensor) -> None:
@@ -74,29 +76,20 @@ class PositiveCurvature:
         handles = [m.register_forward_pre_hook(before) for m in self._curved]
         handles += [m.register_forward_hook(after) for m in self._curved]
         try:
-            yield inputs, outputs
+            yield called, inputs, outputs
         finally:
             for handle in handles:
                 handle.remove()
 
     def _diagonals_of(self, X: Tensor, y: Tensor) -> list[Tensor]:
         """p(φ''(z) ∂L/∂φ) for each use of a curved module."""
-        order: list[nn.Module] = []
         own = self.risk.model.private_input(X)
-        handles = [
-            m.register_forward_pre_hook(lambda module, _: order.append(module))
-            for m in self._curved
-        ]
-        try:
-            with self._watched() as (inputs, outputs):
-                output = functional_call(self._module, self.risk.model.params, (own,))
-        finally:
-            for handle in handles:
-                handle.remove()
+        with self._watched() as (called, inputs, outputs):
+            output = functional_call(self._module, self.risk.model.params, (own,))
         total = self.risk.loss.total(output, y) * self.risk.scale
         slopes = torch.autograd.grad(total, outputs) if outputs else ()
         found = []
-        for module, z, slope in zip(order, inputs, slopes, strict=True):
+        for module, z, slope in zip(called, inputs, slopes, strict=True):
             z = z.detach().requires_grad_()
             (first,) = torch.autograd.grad(
                 module(z.clone()).sum(), z, create_graph=True
@@ -121,7 +114,7 @@ class PositiveCurvature:
         for batch, (data, _) in enumerate(risk.batches("product")):
 
             def everything(params: Params, data: Any = data) -> list[Tensor]:
-                with self._watched() as (inputs, _):
+                with self._watched() as (_, inputs, _):
                     state = {**fixed, **params}
                     own = risk.model.private_input(data)
                     output = functional_call(self._module, state, (own,))

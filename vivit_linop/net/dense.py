@@ -78,39 +78,36 @@ def one_by_one(
     fixed, chosen = _split(risk, names)
     params = {name: p.clone().requires_grad_() for name, p in chosen.items()}
     parameters = list(params.values())
-    columns: list[list[Tensor]] = [[] for _ in parameters]
+    columns: list[list[Tensor]] = []
     for index, weights in enumerate(cotangents.mT.contiguous()):
         sample = risk.samples.take(X, torch.tensor([index], device="cpu"))
         output = risk.model({**fixed, **params}, sample).reshape(-1)
         for w in weights:
-            found = gradients(output, parameters, w, retain_graph=True)
-            for part, gradient in zip(columns, found, strict=True):
-                part.append(gradient)
-    n, _, R = cotangents.shape
-    return {
-        name: _dense(torch.stack(part), n, R)
-        for name, part in zip(params, columns, strict=True)
-    }
+            columns.append(gradients(output, parameters, w, retain_graph=True))
+    return _together(names, columns, cotangents)
 
 
 def on_the_batch(
     capture: Capture, risk: EmpiricalRisk, cotangents: Tensor, names: Sequence[str]
 ) -> dict[str, LayerColumns]:
     """Pull back cotangents ``[n, C, R]`` on the graph of all samples, one by one."""
-    n, _, R = cotangents.shape
-    columns: list[list[Tensor]] = [[] for _ in names]
+    columns: list[list[Tensor]] = []
     parameters = [risk.model.params[name] for name in names]
     for index, weights in enumerate(cotangents.mT.contiguous()):
         for w in weights:
             u = torch.zeros_like(capture.output)
             u[index] = w
-            found = gradients(capture.output, parameters, u, retain_graph=True)
-            for part, gradient in zip(columns, found, strict=True):
-                part.append(gradient)
-    return {
-        name: _dense(torch.stack(part), n, R)
-        for name, part in zip(names, columns, strict=True)
-    }
+            columns.append(gradients(capture.output, parameters, u, retain_graph=True))
+    return _together(names, columns, cotangents)
+
+
+def _together(
+    names: Sequence[str], columns: Sequence[Sequence[Tensor]], cotangents: Tensor
+) -> dict[str, LayerColumns]:
+    """Columns that were made one after the other, of all parameters each."""
+    n, _, R = cotangents.shape
+    parts = map(torch.stack, zip(*columns, strict=True))
+    return {name: _dense(p, n, R) for name, p in zip(names, parts, strict=True)}
 
 
 def _split(risk: EmpiricalRisk, names: Sequence[str]) -> tuple[Params, Params]:

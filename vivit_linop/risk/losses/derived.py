@@ -18,10 +18,34 @@ from vivit_linop.risk.losses.registry import built, checked_reduction, register
 from vivit_linop.risk.model.copies import BACKWARD_HOOKS, has_hooks_on_all
 from vivit_linop.risk.model.outputs import OutputTree, Returned
 
+
+class LossOfAnother(OutputLoss):
+    """What is known of another loss holds of this one.
+
+    Attributes:
+        loss: The other one.
+    """
+
+    loss: OutputLoss
+
+    def has_own(self, method: str) -> bool:
+        """Whether the loss has it in closed form."""
+        return self.loss.has_own(method)
+
+    @property
+    def convex(self) -> bool:
+        """Whether the loss is."""
+        return self.loss.convex
+
+    def hessian_product(self, output: Tensor, target: Any, X: Tensor) -> Tensor:
+        """By what the loss keeps for products."""
+        return self.hessian_at(output, target)(X)
+
+
 # Many items a sample -----------------------------------------------------------------
 
 
-class LossOfItems(OutputLoss):
+class LossOfItems(LossOfAnother):
     """The sum of a loss over the items of each sample.
 
     Outputs are ``[n, m, …]``, with m items in each of n samples. The loss is asked for
@@ -38,19 +62,10 @@ class LossOfItems(OutputLoss):
         value: Tensor = self.loss.source(*_items(output, target))
         return value
 
-    def has_own(self, method: str) -> bool:
-        """Whether the loss has it in closed form."""
-        return self.loss.has_own(method)
-
     @property
     def takes_several(self) -> bool:
         """Whether the loss does."""
         return self.loss.takes_several
-
-    @property
-    def convex(self) -> bool:
-        """Whether the loss is."""
-        return self.loss.convex
 
     def total(self, output: Tensor, target: Any) -> Tensor:
         """Over all items."""
@@ -76,10 +91,6 @@ class LossOfItems(OutputLoss):
         """Those of the items of a sample, one after the other."""
         gradient = self.loss.gradient(*_items(output, target))
         return gradient.reshape(self.channels(output).shape)
-
-    def hessian_product(self, output: Tensor, target: Any, X: Tensor) -> Tensor:
-        """Item by item."""
-        return self.hessian_at(output, target)(X)
 
     def hessian_at(self, output: Tensor, target: Any) -> Callable[[Tensor], Tensor]:
         """As the loss."""
@@ -249,22 +260,13 @@ def weighted_loss(loss: Weighted) -> OutputLoss:
     return WeightedLoss(built(loss.loss, checked_reduction(loss.loss, own)))
 
 
-class WeightedLoss(OutputLoss):
+class WeightedLoss(LossOfAnother):
     """What a :class:`Weighted` is in output space."""
 
     takes_several = True
 
     def __init__(self, loss: OutputLoss) -> None:
         self.loss, self.tested, self.name = loss, loss.tested, f"Weighted {loss.name}"
-
-    def has_own(self, method: str) -> bool:
-        """Whether the loss has it."""
-        return self.loss.has_own(method)
-
-    @property
-    def convex(self) -> bool:
-        """Whether the loss is."""
-        return self.loss.convex
 
     def watch(self, parameters: Sequence[Tensor], own: Sequence[Tensor]) -> None:
         """What the loss uses."""
@@ -319,10 +321,6 @@ class WeightedLoss(OutputLoss):
     def gradient(self, output: Tensor, target: Any) -> Tensor:
         """Those of the loss, weighted."""
         return _of_sample(target[1], self.loss.gradient(output, target[0]))
-
-    def hessian_product(self, output: Tensor, target: Any, X: Tensor) -> Tensor:
-        """Those of the loss, weighted."""
-        return self.hessian_at(output, target)(X)
 
     def hessian_at(self, output: Tensor, target: Any) -> Callable[[Tensor], Tensor]:
         """What the loss keeps."""
