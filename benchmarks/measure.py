@@ -31,6 +31,9 @@ Build = Callable[[Problem], Run]
 Seconds = dict[str, list[float]]
 Results = Mapping[str, Any]
 
+# Seconds that one measurement takes at least.
+SHORT = 5e-3
+
 
 @dataclass(frozen=True)
 class Ratio:
@@ -106,6 +109,17 @@ def seconds(run: Run, device: torch.device) -> tuple[Any, float]:
     result = run()
     synchronize(device)
     return result, time.perf_counter() - start
+
+
+def mean_seconds(run: Run, device: torch.device) -> float:
+    """Time a run; one that is over at once as often as fills some milliseconds.
+
+    Alone, it would mostly measure how the case before has left the processor's caches.
+    """
+    total, count = 0.0, 0
+    while total < SHORT:
+        total, count = total + seconds(run, device)[1], count + 1
+    return total / count
 
 
 @contextlib.contextmanager
@@ -217,7 +231,7 @@ def in_turns(
             if name not in times:
                 continue
             try:
-                times[name].append(seconds(run, device)[1])
+                times[name].append(mean_seconds(run, device))
             except TimeoutError:
                 raise
             except Exception as error:

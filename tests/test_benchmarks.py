@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ast
 import fnmatch
+import functools
 import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -25,6 +27,7 @@ from benchmarks import (
     walk,
 )
 from benchmarks.measure import (
+    SHORT,
     Ratio,
     Run,
     Suite,
@@ -160,9 +163,21 @@ def test_ratios_are_medians_over_rounds() -> None:
 
 def test_cases_take_turns() -> None:
     order: list[str] = []
-    runs = {name: lambda name=name: order.append(name) for name in "ab"}
+
+    def run(name: str) -> None:
+        order.append(name)
+        time.sleep(SHORT)
+
+    runs = {name: functools.partial(run, name) for name in "ab"}
     in_turns(runs, torch.device("cpu"), rounds=3, budget=60.0)
     assert "".join(order) == "abbaab"
+
+
+def test_what_is_over_at_once_runs_often() -> None:
+    runs: list[int] = []
+    times = in_turns({"a": lambda: runs.append(1)}, torch.device("cpu"), 1, 60.0)
+    (mean,) = times["a"]
+    assert SHORT <= len(runs) * mean < SHORT + 1.0 and len(runs) > 9
 
 
 def fails(_: Problem) -> Run:

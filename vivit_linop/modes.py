@@ -83,8 +83,15 @@ class ordinary_mode:
         def decorated(*args: P.args, **kwargs: P.kwargs) -> Result:
             if is_dynamo_compiling():
                 return torch.compiler.disable(decorated)(*args, **kwargs)
-            with ordinary_mode():
-                result = function(*args, **kwargs)
+            if _is_in_modes() or (not _HERE.depth and _is_to_be_precise()):
+                with ordinary_mode():
+                    result = function(*args, **kwargs)
+            else:  # as nearly always, and sooner than to enter a context
+                _HERE.depth += 1
+                try:
+                    result = function(*args, **kwargs)
+                finally:
+                    _HERE.depth -= 1
             # It has enabled gradients; the caller may not want them.
             if isinstance(result, torch.Tensor) and result.requires_grad:
                 return result if torch.is_grad_enabled() else result.detach()  # type: ignore[return-value]
@@ -94,12 +101,7 @@ class ordinary_mode:
 
     def __enter__(self) -> None:
         """Leave the modes."""
-        # Written out, since it is entered in each product of small operators.
-        if (
-            torch.is_inference_mode_enabled()
-            or torch.is_autocast_enabled("cpu")
-            or torch.is_autocast_enabled("cuda")
-        ):
+        if _is_in_modes():
             self._leave_modes()
         depth = _HERE.depth
         if depth == 0:
@@ -130,6 +132,15 @@ class ordinary_mode:
         if self._modes:
             for mode in reversed(self._modes):
                 mode.__exit__(None, None, None)
+
+
+def _is_in_modes() -> bool:
+    """Whether the caller is in inference mode or autocast."""
+    return (
+        torch.is_inference_mode_enabled()
+        or torch.is_autocast_enabled("cpu")
+        or torch.is_autocast_enabled("cuda")
+    )
 
 
 def _recording() -> list[contextlib.AbstractContextManager[object]]:
@@ -214,12 +225,7 @@ class as_guest:
             ) from error
         modes: list[Any] = _recording()
         # A product has entered it already.
-        if (
-            _HERE.depth == 0
-            or torch.is_inference_mode_enabled()
-            or torch.is_autocast_enabled("cpu")
-            or torch.is_autocast_enabled("cuda")
-        ):
+        if _HERE.depth == 0 or _is_in_modes():
             modes.insert(0, ordinary_mode())
         if RECOMPUTED.seen:
             modes.append(RECOMPUTED)
@@ -307,6 +313,12 @@ class Shared:
 def _precisions_in_use() -> list[_Precision]:
     switches = _PRECISIONS["cpu"]
     return switches + _PRECISIONS["cuda"] if torch.cuda.is_initialized() else switches
+
+
+def _is_to_be_precise() -> bool:
+    """Whether switches are to be set, or were by a thread that will put them back."""
+    with _PRECISE.lock:
+        return bool(_PRECISE.undo) or _is_reduced()
 
 
 def _is_reduced() -> bool:
