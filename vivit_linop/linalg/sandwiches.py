@@ -30,11 +30,12 @@ Op = TorchLinearOperator
 
 # Columns that are solved for, or multiplied, at a time.
 _CHUNK = 256
-# So few where memory is to be small; products with fewer take longer each.
-_FEW, _MANY = 4, 16
-# What columns may take beside a matrix of the small side, as a share of it. Layers of a
-# net hold something too while they make them.
-_BESIDE = 0.25
+# So few where memory is to be small; products with fewer take longer each. On shared
+# cores threads wait for each other in each of them.
+_FEW, _MANY = 4, 64
+# What columns may take beside a matrix of the small side, as a share of it, or in bytes
+# if that is more. Layers of a net hold something too while they make them.
+_BESIDE, _LITTLE = 0.25, 2**24
 # Of how many random vectors an error is measured.
 _VECTORS = 4
 # Half of the digits are there for sure where rounding is this far below.
@@ -103,7 +104,7 @@ def diagonal_of_woodbury(op: Woodbury) -> Tensor:
     of the digits come from products. Beside K and its factor, columns take little.
     """
     low_rank, D = op.operator, op.shape[0]
-    few = _few_beside(low_rank.small_rows, D)
+    few = _few_beside(low_rank.small_rows, D, op.torch_dtype)
     total = torch.zeros(D, dtype=op.torch_dtype, device=op.device)
     for columns in op.root_columns():
         if not low_rank.by_gram:
@@ -135,7 +136,7 @@ def diagonal_of_damped_inverse(op: DampedInverse) -> Tensor:
     evals, vectors = low_rank.small_eigenpairs
     evals, delta = low_rank.scale * evals.double().clamp(min=0.0), op.damping.double()
     shares = (low_rank.scale / (delta + evals)).to(vectors)
-    few = _few_beside(low_rank.small_rows, D)
+    few = _few_beside(low_rank.small_rows, D, op.torch_dtype)
     total = torch.zeros(D, dtype=op.torch_dtype, device=op.device)
     for columns, share in zip(vectors.split(few, 1), shares.split(few), strict=True):
         total = total + low_rank.factor.apply(columns).square() @ share
@@ -153,7 +154,7 @@ def diagonal_of_damped_root(op: DampedRoot) -> Tensor:
     """f(δ) + Σ_k q_k (V Q_k)², with the diagonal q beside the eigenvectors Q of K."""
     low_rank, D = op.operator, op.shape[0]
     vectors, factors = op.small_form
-    few = _few_beside(low_rank.small_rows, D)
+    few = _few_beside(low_rank.small_rows, D, op.torch_dtype)
     total = torch.zeros(D, dtype=op.torch_dtype, device=op.device)
     for columns, q in zip(vectors.split(few, 1), factors.split(few), strict=True):
         if low_rank.by_gram:
@@ -162,13 +163,14 @@ def diagonal_of_damped_root(op: DampedRoot) -> Tensor:
     return total + op.shift if low_rank.by_gram else total
 
 
-def _few_beside(small: int, rows: int) -> int:
+def _few_beside(small: int, rows: int, dtype: torch.dtype) -> int:
     """How many columns of all rows are made at a time.
 
-    With three vectors they take less than a share of the matrix of the small side,
-    where vectors do not take that by themselves. No fewer than are worth a product.
+    With three vectors they take less than a share of the matrix of the small side, or
+    little, where vectors do not take that by themselves. No fewer than are worth a
+    product.
     """
-    fitting = int(_BESIDE * small**2) // rows - 3
+    fitting = max(int(_BESIDE * small**2), _LITTLE // dtype.itemsize) // rows - 3
     return min(max(fitting, _FEW), _MANY)
 
 
