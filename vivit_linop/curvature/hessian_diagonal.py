@@ -18,7 +18,6 @@ from vivit_linop.curvature.recursions import own_backpack_results
 from vivit_linop.devices import is_out_of_memory
 from vivit_linop.extras import extra
 from vivit_linop.modes import as_guest
-from vivit_linop.net.pieces import memory_budget
 from vivit_linop.noise import Noise
 from vivit_linop.risk.empirical import EmpiricalRisk
 from vivit_linop.risk.model.private_module import Params
@@ -64,7 +63,7 @@ def cost_of_diagonal(H: HessianProducts) -> DiagonalCost:
     N, start = H.risk.num_samples, time.perf_counter()
     try:
         one = H.risk.subset([0])
-        _by_backpack(one, False, memory_budget(H.risk) // N)
+        _by_backpack(one, False, H.risk.kept.columns_budget() // N)
         recursion = None
     except (ValueError, ModuleNotFoundError) as error:
         recursion = str(error)
@@ -81,7 +80,7 @@ def diagonal_by_recursion(
     if route == "products":
         return None
     try:
-        found = _by_backpack(H.risk, by_sample, memory_budget(H.risk))
+        found = _by_backpack(H.risk, by_sample, H.risk.kept.columns_budget())
         _check_diagonal(H, found, by_sample)
     except Exception as error:
         # It is impossible, or products do with less memory.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any, Self
 from weakref import ref
 
@@ -24,7 +24,7 @@ from vivit_linop.net.costs import layer_costs
 from vivit_linop.net.inner import InnerProducts
 from vivit_linop.net.linearization import kept_linearizations
 from vivit_linop.net.linearized import NoTangentError, linearizations, trusted
-from vivit_linop.net.pieces import StoredColumns, memory_budget
+from vivit_linop.net.pieces import StoredColumns
 from vivit_linop.net.totals import AllColumns, Components
 from vivit_linop.operators import verbs
 from vivit_linop.operators.base import TorchLinearOperator
@@ -108,6 +108,7 @@ class Pullback(TorchLinearOperator):
 
     Attributes:
         output: B; the identity for Jᵀ itself.
+        is_plain: Whether it is Jᵀ itself.
         risk: The risk of J.
         width: R, the number of columns a sample; column n·R + r belongs to sample n.
             The largest, where samples have different numbers of them.
@@ -119,11 +120,12 @@ class Pullback(TorchLinearOperator):
     def __init__(self, jacobian: Jacobian, output: OutputOperator) -> None:
         self.output, self.risk, self.width = output, jacobian.risk, output.width
         self.layout = output.layout
+        self.is_plain = isinstance(output, OutputIdentity)
         # J keeps Jᵀ, so that Jᵀ must not keep J: both would outlive their last user.
         self._jacobian: ref[Jacobian] | None = ref(jacobian)
         self.stored: StoredColumns | None = None
         self._inner: InnerProducts | None = None
-        self._kept_gram = KeptMatrix(partial(memory_budget, self.risk))
+        self._kept_gram = KeptMatrix(self.risk.kept.columns_budget)
         self._decided, self._used, self.streams = self.is_plain, False, False
         super().__init__(
             (self.risk.num_params, output.shape[1]),
@@ -140,11 +142,6 @@ class Pullback(TorchLinearOperator):
     def ranks(self) -> Ranks:
         """Those of the risk."""
         return self.risk.ranks
-
-    @property
-    def is_plain(self) -> bool:
-        """Whether it is Jᵀ itself."""
-        return isinstance(self.output, OutputIdentity)
 
     @property
     def jacobian(self) -> Jacobian:
@@ -190,7 +187,7 @@ class Pullback(TorchLinearOperator):
 
     def offer(self, columns: StoredColumns) -> None:
         """Keep columns that a Gram matrix was made of, if they spare what follows."""
-        nbytes, budget = columns.nbytes, memory_budget(self.risk)
+        nbytes, budget = columns.nbytes, self.risk.kept.columns_budget()
         if self.stored is not None or nbytes > budget:
             return
         if plan.few_stay(nbytes, self.device) or plan.columns_stay(
@@ -396,7 +393,7 @@ def _cheaper_columns(pullback: Pullback) -> StoredColumns | None:
 def _fitting_columns(pullback: Pullback) -> StoredColumns | None:
     """Return the columns if they fit into the memory budget."""
     costs = layer_costs(pullback.risk, pullback.width)
-    budget = memory_budget(pullback.risk)
+    budget = pullback.risk.kept.columns_budget()
     if sum(cost.nbytes for cost in costs) > budget:
         return None
     # Few parameters may have small columns that are pulled back from large blocks.

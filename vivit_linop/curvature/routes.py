@@ -37,7 +37,6 @@ from vivit_linop.linalg.krylov import (
 )
 from vivit_linop.linalg.leading import led
 from vivit_linop.net.costs import LayerCost, as_table, layer_costs
-from vivit_linop.net.pieces import memory_budget
 from vivit_linop.operators.base import TorchLinearOperator
 from vivit_linop.operators.damped import Damped
 from vivit_linop.operators.dispatch import routed
@@ -86,7 +85,7 @@ def cost_of_pullback(
         costs,
         (rows, factor.shape[1]),
         factor.width,
-        memory_budget(risk),
+        risk.kept.columns_budget(),
         root_entries,
         risk.device,
     )

@@ -198,11 +198,15 @@ class CertifiedColumns:
             opaque = structure.opaque & names
             structured = set(todo) - opaque
             made = self._factors(cotangents, structured, takes)
-            made |= self._dense(cotangents, [name for name in todo if name in opaque])
+            if opaque:
+                dense = [name for name in todo if name in opaque]
+                made |= self._dense(cotangents, dense)
             failing = self.failing(made, cotangents, todo)
             for name in failing:
                 made.pop(name, None)
             done |= made
+            if not failing:
+                break
             todo = [name for name in todo if name in failing]
             if structured & failing and self._capture.together:
                 # Torch's rules for batches are not all right.

@@ -35,7 +35,7 @@ from vivit_linop.net.certified import (
     read_structure,
 )
 from vivit_linop.net.columns.base import LayerColumns
-from vivit_linop.net.pieces import Cotangents, Piece, StoredColumns, memory_budget
+from vivit_linop.net.pieces import Cotangents, Piece, StoredColumns
 from vivit_linop.net.structure import Structure
 from vivit_linop.net.totals import Total
 from vivit_linop.ranks.alone import Ranks
@@ -82,7 +82,7 @@ class Pass:
         for factor in factors:
             self._width += factor.width
         self.names, self.takes = set[str](), _DEMANDS[0]
-        memory = memory_budget(risk)
+        memory = risk.kept.columns_budget()
         self._memory = max(memory, LEAST_BYTES)
         for total in totals:
             total.memory = memory

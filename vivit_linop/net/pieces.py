@@ -28,9 +28,6 @@ from vivit_linop.net.columns.weighted import weighted
 from vivit_linop.risk.empirical import EmpiricalRisk
 from vivit_linop.risk.row_layout import RowLayout
 
-# The share of free memory that the columns of one piece of samples may take.
-_MEMORY_SHARE = 12
-
 
 class Cotangents(Protocol):
     """What is pulled back to columns: R vectors at the outputs of each sample.
@@ -49,11 +46,6 @@ class Cotangents(Protocol):
 
     def cotangents(self, batch: int) -> Tensor:
         """Return those of one batch of n samples, ``[n, C, R]``."""
-
-
-def memory_budget(risk: EmpiricalRisk) -> int:
-    """The bytes that columns may take: the risk's, or a share of what is free."""
-    return risk.kept.budget(_MEMORY_SHARE)
 
 
 @dataclass

@@ -70,7 +70,9 @@ class GramTotal(Total):
         weights: Tensor | Weights | None = None,
     ) -> None:
         self.names, self._symmetric = names, left is right
-        self._weights = Weights.of(weights, self._symmetric)
+        self._weights = (
+            None if weights is None else Weights.of(weights, self._symmetric)
+        )
         check_fits(left, right)
         risk = left.risk
         self._ranks = risk.ranks
@@ -90,7 +92,8 @@ class GramTotal(Total):
         place = self._rows_here(left.place)
         block = self.rows[place, right.place]
         self._known += block.numel()
-        left, right = self._weights.inside(left, right)
+        if self._weights is not None:
+            left, right = self._weights.inside(left, right)
         for part, other in left.pairs(right, self.names):
             part.add_gram(block, other, self.memory)
         if self._symmetric and left is right:
@@ -137,25 +140,21 @@ class Weights:
     """What stands between left and right columns, entry by entry.
 
     Args:
-        entries: w, ``[D]``; None for ones.
+        entries: w, ``[D]``.
         symmetric: Whether left columns are the right ones: both get the roots of w.
     """
 
-    def __init__(self, entries: Tensor | None, symmetric: bool) -> None:
+    def __init__(self, entries: Tensor, symmetric: bool) -> None:
         self._symmetric = symmetric
-        self._entries = entries
-        if entries is not None and symmetric:
-            self._entries = entries.sqrt()
+        self._entries = entries.sqrt() if symmetric else entries
 
     @classmethod
-    def of(cls, given: Tensor | Weights | None, symmetric: bool) -> Weights:
+    def of(cls, given: Tensor | Weights, symmetric: bool) -> Weights:
         """Return weights as they are, those of entries from their tensor."""
         return given if isinstance(given, Weights) else cls(given, symmetric)
 
     def inside(self, left: Piece, right: Piece) -> tuple[Piece, Piece]:
         """Return pieces whose inner products have the weights."""
-        if self._entries is None:
-            return left, right
         first = left.weighted(self._entries)
         if not self._symmetric:
             return first, right
@@ -367,14 +366,17 @@ class SampleGrams(Total):
     ) -> None:
         risk = left.risk
         self.names, self._first = list(risk.params), risk.ranks.first
-        self._weights = Weights.of(weights, left is right)
+        self._weights = None
+        if weights is not None:
+            self._weights = Weights.of(weights, left is right)
         shape = sum(risk.batch_sizes), left.width, right.width
         self.matrices = torch.zeros(shape, dtype=risk.dtype, device=risk.device)
 
     def add(self, left: Piece, right: Piece) -> None:
         """Fill in the samples of a piece, layer by layer."""
         place = own_samples(left, self._first)
-        left, right = self._weights.inside(left, right)
+        if self._weights is not None:
+            left, right = self._weights.inside(left, right)
         for part, other in left.pairs(right, self.names):
             self.matrices[place] += sample_grams(part, other, self.memory)
 

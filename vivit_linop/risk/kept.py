@@ -44,7 +44,8 @@ _OF_THE_NET = "structure", "sample sizes"
 # What blocks that can be formed again may take.
 _SMALL = 2**24
 _RUN, _WANTED = "first run", "first runs are wanted"
-# The share of free memory that a run may take, as the columns that it is for.
+# The share of free memory that the columns of one piece of samples may take, and the
+# run that they are for.
 _MEMORY_SHARE = 12
 # Whose run is kept: of those that nobody asks for there is one at most.
 _keeping: list[weakref.ref[Store]] = []
@@ -105,6 +106,10 @@ class Store:
         if self._memory is not None:
             return self._memory
         return free_memory(self._device) // share
+
+    def columns_budget(self) -> int:
+        """The bytes that columns may take."""
+        return self.budget(_MEMORY_SHARE)
 
     @property
     def small_budget(self) -> int:
@@ -174,7 +179,7 @@ class Store:
         """
         if run is None or run.record is None:
             return
-        if run.nbytes > self.budget(_MEMORY_SHARE):
+        if run.nbytes > self.columns_budget():
             return
         with _KEEPING:
             for other in _keeping:
