@@ -166,7 +166,10 @@ def test_nets_of_one_precision_are_told_by_derivatives(name: str, writes: bool) 
     first = nn.Embedding(12, 4) if name == "tokens" else nn.Linear(4, 4)
 
     def forward(m: Any, x: Tensor) -> Tensor:
-        return change(m.f(_writing(x) if writes else x).float())
+        h = m.f(_writing(x) if writes else x)
+        if h.dtype is torch.float64:
+            raise RuntimeError("there is no kernel for float64")
+        return change(h)
 
     model = Lambda(forward, f=nn.Sequential(first, net())).float()
     data = inputs.float() if name != "tokens" else inputs, Y
@@ -175,6 +178,17 @@ def test_nets_of_one_precision_are_told_by_derivatives(name: str, writes: bool) 
     else:
         with pytest.raises(ValueError, match="depend on the other samples"):
             vl.EmpiricalRisk(model, CE, data)
+
+
+@pytest.mark.parametrize("name", ["mixing", "neighbours", "tokens"])
+def test_nets_that_cast_to_one_precision_are_told_in_float64(name: str) -> None:
+    """Casts follow the precision of a run, so that nothing is left to believe."""
+    inputs, change, _ = LOW[name]
+    first = nn.Embedding(12, 4) if name == "tokens" else nn.Linear(4, 4)
+    model = Lambda(lambda m, x: change(m.f(x).float()), f=nn.Sequential(first, net()))
+    data = inputs.float() if name != "tokens" else inputs, Y
+    with pytest.raises(ValueError, match="depend on the other samples"):
+        vl.EmpiricalRisk(model.float(), CE, data)
 
 
 def test_mixing_in_the_largest_batch_only() -> None:

@@ -186,15 +186,23 @@ def test_models_that_keep_a_precision() -> None:
     truth = ggn(exact, X.double(), y.double())
     torch.testing.assert_close(vl.GGN(risk).to_dense(), truth, rtol=1e-10, atol=1e-12)
     assert model.dtype is model.inner.compute_dtype is torch.bfloat16
+    halved = vl.EmpiricalRisk(
+        model,
+        nn.MSELoss(),
+        (X, y),
+        dtype=torch.float64,
+        predict=lambda model, x: model.layer(x.half()).tanh(),
+    )
+    assert torch.equal(halved.outputs[0], risk.outputs[0])
     with pytest.raises(
-        ValueError, match=r"model: does not run in dtype=torch\.float32"
+        ValueError, match=r"model: does not run in dtype=torch\.float64"
     ):
         vl.EmpiricalRisk(
             model,
             nn.MSELoss(),
             (X, y),
-            dtype=torch.float32,
-            predict=lambda model, x: model.layer(x.half()),
+            dtype=torch.float64,
+            predict=lambda model, x: model.layer(torch.tensor(x.tolist())),
         )
 
 

@@ -144,7 +144,22 @@ class _Calls(TorchFunctionMode):
                 self._seen.add(key)
                 if _is_wrong(func, copies, active):
                     self.wrong = resolve_name(func) or f"torch's {func.__name__}"
+                    self.wrong += _lower_precision(tensors, list(leaves(result)))
         return result
+
+
+def _lower_precision(given: list[Tensor], made: list[Tensor]) -> str:
+    """Say whether a call leaves the precision of what it is given."""
+    before = [t.dtype for t in given if t.is_floating_point()]
+    after = [t.dtype for t in made if t.is_floating_point()]
+    bits = [max(torch.finfo(d).bits for d in dtypes) for dtypes in (before, after)]
+    if bits[1] >= bits[0]:
+        return ""
+    dtype = before[0]
+    return (
+        f", which goes to {after[0]} (with dtype={dtype} the risk lets the model "
+        "compute in that throughout)"
+    )
 
 
 def _is_wrong(func: Any, given: Any, active: list[bool]) -> bool:

@@ -321,7 +321,8 @@ class CertifiedColumns:
             "together. Either its outputs for a sample depend on the other samples of "
             "the batch, or backward passes through it are not the same each time, or "
             "they give NaN or Inf. Per-sample curvature is undefined then; "
-            "params= can leave this parameter out."
+            "params= can leave this parameter out. Or the model computes in a lower "
+            f"precision than {self._risk.dtype}, which its casts follow with dtype=."
         )
 
     # Checking -------------------------------------------------------------------------

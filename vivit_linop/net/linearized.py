@@ -266,8 +266,8 @@ class Preparation:
             f"backward pass gives{self._failure}. An operation of the model has a "
             "wrong second derivative (replace it by an equivalent one), or computes "
             "in a lower precision than that of the parameters (give the model in that "
-            "one), or iterates in its backward pass and stops early (let it iterate "
-            "until it has converged)."
+            f"one, or dtype={once.dtype}, which its casts follow), or iterates in its "
+            "backward pass and stops early (let it iterate until it has converged)."
         )
 
 

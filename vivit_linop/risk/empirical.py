@@ -90,7 +90,8 @@ class EmpiricalRisk(DerivableRisk):
             ``eigh``, show progress bars (on stderr).
         dtype: float32 or float64, for a model in another precision such as bfloat16:
             copies of its parameters and buffers, inputs and targets are in this one,
-            integers stay. By default that of the parameters.
+            integers stay, and where the model casts to a lower one, it casts to this.
+            By default that of the parameters.
         process_group: The processes that share the samples: a group of
             ``torch.distributed``, or a ``DeviceMesh`` with one dimension. Each gives
             its own part of the data (``[]`` for none), and every operator is the matrix

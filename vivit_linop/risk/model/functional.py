@@ -9,6 +9,7 @@ the same matrix while training goes on; a module is copied too
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -45,6 +46,7 @@ from vivit_linop.risk.model.private_module import Params, Predict, PrivateModule
 from vivit_linop.risk.model.sharded import whole
 from vivit_linop.risk.model.staleness import Comparison
 from vivit_linop.risk.model.tensors_used import WithoutKeptGradients
+from vivit_linop.risk.model.widened import Widened
 
 ModelFunction = Callable[[Params, Any], Any]
 
@@ -391,9 +393,21 @@ class FunctionalModel:
         """Return an input in the precision of parameters, if the user asked for one."""
         if self._dtype is None:
             return X
-        name, own = next(iter(self.params.items()))
-        dtype = params.get(name, own).dtype
+        dtype = self._precision(params)
         return map_leaves(lambda leaf: in_precision(leaf, dtype), X)
+
+    def _precision(self, params: Params) -> torch.dtype:
+        name, own = next(iter(self.params.items()))
+        return params.get(name, own).dtype
+
+    def _in_one_precision(
+        self, params: Params
+    ) -> contextlib.AbstractContextManager[Any]:
+        """Let no cast of the model leave a precision that is not its own choice."""
+        dtype = self._precision(params)
+        if self._dtype is None and dtype is self.dtype:
+            return contextlib.nullcontext()
+        return Widened(dtype)
 
     def _as_given(self, params: Params) -> Params:
         """Return parameters with complex numbers where the model has them."""
@@ -424,7 +438,7 @@ class FunctionalModel:
         params = self._as_given(params)
         if self._moved:
             params = {**self._moved, **params}
-        with default_dtype(self._default_dtype):
+        with default_dtype(self._default_dtype), self._in_one_precision(params):
             if self._private is not None:
                 return self._private(params, X)
             output = Copies(()).of_called(self._function)(params, rebuilt(X))
