@@ -11,7 +11,7 @@ from collections.abc import (
     Sequence,
     Set,
 )
-from itertools import compress, pairwise, starmap
+from itertools import compress, pairwise
 from operator import attrgetter
 from typing import Any, Literal, NamedTuple, Self
 
@@ -158,9 +158,8 @@ class Capture:
             width = cotangents.shape[2]
             for r, signals in enumerate(self._signals(placed, cotangents)):
                 _stack(stacked, _single(signals), r, width)
-        return self._assembled(
-            placed, starmap(Use.columns, placed), stacked, names, takes
-        )
+        makers = _makers(placed, cotangents.shape[2])
+        return self._assembled(placed, makers, stacked, names, takes)
 
     def parts(
         self, cotangents: Tensor, variant: Variant, names: Set[str]
@@ -184,13 +183,13 @@ class Capture:
             alone = all(used.count(name) == 1 for name in each.use.names)
             wide = alone and each.use.is_wide(self.num_samples, width)
             (apart if wide else together).append(each)
-        makers = [*starmap(Use.columns, apart)]
+        makers = [*_makers(apart, width)]
         stacked: list[Tensor] = []
         for r, signals in enumerate(self._signals(apart + together, cotangents)):
             single = _single(signals)
             yield self._assembled(apart, makers, single[: len(apart)], names, "stream")
             _stack(stacked, single[len(apart) :], r, width)
-        last = starmap(Use.columns, together)
+        last = _makers(together, width)
         yield self._assembled(together, last, stacked, names, "stream")
 
     def has_wide(self, width: int) -> bool:
@@ -397,6 +396,11 @@ def _key_of_sizes(risk: EmpiricalRisk, X: Any) -> Hashable:
             del shape[axis]
         shapes.append(tuple(shape))
     return "sample sizes", *shapes
+
+
+def _makers(placed: Iterable[PlacedUse], width: int) -> Iterator[Maker]:
+    """What makes the columns of uses, of so many cotangents each sample."""
+    return (use.columns(layout, width) for use, layout in placed)
 
 
 def _single(signals: Sequence[Tensor]) -> list[Tensor]:

@@ -172,6 +172,7 @@ CONV = Kind(
     inputs=_conv_inputs,
     cotangents=_conv_cotangents,
     bias=_sum_after_channels,
+    unfolds=True,
 )
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise
 
 import torch
@@ -20,6 +21,7 @@ from torch.func import vmap
 
 from vivit_linop.net.columns.base import LayerColumns
 from vivit_linop.net.columns.khatri_rao import KhatriRaoColumns, squares_by_pairs
+from vivit_linop.net.columns.unfolded import UnfoldedInputs
 from vivit_linop.net.kinds import Arguments, Kind, View
 
 # A net that takes other ways on other samples may have this many; beyond, parameters
@@ -130,12 +132,13 @@ class Use:
         )
 
     def columns(
-        self, layout: Layout
+        self, layout: Layout, width: int
     ) -> Callable[[Tensor], list[tuple[View, LayerColumns]]]:
         """Return what makes the columns of the views, from cotangents at the output.
 
         Args:
             layout: Where the samples are in input and output.
+            width: How many cotangents there are of each sample, in all calls together.
 
         Returns:
             A function of ``[n, R, …]``. What does not depend on cotangents is made
@@ -150,7 +153,7 @@ class Use:
                 inputs = layout.aligned(inputs).squeeze(1)
             else:
                 inputs = layout(inputs)
-            of_weight = columns_of_weight(self.kind, arguments, inputs)
+            of_weight = columns_of_weight(self.kind, arguments, inputs, width)
 
         def make(B: Tensor) -> list[tuple[View, LayerColumns]]:
             found: list[tuple[View, LayerColumns]] = []
@@ -216,7 +219,7 @@ class Use:
 
 
 def columns_of_weight(
-    kind: Kind, arguments: Arguments, X: Tensor
+    kind: Kind, arguments: Arguments, X: Tensor, width: int
 ) -> Callable[[Tensor], LayerColumns]:
     """Return what makes the columns of a weight from cotangents ``[n, R, …]``.
 
@@ -224,13 +227,20 @@ def columns_of_weight(
         kind: The layer's kind.
         arguments: Its arguments by name.
         X: Its input, in the form that the rules of the kind take.
+        width: How many cotangents there are of each sample. For several, inputs are
+            made once; for one, when they are needed.
     """
     if kind.inputs is None or kind.cotangents is None:
         assert kind.weight is not None
         weight = kind.weight
         return lambda B: weight(arguments, X, B)
-    a, cotangents = kind.inputs(arguments, X), kind.cotangents
-    first = kind.inputs_first
+    cotangents, first = kind.cotangents, kind.inputs_first
+    a: Tensor | UnfoldedInputs
+    if kind.unfolds and width == 1:
+        channels = arguments["weight_shape"][1:].numel()
+        a = UnfoldedInputs(X, partial(kind.inputs, arguments), channels)
+    else:
+        a = kind.inputs(arguments, X)
     return lambda B: KhatriRaoColumns(a, cotangents(arguments, B), first)
 
 

@@ -81,7 +81,7 @@ class LayerRecord:
                 assert self.kind.bias is not None
                 return self.kind.bias(self.arguments, B)
             X = chosen(self.inputs, subsampling)
-            return columns_of_weight(self.kind, self.arguments, X)(B)
+            return columns_of_weight(self.kind, self.arguments, X, B.shape[1])(B)
 
 
 def layer_input(module: nn.Module) -> Tensor:

@@ -207,6 +207,7 @@ class DenseColumns(LayerColumns):
         self.num_samples, self.width, self.numel = values.shape
         self.cotangents_key = object()
         self._rows = values.reshape(-1, self.numel)
+        self._norms: Tensor | None = None
 
     def rows(self) -> Tensor:
         """As they are kept."""
@@ -235,9 +236,14 @@ class DenseColumns(LayerColumns):
         out.addmm_(signals.flatten(1), self._rows, beta=int(add))
 
     def sizes(self) -> Tensor:
-        """Exact: no terms are added up."""
-        norms = torch.linalg.vector_norm(self._rows, dim=1)
-        return norms.view(self.num_samples, self.width)
+        """Exact: no terms are added up. Computed once."""
+        if self._norms is None:
+            self._norms = torch.linalg.vector_norm(self._rows, dim=1)
+        return self._norms.view(self.num_samples, self.width)
+
+    def squared_norms(self, memory: int) -> Tensor:
+        """The squares of the norms."""
+        return self.sizes().reshape(-1).square()
 
     def combination(self, weights: Tensor) -> Tensor:
         """Some columns at a time: rounding errors of long sums would grow."""

@@ -9,13 +9,16 @@ weight is shared (convolutions, tokens, a weight used twice) it is a sum over po
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Self
 
 import torch
 from torch import Tensor
 
+from vivit_linop.devices import fresh
 from vivit_linop.net.columns.base import DenseColumns, LayerColumns
 from vivit_linop.net.columns.outer_sums import ELEMENTWISE_COST, OuterSums
 from vivit_linop.net.columns.products import add_outer_products, images
+from vivit_linop.net.columns.unfolded import UnfoldedInputs
 from vivit_linop.noise import Noise
 
 # Into so many rows a matrix is compressed whose norm is asked for.
@@ -46,34 +49,72 @@ class KhatriRaoColumns(OuterSums):
     """Columns Σ_p b_nrp ⊗ a_np, for each of G groups of channels.
 
     Args:
-        inputs: a, ``[n, G, a, P]``.
+        inputs: a, ``[n, G, a, P]``; or how they are made, of all samples or of some.
         cotangents: b, ``[n, R, G, b, P]``.
         inputs_first: Whether the parameter is laid out as ``[G, a, b]`` instead of
             ``[G, b, a]``.
     """
 
+    # What makes the inputs, and the inputs once they are made.
+    _unmade: UnfoldedInputs | None = None
+    _inputs: Tensor | None = None
+
     def __init__(
         self,
-        inputs: Tensor,
+        inputs: Tensor | UnfoldedInputs,
         cotangents: Tensor,
         inputs_first: bool = False,
     ) -> None:
-        self.inputs, self.cotangents = inputs, cotangents
+        self.cotangents = cotangents
+        if isinstance(inputs, UnfoldedInputs):
+            self._unmade, self._a = inputs, inputs.channels
+        else:
+            self._inputs, self._a = inputs, inputs.shape[2]
         self.inputs_first, self.cotangents_key = inputs_first, object()
         self.num_samples, self.width, self._groups, b, self.positions = cotangents.shape
-        self._a, self._b = inputs.shape[2], b
+        self._b = b
         self.numel = self._groups * self._a * b
+
+    @property
+    def inputs(self) -> Tensor:
+        """Those of all samples, made once."""
+        if self._unmade is not None:
+            self._inputs, self._unmade = self._unmade.whole, None
+        assert self._inputs is not None
+        return self._inputs
+
+    @inputs.setter
+    def inputs(self, inputs: Tensor) -> None:
+        self._inputs, self._unmade = inputs, None
+
+    def some_inputs(self, part: slice) -> Tensor:
+        """Those of some samples, which are not kept."""
+        if self._unmade is not None:
+            return self._unmade.some(part)
+        return self.inputs[part]
+
+    @property
+    def _given(self) -> Tensor | UnfoldedInputs:
+        """The inputs, as far as they are made."""
+        return self.inputs if self._unmade is None else self._unmade
 
     @property
     def nbytes(self) -> int:
         """Inputs and cotangents."""
-        return self.inputs.nbytes + self.cotangents.nbytes
+        return self.cotangents.nbytes + self.input_entries * self.cotangents.itemsize
+
+    def without_data(self) -> Self:
+        """Inputs that are not made yet would be of data."""
+        twin = super().without_data()
+        if twin._unmade is not None:
+            shape = self.num_samples, self._groups, self._a, self.positions
+            twin.inputs = self.cotangents.new_empty(shape, device="meta")
+        return twin
 
     def _samples(self, samples: slice) -> KhatriRaoColumns:
         """The columns of some samples."""
-        return KhatriRaoColumns(
-            self.inputs[samples], self.cotangents[samples], self.inputs_first
-        )
+        inputs = self.some_inputs(samples)
+        return KhatriRaoColumns(inputs, self.cotangents[samples], self.inputs_first)
 
     def signals(self, weights: Tensor) -> Tensor:
         """Σ_r w_nr b_nr."""
@@ -120,7 +161,7 @@ class KhatriRaoColumns(OuterSums):
 
     def transposed(self, shape: torch.Size) -> KhatriRaoColumns:
         """The same factors, laid out the other way; there is one group."""
-        twin = KhatriRaoColumns(self.inputs, self.cotangents, not self.inputs_first)
+        twin = KhatriRaoColumns(self._given, self.cotangents, not self.inputs_first)
         twin.cotangents_key = self.cotangents_key
         return twin
 
@@ -168,9 +209,21 @@ class KhatriRaoColumns(OuterSums):
 
     def rows(self) -> Tensor:
         """Form the columns."""
+        if self._unmade is not None and self._groups == 1 and not self.inputs_first:
+            return self._rows_by_parts()
         order = "ngap,nrgbp->nrgab" if self.inputs_first else "ngap,nrgbp->nrgba"
         formed = torch.einsum(order, self.inputs, self.cotangents)
         return formed.reshape(-1, self.numel)
+
+    def _rows_by_parts(self) -> Tensor:
+        """Form them of some samples at a time, whose inputs are let go."""
+        n, R, b = self.num_samples, self.width, self._b
+        formed = fresh(self.cotangents, n, R * b, self._a)
+        each = (self._a + R * b) * self.positions + R * b * self._a
+        for part in self._parts(each, _WORKING_SET):
+            B = self.cotangents[part].reshape(-1, R * b, self.positions)
+            torch.bmm(B, self.some_inputs(part)[:, 0].mT, out=formed[part])
+        return formed.view(-1, self.numel)
 
     # Squares and sums of entries, without forming all columns ------------------------
 
@@ -179,7 +232,12 @@ class KhatriRaoColumns(OuterSums):
         if self._groups == self.positions == 1:
             inputs = torch.linalg.vector_norm(self.inputs, dim=(1, 2))
             return torch.linalg.vector_norm(self.cotangents, dim=(2, 3, 4)) * inputs
-        inputs = self._summed_squares(self.inputs, 2)
+        each = self._groups * self._a * self.positions
+        squares = [
+            self.some_inputs(part).square().sum(2)
+            for part in self._parts(each, _WORKING_SET)
+        ]
+        inputs = squares[0] if len(squares) == 1 else torch.cat(squares)
         cotangents = self._squares()
         n, R = cotangents.shape[:2]
         products = cotangents.reshape(n, R, -1) @ inputs.reshape(n, -1, 1)
@@ -189,18 +247,18 @@ class KhatriRaoColumns(OuterSums):
         """|b_nrp|², ``[n, R, G, P]``."""
         shared = self.cotangents_key
         if not isinstance(shared, SharedCotangents):
-            return self._summed_squares(self.cotangents, 3)
+            return self._squares_of_cotangents()
         if shared.squares is None:  # of one position
             norms = torch.linalg.vector_norm(self.cotangents.squeeze(4), dim=3)
             shared.squares = norms.square()
         return shared.squares.unsqueeze(3)
 
-    def _summed_squares(self, factor: Tensor, dim: int) -> Tensor:
-        """Σ of squares along an axis, where torch's own norms are slow."""
-        entries = factor[0].numel()
+    def _squares_of_cotangents(self) -> Tensor:
+        """Sums of squares along an axis, where torch's own norms are slow."""
+        each = self.cotangents.numel() // max(1, self.num_samples)
         sums = [
-            factor[part].square().sum(dim)
-            for part in self._parts(entries, factor.nbytes)
+            self.cotangents[part].square().sum(3)
+            for part in self._parts(each, _WORKING_SET)
         ]
         return sums[0] if len(sums) == 1 else torch.cat(sums)
 
@@ -242,7 +300,7 @@ class KhatriRaoColumns(OuterSums):
 
     def with_cotangents(self, cotangents: Tensor) -> KhatriRaoColumns:
         """Columns of the same inputs."""
-        return KhatriRaoColumns(self.inputs, cotangents, self.inputs_first)
+        return KhatriRaoColumns(self._given, cotangents, self.inputs_first)
 
     def squared_norms(self, memory: int) -> Tensor:
         """Σ_pq (a_pᵀ a_q)(b_pᵀ b_q) for each column, or from its block if cheaper."""
@@ -257,7 +315,7 @@ class KhatriRaoColumns(OuterSums):
         entries = self._groups * (P * P if by_pairs else a * b)
         norms = self.cotangents.new_empty(self.num_samples, self.width)
         for part in self._parts(entries * (self.width + 1), memory):
-            A, B = self.inputs[part], self.cotangents[part]
+            A, B = self.some_inputs(part), self.cotangents[part]
             if by_pairs:
                 products = torch.einsum("nrgbp,nrgbq->nrgpq", B, B)
                 products *= (A.mT @ A).unsqueeze(1)
@@ -270,7 +328,7 @@ class KhatriRaoColumns(OuterSums):
     def entry_squares(self, memory: int) -> Tensor:
         """(Σ_r b_r²)ᵀ (a²), a matrix product; with positions, from pairs or blocks."""
         a, b, P = self._a, self._b, self.positions
-        total = self.inputs.new_zeros(self._groups, b, a)
+        total = self.cotangents.new_zeros(self._groups, b, a)
         by_pairs = self._squares_by_pairs()
         size = P * (P + 1) // 2 * (a + b) if by_pairs else self.width * a * b
         for part in self._parts(self._groups * size, memory):
@@ -286,7 +344,7 @@ class KhatriRaoColumns(OuterSums):
     def sample_entry_squares(self, memory: int) -> Tensor:
         """As ``entry_squares``, sample by sample."""
         a, b, P = self._a, self._b, self.positions
-        total = self.inputs.new_empty(self.num_samples, self._groups, b, a)
+        total = self.cotangents.new_empty(self.num_samples, self._groups, b, a)
         by_pairs = self._squares_by_pairs()
         size = P * (P + 1) // 2 * (a + b) if by_pairs else self.width * a * b
         for part in self._parts(self._groups * size, memory):
@@ -301,16 +359,19 @@ class KhatriRaoColumns(OuterSums):
 
     def entry_sums(self) -> Tensor:
         """Σ b aᵀ over all columns and positions."""
-        A, B = self.inputs, self.cotangents
+        B = self.cotangents
         B = B.squeeze(1) if self.width == 1 else B.sum(1)
-        if self.positions <= self._b:
+        if self.positions <= self._b and self._unmade is None:
             # Positions beside samples: one product for a group, for a copy of both.
             left = B.permute(1, 2, 0, 3).flatten(2)
-            right = A.permute(1, 2, 0, 3).flatten(2)
+            right = self.inputs.permute(1, 2, 0, 3).flatten(2)
             return self._laid_out(left @ right.mT)
-        total = A.new_zeros(self._groups, self._b, self._a)
-        for part in self._parts(self.numel, _WORKING_SET):
-            total += (B[part] @ A[part].mT).sum(0)
+        total = B.new_zeros(self._groups, self._b, self._a)
+        each = self.numel
+        if self._unmade is not None:
+            each += self._groups * self._a * self.positions
+        for part in self._parts(each, _WORKING_SET):
+            total += (B[part] @ self.some_inputs(part).mT).sum(0)
         return self._laid_out(total)
 
     def _squares_by_pairs(self) -> bool:
@@ -321,7 +382,7 @@ class KhatriRaoColumns(OuterSums):
 
         Pairs p < q count twice: ``[n, G, a, pairs]``, ``[n, G, b, pairs]``.
         """
-        A, B = self.inputs[part], self.cotangents[part]
+        A, B = self.some_inputs(part), self.cotangents[part]
         if self.positions == 1:
             return A.square(), B.square().sum(1)
         p, q = torch.triu_indices(self.positions, self.positions, device=A.device)
@@ -335,13 +396,14 @@ class KhatriRaoColumns(OuterSums):
         """Columns of some samples as blocks, ``[n, R, b, a]``."""
         B = self.cotangents[part, :, group]
         n, R, b, P = B.shape
-        product = torch.bmm(B.reshape(n, R * b, P), self.inputs[part, group].mT)
+        inputs = self.some_inputs(part)[:, group]
+        product = torch.bmm(B.reshape(n, R * b, P), inputs.mT)
         return product.view(n, R, b, self._a)
 
     def _parts(self, entries: int, memory: int) -> Iterator[slice]:
         """Cut the samples so that temporaries of so many entries a sample fit."""
-        itemsize = self.inputs.element_size()
-        limit = min(memory, _WORKING_SET) if self.inputs.is_cpu else memory
+        itemsize = self.cotangents.itemsize
+        limit = min(memory, _WORKING_SET) if self.cotangents.is_cpu else memory
         # Where a sample takes another way, a layer has no positions.
         size = max(1, limit // max(1, entries * itemsize))
         for start in range(0, self.num_samples, size):

@@ -70,7 +70,12 @@ class OuterSums(LayerColumns):
     def factor_entries(self, width: int) -> int:
         """Count the entries of the factors with a number of columns a sample."""
         each = self.cotangents.numel() // self.width
-        return self.inputs.numel() + width * each
+        return self.input_entries + width * each
+
+    @property
+    def input_entries(self) -> int:
+        """Count the entries of the inputs."""
+        return self.num_samples * self._groups * self._a * self.positions
 
     def formed_entries(self, width: int) -> int:
         """Count the entries of formed columns."""
@@ -125,7 +130,7 @@ class OuterSums(LayerColumns):
             (self.width, other.width),
             other.positions,
         )
-        if not self.inputs.is_cpu:
+        if not self.cotangents.is_cpu:
             # Beside those of blocks, which are few.
             each = 3 * self._groups * _LAUNCH_FLOPS
             flops["pairs"] += each * self.positions * other.positions
