@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 import vivit_linop as vl
+from benchmarks.lines import capability
 
 PACKAGE = Path(vl.__file__).parent
 Call = Callable[[], Any]
@@ -219,6 +220,17 @@ def print_shares() -> None:
         print(f"{name:22}" + "".join(f"{count:>25}" for count in counts))
 
 
+def print_capabilities() -> None:
+    """Functions and files by what their files are for, as ``lines`` has them."""
+    for name, (prepare, _) in WALKS.items():
+        places = set(follow(prepare()).path)
+        functions = Counter(capability(file) for file, *_ in places)
+        files = Counter(map(capability, {file for file, *_ in places}))
+        print(f"\n{name}: functions, files")
+        for what, count in functions.most_common():
+            print(f"    {what:80}{count:>5}, {files[what]}")
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks walk")
     parser.add_argument("--follow", choices=WALKS, help="print the functions of one")
@@ -228,6 +240,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if options.shares:
         print_shares()
+        print_capabilities()
     elif options.follow is None:
         print_table()
     else:

@@ -132,11 +132,12 @@ def choose_route(op: LowRank, k: int) -> plan.Choice:
 
 def quickest_route(op: LowRank, k: int) -> str:
     """Return the name of that way; what layers cost is asked only where it decides."""
-    shape, free = op.factor.shape, free_memory(op.device)
-    fits = 3 * min(shape) ** 2 * op.torch_dtype.itemsize <= free
+    shape, device = op.factor.shape, op.device
+    nbytes = 3 * min(shape) ** 2 * op.torch_dtype.itemsize
     # A known matrix decides without the layers, and products with it take less.
     asks = not (op.small_side_known or op.ranks.is_many) and _root_fits(op.factor)
-    if asks and fits and plan.dense_suffices(shape, k, op.device):
+    fits = asks and nbytes <= free_memory(device)
+    if fits and plan.dense_suffices(shape, k, device):
         return DENSE[0] if op.by_gram else DENSE[1]
     return choose_route(op, k).chosen.name
 
