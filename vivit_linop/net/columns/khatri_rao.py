@@ -9,6 +9,7 @@ weight is shared (convolutions, tokens, a weight used twice) it is a sum over po
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from typing import Self
 
 import torch
@@ -55,9 +56,8 @@ class KhatriRaoColumns(OuterSums):
             ``[G, b, a]``.
     """
 
-    # What makes the inputs, and the inputs once they are made.
+    # What makes the inputs, until they are made.
     _unmade: UnfoldedInputs | None = None
-    _inputs: Tensor | None = None
 
     def __init__(
         self,
@@ -69,34 +69,25 @@ class KhatriRaoColumns(OuterSums):
         if isinstance(inputs, UnfoldedInputs):
             self._unmade, self._a = inputs, inputs.channels
         else:
-            self._inputs, self._a = inputs, inputs.shape[2]
+            self.inputs, self._a = inputs, inputs.shape[2]
         self.inputs_first, self.cotangents_key = inputs_first, object()
         self.num_samples, self.width, self._groups, b, self.positions = cotangents.shape
         self._b = b
         self.numel = self._groups * self._a * b
+        self.input_entries = self.num_samples * self._groups * self._a * self.positions
 
-    @property
-    def inputs(self) -> Tensor:
-        """Those of all samples, made once."""
-        if self._unmade is not None:
-            self._inputs, self._unmade = self._unmade.whole, None
-        assert self._inputs is not None
-        return self._inputs
-
-    @inputs.setter
-    def inputs(self, inputs: Tensor) -> None:
-        self._inputs, self._unmade = inputs, None
+    @cached_property
+    def inputs(self) -> Tensor:  # type: ignore[override]
+        """Those of all samples; made once, where they were not given."""
+        assert self._unmade is not None
+        made, self._unmade = self._unmade.whole, None
+        return made
 
     def some_inputs(self, part: slice) -> Tensor:
         """Those of some samples, which are not kept."""
         if self._unmade is not None:
             return self._unmade.some(part)
         return self.inputs[part]
-
-    @property
-    def _given(self) -> Tensor | UnfoldedInputs:
-        """The inputs, as far as they are made."""
-        return self.inputs if self._unmade is None else self._unmade
 
     @property
     def nbytes(self) -> int:
@@ -109,6 +100,7 @@ class KhatriRaoColumns(OuterSums):
         if twin._unmade is not None:
             shape = self.num_samples, self._groups, self._a, self.positions
             twin.inputs = self.cotangents.new_empty(shape, device="meta")
+            twin._unmade = None
         return twin
 
     def _samples(self, samples: slice) -> KhatriRaoColumns:
@@ -161,7 +153,8 @@ class KhatriRaoColumns(OuterSums):
 
     def transposed(self, shape: torch.Size) -> KhatriRaoColumns:
         """The same factors, laid out the other way; there is one group."""
-        twin = KhatriRaoColumns(self._given, self.cotangents, not self.inputs_first)
+        inputs = self._unmade or self.inputs
+        twin = KhatriRaoColumns(inputs, self.cotangents, not self.inputs_first)
         twin.cotangents_key = self.cotangents_key
         return twin
 
@@ -300,7 +293,8 @@ class KhatriRaoColumns(OuterSums):
 
     def with_cotangents(self, cotangents: Tensor) -> KhatriRaoColumns:
         """Columns of the same inputs."""
-        return KhatriRaoColumns(self._given, cotangents, self.inputs_first)
+        inputs = self._unmade or self.inputs
+        return KhatriRaoColumns(inputs, cotangents, self.inputs_first)
 
     def squared_norms(self, memory: int) -> Tensor:
         """Σ_pq (a_pᵀ a_q)(b_pᵀ b_q) for each column, or from its block if cheaper."""

@@ -41,6 +41,7 @@ class OuterSums(LayerColumns):
 
     Attributes:
         inputs: a, ``[n, G, a, P]``.
+        input_entries: How many entries they have.
         cotangents: b, ``[n, R, G, b, P]``.
         inputs_first: Whether the parameter is laid out as ``[G, a, b]`` instead of
             ``[G, b, a]``.
@@ -48,6 +49,7 @@ class OuterSums(LayerColumns):
     """
 
     inputs: Tensor
+    input_entries: int
     cotangents: Tensor
     inputs_first: bool
     positions: int
@@ -71,11 +73,6 @@ class OuterSums(LayerColumns):
         """Count the entries of the factors with a number of columns a sample."""
         each = self.cotangents.numel() // self.width
         return self.input_entries + width * each
-
-    @property
-    def input_entries(self) -> int:
-        """Count the entries of the inputs."""
-        return self.num_samples * self._groups * self._a * self.positions
 
     def formed_entries(self, width: int) -> int:
         """Count the entries of formed columns."""

@@ -41,7 +41,7 @@ class TableColumns(KhatriRaoColumns):
         self._a = rows
         self.numel, self._padding = rows * self._b, padding
 
-    @property  # type: ignore[misc]
+    @property
     def inputs(self) -> Tensor:  # type: ignore[override]
         """The one-hot inputs, formed anew, ``[n, 1, rows, P]``."""
         one_hot = F.one_hot(self.index, self._a)
