@@ -23,7 +23,7 @@ from vivit_linop.linalg.decompositions import GramEigenpairs
 from vivit_linop.modes import ordinary_mode
 from vivit_linop.operators.eigenpairs import Eigenpairs
 from vivit_linop.operators.lowrank import Gram, LowRank
-from vivit_linop.risk.empirical import EmpiricalRisk
+from vivit_linop.risk.empirical import EmpiricalRisk, check_risk
 
 Saved = Eigenpairs | LowRank | Gram
 Path = str | os.PathLike[str]
@@ -70,7 +70,7 @@ def save(result: Saved, path: Path, risk: EmpiricalRisk) -> None:
         >>> torch.allclose(step, vl.damped_newton_step(risk, pairs, damping=0.1))
         True
     """
-    _check_risk(risk)
+    check_risk(risk)
     with risk.ranks.together("save"):
         if risk.ranks.leads:
             files.check_place(path)  # before anything is computed
@@ -124,7 +124,7 @@ def load(path: Path, risk: EmpiricalRisk, kind: type[Any] = object) -> Any:
         Traceback (most recent call last):
         ValueError: risk: ... was saved for one with other samples, other value of ...
     """
-    _check_risk(risk)
+    check_risk(risk)
     if not isinstance(kind, type):
         raise TypeError(f"kind: a class, as vl.Eigenpairs, got {kind!r}.")
     content = risk.ranks.led(files.read, path, risk.device)
@@ -140,11 +140,6 @@ def load(path: Path, risk: EmpiricalRisk, kind: type[Any] = object) -> Any:
     if not isinstance(result, kind):
         raise TypeError(f"kind: {path} holds {result!r}, no {kind.__name__}.")
     return result
-
-
-def _check_risk(risk: Any) -> None:
-    if not isinstance(risk, EmpiricalRisk):
-        raise TypeError(f"risk: an EmpiricalRisk, got {type(risk).__name__}.")
 
 
 def _same(saved: Any, given: Any, risk: EmpiricalRisk) -> bool:

@@ -11,7 +11,7 @@ from vivit_linop.curvature.jacobian import Jacobian, Pullback
 from vivit_linop.devices import check_matrix_fits
 from vivit_linop.modes import ordinary_mode
 from vivit_linop.operators.verbs import column_pieces
-from vivit_linop.risk.empirical import EmpiricalRisk
+from vivit_linop.risk.empirical import EmpiricalRisk, check_risk
 from vivit_linop.risk.losses.elementwise import SquaredError
 
 
@@ -94,8 +94,7 @@ def covariance(
         >>> cov["weight", "bias"].shape, cov.standard_errors()["weight"].shape
         (torch.Size([1, 1]), torch.Size([1, 1]))
     """
-    if not isinstance(risk, EmpiricalRisk):
-        raise TypeError(f"risk: an EmpiricalRisk, got {type(risk).__name__}.")
+    check_risk(risk)
     check_flag(absolute_sigma, "absolute_sigma")
     squares = isinstance(risk.loss, SquaredError)
     if absolute_sigma and not squares:

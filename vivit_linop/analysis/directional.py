@@ -11,7 +11,7 @@ from vivit_linop.curvature.jacobian import Pullback
 from vivit_linop.linalg.decompositions import GramEigenpairs
 from vivit_linop.modes import ordinary_mode
 from vivit_linop.operators.eigenpairs import Eigenpairs
-from vivit_linop.risk.empirical import EmpiricalRisk
+from vivit_linop.risk.empirical import EmpiricalRisk, check_risk
 
 
 @ordinary_mode()
@@ -106,8 +106,7 @@ def by_sample(components: Tensor, num_samples: int, r: float) -> Tensor:
 
 def as_directions(risk: EmpiricalRisk, directions: Eigenpairs | Tensor) -> Eigenpairs:
     """Return directions as eigenpairs; tensors get NaN for eigenvalues."""
-    if not isinstance(risk, EmpiricalRisk):
-        raise TypeError(f"risk: an EmpiricalRisk, got {type(risk).__name__}.")
+    check_risk(risk)
     if isinstance(directions, Tensor):
         if directions.ndim != 2 or len(directions) != risk.num_params:
             raise ValueError(

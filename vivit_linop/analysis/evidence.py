@@ -13,7 +13,7 @@ from vivit_linop.linalg.diagonal_damping import LogDet
 from vivit_linop.modes import ordinary_mode
 from vivit_linop.operators import Diagonal, TorchLinearOperator
 from vivit_linop.operators.verbs import add, damp, logdet, scale
-from vivit_linop.risk.empirical import EmpiricalRisk
+from vivit_linop.risk.empirical import EmpiricalRisk, check_risk
 
 PriorPrecision: TypeAlias = float | Tensor | Mapping[str, float | Tensor]
 """A number, one a parameter (in order, or by name), or one an entry, ``[D]``."""
@@ -147,8 +147,7 @@ def _checked(
     risk: EmpiricalRisk, curvature: TorchLinearOperator, given: PriorPrecision
 ) -> Tensor:
     """Return the diagonal of P as a scalar, or ``[D]``; check what belongs together."""
-    if not isinstance(risk, EmpiricalRisk):
-        raise TypeError(f"risk: an EmpiricalRisk, got {type(risk).__name__}.")
+    check_risk(risk)
     D = risk.num_params
     if not isinstance(curvature, TorchLinearOperator) or curvature.shape != (D, D):
         raise ValueError(

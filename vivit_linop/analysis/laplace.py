@@ -23,7 +23,7 @@ from vivit_linop.curvature import EKFAC, GGN, KFAC, Jacobian
 from vivit_linop.modes import as_given, ordinary_mode, recorded
 from vivit_linop.net.certified import read_structure
 from vivit_linop.operators import Diagonal, TorchLinearOperator
-from vivit_linop.risk.empirical import EmpiricalRisk
+from vivit_linop.risk.empirical import EmpiricalRisk, check_risk
 
 STRUCTURES: dict[str, Callable[[EmpiricalRisk], TorchLinearOperator]] = {
     "full": GGN,
@@ -106,8 +106,7 @@ class Laplace:
         prior_precision: PriorPrecision = 1.0,
         structure: str = "full",
     ) -> None:
-        if not isinstance(risk, EmpiricalRisk):
-            raise TypeError(f"risk: an EmpiricalRisk, got {type(risk).__name__}.")
+        check_risk(risk)
         check_choice(structure, "structure", STRUCTURES)
         self.risk = risk.over(last_used(risk)) if structure == "last_layer" else risk
         self.structure, self.prior_precision = structure, prior_precision

@@ -11,7 +11,7 @@ from vivit_linop.arguments import check_finite
 from vivit_linop.modes import ordinary_mode
 from vivit_linop.operators.base import TorchLinearOperator
 from vivit_linop.operators.elementary import Identity
-from vivit_linop.risk.empirical import EmpiricalRisk
+from vivit_linop.risk.empirical import EmpiricalRisk, check_risk
 
 
 class TrustRegionStep(NamedTuple):
@@ -66,8 +66,7 @@ def trust_region_step(
         >>> torch.allclose(risk.value() - after.value(), predicted)  # L is quadratic
         True
     """
-    if not isinstance(risk, EmpiricalRisk):
-        raise TypeError(f"risk: an EmpiricalRisk, got {type(risk).__name__}.")
+    check_risk(risk)
     D = risk.num_params
     check_square(A, D, "A")
     if isinstance(damping, TorchLinearOperator):

@@ -232,6 +232,12 @@ def risk_of_inputs(
     return EmpiricalRisk(model, NoLoss(), data, params, **options)
 
 
+def check_risk(risk: Any) -> None:
+    """Raise a ``TypeError`` for what is no risk."""
+    if not isinstance(risk, EmpiricalRisk):
+        raise TypeError(f"risk: an EmpiricalRisk, got {type(risk).__name__}.")
+
+
 def as_risk(
     risk_or_model: Any,
     loss: Any = None,
