@@ -15,7 +15,7 @@ from tests.data_cases import Drawn
 from tests.toys import random_vector, toy
 from vivit_linop import devices
 from vivit_linop.curvature import hessian_products
-from vivit_linop.net import certified, chunks
+from vivit_linop.net import certified, linearization
 from vivit_linop.net.certified import find_structure
 
 ERRORS = [
@@ -225,7 +225,7 @@ def test_fewer_vectors_are_taken_where_memory_does_not_suffice(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     X = torch.rand(5, 12)
-    device, parts = Device(3, monkeypatch), chunks.Chunks(torch.device("cpu"))
+    device, parts = Device(3, monkeypatch), linearization.Chunks(torch.device("cpu"))
     parts.trust("product")
     assert torch.equal(parts.apply(device.product, X, 5, 12), 2 * X)
     assert device.given == [12, 6, 3, 3, 3, 3]
@@ -243,7 +243,7 @@ def test_fewer_vectors_are_taken_where_memory_does_not_suffice(
 def test_a_single_vector_that_does_not_fit_is_an_error(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    device, parts = Device(0, monkeypatch), chunks.Chunks(torch.device("cpu"))
+    device, parts = Device(0, monkeypatch), linearization.Chunks(torch.device("cpu"))
     with pytest.raises(torch.OutOfMemoryError):
         parts.apply(device.product, torch.rand(5, 4), 5, 4)
     device.fits = 4
@@ -255,7 +255,7 @@ def test_the_check_of_vectors_together_may_run_out_of_memory(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Which says nothing about torch's rules."""
-    device, parts = Device(2, monkeypatch), chunks.Chunks(torch.device("cpu"))
+    device, parts = Device(2, monkeypatch), linearization.Chunks(torch.device("cpu"))
     X = torch.rand(5, 4)
     assert torch.equal(parts.apply(device.product, X, 5, 4), 2 * X)
     assert device.given == [4, 2, 1, 2]  # the third is the check
