@@ -408,13 +408,24 @@ def _single(signals: Sequence[Tensor]) -> list[Tensor]:
     return [signal.unsqueeze(1) for signal in signals]
 
 
+def _is_dense(signal: Tensor) -> bool:
+    """Whether the entries of a signal ``[n, k, …]`` fill memory sample by sample."""
+    if signal.is_contiguous():
+        return True
+    channels_last = torch.channels_last
+    if signal.ndim != 5 or signal.shape[1] != 1:
+        return False
+    return signal.squeeze(1).is_contiguous(memory_format=channels_last)
+
+
 def _stack(
     stacked: list[Tensor], signals: Sequence[Tensor], start: int, width: int
 ) -> None:
     """Put signals ``[n, k, …]`` beside those of the ``start`` cotangents before."""
     for index, signal in enumerate(signals):
-        if signal.shape[1] == width and signal.is_contiguous():
-            stacked.append(signal)  # there are no others
+        # There are no others; neither are entries repeated along an axis.
+        if signal.shape[1] == width and _is_dense(signal):
+            stacked.append(signal)
             continue
         if start == 0:
             shape = len(signal), width, *signal.shape[2:]

@@ -119,8 +119,8 @@ class Kind:
             ``[n, R, G, b, P]``. The weight, ``[out, …]``, is laid out as ``[G, b, a]``.
         bias: From arguments and cotangents ``[n, R, …]`` to the columns of the bias.
         inputs_first: Whether the weight is laid out as ``[G, a, b]``.
-        unfolds: Whether a is larger than the input: it is made of some samples at a
-            time then, where that does.
+        unfolds: Whether a is larger than the input, of which it copies each channel by
+            itself: it is made of some samples at a time then, where that does.
         entries: From arguments, the number of entries of one sample's input and R to
             that of what the columns of a sample take beside the cotangents. By default
             it is estimated.

@@ -15,7 +15,7 @@ from vivit_linop.risk.data import fingerprint
 from vivit_linop.risk.data.batches import joined_targets
 from vivit_linop.risk.data.containers import copied
 from vivit_linop.risk.data.sample_search import Search
-from vivit_linop.risk.independence import independent_samples
+from vivit_linop.risk.independence import OutputsOfOtherOrder, independent_samples
 from vivit_linop.risk.kept import Run
 from vivit_linop.risk.losses.base import OutputLoss
 from vivit_linop.risk.losses.certificates import check_loss, targets_of
@@ -78,10 +78,14 @@ def first_pass(
     """
     fingerprints = passes.fingerprints() if twice else None
     with guests_to_come(model.device):
+        # Samples are checked as they are given, which shows what an order does.
+        model.channels_last &= check
         try:
             seen = _evaluate(model, loss, passes, check, fingerprints)
-        except ItemByItem:  # so do those of the batches before
-            passes.cuts = Cuts(by_items=True)
+        except (ItemByItem, OutputsOfOtherOrder) as found:
+            # Outputs of the batches before come in that way, too.
+            passes.cuts = Cuts(by_items=isinstance(found, ItemByItem))
+            model.channels_last = False
             seen = _evaluate(model, loss, passes, check, fingerprints)
     passes.number = len(seen.outputs)
     return seen
@@ -114,6 +118,8 @@ def _evaluate(
         seen.targets.append(copied(y))
         seen.sums.append(fingerprint.Sums(X))
     # All batches together show where samples may be.
+    if example is None and model.channels_last:
+        raise OutputsOfOtherOrder  # which nothing has shown not to be
     if check and example is not None:
         X, output = example
         with explained(does_not_fit, model, passes.search, X, len(output)):

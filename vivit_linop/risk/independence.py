@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -36,14 +36,19 @@ _FAR = {torch.float64: 1e-7, torch.float32: 3e-3}
 _ATTEMPTS = 8
 
 
+class OutputsOfOtherOrder(Exception):
+    """Outputs may be others since images came in another order in memory."""
+
+
 def independent_samples(
     model: FunctionalModel, X: Any, output: Tensor, ways: Sequence[Samples]
 ) -> Samples:
     """Return where samples are, such that they have the same outputs beside others.
 
-    Two groups of samples are evaluated alone. A model that does not run on these, since
-    it runs on batches of one size only, is evaluated on the whole batch with samples of
-    the group in all places of others, which costs two forward passes of the batch.
+    Two groups of samples are evaluated alone, one of them in the order in memory that
+    it is given in. A model that does not run on these, since it runs on batches of one
+    size only, is evaluated on the whole batch with samples of the group in all places
+    of others, which costs two forward passes of the batch.
 
     Args:
         model: The model.
@@ -54,6 +59,7 @@ def independent_samples(
     Raises:
         ValueError: If samples depend on each other in all ways, or if the model can be
             asked in none.
+        OutputsOfOtherOrder: Likewise, where the outputs are not of the input as given.
     """
     n, device = len(output), output.device
     failures: dict[Samples, Exception] = {}
@@ -75,6 +81,8 @@ def independent_samples(
                 asked.remove(samples)
         model(model.params, X)  # an error that it always raises is to be seen
         if ways[0] not in asked:
+            if model.channels_last:
+                raise OutputsOfOtherOrder
             raise _dependent(model, X, output)
     failure = failures[ways[0]]
     raise ValueError(
@@ -118,9 +126,10 @@ def _are_same(
     """Whether samples put together have their outputs, in some places of that batch."""
 
     def furthest(params: Params, X: Any, output: Tensor) -> float:
+        given, other = questions
         found = [
-            _apart_among(model, params, X, output, samples, *question)
-            for question in questions
+            _apart_among(model.as_given, params, X, output, samples, *given),
+            _apart_among(model, params, X, output, samples, *other),
         ]
         return float(torch.stack(found).max())  # the host waits once
 
@@ -140,7 +149,7 @@ def _are_same(
 
 
 def _apart_among(
-    model: FunctionalModel,
+    model: Callable[[Params, Any], Tensor],
     params: Params,
     X: Any,
     output: Tensor,

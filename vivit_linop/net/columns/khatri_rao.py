@@ -225,12 +225,10 @@ class KhatriRaoColumns(OuterSums):
         if self._groups == self.positions == 1:
             inputs = torch.linalg.vector_norm(self.inputs, dim=(1, 2))
             return torch.linalg.vector_norm(self.cotangents, dim=(2, 3, 4)) * inputs
-        each = self._groups * self._a * self.positions
-        squares = [
-            self.some_inputs(part).square().sum(2)
-            for part in self._parts(each, _WORKING_SET)
-        ]
-        inputs = squares[0] if len(squares) == 1 else torch.cat(squares)
+        if self._unmade is not None:
+            inputs = self._unmade.squared_norms(self._groups)
+        else:
+            inputs = self._summed_squares(self.inputs, 2)
         cotangents = self._squares()
         n, R = cotangents.shape[:2]
         products = cotangents.reshape(n, R, -1) @ inputs.reshape(n, -1, 1)
@@ -240,18 +238,17 @@ class KhatriRaoColumns(OuterSums):
         """|b_nrp|², ``[n, R, G, P]``."""
         shared = self.cotangents_key
         if not isinstance(shared, SharedCotangents):
-            return self._squares_of_cotangents()
+            return self._summed_squares(self.cotangents, 3)
         if shared.squares is None:  # of one position
             norms = torch.linalg.vector_norm(self.cotangents.squeeze(4), dim=3)
             shared.squares = norms.square()
         return shared.squares.unsqueeze(3)
 
-    def _squares_of_cotangents(self) -> Tensor:
-        """Sums of squares along an axis, where torch's own norms are slow."""
-        each = self.cotangents.numel() // max(1, self.num_samples)
+    def _summed_squares(self, factor: Tensor, dim: int) -> Tensor:
+        """Σ of squares along an axis, where torch's own norms are slow."""
+        each = factor[:1].numel()
         sums = [
-            self.cotangents[part].square().sum(3)
-            for part in self._parts(each, _WORKING_SET)
+            factor[part].square().sum(dim) for part in self._parts(each, factor.nbytes)
         ]
         return sums[0] if len(sums) == 1 else torch.cat(sums)
 
@@ -308,7 +305,10 @@ class KhatriRaoColumns(OuterSums):
         by_pairs = pairs < blocks
         entries = self._groups * (P * P if by_pairs else a * b)
         norms = self.cotangents.new_empty(self.num_samples, self.width)
-        for part in self._parts(entries * (self.width + 1), memory):
+        each = entries * (self.width + 1)
+        if self._unmade is not None:
+            each += self._groups * a * P
+        for part in self._parts(each, memory):
             A, B = self.some_inputs(part), self.cotangents[part]
             if by_pairs:
                 products = torch.einsum("nrgbp,nrgbq->nrgpq", B, B)

@@ -18,8 +18,8 @@ class UnfoldedInputs:
     """The inputs a of a layer, ``[n, G, a, P]``, of samples as they are asked for.
 
     Args:
-        X: The layer's input, ``[n, …]``.
-        of: Makes them of the input of some samples.
+        X: The layer's input, ``[n, channels, …]``.
+        of: Makes them of the input of some samples, from each channel by itself.
         channels: a.
     """
 
@@ -36,6 +36,17 @@ class UnfoldedInputs:
     def whole(self) -> Tensor:
         """Those of all samples, kept for all columns with them."""
         return self._of(self._X)
+
+    def squared_norms(self, groups: int) -> Tensor:
+        """|a_np|² of all samples, ``[n, G, P]``; the input is squared, not its copies.
+
+        Args:
+            groups: G.
+        """
+        if "whole" in self.__dict__:
+            return self.whole.square().sum(2)
+        squares = self._X.square().unflatten(1, (groups, -1)).sum(2)
+        return self._of(squares).sum(2)
 
     def some(self, part: slice) -> Tensor:
         """Those of some samples.

@@ -18,8 +18,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from vivit_linop.devices import is_out_of_memory
 from vivit_linop.modes import default_dtype
 from vivit_linop.risk.data.containers import copied, leaves, map_leaves, rebuilt
+from vivit_linop.risk.model import memory_format
 from vivit_linop.risk.model.copies import Copies
 from vivit_linop.risk.model.foreign_memory import ForeignMemory
 from vivit_linop.risk.model.given import (
@@ -85,6 +87,8 @@ class FunctionalModel:
             item; None where they have a sample axis.
         keeps_gradients: Whether it asks for gradients of what it computes, which no
             evaluation does from then on.
+        channels_last: Whether it gets images in another order in memory
+            (:mod:`vivit_linop.risk.model.memory_format`); not once it has refused.
 
     Raises:
         TypeError: If ``model`` cannot be called, or parameters have dtypes that
@@ -108,7 +112,7 @@ class FunctionalModel:
         self._dtype, self._default_dtype = dtype, torch.get_default_dtype()
         self._private: PrivateModule | None = None
         self._returned = Returned()
-        self._writes = self.keeps_gradients = False
+        self._writes = self.keeps_gradients = self.channels_last = False
         self._constants: list[Tensor] = []
         self.foreign = ForeignMemory()
         self._empty: list[str] = []
@@ -178,6 +182,7 @@ class FunctionalModel:
         self._private = PrivateModule(model, predict, slots, own, self._dtype)
         self._returned = self._private.returned
         self._constants = self._private.constants
+        self.channels_last = memory_format.runs_faster(self._private.module)
 
     def __getstate__(self) -> dict[str, Any]:
         """What travels: not the user's module."""
@@ -341,6 +346,18 @@ class FunctionalModel:
 
     def __call__(self, params: Params, X: Any) -> Tensor:
         """Return the outputs, ``[n, …]``; X is not written into."""
+        if self.channels_last:
+            try:
+                return self.as_given(params, memory_format.channels_last(X))
+            # In whatever way it fails; an error of its own comes again.
+            except Exception as error:
+                if is_out_of_memory(error):
+                    raise
+                self.channels_last = False
+        return self.as_given(params, X)
+
+    def as_given(self, params: Params, X: Any) -> Tensor:
+        """Return the outputs of an input in the order in memory that it has."""
         if self.foreign.parts:
             self.foreign.check()
         return self._evaluate(params, self.private_input(X, params))
@@ -354,7 +371,7 @@ class FunctionalModel:
         copy of the input.
         """
         X = self._precise(X, params)
-        own = copied(X)
+        own = copied(memory_format.channels_last(X) if self.channels_last else X)
         tensors = list(leaves(own))
         known = [*tensors, *params.values(), *self._known()]
         with (
