@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property, partial
 
 import torch
@@ -12,15 +12,28 @@ from vivit_linop.arguments import Scalar
 from vivit_linop.operators.base import TorchLinearOperator
 from vivit_linop.operators.eigenpairs import Eigendecomposition, Eigenpairs
 from vivit_linop.operators.lowrank import Gram, LowRank
-from vivit_linop.operators.symmetric import largest_eigenpairs, symmetric_eigenpairs
+from vivit_linop.operators.symmetric import (
+    Tridiagonal,
+    largest_eigenpairs,
+    symmetric_eigenpairs,
+)
 from vivit_linop.ranks.alone import ALONE, Ranks
 
 # How far from orthonormal vectors may be for a single step to correct them.
 _NEARLY = 0.1
-# How many entries of each vector are worked on at a time.
-_PART = 2**16
+# How far rounding in the vectors leaves them from that, in units of its own: what is
+# nearer is not brought nearer by a correction, which rounds as well.
+_ORTHONORMAL = 32
+# How many entries of each vector are worked on at a time: with one thread what its
+# cache holds, with several more, because they wait for each other each time.
+_PART, _THREADS_PART = 2**14, 2**18
+# Sums over so many entries lose no digits that matter.
+_SHORT_SUM = 2**13
 # Of so small a part of the eigenpairs it is worth to compute only them.
 FEW = 0.25
+# Relative to the largest eigenvalue, rounding errors along vectors of larger ones than
+# λ are about eps √(λ_max / λ). They matter where λ is below this part of λ_max.
+_SMALL = 1e-4
 
 
 class GramEigenpairs(Eigenpairs):
@@ -59,13 +72,36 @@ class GramEigenpairs(Eigenpairs):
 
     def _form(self) -> Tensor:
         V = self.operator.factor
-        vectors = V.apply(self.coefficients)
+        (rows,) = self.lifted(
+            lambda X: [V.apply(X).T], lambda parts: V.T.apply(parts[0].T)
+        )
+        return rows.T
+
+    def lifted(
+        self,
+        multiply: Callable[[Tensor], list[Tensor]],
+        multiply_adjoint: Callable[[list[Tensor]], Tensor],
+    ) -> list[Tensor]:
+        """Form the eigenvectors as rows, in parts of their entries.
+
+        Args:
+            multiply: Returns (V X)ᵀ for ``[R, K]``, as parts ``[K, d]`` in memory of
+                their own.
+            multiply_adjoint: Returns Vᵀ times what such parts are.
+
+        Returns:
+            The parts.
+        """
+        parts = multiply(self.coefficients)
         if self._larger is not None:
             others = self._larger.coefficients
-            overlaps = others.T @ V.T.apply(vectors)
+            overlaps = others.T @ multiply_adjoint(parts)
             larger = self._larger.eigenvalues[:, None] > self._values
-            vectors -= V.apply(others @ (overlaps * larger))
-        return orthonormalised(vectors, self._values)
+            wrong = multiply(others @ (overlaps * larger))
+            for part, error in zip(parts, wrong, strict=True):
+                part -= error
+        orthonormalise_rows(parts, self._values)
+        return parts
 
     def _size(self) -> int:
         return self.operator.shape[0]
@@ -123,6 +159,7 @@ class LowRankDecomposition(DenseDecomposition):
                 "would not reach it. Use eigvalsh, or .detach()ed tensors."
             )
         self._operator = operator
+        self._few: Tridiagonal | None = None
         self.count = min(operator.factor.shape)
         self.rest = 0.0 if self.count < operator.shape[0] else None
 
@@ -132,6 +169,24 @@ class LowRankDecomposition(DenseDecomposition):
         evals = self._operator.scale * evals
         # The larger side, where that is wanted, has more zeros.
         return evals[-self.count :], evecs[:, -self.count :]
+
+    @property
+    def eigenvalues(self) -> Tensor:
+        """All, without vectors where few of these may be wanted."""
+        if self._few is not None:
+            return self._operator.scale * self._few.eigenvalues[-self.count :]
+        return super().eigenvalues
+
+    def choose(
+        self,
+        k: int | None,
+        select: Callable[[Tensor], Sequence[int] | Tensor] | None,
+        rcond: float | None,
+    ) -> Tensor:
+        """A criterion chooses from the eigenvalues, before there are vectors."""
+        if select is not None and k is None and self._operator.by_gram:
+            self._few = self._operator.small_tridiagonal
+        return super().choose(k, select, rcond)
 
     def rounding_error(self) -> float:
         """Eigenvalues of a Gram matrix are known to about this absolute error."""
@@ -161,6 +216,10 @@ class LowRankDecomposition(DenseDecomposition):
         """Lift columns of the Gram matrix's eigenvectors, lazily."""
         if not self._operator.by_gram:
             return super().pairs(indices)
+        if self._few is not None:
+            if (found := self._few_pairs(self._few, indices)) is not None:
+                return found
+            self._few = None
         evals, gram_evecs = self._eigh
         chosen = evals[indices]
         if (chosen > self.rounding_error()).all():
@@ -169,14 +228,38 @@ class LowRankDecomposition(DenseDecomposition):
             )
         return Eigenpairs(chosen, lambda: self._with_null_space(indices))
 
+    def _few_pairs(self, few: Tridiagonal, indices: Tensor) -> GramEigenpairs | None:
+        """The pairs, and larger ones that they need; None if these are many or null."""
+        evals = self.eigenvalues
+        if not len(indices):
+            return None
+        least = evals[indices].min()
+        if not least > self.rounding_error():
+            return None
+        first = int(indices.min())
+        needs_larger = least <= _SMALL * evals[-1]
+        last = self.count - 1 if needs_larger else int(indices.max())
+        if last - first >= FEW * self.count:
+            return None
+        shift = len(few.eigenvalues) - self.count
+        vectors = few.eigenvectors(first + shift, last + shift)
+        others = torch.ones(last + 1 - first, dtype=torch.bool, device="cpu")
+        others[indices - first] = False
+        larger = None
+        if needs_larger and others.any():
+            larger = GramEigenpairs(
+                evals[first : last + 1][others], self._operator, vectors[:, others]
+            )
+        chosen = vectors[:, indices - first]
+        return GramEigenpairs(evals[indices], self._operator, chosen, larger)
+
     def _larger(self, indices: Tensor) -> GramEigenpairs | None:
         """The pairs that are larger than the smallest chosen one, and not chosen.
 
-        None where rounding errors along them do not matter: relative to the largest
-        eigenvalue these are about eps √(λ_max / λ).
+        None where rounding errors along them do not matter.
         """
         evals, gram_evecs = self._eigh
-        if not len(indices) or evals[indices].min() > 1e-4 * evals[-1]:
+        if not len(indices) or evals[indices].min() > _SMALL * evals[-1]:
             return None
         others = evals > evals[indices].min()
         others.index_fill_(0, indices, False)
@@ -285,30 +368,63 @@ class MergedDecomposition(Eigendecomposition):
 def orthonormalised(vectors: Tensor, eigenvalues: Tensor) -> Tensor:
     """Make nearly orthonormal eigenvectors orthonormal to working precision.
 
+    As :func:`orthonormalise_rows` does; writes to ``vectors``.
+    """
+    orthonormalise_rows([vectors.T], eigenvalues)
+    return vectors
+
+
+def orthonormalise_rows(parts: Sequence[Tensor], eigenvalues: Tensor) -> None:
+    """Make nearly orthonormal rows orthonormal to working precision, in place.
+
     Lifted from a Gram matrix, vectors of small eigenvalues carry the largest errors;
-    so the vectors of large eigenvalues are kept and the others corrected. Writes to
-    ``vectors``.
+    so the vectors of large eigenvalues are kept and the others corrected. What is
+    orthonormal as it comes is read once, and not written.
+
+    Args:
+        parts: The vectors as rows, in parts of their entries, ``[K, d]`` each.
+        eigenvalues: ``[K]``.
     """
     if not len(eigenvalues):
-        return vectors
+        return
+    overlaps = torch.stack([*map(_overlaps, parts)]).sum(0)
+    unit = torch.eye(len(eigenvalues), dtype=overlaps.dtype, device=overlaps.device)
+    off = (overlaps - unit).abs().sum(1).max().item()
+    if off <= _ORTHONORMAL * torch.finfo(overlaps.dtype).eps:
+        return
     order = eigenvalues.argsort(descending=True)
-    overlaps = (vectors.T @ vectors)[order][:, order]
-    unit = torch.eye(len(order), dtype=vectors.dtype, device=vectors.device)
-    # Cholesky QR: two passes over the vectors, as exact as QR if they are nearly right.
-    if (overlaps - unit).abs().sum(1).max() < _NEARLY:
-        cholesky = torch.linalg.cholesky(overlaps)
-        weights = torch.linalg.solve_triangular(cholesky, unit, upper=False).mT
-        back = order.argsort()
+    back = order.argsort()
+    if off < _NEARLY:
+        # Cholesky QR: two passes over the vectors, as exact as QR if they are nearly
+        # right.
+        cholesky = torch.linalg.cholesky(overlaps[order][:, order])
+        weights = torch.linalg.solve_triangular(cholesky, unit, upper=False)
         weights = weights[back][:, back]
-        # In place, some rows at a time: fresh memory of that size takes long.
-        for part in vectors.T.split(_PART, dim=1):
-            part.copy_(weights.T @ part)
-        return vectors
-    Q, R = torch.linalg.qr(vectors[:, order])
+        # In place, some entries at a time: fresh memory of that size takes long.
+        at_a_time = _PART if torch.get_num_threads() == 1 else _THREADS_PART
+        for part in parts:
+            for some in part.split(at_a_time, dim=1):
+                some.copy_(weights @ some)
+        return
+    Q, R = torch.linalg.qr(torch.cat([*parts], dim=1)[order].T)
     signs = torch.where(R.diagonal() < 0, -1.0, 1.0).to(Q)
-    result = torch.empty_like(vectors)
-    result[:, order] = Q * signs
-    return result
+    result = (Q * signs).T[back].split([part.shape[1] for part in parts], dim=1)
+    for part, found in zip(parts, result, strict=True):
+        part.copy_(found)
+
+
+def _overlaps(rows: Tensor) -> Tensor:
+    """Rows times their transpose: short sums, which lose fewer digits than long ones.
+
+    They are one operation for the most part, each sum in one thread.
+    """
+    whole = rows.shape[1] // _SHORT_SUM * _SHORT_SUM
+    rest = rows[:, whole:]
+    overlaps = rest @ rest.T
+    if whole:
+        sums = rows[:, :whole].unflatten(1, (-1, _SHORT_SUM)).transpose(0, 1)
+        overlaps += torch.bmm(sums, sums.mT).sum(0)
+    return overlaps
 
 
 def gram_rounding_error(eigenvalues: Tensor, count: int) -> float:

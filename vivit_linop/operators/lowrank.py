@@ -20,7 +20,12 @@ from vivit_linop.operators.base import (
     TorchLinearOperator,
     in_common,
 )
-from vivit_linop.operators.symmetric import DampedSolver, KeptMatrix, Pairs
+from vivit_linop.operators.symmetric import (
+    DampedSolver,
+    KeptMatrix,
+    Pairs,
+    Tridiagonal,
+)
 from vivit_linop.ranks.alone import RankRows, Ranks
 
 Result = TypeVar("Result")
@@ -271,6 +276,13 @@ class LowRank(TorchLinearOperator):
     def small_eigenpairs(self) -> Pairs:
         """Those of the smaller of VᵀV and V Vᵀ, ascending, computed once for all c."""
         return self._kept.eigenpairs(self.on_small_side)
+
+    @property
+    def small_tridiagonal(self) -> Tridiagonal | None:
+        """The smaller side in a form for few eigenvectors; None if all take no more."""
+        if self.ranks.is_many:
+            return None
+        return self._kept.tridiagonal(self.on_small_side)
 
     def rescaled(self, scale: float) -> LowRank:
         """Return the node for another c; what is known of the factor is kept."""

@@ -8,13 +8,16 @@ triangle in the precision of the matrix.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from functools import cache
-from typing import Any
+from functools import cache, partial
+from typing import Any, Self
 
+import numpy as np
 import scipy.linalg
 import torch
+from scipy.linalg.lapack import get_lapack_funcs
 from threadpoolctl import ThreadpoolController
 from torch import Tensor
 
@@ -36,6 +39,8 @@ _VERY_FEW_ROWS = 128
 # wait for each other at each row, and without sleeping; where others use the cores,
 # that takes up to 70 times as long (300 rows), and torch's threads wait afterwards.
 _FEW_ROWS = 2000
+# Of so many columns LAPACK makes a block, where it is given room for that.
+_BLOCK = 64
 
 
 def symmetric_eigenpairs(matrix: Tensor) -> tuple[Tensor, Tensor]:
@@ -77,7 +82,7 @@ def symmetric_eigenvalues(matrix: Tensor) -> Tensor:
     ):
         return torch.linalg.eigvalsh(matrix)
     _check_rows(matrix)
-    with _threads_for(matrix):
+    with _threads_for(len(matrix)):
         found = scipy.linalg.eigh(matrix.numpy(), eigvals_only=True, driver="evr")
     return torch.from_numpy(found)
 
@@ -101,6 +106,67 @@ def largest_eigenpairs(matrix: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return _by_scipy(matrix, "evr", [len(matrix) - k, len(matrix) - 1])
 
 
+class Tridiagonal:
+    """A symmetric matrix A = Q T Qᵀ with tridiagonal T, on the CPU.
+
+    To find T is most of the work for eigenvalues alone, and for a few vectors. Where it
+    depends on the eigenvalues which vectors are wanted, both take half as long together
+    as all pairs do.
+
+    Args:
+        matrix: A, ``[n, n]``.
+
+    Attributes:
+        eigenvalues: All, ascending, ``[n]``.
+
+    Raises:
+        MemoryError: As :func:`symmetric_eigenpairs`.
+    """
+
+    def __init__(self, matrix: Tensor) -> None:
+        _check_rows(matrix)
+        # Products of very large or very small entries are no numbers.
+        scale = 2.0 ** -max(math.frexp(float(matrix.abs().max()))[1], -100)
+        # Symmetric, so that its transpose, in LAPACK's order, is the matrix.
+        columns = np.asarray_chkfinite((scale * matrix).numpy()).T
+        reduce, roots = get_lapack_funcs(("sytrd", "sterf"), (columns,))
+        self._threads = partial(_threads_for, matrix.shape[0])
+        with self._threads():
+            found = reduce(columns, 1, _BLOCK * len(columns), overwrite_a=True)
+            self._reflectors, self._diagonal, self._beside, self._scales, _ = found
+            evals, failed = roots(self._diagonal, self._beside)
+        if failed:
+            raise np.linalg.LinAlgError(f"eigh: {failed} eigenvalues do not converge.")
+        self.eigenvalues = torch.from_numpy(evals).div_(scale)
+
+    @classmethod
+    def of(cls, matrix: Tensor) -> Self | None:
+        """Return that of a matrix, or None where all pairs take no more."""
+        few = matrix.device.type != "cpu" or len(matrix) <= _VERY_FEW_ROWS
+        return None if few or matrix.requires_grad else cls(matrix)
+
+    @property
+    def nbytes(self) -> int:
+        """What it takes to be kept."""
+        return int(self._reflectors.nbytes)
+
+    def eigenvectors(self, first: int, last: int) -> Tensor:
+        """Those from one index to another, both included: ``[n, K]``."""
+        with self._threads():
+            _, inner = scipy.linalg.eigh_tridiagonal(
+                self._diagonal,
+                self._beside,
+                select="i",
+                select_range=(first, last),
+            )
+            # Q leaves the first entries alone; the others it turns as in Q R.
+            below = np.asfortranarray(self._reflectors[1:, :-1])
+            (turn,) = get_lapack_funcs(("ormqr",), (below, inner))
+            size = _BLOCK * inner.shape[1]
+            inner[1:], *_ = turn("L", "N", below, self._scales, inner[1:], size)
+        return torch.from_numpy(inner)
+
+
 def without_noise(evals: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """Eigenvalues, with zeros where rounding alone may have made them negative.
 
@@ -119,7 +185,7 @@ def without_noise(evals: Tensor, dtype: torch.dtype | None = None) -> Tensor:
 def _by_scipy(
     matrix: Tensor, driver: str, chosen: list[int] | None = None
 ) -> tuple[Tensor, Tensor]:
-    with _threads_for(matrix):
+    with _threads_for(len(matrix)):
         found = scipy.linalg.eigh(matrix.numpy(), subset_by_index=chosen, driver=driver)
     evals, evecs = map(torch.from_numpy, found)
     return evals, evecs
@@ -139,8 +205,8 @@ def _is_for_one_thread(matrix: Tensor) -> bool:
     return few and matrix.device.type == "cpu" and not matrix.requires_grad
 
 
-def _threads_for(matrix: Tensor) -> AbstractContextManager[None]:
-    return _ONE_THREAD.inside() if len(matrix) <= _FEW_ROWS else nullcontext()
+def _threads_for(rows: int) -> AbstractContextManager[None]:
+    return _ONE_THREAD.inside() if rows <= _FEW_ROWS else nullcontext()
 
 
 @cache
@@ -184,6 +250,7 @@ class KeptMatrix:
         self._eigenvalues: Tensor | None = None
         self.nonnegative: Tensor | None = None
         self._eigenpairs: Pairs | None = None
+        self._tridiagonal: Tridiagonal | None = None
 
     @property
     def decomposed(self) -> bool:
@@ -233,9 +300,28 @@ class KeptMatrix:
         if self._eigenpairs is not None:
             return self._eigenpairs
         pairs: Pairs = on_matrix(symmetric_eigenpairs)
-        if self._budget is None or pairs[1].nbytes <= self._budget():
+        if self._fits(pairs[1].nbytes):
             self._eigenpairs, self._eigenvalues = pairs, None
+            self._tridiagonal = None
         return pairs
+
+    def tridiagonal(self, on_matrix: OnMatrix) -> Tridiagonal | None:
+        """Return it in a form that has all eigenvalues, and vectors of a few.
+
+        None where eigenpairs are known, or take no more. Kept as these are.
+
+        Args:
+            on_matrix: As for the eigenvalues; of one process.
+        """
+        if self._tridiagonal is not None or self.decomposed:
+            return self._tridiagonal
+        found: Tridiagonal | None = on_matrix(Tridiagonal.of)
+        if found is not None and self._fits(found.nbytes):
+            self._tridiagonal = found
+        return found
+
+    def _fits(self, nbytes: int) -> bool:
+        return self._budget is None or nbytes <= self._budget()
 
 
 class DampedSolver:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from vivit_linop.devices import fresh
 from vivit_linop.net.columns.base import DenseColumns, LayerColumns, mirror
 from vivit_linop.net.pieces import Piece, StoredColumns
 from vivit_linop.operators.base import TorchLinearOperator
@@ -55,6 +56,21 @@ class ColumnFactor(TorchLinearOperator):
 
     def _multiply_adjoint(self, X: Tensor) -> Tensor:
         return StoredColumns([self.piece]).multiply_adjoint(X)
+
+    def by_parameter(self, X: Tensor) -> list[Tensor]:
+        """Return V X, transposed, as ``[K, d]`` of each parameter.
+
+        Each lies in memory of its own, where products of layers are written at once.
+        """
+        rows = X.T.contiguous()
+        parts = {name: fresh(X, len(rows), d) for name, d in self.piece.sizes.items()}
+        self.piece.combine(rows, parts, add=False)
+        return [*parts.values()]
+
+    def components_of(self, parts: Sequence[Tensor]) -> Tensor:
+        """Return Vᵀ times what :meth:`by_parameter` returns, ``[R, K]``."""
+        named = dict(zip(self.piece.sizes, parts, strict=True))
+        return self.piece.components(named).T
 
 
 def formed(columns: Sequence[LayerColumns]) -> DenseColumns:

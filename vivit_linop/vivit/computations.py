@@ -24,6 +24,7 @@ from vivit_linop.analysis.newton import (
     newton_combination,
 )
 from vivit_linop.curvature import plan
+from vivit_linop.linalg.decompositions import GramEigenpairs
 from vivit_linop.net.columns.base import LayerColumns, merged
 from vivit_linop.net.columns.khatri_rao import KhatriRaoColumns
 from vivit_linop.operators.base import TorchLinearOperator
@@ -239,11 +240,9 @@ class EigvalshComputation(_OfGGN[Tensor]):
     def _collect(
         self, block: Block, records: list[LayerRecord], of: Pass
     ) -> list[LayerColumns | None]:
-        columns = [record.ggn_columns(self._subsampling) for record in records]
-        # Of one module, so that they are of one S.
-        if isinstance(first := columns[0], KhatriRaoColumns):
-            for other in columns[1:]:
-                first.share_cotangents(other)
+        columns = _of_one_module(
+            [record.ggn_columns(self._subsampling) for record in records]
+        )
         rows = columns[0].num_samples * columns[0].width
         # Fewer rows than the Gram matrix has: its smaller side will do.
         if sum(block.sizes) < rows:
@@ -316,12 +315,16 @@ class EighComputation(_OfGGN[tuple[Tensor, list[Tensor]]]):
     def _collect(
         self, block: Block, records: list[LayerRecord], of: Pass
     ) -> list[LayerColumns]:
-        return [record.ggn_columns(self._subsampling).compacted() for record in records]
+        return _compacted([record.ggn_columns(self._subsampling) for record in records])
 
     def _compute(self, block: Block, of: Pass) -> tuple[Tensor, list[Tensor]]:
         operator = self._operator(block.take(), block.params[0], of.num_samples)
         pairs = self._pairs(operator, block.group, self._warn_small_eigvals)
-        vectors = pairs.eigenvectors.T.split(block.sizes, dim=1)
+        factor = operator.factor
+        if isinstance(pairs, GramEigenpairs) and isinstance(factor, ColumnFactor):
+            vectors = pairs.lifted(factor.by_parameter, factor.components_of)
+        else:
+            vectors = [*pairs.eigenvectors.T.split(block.sizes, dim=1)]
         return pairs.eigenvalues, [
             part.reshape(-1, *param.shape)
             for part, param in zip(vectors, block.params, strict=True)
@@ -358,13 +361,11 @@ class _DirectionalComputation(_Computation[Result]):
     def _collect(
         self, block: Block, records: list[LayerRecord], of: Pass
     ) -> list[tuple[LayerColumns, LayerColumns]]:
-        return [
-            (
-                record.ggn_columns(self._subsampling).compacted(),
-                record.gradient_columns(self._subsampling_grad).compacted(),
-            )
-            for record in records
+        ggn = [record.ggn_columns(self._subsampling) for record in records]
+        gradients = [
+            record.gradient_columns(self._subsampling_grad) for record in records
         ]
+        return [*zip(_compacted(ggn), _compacted(gradients), strict=True)]
 
     def _derivatives(
         self, block: Block, of: Pass
@@ -489,6 +490,19 @@ def _factor(
     if form:
         return Dense(formed(columns).rows().T)
     return ColumnFactor(columns, like.dtype, like.device, _MEMORY)
+
+
+def _of_one_module(columns: list[LayerColumns]) -> list[LayerColumns]:
+    """Let columns of one module know that they are of one S."""
+    if isinstance(first := columns[0], KhatriRaoColumns):
+        for other in columns[1:]:
+            first.share_cotangents(other)
+    return columns
+
+
+def _compacted(columns: list[LayerColumns]) -> list[LayerColumns]:
+    """The same of one module, formed where that takes less memory."""
+    return [part.compacted() for part in _of_one_module(columns)]
 
 
 def _is_small(columns: Sequence[LayerColumns]) -> bool:

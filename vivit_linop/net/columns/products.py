@@ -37,7 +37,8 @@ def add_outer_products(
         if inputs_first:
             left, right = right.mT, left.mT
         target = out.view(K, left.shape[1], right.shape[2])
-        if K > 1 and out.is_cpu and torch.get_num_threads() > 1:
+        apart = not target.is_contiguous()
+        if K > 1 and apart and out.is_cpu and torch.get_num_threads() > 1:
             _add_together(target, left, right, add)
         else:
             target.baddbmm_(left, right, beta=int(add))

@@ -1,0 +1,193 @@
+"""Few pairs that a criterion chooses of many: without the vectors of the others."""
+
+import pickle
+
+import pytest
+import torch
+from threadpoolctl import threadpool_info, threadpool_limits
+from torch import Tensor
+
+import vivit_linop as vl
+from tests.operator_market import Draw
+from tests.verb_cases import every_dtype
+from vivit_linop.linalg.decompositions import orthonormalise_rows
+from vivit_linop.operators import LowRank, symmetric
+from vivit_linop.operators.symmetric import Tridiagonal
+
+FLOAT64 = torch.float64
+D, R = 400, 150
+CHOICES = {
+    "largest": list(range(R - 10, R)),
+    "in another order": [R - 1, R - 5, R - 3],
+    "from the middle": [R // 2, R // 2 + 3],
+    "small ones": [R - 30, R - 1],
+    "negative indices": [-2, -1],
+    "one": [R - 1],
+    "none": [],
+    "many": list(range(R // 2)),
+    "null": [0, R - 1],
+}
+
+
+def factor(dtype: torch.dtype, rank: int = R) -> Tensor:
+    """V with singular values over two orders of magnitude, and zeros beyond a rank."""
+    draw = Draw(FLOAT64)
+    U, W = (torch.linalg.qr(draw(n, rank)).Q for n in (D, R))
+    return (U * torch.logspace(0, -2, rank, dtype=FLOAT64)) @ W.T.to(dtype)
+
+
+@pytest.fixture
+def whole(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The sizes of matrices of which all pairs are computed."""
+    calls, function = list[int](), symmetric.symmetric_eigenpairs
+
+    def counted(matrix: Tensor) -> tuple[Tensor, Tensor]:
+        calls.append(len(matrix))
+        return function(matrix)
+
+    monkeypatch.setattr(symmetric, "symmetric_eigenpairs", counted)
+    return calls
+
+
+@pytest.mark.host("on other devices all pairs are computed")
+@pytest.mark.parametrize("name", CHOICES)
+@pytest.mark.parametrize("scale", [1.0, 3.0, 1e-12])
+def test_chosen_pairs_are_those_of_the_dense_matrix(
+    name: str, scale: float, whole: list[int]
+) -> None:
+    V = factor(FLOAT64, rank=R - 5 if name == "null" else R)
+    indices = CHOICES[name]
+    dense = scale * V @ V.T
+    given = list[Tensor]()
+
+    def criterion(evals: Tensor) -> list[int]:
+        given.append(evals)
+        return indices
+
+    evals, evecs = LowRank(vl.Dense(V), scale).eigh(select=criterion)
+    expected = torch.linalg.eigvalsh(dense)[-R:]
+    size = expected.max()
+    assert (given[0] - expected).abs().max() <= 1e-13 * size
+    chosen = expected[indices]
+    assert evals.shape == (len(indices),)
+    assert ((evals - chosen).abs() <= 1e-13 * size).all()
+    unit = torch.eye(len(indices), dtype=FLOAT64)
+    assert (evecs.T @ evecs - unit).abs().sum() <= 1e-13 * max(1, len(indices)) ** 2
+    residual = (dense @ evecs - evecs * chosen).norm(dim=0)
+    assert (residual <= 1e-12 * size).all()
+    assert whole == ([R] if name in ("many", "null", "none") else [])
+
+
+@pytest.mark.host("on other devices all pairs are computed")
+@every_dtype
+def test_small_pairs_are_as_exact_as_by_all_pairs(dtype: torch.dtype) -> None:
+    V = factor(FLOAT64).to(dtype)
+    chosen = CHOICES["small ones"]
+    few = LowRank(vl.Dense(V)).eigh(select=lambda _: chosen).eigenvectors.double()
+    with_all = LowRank(vl.Dense(V))
+    with_all.eigh()
+    assert with_all.is_decomposed
+    known = with_all.eigh(select=lambda _: chosen).eigenvectors.double()
+    exact = torch.linalg.svd(V.double()).U[:, :R].flip(1)[:, chosen]
+
+    def error(vectors: Tensor) -> float:
+        return float((1.0 - (vectors * exact).sum(0).abs()).max())
+
+    eps = torch.finfo(dtype).eps
+    assert error(few) <= 2.0 * error(known) + 10.0 * eps
+    unit = torch.eye(2, dtype=FLOAT64)
+    assert (few.T @ few - unit).abs().max() <= 40.0 * eps
+
+
+@pytest.mark.host("on other devices all pairs are computed")
+def test_one_reduction_serves_every_criterion(
+    whole: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = list[int]()
+
+    class Counted(Tridiagonal):
+        def __init__(self, matrix: Tensor) -> None:
+            calls.append(len(matrix))
+            super().__init__(matrix)
+
+    monkeypatch.setattr(symmetric, "Tridiagonal", Counted)
+    G = LowRank(vl.Dense(factor(FLOAT64)))
+    dense = G.to_dense()
+    assert not G.gram.known  # one node, from here on, of all multiples
+    for scale in (1.0, 2.0):
+        for last in (R - 1, R - 2):
+            evals = (scale * G).eigh(select=lambda _, last=last: [last]).eigenvalues
+            expected = torch.linalg.eigvalsh(scale * dense)
+            torch.testing.assert_close(evals, expected[[last - R]])
+    assert calls == [R]
+    assert whole == []
+    G.eigh()
+    G.eigh(select=lambda evals: [0])
+    assert calls == whole == [R]
+
+
+@pytest.mark.host("LAPACK is the CPU's")
+@every_dtype
+@pytest.mark.parametrize("size", [1.0, 1e-30, 1e30])
+def test_a_matrix_of_any_size(dtype: torch.dtype, size: float) -> None:
+    A = size * Draw(FLOAT64).symmetric(140).to(dtype)
+    before = A.clone()
+    reduced = Tridiagonal.of(A)
+    assert reduced is not None
+    evals = torch.linalg.eigvalsh(A.double())
+    eps = torch.finfo(dtype).eps * evals.abs().max()
+    assert (reduced.eigenvalues - evals).abs().max() <= 20 * eps
+    vectors = reduced.eigenvectors(20, 24).double()
+    residual = A.double() @ vectors - vectors * evals[20:25]
+    assert residual.norm() <= 100 * eps
+    assert torch.equal(A, before)
+    zero = Tridiagonal.of(torch.zeros(140, 140, dtype=dtype))
+    assert zero is not None and not zero.eigenvalues.any()
+
+
+@pytest.mark.host("LAPACK is the CPU's")
+def test_what_is_no_number_is_refused_and_threads_are_as_before() -> None:
+    A = Draw(FLOAT64).symmetric(140)
+    A[3, 3] = float("nan")
+
+    def of_blas() -> list[int]:
+        return [lib["num_threads"] for lib in threadpool_info()]
+
+    with threadpool_limits(2, user_api="blas"):
+        before = of_blas()
+        with pytest.raises(ValueError, match="infs or NaNs"):
+            Tridiagonal(A)
+        Tridiagonal(Draw(FLOAT64).symmetric(140)).eigenvectors(0, 3)
+        assert of_blas() == before
+
+
+@pytest.mark.host("numpy's arrays are the CPU's")
+def test_a_reduction_travels() -> None:
+    G = LowRank(vl.Dense(factor(FLOAT64)))
+    before = G.eigh(select=lambda _: [R - 1])
+    after = pickle.loads(pickle.dumps(G)).eigh(select=lambda _: [R - 1])
+    assert torch.equal(before.eigenvalues, after.eigenvalues)
+
+
+@every_dtype
+@pytest.mark.parametrize("noise", [0.0, 1e-3, 3.0])
+@pytest.mark.parametrize("sizes", [[20_000], [9_000, 3, 0, 10_997]])
+def test_rows_in_parts_are_orthonormal(
+    sizes: list[int], noise: float, dtype: torch.dtype
+) -> None:
+    draw = Draw(FLOAT64)
+    rows = torch.linalg.qr(draw(sum(sizes), 5)).Q.T
+    rows = (rows + noise * rows.flip(0).roll(1, 0)).to(dtype)
+    before = rows.double()
+    values = torch.tensor([3.0, 5.0, 4.0, 2.0, 1.0], dtype=dtype)
+    parts = [part.clone() for part in rows.split(sizes, dim=1)]
+    orthonormalise_rows(parts, values)
+    after = torch.cat(parts, dim=1).double()
+    eps = torch.finfo(dtype).eps
+    unit = torch.eye(5, dtype=FLOAT64, device=after.device)
+    assert (after @ after.T - unit).abs().max() <= 32 * eps
+    # The first ones span what they did, those of the largest eigenvalues.
+    order = values.argsort(descending=True)
+    components = (after @ before.T)[order][:, order]
+    assert components.tril(-1).abs().max() <= 100 * eps
+    assert (components.diagonal() > 0.0).all()
