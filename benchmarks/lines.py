@@ -32,7 +32,7 @@ CAPABILITIES = {
     "a private copy of the net, its precision, other parameters": """
         checkpoints.py risk/model/copies.py risk/model/private_module.py
         risk/model/foreign_memory.py
-        risk/model/staleness.py risk/model/tensors_used.py
+        risk/model/staleness.py risk/model/tensors_used.py risk/model/widened.py
     """,
     "data of any form, samples along any axis": """
         risk/data/containers.py risk/data/samples.py risk/data/sample_search.py
