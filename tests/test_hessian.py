@@ -373,16 +373,23 @@ class Detaching(nn.Module):
             h = h + (torch.round(4 * h) / 4 - h).detach()
         elif self.how == "data":
             h = h * self.a.weight.data.norm()
+        elif self.how == "numbers":
+            with torch.inference_mode():
+                size = torch.tensor(self.a(x).exp().sum(1, keepdim=True).tolist())
+            h = h / size.to(h)
         else:
-            with torch.no_grad():
-                size = h.norm(dim=1, keepdim=True)
-            h = h / size
+            constant = torch.no_grad if self.how == "no_grad" else torch.inference_mode
+            with constant():
+                size = self.a(x).tanh().norm(dim=1, keepdim=True)
+            h = h / size.clone()
         out: Tensor = self.b(h)
         return out
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("how", ["straight through", "data", "no_grad"])
+@pytest.mark.parametrize(
+    "how", ["straight through", "data", "no_grad", "inference", "numbers"]
+)
 def test_detached_values_are_constants(how: str, dtype: torch.dtype) -> None:
     net, (X, y) = Detaching(how).to(dtype), some_data(dtype)
     exact = hessian(net, CE, X, y)

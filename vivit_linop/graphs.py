@@ -104,6 +104,12 @@ def nodes(output: Tensor) -> list[Node]:
     return found
 
 
+def leaves_of(output: Tensor) -> list[Tensor]:
+    """Return the leaves that the graph of a tensor ends in."""
+    ends = (getattr(node, "variable", None) for node in nodes(output))
+    return [leaf for leaf in ends if isinstance(leaf, Tensor)]
+
+
 def has_own_code(output: Tensor) -> bool:
     """Whether a backward pass runs functions that are not torch's, as far as is seen.
 

@@ -69,7 +69,8 @@ class _Frozen(TorchFunctionMode):
             return result
         detaches = func == torch.Tensor.detach or func == _DATA
         # In the forward pass of a Function gradients are off without the user's word.
-        frozen = self._off or (detaches and torch.is_grad_enabled())
+        off = self._off or torch.is_inference_mode_enabled()
+        frozen = off or (detaches and torch.is_grad_enabled())
         if (
             not frozen
             or not isinstance(result, Tensor)

@@ -27,6 +27,7 @@ from vivit_linop.risk.model.foreign_memory import ForeignMemory
 from vivit_linop.risk.model.given import (
     check_fixed,
     check_given,
+    check_graph,
     check_modes,
     unwrapped,
 )
@@ -380,6 +381,8 @@ class FunctionalModel:
             self.foreign.read_by(known),
         ):
             output = self._evaluate(params, own)
+        if self._source is not None:
+            check_graph(output, self._source.module())
         # The model may have taken something out of a container, or put something in.
         return own, output, list(map(_is_written, tensors, leaves(X)))
 
@@ -417,14 +420,10 @@ class FunctionalModel:
         name, own = next(iter(self.params.items()))
         return params.get(name, own).dtype
 
-    def _in_one_precision(
-        self, params: Params
-    ) -> contextlib.AbstractContextManager[Any]:
-        """Let no cast of the model leave a precision that is not its own choice."""
+    def _casts(self, params: Params) -> contextlib.AbstractContextManager[Any]:
         dtype = self._precision(params)
-        if self._dtype is None and dtype is self.dtype:
-            return contextlib.nullcontext()
-        return Widened(dtype)
+        own = self._dtype is None and dtype is self.dtype
+        return contextlib.nullcontext() if own else Widened(dtype)
 
     def _as_given(self, params: Params) -> Params:
         """Return parameters with complex numbers where the model has them."""
@@ -455,7 +454,7 @@ class FunctionalModel:
         params = self._as_given(params)
         if self._moved:
             params = {**self._moved, **params}
-        with default_dtype(self._default_dtype), self._in_one_precision(params):
+        with default_dtype(self._default_dtype), self._casts(params):
             if self._private is not None:
                 return self._private(params, X)
             output = Copies(()).of_called(self._function)(params, rebuilt(X))
@@ -476,9 +475,12 @@ class FunctionalModel:
 
         For packages that work on modules, and write on them. It is in the modes of
         construction, and its parameters are leaves: real ones, so that there is none
-        for complex ones either. Nor is there one with several outputs.
+        for complex ones either, nor one with several outputs, nor where objects that
+        are no modules hold parameters.
         """
-        if self._private is None or self.complex_names or self.tree is not None:
+        if self._private is None or self._private.is_held:
+            return None
+        if self.complex_names or self.tree is not None:
             return None
         self.foreign.check()
         with torch.inference_mode(False):

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from vivit_linop.graphs import leaves_of
 from vivit_linop.risk.model.parameters import HALVES
 
 _DROPOUTS = (
@@ -97,4 +98,27 @@ def check_modes(model: nn.Module) -> None:
             raise ValueError(
                 f"model: {name or 'the model'} ({type(module).__name__}) {problem}, so "
                 f"per-sample curvature is undefined. {advice}"
+            )
+
+
+def check_graph(output: Tensor, module: nn.Module | None) -> None:
+    """Refuse outputs whose graph goes on to the user's own parameters.
+
+    Args:
+        output: Of the risk's copy, of which these are no part.
+        module: The user's; None if it is gone.
+    """
+    own = (
+        {id(p): name for name, p in module.named_parameters()}
+        if module is not None
+        else {}
+    )
+    for leaf in leaves_of(output):
+        if (name := own.get(id(leaf))) is not None:
+            raise ValueError(
+                f"model: its forward pass reaches {name} of your own module, or what "
+                "was computed from it before, through an object that is no module, so "
+                "derivatives would miss how outputs depend on it. Keep what it uses "
+                "as an attribute of the model, compute it in the forward pass, or "
+                "detach it if it is a constant."
             )

@@ -7,8 +7,10 @@ sees the tensors of its evaluation.
 
 Some nets reach the user's own modules in spite of that, through a global variable or an
 object that is no module. The first evaluation watches for it. Then the copy stands in
-for the user's modules while it runs, one thread at a time, and derivatives are checked,
-since a backward pass may be too late for that.
+for the user's modules while it runs, one thread at a time. What such an object holds is
+the user's parameter itself, as a rule: functions that are given it get the tensor of
+the evaluation. Derivatives are checked in either case, since a backward pass may be too
+late for that.
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ from vivit_linop.risk.model.copies import Copies, Plan
 from vivit_linop.risk.model.outputs import Returned
 from vivit_linop.risk.model.parameters import HALVES, in_precision
 from vivit_linop.risk.model.staleness import Comparison
-from vivit_linop.risk.model.tensors_used import Watch
+from vivit_linop.risk.model.tensors_used import Replaced, Watch
 
 Params = dict[str, Tensor]
 Predict = Callable[[nn.Module, Any], Any]
@@ -90,6 +92,8 @@ class PrivateModule:
         # Kept until the first evaluation has shown whether they are needed.
         self._originals: Pairs | None = copies.modules
         self._settled = self._reentrant = self._has_travelled = False
+        # Tensors of the user's that objects hold which are no modules, with names.
+        self._held: list[tuple[Tensor, str]] = []
         # How parts of the module, which stays as it is, are copied.
         self._plans: dict[int, Plan] | None = None
         # Which way of calling it is the right one for inputs of a type, once known.
@@ -99,6 +103,11 @@ class PrivateModule:
     def __getstate__(self) -> dict[str, Any]:
         """What travels: parts of the module are other objects elsewhere."""
         return self.__dict__ | {"_plans": None}
+
+    @property
+    def is_held(self) -> bool:
+        """Whether objects that are no modules hold tensors of the user's module."""
+        return bool(self._held)
 
     def _constant(self, tensor: Tensor) -> Tensor:
         """Copy a tensor that is in no slot of the model's."""
@@ -149,15 +158,23 @@ class PrivateModule:
         self._settled = True
         if escaped:
             try:
+                self._find_held(params, X)
                 self._certify(params, X, [self._outside[key] for key in escaped])
             except BaseException:
-                self._settled = False  # whoever asks again gets no other answer
-                raise
+                self._settled, self._held = False, []
+                raise  # whoever asks again gets no other answer
             output = self._evaluate(params, X)
-        else:
+        if len(escaped) == len(self._held):
             self._originals = None
         self._outside, self._stale = {}, {}
         return output
+
+    def _find_held(self, params: Params, X: Any) -> None:
+        """Find the tensors that are used although the copy stands in for modules."""
+        with Watch(self._outside) as watch:
+            self._evaluate(params, X)
+        used = watch.used.items()
+        self._held = [(tensor, self._outside[key]) for key, tensor in used]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PrivateModule:
         """Copy it with the functions that lead to its modules, which deepcopy shares.
@@ -181,7 +198,7 @@ class PrivateModule:
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Arrive in a process, where global variables are others."""
         self.__dict__.update(state)
-        self._has_travelled = self._originals is not None
+        self._has_travelled = self._originals is not None or bool(self._held)
 
     def _evaluate_as_it_was(self, params: Params, X: Any) -> Tensor:
         """Evaluate, and raise an error if parameters of global modules are used."""
@@ -214,6 +231,11 @@ class PrivateModule:
                 stack.enter_context(without_cudnn())
             if self._settled and self._originals is not None:
                 stack.enter_context(_standing_in(self._originals, copies))
+            if self._held:
+                held = ((tensor, self._own[name]) for tensor, name in self._held)
+                stack.enter_context(
+                    Replaced((t, copies.known.get(id(own), own)) for t, own in held)
+                )
             X = rebuilt(X)  # the model may change containers
             if predict is not None:
                 self.calls += 1

@@ -56,6 +56,33 @@ class Watch(TorchFunctionMode):
         return id(tensor) in self._among
 
 
+class Replaced(TorchFunctionMode):
+    """Lets functions have other tensors in the place of some.
+
+    Args:
+        instead: Pairs of a tensor and what stands for it.
+    """
+
+    def __init__(self, instead: Iterable[tuple[Tensor, Tensor]]) -> None:
+        super().__init__()
+        self._instead = {id(tensor): other for tensor, other in instead}
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        """Call the function with them."""
+        return func(*self._replaced(args), **self._replaced(kwargs or {}))
+
+    def _replaced(self, value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return self._instead.get(id(value), value)
+        if type(value) in (tuple, list):
+            return type(value)(map(self._replaced, value))
+        if type(value) is dict:
+            return {name: self._replaced(item) for name, item in value.items()}
+        return value
+
+
 class WithoutKeptGradients(TorchFunctionMode):
     """Lets no tensor keep its gradient: those of several vectors at once are none."""
 

@@ -1,0 +1,213 @@
+"""Parameters that objects hold which are no modules: derivatives see these, too."""
+
+from __future__ import annotations
+
+import collections
+import copy
+import dataclasses
+import pickle
+import types
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import vivit_linop as vl
+
+LOSS = nn.CrossEntropyLoss()
+REGISTRY: dict[str, Tensor] = {}
+
+
+class Slots:
+    __slots__ = ("w",)
+
+    def __init__(self, w: Tensor) -> None:
+        self.w = w
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    w: Tensor
+
+
+class Owner:
+    def __init__(self, w: Tensor) -> None:
+        self._w = w
+
+    def weight(self) -> Tensor:
+        return self._w
+
+
+def registered(w: Tensor) -> str:
+    REGISTRY["w"] = w
+    return "w"
+
+
+# What holds a weight, and how a forward pass gets at it.
+HOLDERS: dict[str, tuple[Callable[[Any], Any], Callable[[Any], Tensor]]] = {
+    "slots": (Slots, lambda holder: holder.w),
+    "dataclass": (Config, lambda holder: holder.w),
+    "namespace": (lambda w: types.SimpleNamespace(w=w), lambda holder: holder.w),
+    "method": (lambda w: Owner(w).weight, lambda holder: holder()),
+    "map": (lambda w: collections.ChainMap({"w": w}), lambda holder: holder["w"]),
+    "weak": (
+        lambda w: weakref.WeakValueDictionary(w=w),
+        lambda holder: holder["w"],
+    ),
+    "global": (registered, lambda holder: REGISTRY[holder]),
+    "module": (
+        lambda w: types.SimpleNamespace(part=w),
+        lambda holder: holder.part.weight,
+    ),
+}
+
+
+class Net(nn.Module):
+    """A layer whose weight is taken from elsewhere."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.last = nn.Linear(3, 4).double(), nn.Linear(4, 3).double()
+        make, self.get = HOLDERS[name]
+        self.holder = make(self.first if name == "module" else self.first.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = torch.tanh(x @ self.get(self.holder).T + self.first.bias)
+        return self.last(hidden)
+
+
+def data() -> tuple[Tensor, Tensor]:
+    return torch.linspace(-1, 1, 15).double().reshape(5, 3), torch.arange(5) % 3
+
+
+def jacobian(net: nn.Module, X: Tensor) -> Tensor:
+    params = list(net.parameters())
+    rows = [
+        torch.cat(
+            [
+                g.reshape(-1)
+                for g in torch.autograd.grad(entry, params, retain_graph=True)
+            ]
+        )
+        for entry in net(X).reshape(-1)
+    ]
+    return torch.stack(rows)
+
+
+def check(risk: vl.EmpiricalRisk, J: Tensor) -> None:
+    H = vl.LossHessian(risk).to_dense()
+    G, dense = vl.GGN(risk), J.T @ H @ J
+    x = torch.linspace(-1, 1, risk.num_params, dtype=torch.float64)
+    for found, expected in (
+        (vl.Jacobian(risk) @ x, J @ x),
+        (G @ x, dense @ x),
+        (G.to_dense(), dense),
+        (G.eigvalsh()[-3:], torch.linalg.eigvalsh(dense)[-3:]),
+        (vl.Hessian(risk).diagonal() - G.diagonal(), curvature(risk)),
+    ):
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-10)
+
+
+def curvature(risk: vl.EmpiricalRisk) -> Tensor:
+    """The diagonal of H − G, of the same net without a holder."""
+    net, (X, y) = Plain(), data()
+    net.load_state_dict({n: p.detach() for n, p in risk.params.items()})
+    plain = vl.EmpiricalRisk(net, LOSS, (X, y))
+    return vl.Hessian(plain).diagonal() - vl.GGN(plain).diagonal()
+
+
+class Plain(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(3, 4).double(), nn.Linear(4, 3).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(torch.tanh(self.first(x)))
+
+
+@pytest.mark.parametrize("name", HOLDERS)
+def test_derivatives(name: str) -> None:
+    net, (X, y) = Net(name), data()
+    J = jacobian(net, X)
+    risk = vl.EmpiricalRisk(net, LOSS, (X, y))
+    before = [(id(p), p.detach().clone()) for p in net.parameters()]
+    check(risk, J)
+    assert [id(p) for p in net.parameters()] == [key for key, _ in before]
+    with torch.no_grad():  # training goes on
+        for p in net.parameters():
+            p.mul_(1.5)
+    check(risk, J)
+    check(risk.at(), jacobian(net, X))
+    assert all(p.grad is None for p in net.parameters())
+
+
+@pytest.mark.parametrize("name", ["slots", "dataclass", "namespace"])
+def test_copies_and_other_parameters(name: str) -> None:
+    net, (X, y) = Net(name), data()
+    J = jacobian(net, X)
+    risk = vl.EmpiricalRisk(net, LOSS, (X, y))
+    check(copy.deepcopy(risk), J)
+    given = {n: 0.5 * p.detach() for n, p in net.named_parameters()}
+    other = vl.EmpiricalRisk(net, LOSS, (X, y), given)
+    with torch.no_grad():
+        for p in net.parameters():
+            p.mul_(0.5)
+    check(other, jacobian(net, X))
+    part = vl.EmpiricalRisk(net, LOSS, (X, y), [net.first.weight])
+    assert torch.allclose(vl.Jacobian(part).to_dense(), jacobian(net, X)[:, :12])
+
+
+def test_pickled() -> None:
+    net, (X, y) = Net("slots"), data()
+    net.get = weight_of
+    J = jacobian(net, X)
+    risk = vl.EmpiricalRisk(net, LOSS, (X, y))
+    check(pickle.loads(pickle.dumps(risk)), J)
+
+
+def weight_of(holder: Any) -> Tensor:
+    return holder.w
+
+
+def test_what_a_backward_pass_computes_again_is_refused() -> None:
+    """The parameter is the user's own there."""
+
+    class Checkpointed(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            def hidden(x: Tensor) -> Tensor:
+                return torch.tanh(x @ self.get(self.holder).T + self.first.bias)
+
+            return self.last(checkpoint(hidden, x, use_reentrant=False))
+
+    net, batch = Checkpointed("slots"), data()
+    with pytest.raises(ValueError, match=r"model: its forward pass reaches first\.wei"):
+        vl.EmpiricalRisk(net, LOSS, batch)
+
+
+@pytest.mark.parametrize("name", ["slots", "namespace", "map", "global"])
+def test_what_was_computed_before_is_refused(name: str) -> None:
+    net, batch = Net(name), data()
+    make, net.get = HOLDERS[name]
+    net.holder = make(2 * net.first.weight)
+    with pytest.raises(ValueError, match=r"reaches first\.weight .* computed from it"):
+        vl.EmpiricalRisk(net, LOSS, batch)
+    net.holder = make((2 * net.first.weight).detach())  # a constant
+    assert vl.EmpiricalRisk(net, LOSS, batch).num_samples == 5
+
+
+def test_reached_on_a_later_batch() -> None:
+    class Sometimes(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            if x.sum() < 0:
+                return super().forward(x)
+            return self.last(torch.tanh(self.first(x)))
+
+    net, (X, y) = Sometimes("slots"), data()
+    batches = [(X[3:], y[3:]), (X[:2], y[:2])]
+    with pytest.raises(ValueError, match=r"reaches first\.weight of your own module"):
+        vl.EmpiricalRisk(net, LOSS, batches)
