@@ -7,6 +7,8 @@ from torch.func import functional_call, hessian, jacrev
 
 import vivit_linop as vl
 from vivit_linop.graphs import batched_gradients
+from vivit_linop.modes import as_guest
+from vivit_linop.net.capture import Capture
 from vivit_linop.net.certified import find_structure
 
 
@@ -88,3 +90,29 @@ def test_gradients_of_several_vectors_are_those_of_each():
     each = [torch.autograd.grad(y, x, v, retain_graph=True)[0] for v in vectors]
     torch.testing.assert_close(found, torch.stack(each))
     assert nothing is None
+
+
+@pytest.mark.parametrize(("n", "in_parts"), [(3, False), (96, True)])
+def test_columns_of_convolutions_come_in_parts_where_they_leave_the_caches(n, in_parts):
+    torch.manual_seed(0)
+    layers = nn.Conv2d(1, 4, 3), nn.Tanh(), nn.AdaptiveAvgPool2d(2), nn.Flatten()
+    net = nn.Sequential(*layers, nn.Linear(16, 10)).double()
+    X, y = torch.randn(n, 1, 18, 18, dtype=torch.float64), torch.arange(n) % 10
+    risk = vl.EmpiricalRisk(net, nn.CrossEntropyLoss(), (X, y))
+    with as_guest(risk.device):
+        assert Capture(risk, X, n).comes_in_parts(9) == in_parts
+    params = {name: p.detach() for name, p in net.named_parameters()}
+    jacobians = jacrev(lambda p: functional_call(net, p, (X,)))(params)
+    J = torch.cat([part.flatten(2) for part in jacobians.values()], 2)
+    p = net(X).detach().softmax(1)
+    H = torch.diag_embed(p) - p.unsqueeze(2) * p.unsqueeze(1)
+    truth = torch.einsum("ncd,nce,nef->df", J, H, J) / n
+    torch.testing.assert_close(vl.GGN(risk).diagonal(), truth.diagonal())
+    E = vl.EKFAC(risk, variant="exact")
+    places = torch.arange(len(truth)).split(risk.sizes)
+    for block, place in zip(E.blocks, places, strict=True):
+        own = truth[place][:, place]
+        torch.testing.assert_close(block.trace(), own.trace())
+        Q = block.eigh().eigenvectors
+        in_basis = (Q.T @ own @ Q).diagonal()
+        torch.testing.assert_close(block.eigvalsh(), in_basis)

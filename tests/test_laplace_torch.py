@@ -407,3 +407,21 @@ def test_predictive_is_that_of_our_expressions() -> None:
     n = torch.arange(18)
     blocks = covariance.reshape(18, 3, 18, 3)[n, :, n, :]
     torch.testing.assert_close(la(X)[1], blocks)
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_jacobians_of_few_inputs_follow_the_model(size: int) -> None:
+    """One after the other, also after a step; those of torch.func."""
+    net = mlp()
+    backend = ours("LinopGGN")(net, "classification")
+    plain = theirs("GGNInterface")(net, "classification")
+    X, y = data("classification").tensors
+    for change in (1.0, 2.0):
+        with torch.no_grad():
+            net[2].weight.mul_(change)
+        for x in X[:6].split(size):
+            for found, expected in zip(
+                backend.jacobians(x), plain.jacobians(x), strict=True
+            ):
+                torch.testing.assert_close(found, expected)
+        backend.diag(X, y)  # of another loss

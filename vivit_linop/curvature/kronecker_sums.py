@@ -213,8 +213,8 @@ def _outer_sums(columns: Tensor) -> Tensor:
     """Sums of outer products of columns, ``[G, d, k] -> [G, d, d]``, symmetric."""
     # On other devices, launching the parts of a half takes longer than the whole.
     if not columns.is_cpu or pays_whole(columns[0]):
-        whole = columns @ columns.mT
-        return (whole + whole.mT) / 2
+        whole = torch.bmm(columns, columns.mT)
+        return (whole + whole.mT).div_(2)
     sums = columns.new_zeros(*columns.shape[:2], columns.shape[1])
     for total, group in zip(sums, columns, strict=True):
         add_product(total, group, group, True)

@@ -51,9 +51,13 @@ class LinopInterface(CurvatureInterface):
     """
 
     low_rank: int = 10
-    # That of the largest batch so far, and the modes of its modules: others of the same
-    # model follow from it. Data and columns are checked on every batch.
-    _known: tuple[EmpiricalRisk, list[bool]] | None = None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # Of curvatures and of Jacobians the risk of the largest batch so far, and the
+        # modes of its modules: others of the same model follow from it. Data and
+        # columns are checked on every batch.
+        self._known: dict[str, tuple[EmpiricalRisk, list[bool]]] = {}
 
     def curvature(self, risk: EmpiricalRisk) -> LowRank:
         """Return the curvature of a risk."""
@@ -68,17 +72,21 @@ class LinopInterface(CurvatureInterface):
         batches = list(batches)
         if self.last_layer:
             batches = [(self.features(x), y) for x, y in batches]
-        modes = [module.training for module in self._model.modules()]
+        return self._risk_of("curvature", self._model, self.lossfunc, batches)
+
+    def _risk_of(
+        self, what: str, model: nn.Module, loss: Any, batches: list[Data]
+    ) -> EmpiricalRisk:
+        """Return a risk, which follows from a known one while the model stays."""
+        modes = [module.training for module in model.modules()]
         # The largest batch shows the most of what mixes samples.
-        if self._known is not None:
-            known, then = self._known
+        if what in self._known:
+            known, then = self._known[what]
             more = sum(len(y) for _, y in batches) > known.num_samples
             if not more and then == modes and known.is_current():
                 return known.on(batches)
-        risk = EmpiricalRisk(
-            self._model, self.lossfunc, batches, self.params, predict=_called
-        )
-        self._known = risk, modes
+        risk = EmpiricalRisk(model, loss, batches, self.params, predict=_called)
+        self._known[what] = risk, modes
         return risk
 
     def features(self, x: Any) -> Tensor:
@@ -98,10 +106,8 @@ class LinopInterface(CurvatureInterface):
             return super().jacobians(x, enable_backprop)
         with torch.no_grad():
             outputs = self.model(x)
-        no_targets = (x, torch.zeros_like(outputs))
-        risk = EmpiricalRisk(
-            self.model, nn.MSELoss(), no_targets, self.params, predict=_called
-        )
+        no_targets = [(x, torch.zeros_like(outputs))]
+        risk = self._risk_of("Jacobians", self.model, nn.MSELoss(), no_targets)
         J = Jacobian(risk).to_dense().unflatten(0, outputs.shape)
         return self._chosen(J), outputs
 

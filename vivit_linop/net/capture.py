@@ -192,9 +192,23 @@ class Capture:
         last = _makers(together, width)
         yield self._assembled(together, last, stacked, names, "stream")
 
-    def has_wide(self, width: int) -> bool:
-        """Whether :meth:`parts` has more than one for R columns a sample."""
+    def comes_in_parts(self, width: int) -> bool:
+        """Whether :meth:`parts` has more than one for R columns a sample.
+
+        Not where all are pulled back at once: they fit into a cache, and no part would
+        come before the others.
+        """
+        if self._at_a_time(self.uses) >= width:
+            return False
         return any(use.is_wide(self.num_samples, width) for use in self.uses)
+
+    def _at_a_time(self, uses: Sequence[Use]) -> int:
+        """How many cotangents are pulled back to some uses at a time."""
+        entries = 0
+        for use in uses:
+            entries += use.output_shape.numel()
+        nbytes = entries * self.output.element_size()
+        return columns_at_a_time(self.output.device, nbytes)
 
     def _placed(self, variant: Variant, names: Set[str]) -> list[PlacedUse]:
         """The uses of some parameters, with where their samples are."""
@@ -215,12 +229,8 @@ class Capture:
         As many columns in a backward pass as memory bears. None where that is one, or
         where an operation of the net has no rule for batches.
         """
-        uses, width, entries = list[Use](), cotangents.shape[2], 0
-        for use, _ in placed:
-            uses.append(use)
-            entries += use.output_shape.numel()
-        nbytes = entries * cotangents.element_size()
-        few = columns_at_a_time(self.output.device, nbytes) if variant.together else 1
+        uses, width = [use for use, _ in placed], cotangents.shape[2]
+        few = self._at_a_time(uses) if variant.together else 1
         stacked: list[Tensor] = []
         self.together = few > 1 < width and bool(uses)
         if not self.together:

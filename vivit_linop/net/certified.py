@@ -23,14 +23,16 @@ wrong, it is measured.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from functools import lru_cache
 from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from vivit_linop.devices import is_out_of_memory
+from vivit_linop.devices import is_out_of_memory, told
 from vivit_linop.graphs import gradients
 from vivit_linop.modes import as_guest
 from vivit_linop.net.capture import Capture, Takes
@@ -68,11 +70,10 @@ class Certificate:
         found = [part.sizes() for part in columns.values()]
         sizes = torch.stack(found) if found else cotangents.new_zeros(0, n, R)
         self.weights = _weights(sizes, _norms(cotangents, 1))
-        self.cotangent = (cotangents @ self.weights.unsqueeze(2)).squeeze(2)
-        # What a column has, in the mean, of a parameter, and in all.
-        shares = (self.weights * sizes).square().mean((1, 2)).sqrt()
-        self._shares = dict(zip(columns, shares, strict=True))
-        self._whole = torch.linalg.vector_norm(shares)
+        self.cotangent = torch.bmm(cotangents, self.weights.unsqueeze(2)).squeeze(2)
+        # What a column has, in the mean, of a parameter.
+        parts = (self.weights * sizes).flatten(1)
+        self._shares = torch.linalg.vector_norm(parts, dim=1) / (n * R) ** 0.5
 
     def errors(
         self,
@@ -94,28 +95,30 @@ class Certificate:
         """
         if not gradients:
             return {}
-        nothing = torch.zeros_like(self._whole)
-        shares, distances = list[Tensor](), list[Tensor]()
+        differences = list[Tensor]()
         for name, gradient in gradients.items():
             difference = gradient.reshape(-1)
             if name in self._columns:
                 difference = self._columns[name].residual(self.weights, difference)
-            distances.append(torch.linalg.vector_norm(difference))
-            shares.append(self._shares.get(name, nothing))
-        share = torch.stack(shares)
-        eps, whole = torch.finfo(share.dtype).eps, self._whole
-        spread = self.weights.numel() ** 0.5
-        tolerated = 100 * eps**0.75 * share
-        tolerated += spread * (10 * eps * share + eps**0.75 * whole)
-        if not lenient.isdisjoint(gradients):
-            mask = torch.tensor([n in lenient for n in gradients], device=share.device)
-            more = 10 * eps**0.5 * spread * (share + whole)
-            tolerated = torch.where(mask, more, tolerated)
-        tolerated += BY_NOISE * noise
-        distance = torch.stack(distances)
-        errors = torch.where(distance != 0.0, distance / tolerated, 0.0)
+            differences.append(difference)
         # The host waits for all of them together.
-        return dict(zip(gradients, errors.tolist(), strict=True))
+        distances = torch.stack(torch._foreach_norm(differences))
+        (*shares,), (*found,) = told([self._shares, distances])
+        of = dict(zip(self._columns, shares, strict=True))
+        eps, whole = torch.finfo(distances.dtype).eps, math.hypot(*shares)
+        spread, errors = self.weights.numel() ** 0.5, dict[str, float]()
+        for name, distance in zip(gradients, found, strict=True):
+            share = of.get(name, 0.0)
+            tolerated = 100 * eps**0.75 * share
+            tolerated += spread * (10 * eps * share + eps**0.75 * whole)
+            if name in lenient:
+                tolerated = 10 * eps**0.5 * spread * (share + whole)
+            tolerated += BY_NOISE * noise
+            if distance == 0.0:
+                errors[name] = 0.0
+            else:
+                errors[name] = distance / tolerated if tolerated else math.inf
+        return errors
 
 
 def _weights(sizes: Tensor, cotangents: Tensor) -> Tensor:
@@ -125,11 +128,7 @@ def _weights(sizes: Tensor, cotangents: Tensor) -> Tensor:
         sizes: Of each parameter those of its columns, ``[P, n, R]``.
         cotangents: The norms of what is pulled back, ``[n, R]``.
     """
-    generator = torch.Generator().manual_seed(2)
-    draws = torch.rand(
-        2, *cotangents.shape, generator=generator, dtype=torch.float64, device="cpu"
-    )
-    drawn = ((1.0 + draws[0]) * (draws[1] - 0.5).sign()).to(cotangents)
+    drawn = _drawn(cotangents.shape, cotangents.dtype, cotangents.device)
     scale, eps = torch.zeros_like(cotangents), torch.finfo(cotangents.dtype)
     if len(sizes):
         # Squares of what is very large or very small are no numbers.
@@ -138,10 +137,21 @@ def _weights(sizes: Tensor, cotangents: Tensor) -> Tensor:
         scale = scale * _norms(sizes / unit, 0)
     # A column that should not be as small as it is must not count for too much.
     pulled = torch.linalg.vector_norm(cotangents)
-    gain = torch.where(scale.any(), torch.linalg.vector_norm(scale) / pulled, 1.0)
+    gain = torch.linalg.vector_norm(scale) / pulled
+    gain = torch.where(gain > 0.0, gain, 1.0)
     least = torch.where(pulled > 0.0, eps.eps**0.25 * gain * cotangents, 0.0)
     scale = torch.maximum(scale, least)
     return torch.where(scale > eps.tiny, drawn / scale, 0.0)
+
+
+@lru_cache(maxsize=8)
+def _drawn(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Random signs and magnitudes between 1 and 2, which nobody writes into."""
+    generator = torch.Generator().manual_seed(2)
+    draws = torch.rand(
+        2, *shape, generator=generator, dtype=torch.float64, device="cpu"
+    )
+    return ((1.0 + draws[0]) * (draws[1] - 0.5).sign()).to(device, dtype)
 
 
 def _norms(tensor: Tensor, dim: int) -> Tensor:

@@ -275,7 +275,7 @@ class Pass:
             # One column a sample is checked as it is, and so are those of which no part
             # would come before the others.
             takes, width = self.takes, cotangents.shape[2]
-            parts = self._in_parts and width > 1 and capture.has_wide(width)
+            parts = self._in_parts and width > 1 and capture.comes_in_parts(width)
             if takes == "stream" and not parts:
                 takes = "columns"
             columns: dict[str, LayerColumns] | None = None

@@ -149,10 +149,13 @@ class Risk(ParameterVectors):
         """
         total, weight = self.ranks.total(torch.stack([total, weight])).unbind()
         # Together, since the host waits for the device to read them.
-        known = [total, weight.to(total), all_finite(self.params).to(total)]
-        value, divisor, is_finite = torch.stack(known).tolist()
-        if not is_finite:
+        known = [total, weight.to(total)]
+        if not self.model.is_finite:
+            known.append(all_finite(self.params).to(total))
+        value, divisor, *is_finite = torch.stack(known).tolist()
+        if is_finite == [0.0]:
             check_finite(self.params, "params")
+        self.model.is_finite = True
         if self.reduction != "mean":
             divisor = 1.0
         elif not divisor > 0:

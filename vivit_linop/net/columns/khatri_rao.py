@@ -33,11 +33,13 @@ class SharedCotangents:
 
     Attributes:
         squares: |b_nr|², ``[n, R, G]``.
+        norms: |b_nr| where there is one group, ``[n, R]``.
         combined: The last weights, and Σ_r w_nr b_nr, for the others to take.
     """
 
     def __init__(self) -> None:
         self.squares: Tensor | None = None
+        self.norms: Tensor | None = None
         self.combined: tuple[Tensor, Tensor] | None = None
 
     def taken(self, weights: Tensor) -> Tensor | None:
@@ -75,6 +77,8 @@ class KhatriRaoColumns(OuterSums):
         self._b = b
         self.numel = self._groups * self._a * b
         self.input_entries = self.num_samples * self._groups * self._a * self.positions
+        # Of layers without positions: their sums are made of matrices.
+        self._is_plain = self._groups == self.positions == 1
 
     @cached_property
     def inputs(self) -> Tensor:  # type: ignore[override]
@@ -204,6 +208,9 @@ class KhatriRaoColumns(OuterSums):
         """Form the columns."""
         if self._unmade is not None and self._groups == 1 and not self.inputs_first:
             return self._rows_by_parts()
+        if self._is_plain and self._a == 1:
+            formed = self.cotangents.flatten(1) * self.inputs.flatten(1)
+            return formed.view(-1, self.numel)
         order = "ngap,nrgbp->nrgab" if self.inputs_first else "ngap,nrgbp->nrgba"
         formed = torch.einsum(order, self.inputs, self.cotangents)
         return formed.reshape(-1, self.numel)
@@ -222,9 +229,9 @@ class KhatriRaoColumns(OuterSums):
 
     def sizes(self) -> Tensor:
         """√Σ_p |a_np|² |b_nrp|²."""
-        if self._groups == self.positions == 1:
+        if self._is_plain:
             inputs = torch.linalg.vector_norm(self.inputs, dim=(1, 2))
-            return torch.linalg.vector_norm(self.cotangents, dim=(2, 3, 4)) * inputs
+            return self._norms() * inputs
         if self._unmade is not None:
             inputs = self._unmade.squared_norms(self._groups)
         else:
@@ -233,6 +240,16 @@ class KhatriRaoColumns(OuterSums):
         n, R = cotangents.shape[:2]
         products = cotangents.reshape(n, R, -1) @ inputs.reshape(n, -1, 1)
         return products.squeeze(2).sqrt()
+
+    def _norms(self) -> Tensor:
+        """|b_nr| where there is one group and one position, ``[n, R]``."""
+        shared = self.cotangents_key
+        if isinstance(shared, SharedCotangents) and shared.norms is not None:
+            return shared.norms
+        norms: Tensor = torch.linalg.vector_norm(self.cotangents, dim=(2, 3, 4))
+        if isinstance(shared, SharedCotangents):
+            shared.norms = norms
+        return norms
 
     def _squares(self) -> Tensor:
         """|b_nrp|², ``[n, R, G, P]``."""
@@ -281,7 +298,7 @@ class KhatriRaoColumns(OuterSums):
         # Positions may come before channels in memory.
         turned = b.mT.is_contiguous() and not b.is_contiguous()
         b = b.mT if turned else b
-        sums = weights.unsqueeze(1) @ b.reshape(*weights.shape, -1)
+        sums = torch.bmm(weights.unsqueeze(1), b.reshape(*weights.shape, -1))
         sums = sums.view(self.num_samples, 1, *b.shape[2:])
         sums = sums.mT if turned else sums
         if isinstance(shared, SharedCotangents):
@@ -354,6 +371,11 @@ class KhatriRaoColumns(OuterSums):
     def entry_sums(self) -> Tensor:
         """Σ b aᵀ over all columns and positions."""
         B = self.cotangents
+        if self._is_plain and self.width == 1:
+            left, right = B.flatten(1), self.inputs.flatten(1)
+            if self.inputs_first:
+                left, right = right, left
+            return torch.mm(left.T, right).flatten()
         B = B.squeeze(1) if self.width == 1 else B.sum(1)
         if self.positions <= self._b and self._unmade is None:
             # Positions beside samples: one product for a group, for a copy of both.

@@ -5,7 +5,9 @@ All of them say ℓ = −Σ_c a_c log p_c with p the softmax of the outputs.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -134,6 +136,8 @@ class CrossEntropy(OutputLoss):
             return self._coefficients(output, target).sum(1)
         index = target.reshape(len(target), -1)
         valid = index != self.ignore_index
+        if self.class_weight is None:  # smoothed labels have the same mass
+            return valid.to(output.dtype)
         weights = self._class_weights(output)
         mass = weights[torch.where(valid, index, torch.zeros_like(index))]
         mass = (1.0 - self.label_smoothing) * mass
@@ -208,11 +212,10 @@ class CrossEntropy(OutputLoss):
         log_q = log_tail[:, 1:]
         diagonal = 0.5 * (log_p[:, :-1] + log_q - log_tail[:, :-1])
         # [n, i, j, P]: row i, column j.
-        below = -(log_p.unsqueeze(2) - log_q.unsqueeze(1) + diagonal.unsqueeze(1)).exp()
-        row = torch.arange(num_classes, device=output.device)[:, None, None]
-        column = torch.arange(num_classes - 1, device=output.device)[:, None]
-        factor = torch.where(row > column, below, torch.zeros_like(below))
-        factor = torch.where(row == column, diagonal.exp().unsqueeze(1), factor)
+        ratio = log_p.unsqueeze(2) - log_q.unsqueeze(1)
+        above, on, signs = _triangle(num_classes, ratio.dtype, ratio.device)
+        ratio = ratio.masked_fill_(on, 0.0).masked_fill_(above, -math.inf)
+        factor = (ratio + diagonal.unsqueeze(1)).exp() * signs
         mass = self.mass(output, target)[:, None, None]
         return factor * mass.sqrt()
 
@@ -298,6 +301,17 @@ class KullbackLeibler(CrossEntropy):
     def _coefficients(self, output: Tensor, target: Tensor) -> Tensor:
         target = target.exp() if self.log_target else target
         return super()._coefficients(output, target)
+
+
+@lru_cache(maxsize=8)
+def _triangle(
+    num_classes: int, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What is above and on the diagonal, and the signs of a root: ``[C, C − 1, 1]``."""
+    rows = torch.arange(num_classes, device=device)[:, None, None]
+    columns = torch.arange(num_classes - 1, device=device)[:, None]
+    above, on = rows < columns, rows == columns
+    return above, on, on.to(dtype) - (rows > columns).to(dtype)
 
 
 def check_log_probabilities(output: Tensor, name: str) -> None:

@@ -90,6 +90,7 @@ class FunctionalModel:
             evaluation does from then on.
         channels_last: Whether it gets images in another order in memory
             (:mod:`vivit_linop.risk.model.memory_format`); not once it has refused.
+        is_finite: Whether the parameters are known to hold no NaN or Inf.
 
     Raises:
         TypeError: If ``model`` cannot be called, or parameters have dtypes that
@@ -114,6 +115,7 @@ class FunctionalModel:
         self._private: PrivateModule | None = None
         self._returned = Returned()
         self._writes = self.keeps_gradients = self.channels_last = False
+        self.is_finite = False
         self._constants: list[Tensor] = []
         self.foreign = ForeignMemory()
         self._empty: list[str] = []
