@@ -375,8 +375,8 @@ class Detaching(nn.Module):
             h = h * self.a.weight.data.norm()
         elif self.how == "numbers":
             with torch.inference_mode():
-                size = torch.tensor(self.a(x).exp().sum(1, keepdim=True).tolist())
-            h = h / size.to(h)
+                sizes = self.a(x).exp().sum(1, keepdim=True).tolist()
+            h = h / torch.tensor(sizes).to(h)
         else:
             constant = torch.no_grad if self.how == "no_grad" else torch.inference_mode
             with constant():
