@@ -310,9 +310,11 @@ def dense_suffices(shape: tuple[int, int], k: int, device: torch.device) -> bool
     and an eigensolver do; each of its products takes more passes over the net than
     a column of each sample.
     """
-    on, entries, small = costs_on(device), math.prod(shape), min(shape)
-    dense = float(entries) * small + _lapack(on, small, k)
-    return dense <= krylov_products(k) * on.flops(on.call) / _CERTAINLY
+    products, small = krylov_products(k), min(shape)
+    on = costs_on(device)
+    calls = products * on.flops(on.call)
+    dense = float(math.prod(shape)) * small + _lapack(on, small, k)
+    return dense <= calls / _CERTAINLY
 
 
 def choose(

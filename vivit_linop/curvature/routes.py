@@ -135,7 +135,8 @@ def quickest_route(op: LowRank, k: int) -> str:
     shape, device = op.factor.shape, op.device
     nbytes = 3 * min(shape) ** 2 * op.torch_dtype.itemsize
     # A known matrix decides without the layers, and products with it take less.
-    asks = not (op.small_side_known or op.ranks.is_many) and _root_fits(op.factor)
+    known = op.small_side_known or op.factor.ranks.is_many
+    asks = not known and _root_fits(op.factor)
     fits = asks and nbytes <= free_memory(device)
     if fits and plan.dense_suffices(shape, k, device):
         return DENSE[0] if op.by_gram else DENSE[1]
@@ -189,8 +190,9 @@ def eigenpairs_of_low_rank(
             return by_iteration(op, int(k), route)
         pairs = decomposition.largest(int(k))
     else:
+        route = DENSE[0] if op.by_gram else DENSE[1]
         pairs = decomposition.pairs(decomposition.choose(k, select, rcond))
-    pairs.route = "dense Gram" if op.by_gram else "dense G"
+    pairs.route = route
     return pairs
 
 

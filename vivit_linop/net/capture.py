@@ -11,7 +11,7 @@ from collections.abc import (
     Sequence,
     Set,
 )
-from itertools import compress, pairwise
+from itertools import compress, pairwise, starmap
 from operator import attrgetter
 from typing import Any, Literal, NamedTuple, Self
 
@@ -43,10 +43,11 @@ Maker = Callable[[Tensor], list[tuple[View, LayerColumns]]]
 
 
 class PlacedUse(NamedTuple):
-    """A use whose columns are wanted, and where its samples are."""
+    """A use whose columns are wanted, where its samples are, and R of each."""
 
     use: Use
     layout: Layout
+    width: int
 
 
 class SampleSizes(NamedTuple):
@@ -152,13 +153,13 @@ class Capture:
             names: The parameters of interest.
             takes: How they are taken.
         """
-        placed = self._placed(variant, names)
+        width = cotangents.shape[2]
+        placed = self._placed(variant, names, width)
         stacked = self._pulled_together(placed, cotangents, variant)
         if not stacked:
-            width = cotangents.shape[2]
             for r, signals in enumerate(self._signals(placed, cotangents)):
                 _stack(stacked, _single(signals), r, width)
-        makers = _makers(placed, cotangents.shape[2])
+        makers = starmap(Use.columns, placed)
         return self._assembled(placed, makers, stacked, names, takes)
 
     def parts(
@@ -175,7 +176,8 @@ class Capture:
             variant: That of this run.
             names: The parameters of interest.
         """
-        placed, width = self._placed(variant, names), cotangents.shape[2]
+        width = cotangents.shape[2]
+        placed = self._placed(variant, names, width)
         used = [name for each in placed for name in each.use.names]
         apart: list[PlacedUse] = []
         together: list[PlacedUse] = []
@@ -183,13 +185,13 @@ class Capture:
             alone = all(used.count(name) == 1 for name in each.use.names)
             wide = alone and each.use.is_wide(self.num_samples, width)
             (apart if wide else together).append(each)
-        makers = [*_makers(apart, width)]
+        makers = [*starmap(Use.columns, apart)]
         stacked: list[Tensor] = []
         for r, signals in enumerate(self._signals(apart + together, cotangents)):
             single = _single(signals)
             yield self._assembled(apart, makers, single[: len(apart)], names, "stream")
             _stack(stacked, single[len(apart) :], r, width)
-        last = _makers(together, width)
+        last = starmap(Use.columns, together)
         yield self._assembled(together, last, stacked, names, "stream")
 
     def comes_in_parts(self, width: int) -> bool:
@@ -210,7 +212,7 @@ class Capture:
         nbytes = entries * self.output.element_size()
         return columns_at_a_time(self.output.device, nbytes)
 
-    def _placed(self, variant: Variant, names: Set[str]) -> list[PlacedUse]:
+    def _placed(self, variant: Variant, names: Set[str], width: int) -> list[PlacedUse]:
         """The uses of some parameters, with where their samples are."""
         placed = []
         for use, layout in zip(self.uses, variant.layouts, strict=True):
@@ -218,7 +220,8 @@ class Capture:
             if layout is None or use.output_shape.numel() == 0:
                 continue
             if not names.isdisjoint(use.names):
-                placed.append(PlacedUse(use, Layout(layout, self.num_samples)))
+                place = Layout(layout, self.num_samples)
+                placed.append(PlacedUse(use, place, width))
         return placed
 
     def _pulled_together(
@@ -229,7 +232,7 @@ class Capture:
         As many columns in a backward pass as memory bears. None where that is one, or
         where an operation of the net has no rule for batches.
         """
-        uses, width = [use for use, _ in placed], cotangents.shape[2]
+        uses, width = [each.use for each in placed], cotangents.shape[2]
         few = self._at_a_time(uses) if variant.together else 1
         stacked: list[Tensor] = []
         self.together = few > 1 < width and bool(uses)
@@ -239,8 +242,8 @@ class Capture:
             for start in range(0, width, few):
                 rows = cotangents[:, :, start : start + few].permute(2, 0, 1)
                 found = self._backward(uses, rows.contiguous())
-                for index, (_, layout) in enumerate(placed):
-                    found[index] = layout.of_columns(found[index])
+                for index, each in enumerate(placed):
+                    found[index] = each.layout.of_columns(found[index])
                 _stack(stacked, found, start, width)
         except (RuntimeError, NotImplementedError) as error:
             # What does not fit says nothing of the net.
@@ -255,9 +258,9 @@ class Capture:
         uses = [each.use for each in placed]
         for r in range(cotangents.shape[2] if placed else 0):
             signals = self._backward(uses, cotangents[:, :, r].contiguous())
-            for index, (_, layout) in enumerate(placed):
-                if layout.name != "first":
-                    signals[index] = layout(signals[index])
+            for index, each in enumerate(placed):
+                if each.layout.name != "first":
+                    signals[index] = each.layout(signals[index])
             yield signals
 
     def _assembled(
@@ -281,21 +284,20 @@ class Capture:
                     if view.transposed:
                         part = part.transposed(view.shape)
                     if forms and used.count(view.name) == 1:
-                        part = self._compacted(view, part)
+                        compacted = part.compacted()
+                        if compacted is not part:
+                            self._note_formed(view, part)
+                        part = compacted
                     parts.setdefault(view.name, []).append((view.place, part))
             for name, found in parts.items():
                 columns[name] = assembled(found, self._risk.params[name].numel())
         return columns
 
-    def _compacted(self, view: View, part: LayerColumns) -> LayerColumns:
-        """Form columns where that takes less, and note what they were."""
-        compacted = part.compacted()
-        if compacted is not part:
-            use = [(view.place, part.without_data())]
-            self.formed[view.name] = assembled(
-                use, self._risk.params[view.name].numel()
-            )
-        return compacted
+    def _note_formed(self, view: View, part: LayerColumns) -> None:
+        """Note what columns were that are formed, where that takes less."""
+        use = view.place, part.without_data()
+        numel = self._risk.params[view.name].numel()
+        self.formed[view.name] = assembled([use], numel)
 
     def keep_sizes(self, X: Any) -> SampleSizes:
         """Tell, for all samples of this shape, what the columns of one take.
@@ -406,11 +408,6 @@ def _key_of_sizes(risk: EmpiricalRisk, X: Any) -> Hashable:
             del shape[axis]
         shapes.append(tuple(shape))
     return "sample sizes", *shapes
-
-
-def _makers(placed: Iterable[PlacedUse], width: int) -> Iterator[Maker]:
-    """What makes the columns of uses, of so many cotangents each sample."""
-    return (use.columns(layout, width) for use, layout in placed)
 
 
 def _single(signals: Sequence[Tensor]) -> list[Tensor]:
