@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Hashable, Sequence
-from typing import NamedTuple, Self
+from collections.abc import Hashable, Sequence, Set
+from typing import ClassVar, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -56,12 +56,14 @@ class LayerColumns(ABC):
         numel: The number of entries of the parameter.
         cotangents_key: One object for columns with the same cotangents, such as those
             of a weight and a bias.
+        of_data: Attributes that are not there without data.
     """
 
     width: int
     num_samples: int
     numel: int
     cotangents_key: Hashable
+    of_data: ClassVar[Set[str]] = frozenset()
 
     @abstractmethod
     def add_gram(self, gram: Tensor, other: LayerColumns, memory: int) -> None:
@@ -167,7 +169,9 @@ class LayerColumns(ABC):
         """The same columns, of tensors that have shapes only: for what they cost."""
         twin = copy.copy(self)
         for name, value in vars(self).items():
-            if isinstance(value, Tensor):
+            if name in self.of_data:
+                delattr(twin, name)
+            elif isinstance(value, Tensor):
                 setattr(twin, name, value.to("meta"))
         return twin
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import cached_property
-from typing import Self
 
 import torch
 from torch import Tensor
@@ -58,6 +57,7 @@ class KhatriRaoColumns(OuterSums):
             ``[G, b, a]``.
     """
 
+    of_data = frozenset({"_unmade"})
     # What makes the inputs, until they are made.
     _unmade: UnfoldedInputs | None = None
 
@@ -97,15 +97,6 @@ class KhatriRaoColumns(OuterSums):
     def nbytes(self) -> int:
         """Inputs and cotangents."""
         return self.cotangents.nbytes + self.input_entries * self.cotangents.itemsize
-
-    def without_data(self) -> Self:
-        """Inputs that are not made yet would be of data."""
-        twin = super().without_data()
-        if twin._unmade is not None:
-            shape = self.num_samples, self._groups, self._a, self.positions
-            twin.inputs = self.cotangents.new_empty(shape, device="meta")
-            twin._unmade = None
-        return twin
 
     def _samples(self, samples: slice) -> KhatriRaoColumns:
         """The columns of some samples."""

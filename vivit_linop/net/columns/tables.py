@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Self
 
 import torch
 from torch import Tensor
@@ -28,6 +27,8 @@ class TableColumns(KhatriRaoColumns):
         padding: Which positions use no row, ``[n, P]``; None if there are none.
     """
 
+    of_data = frozenset({"_distinct", "_places"})
+
     def __init__(
         self,
         index: Tensor,
@@ -48,13 +49,6 @@ class TableColumns(KhatriRaoColumns):
         if self._padding is not None:
             one_hot = one_hot * ~self._padding.unsqueeze(2)
         return one_hot.mT.unsqueeze(1).to(self.cotangents)
-
-    def without_data(self) -> Self:
-        """The rows that are looked up are data."""
-        twin = super().without_data()
-        twin.__dict__.pop("_distinct", None)
-        twin.__dict__.pop("_places", None)
-        return twin
 
     @property
     def _is_padding(self) -> Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -48,6 +48,9 @@ class TransposedConvolutionColumns(KhatriRaoColumns):
         calls: The transposed convolutions with this weight.
     """
 
+    of_data = frozenset({"_calls"})
+    _calls: Sequence[Call] = ()
+
     def __init__(
         self, inputs: Tensor, cotangents: Tensor, calls: Sequence[Call]
     ) -> None:
@@ -59,12 +62,6 @@ class TransposedConvolutionColumns(KhatriRaoColumns):
         """Inputs, cotangents, and the cotangents as they arrived."""
         arrived = sum(call.cotangents.numel() for call in self._calls)
         return super().nbytes + arrived * self.cotangents.element_size()
-
-    def without_data(self) -> Self:
-        """Calls are data."""
-        twin = super().without_data()
-        twin._calls = []
-        return twin
 
     def with_more(self, others: Sequence[KhatriRaoColumns]) -> KhatriRaoColumns:
         """Add the columns of other uses."""
