@@ -234,3 +234,60 @@ def test_diagonals_of_one_tensor_are_mirrored():
         slope,
         torch.func.grad(lambda q: (q * (G.matrix @ (G.matrix.T @ (q * p)))).sum())(p),
     )
+
+
+# Nodes that are written twice of one risk.
+TWICE = {
+    "U Uᵀ": lambda r: vl.PerSampleGradients(r) @ vl.PerSampleGradients(r).T,
+    "V Vᵀ": lambda r: vl.GGNFactor(r) @ vl.GGN(r).factor.T,
+    "UᵀU": lambda r: vl.PerSampleGradients(r).T @ vl.PerSampleGradients(r),
+    "J S Jᵀ": lambda r: vl.Jacobian(r) @ inverse(r) @ vl.Jacobian(r).T,
+    "Uᵀ S U": lambda r: (
+        vl.PerSampleGradients(r).T @ inverse(r) @ vl.PerSampleGradients(r)
+    ),
+    "J G Jᵀ": lambda r: vl.Jacobian(r) @ vl.GGN(r) @ vl.Jacobian(r).T,
+    "G G": lambda r: vl.GGN(r) @ vl.GGN(r),
+}
+
+
+def inverse(risk):
+    return (vl.GGN(risk) + 0.1 * vl.Identity(risk.num_params)).inv()
+
+
+@pytest.mark.parametrize("name", TWICE)
+def test_what_is_written_twice_is_one(name):
+    risk = risk_of(torch.float64)
+    op = TWICE[name](risk)
+    dense = op.to_dense()
+    assert op.self_adjoint
+    assert torch.allclose(op @ torch.eye(len(dense)).to(dense), dense, atol=1e-12)
+    damped = op + vl.Identity(len(dense))
+    reference = dense + torch.eye(len(dense)).to(dense)
+    assert torch.allclose(damped.logdet(), torch.logdet(reference))
+    largest = op.eigh(k=2).eigenvalues
+    assert torch.allclose(largest, torch.linalg.eigvalsh(dense)[-2:])
+
+
+def test_sums_of_what_is_written_twice():
+    risk = risk_of(torch.float64)
+    both = vl.GGN(risk) + 2 * vl.GGN(risk)
+    assert both.factor.shape[1] == vl.GGN(risk).factor.shape[1]
+    assert torch.allclose(both.to_dense(), 3 * vl.GGN(risk).to_dense())
+
+
+def test_draws_are_two():
+    """Two Monte-Carlo factors of one risk are two matrices; so are two risks."""
+    risk = risk_of(torch.float64)
+    draws = [
+        vl.GGN(risk, mc_samples=1, generator=torch.Generator().manual_seed(seed)).factor
+        for seed in (0, 1)
+    ]
+    product = draws[0].T @ draws[1]
+    assert not product.self_adjoint
+    expected = draws[0].to_dense().T @ draws[1].to_dense()
+    assert torch.allclose(product.to_dense(), expected)
+    assert not torch.allclose(expected, draws[1].gram.to_dense())
+    other = risk.at({name: 2 * p for name, p in risk.params.items()})
+    J, moved = vl.Jacobian(risk), vl.Jacobian(other)
+    assert not (J @ moved.T).self_adjoint
+    assert torch.allclose((J @ moved.T).to_dense(), J.to_dense() @ moved.to_dense().T)

@@ -242,6 +242,10 @@ def test_the_same_factor_is_decided_by_identity():
     V = vl.Dense(ops.V.matrix)  # equal numbers, another operator
     assert isinstance(ops.V @ V.T, Product)
     assert isinstance(ops.V.T @ V, Product)
+    # In a sum they are one if their numbers are so in memory.
+    both = ops.V @ ops.V.T + V @ V.T
+    assert both.factor is ops.V and both.scale == 2
+    V = vl.Dense(ops.V.matrix.clone())
     assert isinstance((ops.V @ ops.V.T + V @ V.T).factor, HStack)
 
 

@@ -37,6 +37,7 @@ from vivit_linop.operators.verbs import (
     diagonal,
     matmul,
     row_norms_squared,
+    same,
     sqrt,
     to_dense,
 )
@@ -182,7 +183,7 @@ def _outer(A: Pullback, B: Pullback) -> Op:
     """(Jᵀ A)(Jᵀ B)ᵀ = Jᵀ (A Bᵀ) J."""
     if A.risk is not B.risk:
         return NotImplemented
-    if _same_output(A, B):
+    if same(A, B):
         return GGN.of(A) if isinstance(A, GGNFactor) else LowRank(A)
     hessian = B.output if A.is_plain else A.output
     if isinstance(hessian, LossHessian) and (A.is_plain or B.is_plain):
@@ -192,14 +193,22 @@ def _outer(A: Pullback, B: Pullback) -> Op:
 
 
 def _gram(A: Pullback, B: Pullback) -> Op:
-    if A is B or (A.risk is B.risk and _same_output(A, B)):
-        return B.gram
-    return Gram(A, B)
+    return B.gram if same(A, B) else Gram(A, B)
 
 
-def _same_output(A: Pullback, B: Pullback) -> bool:
-    """Whether two pullbacks of one risk are of the same operator in output space."""
-    return A.output is B.output or (A.is_plain and B.is_plain)
+@same.register
+def same_jacobian(left: Jacobian, right: Op) -> bool:
+    """Those of one risk."""
+    return isinstance(right, Jacobian) and left.risk is right.risk
+
+
+@same.register
+def same_pullback(left: Pullback, right: Op) -> bool:
+    """Those of one risk and of the same operator in output space."""
+    if not isinstance(right, Pullback) or left.risk is not right.risk:
+        return False
+    A, B = left.output, right.output
+    return A is B or (type(A) is type(B) and A.determined and B.determined)
 
 
 # What products cost ------------------------------------------------------------------

@@ -391,17 +391,16 @@ class Product(TorchLinearOperator):
 def mirrored(left: TorchLinearOperator, right: TorchLinearOperator) -> bool:
     """Whether an operator is the adjoint of another, as far as nodes can tell."""
     if isinstance(left, Adjoint):
-        return _same(left.parent, right)
+        return verbs.same(left.parent, right)
     if isinstance(right, Adjoint):
-        return _same(left, right.parent)
-    return left is right.T or left._mirrors(right)
+        return verbs.same(left, right.parent)
+    return verbs.same(left, right.T) or left._mirrors(right)
 
 
-def _same(left: TorchLinearOperator, right: TorchLinearOperator) -> bool:
-    """Whether operators are one node, or dense ones of one matrix in memory."""
-    if isinstance(left, Dense) and isinstance(right, Dense):
-        return _one_place(left.matrix, right.matrix)
-    return left is right
+@verbs.same.register
+def same_dense(left: Dense, right: TorchLinearOperator) -> bool:
+    """Those of one matrix in memory."""
+    return isinstance(right, Dense) and _one_place(left.matrix, right.matrix)
 
 
 def _one_place(A: Tensor, B: Tensor) -> bool:

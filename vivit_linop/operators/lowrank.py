@@ -299,7 +299,7 @@ class LowRank(TorchLinearOperator):
     def _mirrors(self, other: TorchLinearOperator) -> bool:
         if not isinstance(other, LowRank):
             return False
-        return self.factor is other.factor and self.scale == other.scale
+        return verbs.same(self.factor, other.factor) and self.scale == other.scale
 
     def _made_of(self) -> tuple[TorchLinearOperator]:
         return (self.factor,)

@@ -40,6 +40,7 @@ from vivit_linop.operators.verbs import (
     gram_matrix,
     matmul,
     power,
+    same,
     scale,
     to_dense,
 )
@@ -189,7 +190,7 @@ def sum_of_dense_and_diagonal(A: Dense, B: Diagonal) -> Op:
 @add.rule(LowRank, LowRank)
 def sum_of_low_ranks(A: LowRank, B: LowRank) -> Op:
     """Multiples of one V Vᵀ add up; V Vᵀ + W Wᵀ = [V W][V W]ᵀ."""
-    if A.factor is B.factor:
+    if same(A.factor, B.factor):
         return A.rescaled(A.scale + B.scale)
     if not (A.semidefinite and B.semidefinite):
         return NotImplemented

@@ -96,6 +96,12 @@ def adjoint(op: Any) -> Operator:
 
 
 @singledispatch
+def same(left: Any, right: Any) -> bool:
+    """Whether operators are one: one node, or by a rule made twice of one thing."""
+    return left is right
+
+
+@singledispatch
 def to_dense(op: Any) -> Tensor:
     """Return the matrix, ``[m, n]``, in memory of its own; see ``A.to_dense``.
 
