@@ -42,8 +42,8 @@ def _entries(op: Operator) -> float:
     return float(op.shape[0]) * op.shape[1]
 
 
-def _numbered(name: str, parts: Iterable[Operator]) -> list[tuple[str, Operator]]:
-    return [(f"{name}{_below(i)}", part) for i, part in enumerate(parts, start=1)]
+def _numbered(parts: Iterable[Operator]) -> list[tuple[str, Operator]]:
+    return [(f"A{_below(i)}", part) for i, part in enumerate(parts, start=1)]
 
 
 def _below(number: int) -> str:
@@ -106,14 +106,14 @@ def outline_of_scaled(op: Scaled) -> Outline:
 
 @outline.register
 def outline_of_sum(op: Sum) -> Outline:
-    parts = _numbered("A", op.terms)
+    parts = _numbered(op.terms)
     cost = total(op.terms, flops=(len(op.terms) - 1) * op.shape[0])
     return Outline(_joined(parts, " + "), parts, cost)
 
 
 @outline.register
 def outline_of_product(op: Product) -> Outline:
-    parts = _numbered("A", op.factors)
+    parts = _numbered(op.factors)
     return Outline(_joined(parts, " "), parts, total(op.factors))
 
 
@@ -144,7 +144,7 @@ def outline_of_damped_inverse(op: DampedInverse) -> Outline:
 
 @outline.register
 def outline_of_kronecker(op: Kronecker) -> Outline:
-    parts, cost, size = _numbered("A", op.factors), Cost(), op.shape[1]
+    parts, cost, size = _numbered(op.factors), Cost(), op.shape[1]
     for factor in reversed(op.factors):
         of_factor = outline(factor).cost
         if of_factor is None:
@@ -162,7 +162,7 @@ def outline_of_corrected_kronecker(op: CorrectedKronecker) -> Outline:
 
 @outline.register
 def outline_of_block_diagonal(op: BlockDiagonal) -> Outline:
-    parts = _numbered("A", op.blocks)
+    parts = _numbered(op.blocks)
     return Outline(f"diag({_joined(parts, ', ')})", parts, total(op.blocks))
 
 
