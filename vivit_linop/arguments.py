@@ -26,11 +26,6 @@ _CPU = torch.device("cpu")
 def as_numbers(given: Any, name: str, dtype: torch.dtype | None = None) -> Tensor:
     """Return a tensor of what stands for numbers.
 
-    Args:
-        given: What the user gave.
-        name: What errors call it.
-        dtype: That of numbers without one.
-
     Raises:
         TypeError: If it does not stand for numbers.
     """
@@ -78,13 +73,7 @@ def check_choice(given: Any, name: str, choices: Iterable[str]) -> None:
 
 
 def as_list(given: Any, name: str, what: str) -> list[Any]:
-    """Return a list of what can be gone through; a string is one thing.
-
-    Args:
-        given: What the user gave.
-        name: What errors call it.
-        what: What it is a list of.
-    """
+    """Return a list of what can be gone through; a string is one thing."""
     if not isinstance(given, (str, bytes)) and hasattr(given, "__iter__"):
         try:
             return list(given)
@@ -149,11 +138,6 @@ def check_flag(given: Any, name: str) -> None:
 
 def as_index(given: Any, count: int, name: str = "index") -> Tensor:
     """Return distinct numbers, int64, from indices or from a mask.
-
-    Args:
-        given: What the user gave.
-        count: How many rows or samples there are.
-        name: What errors call it.
 
     Raises:
         TypeError: If they are neither integers nor booleans.

@@ -82,12 +82,7 @@ except (AttributeError, OSError, TypeError):
 
 
 def columns_at_a_time(device: torch.device, per_column: int) -> int:
-    """Return how many columns to multiply at a time.
-
-    Args:
-        device: Where they are.
-        per_column: The bytes that a product takes for each.
-    """
+    """Return how many columns to multiply at a time, by the bytes that each takes."""
     budget = _CPU_COLUMN_BYTES
     if device.type == "cuda":
         budget = free_memory(device) // 4

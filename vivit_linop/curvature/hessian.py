@@ -157,12 +157,7 @@ cpu>]
 
 
 class HessianBlock(TorchLinearOperator):
-    """A diagonal block of the Hessian; made by :meth:`Hessian.block_diagonal`.
-
-    Args:
-        hessian: The Hessian.
-        chosen: The numbers of the parameters that it is of.
-    """
+    """A diagonal block of the Hessian; made by :meth:`Hessian.block_diagonal`."""
 
     self_adjoint = True
 

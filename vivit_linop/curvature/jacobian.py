@@ -102,10 +102,6 @@ class Pullback(TorchLinearOperator):
     (operations with first derivatives only), products with the adjoint run on columns
     in any case.
 
-    Args:
-        jacobian: J.
-        output: B.
-
     Attributes:
         output: B; the identity for Jᵀ itself.
         is_plain: Whether it is Jᵀ itself.

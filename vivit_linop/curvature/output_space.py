@@ -27,14 +27,7 @@ def check_blocks_fit(
     columns: RowLayout,
     copies: int = 1,
 ) -> None:
-    """Raise an error if the blocks of the largest batch do not fit into free memory.
-
-    Args:
-        risk: The risk.
-        what: How to call them.
-        rows: The rows of the blocks.
-        columns: Their columns.
-        copies: How many tensors of that size are needed.
+    """Raise an error if so many copies of the largest batch's blocks do not fit.
 
     Raises:
         MemoryError: It says how large they are and what needs none.

@@ -53,13 +53,7 @@ def from_scipy(
 
 
 class ScipyOperator(TorchLinearOperator):
-    """A SciPy linear operator; made by :func:`from_scipy`.
-
-    Args:
-        operator: The operator.
-        self_adjoint: Whether it equals its adjoint.
-        device: Where products come out.
-    """
+    """A SciPy linear operator; made by :func:`from_scipy`."""
 
     def __init__(
         self,

@@ -67,12 +67,7 @@ class SampleSizes(NamedTuple):
     overlapping: dict[str, int]
 
     def entries(self, width: int, formed: Mapping[str, int]) -> int:
-        """Count all, with those of parameters whose columns are formed.
-
-        Args:
-            width: R.
-            formed: The numbers of entries of these parameters.
-        """
+        """Count all for R columns, with those of parameters that are formed."""
         each = self.by_column + sum({**formed, **self.overlapping}.values())
         return self.fixed + width * each
 
@@ -300,11 +295,7 @@ class Capture:
         self.formed[view.name] = assembled([use], numel)
 
     def keep_sizes(self, X: Any) -> SampleSizes:
-        """Tell, for all samples of this shape, what the columns of one take.
-
-        Args:
-            X: The input of the batch that these samples are of.
-        """
+        """Tell what the columns of a sample take, for all of the shape of a batch's."""
         n, fixed, each, signal = self.num_samples, 0, 0, 0
         for use in self.uses:
             without = use.entries(n, 0)

@@ -387,12 +387,7 @@ class SampleGrams(Total):
 
 
 def own_samples(piece: Piece, first: int) -> slice:
-    """Return where the samples of a piece are among those of this process.
-
-    Args:
-        piece: The piece.
-        first: The number of this process's first sample.
-    """
+    """Return where the samples of a piece are among those of this process."""
     return slice(piece.samples.start - first, piece.samples.stop - first)
 
 

@@ -152,9 +152,6 @@ class RoutedVerb(Generic[P, Result]):
     """A unary verb that takes one of several ways, which ``route=`` may name.
 
     Rules see an operator that knows its route (:func:`routed`), not the name.
-
-    Args:
-        verb: The verb, without the argument ``route``.
     """
 
     def __init__(self, verb: Callable[P, Result]) -> None:

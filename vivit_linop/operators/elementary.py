@@ -112,10 +112,6 @@ class SharedDense(Dense):
     """A matrix that several processes have computed together, the same to the bit.
 
     What its bits do not decide, such as eigenvectors, one of them computes for all.
-
-    Args:
-        matrix: ``[m, n]``.
-        ranks: The processes.
     """
 
     def __init__(self, matrix: Tensor, ranks: Ranks) -> None:

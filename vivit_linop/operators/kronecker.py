@@ -310,10 +310,6 @@ class KhatriRao(TorchLinearOperator):
 def as_operators(given: Any, name: str) -> list[TorchLinearOperator]:
     """Return a list of operators and matrices as operators.
 
-    Args:
-        given: What the user gave.
-        name: What errors call it.
-
     Raises:
         TypeError: If it is no list, or one of its entries is no matrix.
         ValueError: If it is empty.

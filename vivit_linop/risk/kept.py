@@ -338,11 +338,6 @@ def next_run(model: FunctionalModel, X: Any, graph_bytes: int) -> Run | None:
     """Run a net at other parameters, on a batch whose first run could serve.
 
     None where it uses hooks on saved tensors at these, or bears nobody watching.
-
-    Args:
-        model: The net.
-        X: The input.
-        graph_bytes: What the graph of the first run took.
     """
     own = copied(X)
     found = _watched(model, X, lambda: model(model.params, own))

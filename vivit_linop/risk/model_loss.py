@@ -197,13 +197,7 @@ class ModelLoss:
             return self._value(self._value.params, batch).detach().squeeze(0)
 
     def check(self, index: int, batch: Any, found: Tensor) -> None:
-        """Raise an error if the model says something else of a batch.
-
-        Args:
-            index: The batch.
-            batch: Its inputs.
-            found: The mean of the loss over it.
-        """
+        """Raise an error if the model says something else of a batch."""
         value = self.value(batch)
         if not _same(found, value):
             raise ValueError(

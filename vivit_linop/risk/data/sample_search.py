@@ -140,11 +140,6 @@ class Search:
         """Say what may be wrong where a batch fails whose samples the user has counted.
 
         Targets need not be as many: they may be of items, such as the nodes of graphs.
-
-        Args:
-            index: The batch.
-            n: How many samples it is said to have.
-            y: Its targets.
         """
         try:
             yield

@@ -260,11 +260,7 @@ class Samples(ABC):
 
 
 class ByUnit(Samples):
-    """A place in each unit: in each tensor, and in containers that are one.
-
-    Args:
-        places: One for each unit.
-    """
+    """A place in each unit: in each tensor, and in containers that are one."""
 
     def __init__(self, places: Sequence[Place]) -> None:
         self.places = tuple(places)
@@ -338,12 +334,7 @@ class Listing(Samples):
 
 
 class Given(Samples):
-    """Where the user says they are.
-
-    Args:
-        take: Returns some samples of an input.
-        count: Returns how many it has.
-    """
+    """Where the user says they are, by what takes some and what counts them."""
 
     def __init__(self, take: Take, count: Count) -> None:
         self._take, self._count = take, count

@@ -145,10 +145,6 @@ def as_output_loss(
 def built(loss: Any, reduction: str) -> OutputLoss:
     """Return what stands for a loss, which is taken as it is.
 
-    Args:
-        loss: A loss that can be one.
-        reduction: ``"mean"`` or ``"sum"``.
-
     Raises:
         TypeError: If what is registered for it returns something else.
     """
@@ -167,10 +163,6 @@ def built(loss: Any, reduction: str) -> OutputLoss:
 
 def checked_reduction(loss: Any, reduction: str | None) -> str:
     """Return ``"mean"`` or ``"sum"``, if this can be a loss.
-
-    Args:
-        loss: What the user gave.
-        reduction: What the user says it is.
 
     Raises:
         TypeError: If it cannot be called with outputs and targets.

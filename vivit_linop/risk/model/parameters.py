@@ -153,10 +153,6 @@ def chosen_of_module(model: nn.Module, params: Any | None) -> dict[str, Tensor]:
 def check_memory(model: nn.Module, chosen: Container[str]) -> None:
     """Refuse parameters that are two for autograd, and one in memory.
 
-    Args:
-        model: The module.
-        chosen: The names of the parameters that derivatives are taken in.
-
     Raises:
         ValueError: If another parameter begins where a chosen one does.
     """

@@ -20,12 +20,7 @@ _OF_ANY_MODULE = frozenset(vars(nn.Module()))
 
 
 def check_alike(ranks: Ranks, digests: Callable[[], Mapping[str, str]]) -> None:
-    """Raise an error unless all ranks have the same.
-
-    Args:
-        ranks: The ranks.
-        digests: Returns by name what must be the same.
-    """
+    """Raise an error unless all ranks have the same."""
     with ranks.together("the same function"):
         own = digests()
     every = ranks.gathered(own)
