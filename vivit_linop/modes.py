@@ -83,15 +83,20 @@ class ordinary_mode:
         def decorated(*args: P.args, **kwargs: P.kwargs) -> Result:
             if is_dynamo_compiling():
                 return torch.compiler.disable(decorated)(*args, **kwargs)
-            if _is_in_modes() or (not _HERE.depth and _is_to_be_precise()):
-                with ordinary_mode():
-                    result = function(*args, **kwargs)
-            else:  # as nearly always, and sooner than to enter a context
+            precise = _HERE.depth > 0
+            if not precise:
+                with _PRECISE.lock:
+                    precise = not _PRECISE.undo and not _is_reduced()
+            if precise and not _is_in_modes():
+                # As nearly always, and sooner than to enter a context.
                 _HERE.depth += 1
                 try:
                     result = function(*args, **kwargs)
                 finally:
                     _HERE.depth -= 1
+            else:
+                with ordinary_mode():
+                    result = function(*args, **kwargs)
             # It has enabled gradients; the caller may not want them.
             if isinstance(result, torch.Tensor) and result.requires_grad:
                 return result if torch.is_grad_enabled() else result.detach()  # type: ignore[return-value]
@@ -313,12 +318,6 @@ class Shared:
 def _precisions_in_use() -> list[_Precision]:
     switches = _PRECISIONS["cpu"]
     return switches + _PRECISIONS["cuda"] if torch.cuda.is_initialized() else switches
-
-
-def _is_to_be_precise() -> bool:
-    """Whether switches are to be set, or were by a thread that will put them back."""
-    with _PRECISE.lock:
-        return bool(_PRECISE.undo) or _is_reduced()
 
 
 def _is_reduced() -> bool:
