@@ -106,7 +106,12 @@ class ordinary_mode:
 
     def __enter__(self) -> None:
         """Leave the modes."""
-        if _is_in_modes():
+        # Written out, since it is entered in each product.
+        if (
+            torch.is_inference_mode_enabled()
+            or torch.is_autocast_enabled("cpu")
+            or torch.is_autocast_enabled("cuda")
+        ):
             self._leave_modes()
         depth = _HERE.depth
         if depth == 0:
