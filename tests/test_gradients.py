@@ -309,3 +309,34 @@ def test_forward_mode_is_right_or_refused():
     torch.testing.assert_close(tangent, G @ x)
     with pytest.raises((RuntimeError, NotImplementedError)):
         torch.func.jvp(lambda d: (G + d * unit).solve(x), (delta,), (one,))
+
+
+@pytest.mark.parametrize("verb", ["inverse", "solve", "logdet", "trace of inverse"])
+@pytest.mark.parametrize("name", ["low rank, tall", "GGN"])
+def test_noise_on_a_posterior(name, verb):
+    """((A + δ I)⁻¹ + τ I)⁻¹, with derivatives in both."""
+    A = OPERATORS[name]
+    dense, n = A.to_dense(), A.shape[0]
+    eye, unit = vl.Identity(n), torch.eye(n).to(dense)
+    given = [torch.tensor(0.3).double(), torch.tensor(0.7).double()]
+    found, expected = (
+        [number.clone().requires_grad_() for number in given] for _ in range(2)
+    )
+    delta, tau = found
+    value = VERBS[verb]((A + delta * eye).inv() + tau * eye)
+    delta, tau = expected
+    matrix = torch.linalg.inv(dense + delta * unit) + tau * unit
+    reference = {
+        "inverse": torch.linalg.inv,
+        "solve": lambda M: torch.linalg.solve(M, torch.arange(1.0, 1 + n).to(M)),
+        "logdet": torch.logdet,
+        "trace of inverse": lambda M: torch.linalg.inv(M).trace(),
+    }[verb](matrix)
+    torch.testing.assert_close(value, reference)
+    weights = torch.linspace(0.5, 1, value.numel()).to(value).reshape(value.shape)
+    for number, wanted in zip(
+        torch.autograd.grad((value * weights).sum(), found),
+        torch.autograd.grad((reference * weights).sum(), expected),
+        strict=True,
+    ):
+        torch.testing.assert_close(number, wanted)

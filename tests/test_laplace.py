@@ -216,6 +216,8 @@ def test_over_some_parameters(kind: str, names: list[str]) -> None:
     places = dict(zip(whole.params, itertools.pairwise(ends), strict=False))
     index = torch.cat([torch.arange(*places[name]) for name in part.params])
     assert part.num_params == len(index)
+    assert not any(p.requires_grad for p in part.params.values())
+    assert not vl.log_marginal_likelihood(part, vl.GGN(part), 1.0).requires_grad
     torch.testing.assert_close(part.value(), whole.value())
     torch.testing.assert_close(part.gradient(), whole.gradient()[index])
     for make in (vl.GGN, vl.Hessian, vl.EmpiricalFisher):

@@ -200,16 +200,16 @@ def damped_inverse_of_low_rank(op: LowRank, damping: Scalar) -> Op:
 
 
 @damped_inv.register
-def damped_inverse_of_woodbury(op: Woodbury, damping: Scalar) -> Op:
+def damped_inverse_of_inverse(op: Woodbury | DampedInverse, damping: Scalar) -> Op:
     """(A⁻¹ + δ I)⁻¹ = I/δ − (A + I/δ)⁻¹/δ², if that leaves half of the digits.
 
     For A = c V Vᵀ + d I and a negative δ, as of I − ε A⁻¹, if d + 1/δ is positive.
     """
-    product = op.damping * damping
+    product = float(op.damping * damping)
     least = torch.finfo(op.torch_dtype).eps ** 0.5
     if not (product > least or product < -1.0 - least):
         raise no_inverse(op, "a damped ")
-    inverse = damped_inv(op.operator, op.damping + 1.0 / damping)
+    inverse = inv(damp(op.operator, op.damping + 1.0 / damping))
     return damp(scale(inverse, -1.0 / damping**2), 1.0 / damping)
 
 

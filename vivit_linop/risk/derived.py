@@ -128,7 +128,7 @@ class DerivableRisk(Risk):
             raise ValueError(f"names: some of {list(self.params)}, found {found}.")
         risk = copy.copy(self)
         risk.model, risk.kept = self.model.over(chosen), Store(self.memory, self.device)
-        risk.params = risk.model.params
+        risk._take_parameters()
         risk.sizes = [p.numel() for p in risk.params.values()]
         risk.num_params = sum(risk.sizes)
         return risk
