@@ -20,7 +20,8 @@ import vivit_linop as vl
 from tests.cases import Lambda, call, parameter
 from vivit_linop.modes import as_guest
 from vivit_linop.net.capture import Capture
-from vivit_linop.net.certified import Certificate, find_structure
+from vivit_linop.net.certificate import Certificate
+from vivit_linop.net.certified import find_structure
 from vivit_linop.net.columns.base import DenseColumns, LayerColumns, merged
 from vivit_linop.net.columns.khatri_rao import KhatriRaoColumns
 

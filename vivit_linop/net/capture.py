@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import (
     Callable,
     Hashable,
@@ -11,6 +12,7 @@ from collections.abc import (
     Sequence,
     Set,
 )
+from functools import cached_property
 from itertools import compress, pairwise, starmap
 from operator import attrgetter
 from typing import Any, Literal, NamedTuple, Self
@@ -20,6 +22,7 @@ from torch import Tensor
 
 from vivit_linop.devices import columns_at_a_time, explained, is_out_of_memory, told
 from vivit_linop.graphs import batched_gradients
+from vivit_linop.net.apart import stay_apart
 from vivit_linop.net.columns.base import DenseColumns, LayerColumns
 from vivit_linop.net.columns.stacked import Place, StackedColumns, placed
 from vivit_linop.net.kinds import View
@@ -92,6 +95,7 @@ class Capture:
         opaque: Parameters with a use that has no known structure.
         together: Whether the last columns were pulled back together, by torch's rules
             for batches.
+        apart: Whether the graph shows that backward passes leave samples apart.
     """
 
     def __init__(
@@ -106,6 +110,7 @@ class Capture:
             recorder, output = run.record, run.output
         self.output = output.reshape(num_samples, -1)
         self.uses, self.opaque = recorder.uses, recorder.opaque
+        self._has_hooks = recorder.has_hooks
         if risk.model.foreign.parts:  # columns that are kept do not change with it
             for use in self.uses:
                 use.arguments.update(risk.model.foreign.copied_from(use.arguments))
@@ -156,6 +161,52 @@ class Capture:
                 _stack(stacked, _single(signals), r, width)
         makers = starmap(Use.columns, placed)
         return self._assembled(placed, makers, stacked, names, takes)
+
+    @cached_property
+    def apart(self) -> bool:
+        """Only of several samples, which alone can meet."""
+        n = self.num_samples
+        return n > 1 and not self._has_hooks and stay_apart(self.output, n)
+
+    def columns_and_gradients(
+        self,
+        cotangents: Tensor,
+        weights: Tensor,
+        variant: Variant,
+        params: Mapping[str, Tensor],
+        takes: Takes,
+    ) -> tuple[dict[str, LayerColumns], dict[str, Tensor]]:
+        """Return columns as :meth:`columns`, and what they must add up to with weights.
+
+        For one cotangent a sample, and samples that stay apart in the first axis: of
+        what is pulled back with weights, each sample's is divided by its own.
+
+        Args:
+            cotangents: ``[n, C, 1]``.
+            weights: Not zero, ``[n, 1]``.
+            variant: What fits.
+            params: The parameters of interest, by name.
+            takes: How columns are taken.
+        """
+        placed = self._placed(variant, params.keys(), 1)
+        uses = [each.use for each in placed]
+        wanted = {name: p for name, p in params.items() if p.numel()}
+        cotangent = cotangents[:, :, 0] * weights
+        found = self._backward(uses, cotangent, [*wanted.values()])
+        signals, gradients = found[: len(uses)], found[len(uses) :]
+        inverse, places = 1.0 / weights, Counter(map(_storage, found))
+        for index, signal in enumerate(signals):
+            factors = inverse.view(-1, *[1] * (signal.ndim - 1))
+            # What has a memory of its own is written into.
+            if places[_storage(signal)] == 1 and _is_dense(signal.unsqueeze(1)):
+                signal.mul_(factors)
+            else:
+                signals[index] = signal * factors
+        stacked: list[Tensor] = []
+        _stack(stacked, _single(signals), 0, 1)
+        makers = starmap(Use.columns, placed)
+        columns = self._assembled(placed, makers, stacked, params.keys(), takes)
+        return columns, dict(zip(wanted, gradients, strict=True))
 
     def parts(
         self, cotangents: Tensor, variant: Variant, names: Set[str]
@@ -307,20 +358,28 @@ class Capture:
         key = _key_of_sizes(self._risk, X)
         return self._risk.kept.everywhere.setdefault(key, found)
 
-    def _backward(self, uses: list[Use], cotangent: Tensor) -> list[Tensor]:
-        """Pull a cotangent ``[n, C]``, or several, back to the outputs of uses."""
+    def _backward(
+        self, uses: list[Use], cotangent: Tensor, params: Sequence[Tensor] = ()
+    ) -> list[Tensor]:
+        """Pull a cotangent ``[n, C]`` back to the outputs of uses, and to parameters.
+
+        Several cotangents to uses alone.
+        """
         edges = [*map(attrgetter("edge"), uses)]
+        shapes = [*map(attrgetter("output_shape"), uses)]
+        shapes += [param.shape for param in params]
         found: Sequence[Tensor | None]
         if several := cotangent.shape[:-2]:
             found = batched_gradients(self.output, edges, [cotangent])
         else:
+            ends = [*edges, *params]
             found = torch.autograd.grad(
-                self.output, edges, cotangent, retain_graph=True, allow_unused=True
+                self.output, ends, cotangent, retain_graph=True, allow_unused=True
             )
         signals = []
-        for use, signal in zip(uses, found, strict=True):
+        for shape, signal in zip(shapes, found, strict=True):
             if signal is None:
-                signal = cotangent.new_zeros(*several, *use.output_shape)
+                signal = cotangent.new_zeros(*several, *shape)
             signals.append(signal.detach())
         return signals
 
@@ -404,6 +463,10 @@ def _key_of_sizes(risk: EmpiricalRisk, X: Any) -> Hashable:
 def _single(signals: Sequence[Tensor]) -> list[Tensor]:
     """Signals ``[n, …]`` of one cotangent as ``[n, 1, …]``."""
     return [signal.unsqueeze(1) for signal in signals]
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
 
 
 def _is_dense(signal: Tensor) -> bool:

@@ -5,16 +5,10 @@ from the structure as this part shows it; by vectorised vector–Jacobian produc
 by sample. A parameter takes the first that gives columns which agree with an ordinary
 backward pass; what fails is remembered for the net.
 
-With a random weight w for each column, Σ w_nr c_nr must be Jᵀ (B w), which is one
-ordinary backward pass through the net on all samples of the columns. A weight of its
-own for each sample *and* column makes wrong values seen as well as right values of the
-wrong sample (Freivalds 1977: a product is checked by a random vector). Each parameter
-is compared for itself, so that only those that fail have to be made in another way.
-
-Weights are scaled so that all columns count alike, however small, and have magnitudes
-between 1 and 2 before: none hides behind the others, and none behind its own weight.
-What is tolerated is measured by one column, not by their sum, so that one wrong column
-among very many is seen.
+They agree if Σ w_nr c_nr is Jᵀ (B w) for random weights w, for each parameter
+(:mod:`vivit_linop.net.certificate`). One column a sample, and what it is compared with,
+come from one backward pass where the graph leaves samples apart
+(:mod:`vivit_linop.net.apart`); else from two.
 
 Columns that are zero but for rounding (a weight that a norm makes irrelevant) do not
 show how large rounding is: what has cancelled is not in them. Before they are called
@@ -23,23 +17,22 @@ wrong, it is measured.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
-from functools import lru_cache
 from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from vivit_linop.devices import is_out_of_memory, told
+from vivit_linop.devices import is_out_of_memory
 from vivit_linop.graphs import gradients
 from vivit_linop.modes import as_guest
 from vivit_linop.net.capture import Capture, Takes
+from vivit_linop.net.certificate import Certificate, norms, weights_before
 from vivit_linop.net.columns.base import LayerColumns
 from vivit_linop.net.dense import on_the_batch, one_by_one, vectorised
 from vivit_linop.net.structure import Structure, Variant
-from vivit_linop.noise import BY_NOISE, Noise, nearby
+from vivit_linop.noise import Noise, nearby
 from vivit_linop.risk.empirical import EmpiricalRisk
 from vivit_linop.risk.model.private_module import Params
 
@@ -49,114 +42,6 @@ Columns = dict[str, LayerColumns]
 _FIRST_SAMPLES = 4
 # A run of all samples that keeps no more than this serves as well.
 SMALL_RUN = 2**22
-
-
-class Certificate:
-    """Random weights for columns, and what is tolerated where they are added up.
-
-    Args:
-        columns: The columns, by parameter.
-        cotangents: B, ``[n, C, R]``, of which they are pulled back.
-
-    Attributes:
-        weights: w, ``[n, R]``.
-        cotangent: B w, ``[n, C]``.
-    """
-
-    def __init__(self, columns: Mapping[str, LayerColumns], cotangents: Tensor) -> None:
-        self._columns = columns
-        n, _, R = cotangents.shape
-        # One operation on those of all parameters is as fast as one on each.
-        found = [part.sizes() for part in columns.values()]
-        sizes = torch.stack(found) if found else cotangents.new_zeros(0, n, R)
-        self.weights = _weights(sizes, _norms(cotangents, 1))
-        self.cotangent = torch.bmm(cotangents, self.weights.unsqueeze(2)).squeeze(2)
-        # What a column has, in the mean, of a parameter.
-        parts = (self.weights * sizes).flatten(1)
-        self._shares = torch.linalg.vector_norm(parts, dim=1) / (n * R) ** 0.5
-
-    def errors(
-        self,
-        gradients: Mapping[str, Tensor],
-        lenient: Set[str] = frozenset(),
-        noise: float = 0.0,
-    ) -> dict[str, float]:
-        """Return how far parameters' columns are off, in units of what is tolerated.
-
-        Rounding errors of two ways to one sum grow with the root of the number of
-        columns, and are those of all parameters where a parameter's own columns cancel.
-        Ways to a single column differ by about ε^¾ at most if the net is well
-        conditioned, by √ε otherwise.
-
-        Args:
-            gradients: By parameter, its part of Jᵀ B w; it may have no columns.
-            lenient: For which of them the net may be ill-conditioned.
-            noise: By how much rounding is known to change these gradients.
-        """
-        if not gradients:
-            return {}
-        differences = list[Tensor]()
-        for name, gradient in gradients.items():
-            difference = gradient.reshape(-1)
-            if name in self._columns:
-                difference = self._columns[name].residual(self.weights, difference)
-            differences.append(difference)
-        # The host waits for all of them together.
-        distances = torch.stack(torch._foreach_norm(differences))
-        (*shares,), (*found,) = told([self._shares, distances])
-        of = dict(zip(self._columns, shares, strict=True))
-        eps, whole = torch.finfo(distances.dtype).eps, math.hypot(*shares)
-        spread, errors = self.weights.numel() ** 0.5, dict[str, float]()
-        for name, distance in zip(gradients, found, strict=True):
-            share = of.get(name, 0.0)
-            tolerated = 100 * eps**0.75 * share
-            tolerated += spread * (10 * eps * share + eps**0.75 * whole)
-            if name in lenient:
-                tolerated = 10 * eps**0.5 * spread * (share + whole)
-            tolerated += BY_NOISE * noise
-            if distance == 0.0:
-                errors[name] = 0.0
-            else:
-                errors[name] = distance / tolerated if tolerated else math.inf
-        return errors
-
-
-def _weights(sizes: Tensor, cotangents: Tensor) -> Tensor:
-    """Random signs and magnitudes over the sizes of the columns, ``[n, R]``.
-
-    Args:
-        sizes: Of each parameter those of its columns, ``[P, n, R]``.
-        cotangents: The norms of what is pulled back, ``[n, R]``.
-    """
-    drawn = _drawn(cotangents.shape, cotangents.dtype, cotangents.device)
-    scale, eps = torch.zeros_like(cotangents), torch.finfo(cotangents.dtype)
-    if len(sizes):
-        # Squares of what is very large or very small are no numbers.
-        scale = sizes.amax(0)
-        unit = torch.where(scale > 0.0, scale, 1.0)
-        scale = scale * _norms(sizes / unit, 0)
-    # A column that should not be as small as it is must not count for too much.
-    pulled = torch.linalg.vector_norm(cotangents)
-    gain = torch.linalg.vector_norm(scale) / pulled
-    gain = torch.where(gain > 0.0, gain, 1.0)
-    least = torch.where(pulled > 0.0, eps.eps**0.25 * gain * cotangents, 0.0)
-    scale = torch.maximum(scale, least)
-    return torch.where(scale > eps.tiny, drawn / scale, 0.0)
-
-
-@lru_cache(maxsize=8)
-def _drawn(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Random signs and magnitudes between 1 and 2, which nobody writes into."""
-    generator = torch.Generator().manual_seed(2)
-    draws = torch.rand(
-        2, *shape, generator=generator, dtype=torch.float64, device="cpu"
-    )
-    return ((1.0 + draws[0]) * (draws[1] - 0.5).sign()).to(device, dtype)
-
-
-def _norms(tensor: Tensor, dim: int) -> Tensor:
-    """Norms along an axis; torch's own are slow along any but the last."""
-    return tensor.square().sum(dim).sqrt()
 
 
 class CertifiedColumns:
@@ -207,11 +92,14 @@ class CertifiedColumns:
         while todo:
             opaque = structure.opaque & names
             structured = set(todo) - opaque
-            made = self._factors(cotangents, structured, takes)
-            if opaque:
-                dense = [name for name in todo if name in opaque]
-                made |= self._dense(cotangents, dense)
-            failing = self.failing(made, cotangents, todo)
+            if not opaque and self._stays_apart(cotangents):
+                made, failing = self._at_once(cotangents, structured, takes)
+            else:
+                made = self._factors(cotangents, structured, takes)
+                if opaque:
+                    dense = [name for name in todo if name in opaque]
+                    made |= self._dense(cotangents, dense)
+                failing = self.failing(made, cotangents, todo)
             for name in failing:
                 made.pop(name, None)
             done |= made
@@ -257,14 +145,17 @@ class CertifiedColumns:
             These columns, of the parameters that have such.
         """
         n, _, R = cotangents.shape
-        norms = _norms(cotangents, 1).unsqueeze(2)
+        lengths = norms(cotangents, 1).unsqueeze(2)
         mixing = Noise(3)(n, R, 1, like=cotangents)
-        cotangents = cotangents @ torch.where(norms > 0.0, mixing / norms, 0.0)
+        cotangents = cotangents @ torch.where(lengths > 0.0, mixing / lengths, 0.0)
         failing, made = names, Columns()
         while failing:
             structured = names - self._structure.opaque
-            made = self._factors(cotangents, structured, "factors")
-            failing = self.failing(made, cotangents, structured)
+            if self._stays_apart(cotangents):
+                made, failing = self._at_once(cotangents, structured, "factors")
+            else:
+                made = self._factors(cotangents, structured, "factors")
+                failing = self.failing(made, cotangents, structured)
             self._learn(failing, set())
         return made
 
@@ -284,6 +175,38 @@ class CertifiedColumns:
             if is_out_of_memory(error):
                 raise
             return {}
+
+    def _stays_apart(self, cotangents: Tensor) -> bool:
+        """Whether one backward pass does for columns of these and for their check."""
+        layouts = {*self._variant.layouts}
+        return cotangents.shape[2] == 1 and layouts == {"first"} and self._capture.apart
+
+    def _at_once(
+        self, cotangents: Tensor, names: Set[str], takes: Takes
+    ) -> tuple[Columns, set[str]]:
+        """Make columns of cotangents ``[n, C, 1]`` and check them, in one pass.
+
+        What is pulled back has the weights of the check, and columns have not.
+
+        Returns:
+            The columns, and the names of those that are not right.
+        """
+        params = {n: p for n, p in self._risk.model.params.items() if n in names}
+        weights = weights_before(cotangents)
+        try:
+            made, found = self._capture.columns_and_gradients(
+                cotangents, weights, self._variant, params, takes
+            )
+        # As for factors by themselves, which are made then.
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise
+            made = self._factors(cotangents, names, takes)
+            return made, self.failing(made, cotangents, names)
+        certificate = Certificate(made, cotangents, weights)
+        errors = certificate.errors(found)
+        doubtful = [name for name, error in errors.items() if not error <= 1.0]
+        return made, self.failing(made, cotangents, doubtful)
 
     def _dense(self, cotangents: Tensor, names: Sequence[str]) -> Columns:
         if not names:

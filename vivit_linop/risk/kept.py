@@ -327,8 +327,10 @@ def run_of(model: FunctionalModel, X: Any, samples: int) -> Run:
         found = _watched(model, X, lambda: model.first(model.params, X, samples))
     if found is None:
         nbytes, result = saved_bytes(lambda: model.first(model.params, X, samples))
+        model.check_graph(result[1])
         return Run(*result, nbytes)
     (own, output, written), record = found
+    model.check_graph(output)  # not under what watches for who looks at graphs
     run = Run(own, output, written, nbytes_saved(output))
     run.serve(record, model)
     return run

@@ -383,10 +383,13 @@ class FunctionalModel:
             self.foreign.read_by(known),
         ):
             output = self._evaluate(params, own)
-        if self._source is not None:
-            check_graph(output, self._source.module())
         # The model may have taken something out of a container, or put something in.
         return own, output, list(map(_is_written, tensors, leaves(X)))
+
+    def check_graph(self, output: Tensor) -> None:
+        """Refuse outputs whose graph goes on to the user's own parameters."""
+        if self._source is not None:
+            check_graph(output, self._source.module())
 
     def _known(self) -> Iterator[Tensor]:
         """What it may read: its own constants, and what copies stand in for."""

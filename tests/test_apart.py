@@ -1,0 +1,270 @@
+"""Graphs show that samples stay apart; then columns take one backward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import handle_torch_function, has_torch_function
+
+import vivit_linop as vl
+from tests.cases import Lambda
+from vivit_linop.modes import as_guest
+from vivit_linop.net import kinds
+from vivit_linop.net.apart import stay_apart
+from vivit_linop.net.capture import Capture
+from vivit_linop.net.columns.base import DenseColumns
+from vivit_linop.net.columns.khatri_rao import KhatriRaoColumns
+
+# As many samples as channels, rows and columns: no length tells which axis is which.
+N = 4
+LOSS = nn.CrossEntropyLoss()
+Forward = Callable[[Any, Tensor], Tensor]
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    with torch.random.fork_rng([]):
+        torch.manual_seed(0)
+        yield
+
+
+def net(forward: Forward) -> nn.Module:
+    return Lambda(
+        forward,
+        f=nn.Linear(4, 4),
+        o=nn.Linear(4, 4),
+        norm=nn.BatchNorm2d(4).eval(),
+        conv=nn.Conv2d(4, 4, 3, padding=1),
+        last=nn.LayerNorm(4),
+        w=nn.Parameter(torch.rand(4)),
+    ).double()
+
+
+def images(forward: Forward) -> Forward:
+    return lambda m, x: forward(m, x[:, :, None, None] * x[:, None, :, None].sin())
+
+
+APART: dict[str, Forward] = {
+    "layers": lambda m, x: m.o(m.f(x).relu()),
+    "activations": lambda m, x: m.o(F.silu(F.gelu(m.f(x).tanh().sigmoid().exp()))),
+    "a branch": lambda m, x: m.o((h := m.f(x)) + h.sin() * x - h / 2),
+    "a norm": lambda m, x: m.last(m.f(x)).log_softmax(1),
+    "images": images(
+        lambda m, x: (
+            F.max_pool2d(F.pad(m.norm(m.conv(x.expand(-1, -1, -1, 4))), (0, 1)), 2)
+            .mean((2, 3))
+            .softmax(-1)
+        )
+    ),
+    "a view": images(lambda m, x: m.conv(x).reshape(N, 16)[:, ::4]),
+    "a factor of weights": lambda m, x: m.o(m.f(x) * m.w + m.w),
+    "constants of others": lambda m, x: m.o(m.f(x) * x.flip(0)),
+}
+# Samples of these meet, or who reads the graph cannot know that they do not.
+UNKNOWN: dict[str, Forward] = {
+    "mean": lambda m, x: m.o((h := m.f(x)) - h.mean(0)),
+    "mean, kept": lambda m, x: m.o((h := m.f(x)) - h.mean(-2, keepdim=True)),
+    "sum": lambda m, x: m.o((h := m.f(x)) - h.sum()),
+    "order": lambda m, x: m.o(m.f(x)[[1, 0, 2, 3]]),
+    "sorted": lambda m, x: m.o(m.f(x).sort(0)[0]),
+    "flipped": lambda m, x: m.o(m.f(x).flip(0)),
+    "transposed": lambda m, x: m.o(m.f(x).T),
+    "swapped": lambda m, x: m.o(m.f(x).transpose(0, 1)),
+    "permuted": lambda m, x: m.o(m.f(x).permute(1, 0)),
+    "softmax": lambda m, x: m.o(m.f(x).softmax(0)),
+    "log softmax": lambda m, x: m.o(m.f(x).log_softmax(-2)),
+    "first": lambda m, x: m.o((h := m.f(x)) + h[:1]),
+    "norm of the batch": lambda m, x: m.o(
+        F.batch_norm(m.f(x), None, None, training=True)
+    ),
+    "norm of all": lambda m, x: m.o(F.layer_norm(m.f(x), [4, 4])),
+    "products of samples": lambda m, x: m.o((h := m.f(x)) @ h.T),
+    "weights from samples": lambda m, x: F.linear(m.f(x), m.o(x)),
+    "samples times samples": lambda m, x: m.o(x @ m.f(x)),
+    "channels": lambda m, x: m.o(
+        m.conv(m.f(x)[None, :, :, None].expand(-1, -1, -1, 4))[0].mean(2)
+    ),
+    "merged": lambda m, x: m.o(m.f(x).view(2, 8).sin().view(4, 4)),
+    "padded": lambda m, x: m.o(F.pad(m.f(x), (0, 0, 1, 0))[:4]),
+    "written": lambda m, x: m.o(torch.zeros_like(x).index_add(0, torch.arange(4), x)),
+    "in place": lambda m, x: m.o(_written(m.f(x))),
+}
+
+
+def _written(h: Tensor) -> Tensor:
+    out = torch.zeros_like(h)
+    out[1:] = h[:-1]
+    return out
+
+
+def signals_of_one(output: Tensor, wanted: list[Tensor], sample: int) -> list[Tensor]:
+    cotangent = torch.zeros_like(output)
+    cotangent[sample] = torch.rand(output.shape[1])
+    return list(torch.autograd.grad(output, wanted, cotangent, retain_graph=True))
+
+
+@pytest.mark.parametrize("name", APART)
+def test_samples_stay_apart(name: str) -> None:
+    """Known from the graph, and true."""
+    model = net(APART[name])
+    seen: list[Tensor] = []
+    for layer in (model.f, model.o, model.conv):
+        layer.register_forward_hook(lambda _, __, out: seen.append(out))
+    output = model(torch.rand(N, 4).double())
+    assert stay_apart(output, N)
+    for sample in range(N):
+        for signal in signals_of_one(output, seen, sample):
+            signal[sample] = 0.0
+            assert not signal.any()
+
+
+@pytest.mark.parametrize("name", UNKNOWN)
+def test_samples_may_meet(name: str) -> None:
+    output = net(UNKNOWN[name])(torch.rand(N, 4).double())
+    # The constant has no graph; all others might.
+    assert not stay_apart(output, N) or name == "written"
+
+
+def passes_of(run: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> int:
+    count = 0
+    grad = torch.autograd.grad
+
+    def counted(*args: Any, **options: Any) -> Any:
+        nonlocal count
+        count += 1
+        return grad(*args, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(torch.autograd, "grad", counted)
+        run()
+    return count
+
+
+def truth(model: nn.Module, X: Tensor, y: Tensor) -> Tensor:
+    output, params = model(X), list(model.parameters())
+    losses = F.cross_entropy(output, y, reduction="none")
+    rows = [
+        torch.autograd.grad(loss, params, retain_graph=True, allow_unused=True)
+        for loss in losses
+    ]
+    return torch.stack(
+        [
+            torch.cat(
+                [
+                    (torch.zeros_like(p) if g is None else g).flatten()
+                    for g, p in zip(row, params, strict=True)
+                ]
+            )
+            for row in rows
+        ],
+        1,
+    )
+
+
+@pytest.mark.parametrize("name", set(APART) - {"constants of others"})
+def test_columns_are_those_of_autograd(name: str) -> None:
+    model, X, y = net(APART[name]), torch.rand(N, 4).double(), torch.arange(N)
+    U = truth(model, X, y)
+    of = vl.PerSampleGradients(model, LOSS, (X, y))
+    for got, expected in [
+        (of.squared_norms(), U.square().sum(0)),
+        (of.second_moment(), U.square().mean(1)),
+        (of.variance(), U.var(1, unbiased=False)),
+        (of.to_dense(), U),
+    ]:
+        torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-12)
+
+
+def test_one_backward_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For columns and their check; two where a hook may do anything."""
+    X, y = torch.rand(64, 4).double(), torch.arange(64) % 4
+
+    def hooked(m: Any, x: Tensor) -> Tensor:
+        h = m.f(x)
+        if h.requires_grad:
+            h.register_hook(lambda g: g)
+        return m.o(h.relu())
+
+    def count(forward: Forward) -> int:
+        of = vl.PerSampleGradients(net(forward), LOSS, (X, y))
+        of.to_dense()  # where samples are in the layers is known then
+        return passes_of(of.squared_norms, monkeypatch)
+
+    assert count(APART["layers"]) == 1
+    assert count(hooked) == 2
+
+
+def test_hooks_that_let_samples_meet() -> None:
+    def hooked(m: Any, x: Tensor) -> Tensor:
+        h = m.f(x)
+        if h.requires_grad:
+            h.register_hook(lambda g: g + g.roll(1, 0))
+        return m.o(h.relu())
+
+    data = torch.rand(N, 4).double(), torch.arange(N)
+    of = vl.PerSampleGradients(net(hooked), LOSS, data)
+    with pytest.raises(ValueError, match="other samples"):
+        of.squared_norms()
+
+
+def scale(x: Tensor, w: Tensor) -> Tensor:
+    if has_torch_function((x, w)):
+        result: Tensor = handle_torch_function(scale, (x, w), x, w)
+        return result
+    return x * w
+
+
+WRONG: dict[str, Callable[[Tensor], Tensor]] = {
+    "samples in another order": lambda rows: rows.flip(0),
+    "two exchanged": lambda rows: rows[[0, 2, 1, *range(3, len(rows))]],
+    "one larger": lambda rows: torch.cat([rows[:1] * 1.1, rows[1:]]),
+    "mean": lambda rows: rows.mean(0, keepdim=True).expand_as(rows),
+}
+
+
+@pytest.mark.parametrize("small", [False, True])
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_rules_of_kinds_are_seen(
+    name: str, small: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the graph is known to leave samples apart, and gradients are small."""
+    kind = kinds.Kind(
+        name="scale",
+        signatures=[kinds.Signature([scale], "input weight")],
+        weight=lambda _, X, B: DenseColumns(WRONG[name](B * X.unsqueeze(1))),
+    )
+    monkeypatch.setitem(kinds._READINGS, scale, [(kind.signatures[0], kind)])
+    model = net(lambda m, x: m.o(scale(m.f(x), m.w)))
+    X, y = torch.rand(9, 4).double(), torch.arange(9) % 4
+    if small:
+        X[:3] *= 1e-3
+    of = vl.PerSampleGradients(model, LOSS, (X, y))
+    expected = truth(model, X, y)
+    torch.testing.assert_close(of.squared_norms(), expected.square().sum(0))
+    torch.testing.assert_close(of.to_dense(), expected)
+
+
+def test_columns_do_not_write_into_what_others_have() -> None:
+    """A sum hands one gradient to both of its terms."""
+    model = net(lambda m, x: m.o(x) + m.f(x))
+    X, y = torch.rand(N, 4).double(), torch.arange(N)
+    risk = vl.EmpiricalRisk(model, LOSS, (X, y))
+    cotangents = torch.randn(N, 4, 1).double()
+    weights = torch.tensor([[2.0], [-0.5], [3.0], [1.0]]).double()
+    with as_guest(risk.device):
+        capture = Capture(risk, X, N)
+        assert capture.apart
+        columns, gradients = capture.columns_and_gradients(
+            cotangents, weights, capture.find(), risk.model.params, "columns"
+        )
+    for layer in "fo":
+        part = columns[f"{layer}.weight"]
+        assert isinstance(part, KhatriRaoColumns)
+        torch.testing.assert_close(part.cotangents.view(N, 4), cotangents[:, :, 0])
+        expected = (weights * cotangents[:, :, 0]).T @ X
+        torch.testing.assert_close(gradients[f"{layer}.weight"], expected)
