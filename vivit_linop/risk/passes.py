@@ -7,12 +7,14 @@ batch: so the cut also is the check that samples are independent.
 
 from __future__ import annotations
 
+import copy
 import operator
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
 
 from vivit_linop.bars import shown
 from vivit_linop.devices import (
@@ -25,13 +27,20 @@ from vivit_linop.modes import as_guest, ordinary_mode, replayed
 from vivit_linop.risk.checks import Checked, checked_outputs, same_outputs
 from vivit_linop.risk.data import fingerprint
 from vivit_linop.risk.data.batches import (
+    LABELS,
     Batch,
     Target,
     as_batches,
-    iterate,
+    holds_targets,
     stacked,
 )
-from vivit_linop.risk.data.containers import is_leaf, leaves
+from vivit_linop.risk.data.containers import (
+    described,
+    holds_tensors,
+    is_leaf,
+    leaves,
+    map_leaves,
+)
 from vivit_linop.risk.data.sample_search import Search
 from vivit_linop.risk.data.samples import Samples
 from vivit_linop.risk.independence import dependent
@@ -317,6 +326,78 @@ class Passes:
         # On the host, where data come from, and the digests are made.
         cut = self._cut(self.data, torch.device("cpu"), "fingerprint")
         return fingerprint.of_samples(cut, self.search)
+
+
+def iterate(
+    batches: Iterable[Any],
+    device: torch.device,
+    dtype: torch.dtype,
+    target: Target | None = None,
+) -> Iterator[Batch]:
+    """Yield batches on a device, real-valued targets in a dtype.
+
+    Args:
+        batches: The batches.
+        device: The device.
+        dtype: The dtype.
+        target: What finds the targets in a batch, if the user says it.
+
+    Raises:
+        TypeError: If a batch is no pair ``(X, y)``, or targets are complex.
+    """
+
+    def on_device(leaf: Tensor) -> Tensor:
+        if leaf.is_meta:
+            raise ValueError(
+                f"data: batch {index} is on device 'meta', without values."
+            )
+        leaf = leaf.to(device, non_blocking=overlaps)
+        if not leaf.is_inference():
+            return leaf
+        # Autograd cannot save tensors that were made in inference mode.
+        with torch.inference_mode(False):
+            return leaf.clone()
+
+    def as_target(leaf: Tensor) -> Tensor:
+        if leaf.is_complex():
+            raise TypeError(
+                f"data: targets must be real, batch {index} has {leaf.dtype}."
+            )
+        leaf = on_device(leaf)
+        return leaf.to(dtype) if leaf.is_floating_point() else leaf
+
+    # Without waiting, where the memory is pinned. The loader's own thread pins batches
+    # while the GPU works; to pin them here would take longer than the plain copy.
+    overlaps = device.type == "cuda"
+    for index, batch in enumerate(batches):
+        X, y = _split(batch, index, target)
+        if isinstance(y, PackedSequence):
+            y = y.data  # item by item, as outputs are
+        yield map_leaves(on_device, X), map_leaves(as_target, y)
+
+
+def _split(batch: Any, index: int, target: Target | None) -> Batch:
+    """Return the inputs and the targets of a batch."""
+    if target is not None:
+        y = target(batch)
+        if not holds_tensors(y):
+            raise TypeError(
+                f"target: returned {described(y)} for batch {index}; it must return "
+                "tensors, with an entry for each sample."
+            )
+        return batch, y
+    if isinstance(batch, (tuple, list)) and len(batch) == 2 and holds_tensors(batch[1]):
+        return batch[0], batch[1]
+    if holds_targets(batch):
+        if not isinstance(batch, Mapping):
+            return batch, batch.y
+        inputs: Any = copy.copy(batch)
+        return inputs, inputs.pop(LABELS)
+    raise TypeError(
+        f"data: batch {index} must be a pair (X, y) with a tensor y, or hold its "
+        f"targets as {LABELS!r} in a mapping or as an attribute y, got "
+        f"{described(batch)}. Else say where they are with target=."
+    )
 
 
 def replay(items: Iterable[Item], state: Tensor) -> Iterator[Item]:

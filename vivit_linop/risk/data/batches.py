@@ -7,22 +7,26 @@ samples are in it says :mod:`vivit_linop.risk.data.samples`.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import PackedSequence
 
-from vivit_linop.risk.data.containers import attribute, described, leaves, map_leaves
+from vivit_linop.risk.data.containers import (
+    attribute,
+    described,
+    holds_tensors,
+    leaves,
+    map_leaves,
+)
 from vivit_linop.risk.data.samples import Listing, Samples, number_of
 
 Batch = tuple[Any, Any]
 Target = Callable[[Any], Any]
 
 # Where batches that hold their targets have them.
-_LABELS = "labels"
+LABELS = "labels"
 
 
 def as_batches(data: Any, target: Target | None = None) -> Iterable[Any]:
@@ -42,7 +46,7 @@ def as_batches(data: Any, target: Target | None = None) -> Iterable[Any]:
             data, (Tensor, Mapping, tuple)
         )
     else:
-        single = _is_pair(data) or _holds_targets(data)
+        single = _is_pair(data) or holds_targets(data)
     if single:
         return [data]
     if isinstance(data, (Tensor, str, bytes, Mapping)) or not isinstance(
@@ -70,7 +74,7 @@ def _is_pair(data: Any) -> bool:
         return False
     if isinstance(data[1], Tensor):
         return True
-    if type(data) is not tuple or not _holds(data[1]):
+    if type(data) is not tuple or not holds_tensors(data[1]):
         return False
     if not all(isinstance(part, (tuple, list)) and len(part) == 2 for part in data):
         return True
@@ -78,17 +82,13 @@ def _is_pair(data: Any) -> bool:
     return lengths[0] == lengths[1] or not all(isinstance(y, Tensor) for _, y in data)
 
 
-def _holds(value: Any) -> bool:
-    return next(leaves(value), None) is not None
-
-
-def _holds_targets(batch: Any) -> bool:
+def holds_targets(batch: Any) -> bool:
     """Whether a batch holds its targets: ``labels`` in a mapping, or ``y`` beside."""
     if isinstance(batch, Mapping):
-        return _LABELS in batch
+        return LABELS in batch
     if isinstance(batch, (Tensor, tuple, list)):
         return False
-    return _holds(attribute(batch, "y")) and _holds(batch)
+    return holds_tensors(attribute(batch, "y")) and holds_tensors(batch)
 
 
 def without_targets(inputs: Any, count: Callable[[Any], int | None]) -> Iterable[Batch]:
@@ -139,78 +139,6 @@ class _Mapped:
 
     def __iter__(self) -> Iterator[Batch]:
         return map(self._function, self._batches)
-
-
-def iterate(
-    batches: Iterable[Any],
-    device: torch.device,
-    dtype: torch.dtype,
-    target: Target | None = None,
-) -> Iterator[Batch]:
-    """Yield batches on a device, real-valued targets in a dtype.
-
-    Args:
-        batches: The batches.
-        device: The device.
-        dtype: The dtype.
-        target: What finds the targets in a batch, if the user says it.
-
-    Raises:
-        TypeError: If a batch is no pair ``(X, y)``, or targets are complex.
-    """
-
-    def on_device(leaf: Tensor) -> Tensor:
-        if leaf.is_meta:
-            raise ValueError(
-                f"data: batch {index} is on device 'meta', without values."
-            )
-        leaf = leaf.to(device, non_blocking=overlaps)
-        if not leaf.is_inference():
-            return leaf
-        # Autograd cannot save tensors that were made in inference mode.
-        with torch.inference_mode(False):
-            return leaf.clone()
-
-    def as_target(leaf: Tensor) -> Tensor:
-        if leaf.is_complex():
-            raise TypeError(
-                f"data: targets must be real, batch {index} has {leaf.dtype}."
-            )
-        leaf = on_device(leaf)
-        return leaf.to(dtype) if leaf.is_floating_point() else leaf
-
-    # Without waiting, where the memory is pinned. The loader's own thread pins batches
-    # while the GPU works; to pin them here would take longer than the plain copy.
-    overlaps = device.type == "cuda"
-    for index, batch in enumerate(batches):
-        X, y = _split(batch, index, target)
-        if isinstance(y, PackedSequence):
-            y = y.data  # item by item, as outputs are
-        yield map_leaves(on_device, X), map_leaves(as_target, y)
-
-
-def _split(batch: Any, index: int, target: Target | None) -> Batch:
-    """Return the inputs and the targets of a batch."""
-    if target is not None:
-        y = target(batch)
-        if not _holds(y):
-            raise TypeError(
-                f"target: returned {described(y)} for batch {index}; it must return "
-                "tensors, with an entry for each sample."
-            )
-        return batch, y
-    if isinstance(batch, (tuple, list)) and len(batch) == 2 and _holds(batch[1]):
-        return batch[0], batch[1]
-    if _holds_targets(batch):
-        if not isinstance(batch, Mapping):
-            return batch, batch.y
-        inputs: Any = copy.copy(batch)
-        return inputs, inputs.pop(_LABELS)
-    raise TypeError(
-        f"data: batch {index} must be a pair (X, y) with a tensor y, or hold its "
-        f"targets as {_LABELS!r} in a mapping or as an attribute y, got "
-        f"{described(batch)}. Else say where they are with target=."
-    )
 
 
 def numbers_of(y: Any, index: int) -> list[int]:

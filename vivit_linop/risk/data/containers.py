@@ -191,6 +191,11 @@ def leaves(value: Any, stop: Callable[[Any], bool] = _nothing) -> Iterator[Any]:
     return iter((value,)) if is_leaf(value) else _walk(value, stop, (), {})
 
 
+def holds_tensors(value: Any) -> bool:
+    """Whether a value is a tensor, or holds one."""
+    return next(leaves(value), None) is not None
+
+
 def _walk(
     value: Any,
     stop: Callable[[Any], bool],
