@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import vivit_linop as vl
 from tests.capture_cases import close
 from tests.cases import Problem, dense_of
-from vivit_linop.net import column_passes
+from vivit_linop.net import certified, column_passes
 from vivit_linop.net.certified import find_structure, read_structure
 
 
@@ -113,10 +113,10 @@ def test_small_batches_need_no_run_on_a_few_samples(
 class _LateUse(nn.Module):
     """A layer on samples of one sign; no known use of its weight on the others."""
 
-    def __init__(self) -> None:
+    def __init__(self, width: int = 9) -> None:
         super().__init__()
-        self.w = nn.Parameter(torch.randn(9, 9) / 3)
-        self.head = nn.Linear(9, 2)
+        self.w = nn.Parameter(torch.randn(width, width) / width**0.5)
+        self.head = nn.Linear(width, 2)
 
     def forward(self, x: Tensor) -> Tensor:
         if (x[:, 0] > 0.0).all():
@@ -142,6 +142,32 @@ def test_pieces_are_the_same_whatever_is_learnt_between_passes(
     risk = vl.EmpiricalRisk(problem.model, problem.loss, (X, y), memory=memory)
     U = vl.PerSampleGradients(risk)
     assert close((U.T @ U).to_dense(), truth.U.T @ truth.U)
+
+
+@pytest.mark.parametrize("batches", [1, 2])
+def test_columns_that_must_be_formed_are_those_of_few_samples(
+    batches: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That they must is seen when the first are made, of a batch as one piece."""
+    formed, dense = list[int](), certified.CertifiedColumns._dense
+
+    def watched(self: Any, cotangents: Tensor, names: Any) -> Any:
+        formed.append(len(cotangents))
+        return dense(self, cotangents, names)
+
+    X, y = torch.randn(24, 30).double(), torch.randn(24, 2).double()
+    X[:, 0] = X[:, 0].abs()
+    X[5:, 0] *= -1.0
+    problem = Problem(_LateUse(30).double(), nn.MSELoss(), (X, y))
+    truth = dense_of(problem)
+    monkeypatch.setattr(column_passes, "LEAST_BYTES", 0)
+    monkeypatch.setattr(certified.CertifiedColumns, "_dense", watched)
+    data = [*zip(X.chunk(batches), y.chunk(batches), strict=True)]
+    risk = vl.EmpiricalRisk(problem.model, problem.loss, data, memory=160_000)
+    K = vl.GGN(risk).gram.to_dense()
+    assert close(torch.linalg.eigvalsh(K)[-9:], torch.linalg.eigvalsh(truth.G)[-9:])
+    assert sum(formed) >= 24
+    assert max(formed) <= 8
 
 
 ASKED: dict[str, Callable[[vl.EmpiricalRisk], Any]] = {

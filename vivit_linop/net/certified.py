@@ -44,6 +44,10 @@ _FIRST_SAMPLES = 4
 SMALL_RUN = 2**22
 
 
+class NewlyOpaque(Exception):
+    """Columns of some parameters have to be formed, which was not known before."""
+
+
 class CertifiedColumns:
     """The columns of some samples, for whatever is pulled back.
 
@@ -54,6 +58,7 @@ class CertifiedColumns:
         X: The input of the samples.
         capture: The run of the net on them.
         structure: What is known of the net, if it is not that of the risk; it grows.
+        room: The parameters whose columns there is room to form; None for all.
     """
 
     def __init__(
@@ -62,7 +67,9 @@ class CertifiedColumns:
         X: Any,
         capture: Capture,
         structure: Structure | None = None,
+        room: Set[str] | None = None,
     ) -> None:
+        self._room = room
         structure = structure or read_structure(risk, capture.num_samples == 1)
         self._risk, self._X = risk, X
         self._capture, self._structure = capture, structure
@@ -86,11 +93,14 @@ class CertifiedColumns:
 
         Raises:
             ValueError: If no way gives columns that are right.
+            NewlyOpaque: If columns would have to be formed that there is no room for.
         """
         structure, done = self._structure, Columns()
         todo = [name for name in self._risk.params if name in names]
         while todo:
             opaque = structure.opaque & names
+            if self._room is not None and not opaque <= self._room:
+                raise NewlyOpaque
             structured = set(todo) - opaque
             if not opaque and self._stays_apart(cotangents):
                 made, failing = self._at_once(cotangents, structured, takes)

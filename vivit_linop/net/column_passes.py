@@ -30,6 +30,7 @@ from vivit_linop.net.capture import Capture, Takes, sample_sizes
 from vivit_linop.net.certified import (
     SMALL_RUN,
     CertifiedColumns,
+    NewlyOpaque,
     find_structure,
     known_structure,
     read_structure,
@@ -113,15 +114,28 @@ class Pass:
                 # What is learnt of the net meanwhile does not move them.
                 if batch not in self._cuts:
                     self._cuts[batch] = self._cut(batch, X, n)
-                for index in self._cuts[batch]:
-                    if first + int(index[0]) >= start:
-                        with explained(self._do_not_fit, len(index)):
-                            for pieces in self._pieces(batch, X, index, n, first):
-                                for piece in pieces:
-                                    piece.number = number
-                                yield pieces
-                    number += 1
+                pieces = self._of_batch(batch, X, n, first, start, number)
+                while True:
+                    try:
+                        yield from pieces
+                        break
+                    except NewlyOpaque:  # more each time, and before there is a piece
+                        self._cuts[batch] = self._cut(batch, X, n)
+                        pieces = self._of_batch(batch, X, n, first, start, number)
+                number += len(self._cuts[batch])
             first += n
+
+    def _of_batch(
+        self, batch: int, X: Any, n: int, first: int, start: int, number: int
+    ) -> Iterator[list[Piece]]:
+        """Yield the pieces of one batch, from a sample on."""
+        for at, index in enumerate(self._cuts[batch], number):
+            if first + int(index[0]) >= start:
+                with explained(self._do_not_fit, len(index)):
+                    for pieces in self._pieces(batch, X, index, n, first):
+                        for piece in pieces:
+                            piece.number = at
+                        yield pieces
 
     @property
     def samples(self) -> tuple[int, int]:
@@ -238,12 +252,23 @@ class Pass:
         """What is known of the net on several samples.
 
         Pieces are certified when they are made. Where the memory would do for them
-        however they are made, nothing needs to be certified before.
+        however they are made, nothing needs to be certified before; nor where a batch
+        can be cut again.
         """
         if self._fits_by_far:
             return known_structure(self._risk)
-        enough = self._formed_bytes <= self._memory
-        return (read_structure if enough else find_structure)(self._risk)
+        later = self._can_form_all or self._cuts_again
+        return (read_structure if later else find_structure)(self._risk)
+
+    @property
+    def _can_form_all(self) -> bool:
+        """Whether the memory does for the columns of a batch, all of them formed."""
+        return self._formed_bytes <= self._memory
+
+    @property
+    def _cuts_again(self) -> bool:
+        """Whether a batch is cut anew where its first columns have to be formed."""
+        return self.takes == "pairs" and not self._risk.ranks.is_many
 
     def _runs_in_parts(self, batch: int, X: Any, n: int) -> bool:
         """Whether the net runs on fewer samples than a batch has."""
@@ -262,8 +287,12 @@ class Pass:
             return
         X, capture = self._captured(batch, whole, index, n)
         known = self._structure if len(index) > 1 else None
-        certified = CertifiedColumns(self._risk, X, capture, known)
-        begin = int(index[0])
+        begin, room = int(index[0]), None
+        if known is not None and not self._can_form_all:
+            # Another cut must come before there are pieces.
+            if self._cuts_again and begin == 0 and not known.certified:
+                room = set(known.opaque)
+        certified = CertifiedColumns(self._risk, X, capture, known, room)
         samples = slice(first + begin, first + begin + len(index))
         pieces = []
         for factor in self._factors:

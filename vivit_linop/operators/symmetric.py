@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from functools import cache, partial
+from functools import cache
 from typing import Any, Self
 
 import numpy as np
@@ -65,7 +65,7 @@ def symmetric_eigenpairs(matrix: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def symmetric_eigenvalues(matrix: Tensor) -> Tensor:
-    """The eigenvalues of a symmetric matrix, ascending; on the CPU by LAPACK's ?syevr.
+    """The eigenvalues of a symmetric matrix, ascending; on the CPU as ?syevr has them.
 
     torch's choice of algorithm on the CPU takes up to twice as long.
 
@@ -81,10 +81,8 @@ def symmetric_eigenvalues(matrix: Tensor) -> Tensor:
         or matrix.requires_grad
     ):
         return torch.linalg.eigvalsh(matrix)
-    _check_rows(matrix)
-    with _threads_for(len(matrix)):
-        found = scipy.linalg.eigh(matrix.numpy(), eigvals_only=True, driver="evr")
-    return torch.from_numpy(found)
+    # Of two triangles LAPACK reads the upper one sooner.
+    return _reduced(matrix, lower=False)[0]
 
 
 def largest_eigenpairs(matrix: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -124,20 +122,8 @@ class Tridiagonal:
     """
 
     def __init__(self, matrix: Tensor) -> None:
-        _check_rows(matrix)
-        # Products of very large or very small entries are no numbers.
-        scale = 2.0 ** -max(math.frexp(float(matrix.abs().max()))[1], -100)
-        # Symmetric, so that its transpose, in LAPACK's order, is the matrix.
-        columns = np.asarray_chkfinite((scale * matrix).numpy()).T
-        reduce, roots = get_lapack_funcs(("sytrd", "sterf"), (columns,))
-        self._threads = partial(_threads_for, matrix.shape[0])
-        with self._threads():
-            found = reduce(columns, 1, _BLOCK * len(columns), overwrite_a=True)
-            self._reflectors, self._diagonal, self._beside, self._scales, _ = found
-            evals, failed = roots(self._diagonal, self._beside)
-        if failed:
-            raise np.linalg.LinAlgError(f"eigh: {failed} eigenvalues do not converge.")
-        self.eigenvalues = torch.from_numpy(evals).div_(scale)
+        self.eigenvalues, found = _reduced(matrix, lower=True)
+        self._reflectors, self._diagonal, self._beside, self._scales = found
 
     @classmethod
     def of(cls, matrix: Tensor) -> Self | None:
@@ -152,7 +138,7 @@ class Tridiagonal:
 
     def eigenvectors(self, first: int, last: int) -> Tensor:
         """Those from one index to another, both included: ``[n, K]``."""
-        with self._threads():
+        with _threads_for(len(self.eigenvalues)):
             _, inner = scipy.linalg.eigh_tridiagonal(
                 self._diagonal,
                 self._beside,
@@ -189,6 +175,26 @@ def _by_scipy(
         found = scipy.linalg.eigh(matrix.numpy(), subset_by_index=chosen, driver=driver)
     evals, evecs = map(torch.from_numpy, found)
     return evals, evecs
+
+
+def _reduced(matrix: Tensor, lower: bool) -> tuple[Tensor, tuple[np.ndarray, ...]]:
+    """Eigenvalues, ascending, and the tridiagonal form that they are of.
+
+    That is reflectors, the diagonal, what is beside it, and the reflectors' scales.
+    """
+    _check_rows(matrix)
+    # Products of very large or very small entries are no numbers.
+    size = max(map(abs, torch.stack(matrix.aminmax()).tolist()))
+    scale = 2.0 ** -max(math.frexp(size)[1], -100)
+    # Symmetric, so that its transpose, in LAPACK's order, is the matrix.
+    columns = np.asarray_chkfinite((scale * matrix).numpy()).T
+    reduce, roots = get_lapack_funcs(("sytrd", "sterf"), (columns,))
+    with _threads_for(len(columns)):
+        *found, _ = reduce(columns, lower, _BLOCK * len(columns), overwrite_a=True)
+        evals, failed = roots(found[1], found[2])
+    if failed:
+        raise np.linalg.LinAlgError(f"eigh: {failed} eigenvalues do not converge.")
+    return torch.from_numpy(evals).div_(scale), tuple(found)
 
 
 def _check_rows(matrix: Tensor) -> None:
