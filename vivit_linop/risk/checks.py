@@ -24,6 +24,7 @@ from vivit_linop.risk.kept import Run, run_of
 from vivit_linop.risk.model.functional import FunctionalModel
 from vivit_linop.risk.model.outputs import RaggedOutputs
 from vivit_linop.risk.model.parameters import check_finite, strided_parts
+from vivit_linop.risk.model.private_module import Params
 
 # From how many states of the generators a model that draws is evaluated on the first
 # batch. A coin that is used falls alike in all of them once in 2⁸ times.
@@ -136,12 +137,16 @@ def checked_outputs(
     output = output.detach()
     output = output.clone()
     finite, *parts = read([output.isfinite().all(), *same, *run.written])
-    for name, is_same in zip(buffers, parts[: len(same)], strict=True):
-        if not is_same:
+    changed = [name for name, was in zip(buffers, parts, strict=False) if not was]
+    if changed:
+        model.restore({name: kept[name] for name in changed})
+        now = {name: buffers[name] for name in changed}
+        if not _has_outputs(model, {**model.params, **now}, X, output):
             raise ValueError(
-                f"model: its forward pass changes the buffer {name!r} (the power "
+                f"model: its forward pass changes the buffer {changed[0]!r} (the power "
                 "iteration of spectral_norm in training mode, or statistics that "
-                "are kept), so it is not one function. Call model.eval() first."
+                "are kept), and has other outputs then, so it is not one function. "
+                "Call model.eval(), or do without that in evaluation mode."
             )
     writes = any(parts[len(same) :])
     if writes:
@@ -154,7 +159,7 @@ def checked_outputs(
         raise ValueError(
             f"{where} returned NaN or Inf for sample {int(bad.nonzero()[0])}."
         )
-    serves = run.record is not None and not (writes or drawn)
+    serves = run.record is not None and not (writes or drawn or changed)
     return Checked(output, run.graph_bytes, run if serves else None)
 
 
@@ -163,7 +168,7 @@ def _is_as_before(before: Tensor, now: Tensor) -> Tensor:
     pairs = list(zip(strided_parts(before), strided_parts(now), strict=True))
     if any(a.shape != b.shape for a, b in pairs):  # it has other entries
         return torch.zeros((), dtype=torch.bool, device=now.device)
-    same = [torch.isclose(a, b, 0.0, 0.0, equal_nan=True).all() for a, b in pairs]
+    same = [((a == b) | ((a != a) & (b != b))).all() for a, b in pairs]
     return functools.reduce(torch.logical_and, same)
 
 
@@ -194,17 +199,26 @@ def _check_unmoved(model: FunctionalModel, index: int, X: Any, output: Tensor) -
     after a seed of their own. The same arithmetic gives the same outputs, but for
     kernels that sum in any order.
     """
-    tolerance = 100 * torch.finfo(output.dtype).eps * _largest(output)
     for seed in range(1, _STATES if index == 0 else 2):
         with as_guest(output.device):
             reseed(seed, output.device)
-            again = model(model.params, X).detach()
-        if again.shape != output.shape or _largest(again - output) > tolerance:
+            moved = not _has_outputs(model, model.params, X, output)
+        if moved:
             raise ValueError(
                 f"model: on batch {index} it drew random numbers, so it is not one "
                 "function. Call model.eval(), or fix what is random (functional "
                 "dropout, noise)."
             )
+
+
+def _has_outputs(
+    model: FunctionalModel, params: Params, X: Any, output: Tensor
+) -> bool:
+    """Whether a model has these outputs again, but for sums in another order."""
+    tolerance = 100 * torch.finfo(output.dtype).eps * _largest(output)
+    with as_guest(output.device):
+        again = model(params, X).detach()
+    return again.shape == output.shape and bool(_largest(again - output) <= tolerance)
 
 
 def read(answers: Sequence[Tensor]) -> list[bool]:

@@ -124,6 +124,7 @@ class FunctionalModel:
         self.count: Callable[[Any], int] | None = None
         self._foreign: set[str] = set()
         self._buffers: list[str] = []
+        self._written = frozenset[str]()
         self._source: Source | None = None
         if isinstance(model, nn.Module):
             chosen = chosen_of_module(model, params)
@@ -180,7 +181,7 @@ class FunctionalModel:
             name for name, owner in self.owners.items() if owner is not named[name]
         }
         self._source = Source(weakref.ref(model), predict)
-        self._buffers = [name for name, b in buffers.items() if b.is_floating_point()]
+        self._buffers = list(buffers)
         own = {**self._fixed, **self._as_given(self.params)}
         self._private = PrivateModule(model, predict, slots, own, self._dtype)
         self._returned = self._private.returned
@@ -459,6 +460,8 @@ class FunctionalModel:
         params = self._as_given(params)
         if self._moved:
             params = {**self._moved, **params}
+        for name in self._written:
+            params = {**params, name: params.get(name, self._fixed[name]).clone()}
         with default_dtype(self._default_dtype), self._casts(params):
             if self._private is not None:
                 return self._private(params, X)
@@ -519,8 +522,18 @@ class FunctionalModel:
 
     @property
     def buffers(self) -> Params:
-        """The buffers among them that hold real numbers."""
-        return {name: self._fixed[name] for name in self._buffers}
+        """The buffers among them that stay what they are in evaluations."""
+        names = (name for name in self._buffers if name not in self._written)
+        return {name: self._fixed[name] for name in names}
+
+    def restore(self, buffers: Params) -> None:
+        """Let every evaluation have copies of buffers that the model writes into.
+
+        Args:
+            buffers: What they were.
+        """
+        self._fixed = {**self._fixed, **buffers}
+        self._written |= buffers.keys()
 
 
 def _of_kind(like: Tensor, values: Tensor) -> Tensor:
