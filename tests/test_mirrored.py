@@ -291,3 +291,32 @@ def test_draws_are_two():
     J, moved = vl.Jacobian(risk), vl.Jacobian(other)
     assert not (J @ moved.T).self_adjoint
     assert torch.allclose((J @ moved.T).to_dense(), J.to_dense() @ moved.to_dense().T)
+
+
+@pytest.mark.parametrize("dtype", EPS)
+def test_anticommutators_are_self_adjoint(dtype):
+    """A B + B A for self-adjoint A, B, whose products are not."""
+    risk = risk_of(dtype)
+    D, G = risk.num_params, vl.GGN(risk)
+    K, p = vl.KFAC(risk, variant="exact"), Diagonal(torch.linspace(1, 2, D).to(dtype))
+    S = (G + 0.5 * vl.Identity(D)).inv()
+    for A, B in [(K, G), (S, p), (S, K), (G, p)]:
+        assert not (A @ B).self_adjoint
+        op = (A @ B + B @ A) / 2
+        a, b = A.to_dense().double(), B.to_dense().double()
+        truth, size = (a @ b + b @ a) / 2, a.norm() * b.norm()
+        assert op.self_adjoint and op.T is op
+        assert (op.to_dense() - truth).norm() <= EPS[dtype] * size
+        evals = op.eigh(k=3).eigenvalues.double()
+        assert (evals - torch.linalg.eigvalsh(truth)[-3:]).norm() <= EPS[dtype] * size
+        x = torch.linspace(-1, 1, D).to(dtype)
+        solution = (op + 5.0 * size.item() * vl.Identity(D)).solve(x, rtol=EPS[dtype])
+        shifted = truth + 5.0 * size * torch.eye(D).double()
+        exact = torch.linalg.solve(shifted, x.double())
+        assert (solution - exact).norm() <= 10 * EPS[dtype] * exact.norm()
+    for op in (K @ G + K @ S, K @ G + G @ K + K @ G, K @ G + G, K @ G - G @ K):
+        assert not op.self_adjoint
+        with pytest.raises((TypeError, ValueError)):
+            op.eigh(k=2)
+    both = vl.operators.Sum(K @ G, S @ p)
+    assert vl.operators.elementary.mirrored(both, vl.operators.Sum(p @ S, G @ K))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from functools import reduce
 
@@ -29,6 +30,7 @@ from vivit_linop.operators.kronecker import (
 from vivit_linop.operators.lowrank import Centered, Gram, LowRank
 from vivit_linop.operators.parts import HStack
 from vivit_linop.operators.random_projection import RandomProjection
+from vivit_linop.operators.sandwich import LowRankForm, low_rank_form
 from vivit_linop.operators.verbs import (
     adjoint,
     centered_row_norms_squared,
@@ -225,7 +227,7 @@ def diagonal_of_product(op: Product) -> Tensor:
         if isinstance(last, Diagonal):
             return diagonal(reduce(matmul, (first, *between))) * last.entries
         if (found := narrowest_low_rank(op)) is None:
-            return diagonal_blocks(op, 1).flatten()
+            return _diagonal_of_square_factors(op)
         at, low_rank = found
         V = low_rank.factor
         narrow = *op.factors[:at], V, adjoint(V), *op.factors[at + 1 :]
@@ -239,6 +241,61 @@ def diagonal_of_product(op: Product) -> Tensor:
     for (_, left), (_, right) in pairs:
         result += (left * right).sum(1)
     return result
+
+
+def _diagonal_of_square_factors(op: Product) -> Tensor:
+    """By that of the factors a I + V M Vᵀ which has the fewest columns.
+
+    A low-rank node of more columns than rows is a matrix. Entries that lose more than
+    half of the digits come from products.
+    """
+    if op.requires_grad or (found := narrowest_form(op)) is None:
+        return diagonal_blocks(_with_matrices(op), 1).flatten()
+    at, form = found
+    V, before, after = form.factor, op.factors[:at], op.factors[at + 1 :]
+    assert V is not None
+    scales = () if form.weights is None else (Diagonal(form.weights),)
+    unit = torch.eye(V.shape[1], dtype=op.torch_dtype, device=op.device)
+    inner = Dense(form.multiply(unit).to(unit))
+    narrow = Product(*before, *scales, V, inner, adjoint(V), *scales, *after)
+    rest = reduce(matmul, (*before, *scales, *after))
+    shifted = form.shift * diagonal(rest)
+    result = shifted + diagonal_of_product(narrow)
+    lost = result.abs() < torch.finfo(result.dtype).eps ** 0.5 * shifted.abs()
+    for part in lost.nonzero().squeeze(1).split(_CHUNK):
+        unit = torch.zeros(len(lost), len(part), dtype=unit.dtype, device=op.device)
+        unit[part] = torch.eye(len(part), dtype=unit.dtype, device=op.device)
+        result[part] = op.apply(unit)[part].diagonal()
+    return result
+
+
+def _with_matrices(op: Product) -> Product:
+    """The product with matrices in place of nodes V Vᵀ with many columns, if they fit.
+
+    Each product with such a node is one with V, which may be one through a net.
+    """
+    found: dict[int, TorchLinearOperator] = {}
+    for factor in op.factors:
+        if not isinstance(factor, LowRank) or factor.requires_grad:
+            continue
+        if factor.factor.shape[1] >= factor.shape[0] and id(factor) not in found:
+            with contextlib.suppress(MemoryError):
+                found[id(factor)] = Dense(to_dense(factor))
+    return Product(*(found.get(id(factor), factor) for factor in op.factors))
+
+
+def narrowest_form(op: Product) -> tuple[int, LowRankForm] | None:
+    """Return which factor is an a D + D V M Vᵀ D with the fewest columns in V.
+
+    None where V has as many as there are rows, or gradients flow to it.
+    """
+    forms: dict[int, tuple[int, LowRankForm]] = {}
+    for at, factor in enumerate(op.factors):
+        form = low_rank_form(factor)
+        if form is not None and (V := form.factor) is not None and not V.requires_grad:
+            forms[V.shape[1]] = at, form
+    least = min(forms, default=op.shape[0])
+    return forms[least] if least < op.shape[0] else None
 
 
 def narrowest_low_rank(op: Product) -> tuple[int, LowRank] | None:

@@ -9,18 +9,28 @@ and all that is left to do with D rows is tr(B) and the products of B with V.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import reduce
 
 import torch
 from torch import Tensor
 
-from vivit_linop.linalg.reductions import narrowest_low_rank
+from vivit_linop.linalg.reductions import narrowest_form, narrowest_low_rank
 from vivit_linop.operators.base import TorchLinearOperator
 from vivit_linop.operators.damped import Damped, DampedInverse
-from vivit_linop.operators.elementary import Diagonal, Product, Scaled, Sum
-from vivit_linop.operators.kronecker import CorrectedKronecker
+from vivit_linop.operators.elementary import (
+    Diagonal,
+    Product,
+    Scaled,
+    Sum,
+    mirrored,
+)
+from vivit_linop.operators.kronecker import (
+    BlockDiagonal,
+    CorrectedKronecker,
+    Kronecker,
+)
 from vivit_linop.operators.lowrank import DampedRoot, LowRank, Woodbury
-from vivit_linop.operators.sandwich import LowRankForm, low_rank_form
 from vivit_linop.operators.verbs import (
     adjoint,
     diagonal,
@@ -41,6 +51,14 @@ def trace_of_operator(op: TorchLinearOperator) -> Tensor:
 def trace_of_low_rank(op: LowRank) -> Tensor:
     """The trace of the smaller side: tr(V Vᵀ) = tr(VᵀV)."""
     return op.scale * row_norms_squared(op.factor).sum()
+
+
+@trace.register
+def trace_of_block_diagonal(op: BlockDiagonal) -> Tensor:
+    """The sum of those of the blocks."""
+    if not op.has_square_blocks:
+        return trace_of_operator(op)
+    return torch.stack([*map(trace, op.blocks)]).sum().to(op.torch_dtype)
 
 
 @trace.register
@@ -101,24 +119,165 @@ def trace_of_product(op: Product) -> Tensor:
     factors = op.factors
     if len(factors) == 1 or any(f.shape != op.shape for f in factors):
         return trace_of_operator(op)
-    if (found := narrowest_low_rank(op)) is not None:
-        at, low_rank = found
-        V, between = low_rank.factor, _after(op, at)
-        return low_rank.scale * trace(reduce(matmul, (adjoint(V), *between, V)))
+    if (found := _in_eigenbasis(op)) is not None:
+        return found
+    if (found := _by_columns(op)) is not None:
+        return found
+    if any(isinstance(factor, (Damped, Sum)) for factor in factors):
+        return _trace_by_terms(op)
     for at, factor in enumerate(factors):
-        if isinstance(factor, (Damped, Sum)):
-            return _trace_by_terms(factor, reduce(matmul, _after(op, at)))
         if isinstance(factor, Diagonal):
             rest = diagonal(reduce(matmul, _after(op, at)))
             return (factor.entries * rest).sum()
     return _trace_by_forms(op)
 
 
-def _trace_by_terms(op: Damped | Sum, rest: TorchLinearOperator) -> Tensor:
-    """tr(A B + δ B), or tr(A₁ B) + tr(A₂ B)."""
-    if isinstance(op, Damped):
-        return trace(matmul(op.operator, rest)) + op.damping * trace(rest)
-    return torch.stack([trace(matmul(term, rest)) for term in op.terms]).sum()
+def _in_eigenbasis(op: Product) -> Tensor | None:
+    """The trace of two Kronecker products, one or both with eigenvalues of their own.
+
+    In float64, as their eigenvectors are computed: terms of differences cancel.
+    """
+    if len(op.factors) != 2 or op.requires_grad:
+        return None
+    A, B = op.factors
+    if isinstance(A, Sum) and len(A.terms) == 2 and A.self_adjoint and mirrored(A, B):
+        first, second = A.terms
+        if isinstance(second, CorrectedKronecker):
+            first, second = second, first
+        if isinstance(first, CorrectedKronecker):
+            return _norm_in_eigenbasis(first, second)
+        return _norm_of_two(first, second)
+    if not isinstance(A, CorrectedKronecker):
+        A, B = B, A
+    if not isinstance(A, CorrectedKronecker):
+        return None
+    return _inner_product(A, B)
+
+
+def _inner_product(A: CorrectedKronecker, B: TorchLinearOperator) -> Tensor | None:
+    """tr(Q Λ Qᵀ B) = λᵀ diag(Qᵀ B Q)."""
+    Q, evals = _vectors(A), A.eigenvalues.double()
+    if isinstance(B, CorrectedKronecker) and (P := _vectors(B)):
+        if [*map(len, P)] != [*map(len, Q)]:
+            return None
+        squares = Kronecker(*((q.T @ p).square() for q, p in zip(Q, P, strict=True)))
+        in_basis = squares.apply(B.eigenvalues.double().unsqueeze(1)).squeeze(1)
+    elif (matrices := _matrices(B, Q)) is not None:
+        in_basis = _outer([M.diagonal() for M in matrices])
+    else:
+        return None
+    return (evals @ in_basis).to(A.torch_dtype)
+
+
+def _norm_in_eigenbasis(
+    first: CorrectedKronecker, second: TorchLinearOperator
+) -> Tensor | None:
+    """|Q Λ Qᵀ + B|² for a self-adjoint B, without terms that cancel.
+
+    On the diagonal in the basis Q are sums, and beside it is B alone.
+    """
+    matrices = _matrices(second, _vectors(first))
+    if matrices is None:
+        return None
+    on = [M.diagonal() for M in matrices]
+    beside = [M - torch.diag(d) for M, d in zip(matrices, on, strict=True)]
+    total = (first.eigenvalues.double() + _outer(on)).square().sum()
+    # Of the entries beside the diagonal, those that are so in a factor, and on it in
+    # all factors before.
+    for at, part in enumerate(beside):
+        sizes = [*(d.square().sum() for d in on[:at]), part.square().sum()]
+        sizes += [M.square().sum() for M in matrices[at + 1 :]]
+        total = total + torch.stack(sizes).prod()
+    return total.to(first.torch_dtype)
+
+
+def _norm_of_two(
+    first: TorchLinearOperator, second: TorchLinearOperator
+) -> Tensor | None:
+    """|B ⊗ A + D ⊗ C|² as that of (B + D) ⊗ A + D ⊗ (C − A): small if both are."""
+    left, right = _matrices(first), _matrices(second)
+    if left is None or right is None or not len(left) == len(right) == 2:
+        return None
+    (B, A), (D, C) = left, right
+    if A.shape != C.shape:
+        return None
+    P, R = B + D, C - A
+    ends = [P.square().sum() * A.square().sum(), D.square().sum() * R.square().sum()]
+    total = ends[0] + 2 * (P * D).sum() * (A * R).sum() + ends[1]
+    if total < torch.finfo(total.dtype).eps ** 0.5 * (ends[0] + ends[1]):
+        return None
+    return total.to(first.torch_dtype)
+
+
+def _vectors(op: CorrectedKronecker) -> list[Tensor]:
+    return [vectors.double() for _, vectors in op.factor_eigenpairs]
+
+
+def _matrices(op: TorchLinearOperator, Q: Sequence[Tensor] = ()) -> list[Tensor] | None:
+    """The factors of a Kronecker product in another basis, None where it is none.
+
+    Args:
+        op: The Kronecker product, or a multiple of one.
+        Q: The basis, a matrix for each factor; that in which they are by default.
+    """
+    of, scaled = (op.operator, op.factor) if isinstance(op, Scaled) else (op, 1.0)
+    if not isinstance(of, Kronecker):
+        return None
+    found = [to_dense(factor).double() for factor in of.factors]
+    if Q:
+        if [M.shape for M in found] != [q.shape for q in Q]:
+            return None
+        found = [q.T @ M @ q for q, M in zip(Q, found, strict=True)]
+    return [scaled * found[0], *found[1:]]
+
+
+def _outer(vectors: Sequence[Tensor]) -> Tensor:
+    """The Kronecker product of vectors."""
+    return reduce(lambda a, b: torch.outer(a, b).reshape(-1), vectors)
+
+
+def _by_columns(op: Product) -> Tensor | None:
+    """tr(V Vᵀ A) = tr(Vᵀ A V), where V has few columns or A leaves V its structure."""
+    found = narrowest_low_rank(op)
+    for at, factor in [found] if found else enumerate(op.factors):
+        if not isinstance(factor, LowRank) or factor.requires_grad:
+            continue
+        V = factor.factor
+        inner = reduce(matmul, (adjoint(V), *_after(op, at), V))
+        of = inner.operator if isinstance(inner, Scaled) else inner
+        if found or (type(of) is not Product and not isinstance(of, (Damped, Sum))):
+            return factor.scale * trace(inner)
+    return None
+
+
+def _trace_by_terms(op: Product) -> Tensor:
+    """The sum of the traces of all terms of a product of sums.
+
+    Where these cancel to less than half of the digits, by the diagonal.
+    """
+    terms = torch.stack(_traces(op))
+    total, size = terms.sum(), terms.detach().abs().sum()
+    if total.detach().abs() >= torch.finfo(terms.dtype).eps ** 0.5 * size:
+        return total
+    return trace_of_operator(op)
+
+
+def _traces(op: TorchLinearOperator) -> list[Tensor]:
+    """tr(A B) and δ tr(B), tr(A₁ B) and tr(A₂ B); terms of B are others."""
+    if isinstance(op, Sum):
+        return [found for term in op.terms for found in _traces(term)]
+    if not isinstance(op, Product) or any(f.shape != op.shape for f in op.factors):
+        return [trace(op)]
+    for at, factor in enumerate(op.factors):
+        if not isinstance(factor, (Damped, Sum)):
+            continue
+        rest = reduce(matmul, _after(op, at))
+        if isinstance(factor, Damped):
+            damped = [factor.damping * found for found in _traces(rest)]
+            return [*_traces(matmul(factor.operator, rest)), *damped]
+        parts = [_traces(matmul(term, rest)) for term in factor.terms]
+        return [found for part in parts for found in part]
+    return [trace(op)]
 
 
 def _after(op: Product, at: int) -> tuple[TorchLinearOperator, ...]:
@@ -131,30 +290,18 @@ def _trace_by_forms(op: Product) -> Tensor:
 
     Where the two terms cancel to less than half of the digits, by the diagonal.
     """
-    forms = [(at, low_rank_form(factor)) for at, factor in enumerate(op.factors)]
-    narrow = [(at, form) for at, form in forms if form is not None and _serves(form)]
-    if not narrow:
+    if (found := narrowest_form(op)) is None:
         return trace_of_operator(op)
-    at, form = min(narrow, key=lambda pair: _columns(pair[1]))
-    V, between = form.factor, _after(op, at)
+    at, form = found
+    V, rest = form.factor, reduce(matmul, _after(op, at))
     assert V is not None
-    inner = to_dense(reduce(matmul, (adjoint(V), *between, V)))
-    shifted = form.shift * trace(reduce(matmul, between))
+    shifted = form.shift * trace(rest)
+    if form.weights is not None:
+        weights = Diagonal(form.weights)
+        shifted = form.shift * (form.weights * diagonal(rest)).sum()
+        rest = reduce(matmul, (weights, rest, weights))
+    inner = to_dense(reduce(matmul, (adjoint(V), rest, V)))
     result = shifted + form.multiply(inner).diagonal().sum()
     if result.abs() > torch.finfo(result.dtype).eps ** 0.5 * shifted.abs():
         return result
     return trace_of_operator(op)
-
-
-def _columns(form: LowRankForm) -> int:
-    return 0 if form.factor is None else form.factor.shape[1]
-
-
-def _serves(form: LowRankForm) -> bool:
-    V = form.factor
-    return (
-        V is not None
-        and form.weights is None
-        and V.shape[1] < V.shape[0]
-        and not V.requires_grad
-    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 from functools import cached_property
 
 import numpy as np
@@ -305,8 +306,12 @@ class Sum(TorchLinearOperator):
 
     @property
     def self_adjoint(self) -> bool:  # type: ignore[override]
-        """Whether all terms are."""
-        return all(term.self_adjoint for term in self.terms)
+        """Whether all terms are, or what is not comes with its adjoint: A B + B A."""
+        rest = [term for term in self.terms if not term.self_adjoint]
+        return not rest or _is_mirrored(rest, rest)
+
+    def _mirrors(self, other: TorchLinearOperator) -> bool:
+        return isinstance(other, Sum) and _is_mirrored(self.terms, other.terms)
 
     def _settled(self, dtype: torch.dtype | None, device: torch.device | None) -> Sum:
         return Sum(*(settle(term, dtype, device) for term in self.terms))
@@ -391,6 +396,19 @@ def mirrored(left: TorchLinearOperator, right: TorchLinearOperator) -> bool:
     if isinstance(right, Adjoint):
         return verbs.same(left, right.parent)
     return verbs.same(left, right.T) or left._mirrors(right)
+
+
+def _is_mirrored(
+    left: Sequence[TorchLinearOperator], right: Sequence[TorchLinearOperator]
+) -> bool:
+    """Whether the adjoints of some terms are others, in any order."""
+    rest = list(right)
+    for term in left:
+        places = (at for at, other in enumerate(rest) if mirrored(term, other))
+        if (at := next(places, None)) is None:
+            return False
+        del rest[at]
+    return not rest
 
 
 @verbs.same.register

@@ -20,7 +20,7 @@ from vivit_linop.operators.base import (
 )
 from vivit_linop.operators.elementary import Dense, _as_tensor, mirrored
 from vivit_linop.operators.symmetric import symmetric_eigenpairs
-from vivit_linop.operators.verbs import to_dense
+from vivit_linop.operators.verbs import same, to_dense
 
 
 class BlockDiagonal(TorchLinearOperator):
@@ -259,6 +259,20 @@ class CorrectedKronecker(TorchLinearOperator):
         Q = [vectors for _, vectors in self.factor_eigenpairs]
         along = Kronecker(*(vectors.T for vectors in Q))._multiply(X)
         return Kronecker(*Q)._multiply(self.eigenvalues.unsqueeze(1) * along)
+
+
+@same.register
+def same_corrected_kronecker(
+    left: CorrectedKronecker, right: TorchLinearOperator
+) -> bool:
+    """Those of one basis with the same eigenvalues, such as multiples made twice."""
+    if left is right:
+        return True
+    if not isinstance(right, CorrectedKronecker) or left.basis is not right.basis:
+        return False
+    if left.requires_grad or right.requires_grad:
+        return False
+    return torch.equal(left.eigenvalues, right.eigenvalues)
 
 
 class KhatriRao(TorchLinearOperator):
