@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -197,6 +198,22 @@ def test_one_backward_pass(monkeypatch: pytest.MonkeyPatch) -> None:
 
     assert count(APART["layers"]) == 1
     assert count(hooked) == 2
+
+
+class BareNode:
+    """A node of a torch that saves what views need by other names."""
+
+    next_functions = ()
+    _input_metadata = (SimpleNamespace(shape=(N, N)),)
+
+    def __init__(self, name: str) -> None:
+        self.name = lambda: name
+
+
+def test_nodes_that_save_something_else_say_nothing() -> None:
+    for name, known in {"ViewBackward0": False, "TanhBackward0": True}.items():
+        output: Any = SimpleNamespace(grad_fn=BareNode(name), numel=lambda: N * N)
+        assert stay_apart(output, N) == known
 
 
 def test_hooks_that_let_samples_meet() -> None:
