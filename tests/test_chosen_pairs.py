@@ -146,6 +146,22 @@ def test_a_matrix_of_any_size(dtype: torch.dtype, size: float) -> None:
 
 
 @pytest.mark.host("LAPACK is the CPU's")
+@every_dtype
+@pytest.mark.parametrize("rows", [140, 1000])
+def test_eigenvalues_are_of_the_lower_triangle_by_either_library(
+    rows: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    A = Draw(FLOAT64).symmetric(160).to(dtype)
+    expected = torch.linalg.eigvalsh(A.double())
+    monkeypatch.setattr(symmetric, "_FEW_ROWS", 150)
+    monkeypatch.setattr(symmetric, "_ONE_STAGE_ROWS", {dtype: rows})
+    eps = torch.finfo(dtype).eps * expected.abs().max()
+    for half in (A.tril(), A.triu().T, A.tril() + 3.0 * A.triu(1)):
+        evals = symmetric.symmetric_eigenvalues(half)
+        assert (evals - expected).abs().max() <= 20 * eps
+
+
+@pytest.mark.host("LAPACK is the CPU's")
 def test_what_is_no_number_is_refused_and_threads_are_as_before() -> None:
     A = Draw(FLOAT64).symmetric(140)
     A[3, 3] = float("nan")

@@ -160,6 +160,8 @@ class OuterSums(LayerColumns):
         else:
             limit = min(memory, _share(_OUTER_BYTES, gram.device))
             split = gram.numel() * gram.element_size() > limit
+        self._order_by_position()
+        other._order_by_position()
         if split and self.num_samples > 1:
             half = self.num_samples // 2
             first, second = self._samples(slice(half)), self._samples(slice(half, None))
@@ -174,8 +176,6 @@ class OuterSums(LayerColumns):
             return
         n, R, m, Q = self.num_samples, self.width, other.num_samples, other.width
         target = gram.view(n, R, m, Q)
-        self._order_by_position()
-        other._order_by_position()
         for group in range(self._groups):
             for p in range(self.positions):
                 a, b = self.inputs[:, group, :, p], self.cotangents[:, :, group, :, p]
@@ -239,10 +239,13 @@ class OuterSums(LayerColumns):
     def _order_by_position(self) -> None:
         """Bring the inputs into the order in memory that products need, and keep it.
 
-        They come in the order that is the fastest to write and does for sums.
+        They come in the order that is the fastest to write and does for sums. Of one
+        position, cotangents that lie column by column are brought together as well.
         """
         if self.inputs.stride(2) != 1:
             self.inputs = self.inputs.mT.contiguous().mT
+        if self.positions == 1:
+            self.cotangents = self.cotangents.contiguous()
 
 
 def _side_by_side(
