@@ -35,13 +35,14 @@ from vivit_linop.risk.kept import Run
 
 # Where one sample leaves a choice between layouts, so many are asked.
 _TELLING_SAMPLES = 4
-
-
-# How columns are taken: in parts as they are made, for sums over all of them
-# ("stream"), and in factors also where formed columns are smaller ("factors"); those of
-# a piece of samples together ("columns"), formed side by side ("rows"), or with those
-# of other pieces ("pairs").
-Takes = Literal["stream", "factors", "columns", "rows", "pairs"]
+# How columns are taken: one of each sample for its norm ("norms"); in parts as they are
+# made, for sums over all of them ("stream"), and in factors also where formed columns
+# are smaller ("factors"); those of a piece of samples together ("columns"), formed side
+# by side ("rows"), or with those of other pieces ("pairs").
+Takes = Literal["norms", "stream", "factors", "columns", "rows", "pairs"]
+# They are formed where that takes less than this share of their factors: what is read
+# once or twice, where it is much less.
+_FORMED_SHARES: dict[Takes, float] = {"norms": 0.25, "stream": 0.0, "factors": 0.0}
 Maker = Callable[[Tensor], list[tuple[View, LayerColumns]]]
 
 
@@ -319,7 +320,7 @@ class Capture:
     ) -> dict[str, LayerColumns]:
         """Return the columns of parameters from signals, which it takes away."""
         used = [name for each in placed for name in each.use.names]
-        forms = takes not in ("stream", "factors")
+        share = _FORMED_SHARES.get(takes, 1.0)
         parts: dict[str, list[tuple[Place, LayerColumns]]] = {}
         columns: dict[str, LayerColumns] = {}
         with torch.no_grad():
@@ -329,8 +330,8 @@ class Capture:
                         continue
                     if view.transposed:
                         part = part.transposed(view.shape)
-                    if forms and used.count(view.name) == 1:
-                        compacted = part.compacted()
+                    if share and used.count(view.name) == 1:
+                        compacted = part.compacted(share)
                         if compacted is not part:
                             self._note_formed(view, part)
                         part = compacted

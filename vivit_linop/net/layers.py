@@ -126,7 +126,10 @@ def unfold(X: Tensor, arguments: Arguments) -> Tensor:
         else:
             size = 0 if padding == "valid" else _tuple(padding, dims)[axis]
             pads += [size, size]
-    X = F.pad(X, pads)
+    # Windows are copied faster of what lies in order; where there is no margin, torch
+    # would copy all for it.
+    X = F.pad(X, pads) if any(pads) else X
+    X = X.contiguous()
     for axis in range(dims):
         extent = dilation[axis] * (kernel[axis] - 1) + 1
         X = X.unfold(2 + axis, extent, stride[axis])[..., :: dilation[axis]]
@@ -144,7 +147,7 @@ def _conv_inputs(arguments: Arguments, X: Tensor) -> Tensor:
     """``[n, in, …]``."""
     patches = unfold(X, arguments)
     if not patches.is_contiguous():
-        patches = fresh(X, *patches.shape).copy_(patches)
+        patches = fresh(patches, *patches.shape).copy_(patches)
     positions = patches.shape[len(arguments["weight_shape"]) :].numel()
     return patches.reshape(len(X), arguments.get("groups", 1), -1, positions)
 

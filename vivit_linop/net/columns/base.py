@@ -177,8 +177,8 @@ class LayerColumns(ABC):
 
     # Columns put together -------------------------------------------------------------
 
-    def compacted(self) -> LayerColumns:
-        """The same columns, formed where that takes less memory."""
+    def compacted(self, share: float = 1.0) -> LayerColumns:
+        """The same columns, formed where that takes no more than a share of memory."""
         return self
 
     def transposed(self, shape: torch.Size) -> LayerColumns:

@@ -25,6 +25,8 @@ from vivit_linop.noise import Noise
 _SKETCH_ROWS = 8
 # Temporaries that are read again right away should still be in a cache.
 _WORKING_SET = 8 * 2**20
+# What is unfolded, multiplied and let go: in the cache of a core.
+_NEAR_BYTES = 3 * 2**20
 
 
 class SharedCotangents:
@@ -138,11 +140,12 @@ class KhatriRaoColumns(OuterSums):
             if self.positions == 1 and self.cotangents.shape == other.cotangents.shape:
                 self.cotangents_key = other.cotangents_key = SharedCotangents()
 
-    def compacted(self) -> LayerColumns:
-        """Formed, unless there are more entries of columns than of factors."""
+    def compacted(self, share: float = 1.0) -> LayerColumns:
+        """Formed, unless columns have more than a share of the factors' entries."""
         if self.positions == 1:
             return self
-        if self.formed_entries(self.width) > self.factor_entries(self.width):
+        entries = share * self.factor_entries(self.width)
+        if self.formed_entries(self.width) > entries:
             return self
         return DenseColumns(self.rows().view(self.num_samples, self.width, -1))
 
@@ -211,7 +214,7 @@ class KhatriRaoColumns(OuterSums):
         n, R, b = self.num_samples, self.width, self._b
         formed = fresh(self.cotangents, n, R * b, self._a)
         each = (self._a + R * b) * self.positions + R * b * self._a
-        for part in self._parts(each, _WORKING_SET):
+        for part in self._parts(each, _NEAR_BYTES):
             B = self.cotangents[part].reshape(-1, R * b, self.positions)
             torch.bmm(B, self.some_inputs(part)[:, 0].mT, out=formed[part])
         return formed.view(-1, self.numel)
@@ -316,15 +319,17 @@ class KhatriRaoColumns(OuterSums):
         each = entries * (self.width + 1)
         if self._unmade is not None:
             each += self._groups * a * P
+            memory = min(memory, _NEAR_BYTES) if self.cotangents.is_cpu else memory
         for part in self._parts(each, memory):
             A, B = self.some_inputs(part), self.cotangents[part]
             if by_pairs:
                 products = torch.einsum("nrgbp,nrgbq->nrgpq", B, B)
                 products *= (A.mT @ A).unsqueeze(1)
+                # Of pairs that cancel, rounding may leave less than nothing.
+                norms[part] = products.sum((2, 3, 4)).clamp_(min=0.0)
             else:
-                products = torch.einsum("ngap,nrgbp->nrgba", A, B).square_()
-            # Of pairs that cancel, rounding may leave less than nothing.
-            norms[part] = products.sum((2, 3, 4)).clamp_(min=0.0)
+                products = torch.einsum("ngap,nrgbp->nrgba", A, B).flatten(2)
+                norms[part] = torch.linalg.vector_norm(products, dim=2).square_()
         return norms.reshape(-1)
 
     def entry_squares(self, memory: int) -> Tensor:
