@@ -335,6 +335,8 @@ class Capture:
                         if compacted is not part:
                             self._note_formed(view, part)
                         part = compacted
+                    if takes == "norms":
+                        part = part.before_norms()
                     parts.setdefault(view.name, []).append((view.place, part))
             for name, found in parts.items():
                 columns[name] = assembled(found, self._risk.params[name].numel())
@@ -391,8 +393,11 @@ class Capture:
         that no cotangent reaches, the layouts are guesses.
         """
         n = self.num_samples
-        noise = Noise().like(self.output)
         possible = [use.layouts(n) for use in self.uses]
+        if self.apart:  # the graph shows where they are wherever one arrives
+            layouts = ["first" if "first" in names else None for names in possible]
+            return Variant([*map(attrgetter("key"), self.uses)], layouts, False)
+        noise = Noise().like(self.output)
         pending = list(range(len(self.uses)))
         for sample in reversed(range(n)):
             if not pending:

@@ -416,7 +416,7 @@ def _look(
     X, _ = next(risk.batches())
     count = 1 if alone else _FIRST_SAMPLES
     with as_guest(risk.device):
-        few = _run_on_few(risk, X, count)
+        few = _run_on_few(risk, X, count, certify)
         few.keep_sizes(X)
         certified = CertifiedColumns(risk, X, few, structure)
         if certify:
@@ -427,14 +427,17 @@ def _look(
     structure.certified = certify
 
 
-def _run_on_few(risk: EmpiricalRisk, X: Any, count: int) -> Capture:
+def _run_on_few(risk: EmpiricalRisk, X: Any, count: int, certify: bool) -> Capture:
     """Run the net on the first samples of the first batch.
 
     A run on all of them that has been made serves as well, if backward passes through
-    it take no longer than another run.
+    it take no longer than another run, or none is needed.
     """
     n = risk.batch_sizes[0]
-    serves = (count > 1 or n == 1) and risk.kept.run_nbytes <= SMALL_RUN
-    if serves and (run := risk.kept.use_run(X)) is not None:
-        return Capture(risk, run.X, n, run)
+    small = risk.kept.run_nbytes <= SMALL_RUN
+    if (count > 1 or n == 1) and (small or not certify):
+        if (run := risk.kept.use_run(X)) is not None:
+            whole = Capture(risk, run.X, n, run)
+            if small or whole.apart:
+                return whole
     return Capture.of_few(risk, X, n, count)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import cached_property
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -59,9 +60,12 @@ class KhatriRaoColumns(OuterSums):
             ``[G, b, a]``.
     """
 
-    of_data = frozenset({"_unmade"})
+    of_data = frozenset({"_unmade", "_squared"})
     # What makes the inputs, until they are made.
     _unmade: UnfoldedInputs | None = None
+    # Whether squared norms are asked for next, and these once they are known.
+    _norms_follow = False
+    _squared: Tensor | None = None
 
     def __init__(
         self,
@@ -276,7 +280,11 @@ class KhatriRaoColumns(OuterSums):
             return self.combination(weights) - expected
         mixing = Noise(4)(_SKETCH_ROWS, self._b, like=expected) / _SKETCH_ROWS**0.5
         mixed = torch.einsum("kb,nrgbp->nrgkp", mixing, self._combined(weights))
-        few = self.with_cotangents(mixed).entry_sums()
+        if self._norms_follow and self._unmade is not None:
+            self._squared, sums = self._norms_and_sums(_NEAR_BYTES, mixed.squeeze(1))
+            few = self._laid_out(sums)
+        else:
+            few = self.with_cotangents(mixed).entry_sums()
         if self.inputs_first:
             matrix = expected.reshape(self._groups, self._a, self._b) @ mixing.T
         else:
@@ -306,11 +314,35 @@ class KhatriRaoColumns(OuterSums):
 
     def squared_norms(self, memory: int) -> Tensor:
         """Σ_pq (a_pᵀ a_q)(b_pᵀ b_q) for each column, or from its block if cheaper."""
-        a, b, P = self._a, self._b, self.positions
-        if P == 1:
+        if self.positions == 1:
             norms = self._squares().squeeze(3)
             norms = norms * self.inputs.square().sum((2, 3)).unsqueeze(1)
             return norms.sum(2).reshape(-1)
+        if self._squared is None:
+            self._squared, _ = self._norms_and_sums(memory)
+        return self._squared
+
+    def before_norms(self) -> Self:
+        """What is unfolded for a check does for the norms."""
+        self._norms_follow = True
+        return self
+
+    def _norms_and_sums(
+        self, memory: int, others: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The squared norms, ``[n·R]``, and sums over the same inputs.
+
+        Args:
+            memory: The bytes that temporaries may take.
+            others: c, ``[n, G, c, P]``, for Σ_np c_np ⊗ a_np.
+
+        Returns:
+            The norms, and ``[G, c, a]``.
+        """
+        a, b, P = self._a, self._b, self.positions
+        sums = self.cotangents.new_zeros(self._groups, 0, a)
+        if others is not None:
+            sums = self.cotangents.new_zeros(self._groups, others.shape[2], a)
         pairs = P * P * (2 * b + 2 * a / self.width + ELEMENTWISE_COST)
         blocks = a * b * (2 * P + ELEMENTWISE_COST)
         by_pairs = pairs < blocks
@@ -330,7 +362,9 @@ class KhatriRaoColumns(OuterSums):
             else:
                 products = torch.einsum("ngap,nrgbp->nrgba", A, B).flatten(2)
                 norms[part] = torch.linalg.vector_norm(products, dim=2).square_()
-        return norms.reshape(-1)
+            if others is not None:
+                sums += (others[part] @ A.mT).sum(0)
+        return norms.reshape(-1), sums
 
     def entry_squares(self, memory: int) -> Tensor:
         """(Σ_r b_r²)ᵀ (a²), a matrix product; with positions, from pairs or blocks."""
