@@ -17,7 +17,7 @@ from vivit_linop.curvature.column_sums import sum_columns
 from vivit_linop.curvature.jacobian import Pullback
 from vivit_linop.net.certified import share_structure
 from vivit_linop.net.columns.base import LayerColumns, add_product, mirror, pays_whole
-from vivit_linop.net.columns.khatri_rao import KhatriRaoColumns
+from vivit_linop.net.columns.khatri_rao import KhatriRaoColumns, SharedCotangents
 from vivit_linop.net.columns.transposed import TransposedConvolutionColumns
 from vivit_linop.net.pieces import Piece
 from vivit_linop.net.totals import Total
@@ -124,7 +124,7 @@ class KroneckerSums(Total):
                 continue
             self._formed.add(name)
             if columns.numel <= plan.LARGEST_DENSE_BLOCK:
-                (product,) = _outer_sums(columns.rows().T.unsqueeze(0))
+                product = _outer_product(columns)
                 known = self.outer.get(name)
                 self.outer[name] = product if known is None else known + product
         self._check_uses()
@@ -163,7 +163,7 @@ class KroneckerSums(Total):
         B = _cotangent_sums(columns, reduced=self._sharing != "expand")
         before = self.factors.get(name)
         if before is not None:
-            B += before.B
+            B = B + before.B
         if before is None or inputs_are_new:
             affine = name in self._affine and not columns.inputs_first
             A = _input_sums(columns, self._sharing == "reduce", affine)
@@ -184,9 +184,22 @@ def _cotangent_sums(columns: KhatriRaoColumns, reduced: bool) -> Tensor:
         columns: The columns.
         reduced: Whether cotangents are first summed over positions.
     """
+    shared = columns.cotangents_key  # of one position
+    if isinstance(shared, SharedCotangents) and shared.outer is not None:
+        return shared.outer
     B = columns.cotangents
     B = B.sum(4, keepdim=True) if reduced else B
-    return _outer_sums(B.permute(2, 3, 0, 1, 4).flatten(2))
+    sums = _outer_sums(B.permute(2, 3, 0, 1, 4).flatten(2))
+    if isinstance(shared, SharedCotangents):
+        shared.outer = sums
+    return sums
+
+
+def _outer_product(columns: LayerColumns) -> Tensor:
+    """Σ v vᵀ over all columns, ``[d, d]``."""
+    if isinstance(columns, KhatriRaoColumns) and columns.of_ones:
+        return _cotangent_sums(columns, reduced=False)[0].clone()
+    return _outer_sums(columns.rows().T.unsqueeze(0))[0]
 
 
 def _input_sums(columns: KhatriRaoColumns, reduced: bool, affine: bool) -> Tensor:

@@ -26,6 +26,7 @@ from vivit_linop.curvature import (
 from vivit_linop.extras import extra
 from vivit_linop.operators.base import TorchLinearOperator
 from vivit_linop.operators.lowrank import LowRank
+from vivit_linop.operators.verbs import to_dense
 from vivit_linop.risk.empirical import EmpiricalRisk
 
 with extra("laplace"):
@@ -148,7 +149,7 @@ class LinopInterface(CurvatureInterface):
         factors: dict[str, list[Tensor]] = {}
         start = 0
         for number, ((name,), block) in enumerate(zip(K.names, K.blocks, strict=True)):
-            parts = [part.to_dense() for part in getattr(block, "factors", (block,))]
+            parts = [*map(to_dense, getattr(block, "factors", (block,)))]
             p, place = risk.params[name], range(start, start + block.shape[0])
             own = K.indices is None or K.indices[number].tolist() == list(place)
             sizes = [p.numel()] if p.ndim == 1 else [len(p), p[0].numel()]
@@ -163,7 +164,9 @@ class LinopInterface(CurvatureInterface):
             factors[name] = parts
             start += p.numel()
         kron = Kron(list(factors.values()))
-        return self.factor * risk.value(), kron * self.factor
+        if self.factor != 1.0:
+            kron = kron * self.factor
+        return self.factor * risk.value(), kron
 
     def eig_lowrank(self, data_loader: Iterable[Data]) -> tuple[Tensor, Tensor, Tensor]:
         """Return eigenvectors ``[D, K]`` and eigenvalues of all data, and the loss.

@@ -64,7 +64,9 @@ def _linear_bias(arguments: Arguments, B: Tensor) -> LayerColumns:
     n, R = B.shape[:2]
     if B.numel() == n * R * B.shape[-1]:
         # An input of ones; the cotangents are shared with the weight's columns.
-        return KhatriRaoColumns(B.new_ones(n, 1, 1, 1), B.view(n, R, 1, -1, 1))
+        columns = KhatriRaoColumns(B.new_ones(n, 1, 1, 1), B.view(n, R, 1, -1, 1))
+        columns.of_ones = True
+        return columns
     return _sum_before_last(arguments, B)
 
 

@@ -23,6 +23,7 @@ import threading
 import weakref
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
+from itertools import starmap
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -33,7 +34,7 @@ from vivit_linop.devices import free_memory, is_out_of_memory, saved_bytes
 from vivit_linop.graphs import has_own_code, nbytes_saved, saved_in
 from vivit_linop.risk.data.containers import copied
 from vivit_linop.risk.model.foreign_memory import ForeignMemory
-from vivit_linop.risk.model.functional import FunctionalModel
+from vivit_linop.risk.model.functional import FunctionalModel, is_written
 from vivit_linop.risk.model.outputs import RaggedOutputs
 from vivit_linop.risk.model.private_module import Params
 
@@ -326,12 +327,13 @@ def run_of(model: FunctionalModel, X: Any, samples: int) -> Run:
         model.channels_last = False
         found = _watched(model, X, lambda: model.first(model.params, X, samples))
     if found is None:
-        nbytes, result = saved_bytes(lambda: model.first(model.params, X, samples))
-        model.check_graph(result[1])
-        return Run(*result, nbytes)
-    (own, output, written), record = found
+        evaluation = saved_bytes(lambda: model.first(model.params, X, samples))
+        nbytes, (own, output, pairs) = evaluation
+        model.check_graph(output)
+        return Run(own, output, [*starmap(is_written, pairs)], nbytes)
+    (own, output, pairs), record = found
     model.check_graph(output)  # not under what watches for who looks at graphs
-    run = Run(own, output, written, nbytes_saved(output))
+    run = Run(own, output, [*starmap(is_written, pairs)], nbytes_saved(output))
     run.serve(record, model)
     return run
 

@@ -9,7 +9,7 @@ weight is shared (convolutions, tokens, a weight used twice) it is a sum over po
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Self
 
 import torch
@@ -24,6 +24,8 @@ from vivit_linop.noise import Noise
 
 # Into so many rows a matrix is compressed whose norm is asked for.
 _SKETCH_ROWS = 8
+# All rows of it take no longer than calls do, up to so many products of numbers.
+_FEW_PRODUCTS = 2**19
 # Temporaries that are read again right away should still be in a cache.
 _WORKING_SET = 8 * 2**20
 # What is unfolded, multiplied and let go: in the cache of a core.
@@ -36,12 +38,14 @@ class SharedCotangents:
     Attributes:
         squares: |b_nr|², ``[n, R, G]``.
         norms: |b_nr| where there is one group, ``[n, R]``.
+        outer: Σ b bᵀ, ``[G, b, b]``, which nobody writes into.
         combined: The last weights, and Σ_r w_nr b_nr, for the others to take.
     """
 
     def __init__(self) -> None:
         self.squares: Tensor | None = None
         self.norms: Tensor | None = None
+        self.outer: Tensor | None = None
         self.combined: tuple[Tensor, Tensor] | None = None
 
     def taken(self, weights: Tensor) -> Tensor | None:
@@ -66,6 +70,9 @@ class KhatriRaoColumns(OuterSums):
     # Whether squared norms are asked for next, and these once they are known.
     _norms_follow = False
     _squared: Tensor | None = None
+
+    # Whether inputs are known to be ones, as those of a bias.
+    of_ones = False
 
     def __init__(
         self,
@@ -276,20 +283,21 @@ class KhatriRaoColumns(OuterSums):
 
         All rows would take as long as the gradient of the weight.
         """
-        if min(self._a, self._b) <= 2 * _SKETCH_ROWS:
+        few = self.num_samples * self.positions * self.numel <= _FEW_PRODUCTS
+        if few or min(self._a, self._b) <= 2 * _SKETCH_ROWS:
             return self.combination(weights) - expected
-        mixing = Noise(4)(_SKETCH_ROWS, self._b, like=expected) / _SKETCH_ROWS**0.5
+        mixing = _mixing(self._b, expected.dtype, expected.device)
         mixed = torch.einsum("kb,nrgbp->nrgkp", mixing, self._combined(weights))
         if self._norms_follow and self._unmade is not None:
-            self._squared, sums = self._norms_and_sums(_NEAR_BYTES, mixed.squeeze(1))
-            few = self._laid_out(sums)
+            self._squared, total = self._norms_and_sums(_NEAR_BYTES, mixed.squeeze(1))
+            sums = self._laid_out(total)
         else:
-            few = self.with_cotangents(mixed).entry_sums()
+            sums = self.with_cotangents(mixed).entry_sums()
         if self.inputs_first:
             matrix = expected.reshape(self._groups, self._a, self._b) @ mixing.T
         else:
             matrix = mixing @ expected.reshape(self._groups, self._b, self._a)
-        return few - matrix.flatten()
+        return sums - matrix.flatten()
 
     def _combined(self, weights: Tensor) -> Tensor:
         """Σ_r w_nr b_nrp, as cotangents of one column a sample."""
@@ -458,6 +466,13 @@ class KhatriRaoColumns(OuterSums):
     def _laid_out(self, entries: Tensor) -> Tensor:
         """From ``[…, G, b, a]`` to the layout of the parameter, ``[…, numel]``."""
         return (entries.mT if self.inputs_first else entries).flatten(-3)
+
+
+@lru_cache(maxsize=16)
+def _mixing(rows: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """What a matrix with so many rows is compressed by, ``[k, rows]``."""
+    like = torch.empty(0, dtype=dtype, device=device)
+    return Noise(4)(_SKETCH_ROWS, rows, like=like) / _SKETCH_ROWS**0.5
 
 
 def squares_by_pairs(inputs: int, outputs: int, positions: int, width: int) -> bool:

@@ -368,8 +368,10 @@ class FunctionalModel:
 
     def first(
         self, params: Params, X: Any, samples: int
-    ) -> tuple[Any, Tensor, list[Tensor]]:
-        """Return a copy of the input, its outputs, and whether parts were written into.
+    ) -> tuple[Any, Tensor, list[tuple[Tensor, Tensor]]]:
+        """Return a copy of the input, its outputs, and the tensors of it, as given too.
+
+        Which of these were written into says :func:`is_written`.
 
         Once the model knows that it writes (:meth:`writes`), every evaluation has a
         copy of the input.
@@ -385,7 +387,7 @@ class FunctionalModel:
         ):
             output = self._evaluate(params, own)
         # The model may have taken something out of a container, or put something in.
-        return own, output, list(map(_is_written, tensors, leaves(X)))
+        return own, output, list(zip(tensors, leaves(X), strict=False))
 
     def check_graph(self, output: Tensor) -> None:
         """Refuse outputs whose graph goes on to the user's own parameters."""
@@ -543,7 +545,7 @@ def _of_kind(like: Tensor, values: Tensor) -> Tensor:
     return values
 
 
-def _is_written(own: Tensor, given: Tensor) -> Tensor:
+def is_written(own: Tensor, given: Tensor) -> Tensor:
     """Whether a copy was written into; also where autograd was not to see it.
 
     NaN counts as written: a copy too many does no harm. So does a copy that requires
