@@ -211,3 +211,49 @@ def test_reached_on_a_later_batch() -> None:
     batches = [(X[3:], y[3:]), (X[:2], y[:2])]
     with pytest.raises(ValueError, match=r"reaches first\.weight of your own module"):
         vl.EmpiricalRisk(net, LOSS, batches)
+
+
+OUTSIDE = nn.Linear(4, 4).double()
+
+
+class Constants(Net):
+    """Constants of its derivatives beside a parameter that is held, or is global."""
+
+    def __init__(self, how: str, name: str) -> None:
+        super().__init__("slots" if name == "outside" else name)
+        self.how, self.outside = how, name == "outside"
+        self.last = OUTSIDE if self.outside else self.last
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(x @ self.get(self.holder).T + self.first.bias)
+        if self.how == "detached":
+            h = h + (torch.round(3 * h) - h).detach()
+        elif self.how == "no_grad":
+            with torch.no_grad():
+                size = self.get(self.holder).norm() + h.norm(dim=1, keepdim=True)
+            h = h / size
+        else:
+            with torch.inference_mode():
+                size = h.norm(dim=1, keepdim=True)
+            h = h / size.clone()
+        return OUTSIDE(h) if self.outside else self.last(h)
+
+
+@pytest.mark.parametrize("name", ["slots", "module", "outside"])
+@pytest.mark.parametrize("how", ["detached", "no_grad", "inference"])
+def test_constants(how: str, name: str) -> None:
+    net, (X, y) = Constants(how, name), data()
+    J = jacobian(net, X)
+    risk = vl.EmpiricalRisk(net, LOSS, (X, y))
+    torch.testing.assert_close(vl.Jacobian(risk).to_dense(), J)
+    x = torch.linspace(-1, 1, risk.num_params, dtype=torch.float64)
+    torch.testing.assert_close(vl.Jacobian(risk) @ x, J @ x)
+
+
+def test_frozen_ones_travel() -> None:
+    net, (X, y) = Net("slots"), data()
+    net.get = weight_of
+    net.first.weight.requires_grad_(False)
+    risk = vl.EmpiricalRisk(net, LOSS, (X, y))
+    there = pickle.loads(pickle.dumps(risk))
+    torch.testing.assert_close(there.gradient(), risk.gradient())

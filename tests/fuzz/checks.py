@@ -226,10 +226,7 @@ def blocks(lib: Library, t: Dense) -> Iterator[Row]:
 
 @check
 def damped(lib: Library, t: Dense) -> Iterator[Row]:
-    # A Jacobian that is zero but for rounding, or whose rows cancel in the dense G,
-    # leaves noise: eps of the terms, beside δ.
-    norm, terms = float(t.G.norm()), float(t.J.norm() ** 2 * t.H.norm())
-    delta = 0.1 * norm if norm > max(1e-20, 1e-5 * terms) else 0.1
+    delta = damping_of(t)
     A = t.G + delta * torch.eye(t.D, dtype=torch.float64)
     damped, x = lib.G + delta * vl.Identity(t.D), lib.noise(t.D)
     expected = torch.linalg.solve(A, x)
@@ -341,6 +338,14 @@ def hessian_diagonal(lib: Library, t: Dense) -> Iterator[Row]:
 
 
 # --------------------------------------------------------------------------------------
+
+
+def damping_of(t: Dense) -> float:
+    """A number beside which what rounding leaves of the GGN is little."""
+    # A Jacobian that is zero but for rounding, or whose rows cancel in the dense G,
+    # leaves noise: eps of the terms, beside δ.
+    norm, terms = float(t.G.norm()), float(t.J.norm() ** 2 * t.H.norm())
+    return 0.1 * norm if norm > max(1e-20, 1e-5 * terms) else 0.1
 
 
 def _is_module(case: Case) -> bool:

@@ -120,6 +120,25 @@ KEEPING: dict[str, list[str]] = {
     ],
     "vectorised": ["h = torch.func.vmap({cell})(h)"],
     "hooked": ["h = {hooked(nn.Linear(d, d))}(h)"],
+    "held_by_an_object": ["h = F.linear(h, {Held})", "h = h * {Held}.exp().sum(0)"],
+    "writes_into_buffers": ["h = {Counting()}(h)"],
+    "derivative_of_a_layer": [
+        "h = h + torch.func.vmap(torch.func.grad(lambda z: {cell}(z).tanh().sum()))(h)",
+        "z = h if h.requires_grad else h.detach().requires_grad_()\n"
+        "with torch.enable_grad():\n"
+        "    slope, = torch.autograd.grad({cell}(z).tanh().sum(), z, create_graph=True)"
+        "\nh = h + slope",
+        "h = h + torch.func.jvp({cell}, (h,), (h.detach(),))[1]",
+    ],
+    "constants": [
+        "with torch.inference_mode():\n    size = h.square().mean(-1, keepdim=True)\n"
+        "h = h / (1 + size.clone())",
+        "h = h / (1 + h.detach().abs().amax(-1, keepdim=True))",
+    ],
+    "complex": [
+        "h = torch.view_as_real(torch.complex(h, h.sin()) * "
+        "torch.polar({vector}.exp(), {vector})).sum(-1)"
+    ],
     "asked_for_its_kind": [
         "w = {square}\nh = F.linear(h, w if w.requires_grad or w.is_leaf else 2 * w)"
     ],
@@ -138,6 +157,23 @@ KEEPING: dict[str, list[str]] = {
 }
 
 DEFINITIONS = {
+    "Held": """class Held:
+    __slots__ = ("w",)
+
+    def __init__(self, w):
+        self.w = w
+""",
+    "Counting": """class Counting(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("calls", torch.zeros((), dtype=torch.long))
+        self.register_buffer("mean", torch.zeros(()))
+
+    def forward(self, x):
+        self.calls += 1
+        self.mean.mul_(0.9).add_(0.1 * x.detach().mean())
+        return x
+""",
     "Cube": '''class Cube(torch.autograd.Function):
     """x³/3, in the older way to write it."""
 
@@ -248,10 +284,12 @@ class Writer:
             return self.parameter(*self.shape)
         if what in shapes:
             return self.parameter(*shapes[what])
+        if what == "Held":
+            return f"{self.member(f'Held({self.parameter(d, d)})')}.w"
         if what == "twice":  # under two names
             first = self._filled("cell")
             return f"{first}({self.member(first)}(h).sigmoid() - h)"
-        return self.member(self._sized(self.some(*CELLS) if "." not in what else what))
+        return self.member(self._sized(what if "(" in what else self.some(*CELLS)))
 
     def width(self) -> tuple[int, int]:
         """The length of the last axis before and after a layer that maps it."""

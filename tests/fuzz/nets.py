@@ -13,7 +13,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from random import Random
 
-from .checks import Finding, findings
+from .checks import Finding
+from .compositions import findings
 from .layers import LAYERS, Writer, offered
 from .truth import Undecided
 
@@ -97,7 +98,7 @@ class Plan:
         """A script that says what is wrong."""
         return (
             f"{self.program()}\n\nif __name__ == '__main__':\n"
-            "    from tests.fuzz.checks import findings\n\n"
+            "    from tests.fuzz.compositions import findings\n\n"
             f"    print(*findings(build, {self.seed}), sep='\\n')\n"
         )
 

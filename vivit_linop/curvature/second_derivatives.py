@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vivit_linop.curvature.culprit import FrozenValues, at_fault
+from vivit_linop.curvature.culprit import at_fault
 from vivit_linop.devices import is_out_of_memory
 from vivit_linop.graphs import gradients
 from vivit_linop.modes import as_guest
@@ -40,6 +40,7 @@ from vivit_linop.risk.losses.differences import (
     Comparison,
     allowed,
 )
+from vivit_linop.risk.model.frozen_values import FrozenValues
 from vivit_linop.risk.model.private_module import Params
 
 # How near outputs in float64 are to those in float32, if the net is the same there.

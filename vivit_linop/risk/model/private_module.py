@@ -32,6 +32,7 @@ from vivit_linop.modes import without_cudnn
 from vivit_linop.noise import Noise
 from vivit_linop.risk.data.containers import rebuilt
 from vivit_linop.risk.model.copies import Copies, Plan
+from vivit_linop.risk.model.frozen_values import FrozenValues
 from vivit_linop.risk.model.outputs import Returned
 from vivit_linop.risk.model.parameters import HALVES, in_precision
 from vivit_linop.risk.model.staleness import Comparison
@@ -204,7 +205,7 @@ class PrivateModule:
         """Evaluate, and raise an error if parameters of global modules are used."""
         with Watch() as watch:
             output = self._evaluate(params, X)
-        own = set(map(id, params.values()))
+        own = {*map(id, params.values()), *map(id, self._own.values())}
         for tensor in watch.used.values():
             if isinstance(tensor, nn.Parameter) and id(tensor) not in own:
                 raise ValueError(
@@ -303,9 +304,11 @@ class PrivateModule:
             name: (p + p.norm() / p.numel() ** 0.5 * draw(p)).detach()
             for name, p in params.items()
         }
+        frozen = FrozenValues()
         with torch.enable_grad():
             leaves = {name: p.clone().requires_grad_() for name, p in theta.items()}
-            output = self._evaluate(leaves, X)
+            with frozen.recording():
+                output = self._evaluate(leaves, X)
             u = draw(output)
             gradients = torch.autograd.grad(
                 (u * output).sum(), list(leaves.values()), allow_unused=True
@@ -326,10 +329,12 @@ class PrivateModule:
                     torch.zeros_like(u.sum()),
                 )
             )
-            ahead, behind = (
-                self._evaluate({n: p + h * x[n] for n, p in theta.items()}, X).detach()
-                for h in (step, -step)
-            )
+            sides = []
+            for h in (step, -step):
+                moved = {n: p + h * x[n] for n, p in theta.items()}
+                with torch.enable_grad(), frozen.replaying():
+                    sides.append(self._evaluate(moved, X))
+            ahead, behind = (side.detach() for side in sides)
             differences.append((u * (ahead - behind)).sum() / (2 * step))
         error = torch.stack(slopes) - torch.stack(differences)
         size = torch.stack(slopes).norm() + torch.stack(differences).norm()

@@ -1,0 +1,82 @@
+"""What a net makes of its parameters that is constant to its derivatives.
+
+Differences of outputs or gradients at other parameters see it change, and derivatives
+do not: to compare the two, it is recorded once and put in its places.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+# The getter of ``Tensor.data``.
+_DATA = torch.Tensor.data.__get__  # type: ignore[attr-defined]
+
+
+class FrozenValues:
+    """What a net makes of its parameters through which no derivative flows.
+
+    What it detaches, and what it computes with gradients off. To torch these values are
+    constants. They are recorded in one evaluation, and put in their places in others.
+    Not among them is what an ``autograd.Function`` does in its forward pass: its
+    backward pass answers for that.
+
+    Attributes:
+        values: The values, in order.
+    """
+
+    def __init__(self) -> None:
+        self.values: list[Tensor] = []
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """Record an evaluation of the net."""
+        self.values = []
+        with _Frozen(self.values, None):
+            yield
+
+    @contextmanager
+    def replaying(self) -> Iterator[None]:
+        """Let an evaluation of the net meet the recorded values."""
+        if not self.values:
+            yield
+            return
+        with _Frozen(self.values, iter(self.values)):
+            yield
+
+
+class _Frozen(TorchFunctionMode):
+    def __init__(self, values: list[Tensor], replay: Iterator[Tensor] | None) -> None:
+        super().__init__()
+        self._values, self._replay, self._off = values, replay, False
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if getattr(func, "__name__", "") == "_set_grad_enabled":
+            self._off = not args[0]
+            return result
+        detaches = func == torch.Tensor.detach or func == _DATA
+        # In the forward pass of a Function gradients are off without the user's word.
+        off = self._off or torch.is_inference_mode_enabled()
+        frozen = off or (detaches and torch.is_grad_enabled())
+        if (
+            not frozen
+            or not isinstance(result, Tensor)
+            or any(result is a for a in args)
+        ):
+            return result
+        if not result.is_floating_point():
+            return result
+        if self._replay is None:
+            self._values.append(result.clone())
+            return result
+        value = next(self._replay, None)
+        # Another number of calls, or others: whatever then comes out will not agree.
+        return result if value is None or value.shape != result.shape else value.clone()
