@@ -128,21 +128,74 @@ def test_one_reduction_serves_every_criterion(
 
 @pytest.mark.host("LAPACK is the CPU's")
 @every_dtype
-@pytest.mark.parametrize("size", [1.0, 1e-30, 1e30])
-def test_a_matrix_of_any_size(dtype: torch.dtype, size: float) -> None:
-    A = size * Draw(FLOAT64).symmetric(140).to(dtype)
+@pytest.mark.parametrize("part", [None, -0.9, -0.25, 0.25, 0.9])
+def test_a_matrix_of_any_size(dtype: torch.dtype, part: float | None) -> None:
+    """From nearly the smallest to nearly the largest numbers."""
+    least, most = torch.finfo(dtype).tiny, torch.finfo(dtype).max
+    size = 1.0 if part is None else most**part if part > 0 else least**-part
+    A = (size * Draw(FLOAT64).symmetric(140)).to(dtype)
     before = A.clone()
     reduced = Tridiagonal.of(A)
     assert reduced is not None
     evals = torch.linalg.eigvalsh(A.double())
     eps = torch.finfo(dtype).eps * evals.abs().max()
     assert (reduced.eigenvalues - evals).abs().max() <= 20 * eps
-    vectors = reduced.eigenvectors(20, 24).double()
-    residual = A.double() @ vectors - vectors * evals[20:25]
-    assert residual.norm() <= 100 * eps
+    vectors = reduced.eigenvectors(20, 24)
+    assert vectors is not None
+    residual = A.double() @ vectors.double() - vectors * evals[20:25]
+    assert (residual / evals.abs().max()).norm() <= 100 * torch.finfo(dtype).eps
     assert torch.equal(A, before)
     zero = Tridiagonal.of(torch.zeros(140, 140, dtype=dtype))
     assert zero is not None and not zero.eigenvalues.any()
+
+
+def turned(values: Tensor) -> Tensor:
+    """A matrix with some eigenvalues, none of which is exact."""
+    Q = torch.linalg.qr(Draw(FLOAT64)(len(values), len(values))).Q
+    return (Q * values) @ Q.T
+
+
+@pytest.mark.host("LAPACK is the CPU's")
+@every_dtype
+@pytest.mark.parametrize(
+    "values",
+    [
+        torch.ones(200),
+        torch.tensor([1.0, 1.0 + 1e-12, 2.0, 3.0, 1e-9]).repeat_interleave(40),
+        torch.tensor([0.0, 1.0]).repeat_interleave(100),
+    ],
+)
+@pytest.mark.parametrize("size", [1.0, 1e-37, 1e37])
+def test_eigenvalues_that_are_nearly_the_same(
+    values: Tensor, size: float, dtype: torch.dtype
+) -> None:
+    """There are vectors of them, or none; LAPACK finds some only."""
+    A = (size * turned(values.double())).to(dtype)
+    reduced = Tridiagonal.of(A)
+    assert reduced is not None
+    found = []
+    for first, last in [(190, 199), (100, 140), (0, 199)]:
+        vectors = reduced.eigenvectors(first, last)
+        found.append(vectors)
+        if vectors is not None:
+            evals = reduced.eigenvalues[first : last + 1].double() / size
+            residual = A.double() / size @ vectors.double() - vectors * evals
+            assert residual.abs().max() <= 100 * torch.finfo(dtype).eps
+            unit = torch.eye(last + 1 - first, dtype=FLOAT64)
+            assert (vectors.T @ vectors - unit).abs().max() <= 1e-3
+    assert any(vectors is not None for vectors in found)
+
+
+@pytest.mark.host("on other devices all pairs are computed")
+@every_dtype
+def test_all_pairs_serve_where_few_are_not_found(dtype: torch.dtype) -> None:
+    root = turned(torch.ones(200, dtype=FLOAT64)).to(dtype)
+    G = LowRank(vl.Dense(torch.cat([root, root])))
+    evals, evecs = G.eigh(select=lambda _: range(190, 200))
+    eps = torch.finfo(dtype).eps
+    assert (evals - 2.0).abs().max() <= 100 * eps
+    assert (evecs.T @ evecs - torch.eye(10, dtype=dtype)).abs().max() <= 100 * eps
+    assert (G @ evecs - 2.0 * evecs).abs().max() <= 100 * eps
 
 
 @pytest.mark.host("LAPACK is the CPU's")

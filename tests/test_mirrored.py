@@ -7,6 +7,7 @@ from torch import nn
 import vivit_linop as vl
 from tests.operator_market import Draw
 from vivit_linop.operators import Diagonal, Product
+from vivit_linop.operators.elementary import mirrored
 
 EPS = {torch.float32: 1e-5, torch.float64: 1e-12}
 
@@ -320,3 +321,17 @@ def test_anticommutators_are_self_adjoint(dtype):
             op.eigh(k=2)
     both = vl.operators.Sum(K @ G, S @ p)
     assert vl.operators.elementary.mirrored(both, vl.operators.Sum(p @ S, G @ K))
+
+
+def test_a_matrix_and_its_negative_in_the_same_memory_are_two():
+    """As torch has it for imaginary parts of conjugates."""
+    z = torch.rand(3, 3, dtype=torch.complex128)
+    A, B = vl.Dense(z.imag), vl.Dense(z.conj().imag)
+    assert torch.equal(A.to_dense(), -B.to_dense())
+    total = vl.Kronecker(A, vl.Identity(2)) + vl.Kronecker(vl.Identity(3), A)
+    other = vl.Kronecker(B.T, vl.Identity(2)) + vl.Kronecker(vl.Identity(3), B.T)
+    assert not mirrored(total, other)
+    for left in (A, vl.Diagonal(z.imag[0])):
+        right = A.T if left is A else vl.Diagonal(z.imag[0])
+        assert mirrored(left, right)
+    assert not mirrored(vl.Diagonal(z.imag[0]), vl.Diagonal(z.conj().imag[0]))

@@ -243,6 +243,8 @@ class LowRankDecomposition(DenseDecomposition):
             return None
         shift = len(few.eigenvalues) - self.count
         vectors = few.eigenvectors(first + shift, last + shift)
+        if vectors is None:
+            return None
         others = torch.ones(last + 1 - first, dtype=torch.bool, device="cpu")
         others[indices - first] = False
         larger = None

@@ -423,8 +423,10 @@ def _one_place(A: Tensor, B: Tensor) -> bool:
         return True
     if is_followed(A) or is_followed(B) or A.requires_grad or B.requires_grad:
         return False
-    place, other = (A.data_ptr(), A.stride()), (B.data_ptr(), B.stride())
-    return A.shape == B.shape and A.dtype == B.dtype and place == other
+    place, other = (
+        (M.data_ptr(), M.stride(), M.shape, M.dtype, M.is_neg()) for M in (A, B)
+    )
+    return place == other
 
 
 def _as_tensor(array: Tensor | np.ndarray, name: str, ndim: int) -> Tensor:

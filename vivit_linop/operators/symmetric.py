@@ -83,7 +83,8 @@ def symmetric_eigenvalues(matrix: Tensor) -> Tensor:
         or _in_two_stages(matrix)
     ):
         return torch.linalg.eigvalsh(matrix)
-    return _reduced(matrix)[0]
+    scale, evals, _ = _reduced(matrix)
+    return evals.div_(scale)
 
 
 def largest_eigenpairs(matrix: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -123,8 +124,9 @@ class Tridiagonal:
     """
 
     def __init__(self, matrix: Tensor) -> None:
-        self.eigenvalues, found = _reduced(matrix)
+        self._scale, values, found = _reduced(matrix)
         self._reflectors, self._diagonal, self._beside, self._scales = found
+        self.eigenvalues = values.div(self._scale)
 
     @classmethod
     def of(cls, matrix: Tensor) -> Self | None:
@@ -137,21 +139,41 @@ class Tridiagonal:
         """What it takes to be kept."""
         return int(self._reflectors.nbytes)
 
-    def eigenvectors(self, first: int, last: int) -> Tensor:
-        """Those from one index to another, both included: ``[n, K]``."""
+    def eigenvectors(self, first: int, last: int) -> Tensor | None:
+        """Those from one index to another, both included: ``[n, K]``.
+
+        None where LAPACK does not find them, which happens where very many eigenvalues
+        are the same but for rounding.
+        """
         with _threads_for(len(self.eigenvalues)):
-            _, inner = scipy.linalg.eigh_tridiagonal(
-                self._diagonal,
-                self._beside,
-                select="i",
-                select_range=(first, last),
-            )
+            try:
+                values, inner = scipy.linalg.eigh_tridiagonal(
+                    self._diagonal,
+                    self._beside,
+                    select="i",
+                    select_range=(first, last),
+                )
+            except np.linalg.LinAlgError:
+                return None
+            if not self._are_pairs(values, inner):
+                return None
             # Q leaves the first entries alone; the others it turns as in Q R.
             below = np.asfortranarray(self._reflectors[1:, :-1])
             (turn,) = get_lapack_funcs(("ormqr",), (below, inner))
             size = _BLOCK * inner.shape[1]
             inner[1:], *_ = turn("L", "N", below, self._scales, inner[1:], size)
         return torch.from_numpy(inner)
+
+    def _are_pairs(self, values: np.ndarray, vectors: np.ndarray) -> bool:
+        """Whether these are eigenpairs of T, and vectors ``[n, K]`` independent."""
+        residual = (self._diagonal[:, None] - values) * vectors
+        residual[1:] += self._beside[:, None] * vectors[:-1]
+        residual[:-1] += self._beside[:, None] * vectors[1:]
+        size = np.abs(self._diagonal).max() + 2.0 * np.abs(self._beside).max()
+        rows, eps = len(vectors), np.finfo(vectors.dtype).eps
+        overlaps = vectors.T @ vectors - np.eye(len(values))
+        right = np.abs(residual).max() <= 10.0 * rows**0.5 * eps * size
+        return bool(right and np.abs(overlaps).max() <= eps**0.5)
 
 
 def without_noise(evals: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -186,15 +208,19 @@ def _in_two_stages(matrix: Tensor) -> bool:
     return alone and most < rows <= SYEVD_ROWS and torch.backends.mkl.is_available()
 
 
-def _reduced(matrix: Tensor) -> tuple[Tensor, tuple[np.ndarray, ...]]:
-    """Eigenvalues, ascending, and the tridiagonal form that they are of.
+def _reduced(matrix: Tensor) -> tuple[float, Tensor, tuple[np.ndarray, ...]]:
+    """Scale a matrix, and return its eigenvalues and tridiagonal form.
 
-    That is reflectors, the diagonal, what is beside it, and the reflectors' scales.
+    Returns:
+        By what it is scaled, its eigenvalues then, ascending, and reflectors, the
+        diagonal, what is beside it, and the reflectors' scales.
     """
     _check_rows(matrix)
-    # Products of very large or very small entries are no numbers.
+    # Products of very large or very small entries are no numbers. Neither may be what
+    # they are scaled by.
     size = max(map(abs, torch.stack(matrix.aminmax()).tolist()))
-    scale = 2.0 ** -max(math.frexp(size)[1], -100)
+    most = -math.frexp(torch.finfo(matrix.dtype).tiny)[1]
+    scale = 2.0 ** min(max(-math.frexp(size)[1], -most), most)
     columns = np.asarray_chkfinite((scale * matrix).numpy(), order="F")
     reduce, roots = get_lapack_funcs(("sytrd", "sterf"), (columns,))
     with _threads_for(len(columns)):
@@ -202,7 +228,7 @@ def _reduced(matrix: Tensor) -> tuple[Tensor, tuple[np.ndarray, ...]]:
         evals, failed = roots(found[1], found[2])
     if failed:
         raise np.linalg.LinAlgError(f"eigh: {failed} eigenvalues do not converge.")
-    return torch.from_numpy(evals).div_(scale), tuple(found)
+    return scale, torch.from_numpy(evals), tuple(found)
 
 
 def _check_rows(matrix: Tensor) -> None:
