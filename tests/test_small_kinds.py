@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -242,3 +243,37 @@ def test_torchscript_is_refused_with_a_way_out() -> None:
     for module in (torch.jit.script(net), torch.jit.trace(net, X), inside):
         with pytest.raises(ValueError, match=r"^model: .*torch\.jit.*Give the module"):
             vl.EmpiricalRisk(module, nn.CrossEntropyLoss(), (X, CLASSES))
+
+
+class Swish(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(1.7 * x)
+
+
+SCRIPTED: dict[str, Callable[[], nn.Module]] = {
+    "script": lambda: torch.jit.script(Swish()),
+    "trace": lambda: torch.jit.trace(Swish(), torch.rand(6, 5)),
+    "several": lambda: torch.jit.script(nn.Sequential(Swish(), nn.Identity())),
+}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("name", SCRIPTED)
+def test_scripted_parts_without_parameters(name: str) -> None:
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Linear(4, 5), Swish(), nn.Linear(5, 3)).double()
+    net = nn.Sequential(plain[0], SCRIPTED[name](), plain[2])
+    risks = [
+        vl.EmpiricalRisk(model, nn.CrossEntropyLoss(), (X, CLASSES))
+        for model in (net, plain)
+    ]
+    for quantity in (
+        lambda risk: vl.GGN(risk).to_dense(),
+        lambda risk: vl.GGN(risk).eigvalsh(),
+        lambda risk: vl.Hessian(risk).diagonal(),
+        lambda risk: vl.KFAC(risk, variant="exact").to_dense(),
+        lambda risk: copy.deepcopy(risk).gradient(),
+        lambda risk: risk.at().value(),
+    ):
+        torch.testing.assert_close(*map(quantity, risks))
+    assert risks[0].is_current()

@@ -166,10 +166,12 @@ def _copy_module(value: nn.Module, copies: Copies) -> Any:
     if (plan := copies.plans.get(id(value))) is not None:
         return plan(value, copies)
     if isinstance(value, torch.jit.ScriptModule):
-        raise ValueError(
-            f"model: {type(value).__name__} was made by torch.jit; its parameters "
-            "cannot be replaced. Give the module that it was made from."
-        )
+        if [*value.parameters(), *value.buffers()]:
+            raise ValueError(
+                f"model: {type(value).__name__} was made by torch.jit; its parameters "
+                "cannot be replaced. Give the module that it was made from."
+            )
+        return value
     kind: Any = type(value)
     if copies.other is not None and is_parametrized(value):
         kind = _of_its_own_parameters(value)
@@ -215,7 +217,8 @@ class Plan(NamedTuple):
     @classmethod
     def of(cls, module: nn.Module) -> Plan | None:
         """Return how a module is copied that stays as it is; None where it has more."""
-        if type(module).__basicsize__ > nn.Module.__basicsize__:
+        scripted = isinstance(module, torch.jit.ScriptModule)
+        if scripted or type(module).__basicsize__ > nn.Module.__basicsize__:
             return None
         plan = cls([], [], [])
         for name, attribute in module.__dict__.items():

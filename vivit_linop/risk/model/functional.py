@@ -485,10 +485,10 @@ class FunctionalModel:
 
         For packages that work on modules, and write on them. It is in the modes of
         construction, and its parameters are leaves: real ones, so that there is none
-        for complex ones either, nor one with several outputs, nor where objects that
-        are no modules hold parameters.
+        for complex ones either, nor one with several outputs, nor of what is private
+        to a run (:attr:`PrivateModule.is_private`).
         """
-        if self._private is None or self._private.is_held:
+        if self._private is None or self._private.is_private:
             return None
         if self.complex_names or self.tree is not None:
             return None

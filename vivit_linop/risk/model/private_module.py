@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.jit import ScriptModule
 from torch.nn.utils.rnn import PackedSequence
 
 from vivit_linop.checkpoints import RECOMPUTED
@@ -106,9 +107,14 @@ class PrivateModule:
         return self.__dict__ | {"_plans": None}
 
     @property
-    def is_held(self) -> bool:
-        """Whether objects that are no modules hold tensors of the user's module."""
-        return bool(self._held)
+    def is_private(self) -> bool:
+        """Whether a copy of it is no net for others.
+
+        Objects that are no modules hold tensors of the user's module, or torch.jit has
+        made a part, in which nothing can be replaced.
+        """
+        parts = self.module.modules()
+        return bool(self._held) or any(isinstance(p, ScriptModule) for p in parts)
 
     def _constant(self, tensor: Tensor) -> Tensor:
         """Copy a tensor that is in no slot of the model's."""
