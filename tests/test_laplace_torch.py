@@ -226,7 +226,8 @@ def test_inputs_in_a_dict_and_several_batches() -> None:
         torch.testing.assert_close(mapping, plain)
 
 
-def test_a_net_is_looked_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("where", ["all", "last_layer"])
+def test_a_net_is_looked_at_once(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its layers, and that samples are independent, on the largest batch so far."""
     from vivit_linop.net import certified
     from vivit_linop.risk import first_pass
@@ -250,7 +251,7 @@ def test_a_net_is_looked_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
         loader = DataLoader(data("classification"), batch_size=batch_size)
         for structure in ("kron", "diag"):
             la = pytest.importorskip("laplace").Laplace(
-                mlp(), "classification", "all", structure, backend=ours("LinopGGN")
+                mlp(), "classification", where, structure, backend=ours("LinopGGN")
             )
             la.fit(loader)
         seen.append(counts.copy())
@@ -425,3 +426,33 @@ def test_jacobians_of_few_inputs_follow_the_model(size: int) -> None:
             ):
                 torch.testing.assert_close(found, expected)
         backend.diag(X, y)  # of another loss
+
+
+def test_a_last_layer_that_changes_is_seen() -> None:
+    """Its numbers and hooks of the user's; laplace-torch's own hook stays."""
+    utils = pytest.importorskip("laplace.utils")
+    net = mlp()
+    extractor = utils.FeatureExtractor(net, last_layer_name="2")
+    backend = ours("LinopGGN")(extractor, "classification", last_layer=True)
+    X, y = data("classification").tensors
+    recording = set(net[2]._forward_hooks)
+
+    def truth() -> Tensor:
+        copied = copy.deepcopy(net)
+        features = copied[1](copied[0](X)).detach()
+        p = (copied(X)).softmax(1).detach()
+        H = torch.diag_embed(p) - p.unsqueeze(2) * p.unsqueeze(1)
+        factor = 9.0 if net[2]._forward_hooks.keys() - recording else 1.0
+        blocks = torch.einsum("ni,ncd->cid", features.square(), H)
+        return factor * torch.cat(
+            [blocks.diagonal(dim1=0, dim2=2).T.flatten(), H.diagonal(0, 1, 2).sum(0)]
+        )
+
+    torch.testing.assert_close(backend.diag(X, y)[1], truth())
+    with torch.no_grad():
+        net[2].weight.mul_(2.0)
+    torch.testing.assert_close(backend.diag(X, y)[1], truth())
+    torch.testing.assert_close(backend.diag(X[:5], y[:5])[0] > 0, torch.tensor(True))
+    net[2].register_forward_hook(lambda *given: 3.0 * given[-1])
+    torch.testing.assert_close(backend.diag(X, y)[1], truth())
+    assert recording < set(net[2]._forward_hooks)

@@ -10,6 +10,7 @@ laplace-torch's own. This module needs it; nothing else of the package does.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterable
 from typing import Any
 
@@ -32,7 +33,7 @@ from vivit_linop.risk.empirical import EmpiricalRisk
 with extra("laplace"):
     import laplace
     from laplace.curvature import CurvatureInterface, EFInterface, GGNInterface
-    from laplace.utils import Kron
+    from laplace.utils import FeatureExtractor, Kron
 
 Data = tuple[Any, Tensor]
 
@@ -59,6 +60,7 @@ class LinopInterface(CurvatureInterface):
         # modes of its modules: others of the same model follow from it. Data and
         # columns are checked on every batch.
         self._known: dict[str, tuple[EmpiricalRisk, list[bool]]] = {}
+        self._last: nn.Module | None = None
 
     def curvature(self, risk: EmpiricalRisk) -> LowRank:
         """Return the curvature of a risk."""
@@ -70,10 +72,30 @@ class LinopInterface(CurvatureInterface):
 
     def risk(self, batches: Iterable[Data]) -> EmpiricalRisk:
         """Return the risk of batches; of the last layer, that of its features."""
-        batches = list(batches)
+        batches, model = list(batches), self._model
         if self.last_layer:
             batches = [(self.features(x), y) for x, y in batches]
-        return self._risk_of("curvature", self._model, self.lossfunc, batches)
+            model = self._without_recording()
+        return self._risk_of("curvature", model, self.lossfunc, batches)
+
+    def _without_recording(self) -> nn.Module:
+        """Return the last layer as it is now, without laplace-torch's own hook.
+
+        By that it records features. It leads to the whole net and to the last features,
+        so that the layer would be another one after each batch.
+        """
+        kind: type[nn.Module] = type(self._model)
+        state = dict(self._model.__dict__)
+        if type(self._last) is not kind:
+            self._last = nn.Module.__new__(kind)
+        state["_forward_hooks"] = OrderedDict(
+            (key, hook)
+            for key, hook in state["_forward_hooks"].items()
+            if getattr(hook, "__module__", None) != FeatureExtractor.__module__
+        )
+        object.__setattr__(self._last, "__dict__", state)
+        assert self._last is not None
+        return self._last
 
     def _risk_of(
         self, what: str, model: nn.Module, loss: Any, batches: list[Data]

@@ -62,6 +62,8 @@ class Layout:
         """Bring R tensors, ``[R, …]``, into the form ``[n, R, …]``."""
         if self.name == "first":
             return tensors.transpose(0, 1)
+        if self.name == "single":
+            return tensors.unsqueeze(0)
         arranged: Tensor = vmap(self, out_dims=1)(tensors)
         return arranged
 
