@@ -257,3 +257,21 @@ def test_frozen_ones_travel() -> None:
     risk = vl.EmpiricalRisk(net, LOSS, (X, y))
     there = pickle.loads(pickle.dumps(risk))
     torch.testing.assert_close(there.gradient(), risk.gradient())
+
+
+@pytest.mark.parametrize("name", ["slots", "module", "global"])
+def test_in_another_precision(name: str) -> None:
+    """What is held is in the precision of the parameters, and not in the risk's."""
+    net, (X, y) = Net(name).float(), data()
+    double = Net(name)
+    double.load_state_dict(net.state_dict())
+    J = jacobian(double, X.float().double())
+    if name == "global":
+        registered(net.first.weight)
+    risk = vl.EmpiricalRisk(net, LOSS, (X.float(), y), dtype=torch.float64)
+    torch.testing.assert_close(vl.Jacobian(risk).to_dense(), J)
+    x = torch.linspace(-1, 1, risk.num_params)
+    single = vl.EmpiricalRisk(net, LOSS, (X.float(), y))
+    H = vl.Hessian(single) @ x
+    expected = vl.Hessian(risk) @ x.double()
+    torch.testing.assert_close(H, expected.float(), rtol=1e-4, atol=1e-5)

@@ -152,11 +152,11 @@ class PrivateModule:
             return self._evaluate(params, X)
         originals = self._originals or []
         states = [dict(original.__dict__) for original, _ in originals]
-        with RECOMPUTED, Watch({**self._outside, **self._stale}) as watch:
+        escaped: dict[int, Tensor] = {}
+        with RECOMPUTED, Watch(self._stale) as watch:
             try:
-                output = self._evaluate(params, X)
+                output = self._evaluate(params, X, escaped)
             finally:
-                escaped = watch.used.keys() & self._outside.keys()
                 if escaped:  # what this evaluation has left there
                     for (original, _), state in zip(originals, states, strict=True):
                         object.__setattr__(original, "__dict__", state)
@@ -164,8 +164,13 @@ class PrivateModule:
         self._refuse_stale(watch)
         self._settled = True
         if escaped:
+            # What is used although the copy stands in for modules.
+            held: dict[int, Tensor] = {}
             try:
-                self._find_held(params, X)
+                self._evaluate(params, X, held)
+                self._held = [
+                    (tensor, self._outside[key]) for key, tensor in held.items()
+                ]
                 self._certify(params, X, [self._outside[key] for key in escaped])
             except BaseException:
                 self._settled, self._held = False, []
@@ -175,13 +180,6 @@ class PrivateModule:
             self._originals = None
         self._outside, self._stale = {}, {}
         return output
-
-    def _find_held(self, params: Params, X: Any) -> None:
-        """Find the tensors that are used although the copy stands in for modules."""
-        with Watch(self._outside) as watch:
-            self._evaluate(params, X)
-        used = watch.used.items()
-        self._held = [(tensor, self._outside[key]) for key, tensor in used]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PrivateModule:
         """Copy it with the functions that lead to its modules, which deepcopy shares.
@@ -223,7 +221,17 @@ class PrivateModule:
         self._has_travelled = False
         return output
 
-    def _evaluate(self, params: Params, X: Any) -> Tensor:
+    def _evaluate(
+        self, params: Params, X: Any, escaped: dict[int, Tensor] | None = None
+    ) -> Tensor:
+        """Run a copy of the module with tensors of its own.
+
+        Args:
+            params: The tensors, by name.
+            X: The input.
+            escaped: Where to put tensors of the user's module that are used all the
+                same, by identity, while it is not known which these are.
+        """
         own = map(self._own.__getitem__, params)
         if self._plans is None:
             found = ((id(part), Plan.of(part)) for part in self.module.modules())
@@ -238,11 +246,8 @@ class PrivateModule:
                 stack.enter_context(without_cudnn())
             if self._settled and self._originals is not None:
                 stack.enter_context(_standing_in(self._originals, copies))
-            if self._held:
-                held = ((tensor, self._own[name]) for tensor, name in self._held)
-                stack.enter_context(
-                    Replaced((t, copies.known.get(id(own), own)) for t, own in held)
-                )
+            if self._held or escaped is not None:
+                stack.enter_context(self._replacing(copies, escaped))
             X = rebuilt(X)  # the model may change containers
             if predict is not None:
                 self.calls += 1
@@ -250,6 +255,17 @@ class PrivateModule:
             else:
                 output = self._called(module, X)
             return self.returned(output)
+
+    def _replacing(self, copies: Copies, escaped: dict[int, Tensor] | None) -> Replaced:
+        """What lets functions have this evaluation's tensors in the place of others."""
+        names = {id(tensor): name for tensor, name in self._held}
+        if escaped is not None:
+            names = self._outside
+        own = {key: self._own[name] for key, name in names.items()}
+        mode = Replaced({k: copies.known.get(id(t), t) for k, t in own.items()})
+        if escaped is not None:
+            mode.used = escaped
+        return mode
 
     def _called(self, module: nn.Module, X: Any) -> Any:
         """Call the module with an input, as with the first one of its form."""

@@ -60,18 +60,28 @@ class Replaced(TorchFunctionMode):
     """Lets functions have other tensors in the place of some.
 
     Args:
-        instead: Pairs of a tensor and what stands for it.
+        instead: What stands for a tensor, by its identity.
+
+    Attributes:
+        used: The tensors that others stood for, by identity: what others are made of.
     """
 
-    def __init__(self, instead: Iterable[tuple[Tensor, Tensor]]) -> None:
+    def __init__(self, instead: Mapping[int, Tensor]) -> None:
         super().__init__()
-        self._instead = {id(tensor): other for tensor, other in instead}
+        self._instead = instead
+        self.used: dict[int, Tensor] = {}
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         """Call the function with them."""
-        return func(*self._replaced(args), **self._replaced(kwargs or {}))
+        kwargs = kwargs or {}
+        result = func(*self._replaced(args), **self._replaced(kwargs))
+        if tensors_in(result):
+            for tensor in tensors_in((args, kwargs)):
+                if id(tensor) in self._instead:
+                    self.used[id(tensor)] = tensor
+        return result
 
     def _replaced(self, value: Any) -> Any:
         if isinstance(value, Tensor):
