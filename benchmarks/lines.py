@@ -46,7 +46,7 @@ CAPABILITIES = {
         linalg/restrictions.py linalg/sandwiches.py net/columns/samples.py
         net/columns/weighted.py operators/damped.py operators/grams.py
         operators/linear_map.py operators/random_projection.py operators/sandwich.py
-        operators/symmetric.py operators/parts.py
+        operators/symmetric.py operators/damped_solver.py operators/parts.py
     """,
     "iterations: tracking, ends of spectra, solvers, Lanczos, costs of devices": """
         curvature/calibration.py curvature/device_costs.py linalg/iterative.py

@@ -1,6 +1,7 @@
 """Few pairs that a criterion chooses of many: without the vectors of the others."""
 
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -212,6 +213,38 @@ def test_eigenvalues_are_of_the_lower_triangle_by_either_library(
     for half in (A.tril(), A.triu().T, A.tril() + 3.0 * A.triu(1)):
         evals = symmetric.symmetric_eigenvalues(half)
         assert (evals - expected).abs().max() <= 20 * eps
+    A[2, 1] = float("inf")
+    with pytest.raises(ValueError, match="infs or NaNs"):
+        symmetric.symmetric_eigenvalues(A)
+
+
+@pytest.mark.host("MKL is the CPU's")
+def test_threads_of_mkl_are_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also in another thread meanwhile, and after an error."""
+    A, inside = Draw(FLOAT64).symmetric(160), list[str]()
+    monkeypatch.setattr(symmetric, "_ONE_STAGE_ROWS", {FLOAT64: 140})
+    expected, threads = torch.linalg.eigvalsh(A), torch.get_num_threads()
+    real = torch.linalg.eigvalsh
+
+    def watched(matrix: Tensor) -> Tensor:
+        with ThreadPoolExecutor(1) as pool:
+            inside.append(pool.submit(torch.__config__.parallel_info).result())
+        if len(inside) > 1:
+            raise RuntimeError("as LAPACK may")
+        return real(matrix)
+
+    monkeypatch.setattr(torch.linalg, "eigvalsh", watched)
+    torch.set_num_threads(2)
+    try:
+        before = torch.__config__.parallel_info()
+        evals = symmetric.symmetric_eigenvalues(A)
+        with pytest.raises(RuntimeError, match="as LAPACK may"):
+            symmetric.symmetric_eigenvalues(A)
+        assert torch.__config__.parallel_info() == before
+        assert symmetric._set_mkl_threads() is None or inside == [before] * 2
+    finally:
+        torch.set_num_threads(threads)
+    torch.testing.assert_close(evals, expected)
 
 
 @pytest.mark.host("LAPACK is the CPU's")

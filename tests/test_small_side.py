@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 import vivit_linop as vl
 from tests.composition_cases import close, risks
 from tests.operator_market import Draw
-from vivit_linop.operators import LowRank, Woodbury, symmetric
+from vivit_linop.operators import LowRank, Woodbury, damped_solver, symmetric
 
 FLOAT64 = torch.float64
 
@@ -245,10 +245,10 @@ def test_room_is_asked_for_before_it_is_taken(monkeypatch):
     V = vl.Dense(Draw(FLOAT64)(40, 20))
     G = V @ V.T
     nbytes = G.gram.matrix.nbytes
-    monkeypatch.setattr(symmetric, "free_memory", lambda device: nbytes - 1)
+    monkeypatch.setattr(damped_solver, "free_memory", lambda device: nbytes - 1)
     with pytest.raises(MemoryError, match=r"inv: the Cholesky factor.*20 rows.*cg"):
         (G + vl.Identity(40)).inv()
-    monkeypatch.setattr(symmetric, "free_memory", lambda device: nbytes)
+    monkeypatch.setattr(damped_solver, "free_memory", lambda device: nbytes)
     assert isinstance((G + vl.Identity(40)).inv(), Woodbury)
 
 

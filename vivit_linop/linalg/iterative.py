@@ -15,11 +15,11 @@ from vivit_linop.arguments import check_real
 from vivit_linop.linalg.leading import led
 from vivit_linop.operators.base import TorchLinearOperator
 from vivit_linop.operators.damped import Damped, DampedInverse
+from vivit_linop.operators.damped_solver import needs_refinement
 from vivit_linop.operators.dispatch import NoClosedForm
 from vivit_linop.operators.elementary import Diagonal, Sum
 from vivit_linop.operators.kronecker import BlockDiagonal
 from vivit_linop.operators.lowrank import Woodbury
-from vivit_linop.operators.symmetric import needs_refinement
 from vivit_linop.operators.verbs import add, damp, inv, scale, solver
 
 Solve = Callable[[np.ndarray, float], tuple[np.ndarray, int]]

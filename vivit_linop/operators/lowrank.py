@@ -20,12 +20,8 @@ from vivit_linop.operators.base import (
     TorchLinearOperator,
     in_common,
 )
-from vivit_linop.operators.symmetric import (
-    DampedSolver,
-    KeptMatrix,
-    Pairs,
-    Tridiagonal,
-)
+from vivit_linop.operators.damped_solver import DampedSolver
+from vivit_linop.operators.symmetric import KeptMatrix, Pairs, Tridiagonal
 from vivit_linop.ranks.alone import RankRows, Ranks
 
 Result = TypeVar("Result")

@@ -1,18 +1,19 @@
-"""Dense symmetric matrices: eigenpairs within what LAPACK can do, solutions.
+"""Dense symmetric matrices: eigenpairs within what LAPACK can do.
 
 The smaller side of a low-rank node is one, decomposed once: all that is exact about
 c V Vᵀ + δ I for every c and δ comes from VᵀV or V Vᵀ, and what is kept of it, its
-eigenvalues, its eigenpairs. A single inverse takes less: a Cholesky factor, one
-triangle in the precision of the matrix.
+eigenvalues, its eigenpairs.
 """
 
 from __future__ import annotations
 
+import ctypes
 import math
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
-from typing import Any, Self
+from pathlib import Path
+from typing import Any, Self, cast
 
 import numpy as np
 import scipy.linalg
@@ -21,7 +22,6 @@ from scipy.linalg.lapack import get_lapack_funcs
 from threadpoolctl import ThreadpoolController
 from torch import Tensor
 
-from vivit_linop.devices import free_memory
 from vivit_linop.modes import Shared, Undo
 from vivit_linop.ranks.alone import RankRows
 
@@ -76,13 +76,13 @@ def symmetric_eigenvalues(matrix: Tensor) -> Tensor:
     Raises:
         MemoryError: As :func:`symmetric_eigenpairs`.
     """
-    if (
-        matrix.device.type != "cpu"
-        or len(matrix) <= _VERY_FEW_ROWS
-        or matrix.requires_grad
-        or _in_two_stages(matrix)
-    ):
+    few = matrix.device.type != "cpu" or len(matrix) <= _VERY_FEW_ROWS
+    if few or matrix.requires_grad:
         return torch.linalg.eigvalsh(matrix)
+    if _in_two_stages(matrix):
+        _check_finite(matrix)
+        with _mkl_threads_for(len(matrix)):
+            return torch.linalg.eigvalsh(matrix)
     scale, evals, _ = _reduced(matrix)
     return evals.div_(scale)
 
@@ -203,9 +203,20 @@ def _by_scipy(
 def _in_two_stages(matrix: Tensor) -> bool:
     """Whether torch gets eigenvalues sooner, by way of a band."""
     rows = len(matrix)
-    alone = torch.get_num_threads() == 1 or rows > _FEW_ROWS
-    most = _ONE_STAGE_ROWS.get(matrix.dtype, SYEVD_ROWS)
-    return alone and most < rows <= SYEVD_ROWS and torch.backends.mkl.is_available()
+    if rows <= _ONE_STAGE_ROWS.get(matrix.dtype, SYEVD_ROWS) or rows > SYEVD_ROWS:
+        return False
+    if not torch.backends.mkl.is_available():
+        return False
+    as_they_are = torch.get_num_threads() == 1 or rows > _FEW_ROWS
+    return as_they_are or _set_mkl_threads() is not None
+
+
+def _check_finite(matrix: Tensor) -> float:
+    """Return the largest entry's size; an error where some are no numbers."""
+    size = max(map(abs, torch.stack(matrix.aminmax()).tolist()))
+    if not math.isfinite(size):
+        raise ValueError("eigh: the matrix must not contain infs or NaNs.")
+    return size
 
 
 def _reduced(matrix: Tensor) -> tuple[float, Tensor, tuple[np.ndarray, ...]]:
@@ -218,10 +229,10 @@ def _reduced(matrix: Tensor) -> tuple[float, Tensor, tuple[np.ndarray, ...]]:
     _check_rows(matrix)
     # Products of very large or very small entries are no numbers. Neither may be what
     # they are scaled by.
-    size = max(map(abs, torch.stack(matrix.aminmax()).tolist()))
+    size = _check_finite(matrix)
     most = -math.frexp(torch.finfo(matrix.dtype).tiny)[1]
     scale = 2.0 ** min(max(-math.frexp(size)[1], -most), most)
-    columns = np.asarray_chkfinite((scale * matrix).numpy(), order="F")
+    columns = np.asfortranarray((scale * matrix).numpy())
     reduce, roots = get_lapack_funcs(("sytrd", "sterf"), (columns,))
     with _threads_for(len(columns)):
         *found, _ = reduce(columns, 1, _BLOCK * len(columns), overwrite_a=True)
@@ -261,6 +272,36 @@ def _set_one_thread(_: torch.device | None, undo: Undo) -> None:
 
 
 _ONE_THREAD = Shared(_set_one_thread)
+
+
+@cache
+def _set_mkl_threads() -> Callable[[int], int] | None:
+    """What sets the threads of MKL for the calling thread alone, if torch has that.
+
+    It returns the number before.
+    """
+    try:
+        library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib/libtorch_cpu.so"))
+        found = library.MKL_Set_Num_Threads_Local
+    # Another system, or another library for linear algebra.
+    except (OSError, AttributeError):
+        return None
+    found.argtypes, found.restype = [ctypes.c_int], ctypes.c_int
+    return cast("Callable[[int], int]", found)
+
+
+@contextmanager
+def _mkl_threads_for(rows: int) -> Iterator[None]:
+    """Run MKL in one thread for few rows; other threads of the process see nothing."""
+    put = _set_mkl_threads() if rows <= _FEW_ROWS else None
+    if put is None:
+        yield
+        return
+    before = put(1)
+    try:
+        yield
+    finally:
+        put(before)
 
 
 # Decomposed once ----------------------------------------------------------------------
@@ -362,124 +403,3 @@ class KeptMatrix:
 
     def _fits(self, nbytes: int) -> bool:
         return self._budget is None or nbytes <= self._budget()
-
-
-class DampedSolver:
-    """Solutions of (c A + δ I) y = b for a symmetric A ≥ 0.
-
-    By the eigenpairs of A where these are known. Else by a Cholesky factor, in the
-    precision of A and in place, and one step of refinement; where rounding makes that
-    impossible, in float64. So an inverse takes at most 1 and 2 times the memory of A.
-
-    Args:
-        matrix: A.
-        scale: c.
-        damping: δ, positive.
-        pairs: The eigenpairs of A, if they are known.
-
-    Attributes:
-        norm: The norm of c A.
-
-    Raises:
-        ValueError: If δ is so small that the damped matrix is numerically singular.
-        MemoryError: If the factor does not fit into free memory.
-    """
-
-    def __init__(
-        self, matrix: Tensor, scale: float, damping: float, pairs: Pairs | None = None
-    ) -> None:
-        self._matrix, self._scale, self._damping = matrix, scale, damping
-        self.norm = scale * torch.linalg.matrix_norm(matrix).item()
-        self._pairs = pairs
-        if pairs is None:
-            self._cholesky = self._factorised()
-        else:
-            self._values = scale * pairs[0].double() + damping
-            if self._values[0] <= 0.0:
-                raise self._below_rounding()
-        self.refines = needs_refinement(self.norm / damping, matrix.dtype)
-
-    def solve(self, columns: Tensor) -> Tensor:
-        """Return (c A + δ I)⁻¹ times columns ``[n, K]``."""
-        solution = self._once(columns)
-        if self.refines and self._matrix.dtype != torch.float64:
-            image = self._matrix @ solution
-            residual = columns - self._scale * image - self._damping * solution
-            solution = solution + self._once(residual)
-        return solution
-
-    @property
-    def logdet(self) -> Tensor:
-        """Log det(c A + δ I)."""
-        if self._pairs is not None:
-            found = self._values.log().sum()
-        else:
-            found = 2.0 * self._cholesky.diagonal().double().log().sum()
-        return found.to(self._matrix)
-
-    def root_columns(self, start: int, stop: int) -> Tensor:
-        """Return some columns of an R with (c A + δ I)⁻¹ = R Rᵀ, ``[n, k]``."""
-        if self._pairs is not None:
-            columns = self._pairs[1][:, start:stop].to(self._matrix)
-            return columns * self._values[start:stop].rsqrt().to(columns)
-        # Of the upper triangular L⁻ᵀ, what is below the diagonal is zero. A part of L
-        # is copied: not a large one.
-        n = len(self._matrix)
-        rows = stop if 4 * stop <= n else n
-        unit = self._cholesky.new_zeros(rows, stop - start)
-        unit[start:].fill_diagonal_(1.0)
-        upper = self._cholesky[:rows, :rows].T
-        columns = self._cholesky.new_zeros(n, stop - start)
-        columns[:rows] = torch.linalg.solve_triangular(upper, unit, upper=True)
-        return columns.to(self._matrix)
-
-    def _once(self, columns: Tensor) -> Tensor:
-        if self._pairs is not None:
-            vectors = self._pairs[1]
-            inner = (vectors.T @ columns) / self._values[:, None].to(columns)
-            return vectors @ inner
-        L = self._cholesky
-        inner = torch.linalg.solve_triangular(L, columns.to(L), upper=False)
-        return torch.linalg.solve_triangular(L.T, inner, upper=True).to(columns)
-
-    def _factorised(self) -> Tensor:
-        """L with c A + δ I = L Lᵀ."""
-        for dtype in dict.fromkeys([self._matrix.dtype, torch.float64]):
-            _check_room(self._matrix, dtype)
-            # Column-major, so that LAPACK works in place, and solutions copy nothing.
-            rows = self._matrix.to(
-                dtype, copy=True, memory_format=torch.contiguous_format
-            )
-            damped = rows.T
-            damped.mul_(self._scale).diagonal().add_(self._damping)
-            info = torch.empty((), dtype=torch.int32, device=damped.device)
-            torch.linalg.cholesky_ex(damped, out=(damped, info))
-            if not info.any():
-                return damped
-        raise self._below_rounding()
-
-    def _below_rounding(self) -> ValueError:
-        return ValueError(
-            f"damping: {self._damping:.3g} is below the rounding error of an operator "
-            f"with norm {self.norm:.3g} in {self._matrix.dtype}. Use a larger damping, "
-            "or float64."
-        )
-
-
-def needs_refinement(condition: float, dtype: torch.dtype) -> bool:
-    """Whether solutions for a matrix of a condition number lose too many digits.
-
-    Rounding in A is enlarged by λ/δ, rounding in a factor by that and its size.
-    """
-    return condition > torch.finfo(dtype).eps ** -0.125
-
-
-def _check_room(matrix: Tensor, dtype: torch.dtype) -> None:
-    needed, free = matrix.numel() * dtype.itemsize, free_memory(matrix.device)
-    if needed > free:
-        raise MemoryError(
-            f"inv: the Cholesky factor of a matrix of {len(matrix)} rows takes "
-            f"{needed / 1e9:.3g} GB, and {free / 1e9:.3g} GB are free on "
-            f"{matrix.device}. Solve with scipy.sparse.linalg.cg(op, b), or take fewer "
-            "samples or mc_samples."
-        )
