@@ -5,7 +5,7 @@ The factors of weights, and the squares of columns' entries in their eigenbases.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from weakref import ReferenceType, ref
 
@@ -57,9 +57,9 @@ class _Inputs:
     """Which inputs were there last: the columns of a layer in parts have the same."""
 
     def __init__(self) -> None:
-        self._last: dict[str, ReferenceType[Tensor]] = {}
+        self._last: dict[str, ReferenceType[object]] = {}
 
-    def are_new(self, name: str, inputs: Tensor) -> bool:
+    def are_new(self, name: str, inputs: object) -> bool:
         """Whether a parameter's inputs are others than last time."""
         last = self._last.get(name)
         self._last[name] = ref(inputs)
@@ -156,7 +156,7 @@ class KroneckerSums(Total):
             )
 
     def _add_factors(self, name: str, columns: KhatriRaoColumns) -> None:
-        order, inputs_are_new = None, self._inputs.are_new(name, columns.inputs)
+        order, inputs_are_new = None, self._inputs.are_new(name, columns.given)
         if isinstance(columns, TransposedConvolutionColumns):
             order = columns.by_outputs(torch.arange(columns.numel, device="cpu"))
         columns = _at_outputs(columns)
@@ -189,7 +189,7 @@ def _cotangent_sums(columns: KhatriRaoColumns, reduced: bool) -> Tensor:
         return shared.outer
     B = columns.cotangents
     B = B.sum(4, keepdim=True) if reduced else B
-    sums = _outer_sums(B.permute(2, 3, 0, 1, 4).flatten(2))
+    sums = _outer_sums([B.permute(2, 3, 0, 1, 4).flatten(2)])
     if isinstance(shared, SharedCotangents):
         shared.outer = sums
     return sums
@@ -199,7 +199,7 @@ def _outer_product(columns: LayerColumns) -> Tensor:
     """Σ v vᵀ over all columns, ``[d, d]``."""
     if isinstance(columns, KhatriRaoColumns) and columns.of_ones:
         return _cotangent_sums(columns, reduced=False)[0].clone()
-    return _outer_sums(columns.rows().T.unsqueeze(0))[0]
+    return _outer_sums([columns.rows().T.unsqueeze(0)])[0]
 
 
 def _input_sums(columns: KhatriRaoColumns, reduced: bool, affine: bool) -> Tensor:
@@ -210,9 +210,12 @@ def _input_sums(columns: KhatriRaoColumns, reduced: bool, affine: bool) -> Tenso
         reduced: Whether inputs are first averaged over positions.
         affine: Whether a 1 is appended to the inputs, for a bias.
     """
-    A = columns.inputs
-    A = A.mean(3, keepdim=True) if reduced else A
-    return _outer_sums(_with_ones(A, affine).permute(1, 2, 0, 3).flatten(2))
+
+    def rows(A: Tensor) -> Tensor:
+        A = A.mean(3, keepdim=True) if reduced else A
+        return _with_ones(A, affine).permute(1, 2, 0, 3).flatten(2)
+
+    return _outer_sums(map(rows, columns.inputs_in_parts()))
 
 
 def _with_ones(inputs: Tensor, affine: bool) -> Tensor:
@@ -222,15 +225,24 @@ def _with_ones(inputs: Tensor, affine: bool) -> Tensor:
     return torch.cat([inputs, torch.ones_like(inputs[:, :, :1])], dim=2)
 
 
-def _outer_sums(columns: Tensor) -> Tensor:
+def _outer_sums(parts: Iterable[Tensor]) -> Tensor:
     """Sums of outer products of columns, ``[G, d, k] -> [G, d, d]``, symmetric."""
-    # On other devices, launching the parts of a half takes longer than the whole.
-    if not columns.is_cpu or pays_whole(columns[0]):
-        whole = torch.bmm(columns, columns.mT)
-        return (whole + whole.mT).div_(2)
-    sums = columns.new_zeros(*columns.shape[:2], columns.shape[1])
-    for total, group in zip(sums, columns, strict=True):
-        add_product(total, group, group, True)
+    sums: Tensor | None = None
+    whole = False
+    for columns in parts:
+        if sums is None:
+            sums = columns.new_zeros(*columns.shape[:2], columns.shape[1])
+        # On other devices, launching the parts of a half takes longer than the whole.
+        whole = not columns.is_cpu or pays_whole(columns[0])
+        if whole:
+            sums.baddbmm_(columns, columns.mT)
+            continue
+        for total, group in zip(sums, columns, strict=True):
+            add_product(total, group, group, True)
+    assert sums is not None  # there is a sample in each piece
+    if whole:
+        return (sums + sums.mT).div_(2)
+    for total in sums:
         mirror(total)
     return sums
 

@@ -238,7 +238,8 @@ def columns_of_weight(
         return lambda B: weight(arguments, X, B)
     cotangents, first = kind.cotangents, kind.inputs_first
     a: Tensor | UnfoldedInputs
-    if kind.unfolds and width == 1:
+    # On a GPU parts would take launches of their own.
+    if kind.unfolds and width == 1 and X.is_cpu:
         channels = arguments["weight_shape"][1:].numel()
         a = UnfoldedInputs(X, partial(kind.inputs, arguments), channels)
     else:

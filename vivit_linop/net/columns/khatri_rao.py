@@ -28,8 +28,12 @@ _SKETCH_ROWS = 8
 _FEW_PRODUCTS = 2**19
 # Temporaries that are read again right away should still be in a cache.
 _WORKING_SET = 8 * 2**20
-# What is unfolded, multiplied and let go: in the cache of a core.
+# What is unfolded, multiplied and let go: in the cache of each core.
 _NEAR_BYTES = 3 * 2**20
+
+
+def _near() -> int:
+    return _NEAR_BYTES * torch.get_num_threads()
 
 
 class SharedCotangents:
@@ -105,6 +109,19 @@ class KhatriRaoColumns(OuterSums):
         if self._unmade is not None:
             return self._unmade.some(part)
         return self.inputs[part]
+
+    @property
+    def given(self) -> Tensor | UnfoldedInputs:
+        """The inputs, as far as they are made: one object for columns with the same."""
+        return self.inputs if self._unmade is None else self._unmade
+
+    def inputs_in_parts(self) -> Iterator[Tensor]:
+        """Yield the inputs, of some samples after the other where they are not made."""
+        if self._unmade is None:
+            yield self.inputs
+            return
+        for part in self._parts(2 * self._groups * self._a * self.positions, _near()):
+            yield self._unmade.some(part)
 
     @property
     def nbytes(self) -> int:
@@ -225,7 +242,7 @@ class KhatriRaoColumns(OuterSums):
         n, R, b = self.num_samples, self.width, self._b
         formed = fresh(self.cotangents, n, R * b, self._a)
         each = (self._a + R * b) * self.positions + R * b * self._a
-        for part in self._parts(each, _NEAR_BYTES):
+        for part in self._parts(each, _near()):
             B = self.cotangents[part].reshape(-1, R * b, self.positions)
             torch.bmm(B, self.some_inputs(part)[:, 0].mT, out=formed[part])
         return formed.view(-1, self.numel)
@@ -289,7 +306,7 @@ class KhatriRaoColumns(OuterSums):
         mixing = _mixing(self._b, expected.dtype, expected.device)
         mixed = torch.einsum("kb,nrgbp->nrgkp", mixing, self._combined(weights))
         if self._norms_follow and self._unmade is not None:
-            self._squared, total = self._norms_and_sums(_NEAR_BYTES, mixed.squeeze(1))
+            self._squared, total = self._norms_and_sums(_near(), mixed.squeeze(1))
             sums = self._laid_out(total)
         else:
             sums = self.with_cotangents(mixed).entry_sums()
@@ -359,7 +376,7 @@ class KhatriRaoColumns(OuterSums):
         each = entries * (self.width + 1)
         if self._unmade is not None:
             each += self._groups * a * P
-            memory = min(memory, _NEAR_BYTES) if self.cotangents.is_cpu else memory
+            memory = min(memory, _near())
         for part in self._parts(each, memory):
             A, B = self.some_inputs(part), self.cotangents[part]
             if by_pairs:
