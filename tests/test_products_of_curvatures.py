@@ -115,6 +115,32 @@ def test_norms_of_large_kronecker_products() -> None:
     assert (F @ E).trace().item() == pytest.approx(truth + shift)
 
 
+def test_diagonals_of_large_kronecker_products() -> None:
+    torch.manual_seed(0)
+    sides = 120, 150
+    parts = [torch.randn(2, k, k, dtype=torch.float64) / k**0.5 for k in sides]
+    A, B = (
+        vl.Kronecker(*(part[number] @ part[number].T for part in parts))
+        for number in range(2)
+    )
+    E, F = (CorrectedKronecker(op, op.eigenvalues + 0.5) for op in (A, B))
+    first, second = ([part.to_dense() for part in op.factors] for op in (A, B))
+
+    def kron(left: Tensor, right: Tensor) -> Tensor:
+        return torch.outer(left.diagonal(), right.diagonal()).flatten()
+
+    both = kron(*(a @ b for a, b in zip(first, second, strict=True)))
+    a, b = kron(*first), kron(*second)
+    close = torch.testing.assert_close
+    close((A @ F).diagonal(), both + 0.5 * a)
+    close((F @ A).diagonal(), both + 0.5 * a)
+    close((E @ F).diagonal(), both + 0.5 * a + 0.5 * b + 0.25)
+    turned = vl.Kronecker(*reversed(A.factors)), vl.Kronecker(*reversed(B.factors))
+    E, F = (CorrectedKronecker(op, op.eigenvalues + 0.5) for op in turned)
+    found = (F @ E).diagonal().view(sides[::-1]).T.flatten()
+    close(found, both + 0.5 * a + 0.5 * b + 0.25)
+
+
 class Counted(Dense):
     """Counts the columns that it is multiplied with."""
 

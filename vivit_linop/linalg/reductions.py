@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import reduce
 
 import torch
@@ -226,6 +226,8 @@ def diagonal_of_product(op: Product) -> Tensor:
             return first.entries * diagonal(reduce(matmul, (*between, last)))
         if isinstance(last, Diagonal):
             return diagonal(reduce(matmul, (first, *between))) * last.entries
+        if (known := _diagonal_in_eigenbasis(op)) is not None:
+            return known
         if (found := narrowest_low_rank(op)) is None:
             return _diagonal_of_square_factors(op)
         at, low_rank = found
@@ -241,6 +243,52 @@ def diagonal_of_product(op: Product) -> Tensor:
     for (_, left), (_, right) in pairs:
         result += (left * right).sum(1)
     return result
+
+
+def _diagonal_in_eigenbasis(op: Product) -> Tensor | None:
+    """That of two Kronecker products, one or both with eigenvalues of their own."""
+    if len(op.factors) != 2 or op.requires_grad:
+        return None
+    A, B = op.factors
+    if not isinstance(B, CorrectedKronecker):  # the diagonal of the transpose
+        A, B = adjoint(B), adjoint(A)
+    if not isinstance(B, CorrectedKronecker):
+        return None
+    Q = [vectors for _, vectors in B.factor_eigenpairs]
+    if isinstance(A, CorrectedKronecker):
+        P = [vectors for _, vectors in A.factor_eigenpairs]
+        if len(P) != 2 or [*map(len, P)] != [*map(len, Q)]:
+            return None
+        return _diagonal_of_two_bases(P, A.eigenvalues, Q, B.eigenvalues)
+    if not isinstance(A, Kronecker) or [f.shape for f in A.factors] != [
+        q.shape for q in Q
+    ]:
+        return None
+    # (M Q ∘ Q) λ, a Kronecker product too.
+    shares = (f.apply(q) * q for f, q in zip(A.factors, Q, strict=True))
+    return Kronecker(*shares).apply(B.eigenvalues.unsqueeze(1)).squeeze(1)
+
+
+def _diagonal_of_two_bases(
+    P: Sequence[Tensor], mu: Tensor, Q: Sequence[Tensor], lambdas: Tensor
+) -> Tensor:
+    """That of P diag(μ) PᵀQ diag(λ) Qᵀ with P = P₁ ⊗ P₂ and Q = Q₁ ⊗ Q₂.
+
+    Row by row of P₁ and Q₁: b a³ + a b³ operations, with no matrix of a b rows.
+    """
+    T = [p.T @ q for p, q in zip(P, Q, strict=True)]
+    shape = len(P[0]), len(P[1])
+    mu, lambdas = mu.view(shape), lambdas.view(shape)
+    if shape[0] > shape[1]:  # as few rows as possible
+        found = _diagonal_of_two_bases(
+            (P[1], P[0]), mu.T.flatten(), (Q[1], Q[0]), lambdas.T.flatten()
+        )
+        return found.view(shape[::-1]).T.flatten()
+    rows = []
+    for p, q in zip(P[0], Q[0], strict=True):
+        inner = (mu.T * p) @ T[0] @ (q[:, None] * lambdas)
+        rows.append(((P[1] @ (T[1] * inner)) * Q[1]).sum(1))
+    return torch.cat(rows)
 
 
 def _diagonal_of_square_factors(op: Product) -> Tensor:
