@@ -163,7 +163,7 @@ class KroneckerSums(Total):
         B = _cotangent_sums(columns, reduced=self._sharing != "expand")
         before = self.factors.get(name)
         if before is not None:
-            B = B + before.B
+            B = before.B.add_(B)  # a bias of this piece may have B too
         if before is None or inputs_are_new:
             affine = name in self._affine and not columns.inputs_first
             A = _input_sums(columns, self._sharing == "reduce", affine)

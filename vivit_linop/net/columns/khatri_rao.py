@@ -42,7 +42,7 @@ class SharedCotangents:
     Attributes:
         squares: |b_nr|², ``[n, R, G]``.
         norms: |b_nr| where there is one group, ``[n, R]``.
-        outer: Σ b bᵀ, ``[G, b, b]``, which nobody writes into.
+        outer: Σ b bᵀ, ``[G, b, b]``, not written into while the columns are used.
         combined: The last weights, and Σ_r w_nr b_nr, for the others to take.
     """
 
