@@ -67,8 +67,9 @@ class GramEigenpairs(Eigenpairs):
     @cached_property
     def coefficients(self) -> Tensor:
         """What V is multiplied by to give the eigenvectors, ``[R, K]``."""
-        scale = self.operator.scale
-        return self.gram_eigenvectors * (scale / self._values).sqrt()
+        # Of very small eigenvalues the quotient would be no number.
+        root = self.operator.scale**0.5 / self._values.sqrt()
+        return self.gram_eigenvectors * root
 
     def _form(self) -> Tensor:
         V = self.operator.factor
@@ -435,4 +436,6 @@ def gram_rounding_error(eigenvalues: Tensor, count: int) -> float:
 
 
 def _rounding_error(largest: float, dtype: torch.dtype, count: int) -> float:
-    return max(10.0, count**0.5) * torch.finfo(dtype).eps * max(largest, 0.0)
+    """What is smaller than the smallest normal number is rounded as that is."""
+    info = torch.finfo(dtype)
+    return max(10.0, count**0.5) * info.eps * max(largest, info.tiny)

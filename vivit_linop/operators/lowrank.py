@@ -8,6 +8,7 @@ the damped inverse (Woodbury's identity).
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterator
 from functools import cached_property
 from typing import TypeVar
@@ -175,7 +176,7 @@ class LowRank(TorchLinearOperator):
 
     Args:
         factor: V, ``[D, R]``.
-        scale: c, positive.
+        scale: c, not negative.
 
     Attributes:
         factor: V.
@@ -183,6 +184,9 @@ class LowRank(TorchLinearOperator):
         gram: The Gram operator VᵀV (without c).
         route: The way that decompositions are to take, None for the cheapest.
         semidefinite: Whether there is a V; some subclass has products without one.
+
+    Raises:
+        ValueError: If c is negative or no number; ``-1.0 * (V @ V.T)`` is an operator.
 
     Example:
         >>> import torch, vivit_linop as vl
@@ -198,6 +202,11 @@ class LowRank(TorchLinearOperator):
 
     def __init__(self, factor: TorchLinearOperator, scale: float = 1.0) -> None:
         self.factor, self.scale = factor, without_gradient(scale, "scale")
+        if not 0.0 <= self.scale < math.inf:
+            raise ValueError(
+                f"scale: c V Vᵀ is positive semi-definite, got c = {self.scale}. "
+                "For a negative one multiply the operator, -1.0 * (V @ V.T)."
+            )
         self._outer = KeptMatrix()
         rows = factor.shape[0]
         super().__init__((rows, rows), factor._own_dtype, factor._own_device)

@@ -57,7 +57,9 @@ def symmetric_eigenpairs(matrix: Tensor) -> tuple[Tensor, Tensor]:
 
     Raises:
         MemoryError: If the matrix has more rows than LAPACK can count entries of.
+        ValueError: If an entry is NaN or Inf.
     """
+    _check_finite(matrix)
     if _is_for_one_thread(matrix):
         return _by_scipy(matrix, "evd")
     if matrix.device.type != "cpu" or len(matrix) <= SYEVD_ROWS:
@@ -75,12 +77,13 @@ def symmetric_eigenvalues(matrix: Tensor) -> Tensor:
 
     Raises:
         MemoryError: As :func:`symmetric_eigenpairs`.
+        ValueError: Likewise.
     """
+    _check_finite(matrix)
     few = matrix.device.type != "cpu" or len(matrix) <= _VERY_FEW_ROWS
     if few or matrix.requires_grad:
         return torch.linalg.eigvalsh(matrix)
     if _in_two_stages(matrix):
-        _check_finite(matrix)
         with _mkl_threads_for(len(matrix)):
             return torch.linalg.eigvalsh(matrix)
     scale, evals, _ = _reduced(matrix)
@@ -98,7 +101,9 @@ def largest_eigenpairs(matrix: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
     Raises:
         MemoryError: As :func:`symmetric_eigenpairs`.
+        ValueError: Likewise.
     """
+    _check_finite(matrix)
     if matrix.device.type != "cpu":
         evals, evecs = torch.linalg.eigh(matrix)
         return evals[-k:], evecs[:, -k:]
@@ -195,7 +200,9 @@ def _by_scipy(
     matrix: Tensor, driver: str, chosen: list[int] | None = None
 ) -> tuple[Tensor, Tensor]:
     with _threads_for(len(matrix)):
-        found = scipy.linalg.eigh(matrix.numpy(), subset_by_index=chosen, driver=driver)
+        found = scipy.linalg.eigh(
+            matrix.numpy(), subset_by_index=chosen, driver=driver, check_finite=False
+        )
     evals, evecs = map(torch.from_numpy, found)
     return evals, evecs
 
@@ -212,10 +219,18 @@ def _in_two_stages(matrix: Tensor) -> bool:
 
 
 def _check_finite(matrix: Tensor) -> float:
-    """Return the largest entry's size; an error where some are no numbers."""
+    """Return the largest entry's size; an error where some are no numbers.
+
+    Of these LAPACK makes numbers now and then.
+    """
+    if not matrix.numel():
+        return 0.0
     size = max(map(abs, torch.stack(matrix.aminmax()).tolist()))
     if not math.isfinite(size):
-        raise ValueError("eigh: the matrix must not contain infs or NaNs.")
+        raise ValueError(
+            "eigh: the matrix must not contain infs or NaNs. Its entries may be too "
+            f"large for {matrix.dtype}."
+        )
     return size
 
 
