@@ -125,9 +125,9 @@ def truth_of(case: Case) -> tuple[Dense, bool]:
         J = torch.stack([gradient(entry, leaves) for entry in f.reshape(-1)])
         slope = gradient(loss(f, y), leaves, graph=True)
         try:
-            rows = [gradient(entry, leaves) for entry in slope]
+            rows = torch.stack([gradient(entry, leaves) for entry in slope])
         except RuntimeError:  # torch has no second derivative of something in it
-            rows = [torch.zeros(D)]
+            rows = torch.zeros(0, D, dtype=torch.float64)
         z = f.detach()
         hessian = torch.autograd.functional.hessian
         H = hessian(lambda z: curved(z, y), z).reshape(N * C, N * C)
@@ -141,7 +141,7 @@ def truth_of(case: Case) -> tuple[Dense, bool]:
             G=J.T @ H @ J,
             U=U,
             F=r * U @ U.T,
-            hessian=torch.stack(rows),
+            hessian=rows,
             value=loss(f, y).detach(),
             gradient=slope.detach(),
             r=r,
