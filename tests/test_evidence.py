@@ -142,3 +142,26 @@ def test_what_is_refused() -> None:
     with pytest.raises(TypeError, match="prior_precision: no closed-form"):
         entries = torch.linspace(1, 2, D, dtype=float64)
         vl.log_marginal_likelihood(of, vl.Hessian(of) + vl.GGN(of), entries)
+
+
+def test_numbers_for_parameters_or_for_entries() -> None:
+    """With an empty parameter there may be as many of the ones as of the others."""
+    torch.manual_seed(0)
+    net = nn.Linear(3, 1).double()  # D = 4
+    net.empty, net.none = (nn.Parameter(torch.zeros(0).double()) for _ in range(2))
+    data = torch.rand(5, 3).double(), torch.rand(5, 1).double()
+    r = vl.EmpiricalRisk(net, nn.MSELoss(), data)
+    G, numbers = vl.GGN(r), torch.tensor([0.5, 2.0, 1.0, 1.0], dtype=torch.float64)
+    with pytest.raises(ValueError, match=r"prior_precision: \[4\] may be .* a mapping"):
+        vl.log_marginal_likelihood(r, G, numbers)
+    named = dict(zip(r.params, numbers, strict=True))
+    plain = nn.Linear(3, 1).double()
+    plain.load_state_dict({n: net.state_dict()[n] for n in ("weight", "bias")})
+    other = vl.EmpiricalRisk(plain, nn.MSELoss(), data)
+    assert close(
+        vl.log_marginal_likelihood(r, G, named),
+        vl.log_marginal_likelihood(other, vl.GGN(other), numbers[:2]),
+    )
+    single = vl.EmpiricalRisk(nn.Linear(1, 1).double(), nn.MSELoss(), (data[1],) * 2)
+    value = vl.log_marginal_likelihood(single, vl.GGN(single), numbers[:2])
+    assert value.isfinite()

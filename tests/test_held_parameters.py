@@ -275,3 +275,19 @@ def test_in_another_precision(name: str) -> None:
     H = vl.Hessian(single) @ x
     expected = vl.Hessian(risk) @ x.double()
     torch.testing.assert_close(H, expected.float(), rtol=1e-4, atol=1e-5)
+
+
+def test_rows_for_padding_have_no_derivatives() -> None:
+    class Tokens(Net):
+        def __init__(self) -> None:
+            super().__init__("slots")
+            self.table = nn.Embedding(4, 3, padding_idx=2).double()
+            torch.nn.init.ones_(self.table.weight)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(self.table(x).mean(1))
+
+    net, y = Tokens(), torch.arange(5) % 3
+    X = torch.tensor([[0, 2], [2, 2], [1, 3], [2, 0], [3, 3]])
+    risk = vl.EmpiricalRisk(net, LOSS, (X, y))
+    torch.testing.assert_close(vl.Jacobian(risk).to_dense(), jacobian(net, X))

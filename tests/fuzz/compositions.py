@@ -72,5 +72,6 @@ def priors(lib: Library, t: Dense) -> Iterator[Row]:
     expected = -t.value / t.r - 0.5 * (P * theta * theta).sum()
     expected = expected - 0.5 * (posterior - P.log().sum())
     if lib.risk.scale == t.r:  # else weights of classes or ignored targets count
-        found = vl.log_marginal_likelihood(lib.risk, lib.G, numbers)
+        named = dict(zip(lib.risk.params, numbers, strict=True))
+        found = vl.log_marginal_likelihood(lib.risk, lib.G, named)
         yield "evidence", found, expected, expected.abs() + size

@@ -107,6 +107,8 @@ def truth_of(case: Case) -> tuple[Dense, bool]:
     """All matrices, and whether torch has second derivatives (else they are zeros)."""
     with plain():
         leaves = case.chosen()
+        if not leaves:
+            raise Undecided("all parameters are frozen")
         f, y = case.outputs(), torch.cat([y for _, y in case.batches()])
         loss, curved = _torch_loss(case.loss), _curved_loss(case.loss)
         N, D = len(f), sum(p.numel() for p in leaves)

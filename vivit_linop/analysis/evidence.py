@@ -170,22 +170,34 @@ def _entries(risk: EmpiricalRisk, given: PriorPrecision) -> Tensor:
                 f"prior_precision: names are {list(given)}, the parameters are "
                 f"{list(risk.params)}."
             )
-        given = torch.stack(
-            [
-                as_real_numbers(given[name], "prior_precision", risk.dtype).to(
-                    risk.device, risk.dtype
-                )
-                for name in risk.params
-            ]
-        )
+        numbers = [
+            as_real_numbers(given[name], "prior_precision", risk.dtype).to(
+                risk.device, risk.dtype
+            )
+            for name in risk.params
+        ]
+        return _of_parameters(risk, torch.stack(numbers))
     precision = as_real_numbers(given, "prior_precision", risk.dtype)
     precision = precision.to(risk.device, risk.dtype)
-    if precision.ndim == 0 or precision.shape == (risk.num_params,):
+    if precision.ndim == 0:
         return precision
+    of_entries = precision.shape == (risk.num_params,)
     if precision.shape == (len(risk.sizes),):
-        sizes = torch.tensor(risk.sizes, device=risk.device)
-        return precision.repeat_interleave(sizes)
+        if of_entries and any(size != 1 for size in risk.sizes):
+            raise ValueError(
+                f"prior_precision: {list(precision.shape)} may be one number for each "
+                "parameter or for each entry, since some are empty. Give a mapping "
+                "from names of parameters to numbers."
+            )
+        return _of_parameters(risk, precision)
+    if of_entries:
+        return precision
     raise ValueError(
         f"prior_precision: a number, [{len(risk.sizes)}] for the parameters or "
         f"[{risk.num_params}] for their entries, got {list(precision.shape)}."
     )
+
+
+def _of_parameters(risk: EmpiricalRisk, numbers: Tensor) -> Tensor:
+    sizes = torch.tensor(risk.sizes, device=risk.device)
+    return numbers.repeat_interleave(sizes)

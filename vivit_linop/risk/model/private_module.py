@@ -315,6 +315,15 @@ class PrivateModule:
                 "it if it is a constant."
             )
 
+    def _padding(self) -> Iterator[tuple[str, int]]:
+        """Rows of embeddings that have no derivatives, with the names of these."""
+        names = {id(tensor): name for name, tensor in self._own.items()}
+        for part in self.module.modules():
+            row = getattr(part, "padding_idx", None)
+            if isinstance(part, (nn.Embedding, nn.EmbeddingBag)) and row is not None:
+                if (name := names.get(id(part.weight))) is not None:
+                    yield name, row
+
     def _certify(self, params: Params, X: Any, escaped: list[str]) -> None:
         """Raise an error unless derivatives are those of the outputs.
 
@@ -339,6 +348,9 @@ class PrivateModule:
         step = torch.finfo(output.dtype).eps ** (1 / 3)
         for _ in range(_DIRECTIONS):
             x = {name: draw(p) for name, p in theta.items()}
+            for name, row in self._padding():
+                if name in x:
+                    x[name][row] = 0.0
             slopes.append(
                 sum(
                     (
