@@ -8,7 +8,8 @@ from torch.autograd import forward_ad
 import vivit_linop as vl
 from tests import placing
 from tests.operator_market import Draw
-from vivit_linop.operators import CorrectedKronecker, LowRank, Woodbury
+from vivit_linop.operators import CorrectedKronecker, LowRank, Woodbury, symmetric
+from vivit_linop.operators.symmetric import largest_eigenpairs as largest
 
 FLOAT64 = torch.float64
 
@@ -340,3 +341,46 @@ def test_noise_on_a_posterior(name, verb):
         strict=True,
     ):
         torch.testing.assert_close(number, wanted)
+
+
+SPECTRAL = {
+    "eigenvalues": lambda A, V: vl.Dense(A).eigvalsh(),
+    "eigenpairs": lambda A, V: vl.Dense(A).eigh().eigenvalues,
+    "low rank": lambda A, V: LowRank(vl.Dense(V)).eigvalsh(),
+    "largest": lambda A, V: LowRank(vl.Dense(V)).eigh(k=2).eigenvalues,
+    "chosen": lambda A, V: LowRank(vl.Dense(V)).eigh(select=lambda _: [0]).eigenvalues,
+    "logdet": lambda A, V: (LowRank(vl.Dense(V)) + vl.Identity(len(V))).logdet(),
+}
+
+
+@pytest.mark.parametrize("rows", [5, 140])
+@pytest.mark.parametrize("name", SPECTRAL)
+def test_forward_mode_through_decompositions(name, rows):
+    """Of few rows, and of so many that LAPACK is called without torch."""
+    draw = Draw(torch.float64)
+    A, B = draw.symmetric(rows), draw.symmetric(rows)
+    V, W = draw(rows + 3, rows), draw(rows + 3, rows)
+
+    def at(step):
+        return SPECTRAL[name](A + step * B, V + step * W)
+
+    step = 1e-6
+    expected = (at(step) - at(-step)) / (2 * step)
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(A, B), forward_ad.make_dual(V, W)
+        _, tangent = forward_ad.unpack_dual(SPECTRAL[name](*dual))
+    assert tangent is not None
+    error = (tangent - expected).norm()
+    assert error <= 1e-4 * expected.norm()
+
+
+@pytest.mark.host("LAPACK is the CPU's")
+def test_derivatives_of_more_rows_than_torch_decomposes(monkeypatch):
+    monkeypatch.setattr(symmetric, "SYEVD_ROWS", 8)
+    monkeypatch.setattr(torch.linalg, "eigh", None)
+    A = Draw(torch.float64).symmetric(9)
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(A, A)
+        for ask in (symmetric.symmetric_eigenpairs, lambda M: largest(M, 2)):
+            with pytest.raises(ValueError, match="of eigenvectors of 9 rows"):
+                ask(dual)

@@ -205,7 +205,8 @@ def damped_inverse_of_inverse(op: Woodbury | DampedInverse, damping: Scalar) -> 
 
     For A = c V Vᵀ + d I and a negative δ, as of I − ε A⁻¹, if d + 1/δ is positive.
     """
-    product = float(op.damping * damping)
+    product = op.damping * damping
+    product = product.detach().item() if isinstance(product, torch.Tensor) else product
     least = torch.finfo(op.torch_dtype).eps ** 0.5
     if not (product > least or product < -1.0 - least):
         raise no_inverse(op, "a damped ")

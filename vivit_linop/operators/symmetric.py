@@ -22,7 +22,7 @@ from scipy.linalg.lapack import get_lapack_funcs
 from threadpoolctl import ThreadpoolController
 from torch import Tensor
 
-from vivit_linop.modes import Shared, Undo
+from vivit_linop.modes import Shared, Undo, is_followed
 from vivit_linop.ranks.alone import RankRows
 
 Pairs = tuple[Tensor, Tensor]
@@ -66,6 +66,11 @@ def symmetric_eigenpairs(matrix: Tensor) -> tuple[Tensor, Tensor]:
         evals, evecs = torch.linalg.eigh(matrix)
         return evals, evecs
     _check_rows(matrix)
+    if not _is_for_scipy(matrix):
+        raise ValueError(
+            f"eigh: derivatives are wanted of eigenvectors of {len(matrix)} rows, and "
+            f"torch computes none beyond {SYEVD_ROWS}. Use .detach()ed tensors."
+        )
     return _by_scipy(matrix, "evr")
 
 
@@ -80,8 +85,7 @@ def symmetric_eigenvalues(matrix: Tensor) -> Tensor:
         ValueError: Likewise.
     """
     _check_finite(matrix)
-    few = matrix.device.type != "cpu" or len(matrix) <= _VERY_FEW_ROWS
-    if few or matrix.requires_grad:
+    if len(matrix) <= _VERY_FEW_ROWS or not _is_for_scipy(matrix):
         return torch.linalg.eigvalsh(matrix)
     if _in_two_stages(matrix):
         with _mkl_threads_for(len(matrix)):
@@ -104,8 +108,8 @@ def largest_eigenpairs(matrix: Tensor, k: int) -> tuple[Tensor, Tensor]:
         ValueError: Likewise.
     """
     _check_finite(matrix)
-    if matrix.device.type != "cpu":
-        evals, evecs = torch.linalg.eigh(matrix)
+    if not _is_for_scipy(matrix):
+        evals, evecs = symmetric_eigenpairs(matrix)
         return evals[-k:], evecs[:, -k:]
     _check_rows(matrix)
     return _by_scipy(matrix, "evr", [len(matrix) - k, len(matrix) - 1])
@@ -136,8 +140,8 @@ class Tridiagonal:
     @classmethod
     def of(cls, matrix: Tensor) -> Self | None:
         """Return that of a matrix, or None where all pairs take no more."""
-        few = matrix.device.type != "cpu" or len(matrix) <= _VERY_FEW_ROWS
-        return None if few or matrix.requires_grad else cls(matrix)
+        few = len(matrix) <= _VERY_FEW_ROWS
+        return None if few or not _is_for_scipy(matrix) else cls(matrix)
 
     @property
     def nbytes(self) -> int:
@@ -267,8 +271,13 @@ def _check_rows(matrix: Tensor) -> None:
 
 
 def _is_for_one_thread(matrix: Tensor) -> bool:
-    few = _VERY_FEW_ROWS < len(matrix) <= _FEW_ROWS
-    return few and matrix.device.type == "cpu" and not matrix.requires_grad
+    return _VERY_FEW_ROWS < len(matrix) <= _FEW_ROWS and _is_for_scipy(matrix)
+
+
+def _is_for_scipy(matrix: Tensor) -> bool:
+    """Whether it is on the CPU, and nobody wants derivatives, which would be lost."""
+    followed = matrix.requires_grad or is_followed(matrix)
+    return matrix.device.type == "cpu" and not followed
 
 
 def _threads_for(rows: int) -> AbstractContextManager[None]:
