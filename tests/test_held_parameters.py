@@ -174,7 +174,8 @@ def weight_of(holder: Any) -> Tensor:
     return holder.w
 
 
-def test_what_a_backward_pass_computes_again_is_refused() -> None:
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_what_a_backward_pass_computes_again_is_refused(reentrant: bool) -> None:
     """The parameter is the user's own there."""
 
     class Checkpointed(Net):
@@ -182,7 +183,8 @@ def test_what_a_backward_pass_computes_again_is_refused() -> None:
             def hidden(x: Tensor) -> Tensor:
                 return torch.tanh(x @ self.get(self.holder).T + self.first.bias)
 
-            return self.last(checkpoint(hidden, x, use_reentrant=False))
+            x = x if x.requires_grad else x.detach().requires_grad_()
+            return self.last(checkpoint(hidden, x, use_reentrant=reentrant))
 
     net, batch = Checkpointed("slots"), data()
     with pytest.raises(ValueError, match=r"model: its forward pass reaches first\.wei"):
@@ -291,3 +293,17 @@ def test_rows_for_padding_have_no_derivatives() -> None:
     X = torch.tensor([[0, 2], [2, 2], [1, 3], [2, 0], [3, 3]])
     risk = vl.EmpiricalRisk(net, LOSS, (X, y))
     torch.testing.assert_close(vl.Jacobian(risk).to_dense(), jacobian(net, X))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_beside_a_checkpoint(reentrant: bool) -> None:
+    class Beside(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            h = torch.tanh(x @ self.get(self.holder).T + self.first.bias)
+            return checkpoint(self.last, h, use_reentrant=reentrant)
+
+    net, (X, y) = Beside("slots"), data()
+    plain = Net("slots")
+    risk = vl.EmpiricalRisk(net, LOSS, (X, y))
+    J = jacobian(plain, X)
+    torch.testing.assert_close(vl.Jacobian(risk).to_dense(), J)

@@ -338,7 +338,8 @@ class PrivateModule:
         frozen = FrozenValues()
         with torch.enable_grad():
             leaves = {name: p.clone().requires_grad_() for name, p in theta.items()}
-            with frozen.recording():
+            # What a checkpoint computes without gradients is no constant.
+            with contextlib.nullcontext() if self._reentrant else frozen.recording():
                 output = self._evaluate(leaves, X)
             u = draw(output)
             gradients = torch.autograd.grad(
