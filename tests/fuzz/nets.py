@@ -83,8 +83,11 @@ class Plan:
         Raises:
             Undecided: If the program does not run in plain torch.
         """
-        if self.parameters[0] == "function" and "checkpointed" in dict(self.layers):
+        names = dict(self.layers)
+        if self.parameters[0] == "function" and "checkpointed" in names:
             raise Undecided("functional_call is over when layers are computed again")
+        if "held_by_an_object" in names and "checkpointed" in names:
+            raise Undecided("what is held is not told from what is computed again")
         module = types.ModuleType("fuzzed")
         sys.modules["fuzzed"] = module  # pickle finds a class by its module's name
         try:
