@@ -177,6 +177,42 @@ def test_zeros_at_the_end_of_a_spectrum(dtype, rows, monkeypatch):
     assert (op.eigh(k=2).eigenvalues - evals[-2:]).abs().max() <= TOLERANCE[dtype]
 
 
+@every_dtype
+@pytest.mark.parametrize("route", ["ARPACK", "Lanczos"])
+@pytest.mark.parametrize("which", ["LA", "SA", "LM"])
+@pytest.mark.parametrize("copies, gap", [(3, 0.2), (5, 1.0), (10, 0.05)])
+def test_copies_of_an_eigenvalue(copies, gap, which, route, dtype):
+    """One vector's Krylov space has one of them, and others by rounding only."""
+    draw = Draw(FLOAT64)
+    Q = torch.linalg.qr(draw(160, 160)).Q
+    evals = torch.linspace(0.0, 1.0, 160).double()
+    if which == "SA":
+        evals[:copies] = -gap
+    else:
+        evals[-copies:] = 1.0 + gap
+    A = Multiplier((Q * evals @ Q.T).to(dtype))
+    pairs = A.eigh(k=copies, which=which, route=route)
+    expected = chosen(evals, copies, which)
+    E, tolerance = pairs.eigenvectors, 10 * TOLERANCE[dtype]
+    assert pairs.route in (f"{route} on Multiplier", "dense")  # if it takes too long
+    assert (pairs.eigenvalues - expected).abs().max() <= tolerance
+    assert (A @ E - E * pairs.eigenvalues).norm() <= tolerance
+    assert (E.T @ E - torch.eye(copies)).abs().max() <= tolerance
+
+
+class Multiplier(vl.TorchLinearOperator):
+    """A matrix that only multiplies."""
+
+    self_adjoint = True
+
+    def __init__(self, matrix):
+        super().__init__(tuple(matrix.shape), matrix.dtype, matrix.device)
+        self.matrix = matrix
+
+    def _multiply(self, X):
+        return self.matrix @ X
+
+
 @pytest.mark.host("ARPACK is the CPU's")
 @pytest.mark.parametrize("which", ["LA", "LM"])
 def test_no_convergence_says_what_to_do(which, monkeypatch):

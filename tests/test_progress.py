@@ -59,7 +59,7 @@ def test_progress(capfd: pytest.CaptureFixture[str]) -> None:
     *_, last = [line for line in errors.split("\r") if "eigh(k=2):" in line]
     done, total = counts(last)
     assert done == total >= 20
-    assert "/28 [" in errors  # as many as there are in the mean
+    assert "/44 [" in errors  # as many as there are in the mean
 
 
 def test_a_log_has_a_line_in_ten_seconds_at_most(

@@ -8,7 +8,7 @@ numbers here are a CPU's:
 - the Gram matrix takes R f + g(R̂), and 10 R̂³ for its leading eigenpairs or 40 R̂³ for
   all (a symmetric eigensolver needs some 4/3 R̂³ or 9 R̂³, at a fraction of the speed of
   a matrix product), and 2 μs a row;
-- ARPACK takes (20 + 4 k) products and 1e9 each for its calls (12 μs for a known K); on
+- ARPACK takes (36 + 4 k) products and 1e9 each for its calls (12 μs for a known K); on
   K = VᵀV where R̂ ≤ D, else on G. ARPACK runs on G as well where the root S of the loss
   Hessian does not fit into memory or has more entries than ARPACK's vectors of length
   D: products with G need no S. A product reads a known K once. Without K a product
@@ -34,10 +34,11 @@ import torch
 
 from vivit_linop.curvature.device_costs import CPU_COSTS, DeviceCosts, costs_on
 from vivit_linop.linalg.decompositions import FEW
+from vivit_linop.linalg.krylov import PROBE
 from vivit_linop.net.costs import LayerCost
 
-# Products of a Krylov solver.
-_PRODUCTS, _PRODUCTS_A_PAIR = 20, 4
+# Products of a Krylov solver, and those that look for what it has passed over.
+_PRODUCTS, _PRODUCTS_A_PAIR = 20 + PROBE, 4
 # What LAPACK takes in float64 by its time in float32 (1.4 to 1.8, 200 to 2,000 rows).
 _DOUBLE = 1.5
 # Passes over the net that a product with V Vᵀ takes by its time.

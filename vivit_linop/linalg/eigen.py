@@ -23,6 +23,7 @@ from vivit_linop.linalg.decompositions import (
     ScaledShifted,
 )
 from vivit_linop.linalg.krylov import (
+    PROBE,
     SOLVERS,
     NotConverged,
     by_arpack,
@@ -64,8 +65,9 @@ from vivit_linop.operators.verbs import (
 )
 
 WHICH = ("LA", "SA", "LM")
-# Solvers take some 20 + 4 k products (measured); of fewer rows the matrix is cheaper.
-PRODUCTS, PRODUCTS_A_PAIR = 20, 4
+# Solvers take some 20 + 4 k products (measured), and those that look for what they have
+# passed over; of fewer rows the matrix is cheaper.
+PRODUCTS, PRODUCTS_A_PAIR = 20 + PROBE, 4
 # Up to so many rows the matrix is formed where they fail.
 DENSE_ROWS = 2000
 # Restarts after which the spectrum is shifted, and how well its norm is to be known.

@@ -28,10 +28,14 @@ from tqdm.auto import tqdm
 from vivit_linop.bars import bar
 from vivit_linop.noise import Noise
 from vivit_linop.operators.base import TorchLinearOperator
+from vivit_linop.operators.elementary import Dense
 
 Product = Callable[[Tensor], Tensor]
 # Rows of the basis beside twice the pairs that are wanted.
 MORE_ROWS = 20
+# Steps that show whether a solver has passed over some pair: with 12 some were not seen
+# that are a twentieth of the spectrum further out, with 16 all.
+PROBE = 16
 # Entries of each row that are replaced at a time, where nothing else holds a basis.
 _PART = 2**20
 # A remainder of rounding errors only, in units of eps and of the largest product: then
@@ -79,6 +83,22 @@ def by_arpack(
     restarts: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """By SciPy's ARPACK; the pairs are on the host."""
+
+    def solve(A: TorchLinearOperator | np.ndarray) -> tuple[Tensor, Tensor]:
+        return _arpack(A, k, start, which, tol, restarts)
+
+    op = Dense(torch.from_numpy(A)) if isinstance(A, np.ndarray) else A
+    return _with_all_copies(op, solve(A), solve, which, tol)
+
+
+def _arpack(
+    A: TorchLinearOperator | np.ndarray,
+    k: int,
+    start: Tensor,
+    which: str,
+    tol: float,
+    restarts: int | None,
+) -> tuple[Tensor, Tensor]:
     v0 = start.cpu().numpy().astype(A.dtype)
     try:
         evals, evecs = eigsh(A, k, which=which, tol=tol, v0=v0, maxiter=restarts)
@@ -99,12 +119,17 @@ def by_lanczos(
     hidden: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """By thick-restart Lanczos; nothing leaves the device but what a restart needs."""
-
-    def product(x: Tensor) -> Tensor:
-        return A.apply(x.unsqueeze(1)).squeeze(1)
-
     v0 = start.to(A.device, A.torch_dtype)
-    return lanczos(product, v0, k, which, tol, restarts or 10 * len(v0), hidden)
+
+    def solve(A: TorchLinearOperator) -> tuple[Tensor, Tensor]:
+        most = restarts or 10 * len(v0)
+        return lanczos(_product_with(A), v0, k, which, tol, most, hidden)
+
+    return _with_all_copies(A, solve(A), solve, which, tol)
+
+
+def _product_with(A: TorchLinearOperator) -> Product:
+    return lambda x: A.apply(x.unsqueeze(1)).squeeze(1)
 
 
 SOLVERS: dict[str, Solver] = {"ARPACK": by_arpack, "Lanczos": by_lanczos}
@@ -176,6 +201,86 @@ class Counted(TorchLinearOperator):
     def _count(self, X: Tensor) -> None:
         self._bar.total = max(self._bar.total, self._bar.n + X.shape[1])
         self._bar.update(X.shape[1])
+
+
+# Copies of eigenvalues ----------------------------------------------------------------
+
+
+class _Deflated(TorchLinearOperator):
+    """P A P + c E Eᵀ with P = I − E Eᵀ: eigenvectors E have the eigenvalue c.
+
+    Args:
+        A: Self-adjoint.
+        vectors: E, ``[n, k]``, orthonormal.
+        value: c.
+    """
+
+    self_adjoint = True
+
+    def __init__(self, A: TorchLinearOperator, vectors: Tensor, value: float) -> None:
+        super().__init__(A.shape, A.torch_dtype, A.device)
+        self._inner, self._value = A, value
+        self._vectors = vectors.to(A.device, A.torch_dtype)
+
+    def _multiply(self, X: Tensor) -> Tensor:
+        E = self._vectors
+        along = E.T @ X
+        Y = self._inner.apply(X - E @ along)
+        return Y - E @ (E.T @ Y - self._value * along)
+
+
+def _with_all_copies(
+    A: TorchLinearOperator,
+    pairs: tuple[Tensor, Tensor],
+    solve: Callable[[TorchLinearOperator], tuple[Tensor, Tensor]],
+    which: str,
+    tol: float,
+) -> tuple[Tensor, Tensor]:
+    """Return the pairs, with those in the place of some that a solver has passed over.
+
+    A Krylov space of one vector has one eigenvector to an eigenvalue. The others to it
+    come by rounding, which may take longer than the k pairs do. Orthogonal to what was
+    found some steps show what lies further out.
+
+    Args:
+        A: Self-adjoint.
+        pairs: What was found: ``[k]``, ascending, and ``[n, k]``.
+        solve: Finds as many pairs of another operator.
+        which: The end of the spectrum.
+        tol: The relative accuracy.
+    """
+    values, vectors = pairs
+    steps, start = min(PROBE, len(vectors) - len(values)), Noise(5)
+    accuracy = max(tol, torch.finfo(A.torch_dtype).eps ** (2 / 3))
+    for _ in range(len(values) if steps else 0):
+        size = float(values.abs().max())
+        # What is found is at the other end then.
+        rest = _Deflated(A, vectors, {"LA": -size, "SA": size, "LM": 0.0}[which])
+        v0 = start.like(vectors[:, 0])
+        v0 = (v0 - vectors @ (vectors.T @ v0)).to(A.device)
+        basis = _Basis(_product_with(rest), v0, steps)
+        basis.grow(0)
+        ritz = basis.ritz()[0].to(values)
+        size = max(size, float(ritz.abs().max()))
+        if _outwards(ritz, which).max() <= _outwards(values, which).min() + (
+            accuracy * size
+        ):
+            break
+        more = solve(rest)
+        both = torch.cat([values, more[0].to(values)])
+        outmost = _outwards(both, which).argsort(descending=True, stable=True)
+        chosen = outmost[: len(values)]
+        chosen = chosen[both[chosen].argsort()]
+        values = both[chosen]
+        vectors = torch.cat([vectors, more[1].to(vectors)], 1)[:, chosen]
+    return values, vectors
+
+
+def _outwards(values: Tensor, which: str) -> Tensor:
+    """What is larger, the further out at this end of the spectrum an eigenvalue is."""
+    if which == "LM":
+        return values.abs()
+    return values if which == "LA" else -values
 
 
 # Thick-restart Lanczos ---------------------------------------------------------------
@@ -322,7 +427,4 @@ class _Basis:
 
 def _wanted_first(values: Tensor, which: str) -> Tensor:
     """The order of ascending Ritz values in which they are wanted."""
-    if which == "LM":
-        return values.abs().argsort(descending=True)
-    order = torch.arange(len(values), device=values.device)
-    return order.flip(0) if which == "LA" else order
+    return _outwards(values, which).argsort(descending=True, stable=True)

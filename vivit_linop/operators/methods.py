@@ -355,7 +355,7 @@ class VerbMethods(LinearOperator, Generic[Op]):
 
         All of them need a closed form. The ``k`` at an end of the spectrum are there
         for every operator: for Hessians, sums and products by ARPACK, on a GPU by
-        Lanczos, in some 20 + 4 k products; ``pairs.route`` says which way was taken.
+        Lanczos, in some 36 + 4 k products; ``pairs.route`` says which way was taken.
 
         Args:
             k: The ``k`` largest ones, or what ``which`` says.
