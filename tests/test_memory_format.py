@@ -95,6 +95,34 @@ def test_what_autograd_says(forward: Any, sizes: tuple[int, ...]) -> None:
     assert torch.equal(X, before) and X.is_contiguous()
 
 
+@pytest.mark.parametrize("sizes", [(6, 4), (4, 6), (6, 6)])
+@pytest.mark.parametrize("by_strides", [False, True])
+def test_images_of_several_shapes_come_as_they_are_given(
+    sizes: tuple[int, int], by_strides: bool
+) -> None:
+    """An order is tried on those of one shape; of others a net may think otherwise."""
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        if by_strides and x.shape[2] == 4:
+            x = torch.as_strided(x, x.shape, (32, 16, 4, 1))
+        return m.out(m.conv(x.sin()).tanh().mean((2, 3)).repeat(1, 4))
+
+    model, y = net(forward), torch.arange(N) % C
+    data = [
+        (torch.randn(n, 2, k, k), y[:n]) for n, k in zip((N, 4), sizes, strict=True)
+    ]
+    params = list(model.parameters())
+    rows = [
+        torch.autograd.grad(LOSS(model(x[None].clone()), t[None]), params)
+        for X, y in data
+        for x, t in zip(X, y, strict=True)
+    ]
+    norms = torch.stack([sum(g.square().sum() for g in row) for row in rows])  # type: ignore[misc]
+    risk = vl.EmpiricalRisk(model, LOSS, data)
+    torch.testing.assert_close(vl.PerSampleGradients(risk).squared_norms(), norms)
+    assert risk.model.channels_last == (sizes[0] == sizes[1])
+
+
 def orders_seen(dtype: torch.dtype, **options: Any) -> set[bool]:
     seen = set()
 

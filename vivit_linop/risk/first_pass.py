@@ -21,6 +21,7 @@ from vivit_linop.risk.losses.base import OutputLoss
 from vivit_linop.risk.losses.certificates import check_loss, targets_of
 from vivit_linop.risk.losses.derived import LossOfItems
 from vivit_linop.risk.model.functional import FunctionalModel
+from vivit_linop.risk.model.memory_format import image_shapes
 from vivit_linop.risk.passes import Cuts, Evaluated, ItemByItem, Passes, does_not_fit
 from vivit_linop.risk.row_layout import RowLayout
 
@@ -101,7 +102,12 @@ def _evaluate(
     zero = torch.zeros((), dtype=model.dtype, device=model.device)
     seen = Seen(loss, zero, zero)
     example: tuple[Any, Tensor] | None = None
+    shapes = set[tuple[torch.Size, ...]]()
     for X, y, checked in _evaluated(model, seen, passes, check, fingerprints):
+        if model.channels_last:
+            shapes.add(image_shapes(X))
+            if len(shapes) > 1:
+                raise OutputsOfOtherOrder  # of one of these nothing would be shown
         output = checked.outputs
         n = len(output)
         # The largest batch shows the most of what mixes samples.

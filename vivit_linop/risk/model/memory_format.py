@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vivit_linop.risk.data.containers import map_leaves
+from vivit_linop.risk.data.containers import leaves, map_leaves
 
 
 def runs_faster(module: nn.Module) -> bool:
@@ -28,16 +28,28 @@ def channels_last(X: Any) -> Any:
     return map_leaves(_channels_last, X)
 
 
-def _channels_last(leaf: Tensor) -> Tensor:
+def image_shapes(X: Any) -> tuple[torch.Size, ...]:
+    """The shapes of the images in an input, without their first axis.
+
+    What a net makes of an order is shown on images of one shape only.
+    """
+    return tuple(leaf.shape[1:] for leaf in leaves(X) if _is_image(leaf))
+
+
+def _is_image(leaf: Tensor) -> bool:
     """Of float32; in float64 there is little to gain."""
-    if (
-        type(leaf) is not Tensor
-        or leaf.layout != torch.strided
-        or not leaf.is_cpu
-        or leaf.dtype is not torch.float32
-        or leaf.ndim != 4
-        or not leaf.is_contiguous()
-    ):
+    return (
+        type(leaf) is Tensor
+        and leaf.layout == torch.strided
+        and not leaf.is_nested
+        and leaf.is_cpu
+        and leaf.dtype is torch.float32
+        and leaf.ndim == 4
+    )
+
+
+def _channels_last(leaf: Tensor) -> Tensor:
+    if not _is_image(leaf) or not leaf.is_contiguous():
         return leaf
     try:
         return leaf.contiguous(memory_format=torch.channels_last)
