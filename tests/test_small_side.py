@@ -182,9 +182,9 @@ def test_inverses_of_damped_inverses(kind, dtype):
 def nets():
     """Wide and narrow nets, and one with convolutions; how many samples they get."""
     yield nn.Sequential(nn.Linear(100, 30), nn.ReLU(), nn.Linear(30, 10)), (160, 100)
-    yield nn.Sequential(nn.Linear(30, 8), nn.ReLU(), nn.Linear(8, 10)), (40, 30)
+    yield nn.Sequential(nn.Linear(30, 8), nn.ReLU(), nn.Linear(8, 10)), (80, 30)
     conv = nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Flatten())
-    yield nn.Sequential(conv, nn.Linear(128, 10)), (40, 1, 6, 6)
+    yield nn.Sequential(conv, nn.Linear(128, 10)), (80, 1, 6, 6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, FLOAT64], ids=str)
