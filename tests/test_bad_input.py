@@ -1,5 +1,6 @@
 """Wrong arguments of operators and verbs are refused, by name."""
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -303,15 +304,24 @@ def test_gram_matrix_that_cannot_fit(monkeypatch: pytest.MonkeyPatch) -> None:
             (factor.T @ factor).to_dense()
 
 
+@pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize(
     "norm",
     [nn.utils.spectral_norm, nn.utils.parametrizations.spectral_norm],
     ids=["hook", "parametrisation"],
 )
-def test_power_iterations(norm: Any) -> None:
-    model = nn.Sequential(norm(nn.Linear(4, 3)), nn.Tanh()).double()
-    refused("model", risk_of(model), says="model.eval()")
-    G = vl.GGN(model.eval(), CE, (X, CLASSES))
+def test_power_iterations(norm: Any, training: bool) -> None:
+    """Vectors of an iteration are buffers, which each evaluation has as they were."""
+    model = nn.Sequential(norm(nn.Linear(4, 3)), nn.Tanh()).double().train(training)
+    if training and norm is nn.utils.spectral_norm:
+        refused("model", risk_of(model), says="model.eval()")
+        return
+    risk = vl.EmpiricalRisk(model, CE, (X, CLASSES))
+    other = copy.deepcopy(model)
+    CE(other(X), CLASSES).backward()
+    expected = torch.cat([param.grad.flatten() for param in other.parameters()])
+    torch.testing.assert_close(risk.gradient(), expected)
+    G = vl.GGN(risk)
     J = vl.Jacobian(G.risk)
     torch.testing.assert_close(
         G.to_dense(), J.to_dense().T @ (vl.LossHessian(G.risk) @ J.to_dense())

@@ -65,8 +65,8 @@ def test_the_limits_are_those_that_were_aimed_at() -> None:
     for name in ("first G @ x", "first Hessian @ x", "first streamed G @ x"):
         assert waits[name] <= 6
     assert waits["streamed G @ x"] <= 1
-    # One a restart: vectors stay on the device.
-    assert waits["Lanczos"] <= 1 < waits["ARPACK"]
+    # One a restart, and two that look for copies: vectors stay on the device.
+    assert waits["Lanczos"] <= 3 < waits["ARPACK"]
 
 
 def test_a_mixed_device_is_seen() -> None:

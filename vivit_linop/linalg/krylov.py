@@ -249,30 +249,31 @@ def _with_all_copies(
         which: The end of the spectrum.
         tol: The relative accuracy.
     """
-    values, vectors = pairs
-    steps, start = min(PROBE, len(vectors) - len(values)), Noise(5)
+    (values, vectors), start = pairs, Noise(5)
+    found = values.cpu().double()
+    steps = min(PROBE, len(vectors) - len(found))
     accuracy = max(tol, torch.finfo(A.torch_dtype).eps ** (2 / 3))
-    for _ in range(len(values) if steps else 0):
-        size = float(values.abs().max())
+    for _ in range(len(found) if steps else 0):
+        size = float(found.abs().max())
         # What is found is at the other end then.
         rest = _Deflated(A, vectors, {"LA": -size, "SA": size, "LM": 0.0}[which])
         v0 = start.like(vectors[:, 0])
         v0 = (v0 - vectors @ (vectors.T @ v0)).to(A.device)
         basis = _Basis(_product_with(rest), v0, steps)
         basis.grow(0)
-        ritz = basis.ritz()[0].to(values)
+        ritz, *_ = basis.ritz()
         size = max(size, float(ritz.abs().max()))
-        if _outwards(ritz, which).max() <= _outwards(values, which).min() + (
-            accuracy * size
-        ):
+        least = _outwards(found, which).min() + accuracy * size
+        if _outwards(ritz, which).max() <= least:
             break
-        more = solve(rest)
-        both = torch.cat([values, more[0].to(values)])
+        more, others = solve(rest)
+        both = torch.cat([found, more.cpu().double()])
         outmost = _outwards(both, which).argsort(descending=True, stable=True)
-        chosen = outmost[: len(values)]
+        chosen = outmost[: len(found)]
         chosen = chosen[both[chosen].argsort()]
-        values = both[chosen]
-        vectors = torch.cat([vectors, more[1].to(vectors)], 1)[:, chosen]
+        found = both[chosen]
+        values = found.to(values)
+        vectors = torch.cat([vectors, others.to(vectors)], 1)[:, chosen]
     return values, vectors
 
 

@@ -459,7 +459,7 @@ class VerbMethods(LinearOperator, Generic[Op]):
             >>> choice = (V @ V.T).explain(k=2)
             eigh(k=2) takes 'dense Gram': it is estimated to be the cheaper.
               dense Gram      0.0125 GFLOP     0.0048 MB
-              ARPACK on K       28.1 GFLOP    0.00192 MB
+              ARPACK on K       44.2 GFLOP    0.00192 MB
             >>> choice.chosen.name
             'dense Gram'
             >>> ways = vl.Kronecker(torch.eye(3), torch.eye(4)).explain().ways

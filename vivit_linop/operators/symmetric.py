@@ -225,9 +225,10 @@ def _in_two_stages(matrix: Tensor) -> bool:
 def _check_finite(matrix: Tensor) -> float:
     """Return the largest entry's size; an error where some are no numbers.
 
-    Of these LAPACK makes numbers now and then.
+    Of these LAPACK makes numbers now and then. A GPU's solvers say so themselves, and
+    the host would have to wait for the entries.
     """
-    if not matrix.numel():
+    if not matrix.numel() or matrix.device.type != "cpu":
         return 0.0
     size = max(map(abs, torch.stack(matrix.aminmax()).tolist()))
     if not math.isfinite(size):
