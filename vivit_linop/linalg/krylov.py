@@ -29,6 +29,7 @@ from vivit_linop.bars import bar
 from vivit_linop.noise import Noise
 from vivit_linop.operators.base import TorchLinearOperator
 from vivit_linop.operators.elementary import Dense
+from vivit_linop.operators.symmetric import mkl_threads_for
 
 Product = Callable[[Tensor], Tensor]
 # Rows of the basis beside twice the pairs that are wanted.
@@ -87,8 +88,13 @@ def by_arpack(
     def solve(A: TorchLinearOperator | np.ndarray) -> tuple[Tensor, Tensor]:
         return _arpack(A, k, start, which, tol, restarts)
 
-    op = Dense(torch.from_numpy(A)) if isinstance(A, np.ndarray) else A
-    return _with_all_copies(op, solve(A), solve, which, tol)
+    pairs = solve(A)
+    if isinstance(A, TorchLinearOperator):
+        return _with_all_copies(A, pairs, solve, which, tol)
+    # NumPy's threads still wait for more, and torch's would wait for them.
+    with mkl_threads_for(len(A)):
+        op = Dense(torch.from_numpy(A))
+        return _with_all_copies(op, pairs, solve, which, tol)
 
 
 def _arpack(
@@ -255,17 +261,16 @@ def _with_all_copies(
     accuracy = max(tol, torch.finfo(A.torch_dtype).eps ** (2 / 3))
     for _ in range(len(found) if steps else 0):
         size = float(found.abs().max())
-        # What is found is at the other end then.
-        rest = _Deflated(A, vectors, {"LA": -size, "SA": size, "LM": 0.0}[which])
-        v0 = start.like(vectors[:, 0])
-        v0 = (v0 - vectors @ (vectors.T @ v0)).to(A.device)
-        basis = _Basis(_product_with(rest), v0, steps)
+        v0 = _without(vectors, start.like(vectors[:, 0])).to(A.device)
+        basis = _Basis(_product_without(A, vectors), v0, steps)
         basis.grow(0)
         ritz, *_ = basis.ritz()
         size = max(size, float(ritz.abs().max()))
         least = _outwards(found, which).min() + accuracy * size
         if _outwards(ritz, which).max() <= least:
             break
+        # What is found is at the other end then.
+        rest = _Deflated(A, vectors, {"LA": -size, "SA": size, "LM": 0.0}[which])
         more, others = solve(rest)
         both = torch.cat([found, more.cpu().double()])
         outmost = _outwards(both, which).argsort(descending=True, stable=True)
@@ -275,6 +280,16 @@ def _with_all_copies(
         values = found.to(values)
         vectors = torch.cat([vectors, others.to(vectors)], 1)[:, chosen]
     return values, vectors
+
+
+def _product_without(A: TorchLinearOperator, vectors: Tensor) -> Product:
+    """The product x ↦ P A x, for x orthogonal to the vectors."""
+    product, E = _product_with(A), vectors.to(A.device, A.torch_dtype)
+    return lambda x: _without(E, product(x))
+
+
+def _without(vectors: Tensor, x: Tensor) -> Tensor:
+    return x - vectors @ (vectors.T @ x)
 
 
 def _outwards(values: Tensor, which: str) -> Tensor:

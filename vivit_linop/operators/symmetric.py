@@ -88,7 +88,7 @@ def symmetric_eigenvalues(matrix: Tensor) -> Tensor:
     if len(matrix) <= _VERY_FEW_ROWS or not _is_for_scipy(matrix):
         return torch.linalg.eigvalsh(matrix)
     if _in_two_stages(matrix):
-        with _mkl_threads_for(len(matrix)):
+        with mkl_threads_for(len(matrix)):
             return torch.linalg.eigvalsh(matrix)
     scale, evals, _ = _reduced(matrix)
     return evals.div_(scale)
@@ -316,7 +316,7 @@ def _set_mkl_threads() -> Callable[[int], int] | None:
 
 
 @contextmanager
-def _mkl_threads_for(rows: int) -> Iterator[None]:
+def mkl_threads_for(rows: int) -> Iterator[None]:
     """Run MKL in one thread for few rows; other threads of the process see nothing."""
     put = _set_mkl_threads() if rows <= _FEW_ROWS else None
     if put is None:
