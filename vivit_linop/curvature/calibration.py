@@ -15,10 +15,15 @@ import torch
 from torch import Tensor, nn
 
 from vivit_linop.arguments import numbered
-from vivit_linop.curvature import plan
 from vivit_linop.curvature.device_costs import DeviceCosts
 from vivit_linop.curvature.ggn import GGN
-from vivit_linop.linalg.krylov import SOLVERS, by_arpack, solver_on, start_of
+from vivit_linop.linalg.krylov import (
+    SOLVERS,
+    by_arpack,
+    krylov_products,
+    solver_on,
+    start_of,
+)
 from vivit_linop.modes import ordinary_mode
 from vivit_linop.noise import Noise
 from vivit_linop.operators.elementary import Dense
@@ -137,7 +142,7 @@ def _measured(device: torch.device, name: str) -> DeviceCosts:
         bandwidth=nbytes / seconds(read.sum),
         copying=nbytes / 8 / seconds(copied.cpu) if is_gpu else float("inf"),
         call=kept,
-        step=seconds(lambda: _steps(small)) / plan.krylov_products(_STEP_PAIRS),
+        step=seconds(lambda: _steps(small)) / krylov_products(_STEP_PAIRS),
         tracing=tracing,
         linearising=first,
         short_pass=2 * seconds(lambda: net(data[0])),

@@ -34,11 +34,9 @@ import torch
 
 from vivit_linop.curvature.device_costs import CPU_COSTS, DeviceCosts, costs_on
 from vivit_linop.linalg.decompositions import FEW
-from vivit_linop.linalg.krylov import PROBE
+from vivit_linop.linalg.krylov import krylov_products
 from vivit_linop.net.costs import LayerCost
 
-# Products of a Krylov solver, and those that look for what it has passed over.
-_PRODUCTS, _PRODUCTS_A_PAIR = 20 + PROBE, 4
 # What LAPACK takes in float64 by its time in float32 (1.4 to 1.8, 200 to 2,000 rows).
 _DOUBLE = 1.5
 # Passes over the net that a product with V Vᵀ takes by its time.
@@ -180,11 +178,6 @@ def products_together(costs: Sequence[LayerCost], device: torch.device) -> int:
 
 
 # Eigenpairs -------------------------------------------------------------------------
-
-
-def krylov_products(k: int) -> int:
-    """How many products ARPACK and Lanczos take for k pairs, in the mean."""
-    return _PRODUCTS + _PRODUCTS_A_PAIR * k
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,7 @@ from vivit_linop.linalg.krylov import (
     SOLVERS,
     NotConverged,
     by_arpack,
+    krylov_products,
     solver_on,
     start_of,
     too_few,
@@ -269,7 +270,7 @@ def _iterated(
     v0 = start_of(target)
     here = op.device.type == "cpu" and not op.ranks.is_many
     shown = _shows_progress(op.factor)
-    bar = watched(target, k, plan.krylov_products(k))
+    bar = watched(target, k, krylov_products(k))
     with bar if shown else contextlib.nullcontext(target) as multiplied:
         if solver == "ARPACK" and known and here:
             # Calls of an operator take longer than a product with a matrix.

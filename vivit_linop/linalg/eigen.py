@@ -23,11 +23,11 @@ from vivit_linop.linalg.decompositions import (
     ScaledShifted,
 )
 from vivit_linop.linalg.krylov import (
-    PROBE,
     SOLVERS,
     NotConverged,
     by_arpack,
     by_lanczos,
+    krylov_products,
     solver_on,
     start_of,
     too_few,
@@ -65,10 +65,7 @@ from vivit_linop.operators.verbs import (
 )
 
 WHICH = ("LA", "SA", "LM")
-# Solvers take some 20 + 4 k products (measured), and those that look for what they have
-# passed over; of fewer rows the matrix is cheaper.
-PRODUCTS, PRODUCTS_A_PAIR = 20 + PROBE, 4
-# Up to so many rows the matrix is formed where they fail.
+# Up to so many rows the matrix is formed where solvers fail.
 DENSE_ROWS = 2000
 # Restarts after which the spectrum is shifted, and how well its norm is to be known.
 _FIRST_RESTARTS, _ROUGHLY = 50, 0.1
@@ -358,7 +355,7 @@ def extreme_eigenpairs_of_operator(
         )
     n, start = op.shape[0], _start(op, v0)
     pairs: Eigenpairs | None = None
-    if n > PRODUCTS + PRODUCTS_A_PAIR * k:
+    if n > krylov_products(k):  # of fewer rows the matrix is cheaper
         solver = route or solver_on(op.device)
         pairs = _by_iteration(op, k, which, tol or 0.0, start, solver)
     if pairs is None:

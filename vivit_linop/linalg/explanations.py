@@ -10,9 +10,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from vivit_linop.linalg.eigen import PRODUCTS, PRODUCTS_A_PAIR
 from vivit_linop.linalg.iterative import IterativeInverse
-from vivit_linop.linalg.krylov import solver_on
+from vivit_linop.linalg.krylov import krylov_products, solver_on
 from vivit_linop.linalg.reductions import narrowest_low_rank
 from vivit_linop.linalg.sandwiches import may_lose_digits
 from vivit_linop.operators.base import TorchLinearOperator
@@ -111,7 +110,7 @@ def _rule(verb: Any, op: Op) -> str | None:
 def iterates(op: Op, k: int | None = None) -> str:
     """Which solver finds eigenpairs, and that there is nothing better."""
     n, solver = op.shape[0], solver_on(op.device)
-    products = PRODUCTS + PRODUCTS_A_PAIR * (min(10, n) if k is None else k)
+    products = krylov_products(min(10, n) if k is None else k)
     if n <= products:
         return f"LAPACK on its matrix, made by {n} products: there are few rows"
     name = type(op).__name__
