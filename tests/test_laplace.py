@@ -86,6 +86,61 @@ def test_it_is_that_of_dense_matrices(
     torch.testing.assert_close(la.predictive(X).probabilities(), probit)
 
 
+def softmax(logits: Tensor) -> Tensor:
+    return logits.exp() / logits.exp().sum(1, keepdim=True)
+
+
+def sigmoid(logits: Tensor) -> Tensor:
+    return 1.0 / (1.0 + (-logits).exp())
+
+
+@pytest.mark.parametrize(
+    ("net", "loss", "shape", "link"),
+    [
+        (nn.Linear(3, 1), nn.BCEWithLogitsLoss(), (1,), sigmoid),
+        (nn.Linear(3, 4), nn.BCEWithLogitsLoss(reduction="sum"), (4,), sigmoid),
+        (nn.Linear(3, 4), nn.CrossEntropyLoss(), (4,), softmax),
+        (nn.Linear(3, 4), vl.losses.Weighted(nn.BCEWithLogitsLoss()), (4,), sigmoid),
+        (nn.Conv1d(3, 2, 1), nn.CrossEntropyLoss(), (2, 5), softmax),
+        (nn.Conv1d(3, 1, 1), nn.BCEWithLogitsLoss(), (1, 5), sigmoid),
+        (nn.Sequential(nn.Linear(3, 4), nn.LogSoftmax(1)), nn.NLLLoss(), (4,), softmax),
+    ],
+)
+def test_probabilities_are_those_of_the_loss(
+    net: nn.Module, loss: nn.Module, shape: tuple[int, ...], link: Any
+) -> None:
+    torch.manual_seed(0)
+    net, N = copy.deepcopy(net).double(), 8
+    X = torch.rand(N, 3, *shape[1:], dtype=D64)
+    y: Any = torch.rand(N, *shape, dtype=D64)
+    if link is softmax:
+        y = torch.randint(shape[0], (N, *shape[1:]))
+    if isinstance(loss, vl.losses.Weighted):
+        y = (y, torch.rand(N, dtype=D64))
+    la = vl.Laplace(vl.EmpiricalRisk(net, loss, (X, y)), 0.5)
+    predictive = la.predictive(X)
+    mean, covariance = predictive
+    assert torch.equal(mean.reshape(N, *shape), net(X))
+    v = covariance.diagonal(dim1=1, dim2=2)
+    expected = link((mean / (1 + math.pi * v / 8).sqrt()).reshape(N, *shape))
+    for each in (predictive, copy.deepcopy(predictive), copy.copy(predictive)):
+        torch.testing.assert_close(each.probabilities(), expected)
+    again = pickle.loads(pickle.dumps(predictive))
+    torch.testing.assert_close(again.probabilities(), expected)
+
+
+@pytest.mark.parametrize("loss", [nn.MSELoss(), nn.functional.cross_entropy])
+def test_no_probabilities_of_what_may_be_no_logits(loss: Any) -> None:
+    X, y = torch.rand(8, 3, dtype=D64), torch.rand(8, 2, dtype=D64).softmax(1)
+    risk = vl.EmpiricalRisk(nn.Linear(3, 2).double(), loss, (X, y), reduction="mean")
+    predictive = vl.Laplace(risk).predictive(X)
+    with pytest.raises(TypeError, match="outputs are logits"):
+        predictive.probabilities()
+    v = predictive.covariance.diagonal(dim1=1, dim2=2)
+    expected = softmax(predictive.mean / (1 + math.pi * v / 8).sqrt())
+    torch.testing.assert_close(predictive.probabilities(softmax), expected)
+
+
 @pytest.mark.parametrize("structure", STRUCTURES)
 def test_samples_have_the_covariance(structure: str) -> None:
     la = vl.Laplace(problem(), 0.7, structure)

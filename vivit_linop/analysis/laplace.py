@@ -24,6 +24,7 @@ from vivit_linop.modes import as_given, ordinary_mode, recorded
 from vivit_linop.net.certified import read_structure
 from vivit_linop.operators import Diagonal, TorchLinearOperator
 from vivit_linop.risk.empirical import EmpiricalRisk, check_risk
+from vivit_linop.risk.losses.base import OutputLoss
 
 STRUCTURES: dict[str, Callable[[EmpiricalRisk], TorchLinearOperator]] = {
     "full": GGN,
@@ -36,8 +37,8 @@ STRUCTURES: dict[str, Callable[[EmpiricalRisk], TorchLinearOperator]] = {
 _RANGE = (1e-8, 1e8)
 
 
-class Predictive(NamedTuple):
-    """The distribution of the outputs of a linearised net.
+class Moments(NamedTuple):
+    """Mean and covariance of the outputs of samples.
 
     Attributes:
         mean: ``[N*, C]``.
@@ -47,14 +48,39 @@ class Predictive(NamedTuple):
     mean: Tensor
     covariance: Tensor
 
-    def probabilities(self) -> Tensor:
-        """Return class probabilities ``[N*, C]`` of logits.
 
-        By MacKay's (1992) approximation: the softmax of m / √(1 + π v / 8) with the
-        mean m and the variance v of each.
+class Predictive(Moments):
+    """The distribution of the outputs of a linearised net: a pair of its moments.
+
+    Attributes:
+        mean: ``[N*, C]``.
+        covariance: ``[N*, C, C]``.
+        loss: What says which probabilities outputs stand for.
+        shape: That of a sample's outputs, ``[C]`` or with C entries.
+    """
+
+    loss: OutputLoss
+    shape: torch.Size
+
+    def probabilities(self, link: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+        """Return the probabilities ``[N*, C]`` that outputs stand for.
+
+        By MacKay's (1992) approximation: those of m / √(1 + π v / 8) with the mean m
+        and the variance v of each logit. They are in the shape of the outputs, classes
+        of a cross-entropy on axis 1.
+
+        Args:
+            link: A function from logits to probabilities, such as ``torch.sigmoid``. By
+                default that of the loss: the softmax of cross-entropies, the sigmoid of
+                ``nn.BCEWithLogitsLoss``.
+
+        Raises:
+            TypeError: Without a link, for a loss whose outputs are not known to be
+                logits.
         """
         variances = self.covariance.diagonal(dim1=1, dim2=2)
-        return (self.mean / (1.0 + math.pi / 8.0 * variances).sqrt()).softmax(1)
+        logits = self.mean / (1.0 + math.pi / 8.0 * variances).sqrt()
+        return (link or self.loss.probabilities)(logits.unflatten(1, self.shape))
 
 
 class Laplace:
@@ -237,7 +263,9 @@ class Laplace:
             lambda params, x: model(params, x), X, params=self.risk.params, **options
         )
         mean = torch.cat([output.flatten(1) for output in J.risk.outputs])
-        return Predictive(mean, predictive_covariance(J, self.covariance))
+        predictive = Predictive(mean, predictive_covariance(J, self.covariance))
+        predictive.loss, predictive.shape = self.risk.loss, J.risk.example[0][0].shape
+        return predictive
 
 
 def last_used(risk: EmpiricalRisk) -> list[str]:

@@ -89,6 +89,18 @@ class OutputLoss(ABC):
         """Raise a ``ValueError`` if the loss does not take these."""
         return
 
+    def probabilities(self, output: Tensor) -> Tensor:
+        """Return the probabilities that outputs stand for, in their shape.
+
+        Raises:
+            TypeError: If the loss does not say that they stand for any.
+        """
+        raise TypeError(
+            f"link: of {self.name} it is not known that outputs are logits. Give the "
+            "function from logits to probabilities: link=torch.sigmoid, or "
+            "link=lambda logits: logits.softmax(1)."
+        )
+
     def watch(self, parameters: Sequence[Tensor], own: Sequence[Tensor]) -> None:
         """Let the next check see which tensors the loss uses; a closed form uses none.
 

@@ -47,6 +47,10 @@ class CrossEntropy(OutputLoss):
         """Classes are axis 1, as in torch."""
         return output.reshape(len(output), output.shape[1], -1)
 
+    def probabilities(self, output: Tensor) -> Tensor:
+        """The softmax over the classes; also of log-probabilities."""
+        return output.softmax(1)
+
     def as_targets(self, target: Tensor, output: Tensor) -> Tensor:
         """Class indices are int64; uint8, those of masks, torch takes as well."""
         if target.is_floating_point() or target.dtype == torch.int64:

@@ -37,6 +37,10 @@ class LossOfAnother(OutputLoss):
         """Whether the loss is."""
         return self.loss.convex
 
+    def probabilities(self, output: Tensor) -> Tensor:
+        """Those of the loss."""
+        return self.loss.probabilities(output)
+
     def hessian_product(self, output: Tensor, target: Any, X: Tensor) -> Tensor:
         """By what the loss keeps for products."""
         return self.hessian_at(output, target)(X)
@@ -74,6 +78,11 @@ class LossOfItems(LossOfAnother):
     def weight(self, output: Tensor, target: Any) -> Tensor:
         """Of all items."""
         return self.loss.weight(*_items(output, target))
+
+    def probabilities(self, output: Tensor) -> Tensor:
+        """Those of the items."""
+        items = output.flatten(0, 1)
+        return self.loss.probabilities(items).unflatten(0, output.shape[:2])
 
     def as_targets(self, target: Any, output: Tensor) -> Any:
         """In the form of the samples, as the loss computes with them."""

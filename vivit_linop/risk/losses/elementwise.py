@@ -127,6 +127,10 @@ class BinaryCrossEntropy(ElementwiseLoss):
                     f"loss: {name} of BCEWithLogitsLoss has negative entries."
                 )
 
+    def probabilities(self, output: Tensor) -> Tensor:
+        """The sigmoid of each."""
+        return output.sigmoid()
+
     def check_data(self, output: Tensor, target: Tensor) -> None:
         """Targets are probabilities in the shape of the outputs."""
         super().check_data(output, target)
