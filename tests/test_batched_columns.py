@@ -116,3 +116,51 @@ def test_columns_of_convolutions_come_in_parts_where_they_leave_the_caches(n, in
         Q = block.eigh().eigenvectors
         in_basis = (Q.T @ own @ Q).diagonal()
         torch.testing.assert_close(block.eigvalsh(), in_basis)
+
+
+class Images(nn.Module):
+    """Convolutions with more positions than inputs; one of them is used twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(2, 4, 3, groups=2)
+        self.shift = nn.Parameter(torch.randn(4, 1, 1))
+        self.twice = nn.Conv2d(4, 4, 1, bias=False)
+        self.last = nn.Linear(16, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = torch.tanh(self.first(x) + self.shift)
+        hidden = self.twice(torch.tanh(self.twice(hidden)))
+        return self.last(nn.functional.adaptive_avg_pool2d(hidden, 2).flatten(1))
+
+
+def test_columns_that_are_formed_in_any_case_are_formed_as_cotangents_come():
+    torch.manual_seed(0)
+    n, net = 64, Images().double()
+    X, y = torch.randn(n, 2, 18, 18, dtype=torch.float64), torch.arange(n) % 10
+    factor = vl.GGNFactor(net, nn.CrossEntropyLoss(), (X, y))
+    params = {name: p.detach() for name, p in net.named_parameters()}
+    jacobians = jacrev(lambda p: functional_call(net, p, (X,)))(params)
+    J = torch.cat([part.flatten(2) for part in jacobians.values()], 2)
+    p = net(X).detach().softmax(1)
+    H = torch.diag_embed(p) - p.unsqueeze(2) * p.unsqueeze(1)
+    G = torch.einsum("ncd,nce,nef->df", J, H, J) / n
+    evals = torch.linalg.eigvalsh(G)
+    K = factor.gram.to_dense()
+    torch.testing.assert_close(torch.linalg.eigvalsh(K)[-len(G) :], evals)
+    few = factor.risk.subset([3, 40, 41])
+    risk = factor.risk
+    with as_guest(risk.device):
+        capture, (variant, *_) = Capture(risk, X, n), find_structure(risk).variants
+        cotangents = torch.randn(n, 10, 5, dtype=torch.float64)
+        for takes in ("pairs", "columns"):
+            columns = capture.columns(cotangents, variant, params.keys(), takes)
+            assert not capture.together
+            for name, jacobian in jacobians.items():
+                rows = torch.einsum("ncr,ncd->nrd", cotangents, jacobian.flatten(2))
+                torch.testing.assert_close(columns[name].rows(), rows.flatten(0, 1))
+    V = vl.GGNFactor(few).to_dense()
+    own = torch.einsum(
+        "ncd,nce,nef->df", J[[3, 40, 41]], H[[3, 40, 41]], J[[3, 40, 41]]
+    )
+    torch.testing.assert_close(V @ V.T, own / 3)

@@ -43,6 +43,8 @@ Takes = Literal["norms", "stream", "factors", "columns", "rows", "pairs"]
 # They are formed where that takes less than this share of their factors: what is read
 # once or twice, where it is much less.
 _FORMED_SHARES: dict[Takes, float] = {"norms": 0.25, "stream": 0.0, "factors": 0.0}
+# Ways to take columns that form all that take less than their factors.
+_FORMING = {"columns", "rows", "pairs"}
 Maker = Callable[[Tensor], list[tuple[View, LayerColumns]]]
 
 
@@ -157,11 +159,16 @@ class Capture:
         width = cotangents.shape[2]
         placed = self._placed(variant, names, width)
         stacked = self._pulled_together(placed, cotangents, variant)
-        if not stacked:
-            for r, signals in enumerate(self._signals(placed, cotangents)):
-                _stack(stacked, _single(signals), r, width)
-        makers = starmap(Use.columns, placed)
-        return self._assembled(placed, makers, stacked, names, takes)
+        if stacked:
+            makers = starmap(Use.columns, placed)
+            return self._assembled(placed, makers, stacked, names, takes)
+        # What is formed in any case is formed as cotangents come: they take more.
+        forms = width > 1 and takes in _FORMING
+        apart, together = _split(
+            placed, lambda use: forms and use.is_smaller_formed(self.num_samples)
+        )
+        *parts, columns = self._one_by_one(apart, together, cotangents, names, takes)
+        return columns | _beside(parts)
 
     @cached_property
     def apart(self) -> bool:
@@ -225,21 +232,39 @@ class Capture:
         """
         width = cotangents.shape[2]
         placed = self._placed(variant, names, width)
-        used = [name for each in placed for name in each.use.names]
-        apart: list[PlacedUse] = []
-        together: list[PlacedUse] = []
-        for each in placed:
-            alone = all(used.count(name) == 1 for name in each.use.names)
-            wide = alone and each.use.is_wide(self.num_samples, width)
-            (apart if wide else together).append(each)
+        apart, together = _split(
+            placed, lambda use: use.is_wide(self.num_samples, width)
+        )
+        yield from self._one_by_one(apart, together, cotangents, names, "stream")
+
+    def _one_by_one(
+        self,
+        apart: list[PlacedUse],
+        together: list[PlacedUse],
+        cotangents: Tensor,
+        names: Set[str],
+        takes: Takes,
+    ) -> Iterator[dict[str, LayerColumns]]:
+        """Yield columns of some uses for each cotangent of the samples, then the rest.
+
+        Args:
+            apart: The uses whose columns come one of each sample at a time.
+            together: Those whose columns come all at once, in the last part.
+            cotangents: ``[n, C, R]``.
+            names: The parameters of interest.
+            takes: How columns are taken.
+        """
         makers = [*starmap(Use.columns, apart)]
         stacked: list[Tensor] = []
         for r, signals in enumerate(self._signals(apart + together, cotangents)):
             single = _single(signals)
-            yield self._assembled(apart, makers, single[: len(apart)], names, "stream")
-            _stack(stacked, single[len(apart) :], r, width)
+            del signals
+            if apart:
+                some = single[: len(apart)]
+                yield self._assembled(apart, makers, some, names, takes)
+            _stack(stacked, single[len(apart) :], r, cotangents.shape[2])
         last = starmap(Use.columns, together)
-        yield self._assembled(together, last, stacked, names, "stream")
+        yield self._assembled(together, last, stacked, names, takes)
 
     def comes_in_parts(self, width: int) -> bool:
         """Whether :meth:`parts` has more than one for R columns a sample.
@@ -469,6 +494,28 @@ def _key_of_sizes(risk: EmpiricalRisk, X: Any) -> Hashable:
 def _single(signals: Sequence[Tensor]) -> list[Tensor]:
     """Signals ``[n, …]`` of one cotangent as ``[n, 1, …]``."""
     return [signal.unsqueeze(1) for signal in signals]
+
+
+def _split(
+    placed: Sequence[PlacedUse], is_apart: Callable[[Use], bool]
+) -> tuple[list[PlacedUse], list[PlacedUse]]:
+    """Part the uses that alone use their parameters, if they may be, from others."""
+    used = Counter(name for each in placed for name in each.use.names)
+    apart: list[PlacedUse] = []
+    together: list[PlacedUse] = []
+    for each in placed:
+        alone = all(used[name] == 1 for name in each.use.names)
+        (apart if alone and is_apart(each.use) else together).append(each)
+    return apart, together
+
+
+def _beside(parts: Sequence[dict[str, LayerColumns]]) -> dict[str, LayerColumns]:
+    """Put columns for one cotangent of each sample beside those for the others."""
+    columns: dict[str, LayerColumns] = {}
+    for name in parts[0] if parts else ():
+        rows = [part[name].rows().unsqueeze(1) for part in parts]
+        columns[name] = DenseColumns(torch.cat(rows, dim=1))
+    return columns
 
 
 def _storage(tensor: Tensor) -> int:

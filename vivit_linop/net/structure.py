@@ -203,6 +203,17 @@ class Use:
         outputs = shape[0] // self.arguments.get("groups", 1)
         return not squares_by_pairs(shape[1:].numel(), outputs, positions, width)
 
+    def is_smaller_formed(self, num_samples: int) -> bool:
+        """Whether a column has fewer entries formed than its cotangent at the output.
+
+        As of convolutions of large images. Rules that make the columns of a weight in
+        a way of their own take all cotangents at once.
+        """
+        if self.weight is not None and self.kind.inputs is None:
+            return False
+        numel = sum(view.shape.numel() for view in self.views)
+        return numel < self.output_shape.numel() // num_samples
+
     def entries(self, num_samples: int, width: int) -> int:
         """Count the entries of what is needed for R columns of one of n samples."""
         outputs = self.output_shape.numel() // num_samples
