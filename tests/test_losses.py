@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 import vivit_linop as vl
 from tests import cases
@@ -93,3 +94,36 @@ def test_losses_of_torch(loss: Any, last: Any, y: Tensor, function: Any) -> None
         gradient = torch.autograd.grad(loss(net(X), y), list(net.parameters()))
         U, r = vl.PerSampleGradients(of), of.reduction_factor
         torch.testing.assert_close(r * U.to_dense().sum(1), of.flatten(gradient))
+
+
+@pytest.mark.parametrize(
+    ("function", "module", "y"),
+    [
+        (F.cross_entropy, nn.CrossEntropyLoss(), torch.tensor([0, 2, 1, -100])),
+        (F.mse_loss, nn.MSELoss(), torch.eye(4)[:, :3].double()),
+        (
+            F.binary_cross_entropy_with_logits,
+            nn.BCEWithLogitsLoss(),
+            torch.eye(4)[:, :3].double(),
+        ),
+    ],
+)
+@pytest.mark.parametrize("weighted", [False, True])
+def test_functions_of_torch_are_their_modules(
+    function: Any, module: nn.Module, y: Any, weighted: bool
+) -> None:
+    X, net = torch.rand(4, 2).double(), nn.Linear(2, 3).double()
+    if weighted:
+        y = y, torch.rand(4).double()
+        function, module = map(vl.losses.Weighted, (function, module))
+    risk, same = (vl.EmpiricalRisk(net, loss, (X, y)) for loss in (function, module))
+    assert risk.reduction == "mean"
+    assert torch.equal(risk.value(), same.value())
+    if not weighted:
+        torch.testing.assert_close(risk.value(), function(net(X), y).detach())
+    G = vl.GGN(risk, mc_samples=2, generator=torch.Generator().manual_seed(0))
+    expected = vl.GGN(same, mc_samples=2, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(G.to_dense(), expected.to_dense())
+    assert vl.GGNFactor(risk).width == vl.GGNFactor(same).width
+    with pytest.raises(ValueError, match="'sum' was given"):
+        vl.EmpiricalRisk(net, function, (X, y), reduction="sum")

@@ -67,6 +67,64 @@ def test_known_variances_are_a_gaussian_likelihood() -> None:
     assert close(vl.covariance(of).matrix, pcov, 1e-6)
 
 
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("absolute", [False, True])
+def test_weights_are_those_of_curve_fit(absolute: bool, reduction: str) -> None:
+    sigma = np.linspace(0.05, 0.3, 40)
+    model, params, X, y, pcov = fitted(float64, sigma, absolute_sigma=absolute)
+    # Three samples more count for nothing, in the degrees of freedom neither.
+    w = torch.cat([torch.tensor(sigma) ** -2, torch.zeros(3, dtype=float64)])
+    X, y = torch.cat([X, X[:3]]), torch.cat([y, 5.0 + y[:3]])
+    loss = vl.losses.Weighted(nn.MSELoss(reduction=reduction))
+    batches = [(X[:13], (y[:13], w[:13])), (X[13:], (y[13:], w[13:]))]
+    of = vl.EmpiricalRisk(model, loss, batches, params)
+    assert close(vl.covariance(of, absolute_sigma=absolute).matrix, pcov, 1e-6)
+
+
+class OfNodes(nn.Module):
+    """Outputs of the nodes of a graph, some graphs together."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.node = nn.Linear(3, 2)
+
+    def forward(self, x: Tensor, owner: Tensor) -> Tensor:
+        return self.node(x)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("absolute", [False, True])
+def test_squares_of_the_items_of_samples(absolute: bool, weighted: bool) -> None:
+    torch.manual_seed(0)
+    net, owner = OfNodes().double(), torch.tensor([0, 0, 0, 1, 1, 2, 2, 2, 2, 3])
+    x, y = torch.randn(10, 3, dtype=float64), torch.randn(10, 2, dtype=float64)
+    w = torch.rand(10, dtype=float64) + 0.5 if weighted else torch.ones(10).double()
+
+    def take(X: tuple[Tensor, Tensor], index: Tensor) -> tuple[Tensor, Tensor]:
+        nodes = [(X[1] == i).nonzero().flatten() for i in index]
+        sizes = torch.tensor([len(each) for each in nodes])
+        numbers = torch.arange(len(index)).repeat_interleave(sizes)
+        return X[0][torch.cat(nodes)], numbers
+
+    def count(X: tuple[Tensor, Tensor]) -> int:
+        return int(X[1].max()) + 1
+
+    plain = nn.MSELoss()
+    loss, targets = (vl.losses.Weighted(plain), (y, w)) if weighted else (plain, y)
+    data = [((x, owner), targets)]
+    of = vl.EmpiricalRisk(net, loss, data, take=take, count=count)
+    assert of.num_samples == 4
+    with_ones = torch.cat([x, torch.ones(10, 1, dtype=float64)], dim=1)
+    J = torch.einsum("nd,ce->nced", with_ones, torch.eye(2, dtype=float64))
+    J = torch.cat([J[..., :3].flatten(2), J[..., 3]], dim=2).reshape(20, 8)
+    W = w.repeat_interleave(2)
+    expected = torch.linalg.inv(J.T @ (W.unsqueeze(1) * J))
+    if not absolute:
+        residuals = (net.node(x) - y).detach().reshape(-1)
+        expected *= (W * residuals.square()).sum() / (20 - 8)
+    assert close(vl.covariance(of, absolute_sigma=absolute).matrix, expected, 1e-9)
+
+
 def test_ill_conditioned_data() -> None:
     """The condition number is not squared: JᵀJ would lose 13 digits here."""
     x = torch.linspace(0, 1, 60, dtype=float64).unsqueeze(1)

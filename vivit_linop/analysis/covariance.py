@@ -7,11 +7,12 @@ from torch import Tensor
 
 from vivit_linop.arguments import check_flag
 from vivit_linop.curvature.ggn import GGNFactor
-from vivit_linop.curvature.jacobian import Jacobian, Pullback
+from vivit_linop.curvature.jacobian import Pullback
 from vivit_linop.devices import check_matrix_fits
 from vivit_linop.modes import ordinary_mode
 from vivit_linop.operators.verbs import column_pieces
 from vivit_linop.risk.empirical import EmpiricalRisk, check_risk
+from vivit_linop.risk.losses.derived import without_items_and_weights
 from vivit_linop.risk.losses.elementwise import SquaredError
 
 
@@ -65,10 +66,12 @@ def covariance(
     """Return the covariance of the parameters at a minimum of the risk.
 
     Of ``nn.MSELoss``, s² (JᵀJ)⁻¹ with s² = Σ (f − y)² / (N·C − D): the ``pcov`` of
-    ``scipy.optimize.curve_fit``. Of any other negative log-likelihood with a convex
-    loss, (G/r)⁻¹, the inverse of the Fisher information of all samples (where that is
-    the GGN: for exponential families): with ``nn.GaussianNLLLoss`` and the variances
-    σ² as targets, ``curve_fit(…, sigma=σ, absolute_sigma=True)``.
+    ``scipy.optimize.curve_fit``. With weights of samples, ``vl.losses.Weighted``, s²
+    (JᵀW J)⁻¹ with s² = Σ w (f − y)² / (N·C − D), without samples of weight zero:
+    ``curve_fit(…, sigma=σ)`` for w = 1/σ². Of any other negative log-likelihood with a
+    convex loss, (G/r)⁻¹, the inverse of the Fisher information of all samples (where
+    that is the GGN: for exponential families): with ``nn.GaussianNLLLoss`` and the
+    variances σ² as targets, ``curve_fit(…, sigma=σ, absolute_sigma=True)``.
 
     J is factorised by Householder reflections, some samples at a time, so that its
     condition number is not squared; memory is two D × D matrices in float64. One pass
@@ -76,8 +79,8 @@ def covariance(
 
     Args:
         risk: N samples, D parameters.
-        absolute_sigma: Whether of ``nn.MSELoss`` s² is 1: the residuals are in units of
-            their standard deviation.
+        absolute_sigma: Whether of ``nn.MSELoss`` s² is 1: the residuals, times √w, are
+            in units of their standard deviation.
 
     Raises:
         ValueError: If the data do not determine all parameters, or leave no residual
@@ -96,7 +99,7 @@ def covariance(
     """
     check_risk(risk)
     check_flag(absolute_sigma, "absolute_sigma")
-    squares = isinstance(risk.loss, SquaredError)
+    squares = isinstance(without_items_and_weights(risk.loss), SquaredError)
     if absolute_sigma and not squares:
         raise ValueError(
             f"absolute_sigma: is for nn.MSELoss; {risk.loss.name} is a likelihood, "
@@ -104,14 +107,13 @@ def covariance(
         )
     D = risk.num_params
     check_matrix_fits("a covariance", (2 * D, D), torch.float64, risk.device)
-    factor: Pullback = Jacobian(risk).pullback if squares else GGNFactor(risk)
-    R = triangular_factor(factor)
+    R = triangular_factor(GGNFactor(risk))
     unit = torch.eye(D, dtype=R.dtype, device=R.device)
     inverse = torch.linalg.solve_triangular(R, unit, upper=True)
     matrix = inverse @ inverse.T
-    if not squares:
-        matrix *= risk.reduction_factor
-    elif not absolute_sigma:
+    # Of squares, G = 2 · scale · JᵀW J.
+    matrix *= 2.0 * risk.scale if squares else risk.reduction_factor
+    if squares and not absolute_sigma:
         matrix *= _residual_variance(risk)
     return ParameterCovariance(matrix.to(risk.dtype), risk)
 
@@ -142,9 +144,13 @@ def triangular_factor(factor: Pullback) -> Tensor:
 def _residual_variance(risk: EmpiricalRisk) -> float:
     """Return s²."""
     sums = torch.zeros(2, dtype=torch.float64, device=risk.device)
-    for output, y in zip(risk.outputs, risk.targets(), strict=True):
-        sums[0] += (output - y).double().square().sum()
-        sums[1] += output.numel()
+    for output, target in zip(risk.outputs, risk.targets(), strict=True):
+        weighted = isinstance(target, tuple)
+        y, w = target if weighted else (target, output.new_ones(len(output)))
+        # Weights are those of samples, or of the items in them.
+        each = (output - y).double().square().reshape(*w.shape, -1)
+        sums[0] += (each.sum(-1) * w).sum()
+        sums[1] += (w > 0).sum() * each.shape[-1]
     total, count = risk.ranks.total(sums).tolist()
     residuals = int(count)
     if residuals <= risk.num_params:

@@ -14,7 +14,12 @@ from vivit_linop.risk.data.containers import map_leaves
 from vivit_linop.risk.losses.base import OutputLoss, roots_of
 from vivit_linop.risk.losses.certificates import targets_of
 from vivit_linop.risk.losses.draws import Draws
-from vivit_linop.risk.losses.registry import built, checked_reduction, register
+from vivit_linop.risk.losses.registry import (
+    as_module,
+    built,
+    checked_reduction,
+    register,
+)
 from vivit_linop.risk.model.copies import BACKWARD_HOOKS, has_hooks_on_all
 from vivit_linop.risk.model.outputs import OutputTree, Returned
 
@@ -44,6 +49,13 @@ class LossOfAnother(OutputLoss):
     def hessian_product(self, output: Tensor, target: Any, X: Tensor) -> Tensor:
         """By what the loss keeps for products."""
         return self.hessian_at(output, target)(X)
+
+
+def without_items_and_weights(loss: OutputLoss) -> OutputLoss:
+    """Return the loss of items or of samples without weights that one is made of."""
+    while isinstance(loss, LossOfAnother):
+        loss = loss.loss
+    return loss
 
 
 # Many items a sample -----------------------------------------------------------------
@@ -238,7 +250,7 @@ class Weighted(nn.Module):
         check_function(loss, "loss")
         if reduction is not None:
             check_choice(reduction, "reduction", ("mean", "sum"))
-        own = getattr(loss, "reduction", None) or reduction
+        own = getattr(as_module(loss), "reduction", None) or reduction
         # Both divide by samples only.
         self.loss, self.reduction = loss, "mean" if own == "batchmean" else own
 
@@ -265,8 +277,9 @@ def weighted_loss(loss: Weighted) -> OutputLoss:
             "loss: a hook on gradients of what is weighted has no effect on single "
             "samples. Put it on the Weighted loss, and not on all modules."
         )
-    own = getattr(loss.loss, "reduction", loss.reduction)
-    return WeightedLoss(built(loss.loss, checked_reduction(loss.loss, own)))
+    plain = as_module(loss.loss)
+    own = getattr(plain, "reduction", loss.reduction)
+    return WeightedLoss(built(plain, checked_reduction(plain, own)))
 
 
 class WeightedLoss(LossOfAnother):

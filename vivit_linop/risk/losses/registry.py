@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from types import FunctionType
 from typing import Any, TypeVar
 
 import torch
@@ -59,6 +60,13 @@ _BUILDERS: dict[type, Builder] = {
     ),
     # Torch's own has no second derivative.
     nn.MultiMarginLoss: lambda loss: AutogradLoss(_multi_margin(loss)),
+}
+
+# Functions that are what a module is without options, in every respect.
+_FUNCTIONS: dict[Any, type[nn.Module]] = {
+    nn.functional.mse_loss: nn.MSELoss,
+    nn.functional.cross_entropy: nn.CrossEntropyLoss,
+    nn.functional.binary_cross_entropy_with_logits: nn.BCEWithLogitsLoss,
 }
 
 
@@ -131,6 +139,7 @@ def as_output_loss(
         ValueError: If its reduction is missing, contradictory or ``"none"``; if it
             holds what was computed from parameters of the model.
     """
+    loss = as_module(loss)
     reduction = checked_reduction(loss, reduction)
     name = _name(loss)
     frozen, own = _frozen(loss, name, parameters)
@@ -140,6 +149,12 @@ def as_output_loss(
         if parts_of([*frozen.parameters(), *frozen.buffers()], parameters):
             raise uses_parameters(name)
     return result
+
+
+def as_module(loss: Any) -> Any:
+    """Return the module that a function of torch is, other losses as they are."""
+    known = isinstance(loss, FunctionType) and loss in _FUNCTIONS
+    return _FUNCTIONS[loss]() if known else loss
 
 
 def built(loss: Any, reduction: str) -> OutputLoss:
