@@ -1,6 +1,7 @@
 """Data of any length, and data that are not the same in every pass."""
 
 import gc
+import pickle
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -252,6 +253,33 @@ def test_steady_data_pass_the_check(kind: str) -> None:
     before.check()
     got = vl.GGN(risk) @ x[: risk.num_params]
     assert (got - expected).norm() <= 1e-10 * expected.norm()
+
+
+@no_workers_with_a_gpu
+def test_workers_that_persist_belong_to_the_users_loop() -> None:
+    # Their loader has one iterator: another pass would end or repeat that of the loop.
+    net, loss, (X, y) = toy(7)
+    loader = DataLoader(TensorDataset(X, y), 2, num_workers=1, persistent_workers=True)
+    seen, workers = [], []
+    for part, _ in loader:
+        seen.append(part)
+        workers.append(loader._iterator)
+        if len(seen) == 2:
+            risk = vl.EmpiricalRisk(net, loss, loader)
+            product = vl.GGN(risk) @ random_vector(risk.num_params)
+    assert torch.equal(torch.cat(seen), X)
+    assert workers[0] is workers[-1] and loader.persistent_workers
+    whole = vl.GGN(net, loss, (X, y))
+    x = random_vector(risk.num_params)
+    torch.testing.assert_close(product, whole @ x, rtol=1e-10, atol=1e-12)
+    # Passes inside of passes, and a copy, which workers would not let be made.
+    rows = [
+        torch.autograd.grad(value, list(net.parameters()), retain_graph=True)
+        for value in net(X).flatten()
+    ]
+    expected = torch.stack([torch.cat([g.flatten() for g in row]) for row in rows])
+    for J in (vl.Jacobian(risk), pickle.loads(pickle.dumps(vl.Jacobian(risk)))):
+        torch.testing.assert_close(J.to_dense(), expected, rtol=1e-10, atol=1e-12)
 
 
 def test_a_fixed_draw_is_one_matrix() -> None:

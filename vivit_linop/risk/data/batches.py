@@ -7,11 +7,13 @@ samples are in it says :mod:`vivit_linop.risk.data.samples`.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from vivit_linop.risk.data.containers import (
     attribute,
@@ -61,6 +63,11 @@ def as_batches(data: Any, target: Target | None = None) -> Iterable[Any]:
             f"data: {type(data).__name__} can be iterated over only once, and every "
             "product passes over the data. Give list(data) or a DataLoader."
         )
+    if isinstance(data, DataLoader) and data.persistent_workers:
+        # Such a loader has one iterator, which a pass inside of another, or inside of a
+        # loop of the user's, would start anew.
+        data = copy.copy(data)
+        vars(data).update(persistent_workers=False, _iterator=None)
     return data
 
 
