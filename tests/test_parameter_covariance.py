@@ -138,6 +138,23 @@ def test_ill_conditioned_data() -> None:
     assert close(found, (Vt.T / s.square()) @ Vt, 1e-9)
 
 
+@pytest.mark.parametrize("dtype, rtol", [(float64, 1e-9), (torch.float32, 1e-3)])
+def test_units_of_the_parameters(dtype: torch.dtype, rtol: float) -> None:
+    """They may be of any sizes beside each other; what the data leave open stays so."""
+    torch.manual_seed(0)
+    x, units = torch.rand(40, 3, dtype=float64), torch.tensor([1.0, 1e9, 1e-9]).double()
+    net = nn.Linear(3, 1, bias=False).to(dtype)
+    data = ((x * units).to(dtype), torch.rand(40, 1, dtype=dtype))
+    cov = vl.covariance(vl.EmpiricalRisk(net, nn.MSELoss(), data), absolute_sigma=True)
+    in_units = units.unsqueeze(1) * cov["weight"].double() * units
+    assert close(in_units, torch.linalg.inv(x.T @ x), rtol)
+    for column in (x[:, 0], torch.zeros(40, dtype=float64)):
+        x[:, 2] = column
+        data = ((x * units).to(dtype), data[1])
+        with pytest.raises(ValueError, match="risk: its data determine 2 of 3"):
+            vl.covariance(vl.EmpiricalRisk(net, nn.MSELoss(), data))
+
+
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_other_likelihoods(reduction: str) -> None:
     """Of a Poisson regression, (Xᵀ diag(λ) X)⁻¹."""

@@ -128,7 +128,9 @@ def triangular_factor(factor: Pullback) -> Tensor:
     R = torch.zeros(0, D, dtype=torch.float64, device=factor.device)
     for _, piece in column_pieces(factor):
         R = torch.linalg.qr(torch.cat([R, piece.T.double()]), mode="r").R
-    values = torch.linalg.svdvals(R)
+    # Units of the parameters say nothing of the rank: columns are brought to one size.
+    sizes = R.norm(dim=0)
+    values = torch.linalg.svdvals(R / torch.where(sizes > 0, sizes, 1.0))
     eps = torch.finfo(factor.torch_dtype).eps
     rank = int((values > max(D, columns) * eps * values.max()).sum())
     if rank < D:
