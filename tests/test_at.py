@@ -6,6 +6,7 @@ import pickle
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -445,6 +446,9 @@ def test_bad_parameters() -> None:
     ]:
         with pytest.raises(ValueError, match=message):
             risk.at(given)
+    for argument, function in (("parameters", risk.at), ("tensors", risk.flatten)):
+        with pytest.raises(TypeError, match=rf"torch.from_numpy\({argument}\)"):
+            function(np.zeros(D))
     net[0] = nn.Linear(5, 6)
     with pytest.raises(ValueError, match=r"'0.weight' .* was \[4, 5\]"):
         risk.at()

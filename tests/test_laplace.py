@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
 import vivit_linop as vl
 
@@ -229,6 +230,45 @@ def test_the_last_layer_of_other_nets() -> None:
     G = vl.GGN(risk).to_dense()[:15, :15]
     torch.testing.assert_close(la.curvature.to_dense(), G)
     assert la.predictive(X[:2]).covariance.shape == (2, 3, 3)
+
+
+class WithScale(nn.Module):
+    """Takes a second argument, which targets would be taken for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 2)
+
+    def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
+        return self.layer(x) if scale is None else self.layer(x) * scale.unsqueeze(1)
+
+
+@pytest.mark.parametrize("net", [WithScale(), nn.Linear(3, 2)])
+@pytest.mark.parametrize("form", ["loader", "list", "pair"])
+def test_targets_are_no_inputs_of_a_predictive(net: nn.Module, form: str) -> None:
+    net, X, y = net.double(), torch.rand(6, 3, dtype=D64), torch.arange(6) % 2
+    la = vl.Laplace(vl.EmpiricalRisk(net, nn.CrossEntropyLoss(), (X, y)))
+    with_targets: Any = {
+        "loader": DataLoader(TensorDataset(X, y), batch_size=4),
+        "list": [(X[:4], y[:4]), (X[4:], y[4:])],
+        "pair": (X, y),
+    }[form]
+    with pytest.raises(ValueError, match=r"X: a batch has 2 tensors, the risk's .* 1"):
+        la.predictive(with_targets)
+    whole = la.predictive(X)
+    for inputs in ((X,), [X[:4], X[4:]], DataLoader(TensorDataset(X), batch_size=4)):
+        found = la.predictive(inputs)
+        torch.testing.assert_close(found.mean, whole.mean)
+        torch.testing.assert_close(found.covariance, whole.covariance)
+
+
+def test_inputs_of_several_tensors() -> None:
+    """Those of the risk's form are taken, with what is in them."""
+    net, X, scale = WithScale().double(), torch.rand(6, 3, dtype=D64), torch.rand(6)
+    y, scale = torch.arange(6) % 2, scale.double()
+    la = vl.Laplace(vl.EmpiricalRisk(net, nn.CrossEntropyLoss(), ((X, scale), y)))
+    assert torch.equal(la.predictive((X, scale)).mean, net(X, scale))
+    assert torch.equal(la.predictive(X).mean, net(X))
 
 
 def test_bad_input() -> None:

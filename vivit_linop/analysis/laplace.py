@@ -23,6 +23,7 @@ from vivit_linop.curvature import EKFAC, GGN, KFAC, Jacobian
 from vivit_linop.modes import as_given, ordinary_mode, recorded
 from vivit_linop.net.certified import read_structure
 from vivit_linop.operators import Diagonal, TorchLinearOperator
+from vivit_linop.risk.data.containers import leaves
 from vivit_linop.risk.empirical import EmpiricalRisk, check_risk
 from vivit_linop.risk.losses.base import OutputLoss
 
@@ -244,7 +245,7 @@ class Laplace:
         :func:`predictive_covariance` does: C backward passes over it.
 
         Args:
-            X: A batch of inputs, or a list or loader of batches.
+            X: A batch of inputs, or a list or loader of batches; without targets.
             options: What else :class:`EmpiricalRisk` takes by name, of how to read X.
 
         Example:
@@ -258,10 +259,19 @@ class Laplace:
         """
         if X is None or callable(X):
             raise TypeError(f"X: inputs of the model, got {type(X).__name__}.")
-        model = self.risk.model
-        J = Jacobian(
-            lambda params, x: model(params, x), X, params=self.risk.params, **options
-        )
+        model, sums = self.risk.model, self.risk._sums
+        known = len(sums[0]) if sums else None
+
+        def outputs(params: dict[str, Tensor], x: Any) -> Tensor:
+            found = len([*leaves(x)]) if isinstance(x, (tuple, list)) else 0
+            if known is not None and found > known:
+                raise ValueError(
+                    f"X: a batch has {found} tensors, the risk's inputs have {known}. "
+                    "Give inputs without targets, such as [x for x, y in loader]."
+                )
+            return model(params, x)
+
+        J = Jacobian(outputs, X, params=self.risk.params, **options)
         mean = torch.cat([output.flatten(1) for output in J.risk.outputs])
         predictive = Predictive(mean, predictive_covariance(J, self.covariance))
         predictive.loss, predictive.shape = self.risk.loss, J.risk.example[0][0].shape

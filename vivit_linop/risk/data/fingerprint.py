@@ -130,6 +130,10 @@ class Sums:
     def __init__(self, X: Any) -> None:
         self._values = [_weighted_sums(leaf.detach()) for leaf in leaves(X)]
 
+    def __len__(self) -> int:
+        """Of how many tensors they are."""
+        return len(self._values)
+
     @functools.cached_property
     def _rounding(self) -> list[Tensor]:
         """What sums may be off by where threads add up in another order."""

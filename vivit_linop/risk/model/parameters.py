@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Container, Iterable, Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
@@ -283,6 +284,8 @@ class ParameterVectors:
 
     def flattened(self, tensors: Any, argument: str) -> Tensor:
         """Do what :meth:`flatten` does; errors name the argument."""
+        if isinstance(tensors, np.ndarray):
+            _check_tensor(tensors, argument)
         if isinstance(tensors, Mapping):
             if set(tensors) != set(self.params):
                 raise ValueError(
