@@ -31,7 +31,7 @@ CAPABILITIES = {
     """,
     "a private copy of the net, its precision, other parameters": """
         checkpoints.py risk/model/copies.py risk/model/private_module.py
-        risk/model/foreign_memory.py risk/model/memory_format.py
+        risk/model/foreign_memory.py risk/model/memory_format.py risk/model/original.py
         risk/model/staleness.py risk/model/tensors_used.py risk/model/widened.py
     """,
     "data of any form, samples along any axis": """

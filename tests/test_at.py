@@ -207,6 +207,42 @@ def test_a_function_of_parameters() -> None:
     assert risk.at().value() < risk.value()
 
 
+@pytest.mark.parametrize("change", ["values", "a hook", "of a function", "travel"])
+def test_risks_over_some_parameters_follow_what_was_given(change: str) -> None:
+    """Also tensors in the place of the module's, which it does not train."""
+    net = make()
+    of_function = change in ("of a function", "travel")
+    given = {name: p.detach().clone() for name, p in net.named_parameters()}
+    shift = [0.0]
+
+    def function(params: dict[str, Tensor], x: Tensor) -> Tensor:
+        output: Tensor = torch.func.functional_call(net, params, (x,))
+        return output + shift[0]
+
+    model: Any = function if of_function else net
+    risk = vl.EmpiricalRisk(model, LOSS, (X, Y), given)
+    last = risk.over(["2.weight"])
+    if change == "travel":
+        last = copy.deepcopy(last)
+        assert last.is_current()
+        check_same(
+            last.at(), vl.EmpiricalRisk(model, LOSS, (X, Y), given).over(["2.weight"])
+        )
+        return
+    assert last.is_current()
+    given["0.weight"] += 0.3
+    assert not last.is_current()
+    if change == "a hook":
+        net.register_forward_hook(lambda module, args, output: output.sin())
+    if change == "of a function":
+        check_same(
+            last.at(), vl.EmpiricalRisk(model, LOSS, (X, Y), given).over(["2.weight"])
+        )
+        shift[0] = 0.5
+    fresh = vl.EmpiricalRisk(model, LOSS, (X, Y), given).over(["2.weight"])
+    check_same(last.at(), fresh)
+
+
 def test_it_is_one_evaluation_and_knows_the_structure() -> None:
     net, calls = make(), []
     net.register_forward_hook(lambda *_: calls.append(1))

@@ -150,7 +150,9 @@ def parameter_groups(risk: EmpiricalRisk, blocks: ParameterBlocks) -> list[list[
             f"blocks: 'parameter', 'module' or groups of parameters, got {blocks!r}."
         )
     what = "groups of parameters; or 'parameter' or 'module'"
-    by_identity = {id(owner): name for name, owner in risk.model.owners.items()}
+    by_identity = {
+        id(owner): name for name, owner in risk.model.original.owners.items()
+    }
     groups = []
     for position, block in enumerate(as_list(blocks, "blocks", what)):
         if isinstance(block, Mapping):

@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode, resolve_name
 from vivit_linop.graphs import gradients, nodes
 from vivit_linop.noise import Noise
 from vivit_linop.risk.data.containers import leaves, map_leaves
-from vivit_linop.risk.model.private_module import Params
+from vivit_linop.risk.model.original import Params
 
 # Steps and tolerances of differences of one operation's gradients.
 _STEPS = {torch.float64: 1e-6, torch.float32: 1e-2}

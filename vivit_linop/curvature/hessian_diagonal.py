@@ -20,7 +20,7 @@ from vivit_linop.extras import extra
 from vivit_linop.modes import as_guest
 from vivit_linop.noise import Noise
 from vivit_linop.risk.empirical import EmpiricalRisk
-from vivit_linop.risk.model.private_module import Params
+from vivit_linop.risk.model.original import Params
 
 _ROUTES = ("backpack", "products")
 

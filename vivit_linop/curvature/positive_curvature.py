@@ -28,7 +28,7 @@ from vivit_linop.modes import as_guest
 from vivit_linop.operators.base import TorchLinearOperator
 from vivit_linop.ranks.alone import Ranks
 from vivit_linop.risk.empirical import EmpiricalRisk
-from vivit_linop.risk.model.private_module import Params
+from vivit_linop.risk.model.original import Params
 
 
 class PositiveCurvature:

@@ -41,7 +41,7 @@ from vivit_linop.risk.losses.differences import (
     allowed,
 )
 from vivit_linop.risk.model.frozen_values import FrozenValues
-from vivit_linop.risk.model.private_module import Params
+from vivit_linop.risk.model.original import Params
 
 # How near outputs in float64 are to those in float32, if the net is the same there.
 _SAME = 1e-2

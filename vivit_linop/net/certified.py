@@ -34,7 +34,7 @@ from vivit_linop.net.dense import on_the_batch, one_by_one, vectorised
 from vivit_linop.net.structure import Structure, Variant
 from vivit_linop.noise import Noise, nearby
 from vivit_linop.risk.empirical import EmpiricalRisk
-from vivit_linop.risk.model.private_module import Params
+from vivit_linop.risk.model.original import Params
 
 Columns = dict[str, LayerColumns]
 

@@ -19,7 +19,7 @@ from vivit_linop.net.capture import Capture
 from vivit_linop.net.columns.base import DenseColumns, LayerColumns
 from vivit_linop.risk.data.containers import leaves, map_leaves
 from vivit_linop.risk.empirical import EmpiricalRisk
-from vivit_linop.risk.model.private_module import Params
+from vivit_linop.risk.model.original import Params
 
 
 def vectorised(

@@ -40,7 +40,7 @@ from vivit_linop.risk.checks import read
 from vivit_linop.risk.data.containers import copied, leaves
 from vivit_linop.risk.empirical import EmpiricalRisk
 from vivit_linop.risk.kept import Run, Store
-from vivit_linop.risk.model.private_module import Params
+from vivit_linop.risk.model.original import Params
 
 # One convolution in this many matrix products makes a trace worth its time.
 _PER_CONVOLUTION = 4

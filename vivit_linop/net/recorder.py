@@ -29,7 +29,7 @@ from torch.overrides import TorchFunctionMode
 from vivit_linop.net.kinds import Arguments, Kind, View, functions, readings
 from vivit_linop.net.structure import Use
 from vivit_linop.risk.kept import watched_by
-from vivit_linop.risk.model.private_module import Params
+from vivit_linop.risk.model.original import Params
 
 # What a net calls before it can put a hook into the graph.
 _GRAD_FN: Any = Tensor.grad_fn

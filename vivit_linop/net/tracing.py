@@ -16,7 +16,7 @@ from torch.fx.experimental.const_fold import split_const_subgraphs
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 
-from vivit_linop.risk.model.private_module import Params
+from vivit_linop.risk.model.original import Params
 
 _ATEN: Any = torch.ops.aten
 # The same operations by Python's own bindings, which take half of the time of a call.

@@ -29,8 +29,8 @@ from vivit_linop.risk.kept import Store
 from vivit_linop.risk.losses.base import OutputLoss
 from vivit_linop.risk.losses.derived import LossOfItems
 from vivit_linop.risk.model.functional import FunctionalModel
+from vivit_linop.risk.model.original import Params
 from vivit_linop.risk.model.parameters import ParameterVectors, all_finite, check_finite
-from vivit_linop.risk.model.private_module import Params
 from vivit_linop.risk.model.same_function import check_alike, digests_of
 from vivit_linop.risk.passes import Passes, does_not_fit
 from vivit_linop.risk.row_layout import RowLayout

@@ -22,9 +22,9 @@ from vivit_linop.modes import as_guest
 from vivit_linop.risk.data.containers import leaves
 from vivit_linop.risk.kept import Run, run_of
 from vivit_linop.risk.model.functional import FunctionalModel
+from vivit_linop.risk.model.original import Params
 from vivit_linop.risk.model.outputs import RaggedOutputs
 from vivit_linop.risk.model.parameters import check_finite, strided_parts
-from vivit_linop.risk.model.private_module import Params
 
 # From how many states of the generators a model that draws is evaluated on the first
 # batch. A coin that is used falls alike in all of them once in 2⁸ times.

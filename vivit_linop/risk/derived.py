@@ -215,7 +215,7 @@ class DerivableRisk(Risk):
             >>> both.allclose(whole.at(risk.flatten(risk.params)).value())
             True
         """
-        if isinstance(self.model.predict, Returned):
+        if isinstance(self.model.original.predict, Returned):
             raise ValueError(
                 "data: the loss is the model's own, so the risk of other data is "
                 "another function. Make a new risk."
@@ -265,7 +265,7 @@ class DerivableRisk(Risk):
         """
         with self.ranks.together("at"), ordinary_mode():
             model, passes = self.model.anew(), copy.copy(self._passes)
-            if isinstance(model.predict, Returned):
+            if isinstance(model.original.predict, Returned):
                 raise ValueError(
                     "model: more has changed of it than parameters and buffers, and "
                     "its loss may have, too. Make a new risk."

@@ -18,8 +18,8 @@ from vivit_linop.risk.data.samples import Count, Take
 from vivit_linop.risk.derived import DerivableRisk
 from vivit_linop.risk.losses.autograd import LossCallable
 from vivit_linop.risk.losses.registry import as_output_loss
-from vivit_linop.risk.model.functional import FunctionalModel, ModelFunction
-from vivit_linop.risk.model.private_module import Predict
+from vivit_linop.risk.model.functional import FunctionalModel
+from vivit_linop.risk.model.original import ModelFunction, Predict
 from vivit_linop.risk.model_loss import ModelLoss, loss_of_model
 from vivit_linop.risk.passes import Cuts, Passes
 

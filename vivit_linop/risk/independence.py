@@ -23,7 +23,7 @@ from vivit_linop.risk.checks import apart, reseed, same_outputs
 from vivit_linop.risk.data.containers import leaves, map_leaves
 from vivit_linop.risk.data.samples import Samples
 from vivit_linop.risk.model.functional import FunctionalModel
-from vivit_linop.risk.model.private_module import Params
+from vivit_linop.risk.model.original import Params
 
 # Samples to be put together, and the places of them whose outputs are compared.
 Question = tuple[Tensor, Tensor | slice]

@@ -35,8 +35,8 @@ from vivit_linop.graphs import has_own_code, nbytes_saved, saved_in
 from vivit_linop.risk.data.containers import copied
 from vivit_linop.risk.model.foreign_memory import ForeignMemory
 from vivit_linop.risk.model.functional import FunctionalModel, is_written
+from vivit_linop.risk.model.original import Params
 from vivit_linop.risk.model.outputs import RaggedOutputs
-from vivit_linop.risk.model.private_module import Params
 
 Value = TypeVar("Value")
 

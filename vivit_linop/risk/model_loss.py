@@ -19,7 +19,7 @@ from vivit_linop.modes import as_guest
 from vivit_linop.risk.data.batches import as_batches
 from vivit_linop.risk.data.containers import described
 from vivit_linop.risk.model.functional import FunctionalModel
-from vivit_linop.risk.model.private_module import Predict
+from vivit_linop.risk.model.original import Predict
 from vivit_linop.risk.passes import iterate, replay
 
 Target = Callable[[Any], Any]

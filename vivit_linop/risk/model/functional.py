@@ -11,18 +11,16 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import weakref
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from vivit_linop.devices import is_out_of_memory
 from vivit_linop.modes import default_dtype
-from vivit_linop.risk.data.containers import copied, leaves, map_leaves, rebuilt
+from vivit_linop.risk.data.containers import copied, leaves, map_leaves
 from vivit_linop.risk.model import memory_format
-from vivit_linop.risk.model.copies import Copies
 from vivit_linop.risk.model.foreign_memory import ForeignMemory
 from vivit_linop.risk.model.given import (
     check_fixed,
@@ -31,7 +29,8 @@ from vivit_linop.risk.model.given import (
     check_modes,
     unwrapped,
 )
-from vivit_linop.risk.model.outputs import OutputTree, Returned
+from vivit_linop.risk.model.original import ModelFunction, Original, Params, Predict
+from vivit_linop.risk.model.outputs import OutputTree
 from vivit_linop.risk.model.parameters import (
     as_pairs,
     check_chosen,
@@ -45,27 +44,14 @@ from vivit_linop.risk.model.parameters import (
     in_precision,
     of_pairs,
 )
-from vivit_linop.risk.model.private_module import Params, Predict, PrivateModule
+from vivit_linop.risk.model.private_module import (
+    PrivateFunction,
+    PrivateModule,
+    take_modes,
+)
 from vivit_linop.risk.model.sharded import whole
-from vivit_linop.risk.model.staleness import Comparison
 from vivit_linop.risk.model.tensors_used import WithoutKeptGradients
 from vivit_linop.risk.model.widened import Widened
-
-ModelFunction = Callable[[Params, Any], Any]
-
-
-class Source(NamedTuple):
-    """What the user gave, to be asked for its present state.
-
-    Attributes:
-        module: Gives the module as long as somebody else keeps it; None for a function.
-        predict: How it is called.
-        function: The function.
-    """
-
-    module: Callable[[], nn.Module | None]
-    predict: Predict | None
-    function: ModelFunction | None = None
 
 
 class FunctionalModel:
@@ -80,6 +66,7 @@ class FunctionalModel:
             that of the parameters.
 
     Attributes:
+        original: What the user gave.
         params: Copies of the chosen parameters, by name; they require grad. Of complex
             ones the real and imaginary parts, ``[*p, 2]``.
         complex_names: The complex ones.
@@ -112,27 +99,23 @@ class FunctionalModel:
             model, params = unwrapped(model, params)
         check_precision(dtype)
         self._dtype, self._default_dtype = dtype, torch.get_default_dtype()
-        self._private: PrivateModule | None = None
-        self._returned = Returned()
         self._writes = self.keeps_gradients = self.channels_last = False
         self.is_finite = False
-        self._constants: list[Tensor] = []
         self.foreign = ForeignMemory()
         self._empty: list[str] = []
         self._fixed: Params = {}
         self._moved: Params = {}
         self.count: Callable[[Any], int] | None = None
-        self._foreign: set[str] = set()
         self._buffers: list[str] = []
         self._written = frozenset[str]()
-        self._source: Source | None = None
+        is_module = isinstance(model, nn.Module)
         if isinstance(model, nn.Module):
             chosen = chosen_of_module(model, params)
             check_memory(model, chosen)
             check_modes(model)
         else:
             chosen = chosen_of_function(params)
-        self.owners = dict(chosen)
+        self.original = Original(model, predict, dict(chosen))
         chosen = {name: whole(p) for name, p in chosen.items()}
         check_chosen(chosen, dtype)
         self.complex_names = frozenset(n for n, p in chosen.items() if p.is_complex())
@@ -141,56 +124,34 @@ class FunctionalModel:
             # A function of parameters has the kind of tensors that the user gives.
             self.params: Params = {
                 name: nn.Parameter(as_pairs(self._copied(p)))
-                if isinstance(model, nn.Module) or isinstance(p, nn.Parameter)
+                if is_module or isinstance(p, nn.Parameter)
                 else as_pairs(self._copied(p)).requires_grad_()
                 for name, p in chosen.items()
             }
             self._empty = [name for name, p in self.params.items() if not p.numel()]
-            if isinstance(model, nn.Module):
-                self._take_module(model, predict)
-            else:
-                # Modules that it calls are copied, as they are now.
-                # Tensors that it leads to, too, where they change.
-                self._take_function(model)
-                self._source = Source(lambda: None, None, model)
+            self._private = self._copy_of(model)
 
     def _copied(self, tensor: Tensor) -> Tensor:
         return in_precision(whole(tensor).detach().clone(), self._dtype)
 
-    def _constant(self, tensor: Tensor) -> Tensor:
-        self._constants.append(self._copied(tensor))
-        return self._constants[-1]
-
-    def _take_function(self, function: Any) -> None:
-        """Copy what a function leads to and that changes in training."""
-        self._constants = []
-        copies = Copies((), other=self._constant, frozen=self._dtype is not None)
-        self._function = copies.of_called(function)
-
-    def _take_module(self, model: nn.Module, predict: Predict | None) -> None:
+    def _copy_of(self, model: Any) -> PrivateModule | PrivateFunction:
         """Copy all that outputs depend on: it stays as it is when training goes on."""
-        named, buffers = dict(model.named_parameters()), dict(model.named_buffers())
-        slots = {**named, **buffers}
+        if not isinstance(model, nn.Module):
+            return PrivateFunction(model, self._dtype)
+        buffers = dict(model.named_buffers())
+        slots = dict(model.named_parameters()) | buffers
         self._fixed = {
             name: _of_kind(tensor, self._copied(tensor))
-            for name, tensor in slots.items()
+            for name, tensor in self.original.tensors().items()
             if name not in self.params
         }
         check_fixed(self._fixed)
-        self._foreign = {
-            name for name, owner in self.owners.items() if owner is not named[name]
-        }
-        self._source = Source(weakref.ref(model), predict)
-        self._buffers = list(buffers)
+        self._buffers, self._moved = list(buffers), {}
         own = {**self._fixed, **self._as_given(self.params)}
-        self._private = PrivateModule(model, predict, slots, own, self._dtype)
-        self._returned = self._private.returned
-        self._constants = self._private.constants
-        self.channels_last = memory_format.runs_faster(self._private.module)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """What travels: not the user's module."""
-        return self.__dict__ | {"_source": None}
+        predict = self.original.predict
+        private = PrivateModule(model, predict, slots, own, self._dtype)
+        self.channels_last = memory_format.runs_faster(private.module)
+        return private
 
     @property
     def device(self) -> torch.device:
@@ -205,12 +166,8 @@ class FunctionalModel:
     @property
     def module(self) -> nn.Module | None:
         """A copy of the module that is the risk's; None for a function."""
-        return None if self._private is None else self._private.module
-
-    @property
-    def predict(self) -> Predict | None:
-        """How the user's module is called, if that is said and it is here."""
-        return None if self._source is None else self._source.predict
+        private = self._private
+        return private.module if isinstance(private, PrivateModule) else None
 
     def present(self) -> tuple[Params, Params]:
         """Return the user's parameters as they are now, and what else is a slot.
@@ -218,30 +175,8 @@ class FunctionalModel:
         Raises:
             ValueError: If the user's module is gone, or has lost a parameter or buffer.
         """
-        if self._private is None:
-            return dict(self.owners), {}
-        module = None if self._source is None else self._source.module()
-        if module is None:
-            raise ValueError(
-                "parameters: the module that the risk was made of is gone, so that it "
-                "has no present parameters. Give them."
-            )
-        slots = dict(module.named_buffers()) | dict(module.named_parameters())
-        known = {**self._fixed, **self.owners}
-        for name, tensor in known.items():
-            found = slots.get(name)
-            if found is None or found.shape != tensor.shape:
-                now = "is gone" if found is None else f"is {list(found.shape)} now"
-                raise ValueError(
-                    f"parameters: {name!r} of the model was {list(tensor.shape)} when "
-                    f"the risk was made and {now}. Make a new risk."
-                )
-        # Parameters may have been given as tensors that are not the module's.
-        params = {
-            name: whole(owner if name in self._foreign else slots[name])
-            for name, owner in self.owners.items()
-        }
-        return params, {name: whole(slots[name]) for name in self._fixed}
+        now = self.original.present({**self.original.owners, **self._fixed})
+        return {n: now[n] for n in self.params}, {n: now[n] for n in self._fixed}
 
     def is_at_present(self) -> bool:
         """Whether the user's parameters and buffers are what they are here.
@@ -261,15 +196,10 @@ class FunctionalModel:
         of memory that it reads and the risk has no copy of are one. Of what has
         travelled there is no user's model.
         """
-        if self._source is None:
-            return False
         if self.foreign.has_changed():
             return True
-        if self._private is None:
-            return not Comparison(())(self._source.function, self._function)
-        module = self._source.module()
-        predict = self._source.predict
-        return module is not None and not self._private.is_copy_of(module, predict)
+        model, predict = self.original.model, self.original.predict
+        return model is not None and not self._private.is_copy_of(model, predict)
 
     def anew(self) -> FunctionalModel:
         """Return what the user's model is now, in the modes of before.
@@ -277,28 +207,15 @@ class FunctionalModel:
         Raises:
             ValueError: If it has other parameters; as :meth:`present` and :meth:`at`.
         """
-        model, source = self.at(*self.present()), self._source
-        assert source is not None
-        model._moved, model._writes, model.count = {}, False, None
+        model = self.at(*self.present())
+        model._writes, model.count = False, None
         model.foreign = ForeignMemory()
+        self.original.check_no_more({**self.params, **self._fixed})
         with torch.inference_mode(False):
-            if self._private is None:
-                model._take_function(source.function)
-                model._returned = Returned()
-                return model
-            module = source.module()
-            assert module is not None
-            for name, p in module.named_parameters():
-                if p.requires_grad and name not in {**self.params, **self._fixed}:
-                    raise ValueError(
-                        f"parameters: the model has {name!r}, and had none when "
-                        "the risk was made. Make a new risk."
-                    )
-            model._take_module(module, source.predict)
-        model._foreign = self._foreign
-        assert model._private is not None
-        model._private.take_modes(self._private)
-        check_modes(model._private.module)
+            model._private = model._copy_of(self.original.model)
+        if model.module is not None and self.module is not None:
+            take_modes(model.module, self.module)
+            check_modes(model.module)
         return model
 
     def at(self, params: Params, fixed: Params) -> FunctionalModel:
@@ -310,7 +227,6 @@ class FunctionalModel:
                 missing stays.
         """
         model = copy.copy(self)
-        model._source = self._source
         with torch.inference_mode(False):
             model.params = {
                 name: _of_kind(
@@ -331,18 +247,16 @@ class FunctionalModel:
     def originals(self, model: nn.Module | ModelFunction) -> list[Tensor]:
         """Return the user's parameters, whose values were copied."""
         own = list(model.parameters()) if isinstance(model, nn.Module) else []
-        return [*own, *self.owners.values()]
+        return [*own, *self.original.owners.values()]
 
     def over(self, names: Sequence[str]) -> FunctionalModel:
         """Return it as a function of some of its parameters; the others stay."""
         model = copy.copy(self)
-        model._source = self._source
         others = {name: p for name, p in self.params.items() if name not in names}
         constant = self._as_given(
             {name: _of_kind(p, p.detach()) for name, p in others.items()}
         )
         model.params = {name: p for name, p in self.params.items() if name in names}
-        model.owners = {name: p for name, p in self.owners.items() if name in names}
         model._empty = [name for name in self._empty if name in names]
         model._fixed = {**self._fixed, **constant}
         model._moved = {**self._moved, **constant}
@@ -382,7 +296,7 @@ class FunctionalModel:
         known = [*tensors, *params.values(), *self._known()]
         with (
             explained_casts(self._dtype),
-            self._returned.of_batch(samples),
+            self._private.returned.of_batch(samples),
             self.foreign.read_by(known),
         ):
             output = self._evaluate(params, own)
@@ -391,14 +305,13 @@ class FunctionalModel:
 
     def check_graph(self, output: Tensor) -> None:
         """Refuse outputs whose graph goes on to the user's own parameters."""
-        if self._source is not None:
-            check_graph(output, self._source.module())
+        check_graph(output, self.original.module)
 
     def _known(self) -> Iterator[Tensor]:
         """What it may read: its own constants, and what copies stand in for."""
         yield from self._fixed.values()
-        yield from self._constants
-        module = None if self._source is None else self._source.module()
+        yield from self._private.constants
+        module = self.original.module
         if module is not None:
             yield from module.parameters()
             yield from module.buffers()
@@ -465,20 +378,17 @@ class FunctionalModel:
         for name in self._written:
             params = {**params, name: params.get(name, self._fixed[name]).clone()}
         with default_dtype(self._default_dtype), self._casts(params):
-            if self._private is not None:
-                return self._private(params, X)
-            output = Copies(()).of_called(self._function)(params, rebuilt(X))
-            return self._returned(output)
+            return self._private(params, X)
 
     @property
     def calls(self) -> int:
         """How often a module was called, in whatever way; 0 for a function."""
-        return 0 if self._private is None else self._private.calls
+        return getattr(self._private, "calls", 0)
 
     @property
     def tree(self) -> OutputTree | None:
         """The form of its outputs where these are several; known when it has run."""
-        return self._returned.tree
+        return self._private.returned.tree
 
     def copied_module(self, params: Params) -> nn.Module | None:
         """Return a module at these parameters, None for a function model.
@@ -488,7 +398,7 @@ class FunctionalModel:
         for complex ones either, nor one with several outputs, nor of what is private
         to a run (:attr:`PrivateModule.is_private`).
         """
-        if self._private is None or self._private.is_private:
+        if isinstance(self._private, PrivateFunction) or self._private.is_private:
             return None
         if self.complex_names or self.tree is not None:
             return None

@@ -19,7 +19,7 @@ import contextlib
 import copy
 import inspect
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -34,13 +34,13 @@ from vivit_linop.noise import Noise
 from vivit_linop.risk.data.containers import rebuilt
 from vivit_linop.risk.model.copies import Copies, Plan
 from vivit_linop.risk.model.frozen_values import FrozenValues
+from vivit_linop.risk.model.original import ModelFunction, Params, Predict
 from vivit_linop.risk.model.outputs import Returned
 from vivit_linop.risk.model.parameters import HALVES, in_precision
+from vivit_linop.risk.model.sharded import whole
 from vivit_linop.risk.model.staleness import Comparison
 from vivit_linop.risk.model.tensors_used import Replaced, Watch
 
-Params = dict[str, Tensor]
-Predict = Callable[[nn.Module, Any], Any]
 Pairs = list[tuple[nn.Module, nn.Module]]
 
 # Of random directions, when derivatives are checked against differences of outputs.
@@ -137,12 +137,6 @@ class PrivateModule:
             (slots[name], own) for name, own in self._own.items() if name in slots
         )
         return same(model, self.module) and same(predict, self._predict)
-
-    def take_modes(self, other: PrivateModule) -> None:
-        """Set training modes as those of another copy; new modules have its root's."""
-        modes = {name: part.training for name, part in other.module.named_modules()}
-        for name, part in self.module.named_modules():
-            part.training = modes.get(name, other.module.training)
 
     def __call__(self, params: Params, X: Any) -> Tensor:
         """Return the outputs for X with some of the tensors replaced."""
@@ -383,6 +377,41 @@ class PrivateModule:
             )
 
 
+class PrivateFunction:
+    """A function of parameters and an input, with copies of what it leads to.
+
+    Modules that it calls and tensors that it uses are copied as they are now.
+
+    Args:
+        function: The user's.
+        dtype: The precision of tensors that it has, None for their own.
+
+    Attributes:
+        returned: What makes one tensor of its outputs.
+        constants: Its copies of tensors.
+    """
+
+    def __init__(self, function: ModelFunction, dtype: torch.dtype | None) -> None:
+        self.constants: list[Tensor] = []
+        self.returned, self._dtype = Returned(), dtype
+        copies = Copies((), other=self._constant, frozen=dtype is not None)
+        self._function = copies.of_called(function)
+
+    def _constant(self, tensor: Tensor) -> Tensor:
+        constant = in_precision(whole(tensor).detach().clone(), self._dtype)
+        self.constants.append(constant)
+        return constant
+
+    def is_copy_of(self, function: Any, _: Predict | None) -> bool:
+        """Whether it is still what a copy would be."""
+        return Comparison(())(function, self._function)
+
+    def __call__(self, params: Params, X: Any) -> Tensor:
+        """Return the outputs for X."""
+        output = Copies(()).of_called(self._function)(params, rebuilt(X))
+        return self.returned(output)
+
+
 _ALONE = threading.RLock()
 
 
@@ -436,6 +465,13 @@ def _possible(module: nn.Module, X: Any) -> list[int]:
             signature.bind(*args, **kwargs)
             possible.append(number)
     return possible or [0]
+
+
+def take_modes(module: nn.Module, other: nn.Module) -> None:
+    """Set training modes as those of another; parts that it has not get its root's."""
+    modes = {name: part.training for name, part in other.named_modules()}
+    for name, part in module.named_modules():
+        part.training = modes.get(name, other.training)
 
 
 def _compute_in(dtype: torch.dtype, module: nn.Module) -> None:
