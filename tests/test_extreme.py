@@ -200,6 +200,57 @@ def test_copies_of_an_eigenvalue(copies, gap, which, route, dtype):
     assert (E.T @ E - torch.eye(copies)).abs().max() <= tolerance
 
 
+SPECTRA = {
+    "copies": torch.cat([torch.linspace(0.0, 1.0, 150), torch.full((10,), 1.05)]),
+    "zeros beside": torch.cat([torch.zeros(150), torch.linspace(0.5, 1.0, 10)]),
+    "one": torch.full((160,), 2.0),
+}
+
+
+@every_dtype
+@pytest.mark.parametrize("spectrum", SPECTRA)
+@pytest.mark.parametrize("turned", [True, False])
+def test_copies_of_an_eigenvalue_of_a_known_matrix(turned, spectrum, dtype):
+    """Also where nothing is left of products, and where that is exact."""
+    Q = torch.linalg.qr(Draw(FLOAT64)(160, 160)).Q if turned else torch.eye(160)
+    evals = SPECTRA[spectrum].double()
+    V = vl.Dense((torch.eye(170, 160) * evals.sqrt() @ Q.double().T).to(dtype))
+    G = V @ V.T
+    assert G.gram.matrix.shape == (160, 160)
+    for k in (3, 5):
+        pairs = G.eigh(k=k, route="ARPACK on K")
+        E, tolerance = pairs.eigenvectors, 10 * TOLERANCE[dtype]
+        # If ARPACK finds them.
+        assert pairs.route in ("ARPACK on K", "dense Gram")
+        assert (pairs.eigenvalues - evals[-k:]).abs().max() <= tolerance
+        assert (G @ E - E * pairs.eigenvalues).norm() <= tolerance
+        assert (E.T @ E - torch.eye(k)).abs().max() <= tolerance
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        sparse.ArpackError(3),
+        sparse.ArpackNoConvergence("", np.zeros(1), np.zeros((160, 1))),
+    ],
+)
+@pytest.mark.parametrize("side", ["K", "G"])
+def test_matrices_that_are_known_where_arpack_fails(side, error, monkeypatch):
+    def failing(*_, **__):
+        raise error
+
+    monkeypatch.setattr(krylov, "eigsh", failing)
+    matrix = Draw(FLOAT64)(*((170, 160) if side == "K" else (160, 170)))
+    V, expected = vl.Dense(matrix), torch.linalg.svdvals(matrix)[:4].flip(0) ** 2
+    with pytest.raises(RuntimeError, match="ARPACK has f"):
+        (V @ V.T).eigh(k=4, route=f"ARPACK on {side}")
+    G = V @ V.T
+    _ = G.eigvalsh()  # from the smaller side, which is known from then on
+    pairs = G.eigh(k=4, route=f"ARPACK on {side}")
+    assert pairs.route == {"K": "dense Gram", "G": "dense G"}[side]
+    assert (pairs.eigenvalues - expected).abs().max() <= 1e-10 * expected.max()
+
+
 class Multiplier(vl.TorchLinearOperator):
     """A matrix that only multiplies."""
 

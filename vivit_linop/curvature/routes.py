@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from functools import cached_property, singledispatch
 from typing import Any
 
+from scipy.sparse.linalg import ArpackError
 from torch import Tensor
 
 from vivit_linop.arguments import check_k
@@ -30,10 +31,10 @@ from vivit_linop.linalg.krylov import (
     SOLVERS,
     NotConverged,
     by_arpack,
+    failed,
     krylov_products,
     solver_on,
     start_of,
-    too_few,
     watched,
 )
 from vivit_linop.linalg.leading import led
@@ -246,19 +247,22 @@ def by_iteration(op: LowRank, k: int, route: str) -> Eigenpairs:
             f"route: ARPACK finds at most {target.shape[0] - 1} pairs of a matrix with "
             f"as many rows + 1, k is {k}. Leave route= out."
         )
+    pairs: Eigenpairs | None = None
     try:
         values, vectors = _iterated(op, target, k, solver, known)
-    except NotConverged as error:
-        raise too_few(error, k, op, solver) from error
-    values, vectors = values.to(op.device), vectors.to(op.device)
-    pairs: Eigenpairs
-    if not on_gram:
-        pairs = Eigenpairs(values, vectors)
-    elif (values > gram_rounding_error(values, target.shape[0])).all():
-        pairs = GramEigenpairs(values, op, vectors)
+    except (NotConverged, ArpackError) as error:
+        if not known or op.ranks.is_many:
+            raise failed(error, k, op, solver) from error
     else:
-        # Fewer than k are numerically nonzero; the dense way knows what to do.
-        pairs, route = LowRankDecomposition(op).largest(k), "dense Gram"
+        values, vectors = values.to(op.device), vectors.to(op.device)
+        if not on_gram:
+            pairs = Eigenpairs(values, vectors)
+        elif (values > gram_rounding_error(values, target.shape[0])).all():
+            pairs = GramEigenpairs(values, op, vectors)
+    if pairs is None:
+        # No iteration separates them, or fewer than k are numerically nonzero; the
+        # dense way knows what to do.
+        pairs, route = LowRankDecomposition(op).largest(k), DENSE[not on_gram]
     pairs.route = route
     return pairs
 

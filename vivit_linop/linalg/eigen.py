@@ -27,10 +27,10 @@ from vivit_linop.linalg.krylov import (
     NotConverged,
     by_arpack,
     by_lanczos,
+    failed,
     krylov_products,
     solver_on,
     start_of,
-    too_few,
 )
 from vivit_linop.linalg.leading import led
 from vivit_linop.linalg.reductions import narrowest_low_rank
@@ -385,13 +385,8 @@ def _by_iteration(
     name = f"{solver} on {type(op).__name__}"
     try:
         found = led(solved, op)
-    except NotConverged as error:
-        raise too_few(error, k, op, solver) from error
-    except ArpackError as error:
-        raise RuntimeError(
-            f"eigh: {solver} has failed on this {type(op).__name__}: {error}. Give "
-            "another start vector v0=, or take Dense(op.to_dense()).eigh()."
-        ) from error
+    except (NotConverged, ArpackError) as error:
+        raise failed(error, k, op, solver) from error
     if found is None:
         return None
     values, vectors = found

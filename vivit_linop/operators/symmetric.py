@@ -88,7 +88,7 @@ def symmetric_eigenvalues(matrix: Tensor) -> Tensor:
     if len(matrix) <= _VERY_FEW_ROWS or not _is_for_scipy(matrix):
         return torch.linalg.eigvalsh(matrix)
     if _in_two_stages(matrix):
-        with mkl_threads_for(len(matrix)):
+        with _mkl_threads_for(len(matrix)):
             return torch.linalg.eigvalsh(matrix)
     scale, evals, _ = _reduced(matrix)
     return evals.div_(scale)
@@ -154,7 +154,7 @@ class Tridiagonal:
         None where LAPACK does not find them, which happens where very many eigenvalues
         are the same but for rounding.
         """
-        with _threads_for(len(self.eigenvalues)):
+        with threads_for(len(self.eigenvalues)):
             try:
                 values, inner = scipy.linalg.eigh_tridiagonal(
                     self._diagonal,
@@ -203,7 +203,7 @@ def without_noise(evals: Tensor, dtype: torch.dtype | None = None) -> Tensor:
 def _by_scipy(
     matrix: Tensor, driver: str, chosen: list[int] | None = None
 ) -> tuple[Tensor, Tensor]:
-    with _threads_for(len(matrix)):
+    with threads_for(len(matrix)):
         found = scipy.linalg.eigh(
             matrix.numpy(), subset_by_index=chosen, driver=driver, check_finite=False
         )
@@ -254,7 +254,7 @@ def _reduced(matrix: Tensor) -> tuple[float, Tensor, tuple[np.ndarray, ...]]:
     scale = 2.0 ** min(max(-math.frexp(size)[1], -most), most)
     columns = np.asfortranarray((scale * matrix).numpy())
     reduce, roots = get_lapack_funcs(("sytrd", "sterf"), (columns,))
-    with _threads_for(len(columns)):
+    with threads_for(len(columns)):
         *found, _ = reduce(columns, 1, _BLOCK * len(columns), overwrite_a=True)
         evals, failed = roots(found[1], found[2])
     if failed:
@@ -281,7 +281,8 @@ def _is_for_scipy(matrix: Tensor) -> bool:
     return matrix.device.type == "cpu" and not followed
 
 
-def _threads_for(rows: int) -> AbstractContextManager[None]:
+def threads_for(rows: int) -> AbstractContextManager[None]:
+    """Run NumPy's and SciPy's BLAS in one thread for few rows, in all threads."""
     return _ONE_THREAD.inside() if rows <= _FEW_ROWS else nullcontext()
 
 
@@ -316,7 +317,7 @@ def _set_mkl_threads() -> Callable[[int], int] | None:
 
 
 @contextmanager
-def mkl_threads_for(rows: int) -> Iterator[None]:
+def _mkl_threads_for(rows: int) -> Iterator[None]:
     """Run MKL in one thread for few rows; other threads of the process see nothing."""
     put = _set_mkl_threads() if rows <= _FEW_ROWS else None
     if put is None:
