@@ -204,16 +204,13 @@ def test_a_batch_may_be_computed_otherwise_than_its_samples() -> None:
 
 
 def test_the_operation_of_torch_is_named() -> None:
-    net = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(3, 3)))
+    norm = nn.utils.parametrizations.weight_norm(nn.Linear(3, 3)).double()
     X, y = some_data()
-    H = vl.Hessian(net.double(), CE, (X, y))
-    try:
-        found = H.to_dense()
-    # The double backward of torch 2.13's fused weight_norm is wrong.
-    except ValueError as error:
-        assert "_weight_norm" in str(error)
-    else:
-        torch.testing.assert_close(found, found.T)
+    # The double backward of torch 2.13's fused weight_norm is wrong. It is written
+    # otherwise where that helps, but not where something else is wrong too.
+    net = nn.Sequential(norm, Inside(Kernel).double())
+    with pytest.raises(ValueError, match=r"_weight_norm|Kernel"):
+        vl.Hessian(net, CE, (X, y)).to_dense()
 
 
 class Once2(torch.autograd.Function):
@@ -432,20 +429,24 @@ def test_batched_passes_are_checked(shape: tuple[int, ...]) -> None:
         torch.testing.assert_close(H.sample_diagonals().mean(0), exact.diagonal())
 
 
-@pytest.mark.parametrize("kind", ["bag", "cdist", "Hardsigmoid"])
+@pytest.mark.parametrize("kind", ["bag", "pdist", "segments"])
 def test_no_second_derivative_in_torch(kind: str) -> None:
     class Net(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.bag, self.a = nn.EmbeddingBag(11, 4), nn.Linear(3, 4)
-            self.p, self.o = nn.Parameter(torch.rand(5, 4)), nn.Linear(4, 3)
+            self.bag, self.a = nn.EmbeddingBag(11, 4, mode="max"), nn.Linear(3, 4)
+            self.o = nn.Linear(4, 3)
 
         def forward(self, x: Tensor) -> Tensor:
             if kind == "bag":
                 return self.o(self.bag(x).tanh())  # type: ignore[no-any-return]
             h = self.a(x)
-            h = F.hardsigmoid(h) if kind == "Hardsigmoid" else torch.cdist(h, self.p)
-            return self.o(h[:, :4])  # type: ignore[no-any-return]
+            if kind == "pdist":
+                h = torch.stack([F.pdist(row[:, None])[:4] for row in h])
+            else:
+                lengths = torch.full((len(h), 4), 1, device=h.device)
+                h = torch.segment_reduce(h, "sum", lengths=lengths, axis=1)
+            return self.o(h)  # type: ignore[no-any-return]
 
     X, y = some_data()
     inputs = torch.randint(11, (9, 5)) if kind == "bag" else X

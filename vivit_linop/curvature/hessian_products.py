@@ -14,6 +14,7 @@ from vivit_linop.curvature.loss_hessian import certify_loss
 from vivit_linop.curvature.second_derivatives import (
     Certificate,
     differentiable_twice,
+    rewriting,
 )
 from vivit_linop.devices import Room, is_out_of_memory
 from vivit_linop.graphs import batched_gradients, gradients, strided
@@ -53,7 +54,7 @@ class HessianProducts(TorchLinearOperator):
         D = self.risk.num_params
         super().__init__((D, D), self.risk.dtype, self.risk.device)
         self._kept: list[Tensor] | None = None
-        self._certified = False
+        self._certified = self._rewritten = False
         self._batched = True  # until torch refuses, or is wrong
         self._room = Room(self.risk.device)
         self._compared: set[tuple[Any, ...]] = set()
@@ -71,7 +72,8 @@ class HessianProducts(TorchLinearOperator):
         """The gradient on a batch, with its graph."""
         risk = self.risk
         differ = risk.inputs_differ(index, X)
-        output = risk.model(risk.model.params, X)
+        with rewriting(self._rewritten):
+            output = risk.model(risk.model.params, X)
         risk.check_outputs(index, output, differ)
         total = risk.loss.total(output, risk.targets()[index]) * risk.scale
         return self._gradient_of(total)
@@ -89,10 +91,22 @@ class HessianProducts(TorchLinearOperator):
 
     def _own_product(self, X: Tensor, chosen: Sequence[int]) -> Tensor:
         """Multiply the block of this rank's samples."""
-        if not self._certified:
-            Certificate(self.risk).check()
-            self._certified = True
+        self._certify()
         return self._block_product(chosen, X)
+
+    def _certify(self) -> None:
+        """See whether torch's second derivatives are right, or else in other words."""
+        if self._certified:
+            return
+        try:
+            Certificate(self.risk).check()
+        except ValueError as error:
+            try:
+                Certificate(self.risk, rewritten=True).check()
+            except ValueError:
+                raise error from None
+            self._rewritten = True
+        self._certified = True
 
     def _block_product(self, chosen: Sequence[int], X: Tensor) -> Tensor:
         result = torch.zeros_like(X)
@@ -274,6 +288,7 @@ class HessianProducts(TorchLinearOperator):
 
         Those that are numbered; None for all.
         """
+        self._certify()
         risk = self.risk
         factor = risk.scale / risk.reduction_factor
         everything, start = range(len(risk.sizes)), 0
@@ -285,7 +300,8 @@ class HessianProducts(TorchLinearOperator):
                 with as_guest(risk.device):
                     own = torch.tensor([n], device="cpu")
                     sample = risk.samples.take(X, own)
-                    output = risk.model(risk.model.params, sample)
+                    with rewriting(self._rewritten):
+                        output = risk.model(risk.model.params, sample)
                     total = risk.loss.total(output, some_targets(targets, own)) * factor
                     gradient = self._gradient_of(total)
                     image = self._differentiate(gradient, everything, U, None)

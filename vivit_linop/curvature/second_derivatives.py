@@ -18,13 +18,15 @@ samples apart.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 from vivit_linop.curvature.culprit import at_fault
 from vivit_linop.devices import is_out_of_memory
@@ -89,10 +91,12 @@ class Certificate:
 
     Args:
         risk: The risk, whose net and samples these are.
+        rewritten: Whether second derivatives are those of functions that are written in
+            others (:func:`rewriting`).
     """
 
-    def __init__(self, risk: EmpiricalRisk) -> None:
-        self.risk = risk
+    def __init__(self, risk: EmpiricalRisk, rewritten: bool = False) -> None:
+        self.risk, self._rewritten = risk, rewritten
         self._noise = Noise()
         theta = [p.detach() for p in risk.model.params.values()]
         typical = torch.cat([p.reshape(-1) for p in theta]).square().mean().sqrt()
@@ -304,7 +308,10 @@ class Certificate:
         """θ as leaves, and the gradient of φ there."""
         inner = {n: p.detach().to(dtype).requires_grad_() for n, p in theta.items()}
         # Not around the backward pass: what a Function does there is its own.
-        with (frozen or FrozenValues()).replaying():
+        with (
+            (frozen or FrozenValues()).replaying(),
+            rewriting(graph and self._rewritten),
+        ):
             output = self._evaluate(inner, samples.X, dtype)
         deviation = output - samples.base.to(dtype)
         total = (samples.u.to(dtype) * output).sum() + 0.5 * deviation.square().sum()
@@ -386,3 +393,79 @@ def differentiable_twice() -> Iterator[None]:
             "operation by an equivalent one that has. The GGN, the Fisher matrices and "
             "gradients need no second derivatives."
         ) from error
+
+
+# Functions without second derivatives -------------------------------------------------
+
+
+def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+    return v * (g / torch.norm_except_dim(v, 2, dim))
+
+
+def _hardsigmoid(input: Tensor, inplace: bool = False) -> Tensor:
+    result = F.relu6(input + 3.0) / 6.0
+    return input.copy_(result) if inplace else result
+
+
+def _cdist(x1: Tensor, x2: Tensor, p: float = 2.0, compute_mode: str = "") -> Tensor:
+    difference = x1.unsqueeze(-2) - x2.unsqueeze(-3)
+    return torch.linalg.vector_norm(difference, p, dim=-1)
+
+
+def _embedding_bag(
+    input: Tensor,
+    weight: Tensor,
+    offsets: Tensor | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2,
+    scale_grad_by_freq: bool = False,
+    mode: str = "mean",
+    sparse: bool = False,
+    per_sample_weights: Tensor | None = None,
+    include_last_offset: bool = False,
+    padding_idx: int | None = None,
+) -> Tensor:
+    if mode == "max":
+        raise NotImplementedError("maxima of bags")
+    tokens = input.flatten()
+    if offsets is None:
+        offsets = torch.arange(0, len(tokens), input.shape[-1], device=input.device)
+    elif include_last_offset:
+        offsets = offsets[:-1]
+    places = torch.arange(len(tokens), device=input.device)
+    bags = torch.searchsorted(offsets, places, right=True) - 1
+    used = torch.ones_like(tokens, dtype=weight.dtype)
+    if padding_idx is not None:
+        used = (tokens != padding_idx % len(weight)).to(weight.dtype)
+    rows = used[:, None] * weight[tokens]
+    if per_sample_weights is not None:
+        rows = rows * per_sample_weights.reshape(-1, 1)
+    result = rows.new_zeros(len(offsets), weight.shape[1]).index_add(0, bags, rows)
+    if mode == "mean":
+        counts = used.new_zeros(len(offsets)).index_add(0, bags, used)
+        result = result / counts.clamp(min=1.0)[:, None]
+    return result
+
+
+_REWRITTEN: dict[Any, Callable[..., Tensor]] = {
+    torch._weight_norm: _weight_norm,
+    torch.cdist: _cdist,
+    F.embedding_bag: _embedding_bag,
+    F.hardsigmoid: _hardsigmoid,
+}
+
+
+def rewriting(needed: bool) -> contextlib.AbstractContextManager[Any]:
+    """Write functions without second derivatives in others, of the same first ones.
+
+    Args:
+        needed: Whether to do so.
+    """
+    return _Rewriting() if needed else contextlib.nullcontext()
+
+
+class _Rewriting(TorchFunctionMode):
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        return _REWRITTEN.get(func, func)(*args, **(kwargs or {}))
