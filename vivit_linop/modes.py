@@ -86,7 +86,7 @@ class ordinary_mode:
             precise = _HERE.depth > 0
             if not precise:
                 with _PRECISE.lock:
-                    precise = not _PRECISE.undo and not _is_reduced()
+                    precise = not _PRECISE.undo and not _reduced()
             if precise and not _is_in_modes():
                 # As nearly always, and sooner than to enter a context.
                 _HERE.depth += 1
@@ -117,7 +117,7 @@ class ordinary_mode:
         if depth == 0:
             # Locked: another thread may be about to put reduced precisions back.
             with _PRECISE.lock:
-                if _PRECISE.undo or _is_reduced():
+                if _PRECISE.undo or _reduced():
                     _PRECISE.enter()
                     self._precise = True
         _HERE.depth = depth + 1
@@ -320,26 +320,25 @@ class Shared:
                 self.undo.pop()()
 
 
-def _precisions_in_use() -> list[_Precision]:
-    switches = _PRECISIONS["cpu"]
-    return switches + _PRECISIONS["cuda"] if torch.cuda.is_initialized() else switches
+def _reduced() -> list[tuple[Any, str, object, object]]:
+    """The switches, of all devices in use, by which float32 is computed in less.
 
-
-def _is_reduced() -> bool:
-    """Whether something in float32 would be computed in less."""
-    for _, name, read, full in _precisions_in_use():
-        if read(name) not in full:
-            return True
-    return False
+    Each as where torch has it, its name, its value and that for full precision.
+    """
+    switches, found = _PRECISIONS["cpu"], []
+    if torch.cuda.is_initialized():
+        switches = switches + _PRECISIONS["cuda"]
+    for backend, name, read, full in switches:
+        if (precision := read(name)) not in full:
+            found.append((backend, name, precision, full[0]))
+    return found
 
 
 def _set_precisions(_: torch.device | None, undo: Undo) -> None:
-    """Compute in float32 what is float32, on all devices in use."""
-    for backend, name, read, full in _precisions_in_use():
-        precision = read(name)
-        if precision not in full:
-            undo.append(functools.partial(setattr, backend, name, precision))
-            setattr(backend, name, full[0])
+    """Compute in float32 what is float32."""
+    for backend, name, precision, full in _reduced():
+        undo.append(functools.partial(setattr, backend, name, precision))
+        setattr(backend, name, full)
 
 
 def _set_for_guests(device: torch.device | None, undo: Undo) -> None:

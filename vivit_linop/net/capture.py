@@ -395,7 +395,7 @@ class Capture:
         """
         edges = [*map(attrgetter("edge"), uses)]
         shapes = [*map(attrgetter("output_shape"), uses)]
-        shapes += [param.shape for param in params]
+        shapes += map(attrgetter("shape"), params)
         found: Sequence[Tensor | None]
         if several := cotangent.shape[:-2]:
             found = batched_gradients(self.output, edges, [cotangent])

@@ -82,6 +82,9 @@ class Pass:
         self._cuts: dict[int, Sequence[Tensor]] = {}
         for factor in factors:
             self._width += factor.width
+        # What the columns of a batch take if all are formed; a rank may have none.
+        entries = max(risk.batch_sizes, default=0) * self._width * risk.num_params
+        self._formed_bytes = entries * risk.dtype.itemsize
         self.names, self.takes = set[str](), _DEMANDS[0]
         memory = risk.kept.columns_budget()
         self._memory = max(memory, LEAST_BYTES)
@@ -223,13 +226,6 @@ class Pass:
         return index.tensor_split(math.ceil(n / size))
 
     @cached_property
-    def _formed_bytes(self) -> int:
-        """What the columns of a batch take if all are formed."""
-        risk = self._risk
-        entries = max(risk.batch_sizes) * self._width * risk.num_params
-        return entries * risk.dtype.itemsize
-
-    @cached_property
     def _fits_by_far(self) -> bool:
         """Whether nothing needs to be known of the net for a batch to be one piece.
 
@@ -257,13 +253,8 @@ class Pass:
         """
         if self._fits_by_far:
             return known_structure(self._risk)
-        later = self._can_form_all or self._cuts_again
+        later = self._formed_bytes <= self._memory or self._cuts_again
         return (read_structure if later else find_structure)(self._risk)
-
-    @property
-    def _can_form_all(self) -> bool:
-        """Whether the memory does for the columns of a batch, all of them formed."""
-        return self._formed_bytes <= self._memory
 
     @property
     def _cuts_again(self) -> bool:
@@ -288,7 +279,7 @@ class Pass:
         X, capture = self._captured(batch, whole, index, n)
         known = self._structure if len(index) > 1 else None
         begin, room = int(index[0]), None
-        if known is not None and not self._can_form_all:
+        if known is not None and self._formed_bytes > self._memory:
             # Another cut must come before there are pieces.
             if self._cuts_again and begin == 0 and not known.certified:
                 room = set(known.opaque)

@@ -286,10 +286,8 @@ def threads_for(rows: int) -> AbstractContextManager[None]:
     return _ONE_THREAD.inside() if rows <= _FEW_ROWS else nullcontext()
 
 
-@cache
-def _scipy_threads() -> ThreadpoolController:
-    """What sets the number of threads; finding the libraries takes milliseconds."""
-    return ThreadpoolController()
+# What sets the number of threads; finding the libraries takes milliseconds.
+_scipy_threads = cache(ThreadpoolController)
 
 
 def _set_one_thread(_: torch.device | None, undo: Undo) -> None:

@@ -9,6 +9,7 @@ weight is shared (convolutions, tokens, a weight used twice) it is a sum over po
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Self
 
@@ -36,6 +37,7 @@ def _near() -> int:
     return _NEAR_BYTES * torch.get_num_threads()
 
 
+@dataclass(eq=False)
 class SharedCotangents:
     """What columns with the same cotangents, as of a weight and a bias, compute once.
 
@@ -46,16 +48,10 @@ class SharedCotangents:
         combined: The last weights, and Σ_r w_nr b_nr, for the others to take.
     """
 
-    def __init__(self) -> None:
-        self.squares: Tensor | None = None
-        self.norms: Tensor | None = None
-        self.outer: Tensor | None = None
-        self.combined: tuple[Tensor, Tensor] | None = None
-
-    def taken(self, weights: Tensor) -> Tensor | None:
-        """Give what was combined with these weights, and keep it no longer."""
-        found, self.combined = self.combined, None
-        return found[1] if found is not None and found[0] is weights else None
+    squares: Tensor | None = None
+    norms: Tensor | None = None
+    outer: Tensor | None = None
+    combined: tuple[Tensor, Tensor] | None = None
 
 
 class KhatriRaoColumns(OuterSums):
@@ -320,8 +316,9 @@ class KhatriRaoColumns(OuterSums):
         """Σ_r w_nr b_nrp, as cotangents of one column a sample."""
         shared, b = self.cotangents_key, self.cotangents
         if isinstance(shared, SharedCotangents):
-            if (known := shared.taken(weights)) is not None:
-                return known
+            known, shared.combined = shared.combined, None  # it is taken once
+            if known is not None and known[0] is weights:
+                return known[1]
         # Positions may come before channels in memory.
         turned = b.mT.is_contiguous() and not b.is_contiguous()
         b = b.mT if turned else b
