@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -251,16 +252,7 @@ def own_backpack_results(
     what = type(extension).__name__
     module, loss = _module_and_loss(risk, what)
     _check_layers(module, what)
-    X, y = _one_batch(risk, what)
-    calls: dict[nn.Module, int] = {}
-    residuals = 0
-
-    def count(module: nn.Module, _: Any, output: Any) -> None:
-        nonlocal residuals
-        calls[module] = calls.get(module, 0) + 1
-        if isinstance(module, CURVED):
-            residuals += output.numel() * output[0].numel() * output.element_size()
-
+    batch, calls = _one_batch(risk, what), Counter[nn.Module]()
     try:
         with (
             # BackPACK makes convolutions of poolings, with weights that are drawn.
@@ -271,25 +263,9 @@ def own_backpack_results(
             warnings.catch_warnings(),
         ):
             warnings.simplefilter("ignore")  # of torch about BackPACK's hooks
-            handles = [m.register_forward_hook(count) for m in module.modules()]
             net, loss = extend(module), extend(loss)
             with backpack(extension):
-                output = net(X)
-                for handle in handles:
-                    handle.remove()
-                if memory is not None and residuals > memory:
-                    raise ValueError(
-                        f"its matrices between layers take {residuals:.1e} bytes, the "
-                        f"budget is {memory:.1e}."
-                    )
-                value = loss(output, y)
-                if not _is_the_risk(risk, output, value):
-                    raise ValueError(
-                        "it goes by the types of modules and of the loss, and hooks "
-                        "on them, or forward methods of their own, change what these "
-                        "compute."
-                    )
-                value.backward()
+                _pull_back(risk, net, loss, batch, memory, calls)
     except Exception as error:
         if is_out_of_memory(error):
             raise
@@ -310,6 +286,54 @@ def own_backpack_results(
         Left(p, getattr(p, savefield), layers[id(p)])
         for p in (named[name] for name in risk.params)
     ]
+
+
+def _pull_back(
+    risk: EmpiricalRisk,
+    net: nn.Module,
+    loss: nn.Module,
+    batch: tuple[Tensor, Tensor],
+    memory: int | None,
+    calls: Counter[nn.Module],
+) -> None:
+    """Run the net and the backward pass in which BackPACK computes.
+
+    Args:
+        risk: The risk.
+        net: The copy of its model.
+        loss: Its loss.
+        batch: The data.
+        memory: As for :func:`own_backpack_results`.
+        calls: Where calls of modules are counted.
+
+    Raises:
+        ValueError: If the recursion takes more memory, or would be that of another net.
+    """
+    residuals = 0
+
+    def count(module: nn.Module, _: Any, output: Any) -> None:
+        nonlocal residuals
+        calls[module] += 1
+        if isinstance(module, CURVED):
+            residuals += output.numel() * output[0].numel() * output.element_size()
+
+    X, y = batch
+    handles = [m.register_forward_hook(count) for m in net.modules()]
+    output = net(X)
+    for handle in handles:
+        handle.remove()
+    if memory is not None and residuals > memory:
+        raise ValueError(
+            f"its matrices between layers take {residuals:.1e} bytes, the budget is "
+            f"{memory:.1e}."
+        )
+    value = loss(output, y)
+    if not _is_the_risk(risk, output, value):
+        raise ValueError(
+            "it goes by the types of modules and of the loss, and hooks on them, or "
+            "forward methods of their own, change what these compute."
+        )
+    value.backward()
 
 
 # What it leaves, as operators -----------------------------------------------------

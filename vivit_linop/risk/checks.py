@@ -110,23 +110,7 @@ def checked_outputs(
     same = [_is_as_before(kept[name], buffer) for name, buffer in buffers.items()]
     if items and output.ndim and len(output) == items:
         raise RaggedOutputs(output.detach())
-    if output.ndim == 0 or len(output) != n or output.numel() == 0:
-        raise ValueError(
-            f"{where} returned outputs {list(output.shape)} for {n} samples; "
-            "the first axis must count samples."
-        )
-    if output.is_complex():
-        raise ValueError(
-            f"{where} returned complex numbers, {output.dtype}; losses take real ones. "
-            "Say which with predict=, for example predict=lambda model, X: "
-            "torch.view_as_real(model(X))."
-        )
-    if output.dtype != model.dtype or output.device != model.device:
-        raise ValueError(
-            f"{where} returned {output.dtype} on {output.device}, its parameters "
-            f"are {model.dtype} on {model.device}. Convert the model and the data "
-            "alike."
-        )
+    _check_form(model, where, output, n)
     if index == 0 and not _depends_on_params(model, output):
         raise ValueError(
             "model: its output is not differentiable in the parameters (it does "
@@ -161,6 +145,27 @@ def checked_outputs(
         )
     serves = run.record is not None and not (writes or drawn or changed)
     return Checked(output, run.graph_bytes, run if serves else None)
+
+
+def _check_form(model: FunctionalModel, where: str, output: Tensor, n: int) -> None:
+    """Raise an error unless outputs are numbers like the parameters, by sample."""
+    if output.ndim == 0 or len(output) != n or output.numel() == 0:
+        raise ValueError(
+            f"{where} returned outputs {list(output.shape)} for {n} samples; "
+            "the first axis must count samples."
+        )
+    if output.is_complex():
+        raise ValueError(
+            f"{where} returned complex numbers, {output.dtype}; losses take real ones. "
+            "Say which with predict=, for example predict=lambda model, X: "
+            "torch.view_as_real(model(X))."
+        )
+    if output.dtype != model.dtype or output.device != model.device:
+        raise ValueError(
+            f"{where} returned {output.dtype} on {output.device}, its parameters "
+            f"are {model.dtype} on {model.device}. Convert the model and the data "
+            "alike."
+        )
 
 
 def _is_as_before(before: Tensor, now: Tensor) -> Tensor:

@@ -108,24 +108,38 @@ def chosen_of_module(model: nn.Module, params: Any | None) -> dict[str, Tensor]:
             )
         return dict(chosen)
     if isinstance(params, Mapping):
-        foreign = [name for name in params if name not in named]
-        if foreign:
-            raise ValueError(
-                f"params: {foreign[0]!r} is not the name of a parameter of the model. "
-                "Use names of model.named_parameters()."
-            )
-        for name, value in params.items():
-            if not isinstance(value, Tensor) or value.shape != named[name].shape:
-                raise ValueError(
-                    f"params: {name!r} must be a tensor {list(named[name].shape)}, got "
-                    f"{list(value.shape) if isinstance(value, Tensor) else value!r}."
-                )
-        return dict(params)
+        return _chosen_by_name(named, params)
     if isinstance(params, Tensor) or not isinstance(params, Iterable):
         raise TypeError(
             "params: None, an iterable of Parameters or a dict of tensors, got "
             f"{type(params).__name__}."
         )
+    return _chosen_one_by_one(named, params)
+
+
+def _chosen_by_name(
+    named: Mapping[str, Tensor], params: Mapping[str, Any]
+) -> dict[str, Tensor]:
+    """Return tensors that stand for the parameters of these names."""
+    foreign = [name for name in params if name not in named]
+    if foreign:
+        raise ValueError(
+            f"params: {foreign[0]!r} is not the name of a parameter of the model. "
+            "Use names of model.named_parameters()."
+        )
+    for name, value in params.items():
+        if not isinstance(value, Tensor) or value.shape != named[name].shape:
+            raise ValueError(
+                f"params: {name!r} must be a tensor {list(named[name].shape)}, got "
+                f"{list(value.shape) if isinstance(value, Tensor) else value!r}."
+            )
+    return dict(params)
+
+
+def _chosen_one_by_one(
+    named: Mapping[str, Tensor], params: Iterable[Any]
+) -> dict[str, Tensor]:
+    """Return the module's own parameters that are listed."""
     names = {id(p): name for name, p in named.items()}
     result: dict[str, Tensor] = {}
     for position, p in enumerate(params):
