@@ -136,13 +136,10 @@ def diagonal_of_damped_inverse(op: DampedInverse) -> Tensor:
     evals, vectors = low_rank.small_eigenpairs
     evals, delta = low_rank.scale * evals.double().clamp(min=0.0), op.damping.double()
     shares = (low_rank.scale / (delta + evals)).to(vectors)
-    few = _few_beside(low_rank.small_rows, D, op.torch_dtype)
-    total = torch.zeros(D, dtype=op.torch_dtype, device=op.device)
-    for columns, share in zip(vectors.split(few, 1), shares.split(few), strict=True):
-        total = total + low_rank.factor.apply(columns).square() @ share
-    kept = 1.0 - total
+    kept = 1.0 - _squares_with_weights(low_rank, vectors, shares)
     lost = kept.detach() < torch.finfo(kept.dtype).eps ** 0.5
     result = kept / op.damping.to(kept)
+    few = _few_beside(low_rank.small_rows, D, op.torch_dtype)
     for part in lost.nonzero().squeeze(1).split(few):
         entries = op.apply(_unit(D, part, op))[part].diagonal()
         result = result.index_copy(0, part, entries)
@@ -152,15 +149,18 @@ def diagonal_of_damped_inverse(op: DampedInverse) -> Tensor:
 @diagonal.register
 def diagonal_of_damped_root(op: DampedRoot) -> Tensor:
     """f(δ) + Σ_k q_k (V Q_k)², with the diagonal q beside the eigenvectors Q of K."""
-    low_rank, D = op.operator, op.shape[0]
-    vectors, factors = op.small_form
-    few = _few_beside(low_rank.small_rows, D, op.torch_dtype)
-    total = torch.zeros(D, dtype=op.torch_dtype, device=op.device)
-    for columns, q in zip(vectors.split(few, 1), factors.split(few), strict=True):
-        if low_rank.by_gram:
-            columns = low_rank.factor.apply(columns)
-        total = total + columns.square() @ q
-    return total + op.shift if low_rank.by_gram else total
+    total = _squares_with_weights(op.operator, *op.small_form)
+    return total + op.shift if op.operator.by_gram else total
+
+
+def _squares_with_weights(op: LowRank, vectors: Tensor, weights: Tensor) -> Tensor:
+    """Σ_k w_k (V Q_k)², some columns at a time; on the D × D side Σ_k w_k Q_k²."""
+    few = _few_beside(op.small_rows, op.shape[0], op.torch_dtype)
+    total = torch.zeros(op.shape[0], dtype=op.torch_dtype, device=op.device)
+    for columns, w in zip(vectors.split(few, 1), weights.split(few), strict=True):
+        columns = op.factor.apply(columns) if op.by_gram else columns
+        total = total + columns.square() @ w
+    return total
 
 
 def _few_beside(small: int, rows: int, dtype: torch.dtype) -> int:

@@ -72,12 +72,6 @@ def trace_of_damped(op: Damped) -> Tensor:
 
 
 @trace.register
-def trace_of_damped_inverse(op: DampedInverse) -> Tensor:
-    """The sum of 1/(λ + δ)."""
-    return eigvalsh(op).sum()
-
-
-@trace.register
 def trace_of_woodbury(op: Woodbury) -> Tensor:
     """The sum of 1/(λ + δ), the zeros of V Vᵀ included.
 
@@ -95,8 +89,8 @@ def trace_of_woodbury(op: Woodbury) -> Tensor:
 
 
 @trace.register
-def trace_of_damped_root(op: DampedRoot) -> Tensor:
-    """The sum of the roots, or of 1 over these."""
+def trace_by_eigenvalues(op: DampedInverse | DampedRoot) -> Tensor:
+    """The sum of 1/(λ + δ), of the roots, or of 1 over these."""
     return eigvalsh(op).sum()
 
 

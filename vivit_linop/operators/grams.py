@@ -6,6 +6,8 @@ The rules for what is pulled back through a Jacobian stand in
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -77,23 +79,27 @@ def gram_matrix_of_centered(left: Centered, right: Op) -> Tensor:
 
 @gram_matrix.register
 def gram_matrix_of_stack(left: HStack, right: Op) -> Tensor:
-    """[A B]ᵀ [C D] has the blocks AᵀC and so on, those on its diagonal are kept."""
+    """Those on the diagonal are kept by the parts."""
+
+    def block(A: Op, B: Op) -> Tensor:
+        return gram(A).to_dense() if A is B else gram_matrix(A, B)
+
+    return _by_blocks(left, right, block)
+
+
+def _by_blocks(left: HStack, right: Op, block: Callable[[Op, Op], Tensor]) -> Tensor:
+    """[A B]ᵀ [C D] from its blocks AᵀC and so on."""
     parts = right.parts if isinstance(right, HStack) else (right,)
-    K = torch.empty(
-        left.shape[1], right.shape[1], dtype=left.torch_dtype, device=left.device
-    )
+    dtype = torch.promote_types(left.torch_dtype, right.torch_dtype)
+    K = torch.empty(left.shape[1], right.shape[1], dtype=dtype, device=left.device)
     blocks = [
         rows.split([part.shape[1] for part in parts], dim=1)
         for rows in K.split([part.shape[1] for part in left.parts])
     ]
     for i, A in enumerate(left.parts):
         for j, B in enumerate(parts):
-            if A is B:
-                blocks[i][j].copy_(gram(A).to_dense())
-            elif left is right and j < i:
-                blocks[i][j].copy_(blocks[j][i].T)
-            else:
-                blocks[i][j].copy_(gram_matrix(A, B))
+            known = left is right and j < i
+            blocks[i][j].copy_(blocks[j][i].T if known else block(A, B))
     return K
 
 
@@ -161,18 +167,7 @@ def weighted_gram_matrix_of_centered(
 
 @weighted_gram_matrix.register
 def weighted_gram_matrix_of_stack(left: HStack, right: Op, weights: Tensor) -> Tensor:
-    """Block by block."""
-    parts = right.parts if isinstance(right, HStack) else (right,)
-    rows: list[list[Tensor]] = []
-    for i, A in enumerate(left.parts):
-        row = [
-            rows[j][i].T
-            if left is right and j < i
-            else weighted_gram_matrix(A, B, weights)
-            for j, B in enumerate(parts)
-        ]
-        rows.append(row)
-    return torch.cat([torch.cat(row, dim=1) for row in rows])
+    return _by_blocks(left, right, lambda A, B: weighted_gram_matrix(A, B, weights))
 
 
 @gram_matrix.register
