@@ -24,7 +24,7 @@ FIRST = "what the first version did"
 # What came after the first version. All other files are of that, also where they grew.
 CAPABILITIES = {
     "certificates of outputs, J x, columns, losses, second derivatives": """
-        noise.py net/certified.py net/certificate.py net/apart.py risk/checks.py
+        noise.py net/certified.py net/certificate.py risk/checks.py
         risk/independence.py risk/losses/differences.py risk/losses/draws.py
         risk/losses/certificates.py curvature/culprit.py
         curvature/second_derivatives.py

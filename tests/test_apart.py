@@ -16,8 +16,8 @@ import vivit_linop as vl
 from tests.cases import Lambda
 from vivit_linop.modes import as_guest
 from vivit_linop.net import kinds
-from vivit_linop.net.apart import stay_apart
 from vivit_linop.net.capture import Capture
+from vivit_linop.net.certificate import stay_apart
 from vivit_linop.net.columns.base import DenseColumns
 from vivit_linop.net.columns.khatri_rao import KhatriRaoColumns
 

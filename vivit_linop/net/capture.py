@@ -22,7 +22,7 @@ from torch import Tensor
 
 from vivit_linop.devices import columns_at_a_time, explained, is_out_of_memory, told
 from vivit_linop.graphs import batched_gradients
-from vivit_linop.net.apart import stay_apart
+from vivit_linop.net.certificate import stay_apart
 from vivit_linop.net.columns.base import DenseColumns, LayerColumns
 from vivit_linop.net.columns.stacked import Place, StackedColumns, placed
 from vivit_linop.net.kinds import View

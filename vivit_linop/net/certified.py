@@ -7,8 +7,7 @@ backward pass; what fails is remembered for the net.
 
 They agree if Σ w_nr c_nr is Jᵀ (B w) for random weights w, for each parameter
 (:mod:`vivit_linop.net.certificate`). One column a sample, and what it is compared with,
-come from one backward pass where the graph leaves samples apart
-(:mod:`vivit_linop.net.apart`); else from two.
+come from one backward pass where the graph leaves samples apart; else from two.
 
 Columns that are zero but for rounding (a weight that a norm makes irrelevant) do not
 show how large rounding is: what has cancelled is not in them. Before they are called
