@@ -15,6 +15,8 @@ import vivit_linop as vl
 from tests.ranks_cases import gathered
 
 N, C, DELTA = 29, 4, 0.1
+# What the next evaluation of a moody net raises.
+FAILURES: list[BaseException] = []
 
 
 def net() -> nn.Module:
@@ -35,6 +37,19 @@ def samples() -> tuple[Tensor, Tensor]:
 def loss() -> nn.Module:
     weight = torch.tensor([1.0, 2.0, 3.0, 4.0], dtype=torch.float64)
     return nn.CrossEntropyLoss(weight=weight, ignore_index=-100)
+
+
+class Moody(nn.Module):
+    """A net that fails when it is told to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = net()
+
+    def forward(self, X: Tensor) -> Tensor:
+        if FAILURES:
+            raise FAILURES.pop()
+        return self.inner(X)
 
 
 class Setting:

@@ -25,8 +25,11 @@ import vivit_linop as vl
 from tests.cases import CASES
 from tests.ranks_beyond import Beyond
 from tests.ranks_cases import Check, Found, carried_out, join, of_case
+from tests.ranks_parting import Parting
 from tests.ranks_setting import (
     DELTA,
+    FAILURES,
+    Moody,
     N,
     Setting,
     agreement,
@@ -37,22 +40,6 @@ from tests.ranks_setting import (
 )
 from vivit_linop.net import column_passes
 from vivit_linop.net.totals import GramTotal
-
-# What the next evaluation of a moody net raises.
-FAILURES: list[BaseException] = []
-
-
-class Moody(nn.Module):
-    """A net that fails when it is told to."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.inner = net()
-
-    def forward(self, X: Tensor) -> Tensor:
-        if FAILURES:
-            raise FAILURES.pop()
-        return self.inner(X)
 
 
 class Work(Setting):
@@ -441,7 +428,7 @@ def carry_out(folder: Path, size: int, rank: int, work: list[str]) -> NoReturn:
             found |= of_case(name, processes)
         if own := [name for name in work if name not in CASES]:
             # The last of them may end the group.
-            for kind in (Beyond, Work):
+            for kind in (Beyond, Parting, Work):
                 names = [name for name in own if hasattr(kind, name)]
                 if names:
                     work_of = kind(processes, folder)

@@ -1,5 +1,6 @@
 """Risks over several processes: all that they compute is that of all samples."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,9 @@ from vivit_linop.ranks.messages import (
     VectorsDifferError,
     as_error,
     checksum,
+    decisive,
     layout_of,
+    name_of,
     packed,
     unpacked,
 )
@@ -44,6 +47,9 @@ OF_THREE = ("uneven_batches", "embedding", "more_columns_than_parameters", "hube
                 "failures",
                 "same_bits",
                 "sharded",
+                "other_arguments",
+                "caught_errors",
+                "other_rounding",
                 "ended",
             ),
         ),
@@ -51,6 +57,8 @@ OF_THREE = ("uneven_batches", "embedding", "more_columns_than_parameters", "hube
             3,
             (
                 "other_lapack",
+                "current",
+                "other_vectors",
                 "ragged",
                 "recursions",
                 "same_bits",
@@ -116,6 +124,43 @@ def test_errors_of_other_ranks_are_of_the_same_kind(
     assert isinstance(found, RankError)
     assert isinstance(found, kind)
     assert f"rank 1 raised {type(error).__name__}" in str(found)
+
+
+@pytest.mark.parametrize(
+    ("errors", "first"),
+    [
+        ([None, ValueError("v"), MemoryError("m")], 1),
+        ([ValueError("v"), KeyboardInterrupt(), None], 1),
+        ([None, None, OSError("o")], 2),
+    ],
+    ids=["the first", "what stops", "the only one"],
+)
+def test_all_ranks_raise_the_same_kind_of_error(
+    errors: list[BaseException | None], first: int
+) -> None:
+    notes = [Note.of("sum", 1, 5, error) for error in errors]
+    assert decisive(notes) == first
+    kinds = {type(as_error(notes, rank)).__bases__ for rank in range(len(notes))}
+    assert len(kinds) == 1
+    assert str(as_error(notes, 0)).startswith(f"rank {first} raised")
+
+
+def test_errors_of_other_ranks_are_of_no_other_kind() -> None:
+    """What catches RuntimeError on this rank does not catch it on that one."""
+    of_key = as_error([Note.of("sum", 1, 5, KeyError("k"))], 0)
+    of_torch = as_error([Note.of("sum", 1, 5, torch.OutOfMemoryError("full"))], 0)
+    assert not isinstance(of_key, RuntimeError)
+    assert isinstance(of_torch, RuntimeError)
+
+
+def test_calls_are_named_by_their_numbers() -> None:
+    def solve(k: int, tol: float, v0: Any) -> None:
+        """Not called."""
+
+    names = [name_of(partial(solve, k), (1e-3, None)) for k in (2, 3)]
+    assert names[0] != names[1]
+    assert names[0].endswith("solve 2 0.001")
+    assert name_of(solve, (0.1,)) == name_of(solve, (0.1 * (1 + 1e-15),))
 
 
 def test_errors_tell_other_deeds_from_other_vectors() -> None:

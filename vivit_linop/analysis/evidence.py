@@ -149,17 +149,19 @@ def _checked(
     """Return the diagonal of P as a scalar, or ``[D]``; check what belongs together."""
     check_risk(risk)
     D = risk.num_params
-    if not isinstance(curvature, TorchLinearOperator) or curvature.shape != (D, D):
-        raise ValueError(
-            f"curvature: an operator of shape ({D}, {D}) for this risk, got "
-            f"{curvature!r}."
-        )
-    precision = _entries(risk, given)
-    if not (precision.isfinite() & (precision > 0)).all():
-        raise ValueError(
-            "prior_precision: must be positive and finite, the least is "
-            f"{precision.min():.3g}."
-        )
+    with risk.ranks.together("prior_precision") as ballot:
+        if not isinstance(curvature, TorchLinearOperator) or curvature.shape != (D, D):
+            raise ValueError(
+                f"curvature: an operator of shape ({D}, {D}) for this risk, got "
+                f"{curvature!r}."
+            )
+        precision = _entries(risk, given)
+        if not (precision.isfinite() & (precision > 0)).all():
+            raise ValueError(
+                "prior_precision: must be positive and finite, the least is "
+                f"{precision.min():.3g}."
+            )
+        ballot.given = (precision,)
     return precision
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -134,7 +134,8 @@ class Laplace:
         structure: str = "full",
     ) -> None:
         check_risk(risk)
-        check_choice(structure, "structure", STRUCTURES)
+        with risk.ranks.together(f"Laplace {structure}"):
+            check_choice(structure, "structure", STRUCTURES)
         self.risk = risk.over(last_used(risk)) if structure == "last_layer" else risk
         self.structure, self.prior_precision = structure, prior_precision
         unit = Diagonal(torch.ones_like(self.mean))
@@ -215,7 +216,9 @@ class Laplace:
                     precision if per_parameter else precision.squeeze(0)
                 )
                 (slope,) = torch.autograd.grad(evidence, log)
-            return -evidence.item(), -slope.double().cpu().numpy()
+            # All processes go the same way, also where they round in another one.
+            both = -evidence.item(), -slope.double().cpu().numpy()
+            return cast(tuple[float, np.ndarray], self.risk.ranks.sent(both))
 
         bounds = [tuple(np.log(_RANGE))] * count
         found = minimize(negative, value, jac=True, method="L-BFGS-B", bounds=bounds)
@@ -271,7 +274,8 @@ class Laplace:
                 )
             return model(params, x)
 
-        J = Jacobian(outputs, X, params=self.risk.params, **options)
+        with self.risk.ranks.together("predictive"):
+            J = Jacobian(outputs, X, params=self.risk.params, **options)
         mean = torch.cat([output.flatten(1) for output in J.risk.outputs])
         predictive = Predictive(mean, predictive_covariance(J, self.covariance))
         predictive.loss, predictive.shape = self.risk.loss, J.risk.example[0][0].shape

@@ -63,8 +63,11 @@ class _LayerBlocks(BlockDiagonal):
         positive_part: bool = False,
         **options: Any,
     ) -> None:
-        _check_options(variant, mc_samples, weight_sharing)
         self.risk = as_risk(risk, loss, data, params, **options)
+        what = f"{type(self).__name__} {variant} {weight_sharing} {joint_bias}"
+        with self.risk.ranks.together(what):
+            _check_options(variant, mc_samples, weight_sharing)
+            check_flag(joint_bias, "joint_bias")
         curvature: LowRank
         if variant == "empirical":
             curvature = EmpiricalFisher(self.risk)
@@ -75,7 +78,6 @@ class _LayerBlocks(BlockDiagonal):
                 generator=generator,
                 positive_part=positive_part,
             )
-        check_flag(joint_bias, "joint_bias")
         partners = _bias_partners(self.risk) if joint_bias else {}
         with ordinary_mode():
             parts = self._parts(curvature, weight_sharing, partners)

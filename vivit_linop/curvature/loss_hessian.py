@@ -265,7 +265,7 @@ class LossHessianSqrt(FactoredOutputOperator):
             super().__init__(risk, of_widths(risk, each).over(risk.ranks))
         # A draw is kept whatever it takes: a second one would be another matrix.
         if mc_samples:
-            with risk.ranks.together("generator"):
+            with risk.ranks.together(f"{mc_samples} draws"):
                 draws = Draws.seeded_by(generator)  # one number on each rank
             self._draw(risk.ranks.sent(draws), mc_samples)
 

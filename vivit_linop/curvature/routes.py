@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
-from functools import cached_property, singledispatch
+from functools import cached_property, partial, singledispatch
 from typing import Any
 
 from scipy.sparse.linalg import ArpackError
@@ -280,7 +280,13 @@ def _iterated(
             # Calls of an operator take longer than a product with a matrix.
             values, vectors = by_arpack(op.on_small_side(Tensor.numpy), k, v0)
             return values * op.scale, vectors
-        return led(lambda A: SOLVERS[solver](A, k, v0), multiplied)
+        return led(partial(_solved, solver, k, v0), multiplied)
+
+
+def _solved(
+    solver: str, k: int, v0: Tensor, A: TorchLinearOperator
+) -> tuple[Tensor, Tensor]:
+    return SOLVERS[solver](A, k, v0)
 
 
 def _shows_progress(factor: Any) -> bool:

@@ -287,10 +287,16 @@ class LowRankDecomposition(DenseDecomposition):
         fill = torch.randn(shape, generator=generator, device="cpu").to(span)
         # A column is only orthogonal to working precision after the second time.
         for _ in range(2):
-            fill = torch.linalg.qr(fill - span @ (span.T @ fill)).Q
+            rest = fill - span @ (span.T @ fill)
+            fill = self._operator.ranks.led(_orthonormal, rest)
         vectors = torch.cat([span, fill], dim=1)
         position = {int(i): at for at, i in enumerate(torch.cat([nonzero, null]))}
         return vectors[:, [position[int(i)] for i in indices]]
+
+
+def _orthonormal(columns: Tensor) -> Tensor:
+    Q: Tensor = torch.linalg.qr(columns).Q
+    return Q
 
 
 class ScaledShifted(Eigendecomposition):

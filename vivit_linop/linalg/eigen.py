@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, cast
 
 import numpy as np
@@ -360,9 +361,20 @@ def extreme_eigenpairs_of_operator(
         pairs = _by_iteration(op, k, which, tol or 0.0, start, solver)
     if pairs is None:
         matrix = to_dense(op)
-        dense = DenseDecomposition((matrix + matrix.T) / 2)
+        dense = DenseDecomposition((matrix + matrix.T) / 2, op.ranks)
         pairs = dense.pairs(_chosen(dense, k, which))
     return pairs
+
+
+def _solved(
+    solver: str, k: int, v0: Tensor, which: str, tol: float, A: TorchLinearOperator
+) -> tuple[Tensor, Tensor] | None:
+    """What a solver finds, soon or where rows are many."""
+    with contextlib.suppress(NotConverged):
+        return SOLVERS[solver](A, k, v0, which, tol, _FIRST_RESTARTS)
+    if A.shape[0] <= DENSE_ROWS:
+        return None
+    return _PATIENT[solver](A, k, v0, which, tol)
 
 
 def _by_iteration(
@@ -374,17 +386,9 @@ def _by_iteration(
     solver: str,
 ) -> Eigenpairs | None:
     """None where few rows have a spectrum that no iteration separates."""
-
-    def solved(A: TorchLinearOperator) -> tuple[Tensor, Tensor] | None:
-        with contextlib.suppress(NotConverged):
-            return SOLVERS[solver](A, k, v0, which, tol, _FIRST_RESTARTS)
-        if A.shape[0] <= DENSE_ROWS:
-            return None
-        return _PATIENT[solver](A, k, v0, which, tol)
-
     name = f"{solver} on {type(op).__name__}"
     try:
-        found = led(solved, op)
+        found = led(partial(_solved, solver, k, v0, which, tol), op)
     except (NotConverged, ArpackError) as error:
         raise failed(error, k, op, solver) from error
     if found is None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from vivit_linop.operators.base import TorchLinearOperator
 from vivit_linop.ranks.alone import Ranks
-from vivit_linop.ranks.messages import RankError
+from vivit_linop.ranks.messages import Note, like, name_of
 
 Result = TypeVar("Result")
 
@@ -70,7 +70,7 @@ def led(function: Callable[[Any], Result], operator: TorchLinearOperator) -> Res
     ranks = operator.ranks
     if not ranks.is_many:
         return function(operator)
-    with ranks.together(f"led {getattr(function, '__qualname__', 'function')}"):
+    with ranks.together(f"led {name_of(function)}"):
         pass
     if not ranks.leads:
         return _taken_part(operator, ranks)
@@ -78,22 +78,23 @@ def led(function: Callable[[Any], Result], operator: TorchLinearOperator) -> Res
         result = function(Asking(operator, ranks))
         ranks.sent(("result", result))
     except BaseException as error:
-        ranks.sent(("error", f"{type(error).__name__}: {error}"))
+        ranks.sent(("error", Note.of("led", 0, 0, error)))
         raise
     return result
 
 
 def _taken_part(operator: TorchLinearOperator, ranks: Ranks) -> Any:
     """Multiply what the leader sends, until it has a result."""
-    failure: Exception | None = None
+    failure: BaseException | None = None
     while True:
         what, content = ranks.sent(None)
         if what == "result":
             return content
         if what == "error":
-            raise failure or RankError(f"the leading rank raised {content}")
+            kind = like(content.kind)
+            raise failure or kind(f"the leading rank raised {content.said}")
         try:
             (operator if what == "product" else operator.T).apply(content)
         # Of any kind; the leader has it too, and says what comes next.
-        except Exception as error:
+        except BaseException as error:
             failure = error

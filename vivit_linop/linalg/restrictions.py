@@ -256,7 +256,7 @@ def inverse_of_restricted(op: Restricted) -> Op:
     low_rank, delta = inner.operator, inner.damping
     rows = Rows(low_rank.factor, op.index)
     others = gram(low_rank.factor).to_dense() - gram_matrix(rows, rows)
-    evals, evecs = symmetric_eigenpairs(others.double())
+    evals, evecs = low_rank.ranks.led(symmetric_eigenpairs, others.double())
     weights = (1.0 + low_rank.scale / delta * evals.clamp(min=0.0)).rsqrt()
     middle = Dense((evecs * weights).to(op.torch_dtype))
     return damp(LowRank(Product(rows, middle), low_rank.scale), delta)

@@ -329,12 +329,18 @@ def damped_root_of_kronecker(op: Kronecker | CorrectedKronecker, damping: Scalar
 def _root_of_mirrored(outer: Op, middle: Op) -> Op:
     """√(A B Aᵀ) on the smaller side: of A B Aᵀ, or of R B Rᵀ with A = Q R."""
     A, B = to_dense(outer).double(), to_dense(middle).double()
+    ranks, dtype = Product(outer, middle).ranks, outer.torch_dtype
+    return dense_over(ranks, ranks.led(_mirrored_root, A, B, dtype).to(dtype))
+
+
+def _mirrored_root(A: Tensor, B: Tensor, dtype: torch.dtype) -> Tensor:
+    """One whose products with its transpose are A B Aᵀ, of what was in a dtype."""
     Q = None
     if A.shape[0] > A.shape[1]:
         Q, A = torch.linalg.qr(A)
     evals, evecs = symmetric_eigenpairs(A @ ((B + B.T) / 2) @ A.T)
-    root = evecs * _roots(evals, outer.torch_dtype)
-    return Dense((root if Q is None else Q @ root).to(outer.torch_dtype))
+    root = evecs * _roots(evals, dtype)
+    return root if Q is None else Q @ root
 
 
 def _roots(values: Tensor, dtype: torch.dtype | None = None) -> Tensor:

@@ -26,6 +26,7 @@ step before the last are the nearer ones then, and the next iteration begins the
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable
 from functools import cached_property, partial, singledispatch
@@ -36,6 +37,7 @@ from torch import Tensor
 
 from vivit_linop.arguments import Scalar
 from vivit_linop.linalg.decompositions import GramEigenpairs, orthonormalised
+from vivit_linop.linalg.leading import led
 from vivit_linop.operators import verbs
 from vivit_linop.operators.base import TorchLinearOperator
 from vivit_linop.operators.damped import Damped
@@ -148,7 +150,10 @@ def eigenpairs_near_low_rank(
             if op.by_gram and prepared_gram(op.factor, block.vectors.shape[1]):
                 return followed_on_gram(op, k, block, tol).came_from(start)
             with verbs.few_products(op.factor) as factor:
-                return followed(factor, op.scale, k, block, tol).came_from(start)
+                found = led(partial(_followed, op.scale, k, block, tol), factor)
+                if found is None:
+                    raise NotNear
+                return found.came_from(start)
         except NotNear:
             pass
     return eigh(op, k)
@@ -242,6 +247,15 @@ def followed(
                 missing=float(rise / largest),
             )
     raise NotNear
+
+
+def _followed(
+    scale: Scalar, k: int, block: Block, tol: float, factor: TorchLinearOperator
+) -> TrackedEigenpairs | None:
+    """None where :func:`followed` does not end."""
+    with contextlib.suppress(NotNear):
+        return followed(factor, scale, k, block, tol)
+    return None
 
 
 def followed_on_gram(

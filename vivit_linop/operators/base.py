@@ -280,13 +280,15 @@ class TorchLinearOperator(VerbMethods["TorchLinearOperator"], NumpyProducts):
         """Return an array; scalars and batches of matrices are for SciPy to judge."""
         array = as_array(x)
         if array.ndim in (1, 2) and array.shape[0] != self.shape[1]:
-            raise self._other_rows(array)
+            with self.ranks.together("x"):
+                raise self._other_rows(array)
         return array
 
     def _product(self, x: Tensor) -> Tensor:
         """Multiply a torch vector or matrix, with the checks that a user needs."""
         if x.ndim not in (1, 2) or x.shape[0] != self.shape[1]:
-            raise self._other_rows(x)
+            with self.ranks.together("x"):
+                raise self._other_rows(x)
         if x.layout != torch.strided:
             x = x.to_dense()
         if x.is_complex():  # all operators are real

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterator
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TypeVar
 
 from torch import Tensor
@@ -426,7 +426,8 @@ class Woodbury(TorchLinearOperator):
 
     def _prepared(self) -> tuple[float, bool]:
         """Make what solves on the small side; its norm, and whether to refine."""
-        norm, refines, error = self.operator.on_small_side(self._factorise)
+        factorised = partial(self._factorise, self.damping)
+        norm, refines, error = self.operator.on_small_side(factorised)
         if error:
             raise ValueError(error)
         return norm, refines
@@ -439,7 +440,7 @@ class Woodbury(TorchLinearOperator):
     def _made_of(self) -> tuple[TorchLinearOperator]:
         return (self.operator,)
 
-    def _factorise(self, matrix: Tensor) -> tuple[float, bool, str]:
+    def _factorise(self, damping: float, matrix: Tensor) -> tuple[float, bool, str]:
         """Keep the factor of the small side; returns its norm, and what is wrong.
 
         What is wrong must reach all processes.
@@ -447,7 +448,7 @@ class Woodbury(TorchLinearOperator):
         inner = self.operator
         pairs = inner.small_eigenpairs if inner.is_decomposed else None
         try:
-            self._solver = DampedSolver(matrix, inner.scale, self.damping, pairs)
+            self._solver = DampedSolver(matrix, inner.scale, damping, pairs)
         except ValueError as error:
             return 0.0, False, str(error)
         return self._solver.norm, self._solver.refines, ""
@@ -486,7 +487,7 @@ class Woodbury(TorchLinearOperator):
 
     def _multiply(self, X: Tensor) -> Tensor:
         if not self.operator.by_gram:
-            return self.solve_small(X)
+            return self.solve_small(self.operator.ranks.agreed(X))
         scale, V = self.operator.scale, self.operator.factor
         inner = self.solve_small(V.T.apply(X))
         outer = V.apply(inner).mul_(-scale).add_(X)

@@ -25,11 +25,13 @@ class Ballot:
     Attributes:
         flag: Afterwards, whether any rank had set it.
         rows: How many rows it has to give.
+        given: What must be the same on all ranks, beside what was known before.
         heights: Afterwards, how many each rank has.
     """
 
     def __init__(self) -> None:
         self.flag, self.rows, self.heights = False, 0, list[int]()
+        self.given: tuple[Tensor, ...] = ()
 
 
 class Ranks:
@@ -75,6 +77,10 @@ class Ranks:
 
     For whatever the bits of a matrix do not decide: eigenvectors, a route.
     """
+
+    def agreed(self, X: Tensor) -> Tensor:
+        """Return a vector that all must have; where they round, the leader's."""
+        return X
 
     def sent(self, item: Any) -> Any:
         """Return on all ranks what the leader has."""

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import functools
 import math
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -30,7 +29,9 @@ from vivit_linop.ranks.messages import (
     VectorsDifferError,
     as_error,
     checksum,
+    decisive,
     layout_of,
+    name_of,
     packed,
     unpacked,
 )
@@ -155,7 +156,7 @@ class Group(Ranks):
     def led(self, compute: Callable[..., Result], *inputs: Any) -> Result:
         """Compute on the leader."""
         result: Any = None
-        with self.together(f"led {_name(compute)}"):
+        with self.together(f"led {name_of(compute, inputs)}"):
             if self.leads:
                 result = compute(*inputs)
         return self.sent(result)
@@ -188,18 +189,34 @@ class Group(Ranks):
             return own
 
         try:
-            with self.together(_name(local), *inputs) as ballot:
+            with self.together(name_of(local), *inputs) as ballot:
                 part = compute(ballot, *inputs)
-        except VectorsDifferError:
-            theirs = tuple(self.sent(X) for X in inputs)
-            with self.together(_name(local), *theirs) as ballot:
-                if not all(map(_is_rounding, inputs, theirs)):
-                    raise
+        except VectorsDifferError as error:
+            theirs = self._those_of_leader(inputs, error)
+            with self.together(name_of(local), *theirs) as ballot:
                 part = compute(ballot, *theirs)
         if part is not None and all(self.counts):
             return part, part.shape, part.dtype, ballot.heights
         shape, dtype = self.sent(None if part is None else (part.shape, part.dtype))
         return part, shape, dtype, ballot.heights
+
+    def agreed(self, X: Tensor) -> Tensor:
+        """Compare it."""
+        try:
+            with self.together("x", X):
+                return X
+        except VectorsDifferError as error:
+            return self._those_of_leader((X,), error)[0]
+
+    def _those_of_leader(
+        self, inputs: tuple[Tensor, ...], error: VectorsDifferError
+    ) -> tuple[Tensor, ...]:
+        """Return what the leader has where it differs; an error if not by rounding."""
+        theirs = tuple(self.sent(X) for X in inputs)
+        with self.together("rounding"):
+            if not all(map(_is_rounding, inputs, theirs)):
+                raise error
+        return theirs
 
     # Collectives ---------------------------------------------------------------------
 
@@ -372,7 +389,7 @@ class Group(Ranks):
         name = self._group.group_name
         number = _VOTES[name] = _VOTES.get(name, 0) + 1
         deed = zlib.crc32(f"{number}{what}".encode())
-        seen = checksum(inputs)
+        seen = checksum(inputs + ballot.given)
         heights = [0] * self.size
         heights[self.rank] = ballot.rows
         slip = torch.tensor(
@@ -389,9 +406,11 @@ class Group(Ranks):
         notes = list(self.gathered(Note.of(what, number, seen, error)))
         # Whatever has been left out on some ranks: now all are at the same place.
         _VOTES[name] = max(note.number for note in notes)
-        if error is not None:
-            raise error
-        raise as_error(notes, self.rank)
+        first = decisive(notes)
+        if error is not None and first is not None:
+            if notes[first].kind == notes[self.rank].kind:
+                raise error
+        raise as_error(notes, self.rank) from error
 
 
 @contextlib.contextmanager
@@ -421,10 +440,3 @@ def _is_rounding(own: Tensor, theirs: Tensor) -> bool:
         return False
     eps = torch.finfo(own.dtype).eps
     return bool((own - theirs).norm() <= eps**0.5 * theirs.norm())
-
-
-def _name(function: Callable[..., Any]) -> str:
-    """How a function is called in messages, the same on all ranks."""
-    if isinstance(function, functools.partial):
-        function = function.func
-    return str(getattr(function, "__qualname__", type(function).__name__))

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import pickle
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 _MODULUS = 2**62
+_STOP = "stop"
 # The columns of the table of words of which a checksum adds up rows and columns.
 _SIDE = 256
 # What callers may catch, on the ranks that have not failed too.
@@ -18,6 +20,7 @@ _KINDS = (
     MemoryError,
     ModuleNotFoundError,
     NotImplementedError,
+    RuntimeError,
     ValueError,
     TypeError,
     ArithmeticError,
@@ -29,8 +32,12 @@ Layout = list[tuple[torch.dtype, torch.Size, str]]
 # Votes -------------------------------------------------------------------------------
 
 
-class RankError(RuntimeError):
-    """Another rank has failed or has ended, or ranks do not do the same."""
+class RankError(Exception):
+    """Another rank has failed or has ended, or ranks do not do the same.
+
+    Of the builtin kind of the other's error, and of no other: what catches the one
+    error must catch this one, or ranks part.
+    """
 
 
 class VectorsDifferError(RankError):
@@ -45,7 +52,7 @@ class Note(NamedTuple):
         number: Its number among all that the group has done.
         seen: The checksum of its inputs.
         said: Its error, None if it has none.
-        kind: The builtin kind of that error.
+        kind: The builtin kind of that error; that of no error stops processes.
     """
 
     what: str
@@ -60,31 +67,57 @@ class Note(NamedTuple):
         if error is None:
             return cls(what, number, seen)
         kind = next((k.__name__ for k in _KINDS if isinstance(error, k)), "")
+        kind = kind if isinstance(error, Exception) else _STOP
         return cls(what, number, seen, f"{type(error).__name__}: {error}", kind)
 
 
-def as_error(notes: list[Note], rank: int) -> RankError:
-    """Return what a rank raises that has not failed itself, from the notes of all."""
-    for other, note in enumerate(notes):
-        if note.said is not None:
-            return _like(note.kind)(f"rank {other} raised {note.said}")
+def decisive(notes: Sequence[Note]) -> int | None:
+    """Return the rank whose error all ranks raise, or one of its kind; None for none.
+
+    What stops a process stops all: an error may be caught, and another way taken.
+    """
+    failed = [rank for rank, note in enumerate(notes) if note.said is not None]
+    stopped = [rank for rank in failed if notes[rank].kind == _STOP]
+    return next(iter(stopped + failed), None)
+
+
+def as_error(notes: Sequence[Note], rank: int) -> RankError:
+    """Return what a rank raises with no such error of its own, from notes of all."""
+    if (other := decisive(notes)) is not None:
+        return like(notes[other].kind)(f"rank {other} raised {notes[other].said}")
     if len({note[:2] for note in notes}) > 1:
         deeds = [f"rank {r}: {n.what} (number {n.number})" for r, n in enumerate(notes)]
         return RankError("ranks do not do the same: " + ", ".join(deeds))
     return VectorsDifferError(
-        f"{notes[rank].what}: the vectors differ between ranks. All must multiply the "
-        "same one: make it from the same seed, or broadcast it. SciPy's solvers draw "
-        "start vectors that differ: give them v0=, or let one rank run the solver with "
-        "vl.led(function, operator)."
+        f"{notes[rank].what}: the vectors, or numbers, differ between ranks. All must "
+        "give the same: make them from the same seed, or broadcast them. SciPy's "
+        "solvers draw start vectors that differ: give them v0=, or let one rank run "
+        "the solver with vl.led(function, operator)."
     )
 
 
-def _like(kind: str) -> type[RankError]:
-    """An error of ranks that is also of a builtin kind."""
+def like(kind: str) -> type[RankError]:
+    """Return the error of ranks that is also of a builtin kind."""
     for builtin in _KINDS:
         if builtin.__name__ == kind:
             return type("RankError", (RankError, builtin), {"__module__": __name__})
     return RankError
+
+
+def name_of(function: Callable[..., Any], inputs: Sequence[Any] = ()) -> str:
+    """How a call is named in messages: not the same with other numbers.
+
+    Args:
+        function: What is called; a partial has arguments of its own.
+        inputs: Its arguments, of which numbers, names and flags are told.
+    """
+    if isinstance(function, functools.partial):
+        inputs = (*function.args, *function.keywords.values(), *inputs)
+        function = function.func
+    name = str(getattr(function, "__qualname__", type(function).__name__))
+    told = (given for given in inputs if isinstance(given, (int, float, str)))
+    # On other hardware numbers may have been rounded in another way.
+    return " ".join([name, *(f"{t:.6g}" if type(t) is float else f"{t}" for t in told)])
 
 
 def checksum(tensors: tuple[Tensor, ...]) -> int:

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vivit_linop.arguments import check_real
 from vivit_linop.devices import explained
 from vivit_linop.modes import as_guest, ordinary_mode
 from vivit_linop.ranks.alone import Ranks
@@ -78,10 +77,6 @@ class Risk(ParameterVectors):
         check_data: bool,
         parts_differ: bool,
     ) -> None:
-        if memory is not None:
-            check_real(memory, "memory")
-            if not memory >= 0:
-                raise ValueError(f"memory: bytes, at least 0, got {memory!r}.")
         self.model, self.loss, self.memory, self._passes = model, loss, memory, passes
         self.ranks, self.progress, self._check = ranks, passes.progress, check
         self.has_tangents = True

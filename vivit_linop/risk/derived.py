@@ -58,9 +58,11 @@ class DerivableRisk(Risk):
             >>> risk.subset([0, 5]).num_samples
             2
         """
-        given = as_index(indices, self.num_samples, "indices").cpu()
-        own = _own_samples(given, self.ranks, sum(self.batch_sizes))
         risk = type(self).__new__(type(self))
+        with self.ranks.together("subset") as ballot:
+            given = as_index(indices, self.num_samples, "indices").cpu()
+            own = _own_samples(given, self.ranks, sum(self.batch_sizes))
+            ballot.given = (given,)
         parts: list[Batch] = []
         differ: list[Tensor] = []  # of batches, read at the end
         search = Search.known(self.samples) if self.batch_sizes else Search()
@@ -237,8 +239,9 @@ class DerivableRisk(Risk):
     def is_current(self) -> bool:
         """Whether the user's model is what it was, at the same parameters and buffers.
 
-        The modes of its modules (``train``, ``eval``) are not looked at. Costs reading
-        its D numbers, and no pass over the data.
+        The modes of its modules (``train``, ``eval``) are not looked at. Over several
+        processes it is asked of the models of all. Costs reading its D numbers, and no
+        pass over the data.
 
         Example:
             >>> import torch, vivit_linop as vl
@@ -250,12 +253,13 @@ class DerivableRisk(Risk):
             >>> before, risk.is_current(), risk.at().is_current()
             (True, False, True)
         """
-        if self.model.has_changed():
-            return False
-        try:
-            return self.model.is_at_present()
-        except ValueError:  # it is gone, or has other parameters
-            return False
+        with self.ranks.together("is_current") as ballot:
+            try:
+                is_same = not self.model.has_changed() and self.model.is_at_present()
+            except ValueError:  # it is gone, or has other parameters
+                is_same = False
+            ballot.flag = not is_same
+        return not ballot.flag
 
     def _anew(self) -> Self:
         """Return the risk of the same data for what the user's model is now.

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vivit_linop.arguments import check_flag, check_function
+from vivit_linop.arguments import check_flag, check_function, check_real
 from vivit_linop.ranks.group import as_ranks
 from vivit_linop.risk.data.batches import Target, as_batches, without_targets
 from vivit_linop.risk.data.containers import leaves
@@ -151,14 +151,19 @@ class EmpiricalRisk(DerivableRisk):
         dtype: torch.dtype | None = None,
         process_group: Any | None = None,
     ) -> None:
-        check_flag(check, "check")
-        check_flag(check_data, "check_data")
-        check_flag(progress, "progress")
-        if target is not None:
-            check_function(target, "target")
-        search, ranks = Search(sample_axis, take, count), as_ranks(process_group)
+        ranks = as_ranks(process_group)
         of_model: ModelLoss | None = None
         with ranks.together("EmpiricalRisk"):
+            check_flag(check, "check")
+            check_flag(check_data, "check_data")
+            check_flag(progress, "progress")
+            if target is not None:
+                check_function(target, "target")
+            if memory is not None:
+                check_real(memory, "memory")
+                if not memory >= 0:
+                    raise ValueError(f"memory: bytes, at least 0, got {memory!r}.")
+            search = Search(sample_axis, take, count)
             if isinstance(loss, str):
                 of_model = loss_of_model(
                     loss, data, model, params, predict, target, dtype

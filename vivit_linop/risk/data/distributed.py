@@ -133,7 +133,7 @@ def check_parts(
         outputs: Those of this rank's batches.
         targets: Their targets.
         data: What was given.
-        check: Whether parts that are the same are an error.
+        check: Whether parts that are the same are an error; on all ranks they must be.
     """
     size, mine = dataset_size(data), sum(map(len, outputs))
     parts = ranks.gathered(None if size is None else (mine, size))
@@ -149,8 +149,10 @@ def check_parts(
             )
     tensors = [*outputs, *leaves(list(targets))]
     digest = fingerprint.of_tensors((str(i), t) for i, t in enumerate(tensors))
-    digests = [d for d, n in ranks.gathered((digest, mine)) if n]
-    if check and len(digests) > 1 and len(set(digests)) == 1:
+    every = ranks.gathered((digest, mine, check))
+    digests = [digest for digest, samples, _ in every if samples]
+    checked = all(wanted for *_, wanted in every)
+    if checked and len(digests) > 1 and len(set(digests)) == 1:
         raise ValueError(
             "data: all ranks have the same samples. Give each rank a part of them. If "
             "they are meant to come several times, give check_data=False."

@@ -1,0 +1,250 @@
+"""Where ranks could part: other arguments, other solvers, errors of one rank alone."""
+
+import contextlib
+import operator
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import scipy.linalg
+import torch
+from torch import Tensor
+
+import vivit_linop as vl
+from tests.ranks_cases import Check
+from tests.ranks_setting import (
+    DELTA,
+    FAILURES,
+    Moody,
+    N,
+    Setting,
+    agreement,
+    net,
+    raised,
+)
+from vivit_linop.linalg import krylov
+
+ONE = torch.ones(1)
+
+
+class Parting(Setting):
+    """Ranks that would part if nobody looked."""
+
+    def other_arguments(self) -> Iterator[Check]:
+        """What one rank alone is told is an error on all, at once."""
+        mine, x, eye = self.rank == self.size - 1, self.x, vl.Identity(self.D)
+        G = vl.GGN(self.risk)
+        W = vl.GGN(self.risk.over(["3.weight"]))  # more columns than parameters
+        small = vl.Identity(W.shape[0])
+
+        def option(**wrong: Any) -> Callable[[], Any]:
+            return lambda: self.over(net(), self.data, **(wrong if mine else {}))
+
+        def last(theirs: Any, others: Any) -> Any:
+            return theirs if mine else others
+
+        def prior(number: float) -> Callable[[], Tensor]:
+            return lambda: vl.log_marginal_likelihood(self.risk, G, last(number, 1.0))
+
+        cases: dict[str, tuple[Callable[[], Any], str]] = {
+            "memory": (option(memory=-1), "memory"),
+            "a flag": (option(check="no"), "check: True or False"),
+            "a function": (option(take=3, count=3), "take: a function"),
+            "numbers": (lambda: self.risk.subset(last([N], [0])), "must lie in"),
+            "no numbers": (lambda: self.risk.subset(last([], [0])), "at least one"),
+            "samples": (lambda: self.risk.subset(last([0, N - 1], [0, 1])), "differ"),
+            "rows": (lambda: G @ x[: last(5, self.D)], "multiplies a vector"),
+            "vectors": (
+                lambda: (W + DELTA * small).inv() @ (last(2.0, 1.0) * x[: W.shape[0]]),
+                "differ",
+            ),
+            "a damping": (
+                lambda: (G + last(0.1, 0.2) * eye).inv(),
+                "ranks do not do the same",
+            ),
+            "k": (lambda: G.eigh(k=last(2, 3)), "ranks do not do the same"),
+            "k of ARPACK": (
+                lambda: G.eigh(k=last(2, 3), route="ARPACK on G"),
+                "ranks do not do the same",
+            ),
+            "an end": (
+                lambda: vl.Hessian(self.risk).eigh(k=2, which=last("LA", "SA")),
+                "ranks do not do the same",
+            ),
+            "draws": (
+                lambda: vl.GGN(self.risk, mc_samples=last(1, 2)),
+                "ranks do not do the same",
+            ),
+            "a prior": (prior(2.0), "differ"),
+            "a wrong prior": (prior(-2.0), "must be positive"),
+            "a variant": (
+                lambda: vl.KFAC(self.risk, variant=last("exact", "empirical")),
+                "ranks do not do the same",
+            ),
+            "a joint bias": (
+                lambda: vl.KFAC(self.risk, variant="exact", joint_bias=mine),
+                "ranks do not do the same",
+            ),
+            "a structure": (
+                lambda: vl.Laplace(self.risk, 1.0, last("ful", "full")),
+                "structure: one of",
+            ),
+            "test data": (
+                lambda: vl.Laplace(self.risk).predictive(self.X * last(torch.nan, 1.0)),
+                "NaN",
+            ),
+        }
+        wanted = vl.GGN(self.one) @ x
+        for what, (fail, text) in cases.items():
+            yield what, lambda f=fail, t=text: raised(f, t), ONE, 0.0
+            yield f"after: {what}", lambda: G @ x, wanted, 1e-12
+
+    def caught_errors(self) -> Iterator[Check]:
+        """Errors for which there is another way on one rank only; stopped helpers."""
+        mine, model = self.rank == self.size - 1, Moody()
+        risk = self.over(model, self.data)
+        G, H = vl.GGN(risk), vl.Hessian(risk)
+        uses: dict[str, Callable[[], Any]] = {
+            "ARPACK": lambda: G.eigh(k=2, route="ARPACK on G"),
+            "Lanczos": lambda: H.eigh(k=2, route="Lanczos"),
+            "sample diagonals": H.sample_diagonals,
+        }
+        for what, use in uses.items():
+
+            def fail(use: Callable[[], Any] = use) -> None:
+                FAILURES.extend([KeyboardInterrupt("stopped")] if mine else [])
+                use()
+
+            yield what, lambda f=fail: raised(f, "stopped"), ONE, 0.0
+        # What products do without, one by one, is of all ranks.
+        diagonals = vl.Hessian(self.one).sample_diagonals()
+
+        def spared(error: Exception) -> Tensor:
+            FAILURES.extend([error] if mine else [])
+            return H.sample_diagonals()
+
+        for error in (ValueError("oh"), MemoryError("full")):
+            name = type(error).__name__
+            yield name, lambda e=error: spared(e), diagonals, 1e-12
+        wanted = vl.GGN(self.one) @ self.x
+        yield "after", lambda: G @ self.x, wanted, 1e-12
+
+    def current(self) -> Iterator[Check]:
+        """Whether all models are what they were is one answer."""
+        model = net()
+        risk = self.over(model, self.data)
+        yield "current", lambda: torch.tensor([float(risk.is_current())]), ONE, 0.0
+        if self.rank == self.size - 1:
+            with torch.no_grad():
+                model[0].bias += 1.0  # type: ignore[index,operator]
+        no = torch.tensor([float(risk.is_current())])
+        yield "changed on one rank", lambda: no, torch.zeros(1), 0.0
+
+    def other_vectors(self) -> Iterator[Check]:
+        """Each rank's LAPACK and ARPACK would find other vectors of a space."""
+        x, eye, every = self.x, vl.Identity(self.D), range(100)
+        results: dict[str, Callable[[vl.EmpiricalRisk], Tensor]] = {
+            "followed": lambda r: _followed(r).eigenvectors,
+            "followed, damped": lambda r: _followed(r, DELTA).eigenvectors,
+            "null space": lambda r: (
+                vl.GGN(r.subset([1, 3, N - 1])).eigh(select=_each).eigenvectors
+            ),
+            "dense": lambda r: vl.Hessian(r.over(["0.bias"])).eigh(k=2).eigenvectors,
+            "root": lambda r: _mirrored(r, x).sqrt().to_dense(),
+        }
+        S = (vl.GGN(self.one) + DELTA * eye).inv().restrict(every)
+        wanted = {what: _outer(compute(self.one)) for what, compute in results.items()}
+        product = S.inv().inv() @ x[:100]
+        with _other_solvers(self.rank != self.risk.ranks.leader):
+            found = {what: compute(self.risk) for what, compute in results.items()}
+            S = (vl.GGN(self.risk) + DELTA * eye).inv().restrict(every)
+            wanted["restricted"], found["restricted"] = product, S.inv().inv() @ x[:100]
+        for what, value in found.items():
+            yield f"{what}, bits", lambda v=value: agreement([v]), ONE, 0.0
+            right = value if what == "restricted" else _outer(value)
+            if what != "null space":
+                yield what, lambda v=right: v, wanted[what], 1e-5
+        Q = found["null space"]
+        identity = torch.eye(Q.shape[1], dtype=Q.dtype)
+        yield "orthonormal", lambda: Q.T @ Q, identity, 1e-10
+
+    def other_rounding(self) -> Iterator[Check]:
+        """An optimiser goes the same way where ranks round in other ways."""
+        la, evidence = vl.Laplace(self.risk, 1.5), vl.Laplace.log_marginal_likelihood
+        factor = 1.0 + 1e-6 * self.rank
+
+        def rounded(self: vl.Laplace, given: Any = None) -> Tensor:
+            return factor * evidence(self, given)
+
+        vl.Laplace.log_marginal_likelihood = rounded  # type: ignore[method-assign]
+        for each in (False, True):
+            found = la.optimize_prior(per_parameter=each)
+            yield f"by parameter: {each}", lambda f=found: agreement([f]), ONE, 0.0
+        vl.Laplace.log_marginal_likelihood = evidence  # type: ignore[method-assign]
+
+
+def _followed(risk: vl.EmpiricalRisk, damping: float = 0.0) -> vl.Eigenpairs:
+    """Pairs two steps further."""
+    theta, pairs = risk.flatten(risk.params), vl.GGN(risk).eigh(k=3)
+    eye = vl.Identity(risk.num_params)
+    for step in (1.001, 1.002):
+        G = vl.GGN(risk.at(step * theta))
+        pairs = (G + damping * eye if damping else G).eigh(k=3, start=pairs)
+    return pairs
+
+
+def _each(eigenvalues: Tensor) -> range:
+    """Those that are zero too."""
+    return range(len(eigenvalues))
+
+
+def _outer(columns: Tensor) -> Tensor:
+    return columns @ columns.T
+
+
+def _mirrored(risk: vl.EmpiricalRisk, x: Tensor) -> vl.TorchLinearOperator:
+    """A B Aᵀ with an indefinite B, and no part of A where B is negative."""
+    A = vl.Dense(torch.cat([x.T, torch.zeros(3, 2, dtype=x.dtype)], dim=1))
+    return A @ vl.BlockDiagonal([vl.GGN(risk), -1.0 * vl.Identity(2)]) @ A.T
+
+
+@contextlib.contextmanager
+def _other_solvers(other: bool) -> Iterator[None]:
+    """Let vectors come with other signs, which are as right."""
+    places: list[tuple[Any, str]] = [
+        (torch.linalg, "eigh"),
+        (torch.linalg, "qr"),
+        (scipy.linalg, "eigh"),
+        (krylov, "eigsh"),
+    ]
+    known = [getattr(*place) for place in places]
+    for (module, name), solve in zip(places, known, strict=True):
+        if other:
+            setattr(module, name, _turned(solve, first=name == "qr"))
+    try:
+        yield
+    finally:
+        for (module, name), solve in zip(places, known, strict=True):
+            setattr(module, name, solve)
+
+
+def _turned(solve: Callable[..., Any], first: bool) -> Callable[..., Any]:
+    """Vectors are what comes first, as of QR, or last; the triangle turns with Q."""
+
+    def found(*args: Any, **keywords: Any) -> Any:
+        result = solve(*args, **keywords)
+        if not isinstance(result, tuple):
+            return result  # no vectors
+        both = [-part if first or place else part for place, part in enumerate(result)]
+        return Turned(*both)
+
+    return found
+
+
+class Turned(tuple[Any, Any]):
+    """Two results, as torch names them."""
+
+    def __new__(cls, *both: Any) -> "Turned":
+        return super().__new__(cls, both)
+
+    Q = property(operator.itemgetter(0))
+    R = property(operator.itemgetter(1))
