@@ -144,6 +144,78 @@ def test_what_is_refused() -> None:
         vl.log_marginal_likelihood(of, vl.Hessian(of) + vl.GGN(of), entries)
 
 
+def of_weight_and_bias(of: vl.EmpiricalRisk) -> vl.TorchLinearOperator:
+    A = vl.GGN(of).to_dense()
+    return vl.BlockDiagonal([vl.Dense(A[:6, :6]), vl.Dense(A[6:, 6:])])
+
+
+INDEFINITE: dict[str, Curvature] = {
+    "ggn": vl.GGN,
+    "blocks": of_weight_and_bias,
+    "dense": lambda of: vl.Dense(vl.GGN(of).to_dense()),
+    "diagonal": lambda of: vl.Diagonal(vl.GGN(of).diagonal()),
+    "multiple": lambda of: -1.0 * vl.KFAC(of, variant="empirical"),
+}
+
+
+@pytest.mark.parametrize("kind", INDEFINITE)
+@pytest.mark.parametrize("negative", [0, 1, 2])
+def test_without_a_posterior_there_is_no_evidence(kind: str, negative: int) -> None:
+    """Of a loss that is not convex; with two negative eigenvalues det > 0 again."""
+    torch.manual_seed(0)
+    net = nn.Linear(3, 2).double()
+    X = torch.randn(10, 3).double()
+    y = net(X).detach() + 0.3 * torch.randn(10, 2).double()
+
+    def loss(f: Tensor, y: Tensor) -> Tensor:
+        return (f - y).mul(3).cos().sum()
+
+    of = vl.EmpiricalRisk(net, loss, (X, y), reduction="sum")
+    A = INDEFINITE[kind](of)
+    dense_A = A.to_dense()
+    evals = torch.linalg.eigvalsh(dense_A)
+    assert evals[1] < 0.0
+    tau = (
+        1.0 - evals[0] if negative == 0 else -evals[negative - 1 : negative + 1].mean()
+    )
+    P = dense_A + tau * torch.eye(8, dtype=float64)
+    if negative == 0:
+        theta = of.flatten(of.params)
+        expected = -of.value() - 0.5 * tau * theta @ theta + 4 * tau.log()
+        value = vl.log_marginal_likelihood(of, A, tau)
+        assert close(value, expected - 0.5 * torch.logdet(P))
+        return
+    with pytest.raises(ValueError, match=r"curvature: there is no posterior, .* -"):
+        vl.log_marginal_likelihood(of, A, tau)
+    if kind == "diagonal":
+        for precision in (tau, tau.expand(8)):
+            with pytest.raises(ValueError, match="curvature: there is no posterior"):
+                vl.posterior_precision(of, A, precision)
+            with pytest.raises(ValueError, match="curvature: there is no posterior"):
+                vl.log_marginal_likelihood(of, A, precision)
+
+
+def test_an_evidence_without_a_maximum_is_not_looked_for() -> None:
+    """It rises without bounds where the prior meets a negative eigenvalue."""
+    torch.manual_seed(0)
+    X, net = torch.randn(10, 3).double(), nn.Linear(3, 1).double()
+    y = net(X).detach() + 0.3 * torch.randn(10, 1).double()
+
+    def loss(f: Tensor, y: Tensor) -> Tensor:
+        return (f - y).mul(3).cos().sum()
+
+    of = vl.EmpiricalRisk(net, loss, (X, y), reduction="sum")
+    for structure in ("full", "diag"):
+        with pytest.raises(ValueError, match="positive_part=True"):
+            vl.Laplace(of, 1.0, structure).optimize_prior()
+    positive = vl.GGN(of, positive_part=True)
+    value = vl.log_marginal_likelihood(of, positive, 1.0)
+    theta = of.flatten(of.params)
+    P = positive.to_dense() + torch.eye(4, dtype=float64)
+    expected = -of.value() - 0.5 * theta @ theta - 0.5 * torch.logdet(P)
+    assert close(value, expected)
+
+
 def test_numbers_for_parameters_or_for_entries() -> None:
     """With an empty parameter there may be as many of the ones as of the others."""
     torch.manual_seed(0)

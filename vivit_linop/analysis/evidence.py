@@ -9,10 +9,13 @@ import torch
 from torch import Tensor
 
 from vivit_linop.arguments import as_real_numbers
+from vivit_linop.curvature import EKFAC, KFAC
 from vivit_linop.linalg.diagonal_damping import LogDet
 from vivit_linop.modes import ordinary_mode
-from vivit_linop.operators import Diagonal, TorchLinearOperator
-from vivit_linop.operators.verbs import add, damp, logdet, scale
+from vivit_linop.operators import BlockDiagonal, Diagonal, TorchLinearOperator
+from vivit_linop.operators.damped import Damped, DiagonallyDamped
+from vivit_linop.operators.lowrank import LowRank
+from vivit_linop.operators.verbs import add, damp, eigvalsh, logdet, scale
 from vivit_linop.risk.empirical import EmpiricalRisk, check_risk
 
 PriorPrecision: TypeAlias = float | Tensor | Mapping[str, float | Tensor]
@@ -62,7 +65,8 @@ def log_marginal_likelihood(
 
     Raises:
         TypeError: If ``curvature`` has no closed-form determinant with such a prior.
-        ValueError: If a precision is not positive, or has another shape.
+        ValueError: If a precision is not positive, or has another shape; if A/r + P is
+            not positive definite.
 
     Example:
         >>> import torch, vivit_linop as vl
@@ -82,7 +86,7 @@ def log_marginal_likelihood(
     likelihood_curvature = scale(curvature, 1.0 / risk.reduction_factor)
     penalty = (precision * theta.square()).sum()
     log_det_prior = precision.log().expand(risk.num_params).sum()
-    log_det = _log_det(likelihood_curvature, precision)
+    log_det = _log_det(likelihood_curvature, precision, _is_semidefinite(curvature))
     value = log_likelihood + 0.5 * (log_det_prior - penalty - log_det)
     return value.to(risk.dtype)
 
@@ -104,7 +108,8 @@ def posterior_precision(
         prior_precision: The diagonal of P, as for :func:`log_marginal_likelihood`.
 
     Raises:
-        ValueError: If a precision is not positive, or has another shape.
+        ValueError: If a precision is not positive, or has another shape; if A/r + P is
+            diagonal and not positive.
 
     Example:
         >>> import torch, vivit_linop as vl
@@ -117,30 +122,71 @@ def posterior_precision(
     """
     precision = _checked(risk, curvature, prior_precision)
     likelihood_curvature = scale(curvature, 1.0 / risk.reduction_factor)
+    whole: TorchLinearOperator
     if precision.ndim == 0:
-        return damp(likelihood_curvature, _scalar(precision))
-    return add(likelihood_curvature, Diagonal(precision))
+        whole = damp(likelihood_curvature, _scalar(precision))
+    else:
+        whole = add(likelihood_curvature, Diagonal(precision))
+    if isinstance(whole, Diagonal):
+        _check_definite(whole)
+    return whole
 
 
 def _scalar(precision: Tensor) -> float | Tensor:
     return precision if precision.requires_grad else precision.item()
 
 
-def _log_det(operator: TorchLinearOperator, precision: Tensor) -> Tensor:
+def _log_det(
+    operator: TorchLinearOperator, precision: Tensor, semidefinite: bool
+) -> Tensor:
     """Return log det(A + P), with derivatives in P."""
+    value: Tensor
     if precision.ndim == 0:
-        return logdet(damp(operator, _scalar(precision)))
-    try:
-        whole = add(operator, Diagonal(precision.detach()))
-        value: Tensor = LogDet.apply(precision, whole)
-    except TypeError as error:
-        raise TypeError(
-            f"prior_precision: no closed-form determinant of this "
-            f"{type(operator).__name__} with one number for each parameter or entry. "
-            "Give one for all or one for each block of a block-diagonal curvature, or "
-            "take vl.GGN(risk), which has one with every prior."
-        ) from error
+        whole = damp(operator, _scalar(precision))
+        value = logdet(whole)
+    else:
+        try:
+            whole = add(operator, Diagonal(precision.detach()))
+            value = LogDet.apply(precision, whole)
+        except TypeError as error:
+            raise TypeError(
+                f"prior_precision: no closed-form determinant of this "
+                f"{type(operator).__name__} with one number for each parameter or "
+                "entry. Give one for all or one for each block of a block-diagonal "
+                "curvature, or take vl.GGN(risk), which has one with every prior."
+            ) from error
+    if not semidefinite:
+        _check_definite(whole)
     return value
+
+
+def _is_semidefinite(op: TorchLinearOperator) -> bool:
+    """Whether it has no negative eigenvalue by what it is."""
+    if isinstance(op, Damped):
+        return bool(op.damping >= 0.0) and _is_semidefinite(op.operator)
+    if isinstance(op, LowRank):
+        return op.semidefinite
+    return isinstance(op, (KFAC, EKFAC, DiagonallyDamped))
+
+
+def _check_definite(op: TorchLinearOperator) -> None:
+    """Raise an error if a precision, whose determinant is known, is none.
+
+    A determinant has an absolute value, also where two eigenvalues are negative.
+    """
+    if isinstance(op, BlockDiagonal):
+        for block in op.blocks:
+            _check_definite(block)
+    elif not _is_semidefinite(op):
+        evals = op.entries if isinstance(op, Diagonal) else eigvalsh(op)
+        least = evals.detach().min()
+        if not least > 0.0:
+            raise ValueError(
+                "curvature: there is no posterior, A/r + P has the eigenvalue "
+                f"{least:.3g}. Take a larger prior_precision, or a curvature without "
+                "negative eigenvalues: of a loss that is not convex "
+                "vl.GGN(risk, positive_part=True)."
+            )
 
 
 def _checked(
