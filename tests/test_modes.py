@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.flop_counter import FlopCounterMode
 
 import vivit_linop as vl
 from tests.cases import problem
@@ -181,6 +182,32 @@ def test_modes_of_the_caller_change_nothing(name: str) -> None:
         torch.testing.assert_close(
             results[key], want, rtol=1e-5, atol=1e-6, msg=lambda m, k=key: f"{k}: {m}"
         )
+
+
+class Cosh(nn.Module):
+    reduction = "mean"
+
+    def forward(self, output: Tensor, target: Tensor) -> Tensor:
+        return (output - target).cosh().sum(1).mean()
+
+
+@pytest.mark.parametrize("loss", [nn.CrossEntropyLoss(), nn.MSELoss(), Cosh()])
+def test_torch_counts_the_operations_of_a_risk(loss: nn.Module) -> None:
+    """By hooks on all modules, and on gradients of what enters them."""
+    torch.manual_seed(0)
+    net, X = nn.Linear(3, 2).double(), torch.rand(8, 3).double()
+    y = torch.rand(8, 2).double().softmax(1)
+    arguments = net, loss, (X, y)
+    expected = vl.EmpiricalRisk(*arguments)
+    with FlopCounterMode(display=False) as counter:
+        risk = vl.EmpiricalRisk(*arguments)
+        found = vl.GGN(risk).to_dense(), vl.Hessian(risk).to_dense(), risk.gradient()
+        evals = vl.GGN(risk).eigvalsh()
+    assert counter.get_total_flops() > 0
+    G, H = (op(expected).to_dense() for op in (vl.GGN, vl.Hessian))
+    for got, want in zip(found, (G, H, expected.gradient()), strict=True):
+        torch.testing.assert_close(got, want)
+    torch.testing.assert_close(evals, torch.linalg.eigvalsh(G)[-len(evals) :])
 
 
 @pytest.mark.parametrize("name", [name for name in MODES if "hooks" in name])

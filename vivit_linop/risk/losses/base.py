@@ -274,7 +274,9 @@ class OutputLoss(ABC):
     def _graph(self, output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         """Return the outputs as leaves and the gradient as a function of them."""
         leaf = output.detach().requires_grad_()
-        total = self.total(leaf, target)
+        # Hooks on gradients of a leaf, as torch's counters of operations have them on
+        # what enters a module, fail in autograd.grad.
+        total = self.total(leaf.view_as(leaf), target)
         if not total.requires_grad:
             raise ValueError(
                 f"loss: {self.name} does not depend differentiably on the output."
