@@ -100,6 +100,12 @@ def sigmoid(logits: Tensor) -> Tensor:
     [
         (nn.Linear(3, 1), nn.BCEWithLogitsLoss(), (1,), sigmoid),
         (nn.Linear(3, 4), nn.BCEWithLogitsLoss(reduction="sum"), (4,), sigmoid),
+        (
+            nn.Sequential(nn.Linear(3, 1), nn.Flatten(0)),
+            nn.BCEWithLogitsLoss(),
+            (),
+            sigmoid,
+        ),
         (nn.Linear(3, 4), nn.CrossEntropyLoss(), (4,), softmax),
         (nn.Linear(3, 4), vl.losses.Weighted(nn.BCEWithLogitsLoss()), (4,), sigmoid),
         (nn.Conv1d(3, 2, 1), nn.CrossEntropyLoss(), (2, 5), softmax),

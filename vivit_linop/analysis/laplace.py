@@ -81,7 +81,8 @@ class Predictive(Moments):
         """
         variances = self.covariance.diagonal(dim1=1, dim2=2)
         logits = self.mean / (1.0 + math.pi / 8.0 * variances).sqrt()
-        return (link or self.loss.probabilities)(logits.unflatten(1, self.shape))
+        logits = logits.reshape(len(logits), *self.shape)
+        return (link or self.loss.probabilities)(logits)
 
 
 class Laplace:
@@ -276,7 +277,7 @@ class Laplace:
 
         with self.risk.ranks.together("predictive"):
             J = Jacobian(outputs, X, params=self.risk.params, **options)
-        mean = torch.cat([output.flatten(1) for output in J.risk.outputs])
+        mean = torch.cat([f.reshape(len(f), -1) for f in J.risk.outputs])
         predictive = Predictive(mean, predictive_covariance(J, self.covariance))
         predictive.loss, predictive.shape = self.risk.loss, J.risk.example[0][0].shape
         return predictive
