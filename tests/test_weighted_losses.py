@@ -187,3 +187,47 @@ def test_wrong_weights(target: Any, error: Any, says: str) -> None:
     with pytest.raises(error, match=says):
         loss = vl.losses.Weighted(nn.CrossEntropyLoss())
         vl.EmpiricalRisk(net(), loss, (inputs(N, 4), target))
+
+
+def own_value(f: Tensor, y: dict[str, Tensor]) -> Tensor:
+    return (y["weight"] * (f - y["mean"])).cosh().sum(1)
+
+
+class OwnModule(nn.Module):
+    reduction = "sum"
+
+    def forward(self, f: Tensor, y: tuple[Tensor, Tensor]) -> Tensor:
+        return own_value(f, {"mean": y[0], "weight": y[1]}).sum()
+
+
+Y, SCALES = inputs(N, 3), inputs(N, 3).exp()
+SEVERAL_TARGETS: dict[str, tuple[nn.Module, Any]] = {
+    "weights": (vl.losses.Weighted(nn.MSELoss(reduction="sum")), (Y, W)),
+    "a mapping": (vl.Loss(own_value, reduction="sum"), {"mean": Y, "weight": SCALES}),
+    "a pair": (OwnModule(), (Y, SCALES)),
+}
+
+
+@pytest.mark.parametrize("name", SEVERAL_TARGETS)
+def test_hessians_of_several_targets_do_without_backpack(name: str) -> None:
+    loss, y = SEVERAL_TARGETS[name]
+    model, X = net(), inputs(N, 4)
+    risk = vl.EmpiricalRisk(model, loss, (X, y))
+    names, params = zip(*model.named_parameters(), strict=True)
+
+    def value(vector: Tensor) -> Tensor:
+        parts = vector.split([p.numel() for p in params])
+        shaped = [v.view_as(p) for v, p in zip(parts, params, strict=True)]
+        named = dict(zip(names, shaped, strict=True))
+        f = torch.func.functional_call(model, named, (X,))
+        if name == "weights":
+            return (W * (f - Y).square().sum(1)).sum()
+        return own_value(f, {"mean": Y, "weight": SCALES}).sum()
+
+    theta = torch.cat([p.detach().flatten() for p in params])
+    H = torch.autograd.functional.hessian(value, theta)
+    close(vl.Hessian(risk).diagonal(), H.diagonal())
+    close(vl.Hessian(risk).trace(), H.trace())
+    for kind in (vl.KFRA, vl.PositiveCurvatureHessian):
+        with pytest.raises(ValueError, match=r"data: .* for one tensor of targets"):
+            kind(risk)

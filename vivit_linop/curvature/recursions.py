@@ -489,6 +489,11 @@ def _one_batch(risk: EmpiricalRisk, what: str) -> tuple[Tensor, Tensor]:
             raise ValueError(
                 f"data: BackPACK computes {what} for samples along the first axis."
             )
+        if not isinstance(y, Tensor):
+            raise ValueError(
+                f"data: BackPACK computes {what} for one tensor of targets, got "
+                f"several, as {risk.loss.name} has them."
+            )
         inputs.append(risk.model.private_input(X))
         targets.append(y)
     if not risk.layout.is_uniform:
