@@ -110,6 +110,83 @@ def leaves_of(output: Tensor) -> list[Tensor]:
     return [leaf for leaf in ends if isinstance(leaf, Tensor)]
 
 
+# Nodes that multiply matrices, by the numbers of the inputs that they multiply.
+_PRODUCTS: dict[str, Sequence[int]] = {
+    **dict.fromkeys(["AddmmBackward0", "BaddbmmBackward0", "AddmvBackward0"], (1, 2)),
+    **dict.fromkeys(["MmBackward0", "BmmBackward0", "MvBackward0"], (0, 1)),
+    "ConvolutionBackward0": (0, 1),
+}
+_SUMS = ("AddBackward0", "SubBackward0")
+_VIEWS = (
+    *("AliasBackward0", "CloneBackward0", "ExpandBackward0", "PermuteBackward0"),
+    *("ReshapeAliasBackward0", "SelectBackward0", "SliceBackward0", "SqueezeBackward0"),
+    *("SqueezeBackward1", "TBackward0", "ToCopyBackward0", "TransposeBackward0"),
+    *("UnsafeViewBackward0", "UnsqueezeBackward0", "ViewBackward0"),
+    "ViewAsComplexBackward0",
+)
+
+
+def met_first(output: Tensor) -> list[Tensor] | None:
+    """Return the leaves that one meets first, going back from a tensor on every way.
+
+    Behind the weights of a layer there is what it is applied to, and further leaves
+    stand there; biases and other summands have nothing behind them. So those of a last
+    layer are found, of several heads and of the branches of a sum as well.
+
+    Returns:
+        None where matrices are multiplied that are both computed from leaves: which of
+        them has the weights is not seen.
+    """
+    found: dict[int, Tensor] = {}
+    queue, behind = [output.grad_fn], list[Node | None]()
+    seen: set[Node | None] = {None}
+    while queue or (behind and not found):
+        if not queue:
+            queue, behind = behind, []
+        node = queue.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        inputs = [each for each, _ in node.next_functions]
+        leaves = [_leaf_behind(each, _VIEWS) for each in inputs]
+        factors = _PRODUCTS.get(node.name(), ())
+        if factors and all(inputs[at] and leaves[at] is None for at in factors):
+            # The weights may be computed from one leaf alone, such as masked ones.
+            weights = {at: _leaf_behind(inputs[at]) for at in factors}
+            if sum(leaf is not None for leaf in weights.values()) != 1:
+                return None
+            for at, leaf in weights.items():
+                leaves[at] = leaf
+        met = [at for at, leaf in enumerate(leaves) if leaf is not None]
+        found |= {id(leaf): leaf for leaf in leaves if leaf is not None}
+        further = [at for at in range(len(inputs)) if at not in (*met, *factors)]
+        if factors and not any(at in met for at in factors):
+            behind += [inputs[at] for at in factors]  # a constant has the weights
+        elif met and not factors and node.name() not in _SUMS:
+            further = []
+        queue += [inputs[at] for at in further]
+    return [*found.values()]
+
+
+def _leaf_behind(node: Node | None, kinds: Sequence[str] = ()) -> Tensor | None:
+    """Return the only leaf that a node leads to, without products of matrices.
+
+    Args:
+        node: The node.
+        kinds: The names of nodes to go through; of any, where only one way goes on.
+    """
+    while node is not None:
+        leaf = getattr(node, "variable", None)
+        if leaf is not None:
+            return leaf if isinstance(leaf, Tensor) else None
+        ways = [following for following, _ in node.next_functions if following]
+        name = node.name()
+        if len(ways) != 1 or name in _PRODUCTS or (kinds and name not in kinds):
+            return None
+        node = ways[0]
+    return None
+
+
 def has_own_code(output: Tensor) -> bool:
     """Whether a backward pass runs functions that are not torch's, as far as is seen.
 

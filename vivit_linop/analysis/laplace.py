@@ -20,11 +20,12 @@ from vivit_linop.analysis.evidence import (
 from vivit_linop.analysis.predictive import predictive_covariance
 from vivit_linop.arguments import check_choice, check_flag
 from vivit_linop.curvature import EKFAC, GGN, KFAC, Jacobian
-from vivit_linop.modes import as_given, ordinary_mode, recorded
-from vivit_linop.net.certified import read_structure
+from vivit_linop.graphs import met_first
+from vivit_linop.modes import as_given, as_guest, ordinary_mode, recorded
 from vivit_linop.operators import Diagonal, TorchLinearOperator
 from vivit_linop.risk.data.containers import leaves
 from vivit_linop.risk.empirical import EmpiricalRisk, check_risk
+from vivit_linop.risk.kept import run_of
 from vivit_linop.risk.losses.base import OutputLoss
 
 STRUCTURES: dict[str, Callable[[EmpiricalRisk], TorchLinearOperator]] = {
@@ -102,7 +103,9 @@ class Laplace:
             or by name; or one for each entry.
         structure: A: ``"full"``, the GGN as a low-rank operator, never formed;
             ``"kfac"``, ``"ekfac"``, ``"diag"``, of the exact GGN; or ``"last_layer"``,
-            the GGN of the parameters that the net uses last, the others fixed.
+            the GGN of the parameters that outputs meet first, going back through the
+            net, the others fixed: a last layer, or several heads. Others are named:
+            ``vl.Laplace(risk.over(names))``.
 
     Attributes:
         risk: The risk; for ``"last_layer"`` as a function of that layer.
@@ -111,7 +114,8 @@ class Laplace:
 
     Raises:
         TypeError: If ``risk`` is none.
-        ValueError: If the structure is unknown, or a precision not positive.
+        ValueError: If the structure is unknown, or a precision not positive; if the
+            last layer is not seen, whose weights are computed from parameters.
 
     Example:
         >>> import torch, vivit_linop as vl
@@ -284,9 +288,27 @@ class Laplace:
 
 
 def last_used(risk: EmpiricalRisk) -> list[str]:
-    """Return the parameters of the last call that uses any."""
-    *_, (_, *names) = risk.ranks.led(read_structure, risk).uses
-    return [name for name in names if name is not None]
+    """Return the parameters that outputs meet first, going back through the net.
+
+    Raises:
+        ValueError: If the net does not show them.
+    """
+    names: list[str] = risk.ranks.led(_met_first, risk)
+    if not names:
+        raise ValueError(
+            "structure: which layer is the last is not seen in this net, whose last "
+            "weights are computed from parameters. Name them: "
+            "vl.Laplace(risk.over(names), …)."
+        )
+    return names
+
+
+def _met_first(risk: EmpiricalRisk) -> list[str]:
+    X, _ = next(iter(risk.batches()))
+    with as_guest(risk.device):
+        run = run_of(risk.model, X, risk.batch_sizes[0])
+    found = {id(leaf) for leaf in met_first(run.output) or ()}
+    return [name for name, p in risk.model.params.items() if id(p) in found]
 
 
 def log_precision(precision: PriorPrecision) -> float:
