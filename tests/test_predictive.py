@@ -83,6 +83,42 @@ def test_bayesian_linear_regression() -> None:
     assert close(found.flatten(), expected)
 
 
+@pytest.mark.parametrize("damping", ["a number", "entries", "of a matrix"])
+def test_variances_of_more_outputs_than_parameters(damping: str) -> None:
+    """Columns of S are far larger than what J leaves of them, and so is rounding."""
+    torch.manual_seed(1)
+    layers = nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 5), nn.Tanh(), nn.Linear(5, 2)
+    net, X = nn.Sequential(*layers).double(), 2 * torch.rand(300, 4).double() - 1
+    data, loss = (X, torch.rand(300, 2).double()), nn.MSELoss(reduction="sum")
+    exact = vl.EmpiricalRisk(net, loss, data)
+    J, U = vl.Jacobian(exact).to_dense(), vl.PerSampleGradients(exact).to_dense()
+    D = exact.num_params
+    P = torch.full((D,), 1e-3, dtype=float64)
+    if damping == "entries":
+        P[::2] *= 3
+    precision = 2 * J.T @ J + P.diag()
+    variances = (J * torch.linalg.solve(precision, J.T).T).sum(1).reshape(300, 2)
+    influences = (U * torch.linalg.solve(precision, U)).sum(0)
+
+    of = vl.EmpiricalRisk(net.float(), loss, tuple(part.float() for part in data))
+    G = vl.GGN(of)
+    assert not G.by_gram
+    S: vl.TorchLinearOperator = {
+        "a number": G + 1e-3 * vl.Identity(D),
+        "entries": G + vl.Diagonal(P.float()),
+        "of a matrix": vl.Dense(G.to_dense()) + 1e-3 * vl.Identity(D),
+    }[damping].inv()
+    units = vl.PerSampleGradients(of)
+    for found, expected in [
+        (vl.predictive_covariance(vl.Jacobian(of), S, diagonal=True), variances),
+        (vl.self_influence(S, units), influences),
+        (vl.self_influence(S, vl.Dense(units.to_dense())), influences),
+    ]:
+        assert ((found.double() - expected) / expected).abs().max() < 1e-2
+    trace = (units.T @ S @ units).trace()
+    assert close(trace.double(), influences.sum(), 1e-3)
+
+
 def test_what_is_refused() -> None:
     of = risk("mlp_ce_mean")
     J, S = vl.Jacobian(of), inverse("ggn", of)

@@ -234,6 +234,10 @@ def diagonal_of_product(op: Product) -> Tensor:
         V = low_rank.factor
         narrow = *op.factors[:at], V, adjoint(V), *op.factors[at + 1 :]
         return low_rank.scale * diagonal_of_product(Product(*narrow))
+    if op.self_adjoint and len(inner) == 2:
+        # Aᵀ S A: columns of an inverse S may be far larger than what Aᵀ leaves of them,
+        # and so is their rounding. Not so those of S A.
+        return diagonal_blocks(op, 1).flatten()
     at = 1 + inner.index(min(inner))
     A, B = Product(*op.factors[:at]), Product(*op.factors[at:])
     result = torch.zeros(op.shape[0], dtype=op.torch_dtype, device=op.device)
