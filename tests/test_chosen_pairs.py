@@ -11,7 +11,7 @@ from torch import Tensor
 import vivit_linop as vl
 from tests.operator_market import Draw
 from tests.verb_cases import every_dtype
-from vivit_linop.linalg.decompositions import orthonormalise_rows
+from vivit_linop.linalg.decompositions import GramEigenpairs, orthonormalise_rows
 from vivit_linop.operators import LowRank, symmetric
 from vivit_linop.operators.symmetric import Tridiagonal
 
@@ -293,3 +293,30 @@ def test_rows_in_parts_are_orthonormal(
     components = (after @ before.T)[order][:, order]
     assert components.tril(-1).abs().max() <= 100 * eps
     assert (components.diagonal() > 0.0).all()
+
+
+@every_dtype
+@pytest.mark.parametrize("spread", [1.0, 4.0, 1e3])
+@pytest.mark.host("of others the host does not wait for overlaps")
+def test_a_known_gram_matrix_makes_pairs_orthonormal_before_they_are_lifted(
+    spread: float, dtype: torch.dtype
+) -> None:
+    """Unless eigenvalues are so different that rounding in it is as large."""
+    draw, chosen = Draw(FLOAT64), [R - 1, 0, R // 2]
+    U, Q = (torch.linalg.qr(draw(n, R)).Q for n in (D, R))
+    values = torch.linspace(1.0 / spread, 1.0, R, dtype=FLOAT64)
+    matrix = ((U * values.sqrt()) @ Q.T).to(dtype)
+    G = 2.0 * LowRank(vl.Dense(matrix))
+    assert isinstance(G, LowRank)
+    assert G.gram.matrix.shape == (R, R)
+    q = Q[:, chosen] + 1e-3 * Q[:, chosen].roll(1, 1)
+    pairs = GramEigenpairs(2.0 * values[chosen].to(dtype), G, q.to(dtype))
+    unit, eps = torch.eye(3, dtype=FLOAT64), torch.finfo(dtype).eps
+    lifted = matrix.double() @ pairs.coefficients.double()
+    off = (lifted.T @ lifted - unit).abs().max()
+    assert (off <= 32 * eps) == (spread <= 32)
+    E = pairs.eigenvectors.double()
+    assert (E.T @ E - unit).abs().max() <= 32 * eps
+    # What belongs to the largest eigenvalue keeps its direction.
+    mixed = 1e-3 * (values[R // 2] / values[R - 1]) ** 0.5
+    assert abs((E[:, 0] @ U[:, R // 2]).abs() - mixed) <= 1e-6

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from vivit_linop.arguments import Scalar
+from vivit_linop.modes import is_followed
 from vivit_linop.operators.base import TorchLinearOperator
 from vivit_linop.operators.eigenpairs import Eigendecomposition, Eigenpairs
 from vivit_linop.operators.lowrank import Gram, LowRank
@@ -69,7 +70,22 @@ class GramEigenpairs(Eigenpairs):
         """What V is multiplied by to give the eigenvectors, ``[R, K]``."""
         # Of very small eigenvalues the quotient would be no number.
         root = self.operator.scale**0.5 / self._values.sqrt()
-        return self.gram_eigenvectors * root
+        C = self.gram_eigenvectors * root
+        if not self._overlaps_known(C):
+            return C
+        # What is made orthonormal here need not be where it has D entries.
+        overlaps = C.T @ self.operator.gram.times(C)
+        off = _off(overlaps)
+        return C @ _to_unit(overlaps, self._values).T if off < _NEARLY else C
+
+    def _overlaps_known(self, C: Tensor) -> bool:
+        """Whether K has the overlaps of the eigenvectors, as exactly as these are."""
+        gram, values = self.operator.gram, self._values
+        if gram.kept.matrix is None or C.device.type != "cpu" or not len(values):
+            return False
+        if C.requires_grad or is_followed(C):
+            return False
+        return bool(values.max() <= _ORTHONORMAL * values.min())
 
     def _form(self) -> Tensor:
         V = self.operator.factor
@@ -397,29 +413,42 @@ def orthonormalise_rows(parts: Sequence[Tensor], eigenvalues: Tensor) -> None:
     if not len(eigenvalues):
         return
     overlaps = torch.stack([*map(_overlaps, parts)]).sum(0)
-    unit = torch.eye(len(eigenvalues), dtype=overlaps.dtype, device=overlaps.device)
-    off = (overlaps - unit).abs().sum(1).max().item()
+    off = _off(overlaps)
     if off <= _ORTHONORMAL * torch.finfo(overlaps.dtype).eps:
         return
-    order = eigenvalues.argsort(descending=True)
-    back = order.argsort()
     if off < _NEARLY:
         # Cholesky QR: two passes over the vectors, as exact as QR if they are nearly
         # right.
-        cholesky = torch.linalg.cholesky(overlaps[order][:, order])
-        weights = torch.linalg.solve_triangular(cholesky, unit, upper=False)
-        weights = weights[back][:, back]
+        weights = _to_unit(overlaps, eigenvalues)
         # In place, some entries at a time: fresh memory of that size takes long.
         at_a_time = _PART if torch.get_num_threads() == 1 else _THREADS_PART
         for part in parts:
             for some in part.split(at_a_time, dim=1):
                 some.copy_(weights @ some)
         return
+    order = eigenvalues.argsort(descending=True)
+    back = order.argsort()
     Q, R = torch.linalg.qr(torch.cat([*parts], dim=1)[order].T)
     signs = torch.where(R.diagonal() < 0, -1.0, 1.0).to(Q)
     result = (Q * signs).T[back].split([part.shape[1] for part in parts], dim=1)
     for part, found in zip(parts, result, strict=True):
         part.copy_(found)
+
+
+def _off(overlaps: Tensor) -> float:
+    """How far vectors with these overlaps are from orthonormal."""
+    unit = torch.eye(len(overlaps), dtype=overlaps.dtype, device=overlaps.device)
+    return (overlaps - unit).abs().sum(1).max().item()
+
+
+def _to_unit(overlaps: Tensor, eigenvalues: Tensor) -> Tensor:
+    """The weights ``[K, K]`` that make rows with these overlaps orthonormal."""
+    order = eigenvalues.argsort(descending=True)
+    back = order.argsort()
+    unit = torch.eye(len(order), dtype=overlaps.dtype, device=overlaps.device)
+    cholesky = torch.linalg.cholesky(overlaps[order][:, order])
+    weights = torch.linalg.solve_triangular(cholesky, unit, upper=False)
+    return weights[back][:, back]
 
 
 def _overlaps(rows: Tensor) -> Tensor:
