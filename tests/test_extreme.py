@@ -200,6 +200,36 @@ def test_copies_of_an_eigenvalue(copies, gap, which, route, dtype):
     assert (E.T @ E - torch.eye(copies)).abs().max() <= tolerance
 
 
+@every_dtype
+@pytest.mark.parametrize("route", ["ARPACK", "Lanczos"])
+@pytest.mark.parametrize("which", ["LA", "SA", "LM"])
+@pytest.mark.parametrize("size", [1e-30, 1e-12, 1e20])
+def test_very_small_and_very_large_matrices(size, which, route, dtype):
+    """ARPACK takes small eigenvalues for larger ones, and squares may be no numbers."""
+    Q = torch.linalg.qr(Draw(FLOAT64)(160, 160)).Q
+    evals = torch.linspace(-1.0, 1.2, 160).double()
+    A = Multiplier((size * (Q * evals @ Q.T)).to(dtype))
+    pairs = A.eigh(k=3, which=which, route=route)
+    expected, tolerance = chosen(evals, 3, which), 10 * TOLERANCE[dtype]
+    E = pairs.eigenvectors.double()
+    assert pairs.route == f"{route} on Multiplier"
+    assert (pairs.eigenvalues.double() / size - expected).abs().max() <= tolerance
+    residual = A.matrix.double() @ E / size - E * expected
+    assert residual.norm() <= tolerance
+
+
+@every_dtype
+@pytest.mark.parametrize("size", [1e-30, 1e-12])
+def test_very_small_known_matrices(size, dtype):
+    V = vl.Dense((size**0.5 * Draw(FLOAT64)(170, 160)).to(dtype))
+    G = V @ V.T
+    expected = torch.linalg.svdvals(V.matrix.double() / size**0.5)[:4].flip(0) ** 2
+    assert G.gram.matrix.shape == (160, 160)
+    pairs = G.eigh(k=4, route="ARPACK on K")
+    error = (pairs.eigenvalues.double() / size - expected).abs().max()
+    assert error <= 10 * TOLERANCE[dtype] * expected.max()
+
+
 SPECTRA = {
     "copies": torch.cat([torch.linspace(0.0, 1.0, 150), torch.full((10,), 1.05)]),
     "zeros beside": torch.cat([torch.zeros(150), torch.linspace(0.5, 1.0, 10)]),

@@ -29,7 +29,7 @@ from tqdm.auto import tqdm
 from vivit_linop.bars import bar
 from vivit_linop.noise import Noise
 from vivit_linop.operators.base import TorchLinearOperator
-from vivit_linop.operators.elementary import Dense
+from vivit_linop.operators.elementary import Dense, Scaled
 from vivit_linop.operators.symmetric import threads_for
 
 Product = Callable[[Tensor], Tensor]
@@ -131,6 +131,14 @@ def _arpack(
         evals, evecs = eigsh(A, k, which=which, tol=tol, v0=v0, maxiter=restarts)
     except ArpackNoConvergence as error:
         raise NotConverged(len(error.eigenvalues)) from error
+    # ARPACK takes eigenvalues to be at least that large, and is content too soon.
+    least = np.finfo(A.dtype).eps ** (2 / 3)
+    if abs(evals).max() < least:
+        size = float(abs(A.matvec(v0)).max() / abs(v0).max())
+        if 0.0 < size < least:
+            scaled = Scaled(1.0 / size, A)
+            pairs = _arpack(scaled, k, start, which, tol, restarts)
+            return size * pairs[0], pairs[1]
     order = np.argsort(evals)
     vectors = np.ascontiguousarray(evecs[:, order])
     return torch.from_numpy(evals[order]), torch.from_numpy(vectors)
@@ -442,7 +450,7 @@ class _Basis:
     def __init__(self, product: Product, start: Tensor, size: int) -> None:
         self._product, self._size = product, size
         self.rows = start.new_empty(size + 1, len(start))
-        self.rows[0] = start / start.norm()
+        self.rows[0] = start / _norm(start)
         self._projected = start.new_zeros(size, size)  # T, above the diagonal
         self._next = start.new_zeros(())  # the norm of what is left of the last product
         self._largest = start.new_zeros(())  # product
@@ -454,11 +462,11 @@ class _Basis:
         for j in range(kept, self._size):
             basis = self.rows[: j + 1]
             image = self._product(self.rows[j])
-            size = image.norm()
+            size = _norm(image)
             self._largest = torch.maximum(self._largest, size)
             within = basis @ image
             rest = image - within @ basis
-            left = rest.norm()
+            left = _norm(rest)
             # Nothing is left: go on with another direction. A times it has no part
             # along the rows that are there.
             ended = left <= _NOTHING * eps * self._largest
@@ -469,7 +477,7 @@ class _Basis:
                 if again == 0:
                     within = torch.where(ended, within, within + more)
             self._projected[: j + 1, j] = within
-            norm = rest.norm()
+            norm = _norm(rest)
             self.rows[j + 1] = rest / norm
             self._next = torch.where(ended, 0.0, norm)
 
@@ -500,6 +508,11 @@ class _Basis:
         self.rows[count] = self.rows[self._size]
         self._projected.zero_()
         self._projected[:count, :count] = values[kept].to(self.rows).diag()
+
+
+def _norm(x: Tensor) -> Tensor:
+    """‖x‖ in float64, which has the squares of all numbers in float32."""
+    return torch.linalg.vector_norm(x, dtype=torch.float64)
 
 
 def _wanted_first(values: Tensor, which: str) -> Tensor:
