@@ -150,6 +150,18 @@ class Parting(Setting):
             ),
             "dense": lambda r: vl.Hessian(r.over(["0.bias"])).eigh(k=2).eigenvectors,
             "root": lambda r: _mirrored(r, x).sqrt().to_dense(),
+            "kernel": lambda r: _whitened(vl.Jacobian(r) @ vl.Jacobian(r).T),
+            "restricted KFAC": lambda r: _whitened(
+                vl.KFAC(r, variant="exact").restrict([0, 9, 50])
+            ),
+            "D x D": lambda r: (
+                (vl.GGN(r.over(["3.weight"])) + vl.Diagonal(x[:32, 0].abs() + 1.0))
+                .eigh(k=2)
+                .eigenvectors
+            ),
+            "pseudoinverse": lambda r: (
+                vl.GGN(r.over(["3.weight"])).pinv().eigh(k=2).eigenvectors
+            ),
         }
         S = (vl.GGN(self.one) + DELTA * eye).inv().restrict(every)
         wanted = {what: _outer(compute(self.one)) for what, compute in results.items()}
@@ -199,6 +211,11 @@ def _each(eigenvalues: Tensor) -> range:
 
 def _outer(columns: Tensor) -> Tensor:
     return columns @ columns.T
+
+
+def _whitened(A: vl.TorchLinearOperator) -> Tensor:
+    """A root of the damped inverse."""
+    return (A + DELTA * vl.Identity(A.shape[0])).inv().sqrt().to_dense()
 
 
 def _mirrored(risk: vl.EmpiricalRisk, x: Tensor) -> vl.TorchLinearOperator:

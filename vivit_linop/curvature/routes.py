@@ -43,7 +43,7 @@ from vivit_linop.operators.base import TorchLinearOperator
 from vivit_linop.operators.damped import Damped
 from vivit_linop.operators.dispatch import routed
 from vivit_linop.operators.eigenpairs import Eigenpairs
-from vivit_linop.operators.elementary import Dense, Scaled
+from vivit_linop.operators.elementary import Scaled, dense_over
 from vivit_linop.operators.kronecker import BlockDiagonal
 from vivit_linop.operators.lowrank import Centered, LowRank, Woodbury
 from vivit_linop.operators.parts import HStack
@@ -241,7 +241,7 @@ def by_iteration(op: LowRank, k: int, route: str) -> Eigenpairs:
     if on_gram:
         target = scale(op.gram, op.scale)
     elif known:
-        target = Dense(op.small_side)
+        target = dense_over(op.ranks, op.small_side)
     if solver == "ARPACK" and k >= target.shape[0]:
         raise ValueError(
             f"route: ARPACK finds at most {target.shape[0] - 1} pairs of a matrix with "

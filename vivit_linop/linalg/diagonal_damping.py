@@ -16,7 +16,7 @@ from vivit_linop.operators.damped import (
 )
 from vivit_linop.operators.dispatch import no_eigenpairs
 from vivit_linop.operators.eigenpairs import Eigendecomposition
-from vivit_linop.operators.elementary import Dense, Diagonal, Product
+from vivit_linop.operators.elementary import Dense, Diagonal, Product, dense_over
 from vivit_linop.operators.lowrank import Woodbury
 from vivit_linop.operators.verbs import (
     column_norms_squared,
@@ -162,7 +162,8 @@ class InverseDiagonal(torch.autograd.Function):
 
 
 def _on_the_smaller_side(op: DiagonallyDamped) -> Dense:
-    return Dense(op.low_rank.small_side + torch.diag(op.damping.entries))
+    matrix = op.low_rank.small_side + torch.diag(op.damping.entries)
+    return dense_over(op.ranks, matrix)
 
 
 def _check_constant(op: DiagonallyDamped | DiagonalWoodbury, verb: str) -> None:

@@ -6,6 +6,7 @@ Both dispatch on the node; the inverse of a damped node on what is damped.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -24,6 +25,7 @@ from vivit_linop.operators.elementary import (
     Identity,
     Product,
     Scaled,
+    dense_over,
 )
 from vivit_linop.operators.kronecker import (
     BlockDiagonal,
@@ -67,7 +69,7 @@ def inverse_of_dense(op: Dense) -> Op:
 
 @inv.register
 def inverse_of_gram(op: Gram) -> Op:
-    return DenseInverse(Dense(op.matrix))
+    return DenseInverse(dense_over(op.ranks, op.matrix))
 
 
 @inv.register
@@ -154,7 +156,7 @@ def inverse_of_low_rank(op: LowRank) -> Op:
             f"{op.torch_dtype}. {advice}"
         )
     matrix = to_dense(op)
-    return DenseInverse(Dense((matrix + matrix.T) / 2))
+    return DenseInverse(dense_over(op.ranks, (matrix + matrix.T) / 2))
 
 
 @inv.register
@@ -216,19 +218,19 @@ def damped_inverse_of_inverse(op: Woodbury | DampedInverse, damping: Scalar) -> 
 
 @damped_inv.register
 def damped_inverse_of_dense_inverse(op: DenseInverse, damping: Scalar) -> Op:
-    return damped_inv(Dense(to_dense(op)), damping)
+    return damped_inv(dense_over(op.ranks, to_dense(op)), damping)
 
 
 @damped_inv.register
 def damped_inverse_of_gram(op: Gram, damping: Scalar) -> Op:
-    return damped_inv(Dense(op.matrix), damping)
+    return damped_inv(dense_over(op.ranks, op.matrix), damping)
 
 
 @damped_inv.register
 def damped_inverse_of_dense(op: Dense, damping: Scalar) -> Op:
     if isinstance(damping, Tensor):
         unit = torch.eye(op.shape[0], dtype=op.torch_dtype, device=op.device)
-        return DenseInverse(Dense(op.matrix + damping * unit))
+        return DenseInverse(op.like(op.matrix + damping * unit))
     return DenseInverse(op, damping)
 
 
@@ -248,7 +250,7 @@ def damped_inverse_of_product(op: Product, damping: Scalar) -> Op:
 @damped_inv.register
 def damped_inverse_of_block_diagonal(op: BlockDiagonal, damping: Scalar) -> Op:
     if not op.has_square_blocks:
-        return damped_inv(Dense(to_dense(op)), damping)
+        return damped_inv(dense_over(op.ranks, to_dense(op)), damping)
     return op.like([inv(damp(block, damping)) for block in op.blocks])
 
 
@@ -296,7 +298,7 @@ def _of_eigenpairs(op: Op, rcond: float | None) -> Op:
     evals, evecs = eigh(op, rcond=rcond)
     if not len(evals):
         return _zero(op)
-    E = Dense(evecs)
+    E = dense_over(op.ranks, evecs)
     return Product(E, Diagonal(1.0 / evals), adjoint(E))
 
 
@@ -315,16 +317,16 @@ def pinv_of_low_rank(op: LowRank, rcond: float | None = None) -> Op:
         return _zero(op)
     roots = pairs.eigenvalues.sqrt()
     if isinstance(pairs, GramEigenpairs):
-        weights = Dense(pairs.coefficients / roots)
+        weights = dense_over(op.ranks, pairs.coefficients / roots)
         return LowRank(Product(pairs.operator.factor, weights))
-    return LowRank(Dense(pairs.eigenvectors / roots))
+    return LowRank(dense_over(op.ranks, pairs.eigenvectors / roots))
 
 
 @pinv.register
 def pinv_of_dense(op: Dense | DampedDense, rcond: float | None = None) -> Op:
     rtol = rcond or max(op.shape) * torch.finfo(op.torch_dtype).eps
-    matrix = torch.linalg.pinv(op.matrix, rtol=rtol, hermitian=op.self_adjoint)
-    return Dense(matrix)
+    found = partial(torch.linalg.pinv, rtol=rtol, hermitian=op.self_adjoint)
+    return dense_over(op.ranks, op.ranks.led(found, op.matrix))
 
 
 @pinv.register
@@ -332,7 +334,7 @@ def pinv_of_gram(op: Gram, rcond: float | None = None) -> Op:
     """Rounding errors of a Gram matrix are those of its eigenvalues."""
     if rcond is None:
         rcond = max(10.0, op.shape[0] ** 0.5) * torch.finfo(op.torch_dtype).eps
-    return pinv_of_dense(Dense(op.matrix), rcond)
+    return pinv_of_dense(dense_over(op.ranks, op.matrix), rcond)
 
 
 @pinv.register

@@ -19,6 +19,7 @@ from vivit_linop.operators.elementary import (
     Identity,
     Product,
     Scaled,
+    dense_over,
 )
 from vivit_linop.operators.kronecker import (
     BlockDiagonal,
@@ -215,7 +216,7 @@ def damped_logdet_of_kronecker(
 @damped_logdet.register
 def damped_logdet_of_block_diagonal(op: BlockDiagonal, damping: Scalar) -> Tensor:
     if not op.has_square_blocks:
-        return damped_logdet(Dense(to_dense(op)), damping)
+        return damped_logdet(dense_over(op.ranks, to_dense(op)), damping)
     return torch.stack([logdet(damp(block, damping)) for block in op.blocks]).sum()
 
 

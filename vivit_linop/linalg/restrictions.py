@@ -21,6 +21,7 @@ from vivit_linop.operators.elementary import (
     Product,
     Scaled,
     Sum,
+    dense_over,
 )
 from vivit_linop.operators.kronecker import BlockDiagonal
 from vivit_linop.operators.lowrank import Gram, LowRank, Woodbury
@@ -65,12 +66,12 @@ def restricted_identity(op: Identity, index: Tensor) -> Op:
 
 @restrict.register
 def restricted_dense(op: Dense, index: Tensor) -> Op:
-    return Dense(op.matrix[index][:, index])
+    return op.like(op.matrix[index][:, index])
 
 
 @restrict.register
 def restricted_dense_inverse(op: DenseInverse, index: Tensor) -> Op:
-    return Dense(to_dense(op)[index][:, index])
+    return dense_over(op.ranks, to_dense(op)[index][:, index])
 
 
 @restrict.register
@@ -103,7 +104,9 @@ def restricted_sum(op: Sum, index: Tensor) -> Op:
 
 @restrict.register
 def restricted_gram(op: Gram, index: Tensor) -> Op:
-    return restrict(Dense(op.matrix), index) if op.known else Restricted(op, index)
+    if not op.known:
+        return Restricted(op, index)
+    return restrict(dense_over(op.ranks, op.matrix), index)
 
 
 @restrict.register
@@ -252,7 +255,7 @@ def inverse_of_restricted(op: Restricted) -> Op:
     """
     inner = op.operator
     if not isinstance(inner, Woodbury) or not inner.operator.by_gram:
-        return inv(Dense(to_dense(op)))
+        return inv(dense_over(op.ranks, to_dense(op)))
     low_rank, delta = inner.operator, inner.damping
     rows = Rows(low_rank.factor, op.index)
     others = gram(low_rank.factor).to_dense() - gram_matrix(rows, rows)
@@ -264,7 +267,7 @@ def inverse_of_restricted(op: Restricted) -> Op:
 
 @damped_inv.register
 def damped_inverse_of_restricted(op: Restricted, damping: Scalar) -> Op:
-    return damped_inv(Dense(to_dense(op)), damping)
+    return damped_inv(dense_over(op.ranks, to_dense(op)), damping)
 
 
 @logdet.register

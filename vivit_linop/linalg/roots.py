@@ -116,7 +116,7 @@ def root_of_scaled(op: Scaled) -> Op:
         factors[half] = scale(factors[half], op.factor)
         return sqrt(Product(*factors))
     if isinstance(inner, DenseInverse):
-        return sqrt(Dense(op.factor * to_dense(inner)))
+        return sqrt(dense_over(op.ranks, op.factor * to_dense(inner)))
     raise ValueError(
         f"sqrt: a {type(inner).__name__} is scaled by {op.factor}, below 0. If the "
         "whole is positive semi-definite, take Dense(op.to_dense()).sqrt()."

@@ -360,7 +360,7 @@ class Product(TorchLinearOperator):
         """
         if self.factors[len(self.factors) // 2].shape[0] > self.shape[0]:
             matrix = verbs.to_dense(self)
-            return Dense((matrix + matrix.T) / 2)
+            return dense_over(self.ranks, (matrix + matrix.T) / 2)
         return LowRank(verbs.sqrt(self))
 
     def reduced_or(self, missing: TypeError) -> Dense | LowRank:

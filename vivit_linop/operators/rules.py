@@ -22,6 +22,7 @@ from vivit_linop.operators.elementary import (
     Product,
     Scaled,
     Sum,
+    dense_over,
 )
 from vivit_linop.operators.grams import aligned
 from vivit_linop.operators.kronecker import (
@@ -91,7 +92,9 @@ def product_of_adjoint_and_khatri_rao(A: Adjoint, B: KhatriRao) -> Op:
 
 @matmul.rule(Dense, Dense)
 def product_of_dense(A: Dense, B: Dense) -> Op:
-    return Dense(A.matrix @ B.matrix) if _one_dtype(A, B) else NotImplemented
+    if not _one_dtype(A, B):
+        return NotImplemented
+    return (A if A.ranks.is_many else B).like(A.matrix @ B.matrix)
 
 
 @matmul.rule(Diagonal, Diagonal)
@@ -283,7 +286,7 @@ def _small_sum(A: Op, B: Diagonal) -> Op:
     # A matrix that requires grad is not known to be symmetric.
     if A.requires_grad or B.requires_grad:
         return NotImplemented
-    return Dense(to_dense(A) + torch.diag(B.entries))
+    return dense_over(A.ranks, to_dense(A) + torch.diag(B.entries))
 
 
 @add.commuting(Damped, Op)
