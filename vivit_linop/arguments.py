@@ -37,11 +37,28 @@ def as_numbers(given: Any, name: str, dtype: torch.dtype | None = None) -> Tenso
         ) from None
 
 
+def check_has_values(tensor: Tensor, what: str) -> None:
+    """Refuse a tensor that has a shape alone.
+
+    Args:
+        tensor: Any.
+        what: The argument, and which of its tensors that is.
+
+    Raises:
+        ValueError: If it is on device ``"meta"``.
+    """
+    if tensor.is_meta:
+        raise ValueError(
+            f"{what} is on device 'meta', without values. Give one on 'cpu' or a GPU."
+        )
+
+
 def as_real_numbers(given: Any, name: str, dtype: torch.dtype | None = None) -> Tensor:
     """Return what :func:`as_numbers` does, of real numbers only."""
     numbers = as_numbers(given, name, dtype)
     if numbers.is_complex() or isinstance(given, bool):
         raise TypeError(f"{name}: must be real, got {given!r}.")
+    check_has_values(numbers, f"{name}: a tensor")
     return numbers
 
 
@@ -145,6 +162,7 @@ def as_index(given: Any, count: int, name: str = "index") -> Tensor:
     """
     given = list(given) if isinstance(given, range) else given
     index = as_numbers(given, name).detach()
+    check_has_values(index, f"{name}: a tensor")
     if index.ndim != 1 or not index.numel():
         raise ValueError(
             f"{name}: numbers along one axis, at least one, got shape "
@@ -240,6 +258,8 @@ def as_float(x: Any) -> float:
     """Return a real finite scalar as a float, or say why it is none."""
     if type(x) is float and math.isfinite(x):
         return x
+    if isinstance(x, Tensor):
+        check_has_values(x, "The number that scales or damps an operator")
     value = x.item() if isinstance(x, (Tensor, np.ndarray, np.generic)) else x
     if not isinstance(value, Real):
         raise TypeError(f"An operator is scaled by a real number, got {value!r}.")

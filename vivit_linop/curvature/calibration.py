@@ -73,6 +73,8 @@ def calibrate(
         >>> vl.DeviceCosts.default("cpu").use("cpu")  # as before
     """
     where = torch.empty(0).device if device is None else numbered(device)
+    if where.type == "meta":
+        raise ValueError("device: 'meta' computes nothing. Give 'cpu' or a GPU.")
     name = _name(where)
     if file is not None and Path(file).exists():
         costs = _read(Path(file), name)

@@ -16,7 +16,7 @@ import torch
 from scipy.sparse.linalg import ArpackError
 from torch import Tensor
 
-from vivit_linop.arguments import as_numbers, check_k, check_real
+from vivit_linop.arguments import as_numbers, check_has_values, check_k, check_real
 from vivit_linop.linalg.decompositions import (
     DenseDecomposition,
     LowRankDecomposition,
@@ -473,6 +473,7 @@ def _start(op: TorchLinearOperator, v0: Any) -> Tensor:
     if v0 is None:
         return start_of(op)
     start, n = as_numbers(v0, "v0").detach(), op.shape[0]
+    check_has_values(start, "v0: a tensor")
     if start.shape != (n,) or not start.isfinite().all() or not start.any():
         raise ValueError(
             f"v0: a vector of {n} finite numbers, not all 0, got shape "

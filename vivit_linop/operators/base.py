@@ -23,6 +23,7 @@ from vivit_linop.arguments import (
     as_array,
     as_float,
     as_scalar,
+    check_has_values,
     is_scalar,
     numbered,
 )
@@ -289,6 +290,8 @@ class TorchLinearOperator(VerbMethods["TorchLinearOperator"], NumpyProducts):
         if x.ndim not in (1, 2) or x.shape[0] != self.shape[1]:
             with self.ranks.together("x"):
                 raise self._other_rows(x)
+        if x.is_meta and self.device.type != "meta":
+            check_has_values(x, "x: a tensor")
         if x.layout != torch.strided:
             x = x.to_dense()
         if x.is_complex():  # all operators are real

@@ -10,7 +10,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from vivit_linop.arguments import Index, as_index, as_list
+from vivit_linop.arguments import Index, as_index, as_list, check_has_values
 from vivit_linop.devices import is_out_of_memory
 from vivit_linop.modes import as_guest, ordinary_mode
 from vivit_linop.ranks.alone import Ranks
@@ -366,6 +366,7 @@ def _moved(model: FunctionalModel, parameters: Any) -> FunctionalModel:
     vectors.params, vectors.complex_names = model.params, model.complex_names
     if not isinstance(parameters, Tensor):
         parameters = vectors.flattened(parameters, "parameters")
+    check_has_values(parameters, "parameters: a vector")
     if parameters.ndim != 1:
         raise ValueError(
             f"parameters: one vector [D], or a tensor for each, got "

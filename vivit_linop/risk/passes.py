@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
+from vivit_linop.arguments import check_has_values
 from vivit_linop.bars import shown
 from vivit_linop.devices import (
     free_memory,
@@ -347,10 +348,7 @@ def iterate(
     """
 
     def on_device(leaf: Tensor) -> Tensor:
-        if leaf.is_meta:
-            raise ValueError(
-                f"data: batch {index} is on device 'meta', without values."
-            )
+        check_has_values(leaf, f"data: batch {index}")
         leaf = leaf.to(device, non_blocking=overlaps)
         if not leaf.is_inference():
             return leaf

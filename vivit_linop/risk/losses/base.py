@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vivit_linop.arguments import check_has_values
 from vivit_linop.modes import recorded
 from vivit_linop.risk.losses.draws import Draws
 from vivit_linop.risk.model.outputs import OutputTree
@@ -304,6 +305,7 @@ def copied_weight(weight: Tensor | None) -> Tensor | None:
     """The user's tensor may change, and a risk stays the same function."""
     if weight is None:
         return None
+    check_has_values(weight, "loss: a weight")
     with torch.inference_mode(False):
         return weight.detach().clone()
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from vivit_linop.arguments import check_has_values
 from vivit_linop.graphs import leaves_of
 from vivit_linop.risk.model.parameters import HALVES
 
@@ -68,6 +69,7 @@ def unwrapped(model: nn.Module, params: Any | None) -> tuple[nn.Module, Any | No
 def check_fixed(fixed: Mapping[str, Tensor]) -> None:
     """Refuse what is not over, but in a precision that operators do not have."""
     for name, tensor in fixed.items():
+        check_has_values(tensor, f"model: {name!r}")
         if tensor.dtype in HALVES:
             raise TypeError(
                 f"model: {name!r} is {tensor.dtype}; also what is frozen must be "

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from vivit_linop.arguments import as_list
+from vivit_linop.arguments import as_list, check_has_values
 from vivit_linop.graphs import strided
 
 # What curvature is computed in.
@@ -320,6 +320,8 @@ class ParameterVectors:
                 raise TypeError(
                     f"{argument}: for {name!r} a tensor, got {type(tensor).__name__}."
                 )
+            if tensor is not None:
+                check_has_values(tensor, f"{argument}: that of {name!r}")
             tensor = strided(tensor)
             if tensor is None:
                 tensor = torch.zeros_like(p)
