@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from torch import Tensor, nn
 
 import vivit_linop as vl
 from tests.cases import dense
@@ -131,3 +132,67 @@ def test_what_is_refused() -> None:
     for rtol in (None, 1e-3):
         with pytest.raises(TypeError, match=r"solve: .* requires grad"):
             damped.solve(torch.ones(D, dtype=FLOAT64), rtol=rtol)
+
+
+# Singular but for rounding -----------------------------------------------------------
+
+
+def of_rank(n: int, rank: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(n, rank, generator=generator, dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", [FLOAT64, torch.float32])
+@pytest.mark.parametrize("n, rank", [(2, 1), (3, 2), (24, 7), (24, 23), (100, 99)])
+def test_rounding_does_not_make_a_matrix_regular(
+    n: int, rank: int, dtype: torch.dtype
+) -> None:
+    for seed in range(5):
+        a, b = of_rank(n, rank, dtype, seed), of_rank(n, rank, dtype, seed + 9)
+        regular = vl.Dense(torch.eye(2, dtype=dtype))
+        for op in (
+            vl.Dense(a @ a.T),
+            vl.Dense(a @ b.T),
+            vl.Kronecker(regular, vl.Dense(a @ a.T)),
+            vl.BlockDiagonal([regular, vl.Dense(a @ b.T)]),
+        ):
+            with pytest.raises(ValueError, match=r"^inv: the matrix is singular"):
+                op.inv()
+            with pytest.raises(ValueError, match=r"^inv: the matrix is singular"):
+                op.solve(torch.ones(op.shape[0], dtype=dtype))
+
+
+@pytest.mark.parametrize("dtype", [FLOAT64, torch.float32])
+def test_units_of_rows_and_columns_are_no_rounding(dtype: torch.dtype) -> None:
+    n = 12
+    units = torch.logspace(-9, 9, n, dtype=dtype)
+    core = torch.eye(n, dtype=dtype) + 0.05 * of_rank(n, n, dtype)
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(1))
+    for left, right in ((units, units), (units, units[order]), (units, 1 / units)):
+        matrix = left[:, None] * core * right
+        inverse = torch.linalg.inv(core.double()) / left.double()
+        found = vl.Dense(matrix).inv().to_dense() * right[:, None]
+        scaled = found.double() * left.double()
+        expected = inverse * left.double()
+        assert (scaled - expected).norm() <= 1e3 * torch.finfo(dtype).eps * n
+
+
+@pytest.mark.parametrize("dtype", [FLOAT64, torch.float32])
+@pytest.mark.parametrize("variant", ["exact", "empirical"])
+@pytest.mark.parametrize("kind", [vl.KFAC, vl.EKFAC])
+def test_kronecker_factors_of_a_softmax_are_singular(
+    kind: type[vl.KFAC], variant: str, dtype: torch.dtype
+) -> None:
+    """Logits may all be shifted: nothing is known of the last layer along that."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 3)).to(dtype)
+    data = torch.randn(8, 3, dtype=dtype), torch.randint(3, (8,))
+    approximation = kind(net, nn.CrossEntropyLoss(), data, variant=variant)
+    with pytest.raises(ValueError, match=r"^inv: the .* is singular.*Add damping"):
+        approximation.inv()
+    D = approximation.shape[0]
+    damped = approximation + 0.1 * vl.Identity(D)
+    shift = 0.1 * torch.eye(D, dtype=FLOAT64)
+    exact = torch.linalg.inv(approximation.to_dense().double() + shift)
+    error = damped.inv().to_dense().double() - exact
+    assert error.norm() <= 1e4 * torch.finfo(dtype).eps * exact.norm()

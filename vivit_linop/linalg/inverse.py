@@ -128,6 +128,14 @@ def inverse_of_kronecker(op: Kronecker) -> Op:
 
 @inv.register
 def inverse_of_corrected_kronecker(op: CorrectedKronecker) -> Op:
+    """Of eigenvalues that are squares, of numbers with rounding errors."""
+    sizes = op.eigenvalues.abs()
+    accuracy = max(10.0, len(sizes) ** 0.5) * torch.finfo(op.torch_dtype).eps
+    if not (sizes > accuracy**2 * sizes.norm()).all():
+        raise ValueError(
+            "inv: the operator is singular, or but for rounding in "
+            f"{op.torch_dtype}. Add damping: (A + delta * Identity(n)).inv()."
+        )
     return damped_inv(op, 0.0)
 
 

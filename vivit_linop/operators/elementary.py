@@ -12,6 +12,7 @@ from torch import Tensor
 
 from vivit_linop.arguments import Scalar, as_count, as_numbers
 from vivit_linop.modes import is_followed
+from vivit_linop.noise import Noise
 from vivit_linop.operators import verbs
 from vivit_linop.operators.base import (
     TorchLinearOperator,
@@ -181,8 +182,9 @@ class DenseInverse(TorchLinearOperator):
         damping: δ; added in float64, so that it counts also where it is small.
 
     Raises:
-        ValueError: If A + δ I is singular, or if A is symmetric and δ > 0 is too small
-            to make up for eigenvalues that rounding has made negative.
+        ValueError: If A + δ I is singular, without damping also if A is but for
+            rounding; or if A is symmetric and δ > 0 is too small to make up for
+            eigenvalues that rounding has made negative.
     """
 
     def __init__(self, operator: Dense, damping: float = 0.0) -> None:
@@ -191,16 +193,36 @@ class DenseInverse(TorchLinearOperator):
         matrix.diagonal().add_(damping)
         self._lu, self._pivots, info = torch.linalg.lu_factor_ex(matrix)
         faults = [info.any()]
-        if damping > 0.0 and operator.self_adjoint:
+        if damping == 0.0:
+            faults[0] |= self._is_ill_conditioned(matrix.detach(), operator.torch_dtype)
+        elif damping > 0.0 and operator.self_adjoint:
             faults.append(torch.linalg.cholesky_ex(matrix).info.any())
         is_singular, *is_indefinite = torch.stack(faults).tolist()  # the one wait
         if any(is_indefinite):
             _check_noise(matrix, damping, operator.torch_dtype)
         if is_singular:
             raise ValueError(
-                "inv: the matrix is singular. Add damping: (A + delta * Identity(n))."
+                "inv: the matrix is singular, or but for rounding in "
+                f"{operator.torch_dtype}. Add damping: (A + delta * Identity(n))."
             )
         super().__init__(operator.shape, operator.torch_dtype, operator.device)
+
+    @torch.no_grad()
+    def _is_ill_conditioned(self, matrix: Tensor, dtype: torch.dtype) -> Tensor:
+        """Whether solutions are rounding errors of a matrix A in a precision.
+
+        By ‖|A⁻¹| |A|‖ for columns of one size, from two vectors: units of rows and of
+        columns do not count.
+        """
+        scales = torch.linalg.vector_norm(matrix, float("inf"), dim=0)
+        sizes = torch.cat(
+            [rows.abs() @ scales.reciprocal() for rows in matrix.split(512)]
+        )
+        columns = Noise().like(matrix[:, :2]) * sizes[:, None]
+        found = torch.linalg.lu_solve(self._lu.detach(), self._pivots, columns)
+        accuracy = max(10.0, len(matrix) ** 0.5) * torch.finfo(dtype).eps
+        # NaN is ill-conditioned too.
+        return ~(found.abs() * scales[:, None] * accuracy <= 1.0).all()
 
     @property
     def self_adjoint(self) -> bool:  # type: ignore[override]
