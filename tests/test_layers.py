@@ -7,7 +7,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call, jacrev
 
+import vivit_linop as vl
 from tests.capture_cases import (
     FACTORED,
     LAYERS,
@@ -164,3 +166,50 @@ def test_frozen_attention(frozen: str) -> None:
             uses[name] = use if p.ndim > 1 else f"dense: {use}"
     padding = torch.tensor([[False] * 3, [False, False, True], [False] * 3])
     check(net, (features(N, 3, 4).double(), padding), uses)
+
+
+@pytest.mark.parametrize("N", [1, 3])
+@pytest.mark.parametrize(
+    "conv",
+    [
+        lambda: nn.Conv1d(1, 1, 3),
+        lambda: nn.Conv2d(1, 1, 2),
+        lambda: nn.ConvTranspose2d(1, 1, 2),
+        lambda: nn.Conv3d(1, 1, (1, 2, 1)),
+        lambda: nn.Conv2d(1, 3, 2),
+    ],
+    ids=["1d", "2d", "transposed", "3d", "channels"],
+)
+def test_images_without_an_axis_of_samples(
+    conv: Callable[[], nn.Module], N: int
+) -> None:
+    """One channel is no sample: what the layer does to an image has no structure."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.conv, self.last = conv(), nn.LazyLinear(3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            images = [self.conv(image).tanh().flatten() for image in x]
+            return self.last(torch.stack(images))  # type: ignore[no-any-return]
+
+    net = Net()
+    axes = net.conv.weight.ndim - 2
+    X, y = torch.rand(N, 1, *(3, 4, 2)[:axes]), torch.arange(N) % 3
+    net(X)
+    net, X = net.double(), X.double()
+    params = {name: p.detach() for name, p in net.named_parameters()}
+    jacobian = jacrev(lambda given: functional_call(net, given, X))(params)
+    J = torch.cat([part.reshape(3 * N, -1) for part in jacobian.values()], dim=1)
+    p = net(X).detach().softmax(1)
+    H = torch.block_diag(*(row.diag() - row.outer(row) for row in p)) / N
+    G = J.T @ H @ J
+    risk = vl.EmpiricalRisk(net, nn.CrossEntropyLoss(), (X, y))
+    V = vl.GGNFactor(risk).to_dense()
+    torch.testing.assert_close(V @ V.T, G)
+    size = net.conv.weight.numel()
+    for kind in (vl.KFAC, vl.EKFAC):
+        found = kind(risk, variant="exact").to_dense()
+        torch.testing.assert_close(found[:size, :size], G[:size, :size])

@@ -166,12 +166,19 @@ def _sum_after_channels(arguments: Arguments, B: Tensor) -> DenseColumns:
     return DenseColumns(B.flatten(3).sum(3) if B.ndim > 3 else B)
 
 
+def _read_batch(arguments: Arguments) -> Arguments | None:
+    """Torch takes an image without an axis of samples, too."""
+    batched = arguments["input"].ndim == len(arguments["weight"].shape)
+    return arguments if batched else None
+
+
 CONV = Kind(
     name="conv",
     signatures=[
         Signature(
             [F.conv1d, F.conv2d, F.conv3d],
             "input weight bias stride padding dilation groups",
+            _read_batch,
         )
     ],
     inputs=_conv_inputs,
@@ -203,6 +210,7 @@ CONV_TRANSPOSE = Kind(
         Signature(
             [F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d],
             "input weight bias stride padding output_padding groups dilation",
+            _read_batch,
         )
     ],
     weight=_conv_transpose,
