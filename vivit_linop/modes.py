@@ -329,7 +329,7 @@ def _reduced() -> list[tuple[Any, str, object, object]]:
     if torch.cuda.is_initialized():
         switches = switches + _PRECISIONS["cuda"]
     for backend, name, read, full in switches:
-        if (precision := read()) not in full:
+        if (precision := read(name)) not in full:
             found.append((backend, name, precision, full[0]))
     return found
 
@@ -374,19 +374,18 @@ _KERNELS: list[tuple[Callable[[], bool], Callable[[bool], object], bool]] = [
 ]
 # By the type of a device, where torch keeps the precision of products of float32, how
 # that is read, and what stands for the full one.
-_Precision = tuple[Any, str, Callable[[], object], tuple[object, ...]]
+_Precision = tuple[Any, str, Callable[[str], object], tuple[object, ...]]
 _PRECISIONS: dict[str, list[_Precision]]
 _FULL = ("ieee", "none")
 
 
 def _precision(backend: Any, name: str, full: tuple[object, ...]) -> _Precision:
     """Return a switch with what reads it, once in each product."""
-    read: Callable[[], object] = functools.partial(getattr, backend, name)
-    # What torch asks itself where an attribute is found nowhere else; that search
-    # takes five times as long.
-    ask = getattr(torch._C, "_get_fp32_precision_getter", None)
-    if ask is not None and {"backend", "op"} <= vars(backend).keys():
-        read = functools.partial(ask, backend.backend, backend.op)
+    read: Callable[[str], object] = functools.partial(getattr, backend)
+    # Where torch answers by ``__getattr__`` alone, the search that fails before takes
+    # twice as long.
+    if not hasattr(type(backend), name) and hasattr(type(backend), "__getattr__"):
+        read = backend.__getattr__
     return backend, name, read, full
 
 
