@@ -12,7 +12,7 @@ import torch
 from scipy.sparse import issparse
 from torch import Tensor
 
-from vivit_linop.modes import as_given, is_differentiated
+from vivit_linop.modes import is_differentiated
 
 Index: TypeAlias = Tensor | np.ndarray | list[int] | range
 """Numbers of rows, or a boolean mask of them."""
@@ -24,13 +24,25 @@ _CPU = torch.device("cpu")
 
 
 def as_numbers(given: Any, name: str, dtype: torch.dtype | None = None) -> Tensor:
-    """Return a tensor of what stands for numbers.
+    """Return a tensor as it is, and one on the CPU of what else stands for numbers.
+
+    ``torch.as_tensor`` alone would move both to the caller's default device.
+
+    Args:
+        given: A tensor, an array, or numbers.
+        name: What errors call it.
+        dtype: That of numbers without one.
 
     Raises:
         TypeError: If it does not stand for numbers.
     """
+    if isinstance(given, Tensor):
+        return given
     try:
-        return as_given(given, dtype)
+        numbers = torch.as_tensor(given, device="cpu")
+        if dtype is None or isinstance(given, np.ndarray) or numbers.is_complex():
+            return numbers
+        return torch.as_tensor(given, dtype=dtype, device="cpu")
     except (TypeError, ValueError, RuntimeError):
         raise TypeError(
             f"{name}: numbers, in a tensor, an array or a list, got {given!r}."

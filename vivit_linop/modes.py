@@ -13,7 +13,6 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ParamSpec, TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -423,8 +422,7 @@ def _turn_off_cudnn(_: torch.device | None, undo: Undo) -> None:
     _BACKENDS.cudnn.enabled = False
 
 
-@contextlib.contextmanager
-def without_cudnn() -> Iterator[None]:
+def without_cudnn() -> contextlib.AbstractContextManager[None]:
     """Run a net with recurrent layers so that it has all derivatives on a GPU.
 
     cuDNN's recurrences have no backward pass in eval mode, and no second derivatives in
@@ -432,11 +430,7 @@ def without_cudnn() -> Iterator[None]:
     launches a few for all, so long sequences of small layers take several times as
     long; and convolutions beside them do their forward pass without cuDNN.
     """
-    _RECURRENCES.enter()
-    try:
-        yield
-    finally:
-        _RECURRENCES.leave()
+    return _RECURRENCES.inside()
 
 
 _PRECISE = Shared(_set_precisions)
@@ -453,17 +447,13 @@ def replayed(state: torch.Tensor) -> Iterator[None]:
 
     The caller's state comes back.
     """
-    with _REPLAY:
-        _GUESTS.enter(torch.device("cpu"))
+    with _REPLAY, _GUESTS.inside(torch.device("cpu")):
+        before = torch.get_rng_state()
         try:
-            before = torch.get_rng_state()
-            try:
-                torch.set_rng_state(state)
-                yield
-            finally:
-                torch.set_rng_state(before)
+            torch.set_rng_state(state)
+            yield
         finally:
-            _GUESTS.leave()
+            torch.set_rng_state(before)
 
 
 _DEFAULT_DTYPE = threading.RLock()
@@ -529,20 +519,3 @@ def is_followed(tensor: Tensor) -> bool:
         except RuntimeError:  # it stands for another one
             return True
     return has_tangent(tensor)
-
-
-def as_given(data: Any, dtype: torch.dtype | None = None) -> Tensor:
-    """Return a tensor as it is, and a tensor on the CPU of anything else.
-
-    ``torch.as_tensor`` alone would move both to the caller's default device.
-
-    Args:
-        data: A tensor, an array, or numbers.
-        dtype: That of numbers without one.
-    """
-    if isinstance(data, Tensor):
-        return data
-    numbers = torch.as_tensor(data, device="cpu")
-    if dtype is None or isinstance(data, np.ndarray) or numbers.is_complex():
-        return numbers
-    return torch.as_tensor(data, dtype=dtype, device="cpu")

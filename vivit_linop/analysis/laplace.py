@@ -18,10 +18,10 @@ from vivit_linop.analysis.evidence import (
     posterior_precision,
 )
 from vivit_linop.analysis.predictive import predictive_covariance
-from vivit_linop.arguments import check_choice, check_flag
+from vivit_linop.arguments import as_numbers, check_choice, check_flag
 from vivit_linop.curvature import EKFAC, GGN, KFAC, Jacobian
 from vivit_linop.graphs import met_first
-from vivit_linop.modes import as_given, as_guest, ordinary_mode, recorded
+from vivit_linop.modes import as_guest, ordinary_mode, recorded
 from vivit_linop.operators import Diagonal, TorchLinearOperator
 from vivit_linop.risk.data.containers import leaves
 from vivit_linop.risk.empirical import EmpiricalRisk, check_risk
@@ -314,6 +314,7 @@ def _met_first(risk: EmpiricalRisk) -> list[str]:
 def log_precision(precision: PriorPrecision) -> float:
     """Return the mean of the logarithms of precisions."""
     if isinstance(precision, (float, int, Tensor)):
-        return float(as_given(precision).double().log().mean())
-    logs = [as_given(part).double().log().mean() for part in precision.values()]
+        return float(as_numbers(precision, "precision").double().log().mean())
+    parts = (as_numbers(part, "precision") for part in precision.values())
+    logs = [part.double().log().mean() for part in parts]
     return float(torch.stack(logs).mean())

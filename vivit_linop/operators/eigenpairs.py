@@ -11,9 +11,9 @@ import torch
 from scipy.sparse.linalg import LinearOperator
 from torch import Tensor
 
-from vivit_linop.arguments import Scalar, check_k, check_real
+from vivit_linop.arguments import Scalar, as_numbers, check_k, check_real
 from vivit_linop.drawing import axes_for, numbers
-from vivit_linop.modes import as_given, ordinary_mode
+from vivit_linop.modes import ordinary_mode
 
 
 class Eigenpairs:
@@ -235,8 +235,8 @@ class Eigendecomposition(ABC):
 def checked_indices(indices: Any, count: int) -> Tensor:
     """Turn what a criterion returned into indices, or say what is wrong with it."""
     try:
-        given = as_given(indices).detach().cpu()
-    except (TypeError, ValueError, RuntimeError):
+        given = as_numbers(indices, "select").detach().cpu()
+    except TypeError:
         given = torch.tensor(torch.nan, device="cpu")  # no indices of any kind
     if given.ndim == 1 and given.numel() == 0:
         return torch.empty(0, dtype=torch.long, device="cpu")

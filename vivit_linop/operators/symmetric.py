@@ -60,7 +60,7 @@ def symmetric_eigenpairs(matrix: Tensor) -> tuple[Tensor, Tensor]:
         ValueError: If an entry is NaN or Inf.
     """
     _check_finite(matrix)
-    if _is_for_one_thread(matrix):
+    if _VERY_FEW_ROWS < len(matrix) <= _FEW_ROWS and _is_for_scipy(matrix):
         return _by_scipy(matrix, "evd")
     if matrix.device.type != "cpu" or len(matrix) <= SYEVD_ROWS:
         evals, evecs = torch.linalg.eigh(matrix)
@@ -269,10 +269,6 @@ def _check_rows(matrix: Tensor) -> None:
             f"(its limit is {LAPACK_ROWS} rows). Ask for k= of the largest eigenpairs "
             "of a GGN or Fisher matrix, or use scipy.sparse.linalg.eigsh(op, k)."
         )
-
-
-def _is_for_one_thread(matrix: Tensor) -> bool:
-    return _VERY_FEW_ROWS < len(matrix) <= _FEW_ROWS and _is_for_scipy(matrix)
 
 
 def _is_for_scipy(matrix: Tensor) -> bool:
