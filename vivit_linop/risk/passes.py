@@ -348,7 +348,8 @@ def iterate(
     """
 
     def on_device(leaf: Tensor) -> Tensor:
-        check_has_values(leaf, f"data: batch {index}")
+        if leaf.is_meta:
+            check_has_values(leaf, f"data: batch {index}")
         leaf = leaf.to(device, non_blocking=overlaps)
         if not leaf.is_inference():
             return leaf
