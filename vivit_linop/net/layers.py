@@ -168,7 +168,7 @@ def _sum_after_channels(arguments: Arguments, B: Tensor) -> DenseColumns:
 
 def _read_batch(arguments: Arguments) -> Arguments | None:
     """Torch takes an image without an axis of samples, too."""
-    batched = arguments["input"].ndim == len(arguments["weight"].shape)
+    batched = len(arguments["input"].shape) == len(arguments["weight"].shape)
     return arguments if batched else None
 
 
