@@ -21,6 +21,7 @@ from vivit_linop.operators.lowrank import Woodbury
 from vivit_linop.operators.verbs import (
     column_norms_squared,
     column_pieces,
+    damped_inv,
     damped_logdet,
     damped_sqrt,
     diagonal,
@@ -38,9 +39,13 @@ Op = TorchLinearOperator
 @inv.register
 def inverse_of_diagonally_damped(op: DiagonallyDamped) -> Op:
     """Through the smaller side, as Woodbury's identity."""
+    entries = op.damping.entries
     if not op.low_rank.by_gram:
-        return inv(_on_the_smaller_side(op))
-    _check_positive(op.damping.entries, "inv")
+        # What all entries have counts as one number does, also where it is small.
+        least = max(entries.min().item(), 0.0)
+        rest = DiagonallyDamped(op.low_rank, Diagonal(entries - least))
+        return damped_inv(_on_the_smaller_side(rest), least)
+    _check_positive(entries, "inv")
     return DiagonalWoodbury(op, Woodbury(op.whitened, 1.0))
 
 

@@ -166,10 +166,12 @@ def _sum_after_channels(arguments: Arguments, B: Tensor) -> DenseColumns:
     return DenseColumns(B.flatten(3).sum(3) if B.ndim > 3 else B)
 
 
-def _read_batch(arguments: Arguments) -> Arguments | None:
+def _read_batch(given: Arguments) -> Arguments | None:
     """Torch takes an image without an axis of samples, too."""
-    batched = len(arguments["input"].shape) == len(arguments["weight"].shape)
-    return arguments if batched else None
+    data, weight = given["input"], given["weight"]
+    # What is made of parameters in ways that are not followed is None.
+    followed = data is not None and weight is not None
+    return None if followed and len(data.shape) < len(weight.shape) else given
 
 
 CONV = Kind(
