@@ -92,6 +92,15 @@ def test_gradients_of_several_vectors_are_those_of_each():
     assert nothing is None
 
 
+def jacobians_and_hessians(net: nn.Module, X: Tensor) -> tuple[Tensor, Tensor]:
+    """``[n, C, D]``, and those of cross-entropy ``[n, C, C]``."""
+    params = {name: p.detach() for name, p in net.named_parameters()}
+    jacobians = jacrev(lambda p: functional_call(net, p, (X,)))(params)
+    p = net(X).detach().softmax(1)
+    H = torch.diag_embed(p) - p.unsqueeze(2) * p.unsqueeze(1)
+    return torch.cat([part.flatten(2) for part in jacobians.values()], 2), H
+
+
 @pytest.mark.parametrize(("n", "in_parts"), [(3, False), (96, True)])
 def test_columns_of_convolutions_come_in_parts_where_they_leave_the_caches(n, in_parts):
     torch.manual_seed(0)
@@ -101,11 +110,7 @@ def test_columns_of_convolutions_come_in_parts_where_they_leave_the_caches(n, in
     risk = vl.EmpiricalRisk(net, nn.CrossEntropyLoss(), (X, y))
     with as_guest(risk.device):
         assert Capture(risk, X, n).comes_in_parts(9) == in_parts
-    params = {name: p.detach() for name, p in net.named_parameters()}
-    jacobians = jacrev(lambda p: functional_call(net, p, (X,)))(params)
-    J = torch.cat([part.flatten(2) for part in jacobians.values()], 2)
-    p = net(X).detach().softmax(1)
-    H = torch.diag_embed(p) - p.unsqueeze(2) * p.unsqueeze(1)
+    J, H = jacobians_and_hessians(net, X)
     truth = torch.einsum("ncd,nce,nef->df", J, H, J) / n
     torch.testing.assert_close(vl.GGN(risk).diagonal(), truth.diagonal())
     E = vl.EKFAC(risk, variant="exact")
@@ -139,28 +144,24 @@ def test_columns_that_are_formed_in_any_case_are_formed_as_cotangents_come():
     n, net = 64, Images().double()
     X, y = torch.randn(n, 2, 18, 18, dtype=torch.float64), torch.arange(n) % 10
     factor = vl.GGNFactor(net, nn.CrossEntropyLoss(), (X, y))
-    params = {name: p.detach() for name, p in net.named_parameters()}
-    jacobians = jacrev(lambda p: functional_call(net, p, (X,)))(params)
-    J = torch.cat([part.flatten(2) for part in jacobians.values()], 2)
-    p = net(X).detach().softmax(1)
-    H = torch.diag_embed(p) - p.unsqueeze(2) * p.unsqueeze(1)
+    J, H = jacobians_and_hessians(net, X)
     G = torch.einsum("ncd,nce,nef->df", J, H, J) / n
     evals = torch.linalg.eigvalsh(G)
     K = factor.gram.to_dense()
     torch.testing.assert_close(torch.linalg.eigvalsh(K)[-len(G) :], evals)
-    few = factor.risk.subset([3, 40, 41])
     risk = factor.risk
+    names = risk.params.keys()
+    parts = J.split(risk.sizes, dim=2)
     with as_guest(risk.device):
         capture, (variant, *_) = Capture(risk, X, n), find_structure(risk).variants
         cotangents = torch.randn(n, 10, 5, dtype=torch.float64)
         for takes in ("pairs", "columns"):
-            columns = capture.columns(cotangents, variant, params.keys(), takes)
+            columns = capture.columns(cotangents, variant, names, takes)
             assert not capture.together
-            for name, jacobian in jacobians.items():
-                rows = torch.einsum("ncr,ncd->nrd", cotangents, jacobian.flatten(2))
+            for name, jacobian in zip(names, parts, strict=True):
+                rows = torch.einsum("ncr,ncd->nrd", cotangents, jacobian)
                 torch.testing.assert_close(columns[name].rows(), rows.flatten(0, 1))
-    V = vl.GGNFactor(few).to_dense()
-    own = torch.einsum(
-        "ncd,nce,nef->df", J[[3, 40, 41]], H[[3, 40, 41]], J[[3, 40, 41]]
-    )
+    chosen = [3, 40, 41]
+    V = vl.GGNFactor(risk.subset(chosen)).to_dense()
+    own = torch.einsum("ncd,nce,nef->df", J[chosen], H[chosen], J[chosen])
     torch.testing.assert_close(V @ V.T, own / 3)

@@ -1,5 +1,7 @@
 """Damping by a diagonal: priors by layer or by entry, c V Vᵀ + P and its inverse."""
 
+import math
+
 import pytest
 import torch
 
@@ -236,3 +238,22 @@ def test_inner_products_of_weighted_columns_of_a_sample(
     ):
         found = sample_grams(one, other, memory=10**6)
         torch.testing.assert_close(found, formed(one) @ formed(other).mT)
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf])
+@pytest.mark.parametrize("at", [[2], [0, 7], list(range(8))])
+def test_inverses_on_the_side_of_parameters_refuse_what_is_no_number(at, number):
+    V = vl.Dense(Draw(FLOAT64)(8, 20))
+    G = V @ V.T
+    assert not G.by_gram
+    p = torch.linspace(1, 2, 8, dtype=FLOAT64)
+    inverse = torch.linalg.inv(G.to_dense() + p.diag())
+    torch.testing.assert_close((G + vl.Diagonal(p)).inv().to_dense(), inverse)
+    p[at] = number
+    with pytest.raises(ValueError, match="NaN or Inf"):
+        (G + vl.Diagonal(p)).inv()
+    for damping in (0.0, 0.5):  # on the diagonal or beside it
+        A = G.to_dense()
+        A[at, 0] = number
+        with pytest.raises(ValueError, match="NaN or Inf"):
+            (vl.Dense(A) + damping * vl.Identity(8)).inv()

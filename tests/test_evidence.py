@@ -1,5 +1,6 @@
 """The Laplace evidence, its gradients in the prior, and posterior precisions."""
 
+import math
 from collections.abc import Callable
 
 import pytest
@@ -193,6 +194,27 @@ def test_without_a_posterior_there_is_no_evidence(kind: str, negative: int) -> N
                 vl.posterior_precision(of, A, precision)
             with pytest.raises(ValueError, match="curvature: there is no posterior"):
                 vl.log_marginal_likelihood(of, A, precision)
+
+
+@pytest.mark.parametrize("precision", [0.5, "entries"])
+@pytest.mark.parametrize("down", [[0], [0, 3], [2, 5, 6]])
+def test_a_diagonal_may_take_a_curvature_below_zero(down: list[int], precision) -> None:
+    """Of two negative eigenvalues the determinant is positive."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(3, 2), nn.Tanh(), nn.Linear(2, 1)).double()
+    data = torch.randn(40, 3).double(), torch.randn(40, 1).double()
+    r = vl.EmpiricalRisk(net, nn.MSELoss(reduction="sum"), data)
+    entries, G = torch.full((r.num_params,), 0.25, dtype=float64), vl.GGN(r)
+    assert not G.by_gram
+    P = 2 * entries if precision == "entries" else precision
+    value = vl.log_marginal_likelihood(r, G + vl.Diagonal(entries), P)
+    log_det = torch.logdet(G.to_dense() + torch.eye(r.num_params).double() * 0.75)
+    theta = r.flatten(r.params)
+    prior = r.num_params * math.log(0.5) - 0.5 * theta @ theta
+    assert close(value, -r.value() + 0.5 * (prior - log_det))
+    entries[down] = -1e4
+    with pytest.raises(ValueError, match="curvature: there is no posterior"):
+        vl.log_marginal_likelihood(r, G + vl.Diagonal(entries), P)
 
 
 def test_an_evidence_without_a_maximum_is_not_looked_for() -> None:

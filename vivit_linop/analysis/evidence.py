@@ -164,9 +164,12 @@ def _is_semidefinite(op: TorchLinearOperator) -> bool:
     """Whether it has no negative eigenvalue by what it is."""
     if isinstance(op, Damped):
         return bool(op.damping >= 0.0) and _is_semidefinite(op.operator)
+    if isinstance(op, DiagonallyDamped):
+        entries = op.damping.entries
+        return bool((entries >= 0.0).all()) and _is_semidefinite(op.low_rank)
     if isinstance(op, LowRank):
         return op.semidefinite
-    return isinstance(op, (KFAC, EKFAC, DiagonallyDamped))
+    return isinstance(op, (KFAC, EKFAC))
 
 
 def _check_definite(op: TorchLinearOperator) -> None:

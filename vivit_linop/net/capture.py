@@ -43,8 +43,6 @@ Takes = Literal["norms", "stream", "factors", "columns", "rows", "pairs"]
 # They are formed where that takes less than this share of their factors: what is read
 # once or twice, where it is much less.
 _FORMED_SHARES: dict[Takes, float] = {"norms": 0.25, "stream": 0.0, "factors": 0.0}
-# Ways to take columns that form all that take less than their factors.
-_FORMING = {"columns", "rows", "pairs"}
 Maker = Callable[[Tensor], list[tuple[View, LayerColumns]]]
 
 
@@ -163,7 +161,7 @@ class Capture:
             makers = starmap(Use.columns, placed)
             return self._assembled(placed, makers, stacked, names, takes)
         # What is formed in any case is formed as cotangents come: they take more.
-        forms = width > 1 and takes in _FORMING
+        forms = width > 1 and takes not in _FORMED_SHARES
         apart, together = _split(
             placed, lambda use: forms and use.is_smaller_formed(self.num_samples)
         )

@@ -182,9 +182,9 @@ class DenseInverse(TorchLinearOperator):
         damping: δ; added in float64, so that it counts also where it is small.
 
     Raises:
-        ValueError: If A + δ I is singular, without damping also if A is but for
-            rounding; or if A is symmetric and δ > 0 is too small to make up for
-            eigenvalues that rounding has made negative.
+        ValueError: If A + δ I has NaN or Inf, or is singular, without damping also if A
+            is but for rounding; or if A is symmetric and δ > 0 is too small to make up
+            for eigenvalues that rounding has made negative.
     """
 
     def __init__(self, operator: Dense, damping: float = 0.0) -> None:
@@ -192,12 +192,15 @@ class DenseInverse(TorchLinearOperator):
         matrix = operator.matrix.to(torch.float64, copy=True)
         matrix.diagonal().add_(damping)
         self._lu, self._pivots, info = torch.linalg.lu_factor_ex(matrix)
-        faults = [info.any()]
+        faults = [~matrix.detach().isfinite().all(), info.any()]
         if damping == 0.0:
-            faults[0] |= self._is_ill_conditioned(matrix.detach(), operator.torch_dtype)
+            faults[1] |= self._is_ill_conditioned(matrix.detach(), operator.torch_dtype)
         elif damping > 0.0 and operator.self_adjoint:
             faults.append(torch.linalg.cholesky_ex(matrix).info.any())
-        is_singular, *is_indefinite = torch.stack(faults).tolist()  # the one wait
+        # The one wait.
+        no_numbers, is_singular, *is_indefinite = torch.stack(faults).tolist()
+        if no_numbers:
+            raise ValueError("inv: the matrix, or its damping, has NaN or Inf.")
         if any(is_indefinite):
             _check_noise(matrix, damping, operator.torch_dtype)
         if is_singular:
