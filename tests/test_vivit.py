@@ -336,6 +336,66 @@ def test_equal_to_vivit(original, name, grouping, mc_samples) -> None:
 # Better than the original -------------------------------------------------------------
 
 
+def _classifier(C: int, scale: float = 1.0) -> Problem:
+    """Six samples, and more parameters than outputs."""
+    torch.manual_seed(0)
+    last = nn.Linear(9, C)
+    nn.init.uniform_(last.weight, -scale, scale)
+    model = nn.Sequential(nn.Linear(7, 9), nn.Tanh(), last).double()
+    X = torch.rand(6, 7, dtype=torch.float64)
+    return Problem(model, nn.CrossEntropyLoss(), (X, torch.randint(C, (6,))))
+
+
+def _segmenter() -> Problem:
+    """A class for each of two pixels."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv1d(2, 4, 2), nn.Tanh(), nn.Conv1d(4, 3, 2)).double()
+    X = torch.rand(6, 2, 4, dtype=torch.float64)
+    return Problem(model, nn.CrossEntropyLoss(), (X, torch.randint(3, (6, 2))))
+
+
+@pytest.mark.parametrize("subsampling", (None, [4, 1]), ids=str)
+@pytest.mark.parametrize("C, scale", [(4, 1.0), (4, 12.0), (2, 1.0), (1, 1.0)], ids=str)
+def test_the_zeros_of_a_cross_entropy_are_not_computed(
+    C, scale, subsampling, monkeypatch
+) -> None:
+    """Its Hessian has rank C − 1, also where a probability is nearly 1."""
+    monkeypatch.setattr("vivit_linop.vivit.extensions._TURNED_COLUMNS", 1)
+    problem = _classifier(C, scale)
+    case, d = setting_of(problem), dense_of(problem)
+    (evals,) = case.run(EigvalshComputation(subsampling))
+    samples = d.N if subsampling is None else len(subsampling)
+    assert evals.shape == (samples * d.C,)
+    everything = torch.arange(d.D)
+    reference = torch.linalg.eigvalsh(ggn(d, everything, subsampling))
+    close(evals, reference[-len(evals) :].clamp(min=0.0))
+    assert (evals == 0).sum() >= samples
+
+
+def test_pixels_have_a_cross_entropy_each(form) -> None:
+    problem = _segmenter()
+    d = dense_of(problem)
+    (evals,) = setting_of(problem).run(EigvalshComputation())
+    close(evals, torch.linalg.eigvalsh(d.G)[-d.N * 6 :])
+
+
+@pytest.mark.parametrize("computation", COMPUTATIONS)
+def test_targets_that_do_not_count_are_refused(computation) -> None:
+    """BackPACK counts them as any others: eigenvalues were too large or too small."""
+    problem = _classifier(3)
+    X, y = problem.data
+    ignored, heavy = y.clone(), 2.0 * nn.functional.one_hot(y, 3).double()
+    ignored[2] = -100
+    for target, match in ((ignored, "ignored"), (heavy, "sum to 1")):
+        case = setting_of(
+            Problem(problem.model, problem.loss, (X, target)),
+            criterion=keep_all,
+            damping=one,
+        )
+        with pytest.raises(NotImplementedError, match=match):
+            case.run(computation())
+
+
 def _overdetermined() -> Problem:
     """N·C = 24 columns for D = 8 parameters."""
     torch.manual_seed(0)

@@ -233,6 +233,11 @@ class EigvalshComputation(_OfGGN[Tensor]):
 
     _keys = ("params",)
 
+    def _extension(self) -> BackpropExtension:
+        return layer_records(
+            self._mc_samples, self._subsampling, self._lists, at_rank=True
+        )
+
     def _begin(self, blocks: Sequence[Block]) -> None:
         super()._begin(blocks)
         self._grams: dict[int, Tensor] = {}
@@ -256,18 +261,16 @@ class EigvalshComputation(_OfGGN[Tensor]):
 
     def _compute(self, block: Block, of: Pass) -> Tensor:
         columns = block.take()
-        like = block.params[0]
+        N = of.num_samples
+        samples = N if self._subsampling is None else len(self._subsampling)
         if columns[0] is not None:
-            operator = self._operator(columns, like, of.num_samples)
-            evals = operator.eigvalsh()
-            surplus = operator.factor.shape[1] - len(evals)
-            return torch.cat([evals.new_zeros(surplus), evals]).sort().values
-        gram = self._grams.pop(id(block.group))
-        samples = (
-            of.num_samples if self._subsampling is None else len(self._subsampling)
-        )
-        # Only what is above the diagonal has been summed.
-        return symmetric_eigenvalues(gram.T) * (of.num_samples / samples)
+            evals = self._operator(columns, block.params[0], N).eigvalsh()
+        else:
+            # Only what is above the diagonal has been summed.
+            gram = self._grams.pop(id(block.group)).T
+            evals = symmetric_eigenvalues(gram) * (N / samples)
+        surplus = samples * (self._mc_samples or of.num_outputs) - len(evals)
+        return torch.cat([evals.new_zeros(surplus), evals]).sort().values
 
 
 class EighComputation(_OfGGN[tuple[Tensor, list[Tensor]]]):

@@ -31,6 +31,7 @@ from backpack.extensions.secondorder.sqrt_ggn.convtransposend import (
 )
 from backpack.extensions.secondorder.sqrt_ggn.embedding import SqrtGGNEmbedding
 from backpack.extensions.secondorder.sqrt_ggn.linear import SqrtGGNLinear
+from backpack.extensions.secondorder.sqrt_ggn.losses import SqrtGGNCrossEntropyLoss
 from backpack.utils.module_classification import is_loss
 from torch import Tensor, nn
 
@@ -41,6 +42,9 @@ from vivit_linop.net.structure import columns_of_weight
 
 SAVEFIELD = "vivit_linop_layer"
 """The attribute of a parameter that its record is saved in, until the hook takes it."""
+
+# From how many columns on one of C less pays: turning S takes 60 microseconds.
+_TURNED_COLUMNS = 128
 
 Subsampling = Iterable[int] | None
 Indices = list[int] | None
@@ -165,6 +169,34 @@ _MODULES: dict[type[nn.Module], _Recording] = {
 }
 
 
+class _AtRank(SqrtGGNCrossEntropyLoss):
+    """BackPACK's S of the cross-entropy without its null space: C − 1 columns."""
+
+    def backpropagate(
+        self,
+        ext: SqrtGGNExact,
+        module: nn.Module,
+        grad_inp: tuple[Tensor, ...],
+        grad_out: tuple[Tensor, ...],
+        backproped: None,
+    ) -> Tensor:
+        """Turn S of logits ``[N, C]`` until its last column is zero.
+
+        The columns ``[C, |S|, C]`` are dependent, Σ_c √p_c s_c = 0, and the reflection
+        that takes √p to the last axis leaves S Sᵀ as it is.
+        """
+        S: Tensor = super().backpropagate(ext, module, grad_inp, grad_out, backproped)
+        logits = layer_input(module)
+        small = len(S) < 2 or S.shape[0] * S.shape[1] < _TURNED_COLUMNS
+        if small or logits.ndim != 2:
+            return S
+        axis = chosen(logits, ext.get_subsampling()).softmax(1).sqrt().T
+        axis[-1] += 1.0
+        # |√p + e|² is twice its last entry, since both have norm 1.
+        along = torch.einsum("cn,cnd->nd", axis, S) / axis[-1:].T
+        return S[:-1] - axis[:-1].unsqueeze(-1) * along
+
+
 class _LayerRecords:
     """What the exact and the Monte-Carlo extension have in common."""
 
@@ -198,11 +230,15 @@ class _LayerRecords:
         if is_loss(module):
             for name, subsampling in self._checked.items():
                 check_subsampling(name, subsampling, len(layer_input(module)))
+            _check_targets(module)
         super().__call__(module, g_inp, g_out)  # type: ignore[misc]
 
 
 def layer_records(
-    mc_samples: int, subsampling: Indices, checked: dict[str, Indices]
+    mc_samples: int,
+    subsampling: Indices,
+    checked: dict[str, Indices],
+    at_rank: bool = False,
 ) -> BackpropExtension:
     """Return an extension that records the layers of a backward pass.
 
@@ -210,24 +246,30 @@ def layer_records(
         mc_samples: The number of Monte-Carlo samples; 0 for the exact S.
         subsampling: The samples that S is of; all if None.
         checked: All lists of samples, by the names of their arguments.
+        at_rank: Whether the exact S of a cross-entropy may have a column less.
     """
     if subsampling is None:
-        return _of_all_samples(mc_samples).again(checked)
-    return _records(mc_samples, subsampling, checked)
+        return _of_all_samples(mc_samples, at_rank).again(checked)
+    return _records(mc_samples, subsampling, checked, at_rank)
 
 
 def _records(
-    mc_samples: int, subsampling: Indices, checked: dict[str, Indices]
+    mc_samples: int, subsampling: Indices, checked: dict[str, Indices], at_rank: bool
 ) -> ExactLayerRecords | MCLayerRecords:
-    if mc_samples == 0:
-        return ExactLayerRecords(subsampling, checked)
-    return MCLayerRecords(mc_samples, subsampling, checked)
+    if mc_samples:
+        return MCLayerRecords(mc_samples, subsampling, checked)
+    records = ExactLayerRecords(subsampling, checked)
+    if at_rank:
+        records.set_module_extension(nn.CrossEntropyLoss, _AtRank(), overwrite=True)
+    return records
 
 
 @functools.lru_cache(maxsize=8)
-def _of_all_samples(mc_samples: int) -> ExactLayerRecords | MCLayerRecords:
+def _of_all_samples(
+    mc_samples: int, at_rank: bool
+) -> ExactLayerRecords | MCLayerRecords:
     """Making one takes an eighth of a small net's pass with BackPACK."""
-    return _records(mc_samples, None, {})
+    return _records(mc_samples, None, {}, at_rank)
 
 
 class ExactLayerRecords(_LayerRecords, SqrtGGNExact):
@@ -260,6 +302,26 @@ class MCLayerRecords(_LayerRecords, SqrtGGNMC):
     ) -> None:
         super().__init__(mc_samples, subsampling)
         self._record_layers(checked)
+
+
+def _check_targets(loss: nn.Module) -> None:
+    """Refuse targets of a cross-entropy that BackPACK's S does not know of."""
+    if not isinstance(loss, nn.CrossEntropyLoss):
+        return
+    stored: Any = loss
+    target: Tensor = stored.input1
+    if target.is_floating_point():
+        mass = target.sum(1)
+        counted = torch.allclose(mass, torch.ones_like(mass), rtol=0.0, atol=1e-3)
+        found = "soft targets do not sum to 1"
+    else:
+        counted = not (target == loss.ignore_index).any()
+        found = f"some targets are {loss.ignore_index}, and are ignored"
+    if not counted:
+        raise NotImplementedError(
+            f"{loss}: {found}, but for BackPACK all samples count the same. Leave such "
+            "samples out, or use vl.GGN, which takes any."
+        )
 
 
 def check_subsampling(

@@ -24,18 +24,21 @@ class Pass:
 
     Attributes:
         num_samples: N.
+        num_outputs: The entries of a sample's output.
         r: What the loss multiplies the sum over samples with, 1/N or 1.
     """
 
     num_samples: int
+    num_outputs: int
     r: float
 
     @classmethod
     def of(cls, loss: nn.Module) -> Pass:
         """The pass that begins at a loss."""
-        num_samples = len(layer_input(loss))
+        output = layer_input(loss)
         mean = getattr(loss, "reduction", "mean") == "mean"
-        return cls(num_samples, 1.0 / num_samples if mean else 1.0)
+        r = 1.0 / len(output) if mean else 1.0
+        return cls(len(output), output[:1].numel(), r)
 
 
 @dataclass
