@@ -1,6 +1,9 @@
 """Risks stay the same function, and models that are none are refused."""
 
 import copy
+import gc
+import pickle
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -196,3 +199,52 @@ def test_a_layer_whose_input_is_overwritten() -> None:
     ):
         with pytest.raises(RuntimeError, match=r"in ?place"):
             use(vl.EmpiricalRisk(net, loss, data))
+
+
+@pytest.mark.parametrize("where", ["beside", "inside", "unused"])
+def test_a_parameter_that_is_a_buffer_too(where: str) -> None:
+    """It is the parameter, by whichever of its names it is used."""
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        hidden = m.second(m.first(x).tanh())
+        return hidden if where == "unused" else hidden @ owner(m).again
+
+    def owner(m: Any) -> Any:
+        return m.first if where == "inside" else m
+
+    _, loss, (X, y) = toy()
+    torch.manual_seed(0)
+    net = Lambda(forward, first=nn.Linear(4, 3), second=nn.Linear(3, 3)).double()
+    owner(net).register_buffer("again", net.second.weight)
+    risk = vl.EmpiricalRisk(net, loss, (X, y))
+    parameters, outputs = list(net.parameters()), net(X)
+
+    def pulled_back(scalar: Tensor) -> Tensor:
+        found = torch.autograd.grad(scalar, parameters, retain_graph=True)
+        return torch.cat([g.reshape(-1) for g in found])
+
+    J = torch.stack([pulled_back(entry) for entry in outputs.reshape(-1)])
+    torch.testing.assert_close(risk.gradient(), pulled_back(loss(outputs, y)))
+    torch.testing.assert_close(vl.Jacobian(risk).to_dense(), J)
+    with torch.no_grad():
+        net.second.weight.mul_(2.0)
+    torch.testing.assert_close(risk.at().value(), loss(net(X), y).detach())
+    assert risk.at().is_current() and not risk.is_current()
+
+
+@pytest.mark.parametrize("kind", ["all", "some", "over"])
+def test_parameters_of_a_model_that_is_gone_are_freed(kind: str) -> None:
+    net, loss, data = toy()
+    known = [weakref.ref(p) for p in net.parameters()]
+    some = [*net[0].parameters()] if kind == "some" else None
+    risk = vl.EmpiricalRisk(net, loss, data, some)
+    if kind == "over":
+        risk = risk.over([next(iter(risk.params))])
+    G, x = vl.GGN(risk), random_vector(risk.num_params)
+    before = G @ x
+    del net, some
+    gc.collect()
+    assert not any(parameter() is not None for parameter in known)
+    torch.testing.assert_close(G @ x, before)
+    there = pickle.loads(pickle.dumps(G))
+    torch.testing.assert_close(there @ x, before)

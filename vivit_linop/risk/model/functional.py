@@ -29,7 +29,13 @@ from vivit_linop.risk.model.given import (
     check_modes,
     unwrapped,
 )
-from vivit_linop.risk.model.original import ModelFunction, Original, Params, Predict
+from vivit_linop.risk.model.original import (
+    ModelFunction,
+    Original,
+    Params,
+    Predict,
+    named_slots,
+)
 from vivit_linop.risk.model.outputs import OutputTree
 from vivit_linop.risk.model.parameters import (
     as_pairs,
@@ -138,15 +144,15 @@ class FunctionalModel:
         """Copy all that outputs depend on: it stays as it is when training goes on."""
         if not isinstance(model, nn.Module):
             return PrivateFunction(model, self._dtype)
-        buffers = dict(model.named_buffers())
-        slots = dict(model.named_parameters()) | buffers
+        slots, parameters = named_slots(model), dict(model.named_parameters())
         self._fixed = {
             name: _of_kind(tensor, self._copied(tensor))
             for name, tensor in self.original.tensors().items()
             if name not in self.params
         }
         check_fixed(self._fixed)
-        self._buffers, self._moved = list(buffers), {}
+        self._buffers = [name for name in slots if name not in parameters]
+        self._moved = {}
         own = {**self._fixed, **self._as_given(self.params)}
         predict = self.original.predict
         private = PrivateModule(model, predict, slots, own, self._dtype)
@@ -175,7 +181,7 @@ class FunctionalModel:
         Raises:
             ValueError: If the user's module is gone, or has lost a parameter or buffer.
         """
-        now = self.original.present({**self.original.owners, **self._fixed})
+        now = self.original.present({**self._as_given(self.params), **self._fixed})
         return {n: now[n] for n in self.params}, {n: now[n] for n in self._fixed}
 
     def is_at_present(self) -> bool:
@@ -313,8 +319,7 @@ class FunctionalModel:
         yield from self._private.constants
         module = self.original.module
         if module is not None:
-            yield from module.parameters()
-            yield from module.buffers()
+            yield from named_slots(module).values()
 
     def writes(self) -> None:
         """Give copies of the input from now on."""
@@ -405,10 +410,7 @@ class FunctionalModel:
         self.foreign.check()
         with torch.inference_mode(False):
             values = {**self._fixed, **params}
-            buffers = {
-                name: values[name].detach().clone()
-                for name, _ in self._private.module.named_buffers()
-            }
+            buffers = {name: values[name].detach().clone() for name in self._buffers}
             parameters = {
                 name: nn.Parameter(values[name].detach().clone(), name in params)
                 for name, _ in self._private.module.named_parameters()

@@ -37,18 +37,27 @@ class Original:
         predict: Predict | None,
         owners: Params,
     ) -> None:
-        self.predict, self.owners = predict, owners
+        self.predict, self._in_place = predict, owners
         self._is_module = isinstance(model, nn.Module)
-        self._in_place = set(owners)
+        # Those of a module live as long as somebody else keeps them, too.
+        self._own: dict[str, weakref.ref[Tensor]] = {}
         self._given: Callable[[], Any] | None = lambda: model
         if isinstance(model, nn.Module):
             self._given = weakref.ref(model)
             named = dict(model.named_parameters())
-            self._in_place = {n for n, p in owners.items() if p is not named[n]}
+            own = {n: p for n, p in owners.items() if p is named[n]}
+            self._own = {n: weakref.ref(p) for n, p in own.items()}
+            self._in_place = {n: p for n, p in owners.items() if n not in own}
 
     def __getstate__(self) -> dict[str, Any]:
-        """What travels: its parameters alone."""
-        return self.__dict__ | {"predict": None, "_given": None}
+        """What travels: tensors in the place of parameters."""
+        return self.__dict__ | {"predict": None, "_given": None, "_own": {}}
+
+    @property
+    def owners(self) -> Params:
+        """The chosen parameters that are still there, by name."""
+        here = ((name, known()) for name, known in self._own.items())
+        return {n: p for n, p in here if p is not None} | self._in_place
 
     @property
     def model(self) -> Any:
@@ -62,11 +71,10 @@ class Original:
 
     def tensors(self) -> Params:
         """What its outputs depend on now, by name: parameters, buffers of a module."""
-        own = {name: self.owners[name] for name in self._in_place}
         module = self.module
         if module is None:
-            return own
-        return dict(module.named_parameters()) | dict(module.named_buffers()) | own
+            return self._in_place
+        return named_slots(module) | self._in_place
 
     def present(self, known: Mapping[str, Tensor]) -> Params:
         """Return what they are now.
@@ -102,3 +110,14 @@ class Original:
                     f"parameters: the model has {name!r}, and had none when the risk "
                     "was made. Make a new risk."
                 )
+
+
+def named_slots(module: nn.Module) -> Params:
+    """The parameters and buffers of a module by name, each tensor once.
+
+    A parameter that is a buffer of another part, too, is the parameter.
+    """
+    parameters = dict(module.named_parameters())
+    known = {*map(id, parameters.values())}
+    buffers = {n: b for n, b in module.named_buffers() if id(b) not in known}
+    return parameters | buffers

@@ -34,7 +34,12 @@ from vivit_linop.noise import Noise
 from vivit_linop.risk.data.containers import rebuilt
 from vivit_linop.risk.model.copies import Copies, Plan
 from vivit_linop.risk.model.frozen_values import FrozenValues
-from vivit_linop.risk.model.original import ModelFunction, Params, Predict
+from vivit_linop.risk.model.original import (
+    ModelFunction,
+    Params,
+    Predict,
+    named_slots,
+)
 from vivit_linop.risk.model.outputs import Returned
 from vivit_linop.risk.model.parameters import HALVES, in_precision
 from vivit_linop.risk.model.sharded import whole
@@ -132,7 +137,7 @@ class PrivateModule:
 
     def is_copy_of(self, model: nn.Module, predict: Predict | None) -> bool:
         """Whether it is still what a copy would be, but for what is in slots."""
-        slots = dict(model.named_buffers()) | dict(model.named_parameters())
+        slots = named_slots(model)
         same = Comparison(
             (slots[name], own) for name, own in self._own.items() if name in slots
         )
