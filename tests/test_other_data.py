@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from torch.func import functional_call, jacrev
 from torch.utils.data import DataLoader, TensorDataset
 
 import vivit_linop as vl
+from vivit_linop.risk.model.functional import FunctionalModel
 
 D64 = torch.float64
 
@@ -180,3 +182,84 @@ def test_whether_the_model_is_what_it_was(change: str) -> None:
             del net
     assert not risk.is_current()
     assert not risk.on(data(4)).is_current()
+
+
+class Gains(nn.Module):
+    """Layers that functions lead to, each of which closes over a number of its own."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.inner, self.outer = mlp(), nn.Linear(3, 3).double()
+        self.gains = (
+            self._take("f", self.inner, how),
+            self._take("g", self.outer, how),
+        )
+
+    def _take(self, name: str, layer: nn.Module, how: str) -> Any:
+        gain = 1.0
+
+        def scaled(x: Tensor) -> Tensor:
+            out: Tensor = gain * layer(x)
+            return out
+
+        def by_default(x: Tensor, layer: nn.Module = layer) -> Tensor:
+            out: Tensor = gain * layer(x)
+            return out
+
+        def change(to: float) -> None:
+            nonlocal gain
+            gain = to
+
+        function = by_default if how == "defaults" else scaled
+        setattr(self, name, partial(function) if how == "partial" else function)
+        return change
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.g(self.f(x).tanh())
+        return out
+
+
+@pytest.mark.parametrize("how", ["closures", "defaults", "partial"])
+@pytest.mark.parametrize("which", [0, 1])
+def test_each_of_several_functions_is_looked_into(which: int, how: str) -> None:
+    net, (X, y) = Gains(how).eval(), data(6)
+    risk = vl.EmpiricalRisk(net, nn.CrossEntropyLoss(), (X, y))
+    assert risk.is_current()
+    net.gains[which](3.0)
+    assert not risk.is_current()
+    expected = nn.functional.cross_entropy(net(X), y)
+    assert torch.allclose(risk.at().value(), expected)
+
+
+@pytest.mark.parametrize("kind", ["buffer", "frozen", "attribute", "list"])
+def test_what_is_not_a_number_stays_what_it_is(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A place that is not filled yet, as a cache has them."""
+    net: Any = mlp()
+    empty = torch.full((2,), torch.nan, dtype=D64)
+    if kind == "buffer":
+        net.register_buffer("cache", empty)
+    elif kind == "frozen":
+        net.cache = nn.Parameter(empty, requires_grad=False)
+    else:
+        net[0].cache = empty if kind == "attribute" else [empty]
+    risk = vl.EmpiricalRisk(net, nn.CrossEntropyLoss(), data(6))
+    assert risk.is_current()
+    with monkeypatch.context() as patch:
+        patch.setattr(FunctionalModel, "anew", None)
+        assert risk.at().is_current()
+    empty[1] = 2.0
+    assert not risk.is_current()
+
+
+@pytest.mark.host("GPUs have orders of their own")
+def test_other_data_change_nothing_of_the_risk() -> None:
+    """Whether its images come in the order that is the fastest is its own business."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(2, 3, 3), nn.Tanh(), nn.Flatten(), nn.Linear(12, 3))
+    X, y = torch.randn(5, 2, 4, 4), torch.arange(5) % 3
+    risk = vl.EmpiricalRisk(net, nn.CrossEntropyLoss(), (X, y))
+    assert risk.model.channels_last
+    risk.on((X[:2], y[:2])), risk.subset([1])
+    assert risk.model.channels_last

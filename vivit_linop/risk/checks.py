@@ -8,7 +8,6 @@ can be asked too. Whether it is one function of each sample is asked next
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ from vivit_linop.risk.kept import Run, run_of
 from vivit_linop.risk.model.functional import FunctionalModel
 from vivit_linop.risk.model.original import Params
 from vivit_linop.risk.model.outputs import RaggedOutputs
-from vivit_linop.risk.model.parameters import check_finite, strided_parts
+from vivit_linop.risk.model.parameters import check_finite, same_entries
 
 # From how many states of the generators a model that draws is evaluated on the first
 # batch. A coin that is used falls alike in all of them once in 2⁸ times.
@@ -107,7 +106,7 @@ def checked_outputs(
             raise
         drawn = not torch.equal(before, _random_state(model.device))
     output = run.output
-    same = [_is_as_before(kept[name], buffer) for name, buffer in buffers.items()]
+    same = [same_entries(kept[name], buffer) for name, buffer in buffers.items()]
     if items and output.ndim and len(output) == items:
         raise RaggedOutputs(output.detach())
     _check_form(model, where, output, n)
@@ -166,15 +165,6 @@ def _check_form(model: FunctionalModel, where: str, output: Tensor, n: int) -> N
             f"are {model.dtype} on {model.device}. Convert the model and the data "
             "alike."
         )
-
-
-def _is_as_before(before: Tensor, now: Tensor) -> Tensor:
-    """Whether a buffer is what it was, not read by the host."""
-    pairs = list(zip(strided_parts(before), strided_parts(now), strict=True))
-    if any(a.shape != b.shape for a, b in pairs):  # it has other entries
-        return torch.zeros((), dtype=torch.bool, device=now.device)
-    same = [((a == b) | ((a != a) & (b != b))).all() for a, b in pairs]
-    return functools.reduce(torch.logical_and, same)
 
 
 def _check_dtypes(model: FunctionalModel, index: int, X: Any) -> None:

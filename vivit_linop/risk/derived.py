@@ -72,10 +72,11 @@ class DerivableRisk(Risk):
                 parts = select_samples(batches, sizes, own.tolist(), self.samples)
         try:
             cuts = Cuts(final=True)
-            passes = Passes(parts, self.model, search, None, cuts, self.progress)
+            model = copy.copy(self.model)  # which learns from other batches
+            passes = Passes(parts, model, search, None, cuts, self.progress)
             Risk.__init__(
                 risk,
-                *(self.model, self.loss, passes, self.ranks, self.memory),
+                *(model, self.loss, passes, self.ranks, self.memory),
                 check=self._check,
                 check_data=False,  # they are in memory
                 parts_differ=False,
@@ -227,7 +228,7 @@ class DerivableRisk(Risk):
             passes = self._passes.of(data, self.model)
         Risk.__init__(
             risk,
-            *(self.model, self.loss, passes, self.ranks, self.memory),
+            *(copy.copy(self.model), self.loss, passes, self.ranks, self.memory),
             check=False,
             check_data=check_data and not isinstance(data, (list, tuple)),
             parts_differ=check_data,

@@ -50,8 +50,9 @@ class Comparison:
         pairs = list(replaced)
         self.replaced = {id(tensor): new for tensor, new in pairs}
         self.new = {id(new) for _, new in pairs}
-        # Objects may lead to themselves.
-        self._seen: set[tuple[int, int]] = set()
+        # Objects may lead to themselves. They are kept here, so that no other one gets
+        # their numbers.
+        self._seen: dict[tuple[int, int], tuple[Any, Any]] = {}
 
     def __call__(self, value: Any, twin: Any) -> bool:
         """Whether an object is what it was when its twin was made."""
@@ -63,7 +64,7 @@ class Comparison:
         key = id(value), id(twin)
         if key in self._seen:
             return True
-        self._seen.add(key)
+        self._seen[key] = value, twin
         return _same(value, twin, self)
 
     def each(self, values: Iterable[Any], twins: Iterable[Any]) -> bool:
