@@ -5,7 +5,7 @@ import copy
 import dataclasses
 import pickle
 from collections import UserDict, namedtuple
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from types import MappingProxyType, SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import vivit_linop as vl
 from tests.cases import Lambda
 from tests.sample_truth import check, check_products, truth_of
+from vivit_linop.risk.data.containers import copied, leaves
 
 CE = nn.CrossEntropyLoss()
 N = 6
@@ -316,8 +317,8 @@ def test_targets_may_be_several(form: str) -> None:
     )
     some = truth_of(model, [samples[i] for i in (5, 0)], 1 / 2)
     check_products(risk.subset([5, 0]), some)
-    for copied in (copy.deepcopy(risk), pickle.loads(pickle.dumps(risk))):
-        assert torch.equal(copied.gradient(), risk.gradient())
+    for there in (copy.deepcopy(risk), pickle.loads(pickle.dumps(risk))):
+        assert torch.equal(there.gradient(), risk.gradient())
 
 
 def test_two_inputs_and_two_targets() -> None:
@@ -399,3 +400,121 @@ def test_items_that_are_attributes_may_raise_errors_of_items() -> None:
             Lambda(lambda m, x, s: m.f(x) * s, f=net()), CE, ((x, scale), y)
         )
         torch.testing.assert_close(risk.gradient(), plain.gradient())
+
+
+class Kept(MutableMapping[str, Any]):
+    """A mapping that keeps its items in a dictionary, as they do that are no dict."""
+
+    def __init__(self, **items: Any) -> None:
+        self.items_kept = items
+
+    def __getitem__(self, name: str) -> Any:
+        return self.items_kept[name]
+
+    def __setitem__(self, name: str, item: Any) -> None:
+        self.items_kept[name] = item
+
+    def __delitem__(self, name: str) -> None:
+        del self.items_kept[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.items_kept)
+
+    def __len__(self) -> int:
+        return len(self.items_kept)
+
+
+class Keyed:
+    """No mapping, but it has keys."""
+
+    __slots__ = ("_items",)
+
+    def __init__(self, **items: Any) -> None:
+        self._items = items
+
+    def keys(self) -> Any:
+        return self._items.keys()
+
+    def __getitem__(self, name: str) -> Any:
+        return self._items[name]
+
+    def __setitem__(self, name: str, item: Any) -> None:
+        self._items[name] = item
+
+
+class Deep(Kept):
+    """It keeps its items where no copy of it finds them."""
+
+    def __init__(self, **items: Any) -> None:
+        self.below = SimpleNamespace(items=items)
+
+    @property
+    def items_kept(self) -> dict[str, Any]:
+        return self.below.items
+
+
+@pytest.mark.parametrize("kind", [Kept, Keyed])
+def test_items_of_the_user_stay(kind: Callable[..., Any]) -> None:
+    X = kind(x=x, scale=scale)
+    model = Lambda(of_items, f=net())
+    risk = vl.EmpiricalRisk(model, CE, [(X, y)], predict=lambda m, X: m(X))
+    own = net()
+    risk.subset([4, 1])
+    assert X["x"] is x and X["scale"] is scale
+    expected = F.cross_entropy(own(x) * scale, y)
+    gradient = torch.autograd.grad(expected, list(own.parameters()))
+    torch.testing.assert_close(risk.at().value(), expected)
+    torch.testing.assert_close(risk.gradient(), risk.flatten(gradient))
+    assert X["x"] is x and X["scale"] is scale
+
+
+@pytest.mark.parametrize("kind", [Kept, lambda **items: MappingProxyType(items)])
+def test_labels_of_the_user_stay(kind: Callable[..., Any]) -> None:
+    X = kind(x=x, labels=y)
+    model = net()
+    risk = vl.EmpiricalRisk(model, CE, [X], predict=lambda m, X: m(X["x"]))
+    assert list(X) == ["x", "labels"]
+    torch.testing.assert_close(risk.at().value(), F.cross_entropy(model(x), y))
+
+
+def test_copies_that_share_items_are_refused() -> None:
+    for X, data in [
+        (inputs := Deep(x=x, scale=scale), [(inputs, y)]),
+        (batch := Deep(x=x, labels=y), [batch]),
+    ]:
+        before = dict(X)
+        with pytest.raises(TypeError, match="data: a copy of Deep has its items"):
+            vl.EmpiricalRisk(Lambda(of_items, f=net()), CE, data)
+        assert all(X[name] is item for name, item in before.items())
+
+
+class Views(Mapping[str, Any]):
+    """A mapping whose items are made as they are asked for."""
+
+    def __init__(self, items: dict[str, Tensor]) -> None:
+        self.made_of = items
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.made_of[name][:]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.made_of)
+
+    def __len__(self) -> int:
+        return len(self.made_of)
+
+
+@pytest.mark.parametrize("kind", ["nested", "views", "objects"])
+def test_tensors_that_are_made_when_asked_for_are_told_apart(kind: str) -> None:
+    """One that is gone may leave its number to the next."""
+    parts = [[torch.full((2,), 10.0 * i + j) for j in range(3)] for i in range(4)]
+    X: Any
+    if kind == "nested":
+        X = tuple(map(torch.nested.nested_tensor, parts))
+    elif kind == "views":
+        X = tuple(Views({str(j): part for j, part in enumerate(p)}) for p in parts)
+    else:
+        X = [Views({"x": torch.stack(part)}) for part in parts]
+    for own, given in zip(copied(X), X, strict=True):
+        for left, right in zip(leaves(own), leaves(given), strict=True):
+            assert left is not right and torch.equal(left, right)

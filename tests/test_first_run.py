@@ -7,6 +7,7 @@ import pickle
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -263,3 +264,27 @@ print(any(name.startswith("vivit_linop.net") for name in sys.modules))
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     )
     assert done.stdout.split("\n")[:2] == ["[6.0, 6.0, 6.0]", "False"]
+
+
+@pytest.mark.parametrize("kind", ["precision", "holes"])
+def test_inputs_that_are_changed_on_their_way_are_recognised(kind: str) -> None:
+    """In another precision than given, or with places that are no numbers."""
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        sizes.append(len(x))
+        return m.last(m.first(x.nan_to_num(0.5)).tanh())
+
+    sizes: list[int] = []
+    problem = _problem(forward)
+    X, y = problem.data
+    filled = Problem(problem.model, problem.loss, (X.float().double(), y))
+    given = X.float()
+    if kind == "holes":
+        given = X.clone()
+        given[3, 1] = torch.nan
+        filled = Problem(problem.model, problem.loss, (given.nan_to_num(0.5), y))
+    risk = _risk(replace(problem, data=(given, y)), dtype=torch.float64)
+    sizes.clear()
+    gradient = risk.gradient()
+    assert not sizes
+    torch.testing.assert_close(gradient, dense_of(filled).U.mean(1))

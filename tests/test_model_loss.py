@@ -177,3 +177,12 @@ def test_what_is_no_model_with_a_loss() -> None:
         vl.EmpiricalRisk(Language("classes"), "model", (batch["ids"], batch["labels"]))
     with pytest.raises(TypeError, match="'model', got 'mean'"):
         vl.EmpiricalRisk(Language("classes"), "mean", batch)
+    with pytest.raises(TypeError, match="for a module, 'model', got 'model'"):
+        vl.EmpiricalRisk(lambda p, X: X, "model", batch, {"w": torch.ones(1)})
+
+
+def test_parameters_may_be_named_by_an_iterator() -> None:
+    model, batch = Language("classes"), batch_of("classes")
+    listed = vl.EmpiricalRisk(model, "model", batch, [*model.parameters()])
+    found = vl.EmpiricalRisk(model, "model", batch, model.parameters())
+    assert torch.equal(found.gradient(), listed.gradient())

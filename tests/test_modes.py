@@ -2,6 +2,8 @@
 
 import contextlib
 import copy
+import subprocess
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -363,3 +365,23 @@ def test_random_numbers_are_saved_once_a_product(
         saved.clear()
         product()
         assert len(saved) <= 1
+
+
+@pytest.mark.parametrize("mode", ["inference_mode", "no_grad"])
+def test_the_package_may_be_imported_in_any_mode(mode: str) -> None:
+    """As where it is needed, inside of a function that evaluates."""
+    code = f"""
+import torch
+with torch.{mode}():
+    import vivit_linop as vl
+X, y = torch.rand(6, 3), torch.arange(6) % 2
+G = vl.GGN(torch.nn.Linear(3, 2), torch.nn.CrossEntropyLoss(), (X, y))
+x = torch.rand(8, requires_grad=True)
+(G @ x).sum().backward()
+assert torch.allclose(x.grad, G @ torch.ones(8), atol=1e-6)
+delta = torch.tensor(0.5, requires_grad=True)
+(G + delta * vl.Identity(8)).logdet().backward()
+trace = (G + 0.5 * vl.Identity(8)).inv().trace()
+assert torch.allclose(delta.grad, trace)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -317,12 +317,51 @@ def test_nested_tensors(layout: torch.layout) -> None:
     check_products(risk.subset([4, 1]), some)
 
 
-def test_sparse_inputs() -> None:
+@pytest.mark.parametrize(
+    "layout", [torch.sparse_coo, torch.sparse_csr, torch.sparse_csc]
+)
+def test_sparse_inputs(layout: torch.layout) -> None:
     dense = randn(N, 4) * (torch.rand(N, 4, generator=GENERATOR) < 0.5)
     torch.manual_seed(1)
-    model = nn.Linear(4, C).double()
-    risk = vl.EmpiricalRisk(model, CE, (dense.to_sparse(), y))
-    check_products(risk, truth_for(model, dense, lambda X, i: (X[[i]],), range(N)))
+    model = Lambda(lambda m, x: x @ m.f.weight.T + m.f.bias, f=nn.Linear(4, C)).double()
+    risk = vl.EmpiricalRisk(model, CE, (dense.to_sparse(layout=layout), y))
+
+    def one(X: Tensor, i: int) -> tuple[Tensor]:
+        return (X[[i]],)
+
+    check_products(risk, truth_for(model, dense, one, range(N)))
+    check_products(risk.subset([4, 1]), truth_for(model, dense, one, [4, 1]))
+
+
+def test_two_nested_tensors() -> None:
+    lists = [[randn(k, 3) for k in (2, 3, 1, 2, 4, 2)] for _ in range(2)]
+    X = tuple(map(torch.nested.nested_tensor, lists))
+
+    def forward(m: Any, *inputs: Any) -> Tensor:
+        a, b = (X.unbind() if isinstance(X, Tensor) else X for X in inputs)
+        pairs = zip(a, b, strict=True)
+        return torch.stack([m.f(a).tanh().mean(0) - m.g(b).mean(0) for a, b in pairs])
+
+    torch.manual_seed(1)
+    model = Lambda(forward, f=nn.Linear(3, C), g=nn.Linear(3, C)).double()
+    risk = vl.EmpiricalRisk(model, CE, (X, y))
+
+    def one(X: Any, i: int) -> tuple[Any, ...]:
+        return [X[0][i]], [X[1][i]]
+
+    check_products(risk, truth_for(model, lists, one, range(N)))
+
+
+def test_bags_whatever_the_default_device_is() -> None:
+    torch.manual_seed(1)
+    tokens, offsets = torch.randint(11, (20,)), torch.tensor([0, 3, 5, 9, 12, 15])
+    model, loss = Bag().double(), nn.CrossEntropyLoss()
+    with torch.device("meta"):
+        risk = vl.EmpiricalRisk(model, loss, ((tokens, offsets), y))
+        part = risk.subset([4, 1])
+    own = torch.cat([tokens[12:15], tokens[3:5]]), torch.tensor([0, 3])
+    expected = loss(model(*own), y[[4, 1]])
+    torch.testing.assert_close(part.value(), expected.detach())
 
 
 class Dictionary(dict):

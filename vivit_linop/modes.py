@@ -478,7 +478,8 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
 
 
 # In what a transformation of ``torch.func`` runs, torch refuses ``requires_grad_()``.
-_LEAF = torch.zeros((), device="cpu", requires_grad=True)
+with torch.inference_mode(False):  # in which the package may be imported
+    _LEAF = torch.zeros((), device="cpu", requires_grad=True)
 
 
 def needs_a_node(X: Tensor) -> bool:

@@ -223,8 +223,9 @@ def damped_logdet_of_block_diagonal(op: BlockDiagonal, damping: Scalar) -> Tenso
 # Arithmetic with numbers ------------------------------------------------------------
 
 # Without axes and on the CPU, they go with tensors of any device and precision.
-_ZERO = torch.zeros((), dtype=torch.float32, device="cpu")
-_ONE = torch.ones((), dtype=torch.float32, device="cpu")
+with torch.inference_mode(False):  # in which the package may be imported
+    _ZERO = torch.zeros((), dtype=torch.float32, device="cpu")
+    _ONE = torch.ones((), dtype=torch.float32, device="cpu")
 
 
 def times(X: Tensor, c: Scalar) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -163,6 +164,8 @@ class EmpiricalRisk(DerivableRisk):
                 check_real(memory, "memory")
                 if not memory >= 0:
                     raise ValueError(f"memory: bytes, at least 0, got {memory!r}.")
+            if isinstance(params, Iterator):  # asked several times for "model"
+                params = list(params)
             search = Search(sample_axis, take, count)
             if isinstance(loss, str):
                 of_model = loss_of_model(

@@ -37,6 +37,7 @@ from vivit_linop.risk.model.foreign_memory import ForeignMemory
 from vivit_linop.risk.model.functional import FunctionalModel, is_written
 from vivit_linop.risk.model.original import Params
 from vivit_linop.risk.model.outputs import RaggedOutputs
+from vivit_linop.risk.model.parameters import have_equal_entries, in_precision
 
 Value = TypeVar("Value")
 
@@ -253,6 +254,7 @@ class Run:
             would: there are only torch's own functions in the graph, and no hooks.
         saved: What the graph has saved, with the versions of then.
         foreign: The memory of others that the net reads.
+        precision: That of the input, if it has another one than what is given.
     """
 
     X: Any
@@ -263,6 +265,7 @@ class Run:
     repeats: bool = False
     saved: list[tuple[Tensor, int]] = field(default_factory=list)
     foreign: ForeignMemory = field(default_factory=ForeignMemory)
+    precision: torch.dtype | None = None
 
     def serve(self, record: Record | None, model: FunctionalModel) -> None:
         """Let it serve as a run of the net.
@@ -274,6 +277,7 @@ class Run:
         if record is None:
             return
         self.record, self.foreign = record, model.foreign
+        self.precision = model.precision
         self.repeats = not record.has_hooks and not has_own_code(self.output)
         saved = saved_in(self.output)
         self.saved = [(tensor, tensor._version) for tensor in saved]
@@ -295,7 +299,8 @@ class Run:
         if own.keys() != given.keys():
             return False
         for name, part in own.items():
-            if part.dtype != given[name].dtype or not torch.equal(part, given[name]):
+            other = in_precision(given[name], self.precision)
+            if part.dtype != other.dtype or not have_equal_entries(part, other):
                 return False
         for tensor, version in self.saved:
             if tensor._version != version:

@@ -225,10 +225,10 @@ def loss_of_model(
         TypeError: If ``loss`` is another word, or the model returns no loss.
         ValueError: If there are no data, or the loss is none that is known.
     """
-    if loss != "model":
+    if loss != "model" or not isinstance(model, nn.Module):
         raise TypeError(
-            f"loss: a torch.nn loss, a function (output, target) -> scalar or 'model', "
-            f"got {loss!r}."
+            "loss: a torch.nn loss, a function (output, target) -> scalar or, for a "
+            f"module, 'model', got {loss!r}."
         )
     batches = as_batches(data, target)
     first = next(replay(batches, torch.random.get_rng_state()), None)

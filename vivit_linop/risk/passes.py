@@ -7,7 +7,6 @@ batch: so the cut also is the check that samples are independent.
 
 from __future__ import annotations
 
-import copy
 import operator
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
@@ -41,6 +40,7 @@ from vivit_linop.risk.data.containers import (
     is_leaf,
     leaves,
     map_leaves,
+    without_item,
 )
 from vivit_linop.risk.data.sample_search import Search
 from vivit_linop.risk.data.samples import Samples
@@ -390,8 +390,7 @@ def _split(batch: Any, index: int, target: Target | None) -> Batch:
     if holds_targets(batch):
         if not isinstance(batch, Mapping):
             return batch, batch.y
-        inputs: Any = copy.copy(batch)
-        return inputs, inputs.pop(LABELS)
+        return without_item(batch, LABELS)
     raise TypeError(
         f"data: batch {index} must be a pair (X, y) with a tensor y, or hold its "
         f"targets as {LABELS!r} in a mapping or as an attribute y, got "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from vivit_linop.net.columns.base import DenseColumns, LayerColumns
@@ -80,8 +79,9 @@ class WeightedKhatriRao(KhatriRaoColumns):
         rows = self.num_samples * self.width
         chunk = memory // (rows * inputs * self.cotangents.element_size())
         norms = self.cotangents.new_zeros(rows)
+        chunk = max(1, int(min(chunk, channels)))
         for group in range(groups):
-            for part in torch.arange(channels).split(max(1, min(chunk, channels))):
-                place = slice(int(part[0]), int(part[-1]) + 1)
+            for start in range(0, channels, chunk):
+                place = slice(start, start + chunk)
                 norms += self.block(group, place).square_().sum(1)
         return norms

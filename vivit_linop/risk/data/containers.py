@@ -10,7 +10,14 @@ from __future__ import annotations
 import collections
 import copy
 import dataclasses
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import (
+    Callable,
+    Hashable,
+    Iterator,
+    Mapping,
+    MutableMapping,
+    Sequence,
+)
 from functools import singledispatch
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -131,14 +138,47 @@ def opened_packed(value: PackedSequence) -> Opened:
 def _with_items(value: Any) -> Opened:
     """Open what has keys: a copy of it gets other items."""
     names = list(value.keys())
+    own = [value[name] for name in names]
 
     def build(parts: Sequence[Any]) -> Any:
-        result = copy.copy(value)
-        for name, part in zip(names, parts, strict=True):
+        result = _with_own_items(value)
+        for name, part, before in zip(names, parts, own, strict=True):
             result[name] = part
+            if part is not before and value[name] is part:
+                value[name] = before
+                raise _shares_items(value)
         return result
 
-    return Opened(names, [value[name] for name in names], build)
+    return Opened(names, own, build)
+
+
+def without_item(value: Mapping[Any, Any], name: Hashable) -> tuple[Any, Any]:
+    """Return a mapping of the same type without one of its items, and this item."""
+    if not isinstance(value, MutableMapping):
+        others = {key: item for key, item in value.items() if key != name}
+        return type(value)(others), value[name]  # type: ignore[call-arg]
+    result = _with_own_items(value)
+    item = result.pop(name)
+    if name not in value:
+        value[name] = item
+        raise _shares_items(value)
+    return result, item
+
+
+def _with_own_items(value: Any) -> Any:
+    """A copy of an object with keys; a shallow one may share the items."""
+    result = copy.copy(value)
+    for name in [] if isinstance(value, dict) else _attributes(value):
+        if isinstance(part := attribute(result, name), (dict, list)):
+            object.__setattr__(result, name, copy.copy(part))
+    return result
+
+
+def _shares_items(value: Any) -> TypeError:
+    return TypeError(
+        f"data: a copy of {type(value).__name__} has its items in common with it, so "
+        "that none could be replaced. Give it __copy__, or give a dict of its items."
+    )
 
 
 def _with_stores(value: Any, stores: Sequence[Any]) -> Opened:
@@ -161,13 +201,7 @@ def _with_attributes(value: Any) -> Opened | None:
     if dataclasses.is_dataclass(value):
         names = [field.name for field in dataclasses.fields(value)]
     else:
-        slots = (getattr(kind, "__slots__", ()) for kind in type(value).__mro__)
-        names = [
-            name
-            for some in (*slots, getattr(value, "__dict__", ()))
-            for name in ([some] if isinstance(some, str) else some)
-            if name not in ("__dict__", "__weakref__")
-        ]
+        names = _attributes(value)
     names = [name for name in names if hasattr(value, name)]
     if not names or callable(value):
         return None
@@ -179,6 +213,17 @@ def _with_attributes(value: Any) -> Opened | None:
         return result
 
     return Opened(names, [getattr(value, name) for name in names], build)
+
+
+def _attributes(value: Any) -> list[str]:
+    """The names of all that an object may keep."""
+    slots = (getattr(kind, "__slots__", ()) for kind in type(value).__mro__)
+    return [
+        name
+        for some in (*slots, getattr(value, "__dict__", ()))
+        for name in ([some] if isinstance(some, str) else some)
+        if name not in ("__dict__", "__weakref__")
+    ]
 
 
 def leaves(value: Any, stop: Callable[[Any], bool] = _nothing) -> Iterator[Any]:
@@ -274,14 +319,17 @@ def copied(value: Any) -> Any:
 
     What is one tensor in two places stays one.
     """
-    copies: dict[int, Tensor] = {}
+    # With each the tensor itself, which may be made as it is asked for, and go: another
+    # one would have its number then.
+    copies: dict[int, tuple[Tensor, Tensor]] = {}
 
     def copy(leaf: Tensor) -> Tensor:
         if id(leaf) not in copies:
             own = leaf.detach().clone()
             # Not asked for in vain: transformations of functions do not allow it.
-            copies[id(leaf)] = own.requires_grad_() if leaf.requires_grad else own
-        return copies[id(leaf)]
+            own = own.requires_grad_() if leaf.requires_grad else own
+            copies[id(leaf)] = leaf, own
+        return copies[id(leaf)][1]
 
     return map_leaves(copy, value)
 

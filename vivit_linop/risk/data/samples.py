@@ -154,8 +154,11 @@ class Axis(Place):
         )
 
     def take(self, unit: Tensor, index: Tensor, n: int) -> Tensor:
-        """Index the axis, also that of a sparse tensor."""
-        return unit.index_select(self.axis, index.to(unit.device))
+        """Index the axis, also that of a sparse tensor, of any layout."""
+        indexed = (torch.strided, torch.sparse_coo)
+        plain = unit if unit.layout in indexed else unit.to_sparse()
+        some = plain.index_select(self.axis, index.to(unit.device))
+        return some if plain is unit else some.to_sparse(layout=unit.layout)
 
     def joined(self, units: Sequence[Tensor]) -> Tensor:
         """One after the other."""

@@ -66,7 +66,10 @@ class Bags(Samples):
         index = index.to(offsets.device)
         sizes = bounds.diff()[index]
         rows = torch.cat(
-            [torch.arange(*bounds[i : i + 2].tolist()) for i in index.tolist()]
+            [
+                torch.arange(*bounds[i : i + 2].tolist(), device="cpu")
+                for i in index.tolist()
+            ]
         )
         begins = torch.cat([sizes.new_zeros(1), sizes.cumsum(0)])
         own = begins if self._closed else begins[:-1]

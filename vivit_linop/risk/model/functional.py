@@ -49,6 +49,7 @@ from vivit_linop.risk.model.parameters import (
     have_equal_entries,
     in_precision,
     of_pairs,
+    same_entries,
 )
 from vivit_linop.risk.model.private_module import (
     PrivateFunction,
@@ -76,6 +77,7 @@ class FunctionalModel:
         params: Copies of the chosen parameters, by name; they require grad. Of complex
             ones the real and imaginary parts, ``[*p, 2]``.
         complex_names: The complex ones.
+        precision: As ``dtype`` is given.
         foreign: The memory that it reads and the risk has no copy of.
         count: Counts the samples of an input, where the outputs of all come item by
             item; None where they have a sample axis.
@@ -104,7 +106,7 @@ class FunctionalModel:
         if isinstance(model, nn.Module):
             model, params = unwrapped(model, params)
         check_precision(dtype)
-        self._dtype, self._default_dtype = dtype, torch.get_default_dtype()
+        self.precision, self._default_dtype = dtype, torch.get_default_dtype()
         self._writes = self.keeps_gradients = self.channels_last = False
         self.is_finite = False
         self.foreign = ForeignMemory()
@@ -138,12 +140,12 @@ class FunctionalModel:
             self._private = self._copy_of(model)
 
     def _copied(self, tensor: Tensor) -> Tensor:
-        return in_precision(whole(tensor).detach().clone(), self._dtype)
+        return in_precision(whole(tensor).detach().clone(), self.precision)
 
     def _copy_of(self, model: Any) -> PrivateModule | PrivateFunction:
         """Copy all that outputs depend on: it stays as it is when training goes on."""
         if not isinstance(model, nn.Module):
-            return PrivateFunction(model, self._dtype)
+            return PrivateFunction(model, self.precision)
         slots, parameters = named_slots(model), dict(model.named_parameters())
         self._fixed = {
             name: _of_kind(tensor, self._copied(tensor))
@@ -155,7 +157,7 @@ class FunctionalModel:
         self._moved = {}
         own = {**self._fixed, **self._as_given(self.params)}
         predict = self.original.predict
-        private = PrivateModule(model, predict, slots, own, self._dtype)
+        private = PrivateModule(model, predict, slots, own, self.precision)
         self.channels_last = memory_format.runs_faster(private.module)
         return private
 
@@ -301,7 +303,7 @@ class FunctionalModel:
         tensors = list(leaves(own))
         known = [*tensors, *params.values(), *self._known()]
         with (
-            explained_casts(self._dtype),
+            explained_casts(self.precision),
             self._private.returned.of_batch(samples),
             self.foreign.read_by(known),
         ):
@@ -337,7 +339,7 @@ class FunctionalModel:
 
     def _precise(self, X: Any, params: Params) -> Any:
         """Return an input in the precision of parameters, if the user asked for one."""
-        if self._dtype is None:
+        if self.precision is None:
             return X
         dtype = self._precision(params)
         return map_leaves(lambda leaf: in_precision(leaf, dtype), X)
@@ -348,7 +350,7 @@ class FunctionalModel:
 
     def _casts(self, params: Params) -> contextlib.AbstractContextManager[Any]:
         dtype = self._precision(params)
-        own = self._dtype is None and dtype is self.dtype
+        own = self.precision is None and dtype is self.dtype
         return contextlib.nullcontext() if own else Widened(dtype)
 
     def _as_given(self, params: Params) -> Params:
@@ -460,11 +462,10 @@ def _of_kind(like: Tensor, values: Tensor) -> Tensor:
 def is_written(own: Tensor, given: Tensor) -> Tensor:
     """Whether a copy was written into; also where autograd was not to see it.
 
-    NaN counts as written: a copy too many does no harm. So does a copy that requires
-    grad now, which what is given would do too.
+    A copy that requires grad now counts, since what is given would do so too.
     """
     if own.requires_grad and not given.requires_grad:
         return torch.tensor(True, device="cpu")
     if own.layout == torch.strided and own.shape == given.shape:
-        return (own != given).any() | bool(own._version)
+        return ~same_entries(own, given) | bool(own._version)
     return torch.tensor(own.layout == torch.strided or own._version > 0, device="cpu")

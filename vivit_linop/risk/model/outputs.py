@@ -135,13 +135,16 @@ class OutputTree:
 
     def __init__(self, output: Any) -> None:
         self.shapes = [leaf.shape[1:] for leaf in leaves(output)]
-        self._form = map_leaves(lambda leaf: torch.empty(0), output)
+        self._form = map_leaves(lambda leaf: torch.empty(0, device="cpu"), output)
 
     def __repr__(self) -> str:
         """Say of what shapes outputs are."""
         shapes = iter(self.shapes)
-        whole = map_leaves(lambda leaf: torch.empty(1, *next(shapes)), self._form)
-        return described(whole)
+        return described(
+            map_leaves(
+                lambda leaf: torch.empty(1, *next(shapes), device="meta"), self._form
+            )
+        )
 
     def join(self, output: Any) -> Tensor:
         """Put the tensors side by side.
