@@ -257,3 +257,23 @@ def test_inverses_on_the_side_of_parameters_refuse_what_is_no_number(at, number)
         A[at, 0] = number
         with pytest.raises(ValueError, match="NaN or Inf"):
             (vl.Dense(A) + damping * vl.Identity(8)).inv()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, FLOAT64], ids=str)
+@pytest.mark.parametrize("least", [1e-3, 1e-9, 1e-11])
+def test_what_all_entries_have_counts_where_it_is_small(dtype, least):
+    """Of integers, of which G has no rounding errors, and rank 4 of 6."""
+    generator = torch.Generator().manual_seed(3)
+    A, B = (
+        torch.randint(-3, 4, (6, 13), generator=generator).to(FLOAT64).split([4, 9], 1)
+    )
+    V = vl.Dense((A @ B[:4]).to(dtype))
+    G = V @ V.T
+    assert not G.by_gram
+    p = torch.full((6,), least, dtype=FLOAT64)
+    op, matrix = G + vl.Diagonal(p.to(dtype)), G.to_dense().double() + p.diag()
+    assert torch.linalg.matrix_rank(G.to_dense()) == 4
+    expected = torch.linalg.slogdet(matrix).logabsdet
+    assert float(op.logdet()) == pytest.approx(float(expected), rel=1e-5)
+    R, size = op.sqrt().to_dense().double(), matrix.norm()
+    assert (R @ R.T - matrix).norm() <= 10 * torch.finfo(dtype).eps * size

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -16,12 +17,12 @@ from vivit_linop.operators.damped import (
 )
 from vivit_linop.operators.dispatch import no_eigenpairs
 from vivit_linop.operators.eigenpairs import Eigendecomposition
-from vivit_linop.operators.elementary import Dense, Diagonal, Product, dense_over
+from vivit_linop.operators.elementary import Diagonal, Product, dense_over
 from vivit_linop.operators.lowrank import Woodbury
 from vivit_linop.operators.verbs import (
     column_norms_squared,
     column_pieces,
-    damped_inv,
+    damp,
     damped_logdet,
     damped_sqrt,
     diagonal,
@@ -39,13 +40,9 @@ Op = TorchLinearOperator
 @inv.register
 def inverse_of_diagonally_damped(op: DiagonallyDamped) -> Op:
     """Through the smaller side, as Woodbury's identity."""
-    entries = op.damping.entries
     if not op.low_rank.by_gram:
-        # What all entries have counts as one number does, also where it is small.
-        least = max(entries.min().item(), 0.0)
-        rest = DiagonallyDamped(op.low_rank, Diagonal(entries - least))
-        return damped_inv(_on_the_smaller_side(rest), least)
-    _check_positive(entries, "inv")
+        return inv(_on_the_smaller_side(op))
+    _check_positive(op.damping.entries, "inv")
     return DiagonalWoodbury(op, Woodbury(op.whitened, 1.0))
 
 
@@ -166,9 +163,13 @@ class InverseDiagonal(torch.autograd.Function):
         )
 
 
-def _on_the_smaller_side(op: DiagonallyDamped) -> Dense:
-    matrix = op.low_rank.small_side + torch.diag(op.damping.entries)
-    return dense_over(op.ranks, matrix)
+def _on_the_smaller_side(op: DiagonallyDamped) -> Op:
+    """What all entries have counts as one number does, also where it is small."""
+    entries = op.damping.entries
+    least = entries.min().item()
+    least = least if 0.0 < least < math.inf else 0.0
+    matrix = op.low_rank.small_side + torch.diag(entries - least)
+    return damp(dense_over(op.ranks, matrix), least)
 
 
 def _check_constant(op: DiagonallyDamped | DiagonalWoodbury, verb: str) -> None:
