@@ -205,17 +205,14 @@ class LowRankDecomposition(DenseDecomposition):
             self._few = self._operator.small_tridiagonal
         return super().choose(k, select, rcond)
 
+    @cached_property
     def rounding_error(self) -> float:
         """Eigenvalues of a Gram matrix are known to about this absolute error."""
-        return self._rounding_error
-
-    @cached_property
-    def _rounding_error(self) -> float:
         return gram_rounding_error(self.eigenvalues, self.count)
 
     def default(self) -> Tensor:
         """Those that are not numerically zero."""
-        return (self.eigenvalues > self.rounding_error()).nonzero().squeeze(1)
+        return (self.eigenvalues > self.rounding_error).nonzero().squeeze(1)
 
     def largest(self, k: int) -> Eigenpairs:
         """The k largest pairs, without the other vectors where k is small."""
@@ -239,7 +236,7 @@ class LowRankDecomposition(DenseDecomposition):
             self._few = None
         evals, gram_evecs = self._eigh
         chosen = evals[indices]
-        if (chosen > self.rounding_error()).all():
+        if (chosen > self.rounding_error).all():
             return GramEigenpairs(
                 chosen, self._operator, gram_evecs[:, indices], self._larger(indices)
             )
@@ -251,7 +248,7 @@ class LowRankDecomposition(DenseDecomposition):
         if not len(indices):
             return None
         least = evals[indices].min()
-        if not least > self.rounding_error():
+        if not least > self.rounding_error:
             return None
         first = int(indices.min())
         needs_larger = least <= _SMALL * evals[-1]
@@ -293,11 +290,11 @@ class LowRankDecomposition(DenseDecomposition):
         complement of all others will do.
         """
         evals, gram_evecs = self._eigh
-        nonzero = (evals > self.rounding_error()).nonzero().squeeze(1)
+        nonzero = (evals > self.rounding_error).nonzero().squeeze(1)
         span = GramEigenpairs(
             evals[nonzero], self._operator, gram_evecs[:, nonzero]
         ).eigenvectors
-        null = indices[evals[indices] <= self.rounding_error()]
+        null = indices[evals[indices] <= self.rounding_error]
         generator = torch.Generator("cpu").manual_seed(0)
         shape = len(span), len(null)
         fill = torch.randn(shape, generator=generator, device="cpu").to(span)

@@ -46,6 +46,7 @@ from vivit_linop.operators.elementary import (
     Identity,
     Product,
     Scaled,
+    as_multiple,
 )
 from vivit_linop.operators.kronecker import (
     BlockDiagonal,
@@ -58,6 +59,7 @@ from vivit_linop.operators.symmetric import (
     symmetric_eigenvalues,
 )
 from vivit_linop.operators.verbs import (
+    diagonal,
     eigendecomposition,
     eigh,
     eigvalsh,
@@ -93,33 +95,23 @@ def eigenpairs_of_operator(
 
 
 @eigh.register
-def eigenpairs_of_damped(
-    op: Damped,
+def eigenpairs_of_multiple(
+    op: Scaled | Damped,
     k: int | None = None,
     select: Callable[[Tensor], Sequence[int] | Tensor] | None = None,
     rcond: float | None = None,
 ) -> Eigenpairs:
-    """The k largest are those of what is damped, found in the same way."""
-    inner = op.operator
-    turned = isinstance(inner, Scaled) and not inner.factor > 0
-    if k is None or select is not None or turned:
+    """The k largest of c A + δ I are those of A, found in the same way, if c > 0."""
+    A, factor = as_multiple(op.operator if isinstance(op, Damped) else op)
+    if k is None or select is not None or not factor > 0:
         return eigenpairs_of_operator(op, k, select, rcond)
-    pairs = eigh(inner, k, rcond=rcond)
-    return _with_values(pairs, pairs.eigenvalues + op.damping)
-
-
-@eigh.register
-def eigenpairs_of_scaled(
-    op: Scaled,
-    k: int | None = None,
-    select: Callable[[Tensor], Sequence[int] | Tensor] | None = None,
-    rcond: float | None = None,
-) -> Eigenpairs:
-    """The k largest are those of what is scaled, unless the order is turned around."""
-    if k is None or select is not None or not op.factor > 0:
-        return eigenpairs_of_operator(op, k, select, rcond)
-    pairs = eigh(op.operator, k, rcond=rcond)
-    return _with_values(pairs, op.factor * pairs.eigenvalues)
+    pairs = eigh(A, k, rcond=rcond)
+    evals = factor * pairs.eigenvalues
+    if isinstance(op, Damped):
+        evals = evals + op.damping
+    others = Eigenpairs(evals, lambda: pairs.eigenvectors)
+    others.route = pairs.route
+    return others
 
 
 @eigh.register
@@ -140,24 +132,12 @@ def eigenpairs_of_product(
     return extreme_eigenpairs(op, k, route=solver_on(op.device))
 
 
-def _with_values(pairs: Eigenpairs, eigenvalues: Tensor) -> Eigenpairs:
-    """The same vectors, formed when they are asked for."""
-    others = Eigenpairs(eigenvalues, lambda: pairs.eigenvectors)
-    others.route = pairs.route
-    return others
-
-
 # Eigenvalues -------------------------------------------------------------------------
 
 
 @eigvalsh.register
 def eigenvalues_of_operator(op: TorchLinearOperator) -> Tensor:
     return eigendecomposition(op).eigenvalues
-
-
-@eigvalsh.register
-def eigenvalues_of_identity(op: Identity) -> Tensor:
-    return torch.ones(op.shape[0], dtype=op.torch_dtype, device=op.device)
 
 
 @eigvalsh.register
@@ -192,13 +172,8 @@ def eigenvalues_of_damped(op: Damped) -> Tensor:
 
 
 @eigvalsh.register
-def eigenvalues_of_damped_inverse(op: DampedInverse) -> Tensor:
+def eigenvalues_of_inverse(op: DampedInverse | Woodbury) -> Tensor:
     return (1.0 / eigvalsh(Damped(op.operator, op.damping))).sort().values
-
-
-@eigvalsh.register
-def eigenvalues_of_woodbury(op: Woodbury) -> Tensor:
-    return (1.0 / eigvalsh(Damped(op.operator, op.damping))).flip(0)
 
 
 @eigvalsh.register
@@ -221,7 +196,7 @@ def eigenvalues_of_block_diagonal(op: BlockDiagonal) -> Tensor:
 
 
 @eigendecomposition.register
-def decomposition_of_dense(op: Dense) -> Eigendecomposition:
+def decomposition_of_dense(op: Dense | Gram) -> Eigendecomposition:
     return DenseDecomposition(op.matrix, op.ranks)
 
 
@@ -235,13 +210,8 @@ def decomposition_of_dense_inverse(op: DenseInverse) -> Eigendecomposition:
 
 
 @eigendecomposition.register
-def decomposition_of_gram(op: Gram) -> Eigendecomposition:
-    return DenseDecomposition(op.matrix, op.ranks)
-
-
-@eigendecomposition.register
 def decomposition_of_identity(op: Identity) -> Eigendecomposition:
-    return DenseDecomposition(to_dense(op))
+    return eigendecomposition(Diagonal(diagonal(op)))
 
 
 @eigendecomposition.register

@@ -78,7 +78,6 @@ def _said(
 
 @explain.register
 def explain_operator(op: Op, k: int | None = None) -> Explanation:
-    """Closed forms by their rules; iterations where there are none."""
     return _said(op, _by_rules(op, k))
 
 
@@ -128,19 +127,16 @@ def _iterated(op: Op) -> str:
 
 @explain.register
 def explain_adjoint(op: Adjoint, k: int | None = None) -> Explanation:
-    """As the operator itself."""
     return _said(op, {"all": "as the operator that it is the adjoint of"}, op.parent)
 
 
 @explain.register
 def explain_scaled(op: Scaled, k: int | None = None) -> Explanation:
-    """As what is scaled."""
     return _said(op, {"all": "as what is scaled"}, op.operator, k=k)
 
 
 @explain.register
 def explain_damped(op: Damped, k: int | None = None) -> Explanation:
-    """Eigenpairs are shifted; inverses have rules by what is damped."""
     A = op.operator
     ways = {_eigh(k): "as of what is damped, shifted"}
     if isinstance(A, LowRank):
@@ -162,14 +158,12 @@ def _small_side(op: LowRank) -> str:
 
 @explain.register
 def explain_damped_inverse(op: DampedInverse, k: int | None = None) -> Explanation:
-    """The inverse at the damping's value; derivatives take another product."""
     ways = {"all": "the inverse at this damping; derivatives take one more product"}
     return _said(op, ways, op.inverse)
 
 
 @explain.register
 def explain_damped_root(op: DampedRoot, k: int | None = None) -> Explanation:
-    """Its products."""
     return _said(op, {"products": f"V and Vᵀ, and {_small_side(op.operator)}"})
 
 
@@ -177,7 +171,6 @@ def explain_damped_root(op: DampedRoot, k: int | None = None) -> Explanation:
 def explain_diagonally_damped(
     op: DiagonallyDamped | DiagonalWoodbury, k: int | None = None
 ) -> Explanation:
-    """Woodbury's identity, with weights in the factor."""
     inner = op if isinstance(op, DiagonallyDamped) else op.operator
     ways = {
         "solve": "Woodbury's identity for P^-½ V (an entry of P for each row), "
@@ -191,7 +184,6 @@ def explain_diagonally_damped(
 
 @explain.register
 def explain_sum(op: Sum, k: int | None = None) -> Explanation:
-    """Nothing in common: iterations."""
     ways = _by_rules(op, k)
     if "gradients" in ways.get("solve", ""):
         ways["solve"] += "; (A + p̄ I)⁻¹ preconditions a sum A + P with a diagonal P > 0"
@@ -200,7 +192,6 @@ def explain_sum(op: Sum, k: int | None = None) -> Explanation:
 
 @explain.register
 def explain_product(op: Product, k: int | None = None) -> Explanation:
-    """By its smaller side where it is A B Aᵀ."""
     ways = {"products": "factor by factor, the last first"}
     if narrowest_low_rank(op) is not None:
         ways["trace"] = "on the small side: tr(A V Vᵀ B) = tr(VᵀB A V)"
@@ -217,7 +208,6 @@ def explain_product(op: Product, k: int | None = None) -> Explanation:
 
 @explain.register
 def explain_sandwich(op: Sandwich, k: int | None = None) -> Explanation:
-    """Gram matrices in the place of products with D rows."""
     left, D, right = op.shape[0], op.factors[1].shape[0], op.shape[1]
     form = low_rank_form(op.factors[1])
     assert form is not None
@@ -242,7 +232,6 @@ def explain_sandwich(op: Sandwich, k: int | None = None) -> Explanation:
 
 @explain.register
 def explain_gram(op: Gram, k: int | None = None) -> Explanation:
-    """By its matrix, or through its factors until that is known."""
     size = f"{op.shape[0]} x {op.shape[1]}"
     if op.known:
         ways = {"products": f"its matrix, {size}, which is known"}
@@ -255,20 +244,17 @@ def explain_gram(op: Gram, k: int | None = None) -> Explanation:
 
 @explain.register
 def explain_dense(op: Dense, k: int | None = None) -> Explanation:
-    """LAPACK."""
     return _said(op, {"all": f"LAPACK on the {op.shape[0]} x {op.shape[1]} matrix"})
 
 
 @explain.register
 def explain_dense_inverse(op: DenseInverse, k: int | None = None) -> Explanation:
-    """A factorisation."""
     rows = op.shape[0]
     return _said(op, {"products": f"a factorisation of the {rows} x {rows} matrix"})
 
 
 @explain.register
 def explain_block_diagonal(op: BlockDiagonal, k: int | None = None) -> Explanation:
-    """Block by block, a block of each type."""
     first = {type(block): block for block in reversed(op.blocks)}
     names = [type(block).__name__ for block in op.blocks]
     counts = ", ".join(
@@ -282,9 +268,7 @@ def explain_block_diagonal(op: BlockDiagonal, k: int | None = None) -> Explanati
 def explain_kronecker(
     op: Kronecker | CorrectedKronecker, k: int | None = None
 ) -> Explanation:
-    """Factor by factor."""
-    factors = (op if isinstance(op, Kronecker) else op.basis).factors
-    sizes = ", ".join(f"{a.shape[0]} x {a.shape[1]}" for a in factors)
+    sizes = ", ".join(f"{a.shape[0]} x {a.shape[1]}" for a in op.basis.factors)
     return _said(op, {"all": f"factor by factor, {sizes}"})
 
 
@@ -292,7 +276,6 @@ def explain_kronecker(
 def explain_iterative_inverse(
     op: IterativeInverse, k: int | None = None
 ) -> Explanation:
-    """An iteration for each vector."""
     with_M = f", preconditioned by {op.M!r}" if op.M is not None else ""
     way = f"{_iterated(op.operator)}; to a residual of {op.rtol:.1e}{with_M}"
     return _said(op, {"products": way})

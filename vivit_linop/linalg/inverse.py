@@ -25,6 +25,7 @@ from vivit_linop.operators.elementary import (
     Identity,
     Product,
     Scaled,
+    as_dense,
     dense_over,
 )
 from vivit_linop.operators.kronecker import (
@@ -33,6 +34,7 @@ from vivit_linop.operators.kronecker import (
     Kronecker,
 )
 from vivit_linop.operators.lowrank import DampedRoot, Gram, LowRank, Woodbury
+from vivit_linop.operators.parts import Restricted
 from vivit_linop.operators.symmetric import without_noise
 from vivit_linop.operators.verbs import (
     adjoint,
@@ -69,12 +71,7 @@ def inverse_of_dense(op: Dense) -> Op:
 
 @inv.register
 def inverse_of_gram(op: Gram) -> Op:
-    return DenseInverse(dense_over(op.ranks, op.matrix))
-
-
-@inv.register
-def inverse_of_dense_inverse(op: DenseInverse) -> Op:
-    return damp(op.operator, op.damping)
+    return DenseInverse(as_dense(op))
 
 
 @inv.register
@@ -177,19 +174,11 @@ def inverse_of_damped(op: Damped) -> Op:
 
 
 @inv.register
-def inverse_of_damped_inverse(op: DampedInverse) -> Op:
-    return Damped(op.operator, op.damping)
-
-
-@inv.register
-def inverse_of_woodbury(op: Woodbury) -> Op:
-    return Damped(op.operator, op.damping)
+def inverse_of_inverse(op: DenseInverse | DampedInverse | Woodbury) -> Op:
+    return damp(op.operator, op.damping)
 
 
 # (A + δ I)⁻¹ by what A is -----------------------------------------------------------
-
-
-# Inverses of damped nodes ------------------------------------------------------------
 
 
 @damped_inv.register
@@ -225,13 +214,10 @@ def damped_inverse_of_inverse(op: Woodbury | DampedInverse, damping: Scalar) -> 
 
 
 @damped_inv.register
-def damped_inverse_of_dense_inverse(op: DenseInverse, damping: Scalar) -> Op:
-    return damped_inv(dense_over(op.ranks, to_dense(op)), damping)
-
-
-@damped_inv.register
-def damped_inverse_of_gram(op: Gram, damping: Scalar) -> Op:
-    return damped_inv(dense_over(op.ranks, op.matrix), damping)
+def damped_inverse_of_matrix(
+    op: DenseInverse | Gram | Restricted, damping: Scalar
+) -> Op:
+    return damped_inv(as_dense(op), damping)
 
 
 @damped_inv.register
@@ -258,7 +244,7 @@ def damped_inverse_of_product(op: Product, damping: Scalar) -> Op:
 @damped_inv.register
 def damped_inverse_of_block_diagonal(op: BlockDiagonal, damping: Scalar) -> Op:
     if not op.has_square_blocks:
-        return damped_inv(dense_over(op.ranks, to_dense(op)), damping)
+        return damped_inv(as_dense(op), damping)
     return op.like([inv(damp(block, damping)) for block in op.blocks])
 
 
@@ -342,7 +328,7 @@ def pinv_of_gram(op: Gram, rcond: float | None = None) -> Op:
     """Rounding errors of a Gram matrix are those of its eigenvalues."""
     if rcond is None:
         rcond = max(10.0, op.shape[0] ** 0.5) * torch.finfo(op.torch_dtype).eps
-    return pinv_of_dense(dense_over(op.ranks, op.matrix), rcond)
+    return pinv_of_dense(as_dense(op), rcond)
 
 
 @pinv.register

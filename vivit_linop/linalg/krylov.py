@@ -100,9 +100,6 @@ class _OnHost(Dense):
     """A symmetric matrix whose products with arrays read one triangle, unchecked.
 
     Of few hundred rows that takes half as long as SciPy's checks and a product.
-
-    Args:
-        matrix: ``[n, n]``.
     """
 
     self_adjoint = True
@@ -221,12 +218,7 @@ def watched(
 
 
 class Counted(TorchLinearOperator):
-    """An operator that tells a bar how many columns it has multiplied.
-
-    Args:
-        op: A, square.
-        shown: The bar where they are counted.
-    """
+    """An operator that tells a bar how many columns it has multiplied."""
 
     def __init__(self, op: TorchLinearOperator, shown: tqdm) -> None:
         super().__init__(op.shape, op.torch_dtype, op.device)
@@ -253,13 +245,7 @@ class Counted(TorchLinearOperator):
 
 
 class _Deflated(TorchLinearOperator):
-    """P A P + c E Eᵀ with P = I − E Eᵀ: eigenvectors E have the eigenvalue c.
-
-    Args:
-        A: Self-adjoint.
-        vectors: E, ``[n, k]``, orthonormal.
-        value: c.
-    """
+    """P A P + c E Eᵀ with P = I − E Eᵀ: eigenvectors E have the eigenvalue c."""
 
     self_adjoint = True
 
@@ -286,14 +272,7 @@ def _with_all_copies(
 
     A Krylov space of one vector has one eigenvector to an eigenvalue. The others to it
     come by rounding, which may take longer than the k pairs do. Orthogonal to what was
-    found some steps show what lies further out.
-
-    Args:
-        A: Self-adjoint.
-        pairs: What was found: ``[k]``, ascending, and ``[n, k]``.
-        solve: Finds as many pairs of another operator.
-        which: The end of the spectrum.
-        tol: The relative accuracy.
+    found some steps show what lies further out; there ``solve`` finds as many.
     """
     (values, vectors), noise = pairs, Noise(5)
     found = values.cpu().double()
@@ -322,16 +301,9 @@ def _with_all_copies(
 def _ritz_values_outside(
     A: TorchLinearOperator, vectors: Tensor, size: float, steps: int, noise: Noise
 ) -> Tensor:
-    """Ritz values of Lanczos steps orthogonal to eigenvectors.
+    """Ritz values of Lanczos steps orthogonal to eigenvectors ``[n, k]`` of a size.
 
     On the host, in float64; nothing waits for the device before.
-
-    Args:
-        A: Self-adjoint.
-        vectors: Eigenvectors ``[n, k]``, orthonormal.
-        size: The largest magnitude of their eigenvalues.
-        steps: How many, at most n − k.
-        noise: What the start is drawn from.
     """
     (n, k), info = vectors.shape, torch.finfo(A.torch_dtype)
     rows = torch.empty(k + steps, n, dtype=A.torch_dtype, device=A.device)
@@ -439,13 +411,7 @@ def lanczos(
 
 
 class _Basis:
-    """Orthonormal rows Q, the matrix T = Q A Qᵀ, and the row that comes next.
-
-    Args:
-        product: x ↦ A x.
-        start: The first row, up to its norm.
-        size: How many rows it grows to.
-    """
+    """Orthonormal rows Q, the matrix T = Q A Qᵀ, and the row that comes next."""
 
     def __init__(self, product: Product, start: Tensor, size: int) -> None:
         self._product, self._size = product, size

@@ -15,12 +15,7 @@ Result = TypeVar("Result")
 
 
 class Asking(TorchLinearOperator):
-    """An operator whose products are taken by all ranks when the leader asks.
-
-    Args:
-        operator: The operator.
-        ranks: The ranks.
-    """
+    """An operator whose products are taken by all ranks when the leader asks."""
 
     def __init__(self, operator: TorchLinearOperator, ranks: Ranks) -> None:
         super().__init__(operator.shape, operator.torch_dtype, operator.device)

@@ -19,7 +19,7 @@ from vivit_linop.operators.elementary import (
     Identity,
     Product,
     Scaled,
-    dense_over,
+    as_dense,
 )
 from vivit_linop.operators.kronecker import (
     BlockDiagonal,
@@ -34,7 +34,6 @@ from vivit_linop.operators.verbs import (
     damped_logdets,
     eigvalsh,
     logdet,
-    to_dense,
 )
 
 # What eigenvalues are multiplied by in float64: in float32 the result may be infinite.
@@ -216,7 +215,7 @@ def damped_logdet_of_kronecker(
 @damped_logdet.register
 def damped_logdet_of_block_diagonal(op: BlockDiagonal, damping: Scalar) -> Tensor:
     if not op.has_square_blocks:
-        return damped_logdet(dense_over(op.ranks, to_dense(op)), damping)
+        return damped_logdet(as_dense(op), damping)
     return torch.stack([logdet(damp(block, damping)) for block in op.blocks]).sum()
 
 

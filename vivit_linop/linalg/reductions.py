@@ -126,7 +126,7 @@ def matrix_of_product(op: Product) -> Tensor:
 
 
 @to_dense.register
-def matrix_of_dense(op: Dense) -> Tensor:
+def matrix_of_dense(op: Dense | Gram) -> Tensor:
     return op.matrix.clone()
 
 
@@ -160,11 +160,6 @@ def matrix_of_khatri_rao(op: KhatriRao) -> Tensor:
 @to_dense.register
 def matrix_of_low_rank(op: LowRank) -> Tensor:
     return op.scale * outer_matrix(op.factor)
-
-
-@to_dense.register
-def matrix_of_gram(op: Gram) -> Tensor:
-    return op.matrix.clone()
 
 
 @to_dense.register

@@ -8,10 +8,9 @@ from typing import TypeGuard
 import torch
 from torch import Tensor
 
-from vivit_linop.arguments import Scalar
 from vivit_linop.linalg.sandwiches import gram_blocks_of_operator
 from vivit_linop.operators.base import TorchLinearOperator
-from vivit_linop.operators.damped import Damped, DampedDense
+from vivit_linop.operators.damped import Damped
 from vivit_linop.operators.elementary import (
     Adjoint,
     Dense,
@@ -21,6 +20,7 @@ from vivit_linop.operators.elementary import (
     Product,
     Scaled,
     Sum,
+    as_dense,
     dense_over,
 )
 from vivit_linop.operators.kronecker import BlockDiagonal
@@ -30,11 +30,9 @@ from vivit_linop.operators.symmetric import symmetric_eigenpairs
 from vivit_linop.operators.verbs import (
     add,
     adjoint,
-    as_factor,
     column_norms_squared,
     column_pieces,
     damp,
-    damped_inv,
     diagonal,
     gram,
     gram_blocks,
@@ -90,7 +88,7 @@ def restricted_scaled(op: Scaled, index: Tensor) -> Op:
 
 
 @restrict.register
-def restricted_damped(op: Damped | DampedDense, index: Tensor) -> Op:
+def restricted_damped(op: Damped, index: Tensor) -> Op:
     return damp(restrict(op.operator, index), op.damping)
 
 
@@ -106,7 +104,7 @@ def restricted_sum(op: Sum, index: Tensor) -> Op:
 def restricted_gram(op: Gram, index: Tensor) -> Op:
     if not op.known:
         return Restricted(op, index)
-    return restrict(dense_over(op.ranks, op.matrix), index)
+    return restrict(as_dense(op), index)
 
 
 @restrict.register
@@ -158,23 +156,13 @@ def column_pieces_of_rows(op: Rows) -> Iterator[tuple[slice, Tensor]]:
         yield place, columns[op.index]
 
 
-@as_factor.register
-def rows_as_factor(op: Rows) -> Op | None:
-    """If what they are rows of is one."""
-    return op if as_factor(op.operator) is op.operator else None
-
-
 @gram_matrix.register
-def gram_matrix_of_rows(left: Rows, right: Op) -> Tensor:
-    """As the whole, with weights of one for these rows, and of zero for others."""
-    ones = torch.ones(len(left.index), dtype=left.torch_dtype, device=left.device)
-    return weighted_gram_matrix_of_rows(left, right, ones)
-
-
 @weighted_gram_matrix.register
-def weighted_gram_matrix_of_rows(left: Rows, right: Op, weights: Tensor) -> Tensor:
+def gram_matrix_of_rows(left: Rows, right: Op, weights: Tensor | None = None) -> Tensor:
+    """As the whole, with weights of one for these rows, and of zero for others."""
     if not _same_rows(right, left):
-        return left.T.apply(weights[:, None] * to_dense(right))
+        w = 1.0 if weights is None else weights[:, None]
+        return left.T.apply(w * to_dense(right))
     whole = _of_all_rows(left, weights)
     return weighted_gram_matrix(left.operator, right.operator, whole)
 
@@ -185,10 +173,6 @@ def gram_blocks_of_rows(
 ) -> Tensor:
     if not _same_rows(right, left):
         return gram_blocks_of_operator(left, right, size, weights)
-    if weights is None:
-        weights = torch.ones(
-            len(left.index), dtype=left.torch_dtype, device=left.device
-        )
     whole = _of_all_rows(left, weights)
     return gram_blocks(left.operator, right.operator, size, whole)
 
@@ -206,8 +190,10 @@ def _same_rows(right: Op, left: Rows) -> TypeGuard[Rows]:
     )
 
 
-def _of_all_rows(op: Rows, weights: Tensor) -> Tensor:
-    """Return weights with zeros for the other rows."""
+def _of_all_rows(op: Rows, weights: Tensor | None) -> Tensor:
+    """Return weights, ones by default, with zeros for the other rows."""
+    if weights is None:
+        weights = torch.ones(op.shape[0], dtype=op.torch_dtype, device=op.device)
     return weights.new_zeros(op.operator.shape[0]).index_copy(0, op.index, weights)
 
 
@@ -255,7 +241,7 @@ def inverse_of_restricted(op: Restricted) -> Op:
     """
     inner = op.operator
     if not isinstance(inner, Woodbury) or not inner.operator.by_gram:
-        return inv(dense_over(op.ranks, to_dense(op)))
+        return inv(as_dense(op))
     low_rank, delta = inner.operator, inner.damping
     rows = Rows(low_rank.factor, op.index)
     others = gram(low_rank.factor).to_dense() - gram_matrix(rows, rows)
@@ -263,11 +249,6 @@ def inverse_of_restricted(op: Restricted) -> Op:
     weights = (1.0 + low_rank.scale / delta * evals.clamp(min=0.0)).rsqrt()
     middle = Dense((evecs * weights).to(op.torch_dtype))
     return damp(LowRank(Product(rows, middle), low_rank.scale), delta)
-
-
-@damped_inv.register
-def damped_inverse_of_restricted(op: Restricted, damping: Scalar) -> Op:
-    return damped_inv(dense_over(op.ranks, to_dense(op)), damping)
 
 
 @logdet.register

@@ -23,6 +23,7 @@ from vivit_linop.operators.elementary import (
     Product,
     Scaled,
     Sum,
+    as_dense,
     dense_over,
     symmetric_over,
 )
@@ -212,17 +213,6 @@ def samples_of_operator(
 
 
 @sample.register
-def samples_of_low_rank(
-    op: LowRank, num: int, generator: torch.Generator | None = None
-) -> Tensor:
-    """√c V ε."""
-    if not op.semidefinite:
-        return samples_of_operator(op, num, generator)
-    noise = _noise(op, op.factor.shape[1], num, generator)
-    return op.scale**0.5 * op.factor.apply(noise)
-
-
-@sample.register
 def samples_of_damped(
     op: Damped, num: int, generator: torch.Generator | None = None
 ) -> Tensor:
@@ -285,7 +275,7 @@ def damped_root_of_dense(op: Dense, damping: Scalar) -> Op:
 
 @damped_sqrt.register
 def damped_root_of_gram(op: Gram, damping: Scalar) -> Op:
-    return damped_sqrt(dense_over(op.ranks, op.matrix), damping)
+    return damped_sqrt(as_dense(op), damping)
 
 
 @damped_sqrt.register

@@ -66,7 +66,6 @@ def matrix_of_sandwich(op: Sandwich) -> Tensor:
 
 @diagonal.register
 def diagonal_of_sandwich(op: Sandwich) -> Tensor:
-    """Of blocks of one entry."""
     return diagonal_blocks(op, 1).flatten()
 
 
@@ -176,7 +175,6 @@ def _few_beside(small: int, rows: int, dtype: torch.dtype) -> int:
 
 @diagonal_blocks.register
 def diagonal_blocks_of_operator(op: TorchLinearOperator, size: int) -> Tensor:
-    """By products with columns, some blocks at a time."""
     parts = []
     for columns in _places(op.shape[1], size, op.device):
         rows = op.apply(_unit(op.shape[1], columns, op))[columns]
@@ -186,13 +184,11 @@ def diagonal_blocks_of_operator(op: TorchLinearOperator, size: int) -> Tensor:
 
 @diagonal_blocks.register
 def diagonal_blocks_of_scaled(op: Scaled, size: int) -> Tensor:
-    """Those of the operator, scaled."""
     return op.factor * diagonal_blocks(op.operator, size)
 
 
 @diagonal_blocks.register
 def diagonal_blocks_of_sum(op: Sum, size: int) -> Tensor:
-    """Those of the terms."""
     return torch.stack([diagonal_blocks(term, size) for term in op.terms]).sum(0)
 
 
@@ -224,7 +220,6 @@ def gram_blocks_of_operator(
     size: int,
     weights: Tensor | None = None,
 ) -> Tensor:
-    """From columns, some blocks at a time."""
     w = 1.0 if weights is None else weights[:, None]
     pairs = zip(_whole_blocks(left, size), _whole_blocks(right, size), strict=True)
     return torch.cat([_products_of_blocks(A, w * B, size) for A, B in pairs])
@@ -234,7 +229,6 @@ def gram_blocks_of_operator(
 def gram_blocks_of_scaled(
     left: Scaled, right: Op, size: int, weights: Tensor | None = None
 ) -> Tensor:
-    """Of what is scaled."""
     if right is left:
         blocks = gram_blocks(left.operator, left.operator, size, weights)
         return left.factor**2 * blocks
@@ -281,16 +275,10 @@ def may_lose_digits(op: Sandwich, form: LowRankForm) -> bool:
 def _lose_digits(
     op: Sandwich, form: LowRankForm, X: Tensor, Y: Tensor, sizes: Tensor
 ) -> Tensor:
-    """Which parts of a result may have lost more than half of their digits.
+    """Which parts of a result, of these norms, may have lost over half of their digits.
 
-    Rounding in AᵀB and in VᵀA is enlarged by a, rounding in K by the two solutions.
-
-    Args:
-        op: The sandwich.
-        form: S.
-        X: VᵀA.
-        Y: VᵀB.
-        sizes: The norms of the parts: as many columns of A and of B each.
+    Rounding in AᵀB, and in X = VᵀA and Y = VᵀB, is enlarged by a, rounding in K by the
+    two solutions. A part has as many columns of A and of B as any other.
     """
     eps = torch.finfo(op.torch_dtype).eps
     if not may_lose_digits(op, form):

@@ -23,6 +23,7 @@ from vivit_linop.operators.elementary import (
     Product,
     Scaled,
     Sum,
+    as_multiple,
     mirrored,
 )
 from vivit_linop.operators.kronecker import (
@@ -214,7 +215,7 @@ def _matrices(op: TorchLinearOperator, Q: Sequence[Tensor] = ()) -> list[Tensor]
         op: The Kronecker product, or a multiple of one.
         Q: The basis, a matrix for each factor; that in which they are by default.
     """
-    of, scaled = (op.operator, op.factor) if isinstance(op, Scaled) else (op, 1.0)
+    of, scaled = as_multiple(op)
     if not isinstance(of, Kronecker):
         return None
     found = [to_dense(factor).double() for factor in of.factors]
@@ -238,7 +239,7 @@ def _by_columns(op: Product) -> Tensor | None:
             continue
         V = factor.factor
         inner = reduce(matmul, (adjoint(V), *_after(op, at), V))
-        of = inner.operator if isinstance(inner, Scaled) else inner
+        of, _ = as_multiple(inner)
         if found or (type(of) is not Product and not isinstance(of, (Damped, Sum))):
             return factor.scale * trace(inner)
     return None

@@ -26,7 +26,6 @@ step before the last are the nearer ones then, and the next iteration begins the
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Callable
 from functools import cached_property, partial, singledispatch
@@ -120,11 +119,7 @@ class TrackedEigenpairs(Eigenpairs):
         self.route = "tracked"
 
     def came_from(self, start: Eigenpairs) -> Self:
-        """Guess where the next ones are, from how these lie to those before.
-
-        Args:
-            start: The pairs of the operator before.
-        """
+        """Guess where the next ones are, from how these lie to those before."""
         if isinstance(start, TrackedEigenpairs) and start.block.is_beside(self.block):
             self.before, own = start.block, self.block.vectors[:, -len(self) :]
             if start.before is not None and start.before.is_beside(self.block):
@@ -150,7 +145,7 @@ def eigenpairs_near_low_rank(
             if op.by_gram and prepared_gram(op.factor, block.vectors.shape[1]):
                 return followed_on_gram(op, k, block, tol).came_from(start)
             with verbs.few_products(op.factor) as factor:
-                found = led(partial(_followed, op.scale, k, block, tol), factor)
+                found = led(partial(followed, op.scale, k, block, tol), factor)
                 if found is None:
                     raise NotNear
                 return found.came_from(start)
@@ -208,19 +203,11 @@ beginning_of_pairs = beginning.dispatch(Eigenpairs)
 
 
 def followed(
-    factor: TorchLinearOperator, scale: Scalar, k: int, block: Block, tol: float
-) -> TrackedEigenpairs:
-    """Return the k largest eigenpairs of c V Vᵀ.
+    scale: Scalar, k: int, block: Block, tol: float, factor: TorchLinearOperator
+) -> TrackedEigenpairs | None:
+    """Return the k largest eigenpairs of c V Vᵀ, of at most as many as a block has.
 
-    Args:
-        factor: V, ``[D, R]``.
-        scale: c, positive.
-        k: How many, at most the vectors of the block.
-        block: Where to begin.
-        tol: When to stop.
-
-    Raises:
-        NotNear: If that is not soon, or products with V and Vᵀ do not agree.
+    None if they are not soon there, or products with V and Vᵀ do not agree.
     """
     generator = torch.Generator("cpu").manual_seed(0)
     vectors, far = block
@@ -230,11 +217,13 @@ def followed(
         squares, z = torch.linalg.eigh(image.T @ image)
         largest = squares[-1].clone()
         if not squares[0] > torch.finfo(vectors.dtype).eps * largest:
-            raise NotNear  # there are fewer pairs than vectors
+            return None  # there are fewer pairs than vectors
         sigma = squares.sqrt()
         # Products with V take vectors as rows that lie together.
         here, there = (z.T @ vectors.T).T, ((z / sigma).T @ image.T).T
         rise = _rise(onward, here, sigma, there, generator)
+        if rise is None:
+            return None
         if squares[0] < _CLEAR * largest:
             there = orthonormalised(there, squares)
         vectors, far = there, not far
@@ -246,28 +235,13 @@ def followed(
                 half_steps=count,
                 missing=float(rise / largest),
             )
-    raise NotNear
-
-
-def _followed(
-    scale: Scalar, k: int, block: Block, tol: float, factor: TorchLinearOperator
-) -> TrackedEigenpairs | None:
-    """None where :func:`followed` does not end."""
-    with contextlib.suppress(NotNear):
-        return followed(factor, scale, k, block, tol)
     return None
 
 
 def followed_on_gram(
     op: LowRank, k: int, block: Block, tol: float
 ) -> TrackedEigenpairs:
-    """Return the k largest eigenpairs of c V Vᵀ, by products with VᵀV.
-
-    Args:
-        op: c V Vᵀ, whose factor is prepared for such products.
-        k: How many, at most the vectors of the block.
-        block: Where to begin.
-        tol: When to stop.
+    """Return these by products with VᵀV, which the factor is prepared for.
 
     Raises:
         NotNear: If that is not soon.
@@ -419,11 +393,10 @@ def _rise(
     sigma: Tensor,
     there: Tensor,
     generator: torch.Generator,
-) -> Tensor:
+) -> Tensor | None:
     """Estimate what another half-step would raise the sum of the squares by.
 
-    Raises:
-        NotNear: If the product back is not the adjoint of the one onward.
+    None if the product back is not the adjoint of the one onward.
     """
     draws = torch.rand(len(sigma) + len(there), generator=generator, device="cpu")
     signs, noise = (draws - 0.5).to(here).split([len(sigma), len(there)])
@@ -434,5 +407,5 @@ def _rise(
     expected = sigma * (signs + there.T @ noise)
     eps = torch.finfo(here.dtype).eps
     if not (inside - expected).norm() <= 100 * eps**0.75 * back.norm():
-        raise NotNear
+        return None
     return (back - here @ inside).square().sum()

@@ -35,7 +35,9 @@ class Damped(TorchLinearOperator):
 
     def __init__(self, operator: TorchLinearOperator, damping: Scalar) -> None:
         self.operator, self.damping = operator, as_scalar(damping)
-        super().__init__(operator.shape, operator._own_dtype, operator._own_device)
+        TorchLinearOperator.__init__(
+            self, operator.shape, operator._own_dtype, operator._own_device
+        )
 
     @property
     def self_adjoint(self) -> bool:  # type: ignore[override]
@@ -65,12 +67,6 @@ class DampedDense(Damped, Dense):  # type: ignore[misc]  # what it is made of: D
     Attributes:
         matrix: A + δ I, in the dtype of A; formed when first asked for.
     """
-
-    def __init__(self, operator: Dense, damping: Scalar) -> None:
-        self.operator, self.damping = operator, as_scalar(damping)
-        TorchLinearOperator.__init__(
-            self, operator.shape, operator._own_dtype, operator._own_device
-        )
 
     @cached_property
     def matrix(self) -> Tensor:  # type: ignore[override]

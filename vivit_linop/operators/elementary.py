@@ -20,7 +20,7 @@ from vivit_linop.operators.base import (
     settle,
     settled,
 )
-from vivit_linop.operators.lowrank import LowRank
+from vivit_linop.operators.lowrank import Gram, LowRank
 from vivit_linop.operators.symmetric import symmetric_eigenvalues, without_noise
 from vivit_linop.ranks.alone import Ranks
 
@@ -129,6 +129,12 @@ class SharedDense(Dense):
 def dense_over(ranks: Ranks, matrix: Tensor) -> Dense:
     """Return a matrix that these processes have."""
     return SharedDense(matrix, ranks) if ranks.is_many else Dense(matrix)
+
+
+def as_dense(op: TorchLinearOperator) -> Dense:
+    """Return the matrix of an operator as a node, which the same processes have."""
+    matrix = op.matrix if isinstance(op, Gram) else verbs.to_dense(op)
+    return dense_over(op.ranks, matrix)
 
 
 def symmetric_over(ranks: Ranks, matrix: Tensor) -> Dense:
@@ -316,6 +322,11 @@ class Scaled(TorchLinearOperator):
 
     def _multiply_adjoint(self, X: Tensor) -> Tensor:
         return self.factor * self.operator.T.apply(X)
+
+
+def as_multiple(op: TorchLinearOperator) -> tuple[TorchLinearOperator, Scalar]:
+    """Return A and c of a multiple c A; an operator that is none, and 1."""
+    return (op.operator, op.factor) if isinstance(op, Scaled) else (op, 1.0)
 
 
 class Sum(TorchLinearOperator):

@@ -6,8 +6,6 @@ The rules for what is pulled back through a Jacobian stand in
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
@@ -69,26 +67,26 @@ def gram_matrix_of_product(left: Product, right: Op) -> Tensor:
 
 
 @gram_matrix.register
-def gram_matrix_of_centered(left: Centered, right: Op) -> Tensor:
+@weighted_gram_matrix.register
+def gram_matrix_of_centered(
+    left: Centered, right: Op, weights: Tensor | None = None
+) -> Tensor:
     """(A C)ᵀ B = C AᵀB, with C = I − 1 1ᵀ/R; also on the other side."""
     inner = right.factor if isinstance(right, Centered) else right
-    K = matmul(left.factor.T, inner).to_dense()
+    if weights is None:
+        K = matmul(left.factor.T, inner).to_dense()
+    else:
+        K = weighted_gram_matrix(left.factor, inner, weights)
     K = K - K.mean(0, keepdim=True)
     return K - K.mean(1, keepdim=True) if isinstance(right, Centered) else K
 
 
 @gram_matrix.register
-def gram_matrix_of_stack(left: HStack, right: Op) -> Tensor:
-    """Those on the diagonal are kept by the parts."""
-
-    def block(A: Op, B: Op) -> Tensor:
-        return gram(A).to_dense() if A is B else gram_matrix(A, B)
-
-    return _by_blocks(left, right, block)
-
-
-def _by_blocks(left: HStack, right: Op, block: Callable[[Op, Op], Tensor]) -> Tensor:
-    """[A B]ᵀ [C D] from its blocks AᵀC and so on."""
+@weighted_gram_matrix.register
+def gram_matrix_of_stack(
+    left: HStack, right: Op, weights: Tensor | None = None
+) -> Tensor:
+    """[A B]ᵀ [C D] from its blocks; those on the diagonal are kept by the parts."""
     parts = right.parts if isinstance(right, HStack) else (right,)
     dtype = torch.promote_types(left.torch_dtype, right.torch_dtype)
     K = torch.empty(left.shape[1], right.shape[1], dtype=dtype, device=left.device)
@@ -99,27 +97,26 @@ def _by_blocks(left: HStack, right: Op, block: Callable[[Op, Op], Tensor]) -> Te
     for i, A in enumerate(left.parts):
         for j, B in enumerate(parts):
             known = left is right and j < i
-            blocks[i][j].copy_(blocks[j][i].T if known else block(A, B))
+            blocks[i][j].copy_(blocks[j][i].T if known else _block(A, B, weights))
     return K
 
 
 @gram_matrix.register
-def gram_matrix_of_scaled(left: Scaled, right: Op) -> Tensor:
+@weighted_gram_matrix.register
+def gram_matrix_of_scaled(
+    left: Scaled, right: Op, weights: Tensor | None = None
+) -> Tensor:
     """What is kept of the factor serves all its multiples."""
     inner, scaling = right, left.factor
     if isinstance(right, Scaled):
         inner, scaling = right.operator, scaling * right.factor
-    if inner is left.operator:
-        return scaling * gram(inner).to_dense()
-    return scaling * gram_matrix(left.operator, inner)
+    return scaling * _block(left.operator, inner, weights)
 
 
-@weighted_gram_matrix.register
-def weighted_gram_matrix_of_scaled(left: Scaled, right: Op, weights: Tensor) -> Tensor:
-    if isinstance(right, Scaled):
-        inner = weighted_gram_matrix(left.operator, right.operator, weights)
-        return left.factor * right.factor * inner
-    return left.factor * weighted_gram_matrix(left.operator, right, weights)
+def _block(A: Op, B: Op, weights: Tensor | None) -> Tensor:
+    if weights is not None:
+        return weighted_gram_matrix(A, B, weights)
+    return gram(A).to_dense() if A is B else gram_matrix(A, B)
 
 
 @inner_product.register
@@ -155,35 +152,16 @@ def weighted_gram_matrix_of_dense(left: Dense, right: Op, weights: Tensor) -> Te
     return gram_matrix(Dense(weights[:, None] * left.matrix), right)
 
 
-@weighted_gram_matrix.register
-def weighted_gram_matrix_of_centered(
-    left: Centered, right: Op, weights: Tensor
-) -> Tensor:
-    inner = right.factor if isinstance(right, Centered) else right
-    K = weighted_gram_matrix(left.factor, inner, weights)
-    K = K - K.mean(0, keepdim=True)
-    return K - K.mean(1, keepdim=True) if isinstance(right, Centered) else K
-
-
-@weighted_gram_matrix.register
-def weighted_gram_matrix_of_stack(left: HStack, right: Op, weights: Tensor) -> Tensor:
-    return _by_blocks(left, right, lambda A, B: weighted_gram_matrix(A, B, weights))
-
-
 @gram_matrix.register
-def gram_matrix_of_weighted_rows(left: WeightedRows, right: Op) -> Tensor:
-    """(D V)ᵀ (E W) = Vᵀ (D E) W."""
-    if isinstance(right, WeightedRows):
-        weights = left.weights * right.weights
-        return weighted_gram_matrix(left.factor, right.factor, weights)
-    return weighted_gram_matrix(left.factor, right, left.weights)
-
-
 @weighted_gram_matrix.register
-def weighted_gram_matrix_of_weighted_rows(
-    left: WeightedRows, right: Op, weights: Tensor
+def gram_matrix_of_weighted_rows(
+    left: WeightedRows, right: Op, weights: Tensor | None = None
 ) -> Tensor:
-    return gram_matrix(WeightedRows(weights * left.weights, left.factor), right)
+    """(D V)ᵀ (E W) = Vᵀ (D E) W."""
+    all_weights = left.weights if weights is None else weights * left.weights
+    if isinstance(right, WeightedRows):
+        all_weights, right = all_weights * right.weights, right.factor
+    return weighted_gram_matrix(left.factor, right, all_weights)
 
 
 @outer_matrix.register

@@ -157,6 +157,11 @@ class Kronecker(TorchLinearOperator):
         """Whether all factors are."""
         return all(factor.self_adjoint for factor in self.factors)
 
+    @property
+    def basis(self) -> Kronecker:
+        """Whose eigenvectors it has: its own."""
+        return self
+
     @functools.cached_property
     def factor_eigenpairs(self) -> list[tuple[Tensor, Tensor]]:
         """The eigenvalues and eigenvectors of each factor, computed once."""

@@ -411,6 +411,7 @@ class Woodbury(TorchLinearOperator):
     """
 
     self_adjoint = True
+    _solver: DampedSolver  # where the small side is
 
     def __init__(self, operator: LowRank, damping: Scalar) -> None:
         damping = without_gradient(damping, "damping")
@@ -420,7 +421,6 @@ class Woodbury(TorchLinearOperator):
                 f"damping > 0, got {damping}."
             )
         self.operator, self.damping = _without_gradient(operator, "inv"), damping
-        self._solver: DampedSolver | None = None  # where the small side is
         self.norm, self.refines = self._prepared()
         super().__init__(operator.shape, operator._own_dtype, operator._own_device)
 
@@ -455,20 +455,12 @@ class Woodbury(TorchLinearOperator):
 
     def solve_small(self, X: Tensor) -> Tensor:
         """(δ I + c K)⁻¹ times columns of the smaller side, ``[R, K]``."""
-        return self.operator.ranks.led(self._solve_here, X)
-
-    def _solve_here(self, X: Tensor) -> Tensor:
-        assert self._solver is not None
-        return self._solver.solve(X)
+        return self.operator.ranks.led(lambda: self._solver.solve(X))
 
     @property
     def small_logdet(self) -> Tensor:
         """Log det(δ I + c K)."""
-        return self.operator.ranks.led(self._logdet_here)
-
-    def _logdet_here(self) -> Tensor:
-        assert self._solver is not None
-        return self._solver.logdet
+        return self.operator.ranks.led(lambda: self._solver.logdet)
 
     def root_columns(self) -> Iterator[Tensor]:
         """Yield columns of an R with (δ I + c K)⁻¹ = R Rᵀ, some at a time.
@@ -478,12 +470,8 @@ class Woodbury(TorchLinearOperator):
         inner, rows = self.operator, self.operator.small_rows
         count = min(max(rows // _SHARE, _LEAST_COLUMNS), _MOST_COLUMNS)
         for start in range(0, rows, count):
-            stop = min(start + count, rows)
-            yield inner.ranks.led(self._root_columns_here, start, stop)
-
-    def _root_columns_here(self, start: int, stop: int) -> Tensor:
-        assert self._solver is not None
-        return self._solver.root_columns(start, stop)
+            place = start, min(start + count, rows)
+            yield inner.ranks.led(lambda at=place: self._solver.root_columns(*at))
 
     def _multiply(self, X: Tensor) -> Tensor:
         if not self.operator.by_gram:

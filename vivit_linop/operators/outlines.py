@@ -10,7 +10,6 @@ from collections.abc import Iterable
 from vivit_linop.arguments import Scalar, as_float
 from vivit_linop.operators.damped import (
     Damped,
-    DampedDense,
     DampedInverse,
     DiagonallyDamped,
     DiagonalWoodbury,
@@ -70,7 +69,7 @@ def outline_of_identity(op: Identity) -> Outline:
 
 
 @outline.register
-def outline_of_dense(op: Dense) -> Outline:
+def outline_of_dense(op: Dense | RandomProjection) -> Outline:
     return Outline("", (), Cost(flops=2 * _entries(op)))
 
 
@@ -83,11 +82,6 @@ def outline_of_diagonal(op: Diagonal) -> Outline:
 def outline_of_khatri_rao(op: KhatriRao) -> Outline:
     # The adjoint contracts with one of the two matrices after the other.
     return Outline("", (), Cost(flops=2 * (_entries(op) + op.right.numel())))
-
-
-@outline.register
-def outline_of_random_projection(op: RandomProjection) -> Outline:
-    return Outline("", (), Cost(flops=2 * _entries(op)))
 
 
 # Expressions ------------------------------------------------------------------------
@@ -121,11 +115,6 @@ def outline_of_product(op: Product) -> Outline:
 def outline_of_damped(op: Damped) -> Outline:
     cost = total([op.operator], flops=2 * op.shape[0])
     return Outline(f"A + δ I, δ = {_number(op.damping)}", [("A", op.operator)], cost)
-
-
-@outline.register
-def outline_of_damped_dense(op: DampedDense) -> Outline:
-    return outline_of_damped(op)
 
 
 @outline.register
@@ -195,23 +184,15 @@ def outline_of_centered(op: Centered) -> Outline:
 
 
 @outline.register
-def outline_of_woodbury(op: Woodbury) -> Outline:
-    V, small = op.operator.factor, 2.0 * min(op.operator.factor.shape) ** 2
-    if op.operator.by_gram:
-        cost = total([V], times=4 if op.refines else 2, flops=small)
-    else:
-        cost = Cost(flops=small)
-    formula = f"(A + δ I)⁻¹, δ = {_number(op.damping)}"
-    return Outline(formula, [("A", op.operator)], cost)
-
-
-@outline.register
-def outline_of_damped_root(op: DampedRoot) -> Outline:
-    V = op.operator.factor
-    cost = total([V], times=2, flops=4.0 * V.shape[1] ** 2)
-    power = "^(−½)" if op.inverse else "^½"
-    formula = f"(A + δ I){power}, δ = {_number(op.damping)}"
-    return Outline(formula, [("A", op.operator)], cost)
+def outline_of_woodbury(op: Woodbury | DampedRoot) -> Outline:
+    inner, small = op.operator, 2.0 * op.operator.small_rows**2
+    power, times = "⁻¹", 2
+    if isinstance(op, DampedRoot):
+        power, small = "^(−½)" if op.inverse else "^½", 2.0 * small
+    elif op.refines:
+        times = 4
+    cost = total([inner.factor], times, small) if inner.by_gram else Cost(flops=small)
+    return Outline(f"(A + δ I){power}, δ = {_number(op.damping)}", [("A", inner)], cost)
 
 
 @outline.register

@@ -22,6 +22,7 @@ from vivit_linop.operators.elementary import (
     Product,
     Scaled,
     Sum,
+    as_multiple,
     dense_over,
 )
 from vivit_linop.operators.grams import aligned
@@ -111,22 +112,12 @@ def product_of_kroneckers(A: Kronecker, B: Kronecker) -> Op:
 
 
 @matmul.rule(Kronecker, CorrectedKronecker)
-def product_of_kronecker_and_corrected_one(A: Kronecker, B: CorrectedKronecker) -> Op:
-    """Functions of one Kronecker product have its eigenvectors."""
-    if A is not B.basis:
-        return NotImplemented
-    return CorrectedKronecker(A, A.eigenvalues * B.eigenvalues)
-
-
 @matmul.rule(CorrectedKronecker, Kronecker)
-def product_of_corrected_kronecker_and_its_basis(
-    A: CorrectedKronecker, B: Kronecker
-) -> Op:
-    return product_of_kronecker_and_corrected_one(B, A)
-
-
 @matmul.rule(CorrectedKronecker, CorrectedKronecker)
-def product_of_corrected_kroneckers(A: CorrectedKronecker, B: CorrectedKronecker) -> Op:
+def product_in_one_eigenbasis(
+    A: Kronecker | CorrectedKronecker, B: Kronecker | CorrectedKronecker
+) -> Op:
+    """Functions of one Kronecker product have its eigenvectors."""
     if A.basis is not B.basis:
         return NotImplemented
     return CorrectedKronecker(A.basis, A.eigenvalues * B.eigenvalues)
@@ -225,17 +216,12 @@ def sum_of_diagonally_damped_and_low_rank(A: DiagonallyDamped, B: LowRank) -> Op
 @add.commuting(LowRank, BlockDiagonal)
 def sum_of_low_rank_and_block_diagonal(A: LowRank, B: BlockDiagonal) -> Op:
     """A prior with one number a block is a diagonal."""
-    if not all(_is_diagonal(block) for block in B.blocks):
+    kinds = Diagonal, Identity
+    if not all(isinstance(as_multiple(block)[0], kinds) for block in B.blocks):
         return NotImplemented
     blocks = [settle(block, A.torch_dtype, A.device) for block in B.blocks]
     entries = [diagonal(block).to(A.torch_dtype) for block in blocks]
     return add(A, Diagonal(B.join(entries)))
-
-
-def _is_diagonal(op: Op) -> bool:
-    if isinstance(op, Scaled):
-        return _is_diagonal(op.operator)
-    return isinstance(op, (Diagonal, Identity))
 
 
 @add.rule(BlockDiagonal, BlockDiagonal)
@@ -263,28 +249,15 @@ def _with_diagonal(A: Op, entries: Tensor) -> Op:
 
 
 @add.commuting(Kronecker, Diagonal)
-def sum_of_kronecker_and_diagonal(A: Kronecker, B: Diagonal) -> Op:
-    """No Kronecker product; a small one is a dense matrix."""
-    return _small_sum(A, B)
-
-
 @add.commuting(CorrectedKronecker, Diagonal)
-def sum_of_corrected_kronecker_and_diagonal(A: CorrectedKronecker, B: Diagonal) -> Op:
-    return _small_sum(A, B)
-
-
 @add.commuting(Scaled, Diagonal)
-def sum_of_scaled_and_diagonal(A: Scaled, B: Diagonal) -> Op:
-    """Of a Kronecker product that is scaled."""
-    scaled_kronecker = isinstance(A.operator, (Kronecker, CorrectedKronecker))
-    return _small_sum(A, B) if scaled_kronecker else NotImplemented
-
-
-def _small_sum(A: Op, B: Diagonal) -> Op:
-    if A.shape[0] > DENSE_ROWS or not A.self_adjoint or not _one_dtype(A, B):
+def sum_of_kronecker_and_diagonal(A: Op, B: Diagonal) -> Op:
+    """No Kronecker product, also of one that is scaled; a small one is a matrix."""
+    of, _ = as_multiple(A)
+    if not isinstance(of, (Kronecker, CorrectedKronecker)) or A.shape[0] > DENSE_ROWS:
         return NotImplemented
     # A matrix that requires grad is not known to be symmetric.
-    if A.requires_grad or B.requires_grad:
+    if A.requires_grad or B.requires_grad or not A.self_adjoint or not _one_dtype(A, B):
         return NotImplemented
     return dense_over(A.ranks, to_dense(A) + torch.diag(B.entries))
 
@@ -296,16 +269,13 @@ def sum_of_damped_and_operator(A: Damped, B: Op) -> Op:
 
 
 @add.commuting(Op, Identity)
-def sum_of_operator_and_identity(A: Op, B: Identity) -> Op:
-    return damp(A, 1.0) if _decided(A, B) else NotImplemented
-
-
 @add.commuting(Op, Scaled)
-def sum_of_operator_and_scaled(A: Op, B: Scaled) -> Op:
+def sum_of_operator_and_multiple_of_identity(A: Op, B: Op) -> Op:
     """A + δ I is damped."""
-    if not isinstance(B.operator, Identity) or not _decided(A, B):
+    unit, damping = as_multiple(B)
+    if not isinstance(unit, Identity) or not _decided(A, B):
         return NotImplemented
-    return damp(A, B.factor)
+    return damp(A, damping)
 
 
 # c A ------------------------------------------------------------------------------
@@ -369,17 +339,14 @@ def multiple_of_block_diagonal(op: BlockDiagonal, factor: Scalar) -> Op:
 
 @damp.register
 def damped_operator(op: TorchLinearOperator, damping: Scalar) -> Op:
-    return op if _is(damping, 0.0) else Damped(op, damping)
+    if _is(damping, 0.0):
+        return op
+    return DampedDense(op, damping) if isinstance(op, Dense) else Damped(op, damping)
 
 
 @damp.register
 def damped_damped(op: Damped, damping: Scalar) -> Op:
     return damp(op.operator, op.damping + damping)
-
-
-@damp.register
-def damped_dense(op: Dense, damping: Scalar) -> Op:
-    return op if _is(damping, 0.0) else DampedDense(op, damping)
 
 
 @damp.register
@@ -393,15 +360,11 @@ def damped_diagonally_damped(op: DiagonallyDamped, damping: Scalar) -> Op:
 
 
 @damp.register
-def damped_identity(op: Identity, damping: Scalar) -> Op:
-    return scale(op, 1.0 + damping)
-
-
-@damp.register
-def damped_scaled(op: Scaled, damping: Scalar) -> Op:
+def damped_multiple(op: Identity | Scaled, damping: Scalar) -> Op:
     """C I + δ I = (c + δ) I."""
-    if isinstance(op.operator, Identity):
-        return scale(op.operator, op.factor + damping)
+    unit, factor = as_multiple(op)
+    if isinstance(unit, Identity):
+        return scale(unit, factor + damping)
     return damped_operator(op, damping)
 
 

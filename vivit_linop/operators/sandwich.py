@@ -28,7 +28,7 @@ from vivit_linop.operators.elementary import (
     Scaled,
 )
 from vivit_linop.operators.lowrank import Centered, DampedRoot, LowRank, Woodbury
-from vivit_linop.operators.parts import HStack
+from vivit_linop.operators.parts import HStack, Rows
 from vivit_linop.operators.verbs import adjoint, as_factor, matmul
 
 Op = TorchLinearOperator
@@ -160,28 +160,17 @@ def form_of_damped_root(op: DampedRoot) -> LowRankForm | None:
 
 
 @low_rank_form.register
-def form_of_low_rank(op: LowRank) -> LowRankForm | None:
-    """Nothing is shifted."""
-    return _form_of_damped_low_rank(op, 0.0)
-
-
-@low_rank_form.register
-def form_of_damped(op: Damped) -> LowRankForm | None:
-    """Of a low-rank node."""
-    if not isinstance(op.operator, LowRank):
+def form_of_low_rank(op: LowRank | Damped) -> LowRankForm | None:
+    """Itself, damped or not."""
+    A, damping = (op.operator, op.damping) if isinstance(op, Damped) else (op, 0.0)
+    if not isinstance(A, LowRank) or not (A.by_gram and A.semidefinite):
         return None
-    return _form_of_damped_low_rank(op.operator, op.damping)
-
-
-def _form_of_damped_low_rank(op: LowRank, damping: Scalar) -> LowRankForm | None:
-    if not op.by_gram or not op.semidefinite:
-        return None
-    scale = op.scale
+    low_rank, scale = A, A.scale
 
     def on_range(Y: Tensor) -> Tensor:
-        return scale * (op.gram.matrix @ Y) + damping * Y
+        return scale * (low_rank.gram.matrix @ Y) + damping * Y
 
-    return LowRankForm(damping, op.factor, lambda Y: scale * Y, on_range)
+    return LowRankForm(damping, low_rank.factor, lambda Y: scale * Y, on_range)
 
 
 @low_rank_form.register
@@ -216,21 +205,10 @@ def adjoint_as_factor(op: Adjoint) -> Op | None:
 
 
 @as_factor.register
-def centered_as_factor(op: Centered) -> Op | None:
-    """If what is centred is one."""
-    return op if as_factor(op.factor) is op.factor else None
-
-
-@as_factor.register
-def scaled_as_factor(op: Scaled) -> Op | None:
-    """If what is scaled is one."""
-    return op if as_factor(op.operator) is op.operator else None
-
-
-@as_factor.register
-def stack_as_factor(op: HStack) -> Op | None:
-    """If all parts are factors."""
-    return op if all(as_factor(part) is part for part in op.parts) else None
+def composite_as_factor(op: Centered | Scaled | HStack | Rows) -> Op | None:
+    """If all operators that it is made of are factors."""
+    parts = [part for part in op._made_of() if isinstance(part, Op)]
+    return op if all(as_factor(part) is part for part in parts) else None
 
 
 # Rules ------------------------------------------------------------------------------

@@ -379,12 +379,7 @@ class KeptMatrix:
         return self._eigenvalues.clone()
 
     def make_nonnegative(self, on_matrix: OnMatrix, count: int) -> Tensor:
-        """Return those of :attr:`nonnegative`, kept for one damping after the other.
-
-        Args:
-            on_matrix: As for the eigenvalues.
-            count: How many; the same each time.
-        """
+        """Return so many for :attr:`nonnegative`, for one damping after the other."""
         found = self.eigenvalues(on_matrix)[-count:].clamp(min=0.0)
         if not found.requires_grad:
             self.nonnegative = found
@@ -394,9 +389,6 @@ class KeptMatrix:
         """Return eigenvalues, ascending, and eigenvectors ``[n, n]``.
 
         Not to be written to: they are kept for what follows, within the budget.
-
-        Args:
-            on_matrix: As for the eigenvalues.
         """
         if self._eigenpairs is not None:
             return self._eigenpairs
@@ -410,9 +402,6 @@ class KeptMatrix:
         """Return it in a form that has all eigenvalues, and vectors of a few.
 
         None where eigenpairs are known, or take no more. Kept as these are.
-
-        Args:
-            on_matrix: As for the eigenvalues; of one process.
         """
         if self._tridiagonal is not None or self.decomposed:
             return self._tridiagonal
