@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import vivit_linop as vl
 from tests.cases import Lambda
+from vivit_linop.net.linearization import Chunks
 
 N, C = 6, 3
 
@@ -289,6 +290,50 @@ def test_wrong_rules_for_batches_are_seen(name: str, memory: int | None) -> None
     op, expected = PRODUCTS[name](wrong), PRODUCTS[name](plain)
     M = torch.randn(op.shape[1], 4).double()
     assert _close(op @ M, expected @ M)
+
+
+SHOW_NOTHING: dict[str, Callable[[Tensor], Tensor]] = {
+    "zeros": torch.zeros_like,
+    "one column again and again": lambda M: M[:, :1].expand_as(M),
+    "zeros beside one column": lambda M: M * torch.tensor([0.0, 0.0, 1.0, 0.0]),
+    "not finite": lambda M: torch.full_like(M, torch.nan),
+}
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("first", SHOW_NOTHING)
+def test_wrong_rules_are_seen_where_the_first_product_shows_nothing(
+    first: str, transposed: bool
+) -> None:
+    """What is multiplied first may be the same however a rule exchanges vectors."""
+    parts = {"first": nn.Linear(8, 5), "last": nn.Linear(5, C)}
+    op, expected = (
+        vl.Jacobian(
+            Lambda(lambda m, x, f=f: m.last(f(m.first(x)).tanh()), **parts).double(),
+            nn.CrossEntropyLoss(),
+            _data(),
+        )
+        for f in (_WrongTogether.apply, torch.clone)
+    )
+    op, expected = (op.T, expected.T) if transposed else (op, expected)
+    M = torch.randn(op.shape[1], 4).double()
+    op @ SHOW_NOTHING[first](M)
+    assert _close(op @ M, expected @ M)
+
+
+def test_numbers_that_are_not_finite_say_nothing_of_rules() -> None:
+    """Vectors are multiplied together after them as before."""
+    parts, given = Chunks(torch.device("cpu")), list[torch.Size]()
+
+    def product(rows: Tensor) -> Tensor:
+        given.append(rows.shape)
+        return 2 * rows
+
+    X = torch.rand(5, 4)
+    assert torch.equal(parts.apply(product, X.log() / 0.0, 5, 4), X.log() / 0.0)
+    given.clear()
+    assert torch.equal(parts.apply(product, X, 5, 4), 2 * X)
+    assert given == [(4, 5)]
 
 
 def test_numbers_that_are_not_finite_pass_through() -> None:

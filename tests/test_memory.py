@@ -226,7 +226,7 @@ def test_fewer_vectors_are_taken_where_memory_does_not_suffice(
 ) -> None:
     X = torch.rand(5, 12)
     device, parts = Device(3, monkeypatch), linearization.Chunks(torch.device("cpu"))
-    parts.trust("product")
+    parts.trusted = True
     assert torch.equal(parts.apply(device.product, X, 5, 12), 2 * X)
     assert device.given == [12, 6, 3, 3, 3, 3]
     device.given.clear()
