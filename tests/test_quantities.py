@@ -17,6 +17,8 @@ from tests import backpack_peer, cases
 from tests.backpack_peer import REDUCTIONS
 from tests.cases import dense, problem
 from vivit_linop.curvature.hessian_diagonal import diagonals_one_by_one
+from vivit_linop.net.columns import base
+from vivit_linop.net.columns.base import DenseColumns
 from vivit_linop.net.columns.khatri_rao import KhatriRaoColumns, squares_by_pairs
 from vivit_linop.operators import Centered, Gram
 from vivit_linop.testing import check_operator
@@ -240,6 +242,15 @@ def test_sums_from_factors(
     assert close(columns.sample_entry_squares(memory), by_sample)
     assert close(columns.squared_norms(memory), rows.square().sum(1))
     assert close(columns.entry_sums(), rows.sum(0))
+
+
+def test_squares_of_formed_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(5, 3, 4, generator=generator, dtype=torch.float64)
+    expected = values.square().sum((0, 1))
+    for entries in (1, 9, 2**20):  # so many are squared at a time
+        monkeypatch.setattr(base, "_SQUARED_AT_A_TIME", entries)
+        assert close(DenseColumns(values).entry_squares(2**20), expected)
 
 
 def test_squares_form_no_columns(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -88,8 +88,7 @@ class BetweenSamples:
 
     Args:
         parts: The columns, some samples after the other.
-        known: As for :class:`InnerProducts`.
-        key: That of the layer there.
+        known: As for :class:`InnerProducts`, with the key of the layer there.
     """
 
     def __init__(
@@ -171,7 +170,8 @@ def _alike(pieces: Sequence[Piece], names: list[str]) -> list[KhatriRaoColumns]:
         ]
         if names not in piece.groups or len(columns) < len(names):
             return []
-        parts.append(columns[0].beside(columns[1:]))
+        first, *others = columns  # of one alone nothing is copied
+        parts.append(first.beside(others) if others else first)
     return parts
 
 

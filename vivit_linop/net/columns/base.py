@@ -17,6 +17,8 @@ _SYMMETRIC_LEAF, _DEVICE_LEAF = 96, 2048
 _MIRRORED_ROWS, _DEVICE_ROWS = 256, 4096
 # Sums over so many columns lose no digits that matter.
 _SHORT_SUM = 1024
+# So many entries are squared at a time, in a cache.
+_SQUARED_AT_A_TIME = 2**20
 
 
 class ColumnCost(NamedTuple):
@@ -142,7 +144,13 @@ class LayerColumns(ABC):
 
     def entry_squares(self, memory: int) -> Tensor:
         """The squares of the entries, summed over all columns, ``[numel]``."""
-        return self.rows().square().sum(0)
+        first, *others = self.rows().split(
+            max(1, _SQUARED_AT_A_TIME // max(1, self.numel))
+        )
+        total = first.square().sum(0)
+        for few in others:
+            total += few.square().sum(0)
+        return total
 
     def sample_entry_squares(self, memory: int) -> Tensor:
         """The squares of the entries, summed over each sample, ``[n, numel]``."""
@@ -192,10 +200,10 @@ class LayerColumns(ABC):
 
     def joined(self, others: Sequence[LayerColumns]) -> LayerColumns:
         """The sums of these columns and those of other uses of the parameter."""
-        rows = torch.stack([part.rows() for part in (self, *others)]).sum(0)
+        rows = sum((part.rows() for part in others), start=self.rows())
         return DenseColumns(rows.view(self.num_samples, self.width, -1))
 
-    def beside(self, others: Sequence[LayerColumns]) -> LayerColumns:
+    def beside(self, others: Sequence[Self]) -> LayerColumns:
         """The columns of this parameter and of others with the same cotangents."""
         raise NotImplementedError
 
@@ -203,7 +211,7 @@ class LayerColumns(ABC):
         """Whether these are like others, of other samples, and can follow them."""
         return False
 
-    def followed_by(self, others: Sequence[LayerColumns]) -> LayerColumns:
+    def followed_by(self, others: Sequence[Self]) -> LayerColumns:
         """The columns of these samples and of others, which can follow them."""
         raise NotImplementedError
 
@@ -225,7 +233,7 @@ class DenseColumns(LayerColumns):
         """What is formed is alike."""
         return isinstance(other, DenseColumns) and self.width == other.width
 
-    def followed_by(self, others: Sequence[LayerColumns]) -> DenseColumns:
+    def followed_by(self, others: Sequence[Self]) -> DenseColumns:
         """Row below row."""
         rows = torch.cat([part.rows() for part in (self, *others)])
         return DenseColumns(rows.view(-1, self.width, self.numel))

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from operator import attrgetter
 from typing import Self
 
 import torch
@@ -175,8 +176,7 @@ class KhatriRaoColumns(OuterSums):
 
     def transposed(self, shape: torch.Size) -> KhatriRaoColumns:
         """The same factors, laid out the other way; there is one group."""
-        inputs = self._unmade or self.inputs
-        twin = KhatriRaoColumns(inputs, self.cotangents, not self.inputs_first)
+        twin = KhatriRaoColumns(self.given, self.cotangents, not self.inputs_first)
         twin.cotangents_key = self.cotangents_key
         return twin
 
@@ -187,13 +187,10 @@ class KhatriRaoColumns(OuterSums):
             return self.with_more(alike)
         return super().joined(others)
 
-    def beside(self, others: Sequence[LayerColumns]) -> KhatriRaoColumns:
+    def beside(self, others: Sequence[Self]) -> KhatriRaoColumns:
         """Their inputs are one longer input."""
-        inputs = [self.inputs]
-        for other in others:
-            assert isinstance(other, KhatriRaoColumns)
-            inputs.append(other.inputs)
-        return KhatriRaoColumns(torch.cat(inputs, dim=2), self.cotangents)
+        inputs = map(attrgetter("inputs"), (self, *others))
+        return KhatriRaoColumns(torch.cat([*inputs], dim=2), self.cotangents)
 
     def continues(self, other: LayerColumns) -> bool:
         """With factors of the same shapes; kinds of their own keep more than these."""
@@ -203,24 +200,19 @@ class KhatriRaoColumns(OuterSums):
             and (self.width, self.positions) == (other.width, other.positions)
         )
 
-    def followed_by(self, others: Sequence[LayerColumns]) -> KhatriRaoColumns:
+    def followed_by(self, others: Sequence[Self]) -> KhatriRaoColumns:
         """Sample below sample."""
-        parts = [self]
-        for other in others:
-            assert isinstance(other, KhatriRaoColumns)
-            parts.append(other)
-        cotangents = torch.cat([part.cotangents for part in parts])
-        inputs = torch.cat([part.inputs for part in parts])
-        return KhatriRaoColumns(inputs, cotangents, self.inputs_first)
+        return self._with(others, dim=0)
 
     def with_more(self, others: Sequence[KhatriRaoColumns]) -> KhatriRaoColumns:
         """Add the columns of other uses, of the same layout."""
-        parts = [self, *others]
-        return KhatriRaoColumns(
-            torch.cat([part.inputs for part in parts], dim=-1),
-            torch.cat([part.cotangents for part in parts], dim=-1),
-            self.inputs_first,
-        )
+        return self._with(others, dim=-1)
+
+    def _with(self, others: Sequence[KhatriRaoColumns], dim: int) -> KhatriRaoColumns:
+        """The factors of these columns and of others, along samples or positions."""
+        inputs = torch.cat([part.inputs for part in (self, *others)], dim)
+        cotangents = torch.cat([part.cotangents for part in (self, *others)], dim)
+        return KhatriRaoColumns(inputs, cotangents, self.inputs_first)
 
     def rows(self) -> Tensor:
         """Form the columns."""
@@ -248,8 +240,13 @@ class KhatriRaoColumns(OuterSums):
     def sizes(self) -> Tensor:
         """√Σ_p |a_np|² |b_nrp|²."""
         if self._is_plain:
-            inputs = torch.linalg.vector_norm(self.inputs, dim=(1, 2))
-            return self._norms() * inputs
+            shared = self.cotangents_key
+            norms = shared.norms if isinstance(shared, SharedCotangents) else None
+            if norms is None:
+                norms = torch.linalg.vector_norm(self.cotangents, dim=(2, 3, 4))
+            if isinstance(shared, SharedCotangents):
+                shared.norms = norms
+            return norms * torch.linalg.vector_norm(self.inputs, dim=(1, 2))
         if self._unmade is not None:
             inputs = self._unmade.squared_norms(self._groups)
         else:
@@ -258,16 +255,6 @@ class KhatriRaoColumns(OuterSums):
         n, R = cotangents.shape[:2]
         products = cotangents.reshape(n, R, -1) @ inputs.reshape(n, -1, 1)
         return products.squeeze(2).sqrt()
-
-    def _norms(self) -> Tensor:
-        """|b_nr| where there is one group and one position, ``[n, R]``."""
-        shared = self.cotangents_key
-        if isinstance(shared, SharedCotangents) and shared.norms is not None:
-            return shared.norms
-        norms: Tensor = torch.linalg.vector_norm(self.cotangents, dim=(2, 3, 4))
-        if isinstance(shared, SharedCotangents):
-            shared.norms = norms
-        return norms
 
     def _squares(self) -> Tensor:
         """|b_nrp|², ``[n, R, G, P]``."""
@@ -390,34 +377,29 @@ class KhatriRaoColumns(OuterSums):
 
     def entry_squares(self, memory: int) -> Tensor:
         """(Σ_r b_r²)ᵀ (a²), a matrix product; with positions, from pairs or blocks."""
-        a, b, P = self._a, self._b, self.positions
-        total = self.cotangents.new_zeros(self._groups, b, a)
-        by_pairs = self._squares_by_pairs()
-        size = P * (P + 1) // 2 * (a + b) if by_pairs else self.width * a * b
-        for part in self._parts(self._groups * size, memory):
-            if by_pairs:
-                A, B = self._pair_products(part)
-                total += torch.einsum("ngbk,ngak->gba", B, A)
-            else:
-                for group in range(self._groups):
-                    block = self.sample_blocks(part, group)
-                    total[group] += block.square_().sum((0, 1))
-        return self._laid_out(total.clamp_(min=0.0))
+        return self._entry_squares(memory, by_sample=False)[0]
 
     def sample_entry_squares(self, memory: int) -> Tensor:
         """As ``entry_squares``, sample by sample."""
-        a, b, P = self._a, self._b, self.positions
-        total = self.cotangents.new_empty(self.num_samples, self._groups, b, a)
-        by_pairs = self._squares_by_pairs()
-        size = P * (P + 1) // 2 * (a + b) if by_pairs else self.width * a * b
+        return self._entry_squares(memory, by_sample=True)
+
+    def _entry_squares(self, memory: int, by_sample: bool) -> Tensor:
+        """Those of each sample, or of all together, ``[n or 1, numel]``."""
+        a, b, P, R = self._a, self._b, self.positions, self.width
+        samples = self.num_samples if by_sample else 1
+        total = self.cotangents.new_zeros(samples, self._groups, b, a)
+        by_pairs = squares_by_pairs(a, b, P, R)
+        size = P * (P + 1) // 2 * (a + b) if by_pairs else R * a * b
         for part in self._parts(self._groups * size, memory):
+            place = total[part if by_sample else 0]
             if by_pairs:
                 A, B = self._pair_products(part)
-                total[part] = B @ A.mT
-            else:
-                for group in range(self._groups):
-                    block = self.sample_blocks(part, group)
-                    total[part, group] = block.square_().sum(1)
+                order = "ngbk,ngak->ngba" if by_sample else "ngbk,ngak->gba"
+                place += torch.einsum(order, B, A)
+                continue
+            for group in range(self._groups):
+                squares = self.sample_blocks(part, group).square_()
+                place[..., group, :, :] += squares.sum(1 if by_sample else (0, 1))
         return self._laid_out(total.clamp_(min=0.0))
 
     def entry_sums(self) -> Tensor:
@@ -441,9 +423,6 @@ class KhatriRaoColumns(OuterSums):
         for part in self._parts(each, _WORKING_SET):
             total += (B[part] @ self.some_inputs(part).mT).sum(0)
         return self._laid_out(total)
-
-    def _squares_by_pairs(self) -> bool:
-        return squares_by_pairs(self._a, self._b, self.positions, self.width)
 
     def _pair_products(self, part: slice) -> tuple[Tensor, Tensor]:
         """Products over pairs p ≤ q of inputs, and of cotangents summed over columns.

@@ -134,14 +134,8 @@ class OuterSums(LayerColumns):
             flops["inputs"] += each * other.num_samples
         return min(flops, key=flops.__getitem__)
 
-    def add_gram(
-        self,
-        gram: Tensor,
-        other: LayerColumns,
-        memory: int,
-        contraction: str | None = None,
-    ) -> None:
-        """In the cheapest of three ways, or in the one that is asked for."""
+    def add_gram(self, gram: Tensor, other: LayerColumns, memory: int) -> None:
+        """In the cheapest of three ways."""
         if not isinstance(other, OuterSums) or not self.is_like(other):
             add_product(gram, self.rows(), other.rows(), False)
             return
@@ -150,7 +144,7 @@ class OuterSums(LayerColumns):
             "blocks": self._add_blocks,
             "inputs": self._add_inputs,
         }
-        ways[contraction or self.contraction(other)](gram, other, memory)
+        ways[self.contraction(other)](gram, other, memory)
 
     def _add_pairs(self, gram: Tensor, other: OuterSums, memory: int) -> None:
         """Σ_pq (a_p a_qᵀ) ∘ (b_p b_qᵀ), position by position."""
@@ -175,12 +169,12 @@ class OuterSums(LayerColumns):
                 second._add_pairs(gram[row:], other, memory)
             return
         n, R, m, Q = self.num_samples, self.width, other.num_samples, other.width
-        target = gram.view(n, R, m, Q)
+        target, others = gram.view(n, R, m, Q), other.inputs
         for group in range(self._groups):
             for p in range(self.positions):
                 a, b = self.inputs[:, group, :, p], self.cotangents[:, :, group, :, p]
                 for q in range(other.positions):
-                    c = other.inputs[:, group, :, q]
+                    c = others[:, group, :, q]
                     d = other.cotangents[:, :, group, :, q]
                     outer = b.reshape(n * R, -1) @ d.reshape(m * Q, -1).T
                     weights = (a @ c.T)[:, None, :, None]

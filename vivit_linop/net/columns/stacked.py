@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from typing import Self
 
 import torch
 from torch import Tensor
 
-from vivit_linop.net.columns.base import (
-    ColumnCost,
-    LayerColumns,
-    add_product,
-)
+from vivit_linop.net.columns.base import ColumnCost, LayerColumns, add_product
 
 Place = tuple[int, int]
 
@@ -50,10 +47,30 @@ class StackedColumns(LayerColumns):
         )
         return ColumnCost(" + ".join(dict.fromkeys(ways)), *map(sum, counts))
 
+    def _of_parts(self, of: Callable[[LayerColumns], Tensor]) -> Tensor:
+        """Put together what each part has for its entries, along the last axis."""
+        return placed(((at, of(part)) for at, part in self.parts.items()), self.numel)
+
     def rows(self) -> Tensor:
-        """Form the columns."""
-        formed = {place: columns.rows() for place, columns in self.parts.items()}
-        return placed(list(formed.items()), self.numel)
+        """Part by part, as what is summed over them."""
+        return self._of_parts(lambda part: part.rows())
+
+    def squared_norms(self, memory: int) -> Tensor:
+        """The sums of the parts'."""
+        norms = [part.squared_norms(memory) for part in self.parts.values()]
+        return torch.stack(norms).sum(0)
+
+    def entry_squares(self, memory: int) -> Tensor:
+        """Part by part."""
+        return self._of_parts(lambda part: part.entry_squares(memory))
+
+    def sample_entry_squares(self, memory: int) -> Tensor:
+        """Part by part."""
+        return self._of_parts(lambda part: part.sample_entry_squares(memory))
+
+    def entry_sums(self) -> Tensor:
+        """Part by part."""
+        return self._of_parts(lambda part: part.entry_sums())
 
     def signals(self, weights: Tensor) -> Tensor:
         """The weights themselves: each part has its own cotangents."""
@@ -72,10 +89,7 @@ class StackedColumns(LayerColumns):
 
     def combination(self, weights: Tensor) -> Tensor:
         """Part by part."""
-        total = weights.new_zeros(self.numel)
-        for (start, stop), columns in self.parts.items():
-            total[start:stop] = columns.combination(weights)
-        return total
+        return self._of_parts(lambda part: part.combination(weights))
 
     def residual(self, weights: Tensor, expected: Tensor) -> Tensor:
         """Part by part, and what is expected in none of them."""
@@ -98,20 +112,20 @@ class StackedColumns(LayerColumns):
 
     def add_gram(self, gram: Tensor, other: LayerColumns, memory: int) -> None:
         """Part by part."""
-        if (
-            isinstance(other, StackedColumns)
-            and other.parts.keys() == self.parts.keys()
-        ):
+        theirs = other.parts if isinstance(other, StackedColumns) else {}
+        if theirs.keys() == self.parts.keys():
             for place, columns in self.parts.items():
-                columns.add_gram(gram, other.parts[place], memory)
+                columns.add_gram(gram, theirs[place], memory)
         else:
             add_product(gram, self.rows(), other.rows(), False)
 
 
-def placed(parts: list[tuple[Place, Tensor]], numel: int) -> Tensor:
-    """Add rows for parts of the parameter into rows for the whole."""
-    _, first = parts[0]
-    rows = first.new_zeros(len(first), numel)
+def placed(parts: Iterable[tuple[Place, Tensor]], numel: int) -> Tensor:
+    """Add up what parts of the parameter have, along the last axis, for the whole."""
+    whole: Tensor | None = None
     for (start, stop), part in parts:
-        rows[:, start:stop] += part
-    return rows
+        if whole is None:
+            whole = part.new_zeros(*part.shape[:-1], numel)
+        whole[..., start:stop] += part
+    assert whole is not None
+    return whole

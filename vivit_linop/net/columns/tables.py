@@ -82,9 +82,8 @@ class TableColumns(KhatriRaoColumns):
     def _distinct(self) -> tuple[Tensor, Tensor, Tensor]:
         """The rows that each sample looks up, each once, in the order of the rows.
 
-        Returns:
-            Numbers of rows ``[M]`` and of samples ``[M]``, and the sums of the
-            cotangents over the positions that are alike, ``[M, R, b]``.
+        Numbers of rows ``[M]`` and of samples ``[M]``, and the sums of the cotangents
+        over the positions that are alike, ``[M, R, b]``.
         """
         n, P = self.index.shape
         samples = torch.arange(n, device=self.index.device).unsqueeze(1)
@@ -93,16 +92,11 @@ class TableColumns(KhatriRaoColumns):
         sums = b.new_zeros(len(keys), b.shape[1]).index_add_(0, places.reshape(-1), b)
         return keys // n, keys % n, sums.view(len(keys), self.width, self._b)
 
-    def add_gram(
-        self,
-        gram: Tensor,
-        other: LayerColumns,
-        memory: int,
-        contraction: str | None = None,
-    ) -> None:
+    def add_gram(self, gram: Tensor, other: LayerColumns, memory: int) -> None:
         """Row by row of the table, between the samples that look it up."""
-        if not isinstance(other, TableColumns) or contraction not in (None, "rows"):
-            super().add_gram(gram, other, memory, contraction)
+        if not isinstance(other, TableColumns):
+            formed = KhatriRaoColumns(self.inputs, self.cotangents, inputs_first=True)
+            formed.add_gram(gram, other, memory)
             return
         target = gram.view(self.num_samples, self.width, other.num_samples, other.width)
         _, samples, sums = self._distinct

@@ -38,22 +38,14 @@ class UnfoldedInputs:
         return self._of(self._X)
 
     def squared_norms(self, groups: int) -> Tensor:
-        """|a_np|² of all samples, ``[n, G, P]``; the input is squared, not its copies.
-
-        Args:
-            groups: G.
-        """
+        """|a_np|², ``[n, G, P]``; the input is squared, not its copies."""
         if "whole" in self.__dict__:
             return self.whole.square().sum(2)
         squares = self._X.square().unflatten(1, (groups, -1)).sum(2)
         return self._of(squares).sum(2)
 
     def some(self, part: slice) -> Tensor:
-        """Those of some samples.
-
-        Args:
-            part: Which.
-        """
+        """Those of some samples."""
         if "whole" in self.__dict__:
             return self.whole[part]
         return self._of(self._X[part])

@@ -50,11 +50,7 @@ def _weighted_khatri_rao(columns: KhatriRaoColumns, weights: Tensor) -> LayerCol
 
 
 class WeightedKhatriRao(KhatriRaoColumns):
-    """Khatri–Rao columns, each multiplied entry by entry with the same weights.
-
-    Attributes:
-        weights: The weights, ``[G, b, a]``.
-    """
+    """Khatri–Rao columns, each multiplied entry by entry with weights ``[G, b, a]``."""
 
     def __init__(self, columns: KhatriRaoColumns, weights: Tensor) -> None:
         super().__init__(columns.inputs, columns.cotangents, columns.inputs_first)
