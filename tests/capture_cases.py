@@ -160,6 +160,9 @@ LINEAR: list[Spec] = [
     *(transposed(d, kernel_size=3, padding=1, stride=2) for d in DIMS),
     *(transposed(d, kernel_size=2, dilation=2, groups=2) for d in DIMS),
     transposed(1, kernel_size=3, stride=2, output_padding=1),
+    # Outputs that a stride or more beyond the last input adds.
+    transposed(1, kernel_size=2, dilation=2, output_padding=1),
+    transposed(1, kernel_size=2, stride=2, dilation=3, output_padding=2, groups=2),
     transposed(3, kernel_size=2, stride=(1, 2, 1), output_padding=(0, 1, 0)),
     transposed(
         2,

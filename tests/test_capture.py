@@ -34,6 +34,7 @@ from tests.capture_cases import (
 from tests.cases import (
     Lambda,
     Problem,
+    call,
     dense_of,
     features,
     parameter,
@@ -41,6 +42,7 @@ from tests.cases import (
 )
 from tests.toys import Snapshot
 from vivit_linop.modes import as_guest
+from vivit_linop.net import dense as dense_columns
 from vivit_linop.net.capture import Capture
 from vivit_linop.net.certified import find_structure
 from vivit_linop.net.columns.khatri_rao import KhatriRaoColumns
@@ -162,6 +164,65 @@ def test_views_inside_transformations() -> None:
 
     net = Lambda(forward, w=parameter(2, 4), b=parameter(4))
     check(net, features(N, 4).double(), {"w": OPAQUE, "b": "dense: mul"})
+
+
+@pytest.mark.parametrize("tokens", [1, 5])
+@pytest.mark.parametrize("padding", [None, 2])
+def test_rows_of_a_matrix_are_looked_up_and_combined(
+    tokens: int, padding: int | None
+) -> None:
+    """Tokens, and numbers that stand for one-hot ones, of batches and of two risks."""
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        if x.is_floating_point():
+            return (x @ m.w).sin().sum(1) @ m.v
+        return F.embedding(x, m.w, padding).sin().sum(1) @ m.v
+
+    net = Lambda(forward, w=parameter(7, 4), v=parameter(4, 3)).double()
+    looked_up = torch.randint(7, (5, tokens)), torch.arange(5) % 3
+    combined = torch.randn(4, tokens, 7).double(), torch.arange(4) % 3
+    loss = nn.CrossEntropyLoss()
+    risks = [vl.EmpiricalRisk(net, loss, data) for data in (looked_up, combined)]
+    (L, _), (M, _) = (
+        truth(risk, net, loss, data)
+        for risk, data in zip(risks, (looked_up, combined), strict=True)
+    )
+    J = torch.cat([L, M])
+    of_both = vl.Jacobian(net, loss, [looked_up, combined])
+    assert close((of_both @ of_both.T).to_dense(), J @ J.T)
+    left, right = map(vl.Jacobian, risks)
+    weights = torch.rand(J.shape[1], dtype=torch.float64)
+    P = vl.Diagonal(weights)
+    for A, B, dense in ((left, right, (L, M)), (right, left, (M, L))):
+        assert close((A @ B.T).to_dense(), dense[0] @ dense[1].T)
+        assert close((A @ P @ B.T).to_dense(), (dense[0] * weights) @ dense[1].T)
+
+
+@pytest.mark.parametrize("reached", [0, 29, 63])
+@pytest.mark.parametrize("axis", [0, 1])
+def test_few_passes_find_the_layer_that_one_sample_reaches(
+    reached: int, axis: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        tokens = torch.stack([x, x.cos()], dim=1 - axis)
+        rare = m.rare(tokens).sin().sum(1 - axis)
+        return m.head(torch.where(x[:, :1] > 1.0, rare, m.often(x)))
+
+    members = {name: nn.Linear(3, 3) for name in ("rare", "often", "head")}
+    net = Lambda(forward, **members).double()
+    X = torch.rand(64, 3, dtype=torch.float64)
+    X[reached] += 1.0
+    loss, data = nn.CrossEntropyLoss(), (X, torch.arange(64) % 3)
+    calls, way = [], Capture._backward
+    count = lambda *given: calls.append(1) or way(*given)  # noqa: E731
+    monkeypatch.setattr(Capture, "_backward", count)
+    U = vl.PerSampleGradients(net, loss, data)
+    gram = (U.T @ U).to_dense()
+    assert len(calls) <= 8
+    J, _ = truth(U.risk, net, loss, data)
+    errors = net(X).detach().softmax(1) - F.one_hot(data[1], 3)
+    columns = torch.einsum("nc,ncd->nd", errors, J.view(64, 3, -1))
+    assert close(gram, columns @ columns.T)
 
 
 # All ways to the same numbers ---------------------------------------------------------
@@ -394,6 +455,53 @@ class Largest(TorchDispatchMode):
             if isinstance(tensor, Tensor):
                 self.entries = max(self.entries, tensor.untyped_storage().nbytes() // 8)
         return result
+
+
+def test_memory_of_parts_of_a_parameter() -> None:
+    """Sums over the columns of an attention layer's input weight form none of them."""
+    E, N = 32, 12
+    layer = nn.MultiheadAttention(E, 2, batch_first=True)
+    net = Lambda(lambda m, x: m.f(m.a(x, x.flip(1), x.cos())[0].sum(1)), a=layer)
+    net.f = nn.Linear(E, 3)
+    net, loss, data = problem_of(net, features(N, 3, E).double())
+    risk = vl.EmpiricalRisk(net, loss, data)
+    J, G = truth(risk, net, loss, data)
+    V, U = vl.GGNFactor(risk), vl.PerSampleGradients(risk)
+    with Largest() as largest:
+        diagonal, norms = (V @ V.T).diagonal(), U.squared_norms()
+    assert largest.entries <= 2 * risk.num_params
+    assert close(diagonal, G.diagonal())
+    errors = call(net, {}, data[0]).detach().softmax(1) - F.one_hot(data[1], 3)
+    columns = torch.einsum("nc,ncd->nd", errors, J.view(N, 3, -1))
+    assert close(norms, columns.square().sum(1))
+    roots = V.output.to_dense().view(N, 3, N, -1).diagonal(dim1=0, dim2=2)
+    by_sample = torch.einsum("ncd,ckn->nkd", J.view(N, 3, -1), roots)
+    assert close(vl.GGN(risk).sample_diagonals(), N * by_sample.square().sum(1))
+
+
+@pytest.mark.parametrize("memory", [None, 1])
+def test_columns_without_a_structure_are_made_of_some_samples_at_a_time(
+    memory: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As many as the memory has room for signals of; torch's warnings are not heard."""
+    chunks, way = list[Any](), dense_columns.vmap
+
+    def noted(function: Any, *args: Any, **options: Any) -> Any:
+        chunks.extend(options[key] for key in options.keys() & {"chunk_size"})
+        return way(function, *args, **options)
+
+    monkeypatch.setattr(dense_columns, "vmap", noted)
+    net = Lambda(lambda m, x: m.f(m.e(x).sin()), e=nn.EmbeddingBag(5, 4))
+    net.f = nn.Linear(4, 3)
+    net, loss, data = problem_of(net, torch.randint(5, (6, 3)))
+    risk = vl.EmpiricalRisk(net, loss, data, memory=memory)
+    V = vl.GGNFactor(risk)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        gram = (V.T @ V).to_dense()
+    assert chunks and all((few == 1) == (memory == 1) for few in chunks)
+    columns = truth(risk, net, loss, data)[0].T @ V.output.to_dense()
+    assert close(gram, columns.T @ columns)
 
 
 def test_memory_of_a_large_table() -> None:

@@ -33,7 +33,7 @@ def check(net: nn.Module, X: Tensor) -> dict[str, str]:
     risk = vl.EmpiricalRisk(net, nn.CrossEntropyLoss(), (X, torch.arange(N) % 2))
     params = {name: p.detach() for name, p in net.named_parameters()}
     jacobian = jacrev(lambda given: functional_call(net, given, X))(params)
-    J = torch.cat([part.reshape(2 * N, -1) for part in jacobian.values()], dim=1)
+    J = torch.cat([part.flatten(0, 1).flatten(1) for part in jacobian.values()], dim=1)
     H = vl.LossHessian(risk).to_dense()
     V, G = vl.GGNFactor(risk), J.T @ H @ J
     torch.testing.assert_close(V @ V.T @ torch.eye(len(G)).double(), G)
@@ -128,6 +128,25 @@ def test_wrong_rule_gives_no_wrong_number() -> None:
     register(gate_kind(sign=1.0))
     uses = check(Gated(), torch.rand(N, 4, 3))
     assert (uses["w"], uses["b"]) == ("gate", "no structure")
+
+
+@pytest.mark.parametrize("rule", ["weight", "bias"])
+@pytest.mark.parametrize("outputs", [2, 3])
+def test_a_rule_that_raises_is_no_structure_of_its_parameter(
+    rule: str, outputs: int
+) -> None:
+    """All other parameters keep theirs, for one column a sample and for several."""
+
+    def fails(*_: object) -> LayerColumns:
+        raise TypeError("an error of the rule")
+
+    register(replace(gate_kind(sign=-1.0), **{rule: fails}))
+    net = Gated()
+    net.last = nn.Linear(3, outputs)
+    uses = check(net, torch.rand(N, 4, 3))
+    # The call is one use: neither of its parameters has columns then.
+    assert uses["w"] == uses["b"] == "no structure"
+    assert uses["last.weight"] == uses["last.bias"] == "linear"
 
 
 def test_missing_rule_is_no_structure() -> None:

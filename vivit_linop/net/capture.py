@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import (
     Callable,
     Hashable,
@@ -89,7 +89,6 @@ class Capture:
         run: The run, if there was one on this input already.
 
     Attributes:
-        num_samples: n.
         output: The outputs, ``[n, C]``, with their graph.
         uses: The recorded uses.
         formed: Of columns that were formed, as they were before, without data.
@@ -148,11 +147,7 @@ class Capture:
     ) -> dict[str, LayerColumns]:
         """Return the columns that parameters have if a variant is that of this run.
 
-        Args:
-            cotangents: ``[n, C, R]``.
-            variant: What fits.
-            names: The parameters of interest.
-            takes: How they are taken.
+        Those that cotangents ``[n, C, R]`` are pulled back to.
         """
         width = cotangents.shape[2]
         placed = self._placed(variant, names, width)
@@ -162,10 +157,11 @@ class Capture:
             return self._assembled(placed, makers, stacked, names, takes)
         # What is formed in any case is formed as cotangents come: they take more.
         forms = width > 1 and takes not in _FORMED_SHARES
-        apart, together = _split(
-            placed, lambda use: forms and use.is_smaller_formed(self.num_samples)
-        )
-        *parts, columns = self._one_by_one(apart, together, cotangents, names, takes)
+
+        def is_apart(use: Use) -> bool:
+            return forms and use.is_smaller_formed(self.num_samples)
+
+        *parts, columns = self._one_by_one(placed, is_apart, cotangents, names, takes)
         return columns | _beside(parts)
 
     @cached_property
@@ -184,15 +180,9 @@ class Capture:
     ) -> tuple[dict[str, LayerColumns], dict[str, Tensor]]:
         """Return columns as :meth:`columns`, and what they must add up to with weights.
 
-        For one cotangent a sample, and samples that stay apart in the first axis: of
-        what is pulled back with weights, each sample's is divided by its own.
-
-        Args:
-            cotangents: ``[n, C, 1]``.
-            weights: Not zero, ``[n, 1]``.
-            variant: What fits.
-            params: The parameters of interest, by name.
-            takes: How columns are taken.
+        For one cotangent a sample, ``[n, C, 1]``, and samples that stay apart in the
+        first axis: of what is pulled back with weights ``[n, 1]``, which are not zero,
+        each sample's is divided by its own.
         """
         placed = self._placed(variant, params.keys(), 1)
         uses = [each.use for each in placed]
@@ -202,14 +192,13 @@ class Capture:
         signals, gradients = found[: len(uses)], found[len(uses) :]
         inverse, places = 1.0 / weights, Counter(map(_storage, found))
         for index, signal in enumerate(signals):
+            signal = signal.unsqueeze(1)
             factors = inverse.view(-1, *[1] * (signal.ndim - 1))
             # What has a memory of its own is written into.
-            if places[_storage(signal)] == 1 and _is_dense(signal.unsqueeze(1)):
-                signal.mul_(factors)
-            else:
-                signals[index] = signal * factors
+            is_own = places[_storage(signal)] == 1 and _is_dense(signal)
+            signals[index] = signal.mul_(factors) if is_own else signal * factors
         stacked: list[Tensor] = []
-        _stack(stacked, _single(signals), 0, 1)
+        _stack(stacked, signals, 0, 1)
         makers = starmap(Use.columns, placed)
         columns = self._assembled(placed, makers, stacked, params.keys(), takes)
         return columns, dict(zip(wanted, gradients, strict=True))
@@ -221,46 +210,46 @@ class Capture:
 
         Those of layers with many positions come one of each sample at a time, and only
         one is in memory: they have the same inputs, one object. Those of all others
-        come together, in the last part.
-
-        Args:
-            cotangents: ``[n, C, R]``.
-            variant: That of this run.
-            names: The parameters of interest.
+        come together, in the last part. They are of cotangents ``[n, C, R]``.
         """
         width = cotangents.shape[2]
         placed = self._placed(variant, names, width)
-        apart, together = _split(
-            placed, lambda use: use.is_wide(self.num_samples, width)
-        )
-        yield from self._one_by_one(apart, together, cotangents, names, "stream")
+
+        def is_apart(use: Use) -> bool:
+            return use.is_wide(self.num_samples, width)
+
+        yield from self._one_by_one(placed, is_apart, cotangents, names, "stream")
 
     def _one_by_one(
         self,
-        apart: list[PlacedUse],
-        together: list[PlacedUse],
+        placed: list[PlacedUse],
+        is_apart: Callable[[Use], bool],
         cotangents: Tensor,
         names: Set[str],
         takes: Takes,
     ) -> Iterator[dict[str, LayerColumns]]:
         """Yield columns of some uses for each cotangent of the samples, then the rest.
 
-        Args:
-            apart: The uses whose columns come one of each sample at a time.
-            together: Those whose columns come all at once, in the last part.
-            cotangents: ``[n, C, R]``.
-            names: The parameters of interest.
-            takes: How columns are taken.
+        The columns of uses that alone use their parameters come one of each sample at a
+        time, if they may; those of all others at once, in the last part.
         """
-        makers = [*starmap(Use.columns, apart)]
-        stacked: list[Tensor] = []
-        for r, signals in enumerate(self._signals(apart + together, cotangents)):
-            single = _single(signals)
-            del signals
-            if apart:
-                some = single[: len(apart)]
-                yield self._assembled(apart, makers, some, names, takes)
-            _stack(stacked, single[len(apart) :], r, cotangents.shape[2])
+        used = Counter(name for each in placed for name in each.use.names)
+        apart: list[PlacedUse] = []
+        together: list[PlacedUse] = []
+        for each in placed:
+            alone = all(used[name] == 1 for name in each.use.names)
+            (apart if alone and is_apart(each.use) else together).append(each)
+        makers, stacked = [*starmap(Use.columns, apart)], list[Tensor]()
+        placed, width = apart + together, cotangents.shape[2]
+        uses = [each.use for each in placed]
+        for r in range(width if placed else 0):
+            signals = self._backward(uses, cotangents[:, :, r].contiguous())
+            for index, each in enumerate(placed):
+                signals[index] = each.layout(signals[index]).unsqueeze(1)
+            if apart:  # whose signals are taken away
+                yield self._assembled(apart, makers, signals, names, takes)
+            _stack(stacked, signals, r, width)
+            del signals  # before those of the next are there
         last = starmap(Use.columns, together)
         yield self._assembled(together, last, stacked, names, takes)
 
@@ -321,18 +310,6 @@ class Capture:
             return []
         return stacked
 
-    def _signals(
-        self, placed: Sequence[PlacedUse], cotangents: Tensor
-    ) -> Iterator[list[Tensor]]:
-        """Pull cotangents ``[n, C, R]`` back one by one, to ``[n, …]`` at each use."""
-        uses = [each.use for each in placed]
-        for r in range(cotangents.shape[2] if placed else 0):
-            signals = self._backward(uses, cotangents[:, :, r].contiguous())
-            for index, each in enumerate(placed):
-                if each.layout.name != "first":
-                    signals[index] = each.layout(signals[index])
-            yield signals
-
     def _assembled(
         self,
         placed: Sequence[PlacedUse],
@@ -348,7 +325,16 @@ class Capture:
         columns: dict[str, LayerColumns] = {}
         with torch.no_grad():
             for make in makers:
-                for view, part in make(signals.pop(0)):
+                signal = signals.pop(0)
+                try:
+                    found = make(signal)
+                # A rule may be wrong, or a layout one that tensors do not have: what is
+                # missing is seen when columns are checked.
+                except Exception as error:
+                    if is_out_of_memory(error):
+                        raise
+                    continue
+                for view, part in found:
                     if view.name not in wanted:
                         continue
                     if view.transposed:
@@ -356,20 +342,16 @@ class Capture:
                     if share and used.count(view.name) == 1:
                         compacted = part.compacted(share)
                         if compacted is not part:
-                            self._note_formed(view, part)
+                            use = view.place, part.without_data()
+                            numel = self._risk.params[view.name].numel()
+                            self.formed[view.name] = assembled([use], numel)
                         part = compacted
                     if takes == "norms":
                         part = part.before_norms()
                     parts.setdefault(view.name, []).append((view.place, part))
-            for name, found in parts.items():
-                columns[name] = assembled(found, self._risk.params[name].numel())
+            for name, used_in in parts.items():
+                columns[name] = assembled(used_in, self._risk.params[name].numel())
         return columns
-
-    def _note_formed(self, view: View, part: LayerColumns) -> None:
-        """Note what columns were that are formed, where that takes less."""
-        use = view.place, part.without_data()
-        numel = self._risk.params[view.name].numel()
-        self.formed[view.name] = assembled([use], numel)
 
     def keep_sizes(self, X: Any) -> SampleSizes:
         """Tell what the columns of a sample take, for all of the shape of a batch's."""
@@ -421,10 +403,9 @@ class Capture:
             layouts = ["first" if "first" in names else None for names in possible]
             return Variant([*map(attrgetter("key"), self.uses)], layouts, False)
         noise = Noise().like(self.output)
-        pending = list(range(len(self.uses)))
-        for sample in reversed(range(n)):
-            if not pending:
-                break
+        pending, order = list(range(len(self.uses))), deque(reversed(range(n)))
+        while pending and order:
+            sample = order.popleft()
             cotangent = torch.zeros_like(self.output)
             cotangent[sample] = noise[sample]
             uses = [*map(self.uses.__getitem__, pending)]
@@ -438,24 +419,26 @@ class Capture:
                     silent.append(i)
                 elif len(possible[i]) > 1 and sample > n - _TELLING_SAMPLES:
                     undecided.append(i)
-            # Most often no sample reaches what the last one does not.
+            # Most often no sample reaches what the last one does not. Which one does is
+            # seen if its layout is guessed.
             if sample == n - 1 and silent:
                 signals = self._backward([self.uses[i] for i in silent], noise)
-                flags = [signal.any().reshape(1) for signal in signals]
-                reached = zip(silent, told(flags), strict=True)
-                silent = [i for i, (heard,) in reached if heard]
+                flags = []
+                for i, signal in zip(silent, signals, strict=True):
+                    guess = Layout(possible[i][0], n)
+                    flags.append(guess(signal).reshape(n, -1).any(1))
+                reached = [*zip(silent, told(flags), strict=True)]
+                silent = [i for i, heard in reached if any(heard)]
+                order.extendleft(
+                    {heard.index(True) for _, heard in reached if any(heard)}
+                )
             pending = sorted(silent + undecided)
         layouts = [next(iter(names), None) for names in possible]
         return Variant([*map(attrgetter("key"), self.uses)], layouts, n == 1)
 
 
 def assembled(uses: Sequence[tuple[Place, LayerColumns]], numel: int) -> LayerColumns:
-    """Add up the columns of the uses of one parameter.
-
-    Args:
-        uses: Which entries are used, and the columns of these.
-        numel: The number of entries of the parameter.
-    """
+    """Add up the columns of the uses of one parameter, each of the entries it uses."""
     by_place: dict[Place, list[LayerColumns]] = {}
     for place, columns in uses:
         by_place.setdefault(place, []).append(columns)
@@ -468,7 +451,7 @@ def assembled(uses: Sequence[tuple[Place, LayerColumns]], numel: int) -> LayerCo
     if all(left[1] <= right[0] for left, right in ends):
         return StackedColumns(parts, numel)
     first = next(iter(parts.values()))
-    rows = placed([(place, part.rows()) for place, part in parts.items()], numel)
+    rows = placed(((place, part.rows()) for place, part in parts.items()), numel)
     return DenseColumns(rows.view(first.num_samples, first.width, numel))
 
 
@@ -489,30 +472,12 @@ def _key_of_sizes(risk: EmpiricalRisk, X: Any) -> Hashable:
     return "sample sizes", *shapes
 
 
-def _single(signals: Sequence[Tensor]) -> list[Tensor]:
-    """Signals ``[n, …]`` of one cotangent as ``[n, 1, …]``."""
-    return [signal.unsqueeze(1) for signal in signals]
-
-
-def _split(
-    placed: Sequence[PlacedUse], is_apart: Callable[[Use], bool]
-) -> tuple[list[PlacedUse], list[PlacedUse]]:
-    """Part the uses that alone use their parameters, if they may be, from others."""
-    used = Counter(name for each in placed for name in each.use.names)
-    apart: list[PlacedUse] = []
-    together: list[PlacedUse] = []
-    for each in placed:
-        alone = all(used[name] == 1 for name in each.use.names)
-        (apart if alone and is_apart(each.use) else together).append(each)
-    return apart, together
-
-
 def _beside(parts: Sequence[dict[str, LayerColumns]]) -> dict[str, LayerColumns]:
     """Put columns for one cotangent of each sample beside those for the others."""
     columns: dict[str, LayerColumns] = {}
-    for name in parts[0] if parts else ():
-        rows = [part[name].rows().unsqueeze(1) for part in parts]
-        columns[name] = DenseColumns(torch.cat(rows, dim=1))
+    for name in [*parts[0]] if parts else ():
+        rows = [part.pop(name).rows() for part in parts]  # twice of one only
+        columns[name] = DenseColumns(torch.stack(rows, dim=1))
     return columns
 
 

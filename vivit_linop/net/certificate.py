@@ -114,12 +114,9 @@ class Certificate:
 
 
 def weights_before(cotangents: Tensor) -> Tensor:
-    """Weights of columns that are not made yet, ``[n, 1]``.
+    """Weights ``[n, 1]`` of columns that are not made yet, of B ``[n, C, 1]``.
 
     As far as what is pulled back tells, columns count alike.
-
-    Args:
-        cotangents: B, ``[n, C, 1]``.
     """
     sizes = norms(cotangents, 1)
     drawn = _drawn(sizes.shape, sizes.dtype, sizes.device)

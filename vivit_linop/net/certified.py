@@ -30,7 +30,7 @@ from vivit_linop.net.capture import Capture, Takes
 from vivit_linop.net.certificate import Certificate, norms, weights_before
 from vivit_linop.net.columns.base import LayerColumns
 from vivit_linop.net.dense import on_the_batch, one_by_one, vectorised
-from vivit_linop.net.structure import Structure, Variant
+from vivit_linop.net.structure import MOST_VARIANTS, Structure, Variant
 from vivit_linop.noise import Noise, nearby
 from vivit_linop.risk.empirical import EmpiricalRisk
 from vivit_linop.risk.model.original import Params
@@ -80,15 +80,9 @@ class CertifiedColumns:
     def columns(
         self, cotangents: Tensor, names: Set[str], takes: Takes = "pairs"
     ) -> Columns:
-        """Return the columns that are pulled back.
+        """Return the columns that cotangents ``[n, C, R]`` are pulled back to.
 
-        Args:
-            cotangents: ``[n, C, R]``.
-            names: The parameters of interest.
-            takes: How they are taken.
-
-        Returns:
-            By parameter; one that is missing has zero columns.
+        By parameter; one that is missing has zero columns.
 
         Raises:
             ValueError: If no way gives columns that are right.
@@ -148,10 +142,7 @@ class CertifiedColumns:
         """Learn which parameters have columns in the structure of their layers.
 
         Of cotangents ``[n, C, R]`` it takes one column a sample that mixes all of its:
-        columns are linear in cotangents.
-
-        Returns:
-            These columns, of the parameters that have such.
+        columns are linear in cotangents. Returned are these, of parameters with such.
         """
         n, _, R = cotangents.shape
         lengths = norms(cotangents, 1).unsqueeze(2)
@@ -193,12 +184,9 @@ class CertifiedColumns:
     def _at_once(
         self, cotangents: Tensor, names: Set[str], takes: Takes
     ) -> tuple[Columns, set[str]]:
-        """Make columns of cotangents ``[n, C, 1]`` and check them, in one pass.
+        """Return columns of cotangents ``[n, C, 1]``, and which are wrong, by one pass.
 
         What is pulled back has the weights of the check, and columns have not.
-
-        Returns:
-            The columns, and the names of those that are not right.
         """
         params = {n: p for n, p in self._risk.model.params.items() if n in names}
         weights = weights_before(cotangents)
@@ -250,7 +238,7 @@ class CertifiedColumns:
             raise ValueError(self._refusal(min(lost)))
         structure.singly |= opaque
         if structured:
-            if self._found_here or structure.is_full:
+            if self._found_here or len(structure.variants) >= MOST_VARIANTS:
                 structure.opaque |= structured
                 return
             known, self._variant, self._found_here = self._variant, self._find(), True
@@ -371,9 +359,7 @@ def find_structure(risk: EmpiricalRisk, alone: bool = False) -> Structure:
     """
     structure = known_structure(risk, alone)
     if not structure.certified:
-        with risk.kept.making:
-            if not structure.certified:
-                _look(risk, alone, structure, certify=True)
+        _look(risk, alone, structure, certify=True)
     return structure
 
 
@@ -385,9 +371,7 @@ def read_structure(risk: EmpiricalRisk, alone: bool = False) -> Structure:
     """
     structure = known_structure(risk, alone)
     if not structure.variants:
-        with risk.kept.making:
-            if not structure.variants:
-                _look(risk, alone, structure, certify=False)
+        _look(risk, alone, structure, certify=False)
     return structure
 
 
@@ -411,10 +395,12 @@ def share_structure(risk: EmpiricalRisk) -> None:
 def _look(
     risk: EmpiricalRisk, alone: bool, structure: Structure, certify: bool
 ) -> None:
-    """Add what a few samples show to a structure."""
-    X, _ = next(risk.batches())
-    count = 1 if alone else _FIRST_SAMPLES
-    with as_guest(risk.device):
+    """Add what a few samples show to a structure, unless another thread has."""
+    with risk.kept.making, as_guest(risk.device):
+        if structure.certified if certify else structure.variants:
+            return
+        X, _ = next(risk.batches())
+        count = 1 if alone else _FIRST_SAMPLES
         few = _run_on_few(risk, X, count, certify)
         few.keep_sizes(X)
         certified = CertifiedColumns(risk, X, few, structure)
@@ -422,8 +408,8 @@ def _look(
             noise = Noise(1)(*few.output.shape, 1, like=few.output)
             columns = certified.certify_layers(noise, set(risk.params))
             structure.layers = {n: part.without_data() for n, part in columns.items()}
-    structure.uses = [use.key for use in few.uses]
-    structure.certified = certify
+        structure.uses = [use.key for use in few.uses]
+        structure.certified = certify
 
 
 def _run_on_few(risk: EmpiricalRisk, X: Any, count: int, certify: bool) -> Capture:

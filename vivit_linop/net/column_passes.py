@@ -117,14 +117,12 @@ class Pass:
                 # What is learnt of the net meanwhile does not move them.
                 if batch not in self._cuts:
                     self._cuts[batch] = self._cut(batch, X, n)
-                pieces = self._of_batch(batch, X, n, first, start, number)
                 while True:
                     try:
-                        yield from pieces
+                        yield from self._of_batch(batch, X, n, first, start, number)
                         break
                     except NewlyOpaque:  # more each time, and before there is a piece
                         self._cuts[batch] = self._cut(batch, X, n)
-                        pieces = self._of_batch(batch, X, n, first, start, number)
                 number += len(self._cuts[batch])
             first += n
 
@@ -351,9 +349,9 @@ class Pass:
             for name in self._structure.opaque & self.names
             if self._risk.params[name].ndim > 1
         }
-        if not hidden:
-            return False
-        return not hidden <= find_structure(self._risk, alone=True).opaque
+        return bool(hidden) and (
+            not hidden <= find_structure(self._risk, alone=True).opaque
+        )
 
 
 # Sums over all of them --------------------------------------------------------------

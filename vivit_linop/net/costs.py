@@ -70,12 +70,10 @@ def _layer_costs(risk: EmpiricalRisk, width: int) -> list[LayerCost]:
 def as_table(costs: Sequence[LayerCost]) -> str:
     """Lay out costs as a table with a line for each parameter, and the totals."""
     head = ("parameter", "use", "contraction", "GFLOP", "MB")
-    lines = [
-        (c.name, c.use, c.contraction, _number(c.gram_flops), _megabytes(c.nbytes))
-        for c in costs
-    ]
     flops, nbytes = sum(c.gram_flops for c in costs), sum(c.nbytes for c in costs)
-    lines.append(("total", "", "", _number(flops), _megabytes(nbytes)))
+    counts = [(c.name, c.use, c.contraction, c.gram_flops, c.nbytes) for c in costs]
+    counts.append(("total", "", "", flops, nbytes))
+    lines = [(*words, f"{f / 1e9:.3g}", f"{b / 1e6:.3g}") for *words, f, b in counts]
     widths = [max(map(len, column)) for column in zip(head, *lines, strict=True)]
     text = []
     for line in (head, *lines):
@@ -83,11 +81,3 @@ def as_table(costs: Sequence[LayerCost]) -> str:
         right = (cell.rjust(w) for cell, w in zip(line[3:], widths[3:], strict=True))
         text.append("  ".join((*left, *right)))
     return "\n".join(text)
-
-
-def _number(flops: float) -> str:
-    return f"{flops / 1e9:.3g}"
-
-
-def _megabytes(nbytes: float) -> str:
-    return f"{nbytes / 1e6:.3g}"

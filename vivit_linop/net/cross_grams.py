@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from torch import Tensor
 
 from vivit_linop.modes import as_guest
@@ -79,8 +77,9 @@ def _add_of_one_risk(total: GramTotal, left: Cotangents, right: Cotangents) -> N
         if covered == right.shape[1]:
             return
         # Cut alike, a piece is among those held or has no sample of them.
+        first, last = held[0][1].place.start, held[-1][1].place.stop
         for (b,) in columns.only(right).pieces():
-            if not _inside(b.place, held):
+            if not first <= b.place.start <= b.place.stop <= last:
                 for a, _ in held:
                     total.add(a, b)
 
@@ -90,10 +89,7 @@ def cross_sample_grams(
 ) -> Tensor:
     """Return the inner products of each sample's columns of two factors, ``[N, R, Q]``.
 
-    Args:
-        left: Jᵀ A.
-        right: Jᵀ B of the same risk.
-        weights: w, ``[D]``, between the columns, or None.
+    They are of one risk; weights are as for :class:`GramTotal`.
     """
     ranks = left.risk.ranks
     with ranks.together("Gram matrices of samples"), as_guest(left.risk.device):
@@ -102,11 +98,6 @@ def cross_sample_grams(
             total.add(a, b)
     total.finish(ranks)
     return total.matrices
-
-
-def _inside(place: slice, held: Sequence[Sequence[Piece]]) -> bool:
-    first, last = held[0][1].place.start, held[-1][1].place.stop
-    return bool(first <= place.start and place.stop <= last)
 
 
 def _check_same_parameters(left: EmpiricalRisk, right: EmpiricalRisk) -> None:

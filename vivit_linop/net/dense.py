@@ -7,7 +7,8 @@ run on batches of one size only. Each runs as a guest, which its caller has ente
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -57,11 +58,17 @@ def vectorised(
 
     pairs = zip(leaves(X), axes, strict=True)
     batched = [leaf for leaf, axis in pairs if axis is not None]
-    with torch.no_grad():
-        made = vmap(columns, in_dims=(numbered, 0))(batched, cotangents.mT.contiguous())
     n, _, R = cotangents.shape
+    # Signals of all columns are there together, as many as those of R graphs.
+    runs = zip(risk.graph_bytes, risk.batch_sizes, strict=False)
+    each = max((nbytes // size for nbytes, size in runs), default=0) * (R + 1)
+    few = max(1, risk.kept.columns_budget() // max(1, each))
+    together = vmap(columns, in_dims=(numbered, 0), chunk_size=few)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "There is a performance drop")
+        made = together(batched, cotangents.mT.contiguous())
     return {
-        name: _dense(part, n, R)
+        name: DenseColumns(part.detach().reshape(n, R, -1))
         for name, part in made.items()
         if part.shape == (n, R, *chosen[name].shape)
     }
@@ -77,44 +84,38 @@ def one_by_one(
     """
     fixed, chosen = _split(risk, names)
     params = {name: p.clone().requires_grad_() for name, p in chosen.items()}
-    parameters = list(params.values())
-    columns: list[list[Tensor]] = []
-    for index, weights in enumerate(cotangents.mT.contiguous()):
+
+    def outputs(index: int) -> Tensor:
         sample = risk.samples.take(X, torch.tensor([index], device="cpu"))
-        output = risk.model({**fixed, **params}, sample).reshape(-1)
-        for w in weights:
-            columns.append(gradients(output, parameters, w, retain_graph=True))
-    return _together(names, columns, cotangents)
+        return risk.model({**fixed, **params}, sample).reshape(-1)
+
+    return _pulled_back(outputs, params, cotangents)
 
 
 def on_the_batch(
     capture: Capture, risk: EmpiricalRisk, cotangents: Tensor, names: Sequence[str]
 ) -> dict[str, LayerColumns]:
     """Pull back cotangents ``[n, C, R]`` on the graph of all samples, one by one."""
-    columns: list[list[Tensor]] = []
-    parameters = [risk.model.params[name] for name in names]
-    for index, weights in enumerate(cotangents.mT.contiguous()):
-        for w in weights:
-            u = torch.zeros_like(capture.output)
-            u[index] = w
-            columns.append(gradients(capture.output, parameters, u, retain_graph=True))
-    return _together(names, columns, cotangents)
+    params = {name: risk.model.params[name] for name in names}
+    return _pulled_back(capture.output.__getitem__, params, cotangents)
 
 
-def _together(
-    names: Sequence[str], columns: Sequence[Sequence[Tensor]], cotangents: Tensor
+def _pulled_back(
+    outputs: Callable[[int], Tensor], params: Params, cotangents: Tensor
 ) -> dict[str, LayerColumns]:
-    """Columns that were made one after the other, of all parameters each."""
+    """Pull back cotangents ``[n, C, R]`` from the outputs ``[C]`` of each sample."""
     n, _, R = cotangents.shape
-    parts = map(torch.stack, zip(*columns, strict=True))
-    return {name: _dense(p, n, R) for name, p in zip(names, parts, strict=True)}
+    made = {name: cotangents.new_empty(n, R, p.numel()) for name, p in params.items()}
+    for index, weights in enumerate(cotangents.mT.contiguous()):
+        output = outputs(index)
+        for r, w in enumerate(weights):
+            found = gradients(output, [*params.values()], w, retain_graph=True)
+            for part, gradient in zip(made.values(), found, strict=True):
+                part[index, r] = gradient.reshape(-1)
+    return {name: DenseColumns(part) for name, part in made.items()}
 
 
 def _split(risk: EmpiricalRisk, names: Sequence[str]) -> tuple[Params, Params]:
     """All other parameters, and those of interest."""
     fixed = {name: p.detach() for name, p in risk.params.items()}
     return fixed, {name: fixed.pop(name) for name in names}
-
-
-def _dense(part: Tensor, samples: int, width: int) -> DenseColumns:
-    return DenseColumns(part.detach().reshape(samples, width, -1))

@@ -51,13 +51,10 @@ class View:
 
     @property
     def mT(self) -> View:
-        """The transpose of a matrix."""
+        """The transpose of a matrix; a vector as a matrix with one row."""
+        if len(self.shape) == 1:
+            return replace(self, shape=torch.Size((1, *self.shape)))
         return replace(self, shape=self.shape[::-1], transposed=not self.transposed)
-
-    @property
-    def as_row(self) -> View:
-        """A vector as a matrix with one row."""
-        return replace(self, shape=torch.Size((1, *self.shape)))
 
 
 @dataclass(frozen=True)

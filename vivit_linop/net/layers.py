@@ -22,12 +22,16 @@ from vivit_linop.net.kinds import Arguments, Kind, Signature, View, functions, r
 # Linear layers, and matrix products with parameters ------------------------------
 
 
-def _read_matrix_product(given: Arguments) -> Arguments | None:
-    """``x @ W`` is linear with Wᵀ."""
-    data, weight, *options = given.values()
-    if options or not isinstance(weight, View) or len(weight.shape) != 2:
-        return None
-    return {"input": data, "weight": weight.mT}
+def _read_product_with(axes: int) -> Callable[[Arguments], Arguments | None]:
+    """``x @ W`` is linear with Wᵀ, and ``x @ w`` with the matrix of one row wᵀ."""
+
+    def read(given: Arguments) -> Arguments | None:
+        data, weight, *options = given.values()
+        if options or not isinstance(weight, View) or len(weight.shape) != axes:
+            return None
+        return {"input": data, "weight": weight.mT}
+
+    return read
 
 
 def _read_addmm(given: Arguments) -> Arguments | None:
@@ -39,14 +43,6 @@ def _read_addmm(given: Arguments) -> Arguments | None:
     if bias.shape not in (outputs, (1, *outputs)):
         return None
     return {"input": data, "weight": weight.mT, "bias": bias}
-
-
-def _read_vector_product(given: Arguments) -> Arguments | None:
-    """``x @ w`` is linear with the matrix of one row wᵀ."""
-    data, weight, *options = given.values()
-    if options or not isinstance(weight, View) or len(weight.shape) != 1:
-        return None
-    return {"input": data, "weight": weight.as_row}
 
 
 def _linear_inputs(arguments: Arguments, X: Tensor) -> Tensor:
@@ -88,7 +84,7 @@ LINEAR = Kind(
     signatures=[
         Signature([F.linear], "input weight bias"),
         Signature(functions("addmm"), "input mat1 mat2 beta alpha", _read_addmm),
-        *(Signature(*product, _read_matrix_product) for product in _MATRIX_PRODUCTS),
+        *(Signature(*product, _read_product_with(2)) for product in _MATRIX_PRODUCTS),
     ],
     samples="leading",
     inputs=_linear_inputs,
@@ -98,7 +94,7 @@ LINEAR = Kind(
 MATVEC = Kind(
     name="matvec",
     signatures=[
-        Signature(*product, _read_vector_product) for product in _MATRIX_PRODUCTS
+        Signature(*product, _read_product_with(1)) for product in _MATRIX_PRODUCTS
     ],
     samples="anywhere",
     inputs=_linear_inputs,
@@ -111,9 +107,7 @@ MATVEC = Kind(
 def unfold(X: Tensor, arguments: Arguments) -> Tensor:
     """Return the patches that a convolution sees, ``[n, in, *kernel, *positions]``.
 
-    Args:
-        X: ``[n, in, …]``, with any number of spatial axes.
-        arguments: The convolution's.
+    Of X ``[n, in, …]``, with any number of spatial axes.
     """
     kernel = arguments["weight_shape"][2:]
     dims = len(kernel)
@@ -194,7 +188,9 @@ def _conv_transpose(arguments: Arguments, X: Tensor, B: Tensor) -> LayerColumns:
     """A transposed convolution exchanges the roles of input and output."""
     groups = arguments.get("groups", 1)
     n, R, channels = len(X), B.shape[1], X.shape[1]
-    unfolded = unfold(B.flatten(0, 1), arguments)
+    # Padding of the output may add positions that there are none of the input for.
+    places: tuple[Any, ...] = (..., *map(slice, X.shape[2:]))
+    unfolded = unfold(B.flatten(0, 1), arguments)[places]
     b = unfolded.reshape(n, R, groups, -1, X[0, 0].numel())
     a = X.reshape(n, groups, channels // groups, -1)
     return TransposedConvolutionColumns(a, b, [Call(arguments, X, B)])

@@ -16,7 +16,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextvars import ContextVar
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -59,12 +59,7 @@ class NoTangentError(ValueError):
 
 
 class TracedTangents(Tangents):
-    """J x by the traced tangent map.
-
-    Args:
-        tangent_map: A linear function of as many tensors as there are parameters.
-        arguments: As for :class:`Tangents`.
-    """
+    """J x by the traced tangent map, a function of a tensor for each parameter."""
 
     method = "trace"
 
@@ -82,20 +77,6 @@ class TracedTangents(Tangents):
         return image
 
 
-class Probe(NamedTuple):
-    """Random vectors, and what an ordinary backward pass makes of one.
-
-    Attributes:
-        x: ``[D]``.
-        u: ``[n C]``.
-        pulled_back: Jᵀ u, by the first backward pass of the graph, ``[D]``.
-    """
-
-    x: Tensor
-    u: Tensor
-    pulled_back: Tensor
-
-
 class Preparation:
     """How J x is found: way by way, until one is right.
 
@@ -110,7 +91,7 @@ class Preparation:
     ) -> None:
         self._function, self._params, self._graph = function, params, graph
         self._failure, self._is_last = "", False
-        self._probe: Probe | None = None
+        self._probe: tuple[Tensor, Tensor, Tensor] | None = None
 
     def find(self, may_trace: bool, checked: bool) -> tuple[Graph, Tangents]:
         """Return the first way that is right, and the graph that Jᵀ u goes through.
@@ -133,14 +114,15 @@ class Preparation:
             found = self._trace_somehow()
         return found or self._refuse()
 
-    def _probed(self) -> Probe:
+    def _probed(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Random x ``[D]`` and u ``[n C]``; Jᵀ u by the first pass of the graph."""
         # Before anything else: a net may do other things the second time.
         if self._probe is None:
             graph, noise = self._graph, Noise()
             output = graph.output.detach()
             u = noise(output.numel(), like=output)
             x = noise(sum(graph.sizes), like=output)
-            self._probe = Probe(x, u, graph.pull_back(u))
+            self._probe = x, u, graph.pull_back(u)
         return self._probe
 
     def _trace_somehow(self) -> tuple[Graph, Tangents] | None:
@@ -228,7 +210,7 @@ class Preparation:
         """
         if not slope.isfinite():
             return False
-        size = self._probed().x.norm()
+        size = self._probed()[0].norm()
         for number, (at, cotangent) in enumerate(nearby(self._params, u)):
             # Whatever a net says to parameters that are no longer what they were.
             try:

@@ -26,7 +26,7 @@ from vivit_linop.net.kinds import Arguments, Kind, View
 
 # A net that takes other ways on other samples may have this many; beyond, parameters
 # whose layouts do not fit are opaque.
-_MOST_VARIANTS = 8
+MOST_VARIANTS = 8
 
 UseKey = tuple[str, str | None, str | None]
 
@@ -147,18 +147,19 @@ class Use:
             once.
         """
         arguments, broadcast = self.arguments, self.kind.samples == "broadcast"
-        of_weight = None
-        if self.weight is not None:
-            inputs = arguments["input"]
-            if broadcast:
-                inputs = layout(inputs.expand(self.output_shape)).unsqueeze(1)
-                inputs = layout.aligned(inputs).squeeze(1)
-            else:
-                inputs = layout(inputs)
-            of_weight = columns_of_weight(self.kind, arguments, inputs, width)
+        of_weight: Callable[[Tensor], LayerColumns] | None = None
 
         def make(B: Tensor) -> list[tuple[View, LayerColumns]]:
+            nonlocal of_weight
             found: list[tuple[View, LayerColumns]] = []
+            if self.weight is not None and of_weight is None:
+                inputs = arguments["input"]
+                if broadcast:
+                    inputs = layout(inputs.expand(self.output_shape)).unsqueeze(1)
+                    inputs = layout.aligned(inputs).squeeze(1)
+                else:
+                    inputs = layout(inputs)
+                of_weight = columns_of_weight(self.kind, arguments, inputs, width)
             if broadcast:
                 B = layout.aligned(B)
             if self.weight is not None and of_weight is not None:
@@ -332,12 +333,7 @@ class Structure:
     def learn(self, variant: Variant) -> None:
         """Take up a variant; where samples were not found, parameters are opaque."""
         others = [each for each in self.variants if each != variant]
-        self.variants = [variant, *others[: _MOST_VARIANTS - 1]]
+        self.variants = [variant, *others[: MOST_VARIANTS - 1]]
         for (_, *used), layout in zip(variant.uses, variant.layouts, strict=True):
             if layout is None:
                 self.opaque |= {name for name in used if name is not None}
-
-    @property
-    def is_full(self) -> bool:
-        """Whether so many variants are known that no more are looked for."""
-        return len(self.variants) >= _MOST_VARIANTS

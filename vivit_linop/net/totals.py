@@ -217,11 +217,7 @@ class Rows(Total):
 
 
 class OuterTotal(Rows):
-    """The matrix Σ v vᵀ over all columns v, restricted to parameters with d entries.
-
-    Attributes:
-        matrix: ``[d, d]``.
-    """
+    """The matrix Σ v vᵀ, ``[d, d]``, over all columns v of some parameters."""
 
     def __init__(self, factor: Cotangents, names: Sequence[str]) -> None:
         super().__init__(factor, names)
@@ -248,11 +244,7 @@ class OuterTotal(Rows):
 
 
 class AllColumns(Total):
-    """All columns, kept.
-
-    Attributes:
-        pieces: Its pieces.
-    """
+    """All columns, kept in pieces."""
 
     def __init__(self, factor: Cotangents) -> None:
         self.names, self.pieces = list(factor.risk.params), list[Piece]()
@@ -281,11 +273,7 @@ class Components(Total):
 
 
 class EntrySums(Total):
-    """A vector with an entry for each parameter entry, summed over all columns.
-
-    Attributes:
-        entries: ``[d]``.
-    """
+    """The entries ``[d]`` of some parameters, summed over all columns."""
 
     takes = "stream"
 
@@ -319,11 +307,7 @@ class RowNorms(EntrySums):
 
 
 class SampleRowNorms(Total):
-    """The squared norms of the rows, of each sample's columns alone.
-
-    Attributes:
-        norms: ``[N, D]``.
-    """
+    """The squared norms ``[N, D]`` of the rows, of each sample's columns alone."""
 
     takes = "stream"
 
@@ -350,12 +334,9 @@ class SampleRowNorms(Total):
 
 
 class SampleGrams(Total):
-    """The inner products between the columns of each sample alone, of one risk.
+    """The matrices ``[N, R, Q]`` of inner products of each sample's columns alone.
 
-    With weights as :class:`GramTotal`.
-
-    Attributes:
-        matrices: ``[N, R, Q]``.
+    Of one risk; with weights as :class:`GramTotal`.
     """
 
     def __init__(
@@ -392,11 +373,7 @@ def own_samples(piece: Piece, first: int) -> slice:
 
 
 class ColumnNorms(Total):
-    """The squared norms of the columns, restricted to groups of parameters.
-
-    Attributes:
-        norms: ``[N·R, B]`` for B groups.
-    """
+    """The squared norms ``[N·R, B]`` of the columns, for B groups of parameters."""
 
     def __init__(self, factor: Cotangents, groups: Sequence[Sequence[str]]) -> None:
         self.names = [name for group in groups for name in group]
