@@ -145,7 +145,8 @@ class Copies:
                 return True
             if isinstance(item, Tensor) and self._frozen:
                 return True
-            todo += _contents(item)
+            parts = parts_of(item)
+            todo += [*parts, *parts.values()]
         return False
 
 
@@ -394,53 +395,54 @@ def _copy_reference(value: weakref.ReferenceType, copies: Copies) -> Any:  # typ
 
 
 @singledispatch
-def _contents(value: Any) -> Iterable[Any]:
-    """What a copy of an object would have copies of."""
-    return ()
+def parts_of(value: Any) -> Mapping[Any, Any]:
+    """What a copy of an object has copies of, by name: dictionaries of their keys too.
+
+    Those of sets and sequences have numbers.
+    """
+    return {}
 
 
-@_contents.register
-def _contents_of_dict(value: dict) -> Iterable[Any]:  # type: ignore[type-arg]
-    return [*value, *value.values()]
+@parts_of.register
+def _parts_of_dict(value: dict) -> Mapping[Any, Any]:  # type: ignore[type-arg]
+    return value
 
 
-@_contents.register(list)
-@_contents.register(tuple)
-@_contents.register(set)
-@_contents.register(frozenset)
-@_contents.register(collections.deque)
-def _contents_of_items(value: Any) -> Iterable[Any]:
-    return list(value)
+@parts_of.register(list)
+@parts_of.register(tuple)
+@parts_of.register(set)
+@parts_of.register(frozenset)
+@parts_of.register(collections.deque)
+def _parts_of_items(value: Any) -> Mapping[Any, Any]:
+    return dict(enumerate(value))
 
 
-@_contents.register
-def _contents_of_method(value: types.MethodType) -> Iterable[Any]:
-    return value.__func__, value.__self__
+@parts_of.register
+def _parts_of_method(value: types.MethodType) -> Mapping[Any, Any]:
+    return {value.__func__.__name__: value.__func__, "__self__": value.__self__}
 
 
-@_contents.register(CACHED)
-def _contents_of_cached(value: Any) -> Iterable[Any]:
-    return (value.__wrapped__,)
+@parts_of.register(CACHED)
+def _parts_of_cached(value: Any) -> Mapping[Any, Any]:
+    return {"__wrapped__": value.__wrapped__}
 
 
-@_contents.register
-def _contents_of_builtin(value: types.BuiltinMethodType) -> Iterable[Any]:
+@parts_of.register
+def _parts_of_builtin(value: types.BuiltinMethodType) -> Mapping[Any, Any]:
     owner = value.__self__
-    return () if isinstance(owner, types.ModuleType) else (owner,)
+    if isinstance(owner, types.ModuleType):
+        return {}
+    return {"__name__": value.__name__, "__self__": owner}
 
 
-@_contents.register
-def _contents_of_partial(value: functools.partial) -> Iterable[Any]:  # type: ignore[type-arg]
-    return value.func, value.args, value.keywords
+@parts_of.register
+def _parts_of_partial(value: functools.partial) -> Mapping[Any, Any]:  # type: ignore[type-arg]
+    return {"the function": value.func, **dict(enumerate(value.args)), **value.keywords}
 
 
-@_contents.register
-def _contents_of_function(value: types.FunctionType) -> Iterable[Any]:
-    return held_by(value).values()
-
-
-def held_by(function: types.FunctionType) -> dict[str, Any]:
-    """By name, what a function closes over, its defaults, modules and tensors."""
+@parts_of.register
+def _parts_of_function(function: types.FunctionType) -> Mapping[Any, Any]:
+    """Its code, what it closes over, its defaults, modules and tensors."""
     code, defaults = function.__code__, function.__defaults__ or ()
     cells = zip(code.co_freevars, function.__closure__ or (), strict=True)
     closed = {name: c.cell_contents for name, c in cells if not is_empty(c)}
@@ -448,7 +450,8 @@ def held_by(function: types.FunctionType) -> dict[str, Any]:
         -len(defaults) or code.co_argcount :
     ]
     given = dict(zip(arguments, defaults, strict=True))
-    return {**_globals(function), **(function.__kwdefaults__ or {}), **given, **closed}
+    given |= (function.__kwdefaults__ or {}) | closed
+    return {"__code__": code, **_globals(function), **given}
 
 
 def _globals(function: types.FunctionType) -> dict[str, Any]:

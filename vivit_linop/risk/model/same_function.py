@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import types
 from collections.abc import Callable, Iterable, Mapping
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 
 from vivit_linop.ranks.alone import Ranks
 from vivit_linop.risk.data import fingerprint
-from vivit_linop.risk.model.copies import held_by
+from vivit_linop.risk.model.copies import parts_of
 
 _OF_ANY_MODULE = frozenset(vars(nn.Module()))
 
@@ -107,39 +106,9 @@ def _digest(*parts: bytes) -> str:
     return hashlib.sha256(b"\0".join(parts)).hexdigest()
 
 
-@singledispatch
 def _parts(item: Any) -> Mapping[Any, Any]:
-    """What an object is made of, by name."""
-    return {}
-
-
-@_parts.register
-def _of_module(item: nn.Module) -> Mapping[Any, Any]:
-    others = {k: v for k, v in vars(item).items() if k not in _OF_ANY_MODULE}
-    return {**others, **item._parameters, **item._buffers, **item._modules}
-
-
-@_parts.register
-def _of_mapping(item: dict) -> Mapping[Any, Any]:  # type: ignore[type-arg]
-    return item
-
-
-@_parts.register(list)
-@_parts.register(tuple)
-def _of_items(item: Any) -> Mapping[Any, Any]:
-    return dict(enumerate(item))
-
-
-@_parts.register
-def _of_closure(item: types.FunctionType) -> Mapping[Any, Any]:
-    return held_by(item)
-
-
-@_parts.register
-def _of_method(item: types.MethodType) -> Mapping[Any, Any]:
-    return {item.__func__.__name__: item.__func__, "__self__": item.__self__}
-
-
-@_parts.register
-def _of_partial(item: functools.partial) -> Mapping[Any, Any]:  # type: ignore[type-arg]
-    return {"func": item.func, **dict(enumerate(item.args)), **item.keywords}
+    """What an object is made of, by name; sets have no order that all ranks share."""
+    if isinstance(item, nn.Module):
+        others = {k: v for k, v in vars(item).items() if k not in _OF_ANY_MODULE}
+        return {**others, **item._parameters, **item._buffers, **item._modules}
+    return {} if isinstance(item, (set, frozenset)) else parts_of(item)

@@ -26,8 +26,8 @@ from vivit_linop.risk.model.copies import (
     CACHED,
     FUNCTIONS,
     OWN,
-    held_by,
     is_cached,
+    parts_of,
     slots_of,
 )
 from vivit_linop.risk.model.parameters import HALVES, have_equal_entries
@@ -129,63 +129,27 @@ def _same_modules(value: nn.Module, twin: Any, comparison: Comparison) -> bool:
     return True
 
 
-@_same.register
-def _same_dicts(value: dict, twin: Any, comparison: Comparison) -> bool:  # type: ignore[type-arg]
-    return (
-        isinstance(twin, dict)
-        and comparison.each(value, twin)
-        and comparison.each(value.values(), twin.values())
-    )
-
-
+@_same.register(dict)
 @_same.register(list)
 @_same.register(tuple)
 @_same.register(collections.deque)
-def _same_lists(value: Any, twin: Any, comparison: Comparison) -> bool:
-    return type(value) is type(twin) and comparison.each(value, twin)
+@_same.register(types.MethodType)
+@_same.register(types.BuiltinMethodType)
+@_same.register(types.FunctionType)
+@_same.register(functools.partial)
+@_same.register(CACHED)
+def _same_parts(value: Any, twin: Any, comparison: Comparison) -> bool:
+    if not isinstance(twin, type(value)) and not isinstance(value, type(twin)):
+        return False
+    mine, others = parts_of(value), parts_of(twin)
+    names = comparison.each(mine, others)
+    return names and comparison.each(mine.values(), others.values())
 
 
 @_same.register(set)
 @_same.register(frozenset)
 def _same_sets(value: Any, twin: Any, comparison: Comparison) -> bool:
     return bool(value == twin)
-
-
-@_same.register
-def _same_methods(value: types.MethodType, twin: Any, comparison: Comparison) -> bool:
-    return isinstance(twin, types.MethodType) and comparison.each(
-        (value.__func__, value.__self__), (twin.__func__, twin.__self__)
-    )
-
-
-@_same.register
-def _same_builtin_methods(
-    value: types.BuiltinMethodType, twin: Any, comparison: Comparison
-) -> bool:
-    return isinstance(twin, types.BuiltinMethodType) and comparison.each(
-        (value.__name__, value.__self__), (twin.__name__, twin.__self__)
-    )
-
-
-@_same.register
-def _same_partials(value: functools.partial, twin: Any, comparison: Comparison) -> bool:  # type: ignore[type-arg]
-    return isinstance(twin, functools.partial) and comparison.each(
-        (value.func, value.args, value.keywords), (twin.func, twin.args, twin.keywords)
-    )
-
-
-@_same.register(CACHED)
-def _same_cached(value: Any, twin: Any, comparison: Comparison) -> bool:
-    return isinstance(twin, CACHED) and comparison(value.__wrapped__, twin.__wrapped__)
-
-
-@_same.register
-def _same_functions(
-    value: types.FunctionType, twin: Any, comparison: Comparison
-) -> bool:
-    if not isinstance(twin, types.FunctionType) or value.__code__ is not twin.__code__:
-        return False
-    return comparison(held_by(value), held_by(twin))
 
 
 @_same.register
