@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vivit_linop.graphs import nodes
+from vivit_linop.graphs import leaves_of
 from vivit_linop.modes import as_guest
 from vivit_linop.risk.data.containers import leaves
 from vivit_linop.risk.kept import Run, run_of
@@ -110,7 +110,8 @@ def checked_outputs(
     if items and output.ndim and len(output) == items:
         raise RaggedOutputs(output.detach())
     _check_form(model, where, output, n)
-    if index == 0 and not _depends_on_params(model, output):
+    parameters = {*map(id, model.params.values())}
+    if index == 0 and parameters.isdisjoint(map(id, leaves_of(output))):
         raise ValueError(
             "model: its output is not differentiable in the parameters (it does "
             "not depend on them, or was detached from them)."
@@ -178,13 +179,6 @@ def _check_dtypes(model: FunctionalModel, index: int, X: Any) -> None:
             f"{model.dtype}, and the model fails. Convert one to the other, "
             "model.double() or X.float()."
         )
-
-
-def _depends_on_params(model: FunctionalModel, output: Tensor) -> bool:
-    """Whether a backward pass from the output would get to a parameter."""
-    # A graph ends in nodes that have the tensors to which gradients are added.
-    ends = (getattr(node, "variable", None) for node in nodes(output))
-    return not {*map(id, model.params.values())}.isdisjoint(map(id, ends))
 
 
 def _check_unmoved(model: FunctionalModel, index: int, X: Any, output: Tensor) -> None:

@@ -110,13 +110,10 @@ class RowLayout:
             torch.tensor(x, device="cpu") for x in (self.each, self.samples)
         )
         widths = each.repeat_interleave(batches)
-        ends = widths.cumsum(0).tolist()
-        return torch.cat(
-            [
-                torch.arange(ends[i] - int(widths[i]), ends[i], device="cpu")
-                for i in samples.tolist()
-            ]
-        )
+        own, ends = widths[samples], widths.cumsum(0)[samples]
+        # Rows of one sample follow each other, in the matrix and among those taken.
+        steps = (ends - own.cumsum(0)).repeat_interleave(own)
+        return torch.arange(len(steps), device="cpu") + steps
 
     def summed(self, values: Tensor) -> Tensor:
         """Add up the rows of each of its samples, ``[rows of all, …] -> [n, …]``."""
