@@ -50,15 +50,7 @@ def as_numbers(given: Any, name: str, dtype: torch.dtype | None = None) -> Tenso
 
 
 def check_has_values(tensor: Tensor, what: str) -> None:
-    """Refuse a tensor that has a shape alone.
-
-    Args:
-        tensor: Any.
-        what: The argument, and which of its tensors that is.
-
-    Raises:
-        ValueError: If it is on device ``"meta"``.
-    """
+    """Refuse a tensor that has a shape alone, and say what it is."""
     if tensor.is_meta:
         raise ValueError(
             f"{what} is on device 'meta', without values. Give one on 'cpu' or a GPU."

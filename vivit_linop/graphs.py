@@ -171,9 +171,7 @@ def met_first(output: Tensor) -> list[Tensor] | None:
 def _leaf_behind(node: Node | None, kinds: Sequence[str] = ()) -> Tensor | None:
     """Return the only leaf that a node leads to, without products of matrices.
 
-    Args:
-        node: The node.
-        kinds: The names of nodes to go through; of any, where only one way goes on.
+    Through nodes of some kinds; of any, where only one way goes on.
     """
     while node is not None:
         leaf = getattr(node, "variable", None)

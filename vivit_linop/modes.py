@@ -257,11 +257,7 @@ class as_guest:
 
 
 def guests_to_come(device: torch.device) -> contextlib.AbstractContextManager[None]:
-    """Set what is one for the process once, for all guests that come inside.
-
-    Args:
-        device: Where their models are.
-    """
+    """Set what is one for the process once, for all guests inside, on a device."""
     return _GUESTS.inside(device)
 
 

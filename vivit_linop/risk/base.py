@@ -110,11 +110,7 @@ class Risk(ParameterVectors):
         }
 
     def _count(self, parts_differ: bool) -> None:
-        """Count the samples and outputs of all ranks.
-
-        Args:
-            parts_differ: Whether two ranks with the same data are an error.
-        """
+        """Count the samples and outputs of all ranks, which may have to differ."""
         counts = self.ranks.gathered(sum(self.batch_sizes))
         self.num_samples = sum(counts)
         if not self.num_samples:
@@ -136,12 +132,7 @@ class Risk(ParameterVectors):
         self.num_outputs = self.layout.width if uniform else self.num_rows
 
     def _normalise(self, total: Tensor, weight: Tensor) -> None:
-        """Divide by what the reduction says.
-
-        Args:
-            total: Σ ℓ over this rank's samples.
-            weight: The sum of their weights.
-        """
+        """Divide by what the reduction says, from Σ ℓ and the weights of this rank."""
         total, weight = self.ranks.total(torch.stack([total, weight])).unbind()
         # Together, since the host waits for the device to read them.
         known = [total, weight.to(total)]
@@ -276,13 +267,7 @@ class Risk(ParameterVectors):
         outputs: Tensor,
         samples: Tensor | None = None,
     ) -> Tensor:
-        """Whether outputs are those at construction, not read by the host.
-
-        Args:
-            index: The batch.
-            outputs: Those of the batch.
-            samples: The samples of the batch that they belong to, None for all.
-        """
+        """Whether outputs are those at construction, not read by the host; as above."""
         before = self.outputs[index] if index < len(self.outputs) else None
         if before is not None and samples is not None:
             before = before[samples.to(before.device)]

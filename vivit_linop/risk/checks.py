@@ -78,14 +78,9 @@ class Checked:
 def checked_outputs(
     model: FunctionalModel, index: int, X: Any, n: int, items: int = 0
 ) -> Checked:
-    """Return the outputs of a batch.
+    """Return the outputs of a batch of n samples; the first is looked at more closely.
 
-    Args:
-        model: The model.
-        index: The batch; the first is looked at more closely.
-        X: Its inputs.
-        n: How many samples it has.
-        items: How many outputs it has where these come item by item.
+    Where outputs may come item by item, a batch has as many of these as ``items``.
 
     Raises:
         ValueError: If the outputs are not one differentiable function of parameters and

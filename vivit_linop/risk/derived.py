@@ -94,11 +94,7 @@ class DerivableRisk(Risk):
         return risk
 
     def _own_batches(self, differ: list[Tensor]) -> Iterator[Batch]:
-        """The batches with the targets of construction.
-
-        Args:
-            differ: Where facts come that must not hold.
-        """
+        """The batches with targets of construction; ``differ`` must not hold then."""
         batches = zip(self.batches("subset"), self._targets, strict=True)
         for index, ((X, _), y) in enumerate(batches):
             differ += self.inputs_differ(index, X)
@@ -301,12 +297,7 @@ class DerivableRisk(Risk):
 
 
 def _own_samples(given: Tensor, ranks: Ranks, own: int) -> Tensor:
-    """Return which of some samples are this rank's, numbered from its first one.
-
-    Args:
-        given: Numbers over all ranks.
-        ranks: The ranks.
-        own: How many samples this one has.
+    """Return which of some samples of all ranks are this one's, numbered in it.
 
     Raises:
         ValueError: If there are several ranks, and the numbers do not ascend.
@@ -330,13 +321,8 @@ def _check_selected(
 ) -> None:
     """Raise an error unless samples have the inputs and outputs that they had.
 
-    Gathering them was one more pass over the data.
-
-    Args:
-        rows: Which of all outputs are theirs.
-        before: The outputs of all samples, by batch.
-        found: Those of the selected ones.
-        differ: Whether inputs are others.
+    Gathering them was one more pass over the data. Their outputs were ``rows`` of all;
+    ``differ`` says whether inputs are others.
     """
     if not len(rows):
         return
@@ -354,13 +340,7 @@ def _check_selected(
 
 
 def _moved(model: FunctionalModel, parameters: Any) -> FunctionalModel:
-    """Return a model at other parameters.
-
-    Args:
-        model: The model.
-        parameters: ``[D]``, tensors in the order of its parameters or by name; None for
-            those that the user's model has now.
-    """
+    """Return a model at parameters as :meth:`DerivableRisk.at` takes them."""
     if parameters is None:
         return model.at(*model.present())
     vectors = ParameterVectors()
@@ -385,15 +365,11 @@ def _evaluated(
 ) -> tuple[list[Tensor], Tensor, Run | None]:
     """Return the outputs of all batches, the sum of all losses, and a run to keep.
 
-    Args:
-        model: The model at other parameters.
-        loss: The loss.
-        batches: The data.
-        known: What the data were before, by batch.
-        graph_bytes: What the graph of the only batch takes, if its run is to be kept.
+    Of the only batch, if it is known what its graph takes.
 
     Raises:
-        ValueError: If the data are others, or outputs are NaN or Inf.
+        ValueError: If the data are not those that are known, by batch, or outputs are
+            NaN or Inf.
     """
     outputs: list[Tensor] = []
     run: Run | None = None
@@ -456,16 +432,9 @@ def _check_size(
 ) -> None:
     """Raise an error if the model has failed because it takes no batch of a size.
 
-    Args:
-        model: The model.
-        search: Where samples are.
-        sizes: How many samples the batches of the risk have.
-        own: The inputs of one of these.
-        parts: Batches of some of its samples, of which one has failed.
-        error: How.
-
     Raises:
-        ValueError: If the model runs on ``own``, and not on a batch of another size.
+        ValueError: If it runs on ``own``, of one of the sizes of the risk, and not on a
+            part that has another.
     """
     others = [X for X, _ in parts if search.samples.number(X) not in sizes]
     if not others or is_out_of_memory(error):

@@ -67,15 +67,9 @@ def first_pass(
 ) -> Seen:
     """Evaluate a model and a loss on all batches, and learn where samples are.
 
-    Args:
-        model: The model.
-        loss: The loss.
-        passes: The data.
-        check: Whether to check that samples are independent.
-        twice: Whether to pass over the data once before, to see that they stay.
-
     Raises:
-        ValueError: If the data, the outputs or the loss are not what they must be.
+        ValueError: If the data (passed over twice, if wanted), the outputs or the loss
+            are not what they must be.
     """
     fingerprints = passes.fingerprints() if twice else None
     with guests_to_come(model.device):

@@ -48,13 +48,7 @@ def independent_samples(
     Two groups of samples are evaluated alone, one of them in the order in memory that
     it is given in. A model that does not run on these, since it runs on batches of one
     size only, is evaluated on the whole batch with samples of the group in all places
-    of others, which costs two forward passes of the batch.
-
-    Args:
-        model: The model.
-        X: The inputs of a batch of two samples at least.
-        output: Its outputs.
-        ways: Where samples may be, the likeliest first.
+    of others, which costs two forward passes of the batch, of two samples at least.
 
     Raises:
         ValueError: If samples depend on each other in all ways, or if the model can be

@@ -100,11 +100,7 @@ class Store:
             self.nbytes -= sum(item.kept_bytes for item in self.values.pop(key, []))
 
     def budget(self, share: int) -> int:
-        """Return the bytes that may be taken: what the user said, or a share of all.
-
-        Args:
-            share: Into how many parts free memory is divided otherwise.
-        """
+        """Return the bytes that may be taken: what the user said, or a share of all."""
         if self._memory is not None:
             return self._memory
         return free_memory(self._device) // share
@@ -119,13 +115,7 @@ class Store:
         return _SMALL if self._memory is None else min(self._memory, _SMALL)
 
     def get(self, key: Hashable, make: Callable[..., Value], *arguments: Any) -> Value:
-        """Return a value, which is made at the first call.
-
-        Args:
-            key: What it is.
-            make: Makes it; by one thread, the others wait.
-            *arguments: What it is made of.
-        """
+        """Return a value, made at the first call; by one thread, the others wait."""
         if key not in self.values:
             with self.making:
                 if key not in self.values:
@@ -231,10 +221,8 @@ _watches: list[Watch] = [_by_nobody]
 def watched_by(watch: Watch) -> None:
     """Let the room above see runs, which are kept with what has watched them.
 
-    Before that none is kept.
-
-    Args:
-        watch: Returns, for the parameters, what is entered around the run.
+    Before that none is kept. A watch returns, for parameters, what is entered around a
+    run.
     """
     _watches[:] = [watch]
 
@@ -268,12 +256,7 @@ class Run:
     precision: torch.dtype | None = None
 
     def serve(self, record: Record | None, model: FunctionalModel) -> None:
-        """Let it serve as a run of the net.
-
-        Args:
-            record: What has watched it; None if it may not serve.
-            model: The net.
-        """
+        """Let it serve as a run of the net; not if nothing has watched it."""
         if record is None:
             return
         self.record, self.foreign = record, model.foreign

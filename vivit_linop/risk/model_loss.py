@@ -135,15 +135,7 @@ def forms_of(logits: Tensor, labels: Tensor) -> Iterator[Form]:
 
 
 class ModelLoss:
-    """The loss of a model, found on its first batch.
-
-    Args:
-        model: The model.
-        params: As for the risk.
-        predict: As for the risk; returns the object with ``.loss`` and ``.logits``.
-        target: As for the risk.
-        dtype: As for the risk.
-        batch: The first batch.
+    """The loss of a model, found on its first batch; arguments are those of a risk.
 
     Attributes:
         form: What the loss is.
@@ -212,17 +204,8 @@ def loss_of_model(
 ) -> ModelLoss:
     """Find what the loss is that a model returns, on the first batch of the data.
 
-    Args:
-        loss: ``"model"``.
-        data: As for the risk, and so are the others.
-        model: The model.
-        params: The parameters.
-        predict: How the model is called.
-        target: Where the targets are.
-        dtype: The precision.
-
     Raises:
-        TypeError: If ``loss`` is another word, or the model returns no loss.
+        TypeError: If ``loss`` is not "model", or the model returns no loss.
         ValueError: If there are no data, or the loss is none that is known.
     """
     if loss != "model" or not isinstance(model, nn.Module):

@@ -261,12 +261,7 @@ class Passes:
         self._state = torch.random.get_rng_state()
 
     def of(self, data: Any, model: FunctionalModel) -> Passes:
-        """Return passes over other data, with samples and targets where these are.
-
-        Args:
-            data: As the user gives them.
-            model: As at construction.
-        """
+        """Return passes over other data, with samples and targets where these are."""
         batches = as_batches(data, self._target)
         search = Search.known(self.search.samples)
         return Passes(batches, model, search, self._target, Cuts(), self.progress)
@@ -337,14 +332,9 @@ def iterate(
 ) -> Iterator[Batch]:
     """Yield batches on a device, real-valued targets in a dtype.
 
-    Args:
-        batches: The batches.
-        device: The device.
-        dtype: The dtype.
-        target: What finds the targets in a batch, if the user says it.
-
     Raises:
-        TypeError: If a batch is no pair ``(X, y)``, or targets are complex.
+        TypeError: If a batch is no pair ``(X, y)`` and holds no targets where they are
+            looked for, or targets are complex.
     """
 
     def on_device(leaf: Tensor) -> Tensor:
@@ -466,11 +456,7 @@ def batch_does_not_fit(
 ) -> str:
     """Return what to say of a batch whose linearisation does not fit.
 
-    Args:
-        device: The device.
-        samples: How many the batch has.
-        per_sample: The bytes that the linearisation keeps for each of them, None where
-            nobody knows.
+    It keeps ``per_sample`` bytes for each of the samples; None where nobody knows.
     """
     free = free_memory(device)
     takes, advice = "", "Give smaller batches, or"

@@ -101,11 +101,7 @@ class RowLayout:
         return slice(start + samples.start * width, start + samples.stop * width)
 
     def of(self, samples: Tensor) -> Tensor:
-        """The numbers of the rows of some samples, which are numbered over all batches.
-
-        Args:
-            samples: On the host.
-        """
+        """The numbers of the rows of samples, which are numbered over all batches."""
         each, batches = (
             torch.tensor(x, device="cpu") for x in (self.each, self.samples)
         )

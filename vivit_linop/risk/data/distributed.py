@@ -128,12 +128,7 @@ def check_parts(
 ) -> None:
     """Raise an error for parts of the data that repeat samples, or are not alike.
 
-    Args:
-        ranks: The ranks.
-        outputs: Those of this rank's batches.
-        targets: Their targets.
-        data: What was given.
-        check: Whether parts that are the same are an error; on all ranks they must be.
+    Parts that are the same are one only if all ranks check that.
     """
     size, mine = dataset_size(data), sum(map(len, outputs))
     parts = ranks.gathered(None if size is None else (mine, size))
@@ -161,10 +156,6 @@ def check_parts(
 
 def by_items(ranks: Ranks, own: bool | None) -> bool:
     """Return whether outputs come item by item, as on all ranks that have samples.
-
-    Args:
-        ranks: The ranks.
-        own: Whether they do on this one, None if it has no samples.
 
     Raises:
         ValueError: If they do on some ranks only.

@@ -328,12 +328,7 @@ class FunctionalModel:
         self._writes = True
 
     def private_input(self, X: Any, params: Params | None = None) -> Any:
-        """Return an input that the model may have, a copy if it writes into it.
-
-        Args:
-            X: The input.
-            params: The parameters that it is for, whose precision it must have.
-        """
+        """Return an input in the precision of parameters, which the model may have."""
         X = self._precise(X, self.params if params is None else params)
         return copied(X) if self._writes else X
 
@@ -443,11 +438,7 @@ class FunctionalModel:
         return {name: self._fixed[name] for name in names}
 
     def restore(self, buffers: Params) -> None:
-        """Let every evaluation have copies of buffers that the model writes into.
-
-        Args:
-            buffers: What they were.
-        """
+        """Let every evaluation have copies of these buffers, which it writes into."""
         self._fixed = {**self._fixed, **buffers}
         self._written |= buffers.keys()
 

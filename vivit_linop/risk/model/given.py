@@ -47,9 +47,7 @@ def check_given(model: Any, predict: Any) -> None:
 def unwrapped(model: nn.Module, params: Any | None) -> tuple[nn.Module, Any | None]:
     """Return the module inside of ``torch.compile``, DataParallel and the like.
 
-    Args:
-        model: The module, perhaps in wrappers.
-        params: As given by the user; names are those of the wrapper or of the module.
+    Names of parameters may be those of the wrapper or of the module.
     """
     while True:
         if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
@@ -104,12 +102,7 @@ def check_modes(model: nn.Module) -> None:
 
 
 def check_graph(output: Tensor, module: nn.Module | None) -> None:
-    """Refuse outputs whose graph goes on to the user's own parameters.
-
-    Args:
-        output: Of the risk's copy, of which these are no part.
-        module: The user's; None if it is gone.
-    """
+    """Refuse outputs of a copy whose graph goes on to the user's own parameters."""
     own = (
         {id(p): name for name, p in module.named_parameters()}
         if module is not None

@@ -77,10 +77,7 @@ class Original:
         return named_slots(module) | self._in_place
 
     def present(self, known: Mapping[str, Tensor]) -> Params:
-        """Return what they are now.
-
-        Args:
-            known: What they were, by name.
+        """Return what they are now, of those that are known by name.
 
         Raises:
             ValueError: If a module is gone, or one of them is or has another shape.

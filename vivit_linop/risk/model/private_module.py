@@ -225,11 +225,8 @@ class PrivateModule:
     ) -> Tensor:
         """Run a copy of the module with tensors of its own.
 
-        Args:
-            params: The tensors, by name.
-            X: The input.
-            escaped: Where to put tensors of the user's module that are used all the
-                same, by identity, while it is not known which these are.
+        Tensors of the user's module that are used all the same go into ``escaped``, by
+        identity, while it is not known which these are.
         """
         own = map(self._own.__getitem__, params)
         if self._plans is None:

@@ -32,9 +32,7 @@ def whole(tensor: Tensor) -> Tensor:
 def without_sharding(name: str, attribute: Any) -> Any:
     """Return a module's hooks but for those that torch.distributed has registered.
 
-    Args:
-        name: The name of an attribute.
-        attribute: What the module has there; returned unless these are hooks.
+    Attributes with other names are no hooks, and come back as they are.
     """
     if not name.endswith("_hooks") or not any(map(_gathers, attribute.values())):
         return attribute
