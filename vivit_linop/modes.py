@@ -10,7 +10,7 @@ import contextlib
 import functools
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -72,7 +72,6 @@ class ordinary_mode:
     as a decorator of functions.
     """
 
-    _modes: Sequence[contextlib.AbstractContextManager[object]] = ()
     _precise: bool = False
 
     def __call__(self, function: Callable[P, Result]) -> Callable[P, Result]:
@@ -86,7 +85,7 @@ class ordinary_mode:
             if not precise:
                 with _PRECISE.lock:
                     precise = not _PRECISE.undo and not _reduced()
-            if precise and not _is_in_modes():
+            if precise and not _to_leave():
                 # As nearly always, and sooner than to enter a context.
                 _HERE.depth += 1
                 try:
@@ -105,13 +104,9 @@ class ordinary_mode:
 
     def __enter__(self) -> None:
         """Leave the modes."""
-        # Written out, since it is entered in each product.
-        if (
-            torch.is_inference_mode_enabled()
-            or torch.is_autocast_enabled("cpu")
-            or torch.is_autocast_enabled("cuda")
-        ):
-            self._leave_modes()
+        self._modes = _to_leave()
+        for mode in self._modes:
+            mode.__enter__()
         depth = _HERE.depth
         if depth == 0:
             # Locked: another thread may be about to put reduced precisions back.
@@ -121,35 +116,25 @@ class ordinary_mode:
                     self._precise = True
         _HERE.depth = depth + 1
 
-    def _leave_modes(self) -> None:
-        modes: list[contextlib.AbstractContextManager[object]] = []
-        if torch.is_inference_mode_enabled():
-            modes.append(torch.inference_mode(False))
-        for device in ("cpu", "cuda"):
-            if torch.is_autocast_enabled(device):
-                modes.append(torch.autocast(device, enabled=False))
-        self._modes = modes
-        for mode in modes:
-            mode.__enter__()
-
     def __exit__(self, *exception: object) -> None:
         """Enter them again."""
         _HERE.depth -= 1
         if self._precise:
             self._precise = False
             _PRECISE.leave()
-        if self._modes:
-            for mode in reversed(self._modes):
-                mode.__exit__(None, None, None)
+        for mode in reversed(self._modes):
+            mode.__exit__(None, None, None)
 
 
-def _is_in_modes() -> bool:
-    """Whether the caller is in inference mode or autocast."""
-    return (
-        torch.is_inference_mode_enabled()
-        or torch.is_autocast_enabled("cpu")
-        or torch.is_autocast_enabled("cuda")
-    )
+def _to_leave() -> list[contextlib.AbstractContextManager[object]]:
+    """What leaves the caller's inference mode and autocast, asked in each product."""
+    modes: list[contextlib.AbstractContextManager[object]] = []
+    if torch.is_inference_mode_enabled():
+        modes.append(torch.inference_mode(False))
+    for device in ("cpu", "cuda"):
+        if torch.is_autocast_enabled(device):
+            modes.append(torch.autocast(device, enabled=False))
+    return modes
 
 
 def _recording() -> list[contextlib.AbstractContextManager[object]]:
@@ -234,7 +219,7 @@ class as_guest:
             ) from error
         modes: list[Any] = _recording()
         # A product has entered it already.
-        if _HERE.depth == 0 or _is_in_modes():
+        if _HERE.depth == 0 or _to_leave():
             modes.insert(0, ordinary_mode())
         if RECOMPUTED.seen:
             modes.append(RECOMPUTED)
