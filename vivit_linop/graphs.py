@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction
-from torch.autograd.graph import (
-    GradientEdge,
-    Node,
-)
+from torch.autograd.graph import GradientEdge, Node
 from torch.func import vmap
 
 
@@ -193,30 +190,26 @@ def has_own_code(output: Tensor) -> bool:
     return any(isinstance(node, BackwardCFunction) for node in nodes(output))
 
 
-def nbytes_saved(output: Tensor) -> int:
-    """Return the bytes that the graph of a tensor has saved for backward passes.
-
-    It must not have been made under hooks for saved tensors, which would be called.
-    """
-    seen: dict[int, int] = {}
-    total = 0
-    for node in nodes(output):
-        for tensor in _saved(node):
-            storage = tensor.untyped_storage()
-            try:
-                seen[storage.data_ptr()] = storage.nbytes()
-            # A tensor that wraps others has none of its own.
-            except RuntimeError:
-                total += tensor.nbytes
-    return total + sum(seen.values())
-
-
 def saved_in(output: Tensor) -> list[Tensor]:
-    """Return what the graph of a tensor has saved.
+    """Return what the graph of a tensor has saved for backward passes.
 
     It must not have been made under hooks for saved tensors, which would be called.
     """
     return [tensor for node in nodes(output) for tensor in _saved(node)]
+
+
+def nbytes_of(tensors: Iterable[Tensor]) -> int:
+    """Return the bytes that tensors take, which may share their memory."""
+    seen: dict[int, int] = {}
+    total = 0
+    for tensor in tensors:
+        storage = tensor.untyped_storage()
+        try:
+            seen[storage.data_ptr()] = storage.nbytes()
+        # A tensor that wraps others has none of its own.
+        except RuntimeError:
+            total += tensor.nbytes
+    return total + sum(seen.values())
 
 
 def _saved(node: Node) -> Iterator[Tensor]:

@@ -128,8 +128,7 @@ def checked_outputs(
                 "Call model.eval(), or do without that in evaluation mode."
             )
     writes = any(parts[len(same) :])
-    if writes:
-        model.writes()
+    model.writes |= writes
     if drawn:
         _check_unmoved(model, index, X, output)
     if not finite:

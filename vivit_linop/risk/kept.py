@@ -31,7 +31,7 @@ from torch import Tensor
 from torch.autograd.graph import disable_saved_tensors_hooks
 
 from vivit_linop.devices import free_memory, is_out_of_memory, saved_bytes
-from vivit_linop.graphs import has_own_code, nbytes_saved, saved_in
+from vivit_linop.graphs import has_own_code, nbytes_of, saved_in
 from vivit_linop.risk.data.containers import copied
 from vivit_linop.risk.model.foreign_memory import ForeignMemory
 from vivit_linop.risk.model.functional import FunctionalModel, is_written
@@ -262,8 +262,7 @@ class Run:
         self.record, self.foreign = record, model.foreign
         self.precision = model.precision
         self.repeats = not record.has_hooks and not has_own_code(self.output)
-        saved = saved_in(self.output)
-        self.saved = [(tensor, tensor._version) for tensor in saved]
+        self.saved = [(t, t._version) for t in saved_in(self.output)]
 
     @property
     def nbytes(self) -> int:
@@ -321,7 +320,7 @@ def run_of(model: FunctionalModel, X: Any, samples: int) -> Run:
         return Run(own, output, [*starmap(is_written, pairs)], nbytes)
     (own, output, pairs), record = found
     model.check_graph(output)  # not under what watches for who looks at graphs
-    run = Run(own, output, [*starmap(is_written, pairs)], nbytes_saved(output))
+    run = Run(own, output, [*starmap(is_written, pairs)], nbytes_of(saved_in(output)))
     run.serve(record, model)
     return run
 

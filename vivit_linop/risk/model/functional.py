@@ -78,9 +78,12 @@ class FunctionalModel:
             ones the real and imaginary parts, ``[*p, 2]``.
         complex_names: The complex ones.
         precision: As ``dtype`` is given.
+        constants: What else a module's outputs depend on, by name: its buffers, and
+            parameters that are not chosen.
         foreign: The memory that it reads and the risk has no copy of.
         count: Counts the samples of an input, where the outputs of all come item by
             item; None where they have a sample axis.
+        writes: Whether it writes into its input, so that it gets copies.
         keeps_gradients: Whether it asks for gradients of what it computes, which no
             evaluation does from then on.
         channels_last: Whether it gets images in another order in memory
@@ -107,11 +110,11 @@ class FunctionalModel:
             model, params = unwrapped(model, params)
         check_precision(dtype)
         self.precision, self._default_dtype = dtype, torch.get_default_dtype()
-        self._writes = self.keeps_gradients = self.channels_last = False
+        self.writes = self.keeps_gradients = self.channels_last = False
         self.is_finite = False
         self.foreign = ForeignMemory()
         self._empty: list[str] = []
-        self._fixed: Params = {}
+        self.constants: Params = {}
         self._moved: Params = {}
         self.count: Callable[[Any], int] | None = None
         self._buffers: list[str] = []
@@ -147,15 +150,15 @@ class FunctionalModel:
         if not isinstance(model, nn.Module):
             return PrivateFunction(model, self.precision)
         slots, parameters = named_slots(model), dict(model.named_parameters())
-        self._fixed = {
+        self.constants = {
             name: _of_kind(tensor, self._copied(tensor))
             for name, tensor in self.original.tensors().items()
             if name not in self.params
         }
-        check_fixed(self._fixed)
+        check_fixed(self.constants)
         self._buffers = [name for name in slots if name not in parameters]
         self._moved = {}
-        own = {**self._fixed, **self._as_given(self.params)}
+        own = {**self.constants, **self._as_given(self.params)}
         predict = self.original.predict
         private = PrivateModule(model, predict, slots, own, self.precision)
         self.channels_last = memory_format.runs_faster(private.module)
@@ -183,8 +186,8 @@ class FunctionalModel:
         Raises:
             ValueError: If the user's module is gone, or has lost a parameter or buffer.
         """
-        now = self.original.present({**self._as_given(self.params), **self._fixed})
-        return {n: now[n] for n in self.params}, {n: now[n] for n in self._fixed}
+        now = self.original.present({**self._as_given(self.params), **self.constants})
+        return {n: now[n] for n in self.params}, {n: now[n] for n in self.constants}
 
     def is_at_present(self) -> bool:
         """Whether the user's parameters and buffers are what they are here.
@@ -194,7 +197,7 @@ class FunctionalModel:
         """
         now, fixed = self.present()
         now = {name: as_pairs(p.detach()) for name, p in now.items()} | fixed
-        known = {**self.params, **self._fixed}
+        known = {**self.params, **self.constants}
         return all(have_equal_entries(now[n].to(p), p) for n, p in known.items())
 
     def has_changed(self) -> bool:
@@ -216,9 +219,9 @@ class FunctionalModel:
             ValueError: If it has other parameters; as :meth:`present` and :meth:`at`.
         """
         model = self.at(*self.present())
-        model._writes, model.count = False, None
+        model.writes, model.count = False, None
         model.foreign = ForeignMemory()
-        self.original.check_no_more({**self.params, **self._fixed})
+        self.original.check_no_more({**self.params, **self.constants})
         with torch.inference_mode(False):
             model._private = model._copy_of(self.original.model)
         if model.module is not None and self.module is not None:
@@ -242,13 +245,14 @@ class FunctionalModel:
                 ).requires_grad_()
                 for name, p in self.params.items()
             }
+            known = self.constants
             changed = {
-                name: _of_kind(known, tensor.detach().to(known, copy=True))
-                for name, tensor in fixed.items()
-                if not have_equal_entries(tensor.to(known := self._fixed[name]), known)
+                n: _of_kind(known[n], tensor.detach().to(known[n], copy=True))
+                for n, tensor in fixed.items()
+                if not have_equal_entries(tensor.to(known[n]), known[n])
             }
         check_finite(model.params, "parameters")
-        model._fixed = {**self._fixed, **changed}
+        model.constants = {**known, **changed}
         model._moved = {**self._moved, **changed}
         return model
 
@@ -266,7 +270,7 @@ class FunctionalModel:
         )
         model.params = {name: p for name, p in self.params.items() if name in names}
         model._empty = [name for name in self._empty if name in names]
-        model._fixed = {**self._fixed, **constant}
+        model.constants = {**self.constants, **constant}
         model._moved = {**self._moved, **constant}
         return model
 
@@ -295,8 +299,7 @@ class FunctionalModel:
 
         Which of these were written into says :func:`is_written`.
 
-        Once the model knows that it writes (:meth:`writes`), every evaluation has a
-        copy of the input.
+        Once the model is known to write, every evaluation has a copy of the input.
         """
         X = self._precise(X, params)
         own = copied(memory_format.channels_last(X) if self.channels_last else X)
@@ -317,20 +320,16 @@ class FunctionalModel:
 
     def _known(self) -> Iterator[Tensor]:
         """What it may read: its own constants, and what copies stand in for."""
-        yield from self._fixed.values()
+        yield from self.constants.values()
         yield from self._private.constants
         module = self.original.module
         if module is not None:
             yield from named_slots(module).values()
 
-    def writes(self) -> None:
-        """Give copies of the input from now on."""
-        self._writes = True
-
     def private_input(self, X: Any, params: Params | None = None) -> Any:
         """Return an input in the precision of parameters, which the model may have."""
         X = self._precise(X, self.params if params is None else params)
-        return copied(X) if self._writes else X
+        return copied(X) if self.writes else X
 
     def _precise(self, X: Any, params: Params) -> Any:
         """Return an input in the precision of parameters, if the user asked for one."""
@@ -378,7 +377,7 @@ class FunctionalModel:
         if self._moved:
             params = {**self._moved, **params}
         for name in self._written:
-            params = {**params, name: params.get(name, self._fixed[name]).clone()}
+            params = {**params, name: params.get(name, self.constants[name]).clone()}
         with default_dtype(self._default_dtype), self._casts(params):
             return self._private(params, X)
 
@@ -406,7 +405,7 @@ class FunctionalModel:
             return None
         self.foreign.check()
         with torch.inference_mode(False):
-            values = {**self._fixed, **params}
+            values = {**self.constants, **params}
             buffers = {name: values[name].detach().clone() for name in self._buffers}
             parameters = {
                 name: nn.Parameter(values[name].detach().clone(), name in params)
@@ -427,19 +426,14 @@ class FunctionalModel:
         return params, map_leaves(lambda leaf: in_precision(leaf, dtype), X)
 
     @property
-    def constants(self) -> Params:
-        """What else a module's outputs depend on: buffers, parameters not chosen."""
-        return self._fixed
-
-    @property
     def buffers(self) -> Params:
         """The buffers among them that stay what they are in evaluations."""
         names = (name for name in self._buffers if name not in self._written)
-        return {name: self._fixed[name] for name in names}
+        return {name: self.constants[name] for name in names}
 
     def restore(self, buffers: Params) -> None:
         """Let every evaluation have copies of these buffers, which it writes into."""
-        self._fixed = {**self._fixed, **buffers}
+        self.constants = {**self.constants, **buffers}
         self._written |= buffers.keys()
 
 
