@@ -8,7 +8,6 @@ can be asked too. Whether it is one function of each sample is asked next
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +18,7 @@ from torch import Tensor
 from vivit_linop.graphs import leaves_of
 from vivit_linop.modes import as_guest
 from vivit_linop.risk.data.containers import leaves
+from vivit_linop.risk.data.fingerprint import largest
 from vivit_linop.risk.kept import Run, run_of
 from vivit_linop.risk.model.functional import FunctionalModel
 from vivit_linop.risk.model.original import Params
@@ -52,12 +52,7 @@ def apart(left: Tensor, right: Tensor) -> Tensor:
     """
     left, right = left.detach(), right.detach()
     eps = torch.finfo(left.dtype).eps
-    return _largest(left - right) / (_largest(right) + eps**0.5)
-
-
-def _largest(tensor: Tensor) -> Tensor:
-    largest: Tensor = torch.linalg.vector_norm(tensor, math.inf)
-    return largest
+    return largest(left - right) / (largest(right) + eps**0.5)
 
 
 @dataclass
@@ -198,10 +193,10 @@ def _has_outputs(
     model: FunctionalModel, params: Params, X: Any, output: Tensor
 ) -> bool:
     """Whether a model has these outputs again, but for sums in another order."""
-    tolerance = 100 * torch.finfo(output.dtype).eps * _largest(output)
+    tolerance = 100 * torch.finfo(output.dtype).eps * largest(output)
     with as_guest(output.device):
         again = model(params, X).detach()
-    return again.shape == output.shape and bool(_largest(again - output) <= tolerance)
+    return again.shape == output.shape and bool(largest(again - output) <= tolerance)
 
 
 def read(answers: Sequence[Tensor]) -> list[bool]:

@@ -21,7 +21,7 @@ from vivit_linop.risk.losses.autograd import LossCallable
 from vivit_linop.risk.losses.registry import as_output_loss
 from vivit_linop.risk.model.functional import FunctionalModel
 from vivit_linop.risk.model.original import ModelFunction, Predict
-from vivit_linop.risk.model_loss import ModelLoss, loss_of_model
+from vivit_linop.risk.model_loss import ModelLoss
 from vivit_linop.risk.passes import Cuts, Passes
 
 
@@ -168,9 +168,7 @@ class EmpiricalRisk(DerivableRisk):
                 params = list(params)
             search = Search(sample_axis, take, count)
             if isinstance(loss, str):
-                of_model = loss_of_model(
-                    loss, data, model, params, predict, target, dtype
-                )
+                of_model = ModelLoss(loss, data, model, params, predict, target, dtype)
                 loss, predict = of_model.form.loss, of_model.predict
                 target = of_model.target
             function = FunctionalModel(model, params, predict, dtype)

@@ -143,19 +143,30 @@ class ModelLoss:
         target: Finds the targets that it takes.
 
     Raises:
-        TypeError: If the model returns no loss, or the batch has no labels.
-        ValueError: If its loss is none that is known.
+        TypeError: If ``loss`` is not "model", the model returns no loss, or the batch
+            has no labels.
+        ValueError: If there are no data, or its loss is none that is known.
     """
 
     def __init__(
         self,
+        loss: str,
+        data: Any,
         model: Any,
         params: Any,
         predict: Predict | None,
         target: Target | None,
         dtype: torch.dtype | None,
-        batch: Any,
     ) -> None:
+        if loss != "model" or not isinstance(model, nn.Module):
+            raise TypeError(
+                "loss: a torch.nn loss, a function (output, target) -> scalar or, for "
+                f"a module, 'model', got {loss!r}."
+            )
+        batches = replay(as_batches(data, target), torch.random.get_rng_state())
+        batch = next(batches, None)
+        if batch is None:
+            raise ValueError("data: is empty, there is not one batch.")
         self._value = FunctionalModel(model, params, Returned(predict, "loss"), dtype)
         logits_of = FunctionalModel(model, params, Returned(predict, "logits"), dtype)
         first = next(iter(self._value.params.values()))
@@ -197,27 +208,6 @@ class ModelLoss:
                 f"where {self.form.loss} is {float(found):.6g}; on the first batch "
                 "they are the same. Give the loss, and target= for the labels."
             )
-
-
-def loss_of_model(
-    loss: str, data: Any, model: Any, params: Any, predict: Any, target: Any, dtype: Any
-) -> ModelLoss:
-    """Find what the loss is that a model returns, on the first batch of the data.
-
-    Raises:
-        TypeError: If ``loss`` is not "model", or the model returns no loss.
-        ValueError: If there are no data, or the loss is none that is known.
-    """
-    if loss != "model" or not isinstance(model, nn.Module):
-        raise TypeError(
-            "loss: a torch.nn loss, a function (output, target) -> scalar or, for a "
-            f"module, 'model', got {loss!r}."
-        )
-    batches = as_batches(data, target)
-    first = next(replay(batches, torch.random.get_rng_state()), None)
-    if first is None:
-        raise ValueError("data: is empty, there is not one batch.")
-    return ModelLoss(model, params, predict, target, dtype, first)
 
 
 def _same(found: Tensor, value: Tensor) -> bool:

@@ -138,7 +138,7 @@ class Sums:
     def _rounding(self) -> list[Tensor]:
         """What sums may be off by where threads add up in another order."""
         return [
-            _ROUNDING * torch.finfo(sums.dtype).eps * _largest(sums)
+            _ROUNDING * torch.finfo(sums.dtype).eps * largest(sums)
             for sums in self._values
         ]
 
@@ -153,17 +153,18 @@ class Sums:
         ):
             return [torch.tensor(True, device="cpu")]
         return [
-            _largest(now - then) > rounding
+            largest(now - then) > rounding
             for (now, then), rounding in zip(pairs, before._rounding, strict=True)
             if len(then)
         ]
 
 
-def _largest(sums: Tensor) -> Tensor:
-    if not len(sums):
+def largest(sums: Tensor) -> Tensor:
+    """The largest size of an entry, 0 of none; not read by the host."""
+    if not sums.numel():
         return sums.new_zeros(())
-    largest: Tensor = torch.linalg.vector_norm(sums, math.inf)
-    return largest
+    found: Tensor = torch.linalg.vector_norm(sums, math.inf)
+    return found
 
 
 def _weighted_sums(leaf: Tensor) -> Tensor:

@@ -358,24 +358,19 @@ def _copy_function(value: types.FunctionType, copies: Copies) -> Any:
     """
     if not copies.leads_somewhere(value):
         return value
-    cells = value.__closure__
-    used = _globals(value)
+    cells, space = value.__closure__, value.__globals__
+    used = {n: m for n, m in _globals(value).items() if copies.leads_somewhere(m)}
+    if used:
+        space = dict(space)
     new = types.FunctionType(
         value.__code__,
-        value.__globals__,
+        space,
         value.__name__,
         closure=cells and tuple(types.CellType() for _ in cells),
     )
     copies.remember(value, new)  # it may close over itself
-    if any(map(copies.leads_somewhere, used.values())):
-        copied = {name: copies.inside(item) for name, item in used.items()}
-        new = types.FunctionType(
-            value.__code__,
-            {**value.__globals__, **copied},
-            value.__name__,
-            closure=new.__closure__,
-        )
-        copies.remember(value, new)
+    for name, item in used.items():
+        space[name] = copies(item)
     for old_cell, cell in zip(cells or (), new.__closure__ or (), strict=True):
         if not is_empty(old_cell):
             cell.cell_contents = copies.inside(old_cell.cell_contents)

@@ -29,6 +29,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from vivit_linop.checkpoints import RECOMPUTED
 from vivit_linop.devices import is_out_of_memory
+from vivit_linop.graphs import gradients
 from vivit_linop.modes import without_cudnn
 from vivit_linop.noise import Noise
 from vivit_linop.risk.data.containers import rebuilt
@@ -338,9 +339,7 @@ class PrivateModule:
             with contextlib.nullcontext() if self._reentrant else frozen.recording():
                 output = self._evaluate(leaves, X)
             u = draw(output)
-            gradients = torch.autograd.grad(
-                (u * output).sum(), list(leaves.values()), allow_unused=True
-            )
+            pulled_back = gradients(output, list(leaves.values()), u)
         slopes, differences = [], []
         step = torch.finfo(output.dtype).eps ** (1 / 3)
         for _ in range(_DIRECTIONS):
@@ -348,18 +347,8 @@ class PrivateModule:
             for name, row in self._padding():
                 if name in x:
                     x[name][row] = 0.0
-            slopes.append(
-                sum(
-                    (
-                        (gradient * direction).sum()
-                        for gradient, direction in zip(
-                            gradients, x.values(), strict=True
-                        )
-                        if gradient is not None
-                    ),
-                    torch.zeros_like(u.sum()),
-                )
-            )
+            along = zip(pulled_back, x.values(), strict=True)
+            slopes.append(sum(((g * part).sum() for g, part in along), u.new_zeros(())))
             sides = []
             for h in (step, -step):
                 moved = {n: p + h * x[n] for n, p in theta.items()}
