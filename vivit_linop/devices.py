@@ -140,11 +140,8 @@ def saved_bytes(build: Callable[[], Result]) -> tuple[int, Result]:
         # graph, and neither would ever be freed.
         return tensor.detach()
 
-    def unpacked(tensor: Tensor) -> Tensor:
-        return tensor
-
     try:
-        with torch.autograd.graph.saved_tensors_hooks(count, unpacked):
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
             result = build()
         return sum(seen.values()), result
     # Transformations inside of the model do not bear hooks; then nobody counts.

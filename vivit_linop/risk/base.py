@@ -98,7 +98,9 @@ class Risk(ParameterVectors):
         if self._run_serves:
             self.kept.keep_run(seen.run)
         self.graph_bytes, self._sums = seen.graph_bytes, seen.sums
-        self.batch_sizes, self.layout = seen.batch_sizes, seen.layout
+        self.batch_sizes = [*map(len, seen.outputs)]
+        each = tuple(output[0].numel() for output in seen.outputs)
+        self.layout = RowLayout(tuple(self.batch_sizes), each)
         self._count(parts_differ)
         self._normalise(seen.total, seen.weight)
         model.foreign.settle()

@@ -23,7 +23,6 @@ from vivit_linop.risk.losses.derived import LossOfItems
 from vivit_linop.risk.model.functional import FunctionalModel
 from vivit_linop.risk.model.memory_format import image_shapes
 from vivit_linop.risk.passes import Cuts, Evaluated, ItemByItem, Passes, does_not_fit
-from vivit_linop.risk.row_layout import RowLayout
 
 
 @dataclass
@@ -49,17 +48,6 @@ class Seen:
     graph_bytes: list[int] = field(default_factory=list)
     sums: list[fingerprint.Sums] = field(default_factory=list)
     run: Run | None = None
-
-    @property
-    def batch_sizes(self) -> list[int]:
-        """How many samples each batch has."""
-        return [len(output) for output in self.outputs]
-
-    @property
-    def layout(self) -> RowLayout:
-        """Which outputs belong to which sample."""
-        each = tuple(output[0].numel() for output in self.outputs)
-        return RowLayout(tuple(self.batch_sizes), each)
 
 
 def first_pass(

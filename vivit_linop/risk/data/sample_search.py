@@ -89,11 +89,6 @@ class Search:
         return search
 
     @property
-    def _is_free(self) -> bool:
-        """Whether the user says nothing."""
-        return self._axis is None and self._given is None
-
-    @property
     def samples(self) -> Samples:
         """The likeliest way."""
         return self.ways[0]
@@ -104,7 +99,8 @@ class Search:
         Raises:
             ValueError: If nobody knows, or it is none.
         """
-        if (self._is_plain or (not index and self._is_free)) and _are_rows(X, y):
+        free = self._axis is None and self._given is None
+        if (self._is_plain or (not index and free)) and _are_rows(X, y):
             if not index:
                 self.ways = _ways_of_rows(X)
                 self._is_plain = len(self.ways) == 1
