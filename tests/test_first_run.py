@@ -237,7 +237,7 @@ def test_activations_that_are_taken_out_may_be_written_into(name: str) -> None:
 
 def test_risks_without_anybody_who_watches(monkeypatch: pytest.MonkeyPatch) -> None:
     """As where the room of risks alone has been imported."""
-    monkeypatch.setattr(kept, "_watches", [kept._by_nobody])
+    monkeypatch.setattr(kept, "_watches", [])
     problem = _problem()
     risk = _risk(problem)
     assert risk.kept.run_nbytes == 0

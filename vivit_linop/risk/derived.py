@@ -58,7 +58,6 @@ class DerivableRisk(Risk):
             >>> risk.subset([0, 5]).num_samples
             2
         """
-        risk = type(self).__new__(type(self))
         with self.ranks.together("subset") as ballot:
             given = as_index(indices, self.num_samples, "indices").cpu()
             own = _own_samples(given, self.ranks, sum(self.batch_sizes))
@@ -74,13 +73,7 @@ class DerivableRisk(Risk):
             cuts = Cuts(final=True)
             model = copy.copy(self.model)  # which learns from other batches
             passes = Passes(parts, model, search, None, cuts, self.progress)
-            Risk.__init__(
-                risk,
-                *(model, self.loss, passes, self.ranks, self.memory),
-                check=self._check,
-                check_data=False,  # they are in memory
-                parts_differ=False,
-            )
+            risk = self._of(model, passes, check=self._check)
         except Exception as error:
             if parts:
                 mine, _ = next(self._own_batches([]))
@@ -91,6 +84,27 @@ class DerivableRisk(Risk):
             if len(own):
                 rows = self.layout.of(own)
                 _check_selected(rows, self.outputs, risk.outputs, differ)
+        return risk
+
+    def _of(
+        self,
+        model: FunctionalModel,
+        passes: Passes,
+        *,
+        check: bool,
+        check_data: bool = False,
+        parts_differ: bool = False,
+    ) -> Self:
+        """Return a risk of the same loss; data in memory stay what they are."""
+        risk = type(self).__new__(type(self))
+        Risk.__init__(
+            risk,
+            *(model, self.loss, passes, self.ranks, self.memory),
+            check=check,
+            check_data=check_data,
+            parts_differ=parts_differ,
+        )
+        risk._check = self._check
         return risk
 
     def _own_batches(self, differ: list[Tensor]) -> Iterator[Batch]:
@@ -219,17 +233,14 @@ class DerivableRisk(Risk):
                 "data: the loss is the model's own, so the risk of other data is "
                 "another function. Make a new risk."
             )
-        risk = type(self).__new__(type(self))
         with self.ranks.together("on"):
             passes = self._passes.of(data, self.model)
-        Risk.__init__(
-            risk,
-            *(copy.copy(self.model), self.loss, passes, self.ranks, self.memory),
+        risk = self._of(
+            *(copy.copy(self.model), passes),
             check=False,
             check_data=check_data and not isinstance(data, (list, tuple)),
             parts_differ=check_data,
         )
-        risk._check = self._check
         risk.kept.everywhere.update(self.kept.structures())
         return risk
 
@@ -273,14 +284,7 @@ class DerivableRisk(Risk):
                 )
         passes.search, passes.cuts = copy.copy(passes.search), Cuts()
         passes.number = 0
-        risk = type(self).__new__(type(self))
-        Risk.__init__(
-            risk,
-            *(model, self.loss, passes, self.ranks, self.memory),
-            check=self._check,
-            check_data=False,  # they are compared with what they were
-            parts_differ=False,
-        )
+        risk = self._of(model, passes, check=self._check)
         with self.ranks.together("at"):
             batches = zip(self._sums, self._targets, strict=False)
             for index, (sums, targets) in enumerate(batches):

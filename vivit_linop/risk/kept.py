@@ -35,6 +35,7 @@ from vivit_linop.graphs import has_own_code, nbytes_of, saved_in
 from vivit_linop.risk.data.containers import copied
 from vivit_linop.risk.model.foreign_memory import ForeignMemory
 from vivit_linop.risk.model.functional import FunctionalModel, is_written
+from vivit_linop.risk.model.given import check_graph
 from vivit_linop.risk.model.original import Params
 from vivit_linop.risk.model.outputs import RaggedOutputs
 from vivit_linop.risk.model.parameters import have_equal_entries, in_precision
@@ -210,12 +211,8 @@ class Record(Protocol):
 Watch = Callable[[Params], contextlib.AbstractContextManager[Record | None]]
 
 
-def _by_nobody(params: Params) -> contextlib.AbstractContextManager[None]:
-    return contextlib.nullcontext()
-
-
-# What is entered around the run, until :func:`watched_by` says something else.
-_watches: list[Watch] = [_by_nobody]
+# What is entered around the run, once :func:`watched_by` has said it.
+_watches: list[Watch] = []
 
 
 def watched_by(watch: Watch) -> None:
@@ -316,10 +313,11 @@ def run_of(model: FunctionalModel, X: Any, samples: int) -> Run:
     if found is None:
         evaluation = saved_bytes(lambda: model.first(model.params, X, samples))
         nbytes, (own, output, pairs) = evaluation
-        model.check_graph(output)
+        check_graph(output, model.original.module)
         return Run(own, output, [*starmap(is_written, pairs)], nbytes)
     (own, output, pairs), record = found
-    model.check_graph(output)  # not under what watches for who looks at graphs
+    # Not under what watches for who looks at graphs.
+    check_graph(output, model.original.module)
     run = Run(own, output, [*starmap(is_written, pairs)], nbytes_of(saved_in(output)))
     run.serve(record, model)
     return run
@@ -347,9 +345,10 @@ def _watched(
 
     None where it uses hooks on saved tensors, or bears nobody watching.
     """
-    (watch,), calls = _watches, model.calls
+    calls = model.calls
+    watch = _watches[0](model.params) if _watches else contextlib.nullcontext()
     try:
-        with disable_saved_tensors_hooks("first run"), watch(model.params) as record:
+        with disable_saved_tensors_hooks("first run"), watch as record:
             result = evaluate()
     except RaggedOutputs:
         raise

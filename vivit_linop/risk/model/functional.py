@@ -25,7 +25,6 @@ from vivit_linop.risk.model.foreign_memory import ForeignMemory
 from vivit_linop.risk.model.given import (
     check_fixed,
     check_given,
-    check_graph,
     check_modes,
     unwrapped,
 )
@@ -313,10 +312,6 @@ class FunctionalModel:
             output = self._evaluate(params, own)
         # The model may have taken something out of a container, or put something in.
         return own, output, list(zip(tensors, leaves(X), strict=False))
-
-    def check_graph(self, output: Tensor) -> None:
-        """Refuse outputs whose graph goes on to the user's own parameters."""
-        check_graph(output, self.original.module)
 
     def _known(self) -> Iterator[Tensor]:
         """What it may read: its own constants, and what copies stand in for."""
