@@ -10,7 +10,7 @@ import contextlib
 import functools
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -72,6 +72,7 @@ class ordinary_mode:
     as a decorator of functions.
     """
 
+    _modes: Sequence[contextlib.AbstractContextManager[object]] = ()
     _precise: bool = False
 
     def __call__(self, function: Callable[P, Result]) -> Callable[P, Result]:
@@ -104,9 +105,15 @@ class ordinary_mode:
 
     def __enter__(self) -> None:
         """Leave the modes."""
-        self._modes = _to_leave()
-        for mode in self._modes:
-            mode.__enter__()
+        # Written out, since it is entered in each product.
+        if (
+            torch.is_inference_mode_enabled()
+            or torch.is_autocast_enabled("cpu")
+            or torch.is_autocast_enabled("cuda")
+        ):
+            self._modes = _to_leave()
+            for mode in self._modes:
+                mode.__enter__()
         depth = _HERE.depth
         if depth == 0:
             # Locked: another thread may be about to put reduced precisions back.

@@ -38,7 +38,7 @@ from vivit_linop.risk.model.functional import FunctionalModel, is_written
 from vivit_linop.risk.model.given import check_graph
 from vivit_linop.risk.model.original import Params
 from vivit_linop.risk.model.outputs import RaggedOutputs
-from vivit_linop.risk.model.parameters import have_equal_entries, in_precision
+from vivit_linop.risk.model.parameters import in_precision, same_entries
 
 Value = TypeVar("Value")
 
@@ -278,8 +278,12 @@ class Run:
         if own.keys() != given.keys():
             return False
         for name, part in own.items():
-            other = in_precision(given[name], self.precision)
-            if part.dtype != other.dtype or not have_equal_entries(part, other):
+            other = given[name]
+            if self.precision is not None:
+                other = in_precision(other, self.precision)
+            if part.dtype != other.dtype:
+                return False
+            if not torch.equal(part, other) and not same_entries(part, other):
                 return False
         for tensor, version in self.saved:
             if tensor._version != version:
