@@ -338,12 +338,12 @@ def _linearized(risk: EmpiricalRisk, trust: bool) -> Iterator[Linearization]:
                 run = risk.kept.take_run(X)
                 nbytes = risk.graph_bytes[index] if index < len(risk.outputs) else 0
                 room = budget - risk.kept.nbytes
-                keep = index == len(kept)
-                # At most what they take; sparse tensors do not say it.
-                taken = sum(leaf.numel() * leaf.element_size() for leaf in leaves(X))
-                keep = keep and taken <= room
-                keep = keep and KEPT_GRAPHS * nbytes <= room
-                differ = risk.inputs_differ(index, X) if run is None else []
+                keep = index == len(kept) and KEPT_GRAPHS * nbytes <= room
+                if run is None:  # which would have its input
+                    # At most what they take; sparse tensors do not say it.
+                    bytes_of = (x.numel() * x.element_size() for x in leaves(X))
+                    keep = keep and sum(bytes_of) <= room
+                    differ = risk.inputs_differ(index, X)
                 linearization = _linearization(risk, index, X, nbytes, keep, run)
                 if keep and run is None:
                     risk.check_outputs(index, linearization.outputs, differ)

@@ -8,7 +8,7 @@ batch: so the cut also is the check that samples are independent.
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -362,7 +362,12 @@ def iterate(
         X, y = _split(batch, index, target)
         if isinstance(y, PackedSequence):
             y = y.data  # item by item, as outputs are
-        yield map_leaves(on_device, X), map_leaves(as_target, y)
+        yield _mapped(on_device, X), _mapped(as_target, y)
+
+
+def _mapped(function: Callable[[Tensor], Tensor], value: Any) -> Any:
+    """Apply a function to the tensors of a value, most often of one alone."""
+    return function(value) if isinstance(value, Tensor) else map_leaves(function, value)
 
 
 def _split(batch: Any, index: int, target: Target | None) -> Batch:
@@ -375,8 +380,10 @@ def _split(batch: Any, index: int, target: Target | None) -> Batch:
                 "tensors, with an entry for each sample."
             )
         return batch, y
-    if isinstance(batch, (tuple, list)) and len(batch) == 2 and holds_tensors(batch[1]):
-        return batch[0], batch[1]
+    if isinstance(batch, (tuple, list)) and len(batch) == 2:
+        X, y = batch
+        if isinstance(y, Tensor) or holds_tensors(y):
+            return X, y
     if holds_targets(batch):
         if not isinstance(batch, Mapping):
             return batch, batch.y
