@@ -397,6 +397,32 @@ def test_a_loss_of_ones_own_of_items() -> None:
     assert close(vl.LossHessian(risk).to_dense(), H)
 
 
+@pytest.mark.parametrize("weighted", [False, True])
+def test_outputs_of_items_that_a_loss_couples(weighted: bool) -> None:
+    """That a loss couples none of an item's outputs is not believed."""
+
+    def loss(f: Tensor, y: Tensor) -> Tensor:
+        return (f - y).sum(1).cosh()
+
+    net, X, y = built(NodeNet), graphs(SIZES), randn(8, C)
+    for coupled in ("none", "all"):
+        of: Any = vl.Loss(loss, coupled=coupled, reduction="sum")
+        target: Any = y
+        if weighted:
+            of, target = vl.losses.Weighted(of), (y, torch.ones(8).double())
+        risk = vl.EmpiricalRisk(net, of, (X, target))
+        if coupled == "none":
+            with pytest.raises(ValueError, match="couples outputs"):
+                vl.LossHessian(risk)
+            continue
+        samples = of_graphs(SIZES, X, y, lambda f, y: loss(f, y).sum())
+        truth = torch.block_diag(*truth_of(net, samples, 1.0).H)
+        H = vl.LossHessian(risk)
+        assert close(H.to_dense(), truth)
+        S = H.sqrt().to_dense()
+        assert close(S @ S.T, truth)
+
+
 @pytest.mark.parametrize("outputs", [C, 1])
 def test_drawn_factors_of_items(outputs: int) -> None:
     loss: Any = CE if outputs > 1 else nn.BCEWithLogitsLoss()

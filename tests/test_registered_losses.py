@@ -168,11 +168,34 @@ WRONG: dict[str, tuple[type[Bare], dict[str, Any]]] = {
 }
 
 
+@pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("method", WRONG)
-def test_a_wrong_closed_form_is_named(method: str) -> None:
+def test_a_wrong_closed_form_is_named(method: str, weighted: bool) -> None:
     net, loss, data = registered(WRONG[method][0], **WRONG[method][1])
-    with pytest.raises(ValueError, match=f"loss: {method} of SquaredNorm is wrong"):
+    if weighted:
+        loss = vl.losses.Weighted(loss)
+        data = [(X, (y, torch.ones_like(y[:, 0]))) for X, y in data]
+    named = f"loss: {method} of (Weighted )?SquaredNorm is wrong"
+    with pytest.raises(ValueError, match=named):
         vl.GGNFactor(net, loss, data).gram.to_dense()
+
+
+def test_second_derivatives_of_a_loss_are_looked_at_once() -> None:
+    calls: list[Tensor] = []
+
+    def hessian_product(self: Any, f: Tensor, y: Tensor, X: Tensor) -> Tensor:
+        calls.append(X)
+        return Closed.hessian_product(self, f, y, X)
+
+    risk = vl.EmpiricalRisk(*registered(Closed, hessian_product=hessian_product))
+    vl.LossHessian(risk)
+    assert calls
+    calls.clear()
+    for kind in (vl.LossHessian, vl.GGN, vl.Hessian):
+        kind(risk)
+    assert not calls
+    vl.LossHessian(risk.subset([0, 1]))  # other outputs
+    assert calls
 
 
 SHAPES: dict[str, Any] = {

@@ -136,6 +136,80 @@ def test_weighted(name: str) -> None:
         assert vl.GGN(other).trace().isfinite()
 
 
+@pytest.mark.parametrize(
+    ("loss", "divisor"),
+    [
+        (nn.KLDivLoss(reduction="batchmean"), N),
+        (nn.KLDivLoss(), 3 * N),
+        (nn.KLDivLoss(reduction="sum"), 1),
+    ],
+)
+def test_divergences_divide_as_they_do(loss: nn.KLDivLoss, divisor: float) -> None:
+    model, X, y = nn.Sequential(net(), nn.LogSoftmax(1)), inputs(N, 4), inputs(N, 3)
+    y = y.softmax(1)
+    risk = vl.EmpiricalRisk(model, vl.losses.Weighted(loss), (X, (y, W)))
+    f = model(X).detach()
+    value = (W[:, None] * y * (y.log() - f)).sum() / divisor
+    close(risk.value(), value)
+    p = f.exp()
+    blocks = (
+        W[:, None, None] / divisor * (torch.diag_embed(p) - p[:, :, None] * p[:, None])
+    )
+    close(vl.LossHessian(risk).to_dense(), torch.block_diag(*blocks))
+    mean = loss.reduction != "sum"
+    assert risk.reduction == ("mean" if mean else "sum")
+    again = vl.EmpiricalRisk(model, loss, (X, y), reduction=risk.reduction)
+    assert again.reduction == risk.reduction
+
+
+@pytest.mark.parametrize("loss", [nn.MSELoss(), F.mse_loss, vl.Loss(F.mse_loss)])
+def test_a_reduction_that_the_loss_has_not_is_refused(loss: Any) -> None:
+    with pytest.raises(ValueError, match="'sum' was given"):
+        vl.losses.Weighted(loss, "sum")
+    with pytest.raises(ValueError, match="reduction"):
+        vl.losses.Weighted(branching)
+
+
+def each_gaussian(f: tuple[Tensor, Tensor], y: Tensor) -> Tensor:
+    return F.gaussian_nll_loss(f[0], y, f[1], reduction="none")
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        vl.losses.Weighted(nn.GaussianNLLLoss(reduction="sum")),
+        vl.losses.Weighted(vl.Loss(each_gaussian, reduction="sum")),
+        vl.losses.Weighted(lambda f, y: each_gaussian(f, y).sum(), "sum"),
+    ],
+    ids=["torch's", "by functions", "a function"],
+)
+def test_several_outputs_of_a_weighted_loss(loss: nn.Module) -> None:
+    """Means and variances; no closed form is known to be right."""
+    torch.manual_seed(0)
+    model = nn.Linear(4, 4).double()
+    X, y = inputs(N, 4), inputs(N, 2)
+
+    def predict(model: nn.Module, X: Tensor) -> tuple[Tensor, Tensor]:
+        mean, variance = model(X).chunk(2, dim=1)
+        return mean, variance.exp()
+
+    risk = vl.EmpiricalRisk(model, loss, (X, (y, W)), predict=predict)
+    outputs = predict(model, X)
+    total = (W[:, None] * each_gaussian(outputs, y)).sum()
+    close(risk.value(), total.detach())
+    close(loss(outputs, (y, W)), total)  # to train with
+    gradient = torch.autograd.grad(total, list(model.parameters()))
+    close(risk.gradient(), risk.flatten(gradient))
+    f = torch.cat([part.detach().flatten(1) for part in outputs], dim=1)
+
+    def of_flat(f: Tensor) -> Tensor:
+        return (W[:, None] * each_gaussian((f[:, :2], f[:, 2:]), y)).sum()
+
+    H = torch.autograd.functional.hessian(of_flat, f).reshape(4 * N, 4 * N)
+    close(vl.LossHessian(risk).to_dense(), H)
+    assert not risk.loss.tested and not risk.loss.convex
+
+
 def test_closed_forms_stay() -> None:
     loss = vl.losses.Weighted(nn.CrossEntropyLoss())
     risk = vl.EmpiricalRisk(net(), loss, (inputs(N, 4), (CLASSES, W)))

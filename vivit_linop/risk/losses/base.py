@@ -130,6 +130,10 @@ class OutputLoss(ABC):
         """Reshape outputs ``[n, …]`` to ``[n, C, P]``."""
         return output.reshape(len(output), -1, 1)
 
+    def of_user(self, output: Tensor, target: Any) -> tuple[OutputLoss, Tensor, Any]:
+        """The loss that the user has given, and what of these it is asked for."""
+        return self, output, target
+
     def gradient(self, output: Tensor, target: Tensor) -> Tensor:
         """The gradients of ℓ_n, ``[n, C, P]``.
 

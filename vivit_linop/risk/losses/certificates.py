@@ -50,11 +50,7 @@ def check_loss(
 ) -> None:
     """Raise a ``ValueError`` if a loss does not take a batch, or is not what it says.
 
-    Args:
-        loss: The loss.
-        output: The outputs of a batch.
-        target: Their targets.
-        check_sum: Whether to look whether it is a sum over samples.
+    That it is a sum over samples is looked at with ``check_sum``.
     """
     loss.check_data(output, target)
     if loss.tested:
@@ -62,9 +58,10 @@ def check_loss(
     if check_sum:
         with torch.no_grad():
             _check_is_a_sum(loss, output, target)
-    if not isinstance(loss, AutogradLoss):
+    given, *data = loss.of_user(output, target)
+    if not isinstance(given, AutogradLoss):
         with torch.no_grad():
-            _check_value(loss, output, target)
+            _check_value(given, *data)
     if loss.has_own("gradient"):
         by_autograd = OutputLoss.gradient(loss, output, target)
         found = loss.gradient(output, target)
@@ -118,7 +115,7 @@ def certify_curvature(loss: OutputLoss, output: Tensor, target: Tensor) -> None:
             "write it as a function of differentiable operations. Gradients, "
             "PerSampleGradients and EmpiricalFisher need no second derivatives."
         )
-    _check_positions(loss, output, target)
+    _check_positions(*loss.of_user(output, target))
     if loss.has_own("hessian_diagonal"):
         first = output[:1], _first(target)
         by_products = OutputLoss.hessian_diagonal(loss, *first)
@@ -178,11 +175,6 @@ def warn_unless_likelihood(loss: OwnLoss, output: Tensor, target: Any) -> None:
 
     Along a random direction, at random outputs: on the data a label that makes the
     difference may be too rare to be drawn. It is looked at once.
-
-    Args:
-        loss: The loss.
-        output: The outputs of a batch.
-        target: Their targets.
     """
     if loss.looked_at:
         return

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vivit_linop.arguments import check_choice, check_function
 from vivit_linop.risk.data.containers import map_leaves
 from vivit_linop.risk.losses.base import OutputLoss, roots_of
 from vivit_linop.risk.losses.certificates import targets_of
@@ -31,7 +30,9 @@ class LossOfAnother(OutputLoss):
         loss: The other one.
     """
 
-    loss: OutputLoss
+    def __init__(self, loss: OutputLoss) -> None:
+        self.loss, self.tested, self.name = loss, loss.tested, loss.name
+        self.reduction, self.source = loss.reduction, loss.source
 
     def has_own(self, method: str) -> bool:
         """Whether the loss has it in closed form."""
@@ -42,12 +43,20 @@ class LossOfAnother(OutputLoss):
         """Whether the loss is."""
         return self.loss.convex
 
+    def channels(self, output: Tensor) -> Tensor:
+        """As for the loss."""
+        return self.loss.channels(output)
+
+    def total(self, output: Tensor, target: Any) -> Tensor:
+        """That of the loss."""
+        return self.loss.total(output, target)
+
     def probabilities(self, output: Tensor) -> Tensor:
         """Those of the loss."""
         return self.loss.probabilities(output)
 
     def hessian_product(self, output: Tensor, target: Any, X: Tensor) -> Tensor:
-        """By what the loss keeps for products."""
+        """By what is kept for products."""
         return self.hessian_at(output, target)(X)
 
 
@@ -69,14 +78,13 @@ class LossOfItems(LossOfAnother):
     sample has a block for each of its items.
     """
 
-    def __init__(self, loss: OutputLoss) -> None:
-        self.loss, self.tested = loss, loss.tested
-        self.name, self.reduction = loss.name, loss.reduction
-        self.source = self._of_user
+    def channels(self, output: Tensor) -> Tensor:
+        """The outputs of all items together."""
+        return OutputLoss.channels(self, output)
 
-    def _of_user(self, output: Tensor, target: Any) -> Tensor:
-        value: Tensor = self.loss.source(*_items(output, target))
-        return value
+    def of_user(self, output: Tensor, target: Any) -> tuple[OutputLoss, Tensor, Any]:
+        """For items."""
+        return self.loss.of_user(*_items(output, target))
 
     @property
     def takes_several(self) -> bool:
@@ -159,7 +167,7 @@ def _items(output: Tensor, target: Any) -> tuple[Tensor, Any]:
 # A part of the Hessian ---------------------------------------------------------------
 
 
-class HessianPart(OutputLoss):
+class HessianPart(LossOfAnother):
     """A loss with the positive or the negative part of each sample's Hessian.
 
     With H_n = Q diag(λ) Qᵀ they are Q diag(max(±λ, 0)) Qᵀ: both positive
@@ -172,23 +180,11 @@ class HessianPart(OutputLoss):
         sign: 1 or −1.
     """
 
-    tested = True
+    convex = True
 
     def __init__(self, loss: OutputLoss, sign: int) -> None:
-        self.loss, self._sign = loss, sign
-        self.name, self.reduction, self.source = loss.name, loss.reduction, loss.source
-
-    def total(self, output: Tensor, target: Tensor) -> Tensor:
-        """That of the loss."""
-        return self.loss.total(output, target)
-
-    def channels(self, output: Tensor) -> Tensor:
-        """As for the loss."""
-        return self.loss.channels(output)
-
-    def hessian_product(self, output: Tensor, target: Tensor, X: Tensor) -> Tensor:
-        """Multiply by the root and its adjoint."""
-        return self.hessian_at(output, target)(X)
+        super().__init__(loss)
+        self.tested, self._sign = True, sign
 
     def hessian_at(self, output: Tensor, target: Tensor) -> Callable[[Tensor], Tensor]:
         """Keep the root."""
@@ -209,12 +205,6 @@ class HessianPart(OutputLoss):
         evals, evecs = self.loss.hessian_eigenpairs(output, target)
         return roots_of(self._sign * evals, evecs)
 
-    def sample(
-        self, output: Tensor, target: Tensor, mc_samples: int, draws: Draws
-    ) -> Tensor:
-        """Those of the loss: what is drawn is semi-definite in any case."""
-        return self.loss.sample(output, target, mc_samples, draws)
-
 
 # Weights of samples ------------------------------------------------------------------
 
@@ -232,7 +222,9 @@ class Weighted(nn.Module):
         reduction: For a function, ``"mean"`` or ``"sum"``.
 
     Raises:
-        ValueError: In a risk, if w is not ``[n]``, negative or not finite.
+        TypeError: If the loss is no function.
+        ValueError: If a function has no ``reduction``, or a loss another one; in a
+            risk, if w is not ``[n]``, negative or not finite.
 
     Example:
         >>> import torch, vivit_linop as vl
@@ -247,12 +239,7 @@ class Weighted(nn.Module):
 
     def __init__(self, loss: Any, reduction: str | None = None) -> None:
         super().__init__()
-        check_function(loss, "loss")
-        if reduction is not None:
-            check_choice(reduction, "reduction", ("mean", "sum"))
-        own = getattr(as_module(loss), "reduction", None) or reduction
-        # Both divide by samples only.
-        self.loss, self.reduction = loss, "mean" if own == "batchmean" else own
+        self.loss, self.reduction = loss, checked_reduction(as_module(loss), reduction)
 
     def forward(self, output: Any, target: Any) -> Tensor:
         """Return the mean or the sum of the weighted losses of a batch."""
@@ -278,8 +265,7 @@ def weighted_loss(loss: Weighted) -> OutputLoss:
             "samples. Put it on the Weighted loss, and not on all modules."
         )
     plain = as_module(loss.loss)
-    own = getattr(plain, "reduction", loss.reduction)
-    return WeightedLoss(built(plain, checked_reduction(plain, own)))
+    return WeightedLoss(built(plain, checked_reduction(plain, loss.reduction)))
 
 
 class WeightedLoss(LossOfAnother):
@@ -288,15 +274,21 @@ class WeightedLoss(LossOfAnother):
     takes_several = True
 
     def __init__(self, loss: OutputLoss) -> None:
-        self.loss, self.tested, self.name = loss, loss.tested, f"Weighted {loss.name}"
+        super().__init__(loss)
+        self.name = f"Weighted {loss.name}"
 
     def watch(self, parameters: Sequence[Tensor], own: Sequence[Tensor]) -> None:
         """What the loss uses."""
         self.loss.watch(parameters, own)
 
+    def of_user(self, output: Tensor, target: Any) -> tuple[OutputLoss, Tensor, Any]:
+        """Without weights."""
+        return self.loss.of_user(output, target[0])
+
     def of_several(self, tree: OutputTree) -> OutputLoss:
         """The loss of several outputs, weighted."""
         self.loss = self.loss.of_several(tree)
+        self.tested = self.loss.tested
         return self
 
     def as_targets(self, target: Any, output: Tensor) -> Any:
@@ -327,10 +319,6 @@ class WeightedLoss(LossOfAnother):
                 f"data: weights of {self.name} must be finite and not negative."
             )
         self.loss.check_data(output, y)
-
-    def channels(self, output: Tensor) -> Tensor:
-        """As for the loss."""
-        return self.loss.channels(output)
 
     def weight(self, output: Tensor, target: Any) -> Tensor:
         """That of the loss."""

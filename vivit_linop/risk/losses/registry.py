@@ -193,6 +193,8 @@ def checked_reduction(loss: Any, reduction: str | None) -> str:
             f"loss: the class {loss.__name__} itself; make one, {loss.__name__}()."
         )
     own = getattr(loss, "reduction", None)
+    if type(loss) is nn.KLDivLoss and own == "batchmean":
+        own = "mean"
     if reduction is not None:
         check_choice(reduction, "reduction", ("mean", "sum"))
     if own is not None and reduction is not None and own != reduction:
@@ -215,8 +217,6 @@ def checked_reduction(loss: Any, reduction: str | None) -> str:
             "operations, as a function (output, target) -> scalar with the lengths "
             "among the targets."
         )
-    if type(loss) is nn.KLDivLoss and reduction == "batchmean":
-        reduction = "mean"
     if not isinstance(reduction, str) or reduction not in ("mean", "sum"):
         raise ValueError(
             f"reduction: {name} has reduction={reduction!r}; it must be 'mean' or "
