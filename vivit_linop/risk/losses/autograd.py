@@ -41,12 +41,7 @@ class AutogradLoss(OutputLoss):
         return output if self._tree is None else self._tree.split(output)
 
     def watch(self, parameters: Sequence[Tensor], own: Sequence[Tensor]) -> None:
-        """Let the next check see which tensors the loss uses.
-
-        Args:
-            parameters: Those of the model, which are refused.
-            own: Those that nobody else has. Others must stay what they are.
-        """
+        """Let the next check look; tensors that others have must stay what they are."""
         self._parameters, self._own = list(parameters), list(own)
         self._memory = ForeignMemory(f"loss: {self.name}")
 

@@ -112,11 +112,7 @@ class CrossEntropy(OutputLoss):
         """Torch's divisor: the weights of the classes, or the number of positions."""
         if target.is_floating_point():
             return output.new_tensor(output.numel() // output.shape[1])
-        valid = target != self.ignore_index
-        if self.class_weight is None:
-            return valid.sum().to(output)
-        weights = self._class_weights(output)[torch.where(valid, target, 0)]
-        return torch.where(valid, weights, 0.0).sum()
+        return self.mass(output, target, smoothing=0.0).sum()
 
     def _coefficients(self, output: Tensor, target: Tensor) -> Tensor:
         """Return a, ``[n, C, P]``."""
@@ -127,15 +123,17 @@ class CrossEntropy(OutputLoss):
         else:
             index = target.reshape(len(target), -1)
             valid = index != self.ignore_index
-            index = torch.where(valid, index, torch.zeros_like(index))
+            index = torch.where(valid, index, 0)
             labels = F.one_hot(index, num_classes).movedim(-1, 1).to(output)
         smoothed = (1.0 - self.label_smoothing) * labels
         smoothed = smoothed + self.label_smoothing / num_classes
         coefficients = smoothed * self._class_weights(output)[:, None]
         return coefficients if valid is None else coefficients * valid.unsqueeze(1)
 
-    def mass(self, output: Tensor, target: Tensor) -> Tensor:
-        """Return m, ``[n, P]``; for class indices without the coefficients."""
+    def mass(
+        self, output: Tensor, target: Tensor, smoothing: float | None = None
+    ) -> Tensor:
+        """Return m, ``[n, P]``; for class indices also with another smoothing."""
         if target.is_floating_point():
             return self._coefficients(output, target).sum(1)
         index = target.reshape(len(target), -1)
@@ -143,9 +141,9 @@ class CrossEntropy(OutputLoss):
         if self.class_weight is None:  # smoothed labels have the same mass
             return valid.to(output.dtype)
         weights = self._class_weights(output)
-        mass = weights[torch.where(valid, index, torch.zeros_like(index))]
-        mass = (1.0 - self.label_smoothing) * mass
-        return (mass + self.label_smoothing * weights.mean()) * valid
+        share = self.label_smoothing if smoothing is None else smoothing
+        mass = (1.0 - share) * weights[torch.where(valid, index, 0)]
+        return (mass + share * weights.mean()) * valid
 
     def total(self, output: Tensor, target: Tensor) -> Tensor:
         """−Σ a log p; by torch's own where a is 1 for a class, and else 0."""
@@ -182,7 +180,8 @@ class CrossEntropy(OutputLoss):
 
         def product(X: Tensor) -> Tensor:
             X = X - X.gather(1, likeliest.expand(-1, -1, -1, X.shape[-1]))
-            return scaled * (X - (p * X).sum(1, keepdim=True))
+            X -= (p * X).sum(1, keepdim=True)
+            return X.mul_(scaled)
 
         return product
 
@@ -219,9 +218,9 @@ class CrossEntropy(OutputLoss):
         ratio = log_p.unsqueeze(2) - log_q.unsqueeze(1)
         above, on, signs = _triangle(num_classes, ratio.dtype, ratio.device)
         ratio = ratio.masked_fill_(on, 0.0).masked_fill_(above, -math.inf)
-        factor = (ratio + diagonal.unsqueeze(1)).exp() * signs
+        factor = ratio.add_(diagonal.unsqueeze(1)).exp_().mul_(signs)
         mass = self.mass(output, target)[:, None, None]
-        return factor * mass.sqrt()
+        return factor.mul_(mass.sqrt())
 
     def sample(
         self, output: Tensor, target: Tensor, mc_samples: int, draws: Draws
@@ -245,10 +244,6 @@ class NegativeLogLikelihood(CrossEntropy):
     log-probabilities as they are, ℓ also is their cross-entropy: the same function of
     the parameters, whose Hessian diag(p) − p pᵀ is that of the likelihood. G then is
     what ``nn.CrossEntropyLoss`` gives for the logits under the log_softmax.
-
-    Args:
-        class_weight: ``[C]`` or None.
-        ignore_index: The target that counts for nothing.
     """
 
     name = "NLLLoss"
@@ -297,10 +292,11 @@ class KullbackLeibler(CrossEntropy):
         return output.new_tensor(len(output) if self._per_sample else output.numel())
 
     def total(self, output: Tensor, target: Tensor) -> Tensor:
-        """Sum torch's own."""
-        return F.kl_div(
-            output, target.to(output), reduction="sum", log_target=self.log_target
-        )
+        """Σ t (log t − f)."""
+        t = target.to(output)
+        if self.log_target:
+            return (t.exp() * (t - output)).sum()
+        return (torch.xlogy(t, t) - t * output).sum()
 
     def _coefficients(self, output: Tensor, target: Tensor) -> Tensor:
         target = target.exp() if self.log_target else target

@@ -130,13 +130,11 @@ class LabelDraws:
 
     def drawn(self, function: Callable[..., Any], output: Any, target: Any) -> Any:
         """Return what a function draws, who may use torch's own generator too."""
-        state = torch.Generator().manual_seed(self._seed()).get_state()
+        seed = int(self._uniform(1).mul(2**62))
+        state = torch.Generator().manual_seed(seed).get_state()
         with as_guest(next(leaves(output)).device), torch.no_grad():
             torch.random.set_rng_state(state)
             return function(output, target, self)
-
-    def _seed(self) -> int:
-        return int(self._uniform(1).mul(2**62))
 
 
 def categories(probabilities: Tensor, uniform: Tensor) -> Tensor:

@@ -6,7 +6,6 @@ Their Hessians are diagonal, and known from two derivatives of one function.
 from __future__ import annotations
 
 from abc import abstractmethod
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -205,14 +204,28 @@ class GaussianNLL(ElementwiseLoss):
         self.full, self.eps = full, eps
 
     def of_several(self, tree: OutputTree) -> OutputLoss:
-        """Means and variances, both from the net."""
+        """Of means and variances, both from the net, which may broadcast: not convex.
+
+        In expectation over labels the Hessian is diag(1/v, 1/(2v²)).
+        """
         if len(tree.shapes) != 2:
             return super().of_several(tree)
-        both = MeanAndVariance(self.full, self.eps)
-        loss = Loss(both.gaussian_nll, sample=both.sample, reduction=self.reduction)
+        loss = Loss(self.of_both, sample=self.labels, reduction=self.reduction)
         result = OwnLoss(loss)
         result.name, result.reduction, result.source = self.name, self.reduction, loss
         return result.of_several(tree)
+
+    def of_both(self, output: Any, target: Tensor) -> Tensor:
+        """The losses of outputs (mean, variance), entry by entry."""
+        mean, variance = leaves(output)
+        return F.gaussian_nll_loss(
+            mean, target, variance, full=self.full, eps=self.eps, reduction="none"
+        )
+
+    def labels(self, output: Any, target: Tensor, draws: LabelDraws) -> Tensor:
+        """Labels y ~ N(f, v) of outputs (mean, variance)."""
+        mean, variance = leaves(output)
+        return mean + variance.clamp(min=self.eps).sqrt() * draws.normal(mean)
 
     def check_data(self, output: Tensor, target: Tensor) -> None:
         """Targets have a last axis: the target and its variance."""
@@ -250,33 +263,6 @@ class GaussianNLL(ElementwiseLoss):
         deviation = self._variance(target).rsqrt().reshape(len(output), -1, 1)
         noise = draws.normal(*deviation.shape[:2], mc_samples).to(output)
         return (noise * deviation / mc_samples**0.5).unsqueeze(-1)
-
-
-@dataclass(frozen=True)
-class MeanAndVariance:
-    """``nn.GaussianNLLLoss`` of outputs (mean, variance), which may broadcast.
-
-    It is not convex; in expectation over labels its Hessian is diag(1/v, 1/(2v²)).
-
-    Attributes:
-        full: Whether ℓ has the constant ½ log 2π.
-        eps: The smallest variance.
-    """
-
-    full: bool
-    eps: float
-
-    def gaussian_nll(self, output: Any, target: Tensor) -> Tensor:
-        """The losses, entry by entry."""
-        mean, variance = leaves(output)
-        return F.gaussian_nll_loss(
-            mean, target, variance, full=self.full, eps=self.eps, reduction="none"
-        )
-
-    def sample(self, output: Any, target: Tensor, draws: LabelDraws) -> Tensor:
-        """Labels y ~ N(f, v)."""
-        mean, variance = leaves(output)
-        return mean + variance.clamp(min=self.eps).sqrt() * draws.normal(mean)
 
 
 class PoissonNLL(ElementwiseLoss):
@@ -360,9 +346,7 @@ class Huber(ElementwiseLoss):
 
     def total(self, output: Tensor, target: Tensor) -> Tensor:
         """Sum torch's own."""
-        return F.huber_loss(
-            output, target.to(output), reduction="sum", delta=self.delta
-        )
+        return F.huber_loss(output, target, reduction="sum", delta=self.delta)
 
     def slope(self, output: Tensor, target: Tensor) -> Tensor:
         """The residual, clipped."""
@@ -386,9 +370,7 @@ class SmoothL1(Huber):
 
     def total(self, output: Tensor, target: Tensor) -> Tensor:
         """Sum torch's own."""
-        return F.smooth_l1_loss(
-            output, target.to(output), reduction="sum", beta=self.delta
-        )
+        return F.smooth_l1_loss(output, target, reduction="sum", beta=self.delta)
 
     def slope(self, output: Tensor, target: Tensor) -> Tensor:
         """The residual over β, clipped."""

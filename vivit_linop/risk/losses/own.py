@@ -22,13 +22,6 @@ Functions = dict[str, Callable[..., Any]]
 COUPLED = ("all", "channels", "none")
 # How many entries of outputs labels are drawn for together.
 DRAWN_ENTRIES = 2**22
-# The closed form of an output loss that a function of the user's is.
-_METHODS = {
-    "gradient": "gradient",
-    "hessian": "hessian_product",
-    "sqrt": "sqrt",
-    "sample": "sample",
-}
 
 
 class Loss(nn.Module):
@@ -120,11 +113,8 @@ class Loss(nn.Module):
                 raise TypeError(
                     f"{name}: a function of outputs and targets, got {function!r}."
                 )
-        for name, word, words in (
-            ("reduction", reduction, ("mean", "sum")),
-            ("coupled", coupled, COUPLED),
-        ):
-            check_choice(word, name, words)
+        check_choice(reduction, "reduction", ("mean", "sum"))
+        check_choice(coupled, "coupled", COUPLED)
         self.given: Functions = {n: f for n, f in given.items() if f is not None}
         self.reduction, self.coupled = reduction, coupled
 
@@ -150,13 +140,12 @@ class OwnLoss(AutogradLoss):
         self._given, self._coupled = loss.given, loss.coupled
         value = loss.given["value"]
         self.name = str(getattr(value, "__name__", type(value).__name__))
-        self._closed = {_METHODS[name] for name in self._given if name != "value"}
         # Of the root, by the shape of a sample's outputs.
         self._widths: dict[torch.Size, int] = {}
 
     def has_own(self, method: str) -> bool:
         """Whether there is a function for it."""
-        return method in self._closed
+        return {"hessian_product": "hessian"}.get(method, method) in self._given
 
     def check_data(self, output: Tensor, target: Any) -> None:
         """All functions have the shapes that they must have."""
@@ -267,10 +256,6 @@ class OwnLoss(AutogradLoss):
         source = LabelDraws(draws)
         returned = self.as_returned(output)
         labels = source.drawn(self._given["sample"], returned, target)
-        self._check_labels(labels, target)
-        return labels
-
-    def _check_labels(self, labels: Any, target: Any) -> None:
         got, expected = (
             [list(leaf.shape) for leaf in leaves(tree)] for tree in (labels, target)
         )
@@ -279,6 +264,7 @@ class OwnLoss(AutogradLoss):
                 f"loss: sample of {self.name} must return labels in the form of the "
                 f"targets, {expected}, got {got or type(labels).__name__}."
             )
+        return labels
 
     def _blocks(self, output: Tensor, target: Any) -> Tensor:
         """The Hessians, ``[n, C, C, P]``."""
