@@ -119,6 +119,28 @@ def test_along_any_directions(name: str, K: int) -> None:
         assert (with_pairs - with_vectors).abs().max() <= 1e-11 * scale
 
 
+@pytest.mark.parametrize("ignored", [(), (0, 3), (0, 1, 2, 3, 4)])
+@pytest.mark.parametrize("positions", [(), (3, 2)])
+def test_slopes_along_pairs_come_from_the_gram_matrix(
+    ignored: tuple[int, ...], positions: tuple[int, ...]
+) -> None:
+    """Also of positions, and where targets count for nothing: no run of the net."""
+    torch.manual_seed(0)
+    kind: Any = (lambda a, b: nn.Conv2d(a, b, 1)) if positions else nn.Linear
+    net = nn.Sequential(kind(2, 30), nn.Tanh(), kind(30, 3)).double()
+    runs: list[int] = []
+    net.register_forward_hook(lambda *_: runs.append(1))
+    X, y = torch.randn(6, 2, *positions).double(), torch.randint(3, (6, *positions))
+    y.reshape(6, -1)[list(ignored), -1] = -100
+    risk = vl.EmpiricalRisk(net, nn.CrossEntropyLoss(), (X, y))
+    pairs = vl.GGN(risk).eigh(k=2, route="dense Gram")
+    slopes = vl.PerSampleGradients(risk).to_dense().T @ pairs.eigenvectors
+    runs.clear()
+    gammas, _ = vl.directional_derivatives(risk, pairs)
+    assert not runs
+    assert (gammas - slopes).abs().max() <= 1e-11 * slopes.abs().max()
+
+
 @pytest.mark.parametrize("name", FEW)
 @pytest.mark.parametrize("keep", ["default", "everything"])
 def test_with_all_pairs(name: str, keep: str) -> None:

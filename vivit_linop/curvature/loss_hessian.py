@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import cached_property, partial
 from typing import Any
 
@@ -34,44 +34,41 @@ _MULTIPLIER_COPIES = 3
 # How many tensors of its size an exact square root takes while it is computed.
 _SQRT_COPIES = 4
 
+# Where a risk keeps that its loss has the right second derivatives.
+_CERTIFIED = "certified loss"
+
 Multiplier = tuple[torch.Size, Callable[[Tensor], Tensor]]
 
 
-def check_root_fits(
-    risk: EmpiricalRisk, loss: OutputLoss, what: str, columns: RowLayout
-) -> None:
+def check_root_fits(risk: EmpiricalRisk, loss: OutputLoss, what: str) -> None:
     """Raise the error of :func:`check_blocks_fit` where exact roots do not fit."""
     coupled = loss.channels(risk.example[0]).shape[1] > 1
     copies = _SQRT_COPIES if coupled else 1
-    check_blocks_fit(risk, what, risk.layout, columns, copies)
+    check_blocks_fit(risk, what, root_columns(risk, loss), copies)
 
 
 def certify_loss(risk: EmpiricalRisk, what: str) -> None:
     """Raise an error if the loss has no second derivatives on the data, or wrong ones.
 
-    Args:
-        risk: The risk.
-        what: What needs them.
+    They are looked at once.
     """
+    if _CERTIFIED in risk.kept.values:
+        return
     with risk.ranks.together(what):
         check_curvature(risk.loss, *risk.example)
         for output, target in zip(risk.outputs, risk.targets(), strict=True):
             certify_curvature(risk.loss, output, target)
+    risk.kept.put(_CERTIFIED, True)
 
 
-def root_columns(risk: EmpiricalRisk, loss: OutputLoss) -> RowLayout:
-    """Return which columns exact square roots have, of one position each."""
+def root_columns(
+    risk: EmpiricalRisk, loss: OutputLoss, of_all: bool = False
+) -> RowLayout:
+    """Return which columns exact square roots have, of one position or of all."""
     some = risk.example[:1] if risk.layout.is_uniform else risk.outputs
-    return of_widths(risk, [*map(loss.sqrt_width, some)])
-
-
-def of_widths(risk: EmpiricalRisk, each: Sequence[int]) -> RowLayout:
-    """Return which of so many columns a sample belong to which.
-
-    Args:
-        risk: The risk.
-        each: How many samples have, batch by batch; one number for all batches.
-    """
+    each = [
+        loss.sqrt_width(f) * (loss.channels(f).shape[2] if of_all else 1) for f in some
+    ]
     if len(each) <= 1:  # none, where this process has no samples
         return RowLayout.uniform(risk.batch_sizes, each[0] if each else 0)
     return RowLayout(risk.layout.samples, tuple(each))
@@ -136,8 +133,7 @@ class LossHessian(OutputOperator):
         return node
 
     def _take_part(self, sign: int) -> None:
-        columns = root_columns(self.risk, self.risk.loss)
-        check_root_fits(self.risk, self.risk.loss, "The positive part of H", columns)
+        check_root_fits(self.risk, self.risk.loss, "The positive part of H")
         self.loss, self.positive_part = HessianPart(self.risk.loss, sign), sign > 0
         self._multipliers, self.determined = {}, False
 
@@ -164,15 +160,10 @@ class LossHessian(OutputOperator):
         """What travels: what products need is made anew."""
         return super().__getstate__() | {"_multipliers": {}}
 
-    def apply_adjoint_batch(self, batch: int, X: Tensor) -> Tensor:
-        """The same: Hessians are symmetric."""
-        return self.apply_batch(batch, X)
-
     def dense_batch(self, batch: int) -> Tensor:
         """By products with the columns of the identity."""
         n, width = self.risk.batch_sizes[batch], self.layout.each[batch]
-        layout = self.layout
-        check_blocks_fit(self.risk, "The Hessian of the loss", layout, layout, copies=2)
+        check_blocks_fit(self.risk, "The Hessian of the loss", self.layout, copies=2)
         unit = torch.eye(width, dtype=self.torch_dtype, device=self.device)
         return self.apply_batch(batch, unit.repeat(n, 1)).reshape(n, width, width)
 
@@ -251,27 +242,21 @@ class LossHessianSqrt(FactoredOutputOperator):
         self.hessian, self.mc_samples = hessian, mc_samples
         self.determined = hessian.determined and not mc_samples
         risk, loss = hessian.risk, hessian.loss
-        if mc_samples:
-            super().__init__(risk, mc_samples)
-        elif risk.layout.is_uniform:
-            self._columns = root_columns(risk, loss)
-            positions = loss.channels(risk.example[0]).shape[2]
-            super().__init__(risk, self._columns.width * positions)
+        if not mc_samples:
+            columns = root_columns(risk, loss, of_all=True)
+            uniform = risk.layout.is_uniform
+            width = columns.width if uniform else columns.over(risk.ranks)
+            super().__init__(risk, width)
         else:
-            self._columns = root_columns(risk, loss)
-            each = [
-                loss.sqrt_width(f) * loss.channels(f).shape[2] for f in risk.outputs
-            ]
-            super().__init__(risk, of_widths(risk, each).over(risk.ranks))
-        # A draw is kept whatever it takes: a second one would be another matrix.
-        if mc_samples:
+            super().__init__(risk, mc_samples)
+            # A draw is kept whatever it takes: a second one would be another matrix.
             with risk.ranks.together(f"{mc_samples} draws"):
                 draws = Draws.seeded_by(generator)  # one number on each rank
             self._draw(risk.ranks.sent(draws), mc_samples)
 
     def _draw(self, draws: Draws, mc_samples: int) -> None:
-        """Draw for this rank's samples."""
-        risk, loss, start = self.risk, self.hessian.loss, self.risk.ranks.first
+        """Draw for this rank's samples, semi-definite in any case."""
+        risk, loss, start = self.risk, self.risk.loss, self.risk.ranks.first
         with risk.ranks.together("mc_samples"):
             for batch, (output, target) in enumerate(
                 zip(risk.outputs, risk.targets(), strict=True)
@@ -286,11 +271,8 @@ class LossHessianSqrt(FactoredOutputOperator):
 
     def draw(self) -> Tensor:
         """What was drawn, ``[N·C, M]``."""
-        return self.risk.ranks.listed(self._own_draw)
-
-    def _own_draw(self) -> Tensor:
-        batches = range(len(self.risk.batch_sizes))
-        return torch.cat([self.blocks(b).flatten(0, 1).squeeze(-1) for b in batches])
+        drawn = [block.flatten(0, 1).squeeze(-1) for block in self._blocks.values()]
+        return self.risk.ranks.listed(lambda: torch.cat(drawn))
 
     @classmethod
     def of_draw(cls, hessian: LossHessian, draw: Tensor) -> LossHessianSqrt:
@@ -326,7 +308,6 @@ class LossHessianSqrt(FactoredOutputOperator):
             self.hessian.loss,
             f"The exact factor has R = {self.width} columns for each sample. The root "
             "of the loss Hessian",
-            self._columns,
         )
 
     @property
@@ -340,7 +321,7 @@ class LossHessianSqrt(FactoredOutputOperator):
         try:
             if not self.mc_samples:
                 self._check_fits()
-            check_blocks_fit(self.risk, "S", self.risk.layout, self.layout)
+            check_blocks_fit(self.risk, "S", self.layout)
         except MemoryError:
             return False
         return True
@@ -395,17 +376,20 @@ class LossHessianSqrt(FactoredOutputOperator):
         """Those of this rank's samples."""
         parts = [self.risk.example[0].new_zeros(0, self.width)]
         for batch in range(len(self.risk.batch_sizes)):
-            S, g = self.dense_batch(batch), gradient.dense_batch(batch)
+            # By positions, which are not coupled: [n, P, c, s] and [n, P, c, 1].
+            S = self.blocks(batch).permute(0, 3, 1, 2)
+            n, positions, channels, _ = S.shape
+            g = gradient.blocks(batch).reshape(n, channels, positions, 1)
+            g = g.transpose(1, 2)
             # Columns may differ by many orders of magnitude: solve in unit columns.
-            norms = S.norm(dim=1, keepdim=True)
-            known = norms != 0.0
-            norms = torch.where(known, norms, 1.0)
+            norms = S.norm(dim=2, keepdim=True)
+            norms = torch.where(norms == 0.0, 1.0, norms)
             c = _least_squares(S / norms, g)
             tolerance = 100 * torch.finfo(g.dtype).eps
-            error = (S / norms @ c - g).norm(dim=1)
-            if not (known.all() & (error <= tolerance * g.norm(dim=1)).all()):
+            error = (S / norms @ c - g).norm(dim=2)
+            if not (error <= tolerance * g.norm(dim=2)).all():
                 return None
-            parts.append((c / norms.mT).squeeze(2))
+            parts.append((c / norms.mT).transpose(1, 2).flatten(1))
         return torch.cat(parts)
 
     def outer(self) -> OutputOperator:

@@ -21,21 +21,17 @@ from vivit_linop.risk.row_layout import RowLayout
 
 
 def check_blocks_fit(
-    risk: EmpiricalRisk,
-    what: str,
-    rows: RowLayout,
-    columns: RowLayout,
-    copies: int = 1,
+    risk: EmpiricalRisk, what: str, columns: RowLayout, copies: int = 1
 ) -> None:
     """Raise an error if so many copies of the largest batch's blocks do not fit.
 
     Raises:
         MemoryError: It says how large they are and what needs none.
     """
-    itemsize = risk.dtype.itemsize
+    rows = risk.layout
     shapes = zip(rows.samples, rows.each, columns.each, strict=True)
     samples, C, R = max(shapes, key=math.prod)
-    size, free = samples * C * R * itemsize, free_memory(risk.device)
+    size, free = samples * C * R * risk.dtype.itemsize, free_memory(risk.device)
     if copies * size > free:
         raise MemoryError(
             f"{what} has a block [{C}, {R}] for each sample: "
@@ -83,9 +79,9 @@ class OutputOperator(TorchLinearOperator):
     def apply_batch(self, batch: int, X: Tensor) -> Tensor:
         """Multiply the blocks of one batch, ``[n R, K] -> [n C, K]``."""
 
-    @abstractmethod
     def apply_adjoint_batch(self, batch: int, X: Tensor) -> Tensor:
-        """Multiply their adjoints, ``[n C, K] -> [n R, K]``."""
+        """Multiply their adjoints, ``[n C, K] -> [n R, K]``; by default the same."""
+        return self.apply_batch(batch, X)
 
     @abstractmethod
     def dense_batch(self, batch: int) -> Tensor:
@@ -131,9 +127,8 @@ class OutputOperator(TorchLinearOperator):
         Raises:
             MemoryError: If it does not fit into free memory.
         """
-        rows, columns = self.shape
         name = type(self).__name__
-        check_matrix_fits(name, (rows, columns), self.torch_dtype, self.device)
+        check_matrix_fits(name, self.shape, self.torch_dtype, self.device)
         return self.risk.ranks.listed(self._dense_rows)
 
     def _dense_rows(self) -> Tensor:
@@ -170,15 +165,10 @@ class OutputIdentity(OutputOperator):
         """The same rows."""
         return X
 
-    def apply_adjoint_batch(self, batch: int, X: Tensor) -> Tensor:
-        """The same rows."""
-        return X
-
     def dense_batch(self, batch: int) -> Tensor:
         """One block for all samples."""
         n, width = self.risk.batch_sizes[batch], self.layout.each[batch]
-        layout = self.layout
-        check_blocks_fit(self.risk, "The Jacobian of all outputs", layout, layout)
+        check_blocks_fit(self.risk, "The Jacobian of all outputs", self.layout)
         unit = torch.eye(width, dtype=self.torch_dtype, device=self.device)
         return unit.expand(n, -1, -1)
 
@@ -248,8 +238,7 @@ class FactoredOutputOperator(OutputOperator):
         if positions == 1:
             return F.squeeze(3)
         rows, columns = c * positions, s * positions
-        what = "The factor of the loss Hessian"
-        check_blocks_fit(self.risk, what, self.risk.layout, self.layout)
+        check_blocks_fit(self.risk, "The factor of the loss Hessian", self.layout)
         unit = torch.eye(positions, dtype=F.dtype, device=F.device)
         dense = torch.einsum("ncsp,pq->ncpsq", F, unit)
         return dense.reshape(n, rows, columns)
@@ -267,10 +256,6 @@ class Outer(OutputOperator):
     def apply_batch(self, batch: int, X: Tensor) -> Tensor:
         """Apply the adjoint, then the operator."""
         return self.root.apply_batch(batch, self.root.apply_adjoint_batch(batch, X))
-
-    def apply_adjoint_batch(self, batch: int, X: Tensor) -> Tensor:
-        """The same."""
-        return self.apply_batch(batch, X)
 
     def dense_batch(self, batch: int) -> Tensor:
         """Multiply the dense blocks."""
