@@ -23,11 +23,7 @@ from vivit_linop.net.columns.khatri_rao import KhatriRaoColumns
 from vivit_linop.net.columns.weighted import weighted
 from vivit_linop.net.cross_grams import cross_gram
 from vivit_linop.net.pieces import Piece
-from vivit_linop.net.totals import (
-    GramTotal,
-    SampleGrams,
-    Weights,
-)
+from vivit_linop.net.totals import GramTotal, SampleGrams, Weights
 from vivit_linop.operators.base import TorchLinearOperator
 from vivit_linop.operators.elementary import Dense, Diagonal, Product, Scaled
 from vivit_linop.operators.kronecker import BlockDiagonal, Kronecker
@@ -82,11 +78,7 @@ class BlockSandwich(Product):
 
 
 class Roots(Weights):
-    """What stands between left and right columns: transformations of both.
-
-    Args:
-        transforms: What becomes of the columns, by parameter.
-    """
+    """What stands between left and right columns: transformations, by parameter."""
 
     def __init__(self, transforms: Mapping[str, Transform]) -> None:
         self._transforms = transforms
@@ -159,8 +151,7 @@ def matrix_of_block_sandwich(op: BlockSandwich) -> Tensor:
     if left is not right:
         return cross_gram(left, right, roots)
     total = GramTotal(left, left, list(left.risk.params), roots)
-    sum_columns(left, [total])
-    return total.matrix
+    return sum_columns(left, total).matrix
 
 
 @diagonal.register
@@ -176,9 +167,8 @@ def diagonal_blocks_of_block_sandwich(op: BlockSandwich, size: int) -> Tensor:
     whole = left.layout.is_uniform and not left.width % size
     if roots is None or left is not right or not whole:
         return diagonal_blocks_of_product(op, size)
-    total = SampleGrams(left, left, roots)
-    sum_columns(left, [total])
-    return blocks_of_samples(total.matrices, size)
+    grams = sum_columns(left, SampleGrams(left, left, roots)).matrices
+    return blocks_of_samples(grams, size)
 
 
 def _transform(root: TorchLinearOperator) -> Transform | None:

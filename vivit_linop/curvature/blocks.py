@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -10,35 +10,29 @@ import torch
 from torch import Tensor
 
 from vivit_linop.arguments import as_list
-from vivit_linop.curvature.column_sums import sum_columns
+from vivit_linop.curvature.column_sums import formed_pieces, sum_columns
 from vivit_linop.curvature.jacobian import Pullback
-from vivit_linop.net.totals import (
-    GramTotal,
-    OuterTotal,
-    RowNorms,
-)
+from vivit_linop.net.totals import GramTotal, OuterTotal, RowNorms
 from vivit_linop.operators import verbs
 from vivit_linop.operators.base import TorchLinearOperator
 from vivit_linop.operators.kronecker import BlockDiagonal
 from vivit_linop.operators.lowrank import LowRank
 from vivit_linop.operators.parts import padded
-from vivit_linop.ranks.alone import Ranks
 from vivit_linop.risk.empirical import EmpiricalRisk
 
 ParameterBlocks = str | Iterable[Any]
 
 
 class Partition:
-    """A pullback whose rows are cut into groups of parameters.
-
-    Args:
-        factor: Jᵀ B.
-        groups: Names of parameters, each in one group.
-    """
+    """A pullback, and groups of names of parameters, each in one at most."""
 
     def __init__(self, factor: Pullback, groups: Sequence[Sequence[str]]) -> None:
         self.factor, self.groups = factor, groups
-        self.indices = places_of(factor.risk, groups)
+
+    @cached_property
+    def indices(self) -> list[Tensor]:
+        """The numbers of the rows of each group."""
+        return places_of(self.factor.risk, self.groups)
 
     @cached_property
     def small_sides(self) -> list[Tensor]:
@@ -49,8 +43,15 @@ class Partition:
             else GramTotal(self.factor, self.factor, group)
             for group, index in zip(self.groups, self.indices, strict=True)
         ]
-        sum_columns(self.factor, totals)
+        sum_columns(self.factor, *totals)
         return [total.matrix for total in totals]
+
+    @cached_property
+    def row_norms(self) -> Sequence[Tensor]:
+        """For each group the squared norms of its rows, all from one pass."""
+        names = [name for group in self.groups for name in group]
+        total = sum_columns(self.factor, RowNorms(self.factor, names))
+        return total.entries.split([*map(len, self.indices)])
 
 
 class FactorRows(TorchLinearOperator):
@@ -64,10 +65,8 @@ class FactorRows(TorchLinearOperator):
             (len(self._index), factor.shape[1]), factor._own_dtype, factor._own_device
         )
 
-    @property
-    def ranks(self) -> Ranks:
-        """Those of the pullback."""
-        return self.partition.factor.ranks
+    def _made_of(self) -> tuple[Pullback]:
+        return (self.partition.factor,)
 
     def _multiply(self, X: Tensor) -> Tensor:
         return self.partition.factor.apply(X)[self._index]
@@ -79,20 +78,24 @@ class FactorRows(TorchLinearOperator):
 
 @verbs.gram_matrix.register
 def gram_matrix_of_block(left: FactorRows, right: TorchLinearOperator) -> Tensor:
-    """All groups' in one pass, where that is the smaller side."""
-    if left is right and left.shape[0] >= left.shape[1]:
+    """All groups' in one pass, where that is the smaller side; else alone."""
+    if left is not right:
+        return left.T.apply(verbs.to_dense(right))
+    if left.shape[0] >= left.shape[1]:
         return left.partition.small_sides[left.group]
-    return left.T.apply(verbs.to_dense(right))
+    V = left.partition.factor
+    total = GramTotal(V, V, left.partition.groups[left.group])
+    return sum_columns(V, total).matrix
 
 
 @verbs.outer_matrix.register
 def outer_matrix_of_block(factor: FactorRows) -> Tensor:
-    """As the Gram matrix; the larger side alone."""
+    """As the Gram matrix."""
     if factor.shape[0] < factor.shape[1]:
         return factor.partition.small_sides[factor.group]
-    total = OuterTotal(factor.partition.factor, factor.partition.groups[factor.group])
-    sum_columns(factor.partition.factor, [total])
-    return total.matrix
+    V = factor.partition.factor
+    total = OuterTotal(V, factor.partition.groups[factor.group])
+    return sum_columns(V, total).matrix
 
 
 @verbs.outer_product.register
@@ -102,12 +105,16 @@ def outer_product_of_block(factor: FactorRows, X: Tensor) -> Tensor:
     return verbs.outer_product(V, padded(X, factor._index, V.shape[0]))[factor._index]
 
 
+@verbs.column_pieces.register
+def column_pieces_of_block(op: FactorRows) -> Iterator[tuple[slice, Tensor]]:
+    """Formed, as those of the whole."""
+    return formed_pieces(op.partition.factor, op.partition.groups[op.group])
+
+
 @verbs.row_norms_squared.register
 def row_norms_of_block(op: FactorRows) -> Tensor:
-    """From the columns of these parameters only."""
-    total = RowNorms(op.partition.factor, op.partition.groups[op.group])
-    sum_columns(op.partition.factor, [total])
-    return total.entries
+    """Those of all groups come from one pass."""
+    return op.partition.row_norms[op.group].clone()
 
 
 def block_diagonal(op: LowRank, blocks: ParameterBlocks) -> BlockDiagonal:

@@ -135,9 +135,9 @@ def _measured(device: torch.device, name: str) -> DeviceCosts:
     leading = seconds(lambda: largest_eigenpairs(S, _LEADING)) / cubes
     of_small = seconds(lambda: largest_eigenpairs(small, _LEADING))
     beside = of_small - leading * _STEP_ROWS**3 / rate
-    net, data = _problem(device)
+    net, convolutional, data = _problem(device)
     first, kept = _products(device, net, data)
-    tracing, _ = _products(device, _convolutional(device), data)
+    tracing, _ = _products(device, convolutional, data)
     return DeviceCosts(
         name=name,
         rate=rate,
@@ -173,35 +173,26 @@ def _steps(matrix: Tensor) -> None:
         SOLVERS[solver](op, _STEP_PAIRS, start_of(op))
 
 
-def _problem(device: torch.device) -> tuple[nn.Module, tuple[Tensor, Tensor]]:
-    """A small net, and data that all small nets take."""
+def _problem(
+    device: torch.device,
+) -> tuple[nn.Module, nn.Module, tuple[Tensor, Tensor]]:
+    """A small net, one with as many layers as LeNet, and data that both take."""
     X = torch.linspace(-1, 1, _SAMPLES * _SIDE**2, device=device)
     y = torch.arange(_SAMPLES, device=device) % _CLASSES
-    net = _made(
-        device,
-        lambda: nn.Sequential(
-            nn.Flatten(), nn.Linear(_SIDE**2, 10), nn.ReLU(), nn.Linear(10, _CLASSES)
-        ),
-    )
-    return net, (X.view(_SAMPLES, 1, _SIDE, _SIDE), y)
-
-
-def _convolutional(device: torch.device) -> nn.Module:
-    """A small net with as many layers as LeNet."""
-    return _made(
-        device,
-        lambda: nn.Sequential(
+    # The user's random numbers are not drawn.
+    with torch.random.fork_rng(devices=[]):
+        net = nn.Sequential(
+            *(nn.Flatten(), nn.Linear(_SIDE**2, 10), nn.ReLU()),
+            nn.Linear(10, _CLASSES),
+        )
+        convolutional = nn.Sequential(
             *(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.MaxPool2d(2)),
             *(nn.Conv2d(4, 4, 3), nn.ReLU(), nn.Flatten()),
             *(nn.Linear(36, 10), nn.ReLU(), nn.Linear(10, _CLASSES)),
-        ),
-    )
-
-
-def _made(device: torch.device, make: Callable[[], nn.Module]) -> nn.Module:
-    """A net, for which the user's random numbers are not drawn."""
-    with torch.random.fork_rng(devices=[]):
-        return make().to(device, torch.float32)
+        )
+    for module in (net, convolutional):
+        module.to(device, torch.float32)
+    return net, convolutional, (X.view(_SAMPLES, 1, _SIDE, _SIDE), y)
 
 
 def _products(

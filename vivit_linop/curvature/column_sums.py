@@ -7,6 +7,7 @@ columns are stored.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
 
 from torch import Tensor
 
@@ -38,15 +39,17 @@ from vivit_linop.operators.lowrank import Centered
 from vivit_linop.operators.parts import HStack
 from vivit_linop.ranks.alone import RankRows
 
+Sums = TypeVar("Sums", bound=Total)
 # Factors that are made of others, and know what to do with these.
 _COMPOSED = (Dense, Scaled, Centered, HStack, WeightedRows)
 
 
-def sum_columns(factor: Pullback, totals: Sequence[Total]) -> None:
-    """Compute several sums over the columns of one pullback together."""
-    columns = accumulate(factor, totals, factor.stored)
+def sum_columns(factor: Pullback, total: Sums, *others: Total) -> Sums:
+    """Return a sum over the columns of a pullback; others come with it."""
+    columns = accumulate(factor, [total, *others], factor.stored)
     if columns is not None:
         factor.offer(columns)
+    return total
 
 
 @verbs.gram_matrix.register
@@ -58,9 +61,7 @@ def gram_matrix_of_pullback(left: Pullback, right: TorchLinearOperator) -> Tenso
         return left.T.apply(verbs.to_dense(right))
     if left is not right:
         return cross_gram(left, right)
-    total = GramTotal(left, right, list(left.risk.params))
-    sum_columns(left, [total])
-    return total.matrix
+    return sum_columns(left, GramTotal(left, right, list(left.risk.params))).matrix
 
 
 @verbs.gram_rows.register
@@ -93,8 +94,7 @@ def weighted_gram_matrix_of_pullback(
 
     def total_of(weights: Tensor) -> Tensor:
         total = GramTotal(left, left, list(left.risk.params), weights)
-        sum_columns(left, [total])
-        return total.matrix
+        return sum_columns(left, total).matrix
 
     return _signed(total_of, weights)
 
@@ -119,9 +119,7 @@ def gram_blocks_of_pullback(
         return verbs.column_norms_squared(left).reshape(-1, 1, 1)
 
     def total_of(weights: Tensor | None) -> Tensor:
-        total = SampleGrams(left, left, weights)
-        sum_columns(left, [total])
-        return total.matrices
+        return sum_columns(left, SampleGrams(left, left, weights)).matrices
 
     if right is not left:
         grams = cross_sample_grams(left, right, weights)
@@ -146,33 +144,28 @@ def _signed(of: Callable[[Tensor], Tensor], weights: Tensor) -> Tensor:
 @verbs.outer_matrix.register
 def outer_matrix_of_pullback(factor: Pullback) -> Tensor:
     """From formed columns, some samples at a time."""
-    total = OuterTotal(factor, list(factor.risk.params))
-    sum_columns(factor, [total])
-    return total.matrix
+    return sum_columns(factor, OuterTotal(factor, list(factor.risk.params))).matrix
 
 
 @verbs.row_norms_squared.register
 def row_norms_of_pullback(op: Pullback) -> Tensor:
     """In the structure of the layers."""
-    total = RowNorms(op, list(op.risk.params))
-    sum_columns(op, [total])
-    return total.entries
+    return sum_columns(op, RowNorms(op, list(op.risk.params))).entries
 
 
 @verbs.column_norms_squared.register
 def column_norms_of_pullback(op: Pullback) -> Tensor:
     """Without the columns."""
     total = ColumnNorms(op, [list(op.risk.params)])
-    sum_columns(op, [total])
-    return total.norms.squeeze(1)
+    return sum_columns(op, total).norms.squeeze(1)
 
 
 @verbs.centered_row_norms_squared.register
 def centered_row_norms_of_pullback(op: Pullback) -> Tensor:
     """Σ_n g_n² − N ḡ²: both sums from one pass."""
     names = list(op.risk.params)
-    squares, sums = RowNorms(op, names), EntrySums(op, names)
-    sum_columns(op, [squares, sums])
+    sums = EntrySums(op, names)
+    squares = sum_columns(op, RowNorms(op, names), sums)
     centred = squares.entries - sums.entries.square() / op.shape[1]
     return centred.clamp(min=0.0)
 
@@ -180,11 +173,20 @@ def centered_row_norms_of_pullback(op: Pullback) -> Tensor:
 @verbs.column_pieces.register
 def column_pieces_of_pullback(op: Pullback) -> Iterator[tuple[slice, Tensor]]:
     """Formed, from the stored columns or from one pass over the data."""
-    return op.ranks.in_turn(_own_formed_pieces(op))
+    return formed_pieces(op, list(op.risk.params))
 
 
-def _own_formed_pieces(factor: Pullback) -> Iterator[tuple[slice, Tensor]]:
-    whole, stored = Rows(factor), factor.stored
+def formed_pieces(
+    factor: Pullback, names: Sequence[str]
+) -> Iterator[tuple[slice, Tensor]]:
+    """The rows of some parameters, of some columns at a time."""
+    return factor.ranks.in_turn(_own_formed_pieces(factor, names))
+
+
+def _own_formed_pieces(
+    factor: Pullback, names: Sequence[str]
+) -> Iterator[tuple[slice, Tensor]]:
+    whole, stored = Rows(factor, names), factor.stored
     made = iter(stored.pieces) if stored else Pass([factor], [whole]).single()
     while True:
         # Left before the columns are given away.

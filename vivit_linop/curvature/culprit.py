@@ -20,12 +20,7 @@ _TOLERANCE = {torch.float64: 1e-4, torch.float32: 5e-2}
 
 
 def at_fault(outputs: Callable[[Params], Tensor], theta: Params) -> str:
-    """Say which operation has a wrong second derivative.
-
-    Args:
-        outputs: The net on some samples, as a function of its parameters.
-        theta: The parameters, by name.
-    """
+    """Say which operation has a wrong second derivative, of a net on some samples."""
     params = {name: p.detach().requires_grad_() for name, p in theta.items()}
     calls = _Calls()
     with calls:

@@ -97,8 +97,7 @@ class PerSampleGradients(Pullback):
             if blocks is None:
                 return row_norms_squared(self.T)
             total = ColumnNorms(self, parameter_groups(self.risk, blocks))
-            sum_columns(self, [total])
-            return total.norms
+            return sum_columns(self, total).norms
 
     def second_moment(self) -> Tensor:
         """Return (1/N) Σ_n (∇ℓ_n)², entry by entry and without r, ``[D]``.

@@ -182,9 +182,8 @@ class GGN(LowRank):
             difference = positive.sample_diagonals() - negative.sample_diagonals()
             return self.scale * difference
         with ordinary_mode():
-            total = SampleRowNorms(self.factor)
-            sum_columns(self.factor, [total])
-            return total.norms.mul_(self.scale / self.risk.reduction_factor)
+            norms = sum_columns(self.factor, SampleRowNorms(self.factor)).norms
+            return norms.mul_(self.scale / self.risk.reduction_factor)
 
     def block_diagonal(self, blocks: ParameterBlocks) -> BlockDiagonal:
         """Return the block-diagonal of G over blocks of parameters.

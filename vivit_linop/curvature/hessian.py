@@ -19,7 +19,6 @@ from vivit_linop.modes import ordinary_mode
 from vivit_linop.operators.base import TorchLinearOperator
 from vivit_linop.operators.kronecker import BlockDiagonal
 from vivit_linop.operators.verbs import diagonal
-from vivit_linop.ranks.alone import Ranks
 
 
 class Hessian(HessianProducts):
@@ -166,10 +165,8 @@ class HessianBlock(TorchLinearOperator):
         size = sum(hessian.risk.sizes[number] for number in chosen)
         super().__init__((size, size), hessian.torch_dtype, hessian.device)
 
-    @property
-    def ranks(self) -> Ranks:
-        """Those of the whole."""
-        return self.hessian.ranks
+    def _made_of(self) -> tuple[Hessian]:
+        return (self.hessian,)
 
     def _multiply(self, X: Tensor) -> Tensor:
         return self.hessian.multiply_block(self._chosen, X)

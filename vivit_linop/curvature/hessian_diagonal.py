@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 from functools import partial
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -54,7 +55,7 @@ class DiagonalCost:
 def cost_of_diagonal(H: HessianProducts) -> DiagonalCost:
     """Measure what D products take, and BackPACK's recursion for one sample."""
     D = H.shape[0]
-    count = min(D, H.ranks.led(_together, H))
+    count = min(D, H.ranks.led(attrgetter("together"), H))
     unit = torch.eye(D, count, dtype=H.torch_dtype, device=H.device)
     H.apply(unit)  # makes the graph
     start = time.perf_counter()
@@ -160,11 +161,6 @@ def sample_diagonals(H: HessianProducts) -> Tensor:
     return diagonals_one_by_one(H, x, image)
 
 
-def _together(H: HessianProducts) -> int:
-    """How many products are taken together; all ranks need the same number."""
-    return H.together
-
-
 def _rounding(H: HessianProducts) -> float:
     """What rounding leaves of entries that cancel, by the size of the outputs."""
     own = sum(float(o.reshape(len(o), -1).norm(dim=1).sum()) for o in H.risk.outputs)
@@ -177,8 +173,9 @@ def _second_derivatives_in_parts(H: HessianProducts) -> Tensor | None:
     """Those along each entry, None if they are others when taken together."""
     unit = torch.eye(H.shape[0], dtype=H.torch_dtype, device=H.device)
     tolerance = 10 * torch.finfo(H.torch_dtype).eps ** 0.5
+    together = H.ranks.led(attrgetter("together"), H)  # the same on all ranks
     parts = []
-    for number, U in enumerate(unit.split(H.ranks.led(_together, H), dim=1)):
+    for number, U in enumerate(unit.split(together, dim=1)):
         part = _second_derivatives(H, U)
         some = number % U.shape[1]
         alone = _second_derivatives(H, U[:, some : some + 1]).squeeze(1)
@@ -192,10 +189,7 @@ def _second_derivatives_in_parts(H: HessianProducts) -> Tensor | None:
 def diagonals_one_by_one(H: HessianProducts, x: Tensor, image: Tensor) -> Tensor:
     """D products with the Hessian of each sample.
 
-    Args:
-        H: The Hessian.
-        x: A vector, ``[D, 1]``.
-        image: The Hessian's product with it, which all samples' must give.
+    Together they must give the Hessian's product with x, ``[D, 1]``, its image.
     """
     D = H.shape[0]
     unit = torch.eye(D, dtype=H.torch_dtype, device=H.device)

@@ -89,11 +89,6 @@ class HessianProducts(TorchLinearOperator):
         """Multiply the diagonal block of some parameters, ``[d, K] -> [d, K]``."""
         return self.risk.ranks.summed(self._own_product, X, chosen=chosen)
 
-    def _own_product(self, X: Tensor, chosen: Sequence[int]) -> Tensor:
-        """Multiply the block of this rank's samples."""
-        self._certify()
-        return self._block_product(chosen, X)
-
     def _certify(self) -> None:
         """See whether torch's second derivatives are right, or else in other words."""
         if self._certified:
@@ -108,7 +103,9 @@ class HessianProducts(TorchLinearOperator):
             self._rewritten = True
         self._certified = True
 
-    def _block_product(self, chosen: Sequence[int], X: Tensor) -> Tensor:
+    def _own_product(self, X: Tensor, chosen: Sequence[int]) -> Tensor:
+        """Multiply the block of this rank's samples."""
+        self._certify()
         result = torch.zeros_like(X)
         single = len(self.risk.batch_sizes) == 1
         with as_guest(self.risk.device):
@@ -130,13 +127,9 @@ class HessianProducts(TorchLinearOperator):
         X: Tensor,
         batch: int | None,
     ) -> Tensor:
-        """Differentiate the gradient in some parameters along each column.
+        """Differentiate the gradient in the chosen parameters along each column.
 
-        Args:
-            gradient: The gradient, with its graph.
-            chosen: The numbers of the parameters.
-            X: The columns, entries of these parameters.
-            batch: Which batch the gradient is of; None for a single sample.
+        It is that of a batch, or of a single sample for None.
         """
         # The loss may be linear in some parameters.
         curved = [index for index in chosen if gradient[index].requires_grad]
@@ -195,11 +188,7 @@ class HessianProducts(TorchLinearOperator):
     ) -> list[Tensor | None]:
         """Backward passes for ``[K, *p]`` vectors, together if torch can.
 
-        Args:
-            outputs: What is differentiated.
-            inputs: In what.
-            vectors: Along what.
-            place: The batch and parameters, None if they will not come again.
+        The place is the batch and the parameters, None if they will not come again.
         """
         count = len(vectors[0])
         with differentiable_twice():

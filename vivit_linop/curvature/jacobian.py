@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
 from functools import cached_property
 from typing import Any, Self
 from weakref import ref
@@ -176,11 +175,6 @@ class Pullback(TorchLinearOperator):
                 self._decided = True
         return self.stored
 
-    def columns_pay(self) -> bool:
-        """Whether products alone are worth making the columns for."""
-        costs = layer_costs(self.risk, self.width)
-        return plan.columns_pay(costs, self.width, self.device)
-
     def offer(self, columns: StoredColumns) -> None:
         """Keep columns that a Gram matrix was made of, if they spare what follows."""
         nbytes, budget = columns.nbytes, self.risk.kept.columns_budget()
@@ -190,30 +184,6 @@ class Pullback(TorchLinearOperator):
             layer_costs(self.risk, self.width), nbytes, budget, self.device
         ):
             self.stored = columns
-
-    @contextlib.contextmanager
-    def few_products(self) -> Iterator[Pullback]:
-        """Give the same operator for a few products, which are certified inside.
-
-        For these neither columns are looked for, nor anything is checked or traced.
-        """
-        node = Pullback(self.jacobian, self.output)
-        node.stored, node._decided = self.stored, True
-        with trusted(self.risk):
-            yield node
-
-    def prepare_gram(self, vectors: int) -> bool:
-        """Store columns if VᵀV times so many vectors then is cheaper; whether it is."""
-        if not self.output.certain or self.ranks.is_many:
-            return False
-        costs = layer_costs(self.risk, self.width)
-        if not plan.followed_on_columns(costs, self.width, vectors, self.device):
-            return False
-        self.keep_columns()
-        if self.stored is not None:
-            everywhere = self.risk.kept.everywhere
-            self._inner = InnerProducts(self.stored, vectors, everywhere)
-        return self.stored is not None
 
     def keep_columns(self) -> None:
         """Store the columns if they fit into memory, for all that follows."""
@@ -275,12 +245,6 @@ class Pullback(TorchLinearOperator):
                 parts.append(self.output.apply_adjoint_batch(batch, part))
         return torch.cat(parts)
 
-    def inner(self, X: Tensor) -> Tensor:
-        """VᵀV X."""
-        if self._inner is not None:
-            return self._inner.multiply(X)
-        return self.T.apply(self.apply(X))
-
     def _outer(self, X: Tensor) -> Tensor:
         """Jᵀ (B Bᵀ) J X over this rank's samples; each linearisation is needed once."""
         columns = self.stored if self._decided else self.columns()
@@ -314,21 +278,39 @@ def gram_of_pullback(factor: Pullback) -> Gram:
 
 
 @verbs.few_products.register
-def few_products_of_pullback(factor: Pullback) -> AbstractContextManager[Pullback]:
-    """On linearisations that are made for them, without columns."""
-    return factor.few_products()
+@contextlib.contextmanager
+def few_products_of_pullback(factor: Pullback) -> Iterator[Pullback]:
+    """On linearisations that are made for them; nothing is checked or traced.
+
+    Nor are columns looked for.
+    """
+    node = Pullback(factor.jacobian, factor.output)
+    node.stored, node._decided = factor.stored, True
+    with trusted(factor.risk):
+        yield node
 
 
 @verbs.inner_product.register
 def inner_product_of_pullback(factor: Pullback, X: Tensor) -> Tensor:
     """Between the samples where it was prepared for that."""
-    return factor.inner(X)
+    if factor._inner is not None:
+        return factor._inner.multiply(X)
+    return factor.T.apply(factor.apply(X))
 
 
 @prepared_gram.register
 def prepared_gram_of_pullback(factor: Pullback, vectors: int) -> bool:
-    """With stored columns."""
-    return factor.prepare_gram(vectors)
+    """With stored columns, if products with so many vectors are cheaper then."""
+    if not factor.output.certain or factor.ranks.is_many:
+        return False
+    costs = layer_costs(factor.risk, factor.width)
+    if not plan.followed_on_columns(costs, factor.width, vectors, factor.device):
+        return False
+    factor.keep_columns()
+    if factor.stored is not None:
+        everywhere = factor.risk.kept.everywhere
+        factor._inner = InnerProducts(factor.stored, vectors, everywhere)
+    return factor.stored is not None
 
 
 @verbs.outer_product.register
@@ -383,7 +365,9 @@ def _cheaper_columns(pullback: Pullback) -> StoredColumns | None:
     # A root of a loss Hessian that nobody has asked for may not exist.
     if not pullback.output.certain:
         return None
-    return _fitting_columns(pullback) if pullback.columns_pay() else None
+    costs = layer_costs(pullback.risk, pullback.width)
+    pay = plan.columns_pay(costs, pullback.width, pullback.device)
+    return _fitting_columns(pullback) if pay else None
 
 
 def _fitting_columns(pullback: Pullback) -> StoredColumns | None:

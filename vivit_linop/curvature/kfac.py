@@ -30,7 +30,7 @@ from vivit_linop.curvature.kronecker_sums import (
 from vivit_linop.modes import ordinary_mode
 from vivit_linop.net.certified import find_structure
 from vivit_linop.operators.base import TorchLinearOperator
-from vivit_linop.operators.elementary import Dense, Identity, symmetric_over
+from vivit_linop.operators.elementary import Identity, symmetric_over
 from vivit_linop.operators.kronecker import (
     BlockDiagonal,
     CorrectedKronecker,
@@ -47,6 +47,8 @@ WEIGHT_SHARINGS = ("expand", "reduce", "backpack")
 
 class _LayerBlocks(BlockDiagonal):
     """Blocks made of layer factors: what :class:`KFAC` and :class:`EKFAC` share."""
+
+    _corrected = False
 
     def __init__(
         self,
@@ -66,7 +68,13 @@ class _LayerBlocks(BlockDiagonal):
         self.risk = as_risk(risk, loss, data, params, **options)
         what = f"{type(self).__name__} {variant} {weight_sharing} {joint_bias}"
         with self.risk.ranks.together(what):
-            _check_options(variant, mc_samples, weight_sharing)
+            check_choice(variant, "variant", VARIANTS)
+            check_choice(weight_sharing, "weight_sharing", WEIGHT_SHARINGS)
+            if variant == "mc" and as_count(mc_samples, "mc_samples", 0) == 0:
+                raise ValueError(
+                    "mc_samples: at least 1 for variant='mc', got 0. Use "
+                    "variant='exact' for the exact GGN."
+                )
             check_flag(joint_bias, "joint_bias")
         curvature: LowRank
         if variant == "empirical":
@@ -80,7 +88,9 @@ class _LayerBlocks(BlockDiagonal):
             )
         partners = _bias_partners(self.risk) if joint_bias else {}
         with ordinary_mode():
-            parts = self._parts(curvature, weight_sharing, partners)
+            parts = _approximate(curvature, weight_sharing, partners)
+            if self._corrected:
+                _correct(parts, curvature)
         self.names = [part.names for part in parts]
         self.inputs_first = [part.inputs_first for part in parts]
         super().__init__(*_placed(parts, self.risk))
@@ -89,13 +99,6 @@ class _LayerBlocks(BlockDiagonal):
     def ranks(self) -> Ranks:
         """Those of the risk; all have the same factors."""
         return self.risk.ranks
-
-    @classmethod
-    def _parts(
-        cls, curvature: LowRank, weight_sharing: str, partners: dict[str, str]
-    ) -> list[_Part]:
-        """Approximate the blocks of a curvature."""
-        return _approximate(curvature, weight_sharing, partners)
 
 
 class KFAC(_LayerBlocks):
@@ -199,21 +202,15 @@ class KFAC(_LayerBlocks):
 
 def _pi_damped(block: TorchLinearOperator, damping: float) -> TorchLinearOperator:
     if not isinstance(block, Kronecker):
-        return _damped(block, damping)
+        return block + damping * Identity(block.shape[0])
     B, A = block.factors
     means = [(trace(factor) / factor.shape[0]).item() for factor in (B, A)]
     # A factor that is zero has no scale of its own.
     pi = (means[1] / means[0]) ** 0.5 if min(means) > 0.0 else 1.0
     root = damping**0.5
-    return Kronecker(_damped(B, root / pi), _damped(A, root * pi))
-
-
-def _damped(op: TorchLinearOperator, damping: float) -> TorchLinearOperator:
-    """``op + damping * I``, a dense matrix if that is what it is."""
-    if isinstance(op, Dense):
-        unit = torch.eye(op.shape[0], dtype=op.torch_dtype, device=op.device)
-        return op.like(op.matrix + damping * unit)
-    return op + damping * Identity(op.shape[0])
+    return Kronecker(
+        B + root / pi * Identity(B.shape[0]), A + root * pi * Identity(A.shape[0])
+    )
 
 
 @dataclass
@@ -225,10 +222,6 @@ class _Part:
     rows: Tensor | None = None
     inputs_first: bool = False
 
-    def index(self, risk: EmpiricalRisk) -> Tensor:
-        """The numbers of its rows, on the host."""
-        return _numbers(risk, self.names[0]) if self.rows is None else self.rows
-
 
 def _placed(
     parts: Sequence[_Part], risk: EmpiricalRisk
@@ -237,19 +230,12 @@ def _placed(
     blocks = [part.block for part in parts]
     if all(part.rows is None for part in parts):
         return blocks, None
-    indices = [part.index(risk) for part in parts]
+    indices = [
+        _numbers(risk, part.names[0]) if part.rows is None else part.rows
+        for part in parts
+    ]
     together = torch.cat(indices).to(risk.device)  # the one copy
     return blocks, list(together.split([*map(len, indices)]))
-
-
-def _check_options(variant: str, mc_samples: int, weight_sharing: str) -> None:
-    check_choice(variant, "variant", VARIANTS)
-    check_choice(weight_sharing, "weight_sharing", WEIGHT_SHARINGS)
-    if variant == "mc" and as_count(mc_samples, "mc_samples", 0) == 0:
-        raise ValueError(
-            "mc_samples: at least 1 for variant='mc', got 0. Use variant='exact' "
-            "for the exact GGN."
-        )
 
 
 def _approximate(
@@ -260,14 +246,16 @@ def _approximate(
     assert isinstance(factor, Pullback)
     risk = factor.risk
     sums = KroneckerSums.over(factor, sharing, list(partners))
-    partition: Partition | None = None
     parts = []
     joined = {
         weight: bias
         for weight, bias in partners.items()
         if weight in sums.factors and not sums.factors[weight].inputs_first
     }
-    for number, name in enumerate(risk.params):
+    with_blocks = {*sums.factors, *sums.outer, *joined.values()}
+    others = [name for name in risk.params if name not in with_blocks]
+    partition = Partition(factor, [[name] for name in others])
+    for name in risk.params:
         if name in joined.values():
             continue
         if name in sums.factors:
@@ -279,9 +267,7 @@ def _approximate(
             matrix = curvature.scale * sums.outer[name]
             parts.append(_Part([name], symmetric_over(risk.ranks, matrix)))
         else:
-            if partition is None:
-                partition = Partition(factor, [[name] for name in risk.params])
-            rows = FactorRows(partition, number)
+            rows = FactorRows(partition, others.index(name))
             parts.append(_Part([name], LowRank(rows, curvature.scale)))
     return parts
 
@@ -379,13 +365,7 @@ class EKFAC(_LayerBlocks):
         <3x3 CorrectedKronecker, torch.float32, cpu>
     """
 
-    @classmethod
-    def _parts(
-        cls, curvature: LowRank, weight_sharing: str, partners: dict[str, str]
-    ) -> list[_Part]:
-        parts = super()._parts(curvature, weight_sharing, partners)
-        _correct(parts, curvature)
-        return parts
+    _corrected = True
 
 
 def _correct(parts: Sequence[_Part], curvature: LowRank) -> None:
@@ -398,9 +378,8 @@ def _correct(parts: Sequence[_Part], curvature: LowRank) -> None:
             blocks.setdefault(part.names[0], []).append(part.block)
     if not blocks:
         return
-    total = EigenvalueSums(factor, blocks)
-    sum_columns(factor, [total])
-    rows = {name: iter(curvature.scale * sums) for name, sums in total.sums.items()}
+    found = sum_columns(factor, EigenvalueSums(factor, blocks)).sums
+    rows = {name: iter(curvature.scale * sums) for name, sums in found.items()}
     for part in parts:
         if isinstance(part.block, Kronecker):
             # A weight that no sample reaches has no columns.

@@ -103,13 +103,11 @@ class KroneckerSums(Total):
         changed = ValueError if factor.ranks.is_many else _ChangedUseError
         share_structure(factor.risk)
         try:
-            sums = cls(factor, sharing, affine)
-            sum_columns(factor, [sums])
+            sums = sum_columns(factor, cls(factor, sharing, affine))
         # What was learnt of the net on the way now holds from the first sample on.
         except changed:
             share_structure(factor.risk)
-            sums = cls(factor, sharing, affine)
-            sum_columns(factor, [sums])
+            sums = sum_columns(factor, cls(factor, sharing, affine))
         for name in sorted(sums.factors):  # all ranks in one order
             sums.factors[name].A.div_(sums._divisor(name, factor.ranks))
         return sums
@@ -178,12 +176,7 @@ class KroneckerSums(Total):
 
 
 def _cotangent_sums(columns: KhatriRaoColumns, reduced: bool) -> Tensor:
-    """Σ b bᵀ over all columns, ``[G, b, b]``.
-
-    Args:
-        columns: The columns.
-        reduced: Whether cotangents are first summed over positions.
-    """
+    """Σ b bᵀ over all columns, ``[G, b, b]``; reduced, of sums over positions."""
     shared = columns.cotangents_key  # of one position
     if isinstance(shared, SharedCotangents) and shared.outer is not None:
         return shared.outer
@@ -203,12 +196,9 @@ def _outer_product(columns: LayerColumns) -> Tensor:
 
 
 def _input_sums(columns: KhatriRaoColumns, reduced: bool, affine: bool) -> Tensor:
-    """Σ a aᵀ over samples and positions, ``[G, a, a]``.
+    """Σ a aᵀ over samples and positions, ``[G, a, a]``; reduced, of means over these.
 
-    Args:
-        columns: The columns.
-        reduced: Whether inputs are first averaged over positions.
-        affine: Whether a 1 is appended to the inputs, for a bias.
+    Affine ones have a 1 appended, for a bias.
     """
 
     def rows(A: Tensor) -> Tensor:

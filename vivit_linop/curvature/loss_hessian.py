@@ -40,11 +40,13 @@ _CERTIFIED = "certified loss"
 Multiplier = tuple[torch.Size, Callable[[Tensor], Tensor]]
 
 
-def check_root_fits(risk: EmpiricalRisk, loss: OutputLoss, what: str) -> None:
+def check_root_fits(
+    risk: EmpiricalRisk, loss: OutputLoss, what: str, columns: RowLayout
+) -> None:
     """Raise the error of :func:`check_blocks_fit` where exact roots do not fit."""
     coupled = loss.channels(risk.example[0]).shape[1] > 1
     copies = _SQRT_COPIES if coupled else 1
-    check_blocks_fit(risk, what, root_columns(risk, loss), copies)
+    check_blocks_fit(risk, what, columns, copies)
 
 
 def certify_loss(risk: EmpiricalRisk, what: str) -> None:
@@ -133,7 +135,8 @@ class LossHessian(OutputOperator):
         return node
 
     def _take_part(self, sign: int) -> None:
-        check_root_fits(self.risk, self.risk.loss, "The positive part of H")
+        columns = root_columns(self.risk, self.risk.loss)
+        check_root_fits(self.risk, self.risk.loss, "The positive part of H", columns)
         self.loss, self.positive_part = HessianPart(self.risk.loss, sign), sign > 0
         self._multipliers, self.determined = {}, False
 
@@ -243,9 +246,11 @@ class LossHessianSqrt(FactoredOutputOperator):
         self.determined = hessian.determined and not mc_samples
         risk, loss = hessian.risk, hessian.loss
         if not mc_samples:
-            columns = root_columns(risk, loss, of_all=True)
-            uniform = risk.layout.is_uniform
-            width = columns.width if uniform else columns.over(risk.ranks)
+            self._columns = root_columns(risk, loss)
+            positions = loss.channels(risk.example[0]).shape[2]
+            width: int | RowLayout = self._columns.width * positions
+            if not risk.layout.is_uniform:
+                width = root_columns(risk, loss, of_all=True).over(risk.ranks)
             super().__init__(risk, width)
         else:
             super().__init__(risk, mc_samples)
@@ -308,6 +313,7 @@ class LossHessianSqrt(FactoredOutputOperator):
             self.hessian.loss,
             f"The exact factor has R = {self.width} columns for each sample. The root "
             "of the loss Hessian",
+            self._columns,
         )
 
     @property

@@ -90,12 +90,7 @@ class NetCost:
 
     @classmethod
     def of(cls, costs: Sequence[LayerCost], on: DeviceCosts) -> NetCost:
-        """Add up the layers'.
-
-        Args:
-            costs: Of the layers.
-            on: Of the device.
-        """
+        """Add up the layers', on a device."""
         forward = gram = product = inner = nbytes = tracing = 0.0
         for cost in costs:
             forward += cost.forward_flops
@@ -217,15 +212,9 @@ class FactorCost:
         root_entries: float,
         device: torch.device,
     ) -> FactorCost:
-        """Those of Jᵀ B.
+        """Those of Jᵀ B with R columns a sample, its width.
 
-        Args:
-            costs: Of the layers.
-            shape: Of the factor.
-            width: R, the columns of a sample.
-            budget: The bytes that stored columns may take.
-            root_entries: As the attribute.
-            device: Where it is.
+        Stored columns may take the bytes of the budget.
         """
         D, columns = shape
         net = NetCost.of(costs, costs_on(device))
@@ -361,7 +350,7 @@ def choose(
     many = "" if lost or k < small // 2 else "ARPACK finds less than half of the pairs"
     iterations = _krylov_routes(k, product, once, on_side, itemsize, free, many, on)
     routes = [dense, *iterations]
-    krylov = min(iterations, key=_by_refusal_and_cost)
+    krylov = min(iterations, key=lambda route: (bool(route.refusal), route.flops))
     if lost or many:
         chosen, why = (krylov, lost) if lost else (dense, many)
     elif (cost is not None or (shared and not decomposed)) and dense.nbytes > free:
@@ -399,7 +388,3 @@ def _krylov_routes(
         Route(f"Lanczos on {side}", flops + on.flops(steps), nbytes, refusal or full),
         Route(f"ARPACK on {side}", flops + on.flops(steps_of_host), nbytes, refusal),
     ]
-
-
-def _by_refusal_and_cost(route: Route) -> tuple[bool, float]:
-    return bool(route.refusal), route.flops

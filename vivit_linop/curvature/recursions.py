@@ -233,9 +233,6 @@ def own_backpack_results(
         memory: The bytes that its recursion for Hessians may take, a matrix [features,
             N · features] after each elementwise function; None for any.
 
-    Returns:
-        What BackPACK left on the parameters of the copy.
-
     Raises:
         TypeError: If ``extension`` is none.
         ValueError: If BackPACK cannot do the model.
@@ -271,8 +268,7 @@ def own_backpack_results(
             raise
         reason = _used_again(module, calls) or _first_line(error)
         raise _refusal(what, reason) from error
-    again = _used_again(module, calls)
-    if again is not None:
+    if (again := _used_again(module, calls)) is not None:
         raise _refusal(what, again)
     named = dict(module.named_parameters())
     missing = [name for name in risk.params if not hasattr(named[name], savefield)]
@@ -296,15 +292,7 @@ def _pull_back(
     memory: int | None,
     calls: Counter[nn.Module],
 ) -> None:
-    """Run the net and the backward pass in which BackPACK computes.
-
-    Args:
-        risk: The risk.
-        net: The copy of its model.
-        loss: Its loss.
-        batch: The data.
-        memory: As for :func:`own_backpack_results`.
-        calls: Where calls of modules are counted.
+    """Run the net, counting calls, and the backward pass in which BackPACK computes.
 
     Raises:
         ValueError: If the recursion takes more memory, or would be that of another net.

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Sequence
 from functools import cached_property, partial, singledispatch
+from operator import methodcaller
 from typing import Any
 
 from scipy.sparse.linalg import ArpackError
@@ -19,6 +20,7 @@ from vivit_linop.curvature import plan
 from vivit_linop.curvature.blocks import FactorRows
 from vivit_linop.curvature.ggn import GGN
 from vivit_linop.curvature.jacobian import Pullback
+from vivit_linop.curvature.output_space import OutputOperator
 from vivit_linop.devices import free_memory
 from vivit_linop.linalg.decompositions import (
     DenseDecomposition,
@@ -104,15 +106,10 @@ def cost_of_rows(factor: FactorRows) -> plan.FactorCost:
 
 
 @factor_cost.register
-def cost_of_centered(factor: Centered) -> plan.FactorCost:
-    """Those of the factor that is centred."""
-    return factor_cost(factor.factor)
-
-
-@factor_cost.register
-def cost_of_scaled(factor: Scaled) -> plan.FactorCost:
-    """Those of what is scaled."""
-    return factor_cost(factor.operator)
+def cost_of_changed(factor: Centered | Scaled) -> plan.FactorCost:
+    """Those of what is centred or scaled."""
+    inner = factor.factor if isinstance(factor, Centered) else factor.operator
+    return factor_cost(inner)
 
 
 @factor_cost.register
@@ -138,24 +135,23 @@ def quickest_route(op: LowRank, k: int) -> str:
     nbytes = 3 * min(shape) ** 2 * op.torch_dtype.itemsize
     # A known matrix decides without the layers, and products with it take less.
     known = op.small_side_known or op.factor.ranks.is_many
-    asks = not known and _root_fits(op.factor)
-    fits = asks and nbytes <= free_memory(device)
+    fits = (
+        not known
+        and all(map(methodcaller("blocks_fit"), _outputs(op.factor)))
+        and nbytes <= free_memory(device)
+    )
     if fits and plan.dense_suffices(shape, k, device):
         return DENSE[0] if op.by_gram else DENSE[1]
     return choose_route(op, k).chosen.name
 
 
-def _root_fits(factor: Any) -> bool:
-    """Whether the root of the loss Hessian fits into memory, where there is one."""
+def _outputs(factor: TorchLinearOperator) -> list[OutputOperator]:
+    """The operators in output space that a factor is made of."""
     if isinstance(factor, Pullback):
-        return factor.output.blocks_fit()
-    if isinstance(factor, FactorRows):
-        return _root_fits(factor.partition.factor)
-    if isinstance(factor, HStack):
-        return all(map(_root_fits, factor.parts))
-    if isinstance(factor, Scaled):
-        return _root_fits(factor.operator)
-    return not isinstance(factor, Centered) or _root_fits(factor.factor)
+        return [factor.output]
+    parts = factor._made_of()
+    nodes = [part for part in parts if isinstance(part, TorchLinearOperator)]
+    return [output for node in nodes for output in _outputs(node)]
 
 
 def _cheapest(op: LowRank, k: int) -> plan.Choice:
@@ -273,7 +269,7 @@ def _iterated(
     """The pairs of what is multiplied by, K or G."""
     v0 = start_of(target)
     here = op.device.type == "cpu" and not op.ranks.is_many
-    shown = _shows_progress(op.factor)
+    shown = any(output.risk.progress for output in _outputs(op.factor))
     bar = watched(target, k, krylov_products(k))
     with bar if shown else contextlib.nullcontext(target) as multiplied:
         if solver == "ARPACK" and known and here:
@@ -289,21 +285,16 @@ def _solved(
     return SOLVERS[solver](A, k, v0)
 
 
-def _shows_progress(factor: Any) -> bool:
-    if isinstance(factor, Centered):
-        return _shows_progress(factor.factor)
-    if isinstance(factor, FactorRows):
-        return _shows_progress(factor.partition.factor)
-    return isinstance(factor, Pullback) and factor.risk.progress
-
-
 # Routes that are asked for ----------------------------------------------------------
 
 
 @routed.register
 def low_rank_by_route(op: LowRank, route: str, few: bool) -> TorchLinearOperator:
     """Check the name; the node remembers it."""
-    _check_name(route, (*DENSE, *ITERATIONS) if few else DENSE)
+    names = (*DENSE, *ITERATIONS) if few else DENSE
+    if route not in names:
+        listed = ", ".join(map(repr, names))
+        raise ValueError(f"route: found {route!r}; give one of {listed}.")
     return op.routed(route)
 
 
@@ -323,12 +314,6 @@ def scaled_by_route(op: Scaled, route: str, few: bool) -> TorchLinearOperator:
 def blocks_by_route(op: BlockDiagonal, route: str, few: bool) -> TorchLinearOperator:
     """The same route for all blocks, with dense matrices."""
     return op.like([routed(block, route, few=False) for block in op.blocks])
-
-
-def _check_name(route: str, names: Sequence[str]) -> None:
-    if route not in names:
-        listed = ", ".join(map(repr, names))
-        raise ValueError(f"route: found {route!r}; give one of {listed}.")
 
 
 # Explanations -----------------------------------------------------------------------

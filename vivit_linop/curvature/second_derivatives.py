@@ -456,11 +456,7 @@ _REWRITTEN: dict[Any, Callable[..., Tensor]] = {
 
 
 def rewriting(needed: bool) -> contextlib.AbstractContextManager[Any]:
-    """Write functions without second derivatives in others, of the same first ones.
-
-    Args:
-        needed: Whether to do so.
-    """
+    """Write functions without second derivatives in others, where that is needed."""
     return _Rewriting() if needed else contextlib.nullcontext()
 
 

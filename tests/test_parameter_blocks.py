@@ -1,0 +1,96 @@
+"""Blocks of parameters: what is asked of all of them takes one pass over the data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import vivit_linop as vl
+from tests.toys import toy
+
+
+def close(found: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+
+
+def counted(net: nn.Module, runs: list[int]) -> nn.Module:
+    """The net, which lists its runs."""
+    net.register_forward_hook(lambda *_: runs.append(1))
+    return net
+
+
+CURVATURES: dict[str, Callable[[vl.EmpiricalRisk], Any]] = {
+    "GGN": vl.GGN,
+    "scaled": lambda risk: 2.0 * vl.GGN(risk),
+    "Fisher": vl.EmpiricalFisher,
+}
+
+
+@pytest.mark.parametrize("name", CURVATURES)
+@pytest.mark.parametrize("quantity", ["diagonal", "trace"])
+def test_diagonals_of_all_blocks_take_one_pass(name: str, quantity: str) -> None:
+    net, loss, (X, y) = toy()
+    runs: list[int] = []
+    batches = [(X[:4], y[:4]), (X[4:], y[4:])]
+    curvature = CURVATURES[name](vl.EmpiricalRisk(counted(net, runs), loss, batches))
+    truth = curvature.to_dense().diagonal()
+    curvature.diagonal()  # asks for the structure of the net
+    runs.clear()
+    curvature.diagonal()
+    of_one, _ = len(runs), runs.clear()
+    blocks = curvature.block_diagonal("parameter")
+    found = getattr(blocks, quantity)()
+    close(found, truth if quantity == "diagonal" else truth.sum())
+    assert len(runs) == of_one
+    close(blocks.blocks[1].diagonal(), truth[20:25])
+    assert len(runs) == of_one
+
+
+@pytest.mark.parametrize("name", CURVATURES)
+def test_gram_matrices_of_blocks_with_few_rows(name: str) -> None:
+    """Those of larger blocks come together; of one with fewer rows alone, by layers."""
+    net, loss, data = toy(9)
+    curvature = CURVATURES[name](vl.EmpiricalRisk(net, loss, data))
+    V = curvature.factor.to_dense()
+    rows = torch.arange(len(V)).split([p.numel() for p in net.parameters()])
+    for block, own in zip(
+        curvature.block_diagonal("parameter").blocks, rows, strict=True
+    ):
+        close(block.gram.to_dense(), V[own].T @ V[own])
+        close(block.factor.to_dense(), V[own])
+
+
+class Unseen(nn.Module):
+    """A large parameter whose use has no structure, between layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 5), nn.Linear(5, 3)
+        self.table = nn.Parameter(torch.randn(50, 50) / 50)
+
+    def forward(self, x: Tensor) -> Tensor:
+        total = (self.table.sin() * self.table).sum()
+        return self.last((self.first(x) * (1 + x[:, :1] * total)).tanh())
+
+
+def test_blocks_without_structure_leave_the_others_alone() -> None:
+    """Small sides are those of the blocks that need them."""
+    torch.manual_seed(0)
+    _, loss, data = toy()
+    net = Unseen().double()
+    risk = vl.EmpiricalRisk(net, loss, data)
+    K = vl.KFAC(risk, variant="exact")
+    (at,) = [n for n, names in enumerate(K.names) if names == ["table"]]
+    block = K.blocks[at]
+    G, start = vl.GGN(risk).to_dense(), sum(risk.sizes[:at])
+    own = slice(start, start + 2500)
+    close(block.to_dense(), G[own, own])
+    assert block.factor.partition.groups == [["table"]]
+    x = torch.linspace(-1, 1, 2500).double()
+    damped = block + 0.1 * vl.Identity(2500)
+    unit = torch.eye(2500, dtype=torch.float64)
+    close(damped.inv() @ x, torch.linalg.solve(G[own, own] + 0.1 * unit, x))
