@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -95,6 +96,43 @@ def test_precisions_by_name_and_as_numbers() -> None:
     assert close(vl.log_marginal_likelihood(of, K, all_equal), number, 1e-12)
 
 
+@pytest.mark.parametrize("names", [["0.weight"], None])
+def test_by_name_there_is_one_number_each(names: list[str] | None) -> None:
+    """Of a single parameter some other numbers would be repeated without a word."""
+    of = risk("mlp_ce_mean")
+    of = of if names is None else of.over(names)
+    G, all_equal = vl.GGN(of), vl.log_marginal_likelihood(of, vl.GGN(of), 2.0)
+    for shape in ((), (1,), (1, 1)):
+        named = {name: torch.full(shape, 2.0, dtype=float64) for name in of.params}
+        assert close(vl.log_marginal_likelihood(of, G, named), all_equal, 1e-12)
+    first, *others = of.params
+    for numbers in (torch.ones(2), torch.ones(0), torch.ones_like(of.params[first])):
+        given = {first: numbers, **dict.fromkeys(others, 1.0)}
+        with pytest.raises(ValueError, match=r"^prior_precision: one number for each"):
+            vl.posterior_precision(of, G, given)
+
+
+FORMS = {
+    "a list": lambda n: [2.0] * n,
+    "an array": lambda n: np.full(n, 2.0),
+    "NumPy's number": lambda n: np.float32(2.0),
+    "an array without axes": lambda n: np.array(2.0),
+    "an integer": lambda n: torch.tensor(2),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("per_parameter", [False, True])
+def test_a_prior_in_any_form_is_where_an_optimum_is_looked_for_from(
+    form: str, per_parameter: bool
+) -> None:
+    of = risk("mlp_mse_sum")
+    expected = vl.Laplace(of, 2.0).optimize_prior(per_parameter)
+    given = FORMS[form](len(of.params))
+    found = vl.Laplace(of, given).optimize_prior(per_parameter)
+    assert close(found, expected, 1e-12)
+
+
 def test_evidence_of_a_linear_model_is_exact() -> None:
     """Gaussian data with variance 1/2: the marginal of y is a Gaussian, too."""
     generator = torch.Generator().manual_seed(0)
@@ -136,8 +174,13 @@ def test_what_is_refused() -> None:
         vl.log_marginal_likelihood(of, G, torch.ones(D + 1))
     with pytest.raises(ValueError, match="prior_precision: names"):
         vl.log_marginal_likelihood(of, G, {"foreign": 1.0})
-    with pytest.raises(ValueError, match="curvature: an operator of shape"):
+    with pytest.raises(ValueError, match="curvature: a self-adjoint operator of shape"):
         vl.log_marginal_likelihood(of, vl.Identity(D + 1), 1.0)
+    # The determinant of what is no curvature is a number, too.
+    upper = vl.Dense(torch.ones(D, D, dtype=float64).triu())
+    for function in (vl.log_marginal_likelihood, vl.posterior_precision):
+        with pytest.raises(TypeError, match="curvature: must be self-adjoint"):
+            function(of, upper, 1.0)
     with pytest.raises(TypeError, match="risk: an EmpiricalRisk"):
         vl.log_marginal_likelihood(G, G, 1.0)
     with pytest.raises(TypeError, match="prior_precision: no closed-form"):

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
+from vivit_linop.analysis.predictive import check_square
 from vivit_linop.arguments import as_real_numbers
 from vivit_linop.curvature import EKFAC, KFAC
 from vivit_linop.linalg.diagonal_damping import LogDet
@@ -199,12 +200,8 @@ def _checked(
     check_risk(risk)
     D = risk.num_params
     with risk.ranks.together("prior_precision") as ballot:
-        if not isinstance(curvature, TorchLinearOperator) or curvature.shape != (D, D):
-            raise ValueError(
-                f"curvature: an operator of shape ({D}, {D}) for this risk, got "
-                f"{curvature!r}."
-            )
-        precision = _entries(risk, given)
+        check_square(curvature, D, "curvature")
+        precision = prior_entries(risk, given)
         if not (precision.isfinite() & (precision > 0)).all():
             raise ValueError(
                 "prior_precision: must be positive and finite, the least is "
@@ -214,22 +211,24 @@ def _checked(
     return precision
 
 
-def _entries(risk: EmpiricalRisk, given: PriorPrecision) -> Tensor:
+def prior_entries(risk: EmpiricalRisk, given: PriorPrecision) -> Tensor:
+    """Return the diagonal of P, a scalar or ``[D]``."""
     if isinstance(given, Mapping):
         if set(given) != set(risk.params):
             raise ValueError(
                 f"prior_precision: names are {list(given)}, the parameters are "
                 f"{list(risk.params)}."
             )
-        numbers = [
-            as_real_numbers(given[name], "prior_precision", risk.dtype).to(
-                risk.device, risk.dtype
-            )
-            for name in risk.params
-        ]
-        return _of_parameters(risk, torch.stack(numbers))
-    precision = as_real_numbers(given, "prior_precision", risk.dtype)
-    precision = precision.to(risk.device, risk.dtype)
+        numbers = [_numbers(risk, given[name]) for name in risk.params]
+        for name, number in zip(risk.params, numbers, strict=True):
+            if number.numel() != 1:
+                raise ValueError(
+                    f"prior_precision: one number for each name, got "
+                    f"{list(number.shape)} for {name!r}. One for each entry is a "
+                    "vector, risk.flatten(numbers)."
+                )
+        return _of_parameters(risk, torch.cat([n.reshape(1) for n in numbers]))
+    precision = _numbers(risk, given)
     if precision.ndim == 0:
         return precision
     of_entries = precision.shape == (risk.num_params,)
@@ -247,6 +246,11 @@ def _entries(risk: EmpiricalRisk, given: PriorPrecision) -> Tensor:
         f"prior_precision: a number, [{len(risk.sizes)}] for the parameters or "
         f"[{risk.num_params}] for their entries, got {list(precision.shape)}."
     )
+
+
+def _numbers(risk: EmpiricalRisk, given: Any) -> Tensor:
+    numbers = as_real_numbers(given, "prior_precision", risk.dtype)
+    return numbers.to(risk.device, risk.dtype)
 
 
 def _of_parameters(risk: EmpiricalRisk, numbers: Tensor) -> Tensor:

@@ -16,9 +16,10 @@ from vivit_linop.analysis.evidence import (
     PriorPrecision,
     log_marginal_likelihood,
     posterior_precision,
+    prior_entries,
 )
 from vivit_linop.analysis.predictive import predictive_covariance
-from vivit_linop.arguments import as_numbers, check_choice, check_flag
+from vivit_linop.arguments import check_choice, check_flag
 from vivit_linop.curvature import EKFAC, GGN, KFAC, Jacobian
 from vivit_linop.graphs import met_first
 from vivit_linop.modes import as_guest, ordinary_mode, recorded
@@ -208,10 +209,10 @@ class Laplace:
         Returns:
             P; :meth:`log_marginal_likelihood` has an example.
         """
-        mean = log_precision(self.prior_precision)
         check_flag(per_parameter, "per_parameter")
         count = len(self.risk.params) if per_parameter else 1
-        value = np.full(count, np.clip(mean, *np.log(_RANGE)))
+        present = prior_entries(self.risk, self.prior_precision).double().log().mean()
+        value = np.full(count, np.clip(float(present), *np.log(_RANGE)))
 
         def negative(x: np.ndarray) -> tuple[float, np.ndarray]:
             log = torch.from_numpy(x).to(self.mean).requires_grad_()
@@ -265,8 +266,6 @@ class Laplace:
             >>> mean.shape, covariance.shape
             (torch.Size([5, 2]), torch.Size([5, 2, 2]))
         """
-        if X is None or callable(X):
-            raise TypeError(f"X: inputs of the model, got {type(X).__name__}.")
         model, sums = self.risk.model, self.risk._sums
         known = len(sums[0]) if sums else None
 
@@ -280,6 +279,8 @@ class Laplace:
             return model(params, x)
 
         with self.risk.ranks.together("predictive"):
+            if X is None or callable(X):
+                raise TypeError(f"X: inputs of the model, got {type(X).__name__}.")
             J = Jacobian(outputs, X, params=self.risk.params, **options)
         mean = torch.cat([f.reshape(len(f), -1) for f in J.risk.outputs])
         predictive = Predictive(mean, predictive_covariance(J, self.covariance))
@@ -309,12 +310,3 @@ def _met_first(risk: EmpiricalRisk) -> list[str]:
         run = run_of(risk.model, X, risk.batch_sizes[0])
     found = {id(leaf) for leaf in met_first(run.output) or ()}
     return [name for name, p in risk.model.params.items() if id(p) in found]
-
-
-def log_precision(precision: PriorPrecision) -> float:
-    """Return the mean of the logarithms of precisions."""
-    if isinstance(precision, (float, int, Tensor)):
-        return float(as_numbers(precision, "precision").double().log().mean())
-    parts = (as_numbers(part, "precision") for part in precision.values())
-    logs = [part.double().log().mean() for part in parts]
-    return float(torch.stack(logs).mean())
