@@ -82,6 +82,8 @@ def test_pairs_of_arpack_are_loaded(tmp_path: Any) -> None:
         lambda r: vl.GGN(r, mc_samples=2),
         lambda r: (lambda V: V.T @ V)(vl.GGNFactor(r)),
         lambda r: (lambda J: J @ J.T)(vl.Jacobian(r)),
+        lambda r: (lambda J: J.T @ J)(vl.Jacobian(r)),
+        lambda r: 0.5 * (lambda J: J.T @ J)(vl.Jacobian(r)),
     ],
 )
 @pytest.mark.parametrize("captured", [False, True])

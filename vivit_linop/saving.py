@@ -239,11 +239,12 @@ def _packed_factor(factor: Pullback, gram: Gram, risk: EmpiricalRisk) -> dict[st
 def _unpacked(packed: dict[str, Any], risk: EmpiricalRisk) -> Any:
     if packed["kind"] == "low rank":
         factor = _unpacked_factor(packed, risk)
+        op = LowRank(factor)
         if isinstance(factor, GGNFactor):
-            op: LowRank = GGN.of(factor)
-        else:
+            op = GGN.of(factor)
+        elif isinstance(factor, PerSampleGradients):
             op = EmpiricalFisher(risk)
-            op.factor = factor  # type: ignore[assignment]
+            op.factor = factor
         return op if op.scale == packed["scale"] else op.rescaled(packed["scale"])
     if packed["kind"] == "Gram":
         return _unpacked_factor(packed, risk).gram
