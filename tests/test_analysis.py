@@ -4,6 +4,7 @@ import warnings
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -330,6 +331,19 @@ def test_newton_step(name: str) -> None:
         assert close_step(along, truth, truth, E, damping)
     tensors = risk.unflatten(step)
     assert [t.shape for t in tensors] == [p.shape for p in risk.params.values()]
+
+
+NUMBERS = [np.float32(0.25), np.array(0.25), torch.tensor(0.25), torch.tensor(1)]
+
+
+@pytest.mark.parametrize("damping", NUMBERS, ids=repr)
+def test_newton_step_with_a_number_of_any_kind(damping: Any) -> None:
+    risk, truth = make("mlp_ce_mean"), dense("mlp_ce_mean")
+    E = orthonormal(truth.D, 2)
+    step = vl.damped_newton_step(risk, E, damping)
+    assert close_step(step, truth, truth, E, float(damping))
+    with pytest.raises(TypeError, match=r"^damping: found a tensor that requires grad"):
+        vl.damped_newton_step(risk, E, torch.tensor(0.1, requires_grad=True))
 
 
 @pytest.mark.parametrize("name", FEW)

@@ -139,7 +139,8 @@ def numbered(device: torch.device | str) -> torch.device:
 
 def check_real(given: Any, name: str) -> None:
     """Refuse what is no real number."""
-    value = given.item() if isinstance(given, Tensor) and given.ndim == 0 else given
+    bare = isinstance(given, (Tensor, np.ndarray)) and given.ndim == 0
+    value = given.item() if bare else given
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name}: a number, got {given!r}.")
 
@@ -147,7 +148,7 @@ def check_real(given: Any, name: str) -> None:
 def check_finite(given: Any, name: str) -> None:
     """Refuse what is no real number, NaN and infinity."""
     check_real(given, name)
-    if not math.isfinite(given):
+    if not math.isfinite(given.item() if isinstance(given, Tensor) else given):
         raise ValueError(f"{name}: a finite number, got {given!r}.")
 
 

@@ -53,9 +53,9 @@ def directional_derivatives(
         >>> torch.allclose(lambdas.mean(0), pairs.eigenvalues)
         True
     """
-    curvature_risk = checked_curvature_risk(risk, curvature_risk)
     pairs = as_directions(risk, directions)
-    gammas = slopes(PerSampleGradients(risk), pairs)
+    curvature_risk = _checked_curvature_risk(risk, curvature_risk)
+    gammas = pairs.components(PerSampleGradients(risk))
     factor = _known_factor(pairs, curvature_risk)
     if factor is not None:
         return gammas, curvatures(factor, pairs)
@@ -66,7 +66,7 @@ def directional_derivatives(
     return gammas, positive - negative
 
 
-def checked_curvature_risk(
+def _checked_curvature_risk(
     risk: EmpiricalRisk, curvature_risk: EmpiricalRisk | None
 ) -> EmpiricalRisk:
     """Return the risk for curvature, ``risk`` if none is given."""
@@ -83,11 +83,6 @@ def checked_curvature_risk(
             f"{risk.num_params}; both need the same ones."
         )
     return curvature_risk
-
-
-def slopes(gradients: PerSampleGradients, pairs: Eigenpairs) -> Tensor:
-    """Return γ for the gradients U, ``[N, K]``."""
-    return pairs.components(gradients)
 
 
 def curvatures(factor: Pullback, pairs: Eigenpairs) -> Tensor:
@@ -126,18 +121,13 @@ def as_directions(risk: EmpiricalRisk, directions: Eigenpairs | Tensor) -> Eigen
             "directions: what eigh returned, or a tensor [D, K], got "
             f"{type(directions).__name__}."
         )
-    rows = (
-        directions.operator.shape[0]
-        if isinstance(directions, GramEigenpairs)
-        else len(directions.eigenvectors)
-    )
     if directions.eigenvalues.dtype != risk.dtype:
         raise TypeError(
             f"directions: are {directions.eigenvalues.dtype}, the risk is "
             f"{risk.dtype}. Compute both in one precision, or pass "
             "directions.eigenvectors."
         )
-    if rows != risk.num_params:
+    if (rows := directions._size()) != risk.num_params:
         raise ValueError(
             f"directions: have {rows} entries, the risk has {risk.num_params} "
             "parameters."

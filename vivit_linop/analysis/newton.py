@@ -9,10 +9,9 @@ from torch import Tensor
 
 from vivit_linop.analysis.directional import (
     as_directions,
-    checked_curvature_risk,
     directional_derivatives,
 )
-from vivit_linop.arguments import as_real_numbers
+from vivit_linop.arguments import as_real_numbers, check_finite, without_gradient
 from vivit_linop.curvature.ggn import GGNFactor
 from vivit_linop.linalg.decompositions import GramEigenpairs
 from vivit_linop.modes import ordinary_mode
@@ -66,23 +65,20 @@ def damped_newton_step(
         >>> step.shape
         torch.Size([4])
     """
-    curvature_risk = checked_curvature_risk(risk, curvature_risk)
+    gammas, lambdas = directional_derivatives(risk, directions, curvature_risk)
+    curvature_risk = risk if curvature_risk is None else curvature_risk
     pairs = as_directions(risk, directions)
-    gammas, lambdas = directional_derivatives(risk, pairs, curvature_risk)
     slope = gammas.sum(0) * risk.reduction_factor
     curvature = lambdas.sum(0) * curvature_risk.reduction_factor
-    dampings = evaluated_damping(
-        damping,
-        directions,
-        lambda: gram_eigenvectors(pairs, GGNFactor(curvature_risk)),
-        gammas,
-        lambdas,
-    )
-    return newton_combination(pairs, slope, curvature, dampings)
+    evecs = None
+    if callable(damping) and isinstance(directions, Eigenpairs):
+        evecs = gram_eigenvectors(pairs, GGNFactor(curvature_risk))
+    dampings = evaluated_damping(damping, directions, evecs, gammas, lambdas)
+    return newton_combination(pairs, slope, curvature, risk.ranks.agreed(dampings))
 
 
 def newton_combination(
-    pairs: Eigenpairs, slope: Tensor, curvature: Tensor, damping: Tensor | float
+    pairs: Eigenpairs, slope: Tensor, curvature: Tensor, damping: Tensor
 ) -> Tensor:
     """Return Σ_k −slope_k / (curvature_k + damping_k) e_k, ``[D]``."""
     damped = curvature + damping
@@ -108,23 +104,22 @@ def gram_eigenvectors(pairs: Eigenpairs, factor: TorchLinearOperator) -> Tensor:
 def evaluated_damping(
     damping: float | Damping,
     directions: Eigenpairs | Tensor,
-    gram_evecs: Callable[[], Tensor],
+    gram_evecs: Tensor | None,
     gammas: Tensor,
     lambdas: Tensor,
-) -> Tensor | float:
-    """Return δ as a number or ``[K]``; calls ``gram_evecs`` if a function needs it."""
+) -> Tensor:
+    """Return δ, a scalar or ``[K]``; a function needs ``gram_evecs``."""
     if not callable(damping):
-        if isinstance(damping, bool) or not isinstance(damping, (int, float)):
-            raise TypeError(f"damping: a number or a function, got {damping!r}.")
-        return float(damping)
-    if not isinstance(directions, Eigenpairs):
+        check_finite(damping, "damping")
+        return lambdas.new_full((), without_gradient(damping, "damping"))
+    if not isinstance(directions, Eigenpairs) or gram_evecs is None:
         raise TypeError(
             "damping: a function is given eigenvalues, so directions must be what eigh "
             "returned, not a tensor."
         )
     evals = directions.eigenvalues
     # The function may write into what it is given.
-    given = evals.clone(), gram_evecs().clone(), gammas.clone(), lambdas.clone()
+    given = [x.clone() for x in (evals, gram_evecs, gammas, lambdas)]
     result = as_real_numbers(damping(*given), "damping", evals.dtype).to(evals)
     if result.shape != evals.shape:
         raise ValueError(

@@ -115,8 +115,22 @@ class _Computation(ABC, Generic[Result]):
         Raises:
             KeyError: If there is none.
         """
-        result: Result = self._result(group)
-        return result
+        if id(group) in self._results:
+            result: Result = self._results[id(group)][1]
+            return result
+        block = self._begun.get(id(group))
+        if block is None or block.group is not group:
+            raise KeyError(
+                "No results available for this group: no backward pass with a hook for "
+                "it has begun. It must be the same dictionary as in param_groups."
+            )
+        missing = ", ".join(
+            f"{at} (of shape {list(block.params[at].shape)})" for at in block.missing
+        )
+        raise KeyError(
+            "No results available for this group: the backward pass did not reach its "
+            f"parameters {missing}."
+        )
 
     def _begin(self, blocks: Sequence[Block]) -> None:
         for block in blocks:
@@ -134,23 +148,6 @@ class _Computation(ABC, Generic[Result]):
     def _finish(self, block: Block, of: Pass) -> None:
         with torch.no_grad():
             self._results[id(block.group)] = block.group, self._compute(block, of)
-
-    def _result(self, group: Group) -> Any:
-        if id(group) in self._results:
-            return self._results[id(group)][1]
-        block = self._begun.get(id(group))
-        if block is None or block.group is not group:
-            raise KeyError(
-                "No results available for this group: no backward pass with a hook for "
-                "it has begun. It must be the same dictionary as in param_groups."
-            )
-        missing = ", ".join(
-            f"{at} (of shape {list(block.params[at].shape)})" for at in block.missing
-        )
-        raise KeyError(
-            "No results available for this group: the backward pass did not reach its "
-            f"parameters {missing}."
-        )
 
     # Operators ------------------------------------------------------------------
 
@@ -466,16 +463,12 @@ class DirectionalDampedNewtonComputation(_DirectionalComputation[tuple[Tensor, .
 
     def _compute(self, block: Block, of: Pass) -> tuple[Tensor, ...]:
         operator, pairs, gammas, lambdas = self._derivatives(block, of)
-        samples = len(lambdas)
-
-        def gram_evecs() -> Tensor:
-            """In the order of ViViT, where the sample is the faster index."""
-            by_row = gram_eigenvectors(pairs, operator.factor)
-            return by_row.unflatten(0, (samples, -1)).transpose(0, 1).flatten(0, 1)
-
-        damping = evaluated_damping(
-            block.group["damping"], pairs, gram_evecs, gammas, lambdas
-        )
+        damping, gram_evecs = block.group["damping"], None
+        if callable(damping):  # in the order of ViViT, the sample the faster index
+            rows = gram_eigenvectors(pairs, operator.factor)
+            rows = rows.unflatten(0, (len(lambdas), -1))
+            gram_evecs = rows.transpose(0, 1).flatten(0, 1)
+        damping = evaluated_damping(damping, pairs, gram_evecs, gammas, lambdas)
         weight = of.r * of.num_samples
         step = newton_combination(
             pairs, weight * gammas.mean(0), weight * lambdas.mean(0), damping
