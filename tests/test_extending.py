@@ -201,7 +201,7 @@ FAULTS = {
     WrongForIntegers: "op @ torch.int64: relative error",
     CutsTheGraph: "cuts the graph",
     GivesArraysForTensors: "is ndarray",
-    GivesTensorsForArrays: "is no array",
+    GivesTensorsForArrays: "is Tensor",
     WrongForArrays: "numpy",
     WrongForReversedArrays: "negative strides",
     WrongDiagonal: "diagonal is off",

@@ -48,14 +48,15 @@ class LinopInterface(CurvatureInterface):
 
     Its losses are sums over samples, and ½ of that for regression.
 
-    Attributes:
+    Args:
+        args: As of laplace-torch's own backends.
         low_rank: How many eigenpairs ``LowRankLaplace`` has.
+        kwargs: As ``args``, by name.
     """
 
-    low_rank: int = 10
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, low_rank: int = 10, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.low_rank = low_rank
         # Of curvatures and of Jacobians the risk of the largest batch so far, and the
         # modes of its modules: others of the same model follow from it. Data and
         # columns are checked on every batch.
@@ -236,25 +237,9 @@ class LinopGGN(LinopInterface, GGNInterface):
         torch.Size([20, 2])
     """
 
-    def __init__(
-        self,
-        *args: Any,
-        stochastic: bool = False,
-        num_samples: int = 1,
-        low_rank: int = 10,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(*args, **kwargs)
-        self.stochastic, self.num_samples = stochastic, num_samples
-        self.low_rank = low_rank
-
-    @property
-    def _mc_samples(self) -> int:
-        return self.num_samples if self.stochastic else 0
-
     def curvature(self, risk: EmpiricalRisk) -> LowRank:
         """Return the GGN."""
-        return GGN(risk, mc_samples=self._mc_samples)
+        return GGN(risk, mc_samples=self.num_samples if self.stochastic else 0)
 
     def kronecker(self, risk: EmpiricalRisk, **options: Any) -> KFAC:
         """Return its Kronecker-factored approximation."""
@@ -266,10 +251,6 @@ class LinopGGN(LinopInterface, GGNInterface):
 
 class LinopEF(LinopInterface, EFInterface):
     """The empirical Fisher matrix for laplace-torch, likewise."""
-
-    def __init__(self, *args: Any, low_rank: int = 10, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.low_rank = low_rank
 
     def curvature(self, risk: EmpiricalRisk) -> LowRank:
         """Return the empirical Fisher matrix."""

@@ -198,13 +198,18 @@ class _AtRank(SqrtGGNCrossEntropyLoss):
 
 
 class _LayerRecords:
-    """What the exact and the Monte-Carlo extension have in common."""
+    """Record the layers in a backward pass of S.
+
+    Args:
+        checked: All lists of samples, by the names of their arguments.
+        of_backpack: What BackPACK's extension takes.
+    """
 
     savefield: str
     saved_quantities: SavedQuantities
-    _checked: dict[str, Indices]
 
-    def _record_layers(self, checked: dict[str, Indices]) -> None:
+    def __init__(self, checked: dict[str, Indices], *of_backpack: Any) -> None:
+        super().__init__(*of_backpack)
         self.savefield, self._checked = SAVEFIELD, checked
         for module, extension in _MODULES.items():
             self.set_module_extension(  # type: ignore[attr-defined]
@@ -253,12 +258,20 @@ def layer_records(
     return _records(mc_samples, subsampling, checked, at_rank)
 
 
+class ExactLayerRecords(_LayerRecords, SqrtGGNExact):
+    """Those of the exact S."""
+
+
+class MCLayerRecords(_LayerRecords, SqrtGGNMC):
+    """Those of a Monte-Carlo S."""
+
+
 def _records(
     mc_samples: int, subsampling: Indices, checked: dict[str, Indices], at_rank: bool
 ) -> ExactLayerRecords | MCLayerRecords:
     if mc_samples:
-        return MCLayerRecords(mc_samples, subsampling, checked)
-    records = ExactLayerRecords(subsampling, checked)
+        return MCLayerRecords(checked, mc_samples, subsampling)
+    records = ExactLayerRecords(checked, subsampling)
     if at_rank:
         records.set_module_extension(nn.CrossEntropyLoss, _AtRank(), overwrite=True)
     return records
@@ -270,38 +283,6 @@ def _of_all_samples(
 ) -> ExactLayerRecords | MCLayerRecords:
     """Making one takes an eighth of a small net's pass with BackPACK."""
     return _records(mc_samples, None, {}, at_rank)
-
-
-class ExactLayerRecords(_LayerRecords, SqrtGGNExact):
-    """Record the layers in a backward pass of the exact S.
-
-    Args:
-        subsampling: The samples that S is of; all if None.
-        checked: All lists of samples, by the names of their arguments.
-    """
-
-    def __init__(self, subsampling: Indices, checked: dict[str, Indices]) -> None:
-        super().__init__(subsampling)
-        self._record_layers(checked)
-
-
-class MCLayerRecords(_LayerRecords, SqrtGGNMC):
-    """Record the layers in a backward pass of a Monte-Carlo S.
-
-    Args:
-        mc_samples: The number of Monte-Carlo samples.
-        subsampling: The samples that S is of; all if None.
-        checked: All lists of samples, by the names of their arguments.
-    """
-
-    def __init__(
-        self,
-        mc_samples: int,
-        subsampling: Indices,
-        checked: dict[str, Indices],
-    ) -> None:
-        super().__init__(mc_samples, subsampling)
-        self._record_layers(checked)
 
 
 def _check_targets(loss: nn.Module) -> None:
