@@ -7,17 +7,19 @@ from typing import Any
 
 import scipy.linalg
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import vivit_linop as vl
 from tests.ranks_cases import Check
 from tests.ranks_setting import (
     DELTA,
     FAILURES,
+    C,
     Moody,
     N,
     Setting,
     agreement,
+    loss,
     net,
     raised,
 )
@@ -92,6 +94,78 @@ class Parting(Setting):
                 lambda: vl.Laplace(self.risk).predictive(self.X * last(torch.nan, 1.0)),
                 "NaN",
             ),
+        }
+        wanted = vl.GGN(self.one) @ x
+        for what, (fail, text) in cases.items():
+            yield what, lambda f=fail, t=text: raised(f, t), ONE, 0.0
+            yield f"after: {what}", lambda: G @ x, wanted, 1e-12
+
+    def arguments_of_analyses(self) -> Iterator[Check]:
+        """The same of what is read off operators, and of files."""
+        mine, x, eye = self.rank == self.size - 1, self.x, vl.Identity(self.D)
+        risk, G = self.risk, vl.GGN(self.risk)
+        U, S, pairs = vl.PerSampleGradients(risk), (G + DELTA * eye).inv(), G.eigh(k=3)
+        J, path = vl.Jacobian(net(), self.X[:3]), self.folder / "G.pt"
+        vl.save(G, path, risk)
+        torch.manual_seed(0)
+        line = nn.Linear(6, C).double()
+        squares = [(X, X[:, :C].sin()) for X, _ in self.data]
+        fit = vl.EmpiricalRisk(line, nn.MSELoss(), squares, process_group=self.group)
+
+        def last(theirs: Any, others: Any) -> Any:
+            return theirs if mine else others
+
+        def unseen(first: int) -> vl.PerSampleGradients:
+            some = slice(first, first + 4)
+            test = vl.EmpiricalRisk(net(), loss(), (self.X[some], self.y[4:8]))
+            return vl.PerSampleGradients(test)
+
+        differ, other = "differ", "ranks do not do the same"
+        cases: dict[str, tuple[Callable[[], Any], str]] = {
+            "rows": (lambda: G.restrict(last([self.D], [0, 1])), "must lie in"),
+            "other rows": (lambda: S.restrict(last([0, 2], [0, 1])), differ),
+            "how many": (lambda: S.sample(last(0, 2)), "num: at least 1"),
+            "a word": (lambda: G.logdet(last("a", 1.0)), "damping: numbers"),
+            "other dampings": (lambda: G.logdet(last([2.0], [1.0])), differ),
+            "rcond": (lambda: G.pinv(last(0.5, 1e-3)), other),
+            "S": (lambda: vl.influence(unseen(0), last(3, S), U), "S: a self-adjoint"),
+            "U": (lambda: vl.self_influence(S, last(3, U)), "U: an operator"),
+            "test data": (lambda: vl.influence(unseen(last(4, 0)), S, U), differ),
+            "J": (lambda: vl.predictive_covariance(last(3, J), S), "J_test: a vl.J"),
+            "variances": (lambda: vl.predictive_covariance(J, S, mine), other),
+            "other inputs": (
+                lambda: vl.Laplace(risk).predictive(self.X[last(2, 0) :][:3]),
+                differ,
+            ),
+            "outputs": (lambda: vl.Laplace(risk).sample(last("a", 2)), "num: an int"),
+            "M": (lambda: vl.Hessian(risk).solve(x, M=last(3, None)), "M: an approx"),
+            "a route": (lambda: G.eigvalsh(last("x", None)), "route: found"),
+            "which pairs": (lambda: G.eigh(select=last(3, _each)), "select: a fun"),
+            "blocks": (lambda: U.squared_norms(last("x", "module")), "blocks: 'param"),
+            "other blocks": (
+                lambda: G.block_diagonal(last("module", "parameter")),
+                differ,
+            ),
+            "names": (lambda: risk.over(last(["0.bias"], ["3.bias"])), other),
+            "runs": (lambda: vl.LanczosSpectrum(G, last(5, 4)), other),
+            "products": (lambda: vl.estimate_trace(G, last(1, 3)), "num_products: at"),
+            "a solver": (lambda: vl.led(last(3, len), G), "function: a function"),
+            "directions": (
+                lambda: vl.directional_derivatives(risk, last(3, pairs)),
+                "directions: what eigh returned",
+            ),
+            "a damping": (
+                lambda: vl.damped_newton_step(risk, x, last("a", 0.1)),
+                "damping: a number",
+            ),
+            "another damping": (
+                lambda: vl.damped_newton_step(risk, x, last(0.2, 0.1)),
+                differ,
+            ),
+            "A": (lambda: vl.trust_region_step(risk, last(3, G), 0.1), "A: a self-adj"),
+            "sigma": (lambda: vl.covariance(fit, mine), other),
+            "a result": (lambda: vl.save(last(3, G), path, risk), "result: eigenpairs"),
+            "a kind": (lambda: vl.load(path, risk, last("a", object)), "kind: a class"),
         }
         wanted = vl.GGN(self.one) @ x
         for what, (fail, text) in cases.items():

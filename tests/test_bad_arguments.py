@@ -131,7 +131,13 @@ def test_densities(match: str, options: dict[str, Any]) -> None:
         spectrum.log_density(epsilon=0.0)
 
 
-@pytest.mark.parametrize("boundaries", [(1.0, 0.0), "ab", (0.0, "a"), (0.0,), 3])
+INF, NAN = float("inf"), float("nan")
+
+
+@pytest.mark.parametrize(
+    "boundaries",
+    [(1.0, 0.0), "ab", (0.0, "a"), (0.0,), 3, (None, NAN), (NAN, None), (-INF, 1.0)],
+)
 def test_boundaries_of_spectra(boundaries: Any) -> None:
     A = vl.Diagonal(torch.linspace(1.0, 2.0, 9))
     with pytest.raises((TypeError, ValueError), match=r"^boundaries: "):

@@ -48,6 +48,7 @@ OF_THREE = ("uneven_batches", "embedding", "more_columns_than_parameters", "hube
                 "same_bits",
                 "sharded",
                 "other_arguments",
+                "arguments_of_analyses",
                 "caught_errors",
                 "other_rounding",
                 "ended",

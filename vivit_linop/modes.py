@@ -20,6 +20,7 @@ from torch.autograd.graph import disable_saved_tensors_hooks, saved_tensors_hook
 from torch.compiler import is_dynamo_compiling
 
 from vivit_linop.checkpoints import RECOMPUTED
+from vivit_linop.ranks.alone import Ranks
 
 P = ParamSpec("P")
 Result = TypeVar("Result")
@@ -86,7 +87,10 @@ class ordinary_mode:
             if not precise:
                 with _PRECISE.lock:
                     precise = not _PRECISE.undo and not _reduced()
-            if precise and not _to_leave():
+            if Ranks.are_many and not _HERE.depth:
+                with _shared(args, kwargs, function.__qualname__), ordinary_mode():
+                    result = function(*args, **kwargs)
+            elif precise and not _to_leave():
                 # As nearly always, and sooner than to enter a context.
                 _HERE.depth += 1
                 try:
@@ -131,6 +135,17 @@ class ordinary_mode:
             _PRECISE.leave()
         for mode in reversed(self._modes):
             mode.__exit__(None, None, None)
+
+
+def _shared(
+    args: Sequence[Any], named: dict[str, Any], what: str
+) -> contextlib.AbstractContextManager[object]:
+    """A call that all processes make which share what it is given, if any do."""
+    given = [*args, *named.values()]
+    told = [given for given in given if isinstance(given, (int, float, str))]
+    each = [getattr(getattr(x, "risk", x), "ranks", None) for x in given]
+    many = [ranks for ranks in each if isinstance(ranks, Ranks) and ranks.is_many]
+    return many[0].called(f"{what} {told}") if many else contextlib.nullcontext()
 
 
 def _to_leave() -> list[contextlib.AbstractContextManager[object]]:

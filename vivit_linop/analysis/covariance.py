@@ -98,15 +98,16 @@ def covariance(
         (torch.Size([1, 1]), torch.Size([1, 1]))
     """
     check_risk(risk)
-    check_flag(absolute_sigma, "absolute_sigma")
     squares = isinstance(without_items_and_weights(risk.loss), SquaredError)
-    if absolute_sigma and not squares:
-        raise ValueError(
-            f"absolute_sigma: is for nn.MSELoss; {risk.loss.name} is a likelihood, "
-            "which has its own scale."
-        )
     D = risk.num_params
-    check_matrix_fits("a covariance", (2 * D, D), torch.float64, risk.device)
+    with risk.ranks.together(f"covariance {absolute_sigma}"):
+        check_flag(absolute_sigma, "absolute_sigma")
+        if absolute_sigma and not squares:
+            raise ValueError(
+                f"absolute_sigma: is for nn.MSELoss; {risk.loss.name} is a likelihood, "
+                "which has its own scale."
+            )
+        check_matrix_fits("a covariance", (2 * D, D), torch.float64, risk.device)
     R = triangular_factor(GGNFactor(risk))
     unit = torch.eye(D, dtype=R.dtype, device=R.device)
     inverse = torch.linalg.solve_triangular(R, unit, upper=True)

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from vivit_linop.arguments import as_count, check_real
+from vivit_linop.arguments import as_count, check_finite
 from vivit_linop.drawing import axes_for, numbers
 from vivit_linop.extras import extra
+from vivit_linop.modes import ordinary_mode
 from vivit_linop.operators.base import TorchLinearOperator
 from vivit_linop.operators.lowrank import LowRank
 
@@ -69,13 +70,17 @@ class LanczosSpectrum:
         most = operator.shape[0]
         if isinstance(operator, LowRank):
             most = min(most, operator.factor.shape[1] + 1)
-        if isinstance(ncv, bool) or not isinstance(ncv, int) or not 2 <= ncv <= most:
-            raise ValueError(f"ncv: an integer from 2 to {most}, got {ncv!r}.")
+        self.ranks = operator.ranks
+        with self.ranks.together(f"LanczosSpectrum, ncv={ncv}"):
+            of_kind = isinstance(ncv, (int, np.integer)) and not isinstance(ncv, bool)
+            if not of_kind or not 2 <= ncv <= most:
+                raise ValueError(f"ncv: an integer from 2 to {most}, got {ncv!r}.")
         self._operator, self._ncv = operator, ncv
         self._boundaries = _checked_boundaries(boundaries)
         self._seed, self._states = as_count(seed, "seed", 0), list[Tensor]()
         self._runs: list[Run] = []
 
+    @ordinary_mode()
     def density(
         self,
         num_points: int = 1024,
@@ -93,22 +98,10 @@ class LanczosSpectrum:
             kappa: The width of the Gaussian for an eigenvalue, more than 1.
             margin: By how much of its length the grid is longer than the spectrum.
         """
-        # Imported where it is used: it takes time, and warns.
-        with extra("curvlinops"):
-            from curvlinops.papyan2020traces.spectrum import (
-                lanczos_approximate_spectrum_from_iter,
-            )
+        approximate = _theirs().lanczos_approximate_spectrum_from_iter
+        return self._mean(approximate, num_repeats, num_points, kappa, margin)
 
-        _check_grid(num_points, kappa, margin)
-        runs = self._first(num_repeats)
-        ends = self._ends(torch.cat([values for values, _ in runs]))
-        return _mean(
-            lambda run: lanczos_approximate_spectrum_from_iter(
-                run, ends, num_points, kappa, margin
-            ),
-            runs,
-        )
-
+    @ordinary_mode()
     def log_density(
         self,
         num_points: int = 1024,
@@ -130,23 +123,11 @@ class LanczosSpectrum:
             margin: By how much of its length the grid is longer than the spectrum.
             epsilon: ε, which keeps the logarithm of zeros finite.
         """
-        with extra("curvlinops"):
-            from curvlinops.papyan2020traces.spectrum import (
-                lanczos_approximate_log_spectrum_from_iter,
-            )
-
-        _check_grid(num_points, kappa, margin)
-        check_real(epsilon, "epsilon")
-        if not 0.0 < epsilon < math.inf:
-            raise ValueError(f"epsilon: a finite positive number, got {epsilon!r}.")
-        runs = self._first(num_repeats)
-        ends = self._ends(torch.cat([values for values, _ in runs]).abs())
-        return _mean(
-            lambda run: lanczos_approximate_log_spectrum_from_iter(
-                run, ends, num_points, kappa, margin, epsilon
-            ),
-            runs,
-        )
+        check_finite(epsilon, "epsilon")
+        if not epsilon > 0.0:
+            raise ValueError(f"epsilon: a positive number, got {epsilon!r}.")
+        approximate = _theirs().lanczos_approximate_log_spectrum_from_iter
+        return self._mean(approximate, num_repeats, num_points, kappa, margin, epsilon)
 
     def plot(
         self, ax: Any | None = None, log: bool = True, num_repeats: int = 1
@@ -182,6 +163,30 @@ class LanczosSpectrum:
         ax.set_yscale("log")
         return ax
 
+    def _mean(
+        self,
+        approximate: Callable[..., tuple[Tensor, Tensor]],
+        num_repeats: int,
+        num_points: int,
+        kappa: float,
+        margin: float,
+        *epsilon: float,
+    ) -> tuple[Tensor, Tensor]:
+        """Return the grid and the mean of the densities of runs."""
+        as_count(num_points, "num_points")
+        check_finite(kappa, "kappa")
+        if not kappa > 1.0:
+            raise ValueError(f"kappa: a number above 1, got {kappa!r}.")
+        check_finite(margin, "margin")
+        if not margin >= 0.0:
+            raise ValueError(f"margin: a number of at least 0, got {margin!r}.")
+        runs = self._first(num_repeats)
+        values = torch.cat([values for values, _ in runs])
+        ends = self._ends(values.abs() if epsilon else values)
+        grid = ends, num_points, kappa, margin, *epsilon
+        found = [approximate(run, *grid) for run in runs]
+        return found[0][0], torch.stack([density for _, density in found]).mean(0)
+
     def _ends(self, ritz_values: Tensor) -> tuple[float, float]:
         """The smallest and the largest eigenvalue, as far as they are known."""
         op, (low, high) = self._operator, self._boundaries
@@ -194,14 +199,9 @@ class LanczosSpectrum:
 
     def _first(self, num_repeats: int) -> list[Run]:
         """Return that many runs; with random numbers of our own, which go on."""
-        if isinstance(num_repeats, bool) or not isinstance(num_repeats, int):
-            raise TypeError(f"num_repeats: an integer, got {num_repeats!r}.")
-        if num_repeats < 1:
-            raise ValueError(f"num_repeats: at least 1 run, got {num_repeats}.")
-        with extra("curvlinops"):
-            from curvlinops.papyan2020traces.spectrum import fast_lanczos
-
-        device = self._operator.device
+        as_count(num_repeats, "num_repeats")
+        fast_lanczos = _theirs().fast_lanczos
+        operator, device = self._operator.to_curvlinops(), self._operator.device
         devices = [device] if device.type == "cuda" else []
         with torch.random.fork_rng(devices), torch.no_grad():
             if self._states:
@@ -211,9 +211,7 @@ class LanczosSpectrum:
             else:
                 torch.manual_seed(self._seed)
             while len(self._runs) < num_repeats:
-                self._runs.append(
-                    fast_lanczos(_ForCurvlinops(self._operator), self._ncv)
-                )
+                self._runs.append(fast_lanczos(operator, self._ncv))
             self._states = [
                 torch.get_rng_state(),
                 *(torch.cuda.get_rng_state(d) for d in devices),
@@ -232,38 +230,15 @@ def _checked_boundaries(boundaries: Boundaries | None) -> Boundaries:
     low, high = boundaries
     for end in (low, high):
         if end is not None:
-            check_real(end, "boundaries")
+            check_finite(end, "boundaries")
     if low is not None and high is not None and not low < high:
         raise ValueError(f"boundaries: ascending, got {boundaries!r}.")
     return low, high
 
 
-def _check_grid(num_points: int, kappa: float, margin: float) -> None:
-    as_count(num_points, "num_points")
-    check_real(kappa, "kappa")
-    if not 1.0 < kappa < math.inf:
-        raise ValueError(f"kappa: a finite number above 1, got {kappa!r}.")
-    check_real(margin, "margin")
-    if not 0.0 <= margin < math.inf:
-        raise ValueError(f"margin: a finite number of at least 0, got {margin!r}.")
+def _theirs() -> Any:
+    """Return the densities of curvlinops, whose import takes time, and warns."""
+    with extra("curvlinops"):
+        from curvlinops.papyan2020traces import spectrum
 
-
-def _mean(
-    density_of: Callable[[Run], tuple[Tensor, Tensor]], runs: list[Run]
-) -> tuple[Tensor, Tensor]:
-    """Return the grid and the mean of the densities of runs."""
-    grids, densities = zip(*map(density_of, runs), strict=True)
-    return grids[0], torch.stack(densities).mean(0)
-
-
-class _ForCurvlinops:
-    """An operator with the names that curvlinops uses."""
-
-    def __init__(self, operator: TorchLinearOperator) -> None:
-        self._operator = operator
-        self.shape = operator.shape
-        self.dtype, self.device = operator.torch_dtype, operator.device
-
-    def __matmul__(self, x: Tensor) -> Tensor:
-        product: Tensor = self._operator @ x
-        return product
+    return spectrum

@@ -144,6 +144,14 @@ def parameter_groups(risk: EmpiricalRisk, blocks: ParameterBlocks) -> list[list[
     Raises:
         ValueError: If a parameter is missing, foreign or listed twice.
     """
+    with risk.ranks.together("blocks") as ballot:
+        groups = _groups(risk, blocks)
+        sizes = torch.tensor([*map(len, groups)], device="cpu")
+        ballot.given = sizes, *places_of(risk, groups)
+    return groups
+
+
+def _groups(risk: EmpiricalRisk, blocks: ParameterBlocks) -> list[list[str]]:
     names = list(risk.params)
     if isinstance(blocks, str):
         if blocks == "parameter":

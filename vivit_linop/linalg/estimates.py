@@ -128,9 +128,10 @@ def _signed_products(
         raise ValueError(f"num_products: at least 2 for an error, got {num_products}.")
     if seed is not None:
         as_count(seed, "seed", 0)
-    generator = None if seed is None else torch.Generator("cpu").manual_seed(seed)
-    shape = op.shape[0], num_products
-    signs = 2.0 * torch.randint(2, shape, generator=generator, device="cpu") - 1.0
+    with op.ranks.together(f"{num_products} random products"):
+        generator = None if seed is None else torch.Generator("cpu").manual_seed(seed)
+        shape = op.shape[0], num_products
+        signs = 2.0 * torch.randint(2, shape, generator=generator, device="cpu") - 1.0
     signs = op.ranks.sent(signs)
     for part in signs.to(op.device, op.torch_dtype).split(_CHUNK, dim=1):
         yield part, op.apply(part)

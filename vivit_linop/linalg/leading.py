@@ -9,7 +9,7 @@ from torch import Tensor
 
 from vivit_linop.operators.base import TorchLinearOperator
 from vivit_linop.ranks.alone import Ranks
-from vivit_linop.ranks.messages import Note, like, name_of
+from vivit_linop.ranks.messages import Note, known, like, name_of
 
 Result = TypeVar("Result")
 
@@ -60,13 +60,12 @@ def led(function: Callable[[Any], Result], operator: TorchLinearOperator) -> Res
     """
     if not isinstance(operator, TorchLinearOperator):
         raise TypeError(f"operator: an operator, got {type(operator).__name__}.")
-    if not callable(function):
-        raise TypeError(f"function: a function, got {type(function).__name__}.")
     ranks = operator.ranks
+    with ranks.together(f"led {name_of(function)}"):
+        if not callable(function):
+            raise TypeError(f"function: a function, got {type(function).__name__}.")
     if not ranks.is_many:
         return function(operator)
-    with ranks.together(f"led {name_of(function)}"):
-        pass
     if not ranks.leads:
         return _taken_part(operator, ranks)
     try:
@@ -74,6 +73,7 @@ def led(function: Callable[[Any], Result], operator: TorchLinearOperator) -> Res
         ranks.sent(("result", result))
     except BaseException as error:
         ranks.sent(("error", Note.of("led", 0, 0, error)))
+        known(error)
         raise
     return result
 

@@ -22,6 +22,7 @@ from vivit_linop.modes import ordinary_mode
 from vivit_linop.operators import verbs
 from vivit_linop.operators.eigenpairs import Eigenpairs
 from vivit_linop.operators.scipy_base import LinearOperator
+from vivit_linop.ranks.alone import Ranks
 
 Vectors = TypeVar("Vectors", Tensor, np.ndarray)
 """What is multiplied: torch in, torch out, and numpy in, numpy out."""
@@ -46,6 +47,10 @@ class VerbMethods(LinearOperator, Generic[Op]):
         @property
         def device(self) -> torch.device:
             """That of products."""
+
+        @property
+        def ranks(self) -> Ranks:
+            """The processes that have parts of it."""
 
     @ordinary_mode()
     def to_dense(self) -> Tensor:
@@ -220,7 +225,10 @@ class VerbMethods(LinearOperator, Generic[Op]):
             (tensor([[2.]]), tensor([[0.6667]]))
         """
         self._check_square("restrict")
-        return verbs.restrict(self, as_index(index, self.shape[0]).to(self.device))
+        with self.ranks.together("restrict") as ballot:
+            rows = as_index(index, self.shape[0]).to(self.device)
+            ballot.given = (rows,)
+        return verbs.restrict(self, rows)
 
     @ordinary_mode()
     def sqrt(self) -> Op:
@@ -271,8 +279,10 @@ class VerbMethods(LinearOperator, Generic[Op]):
             True
         """
         self._check_square("sample")
-        check_generator(generator)
-        return verbs.sample(self, as_count(num, "num"), generator)
+        with self.ranks.together(f"sample {num}"):
+            check_generator(generator)
+            num = as_count(num, "num")
+        return verbs.sample(self, num, generator)
 
     @ordinary_mode()
     def logdet(self, damping: float | Tensor | Sequence[float] | None = None) -> Tensor:
@@ -304,7 +314,7 @@ class VerbMethods(LinearOperator, Generic[Op]):
         if damping is None:
             return self._in_own_dtype(verbs.logdet(self))
         dampings = as_real_numbers(damping, "damping", torch.float64)
-        dampings = dampings.to(self.device, torch.float64)
+        dampings = self.ranks.agreed(dampings.to(self.device, torch.float64))
         if dampings.ndim > 1 or not dampings.isfinite().all():
             raise ValueError(
                 f"damping: a finite number, or [T] of them, got {damping!r}."

@@ -40,13 +40,14 @@ class Ranks:
     Attributes:
         size: How many processes there are.
         is_many: Whether there are several.
+        are_many: Whether there are several for any risk of this process.
         rank: Which one this is.
         first: The number of its first sample.
         counts: How many samples each has, where there are several.
     """
 
     size, rank, first = 1, 0, 0
-    is_many = False
+    is_many = are_many = False
     counts: Sequence[int] = ()
 
     def __str__(self) -> str:
@@ -144,6 +145,10 @@ class Ranks:
         """
         return nullcontext(Ballot())
 
+    def called(self, what: str) -> AbstractContextManager[object]:
+        """Do what may have exchanges inside; an error is then one of all ranks, too."""
+        return nullcontext()
+
 
 ALONE = Ranks()
 """The one that has all samples."""
@@ -176,14 +181,9 @@ class RankRows:
 
     def multiply(self, X: Tensor) -> Tensor:
         """Return its product with a matrix that all ranks have, ``[N·R, K]``."""
-        return self._ranks.listed(self._images, X)
-
-    def _images(self, X: Tensor) -> Tensor:
-        return self.own @ X
+        return self._ranks.listed(lambda X: self.own @ X, X)
 
     def multiply_adjoint(self, X: Tensor) -> Tensor:
         """Return its adjoint's product, ``[Q, K]``."""
-        return self._ranks.summed(self._adjoint_images, X)
-
-    def _adjoint_images(self, X: Tensor) -> Tensor:
-        return self.own.T @ X[self._first : self._first + len(self.own)]
+        place = slice(self._first, self._first + len(self.own))
+        return self._ranks.summed(lambda X: self.own.T @ X[place], X)

@@ -30,6 +30,8 @@ from vivit_linop.ranks.messages import (
     as_error,
     checksum,
     decisive,
+    is_known,
+    known,
     layout_of,
     name_of,
     packed,
@@ -40,6 +42,8 @@ Result = TypeVar("Result")
 
 # How many votes each group has had, of all risks together.
 _VOTES: dict[str, int] = {}
+# What this rank does, and all will vote on.
+_VOTING: list[str] = []
 
 
 def as_ranks(group: Any) -> Ranks:
@@ -84,6 +88,7 @@ class Group(Ranks):
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self._group, self._device = group, torch.device("cpu")
+        Ranks.are_many = True
         if dist.get_backend(group) == "nccl":  # has no tensors on the host
             self._device = torch.device("cuda", torch.cuda.current_device())
         self.size, self.rank = dist.get_world_size(group), dist.get_rank(group)
@@ -373,11 +378,30 @@ class Group(Ranks):
             RankError: If another rank fails, does something else, or has other inputs.
         """
         ballot, error = Ballot(), None
+        _VOTING.append(what)
         try:
             yield ballot
         except BaseException as raised:
             error = raised
+        _VOTING.pop()
         self._vote(what, inputs, error, ballot)
+
+    @contextlib.contextmanager
+    def called(self, what: str) -> Iterator[None]:
+        """Vote at the end, unless all know of an error; not inside of what is voted on.
+
+        Raises:
+            RankError: If another rank fails, or does something else.
+        """
+        error: BaseException | None = None
+        try:
+            yield
+        except BaseException as raised:
+            error = raised
+        if error is not None and (_VOTING or is_known(error)):
+            raise error
+        if not _VOTING:
+            self._vote(what, (), error, Ballot())
 
     def _vote(
         self,
@@ -409,7 +433,7 @@ class Group(Ranks):
         first = decisive(notes)
         if error is not None and first is not None:
             if notes[first].kind == notes[self.rank].kind:
-                raise error
+                raise known(error)
         raise as_error(notes, self.rank) from error
 
 
@@ -420,9 +444,9 @@ def _explained(error: BaseException | None = None) -> Iterator[None]:
         yield
     except RuntimeError as failure:
         if error is not None:
-            raise error from failure
+            raise known(error) from failure
         if is_out_of_memory(failure):
-            raise
+            raise known(failure) from None
         raise RankError(
             "a rank has ended, or has not come within the time limit of the process "
             f"group ({failure}). Start the processes again."

@@ -6,10 +6,12 @@ import functools
 import io
 import pickle
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+
+Error = TypeVar("Error", bound=BaseException)
 
 _MODULUS = 2**62
 _STOP = "stop"
@@ -79,6 +81,21 @@ def decisive(notes: Sequence[Note]) -> int | None:
     failed = [rank for rank, note in enumerate(notes) if note.said is not None]
     stopped = [rank for rank in failed if notes[rank].kind == _STOP]
     return next(iter(stopped + failed), None)
+
+
+def known(error: Error) -> Error:
+    """Return an error, as one that all ranks know of."""
+    vars(error)["is_known"] = True
+    return error
+
+
+def is_known(error: BaseException | None) -> bool:
+    """Whether all ranks know of an error, or of what it comes from."""
+    while error is not None:
+        if isinstance(error, RankError) or "is_known" in vars(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def as_error(notes: Sequence[Note], rank: int) -> RankError:

@@ -135,10 +135,11 @@ class DerivableRisk(Risk):
             3
         """
         chosen = as_list(names, "names", "names of parameters")
-        foreign = [name for name in chosen if name not in list(self.params)]
-        if foreign or not chosen:
-            found = repr(foreign[0]) if foreign else "none"
-            raise ValueError(f"names: some of {list(self.params)}, found {found}.")
+        with self.ranks.together(f"over {chosen}"):
+            foreign = [name for name in chosen if name not in list(self.params)]
+            if foreign or not chosen:
+                found = repr(foreign[0]) if foreign else "none"
+                raise ValueError(f"names: some of {list(self.params)}, found {found}.")
         risk = copy.copy(self)
         risk.model, risk.kept = self.model.over(chosen), Store(self.memory, self.device)
         risk._take_parameters()
