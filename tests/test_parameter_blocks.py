@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import vivit_linop as vl
 from tests.toys import toy
+from vivit_linop.operators import verbs
 
 
 def close(found: Tensor, expected: Tensor) -> None:
@@ -62,6 +63,28 @@ def test_gram_matrices_of_blocks_with_few_rows(name: str) -> None:
     ):
         close(block.gram.to_dense(), V[own].T @ V[own])
         close(block.factor.to_dense(), V[own])
+
+
+@pytest.mark.parametrize("name", CURVATURES)
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_blocks_with_weights_for_their_rows(name: str, sign: float) -> None:
+    """Vᵀ W V of a block, as inverses with a prior by entry take it, by layers."""
+    net, loss, data = toy(3)
+    runs: list[int] = []
+    curvature = CURVATURES[name](vl.EmpiricalRisk(counted(net, runs), loss, data))
+    V = curvature.factor.to_dense()[:20]
+    p = torch.linspace(0.5, 2.0, 20).double()
+    p[3] *= sign
+    block = curvature.block_diagonal("parameter").blocks[0]
+    curvature.gram.to_dense()
+    runs.clear()
+    found = verbs.weighted_gram_matrix(block.factor, block.factor, p)
+    close(found, V.T @ (p[:, None] * V))
+    assert len(runs) <= 2
+    if sign > 0:
+        x = torch.linspace(-1, 1, 20).double()
+        expected = torch.linalg.solve(block.to_dense() + p.diag(), x)
+        close((block + vl.Diagonal(p)).inv() @ x, expected)
 
 
 class Unseen(nn.Module):

@@ -15,6 +15,7 @@ from vivit_linop.curvature.jacobian import Pullback
 from vivit_linop.net.totals import GramTotal, OuterTotal, RowNorms
 from vivit_linop.operators import verbs
 from vivit_linop.operators.base import TorchLinearOperator
+from vivit_linop.operators.grams import weighted_gram_matrix_of_operator
 from vivit_linop.operators.kronecker import BlockDiagonal
 from vivit_linop.operators.lowrank import LowRank
 from vivit_linop.operators.parts import padded
@@ -86,6 +87,18 @@ def gram_matrix_of_block(left: FactorRows, right: TorchLinearOperator) -> Tensor
     V = left.partition.factor
     total = GramTotal(V, V, left.partition.groups[left.group])
     return sum_columns(V, total).matrix
+
+
+@verbs.weighted_gram_matrix.register
+def weighted_gram_matrix_of_block(
+    left: FactorRows, right: TorchLinearOperator, weights: Tensor
+) -> Tensor:
+    """That of the whole, in which other rows have no weight."""
+    if left is not right:
+        return weighted_gram_matrix_of_operator(left, right, weights)
+    V = left.partition.factor
+    whole = padded(weights.unsqueeze(1), left._index, V.shape[0]).squeeze(1)
+    return verbs.weighted_gram_matrix(V, V, whole)
 
 
 @verbs.outer_matrix.register

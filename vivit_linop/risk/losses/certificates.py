@@ -165,8 +165,9 @@ def checked_sample(
             f"drawn from its likelihood, got {list(drawn.shape)}, "
             f"{'all' if drawn.isfinite().all() else 'not all'} of them finite."
         )
-    if isinstance(loss, OwnLoss):
-        warn_unless_likelihood(loss, output, target)
+    given, *data = loss.of_user(output, target)
+    if isinstance(given, OwnLoss):
+        warn_unless_likelihood(given, *data)
     return drawn
 
 
