@@ -44,13 +44,9 @@ Transform = Callable[[LayerColumns], LayerColumns]
 class BlockSandwich(Product):
     """The product Aᵀ S B of pulled-back columns and a block-diagonal operator.
 
-    Its matrix and the blocks on its diagonal come from the columns in the structure of
-    their layers, where the blocks of S have roots that keep it.
-
-    Args:
-        left: Aᵀ.
-        middle: S, self-adjoint, with one block for each parameter of the risks.
-        right: B.
+    S is self-adjoint, with one block for each parameter of the risks. The matrix and
+    the blocks on its diagonal come from the columns in the structure of their layers,
+    where the blocks of S have roots that keep it.
     """
 
     @property

@@ -310,20 +310,15 @@ def _numbers(risk: EmpiricalRisk, name: str) -> Tensor:
 def _bias_partners(risk: EmpiricalRisk) -> dict[str, str]:
     """Weights of layers and the bias that is added wherever they are used."""
     structure = risk.ranks.led(find_structure, risk)
-    opaque = structure.opaque
-    biases: dict[str, set[str | None]] = {}
-    weights: dict[str, set[str | None]] = {}
-    for _, w, b in structure.uses:
-        if w is not None:
-            biases.setdefault(w, set()).add(b)
-        if b is not None:
-            weights.setdefault(b, set()).add(w)
-    partners: dict[str, str] = {}
-    for w, found in biases.items():
-        (b, *others) = found
-        if b is not None and not others and weights[b] == {w} and b not in opaque:
-            partners[w] = b
-    return partners
+    pairs = dict.fromkeys((w, b) for _, w, b in structure.uses)
+    return {
+        w: b
+        for w, b in pairs
+        if w is not None
+        and b is not None
+        and b not in structure.opaque
+        and all((w == weight) == (b == bias) for weight, bias in pairs)
+    }
 
 
 class EKFAC(_LayerBlocks):

@@ -69,11 +69,6 @@ class _Inputs:
 class KroneckerSums(Total):
     """The factors of all weights, and the exact blocks of small other parameters.
 
-    Args:
-        factor: V.
-        sharing: What is summed over positions.
-        affine: The weights that are joined with a bias.
-
     Attributes:
         factors: The factors by weight.
         outer: The exact blocks by parameter.

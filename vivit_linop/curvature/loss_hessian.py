@@ -281,12 +281,7 @@ class LossHessianSqrt(FactoredOutputOperator):
 
     @classmethod
     def of_draw(cls, hessian: LossHessian, draw: Tensor) -> LossHessianSqrt:
-        """Return the root whose columns were drawn before.
-
-        Args:
-            hessian: H.
-            draw: Those of each sample, row by row, ``[N·C, M]`` or ``[N, C, M, 1]``.
-        """
+        """Return the root of a draw of before, ``[N·C, M]`` or ``[N, C, M, 1]``."""
         node = cls.__new__(cls)
         draw = draw.reshape(-1, draw.shape[-1] if draw.ndim == 2 else draw.shape[-2])
         FactoredOutputOperator.__init__(node, hessian.risk, draw.shape[1])
@@ -360,8 +355,7 @@ class LossHessianSqrt(FactoredOutputOperator):
                 for output, target in zip(risk.outputs, risk.targets(), strict=True)
             )
             ballot.flag = not own
-            exists = own
-        return exists and not ballot.flag
+        return own and not ballot.flag
 
     def coordinates(self, gradient: LossGradient) -> Tensor | None:
         """Return c with ∇ℓ_n = S_n c_n for all samples, ``[N, R]``, or None.

@@ -330,9 +330,7 @@ def _pull_back(
 class BackpackProduct(TorchLinearOperator):
     """A block of ``HMP``, ``GGNMP`` or ``PCHMP``; made by :func:`from_backpack`.
 
-    Args:
-        function: BackPACK's, ``[K, *p] -> [K, *p]``.
-        parameter: The parameter p.
+    By BackPACK's function of a parameter p, ``[K, *p] -> [K, *p]``.
     """
 
     self_adjoint = True

@@ -148,7 +148,8 @@ class Certificate:
 
     def _right_beside(self, samples: Samples, shift: float) -> bool:
         """Whether they are right beside θ, where that may lie on a kink itself."""
-        theta = self._moved(self.risk.model.params, self._direction(), shift)
+        params, dtype = self.risk.model.params, self.risk.dtype
+        theta = self._moved(params, self._direction(), shift, dtype)
         found = self._product(samples, theta, self._x)
         return self._right(samples, theta, found)
 
@@ -350,12 +351,10 @@ class Certificate:
         return [(a - b) / (2 * step) for a, b in zip(*sides, strict=True)]
 
     def _moved(
-        self, theta: Params, x: list[Tensor], h: float, dtype: torch.dtype | None = None
+        self, theta: Params, x: list[Tensor], h: float, dtype: torch.dtype
     ) -> Params:
-        return {
-            name: (p.detach().to(dtype or p.dtype) + h * part.to(dtype or p.dtype))
-            for (name, p), part in zip(theta.items(), x, strict=True)
-        }
+        parts = zip(theta.items(), x, strict=True)
+        return {n: p.detach().to(dtype) + h * part.to(dtype) for (n, p), part in parts}
 
     def _direction(self) -> list[Tensor]:
         """A random vector, in proportion to the parameters."""

@@ -23,11 +23,6 @@ class CrossEntropy(OutputLoss):
     Each of them says ℓ = −Σ_c a_c log p_c with coefficients a ≥ 0 (class weights,
     smoothed or soft labels; zero where the target is ignored). With m = Σ_c a_c the
     gradient is m p − a, the Hessian m (diag(p) − p pᵀ).
-
-    Args:
-        class_weight: ``[C]`` or None.
-        ignore_index: The target that counts for nothing.
-        label_smoothing: Between 0 and 1.
     """
 
     name, tested = "CrossEntropyLoss", True

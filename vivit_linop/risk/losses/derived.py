@@ -168,16 +168,12 @@ def _items(output: Tensor, target: Any) -> tuple[Tensor, Any]:
 
 
 class HessianPart(LossOfAnother):
-    """A loss with the positive or the negative part of each sample's Hessian.
+    """A loss with the positive part of each sample's Hessian; of sign −1 the negative.
 
     With H_n = Q diag(λ) Qᵀ they are Q diag(max(±λ, 0)) Qᵀ: both positive
     semi-definite, and H is their difference. The positive part is the nearest positive
     semi-definite matrix to H_n in the Frobenius norm (Higham 1988, Linear Algebra
     Appl. 103). All else is the loss's own. Its Hessian must have been certified.
-
-    Args:
-        loss: The loss.
-        sign: 1 or −1.
     """
 
     convex = True

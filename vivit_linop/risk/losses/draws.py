@@ -55,11 +55,7 @@ class Draws:
         return Draws(self._seed, first)
 
     def another(self, number: int) -> Draws:
-        """Numbers for the same samples that have nothing to do with these.
-
-        Args:
-            number: Which; 0 for these themselves.
-        """
+        """Others for the same samples, independent of these; these themselves for 0."""
         # The key has 128 bits, of which a seed takes half.
         return Draws(self._seed + (number << 64), self._first)
 
@@ -138,14 +134,9 @@ class LabelDraws:
 
 
 def categories(probabilities: Tensor, uniform: Tensor) -> Tensor:
-    """Draw categories by the inverse of their distribution function.
+    """Draw categories, ``[…, M]``, by the inverse of their distribution function.
 
-    Args:
-        probabilities: ``[…, C]``; they need not sum to 1.
-        uniform: ``[…, M]``, in (0, 1).
-
-    Returns:
-        Numbers of categories, ``[…, M]``.
+    Of probabilities ``[…, C]``, which need not sum to 1, and uniform numbers in (0, 1).
     """
     # In float64: float32 would lose rare ones among many thousands.
     total = probabilities.double().cumsum(-1)
@@ -159,11 +150,7 @@ def counts(rate: Tensor, uniform: Tensor) -> Tensor:
     """Draw counts from Poisson distributions by the inverse distribution function.
 
     Beyond a rate of a million the distribution is the normal one of the same mean and
-    variance, to its own 1e-3.
-
-    Args:
-        rate: The means, on the device of the result.
-        uniform: In their shape, in (0, 1), on the host.
+    variance, to its own 1e-3. Uniform numbers are on the host.
     """
     from scipy.stats import poisson  # imports half of SciPy
 
