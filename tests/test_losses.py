@@ -127,3 +127,53 @@ def test_functions_of_torch_are_their_modules(
     assert vl.GGNFactor(risk).width == vl.GGNFactor(same).width
     with pytest.raises(ValueError, match="'sum' was given"):
         vl.EmpiricalRisk(net, function, (X, y), reduction="sum")
+
+
+TEACHER = nn.Linear(4, 3).double()
+
+
+@pytest.mark.parametrize(
+    ("loss", "target", "function"),
+    [
+        (nn.CrossEntropyLoss(), lambda X: TEACHER(X).softmax(1), F.cross_entropy),
+        (nn.MSELoss(), lambda X: nn.Parameter(X[:, :3]), F.mse_loss),
+        (
+            nn.BCEWithLogitsLoss(),
+            lambda X: TEACHER(X).sigmoid(),
+            F.binary_cross_entropy_with_logits,
+        ),
+        (
+            nn.GaussianNLLLoss(),
+            lambda X: torch.stack([TEACHER(X), X[:, :3]], -1),
+            lambda f, y: F.gaussian_nll_loss(f, y[..., 0], y[..., 1]),
+        ),
+        (
+            vl.losses.Weighted(nn.HuberLoss()),
+            lambda X: (TEACHER(X), X[:, 0]),
+            lambda f, y: (F.huber_loss(f, y[0], reduction="none").mean(1) @ y[1]) / 4,
+        ),
+    ],
+)
+def test_targets_that_require_grad_are_constants(
+    loss: Any, target: Any, function: Any
+) -> None:
+    """Those of a teacher, or parameters: what comes of them has no graph."""
+    net = nn.Sequential(*cases.mlp(4, 5, 3)).double()
+    X = cases.features(4, 4).double().abs() + 0.1
+    y = target(X)
+    plain = tuple(t.detach() for t in y) if isinstance(y, tuple) else y.detach()
+    learnt, known = (vl.EmpiricalRisk(net, loss, (X, of)) for of in (y, plain))
+    gradient = torch.autograd.grad(function(net(X), plain), list(net.parameters()))
+    torch.testing.assert_close(learnt.gradient(), learnt.flatten(gradient))
+    quantities: list[Any] = [
+        lambda risk: vl.LossHessian(risk).to_dense(),
+        lambda risk: vl.PerSampleGradients(risk).to_dense(),
+        lambda risk: vl.EmpiricalFisher(risk).to_dense(),
+        lambda risk: vl.GGN(risk).to_dense(),
+        lambda risk: vl.Hessian(risk).to_dense(),
+    ]
+    for quantity in quantities:
+        found, expected = quantity(learnt), quantity(known)
+        assert not found.requires_grad
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
+    assert all(p.grad is None for p in TEACHER.parameters())

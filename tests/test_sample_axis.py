@@ -317,6 +317,41 @@ def test_nested_tensors(layout: torch.layout) -> None:
     check_products(risk.subset([4, 1]), some)
 
 
+def means(h: Tensor) -> Tensor:
+    return torch.stack([part.mean(0) for part in h.unbind()])
+
+
+@pytest.mark.parametrize(
+    ("forward", "f", "layout"),
+    [
+        (lambda m, X: means(m.f(X).relu()), nn.Linear(3, C), torch.strided),
+        (lambda m, X: means(m.f(X).relu()), nn.Linear(3, C), torch.jagged),
+        (lambda m, X: means(m.f(X) + X), nn.LayerNorm(3), torch.jagged),
+        (lambda m, X: means(m.f(X * X)), nn.RMSNorm(3), torch.jagged),
+        (
+            lambda m, X: means(m.f(X).sin()),
+            nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, C)),
+            torch.jagged,
+        ),
+    ],
+)
+def test_layers_of_nested_tensors(forward: Any, f: Any, layout: torch.layout) -> None:
+    """Parameters meet all samples at once, without an axis of samples."""
+    sets = [randn(k, 3) for k in (2, 3, 1, 2, 4, 2)]
+    torch.manual_seed(1)
+    for p in f.parameters():
+        nn.init.normal_(p)
+    model = Lambda(forward, f=f).double()
+    X = torch.nested.nested_tensor(sets, layout=layout)
+    risk = vl.EmpiricalRisk(model, CE, (X, y))
+
+    def one(X: list[Tensor], i: int) -> tuple[Tensor]:
+        return (torch.nested.nested_tensor([X[i]], layout=layout),)
+
+    check_products(risk, truth_for(model, sets, one, range(N)))
+    check_products(risk.subset([4, 1]), truth_for(model, sets, one, [4, 1]))
+
+
 @pytest.mark.parametrize(
     "layout", [torch.sparse_coo, torch.sparse_csr, torch.sparse_csc]
 )

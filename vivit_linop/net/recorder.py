@@ -133,6 +133,8 @@ class Recorder(TorchFunctionMode):
     ) -> Use | None:
         if not isinstance(result, Tensor) or result.dtype != self._dtype:
             return None  # else a cotangent is not what it is here
+        if any(tensor.is_nested for tensor in tensors((args, kwargs, result))):
+            return None  # samples have no axis, and several shapes
         for signature, kind in readings(func):
             # In the order of their names, also where they came by name.
             names = signature.names

@@ -352,7 +352,7 @@ def iterate(
             raise TypeError(
                 f"data: targets must be real, batch {index} has {leaf.dtype}."
             )
-        leaf = on_device(leaf)
+        leaf = on_device(leaf).detach()  # constants, also those that are learnt
         return leaf.to(dtype) if leaf.is_floating_point() else leaf
 
     # Without waiting, where the memory is pinned. The loader's own thread pins batches
