@@ -382,11 +382,24 @@ MUL = Kind(
         B * X.unsqueeze(1), arguments["weight_shape"]
     ),
 )
+# What is repeated for each sample, as a class token
+EXPAND = Kind(
+    name="expand",
+    signatures=[
+        Signature(
+            functions("expand expand_as broadcast_to"),
+            "input",
+            lambda given: {"bias": given["input"]},
+        )
+    ],
+    samples="broadcast",
+    bias=lambda arguments, B: _sum_repeated(B, arguments["bias_shape"]),
+)
 
 
 for _kind in (
     *(LINEAR, MATVEC, CONV, CONV_TRANSPOSE, EMBEDDING),
     *(LAYER_NORM, RMS_NORM, GROUP_NORM, BATCH_NORM, INSTANCE_NORM),
-    *(ADD, MUL),
+    *(ADD, MUL, EXPAND),
 ):
     register(_kind)

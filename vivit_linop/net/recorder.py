@@ -167,7 +167,7 @@ def _may_move(result: Tensor, given: Any) -> bool:
 
 def _use(kind: Kind, arguments: Arguments, result: Tensor) -> Use | None:
     """The use that a call is, if its kind has rules for the parameters in it."""
-    if not isinstance(arguments.get("input"), Tensor):
+    if not isinstance(arguments.get("input", result), Tensor):
         return None
     for role in ("weight", "bias"):
         if isinstance(parameter := arguments.get(role), (View, Tensor)):
@@ -176,7 +176,7 @@ def _use(kind: Kind, arguments: Arguments, result: Tensor) -> Use | None:
     if (use.weight and not kind.has_weight) or (use.bias and not kind.bias):
         return None
     if use.weight is None:
-        del arguments["input"]  # needed for the columns of weights only
+        arguments.pop("input", None)  # needed for the columns of weights only
     return use
 
 
