@@ -33,7 +33,6 @@ from vivit_linop.net.dense import on_the_batch, one_by_one, vectorised
 from vivit_linop.net.structure import MOST_VARIANTS, Structure, Variant
 from vivit_linop.noise import Noise, nearby
 from vivit_linop.risk.empirical import EmpiricalRisk
-from vivit_linop.risk.model.original import Params
 
 Columns = dict[str, LayerColumns]
 
@@ -262,13 +261,9 @@ class CertifiedColumns:
     ) -> set[str]:
         """Return the parameters whose columns are not those of this run.
 
-        Costs one backward pass, and reading the columns; more only before columns fail
-        that cannot be had in a better way.
-
-        Args:
-            columns: By parameter; one that is missing has zero columns.
-            cotangents: What they were pulled back from, ``[n, C, R]``.
-            names: The parameters to check.
+        They are of cotangents ``[n, C, R]``; missing ones are zero. Costs one backward
+        pass, and reading the columns; more only before columns fail that cannot be had
+        in a better way.
         """
         params, lenient = self._risk.model.params, self._structure.singly
         wanted, made = dict[str, Tensor](), Columns()
@@ -299,12 +294,8 @@ class CertifiedColumns:
         """Return the parameters whose columns are off by no more than rounding.
 
         Rounding is measured: the net is run again where every parameter, and what is
-        pulled back, is off by some units in the last place. That tells nothing of
-        pulled_back that are others at the same parameters.
-
-        Args:
-            pulled_back: Some parts of Jᵀ B w, by parameter.
-            certificate: The one with B w.
+        pulled back, is off by some units in the last place. That tells nothing of parts
+        of Jᵀ B w that are others at the same parameters.
         """
         model = self._risk.model
         frozen = {k: p for k, p in model.constants.items() if k not in model.buffers}
@@ -314,8 +305,11 @@ class CertifiedColumns:
             names = [name for name in noise if name not in right]
             if not names:
                 break
+            at, cotangent = near
             try:
-                found = self._again(names, *near)
+                wanted = [at[name].requires_grad_() for name in names]
+                output = model(at, self._X).reshape(self._capture.output.shape)
+                found = gradients(output, wanted, cotangent)
             # Whatever a net says to parameters that are no longer what they were.
             except Exception as error:
                 if is_out_of_memory(error):
@@ -333,21 +327,11 @@ class CertifiedColumns:
                         right.add(name)
         return right
 
-    def _again(
-        self, names: Sequence[str], at: Params, cotangent: Tensor
-    ) -> list[Tensor]:
-        """Pull a cotangent ``[n, C]`` back to some parameters, on another run."""
-        wanted = [at[name].requires_grad_() for name in names]
-        output = self._risk.model(at, self._X).reshape(self._capture.output.shape)
-        return gradients(output, wanted, cotangent)
-
 
 def known_structure(risk: EmpiricalRisk, alone: bool = False) -> Structure:
     """Return what is known of a net, which may be nothing yet.
 
-    Args:
-        risk: The risk.
-        alone: Whether of runs on one sample, where every axis is of that sample.
+    It may be of runs on one sample alone, where every axis is of that sample.
     """
     return risk.kept.get_everywhere(("structure", alone), Structure)
 

@@ -103,11 +103,7 @@ class Pass:
         self._in_parts = self._passes_by and risk.device.type == "cpu"
 
     def pieces(self, start: int = 0) -> Iterator[list[Piece]]:
-        """Yield pieces, one for each factor.
-
-        Args:
-            start: The sample to start from, the first of a piece.
-        """
+        """Yield pieces, one for each factor, from a sample on that is one's first."""
         ranks = self._risk.ranks
         first, number = ranks.first, 0
         for batch, (X, _) in enumerate(self._risk.batches("columns")):
@@ -360,12 +356,7 @@ class Pass:
 def accumulate(
     factor: Cotangents, totals: Sequence[Total], stored: StoredColumns | None = None
 ) -> StoredColumns | None:
-    """Compute several sums over the columns of one factor together.
-
-    Args:
-        factor: Jᵀ B.
-        totals: What is summed.
-        stored: The columns, if they are there already.
+    """Compute several sums over the columns of one factor, stored or not, together.
 
     Returns:
         All columns (of this process's samples), if they have been in memory together.

@@ -201,13 +201,7 @@ class Preparation:
         )
 
     def _is_rounding(self, slope: Tensor, u: Tensor, pulled_back: Tensor) -> bool:
-        """Whether a difference of two slopes along the probe is no more than rounding.
-
-        Args:
-            slope: ⟨u, J x⟩ − ⟨Jᵀ u, x⟩.
-            u: ``[n C]``.
-            pulled_back: Jᵀ u, ``[D]``, by a backward pass.
-        """
+        """Whether ⟨u, J x⟩ − ⟨Jᵀ u, x⟩, along the probe, is no more than rounding."""
         if not slope.isfinite():
             return False
         size = self._probed()[0].norm()

@@ -203,13 +203,9 @@ class StoredColumns:
 
     @classmethod
     def kept_on(cls, device: torch.device, pieces: Sequence[Piece]) -> Self:
-        """Keep pieces that nobody else needs, on a GPU as one where they can be.
+        """Keep pieces of all samples, in order, whose columns are taken away.
 
-        There each would take launches of its own in every product.
-
-        Args:
-            device: Where they are.
-            pieces: Those of all samples, in order; their columns are taken away.
+        On a GPU as one where they can be: there each would take launches of its own.
         """
         first, *others = pieces
         alike = device.type != "cpu" and all(map(first.can_be_followed_by, others))

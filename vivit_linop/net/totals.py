@@ -329,8 +329,7 @@ class SampleRowNorms(Total):
 
     def finish(self, ranks: Ranks) -> None:
         """List by sample."""
-        own = self.norms
-        self.norms = ranks.listed(lambda: own)
+        self.norms = ranks.listed(lambda: self.norms)
 
 
 class SampleGrams(Total):
@@ -363,8 +362,7 @@ class SampleGrams(Total):
 
     def finish(self, ranks: Ranks) -> None:
         """List by sample."""
-        own = self.matrices
-        self.matrices = ranks.listed(lambda: own)
+        self.matrices = ranks.listed(lambda: self.matrices)
 
 
 def own_samples(piece: Piece, first: int) -> slice:
@@ -399,5 +397,4 @@ class ColumnNorms(Total):
 
     def finish(self, ranks: Ranks) -> None:
         """List by sample."""
-        own = self.norms
-        self.norms = ranks.listed(lambda: own)
+        self.norms = ranks.listed(lambda: self.norms)

@@ -43,13 +43,11 @@ class SharedCotangents:
     """What columns with the same cotangents, as of a weight and a bias, compute once.
 
     Attributes:
-        squares: |b_nr|², ``[n, R, G]``.
-        norms: |b_nr| where there is one group, ``[n, R]``.
+        norms: |b_nr|, ``[n, R, G]``.
         outer: Σ b bᵀ, ``[G, b, b]``, not written into while the columns are used.
         combined: The last weights, and Σ_r w_nr b_nr, for the others to take.
     """
 
-    squares: Tensor | None = None
     norms: Tensor | None = None
     outer: Tensor | None = None
     combined: tuple[Tensor, Tensor] | None = None
@@ -240,13 +238,8 @@ class KhatriRaoColumns(OuterSums):
     def sizes(self) -> Tensor:
         """√Σ_p |a_np|² |b_nrp|²."""
         if self._is_plain:
-            shared = self.cotangents_key
-            norms = shared.norms if isinstance(shared, SharedCotangents) else None
-            if norms is None:
-                norms = torch.linalg.vector_norm(self.cotangents, dim=(2, 3, 4))
-            if isinstance(shared, SharedCotangents):
-                shared.norms = norms
-            return norms * torch.linalg.vector_norm(self.inputs, dim=(1, 2))
+            inputs = torch.linalg.vector_norm(self.inputs, dim=(1, 2))
+            return self._norms().squeeze(2) * inputs
         if self._unmade is not None:
             inputs = self._unmade.squared_norms(self._groups)
         else:
@@ -256,15 +249,21 @@ class KhatriRaoColumns(OuterSums):
         products = cotangents.reshape(n, R, -1) @ inputs.reshape(n, -1, 1)
         return products.squeeze(2).sqrt()
 
+    def _norms(self) -> Tensor:
+        """|b_nr| of one position, ``[n, R, G]``."""
+        shared = self.cotangents_key
+        norms = shared.norms if isinstance(shared, SharedCotangents) else None
+        if norms is None:
+            norms = torch.linalg.vector_norm(self.cotangents, dim=(3, 4))
+            if isinstance(shared, SharedCotangents):
+                shared.norms = norms
+        return norms
+
     def _squares(self) -> Tensor:
         """|b_nrp|², ``[n, R, G, P]``."""
-        shared = self.cotangents_key
-        if not isinstance(shared, SharedCotangents):
-            return self._summed_squares(self.cotangents, 3)
-        if shared.squares is None:  # of one position
-            norms = torch.linalg.vector_norm(self.cotangents.squeeze(4), dim=3)
-            shared.squares = norms.square()
-        return shared.squares.unsqueeze(3)
+        if self.positions == 1:
+            return self._norms().square().unsqueeze(3)
+        return self._summed_squares(self.cotangents, 3)
 
     def _summed_squares(self, factor: Tensor, dim: int) -> Tensor:
         """Σ of squares along an axis, where torch's own norms are slow."""
@@ -284,10 +283,11 @@ class KhatriRaoColumns(OuterSums):
         All rows would take as long as the gradient of the weight.
         """
         few = self.num_samples * self.positions * self.numel <= _FEW_PRODUCTS
+        combined = self._combined(weights)
         if few or min(self._a, self._b) <= 2 * _SKETCH_ROWS:
-            return self.combination(weights) - expected
+            return self.with_cotangents(combined).entry_sums() - expected
         mixing = _mixing(self._b, expected.dtype, expected.device)
-        mixed = torch.einsum("kb,nrgbp->nrgkp", mixing, self._combined(weights))
+        mixed = torch.einsum("kb,nrgbp->nrgkp", mixing, combined)
         if self._norms_follow and self._unmade is not None:
             self._squared, total = self._norms_and_sums(_near(), mixed.squeeze(1))
             sums = self._laid_out(total)
