@@ -88,7 +88,19 @@ def test_from_scipy_in_expressions() -> None:
     assert close(A.diagonal(), torch.from_numpy(array).diagonal().to(A.device))
 
 
+@pytest.mark.parametrize("dtype", [np.float16, np.int32, np.uint8, bool, np.longdouble])
+def test_other_real_dtypes_of_scipy_become_float64(dtype: Any) -> None:
+    array = np.arange(12).reshape(3, 4).astype(dtype)
+    A = vl.from_scipy(aslinearoperator(array))
+    check_operator(A, torch.from_numpy(array.astype(np.float64)))
+
+
 def test_from_scipy_of_what_it_cannot_take() -> None:
+    with pytest.raises(ValueError, match=r"^self_adjoint: .*\(2, 3\) is not square"):
+        vl.from_scipy(np.ones((2, 3)), self_adjoint=True)
+    turned = LinearOperator((3, 3), matvec=lambda x: 1j * x, dtype=float)
+    with pytest.raises(TypeError, match=r"^op: its products are complex"):
+        vl.from_scipy(turned) @ torch.ones(3)
     with pytest.raises(TypeError, match="complex"):
         vl.from_scipy(np.eye(3, dtype=complex))
     with pytest.raises(TypeError):

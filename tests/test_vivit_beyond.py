@@ -130,8 +130,23 @@ def test_projectors_make_columns_orthonormal() -> None:
     close(P_A, A @ torch.linalg.solve(A.T @ A, A.T))
 
 
+@pytest.mark.parametrize("sizes", [(1e-30, 1.0), (1e30, 1e-30), (1e35, 1e35)], ids=str)
+def test_projectors_of_columns_of_any_size(sizes) -> None:
+    """Of float32, whose squares of these are zero or infinite."""
+    A = torch.randn(D, 2, generator=torch.Generator().manual_seed(0))
+    wide = A.double()
+    expected = wide @ torch.linalg.solve(wide.T @ wide, wide.T)
+    found = vl.projector(A * torch.tensor(sizes)).to_dense()
+    close(found.double(), expected, 1e-5)
+
+
 def test_wrong_directions_of_projectors() -> None:
     column = torch.rand(D, 1, dtype=F64)
+    for wrong in (column[:, :0], column * torch.nan, column * torch.inf):
+        with pytest.raises(ValueError, match=r"^directions: "):
+            vl.projector(wrong)
+    with pytest.raises(TypeError, match=r"^directions: float32 or float64"):
+        vl.projector(column.half())
     with pytest.raises(ValueError, match="linearly dependent"):
         vl.projector(torch.cat([column, 2 * column], dim=1))
     with pytest.raises(ValueError, match="directions"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vivit_linop.arguments import check_flag
+from vivit_linop.arguments import check_flag, check_has_values
 from vivit_linop.modes import ordinary_mode
 from vivit_linop.operators.base import TorchLinearOperator
 from vivit_linop.operators.eigenpairs import Eigenpairs
@@ -61,14 +61,19 @@ def projector(
 
 
 def _orthonormal(columns: Tensor) -> Tensor:
-    if columns.ndim != 2 or columns.shape[0] < columns.shape[1]:
+    if columns.ndim != 2 or not 1 <= columns.shape[1] <= columns.shape[0]:
         raise ValueError(
-            f"directions: columns [D, K] with K at most D, got {list(columns.shape)}."
+            f"directions: columns [D, K] with K from 1 to D, got {list(columns.shape)}."
         )
-    if not columns.is_floating_point():
-        raise TypeError(
-            f"directions: must be real floating point, got {columns.dtype}."
-        )
+    if columns.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"directions: float32 or float64, got {columns.dtype}.")
+    check_has_values(columns, "directions: a tensor")
+    if not columns.isfinite().all():
+        raise ValueError("directions: hold NaN or Inf.")
+    # Of a size whose square is a number.
+    columns = columns / columns.abs().amax(0, keepdim=True).clamp(
+        min=torch.finfo(columns.dtype).tiny
+    )
     Q, R = torch.linalg.qr(columns)
     heights = R.diagonal().abs()
     eps = torch.finfo(columns.dtype).eps

@@ -31,7 +31,8 @@ def from_scipy(
         device: Where products with tensors come out.
 
     Raises:
-        TypeError: If it is no linear operator, or complex.
+        TypeError: If it is no linear operator, or complex, or its products are.
+        ValueError: If it is said to equal its adjoint, and is not square.
 
     Example:
         >>> import torch, vivit_linop as vl
@@ -67,6 +68,10 @@ class ScipyOperator(TorchLinearOperator):
         self.operator = operator
         self.self_adjoint = self_adjoint
         rows, columns = operator.shape
+        if self_adjoint and rows != columns:
+            raise ValueError(
+                f"self_adjoint: an operator of shape {(rows, columns)} is not square."
+            )
         super().__init__(
             (rows, columns), torch.float32 if single else torch.float64, device
         )
@@ -84,6 +89,10 @@ class ScipyOperator(TorchLinearOperator):
 
     def _through_numpy(self, function: Callable[..., Any], X: Tensor) -> Tensor:
         product = function(np.ascontiguousarray(X.cpu().numpy()))
+        if np.iscomplexobj(product):
+            raise TypeError(
+                f"op: its products are {product.dtype}, it says {self.operator.dtype}."
+            )
         # A copy: a product may be what went in.
-        array = np.array(product, order="C")
+        array = np.array(product, dtype=self.dtype, order="C")
         return torch.from_numpy(array).to(X.device, self.torch_dtype)
