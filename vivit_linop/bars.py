@@ -20,24 +20,16 @@ def is_log() -> bool:
 
 
 def bar(*items: Any, **given: Any) -> tqdm:
-    """Return a bar of tqdm, which in a log says something every ten seconds at most.
-
-    Args:
-        items: What it is to go through, if anything.
-        given: Arguments of ``tqdm``.
-    """
+    """Return a bar of tqdm, which in a log says something every ten seconds at most."""
     if is_log():
         given |= {"delay": _LOG_SECONDS, "mininterval": _LOG_SECONDS}
     return tqdm(*items, **given)
 
 
 def shown(items: Iterable[Item], what: str, total: int) -> Iterator[Item]:
-    """Yield batches, behind a bar that goes away at the end.
+    """Yield batches, ``total`` or 0 if unknown, behind a bar that goes away at the end.
 
-    Args:
-        items: The batches.
-        what: What the pass is for.
-        total: How many there are, 0 if that is not known.
+    It says what they are for.
     """
     with bar(items, desc=what, total=total or None, unit="batch", leave=False) as seen:
         yield from seen

@@ -10,16 +10,7 @@ from vivit_linop.extras import extra
 
 
 def axes_for(ax: Any | None, x: str, y: str) -> Any:
-    """Return matplotlib axes with labels, those given or new ones.
-
-    Args:
-        ax: Axes, or None for those of a new figure.
-        x: The label of the abscissa, where there is none.
-        y: That of the ordinate.
-
-    Raises:
-        ModuleNotFoundError: Without matplotlib.
-    """
+    """Return matplotlib axes, those given or new ones, with labels where none are."""
     if ax is None:
         with extra("plot"):
             from matplotlib import pyplot

@@ -49,12 +49,9 @@ def check_place(path: str | os.PathLike[str]) -> Path:
 def write(content: Any, path: str | os.PathLike[str]) -> None:
     """Write a file, in place of one of that name only when it is complete and on disk.
 
-    One that is there keeps its permissions. Whoever writes at the same time writes a
-    file of his own: the last one stays.
-
-    Args:
-        content: Tensors, numbers and strings in dictionaries.
-        path: The file.
+    Of tensors, numbers and strings in dictionaries. One that is there keeps its
+    permissions. Whoever writes at the same time writes a file of his own: the last one
+    stays.
 
     Raises:
         OSError: As :func:`check_place`; if there is no room.
@@ -92,10 +89,6 @@ def _sync_folder(folder: Path) -> None:
 
 def read(path: str | os.PathLike[str], device: torch.device) -> Any:
     """Read what :func:`write` wrote, to the last bit.
-
-    Args:
-        path: The file.
-        device: Where its tensors go.
 
     Raises:
         OSError: If it cannot be opened.

@@ -21,6 +21,7 @@ from torch.compiler import is_dynamo_compiling
 
 from vivit_linop.checkpoints import RECOMPUTED
 from vivit_linop.ranks.alone import Ranks
+from vivit_linop.ranks.messages import name_of
 
 P = ParamSpec("P")
 Result = TypeVar("Result")
@@ -88,7 +89,7 @@ class ordinary_mode:
                 with _PRECISE.lock:
                     precise = not _PRECISE.undo and not _reduced()
             if Ranks.are_many and not _HERE.depth:
-                with _shared(args, kwargs, function.__qualname__), ordinary_mode():
+                with _shared(function, args, kwargs), ordinary_mode():
                     result = function(*args, **kwargs)
             elif precise and not _to_leave():
                 # As nearly always, and sooner than to enter a context.
@@ -138,14 +139,15 @@ class ordinary_mode:
 
 
 def _shared(
-    args: Sequence[Any], named: dict[str, Any], what: str
+    function: Callable[..., Any], args: Sequence[Any], named: dict[str, Any]
 ) -> contextlib.AbstractContextManager[object]:
     """A call that all processes make which share what it is given, if any do."""
     given = [*args, *named.values()]
-    told = [given for given in given if isinstance(given, (int, float, str))]
     each = [getattr(getattr(x, "risk", x), "ranks", None) for x in given]
-    many = [ranks for ranks in each if isinstance(ranks, Ranks) and ranks.is_many]
-    return many[0].called(f"{what} {told}") if many else contextlib.nullcontext()
+    for ranks in each:
+        if isinstance(ranks, Ranks) and ranks.is_many:
+            return ranks.called(name_of(function, given))
+    return contextlib.nullcontext()
 
 
 def _to_leave() -> list[contextlib.AbstractContextManager[object]]:

@@ -145,17 +145,17 @@ class _Battery:
         array = _array(x)
         spread = np.zeros(2 * n, dtype=self.np_dtype)
         spread[::2] = array
-        self.compare("op @ non-contiguous array", self.op @ spread[::2], self.A, x)
-        reverse = array[::-1].copy()[::-1]
-        self.compare("op @ negative strides", self.op @ reverse, self.A, x)
-        frozen = array.copy()
+        frozen, X = array.copy(), self.draw(n, 3)
         frozen.flags.writeable = False
-        self.compare("op @ read-only array", self.op @ frozen, self.A, x)
-        X = self.draw(n, 3)
-        fortran = np.asfortranarray(_array(X))
-        self.compare("op @ column-major array", self.op @ fortran, self.A, X)
-        self.compare("op @ transposed tensor", self.op @ X.T.contiguous().T, self.A, X)
-        self.compare("op @ list", self.op @ array.tolist(), self.A, x)
+        for what, given, same in (
+            ("non-contiguous array", spread[::2], x),
+            ("negative strides", array[::-1].copy()[::-1], x),
+            ("read-only array", frozen, x),
+            ("column-major array", np.asfortranarray(_array(X)), X),
+            ("transposed tensor", X.T.contiguous().T, X),
+            ("list", array.tolist(), x),
+        ):
+            self.compare(f"op @ {what}", self.op @ given, self.A, same)
         for numbers in (torch.arange(n) - 1, torch.arange(n) % 2 == 0):
             expected, kind = numbers.to(self.op.device).double(), numbers.dtype
             self.compare(f"op @ {kind}", self.op @ numbers, self.A, expected)
@@ -223,19 +223,16 @@ class _Battery:
     def mixed_with_scipy(self) -> None:
         m, n = self.A.shape
         x = self.draw(n)
-        array = _array(x)
         B = self.draw(m, n).double()
         other = aslinearoperator(_array(B.to(self.dtype)))
-        both = self.A + B
-        self.compare("(op + scipy) @ numpy", (self.op + other) @ array, both, x)
-        self.compare("(scipy + op) @ numpy", (other + self.op) @ array, both, x)
-        self.compare(
-            "(scipy.T @ op) @ numpy", (other.T @ self.op) @ array, B.T @ self.A, x
-        )
-        y = self.draw(m)
-        self.compare(
-            "(op @ scipy.T) @ numpy", (self.op @ other.T) @ _array(y), self.A @ B.T, y
-        )
+        y, both = self.draw(m), self.A + B
+        for what, mixed, A, z in (
+            ("op + scipy", self.op + other, both, x),
+            ("scipy + op", other + self.op, both, x),
+            ("scipy.T @ op", other.T @ self.op, B.T @ self.A, x),
+            ("op @ scipy.T", self.op @ other.T, self.A @ B.T, y),
+        ):
+            self.compare(f"({what}) @ numpy", mixed @ _array(z), A, z)
 
     def gradients(self) -> None:
         m, n = self.A.shape

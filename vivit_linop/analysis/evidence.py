@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vivit_linop.analysis.predictive import check_square
-from vivit_linop.arguments import as_real_numbers
+from vivit_linop.arguments import as_real_numbers, as_scalar
 from vivit_linop.curvature import EKFAC, KFAC
 from vivit_linop.linalg.diagonal_damping import LogDet
 from vivit_linop.modes import ordinary_mode
@@ -125,16 +125,12 @@ def posterior_precision(
     likelihood_curvature = scale(curvature, 1.0 / risk.reduction_factor)
     whole: TorchLinearOperator
     if precision.ndim == 0:
-        whole = damp(likelihood_curvature, _scalar(precision))
+        whole = damp(likelihood_curvature, as_scalar(precision))
     else:
         whole = add(likelihood_curvature, Diagonal(precision))
     if isinstance(whole, Diagonal):
         _check_definite(whole)
     return whole
-
-
-def _scalar(precision: Tensor) -> float | Tensor:
-    return precision if precision.requires_grad else precision.item()
 
 
 def _log_det(
@@ -143,7 +139,7 @@ def _log_det(
     """Return log det(A + P), with derivatives in P."""
     value: Tensor
     if precision.ndim == 0:
-        whole = damp(operator, _scalar(precision))
+        whole = damp(operator, as_scalar(precision))
         value = logdet(whole)
     else:
         try:

@@ -56,8 +56,6 @@ class Predictive(Moments):
     """The distribution of the outputs of a linearised net: a pair of its moments.
 
     Attributes:
-        mean: ``[N*, C]``.
-        covariance: ``[N*, C, C]``.
         loss: What says which probabilities outputs stand for.
         shape: That of a sample's outputs, ``[C]`` or with C entries.
     """
@@ -255,7 +253,8 @@ class Laplace:
 
         Args:
             X: A batch of inputs, or a list or loader of batches; without targets.
-            options: What else :class:`EmpiricalRisk` takes by name, of how to read X.
+            options: What else :class:`EmpiricalRisk` takes by name, of how to read X:
+                ``sample_axis=`` where samples are not along the first axis.
 
         Example:
             >>> import torch, vivit_linop as vl

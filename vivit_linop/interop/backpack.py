@@ -100,14 +100,11 @@ def _of_results(results: Sequence[Left]) -> TorchLinearOperator:
         )
         if shapes_match and leading == {0}:
             return Diagonal(torch.cat([value.detach().flatten() for value in values]))
-        if shapes_match and leading == {1}:
-            return Dense(
-                torch.cat([value.detach().flatten(1) for value in values], dim=1).T
-            )
-        if shapes_match and leading == {2}:
-            by_sample = [value.detach().transpose(0, 1) for value in values]
-            rows = [value.flatten(0, 1).flatten(1) for value in by_sample]
-            return Dense(torch.cat(rows, dim=1).T)
+        if shapes_match and leading in ({1}, {2}):
+            rows = [value.detach() for value in values]
+            if leading == {2}:  # samples come second
+                rows = [value.transpose(0, 1).flatten(0, 1) for value in rows]
+            return Dense(torch.cat([value.flatten(1) for value in rows], dim=1).T)
     raise TypeError(
         "quantity: is neither a diagonal, columns, Kronecker factors nor a product "
         f"with a block; parameter {list(parameters[0].shape)} holds "

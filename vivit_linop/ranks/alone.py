@@ -116,13 +116,7 @@ class Ranks:
     def shifted(
         self, items: Iterator[Result], distance: int, use: Callable[[Result], None]
     ) -> None:
-        """Use what another rank iterates over, while the one before gets one's own.
-
-        Args:
-            items: Objects with tensors in them.
-            distance: Takes those of this rank + distance, modulo their number.
-            use: What to do with each.
-        """
+        """Use what this rank + distance iterates over, objects with tensors in them."""
         for item in items:
             use(item)
 
@@ -137,11 +131,8 @@ class Ranks:
     def together(self, what: str, *inputs: Tensor) -> AbstractContextManager[Ballot]:
         """Do what all ranks do at the same time, each for itself; then vote.
 
-        An error on one of them is then an error on all of them.
-
-        Args:
-            what: What it is.
-            *inputs: What must be the same on all ranks.
+        An error on one of them is then an error on all of them. All do the same with
+        the same inputs.
         """
         return nullcontext(Ballot())
 
@@ -155,13 +146,7 @@ ALONE = Ranks()
 
 
 class RankRows:
-    """A matrix ``[N·R, Q]`` over the ranks.
-
-    Args:
-        ranks: The ranks.
-        own: The rows of this one's samples, ``[n·R, Q]``.
-        first: The number of the first of them.
-    """
+    """A matrix ``[N·R, Q]`` over the ranks, of which ``own`` are this one's rows."""
 
     def __init__(self, ranks: Ranks, own: Tensor, first: int) -> None:
         self._ranks, self.own, self._first = ranks, own, first

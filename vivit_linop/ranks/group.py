@@ -78,11 +78,7 @@ def as_ranks(group: Any) -> Ranks:
 
 
 class Group(Ranks):
-    """The ranks of a process group.
-
-    Args:
-        group: The group, of more than one process.
-    """
+    """The ranks of a process group, of more than one process."""
 
     is_many = True
 

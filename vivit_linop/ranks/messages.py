@@ -122,12 +122,7 @@ def like(kind: str) -> type[RankError]:
 
 
 def name_of(function: Callable[..., Any], inputs: Sequence[Any] = ()) -> str:
-    """How a call is named in messages: not the same with other numbers.
-
-    Args:
-        function: What is called; a partial has arguments of its own.
-        inputs: Its arguments, of which numbers, names and flags are told.
-    """
+    """How a call is named in messages: not the same with other numbers and words."""
     if isinstance(function, functools.partial):
         inputs = (*function.args, *function.keywords.values(), *inputs)
         function = function.func

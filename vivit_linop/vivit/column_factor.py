@@ -15,12 +15,7 @@ from vivit_linop.devices import fresh
 from vivit_linop.net.columns.base import DenseColumns, LayerColumns, mirror
 from vivit_linop.net.pieces import Piece, StoredColumns
 from vivit_linop.operators.base import TorchLinearOperator
-from vivit_linop.operators.verbs import (
-    gram_matrix,
-    outer_matrix,
-    row_norms_squared,
-    to_dense,
-)
+from vivit_linop.operators.verbs import gram_matrix, to_dense
 
 
 class ColumnFactor(TorchLinearOperator):
@@ -31,8 +26,8 @@ class ColumnFactor(TorchLinearOperator):
 
     Args:
         columns: Those of each parameter, in the order of the rows.
-        dtype: Their dtype.
-        device: Their device.
+        dtype: That of the columns.
+        device: Likewise.
         memory: The bytes that temporaries of a Gram matrix may take.
     """
 
@@ -92,19 +87,6 @@ def gram_matrix_of_columns(left: ColumnFactor, right: TorchLinearOperator) -> Te
     if left is right:
         mirror(gram)
     return gram
-
-
-@outer_matrix.register
-def outer_matrix_of_columns(factor: ColumnFactor) -> Tensor:
-    """Form the columns."""
-    dense = to_dense(factor)
-    return dense @ dense.T
-
-
-@row_norms_squared.register
-def row_norms_of_columns(op: ColumnFactor) -> Tensor:
-    """One parameter after the other is formed."""
-    return torch.cat([part.rows().square().sum(0) for part in op.columns])
 
 
 @to_dense.register

@@ -48,14 +48,7 @@ Result = TypeVar("Result")
 
 
 class _Computation(ABC, Generic[Result]):
-    """What the four computations have in common.
-
-    Args:
-        subsampling: The samples of the GGN, by the name of the argument.
-        mc_samples: The number of Monte-Carlo samples, by the name of the argument.
-        others: Further lists of samples, by name.
-        verbose: Whether to print what happens.
-    """
+    """What the four computations have in common; arguments come with their names."""
 
     _keys: tuple[str, ...] = ("params", "criterion")
 

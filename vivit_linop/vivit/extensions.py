@@ -247,11 +247,8 @@ def layer_records(
 ) -> BackpropExtension:
     """Return an extension that records the layers of a backward pass.
 
-    Args:
-        mc_samples: The number of Monte-Carlo samples; 0 for the exact S.
-        subsampling: The samples that S is of; all if None.
-        checked: All lists of samples, by the names of their arguments.
-        at_rank: Whether the exact S of a cross-entropy may have a column less.
+    All lists of samples are checked, by the names of their arguments. ``at_rank`` is
+    whether the exact S of a cross-entropy may have a column less.
     """
     if subsampling is None:
         return _of_all_samples(mc_samples, at_rank).again(checked)

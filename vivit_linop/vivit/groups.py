@@ -76,15 +76,9 @@ class Block:
 class GroupsHook:
     """An extension hook that sorts the records of layers into blocks.
 
-    A pass begins at the loss: there all that an earlier pass has left is forgotten.
-
-    Args:
-        blocks: The blocks.
-        begin: Called where a pass begins.
-        collect: Makes what is kept out of the records of a module's parameters that
-            are in one block, for each of them.
-        finish: Called with a block when it is complete.
-        verbose: Whether to print what happens.
+    A pass begins at the loss: there all that an earlier pass has left is forgotten, and
+    ``begin`` is called. ``collect`` makes what is kept out of the records of a module's
+    parameters that are in one block, for each of them; ``finish`` gets complete blocks.
     """
 
     def __init__(
