@@ -13,6 +13,7 @@ from vivit_linop.modes import is_followed
 from vivit_linop.operators.base import TorchLinearOperator
 from vivit_linop.operators.eigenpairs import Eigendecomposition, Eigenpairs
 from vivit_linop.operators.lowrank import Gram, LowRank
+from vivit_linop.operators.scipy_base import LinearOperator
 from vivit_linop.operators.symmetric import (
     Tridiagonal,
     largest_eigenpairs,
@@ -128,11 +129,14 @@ class GramEigenpairs(Eigenpairs):
         combined = (self.coefficients @ weights).unsqueeze(1)
         return self.operator.factor.apply(combined).squeeze(1)
 
-    def _components(self, factor: TorchLinearOperator) -> Tensor:
+    def _components(self, factor: LinearOperator) -> Tensor:
         """Through the (cross-)Gram matrix."""
+        if not isinstance(factor, TorchLinearOperator):
+            return super()._components(factor)
         if factor is self.operator.factor:
             return self.operator.gram.times(self.coefficients)
-        return Gram(factor, self.operator.factor).times(self.coefficients)
+        gram = Gram(factor, self.operator.factor)
+        return gram.times(self.coefficients.to(gram.torch_dtype))
 
 
 class DenseDecomposition(Eigendecomposition):

@@ -15,7 +15,13 @@ from vivit_linop.arguments import Scalar
 from vivit_linop.linalg.decompositions import GramEigenpairs, gram_rounding_error
 from vivit_linop.linalg.iterative import IterativeWoodbury
 from vivit_linop.operators.base import TorchLinearOperator
-from vivit_linop.operators.damped import Damped, DampedDense, DampedInverse
+from vivit_linop.operators.damped import (
+    Damped,
+    DampedDense,
+    DampedInverse,
+    DiagonallyDamped,
+    DiagonalWoodbury,
+)
 from vivit_linop.operators.dispatch import no_inverse
 from vivit_linop.operators.elementary import (
     Adjoint,
@@ -127,12 +133,8 @@ def inverse_of_kronecker(op: Kronecker) -> Op:
 def inverse_of_corrected_kronecker(op: CorrectedKronecker) -> Op:
     """Of eigenvalues that are squares, of numbers with rounding errors."""
     sizes = op.eigenvalues.abs()
-    accuracy = max(10.0, len(sizes) ** 0.5) * torch.finfo(op.torch_dtype).eps
-    if not (sizes > accuracy**2 * sizes.norm()).all():
-        raise ValueError(
-            "inv: the operator is singular, or but for rounding in "
-            f"{op.torch_dtype}. Add damping: (A + delta * Identity(n)).inv()."
-        )
+    if not (sizes > _accuracy(op) ** 2 * sizes.norm()).all():
+        raise _singular(op)
     return damped_inv(op, 0.0)
 
 
@@ -261,8 +263,24 @@ def damped_inverse_of_corrected_kronecker(
 ) -> Op:
     """Positive definite for δ > 0 where Λ is but for rounding."""
     evals = without_noise(op.eigenvalues) if damping > 0.0 else op.eigenvalues
-    inverse = inv(Diagonal(evals + damping))
-    return CorrectedKronecker(op.basis, diagonal(inverse))
+    sums = evals + damping
+    # What a δ of the other sign leaves of an eigenvalue that is known up to rounding.
+    left = torch.where(evals * damping < 0.0, sums.abs(), torch.inf)
+    if left.min() <= _accuracy(op) * evals.abs().max():
+        raise _singular(op)
+    return CorrectedKronecker(op.basis, diagonal(inv(Diagonal(sums))))
+
+
+def _accuracy(op: Op) -> float:
+    """What rounding may do to an eigenvalue, relative to the largest."""
+    return max(10.0, op.shape[0] ** 0.5) * torch.finfo(op.torch_dtype).eps
+
+
+def _singular(op: Op) -> ValueError:
+    return ValueError(
+        f"inv: the operator is singular, or but for rounding in {op.torch_dtype}. Add "
+        "damping: (A + delta * Identity(n)).inv()."
+    )
 
 
 def _check_parts(parts: Sequence[Op], what: str) -> None:
@@ -287,8 +305,7 @@ def pinv_of_operator(op: TorchLinearOperator, rcond: float | None = None) -> Op:
 
 def _of_eigenpairs(op: Op, rcond: float | None) -> Op:
     """E Λ⁻¹ Eᵀ over the eigenvalues that are not zero."""
-    if rcond is None:
-        rcond = max(10.0, op.shape[0] ** 0.5) * torch.finfo(op.torch_dtype).eps
+    rcond = _accuracy(op) if rcond is None else rcond
     evals, evecs = eigh(op, rcond=rcond)
     if not len(evals):
         return _zero(op)
@@ -318,16 +335,16 @@ def pinv_of_low_rank(op: LowRank, rcond: float | None = None) -> Op:
 
 @pinv.register
 def pinv_of_dense(op: Dense | DampedDense, rcond: float | None = None) -> Op:
-    rtol = rcond or max(op.shape) * torch.finfo(op.torch_dtype).eps
-    found = partial(torch.linalg.pinv, rtol=rtol, hermitian=op.self_adjoint)
+    if rcond is None:
+        rcond = max(op.shape) * torch.finfo(op.torch_dtype).eps
+    found = partial(torch.linalg.pinv, rtol=rcond, hermitian=op.self_adjoint)
     return dense_over(op.ranks, op.ranks.led(found, op.matrix))
 
 
 @pinv.register
 def pinv_of_gram(op: Gram, rcond: float | None = None) -> Op:
     """Rounding errors of a Gram matrix are those of its eigenvalues."""
-    if rcond is None:
-        rcond = max(10.0, op.shape[0] ** 0.5) * torch.finfo(op.torch_dtype).eps
+    rcond = _accuracy(op) if rcond is None else rcond
     return pinv_of_dense(as_dense(op), rcond)
 
 
@@ -343,11 +360,24 @@ def pinv_of_diagonal(op: Diagonal, rcond: float | None = None) -> Op:
 
 @pinv.register
 def pinv_of_regular(
-    op: Identity | Damped | DampedInverse | DenseInverse | Woodbury | DampedRoot,
+    op: Identity
+    | Damped
+    | DampedInverse
+    | DampedRoot
+    | DenseInverse
+    | DiagonallyDamped
+    | DiagonalWoodbury
+    | Woodbury,
     rcond: float | None = None,
 ) -> Op:
-    """What is not singular."""
-    return inv(op)
+    """What is not singular, unless eigenvalues are to count as zero."""
+    if rcond is None:
+        return inv(op)
+    if not op.self_adjoint:
+        return pinv_of_operator(op, rcond)
+    sizes = eigvalsh(op).abs()
+    regular = sizes.min() > rcond * sizes.max()
+    return inv(op) if regular else _of_eigenpairs(op, rcond)
 
 
 @pinv.register

@@ -20,7 +20,7 @@ from vivit_linop.operators.dispatch import NoClosedForm
 from vivit_linop.operators.elementary import Diagonal, Sum
 from vivit_linop.operators.kronecker import BlockDiagonal
 from vivit_linop.operators.lowrank import Woodbury
-from vivit_linop.operators.verbs import add, damp, inv, scale, solver
+from vivit_linop.operators.verbs import add, damp, eigvalsh, inv, scale, solver
 
 Solve = Callable[[np.ndarray, float], tuple[np.ndarray, int]]
 
@@ -268,6 +268,8 @@ def preconditioner_of_sum(op: Sum) -> TorchLinearOperator | None:
     if not (entries > 0.0).all():
         return None
     try:
-        return inv(damp(reduce(add, others), entries.mean().item()))
-    except (NoClosedForm, ValueError):
+        M = inv(damp(reduce(add, others), entries.mean().item()))
+        # Iterations for symmetric operators take no other.
+        return M if not op.self_adjoint or eigvalsh(M).min() > 0.0 else None
+    except (TypeError, ValueError):
         return None

@@ -128,6 +128,12 @@ def _arpack(
         evals, evecs = eigsh(A, k, which=which, tol=tol, v0=v0, maxiter=restarts)
     except ArpackNoConvergence as error:
         raise NotConverged(len(error.eigenvalues)) from error
+    except ArpackError:
+        if A.matvec(v0).any():
+            raise
+        # Of a vector without an image ARPACK knows no way on, as of the operator 0.
+        most = restarts or 10 * len(v0)
+        return lanczos(_product_with(A), torch.from_numpy(v0), k, which, tol, most)
     # ARPACK takes eigenvalues to be at least that large, and is content too soon.
     least = np.finfo(A.dtype).eps ** (2 / 3)
     if abs(evals).max() < least:

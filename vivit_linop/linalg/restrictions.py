@@ -34,7 +34,6 @@ from vivit_linop.operators.verbs import (
     column_pieces,
     damp,
     diagonal,
-    gram,
     gram_blocks,
     gram_matrix,
     inv,
@@ -214,6 +213,7 @@ def outer_matrix_of_rows(factor: Rows) -> Tensor:
     k = factor.shape[0]
     total = torch.zeros(k, k, dtype=factor.torch_dtype, device=factor.device)
     for _, columns in column_pieces(factor):
+        columns = columns.to(total)
         total.addmm_(columns, columns.T)
     return total
 
@@ -243,14 +243,21 @@ def inverse_of_restricted(op: Restricted) -> Op:
     if not isinstance(inner, Woodbury) or not inner.operator.by_gram:
         return inv(as_dense(op))
     low_rank, delta = inner.operator, inner.damping
-    rows = Rows(low_rank.factor, op.index)
-    others = gram(low_rank.factor).to_dense() - gram_matrix(rows, rows)
+    V, ones = (
+        low_rank.factor,
+        torch.ones(inner.shape[0], dtype=op.torch_dtype, device=op.device),
+    )
+    # Made of these rows: a difference of Gram matrices loses digits, and δ is small.
+    others = weighted_gram_matrix(V, V, ones.index_fill(0, op.index, 0.0))
     evals, evecs = low_rank.ranks.led(symmetric_eigenpairs, others.double())
     weights = (1.0 + low_rank.scale / delta * evals.clamp(min=0.0)).rsqrt()
     middle = Dense((evecs * weights).to(op.torch_dtype))
-    return damp(LowRank(Product(rows, middle), low_rank.scale), delta)
+    rows = Product(Rows(V, op.index), middle)
+    return damp(LowRank(rows, low_rank.scale), delta)
 
 
 @logdet.register
 def logdet_of_restricted(op: Restricted) -> Tensor:
-    return -logdet(inv(op))
+    if isinstance(op.operator, Woodbury):
+        return -logdet(inv(op))
+    return logdet(as_dense(op))

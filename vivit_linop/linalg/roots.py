@@ -24,6 +24,7 @@ from vivit_linop.operators.elementary import (
     Scaled,
     Sum,
     as_dense,
+    as_multiple,
     dense_over,
     symmetric_over,
 )
@@ -213,11 +214,22 @@ def samples_of_operator(
 
 
 @sample.register
+def samples_of_scaled(
+    op: Scaled, num: int, generator: torch.Generator | None = None
+) -> Tensor:
+    if not op.factor >= 0.0:
+        return samples_of_operator(op, num, generator)
+    return op.factor**0.5 * sample(op.operator, num, generator)
+
+
+@sample.register
 def samples_of_damped(
     op: Damped, num: int, generator: torch.Generator | None = None
 ) -> Tensor:
-    """Of a low-rank node, its samples and √δ ε: no root of the whole is formed."""
-    if not isinstance(op.operator, LowRank) or not op.damping >= 0.0:
+    """Of low-rank nodes and sums, their samples and √δ ε: there need be no root."""
+    of, factor = as_multiple(op.operator)
+    adds_up = factor >= 0.0 and op.damping >= 0.0
+    if not isinstance(of, (LowRank, Sum)) or not adds_up:
         return samples_of_operator(op, num, generator)
     samples = sample(op.operator, num, generator)
     return samples + op.damping**0.5 * _noise(op, op.shape[0], num, generator)

@@ -46,11 +46,11 @@ _SAFE = 0.1
 def matrix_of_sandwich(op: Sandwich) -> Tensor:
     """The sum a AᵀB + (VᵀA)ᵀ M (VᵀB); symmetric where A is B."""
     A, B, form = op.factor, op.other, _form(op)
-    V = form.factor
+    V, dtype = form.factor, op.factors[1].torch_dtype
     if A is V:
-        result = _in_parts(form.on_range, _gram(A, B, form))
+        result = _in_parts(form.on_range, _gram(A, B, form).to(dtype))
     elif B is V:
-        result = _in_parts(form.on_range, _gram(B, A, form)).T
+        result = _in_parts(form.on_range, _gram(B, A, form).to(dtype)).T
     elif V is None:
         result = form.shift * _gram(A, B, form)
     else:
@@ -91,7 +91,8 @@ def diagonal_blocks_of_sandwich(op: Sandwich, size: int) -> Tensor:
     lost = _lose_digits(op, form, X, Y, result.flatten(1).norm(dim=1))
     for index in lost.nonzero().split(max(1, _CHUNK // size)):
         columns = size * index + torch.arange(size, device=index.device)
-        result[index.squeeze(1)] = _part_of_product(op, columns.flatten(), size)
+        part = _part_of_product(op, columns.flatten(), size)
+        result[index.squeeze(1)] = part.to(result)
     return (result + result.mT) / 2 if A is B else result
 
 
@@ -262,13 +263,14 @@ def _gram(A: Op, B: Op, form: LowRankForm) -> Tensor:
 
 def _sides(op: Sandwich, V: Op, form: LowRankForm) -> tuple[Tensor, Tensor]:
     """VᵀA and VᵀB, or VᵀD A and VᵀD B."""
-    X = _gram(V, op.factor, form)
-    return X, X if op.other is op.factor else _gram(V, op.other, form)
+    dtype = op.factors[1].torch_dtype
+    X = _gram(V, op.factor, form).to(dtype)
+    return X, X if op.other is op.factor else _gram(V, op.other, form).to(dtype)
 
 
 def may_lose_digits(op: Sandwich, form: LowRankForm) -> bool:
-    """Whether terms may cancel up to half of the digits."""
-    eps = torch.finfo(op.torch_dtype).eps
+    """Whether terms may cancel up to half of the digits, which are those of S."""
+    eps = torch.finfo(op.factors[1].torch_dtype).eps
     return eps * form.condition > _SAFE * eps**0.5
 
 
@@ -280,7 +282,7 @@ def _lose_digits(
     Rounding in AᵀB, and in X = VᵀA and Y = VᵀB, is enlarged by a, rounding in K by the
     two solutions. A part has as many columns of A and of B as any other.
     """
-    eps = torch.finfo(op.torch_dtype).eps
+    eps = torch.finfo(op.factors[1].torch_dtype).eps
     if not may_lose_digits(op, form):
         return torch.zeros(len(sizes), dtype=torch.bool, device=sizes.device)
 
@@ -336,6 +338,8 @@ def _products_of_blocks(left: Tensor, right: Tensor, size: int) -> Tensor:
     if size == 1:
         return (left * right).sum(0).reshape(-1, 1, 1)
     blocks = left.unflatten(1, (-1, size)).permute(1, 2, 0)
+    dtype = torch.promote_types(left.dtype, right.dtype)
+    blocks, right = blocks.to(dtype), right.to(dtype)
     return blocks @ right.unflatten(1, (-1, size)).transpose(0, 1)
 
 

@@ -32,6 +32,7 @@ from vivit_linop.operators.kronecker import (
     Kronecker,
 )
 from vivit_linop.operators.lowrank import DampedRoot, LowRank, Woodbury
+from vivit_linop.operators.sandwich import low_rank_form
 from vivit_linop.operators.verbs import (
     adjoint,
     diagonal,
@@ -91,8 +92,8 @@ def trace_of_woodbury(op: Woodbury) -> Tensor:
 
 @trace.register
 def trace_by_eigenvalues(op: DampedInverse | DampedRoot) -> Tensor:
-    """The sum of 1/(λ + δ), of the roots, or of 1 over these."""
-    return eigvalsh(op).sum()
+    """The sum of 1/(λ + δ), of the roots, or of 1 over these; A may be unsymmetric."""
+    return eigvalsh(op).sum() if op.self_adjoint else trace_of_operator(op)
 
 
 # Sums and products ----------------------------------------------------------------
@@ -118,7 +119,9 @@ def trace_of_product(op: Product) -> Tensor:
         return found
     if (found := _by_columns(op)) is not None:
         return found
-    if any(isinstance(factor, (Damped, Sum)) for factor in factors):
+    # Powers of G + δ I have many terms.
+    by_terms = any(isinstance(factor, (Damped, Sum)) for factor in factors)
+    if by_terms and not all(map(low_rank_form, factors)):
         return _trace_by_terms(op)
     for at, factor in enumerate(factors):
         if isinstance(factor, Diagonal):

@@ -19,7 +19,7 @@ from torch import Tensor
 from vivit_linop.arguments import Scalar, as_scalar
 from vivit_linop.operators import verbs
 from vivit_linop.operators.base import TorchLinearOperator
-from vivit_linop.operators.elementary import Dense, Diagonal, Sum
+from vivit_linop.operators.elementary import Dense, Diagonal, Sum, mirrored
 from vivit_linop.operators.lowrank import LowRank, Woodbury
 
 # Damping by a number -----------------------------------------------------------------
@@ -44,6 +44,13 @@ class Damped(TorchLinearOperator):
         """Whether A is."""
         return self.operator.self_adjoint
 
+    def _mirrors(self, other: TorchLinearOperator) -> bool:
+        if not isinstance(other, Damped) or not _one_number(
+            self.damping, other.damping
+        ):
+            return False
+        return mirrored(self.operator, other.operator)
+
     def _made_of(self) -> tuple[Scalar | TorchLinearOperator, ...]:
         return (self.damping, self.operator)
 
@@ -52,6 +59,13 @@ class Damped(TorchLinearOperator):
 
     def _multiply_adjoint(self, X: Tensor) -> Tensor:
         return self.operator.T.apply(X) + self.damping * X
+
+
+def _one_number(first: Scalar, second: Scalar) -> bool:
+    """Whether numbers are the same; of what gradients flow to, whether it is one."""
+    if isinstance(first, Tensor) or isinstance(second, Tensor):
+        return first is second
+    return first == second
 
 
 class DampedDense(Damped, Dense):  # type: ignore[misc]  # what it is made of: Damped's

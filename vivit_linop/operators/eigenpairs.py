@@ -160,7 +160,9 @@ class Eigenpairs:
         return len(self.eigenvectors)
 
     def _components(self, factor: LinearOperator) -> Tensor:
-        return factor.T @ self.eigenvectors
+        if isinstance(factor, Tensor):
+            factor = factor.to(self.eigenvectors)
+        return torch.as_tensor(factor.T @ self.eigenvectors)
 
 
 class Eigendecomposition(ABC):

@@ -188,9 +188,10 @@ class DenseInverse(TorchLinearOperator):
         damping: δ; added in float64, so that it counts also where it is small.
 
     Raises:
-        ValueError: If A + δ I has NaN or Inf, or is singular, without damping also if A
-            is but for rounding; or if A is symmetric and δ > 0 is too small to make up
-            for eigenvalues that rounding has made negative.
+        ValueError: If A + δ I has NaN or Inf, or is singular, also if it is but for
+            rounding in A, unless δ > 0 is what makes it regular; or if A is symmetric
+            and δ > 0 is too small to make up for eigenvalues that rounding has made
+            negative.
     """
 
     def __init__(self, operator: Dense, damping: float = 0.0) -> None:
@@ -199,16 +200,18 @@ class DenseInverse(TorchLinearOperator):
         matrix.diagonal().add_(damping)
         self._lu, self._pivots, info = torch.linalg.lu_factor_ex(matrix)
         faults = [~matrix.detach().isfinite().all(), info.any()]
-        if damping == 0.0:
-            faults[1] |= self._is_ill_conditioned(matrix.detach(), operator.torch_dtype)
-        elif damping > 0.0 and operator.self_adjoint:
+        if damping > 0.0 and operator.self_adjoint:
             faults.append(torch.linalg.cholesky_ex(matrix).info.any())
+        else:
+            precision = torch.float64 if damping > 0.0 else operator.torch_dtype
+            faults[1] |= self._is_ill_conditioned(matrix.detach(), precision)
         # The one wait.
         no_numbers, is_singular, *is_indefinite = torch.stack(faults).tolist()
         if no_numbers:
             raise ValueError("inv: the matrix, or its damping, has NaN or Inf.")
         if any(is_indefinite):
             _check_noise(matrix, damping, operator.torch_dtype)
+            is_singular |= bool(self._is_ill_conditioned(matrix, operator.torch_dtype))
         if is_singular:
             raise ValueError(
                 "inv: the matrix is singular, or but for rounding in "
@@ -340,7 +343,7 @@ class Sum(TorchLinearOperator):
         self.terms = tuple(settled(terms))
         super().__init__(terms[0].shape, *in_common(*terms))
 
-    @property
+    @cached_property
     def self_adjoint(self) -> bool:  # type: ignore[override]
         """Whether all terms are, or what is not comes with its adjoint: A B + B A."""
         rest = [term for term in self.terms if not term.self_adjoint]
@@ -378,7 +381,7 @@ class Product(TorchLinearOperator):
             (factors[0].shape[0], factors[-1].shape[1]), *in_common(*factors)
         )
 
-    @property
+    @cached_property
     def self_adjoint(self) -> bool:  # type: ignore[override]
         """Whether the product reads the same backwards, each factor transposed."""
         pairs = zip(self.factors, reversed(self.factors), strict=True)

@@ -43,7 +43,8 @@ def gram_matrix_of_operator(left: TorchLinearOperator, right: Op) -> Tensor:
 def gram_matrix_of_dense(left: Dense, right: Op) -> Tensor:
     """By products with the other factor: not formed, where that is none."""
     if isinstance(right, Dense):
-        return left.matrix.T @ right.matrix
+        dtype = torch.promote_types(left.torch_dtype, right.torch_dtype)
+        return left.matrix.T.to(dtype) @ right.matrix.to(dtype)
     return right.T.apply(left.matrix).T
 
 
@@ -90,14 +91,15 @@ def gram_matrix_of_stack(
     parts = right.parts if isinstance(right, HStack) else (right,)
     dtype = torch.promote_types(left.torch_dtype, right.torch_dtype)
     K = torch.empty(left.shape[1], right.shape[1], dtype=dtype, device=left.device)
-    blocks = [
-        rows.split([part.shape[1] for part in parts], dim=1)
-        for rows in K.split([part.shape[1] for part in left.parts])
-    ]
+    start = 0
     for i, A in enumerate(left.parts):
+        rows, first = slice(start, start + A.shape[1]), 0
         for j, B in enumerate(parts):
+            columns = slice(first, first + B.shape[1])
             known = left is right and j < i
-            blocks[i][j].copy_(blocks[j][i].T if known else _block(A, B, weights))
+            K[rows, columns] = K[columns, rows].T if known else _block(A, B, weights)
+            first = columns.stop
+        start = rows.stop
     return K
 
 

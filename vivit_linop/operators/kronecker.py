@@ -59,7 +59,7 @@ class BlockDiagonal(TorchLinearOperator):
             _check_partition(self.blocks, self.indices)
         super().__init__((rows, columns), *in_common(*self.blocks))
 
-    @property
+    @functools.cached_property
     def self_adjoint(self) -> bool:  # type: ignore[override]
         """Whether all blocks are."""
         return all(block.self_adjoint for block in self.blocks)
@@ -152,7 +152,7 @@ class Kronecker(TorchLinearOperator):
             *in_common(*self.factors),
         )
 
-    @property
+    @functools.cached_property
     def self_adjoint(self) -> bool:  # type: ignore[override]
         """Whether all factors are."""
         return all(factor.self_adjoint for factor in self.factors)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterator
-from functools import cached_property, partial
+from functools import partial
 from typing import TypeVar
 
 from torch import Tensor
@@ -78,7 +78,8 @@ class Gram(TorchLinearOperator):
         if self.kept.matrix is None:
             if (rows := self.rows) is not None:
                 return rows.whole()
-            self.kept.matrix = verbs.gram_matrix(self.left, self.right)
+            matrix = verbs.gram_matrix(self.left, self.right)
+            self.kept.matrix = matrix.to(self.torch_dtype)
         return self.kept.matrix
 
     @property
@@ -207,14 +208,17 @@ class LowRank(TorchLinearOperator):
                 f"scale: c V Vᵀ is positive semi-definite, got c = {self.scale}. "
                 "For a negative one multiply the operator, -1.0 * (V @ V.T)."
             )
+        self._gram: list[Gram] = []  # made once, for all multiples and routes
         self._outer = KeptMatrix()
         rows = factor.shape[0]
         super().__init__((rows, rows), factor._own_dtype, factor._own_device)
 
-    @cached_property
+    @property
     def gram(self) -> Gram:
         """The Gram operator of the factor; its matrix is computed once and kept."""
-        return verbs.gram(self.factor)
+        if not self._gram:
+            self._gram.append(verbs.gram(self.factor))
+        return self._gram[0]
 
     @property
     def by_gram(self) -> bool:

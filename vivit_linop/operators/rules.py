@@ -188,6 +188,8 @@ def sum_of_low_ranks(A: LowRank, B: LowRank) -> Op:
         return A.rescaled(A.scale + B.scale)
     if not (A.semidefinite and B.semidefinite):
         return NotImplemented
+    if not (A.scale and B.scale):  # products of small numbers may be zero
+        return B if B.scale else A
     parts = *_side_by_side(A.factor), *_side_by_side(B.factor, B.scale / A.scale)
     return LowRank(HStack(*parts), A.scale)
 
@@ -315,8 +317,9 @@ def multiple_of_low_rank(op: LowRank, factor: Scalar) -> Op:
 
 @scale.register
 def multiple_of_diagonally_damped(op: DiagonallyDamped, factor: Scalar) -> Op:
-    low_rank, damping = scale(op.low_rank, factor), scale(op.damping, factor)
-    return add(low_rank, damping) if factor > 0.0 else multiple_of_operator(op, factor)
+    if isinstance(factor, Tensor) or not factor > 0.0:
+        return multiple_of_operator(op, factor)
+    return add(scale(op.low_rank, factor), scale(op.damping, factor))
 
 
 @scale.register

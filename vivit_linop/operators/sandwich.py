@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cache, singledispatch
+from functools import cache, cached_property, singledispatch
 from typing import Any
 
 import torch
@@ -55,12 +55,12 @@ class Sandwich(Product):
         <2x2 Sandwich, torch.float32, cpu>
     """
 
-    @property
+    @cached_property
     def factor(self) -> Op:
         """A, as a factor."""
         return _factor(adjoint(self.factors[0]))
 
-    @property
+    @cached_property
     def other(self) -> Op:
         """B, as a factor; A itself if it is the same."""
         return self.factor if self.self_adjoint else _factor(self.factors[2])
