@@ -111,19 +111,19 @@ class CrossEntropy(OutputLoss):
 
     def _coefficients(self, output: Tensor, target: Tensor) -> Tensor:
         """Return a, ``[n, C, P]``."""
-        num_classes = output.shape[1]
         if target.is_floating_point():
-            labels = self.channels(target.to(output))
-            valid = None
+            a, valid = self.channels(target.to(output)), None
         else:
-            index = target.reshape(len(target), -1)
+            index = target.reshape(len(target), 1, -1)
             valid = index != self.ignore_index
             index = torch.where(valid, index, 0)
-            labels = F.one_hot(index, num_classes).movedim(-1, 1).to(output)
-        smoothed = (1.0 - self.label_smoothing) * labels
-        smoothed = smoothed + self.label_smoothing / num_classes
-        coefficients = smoothed * self._class_weights(output)[:, None]
-        return coefficients if valid is None else coefficients * valid.unsqueeze(1)
+            a = torch.zeros_like(self.channels(output)).scatter(1, index, 1.0)
+        if self.label_smoothing:
+            smoothing = self.label_smoothing / output.shape[1]
+            a = (1.0 - self.label_smoothing) * a + smoothing
+        if self.class_weight is not None:
+            a = a * self._class_weights(output)[:, None]
+        return a if valid is None else a * valid
 
     def mass(
         self, output: Tensor, target: Tensor, smoothing: float | None = None
@@ -156,7 +156,8 @@ class CrossEntropy(OutputLoss):
     def gradient(self, output: Tensor, target: Tensor) -> Tensor:
         """M p − a."""
         a = self._coefficients(output, target)
-        return a.sum(1, keepdim=True) * self.channels(output).softmax(1) - a
+        p = self.channels(output).softmax(1)
+        return p.mul_(a.sum(1, keepdim=True)).sub_(a)
 
     def hessian_product(self, output: Tensor, target: Tensor, X: Tensor) -> Tensor:
         """M p ∘ (x − pᵀx), with x measured from its entry at the likeliest class.
