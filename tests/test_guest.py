@@ -319,6 +319,40 @@ def test_what_was_computed_from_parameters_before_is_refused(what: str) -> None:
         vl.EmpiricalRisk(Cached(), LOSS, data)
 
 
+class Buffered(nn.Module):
+    def __init__(self, what: str) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 3).double(), nn.Linear(3, 3).double()
+        W = self.last.weight
+        buffers = {"part": W[:1], "prototypes": W.exp(), "constant": W.detach()}
+        self.last.register_buffer("buffer", buffers[what])
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.first(x).tanh()
+        result: Tensor = self.last(hidden) + hidden @ self.last.buffer.T
+        return result
+
+
+@pytest.mark.parametrize("what", ["part", "prototypes"])
+def test_buffers_that_were_computed_from_parameters_are_refused(what: str) -> None:
+    _, data = toy()
+    refused = r"model: its forward pass uses 'last.buffer', .*computed"
+    with pytest.raises(ValueError, match=refused):
+        vl.EmpiricalRisk(Buffered(what), LOSS, data)
+    net: Any = Buffered("constant")
+    risk = vl.EmpiricalRisk(net, LOSS, data)
+    own = torch.autograd.grad(LOSS(net(data[0]), data[1]), list(net.parameters()))
+    torch.testing.assert_close(risk.gradient(), risk.flatten(own))
+    net.last.buffer = net.last.weight.exp()
+    assert not risk.is_current()
+    with pytest.raises(ValueError, match=refused):
+        risk.at()
+    net.last.forward = lambda x: x  # it is used no more
+    net.forward = net.first.forward
+    net.last.buffer = net.last.weight.exp()
+    assert vl.EmpiricalRisk(net, LOSS, data).is_current()
+
+
 class WithProperty(nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -85,7 +85,9 @@ class PrivateModule:
         # What an evaluation must not use: the user's tensors, and what was computed
         # from them before.
         self._outside: dict[int, str] = {id(t): name for name, t in slots.items()}
-        self._stale: dict[int, Tensor] = {}
+        # Buffers may be, too; parameters are what derivatives are taken in.
+        self._computed = {name for name, t in slots.items() if not t.is_leaf}
+        self._stale = {id(own[name]): own[name] for name in self._computed}
         self.constants: list[Tensor] = []
         copies = Copies(
             ((tensor, own[name]) for name, tensor in slots.items()),
@@ -139,6 +141,8 @@ class PrivateModule:
     def is_copy_of(self, model: nn.Module, predict: Predict | None) -> bool:
         """Whether it is still what a copy would be, but for what is in slots."""
         slots = named_slots(model)
+        if any(not t.is_leaf and n not in self._computed for n, t in slots.items()):
+            return False  # derivatives would miss what it was computed from
         same = Comparison(
             (slots[name], own) for name, own in self._own.items() if name in slots
         )
@@ -298,7 +302,8 @@ class PrivateModule:
     def _refuse_stale(self, watch: Watch) -> None:
         used = [self._stale[key] for key in self._stale if key in watch.used]
         if used:
-            names = [
+            names = [name for name, own in self._own.items() if own is used[0]]
+            names += [
                 f"{prefix}.{name}".lstrip(".")
                 for prefix, module in self.module.named_modules()
                 for name, value in vars(module).items()
