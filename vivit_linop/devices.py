@@ -155,12 +155,8 @@ def saved_bytes(build: Callable[[], Result]) -> tuple[int, Result]:
 def explained(describe: Callable[..., str], *arguments: Any) -> Iterator[None]:
     """Say what would fit where the memory of a device does not suffice.
 
-    Args:
-        describe: Returns the message; called when there is no memory.
-        *arguments: What it is called with.
-
     Raises:
-        MemoryError: In place of torch's own errors.
+        MemoryError: In place of torch's own errors; it says what ``describe`` returns.
     """
     try:
         yield

@@ -53,16 +53,11 @@ def batched_gradients(
     inputs: Sequence[Tensor] | Sequence[GradientEdge],
     vectors: Sequence[Tensor],
 ) -> list[Tensor | None]:
-    """Pull several vectors back at once through a graph that stays.
+    """Pull K vectors for each output back at once through a graph that stays.
 
     By the rules of ``torch.func`` for batches. Those of ``is_grads_batched`` are older
     and fewer: layers that have none (convolutions, pools, norms, softmax) are walked
     through vector by vector.
-
-    Args:
-        outputs: One output, or several.
-        inputs: What to pull back to.
-        vectors: K of them for each output, ``[K, …]``.
 
     Returns:
         ``[K, …]`` for each input; None for one that no output depends on.

@@ -290,13 +290,14 @@ class Risk(ParameterVectors):
             return []
         return fingerprint.Sums(X).differ_from(self._sums[index])
 
-    def other_data(self, index: int) -> ValueError:
-        """What to say where the outputs of a batch are others."""
+    @staticmethod
+    def other_data(index: int) -> ValueError:
+        """What to say where the data or the outputs of a batch are others."""
         return ValueError(
             f"data: batch {index} is not what it was when the risk was built: its "
-            "inputs or outputs are others. An operator is one matrix: give a loader "
-            "without shuffling and random augmentations, and do not change the data "
-            "in place; nor what the model reaches through a global variable or an "
+            "inputs, targets or outputs are others. An operator is one matrix: give a "
+            "loader without shuffling and random augmentations, and do not change the "
+            "data in place; nor what the model reaches through a global variable or an "
             "object that is no module. Keep that as an attribute of a module."
         )
 

@@ -294,7 +294,7 @@ class DerivableRisk(Risk):
                     or any(risk._sums[index].differ_from(sums))
                     or not _same_targets(risk._targets[index], targets)
                 ):
-                    raise _other_data(f"batch {index}")
+                    raise self.other_data(index)
         return risk
 
 
@@ -394,7 +394,7 @@ def _evaluated(
         if any(fingerprint.Sums(X).differ_from(sums)) or not _same_targets(
             targets_of(loss, y, output), targets
         ):
-            raise _other_data(where)
+            raise Risk.other_data(index)
         if not output.isfinite().all():
             raise ValueError(f"parameters: on {where} the outputs hold NaN or Inf.")
         with torch.no_grad():
@@ -403,14 +403,6 @@ def _evaluated(
     if not total.isfinite():
         raise ValueError(f"parameters: the loss is {total.item()} there.")
     return outputs, total, run
-
-
-def _other_data(where: str) -> ValueError:
-    return ValueError(
-        f"data: {where} is not what it was when the risk was made, and only the model "
-        "may change. Give a loader without shuffling and random augmentations, and do "
-        "not change the data in place; or make a new risk."
-    )
 
 
 def _same_targets(targets: Any, before: Any) -> bool:

@@ -224,12 +224,8 @@ def risk_of_inputs(
 ) -> EmpiricalRisk:
     """Return a risk without a loss, for what needs none: the Jacobian.
 
-    Args:
-        model: As for :class:`EmpiricalRisk`.
-        inputs: One batch, a tensor, a tuple or a mapping; or a list or a loader of
-            batches.
-        params: As for :class:`EmpiricalRisk`.
-        **options: What else :class:`EmpiricalRisk` takes by name.
+    Of one batch of inputs, a tensor, a tuple or a mapping; or of a list or a loader of
+    batches. All else is as for :class:`EmpiricalRisk`.
     """
     axis = options.get("sample_axis")
     count = options.get("count") or functools.partial(
@@ -253,13 +249,6 @@ def as_risk(
     **options: Any,
 ) -> EmpiricalRisk:
     """Return the risk that an operator's constructor was given, or build it.
-
-    Args:
-        risk_or_model: The risk, or what it is made of: a model.
-        loss: The loss.
-        data: The data.
-        params: The parameters.
-        **options: What else :class:`EmpiricalRisk` takes by name.
 
     Raises:
         TypeError: If it is neither a risk nor a model with a loss and data.

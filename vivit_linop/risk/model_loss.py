@@ -53,11 +53,6 @@ class Form:
         """Return the targets that it takes."""
         return labels[:, 1:] if self.shifted else labels
 
-    def value(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Return the loss."""
-        value: Tensor = self.loss(self.outputs(logits), self.targets(labels))
-        return value
-
 
 @dataclass(frozen=True)
 class Returned:
@@ -180,7 +175,8 @@ class ModelLoss:
             logits = logits_of(logits_of.params, batch).detach()
         value = self.value(batch)
         for form in forms_of(logits, labels):
-            if _same(form.value(logits, labels), value):
+            outputs, targets = form.outputs(logits), form.targets(labels)
+            if _same(form.loss(outputs, targets), value):
                 self.form = form
                 break
         else:

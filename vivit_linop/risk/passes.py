@@ -106,14 +106,8 @@ class Cuts:
     ) -> Iterator[Evaluated]:
         """Evaluate a batch; yield it, or its parts if that is what it shows to have.
 
-        Args:
-            model: The model.
-            search: Where samples may be; one that cuts the batch is the one.
-            number: The batch.
-            batch: Its inputs and targets.
-            n: How many samples it has.
-            first: How many batches and parts were evaluated before.
-            check: Whether parts must have the outputs that they have in the batch.
+        A way in ``search`` that cuts it is the one from then on. ``first`` counts what
+        came before. If checked, parts must have the outputs that the batch has.
 
         Raises:
             ItemByItem: If outputs come item by item, and those before did not.

@@ -15,7 +15,7 @@ from torch import Tensor
 from vivit_linop.risk.data.batches import Batch, some_targets
 from vivit_linop.risk.data.containers import leaves
 from vivit_linop.risk.data.sample_search import Search
-from vivit_linop.risk.data.samples import Samples, has_entries
+from vivit_linop.risk.data.samples import has_entries
 
 # In units of eps.
 _ROUNDING = 1e3
@@ -59,7 +59,9 @@ def of_samples(batches: Iterable[Batch], search: Search) -> tuple[bytes, list[by
     for X, y in batches:
         axes, number = search.samples.axes(X), search.samples.number(X)
         if axes is None:
-            digests += [_of_sample(X, y, search.samples, n) for n in range(number)]
+            for one in torch.arange(number, device="cpu").split(1):
+                part = search.samples.take(X, one), some_targets(y, one)
+                digests.append(of_batch(part))
             continue
         tensors = _by_axes(X, y, axes)
         if not digests:
@@ -103,12 +105,6 @@ def _by_axes(X: Any, y: Any, axes: Sequence[int | None]) -> _Tensors:
         for leaf, axis in zip(leaves(X), axes, strict=True)
     ]
     return [*inputs, *((leaf, True) for leaf in leaves(y))]
-
-
-def _of_sample(X: Any, y: Any, samples: Samples, n: int) -> bytes:
-    """Return a digest of one sample: of its own tensors, whatever their axes are."""
-    index = torch.tensor([n], device="cpu")
-    return of_batch((samples.take(X, index), some_targets(y, index)))
 
 
 def of_tensors(named: Iterable[tuple[str, Tensor]]) -> str:

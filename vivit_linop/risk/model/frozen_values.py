@@ -7,7 +7,7 @@ do not: to compare the two, it is recorded once and put in its places.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -33,21 +33,15 @@ class FrozenValues:
     def __init__(self) -> None:
         self.values: list[Tensor] = []
 
-    @contextmanager
-    def recording(self) -> Iterator[None]:
-        """Record an evaluation of the net."""
+    def recording(self) -> TorchFunctionMode:
+        """What records an evaluation of the net, for ``with``."""
         self.values = []
-        with _Frozen(self.values, None):
-            yield
+        return _Frozen(self.values, None)
 
-    @contextmanager
-    def replaying(self) -> Iterator[None]:
-        """Let an evaluation of the net meet the recorded values."""
-        if not self.values:
-            yield
-            return
-        with _Frozen(self.values, iter(self.values)):
-            yield
+    def replaying(self) -> AbstractContextManager[Any]:
+        """What lets an evaluation of the net meet the recorded values."""
+        values = self.values
+        return _Frozen(values, iter(values)) if values else nullcontext()
 
 
 class _Frozen(TorchFunctionMode):

@@ -337,11 +337,6 @@ class FunctionalModel:
         name, own = next(iter(self.params.items()))
         return params.get(name, own).dtype
 
-    def _casts(self, params: Params) -> contextlib.AbstractContextManager[Any]:
-        dtype = self._precision(params)
-        own = self.precision is None and dtype is self.dtype
-        return contextlib.nullcontext() if own else Widened(dtype)
-
     def _as_given(self, params: Params) -> Params:
         """Return parameters with complex numbers where the model has them."""
         if not self.complex_names:
@@ -373,7 +368,10 @@ class FunctionalModel:
             params = {**self._moved, **params}
         for name in self._written:
             params = {**params, name: params.get(name, self.constants[name]).clone()}
-        with default_dtype(self._default_dtype), self._casts(params):
+        dtype = self._precision(params)
+        own = self.precision is None and dtype is self.dtype
+        casts = contextlib.nullcontext() if own else Widened(dtype)
+        with default_dtype(self._default_dtype), casts:
             return self._private(params, X)
 
     @property

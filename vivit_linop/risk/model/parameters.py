@@ -101,12 +101,8 @@ def of_pairs(pairs: Tensor) -> Tensor:
 def chosen_of_module(model: nn.Module, params: Any | None) -> dict[str, Tensor]:
     """Return the parameters of a module that a user has chosen, by name.
 
-    Args:
-        model: The module.
-        params: None, an iterable of its parameters, or a dict of tensors.
-
     Raises:
-        TypeError: If it is none of these.
+        TypeError: If they are not None, an iterable of these, or a dict of tensors.
         ValueError: If one is foreign, frozen, listed twice or of another shape.
     """
     named = dict(model.named_parameters())
@@ -212,11 +208,9 @@ def chosen_of_function(params: Any | None) -> dict[str, Tensor]:
 
 
 def check_chosen(params: dict[str, Tensor], dtype: torch.dtype | None = None) -> None:
-    """Refuse parameters without values, a common dtype and device, or with NaN.
+    """Refuse parameters without values, or not of one device and dtype.
 
-    Args:
-        params: The parameters.
-        dtype: In which precision they will be copied, None for their own.
+    They may have several dtypes if they are copied in another.
     """
     for name, p in params.items():
         if is_lazy(p) or p.is_meta:

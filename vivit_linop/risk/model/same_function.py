@@ -47,15 +47,13 @@ def digests_of(value: Any, name: str) -> dict[str, str]:
     while todo:
         path, item = todo.pop()
         found[path] = _own(item)
-        parts = _parts(item) or (vars(item) if _is_followed(item, owner) else {})
+        parts = _parts(item)
+        if item is owner and not (parts or isinstance(item, type)):
+            parts = getattr(item, "__dict__", {})
         if parts and id(item) not in known:
             known[id(item)] = item
             todo += [(f"{path}.{key}", part) for key, part in parts.items()]
     return found
-
-
-def _is_followed(item: Any, owner: Any) -> bool:
-    return item is owner and hasattr(item, "__dict__") and not isinstance(item, type)
 
 
 @singledispatch
