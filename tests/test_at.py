@@ -508,6 +508,16 @@ def test_bad_steps() -> None:
         risk.add_to_(
             {name: p.mT if p.ndim > 1 else p for name, p in net.named_parameters()}, g
         )
+    last = "2.bias"
+    for found, what in [
+        (before[last].long(), "int64"),
+        (before[last].numpy(), "ndarray"),
+        (before[last].to("meta"), "without values"),
+    ]:
+        with pytest.raises((TypeError, ValueError), match=rf"model: '{last}' .*{what}"):
+            risk.add_to_({**dict(net.named_parameters()), last: found}, g)
+    with pytest.raises(ValueError, match="step: a vector is on device 'meta'"):
+        risk.add_to_(net, g.to("meta"))
     assert all(torch.equal(p, before[name]) for name, p in net.named_parameters())
     risk.add_to_(net, g)
     assert torch.equal(net[0].weight, before["0.weight"] + risk.unflatten(g)[0])

@@ -350,3 +350,20 @@ def test_memory_goes_back_to_the_system_in_long_passes(
     assert returned == [0] * (times if risk.device.type == "cpu" else 0)
     monkeypatch.setattr(devices, "_trim", None)  # another C library
     assert torch.equal(risk.gradient(), gradient)
+
+
+@pytest.mark.parametrize("memory", [1e3, 1e6, float("inf"), torch.tensor(5e4)])
+def test_memory_is_any_number_of_bytes(memory: Any) -> None:
+    """As 2e9 is written, and infinity for as much as there is."""
+    net, loss, data = toy()
+    risk = vl.EmpiricalRisk(net, loss, data, memory=memory)
+    truth = vl.EmpiricalRisk(net, loss, data, memory=int(min(float(memory), 2**40)))
+    for quantity in (
+        lambda r: vl.GGN(r).eigvalsh(),
+        lambda r: vl.GGN(r).diagonal(),
+        lambda r: vl.PerSampleGradients(r).squared_norms(),
+        lambda r: vl.PerSampleGradients(r).gram.to_dense(),
+        lambda r: vl.Hessian(r).diagonal(),
+        lambda r: vl.KFAC(r, variant="exact").trace(),
+    ):
+        torch.testing.assert_close(quantity(risk), quantity(truth))

@@ -136,3 +136,19 @@ def test_interrupted_eigh(route: str, progress: bool) -> None:
     got = vl.GGN(risk).eigh(k=2, route=route).eigenvalues
     torch.testing.assert_close(got, expected, rtol=1e-10, atol=0)
     before.check()
+
+
+class Unknown(TensorDataset):
+    """It does not say how long it is."""
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+
+def test_progress_of_so_many_batches_as_come(capfd: pytest.CaptureFixture[str]) -> None:
+    net, loss, (X, y) = toy()
+    batches = [[0, 1, 2], range(3, len(X))]
+    loader = DataLoader(Unknown(X, y), batch_sampler=batches)
+    risk = vl.EmpiricalRisk(net, loss, loader, progress=True)
+    assert "risk:" in capfd.readouterr().err and risk.num_samples == len(X)
+    torch.testing.assert_close(risk.value(), loss(net(X), y).detach())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -146,7 +147,7 @@ class EmpiricalRisk(DerivableRisk):
         take: Take | None = None,
         count: Count | None = None,
         check: bool = True,
-        memory: int | None = None,
+        memory: float | None = None,
         check_data: bool = True,
         progress: bool = False,
         dtype: torch.dtype | None = None,
@@ -154,6 +155,7 @@ class EmpiricalRisk(DerivableRisk):
     ) -> None:
         ranks = as_ranks(process_group)
         of_model: ModelLoss | None = None
+        budget: int | None = None
         with ranks.together("EmpiricalRisk"):
             check_flag(check, "check")
             check_flag(check_data, "check_data")
@@ -164,6 +166,7 @@ class EmpiricalRisk(DerivableRisk):
                 check_real(memory, "memory")
                 if not memory >= 0:
                     raise ValueError(f"memory: bytes, at least 0, got {memory!r}.")
+                budget = int(min(float(memory), sys.maxsize))
             if isinstance(params, Iterator):  # asked several times for "model"
                 params = list(params)
             search = Search(sample_axis, take, count)
@@ -179,7 +182,7 @@ class EmpiricalRisk(DerivableRisk):
         progress = progress and ranks.rank == 0
         passes = Passes(batches, function, search, target, Cuts(), progress)
         super().__init__(
-            *(function, output_loss, passes, ranks, memory),
+            *(function, output_loss, passes, ranks, budget),
             check=check,
             check_data=check_data and not isinstance(data, (list, tuple)),
             parts_differ=check_data,

@@ -7,6 +7,7 @@ batch: so the cut also is the check that samples are independent.
 
 from __future__ import annotations
 
+import contextlib
 import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
@@ -299,7 +300,10 @@ class Passes:
         return self.cuts.applied(batches, self.search)
 
     def _shown(self, items: Iterator[Item], what: str) -> Iterator[Item]:
-        return shown(items, what, self.number or operator.length_hint(self.data))
+        expected = self.number
+        with contextlib.suppress(NotImplementedError):  # a dataset need not say it
+            expected = expected or operator.length_hint(self.data)
+        return shown(items, what, expected)
 
     def fingerprints(self) -> list[bytes]:
         """Pass over the data without the model, from another state of the generator."""

@@ -415,6 +415,7 @@ class ParameterVectors:
         _check_tensor(step, "step")
         if step.ndim != 1:
             raise ValueError(f"step: one vector [D] is added, got {list(step.shape)}.")
+        check_has_values(step, "step: a vector")
         parts = self._unflattened(step, "step")
         if not step.isfinite().all():
             raise ValueError("step: holds NaN or Inf; the model stays as it is.")
@@ -427,6 +428,8 @@ class ParameterVectors:
         )
         for name, part in zip(self.params, parts, strict=True):
             found = named.get(name)
+            if found is not None:
+                _check_numbers(found, name)
             if found is None or found.shape != part.shape:
                 has = "has none" if found is None else f"it has {list(found.shape)}"
                 raise ValueError(
@@ -435,6 +438,17 @@ class ParameterVectors:
         with torch.no_grad():
             for name, part in zip(self.params, parts, strict=True):
                 named[name].add_(part.to(named[name]))
+
+
+def _check_numbers(found: Any, name: str) -> None:
+    """Refuse what no step can be added to; integers would lose it."""
+    is_tensor = isinstance(found, Tensor)
+    if not is_tensor or not (found.is_floating_point() or found.is_complex()):
+        what = found.dtype if is_tensor else type(found).__name__
+        raise TypeError(
+            f"model: {name!r} must be a tensor of real or complex numbers, got {what}."
+        )
+    check_has_values(found, f"model: {name!r}")
 
 
 def _check_tensor(given: Any, name: str) -> None:
