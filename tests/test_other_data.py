@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, jacrev
+from torch.nn.utils import prune
 from torch.utils.data import DataLoader, TensorDataset
 
 import vivit_linop as vl
@@ -263,3 +264,28 @@ def test_other_data_change_nothing_of_the_risk() -> None:
     assert risk.model.channels_last
     risk.on((X[:2], y[:2])), risk.subset([1])
     assert risk.model.channels_last
+
+
+@pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated")
+@pytest.mark.parametrize("kind", ["weight_norm", "prune"])
+def test_what_hooks_compute_in_each_pass_is_no_change(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    net: Any = mlp()
+    if kind == "prune":
+        prune.l1_unstructured(net[3], "weight", amount=0.4)
+    else:
+        nn.utils.weight_norm(net[3])
+    (X, y), loss = data(6), nn.CrossEntropyLoss()
+    risk = vl.EmpiricalRisk(net, loss, (X, y))
+    monkeypatch.setattr(FunctionalModel, "anew", None)
+    for _ in range(2):
+        with torch.no_grad():
+            for p in net.parameters():
+                p.mul_(0.9)
+        now = risk.at()
+        value = loss(net(X), y)
+        own = torch.autograd.grad(value, list(net.parameters()))
+        assert now.is_current()
+        assert torch.allclose(now.value(), value)
+        assert torch.allclose(now.gradient(), now.flatten(own))

@@ -144,7 +144,8 @@ class PrivateModule:
         if any(not t.is_leaf and n not in self._computed for n, t in slots.items()):
             return False  # derivatives would miss what it was computed from
         same = Comparison(
-            (slots[name], own) for name, own in self._own.items() if name in slots
+            ((slots[name], own) for name, own in self._own.items() if name in slots),
+            self._stale,
         )
         return same(model, self.module) and same(predict, self._predict)
 
@@ -182,7 +183,7 @@ class PrivateModule:
             output = self._evaluate(params, X)
         if len(escaped) == len(self._held):
             self._originals = None
-        self._outside, self._stale = {}, {}
+        self._outside = {}
         return output
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PrivateModule:

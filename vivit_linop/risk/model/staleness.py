@@ -13,7 +13,7 @@ import collections
 import functools
 import types
 import weakref
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from functools import singledispatch
 from typing import Any
 
@@ -44,12 +44,18 @@ class Comparison:
     Args:
         replaced: Pairs of a tensor of the originals and what stands for it in copies:
             these may have any values.
+        unused: Copies, by identity, of what was computed from tensors that require
+            grad, which nothing reads before it is computed anew: hooks leave such.
     """
 
-    def __init__(self, replaced: Iterable[tuple[Tensor, Tensor]]) -> None:
+    def __init__(
+        self,
+        replaced: Iterable[tuple[Tensor, Tensor]],
+        unused: Container[int] = (),
+    ) -> None:
         pairs = list(replaced)
         self.replaced = {id(tensor): new for tensor, new in pairs}
-        self.new = {id(new) for _, new in pairs}
+        self.new, self.unused = {id(new) for _, new in pairs}, unused
         # Objects may lead to themselves. They are kept here, so that no other one gets
         # their numbers.
         self._seen: dict[tuple[int, int], tuple[Any, Any]] = {}
@@ -93,6 +99,8 @@ def _same(value: Any, twin: Any, comparison: Comparison) -> bool:
 def _same_tensors(value: Tensor, twin: Any, comparison: Comparison) -> bool:
     if id(value) in comparison.replaced:
         return comparison.replaced[id(value)] is twin
+    if id(twin) in comparison.unused and not value.is_leaf:
+        return True
     if not isinstance(twin, Tensor) or id(twin) in comparison.new:
         return False
     try:
