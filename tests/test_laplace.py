@@ -277,6 +277,52 @@ def test_inputs_of_several_tensors() -> None:
     assert torch.equal(la.predictive(X).mean, net(X))
 
 
+class Sequences(nn.Module):
+    """Of [T, N, 3] and weights [N, T], as recurrent layers have them."""
+
+    def __init__(self, weighted: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.inner, self.last = nn.RNN(3, 4), nn.Linear(4, 2)
+        self.weighted = weighted
+
+    def forward(self, x: Tensor, weights: Tensor | None = None) -> Tensor:
+        h = self.inner(x)[0]
+        return self.last(
+            h[-1] if weights is None else (weights.T[..., None] * h).sum(0)
+        )
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("count", [1, 4, 5, 8])
+def test_samples_of_a_predictive_are_where_those_of_the_risk_are(
+    weighted: bool, count: int
+) -> None:
+    net = Sequences(weighted).double()
+
+    def inputs(n: int) -> Any:
+        x = torch.randn(5, n, 3, dtype=D64)
+        return (x, torch.rand(n, 5, dtype=D64)) if weighted else x
+
+    risk = vl.EmpiricalRisk(
+        net, nn.CrossEntropyLoss(), (inputs(7), torch.arange(7) % 2)
+    )
+    la, X = vl.Laplace(risk), inputs(count)
+    params = {name: p.detach() for name, p in net.named_parameters()}
+
+    def outputs(params: dict[str, Tensor]) -> Tensor:
+        given = X if weighted else (X,)
+        result: Tensor = torch.func.functional_call(net, params, given)
+        return result
+
+    J = torch.cat(
+        [part.flatten(2) for part in torch.func.jacrev(outputs)(params).values()], 2
+    )
+    mean, covariance = la.predictive(X)
+    torch.testing.assert_close(mean, outputs(params))
+    torch.testing.assert_close(covariance, J @ la.covariance.to_dense() @ J.mT)
+
+
 def test_bad_input() -> None:
     risk = problem()
     for arguments, error, message in [

@@ -59,6 +59,7 @@ OF_THREE = ("uneven_batches", "embedding", "more_columns_than_parameters", "hube
             (
                 "other_lapack",
                 "current",
+                "arguments_of_analyses",
                 "other_vectors",
                 "ragged",
                 "recursions",

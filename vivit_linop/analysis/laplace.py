@@ -253,8 +253,8 @@ class Laplace:
 
         Args:
             X: A batch of inputs, or a list or loader of batches; without targets.
-            options: What else :class:`EmpiricalRisk` takes by name, of how to read X:
-                ``sample_axis=`` where samples are not along the first axis.
+            options: What else :class:`EmpiricalRisk` takes by name, of how to read X.
+                Without any, samples are along the axes along which the risk's are.
 
         Example:
             >>> import torch, vivit_linop as vl
@@ -280,6 +280,10 @@ class Laplace:
         with self.risk.ranks.together("predictive"):
             if X is None or callable(X):
                 raise TypeError(f"X: inputs of the model, got {type(X).__name__}.")
+            own = next(iter(self.risk.batches()), None)  # none without samples
+            if own and not options and any(self.risk.samples.axes(own[0]) or ()):
+                found = self.risk.samples
+                options = {"take": found.take, "count": found.number}
             J = Jacobian(outputs, X, params=self.risk.params, **options)
         mean = torch.cat([f.reshape(len(f), -1) for f in J.risk.outputs])
         predictive = Predictive(mean, predictive_covariance(J, self.covariance))
