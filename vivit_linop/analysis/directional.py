@@ -54,7 +54,18 @@ def directional_derivatives(
         True
     """
     pairs = as_directions(risk, directions)
-    curvature_risk = _checked_curvature_risk(risk, curvature_risk)
+    if curvature_risk is None:
+        curvature_risk = risk
+    if not isinstance(curvature_risk, EmpiricalRisk):
+        raise TypeError(
+            "curvature_risk: an EmpiricalRisk or None, got "
+            f"{type(curvature_risk).__name__}."
+        )
+    if curvature_risk.sizes != risk.sizes:
+        raise ValueError(
+            f"curvature_risk: its parameters have {curvature_risk.sizes} entries, "
+            f"those of risk {risk.sizes}; both need the same ones."
+        )
     gammas = pairs.components(PerSampleGradients(risk))
     factor = _known_factor(pairs, curvature_risk)
     if factor is not None:
@@ -64,25 +75,6 @@ def directional_derivatives(
         return gammas, curvatures(G.factor, pairs)
     positive, negative = (curvatures(part.factor, pairs) for part in G.parts)
     return gammas, positive - negative
-
-
-def _checked_curvature_risk(
-    risk: EmpiricalRisk, curvature_risk: EmpiricalRisk | None
-) -> EmpiricalRisk:
-    """Return the risk for curvature, ``risk`` if none is given."""
-    if curvature_risk is None:
-        return risk
-    if not isinstance(curvature_risk, EmpiricalRisk):
-        raise TypeError(
-            "curvature_risk: an EmpiricalRisk or None, got "
-            f"{type(curvature_risk).__name__}."
-        )
-    if curvature_risk.sizes != risk.sizes:
-        raise ValueError(
-            f"curvature_risk: has {curvature_risk.num_params} parameters, risk has "
-            f"{risk.num_params}; both need the same ones."
-        )
-    return curvature_risk
 
 
 def curvatures(factor: Pullback, pairs: Eigenpairs) -> Tensor:
