@@ -6,6 +6,7 @@ import subprocess
 import sys
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from backpack import backpack, extend
@@ -94,8 +95,10 @@ def test_subsampling_is_checked_for_gradients_and_ggn() -> None:
     for name in ("subsampling_grad", "subsampling_ggn"):
         with pytest.raises(ValueError, match=name):
             DirectionalDerivativesComputation(**{name: []})
-    with pytest.raises(TypeError, match="subsampling"):
-        EigvalshComputation([0.5])
+    mask = [True, False]
+    for wrong in ([0.5], mask, torch.tensor(mask), np.array(mask), 3):
+        with pytest.raises(TypeError, match="subsampling: indices of samples"):
+            EigvalshComputation(wrong)
 
 
 @pytest.mark.parametrize("cls", COMPUTATIONS)

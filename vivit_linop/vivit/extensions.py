@@ -314,7 +314,10 @@ def check_subsampling(
     if subsampling is None:
         return None
     try:
-        indices = [operator.index(i) for i in subsampling]
+        given = list(subsampling)
+        if any("bool" in str(getattr(i, "dtype", type(i))) for i in given):
+            raise TypeError  # a mask, whose entries would count as 0 and 1
+        indices = [operator.index(i) for i in given]
     except TypeError:
         raise TypeError(
             f"{name}: indices of samples or None, got {subsampling!r}."
