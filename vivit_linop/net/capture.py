@@ -259,9 +259,9 @@ class Capture:
         Not where all are pulled back at once: they fit into a cache, and no part would
         come before the others.
         """
-        if self._at_a_time(self.uses) >= width:
-            return False
-        return any(use.is_wide(self.num_samples, width) for use in self.uses)
+        return self._at_a_time(self.uses) < width and any(
+            use.is_wide(self.num_samples, width) for use in self.uses
+        )
 
     def _at_a_time(self, uses: Sequence[Use]) -> int:
         """How many cotangents are pulled back to some uses at a time."""

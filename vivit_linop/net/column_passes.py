@@ -215,7 +215,10 @@ class Pass:
         if risk.ranks.size % 2 == 0 and len(risk.batch_sizes) % 2:
             size = min(size, math.ceil(n / 2))
         index = torch.arange(n, device="cpu")
-        if size >= n or not self._runs_in_parts(batch, X, n):
+        if size >= n or not risk.kept.get_everywhere(
+            ("runs in parts", batch),
+            lambda: Capture.of_few(risk, X, n, 1, batch).num_samples < n,
+        ):
             return [index]
         return index.tensor_split(math.ceil(n / size))
 
@@ -254,14 +257,6 @@ class Pass:
     def _cuts_again(self) -> bool:
         """Whether a batch is cut anew where its first columns have to be formed."""
         return self.takes == "pairs" and not self._risk.ranks.is_many
-
-    def _runs_in_parts(self, batch: int, X: Any, n: int) -> bool:
-        """Whether the net runs on fewer samples than a batch has."""
-        risk = self._risk
-        return risk.kept.get_everywhere(
-            ("runs in parts", batch),
-            lambda: Capture.of_few(risk, X, n, 1, batch).num_samples < n,
-        )
 
     def _pieces(
         self, batch: int, whole: Any, index: Tensor, n: int, first: int

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from vivit_linop.net.columns.khatri_rao import KhatriRaoColumns
-from vivit_linop.net.pieces import Piece, StoredColumns
+from vivit_linop.net.pieces import Piece, StoredColumns, counted_from
 
 # What is worked on at a time.
 CACHED_BYTES = 2**22
@@ -71,7 +71,7 @@ class InnerProducts:
     def multiply(self, X: Tensor) -> Tensor:
         """Return VᵀV X, ``[N·R, K] -> [N·R, K]``."""
         first = self._places[0].start
-        places = [slice(p.start - first, p.stop - first) for p in self._places]
+        places = [counted_from(first, place) for place in self._places]
         rows = X.T.contiguous()
         parts = [rows[:, place] for place in places]
         total = rows.new_zeros(rows.shape)

@@ -260,11 +260,6 @@ EMBEDDING = Kind(
 # Norms: a weight multiplies what has been normalised ------------------------------
 
 
-def _read_batch_norm(given: Arguments) -> Arguments | None:
-    """A norm over the batch mixes samples."""
-    return None if given.get("training") else given
-
-
 def _norm(
     function: Callable[..., Tensor],
     arguments: str,
@@ -311,7 +306,8 @@ BATCH_NORM = _norm(
     lambda a, X: F.batch_norm(
         X, a["running_mean"], a["running_var"], eps=a.get("eps", 1e-5)
     ),
-    read=_read_batch_norm,
+    # One over the batch mixes samples.
+    read=lambda given: None if given.get("training") else given,
 )
 INSTANCE_NORM = _norm(
     F.instance_norm,

@@ -342,11 +342,6 @@ class Linearization:
         for name in ("_graph", "_tangents", "_find"):
             self.__dict__.pop(name, None)
 
-    def column_chunk(self) -> int:
-        """How many columns to multiply at a time."""
-        per_column = self.nbytes + self.outputs.element_size() * self._num_params
-        return columns_at_a_time(self.device, per_column)
-
     def jvp(self, X: Tensor) -> Tensor:
         """Return J X, ``[D, K] -> [n C, K]``.
 
@@ -382,7 +377,9 @@ class Linearization:
         try:
             if X.shape[1] == 1:
                 return product(X.squeeze(1).contiguous()).unsqueeze(1)
-            return self._chunks.apply(product, X, size, self.column_chunk())
+            per_column = self.nbytes + self.outputs.element_size() * self._num_params
+            chunk = columns_at_a_time(self.device, per_column)
+            return self._chunks.apply(product, X, size, chunk)
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise

@@ -217,8 +217,8 @@ class StoredColumns:
         result = fresh(X, len(rows), sum(self._sizes.values()))
         parts = split_rows(result, self._sizes)
         for index, piece in enumerate(self.pieces):
-            place = piece.place.start - self._first, piece.place.stop - self._first
-            piece.combine(rows[:, slice(*place)], parts, add=index > 0)
+            own = rows[:, counted_from(self._first, piece.place)]
+            piece.combine(own, parts, add=index > 0)
         return result.T
 
     def multiply_adjoint(self, X: Tensor) -> Tensor:
@@ -226,6 +226,11 @@ class StoredColumns:
         parts = split_rows(X.T, self._sizes)
         components = [piece.components(parts) for piece in self.pieces]
         return torch.cat(components, dim=1).T
+
+
+def counted_from(first: int, place: slice) -> slice:
+    """Return a place, counted from another one's first."""
+    return slice(place.start - first, place.stop - first)
 
 
 def split_rows(rows: Tensor, sizes: Mapping[str, int]) -> dict[str, Tensor]:

@@ -16,7 +16,7 @@ from vivit_linop.devices import free_memory
 from vivit_linop.net.capture import Takes
 from vivit_linop.net.columns.base import LayerColumns, mirror
 from vivit_linop.net.columns.samples import sample_grams
-from vivit_linop.net.pieces import Cotangents, Piece, split_rows
+from vivit_linop.net.pieces import Cotangents, Piece, counted_from, split_rows
 from vivit_linop.ranks.alone import Ranks
 
 
@@ -70,9 +70,7 @@ class GramTotal(Total):
         weights: Tensor | Weights | None = None,
     ) -> None:
         self.names, self._symmetric = names, left is right
-        self._weights = (
-            None if weights is None else Weights.of(weights, self._symmetric)
-        )
+        self._weights = Weights.of(weights, self._symmetric)
         check_fits(left, right)
         risk = left.risk
         self._ranks = risk.ranks
@@ -89,7 +87,7 @@ class GramTotal(Total):
 
     def add(self, left: Piece, right: Piece) -> None:
         """Add the inner products, layer by layer."""
-        place = self._rows_here(left.place)
+        place = counted_from(self._first, left.place)
         block = self.rows[place, right.place]
         self._known += block.numel()
         if self._weights is not None:
@@ -101,16 +99,12 @@ class GramTotal(Total):
         elif self._symmetric:
             self._mirror(place, right, block)
 
-    def _rows_here(self, place: slice) -> slice:
-        """Where rows are among those of this process."""
-        return slice(place.start - self._first, place.stop - self._first)
-
     def _mirror(self, rows: slice, right: Piece, block: Tensor) -> None:
         """Fill in the transposed block, or remember to send it."""
         owner = self._ranks.owner(right.samples.start)
         if owner == self._ranks.rank:
             across = slice(rows.start + self._first, rows.stop + self._first)
-            self.rows[self._rows_here(right.place), across] = block.T
+            self.rows[counted_from(self._first, right.place), across] = block.T
             self._known += block.numel()
         else:
             self._others.append((owner, rows, right.place))
@@ -126,7 +120,7 @@ class GramTotal(Total):
             ]
             for place, start, block in ranks.swapped(blocks, distance):
                 across = slice(start, start + block.shape[1])
-                self.rows[self._rows_here(place), across] = block
+                self.rows[counted_from(self._first, place), across] = block
                 self._known += block.numel()
         with ranks.together("Gram matrix"):
             if self._known != self.rows.numel():
@@ -149,9 +143,9 @@ class Weights:
         self._entries = entries.sqrt() if symmetric else entries
 
     @classmethod
-    def of(cls, given: Tensor | Weights, symmetric: bool) -> Weights:
+    def of(cls, given: Tensor | Weights | None, symmetric: bool) -> Weights | None:
         """Return weights as they are, those of entries from their tensor."""
-        return given if isinstance(given, Weights) else cls(given, symmetric)
+        return cls(given, symmetric) if isinstance(given, Tensor) else given
 
     def inside(self, left: Piece, right: Piece) -> tuple[Piece, Piece]:
         """Return pieces whose inner products have the weights."""
@@ -321,7 +315,7 @@ class SampleRowNorms(Total):
 
     def add(self, left: Piece, right: Piece) -> None:
         """Add to the samples of a piece."""
-        place = own_samples(left, self._first)
+        place = counted_from(self._first, left.samples)
         for name, part in self._parts.items():
             if name in left.columns:
                 squares = left.columns[name].sample_entry_squares(self.memory)
@@ -346,15 +340,13 @@ class SampleGrams(Total):
     ) -> None:
         risk = left.risk
         self.names, self._first = list(risk.params), risk.ranks.first
-        self._weights = None
-        if weights is not None:
-            self._weights = Weights.of(weights, left is right)
+        self._weights = Weights.of(weights, left is right)
         shape = sum(risk.batch_sizes), left.width, right.width
         self.matrices = torch.zeros(shape, dtype=risk.dtype, device=risk.device)
 
     def add(self, left: Piece, right: Piece) -> None:
         """Fill in the samples of a piece, layer by layer."""
-        place = own_samples(left, self._first)
+        place = counted_from(self._first, left.samples)
         if self._weights is not None:
             left, right = self._weights.inside(left, right)
         for part, other in left.pairs(right, self.names):
@@ -363,11 +355,6 @@ class SampleGrams(Total):
     def finish(self, ranks: Ranks) -> None:
         """List by sample."""
         self.matrices = ranks.listed(lambda: self.matrices)
-
-
-def own_samples(piece: Piece, first: int) -> slice:
-    """Return where the samples of a piece are among those of this process."""
-    return slice(piece.samples.start - first, piece.samples.stop - first)
 
 
 class ColumnNorms(Total):
@@ -388,7 +375,7 @@ class ColumnNorms(Total):
 
     def add(self, left: Piece, right: Piece) -> None:
         """Fill in the columns of a piece."""
-        place = slice(left.place.start - self._first, left.place.stop - self._first)
+        place = counted_from(self._first, left.place)
         for number, group in enumerate(self._groups):
             for name in group:
                 if name in left.columns:

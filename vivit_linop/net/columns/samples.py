@@ -52,7 +52,11 @@ def _of_khatri_rao(
         if P * d.shape[4] <= R:
             return _of_weighted(left, right)
     elif isinstance(left, TableColumns) or by_pairs <= by_blocks:
-        products = _input_products(left, right)
+        if isinstance(left, TableColumns) and isinstance(right, TableColumns):
+            same = left.index[:, :, None] == right.index[:, None, :]
+            products = same.to(b).unsqueeze(1)
+        else:
+            products = left.inputs.mT @ right.inputs  # [n, G, P, P]
         total = b.new_zeros(n, R, Q)
         for g in range(groups):
             mixed = b[:, :, g].flatten(1, 2) @ products[:, g]
@@ -83,11 +87,3 @@ def _of_weighted(left: WeightedKhatriRao, right: KhatriRaoColumns) -> Tensor:
         mixed = b[..., p] * channels.unsqueeze(1)
         total += mixed.flatten(2) @ d[..., q].flatten(2).mT
     return total
-
-
-def _input_products(left: KhatriRaoColumns, right: KhatriRaoColumns) -> Tensor:
-    """The inner products of a sample's inputs, ``[n, G, P, P]``."""
-    if isinstance(left, TableColumns) and isinstance(right, TableColumns):
-        same = left.index[:, :, None] == right.index[:, None, :]
-        return same.to(left.cotangents).unsqueeze(1)
-    return left.inputs.mT @ right.inputs
