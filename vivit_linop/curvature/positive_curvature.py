@@ -34,11 +34,7 @@ from vivit_linop.risk.model.original import Params
 class PositiveCurvature:
     """G + Σ_k J_kᵀ diag(p_k) J_k of a net whose curved functions are modules.
 
-    Args:
-        risk: The risk, of a module.
-        curved: The types of modules that are functions with second derivatives.
-        modify: ``"clip"`` or ``"abs"``.
-        squared: Whether slopes come squared, as in BackPACK.
+    Slopes come squared as in BackPACK, or as published.
     """
 
     def __init__(

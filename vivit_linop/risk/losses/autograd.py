@@ -47,8 +47,16 @@ class AutogradLoss(OutputLoss):
 
     def check_data(self, output: Tensor, target: Tensor) -> None:
         """The loss is a scalar, and uses no parameters of the model."""
-        with torch.no_grad():
-            value = self._value(output, target)
+        try:
+            with torch.no_grad():
+                value: Any = self.function(self.as_returned(output), target)
+        except TypeError as error:
+            raise TypeError(
+                f"loss: {self.name} cannot be called as loss(output, target): {error}. "
+                "Of a loss of several inputs make a function of one output and one "
+                "target, with reduction=: for example lambda output, target: "
+                "loss(*output, target), where the model returns (a, b)."
+            ) from error
         if not isinstance(value, Tensor) or value.numel() != 1:
             shape = list(value.shape) if isinstance(value, Tensor) else value
             raise ValueError(
@@ -80,17 +88,6 @@ class AutogradLoss(OutputLoss):
         """Without a call where it reads nothing, since it is asked in each product."""
         if self._memory.parts:
             self._memory.check()
-
-    def _value(self, output: Tensor, target: Tensor) -> Any:
-        try:
-            return self.function(self.as_returned(output), target)
-        except TypeError as error:
-            raise TypeError(
-                f"loss: {self.name} cannot be called as loss(output, target): {error}. "
-                "Of a loss of several inputs make a function of one output and one "
-                "target, with reduction=: for example lambda output, target: "
-                "loss(*output, target), where the model returns (a, b)."
-            ) from error
 
 
 def leaves_of(tensor: Tensor) -> list[Tensor]:
