@@ -289,3 +289,14 @@ def test_what_hooks_compute_in_each_pass_is_no_change(
         assert now.is_current()
         assert torch.allclose(now.value(), value)
         assert torch.allclose(now.gradient(), now.flatten(own))
+
+
+@pytest.mark.parametrize("kind", [set, frozenset])
+def test_sets_of_parameters(kind: Any) -> None:
+    net: Any = mlp()
+    net.decayed = kind([net[0].weight, net[3].weight])
+    risk = vl.EmpiricalRisk(net, nn.CrossEntropyLoss(), data(6))
+    assert risk.is_current()
+    net.decayed = kind([net[0].weight])
+    assert not risk.is_current()
+    assert risk.at().is_current()

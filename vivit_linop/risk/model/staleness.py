@@ -157,7 +157,7 @@ def _same_parts(value: Any, twin: Any, comparison: Comparison) -> bool:
 @_same.register(set)
 @_same.register(frozenset)
 def _same_sets(value: Any, twin: Any, comparison: Comparison) -> bool:
-    return bool(value == twin)
+    return bool({comparison.replaced.get(id(v), v) for v in value} == twin)
 
 
 @_same.register
