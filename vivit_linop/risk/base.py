@@ -280,11 +280,8 @@ class Risk(ParameterVectors):
     def inputs_differ(self, index: int, X: Any) -> list[Tensor]:
         """Whether sums over the input of a batch are others; not read by the host.
 
-        Outputs do not show all of it, where weights are zero.
-
-        Args:
-            index: The batch.
-            X: Its input, whole, before the model has it, which may spoil it.
+        Outputs do not show all of it, where weights are zero. It is asked of the whole
+        input before the model has it, which may spoil it.
         """
         if index >= len(self._sums):
             return []

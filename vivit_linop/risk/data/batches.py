@@ -34,10 +34,7 @@ LABELS = "labels"
 def as_batches(data: Any, target: Target | None = None) -> Iterable[Any]:
     """Return an object that can be iterated over again and again, of batches.
 
-    Args:
-        data: One batch, or batches.
-        target: What finds the targets in a batch; None where it is a pair, or holds
-            them under a name that is known.
+    Batches are pairs or hold targets under a known name, unless ``target`` finds them.
 
     Raises:
         TypeError: If ``data`` is neither a pair ``(X, y)`` nor an iterable of them.
@@ -101,14 +98,11 @@ def holds_targets(batch: Any) -> bool:
 def without_targets(inputs: Any, count: Callable[[Any], int | None]) -> Iterable[Batch]:
     """Return batches of inputs as pairs, with zeros for targets.
 
-    Args:
-        inputs: One batch, a tensor, a tuple or a mapping; or an iterable of batches,
-            over which one can pass again.
-        count: How many samples a batch has, None for the first axis of its first
-            tensor that has axes.
+    One batch is a tensor, a tuple or a mapping. Where ``count`` does not know how many
+    samples it has, the first axis of its first tensor that has axes does.
 
     Raises:
-        TypeError: If it is none of these.
+        TypeError: If it is none of these, nor an iterable of batches.
         ValueError: If one can pass over it only once.
     """
 

@@ -45,15 +45,8 @@ def _entries(value: Any) -> bytes:
 def of_samples(batches: Iterable[Batch], search: Search) -> tuple[bytes, list[bytes]]:
     """Return a digest of what samples have in common, and one of each sample.
 
-    They do not depend on how samples are cut into batches.
-
-    Args:
-        batches: Batches of tensors.
-        search: Knows where samples are. What is the same for all is taken from the
-            first batch.
-
-    Returns:
-        Nothing, if there are no samples.
+    They do not depend on how samples are cut into batches. What is the same for all is
+    taken from the first batch. Of no samples there is nothing.
     """
     common, digests = hashlib.sha256(), list[bytes]()
     for X, y in batches:

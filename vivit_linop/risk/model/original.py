@@ -23,12 +23,8 @@ ModelFunction = Callable[[Params, Any], Any]
 class Original:
     """What the user gave.
 
-    Args:
-        model: A module, which is followed as long as somebody else keeps it, or a
-            function of parameters.
-        predict: How a module is called, if not with its input.
-        owners: The chosen parameters, by name: a module's own, or tensors in the place
-            of these.
+    A module is followed as long as somebody else keeps it, and so are those of the
+    chosen parameters that are its own; others stand in the place of these.
     """
 
     def __init__(

@@ -83,9 +83,7 @@ def parts_by_shape(shapes: Sequence[torch.Size]) -> list[Part]:
 def parts_by_items(sizes: Sequence[int], order: Tensor | None = None) -> list[Part]:
     """Cut a batch by how many items its samples have.
 
-    Args:
-        sizes: How many.
-        order: Where the items are, sample by sample; None if they come so.
+    The order says where the items are, sample by sample; None if they come so.
     """
     ends = list(itertools.accumulate(sizes, initial=0))
     numbers, runs = order, [[i] for i in range(len(sizes))]

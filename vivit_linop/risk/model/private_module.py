@@ -379,13 +379,9 @@ class PrivateFunction:
 
     Modules that it calls and tensors that it uses are copied as they are now.
 
-    Args:
-        function: The user's.
-        dtype: The precision of tensors that it has, None for their own.
-
     Attributes:
         returned: What makes one tensor of its outputs.
-        constants: Its copies of tensors.
+        constants: Its copies of tensors, in the precision that is wanted.
     """
 
     def __init__(self, function: ModelFunction, dtype: torch.dtype | None) -> None:

@@ -19,11 +19,7 @@ _TO_OTHER = {Tensor.to, Tensor.type_as}
 
 
 class Widened(TorchFunctionMode):
-    """Lets casts to a lower precision be casts to this one, and ``dtype=`` likewise.
-
-    Args:
-        dtype: ``torch.float32`` or ``torch.float64``.
-    """
+    """Lets casts to a lower precision be casts to this one, and ``dtype=`` likewise."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         super().__init__()
