@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import scipy.sparse
 import torch
 from torch import nn
 
@@ -258,3 +259,52 @@ def test_inputs_of_another_precision(dtype: torch.dtype) -> None:
         vl.EmpiricalRisk(net, loss, (X.to("meta"), y))
     with pytest.raises(RuntimeError, match="mat1"):  # the model's own
         vl.EmpiricalRisk(net, loss, (torch.rand(6, 5, dtype=dtype), y))
+
+
+@pytest.mark.parametrize("given", [0.1, 2, np.float64(0.1), torch.tensor(0.1), True])
+def test_numbers_are_no_terms(given: Any) -> None:
+    G = vl.GGN(problem())
+    for A in (G, vl.Jacobian(problem()), G + 0.1 * vl.Identity(26)):
+        calls: list[Callable[[], Any]] = [
+            *(lambda A=A: A + given, lambda A=A: given + A),
+            *(lambda A=A: A - given, lambda A=A: given - A),
+        ]
+        for call in calls:
+            with pytest.raises(TypeError, match=r"the number -?[0-9.]+\. .*Identity\("):
+                call()
+
+
+@pytest.mark.parametrize("rows", [26, 3])
+def test_matrices_are_no_terms(rows: int) -> None:
+    G, array = vl.GGN(problem()), np.eye(rows)
+    others = [array, torch.eye(rows), array[0], scipy.sparse.csr_array(array)]
+    for x in others:
+        calls: list[Callable[[], Any]] = [
+            *(lambda x=x: G + x, lambda x=x: x + G),
+            *(lambda x=x: G - x, lambda x=x: x - G),
+        ]
+        for call in calls:
+            with pytest.raises(
+                TypeError, match=r"shape \[.*\]\. .*Dense\(.*Identity\("
+            ):
+                call()
+
+
+def test_terms_of_other_kinds_have_their_say() -> None:
+    class Other:
+        def __radd__(self, x: Any) -> str:
+            return "added"
+
+        def __rsub__(self, x: Any) -> str:
+            return "subtracted"
+
+    G = vl.GGN(problem())
+    x, dense = torch.rand(26).double(), G.to_dense()
+    assert (G + Other(), G - Other()) == ("added", "subtracted")
+    for A, sign in ((sum([G]), 1), (G - 0, 1), (0 - G, -1), (0.0 + G, 1)):
+        torch.testing.assert_close(A @ x, sign * (dense @ x))
+    with pytest.raises(TypeError, match="unsupported operand"):
+        G + object()
+    for other in (nn.Linear(2, 2), None, object()):
+        with pytest.raises(TypeError, match=f"^x: .* got {type(other).__name__}\\."):
+            G @ other

@@ -212,6 +212,8 @@ def as_array(x: Any) -> np.ndarray:
     if isinstance(x, (list, tuple)):  # NumPy takes no numbers from other devices
         x = [part.item() if isinstance(part, Tensor) else part for part in x]
     array = x.toarray() if issparse(x) else np.asarray(x)
+    if array.dtype.kind == "O" and not array.ndim:
+        raise TypeError(f"x: a vector or a matrix of numbers, got {type(x).__name__}.")
     check_numbers(array)
     return array
 
@@ -221,6 +223,21 @@ def check_numbers(x: np.ndarray) -> None:
     if x.dtype.kind not in "fiubc":
         raise TypeError(
             f"x: vectors must be numbers, got {x.dtype}. Convert with x.astype(float)."
+        )
+
+
+def check_is_no_number(x: Any) -> None:
+    """Refuse numbers and matrices where operators are added, and say what to add."""
+    if is_scalar(x):
+        raise TypeError(
+            f"An operator is added to operators, got the number {as_float(x):g}. A "
+            "damping is a multiple of the identity: A + delta * Identity(n)."
+        )
+    if isinstance(x, (Tensor, np.ndarray)) or issparse(x):
+        raise TypeError(
+            "An operator is added to operators, got an array of shape "
+            f"{list(x.shape)}. Make it one: A + Dense(matrix), A + Diagonal(entries); "
+            "in the place of delta * eye(n) add delta * Identity(n)."
         )
 
 

@@ -24,6 +24,7 @@ from vivit_linop.arguments import (
     as_float,
     as_scalar,
     check_has_values,
+    check_is_no_number,
     is_scalar,
     numbered,
 )
@@ -449,10 +450,11 @@ class TorchLinearOperator(VerbMethods["TorchLinearOperator"], NumpyProducts):
             if self.shape != x.shape:
                 raise ValueError(f"Shapes do not match: {self!r} + {x!r}.")
             return verbs.add(self, x)
-        if is_scalar(x) and as_float(x) == 0.0:  # where sum([...]) starts
-            return self
         if isinstance(x, LinearOperator):
             return super().__add__(x)
+        if is_scalar(x) and as_float(x) == 0.0:  # where sum([...]) starts
+            return self
+        check_is_no_number(x)
         return NotImplemented
 
     __radd__ = __add__
@@ -464,9 +466,11 @@ class TorchLinearOperator(VerbMethods["TorchLinearOperator"], NumpyProducts):
 
     def __sub__(self, x: Any) -> Any:
         """Return ``self - x`` for an operator ``x``."""
-        if isinstance(x, LinearOperator):
-            return self + (-x)
-        return NotImplemented
+        return self + (-x) if isinstance(x, LinearOperator) else self.__add__(x)
+
+    def __rsub__(self, x: Any) -> Any:
+        """Return ``x - self``."""
+        return (-self).__add__(x)
 
     @uncompiled
     def __pow__(self, power: Any) -> TorchLinearOperator:
