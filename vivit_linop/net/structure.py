@@ -136,15 +136,10 @@ class Use:
     def columns(
         self, layout: Layout, width: int
     ) -> Callable[[Tensor], list[tuple[View, LayerColumns]]]:
-        """Return what makes the columns of the views, from cotangents at the output.
+        """Return what makes the columns of the views from cotangents ``[n, R, …]``.
 
-        Args:
-            layout: Where the samples are in input and output.
-            width: How many cotangents there are of each sample, in all calls together.
-
-        Returns:
-            A function of ``[n, R, …]``. What does not depend on cotangents is made
-            once.
+        The layout says where samples are in input and output, the width how many
+        cotangents each has in all calls. What does not depend on them is made once.
         """
         arguments, broadcast = self.arguments, self.kind.samples == "broadcast"
         of_weight: Callable[[Tensor], LayerColumns] | None = None
@@ -237,12 +232,8 @@ def columns_of_weight(
 ) -> Callable[[Tensor], LayerColumns]:
     """Return what makes the columns of a weight from cotangents ``[n, R, …]``.
 
-    Args:
-        kind: The layer's kind.
-        arguments: Its arguments by name.
-        X: Its input, in the form that the rules of the kind take.
-        width: How many cotangents there are of each sample. For several, inputs are
-            made once; for one, when they are needed.
+    X is the input in the form that the rules of the kind take. For several cotangents
+    of each sample in all, inputs are made once; for one, when they are needed.
     """
     if kind.inputs is None or kind.cotangents is None:
         assert kind.weight is not None

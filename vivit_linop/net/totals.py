@@ -185,14 +185,9 @@ def check_fits(left: Cotangents, right: Cotangents) -> None:
 
 
 class Rows(Total):
-    """The columns of a piece, formed as rows.
+    """The columns of the last piece, formed as rows ``[n·R, d]``.
 
-    Args:
-        factor: Jᵀ B.
-        names: The parameters, d entries together; all by default.
-
-    Attributes:
-        rows: Those of the last piece, ``[n·R, d]``.
+    Of all parameters, or of some with d entries together.
     """
 
     takes = "rows"
