@@ -242,3 +242,72 @@ def test_samples_that_depend_on_others(forward: Callable[..., Tensor]) -> None:
     data = torch.randn(N, 5).double(), torch.arange(N) % C
     with pytest.raises(ValueError, match="depend on the other samples"):
         vl.EmpiricalRisk(net, LOSS, data)
+
+
+class Overwritten(torch.autograd.Function):
+    """Its backward pass writes into what the forward pass has left for it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.slope = 1.0 - x.tanh().square()
+        return x.tanh()
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Any:
+        return ctx.slope.mul_(g).clone()
+
+
+class OverwrittenData(torch.autograd.Function):
+    """Past the counter of versions, by which torch sees such things."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(1.0 - x.tanh().square())
+        return x.tanh()
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Any:
+        (slope,) = ctx.saved_tensors
+        slope.data.mul_(g)
+        return slope
+
+
+class Freed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.slope = 1.0 - x.tanh().square()
+        return x.tanh()
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Any:
+        result = g * ctx.slope
+        del ctx.slope
+        return result
+
+
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("function", [Overwritten, OverwrittenData, Freed])
+def test_graphs_that_one_backward_pass_uses_up(function: Any, last: bool) -> None:
+    """Zeros and unit vectors, which change no result of their own, spoil the next."""
+
+    def forward(m: Any, x: Tensor, tanh: Any = function.apply) -> Tensor:
+        out: Tensor = tanh(m.b(m.a(x))) if last else m.b(tanh(m.a(x)))
+        return out
+
+    torch.manual_seed(0)
+    net = Lambda(forward, a=L(5, 4), b=L(4, C)).double()
+    X, y = torch.randn(N, 5).double(), torch.arange(N) % C
+    plain = forward(net, X, torch.tanh)
+    expected = torch.autograd.grad(LOSS(plain, y), list(net.parameters()))
+    unit = torch.eye(N * C, dtype=torch.float64)[0]
+    for first in (0.0 * unit, unit, torch.ones_like(unit)):
+        risk = vl.EmpiricalRisk(net, LOSS, (X, y))
+        J, U = vl.Jacobian(risk), vl.PerSampleGradients(risk)
+        for _ in range(2):
+            with pytest.raises(ValueError, match="second backward pass"):
+                J.T @ first
+            with pytest.raises(ValueError, match="second backward pass"):
+                U @ first[:N]
+            with pytest.raises(ValueError, match="second backward pass"):
+                vl.GGN(risk) @ torch.ones(risk.num_params, dtype=torch.float64)
+        torch.testing.assert_close(risk.gradient(), risk.flatten(expected))

@@ -14,6 +14,19 @@ from torch.autograd.graph import GradientEdge, Node
 from torch.func import vmap
 
 
+def used_up(how: str) -> ValueError:
+    """The error for a graph that can be pulled back once only.
+
+    Args:
+        how: What a second backward pass does.
+    """
+    return ValueError(
+        f"model: a second backward pass through the same graph {how}. Hooks that "
+        "remove themselves, and functions that free or change what they have saved, do "
+        "so; use ones that can be used again."
+    )
+
+
 def strided(gradient: Tensor | None) -> Tensor | None:
     """Return a gradient as an ordinary tensor; embeddings can have sparse ones."""
     if gradient is None or gradient.layout == torch.strided:

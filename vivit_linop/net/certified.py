@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from vivit_linop.devices import is_out_of_memory
-from vivit_linop.graphs import gradients
+from vivit_linop.graphs import gradients, used_up
 from vivit_linop.modes import as_guest
 from vivit_linop.net.capture import Capture, Takes
 from vivit_linop.net.certificate import Certificate, norms, weights_before
@@ -277,7 +277,13 @@ class CertifiedColumns:
         certificate = Certificate(made, cotangents)
         output = self._capture.output
         cotangent = certificate.cotangent
-        found = gradients(output, [*wanted.values()], cotangent, retain_graph=True)
+        try:
+            found = gradients(output, [*wanted.values()], cotangent, retain_graph=True)
+        # Whatever a net says when it misses what it has let go for the columns.
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise
+            raise used_up(f"fails ({error})") from error
         pulled_back = dict(zip(wanted, found, strict=True))
         errors = certificate.errors(pulled_back, lenient)
         failing = {name for name, error in errors.items() if not error <= 1.0}

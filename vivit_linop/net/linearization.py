@@ -31,7 +31,7 @@ from vivit_linop.devices import (
     fresh,
     is_out_of_memory,
 )
-from vivit_linop.graphs import batched_gradients, strided
+from vivit_linop.graphs import batched_gradients, strided, used_up
 from vivit_linop.modes import as_guest
 from vivit_linop.noise import Noise
 from vivit_linop.risk.empirical import EmpiricalRisk
@@ -60,10 +60,12 @@ class Graph:
     def __init__(self, output: Tensor, arguments: Sequence[Tensor]) -> None:
         self.output, self.arguments = output, arguments
         self.sizes = [*map(Tensor.numel, arguments)]
-        self.repeats = self._spent = False
+        self.repeats, self._spent = False, ""
 
     def pull_back(self, rows: Tensor) -> Tensor:
         """Jᵀ u, ``[n C] -> [D]`` or ``[K, n C] -> [K, D]``, rows contiguous."""
+        if self._spent:  # later, all passes might agree
+            raise used_up(self._spent)
         leading = rows.shape[:-1]
         cotangents = rows.view((*leading, *self.output.shape))
         gradients: Sequence[Tensor | None]
@@ -86,31 +88,37 @@ class Graph:
             parts.append(gradient.reshape(*leading, size))
         return torch.cat(parts, dim=-1)
 
-    def check_repeats(self, u: Tensor, once: Tensor | None = None) -> None:
-        """Raise an error if a second backward pass gives another Jᵀ u.
+    def check_repeats(self, probe: tuple[Tensor, Tensor] | None = None) -> None:
+        """Raise an error if a second backward pass gives another Jᵀ u, or fails.
 
         Args:
-            u: ``[n C]``.
-            once: What the first backward pass of the graph gave, if it was for u.
+            probe: u ``[n C]`` of random numbers, and Jᵀ u by the first pass of the
+                graph, if that has been made. Zeros and ones may show no difference,
+                and leave behind what gives wrong numbers for another u.
 
         Raises:
             ValueError: It says which nets do so.
         """
-        once = self.pull_back(u) if once is None else once
-        twice = self.pull_back(u)
-        size = once.nan_to_num(0.0, 0.0, 0.0).norm()
-        tolerance = float(torch.finfo(once.dtype).eps ** 0.5 * size)
-        # What is not finite is so again. Later, all passes might agree.
-        self._spent = self._spent or not torch.allclose(
-            once, twice, 0.0, tolerance, equal_nan=True
-        )
+        if probe is None:
+            u = Noise()(self.output.numel(), like=self.output.detach())
+            probe = u, self.pull_back(u)
+        u, once = probe
+        try:
+            twice = self.pull_back(u)
+        # Whatever a net says when it misses what it has let go.
+        except Exception as error:
+            if is_out_of_memory(error) or self._spent:
+                raise
+            self._spent = f"fails ({error})"
+        else:
+            size = once.nan_to_num(0.0, 0.0, 0.0).norm()
+            tolerance = float(torch.finfo(once.dtype).eps ** 0.5 * size)
+            # What is not finite is so again.
+            if not torch.allclose(once, twice, 0.0, tolerance, equal_nan=True):
+                self._spent = "gives another result"
         if self._spent:
-            raise ValueError(
-                "model: a second backward pass through the same graph gives another "
-                "result. Hooks that remove themselves, and functions that free or "
-                "change what they have saved, do so; use ones that can be used again."
-            )
-        self.repeats = bool(once.any())
+            raise used_up(self._spent)
+        self.repeats = True
 
 
 class Tangents(ABC):
@@ -363,7 +371,7 @@ class Linearization:
         graph = self._graph
         if not graph.repeats and (self.kept or U.shape[1] > 1):
             with explained(self._does_not_fit):
-                graph.check_repeats(U[:, 0].contiguous())
+                graph.check_repeats()
         return self._by_rows(graph.pull_back, U, self._num_params)
 
     def _by_rows(

@@ -157,8 +157,8 @@ class Preparation:
         try:
             tangents = ReverseTangents(self._graph)
             right = checked or self._agree(self._graph, tangents)
-        # Some operations have no second derivative.
-        except (RuntimeError, NotImplementedError) as error:
+        # Some operations have no second derivative, or no second backward pass.
+        except Exception as error:
             if is_out_of_memory(error):
                 raise
             self._failure = f" ({error})"
@@ -229,7 +229,7 @@ class Preparation:
         linear. Rounding to a lower precision is not, nor is a coarse iteration.
         """
         graph, (_, u, once) = self._graph, self._probed()
-        graph.check_repeats(u, once)
+        graph.check_repeats((u, once))
         v = Noise(1)(u.numel(), like=u)
         error = once + graph.pull_back(v) - graph.pull_back(u + v)
         if error.norm() <= torch.finfo(once.dtype).eps ** 0.5 * once.norm():
