@@ -46,7 +46,6 @@ from vivit_linop.operators.verbs import (
     adjoint,
     damp,
     damped_inv,
-    diagonal,
     eigh,
     eigvalsh,
     gram,
@@ -265,10 +264,11 @@ def damped_inverse_of_corrected_kronecker(
     evals = without_noise(op.eigenvalues) if damping > 0.0 else op.eigenvalues
     sums = evals + damping
     # What a δ of the other sign leaves of an eigenvalue that is known up to rounding.
-    left = torch.where(evals * damping < 0.0, sums.abs(), torch.inf)
-    if left.min() <= _accuracy(op) * evals.abs().max():
+    rounding = _accuracy(op) * evals.abs().max()
+    lost = (evals * damping < 0.0) & (sums.abs() <= rounding)
+    if (lost | (sums == 0.0)).any():  # the one wait
         raise _singular(op)
-    return CorrectedKronecker(op.basis, diagonal(inv(Diagonal(sums))))
+    return CorrectedKronecker(op.basis, 1.0 / sums)
 
 
 def _accuracy(op: Op) -> float:
