@@ -140,12 +140,7 @@ class GramEigenpairs(Eigenpairs):
 
 
 class DenseDecomposition(Eigendecomposition):
-    """The decomposition of a dense symmetric matrix.
-
-    Args:
-        matrix: ``[n, n]``.
-        ranks: The processes that have it.
-    """
+    """The decomposition of a dense symmetric matrix, which some processes have."""
 
     def __init__(self, matrix: Tensor, ranks: Ranks = ALONE) -> None:
         self._matrix, self.count, self._ranks = matrix, len(matrix), ranks
@@ -167,11 +162,7 @@ class DenseDecomposition(Eigendecomposition):
 
 
 class LowRankDecomposition(DenseDecomposition):
-    """The decomposition of c V Vᵀ through its smaller side.
-
-    Args:
-        operator: c V Vᵀ, ``[D, D]`` with V ``[D, R]``; has min(D, R) eigenvalues.
-    """
+    """The decomposition of c V Vᵀ through its smaller side: min(D, R) eigenvalues."""
 
     def __init__(self, operator: LowRank) -> None:
         if operator.requires_grad:
@@ -317,13 +308,7 @@ def _orthonormal(columns: Tensor) -> Tensor:
 
 
 class ScaledShifted(Eigendecomposition):
-    """The decomposition of a A + δ I from that of A.
-
-    Args:
-        inner: The decomposition of A.
-        factor: a, not zero.
-        shift: δ.
-    """
+    """The decomposition of a A + δ I from that of A."""
 
     def __init__(
         self, inner: Eigendecomposition, factor: Scalar = 1.0, shift: Scalar = 0.0

@@ -35,7 +35,7 @@ from vivit_linop.operators.kronecker import (
     Kronecker,
 )
 from vivit_linop.operators.lowrank import DampedRoot, Gram, LowRank
-from vivit_linop.operators.sandwich import Sandwich, low_rank_form
+from vivit_linop.operators.sandwich import Sandwich
 from vivit_linop.operators.verbs import (
     damped_inv,
     diagonal,
@@ -209,9 +209,7 @@ def explain_product(op: Product, k: int | None = None) -> Explanation:
 @explain.register
 def explain_sandwich(op: Sandwich, k: int | None = None) -> Explanation:
     left, D, right = op.shape[0], op.factors[1].shape[0], op.shape[1]
-    form = low_rank_form(op.factors[1])
-    assert form is not None
-    V = form.factor
+    form, V = op.form, op.form.factor
     if V is None:
         way = "AᵀP B, a Gram matrix with weights"
     elif op.factor is V or op.other is V:

@@ -353,11 +353,6 @@ class NotConverged(Exception):
     """Only some pairs are as accurate as they should be: so many."""
 
 
-def basis_rows(n: int, k: int) -> int:
-    """How many vectors of n entries are held for k pairs."""
-    return min(n, 2 * k + MORE_ROWS)
-
-
 def lanczos(
     product: Product,
     start: Tensor,
@@ -395,13 +390,13 @@ def lanczos(
         >>> [round(x) for x in evals.tolist()], tuple(evecs.shape)
         ([99, 100], (100, 2))
     """
-    basis = _Basis(product, start, basis_rows(len(start), k))
+    basis = _Basis(product, start, min(len(start), 2 * k + MORE_ROWS))
     eps = torch.finfo(start.dtype).eps
     kept = found = 0
     for _ in range(restarts):
         basis.grow(kept)
         values, vectors, residuals = basis.ritz()
-        order = _wanted_first(values, which)
+        order = _outwards(values, which).argsort(descending=True, stable=True)
         sizes = values.abs()
         accuracy = (max(tol, eps) * sizes).clamp(min=(hidden or eps) * sizes.max())
         good = (residuals <= accuracy)[order]
@@ -485,8 +480,3 @@ class _Basis:
 def _norm(x: Tensor) -> Tensor:
     """‖x‖ in float64, which has the squares of all numbers in float32."""
     return torch.linalg.vector_norm(x, dtype=torch.float64)
-
-
-def _wanted_first(values: Tensor, which: str) -> Tensor:
-    """The order of ascending Ritz values in which they are wanted."""
-    return _outwards(values, which).argsort(descending=True, stable=True)

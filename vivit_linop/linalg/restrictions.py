@@ -21,7 +21,6 @@ from vivit_linop.operators.elementary import (
     Scaled,
     Sum,
     as_dense,
-    dense_over,
 )
 from vivit_linop.operators.kronecker import BlockDiagonal
 from vivit_linop.operators.lowrank import Gram, LowRank, Woodbury
@@ -67,11 +66,6 @@ def restricted_dense(op: Dense, index: Tensor) -> Op:
 
 
 @restrict.register
-def restricted_dense_inverse(op: DenseInverse, index: Tensor) -> Op:
-    return dense_over(op.ranks, to_dense(op)[index][:, index])
-
-
-@restrict.register
 def restricted_diagonal(op: Diagonal, index: Tensor) -> Op:
     return Diagonal(op.entries[index])
 
@@ -100,8 +94,8 @@ def restricted_sum(op: Sum, index: Tensor) -> Op:
 
 
 @restrict.register
-def restricted_gram(op: Gram, index: Tensor) -> Op:
-    if not op.known:
+def restricted_matrix(op: Gram | DenseInverse, index: Tensor) -> Op:
+    if isinstance(op, Gram) and not op.known:
         return Restricted(op, index)
     return restrict(as_dense(op), index)
 

@@ -14,7 +14,7 @@ from vivit_linop.operators.damped import DampedInverse
 from vivit_linop.operators.elementary import Product, Scaled, Sum
 from vivit_linop.operators.lowrank import DampedRoot, Gram, LowRank, Woodbury
 from vivit_linop.operators.parts import HStack
-from vivit_linop.operators.sandwich import LowRankForm, Sandwich, low_rank_form
+from vivit_linop.operators.sandwich import LowRankForm, Sandwich
 from vivit_linop.operators.verbs import (
     adjoint,
     column_pieces,
@@ -45,7 +45,7 @@ _SAFE = 0.1
 @to_dense.register
 def matrix_of_sandwich(op: Sandwich) -> Tensor:
     """The sum a AᵀB + (VᵀA)ᵀ M (VᵀB); symmetric where A is B."""
-    A, B, form = op.factor, op.other, _form(op)
+    A, B, form = op.factor, op.other, op.form
     V, dtype = form.factor, op.factors[1].torch_dtype
     if A is V:
         result = _in_parts(form.on_range, _gram(A, B, form).to(dtype))
@@ -72,7 +72,7 @@ def diagonal_of_sandwich(op: Sandwich) -> Tensor:
 @diagonal_blocks.register
 def diagonal_blocks_of_sandwich(op: Sandwich, size: int) -> Tensor:
     """As the matrix, without what is beside the blocks."""
-    A, B, form = op.factor, op.other, _form(op)
+    A, B, form = op.factor, op.other, op.form
     V = form.factor
     if V is not None and (A is V or B is V):
         return _blocks_on_diagonal(to_dense(op), size)
@@ -246,12 +246,6 @@ def gram_blocks_of_stack(
             [gram_blocks(part, part, size, weights) for part in left.parts]
         )
     return gram_blocks_of_operator(left, right, size, weights)
-
-
-def _form(op: Sandwich) -> LowRankForm:
-    form = low_rank_form(op.factors[1])
-    assert form is not None
-    return form
 
 
 def _gram(A: Op, B: Op, form: LowRankForm) -> Tensor:

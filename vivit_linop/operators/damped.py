@@ -45,9 +45,11 @@ class Damped(TorchLinearOperator):
         return self.operator.self_adjoint
 
     def _mirrors(self, other: TorchLinearOperator) -> bool:
-        if not isinstance(other, Damped) or not _one_number(
-            self.damping, other.damping
-        ):
+        if not isinstance(other, Damped):
+            return False
+        one, two = self.damping, other.damping
+        tensors = isinstance(one, Tensor) or isinstance(two, Tensor)  # of derivatives
+        if one is not two and (tensors or one != two):
             return False
         return mirrored(self.operator, other.operator)
 
@@ -59,13 +61,6 @@ class Damped(TorchLinearOperator):
 
     def _multiply_adjoint(self, X: Tensor) -> Tensor:
         return self.operator.T.apply(X) + self.damping * X
-
-
-def _one_number(first: Scalar, second: Scalar) -> bool:
-    """Whether numbers are the same; of what gradients flow to, whether it is one."""
-    if isinstance(first, Tensor) or isinstance(second, Tensor):
-        return first is second
-    return first == second
 
 
 class DampedDense(Damped, Dense):  # type: ignore[misc]  # what it is made of: Damped's
@@ -118,26 +113,19 @@ class DampedInverse(TorchLinearOperator):
         return (self.damping, self.operator)
 
     def _multiply(self, X: Tensor) -> Tensor:
-        return solved(X, self.damping, self.inverse)
+        product: Tensor = _Solve.apply(X, self.damping, self.inverse)
+        return product
 
     def _multiply_adjoint(self, X: Tensor) -> Tensor:
-        return solved(X, self.damping, self.inverse.T)
-
-
-def solved(X: Tensor, damping: Tensor, inverse: TorchLinearOperator) -> Tensor:
-    """Return a product with an inverse that passes derivatives to the damping.
-
-    Args:
-        X: b, ``[n, K]``.
-        damping: δ of (A + δ I)⁻¹ without axes, or p of (A + diag(p))⁻¹, ``[n]``.
-        inverse: That inverse, which requires no grad.
-    """
-    product: Tensor = _Solve.apply(X, damping, inverse)
-    return product
+        product: Tensor = _Solve.apply(X, self.damping, self.inverse.T)
+        return product
 
 
 class _Solve(torch.autograd.Function):
-    """x = (A + δ I)⁻¹ b, or with diag(p) in place of δ I, as a node of autograd."""
+    """x = (A + δ I)⁻¹ b, or with diag(p) in place of δ I, as a node of autograd.
+
+    Derivatives pass to b and δ or p, and not to the inverse.
+    """
 
     @staticmethod
     def forward(X: Tensor, damping: Tensor, inverse: TorchLinearOperator) -> Tensor:
@@ -241,9 +229,11 @@ class DiagonalWoodbury(TorchLinearOperator):
         return (self.operator,)
 
     def _multiply(self, X: Tensor) -> Tensor:
-        if self.requires_grad and torch.is_grad_enabled():
-            return solved(X, self.operator.damping.entries, self.detached)
-        return self._solve(X)
+        if not (self.requires_grad and torch.is_grad_enabled()):
+            return self._solve(X)
+        entries = self.operator.damping.entries
+        product: Tensor = _Solve.apply(X, entries, self.detached)
+        return product
 
     @property
     def detached(self) -> DiagonalWoodbury:

@@ -223,10 +223,6 @@ class CorrectedKronecker(TorchLinearOperator):
         basis: A Kronecker product of self-adjoint operators.
         eigenvalues: ``[n]``, in the order of ``basis.eigenvectors``.
 
-    Attributes:
-        basis: The Kronecker product.
-        eigenvalues: Those of this operator.
-
     Example:
         >>> import torch, vivit_linop as vl
         >>> from vivit_linop.operators import CorrectedKronecker

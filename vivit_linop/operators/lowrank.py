@@ -147,9 +147,6 @@ class Centered(TorchLinearOperator):
     Args:
         factor: A, ``[D, R]``.
 
-    Attributes:
-        factor: A.
-
     Example:
         >>> import torch, vivit_linop as vl
         >>> from vivit_linop.operators import Centered

@@ -6,11 +6,11 @@ how it is written, what it is made of and what one product costs.
 
 from __future__ import annotations
 
-import html
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import singledispatch
+from html import escape
 from typing import Any
 
 from scipy.sparse.linalg import LinearOperator
@@ -121,10 +121,10 @@ def _node(name: str, op: Operator, depth: int) -> str:
         place = f"{getattr(op, 'torch_dtype', '')}, {getattr(op, 'device', '')}"
         cost = f"{place}; a product costs {cost}" if cost else place
     words = [
-        f"{_text(name)} = " if name else "",
-        f"<b>{_text(type(op).__name__)}</b> {rows} × {columns}",
-        f" &nbsp;{_text(shown.formula)}" if shown.formula else "",
-        f' &nbsp;<span style="opacity: 0.7">{_text(cost)}</span>' if cost else "",
+        f"{escape(name)} = " if name else "",
+        f"<b>{escape(type(op).__name__)}</b> {rows} × {columns}",
+        f" &nbsp;{escape(shown.formula)}" if shown.formula else "",
+        f' &nbsp;<span style="opacity: 0.7">{escape(cost)}</span>' if cost else "",
     ]
     head = "".join(words)
     if not shown.parts:
@@ -140,10 +140,6 @@ def _node(name: str, op: Operator, depth: int) -> str:
         f'<div style="margin-left: 0.4em; padding-left: 0.9em; border-left: {_GREY}">'
         f"{''.join(inner)}</div></details>"
     )
-
-
-def _text(words: str) -> str:
-    return html.escape(words)
 
 
 def _with_unit(flops: float) -> str:

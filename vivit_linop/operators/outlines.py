@@ -42,11 +42,8 @@ def _entries(op: Operator) -> float:
 
 
 def _numbered(parts: Iterable[Operator]) -> list[tuple[str, Operator]]:
-    return [(f"A{_below(i)}", part) for i, part in enumerate(parts, start=1)]
-
-
-def _below(number: int) -> str:
-    return str(number).translate(str.maketrans("0123456789", "₀₁₂₃₄₅₆₇₈₉"))
+    below = str.maketrans("0123456789", "₀₁₂₃₄₅₆₇₈₉")
+    return [(f"A{i}".translate(below), part) for i, part in enumerate(parts, start=1)]
 
 
 def _number(value: Scalar) -> str:

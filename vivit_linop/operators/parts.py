@@ -28,9 +28,6 @@ class HStack(TorchLinearOperator):
 
     Args:
         parts: At least one, with as many rows each.
-
-    Attributes:
-        parts: The operators.
     """
 
     def __init__(self, *parts: TorchLinearOperator) -> None:
@@ -126,10 +123,6 @@ class Rows(TorchLinearOperator):
     Args:
         operator: A, ``[m, n]``.
         index: Distinct numbers of its rows, ``[k]``, on its device.
-
-    Attributes:
-        operator: A.
-        index: The numbers.
     """
 
     def __init__(self, operator: TorchLinearOperator, index: Tensor) -> None:
@@ -154,10 +147,6 @@ class Restricted(TorchLinearOperator):
     Args:
         operator: A, ``[n, n]``.
         index: Distinct numbers of its rows, ``[k]``, on its device.
-
-    Attributes:
-        operator: A.
-        index: The numbers.
     """
 
     def __init__(self, operator: TorchLinearOperator, index: Tensor) -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache, cached_property, singledispatch
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -58,12 +58,19 @@ class Sandwich(Product):
     @cached_property
     def factor(self) -> Op:
         """A, as a factor."""
-        return _factor(adjoint(self.factors[0]))
+        return cast(Op, as_factor(adjoint(self.factors[0])))
 
     @cached_property
     def other(self) -> Op:
         """B, as a factor; A itself if it is the same."""
-        return self.factor if self.self_adjoint else _factor(self.factors[2])
+        if self.self_adjoint:
+            return self.factor
+        return cast(Op, as_factor(self.factors[2]))
+
+    @property
+    def form(self) -> LowRankForm:
+        """S, as what knows its small side."""
+        return cast(LowRankForm, low_rank_form(self.factors[1]))
 
 
 @dataclass(frozen=True)
@@ -224,12 +231,6 @@ def product_of_product_and_factor(A: Product, B: Op) -> Op:
 def product_of_factor_and_product(A: Op, B: Product) -> Op:
     """Aᵀ (S B)."""
     return _sandwich(A, *B.factors) if len(B.factors) == 2 else NotImplemented
-
-
-def _factor(op: Op) -> Op:
-    factor = as_factor(op)
-    assert factor is not None
-    return factor
 
 
 def _sandwich(left: Op, middle: Op, right: Op) -> Op:
