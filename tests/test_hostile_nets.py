@@ -311,3 +311,53 @@ def test_graphs_that_one_backward_pass_uses_up(function: Any, last: bool) -> Non
             with pytest.raises(ValueError, match="second backward pass"):
                 vl.GGN(risk) @ torch.ones(risk.num_params, dtype=torch.float64)
         torch.testing.assert_close(risk.gradient(), risk.flatten(expected))
+
+
+class Writing(torch.autograd.Function):
+    """Its backward pass writes into the gradient that it is given."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.slope = 1.0 - x.tanh().square()
+        return x.tanh()
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Any:
+        return g.mul_(ctx.slope)
+
+
+def doubling(x: Tensor) -> Tensor:
+    """The same by a hook."""
+    y = x.sin()
+    if y.requires_grad:
+        y.register_hook(lambda g: g.mul_(2.0))
+    return y
+
+
+@pytest.mark.parametrize("memory", [0, None])
+@pytest.mark.parametrize(
+    ("last", "slope"),
+    [
+        (Writing.apply, lambda z: 1.0 - z.tanh().square()),
+        (doubling, lambda z: 2.0 * z.cos()),
+    ],
+)
+def test_backward_passes_that_write_into_what_they_are_given(
+    last: Any, slope: Any, memory: int | None
+) -> None:
+    """The user's vectors stay as they are, one or several."""
+    torch.manual_seed(0)
+    net = Lambda(lambda m, x: last(m.a(x)), a=L(5, C)).double()
+    X, y = torch.randn(N, 5).double(), torch.arange(N) % C
+    J = vl.Jacobian(vl.EmpiricalRisk(net, LOSS, (X, y), memory=memory))
+    at = slope(net.a(X).detach())
+    for shape in ((N * C,), (N * C, 1), (N * C, 3)):
+        U = torch.randn(shape, dtype=torch.float64)
+        before = U.clone()
+        signals = U.reshape(N, C, -1) * at[:, :, None]
+        expected = torch.cat(
+            [torch.einsum("nck,nd->cdk", signals, X).flatten(0, 1), signals.sum(0)]
+        )
+        for _ in range(2):
+            torch.testing.assert_close(J.T @ U, expected.reshape(-1, *shape[1:]))
+            assert torch.equal(U, before)

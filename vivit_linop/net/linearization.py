@@ -55,19 +55,22 @@ class Graph:
         arguments: One for each parameter.
         sizes: The entries of each argument.
         repeats: Whether a second backward pass is known to give what the first does.
+        reads_only: Whether one is known to write nothing into what it is given.
     """
 
     def __init__(self, output: Tensor, arguments: Sequence[Tensor]) -> None:
         self.output, self.arguments = output, arguments
         self.sizes = [*map(Tensor.numel, arguments)]
-        self.repeats, self._spent = False, ""
+        self.repeats = self.reads_only = False
+        self._spent = ""
 
     def pull_back(self, rows: Tensor) -> Tensor:
         """Jᵀ u, ``[n C] -> [D]`` or ``[K, n C] -> [K, D]``, rows contiguous."""
         if self._spent:  # later, all passes might agree
             raise used_up(self._spent)
         leading = rows.shape[:-1]
-        cotangents = rows.view((*leading, *self.output.shape))
+        given = rows if self.reads_only else rows.clone()
+        cotangents = given.view((*leading, *self.output.shape))
         gradients: Sequence[Tensor | None]
         if rows.ndim == 2:
             gradients = batched_gradients(self.output, self.arguments, [cotangents])
@@ -103,14 +106,16 @@ class Graph:
             u = Noise()(self.output.numel(), like=self.output.detach())
             probe = u, self.pull_back(u)
         u, once = probe
+        given, self.reads_only = u.clone(), True
         try:
-            twice = self.pull_back(u)
+            twice = self.pull_back(given)
         # Whatever a net says when it misses what it has let go.
         except Exception as error:
             if is_out_of_memory(error) or self._spent:
                 raise
             self._spent = f"fails ({error})"
         else:
+            self.reads_only = torch.equal(given, u)
             size = once.nan_to_num(0.0, 0.0, 0.0).norm()
             tolerance = float(torch.finfo(once.dtype).eps ** 0.5 * size)
             # What is not finite is so again.
