@@ -23,7 +23,7 @@ from vivit_linop.risk.kept import Run, run_of
 from vivit_linop.risk.model.functional import FunctionalModel
 from vivit_linop.risk.model.original import Params
 from vivit_linop.risk.model.outputs import RaggedOutputs
-from vivit_linop.risk.model.parameters import check_finite, same_entries
+from vivit_linop.risk.model.parameters import check_finite, other_entries
 
 # From how many states of the generators a model that draws is evaluated on the first
 # batch. A coin that is used falls alike in all of them once in 2⁸ times.
@@ -96,7 +96,7 @@ def checked_outputs(
             raise
         drawn = not torch.equal(before, _random_state(model.device))
     output = run.output
-    same = [same_entries(kept[name], buffer) for name, buffer in buffers.items()]
+    moved = [other_entries(kept[name], buffer) for name, buffer in buffers.items()]
     if items and output.ndim and len(output) == items:
         raise RaggedOutputs(output.detach())
     _check_form(model, where, output, n)
@@ -110,8 +110,8 @@ def checked_outputs(
     # one for each batch would let the heap of the process grow.
     output = output.detach()
     output = output.clone()
-    finite, *parts = read([output.isfinite().all(), *same, *run.written])
-    changed = [name for name, was in zip(buffers, parts, strict=False) if not was]
+    finite, *parts = read([output.isfinite().all(), *moved, *run.written])
+    changed = [name for name, has in zip(buffers, parts, strict=False) if has]
     if changed:
         model.restore({name: kept[name] for name in changed})
         now = {name: buffers[name] for name in changed}
@@ -122,7 +122,7 @@ def checked_outputs(
                 "are kept), and has other outputs then, so it is not one function. "
                 "Call model.eval(), or do without that in evaluation mode."
             )
-    writes = any(parts[len(same) :])
+    writes = any(parts[len(moved) :])
     model.writes |= writes
     if drawn:
         _check_unmoved(model, index, X, output)

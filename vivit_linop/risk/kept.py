@@ -38,7 +38,7 @@ from vivit_linop.risk.model.functional import FunctionalModel, is_written
 from vivit_linop.risk.model.given import check_graph
 from vivit_linop.risk.model.original import Params
 from vivit_linop.risk.model.outputs import RaggedOutputs
-from vivit_linop.risk.model.parameters import in_precision, same_entries
+from vivit_linop.risk.model.parameters import in_precision, other_entries
 
 Value = TypeVar("Value")
 
@@ -283,7 +283,7 @@ class Run:
                 other = in_precision(other, self.precision)
             if part.dtype != other.dtype:
                 return False
-            if not torch.equal(part, other) and not same_entries(part, other):
+            if not torch.equal(part, other) and other_entries(part, other):
                 return False
         for tensor, version in self.saved:
             if tensor._version != version:

@@ -48,7 +48,7 @@ from vivit_linop.risk.model.parameters import (
     have_equal_entries,
     in_precision,
     of_pairs,
-    same_entries,
+    other_entries,
 )
 from vivit_linop.risk.model.private_module import (
     PrivateFunction,
@@ -445,5 +445,5 @@ def is_written(own: Tensor, given: Tensor) -> Tensor:
     if own.requires_grad and not given.requires_grad:
         return torch.tensor(True, device="cpu")
     if own.layout == torch.strided and own.shape == given.shape:
-        return ~same_entries(own, given) | bool(own._version)
+        return other_entries(own, given) | bool(own._version)
     return torch.tensor(own.layout == torch.strided or own._version > 0, device="cpu")

@@ -18,6 +18,8 @@ from vivit_linop.graphs import strided
 # What curvature is computed in.
 PRECISIONS = (torch.float32, torch.float64)
 HALVES = (torch.float16, torch.bfloat16)
+# By bytes of an entry.
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 # Precision ---------------------------------------------------------------------------
@@ -67,13 +69,22 @@ def strided_parts(tensor: Tensor) -> tuple[Tensor, ...]:
     return (tensor,)
 
 
-def same_entries(left: Tensor, right: Tensor) -> Tensor:
-    """Whether tensors of one layout are the same, with NaN; not read by the host."""
+def other_entries(left: Tensor, right: Tensor) -> Tensor:
+    """Whether tensors of one layout differ, NaN from NaN not; not read by the host."""
     pairs = list(zip(strided_parts(left), strided_parts(right), strict=True))
-    if any(a.shape != b.shape for a, b in pairs):  # they have other entries
-        return torch.zeros((), dtype=torch.bool, device=right.device)
-    same = [((a == b) | ((a != a) & (b != b))).all() for a, b in pairs]
-    return functools.reduce(torch.logical_and, same)
+    if any(a.shape != b.shape or a.dtype != b.dtype for a, b in pairs):
+        return torch.ones((), dtype=torch.bool, device=right.device)
+    other = [(_bits(a) != _bits(b)).any() for a, b in pairs]
+    return functools.reduce(torch.logical_or, other)
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    """Entries as integers where they may be NaN, which equals nothing."""
+    if tensor.is_complex():
+        tensor = torch.view_as_real(tensor.resolve_conj())
+    if not tensor.is_floating_point():
+        return tensor
+    return tensor.resolve_neg().view(_INTEGERS[tensor.element_size()])
 
 
 def have_equal_entries(left: Tensor, right: Tensor) -> bool:
@@ -82,7 +93,8 @@ def have_equal_entries(left: Tensor, right: Tensor) -> bool:
         return False
     parts = zip(strided_parts(left), strided_parts(right), strict=True)
     # As nearly always, and sooner.
-    return all(torch.equal(a, b) for a, b in parts) or bool(same_entries(left, right))
+    equal = all(torch.equal(a, b) for a, b in parts)
+    return equal or not other_entries(left, right)
 
 
 def as_pairs(tensor: Tensor) -> Tensor:
