@@ -58,18 +58,22 @@ class Graph:
         reads_only: Whether one is known to write nothing into what it is given.
     """
 
-    def __init__(self, output: Tensor, arguments: Sequence[Tensor]) -> None:
+    def __init__(
+        self, output: Tensor, arguments: Sequence[Tensor], reads_only: bool = False
+    ) -> None:
         self.output, self.arguments = output, arguments
         self.sizes = [*map(Tensor.numel, arguments)]
-        self.repeats = self.reads_only = False
-        self._spent = ""
+        self.repeats, self.reads_only, self._spent = False, reads_only, ""
 
-    def pull_back(self, rows: Tensor) -> Tensor:
-        """Jᵀ u, ``[n C] -> [D]`` or ``[K, n C] -> [K, D]``, rows contiguous."""
+    def pull_back(self, rows: Tensor, spare: bool = False) -> Tensor:
+        """Jᵀ u, ``[n C] -> [D]`` or ``[K, n C] -> [K, D]``, rows contiguous.
+
+        Unless they are spare, they stay what they are.
+        """
         if self._spent:  # later, all passes might agree
             raise used_up(self._spent)
         leading = rows.shape[:-1]
-        given = rows if self.reads_only else rows.clone()
+        given = rows if self.reads_only or spare else rows.clone()
         cotangents = given.view((*leading, *self.output.shape))
         gradients: Sequence[Tensor | None]
         if rows.ndim == 2:
@@ -91,6 +95,11 @@ class Graph:
             parts.append(gradient.reshape(*leading, size))
         return torch.cat(parts, dim=-1)
 
+    def watched(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        """Jᵀ u for random u, and whether what the pass was given stayed what it was."""
+        given = u.clone()
+        return self.pull_back(given, spare=True), (given == u).all()
+
     def check_repeats(self, probe: tuple[Tensor, Tensor] | None = None) -> None:
         """Raise an error if a second backward pass gives another Jᵀ u, or fails.
 
@@ -106,16 +115,15 @@ class Graph:
             u = Noise()(self.output.numel(), like=self.output.detach())
             probe = u, self.pull_back(u)
         u, once = probe
-        given, self.reads_only = u.clone(), True
         try:
-            twice = self.pull_back(given)
+            twice, stayed = self.watched(u)
         # Whatever a net says when it misses what it has let go.
         except Exception as error:
             if is_out_of_memory(error) or self._spent:
                 raise
             self._spent = f"fails ({error})"
         else:
-            self.reads_only = torch.equal(given, u)
+            self.reads_only |= bool(stayed)
             size = once.nan_to_num(0.0, 0.0, 0.0).norm()
             tolerance = float(torch.finfo(once.dtype).eps ** 0.5 * size)
             # What is not finite is so again.

@@ -122,7 +122,8 @@ class Preparation:
             output = graph.output.detach()
             u = noise(output.numel(), like=output)
             x = noise(sum(graph.sizes), like=output)
-            self._probe = x, u, graph.pull_back(u)
+            pulled_back, self._stayed = graph.watched(u)
+            self._probe = x, u, pulled_back
         return self._probe
 
     def _trace_somehow(self) -> tuple[Graph, Tangents] | None:
@@ -140,7 +141,8 @@ class Preparation:
                 warnings.filterwarnings("ignore", category=FutureWarning)
                 traced = tangent_map(self._function, theta)
             arguments = [p.clone().requires_grad_() for p in theta.values()]
-            graph = Graph(traced(*arguments), arguments)
+            # Its operations are torch's own, which write into no gradient.
+            graph = Graph(traced(*arguments), arguments, reads_only=True)
             tangents = TracedTangents(traced, arguments)
             right = self._agree(graph, tangents)
         # Any failure of the tracer, of which there are many kinds, only means that
@@ -193,7 +195,8 @@ class Preparation:
         tolerated += 100 * eps * pulled_back.norm() * x.norm()
         facts.append(square.abs() <= tolerated)
         # The host waits for all of them together.
-        right = torch.stack(facts).tolist()
+        *right, reads_only = torch.stack([*facts, self._stayed]).tolist()
+        self._graph.reads_only |= reads_only
         if traced:  # it is let go without a question
             return all(right)
         return (right[0] or self._is_rounding(slope, u, expected)) and (
