@@ -237,10 +237,8 @@ def inverse_of_restricted(op: Restricted) -> Op:
     if not isinstance(inner, Woodbury) or not inner.operator.by_gram:
         return inv(as_dense(op))
     low_rank, delta = inner.operator, inner.damping
-    V, ones = (
-        low_rank.factor,
-        torch.ones(inner.shape[0], dtype=op.torch_dtype, device=op.device),
-    )
+    V = low_rank.factor
+    ones = torch.ones(inner.shape[0], dtype=op.torch_dtype, device=op.device)
     # Made of these rows: a difference of Gram matrices loses digits, and δ is small.
     others = weighted_gram_matrix(V, V, ones.index_fill(0, op.index, 0.0))
     evals, evecs = low_rank.ranks.led(symmetric_eigenpairs, others.double())
