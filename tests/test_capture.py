@@ -1,5 +1,6 @@
 """Uses of parameters: several, some, none; contractions; errors; memory."""
 
+import copy
 import itertools
 import warnings
 from typing import Any
@@ -223,6 +224,30 @@ def test_few_passes_find_the_layer_that_one_sample_reaches(
     errors = net(X).detach().softmax(1) - F.one_hot(data[1], 3)
     columns = torch.einsum("nc,ncd->nd", errors, J.view(64, 3, -1))
     assert close(gram, columns @ columns.T)
+
+
+@pytest.mark.parametrize("step", [-1, -2])
+@pytest.mark.parametrize("layer", [nn.Linear(3, 3), nn.LayerNorm(3)], ids=repr)
+def test_as_many_steps_as_samples_of_which_the_last_reaches_no_layer(
+    layer: nn.Module, step: int
+) -> None:
+    """Where its layout is guessed, the last step looks like the last sample."""
+    n = 8
+
+    def forward(m: Any, x: Tensor) -> Tensor:  # [steps, n, 3]
+        reaches = (torch.arange(n) < n - 1).to(x).unsqueeze(1)
+        out: Tensor = m.b(x[0]) + reaches * m.a(x)[step]
+        return out
+
+    net = Lambda(forward, a=copy.deepcopy(layer), b=nn.Linear(3, 3)).double()
+    X, y = torch.randn(n, n, 3).double(), torch.arange(n) % 3
+    loss = nn.CrossEntropyLoss()
+    V = vl.GGN(net, loss, (X, y), sample_axis=1).factor
+    _, G = truth(V.risk, net, loss, (X, y))
+    found = torch.linalg.eigvalsh((V.T @ V).to_dense())
+    expected = torch.linalg.eigvalsh(G)
+    few = min(len(found), len(expected))
+    torch.testing.assert_close(found[-few:], expected[-few:], rtol=1e-9, atol=1e-12)
 
 
 # All ways to the same numbers ---------------------------------------------------------

@@ -244,13 +244,17 @@ def test_samples_that_depend_on_others(forward: Callable[..., Tensor]) -> None:
         vl.EmpiricalRisk(net, LOSS, data)
 
 
-class Overwritten(torch.autograd.Function):
-    """Its backward pass writes into what the forward pass has left for it."""
+class Tanh(torch.autograd.Function):
+    """Leaves its slope for the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         ctx.slope = 1.0 - x.tanh().square()
         return x.tanh()
+
+
+class Overwritten(Tanh):
+    """Its backward pass writes into what the forward pass has left for it."""
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Any:
@@ -272,12 +276,7 @@ class OverwrittenData(torch.autograd.Function):
         return slope
 
 
-class Freed(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.slope = 1.0 - x.tanh().square()
-        return x.tanh()
-
+class Freed(Tanh):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Any:
         result = g * ctx.slope
@@ -313,13 +312,8 @@ def test_graphs_that_one_backward_pass_uses_up(function: Any, last: bool) -> Non
         torch.testing.assert_close(risk.gradient(), risk.flatten(expected))
 
 
-class Writing(torch.autograd.Function):
+class Writing(Tanh):
     """Its backward pass writes into the gradient that it is given."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.slope = 1.0 - x.tanh().square()
-        return x.tanh()
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Any:

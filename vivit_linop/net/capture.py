@@ -429,9 +429,9 @@ class Capture:
                     flags.append(guess(signal).reshape(n, -1).any(1))
                 reached = [*zip(silent, told(flags), strict=True)]
                 silent = [i for i, heard in reached if any(heard)]
-                order.extendleft(
-                    {heard.index(True) for _, heard in reached if any(heard)}
-                )
+                # A wrong guess may name the last one, which is not asked twice.
+                first = {heard.index(True) for _, heard in reached if any(heard)}
+                order.extendleft(first - {sample})
             pending = sorted(silent + undecided)
         layouts = [next(iter(names), None) for names in possible]
         return Variant([*map(attrgetter("key"), self.uses)], layouts, n == 1)
