@@ -1,4 +1,4 @@
-"""Links between pages lead somewhere, to headings too, and every page is led to."""
+"""Pages: links lead somewhere, every page is led to, tables have rows of one length."""
 
 from __future__ import annotations
 
@@ -64,6 +64,15 @@ def test_links_lead_somewhere(page: Path) -> None:
         assert target in MADE or as_page(target).exists(), f"{page.name}: {target}"
         if anchor:
             assert anchor in anchors(target), f"{page.name}: #{anchor} of {target}"
+
+
+@by_name
+def test_rows_of_a_table_have_as_many_cells_as_its_head(page: Path) -> None:
+    for table in re.findall(r"(?m)(?:^\|.*\n)+", prose(page)):
+        rows = table.splitlines()
+        assert {row.count("|") - row.count(r"\|") for row in rows} == {
+            rows[0].count("|")
+        }, rows[0]
 
 
 def test_links_are_found() -> None:
