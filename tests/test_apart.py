@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,11 +16,12 @@ from torch.overrides import handle_torch_function, has_torch_function
 import vivit_linop as vl
 from tests.cases import Lambda
 from vivit_linop.modes import as_guest
-from vivit_linop.net import kinds
+from vivit_linop.net import kinds, layers
 from vivit_linop.net.capture import Capture
-from vivit_linop.net.certificate import stay_apart
+from vivit_linop.net.certificate import in_layers, met_apart
 from vivit_linop.net.columns.base import DenseColumns
 from vivit_linop.net.columns.khatri_rao import KhatriRaoColumns
+from vivit_linop.net.recorder import Recorder
 
 # As many samples as channels, rows and columns: no length tells which axis is which.
 N = 4
@@ -110,14 +112,14 @@ def signals_of_one(output: Tensor, wanted: list[Tensor], sample: int) -> list[Te
 
 
 @pytest.mark.parametrize("name", APART)
-def test_samples_stay_apart(name: str) -> None:
+def test_samples_met_apart(name: str) -> None:
     """Known from the graph, and true."""
     model = net(APART[name])
     seen: list[Tensor] = []
     for layer in (model.f, model.o, model.conv):
         layer.register_forward_hook(lambda _, __, out: seen.append(out))
     output = model(torch.rand(N, 4).double())
-    assert stay_apart(output, N)
+    assert met_apart(output, N) is not None
     for sample in range(N):
         for signal in signals_of_one(output, seen, sample):
             signal[sample] = 0.0
@@ -128,7 +130,7 @@ def test_samples_stay_apart(name: str) -> None:
 def test_samples_may_meet(name: str) -> None:
     output = net(UNKNOWN[name])(torch.rand(N, 4).double())
     # The constant has no graph; all others might.
-    assert not stay_apart(output, N) or name == "written"
+    assert met_apart(output, N) is None or name == "written"
 
 
 def passes_of(run: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> int:
@@ -213,7 +215,7 @@ class BareNode:
 def test_nodes_that_save_something_else_say_nothing() -> None:
     for name, known in {"ViewBackward0": False, "TanhBackward0": True}.items():
         output: Any = SimpleNamespace(grad_fn=BareNode(name), numel=lambda: N * N)
-        assert stay_apart(output, N) == known
+        assert (met_apart(output, N) is not None) == known
 
 
 def test_hooks_that_let_samples_meet() -> None:
@@ -275,7 +277,7 @@ def test_columns_do_not_write_into_what_others_have() -> None:
     weights = torch.tensor([[2.0], [-0.5], [3.0], [1.0]]).double()
     with as_guest(risk.device):
         capture = Capture(risk, X, N)
-        assert capture.apart
+        assert capture.met is not None
         columns, gradients = capture.columns_and_gradients(
             cotangents, weights, capture.find(), risk.model.params, "columns"
         )
@@ -285,3 +287,139 @@ def test_columns_do_not_write_into_what_others_have() -> None:
         torch.testing.assert_close(part.cotangents.view(N, 4), cotangents[:, :, 0])
         expected = (weights * cotangents[:, :, 0]).T @ X
         torch.testing.assert_close(gradients[f"{layer}.weight"], expected)
+
+
+# Parameters that the graph shows in layers alone ------------------------------------
+
+
+class Doubled(Tensor):
+    """A tensor that layers take twice of."""
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        plain = [a.as_subclass(Tensor) if isinstance(a, cls) else a for a in args]
+        if func is F.linear:
+            plain[0] = 2.0 * plain[0]
+        return func(*plain, **(kwargs or {}))
+
+
+def _writes_after(m: Any, x: Tensor) -> Tensor:
+    x = x + 1.0
+    h = m.f(x)
+    x.mul_(2.0)
+    return m.o(h + x)
+
+
+F_LAYER, O_LAYER = {"f.weight", "f.bias"}, {"o.weight", "o.bias"}
+# Of parameters that are met at all, those that are met in layers alone.
+IN_LAYERS: dict[str, tuple[Forward, set[str]]] = {
+    "layers": (APART["layers"], F_LAYER | O_LAYER),
+    "twice": (lambda m, x: m.o(m.f(m.f(x).tanh())), F_LAYER | O_LAYER),
+    "a norm": (APART["a norm"], F_LAYER | {"last.weight", "last.bias"}),
+    "images": (
+        APART["images"],
+        {"conv.weight", "conv.bias", "norm.weight", "norm.bias"},
+    ),
+    "products": (lambda m, x: m.o(x @ m.f.weight), {"f.weight"} | O_LAYER),
+    "a bias used again": (lambda m, x: m.o(m.f(x) * m.f.bias), {"f.weight"} | O_LAYER),
+    "another's use": (APART["a factor of weights"], F_LAYER | O_LAYER),
+    "inputs of another kind": (lambda m, x: m.o(m.f(x.as_subclass(Doubled))), O_LAYER),
+    "inputs written into": (_writes_after, O_LAYER),
+}
+
+
+@pytest.mark.parametrize("name", IN_LAYERS)
+def test_parameters_in_layers_alone(name: str) -> None:
+    forward, expected = IN_LAYERS[name]
+    model, X = net(forward), torch.rand(N, 4).double()
+    with Recorder(dict(model.named_parameters())) as recorder:
+        output = model(X)
+    met = met_apart(output, N)
+    assert met is not None
+    names = {id(p): n for n, p in model.named_parameters()}
+    found = in_layers(met, recorder.uses, dict(model.named_parameters()))
+    assert found & {names[id(leaf)] for leaf, _, _ in met} == expected
+
+
+def large(forward: Forward) -> tuple[nn.Module, Tensor, Tensor]:
+    """A net whose run takes more memory than is asked for again without thought."""
+    model = Lambda(
+        forward, conv=nn.Conv2d(2, 16, 3, padding=1), o=nn.Linear(16, 4)
+    ).double()
+    return model, torch.rand(120, 2, 16, 16).double(), torch.arange(120) % 4
+
+
+LARGE: dict[str, Forward] = {
+    "layers": lambda m, x: m.o(m.conv(x).tanh().mean((2, 3))),
+    "zeros for many samples": lambda m, x: m.o(
+        (m.conv(x) * (x[:, :1, :1, :1] > 0.7)).mean((2, 3))
+    ),
+    "the weight is used again": lambda m, x: (
+        m.o(m.conv(x).tanh().mean((2, 3))) + F.linear(x[:, 0, 0], m.o.weight)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_columns_of_large_runs(name: str) -> None:
+    """In one batch, and in several, the later ones of other sizes."""
+    model, X, y = large(LARGE[name])
+    parts = [*zip(X.split([100, 15, 5]), y.split([100, 15, 5]), strict=True)]
+    for data in ([(X, y)], parts):
+        U = torch.cat([truth(model, *batch) for batch in data], 1)
+        of = vl.PerSampleGradients(model, LOSS, data)
+        torch.testing.assert_close(of.squared_norms(), U.square().sum(0))
+        torch.testing.assert_close(of.second_moment(), U.square().mean(1))
+        torch.testing.assert_close((of.T @ of).to_dense(), U.T @ U)
+        fisher = vl.EmpiricalFisher(of.risk)
+        torch.testing.assert_close(fisher.diagonal(), U.square().mean(1))
+
+
+def test_weights_have_no_gradients_where_they_are_not_needed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Those of few samples are, for the certificate of the rules."""
+    model, X, y = large(LARGE["layers"])
+    asked, grad = list[int](), torch.autograd.grad
+
+    def watched(outputs: Any, inputs: Any, *args: Any, **options: Any) -> Any:
+        if any(isinstance(each, Tensor) for each in inputs):
+            asked.append(len(outputs))
+        return grad(outputs, inputs, *args, **options)
+
+    of = vl.PerSampleGradients(model, LOSS, (X, y))
+    monkeypatch.setattr(torch.autograd, "grad", watched)
+    of.squared_norms()
+    assert 0 < max(asked) < len(X)
+
+
+def test_wrong_rules_of_layers_are_seen_on_few_samples(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    wrong = replace(layers.CONV, cotangents=lambda a, B: 1.1 * _cotangents(a, B))
+    signature = wrong.signatures[0]
+    monkeypatch.setitem(kinds._READINGS, F.conv2d, [(signature, wrong)])
+    model, X, y = large(LARGE["layers"])
+    of = vl.PerSampleGradients(model, LOSS, (X, y))
+    expected = truth(model, X, y).square().sum(0)
+    torch.testing.assert_close(of.squared_norms(), expected)
+
+
+def _cotangents(arguments: Any, B: Tensor) -> Tensor:
+    assert layers.CONV.cotangents is not None
+    return layers.CONV.cotangents(arguments, B)
+
+
+def test_derivatives_that_are_no_numbers_are_refused_wherever_they_are() -> None:
+    """Also of samples that no certificate is made on."""
+    model, X, y = large(lambda m, x: m.o(m.conv(x).mean((2, 3)).pow(2).sqrt()))
+    with torch.no_grad():
+        model.conv.bias.zero_()
+    of = vl.PerSampleGradients(model, LOSS, (X, y))
+    assert of.squared_norms().isfinite().all()
+    X[20] = 0.0
+    of = vl.PerSampleGradients(model, LOSS, (X, y))
+    with pytest.raises(ValueError, match="NaN"):
+        of.squared_norms()

@@ -203,7 +203,7 @@ def saved_in(output: Tensor) -> list[Tensor]:
 
     It must not have been made under hooks for saved tensors, which would be called.
     """
-    return [tensor for node in nodes(output) for tensor in _saved(node)]
+    return [tensor for node in nodes(output) for tensor in saved_by(node)]
 
 
 def nbytes_of(tensors: Iterable[Tensor]) -> int:
@@ -220,11 +220,12 @@ def nbytes_of(tensors: Iterable[Tensor]) -> int:
     return total + sum(seen.values())
 
 
-def _saved(node: Node) -> Iterator[Tensor]:
+def saved_by(node: Node) -> Iterator[Tensor]:
+    """Yield what a node has saved, but what has been written into since."""
     for name in _names_of_saved(type(node)):
         try:
             saved = getattr(node, name)
-        # Written into since; backward passes will say so.
+        # Backward passes will say so.
         except RuntimeError:
             continue
         for part in saved if isinstance(saved, (tuple, list)) else (saved,):

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from vivit_linop.devices import columns_at_a_time, explained, is_out_of_memory, told
 from vivit_linop.graphs import batched_gradients
-from vivit_linop.net.certificate import stay_apart
+from vivit_linop.net.certificate import Meeting, in_layers, met_apart
 from vivit_linop.net.columns.base import DenseColumns, LayerColumns
 from vivit_linop.net.columns.stacked import Place, StackedColumns, placed
 from vivit_linop.net.kinds import View
@@ -95,7 +95,9 @@ class Capture:
         opaque: Parameters with a use that has no known structure.
         together: Whether the last columns were pulled back together, by torch's rules
             for batches.
-        apart: Whether the graph shows that backward passes leave samples apart.
+        met: Where leaves come into the graph, if backward passes leave samples apart as
+            it shows.
+        in_layers: Parameters that it then has in recorded layers of torch's alone.
     """
 
     def __init__(
@@ -165,10 +167,18 @@ class Capture:
         return columns | _beside(parts)
 
     @cached_property
-    def apart(self) -> bool:
+    def met(self) -> list[Meeting] | None:
         """Only of several samples, which alone can meet."""
         n = self.num_samples
-        return n > 1 and not self._has_hooks and stay_apart(self.output, n)
+        return met_apart(self.output, n) if n > 1 and not self._has_hooks else None
+
+    @cached_property
+    def in_layers(self) -> Set[str]:
+        """See the class."""
+        met = self.met
+        return (
+            set() if met is None else in_layers(met, self.uses, self._risk.model.params)
+        )
 
     def columns_and_gradients(
         self,
@@ -399,7 +409,7 @@ class Capture:
         """
         n = self.num_samples
         possible = [use.layouts(n) for use in self.uses]
-        if self.apart:  # the graph shows where they are wherever one arrives
+        if self.met is not None:  # the graph shows where they are wherever one arrives
             layouts = ["first" if "first" in names else None for names in possible]
             return Variant([*map(attrgetter("key"), self.uses)], layouts, False)
         noise = Noise().like(self.output)

@@ -17,12 +17,18 @@ weight for each sample. Where a graph has only nodes of torch's that do to each 
 what they would do to it alone, whatever the values are, it cannot be otherwise: one
 pass does. Which these are, and where they have the samples, stands at the end. Of
 others nothing is said.
+
+Such a graph also tells who has a parameter. Where these are calls of torch's layers
+that have been recorded, with the inputs that the graph has, columns are what the rules
+of these layers make of signals: once the rules have been certified on some samples,
+those of all others need no sum.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from functools import lru_cache
 from typing import Any
 
@@ -31,7 +37,9 @@ from torch import Tensor
 from torch.autograd.graph import Node
 
 from vivit_linop.devices import told
+from vivit_linop.graphs import saved_by
 from vivit_linop.net.columns.base import LayerColumns
+from vivit_linop.net.structure import Use
 from vivit_linop.noise import BY_NOISE
 
 
@@ -169,43 +177,98 @@ def norms(tensor: Tensor, dim: int) -> Tensor:
 # inputs must be parameters.
 Rule = Callable[[Any, Sequence[int]], Sequence[int] | None]
 
+
 _PARAMETER = "torch::autograd::AccumulateGrad"
+# A leaf, and a node that has it as the input of this number.
+Meeting = tuple[Tensor, Node, int]
 
 
-def stay_apart(output: Tensor, num_samples: int) -> bool:
-    """Whether what is pulled back to a place of the graph is that of one sample.
+def met_apart(output: Tensor, num_samples: int) -> list[Meeting] | None:
+    """Return where the leaves of a graph come in that leaves samples apart.
+
+    What is pulled back to a place of it is that of one sample.
 
     Args:
         output: ``[n, …]``, with its graph. There must be no hooks in it.
         num_samples: n.
+
+    Returns:
+        None where samples may meet.
     """
     if output.grad_fn is None or output.numel() == 0:
-        return False
+        return None
+    met = list[Meeting]()
     nodes, seen = [(output.grad_fn, 0)], {output.grad_fn}
     for node, number in nodes:
         shape = _shape(node, number)
         rule = _RULES.get(node.name())
         if rule is None or number or shape[:1] != (num_samples,):
-            return False
+            return None
         try:
             inputs = rule(node, shape)
         except AttributeError:  # what nodes save is torch's own affair
-            return False
+            return None
         if inputs is None:
-            return False
+            return None
         for place, (following, its_number) in enumerate(node.next_functions):
-            if following is None or _is_parameter(following):
+            if following is None:
+                continue
+            if (leaf := _leaf(following)) is not None:
+                met.append((leaf, node, place))
                 continue
             if place not in inputs:
-                return False
+                return None
             if rule is _elementwise and _shape(following, its_number) != shape:
-                return False  # one entry is repeated
+                return None  # one entry is repeated
             if following not in seen:
                 seen.add(following)
                 nodes.append((following, its_number))
             elif its_number:
-                return False
-    return True
+                return None
+    return met
+
+
+def in_layers(
+    met: Iterable[Meeting], uses: Iterable[Use], params: Mapping[str, Tensor]
+) -> set[str]:
+    """Return the parameters that recorded calls of torch's layers have, and no others.
+
+    Args:
+        met: Where leaves come into the graph.
+        uses: The calls.
+        params: The leaves by name.
+    """
+    recorded = Counter(place for use in uses for place in _places(use))
+    names = {id(leaf): name for name, leaf in params.items()}
+    found = Counter((names.get(id(leaf), ""), node, at) for leaf, node, at in met)
+    others = {place[0] for place in found if recorded[place] != found[place]}
+    return set(params) - others
+
+
+def _places(use: Use) -> Iterator[tuple[str, Node, int]]:
+    """Yield where the graph has the parameters of a call that is torch's alone.
+
+    That the graph has the call's tensors, as they were then, is seen from what it has
+    saved.
+    """
+    node = use.edge.node
+    if (places := use.kind.nodes.get(node.name())) is None:
+        return
+    given = [each for each in use.arguments.values() if isinstance(each, Tensor)]
+    saved = [*saved_by(node)] if given else []
+    if all(any(_is_same(each, own) for own in saved) for each in given):
+        for view, place in zip((use.weight, use.bias), places, strict=True):
+            if view is not None:
+                yield view.name, node, place
+
+
+def _is_same(left: Tensor, right: Tensor) -> bool:
+    """Whether two tensors have the same entries of one memory."""
+    return (left.data_ptr(), left.shape, left.stride()) == (
+        right.data_ptr(),
+        right.shape,
+        right.stride(),
+    )
 
 
 def _shape(node: Node, number: int) -> tuple[int, ...]:
@@ -214,12 +277,15 @@ def _shape(node: Node, number: int) -> tuple[int, ...]:
     return tuple(given[number].shape) if given else ()
 
 
-def _is_parameter(node: Node) -> bool:
-    """Whether a gradient ends here, or one step further for a transposed matrix."""
+def _leaf(node: Node) -> Tensor | None:
+    """The parameter that ends here, or one step further for a transposed matrix."""
     if node.name() == "TBackward0":
         ((following, _),) = node.next_functions
-        return following is not None and following.name() == _PARAMETER
-    return node.name() == _PARAMETER
+        if following is None:
+            return None
+        node = following
+    own: Any = node
+    return own.variable if node.name() == _PARAMETER else None
 
 
 def _signed(axes: int | Sequence[int], dims: int) -> list[int]:

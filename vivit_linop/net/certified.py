@@ -7,7 +7,9 @@ backward pass; what fails is remembered for the net.
 
 They agree if Σ w_nr c_nr is Jᵀ (B w) for random weights w, for each parameter
 (:mod:`vivit_linop.net.certificate`). One column a sample, and what it is compared with,
-come from one backward pass where the graph leaves samples apart; else from two.
+come from one backward pass where the graph leaves samples apart; else from two. Where
+such a graph has a parameter in layers of torch's alone, whose rules have been certified
+on some samples, columns of others need no check.
 
 Columns that are zero but for rounding (a weight that a norm makes irrelevant) do not
 show how large rounding is: what has cancelled is not in them. Before they are called
@@ -23,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vivit_linop.devices import is_out_of_memory
+from vivit_linop.devices import is_out_of_memory, told
 from vivit_linop.graphs import gradients, used_up
 from vivit_linop.modes import as_guest
 from vivit_linop.net.capture import Capture, Takes
@@ -94,7 +96,7 @@ class CertifiedColumns:
             if self._room is not None and not opaque <= self._room:
                 raise NewlyOpaque
             structured = set(todo) - opaque
-            if not opaque and self._stays_apart(cotangents):
+            if not opaque and self._takes_one_pass(cotangents, structured):
                 made, failing = self._at_once(cotangents, structured, takes)
             else:
                 made = self._factors(cotangents, structured, takes)
@@ -150,7 +152,7 @@ class CertifiedColumns:
         failing, made = names, Columns()
         while failing:
             structured = names - self._structure.opaque
-            if self._stays_apart(cotangents):
+            if self._takes_one_pass(cotangents, structured):
                 made, failing = self._at_once(cotangents, structured, "factors")
             else:
                 made = self._factors(cotangents, structured, "factors")
@@ -175,10 +177,23 @@ class CertifiedColumns:
                 raise
             return {}
 
-    def _stays_apart(self, cotangents: Tensor) -> bool:
-        """Whether one backward pass does for columns of these and for their check."""
+    def _takes_one_pass(self, cotangents: Tensor, names: Set[str]) -> bool:
+        """Whether columns of these come with their check, and need one."""
         layouts = {*self._variant.layouts}
-        return cotangents.shape[2] == 1 and layouts == {"first"} and self._capture.apart
+        one = cotangents.shape[2] == 1 and layouts == {"first"}
+        return one and self._capture.met is not None and not names <= self._shown
+
+    @property
+    def _shown(self) -> Set[str]:
+        """Parameters whose columns the graph shows to be what their layers make.
+
+        Of layers that have been certified, so that they need no check.
+        """
+        structure, capture = self._structure, self._capture
+        if not structure.certified or {*self._variant.layouts} != {"first"}:
+            return set()
+        known = structure.uses == [*map(attrgetter("key"), capture.uses)]
+        return capture.in_layers if known else set()
 
     def _at_once(
         self, cotangents: Tensor, names: Set[str], takes: Takes
@@ -267,8 +282,11 @@ class CertifiedColumns:
         """
         params, lenient = self._risk.model.params, self._structure.singly
         wanted, made = dict[str, Tensor](), Columns()
+        right = set() if self._capture.together else self._shown & columns.keys()
+        if right and not _are_finite(columns[name] for name in right):
+            right = set()
         for name in names:
-            if params[name].numel():
+            if params[name].numel() and name not in right:
                 wanted[name] = params[name]
                 if name in columns:
                     made[name] = columns[name]
@@ -332,6 +350,12 @@ class CertifiedColumns:
                     if errors[name] <= 1.0:
                         right.add(name)
         return right
+
+
+def _are_finite(columns: Iterable[LayerColumns]) -> bool:
+    sizes = torch.stack([part.sizes().sum() for part in columns])
+    ((finite,),) = told([sizes.isfinite().all().view(1)])
+    return bool(finite)
 
 
 def known_structure(risk: EmpiricalRisk, alone: bool = False) -> Structure:
@@ -413,6 +437,6 @@ def _run_on_few(risk: EmpiricalRisk, X: Any, count: int, certify: bool) -> Captu
     if (count > 1 or n == 1) and (small or not certify):
         if (run := risk.kept.use_run(X)) is not None:
             whole = Capture(risk, run.X, n, run)
-            if small or whole.apart:
+            if small or whole.met is not None:
                 return whole
     return Capture.of_few(risk, X, n, count)

@@ -272,6 +272,12 @@ class Pass:
             # Another cut must come before there are pieces.
             if self._cuts_again and begin == 0 and not known.certified:
                 room = set(known.opaque)
+        if known and not known.certified and self._risk.device.type == "cpu":
+            # Where the graph shows the rest, few samples do for the certificate of all.
+            # On a GPU another run takes as long.
+            large = max(self._risk.graph_bytes, default=0) > SMALL_RUN
+            if large and self.names <= capture.in_layers:
+                find_structure(self._risk)
         certified = CertifiedColumns(self._risk, X, capture, known, room)
         samples = slice(first + begin, first + begin + len(index))
         pieces = []

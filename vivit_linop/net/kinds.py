@@ -7,7 +7,7 @@ same way, from outside.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -95,9 +95,9 @@ class Kind:
     are Σ_p b_nrp ⊗ a_np over positions p: no column is formed then, and Gram matrices
     cost what the two factors cost.
 
-    Columns are certified on all data that they are used for. A rule that is wrong takes
-    time, and ``explain()`` says "no structure" of the parameter; it gives no wrong
-    number.
+    Columns are certified on all data that they are used for, those of torch's own calls
+    by their place in the graph (``nodes``). A rule that is wrong takes time, and
+    ``explain()`` says "no structure" of the parameter; it gives no wrong number.
 
     Args:
         name: Its name, as in ``explain()``.
@@ -121,6 +121,10 @@ class Kind:
         entries: From arguments, the number of entries of one sample's input and R to
             that of what the columns of a sample take beside the cotangents. By default
             it is estimated.
+        nodes: By the names of the nodes that calls of torch's own functions make in the
+            graph, which of their inputs are weight and bias. Where a graph has nothing
+            but such, columns are believed on all data once the rules have been
+            certified on some: give it only where the rules are right for any values.
 
     Raises:
         ValueError: If ``samples`` is none of these words, or there is no rule.
@@ -173,6 +177,7 @@ class Kind:
     inputs_first: bool = False
     unfolds: bool = False
     entries: Callable[[Arguments, int, int], int] | None = None
+    nodes: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     has_weight: bool = field(init=False)
 
     def __post_init__(self) -> None:

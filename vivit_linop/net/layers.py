@@ -90,6 +90,7 @@ LINEAR = Kind(
     inputs=_linear_inputs,
     cotangents=_linear_cotangents,
     bias=_linear_bias,
+    nodes={"AddmmBackward0": (2, 0), "MmBackward0": (1, -1)},
 )
 MATVEC = Kind(
     name="matvec",
@@ -181,6 +182,7 @@ CONV = Kind(
     cotangents=_conv_cotangents,
     bias=_sum_after_channels,
     unfolds=True,
+    nodes={"ConvolutionBackward0": (1, 2)},
 )
 
 
@@ -288,6 +290,7 @@ LAYER_NORM = _norm(
     "input normalized_shape weight bias eps",
     lambda a, X: F.layer_norm(X, a["normalized_shape"], eps=a.get("eps", 1e-5)),
     samples="leading",
+    nodes={"NativeLayerNormBackward0": (1, 2)},
 )
 RMS_NORM = _norm(
     F.rms_norm,
@@ -308,6 +311,7 @@ BATCH_NORM = _norm(
     ),
     # One over the batch mixes samples.
     read=lambda given: None if given.get("training") else given,
+    nodes={"NativeBatchNormBackward0": (1, 2)},
 )
 INSTANCE_NORM = _norm(
     F.instance_norm,
