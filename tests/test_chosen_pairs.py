@@ -89,7 +89,7 @@ def test_small_pairs_are_as_exact_as_by_all_pairs(dtype: torch.dtype) -> None:
     few = LowRank(vl.Dense(V)).eigh(select=lambda _: chosen).eigenvectors.double()
     with_all = LowRank(vl.Dense(V))
     with_all.eigh()
-    assert with_all.is_decomposed
+    assert with_all.kept.decomposed
     known = with_all.eigh(select=lambda _: chosen).eigenvectors.double()
     exact = torch.linalg.svd(V.double()).U[:, :R].flip(1)[:, chosen]
 

@@ -81,7 +81,7 @@ def test_what_is_kept_is_within_the_budget(decompositions):
     train, _ = risks("tall", FLOAT64)
     G = vl.GGN(train)
     G.eigh()
-    assert G.is_decomposed
+    assert G.kept.decomposed
 
 
 class Peak(TorchDispatchMode):
@@ -220,7 +220,7 @@ def test_memory_of_what_an_inverse_does(number, dtype):
     units = torch.zeros(D, len(some), dtype=dtype)
     units[some, torch.arange(len(some))] = 1.0
     close(found["diagonal"][some], (S @ units)[some].diagonal(), dtype)
-    assert not G.has_eigenvalues
+    assert not G.kept.has_eigenvalues
 
 
 def test_factors_where_rounding_is_large():

@@ -3,10 +3,7 @@
 from vivit_linop.analysis.class_means import ClassMeans, class_means
 from vivit_linop.analysis.covariance import ParameterCovariance, covariance
 from vivit_linop.analysis.directional import directional_derivatives
-from vivit_linop.analysis.evidence import (
-    log_marginal_likelihood,
-    posterior_precision,
-)
+from vivit_linop.analysis.evidence import log_marginal_likelihood, posterior_precision
 from vivit_linop.analysis.gram import centered_gram
 from vivit_linop.analysis.influence import influence, self_influence
 from vivit_linop.analysis.laplace import Laplace

@@ -7,10 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from vivit_linop.analysis.directional import (
-    as_directions,
-    directional_derivatives,
-)
+from vivit_linop.analysis.directional import as_directions, directional_derivatives
 from vivit_linop.arguments import as_real_numbers, check_finite, without_gradient
 from vivit_linop.curvature.ggn import GGNFactor
 from vivit_linop.linalg.decompositions import GramEigenpairs

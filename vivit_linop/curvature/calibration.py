@@ -19,6 +19,7 @@ from vivit_linop.curvature.device_costs import DeviceCosts
 from vivit_linop.curvature.ggn import GGN
 from vivit_linop.linalg.krylov import (
     SOLVERS,
+    Wanted,
     by_arpack,
     krylov_products,
     solver_on,
@@ -167,10 +168,11 @@ def _seconds(device: torch.device, run: Callable[[], Any]) -> float:
 
 def _steps(matrix: Tensor) -> None:
     op = Dense(matrix)
+    wanted = Wanted(_STEP_PAIRS, start_of(op))
     if (solver := solver_on(op.device)) == "ARPACK":
-        by_arpack(matrix.numpy(), _STEP_PAIRS, start_of(op))
+        by_arpack(matrix.numpy(), wanted)
     else:
-        SOLVERS[solver](op, _STEP_PAIRS, start_of(op))
+        SOLVERS[solver](op, wanted)
 
 
 def _problem(

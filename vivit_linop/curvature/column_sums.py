@@ -15,11 +15,7 @@ from vivit_linop.curvature.jacobian import Pullback
 from vivit_linop.linalg.sandwiches import gram_blocks_of_operator
 from vivit_linop.modes import as_guest
 from vivit_linop.net.column_passes import Pass, accumulate
-from vivit_linop.net.cross_grams import (
-    cross_gram,
-    cross_sample_grams,
-    own_gram_rows,
-)
+from vivit_linop.net.cross_grams import cross_gram, cross_sample_grams, own_gram_rows
 from vivit_linop.net.totals import (
     ColumnNorms,
     EntrySums,

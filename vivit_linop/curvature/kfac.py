@@ -31,11 +31,7 @@ from vivit_linop.modes import ordinary_mode
 from vivit_linop.net.certified import find_structure
 from vivit_linop.operators.base import TorchLinearOperator
 from vivit_linop.operators.elementary import Identity, symmetric_over
-from vivit_linop.operators.kronecker import (
-    BlockDiagonal,
-    CorrectedKronecker,
-    Kronecker,
-)
+from vivit_linop.operators.kronecker import BlockDiagonal, CorrectedKronecker, Kronecker
 from vivit_linop.operators.lowrank import LowRank
 from vivit_linop.operators.verbs import trace
 from vivit_linop.ranks.alone import Ranks

@@ -32,6 +32,7 @@ from vivit_linop.linalg.iterative import IterativeWoodbury
 from vivit_linop.linalg.krylov import (
     SOLVERS,
     NotConverged,
+    Wanted,
     by_arpack,
     failed,
     krylov_products,
@@ -49,13 +50,7 @@ from vivit_linop.operators.elementary import Scaled, dense_over
 from vivit_linop.operators.kronecker import BlockDiagonal
 from vivit_linop.operators.lowrank import Centered, LowRank, Woodbury
 from vivit_linop.operators.parts import HStack
-from vivit_linop.operators.verbs import (
-    eigh,
-    explain,
-    gram,
-    scale,
-    to_dense,
-)
+from vivit_linop.operators.verbs import eigh, explain, gram, scale, to_dense
 
 DENSE = ("dense Gram", "dense G")
 ITERATIONS = ("ARPACK on K", "ARPACK on G", "Lanczos on K", "Lanczos on G")
@@ -134,7 +129,7 @@ def quickest_route(op: LowRank, k: int) -> str:
     shape, device = op.factor.shape, op.device
     nbytes = 3 * min(shape) ** 2 * op.torch_dtype.itemsize
     # A known matrix decides without the layers, and products with it take less.
-    known = op.small_side_known or op.factor.ranks.is_many
+    known = op.kept.known or op.factor.ranks.is_many
     fits = (
         not known
         and all(map(methodcaller("blocks_fit"), _outputs(op.factor)))
@@ -158,12 +153,12 @@ def _cheapest(op: LowRank, k: int) -> plan.Choice:
     return plan.choose(
         op.factor.shape,
         k,
-        None if op.small_side_known else factor_cost(op.factor),
+        None if op.kept.known else factor_cost(op.factor),
         op.torch_dtype.itemsize,
         free_memory(op.device),
         op.by_gram,
         op.device,
-        op.is_decomposed,
+        op.kept.decomposed,
         op.ranks.is_many,
     )
 
@@ -233,7 +228,7 @@ def by_iteration(op: LowRank, k: int, route: str) -> Eigenpairs:
     """Return the k largest pairs of c V Vᵀ, by products with K or with all of it."""
     target: TorchLinearOperator = op
     solver, on_gram = route.split()[0], route.endswith("K")
-    known = op.small_side_known and op.by_gram == on_gram
+    known = op.kept.known and op.by_gram == on_gram
     if on_gram:
         target = scale(op.gram, op.scale)
     elif known:
@@ -274,7 +269,7 @@ def _iterated(
     with bar if shown else contextlib.nullcontext(target) as multiplied:
         if solver == "ARPACK" and known and here:
             # Calls of an operator take longer than a product with a matrix.
-            values, vectors = by_arpack(op.on_small_side(Tensor.numpy), k, v0)
+            values, vectors = by_arpack(op.on_small_side(Tensor.numpy), Wanted(k, v0))
             return values * op.scale, vectors
         return led(partial(_solved, solver, k, v0), multiplied)
 
@@ -282,7 +277,7 @@ def _iterated(
 def _solved(
     solver: str, k: int, v0: Tensor, A: TorchLinearOperator
 ) -> tuple[Tensor, Tensor]:
-    return SOLVERS[solver](A, k, v0)
+    return SOLVERS[solver](A, Wanted(k, v0))
 
 
 # Routes that are asked for ----------------------------------------------------------

@@ -11,10 +11,7 @@ from torch import Tensor
 from vivit_linop.extras import extra
 from vivit_linop.operators.base import TorchLinearOperator
 from vivit_linop.operators.dispatch import no_inverse
-from vivit_linop.operators.verbs import (
-    damped_inv,
-    to_curvlinops,
-)
+from vivit_linop.operators.verbs import damped_inv, to_curvlinops
 
 
 def from_curvlinops(op: Any) -> TorchLinearOperator:

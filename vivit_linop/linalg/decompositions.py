@@ -196,8 +196,9 @@ class LowRankDecomposition(DenseDecomposition):
         rcond: float | None,
     ) -> Tensor:
         """A criterion chooses from the eigenvalues, before there are vectors."""
-        if select is not None and k is None and self._operator.by_gram:
-            self._few = self._operator.small_tridiagonal
+        op = self._operator
+        if select is not None and k is None and op.by_gram and not op.ranks.is_many:
+            self._few = op.kept.tridiagonal(op.on_small_side)
         return super().choose(k, select, rcond)
 
     @cached_property
@@ -211,7 +212,7 @@ class LowRankDecomposition(DenseDecomposition):
 
     def largest(self, k: int) -> Eigenpairs:
         """The k largest pairs, without the other vectors where k is small."""
-        few = k <= FEW * self.count and not self._operator.is_decomposed
+        few = k <= FEW * self.count and not self._operator.kept.decomposed
         if self._operator.by_gram and few:
             found = self._operator.on_small_side(partial(largest_eigenpairs, k=k))
             evals, gram_evecs = self._operator.scale * found[0], found[1]
@@ -219,7 +220,7 @@ class LowRankDecomposition(DenseDecomposition):
             least, most = torch.stack((evals[0], evals[-1])).tolist()
             if least > _rounding_error(most, evals.dtype, self.count):
                 return GramEigenpairs(evals, self._operator, gram_evecs)
-        return self.pairs(self.choose(k, None, None))
+        return self.pairs(self.outmost(k))
 
     def pairs(self, indices: Tensor) -> Eigenpairs:
         """Lift columns of the Gram matrix's eigenvectors, lazily."""
@@ -232,13 +233,11 @@ class LowRankDecomposition(DenseDecomposition):
         evals, gram_evecs = self._eigh
         chosen = evals[indices]
         if (chosen > self.rounding_error).all():
-            return GramEigenpairs(
-                chosen, self._operator, gram_evecs[:, indices], self._larger(indices)
-            )
+            return self._lifted(indices, gram_evecs)
         return Eigenpairs(chosen, lambda: self._with_null_space(indices))
 
     def _few_pairs(self, few: Tridiagonal, indices: Tensor) -> GramEigenpairs | None:
-        """The pairs, and larger ones that they need; None if these are many or null."""
+        """The pairs; None if they, and larger ones that they need, are many or null."""
         evals = self.eigenvalues
         if not len(indices):
             return None
@@ -252,31 +251,26 @@ class LowRankDecomposition(DenseDecomposition):
             return None
         shift = len(few.eigenvalues) - self.count
         vectors = few.eigenvectors(first + shift, last + shift)
-        if vectors is None:
-            return None
-        others = torch.ones(last + 1 - first, dtype=torch.bool, device="cpu")
-        others[indices - first] = False
-        larger = None
-        if needs_larger and others.any():
-            larger = GramEigenpairs(
-                evals[first : last + 1][others], self._operator, vectors[:, others]
-            )
-        chosen = vectors[:, indices - first]
-        return GramEigenpairs(evals[indices], self._operator, chosen, larger)
+        return None if vectors is None else self._lifted(indices, vectors, first)
 
-    def _larger(self, indices: Tensor) -> GramEigenpairs | None:
-        """The pairs that are larger than the smallest chosen one, and not chosen.
+    def _lifted(
+        self, indices: Tensor, vectors: Tensor, first: int = 0
+    ) -> GramEigenpairs:
+        """Pairs from Gram eigenvectors, of which these are those from the first on.
 
-        None where rounding errors along them do not matter.
+        With those that are larger than the smallest of them, and not among them, where
+        rounding errors along these matter.
         """
-        evals, gram_evecs = self._eigh
-        if not len(indices) or evals[indices].min() > _SMALL * evals[-1]:
-            return None
-        others = evals > evals[indices].min()
-        others.index_fill_(0, indices, False)
-        if not others.any():
-            return None
-        return GramEigenpairs(evals[others], self._operator, gram_evecs[:, others])
+        evals = self.eigenvalues[first : first + vectors.shape[1]]
+        places, larger = indices - first, None
+        chosen = evals[places]
+        if len(chosen) and chosen.min() <= _SMALL * self.eigenvalues[-1]:
+            others = (evals > chosen.min()).index_fill_(0, places, False)
+            if others.any():
+                larger = GramEigenpairs(
+                    evals[others], self._operator, vectors[:, others]
+                )
+        return GramEigenpairs(chosen, self._operator, vectors[:, places], larger)
 
     def _with_null_space(self, indices: Tensor) -> Tensor:
         """Form eigenvectors of which some belong to numerically zero eigenvalues.

@@ -8,15 +8,21 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, cast
 
-import numpy as np
 import torch
 from scipy.sparse.linalg import ArpackError
 from torch import Tensor
 
-from vivit_linop.arguments import as_numbers, check_has_values, check_k, check_real
+from vivit_linop.arguments import (
+    as_numbers,
+    check_choice,
+    check_has_values,
+    check_k,
+    check_real,
+)
 from vivit_linop.linalg.decompositions import (
     DenseDecomposition,
     LowRankDecomposition,
@@ -26,6 +32,7 @@ from vivit_linop.linalg.decompositions import (
 from vivit_linop.linalg.krylov import (
     SOLVERS,
     NotConverged,
+    Wanted,
     by_arpack,
     by_lanczos,
     failed,
@@ -48,16 +55,9 @@ from vivit_linop.operators.elementary import (
     Scaled,
     as_multiple,
 )
-from vivit_linop.operators.kronecker import (
-    BlockDiagonal,
-    CorrectedKronecker,
-    Kronecker,
-)
+from vivit_linop.operators.kronecker import BlockDiagonal, CorrectedKronecker, Kronecker
 from vivit_linop.operators.lowrank import DampedRoot, Gram, LowRank, Woodbury
-from vivit_linop.operators.symmetric import (
-    symmetric_eigenpairs,
-    symmetric_eigenvalues,
-)
+from vivit_linop.operators.symmetric import symmetric_eigenpairs, symmetric_eigenvalues
 from vivit_linop.operators.verbs import (
     diagonal,
     eigendecomposition,
@@ -153,8 +153,8 @@ def eigenvalues_of_gram(op: Gram) -> Tensor:
 @eigvalsh.register
 def eigenvalues_of_low_rank(op: LowRank) -> Tensor:
     """The min(D, R) eigenvalues of the smaller side; the others are zero."""
-    evals = op.scale * op.small_eigenvalues
-    return evals[-min(op.factor.shape) :]
+    evals = op.kept.eigenvalues(op.on_small_side)
+    return op.scale * evals[-min(op.factor.shape) :]
 
 
 @eigvalsh.register
@@ -318,7 +318,7 @@ def extreme_eigenpairs_of_operator(
         except NoClosedForm:
             pass
         else:
-            return decomposition.pairs(_chosen(decomposition, k, which))
+            return decomposition.pairs(decomposition.outmost(k, which))
     if op.requires_grad:
         raise TypeError(
             f"eigh: a tensor of this {type(op).__name__} requires grad, which an "
@@ -332,7 +332,7 @@ def extreme_eigenpairs_of_operator(
     if pairs is None:
         matrix = to_dense(op)
         dense = DenseDecomposition((matrix + matrix.T) / 2, op.ranks)
-        pairs = dense.pairs(_chosen(dense, k, which))
+        pairs = dense.pairs(dense.outmost(k, which))
     return pairs
 
 
@@ -340,11 +340,12 @@ def _solved(
     solver: str, k: int, v0: Tensor, which: str, tol: float, A: TorchLinearOperator
 ) -> tuple[Tensor, Tensor] | None:
     """What a solver finds, soon or where rows are many."""
+    wanted = Wanted(k, v0, which, tol)
     with contextlib.suppress(NotConverged):
-        return SOLVERS[solver](A, k, v0, which, tol, _FIRST_RESTARTS)
+        return SOLVERS[solver](A, replace(wanted, restarts=_FIRST_RESTARTS))
     if A.shape[0] <= DENSE_ROWS:
         return None
-    return _PATIENT[solver](A, k, v0, which, tol)
+    return _PATIENT[solver](A, wanted)
 
 
 def _by_iteration(
@@ -371,28 +372,26 @@ def _by_iteration(
     return pairs
 
 
-def _patient_arpack(
-    A: TorchLinearOperator, k: int, v0: Tensor, which: str, tol: float
-) -> tuple[Tensor, Tensor]:
+def _patient_arpack(A: TorchLinearOperator, wanted: Wanted) -> tuple[Tensor, Tensor]:
     """ARPACK on a shifted spectrum.
 
     ARPACK compares residuals with eigenvalues, and of small ones nothing is enough.
     Shifted by their norm, all are compared with that; up to what ARPACK itself takes
     for zero.
     """
-    if which == "LM":
-        return by_arpack(A, k, v0, which, tol)
-    size = float(by_arpack(A, 1, v0, "LM", _ROUGHLY)[0].abs())
-    shift = size if which == "LA" else -size
-    values, vectors = by_arpack(Damped(A, shift), k, v0, "LM", _enough(A, tol))
+    if wanted.which == "LM":
+        return by_arpack(A, wanted)
+    norm = replace(wanted, k=1, which="LM", tol=_ROUGHLY)
+    size = float(by_arpack(A, norm)[0].abs())
+    shift = size if wanted.which == "LA" else -size
+    outmost = replace(wanted, which="LM", tol=_enough(A, wanted.tol))
+    values, vectors = by_arpack(Damped(A, shift), outmost)
     return values - shift, vectors
 
 
-def _patient_lanczos(
-    A: TorchLinearOperator, k: int, v0: Tensor, which: str, tol: float
-) -> tuple[Tensor, Tensor]:
+def _patient_lanczos(A: TorchLinearOperator, wanted: Wanted) -> tuple[Tensor, Tensor]:
     """Lanczos with residuals as large as ARPACK lets them be then."""
-    return by_lanczos(A, k, v0, which, tol, hidden=_enough(A, tol))
+    return by_lanczos(A, wanted, hidden=_enough(A, wanted.tol))
 
 
 _PATIENT = {"ARPACK": _patient_arpack, "Lanczos": _patient_lanczos}
@@ -402,39 +401,13 @@ def _enough(A: TorchLinearOperator, tol: float) -> float:
     return max(tol, torch.finfo(A.torch_dtype).eps ** (2 / 3))
 
 
-def _chosen(decomposition: Eigendecomposition, k: int, which: str) -> Tensor:
-    """The indices of the pairs, ascending; an error where some have no vectors."""
-    evals, rest = decomposition.eigenvalues, decomposition.rest
-    if which == "LA":
-        return decomposition.choose(k, None, None)
-    check_k(k, decomposition.count)
-    keys = evals if which == "SA" else -evals.abs()
-    chosen = keys.argsort()[:k].sort().values
-    if rest is not None:
-        # As floats: a damping may be a tensor with a gradient.
-        key = float(rest) if which == "SA" else -abs(float(rest))
-        last = keys.detach()[chosen].max().item()
-        error = 100 * torch.finfo(evals.dtype).eps * evals.detach().abs().max().item()
-        if key < last - error:
-            raise ValueError(
-                f"k: the {k} eigenvalues at this end include {float(rest):.3g}, which "
-                "a low-rank operator has no vectors for. Give tol= for an iteration."
-            )
-    return chosen
-
-
 def _checked(op: TorchLinearOperator, k: Any, which: str, tol: float | None) -> int:
-    if which not in WHICH:
-        listed = ", ".join(map(repr, WHICH))
-        raise ValueError(f"which: one of {listed}, got {which!r}.")
-    if isinstance(k, bool) or not isinstance(k, (int, np.integer)):
-        raise TypeError(f"k: an integer, got {k!r}.")
-    if not 1 <= k <= op.shape[0]:
-        raise ValueError(f"k: between 1 and the {op.shape[0]} rows, got {k}.")
+    check_choice(which, "which", WHICH)
+    check_k(k, op.shape[0])
     if tol is not None:
         check_real(tol, "tol")
-    if tol is not None and not tol >= 0.0:
-        raise ValueError(f"tol: a number of at least 0, got {tol!r}.")
+        if not tol >= 0.0:
+            raise ValueError(f"tol: a number of at least 0, got {tol!r}.")
     return int(k)
 
 

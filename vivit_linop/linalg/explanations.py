@@ -29,11 +29,7 @@ from vivit_linop.operators.elementary import (
     Scaled,
     Sum,
 )
-from vivit_linop.operators.kronecker import (
-    BlockDiagonal,
-    CorrectedKronecker,
-    Kronecker,
-)
+from vivit_linop.operators.kronecker import BlockDiagonal, CorrectedKronecker, Kronecker
 from vivit_linop.operators.lowrank import DampedRoot, Gram, LowRank
 from vivit_linop.operators.sandwich import Sandwich
 from vivit_linop.operators.verbs import (
@@ -152,7 +148,7 @@ def _small_side(op: LowRank) -> str:
     D, R = op.factor.shape
     rows, name = (R, "Gram matrix") if op.by_gram else (D, "V Vᵀ")
     why = f"{R} columns of {D} entries" if op.route is None else "asked for"
-    known = "decomposed" if op.is_decomposed else "factorised"
+    known = "decomposed" if op.kept.decomposed else "factorised"
     return f"the {rows} x {rows} {name} {known}: {why}"
 
 

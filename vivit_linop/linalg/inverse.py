@@ -11,7 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from vivit_linop.arguments import Scalar
+from vivit_linop.arguments import Scalar, as_float
 from vivit_linop.linalg.decompositions import GramEigenpairs, gram_rounding_error
 from vivit_linop.linalg.iterative import IterativeWoodbury
 from vivit_linop.operators.base import TorchLinearOperator
@@ -34,11 +34,7 @@ from vivit_linop.operators.elementary import (
     as_dense,
     dense_over,
 )
-from vivit_linop.operators.kronecker import (
-    BlockDiagonal,
-    CorrectedKronecker,
-    Kronecker,
-)
+from vivit_linop.operators.kronecker import BlockDiagonal, CorrectedKronecker, Kronecker
 from vivit_linop.operators.lowrank import DampedRoot, Gram, LowRank, Woodbury
 from vivit_linop.operators.parts import Restricted
 from vivit_linop.operators.symmetric import without_noise
@@ -205,8 +201,7 @@ def damped_inverse_of_inverse(op: Woodbury | DampedInverse, damping: Scalar) -> 
 
     For A = c V Vᵀ + d I and a negative δ, as of I − ε A⁻¹, if d + 1/δ is positive.
     """
-    product = op.damping * damping
-    product = product.detach().item() if isinstance(product, torch.Tensor) else product
+    product = as_float(op.damping * damping)
     least = torch.finfo(op.torch_dtype).eps ** 0.5
     if not (product > least or product < -1.0 - least):
         raise no_inverse(op, "a damped ")

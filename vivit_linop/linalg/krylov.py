@@ -17,7 +17,9 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import Any, Protocol
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,6 +31,7 @@ from tqdm.auto import tqdm
 from vivit_linop.bars import bar
 from vivit_linop.noise import Noise
 from vivit_linop.operators.base import TorchLinearOperator
+from vivit_linop.operators.eigenpairs import outwards
 from vivit_linop.operators.elementary import Dense, Scaled
 from vivit_linop.operators.symmetric import threads_for
 
@@ -45,55 +48,40 @@ _PART = 2**20
 _NOTHING = 10
 
 
-class Solver(Protocol):
-    """What finds k eigenpairs at an end of a spectrum.
+@dataclass(frozen=True)
+class Wanted:
+    """Which pairs a solver is to find, at an end of a spectrum.
 
-    Args:
-        A: Self-adjoint.
-        k: How many pairs.
+    Attributes:
+        k: How many.
         start: The vector that it begins with, ``[n]``, on any device.
         which: ``"LA"``, ``"SA"`` or ``"LM"``.
         tol: The relative accuracy; 0 for machine epsilon.
         restarts: After so many it gives up; None for its own number.
-
-    Returns:
-        Eigenvalues ``[k]``, ascending, and orthonormal columns ``[n, k]``, in the
-        operator's dtype.
-
-    Raises:
-        NotConverged: If it gives up.
     """
 
-    def __call__(
-        self,
-        A: TorchLinearOperator,
-        k: int,
-        start: Tensor,
-        which: str = "LA",
-        tol: float = 0.0,
-        restarts: int | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """Find them."""
+    k: int
+    start: Tensor
+    which: str = "LA"
+    tol: float = 0.0
+    restarts: int | None = None
+
+
+Solver = Callable[[TorchLinearOperator, Wanted], tuple[Tensor, Tensor]]
+"""What finds eigenvalues ``[k]``, ascending, and orthonormal columns ``[n, k]``.
+
+In the dtype of the operator, which is self-adjoint; raises NotConverged if it gives up.
+"""
 
 
 def by_arpack(
-    A: TorchLinearOperator | np.ndarray,
-    k: int,
-    start: Tensor,
-    which: str = "LA",
-    tol: float = 0.0,
-    restarts: int | None = None,
+    A: TorchLinearOperator | np.ndarray, wanted: Wanted
 ) -> tuple[Tensor, Tensor]:
     """By SciPy's ARPACK; the pairs are on the host."""
-
-    def solve(A: TorchLinearOperator) -> tuple[Tensor, Tensor]:
-        return _arpack(A, k, start, which, tol, restarts)
-
     if isinstance(A, TorchLinearOperator):
-        return _with_all_copies(A, solve(A), solve, which, tol)
-    known = _OnHost(A)
+        return _with_all_copies(A, _arpack, wanted)
     with threads_for(len(A)):
-        return _with_all_copies(known, solve(known), solve, which, tol)
+        return _with_all_copies(_OnHost(A), _arpack, wanted)
 
 
 class _OnHost(Dense):
@@ -115,15 +103,9 @@ class _OnHost(Dense):
         return self._symv(1.0, self._columns, x)
 
 
-def _arpack(
-    A: TorchLinearOperator,
-    k: int,
-    start: Tensor,
-    which: str,
-    tol: float,
-    restarts: int | None,
-) -> tuple[Tensor, Tensor]:
-    v0 = start.cpu().numpy().astype(A.dtype)
+def _arpack(A: TorchLinearOperator, wanted: Wanted) -> tuple[Tensor, Tensor]:
+    v0 = wanted.start.cpu().numpy().astype(A.dtype)
+    k, which, tol, restarts = wanted.k, wanted.which, wanted.tol, wanted.restarts
     try:
         evals, evecs = eigsh(A, k, which=which, tol=tol, v0=v0, maxiter=restarts)
     except ArpackNoConvergence as error:
@@ -132,38 +114,33 @@ def _arpack(
         if A.matvec(v0).any():
             raise
         # Of a vector without an image ARPACK knows no way on, as of the operator 0.
-        most = restarts or 10 * len(v0)
-        return lanczos(_product_with(A), torch.from_numpy(v0), k, which, tol, most)
+        return _lanczos(A, wanted)
     # ARPACK takes eigenvalues to be at least that large, and is content too soon.
     least = np.finfo(A.dtype).eps ** (2 / 3)
     if abs(evals).max() < least:
         size = float(abs(A.matvec(v0)).max() / abs(v0).max())
         if 0.0 < size < least:
-            scaled = Scaled(1.0 / size, A)
-            pairs = _arpack(scaled, k, start, which, tol, restarts)
-            return size * pairs[0], pairs[1]
+            values, found = _arpack(Scaled(1.0 / size, A), wanted)
+            return size * values, found
     order = np.argsort(evals)
     vectors = np.ascontiguousarray(evecs[:, order])
     return torch.from_numpy(evals[order]), torch.from_numpy(vectors)
 
 
 def by_lanczos(
-    A: TorchLinearOperator,
-    k: int,
-    start: Tensor,
-    which: str = "LA",
-    tol: float = 0.0,
-    restarts: int | None = None,
-    hidden: float | None = None,
+    A: TorchLinearOperator, wanted: Wanted, hidden: float | None = None
 ) -> tuple[Tensor, Tensor]:
     """By thick-restart Lanczos; nothing leaves the device but what a restart needs."""
-    v0 = start.to(A.device, A.torch_dtype)
+    return _with_all_copies(A, partial(_lanczos, hidden=hidden), wanted)
 
-    def solve(A: TorchLinearOperator) -> tuple[Tensor, Tensor]:
-        most = restarts or 10 * len(v0)
-        return lanczos(_product_with(A), v0, k, which, tol, most, hidden)
 
-    return _with_all_copies(A, solve(A), solve, which, tol)
+def _lanczos(
+    A: TorchLinearOperator, wanted: Wanted, hidden: float | None = None
+) -> tuple[Tensor, Tensor]:
+    v0 = wanted.start.to(A.device, A.torch_dtype)
+    most = wanted.restarts or 10 * len(v0)
+    own = wanted.k, wanted.which, wanted.tol
+    return lanczos(_product_with(A), v0, *own, most, hidden)
 
 
 def _product_with(A: TorchLinearOperator) -> Product:
@@ -268,34 +245,30 @@ class _Deflated(TorchLinearOperator):
 
 
 def _with_all_copies(
-    A: TorchLinearOperator,
-    pairs: tuple[Tensor, Tensor],
-    solve: Callable[[TorchLinearOperator], tuple[Tensor, Tensor]],
-    which: str,
-    tol: float,
+    A: TorchLinearOperator, solve: Solver, wanted: Wanted
 ) -> tuple[Tensor, Tensor]:
-    """Return the pairs, with those in the place of some that a solver has passed over.
+    """Return what is wanted, also where a solver has passed over some.
 
     A Krylov space of one vector has one eigenvector to an eigenvalue. The others to it
     come by rounding, which may take longer than the k pairs do. Orthogonal to what was
     found some steps show what lies further out; there ``solve`` finds as many.
     """
-    (values, vectors), noise = pairs, Noise(5)
+    (values, vectors), noise, which = solve(A, wanted), Noise(5), wanted.which
     found = values.cpu().double()
     steps = min(PROBE, len(vectors) - len(found))
-    accuracy = max(tol, torch.finfo(A.torch_dtype).eps ** (2 / 3))
+    accuracy = max(wanted.tol, torch.finfo(A.torch_dtype).eps ** (2 / 3))
     for _ in range(len(found) if steps else 0):
         size = float(found.abs().max())
         ritz = _ritz_values_outside(A, vectors, size, steps, noise)
         size = max(size, float(ritz.abs().max()))
-        least = _outwards(found, which).min() + accuracy * size
-        if _outwards(ritz, which).max() <= least:
+        least = outwards(found, which).min() + accuracy * size
+        if outwards(ritz, which).max() <= least:
             break
         # What is found is at the other end then.
         rest = _Deflated(A, vectors, {"LA": -size, "SA": size, "LM": 0.0}[which])
-        more, others = solve(rest)
+        more, others = solve(rest, wanted)
         both = torch.cat([found, more.cpu().double()])
-        outmost = _outwards(both, which).argsort(descending=True, stable=True)
+        outmost = outwards(both, which).argsort(descending=True, stable=True)
         chosen = outmost[: len(found)]
         chosen = chosen[both[chosen].argsort()]
         found = both[chosen]
@@ -339,13 +312,6 @@ def _ritz_values_outside(
     return torch.linalg.eigvalsh((projected.double() * scale).cpu())
 
 
-def _outwards(values: Tensor, which: str) -> Tensor:
-    """What is larger, the further out at this end of the spectrum an eigenvalue is."""
-    if which == "LM":
-        return values.abs()
-    return values if which == "LA" else -values
-
-
 # Thick-restart Lanczos ---------------------------------------------------------------
 
 
@@ -371,8 +337,7 @@ def lanczos(
         product: x ↦ A x, ``[n] -> [n]``, without derivatives.
         start: Where it begins, ``[n]``, not zero; dtype and device are those of all.
         k: How many pairs, up to n.
-        which: ``"LA"`` for the largest, ``"SA"`` for the smallest, ``"LM"`` for those
-            of largest magnitude.
+        which: ``"LA"``, ``"SA"`` or ``"LM"``.
         tol: The relative accuracy; 0 for machine epsilon.
         restarts: After so many it gives up.
         hidden: Which residuals are small beside ‖A‖; machine epsilon by default.
@@ -396,7 +361,7 @@ def lanczos(
     for _ in range(restarts):
         basis.grow(kept)
         values, vectors, residuals = basis.ritz()
-        order = _outwards(values, which).argsort(descending=True, stable=True)
+        order = outwards(values, which).argsort(descending=True, stable=True)
         sizes = values.abs()
         accuracy = (max(tol, eps) * sizes).clamp(min=(hidden or eps) * sizes.max())
         good = (residuals <= accuracy)[order]

@@ -21,11 +21,7 @@ from vivit_linop.operators.elementary import (
     Scaled,
     as_dense,
 )
-from vivit_linop.operators.kronecker import (
-    BlockDiagonal,
-    CorrectedKronecker,
-    Kronecker,
-)
+from vivit_linop.operators.kronecker import BlockDiagonal, CorrectedKronecker, Kronecker
 from vivit_linop.operators.lowrank import DampedRoot, LowRank, Woodbury
 from vivit_linop.operators.symmetric import without_noise
 from vivit_linop.operators.verbs import (
@@ -126,7 +122,7 @@ def logdet_of_damped(op: Damped) -> Tensor:
 def logdet_of_woodbury(op: Woodbury) -> Tensor:
     """From the factor that it has, unless the eigenvalues are known."""
     low_rank = op.operator
-    if low_rank.has_eigenvalues:
+    if low_rank.kept.has_eigenvalues:
         return -damped_logdet(low_rank, op.damping)
     zeros = op.shape[0] - low_rank.small_rows
     return -op.small_logdet - zeros * math.log(op.damping)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from functools import reduce
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -104,6 +105,17 @@ def column_pieces_of_stack(op: HStack) -> Iterator[tuple[slice, Tensor]]:
         for place, columns in column_pieces(part):
             yield slice(start + place.start, start + place.stop), columns
         start += part.shape[1]
+
+
+def unit_columns(n: int, places: Tensor, op: TorchLinearOperator) -> Tensor:
+    """Columns of the identity ``[n, k]``, as an operator multiplies them."""
+    unit = torch.zeros(n, len(places), dtype=op.torch_dtype, device=op.device)
+    return unit.scatter_(0, places.unsqueeze(0), 1.0)
+
+
+def entries_on_diagonal(op: TorchLinearOperator, places: Tensor) -> Tensor:
+    """Some entries of the diagonal ``[k]``, by as many products."""
+    return op.apply(unit_columns(op.shape[1], places, op))[places].diagonal()
 
 
 # Dense matrices -----------------------------------------------------------------
@@ -310,9 +322,7 @@ def _diagonal_of_square_factors(op: Product) -> Tensor:
     result = shifted + diagonal_of_product(narrow)
     lost = result.abs() < torch.finfo(result.dtype).eps ** 0.5 * shifted.abs()
     for part in lost.nonzero().squeeze(1).split(_CHUNK):
-        unit = torch.zeros(len(lost), len(part), dtype=unit.dtype, device=op.device)
-        unit[part] = torch.eye(len(part), dtype=unit.dtype, device=op.device)
-        result[part] = op.apply(unit)[part].diagonal()
+        result[part] = entries_on_diagonal(op, part)
     return result
 
 
@@ -331,14 +341,20 @@ def _with_matrices(op: Product) -> Product:
     return Product(*(found.get(id(factor), factor) for factor in op.factors))
 
 
-def narrowest_form(op: Product) -> tuple[int, LowRankForm] | None:
+def narrowest_form(
+    op: Product, kind: type[TorchLinearOperator] = TorchLinearOperator
+) -> tuple[int, LowRankForm] | None:
     """Return which factor is an a D + D V M Vᵀ D with the fewest columns in V.
 
     None where V has as many as there are rows, or gradients flow to it.
+
+    Args:
+        op: The product.
+        kind: Of the factors that are looked at.
     """
     forms: dict[int, tuple[int, LowRankForm]] = {}
     for at, factor in enumerate(op.factors):
-        form = low_rank_form(factor)
+        form = low_rank_form(factor) if isinstance(factor, kind) else None
         if form is not None and (V := form.factor) is not None and not V.requires_grad:
             forms[V.shape[1]] = at, form
     least = min(forms, default=op.shape[0])
@@ -346,20 +362,9 @@ def narrowest_form(op: Product) -> tuple[int, LowRankForm] | None:
 
 
 def narrowest_low_rank(op: Product) -> tuple[int, LowRank] | None:
-    """Return which factor is a c V Vᵀ with the fewest columns in V.
-
-    None where V has as many as there are rows, or gradients flow to it.
-    """
-    columns = {
-        factor.factor.shape[1]: (at, factor)
-        for at, factor in enumerate(op.factors)
-        if isinstance(factor, LowRank)
-        and factor.by_gram
-        and factor.semidefinite
-        and not factor.requires_grad
-    }
-    least = min(columns, default=op.shape[0])
-    return columns[least] if least < op.shape[0] else None
+    """Return which factor is a c V Vᵀ with the fewest columns in V, likewise."""
+    found = narrowest_form(op, LowRank)
+    return found and (found[0], cast(LowRank, op.factors[found[0]]))
 
 
 @diagonal.register

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import reduce
 from typing import TypeGuard
 
 import torch
@@ -87,10 +88,7 @@ def restricted_damped(op: Damped, index: Tensor) -> Op:
 
 @restrict.register
 def restricted_sum(op: Sum, index: Tensor) -> Op:
-    total = restrict(op.terms[0], index)
-    for term in op.terms[1:]:
-        total = add(total, restrict(term, index))
-    return total
+    return reduce(add, (restrict(term, index) for term in op.terms))
 
 
 @restrict.register

@@ -28,11 +28,7 @@ from vivit_linop.operators.elementary import (
     dense_over,
     symmetric_over,
 )
-from vivit_linop.operators.kronecker import (
-    BlockDiagonal,
-    CorrectedKronecker,
-    Kronecker,
-)
+from vivit_linop.operators.kronecker import BlockDiagonal, CorrectedKronecker, Kronecker
 from vivit_linop.operators.lowrank import DampedRoot, Gram, LowRank, Woodbury
 from vivit_linop.operators.symmetric import symmetric_eigenpairs, without_noise
 from vivit_linop.operators.verbs import (

@@ -8,7 +8,11 @@ import torch
 from torch import Tensor
 
 from vivit_linop.arguments import as_float
-from vivit_linop.linalg.reductions import diagonal_of_operator
+from vivit_linop.linalg.reductions import (
+    diagonal_of_operator,
+    entries_on_diagonal,
+    unit_columns,
+)
 from vivit_linop.operators.base import TorchLinearOperator
 from vivit_linop.operators.damped import DampedInverse
 from vivit_linop.operators.elementary import Product, Scaled, Sum
@@ -120,7 +124,7 @@ def diagonal_of_woodbury(op: Woodbury) -> Tensor:
     result = kept.div_(op.damping)
     if eps * op.norm / op.damping > _SAFE * eps**0.5:
         for part in lost.nonzero().squeeze(1).split(few):
-            result[part] = op.apply(_unit(D, part, op))[part].diagonal()
+            result[part] = entries_on_diagonal(op, part)
     return result
 
 
@@ -141,8 +145,7 @@ def diagonal_of_damped_inverse(op: DampedInverse) -> Tensor:
     result = kept / op.damping.to(kept)
     few = _few_beside(low_rank.small_rows, D, op.torch_dtype)
     for part in lost.nonzero().squeeze(1).split(few):
-        entries = op.apply(_unit(D, part, op))[part].diagonal()
-        result = result.index_copy(0, part, entries)
+        result = result.index_copy(0, part, entries_on_diagonal(op, part))
     return result
 
 
@@ -178,7 +181,7 @@ def _few_beside(small: int, rows: int, dtype: torch.dtype) -> int:
 def diagonal_blocks_of_operator(op: TorchLinearOperator, size: int) -> Tensor:
     parts = []
     for columns in _places(op.shape[1], size, op.device):
-        rows = op.apply(_unit(op.shape[1], columns, op))[columns]
+        rows = op.apply(unit_columns(op.shape[1], columns, op))[columns]
         parts.append(_blocks_on_diagonal(rows, size))
     return torch.cat(parts)
 
@@ -314,17 +317,18 @@ def _stands_for(op: Product, matrix: Tensor) -> bool:
 
 def _by_products(op: Product) -> Tensor:
     """By products with S, some columns at a time."""
-    n = op.shape[1]
-    places = _places(n, 1, op.device)
-    product = Product(*op.factors)
-    return torch.cat([product.apply(_unit(n, c, op)) for c in places], dim=1)
+    n, product = op.shape[1], Product(*op.factors)
+    units = (unit_columns(n, c, op) for c in _places(n, 1, op.device))
+    return torch.cat([*map(product.apply, units)], dim=1)
 
 
 def _part_of_product(op: Product, columns: Tensor, size: int) -> Tensor:
     """Some of the blocks on the diagonal, by products with their rows and columns."""
     A, B = adjoint(op.factors[0]), Product(*op.factors[1:])
-    left = A.apply(_unit(A.shape[1], columns, op))
-    return _products_of_blocks(left, B.apply(_unit(B.shape[1], columns, op)), size)
+    left, right = (
+        part.apply(unit_columns(part.shape[1], columns, op)) for part in (A, B)
+    )
+    return _products_of_blocks(left, right, size)
 
 
 def _products_of_blocks(left: Tensor, right: Tensor, size: int) -> Tensor:
@@ -364,9 +368,3 @@ def _places(n: int, size: int, device: torch.device) -> tuple[Tensor, ...]:
     """The numbers of n columns, whole blocks of some at a time."""
     few = max(1, _CHUNK // size) * size
     return torch.arange(n, device=device).split(few)
-
-
-def _unit(n: int, columns: Tensor, op: TorchLinearOperator) -> Tensor:
-    """Columns of the identity."""
-    unit = torch.zeros(n, len(columns), dtype=op.torch_dtype, device=op.device)
-    return unit.scatter_(0, columns.unsqueeze(0), 1.0)

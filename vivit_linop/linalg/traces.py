@@ -26,11 +26,7 @@ from vivit_linop.operators.elementary import (
     as_multiple,
     mirrored,
 )
-from vivit_linop.operators.kronecker import (
-    BlockDiagonal,
-    CorrectedKronecker,
-    Kronecker,
-)
+from vivit_linop.operators.kronecker import BlockDiagonal, CorrectedKronecker, Kronecker
 from vivit_linop.operators.lowrank import DampedRoot, LowRank, Woodbury
 from vivit_linop.operators.sandwich import low_rank_form
 from vivit_linop.operators.verbs import (
@@ -80,7 +76,7 @@ def trace_of_woodbury(op: Woodbury) -> Tensor:
     Where the eigenvalues are not known, the squares of L⁻ᵀ with δ I + c K = L Lᵀ.
     """
     low_rank = op.operator
-    if low_rank.has_eigenvalues:
+    if low_rank.kept.has_eigenvalues:
         evals = low_rank.nonnegative_eigenvalues
         known, total = len(evals), (1.0 / (low_rank.scale * evals + op.damping)).sum()
     else:

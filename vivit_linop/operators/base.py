@@ -257,11 +257,9 @@ class TorchLinearOperator(VerbMethods["TorchLinearOperator"], NumpyProducts):
 
     def _differentiable(self, X: Tensor) -> Tensor:
         """Multiply so that gradients flow to the columns and to the parts."""
-        if self._is_followed:
-            return self._multiply(X).to(X.dtype)
-        if self.requires_grad and torch.is_grad_enabled():
+        if self._carries_derivatives:
             # The parts are multiplied as nodes of autograd, in reverse mode.
-            if has_tangent(X):
+            if has_tangent(X) and not self._is_followed:
                 raise NotImplementedError(
                     "x: derivatives in forward mode of an operator whose tensors "
                     "require grad; pass the operator .detach()ed tensors."

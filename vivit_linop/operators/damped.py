@@ -19,13 +19,13 @@ from torch import Tensor
 from vivit_linop.arguments import Scalar, as_scalar
 from vivit_linop.operators import verbs
 from vivit_linop.operators.base import TorchLinearOperator
-from vivit_linop.operators.elementary import Dense, Diagonal, Sum, mirrored
+from vivit_linop.operators.elementary import Dense, Diagonal, OfOperator, Sum, mirrored
 from vivit_linop.operators.lowrank import LowRank, Woodbury
 
 # Damping by a number -----------------------------------------------------------------
 
 
-class Damped(TorchLinearOperator):
+class Damped(OfOperator):
     """The operator A + δ I.
 
     Args:
@@ -38,11 +38,6 @@ class Damped(TorchLinearOperator):
         TorchLinearOperator.__init__(
             self, operator.shape, operator._own_dtype, operator._own_device
         )
-
-    @property
-    def self_adjoint(self) -> bool:  # type: ignore[override]
-        """Whether A is."""
-        return self.operator.self_adjoint
 
     def _mirrors(self, other: TorchLinearOperator) -> bool:
         if not isinstance(other, Damped):
@@ -83,7 +78,7 @@ class DampedDense(Damped, Dense):  # type: ignore[misc]  # what it is made of: D
         return verbs.to_dense(self)
 
 
-class DampedInverse(TorchLinearOperator):
+class DampedInverse(OfOperator):
     """The inverse of A + δ I for a δ that requires grad.
 
     With x = (A + δ I)⁻¹ b, derivatives are (A + δ I)⁻¹ (db − x dδ), so that gradients
@@ -103,11 +98,6 @@ class DampedInverse(TorchLinearOperator):
     ) -> None:
         self.operator, self.damping, self.inverse = operator, damping, inverse
         super().__init__(inverse.shape, inverse._own_dtype, inverse._own_device)
-
-    @property
-    def self_adjoint(self) -> bool:  # type: ignore[override]
-        """Whether A is."""
-        return self.operator.self_adjoint
 
     def _made_of(self) -> tuple[Tensor, TorchLinearOperator]:
         return (self.damping, self.operator)

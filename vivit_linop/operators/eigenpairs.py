@@ -204,10 +204,8 @@ class Eigendecomposition(ABC):
             if not rcond >= 0.0:
                 raise ValueError(f"rcond: a number of at least 0, got {rcond!r}.")
         if k is not None:
-            check_k(k, self.count)
-            self._check_rest(k)
-            indices = torch.arange(self.count - int(k), self.count, device="cpu")
-        elif select is not None:
+            return self.outmost(k)
+        if select is not None:
             if not callable(select):
                 raise TypeError(
                     "select: a function of the eigenvalues that returns indices, got "
@@ -221,17 +219,42 @@ class Eigendecomposition(ABC):
             indices = self.default()
         return indices.to(self.eigenvalues.device)
 
-    def _check_rest(self, k: int) -> None:
-        """Raise an error if eigenvalues without vectors are among the k largest."""
+    def outmost(self, k: int, which: str = "LA") -> Tensor:
+        """The indices of k pairs at an end of the spectrum, ascending; checks k first.
+
+        Args:
+            k: How many.
+            which: ``"LA"`` for the largest, ``"SA"`` for the smallest, ``"LM"`` for
+                those of largest magnitude.
+
+        Raises:
+            ValueError: If eigenvalues without vectors are among them.
+        """
+        check_k(k, self.count)
         evals = self.eigenvalues
-        if self.rest is None:
-            return
-        error = 100 * torch.finfo(evals.dtype).eps * evals.abs().max().item()
-        if self.rest > evals[-k].item() + error:
-            raise ValueError(
-                f"k: the {k} largest eigenvalues include {self.rest:.3g}, which a "
-                "low-rank operator has no vectors for. Choose with select=."
-            )
+        chosen = torch.arange(self.count - int(k), self.count, device=evals.device)
+        if which != "LA":
+            order = outwards(evals, which).argsort(descending=True)
+            chosen = order[: int(k)].sort().values
+        if self.rest is not None:
+            # As floats: a damping may be a tensor with a gradient.
+            rest, known = float(self.rest), evals.detach()
+            least = outwards(known[chosen], which).min().item()
+            error = 100 * torch.finfo(evals.dtype).eps * known.abs().max().item()
+            if outwards(rest, which) > least + error:
+                raise ValueError(
+                    f"k: the {k} eigenvalues at this end include {rest:.3g}, which a "
+                    "low-rank operator has no vectors for. Choose with select=, or "
+                    "give tol= for an iteration."
+                )
+        return chosen
+
+
+def outwards(values: Any, which: str) -> Any:
+    """What is larger, the further out at an end of the spectrum eigenvalues are."""
+    if which == "LM":
+        return abs(values)
+    return values if which == "LA" else -values
 
 
 def checked_indices(indices: Any, count: int) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
-from functools import cached_property
+from functools import cached_property, reduce
 
 import numpy as np
 import torch
@@ -14,12 +14,7 @@ from vivit_linop.arguments import Scalar, as_count, as_numbers
 from vivit_linop.modes import is_followed
 from vivit_linop.noise import Noise
 from vivit_linop.operators import verbs
-from vivit_linop.operators.base import (
-    TorchLinearOperator,
-    in_common,
-    settle,
-    settled,
-)
+from vivit_linop.operators.base import TorchLinearOperator, in_common, settle, settled
 from vivit_linop.operators.lowrank import Gram, LowRank
 from vivit_linop.operators.symmetric import symmetric_eigenvalues, without_noise
 from vivit_linop.ranks.alone import Ranks
@@ -180,7 +175,21 @@ class Diagonal(TorchLinearOperator):
         return self.entries[:, None] * X
 
 
-class DenseInverse(TorchLinearOperator):
+class OfOperator(TorchLinearOperator):
+    """What is made of an operator A, and self-adjoint where A is."""
+
+    operator: TorchLinearOperator
+
+    @property
+    def self_adjoint(self) -> bool:  # type: ignore[override]
+        """Whether A is."""
+        return self.operator.self_adjoint
+
+    def _made_of(self) -> Sequence[Scalar | TorchLinearOperator]:
+        return (self.operator,)
+
+
+class DenseInverse(OfOperator):
     """The inverse of A + δ I for a dense A, through an LU factorisation in float64.
 
     Args:
@@ -193,6 +202,8 @@ class DenseInverse(TorchLinearOperator):
             and δ > 0 is too small to make up for eigenvalues that rounding has made
             negative.
     """
+
+    operator: Dense
 
     def __init__(self, operator: Dense, damping: float = 0.0) -> None:
         self.operator, self.damping = operator, damping
@@ -235,14 +246,6 @@ class DenseInverse(TorchLinearOperator):
         accuracy = max(10.0, len(matrix) ** 0.5) * torch.finfo(dtype).eps
         # NaN is ill-conditioned too.
         return ~(found.abs() * scales[:, None] * accuracy <= 1.0).all()
-
-    @property
-    def self_adjoint(self) -> bool:  # type: ignore[override]
-        """Whether the inverted matrix is symmetric."""
-        return self.operator.self_adjoint
-
-    def _made_of(self) -> tuple[TorchLinearOperator]:
-        return (self.operator,)
 
     def log_abs_det(self) -> Tensor:
         """Return the logarithm of the absolute determinant."""
@@ -292,7 +295,7 @@ class Adjoint(TorchLinearOperator):
         return self.parent._multiply(X)
 
 
-class Scaled(TorchLinearOperator):
+class Scaled(OfOperator):
     """A multiple of an operator.
 
     Args:
@@ -306,11 +309,6 @@ class Scaled(TorchLinearOperator):
             operator = settle(operator, None, factor.device)
         self.factor, self.operator = factor, operator
         super().__init__(operator.shape, operator._own_dtype, operator._own_device)
-
-    @property
-    def self_adjoint(self) -> bool:  # type: ignore[override]
-        """Whether the operator is."""
-        return self.operator.self_adjoint
 
     def _settled(
         self, dtype: torch.dtype | None, device: torch.device | None
@@ -359,10 +357,7 @@ class Sum(TorchLinearOperator):
         return self.terms
 
     def _multiply(self, X: Tensor) -> Tensor:
-        result = self.terms[0].apply(X)
-        for term in self.terms[1:]:
-            result = result + term.apply(X)
-        return result
+        return reduce(torch.add, (term.apply(X) for term in self.terms))
 
     def _multiply_adjoint(self, X: Tensor) -> Tensor:
         return Sum(*(term.T for term in self.terms))._multiply(X)

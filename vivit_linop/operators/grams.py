@@ -6,6 +6,8 @@ The rules for what is pulled back through a Jacobian stand in
 
 from __future__ import annotations
 
+from functools import reduce
+
 import torch
 from torch import Tensor
 
@@ -187,19 +189,13 @@ def outer_matrix_of_operator(factor: TorchLinearOperator) -> Tensor:
 @outer_matrix.register
 def outer_matrix_of_stack(factor: HStack) -> Tensor:
     """A Aᵀ + B Bᵀ + …."""
-    total = outer_matrix(factor.parts[0])
-    for part in factor.parts[1:]:
-        total = total + outer_matrix(part)
-    return total
+    return reduce(torch.add, map(outer_matrix, factor.parts))
 
 
 @outer_product.register
 def outer_product_of_stack(factor: HStack, X: Tensor) -> Tensor:
     """A Aᵀ X + B Bᵀ X + …."""
-    total = outer_product(factor.parts[0], X)
-    for part in factor.parts[1:]:
-        total = total + outer_product(part, X)
-    return total
+    return reduce(torch.add, (outer_product(part, X) for part in factor.parts))
 
 
 @outer_product.register

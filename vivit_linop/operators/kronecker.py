@@ -12,12 +12,7 @@ import torch
 from torch import Tensor
 
 from vivit_linop.arguments import as_list, as_numbers
-from vivit_linop.operators.base import (
-    TorchLinearOperator,
-    in_common,
-    settle,
-    settled,
-)
+from vivit_linop.operators.base import TorchLinearOperator, in_common, settle, settled
 from vivit_linop.operators.elementary import Dense, _as_tensor, mirrored
 from vivit_linop.operators.symmetric import symmetric_eigenpairs
 from vivit_linop.operators.verbs import same, to_dense

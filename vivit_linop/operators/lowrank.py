@@ -17,12 +17,9 @@ from torch import Tensor
 
 from vivit_linop.arguments import Scalar, as_scalar, without_gradient
 from vivit_linop.operators import verbs
-from vivit_linop.operators.base import (
-    TorchLinearOperator,
-    in_common,
-)
+from vivit_linop.operators.base import TorchLinearOperator, in_common
 from vivit_linop.operators.damped_solver import DampedSolver
-from vivit_linop.operators.symmetric import KeptMatrix, Pairs, Tridiagonal
+from vivit_linop.operators.symmetric import KeptMatrix, Pairs
 from vivit_linop.ranks.alone import RankRows, Ranks
 
 Result = TypeVar("Result")
@@ -70,7 +67,7 @@ class Gram(TorchLinearOperator):
     @property
     def known(self) -> bool:
         """Whether the matrix has been computed."""
-        return self.kept.matrix is not None or self.kept.rows is not None
+        return self.kept.known
 
     @property
     def matrix(self) -> Tensor:
@@ -106,7 +103,7 @@ class Gram(TorchLinearOperator):
         rows = self.rows
         return self.matrix @ X if rows is None else rows.multiply(X)
 
-    def decomposed(self, function: Callable[[Tensor], Result]) -> Result:
+    def on_matrix(self, function: Callable[[Tensor], Result]) -> Result:
         """Return a function of the matrix, computed where it is as a whole.
 
         Its bits do not decide everything: eigenvectors are not unique.
@@ -122,7 +119,7 @@ class Gram(TorchLinearOperator):
 
         Where gradients flow to the matrix they are computed anew.
         """
-        return self.kept.eigenvalues(self.decomposed)
+        return self.kept.eigenvalues(self.on_matrix)
 
     def _made_of(self) -> tuple[TorchLinearOperator, ...]:
         return (self.left, self.right)
@@ -230,9 +227,9 @@ class LowRank(TorchLinearOperator):
         return self.factor.shape[1] if self.by_gram else self.shape[0]
 
     @property
-    def small_side_known(self) -> bool:
-        """Whether the dense matrix that exact verbs work on has been computed."""
-        return self.gram.known if self.by_gram else self._outer.matrix is not None
+    def kept(self) -> KeptMatrix:
+        """What is known of the smaller of VᵀV and V Vᵀ, without c."""
+        return self.gram.kept if self.by_gram else self._outer
 
     @property
     def small_side(self) -> Tensor:
@@ -248,47 +245,18 @@ class LowRank(TorchLinearOperator):
     def on_small_side(self, function: Callable[[Tensor], Result]) -> Result:
         """Return a function of VᵀV or V Vᵀ, computed where that is as a whole."""
         if self.by_gram:
-            return self.gram.decomposed(function)
+            return self.gram.on_matrix(function)
         return self.ranks.led(function, self._outer_matrix)
-
-    @property
-    def _kept(self) -> KeptMatrix:
-        return self.gram.kept if self.by_gram else self._outer
-
-    @property
-    def is_decomposed(self) -> bool:
-        """Whether the eigenpairs of the smaller side are known."""
-        return self._kept.decomposed
-
-    @property
-    def has_eigenvalues(self) -> bool:
-        """Whether the eigenvalues of the smaller side are known."""
-        return self._kept.has_eigenvalues
-
-    @property
-    def small_eigenvalues(self) -> Tensor:
-        """Those of the smaller of VᵀV and V Vᵀ, ascending, computed once for all c."""
-        return self._kept.eigenvalues(self.on_small_side)
 
     @property
     def nonnegative_eigenvalues(self) -> Tensor:
         """The min(D, R) of V Vᵀ, without c, as :class:`KeptMatrix` has them."""
-        kept = self._kept
-        if kept.nonnegative is not None:  # one damping after the other
-            return kept.nonnegative
-        return kept.make_nonnegative(self.on_small_side, min(self.factor.shape))
+        return self.kept.nonnegative(self.on_small_side, min(self.factor.shape))
 
     @property
     def small_eigenpairs(self) -> Pairs:
         """Those of the smaller of VᵀV and V Vᵀ, ascending, computed once for all c."""
-        return self._kept.eigenpairs(self.on_small_side)
-
-    @property
-    def small_tridiagonal(self) -> Tridiagonal | None:
-        """The smaller side in a form for few eigenvectors; None if all take no more."""
-        if self.ranks.is_many:
-            return None
-        return self._kept.tridiagonal(self.on_small_side)
+        return self.kept.eigenpairs(self.on_small_side)
 
     def rescaled(self, scale: float) -> LowRank:
         """Return the node for another c; what is known of the factor is kept."""
@@ -447,7 +415,7 @@ class Woodbury(TorchLinearOperator):
         What is wrong must reach all processes.
         """
         inner = self.operator
-        pairs = inner.small_eigenpairs if inner.is_decomposed else None
+        pairs = inner.small_eigenpairs if inner.kept.decomposed else None
         try:
             self._solver = DampedSolver(matrix, inner.scale, damping, pairs)
         except ValueError as error:

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import reduce
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from vivit_linop.operators.base import (
-    TorchLinearOperator,
-    in_common,
-    settled,
-)
+from vivit_linop.operators.base import TorchLinearOperator, in_common, settled
+from vivit_linop.operators.elementary import OfOperator
 from vivit_linop.operators.kronecker import as_operators
 
 Parts = Sequence[TorchLinearOperator | Tensor | np.ndarray]
@@ -46,11 +44,7 @@ class HStack(TorchLinearOperator):
 
     def _multiply(self, X: Tensor) -> Tensor:
         pairs = zip(self.parts, self.split(X), strict=True)
-        products = [part.apply(x) for part, x in pairs]
-        total = products[0]
-        for product in products[1:]:
-            total = total + product
-        return total
+        return reduce(torch.add, (part.apply(x) for part, x in pairs))
 
     def _multiply_adjoint(self, X: Tensor) -> Tensor:
         return torch.cat([part.T.apply(X) for part in self.parts])
@@ -141,7 +135,7 @@ class Rows(TorchLinearOperator):
         return self.operator.T.apply(X)
 
 
-class Restricted(TorchLinearOperator):
+class Restricted(OfOperator):
     """A principal submatrix of an operator, ``[k, k]``.
 
     Args:
@@ -153,14 +147,6 @@ class Restricted(TorchLinearOperator):
         self.operator, self.index = operator, index
         shape = len(index), len(index)
         super().__init__(shape, operator._own_dtype, operator._own_device)
-
-    @property
-    def self_adjoint(self) -> bool:  # type: ignore[override]
-        """Whether A is."""
-        return self.operator.self_adjoint
-
-    def _made_of(self) -> tuple[TorchLinearOperator]:
-        return (self.operator,)
 
     def _multiply(self, X: Tensor) -> Tensor:
         X = padded(X, self.index, self.operator.shape[0])

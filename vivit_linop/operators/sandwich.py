@@ -17,16 +17,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from vivit_linop.arguments import Scalar
+from vivit_linop.arguments import Scalar, as_float
 from vivit_linop.operators.base import TorchLinearOperator
 from vivit_linop.operators.damped import Damped, DampedInverse, DiagonalWoodbury
-from vivit_linop.operators.elementary import (
-    Adjoint,
-    Dense,
-    Diagonal,
-    Product,
-    Scaled,
-)
+from vivit_linop.operators.elementary import Adjoint, Dense, Diagonal, Product, Scaled
 from vivit_linop.operators.lowrank import Centered, DampedRoot, LowRank, Woodbury
 from vivit_linop.operators.parts import HStack, Rows
 from vivit_linop.operators.verbs import adjoint, as_factor, matmul
@@ -155,13 +149,12 @@ def form_of_damped_root(op: DampedRoot) -> LowRankForm | None:
         return None
     K = low_rank.gram.matrix
     norm = torch.linalg.matrix_norm(K).item()
-    delta = op.damping.item() if isinstance(op.damping, Tensor) else op.damping
     return LowRankForm(
         shift,
         low_rank.factor,
         op.multiply_small,
         lambda Y: op.multiply_small(K @ Y) + shift * Y,
-        condition=low_rank.scale * norm / delta if op.inverse else 1.0,
+        condition=low_rank.scale * norm / as_float(op.damping) if op.inverse else 1.0,
         norm=norm,
     )
 

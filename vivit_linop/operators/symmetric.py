@@ -340,8 +340,6 @@ class KeptMatrix:
     Attributes:
         matrix: ``[n, n]``, or None while it has not been computed.
         rows: Those of this process, where there are several.
-        nonnegative: The largest eigenvalues, with zeros where rounding left less, or
-            None while nobody has asked for them. Not to be written to.
     """
 
     def __init__(self, budget: Callable[[], int] | None = None) -> None:
@@ -349,9 +347,14 @@ class KeptMatrix:
         self.rows: RankRows | None = None
         self._budget = budget
         self._eigenvalues: Tensor | None = None
-        self.nonnegative: Tensor | None = None
+        self._nonnegative: Tensor | None = None
         self._eigenpairs: Pairs | None = None
         self._tridiagonal: Tridiagonal | None = None
+
+    @property
+    def known(self) -> bool:
+        """Whether it has been computed."""
+        return self.matrix is not None or self.rows is not None
 
     @property
     def decomposed(self) -> bool:
@@ -378,11 +381,16 @@ class KeptMatrix:
             self._eigenvalues = found
         return self._eigenvalues.clone()
 
-    def make_nonnegative(self, on_matrix: OnMatrix, count: int) -> Tensor:
-        """Return so many for :attr:`nonnegative`, for one damping after the other."""
+    def nonnegative(self, on_matrix: OnMatrix, count: int) -> Tensor:
+        """Return so many of the largest, with zeros where rounding left less.
+
+        Not to be written to: kept likewise, for one damping after the other.
+        """
+        if self._nonnegative is not None:
+            return self._nonnegative
         found = self.eigenvalues(on_matrix)[-count:].clamp(min=0.0)
         if not found.requires_grad:
-            self.nonnegative = found
+            self._nonnegative = found
         return found
 
     def eigenpairs(self, on_matrix: OnMatrix) -> Pairs:

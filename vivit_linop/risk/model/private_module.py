@@ -35,12 +35,7 @@ from vivit_linop.noise import Noise
 from vivit_linop.risk.data.containers import rebuilt
 from vivit_linop.risk.model.copies import Copies, Plan
 from vivit_linop.risk.model.frozen_values import FrozenValues
-from vivit_linop.risk.model.original import (
-    ModelFunction,
-    Params,
-    Predict,
-    named_slots,
-)
+from vivit_linop.risk.model.original import ModelFunction, Params, Predict, named_slots
 from vivit_linop.risk.model.outputs import Returned
 from vivit_linop.risk.model.parameters import HALVES, in_precision
 from vivit_linop.risk.model.sharded import whole
