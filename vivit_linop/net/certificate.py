@@ -263,12 +263,9 @@ def _places(use: Use) -> Iterator[tuple[str, Node, int]]:
 
 
 def _is_same(left: Tensor, right: Tensor) -> bool:
-    """Whether two tensors have the same entries of one memory."""
-    return (left.data_ptr(), left.shape, left.stride()) == (
-        right.data_ptr(),
-        right.shape,
-        right.stride(),
-    )
+    """Whether two tensors have the same entries of one memory; wrappers have none."""
+    where = left.data_ptr(), left.shape, left.stride()
+    return where == (right.data_ptr(), right.shape, right.stride()) and where[0] != 0
 
 
 def _shape(node: Node, number: int) -> tuple[int, ...]:
