@@ -275,7 +275,7 @@ class Pass:
         if known and not known.certified and self._risk.device.type == "cpu":
             # Where the graph shows the rest, few samples do for the certificate of all.
             # On a GPU another run takes as long.
-            large = max(self._risk.graph_bytes, default=0) > SMALL_RUN
+            large = sum(self._risk.graph_bytes) > SMALL_RUN
             if large and self.names <= capture.in_layers:
                 find_structure(self._risk)
         certified = CertifiedColumns(self._risk, X, capture, known, room)
