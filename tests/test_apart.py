@@ -43,6 +43,7 @@ def net(forward: Forward) -> nn.Module:
         o=nn.Linear(4, 4),
         norm=nn.BatchNorm2d(4).eval(),
         conv=nn.Conv2d(4, 4, 3, padding=1),
+        group=nn.GroupNorm(2, 4),
         last=nn.LayerNorm(4),
         w=nn.Parameter(torch.rand(4)),
     ).double()
@@ -64,6 +65,18 @@ APART: dict[str, Forward] = {
             .softmax(-1)
         )
     ),
+    "a U": images(
+        lambda m, x: torch.cat(
+            [
+                F.interpolate(F.avg_pool2d(h := m.group(m.conv(x)), (2, 1)), (4, 1)),
+                F.mish(F.interpolate(h, (4, 2), mode="bilinear"))[..., :1],
+            ],
+            1,
+        ).mean((2, 3))[:, ::2]
+    ),
+    "sequences": images(
+        lambda m, x: F.max_pool1d(m.conv(x).squeeze(-1).abs().clamp(0.1), 4).squeeze(-1)
+    ),
     "a view": images(lambda m, x: m.conv(x).reshape(N, 16)[:, ::4]),
     "a factor of weights": lambda m, x: m.o(m.f(x) * m.w + m.w),
     "constants of others": lambda m, x: m.o(m.f(x) * x.flip(0)),
@@ -75,6 +88,8 @@ UNKNOWN: dict[str, Forward] = {
     "sum": lambda m, x: m.o((h := m.f(x)) - h.sum()),
     "order": lambda m, x: m.o(m.f(x)[[1, 0, 2, 3]]),
     "sorted": lambda m, x: m.o(m.f(x).sort(0)[0]),
+    "an axis before": lambda m, x: m.o(m.f(x)[None].squeeze(-3)),
+    "joined": lambda m, x: m.o(torch.cat([m.f(x)[:2], m.f(x)[2:]], -2)),
     "flipped": lambda m, x: m.o(m.f(x).flip(0)),
     "transposed": lambda m, x: m.o(m.f(x).T),
     "swapped": lambda m, x: m.o(m.f(x).transpose(0, 1)),

@@ -319,6 +319,15 @@ def _unless(condition: Callable[[Any, int], bool]) -> Rule:
     return rule
 
 
+def _joined(node: Any, shape: Sequence[int]) -> Sequence[int] | None:
+    apart = 0 not in _signed(node._saved_dim, len(shape))
+    return range(len(node.next_functions)) if apart else None
+
+
+def _squeezed(node: Any, dims: int) -> bool:
+    return 0 in _signed(node._saved_dim, len(node._saved_self_sym_sizes))
+
+
 def _sums_over_samples(node: Any, dims: int) -> bool:
     axes, before = node._saved_dim, len(node._saved_self_sym_sizes)
     return not axes or 0 in _signed(axes, before)
@@ -327,6 +336,7 @@ def _sums_over_samples(node: Any, dims: int) -> bool:
 _along_samples = _unless(lambda node, dims: 0 in _signed(node._saved_dim, dims))
 _RULES: dict[str, Rule] = {
     "AddmmBackward0": _second,
+    "CatBackward0": _joined,
     "ConstantPadNdBackward0": _unless(
         lambda node, dims: len(node._saved_pad) >= 2 * dims
     ),
@@ -335,24 +345,33 @@ _RULES: dict[str, Rule] = {
     "NativeLayerNormBackward0": _unless(
         lambda node, dims: len(node._saved_normalized_shape) >= dims
     ),
+    "SqueezeBackward1": _unless(_squeezed),
     "SumBackward1": _unless(_sums_over_samples),
     **dict.fromkeys(
         [
-            *("AvgPool2DBackward0", "AdaptiveAvgPool2DBackward0", "MmBackward0"),
-            *("ConvolutionBackward0", "MaxPool2DWithIndicesBackward0"),
+            *("ConvolutionBackward0", "MmBackward0", "NativeGroupNormBackward0"),
+            *("AvgPool2DBackward0", "AdaptiveAvgPool2DBackward0", "AvgPool3DBackward0"),
+            *("MaxPool2DWithIndicesBackward0", "MaxPool3DWithIndicesBackward0"),
+            *("UpsampleBilinear2DBackward0", "UpsampleNearest2DBackward0"),
         ],
         _first,
     ),
     **dict.fromkeys(["ViewBackward0", "UnsafeViewBackward0"], _view),
     **dict.fromkeys(
-        ["LogSoftmaxBackward0", "SoftmaxBackward0", "SliceBackward0"], _along_samples
+        [
+            *("LogSoftmaxBackward0", "SoftmaxBackward0", "SliceBackward0"),
+            "UnsqueezeBackward0",
+        ],
+        _along_samples,
     ),
     **dict.fromkeys(
         [
             *("AddBackward0", "SubBackward0", "MulBackward0", "DivBackward0"),
-            *("AliasBackward0", "CloneBackward0", "CosBackward0", "EluBackward0"),
-            *("ExpBackward0", "GeluBackward0", "HardtanhBackward0"),
-            *("LeakyReluBackward0", "NegBackward0", "PowBackward0", "ReluBackward0"),
+            *("AbsBackward0", "AliasBackward0", "ClampBackward1", "CloneBackward0"),
+            *("CosBackward0", "EluBackward0", "ExpBackward0", "GeluBackward0"),
+            *("HardswishBackward0", "HardtanhBackward0", "LeakyReluBackward0"),
+            *("LogBackward0", "MaskedFillBackward0", "MishBackward0", "NegBackward0"),
+            *("PowBackward0", "ReluBackward0", "WhereBackward0"),
             *("SigmoidBackward0", "SiluBackward0", "SinBackward0", "SqrtBackward0"),
             *("SoftplusBackward0", "TanhBackward0", "ThresholdBackward0"),
         ],

@@ -302,6 +302,7 @@ GROUP_NORM = _norm(
     F.group_norm,
     "input num_groups weight bias eps",
     lambda a, X: F.group_norm(X, a["num_groups"], eps=a.get("eps", 1e-5)),
+    nodes={"NativeGroupNormBackward0": (1, 2)},
 )
 BATCH_NORM = _norm(
     F.batch_norm,
