@@ -145,8 +145,7 @@ TOPICS = {
         Risk.batches Passes.batches Cuts.applied iterate copied ByUnit.take
     """,
     "modes of torch": """
-        ordinary_mode.__enter__ ordinary_mode.__exit__ as_guest.__init__
-        as_guest.__enter__ as_guest.__exit__
+        ordinary_mode.__enter__ ordinary_mode.__exit__ as_guest recorded
     """,
     "counting costs": "_layer_costs FactorCost.of_layers choose columns_stay",
 }

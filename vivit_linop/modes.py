@@ -110,15 +110,9 @@ class ordinary_mode:
 
     def __enter__(self) -> None:
         """Leave the modes."""
-        # Written out, since it is entered in each product.
-        if (
-            torch.is_inference_mode_enabled()
-            or torch.is_autocast_enabled("cpu")
-            or torch.is_autocast_enabled("cuda")
-        ):
-            self._modes = _to_leave()
-            for mode in self._modes:
-                mode.__enter__()
+        self._modes = _to_leave()
+        for mode in self._modes:
+            mode.__enter__()
         depth = _HERE.depth
         if depth == 0:
             # Locked: another thread may be about to put reduced precisions back.
@@ -161,16 +155,6 @@ def _to_leave() -> list[contextlib.AbstractContextManager[object]]:
     return modes
 
 
-def _recording() -> list[contextlib.AbstractContextManager[object]]:
-    """The modes in which a graph is recorded, and saves what was computed."""
-    modes: list[contextlib.AbstractContextManager[object]] = [torch.enable_grad()]
-    try:
-        with disable_saved_tensors_hooks("There are none."):
-            return modes
-    except RuntimeError:  # torch refuses to while there are some in this thread
-        return [*modes, saved_tensors_hooks(_with_version, _unchanged)]
-
-
 @contextlib.contextmanager
 def recorded() -> Iterator[None]:
     """Record a graph, and save for it what was computed.
@@ -181,8 +165,12 @@ def recorded() -> Iterator[None]:
     ``save_on_cpu`` included; the ``memory`` of a risk bounds what is kept.
     """
     with contextlib.ExitStack() as stack:
-        for mode in _recording():
-            stack.enter_context(mode)
+        stack.enter_context(torch.enable_grad())
+        try:
+            with disable_saved_tensors_hooks("There are none."):
+                pass
+        except RuntimeError:  # torch refuses to while there are some in this thread
+            stack.enter_context(saved_tensors_hooks(_with_version, _unchanged))
         yield
 
 
@@ -202,7 +190,8 @@ def _unchanged(saved: tuple[Tensor, int]) -> Tensor:
     return tensor
 
 
-class as_guest:
+@contextlib.contextmanager
+def as_guest(device: torch.device) -> Iterator[None]:
     """Run the user's code so that nothing global of the user's is changed.
 
     The random number generators are put back. Attention runs on the kernel that has
@@ -225,49 +214,24 @@ class as_guest:
         ValueError: Inside of a function that ``torch.func`` transforms, where ordinary
             derivatives are zero without a word.
     """
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._modes: list[Any] = []
-
-    def __enter__(self) -> None:
-        """Set the switches, then the modes of this thread."""
-        try:
-            _LEAF.requires_grad_()
-        except RuntimeError as error:
-            raise ValueError(
-                "torch.func: a pass over the data would be differentiated or batched "
-                "too, and what is kept of it would be wrong. Products with an operator "
-                "may be transformed; compute what else the data are needed for "
-                "(G.gram.to_dense(), G.diagonal(), …) before, or call .backward()."
-            ) from error
-        modes: list[Any] = _recording()
+    try:
+        _LEAF.requires_grad_()
+    except RuntimeError as error:
+        raise ValueError(
+            "torch.func: a pass over the data would be differentiated or batched too, "
+            "and what is kept of it would be wrong. Products with an operator may be "
+            "transformed; compute what else the data are needed for "
+            "(G.gram.to_dense(), G.diagonal(), …) before, or call .backward()."
+        ) from error
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_GUESTS.inside(device))
         # A product has entered it already.
         if _HERE.depth == 0 or _to_leave():
-            modes.insert(0, ordinary_mode())
+            stack.enter_context(ordinary_mode())
+        stack.enter_context(recorded())
         if RECOMPUTED.seen:
-            modes.append(RECOMPUTED)
-        _GUESTS.enter(self._device)
-        try:
-            for mode in modes:
-                mode.__enter__()
-                self._modes.append(mode)
-        except BaseException:
-            self.__exit__()
-            raise
-
-    def __exit__(self, *exception: object) -> None:
-        """Put them back."""
-        try:
-            while self._modes:
-                self._modes.pop().__exit__(None, None, None)
-        finally:
-            _GUESTS.leave()
-
-
-def guests_to_come(device: torch.device) -> contextlib.AbstractContextManager[None]:
-    """Set what is one for the process once, for all guests inside, on a device."""
-    return _GUESTS.inside(device)
+            stack.enter_context(RECOMPUTED)
+        yield
 
 
 Undo = list[Callable[[], object]]
@@ -443,6 +407,8 @@ _RECURRENCES = Shared(_turn_off_cudnn)
 # While a guest is inside, a thread that is none should not draw from the generators:
 # the same numbers would come again.
 _GUESTS = Shared(_set_for_guests)
+# Sets what is one for the process once for all guests inside, on a device.
+guests_to_come = _GUESTS.inside
 _REPLAY = threading.RLock()
 
 

@@ -79,7 +79,7 @@ class SampleSizes(NamedTuple):
 class Capture:
     """The uses of the parameters in one forward pass, with their graph.
 
-    Made and used inside of :class:`~vivit_linop.modes.as_guest`, which is entered once
+    Made and used inside of :func:`~vivit_linop.modes.as_guest`, which is entered once
     for a pass over the data.
 
     Args:

@@ -51,7 +51,7 @@ class NewlyOpaque(Exception):
 class CertifiedColumns:
     """The columns of some samples, for whatever is pulled back.
 
-    Used inside of :class:`~vivit_linop.modes.as_guest`, as what it makes is.
+    Used inside of :func:`~vivit_linop.modes.as_guest`, as what it makes is.
 
     Args:
         risk: The risk.

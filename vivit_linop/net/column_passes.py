@@ -63,7 +63,7 @@ _DEMANDS: list[Takes] = ["norms", "stream", "columns", "rows", "pairs", "factors
 class Pass:
     """Passes over the data that make the columns of V, piece by piece.
 
-    Its pieces are made inside of :class:`~vivit_linop.modes.as_guest`.
+    Its pieces are made inside of :func:`~vivit_linop.modes.as_guest`.
 
     Args:
         factors: V, or several Jᵀ B of one risk.

@@ -305,7 +305,7 @@ def linearizations(risk: EmpiricalRisk) -> Iterable[Linearization]:
     """Return the linearisation of each batch, kept while the memory budget lasts.
 
     One that is not kept is good until the next one is asked for. Products with them are
-    taken as a guest (:class:`vivit_linop.modes.as_guest`), entered once for all.
+    taken as a guest (:func:`vivit_linop.modes.as_guest`), entered once for all.
 
     Raises:
         ValueError: If the outputs differ from those at construction: the data are not

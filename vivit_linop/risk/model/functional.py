@@ -4,7 +4,7 @@ What the library does with a model leaves it as it was. Parameters are copied, s
 neither their gradients nor their ``requires_grad`` are touched and an operator stays
 the same matrix while training goes on; a module is copied too
 (:mod:`vivit_linop.risk.model.private_module`), and what runs it is put back
-(:class:`vivit_linop.modes.as_guest`).
+(:func:`vivit_linop.modes.as_guest`).
 """
 
 from __future__ import annotations
