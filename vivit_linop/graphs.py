@@ -110,7 +110,9 @@ def nodes(output: Tensor) -> list[Node]:
 
 
 def leaves_of(output: Tensor) -> list[Tensor]:
-    """Return the leaves that the graph of a tensor ends in."""
+    """Return the leaves that a tensor was computed from; itself, if it is one."""
+    if output.grad_fn is None:
+        return [output] if output.requires_grad else []
     ends = (getattr(node, "variable", None) for node in nodes(output))
     return [leaf for leaf in ends if isinstance(leaf, Tensor)]
 

@@ -30,6 +30,7 @@ from vivit_linop.net.kinds import Arguments, Kind, View, functions, readings
 from vivit_linop.net.structure import Use
 from vivit_linop.risk.kept import watched_by
 from vivit_linop.risk.model.original import Params
+from vivit_linop.risk.model.tensors_used import tensors_in
 
 # What a net calls before it can put a hook into the graph.
 _GRAD_FN: Any = Tensor.grad_fn
@@ -86,7 +87,7 @@ class Recorder(TorchFunctionMode):
             self.has_hooks = True
         names = self._views.names((args, kwargs))
         # What gives no tensor (shape, dtype, dim), or a constant, is no use.
-        if not names or not any(map(_HAS_GRAPH, tensors(result))):
+        if not names or not any(map(_HAS_GRAPH, tensors_in(result))):
             return result
         if self._views.follow(func, args, kwargs, result):
             return result
@@ -133,7 +134,7 @@ class Recorder(TorchFunctionMode):
     ) -> Use | None:
         if not isinstance(result, Tensor) or result.dtype != self._dtype:
             return None  # else a cotangent is not what it is here
-        if any(tensor.is_nested for tensor in tensors((args, kwargs, result))):
+        if any(tensor.is_nested for tensor in tensors_in((args, kwargs, result))):
             return None  # samples have no axis, and several shapes
         for signature, kind in readings(func):
             # In the order of their names, also where they came by name.
@@ -161,7 +162,7 @@ def _may_move(result: Tensor, given: Any) -> bool:
     """
     base = result._base
     return base is not None and not any(
-        base is tensor or base is tensor._base for tensor in tensors(given)
+        base is tensor or base is tensor._base for tensor in tensors_in(given)
     )
 
 
@@ -193,7 +194,7 @@ class Views:
     def names(self, tree: Any) -> set[str]:
         """Return the parameters of which there are views in a tree of arguments."""
         found = set()
-        for tensor in tensors(tree):
+        for tensor in tensors_in(tree):
             if id(tensor) in self._known:
                 found.add(self._known[id(tensor)][1])
         return found
@@ -237,31 +238,17 @@ class Views:
             return False
         if func is Tensor.__getitem__ and not _is_basic(args[1]):
             return False
-        if tensors((args[1:], kwargs)):
+        if tensors_in((args[1:], kwargs)):
             return False
         try:
             twins = func(twin, *args[1:], **kwargs)
         except RuntimeError:  # a view because of the strides that the parameter has
             return False
-        for view, its_twin in zip(tensors(result), tensors(twins), strict=True):
+        for view, its_twin in zip(tensors_in(result), tensors_in(twins), strict=True):
             if (view.shape, view.dtype) != (its_twin.shape, its_twin.dtype):
                 return False
             self._known[id(view)] = view, name, its_twin
         return True
-
-
-def tensors(tree: Any) -> list[Tensor]:
-    """Return the tensors in nested arguments or results, in order."""
-    found, rest = [], [tree]
-    while rest:
-        item = rest.pop()
-        if isinstance(item, Tensor):
-            found.append(item)
-        elif isinstance(item, (tuple, list)):
-            rest.extend(reversed(item))
-        elif isinstance(item, dict):
-            rest.extend(reversed(item.values()))
-    return found
 
 
 def _is_basic(index: Any) -> bool:

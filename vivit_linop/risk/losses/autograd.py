@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vivit_linop.graphs import nodes
+from vivit_linop.graphs import leaves_of
 from vivit_linop.risk.data.containers import leaves
 from vivit_linop.risk.losses.base import OutputLoss
 from vivit_linop.risk.model.foreign_memory import ForeignMemory
@@ -88,13 +88,6 @@ class AutogradLoss(OutputLoss):
         """Without a call where it reads nothing, since it is asked in each product."""
         if self._memory.parts:
             self._memory.check()
-
-
-def leaves_of(tensor: Tensor) -> list[Tensor]:
-    """The tensors that require grad, and that a tensor was computed from."""
-    if tensor.grad_fn is None:
-        return [tensor] if tensor.requires_grad else []
-    return [node.variable for node in nodes(tensor) if hasattr(node, "variable")]
 
 
 def parts_of(tensors: Iterable[Any], whole: Sequence[Tensor]) -> list[Tensor]:

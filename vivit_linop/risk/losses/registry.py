@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from vivit_linop.arguments import check_choice
+from vivit_linop.graphs import leaves_of
 from vivit_linop.risk.losses.autograd import (
     AutogradLoss,
     LossCallable,
-    leaves_of,
     parts_of,
     uses_parameters,
 )

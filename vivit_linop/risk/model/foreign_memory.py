@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from vivit_linop.risk.model.parameters import strided_parts
+from vivit_linop.risk.model.parameters import bits, strided_parts
 from vivit_linop.risk.model.tensors_used import Watch, tensors_in
 
 # What gives tensors on memory that somebody else has.
@@ -48,7 +48,6 @@ _LOOKING_UP = {
 }
 # As many rows of a table are compared, evenly spaced.
 _COMPARED_ROWS = 4096
-_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class Part(NamedTuple):
@@ -227,8 +226,8 @@ def _part_of(tensors: Sequence[Tensor], before: Part | None) -> Part:
     start, stop = min(b[0] for b in bounds), max(b[1] for b in bounds)
     # Words are compared in an eighth of the time; the last ones may be cut off.
     start, stop = start - start % 8, min(stop + -stop % 8, storage.nbytes())
-    size = 1 if (stop - start) % 8 else 8
-    now = torch.empty(0, dtype=_INTEGERS[size], device=tensors[0].device)
+    dtype = torch.int8 if (stop - start) % 8 else torch.int64
+    size, now = dtype.itemsize, torch.empty(0, dtype=dtype, device=tensors[0].device)
     now.set_(storage, start // size, ((stop - start) // size,), (1,))
     return Part(now, now.clone(), _described(tensors[0]))
 
@@ -245,10 +244,7 @@ def _bounds(tensor: Tensor) -> tuple[int, int]:
 
 def _rows_of(table: Tensor) -> Part:
     """Some rows of a table."""
-    rows = table.detach()[:: -(-len(table) // _COMPARED_ROWS) or 1]
-    if rows.is_complex():
-        rows = torch.view_as_real(rows.resolve_conj())
-    now = rows.view(_INTEGERS[rows.element_size()])
+    now = bits(table.detach()[:: -(-len(table) // _COMPARED_ROWS) or 1])
     return Part(now, now.clone(), _described(table))
 
 

@@ -74,12 +74,12 @@ def other_entries(left: Tensor, right: Tensor) -> Tensor:
     pairs = list(zip(strided_parts(left), strided_parts(right), strict=True))
     if any(a.shape != b.shape or a.dtype != b.dtype for a, b in pairs):
         return torch.ones((), dtype=torch.bool, device=right.device)
-    other = [(_bits(a) != _bits(b)).any() for a, b in pairs]
+    other = [(bits(a) != bits(b)).any() for a, b in pairs]
     return functools.reduce(torch.logical_or, other)
 
 
-def _bits(tensor: Tensor) -> Tensor:
-    """Entries as integers where they may be NaN, which equals nothing."""
+def bits(tensor: Tensor) -> Tensor:
+    """Return entries as integers where they may be NaN, which equals nothing."""
     if tensor.is_complex():
         tensor = torch.view_as_real(tensor.resolve_conj())
     if not tensor.is_floating_point():

@@ -33,7 +33,7 @@ class Watch(TorchFunctionMode):
     ) -> Any:
         """Call the function."""
         kwargs = kwargs or {}
-        result = func(*args, **kwargs)
+        result = self._called(func, args, kwargs)
         made = tensors_in(result)
         # What gives none (shape, dtype, device) is no use.
         if made:
@@ -43,6 +43,9 @@ class Watch(TorchFunctionMode):
         if self._among is None:
             self._were_made(made)
         return result
+
+    def _called(self, func: Any, args: Any, kwargs: Any) -> Any:
+        return func(*args, **kwargs)
 
     def _were_made(self, tensors: Iterable[Tensor]) -> None:
         for tensor in tensors:
@@ -56,32 +59,19 @@ class Watch(TorchFunctionMode):
         return id(tensor) in self._among
 
 
-class Replaced(TorchFunctionMode):
-    """Lets functions have other tensors in the place of some.
+class Replaced(Watch):
+    """Sees tensors of interest, and lets functions have others in their place.
 
     Args:
         instead: What stands for a tensor, by its identity.
-
-    Attributes:
-        used: The tensors that others stood for, by identity: what others are made of.
     """
 
     def __init__(self, instead: Mapping[int, Tensor]) -> None:
-        super().__init__()
+        super().__init__(instead)
         self._instead = instead
-        self.used: dict[int, Tensor] = {}
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        """Call the function with them."""
-        kwargs = kwargs or {}
-        result = func(*self._replaced(args), **self._replaced(kwargs))
-        if tensors_in(result):
-            for tensor in tensors_in((args, kwargs)):
-                if id(tensor) in self._instead:
-                    self.used[id(tensor)] = tensor
-        return result
+    def _called(self, func: Any, args: Any, kwargs: Any) -> Any:
+        return func(*self._replaced(args), **self._replaced(kwargs))
 
     def _replaced(self, value: Any) -> Any:
         if isinstance(value, Tensor):
@@ -106,11 +96,14 @@ class WithoutKeptGradients(TorchFunctionMode):
 
 
 def tensors_in(value: Any) -> list[Tensor]:
-    """The tensors in arguments or results of torch functions."""
-    if isinstance(value, Tensor):
-        return [value]
-    if isinstance(value, dict):
-        value = tuple(value.values())
-    if isinstance(value, (tuple, list)):
-        return [tensor for item in value for tensor in tensors_in(item)]
-    return []
+    """Return the tensors in arguments or results of torch functions, in order."""
+    found, rest = [], [value]
+    while rest:
+        item = rest.pop()
+        if isinstance(item, Tensor):
+            found.append(item)
+        elif isinstance(item, (tuple, list)):
+            rest.extend(reversed(item))
+        elif isinstance(item, dict):
+            rest.extend(reversed(item.values()))
+    return found
