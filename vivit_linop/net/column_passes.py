@@ -18,7 +18,6 @@ import copy
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
-from itertools import chain
 from typing import Any
 
 import torch
@@ -359,112 +358,73 @@ def accumulate(
 ) -> StoredColumns | None:
     """Compute several sums over the columns of one factor, stored or not, together.
 
+    Each process adds up its own samples; pairs go round.
+
     Returns:
         All columns (of this process's samples), if they have been in memory together.
     """
-    if factor.risk.ranks.is_many:
-        return _accumulate_over_ranks(factor, totals)
-    return accumulate_own(factor, totals, stored)
-
-
-def accumulate_own(
-    factor: Cotangents, totals: Sequence[Total], stored: StoredColumns | None = None
-) -> StoredColumns | None:
-    """Likewise over the columns of this process's samples only."""
-    columns = Pass([factor], totals)
-    stored = None if columns.takes == "factors" else stored
-    with as_guest(factor.risk.device):
-        if columns.takes != "pairs":
-            for piece in stored.pieces if stored else columns.single():
-                for total in totals:
-                    total.add(piece, piece)
-            return None
-        return _accumulate_pairs(columns, factor, totals, stored)
-
-
-def _accumulate_over_ranks(
-    factor: Cotangents, totals: Sequence[Total]
-) -> StoredColumns | None:
-    """Each process adds up its own samples; pairs go round."""
     ranks, columns = factor.risk.ranks, Pass([factor], totals)
-    paired = [total for total in totals if total.takes == "pairs"]
-
-    def single(piece: Piece, same: Piece) -> None:
+    if ranks.is_many or columns.takes == "factors":
+        stored = None
+    held: Sequence[Piece] = []
+    with as_guest(factor.risk.device):
+        if columns.takes == "pairs":
+            held = _pair_all(columns, totals, ranks, stored)
+        else:
+            with ranks.together("sums over columns"):
+                _add_all(stored.pieces if stored else columns.single(), totals)
+    if ranks.is_many:
         for total in totals:
-            total.add(piece, same)
+            total.finish(ranks)
+    if not held or columns.names != set(factor.risk.params):
+        return None
+    return stored or StoredColumns.kept_on(factor.risk.device, held)
+
+
+def accumulate_own(factor: Cotangents, totals: Sequence[Total]) -> None:
+    """Likewise over the columns of this process's samples only, and not of pairs."""
+    with as_guest(factor.risk.device):
+        _add_all(Pass([factor], totals).single(), totals)
+
+
+def _add_all(pieces: Iterable[Piece], totals: Sequence[Total]) -> None:
+    for piece in pieces:
+        for total in totals:
+            total.add(piece, piece)
+
+
+def _pair_all(
+    columns: Pass,
+    totals: Sequence[Total],
+    ranks: Ranks,
+    stored: StoredColumns | None,
+) -> Sequence[Piece]:
+    """Pair the columns of one factor with each other, each pair on one rank.
+
+    As many pieces are held as fit; all others pass by, once for each such part.
+
+    Returns:
+        The pieces of this rank, if it has held all of them together; else none.
+    """
+    paired = [total for total in totals if total.takes == "pairs"]
 
     def pair(left: Piece, right: Piece) -> None:
         for total in paired:
             total.add(left, right)
 
-    held: list[Piece] = []
-    with as_guest(factor.risk.device):
-        if paired:
-            held = pair_all(columns, ranks, single, pair)
-        else:
-            with ranks.together("sums over columns"):
-                for piece in columns.single():
-                    single(piece, piece)
-    for total in totals:
-        total.finish(ranks)
-    whole = held and columns.names == set(factor.risk.params)
-    return StoredColumns(held) if whole else None
-
-
-def _accumulate_pairs(
-    columns: Pass,
-    factor: Cotangents,
-    totals: Sequence[Total],
-    stored: StoredColumns | None,
-) -> StoredColumns | None:
-    """Hold as many pieces as fit; all others pass by, once for each such part."""
-    paired = [total for total in totals if total.takes == "pairs"]
-    whole: Iterable[list[list[Piece]]] = columns.held()
-    if stored is not None:
-        whole = [[[piece] for piece in stored.pieces]]
-    for held in whole:
-        for index, (left,) in enumerate(held):
-            for total in totals:
-                total.add(left, left)
-            for (right,) in held[index + 1 :]:
-                for total in paired:
-                    total.add(left, right)
-        end = held[-1][0].place.stop
-        if end == factor.shape[1]:
-            if held[0][0].place.start or columns.names != set(factor.risk.params):
-                return None
-            pieces = [*chain.from_iterable(held)]
-            return stored or StoredColumns.kept_on(factor.risk.device, pieces)
-        for (right,) in columns.pieces(held[-1][0].samples.stop):
-            for (left,) in held:
-                for total in paired:
-                    total.add(left, right)
-    return None
-
-
-def pair_all(columns: Pass, ranks: Ranks, single: Use, pair: Use) -> list[Piece]:
-    """Pair the columns of one factor with each other, each pair on one rank.
-
-    Args:
-        columns: The columns of this rank's samples.
-        ranks: The ranks.
-        single: What to do with each piece and itself.
-        pair: What to do with two different pieces, the first of this rank.
-
-    Returns:
-        The pieces of this rank, if it has held all of them together; else none.
-    """
-    whole = False
-    held: list[Piece] = []
-    for held in columns.held_over(ranks):
-        end = held[-1].samples.stop if held else 0
-        whole = bool(held) and (held[0].samples.start, end) == columns.samples
+    begin, last = columns.samples
+    parts = columns.held_over(ranks) if stored is None else iter([stored.pieces])
+    whole, held = False, list[Piece]()
+    for held in parts:
+        end = held[-1].samples.stop if held else last
+        whole = bool(held) and (held[0].samples.start, end) == (begin, last)
         with ranks.together("columns of this rank"):
             for index, left in enumerate(held):
-                single(left, left)
+                for total in totals:
+                    total.add(left, left)
                 for right in held[index + 1 :]:
                     pair(left, right)
-            if held and not whole:
+            if end < last:
                 for (right,) in columns.pieces(end):
                     for left in held:
                         pair(left, right)

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from vivit_linop.modes import as_guest
-from vivit_linop.net.column_passes import Pass, Use, accumulate
+from vivit_linop.net.column_passes import Pass, accumulate
 from vivit_linop.net.pieces import Cotangents, Piece
 from vivit_linop.net.totals import GramTotal, SampleGrams, Weights
-from vivit_linop.ranks.alone import Ranks
+from vivit_linop.ranks.alone import ALONE, Ranks
 from vivit_linop.risk.empirical import EmpiricalRisk
 
 
@@ -33,23 +33,30 @@ def _gram_total(
         return total
     with as_guest(left.risk.device):
         if right.risk.ranks.is_many:
-            cross_all(Pass([left], [total]), Pass([right], [total]), ranks, total.add)
+            _cross_all(total, left, right, ranks)
         else:  # each process has all of its samples
             with ranks.together("samples of a risk without process_group=") as ballot:
                 found = right.risk.fingerprint()
                 digests = f"{found['samples']}{found['parameters']}".encode()
                 ballot.given = (torch.tensor([*digests], device="cpu"),)
-                _add_of_two_risks(total, left, right)
+                _cross_all(total, left, right, ALONE)
     total.finish(ranks)
     return total
 
 
-def _add_of_two_risks(total: GramTotal, left: Cotangents, right: Cotangents) -> None:
-    """Hold as many left columns as fit; the right ones pass by."""
-    for held in Pass([left], [total]).held():
-        for (b,) in Pass([right], [total]).pieces():
-            for (a,) in held:
+def _cross_all(
+    total: GramTotal, left: Cotangents, right: Cotangents, ranks: Ranks
+) -> None:
+    """Hold as many left columns of this rank as fit; the right ones of all pass by."""
+    passing = Pass([right], [total])
+    for held in Pass([left], [total]).held_over(ranks):
+
+        def use(b: Piece, held: list[Piece] = held) -> None:
+            for a in held:
                 total.add(a, b)
+
+        for distance in range(ranks.size):
+            ranks.shifted(passing.single(), distance, use)
 
 
 def cross_gram(
@@ -65,7 +72,7 @@ def cross_gram(
         if left.risk is right.risk:
             _add_of_one_risk(total, left, right)
         else:
-            _add_of_two_risks(total, left, right)
+            _cross_all(total, left, right, ALONE)
     return total.matrix
 
 
@@ -113,15 +120,3 @@ def _check_same_parameters(left: EmpiricalRisk, right: EmpiricalRisk) -> None:
             "Factors of risks with different parameters have no cross-Gram matrix: "
             f"{shapes[0]} and {shapes[1]}."
         )
-
-
-def cross_all(left: Pass, right: Pass, ranks: Ranks, pair: Use) -> None:
-    """Pair this rank's columns of one factor with those of another of all ranks."""
-    for held in left.held_over(ranks):
-
-        def use(b: Piece, held: list[Piece] = held) -> None:
-            for a in held:
-                pair(a, b)
-
-        for distance in range(ranks.size):
-            ranks.shifted(right.single(), distance, use)
