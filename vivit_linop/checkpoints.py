@@ -24,42 +24,16 @@ _torch: Any = checkpoint
 _START = "_checkpoint_without_reentrant_generator"
 
 
-class _ByThread:
-    """Stands in for ``CheckpointFunction``, torch's ``original``, in some threads."""
+class _Here(threading.local):
+    """How often this thread is inside, and whether it has met a checkpoint."""
 
-    def __init__(self, original: Any, inside: threading.local) -> None:
-        self._original, self._inside = original, inside
-
-    def apply(self, function: Callable[..., Any], preserve: bool, *args: Any) -> Any:
-        """Run a checkpoint."""
-        if not getattr(self._inside, "depth", 0):
-            return self._original.apply(function, preserve, *args)
-        RECOMPUTED.seen = self._inside.seen = True
-        return _torch.checkpoint(
-            function, *args, use_reentrant=False, preserve_rng_state=preserve
-        )
-
-    def recomputing(
-        self,
-        start: Callable[..., Any],
-        function: Callable[..., Any],
-        *args: Any,
-        **given: Any,
-    ) -> Any:
-        """Start torch's other variant."""
-        if getattr(self._inside, "depth", 0):
-            function = partial(_inside, function)
-        return start(function, *args, **given)
-
-
-def _inside(function: Callable[..., Any], *args: Any, **given: Any) -> Any:
-    """Also what is recomputed may have checkpoints, in a thread of autograd's."""
-    with RECOMPUTED:
-        return function(*args, **given)
+    depth, seen = 0, False
 
 
 class _Recomputed:
     """For ``with``: reentrant checkpoints of this thread run as the other variant.
+
+    It stands in for ``CheckpointFunction`` while any thread is inside.
 
     Attributes:
         seen: Whether there has been one.
@@ -67,8 +41,7 @@ class _Recomputed:
 
     def __init__(self) -> None:
         self._lock, self._entered = threading.Lock(), 0
-        self._inside = threading.local()
-        self.seen = False
+        self._here, self.seen = _Here(), False
 
     def __enter__(self) -> None:
         """Take the name, if no other thread has."""
@@ -76,16 +49,15 @@ class _Recomputed:
             if not self._entered:
                 self._original = _torch.CheckpointFunction
                 self._start = getattr(_torch, _START, None)
-                taken = _ByThread(self._original, self._inside)
-                _torch.CheckpointFunction = taken
+                _torch.CheckpointFunction = self
                 if self._start is not None:
-                    setattr(_torch, _START, partial(taken.recomputing, self._start))
+                    setattr(_torch, _START, partial(self._recomputing, self._start))
             self._entered += 1
-        self._inside.depth = getattr(self._inside, "depth", 0) + 1
+        self._here.depth += 1
 
     def __exit__(self, *exception: object) -> None:
         """Give it back, if no other thread needs it."""
-        self._inside.depth -= 1
+        self._here.depth -= 1
         with self._lock:
             self._entered -= 1
             if not self._entered:
@@ -93,10 +65,35 @@ class _Recomputed:
                 if self._start is not None:
                     setattr(_torch, _START, self._start)
 
+    def apply(self, function: Callable[..., Any], preserve: bool, *args: Any) -> Any:
+        """Run a checkpoint, by torch's own function in threads that are not inside."""
+        if not self._here.depth:
+            return self._original.apply(function, preserve, *args)
+        self.seen = self._here.seen = True
+        return _torch.checkpoint(
+            function, *args, use_reentrant=False, preserve_rng_state=preserve
+        )
+
+    def _recomputing(
+        self,
+        start: Callable[..., Any],
+        function: Callable[..., Any],
+        *args: Any,
+        **given: Any,
+    ) -> Any:
+        """Start torch's other variant."""
+        if self._here.depth:
+            function = partial(self._inside, function)
+        return start(function, *args, **given)
+
+    def _inside(self, function: Callable[..., Any], *args: Any, **given: Any) -> Any:
+        """Also what is recomputed may have checkpoints, in a thread of autograd's."""
+        with self:
+            return function(*args, **given)
+
     def seen_here(self) -> bool:
         """Whether this thread has met one since it was asked last."""
-        seen = getattr(self._inside, "seen", False)
-        self._inside.seen = False
+        seen, self._here.seen = self._here.seen, False
         return seen
 
 
