@@ -98,8 +98,7 @@ def is_leaf(value: Any) -> bool:
     return isinstance(value, Tensor) and not value.is_nested
 
 
-@opened.register(list)
-@opened.register(collections.deque)
+@opened.register(list | collections.deque)
 def opened_list(value: Any) -> Opened:
     """Also of a subclass, which keeps its attributes."""
     if type(value) is list:

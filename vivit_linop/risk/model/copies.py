@@ -280,8 +280,7 @@ def _copy_dict(value: dict, copies: Copies) -> Any:  # type: ignore[type-arg]
     return new
 
 
-@_copy.register(list)
-@_copy.register(collections.deque)
+@_copy.register(list | collections.deque)
 def _copy_list(value: Any, copies: Copies) -> Any:
     new = copies.remember(value, copy.copy(value))
     if not _flat(value):
@@ -299,8 +298,7 @@ def _copy_set(value: set, copies: Copies) -> Any:  # type: ignore[type-arg]
     return new
 
 
-@_copy.register(tuple)
-@_copy.register(frozenset)
+@_copy.register(tuple | frozenset)
 def _copy_fixed(value: Any, copies: Copies) -> Any:
     if _flat(value):
         return value
@@ -403,11 +401,7 @@ def _parts_of_dict(value: dict) -> Mapping[Any, Any]:  # type: ignore[type-arg]
     return value
 
 
-@parts_of.register(list)
-@parts_of.register(tuple)
-@parts_of.register(set)
-@parts_of.register(frozenset)
-@parts_of.register(collections.deque)
+@parts_of.register(list | tuple | set | frozenset | collections.deque)
 def _parts_of_items(value: Any) -> Mapping[Any, Any]:
     return dict(enumerate(value))
 

@@ -62,14 +62,8 @@ def _own(item: Any) -> str:
     return type(item).__qualname__
 
 
-@_own.register(bool)
-@_own.register(int)
-@_own.register(float)
-@_own.register(complex)
-@_own.register(str)
-@_own.register(bytes)
-@_own.register(np.generic)
-def _of_value(item: Any) -> str:
+@_own.register
+def _of_value(item: int | float | complex | str | bytes | np.generic) -> str:
     return repr(item)
 
 

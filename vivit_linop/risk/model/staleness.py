@@ -137,15 +137,9 @@ def _same_modules(value: nn.Module, twin: Any, comparison: Comparison) -> bool:
     return True
 
 
-@_same.register(dict)
-@_same.register(list)
-@_same.register(tuple)
-@_same.register(collections.deque)
-@_same.register(types.MethodType)
-@_same.register(types.BuiltinMethodType)
-@_same.register(types.FunctionType)
-@_same.register(functools.partial)
-@_same.register(CACHED)
+@_same.register(dict | list | tuple | collections.deque)
+@_same.register(types.MethodType | types.BuiltinMethodType | types.FunctionType)
+@_same.register(functools.partial | CACHED)
 def _same_parts(value: Any, twin: Any, comparison: Comparison) -> bool:
     if not isinstance(twin, type(value)) and not isinstance(value, type(twin)):
         return False
@@ -154,8 +148,7 @@ def _same_parts(value: Any, twin: Any, comparison: Comparison) -> bool:
     return names and comparison.each(mine.values(), others.values())
 
 
-@_same.register(set)
-@_same.register(frozenset)
+@_same.register(set | frozenset)
 def _same_sets(value: Any, twin: Any, comparison: Comparison) -> bool:
     return bool({comparison.replaced.get(id(v), v) for v in value} == twin)
 
