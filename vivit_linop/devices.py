@@ -115,11 +115,7 @@ class Room:
 def check_matrix_fits(
     name: str, shape: tuple[int, int], dtype: torch.dtype, device: torch.device
 ) -> None:
-    """Raise an error if a dense matrix does not fit into the memory that is free.
-
-    Raises:
-        MemoryError: It says how large it is and what needs none.
-    """
+    """Raise a ``MemoryError`` if a dense matrix is larger than what is free."""
     size = shape[0] * shape[1] * torch.finfo(dtype).bits // 8
     if size > (free := free_memory(device)):
         raise MemoryError(

@@ -101,15 +101,12 @@ class Graph:
         return self.pull_back(given, spare=True), (given == u).all()
 
     def check_repeats(self, probe: tuple[Tensor, Tensor] | None = None) -> None:
-        """Raise an error if a second backward pass gives another Jᵀ u, or fails.
+        """Raise a ``ValueError`` if a second backward pass differs, or fails.
 
         Args:
             probe: u ``[n C]`` of random numbers, and Jᵀ u by the first pass of the
                 graph, if that has been made. Zeros and ones may show no difference,
                 and leave behind what gives wrong numbers for another u.
-
-        Raises:
-            ValueError: It says which nets do so.
         """
         if probe is None:
             u = Noise()(self.output.numel(), like=self.output.detach())
@@ -186,7 +183,6 @@ class ReverseTangents(Tangents):
                 self._pulled_back.append(gradient)
 
     def __call__(self, tangents: list[Tensor], batched: bool) -> Tensor:
-        """Pull the tangents back."""
         vectors = list(compress(tangents, self._used))
         if batched:
             (images,) = batched_gradients(self._pulled_back, [self._dual], vectors)

@@ -70,7 +70,6 @@ class TracedTangents(Tangents):
         self._map = tangent_map
 
     def __call__(self, tangents: list[Tensor], batched: bool) -> Tensor:
-        """Run the trace."""
         with torch.no_grad():
             apply = vmap(self._map) if batched else self._map
             image: Tensor = apply(*tangents)

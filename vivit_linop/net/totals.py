@@ -86,7 +86,6 @@ class GramTotal(Total):
         return self._ranks.listed(lambda: self.rows)
 
     def add(self, left: Piece, right: Piece) -> None:
-        """Add the inner products, layer by layer."""
         place = counted_from(self._first, left.place)
         block = self.rows[place, right.place]
         self._known += block.numel()
@@ -156,12 +155,9 @@ class Weights:
 
 
 def check_fits(left: Cotangents, right: Cotangents) -> None:
-    """Raise an error if a Gram matrix does not fit into the memory that is free.
+    """Raise a ``MemoryError`` if a Gram matrix does not fit into what is free.
 
     Over several processes, if the rows of this one's samples do not.
-
-    Raises:
-        MemoryError: It says what would fit.
     """
     device, itemsize = left.risk.device, torch.finfo(left.risk.dtype).bits // 8
     rows, columns = left.layout.total, right.shape[1]
@@ -239,7 +235,6 @@ class AllColumns(Total):
         self.names, self.pieces = list(factor.risk.params), list[Piece]()
 
     def add(self, left: Piece, right: Piece) -> None:
-        """Keep a piece."""
         self.pieces.append(left)
 
 
@@ -257,7 +252,6 @@ class Components(Total):
         self._rows = split_rows(X.T.contiguous(), sizes)
 
     def add(self, left: Piece, right: Piece) -> None:
-        """Add the components along a piece's columns."""
         self.parts.append(left.components(self._rows))
 
 
@@ -275,13 +269,11 @@ class EntrySums(Total):
         self._parts = dict(zip(names, self.entries.split(sizes), strict=True))
 
     def add(self, left: Piece, right: Piece) -> None:
-        """Add the columns of a piece, parameter by parameter."""
         for name in self.names:
             if name in left.columns:
                 self._parts[name] += self._of(left.columns[name])
 
     def finish(self, ranks: Ranks) -> None:
-        """Add up."""
         self.entries = ranks.total(self.entries)
 
     def _of(self, columns: LayerColumns) -> Tensor:
@@ -309,7 +301,6 @@ class SampleRowNorms(Total):
         self._parts = dict(zip(self.names, parts, strict=True))
 
     def add(self, left: Piece, right: Piece) -> None:
-        """Add to the samples of a piece."""
         place = counted_from(self._first, left.samples)
         for name, part in self._parts.items():
             if name in left.columns:
@@ -317,7 +308,6 @@ class SampleRowNorms(Total):
                 part[place] += squares
 
     def finish(self, ranks: Ranks) -> None:
-        """List by sample."""
         self.norms = ranks.listed(lambda: self.norms)
 
 
@@ -340,7 +330,6 @@ class SampleGrams(Total):
         self.matrices = torch.zeros(shape, dtype=risk.dtype, device=risk.device)
 
     def add(self, left: Piece, right: Piece) -> None:
-        """Fill in the samples of a piece, layer by layer."""
         place = counted_from(self._first, left.samples)
         if self._weights is not None:
             left, right = self._weights.inside(left, right)
@@ -348,7 +337,6 @@ class SampleGrams(Total):
             self.matrices[place] += sample_grams(part, other, self.memory)
 
     def finish(self, ranks: Ranks) -> None:
-        """List by sample."""
         self.matrices = ranks.listed(lambda: self.matrices)
 
 
@@ -369,7 +357,6 @@ class ColumnNorms(Total):
         )
 
     def add(self, left: Piece, right: Piece) -> None:
-        """Fill in the columns of a piece."""
         place = counted_from(self._first, left.place)
         for number, group in enumerate(self._groups):
             for name in group:
@@ -378,5 +365,4 @@ class ColumnNorms(Total):
                     self.norms[place, number] += squared
 
     def finish(self, ranks: Ranks) -> None:
-        """List by sample."""
         self.norms = ranks.listed(lambda: self.norms)

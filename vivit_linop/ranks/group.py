@@ -107,17 +107,14 @@ class Group(Ranks):
         )
 
     def __str__(self) -> str:
-        """What a risk says of it."""
         return f", {self.size} ranks"
 
     def on(self, device: torch.device) -> Group:
-        """Return the same ranks, exchanging tensors on a device."""
         ranks = copy.copy(self)
         ranks._device = device
         return ranks
 
     def counted(self, counts: Sequence[int]) -> Group:
-        """Return the same ranks for a risk of whose samples each has so many."""
         ranks = copy.copy(self)
         ranks.counts = tuple(counts)
         ranks.first = sum(ranks.counts[: self.rank])
@@ -130,7 +127,6 @@ class Group(Ranks):
 
     @property
     def leads(self) -> bool:
-        """Whether this rank leads."""
         return self.rank == self.leader
 
     # What operators ask for ----------------------------------------------------------
@@ -148,14 +144,12 @@ class Group(Ranks):
     def listed(
         self, local: Callable[..., Tensor], *inputs: Tensor, **options: Any
     ) -> Tensor:
-        """List rank by rank."""
         part, shape, dtype, heights = self._part(local, inputs, options)
         if part is None:
             part = torch.zeros(0, *shape[1:], dtype=dtype, device=self._device)
         return self._whole(part, heights)
 
     def led(self, compute: Callable[..., Result], *inputs: Any) -> Result:
-        """Compute on the leader."""
         result: Any = None
         with self.together(f"led {name_of(compute, inputs)}"):
             if self.leads:
@@ -163,7 +157,6 @@ class Group(Ranks):
         return self.sent(result)
 
     def owner(self, sample: int) -> int:
-        """Count."""
         return next(r for r, n in enumerate(accumulate(self.counts)) if sample < n)
 
     def _part(
@@ -202,7 +195,6 @@ class Group(Ranks):
         return part, shape, dtype, ballot.heights
 
     def agreed(self, X: Tensor) -> Tensor:
-        """Compare it."""
         try:
             with self.together("x", X):
                 return X
@@ -286,7 +278,6 @@ class Group(Ranks):
                 yield self.sent(item, rank)
 
     def gathered(self, item: Result) -> Sequence[Result]:
-        """Return what each rank gives."""
         found: list[Any] = [None] * self.size
         with _explained():
             dist.all_gather_object(found, item, group=self._group)
@@ -326,7 +317,6 @@ class Group(Ranks):
             other = self.swapped(item, -distance) if distance else item
 
     def swapped(self, item: Any, distance: int) -> Any:
-        """Send an object to this rank + distance, and return what is sent to this."""
         head, tensors = packed(item)
         mine = torch.frombuffer(bytearray(head), dtype=torch.uint8).to(self._device)
         size = torch.tensor([len(head)], device=self._device)

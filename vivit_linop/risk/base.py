@@ -248,16 +248,13 @@ class Risk(ParameterVectors):
         differ: Sequence[Tensor] = (),
         samples: Tensor | None = None,
     ) -> None:
-        """Raise an error if outputs differ from those at construction.
+        """Raise a ``ValueError`` if outputs are not those at construction.
 
         Args:
             index: The batch.
             outputs: Those of the batch.
             differ: What :meth:`inputs_differ` has said of its input.
             samples: The samples of the batch that they belong to, None for all.
-
-        Raises:
-            ValueError: If they differ: the data are not the same in every pass.
         """
         right = self.has_outputs(index, outputs, samples)
         if read([right, *differ]) != [True, *[False] * len(differ)]:

@@ -271,11 +271,7 @@ class DerivableRisk(Risk):
         return not ballot.flag
 
     def _anew(self) -> Self:
-        """Return the risk of the same data for what the user's model is now.
-
-        Raises:
-            ValueError: If the data have changed, or the model is none for a risk.
-        """
+        """Return the risk of the same data for what the user's model is now."""
         with self.ranks.together("at"), ordinary_mode():
             model, passes = self.model.anew(), copy.copy(self._passes)
             if isinstance(model.original.predict, Returned):
@@ -302,11 +298,7 @@ class DerivableRisk(Risk):
 
 
 def _own_samples(given: Tensor, ranks: Ranks, own: int) -> Tensor:
-    """Return which of some samples of all ranks are this one's, numbered in it.
-
-    Raises:
-        ValueError: If there are several ranks, and the numbers do not ascend.
-    """
+    """Return which of some samples of all ranks are this one's, numbered in it."""
     if not ranks.is_many:
         return given
     if (given.diff() < 0).any():
@@ -370,11 +362,8 @@ def _evaluated(
 ) -> tuple[list[Tensor], Tensor, Run | None]:
     """Return the outputs of all batches, the sum of all losses, and a run to keep.
 
-    Of the only batch, if it is known what its graph takes.
-
-    Raises:
-        ValueError: If the data are not those that are known, by batch, or outputs are
-            NaN or Inf.
+    Of the only batch, if it is known what its graph takes. Data that are not those that
+    are known, by batch, are refused.
     """
     outputs: list[Tensor] = []
     run: Run | None = None
@@ -427,11 +416,9 @@ def _check_size(
     parts: Sequence[Batch],
     error: Exception,
 ) -> None:
-    """Raise an error if the model has failed because it takes no batch of a size.
+    """Raise a ``ValueError`` if the model has failed because it takes no such batches.
 
-    Raises:
-        ValueError: If it runs on ``own``, of one of the sizes of the risk, and not on a
-            part that has another.
+    It runs on ``own``, of one of the sizes of the risk, and not on a part of another.
     """
     others = [X for X, _ in parts if search.samples.number(X) not in sizes]
     if not others or is_out_of_memory(error):

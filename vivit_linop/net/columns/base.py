@@ -226,29 +226,23 @@ class DenseColumns(LayerColumns):
         self._norms: Tensor | None = None
 
     def rows(self) -> Tensor:
-        """As they are kept."""
         return self._rows
 
     def continues(self, other: LayerColumns) -> bool:
-        """What is formed is alike."""
         return isinstance(other, DenseColumns) and self.width == other.width
 
     def followed_by(self, others: Sequence[Self]) -> DenseColumns:
-        """Row below row."""
         rows = torch.cat([part.rows() for part in (self, *others)])
         return DenseColumns(rows.view(-1, self.width, self.numel))
 
     @property
     def nbytes(self) -> int:
-        """The formed columns."""
         return self._rows.numel() * self._rows.element_size()
 
     def signals(self, weights: Tensor) -> Tensor:
-        """The weights themselves."""
         return weights
 
     def combine(self, signals: Tensor, out: Tensor, add: bool) -> None:
-        """By one matrix product."""
         out.addmm_(signals.flatten(1), self._rows, beta=int(add))
 
     def sizes(self) -> Tensor:
@@ -258,7 +252,6 @@ class DenseColumns(LayerColumns):
         return self._norms.view(self.num_samples, self.width)
 
     def squared_norms(self, memory: int) -> Tensor:
-        """The squares of the norms."""
         return self.sizes().reshape(-1).square()
 
     def combination(self, weights: Tensor) -> Tensor:
@@ -272,15 +265,12 @@ class DenseColumns(LayerColumns):
         return sums[0] if len(sums) == 1 else torch.stack(sums).sum(0)
 
     def images(self, rows: Tensor) -> Tensor:
-        """By one matrix product."""
         return (rows @ self._rows.T).view(len(rows), self.num_samples, self.width)
 
     def components(self, images: Tensor) -> Tensor:
-        """The images themselves."""
         return images
 
     def add_gram(self, gram: Tensor, other: LayerColumns, memory: int) -> None:
-        """By one matrix product."""
         add_product(gram, self.rows(), other.rows(), other is self)
 
 

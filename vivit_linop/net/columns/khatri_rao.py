@@ -120,11 +120,9 @@ class KhatriRaoColumns(OuterSums):
 
     @property
     def nbytes(self) -> int:
-        """Inputs and cotangents."""
         return self.cotangents.nbytes + self.input_entries * self.cotangents.itemsize
 
     def _samples(self, samples: slice) -> KhatriRaoColumns:
-        """The columns of some samples."""
         inputs = self.some_inputs(samples)
         return KhatriRaoColumns(inputs, self.cotangents[samples], self.inputs_first)
 
@@ -199,7 +197,6 @@ class KhatriRaoColumns(OuterSums):
         )
 
     def followed_by(self, others: Sequence[Self]) -> KhatriRaoColumns:
-        """Sample below sample."""
         return self._with(others, dim=0)
 
     def with_more(self, others: Sequence[KhatriRaoColumns]) -> KhatriRaoColumns:
@@ -213,7 +210,6 @@ class KhatriRaoColumns(OuterSums):
         return KhatriRaoColumns(inputs, cotangents, self.inputs_first)
 
     def rows(self) -> Tensor:
-        """Form the columns."""
         if self._unmade is not None and self._groups == 1 and not self.inputs_first:
             return self._rows_by_parts()
         if self._is_plain and self._a == 1:
@@ -380,7 +376,6 @@ class KhatriRaoColumns(OuterSums):
         return self._entry_squares(memory, by_sample=False)[0]
 
     def sample_entry_squares(self, memory: int) -> Tensor:
-        """As ``entry_squares``, sample by sample."""
         return self._entry_squares(memory, by_sample=True)
 
     def _entry_squares(self, memory: int, by_sample: bool) -> Tensor:

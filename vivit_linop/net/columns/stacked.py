@@ -30,17 +30,14 @@ class StackedColumns(LayerColumns):
 
     @property
     def nbytes(self) -> int:
-        """The columns of the parts."""
         return sum(columns.nbytes for columns in self.parts.values())
 
     def without_data(self) -> Self:
-        """Part by part."""
         twin = super().without_data()
         twin.parts = {place: part.without_data() for place, part in self.parts.items()}
         return twin
 
     def cost(self, samples: int, width: int, shared: bool, alone: bool) -> ColumnCost:
-        """The sums of the parts'."""
         ways, *counts = zip(
             *(part.cost(samples, width, shared, alone) for part in self.parts.values()),
             strict=True,
@@ -52,24 +49,19 @@ class StackedColumns(LayerColumns):
         return placed(((at, of(part)) for at, part in self.parts.items()), self.numel)
 
     def rows(self) -> Tensor:
-        """Part by part, as what is summed over them."""
         return self._of_parts(lambda part: part.rows())
 
     def squared_norms(self, memory: int) -> Tensor:
-        """The sums of the parts'."""
         norms = [part.squared_norms(memory) for part in self.parts.values()]
         return torch.stack(norms).sum(0)
 
     def entry_squares(self, memory: int) -> Tensor:
-        """Part by part."""
         return self._of_parts(lambda part: part.entry_squares(memory))
 
     def sample_entry_squares(self, memory: int) -> Tensor:
-        """Part by part."""
         return self._of_parts(lambda part: part.sample_entry_squares(memory))
 
     def entry_sums(self) -> Tensor:
-        """Part by part."""
         return self._of_parts(lambda part: part.entry_sums())
 
     def signals(self, weights: Tensor) -> Tensor:
@@ -77,22 +69,18 @@ class StackedColumns(LayerColumns):
         return weights
 
     def combine(self, signals: Tensor, out: Tensor, add: bool) -> None:
-        """Part by part."""
         if not add:
             out.zero_()
         for (start, stop), columns in self.parts.items():
             columns.combine(columns.signals(signals), out[:, start:stop], add)
 
     def sizes(self) -> Tensor:
-        """The roots of sums of squares."""
         return torch.stack([part.sizes() for part in self.parts.values()]).norm(dim=0)
 
     def combination(self, weights: Tensor) -> Tensor:
-        """Part by part."""
         return self._of_parts(lambda part: part.combination(weights))
 
     def residual(self, weights: Tensor, expected: Tensor) -> Tensor:
-        """Part by part, and what is expected in none of them."""
         rest, parts = expected.clone(), []
         for (start, stop), columns in self.parts.items():
             parts.append(columns.residual(weights, expected[start:stop]))
@@ -107,11 +95,9 @@ class StackedColumns(LayerColumns):
         return total
 
     def components(self, images: Tensor) -> Tensor:
-        """The images themselves."""
         return images
 
     def add_gram(self, gram: Tensor, other: LayerColumns, memory: int) -> None:
-        """Part by part."""
         theirs = other.parts if isinstance(other, StackedColumns) else {}
         if theirs.keys() == self.parts.keys():
             for place, columns in self.parts.items():

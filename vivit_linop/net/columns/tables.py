@@ -67,7 +67,6 @@ class TableColumns(KhatriRaoColumns):
         return self.index.nbytes + self.cotangents.nbytes
 
     def factor_entries(self, width: int) -> int:
-        """Likewise."""
         return self.index.numel() + width * self.cotangents.numel() // self.width
 
     def gram_flops(
@@ -121,7 +120,6 @@ class TableColumns(KhatriRaoColumns):
         return dict(zip(rows.tolist(), map(slice, starts, ends), strict=True))
 
     def combine(self, signals: Tensor, out: Tensor, add: bool) -> None:
-        """Add signals to the rows that were looked up."""
         if not add:
             out.zero_()
         shape = len(self.index), self._b, self.positions
@@ -130,12 +128,10 @@ class TableColumns(KhatriRaoColumns):
             table.view(-1, self._b).index_add_(0, self.index.reshape(-1), parts)
 
     def images(self, rows: Tensor) -> Tensor:
-        """The rows that each sample looks up."""
         found = rows.view(len(rows), -1, self._b)[:, self.index]  # [K, n, P, b]
         return found.mT.reshape(len(rows), len(self.index), -1)
 
     def rows(self) -> Tensor:
-        """Form the columns."""
         rows, samples, sums = self._distinct
         shape = self.num_samples, self._a, self.width, self._b
         formed = sums.new_zeros(shape)
@@ -143,7 +139,6 @@ class TableColumns(KhatriRaoColumns):
         return formed.transpose(1, 2).reshape(-1, self.numel)
 
     def sizes(self) -> Tensor:
-        """Of one-hot inputs, those of the cotangents."""
         return torch.linalg.vector_norm(self.cotangents, dim=(2, 3, 4))
 
     def residual(self, weights: Tensor, expected: Tensor) -> Tensor:
@@ -151,29 +146,24 @@ class TableColumns(KhatriRaoColumns):
         return LayerColumns.residual(self, weights, expected)
 
     def with_cotangents(self, cotangents: Tensor) -> KhatriRaoColumns:
-        """Columns of the same rows."""
         return TableColumns(self.index, cotangents, self._a, self._padding)
 
     def squared_norms(self, memory: int) -> Tensor:
-        """Row by row."""
         _, samples, sums = self._distinct
         norms = sums.new_zeros(self.num_samples, self.width)
         return norms.index_add_(0, samples, sums.square().sum(2)).reshape(-1)
 
     def entry_squares(self, memory: int) -> Tensor:
-        """Row by row."""
         rows, _, sums = self._distinct
         return self._placed(rows, sums.square().sum(1))
 
     def sample_entry_squares(self, memory: int) -> Tensor:
-        """Row by row."""
         rows, samples, sums = self._distinct
         squares = sums.new_zeros(self.num_samples, self._a, self._b)
         squares[samples, rows] = sums.square().sum(1)
         return squares.flatten(1)
 
     def entry_sums(self) -> Tensor:
-        """Row by row."""
         rows, _, sums = self._distinct
         return self._placed(rows, sums.sum(1))
 

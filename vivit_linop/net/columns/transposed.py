@@ -64,7 +64,6 @@ class TransposedConvolutionColumns(KhatriRaoColumns):
         return super().nbytes + arrived * self.cotangents.element_size()
 
     def with_more(self, others: Sequence[KhatriRaoColumns]) -> KhatriRaoColumns:
-        """Add the columns of other uses."""
         together = super().with_more(others)
         calls = list(self._calls)
         for other in others:

@@ -61,16 +61,13 @@ class WeightedKhatriRao(KhatriRaoColumns):
         return "blocks"
 
     def block(self, group: int, channels: slice) -> Tensor:
-        """Multiply what is formed."""
         weights = self.weights[group, channels].reshape(-1)
         return super().block(group, channels) * weights
 
     def rows(self) -> Tensor:
-        """Multiply what is formed."""
         return super().rows() * self._laid_out(self.weights)
 
     def squared_norms(self, memory: int) -> Tensor:
-        """Form the columns for some channels at a time."""
         groups, channels, inputs = self.weights.shape
         rows = self.num_samples * self.width
         chunk = memory // (rows * inputs * self.cotangents.element_size())

@@ -143,11 +143,7 @@ class _Mapped:
 
 
 def numbers_of(y: Any, index: int) -> list[int]:
-    """Return how many samples the targets of a batch may be of, the likeliest first.
-
-    Raises:
-        ValueError: If there is none, or no sample.
-    """
+    """Return how many samples the targets of a batch may be of, the likeliest first."""
     tensors = list(leaves(y))
     lengths = {len(t) if t.ndim else -1 for t in tensors}
     if 0 in lengths:

@@ -155,11 +155,7 @@ def check_parts(
 
 
 def by_items(ranks: Ranks, own: bool | None) -> bool:
-    """Return whether outputs come item by item, as on all ranks that have samples.
-
-    Raises:
-        ValueError: If they do on some ranks only.
-    """
+    """Return whether outputs come item by item: on all ranks with samples, or none."""
     every = list(ranks.gathered(own))
     if True in every and False in every:
         raise ValueError(

@@ -280,10 +280,6 @@ def chosen_by_user(sample_axis: Any, X: Any) -> ByUnit:
         sample_axis: Integers, and None for what is the same for all samples. One at
             the place of a container is that of all its tensors.
         X: The input.
-
-    Raises:
-        TypeError: If it holds something else.
-        ValueError: If it is no tree like X.
     """
     return ByUnit(list(_chosen(sample_axis, X, "")))
 

@@ -146,7 +146,6 @@ class Axis(Place):
     axis: int
 
     def fits(self, unit: Any, n: int) -> bool:
-        """Whether it is as long as there are samples."""
         return (
             isinstance(unit, Tensor)
             and -unit.ndim <= self.axis < unit.ndim
@@ -161,7 +160,6 @@ class Axis(Place):
         return some if plain is unit else some.to_sparse(layout=unit.layout)
 
     def joined(self, units: Sequence[Tensor]) -> Tensor:
-        """One after the other."""
         return torch.cat(list(units), dim=self.axis)
 
 
@@ -170,7 +168,6 @@ class Blocks(Place):
     """Along the first axis, several rows for each sample: [N * heads, …]."""
 
     def fits(self, unit: Any, n: int) -> bool:
-        """Whether each has as many."""
         return (
             isinstance(unit, Tensor)
             and unit.ndim > 0
@@ -179,7 +176,6 @@ class Blocks(Place):
         )
 
     def take(self, unit: Tensor, index: Tensor, n: int) -> Tensor:
-        """Their rows."""
         rows = unit.unflatten(0, (n, -1))[index.to(unit.device)]
         return rows.flatten(0, 1)
 
@@ -189,11 +185,9 @@ class Shared(Place):
     """Nowhere: it is the same for all samples."""
 
     def take(self, unit: Any, index: Tensor, n: int) -> Any:
-        """All of it."""
         return unit
 
     def joined(self, units: Sequence[Any]) -> Any:
-        """The first."""
         return units[0]
 
 
@@ -202,11 +196,9 @@ class Counted(Place):
     """In a container that knows its samples."""
 
     def fits(self, unit: Any, n: int) -> bool:
-        """Whether it has as many."""
         return number_of(unit) == n
 
     def take(self, unit: Any, index: Tensor, n: int) -> Any:
-        """By its own way."""
         return some_of(unit, index)
 
 
@@ -215,17 +207,14 @@ class Entries(Place):
     """In a list or an array of something else than tensors: an entry for each."""
 
     def fits(self, unit: Any, n: int) -> bool:
-        """Whether it has as many."""
         return has_entries(unit) and len(unit) == n
 
     def take(self, unit: Any, index: Tensor, n: int) -> Any:
-        """Those at some places."""
         if isinstance(unit, np.ndarray):
             return unit[index.numpy()]
         return type(unit)(unit[i] for i in index.tolist())
 
     def joined(self, units: Sequence[Any]) -> Any:
-        """One after the other."""
         if isinstance(units[0], np.ndarray):
             return np.concatenate(units)
         return type(units[0])(entry for unit in units for entry in unit)
@@ -288,12 +277,10 @@ class ByUnit(Samples):
         raise ValueError("no part of the input has a sample axis.")
 
     def take(self, X: Any, index: Tensor) -> Any:
-        """From each unit."""
         n, places = self.number(X), iter(self.places)
         return map_leaves(lambda unit: next(places).take(unit, index, n), X, _is_unit)
 
     def joined(self, inputs: Sequence[Any]) -> Any:
-        """Unit by unit."""
         places = iter(self.places)
         parts = zip(*(units_of(X) for X in inputs), strict=True)
         joined = iter([next(places).joined(units) for units in parts])
@@ -315,19 +302,15 @@ class Listing(Samples):
     """In a list: images of several sizes, one for each sample."""
 
     def fits(self, X: Any, n: int) -> bool:
-        """Whether it has n parts."""
         return isinstance(X, (list, tuple)) and len(X) == n
 
     def number(self, X: Any) -> int:
-        """As many as parts."""
         return len(X)
 
     def take(self, X: Any, index: Tensor) -> Any:
-        """Those at some places."""
         return self._built(X, [X[i] for i in index.tolist()])
 
     def joined(self, inputs: Sequence[Any]) -> Any:
-        """One list after the other."""
         return self._built(inputs[0], [part for X in inputs for part in X])
 
     def _built(self, like: Any, parts: list[Any]) -> Any:
@@ -343,13 +326,10 @@ class Given(Samples):
         self._take, self._count = take, count
 
     def fits(self, X: Any, n: int) -> bool:
-        """Whether the user counts as many."""
         return self._count(X) == n
 
     def number(self, X: Any) -> int:
-        """As the user counts."""
         return self._count(X)
 
     def take(self, X: Any, index: Tensor) -> Any:
-        """As the user does."""
         return self._take(X, index)

@@ -66,7 +66,6 @@ class AutogradLoss(OutputLoss):
         self._look_outside(output, target)
 
     def total(self, output: Tensor, target: Tensor) -> Tensor:
-        """Undo the mean."""
         self.check_memory()
         factor = len(output) if self.reduction == "mean" else 1
         return factor * self.function(self.as_returned(output), target).reshape(())

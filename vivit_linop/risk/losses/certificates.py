@@ -31,11 +31,7 @@ _DEVIATIONS, _ALIKE = 8.0, 1.5
 
 
 def targets_of(loss: OutputLoss, target: Any, output: Tensor) -> Any:
-    """Return targets as a loss computes with them.
-
-    Raises:
-        TypeError: If they are several tensors, and the loss takes one.
-    """
+    """Return targets as a loss computes with them, which may take one tensor only."""
     if not loss.takes_several and not isinstance(target, Tensor):
         raise TypeError(
             f"data: {loss.name} takes one tensor of targets for a batch, got "
@@ -124,11 +120,7 @@ def certify_curvature(loss: OutputLoss, output: Tensor, target: Tensor) -> None:
 
 
 def certified_sqrt(loss: OutputLoss, output: Tensor, target: Tensor) -> Tensor:
-    """Return ``loss.sqrt``, compared with a product if it is in closed form.
-
-    Raises:
-        ValueError: If it is no square root, or there is none.
-    """
+    """Return ``loss.sqrt``, compared with a product if it is in closed form."""
     S = loss.sqrt(output, target)
     if not loss.has_own("sqrt"):
         return S
@@ -150,11 +142,7 @@ def certified_sqrt(loss: OutputLoss, output: Tensor, target: Tensor) -> Tensor:
 def checked_sample(
     loss: OutputLoss, output: Tensor, target: Tensor, mc_samples: int, draws: Draws
 ) -> Tensor:
-    """Return ``loss.sample``, which must be finite and have its shape.
-
-    Raises:
-        ValueError: If it is not.
-    """
+    """Return ``loss.sample``, which must be finite and have its shape."""
     drawn = loss.sample(output, target, mc_samples, draws)
     if loss.tested:
         return drawn

@@ -288,7 +288,6 @@ class KullbackLeibler(CrossEntropy):
         return output.new_tensor(len(output) if self._per_sample else output.numel())
 
     def total(self, output: Tensor, target: Tensor) -> Tensor:
-        """Σ t (log t − f)."""
         t = target.to(output)
         if self.log_target:
             return (t.exp() * (t - output)).sum()

@@ -35,28 +35,22 @@ class LossOfAnother(OutputLoss):
         self.reduction, self.source = loss.reduction, loss.source
 
     def has_own(self, method: str) -> bool:
-        """Whether the loss has it in closed form."""
         return self.loss.has_own(method)
 
     @property
     def convex(self) -> bool:
-        """Whether the loss is."""
         return self.loss.convex
 
     def channels(self, output: Tensor) -> Tensor:
-        """As for the loss."""
         return self.loss.channels(output)
 
     def total(self, output: Tensor, target: Any) -> Tensor:
-        """That of the loss."""
         return self.loss.total(output, target)
 
     def probabilities(self, output: Tensor) -> Tensor:
-        """Those of the loss."""
         return self.loss.probabilities(output)
 
     def hessian_product(self, output: Tensor, target: Any, X: Tensor) -> Tensor:
-        """By what is kept for products."""
         return self.hessian_at(output, target)(X)
 
 
@@ -83,24 +77,19 @@ class LossOfItems(LossOfAnother):
         return OutputLoss.channels(self, output)
 
     def of_user(self, output: Tensor, target: Any) -> tuple[OutputLoss, Tensor, Any]:
-        """For items."""
         return self.loss.of_user(*_items(output, target))
 
     @property
     def takes_several(self) -> bool:
-        """Whether the loss does."""
         return self.loss.takes_several
 
     def total(self, output: Tensor, target: Any) -> Tensor:
-        """Over all items."""
         return self.loss.total(*_items(output, target))
 
     def weight(self, output: Tensor, target: Any) -> Tensor:
-        """Of all items."""
         return self.loss.weight(*_items(output, target))
 
     def probabilities(self, output: Tensor) -> Tensor:
-        """Those of the items."""
         items = output.flatten(0, 1)
         return self.loss.probabilities(items).unflatten(0, output.shape[:2])
 
@@ -113,27 +102,22 @@ class LossOfItems(LossOfAnother):
         )
 
     def check_data(self, output: Tensor, target: Any) -> None:
-        """Item by item."""
         self.loss.check_data(*_items(output, target))
 
     def gradient(self, output: Tensor, target: Any) -> Tensor:
-        """Those of the items of a sample, one after the other."""
         gradient = self.loss.gradient(*_items(output, target))
         return gradient.reshape(self.channels(output).shape)
 
     def hessian_at(self, output: Tensor, target: Any) -> Callable[[Tensor], Tensor]:
-        """As the loss."""
         f, y = _items(output, target)
         product, shape = self.loss.hessian_at(f, y), self.loss.channels(f).shape
         return lambda X: product(X.reshape(*shape, X.shape[-1])).reshape(X.shape)
 
     def hessian_diagonal(self, output: Tensor, target: Any) -> Tensor:
-        """Item by item."""
         diagonal = self.loss.hessian_diagonal(*_items(output, target))
         return diagonal.reshape(self.channels(output).shape)
 
     def sqrt_width(self, output: Tensor) -> int:
-        """Those of all items."""
         f = output.flatten(0, 1)
         positions = self.loss.channels(f).shape[2]
         return output.shape[1] * self.loss.sqrt_width(f) * positions
@@ -193,7 +177,6 @@ class HessianPart(LossOfAnother):
         return product
 
     def hessian_diagonal(self, output: Tensor, target: Tensor) -> Tensor:
-        """The squared norms of the root's rows."""
         return self.sqrt(output, target).square().sum(2)
 
     def sqrt(self, output: Tensor, target: Tensor) -> Tensor:
@@ -274,21 +257,17 @@ class WeightedLoss(LossOfAnother):
         self.name = f"Weighted {loss.name}"
 
     def watch(self, parameters: Sequence[Tensor], own: Sequence[Tensor]) -> None:
-        """What the loss uses."""
         self.loss.watch(parameters, own)
 
     def of_user(self, output: Tensor, target: Any) -> tuple[OutputLoss, Tensor, Any]:
-        """Without weights."""
         return self.loss.of_user(output, target[0])
 
     def of_several(self, tree: OutputTree) -> OutputLoss:
-        """The loss of several outputs, weighted."""
         self.loss = self.loss.of_several(tree)
         self.tested = self.loss.tested
         return self
 
     def as_targets(self, target: Any, output: Tensor) -> Any:
-        """As the loss computes with them."""
         if not isinstance(target, (tuple, list)) or len(target) != 2:
             raise TypeError(
                 f"data: {self.name} takes targets (y, w) with weights w [n], got "
@@ -303,7 +282,6 @@ class WeightedLoss(LossOfAnother):
         return targets_of(self.loss, y, output), w.to(output.dtype)
 
     def check_data(self, output: Tensor, target: Any) -> None:
-        """Weights are of samples."""
         y, w = target
         if w.shape != (len(output),):
             raise ValueError(
@@ -317,29 +295,23 @@ class WeightedLoss(LossOfAnother):
         self.loss.check_data(output, y)
 
     def weight(self, output: Tensor, target: Any) -> Tensor:
-        """That of the loss."""
         return self.loss.weight(output, target[0])
 
     def total(self, output: Tensor, target: Any) -> Tensor:
-        """The losses of single samples, weighted."""
         return torch.dot(target[1], losses_of_samples(self.loss, output, target[0]))
 
     def gradient(self, output: Tensor, target: Any) -> Tensor:
-        """Those of the loss, weighted."""
         return _of_sample(target[1], self.loss.gradient(output, target[0]))
 
     def hessian_at(self, output: Tensor, target: Any) -> Callable[[Tensor], Tensor]:
-        """What the loss keeps."""
         y, w = target
         product = self.loss.hessian_at(output, y)
         return lambda X: _of_sample(w, product(X))
 
     def hessian_diagonal(self, output: Tensor, target: Any) -> Tensor:
-        """That of the loss, weighted."""
         return _of_sample(target[1], self.loss.hessian_diagonal(output, target[0]))
 
     def sqrt_width(self, output: Tensor) -> int:
-        """That of the loss."""
         return self.loss.sqrt_width(output)
 
     def sqrt(self, output: Tensor, target: Any) -> Tensor:

@@ -80,19 +80,15 @@ class SquaredError(ElementwiseLoss):
     name, tested = "MSELoss", True
 
     def total(self, output: Tensor, target: Tensor) -> Tensor:
-        """Sum the squares."""
         return (output - target).square().sum()
 
     def slope(self, output: Tensor, target: Tensor) -> Tensor:
-        """2 (f − y)."""
         return 2.0 * (output - target)
 
     def curvature(self, output: Tensor, target: Tensor) -> Tensor:
-        """2."""
         return torch.full_like(output, 2.0)
 
     def hessian_product(self, output: Tensor, target: Tensor, X: Tensor) -> Tensor:
-        """2 X."""
         return 2.0 * X
 
     def sample(
@@ -127,7 +123,6 @@ class BinaryCrossEntropy(ElementwiseLoss):
                 )
 
     def probabilities(self, output: Tensor) -> Tensor:
-        """The sigmoid of each."""
         return output.sigmoid()
 
     def check_data(self, output: Tensor, target: Tensor) -> None:
@@ -148,7 +143,6 @@ class BinaryCrossEntropy(ElementwiseLoss):
                 )
 
     def total(self, output: Tensor, target: Tensor) -> Tensor:
-        """Sum torch's own."""
         return F.binary_cross_entropy_with_logits(
             output,
             target.to(output),
@@ -242,18 +236,15 @@ class GaussianNLL(ElementwiseLoss):
         return target[..., 1].clamp(min=self.eps)
 
     def total(self, output: Tensor, target: Tensor) -> Tensor:
-        """Sum torch's own."""
         y, variance = target.unbind(-1)
         return F.gaussian_nll_loss(
             output, y, variance, full=self.full, eps=self.eps, reduction="sum"
         )
 
     def slope(self, output: Tensor, target: Tensor) -> Tensor:
-        """(f − y)/v."""
         return (output - target[..., 0]) / self._variance(target)
 
     def curvature(self, output: Tensor, target: Tensor) -> Tensor:
-        """1/v."""
         return self._variance(target).reciprocal()
 
     def sample(
@@ -299,7 +290,6 @@ class PoissonNLL(ElementwiseLoss):
             )
 
     def total(self, output: Tensor, target: Tensor) -> Tensor:
-        """Sum torch's own."""
         return F.poisson_nll_loss(
             output,
             target.to(output),
@@ -310,13 +300,11 @@ class PoissonNLL(ElementwiseLoss):
         )
 
     def slope(self, output: Tensor, target: Tensor) -> Tensor:
-        """exp(f) − y, or 1 − y/(f + eps)."""
         if self.log_input:
             return output.exp() - target
         return 1.0 - target / (output + self.eps)
 
     def curvature(self, output: Tensor, target: Tensor) -> Tensor:
-        """exp(f), or y/(f + eps)²."""
         if self.log_input:
             return output.exp()
         return target / (output + self.eps).square()
@@ -345,15 +333,12 @@ class Huber(ElementwiseLoss):
         self.delta = delta
 
     def total(self, output: Tensor, target: Tensor) -> Tensor:
-        """Sum torch's own."""
         return F.huber_loss(output, target, reduction="sum", delta=self.delta)
 
     def slope(self, output: Tensor, target: Tensor) -> Tensor:
-        """The residual, clipped."""
         return (output - target).clamp(-self.delta, self.delta)
 
     def curvature(self, output: Tensor, target: Tensor) -> Tensor:
-        """1 inside, 0 beyond."""
         return ((output - target).abs() < self.delta).to(output)
 
 
@@ -369,17 +354,14 @@ class SmoothL1(Huber):
     name, tested = "SmoothL1Loss", True
 
     def total(self, output: Tensor, target: Tensor) -> Tensor:
-        """Sum torch's own."""
         return F.smooth_l1_loss(output, target, reduction="sum", beta=self.delta)
 
     def slope(self, output: Tensor, target: Tensor) -> Tensor:
-        """The residual over β, clipped."""
         if self.delta == 0.0:
             return (output - target).sign()
         return super().slope(output, target) / self.delta
 
     def curvature(self, output: Tensor, target: Tensor) -> Tensor:
-        """1/β inside, 0 beyond."""
         if self.delta == 0.0:
             return torch.zeros_like(output)
         return super().curvature(output, target) / self.delta

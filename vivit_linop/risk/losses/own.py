@@ -144,7 +144,6 @@ class OwnLoss(AutogradLoss):
         self._widths: dict[torch.Size, int] = {}
 
     def has_own(self, method: str) -> bool:
-        """Whether there is a function for it."""
         return {"hessian_product": "hessian"}.get(method, method) in self._given
 
     def check_data(self, output: Tensor, target: Any) -> None:
@@ -176,7 +175,6 @@ class OwnLoss(AutogradLoss):
         return losses.sum() if losses.ndim else super().total(output, target)
 
     def weight(self, output: Tensor, target: Any) -> Tensor:
-        """Count the losses."""
         losses = self._losses(output, target)
         return losses.new_tensor(losses.numel() if losses.ndim else len(output))
 
@@ -190,33 +188,28 @@ class OwnLoss(AutogradLoss):
         return super().channels(output)
 
     def gradient(self, output: Tensor, target: Any) -> Tensor:
-        """That of the user, or by autograd."""
         if "gradient" not in self._given:
             return super().gradient(output, target)
         gradient = self._call("gradient", list(output.shape), output, target)
         return self.channels(gradient)
 
     def hessian_product(self, output: Tensor, target: Any, X: Tensor) -> Tensor:
-        """By the blocks of the user, or by autograd."""
         if "hessian" not in self._given:
             return super().hessian_product(output, target, X)
         return self.hessian_at(output, target)(X)
 
     def hessian_at(self, output: Tensor, target: Any) -> Callable[[Tensor], Tensor]:
-        """Keep the blocks."""
         if "hessian" not in self._given:
             return super().hessian_at(output, target)
         return partial(torch.einsum, "ncep,nepk->ncpk", self._blocks(output, target))
 
     def hessian_diagonal(self, output: Tensor, target: Any) -> Tensor:
-        """That of the blocks."""
         if "hessian" not in self._given:
             return super().hessian_diagonal(output, target)
         diagonal = self._blocks(output, target).diagonal(dim1=1, dim2=2)
         return diagonal.movedim(2, 1)
 
     def sqrt(self, output: Tensor, target: Any) -> Tensor:
-        """That of the user, or by an eigendecomposition."""
         if "sqrt" not in self._given:
             return super().sqrt(output, target)
         shape = self._blocks_shape(output, None)
@@ -225,7 +218,6 @@ class OwnLoss(AutogradLoss):
         return S.reshape(n, C, math.prod(S.shape) // max(n * C * P, 1), P)
 
     def sqrt_width(self, output: Tensor) -> int:
-        """That of the user's root."""
         known = self._widths.get(output.shape[1:])
         return super().sqrt_width(output) if known is None else known
 
@@ -248,11 +240,7 @@ class OwnLoss(AutogradLoss):
         return columns.mT.unsqueeze(-1) / mc_samples**0.5
 
     def labels(self, output: Tensor, target: Any, draws: Draws) -> Any:
-        """Draw a label for each output.
-
-        Raises:
-            ValueError: If they have not the form of the targets.
-        """
+        """Draw a label for each output, in the form of the targets."""
         source = LabelDraws(draws)
         returned = self.as_returned(output)
         labels = source.drawn(self._given["sample"], returned, target)

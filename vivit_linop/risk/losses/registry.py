@@ -158,11 +158,7 @@ def as_module(loss: Any) -> Any:
 
 
 def built(loss: Any, reduction: str) -> OutputLoss:
-    """Return what stands for a loss, which is taken as it is.
-
-    Raises:
-        TypeError: If what is registered for it returns something else.
-    """
+    """Return what stands for a loss, which is taken as it is."""
     # A type says what a loss computes unless this one computes something else.
     builder = AutogradLoss if _is_changed(loss) else _BUILDERS.get(type(loss))
     result = (builder or AutogradLoss)(loss)

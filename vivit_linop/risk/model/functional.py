@@ -189,11 +189,7 @@ class FunctionalModel:
         return {n: now[n] for n in self.params}, {n: now[n] for n in self.constants}
 
     def is_at_present(self) -> bool:
-        """Whether the user's parameters and buffers are what they are here.
-
-        Raises:
-            ValueError: As :meth:`present`.
-        """
+        """Whether the user's parameters and buffers, as now, are what they are here."""
         now, fixed = self.present()
         now = {name: as_pairs(p.detach()) for name, p in now.items()} | fixed
         known = {**self.params, **self.constants}

@@ -145,11 +145,7 @@ class OutputTree:
         )
 
     def join(self, output: Any) -> Tensor:
-        """Put the tensors side by side.
-
-        Raises:
-            ValueError: If they are not those of this form.
-        """
+        """Put the tensors side by side, which must be those of this form."""
         tensors = list(leaves(output))
         shapes = [leaf.shape[1:] for leaf in tensors]
         if shapes != self.shapes:

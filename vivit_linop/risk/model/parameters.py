@@ -185,11 +185,7 @@ def _chosen_one_by_one(
 
 
 def check_memory(model: nn.Module, chosen: Container[str]) -> None:
-    """Refuse parameters that are two for autograd, and one in memory.
-
-    Raises:
-        ValueError: If another parameter begins where a chosen one does.
-    """
+    """Refuse parameters that are two for autograd, and one in memory."""
     places: dict[tuple[torch.device, int], str] = {}
     for name, p in model.named_parameters():
         plain = type(p) is nn.Parameter and p.layout == torch.strided
