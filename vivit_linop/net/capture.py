@@ -314,7 +314,7 @@ class Capture:
                 for index, each in enumerate(placed):
                     found[index] = each.layout.of_columns(found[index])
                 _stack(stacked, found, start, width)
-        except (RuntimeError, NotImplementedError) as error:
+        except RuntimeError as error:
             # What does not fit says nothing of the net.
             self.together, variant.together = False, is_out_of_memory(error)
             return []

@@ -300,10 +300,6 @@ def _first(node: Any, shape: Sequence[int]) -> Sequence[int]:
     return [0] if len(shape) > 1 else []
 
 
-def _second(node: Any, shape: Sequence[int]) -> Sequence[int]:
-    return [1]
-
-
 def _view(node: Any, shape: Sequence[int]) -> Sequence[int] | None:
     """Entries stay in their order, so those of a sample stay together."""
     before = node._saved_self_sym_sizes
@@ -335,7 +331,7 @@ def _sums_over_samples(node: Any, dims: int) -> bool:
 
 _along_samples = _unless(lambda node, dims: 0 in _signed(node._saved_dim, dims))
 _RULES: dict[str, Rule] = {
-    "AddmmBackward0": _second,
+    "AddmmBackward0": lambda node, shape: [1],
     "CatBackward0": _joined,
     "ConstantPadNdBackward0": _unless(
         lambda node, dims: len(node._saved_pad) >= 2 * dims

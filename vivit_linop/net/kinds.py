@@ -181,7 +181,6 @@ class Kind:
     has_weight: bool = field(init=False)
 
     def __post_init__(self) -> None:
-        """Check the entry."""
         if self.samples not in _SAMPLES:
             raise ValueError(
                 f"samples: found {self.samples!r}; take one of {', '.join(_SAMPLES)}."

@@ -241,7 +241,7 @@ class Chunks:
                 if self._is_right(product, rows, images.copy_(product(rows))):
                     return
             # Not all operations can be batched; all can be done row by row.
-            except (RuntimeError, NotImplementedError) as error:
+            except RuntimeError as error:
                 if is_out_of_memory(error):
                     raise
             self._possible = False

@@ -118,7 +118,6 @@ class Use:
     key: UseKey = field(init=False)
 
     def __post_init__(self) -> None:
-        """Look the parameters up."""
         weight, bias = self.arguments.get("weight"), self.arguments.get("bias")
         self.weight = weight if isinstance(weight, View) else None
         self.bias = bias if isinstance(bias, View) else None

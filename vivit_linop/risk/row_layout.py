@@ -45,7 +45,6 @@ class RowLayout:
     is_uniform: bool = field(init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
-        """Count."""
         sizes = [*map(operator.mul, self.samples, self.each)]
         starts = [*itertools.accumulate(sizes, initial=0)]
         widths = self.widths or set(self.each)

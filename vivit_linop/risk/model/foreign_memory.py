@@ -104,7 +104,8 @@ class ForeignMemory:
         for where, tensors in reads.read.items():
             parts[where] = _part_of(tensors, parts.get(where))
         for where, tensor in reads.tables.items():
-            parts.setdefault(where, _rows_of(tensor))
+            now = bits(tensor.detach()[:: -(-len(tensor) // _COMPARED_ROWS) or 1])
+            parts.setdefault(where, Part(now, now.clone(), _described(tensor)))
         for where in self._written & parts.keys():
             del parts[where]
         self.parts = parts
@@ -174,7 +175,6 @@ class _Reads(Watch):
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        """Call the function."""
         kwargs = kwargs or {}
         given = tensors_in((args, kwargs))
         wanted = filter(self._is_wanted, given)
@@ -184,7 +184,7 @@ class _Reads(Watch):
         made = tensors_in(result)
         if func in _SHARING and not given:
             return result  # what it has made is memory of others
-        shared = set[int]()
+        shared, looked_up = set[int](), sum(map(Tensor.numel, made))
         for tensor, version in zip(foreign, versions, strict=True):
             if (where := place(tensor)) in self._own_places:
                 continue
@@ -195,7 +195,7 @@ class _Reads(Watch):
             self.used[id(tensor)] = tensor
             if any(new is tensor or place(new) == where for new in made):
                 shared.add(where)  # it or a view of it, which is what will be read
-            elif func in _LOOKING_UP and _is_more(tensor, made):
+            elif func in _LOOKING_UP and 0 < tensor.ndim and looked_up < tensor.numel():
                 self.tables[where] = tensor
             else:
                 self.read.setdefault(where, []).append(tensor)
@@ -208,10 +208,6 @@ class _Reads(Watch):
 def _version(tensor: Tensor) -> int:
     """How often it was written into; 0 where torch does not count."""
     return 0 if tensor.is_inference() else tensor._version
-
-
-def _is_more(tensor: Tensor, made: Sequence[Tensor]) -> bool:
-    return tensor.ndim > 0 and tensor.numel() > sum(map(Tensor.numel, made))
 
 
 def _part_of(tensors: Sequence[Tensor], before: Part | None) -> Part:
@@ -240,12 +236,6 @@ def _bounds(tensor: Tensor) -> tuple[int, int]:
     steps = zip(tensor.shape, tensor.stride(), strict=True)
     last = first + sum((length - 1) * step for length, step in steps)
     return first * size, (last + 1) * size
-
-
-def _rows_of(table: Tensor) -> Part:
-    """Some rows of a table."""
-    now = bits(table.detach()[:: -(-len(table) // _COMPARED_ROWS) or 1])
-    return Part(now, now.clone(), _described(table))
 
 
 def _described(tensor: Tensor) -> str:

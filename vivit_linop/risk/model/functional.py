@@ -350,12 +350,6 @@ class FunctionalModel:
 
     def item_by_item(self, params: Params, X: Any) -> Tensor:
         """Return the outputs as the model does."""
-        if self.keeps_gradients:
-            with WithoutKeptGradients():
-                return self._outputs(params, X)
-        return self._outputs(params, X)
-
-    def _outputs(self, params: Params, X: Any) -> Tensor:
         # Torch has no backward pass to some of what has no entries; none is needed.
         for name in self._empty:
             params = {**params, name: params[name].detach()}
@@ -367,7 +361,9 @@ class FunctionalModel:
         dtype = self._precision(params)
         own = self.precision is None and dtype is self.dtype
         casts = contextlib.nullcontext() if own else Widened(dtype)
-        with default_dtype(self._default_dtype), casts:
+        asks = self.keeps_gradients
+        keeps_none = WithoutKeptGradients() if asks else contextlib.nullcontext()
+        with keeps_none, default_dtype(self._default_dtype), casts:
             return self._private(params, X)
 
     @property

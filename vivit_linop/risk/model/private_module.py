@@ -43,6 +43,7 @@ from vivit_linop.risk.model.staleness import Comparison
 from vivit_linop.risk.model.tensors_used import Replaced, Watch
 
 Pairs = list[tuple[nn.Module, nn.Module]]
+_EMBEDDINGS = nn.Embedding, nn.EmbeddingBag
 
 # Of random directions, when derivatives are checked against differences of outputs.
 _DIRECTIONS = 4
@@ -89,11 +90,14 @@ class PrivateModule:
             other=self._constant,
         )
         self.module, self._predict = copies.of(model), copies.of_called(predict)
-        _differentiate_embeddings(self.module)
-        parts = self.module.modules()
-        self._is_recurrent = any(isinstance(part, nn.RNNBase) for part in parts)
-        if dtype is not None:
-            _compute_in(dtype, self.module)
+        self._is_recurrent = False
+        for part in self.module.modules():
+            self._is_recurrent |= isinstance(part, nn.RNNBase)
+            if isinstance(part, _EMBEDDINGS):  # not over how often a row is looked up
+                part.scale_grad_by_freq = False
+            if dtype is not None:  # some keep a half precision to compute in
+                halves = [name for name, kept in vars(part).items() if kept in HALVES]
+                vars(part).update(dict.fromkeys(halves, dtype))
         # Kept until the first evaluation has shown whether they are needed.
         self._originals: Pairs | None = copies.modules
         self._settled = self._reentrant = self._has_travelled = False
@@ -318,7 +322,7 @@ class PrivateModule:
         names = {id(tensor): name for name, tensor in self._own.items()}
         for part in self.module.modules():
             row = getattr(part, "padding_idx", None)
-            if isinstance(part, (nn.Embedding, nn.EmbeddingBag)) and row is not None:
+            if isinstance(part, _EMBEDDINGS) and row is not None:
                 if (name := names.get(id(part.weight))) is not None:
                     yield name, row
 
@@ -460,18 +464,3 @@ def take_modes(module: nn.Module, other: nn.Module) -> None:
     modes = {name: part.training for name, part in other.named_modules()}
     for name, part in module.named_modules():
         part.training = modes.get(name, other.training)
-
-
-def _compute_in(dtype: torch.dtype, module: nn.Module) -> None:
-    """Let modules that keep a half precision to compute in keep another one."""
-    for part in module.modules():
-        for name, value in vars(part).items():
-            if value in HALVES:
-                vars(part)[name] = dtype
-
-
-def _differentiate_embeddings(module: nn.Module) -> None:
-    """Let embeddings have derivatives, not those over how often a row is looked up."""
-    for part in module.modules():
-        if isinstance(part, (nn.Embedding, nn.EmbeddingBag)):
-            part.scale_grad_by_freq = False

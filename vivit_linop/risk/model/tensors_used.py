@@ -31,7 +31,6 @@ class Watch(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        """Call the function."""
         kwargs = kwargs or {}
         result = self._called(func, args, kwargs)
         made = tensors_in(result)
@@ -89,7 +88,6 @@ class WithoutKeptGradients(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        """Call the function, unless it is that one."""
         if func is Tensor.retain_grad:
             return None
         return func(*args, **(kwargs or {}))
