@@ -11,7 +11,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import singledispatch
 from typing import Any
 
 import numpy as np
@@ -33,9 +32,12 @@ Count = Callable[[Any], int]
 # Containers that know their samples -------------------------------------------------
 
 
-@singledispatch
 def number_of(unit: Any) -> int | None:
     """Return how many samples a container has, None for one that does not know."""
+    if isinstance(unit, Tensor):
+        return int(unit.size(0)) if unit.is_nested else None
+    if isinstance(unit, PackedSequence):
+        return int(unit.batch_sizes[0])  # all are there at the first step
     if _is_graphs(unit):
         return int(unit.num_graphs)
     if _has_batch_size(unit):
@@ -44,9 +46,17 @@ def number_of(unit: Any) -> int | None:
     return 1 if isinstance(attribute(unit, "stores"), list) else None
 
 
-@singledispatch
 def some_of(unit: Any, index: Tensor) -> Any:
     """Return some samples of a container that knows its samples."""
+    if isinstance(unit, Tensor):  # a nested one
+        parts = unit.unbind()
+        return _built(unit, [parts[i] for i in index.tolist()])
+    if isinstance(unit, PackedSequence):
+        parts = unpack_sequence(unit)
+        # Packed in the order of their lengths, they stay so.
+        ordered = unit.sorted_indices is None and bool((index.diff() >= 0).all())
+        some = [parts[i] for i in index.tolist()]
+        return pack_sequence(some, enforce_sorted=ordered)
     if _has_batch_size(unit):
         return unit[index]
     if not _is_graphs(unit):
@@ -54,19 +64,11 @@ def some_of(unit: Any, index: Tensor) -> Any:
     return type(unit).from_data_list(unit.index_select(index))
 
 
-@number_of.register
-def number_of_sequences(unit: PackedSequence) -> int:
-    """All are there at the first step."""
-    return int(unit.batch_sizes[0])
-
-
-@some_of.register
-def some_sequences(unit: PackedSequence, index: Tensor) -> PackedSequence:
-    """Pack them again."""
-    sequences = unpack_sequence(unit)
-    # Packed in the order of their lengths, they stay so.
-    ordered = unit.sorted_indices is None and bool((index.diff() >= 0).all())
-    return pack_sequence([sequences[i] for i in index.tolist()], enforce_sorted=ordered)
+def _built(like: Any, parts: list[Any]) -> Any:
+    """A container of the same type with other parts."""
+    found = opened(like)
+    assert found is not None
+    return found.build(parts)
 
 
 def has_entries(value: Any) -> bool:
@@ -83,21 +85,6 @@ def _is_unit(value: Any) -> bool:
 def units_of(X: Any) -> list[Any]:
     """The tensors of an input, containers that know their samples, and lists."""
     return list(leaves(X, _is_unit))
-
-
-@number_of.register
-def number_of_tensors(unit: Tensor) -> int | None:
-    """A nested tensor has one for each sample; others do not know."""
-    return int(unit.size(0)) if unit.is_nested else None
-
-
-@some_of.register
-def some_tensors(unit: Tensor, index: Tensor) -> Tensor:
-    """Those of a nested tensor."""
-    parts, found = unit.unbind(), opened(unit)
-    assert found is not None
-    some: Tensor = found.build([parts[i] for i in index.tolist()])
-    return some
 
 
 def _has_batch_size(unit: Any) -> bool:
@@ -308,15 +295,10 @@ class Listing(Samples):
         return len(X)
 
     def take(self, X: Any, index: Tensor) -> Any:
-        return self._built(X, [X[i] for i in index.tolist()])
+        return _built(X, [X[i] for i in index.tolist()])
 
     def joined(self, inputs: Sequence[Any]) -> Any:
-        return self._built(inputs[0], [part for X in inputs for part in X])
-
-    def _built(self, like: Any, parts: list[Any]) -> Any:
-        found = opened(like)
-        assert found is not None
-        return found.build(parts)
+        return _built(inputs[0], [part for X in inputs for part in X])
 
 
 class Given(Samples):

@@ -387,49 +387,30 @@ def _copy_reference(value: weakref.ReferenceType, copies: Copies) -> Any:  # typ
     return value if new is target or new is None else weakref.ref(new)
 
 
-@singledispatch
 def parts_of(value: Any) -> Mapping[Any, Any]:
     """What a copy of an object has copies of, by name: dictionaries of their keys too.
 
     Those of sets and sequences have numbers.
     """
-    return {}
+    match value:
+        case dict():
+            return value
+        case list() | tuple() | set() | frozenset() | collections.deque():
+            return dict(enumerate(value))
+        case types.FunctionType():
+            return _parts_of_function(value)
+        case types.MethodType():
+            return {value.__func__.__name__: value.__func__, "__self__": value.__self__}
+        case types.BuiltinMethodType():
+            owner = value.__self__
+            known = not isinstance(owner, types.ModuleType)
+            return {"__name__": value.__name__, "__self__": owner} if known else {}
+        case functools.partial():
+            numbered = dict(enumerate(value.args))
+            return {"the function": value.func, **numbered, **value.keywords}
+    return {"__wrapped__": value.__wrapped__} if isinstance(value, CACHED) else {}
 
 
-@parts_of.register
-def _parts_of_dict(value: dict) -> Mapping[Any, Any]:  # type: ignore[type-arg]
-    return value
-
-
-@parts_of.register(list | tuple | set | frozenset | collections.deque)
-def _parts_of_items(value: Any) -> Mapping[Any, Any]:
-    return dict(enumerate(value))
-
-
-@parts_of.register
-def _parts_of_method(value: types.MethodType) -> Mapping[Any, Any]:
-    return {value.__func__.__name__: value.__func__, "__self__": value.__self__}
-
-
-@parts_of.register(CACHED)
-def _parts_of_cached(value: Any) -> Mapping[Any, Any]:
-    return {"__wrapped__": value.__wrapped__}
-
-
-@parts_of.register
-def _parts_of_builtin(value: types.BuiltinMethodType) -> Mapping[Any, Any]:
-    owner = value.__self__
-    if isinstance(owner, types.ModuleType):
-        return {}
-    return {"__name__": value.__name__, "__self__": owner}
-
-
-@parts_of.register
-def _parts_of_partial(value: functools.partial) -> Mapping[Any, Any]:  # type: ignore[type-arg]
-    return {"the function": value.func, **dict(enumerate(value.args)), **value.keywords}
-
-
-@parts_of.register
 def _parts_of_function(function: types.FunctionType) -> Mapping[Any, Any]:
     """Its code, what it closes over, its defaults, modules and tensors."""
     code, defaults = function.__code__, function.__defaults__ or ()

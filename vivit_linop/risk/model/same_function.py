@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import types
 from collections.abc import Callable, Iterable, Mapping
-from functools import singledispatch
 from typing import Any
 
 import numpy as np
@@ -56,30 +55,18 @@ def digests_of(value: Any, name: str) -> dict[str, str]:
     return found
 
 
-@singledispatch
 def _own(item: Any) -> str:
     """What an object is, without its parts."""
+    match item:
+        case int() | float() | complex() | str() | bytes() | np.generic():
+            return repr(item)
+        case Tensor():
+            return fingerprint.of_tensors([("", item)])
+        case np.ndarray():
+            return f"{item.dtype}{item.shape}{_digest(item.tobytes())}"
+        case types.FunctionType():
+            return f"{item.__qualname__} {_digest(*_instructions(item.__code__))}"
     return type(item).__qualname__
-
-
-@_own.register
-def _of_value(item: int | float | complex | str | bytes | np.generic) -> str:
-    return repr(item)
-
-
-@_own.register
-def _of_tensor(item: Tensor) -> str:
-    return fingerprint.of_tensors([("", item)])
-
-
-@_own.register
-def _of_array(item: np.ndarray) -> str:
-    return f"{item.dtype}{item.shape}{_digest(item.tobytes())}"
-
-
-@_own.register
-def _of_function(item: types.FunctionType) -> str:
-    return f"{item.__qualname__} {_digest(*_instructions(item.__code__))}"
 
 
 def _instructions(code: types.CodeType) -> Iterable[bytes]:
