@@ -136,7 +136,7 @@ TOPICS = {
         independent_samples Passes.fingerprints
     """,
     "reading layers": """
-        Recorder.__post_init__ Recorder.__torch_function__ Capture.find
+        Recorder.__init__ Recorder.__torch_function__ Capture.find
         Capture.keep_sizes Structure.fitting Structure.learn Use.columns
         Use.columns.<locals>.make
     """,

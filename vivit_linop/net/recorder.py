@@ -15,7 +15,6 @@ done to the other, and the twin's offset and strides tell.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from operator import attrgetter
 from types import FunctionType
 from typing import Any
@@ -47,7 +46,6 @@ _VIEWS = {
 _VIEWS_IF_CONTIGUOUS = {*functions("reshape flatten ravel contiguous")}
 
 
-@dataclass
 class Recorder(TorchFunctionMode):
     """Records the uses of some parameters while it is active.
 
@@ -59,17 +57,13 @@ class Recorder(TorchFunctionMode):
             nothing is asked for here.
     """
 
-    params: Params
-    uses: list[Use] = field(default_factory=list)
-    opaque: set[str] = field(default_factory=set)
-    has_hooks: bool = False
-    keeps_gradients: bool = False
-
-    def __post_init__(self) -> None:
+    def __init__(self, params: Params) -> None:
         super().__init__()
+        self.uses, self.opaque = list[Use](), set[str]()
+        self.has_hooks = self.keeps_gradients = False
         # A parameter without entries has no columns, however it is used.
-        self._views = Views({name: p for name, p in self.params.items() if p.numel()})
-        self._dtype = next(iter(self.params.values())).dtype
+        self._views = Views({name: p for name, p in params.items() if p.numel()})
+        self._dtype = next(iter(params.values())).dtype
         self._in_attention = False
 
     def __torch_function__(

@@ -91,7 +91,6 @@ def fitting(
     return torch.stack(flags)
 
 
-@dataclass
 class Use:
     """One call of a torch function with parameters of the net.
 
@@ -107,30 +106,18 @@ class Use:
         key: The name of its kind, and those of weight and bias.
     """
 
-    kind: Kind
-    arguments: Arguments
-    output_shape: torch.Size
-    edge: GradientEdge
-    weight: View | None = field(init=False)
-    bias: View | None = field(init=False)
-    views: list[View] = field(init=False)
-    names: list[str] = field(init=False)
-    key: UseKey = field(init=False)
-
-    def __post_init__(self) -> None:
-        weight, bias = self.arguments.get("weight"), self.arguments.get("bias")
+    def __init__(
+        self, kind: Kind, arguments: Arguments, shape: torch.Size, edge: GradientEdge
+    ) -> None:
+        self.kind, self.arguments = kind, arguments
+        self.output_shape, self.edge = shape, edge
+        weight, bias = arguments.get("weight"), arguments.get("bias")
         self.weight = weight if isinstance(weight, View) else None
         self.bias = bias if isinstance(bias, View) else None
-        self.views, self.names = [], []
-        for view in (self.weight, self.bias):
-            if view is not None:
-                self.views.append(view)
-                self.names.append(view.name)
-        self.key = (
-            self.kind.name,
-            None if self.weight is None else self.weight.name,
-            None if self.bias is None else self.bias.name,
-        )
+        self.views = [view for view in (self.weight, self.bias) if view is not None]
+        self.names = [view.name for view in self.views]
+        names = [view and view.name for view in (self.weight, self.bias)]
+        self.key: UseKey = kind.name, names[0], names[1]
 
     def columns(
         self, layout: Layout, width: int

@@ -56,7 +56,13 @@ def of_samples(batches: Iterable[Batch], search: Search) -> tuple[bytes, list[by
                 part = search.samples.take(X, one), some_targets(y, one)
                 digests.append(of_batch(part))
             continue
-        tensors = _by_axes(X, y, axes)
+        both = [*leaves(X), *leaves(y)]
+        places = [*axes, *[0] * (len(both) - len(axes))]
+        # With samples along the first axis, and whether there are any.
+        tensors = [
+            (leaf if axis is None else leaf.movedim(axis, 0), axis is not None)
+            for leaf, axis in zip(both, places, strict=True)
+        ]
         if not digests:
             for leaf, numbered in tensors:
                 shape = leaf.shape[1:] if numbered else leaf.shape
@@ -85,19 +91,6 @@ def joined(parts: Iterable[tuple[bytes, list[bytes]]]) -> str:
         for digest in digests:
             whole.update(digest)
     return hashlib.sha256(first + whole.digest()).hexdigest()
-
-
-# Tensors, and whether their first axis numbers samples.
-_Tensors = list[tuple[Tensor, bool]]
-
-
-def _by_axes(X: Any, y: Any, axes: Sequence[int | None]) -> _Tensors:
-    """Inputs and targets, with samples along the first axis."""
-    inputs = [
-        (leaf, False) if axis is None else (leaf.movedim(axis, 0), True)
-        for leaf, axis in zip(leaves(X), axes, strict=True)
-    ]
-    return [*inputs, *((leaf, True) for leaf in leaves(y))]
 
 
 def of_tensors(named: Iterable[tuple[str, Tensor]]) -> str:
