@@ -8,7 +8,7 @@ batch it must have it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,13 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from vivit_linop.modes import as_guest
-from vivit_linop.risk.data.batches import as_batches
+from vivit_linop.risk.data.batches import LABELS, Target, as_batches
 from vivit_linop.risk.data.containers import described
 from vivit_linop.risk.model.functional import FunctionalModel
 from vivit_linop.risk.model.original import Predict
 from vivit_linop.risk.passes import iterate, replay
-
-Target = Callable[[Any], Any]
 
 
 @dataclass(frozen=True)
@@ -55,7 +53,7 @@ class Form:
 
 
 @dataclass(frozen=True)
-class Returned:
+class NamedOutput:
     """How a model is called for something that it returns.
 
     Attributes:
@@ -104,8 +102,8 @@ class Labels:
         """Return the targets."""
         if self.target is not None:
             labels = self.target(batch)
-        elif isinstance(batch, Mapping) and "labels" in batch:
-            labels = batch["labels"]
+        elif isinstance(batch, Mapping) and LABELS in batch:
+            labels = batch[LABELS]
         else:
             raise TypeError(
                 "loss: 'model' needs batches that are mappings with 'labels', or "
@@ -162,8 +160,8 @@ class ModelLoss:
         batch = next(batches, None)
         if batch is None:
             raise ValueError("data: is empty, there is not one batch.")
-        self._value = FunctionalModel(model, params, Returned(predict, "loss"), dtype)
-        logits_of = FunctionalModel(model, params, Returned(predict, "logits"), dtype)
+        self._value = FunctionalModel(model, params, NamedOutput(predict, "loss"), dtype)
+        logits_of = FunctionalModel(model, params, NamedOutput(predict, "logits"), dtype)
         first = next(iter(self._value.params.values()))
         self._device, whole = first.device, Labels(target)
         ((batch, labels),) = iterate([batch], first.device, first.dtype, whole)
@@ -187,7 +185,7 @@ class ModelLoss:
                 f"and labels {list(labels.shape)}. Give the loss, and target= for the "
                 "labels."
             )
-        self.predict = Returned(predict, "logits", self.form)
+        self.predict = NamedOutput(predict, "logits", self.form)
         self.target = Labels(target, self.form)
 
     def value(self, batch: Any) -> Tensor:
