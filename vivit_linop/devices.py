@@ -162,6 +162,13 @@ def explained(describe: Callable[..., str], *arguments: Any) -> Iterator[None]:
         raise MemoryError(describe(*arguments)) from error
 
 
+class tolerated(contextlib.suppress):
+    """For ``with``: go on behind it after an error, but not where memory was missing."""
+
+    def __exit__(self, *raised: Any) -> bool:
+        return bool(super().__exit__(*raised)) and not is_out_of_memory(raised[1])
+
+
 def is_out_of_memory(error: Exception) -> bool:
     """Whether an error says that memory does not suffice."""
     kinds = torch.OutOfMemoryError, MemoryError

@@ -20,7 +20,13 @@ from typing import Any, Literal, NamedTuple, Self
 import torch
 from torch import Tensor
 
-from vivit_linop.devices import columns_at_a_time, explained, is_out_of_memory, told
+from vivit_linop.devices import (
+    columns_at_a_time,
+    explained,
+    is_out_of_memory,
+    told,
+    tolerated,
+)
 from vivit_linop.graphs import batched_gradients
 from vivit_linop.net.certificate import Meeting, in_layers, met_apart
 from vivit_linop.net.columns.base import DenseColumns, LayerColumns
@@ -128,16 +134,13 @@ class Capture:
         """
         if count < n:
             index = torch.arange(count, device="cpu")
-            try:
+            # In whatever way it fails, it may run on the batch; an error of its own is
+            # seen there again. The batch takes more memory.
+            with tolerated(Exception):
                 with explained(risk.does_not_fit, X, count):
                     few = cls(risk, risk.samples.take(X, index), count)
                 risk.check_outputs(batch, few.output.detach(), samples=index)
                 return few
-            # In whatever way it fails, it may run on the batch; an error of its own is
-            # seen there again. The batch takes more memory.
-            except Exception as error:
-                if is_out_of_memory(error):
-                    raise
         return cls(risk, X, n)
 
     def columns(

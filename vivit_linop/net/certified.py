@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vivit_linop.devices import is_out_of_memory, told
+from vivit_linop.devices import is_out_of_memory, told, tolerated
 from vivit_linop.graphs import gradients, used_up
 from vivit_linop.modes import as_guest
 from vivit_linop.net.capture import Capture, Takes
@@ -168,14 +168,11 @@ class CertifiedColumns:
         return variant
 
     def _factors(self, cotangents: Tensor, names: Set[str], takes: Takes) -> Columns:
-        try:
-            return self._capture.columns(cotangents, self._variant, names, takes)
         # A wrong layout may be one that tensors do not have. What is missing is seen
         # when columns are checked, and an error of the net itself there again.
-        except Exception as error:
-            if is_out_of_memory(error):
-                raise
-            return {}
+        with tolerated(Exception):
+            return self._capture.columns(cotangents, self._variant, names, takes)
+        return {}
 
     def _takes_one_pass(self, cotangents: Tensor, names: Set[str]) -> bool:
         """Whether columns of these come with their check, and need one."""
@@ -329,15 +326,13 @@ class CertifiedColumns:
             names = [name for name in noise if name not in right]
             if not names:
                 break
-            at, cotangent = near
-            try:
+            (at, cotangent), found = near, list[Tensor]()
+            # Whatever a net says to parameters that are no longer what they were.
+            with tolerated(Exception):
                 wanted = [at[name].requires_grad_() for name in names]
                 output = model(at, self._X).reshape(self._capture.output.shape)
                 found = gradients(output, wanted, cotangent)
-            # Whatever a net says to parameters that are no longer what they were.
-            except Exception as error:
-                if is_out_of_memory(error):
-                    raise
+            if not found:
                 break
             for name, again in zip(names, found, strict=True):
                 gradient = pulled_back[name]

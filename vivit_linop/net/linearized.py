@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.func import vmap
 
-from vivit_linop.devices import explained, is_out_of_memory
+from vivit_linop.devices import explained, is_out_of_memory, tolerated
 from vivit_linop.graphs import nodes
 from vivit_linop.modes import as_guest
 from vivit_linop.net.linearization import (
@@ -208,17 +208,14 @@ class Preparation:
             return False
         size = self._probed()[0].norm()
         for number, (at, cotangent) in enumerate(nearby(self._params, u)):
+            change: Tensor | None = None
             # Whatever a net says to parameters that are no longer what they were.
-            try:
+            with tolerated(Exception):
                 wanted = [p.requires_grad_() for p in at.values()]
                 graph = Graph(self._function(at), wanted)
                 change = (graph.pull_back(cotangent) - pulled_back).norm()
-            except Exception as error:
-                if is_out_of_memory(error):
-                    raise
-                return False
             # Another gradient at the same parameters is no rounding.
-            if number == 0 and change != 0.0:
+            if change is None or (number == 0 and change != 0.0):
                 return False
             if slope.abs() <= BY_NOISE * change * size:
                 return True

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vivit_linop.devices import explained, is_out_of_memory
+from vivit_linop.devices import explained, tolerated
 from vivit_linop.modes import guests_to_come
 from vivit_linop.risk.data import fingerprint
 from vivit_linop.risk.data.batches import joined_targets
@@ -153,11 +153,7 @@ def _with_previous(seen: Seen, output: Tensor, y: Any) -> tuple[Tensor, Any]:
     """
     if len(output) > 1 or not seen.outputs:
         return output, y
-    try:
+    with tolerated(RuntimeError):  # their shapes may differ
         outputs = torch.cat([seen.outputs[-1], output])
         return outputs, joined_targets([seen.targets[-1], y])
-    except RuntimeError as error:
-        if is_out_of_memory(error):
-            raise
-        # Their shapes differ.
-        return output, y
+    return output, y

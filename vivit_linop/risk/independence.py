@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vivit_linop.devices import is_out_of_memory
+from vivit_linop.devices import is_out_of_memory, tolerated
 from vivit_linop.graphs import gradients
 from vivit_linop.modes import as_guest
 from vivit_linop.noise import BY_NOISE, Noise
@@ -213,7 +213,8 @@ def _are_alone(
     if not wanted:
         return None
     mine = torch.arange(len(output), device=output.device) % 2 == 0
-    try:
+    # Whatever it says to inputs that require grad; slopes in sparse ones are sparse.
+    with tolerated(Exception):
         found = model(params, X)
         vector = Noise(1).like(found)
         vector[~mine] = 0.0
@@ -222,13 +223,9 @@ def _are_alone(
             slope.movedim(axis, 0).reshape(len(mine), -1).any(1).to(output.device)
             for slope, (_, axis) in zip(slopes, wanted, strict=True)
         ]
-    # Whatever it says to inputs that require grad; slopes in sparse ones are sparse.
-    except Exception as error:
-        if is_out_of_memory(error):
-            raise
-        return None
-    reached = torch.stack(of_samples).any(0)
-    return not bool(reached[~mine].any()) if reached.any() else None
+        reached = torch.stack(of_samples).any(0)
+        return not bool(reached[~mine].any()) if reached.any() else None
+    return None
 
 
 def _alone(n: int) -> Iterator[Question]:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vivit_linop.devices import is_out_of_memory
+from vivit_linop.devices import is_out_of_memory, tolerated
 from vivit_linop.noise import Noise
 from vivit_linop.risk.data.batches import some_targets
 from vivit_linop.risk.data.containers import described, map_leaves
@@ -304,20 +304,16 @@ def _surely_refuted(loss: OutputLoss, output: Tensor, target: Tensor) -> Tensor:
     other and not with the product. On a kink they may too: so it must also be wrong
     beside the outputs.
     """
-    nothing = torch.zeros(len(output), dtype=torch.bool, device=output.device)
-    try:
+    # Beside the outputs a loss may not be defined, and say so in any way.
+    with tolerated(Exception):
         wrong = _refuted(loss, output, target)
         for shift in SHIFTS[torch.float64]:
             if wrong.any():
                 size = output.abs().mean() + torch.finfo(output.dtype).tiny
                 beside = output + shift * size * Noise(1).like(output)
                 wrong &= _refuted(loss, beside, target)
-    # Beside the outputs a loss may not be defined, and say so in any way.
-    except Exception as error:
-        if is_out_of_memory(error):
-            raise
-        return nothing
-    return wrong
+        return wrong
+    return torch.zeros(len(output), dtype=torch.bool, device=output.device)
 
 
 def _refuted(loss: OutputLoss, output: Tensor, target: Tensor) -> Tensor:
@@ -373,15 +369,12 @@ def _usual(
     Where the loss is saturated, rounding is to be measured by what is not.
     """
     typical = Noise().like(output)
-    try:
+    # Some losses are of probabilities only, and say so in any way.
+    with tolerated(Exception):
         usual = norms(loss.gradient(typical, target))
         usual = usual + norms(loss.hessian_product(typical, target, direction))
-    # Some losses are of probabilities only, and say so in any way.
-    except Exception as error:
-        if is_out_of_memory(error):
-            raise
-        return norms(torch.zeros_like(output))
-    return usual.nan_to_num(0.0, 0.0, 0.0)
+        return usual.nan_to_num(0.0, 0.0, 0.0)
+    return norms(torch.zeros_like(output))
 
 
 def _first(target: Any) -> Any:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vivit_linop.devices import is_out_of_memory
+from vivit_linop.devices import tolerated
 from vivit_linop.modes import default_dtype
 from vivit_linop.risk.data.containers import copied, leaves, map_leaves
 from vivit_linop.risk.model import memory_format
@@ -272,13 +272,10 @@ class FunctionalModel:
     def __call__(self, params: Params, X: Any) -> Tensor:
         """Return the outputs, ``[n, …]``; X is not written into."""
         if self.channels_last:
-            try:
-                return self.as_given(params, memory_format.channels_last(X))
             # In whatever way it fails; an error of its own comes again.
-            except Exception as error:
-                if is_out_of_memory(error):
-                    raise
-                self.channels_last = False
+            with tolerated(Exception):
+                return self.as_given(params, memory_format.channels_last(X))
+            self.channels_last = False
         return self.as_given(params, X)
 
     def as_given(self, params: Params, X: Any) -> Tensor:

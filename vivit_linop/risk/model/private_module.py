@@ -39,7 +39,7 @@ from vivit_linop.risk.model.original import ModelFunction, Params, Predict, name
 from vivit_linop.risk.model.outputs import Returned
 from vivit_linop.risk.model.parameters import HALVES, in_precision
 from vivit_linop.risk.model.sharded import whole
-from vivit_linop.risk.model.staleness import Comparison
+from vivit_linop.risk.model.staleness import Twins
 from vivit_linop.risk.model.tensors_used import Replaced, Watch
 
 Pairs = list[tuple[nn.Module, nn.Module]]
@@ -142,7 +142,7 @@ class PrivateModule:
         slots = named_slots(model)
         if any(not t.is_leaf and n not in self._computed for n, t in slots.items()):
             return False  # derivatives would miss what it was computed from
-        same = Comparison(
+        same = Twins(
             ((slots[name], own) for name, own in self._own.items() if name in slots),
             self._stale,
         )
@@ -396,7 +396,7 @@ class PrivateFunction:
 
     def is_copy_of(self, function: Any, _: Predict | None) -> bool:
         """Whether it is still what a copy would be."""
-        return Comparison(())(function, self._function)
+        return Twins(())(function, self._function)
 
     def __call__(self, params: Params, X: Any) -> Tensor:
         """Return the outputs for X."""

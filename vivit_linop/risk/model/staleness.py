@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vivit_linop.devices import is_out_of_memory
+from vivit_linop.devices import tolerated
 from vivit_linop.risk.model.copies import (
     ATOMS,
     CACHED,
@@ -38,7 +38,7 @@ _NOT_COMPARED = frozenset({"training", "_compiled_call_impl", "scale_grad_by_fre
 _MISSING = object()
 
 
-class Comparison:
+class Twins:
     """Compares originals with their copies.
 
     Args:
@@ -88,32 +88,28 @@ def _same_atoms(value: Any, twin: Any) -> bool:
 
 
 @singledispatch
-def _same(value: Any, twin: Any, comparison: Comparison) -> bool:
+def _same(value: Any, twin: Any, twins: Twins) -> bool:
     """Of objects that are not shared: by their attributes."""
     if type(value) is not type(twin) or not hasattr(value, "__dict__"):
         return False
-    return comparison(vars(value), vars(twin))
+    return twins(vars(value), vars(twin))
 
 
 @_same.register
-def _same_tensors(value: Tensor, twin: Any, comparison: Comparison) -> bool:
-    if id(value) in comparison.replaced:
-        return comparison.replaced[id(value)] is twin
-    if id(twin) in comparison.unused and not value.is_leaf:
+def _same_tensors(value: Tensor, twin: Any, twins: Twins) -> bool:
+    if id(value) in twins.replaced:
+        return twins.replaced[id(value)] is twin
+    if id(twin) in twins.unused and not value.is_leaf:
         return True
-    if not isinstance(twin, Tensor) or id(twin) in comparison.new:
+    if not isinstance(twin, Tensor) or id(twin) in twins.new:
         return False
-    try:
+    with tolerated(RuntimeError):  # not all kinds of tensors can be compared
         return have_equal_entries(value.detach().to(twin), twin)
-    # Not all kinds of tensors can be compared.
-    except RuntimeError as error:
-        if is_out_of_memory(error):
-            raise
-        return False
+    return False
 
 
 @_same.register
-def _same_modules(value: nn.Module, twin: Any, comparison: Comparison) -> bool:
+def _same_modules(value: nn.Module, twin: Any, twins: Twins) -> bool:
     # The copy of a parametrized module has a class of its own.
     if not isinstance(twin, nn.Module) or type(value) not in type(twin).__mro__[:2]:
         return False
@@ -128,35 +124,35 @@ def _same_modules(value: nn.Module, twin: Any, comparison: Comparison) -> bool:
             continue
         if name in OWN or isinstance(own, FUNCTIONS):
             own = without_sharding(name, own)
-        if not comparison(own, other):
+        if not twins(own, other):
             return False
     if type(value).__basicsize__ > nn.Module.__basicsize__:
         names = list(slots_of(type(value)))
         both = [[getattr(m, name, _MISSING) for name in names] for m in (value, twin)]
-        return comparison.each(*both)
+        return twins.each(*both)
     return True
 
 
 @_same.register(dict | list | tuple | collections.deque)
 @_same.register(types.MethodType | types.BuiltinMethodType | types.FunctionType)
 @_same.register(functools.partial | CACHED)
-def _same_parts(value: Any, twin: Any, comparison: Comparison) -> bool:
+def _same_parts(value: Any, twin: Any, twins: Twins) -> bool:
     if not isinstance(twin, type(value)) and not isinstance(value, type(twin)):
         return False
     mine, others = parts_of(value), parts_of(twin)
-    names = comparison.each(mine, others)
-    return names and comparison.each(mine.values(), others.values())
+    names = twins.each(mine, others)
+    return names and twins.each(mine.values(), others.values())
 
 
 @_same.register(set | frozenset)
-def _same_sets(value: Any, twin: Any, comparison: Comparison) -> bool:
-    return bool({comparison.replaced.get(id(v), v) for v in value} == twin)
+def _same_sets(value: Any, twin: Any, twins: Twins) -> bool:
+    return bool({twins.replaced.get(id(v), v) for v in value} == twin)
 
 
 @_same.register
 def _same_references(
     value: weakref.ReferenceType,  # type: ignore[type-arg]
     twin: Any,
-    comparison: Comparison,
+    twins: Twins,
 ) -> bool:
-    return isinstance(twin, weakref.ReferenceType) and comparison(value(), twin())
+    return isinstance(twin, weakref.ReferenceType) and twins(value(), twin())
