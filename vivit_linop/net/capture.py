@@ -410,11 +410,11 @@ class Capture:
         Where a cotangent of one sample alone arrives is where that sample is. Of uses
         that no cotangent reaches, the layouts are guesses.
         """
-        n = self.num_samples
+        n, keys = self.num_samples, [*map(attrgetter("key"), self.uses)]
         possible = [use.layouts(n) for use in self.uses]
         if self.met is not None:  # the graph shows where they are wherever one arrives
             layouts = ["first" if "first" in names else None for names in possible]
-            return Variant([*map(attrgetter("key"), self.uses)], layouts, False)
+            return Variant(keys, layouts, False)
         noise = Noise().like(self.output)
         pending, order = list(range(len(self.uses))), deque(reversed(range(n)))
         while pending and order:
@@ -447,7 +447,7 @@ class Capture:
                 order.extendleft(first - {sample})
             pending = sorted(silent + undecided)
         layouts = [next(iter(names), None) for names in possible]
-        return Variant([*map(attrgetter("key"), self.uses)], layouts, n == 1)
+        return Variant(keys, layouts, n == 1)
 
 
 def assembled(uses: Sequence[tuple[Place, LayerColumns]], numel: int) -> LayerColumns:

@@ -116,10 +116,10 @@ class CertifiedColumns:
             self._learn(structured & failing, opaque & failing)
         if takes == "pairs" and not structure.certified:
             if names >= self._risk.params.keys():
-                self._note(done)
+                self.note(done)
         return done
 
-    def _note(self, columns: Columns) -> None:
+    def note(self, columns: Columns) -> None:
         """Note that columns of all parameters have been certified here."""
         capture, structure = self._capture, self._structure
         layers = Columns()
@@ -413,12 +413,10 @@ def _look(
         few = _run_on_few(risk, X, count, certify)
         few.keep_sizes(X)
         certified = CertifiedColumns(risk, X, few, structure)
+        structure.uses = [use.key for use in few.uses]
         if certify:
             noise = Noise(1)(*few.output.shape, 1, like=few.output)
-            columns = certified.certify_layers(noise, set(risk.params))
-            structure.layers = {n: part.without_data() for n, part in columns.items()}
-        structure.uses = [use.key for use in few.uses]
-        structure.certified = certify
+            certified.note(certified.certify_layers(noise, set(risk.params)))
 
 
 def _run_on_few(risk: EmpiricalRisk, X: Any, count: int, certify: bool) -> Capture:

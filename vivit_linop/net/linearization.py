@@ -174,12 +174,10 @@ class ReverseTangents(Tangents):
             create_graph=True,
             allow_unused=True,
         )
-        self._used: list[bool] = []
-        self._pulled_back: list[Tensor] = []
+        self._used, self._pulled_back = list[bool](), list[Tensor]()
         for gradient in map(strided, gradients):
-            used = gradient is not None and gradient.requires_grad
-            self._used.append(used)
-            if gradient is not None and used:
+            self._used.append(gradient is not None and gradient.requires_grad)
+            if gradient is not None and gradient.requires_grad:
                 self._pulled_back.append(gradient)
 
     def __call__(self, tangents: list[Tensor], batched: bool) -> Tensor:

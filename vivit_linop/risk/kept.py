@@ -23,6 +23,7 @@ import threading
 import weakref
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import starmap
 from typing import Any, Protocol, TypeVar
 
@@ -310,19 +311,20 @@ def run_of(model: FunctionalModel, X: Any, samples: int) -> Run:
     A graph that holds something else than what was computed (checkpoints) is that of a
     second run, and only measured.
     """
-    found = _watched(model, X, lambda: model.first(model.params, X, samples))
+    first = partial(model.first, model.params, X, samples)
+    found = _watched(model, X, first)
     if found is None and model.channels_last:  # which it may not bear
         model.channels_last = False
-        found = _watched(model, X, lambda: model.first(model.params, X, samples))
+        found = _watched(model, X, first)
+    record: Record | None = None
     if found is None:
-        evaluation = saved_bytes(lambda: model.first(model.params, X, samples))
-        nbytes, (own, output, pairs) = evaluation
-        check_graph(output, model.original.module)
-        return Run(own, output, [*starmap(is_written, pairs)], nbytes)
-    (own, output, pairs), record = found
+        nbytes, (own, output, pairs) = saved_bytes(first)
+    else:
+        (own, output, pairs), record = found
+        nbytes = nbytes_of(saved_in(output))
     # Not under what watches for who looks at graphs.
     check_graph(output, model.original.module)
-    run = Run(own, output, [*starmap(is_written, pairs)], nbytes_of(saved_in(output)))
+    run = Run(own, output, [*starmap(is_written, pairs)], nbytes)
     run.serve(record, model)
     return run
 
@@ -333,7 +335,7 @@ def next_run(model: FunctionalModel, X: Any, graph_bytes: int) -> Run | None:
     None where it uses hooks on saved tensors at these, or bears nobody watching.
     """
     own = copied(X)
-    found = _watched(model, X, lambda: model(model.params, own))
+    found = _watched(model, X, partial(model, model.params, own))
     if found is None:
         return None
     output, record = found
