@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -87,7 +87,7 @@ class HessianProducts(TorchLinearOperator):
 
     def multiply_block(self, chosen: Sequence[int], X: Tensor) -> Tensor:
         """Multiply the diagonal block of some parameters, ``[d, K] -> [d, K]``."""
-        return self.risk.ranks.summed(self._own_product, X, chosen=chosen)
+        return self.risk.ranks.summed(partial(self._own_product, chosen=chosen), X)
 
     def _certify(self) -> None:
         """See whether torch's second derivatives are right, or else in other words."""

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -99,7 +100,7 @@ class PositiveCurvature:
         """Multiply the diagonal block of some parameters, ``[d, K] -> [d, K]``."""
         # The hooks are on one module: threads take turns.
         with self.risk.kept.making:
-            return self.risk.ranks.summed(self._own_product, X, chosen=chosen)
+            return self.risk.ranks.summed(partial(self._own_product, chosen=chosen), X)
 
     def _own_product(self, X: Tensor, chosen: Sequence[str]) -> Tensor:
         """Over this process's samples."""

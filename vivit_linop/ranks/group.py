@@ -131,20 +131,16 @@ class Group(Ranks):
 
     # What operators ask for ----------------------------------------------------------
 
-    def summed(
-        self, local: Callable[..., Tensor], *inputs: Tensor, **options: Any
-    ) -> Tensor:
+    def summed(self, local: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
         """Add up over ranks, all with the same order in memory."""
-        part, shape, dtype, _ = self._part(local, inputs, options)
+        part, shape, dtype, _ = self._part(local, inputs)
         if part is None:
             part = torch.zeros(shape, dtype=dtype, device=self._device)
         # BLAS would round in another way on columns than on rows.
         return self.total(part) if part.ndim == 1 else self.total(part.T).T
 
-    def listed(
-        self, local: Callable[..., Tensor], *inputs: Tensor, **options: Any
-    ) -> Tensor:
-        part, shape, dtype, heights = self._part(local, inputs, options)
+    def listed(self, local: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+        part, shape, dtype, heights = self._part(local, inputs)
         if part is None:
             part = torch.zeros(0, *shape[1:], dtype=dtype, device=self._device)
         return self._whole(part, heights)
@@ -160,10 +156,7 @@ class Group(Ranks):
         return next(r for r, n in enumerate(accumulate(self.counts)) if sample < n)
 
     def _part(
-        self,
-        local: Callable[..., Tensor],
-        inputs: tuple[Tensor, ...],
-        options: dict[str, Any],
+        self, local: Callable[..., Tensor], inputs: tuple[Tensor, ...]
     ) -> tuple[Tensor | None, torch.Size, torch.dtype, list[int]]:
         """What this rank has to give, None without samples; the leader's shape.
 
@@ -178,7 +171,7 @@ class Group(Ranks):
         def compute(ballot: Ballot, *vectors: Tensor) -> Tensor | None:
             if not self.counts[self.rank]:
                 return None
-            own = local(*vectors, **options)
+            own = local(*vectors)
             ballot.rows = len(own) if own.ndim else 0
             return own
 
