@@ -163,7 +163,7 @@ def explained(describe: Callable[..., str], *arguments: Any) -> Iterator[None]:
 
 
 class tolerated(contextlib.suppress):
-    """For ``with``: go on behind it after an error, but not where memory was missing."""
+    """For ``with``: go on behind it after an error, unless memory was missing."""
 
     def __exit__(self, *raised: Any) -> bool:
         return bool(super().__exit__(*raised)) and not is_out_of_memory(raised[1])

@@ -224,7 +224,8 @@ def as_guest(device: torch.device) -> Iterator[None]:
             "(G.gram.to_dense(), G.diagonal(), …) before, or call .backward()."
         ) from error
     with contextlib.ExitStack() as stack:
-        stack.enter_context(_GUESTS.inside(device))
+        _GUESTS.enter(device)
+        stack.callback(_GUESTS.leave)
         # A product has entered it already.
         if _HERE.depth == 0 or _to_leave():
             stack.enter_context(ordinary_mode())

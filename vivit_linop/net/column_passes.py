@@ -17,7 +17,9 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from functools import cached_property
+from itertools import chain
 from typing import Any
 
 import torch
@@ -413,12 +415,17 @@ def _pair_all(
             total.add(left, right)
 
     begin, last = columns.samples
-    parts = columns.held_over(ranks) if stored is None else iter([stored.pieces])
+    parts: Iterable[list[Piece]] = map(list, map(chain.from_iterable, columns.held()))
+    if stored is not None:
+        parts = [stored.pieces]
+    if ranks.is_many:
+        parts = columns.held_over(ranks)
     whole, held = False, list[Piece]()
     for held in parts:
         end = held[-1].samples.stop if held else last
         whole = bool(held) and (held[0].samples.start, end) == (begin, last)
-        with ranks.together("columns of this rank"):
+        # One process votes on nothing.
+        with ranks.together("columns of this rank") if ranks.is_many else nullcontext():
             for index, left in enumerate(held):
                 for total in totals:
                     total.add(left, left)

@@ -116,8 +116,11 @@ class Use:
         self.bias = bias if isinstance(bias, View) else None
         self.views = [view for view in (self.weight, self.bias) if view is not None]
         self.names = [view.name for view in self.views]
-        names = [view and view.name for view in (self.weight, self.bias)]
-        self.key: UseKey = kind.name, names[0], names[1]
+        self.key: UseKey = (
+            kind.name,
+            None if self.weight is None else self.weight.name,
+            None if self.bias is None else self.bias.name,
+        )
 
     def columns(
         self, layout: Layout, width: int

@@ -26,7 +26,7 @@ from vivit_linop.risk.losses.certificates import targets_of
 from vivit_linop.risk.model.functional import FunctionalModel
 from vivit_linop.risk.model.parameters import ParameterVectors
 from vivit_linop.risk.model.same_function import check_alike
-from vivit_linop.risk.model_loss import NamedOutput
+from vivit_linop.risk.model_loss import OutputOf
 from vivit_linop.risk.passes import Cuts, Passes
 
 # Of a batch: the sums over its inputs, its targets, and the outputs for them before.
@@ -229,7 +229,7 @@ class DerivableRisk(Risk):
             >>> both.allclose(whole.at(risk.flatten(risk.params)).value())
             True
         """
-        if isinstance(self.model.original.predict, NamedOutput):
+        if isinstance(self.model.original.predict, OutputOf):
             raise ValueError(
                 "data: the loss is the model's own, so the risk of other data is "
                 "another function. Make a new risk."
@@ -274,7 +274,7 @@ class DerivableRisk(Risk):
         """Return the risk of the same data for what the user's model is now."""
         with self.ranks.together("at"), ordinary_mode():
             model, passes = self.model.anew(), copy.copy(self._passes)
-            if isinstance(model.original.predict, NamedOutput):
+            if isinstance(model.original.predict, OutputOf):
                 raise ValueError(
                     "model: more has changed of it than parameters and buffers, and "
                     "its loss may have, too. Make a new risk."

@@ -53,7 +53,7 @@ class Form:
 
 
 @dataclass(frozen=True)
-class NamedOutput:
+class OutputOf:
     """How a model is called for something that it returns.
 
     Attributes:
@@ -160,8 +160,8 @@ class ModelLoss:
         batch = next(batches, None)
         if batch is None:
             raise ValueError("data: is empty, there is not one batch.")
-        self._value = FunctionalModel(model, params, NamedOutput(predict, "loss"), dtype)
-        logits_of = FunctionalModel(model, params, NamedOutput(predict, "logits"), dtype)
+        self._value = FunctionalModel(model, params, OutputOf(predict, "loss"), dtype)
+        logits_of = FunctionalModel(model, params, OutputOf(predict, "logits"), dtype)
         first = next(iter(self._value.params.values()))
         self._device, whole = first.device, Labels(target)
         ((batch, labels),) = iterate([batch], first.device, first.dtype, whole)
@@ -185,7 +185,7 @@ class ModelLoss:
                 f"and labels {list(labels.shape)}. Give the loss, and target= for the "
                 "labels."
             )
-        self.predict = NamedOutput(predict, "logits", self.form)
+        self.predict = OutputOf(predict, "logits", self.form)
         self.target = Labels(target, self.form)
 
     def value(self, batch: Any) -> Tensor:

@@ -52,10 +52,10 @@ def some_of(unit: Any, index: Tensor) -> Any:
         parts = unit.unbind()
         return _built(unit, [parts[i] for i in index.tolist()])
     if isinstance(unit, PackedSequence):
-        parts = unpack_sequence(unit)
+        sequences = unpack_sequence(unit)
         # Packed in the order of their lengths, they stay so.
         ordered = unit.sorted_indices is None and bool((index.diff() >= 0).all())
-        some = [parts[i] for i in index.tolist()]
+        some = [sequences[i] for i in index.tolist()]
         return pack_sequence(some, enforce_sorted=ordered)
     if _has_batch_size(unit):
         return unit[index]
