@@ -37,7 +37,7 @@ def norms(problem: Problem) -> Run:
 
 def check(V: Pullback) -> Run:
     risk, names = V.risk, set(V.risk.params)
-    X, y = next(risk.batches())
+    X, y = next(risk.passes.batches())
     cotangents = V.cotangents(0)
     with as_guest(risk.device):
         certified = CertifiedColumns(risk, X, Capture(risk, X, len(y)))

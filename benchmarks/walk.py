@@ -142,7 +142,7 @@ TOPICS = {
     """,
     "running the private net": "FunctionalModel.__call__ FunctionalModel.first",
     "passing over data": """
-        Risk.batches Passes.batches Cuts.applied iterate copied ByUnit.take
+        Passes.batches Cuts.applied iterate copied ByUnit.take
     """,
     "modes of torch": """
         ordinary_mode.__enter__ ordinary_mode.__exit__ as_guest recorded

@@ -65,8 +65,6 @@ CLASSES = {
     VerbMethods: set(),
     DerivableRisk: {"is_current"},
     Risk: {
-        "batches",
-        "targets",
         "does_not_fit",
         "check_outputs",
         "has_outputs",

@@ -110,9 +110,15 @@ class ordinary_mode:
 
     def __enter__(self) -> None:
         """Leave the modes."""
-        self._modes = _to_leave()
-        for mode in self._modes:
-            mode.__enter__()
+        # Written out, since it is entered in each product.
+        if (
+            torch.is_inference_mode_enabled()
+            or torch.is_autocast_enabled("cpu")
+            or torch.is_autocast_enabled("cuda")
+        ):
+            self._modes = _to_leave()
+            for mode in self._modes:
+                mode.__enter__()
         depth = _HERE.depth
         if depth == 0:
             # Locked: another thread may be about to put reduced precisions back.

@@ -280,7 +280,7 @@ class Laplace:
         with self.risk.ranks.together("predictive"):
             if X is None or callable(X):
                 raise TypeError(f"X: inputs of the model, got {type(X).__name__}.")
-            own = next(iter(self.risk.batches()), None)  # none without samples
+            own = next(iter(self.risk.passes.batches()), None)  # none without samples
             if own and not options and any(self.risk.samples.axes(own[0]) or ()):
                 found = self.risk.samples
                 options = {"take": found.take, "count": found.number}
@@ -308,7 +308,7 @@ def last_used(risk: EmpiricalRisk) -> list[str]:
 
 
 def _met_first(risk: EmpiricalRisk) -> list[str]:
-    X, _ = next(iter(risk.batches()))
+    X, _ = next(iter(risk.passes.batches()))
     with as_guest(risk.device):
         run = run_of(risk.model, X, risk.batch_sizes[0])
     found = {id(leaf) for leaf in met_first(run.output) or ()}

@@ -234,7 +234,7 @@ def _own_second_derivatives(
     directions = risk.unflatten_real(U)
     params = {name: p.detach() for name, p in risk.params.items()}
     rows = []
-    for batch, (X, _) in enumerate(risk.batches()):
+    for batch, (X, _) in enumerate(risk.passes.batches()):
 
         def derivatives(direction: Params, X: Any = X) -> tuple[Tensor, Tensor]:
             def slope(params: Params) -> Tensor:
@@ -294,5 +294,5 @@ def _own_share(risk: EmpiricalRisk) -> float:
     """What a mean over this rank's samples counts in that over all."""
     if not risk.ranks.is_many or risk.reduction != "mean":
         return 1.0
-    seen = zip(risk.outputs, risk.targets(), strict=True)
+    seen = zip(risk.outputs, risk.targets, strict=True)
     return risk.scale * sum(risk.loss.weight(*pair).item() for pair in seen)

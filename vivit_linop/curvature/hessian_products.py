@@ -75,7 +75,7 @@ class HessianProducts(TorchLinearOperator):
         with rewriting(self._rewritten):
             output = risk.model(risk.model.params, X)
         risk.check_outputs(index, output, differ)
-        total = risk.loss.total(output, risk.targets()[index]) * risk.scale
+        total = risk.loss.total(output, risk.targets[index]) * risk.scale
         return self._gradient_of(total)
 
     def _gradient_of(self, total: Tensor) -> list[Tensor]:
@@ -113,7 +113,7 @@ class HessianProducts(TorchLinearOperator):
                 self.risk.model.foreign.check()
                 self.risk.loss.check_memory()
                 return self._differentiate(self._kept, chosen, X, 0)
-            for index, (inputs, _) in enumerate(self.risk.batches("product")):
+            for index, (inputs, _) in enumerate(self.risk.passes.batches("product")):
                 gradient = self._gradient(index, copied(inputs) if single else inputs)
                 if single:
                     self._kept = gradient
@@ -281,7 +281,9 @@ class HessianProducts(TorchLinearOperator):
         risk = self.risk
         factor = risk.scale / risk.reduction_factor
         everything, start = range(len(risk.sizes)), 0
-        batches = zip(risk.batches(), risk.targets(), risk.batch_sizes, strict=True)
+        batches = zip(
+            risk.passes.batches(), risk.targets, risk.batch_sizes, strict=True
+        )
         for (X, _), targets, samples in batches:
             for n in range(samples):
                 if numbers is not None and start + n not in numbers:

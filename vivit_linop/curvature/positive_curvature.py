@@ -53,7 +53,7 @@ class PositiveCurvature:
         with risk.ranks.together("slopes"), as_guest(risk.device):
             self._diagonals = [
                 self._diagonals_of(X, y)
-                for (X, _), y in zip(risk.batches(), risk.targets(), strict=True)
+                for (X, _), y in zip(risk.passes.batches(), risk.targets, strict=True)
             ]
 
     @contextmanager
@@ -108,7 +108,7 @@ class PositiveCurvature:
         fixed = {name: p.detach() for name, p in risk.params.items()}
         params = {name: fixed.pop(name) for name in chosen}
         sizes = [p.numel() for p in params.values()]
-        for batch, (data, _) in enumerate(risk.batches("product")):
+        for batch, (data, _) in enumerate(risk.passes.batches("product")):
 
             def everything(params: Params, data: Any = data) -> list[Tensor]:
                 with self._watched() as (_, inputs, _):

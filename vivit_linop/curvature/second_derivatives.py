@@ -112,7 +112,7 @@ class Certificate:
             ValueError: If torch has no second derivative of the net, or a wrong one.
         """
         risk = self.risk
-        for index, (X, _) in enumerate(risk.batches("certificate")):
+        for index, (X, _) in enumerate(risk.passes.batches("certificate")):
             with as_guest(risk.device):
                 differ = risk.inputs_differ(index, X)
                 # With gradients: the model may differentiate inside.
@@ -283,7 +283,7 @@ class Certificate:
         risk, double = self.risk, torch.float64
         if risk.dtype is double:
             return double
-        X, _ = next(iter(risk.batches()))
+        X, _ = next(iter(risk.passes.batches()))
         try:
             with as_guest(risk.device):
                 output = self._evaluate(risk.model.params, X, double).detach()

@@ -408,7 +408,7 @@ def _look(
     with risk.kept.making, as_guest(risk.device):
         if structure.certified if certify else structure.variants:
             return
-        X, _ = next(risk.batches())
+        X, _ = next(risk.passes.batches())
         count = 1 if alone else _FIRST_SAMPLES
         few = _run_on_few(risk, X, count, certify)
         few.keep_sizes(X)

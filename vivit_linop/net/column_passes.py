@@ -107,7 +107,7 @@ class Pass:
         """Yield pieces, one for each factor, from a sample on that is one's first."""
         ranks = self._risk.ranks
         first, number = ranks.first, 0
-        for batch, (X, _) in enumerate(self._risk.batches("columns")):
+        for batch, (X, _) in enumerate(self._risk.passes.batches("columns")):
             n = self._risk.batch_sizes[batch]
             # Pieces have the same numbers in all passes.
             if first + n > start or ranks.is_many:

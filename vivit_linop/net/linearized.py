@@ -319,7 +319,7 @@ def _linearized(risk: EmpiricalRisk, trust: bool) -> Iterator[Linearization]:
     budget = risk.kept.budget(_MEMORY_SHARE)
     # Batches, what is asked of them, and what the answer should be.
     asked: list[tuple[int, Tensor, bool]] = []
-    for index, (X, _) in enumerate(risk.batches("product")):
+    for index, (X, _) in enumerate(risk.passes.batches("product")):
         # The batches come in order, so the kept ones are the first ones. Threads that
         # come together keep each batch once; the others they make alone.
         making = risk.kept.making if index >= len(kept) else contextlib.nullcontext()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,7 +20,6 @@ from vivit_linop.modes import as_guest, ordinary_mode
 from vivit_linop.ranks.alone import Ranks
 from vivit_linop.risk.checks import agree, read
 from vivit_linop.risk.data import fingerprint
-from vivit_linop.risk.data.batches import Batch
 from vivit_linop.risk.data.distributed import by_items, check_parts
 from vivit_linop.risk.data.samples import Samples
 from vivit_linop.risk.first_pass import first_pass
@@ -50,8 +49,9 @@ class Risk(ParameterVectors):
         parts_differ: Whether ranks with the same data are an error.
 
     Attributes:
-        model: What was given; so are ``loss``, ``memory`` and ``ranks``.
+        model: What was given; so are ``loss``, ``passes``, ``memory`` and ``ranks``.
         outputs: The outputs of each batch.
+        targets: The targets of each batch.
         num_rows: How many outputs all samples have: the rows of J.
         batch_sizes: How many samples each batch has.
         sizes: How many entries each parameter has.
@@ -77,7 +77,7 @@ class Risk(ParameterVectors):
         check_data: bool,
         parts_differ: bool,
     ) -> None:
-        self.model, self.loss, self.memory, self._passes = model, loss, memory, passes
+        self.model, self.loss, self.memory, self.passes = model, loss, memory, passes
         self.ranks, self.progress, self._check = ranks, passes.progress, check
         self.has_tangents = True
         self._take_parameters()
@@ -92,7 +92,7 @@ class Risk(ParameterVectors):
             check_alike(self.ranks, self._digests_of_all)
         with self.ranks.together("EmpiricalRisk"):
             seen = first_pass(model, loss, passes, check, check_data)
-        self.loss, self.outputs, self._targets = seen.loss, seen.outputs, seen.targets
+        self.loss, self.outputs, self.targets = seen.loss, seen.outputs, seen.targets
         # A run that is kept is that of the only batch.
         self._run_serves = len(seen.outputs) == 1 and seen.run is not None
         if self._run_serves:
@@ -119,7 +119,7 @@ class Risk(ParameterVectors):
             raise ValueError("data: is empty, there is not one batch.")
         self.ranks = self.ranks.counted(counts)
         if self.ranks.is_many:
-            seen = self.outputs, self._targets, self._passes.data
+            seen = self.outputs, self.targets, self.passes.data
             check_parts(self.ranks, *seen, parts_differ)
             own = self.model.count is not None if self.outputs else None
             if by_items(self.ranks, own) and not self.outputs:
@@ -161,32 +161,14 @@ class Risk(ParameterVectors):
             raise ValueError(f"loss: its value is {value * self.scale} on the data.")
 
     def _first_outputs(self) -> tuple[Tensor, Any]:
-        return self.outputs[0], self._targets[0]
+        return self.outputs[0], self.targets[0]
 
     # Data -------------------------------------------------------------------------
 
     @property
     def samples(self) -> Samples:
         """Where the samples of its inputs are."""
-        return self._passes.search.samples
-
-    def batches(self, what: str | None = None) -> Iterator[Batch]:
-        """Pass over the data.
-
-        Every pass starts from one state of the random number generator, so that what a
-        loader draws from it is the same again; the caller's state is as before.
-
-        Args:
-            what: What the pass is for, for its progress bar; None for no bar.
-
-        Raises:
-            ValueError: If there are fewer batches than at construction.
-        """
-        return self._passes.batches(what)
-
-    def targets(self) -> list[Any]:
-        """The targets of each batch."""
-        return self._targets
+        return self.passes.search.samples
 
     def fingerprint(self) -> dict[str, str | float]:
         """Return what tells this risk from others: digests, and numbers of it.
@@ -234,12 +216,12 @@ class Risk(ParameterVectors):
     @functools.cached_property
     def _samples_digest(self) -> str:
         with self.ranks.together("fingerprint"):
-            found = self._passes.digests()
+            found = self.passes.digests()
         return fingerprint.joined(self.ranks.gathered(found))
 
     def does_not_fit(self, X: Any, n: int) -> str:
         """What to say of a batch of n samples that is too large for the device."""
-        return does_not_fit(self.model, self._passes.search, X, n)
+        return does_not_fit(self.model, self.passes.search, X, n)
 
     def check_outputs(
         self,
@@ -325,7 +307,7 @@ class Risk(ParameterVectors):
         """Those of this rank's samples, ``[D + 1]``."""
         both = torch.zeros(self.num_params + 1, dtype=self.dtype, device=self.device)
         parameters = list(self.model.params.values())
-        for index, (X, _) in enumerate(self.batches("gradient")):
+        for index, (X, _) in enumerate(self.passes.batches("gradient")):
             n = self.batch_sizes[index] if index < len(self.batch_sizes) else 1
             with (
                 explained(self.does_not_fit, X, n),
@@ -338,7 +320,7 @@ class Risk(ParameterVectors):
                     self.check_outputs(index, output, differ)
                 else:
                     output = run.output
-                total = self.loss.total(output, self._targets[index]) * self.scale
+                total = self.loss.total(output, self.targets[index]) * self.scale
                 gradients = torch.autograd.grad(
                     total, parameters, allow_unused=True, retain_graph=run is not None
                 )

@@ -77,7 +77,7 @@ class DerivableRisk(Risk):
         except Exception as error:
             if parts:
                 mine, _ = next(self._own_batches([]))
-                known = self.model, self._passes.search, self.batch_sizes
+                known = self.model, self.passes.search, self.batch_sizes
                 _check_size(*known, mine, parts, error)
             raise
         with self.ranks.together("subset"):
@@ -109,7 +109,7 @@ class DerivableRisk(Risk):
 
     def _own_batches(self, differ: list[Tensor]) -> Iterator[Batch]:
         """The batches with targets of construction; ``differ`` must not hold then."""
-        batches = zip(self.batches("subset"), self._targets, strict=True)
+        batches = zip(self.passes.batches("subset"), self.targets, strict=True)
         for index, ((X, _), y) in enumerate(batches):
             differ += self.inputs_differ(index, X)
             yield X, y
@@ -189,8 +189,8 @@ class DerivableRisk(Risk):
                 risk.model = _moved(self.model, parameters)
                 risk._take_parameters()
                 risk.kept = self.kept.elsewhere()
-                known = list(zip(self._sums, self._targets, self.outputs, strict=True))
-                batches = self.batches("at")
+                known = list(zip(self._sums, self.targets, self.outputs, strict=True))
+                batches = self.passes.batches("at")
                 serves = self._run_serves and risk.kept.wants_runs
                 graph_bytes = self.graph_bytes[0] if serves else None
                 risk.outputs, total, run = _evaluated(
@@ -235,7 +235,7 @@ class DerivableRisk(Risk):
                 "another function. Make a new risk."
             )
         with self.ranks.together("on"):
-            passes = self._passes.of(data, self.model)
+            passes = self.passes.of(data, self.model)
         risk = self._of(
             *(copy.copy(self.model), passes),
             check=False,
@@ -273,7 +273,7 @@ class DerivableRisk(Risk):
     def _anew(self) -> Self:
         """Return the risk of the same data for what the user's model is now."""
         with self.ranks.together("at"), ordinary_mode():
-            model, passes = self.model.anew(), copy.copy(self._passes)
+            model, passes = self.model.anew(), copy.copy(self.passes)
             if isinstance(model.original.predict, OutputOf):
                 raise ValueError(
                     "model: more has changed of it than parameters and buffers, and "
@@ -283,12 +283,12 @@ class DerivableRisk(Risk):
         passes.number = 0
         risk = self._of(model, passes, check=self._check)
         with self.ranks.together("at"):
-            batches = zip(self._sums, self._targets, strict=False)
+            batches = zip(self._sums, self.targets, strict=False)
             for index, (sums, targets) in enumerate(batches):
                 if (
                     index >= len(risk._sums)
                     or any(risk._sums[index].differ_from(sums))
-                    or not _same_targets(risk._targets[index], targets)
+                    or not _same_targets(risk.targets[index], targets)
                 ):
                     raise self.other_data(index)
         return risk

@@ -195,8 +195,8 @@ class EmpiricalRisk(DerivableRisk):
     def _check_loss_of_model(self, of_model: ModelLoss) -> None:
         """See on all batches that the loss is what the model says."""
         with self.ranks.together("EmpiricalRisk"):
-            for index, (X, _) in enumerate(self.batches("loss")):
-                seen = self.outputs[index], self._targets[index]
+            for index, (X, _) in enumerate(self.passes.batches("loss")):
+                seen = self.outputs[index], self.targets[index]
                 weight = self.loss.weight(*seen)
                 if weight > 0:
                     of_model.check(index, X, self.loss.total(*seen) / weight)
