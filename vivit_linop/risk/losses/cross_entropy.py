@@ -25,7 +25,7 @@ class CrossEntropy(OutputLoss):
     gradient is m p − a, the Hessian m (diag(p) − p pᵀ).
     """
 
-    name, tested = "CrossEntropyLoss", True
+    name, tested, convex = "CrossEntropyLoss", True, True
 
     def __init__(
         self,
