@@ -146,3 +146,44 @@ def test_errors_of_the_model_come_through() -> None:
     ):
         with pytest.raises(Stop, match="of the user"):
             use()
+
+
+@pytest.mark.parametrize("is_leaf", [True, False])
+def test_inputs_that_require_grad_get_none(is_leaf: bool) -> None:
+    """Neither they nor what they were computed from, whose graph stays as it was."""
+    torch.manual_seed(0)
+    encoder, net = nn.Linear(3, 4).double(), guest_of_backpack()
+    raw, y = torch.randn(6, 3).double(), torch.randint(3, (6,))
+    X = torch.randn(6, 4).double().requires_grad_() if is_leaf else encoder(raw).sin()
+    loss, params = nn.CrossEntropyLoss(), dict(net.named_parameters())
+
+    def value(*values: torch.Tensor) -> torch.Tensor:
+        named = dict(zip(params, values, strict=True))
+        return loss(torch.func.functional_call(net, named, X.detach()), y)
+
+    given = tuple(p.detach() for p in params.values())
+    blocks: Any = torch.autograd.functional.hessian(value, given)
+    pairs = zip(enumerate(given), blocks, strict=True)
+    diagonal = torch.cat(
+        [row[i].reshape(p.numel(), -1).diagonal() for (i, p), row in pairs]
+    )
+    for parts in [(X, y)], [(X[:4], y[:4]), (X[4:], y[4:])]:
+        risk = vl.EmpiricalRisk(net, loss, parts)
+        H = vl.Hessian(risk)
+        found = [H.diagonal(route="backpack"), H.sample_diagonals().mean(0)]
+        for of_H in found:
+            torch.testing.assert_close(of_H, diagonal, rtol=1e-10, atol=1e-12)
+        use_everything(risk)
+        assert vl.KFRA(risk).trace() > 0.0
+        assert vl.PositiveCurvatureHessian(risk).trace() > 0.0
+    assert all(p.grad is None for p in (*net.parameters(), *encoder.parameters()))
+    if is_leaf:
+        assert X.grad is None
+        return
+    X.sum().backward()
+    expected = (encoder(raw).cos().detach().mT @ raw).detach()
+    torch.testing.assert_close(encoder.weight.grad, expected)
+
+
+def guest_of_backpack() -> nn.Module:
+    return nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()

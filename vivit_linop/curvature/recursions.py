@@ -480,8 +480,9 @@ def _one_batch(risk: EmpiricalRisk, what: str) -> tuple[Tensor, Tensor]:
                 f"data: BackPACK computes {what} for one tensor of targets, got "
                 f"several, as {risk.loss.name} has them."
             )
-        inputs.append(risk.model.private_input(X))
-        targets.append(y)
+        # What the user computed them from gets no gradients.
+        inputs.append(risk.model.private_input(X).detach())
+        targets.append(y.detach())
     if not risk.layout.is_uniform:
         raise ValueError(
             f"data: BackPACK computes {what} for samples with as many outputs each."
