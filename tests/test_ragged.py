@@ -522,3 +522,72 @@ def test_outputs_that_the_model_pads_are_refused_with_advice() -> None:
     X, y = [randn(1, *shape) for shape in SHAPES], randint(C, 4, 6)
     with pytest.raises(ValueError, match="return a list with those of each sample"):
         vl.EmpiricalRisk(built(Padding), CE, (X, y))
+
+
+# Inputs without entries ---------------------------------------------------------------
+
+
+def of_sets(sizes: Sequence[int]) -> list[Tensor]:
+    return [randn(size, 3) for size in sizes]
+
+
+class Sets(nn.Module):
+    """Sums over the points of each set, of which there may be none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(3, 4), nn.Linear(4, C)
+
+    def forward(self, sets: list[Tensor]) -> Tensor:
+        h = torch.tanh(self.a(torch.cat(sets)))
+        return self.b(torch.stack([part.sum(0) for part in h.split([*map(len, sets)])]))
+
+
+class Bag(nn.Module):
+    """Sums over the tokens of each bag."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.EmbeddingBag(5, 4, mode="sum"), nn.Linear(4, C)
+
+    def forward(self, tokens: Tensor, offsets: Tensor) -> Tensor:
+        return self.b(torch.tanh(self.a(tokens, offsets)))
+
+
+class Edges(NodeNet):
+    """Messages along edges that have features."""
+
+    def forward(self, x: Tensor, edges: Tensor, owner: Tensor, along: Tensor) -> Tensor:
+        h = self.a(x)
+        messages = h[edges[0]] * along
+        h = torch.tanh(h + torch.zeros_like(h).index_add(0, edges[1], messages))
+        return self.b(h.new_zeros(int(owner[-1]) + 1, 4).index_add(0, owner, h))
+
+
+def empty_ones(name: str) -> tuple[nn.Module, list[Any]]:
+    """A net, and its inputs of three samples each, one of which has no entries."""
+    if name == "sets":
+        return built(Sets), [[part] for part in of_sets([2, 0, 3])]
+    if name == "bags":
+        tokens = [randint(5, size) for size in (2, 0, 3)]
+        return built(Bag), [(part, torch.tensor([0])) for part in tokens]
+    parts = [graphs([size]) for size in (2, 1, 3)]  # a node alone has no edge
+    return built(Edges), [(*part, randn(part[1].shape[1], 4)) for part in parts]
+
+
+@pytest.mark.parametrize("name", ["sets", "bags", "edges"])
+def test_samples_without_entries(name: str) -> None:
+    net, inputs = empty_ones(name)
+    y = randint(C, 3)
+
+    def output(m: nn.Module, X: Any) -> Tensor:
+        found: Tensor = m(X) if name == "sets" else m(*X)
+        return found
+
+    batches = [(X, y[i : i + 1]) for i, X in enumerate(inputs)]
+    risk = vl.EmpiricalRisk(net, CE, batches, memory=0)
+    samples = [
+        (lambda m, X=X: output(m, X)[0], lambda f, t=t: F.cross_entropy(f[None], t))
+        for X, t in batches
+    ]
+    check_products(risk, truth_of(net, samples, 1 / 3))

@@ -158,7 +158,7 @@ def _weighted_sums(leaf: Tensor) -> Tensor:
         leaf = leaf.double()
     elif leaf.itemsize < 4:  # in their own precision sums would say nothing
         leaf = leaf.float()
-    rows = leaf.reshape(len(leaf) if leaf.ndim else 1, -1)
+    rows = torch.atleast_1d(leaf).unsqueeze(-1).flatten(1)  # also of no entries
     return rows @ _weights(rows.shape[1], rows.dtype, rows.device)
 
 
