@@ -2,11 +2,14 @@
 
 import contextlib
 import operator
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import scipy.linalg
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 import vivit_linop as vl
@@ -201,6 +204,30 @@ class Parting(Setting):
             yield name, lambda e=error: spared(e), diagonals, 1e-12
         wanted = vl.GGN(self.one) @ self.x
         yield "after", lambda: G @ self.x, wanted, 1e-12
+
+    def two_threads(self) -> Iterator[Check]:
+        """A thread for each of two groups: their votes are apart."""
+        wanted = [vl.GGN(self.one) @ self.x, vl.GGN(self.one).eigvalsh()] * 5
+        mine, models = self.rank == self.size - 1, (net(), net())
+        # The other threads come to a vote while one of them is not there yet.
+        models[0].register_forward_hook(lambda *_: time.sleep(0.02 * mine))
+
+        def used(group: Any, model: nn.Module) -> Tensor:
+            data, found = self.data, []
+            risk = vl.EmpiricalRisk(model, loss(), data, process_group=group, memory=0)
+            G = vl.GGN(risk)
+            for _ in range(5):
+                with contextlib.suppress(ValueError):
+                    G @ (self.x[:5] if mine else self.x)
+                found += [G @ self.x, vl.GGN(risk).eigvalsh()]
+            apart = zip(found, wanted, strict=True)
+            return torch.stack([(f - w).norm() / w.norm() for f, w in apart])
+
+        groups = self.group, dist.new_group()
+        with ThreadPoolExecutor(2) as pool:
+            tasks = [*map(pool.submit, [used] * 2, groups, models)]
+        for number, task in enumerate(tasks):
+            yield f"thread {number}", task.result, torch.zeros(10), 1e-12
 
     def current(self) -> Iterator[Check]:
         """Whether all models are what they were is one answer."""

@@ -51,6 +51,7 @@ OF_THREE = ("uneven_batches", "embedding", "more_columns_than_parameters", "hube
                 "arguments_of_analyses",
                 "caught_errors",
                 "other_rounding",
+                "two_threads",
                 "ended",
             ),
         ),

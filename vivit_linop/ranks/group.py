@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
+import threading
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate
@@ -42,8 +43,16 @@ Result = TypeVar("Result")
 
 # How many votes each group has had, of all risks together.
 _VOTES: dict[str, int] = {}
-# What this rank does, and all will vote on.
-_VOTING: list[str] = []
+
+
+class _Voting(threading.local):
+    """What this thread does that all ranks will vote on: the names of the groups."""
+
+    def __init__(self) -> None:
+        self.groups: list[str] = []
+
+
+_VOTING = _Voting()
 
 
 def as_ranks(group: Any) -> Ranks:
@@ -357,12 +366,12 @@ class Group(Ranks):
             RankError: If another rank fails, does something else, or has other inputs.
         """
         ballot, error = Ballot(), None
-        _VOTING.append(what)
+        _VOTING.groups.append(self._group.group_name)
         try:
             yield ballot
         except BaseException as raised:
             error = raised
-        _VOTING.pop()
+        _VOTING.groups.pop()
         self._vote(what, inputs, error, ballot)
 
     @contextlib.contextmanager
@@ -377,9 +386,10 @@ class Group(Ranks):
             yield
         except BaseException as raised:
             error = raised
-        if error is not None and (_VOTING or is_known(error)):
+        is_voted_on = self._group.group_name in _VOTING.groups
+        if error is not None and (is_voted_on or is_known(error)):
             raise error
-        if not _VOTING:
+        if not is_voted_on:
             self._vote(what, (), error, Ballot())
 
     def _vote(
