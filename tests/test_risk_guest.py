@@ -1,5 +1,7 @@
 """The user's model is left as it was, also after an error."""
 
+import copy
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -187,3 +189,71 @@ def test_inputs_that_require_grad_get_none(is_leaf: bool) -> None:
 
 def guest_of_backpack() -> nn.Module:
     return nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+
+
+# What torch and others do with the tensors -------------------------------------------
+
+
+@pytest.mark.parametrize("change", ["to", "load_state_dict", "swap_tensors"])
+def test_tensors_may_be_exchanged(change: str) -> None:
+    """Torch refuses to exchange one that somebody has a weak reference to."""
+    net, loss, data = toy()
+    first, second = [*net[0].parameters()], [*net[2].parameters()]
+    risk = vl.EmpiricalRisk(net, loss, data)
+    G = vl.GGN(risk)
+    expected = use_everything(risk)
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        if change == "to":
+            net.to(torch.float32).to(torch.float64)
+        elif change == "load_state_dict":
+            net.load_state_dict({k: v.clone() for k, v in net.state_dict().items()})
+        else:
+            other = nn.Parameter(torch.zeros(5, 4).double())
+            torch.utils.swap_tensors(net[0].weight, other)
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+    for found, value in zip(use_everything(risk), expected, strict=True):
+        torch.testing.assert_close(found, value)
+    blocks = G.block_diagonal([first, second])
+    assert [block.shape[0] for block in blocks.blocks] == [25, 18]
+
+
+class Gained(nn.Linear):
+    """Reads what somebody has set on its parameters."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        gain = getattr(self.weight, "gain", 1.0) * getattr(self.bias, "gain", 1.0)
+        return super().forward(x) * gain
+
+
+class Marked(nn.Parameter):
+    """A parameter of another class."""
+
+
+@pytest.mark.parametrize("kind", [nn.Parameter, Marked])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_attributes_of_parameters_are_seen(
+    kind: type[nn.Parameter], frozen: bool
+) -> None:
+    net, loss, (X, y) = toy()
+    net[0] = Gained(4, 5).double()
+    net[0].weight = kind(net[0].weight.detach())
+    net[0].weight.gain, net[0].bias.gain = 3.0, 0.5
+    net[0].weight.requires_grad_(not frozen)
+    params = [p for p in net.parameters() if p.requires_grad]
+
+    def gradient() -> torch.Tensor:
+        found = torch.autograd.grad(loss(net(X), y), params)
+        return torch.cat([g.flatten() for g in found])
+
+    risk, expected = vl.EmpiricalRisk(net, loss, (X, y)), gradient()
+    assert risk.is_current()
+    for each in (risk, copy.deepcopy(risk), pickle.loads(pickle.dumps(risk))):
+        torch.testing.assert_close(each.gradient(), expected)
+        dense = vl.Jacobian(each).to_dense()
+        torch.testing.assert_close(vl.Jacobian(each) @ torch.eye(len(expected)), dense)
+    net[0].weight.gain = 2.0
+    torch.testing.assert_close(risk.gradient(), expected)
+    assert not risk.is_current()
+    torch.testing.assert_close(risk.at().gradient(), gradient())

@@ -178,9 +178,7 @@ def _groups(risk: EmpiricalRisk, blocks: ParameterBlocks) -> list[list[str]]:
             f"blocks: 'parameter', 'module' or groups of parameters, got {blocks!r}."
         )
     what = "groups of parameters; or 'parameter' or 'module'"
-    by_identity = {
-        id(owner): name for name, owner in risk.model.original.owners.items()
-    }
+    by_identity = {id(t): name for name, t in risk.model.original.tensors().items()}
     groups = []
     for position, block in enumerate(as_list(blocks, "blocks", what)):
         if isinstance(block, Mapping):

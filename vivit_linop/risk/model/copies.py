@@ -90,6 +90,8 @@ class Copies:
         self.known: dict[int, Any] = {}
         for tensor, new in replaced:
             self.known[id(tensor)] = new
+            if vars(tensor):
+                _mark(new, tensor)
         self.other, self._frozen, self.plans = other, frozen, plans
         self.modules: list[tuple[nn.Module, nn.Module]] = []
         # Hooks and other functions of modules: where they belong, and what they are.
@@ -159,7 +161,15 @@ def _copy(value: Any, copies: Copies) -> Any:
 def _copy_tensor(value: Tensor, copies: Copies) -> Any:
     if copies.other is None:
         return value
-    return copies.remember(value, copies.other(value))
+    new = copies.remember(value, copies.other(value))
+    _mark(new, value)
+    return new
+
+
+def _mark(new: Tensor, tensor: Tensor) -> None:
+    """Give what stands for a tensor the attributes that others have set on it."""
+    if new is not tensor:
+        vars(new).update(vars(tensor) | vars(new))
 
 
 @_copy.register

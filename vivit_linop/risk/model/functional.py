@@ -254,7 +254,7 @@ class FunctionalModel:
     def originals(self, model: nn.Module | ModelFunction) -> list[Tensor]:
         """Return the user's parameters, whose values were copied."""
         own = list(model.parameters()) if isinstance(model, nn.Module) else []
-        return [*own, *self.original.owners.values()]
+        return [*own, *self.original.in_place.values()]
 
     def over(self, names: Sequence[str]) -> FunctionalModel:
         """Return it as a function of some of its parameters; the others stay."""

@@ -23,37 +23,33 @@ ModelFunction = Callable[[Params, Any], Any]
 class Original:
     """What the user gave.
 
-    A module is followed as long as somebody else keeps it, and so are those of the
-    chosen parameters that are its own; others stand in the place of these.
+    A module is followed as long as somebody else keeps it. Its parameters are looked up
+    by name: torch exchanges none that others have weak references to
+    (``torch.utils.swap_tensors``, which ``module.to`` may take).
+
+    Args:
+        model: The module, or the function.
+        predict: How a module is called, if not with X itself.
+        in_place: Tensors in the place of parameters, by name.
     """
 
     def __init__(
         self,
         model: nn.Module | ModelFunction,
         predict: Predict | None,
-        owners: Params,
+        in_place: Params,
     ) -> None:
-        self.predict, self._in_place = predict, owners
+        self.predict, self.in_place = predict, in_place
         self._is_module = isinstance(model, nn.Module)
-        # Those of a module live as long as somebody else keeps them, too.
-        self._own: dict[str, weakref.ref[Tensor]] = {}
         self._given: Callable[[], Any] | None = lambda: model
         if isinstance(model, nn.Module):
             self._given = weakref.ref(model)
             named = dict(model.named_parameters())
-            own = {n: p for n, p in owners.items() if p is named[n]}
-            self._own = {n: weakref.ref(p) for n, p in own.items()}
-            self._in_place = {n: p for n, p in owners.items() if n not in own}
+            self.in_place = {n: p for n, p in in_place.items() if p is not named[n]}
 
     def __getstate__(self) -> dict[str, Any]:
         """What travels: tensors in the place of parameters."""
-        return self.__dict__ | {"predict": None, "_given": None, "_own": {}}
-
-    @property
-    def owners(self) -> Params:
-        """The chosen parameters that are still there, by name."""
-        here = ((name, known()) for name, known in self._own.items())
-        return {n: p for n, p in here if p is not None} | self._in_place
+        return self.__dict__ | {"predict": None, "_given": None}
 
     @property
     def model(self) -> Any:
@@ -69,8 +65,8 @@ class Original:
         """What its outputs depend on now, by name: parameters, buffers of a module."""
         module = self.module
         if module is None:
-            return self._in_place
-        return named_slots(module) | self._in_place
+            return self.in_place
+        return named_slots(module) | self.in_place
 
     def present(self, known: Mapping[str, Tensor]) -> Params:
         """Return what they are now, of those that are known by name.

@@ -98,7 +98,8 @@ def _same(value: Any, twin: Any, twins: Twins) -> bool:
 @_same.register
 def _same_tensors(value: Tensor, twin: Any, twins: Twins) -> bool:
     if id(value) in twins.replaced:
-        return twins.replaced[id(value)] is twin
+        is_its_own = twins.replaced[id(value)] is twin
+        return is_its_own and twins(_marks(value), _marks(twin))
     if id(twin) in twins.unused and not value.is_leaf:
         return True
     if not isinstance(twin, Tensor) or id(twin) in twins.new:
@@ -106,6 +107,11 @@ def _same_tensors(value: Tensor, twin: Any, twins: Twins) -> bool:
     with tolerated(RuntimeError):  # not all kinds of tensors can be compared
         return have_equal_entries(value.detach().to(twin), twin)
     return False
+
+
+def _marks(tensor: Tensor) -> dict[str, Any]:
+    """The numbers and words that are attributes of a tensor."""
+    return {k: v for k, v in vars(tensor).items() if type(v) in ATOMS}
 
 
 @_same.register
