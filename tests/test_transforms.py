@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 
@@ -79,6 +80,47 @@ def test_passes_over_data_are_refused(name: str, transform: str) -> None:
     use, same = PASSES[name], risk()
     with pytest.raises(ValueError, match=r"torch\.func: a pass over the data"):
         TRANSFORMS[transform](lambda x: x * use(same).sum())
+    torch.testing.assert_close(use(same), use(risk()))
+
+
+TRACERS: dict[str, Callable[[Callable[[Tensor], Tensor]], Any]] = {
+    "jit.trace": lambda f: torch.jit.trace(f, VECTOR, check_trace=False),
+    "export": lambda f: torch.export.export(Called(f), (VECTOR,)),
+    "fake tensors": lambda f: _among_fakes(lambda: f(VECTOR)),
+}
+
+
+class Called(nn.Module):
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x)
+
+
+def _among_fakes(function: Callable[[], Tensor]) -> Tensor:
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        return function()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize(
+    ("name", "tracer"),
+    [(name, tracer) for tracer in TRACERS for name in ("gradient", "U", "J")]
+    + [(name, tracer) for tracer in [*TRACERS][1:] for name in ("K", "G", "H")],
+)
+def test_tracers_are_refused(name: str, tracer: str) -> None:
+    """What they record has no values, and must not be what is kept."""
+    same = risk()
+    makes = {"G": vl.GGN, "J": vl.Jacobian, "H": vl.Hessian}
+
+    def use(risk: vl.EmpiricalRisk, x: Tensor = VECTOR) -> Tensor:
+        return makes[name](risk) @ x if name in makes else PASSES[name](risk) * x.sum()
+
+    with pytest.raises(ValueError, match=r"torch\.jit\.trace, torch\.export, Fake"):
+        TRACERS[tracer](lambda x: use(same, x))
     torch.testing.assert_close(use(same), use(risk()))
 
 

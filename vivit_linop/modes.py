@@ -221,7 +221,11 @@ def as_guest(device: torch.device) -> Iterator[None]:
             derivatives are zero without a word.
     """
     try:
+        is_traced: bool = torch.jit.is_tracing()  # type: ignore[attr-defined]
+        is_recorded = is_traced or type(_LEAF.detach()) is not Tensor
         _LEAF.requires_grad_()
+    except AssertionError:  # of FakeTensorMode
+        is_recorded = True
     except RuntimeError as error:
         raise ValueError(
             "torch.func: a pass over the data would be differentiated or batched too, "
@@ -229,6 +233,12 @@ def as_guest(device: torch.device) -> Iterator[None]:
             "transformed; compute what else the data are needed for "
             "(G.gram.to_dense(), G.diagonal(), …) before, or call .backward()."
         ) from error
+    if is_recorded:
+        raise ValueError(
+            "torch.jit.trace, torch.export, FakeTensorMode: what runs inside is "
+            "recorded or has no values, and operators are made of values. Compute "
+            "outside; functions that torch.compile compiles may use them."
+        )
     with contextlib.ExitStack() as stack:
         _GUESTS.enter(device)
         stack.callback(_GUESTS.leave)
