@@ -158,7 +158,7 @@ def test_replays_of_two_threads_draw_their_own_numbers() -> None:
     ]
 
     def draw(state: Tensor) -> Tensor:
-        with replayed(state):
+        with replayed([state], CPU):
             return torch.stack([torch.rand(()) for _ in range(50)])
 
     with ThreadPoolExecutor(2) as pool:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import re
+import threading
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from typing import Any
@@ -61,6 +65,33 @@ def gradients(
     return [g if g.layout == torch.strided else g.to_dense() for g in found]
 
 
+_FILTERING, _ignored = threading.RLock(), Counter[Any]()
+
+
+@contextlib.contextmanager
+def ignoring(message: str = "", kind: type[Warning] = Warning) -> Iterator[None]:
+    """Ignore warnings of a kind that begin so, in all threads while one is inside.
+
+    Where two threads overlap, ``warnings.catch_warnings`` leaves the filters of one.
+    """
+    entry = "ignore", re.compile(message, re.I) if message else None, kind, None, 0
+    with _FILTERING:
+        if not _ignored[entry]:
+            filters: Any = warnings.filters
+            filters.insert(0, entry)
+        _ignored[entry] += 1
+    try:
+        yield
+    finally:
+        with _FILTERING:
+            _ignored[entry] -= 1
+            if not _ignored[entry]:
+                filters = warnings.filters
+                # Another thread may have put others in the place of all.
+                with contextlib.suppress(ValueError):
+                    filters.remove(entry)
+
+
 def batched_gradients(
     outputs: Tensor | Sequence[Tensor],
     inputs: Sequence[Tensor] | Sequence[GradientEdge],
@@ -89,8 +120,7 @@ def batched_gradients(
         # None is nothing that can be batched, nor is no result at all.
         return few[0], *(gradient for gradient in found if gradient is not None)
 
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "There is a performance drop")
+    with ignoring("There is a performance drop"):
         _, *found = vmap(pulled_back)(*vectors)
     rest = iter(found)
     return [next(rest) if is_used else None for is_used in used]

@@ -429,19 +429,45 @@ guests_to_come = _GUESTS.inside
 _REPLAY = threading.RLock()
 
 
-@contextlib.contextmanager
-def replayed(state: torch.Tensor) -> Iterator[None]:
-    """Draw from torch's generator in a given state, one thread at a time.
+# What generators draw from: the host's, and that of a device that is none.
+States = list[Tensor]
 
-    The caller's state comes back.
+
+def random_states(device: torch.device) -> States:
+    """Return the states of the generators that a model on a device may draw from."""
+    states = [torch.get_rng_state()]
+    if device.type == "cuda":
+        states.append(torch.cuda.get_rng_state(device))
+    return states
+
+
+def set_random_states(states: States, device: torch.device) -> None:
+    """Put these generators into other states."""
+    torch.set_rng_state(states[0])
+    for state in states[1:]:
+        torch.cuda.set_rng_state(state, device)
+
+
+def seeded(seed: int, device: torch.device) -> States:
+    """Return their states after a seed."""
+    # Not by torch.manual_seed, which reaches the generators of all devices.
+    places = dict.fromkeys(("cpu", device if device.type == "cuda" else "cpu"))
+    return [torch.Generator(place).manual_seed(seed).get_state() for place in places]
+
+
+@contextlib.contextmanager
+def replayed(states: States, device: torch.device) -> Iterator[None]:
+    """Draw from these generators in given states, one thread at a time.
+
+    The caller's states come back.
     """
-    with _REPLAY, _GUESTS.inside(torch.device("cpu")):
-        before = torch.get_rng_state()
+    with _REPLAY, _GUESTS.inside(device):
+        before = random_states(device)
         try:
-            torch.set_rng_state(state)
+            set_random_states(states, device)
             yield
         finally:
-            torch.set_rng_state(before)
+            set_random_states(before, device)
 
 
 _DEFAULT_DTYPE = threading.RLock()

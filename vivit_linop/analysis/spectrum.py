@@ -24,9 +24,9 @@ Run: TypeAlias = tuple[Tensor, Tensor]
 class LanczosSpectrum:
     """Estimates of the spectral density p(λ) = 1/D Σ_i δ(λ − λ_i) of an operator.
 
-    Stochastic Lanczos quadrature by curvlinops (Papyan 2020, *JMLR* 21(252), algorithm
-    2 and section C.7): each run of ``ncv`` products with the operator starts from
-    another random vector. Runs are kept, and serve :meth:`density` and
+    Stochastic Lanczos quadrature (Papyan 2020, *JMLR* 21(252), algorithm 2 and section
+    C.7; densities of runs by curvlinops): each run of ``ncv`` products with an operator
+    starts from another random vector. Runs are kept, and serve :meth:`density` and
     :meth:`log_density`: another resolution or width costs nothing, more runs cost the
     further ones. The ends of the spectrum come from the runs themselves, whose extreme
     Ritz values converge first, from inside.
@@ -77,7 +77,7 @@ class LanczosSpectrum:
                 raise ValueError(f"ncv: an integer from 2 to {most}, got {ncv!r}.")
         self._operator, self._ncv = operator, ncv
         self._boundaries = _checked_boundaries(boundaries)
-        self._seed, self._states = as_count(seed, "seed", 0), list[Tensor]()
+        self._seed, self._state = as_count(seed, "seed", 0), torch.empty(0)
         self._runs: list[Run] = []
 
     @ordinary_mode()
@@ -200,23 +200,36 @@ class LanczosSpectrum:
     def _first(self, num_repeats: int) -> list[Run]:
         """Return that many runs; with random numbers of our own, which go on."""
         as_count(num_repeats, "num_repeats")
-        fast_lanczos = _theirs().fast_lanczos
-        operator, device = self._operator.to_curvlinops(), self._operator.device
-        devices = [device] if device.type == "cuda" else []
-        with torch.random.fork_rng(devices), torch.no_grad():
-            if self._states:
-                torch.set_rng_state(self._states[0])
-                for state in self._states[1:]:
-                    torch.cuda.set_rng_state(state, device)
-            else:
-                torch.manual_seed(self._seed)
-            while len(self._runs) < num_repeats:
-                self._runs.append(fast_lanczos(operator, self._ncv))
-            self._states = [
-                torch.get_rng_state(),
-                *(torch.cuda.get_rng_state(d) for d in devices),
-            ]
+        generator = torch.Generator("cpu")
+        if self._runs:
+            generator.set_state(self._state)
+        else:
+            generator.manual_seed(self._seed)
+        op = self._operator
+        while len(self._runs) < num_repeats:
+            start = torch.randn(
+                op.shape[0], generator=generator, dtype=op.torch_dtype, device="cpu"
+            )
+            self._state = generator.get_state()
+            with torch.no_grad():
+                self._runs.append(self._run(start.to(op.device)))
         return self._runs[:num_repeats]
+
+    def _run(self, start: Tensor) -> Run:
+        """Iterate without orthogonalising, as Papyan's algorithm 2."""
+        v, before = start / start.norm(), torch.zeros_like(start)
+        alphas, betas = list[Tensor](), [start.new_zeros(())]
+        for _ in range(self._ncv):
+            rest = self._operator @ v - betas[-1] * before
+            alphas.append(rest @ v)
+            rest -= alphas[-1] * v
+            betas.append(rest.norm())
+            before, v = v, rest / betas[-1]
+        beside = torch.stack(betas[1:-1])
+        values, vectors = torch.linalg.eigh(
+            torch.stack(alphas).diag() + beside.diag(1) + beside.diag(-1)
+        )
+        return values, vectors
 
 
 def _checked_boundaries(boundaries: Boundaries | None) -> Boundaries:

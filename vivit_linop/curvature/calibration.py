@@ -25,7 +25,7 @@ from vivit_linop.linalg.krylov import (
     solver_on,
     start_of,
 )
-from vivit_linop.modes import ordinary_mode
+from vivit_linop.modes import guests_to_come, ordinary_mode
 from vivit_linop.noise import Noise
 from vivit_linop.operators.elementary import Dense
 from vivit_linop.operators.symmetric import largest_eigenpairs, symmetric_eigenpairs
@@ -182,7 +182,7 @@ def _problem(
     X = torch.linspace(-1, 1, _SAMPLES * _SIDE**2, device=device)
     y = torch.arange(_SAMPLES, device=device) % _CLASSES
     # The user's random numbers are not drawn.
-    with torch.random.fork_rng(devices=[]):
+    with guests_to_come(torch.device("cpu")):
         net = nn.Sequential(
             *(nn.Flatten(), nn.Linear(_SIDE**2, 10), nn.ReLU()),
             nn.Linear(10, _CLASSES),

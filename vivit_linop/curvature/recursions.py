@@ -8,7 +8,7 @@ that it makes public.
 from __future__ import annotations
 
 import inspect
-import warnings
+import threading
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -25,6 +25,7 @@ from vivit_linop.curvature.positive_curvature import (
 )
 from vivit_linop.devices import is_out_of_memory
 from vivit_linop.extras import extra
+from vivit_linop.graphs import ignoring
 from vivit_linop.modes import as_guest, default_dtype, ordinary_mode
 from vivit_linop.operators.base import TorchLinearOperator
 from vivit_linop.operators.kronecker import BlockDiagonal, Kronecker
@@ -47,6 +48,8 @@ _INSTEAD = {
 # Functions with second derivatives, that BackPACK has rules for.
 CURVED = (nn.Sigmoid, nn.Tanh, nn.ELU, nn.SELU, nn.LogSigmoid)
 # BackPACK's Kronecker factors of these number the weight's entries outputs first.
+# BackPACK's extensions are those of the process.
+_ALONE = threading.RLock()
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
@@ -252,14 +255,14 @@ def own_backpack_results(
     batch, calls = _one_batch(risk, what), Counter[nn.Module]()
     try:
         with (
+            _ALONE,
             # BackPACK makes convolutions of poolings, with weights that are drawn.
             as_guest(risk.device),
             torch.enable_grad(),
             # Some of its rules make matrices without saying of which dtype.
             default_dtype(risk.dtype),
-            warnings.catch_warnings(),
+            ignoring(),  # of torch about BackPACK's hooks
         ):
-            warnings.simplefilter("ignore")  # of torch about BackPACK's hooks
             net, loss = extend(module), extend(loss)
             with backpack(extension):
                 _pull_back(risk, net, loss, batch, memory, calls)

@@ -7,7 +7,6 @@ run on batches of one size only. Each runs as a guest, which its caller has ente
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.func import vjp, vmap
 
-from vivit_linop.graphs import gradients
+from vivit_linop.graphs import gradients, ignoring
 from vivit_linop.net.capture import Capture
 from vivit_linop.net.columns.base import DenseColumns, LayerColumns
 from vivit_linop.risk.data.containers import leaves, map_leaves
@@ -64,8 +63,7 @@ def vectorised(
     each = max((nbytes // size for nbytes, size in runs), default=0) * (R + 1)
     few = max(1, risk.kept.columns_budget() // max(1, each))
     together = vmap(columns, in_dims=(numbered, 0), chunk_size=few)
-    with torch.no_grad(), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "There is a performance drop")
+    with torch.no_grad(), ignoring("There is a performance drop"):
         made = together(batched, cotangents.mT.contiguous())
     return {
         name: DenseColumns(part.detach().reshape(n, R, -1))

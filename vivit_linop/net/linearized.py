@@ -13,7 +13,6 @@ import contextlib
 import functools
 import gc
 import threading
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextvars import ContextVar
 from typing import Any, NoReturn
@@ -23,7 +22,7 @@ from torch import Tensor
 from torch.func import vmap
 
 from vivit_linop.devices import explained, is_out_of_memory, tolerated
-from vivit_linop.graphs import nodes
+from vivit_linop.graphs import ignoring, nodes
 from vivit_linop.modes import as_guest
 from vivit_linop.net.linearization import (
     KEPT,
@@ -135,9 +134,12 @@ class Preparation:
         """Trace the tangent map; None if it turned out to be wrong."""
         theta = {name: p.detach() for name, p in self._params.items()}
         try:
-            with _TRACING, warnings.catch_warnings(), mode:
-                warnings.filterwarnings("ignore", message=".*get_attr Node.*")
-                warnings.filterwarnings("ignore", category=FutureWarning)
+            with (
+                _TRACING,
+                ignoring(".*get_attr Node.*"),
+                ignoring(kind=FutureWarning),
+                mode,
+            ):
                 traced = tangent_map(self._function, theta)
             arguments = [p.clone().requires_grad_() for p in theta.values()]
             # Its operations are torch's own, which write into no gradient.

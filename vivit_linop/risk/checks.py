@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from vivit_linop.graphs import leaves_of
-from vivit_linop.modes import as_guest
+from vivit_linop.modes import as_guest, random_states, seeded, set_random_states
 from vivit_linop.risk.data.containers import leaves
 from vivit_linop.risk.data.fingerprint import largest
 from vivit_linop.risk.kept import Run, run_of
@@ -86,7 +86,7 @@ def checked_outputs(
     with as_guest(model.device):
         buffers = {} if index else model.buffers
         kept = {name: buffer.clone() for name, buffer in buffers.items()}
-        before = _random_state(model.device)
+        before = random_states(model.device)
         try:
             run = run_of(model, X, n)
         except Exception as error:
@@ -94,7 +94,8 @@ def checked_outputs(
             if isinstance(error, RuntimeError) and "type" in str(error):
                 _check_dtypes(model, index, X)
             raise
-        drawn = not torch.equal(before, _random_state(model.device))
+        after = random_states(model.device)
+        drawn = not all(map(torch.equal, before, after))
     output = run.output
     moved = [other_entries(kept[name], buffer) for name, buffer in buffers.items()]
     if items and output.ndim and len(output) == items:
@@ -179,7 +180,7 @@ def _check_unmoved(model: FunctionalModel, index: int, X: Any, output: Tensor) -
     """
     for seed in range(1, _STATES if index == 0 else 2):
         with as_guest(output.device):
-            reseed(seed, output.device)
+            set_random_states(seeded(seed, output.device), output.device)
             moved = not _has_outputs(model, model.params, X, output)
         if moved:
             raise ValueError(
@@ -210,21 +211,3 @@ def read(answers: Sequence[Tensor]) -> list[bool]:
         for place, value in zip(there, found, strict=True):
             values[place] = value
     return values
-
-
-def _random_state(device: torch.device) -> Tensor:
-    """Return the state of the generators that a model on a device may draw from."""
-    state = torch.random.get_rng_state()
-    if device.type == "cuda":
-        state = torch.cat([state, torch.cuda.get_rng_state(device)])
-    return state
-
-
-def reseed(seed: int, device: torch.device) -> None:
-    """Put the generators of torch, which a guest puts back, into another state."""
-    # Not by torch.manual_seed, which reaches the generators of all devices.
-    generator = torch.Generator(device="cpu").manual_seed(seed)
-    torch.random.set_rng_state(generator.get_state())
-    if device.type == "cuda":
-        own = torch.Generator(device=device).manual_seed(seed)
-        torch.cuda.set_rng_state(own.get_state(), device)

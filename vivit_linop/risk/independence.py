@@ -17,9 +17,9 @@ from torch import Tensor
 
 from vivit_linop.devices import is_out_of_memory, tolerated
 from vivit_linop.graphs import gradients
-from vivit_linop.modes import as_guest
+from vivit_linop.modes import as_guest, seeded, set_random_states
 from vivit_linop.noise import BY_NOISE, Noise
-from vivit_linop.risk.checks import apart, reseed, same_outputs
+from vivit_linop.risk.checks import apart, same_outputs
 from vivit_linop.risk.data.containers import leaves, map_leaves
 from vivit_linop.risk.data.samples import Samples
 from vivit_linop.risk.model.functional import FunctionalModel
@@ -60,7 +60,7 @@ def independent_samples(
     asked = list(ways)
     with as_guest(device):
         # Draws from a fork of the generator, which nobody sees, are found out as well.
-        reseed(0, device)
+        set_random_states(seeded(0, device), device)
         for questions in (_alone, _in_company):
             for samples in list(asked):
                 try:

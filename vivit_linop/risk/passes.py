@@ -24,7 +24,7 @@ from vivit_linop.devices import (
     return_free_heap,
     saved_bytes,
 )
-from vivit_linop.modes import as_guest, ordinary_mode, replayed
+from vivit_linop.modes import as_guest, ordinary_mode, replayed, seeded
 from vivit_linop.risk.checks import Checked, checked_outputs, same_outputs
 from vivit_linop.risk.data import fingerprint
 from vivit_linop.risk.data.batches import (
@@ -61,6 +61,7 @@ Outputs = Sequence[Tensor] | Tensor
 Cut = tuple[Samples, list[Part], list[Checked]]
 Item = TypeVar("Item")
 
+_CPU = torch.device("cpu")
 # After so many batches memory goes back to the system. That takes some milliseconds.
 _HEAP_BATCHES = 8
 
@@ -307,10 +308,8 @@ class Passes:
 
     def fingerprints(self) -> list[bytes]:
         """Pass over the data without the model, from another state of the generator."""
-        other = torch.Generator(device="cpu").manual_seed(
-            (torch.initial_seed() + 1) % 2**63
-        )
-        batches = replay(self.data, other.get_state())
+        (other,) = seeded((torch.initial_seed() + 1) % 2**63, _CPU)
+        batches = replay(self.data, other)
         if self.progress:
             batches = self._shown(batches, "check_data")
         return [fingerprint.of_batch(batch) for batch in batches]
@@ -397,7 +396,7 @@ def replay(items: Iterable[Item], state: Tensor) -> Iterator[Item]:
     """Iterate with the generator in a given state; the caller's is left alone."""
     iterator: Iterator[Item] | None = None
     while True:
-        with replayed(state):
+        with replayed([state], _CPU):
             try:
                 iterator = iter(items) if iterator is None else iterator
                 item = next(iterator)

@@ -9,13 +9,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from vivit_linop.modes import replayed
+from vivit_linop.modes import replayed, seeded
 from vivit_linop.ranks.alone import Ranks
 from vivit_linop.risk.data import fingerprint
 from vivit_linop.risk.data.containers import leaves
 from vivit_linop.risk.data.sample_search import ways_of
 
-_SEED = 1
+_SEED, _CPU = 1, torch.device("cpu")
 
 
 class OnceEach:
@@ -84,8 +84,7 @@ def _numbers(data: Any) -> list[list[int]] | None:
         return None
     found = []
     for seed in (_SEED, _SEED + 1):
-        state = torch.Generator("cpu").manual_seed(seed).get_state()
-        with replayed(state):
+        with replayed(seeded(seed, _CPU), _CPU):
             found.append([list(batch) for batch in sampler])
     numbers = all(isinstance(n, int) for batch in found[0] for n in batch)
     return found[0] if numbers and found[0] == found[1] else None

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from vivit_linop.arguments import check_generator
-from vivit_linop.modes import as_guest
+from vivit_linop.modes import as_guest, replayed, seeded
 from vivit_linop.risk.data.containers import leaves
 
 # Numbers that Philox gives for each value of its counter.
@@ -127,9 +127,8 @@ class LabelDraws:
     def drawn(self, function: Callable[..., Any], output: Any, target: Any) -> Any:
         """Return what a function draws, who may use torch's own generator too."""
         seed = int(self._uniform(1).mul(2**62))
-        state = torch.Generator().manual_seed(seed).get_state()
-        with as_guest(next(leaves(output)).device), torch.no_grad():
-            torch.random.set_rng_state(state)
+        device = next(leaves(output)).device
+        with as_guest(device), replayed(seeded(seed, device), device), torch.no_grad():
             return function(output, target, self)
 
 
