@@ -15,11 +15,11 @@ and go round. Of two ranks that are each other's, each takes half of the pairs.
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from functools import cached_property
-from itertools import chain
 from typing import Any
 
 import torch
@@ -36,7 +36,6 @@ from vivit_linop.net.certified import (
     known_structure,
     read_structure,
 )
-from vivit_linop.net.columns.base import LayerColumns
 from vivit_linop.net.pieces import Cotangents, Piece, StoredColumns
 from vivit_linop.net.structure import Structure
 from vivit_linop.net.totals import Total
@@ -80,6 +79,9 @@ class Pass:
         risk = self._risk
         self._sizes = dict(zip(risk.params, risk.sizes, strict=True))
         self._width, self._formed = 0, 0
+        # The number of the first sample of each batch, and of the one after the last.
+        first = risk.ranks.first
+        self._starts = [*itertools.accumulate(risk.batch_sizes, initial=first)]
         self._cuts: dict[int, Sequence[Tensor]] = {}
         for factor in factors:
             self._width += factor.width
@@ -105,32 +107,29 @@ class Pass:
 
     def pieces(self, start: int = 0) -> Iterator[list[Piece]]:
         """Yield pieces, one for each factor, from a sample on that is one's first."""
-        ranks = self._risk.ranks
-        first, number = ranks.first, 0
+        number = 0
         for batch, (X, _) in enumerate(self._risk.passes.batches("columns")):
-            n = self._risk.batch_sizes[batch]
             # Pieces have the same numbers in all passes.
-            if first + n > start or ranks.is_many:
+            if self._starts[batch + 1] > start or self._risk.ranks.is_many:
                 # What is learnt of the net meanwhile does not move them.
                 if batch not in self._cuts:
-                    self._cuts[batch] = self._cut(batch, X, n)
+                    self._cuts[batch] = self._cut(batch, X)
                 while True:
                     try:
-                        yield from self._of_batch(batch, X, n, first, start, number)
+                        yield from self._of_batch(batch, X, start, number)
                         break
                     except NewlyOpaque:  # more each time, and before there is a piece
-                        self._cuts[batch] = self._cut(batch, X, n)
+                        self._cuts[batch] = self._cut(batch, X)
                 number += len(self._cuts[batch])
-            first += n
 
     def _of_batch(
-        self, batch: int, X: Any, n: int, first: int, start: int, number: int
+        self, batch: int, X: Any, start: int, number: int
     ) -> Iterator[list[Piece]]:
         """Yield the pieces of one batch, from a sample on."""
         for at, index in enumerate(self._cuts[batch], number):
-            if first + int(index[0]) >= start:
+            if self._starts[batch] + int(index[0]) >= start:
                 with explained(self._do_not_fit, len(index)):
-                    for pieces in self._pieces(batch, X, index, n, first):
+                    for pieces in self._pieces(batch, X, index):
                         for piece in pieces:
                             piece.number = at
                         yield pieces
@@ -138,8 +137,7 @@ class Pass:
     @property
     def samples(self) -> tuple[int, int]:
         """The numbers of this process's first sample, and of the one after its last."""
-        first = self._risk.ranks.first
-        return first, first + sum(self._risk.batch_sizes)
+        return self._starts[0], self._starts[-1]
 
     def only(self, factor: Cotangents) -> Pass:
         """Return the columns of one of the factors, in pieces of the same samples."""
@@ -195,9 +193,10 @@ class Pass:
             f"are free. {advice}"
         )
 
-    def _cut(self, batch: int, X: Any, n: int) -> Sequence[Tensor]:
+    def _cut(self, batch: int, X: Any) -> Sequence[Tensor]:
         """Cut a batch so that the columns of each part fit."""
         risk, width = self._risk, self._width
+        n = risk.batch_sizes[batch]
         if self._fits_by_far:
             return [torch.arange(n, device="cpu")]
         formed = {name: self._sizes[name] for name in self._structure.opaque}
@@ -259,14 +258,12 @@ class Pass:
         """Whether a batch is cut anew where its first columns have to be formed."""
         return self.takes == "pairs" and not self._risk.ranks.is_many
 
-    def _pieces(
-        self, batch: int, whole: Any, index: Tensor, n: int, first: int
-    ) -> Iterator[list[Piece]]:
-        """Make the pieces of some samples of a batch of n."""
+    def _pieces(self, batch: int, X: Any, index: Tensor) -> Iterator[list[Piece]]:
+        """Make the pieces of some samples of a batch."""
         if self._hides(index):
-            yield from self._singly(batch, whole, index, n, first)
+            yield from self._singly(batch, X, index)
             return
-        X, capture = self._captured(batch, whole, index, n)
+        some, capture = self._captured(batch, X, index)
         known = self._structure if len(index) > 1 else None
         begin, room = int(index[0]), None
         if known is not None and self._formed_bytes > self._memory:
@@ -279,8 +276,9 @@ class Pass:
             large = sum(self._risk.graph_bytes) > SMALL_RUN
             if large and self.names <= capture.in_layers:
                 find_structure(self._risk)
-        certified = CertifiedColumns(self._risk, X, capture, known, room)
-        samples = slice(first + begin, first + begin + len(index))
+        certified = CertifiedColumns(self._risk, some, capture, known, room)
+        first = self._starts[batch] + begin
+        samples = slice(first, first + len(index))
         pieces = []
         for factor in self._factors:
             own = factor.layout.place(batch, slice(begin, begin + len(index)))
@@ -294,15 +292,14 @@ class Pass:
             parts = self._in_parts and width > 1 and capture.comes_in_parts(width)
             if takes == "stream" and not parts:
                 takes = "columns"
-            columns: dict[str, LayerColumns] | None = None
-            if not parts:
-                columns = certified.columns(cotangents, self.names, takes)
-            else:
+            if parts:
                 certified.certify_layers(cotangents, self.names)
+            else:
+                columns = certified.columns(cotangents, self.names, takes)
             if self._hides(index):  # which is learnt from its columns
-                yield from self._singly(batch, whole, index, n, first)
+                yield from self._singly(batch, X, index)
                 return
-            if columns is not None:
+            if not parts:
                 pieces.append(Piece(place, samples, columns, self._sizes))
                 continue
             for part in certified.parts(cotangents, self.names):
@@ -310,11 +307,9 @@ class Pass:
         if pieces:
             yield pieces
 
-    def _captured(
-        self, batch: int, whole: Any, index: Tensor, n: int
-    ) -> tuple[Any, Capture]:
-        """Return some samples of a batch of n, and a run of the net on them."""
-        risk = self._risk
+    def _captured(self, batch: int, whole: Any, index: Tensor) -> tuple[Any, Capture]:
+        """Return some samples of a batch, and a run of the net on them."""
+        risk, n = self._risk, self._risk.batch_sizes[batch]
         run = risk.kept.take_run(whole)
         if run is not None and len(index) == n:
             return run.X, Capture(risk, run.X, n, run)
@@ -328,12 +323,10 @@ class Pass:
         risk.check_outputs(batch, capture.output.detach(), differ, index)
         return X, capture
 
-    def _singly(
-        self, batch: int, whole: Any, index: Tensor, n: int, first: int
-    ) -> Iterator[list[Piece]]:
+    def _singly(self, batch: int, X: Any, index: Tensor) -> Iterator[list[Piece]]:
         """Make a piece of each sample."""
         for sample in index.split(1):
-            yield from self._pieces(batch, whole, sample, n, first)
+            yield from self._pieces(batch, X, sample)
 
     def _hides(self, index: Tensor) -> bool:
         """Whether weights have factors on one sample that they have not on several.
@@ -415,7 +408,8 @@ def _pair_all(
             total.add(left, right)
 
     begin, last = columns.samples
-    parts: Iterable[list[Piece]] = map(list, map(chain.from_iterable, columns.held()))
+    own = map(itertools.chain.from_iterable, columns.held())
+    parts: Iterable[list[Piece]] = map(list, own)
     if stored is not None:
         parts = [stored.pieces]
     if ranks.is_many:
