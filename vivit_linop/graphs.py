@@ -19,11 +19,7 @@ from torch.func import vmap
 
 
 def used_up(how: str) -> ValueError:
-    """The error for a graph that can be pulled back once only.
-
-    Args:
-        how: What a second backward pass does.
-    """
+    """The error for a graph of which a second backward pass fails, or does so."""
     return ValueError(
         f"model: a second backward pass through the same graph {how}. Hooks that "
         "remove themselves, and functions that free or change what they have saved, do "

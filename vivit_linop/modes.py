@@ -211,10 +211,7 @@ def as_guest(device: torch.device) -> Iterator[None]:
     caller on saved tensors make of it (:func:`recorded`).
 
     What of this is one for the process is set while any thread is inside, and put back
-    when the last one leaves.
-
-    Args:
-        device: Where the model is.
+    when the last one leaves. The device is that of the model.
 
     Raises:
         ValueError: Inside of a function that ``torch.func`` transforms, where ordinary

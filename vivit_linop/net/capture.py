@@ -85,14 +85,9 @@ class SampleSizes(NamedTuple):
 class Capture:
     """The uses of the parameters in one forward pass, with their graph.
 
-    Made and used inside of :func:`~vivit_linop.modes.as_guest`, which is entered once
-    for a pass over the data.
-
-    Args:
-        risk: The risk.
-        X: The input of n samples.
-        num_samples: n.
-        run: The run, if there was one on this input already.
+    Of an input X with n samples, of which there may have been a run already. Made and
+    used inside of :func:`~vivit_linop.modes.as_guest`, which is entered once for a pass
+    over the data.
 
     Attributes:
         output: The outputs, ``[n, C]``, with their graph.

@@ -89,12 +89,7 @@ class Piece:
         return total
 
     def rows(self, names: Sequence[str], out: Tensor) -> Tensor:
-        """Form the columns of some parameters, as rows side by side.
-
-        Args:
-            names: The parameters, d entries together.
-            out: Where to, ``[n·R, d]``.
-        """
+        """Form the columns of some parameters, as rows ``[n·R, d]`` side by side."""
         parts = out.split([self.sizes[name] for name in names], dim=1)
         for name, part in zip(names, parts, strict=True):
             if name in self.columns:
@@ -122,11 +117,7 @@ class Piece:
                 parts[name].zero_()
 
     def components(self, parts: Mapping[str, Tensor]) -> Tensor:
-        """Return the components along the columns, ``[K, n·R]``.
-
-        Args:
-            parts: By parameter, of K vectors, ``[K, numel]``.
-        """
+        """Return the components of K vectors, ``[K, numel]`` each, as ``[K, n·R]``."""
         some = next(iter(parts.values()))
         total = some.new_zeros(len(some), self.place.stop - self.place.start)
         for group in self.groups:

@@ -39,11 +39,7 @@ _OUT_OF_PLACE: dict[Callable[..., Any], Callable[..., Any]] = {
 
 
 def tangent_map(function: Callable[[Params], Tensor], theta: Params) -> TangentMap:
-    """Trace x ↦ J x at θ, with all that does not depend on x evaluated.
-
-    Returns:
-        A function of as many tensors as there are parameters.
-    """
+    """Trace x ↦ J x at θ, with all that does not depend on x evaluated."""
 
     def image(*tangents: Tensor) -> Tensor:
         named = dict(zip(theta, tangents, strict=True))

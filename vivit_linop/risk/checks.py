@@ -57,13 +57,7 @@ def apart(left: Tensor, right: Tensor) -> Tensor:
 
 @dataclass
 class Checked:
-    """A batch's outputs.
-
-    Attributes:
-        outputs: They, without a graph.
-        graph_bytes: What their graph takes.
-        run: The run that gave them, if it may serve as another.
-    """
+    """A batch's outputs without their graph, and the run if it may serve as another."""
 
     outputs: Tensor
     graph_bytes: int

@@ -15,15 +15,12 @@ from vivit_linop.net.columns.weighted import WeightedKhatriRao
 
 
 def sample_grams(left: LayerColumns, right: LayerColumns, memory: int) -> Tensor:
-    """Return the inner products of the columns of each sample with others of its own.
+    """Return the inner products of each sample's columns alone, ``[n, R, Q]``.
 
     Args:
         left: n·R columns.
         right: n·Q columns of the same parameter and the same samples.
         memory: The bytes that columns formed on the way may take.
-
-    Returns:
-        ``[n, R, Q]``.
     """
     if isinstance(left, KhatriRaoColumns) and isinstance(right, KhatriRaoColumns):
         if left.is_like(right):

@@ -89,11 +89,7 @@ class TransposedConvolutionColumns(KhatriRaoColumns):
         return KhatriRaoColumns(torch.cat(inputs, dim=-1), torch.cat(cotangents, -1))
 
     def by_outputs(self, entries: Tensor) -> Tensor:
-        """Arrange the entries of a weight, ``[in · out/G · k]``, by its outputs.
-
-        Returns:
-            ``[G, out/G, in/G·k]``.
-        """
+        """Arrange ``[in · out/G · k]`` entries of a weight, ``[G, out/G, in/G·k]``."""
         inputs, outputs = self._calls[0].arguments["weight_shape"][:2]
         by_inputs = entries.view(self._groups, inputs // self._groups, outputs, -1)
         return by_inputs.transpose(1, 2).flatten(2)

@@ -124,11 +124,7 @@ class Place(ABC):
 
 @dataclass(frozen=True)
 class Axis(Place):
-    """Along an axis of a tensor, one after the other.
-
-    Attributes:
-        axis: The axis.
-    """
+    """Along an axis of a tensor, one after the other."""
 
     axis: int
 

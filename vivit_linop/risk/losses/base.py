@@ -114,9 +114,6 @@ class OutputLoss(ABC):
     def of_several(self, tree: OutputTree) -> OutputLoss:
         """Return the loss of a model with several outputs, which come joined.
 
-        Args:
-            tree: What they were.
-
         Raises:
             TypeError: If the loss takes one tensor.
         """

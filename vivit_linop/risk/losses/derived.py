@@ -24,11 +24,7 @@ from vivit_linop.risk.model.outputs import OutputTree, Returned
 
 
 class LossOfAnother(OutputLoss):
-    """What is known of another loss holds of this one.
-
-    Attributes:
-        loss: The other one.
-    """
+    """What is known of another loss holds of this one."""
 
     def __init__(self, loss: OutputLoss) -> None:
         self.loss, self.tested, self.name = loss, loss.tested, loss.name

@@ -127,13 +127,9 @@ class Loss(nn.Module):
 
 
 class OwnLoss(AutogradLoss):
-    """What a :class:`Loss` is in output space.
+    """What a :class:`Loss` is in output space."""
 
-    Attributes:
-        looked_at: Whether it was asked if it is a likelihood.
-    """
-
-    looked_at = False
+    looked_at = False  # whether it was asked if it is a likelihood
 
     def __init__(self, loss: Loss) -> None:
         super().__init__(loss)

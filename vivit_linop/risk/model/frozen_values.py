@@ -25,9 +25,6 @@ class FrozenValues:
     constants. They are recorded in one evaluation, and put in their places in others.
     Not among them is what an ``autograd.Function`` does in its forward pass: its
     backward pass answers for that.
-
-    Attributes:
-        values: The values, in order.
     """
 
     def __init__(self) -> None:

@@ -396,11 +396,7 @@ class FunctionalModel:
             return self._private.copy({**buffers, **parameters})
 
     def cast(self, params: Params, X: Any, dtype: torch.dtype) -> tuple[Params, Any]:
-        """Return what outputs depend on in another precision, float32 or float64.
-
-        Returns:
-            Parameters with constants, and the input.
-        """
+        """Return parameters with constants, and the input, in another precision."""
         params = {
             name: in_precision(tensor, dtype)
             for name, tensor in {**self.constants, **params}.items()

@@ -24,11 +24,7 @@ from vivit_linop.risk.data.containers import described, leaves, map_leaves
 
 
 class RaggedOutputs(Exception):
-    """A net's samples have outputs of different shapes.
-
-    Args:
-        outputs: Those of each sample; or of all, item by item.
-    """
+    """Outputs of a net have different shapes: by sample, or of all, item by item."""
 
     def __init__(self, outputs: Sequence[Tensor] | Tensor) -> None:
         super().__init__("outputs of several shapes")

@@ -28,7 +28,7 @@ from torch.jit import ScriptModule
 from torch.nn.utils.rnn import PackedSequence
 
 from vivit_linop.checkpoints import RECOMPUTED
-from vivit_linop.devices import is_out_of_memory
+from vivit_linop.devices import is_out_of_memory, tolerated
 from vivit_linop.graphs import gradients
 from vivit_linop.modes import without_cudnn
 from vivit_linop.noise import Noise
@@ -125,17 +125,14 @@ class PrivateModule:
 
     def _constant(self, tensor: Tensor) -> Tensor:
         """Copy a tensor that is in no slot of the model's."""
-        try:
+        with tolerated(RuntimeError):
             constant = in_precision(tensor.detach().clone(), self._dtype)
+            self.constants.append(constant)
+            if not tensor.is_leaf:
+                self._stale[id(constant)] = constant
+            return constant
         # Left on the model by a transformation that has ended, and of no use.
-        except RuntimeError as error:
-            if is_out_of_memory(error):
-                raise
-            return tensor
-        self.constants.append(constant)
-        if not tensor.is_leaf:
-            self._stale[id(constant)] = constant
-        return constant
+        return tensor
 
     def is_copy_of(self, model: nn.Module, predict: Predict | None) -> bool:
         """Whether it is still what a copy would be, but for what is in slots."""

@@ -59,11 +59,7 @@ class Watch(TorchFunctionMode):
 
 
 class Replaced(Watch):
-    """Sees tensors of interest, and lets functions have others in their place.
-
-    Args:
-        instead: What stands for a tensor, by its identity.
-    """
+    """Sees tensors, by identity, and lets functions have others in their place."""
 
     def __init__(self, instead: Mapping[int, Tensor]) -> None:
         super().__init__(instead)
