@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.data import DataLoader, TensorDataset
 from torch.utils.flop_counter import FlopCounterMode
 
 import vivit_linop as vl
@@ -184,6 +185,34 @@ def test_modes_of_the_caller_change_nothing(name: str) -> None:
         torch.testing.assert_close(
             results[key], want, rtol=1e-5, atol=1e-6, msg=lambda m, k=key: f"{k}: {m}"
         )
+
+
+@pytest.mark.parametrize("data", ["vectors", "images", "a loader"])
+def test_subsets_are_taken_under_autocast(data: str) -> None:
+    """Sums over inputs, by which others are seen, are not those of rounded inputs."""
+    torch.manual_seed(0)
+    X, y = torch.randn(9, 3, 4, 4), torch.randn(9, 2)
+    net = nn.Sequential(nn.Conv2d(3, 2, 3), nn.Flatten(), nn.Linear(8, 2))
+    if data != "images":
+        X, net = (
+            X.flatten(1),
+            nn.Sequential(nn.Linear(48, 5), nn.Tanh(), nn.Linear(5, 2)),
+        )
+    given = TensorDataset(X, y)
+    batches = DataLoader(given, batch_size=4) if data == "a loader" else (X, y)
+    risk = vl.EmpiricalRisk(net, nn.MSELoss(), batches)
+    index = [0, 3, 8]
+    with MODES["autocast"]():
+        gradient = risk.subset(index).gradient()
+    exact = copy.deepcopy(net).double()
+    value = nn.functional.mse_loss(exact(X[index].double()), y[index].double())
+    expected = torch.autograd.grad(value, [*exact.parameters()])
+    torch.testing.assert_close(
+        gradient.double(),
+        torch.cat([part.flatten() for part in expected]),
+        rtol=1e-4,
+        atol=1e-6,
+    )
 
 
 class Cosh(nn.Module):

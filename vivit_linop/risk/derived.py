@@ -65,7 +65,7 @@ class DerivableRisk(Risk):
         parts: list[Batch] = []
         differ: list[Tensor] = []  # of batches, read at the end
         search = Search.known(self.samples) if self.batch_sizes else Search()
-        with self.ranks.together("subset"):
+        with self.ranks.together("subset"), ordinary_mode():
             if len(own):
                 batches, sizes = self._own_batches(differ), self.batch_sizes
                 parts = select_samples(batches, sizes, own.tolist(), self.samples)
