@@ -152,7 +152,13 @@ class Group(Ranks):
         part, shape, dtype, heights = self._part(local, inputs)
         if part is None:
             part = torch.zeros(0, *shape[1:], dtype=dtype, device=self._device)
-        return self._whole(part, heights)
+        padded = part.new_zeros(max(heights), *part.shape[1:])
+        padded[: len(part)] = part
+        every = [torch.empty_like(padded) for _ in heights]
+        with _explained():
+            dist.all_gather(every, padded, group=self._group)
+        pairs = zip(every, heights, strict=True)
+        return torch.cat([rows[:height] for rows, height in pairs])
 
     def led(self, compute: Callable[..., Result], *inputs: Any) -> Result:
         result: Any = None
@@ -221,16 +227,6 @@ class Group(Ranks):
         with _explained():
             dist.all_reduce(part, group=self._group)
         return part
-
-    def _whole(self, part: Tensor, heights: list[int]) -> Tensor:
-        """Return the rows of all ranks, from those of this one."""
-        padded = part.new_zeros(max(heights), *part.shape[1:])
-        padded[: len(part)] = part
-        every = [torch.empty_like(padded) for _ in heights]
-        with _explained():
-            dist.all_gather(every, padded, group=self._group)
-        pairs = zip(every, heights, strict=True)
-        return torch.cat([rows[:height] for rows, height in pairs])
 
     def to_leader(self, rows: Tensor) -> Tensor | None:
         """Send the rows of this rank's samples to the leader."""

@@ -154,7 +154,7 @@ def _check_form(model: FunctionalModel, where: str, output: Tensor, n: int) -> N
 
 def _check_dtypes(model: FunctionalModel, index: int, X: Any) -> None:
     """Raise an error if inputs are in another precision than the parameters."""
-    found = [leaf.dtype for leaf in leaves(X) if isinstance(leaf, Tensor)]
+    found = [leaf.dtype for leaf in leaves(X)]
     # Integers beside numbers in the right precision are indices.
     found.sort(key=lambda dtype: not dtype.is_floating_point)
     if found and model.dtype not in found:
