@@ -1,6 +1,7 @@
 """The Laplace evidence, its gradients in the prior, and posterior precisions."""
 
 import math
+import warnings
 from collections.abc import Callable
 
 import numpy as np
@@ -302,3 +303,35 @@ def test_numbers_for_parameters_or_for_entries() -> None:
     single = vl.EmpiricalRisk(nn.Linear(1, 1).double(), nn.MSELoss(), (data[1],) * 2)
     value = vl.log_marginal_likelihood(single, vl.GGN(single), numbers[:2])
     assert value.isfinite()
+
+
+@pytest.mark.parametrize(
+    ("loss", "share"),
+    [
+        (nn.CrossEntropyLoss(torch.tensor([2.0, 2.0]).double()), 0.5),
+        (nn.CrossEntropyLoss(ignore_index=1), 2.0),
+        (nn.BCEWithLogitsLoss(), 0.5),
+        (nn.CrossEntropyLoss(), 1.0),
+        (nn.CrossEntropyLoss(reduction="sum"), 1.0),
+        (nn.MSELoss(), 1.0),
+    ],
+)
+def test_a_mean_over_something_else_than_samples_is_told(
+    loss: nn.Module, share: float
+) -> None:
+    net = nn.Linear(3, 2, dtype=float64)
+    X, y = torch.rand(8, 3, dtype=float64), torch.arange(8) % 2
+    target = y if isinstance(loss, nn.CrossEntropyLoss) else torch.eye(2)[y].double()
+    of = vl.EmpiricalRisk(net, loss, (X, target))
+    asked: list[Callable[[], object]] = [
+        lambda: vl.Laplace(of),
+        lambda: vl.log_marginal_likelihood(of, vl.GGN(of), 1.0),
+        lambda: vl.posterior_precision(of, vl.GGN(of), 1.0),
+    ]
+    for ask in asked:
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            ask()
+        found = [str(each.message) for each in told]
+        assert len(found) == (share != 1.0)
+        assert all(f"L/r is {share:.3g} times" in each for each in found)

@@ -166,6 +166,42 @@ def test_other_likelihoods(reduction: str) -> None:
     assert close(vl.covariance(of).matrix, torch.linalg.inv(X.T @ (rates * X)))
 
 
+def test_a_mean_over_several_outputs_is_of_the_same_likelihood() -> None:
+    """As their sum is: a mean divides by N·C, or by weights of classes."""
+    generator = torch.Generator().manual_seed(0)
+    X = torch.randn(30, 3, generator=generator, dtype=float64)
+    net = nn.Linear(3, 2, bias=False, dtype=float64)
+    y = net(X).detach().exp()
+    variances = 0.1 + torch.rand(30, 2, generator=generator, dtype=float64)
+    classes = torch.arange(30) % 2
+    p = net(X).detach().softmax(1)[:, :1]
+    weights = torch.tensor([0.5, 3.0], dtype=float64)
+    cases = [
+        (nn.PoissonNLLLoss, {}, y, y),
+        (nn.GaussianNLLLoss, {}, torch.stack([y, variances], -1), 1 / variances),
+        (nn.CrossEntropyLoss, {"weight": weights, "ignore_index": 0}, classes, None),
+    ]
+    for kind, options, targets, curvature in cases:
+        for reduction in ("mean", "sum"):
+            loss = kind(reduction=reduction, **options)
+            if curvature is None:  # of the first class, by its logit alone
+                model = nn.Linear(3, 1, bias=False, dtype=float64)
+                model.weight = nn.Parameter(net.weight[:1] - net.weight[1:])
+                of = vl.EmpiricalRisk(
+                    model,
+                    loss,
+                    (X, targets),
+                    predict=lambda m, x: torch.cat([m(x), torch.zeros(len(x), 1)], 1),
+                )
+                h = 3.0 * (classes == 1)[:, None] * p * (1 - p)
+                expected = X.T @ (h * X)
+            else:
+                of = vl.EmpiricalRisk(net, loss, (X, targets))
+                blocks = [X.T @ (h[:, None] * X) for h in curvature.unbind(1)]
+                expected = torch.block_diag(*blocks)
+            assert close(vl.covariance(of).matrix, torch.linalg.inv(expected))
+
+
 def test_what_is_refused() -> None:
     with pytest.raises(ValueError, match=r"risk: its data determine \d+ of \d+"):
         vl.covariance(risk("mlp_ce_mean"))  # N R < D

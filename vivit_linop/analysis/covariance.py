@@ -69,9 +69,10 @@ def covariance(
     ``scipy.optimize.curve_fit``. With weights of samples, ``vl.losses.Weighted``, s²
     (JᵀW J)⁻¹ with s² = Σ w (f − y)² / (N·C − D), without samples of weight zero:
     ``curve_fit(…, sigma=σ)`` for w = 1/σ². Of any other negative log-likelihood with a
-    convex loss, (G/r)⁻¹, the inverse of the Fisher information of all samples (where
-    that is the GGN: for exponential families): with ``nn.GaussianNLLLoss`` and the
-    variances σ² as targets, ``curve_fit(…, sigma=σ, absolute_sigma=True)``.
+    convex loss, the inverse of the GGN of its sum, whatever a mean divides by: of the
+    Fisher information of all samples (for exponential families). With
+    ``nn.GaussianNLLLoss`` and the variances σ² as targets, ``curve_fit(…, sigma=σ,
+    absolute_sigma=True)``.
 
     J is factorised by Householder reflections, some samples at a time, so that its
     condition number is not squared; memory is two D × D matrices in float64. One pass
@@ -112,8 +113,8 @@ def covariance(
     unit = torch.eye(D, dtype=R.dtype, device=R.device)
     inverse = torch.linalg.solve_triangular(R, unit, upper=True)
     matrix = inverse @ inverse.T
-    # Of squares, G = 2 · scale · JᵀW J.
-    matrix *= 2.0 * risk.scale if squares else risk.reduction_factor
+    # Of squares, G = 2 · scale · JᵀW J. A mean may divide by more than N.
+    matrix *= 2.0 * risk.scale if squares else risk.scale
     if squares and not absolute_sigma:
         matrix *= _residual_variance(risk)
     return ParameterCovariance(matrix.to(risk.dtype), risk)

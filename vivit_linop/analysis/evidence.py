@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Any, TypeAlias
 
@@ -18,6 +19,8 @@ from vivit_linop.operators.damped import Damped, DiagonallyDamped
 from vivit_linop.operators.lowrank import LowRank
 from vivit_linop.operators.verbs import add, damp, eigvalsh, logdet, scale
 from vivit_linop.risk.empirical import EmpiricalRisk, check_risk
+from vivit_linop.risk.losses.derived import without_items_and_weights
+from vivit_linop.risk.losses.elementwise import SquaredError
 
 PriorPrecision: TypeAlias = float | Tensor | Mapping[str, float | Tensor]
 """A number, one a parameter (in order, or by name), or one an entry, ``[D]``."""
@@ -42,9 +45,10 @@ def log_marginal_likelihood(
     ``nn.CrossEntropyLoss``; ``nn.MSELoss``, a mean over C outputs, is that of Gaussians
     with variance C/2, less the constant C/2 log(π C) a sample. ``nn.GaussianNLLLoss``
     has the variances of the targets, and leaves out C/2 log 2π unless ``full=True``.
-    Class weights and ignored targets enter a mean's divisor, and so ℓ_n: for their
-    likelihood take ``reduction="sum"``. For other temperatures scale loss and
-    curvature.
+    Where a mean of another loss divides by something else than N (several outputs or
+    positions of a sample, class weights, ignored targets), L/r is so much more or less
+    than a likelihood's, and a warning says so: take ``reduction="sum"``. For other
+    temperatures scale loss and curvature.
 
     θ is where the risk was built; the approximation is meant for a minimum of
     L/r + ½ θᵀPθ. Gradients reach P, not θ and the data. Costs log det(A/r + P): of a
@@ -194,6 +198,7 @@ def _checked(
 ) -> Tensor:
     """Return the diagonal of P as a scalar, or ``[D]``; check what belongs together."""
     check_risk(risk)
+    _warn_unless_likelihood(risk)
     D = risk.num_params
     with risk.ranks.together("prior_precision") as ballot:
         check_square(curvature, D, "curvature")
@@ -205,6 +210,20 @@ def _checked(
             )
         ballot.given = (precision,)
     return precision
+
+
+def _warn_unless_likelihood(risk: EmpiricalRisk) -> None:
+    """Warn of a mean over something else than samples; of squares it is a variance."""
+    share = risk.scale / risk.reduction_factor
+    squares = isinstance(without_items_and_weights(risk.loss), SquaredError)
+    if not squares and abs(share - 1.0) > 1e-6:
+        warnings.warn(
+            f"risk: its loss, a mean, divides by {1.0 / risk.scale:.6g}, and there are "
+            f"{risk.num_samples} samples. So L/r is {share:.3g} times the negative "
+            "log-likelihood of the data, and posterior and evidence are those of this. "
+            "For the likelihood give the loss reduction='sum'.",
+            stacklevel=5,
+        )
 
 
 def prior_entries(risk: EmpiricalRisk, given: PriorPrecision) -> Tensor:
