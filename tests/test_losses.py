@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+from functools import partial
 from typing import Any
 
 import pytest
@@ -106,6 +109,17 @@ def test_losses_of_torch(loss: Any, last: Any, y: Tensor, function: Any) -> None
             nn.BCEWithLogitsLoss(),
             torch.eye(4)[:, :3].double(),
         ),
+        (
+            partial(F.cross_entropy, weight=WEIGHTS, label_smoothing=0.1),
+            nn.CrossEntropyLoss(WEIGHTS, label_smoothing=0.1),
+            torch.tensor([0, 2, 1, -100]),
+        ),
+        (
+            partial(F.binary_cross_entropy_with_logits, pos_weight=WEIGHTS),
+            nn.BCEWithLogitsLoss(pos_weight=WEIGHTS),
+            torch.eye(4)[:, :3].double(),
+        ),
+        (F.poisson_nll_loss, nn.PoissonNLLLoss(), torch.eye(4)[:, :3].double()),
     ],
 )
 @pytest.mark.parametrize("weighted", [False, True])
@@ -127,6 +141,96 @@ def test_functions_of_torch_are_their_modules(
     assert vl.GGNFactor(risk).width == vl.GGNFactor(same).width
     with pytest.raises(ValueError, match="'sum' was given"):
         vl.EmpiricalRisk(net, function, (X, y), reduction="sum")
+
+
+@pytest.mark.parametrize(
+    ("function", "module", "y"),
+    [
+        (F.l1_loss, nn.L1Loss(), PROBABILITIES),
+        (partial(F.huber_loss, delta=0.3), nn.HuberLoss(delta=0.3), PROBABILITIES),
+        (F.smooth_l1_loss, nn.SmoothL1Loss(), PROBABILITIES),
+        (F.soft_margin_loss, nn.SoftMarginLoss(), SIGNS),
+        (F.hinge_embedding_loss, nn.HingeEmbeddingLoss(), SIGNS),
+        (
+            F.multilabel_soft_margin_loss,
+            nn.MultiLabelSoftMarginLoss(),
+            SIGNS.clamp(min=0),
+        ),
+        (
+            partial(F.multi_margin_loss, p=2, weight=WEIGHTS, reduction="sum"),
+            nn.MultiMarginLoss(2, weight=WEIGHTS, reduction="sum"),
+            LABELS,
+        ),
+        (torch.compile(nn.MSELoss(), backend="aot_eager"), nn.MSELoss(), SIGNS),
+    ],
+)
+def test_functions_without_a_likelihood_are_their_modules(
+    function: Any, module: nn.Module, y: Tensor
+) -> None:
+    """Also where torch's own have no second derivatives; and they travel."""
+    X, net = torch.rand(4, 2).double(), nn.Linear(2, 3).double()
+    risk, same = (vl.EmpiricalRisk(net, loss, (X, y)) for loss in (function, module))
+    torch.testing.assert_close(risk.value(), function(net(X), y).detach())
+    G = vl.GGN(same).to_dense()
+    for other in (risk, pickle.loads(pickle.dumps(risk))):
+        assert torch.equal(vl.GGN(other).to_dense(), G)
+        assert torch.equal(other.gradient(), same.gradient())
+
+
+def test_options_that_only_a_function_has() -> None:
+    """It stays a function."""
+    X, y, net = torch.rand(4, 2), torch.rand(4, 3), nn.Linear(2, 3)
+    loss = partial(F.huber_loss, weight=None)
+    risk = vl.EmpiricalRisk(net, loss, (X, y), reduction="mean")
+    torch.testing.assert_close(risk.value(), loss(net(X), y).detach())
+
+
+@pytest.mark.parametrize(
+    ("loss", "last", "signs"),
+    [
+        (nn.MSELoss(), None, False),
+        (nn.L1Loss(), None, False),
+        (nn.BCELoss(), SIGMOID, False),
+        (nn.SoftMarginLoss(), None, True),
+        (nn.HingeEmbeddingLoss(), None, True),
+        (vl.losses.Weighted(nn.BCELoss()), SIGMOID, False),
+    ],
+)
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_means_are_over_all_entries_of_batches_of_several_widths(
+    loss: Any, last: Any, signs: bool, reduction: str
+) -> None:
+    loss = copy.deepcopy(loss)
+    weighted = isinstance(loss, vl.losses.Weighted)
+    plain = loss.loss if weighted else loss
+    plain.reduction = loss.reduction = reduction
+    net = nn.Sequential(nn.Linear(4, 1), nn.Flatten(1), *([last] if last else []))
+    net, params = net.double(), list(net.parameters())
+    X = [torch.randn(3, 5, 4).double(), torch.randn(2, 2, 4).double()]
+    y = [torch.rand(x.shape[:2]).double() for x in X]
+    y = [(2.0 * each - 1).sign() for each in y] if signs else y
+    ones = [torch.ones(len(x)).double() for x in X]
+    data = list(zip(X, zip(y, ones, strict=True) if weighted else y, strict=True))
+    of = vl.EmpiricalRisk(net, loss, data)
+    f, target = (torch.cat([t.flatten() for t in parts]) for parts in (map(net, X), y))
+    value = plain(f, target)
+    torch.testing.assert_close(of.value(), value.detach())
+    gradient = torch.autograd.grad(value, params, retain_graph=True)
+    torch.testing.assert_close(of.gradient(), of.flatten(gradient))
+    rows = [of.flatten(torch.autograd.grad(c, params, retain_graph=True)) for c in f]
+    J = torch.stack(rows)
+    H = torch.autograd.functional.hessian(lambda f: plain(f, target), f.detach())
+    torch.testing.assert_close(vl.GGN(of).to_dense(), J.T @ H @ J)
+
+
+def test_rows_of_labels_of_several_numbers() -> None:
+    """A mean over rows of a mean over labels."""
+    net, loss = nn.Linear(4, 3).double(), nn.MultiLabelSoftMarginLoss()
+    X = [torch.randn(3, 5, 4).double(), torch.randn(2, 2, 4).double()]
+    y = [(torch.rand(*x.shape[:2], 3) > 0.5).double() for x in X]
+    of = vl.EmpiricalRisk(net, loss, list(zip(X, y, strict=True)))
+    f, target = (torch.cat([t.flatten(0, 1) for t in each]) for each in (X, y))
+    torch.testing.assert_close(of.value(), loss(net(f), target).detach())
 
 
 TEACHER = nn.Linear(4, 3).double()

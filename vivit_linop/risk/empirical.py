@@ -52,8 +52,8 @@ class EmpiricalRisk(DerivableRisk):
         loss: A loss of torch with a closed-form Hessian: ``nn.MSELoss``,
             ``nn.CrossEntropyLoss``, ``nn.NLLLoss``, ``nn.BCEWithLogitsLoss``,
             ``nn.GaussianNLLLoss``, ``nn.PoissonNLLLoss``, ``nn.HuberLoss``,
-            ``nn.SmoothL1Loss``, ``nn.KLDivLoss``, or ``F.cross_entropy``,
-            ``F.mse_loss`` and ``F.binary_cross_entropy_with_logits``; any callable
+            ``nn.SmoothL1Loss``, ``nn.KLDivLoss``, or a function such as
+            ``F.cross_entropy``, with options by ``functools.partial``; any callable
             ``(output, target) -> scalar`` that is a mean or sum over samples (Hessians
             by autograd); a :class:`vivit_linop.Loss`, which says more of it, or a
             :class:`vivit_linop.losses.Weighted` one. Classes are axis 1, as in torch.

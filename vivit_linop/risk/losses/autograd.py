@@ -21,11 +21,14 @@ class AutogradLoss(OutputLoss):
     """A function, with derivatives by autograd.
 
     Args:
-        function: ``(output, target) -> scalar``, a mean or a sum over samples.
+        function: ``(output, target) -> scalar``, a mean or a sum.
+        count: Of how many a mean over outputs is; by default one over samples.
     """
 
-    def __init__(self, function: LossCallable) -> None:
-        self.function = function
+    def __init__(
+        self, function: LossCallable, count: Callable[[Tensor], int] = len
+    ) -> None:
+        self.function, self._count = function, count
         self._parameters: Sequence[Tensor] | None = None
         self._own: Sequence[Tensor] = ()
         self._memory = ForeignMemory()
@@ -67,8 +70,12 @@ class AutogradLoss(OutputLoss):
 
     def total(self, output: Tensor, target: Tensor) -> Tensor:
         self.check_memory()
-        factor = len(output) if self.reduction == "mean" else 1
+        factor = self._count(output) if self.reduction == "mean" else 1
         return factor * self.function(self.as_returned(output), target).reshape(())
+
+    def weight(self, output: Tensor, target: Tensor) -> Tensor:
+        """Of how many its mean is."""
+        return output.new_tensor(self._count(output))
 
     def _look_outside(self, output: Tensor, target: Tensor) -> None:
         """Find what the loss uses beside outputs and targets, once."""

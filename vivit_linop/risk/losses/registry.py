@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
+from functools import partial
 from types import FunctionType
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from vivit_linop.arguments import check_choice
 from vivit_linop.graphs import leaves_of
 from vivit_linop.risk.losses.autograd import (
     AutogradLoss,
-    LossCallable,
     parts_of,
     uses_parameters,
 )
@@ -43,6 +45,12 @@ from vivit_linop.risk.model.copies import (
 Builder = Callable[[Any], OutputLoss]
 _Builder = TypeVar("_Builder", bound=Builder)
 
+
+def _rows(output: Tensor) -> int:
+    """How many rows of classes outputs have."""
+    return output[..., 0].numel()
+
+
 _BUILDERS: dict[type, Builder] = {
     Loss: OwnLoss,
     nn.MSELoss: lambda loss: SquaredError(),
@@ -58,15 +66,31 @@ _BUILDERS: dict[type, Builder] = {
     nn.KLDivLoss: lambda loss: KullbackLeibler(
         loss.log_target, loss.reduction == "batchmean"
     ),
+    # Means over entries, which batches may have in several numbers a sample.
+    **dict.fromkeys(
+        (nn.L1Loss, nn.BCELoss, nn.SoftMarginLoss, nn.HingeEmbeddingLoss),
+        partial(AutogradLoss, count=Tensor.numel),
+    ),
+    nn.MultiLabelSoftMarginLoss: partial(AutogradLoss, count=_rows),
     # Torch's own has no second derivative.
-    nn.MultiMarginLoss: lambda loss: AutogradLoss(_multi_margin(loss)),
+    nn.MultiMarginLoss: lambda loss: AutogradLoss(partial(_multi_margin, loss)),
 }
 
-# Functions that are what a module is without options, in every respect.
+# Functions that are what a module is, in every respect, with the same options. Of
+# log-probabilities a function is linear, where the module is a likelihood.
 _FUNCTIONS: dict[Any, type[nn.Module]] = {
-    nn.functional.mse_loss: nn.MSELoss,
-    nn.functional.cross_entropy: nn.CrossEntropyLoss,
-    nn.functional.binary_cross_entropy_with_logits: nn.BCEWithLogitsLoss,
+    F.mse_loss: nn.MSELoss,
+    F.cross_entropy: nn.CrossEntropyLoss,
+    F.binary_cross_entropy_with_logits: nn.BCEWithLogitsLoss,
+    F.binary_cross_entropy: nn.BCELoss,
+    F.hinge_embedding_loss: nn.HingeEmbeddingLoss,
+    F.huber_loss: nn.HuberLoss,
+    F.l1_loss: nn.L1Loss,
+    F.multi_margin_loss: nn.MultiMarginLoss,
+    F.multilabel_soft_margin_loss: nn.MultiLabelSoftMarginLoss,
+    F.poisson_nll_loss: nn.PoissonNLLLoss,
+    F.smooth_l1_loss: nn.SmoothL1Loss,
+    F.soft_margin_loss: nn.SoftMarginLoss,
 }
 
 
@@ -152,9 +176,22 @@ def as_output_loss(
 
 
 def as_module(loss: Any) -> Any:
-    """Return the module that a function of torch is, other losses as they are."""
-    known = isinstance(loss, FunctionType) and loss in _FUNCTIONS
-    return _FUNCTIONS[loss]() if known else loss
+    """Return the module that a function of torch is, other losses as they are.
+
+    Also of one with options, by ``functools.partial``. Compiled losses have no second
+    derivatives: it is what was compiled.
+    """
+    while isinstance(getattr(loss, "_orig_mod", None), nn.Module):
+        loss = loss._orig_mod
+    function, options = loss, dict[str, Any]()
+    if type(loss) is partial and not loss.args:
+        function, options = loss.func, loss.keywords
+    if not isinstance(function, FunctionType) or function not in _FUNCTIONS:
+        return loss
+    module = _FUNCTIONS[function]
+    # Functions have more options than modules.
+    known = options.keys() <= inspect.signature(module).parameters.keys()
+    return module(**options) if known else loss
 
 
 def built(loss: Any, reduction: str) -> OutputLoss:
@@ -260,19 +297,15 @@ _SEVERAL_INPUTS: dict[type, str] = {
 }
 
 
-def _multi_margin(loss: nn.MultiMarginLoss) -> LossCallable:
+def _multi_margin(loss: nn.MultiMarginLoss, output: Tensor, target: Tensor) -> Tensor:
     """``nn.MultiMarginLoss``: Σ_{i≠y} w_y max(0, m − f_y + f_i)^p / C."""
-
-    def function(output: Tensor, target: Tensor) -> Tensor:
-        own = target.unsqueeze(1)
-        violation = (loss.margin + output - output.gather(1, own)).clamp(min=0.0)
-        violation = violation.scatter(1, own, 0.0) ** loss.p
-        if loss.weight is not None:
-            violation = violation * loss.weight.to(output)[own]
-        losses = violation.mean(1)
-        return losses.mean() if loss.reduction == "mean" else losses.sum()
-
-    return function
+    own = target.unsqueeze(1)
+    violation = (loss.margin + output - output.gather(1, own)).clamp(min=0.0)
+    violation = violation.scatter(1, own, 0.0) ** loss.p
+    if loss.weight is not None:
+        violation = violation * loss.weight.to(output)[own]
+    losses = violation.mean(1)
+    return losses.mean() if loss.reduction == "mean" else losses.sum()
 
 
 def _name(loss: Any) -> str:
