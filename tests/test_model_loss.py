@@ -164,6 +164,28 @@ def test_losses_that_are_not_known() -> None:
         vl.EmpiricalRisk(Changing("classes").double(), "model", batches)
 
 
+class Balanced(Language):
+    """With a small term beside, as mixtures of experts have."""
+
+    share = 1e-3
+
+    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        beside = logits.logsumexp(-1).square().mean()
+        return super().loss(logits, labels) + self.share * beside
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("share", [1e-3, 1e-4])
+def test_a_small_term_beside_is_another_loss(dtype: torch.dtype, share: float) -> None:
+    net = Balanced("classes").to(dtype)
+    net.share = share
+    with pytest.raises(ValueError, match=r"loss: that of the model.*Give the loss"):
+        vl.EmpiricalRisk(net, "model", batch_of("classes"))
+    net.share = 0.0
+    found = vl.EmpiricalRisk(net, "model", batch_of("classes", 200)).value()
+    assert found.dtype == dtype
+
+
 def test_what_is_no_model_with_a_loss() -> None:
     batch = batch_of("classes")
     with pytest.raises(TypeError, match=r"\.loss and \.logits"):
