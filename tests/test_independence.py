@@ -62,6 +62,29 @@ def test_mixing(name: str, fixed: bool, n: int) -> None:
         build(forward, (X[:n], Y[:n]))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("fill", [-1e9, torch.finfo(torch.float32).min])
+@pytest.mark.parametrize("by_sample", [False, True])
+def test_mixing_beside_masked_logits(
+    by_sample: bool, fill: float, dtype: torch.dtype
+) -> None:
+    """What is filled in says nothing of how large the other logits are."""
+    X, y = torch.rand(12, 4, dtype=dtype), torch.arange(12) % 2
+    last = torch.arange(3) == 2
+    for mix, refused in ((MIXING["mean"], True), (lambda h: h, False)):
+
+        def forward(m: Any, x: Tensor, mix: Any = mix) -> Tensor:
+            mask = last & (x[:, :1] > 0.5) if by_sample else last
+            return mix(m.f(x)).masked_fill(mask, fill)
+
+        model = Lambda(forward, f=net()).to(dtype)
+        if not refused:
+            assert vl.EmpiricalRisk(model, CE, (X, y)).value().isfinite()
+            continue
+        with pytest.raises(ValueError, match="depend on the other samples"):
+            vl.EmpiricalRisk(model, CE, (X, y))
+
+
 @pytest.mark.parametrize("scale", [1.0, 1e-4])
 def test_mixing_in_single_precision(scale: float) -> None:
     """Also where outputs are small."""

@@ -135,7 +135,9 @@ class Risk(ParameterVectors):
 
     def _normalise(self, total: Tensor, weight: Tensor) -> None:
         """Divide by what the reduction says, from Σ ℓ and the weights of this rank."""
-        total, weight = self.ranks.total(torch.stack([total, weight])).unbind()
+        if self.ranks.is_many:
+            both = torch.stack([total, weight]).to(self.device)
+            total, weight = self.ranks.total(both).unbind()
         # Together, since the host waits for the device to read them.
         known = [total, weight.to(total)]
         if not self.model.is_finite:

@@ -48,11 +48,12 @@ def apart(left: Tensor, right: Tensor) -> Tensor:
     """How far outputs of one shape are apart, in proportion to their size.
 
     Outputs may be differences of terms of about 1. Where these round to √ε, they are
-    believed to have no size below that.
+    believed to have no size below that. What is the same to the last digit has no part
+    in it: logits that are masked by −1e9 would hide what becomes of all others.
     """
-    left, right = left.detach(), right.detach()
-    eps = torch.finfo(left.dtype).eps
-    return largest(left - right) / (largest(right) + eps**0.5)
+    off, right = left.detach() - right.detach(), right.detach()
+    eps = torch.finfo(right.dtype).eps
+    return largest(off) / (largest(right * off.bool()) + eps**0.5)
 
 
 @dataclass

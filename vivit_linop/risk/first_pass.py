@@ -81,7 +81,8 @@ def _evaluate(
     check: bool,
     fingerprints: list[bytes] | None,
 ) -> Seen:
-    zero = torch.zeros((), dtype=model.dtype, device=model.device)
+    # Of no samples, and not for a GPU to be told.
+    zero = torch.zeros((), dtype=model.dtype, device="cpu")
     seen = Seen(loss, zero, zero)
     example: tuple[Any, Tensor] | None = None
     shapes = set[tuple[torch.Size, ...]]()
@@ -97,8 +98,11 @@ def _evaluate(
             example = X, output
         check_loss(seen.loss, *_with_previous(seen, output, y), check)
         with torch.no_grad():
-            seen.total = seen.total + seen.loss.total(output, y)
-            seen.weight = seen.weight + seen.loss.weight(output, y)
+            total, weight = (
+                of(output, y) for of in (seen.loss.total, seen.loss.weight)
+            )
+        seen.total = seen.total + total if seen.outputs else total
+        seen.weight = seen.weight + weight if seen.outputs else weight
         seen.outputs.append(output)
         seen.graph_bytes.append(checked.graph_bytes)
         # Nobody else has it, so that it goes before the next batch is evaluated.
