@@ -1,6 +1,5 @@
 """Losses that cannot be differentiated or summed are refused, by name."""
 
-import functools
 from typing import Any
 
 import pytest
@@ -74,7 +73,10 @@ def test_losses_that_mix_samples(N: int) -> None:
         refused("loss", risk_of(loss=loss, data=data, reduction=reduction), ValueError)
     # Divided by the weights of the batch's classes: a mean of another kind.
     weights = torch.tensor([1.0, 2.0, 7.0]).double()
-    weighted = functools.partial(F.cross_entropy, weight=weights)
+
+    def weighted(output: Tensor, target: Tensor) -> Tensor:
+        return F.cross_entropy(output, target, weight=weights)
+
     y = torch.tensor([0, 2, 1, 0, 0, 2])
     for data in ((X, y), [(x[None], k[None]) for x, k in zip(X, y, strict=True)]):
         refused("loss", risk_of(net(), weighted, data, reduction="mean"), ValueError)
@@ -309,3 +311,61 @@ def test_divergences_of_what_are_no_log_probabilities() -> None:
     refused("loss", risk_of(loss=nn.KLDivLoss(), data=data), says="log_softmax")
     refused("data", risk_of(loss=nn.KLDivLoss(), data=(X, TARGETS)))
     refused("data", risk_of(loss=nn.KLDivLoss(), data=(X, CLASSES)), says="NLLLoss")
+
+
+class Unsteady(nn.Module):
+    """Another function in each call."""
+
+    reduction = "mean"
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind, self.calls = kind, 0
+        self.register_buffer("centre", torch.zeros(3).double())
+
+    def forward(self, output: Tensor, target: Tensor) -> Tensor:
+        self.calls += 1
+        if self.kind == "draws":
+            output = F.dropout(output, 0.5)
+        elif self.kind == "counts":
+            output = min(1.0, self.calls / 1000) * output
+        else:
+            self.centre.mul_(0.9).add_(0.1)
+            output = output - self.centre
+        return squares(output, target)
+
+
+@pytest.mark.parametrize("kind", ["draws", "counts", "keeps"])
+@pytest.mark.parametrize("N", [1, 4])
+def test_losses_that_are_no_function(kind: str, N: int) -> None:
+    """Of one sample as of several."""
+    refused(
+        "loss",
+        risk_of(loss=Unsteady(kind), data=(X[:N], TARGETS[:N])),
+        ValueError,
+        "another value when it is called again",
+    )
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda f, y: (f - y).abs().sqrt().sum(),
+        lambda f, y: (f - y).norm(dim=1).sum(),
+        lambda f, y: (f - y).abs().pow(1.5).sum(),
+        vl.Loss(lambda f, y: (f - y).abs().pow(1.5), reduction="sum", coupled="none"),
+    ],
+)
+def test_losses_with_derivatives_that_are_none(loss: Any) -> None:
+    """At one sample, where a net has its target."""
+    model, y = net().double(), TARGETS.clone()
+    y[2] = model(X)[2].detach()
+    reduction = None if isinstance(loss, vl.Loss) else "sum"
+    risk = vl.EmpiricalRisk(model, loss, [(X, y)], reduction=reduction)
+    for kind in (vl.GGN, vl.LossHessian, vl.Hessian):
+        refused(
+            "loss", lambda kind=kind: kind(risk), ValueError, "NaN or Inf, at sample 2"
+        )
+    y[2] += 0.1
+    risk = vl.EmpiricalRisk(model, loss, [(X, y)], reduction=reduction)
+    assert vl.GGN(risk).trace().isfinite()

@@ -254,6 +254,10 @@ def test_several_outputs_that_are_refused() -> None:
                 (X, y),
                 predict=lambda model, x, extra=extra: (model(x)[0], extra),
             )
+    # Torch would broadcast.
+    for other in (y[:, :1], y[:, 0], y[:, None]):
+        with pytest.raises(ValueError, match=r"data: GaussianNLLLoss needs targets"):
+            vl.EmpiricalRisk(model, nn.GaussianNLLLoss(), [(X[:2], other[:2])])
     with pytest.raises(ValueError, match="KFRA"):
         vl.KFRA(vl.EmpiricalRisk(model, nn.GaussianNLLLoss(), (X, y)))
     joined = vl.EmpiricalRisk(

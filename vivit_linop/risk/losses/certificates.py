@@ -95,6 +95,7 @@ def certify_curvature(loss: OutputLoss, output: Tensor, target: Tensor) -> None:
     """
     if loss.tested:
         return
+    _check_finite(loss, output, target)
     wrong = _surely_refuted(loss, output, target)
     if wrong.any():
         sample = int(wrong.nonzero()[0])
@@ -117,6 +118,20 @@ def certify_curvature(loss: OutputLoss, output: Tensor, target: Tensor) -> None:
         by_products = OutputLoss.hessian_diagonal(loss, *first)
         found = loss.hessian_diagonal(*first)
         _compare(loss, "hessian_diagonal", found, by_products, "by hessian_product")
+
+
+def _check_finite(loss: OutputLoss, output: Tensor, target: Tensor) -> None:
+    """Raise a ``ValueError`` if a sample has derivatives that are none."""
+    x = Noise().like(loss.channels(output)).unsqueeze(-1)
+    slopes = loss.gradient(output, target), loss.hessian_product(output, target, x)
+    bad = sum(~t.isfinite().reshape(len(output), -1).all(1) for t in slopes)
+    if isinstance(bad, Tensor) and bad.any():
+        raise ValueError(
+            f"loss: {loss.name} has derivatives that are NaN or Inf, at sample "
+            f"{int(bad.nonzero()[0])} of its batch, as roots, norms and logarithms "
+            "have them at zero. Write it such that it has none: with a small number "
+            "added below the root, or with torch.xlogy."
+        )
 
 
 def certified_sqrt(loss: OutputLoss, output: Tensor, target: Tensor) -> Tensor:
@@ -228,6 +243,14 @@ def _compare(
 def _check_is_a_sum(loss: OutputLoss, output: Tensor, target: Tensor) -> None:
     """Raise a ``ValueError`` if the loss is no sum of losses of samples."""
     whole = loss.total(output, target)
+    again = loss.total(output, target)
+    if (again - whole).abs() > torch.finfo(output.dtype).eps ** 0.5 * whole.abs():
+        raise ValueError(
+            f"loss: {loss.name} has another value when it is called again, "
+            f"{float(again):.6g} after {float(whole):.6g}, so it is not one function. "
+            "Look for random numbers, and for what it counts or keeps from call to "
+            "call."
+        )
     index = torch.arange(len(output), device=output.device)
     # Two ways to split: neighbours apart, then together.
     for mask in (index % 2 == 0, index < (len(output) + 1) // 2):

@@ -212,6 +212,7 @@ class GaussianNLL(ElementwiseLoss):
     def of_both(self, output: Any, target: Tensor) -> Tensor:
         """The losses of outputs (mean, variance), entry by entry."""
         mean, variance = leaves(output)
+        check_same_shape(mean, target, self.name)
         return F.gaussian_nll_loss(
             mean, target, variance, full=self.full, eps=self.eps, reduction="none"
         )
