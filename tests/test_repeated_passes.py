@@ -242,3 +242,39 @@ def test_inputs_in_less_than_the_precision_of_sums(dtype: torch.dtype) -> None:
     for ask in (ASKED["diagonal"], ASKED["subset"], ASKED["at"]):
         with pytest.raises(ValueError, match=r"^data: .* not what (it was|they were)"):
             ask(risk)
+
+
+class Bag(nn.Module):
+    """Of the entries of a sparse row, whose columns are too many to be written out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.e, self.o = nn.Embedding(7, 5), nn.Linear(5, 3)
+
+    def forward(self, X: Tensor) -> Tensor:
+        X = X.to_sparse_coo().coalesce()
+        rows, columns = X.indices()
+        values = self.e(columns % 7) * X.values().unsqueeze(1)
+        h = torch.zeros(len(X), 5, dtype=values.dtype).index_add(0, rows, values)
+        return self.o(torch.tanh(h))
+
+
+@pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr])
+@pytest.mark.parametrize("columns", [9, 10**12])
+def test_sparse_inputs_are_not_written_out(columns: int, layout: torch.layout) -> None:
+    places = torch.tensor([[0, 0, 1, 2, 4, 5], [3, 8, 1, 7, 8, 0]])
+    places[1] *= columns // 9
+    values = torch.rand(6, dtype=torch.float64)
+    X = torch.sparse_coo_tensor(places, values, (6, columns)).coalesce()
+    X = X.to_sparse(layout=layout) if layout != X.layout else X
+    net, y = Bag().double(), torch.randint(3, (6,))
+    risk = vl.EmpiricalRisk(net, nn.CrossEntropyLoss(), [(X, y)])
+    params = list(net.parameters())
+    gradient = torch.autograd.grad(nn.CrossEntropyLoss()(net(X), y), params)
+    torch.testing.assert_close(risk.gradient(), risk.flatten(gradient))
+    for ask in ASKED.values():
+        ask(risk)
+    X.values().mul_(1.01)
+    for ask in ASKED.values():
+        with pytest.raises(ValueError, match=r"^data: .* not what (it was|they were)"):
+            ask(vl.EmpiricalRisk.at(risk, risk.flatten(risk.params)))

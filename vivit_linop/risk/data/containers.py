@@ -98,6 +98,17 @@ def is_leaf(value: Any) -> bool:
     return isinstance(value, Tensor) and not value.is_nested
 
 
+def strided_parts(tensor: Tensor) -> tuple[Tensor, ...]:
+    """Return what a sparse tensor consists of; of any other, itself."""
+    if tensor.layout == torch.sparse_coo:
+        return tensor._indices(), tensor._values()
+    if tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
+        return tensor.crow_indices(), tensor.col_indices(), tensor.values()
+    if tensor.layout in (torch.sparse_csc, torch.sparse_bsc):
+        return tensor.ccol_indices(), tensor.row_indices(), tensor.values()
+    return (tensor,)
+
+
 @opened.register(list | collections.deque)
 def opened_list(value: Any) -> Opened:
     """Also of a subclass, which keeps its attributes."""

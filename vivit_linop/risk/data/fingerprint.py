@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from vivit_linop.risk.data.batches import Batch, some_targets
-from vivit_linop.risk.data.containers import leaves
+from vivit_linop.risk.data.containers import leaves, strided_parts
 from vivit_linop.risk.data.sample_search import Search
 from vivit_linop.risk.data.samples import has_entries
 
@@ -29,7 +29,8 @@ def of_batch(batch: Any) -> bytes:
             digest.update(_entries(leaf))
             continue
         digest.update(f"{leaf.dtype}{list(leaf.shape)}".encode())
-        digest.update(_contents(leaf))
+        for part in strided_parts(leaf):
+            digest.update(_contents(part))
     return digest.digest()
 
 
@@ -67,20 +68,24 @@ def of_samples(batches: Iterable[Batch], search: Search) -> tuple[bytes, list[by
             for leaf, numbered in tensors:
                 shape = leaf.shape[1:] if numbered else leaf.shape
                 common.update(f"{leaf.dtype}{list(shape)}{numbered}".encode())
-                if not numbered:
-                    common.update(_contents(leaf))
+                for own in () if numbered else strided_parts(leaf):
+                    common.update(_contents(own))
         digests += _of_each([leaf for leaf, numbered in tensors if numbered])
     return (common.digest() if digests else b""), digests
 
 
 def _of_each(leaves: Sequence[Tensor]) -> Iterator[bytes]:
     """Yield a digest of each row of tensors, whose first axis is as long."""
-    rows = [_contents(leaf).reshape(len(leaf), -1) for leaf in leaves]
+    rows = [_contents(_dense(leaf)).reshape(len(leaf), -1) for leaf in leaves]
     for parts in zip(*rows, strict=True):
         digest = hashlib.sha256()
         for part in parts:
             digest.update(part)
         yield digest.digest()
+
+
+def _dense(leaf: Tensor) -> Tensor:
+    return leaf if leaf.layout == torch.strided else leaf.to_dense()
 
 
 def joined(parts: Iterable[tuple[bytes, list[bytes]]]) -> str:
@@ -98,7 +103,8 @@ def of_tensors(named: Iterable[tuple[str, Tensor]]) -> str:
     digest = hashlib.sha256()
     for name, tensor in named:
         digest.update(f"{name}{tensor.dtype}{list(tensor.shape)}".encode())
-        digest.update(_contents(tensor))
+        for part in strided_parts(tensor):
+            digest.update(_contents(part))
     return digest.hexdigest()
 
 
@@ -110,11 +116,18 @@ class Sums:
     """
 
     def __init__(self, X: Any) -> None:
-        self._values = [_weighted_sums(leaf.detach()) for leaf in leaves(X)]
+        tensors = [strided_parts(leaf.detach()) for leaf in leaves(X)]
+        self._tensors = len(tensors)
+        # What a sparse tensor consists of has no axis of samples.
+        self._values = [
+            _weighted_sums(part if len(parts) == 1 else part.reshape(1, part.numel()))
+            for parts in tensors
+            for part in parts
+        ]
 
     def __len__(self) -> int:
         """Of how many tensors they are."""
-        return len(self._values)
+        return self._tensors
 
     @functools.cached_property
     def _rounding(self) -> list[Tensor]:
@@ -150,8 +163,6 @@ def largest(sums: Tensor) -> Tensor:
 
 
 def _weighted_sums(leaf: Tensor) -> Tensor:
-    if leaf.layout != torch.strided:
-        leaf = leaf.to_dense()
     if leaf.is_complex():
         leaf = torch.view_as_real(leaf.resolve_conj())
     if not leaf.is_floating_point():
@@ -171,8 +182,6 @@ def _weights(count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
 def _contents(tensor: Tensor) -> Any:
     """The bytes of a tensor, for a hash; they come to the host for that."""
     tensor = tensor.detach().cpu()
-    if tensor.layout != torch.strided:
-        tensor = tensor.to_dense()
     # Conjugates and negatives are kept as marks on the tensor, not in its bytes.
     tensor = tensor.resolve_conj().resolve_neg().contiguous()
     return tensor.reshape(-1).view(torch.uint8).numpy()

@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from vivit_linop.risk.model.parameters import bits, strided_parts
+from vivit_linop.risk.data.containers import strided_parts
+from vivit_linop.risk.model.parameters import bits
 from vivit_linop.risk.model.tensors_used import Watch, tensors_in
 
 # What gives tensors on memory that somebody else has.

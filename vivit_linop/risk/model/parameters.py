@@ -14,6 +14,7 @@ from torch.nn.parameter import is_lazy
 
 from vivit_linop.arguments import as_list, check_has_values
 from vivit_linop.graphs import strided
+from vivit_linop.risk.data.containers import strided_parts
 
 # What curvature is computed in.
 PRECISIONS = (torch.float32, torch.float64)
@@ -56,17 +57,6 @@ def in_precision(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
     if tensor.is_complex():
         return tensor.to(dtype.to_complex())
     return tensor.to(dtype) if tensor.is_floating_point() else tensor
-
-
-def strided_parts(tensor: Tensor) -> tuple[Tensor, ...]:
-    """Return what a sparse tensor consists of; of any other, itself."""
-    if tensor.layout == torch.sparse_coo:
-        return tensor._indices(), tensor._values()
-    if tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
-        return tensor.crow_indices(), tensor.col_indices(), tensor.values()
-    if tensor.layout in (torch.sparse_csc, torch.sparse_bsc):
-        return tensor.ccol_indices(), tensor.row_indices(), tensor.values()
-    return (tensor,)
 
 
 def other_entries(left: Tensor, right: Tensor) -> Tensor:
