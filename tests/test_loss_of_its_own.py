@@ -118,6 +118,67 @@ def test_a_global_tensor_is_frozen() -> None:
         SCALE.zero_()
 
 
+NUMBERS = {"scale": 1.0}
+NUMBER = 1.0
+
+
+def of_a_number(kind: str, numbers: dict[str, float], listed: list[float]) -> Any:
+    """A loss with factors that stand around it."""
+    number = listed[0]
+
+    def factor() -> float:
+        return number
+
+    def squares(output: Tensor, y: Tensor, default: list[float] = listed) -> Tensor:
+        if kind == "default":
+            return default[0] * output.square().sum(1).mean()
+        return factor() * output.square().sum(1).mean()
+
+    made: dict[str, Any] = {
+        "number": lambda o, t: number * o.square().sum(1).mean(),
+        "mapping": lambda o, t: numbers["scale"] * o.square().sum(1).mean(),
+        "list": lambda o, t: listed[0] * o.square().sum(1).mean(),
+        "global mapping": lambda o, t: NUMBERS["scale"] * o.square().sum(1).mean(),
+        "global number": lambda o, t: NUMBER * o.square().sum(1).mean(),
+        "helper": squares,
+        "default": squares,
+        "partial": functools.partial(lambda s, o, t: s[0] * squares(o, t), listed),
+        "by functions": vl.Loss(lambda o, t: numbers["scale"] * o.square().sum(1)),
+    }
+
+    def changed() -> None:
+        nonlocal number
+        number = numbers["scale"] = listed[0] = 3.0
+
+    return made[kind], changed
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        *("number", "mapping", "list", "global mapping", "global number"),
+        *("helper", "default", "partial", "by functions"),
+    ],
+)
+def test_numbers_around_a_loss_stay(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a loop over some, whose variable has the last one in the end."""
+    net, data = toy()
+    loss, changed = of_a_number(kind, {"scale": 1.0}, [1.0])
+    risk = vl.EmpiricalRisk(net, loss, data, reduction="mean")
+    f = net(data[0])
+    value = f.square().sum(1).mean()
+    slope = torch.autograd.grad(value, list(net.parameters()))
+    changed()
+    monkeypatch.setitem(NUMBERS, "scale", 3.0)
+    monkeypatch.setitem(globals(), "NUMBER", 3.0)
+    torch.testing.assert_close(risk.value(), value.detach())
+    torch.testing.assert_close(risk.gradient(), risk.flatten(slope))
+    J = vl.Jacobian(risk).to_dense()
+    torch.testing.assert_close(vl.GGN(risk).to_dense(), J.T @ J * (2 / 6))
+    later = vl.EmpiricalRisk(net, loss, data, reduction="mean")
+    torch.testing.assert_close(later.value() > risk.value(), torch.tensor(True))
+
+
 class Holder:
     """No module."""
 

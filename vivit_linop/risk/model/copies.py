@@ -18,6 +18,7 @@ from __future__ import annotations
 import collections
 import copy
 import functools
+import sys
 import types
 import weakref
 from collections.abc import Callable, Iterable, Mapping
@@ -52,6 +53,8 @@ FUNCTIONS = (
     types.BuiltinMethodType,
     functools.partial,
 )
+# Of the global variables of each function.
+_OF_MODULES = "__builtins__", "__name__", "__package__"
 _MISSING = object()
 _NONE: Mapping[int, Any] = types.MappingProxyType({})
 
@@ -72,7 +75,9 @@ class Copies:
     Args:
         replaced: Pairs of a tensor and what stands for it in copies.
         other: What becomes of other tensors.
-        frozen: Whether a function is rebuilt also if it leads to tensors only.
+        frozen: Whether a function is rebuilt also if it leads to tensors only, or if
+            it is no function of a module of Python, to which it has a name: with the
+            numbers that variables around it have now.
         plans: How some modules are copied, by their identity.
 
     Attributes:
@@ -92,7 +97,7 @@ class Copies:
             self.known[id(tensor)] = new
             if vars(tensor):
                 _mark(new, tensor)
-        self.other, self._frozen, self.plans = other, frozen, plans
+        self.other, self.frozen, self.plans = other, frozen, plans
         self.modules: list[tuple[nn.Module, nn.Module]] = []
         # Hooks and other functions of modules: where they belong, and what they are.
         self.later: list[tuple[dict[str, Any], str, Any]] = []
@@ -133,7 +138,7 @@ class Copies:
 
     def inside(self, value: Any) -> Any:
         """Return the copy of what a function holds, if modules are in it."""
-        return self(value) if self.leads_somewhere(value) else value
+        return self(value) if self.frozen or self.leads_somewhere(value) else value
 
     def leads_somewhere(self, value: Any) -> bool:
         """Whether there is a module or a known tensor in it."""
@@ -145,7 +150,7 @@ class Copies:
             seen.add(id(item))
             if isinstance(item, nn.Module) or id(item) in self.known:
                 return True
-            if isinstance(item, Tensor) and self._frozen:
+            if self.frozen and (isinstance(item, Tensor) or is_local(item)):
                 return True
             parts = parts_of(item)
             todo += [*parts, *parts.values()]
@@ -368,7 +373,11 @@ def _copy_function(value: types.FunctionType, copies: Copies) -> Any:
         return value
     cells, space = value.__closure__, value.__globals__
     used = {n: m for n, m in _globals(value).items() if copies.leads_somewhere(m)}
-    if used:
+    if copies.frozen and is_local(value):
+        named = {n: space[n] for n in _names(value) if n in space}
+        used |= {n: m for n, m in named.items() if isinstance(m, (dict, list, set))}
+        space = {n: space[n] for n in _OF_MODULES if n in space} | named
+    elif used:
         space = dict(space)
     new = types.FunctionType(
         value.__code__,
@@ -436,17 +445,35 @@ def _parts_of_function(function: types.FunctionType) -> Mapping[Any, Any]:
 
 def _globals(function: types.FunctionType) -> dict[str, Any]:
     """The modules and tensors that a function names as global variables."""
-    names, codes = set[str](), [function.__code__]
-    while codes:
-        code = codes.pop()
-        names.update(code.co_names)
-        codes += [part for part in code.co_consts if isinstance(part, types.CodeType)]
-    found = {name: function.__globals__.get(name) for name in names}
+    found = {name: function.__globals__.get(name) for name in _names(function)}
     return {
         name: value
         for name, value in found.items()
         if isinstance(value, (nn.Module, Tensor))
     }
+
+
+def _names(function: types.FunctionType) -> set[str]:
+    """The names in its code, among them those of global variables."""
+    names, codes = set[str](), [function.__code__]
+    while codes:
+        code = codes.pop()
+        names.update(code.co_names)
+        codes += [part for part in code.co_consts if isinstance(part, types.CodeType)]
+    return names
+
+
+def is_local(value: Any) -> bool:
+    """Whether it is a function that no module has under its name: a lambda, as a rule.
+
+    What has a name there is pickled by it, so it is not to be rebuilt.
+    """
+    if not isinstance(value, types.FunctionType):
+        return False
+    owner: Any = sys.modules.get(value.__module__ or "")
+    for name in value.__qualname__.split("."):
+        owner = getattr(owner, name, None)
+    return owner is not value
 
 
 def is_cached(module: nn.Module, name: str, attribute: Any) -> bool:
