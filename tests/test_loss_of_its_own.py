@@ -179,6 +179,51 @@ def test_numbers_around_a_loss_stay(kind: str, monkeypatch: pytest.MonkeyPatch) 
     torch.testing.assert_close(later.value() > risk.value(), torch.tensor(True))
 
 
+def of_a_global_number(output: Tensor, y: Tensor) -> Tensor:
+    global CALLS
+    CALLS += 1
+    return NUMBER * output.square().sum(1).mean()
+
+
+class OfAGlobalNumber(nn.Module):
+    reduction = "mean"
+
+    def forward(self, output: Tensor, y: Tensor) -> Tensor:
+        return NUMBER * output.square().sum(1).mean()
+
+
+CALLS = 0
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        of_a_global_number,
+        functools.partial(of_a_global_number),
+        OfAGlobalNumber(),
+        vl.Loss(of_a_global_number),
+    ],
+)
+def test_global_numbers_that_a_named_loss_reads_must_stay(
+    loss: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A function that is pickled by its name cannot have numbers of its own."""
+    net, data = toy()
+    risk = vl.EmpiricalRisk(net, loss, data, reduction="mean")
+    before = results(risk)
+    again = pickle.loads(pickle.dumps(risk))
+    monkeypatch.setitem(globals(), "mean", 3.0)  # an attribute has that name, too
+    for one in (risk, again):
+        for found, expected in zip(results(one), before, strict=True):
+            torch.testing.assert_close(found, expected)
+    G, x = vl.GGN(risk), torch.ones(risk.num_params, dtype=torch.float64)
+    monkeypatch.setitem(globals(), "NUMBER", 3.0)
+    asked = [risk.gradient, lambda: G @ x, lambda: vl.Hessian(risk) @ x]
+    for ask in asked:
+        with pytest.raises(ValueError, match=r"'NUMBER', which was 1\.0 .* and is 3"):
+            ask()
+
+
 class Holder:
     """No module."""
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from vivit_linop.graphs import leaves_of
 from vivit_linop.risk.data.containers import leaves
 from vivit_linop.risk.losses.base import OutputLoss
+from vivit_linop.risk.model.copies import numbers_read
 from vivit_linop.risk.model.foreign_memory import ForeignMemory
 from vivit_linop.risk.model.outputs import OutputTree
 
@@ -33,6 +34,7 @@ class AutogradLoss(OutputLoss):
         self._own: Sequence[Tensor] = ()
         self._memory = ForeignMemory()
         self._tree: OutputTree | None = None
+        self._numbers: list[tuple[dict[str, Any], dict[str, Any]]] = []
 
     def of_several(self, tree: OutputTree) -> OutputLoss:
         """The function has them as the model returns them."""
@@ -43,10 +45,19 @@ class AutogradLoss(OutputLoss):
         """Return outputs as the model has returned them."""
         return output if self._tree is None else self._tree.split(output)
 
+    def called(self) -> list[Any]:
+        """What of the user's is called."""
+        return [self.function]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Global variables do not travel: those elsewhere are others."""
+        return self.__dict__ | {"_numbers": []}
+
     def watch(self, parameters: Sequence[Tensor], own: Sequence[Tensor]) -> None:
         """Let the next check look; tensors that others have must stay what they are."""
         self._parameters, self._own = list(parameters), list(own)
         self._memory = ForeignMemory(f"loss: {self.name}")
+        self._numbers = [*map(numbers_read, self.called())]
 
     def check_data(self, output: Tensor, target: Tensor) -> None:
         """The loss is a scalar, and uses no parameters of the model."""
@@ -94,6 +105,16 @@ class AutogradLoss(OutputLoss):
         """Without a call where it reads nothing, since it is asked in each product."""
         if self._memory.parts:
             self._memory.check()
+        for space, known in self._numbers:
+            for name, then in known.items():
+                now = space.get(name)
+                if now is not then and now != then:
+                    raise ValueError(
+                        f"loss: {self.name} reads the global variable {name!r}, which "
+                        f"was {then!r} when the risk was built and is {now!r}. An "
+                        "operator is one matrix: make a new risk, or give a lambda, "
+                        "which keeps it as it is."
+                    )
 
 
 def parts_of(tensors: Iterable[Any], whole: Sequence[Tensor]) -> list[Tensor]:

@@ -142,6 +142,10 @@ class OwnLoss(AutogradLoss):
     def has_own(self, method: str) -> bool:
         return {"hessian_product": "hessian"}.get(method, method) in self._given
 
+    def called(self) -> list[Any]:
+        """The functions."""
+        return [*self._given.values()]
+
     def check_data(self, output: Tensor, target: Any) -> None:
         """All functions have the shapes that they must have."""
         super().check_data(output, target)

@@ -17,11 +17,12 @@ from __future__ import annotations
 
 import collections
 import copy
+import dis
 import functools
 import sys
 import types
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import singledispatch
 from operator import attrgetter
 from typing import Any, NamedTuple
@@ -55,6 +56,7 @@ FUNCTIONS = (
 )
 # Of the global variables of each function.
 _OF_MODULES = "__builtins__", "__name__", "__package__"
+_NUMBERS = (bool, int, float, complex, str)
 _MISSING = object()
 _NONE: Mapping[int, Any] = types.MappingProxyType({})
 
@@ -455,12 +457,35 @@ def _globals(function: types.FunctionType) -> dict[str, Any]:
 
 def _names(function: types.FunctionType) -> set[str]:
     """The names in its code, among them those of global variables."""
-    names, codes = set[str](), [function.__code__]
+    return {name for code in _codes(function) for name in code.co_names}
+
+
+def _codes(function: types.FunctionType) -> Iterator[types.CodeType]:
+    """Its code, and that of what is defined inside."""
+    codes = [function.__code__]
     while codes:
-        code = codes.pop()
-        names.update(code.co_names)
+        yield (code := codes.pop())
         codes += [part for part in code.co_consts if isinstance(part, types.CodeType)]
-    return names
+
+
+def numbers_read(called: Any) -> tuple[Any, dict[str, Any]]:
+    """The global variables of a function, and its numbers and texts among them.
+
+    Those that it reads and does not set; of a module those of its ``forward``.
+    """
+    while isinstance(called, functools.partial):
+        called = called.func
+    function = type(called).forward if isinstance(called, nn.Module) else called
+    if not isinstance(function, types.FunctionType):
+        return {}, {}
+    names: dict[str, set[str]] = {"LOAD_GLOBAL": set(), "STORE_GLOBAL": set()}
+    for code in _codes(function):
+        for step in dis.get_instructions(code):
+            names.get(step.opname, set()).add(step.argval)
+    space = function.__globals__
+    read = names["LOAD_GLOBAL"] - names["STORE_GLOBAL"]
+    found = {name: space[name] for name in read if name in space}
+    return space, {n: v for n, v in found.items() if type(v) in _NUMBERS}
 
 
 def is_local(value: Any) -> bool:
