@@ -91,8 +91,7 @@ class CurvlinopsView:
 
     def __matmul__(self, X: Tensor) -> Tensor:
         """Multiply a vector or the columns of a matrix."""
-        product: Tensor = self.operator @ X
-        return product
+        return self.operator @ X
 
     def adjoint(self) -> CurvlinopsView:
         """Return the adjoint."""

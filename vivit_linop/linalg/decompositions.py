@@ -297,8 +297,7 @@ class LowRankDecomposition(DenseDecomposition):
 
 
 def _orthonormal(columns: Tensor) -> Tensor:
-    Q: Tensor = torch.linalg.qr(columns).Q
-    return Q
+    return torch.linalg.qr(columns).Q
 
 
 class ScaledShifted(Eigendecomposition):

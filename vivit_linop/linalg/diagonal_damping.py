@@ -60,8 +60,7 @@ def logdet_of_diagonally_damped(op: DiagonallyDamped) -> Tensor:
     _check_positive(entries, "logdet")
     if entries.requires_grad:
         at_value = DiagonallyDamped(op.low_rank, Diagonal(entries.detach()))
-        value: Tensor = LogDet.apply(entries, at_value)
-        return value
+        return LogDet.apply(entries, at_value)
     return entries.log().sum() + damped_logdet(op.whitened, 1.0)
 
 

@@ -10,7 +10,7 @@ import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 from scipy.sparse.linalg import ArpackError
@@ -142,7 +142,7 @@ def eigenvalues_of_operator(op: TorchLinearOperator) -> Tensor:
 
 @eigvalsh.register
 def eigenvalues_of_dense(op: Dense) -> Tensor:
-    return cast(Tensor, op.ranks.led(symmetric_eigenvalues, op.matrix))
+    return op.ranks.led(symmetric_eigenvalues, op.matrix)
 
 
 @eigvalsh.register

@@ -52,8 +52,7 @@ def vectorised(
         sample = map_leaves(alone, X)
         pull_back = vjp(lambda params: outputs(params, sample), chosen)[1]
         (gradients,) = vmap(pull_back)(weight)
-        result: dict[str, Tensor] = gradients
-        return result
+        return gradients
 
     pairs = zip(leaves(X), axes, strict=True)
     batched = [leaf for leaf, axis in pairs if axis is not None]

@@ -64,8 +64,7 @@ class Layout:
             return tensors.transpose(0, 1)
         if self.name == "single":
             return tensors.unsqueeze(0)
-        arranged: Tensor = vmap(self, out_dims=1)(tensors)
-        return arranged
+        return vmap(self, out_dims=1)(tensors)
 
     def aligned(self, B: Tensor) -> Tensor:
         """Give cotangents ``[n, R, …]`` one axis again for each of the use's output.

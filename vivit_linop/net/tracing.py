@@ -43,8 +43,7 @@ def tangent_map(function: Callable[[Params], Tensor], theta: Params) -> TangentM
 
     def image(*tangents: Tensor) -> Tensor:
         named = dict(zip(theta, tangents, strict=True))
-        result: Tensor = jvp(function, (theta,), (named,))[1]
-        return result
+        return jvp(function, (theta,), (named,))[1]
 
     # The model decides on values of θ and of the data only, which are the same in every
     # product: what it branches on may be burnt in.
@@ -73,8 +72,7 @@ class TangentMap:
 
     def __call__(self, *tangents: Tensor) -> Tensor:
         """Return the image of tangents in the shapes of the parameters."""
-        image: Tensor = self._code(self, *tangents)
-        return image
+        return self._code(self, *tangents)
 
 
 def _write_nowhere(graph: GraphModule) -> None:

@@ -265,8 +265,7 @@ class TorchLinearOperator(VerbMethods["TorchLinearOperator"], NumpyProducts):
                     "require grad; pass the operator .detach()ed tensors."
                 )
             return self._multiply(X).to(X.dtype)
-        result: Tensor = LinearMap.apply(X, self)
-        return result
+        return LinearMap.apply(X, self)
 
     def _other_rows(self, x: Tensor | np.ndarray) -> ValueError:
         """What to say of no vector or matrix of as many rows as there are columns."""

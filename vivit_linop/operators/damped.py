@@ -103,12 +103,10 @@ class DampedInverse(OfOperator):
         return (self.damping, self.operator)
 
     def _multiply(self, X: Tensor) -> Tensor:
-        product: Tensor = _Solve.apply(X, self.damping, self.inverse)
-        return product
+        return _Solve.apply(X, self.damping, self.inverse)
 
     def _multiply_adjoint(self, X: Tensor) -> Tensor:
-        product: Tensor = _Solve.apply(X, self.damping, self.inverse.T)
-        return product
+        return _Solve.apply(X, self.damping, self.inverse.T)
 
 
 class _Solve(torch.autograd.Function):
@@ -212,8 +210,7 @@ class DiagonalWoodbury(TorchLinearOperator):
     def weights(self) -> Tensor:
         """The diagonal of P^{−½}."""
         factor: Any = self.woodbury.operator.factor
-        weights: Tensor = factor.weights
-        return weights
+        return factor.weights
 
     def _made_of(self) -> tuple[TorchLinearOperator]:
         return (self.operator,)
@@ -222,8 +219,7 @@ class DiagonalWoodbury(TorchLinearOperator):
         if not (self.requires_grad and torch.is_grad_enabled()):
             return self._solve(X)
         entries = self.operator.damping.entries
-        product: Tensor = _Solve.apply(X, entries, self.detached)
-        return product
+        return _Solve.apply(X, entries, self.detached)
 
     @property
     def detached(self) -> DiagonalWoodbury:

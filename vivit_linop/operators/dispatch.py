@@ -166,8 +166,7 @@ class RoutedVerb(Generic[P, Result]):
 
     def dispatch(self, cls: type) -> Callable[..., Any]:
         """Return the rule of a type, as ``functools.singledispatch`` does."""
-        rule: Callable[..., Any] = self._verb.dispatch(cls)
-        return rule
+        return self._verb.dispatch(cls)
 
     def __call__(
         self, op: Any, *arguments: Any, route: str | None = None, **options: Any
@@ -179,8 +178,7 @@ class RoutedVerb(Generic[P, Result]):
             given = self._arguments.bind(op, *arguments, **options).arguments
             few = given.get("k") is not None and given.get("select") is None
             op = routed(op, route, few)
-        result: Result = self._verb(op, *arguments, **options)
-        return result
+        return self._verb(op, *arguments, **options)
 
 
 @singledispatch

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -161,8 +161,7 @@ class Kronecker(TorchLinearOperator):
     def factor_eigenpairs(self) -> list[tuple[Tensor, Tensor]]:
         """The eigenvalues and eigenvectors of each factor, computed once."""
         matrices = [to_dense(factor) for factor in self.factors]
-        pairs = self.ranks.led(_eigenpairs_of, matrices, self.torch_dtype)
-        return cast("list[tuple[Tensor, Tensor]]", pairs)
+        return self.ranks.led(_eigenpairs_of, matrices, self.torch_dtype)
 
     @property
     def eigenvalues(self) -> Tensor:

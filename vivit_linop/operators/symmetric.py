@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 from pathlib import Path
-from typing import Any, Self, cast
+from typing import Any, Self
 
 import numpy as np
 import scipy.linalg
@@ -307,7 +307,7 @@ def _set_mkl_threads() -> Callable[[int], int] | None:
     except (OSError, AttributeError):
         return None
     found.argtypes, found.restype = [ctypes.c_int], ctypes.c_int
-    return cast("Callable[[int], int]", found)
+    return found
 
 
 @contextmanager

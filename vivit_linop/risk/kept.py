@@ -122,8 +122,7 @@ class Store:
             with self.making:
                 if key not in self.values:
                     self.put(key, make(*arguments))
-        value: Value = self.values[key]
-        return value
+        return self.values[key]
 
     def get_everywhere(
         self, key: Hashable, make: Callable[..., Value], *arguments: Any
@@ -134,8 +133,7 @@ class Store:
                 # Risks at other parameters have other locks: the first value stays.
                 if key not in self.everywhere:
                     self.everywhere.setdefault(key, make(*arguments))
-        value: Value = self.everywhere[key]
-        return value
+        return self.everywhere[key]
 
     def put(self, key: Hashable, value: Any) -> None:
         """Keep a value, in place of what was kept before, and count its ``nbytes``."""

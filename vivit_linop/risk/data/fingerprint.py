@@ -158,8 +158,7 @@ def largest(sums: Tensor) -> Tensor:
     """The largest size of an entry, 0 of none; not read by the host."""
     if not sums.numel():
         return sums.new_zeros(())
-    found: Tensor = torch.linalg.vector_norm(sums, math.inf)
-    return found
+    return torch.linalg.vector_norm(sums, math.inf)
 
 
 def _weighted_sums(leaf: Tensor) -> Tensor:

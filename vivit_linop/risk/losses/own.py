@@ -165,8 +165,7 @@ class OwnLoss(AutogradLoss):
 
     def _losses(self, output: Tensor, target: Any) -> Tensor:
         """What the user's function returns."""
-        losses: Tensor = self._given["value"](self.as_returned(output), target)
-        return losses
+        return self._given["value"](self.as_returned(output), target)
 
     def total(self, output: Tensor, target: Any) -> Tensor:
         """Sum the losses, or undo the mean."""

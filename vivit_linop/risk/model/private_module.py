@@ -291,10 +291,8 @@ class PrivateModule:
 
     def copy(self, values: Mapping[str, Tensor]) -> nn.Module:
         """Return a module like it, with these tensors in its slots."""
-        module: nn.Module = Copies(
-            (self._own[name], value) for name, value in values.items()
-        ).of(self.module)
-        return module
+        slots = ((self._own[name], value) for name, value in values.items())
+        return Copies(slots).of(self.module)
 
     def _refuse_stale(self, watch: Watch) -> None:
         used = [self._stale[key] for key in self._stale if key in watch.used]
