@@ -156,11 +156,7 @@ def _same(saved: Any, given: Any, risk: EmpiricalRisk) -> bool:
 def _packed(result: Any, risk: EmpiricalRisk) -> dict[str, Any]:
     """Turn a result into tensors, numbers and strings."""
     if isinstance(result, GramEigenpairs):
-        packed = _packed_pairs(result)
-        packed["operator"] = _packed(result.operator, risk)
-        if result._larger is not None:
-            packed["larger"] = _packed_pairs(result._larger)
-        return packed
+        return _packed_pairs(result) | {"operator": _packed(result.operator, risk)}
     if isinstance(result, Eigenpairs):
         if len(result.eigenvectors) != risk.num_params:
             raise ValueError(
@@ -209,6 +205,8 @@ def _packed_pairs(pairs: GramEigenpairs) -> dict[str, Any]:
     }
     if "eigenvectors" in pairs.__dict__:
         packed["eigenvectors"] = pairs.eigenvectors
+    if pairs._larger is not None:
+        packed["larger"] = _packed_pairs(pairs._larger)
     return packed
 
 
@@ -251,22 +249,18 @@ def _unpacked(packed: dict[str, Any], risk: EmpiricalRisk) -> Any:
     if packed["kind"] == "pairs":
         pairs = Eigenpairs(packed["eigenvalues"], packed["eigenvectors"])
     else:
-        operator = _unpacked(packed["operator"], risk)
-        larger = packed.get("larger")
-        pairs = _unpacked_pairs(
-            packed,
-            operator,
-            None if larger is None else _unpacked_pairs(larger, operator, None),
-        )
+        pairs = _unpacked_pairs(packed, _unpacked(packed["operator"], risk))
     pairs.route = packed["route"]
     return pairs
 
 
-def _unpacked_pairs(
-    packed: dict[str, Any], operator: LowRank, larger: GramEigenpairs | None
-) -> GramEigenpairs:
+def _unpacked_pairs(packed: dict[str, Any], operator: LowRank) -> GramEigenpairs:
+    larger = packed.get("larger")
     pairs = GramEigenpairs(
-        packed["eigenvalues"], operator, packed["gram_eigenvectors"], larger
+        packed["eigenvalues"],
+        operator,
+        packed["gram_eigenvectors"],
+        None if larger is None else _unpacked_pairs(larger, operator),
     )
     if "eigenvectors" in packed:
         pairs.__dict__["eigenvectors"] = packed["eigenvectors"]
