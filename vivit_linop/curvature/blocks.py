@@ -12,13 +12,13 @@ from torch import Tensor
 from vivit_linop.arguments import as_list
 from vivit_linop.curvature.column_sums import formed_pieces, sum_columns
 from vivit_linop.curvature.jacobian import Pullback
+from vivit_linop.linalg.restrictions import gram_matrix_of_rows
 from vivit_linop.net.totals import GramTotal, OuterTotal, RowNorms
 from vivit_linop.operators import verbs
 from vivit_linop.operators.base import TorchLinearOperator
-from vivit_linop.operators.grams import weighted_gram_matrix_of_operator
 from vivit_linop.operators.kronecker import BlockDiagonal
 from vivit_linop.operators.lowrank import LowRank
-from vivit_linop.operators.parts import padded
+from vivit_linop.operators.parts import Rows
 from vivit_linop.risk.empirical import EmpiricalRisk
 
 ParameterBlocks = str | Iterable[Any]
@@ -35,17 +35,26 @@ class Partition:
         """The numbers of the rows of each group."""
         return places_of(self.factor.risk, self.groups)
 
+    def _sum(self, group: int, by_gram: bool) -> GramTotal | OuterTotal:
+        names = self.groups[group]
+        if by_gram:
+            return GramTotal(self.factor, self.factor, names)
+        return OuterTotal(self.factor, names)
+
     @cached_property
     def small_sides(self) -> list[Tensor]:
         """For each group the smaller of VᵀV and V Vᵀ, all from one pass."""
-        totals = [
-            OuterTotal(self.factor, group)
-            if len(index) < self.factor.shape[1]
-            else GramTotal(self.factor, self.factor, group)
-            for group, index in zip(self.groups, self.indices, strict=True)
-        ]
+        width = self.factor.shape[1]
+        by_gram = [len(index) >= width for index in self.indices]
+        totals = [*map(self._sum, range(len(by_gram)), by_gram)]
         sum_columns(self.factor, *totals)
         return [total.matrix for total in totals]
+
+    def side(self, group: int, by_gram: bool) -> Tensor:
+        """VᵀV or V Vᵀ of one group; the larger one takes a pass of its own."""
+        if by_gram == (len(self.indices[group]) >= self.factor.shape[1]):
+            return self.small_sides[group]
+        return sum_columns(self.factor, self._sum(group, by_gram)).matrix
 
     @cached_property
     def row_norms(self) -> Sequence[Tensor]:
@@ -55,72 +64,31 @@ class Partition:
         return total.entries.split([*map(len, self.indices)])
 
 
-class FactorRows(TorchLinearOperator):
+class FactorRows(Rows):
     """The rows of a pullback that belong to one group of parameters, ``[d, N·R]``."""
 
     def __init__(self, partition: Partition, group: int) -> None:
         self.partition, self.group = partition, group
-        self._index = partition.indices[group]
-        factor = partition.factor
-        super().__init__(
-            (len(self._index), factor.shape[1]), factor._own_dtype, factor._own_device
-        )
-
-    def _made_of(self) -> tuple[Pullback]:
-        return (self.partition.factor,)
-
-    def _multiply(self, X: Tensor) -> Tensor:
-        return self.partition.factor.apply(X)[self._index]
-
-    def _multiply_adjoint(self, X: Tensor) -> Tensor:
-        factor = self.partition.factor
-        return factor.T.apply(padded(X, self._index, factor.shape[0]))
+        super().__init__(partition.factor, partition.indices[group])
 
 
 @verbs.gram_matrix.register
 def gram_matrix_of_block(left: FactorRows, right: TorchLinearOperator) -> Tensor:
     """All groups' in one pass, where that is the smaller side; else alone."""
     if left is not right:
-        return left.T.apply(verbs.to_dense(right))
-    if left.shape[0] >= left.shape[1]:
-        return left.partition.small_sides[left.group]
-    V = left.partition.factor
-    total = GramTotal(V, V, left.partition.groups[left.group])
-    return sum_columns(V, total).matrix
-
-
-@verbs.weighted_gram_matrix.register
-def weighted_gram_matrix_of_block(
-    left: FactorRows, right: TorchLinearOperator, weights: Tensor
-) -> Tensor:
-    """That of the whole, in which other rows have no weight."""
-    if left is not right:
-        return weighted_gram_matrix_of_operator(left, right, weights)
-    V = left.partition.factor
-    whole = padded(weights.unsqueeze(1), left._index, V.shape[0]).squeeze(1)
-    return verbs.weighted_gram_matrix(V, V, whole)
+        return gram_matrix_of_rows(left, right)
+    return left.partition.side(left.group, by_gram=True)
 
 
 @verbs.outer_matrix.register
 def outer_matrix_of_block(factor: FactorRows) -> Tensor:
     """As the Gram matrix."""
-    if factor.shape[0] < factor.shape[1]:
-        return factor.partition.small_sides[factor.group]
-    V = factor.partition.factor
-    total = OuterTotal(V, factor.partition.groups[factor.group])
-    return sum_columns(V, total).matrix
-
-
-@verbs.outer_product.register
-def outer_product_of_block(factor: FactorRows, X: Tensor) -> Tensor:
-    """Through the whole factor, as the net is one."""
-    V = factor.partition.factor
-    return verbs.outer_product(V, padded(X, factor._index, V.shape[0]))[factor._index]
+    return factor.partition.side(factor.group, by_gram=False)
 
 
 @verbs.column_pieces.register
 def column_pieces_of_block(op: FactorRows) -> Iterator[tuple[slice, Tensor]]:
-    """Formed, as those of the whole."""
+    """Formed, without those of other parameters."""
     return formed_pieces(op.partition.factor, op.partition.groups[op.group])
 
 

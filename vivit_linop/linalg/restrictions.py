@@ -174,7 +174,7 @@ def column_norms_of_rows(op: Rows) -> Tensor:
 
 
 def _same_rows(right: Op, left: Rows) -> TypeGuard[Rows]:
-    return (
+    return right is left or (
         isinstance(right, Rows)
         and left.operator.shape[0] == right.operator.shape[0]
         and torch.equal(left.index, right.index)
