@@ -42,15 +42,14 @@ CAPABILITIES = {
         risk/losses/derived.py risk/losses/own.py risk/model_loss.py
     """,
     "algebra: sandwiches, stacks, restrictions, diagonal dampings, gradients": """
-        curvature/block_sandwich.py curvature/indefinite.py linalg/diagonal_damping.py
+        curvature/block_sandwich.py linalg/diagonal_damping.py
         linalg/restrictions.py linalg/sandwiches.py net/columns/samples.py
         net/columns/weighted.py operators/damped.py operators/grams.py
         operators/linear_map.py operators/random_projection.py operators/sandwich.py
         operators/symmetric.py operators/damped_solver.py operators/parts.py
     """,
     "iterations: tracking, ends of spectra, solvers, Lanczos, costs of devices": """
-        curvature/calibration.py curvature/device_costs.py linalg/iterative.py
-        linalg/krylov.py linalg/leading.py
+        curvature/calibration.py linalg/iterative.py linalg/krylov.py linalg/leading.py
         linalg/tracking.py net/inner.py
     """,
     "many processes": """
@@ -59,8 +58,7 @@ CAPABILITIES = {
     """,
     "analyses: Laplace, evidence, influence, covariance, predictive, trust region": """
         analysis/class_means.py analysis/covariance.py analysis/evidence.py
-        analysis/influence.py analysis/laplace.py analysis/predictive.py
-        analysis/trust_region.py interop/laplace.py
+        analysis/inner_products.py analysis/laplace.py interop/laplace.py
     """,
     "many columns at a time, the run of construction": """
         net/columns/products.py risk/kept.py

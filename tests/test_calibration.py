@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import vivit_linop as vl
-from vivit_linop.curvature import calibration, device_costs, plan
+from vivit_linop.curvature import calibration, plan
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda:0")
 
@@ -32,7 +32,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     def measured(device: torch.device, name: str) -> vl.DeviceCosts:
         asked.append(name)
-        return dataclasses.replace(device_costs.CPU_COSTS, name=name, rate=1e9)
+        return dataclasses.replace(plan.CPU_COSTS, name=name, rate=1e9)
 
     monkeypatch.setattr(calibration, "_measured", measured)
     return asked
@@ -77,14 +77,10 @@ def test_each_device_has_its_own(quick: list[str]) -> None:
     vl.calibrate("cpu")
     assert vl.DeviceCosts.on("cpu").rate == 1e9
     assert vl.DeviceCosts.on("cuda") == vl.DeviceCosts.default("cuda")
-    other = dataclasses.replace(device_costs.GPU_COSTS, name="the second")
+    other = dataclasses.replace(plan.GPU_COSTS, name="the second")
     other.use("cuda:1")
     assert vl.DeviceCosts.on("cuda:1").name == "the second"
-    assert (
-        vl.DeviceCosts.on("cuda:0")
-        == device_costs.GPU_COSTS
-        == vl.DeviceCosts.on("cuda")
-    )
+    assert vl.DeviceCosts.on("cuda:0") == plan.GPU_COSTS == vl.DeviceCosts.on("cuda")
 
 
 def test_a_file_is_written_once_and_read_after(
@@ -109,7 +105,7 @@ def test_other_files_are_refused(
     with pytest.raises(ValueError, match=r"file: .*holds no costs of a device"):
         vl.calibrate("cpu", file=place)
     assert place.read_text() == content and not quick
-    assert vl.DeviceCosts.on("cpu") == device_costs.CPU_COSTS
+    assert vl.DeviceCosts.on("cpu") == plan.CPU_COSTS
 
 
 @pytest.mark.parametrize(
@@ -121,19 +117,19 @@ def test_files_of_earlier_versions_are_refused(
     """What they lack would be that of a CPU, also for a GPU."""
     place = tmp_path / "costs.json"
     vl.calibrate("cpu", file=place)
-    device_costs.CPU_COSTS.use("cpu")
+    plan.CPU_COSTS.use("cpu")
     known = json.loads(place.read_text())
     place.write_text(json.dumps({k: v for k, v in known.items() if k not in missing}))
     with pytest.raises(ValueError, match=rf"earlier version, .*{', '.join(missing)}"):
         vl.calibrate("cpu", file=place)
-    assert vl.DeviceCosts.on("cpu") == device_costs.CPU_COSTS
+    assert vl.DeviceCosts.on("cpu") == plan.CPU_COSTS
     place.unlink()
     assert vl.calibrate("cpu", file=place).passes == known["passes"]
 
 
 def test_costs_of_another_device_are_refused(quick: list[str], tmp_path: Path) -> None:
     place = tmp_path / "costs.json"
-    costs = dataclasses.replace(device_costs.GPU_COSTS, name="another card")
+    costs = dataclasses.replace(plan.GPU_COSTS, name="another card")
     place.write_text(json.dumps(dataclasses.asdict(costs)))
     with pytest.raises(ValueError, match="costs of 'another card', the device is"):
         vl.calibrate("cpu", file=place)
@@ -147,10 +143,10 @@ def test_a_folder_that_is_missing_is_said(quick: list[str], tmp_path: Path) -> N
 def test_costs_decide() -> None:
     """A slow eigensolver makes ARPACK the cheaper way, slow products the dense one."""
     shape = 10**6, 3000
-    slow_solver = dataclasses.replace(device_costs.CPU_COSTS, leading_pairs=1e9)
+    slow_solver = dataclasses.replace(plan.CPU_COSTS, leading_pairs=1e9)
     slow_solver.use("cpu")
     assert chosen(shape, CPU).chosen.name == "ARPACK on K"
-    slow_calls = dataclasses.replace(device_costs.CPU_COSTS, call=1e3)
+    slow_calls = dataclasses.replace(plan.CPU_COSTS, call=1e3)
     slow_calls.use("cpu")
     choice = chosen(shape, CPU)
     assert choice.chosen.name == "dense Gram"

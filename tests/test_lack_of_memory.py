@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import vivit_linop as vl
 from tests.sample_truth import close
-from vivit_linop.curvature import hessian_diagonal
+from vivit_linop.curvature import hessian
 from vivit_linop.devices import is_out_of_memory, saved_bytes
 from vivit_linop.net import linearized
 from vivit_linop.net.capture import Capture
@@ -177,7 +177,7 @@ def test_recursions_without_memory_leave_the_diagonal_to_products(
     def no_memory(*_: Any) -> Any:
         raise lack
 
-    monkeypatch.setattr(hessian_diagonal, "_by_backpack", no_memory)
+    monkeypatch.setattr(hessian, "_by_backpack", no_memory)
     H = vl.Hessian(Failing(lambda x: False, lack), nn.CrossEntropyLoss(), _data())
     assert close(H.diagonal(), H.to_dense().diagonal())
     _raises(lack, lambda: H.diagonal(route="backpack"))

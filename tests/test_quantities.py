@@ -16,7 +16,7 @@ import vivit_linop as vl
 from tests import backpack_peer, cases
 from tests.backpack_peer import REDUCTIONS
 from tests.cases import dense, problem
-from vivit_linop.curvature.hessian_diagonal import diagonals_one_by_one
+from vivit_linop.curvature.hessian import diagonals_one_by_one
 from vivit_linop.net.columns import base
 from vivit_linop.net.columns.base import DenseColumns
 from vivit_linop.net.columns.khatri_rao import KhatriRaoColumns, squares_by_pairs

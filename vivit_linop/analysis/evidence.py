@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from vivit_linop.analysis.predictive import check_square
+from vivit_linop.analysis.inner_products import check_square
 from vivit_linop.arguments import as_real_numbers, as_scalar
 from vivit_linop.curvature import EKFAC, KFAC
 from vivit_linop.linalg.diagonal_damping import LogDet

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import cached_property
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from vivit_linop.analysis.evidence import (
     posterior_precision,
     prior_entries,
 )
-from vivit_linop.analysis.predictive import predictive_covariance
+from vivit_linop.analysis.inner_products import predictive_covariance
 from vivit_linop.arguments import check_choice, check_flag
 from vivit_linop.curvature import EKFAC, GGN, KFAC, Jacobian
 from vivit_linop.graphs import met_first
@@ -222,7 +222,7 @@ class Laplace:
                 (slope,) = torch.autograd.grad(evidence, log)
             # All processes go the same way, also where they round in another one.
             both = -evidence.item(), -slope.double().cpu().numpy()
-            return cast(tuple[float, np.ndarray], self.risk.ranks.sent(both))
+            return self.risk.ranks.sent(both)
 
         bounds = [tuple(np.log(_RANGE))] * count
         found = minimize(negative, value, jac=True, method="L-BFGS-B", bounds=bounds)

@@ -3,18 +3,17 @@
 from vivit_linop.curvature import (  # noqa: F401  (register)
     block_sandwich,
     column_sums,
-    indefinite,
     routes,
     rules,
 )
 from vivit_linop.curvature.calibration import calibrate
-from vivit_linop.curvature.device_costs import DeviceCosts
 from vivit_linop.curvature.fisher import EmpiricalFisher, PerSampleGradients
 from vivit_linop.curvature.ggn import GGN, GGNFactor
 from vivit_linop.curvature.hessian import Hessian
 from vivit_linop.curvature.jacobian import Jacobian
 from vivit_linop.curvature.kfac import EKFAC, KFAC
 from vivit_linop.curvature.loss_hessian import LossHessian
+from vivit_linop.curvature.plan import DeviceCosts
 from vivit_linop.curvature.recursions import KFRA, PositiveCurvatureHessian
 
 __all__ = [

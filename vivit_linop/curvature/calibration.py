@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from vivit_linop.arguments import numbered
-from vivit_linop.curvature.device_costs import DeviceCosts
 from vivit_linop.curvature.ggn import GGN
+from vivit_linop.curvature.plan import DeviceCosts
 from vivit_linop.linalg.krylov import (
     SOLVERS,
     Wanted,

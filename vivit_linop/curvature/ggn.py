@@ -1,7 +1,8 @@
-"""The generalised Gauss–Newton matrix and its low-rank factor."""
+"""The generalised Gauss–Newton matrix, and its low-rank factor where it has one."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cached_property
 from typing import Any, Self
 
@@ -12,8 +13,13 @@ from vivit_linop.curvature.blocks import ParameterBlocks, block_diagonal
 from vivit_linop.curvature.column_sums import sum_columns
 from vivit_linop.curvature.jacobian import Jacobian, Pullback
 from vivit_linop.curvature.loss_hessian import LossHessian, LossHessianSqrt
+from vivit_linop.linalg.decompositions import DenseDecomposition
 from vivit_linop.modes import ordinary_mode
 from vivit_linop.net.totals import SampleRowNorms
+from vivit_linop.operators import verbs
+from vivit_linop.operators.base import TorchLinearOperator
+from vivit_linop.operators.eigenpairs import Eigendecomposition
+from vivit_linop.operators.elementary import as_dense
 from vivit_linop.operators.kronecker import BlockDiagonal
 from vivit_linop.operators.lowrank import LowRank
 from vivit_linop.risk.empirical import EmpiricalRisk, as_risk
@@ -215,3 +221,56 @@ class GGN(LowRank):
         if not self.semidefinite:
             self.factor.root.check()
         return block_diagonal(self, blocks)
+
+
+# Rules without a root ---------------------------------------------------------------
+
+# Of a loss that is not convex JᵀHJ has an indefinite H and no V. What is linear in H is
+# a difference, G = Jᵀ H₊ J − Jᵀ H₋ J, and both parts have factors, in the structure of
+# the layers. All eigenvalues come from the dense G; a few pairs by
+# :mod:`vivit_linop.curvature.routes`. Inverses and roots need V.
+
+
+def _register(verb: Any, without_root: Callable[..., Any]) -> None:
+    """Register a verb for GGNs: where H has a root as for c V Vᵀ, else another way."""
+    with_root = verb.dispatch(LowRank)
+
+    def rule(op: GGN, *arguments: Any) -> Any:
+        return (with_root if op.semidefinite else without_root)(op, *arguments)
+
+    verb.register(rule)
+
+
+def _by_parts(verb: Callable[[GGN], Tensor]) -> Callable[[GGN], Tensor]:
+    def difference(op: GGN) -> Tensor:
+        positive, negative = map(verb, op.parts)
+        return op.scale * (positive - negative)
+
+    return difference
+
+
+def _refused(verb: Any) -> Callable[..., Any]:
+    def without_root(op: GGN, *arguments: Any) -> Any:
+        op.factor.root.check()  # says why there is none
+        return verb.dispatch(LowRank)(op, *arguments)
+
+    return without_root
+
+
+def _dense_eigenvalues(op: GGN) -> Tensor:
+    return verbs.eigvalsh(as_dense(op))
+
+
+def _dense_decomposition(op: GGN) -> Eigendecomposition:
+    return DenseDecomposition(verbs.to_dense(op), op.ranks)
+
+
+verb: Any
+for verb in (verbs.to_dense, verbs.diagonal, verbs.trace):
+    _register(verb, _by_parts(verb))
+_register(verbs.eigvalsh, _dense_eigenvalues)
+_register(verbs.eigendecomposition, _dense_decomposition)
+for verb in (verbs.logdet, verbs.damped_logdet, verbs.damped_logdets):
+    _register(verb, verb.dispatch(TorchLinearOperator))
+for verb in (verbs.inv, verbs.damped_inv, verbs.sqrt, verbs.damped_sqrt):
+    _register(verb, _refused(verb))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from functools import cached_property
+from operator import attrgetter
 from typing import Any, Self
 from weakref import ref
 
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from vivit_linop.curvature import plan
 from vivit_linop.curvature.loss_hessian import LossHessian
-from vivit_linop.curvature.output_space import OutputIdentity, OutputOperator
+from vivit_linop.curvature.output_space import OfRisk, OutputIdentity, OutputOperator
 from vivit_linop.devices import check_matrix_fits
 from vivit_linop.linalg.reductions import matrix_of_operator
 from vivit_linop.linalg.tracking import prepared_gram
@@ -26,14 +27,12 @@ from vivit_linop.net.linearized import NoTangentError, linearizations, trusted
 from vivit_linop.net.pieces import StoredColumns
 from vivit_linop.net.totals import AllColumns, Components
 from vivit_linop.operators import verbs
-from vivit_linop.operators.base import TorchLinearOperator
 from vivit_linop.operators.lowrank import Gram
 from vivit_linop.operators.symmetric import KeptMatrix
-from vivit_linop.ranks.alone import Ranks
 from vivit_linop.risk.empirical import EmpiricalRisk, as_risk, risk_of_inputs
 
 
-class Jacobian(TorchLinearOperator):
+class Jacobian(OfRisk):
     """J: the Jacobian of all outputs in the parameters, ``[N·C, D]``.
 
     Rows are sample-major (n·C + c). Products run on a linearisation of the net that is
@@ -64,21 +63,14 @@ class Jacobian(TorchLinearOperator):
         **options: Any,
     ) -> None:
         # In the place of the loss: inputs, if there is nothing else.
-        if data is None and loss is not None and not callable(loss):
-            if isinstance(risk, EmpiricalRisk):
-                raise TypeError(
-                    "risk: with an EmpiricalRisk, its inputs are already given."
-                )
-            self.risk = risk_of_inputs(risk, loss, params, **options)
+        inputs = data is None and loss is not None and not callable(loss)
+        if inputs and not isinstance(risk, EmpiricalRisk):
+            risk = risk_of_inputs(risk, loss, params, **options)
         else:
-            self.risk = as_risk(risk, loss, data, params, **options)
-        shape = self.risk.num_rows, self.risk.num_params
-        super().__init__(shape, self.risk.dtype, self.risk.device)
-
-    @property
-    def ranks(self) -> Ranks:
-        """Those of the risk."""
-        return self.risk.ranks
+            risk = as_risk(risk, loss, data, params, **options)
+        self.risk = risk
+        shape = risk.num_rows, risk.num_params
+        super().__init__(shape, risk.dtype, risk.device)
 
     @cached_property
     def pullback(self) -> Pullback:
@@ -92,7 +84,7 @@ class Jacobian(TorchLinearOperator):
         return self.pullback._multiply(X)
 
 
-class Pullback(TorchLinearOperator):
+class Pullback(OfRisk):
     """Jᵀ B for an operator B in output space (or Jᵀ itself), ``[D, N·R]``.
 
     Products run on the linearisation of the net, or on the stored columns where that is
@@ -113,30 +105,23 @@ class Pullback(TorchLinearOperator):
     """
 
     def __init__(self, jacobian: Jacobian, output: OutputOperator) -> None:
-        self.output, self.risk, self.width = output, jacobian.risk, output.width
-        self.layout = output.layout
+        self.risk = risk = jacobian.risk
+        self.output = output
+        self.width, self.layout = output.width, output.layout
         self.is_plain = isinstance(output, OutputIdentity)
         # J keeps Jᵀ, so that Jᵀ must not keep J: both would outlive their last user.
         self._jacobian: ref[Jacobian] | None = ref(jacobian)
         self.stored: StoredColumns | None = None
         self._inner: InnerProducts | None = None
-        self._kept_gram = KeptMatrix(self.risk.kept.columns_budget)
+        self._kept_gram = KeptMatrix(risk.kept.columns_budget)
         self._decided, self._used, self.streams = self.is_plain, False, False
-        super().__init__(
-            (self.risk.num_params, output.shape[1]),
-            self.risk.dtype,
-            self.risk.device,
-        )
+        shape = risk.num_params, output.shape[1]
+        super().__init__(shape, risk.dtype, risk.device)
 
     def __getstate__(self) -> dict[str, Any]:
         """What travels: columns are made anew where they pay."""
         anew = {"_jacobian": None, "stored": None, "_decided": self.is_plain}
         return super().__getstate__() | anew | {"_inner": None}
-
-    @property
-    def ranks(self) -> Ranks:
-        """Those of the risk."""
-        return self.risk.ranks
 
     @property
     def jacobian(self) -> Jacobian:
@@ -271,10 +256,7 @@ class Pullback(TorchLinearOperator):
         return self._transposed(self._components(X))
 
 
-@verbs.gram.register
-def gram_of_pullback(factor: Pullback) -> Gram:
-    """The one that it keeps."""
-    return factor.gram
+verbs.gram.register(Pullback, attrgetter("gram"))
 
 
 @verbs.few_products.register

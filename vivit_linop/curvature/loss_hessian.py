@@ -170,11 +170,8 @@ class LossHessian(OutputOperator):
         unit = torch.eye(width, dtype=self.torch_dtype, device=self.device)
         return self.apply_batch(batch, unit.repeat(n, 1)).reshape(n, width, width)
 
-    def diagonal_entries(self) -> Tensor:
-        """The diagonal, ``[N·C]``; the blocks are not formed."""
-        return self.risk.ranks.listed(self._own_diagonal)
-
-    def _own_diagonal(self) -> Tensor:
+    def own_diagonal(self) -> Tensor:
+        """The diagonal of this rank's samples; the blocks are not formed."""
         risk = self.risk
         return risk.scale * torch.cat(
             [

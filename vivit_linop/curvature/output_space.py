@@ -13,7 +13,7 @@ from operator import attrgetter
 import torch
 from torch import Tensor
 
-from vivit_linop.devices import check_matrix_fits, free_memory
+from vivit_linop.devices import free_memory
 from vivit_linop.operators.base import TorchLinearOperator
 from vivit_linop.ranks.alone import Ranks
 from vivit_linop.risk.empirical import EmpiricalRisk
@@ -43,7 +43,18 @@ def check_blocks_fit(
         )
 
 
-class OutputOperator(TorchLinearOperator):
+class OfRisk(TorchLinearOperator):
+    """An operator of a risk, over its processes."""
+
+    risk: EmpiricalRisk
+
+    @property
+    def ranks(self) -> Ranks:
+        """Those of the risk."""
+        return self.risk.ranks
+
+
+class OutputOperator(OfRisk):
     """A block-diagonal operator with a block ``[C, R]`` for each sample.
 
     Args:
@@ -69,11 +80,6 @@ class OutputOperator(TorchLinearOperator):
         self.risk, self.layout, self.width = risk, width, width.width
         shape = risk.num_rows, width.among(risk.num_samples)
         super().__init__(shape, risk.dtype, risk.device)
-
-    @property
-    def ranks(self) -> Ranks:
-        """Those of the risk."""
-        return self.risk.ranks
 
     @abstractmethod
     def apply_batch(self, batch: int, X: Tensor) -> Tensor:
@@ -121,17 +127,7 @@ class OutputOperator(TorchLinearOperator):
         """Whether the blocks of every batch fit into memory."""
         return True
 
-    def dense(self) -> Tensor:
-        """The matrix.
-
-        Raises:
-            MemoryError: If it does not fit into free memory.
-        """
-        name = type(self).__name__
-        check_matrix_fits(name, self.shape, self.torch_dtype, self.device)
-        return self.risk.ranks.listed(self._dense_rows)
-
-    def _dense_rows(self) -> Tensor:
+    def own_dense_rows(self) -> Tensor:
         """The rows of this rank's samples."""
         risk, own = self.risk, self.layout
         matrix = torch.zeros(
@@ -215,21 +211,11 @@ class FactoredOutputOperator(OutputOperator):
 
     def apply_batch(self, batch: int, X: Tensor) -> Tensor:
         """Multiply position by position."""
-        F = self.blocks(batch)
-        n, _, s, positions = F.shape
-        product = torch.einsum(
-            "ncsp,nspk->ncpk", F, X.reshape(n, s, positions, X.shape[1])
-        )
-        return product.reshape(-1, X.shape[1])
+        return _by_position(self.blocks(batch), X)
 
     def apply_adjoint_batch(self, batch: int, X: Tensor) -> Tensor:
         """Multiply position by position."""
-        F = self.blocks(batch)
-        n, c, _, positions = F.shape
-        product = torch.einsum(
-            "ncsp,ncpk->nspk", F, X.reshape(n, c, positions, X.shape[1])
-        )
-        return product.reshape(-1, X.shape[1])
+        return _by_position(self.blocks(batch).transpose(1, 2), X)
 
     def dense_batch(self, batch: int) -> Tensor:
         """Put the positions on the diagonal."""
@@ -242,6 +228,13 @@ class FactoredOutputOperator(OutputOperator):
         unit = torch.eye(positions, dtype=F.dtype, device=F.device)
         dense = torch.einsum("ncsp,pq->ncpsq", F, unit)
         return dense.reshape(n, rows, columns)
+
+
+def _by_position(F: Tensor, X: Tensor) -> Tensor:
+    """Blocks ``[n, c, s, P]`` times ``[n·s·P, K]``, ``[n·c·P, K]``."""
+    n, _, s, positions = F.shape
+    X = X.reshape(n, s, positions, X.shape[1])
+    return torch.einsum("ncsp,nspk->ncpk", F, X).reshape(-1, X.shape[3])
 
 
 class Outer(OutputOperator):

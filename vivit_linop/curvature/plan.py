@@ -2,8 +2,7 @@
 
 Costs are floating-point operations of a large matrix product. f are those of a forward
 pass over all samples, R̂ = N·R, and g(R̂) those of the Gram matrix by layers. What a
-device takes for the rest stands in :mod:`vivit_linop.curvature.device_costs`; the
-numbers here are a CPU's:
+device takes for the rest stands in :class:`DeviceCosts`; the numbers here are a CPU's:
 
 - the Gram matrix takes R f + g(R̂), and 10 R̂³ for its leading eigenpairs or 40 R̂³ for
   all (a symmetric eigensolver needs some 4/3 R̂³ or 9 R̂³, at a fraction of the speed of
@@ -28,11 +27,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 
-from vivit_linop.curvature.device_costs import CPU_COSTS, DeviceCosts, costs_on
+from vivit_linop.arguments import as_device, check_real
 from vivit_linop.linalg.decompositions import FEW
 from vivit_linop.linalg.krylov import krylov_products
 from vivit_linop.net.costs import LayerCost
@@ -65,6 +64,150 @@ FORMED_ENTRIES = 2**16
 _TOGETHER = 16
 
 
+# Devices ----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class DeviceCosts:
+    """What a device takes, in seconds and rates: what the choice of a route rests on.
+
+    There are defaults for a CPU and for a GPU; :func:`calibrate` measures the device at
+    hand. ``explain(k)`` names what was used where that is not the CPU's default.
+
+    Attributes:
+        name: Of the device.
+        rate: Floating-point operations of a large matrix product in float32, a second.
+        bandwidth: Bytes of its memory that it reads a second.
+        copying: Bytes a second between its memory and the host's; infinite on a CPU.
+        call: Seconds of a product with G beside its arithmetic.
+        step: Seconds of a product with a known matrix in a Krylov solver, beside
+            reading it.
+        tracing: Seconds to trace a net with convolutions for its linearisation.
+        linearising: Seconds of a linearisation beside its arithmetic.
+        short_pass: Seconds of a forward pass, most of which is overhead.
+        all_pairs: Of a symmetric eigensolver for all pairs of n rows: its time, by that
+            of n³ operations of a large matrix product.
+        leading_pairs: Likewise for less than a quarter of them.
+        passes: How many forward passes a product with V takes on the linearisation:
+            two by its arithmetic, more by its time where activations are slow to read
+            beside that.
+        matrix_bandwidth: Bytes a second of a known matrix that is multiplied by one
+            vector after the other; caches hold a part of it.
+        row: Seconds of a symmetric eigensolver for each row, beside its arithmetic.
+
+    Raises:
+        TypeError: If one is no number.
+        ValueError: If one is not positive.
+
+    Example:
+        >>> import vivit_linop as vl
+        >>> costs = vl.DeviceCosts(
+        ...     name="mine", rate=1e12, bandwidth=1e11, copying=float("inf"), call=1e-3,
+        ...     step=1e-4, tracing=0.3, linearising=1e-2, short_pass=1e-4,
+        ...     all_pairs=40.0, leading_pairs=10.0,
+        ... )
+        >>> costs.reading_flops
+        10.0
+    """
+
+    name: str
+    rate: float
+    bandwidth: float
+    copying: float
+    call: float
+    step: float
+    tracing: float
+    linearising: float
+    short_pass: float
+    all_pairs: float
+    leading_pairs: float
+    passes: float = 2.0
+    matrix_bandwidth: float = 3e10
+    row: float = 2e-6
+
+    def __post_init__(self) -> None:
+        for field in fields(self)[1:]:
+            value = getattr(self, field.name)
+            check_real(value, field.name)
+            if not value > 0.0:
+                raise ValueError(f"{field.name}: a positive number, got {value!r}.")
+
+    @classmethod
+    def default(cls, device: torch.device | str) -> DeviceCosts:
+        """Return what is assumed of a device of its type."""
+        return CPU_COSTS if as_device(device).type == "cpu" else GPU_COSTS
+
+    @classmethod
+    def on(cls, device: torch.device | str) -> DeviceCosts:
+        """Return what routes on a device are chosen by."""
+        return costs_on(as_device(device))
+
+    def use(self, device: torch.device | str) -> None:
+        """Choose routes on a device by these costs, in this process from now on."""
+        _in_use[_key(as_device(device))] = self
+
+    @property
+    def reading_flops(self) -> float:
+        """Operations of a large matrix product in the time that a byte is read in."""
+        return self.rate / self.bandwidth
+
+    def flops(self, seconds: float) -> float:
+        """Operations of a large matrix product in some seconds."""
+        return self.rate * seconds
+
+
+# Two cores: some 300 GFLOP/s, and 12 GB/s. What is known of a matrix was measured with
+# one thread on an AMD EPYC, for 200 to 4,000 rows and 1, 5, 10 and 20 pairs of matrices
+# with a few large eigenvalues, with a power law and without gaps: a product of ARPACK
+# took 12 μs and its bytes at 60 GB/s (a megabyte) to 22 GB/s (64), LAPACK's ?syevr 13
+# (500 rows) to 9 (2,000) n³ beside 2 μs a row.
+CPU_COSTS = DeviceCosts(
+    name="a CPU",
+    rate=3e11,
+    bandwidth=1.2e10,
+    copying=float("inf"),
+    call=1e9 / 3e11,
+    step=1.2e-5,
+    tracing=1e11 / 3e11,
+    linearising=3e9 / 3e11,
+    short_pass=3e7 / 3e11,
+    all_pairs=40.0,
+    leading_pairs=10.0,
+)
+# What calibrate() measured on an H100 (PyTorch 2.11, 16 cores): copies go to pageable
+# memory of the host, and what is bound by calls takes Python's time. cuSOLVER has no
+# solver for some of the pairs. A product with V Vᵀ on linearisations took 13 to 24
+# forward passes by the rate.
+GPU_COSTS = DeviceCosts(
+    name="a GPU",
+    rate=5.1e13,
+    bandwidth=2.8e12,
+    copying=1.7e9,
+    call=1e-3,
+    step=7e-4,
+    tracing=0.27,
+    linearising=5e-3,
+    short_pass=1.25e-4,
+    all_pairs=160.0,
+    leading_pairs=160.0,
+    passes=7.0,
+    matrix_bandwidth=2.8e12,
+    row=1e-9,  # in the others
+)
+_in_use: dict[str, DeviceCosts] = {}
+
+
+def _key(device: torch.device) -> str:
+    """Several GPUs of a machine may differ; cuda is the first of them."""
+    return f"{device.type}:{device.index or 0}"
+
+
+def costs_on(device: torch.device) -> DeviceCosts:
+    """Return what routes on a device are chosen by, as :meth:`DeviceCosts.on`."""
+    default = CPU_COSTS if device.type == "cpu" else GPU_COSTS
+    return _in_use.get(_key(device), default) if _in_use else default
+
+
 # Columns --------------------------------------------------------------------------
 
 
@@ -79,6 +222,7 @@ class NetCost:
         inner: Those of a product with VᵀV on stored columns, without reading them.
         nbytes: What the columns of all samples take.
         tracing: Operations to trace the net, if its linearisation needs that.
+        on: What the device takes.
     """
 
     forward: float
@@ -87,10 +231,12 @@ class NetCost:
     inner: float
     nbytes: float
     tracing: float
+    on: DeviceCosts
 
     @classmethod
-    def of(cls, costs: Sequence[LayerCost], on: DeviceCosts) -> NetCost:
+    def of(cls, costs: Sequence[LayerCost], device: torch.device) -> NetCost:
         """Add up the layers', on a device."""
+        on = costs_on(device)
         forward = gram = product = inner = nbytes = tracing = 0.0
         for cost in costs:
             forward += cost.forward_flops
@@ -100,15 +246,14 @@ class NetCost:
             nbytes += cost.nbytes
             if "conv" in cost.use:
                 tracing = on.flops(on.tracing)
-        return cls(forward, gram, product, inner, nbytes, tracing)
+        return cls(forward, gram, product, inner, nbytes, tracing, on)
 
 
 def columns_pay(costs: Sequence[LayerCost], width: int, device: torch.device) -> bool:
     """Whether columns, R of each sample, are worth making for products alone."""
-    on = costs_on(device)
-    net = NetCost.of(costs, on)
+    net = NetCost.of(costs, device)
     making = 2 * width * net.forward / _PAID_AFTER
-    return net.product + making < on.passes * net.forward
+    return net.product + making < net.on.passes * net.forward
 
 
 def columns_stay(
@@ -119,11 +264,10 @@ def columns_stay(
     Eigenvectors and damped inverses need some products with V, which else make the
     linearisation.
     """
-    on = costs_on(device)
-    net = NetCost.of(costs, on)
+    net = NetCost.of(costs, device)
     linearising = _LINEARISING_PASSES * net.forward + net.tracing
-    linearising += on.flops(on.linearising)
-    on_linearisation = on.passes * net.forward + linearising / _FOLLOWING
+    linearising += net.on.flops(net.on.linearising)
+    on_linearisation = net.on.passes * net.forward + linearising / _FOLLOWING
     return nbytes <= budget and net.product <= on_linearisation
 
 
@@ -144,10 +288,9 @@ def followed_on_columns(
     One such product does what takes two half-steps on the linearisation, and one or two
     are what it takes.
     """
-    on = costs_on(device)
-    net = NetCost.of(costs, on)
-    making = (width + _CERTIFIED_PASSES) * net.forward + on.flops(on.call)
-    on_columns = making + vectors * net.inner + 2 * on.reading_flops * net.nbytes
+    net = NetCost.of(costs, device)
+    making = (width + _CERTIFIED_PASSES) * net.forward + net.on.flops(net.on.call)
+    on_columns = making + vectors * net.inner + 2 * net.on.reading_flops * net.nbytes
     on_linearisation = _LINEARISING_PASSES + _HALF_STEPS / 2 * vectors * _PRODUCT_PASSES
     return on_columns < on_linearisation * net.forward
 
@@ -157,19 +300,17 @@ def explained_products(
 ) -> str:
     """Say what products with V run on, and what the two ways cost."""
     place = "stored columns" if stored else "the linearisation"
-    on = costs_on(device)
-    net = NetCost.of(costs, on)
+    net = NetCost.of(costs, device)
     return (
         f"products run on {place}: {net.product / 1e9:.3g} GFLOP on stored columns, "
-        f"{on.passes * net.forward / 1e9:.3g} GFLOP on the linearisation."
+        f"{net.on.passes * net.forward / 1e9:.3g} GFLOP on the linearisation."
     )
 
 
 def products_together(costs: Sequence[LayerCost], device: torch.device) -> int:
     """How many products with a Hessian one backward pass takes."""
-    on = costs_on(device)
-    short = NetCost.of(costs, on).forward < on.flops(on.short_pass)
-    return _TOGETHER if short else 1
+    net = NetCost.of(costs, device)
+    return _TOGETHER if net.forward < net.on.flops(net.on.short_pass) else 1
 
 
 # Eigenpairs -------------------------------------------------------------------------
@@ -217,7 +358,7 @@ class FactorCost:
         Stored columns may take the bytes of the budget.
         """
         D, columns = shape
-        net = NetCost.of(costs, costs_on(device))
+        net = NetCost.of(costs, device)
         matrix = net.gram if columns <= D else float(D) ** 2 * columns
         matrix += width * net.forward
         product, once = _PRODUCT_PASSES * net.forward, net.tracing

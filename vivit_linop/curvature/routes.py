@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
-from functools import cached_property, partial, singledispatch
+from functools import partial, singledispatch
 from operator import methodcaller
 from typing import Any
 
@@ -23,7 +23,6 @@ from vivit_linop.curvature.jacobian import Pullback
 from vivit_linop.curvature.output_space import OutputOperator
 from vivit_linop.devices import free_memory
 from vivit_linop.linalg.decompositions import (
-    DenseDecomposition,
     GramEigenpairs,
     LowRankDecomposition,
     gram_rounding_error,
@@ -50,7 +49,7 @@ from vivit_linop.operators.elementary import Scaled, dense_over
 from vivit_linop.operators.kronecker import BlockDiagonal
 from vivit_linop.operators.lowrank import Centered, LowRank, Woodbury
 from vivit_linop.operators.parts import HStack
-from vivit_linop.operators.verbs import eigh, explain, gram, scale, to_dense
+from vivit_linop.operators.verbs import eigendecomposition, eigh, explain, gram, scale
 
 DENSE = ("dense Gram", "dense G")
 ITERATIONS = ("ARPACK on K", "ARPACK on G", "Lanczos on K", "Lanczos on G")
@@ -189,18 +188,6 @@ def eigenpairs_of_low_rank(
     return pairs
 
 
-class IndefiniteDecomposition(DenseDecomposition):
-    """The decomposition of the dense JᵀHJ, which is formed when it is needed."""
-
-    def __init__(self, operator: GGN) -> None:
-        self._operator, self.count = operator, operator.shape[0]
-        self._ranks = operator.ranks
-
-    @cached_property
-    def _matrix(self) -> Tensor:  # type: ignore[override]
-        return to_dense(self._operator)
-
-
 @eigh.register
 def eigenpairs_of_ggn(
     op: GGN,
@@ -213,12 +200,12 @@ def eigenpairs_of_ggn(
         return eigenpairs_of_low_rank(op, k, select, rcond)
     if op.route is not None and op.by_gram:
         op.factor.root.check()  # says why there is no Gram matrix
-    decomposition = IndefiniteDecomposition(op)
     if k is not None and select is None and op.route != "dense G":
-        check_k(k, decomposition.count)
+        check_k(k, op.shape[0])
         if k < op.shape[0]:
             solver = (op.route or solver_on(op.device)).split()[0]
             return by_iteration(op, int(k), f"{solver} on G")
+    decomposition = eigendecomposition(op)
     pairs = decomposition.pairs(decomposition.choose(k, select, rcond))
     pairs.route = "dense G"
     return pairs

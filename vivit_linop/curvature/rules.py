@@ -11,7 +11,6 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
-from vivit_linop.curvature.blocks import FactorRows
 from vivit_linop.curvature.fisher import PerSampleGradients
 from vivit_linop.curvature.ggn import GGN, GGNFactor
 from vivit_linop.curvature.hessian import HessianBlock
@@ -27,6 +26,7 @@ from vivit_linop.curvature.output_space import (
     Outer,
     OutputOperator,
 )
+from vivit_linop.devices import check_matrix_fits
 from vivit_linop.operators.base import TorchLinearOperator
 from vivit_linop.operators.elementary import Adjoint
 from vivit_linop.operators.lowrank import Gram, LowRank
@@ -130,13 +130,15 @@ def dense_of_jacobian(op: Jacobian) -> Tensor:
 @to_dense.register
 def dense_of_output_operator(op: OutputOperator) -> Tensor:
     """The blocks of all samples on the diagonal."""
-    return op.dense()
+    name = type(op).__name__
+    check_matrix_fits(name, op.shape, op.torch_dtype, op.device)
+    return op.ranks.listed(op.own_dense_rows)
 
 
 @diagonal.register
 def diagonal_of_loss_hessian(op: LossHessian) -> Tensor:
     """In closed form for the losses that have one; no block is formed."""
-    return op.diagonal_entries()
+    return op.ranks.listed(op.own_diagonal)
 
 
 @diagonal.register
@@ -236,15 +238,5 @@ def outline_of_output_operator(op: OutputOperator) -> Outline:
 
 
 @outline.register
-def outline_of_factor_rows(op: FactorRows) -> Outline:
-    return Outline("rows of JᵀB", (), total([op.partition.factor]))
-
-
-@outline.register
-def outline_of_hessian(op: HessianProducts) -> Outline:
-    return Outline("", (), _SECOND_DERIVATIVES)
-
-
-@outline.register
-def outline_of_hessian_block(op: HessianBlock) -> Outline:
+def outline_of_hessian(op: HessianProducts | HessianBlock) -> Outline:
     return Outline("", (), _SECOND_DERIVATIVES)

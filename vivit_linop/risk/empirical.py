@@ -238,10 +238,10 @@ def risk_of_inputs(
     return EmpiricalRisk(model, NoLoss(), data, params, **options)
 
 
-def check_risk(risk: Any) -> None:
+def check_risk(risk: Any, name: str = "risk") -> None:
     """Raise a ``TypeError`` for what is no risk."""
     if not isinstance(risk, EmpiricalRisk):
-        raise TypeError(f"risk: an EmpiricalRisk, got {type(risk).__name__}.")
+        raise TypeError(f"{name}: an EmpiricalRisk, got {type(risk).__name__}.")
 
 
 def as_risk(

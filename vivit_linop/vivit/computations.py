@@ -17,7 +17,7 @@ import torch
 from backpack.extensions.backprop_extension import BackpropExtension
 from torch import Tensor, nn
 
-from vivit_linop.analysis.directional import by_sample
+from vivit_linop.analysis.directions import by_sample
 from vivit_linop.analysis.newton import (
     evaluated_damping,
     gram_eigenvectors,

@@ -1,16 +1,20 @@
-"""First and second derivatives of single samples along directions."""
+"""Directions: derivatives of single samples along them, and projectors onto them."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from vivit_linop.arguments import check_flag, check_has_values
 from vivit_linop.curvature.fisher import PerSampleGradients
 from vivit_linop.curvature.ggn import GGN, GGNFactor
 from vivit_linop.curvature.jacobian import Pullback
 from vivit_linop.linalg.decompositions import GramEigenpairs
 from vivit_linop.modes import ordinary_mode
+from vivit_linop.operators.base import TorchLinearOperator
 from vivit_linop.operators.eigenpairs import Eigenpairs
+from vivit_linop.operators.elementary import Dense, Identity
+from vivit_linop.operators.lowrank import LowRank
 from vivit_linop.risk.empirical import EmpiricalRisk, check_risk
 
 
@@ -54,13 +58,8 @@ def directional_derivatives(
         True
     """
     pairs = as_directions(risk, directions)
-    if curvature_risk is None:
-        curvature_risk = risk
-    if not isinstance(curvature_risk, EmpiricalRisk):
-        raise TypeError(
-            "curvature_risk: an EmpiricalRisk or None, got "
-            f"{type(curvature_risk).__name__}."
-        )
+    curvature_risk = risk if curvature_risk is None else curvature_risk
+    check_risk(curvature_risk, "curvature_risk")
     if curvature_risk.sizes != risk.sizes:
         raise ValueError(
             f"curvature_risk: its parameters have {curvature_risk.sizes} entries, "
@@ -109,10 +108,7 @@ def as_directions(risk: EmpiricalRisk, directions: Eigenpairs | Tensor) -> Eigen
             raise ValueError("directions: hold NaN or Inf.")
         return Eigenpairs(columns.new_full((columns.shape[1],), torch.nan), columns)
     if not isinstance(directions, Eigenpairs):
-        raise TypeError(
-            "directions: what eigh returned, or a tensor [D, K], got "
-            f"{type(directions).__name__}."
-        )
+        raise _no_directions(directions)
     if directions.eigenvalues.dtype != risk.dtype:
         raise TypeError(
             f"directions: are {directions.eigenvalues.dtype}, the risk is "
@@ -133,3 +129,79 @@ def _known_factor(pairs: Eigenpairs, risk: EmpiricalRisk) -> GGNFactor | None:
     if not isinstance(factor, GGNFactor) or not factor.root.determined:
         return None
     return factor if factor.risk is risk else None
+
+
+# Projectors ---------------------------------------------------------------------------
+
+
+@ordinary_mode()
+def projector(
+    directions: Eigenpairs | Tensor, complement: bool = False
+) -> TorchLinearOperator:
+    """Return P = E Eᵀ, the orthogonal projector onto a span, ``[D, D]``, or I − P.
+
+    Projecting an operator A onto the span or its complement is ``P @ A @ P``. A product
+    costs two with the ``[D, K]`` matrix E of orthonormal columns.
+
+    Args:
+        directions: Eigenpairs, whose eigenvectors are formed; or linearly independent
+            columns ``[D, K]``, which are made orthonormal.
+        complement: Whether to project onto the orthogonal complement instead.
+
+    Returns:
+        A low-rank operator, or the identity minus one.
+
+    Raises:
+        TypeError: If ``directions`` is neither.
+        ValueError: If it has another shape, or linearly dependent columns.
+
+    Example:
+        >>> import torch, vivit_linop as vl
+        >>> P = vl.projector(torch.tensor([[1.0], [1.0]]))
+        >>> (P @ torch.tensor([1.0, 3.0])).round(decimals=4)
+        tensor([2., 2.])
+        >>> Q = vl.projector(torch.tensor([[1.0], [1.0]]), complement=True)
+        >>> (Q @ torch.tensor([1.0, 3.0])).round(decimals=4)
+        tensor([-1.,  1.])
+    """
+    check_flag(complement, "complement")
+    if isinstance(directions, Eigenpairs):
+        E = directions.eigenvectors
+    elif isinstance(directions, Tensor):
+        E = _orthonormal(directions.detach())
+    else:
+        raise _no_directions(directions)
+    P = LowRank(Dense(E))
+    if not complement:
+        return P
+    return Identity(len(E), E.dtype, E.device) - P
+
+
+def _orthonormal(columns: Tensor) -> Tensor:
+    if columns.ndim != 2 or not 1 <= columns.shape[1] <= columns.shape[0]:
+        raise ValueError(
+            f"directions: columns [D, K] with K from 1 to D, got {list(columns.shape)}."
+        )
+    if columns.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"directions: float32 or float64, got {columns.dtype}.")
+    check_has_values(columns, "directions: a tensor")
+    if not columns.isfinite().all():
+        raise ValueError("directions: hold NaN or Inf.")
+    # Of a size whose square is a number.
+    columns = columns / columns.abs().amax(0, keepdim=True).clamp(
+        min=torch.finfo(columns.dtype).tiny
+    )
+    Q, R = torch.linalg.qr(columns)
+    heights = R.diagonal().abs()
+    eps = torch.finfo(columns.dtype).eps
+    lengths = columns.norm(dim=0)
+    if not (heights > 10 * eps * len(columns) ** 0.5 * lengths).all():
+        raise ValueError("directions: the columns are linearly dependent.")
+    return Q
+
+
+def _no_directions(given: object) -> TypeError:
+    return TypeError(
+        f"directions: what eigh returned, or a tensor [D, K], got "
+        f"{type(given).__name__}."
+    )
