@@ -71,8 +71,7 @@ class _Computation(ABC, Generic[Result]):
             )
         self._subsampling, self._mc_samples = self._lists[subsampling[0]], count
         self._verbose = verbose
-        # With its group, so that no other object can get the group's id.
-        self._results: dict[int, tuple[Group, Any]] = {}
+        # By the ids of their groups, which they keep: no other object gets that id.
         self._begun: dict[int, Block] = {}
 
     def _extension(self) -> BackpropExtension:
@@ -108,15 +107,14 @@ class _Computation(ABC, Generic[Result]):
         Raises:
             KeyError: If there is none.
         """
-        if id(group) in self._results:
-            result: Result = self._results[id(group)][1]
-            return result
         block = self._begun.get(id(group))
-        if block is None or block.group is not group:
+        if block is None:
             raise KeyError(
                 "No results available for this group: no backward pass with a hook for "
                 "it has begun. It must be the same dictionary as in param_groups."
             )
+        if block.result is not None:
+            return block.result
         missing = ", ".join(
             f"{at} (of shape {list(block.params[at].shape)})" for at in block.missing
         )
@@ -127,7 +125,7 @@ class _Computation(ABC, Generic[Result]):
 
     def _begin(self, blocks: Sequence[Block]) -> None:
         for block in blocks:
-            self._results.pop(id(block.group), None)
+            block.result = None
             self._begun[id(block.group)] = block
 
     @abstractmethod
@@ -140,7 +138,7 @@ class _Computation(ABC, Generic[Result]):
 
     def _finish(self, block: Block, of: Pass) -> None:
         with torch.no_grad():
-            self._results[id(block.group)] = block.group, self._compute(block, of)
+            block.result = self._compute(block, of)
 
     # Operators ------------------------------------------------------------------
 

@@ -91,8 +91,7 @@ class LayerRecord:
 def layer_input(module: nn.Module) -> Tensor:
     """Return what BackPACK has stored of a module's forward pass."""
     stored: Any = module
-    inputs: Tensor = stored.input0
-    return inputs
+    return stored.input0
 
 
 def chosen(tensor: Tensor, subsampling: Indices) -> Tensor:
@@ -138,9 +137,7 @@ class _Recording:
 def _recording(of_backpack: type, kind: Kind, *options: str) -> _Recording:
     """Return BackPACK's extension of a module, which records layers of this kind."""
     attributes = {"kind": kind, "options": options}
-    made = type(of_backpack.__name__, (_Recording, of_backpack), attributes)
-    recording: _Recording = made()
-    return recording
+    return type(of_backpack.__name__, (_Recording, of_backpack), attributes)()
 
 
 _CONV = "stride", "padding", "dilation", "groups"
@@ -201,23 +198,22 @@ class _LayerRecords:
     """Record the layers in a backward pass of S.
 
     Args:
-        checked: All lists of samples, by the names of their arguments.
         of_backpack: What BackPACK's extension takes.
     """
 
     savefield: str
     saved_quantities: SavedQuantities
 
-    def __init__(self, checked: dict[str, Indices], *of_backpack: Any) -> None:
+    def __init__(self, *of_backpack: Any) -> None:
         super().__init__(*of_backpack)
-        self.savefield, self._checked = SAVEFIELD, checked
+        self.savefield, self._checked = SAVEFIELD, dict[str, Indices]()
         for module, extension in _MODULES.items():
             self.set_module_extension(  # type: ignore[attr-defined]
                 module, extension, overwrite=True
             )
 
     def again(self, checked: dict[str, Indices]) -> Self:
-        """Return another one for a pass of its own."""
+        """Return another one for a pass of its own, with lists of samples to check."""
         new = copy.copy(self)
         for name, value in vars(self).items():
             if type(value) is dict:  # of modules and their extensions
@@ -250,9 +246,8 @@ def layer_records(
     All lists of samples are checked, by the names of their arguments. ``at_rank`` is
     whether the exact S of a cross-entropy may have a column less.
     """
-    if subsampling is None:
-        return _of_all_samples(mc_samples, at_rank).again(checked)
-    return _records(mc_samples, subsampling, checked, at_rank)
+    samples = None if subsampling is None else tuple(subsampling)
+    return _records(mc_samples, samples, at_rank).again(checked)
 
 
 class ExactLayerRecords(_LayerRecords, SqrtGGNExact):
@@ -263,23 +258,18 @@ class MCLayerRecords(_LayerRecords, SqrtGGNMC):
     """Those of a Monte-Carlo S."""
 
 
+@functools.lru_cache(maxsize=8)
 def _records(
-    mc_samples: int, subsampling: Indices, checked: dict[str, Indices], at_rank: bool
+    mc_samples: int, samples: tuple[int, ...] | None, at_rank: bool
 ) -> ExactLayerRecords | MCLayerRecords:
+    """Making one takes an eighth of a small net's pass with BackPACK."""
+    subsampling = None if samples is None else [*samples]
     if mc_samples:
-        return MCLayerRecords(checked, mc_samples, subsampling)
-    records = ExactLayerRecords(checked, subsampling)
+        return MCLayerRecords(mc_samples, subsampling)
+    records = ExactLayerRecords(subsampling)
     if at_rank:
         records.set_module_extension(nn.CrossEntropyLoss, _AtRank(), overwrite=True)
     return records
-
-
-@functools.lru_cache(maxsize=8)
-def _of_all_samples(
-    mc_samples: int, at_rank: bool
-) -> ExactLayerRecords | MCLayerRecords:
-    """Making one takes an eighth of a small net's pass with BackPACK."""
-    return _records(mc_samples, None, {}, at_rank)
 
 
 def _check_targets(loss: nn.Module) -> None:

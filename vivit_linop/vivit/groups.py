@@ -49,11 +49,13 @@ class Block:
         group: The user's dictionary.
         params: Its parameters.
         collected: What has been made of the parameters' records in this pass.
+        result: That of this pass, None while it is not complete.
     """
 
     group: Group
     params: list[Tensor]
     collected: dict[int, Any] = field(default_factory=dict)
+    result: Any = None
 
     @property
     def sizes(self) -> list[int]:
