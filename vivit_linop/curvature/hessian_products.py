@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from functools import cached_property, partial
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from vivit_linop.curvature import plan
 from vivit_linop.curvature.loss_hessian import certify_loss
+from vivit_linop.curvature.output_space import OfRisk
 from vivit_linop.curvature.second_derivatives import (
     Certificate,
     differentiable_twice,
@@ -21,8 +22,6 @@ from vivit_linop.graphs import batched_gradients, gradients, strided
 from vivit_linop.modes import as_guest
 from vivit_linop.net.costs import layer_costs
 from vivit_linop.noise import Noise
-from vivit_linop.operators.base import TorchLinearOperator
-from vivit_linop.ranks.alone import Ranks
 from vivit_linop.risk.data.batches import some_targets
 from vivit_linop.risk.data.containers import copied
 from vivit_linop.risk.empirical import EmpiricalRisk, as_risk
@@ -31,7 +30,7 @@ from vivit_linop.risk.empirical import EmpiricalRisk, as_risk
 ROUNDING = 100
 
 
-class HessianProducts(TorchLinearOperator):
+class HessianProducts(OfRisk):
     """What :class:`vivit_linop.Hessian` and its blocks multiply by.
 
     The graph of the gradient is kept for a single batch, and made anew for several.
@@ -49,20 +48,14 @@ class HessianProducts(TorchLinearOperator):
         params: Any | None = None,
         **options: Any,
     ) -> None:
-        self.risk = as_risk(risk, loss, data, params, **options)
-        certify_loss(self.risk, "Hessian")
-        D = self.risk.num_params
-        super().__init__((D, D), self.risk.dtype, self.risk.device)
+        self.risk = risk = as_risk(risk, loss, data, params, **options)
+        certify_loss(risk, "Hessian")
+        super().__init__((risk.num_params,) * 2, risk.dtype, risk.device)
         self._kept: list[Tensor] | None = None
         self._certified = self._rewritten = False
         self._batched = True  # until torch refuses, or is wrong
-        self._room = Room(self.risk.device)
+        self._room = Room(risk.device)
         self._compared: set[tuple[Any, ...]] = set()
-
-    @property
-    def ranks(self) -> Ranks:
-        """Those of the risk."""
-        return self.risk.ranks
 
     def __getstate__(self) -> dict[str, Any]:
         """Graphs do not travel: a copy makes its own, of its own parameters."""
@@ -148,12 +141,14 @@ class HessianProducts(TorchLinearOperator):
                 index: rows.T.contiguous().view(count, *parameters[index].shape)
                 for index, rows in zip(chosen, part.split(sizes), strict=True)
             }
+            passes = _Passes(
+                [gradient[index] for index in curved],
+                [parameters[index] for index in chosen],
+                [vectors[index] for index in curved],
+            )
             try:
                 products = self._pull_back(
-                    [gradient[index] for index in curved],
-                    [parameters[index] for index in chosen],
-                    [vectors[index] for index in curved],
-                    None if batch is None else (batch, *chosen),
+                    passes, None if batch is None else (batch, *chosen)
                 )
             except RuntimeError as error:
                 if count == 1 or not is_out_of_memory(error):
@@ -173,70 +168,50 @@ class HessianProducts(TorchLinearOperator):
     @property
     def together(self) -> int:
         """How many products are taken together."""
-        return self._together if self._batched else 1
-
-    @cached_property
-    def _together(self) -> int:
+        if not self._batched:
+            return 1
         return plan.products_together(layer_costs(self.risk, 1), self.device)
 
     def _pull_back(
-        self,
-        outputs: list[Tensor],
-        inputs: list[Tensor],
-        vectors: list[Tensor],
-        place: tuple[int, ...] | None,
+        self, passes: _Passes, place: tuple[int, ...] | None
     ) -> list[Tensor | None]:
-        """Backward passes for ``[K, *p]`` vectors, together if torch can.
+        """Take backward passes, together if torch can.
 
         The place is the batch and the parameters, None if they will not come again.
         """
-        count = len(vectors[0])
         with differentiable_twice():
-            if count > 1 and self._batched_is_right(outputs, inputs, vectors, place):
-                together = self._pull_back_together(outputs, inputs, vectors)
-                if together is not None and (
-                    place is not None
-                    or self._is_right(together, outputs, inputs, vectors)
-                ):
-                    return together
-            each = [
-                _pulled_back(outputs, inputs, [v[k] for v in vectors])
-                for k in range(count)
-            ]
+            count = len(passes.vectors[0])
+            if count > 1 and (together := self._together(passes, place)) is not None:
+                return together
+            each = [passes.of([v[k] for v in passes.vectors]) for k in range(count)]
         return [
             None if products[0] is None else torch.stack(products)
             for products in zip(*each, strict=True)
         ]
 
-    def _batched_is_right(
-        self,
-        outputs: list[Tensor],
-        inputs: list[Tensor],
-        vectors: list[Tensor],
-        place: tuple[int, ...] | None,
-    ) -> bool:
-        """Whether to take passes together; tried once a place, on random vectors.
-
-        Those that are multiplied may have zeros where a fault would show. At no place,
-        each result is to be looked at.
-        """
-        if place is None or not self._batched:
-            return self._batched
-        key = (*place, len(vectors[0]))
-        if key not in self._compared:
-            probe = [*map(Noise().like, vectors)]
-            together = self._pull_back_together(outputs, inputs, probe)
-            if together is None or not self._is_right(together, outputs, inputs, probe):
-                return False
-            self._compared.add(key)
-        return True
-
-    def _pull_back_together(
-        self, outputs: list[Tensor], inputs: list[Tensor], vectors: list[Tensor]
+    def _together(
+        self, passes: _Passes, place: tuple[int, ...] | None
     ) -> list[Tensor | None] | None:
-        """Backward passes in one, None if torch cannot."""
+        """Take all in one; None if torch cannot, or is wrong.
+
+        That is tried once a place, on random vectors: those that are multiplied may
+        have zeros where a fault would show. At no place, each result is looked at.
+        """
+        if not self._batched:
+            return None
+        key = None if place is None else (*place, len(passes.vectors[0]))
+        if key is not None and key not in self._compared:
+            probe = passes._replace(vectors=[*map(Noise().like, passes.vectors)])
+            if not self._is_right(self._in_one(probe), probe):
+                return None
+            self._compared.add(key)
+        together = self._in_one(passes)
+        is_right = key is not None or self._is_right(together, passes)
+        return together if is_right else None
+
+    def _in_one(self, passes: _Passes) -> list[Tensor | None] | None:
         try:
-            return batched_gradients(outputs, inputs, vectors)
+            return batched_gradients(*passes)
         # Some operations have no batched backward pass.
         except (RuntimeError, NotImplementedError) as error:
             if is_out_of_memory(error):
@@ -244,22 +219,17 @@ class HessianProducts(TorchLinearOperator):
             self._batched = False
             return None
 
-    def _is_right(
-        self,
-        together: list[Tensor | None],
-        outputs: list[Tensor],
-        inputs: list[Tensor],
-        vectors: list[Tensor],
-    ) -> bool:
+    def _is_right(self, together: list[Tensor | None] | None, passes: _Passes) -> bool:
         """Whether batched backward passes are what single ones are.
 
         For some shapes torch's batching of an operation is wrong. A random combination
         of the passes is that of the combined vectors; where not, they are taken singly
         from now on.
         """
-        weights = Noise()(len(vectors[0]), like=vectors[0])
-        combined = [torch.tensordot(weights, v, dims=1) for v in vectors]
-        alone = _pulled_back(outputs, inputs, combined)
+        if together is None:
+            return False
+        weights = Noise()(len(passes.vectors[0]), like=passes.vectors[0])
+        alone = passes.of([torch.tensordot(weights, v, dims=1) for v in passes.vectors])
         error = size = torch.zeros((), dtype=weights.dtype, device=weights.device)
         for many, one in zip(together, alone, strict=True):
             if many is not None and one is not None:
@@ -300,13 +270,16 @@ class HessianProducts(TorchLinearOperator):
             start += samples
 
 
-def _pulled_back(
-    outputs: list[Tensor],
-    inputs: list[Tensor],
-    vectors: list[Tensor],
-) -> list[Tensor | None]:
-    """A backward pass; the graph is kept."""
-    products = torch.autograd.grad(
-        outputs, inputs, vectors, retain_graph=True, allow_unused=True
-    )
-    return [strided(product) for product in products]
+class _Passes(NamedTuple):
+    """Backward passes for K vectors ``[K, *p]`` of each output; the graph is kept."""
+
+    outputs: list[Tensor]
+    inputs: list[Tensor]
+    vectors: list[Tensor]
+
+    def of(self, vectors: list[Tensor]) -> list[Tensor | None]:
+        """Pull back one vector of each output."""
+        products = torch.autograd.grad(
+            self.outputs, self.inputs, vectors, retain_graph=True, allow_unused=True
+        )
+        return [strided(product) for product in products]
