@@ -27,9 +27,10 @@ def at_fault(outputs: Callable[[Params], Tensor], theta: Params) -> str:
         output = outputs(params)
     if calls.wrong is not None:
         return f"At fault is {calls.wrong}."
-    own = _hand_written(output)
+    written_in_python = "torch.autograd.function"
+    own = [n.name() for n in nodes(output) if type(n).__module__ == written_in_python]
     if own:
-        names = " or ".join(own)
+        names = " or ".join(dict.fromkeys(n.removesuffix("Backward") for n in own))
         return (
             f"At fault is the hand-written autograd Function {names}, whose backward "
             "pass is not differentiable or has a wrong derivative."
@@ -38,15 +39,6 @@ def at_fault(outputs: Callable[[Params], Tensor], theta: Params) -> str:
         "Which operation is at fault could not be told (a custom kernel, a "
         "straight-through estimator, numbers of a lower precision?)."
     )
-
-
-def _hand_written(output: Tensor) -> list[str]:
-    """The names of the autograd Functions in a graph that are written in Python."""
-    found: dict[str, None] = {}
-    for node in nodes(output):
-        if type(node).__module__ == "torch.autograd.function":
-            found[node.name().removesuffix("Backward")] = None
-    return list(found)
 
 
 class _Calls(TorchFunctionMode):

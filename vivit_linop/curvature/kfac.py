@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -21,7 +21,6 @@ from vivit_linop.curvature.blocks import FactorRows, Partition
 from vivit_linop.curvature.column_sums import sum_columns
 from vivit_linop.curvature.fisher import EmpiricalFisher
 from vivit_linop.curvature.ggn import GGN
-from vivit_linop.curvature.jacobian import Pullback
 from vivit_linop.curvature.kronecker_sums import (
     EigenvalueSums,
     KroneckerSums,
@@ -34,9 +33,9 @@ from vivit_linop.operators.elementary import Identity, symmetric_over
 from vivit_linop.operators.kronecker import BlockDiagonal, CorrectedKronecker, Kronecker
 from vivit_linop.operators.lowrank import LowRank
 from vivit_linop.operators.verbs import trace
-from vivit_linop.ranks.alone import Ranks
 from vivit_linop.risk.empirical import EmpiricalRisk, as_risk
 
+Curvature: TypeAlias = GGN | EmpiricalFisher
 VARIANTS = ("mc", "exact", "empirical")
 WEIGHT_SHARINGS = ("expand", "reduce", "backpack")
 
@@ -72,7 +71,7 @@ class _LayerBlocks(BlockDiagonal):
                     "variant='exact' for the exact GGN."
                 )
             check_flag(joint_bias, "joint_bias")
-        curvature: LowRank
+        curvature: Curvature
         if variant == "empirical":
             curvature = EmpiricalFisher(self.risk)
         else:
@@ -90,11 +89,6 @@ class _LayerBlocks(BlockDiagonal):
         self.names = [part.names for part in parts]
         self.inputs_first = [part.inputs_first for part in parts]
         super().__init__(*_placed(parts, self.risk))
-
-    @property
-    def ranks(self) -> Ranks:
-        """Those of the risk; all have the same factors."""
-        return self.risk.ranks
 
 
 class KFAC(_LayerBlocks):
@@ -235,12 +229,10 @@ def _placed(
 
 
 def _approximate(
-    curvature: LowRank, sharing: str, partners: dict[str, str]
+    curvature: Curvature, sharing: str, partners: dict[str, str]
 ) -> list[_Part]:
     """Return the blocks of c V Vᵀ, in the order of the parameters."""
-    factor = curvature.factor
-    assert isinstance(factor, Pullback)
-    risk = factor.risk
+    factor, risk = curvature.factor, curvature.factor.risk
     sums = KroneckerSums.over(factor, sharing, list(partners))
     parts = []
     joined = {
@@ -359,10 +351,9 @@ class EKFAC(_LayerBlocks):
     _corrected = True
 
 
-def _correct(parts: Sequence[_Part], curvature: LowRank) -> None:
+def _correct(parts: Sequence[_Part], curvature: Curvature) -> None:
     """Give the Kronecker blocks the diagonal of the curvature in their eigenbasis."""
     factor = curvature.factor
-    assert isinstance(factor, Pullback)
     blocks: dict[str, list[Kronecker]] = {}
     for part in parts:
         if isinstance(part.block, Kronecker):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 from weakref import ReferenceType, ref
 
 import torch
@@ -23,6 +24,9 @@ from vivit_linop.net.pieces import Piece
 from vivit_linop.net.totals import Total
 from vivit_linop.operators.kronecker import Kronecker
 from vivit_linop.ranks.alone import Ranks
+
+Seen: TypeAlias = dict[str, ReferenceType[object]]
+"""The last inputs, by parameter."""
 
 
 @dataclass
@@ -53,17 +57,10 @@ class _ChangedUseError(ValueError):
     """A weight has factors on some samples, and other columns on others."""
 
 
-class _Inputs:
-    """Which inputs were there last: the columns of a layer in parts have the same."""
-
-    def __init__(self) -> None:
-        self._last: dict[str, ReferenceType[object]] = {}
-
-    def are_new(self, name: str, inputs: object) -> bool:
-        """Whether a parameter's inputs are others than last time."""
-        last = self._last.get(name)
-        self._last[name] = ref(inputs)
-        return last is None or last() is not inputs
+def _are_new(seen: Seen, name: str, inputs: object) -> bool:
+    """Whether inputs are others than last time: columns of a layer in parts share."""
+    last, seen[name] = seen.get(name), ref(inputs)
+    return last is None or last() is not inputs
 
 
 class KroneckerSums(Total):
@@ -87,7 +84,7 @@ class KroneckerSums(Total):
         self._formed: set[str] = set()
         # Of each weight, how many samples were seen, and positions of all of them.
         self._positions: dict[str, tuple[int, int]] = {}
-        self._inputs = _Inputs()
+        self._seen: Seen = {}
 
     @classmethod
     def over(
@@ -117,9 +114,7 @@ class KroneckerSums(Total):
                 continue
             self._formed.add(name)
             if columns.numel <= plan.LARGEST_DENSE_BLOCK:
-                product = _outer_product(columns)
-                known = self.outer.get(name)
-                self.outer[name] = product if known is None else known + product
+                self.outer[name] = self.outer.get(name, 0.0) + _outer_product(columns)
         self._check_uses()
 
     def finish(self, ranks: Ranks) -> None:
@@ -149,7 +144,7 @@ class KroneckerSums(Total):
             )
 
     def _add_factors(self, name: str, columns: KhatriRaoColumns) -> None:
-        order, inputs_are_new = None, self._inputs.are_new(name, columns.given)
+        order, inputs_are_new = None, _are_new(self._seen, name, columns.given)
         if isinstance(columns, TransposedConvolutionColumns):
             order = columns.by_outputs(torch.arange(columns.numel, device="cpu"))
         columns = _at_outputs(columns)
@@ -186,7 +181,7 @@ def _cotangent_sums(columns: KhatriRaoColumns, reduced: bool) -> Tensor:
 def _outer_product(columns: LayerColumns) -> Tensor:
     """Σ v vᵀ over all columns, ``[d, d]``."""
     if isinstance(columns, KhatriRaoColumns) and columns.of_ones:
-        return _cotangent_sums(columns, reduced=False)[0].clone()
+        return _cotangent_sums(columns, reduced=False)[0]
     return _outer_sums([columns.rows().T.unsqueeze(0)])[0]
 
 
@@ -255,7 +250,7 @@ class EigenvalueSums(Total):
             name: [block.factor_eigenpairs for block in blocks]
             for name, blocks in bases.items()
         }
-        self._inputs, self._rotated_inputs = _Inputs(), dict[str, Tensor]()
+        self._seen, self._rotated_inputs = Seen(), dict[str, Tensor]()
         self.sums: dict[str, Tensor] = {}
 
     def add(self, left: Piece, right: Piece) -> None:
@@ -264,8 +259,7 @@ class EigenvalueSums(Total):
             columns = left.columns.get(name)
             if columns is not None:
                 squares = self._squares(name, columns)
-                known = self.sums.get(name)
-                self.sums[name] = squares if known is None else known + squares
+                self.sums[name] = self.sums.get(name, 0.0) + squares
 
     def finish(self, ranks: Ranks) -> None:
         """Add up."""
@@ -294,7 +288,7 @@ class EigenvalueSums(Total):
 
     def _rotated(self, name: str, columns: KhatriRaoColumns) -> KhatriRaoColumns:
         """The columns in the eigenbases: (Q_B ⊗ Q_A)ᵀ (b ⊗ a) = Q_Bᵀ b ⊗ Q_Aᵀ a."""
-        inputs_are_new = self._inputs.are_new(name, columns.inputs)
+        inputs_are_new = _are_new(self._seen, name, columns.inputs)
         columns = _at_outputs(columns)
         pairs = self._eigenpairs[name]
         first, second = (

@@ -25,11 +25,13 @@ from torch import Tensor, nn
 from torch.func import functional_call, jvp, vjp
 
 from vivit_linop.curvature.loss_hessian import LossHessian
+from vivit_linop.curvature.output_space import OfRisk
 from vivit_linop.modes import as_guest
-from vivit_linop.operators.base import TorchLinearOperator
-from vivit_linop.ranks.alone import Ranks
 from vivit_linop.risk.empirical import EmpiricalRisk
 from vivit_linop.risk.model.original import Params
+
+# Functions with second derivatives, that BackPACK has rules for.
+CURVED = (nn.Sigmoid, nn.Tanh, nn.ELU, nn.SELU, nn.LogSigmoid)
 
 
 class PositiveCurvature:
@@ -38,17 +40,11 @@ class PositiveCurvature:
     Slopes come squared as in BackPACK, or as published.
     """
 
-    def __init__(
-        self,
-        risk: EmpiricalRisk,
-        curved: tuple[type[nn.Module], ...],
-        modify: str,
-        squared: bool,
-    ) -> None:
+    def __init__(self, risk: EmpiricalRisk, modify: str, squared: bool) -> None:
         module = risk.model.copied_module(risk.model.params)
         assert module is not None
         self.risk, self._module, self._hessian = risk, module, LossHessian(risk)
-        self._curved = [m for m in module.modules() if isinstance(m, curved)]
+        self._curved = [m for m in module.modules() if isinstance(m, CURVED)]
         self._modify, self._squared = modify, squared
         with risk.ranks.together("slopes"), as_guest(risk.device):
             self._diagonals = [
@@ -137,20 +133,15 @@ class PositiveCurvature:
         return result
 
 
-class PositiveCurvatureBlock(TorchLinearOperator):
+class PositiveCurvatureBlock(OfRisk):
     """A diagonal block of several parameters."""
 
     self_adjoint = True
 
     def __init__(self, whole: PositiveCurvature, names: Sequence[str]) -> None:
-        self.whole, self.names = whole, list(names)
+        self.whole, self.names, self.risk = whole, list(names), whole.risk
         size = sum(whole.risk.params[name].numel() for name in names)
         super().__init__((size, size), whole.risk.dtype, whole.risk.device)
-
-    @property
-    def ranks(self) -> Ranks:
-        """Those of the risk."""
-        return self.whole.risk.ranks
 
     def _multiply(self, X: Tensor) -> Tensor:
         return self.whole.multiply_block(self.names, X)

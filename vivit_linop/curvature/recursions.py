@@ -20,6 +20,7 @@ from torch.fx import GraphModule
 from vivit_linop.arguments import check_choice, check_flag
 from vivit_linop.curvature.blocks import ParameterBlocks, parameter_groups, places_of
 from vivit_linop.curvature.positive_curvature import (
+    CURVED,
     PositiveCurvature,
     PositiveCurvatureBlock,
 )
@@ -45,8 +46,6 @@ _INSTEAD = {
     "BatchDiagHessian": "Use route='products', for every model.",
     "PCHMP": "Use vl.GGN(risk).block_diagonal('parameter'), for every model.",
 }
-# Functions with second derivatives, that BackPACK has rules for.
-CURVED = (nn.Sigmoid, nn.Tanh, nn.ELU, nn.SELU, nn.LogSigmoid)
 # BackPACK's Kronecker factors of these number the weight's entries outputs first.
 # BackPACK's extensions are those of the process.
 _ALONE = threading.RLock()
@@ -173,9 +172,7 @@ class PositiveCurvatureHessian(BlockDiagonal):
             super().__init__([BackpackProduct(f, p) for p, f, _ in results])
             return
         with ordinary_mode():
-            whole = PositiveCurvature(
-                self.risk, CURVED, modify, squared=not as_published
-            )
+            whole = PositiveCurvature(self.risk, modify, squared=not as_published)
         super().__init__(
             [PositiveCurvatureBlock(whole, group) for group in groups],
             places_of(self.risk, groups),
@@ -186,13 +183,7 @@ class PositiveCurvatureHessian(BlockDiagonal):
 
 
 class Left(NamedTuple):
-    """What BackPACK has left on a parameter.
-
-    Attributes:
-        parameter: The parameter.
-        value: What is there.
-        layer: The module that has the parameter; None if that is not known.
-    """
+    """What BackPACK has left on a parameter, of a layer that may be known."""
 
     parameter: Tensor
     value: Any
@@ -351,16 +342,15 @@ class BackpackProduct(TorchLinearOperator):
 def kronecker_blocks(results: Sequence[Left]) -> BlockDiagonal:
     """The blocks of all parameters, at the places of their entries."""
     blocks, indices, start = [], [], 0
-    for number, result in enumerate(results):
-        p = result.parameter
-        places = torch.arange(start, start + p.numel(), device="cpu")
-        if _of_transpose(result, number):
+    turned = [_of_transpose(result, number) for number, result in enumerate(results)]
+    for (p, factors, _), is_turned in zip(results, turned, strict=True):
+        places = torch.arange(start, start + p.numel(), device=p.device)
+        if is_turned:
             places = places.view(p.shape).transpose(0, 1).flatten()
-        blocks.append(Kronecker(*(factor.detach() for factor in result.value)))
-        indices.append(places.to(p.device))
+        blocks.append(Kronecker(*(factor.detach() for factor in factors)))
+        indices.append(places)
         start += p.numel()
-    in_order = torch.equal(torch.cat(indices).cpu(), torch.arange(start, device="cpu"))
-    return BlockDiagonal(blocks, None if in_order else indices)
+    return BlockDiagonal(blocks, indices if any(turned) else None)
 
 
 def _of_transpose(result: Left, number: int) -> bool:

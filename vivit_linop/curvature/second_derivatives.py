@@ -71,14 +71,7 @@ class Samples:
 
 @dataclass(frozen=True)
 class Slope:
-    """A gradient and its slope along a vector, a tensor for each parameter.
-
-    Attributes:
-        x: The vector.
-        gradient: The gradient.
-        along: The slope.
-        value: The size of what is differentiated.
-    """
+    """A gradient and its slope along x, and the size of what is differentiated."""
 
     x: list[Tensor]
     gradient: list[Tensor]

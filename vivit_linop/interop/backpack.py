@@ -88,7 +88,7 @@ def from_backpack(source: Any, quantity: Any) -> TorchLinearOperator:
 
 def _of_results(results: Sequence[Left]) -> TorchLinearOperator:
     """Decide by what BackPACK left on the parameters."""
-    parameters, values, _ = zip(*results, strict=True)
+    values = [value for _, value, _ in results]
     if all(callable(value) and not isinstance(value, Tensor) for value in values):
         return BlockDiagonal([BackpackProduct(f, p) for p, f, _ in results])
     if all(isinstance(value, (list, tuple)) for value in values):
@@ -105,14 +105,10 @@ def _of_results(results: Sequence[Left]) -> TorchLinearOperator:
             if leading == {2}:  # samples come second
                 rows = [value.transpose(0, 1).flatten(0, 1) for value in rows]
             return Dense(torch.cat([value.flatten(1) for value in rows], dim=1).T)
+    p, value, _ = results[0]
+    kind = type(value).__name__
+    held = f"tensor {list(value.shape)}" if isinstance(value, Tensor) else kind
     raise TypeError(
         "quantity: is neither a diagonal, columns, Kronecker factors nor a product "
-        f"with a block; parameter {list(parameters[0].shape)} holds "
-        f"{_describe(values[0])}."
+        f"with a block; parameter {list(p.shape)} holds a {held}."
     )
-
-
-def _describe(value: Any) -> str:
-    if isinstance(value, Tensor):
-        return f"a tensor {list(value.shape)}"
-    return f"a {type(value).__name__}"
