@@ -282,3 +282,24 @@ def test_roots_that_are_found_can_be_formed(dtype: torch.dtype) -> None:
             with pytest.raises(ValueError, match="is not convex"):
                 (G + vl.Identity(G.shape[0])).inv()
     assert found[0] and not found[-1]
+
+
+SAVED: dict[str, tuple[Callable[[vl.GGN], Any], Callable[[Any], Tensor]]] = {
+    "operator": (lambda part: part, lambda loaded: loaded.trace()),
+    "Gram operator": (lambda part: part.gram, lambda loaded: loaded.trace()),
+    "pairs": (lambda part: part.eigh(), lambda loaded: loaded.eigenvalues.sum()),
+}
+
+
+@pytest.mark.parametrize("name", SAVED)
+def test_the_part_that_is_subtracted_is_not_saved(name: str, tmp_path: Any) -> None:
+    """It was loaded as all of G; the positive part is loaded as what it is."""
+    risk, truth = solved("mean and log-variance")
+    of, trace = SAVED[name]
+    added, subtracted = vl.GGN(risk).parts
+    for part in (subtracted, 2 * subtracted):
+        with pytest.raises(TypeError, match="cannot be saved"):
+            vl.save(of(part), tmp_path / "part.pt", risk)
+    vl.save(of(added), tmp_path / "part.pt", risk)
+    expected = (truth.J.T @ positive(truth.H) @ truth.J).trace()
+    close(trace(vl.load(tmp_path / "part.pt", risk)), expected)

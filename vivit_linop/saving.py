@@ -214,7 +214,7 @@ def _packed_factor(factor: Pullback, gram: Gram, risk: EmpiricalRisk) -> dict[st
     if factor.risk is not risk:
         raise ValueError("risk: the result was computed from another EmpiricalRisk.")
     packed: dict[str, Any] = {}
-    if isinstance(factor, GGNFactor):
+    if isinstance(factor, GGNFactor) and not _is_subtracted(factor):
         packed["factor"] = "GGN"
         packed["positive_part"] = factor.root.hessian.positive_part
         if factor.mc_samples:
@@ -232,6 +232,12 @@ def _packed_factor(factor: Pullback, gram: Gram, risk: EmpiricalRisk) -> dict[st
         rows = gram.rows
         packed["matrix"] = gram.matrix if rows is None else rows.on_leader()
     return packed
+
+
+def _is_subtracted(factor: GGNFactor) -> bool:
+    """Whether it is of H₋, which is subtracted in G: no file would tell."""
+    hessian = factor.root.hessian
+    return hessian.loss is not factor.risk.loss and not hessian.positive_part
 
 
 def _unpacked(packed: dict[str, Any], risk: EmpiricalRisk) -> Any:
