@@ -459,27 +459,21 @@ def _used_again(module: nn.Module, calls: Mapping[nn.Module, int]) -> str | None
 def _one_batch(risk: EmpiricalRisk, what: str) -> tuple[Tensor, Tensor]:
     inputs, targets = [], []
     for (X, _), y in zip(risk.passes.batches(), risk.targets, strict=True):
+        needed = ""
         if not isinstance(X, Tensor):
             kind = "a mapping" if isinstance(X, Mapping) else "several tensors"
-            raise ValueError(
-                f"data: BackPACK computes {what} for one tensor as input, got {kind}."
-            )
-        if risk.samples.axes(X) != [0]:
-            raise ValueError(
-                f"data: BackPACK computes {what} for samples along the first axis."
-            )
-        if not isinstance(y, Tensor):
-            raise ValueError(
-                f"data: BackPACK computes {what} for one tensor of targets, got "
-                f"several, as {risk.loss.name} has them."
-            )
+            needed = f"one tensor as input, got {kind}"
+        elif risk.samples.axes(X) != [0]:
+            needed = "samples along the first axis"
+        elif not isinstance(y, Tensor):
+            needed = f"one tensor of targets, got several, as {risk.loss.name} has them"
+        elif not risk.layout.is_uniform:
+            needed = "samples with as many outputs each"
+        if needed:
+            raise ValueError(f"data: BackPACK computes {what} for {needed}.")
         # What the user computed them from gets no gradients.
         inputs.append(risk.model.private_input(X).detach())
         targets.append(y.detach())
-    if not risk.layout.is_uniform:
-        raise ValueError(
-            f"data: BackPACK computes {what} for samples with as many outputs each."
-        )
     return torch.cat(inputs), torch.cat(targets)
 
 
