@@ -18,7 +18,7 @@ wrong, it is measured.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence, Set
 from operator import attrgetter
 from typing import Any
 
@@ -96,14 +96,13 @@ class CertifiedColumns:
             if self._room is not None and not opaque <= self._room:
                 raise NewlyOpaque
             structured = set(todo) - opaque
-            if not opaque and self._takes_one_pass(cotangents, structured):
-                made, failing = self._at_once(cotangents, structured, takes)
-            else:
+            if opaque:
+                dense = [name for name in todo if name in opaque]
                 made = self._factors(cotangents, structured, takes)
-                if opaque:
-                    dense = [name for name in todo if name in opaque]
-                    made |= self._dense(cotangents, dense)
+                made |= self._dense(cotangents, dense)
                 failing = self.failing(made, cotangents, todo)
+            else:
+                made, failing = self._tried(cotangents, structured, takes)
             for name in failing:
                 made.pop(name, None)
             done |= made
@@ -152,11 +151,7 @@ class CertifiedColumns:
         failing, made = names, Columns()
         while failing:
             structured = names - self._structure.opaque
-            if self._takes_one_pass(cotangents, structured):
-                made, failing = self._at_once(cotangents, structured, "factors")
-            else:
-                made = self._factors(cotangents, structured, "factors")
-                failing = self.failing(made, cotangents, structured)
+            made, failing = self._tried(cotangents, structured, "factors")
             self._learn(failing, set())
         return made
 
@@ -192,29 +187,29 @@ class CertifiedColumns:
         known = structure.uses == [*map(attrgetter("key"), capture.uses)]
         return capture.in_layers if known else set()
 
-    def _at_once(
+    def _tried(
         self, cotangents: Tensor, names: Set[str], takes: Takes
     ) -> tuple[Columns, set[str]]:
-        """Return columns of cotangents ``[n, C, 1]``, and which are wrong, by one pass.
+        """Return columns in the structure of layers, and which of them are wrong.
 
-        What is pulled back has the weights of the check, and columns have not.
+        Where one pass does for both, what is pulled back has the weights of the check,
+        and columns have not.
         """
-        params = {n: p for n, p in self._risk.model.params.items() if n in names}
-        weights = weights_before(cotangents)
-        try:
-            made, found = self._capture.columns_and_gradients(
-                cotangents, weights, self._variant, params, takes
-            )
-        # As for factors by themselves, which are made then.
-        except Exception as error:
-            if is_out_of_memory(error):
-                raise
+        made: Columns | None = None
+        if self._takes_one_pass(cotangents, names):
+            params = {n: p for n, p in self._risk.model.params.items() if n in names}
+            weights = weights_before(cotangents)
+            # As for factors by themselves, which are made then.
+            with tolerated(Exception):
+                made, found = self._capture.columns_and_gradients(
+                    cotangents, weights, self._variant, params, takes
+                )
+            if made is not None:
+                errors = Certificate(made, cotangents, weights).errors(found)
+                names = {name for name, error in errors.items() if not error <= 1.0}
+        if made is None:
             made = self._factors(cotangents, names, takes)
-            return made, self.failing(made, cotangents, names)
-        certificate = Certificate(made, cotangents, weights)
-        errors = certificate.errors(found)
-        doubtful = [name for name, error in errors.items() if not error <= 1.0]
-        return made, self.failing(made, cotangents, doubtful)
+        return made, self.failing(made, cotangents, names)
 
     def _dense(self, cotangents: Tensor, names: Sequence[str]) -> Columns:
         if not names:
@@ -269,7 +264,7 @@ class CertifiedColumns:
     # Checking -------------------------------------------------------------------------
 
     def failing(
-        self, columns: Columns, cotangents: Tensor, names: Iterable[str]
+        self, columns: Columns, cotangents: Tensor, names: Container[str]
     ) -> set[str]:
         """Return the parameters whose columns are not those of this run.
 
@@ -282,9 +277,9 @@ class CertifiedColumns:
         right = set() if self._capture.together else self._shown & columns.keys()
         if right and not _are_finite(columns[name] for name in right):
             right = set()
-        for name in names:
-            if params[name].numel() and name not in right:
-                wanted[name] = params[name]
+        for name, p in params.items():
+            if name in names and p.numel() and name not in right:
+                wanted[name] = p
                 if name in columns:
                     made[name] = columns[name]
         if not wanted:
