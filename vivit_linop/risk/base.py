@@ -45,8 +45,8 @@ class Risk(ParameterVectors):
         memory: What kept linearisations may take, in bytes; None for a share of what
             is free.
         check: Whether to check that samples are independent.
-        check_data: Whether to pass over the data once before, to see that they stay.
-        parts_differ: Whether ranks with the same data are an error.
+        check_data: Whether to pass over data before that are not listed, to see that
+            they stay; and whether ranks with the same data are an error.
 
     Attributes:
         model: What was given; so are ``loss``, ``passes``, ``memory`` and ``ranks``.
@@ -75,7 +75,6 @@ class Risk(ParameterVectors):
         *,
         check: bool,
         check_data: bool,
-        parts_differ: bool,
     ) -> None:
         self.model, self.loss, self.memory, self.passes = model, loss, memory, passes
         self.ranks, self.progress, self._check = ranks, passes.progress, check
@@ -85,13 +84,12 @@ class Risk(ParameterVectors):
         self.dtype, self.device = model.dtype, model.device
         self.kept = Store(memory, self.device)
         self.reduction = loss.reduction
-        self.sizes = [p.numel() for p in self.params.values()]
-        self.num_params = sum(self.sizes)
         if self.ranks.is_many:
             self.ranks = self.ranks.on(self.device)
             check_alike(self.ranks, self._digests_of_all)
+        twice = check_data and not isinstance(passes.data, (list, tuple))
         with self.ranks.together("EmpiricalRisk"):
-            seen = first_pass(model, loss, passes, check, check_data)
+            seen = first_pass(model, loss, passes, check, twice)
         self.loss, self.outputs, self.targets = seen.loss, seen.outputs, seen.targets
         # A run that is kept is that of the only batch.
         self._run_serves = len(seen.outputs) == 1 and seen.run is not None
@@ -101,17 +99,18 @@ class Risk(ParameterVectors):
         self.batch_sizes = [*map(len, seen.outputs)]
         each = tuple(output[0].numel() for output in seen.outputs)
         self.layout = RowLayout(tuple(self.batch_sizes), each)
-        self._count(parts_differ)
+        self._count(check_data)
         self._normalise(seen.total, seen.weight)
         model.foreign.settle()
 
     def _take_parameters(self) -> None:
         """Show the parameters of the model, without their graph."""
-        self.params: Params = {
-            name: p.detach() for name, p in self.model.params.items()
-        }
+        model = self.model.params
+        self.params: Params = {name: p.detach() for name, p in model.items()}
+        self.sizes = [*map(Tensor.numel, model.values())]
+        self.num_params = sum(self.sizes)
 
-    def _count(self, parts_differ: bool) -> None:
+    def _count(self, check_data: bool) -> None:
         """Count the samples and outputs of all ranks, which may have to differ."""
         counts = self.ranks.gathered(sum(self.batch_sizes))
         self.num_samples = sum(counts)
@@ -120,7 +119,7 @@ class Risk(ParameterVectors):
         self.ranks = self.ranks.counted(counts)
         if self.ranks.is_many:
             seen = self.outputs, self.targets, self.passes.data
-            check_parts(self.ranks, *seen, parts_differ)
+            check_parts(self.ranks, *seen, check_data)
             own = self.model.count is not None if self.outputs else None
             if by_items(self.ranks, own) and not self.outputs:
                 self.loss = LossOfItems(self.loss)

@@ -24,7 +24,6 @@ from vivit_linop.risk.kept import Run, Store, next_run
 from vivit_linop.risk.losses.base import OutputLoss
 from vivit_linop.risk.losses.certificates import targets_of
 from vivit_linop.risk.model.functional import FunctionalModel
-from vivit_linop.risk.model.parameters import ParameterVectors
 from vivit_linop.risk.model.same_function import check_alike
 from vivit_linop.risk.model_loss import OutputOf
 from vivit_linop.risk.passes import Cuts, Passes
@@ -93,7 +92,6 @@ class DerivableRisk(Risk):
         *,
         check: bool,
         check_data: bool = False,
-        parts_differ: bool = False,
     ) -> Self:
         """Return a risk of the same loss; data in memory stay what they are."""
         risk = type(self).__new__(type(self))
@@ -102,7 +100,6 @@ class DerivableRisk(Risk):
             *(model, self.loss, passes, self.ranks, self.memory),
             check=check,
             check_data=check_data,
-            parts_differ=parts_differ,
         )
         risk._check = self._check
         return risk
@@ -143,8 +140,6 @@ class DerivableRisk(Risk):
         risk = copy.copy(self)
         risk.model, risk.kept = self.model.over(chosen), Store(self.memory, self.device)
         risk._take_parameters()
-        risk.sizes = [p.numel() for p in risk.params.values()]
-        risk.num_params = sum(risk.sizes)
         return risk
 
     def at(
@@ -186,7 +181,7 @@ class DerivableRisk(Risk):
         risk = copy.copy(self)
         with ordinary_mode():
             with self.ranks.together("at"):
-                risk.model = _moved(self.model, parameters)
+                risk.model = self._moved(parameters)
                 risk._take_parameters()
                 risk.kept = self.kept.elsewhere()
                 known = list(zip(self._sums, self.targets, self.outputs, strict=True))
@@ -202,6 +197,20 @@ class DerivableRisk(Risk):
             risk.example = self.ranks.led(risk._first_outputs)
             risk._value = self.ranks.total(total) * self.scale
         return risk
+
+    def _moved(self, parameters: Any) -> FunctionalModel:
+        """Return the model at parameters as :meth:`at` takes them."""
+        if parameters is None:
+            return self.model.at(*self.model.present())
+        if not isinstance(parameters, Tensor):
+            parameters = self.flattened(parameters, "parameters")
+        check_has_values(parameters, "parameters: a vector")
+        if parameters.ndim != 1:
+            raise ValueError(
+                f"parameters: one vector [D], or a tensor for each, got "
+                f"{list(parameters.shape)}."
+            )
+        return self.model.at(self.unflatten_real(parameters, "parameters"), {})
 
     def on(self, data: Any, *, check_data: bool = True) -> Self:
         """Return the risk of other data, any number of samples, at these parameters.
@@ -239,8 +248,7 @@ class DerivableRisk(Risk):
         risk = self._of(
             *(copy.copy(self.model), passes),
             check=False,
-            check_data=check_data and not isinstance(data, (list, tuple)),
-            parts_differ=check_data,
+            check_data=check_data,
         )
         risk.kept.everywhere.update(self.kept.structures())
         return risk
@@ -321,8 +329,6 @@ def _check_selected(
     Gathering them was one more pass over the data. Their outputs were ``rows`` of all;
     ``differ`` says whether inputs are others.
     """
-    if not len(rows):
-        return
     old, new = (torch.cat([o.flatten() for o in each]) for each in (before, found))
     old = old[rows.to(old.device)]
     same = old.shape == new.shape and read([agree(old, new), *differ])
@@ -334,23 +340,6 @@ def _check_selected(
 
 
 # Other parameters --------------------------------------------------------------------
-
-
-def _moved(model: FunctionalModel, parameters: Any) -> FunctionalModel:
-    """Return a model at parameters as :meth:`DerivableRisk.at` takes them."""
-    if parameters is None:
-        return model.at(*model.present())
-    vectors = ParameterVectors()
-    vectors.params, vectors.complex_names = model.params, model.complex_names
-    if not isinstance(parameters, Tensor):
-        parameters = vectors.flattened(parameters, "parameters")
-    check_has_values(parameters, "parameters: a vector")
-    if parameters.ndim != 1:
-        raise ValueError(
-            f"parameters: one vector [D], or a tensor for each, got "
-            f"{list(parameters.shape)}."
-        )
-    return model.at(vectors.unflatten_real(parameters, "parameters"), {})
 
 
 def _evaluated(

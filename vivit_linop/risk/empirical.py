@@ -184,8 +184,7 @@ class EmpiricalRisk(DerivableRisk):
         super().__init__(
             *(function, output_loss, passes, ranks, budget),
             check=check,
-            check_data=check_data and not isinstance(data, (list, tuple)),
-            parts_differ=check_data,
+            check_data=check_data,
         )
         if not ranks.is_many:
             check_is_whole(data, self.num_samples)
