@@ -395,7 +395,7 @@ class Capture:
         signals = []
         for shape, signal in zip(shapes, found, strict=True):
             if signal is None:
-                signal = cotangent.new_zeros(*several, *shape)
+                signal = cotangent.new_zeros((*several, *shape))
             signals.append(signal.detach())
         return signals
 
