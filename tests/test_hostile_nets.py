@@ -57,6 +57,21 @@ class Child(nn.Module):
         return F.linear(X, self.parent().w)  # type: ignore[union-attr]
 
 
+def by_a_proxy() -> nn.Module:
+    """Twice: torch takes a proxy of a module for a module, unless it is told not to."""
+    net = Lambda(lambda m, X: m.c(m.child(X).tanh()), c=L(4, C), w=parameter(4, 5))
+    net.child = Lambda(lambda m, X: F.linear(X, m.parents[0].w) + m.parent.w.sum())
+    net.child.__dict__["parent"] = weakref.proxy(net)
+    net.child.__dict__["parents"] = [weakref.proxy(net)]
+    return net
+
+
+def logging(net: Any, X: Tensor) -> Tensor:
+    """Numbers that no output depends on."""
+    net.seen = [(net.t * 2.0).detach(), (net.t + net.s).detach(), net.s.detach() - 1.0]
+    return net.c((net.t * net.a(X) + net.s).tanh())
+
+
 def parameter(*shape: int) -> nn.Parameter:
     return nn.Parameter(torch.randn(shape))
 
@@ -177,6 +192,10 @@ NETS: dict[str, Callable[[], nn.Module]] = {
     ),
     "another thread": lambda: Lambda(threaded, a=L(5, 4), c=L(4, C)),
     "a weight of the parent's": parented,
+    "through a proxy": by_a_proxy,
+    "numbers that are logged": lambda: Lambda(
+        logging, a=L(5, 4), c=L(4, C), t=parameter(), s=parameter()
+    ),
     "distances": lambda: Lambda(distances, a=L(5, 4), c=L(4, C), w=parameter(4, 4)),
     "gradients of layers are kept": lambda: Lambda(keeping, a=L(5, 4), c=L(4, C)),
     "outputs that are a parameter": lambda: Lambda(
@@ -233,6 +252,7 @@ def test_what_autograd_says(name: str) -> None:
         (vl.PerSampleGradients(risk).to_dense().mean(1), slopes.reshape(-1) @ J),
     ]:
         torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-12)
+    assert risk.is_current()
 
 
 @pytest.mark.parametrize("forward", [by_capacity, in_pairs])

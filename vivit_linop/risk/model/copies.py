@@ -183,6 +183,10 @@ def _mark(new: Tensor, tensor: Tensor) -> None:
 def _copy_module(value: nn.Module, copies: Copies) -> Any:
     if (plan := copies.plans.get(id(value))) is not None:
         return plan(value, copies)
+    if type(value) in weakref.ProxyTypes:
+        target = referent(value)
+        new = copies.known.get(id(target), target)
+        return value if new is target else weakref.proxy(new)
     if isinstance(value, torch.jit.ScriptModule):
         if [*value.parameters(), *value.buffers()]:
             raise ValueError(
@@ -406,6 +410,11 @@ def _copy_reference(value: weakref.ReferenceType, copies: Copies) -> Any:  # typ
     target = value()
     new = copies.known.get(id(target), target)
     return value if new is target or new is None else weakref.ref(new)
+
+
+def referent(proxy: Any) -> Any:
+    """What a weak proxy stands for: its methods are bound to that."""
+    return proxy.__init__.__self__
 
 
 def parts_of(value: Any) -> Mapping[Any, Any]:

@@ -28,6 +28,7 @@ from vivit_linop.risk.model.copies import (
     OWN,
     is_cached,
     parts_of,
+    referent,
     slots_of,
 )
 from vivit_linop.risk.model.parameters import HALVES, have_equal_entries
@@ -116,6 +117,9 @@ def _marks(tensor: Tensor) -> dict[str, Any]:
 
 @_same.register
 def _same_modules(value: nn.Module, twin: Any, twins: Twins) -> bool:
+    proxies = {type(value), type(twin)}.intersection(weakref.ProxyTypes)
+    if proxies:
+        return type(value) is type(twin) and twins(*map(referent, (value, twin)))
     # The copy of a parametrized module has a class of its own.
     if not isinstance(twin, nn.Module) or type(value) not in type(twin).__mro__[:2]:
         return False
