@@ -313,3 +313,108 @@ def test_groups_of_samples(n: int) -> None:
         assert set(index.tolist()) == set(places.tolist()) != set(range(n))
         seen += places.tolist()
     assert sorted(seen) == list(range(n))
+
+
+# Derivatives that mix samples, and outputs that do not --------------------------------
+
+
+class Averaging(torch.autograd.Function):
+    """Its backward pass divides by the number of samples."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Any:
+        return g / len(g)
+
+
+class Halving(torch.autograd.Function):
+    """Reverses and halves gradients, of each sample its own."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Any:
+        return -0.5 * g
+
+
+def with_hook(h: Tensor, hook: Callable[[Tensor], Tensor]) -> Tensor:
+    if h.requires_grad:
+        h.register_hook(hook)
+    return h
+
+
+def stepped(m: Any, h: Tensor, entries: int) -> Tensor:
+    """Activations in steps, as in LSQ: the gradient of the step has a scale."""
+    share = entries**-0.5
+    step = m.step * share + (m.step - m.step * share).detach()
+    scaled = h / step
+    return step * (scaled + (scaled.round() - scaled).detach())
+
+
+def scaled_off_the_graph(h: Tensor) -> Tensor:
+    with torch.no_grad():
+        left = h * (1.0 - 1.0 / len(h))
+    return h / len(h) + left
+
+
+BY_DERIVATIVES: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "a function": lambda m, h: Averaging.apply(h),
+    "a hook": lambda m, h: with_hook(h, lambda g: g - g.mean(0)),
+    "a mean": lambda m, h: h + (h.mean(0) - h.mean(0).detach()),
+    "a step": lambda m, h: stepped(m, h, h.numel()),
+    "gradients off": lambda m, h: scaled_off_the_graph(h),
+}
+APART: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "a function": lambda m, h: Halving.apply(h),
+    "a hook": lambda m, h: with_hook(h, lambda g: 0.3 * g),
+    "a mean": lambda m, h: h + (h.mean(1) - h.mean(1).detach())[:, None],
+    "a step": lambda m, h: stepped(m, h, h[0].numel()),
+    "gradients off": lambda m, h: h / 3.0 + 2.0 / 3.0 * h.detach(),
+}
+
+
+def of_derivatives(between: Callable[[Any, Tensor], Tensor], dtype: Any) -> nn.Module:
+    step = nn.Parameter(torch.tensor(0.3))
+    torch.manual_seed(0)
+    model = Lambda(
+        lambda m, x: m.b(torch.tanh(between(m, m.a(x)))),
+        a=nn.Linear(4, 5),
+        b=nn.Linear(5, 3),
+        step=step,
+    )
+    return model.to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("n", [2, 12])
+@pytest.mark.parametrize("name", BY_DERIVATIVES)
+def test_derivatives_that_mix(name: str, n: int, dtype: torch.dtype) -> None:
+    """Refused: products would depend on how the data are cut into batches."""
+    model = of_derivatives(BY_DERIVATIVES[name], dtype)
+    with pytest.raises(ValueError, match="its derivatives are not"):
+        vl.EmpiricalRisk(model, CE, (X[:n].to(dtype), Y[:n]))
+
+
+@pytest.mark.parametrize("name", APART)
+def test_derivatives_of_each_sample(name: str) -> None:
+    """Taken, and products are those of autograd's Jacobian of each sample."""
+    model = of_derivatives(APART[name], torch.float64)
+    params, rows = [*model.parameters()], []
+    for x in X:
+        for output in model(x[None])[0]:
+            found = torch.autograd.grad(
+                output, params, retain_graph=True, materialize_grads=True
+            )
+            rows.append(torch.cat([g.reshape(-1) for g in found]))
+    J = torch.stack(rows)
+    risk = vl.EmpiricalRisk(model, CE, (X, Y))
+    cut = vl.EmpiricalRisk(model, CE, [(X[:5], Y[:5]), (X[5:], Y[5:])])
+    u = torch.linspace(-1.0, 1.0, len(J), dtype=torch.float64)
+    for of in (risk, cut):
+        torch.testing.assert_close(vl.Jacobian(of).T @ u, J.T @ u)
+        torch.testing.assert_close(vl.Jacobian(of).to_dense(), J)

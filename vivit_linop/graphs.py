@@ -17,6 +17,10 @@ from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import GradientEdge, Node
 from torch.func import vmap
 
+# What a net calls before it can put a hook into its graph.
+_GRAD_FN: Any = Tensor.grad_fn
+TOUCHES_GRAPH = frozenset({Tensor.register_hook, _GRAD_FN.__get__})
+
 
 def used_up(how: str) -> ValueError:
     """The error for a graph of which a second backward pass fails, or does so."""

@@ -25,15 +25,13 @@ from torch.autograd.graph import get_gradient_edge
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from vivit_linop.graphs import TOUCHES_GRAPH
 from vivit_linop.net.kinds import Arguments, Kind, View, functions, readings
 from vivit_linop.net.structure import Use
 from vivit_linop.risk.kept import watched_by
 from vivit_linop.risk.model.original import Params
 from vivit_linop.risk.model.tensors_used import tensors_in
 
-# What a net calls before it can put a hook into the graph.
-_GRAD_FN: Any = Tensor.grad_fn
-_TOUCHES_GRAPH = {Tensor.register_hook, _GRAD_FN.__get__}
 _HAS_GRAPH = attrgetter("requires_grad")
 # Functions that give a view of their first argument, whatever its strides are.
 _VIEWS = {
@@ -77,7 +75,7 @@ class Recorder(TorchFunctionMode):
         if func is F.multi_head_attention_forward and not self._in_attention:
             return self._attention(func, args, kwargs)
         result = func(*args, **kwargs)
-        if func in _TOUCHES_GRAPH:
+        if func in TOUCHES_GRAPH:
             self.has_hooks = True
         names = self._views.names((args, kwargs))
         # What gives no tensor (shape, dtype, dim), or a constant, is no use.

@@ -78,8 +78,9 @@ class EmpiricalRisk(DerivableRisk):
         check: Whether to check that samples are independent, in the model and in a
             loss that is not one of torch's above; costs a forward pass of a quarter of
             the largest batch, or two passes of all of it for a model that runs on
-            batches of one size only. Without it, what mixes samples gives numbers
-            without a meaning.
+            batches of one size only; and gradients of two samples for one that
+            detaches values, has hooks on gradients or backward passes of its own.
+            Without it, what mixes samples gives numbers without a meaning.
         memory: The bytes that kept linearisations of the net may take, by default a
             quarter of the memory that is free on the device; also those of the columns
             of a Gram matrix at a time, by default a twelfth, and 64 MiB at least; and

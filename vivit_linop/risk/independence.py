@@ -1,27 +1,32 @@
 """Whether a model treats samples independently: it is asked by running it on some.
 
 Outputs of a sample must be the same whatever other samples stand in the batch, but for
-rounding. Where they are nearly the same, rounding is measured.
+rounding. Where they are nearly the same, rounding is measured. So must derivatives be,
+which outputs do not show where a net has backward passes of its own, hooks on gradients
+or constants that it makes of what it computes: a scale by the size of the batch, a mean
+over it that is taken away again.
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
 import random
 from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from vivit_linop.devices import is_out_of_memory, tolerated
-from vivit_linop.graphs import gradients
+from vivit_linop.graphs import TOUCHES_GRAPH, gradients, has_own_code
 from vivit_linop.modes import as_guest, seeded, set_random_states
 from vivit_linop.noise import BY_NOISE, Noise
 from vivit_linop.risk.checks import apart, same_outputs
 from vivit_linop.risk.data.containers import leaves, map_leaves
 from vivit_linop.risk.data.samples import Samples
+from vivit_linop.risk.model.frozen_values import DETACHES, switches_gradients
 from vivit_linop.risk.model.functional import FunctionalModel
 from vivit_linop.risk.model.original import Params
 
@@ -32,6 +37,8 @@ Question = tuple[Tensor, Tensor | slice]
 # nearer; what is further has other reasons; in between it is to be found out.
 _NEAR = {torch.float64: 1e-9, torch.float32: 1e-5}
 _FAR = {torch.float64: 1e-7, torch.float32: 3e-3}
+# How far derivatives may be apart: iterations in backward passes end somewhere.
+_SLOPES_APART = 0.05
 # How often rounding is measured.
 _ATTEMPTS = 8
 
@@ -63,15 +70,20 @@ def independent_samples(
         set_random_states(seeded(0, device), device)
         for questions in (_alone, _in_company):
             for samples in list(asked):
+                watch = _Watch()
                 try:
-                    if _are_same(model, X, output, samples, list(questions(n))):
-                        return samples
+                    asking = list(questions(n))
+                    same = _are_same(model, X, output, samples, asking, watch)
                 # Whatever it raises: it may be since it takes other batches only.
                 except Exception as error:
                     if is_out_of_memory(error):
                         raise
                     failures[samples] = error
                     continue
+                if same:
+                    if watch.doubtful and n > 1:
+                        _check_derivatives(model, X, output, samples)
+                    return samples
                 asked.remove(samples)
         model(model.params, X)  # an error that it always raises is to be seen
         if ways[0] not in asked:
@@ -86,6 +98,70 @@ def independent_samples(
         "say where: sample_axis=, or take= and count=. If it is known to, give "
         "check=False."
     ) from failure
+
+
+class _Watch(TorchFunctionMode):
+    """Sees whether a net may have derivatives that its outputs do not show."""
+
+    doubtful = False
+
+    def run(self, model: Callable[[Params, Any], Tensor], *given: Any) -> Tensor:
+        """Run the net, which may not bear anybody watching."""
+        output: Tensor | None = None
+        with tolerated(Exception), self:  # an error of its own comes again
+            output = model(*given)
+        output = model(*given) if output is None else output
+        self.doubtful |= has_own_code(output)
+        return output
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        """Call the function, and note what it is."""
+        self.doubtful |= func in TOUCHES_GRAPH or func in DETACHES
+        self.doubtful |= switches_gradients(func)
+        return func(*args, **(kwargs or {}))
+
+
+def _check_derivatives(
+    model: FunctionalModel, X: Any, output: Tensor, samples: Samples
+) -> None:
+    """Raise an error if a sample has other derivatives beside another than alone.
+
+    Nothing is said of nets that do not run on one sample or two, or have no gradients
+    there; where derivatives differ in float32, those in float64 decide.
+    """
+
+    def differ(params: Params, X: Any) -> bool:
+        wanted = [*params.values()]
+        found = []
+        for numbers in ([0], [0, len(output) - 1]):
+            index = torch.tensor(numbers, device="cpu")
+            some = model(params, samples.take(X, index))
+            u = torch.zeros_like(some)
+            u[0] = Noise()(*some.shape[1:], like=some)
+            found.append(gradients(some, wanted, u))
+        sizes = torch.stack([one.norm() for one in found[0]])
+        pairs = zip(*found, strict=True)
+        off = torch.stack([(one - two).norm() for one, two in pairs])
+        least = torch.finfo(off.dtype).eps ** 0.5 * sizes.norm()
+        return bool((off > _SLOPES_APART * sizes + least).any())
+
+    mix = False
+    # Whatever it says to other batches, or to another precision.
+    with tolerated(Exception):
+        if differ(model.params, X):
+            exact = _in_double(model, X, output)
+            if exact is not None:
+                doubles = [p.detach().requires_grad_() for p in exact[0].values()]
+                mix = differ(dict(zip(exact[0], doubles, strict=True)), exact[1])
+    if mix:
+        raise ValueError(
+            "model: its outputs for a sample are the same whatever others stand beside "
+            "it, but its derivatives are not, so per-sample curvature is undefined. "
+            "Look for backward passes, hooks on gradients and detached values that use "
+            "the whole batch or its size. (check=False turns this check off.)"
+        )
 
 
 def _dependent(model: FunctionalModel, X: Any, output: Tensor) -> ValueError:
@@ -116,13 +192,15 @@ def _are_same(
     output: Tensor,
     samples: Samples,
     questions: Sequence[Question],
+    watch: _Watch,
 ) -> bool:
     """Whether samples put together have their outputs, in some places of that batch."""
 
     def furthest(params: Params, X: Any, output: Tensor) -> float:
         given, other = questions
+        as_given = partial(watch.run, model.as_given)
         found = [
-            _apart_among(model.as_given, params, X, output, samples, *given),
+            _apart_among(as_given, params, X, output, samples, *given),
             _apart_among(model, params, X, output, samples, *other),
         ]
         return float(torch.stack(found).max())  # the host waits once
@@ -238,7 +316,7 @@ def _alone(n: int) -> Iterator[Question]:
         yield torch.tensor(group, device="cpu"), slice(None)
 
 
-@functools.lru_cache(maxsize=16)
+@lru_cache(maxsize=16)
 def _groups(n: int) -> tuple[list[int], list[int]]:
     more = max(1, n // 8 - 1)
     inner = range(2, max(n - 2, 2))

@@ -14,8 +14,13 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-# The getter of ``Tensor.data``.
-_DATA = torch.Tensor.data.__get__  # type: ignore[attr-defined]
+# What gives constants: a method, and the getter of ``Tensor.data``.
+DETACHES = (Tensor.detach, Tensor.data.__get__)  # type: ignore[attr-defined]
+
+
+def switches_gradients(func: Any) -> bool:
+    """Whether a function that a net calls switches gradients on or off."""
+    return getattr(func, "__name__", "") == "_set_grad_enabled"
 
 
 class FrozenValues:
@@ -50,10 +55,10 @@ class _Frozen(TorchFunctionMode):
         self, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
-        if getattr(func, "__name__", "") == "_set_grad_enabled":
+        if switches_gradients(func):
             self._off = not args[0]
             return result
-        detaches = func == torch.Tensor.detach or func == _DATA
+        detaches = func in DETACHES
         # In the forward pass of a Function gradients are off without the user's word.
         off = self._off or torch.is_inference_mode_enabled()
         frozen = off or (detaches and torch.is_grad_enabled())
