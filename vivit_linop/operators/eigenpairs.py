@@ -11,7 +11,7 @@ import torch
 from scipy.sparse.linalg import LinearOperator
 from torch import Tensor
 
-from vivit_linop.arguments import Scalar, as_numbers, check_k, check_real
+from vivit_linop.arguments import Scalar, as_float, as_numbers, check_k, check_real
 from vivit_linop.drawing import axes_for, numbers
 from vivit_linop.modes import ordinary_mode
 
@@ -238,7 +238,7 @@ class Eigendecomposition(ABC):
             chosen = order[: int(k)].sort().values
         if self.rest is not None:
             # As floats: a damping may be a tensor with a gradient.
-            rest, known = float(self.rest), evals.detach()
+            rest, known = as_float(self.rest), evals.detach()
             least = outwards(known[chosen], which).min().item()
             error = 100 * torch.finfo(evals.dtype).eps * known.abs().max().item()
             if outwards(rest, which) > least + error:
