@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import vivit_linop as vl
+
 Builder = Callable[[str], tuple[nn.Sequential, nn.Module, tuple[Tensor, Tensor]]]
 
 REDUCTIONS = ["mean", "sum"]
@@ -33,6 +35,11 @@ def built(name: str, reduction: str) -> tuple[nn.Module, nn.Module, Any]:
         net, loss, (X, y) = PROBLEMS[name](reduction)
     y = y.double() if y.is_floating_point() else y
     return net.double().eval(), loss, (X.double(), y)
+
+
+@functools.cache
+def peer_risk(name: str, reduction: str = "mean") -> vl.EmpiricalRisk:
+    return vl.EmpiricalRisk(*built(name, reduction))
 
 
 def run(name: str, reduction: str, *extensions: Any) -> list[nn.Parameter]:

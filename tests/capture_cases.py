@@ -11,13 +11,7 @@ from torch.func import hessian, jacrev
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import vivit_linop as vl
-from tests.cases import (
-    Lambda,
-    call,
-    classes,
-    fast_path,
-    features,
-)
+from tests.cases import Lambda, call, classes, fast_path, features
 
 N = 3
 # The layers whose weights have Khatri–Rao factors.

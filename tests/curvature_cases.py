@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 import vivit_linop as vl
-from tests.cases import dense, problem
+from tests import comparing
+from tests.cases import Problem, dense, problem
 
 FEW = [
     "mlp_ce_mean",
@@ -27,24 +28,24 @@ FEW = [
 ]
 
 
+def risk_of(case: Problem, **options: Any) -> vl.EmpiricalRisk:
+    arguments, own = case.arguments()
+    return vl.EmpiricalRisk(*arguments, **own, **options)
+
+
 @functools.cache
 def risk(name: str, dtype: torch.dtype = torch.float64) -> vl.EmpiricalRisk:
-    arguments, keywords = problem(name, dtype).arguments()
-    return vl.EmpiricalRisk(*arguments, **keywords)
+    return risk_of(problem(name, dtype))
 
 
-def fresh(name: str, **keywords: Any) -> vl.EmpiricalRisk:
-    arguments, own = problem(name).arguments()
-    return vl.EmpiricalRisk(*arguments, **own, **keywords)
+def fresh(name: str, **options: Any) -> vl.EmpiricalRisk:
+    return risk_of(problem(name), **options)
 
 
 def close(
     got: Tensor, expected: Tensor, rtol: float = 1e-12, scale: Any = None
 ) -> bool:
-    """Relative to the norm of what is expected, or to a given size."""
-    assert got.shape == expected.shape, (got.shape, expected.shape)
-    scale = expected.double().norm() if scale is None else scale
-    return bool((got.double() - expected.double()).norm() <= rtol * scale)
+    return comparing.close(got, expected, rtol, scale)
 
 
 def build(symbol: str, of: vl.EmpiricalRisk, name: str) -> tuple[Any, Tensor]:

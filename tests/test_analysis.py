@@ -1,7 +1,5 @@
 """Directional derivatives and Newton steps against per-sample dense matrices."""
 
-import warnings
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -13,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import vivit_linop as vl
 from tests import placing
 from tests.cases import CONVEX, Dense, Lambda, converted, dense, dense_of, mlp, problem
+from tests.curvature_cases import fresh, risk_of
 from vivit_linop.curvature import output_space
 from vivit_linop.linalg.decompositions import GramEigenpairs
 
@@ -36,16 +35,8 @@ FEW = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def _quiet_vmap() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="There is a performance drop")
-        yield
-
-
 def make(name: str, dtype: torch.dtype = torch.float64) -> vl.EmpiricalRisk:
-    arguments, keywords = problem(name, dtype).arguments()
-    return vl.EmpiricalRisk(*arguments, **keywords)
+    return risk_of(problem(name, dtype))
 
 
 def every(evals: Tensor) -> list[int]:
@@ -126,7 +117,6 @@ def test_slopes_along_pairs_come_from_the_gram_matrix(
     ignored: tuple[int, ...], positions: tuple[int, ...]
 ) -> None:
     """Also of positions, and where targets count for nothing: no run of the net."""
-    torch.manual_seed(0)
     kind: Any = (lambda a, b: nn.Conv2d(a, b, 1)) if positions else nn.Linear
     net = nn.Sequential(kind(2, 30), nn.Tanh(), kind(30, 3)).double()
     runs: list[int] = []
@@ -527,8 +517,7 @@ def test_casting_copies_are_independent() -> None:
 
 
 def test_a_damping_function_may_write() -> None:
-    arguments, keywords = problem("mlp_ce_mean").arguments()
-    risk = vl.EmpiricalRisk(*arguments, **keywords)
+    risk = fresh("mlp_ce_mean")
     pairs = vl.GGN(risk).eigh(k=2)
 
     def damping(evals: Tensor, vectors: Tensor, *derivatives: Tensor) -> Tensor:
@@ -543,8 +532,7 @@ def test_a_damping_function_may_write() -> None:
 
 
 def test_eigenvalues_that_are_written_to() -> None:
-    arguments, keywords = problem("mlp_ce_mean").arguments()
-    risk = vl.EmpiricalRisk(*arguments, **keywords)
+    risk = fresh("mlp_ce_mean")
     expected = vl.directional_derivatives(risk, vl.GGN(risk).eigh(k=2))[1]
     pairs = vl.GGN(risk).eigh(k=2)
     pairs.eigenvalues.sqrt_()

@@ -15,34 +15,12 @@ from torch import nn
 import vivit_linop as vl
 from vivit_linop.operators import verbs
 
-NO_NUMBERS: list[Any] = ["a", None, {0.1: 1}, slice(0, 3), {1, 2}, [0.1, None]]
-
 
 def problem(reduction: str = "mean") -> vl.EmpiricalRisk:
     torch.manual_seed(0)
     X, y = torch.rand(6, 3).double(), torch.randint(2, (6,))
     net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
     return vl.EmpiricalRisk(net, nn.CrossEntropyLoss(reduction=reduction), (X, y))
-
-
-@pytest.mark.parametrize("given", NO_NUMBERS)
-def test_what_stands_for_no_numbers(given: Any) -> None:
-    risk = problem("sum")
-    G = vl.GGN(risk)
-    calls: dict[str, Callable[[], Any]] = {
-        "indices": lambda: risk.subset(given),
-        "index": lambda: G.restrict(given),
-        "matrix": lambda: vl.Dense(given),
-        "entries": lambda: vl.Diagonal(given),
-        "prior_precision": lambda: vl.Laplace(risk, given).log_marginal_likelihood(),
-    }
-    if given is not None:  # which stands for the default
-        calls["damping"] = lambda: G.logdet(given)
-        calls["v0"] = lambda: vl.Hessian(risk).eigh(k=2, v0=given)
-    for name, call in calls.items():
-        # Names of a mapping are those of parameters.
-        with pytest.raises((TypeError, ValueError), match=f"^{name}: "):
-            call()
 
 
 def test_start_vectors_of_few_rows() -> None:
@@ -71,65 +49,13 @@ def test_explanations_of_as_many_pairs_as_there_are(k: Any) -> None:
             A.explain(k)
 
 
-@pytest.mark.parametrize("given", ["no", 1, None])
-def test_yes_or_no(given: Any) -> None:
-    risk = problem("sum")
-    la = vl.Laplace(risk)
-    J = vl.Jacobian(risk)
-    calls: dict[str, Callable[[], Any]] = {
-        "positive_part": lambda: vl.GGN(risk, positive_part=given),
-        "joint_bias": lambda: vl.EKFAC(risk, joint_bias=given),
-        "per_parameter": lambda: la.optimize_prior(per_parameter=given),
-        "diagonal": lambda: vl.predictive_covariance(J, la.covariance, given),
-    }
-    for name, call in calls.items():
-        with pytest.raises(TypeError, match=f"^{name}: True or False, got"):
-            call()
-
-
-@pytest.mark.parametrize(
-    ("match", "call"),
-    [
-        (r"^num_products: an integer", lambda A: vl.estimate_trace(A, "3")),
-        (r"^num_products: an integer", lambda A: vl.estimate_diagonal(A, 3.0)),
-        (r"^seed: an integer", lambda A: vl.estimate_trace(A, 3, seed="a")),
-        (r"^op: an operator", lambda A: vl.estimate_trace(A.to_dense(), 3)),
-        (r"^rcond: a number", lambda A: A.pinv(rcond="a")),
-        (r"^rcond: a number", lambda A: A.pinv(rcond=[0.1])),
-        (r"^tol: a number", lambda A: A.eigh(k=2, tol="a")),
-        (r"^rtol: a number", lambda A: vl.Hessian(problem()).solve(A, rtol="a")),
-        (r"^M: an approximation", lambda A: vl.Hessian(problem()).solve(A, M=3)),
-        (r"^parts: a list", lambda A: vl.hstack(None)),  # type: ignore[arg-type]
-        (r"^parts: number 1", lambda A: vl.vstack([A, None])),  # type: ignore[list-item]
-        (r"^blocks: a list", lambda A: vl.BlockDiagonal(A.to_dense())),
-        (r"^indices: a list", lambda A: vl.BlockDiagonal([A], indices="a")),
-        (r"^operator: an operator", lambda A: vl.led(lambda B: B, None)),
-    ],
-)
-def test_algebra(match: str, call: Callable[[Any], Any]) -> None:
-    A = vl.GGN(problem())
-    with pytest.raises((TypeError, ValueError), match=match):
-        call(A)
-
-
-@pytest.mark.parametrize(
-    ("match", "options"),
-    [
-        ("num_points", {"num_points": 0}),
-        ("num_points", {"num_points": 1.5}),
-        ("kappa", {"kappa": 1.0}),
-        ("kappa", {"kappa": "a"}),
-        ("margin", {"margin": float("nan")}),
-        ("margin", {"margin": -0.1}),
-    ],
-)
-def test_densities(match: str, options: dict[str, Any]) -> None:
+def test_densities() -> None:
     spectrum = vl.LanczosSpectrum(vl.Diagonal(torch.linspace(1.0, 2.0, 9)), ncv=3)
     for density in (spectrum.density, spectrum.log_density):
-        with pytest.raises((TypeError, ValueError), match=f"^{match}: "):
-            density(**options)
-    with pytest.raises(ValueError, match=r"^epsilon: "):
-        spectrum.log_density(epsilon=0.0)
+        with pytest.raises(ValueError, match=r"^num_points: "):
+            density(num_points=0)
+        with pytest.raises(ValueError, match=r"^kappa: "):
+            density(kappa=1.0)
 
 
 INF, NAN = float("inf"), float("nan")
@@ -143,29 +69,6 @@ def test_boundaries_of_spectra(boundaries: Any) -> None:
     A = vl.Diagonal(torch.linspace(1.0, 2.0, 9))
     with pytest.raises((TypeError, ValueError), match=r"^boundaries: "):
         vl.LanczosSpectrum(A, ncv=3, boundaries=boundaries)
-
-
-@pytest.mark.parametrize("given", [3, "x", np.zeros(26), None])
-def test_vectors_of_parameters(given: Any) -> None:
-    risk = problem()
-    model = {name: p.clone() for name, p in risk.params.items()}
-    with pytest.raises(TypeError, match=r"^vec: a tensor, got"):
-        risk.unflatten(given)
-    with pytest.raises(TypeError, match=r"^step: a tensor, got"):
-        risk.add_to_(model, given)
-    assert all(torch.equal(model[name], p) for name, p in risk.params.items())
-
-
-def test_names_and_tensors_of_parameters() -> None:
-    risk = problem()
-    for names in ("0.weight", None, 3):
-        with pytest.raises(TypeError, match=r"^names: a list"):
-            risk.over(names)  # type: ignore[arg-type]
-    for parameters in (3, "0.weight", 1.5):
-        with pytest.raises(TypeError, match=r"^parameters: a list of tensors"):
-            risk.at(parameters)  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match=r"^tensors: a list of tensors"):
-        risk.flatten(3)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("w", ["a", None, [1.0] * 6])
@@ -183,30 +86,11 @@ def test_rules_are_of_classes() -> None:
         verbs.matmul.rule(vl.Dense, vl.Identity(3))  # type: ignore[arg-type]
 
 
-def test_eigenpairs_have_a_vector_for_each_value() -> None:
-    with pytest.raises(ValueError, match=r"^eigenvectors: \[n, 2\]"):
-        vl.Eigenpairs(torch.rand(2), torch.rand(4, 3))
-    with pytest.raises(ValueError, match=r"^eigenvectors: \[n, 2\]"):
-        vl.Eigenpairs(torch.rand(2), torch.rand(2))
-    with pytest.raises(TypeError, match=r"^eigenvalues: a tensor"):
-        vl.Eigenpairs([1.0], torch.rand(4, 1))  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match=r"^eigenvectors: a tensor"):
-        vl.Eigenpairs(torch.rand(1), [[1.0]])  # type: ignore[arg-type]
-
-
 @pytest.mark.parametrize("value", [0, -1.0, float("nan"), "a", None])
 def test_costs_of_devices_are_positive(value: Any) -> None:
     for name in ("rate", "bandwidth", "all_pairs"):
         with pytest.raises((TypeError, ValueError), match=f"^{name}: "):
             replace(vl.DeviceCosts.default("cpu"), **{name: value})
-
-
-def test_kinds_of_results_are_classes(tmp_path: Any) -> None:
-    risk = problem()
-    vl.save(vl.GGN(risk).eigh(k=2), tmp_path / "pairs.pt", risk)
-    for kind in ("GGN", vl.GGN(risk), None):
-        with pytest.raises(TypeError, match=r"^kind: a class"):
-            vl.load(tmp_path / "pairs.pt", risk, kind)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("make", [np.ones, torch.ones], ids=["array", "tensor"])

@@ -9,7 +9,8 @@ from torch.nn import functional as F
 
 import vivit_linop as vl
 from tests.bad_cases import CE, CLASSES, MSE, TARGETS, X, net, refused, risk_of, toy
-from tests.cases import Lambda, problem
+from tests.cases import Lambda
+from tests.curvature_cases import fresh
 
 # Losses -------------------------------------------------------------------------------
 
@@ -37,11 +38,6 @@ def test_reduction() -> None:
 
 def _each(output: Tensor, target: Tensor) -> Tensor:
     return (output - target).square()
-
-
-@pytest.mark.parametrize("loss", [None, 3, "mse", (squares, squares)])
-def test_no_loss(loss: Any) -> None:
-    refused("loss", risk_of(loss=loss), TypeError)
 
 
 def test_loss_that_returns_no_tensor() -> None:
@@ -225,9 +221,7 @@ def test_weights_of_losses(name: str) -> None:
 
 
 def test_nonconvex_loss() -> None:
-    case = problem("nonconvex_loss")
-    arguments, keywords = case.arguments()
-    risk = vl.EmpiricalRisk(*arguments, **keywords)
+    risk = fresh("nonconvex_loss")
     H = vl.LossHessian(risk)
     refused("loss", H.sqrt, ValueError, "not convex")
     refused("loss", lambda: vl.GGNFactor(risk), ValueError, "not convex")

@@ -103,7 +103,6 @@ def jacobians_and_hessians(net: nn.Module, X: Tensor) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize(("n", "in_parts"), [(3, False), (96, True)])
 def test_columns_of_convolutions_come_in_parts_where_they_leave_the_caches(n, in_parts):
-    torch.manual_seed(0)
     layers = nn.Conv2d(1, 4, 3), nn.Tanh(), nn.AdaptiveAvgPool2d(2), nn.Flatten()
     net = nn.Sequential(*layers, nn.Linear(16, 10)).double()
     X, y = torch.randn(n, 1, 18, 18, dtype=torch.float64), torch.arange(n) % 10
@@ -140,7 +139,6 @@ class Images(nn.Module):
 
 
 def test_columns_that_are_formed_in_any_case_are_formed_as_cotangents_come():
-    torch.manual_seed(0)
     n, net = 64, Images().double()
     X, y = torch.randn(n, 2, 18, 18, dtype=torch.float64), torch.arange(n) % 10
     factor = vl.GGNFactor(net, nn.CrossEntropyLoss(), (X, y))

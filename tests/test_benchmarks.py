@@ -125,7 +125,6 @@ def test_eigenvalues_are_those_of_vivit() -> None:
 
 
 def test_residual_blocks_for_backpack_compute_the_same() -> None:
-    torch.manual_seed(0)
     blocks = Residual(4, 8), Residual(8, 8), Residual(8, 16)
     net = nn.Sequential(*blocks, nn.Flatten(), nn.Linear(64, 3)).eval()
     data = torch.randn(4, 4, 8, 8), torch.randint(3, (4,))

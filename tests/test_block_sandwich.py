@@ -94,7 +94,6 @@ def test_what_has_no_such_roots_is_multiplied(make: Inverse) -> None:
 
 def test_layers_of_other_kinds() -> None:
     """Embeddings, tied weights, transposed convolutions, several positions."""
-    torch.manual_seed(0)
 
     class Net(nn.Module):
         def __init__(self) -> None:

@@ -175,7 +175,6 @@ def test_explain_says_what_it_rests_on(quick: list[str]) -> None:
 
 
 def test_results_do_not_depend_on_them(quick: list[str]) -> None:
-    torch.manual_seed(0)
     net = nn.Linear(4, 3).double()
     data = torch.rand(9, 4).double(), torch.randint(3, (9,))
     expected = vl.GGN(net, nn.CrossEntropyLoss(), data).eigh(k=2).eigenvalues

@@ -32,32 +32,13 @@ from tests.capture_cases import (
     transposed,
     truth,
 )
-from tests.cases import (
-    Lambda,
-    Problem,
-    call,
-    dense_of,
-    features,
-    parameter,
-    problem,
-)
+from tests.cases import Lambda, Problem, call, dense_of, features, parameter, problem
 from tests.toys import Snapshot
 from vivit_linop.modes import as_guest
 from vivit_linop.net import dense as dense_columns
 from vivit_linop.net.capture import Capture
 from vivit_linop.net.certified import find_structure
 from vivit_linop.net.columns.khatri_rao import KhatriRaoColumns
-
-
-@pytest.fixture(autouse=True)
-def _seed():
-    with torch.random.fork_rng([]), warnings.catch_warnings():
-        # What torch and vmap cost with some layers is not our concern.
-        warnings.filterwarnings("ignore", message="Using padding='same' with even")
-        warnings.filterwarnings("ignore", message="There is a performance drop")
-        torch.manual_seed(0)
-        yield
-
 
 # Several uses, some uses, none --------------------------------------------------------
 

@@ -5,8 +5,9 @@ show, batches of one size. The truth is plain autograd, row by row of the Jacobi
 the whole batch.
 """
 
+import functools
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -17,7 +18,9 @@ from torch.nn import functional as F
 from torch.nn.utils import rnn
 
 import vivit_linop as vl
+from tests import comparing
 from tests.cases import Lambda, call, parameter
+from tests.comparing import jacobian
 from vivit_linop.modes import as_guest
 from vivit_linop.net.capture import Capture
 from vivit_linop.net.certificate import Certificate
@@ -25,30 +28,15 @@ from vivit_linop.net.certified import find_structure
 from vivit_linop.net.columns.base import DenseColumns, LayerColumns, merged
 from vivit_linop.net.columns.khatri_rao import KhatriRaoColumns
 
+close = functools.partial(comparing.close, rtol=1e-9)
+
 N = 6
-
-
-@pytest.fixture(autouse=True)
-def _seed():
-    with torch.random.fork_rng([]):
-        torch.manual_seed(0)
-        yield
-
-
-def gradients(output: Tensor, params: Sequence[Tensor]) -> Tensor:
-    found = torch.autograd.grad(output, params, retain_graph=True, allow_unused=True)
-    pairs = zip(found, params, strict=True)
-    return torch.cat(
-        [(torch.zeros_like(p) if g is None else g).flatten() for g, p in pairs]
-    )
 
 
 def matrices(net: nn.Module, X: Any, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """J, the per-sample gradients U and G of the mean cross-entropy or squares."""
-    params = list(net.parameters())
     outputs = call(net, {}, X)
-    rows = [gradients(output, params) for output in outputs.flatten()]
-    J = torch.stack(rows).detach()
+    J = jacobian(outputs, net.parameters())
     flat = outputs.detach().flatten().requires_grad_()
     if y.is_floating_point():
         losses = (flat.view_as(outputs) - y).square().flatten(1).mean(1)
@@ -60,11 +48,6 @@ def matrices(net: nn.Module, X: Any, y: Tensor) -> tuple[Tensor, Tensor, Tensor]
     )
     U = J.T @ torch.stack(slopes, 1).detach()
     return J, U, J.T @ H @ J / len(y)
-
-
-def close(got: Tensor, expected: Tensor, tolerance: float = 1e-9) -> bool:
-    assert got.shape == expected.shape
-    return bool((got - expected).norm() <= tolerance * expected.norm())
 
 
 def check(
@@ -393,9 +376,9 @@ def test_a_norm_of_one_feature(length: int, dtype: torch.dtype) -> None:
     _, U, G = matrices(net, X, y)
     risk = vl.EmpiricalRisk(net, nn.CrossEntropyLoss(), (X, y))
     tolerance = 100 * torch.finfo(dtype).eps ** 0.75
-    assert close(vl.PerSampleGradients(risk).to_dense(), U, tolerance)
-    assert close(vl.GGN(risk).diagonal(), G.diagonal(), tolerance)
-    assert close(vl.GGN(risk).to_dense(), G, tolerance)
+    assert close(vl.PerSampleGradients(risk).to_dense(), U, rtol=tolerance)
+    assert close(vl.GGN(risk).diagonal(), G.diagonal(), rtol=tolerance)
+    assert close(vl.GGN(risk).to_dense(), G, rtol=tolerance)
 
 
 # Layers that share cotangents, or do not ----------------------------------------------

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import vivit_linop as vl
+from tests.comparing import jacobian
 
 X = torch.linspace(-1, 1, 18, dtype=torch.float64).reshape(6, 3).sin()
 CLASSES = torch.arange(6) % 2
@@ -38,16 +39,7 @@ def check(model: nn.Module, loss: nn.Module, y: Tensor) -> vl.EmpiricalRisk:
     output = model(X)
     value = loss(output, y)
     gradients = torch.autograd.grad(value, parameters, retain_graph=True)
-    rows = [
-        torch.cat(
-            [
-                g.reshape(-1)
-                for g in torch.autograd.grad(entry, parameters, retain_graph=True)
-            ]
-        )
-        for entry in output.reshape(-1)
-    ]
-    J = torch.stack(rows)
+    J = jacobian(output, parameters)
     H: Any = torch.autograd.functional.hessian(
         lambda f: loss(f.view_as(output), y), output.detach().reshape(-1)
     )

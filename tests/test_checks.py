@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Callable
 from typing import Any
@@ -14,6 +15,7 @@ from torch.nn import functional as F
 
 import vivit_linop as vl
 from tests.cases import Lambda, mlp
+from tests.comparing import jacobian
 from vivit_linop.risk.model.functional import FunctionalModel
 
 X, Y = torch.rand(12, 4).double(), torch.randint(3, (12,))
@@ -67,21 +69,13 @@ class Forces(nn.Module):
 
 def dense_ggn(model: nn.Module, X: Tensor) -> Tensor:
     """2/(N C) JᵀJ, row by row by plain autograd."""
-    params = list(model.parameters())
-    rows = []
-    for output in model(X).reshape(-1):
-        grads = torch.autograd.grad(
-            output, params, retain_graph=True, materialize_grads=True
-        )
-        rows.append(torch.cat([g.reshape(-1) for g in grads]))
-    J = torch.stack(rows)
+    J = jacobian(model(X), model.parameters())
     return 2.0 * J.T @ J / len(J)
 
 
 @pytest.mark.parametrize("cut", [12, 6, 5])
 @pytest.mark.parametrize("kind", ["slope", "laplacian", "forces"])
 def test_models_that_differentiate_inside(kind: str, cut: int) -> None:
-    torch.manual_seed(0)
     model: nn.Module = Forces() if kind == "forces" else Residual(kind)
     x = torch.rand(12, 3, 2) if kind == "forces" else torch.rand(12, 1)
     x, y = x.double(), torch.zeros(12, 6 if kind == "forces" else 1).double()
@@ -190,11 +184,16 @@ def test_random_numbers_of_a_later_batch() -> None:
 
 
 def test_random_numbers_that_nobody_sees() -> None:
-    with pytest.raises(ValueError, match="evaluated a second time"):
-        build(in_a_fork)
-    rng = np.random.default_rng(0)
-    with pytest.raises(ValueError, match="evaluated a second time"):
-        build(lambda m, x: m.f(x) * (1.0 + rng.random()))
+    rng, own = np.random.default_rng(0), torch.Generator().manual_seed(0)
+    counter = itertools.count()
+    for forward in (
+        in_a_fork,
+        lambda m, x: m.f(x) * (1.0 + rng.random()),
+        lambda m, x: m.f(x) * (1.0 + torch.rand(1, generator=own)),
+        lambda m, x: m.f(x) * (1.0 + next(counter)),
+    ):
+        with pytest.raises(ValueError, match="evaluated a second time"):
+            build(forward)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -202,7 +201,6 @@ def test_random_numbers_that_nobody_sees() -> None:
 def test_hessians_of_models_that_differentiate_inside(
     kind: str, dtype: torch.dtype
 ) -> None:
-    torch.manual_seed(0)
     model: nn.Module = Forces() if kind == "forces" else Residual(kind)
     x = torch.rand(6, 3, 2) if kind == "forces" else torch.rand(6, 1)
     x, y = x.to(dtype), torch.rand(6, 6 if kind == "forces" else 1).to(dtype)
@@ -244,15 +242,10 @@ class Reached(nn.Module):
 
 
 def test_models_that_differentiate_inside_and_reach_beyond_the_copy() -> None:
-    torch.manual_seed(0)
     model, x = Reached().double(), torch.rand(5, 2).double()
     params = [model.first.weight, model.first.bias, model.last.weight]
     G = vl.GGN(model, nn.MSELoss(), (x, torch.zeros_like(x)), params)
-    rows = [
-        torch.cat([g.flatten() for g in torch.autograd.grad(o, params)])
-        for o in (model(x).reshape(-1)[k] for k in range(10))
-    ]
-    J = torch.stack(rows)
+    J = jacobian(model(x), params)
     torch.testing.assert_close(G.to_dense(), 2.0 * J.T @ J / 10)
 
 
@@ -269,7 +262,6 @@ class Backward(torch.autograd.Function):
 
 
 def test_what_fails_its_certificate_fails_again() -> None:
-    torch.manual_seed(0)
     model = Lambda(lambda m, x: Backward.apply(m.first(x)), first=nn.Linear(2, 5))
     model.last = nn.Linear(5, 3)
     HELD[:] = [model.last]

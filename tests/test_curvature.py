@@ -2,7 +2,6 @@
 
 import functools
 import math
-import warnings
 from typing import Any
 
 import pytest
@@ -30,14 +29,6 @@ FEWEST = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def _quiet_vmap():
-    # torch says which of its operations vmap runs in a loop; that is not our concern.
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="There is a performance drop")
-        yield
-
-
 # Products -----------------------------------------------------------------------------
 
 
@@ -57,7 +48,6 @@ def test_products_from_stored_columns(name: str) -> None:
 def test_columns_are_stored_where_reading_them_is_cheap(
     outputs: int, kept: bool
 ) -> None:
-    torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(800, 800), nn.ReLU(), nn.Linear(800, outputs))
     data = torch.rand(64, 800), torch.randint(outputs, (64,))
     V = vl.GGNFactor(net, nn.CrossEntropyLoss(), data)
@@ -66,7 +56,6 @@ def test_columns_are_stored_where_reading_them_is_cheap(
 
 
 def test_columns_of_two_draws_are_not_shared() -> None:
-    torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(800, 800), nn.ReLU(), nn.Linear(800, 3))
     data = torch.rand(8, 800), torch.randint(3, (8,))
     risk = vl.EmpiricalRisk(net, nn.CrossEntropyLoss(), data)
@@ -322,7 +311,6 @@ def test_diagonal_of_a_saturated_cross_entropy() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_roots_of_loss_hessians_agree_however_asked_for(dtype: torch.dtype) -> None:
-    torch.manual_seed(0)
     net = nn.Linear(4, 3).to(dtype)
     data = torch.rand(6, 4, dtype=dtype), torch.randint(3, (6,))
     H = vl.LossHessian(net, nn.CrossEntropyLoss(), data)

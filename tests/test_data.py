@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import vivit_linop as vl
 from tests.cases import Lambda, dense, mlp, problem
+from tests.comparing import jacobian
 from tests.data_cases import Drawn
 from tests.toys import Noisy, Snapshot, random_vector, toy
 from vivit_linop.net.linearized import linearizations
@@ -273,11 +274,7 @@ def test_workers_that_persist_belong_to_the_users_loop() -> None:
     x = random_vector(risk.num_params)
     torch.testing.assert_close(product, whole @ x, rtol=1e-10, atol=1e-12)
     # Passes inside of passes, and a copy, which workers would not let be made.
-    rows = [
-        torch.autograd.grad(value, list(net.parameters()), retain_graph=True)
-        for value in net(X).flatten()
-    ]
-    expected = torch.stack([torch.cat([g.flatten() for g in row]) for row in rows])
+    expected = jacobian(net(X), net.parameters())
     for J in (vl.Jacobian(risk), pickle.loads(pickle.dumps(vl.Jacobian(risk)))):
         torch.testing.assert_close(J.to_dense(), expected, rtol=1e-10, atol=1e-12)
 

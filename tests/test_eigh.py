@@ -4,6 +4,7 @@ import itertools
 import math
 import re
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import numpy as np
 import pytest
@@ -232,8 +233,8 @@ def test_k_of_all(kind, device):
 @pytest.mark.parametrize("choice", [[0, 3], [3, 0], [2], [-1], [1, -1, 0], []], ids=str)
 @pytest.mark.parametrize(
     "given",
-    [list, tuple, np.array, torch.tensor],
-    ids=["list", "tuple", "array", "tensor"],
+    [list, tuple, np.array, torch.tensor, partial(torch.tensor, dtype=torch.int32)],
+    ids=["list", "tuple", "array", "tensor", "int32"],
 )
 def test_select_respects_the_order(kind, choice, given, device):
     G, dense = outer(FACTORS[kind](Draw(FLOAT64, device)))

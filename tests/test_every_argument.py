@@ -37,11 +37,15 @@ WRONG: dict[str, list[Any]] = {
     "risk": [None, 3, "a", CALL],
     "tolerance": ["a", True, NAN, -1.0, ARRAY],
     "positive": ["a", True, NAN, -1.0, 0.0],
-    "numbers": ["a", object(), [0.5, None], {1, 2}],
+    "numbers": ["a", object(), [0.5, None], {1, 2}, {0.1: 1}, slice(0, 3)],
     "matrix": ["a", None, torch.ones(3), torch.eye(2).long(), torch.zeros(0, 2)],
     "vector": ["a", None, 3, torch.ones(3), ARRAY],
-    "indices": ["a", 3, [], [0.5], [0, 0], [99], [-1], [True], torch.eye(2)],
-    "list": [3, None, torch.tensor(1.0), "a"],
+    "indices": [
+        *("a", 3, None, {1, 2}, {0.1: 1}, slice(0, 3), [0.1, None], torch.eye(2)),
+        *([], [0.5], [0, 0], [99], [-1, 3], [-7], [[0, 1]], [True], [False] * 6),
+        *(torch.tensor(given) for given in ([-1, 3], [0, 0], [6.0], [[0, 1]])),
+    ],
+    "list": [3, None, torch.tensor(1.0), "a", [None]],
     "groups": [WORD, 3, [["0.weight"]], [0.5], torch.tensor(1.0), [["a"]]],
     "damping": ["a", None, True, NAN, torch.tensor(1j)],
     "name or None": [3, ARRAY, WORD],
@@ -386,6 +390,8 @@ def test_errors_name_the_argument(name: str) -> None:
             message = str(caught.value)
             named = re.match(rf"(\w+, )*{argument}\b", message)
             assert named, f"{name}({argument}={wrong!r}): {message}"
+            if kind == "yes or no":
+                assert "True or False, got" in message, message
 
 
 # Any value is one, or the argument goes to EmpiricalRisk or to matplotlib as it is.

@@ -207,7 +207,6 @@ INDEFINITE: dict[str, Curvature] = {
 @pytest.mark.parametrize("negative", [0, 1, 2])
 def test_without_a_posterior_there_is_no_evidence(kind: str, negative: int) -> None:
     """Of a loss that is not convex; with two negative eigenvalues det > 0 again."""
-    torch.manual_seed(0)
     net = nn.Linear(3, 2).double()
     X = torch.randn(10, 3).double()
     y = net(X).detach() + 0.3 * torch.randn(10, 2).double()
@@ -244,7 +243,6 @@ def test_without_a_posterior_there_is_no_evidence(kind: str, negative: int) -> N
 @pytest.mark.parametrize("down", [[0], [0, 3], [2, 5, 6]])
 def test_a_diagonal_may_take_a_curvature_below_zero(down: list[int], precision) -> None:
     """Of two negative eigenvalues the determinant is positive."""
-    torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(3, 2), nn.Tanh(), nn.Linear(2, 1)).double()
     data = torch.randn(40, 3).double(), torch.randn(40, 1).double()
     r = vl.EmpiricalRisk(net, nn.MSELoss(reduction="sum"), data)
@@ -263,7 +261,6 @@ def test_a_diagonal_may_take_a_curvature_below_zero(down: list[int], precision) 
 
 def test_an_evidence_without_a_maximum_is_not_looked_for() -> None:
     """It rises without bounds where the prior meets a negative eigenvalue."""
-    torch.manual_seed(0)
     X, net = torch.randn(10, 3).double(), nn.Linear(3, 1).double()
     y = net(X).detach() + 0.3 * torch.randn(10, 1).double()
 
@@ -284,7 +281,6 @@ def test_an_evidence_without_a_maximum_is_not_looked_for() -> None:
 
 def test_numbers_for_parameters_or_for_entries() -> None:
     """With an empty parameter there may be as many of the ones as of the others."""
-    torch.manual_seed(0)
     net = nn.Linear(3, 1).double()  # D = 4
     net.empty, net.none = (nn.Parameter(torch.zeros(0).double()) for _ in range(2))
     data = torch.rand(5, 3).double(), torch.rand(5, 1).double()

@@ -78,7 +78,6 @@ def test_an_error_names_the_extra_and_what_was_not_found(name: str) -> None:
 
 
 def test_the_diagonal_of_a_hessian_is_the_same_by_both_ways() -> None:
-    torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
     data = torch.randn(6, 3).double(), torch.randn(6, 2).double()
     H = vl.Hessian(net, nn.MSELoss(), data)

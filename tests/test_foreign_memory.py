@@ -155,7 +155,6 @@ def test_what_comes_after_a_change_is_refused(read: str, blind: bool) -> None:
 
 
 def test_columns_of_inputs_that_others_hold() -> None:
-    torch.manual_seed(0)
     held, y = torch.rand(6, 4, dtype=torch.float64), torch.randint(3, (6,))
     inputs, X = held.clone(), torch.zeros(6, 1, dtype=torch.float64)
     net = Net(lambda h: h)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import vivit_linop as vl
+from tests.comparing import jacobian
 
 LOSS = nn.CrossEntropyLoss()
 REGISTRY: dict[str, Tensor] = {}
@@ -85,20 +86,6 @@ def data() -> tuple[Tensor, Tensor]:
     return torch.linspace(-1, 1, 15).double().reshape(5, 3), torch.arange(5) % 3
 
 
-def jacobian(net: nn.Module, X: Tensor) -> Tensor:
-    params = list(net.parameters())
-    rows = [
-        torch.cat(
-            [
-                g.reshape(-1)
-                for g in torch.autograd.grad(entry, params, retain_graph=True)
-            ]
-        )
-        for entry in net(X).reshape(-1)
-    ]
-    return torch.stack(rows)
-
-
 def check(risk: vl.EmpiricalRisk, J: Tensor) -> None:
     H = vl.LossHessian(risk).to_dense()
     G, dense = vl.GGN(risk), J.T @ H @ J
@@ -133,7 +120,7 @@ class Plain(nn.Module):
 @pytest.mark.parametrize("name", HOLDERS)
 def test_derivatives(name: str) -> None:
     net, (X, y) = Net(name), data()
-    J = jacobian(net, X)
+    J = jacobian(net(X), net.parameters())
     risk = vl.EmpiricalRisk(net, LOSS, (X, y))
     before = [(id(p), p.detach().clone()) for p in net.parameters()]
     check(risk, J)
@@ -142,14 +129,14 @@ def test_derivatives(name: str) -> None:
         for p in net.parameters():
             p.mul_(1.5)
     check(risk, J)
-    check(risk.at(), jacobian(net, X))
+    check(risk.at(), jacobian(net(X), net.parameters()))
     assert all(p.grad is None for p in net.parameters())
 
 
 @pytest.mark.parametrize("name", ["slots", "dataclass", "namespace"])
 def test_copies_and_other_parameters(name: str) -> None:
     net, (X, y) = Net(name), data()
-    J = jacobian(net, X)
+    J = jacobian(net(X), net.parameters())
     risk = vl.EmpiricalRisk(net, LOSS, (X, y))
     check(copy.deepcopy(risk), J)
     given = {n: 0.5 * p.detach() for n, p in net.named_parameters()}
@@ -157,15 +144,17 @@ def test_copies_and_other_parameters(name: str) -> None:
     with torch.no_grad():
         for p in net.parameters():
             p.mul_(0.5)
-    check(other, jacobian(net, X))
+    check(other, jacobian(net(X), net.parameters()))
     part = vl.EmpiricalRisk(net, LOSS, (X, y), [net.first.weight])
-    assert torch.allclose(vl.Jacobian(part).to_dense(), jacobian(net, X)[:, :12])
+    assert torch.allclose(
+        vl.Jacobian(part).to_dense(), jacobian(net(X), net.parameters())[:, :12]
+    )
 
 
 def test_pickled() -> None:
     net, (X, y) = Net("slots"), data()
     net.get = weight_of
-    J = jacobian(net, X)
+    J = jacobian(net(X), net.parameters())
     risk = vl.EmpiricalRisk(net, LOSS, (X, y))
     check(pickle.loads(pickle.dumps(risk)), J)
 
@@ -245,7 +234,7 @@ class Constants(Net):
 @pytest.mark.parametrize("how", ["detached", "no_grad", "inference"])
 def test_constants(how: str, name: str) -> None:
     net, (X, y) = Constants(how, name), data()
-    J = jacobian(net, X)
+    J = jacobian(net(X), net.parameters())
     risk = vl.EmpiricalRisk(net, LOSS, (X, y))
     torch.testing.assert_close(vl.Jacobian(risk).to_dense(), J)
     x = torch.linspace(-1, 1, risk.num_params, dtype=torch.float64)
@@ -267,7 +256,7 @@ def test_in_another_precision(name: str) -> None:
     net, (X, y) = Net(name).float(), data()
     double = Net(name)
     double.load_state_dict(net.state_dict())
-    J = jacobian(double, X.float().double())
+    J = jacobian(double(X.float().double()), double.parameters())
     if name == "global":
         registered(net.first.weight)
     risk = vl.EmpiricalRisk(net, LOSS, (X.float(), y), dtype=torch.float64)
@@ -292,7 +281,9 @@ def test_rows_for_padding_have_no_derivatives() -> None:
     net, y = Tokens(), torch.arange(5) % 3
     X = torch.tensor([[0, 2], [2, 2], [1, 3], [2, 0], [3, 3]])
     risk = vl.EmpiricalRisk(net, LOSS, (X, y))
-    torch.testing.assert_close(vl.Jacobian(risk).to_dense(), jacobian(net, X))
+    torch.testing.assert_close(
+        vl.Jacobian(risk).to_dense(), jacobian(net(X), net.parameters())
+    )
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -305,5 +296,5 @@ def test_beside_a_checkpoint(reentrant: bool) -> None:
     net, (X, y) = Beside("slots"), data()
     plain = Net("slots")
     risk = vl.EmpiricalRisk(net, LOSS, (X, y))
-    J = jacobian(plain, X)
+    J = jacobian(plain(X), plain.parameters())
     torch.testing.assert_close(vl.Jacobian(risk).to_dense(), J)

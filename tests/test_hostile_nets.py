@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 import vivit_linop as vl
 from tests.cases import Lambda
+from tests.comparing import jacobian
 
 N, C = 7, 3
 LOSS = nn.CrossEntropyLoss()
@@ -207,30 +208,11 @@ NETS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-def rows_of(gradients: tuple[Tensor | None, ...], parameters: list[Any]) -> Tensor:
-    pairs = zip(gradients, parameters, strict=True)
-    return torch.cat(
-        [(torch.zeros_like(p) if g is None else g).reshape(-1) for g, p in pairs]
-    )
-
-
 @pytest.mark.parametrize("name", NETS)
 def test_what_autograd_says(name: str) -> None:
-    torch.manual_seed(0)
     net, X, y = NETS[name]().double(), torch.randn(N, 5).double(), torch.arange(N) % C
-    parameters = list(net.parameters())
     output = net(X.clone())
-    J = torch.stack(
-        [
-            rows_of(
-                torch.autograd.grad(
-                    entry, parameters, retain_graph=True, allow_unused=True
-                ),
-                parameters,
-            )
-            for entry in output.reshape(-1)
-        ]
-    )
+    J = jacobian(output, net.parameters())
     p = output.detach().softmax(1)
     blocks = (p.diag_embed() - p[:, :, None] * p[:, None]) / N
     G = J.T @ torch.block_diag(*blocks) @ J
@@ -257,7 +239,6 @@ def test_what_autograd_says(name: str) -> None:
 
 @pytest.mark.parametrize("forward", [by_capacity, in_pairs])
 def test_samples_that_depend_on_others(forward: Callable[..., Tensor]) -> None:
-    torch.manual_seed(0)
     net = Lambda(forward, a=L(5, C), b=L(5, C)).double()
     data = torch.randn(N, 5).double(), torch.arange(N) % C
     with pytest.raises(ValueError, match="depend on the other samples"):
@@ -360,7 +341,6 @@ def test_backward_passes_that_write_into_what_they_are_given(
     last: Any, slope: Any, memory: int | None
 ) -> None:
     """The user's vectors stay as they are, one or several."""
-    torch.manual_seed(0)
     net = Lambda(lambda m, x: last(m.a(x)), a=L(5, C)).double()
     X, y = torch.randn(N, 5).double(), torch.arange(N) % C
     J = vl.Jacobian(vl.EmpiricalRisk(net, LOSS, (X, y), memory=memory))

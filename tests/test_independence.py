@@ -32,6 +32,7 @@ def paired(h: Tensor) -> Tensor:
 
 MIXING: dict[str, Callable[[Tensor], Tensor]] = {
     "mean": lambda h: h - h.mean(0),
+    "softmax": lambda h: h.softmax(0),
     "largest": lambda h: h / h.detach().abs().amax(0),
     "batch norm": lambda h: F.batch_norm(h, None, None, training=True),
     "attention": lambda h: h + (h @ h.T).softmax(1) @ h,

@@ -195,7 +195,6 @@ def test_the_plan_takes_columns_where_they_are_the_cheaper_way() -> None:
 
     By the costs of a CPU, wherever the tests run.
     """
-    torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(300, 200), nn.ReLU(), nn.Linear(200, 10))
 
     def chosen(samples: int, vectors: int = 10, width: int = 9) -> bool:

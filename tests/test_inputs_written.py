@@ -14,16 +14,10 @@ from torch.nn import functional as F
 
 import vivit_linop as vl
 from tests.cases import Lambda, parameter
+from tests.comparing import jacobian
 from vivit_linop.net.certified import find_structure
 
 N = 5
-
-
-@pytest.fixture(autouse=True)
-def _seed():
-    with torch.random.fork_rng([]):
-        torch.manual_seed(0)
-        yield
 
 
 def adds(m: nn.Module, x: Tensor) -> Tensor:
@@ -106,10 +100,7 @@ def compare(
     total = (f - y).square().mean()
     slopes = torch.autograd.grad(total, params, create_graph=True, allow_unused=True)
     gradient = torch.cat([g.flatten() for g in slopes])
-    rows = [torch.autograd.grad(g, params, retain_graph=True) for g in gradient]
-    H = torch.stack([torch.cat([g.flatten() for g in row]) for row in rows])
-    rows = [torch.autograd.grad(o, params, retain_graph=True) for o in f.flatten()]
-    J = torch.stack([torch.cat([g.flatten() for g in row]) for row in rows])
+    H, J = jacobian(gradient, params), jacobian(f, params)
     G = 2 / f.numel() * J.T @ J
 
     risk = vl.EmpiricalRisk(model, nn.MSELoss(), data, given)

@@ -17,30 +17,10 @@ from torch.fx import symbolic_trace
 
 import vivit_linop as vl
 from tests import backpack_peer
-from tests.backpack_peer import KRONECKER, REDUCTIONS
-from tests.cases import problem
+from tests.backpack_peer import KRONECKER, REDUCTIONS, peer_risk
+from tests.comparing import close, draw
+from tests.curvature_cases import risk
 from vivit_linop.testing import check_operator
-
-RTOL = 1e-10
-
-
-def risk(name: str) -> vl.EmpiricalRisk:
-    arguments, keywords = problem(name).arguments()
-    return vl.EmpiricalRisk(*arguments, **keywords)
-
-
-def peer_risk(name: str, reduction: str = "mean") -> vl.EmpiricalRisk:
-    return vl.EmpiricalRisk(*backpack_peer.built(name, reduction))
-
-
-def close(got: Tensor, expected: Tensor, rtol: float = RTOL) -> bool:
-    assert got.shape == expected.shape, (got.shape, expected.shape)
-    return bool((got - expected).norm() <= rtol * expected.norm())
-
-
-def draw(*shape: int) -> Tensor:
-    generator = torch.Generator().manual_seed(0)
-    return torch.randn(shape, generator=generator, dtype=torch.float64)
 
 
 def test_nothing_is_imported_before_it_is_needed() -> None:

@@ -1,22 +1,18 @@
 """Batches, memory and ways of computing do not change what an operator is."""
 
-import warnings
-
 import pytest
 import torch
 
 import vivit_linop as vl
 from tests.cases import NAMES, dense, problem
-from tests.curvature_cases import blocks_of, build, check_products, close, fresh
-
-
-@pytest.fixture(autouse=True)
-def _quiet_vmap():
-    # torch says which of its operations vmap runs in a loop; that is not our concern.
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="There is a performance drop")
-        yield
-
+from tests.curvature_cases import (
+    blocks_of,
+    build,
+    check_products,
+    close,
+    fresh,
+    risk_of,
+)
 
 # What an operator must not depend on --------------------------------------------------
 
@@ -30,8 +26,7 @@ def test_batches_do_not_matter(name: str) -> None:
     N = dense(name).N
     truth = dense(name)
     for sizes in ([1] * N, [N - 1, 1]):
-        arguments, keywords = whole.rebatched(*sizes).arguments()
-        of = vl.EmpiricalRisk(*arguments, **keywords)
+        of = risk_of(whole.rebatched(*sizes))
         assert of.batch_sizes == sizes
         assert close(of.value(), truth.value) and close(of.gradient(), truth.gradient)
         for symbol in ("J", "H", "G", "U", "F", "Hess"):
@@ -98,8 +93,7 @@ def test_two_ways_to_split(name: str) -> None:
     # The mask of attention is as long as three samples would be.
     first = 2 if name == "attention" else 1
     for sizes in ([first, truth.N - first], [truth.N - first, first]):
-        arguments, keywords = case.rebatched(*(n for n in sizes if n)).arguments()
-        of = vl.EmpiricalRisk(*arguments, **keywords, memory=0)
+        of = risk_of(case.rebatched(*(n for n in sizes if n)), memory=0)
         assert close(of.value(), truth.value, 1e-10, 1.0 + truth.value.abs())
         assert close(of.gradient(), truth.gradient, 1e-10, 1.0)
         J, H = vl.Jacobian(of), vl.LossHessian(of)

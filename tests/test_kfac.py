@@ -1,6 +1,5 @@
 """Kronecker approximations: BackPACK's, curvlinops', and where they are exact."""
 
-import functools
 from typing import Any
 
 import curvlinops
@@ -11,37 +10,14 @@ from torch import Tensor, nn
 
 import vivit_linop as vl
 from tests import backpack_peer, cases
-from tests.backpack_peer import KRONECKER, REDUCTIONS
+from tests.backpack_peer import KRONECKER, REDUCTIONS, peer_risk
 from tests.cases import Problem, dense, dense_of, problem
+from tests.comparing import close, draw
+from tests.curvature_cases import risk, risk_of
 from vivit_linop.operators import DampedRoot, Gram, LowRank
 from vivit_linop.testing import check_operator
 
 RTOL = 1e-10
-
-
-@functools.cache
-def peer_risk(name: str, reduction: str) -> vl.EmpiricalRisk:
-    return vl.EmpiricalRisk(*backpack_peer.built(name, reduction))
-
-
-def risk_of(p: Problem) -> vl.EmpiricalRisk:
-    arguments, keywords = p.arguments()
-    return vl.EmpiricalRisk(*arguments, **keywords)
-
-
-@functools.cache
-def risk(name: str) -> vl.EmpiricalRisk:
-    return risk_of(problem(name))
-
-
-def close(got: Tensor, expected: Tensor, rtol: float = RTOL) -> bool:
-    assert got.shape == expected.shape, (got.shape, expected.shape)
-    return bool((got - expected).norm() <= rtol * expected.norm())
-
-
-def draw(*shape: int, seed: int = 0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, generator=generator, dtype=torch.float64)
 
 
 def block_diagonal_of(matrix: Tensor, sizes: list[int]) -> Tensor:
@@ -308,16 +284,6 @@ def test_large_blocks_of_others_are_low_rank(monkeypatch: pytest.MonkeyPatch) ->
     assert close(K.blocks[1].to_dense(), dense("mlp_ce_mean").G[20:25, 20:25])
 
 
-def test_batches_do_not_matter() -> None:
-    ((_, y),) = problem("cnn").batches()
-    parts = risk_of(problem("cnn").rebatched(2, len(y) - 2))
-    whole = risk("cnn")
-    for sharing in ("expand", "reduce", "backpack"):
-        given: dict[str, Any] = {"variant": "exact", "weight_sharing": sharing}
-        a, b = vl.KFAC(parts, **given), vl.KFAC(whole, **given)
-        assert close(a.to_dense(), b.to_dense())
-
-
 # EKFAC --------------------------------------------------------------------------------
 
 
@@ -567,15 +533,3 @@ def test_square_roots_that_do_not_exist() -> None:
 
 
 # Bad input ----------------------------------------------------------------------------
-
-
-def test_bad_input() -> None:
-    of = risk("mlp_ce_mean")
-    with pytest.raises(ValueError, match=r"variant: one of 'mc', 'exact'.*'kfra'"):
-        vl.KFAC(of, variant="kfra")
-    with pytest.raises(ValueError, match="weight_sharing: one of"):
-        vl.KFAC(of, weight_sharing="sum")
-    with pytest.raises(ValueError, match="mc_samples"):
-        vl.KFAC(of, mc_samples=0)
-    with pytest.raises(ValueError, match="damping"):
-        vl.KFAC(of).pi_damped(0.0)

@@ -10,25 +10,13 @@ from torch.nn import functional as F
 
 import vivit_linop as vl
 from tests import backpack_peer
+from tests.backpack_peer import peer_risk
+from tests.comparing import close, draw
 from vivit_linop.curvature.kfac import WEIGHT_SHARINGS
 from vivit_linop.testing import check_operator
 
 RTOL = 1e-10
 TRANSPOSED = ["transposed_1d", "transposed_2d", "transposed_3d"]
-
-
-def close(got: Tensor, expected: Tensor) -> bool:
-    assert got.shape == expected.shape, (got.shape, expected.shape)
-    return bool((got - expected).norm() <= RTOL * expected.norm())
-
-
-def draw(*shape: int) -> Tensor:
-    generator = torch.Generator().manual_seed(0)
-    return torch.randn(shape, generator=generator, dtype=torch.float64)
-
-
-def peer_risk(name: str) -> vl.EmpiricalRisk:
-    return vl.EmpiricalRisk(*backpack_peer.built(name, "mean"))
 
 
 # One sample at one output position: every form is the GGN's block -------------------

@@ -1,6 +1,5 @@
 """Each kind of layer gives its parameters exact columns, in its structure."""
 
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -21,21 +20,7 @@ from tests.capture_cases import (
     one_layer,
     title,
 )
-from tests.cases import (
-    Lambda,
-    features,
-)
-
-
-@pytest.fixture(autouse=True)
-def _seed():
-    with torch.random.fork_rng([]), warnings.catch_warnings():
-        # What torch and vmap cost with some layers is not our concern.
-        warnings.filterwarnings("ignore", message="Using padding='same' with even")
-        warnings.filterwarnings("ignore", message="There is a performance drop")
-        torch.manual_seed(0)
-        yield
-
+from tests.cases import Lambda, features
 
 # Layers -------------------------------------------------------------------------------
 

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 import vivit_linop as vl
 from tests.cases import Lambda
+from tests.comparing import jacobian
+from tests.curvature_cases import close
 from vivit_linop.net.linearization import Chunks
 
 N, C = 6, 3
@@ -19,10 +21,6 @@ N, C = 6, 3
 def _data(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
     torch.manual_seed(0)
     return torch.rand(N, 8, dtype=dtype), torch.randint(C, (N,))
-
-
-def _close(found: Tensor, expected: Tensor, tolerance: float = 1e-12) -> bool:
-    return bool((found - expected).norm() <= tolerance * expected.norm())
 
 
 # Contiguous -------------------------------------------------------------------------
@@ -154,20 +152,20 @@ def test_vectors_arrive_contiguous(kind: str, name: str) -> None:
     M = torch.randn(op.shape[1], 4).double()
     for layout in LAYOUTS.values():
         x = layout(M)
-        assert _close(op @ x, expected @ x)
+        assert close(op @ x, expected @ x)
         found = torch.from_numpy(op @ x.numpy())
-        assert _close(found, expected @ x)
+        assert close(found, expected @ x)
 
 
 @pytest.mark.parametrize("kind", KERNELS)
 def test_columns_are_pulled_back_contiguous(kind: str) -> None:
     with_kernel, plain = _nets(kind)
     J, V = vl.Jacobian(plain).to_dense(), vl.GGNFactor(plain).to_dense()
-    assert _close(vl.Jacobian(with_kernel).to_dense(), J)
-    assert _close(vl.GGNFactor(with_kernel).to_dense(), V)
-    assert _close(vl.GGNFactor(with_kernel).gram.to_dense(), V.T @ V)
-    assert _close(vl.GGN(with_kernel).diagonal(), V.square().sum(1))
-    assert _close(with_kernel.gradient(), plain.gradient())
+    assert close(vl.Jacobian(with_kernel).to_dense(), J)
+    assert close(vl.GGNFactor(with_kernel).to_dense(), V)
+    assert close(vl.GGNFactor(with_kernel).gram.to_dense(), V.T @ V)
+    assert close(vl.GGN(with_kernel).diagonal(), V.square().sum(1))
+    assert close(with_kernel.gradient(), plain.gradient())
 
 
 def test_contiguous_vectors_are_not_copied() -> None:
@@ -230,27 +228,24 @@ def test_hooks_that_stay(name: str) -> None:
     plain.load_state_dict(net.state_dict())
     X, y = _data()
     out = plain(X).reshape(-1)
-    rows = [
-        torch.autograd.grad(e, list(plain.parameters()), retain_graph=True) for e in out
-    ]
-    J = torch.stack([torch.cat([g.reshape(-1) for g in row]) for row in rows])
+    J = jacobian(out, plain.parameters())
     op = PRODUCTS[name](vl.EmpiricalRisk(net, nn.CrossEntropyLoss(), (X, y)))
     probabilities = out.detach().view(N, C).softmax(1)
     x = torch.randn(op.shape[1]).double()
     if name == "J":
-        assert _close(op @ x, J @ x)
+        assert close(op @ x, J @ x)
     if name == "Jᵀ":
-        assert _close(op @ x, J.T @ x)
+        assert close(op @ x, J.T @ x)
     if name == "G":
         image = (J @ x).view(N, C)
         image = probabilities * image - probabilities * (probabilities * image).sum(
             1, keepdim=True
         )
-        assert _close(op @ x, J.T @ image.reshape(-1) / N)
+        assert close(op @ x, J.T @ image.reshape(-1) / N)
     if name == "F":
         error = probabilities - nn.functional.one_hot(y, C)
         U = torch.einsum("nc,ncd->dn", error, J.view(N, C, -1))
-        assert _close(op @ x, U @ (U.T @ x) / N)
+        assert close(op @ x, U @ (U.T @ x) / N)
 
 
 class _WrongTogether(torch.autograd.Function):
@@ -289,7 +284,7 @@ def test_wrong_rules_for_batches_are_seen(name: str, memory: int | None) -> None
     )
     op, expected = PRODUCTS[name](wrong), PRODUCTS[name](plain)
     M = torch.randn(op.shape[1], 4).double()
-    assert _close(op @ M, expected @ M)
+    assert close(op @ M, expected @ M)
 
 
 SHOW_NOTHING: dict[str, Callable[[Tensor], Tensor]] = {
@@ -318,7 +313,7 @@ def test_wrong_rules_are_seen_where_the_first_product_shows_nothing(
     op, expected = (op.T, expected.T) if transposed else (op, expected)
     M = torch.randn(op.shape[1], 4).double()
     op @ SHOW_NOTHING[first](M)
-    assert _close(op @ M, expected @ M)
+    assert close(op @ M, expected @ M)
 
 
 def test_numbers_that_are_not_finite_say_nothing_of_rules() -> None:
@@ -343,7 +338,7 @@ def test_numbers_that_are_not_finite_pass_through() -> None:
     u[0] = torch.nan
     assert (J.T @ u).isnan().any()
     u[0] = 1.0
-    assert _close(J.T @ u, J.to_dense()[0])
+    assert close(J.T @ u, J.to_dense()[0])
 
 
 class Cancels(nn.Module):

@@ -63,26 +63,6 @@ def test_curvatures(name: str, dtype: torch.dtype) -> None:
     torch.testing.assert_close(got, expected)
 
 
-def test_one_decomposition_serves_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[int] = []
-    eigvalsh = vl.operators.symmetric.symmetric_eigenvalues  # type: ignore[attr-defined]
-
-    def counted(matrix: Tensor) -> Tensor:
-        calls.append(1)
-        result: Tensor = eigvalsh(matrix)
-        return result
-
-    monkeypatch.setattr(
-        "vivit_linop.operators.symmetric.symmetric_eigenvalues", counted
-    )
-    G = nets(torch.float64)["few"]
-    G.logdet(damping=TAUS)
-    for damping in TAUS.tolist():
-        A = G + damping * vl.Identity(G.shape[0])
-        A.logdet(), A.inv().trace()
-    assert len(calls) == 1
-
-
 def test_what_is_kept_is_not_given_away() -> None:
     G = nets(torch.float64)["few"]
     expected = G.logdet(damping=TAUS)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import vivit_linop as vl
+from tests.comparing import assert_near, inputs, jacobian
 from vivit_linop.risk.losses.draws import Draws
 
 
@@ -23,34 +24,17 @@ def net(inputs: int, outputs: int) -> nn.Module:
     return nn.Sequential(*layers).double()
 
 
-def inputs(n: int, *shape: int) -> Tensor:
-    generator = torch.Generator().manual_seed(n)
-    return torch.randn(n, *shape, generator=generator, dtype=torch.float64)
-
-
 def classes(n: int, *shape: int, count: int = 3) -> Tensor:
     generator = torch.Generator().manual_seed(n)
     return torch.randint(count, (n, *shape), generator=generator)
-
-
-def close(found: Any, expected: Tensor, rtol: float = 1e-9) -> None:
-    torch.testing.assert_close(found, expected, rtol=rtol, atol=1e-11)
 
 
 class Truth:
     """J, H and G of a risk, by plain autograd from the value of the loss alone."""
 
     def __init__(self, model: nn.Module, loss: vl.Loss, X: Tensor, y: Tensor) -> None:
-        names = list(dict(model.named_parameters()))
-
-        def outputs(*tensors: Tensor) -> Tensor:
-            state = dict(zip(names, tensors, strict=True))
-            return torch.func.functional_call(model, state, (X,))
-
-        params = tuple(p.detach() for p in model.parameters())
-        self.f = f = outputs(*params)
-        jacobians = torch.autograd.functional.jacobian(outputs, params)
-        self.J = torch.cat([j.reshape(f.numel(), -1) for j in jacobians], dim=1)
+        self.J = jacobian(model(X), model.parameters())
+        self.f = f = model(X).detach()
         H = torch.autograd.functional.hessian(lambda f: loss(f, y), f)
         self.H = H.reshape(f.numel(), f.numel())
         self.G = self.J.T @ self.H @ self.J
@@ -168,11 +152,11 @@ def solved(name: str) -> tuple[vl.EmpiricalRisk, Truth, Tensor]:
 @pytest.mark.parametrize("name", KINDS)
 def test_what_is_missing_comes_by_autograd(name: str) -> None:
     risk, truth, _ = solved(name)
-    close(vl.LossHessian(risk).to_dense(), truth.H)
+    assert_near(vl.LossHessian(risk).to_dense(), truth.H)
     G = vl.GGN(risk)
-    close(G.to_dense(), truth.G)
-    close(G.diagonal(), truth.G.diagonal())
-    close(G.eigh(k=2).eigenvalues, torch.linalg.eigvalsh(truth.G)[-2:])
+    assert_near(G.to_dense(), truth.G)
+    assert_near(G.diagonal(), truth.G.diagonal())
+    assert_near(G.eigh(k=2).eigenvalues, torch.linalg.eigvalsh(truth.G)[-2:])
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -210,7 +194,7 @@ def test_draws_depend_on_samples_only(name: str) -> None:
         vl.LossHessian(risk).sqrt(3, torch.Generator().manual_seed(7)).to_dense()
         for risk in (whole, cut)
     )
-    close(S, T)
+    assert_near(S, T)
     assert torch.equal(before, torch.random.get_rng_state())
     own = S.reshape(6, C, 6, 3).diagonal(dim1=0, dim2=2)  # [C, M, N]
     if name != "two tasks":  # counts may be the same
@@ -231,7 +215,7 @@ def test_torchs_own_generator_is_reproducible() -> None:
         vl.LossHessian(risk).sqrt(500, torch.Generator().manual_seed(7)).to_dense()
         for _ in range(2)
     )
-    close(S, T)
+    assert_near(S, T)
     assert torch.equal(before, torch.random.get_rng_state())
     unit = torch.eye(12, dtype=torch.float64) / 6
     assert (S @ S.T - unit).abs().max() < 0.3 / 6
@@ -245,7 +229,7 @@ def test_kfac() -> None:
         seeds = (torch.Generator().manual_seed(3) for _ in range(2))
         K = kind(one, mc_samples=5, generator=next(seeds)).to_dense()
         G = vl.GGN(one, mc_samples=5, generator=next(seeds)).to_dense()
-        close(K[:12, :12], G[:12, :12])
+        assert_near(K[:12, :12], G[:12, :12])
 
 
 @pytest.mark.parametrize("entries", [True, False])
@@ -262,12 +246,12 @@ def test_of_a_likelihood_all_entries_count(entries: bool) -> None:
     data = inputs(6, 3), classes(6, 4, count=5).double()
     risk = vl.EmpiricalRisk(net(3, 4), vl.Loss(value, sample=sample), data)
     known = vl.EmpiricalRisk(net(3, 4), nn.PoissonNLLLoss(), data)
-    close(vl.GGN(risk).to_dense(), vl.GGN(known).to_dense())
+    assert_near(vl.GGN(risk).to_dense(), vl.GGN(known).to_dense())
     if entries:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             ours, theirs = (vl.GGN(r, mc_samples=2000).trace() for r in (risk, known))
-        close(ours, theirs, rtol=0.1)
+        assert_near(ours, theirs, rtol=0.1)
     else:
         X, y = data
         weighted = vl.losses.Weighted(vl.Loss(value, sample=sample))
@@ -329,15 +313,15 @@ def test_closed_forms(name: str) -> None:
     risk = vl.EmpiricalRisk(model, loss, [(X[:4], y[:4]), (X[4:], y[4:])])
     H = vl.LossHessian(risk)
     vl.testing.check_operator(H, truth.H)
-    close(H.diagonal(), truth.H.diagonal())
+    assert_near(H.diagonal(), truth.H.diagonal())
     S = H.sqrt().to_dense()
-    close(S @ S.T, truth.H)
+    assert_near(S @ S.T, truth.H)
     V = vl.GGNFactor(risk)
     assert V.width == 3
-    close(vl.GGN(risk).to_dense(), truth.G)
-    close((V @ V.T).diagonal(), truth.G.diagonal())
+    assert_near(vl.GGN(risk).to_dense(), truth.G)
+    assert_near((V @ V.T).diagonal(), truth.G.diagonal())
     U = vl.PerSampleGradients(risk)
-    close(U @ torch.ones(6).double() * risk.reduction_factor, risk.gradient())
+    assert_near(U @ torch.ones(6).double() * risk.reduction_factor, risk.gradient())
 
 
 @pytest.mark.parametrize("closed", [False, True])
@@ -365,14 +349,14 @@ def test_positions(closed: bool) -> None:
     truth = Truth(model, loss, X, y)
     risk = vl.EmpiricalRisk(model, loss, (X, y))
     H = vl.LossHessian(risk)
-    close(H.to_dense(), truth.H)
+    assert_near(H.to_dense(), truth.H)
     evals, evecs = torch.linalg.eigh(truth.H)
     assert evals[0] < 0
     part = (evecs * evals.clamp(min=0)) @ evecs.T
     positive = vl.LossHessian(risk, positive_part=True)
-    close(positive.to_dense(), part)
+    assert_near(positive.to_dense(), part)
     assert positive.sqrt()._form(0).shape == (4, 3, 3, 12)
-    close(vl.GGN(risk).diagonal(), truth.G.diagonal())
+    assert_near(vl.GGN(risk).diagonal(), truth.G.diagonal())
 
 
 def test_roots_of_several_shapes() -> None:
@@ -392,10 +376,10 @@ def test_roots_of_several_shapes() -> None:
         for root in (None, sqrt)
     )
     assert vl.GGNFactor(closed).shape[1] == 6
-    close(vl.GGN(closed).to_dense(), vl.GGN(plain).to_dense())
+    assert_near(vl.GGN(closed).to_dense(), vl.GGN(plain).to_dense())
     for risk in (plain, closed):
         V = vl.GGNFactor(risk).to_dense()
-        close(V @ V.T, vl.GGN(plain).to_dense())
+        assert_near(V @ V.T, vl.GGN(plain).to_dense())
 
 
 def test_kinds_of_values() -> None:
@@ -412,9 +396,9 @@ def test_kinds_of_values() -> None:
     for value, reduction in values:
         loss = vl.Loss(value, reduction=reduction)
         risk = vl.EmpiricalRisk(net(3, 2), loss, [(X[:4], y[:4]), (X[4:], y[4:])])
-        close(risk.value(), expected.value())
-        close(vl.GGN(risk).to_dense(), vl.GGN(expected).to_dense())
-        close(loss(torch.zeros(6, 2), y), y.square().mean())
+        assert_near(risk.value(), expected.value())
+        assert_near(vl.GGN(risk).to_dense(), vl.GGN(expected).to_dense())
+        assert_near(loss(torch.zeros(6, 2), y), y.square().mean())
 
 
 def test_the_loss_is_of_the_risk() -> None:
@@ -430,8 +414,8 @@ def test_the_loss_is_of_the_risk() -> None:
     risk = vl.EmpiricalRisk(net(3, 2), loss, (inputs(6, 3), inputs(6, 2)))
     before = vl.GGN(risk).to_dense()
     scale.mul_(3.0)
-    close(vl.GGN(risk).to_dense(), before)
-    close(vl.GGN(copy.deepcopy(risk)).to_dense(), before)
+    assert_near(vl.GGN(risk).to_dense(), before)
+    assert_near(vl.GGN(copy.deepcopy(risk)).to_dense(), before)
     model = net(3, 2)
     weight = model[0].weight
     penalised = vl.Loss(lambda f, y: (f - y).square().sum(1) + weight.square().sum())
@@ -511,17 +495,17 @@ def test_a_mixture_density_network(monkeypatch: pytest.MonkeyPatch) -> None:
     model = net(3, 9)
     truth = Truth(model, loss, X, y)
     risk = vl.EmpiricalRisk(model, loss, (X, y))
-    close(vl.GGN(risk).to_dense(), truth.G)
+    assert_near(vl.GGN(risk).to_dense(), truth.G)
     M = 40_000
     S, again = (
         vl.LossHessian(risk).sqrt(M, torch.Generator().manual_seed(0)).to_dense()
         for _ in range(2)
     )
-    close(S, again)
+    assert_near(S, again)
     # In several parts, the same.
     monkeypatch.setattr("vivit_linop.risk.losses.own.DRAWN_ENTRIES", 9 * M)
     parts = vl.LossHessian(risk).sqrt(M, torch.Generator().manual_seed(0)).to_dense()
-    close(parts, S)
+    assert_near(parts, S)
     torch.manual_seed(0)
     f = truth.f.repeat_interleave(M, 0)
     labels = mixture_label(f, y, vl.losses.LabelDraws(Draws(5)))

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 import vivit_linop as vl
 from tests import cases
+from tests.comparing import jacobian
 
 LOG_SOFTMAX, SIGMOID = nn.LogSoftmax(1), nn.Sigmoid()
 PROBABILITIES = torch.tensor(
@@ -72,18 +73,7 @@ def test_losses_of_torch(loss: Any, last: Any, y: Tensor, function: Any) -> None
     net = nn.Sequential(*cases.mlp(4, 5, 3), *([last] if last else [])).double()
     X = cases.features(4, 4).double()
     value = loss(net(X), y).detach()
-    J = torch.cat(
-        [
-            torch.stack(
-                [
-                    torch.autograd.grad(f, p, retain_graph=True)[0].reshape(-1)
-                    for f in net(X).reshape(-1)
-                ]
-            )
-            for p in net.parameters()
-        ],
-        dim=1,
-    )
+    J = jacobian(net(X), net.parameters())
     hessian = torch.autograd.functional.hessian
     H = hessian(lambda f: (function or loss)(f, y), net(X).detach()).reshape(12, 12)
     G = J.T @ H @ J

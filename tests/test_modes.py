@@ -102,7 +102,6 @@ def test_a_net_has_the_default_dtype_of_construction(
     first: torch.dtype, frozen: bool
 ) -> None:
     """What is kept and what is made later are of one net, to the last digit."""
-    torch.manual_seed(0)
     _, loss, (X, y) = toy()
     net, others = WithConstants(), {torch.float32, torch.float64} - {first}
     theta = dict(net.named_parameters())
@@ -225,7 +224,6 @@ class Cosh(nn.Module):
 @pytest.mark.parametrize("loss", [nn.CrossEntropyLoss(), nn.MSELoss(), Cosh()])
 def test_torch_counts_the_operations_of_a_risk(loss: nn.Module) -> None:
     """By hooks on all modules, and on gradients of what enters them."""
-    torch.manual_seed(0)
     net, X = nn.Linear(3, 2).double(), torch.rand(8, 3).double()
     y = torch.rand(8, 2).double().softmax(1)
     arguments = net, loss, (X, y)

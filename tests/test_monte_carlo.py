@@ -1,22 +1,11 @@
 """Monte-Carlo factors are one draw, unbiased, and of the generator that was given."""
 
-import warnings
-
 import pytest
 import torch
 
 import vivit_linop as vl
 from tests.cases import NAMES, dense, problem
 from tests.curvature_cases import check_pairs, check_products, close, fresh, risk
-
-
-@pytest.fixture(autouse=True)
-def _quiet_vmap():
-    # torch says which of its operations vmap runs in a loop; that is not our concern.
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="There is a performance drop")
-        yield
-
 
 # Monte-Carlo --------------------------------------------------------------------------
 

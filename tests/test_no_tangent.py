@@ -13,6 +13,7 @@ from torch.autograd.function import once_differentiable
 
 import vivit_linop as vl
 from tests.cases import Lambda
+from tests.comparing import close, jacobian
 from vivit_linop.net.linearized import linearizations
 
 N, C = 6, 3
@@ -195,8 +196,7 @@ class _Problem:
         named = dict(plain.named_parameters())
         params = [named[name] for name, _ in net.named_parameters()]
         f = plain(X).reshape(-1)
-        rows = [torch.autograd.grad(e, params, retain_graph=True) for e in f]
-        self.J = torch.stack([torch.cat([g.reshape(-1) for g in row]) for row in rows])
+        self.J = jacobian(f, params)
         f = f.detach()
         loss_of = lambda f: function(f.reshape(N, C), y)  # noqa: E731
         self.H = torch.autograd.functional.hessian(loss_of, f)
@@ -205,12 +205,6 @@ class _Problem:
         self.U = torch.einsum("ncd,nc->dn", self.J.view(N, C, -1), gradients)
         self.D = self.J.shape[1]
         self.X = torch.randn(self.D, 3).double()
-
-
-def _close(found: Any, expected: Tensor, tolerance: float = 1e-10) -> bool:
-    found = torch.as_tensor(found)
-    assert found.shape == expected.shape
-    return bool((found - expected).norm() <= tolerance * expected.norm())
 
 
 @pytest.mark.parametrize("memory", [None, 0])
@@ -222,15 +216,15 @@ def test_products(kind: str, memory: int | None) -> None:
     V, F = vl.GGNFactor(p.risk), vl.EmpiricalFisher(p.risk)
     unit, rows = torch.eye(p.D).double(), torch.eye(N * C).double()
     for X in (p.X, p.X[:, 0]):
-        assert _close(J @ X, p.J @ X)
-        assert _close(G @ X, p.G @ X)
-        assert _close(U.T @ X, p.U.T @ X)
-        assert _close(F @ X, p.U @ (p.U.T @ X) / N)
-        assert _close(V @ (V.T @ X), p.G @ X)
-        assert _close((J.T @ vl.LossHessian(p.risk)).T @ X, p.H @ p.J @ X)
-    assert _close(J.T @ rows, p.J.T)
-    assert _close((J @ J.T) @ rows, p.J @ p.J.T)
-    assert _close(vl.GGN(p.risk) @ unit, p.G)
+        assert close(J @ X, p.J @ X)
+        assert close(G @ X, p.G @ X)
+        assert close(U.T @ X, p.U.T @ X)
+        assert close(F @ X, p.U @ (p.U.T @ X) / N)
+        assert close(V @ (V.T @ X), p.G @ X)
+        assert close((J.T @ vl.LossHessian(p.risk)).T @ X, p.H @ p.J @ X)
+    assert close(J.T @ rows, p.J.T)
+    assert close((J @ J.T) @ rows, p.J @ p.J.T)
+    assert close(vl.GGN(p.risk) @ unit, p.G)
 
 
 @pytest.mark.parametrize(
@@ -243,17 +237,17 @@ def test_what_is_built_on_products(kind: str, memory: int | None) -> None:
     damped = p.G + delta * torch.eye(p.D).double()
     solution = torch.linalg.solve(damped, b)
     A = G + delta * vl.Identity(p.D)
-    assert _close(A.inv() @ b, solution)
-    assert _close(cg(A, b.numpy(), rtol=1e-12)[0], solution)
+    assert close(A.inv() @ b, solution)
+    assert close(cg(A, b.numpy(), rtol=1e-12)[0], solution)
     evals = torch.linalg.eigvalsh(p.G)
-    assert _close(eigsh(vl.GGN(p.risk), k=2, which="LA")[0], evals[-2:])
-    assert _close(G.eigvalsh()[-4:], evals[-4:])
+    assert close(eigsh(vl.GGN(p.risk), k=2, which="LA")[0], evals[-2:])
+    assert close(G.eigvalsh()[-4:], evals[-4:])
     pairs = vl.GGN(p.risk).eigh(k=2)
-    assert _close(pairs.eigenvalues, evals[-2:])
-    assert _close(p.G @ pairs.eigenvectors, pairs.eigenvalues * pairs.eigenvectors)
+    assert close(pairs.eigenvalues, evals[-2:])
+    assert close(p.G @ pairs.eigenvectors, pairs.eigenvalues * pairs.eigenvectors)
     V = vl.GGNFactor(p.risk)
     least = lsmr(V, b.numpy(), damp=delta**0.5, atol=1e-14, btol=1e-14)[0]
-    assert _close(V @ torch.from_numpy(least), p.G @ solution, 1e-8)
+    assert close(V @ torch.from_numpy(least), p.G @ solution, 1e-8)
 
 
 @pytest.mark.parametrize("memory", [None, 0])
@@ -261,8 +255,8 @@ def test_what_is_built_on_products(kind: str, memory: int | None) -> None:
 def test_loss_without_a_root(kind: str, memory: int | None) -> None:
     p = _Problem(kind, "wavy", memory)
     assert torch.linalg.eigvalsh(p.H)[0] < -0.01
-    assert _close(vl.GGN(p.risk) @ p.X, p.G @ p.X)
-    assert _close(vl.GGN(p.risk) @ p.X[:, 1], p.G @ p.X[:, 1])
+    assert close(vl.GGN(p.risk) @ p.X, p.G @ p.X)
+    assert close(vl.GGN(p.risk) @ p.X[:, 1], p.G @ p.X[:, 1])
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -270,8 +264,8 @@ def test_sampled(kind: str) -> None:
     p = _Problem(kind)
     G = vl.GGN(p.risk, mc_samples=2, generator=torch.Generator().manual_seed(0))
     V = p.J.T @ G.factor.output.to_dense()
-    assert _close(G @ p.X, V @ (V.T @ p.X))
-    assert _close(G.factor.T @ p.X, V.T @ p.X)
+    assert close(G @ p.X, V @ (V.T @ p.X))
+    assert close(G.factor.T @ p.X, V.T @ p.X)
 
 
 def test_decided_once() -> None:
@@ -300,7 +294,7 @@ def test_columns_that_do_not_fit_are_streamed() -> None:
     p = _Problem("once differentiable", memory=0)
     V = vl.GGNFactor(p.risk)
     for _ in range(2):
-        assert _close(V @ (V.T @ p.X), p.G @ p.X)
+        assert close(V @ (V.T @ p.X), p.G @ p.X)
     assert V.stored is None and V.streams
 
 
@@ -315,7 +309,6 @@ def test_streamed_batches_are_checked() -> None:
 @pytest.mark.parametrize("inner", [torch.float16, torch.bfloat16, torch.float32])
 def test_lower_precision_inside_is_refused(inner: torch.dtype) -> None:
     """No column could stand in: also a backward pass is rounded."""
-    torch.manual_seed(0)
     net = Lambda(
         lambda m, x: m.last(torch.tanh(m.first(x)).to(inner).sin().double()),
         first=nn.Linear(3, 4),
@@ -358,9 +351,7 @@ def test_wrong_tangents_of_a_coarse_iteration_are_seen(seed: int) -> None:
 
     net = Lambda(forward, **_parts(), **_inner())
     X, y = torch.randn(N, 3), torch.randint(C, (N,))
-    output, params = net(X).reshape(-1), list(net.parameters())
-    rows = [torch.autograd.grad(e, params, retain_graph=True) for e in output]
-    exact = torch.stack([torch.cat([g.reshape(-1) for g in row]) for row in rows])
+    exact = jacobian(net(X), net.parameters())
     J = vl.Jacobian(vl.EmpiricalRisk(net, nn.CrossEntropyLoss(), (X, y)))
     x = torch.randn(J.shape[1])
     try:
@@ -368,4 +359,4 @@ def test_wrong_tangents_of_a_coarse_iteration_are_seen(seed: int) -> None:
     except ValueError as error:
         assert "stops early" in str(error)
     else:
-        assert _close(found, exact @ x, 1e-3)
+        assert close(found, exact @ x, 1e-3)

@@ -257,7 +257,6 @@ def test_what_is_not_a_number_stays_what_it_is(
 @pytest.mark.host("GPUs have orders of their own")
 def test_other_data_change_nothing_of_the_risk() -> None:
     """Whether its images come in the order that is the fastest is its own business."""
-    torch.manual_seed(0)
     net = nn.Sequential(nn.Conv2d(2, 3, 3), nn.Tanh(), nn.Flatten(), nn.Linear(12, 3))
     X, y = torch.randn(5, 2, 4, 4), torch.arange(5) % 3
     risk = vl.EmpiricalRisk(net, nn.CrossEntropyLoss(), (X, y))

@@ -102,7 +102,6 @@ class Unseen(nn.Module):
 
 def test_blocks_without_structure_leave_the_others_alone() -> None:
     """Small sides are those of the blocks that need them."""
-    torch.manual_seed(0)
     _, loss, data = toy()
     net = Unseen().double()
     risk = vl.EmpiricalRisk(net, loss, data)

@@ -95,7 +95,6 @@ class OfNodes(nn.Module):
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("absolute", [False, True])
 def test_squares_of_the_items_of_samples(absolute: bool, weighted: bool) -> None:
-    torch.manual_seed(0)
     net, owner = OfNodes().double(), torch.tensor([0, 0, 0, 1, 1, 2, 2, 2, 2, 3])
     x, y = torch.randn(10, 3, dtype=float64), torch.randn(10, 2, dtype=float64)
     w = torch.rand(10, dtype=float64) + 0.5 if weighted else torch.ones(10).double()
@@ -141,7 +140,6 @@ def test_ill_conditioned_data() -> None:
 @pytest.mark.parametrize("dtype, rtol", [(float64, 1e-9), (torch.float32, 1e-3)])
 def test_units_of_the_parameters(dtype: torch.dtype, rtol: float) -> None:
     """They may be of any sizes beside each other; what the data leave open stays so."""
-    torch.manual_seed(0)
     x, units = torch.rand(40, 3, dtype=float64), torch.tensor([1.0, 1e9, 1e-9]).double()
     net = nn.Linear(3, 1, bias=False).to(dtype)
     data = ((x * units).to(dtype), torch.rand(40, 1, dtype=dtype))

@@ -34,7 +34,6 @@ NETS = {
 
 @pytest.mark.parametrize("name", NETS)
 def test_one_piece_has_the_same_columns(name):
-    torch.manual_seed(0)
     layers, shape = NETS[name]
     net, X = nn.Sequential(*layers()).double().eval(), torch.rand(12, *shape).double()
     V, pieces = stored(net, X, 5_000)
@@ -50,7 +49,6 @@ def test_one_piece_has_the_same_columns(name):
 
 
 def test_what_has_no_such_columns_stays_apart():
-    torch.manual_seed(0)
     net = nn.Sequential(nn.Embedding(7, 4), nn.Flatten(), nn.Linear(12, 3)).double()
     V, pieces = stored(net, torch.randint(7, (12, 3)), 3_000)
     joined = StoredColumns.kept_on(GPU, pieces)

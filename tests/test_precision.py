@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import vivit_linop as vl
+from tests.comparing import jacobian
 
 
 def inputs(n: int, *shape: int) -> Tensor:
@@ -85,17 +86,9 @@ def in_double(model: nn.Module, X: Any) -> tuple[nn.Module, Any]:
 
 
 def ggn(model: nn.Module, X: Any, y: Tensor) -> Tensor:
-    """The GGN of the squared error, 2/(N C) JᵀJ, by torch.func."""
-    params = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
-    names = list(params)
-    args = X if isinstance(X, tuple) else (X,)
-
-    def outputs(*values: Tensor) -> Tensor:
-        state = dict(zip(names, values, strict=True))
-        return torch.func.functional_call(model, state, args)
-
-    found = torch.autograd.functional.jacobian(outputs, tuple(params.values()))
-    J = torch.cat([part.reshape(y.numel(), -1) for part in found], dim=1)
+    """The GGN of the squared error, 2/(N C) JᵀJ, by plain autograd."""
+    outputs = model(*(X if isinstance(X, tuple) else (X,)))
+    J = jacobian(outputs, [p for p in model.parameters() if p.requires_grad])
     return 2 / y.numel() * J.T @ J
 
 

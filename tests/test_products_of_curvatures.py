@@ -80,7 +80,6 @@ def test_products_of_two(left: str, right: str, dtype: torch.dtype, n: int) -> N
 @pytest.mark.parametrize("dtype", TOLERANCES)
 def test_norms_of_what_differs_little_keep_their_digits(dtype: torch.dtype) -> None:
     """Of the terms of |A − B|² nothing would be left."""
-    torch.manual_seed(0)
     first, second = (torch.randn(k, 9, dtype=torch.float64) for k in (6, 7))
     factors = [(part @ part.T).to(dtype) for part in (first, second)]
     A = vl.Kronecker(*factors)
@@ -98,7 +97,6 @@ def test_norms_of_what_differs_little_keep_their_digits(dtype: torch.dtype) -> N
 
 def test_norms_of_large_kronecker_products() -> None:
     """Of 120,000 rows, which nobody can multiply one by one."""
-    torch.manual_seed(0)
     parts = [torch.randn(k, k, dtype=torch.float64) / k**0.5 for k in (300, 400)]
     A = vl.Kronecker(*(part @ part.T for part in parts))
     E = CorrectedKronecker(A, A.eigenvalues + 0.5)
@@ -116,7 +114,6 @@ def test_norms_of_large_kronecker_products() -> None:
 
 
 def test_diagonals_of_large_kronecker_products() -> None:
-    torch.manual_seed(0)
     sides = 120, 150
     parts = [torch.randn(2, k, k, dtype=torch.float64) / k**0.5 for k in sides]
     A, B = (
@@ -152,7 +149,6 @@ class Counted(Dense):
 
 
 def test_diagonals_of_products_of_inverses_take_products_with_few_columns() -> None:
-    torch.manual_seed(0)
     D, unit = 400, vl.Identity(400)
     V, W = (Counted(torch.randn(D, 3, dtype=torch.float64)) for _ in range(2))
     S, T = (V @ V.T + 0.1 * unit).inv(), (W @ W.T + 0.3 * unit).inv()
@@ -164,7 +160,6 @@ def test_diagonals_of_products_of_inverses_take_products_with_few_columns() -> N
 
 def test_few_digits_of_a_diagonal_come_from_products() -> None:
     """Rows in the range of V are of size 1/λ, and what is subtracted of size 1/δ."""
-    torch.manual_seed(0)
     D, delta = 30, 1e-7
     V = torch.zeros(D, 2, dtype=torch.float64)
     V[0, 0], V[1, 1] = 20.0, 30.0

@@ -14,8 +14,10 @@ from torch import Tensor, nn
 
 import vivit_linop as vl
 from tests import backpack_peer, cases
-from tests.backpack_peer import REDUCTIONS
+from tests.backpack_peer import REDUCTIONS, peer_risk
 from tests.cases import dense, problem
+from tests.comparing import close
+from tests.curvature_cases import fresh, risk
 from vivit_linop.curvature.hessian import diagonals_one_by_one
 from vivit_linop.net.columns import base
 from vivit_linop.net.columns.base import DenseColumns
@@ -39,23 +41,6 @@ BEYOND = [
     "unused_parameters",
     "tokens",
 ]
-
-
-@functools.cache
-def peer_risk(name: str, reduction: str) -> vl.EmpiricalRisk:
-    return vl.EmpiricalRisk(*backpack_peer.built(name, reduction))
-
-
-@functools.cache
-def risk(name: str) -> vl.EmpiricalRisk:
-    arguments, keywords = problem(name).arguments()
-    return vl.EmpiricalRisk(*arguments, **keywords)
-
-
-def close(got: Tensor, expected: Tensor, rtol: float = RTOL, size: Any = None) -> bool:
-    assert got.shape == expected.shape, (got.shape, expected.shape)
-    size = expected.norm() if size is None else size
-    return bool((got - expected).norm() <= rtol * size)
 
 
 def gathered(parameters: list[nn.Parameter], field: str, leading: int = 0) -> Tensor:
@@ -271,8 +256,7 @@ def test_squares_form_no_columns(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_little_memory() -> None:
-    arguments, keywords = problem("cnn").arguments()
-    of = vl.EmpiricalRisk(*arguments, **keywords, memory=1)
+    of = fresh("cnn", memory=1)
     assert close(vl.GGN(of).diagonal(), dense("cnn").G.diagonal())
     by_sample = dense("cnn").per_sample_ggn().diagonal(dim1=1, dim2=2)
     assert close(vl.GGN(of).sample_diagonals(), by_sample)

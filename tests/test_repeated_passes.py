@@ -17,11 +17,6 @@ from vivit_linop.net import certified, column_passes
 from vivit_linop.net.certified import find_structure, read_structure
 
 
-@pytest.fixture(autouse=True)
-def _seed() -> None:
-    torch.manual_seed(0)
-
-
 class Runs(nn.Module):
     """Counts how often a net is run, and pulled back."""
 

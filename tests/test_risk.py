@@ -2,6 +2,7 @@
 
 import gc
 import weakref
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 
 import vivit_linop as vl
 from tests.cases import NAMES, Lambda, dense, mlp, problem
+from tests.curvature_cases import fresh, risk_of
 from tests.toys import random_vector, toy, use_everything
 
 # Values -------------------------------------------------------------------------------
@@ -21,8 +23,7 @@ from tests.toys import random_vector, toy, use_everything
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_value_gradient_and_sizes(name: str, dtype: torch.dtype) -> None:
     case, truth = problem(name, dtype), dense(name)
-    arguments, keywords = case.arguments()
-    risk = vl.EmpiricalRisk(*arguments, **keywords)
+    risk = risk_of(case)
     assert (risk.num_params, risk.num_samples) == (truth.D, truth.N)
     assert risk.num_outputs == truth.C
     assert list(risk.params) == list(case.chosen())
@@ -81,8 +82,7 @@ def test_uneven_batches_are_one_mean() -> None:
 )
 def test_flatten_and_unflatten(name: str, columns: tuple[int, ...]) -> None:
     case = problem(name)
-    arguments, keywords = case.arguments()
-    risk = vl.EmpiricalRisk(*arguments, **keywords)
+    risk = risk_of(case)
     vector = random_vector(risk.num_params, *columns)
     tensors = risk.unflatten(vector)
     shapes = [(*columns, *p.shape) for p in case.chosen().values()]
@@ -132,14 +132,12 @@ def test_subset(name: str, indices: list[int]) -> None:
         indices = [i for i in indices if i != 4] or [0]  # never all ignored
     if name == "poisson":
         indices = [i for i in indices if i < 5]
-    arguments, keywords = case.arguments()
-    whole = vl.EmpiricalRisk(*arguments, **keywords)
+    whole = risk_of(case)
     part = whole.subset(indices)
     batches = case.batches()
     X = torch.cat([X for X, _ in batches])[indices]
     y = torch.cat([y for _, y in batches])[indices]
-    model, loss, _, params = case.arguments()[0]
-    expected = vl.EmpiricalRisk(model, loss, (X, y), params, **keywords)
+    expected = risk_of(replace(case, data=(X, y)))
     assert part.num_samples == len(indices)
     for got, want in zip(
         use_everything(part)[:11], use_everything(expected)[:11], strict=True
@@ -155,8 +153,7 @@ def test_subset(name: str, indices: list[int]) -> None:
 
 @pytest.mark.parametrize("make", [list, np.array, torch.tensor])
 def test_subset_of_a_mask(make: Any) -> None:
-    arguments, keywords = problem("uneven_batches").arguments()
-    whole = vl.EmpiricalRisk(*arguments, **keywords)
+    whole = fresh("uneven_batches")
     chosen = [n % 3 == 1 for n in range(whole.num_samples)]
     J = vl.Jacobian(whole).to_dense().unflatten(0, (whole.num_samples, -1))
     found = vl.Jacobian(whole.subset(make(chosen))).to_dense()
@@ -173,8 +170,7 @@ def test_subset_indices_of_all_kinds(kind: Any) -> None:
 
 def test_subset_of_subset_and_of_inputs_with_several_leaves() -> None:
     for name in ("mapping_input", "tuple_input"):
-        arguments, keywords = problem(name).arguments()
-        whole, truth = vl.EmpiricalRisk(*arguments, **keywords), dense(name)
+        whole, truth = fresh(name), dense(name)
         part = whole.subset([3, 1, 4]).subset([2, 0])  # samples 4 and 3
         U = vl.PerSampleGradients(part).to_dense()
         if truth.r == 1.0 or name == "mapping_input":

@@ -104,52 +104,6 @@ def test_guest_after_an_error_in_forward(error: type[BaseException]) -> None:
                 )
 
 
-def test_interrupt_is_not_swallowed() -> None:
-    """Where errors of a tracer mean another way, an interrupt means stop."""
-    net, loss, data = toy()
-    raised = {"on": False}
-
-    def hook(module: nn.Module, args: Any) -> None:
-        if raised["on"]:
-            raise KeyboardInterrupt
-
-    net[1].register_forward_pre_hook(hook)
-    risk = vl.EmpiricalRisk(net, loss, data, memory=0)
-    x = random_vector(risk.num_params)
-    raised["on"] = True
-    for use in (
-        risk.gradient,
-        lambda: vl.GGN(risk) @ x,
-        lambda: vl.GGN(risk).eigvalsh(),
-        lambda: vl.Hessian(risk) @ x,
-    ):
-        with pytest.raises(KeyboardInterrupt):
-            use()
-
-
-def test_errors_of_the_model_come_through() -> None:
-    """A model that fails at a later pass fails with its own error."""
-    net, loss, data = toy()
-    broken = {"on": False}
-
-    def hook(module: nn.Module, args: Any) -> None:
-        if broken["on"]:
-            raise Stop("of the user")
-
-    net[1].register_forward_pre_hook(hook)
-    risk = vl.EmpiricalRisk(net, loss, data, memory=0)
-    broken["on"] = True
-    x = random_vector(risk.num_params)
-    for use in (
-        risk.gradient,
-        lambda: vl.GGN(risk) @ x,
-        lambda: vl.GGN(risk).eigvalsh(),
-        lambda: vl.Hessian(risk) @ x,
-    ):
-        with pytest.raises(Stop, match="of the user"):
-            use()
-
-
 @pytest.mark.parametrize("is_leaf", [True, False])
 def test_inputs_that_require_grad_get_none(is_leaf: bool) -> None:
     """Neither they nor what they were computed from, whose graph stays as it was."""

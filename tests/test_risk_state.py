@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 import vivit_linop as vl
 from tests.cases import Lambda
+from tests.comparing import jacobian
 from tests.toys import guest_net, random_vector, toy, use_everything
 
 # Operators are of the parameters at construction --------------------------------------
@@ -118,51 +118,6 @@ def test_results_are_not_views_of_the_state() -> None:
 # What is not one function of each sample ----------------------------------------------
 
 
-@pytest.mark.parametrize("quantity", ["product", "gram"])
-@pytest.mark.parametrize("mixing", ["mean", "softmax", "batch_norm", "neighbour"])
-def test_models_that_mix_samples(mixing: str, quantity: str) -> None:
-    """Per-sample curvature is undefined: refused, not one of several numbers."""
-
-    def forward(m: Any, x: Tensor) -> Tensor:
-        h = m.layer(x)
-        if mixing == "mean":
-            return h - h.mean(0)
-        if mixing == "softmax":
-            return h.softmax(0)
-        if mixing == "batch_norm":
-            return F.batch_norm(h, None, None, training=True)
-        return h + h.roll(1, 0)
-
-    _, loss, data = toy()
-    net = Lambda(forward, layer=nn.Linear(4, 3)).double()
-    with pytest.raises(ValueError, match="model"):
-        risk = vl.EmpiricalRisk(net, loss, data)
-        if quantity == "gram":
-            vl.GGN(risk).eigvalsh()
-        else:
-            vl.GGN(risk) @ random_vector(risk.num_params)
-
-
-def test_a_model_that_changes_from_call_to_call() -> None:
-    # Here by a counter, unnoticed by the generators: right or refused.
-    calls = {"n": 0}
-
-    def forward(m: Any, x: Tensor) -> Tensor:
-        calls["n"] += 1
-        return m.layer(x) * (1.0 + calls["n"])
-
-    _, loss, data = toy()
-    net = Lambda(forward, layer=nn.Linear(4, 3)).double()
-    for use in (
-        lambda r: vl.GGN(r) @ random_vector(15),
-        lambda r: vl.GGN(r).eigvalsh(),
-        lambda r: r.gradient(),
-        lambda r: vl.Hessian(r) @ random_vector(15),
-    ):
-        with pytest.raises(ValueError):
-            use(vl.EmpiricalRisk(net, loss, data))
-
-
 @pytest.mark.parametrize("name", ["weight", "pos_weight"])
 def test_weights_of_a_loss_are_copied(name: str) -> None:
     net, _, (X, y) = toy()
@@ -217,14 +172,9 @@ def test_a_parameter_that_is_a_buffer_too(where: str) -> None:
     net = Lambda(forward, first=nn.Linear(4, 3), second=nn.Linear(3, 3)).double()
     owner(net).register_buffer("again", net.second.weight)
     risk = vl.EmpiricalRisk(net, loss, (X, y))
-    parameters, outputs = list(net.parameters()), net(X)
-
-    def pulled_back(scalar: Tensor) -> Tensor:
-        found = torch.autograd.grad(scalar, parameters, retain_graph=True)
-        return torch.cat([g.reshape(-1) for g in found])
-
-    J = torch.stack([pulled_back(entry) for entry in outputs.reshape(-1)])
-    torch.testing.assert_close(risk.gradient(), pulled_back(loss(outputs, y)))
+    (gradient,) = jacobian(loss(net(X), y), net.parameters())
+    J = jacobian(net(X), net.parameters())
+    torch.testing.assert_close(risk.gradient(), gradient)
     torch.testing.assert_close(vl.Jacobian(risk).to_dense(), J)
     with torch.no_grad():
         net.second.weight.mul_(2.0)

@@ -436,7 +436,6 @@ def test_dictionaries_that_check_their_sizes() -> None:
 
 def test_batches_show_what_one_does_not() -> None:
     """A state with as many layers as the first batch has samples."""
-    torch.manual_seed(0)
     model = State().double()
     x, h = randn(N, T, 3), randn(2, N, 4)
     cut = [

@@ -33,7 +33,6 @@ def generator(seed: int = 0) -> torch.Generator:
 @pytest.mark.parametrize("dtype", [float64, torch.float32], ids=str)
 @pytest.mark.parametrize("name", POSTERIORS)
 def test_mean_and_covariance(name: str, dtype: torch.dtype) -> None:
-    torch.manual_seed(0)
     S = POSTERIORS[name](risk("mlp_ce_mean", dtype))
     samples = S.sample(MANY, generator())
     assert samples.dtype == dtype
@@ -52,7 +51,6 @@ def test_mean_and_covariance(name: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("name", ["ggn", "kfac"])
 def test_more_columns_than_parameters(name: str) -> None:
-    torch.manual_seed(0)
     of = risk("more_columns_than_parameters")
     truth = dense("more_columns_than_parameters")
     assert truth.N * truth.C > truth.D

@@ -14,11 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import vivit_linop as vl
-
-
-def inputs(n: int, *shape: int) -> Tensor:
-    generator = torch.Generator().manual_seed(n)
-    return torch.randn(n, *shape, generator=generator, dtype=torch.float64)
+from tests.comparing import assert_near, inputs, jacobian
 
 
 class Named(NamedTuple):
@@ -71,17 +67,9 @@ class Truth:
     """J of the outputs side by side, and H, by plain autograd."""
 
     def __init__(self, model: nn.Module, loss: Any, X: Tensor, y: Any) -> None:
-        names = list(dict(model.named_parameters()))
-
-        def outputs(*tensors: Tensor) -> Tensor:
-            state = dict(zip(names, tensors, strict=True))
-            found = parts(torch.func.functional_call(model, state, (X,)))
-            return torch.cat([part.flatten(1) for part in found], dim=1)
-
-        params = tuple(p.detach() for p in model.parameters())
-        self.f = f = outputs(*params)
-        jacobians = torch.autograd.functional.jacobian(outputs, params)
-        self.J = torch.cat([j.reshape(f.numel(), -1) for j in jacobians], dim=1)
+        outputs = torch.cat([part.flatten(1) for part in parts(model(X))], dim=1)
+        self.J = jacobian(outputs, model.parameters())
+        self.f = f = outputs.detach()
         shapes = [part[0].shape for part in parts(model(X))]
         first = shapes[0].numel()
 
@@ -96,10 +84,6 @@ class Truth:
         self.G = self.J.T @ self.H @ self.J
 
 
-def close(found: Any, expected: Tensor, rtol: float = 1e-9) -> None:
-    torch.testing.assert_close(found, expected, rtol=rtol, atol=1e-11)
-
-
 @pytest.mark.parametrize("variances", [1, 2])
 @pytest.mark.parametrize("container", CONTAINERS)
 def test_gaussian_nll_of_mean_and_variance(container: str, variances: int) -> None:
@@ -110,12 +94,12 @@ def test_gaussian_nll_of_mean_and_variance(container: str, variances: int) -> No
     data = [(X[:4], y[:4]), (X[4:], y[4:])]
     risk = vl.EmpiricalRisk(model, nn.GaussianNLLLoss(), data)
     assert risk.num_outputs == 2 + variances
-    close(risk.value(), truth.value)
+    assert_near(risk.value(), truth.value)
     G = vl.GGN(risk)
-    close(vl.Jacobian(risk).to_dense(), truth.J)
-    close(vl.LossHessian(risk).to_dense(), truth.H)
-    close(G.to_dense(), truth.G)
-    close(G.eigh(k=1).eigenvalues, torch.linalg.eigvalsh(truth.G)[-1:])
+    assert_near(vl.Jacobian(risk).to_dense(), truth.J)
+    assert_near(vl.LossHessian(risk).to_dense(), truth.H)
+    assert_near(G.to_dense(), truth.G)
+    assert_near(G.eigh(k=1).eigenvalues, torch.linalg.eigvalsh(truth.G)[-1:])
     v = truth.f[:, 2:]
     fisher = torch.cat([1 / v.expand(-1, 2), (2 // variances) / (2 * v**2)], dim=1)
     S = vl.LossHessian(risk).sqrt(20_000, torch.Generator().manual_seed(1)).to_dense()
@@ -125,7 +109,7 @@ def test_gaussian_nll_of_mean_and_variance(container: str, variances: int) -> No
     assert vl.KFAC(risk).trace() > 0
     for other in (risk.subset([0, 5, 2]), risk.at(), pickle.loads(pickle.dumps(risk))):
         assert vl.GGN(other, mc_samples=1).trace() > 0
-    close(vl.GGN(copy.deepcopy(risk)).to_dense(), truth.G)
+    assert_near(vl.GGN(copy.deepcopy(risk)).to_dense(), truth.G)
 
 
 class TwoTasks(nn.Module):
@@ -173,10 +157,10 @@ def test_two_tasks(kind: str) -> None:
     }
     options = {"reduction": "mean"} if kind == "function" else {}
     risk = vl.EmpiricalRisk(model, losses[kind], (X, y), **options)
-    close(vl.GGN(risk).to_dense(), truth.G)
-    close(vl.LossHessian(risk).to_dense(), truth.H)
+    assert_near(vl.GGN(risk).to_dense(), truth.G)
+    assert_near(vl.LossHessian(risk).to_dense(), truth.H)
     U = vl.PerSampleGradients(risk)
-    close(U @ torch.ones(5).double() / 5, risk.gradient())
+    assert_near(U @ torch.ones(5).double() / 5, risk.gradient())
     if kind == "vl.Loss":
         S = vl.LossHessian(risk).sqrt(2000, torch.Generator().manual_seed(0))
         # The pixels' losses are a mean of four, so their squares are a quarter.
@@ -210,8 +194,8 @@ def test_a_list_of_outputs_or_of_samples() -> None:
     )
     for kind in (vl.GGN, vl.Hessian):
         expected = kind(whole).to_dense()
-        close(kind(several).to_dense(), expected)
-        close(kind(samples).to_dense(), expected)
+        assert_near(kind(several).to_dense(), expected)
+        assert_near(kind(samples).to_dense(), expected)
 
 
 def test_a_function_model_of_several_outputs() -> None:
@@ -235,7 +219,7 @@ def test_a_function_model_of_several_outputs() -> None:
     several = vl.EmpiricalRisk(model, loss, data, {"w": w}, **options)
     one = vl.EmpiricalRisk(joined, of_joined, data, {"w": w}, **options)
     for kind in (vl.GGN, vl.Hessian, vl.EmpiricalFisher):
-        close(kind(several).to_dense(), kind(one).to_dense())
+        assert_near(kind(several).to_dense(), kind(one).to_dense())
 
 
 def test_several_outputs_that_are_refused() -> None:

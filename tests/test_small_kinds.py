@@ -84,7 +84,6 @@ def same_numbers(left: vl.EmpiricalRisk, right: vl.EmpiricalRisk, drawn: bool) -
 def test_class_indices_of_a_byte(
     make: Any, loss: nn.Module, y: Tensor, cut: int
 ) -> None:
-    torch.manual_seed(0)
     net = make().double()
     risks = [
         vl.EmpiricalRisk(net, loss, list(zip(X.split(cut), t.split(cut), strict=True)))
@@ -187,7 +186,6 @@ KINDS = (
 @pytest.mark.parametrize("cut", [6, 4])
 @pytest.mark.parametrize("kind", KINDS)
 def test_parameters_without_entries(kind: str, cut: int) -> None:
-    torch.manual_seed(0)
     net = Partly(kind).double()
     batches = list(zip(X.split(cut), CLASSES.split(cut), strict=True))
     risk = vl.EmpiricalRisk(net, nn.CrossEntropyLoss(), batches)
@@ -260,7 +258,6 @@ SCRIPTED: dict[str, Callable[[], nn.Module]] = {
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("name", SCRIPTED)
 def test_scripted_parts_without_parameters(name: str) -> None:
-    torch.manual_seed(0)
     plain = nn.Sequential(nn.Linear(4, 5), Swish(), nn.Linear(5, 3)).double()
     net = nn.Sequential(plain[0], SCRIPTED[name](), plain[2])
     risks = [

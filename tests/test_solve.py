@@ -184,7 +184,6 @@ def test_kronecker_factors_of_a_softmax_are_singular(
     kind: type[vl.KFAC], variant: str, dtype: torch.dtype
 ) -> None:
     """Logits may all be shifted: nothing is known of the last layer along that."""
-    torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 3)).to(dtype)
     data = torch.randn(8, 3, dtype=dtype), torch.randint(3, (8,))
     approximation = kind(net, nn.CrossEntropyLoss(), data, variant=variant)

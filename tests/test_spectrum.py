@@ -1,9 +1,5 @@
 """What is made of the spectrum of the GGN: eigenpairs, inverses, diagonals, blocks."""
 
-import warnings
-from typing import Any
-
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -21,14 +17,6 @@ from tests.curvature_cases import (
 from vivit_linop.operators import Damped, Woodbury
 
 EPS = torch.finfo(torch.float64).eps
-
-
-@pytest.fixture(autouse=True)
-def _quiet_vmap():
-    # torch says which of its operations vmap runs in a loop; that is not our concern.
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="There is a performance drop")
-        yield
 
 
 # The spectrum -------------------------------------------------------------------------
@@ -69,32 +57,6 @@ def test_eigenvalues_and_vectors(name: str) -> None:
     assert torch.equal(chosen.eigenvalues, evals[order]) or close(
         chosen.eigenvalues, evals[order], EPS * 100, largest
     )
-
-
-@pytest.mark.parametrize(
-    "kind",
-    [
-        lambda indices: indices,
-        tuple,
-        torch.tensor,
-        np.array,
-        lambda indices: (i for i in indices),
-        lambda indices: torch.tensor(indices, dtype=torch.int32),
-    ],
-)
-def test_criteria_may_return_indices_of_all_kinds(kind: Any) -> None:
-    G = vl.GGN(risk("mlp_ce_mean"))
-    evals = G.eigvalsh()
-    try:
-        pairs = G.eigh(select=lambda _: kind([3, 11, -2]))
-    except (ValueError, TypeError) as error:
-        assert "select" in str(error)
-    else:
-        assert close(pairs.eigenvalues, evals[[3, 11, 10]], 1e-11)
-        check_pairs(pairs, dense("mlp_ce_mean").G)
-    above = G.eigh(select=lambda e: e > e.mean())
-    assert close(above.eigenvalues, evals[evals > evals.mean()], 1e-11)
-    assert len(G.eigh(select=lambda e: e > 2 * e.max())) == 0
 
 
 @pytest.mark.parametrize("name", FEW)

@@ -1,7 +1,6 @@
 """Linearisations of nets that can and cannot be traced; wrong second derivatives."""
 
 import functools
-import warnings
 from typing import Any
 
 import pytest
@@ -11,21 +10,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import vivit_linop as vl
 from tests import cases
-from tests.cases import NAMES, dense, problem
+from tests.cases import NAMES, dense
 from tests.curvature_cases import FEW, close, fresh, risk
 from vivit_linop.net import linearized as linearizing
 from vivit_linop.net.linearization import ReverseTangents
 from vivit_linop.net.linearized import NoTangentError, linearizations, linearized
 from vivit_linop.net.tracing import tangent_map
-
-
-@pytest.fixture(autouse=True)
-def _quiet_vmap():
-    # torch says which of its operations vmap runs in a loop; that is not our concern.
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="There is a performance drop")
-        yield
-
 
 # Linearisations -----------------------------------------------------------------------
 
@@ -120,51 +110,8 @@ def test_hessian_of_a_wrong_double_backward() -> None:
 # Forms of construction ----------------------------------------------------------------
 
 
-class _WrongTwice(torch.autograd.Function):
-    """x², with a backward pass whose derivative is wrong."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return x**2
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        (x,) = ctx.saved_tensors
-        return _Wrong.apply(x, gradient)
-
-
-class _Wrong(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, gradient: Tensor) -> Tensor:
-        ctx.save_for_backward(x, gradient)
-        return 2.0 * x * gradient
-
-    @staticmethod
-    def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor, Tensor]:
-        x, gradient = ctx.saved_tensors
-        return 7.0 * gradient * cotangent * x, 3.0 * x * cotangent
-
-
-def test_wrong_second_derivatives_are_refused_each_time_or_not_needed() -> None:
-    net = cases.Lambda(
-        lambda m, x: m.second(_WrongTwice.apply(m.first(x))),
-        first=nn.Linear(3, 4),
-        second=nn.Linear(4, 2),
-    ).double()
-    X, y = torch.randn(5, 3).double(), torch.randn(5, 2).double()
-    of = vl.EmpiricalRisk(net, nn.MSELoss(), (X, y))
-    H, J = vl.Hessian(of), vl.Jacobian(of)
-    x = torch.ones(of.num_params).double()
-    for _ in range(2):
-        with pytest.raises(ValueError, match="derivative"):
-            H @ x
-        assert close(J @ x, J.T.to_dense().T @ x)
-
-
 def test_a_trace_that_is_interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
-    arguments, keywords = problem("convolutions").arguments()
-    of, truth = vl.EmpiricalRisk(*arguments, **keywords), dense("convolutions")
+    of, truth = fresh("convolutions"), dense("convolutions")
     J, unit = vl.Jacobian(of), torch.eye(truth.J.shape[0], dtype=torch.float64)
 
     def interrupted(*_: Any) -> Any:
@@ -180,7 +127,6 @@ def test_a_trace_that_is_interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_trace_of_batch_norms() -> None:
     # torch's formula of their tangents works in place.
-    torch.manual_seed(0)
     net = nn.Sequential(
         nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), nn.ReLU(inplace=True), nn.Flatten()
     )
@@ -208,7 +154,6 @@ class Multiplications(TorchDispatchMode):
 
 
 def test_a_norm_in_eval_mode_scales_once() -> None:
-    torch.manual_seed(0)
     net = nn.Sequential(nn.Conv2d(2, 3, 2), nn.BatchNorm2d(3)).double().eval()
     net[1].running_var.uniform_(0.5, 2.0)
     X, theta = torch.rand(4, 2, 5, 5).double(), dict(net.named_parameters())

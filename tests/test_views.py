@@ -1,6 +1,5 @@
 """Parameters in expressions: bare, and as views of their rows or transposes."""
 
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -10,22 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tests.capture_cases import OPAQUE, N, check
-from tests.cases import (
-    Lambda,
-    features,
-    parameter,
-)
-
-
-@pytest.fixture(autouse=True)
-def _seed():
-    with torch.random.fork_rng([]), warnings.catch_warnings():
-        # What torch and vmap cost with some layers is not our concern.
-        warnings.filterwarnings("ignore", message="Using padding='same' with even")
-        warnings.filterwarnings("ignore", message="There is a performance drop")
-        torch.manual_seed(0)
-        yield
-
+from tests.cases import Lambda, features, parameter
 
 # Bare weights and biases, and views of them -------------------------------------------
 

@@ -252,7 +252,6 @@ def test_further_layers(name, form) -> None:
 
 @pytest.mark.parametrize("name", ["mlp", "sigmoids"])
 def test_many_monte_carlo_samples_come_near_the_exact_ggn(name) -> None:
-    torch.manual_seed(0)
     case, d = setting(name, criterion=keep_all), dense(name)
     ((evals, evecs),) = case.run(EighComputation(mc_samples=3000))
     E = flat(evecs)

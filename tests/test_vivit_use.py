@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import warnings
 
 import numpy as np
@@ -219,7 +217,6 @@ def test_verbose_says_what_happens(capsys) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_the_algebra_gives_the_same(dtype) -> None:
-    torch.manual_seed(0)
     X, y = torch.rand(6, 7, dtype=dtype), torch.randint(4, (6,))
     model = nn.Sequential(nn.Linear(7, 5), nn.Tanh(), nn.Linear(5, 4)).to(dtype)
     loss = nn.CrossEntropyLoss()
@@ -256,14 +253,6 @@ def test_other_extensions_work_beside_it() -> None:
     diagonal = [p.diag_ggn_exact.reshape(-1) for p in case.model.parameters()]
     close(evals.sum(), torch.cat(diagonal).sum())
     close(torch.cat(diagonal), dense(name).G.diagonal())
-
-
-def test_the_package_does_not_import_backpack_or_curvlinops() -> None:
-    code = "import sys, vivit_linop; print({'backpack', 'curvlinops'} & {*sys.modules})"
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True
-    )
-    assert done.stdout == "set()\n"
 
 
 def test_gradients_are_accumulated_as_ever() -> None:

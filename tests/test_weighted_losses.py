@@ -14,15 +14,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import vivit_linop as vl
+from tests.comparing import assert_near, inputs, jacobian
 from vivit_linop.risk.losses.derived import losses_of_samples
 
 N = 7
 W = torch.tensor([0.5, 2.0, 0.0, 1.0, 3.0, 0.25, 1.5], dtype=torch.float64)
-
-
-def inputs(n: int, *shape: int) -> Tensor:
-    generator = torch.Generator().manual_seed(n)
-    return torch.randn(n, *shape, generator=generator, dtype=torch.float64)
 
 
 def net(outputs: int = 3) -> nn.Module:
@@ -92,41 +88,29 @@ def value(loss: Any, divisor: float) -> Callable[[Tensor, Tensor, Tensor], Tenso
     return function
 
 
-def close(found: Any, expected: Tensor, rtol: float = 1e-9) -> None:
-    torch.testing.assert_close(found, expected, rtol=rtol, atol=1e-11)
-
-
 @pytest.mark.parametrize("name", KINDS)
 def test_weighted(name: str) -> None:
     loss, y, divisor, has_labels = KINDS[name]
     model, X = net(), inputs(N, 4)
-    names = list(dict(model.named_parameters()))
-    params = tuple(p.detach() for p in model.parameters())
-
-    def outputs(*tensors: Tensor) -> Tensor:
-        state = dict(zip(names, tensors, strict=True))
-        return torch.func.functional_call(model, state, (X,))
-
-    f, truth = outputs(*params), value(loss, divisor)
-    jacobians = torch.autograd.functional.jacobian(outputs, params)
-    J = torch.cat([j.reshape(f.numel(), -1) for j in jacobians], dim=1)
+    f, truth = model(X).detach(), value(loss, divisor)
+    J = jacobian(model(X), model.parameters())
     H = torch.autograd.functional.hessian(lambda f: truth(f, y, W), f)
     H = H.reshape(f.numel(), f.numel())
     data = [(X[:4], (y[:4], W[:4])), (X[4:], (y[4:], W[4:]))]
     risk = vl.EmpiricalRisk(model, weighted(loss), data)
-    close(risk.value(), truth(f, y, W))
-    close(weighted(loss)(f, (y, W)), truth(f, y, W))  # to train with
-    close(vl.LossHessian(risk).to_dense(), H)
-    close(vl.LossHessian(risk).diagonal(), H.diagonal())
+    assert_near(risk.value(), truth(f, y, W))
+    assert_near(weighted(loss)(f, (y, W)), truth(f, y, W))  # to train with
+    assert_near(vl.LossHessian(risk).to_dense(), H)
+    assert_near(vl.LossHessian(risk).diagonal(), H.diagonal())
     G = vl.GGN(risk)
-    close(G.to_dense(), J.T @ H @ J)
-    close(G.diagonal(), (J.T @ H @ J).diagonal())
+    assert_near(G.to_dense(), J.T @ H @ J)
+    assert_near(G.diagonal(), (J.T @ H @ J).diagonal())
     if name != "not convex":
         S = vl.LossHessian(risk).sqrt().to_dense()
-        close(S @ S.T, H)
+        assert_near(S @ S.T, H)
     leaf = f.clone().requires_grad_()
     (slope,) = torch.autograd.grad(truth(leaf, y, W), leaf)
-    close(risk.gradient(), J.T @ slope.reshape(-1))
+    assert_near(risk.gradient(), J.T @ slope.reshape(-1))
     if has_labels:
         S = vl.LossHessian(risk).sqrt(20_000, torch.Generator().manual_seed(0))
         found = S.to_dense().square().sum(1)
@@ -150,12 +134,12 @@ def test_divergences_divide_as_they_do(loss: nn.KLDivLoss, divisor: float) -> No
     risk = vl.EmpiricalRisk(model, vl.losses.Weighted(loss), (X, (y, W)))
     f = model(X).detach()
     value = (W[:, None] * y * (y.log() - f)).sum() / divisor
-    close(risk.value(), value)
+    assert_near(risk.value(), value)
     p = f.exp()
     blocks = (
         W[:, None, None] / divisor * (torch.diag_embed(p) - p[:, :, None] * p[:, None])
     )
-    close(vl.LossHessian(risk).to_dense(), torch.block_diag(*blocks))
+    assert_near(vl.LossHessian(risk).to_dense(), torch.block_diag(*blocks))
     mean = loss.reduction != "sum"
     assert risk.reduction == ("mean" if mean else "sum")
     again = vl.EmpiricalRisk(model, loss, (X, y), reduction=risk.reduction)
@@ -185,7 +169,6 @@ def each_gaussian(f: tuple[Tensor, Tensor], y: Tensor) -> Tensor:
 )
 def test_several_outputs_of_a_weighted_loss(loss: nn.Module) -> None:
     """Means and variances; no closed form is known to be right."""
-    torch.manual_seed(0)
     model = nn.Linear(4, 4).double()
     X, y = inputs(N, 4), inputs(N, 2)
 
@@ -196,17 +179,17 @@ def test_several_outputs_of_a_weighted_loss(loss: nn.Module) -> None:
     risk = vl.EmpiricalRisk(model, loss, (X, (y, W)), predict=predict)
     outputs = predict(model, X)
     total = (W[:, None] * each_gaussian(outputs, y)).sum()
-    close(risk.value(), total.detach())
-    close(loss(outputs, (y, W)), total)  # to train with
+    assert_near(risk.value(), total.detach())
+    assert_near(loss(outputs, (y, W)), total)  # to train with
     gradient = torch.autograd.grad(total, list(model.parameters()))
-    close(risk.gradient(), risk.flatten(gradient))
+    assert_near(risk.gradient(), risk.flatten(gradient))
     f = torch.cat([part.detach().flatten(1) for part in outputs], dim=1)
 
     def of_flat(f: Tensor) -> Tensor:
         return (W[:, None] * each_gaussian((f[:, :2], f[:, 2:]), y)).sum()
 
     H = torch.autograd.functional.hessian(of_flat, f).reshape(4 * N, 4 * N)
-    close(vl.LossHessian(risk).to_dense(), H)
+    assert_near(vl.LossHessian(risk).to_dense(), H)
     assert not risk.loss.tested and not risk.loss.convex
 
 
@@ -215,7 +198,7 @@ def test_closed_forms_stay() -> None:
     risk = vl.EmpiricalRisk(net(), loss, (inputs(N, 4), (CLASSES, W)))
     assert vl.GGNFactor(risk).width == 2 and risk.loss.tested
     again = pickle.loads(pickle.dumps(risk))
-    close(vl.GGN(again).to_dense(), vl.GGN(risk).to_dense())
+    assert_near(vl.GGN(again).to_dense(), vl.GGN(risk).to_dense())
 
 
 def counted(calls: list[Any], function: Any, *args: Any) -> Any:
@@ -233,7 +216,7 @@ def test_losses_of_samples_are_vectorised(monkeypatch: pytest.MonkeyPatch) -> No
         monkeypatch.setattr(risk.loss, "total", functools.partial(total, risk.loss))
         losses = losses_of_samples(risk.loss, risk.outputs[0], risk.targets[0])
         assert losses.shape == (N,) and len(calls) == 1
-        close(losses.sum() * risk.scale, risk.value())
+        assert_near(losses.sum() * risk.scale, risk.value())
 
 
 def test_the_loss_of_a_weighted_one_uses_no_parameters_of_the_model() -> None:
@@ -300,8 +283,8 @@ def test_hessians_of_several_targets_do_without_backpack(name: str) -> None:
 
     theta = torch.cat([p.detach().flatten() for p in params])
     H = torch.autograd.functional.hessian(value, theta)
-    close(vl.Hessian(risk).diagonal(), H.diagonal())
-    close(vl.Hessian(risk).trace(), H.trace())
+    assert_near(vl.Hessian(risk).diagonal(), H.diagonal())
+    assert_near(vl.Hessian(risk).trace(), H.trace())
     for kind in (vl.KFRA, vl.PositiveCurvatureHessian):
         with pytest.raises(ValueError, match=r"data: .* for one tensor of targets"):
             kind(risk)

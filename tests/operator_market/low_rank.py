@@ -3,14 +3,7 @@
 import torch
 
 import vivit_linop as vl
-from vivit_linop.operators import (
-    Damped,
-    Gram,
-    LowRank,
-    Product,
-    Scaled,
-    Woodbury,
-)
+from vivit_linop.operators import Damped, Gram, LowRank, Product, Scaled, Woodbury
 
 from .market import entry, khatri_rao_of
 

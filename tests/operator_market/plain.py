@@ -3,11 +3,7 @@
 import torch
 
 import vivit_linop as vl
-from vivit_linop.operators import (
-    LowRank,
-    Product,
-    Sum,
-)
+from vivit_linop.operators import LowRank, Product, Sum
 
 from .market import entry, khatri_rao_of, scattered
 
