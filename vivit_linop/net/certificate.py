@@ -184,16 +184,10 @@ Meeting = tuple[Tensor, Node, int]
 
 
 def met_apart(output: Tensor, num_samples: int) -> list[Meeting] | None:
-    """Return where the leaves of a graph come in that leaves samples apart.
+    """Return where the leaves of a graph come in, None where samples may meet in it.
 
-    What is pulled back to a place of it is that of one sample.
-
-    Args:
-        output: ``[n, …]``, with its graph. There must be no hooks in it.
-        num_samples: n.
-
-    Returns:
-        None where samples may meet.
+    Else what is pulled back to a place of it is that of one sample. There must be no
+    hooks in the graph of outputs ``[n, …]``.
     """
     if output.grad_fn is None or output.numel() == 0:
         return None
@@ -233,10 +227,7 @@ def in_layers(
 ) -> set[str]:
     """Return the parameters that recorded calls of torch's layers have, and no others.
 
-    Args:
-        met: Where leaves come into the graph.
-        uses: The calls.
-        params: The leaves by name.
+    Leaves of the graph by name, where they come into it, show which others have them.
     """
     recorded = Counter(place for use in uses for place in _places(use))
     names = {id(leaf): name for name, leaf in params.items()}

@@ -209,13 +209,9 @@ class Chunks:
         self._room, self.trusted = Room(device), False
 
     def apply(self, product: Product, X: Tensor, size: int, chunk: int) -> Tensor:
-        """Multiply the columns of a matrix, ``[d, K] -> [m, K]``.
+        """Multiply columns, ``[d, K] -> [size, K]``, a chunk of them at a time.
 
-        Args:
-            product: Of rows, whose parts lie together in memory.
-            X: The columns.
-            size: m.
-            chunk: How many of them at a time.
+        The product is one of rows, whose parts lie together in memory.
         """
         rows = X.T.contiguous()
         result = fresh(X, X.shape[1], size)

@@ -239,11 +239,7 @@ class AllColumns(Total):
 
 
 class Components(Total):
-    """Vᵀ X for X ``[D, K]``, from columns that are let go.
-
-    Attributes:
-        parts: Its rows, piece by piece, ``[K, n·R]``.
-    """
+    """Vᵀ X for X ``[D, K]`` from columns that are let go, in parts ``[K, n·R]``."""
 
     def __init__(self, factor: Cotangents, X: Tensor) -> None:
         params = factor.risk.params

@@ -335,19 +335,13 @@ class KhatriRaoColumns(OuterSums):
     def _norms_and_sums(
         self, memory: int, others: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """The squared norms, ``[n·R]``, and sums over the same inputs.
+        """The squared norms, ``[n·R]``, and sums over the same inputs, ``[G, c, a]``.
 
-        Args:
-            memory: The bytes that temporaries may take.
-            others: c, ``[n, G, c, P]``, for Σ_np c_np ⊗ a_np.
-
-        Returns:
-            The norms, and ``[G, c, a]``.
+        These are Σ_np c_np ⊗ a_np for others c, ``[n, G, c, P]``.
         """
         a, b, P = self._a, self._b, self.positions
-        sums = self.cotangents.new_zeros(self._groups, 0, a)
-        if others is not None:
-            sums = self.cotangents.new_zeros(self._groups, others.shape[2], a)
+        channels = 0 if others is None else others.shape[2]
+        sums = self.cotangents.new_zeros(self._groups, channels, a)
         pairs = P * P * (2 * b + 2 * a / self.width + ELEMENTWISE_COST)
         blocks = a * b * (2 * P + ELEMENTWISE_COST)
         by_pairs = pairs < blocks

@@ -19,12 +19,7 @@ _SEED, _CPU = 1, torch.device("cpu")
 
 
 class OnceEach:
-    """A loader without the samples that its sampler repeats on another rank.
-
-    Args:
-        loader: With a ``batch_sampler``.
-        kept: For each batch, which of its samples are kept.
-    """
+    """A loader of which some samples are kept, without those that another rank has."""
 
     def __init__(self, loader: Any, kept: Sequence[Tensor]) -> None:
         self._loader, self._kept = loader, kept

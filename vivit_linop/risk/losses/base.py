@@ -105,9 +105,7 @@ class OutputLoss(ABC):
     def watch(self, parameters: Sequence[Tensor], own: Sequence[Tensor]) -> None:
         """Let the next check see which tensors the loss uses; a closed form uses none.
 
-        Args:
-            parameters: Those of the model, which are refused.
-            own: Those that nobody else has.
+        Parameters of the model are refused; nobody else has the loss's own tensors.
         """
         return
 

@@ -116,15 +116,9 @@ def _runs(keys: Sequence[Any]) -> list[list[int]]:
 
 
 class OutputTree:
-    """Several outputs of a sample, in the container that the model returns.
+    """Several outputs of a sample, in the container of ``[n, …]`` that a model returns.
 
     Joined they are ``[n, C]``, with the entries of one output after those of another.
-
-    Args:
-        output: What the model returns: a container of tensors ``[n, …]``.
-
-    Attributes:
-        shapes: Of each tensor, for a sample.
     """
 
     def __init__(self, output: Any) -> None:
