@@ -384,3 +384,45 @@ def test_derivatives_of_more_rows_than_torch_decomposes(monkeypatch):
         for ask in (symmetric.symmetric_eigenpairs, lambda M: largest(M, 2)):
             with pytest.raises(ValueError, match="of eigenvectors of 9 rows"):
                 ask(dual)
+
+
+def of_entries():
+    """Expressions without derivatives in forward mode, and what they are."""
+    draw = Draw(FLOAT64)
+    M, V, b = draw.definite(9), draw(9, 2), draw(9)
+    skew, A = draw(9, 9), V @ V.T
+    low_rank = LowRank(vl.Dense(V))
+    plus, inv, solve = vl.operators.Sum, torch.linalg.inv, torch.linalg.solve
+    yield "solve", lambda P: plus(vl.Dense(M), P).solve(b), lambda P: solve(M + P, b)
+    yield (
+        "solve, unsymmetric",
+        lambda P: plus(vl.Dense(9 * M + skew), P).solve(b, rtol=1e-12),
+        lambda P: solve(9 * M + skew + P, b),
+    )
+    yield (
+        "solve, adjoint",
+        lambda P: plus(vl.Dense(9 * M + skew), P).T.solve(b, rtol=1e-12),
+        lambda P: solve((9 * M + skew + P).T, b),
+    )
+    yield "inv", lambda P: (low_rank + P).inv() @ b, lambda P: solve(A + P, b)
+    yield (
+        "diagonal",
+        lambda P: (low_rank + P).inv().diagonal(),
+        lambda P: inv(A + P).diagonal(),
+    )
+    yield "logdet", lambda P: (low_rank + P).logdet(), lambda P: torch.logdet(A + P)
+
+
+@pytest.mark.parametrize("name, of, truth", of_entries())
+def test_tangents_that_would_be_lost_are_refused(name, of, truth):
+    """They were: derivatives were zero, or those of a part."""
+    entries = torch.linspace(1, 2, 9, dtype=FLOAT64)
+    found = of(vl.Diagonal(entries))
+    torch.testing.assert_close(found, truth(torch.diag(entries)), rtol=1e-6, atol=0.0)
+    refusals = TypeError, NotImplementedError
+    with pytest.raises(refusals, match=r"tangent|forward mode"):
+        torch.func.jvp(lambda p: of(vl.Diagonal(p)), (entries,), (entries.cos(),))
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(entries, entries.cos())
+        with pytest.raises(refusals, match=r"tangent|forward mode"):
+            of(vl.Diagonal(dual))

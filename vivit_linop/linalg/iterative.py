@@ -48,7 +48,8 @@ class IterativeInverse(TorchLinearOperator):
             self-adjoint A: a preconditioner.
 
     Raises:
-        TypeError: If a tensor of A requires grad, which gradients would not reach.
+        TypeError: If a tensor of A requires grad, which gradients would not reach, or
+            has a tangent.
         ValueError: If ``rtol`` is not positive, or M has another shape.
     """
 
@@ -58,10 +59,11 @@ class IterativeInverse(TorchLinearOperator):
         rtol: float | None = None,
         M: sparse.LinearOperator | None = None,
     ) -> None:
-        if operator.requires_grad:
+        if operator.requires_grad or operator._is_followed:
             raise TypeError(
-                f"solve: a tensor of this {type(operator).__name__} requires grad, and "
-                "an iteration does not pass gradients to it. Take .detach()ed tensors."
+                f"solve: a tensor of this {type(operator).__name__} requires grad or "
+                "has a tangent, and an iteration passes no derivatives to it. Take "
+                ".detach()ed tensors."
             )
         if rtol is not None:
             check_real(rtol, "rtol")

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from vivit_linop.arguments import Scalar, as_scalar
+from vivit_linop.modes import is_followed
 from vivit_linop.operators import verbs
 from vivit_linop.operators.base import TorchLinearOperator
 from vivit_linop.operators.elementary import Dense, Diagonal, OfOperator, Sum, mirrored
@@ -181,7 +182,14 @@ class DiagonallyDamped(Sum):
     @cached_property
     def whitened(self) -> LowRank:
         """The node c W Wᵀ with W = P^{−½} V."""
-        weights = self.damping.entries.detach().rsqrt()
+        entries = self.damping.entries
+        if is_followed(entries) and not entries.requires_grad:
+            raise TypeError(
+                "P: derivatives in forward mode of the entries of a damping are not "
+                "there. Pass them .detach()ed, or take Dense(op.to_dense()) if it is "
+                "small."
+            )
+        weights = entries.detach().rsqrt()
         factor = WeightedRows(weights, self.low_rank.factor)
         return LowRank(factor, self.low_rank.scale)
 
