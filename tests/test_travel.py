@@ -24,6 +24,7 @@ import vivit_linop as vl
 from tests.curvature_cases import close
 from vivit_linop.net import linearized as linearizing
 from vivit_linop.net.linearized import linearizations, young_circles_collected
+from vivit_linop.risk.passes import Passes
 
 N, C = 12, 3
 
@@ -151,7 +152,7 @@ def test_what_is_known_goes_along(way: str, monkeypatch: pytest.MonkeyPatch) -> 
     def refused(*_: Any) -> None:
         raise AssertionError("a pass over the data")
 
-    monkeypatch.setattr(vl.EmpiricalRisk, "batches", refused)
+    monkeypatch.setattr(Passes, "batches", refused)
     assert torch.equal(copied.gram.to_dense(), K)
 
 
