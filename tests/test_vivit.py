@@ -359,7 +359,7 @@ def test_the_zeros_of_a_cross_entropy_are_not_computed(
     C, scale, subsampling, monkeypatch
 ) -> None:
     """Its Hessian has rank C − 1, also where a probability is nearly 1."""
-    monkeypatch.setattr("vivit_linop.vivit.extensions._TURNED_COLUMNS", 1)
+    monkeypatch.setattr("vivit_linop.curvature.plan.TURNED_COLUMNS", 1)
     problem = _classifier(C, scale)
     case, d = setting_of(problem), dense_of(problem)
     (evals,) = case.run(EigvalshComputation(subsampling))

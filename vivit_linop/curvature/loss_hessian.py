@@ -173,12 +173,8 @@ class LossHessian(OutputOperator):
     def own_diagonal(self) -> Tensor:
         """The diagonal of this rank's samples; the blocks are not formed."""
         risk = self.risk
-        return risk.scale * torch.cat(
-            [
-                self.loss.hessian_diagonal(output, target).reshape(-1)
-                for output, target in zip(risk.outputs, risk.targets, strict=True)
-            ]
-        )
+        found = map(self.loss.hessian_diagonal, risk.outputs, risk.targets)
+        return risk.scale * torch.cat([diagonal.reshape(-1) for diagonal in found])
 
     def sqrt(
         self, mc_samples: int = 0, generator: torch.Generator | None = None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
+from itertools import count
 from operator import attrgetter
 
 import torch
@@ -101,18 +102,16 @@ class OutputOperator(OfRisk):
 
     def own_rows(self, rows: Tensor) -> Tensor:
         """Multiply rows of this rank's samples."""
-        parts = enumerate(rows.split(self.layout.sizes))
-        return torch.cat([self.apply_batch(batch, part) for batch, part in parts])
+        parts = rows.split(self.layout.sizes)
+        return torch.cat([*map(self.apply_batch, count(), parts)])
 
     def _multiply_adjoint(self, X: Tensor) -> Tensor:
         return self.risk.ranks.listed(self._adjoint_images, X)
 
     def _adjoint_images(self, X: Tensor) -> Tensor:
         layout = self.risk.layout
-        parts = enumerate(layout.of_all(X).split(layout.sizes))
-        return torch.cat(
-            [self.apply_adjoint_batch(batch, part) for batch, part in parts]
-        )
+        parts = layout.of_all(X).split(layout.sizes)
+        return torch.cat([*map(self.apply_adjoint_batch, count(), parts)])
 
     def outer(self) -> OutputOperator:
         """The operator times its adjoint."""

@@ -51,6 +51,7 @@ class _Computation(ABC, Generic[Result]):
     """What the four computations have in common; arguments come with their names."""
 
     _keys: tuple[str, ...] = ("params", "criterion")
+    _at_rank = False  # whether the exact S of a cross-entropy may have a column less
 
     def __init__(
         self,
@@ -75,7 +76,9 @@ class _Computation(ABC, Generic[Result]):
         self._begun: dict[int, Block] = {}
 
     def _extension(self) -> BackpropExtension:
-        return layer_records(self._mc_samples, self._subsampling, self._lists)
+        return layer_records(
+            self._mc_samples, self._subsampling, self._lists, self._at_rank
+        )
 
     def get_extension_hook(
         self, param_groups: Sequence[Group]
@@ -220,11 +223,7 @@ class EigvalshComputation(_OfGGN[Tensor]):
     """
 
     _keys = ("params",)
-
-    def _extension(self) -> BackpropExtension:
-        return layer_records(
-            self._mc_samples, self._subsampling, self._lists, at_rank=True
-        )
+    _at_rank = True
 
     def _begin(self, blocks: Sequence[Block]) -> None:
         super()._begin(blocks)

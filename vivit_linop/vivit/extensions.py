@@ -35,6 +35,7 @@ from backpack.extensions.secondorder.sqrt_ggn.losses import SqrtGGNCrossEntropyL
 from backpack.utils.module_classification import is_loss
 from torch import Tensor, nn
 
+from vivit_linop.curvature import plan
 from vivit_linop.net import layers
 from vivit_linop.net.columns.base import LayerColumns
 from vivit_linop.net.kinds import Kind
@@ -42,9 +43,6 @@ from vivit_linop.net.structure import columns_of_weight
 
 SAVEFIELD = "vivit_linop_layer"
 """The attribute of a parameter that its record is saved in, until the hook takes it."""
-
-# From how many columns on one of C less pays: turning S takes 60 microseconds.
-_TURNED_COLUMNS = 128
 
 Subsampling = Iterable[int] | None
 Indices = list[int] | None
@@ -184,7 +182,7 @@ class _AtRank(SqrtGGNCrossEntropyLoss):
         """
         S: Tensor = super().backpropagate(ext, module, grad_inp, grad_out, backproped)
         logits = layer_input(module)
-        small = len(S) < 2 or S.shape[0] * S.shape[1] < _TURNED_COLUMNS
+        small = len(S) < 2 or S.shape[0] * S.shape[1] < plan.TURNED_COLUMNS
         if small or logits.ndim != 2:
             return S
         axis = chosen(logits, ext.get_subsampling()).softmax(1).sqrt().T
@@ -239,7 +237,7 @@ def layer_records(
     mc_samples: int,
     subsampling: Indices,
     checked: dict[str, Indices],
-    at_rank: bool = False,
+    at_rank: bool,
 ) -> BackpropExtension:
     """Return an extension that records the layers of a backward pass.
 
