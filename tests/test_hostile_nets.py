@@ -69,7 +69,7 @@ def by_a_proxy() -> nn.Module:
 
 def logging(net: Any, X: Tensor) -> Tensor:
     """Numbers that no output depends on."""
-    net.seen = [(net.t * 2.0).detach(), (net.t + net.s).detach(), net.s.detach() - 1.0]
+    net.seen = [(net.t * X.sum()).detach(), (X.mean() - net.s).detach()]
     return net.c((net.t * net.a(X) + net.s).atan())
 
 
