@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import pickle
 import random
 from collections.abc import Callable
 from typing import Any
@@ -134,16 +135,22 @@ UNUSED: dict[str, Callable[[Any, Tensor], Tensor]] = {
 }
 
 
+def _other_states() -> tuple[bytes, Any]:
+    """Of NumPy and of Python."""
+    return pickle.dumps(np.random.get_state()), random.getstate()
+
+
 @pytest.mark.parametrize("check", [True, False])
 @pytest.mark.parametrize("name", UNUSED)
 def test_random_numbers_that_are_not_used(name: str, check: bool) -> None:
     model = Lambda(UNUSED[name], f=net()).eval()
-    before = torch.random.get_rng_state()
+    before, others = torch.random.get_rng_state(), _other_states()
     risk = vl.EmpiricalRisk(model, CE, [(X[:7], Y[:7]), (X[7:], Y[7:])], check=check)
     gradient = risk.gradient()
     G, vector = vl.GGN(risk), torch.linspace(-1.0, 1.0, risk.num_params).double()
     found = G @ vector
     assert torch.equal(before, torch.random.get_rng_state())
+    assert _other_states() == others
     with torch.random.fork_rng([]):
         outputs = model(X)
         expected = torch.autograd.grad(CE(outputs, Y), list(model.parameters()))
@@ -162,6 +169,9 @@ USED: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "dropout": lambda m, x: F.dropout(m.f(x), 0.5),
     "a little noise": lambda m, x: m.f(x) + 1e-9 * torch.randn(len(x), 3),
     "a coin": lambda m, x: m.f(x) if torch.rand([]) < 0.5 else m.f(2.0 * x),
+    "a coin of NumPy": lambda m, x: m.f(x) if np.random.rand() < 0.5 else m.f(2.0 * x),
+    "a coin of Python": lambda m, x: m.f((1 + (random.random() < 0.5)) * x),
+    "Python's order": lambda m, x: m.f(x)[random.sample(range(len(x)), len(x))],
     "one sample": lambda m, x: m.f(x + torch.rand([]) * (x == x.max())),
     "order": lambda m, x: m.f(x)[torch.randperm(len(x))],
 }
@@ -170,8 +180,10 @@ USED: dict[str, Callable[[Any, Tensor], Tensor]] = {
 @pytest.mark.parametrize("check", [True, False])
 @pytest.mark.parametrize("name", USED)
 def test_random_numbers_that_are_used(name: str, check: bool) -> None:
+    others = _other_states()
     with pytest.raises(ValueError, match="on batch 0 it drew random numbers"):
         build(USED[name], check=check)
+    assert _other_states() == others
 
 
 def test_random_numbers_of_a_later_batch() -> None:

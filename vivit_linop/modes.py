@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import pickle
+import random
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ParamSpec, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -465,6 +468,30 @@ def replayed(states: States, device: torch.device) -> Iterator[None]:
             yield
         finally:
             set_random_states(before, device)
+
+
+@contextlib.contextmanager
+def numbers_put_back(seed: int | None = None) -> Iterator[list[bool]]:
+    """Put NumPy's generator and Python's back; says at the end whether they were used.
+
+    To ask them takes as long as a small net, and few nets draw from them.
+
+    Args:
+        seed: What they are to draw from inside, if not from what they are at.
+    """
+    before = np.random.get_state(legacy=False), random.getstate()
+    if seed is not None:
+        np.random.seed(seed)
+        random.seed(seed)
+    used: list[bool] = []
+    try:
+        yield used
+    finally:
+        now = np.random.get_state(legacy=False), random.getstate()
+        used.append(pickle.dumps(now) != pickle.dumps(before))
+        if used[0]:
+            np.random.set_state(before[0])
+            random.setstate(before[1])
 
 
 _DEFAULT_DTYPE = threading.RLock()

@@ -9,6 +9,7 @@ can be asked too. Whether it is one function of each sample is asked next
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +17,13 @@ import torch
 from torch import Tensor
 
 from vivit_linop.graphs import leaves_of
-from vivit_linop.modes import as_guest, random_states, seeded, set_random_states
+from vivit_linop.modes import (
+    as_guest,
+    numbers_put_back,
+    random_states,
+    seeded,
+    set_random_states,
+)
 from vivit_linop.risk.data.containers import leaves
 from vivit_linop.risk.data.fingerprint import largest
 from vivit_linop.risk.kept import Run, run_of
@@ -82,15 +89,18 @@ def checked_outputs(
         buffers = {} if index else model.buffers
         kept = {name: buffer.clone() for name, buffer in buffers.items()}
         before = random_states(model.device)
+        numbers = nullcontext([False]) if index else numbers_put_back()
         try:
-            run = run_of(model, X, n)
+            with numbers as used:
+                run = run_of(model, X, n)
         except Exception as error:
             check_finite(model.params, "params")  # which may be why
             if isinstance(error, RuntimeError) and "type" in str(error):
                 _check_dtypes(model, index, X)
             raise
         after = random_states(model.device)
-        drawn = not all(map(torch.equal, before, after))
+        model.draws |= used[0]
+        drawn = model.draws or not all(map(torch.equal, before, after))
     output = run.output
     moved = [other_entries(kept[name], buffer) for name, buffer in buffers.items()]
     if items and output.ndim and len(output) == items:
@@ -174,7 +184,8 @@ def _check_unmoved(model: FunctionalModel, index: int, X: Any, output: Tensor) -
     kernels that sum in any order.
     """
     for seed in range(1, _STATES if index == 0 else 2):
-        with as_guest(output.device):
+        numbers = numbers_put_back(seed) if model.draws else nullcontext()
+        with as_guest(output.device), numbers:
             set_random_states(seeded(seed, output.device), output.device)
             moved = not _has_outputs(model, model.params, X, output)
         if moved:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from vivit_linop.devices import tolerated
-from vivit_linop.modes import default_dtype
+from vivit_linop.modes import default_dtype, numbers_put_back
 from vivit_linop.risk.data.containers import copied, leaves, map_leaves
 from vivit_linop.risk.model import memory_format
 from vivit_linop.risk.model.foreign_memory import ForeignMemory
@@ -83,6 +83,7 @@ class FunctionalModel:
         count: Counts the samples of an input, where the outputs of all come item by
             item; None where they have a sample axis.
         writes: Whether it writes into its input, so that it gets copies.
+        draws: Whether it draws from NumPy's generator or Python's, which are put back.
         keeps_gradients: Whether it asks for gradients of what it computes, which no
             evaluation does from then on.
         channels_last: Whether it gets images in another order in memory
@@ -109,7 +110,7 @@ class FunctionalModel:
             model, params = unwrapped(model, params)
         check_precision(dtype)
         self.precision, self._default_dtype = dtype, torch.get_default_dtype()
-        self.writes = self.keeps_gradients = self.channels_last = False
+        self.writes = self.keeps_gradients = self.channels_last = self.draws = False
         self.is_finite = False
         self.foreign = ForeignMemory()
         self._empty: list[str] = []
@@ -360,7 +361,8 @@ class FunctionalModel:
         casts = contextlib.nullcontext() if own else Widened(dtype)
         asks = self.keeps_gradients
         keeps_none = WithoutKeptGradients() if asks else contextlib.nullcontext()
-        with keeps_none, default_dtype(self._default_dtype), casts:
+        numbers = numbers_put_back() if self.draws else contextlib.nullcontext()
+        with keeps_none, default_dtype(self._default_dtype), casts, numbers:
             return self._private(params, X)
 
     @property
