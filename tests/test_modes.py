@@ -5,6 +5,7 @@ import copy
 import subprocess
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -219,6 +220,19 @@ class Cosh(nn.Module):
 
     def forward(self, output: Tensor, target: Tensor) -> Tensor:
         return (output - target).cosh().sum(1).mean()
+
+
+@pytest.mark.parametrize("name", MODES)
+@pytest.mark.parametrize("make", [vl.GGN, vl.Hessian, vl.LossHessian])
+def test_losses_are_certified_in_any_mode(make: Callable[..., Any], name: str) -> None:
+    """Where the first who asks for the curvature of one by autograd is inside."""
+    net, _, (X, _) = toy()
+    arguments = net, Cosh(), (X, X[:, :3].sin())
+    expected = make(vl.EmpiricalRisk(*arguments)).to_dense()
+    risk = vl.EmpiricalRisk(*arguments)
+    with MODES[name]():
+        found = make(risk).to_dense()
+    torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize("loss", [nn.CrossEntropyLoss(), nn.MSELoss(), Cosh()])

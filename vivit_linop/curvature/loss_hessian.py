@@ -17,6 +17,7 @@ from vivit_linop.curvature.output_space import (
     check_blocks_fit,
 )
 from vivit_linop.devices import is_out_of_memory
+from vivit_linop.modes import ordinary_mode
 from vivit_linop.risk.empirical import EmpiricalRisk, as_risk
 from vivit_linop.risk.losses.base import OutputLoss
 from vivit_linop.risk.losses.certificates import (
@@ -56,7 +57,8 @@ def certify_loss(risk: EmpiricalRisk, what: str) -> None:
     """
     if _CERTIFIED in risk.kept.values:
         return
-    with risk.ranks.together(what):
+    # Constructors may be called in any mode of the caller's.
+    with ordinary_mode(), risk.ranks.together(what):
         check_curvature(risk.loss, *risk.example)
         for output, target in zip(risk.outputs, risk.targets, strict=True):
             certify_curvature(risk.loss, output, target)
