@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 import vivit_linop as vl
+from vivit_linop.curvature.output_space import OutputOperator
 from vivit_linop.operators import LowRank, Product, verbs
 from vivit_linop.operators.dispatch import BinaryVerb
 from vivit_linop.testing import check_operator
@@ -500,3 +501,50 @@ def test_verbs_without_a_rule_say_so():
     torch.testing.assert_close(op.trace(), torch.tensor(3.0))
     assert isinstance(op @ op, Product)
     assert isinstance(LowRank(op).gram.to_dense(), Tensor)
+
+
+# Operators in output space -----------------------------------------------------------
+
+
+class Mixed(OutputOperator):
+    """One matrix ``[C, C]`` for each sample."""
+
+    def __init__(self, risk, matrix):
+        self.matrix = matrix
+        super().__init__(risk, len(matrix))
+
+    def apply_batch(self, batch, X):
+        return (self.matrix @ X.unflatten(0, (-1, len(self.matrix)))).flatten(0, 1)
+
+    def dense_batch(self, batch):
+        return self.matrix.expand(self.risk.batch_sizes[batch], -1, -1)
+
+
+class MixedBothWays(Mixed):
+    def apply_adjoint_batch(self, batch, X):
+        return Mixed(self.risk, self.matrix.T).apply_batch(batch, X)
+
+
+class MixedSymmetrically(Mixed):
+    self_adjoint = True
+
+
+def test_output_operators_that_are_not_symmetric_say_their_adjoint():
+    torch.manual_seed(0)
+    net = torch.nn.Linear(3, 2).double()
+    data = torch.rand(4, 3, dtype=torch.float64), torch.rand(4, 2, dtype=torch.float64)
+    risk = vl.EmpiricalRisk(net, torch.nn.MSELoss(), data)
+    J, M = vl.Jacobian(risk), torch.tensor([[1.0, 2.0], [-3.0, 0.5]]).double()
+    dense, x = J.to_dense(), torch.arange(8.0, dtype=torch.float64)
+    for of, matrix in ((MixedBothWays, M), (MixedSymmetrically, M + M.T)):
+        B, whole = of(risk, matrix), torch.block_diag(*[matrix] * 4)
+        V = J.T @ B
+        torch.testing.assert_close(B.T @ x, whole.T @ x)
+        torch.testing.assert_close(V @ x, dense.T @ (whole @ x))
+        torch.testing.assert_close(V.T @ (V @ x), whole.T @ dense @ dense.T @ whole @ x)
+        torch.testing.assert_close(V.to_dense(), dense.T @ whole)
+    B = Mixed(risk, M)
+    torch.testing.assert_close(B @ x, torch.block_diag(*[M] * 4) @ x)
+    for product in (lambda: B.T @ x, lambda: (J.T @ B).T @ (dense.T @ x)):
+        with pytest.raises(NotImplementedError, match="define apply_adjoint_batch"):
+            product()

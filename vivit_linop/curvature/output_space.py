@@ -87,7 +87,11 @@ class OutputOperator(OfRisk):
         """Multiply the blocks of one batch, ``[n R, K] -> [n C, K]``."""
 
     def apply_adjoint_batch(self, batch: int, X: Tensor) -> Tensor:
-        """Multiply their adjoints, ``[n C, K] -> [n R, K]``; by default the same."""
+        """Multiply their adjoints, ``[n C, K] -> [n R, K]``, if there are others."""
+        if not self.self_adjoint:
+            raise NotImplementedError(
+                f"{type(self).__name__} does not define apply_adjoint_batch."
+            )
         return self.apply_batch(batch, X)
 
     @abstractmethod
