@@ -116,3 +116,41 @@ def test_blocks_without_structure_leave_the_others_alone() -> None:
     damped = block + 0.1 * vl.Identity(2500)
     unit = torch.eye(2500, dtype=torch.float64)
     close(damped.inv() @ x, torch.linalg.solve(G[own, own] + 0.1 * unit, x))
+
+
+@pytest.mark.parametrize("of_modules", [True, False])
+def test_diagonals_of_blocks_of_the_hessian(
+    of_modules: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One recursion for all, where BackPACK has one; else products with each block."""
+    pytest.importorskip("backpack")
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(3, 4), nn.Sigmoid(), nn.Linear(4, 2)).double()
+    X, y = torch.rand(5, 3, dtype=torch.float64), torch.randint(2, (5,))
+    model: Any = net if of_modules else Squared(net)
+    H = vl.Hessian(vl.EmpiricalRisk(model, nn.CrossEntropyLoss(), (X, y)))
+    truth, columns = H.to_dense(), list[int]()
+    multiply = vl.Hessian.multiply_block
+
+    def listed(self: Any, chosen: Any, X: Tensor) -> Tensor:
+        columns.append(X.shape[1])
+        return multiply(self, chosen, X)
+
+    monkeypatch.setattr(vl.Hessian, "multiply_block", listed)
+    first, second, third, fourth = net.parameters()
+    blocks = H.block_diagonal([[second, third], [fourth, first]])
+    close(blocks.diagonal(), truth.diagonal())
+    close(blocks.trace(), truth.trace())
+    assert (sum(columns) < len(truth)) == of_modules
+
+
+class Squared(nn.Module):
+    """A net that no recursion over modules knows."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, X: Tensor) -> Tensor:
+        out: Tensor = self.net(X)
+        return out.square()

@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from operator import attrgetter
 from typing import Any
 
@@ -85,6 +85,11 @@ cpu>]
             [HessianBlock(self, numbers) for numbers in chosen],
             places_of(risk, groups),
         )
+
+    @cached_property
+    def diagonal_of_blocks(self) -> Tensor | None:
+        """The diagonal by BackPACK's recursion for all blocks; None if by products."""
+        return diagonal_by_recursion(self, None, by_sample=False)
 
     def diagonal(self, route: str | None = None) -> Tensor:
         """Return the exact diagonal, ``[D]``.
@@ -175,18 +180,28 @@ class HessianBlock(OfRisk):
     self_adjoint = True
 
     def __init__(self, hessian: Hessian, chosen: Sequence[int]) -> None:
-        self.hessian, self._chosen, self.risk = hessian, chosen, hessian.risk
+        self.hessian, self.chosen, self.risk = hessian, chosen, hessian.risk
         size = sum(hessian.risk.sizes[number] for number in chosen)
         super().__init__((size, size), hessian.torch_dtype, hessian.device)
 
     def _multiply(self, X: Tensor) -> Tensor:
-        return self.hessian.multiply_block(self._chosen, X)
+        return self.hessian.multiply_block(self.chosen, X)
 
 
 @diagonal.register
 def diagonal_of_hessian(op: Hessian) -> Tensor:
     """By BackPACK's recursion, or by products."""
     return op.diagonal()
+
+
+@diagonal.register
+def diagonal_of_hessian_block(op: HessianBlock) -> Tensor:
+    """By one recursion for all blocks, or by products with each."""
+    found = op.hessian.diagonal_of_blocks
+    if found is None:
+        return diagonal_of_operator(op)
+    parts = found.split(op.hessian.risk.sizes)
+    return torch.cat([parts[number] for number in op.chosen])
 
 
 # Diagonals --------------------------------------------------------------------------
