@@ -228,12 +228,20 @@ def test_bad_input() -> None:
     vectors = pairs.eigenvectors.clone()
     vectors[0, 1] = torch.nan
     spoiled = vl.Eigenpairs(pairs.eigenvalues, vectors)
+    _, smaller = problem(9, hidden=5)  # as many columns, fewer parameters
+    others = vl.GGN(smaller).eigh(k=3)
     for arguments, error, message in [
         ({"start": G.eigvalsh()}, TypeError, "start: eigenpairs"),
         ({"k": 4, "start": pairs}, ValueError, "k: between 1 and 3"),
         ({"k": 0, "start": pairs}, ValueError, "k: between 1 and 3"),
         ({"k": 2, "start": pairs, "tol": 0.0}, ValueError, "tol: a positive"),
         ({"start": vl.Identity(4).eigh(k=2)}, ValueError, "start: pairs of an"),
+        ({"start": others}, ValueError, "start: pairs of an"),
+        (
+            {"start": vl.GGN(smaller).eigh(start=others)},
+            ValueError,
+            "start: pairs of an",
+        ),
         ({"start": spoiled}, ValueError, "start: holds NaN or Inf"),
     ]:
         with pytest.raises(error, match=message):

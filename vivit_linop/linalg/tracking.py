@@ -111,12 +111,17 @@ class TrackedEigenpairs(Eigenpairs):
         block: Block,
         half_steps: int,
         missing: float,
+        rows: int,
     ) -> None:
         super().__init__(eigenvalues, eigenvectors)
+        self._rows = rows
         self.block, self.half_steps, self.missing = block, half_steps, missing
         self.before: Block | None = None
         self.following = block
         self.route = "tracked"
+
+    def _size(self) -> int:
+        return self._rows
 
     def came_from(self, start: Eigenpairs) -> Self:
         """Guess where the next ones are, from how these lie to those before."""
@@ -138,6 +143,12 @@ def eigenpairs_near_low_rank(
     op: LowRank, k: int, start: Eigenpairs, tol: float
 ) -> Eigenpairs:
     """By half-steps; from nothing if that does not end."""
+    if start._size() != op.shape[0]:
+        raise ValueError(
+            f"start: pairs of an operator with {op.shape[0]} rows, these have vectors "
+            f"with {start._size()} entries. Give those of the same model at other "
+            "parameters."
+        )
     block = beginning(start, op.factor)
     few = block.vectors.shape[1] < min(op.factor.shape)
     if op.scale > 0 and few and op.semidefinite:
@@ -168,12 +179,6 @@ def eigenpairs_near_damped(
 def beginning(start: Eigenpairs, factor: TorchLinearOperator) -> Block:
     """Return the vectors to begin from."""
     vectors = start.eigenvectors
-    if len(vectors) != factor.shape[0]:
-        raise ValueError(
-            f"start: pairs of an operator with {factor.shape[0]} rows, these have "
-            f"vectors with {len(vectors)} entries. Give those of the same model at "
-            "other parameters."
-        )
     if not (vectors.isfinite().all() and start.eigenvalues.isfinite().all()):
         raise ValueError("start: holds NaN or Inf; leave it out to begin anew.")
     own = vectors.to(factor.torch_dtype, copy=True)
@@ -211,6 +216,7 @@ def followed(
     """
     generator = torch.Generator("cpu").manual_seed(0)
     vectors, far = block
+    rows = factor.shape[0]
     for count in range(1, _HALF_STEPS + 1):
         onward = factor if far else factor.T
         image = onward.apply(vectors)
@@ -234,6 +240,7 @@ def followed(
                 Block(vectors, far),
                 half_steps=count,
                 missing=float(rise / largest),
+                rows=rows,
             )
     return None
 
@@ -262,6 +269,7 @@ def followed_on_gram(
                 Block(vectors, far=True),
                 half_steps=2 * count,
                 missing=rise,
+                rows=op.shape[0],
             )
         if not math.isfinite(rise):
             raise NotNear
