@@ -58,6 +58,24 @@ def test_densities() -> None:
             density(kappa=1.0)
 
 
+def test_spectra_of_one_point() -> None:
+    """Iterations end at once, and there is nothing between the ends."""
+    for one, boundaries in (
+        (vl.Identity(9), None),
+        (vl.Diagonal(torch.full((9,), 0.3)), None),
+        (0.0 * vl.Diagonal(torch.linspace(1.0, 2.0, 9)), (0.0, 1.0)),
+        (vl.Diagonal(torch.linspace(1.0, 2.0, 9)), (3.0, None)),
+    ):
+        spectrum = vl.LanczosSpectrum(one, ncv=4, boundaries=boundaries)
+        for density in (spectrum.density, spectrum.log_density):
+            with pytest.raises(ValueError, match=r"^(ncv|boundaries): "):
+                density()
+    negative = vl.LanczosSpectrum(vl.Diagonal(torch.arange(9.0) - 4), 3, (-4.0, 4.0))
+    with pytest.raises(ValueError, match=r"^boundaries: .*not negative"):
+        negative.log_density()
+    assert negative.density()[1].isfinite().all()
+
+
 INF, NAN = float("inf"), float("nan")
 
 

@@ -126,6 +126,11 @@ class LanczosSpectrum:
         check_finite(epsilon, "epsilon")
         if not epsilon > 0.0:
             raise ValueError(f"epsilon: a positive number, got {epsilon!r}.")
+        if any(end is not None and end < 0.0 for end in self._boundaries):
+            raise ValueError(
+                "boundaries: in log_density they are those of |λ|, which is not "
+                f"negative, got {self._boundaries!r}."
+            )
         approximate = _theirs().lanczos_approximate_log_spectrum_from_iter
         return self._mean(approximate, num_repeats, num_points, kappa, margin, epsilon)
 
@@ -192,10 +197,15 @@ class LanczosSpectrum:
         op, (low, high) = self._operator, self._boundaries
         if low is None and isinstance(op, LowRank) and op.semidefinite:
             low = 0.0 if op.factor.shape[1] < op.shape[0] else None
-        return (
-            ritz_values.min().item() if low is None else low,
-            ritz_values.max().item() if high is None else high,
-        )
+        low = ritz_values.min().item() if low is None else low
+        high = ritz_values.max().item() if high is None else high
+        rounding = 100 * torch.finfo(op.torch_dtype).eps * max(abs(low), abs(high))
+        if not high - low > rounding:
+            raise ValueError(
+                f"boundaries: the spectrum is from {low:.6g} to {high:.6g}, which is "
+                "one point. Give boundaries=(lower, higher) around it."
+            )
+        return low, high
 
     def _first(self, num_repeats: int) -> list[Run]:
         """Return that many runs; with random numbers of our own, which go on."""
@@ -226,9 +236,14 @@ class LanczosSpectrum:
             betas.append(rest.norm())
             before, v = v, rest / betas[-1]
         beside = torch.stack(betas[1:-1])
-        values, vectors = torch.linalg.eigh(
-            torch.stack(alphas).diag() + beside.diag(1) + beside.diag(-1)
-        )
+        matrix = torch.stack(alphas).diag() + beside.diag(1) + beside.diag(-1)
+        if not matrix.isfinite().all():  # after a division by zero
+            raise ValueError(
+                f"ncv: iterations end before {self._ncv} vectors: there are fewer "
+                "different eigenvalues, or a product has NaN or Inf. Give a smaller "
+                "ncv, or take eigvalsh."
+            )
+        values, vectors = torch.linalg.eigh(matrix)
         return values, vectors
 
 
