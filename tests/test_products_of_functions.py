@@ -166,6 +166,16 @@ def test_powers_of_large_operators_stay_narrow(columns: list[int]) -> None:
     assert torch.allclose((A @ A).eigh(k=2).eigenvalues, evals[-2:] ** 2)
     assert torch.allclose((A @ S @ A).eigvalsh(), evals**2 / (evals + 1.0))
     assert torch.allclose((S @ S).eigh(k=1).eigenvalues, torch.ones(1, dtype=D64))
+    zeros = torch.zeros(2996, dtype=D64)
+    every = torch.cat([zeros, evals])
+    damped, root = A + vl.Identity(3000), (A + 2 * vl.Identity(3000)).inv().sqrt()
+    for op, expected in (
+        (S @ S, (every + 1.0) ** -2),
+        (damped @ damped @ damped, (every + 1.0) ** 3),
+        (damped @ root @ damped, (every + 1.0) ** 2 * (every + 2.0) ** -0.5),
+        (-2.0 * (S @ S), -2.0 * (every + 1.0) ** -2),
+    ):
+        assert torch.allclose(op.eigvalsh(), expected.sort().values)
     assert max(columns) < 20
 
 

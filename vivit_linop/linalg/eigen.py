@@ -64,6 +64,7 @@ from vivit_linop.operators.verbs import (
     eigh,
     eigvalsh,
     extreme_eigenpairs,
+    same,
     to_dense,
 )
 
@@ -184,7 +185,24 @@ def eigenvalues_of_damped_root(op: DampedRoot) -> Tensor:
 
 @eigvalsh.register
 def eigenvalues_of_product(op: Product) -> Tensor:
-    return eigvalsh(op.reduced_or(no_eigenpairs(op)))
+    """Of functions of one V Vᵀ, products of theirs: each rises or falls with it."""
+    inner = [
+        f.operator
+        for f in op.factors
+        if isinstance(f, (Damped, DampedInverse, DampedRoot, Woodbury))
+        and isinstance(f.operator, LowRank)
+        and f.operator.semidefinite
+    ]
+    one = len(inner) == len(op.factors)
+    if not one or not all(same(A.factor, inner[0].factor) for A in inner):
+        return eigvalsh(op.reduced_or(no_eigenpairs(op)))
+    evals = [eigvalsh(f).flip(0) if _falls(f) else eigvalsh(f) for f in op.factors]
+    return torch.stack(evals).prod(0).sort().values
+
+
+def _falls(op: TorchLinearOperator) -> bool:
+    """Whether an inverse or a root of A + δ I is smaller where A is larger."""
+    return op.inverse if isinstance(op, DampedRoot) else not isinstance(op, Damped)
 
 
 @eigvalsh.register
