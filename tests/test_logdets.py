@@ -85,13 +85,56 @@ def test_bad_dampings() -> None:
     for damping, message in [
         (torch.ones(2, 2), "damping: a finite number"),
         ([1.0, math.nan], "damping: a finite number"),
-        ([1.0, 0.0], "logdet: a damped low-rank operator needs dampings > 0"),
     ]:
         with pytest.raises(ValueError, match=message):
             G.logdet(damping=damping)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="square"):
         G.factor.logdet(damping=1.0)  # type: ignore[attr-defined]
     assert G.logdet(damping=[]).shape == (0,)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("delta", [1e-310, 1e-200, 1e-40, 1e-12, 1e30])
+@pytest.mark.parametrize("size", [1e-30, 1.0, 1e30])
+def test_dampings_of_every_size(size: float, delta: float, dtype: torch.dtype) -> None:
+    """λ/δ need not be a number of the dtype; four of five eigenvalues are zero."""
+    column = torch.full((5, 1), (size / 5.0) ** 0.5, dtype=dtype)
+    eigenvalue = float(column.double().square().sum())
+    expected = math.log(eigenvalue + delta) + 4 * math.log(delta)
+    V = vl.Dense(column)
+    op, unit = V @ V.T, vl.Identity(5)
+    tensor = torch.tensor(delta, dtype=torch.float64, requires_grad=True)
+    for got in (
+        (op + delta * unit).logdet(),
+        op.logdet(damping=delta),
+        *op.logdet(damping=[delta, delta]),
+        (3.0 * op + 3.0 * delta * unit).logdet() - 5 * math.log(3.0),
+        (op + tensor * unit).logdet(),
+    ):
+        assert abs(got.item() - expected) <= 1e2 * torch.finfo(dtype).eps * max(
+            abs(expected), 1.0
+        )
+
+
+@pytest.mark.parametrize("delta", [0.0, -0.5, -1.0, -40.0])
+def test_negative_dampings(delta: float) -> None:
+    """Nodes of low rank have the determinant of a difference too."""
+    generator = torch.Generator().manual_seed(0)
+    for shape in ((6, 2), (6, 9)):
+        V = torch.randn(shape, generator=generator, dtype=torch.float64)
+        A = V @ V.T
+        op, unit = vl.Dense(V) @ vl.Dense(V).T, vl.Identity(6)
+        dense = A + delta * torch.eye(6, dtype=torch.float64)
+        expected = torch.linalg.slogdet(dense).logabsdet
+        if delta == 0.0 and shape[1] < 6:
+            expected = torch.tensor(-math.inf, dtype=torch.float64)
+        for got in (
+            op.logdet(damping=delta),
+            op.logdet(damping=[1.0, delta])[1],
+            (op + delta * unit).logdet(),
+            (-2.0 * op - 2.0 * delta * unit).logdet() - 6 * math.log(2.0),
+        ):
+            torch.testing.assert_close(got, expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)

@@ -74,6 +74,31 @@ def test_closed_forms_come_first() -> None:
     assert isinstance(verbs.solver(A, rtol=1e-3), IterativeInverse)
 
 
+DIFFERENCES = {
+    "G - tau I": lambda G, eye: G - 0.03 * eye,
+    "I - tau G": lambda G, eye: eye - 2.0 * G,
+    "tau I - G": lambda G, eye: 0.03 * eye - G,
+    "G / 2 - tau I": lambda G, eye: G / 2 - 0.03 * eye,
+}
+
+
+@pytest.mark.parametrize("dtype, rtol", [(FLOAT64, 1e-7), (torch.float32, 1e-3)])
+@pytest.mark.parametrize("name", DIFFERENCES)
+def test_less_than_a_multiple_of_the_identity(
+    name: str, dtype: torch.dtype, rtol: float
+) -> None:
+    """Indefinite, and regular: no closed form, but a solution."""
+    of, truth = risk("mlp_ce_mean", dtype), dense("mlp_ce_mean")
+    op = DIFFERENCES[name](vl.GGN(of), vl.Identity(truth.D))
+    A = DIFFERENCES[name](truth.G, torch.eye(truth.D, dtype=FLOAT64))
+    assert torch.linalg.cond(A) < 1e4
+    b = torch.linspace(-1, 1, truth.D, dtype=dtype).cos()
+    found = op.solve(b).double()
+    assert (A @ found - b.double()).norm() <= rtol * b.double().norm()
+    with pytest.raises(TypeError, match=r"^inv: no closed form for a negatively"):
+        op.inv()
+
+
 def test_preconditioners() -> None:
     """The exact inverse as M needs next to no products."""
     D = 60

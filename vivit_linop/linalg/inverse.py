@@ -187,6 +187,8 @@ def damped_inverse_of_diagonal(op: Diagonal | Identity | Damped, damping: Scalar
 @damped_inv.register
 def damped_inverse_of_low_rank(op: LowRank, damping: Scalar) -> Op:
     """By a factor of the small side; by iteration, if processes share one too large."""
+    if damping < 0.0:
+        raise no_inverse(op, "a negatively damped ")
     try:
         return Woodbury(op, damping)
     except MemoryError:

@@ -32,8 +32,8 @@ from vivit_linop.operators.verbs import (
     logdet,
 )
 
-# What eigenvalues are multiplied by in float64: in float32 the result may be infinite.
-_LARGE = 1e16
+# Eigenvalues are multiplied by no more in float32, in float64: they may be infinite.
+_LARGE, _VERY_LARGE = 1e6, 1e250
 
 
 @logdet.register
@@ -145,15 +145,12 @@ def damped_logdet_of_operator(op: TorchLinearOperator, damping: Scalar) -> Tenso
 def damped_logdet_of_low_rank(op: LowRank, damping: Scalar) -> Tensor:
     """D log δ + logdet(I + K/δ) (Sylvester's determinant identity)."""
     if not damping > 0.0:
-        raise ValueError(
-            f"logdet: a damped low-rank operator needs damping > 0, got {damping}."
-        )
+        return damped_logdet_of_operator(op, damping)
     evals, ratio = op.nonnegative_eigenvalues, op.scale / damping
     if ratio > _LARGE:
-        if isinstance(damping, Tensor):
-            ratio = op.scale / damping.double()
-        large = (evals.double() * ratio).log1p().sum().to(evals)
-        return plus(large, op.shape[0] * log_abs(damping))
+        delta = damping.double() if isinstance(damping, Tensor) else damping
+        logs = (op.scale * evals.double() + delta).log()
+        return plus(logs.sum(), (op.shape[0] - len(evals)) * log_abs(delta)).to(evals)
     return plus(times(evals, ratio).log1p_().sum(), op.shape[0] * log_abs(damping))
 
 
@@ -166,13 +163,11 @@ def damped_logdets_of_operator(op: TorchLinearOperator, dampings: Tensor) -> Ten
 
 @damped_logdets.register
 def damped_logdets_of_low_rank(op: LowRank, dampings: Tensor) -> Tensor:
-    """As of one damping, in one go; in float64, which holds λ/δ of every δ."""
-    if not (dampings > 0.0).all():
-        raise ValueError(
-            "logdet: a damped low-rank operator needs dampings > 0, the least is "
-            f"{dampings.min():.3g}."
-        )
-    ratios = op.nonnegative_eigenvalues.double() * (op.scale / dampings).unsqueeze(1)
+    """As of one damping, in one go; in float64, which holds λ/δ of nearly every δ."""
+    ratios = op.scale / dampings
+    if not ((dampings > 0.0) & (ratios < _VERY_LARGE)).all():
+        return damped_logdets_of_operator(op, dampings)
+    ratios = op.nonnegative_eigenvalues.double() * ratios.unsqueeze(1)
     return torch.log1p(ratios).sum(1) + op.shape[0] * dampings.log()
 
 
