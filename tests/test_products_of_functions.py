@@ -127,6 +127,36 @@ def test_diagonals_of_products_are_as_narrow_as_their_factors(
         assert max(columns) < op.shape[0]
 
 
+@pytest.mark.parametrize("kind", ["inverse", "root", "low rank", "diagonal"])
+def test_norms_of_square_sandwiches(kind: str) -> None:
+    """tr(AᵀS B BᵀS A): what has the form of a sandwich again has a diagonal."""
+    generator = torch.Generator().manual_seed(0)
+    V, A, B = (torch.randn(6, k, generator=generator, dtype=D64) for k in (3, 6, 6))
+    node, unit = vl.Dense(V), torch.eye(6, dtype=D64)
+    G, damped = node @ node.T, node @ node.T + 0.4 * vl.Identity(6)
+    p = torch.linspace(1, 2, 6, dtype=D64)
+    S: vl.TorchLinearOperator = {
+        "inverse": damped.inv,
+        "root": damped.sqrt,
+        "low rank": lambda: G,
+        "diagonal": lambda: vl.Diagonal(p),
+    }[kind]()
+    evals, evecs = torch.linalg.eigh(V @ V.T + 0.4 * unit)
+    dense = {
+        "inverse": torch.linalg.inv(V @ V.T + 0.4 * unit),
+        "root": evecs * evals.sqrt() @ evecs.T,
+        "low rank": V @ V.T,
+        "diagonal": p.diag(),
+    }[kind]
+    op, matrix = vl.Dense(A).T @ S @ vl.Dense(B), A.T @ dense @ B
+    for found in ((op.T @ op).trace(), (op @ op.T).trace()):
+        torch.testing.assert_close(found, matrix.square().sum())
+    torch.testing.assert_close((op @ op).trace(), (matrix @ matrix).trace())
+    torch.testing.assert_close(
+        (op @ op.T @ op).trace(), (matrix @ matrix.T @ matrix).trace()
+    )
+
+
 MIRRORED: dict[str, Expression] = {
     "G G": lambda o: o["G"] @ o["G"],
     "G³": lambda o: o["G"] @ o["G"] @ o["G"],

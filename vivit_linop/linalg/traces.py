@@ -109,7 +109,9 @@ def trace_of_sum(op: Sum) -> Tensor:
 def trace_of_product(op: Product) -> Tensor:
     """On the small side of a factor; the effective dimension tr(G (G + δ I)⁻¹) too."""
     factors = op.factors
-    if len(factors) == 1 or any(f.shape != op.shape for f in factors):
+    # Sandwiches have diagonals of their own.
+    plain = type(op) is Product and len(factors) > 1
+    if not plain or any(f.shape != op.shape for f in factors):
         return trace_of_operator(op)
     if (found := _in_eigenbasis(op)) is not None:
         return found
