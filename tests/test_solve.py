@@ -99,6 +99,47 @@ def test_less_than_a_multiple_of_the_identity(
         op.inv()
 
 
+@pytest.mark.parametrize("dtype", [FLOAT64, torch.float32])
+@pytest.mark.parametrize("size", [1e-25, 1e-8, 1.0, 1e25])
+@pytest.mark.parametrize("length", [1e-25, 1.0, 1e10])
+@pytest.mark.parametrize("kind", ["indefinite", "definite", "unsymmetric"])
+def test_iterations_know_no_units(
+    kind: str, length: float, size: float, dtype: torch.dtype
+) -> None:
+    if not 1e-30 < length / size < 1e30 and dtype == torch.float32:
+        pytest.skip("the solution is no number of that precision")
+    A = torch.randn(6, 6, generator=torch.Generator().manual_seed(0), dtype=FLOAT64)
+    unit = torch.eye(6, dtype=FLOAT64)
+    A = {
+        "indefinite": A + A.T,
+        "definite": A @ A.T + unit,
+        "unsymmetric": A + 3 * unit,
+    }[kind]
+
+    class Product(vl.TorchLinearOperator):
+        self_adjoint = kind != "unsymmetric"
+
+        def _multiply(self, X: Tensor) -> Tensor:
+            return (size * A).to(dtype) @ X
+
+    b = torch.linspace(1, 2, 6, dtype=FLOAT64)
+    found = Product((6, 6), dtype).solve((length * b).to(dtype)).double()
+    exact = torch.linalg.solve(A, b)
+    error = found / length * size - exact
+    assert error.norm() <= 1e2 * torch.finfo(dtype).eps ** 0.5 * exact.norm()
+
+
+def test_operators_that_take_the_dtype_of_a_vector() -> None:
+    """The residual is one that its precision reaches."""
+    op = vl.RandomProjection(3, 3, seed=3) + vl.Identity(3)
+    for dtype, rtol in ((FLOAT64, 1e-7), (torch.float32, 1e-6)):
+        b = torch.tensor([1.0, 2.0, 3.0], dtype=dtype)
+        found = op.solve(b)
+        assert found.dtype == dtype
+        residual = op.to_dense() @ found.double() - b.double()
+        assert residual.norm() <= rtol * b.norm()
+
+
 def test_preconditioners() -> None:
     """The exact inverse as M needs next to no products."""
     D = 60

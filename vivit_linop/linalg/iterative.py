@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from functools import reduce, singledispatch
 from typing import Any
@@ -17,7 +18,7 @@ from vivit_linop.operators.base import TorchLinearOperator
 from vivit_linop.operators.damped import Damped, DampedInverse
 from vivit_linop.operators.damped_solver import needs_refinement
 from vivit_linop.operators.dispatch import NoClosedForm
-from vivit_linop.operators.elementary import Diagonal, Sum
+from vivit_linop.operators.elementary import Diagonal, Scaled, Sum
 from vivit_linop.operators.kronecker import BlockDiagonal
 from vivit_linop.operators.lowrank import Woodbury
 from vivit_linop.operators.verbs import add, damp, eigvalsh, inv, scale, solver
@@ -92,12 +93,24 @@ class IterativeInverse(TorchLinearOperator):
         return self._solved(X, self.operator.T, M)
 
     def _solved(self, X: Tensor, A: TorchLinearOperator, M: Any) -> Tensor:
-        columns = [self._column(x, A, M) for x in X.detach().cpu().numpy().T]
+        B = X.detach().to("cpu", self.torch_dtype).numpy()
+        columns = [self._column(b, A, M) for b in B.T]
         return torch.as_tensor(np.stack(columns, axis=1)).to(X)
 
     def _column(self, b: np.ndarray, A: TorchLinearOperator, M: Any) -> np.ndarray:
+        """Solve for a vector and an operator of size one: SciPy's know eps alone."""
         if not b.any():
             return np.zeros_like(b)
+        largest = np.abs(b).max()
+        b = b / largest
+        size = float(np.abs(A @ b).max()) if M is None else 1.0
+        if np.finfo(b.dtype).tiny < size < math.inf:
+            A = Scaled(1.0 / size, A)
+        else:
+            size = 1.0
+        return self._of_size_one(b, A, M) / size * largest
+
+    def _of_size_one(self, b: np.ndarray, A: TorchLinearOperator, M: Any) -> np.ndarray:
         if not self.self_adjoint:
             return self._refined(b, A, lambda r, tol: _gmres(A, r, tol, M))
         try:
