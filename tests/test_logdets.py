@@ -9,6 +9,7 @@ from torch import Tensor, nn
 import vivit_linop as vl
 from tests.operator_market import MARKET, build
 from vivit_linop.linalg.logdets import plus, times
+from vivit_linop.operators import Gram
 
 TAUS = torch.tensor([0.25, 3.0, 40.0], dtype=torch.float64)
 
@@ -114,6 +115,27 @@ def test_dampings_of_every_size(size: float, delta: float, dtype: torch.dtype) -
         assert abs(got.item() - expected) <= 1e2 * torch.finfo(dtype).eps * max(
             abs(expected), 1.0
         )
+
+
+def test_matrices_that_are_not_symmetric() -> None:
+    """Transposes, inverses and restrictions of matrices are damped as these are."""
+    A = torch.randn(5, 5, generator=torch.Generator().manual_seed(0)).double()
+    dense, index = vl.Dense(A), torch.tensor([3, 0, 1])
+    hidden = vl.from_scipy(A.numpy()).restrict(index)
+    for op, matrix in (
+        (dense.T, A.T),
+        (dense.inv(), torch.linalg.inv(A)),
+        (dense.inv().T, torch.linalg.inv(A).T),
+        (hidden, A[index][:, index]),
+        (Gram(vl.Dense(A[:, :3]), vl.Dense(A[:, 2:])), A[:, :3].T @ A[:, 2:]),
+    ):
+        torch.testing.assert_close(op.logdet(damping=TAUS), damped_logdets(matrix))
+        unit = torch.eye(len(matrix), dtype=torch.float64)
+        for delta in (0.3, -0.7):
+            damped = op + delta * vl.Identity(len(matrix))
+            exact = torch.linalg.inv(matrix + delta * unit)
+            torch.testing.assert_close(damped.inv().to_dense(), exact)
+            torch.testing.assert_close(damped.logdet(), -torch.linalg.slogdet(exact)[1])
 
 
 @pytest.mark.parametrize("delta", [0.0, -0.5, -1.0, -40.0])

@@ -212,6 +212,11 @@ def damped_inverse_of_inverse(op: Woodbury | DampedInverse, damping: Scalar) -> 
 
 
 @damped_inv.register
+def damped_inverse_of_adjoint(op: Adjoint, damping: Scalar) -> Op:
+    return adjoint(inv(damp(op.parent, damping)))
+
+
+@damped_inv.register
 def damped_inverse_of_matrix(
     op: DenseInverse | Gram | Restricted, damping: Scalar
 ) -> Op:

@@ -22,7 +22,8 @@ from vivit_linop.operators.elementary import (
     as_dense,
 )
 from vivit_linop.operators.kronecker import BlockDiagonal, CorrectedKronecker, Kronecker
-from vivit_linop.operators.lowrank import DampedRoot, LowRank, Woodbury
+from vivit_linop.operators.lowrank import DampedRoot, Gram, LowRank, Woodbury
+from vivit_linop.operators.parts import Restricted
 from vivit_linop.operators.symmetric import without_noise
 from vivit_linop.operators.verbs import (
     damp,
@@ -184,6 +185,21 @@ def damped_logdet_of_scaled(op: Scaled, damping: Scalar) -> Tensor:
         inner = logdet(damp(op.operator, damping / op.factor))
         return plus(inner, op.shape[0] * log_abs(op.factor))
     return damped_logdet_of_operator(op, damping)
+
+
+@damped_logdet.register
+def damped_logdet_of_adjoint(op: Adjoint, damping: Scalar) -> Tensor:
+    return logdet(damp(op.parent, damping))
+
+
+@damped_logdet.register
+def damped_logdet_of_matrix(
+    op: DenseInverse | Gram | Restricted, damping: Scalar
+) -> Tensor:
+    """By eigenvalues where these are kept."""
+    if isinstance(op, Gram) and op.self_adjoint:
+        return damped_logdet_of_operator(op, damping)
+    return damped_logdet(as_dense(op), damping)
 
 
 @damped_logdet.register
