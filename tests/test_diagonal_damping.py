@@ -277,3 +277,24 @@ def test_what_all_entries_have_counts_where_it_is_small(dtype, least):
     assert float(op.logdet()) == pytest.approx(float(expected), rel=1e-5)
     R, size = op.sqrt().to_dense().double(), matrix.norm()
     assert (R @ R.T - matrix).norm() <= 10 * torch.finfo(dtype).eps * size
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("size", [1e-22, 1e22])
+def test_inverses_of_very_small_and_large_operators(
+    size: float, dtype: torch.dtype
+) -> None:
+    """Squares of what the Gram matrix holds need not be numbers."""
+    V = torch.randn(6, 3, generator=torch.Generator().manual_seed(0), dtype=dtype)
+    exact = V.double() @ V.double().T + torch.diag(torch.linspace(1, 2, 6).double())
+    entries = (size * torch.linspace(1, 2, 6).double()).to(dtype)
+    factor = vl.Dense(V)
+    large = vl.Dense((size**0.5 * V.double()).to(dtype))
+    for low_rank in (size * (factor @ factor.T), large @ large.T):
+        found = (low_rank + vl.Diagonal(entries)).inv().to_dense().double() * size
+        torch.testing.assert_close(
+            found,
+            torch.linalg.inv(exact),
+            rtol=1e-4,
+            atol=1e-4 if dtype == torch.float32 else 1e-9,
+        )

@@ -38,7 +38,8 @@ class DampedSolver:
         self, matrix: Tensor, scale: float, damping: float, pairs: Pairs | None = None
     ) -> None:
         self._matrix, self._scale, self._damping = matrix, scale, damping
-        self.norm = scale * torch.linalg.matrix_norm(matrix).item()
+        norm = torch.linalg.vector_norm(matrix, dtype=torch.float64)
+        self.norm = scale * norm.item()
         self._pairs = pairs
         if pairs is None:
             self._cholesky = self._factorised()
@@ -52,8 +53,8 @@ class DampedSolver:
         """Return (c A + δ I)⁻¹ times columns ``[n, K]``."""
         solution = self._once(columns)
         if self.refines and self._matrix.dtype != torch.float64:
-            image = self._matrix @ solution
-            residual = columns - self._scale * image - self._damping * solution
+            image = self._matrix @ (self._scale * solution)
+            residual = columns - image - self._damping * solution
             solution = solution + self._once(residual)
         return solution
 

@@ -447,12 +447,12 @@ class Woodbury(TorchLinearOperator):
             return self.solve_small(self.operator.ranks.agreed(X))
         scale, V = self.operator.scale, self.operator.factor
         inner = self.solve_small(V.T.apply(X))
-        outer = V.apply(inner).mul_(-scale).add_(X)
+        outer = V.apply(-scale * inner).add_(X)
         # Of nearly equal terms the difference has lost digits in the range of V. There
         # Vᵀ(x − c V y) = δ y must hold, and one step of refinement brings them back.
         if self.refines:
             residual = V.T.apply(outer) - self.damping * inner
-            outer -= V.apply(self.solve_small(residual)).mul_(scale)
+            outer -= V.apply(scale * self.solve_small(residual))
         return outer.div_(self.damping)
 
 
