@@ -157,6 +157,24 @@ def test_norms_of_square_sandwiches(kind: str) -> None:
     )
 
 
+def test_traces_of_high_powers(columns: list[int]) -> None:
+    """A power of a sum has exponentially many terms."""
+    A = torch.randn(5, 5, generator=torch.Generator().manual_seed(0)).double() / 5
+    op, unit = vl.from_scipy(A.numpy()), torch.eye(5, dtype=D64)
+    damped, added = op + vl.Identity(5), op + vl.from_scipy((A @ A).numpy())
+    for power, exponent, matrix in (
+        (damped, 40, A + unit),
+        (added, 40, A + A @ A),
+        (damped @ added, 20, (A + unit) @ (A + A @ A)),
+    ):
+        exact = torch.linalg.matrix_power(matrix, exponent).trace()
+        columns.clear()
+        torch.testing.assert_close((power**exponent).trace(), exact)
+        assert len(columns) <= 6 * exponent
+    exact = torch.linalg.matrix_power(A + unit, 80)
+    torch.testing.assert_close((damped**80 - op).trace(), (exact - A).trace())
+
+
 MIRRORED: dict[str, Expression] = {
     "G G": lambda o: o["G"] @ o["G"],
     "G³": lambda o: o["G"] @ o["G"] @ o["G"],

@@ -9,12 +9,14 @@ and all that is left to do with D rows is tr(B) and the products of B with V.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import reduce
+from itertools import islice
 
 import torch
 from torch import Tensor
 
+from vivit_linop.arguments import Scalar
 from vivit_linop.linalg.reductions import narrowest_form, narrowest_low_rank
 from vivit_linop.operators.base import TorchLinearOperator
 from vivit_linop.operators.damped import Damped, DampedInverse
@@ -38,6 +40,9 @@ from vivit_linop.operators.verbs import (
     to_dense,
     trace,
 )
+
+# Products of sums of more terms have a diagonal that takes less.
+_MOST_TERMS = 32
 
 
 @trace.register
@@ -249,31 +254,40 @@ def _by_columns(op: Product) -> Tensor | None:
 def _trace_by_terms(op: Product) -> Tensor:
     """The sum of the traces of all terms of a product of sums.
 
-    Where these cancel to less than half of the digits, by the diagonal.
+    Where these cancel to less than half of the digits, or are many, by the diagonal.
     """
-    terms = torch.stack(_traces(op))
-    total, size = terms.sum(), terms.detach().abs().sum()
-    if total.detach().abs() >= torch.finfo(terms.dtype).eps ** 0.5 * size:
+    terms = [*islice(_terms(op), _MOST_TERMS + 1)]
+    if len(terms) > _MOST_TERMS:
+        return trace_of_operator(op)
+    traces = torch.stack([weight * trace(term) for weight, term in terms])
+    total, size = traces.sum(), traces.detach().abs().sum()
+    if total.detach().abs() >= torch.finfo(traces.dtype).eps ** 0.5 * size:
         return total
     return trace_of_operator(op)
 
 
-def _traces(op: TorchLinearOperator) -> list[Tensor]:
-    """tr(A B) and δ tr(B), tr(A₁ B) and tr(A₂ B); terms of B are others."""
+def _terms(op: TorchLinearOperator) -> Iterator[tuple[Scalar, TorchLinearOperator]]:
+    """A B and δ times B, A₁ B and A₂ B, whose traces add up; terms of B are others."""
     if isinstance(op, Sum):
-        return [found for term in op.terms for found in _traces(term)]
+        for term in op.terms:
+            yield from _terms(term)
+        return
     if not isinstance(op, Product) or any(f.shape != op.shape for f in op.factors):
-        return [trace(op)]
+        yield 1.0, op
+        return
     for at, factor in enumerate(op.factors):
         if not isinstance(factor, (Damped, Sum)):
             continue
         rest = reduce(matmul, _after(op, at))
         if isinstance(factor, Damped):
-            damped = [factor.damping * found for found in _traces(rest)]
-            return [*_traces(matmul(factor.operator, rest)), *damped]
-        parts = [_traces(matmul(term, rest)) for term in factor.terms]
-        return [found for part in parts for found in part]
-    return [trace(op)]
+            yield from _terms(matmul(factor.operator, rest))
+            for weight, term in _terms(rest):
+                yield factor.damping * weight, term
+        else:
+            for term in factor.terms:
+                yield from _terms(matmul(term, rest))
+        return
+    yield 1.0, op
 
 
 def _after(op: Product, at: int) -> tuple[TorchLinearOperator, ...]:
