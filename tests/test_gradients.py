@@ -426,3 +426,38 @@ def test_tangents_that_would_be_lost_are_refused(name, of, truth):
         dual = forward_ad.make_dual(entries, entries.cos())
         with pytest.raises(refusals, match=r"tangent|forward mode"):
             of(vl.Diagonal(dual))
+
+
+INSIDE = {
+    "S B": lambda S, B, F: S @ B,
+    "B S": lambda S, B, F: B @ S,
+    "S F": lambda S, B, F: S @ F,
+    "B S B": lambda S, B, F: B.T @ S @ B,
+    "S B S": lambda S, B, F: S @ B @ S,
+    "S S": lambda S, B, F: S @ S,
+}
+READ = {
+    "trace": lambda A: A.trace(),
+    "diagonal": lambda A: A.diagonal() @ torch.linspace(1, 2, 6, dtype=torch.float64),
+    "norm": lambda A: (A.T @ A).trace(),
+}
+
+
+@pytest.mark.parametrize("read", READ)
+@pytest.mark.parametrize("name", INSIDE)
+def test_priors_inside_of_products(name: str, read: str) -> None:
+    """Derivatives in the entries of P, of (c V Vᵀ + P)⁻¹ among other factors."""
+    generator = torch.Generator().manual_seed(0)
+    V, W, B = (
+        torch.randn(6, k, generator=generator, dtype=torch.float64) for k in (2, 3, 6)
+    )
+    p = torch.linspace(0.5, 2, 6, dtype=torch.float64).requires_grad_()
+    low_rank, other = vl.Dense(V), vl.Dense(W)
+    S = (low_rank @ low_rank.T + vl.Diagonal(p)).inv()
+    exact = torch.linalg.inv(V @ V.T + p.diag())
+    found = READ[read](INSIDE[name](S, vl.Dense(B), other @ other.T))
+    expected = READ[read](INSIDE[name](exact, B, W @ W.T))
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(
+        *(torch.autograd.grad(x, p)[0] for x in (found, expected))
+    )

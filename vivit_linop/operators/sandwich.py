@@ -181,9 +181,9 @@ def form_of_diagonal(op: Diagonal) -> LowRankForm:
 
 @low_rank_form.register
 def form_of_diagonal_woodbury(op: DiagonalWoodbury) -> LowRankForm | None:
-    """P⁻¹ − P⁻¹ V c (I + c VᵀP⁻¹V)⁻¹ VᵀP⁻¹."""
+    """P⁻¹ − P⁻¹ V c (I + c VᵀP⁻¹V)⁻¹ VᵀP⁻¹; derivatives in P take products."""
     form = form_of_woodbury(op.woodbury)
-    if form is None:
+    if form is None or op.requires_grad:
         return None
     V, weights = op.operator.low_rank.factor, op.weights.square()
     return replace(form, factor=V, weights=weights)
