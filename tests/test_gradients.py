@@ -461,3 +461,18 @@ def test_priors_inside_of_products(name: str, read: str) -> None:
     torch.testing.assert_close(
         *(torch.autograd.grad(x, p)[0] for x in (found, expected))
     )
+
+
+@pytest.mark.parametrize("shape", [(5, 5), (7, 4), (4, 7)])
+def test_pseudoinverses_of_products(shape: tuple[int, int]) -> None:
+    """Of a condition of 1e4 they have derivatives, as those of the matrix."""
+    draw = Draw(FLOAT64)
+    rank = min(shape)
+    left, right = (torch.linalg.qr(draw(n, rank)).Q for n in shape)
+    A = ((left * torch.logspace(0, -4, rank, dtype=FLOAT64)) @ right.T).requires_grad_()
+    B, weights = vl.from_scipy(draw.definite(shape[1]).numpy()), draw(*shape[::-1])
+    expected = torch.linalg.pinv(A @ B.to_dense())
+    found = (vl.Dense(A) @ B).pinv().to_dense()
+    assert (found - expected).norm() <= 1e-8 * expected.norm()
+    both = [torch.autograd.grad((x * weights).sum(), A)[0] for x in (found, expected)]
+    assert (both[0] - both[1]).norm() <= 1e-5 * both[1].norm()

@@ -298,6 +298,8 @@ def pinv_of_operator(op: TorchLinearOperator, rcond: float | None = None) -> Op:
     """By eigenpairs of A, or A⁺ = (AᵀA)⁺ Aᵀ = Aᵀ (A Aᵀ)⁺ on the smaller side."""
     if op.self_adjoint:
         return _of_eigenpairs(op, rcond)
+    if op.requires_grad:  # derivatives of squares lose most digits
+        return pinv(as_dense(op), rcond)
     tall = op.shape[0] >= op.shape[1]
     factor = op if tall else adjoint(op)
     # The eigenvalues of the Gram matrix are the squares of the singular values.
