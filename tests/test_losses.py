@@ -175,6 +175,26 @@ def test_options_that_only_a_function_has() -> None:
     torch.testing.assert_close(risk.value(), loss(net(X), y).detach())
 
 
+@pytest.mark.parametrize("loss", [nn.NLLLoss(), nn.NLLLoss(WEIGHTS.float())])
+@pytest.mark.parametrize("more", [0.0, 1e-4])
+def test_log_probabilities_that_sum_to_one_in_a_few_digits(
+    loss: nn.NLLLoss, more: float
+) -> None:
+    """Their value is torch's, and derivatives are those of the probabilities."""
+    net, X, y = nn.Linear(4, 3), cases.features(4, 4).float(), LABELS
+
+    def log_probabilities(net: nn.Module, X: Tensor) -> Tensor:
+        return (net(X).softmax(1) + more).log()
+
+    risk = vl.EmpiricalRisk(net, loss, (X, y), predict=log_probabilities)
+    value = loss(log_probabilities(net, X), y)
+    torch.testing.assert_close(risk.value(), value.detach(), rtol=1e-6, atol=0.0)
+    gradient = torch.autograd.grad(value, list(net.parameters()))
+    torch.testing.assert_close(risk.gradient(), risk.flatten(gradient))
+    U = vl.PerSampleGradients(risk).to_dense()
+    torch.testing.assert_close(U.mean(1), risk.flatten(gradient), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("loss", "last", "signs"),
     [

@@ -136,7 +136,8 @@ def checked_outputs(
         check_finite(model.params, "params")
         bad = ~output.reshape(len(output), -1).isfinite().all(1)
         raise ValueError(
-            f"{where} returned NaN or Inf for sample {int(bad.nonzero()[0])}."
+            f"{where} returned NaN or Inf for sample {int(bad.nonzero()[0])}. What is "
+            "masked may be a large number, such as -1e9."
         )
     serves = run.record is not None and not (writes or drawn or changed)
     return Checked(output, run.graph_bytes, run if serves else None)
