@@ -124,7 +124,7 @@ NUMBER = 1.0
 
 def of_a_number(kind: str, numbers: dict[str, float], listed: list[float]) -> Any:
     """A loss with factors that stand around it."""
-    number = listed[0]
+    number, array = listed[0], np.ones(1)
 
     def factor() -> float:
         return number
@@ -144,11 +144,18 @@ def of_a_number(kind: str, numbers: dict[str, float], listed: list[float]) -> An
         "default": squares,
         "partial": functools.partial(lambda s, o, t: s[0] * squares(o, t), listed),
         "by functions": vl.Loss(lambda o, t: numbers["scale"] * o.square().sum(1)),
+        "array": lambda o, t: float(array[0]) * o.square().sum(1).mean(),
+        "array as a tensor": lambda o, t: (
+            torch.from_numpy(array)[0] * o.square().sum(1).mean()
+        ),
+        "array of a partial": functools.partial(
+            lambda a, o, t: float(a[0]) * o.square().sum(1).mean(), array
+        ),
     }
 
     def changed() -> None:
         nonlocal number
-        number = numbers["scale"] = listed[0] = 3.0
+        number = numbers["scale"] = listed[0] = array[0] = 3.0
 
     return made[kind], changed
 
@@ -158,6 +165,7 @@ def of_a_number(kind: str, numbers: dict[str, float], listed: list[float]) -> An
     [
         *("number", "mapping", "list", "global mapping", "global number"),
         *("helper", "default", "partial", "by functions"),
+        *("array", "array as a tensor", "array of a partial"),
     ],
 )
 def test_numbers_around_a_loss_stay(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -224,26 +232,44 @@ def test_global_numbers_that_a_named_loss_reads_must_stay(
             ask()
 
 
+@pytest.mark.parametrize("kind", ["module", "function", "traced"])
+def test_losses_that_torch_has_compiled(kind: str) -> None:
+    def squares(output: Tensor, y: Tensor) -> Tensor:
+        return (output - y).square().mean()
+
+    net, (X, _) = toy()
+    y = torch.linspace(-1, 1, 24, dtype=torch.float64).reshape(6, 4)
+    loss = {
+        "module": lambda: torch.jit.script(nn.MSELoss()),
+        "function": lambda: torch.jit.script(squares),
+        "traced": lambda: torch.jit.trace(squares, (y, y), check_trace=False),
+    }[kind]()
+    risk = vl.EmpiricalRisk(net, loss, (X, y), reduction="mean")
+    plain = vl.EmpiricalRisk(net, nn.MSELoss(), (X, y))
+    for found, expected in zip(results(risk), results(plain), strict=True):
+        torch.testing.assert_close(found, expected)
+
+
 class Holder:
     """No module."""
 
-    def __init__(self, scale: Tensor) -> None:
-        self.scale = scale
+    def __init__(self, scale: Tensor, array: Any = None) -> None:
+        self.scale, self.array = scale, array
 
 
 @pytest.mark.parametrize("kind", ["tensor", "with grad", "array", "as_tensor"])
 def test_what_cannot_be_copied_must_not_change(kind: str) -> None:
     net, data = toy()
     array = np.zeros(1)
-    holder = Holder(torch.from_numpy(array))
+    holder = Holder(torch.from_numpy(array), array)
     holder.scale.requires_grad_(kind == "with grad")
 
     def loss(output: Tensor, y: Tensor) -> Tensor:
         scale = holder.scale
         if kind == "array":
-            scale = torch.from_numpy(array)
+            scale = torch.from_numpy(holder.array)
         elif kind == "as_tensor":
-            scale = torch.as_tensor(array)
+            scale = torch.as_tensor(holder.array)
         return F.cross_entropy(scale.exp() * output, y)
 
     risk = vl.EmpiricalRisk(net, loss, data, reduction="mean")

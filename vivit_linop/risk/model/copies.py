@@ -5,8 +5,8 @@ tensors in their place: its parameters, tangents, columns. So it runs on copies.
 is shallow, of each module once, however many ways lead to it; tensors are replaced
 wherever they are kept, by identity: in slots, in the flat weights of an RNN, in plain
 lists. What leads to modules is rebuilt to lead to their copies: containers, bound
-methods, ``functools.partial`` and closures. All else (locks, loggers, arrays) is shared
-with the original and never copied.
+methods, ``functools.partial`` and closures. All else (locks, loggers, arrays but for
+those of a loss) is shared with the original and never copied.
 
 Not followed are objects of other classes and global variables of methods. Whoever runs
 a copy sees whether tensors of the original are used
@@ -27,6 +27,7 @@ from functools import singledispatch
 from operator import attrgetter
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
@@ -53,9 +54,12 @@ FUNCTIONS = (
     types.MethodType,
     types.BuiltinMethodType,
     functools.partial,
+    torch.jit.ScriptFunction,
 )
 # Of the global variables of each function.
 _OF_MODULES = "__builtins__", "__name__", "__package__"
+# What belongs to a loss, and what it may read by a name.
+_STAY = (Tensor, np.ndarray)
 _NUMBERS = (bool, int, float, complex, str)
 _MISSING = object()
 _NONE: Mapping[int, Any] = types.MappingProxyType({})
@@ -79,7 +83,7 @@ class Copies:
         other: What becomes of other tensors.
         frozen: Whether a function is rebuilt also if it leads to tensors only, or if
             it is no function of a module of Python, to which it has a name: with the
-            numbers that variables around it have now.
+            numbers and arrays that variables around it have now.
         plans: How some modules are copied, by their identity.
 
     Attributes:
@@ -152,7 +156,7 @@ class Copies:
             seen.add(id(item))
             if isinstance(item, nn.Module) or id(item) in self.known:
                 return True
-            if self.frozen and (isinstance(item, Tensor) or is_local(item)):
+            if self.frozen and (isinstance(item, _STAY) or is_local(item)):
                 return True
             parts = parts_of(item)
             todo += [*parts, *parts.values()]
@@ -177,6 +181,14 @@ def _mark(new: Tensor, tensor: Tensor) -> None:
     """Give what stands for a tensor the attributes that others have set on it."""
     if new is not tensor:
         vars(new).update(vars(tensor) | vars(new))
+
+
+@_copy.register
+def _copy_array(value: np.ndarray, copies: Copies) -> Any:
+    # Not what lies in a file.
+    if not copies.frozen or type(value) is not np.ndarray:
+        return value
+    return copies.remember(value, value.copy())
 
 
 @_copy.register
@@ -381,7 +393,8 @@ def _copy_function(value: types.FunctionType, copies: Copies) -> Any:
     used = {n: m for n, m in _globals(value).items() if copies.leads_somewhere(m)}
     if copies.frozen and is_local(value):
         named = {n: space[n] for n in _names(value) if n in space}
-        used |= {n: m for n, m in named.items() if isinstance(m, (dict, list, set))}
+        kinds = (dict, list, set, np.ndarray)
+        used |= {n: m for n, m in named.items() if isinstance(m, kinds)}
         space = {n: space[n] for n in _OF_MODULES if n in space} | named
     elif used:
         space = dict(space)
@@ -484,7 +497,9 @@ def numbers_read(called: Any) -> tuple[Any, dict[str, Any]]:
     """
     while isinstance(called, functools.partial):
         called = called.func
-    function = type(called).forward if isinstance(called, nn.Module) else called
+    function = called
+    if isinstance(called, nn.Module):  # compiled by torch.jit, classes have none
+        function = getattr(type(called), "forward", None)
     if not isinstance(function, types.FunctionType):
         return {}, {}
     names: dict[str, set[str]] = {"LOAD_GLOBAL": set(), "STORE_GLOBAL": set()}
