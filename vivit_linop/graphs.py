@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import re
-import threading
-import warnings
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from typing import Any
@@ -16,6 +11,8 @@ from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import GradientEdge, Node
 from torch.func import vmap
+
+from vivit_linop.warned import ignoring
 
 # What a net calls before it can put a hook into its graph.
 _GRAD_FN: Any = Tensor.grad_fn
@@ -63,33 +60,6 @@ def gradients(
         outputs, inputs, cotangents, materialize_grads=True, **options
     )
     return [g if g.layout == torch.strided else g.to_dense() for g in found]
-
-
-_FILTERING, _ignored = threading.RLock(), Counter[Any]()
-
-
-@contextlib.contextmanager
-def ignoring(message: str = "", kind: type[Warning] = Warning) -> Iterator[None]:
-    """Ignore warnings of a kind that begin so, in all threads while one is inside.
-
-    Where two threads overlap, ``warnings.catch_warnings`` leaves the filters of one.
-    """
-    entry = "ignore", re.compile(message, re.I) if message else None, kind, None, 0
-    with _FILTERING:
-        if not _ignored[entry]:
-            filters: Any = warnings.filters
-            filters.insert(0, entry)
-        _ignored[entry] += 1
-    try:
-        yield
-    finally:
-        with _FILTERING:
-            _ignored[entry] -= 1
-            if not _ignored[entry]:
-                filters = warnings.filters
-                # Another thread may have put others in the place of all.
-                with contextlib.suppress(ValueError):
-                    filters.remove(entry)
 
 
 def batched_gradients(

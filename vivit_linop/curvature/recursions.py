@@ -26,7 +26,6 @@ from vivit_linop.curvature.positive_curvature import (
 )
 from vivit_linop.devices import is_out_of_memory
 from vivit_linop.extras import extra
-from vivit_linop.graphs import ignoring
 from vivit_linop.modes import as_guest, default_dtype, ordinary_mode
 from vivit_linop.operators.base import TorchLinearOperator
 from vivit_linop.operators.kronecker import BlockDiagonal, Kronecker
@@ -38,6 +37,7 @@ from vivit_linop.risk.model.copies import (
     Copies,
     has_hooks_on_all,
 )
+from vivit_linop.warned import ignoring
 
 # What works for every model.
 _INSTEAD = {

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.func import vmap
 
 from vivit_linop.devices import explained, is_out_of_memory, tolerated
-from vivit_linop.graphs import ignoring, nodes
+from vivit_linop.graphs import nodes
 from vivit_linop.modes import as_guest
 from vivit_linop.net.linearization import (
     KEPT,
@@ -40,6 +40,7 @@ from vivit_linop.risk.data.containers import copied, leaves
 from vivit_linop.risk.empirical import EmpiricalRisk
 from vivit_linop.risk.kept import Run, Store
 from vivit_linop.risk.model.original import Params
+from vivit_linop.warned import ignoring
 
 # One convolution in this many matrix products makes a trace worth its time.
 _PER_CONVOLUTION = 4
