@@ -77,7 +77,8 @@ class LanczosSpectrum:
                 raise ValueError(f"ncv: an integer from 2 to {most}, got {ncv!r}.")
         self._operator, self._ncv = operator, ncv
         self._boundaries = _checked_boundaries(boundaries)
-        self._seed, self._state = as_count(seed, "seed", 0), torch.empty(0)
+        seed = as_count(seed, "seed", 0)
+        self._state = torch.Generator("cpu").manual_seed(seed).get_state()
         self._runs: list[Run] = []
 
     @ordinary_mode()
@@ -211,10 +212,7 @@ class LanczosSpectrum:
         """Return that many runs; with random numbers of our own, which go on."""
         as_count(num_repeats, "num_repeats")
         generator = torch.Generator("cpu")
-        if self._runs:
-            generator.set_state(self._state)
-        else:
-            generator.manual_seed(self._seed)
+        generator.set_state(self._state)
         op = self._operator
         while len(self._runs) < num_repeats:
             start = torch.randn(
