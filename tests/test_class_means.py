@@ -41,7 +41,7 @@ def by_definition(
 def test_terms_of_the_ggn(name: str, dtype: torch.dtype, rtol: float) -> None:
     of, truth = risk(name, dtype), dense(name)
     p = truth.outputs.softmax(1)
-    y = torch.cat(risk(name).targets)
+    y = torch.cat(risk(name).targets())
     mass = torch.full((truth.N,), truth.r, dtype=float64)
     means, weights, within = by_definition(truth.J, p, y, mass)
     found = vl.class_means(of)

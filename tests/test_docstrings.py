@@ -65,6 +65,8 @@ CLASSES = {
     VerbMethods: set(),
     DerivableRisk: {"is_current"},
     Risk: {
+        "batches",
+        "targets",
         "does_not_fit",
         "check_outputs",
         "has_outputs",

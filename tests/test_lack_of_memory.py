@@ -127,7 +127,7 @@ def test_losses_of_parts_that_do_not_fit(samples: int, lack: Exception) -> None:
     except (RuntimeError, MemoryError, ValueError) as error:
         assert is_out_of_memory(error)
     else:  # nobody has asked for as many
-        assert close(risk.value(), loss(net(X), risk.targets[0]).detach())
+        assert close(risk.value(), loss(net(X), risk.targets()[0]).detach())
 
 
 def test_a_lack_in_the_first_way_lets_the_second_one_be_taken(

@@ -107,7 +107,7 @@ def test_half_precision(name: str, half: torch.dtype, dtype: torch.dtype) -> Non
     y = inputs(6, 2).to(half)
     before = {n: t.clone() for n, t in model.state_dict().items()}
     risk = vl.EmpiricalRisk(model, nn.MSELoss(), (X, y), dtype=dtype)
-    assert risk.dtype is risk.outputs[0].dtype is risk.targets[0].dtype is dtype
+    assert risk.dtype is risk.outputs[0].dtype is risk.targets()[0].dtype is dtype
     truth = ggn(*in_double(model, X), y.double())
     tolerance = 1e-4 if dtype is torch.float32 else 1e-10
     size = truth.abs().max()

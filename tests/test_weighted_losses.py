@@ -214,7 +214,7 @@ def test_losses_of_samples_are_vectorised(monkeypatch: pytest.MonkeyPatch) -> No
         calls: list[Any] = []
         total = functools.partial(counted, calls, type(risk.loss).total)
         monkeypatch.setattr(risk.loss, "total", functools.partial(total, risk.loss))
-        losses = losses_of_samples(risk.loss, risk.outputs[0], risk.targets[0])
+        losses = losses_of_samples(risk.loss, risk.outputs[0], risk.targets()[0])
         assert losses.shape == (N,) and len(calls) == 1
         assert_near(losses.sum() * risk.scale, risk.value())
 

@@ -73,7 +73,7 @@ def class_means(risk: EmpiricalRisk) -> ClassMeans:
     with risk.ranks.together("class means"):
         found = [
             _labelled(risk, output, target)
-            for output, target in zip(risk.outputs, risk.targets, strict=True)
+            for output, target in zip(risk.outputs, risk.all_targets, strict=True)
         ]
     y, w, residual = (
         risk.ranks.listed(lambda part=part: torch.cat([each[part] for each in found]))

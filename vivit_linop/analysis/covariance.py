@@ -148,7 +148,7 @@ def triangular_factor(factor: Pullback) -> Tensor:
 def _residual_variance(risk: EmpiricalRisk) -> float:
     """Return s²."""
     sums = torch.zeros(2, dtype=torch.float64, device=risk.device)
-    for output, target in zip(risk.outputs, risk.targets, strict=True):
+    for output, target in zip(risk.outputs, risk.all_targets, strict=True):
         weighted = isinstance(target, tuple)
         y, w = target if weighted else (target, output.new_ones(len(output)))
         # Weights are those of samples, or of the items in them.

@@ -470,5 +470,5 @@ def _own_share(risk: EmpiricalRisk) -> float:
     """What a mean over this rank's samples counts in that over all."""
     if not risk.ranks.is_many or risk.reduction != "mean":
         return 1.0
-    seen = zip(risk.outputs, risk.targets, strict=True)
+    seen = zip(risk.outputs, risk.all_targets, strict=True)
     return risk.scale * sum(risk.loss.weight(*pair).item() for pair in seen)

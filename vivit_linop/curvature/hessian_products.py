@@ -68,7 +68,7 @@ class HessianProducts(OfRisk):
         with rewriting(self._rewritten):
             output = risk.model(risk.model.params, X)
         risk.check_outputs(index, output, differ)
-        total = risk.loss.total(output, risk.targets[index]) * risk.scale
+        total = risk.loss.total(output, risk.all_targets[index]) * risk.scale
         return self._gradient_of(total)
 
     def _gradient_of(self, total: Tensor) -> list[Tensor]:
@@ -252,7 +252,7 @@ class HessianProducts(OfRisk):
         factor = risk.scale / risk.reduction_factor
         everything, start = range(len(risk.sizes)), 0
         batches = zip(
-            risk.passes.batches(), risk.targets, risk.batch_sizes, strict=True
+            risk.passes.batches(), risk.all_targets, risk.batch_sizes, strict=True
         )
         for (X, _), targets, samples in batches:
             for n in range(samples):

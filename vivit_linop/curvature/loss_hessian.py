@@ -60,7 +60,7 @@ def certify_loss(risk: EmpiricalRisk, what: str) -> None:
     # Constructors may be called in any mode of the caller's.
     with ordinary_mode(), risk.ranks.together(what):
         check_curvature(risk.loss, *risk.example)
-        for output, target in zip(risk.outputs, risk.targets, strict=True):
+        for output, target in zip(risk.outputs, risk.all_targets, strict=True):
             certify_curvature(risk.loss, output, target)
     risk.kept.put(_CERTIFIED, True)
 
@@ -151,7 +151,7 @@ class LossHessian(OutputOperator):
     def _multiplier(self, batch: int) -> Multiplier:
         """The shape that products of a batch need, and what does not depend on X."""
         risk = self.risk
-        output, target = risk.outputs[batch], risk.targets[batch]
+        output, target = risk.outputs[batch], risk.all_targets[batch]
         made = self.loss.channels(output).shape, self.loss.hessian_at(output, target)
         copies = _MULTIPLIER_COPIES
         if isinstance(self.loss, HessianPart):  # has its root
@@ -175,7 +175,7 @@ class LossHessian(OutputOperator):
     def own_diagonal(self) -> Tensor:
         """The diagonal of this rank's samples; the blocks are not formed."""
         risk = self.risk
-        found = map(self.loss.hessian_diagonal, risk.outputs, risk.targets)
+        found = map(self.loss.hessian_diagonal, risk.outputs, risk.all_targets)
         return risk.scale * torch.cat([diagonal.reshape(-1) for diagonal in found])
 
     def sqrt(
@@ -259,7 +259,7 @@ class LossHessianSqrt(FactoredOutputOperator):
         risk, loss, start = self.risk, self.risk.loss, self.risk.ranks.first
         with risk.ranks.together("mc_samples"):
             for batch, (output, target) in enumerate(
-                zip(risk.outputs, risk.targets, strict=True)
+                zip(risk.outputs, risk.all_targets, strict=True)
             ):
                 mine = draws.starting_at(start)
                 if not risk.layout.is_uniform:
@@ -291,7 +291,7 @@ class LossHessianSqrt(FactoredOutputOperator):
     def _form(self, batch: int) -> Tensor:
         risk = self.risk
         self._check_fits()
-        output, target = risk.outputs[batch], risk.targets[batch]
+        output, target = risk.outputs[batch], risk.all_targets[batch]
         loss = self.hessian.loss
         make = loss.sqrt if loss.tested else partial(certified_sqrt, loss)
         root = make(output, target)
@@ -347,7 +347,7 @@ class LossHessianSqrt(FactoredOutputOperator):
         with risk.ranks.together("root of the loss Hessian") as ballot:
             own = self.blocks_fit() and all(
                 loss.has_roots(output, target)
-                for output, target in zip(risk.outputs, risk.targets, strict=True)
+                for output, target in zip(risk.outputs, risk.all_targets, strict=True)
             )
             ballot.flag = not own
         return own and not ballot.flag
@@ -406,7 +406,7 @@ class LossGradient(FactoredOutputOperator):
     def _form(self, batch: int) -> Tensor:
         risk = self.risk
         factor = risk.scale / risk.reduction_factor
-        gradient = risk.loss.gradient(risk.outputs[batch], risk.targets[batch])
+        gradient = risk.loss.gradient(risk.outputs[batch], risk.all_targets[batch])
         return factor * gradient.reshape(len(gradient), -1, 1, 1)
 
 

@@ -47,10 +47,8 @@ class PositiveCurvature:
         self._curved = [m for m in module.modules() if isinstance(m, CURVED)]
         self._modify, self._squared = modify, squared
         with risk.ranks.together("slopes"), as_guest(risk.device):
-            self._diagonals = [
-                self._diagonals_of(X, y)
-                for (X, _), y in zip(risk.passes.batches(), risk.targets, strict=True)
-            ]
+            seen = zip(risk.passes.batches(), risk.all_targets, strict=True)
+            self._diagonals = [self._diagonals_of(X, y) for (X, _), y in seen]
 
     @contextmanager
     def _watched(self) -> Iterator[tuple[list[nn.Module], list[Tensor], list[Tensor]]]:

@@ -409,7 +409,7 @@ def _module_and_loss(risk: EmpiricalRisk, what: str) -> tuple[nn.Module, nn.Modu
 
 def _is_the_risk(risk: EmpiricalRisk, output: Tensor, value: Tensor) -> bool:
     """Whether modules by their types have the outputs and the loss of the risk."""
-    pairs = list(zip(risk.outputs, risk.targets, strict=True))
+    pairs = list(zip(risk.outputs, risk.all_targets, strict=True))
     with torch.no_grad():
         total = torch.stack([risk.loss.total(*pair) for pair in pairs]).sum()
         if risk.reduction == "mean":
@@ -458,7 +458,7 @@ def _used_again(module: nn.Module, calls: Mapping[nn.Module, int]) -> str | None
 
 def _one_batch(risk: EmpiricalRisk, what: str) -> tuple[Tensor, Tensor]:
     inputs, targets = [], []
-    for (X, _), y in zip(risk.passes.batches(), risk.targets, strict=True):
+    for (X, _), y in zip(risk.passes.batches(), risk.all_targets, strict=True):
         needed = ""
         if not isinstance(X, Tensor):
             kind = "a mapping" if isinstance(X, Mapping) else "several tensors"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from vivit_linop.modes import as_guest, ordinary_mode
 from vivit_linop.ranks.alone import Ranks
 from vivit_linop.risk.checks import agree, read
 from vivit_linop.risk.data import fingerprint
+from vivit_linop.risk.data.batches import Batch
 from vivit_linop.risk.data.distributed import by_items, check_parts
 from vivit_linop.risk.data.samples import Samples
 from vivit_linop.risk.first_pass import first_pass
@@ -51,7 +52,7 @@ class Risk(ParameterVectors):
     Attributes:
         model: What was given; so are ``loss``, ``passes``, ``memory`` and ``ranks``.
         outputs: The outputs of each batch.
-        targets: The targets of each batch.
+        all_targets: The targets of each batch.
         num_rows: How many outputs all samples have: the rows of J.
         batch_sizes: How many samples each batch has.
         sizes: How many entries each parameter has.
@@ -90,7 +91,11 @@ class Risk(ParameterVectors):
         twice = check_data and not isinstance(passes.data, (list, tuple))
         with self.ranks.together("EmpiricalRisk"):
             seen = first_pass(model, loss, passes, check, twice)
-        self.loss, self.outputs, self.targets = seen.loss, seen.outputs, seen.targets
+        self.loss, self.outputs, self.all_targets = (
+            seen.loss,
+            seen.outputs,
+            seen.targets,
+        )
         # A run that is kept is that of the only batch.
         self._run_serves = len(seen.outputs) == 1 and seen.run is not None
         if self._run_serves:
@@ -118,7 +123,7 @@ class Risk(ParameterVectors):
             raise ValueError("data: is empty, there is not one batch.")
         self.ranks = self.ranks.counted(counts)
         if self.ranks.is_many:
-            seen = self.outputs, self.targets, self.passes.data
+            seen = self.outputs, self.all_targets, self.passes.data
             check_parts(self.ranks, *seen, check_data)
             own = self.model.count is not None if self.outputs else None
             if by_items(self.ranks, own) and not self.outputs:
@@ -162,7 +167,7 @@ class Risk(ParameterVectors):
             raise ValueError(f"loss: its value is {value * self.scale} on the data.")
 
     def _first_outputs(self) -> tuple[Tensor, Any]:
-        return self.outputs[0], self.targets[0]
+        return self.outputs[0], self.all_targets[0]
 
     # Data -------------------------------------------------------------------------
 
@@ -170,6 +175,24 @@ class Risk(ParameterVectors):
     def samples(self) -> Samples:
         """Where the samples of its inputs are."""
         return self.passes.search.samples
+
+    def batches(self, what: str | None = None) -> Iterator[Batch]:
+        """Pass over the data.
+
+        Every pass starts from one state of the random number generator, so that what a
+        loader draws from it is the same again; the caller's state is as before.
+
+        Args:
+            what: What the pass is for, for its progress bar; None for no bar.
+
+        Raises:
+            ValueError: If there are fewer batches than at construction.
+        """
+        return self.passes.batches(what)
+
+    def targets(self) -> list[Any]:
+        """The targets of each batch."""
+        return self.all_targets
 
     def fingerprint(self) -> dict[str, str | float]:
         """Return what tells this risk from others: digests, and numbers of it.
@@ -321,7 +344,7 @@ class Risk(ParameterVectors):
                     self.check_outputs(index, output, differ)
                 else:
                     output = run.output
-                total = self.loss.total(output, self.targets[index]) * self.scale
+                total = self.loss.total(output, self.all_targets[index]) * self.scale
                 gradients = torch.autograd.grad(
                     total, parameters, allow_unused=True, retain_graph=run is not None
                 )

@@ -106,7 +106,7 @@ class DerivableRisk(Risk):
 
     def _own_batches(self, differ: list[Tensor]) -> Iterator[Batch]:
         """The batches with targets of construction; ``differ`` must not hold then."""
-        batches = zip(self.passes.batches("subset"), self.targets, strict=True)
+        batches = zip(self.passes.batches("subset"), self.all_targets, strict=True)
         for index, ((X, _), y) in enumerate(batches):
             differ += self.inputs_differ(index, X)
             yield X, y
@@ -184,7 +184,9 @@ class DerivableRisk(Risk):
                 risk.model = self._moved(parameters)
                 risk._take_parameters()
                 risk.kept = self.kept.elsewhere()
-                known = list(zip(self._sums, self.targets, self.outputs, strict=True))
+                known = list(
+                    zip(self._sums, self.all_targets, self.outputs, strict=True)
+                )
                 batches = self.passes.batches("at")
                 serves = self._run_serves and risk.kept.wants_runs
                 graph_bytes = self.graph_bytes[0] if serves else None
@@ -291,12 +293,12 @@ class DerivableRisk(Risk):
         passes.number = 0
         risk = self._of(model, passes, check=self._check)
         with self.ranks.together("at"):
-            batches = zip(self._sums, self.targets, strict=False)
+            batches = zip(self._sums, self.all_targets, strict=False)
             for index, (sums, targets) in enumerate(batches):
                 if (
                     index >= len(risk._sums)
                     or any(risk._sums[index].differ_from(sums))
-                    or not _same_targets(risk.targets[index], targets)
+                    or not _same_targets(risk.all_targets[index], targets)
                 ):
                     raise self.other_data(index)
         return risk

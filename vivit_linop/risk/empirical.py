@@ -196,7 +196,7 @@ class EmpiricalRisk(DerivableRisk):
         """See on all batches that the loss is what the model says."""
         with self.ranks.together("EmpiricalRisk"):
             for index, (X, _) in enumerate(self.passes.batches("loss")):
-                seen = self.outputs[index], self.targets[index]
+                seen = self.outputs[index], self.all_targets[index]
                 weight = self.loss.weight(*seen)
                 if weight > 0:
                     of_model.check(index, X, self.loss.total(*seen) / weight)
