@@ -318,16 +318,16 @@ def test_a_mean_over_something_else_than_samples_is_told(
     net = nn.Linear(3, 2, dtype=float64)
     X, y = torch.rand(8, 3, dtype=float64), torch.arange(8) % 2
     target = y if isinstance(loss, nn.CrossEntropyLoss) else torch.eye(2)[y].double()
-    of = vl.EmpiricalRisk(net, loss, (X, target))
-    asked: list[Callable[[], object]] = [
-        lambda: vl.Laplace(of),
-        lambda: vl.log_marginal_likelihood(of, vl.GGN(of), 1.0),
-        lambda: vl.posterior_precision(of, vl.GGN(of), 1.0),
+    risks = [vl.EmpiricalRisk(net, loss, (X, target)) for _ in range(3)]
+    asked: list[Callable[[vl.EmpiricalRisk], object]] = [
+        lambda of: vl.Laplace(of).optimize_prior(),
+        lambda of: vl.log_marginal_likelihood(of, vl.GGN(of), 1.0),
+        lambda of: vl.posterior_precision(of, vl.GGN(of), 1.0),
     ]
-    for ask in asked:
+    for ask, of in zip(asked, risks, strict=True):
         with warnings.catch_warnings(record=True) as told:
             warnings.simplefilter("always")
-            ask()
+            ask(of)
         found = [str(each.message) for each in told]
         assert len(found) == (share != 1.0)
         assert all(f"L/r is {share:.3g} times" in each for each in found)

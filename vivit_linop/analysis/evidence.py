@@ -25,6 +25,9 @@ from vivit_linop.risk.losses.elementwise import SquaredError
 PriorPrecision: TypeAlias = float | Tensor | Mapping[str, float | Tensor]
 """A number, one a parameter (in order, or by name), or one an entry, ``[D]``."""
 
+# Where a risk keeps that its mean has been warned of.
+_WARNED = "mean warned of"
+
 
 @ordinary_mode()
 def log_marginal_likelihood(
@@ -216,7 +219,10 @@ def _warn_unless_likelihood(risk: EmpiricalRisk) -> None:
     """Warn of a mean over something else than samples; of squares it is a variance."""
     share = risk.scale / risk.reduction_factor
     squares = isinstance(without_items_and_weights(risk.loss), SquaredError)
-    if not squares and abs(share - 1.0) > 1e-6:
+    if squares or abs(share - 1.0) <= 1e-6:
+        return
+    if not risk.kept.everywhere.get(_WARNED):  # an optimum asks many times
+        risk.kept.everywhere.setdefault(_WARNED, True)
         warnings.warn(
             f"risk: its loss, a mean, divides by {1.0 / risk.scale:.6g}, and there are "
             f"{risk.num_samples} samples. So L/r is {share:.3g} times the negative "
