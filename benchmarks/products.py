@@ -78,7 +78,7 @@ SUITE = Suite(
             f"curvlinops / ours, {COLUMNS} columns",
             f"G @ X, {COLUMNS} columns, curvlinops",
             f"G @ X, {COLUMNS} columns",
-            {"mlp": 5, "3c3d": 3.5},
+            {"mlp": 3, "3c3d": 3.5},
         ),
         Ratio(
             f"G @ X / gradient, {COLUMNS} columns",

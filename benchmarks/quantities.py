@@ -94,7 +94,7 @@ QUANTITIES: dict[str, tuple[Of, Build, float]] = {
     "squared gradient norms": (
         lambda p: gradients(p).squared_norms(),
         backpack("BatchL2Grad", norms),
-        5.0,
+        1.5,
     ),
     "second moments": (
         lambda p: gradients(p).second_moment(),
