@@ -46,9 +46,9 @@ _INSTEAD = {
     "BatchDiagHessian": "Use route='products', for every model.",
     "PCHMP": "Use vl.GGN(risk).block_diagonal('parameter'), for every model.",
 }
-# BackPACK's Kronecker factors of these number the weight's entries outputs first.
 # BackPACK's extensions are those of the process.
 _ALONE = threading.RLock()
+# BackPACK's Kronecker factors of these number the weight's entries outputs first.
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 

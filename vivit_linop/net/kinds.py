@@ -122,9 +122,10 @@ class Kind:
             that of what the columns of a sample take beside the cotangents. By default
             it is estimated.
         nodes: By the names of the nodes that calls of torch's own functions make in the
-            graph, which of their inputs are weight and bias. Where a graph has nothing
-            but such, columns are believed on all data once the rules have been
-            certified on some: give it only where the rules are right for any values.
+            graph, which of their inputs are weight and bias, −1 for none. Where a graph
+            has a parameter in nothing but such, columns are believed on all data once
+            the rules have been certified on some: give it only where the rules are
+            right for any values.
 
     Raises:
         ValueError: If ``samples`` is none of these words, or there is no rule.
