@@ -227,16 +227,16 @@ def test_fewer_vectors_are_taken_where_memory_does_not_suffice(
     X = torch.rand(5, 12)
     device, parts = Device(3, monkeypatch), linearization.Chunks(torch.device("cpu"))
     parts.trusted = True
-    assert torch.equal(parts.apply(device.product, X, 5, 12), 2 * X)
+    assert torch.equal(parts.apply(device.product, X, 5, 12, "twice"), 2 * X)
     assert device.given == [12, 6, 3, 3, 3, 3]
     device.given.clear()
     # Not tried again while no more is free ...
-    assert torch.equal(parts.apply(device.product, X, 5, 12), 2 * X)
+    assert torch.equal(parts.apply(device.product, X, 5, 12, "twice"), 2 * X)
     assert device.given == [3, 3, 3, 3]
     device.given.clear()
     # ... and all together as soon as there is.
     device.fits, device.free = 12, 200
-    assert torch.equal(parts.apply(device.product, X, 5, 12), 2 * X)
+    assert torch.equal(parts.apply(device.product, X, 5, 12, "twice"), 2 * X)
     assert device.given == [12]
 
 
@@ -245,10 +245,10 @@ def test_a_single_vector_that_does_not_fit_is_an_error(
 ) -> None:
     device, parts = Device(0, monkeypatch), linearization.Chunks(torch.device("cpu"))
     with pytest.raises(torch.OutOfMemoryError):
-        parts.apply(device.product, torch.rand(5, 4), 5, 4)
+        parts.apply(device.product, torch.rand(5, 4), 5, 4, "twice")
     device.fits = 4
     X = torch.rand(5, 4)
-    assert torch.equal(parts.apply(device.product, X, 5, 4), 2 * X)
+    assert torch.equal(parts.apply(device.product, X, 5, 4, "twice"), 2 * X)
 
 
 def test_the_check_of_vectors_together_may_run_out_of_memory(
@@ -257,7 +257,7 @@ def test_the_check_of_vectors_together_may_run_out_of_memory(
     """Which says nothing about torch's rules."""
     device, parts = Device(2, monkeypatch), linearization.Chunks(torch.device("cpu"))
     X = torch.rand(5, 4)
-    assert torch.equal(parts.apply(device.product, X, 5, 4), 2 * X)
+    assert torch.equal(parts.apply(device.product, X, 5, 4, "twice"), 2 * X)
     assert device.given == [4, 2, 1, 2]  # the third is the check
 
 

@@ -344,7 +344,7 @@ def test_hessian_diagonals_beyond_backpack(
     assert close(H.sample_diagonals("products"), expected, size=size)
     x = torch.ones(truth.D, 1, dtype=torch.float64)
     assert close(diagonals_one_by_one(H, x, H @ x), expected, size=size)
-    H._batched = False
+    H._chunks.possible = False
     assert close(H.diagonal("products"), truth.hessian.diagonal(), size=size)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,11 +17,10 @@ from vivit_linop.curvature.second_derivatives import (
     differentiable_twice,
     rewriting,
 )
-from vivit_linop.devices import Room, is_out_of_memory
-from vivit_linop.graphs import batched_gradients, gradients, strided
+from vivit_linop.graphs import batched_gradients, gradients
 from vivit_linop.modes import as_guest
 from vivit_linop.net.costs import layer_costs
-from vivit_linop.noise import Noise
+from vivit_linop.net.linearization import Chunks
 from vivit_linop.risk.data.batches import some_targets
 from vivit_linop.risk.data.containers import copied
 from vivit_linop.risk.empirical import EmpiricalRisk, as_risk
@@ -53,9 +52,7 @@ class HessianProducts(OfRisk):
         super().__init__((risk.num_params,) * 2, risk.dtype, risk.device)
         self._kept: list[Tensor] | None = None
         self._certified = self._rewritten = False
-        self._batched = True  # until torch refuses, or is wrong
-        self._room = Room(risk.device)
-        self._compared: set[tuple[Any, ...]] = set()
+        self._chunks = Chunks(risk.device)
 
     def __getstate__(self) -> dict[str, Any]:
         """Graphs do not travel: a copy makes its own, of its own parameters."""
@@ -128,117 +125,43 @@ class HessianProducts(OfRisk):
         curved = [index for index in chosen if gradient[index].requires_grad]
         if not curved:
             return torch.zeros_like(X)
-        parameters = list(self.risk.model.params.values())
+        parameters = [*self.risk.model.params.values()]
         sizes = [self.risk.sizes[index] for index in chosen]
-        columns, start = [], 0
-        wanted = self.together if X.shape[1] > 1 else 1
-        while start < X.shape[1]:
-            part = X[:, start : start + self._room.most(wanted)]
-            count = part.shape[1]
-            vectors = {
+        outputs = [gradient[index] for index in curved]
+        inputs = [parameters[index] for index in chosen]
+
+        def product(rows: Tensor) -> Tensor:
+            """Of a vector ``[d]``, or of several at once."""
+            leading, parts = rows.shape[:-1], rows.split(sizes, dim=-1)
+            of = dict(zip(chosen, parts, strict=True))
+            vectors = [
                 # Contiguous, as vectors come from torch's own backward passes: there
                 # are kernels that take that for granted.
-                index: rows.T.contiguous().view(count, *parameters[index].shape)
-                for index, rows in zip(chosen, part.split(sizes), strict=True)
-            }
-            passes = _Passes(
-                [gradient[index] for index in curved],
-                [parameters[index] for index in chosen],
-                [vectors[index] for index in curved],
-            )
-            try:
-                products = self._pull_back(
-                    passes, None if batch is None else (batch, *chosen)
-                )
-            except RuntimeError as error:
-                if count == 1 or not is_out_of_memory(error):
-                    raise
-                self._room.shrink(count)
-                continue
-            rows_of_parts = [
-                part.new_zeros(size, count)
-                if product is None
-                else product.reshape(count, size).T
-                for size, product in zip(sizes, products, strict=True)
+                of[index].contiguous().view(*leading, *parameters[index].shape)
+                for index in curved
             ]
-            columns.append(torch.cat(rows_of_parts))
-            start += count
-        return torch.cat(columns, dim=1)
+            found: Sequence[Tensor | None]
+            if leading:
+                found = batched_gradients(outputs, inputs, vectors)
+            else:
+                found = gradients(outputs, inputs, vectors, retain_graph=True)
+            flat = [
+                rows.new_zeros(*leading, size) if g is None else g.reshape(*leading, -1)
+                for g, size in zip(found, sizes, strict=True)
+            ]
+            return torch.cat(flat, dim=-1)
+
+        few = self.together if X.shape[1] > 1 else 1
+        place = None if batch is None else (batch, *chosen)
+        with differentiable_twice():
+            return self._chunks.apply(product, X, len(X), few, place)
 
     @property
     def together(self) -> int:
         """How many products are taken together."""
-        if not self._batched:
+        if not self._chunks.possible:
             return 1
         return plan.products_together(layer_costs(self.risk, 1), self.device)
-
-    def _pull_back(
-        self, passes: _Passes, place: tuple[int, ...] | None
-    ) -> list[Tensor | None]:
-        """Take backward passes, together if torch can.
-
-        The place is the batch and the parameters, None if they will not come again.
-        """
-        with differentiable_twice():
-            count = len(passes.vectors[0])
-            if count > 1 and (together := self._together(passes, place)) is not None:
-                return together
-            each = [passes.of([v[k] for v in passes.vectors]) for k in range(count)]
-        return [
-            None if products[0] is None else torch.stack(products)
-            for products in zip(*each, strict=True)
-        ]
-
-    def _together(
-        self, passes: _Passes, place: tuple[int, ...] | None
-    ) -> list[Tensor | None] | None:
-        """Take all in one; None if torch cannot, or is wrong.
-
-        That is tried once a place, on random vectors: those that are multiplied may
-        have zeros where a fault would show. At no place, each result is looked at.
-        """
-        if not self._batched:
-            return None
-        key = None if place is None else (*place, len(passes.vectors[0]))
-        if key is not None and key not in self._compared:
-            probe = passes._replace(vectors=[*map(Noise().like, passes.vectors)])
-            if not self._is_right(self._in_one(probe), probe):
-                return None
-            self._compared.add(key)
-        together = self._in_one(passes)
-        is_right = key is not None or self._is_right(together, passes)
-        return together if is_right else None
-
-    def _in_one(self, passes: _Passes) -> list[Tensor | None] | None:
-        try:
-            return batched_gradients(*passes)
-        # Some operations have no batched backward pass.
-        except (RuntimeError, NotImplementedError) as error:
-            if is_out_of_memory(error):
-                raise
-            self._batched = False
-            return None
-
-    def _is_right(self, together: list[Tensor | None] | None, passes: _Passes) -> bool:
-        """Whether batched backward passes are what single ones are.
-
-        For some shapes torch's batching of an operation is wrong. A random combination
-        of the passes is that of the combined vectors; where not, they are taken singly
-        from now on.
-        """
-        if together is None:
-            return False
-        weights = Noise()(len(passes.vectors[0]), like=passes.vectors[0])
-        alone = passes.of([torch.tensordot(weights, v, dims=1) for v in passes.vectors])
-        error = size = torch.zeros((), dtype=weights.dtype, device=weights.device)
-        for many, one in zip(together, alone, strict=True):
-            if many is not None and one is not None:
-                combination = torch.tensordot(weights, many, dims=1)
-                error = error + (combination - one).square().sum()
-                size = size + many.square().sum()
-        tolerance = ROUNDING * torch.finfo(self.torch_dtype).eps ** 0.75
-        self._batched = bool(error.sqrt() <= tolerance * size.sqrt() * weights.norm())
-        return self._batched
 
     def of_samples(
         self, U: Tensor, numbers: Sequence[int] | None = None
@@ -268,18 +191,3 @@ class HessianProducts(OfRisk):
                     image = self._differentiate(gradient, everything, U, None)
                 yield image
             start += samples
-
-
-class _Passes(NamedTuple):
-    """Backward passes for K vectors ``[K, *p]`` of each output; the graph is kept."""
-
-    outputs: list[Tensor]
-    inputs: list[Tensor]
-    vectors: list[Tensor]
-
-    def of(self, vectors: list[Tensor]) -> list[Tensor | None]:
-        """Pull back one vector of each output."""
-        products = torch.autograd.grad(
-            self.outputs, self.inputs, vectors, retain_graph=True, allow_unused=True
-        )
-        return [strided(product) for product in products]

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from functools import cached_property
 from itertools import compress
 from operator import attrgetter
@@ -201,25 +201,29 @@ class Chunks:
     does not suffice, fewer are taken for the time being.
 
     Attributes:
+        possible: Whether torch has not failed yet.
         trusted: Whether the check is left to who takes the products.
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._possible, self._checked = True, set[tuple[str, int]]()
+        self.possible, self._checked = True, set[tuple[Hashable, int]]()
         self._room, self.trusted = Room(device), False
 
-    def apply(self, product: Product, X: Tensor, size: int, chunk: int) -> Tensor:
+    def apply(
+        self, product: Product, X: Tensor, size: int, chunk: int, kind: Hashable
+    ) -> Tensor:
         """Multiply columns, ``[d, K] -> [size, K]``, a chunk of them at a time.
 
-        The product is one of rows, whose parts lie together in memory.
+        The product is one of rows, whose parts lie together in memory. Those of no kind
+        (None) are compared each time.
         """
         rows = X.T.contiguous()
         result = fresh(X, X.shape[1], size)
-        chunk, start = self._room.most(chunk) if self._possible else 1, 0
+        chunk, start = self._room.most(chunk) if self.possible else 1, 0
         while start < len(rows):
             part, images = (t[start : start + chunk] for t in (rows, result))
             try:
-                self._multiply(product, part, images)
+                self._multiply(product, part, images, kind)
             except RuntimeError as error:
                 if len(part) == 1 or not is_out_of_memory(error):
                     raise
@@ -228,33 +232,37 @@ class Chunks:
                 start += len(part)
         return result.T
 
-    def _multiply(self, product: Product, rows: Tensor, images: Tensor) -> None:
+    def _multiply(
+        self, product: Product, rows: Tensor, images: Tensor, kind: Hashable
+    ) -> None:
         """Write the images of some rows; together where that is right."""
-        if len(rows) > 1 and self._possible:
+        if len(rows) > 1 and self.possible:
             try:
-                if self._is_right(product, rows, images.copy_(product(rows))):
+                if self._is_right(product, rows, images.copy_(product(rows)), kind):
                     return
             # Not all operations can be batched; all can be done row by row.
             except RuntimeError as error:
                 if is_out_of_memory(error):
                     raise
-            self._possible = False
+            self.possible = False
         for row, image in zip(rows, images, strict=True):
             image.copy_(product(row))
 
-    def _is_right(self, product: Product, rows: Tensor, images: Tensor) -> bool:
+    def _is_right(
+        self, product: Product, rows: Tensor, images: Tensor, kind: Hashable
+    ) -> bool:
         """Whether images of rows together are those of rows alone.
 
         Checked once for each number of them; of random rows where these show no fault.
         """
-        key = product.__name__, len(rows)
+        key = kind, len(rows)
         if self.trusted or key in self._checked:
             return True
         right, shows = _compared(product, rows, images)
         if not shows:
             rows = Noise(1).like(rows)
             right, _ = _compared(product, rows, product(rows))
-        if right:
+        if right and kind is not None:
             self._checked.add(key)
         return right
 
@@ -390,7 +398,7 @@ class Linearization:
                 return product(X.squeeze(1).contiguous()).unsqueeze(1)
             per_column = self.nbytes + self.outputs.element_size() * self._num_params
             chunk = columns_at_a_time(self.device, per_column)
-            return self._chunks.apply(product, X, size, chunk)
+            return self._chunks.apply(product, X, size, chunk, product.__name__)
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
