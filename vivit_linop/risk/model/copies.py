@@ -25,7 +25,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import singledispatch
 from operator import attrgetter
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -62,7 +62,6 @@ _OF_MODULES = "__builtins__", "__name__", "__package__"
 _STAY = (Tensor, np.ndarray)
 _NUMBERS = (bool, int, float, complex, str)
 _MISSING = object()
-_NONE: Mapping[int, Any] = types.MappingProxyType({})
 
 
 def has_hooks_on_all(gradients_only: bool = False) -> bool:
@@ -84,7 +83,6 @@ class Copies:
         frozen: Whether a function is rebuilt also if it leads to tensors only, or if
             it is no function of a module of Python, to which it has a name: with the
             numbers and arrays that variables around it have now.
-        plans: How some modules are copied, by their identity.
 
     Attributes:
         modules: The modules that were copied, each with its copy.
@@ -95,7 +93,6 @@ class Copies:
         replaced: Iterable[tuple[Tensor, Tensor]],
         other: Callable[[Tensor], Tensor] | None = None,
         frozen: bool = False,
-        plans: Mapping[int, Plan] = _NONE,
     ) -> None:
         # Copies by the identity of originals, which whoever asks keeps alive.
         self.known: dict[int, Any] = {}
@@ -103,7 +100,7 @@ class Copies:
             self.known[id(tensor)] = new
             if vars(tensor):
                 _mark(new, tensor)
-        self.other, self.frozen, self.plans = other, frozen, plans
+        self.other, self.frozen = other, frozen
         self.modules: list[tuple[nn.Module, nn.Module]] = []
         # Hooks and other functions of modules: where they belong, and what they are.
         self.later: list[tuple[dict[str, Any], str, Any]] = []
@@ -193,8 +190,6 @@ def _copy_array(value: np.ndarray, copies: Copies) -> Any:
 
 @_copy.register
 def _copy_module(value: nn.Module, copies: Copies) -> Any:
-    if (plan := copies.plans.get(id(value))) is not None:
-        return plan(value, copies)
     if type(value) in weakref.ProxyTypes:
         target = referent(value)
         new = copies.known.get(id(target), target)
@@ -233,55 +228,6 @@ def _copy_module(value: nn.Module, copies: Copies) -> Any:
             if hasattr(value, name):
                 object.__setattr__(new, name, copies(getattr(value, name)))
     return new
-
-
-class Plan(NamedTuple):
-    """What a copy of a module has of its own, where that is known in advance.
-
-    Attributes:
-        empty: Its dictionaries and sets without entries, and their types.
-        slots: Its dictionaries of tensors and modules.
-        others: What else may lead to what is replaced.
-    """
-
-    empty: list[tuple[str, type]]
-    slots: list[str]
-    others: list[str]
-
-    @classmethod
-    def of(cls, module: nn.Module) -> Plan | None:
-        """Return how a module is copied that stays as it is; None where it has more."""
-        scripted = isinstance(module, torch.jit.ScriptModule)
-        if scripted or type(module).__basicsize__ > nn.Module.__basicsize__:
-            return None
-        plan = cls([], [], [])
-        for name, attribute in module.__dict__.items():
-            kind = type(attribute)
-            if name in OWN and not attribute:
-                plan.empty.append((name, kind))
-            elif name in _SLOTS:
-                plan.slots.append(name)
-            elif kind in ATOMS or (kind is tuple and _flat(attribute)):
-                continue
-            elif name in OWN or isinstance(attribute, (Tensor, *FUNCTIONS)):
-                return None
-            else:
-                plan.others.append(name)
-        return plan
-
-    def __call__(self, module: nn.Module, copies: Copies) -> nn.Module:
-        """Copy the module."""
-        new: nn.Module = copies.remember(module, object.__new__(type(module)))
-        state = new.__dict__
-        state.update(module.__dict__)
-        for name, kind in self.empty:
-            state[name] = kind()
-        for name in self.slots:
-            state[name] = {key: copies(item) for key, item in state[name].items()}
-        for name in self.others:
-            state[name] = copies(state[name])
-        copies.modules.append((module, new))
-        return new
 
 
 def _of_its_own_parameters(module: nn.Module) -> type:

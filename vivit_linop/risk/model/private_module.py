@@ -33,7 +33,7 @@ from vivit_linop.graphs import gradients
 from vivit_linop.modes import without_cudnn
 from vivit_linop.noise import Noise
 from vivit_linop.risk.data.containers import rebuilt
-from vivit_linop.risk.model.copies import Copies, Plan
+from vivit_linop.risk.model.copies import Copies
 from vivit_linop.risk.model.frozen_values import FrozenValues
 from vivit_linop.risk.model.original import ModelFunction, Params, Predict, named_slots
 from vivit_linop.risk.model.outputs import Returned
@@ -103,15 +103,9 @@ class PrivateModule:
         self._settled = self._reentrant = self._has_travelled = False
         # Tensors of the user's that objects hold which are no modules, with names.
         self._held: list[tuple[Tensor, str]] = []
-        # How parts of the module, which stays as it is, are copied.
-        self._plans: dict[int, Plan] | None = None
         # Which way of calling it is the right one for inputs of a type, once known.
         self._call: dict[str, int] = {}
         self.returned = Returned()
-
-    def __getstate__(self) -> dict[str, Any]:
-        """What travels: parts of the module are other objects elsewhere."""
-        return self.__dict__ | {"_plans": None}
 
     @property
     def is_private(self) -> bool:
@@ -231,11 +225,7 @@ class PrivateModule:
         identity, while it is not known which these are.
         """
         own = map(self._own.__getitem__, params)
-        if self._plans is None:
-            found = ((id(part), Plan.of(part)) for part in self.module.modules())
-            self._plans = {key: plan for key, plan in found if plan is not None}
-        replaced = zip(own, params.values(), strict=True)
-        copies = Copies(replaced, plans=self._plans)
+        copies = Copies(zip(own, params.values(), strict=True))
         module, predict = copies.of(self.module), copies.of_called(self._predict)
         with contextlib.ExitStack() as stack:
             if self._reentrant:
