@@ -1,5 +1,6 @@
 """Linearisations of nets that can and cannot be traced; wrong second derivatives."""
 
+import copy
 import functools
 from typing import Any
 
@@ -171,3 +172,36 @@ def test_a_norm_in_eval_mode_scales_once() -> None:
     named = dict(zip(theta, x, strict=True))
     _, expected = torch.func.jvp(function, (theta,), (named,))
     torch.testing.assert_close(image, expected)
+
+
+ORDERED = {
+    "pool": [nn.Conv2d(3, 4, 3), nn.ReLU(), nn.MaxPool2d(3, 2, ceil_mode=True)],
+    "norm": [nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Tanh(), nn.AvgPool2d(2)],
+    "strided": [nn.Conv2d(3, 4, 3, stride=2), nn.ELU(), nn.AdaptiveAvgPool2d(2)],
+}
+
+
+@pytest.mark.host("images in another order in memory are those of a CPU")
+@pytest.mark.parametrize("kind", ORDERED)
+def test_images_in_another_order_in_memory_are_traced(kind: str) -> None:
+    """Tangents then lie in another order than what they are tangents of."""
+    torch.manual_seed(0)
+    X, body = torch.rand(4, 3, 8, 8), nn.Sequential(*ORDERED[kind])
+    net = nn.Sequential(body, nn.Flatten(), nn.Linear(body(X)[0].numel(), 3)).eval()
+    of = vl.EmpiricalRisk(net, nn.CrossEntropyLoss(), (X, torch.arange(4) % 3))
+    assert of.model.channels_last == torch.backends.mkldnn.is_available()
+    x = torch.rand(of.num_params)
+    product = vl.Jacobian(of) @ x
+    (linear,) = linearizations(of)
+    assert linear.method == "trace"
+    exact = {n: p.detach().double() for n, p in net.named_parameters()}
+    parts = of.unflatten(x.double())
+    double = copy.deepcopy(net).double()
+    _, expected = torch.func.jvp(
+        lambda params: torch.func.functional_call(double, params, (X.double(),)),
+        (exact,),
+        (dict(zip(exact, parts, strict=True)),),
+    )
+    torch.testing.assert_close(
+        product.double(), expected.flatten(), rtol=1e-4, atol=1e-4
+    )

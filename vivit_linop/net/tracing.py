@@ -96,6 +96,9 @@ def _write_nowhere(graph: GraphModule) -> None:
         node.args[0].replace_all_uses_with(
             node, lambda user, later=later: user in later
         )
+        if name == "copy_":  # as into the order of a primal; torch has no derivative
+            node.replace_all_uses_with(node.args[1])
+            graph.graph.erase_node(node)
     graph.recompile()
 
 
