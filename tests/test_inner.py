@@ -276,25 +276,3 @@ def test_few_directions_are_enough_for_the_second_product() -> None:
     for _ in range(3):
         found.widen(1e-9, found.rise(1e-12)[1])
     torch.testing.assert_close(found.squares, exact)
-
-
-def test_inner_products_of_the_data_are_made_once() -> None:
-    """Those of a layer whose inputs move with the parameters are not kept."""
-    net, risk = problem_of(12, width=64)
-    known: dict[Any, Any] = {}
-    kept = []
-    for _ in range(3):
-        pullback = vl.Jacobian(risk).pullback
-        pullback.keep_columns()
-        assert pullback.stored is not None
-        products = InnerProducts(pullback.stored, 9, known)
-        V, X = pullback.to_dense(), torch.eye(len(risk.outputs) * 24)[:, :5].double()
-        torch.testing.assert_close(products.multiply(X), V.T @ (V @ X))
-        kept.append(known["inputs", "0.weight", "0.bias"])
-        risk = step(net, risk, 0.5)
-    assert kept[0] is kept[1] is kept[2] is not None
-    assert known["inputs", "2.weight", "2.bias"] is None
-    kept[0].rows.add_(1.0)  # other data
-    products = InnerProducts(pullback.stored, 9, known)
-    torch.testing.assert_close(products.multiply(X), V.T @ (V @ X))
-    assert known["inputs", "0.weight", "0.bias"] is None

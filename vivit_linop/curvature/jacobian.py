@@ -290,8 +290,7 @@ def prepared_gram_of_pullback(factor: Pullback, vectors: int) -> bool:
         return False
     factor.keep_columns()
     if factor.stored is not None:
-        everywhere = factor.risk.kept.everywhere
-        factor._inner = InnerProducts(factor.stored, vectors, everywhere)
+        factor._inner = InnerProducts(factor.stored, vectors)
     return factor.stored is not None
 
 

@@ -7,14 +7,12 @@ Between the samples,
     (VᵀV x)_nr = Σ_p ⟨b_nrp, Σ_mq (a_npᵀ a_mq) Σ_s x_ms b_msq⟩
 
 takes 2 M² b, once the inner products of the inputs are known, which take 2 M² a. So it
-is the cheaper way for few samples of wide layers. The inputs of a first layer are the
-data: their inner products are the same at all parameters.
+is the cheaper way for few samples of wide layers.
 """
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -26,34 +24,15 @@ from vivit_linop.net.pieces import Piece, StoredColumns, counted_from
 CACHED_BYTES = 2**22
 
 
-class Inputs(NamedTuple):
-    """The inputs of a layer, and their inner products.
-
-    Attributes:
-        rows: ``[G, M, a]``, a copy.
-        products: ``[G, M, M]``.
-    """
-
-    rows: Tensor
-    products: Tensor
-
-
 class InnerProducts:
     """Multiplies with VᵀV, each layer in its cheaper way.
 
     Args:
         columns: V.
         vectors: How many vectors are expected to be multiplied, one with another.
-        known: Where layers are kept whose inputs were the same before; None for
-            nowhere. It may be that of other parameters.
     """
 
-    def __init__(
-        self,
-        columns: StoredColumns,
-        vectors: int,
-        known: MutableMapping[Any, Inputs | None] | None = None,
-    ) -> None:
+    def __init__(self, columns: StoredColumns, vectors: int) -> None:
         pieces = columns.pieces
         self._places = [piece.place for piece in pieces]
         self._between: list[BetweenSamples] = []
@@ -61,8 +40,7 @@ class InnerProducts:
         for names in pieces[0].groups:
             if parts := _alike(pieces, names):
                 if between_pays(parts, vectors):
-                    key = "inputs", *names
-                    self._between.append(BetweenSamples(parts, known, key))
+                    self._between.append(BetweenSamples(parts))
                     through -= set(names)
         self._through: StoredColumns | None = None
         if through:
@@ -88,25 +66,12 @@ class BetweenSamples:
 
     Args:
         parts: The columns, some samples after the other.
-        known: As for :class:`InnerProducts`, with the key of the layer there.
     """
 
-    def __init__(
-        self,
-        parts: Sequence[KhatriRaoColumns],
-        known: MutableMapping[Any, Inputs | None] | None = None,
-        key: Any = None,
-    ) -> None:
+    def __init__(self, parts: Sequence[KhatriRaoColumns]) -> None:
         self._parts = parts
         rows = torch.cat([part.positions_as_rows() for part in parts], dim=1)
-        known = {key: None} if known is None else known
-        before = known.get(key)
-        if before is not None and torch.equal(before.rows, rows):
-            self._products = before.products
-            return
         self._products = rows @ rows.mT
-        # Of a layer whose inputs have changed once, they will again.
-        known[key] = None if key in known else Inputs(rows, self._products)
 
     def add_product(self, weights: Sequence[Tensor], out: Sequence[Tensor]) -> None:
         """Add VᵀV times ``[K, n·R]`` of each part to the same.
