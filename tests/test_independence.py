@@ -86,6 +86,67 @@ def test_mixing_beside_masked_logits(
             vl.EmpiricalRisk(model, CE, (X, y))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("mask", [-1e4, -1e7, -1e9, -1e12])
+@pytest.mark.parametrize("share", [0.0, 1e-3, 1.0])
+def test_mixing_beside_logits_with_a_mask_added(
+    share: float, mask: float, dtype: torch.dtype
+) -> None:
+    """Sums with a large number differ in their last digits only."""
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        h = m.f(x)
+        return h - share * h.mean(0) + mask * (torch.arange(3) == 2).to(dtype)
+
+    model, data = (
+        Lambda(forward, f=net()).to(dtype),
+        (X.to(dtype), torch.arange(12) % 2),
+    )
+    if not share:
+        assert vl.EmpiricalRisk(model, CE, data).value().isfinite()
+        return
+    with pytest.raises(ValueError, match="depend on the other samples"):
+        vl.EmpiricalRisk(model, CE, data)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("fill", [-1e9, -1e30])
+@pytest.mark.parametrize(
+    ("noise", "says"),
+    [(lambda m: torch.rand(3), "drew random"), (lambda m: m.b.add_(1.0), "'b'")],
+)
+def test_no_function_beside_masked_logits(
+    noise: Callable[[Any], Tensor], says: str, fill: float, dtype: torch.dtype
+) -> None:
+    """Of what is drawn, and of buffers that a pass changes."""
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        return (m.f(x) + noise(m)).masked_fill(torch.arange(3) == 2, fill)
+
+    model = Lambda(forward, f=net())
+    model.register_buffer("b", torch.zeros(3))
+    with pytest.raises(ValueError, match=says):
+        vl.EmpiricalRisk(model.to(dtype), CE, (X.to(dtype), torch.arange(12) % 2))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "large"), [(torch.float32, 1e5), (torch.float64, 1e10)]
+)
+def test_rounding_beside_large_outputs_is_no_mixing(
+    dtype: torch.dtype, large: float
+) -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        h = m.f(x)
+        ulps = 4 * torch.finfo(h.dtype).eps if len(x) == 96 else 0.0
+        rounded = h * (1.0 + ulps)
+        off = large * (rounded - h)
+        return torch.cat([large * rounded[:, :1], (h + off)[:, 1:]], 1)
+
+    data = X.repeat(8, 1).to(dtype), X.repeat(8, 1)[:, :3].to(dtype)
+    model = Lambda(forward, f=net()).to(dtype)
+    assert vl.EmpiricalRisk(model, nn.MSELoss(), data).num_samples == 96
+
+
 @pytest.mark.parametrize("scale", [1.0, 1e-4])
 def test_mixing_in_single_precision(scale: float) -> None:
     """Also where outputs are small."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from math import inf
 from typing import Any
 
 import torch
@@ -35,6 +36,8 @@ from vivit_linop.risk.model.parameters import check_finite, other_entries
 # From how many states of the generators a model that draws is evaluated on the first
 # batch. A coin that is used falls alike in all of them once in 2⁸ times.
 _STATES = 9
+# Beyond may be logits that are masked, which say nothing of how large the others are.
+MASKED = 1e3
 
 
 def same_outputs(left: Tensor, right: Tensor) -> bool:
@@ -51,8 +54,10 @@ def agree(left: Tensor, right: Tensor) -> Tensor:
     return apart(left, right) <= 10 * torch.finfo(left.dtype).eps ** 0.5
 
 
-def apart(left: Tensor, right: Tensor) -> Tensor:
+def apart(left: Tensor, right: Tensor, within: float = inf) -> Tensor:
     """How far outputs of one shape are apart, in proportion to their size.
+
+    Those alone, if wanted, that are not larger than something.
 
     Outputs may be differences of terms of about 1. Where these round to √ε, they are
     believed to have no size below that. What is the same to the last digit has no part
@@ -60,6 +65,7 @@ def apart(left: Tensor, right: Tensor) -> Tensor:
     """
     off, right = left.detach() - right.detach(), right.detach()
     eps = torch.finfo(right.dtype).eps
+    off = off * (right.abs() <= within)
     return largest(off) / (largest(right * off.bool()) + eps**0.5)
 
 
@@ -201,10 +207,13 @@ def _has_outputs(
     model: FunctionalModel, params: Params, X: Any, output: Tensor
 ) -> bool:
     """Whether a model has these outputs again, but for sums in another order."""
-    tolerance = 100 * torch.finfo(output.dtype).eps * largest(output)
     with as_guest(output.device):
         again = model(params, X).detach()
-    return again.shape == output.shape and bool(largest(again - output) <= tolerance)
+    if again.shape != output.shape:
+        return False
+    off = again - output
+    size = largest(output * (off.bool() | (output.abs() <= MASKED)))
+    return bool(largest(off) <= 100 * torch.finfo(output.dtype).eps * size)
 
 
 def read(answers: Sequence[Tensor]) -> list[bool]:

@@ -23,7 +23,7 @@ from vivit_linop.devices import is_out_of_memory, tolerated
 from vivit_linop.graphs import TOUCHES_GRAPH, gradients, has_own_code
 from vivit_linop.modes import as_guest, seeded, set_random_states
 from vivit_linop.noise import BY_NOISE, Noise
-from vivit_linop.risk.checks import apart, same_outputs
+from vivit_linop.risk.checks import MASKED, apart, same_outputs
 from vivit_linop.risk.data.containers import leaves, map_leaves
 from vivit_linop.risk.data.samples import Samples
 from vivit_linop.risk.model.frozen_values import DETACHES, switches_gradients
@@ -196,24 +196,28 @@ def _are_same(
 ) -> bool:
     """Whether samples put together have their outputs, in some places of that batch."""
 
-    def furthest(params: Params, X: Any, output: Tensor) -> float:
+    def furthest(params: Params, X: Any, output: Tensor) -> tuple[float, float]:
+        """Of all outputs, and of all but those that are masked."""
         given, other = questions
         as_given = partial(watch.run, model.as_given)
         found = [
             _apart_among(as_given, params, X, output, samples, *given),
             _apart_among(model, params, X, output, samples, *other),
         ]
-        return float(torch.stack(found).max())  # the host waits once
+        far, visible = torch.stack(found).amax(0).tolist()  # the host waits once
+        return far, visible
 
     dtype = output.dtype
-    far = furthest(model.params, X, output)
-    if not _NEAR[dtype] < far <= _FAR[dtype]:
-        return far <= _NEAR[dtype]
+    far, visible = furthest(model.params, X, output)
+    if not far <= _FAR[dtype]:
+        return False
+    if max(far, visible) <= _NEAR[dtype]:
+        return True
     exact = _in_double(model, X, output)
     if exact is None:
         # Kernels of low precision may be that far apart.
         return _are_alone(model, model.params, X, output, samples) is not False
-    far = furthest(*exact)
+    far = max(furthest(*exact))
     if far <= _NEAR[torch.float64] or far <= BY_NOISE * _rounding(model, *exact):
         return True
     # An iteration that ends when all samples have converged leaves such differences.
@@ -245,7 +249,12 @@ def _apart_among(
     own = index[places].to(output.device)
     if isinstance(places, Tensor):
         places = places.to(output.device)
-    return apart(found[places], output[own])
+    return _sizes_apart(found[places], output[own])
+
+
+def _sizes_apart(found: Tensor, output: Tensor) -> Tensor:
+    """How far they are apart, and where no logits are masked."""
+    return torch.stack([apart(found, output), apart(found, output, MASKED)])
 
 
 def _in_double(
@@ -269,7 +278,7 @@ def _rounding(model: FunctionalModel, params: Params, X: Any, output: Tensor) ->
     digits, found = Noise(), []
     for _ in range(_ATTEMPTS):
         nearby = {name: digits.off(p.detach()) for name, p in params.items()}
-        found.append(apart(model(nearby, map_leaves(digits.off, X)), output))
+        found.append(_sizes_apart(model(nearby, map_leaves(digits.off, X)), output))
     return float(torch.stack(found).max())
 
 
