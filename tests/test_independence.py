@@ -480,3 +480,62 @@ def test_derivatives_of_each_sample(name: str) -> None:
     for of in (risk, cut):
         torch.testing.assert_close(vl.Jacobian(of).T @ u, J.T @ u)
         torch.testing.assert_close(vl.Jacobian(of).to_dense(), J)
+
+
+class Normalised(torch.autograd.Function):
+    """Its backward pass gives gradients of size 1."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Any:
+        return g / g.norm(dim=1, keepdim=True).clamp(min=1e-12)
+
+
+def hooked_module() -> nn.Module:
+    model = net()
+    model[2].register_full_backward_hook(lambda _, given, __: (given[0] / 7.0**2,))
+    model[2].register_full_backward_pre_hook(lambda _, g: (g[0] / g[0].norm(),))
+    return model
+
+
+def hooked_weight() -> nn.Module:
+    class Clipped(nn.Module):
+        def forward(self, w: Tensor) -> Tensor:
+            return with_hook(1.0 * w, lambda g: g.clamp(-1e-2, 1e-2))
+
+    model = net()
+    nn.utils.parametrize.register_parametrization(model[0], "weight", Clipped())
+    return model
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("n", [2, 12])
+@pytest.mark.parametrize(
+    "build",
+    [
+        hooked_module,
+        hooked_weight,
+        lambda: of_derivatives(lambda m, h: Normalised.apply(h), None),
+        lambda: of_derivatives(lambda m, h: with_hook(h, torch.sign), None),
+    ],
+)
+def test_backward_passes_that_are_not_linear(
+    build: Callable[[], nn.Module], n: int, dtype: torch.dtype
+) -> None:
+    """There is no matrix that they multiply by."""
+    with pytest.raises(ValueError, match="its backward pass is not linear"):
+        vl.EmpiricalRisk(build().to(dtype), CE, (X[:n].to(dtype), Y[:n]))
+
+
+def test_clipping_that_has_no_effect() -> None:
+    """Gradients that are clipped are larger than those of the check."""
+    model = of_derivatives(
+        lambda m, h: with_hook(h, lambda g: g.clamp(-100.0, 100.0)), torch.float64
+    )
+    plain = of_derivatives(lambda m, h: h, torch.float64)
+    for matrix in (vl.GGN, vl.EmpiricalFisher):
+        found, truth = (matrix(m, CE, (X, Y)).to_dense() for m in (model, plain))
+        torch.testing.assert_close(found, truth)

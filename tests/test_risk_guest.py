@@ -11,6 +11,8 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import vivit_linop as vl
+from tests import sample_truth
+from tests.sample_truth import truth_of
 from tests.toys import Snapshot, guest_net, random_vector, toy, use_everything
 
 # Guest behaviour ----------------------------------------------------------------------
@@ -32,6 +34,42 @@ def test_guest() -> None:
     before = Snapshot(net, data)
     use_everything(vl.EmpiricalRisk(net, loss, loader, memory=0, check_data=False))
     before.check()
+
+
+class Hooking(nn.Module):
+    """Puts hooks on its parameters in each forward pass."""
+
+    def __init__(self, hook: Callable[[torch.Tensor], torch.Tensor | None]) -> None:
+        super().__init__()
+        self.net, self.hook = guest_net(), hook
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weight = self.net[4].weight
+        if weight.requires_grad:
+            weight.register_hook(self.hook)
+            self.net[4].bias.register_post_accumulate_grad_hook(lambda p: None).remove()
+        result: torch.Tensor = self.net(x)
+        return result
+
+
+@pytest.mark.parametrize(
+    "hook", [lambda g: 2.0 * g, lambda g: g / g.norm(), lambda g: None]
+)
+@pytest.mark.parametrize("check", [True, False])
+def test_hooks_on_parameters_that_a_pass_makes(
+    hook: Callable[[torch.Tensor], torch.Tensor | None], check: bool
+) -> None:
+    """They are for an optimiser, and one more in each pass."""
+    _, loss, data = toy()
+    net = Hooking(hook)
+    samples = [
+        (lambda m, x=x: m(x[None])[0], lambda f, y=y: loss(f[None], y[None]))
+        for x, y in zip(*data, strict=True)
+    ]
+    truth = truth_of(net.net, samples, 1.0 / len(samples))
+    risk = vl.EmpiricalRisk(net, loss, data, check=check)
+    sample_truth.check(risk, truth)
+    sample_truth.check(risk, truth)
 
 
 def test_mc_samples_with_a_generator_leave_the_global_one() -> None:

@@ -31,13 +31,16 @@ def at_fault(outputs: Callable[[Params], Tensor], theta: Params) -> str:
     own = [n.name() for n in nodes(output) if type(n).__module__ == written_in_python]
     if own:
         names = " or ".join(dict.fromkeys(n.removesuffix("Backward") for n in own))
+        if names == "BackwardHookFunction":  # torch's
+            return "At fault is a hook on gradients (register_full_backward_hook)."
         return (
             f"At fault is the hand-written autograd Function {names}, whose backward "
             "pass is not differentiable or has a wrong derivative."
         )
     return (
         "Which operation is at fault could not be told (a custom kernel, a "
-        "straight-through estimator, numbers of a lower precision?)."
+        "straight-through estimator, a hook on gradients, numbers of a lower "
+        "precision?)."
     )
 
 

@@ -30,7 +30,7 @@ from vivit_linop.net.kinds import Arguments, Kind, View, functions, readings
 from vivit_linop.net.structure import Use
 from vivit_linop.risk.kept import watched_by
 from vivit_linop.risk.model.original import Params
-from vivit_linop.risk.model.tensors_used import tensors_in
+from vivit_linop.risk.model.tensors_used import is_of_optimiser, left_out, tensors_in
 
 _HAS_GRAPH = attrgetter("requires_grad")
 # Functions that give a view of their first argument, whatever its strides are.
@@ -51,8 +51,8 @@ class Recorder(TorchFunctionMode):
         uses: The recorded calls, in order.
         opaque: Names of parameters with a use that has no known structure.
         has_hooks: Whether the net may have put hooks into the graph.
-        keeps_gradients: Whether the net asks for gradients of what it computes, which
-            nothing is asked for here.
+        keeps_gradients: Whether the net asks for gradients of what it computes, or
+            puts hooks on parameters, which is left out here.
     """
 
     def __init__(self, params: Params) -> None:
@@ -61,6 +61,7 @@ class Recorder(TorchFunctionMode):
         self.has_hooks = self.keeps_gradients = False
         # A parameter without entries has no columns, however it is used.
         self._views = Views({name: p for name, p in params.items() if p.numel()})
+        self._params = {*map(id, params.values())}
         self._dtype = next(iter(params.values())).dtype
         self._in_attention = False
 
@@ -69,9 +70,9 @@ class Recorder(TorchFunctionMode):
     ) -> Any:
         """Call the function, and record it if it is given parameters."""
         kwargs = kwargs or {}
-        if func is Tensor.retain_grad:
+        if is_of_optimiser(func, args, self._params):
             self.keeps_gradients = True
-            return None
+            return left_out(func)
         if func is F.multi_head_attention_forward and not self._in_attention:
             return self._attention(func, args, kwargs)
         result = func(*args, **kwargs)

@@ -39,6 +39,8 @@ _NEAR = {torch.float64: 1e-9, torch.float32: 1e-5}
 _FAR = {torch.float64: 1e-7, torch.float32: 3e-3}
 # How far derivatives may be apart: iterations in backward passes end somewhere.
 _SLOPES_APART = 0.05
+# Times which a gradient is pulled back: what is clipped or normalised shows it.
+_FACTOR = -0.5
 # How often rounding is measured.
 _ATTEMPTS = 8
 
@@ -128,34 +130,49 @@ def _check_derivatives(
 ) -> None:
     """Raise an error if a sample has other derivatives beside another than alone.
 
-    Nothing is said of nets that do not run on one sample or two, or have no gradients
-    there; where derivatives differ in float32, those in float64 decide.
+    Or if these are not in proportion to what is pulled back. Nothing is said of nets
+    that do not run on one sample or two, or have no gradients there; where derivatives
+    differ in float32, those in float64 decide.
     """
+    both = [0, len(output) - 1]
 
-    def differ(params: Params, X: Any) -> bool:
+    def differ(params: Params, X: Any) -> list[bool]:
         wanted = [*params.values()]
         found = []
-        for numbers in ([0], [0, len(output) - 1]):
+        for numbers, factor in (([0], 1.0), ([0], _FACTOR), (both, 1.0)):
             index = torch.tensor(numbers, device="cpu")
             some = model(params, samples.take(X, index))
             u = torch.zeros_like(some)
-            u[0] = Noise()(*some.shape[1:], like=some)
-            found.append(gradients(some, wanted, u))
+            u[0] = factor * Noise()(*some.shape[1:], like=some)
+            found.append([g / factor for g in gradients(some, wanted, u)])
         sizes = torch.stack([one.norm() for one in found[0]])
-        pairs = zip(*found, strict=True)
-        off = torch.stack([(one - two).norm() for one, two in pairs])
-        least = torch.finfo(off.dtype).eps ** 0.5 * sizes.norm()
-        return bool((off > _SLOPES_APART * sizes + least).any())
+        least = torch.finfo(sizes.dtype).eps ** 0.5 * sizes.norm()
 
-    mix = False
+        def is_off(other: list[Tensor]) -> bool:
+            pairs = zip(found[0], other, strict=True)
+            off = torch.stack([(one - two).norm() for one, two in pairs])
+            return bool((off > _SLOPES_APART * sizes + least).any())
+
+        return [*map(is_off, found[1:])]
+
+    bends = mixes = False
     # Whatever it says to other batches, or to another precision.
     with tolerated(Exception):
-        if differ(model.params, X):
+        if any(differ(model.params, X)):
             exact = _in_double(model, X, output)
             if exact is not None:
                 doubles = [p.detach().requires_grad_() for p in exact[0].values()]
-                mix = differ(dict(zip(exact[0], doubles, strict=True)), exact[1])
-    if mix:
+                named = dict(zip(exact[0], doubles, strict=True))
+                bends, mixes = differ(named, exact[1])
+    if bends:
+        raise ValueError(
+            "model: its backward pass is not linear, a multiple of a gradient at its "
+            "outputs does not give that multiple at its parameters, so it has no "
+            "Jacobian. Look for hooks on gradients and backward passes that normalise, "
+            "clip or round, and leave that to the optimiser. (check=False turns this "
+            "check off.)"
+        )
+    if mixes:
         raise ValueError(
             "model: its outputs for a sample are the same whatever others stand beside "
             "it, but its derivatives are not, so per-sample curvature is undefined. "

@@ -84,8 +84,8 @@ class FunctionalModel:
             item; None where they have a sample axis.
         writes: Whether it writes into its input, so that it gets copies.
         draws: Whether it draws from NumPy's generator or Python's, which are put back.
-        keeps_gradients: Whether it asks for gradients of what it computes, which no
-            evaluation does from then on.
+        keeps_gradients: Whether it asks for gradients of what it computes, or puts
+            hooks on parameters, which no evaluation does from then on.
         channels_last: Whether it gets images in another order in memory
             (:mod:`vivit_linop.risk.model.memory_format`); not once it has refused.
         is_finite: Whether the parameters are known to hold no NaN or Inf.
@@ -359,8 +359,9 @@ class FunctionalModel:
         dtype = self._precision(params)
         own = self.precision is None and dtype is self.dtype
         casts = contextlib.nullcontext() if own else Widened(dtype)
-        asks = self.keeps_gradients
-        keeps_none = WithoutKeptGradients() if asks else contextlib.nullcontext()
+        keeps_none: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
+        if self.keeps_gradients:
+            keeps_none = WithoutKeptGradients(params.values())
         numbers = numbers_put_back() if self.draws else contextlib.nullcontext()
         with keeps_none, default_dtype(self._default_dtype), casts, numbers:
             return self._private(params, X)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Mapping
+from collections import OrderedDict
+from collections.abc import Container, Iterable, Mapping
 from typing import Any
 
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+from torch.utils.hooks import RemovableHandle
 
 
 class Watch(TorchFunctionMode):
@@ -79,14 +81,36 @@ class Replaced(Watch):
 
 
 class WithoutKeptGradients(TorchFunctionMode):
-    """Lets no tensor keep its gradient: those of several vectors at once are none."""
+    """Lets no tensor keep its gradient, and no parameter have hooks that change its.
+
+    Those of several vectors at once are none, and derivatives are of the function.
+    """
+
+    def __init__(self, params: Iterable[Tensor]) -> None:
+        super().__init__()
+        self._params = {*map(id, params)}
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        if func is Tensor.retain_grad:
-            return None
+        if is_of_optimiser(func, args, self._params):
+            return left_out(func)
         return func(*args, **(kwargs or {}))
+
+
+def is_of_optimiser(func: Any, args: Any, params: Container[int]) -> bool:
+    """Whether a call is about gradients as ``.backward()`` leaves them."""
+    return func is Tensor.retain_grad or (
+        func in _HOOKS and bool(args) and id(args[0]) in params
+    )
+
+
+_HOOKS = Tensor.register_hook, Tensor.register_post_accumulate_grad_hook
+
+
+def left_out(func: Any) -> RemovableHandle | None:
+    """What such a call returns if nothing is done."""
+    return RemovableHandle(OrderedDict()) if func in _HOOKS else None
 
 
 def tensors_in(value: Any) -> list[Tensor]:
