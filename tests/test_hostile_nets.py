@@ -237,6 +237,34 @@ def test_what_autograd_says(name: str) -> None:
     assert risk.is_current()
 
 
+@pytest.mark.parametrize("is_part", [False, True])
+def test_diagonals_of_nets_with_proxies(is_part: bool) -> None:
+    """Parts lead to each other without end where torch takes one for a part."""
+    net, X, y = by_a_proxy().double(), torch.randn(N, 5).double(), torch.arange(N) % C
+    if is_part:
+        net.child.parent = weakref.proxy(net)
+    params = dict(net.named_parameters())
+
+    def value(*tensors: Tensor) -> Tensor:
+        replaced = dict(zip(params, tensors, strict=True))
+        h = F.linear(X, replaced["w"]) + replaced["w"].sum()
+        return LOSS(F.linear(h.tanh(), replaced["c.weight"], replaced["c.bias"]), y)
+
+    blocks: Any = torch.autograd.functional.hessian(value, tuple(params.values()))
+    sizes = [p.numel() for p in params.values()]
+    truth = [
+        blocks[i][i].reshape(size, size).diagonal() for i, size in enumerate(sizes)
+    ]
+    risk = vl.EmpiricalRisk(net, LOSS, (X, y))
+    torch.testing.assert_close(vl.Hessian(risk).diagonal(), torch.cat(truth))
+    with pytest.raises(ValueError, match="BackPACK cannot compute"):
+        vl.Hessian(risk).diagonal(route="backpack")
+    given: Any = weakref.proxy(net)
+    torch.testing.assert_close(
+        vl.GGN(given, LOSS, (X, y)).trace(), vl.GGN(risk).trace()
+    )
+
+
 @pytest.mark.parametrize("forward", [by_capacity, in_pairs])
 def test_samples_that_depend_on_others(forward: Callable[..., Tensor]) -> None:
     net = Lambda(forward, a=L(5, C), b=L(5, C)).double()

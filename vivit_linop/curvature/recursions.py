@@ -435,7 +435,10 @@ def _check_layers(module: nn.Module, what: str) -> None:
                 f"{name or 'it'} is a graph with calls of functions between its "
                 "modules.",
             )
-    shared = len(list(module.named_parameters(remove_duplicate=False)))
+    try:
+        shared = len(list(module.named_parameters(remove_duplicate=False)))
+    except RecursionError as error:
+        raise _refusal(what, "a part leads back to it, as a weak proxy.") from error
     if shared != len(list(module.named_parameters())):
         raise _refusal(what, "modules share a parameter.")
 

@@ -25,6 +25,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import singledispatch
 from operator import attrgetter
+from random import Random
 from typing import Any
 
 import numpy as np
@@ -56,6 +57,8 @@ FUNCTIONS = (
     functools.partial,
     torch.jit.ScriptFunction,
 )
+# What one draws from, beside the global generators.
+Generators = torch.Generator | np.random.Generator | np.random.RandomState | Random
 # Of the global variables of each function.
 _OF_MODULES = "__builtins__", "__name__", "__package__"
 # What belongs to a loss, and what it may read by a name.
@@ -144,7 +147,7 @@ class Copies:
         return self(value) if self.frozen or self.leads_somewhere(value) else value
 
     def leads_somewhere(self, value: Any) -> bool:
-        """Whether there is a module or a known tensor in it."""
+        """Whether a module or a known tensor is in it, or what is copied too."""
         todo, seen = [value], set[int]()
         while todo:
             item = todo.pop()
@@ -154,6 +157,8 @@ class Copies:
             if isinstance(item, nn.Module) or id(item) in self.known:
                 return True
             if self.frozen and (isinstance(item, _STAY) or is_local(item)):
+                return True
+            if self.other is not None and isinstance(item, Generators):
                 return True
             parts = parts_of(item)
             todo += [*parts, *parts.values()]
@@ -186,6 +191,18 @@ def _copy_array(value: np.ndarray, copies: Copies) -> Any:
     if not copies.frozen or type(value) is not np.ndarray:
         return value
     return copies.remember(value, value.copy())
+
+
+@_copy.register(Generators)
+def _copy_generator(value: Any, copies: Copies) -> Any:
+    # Draws move the risk's own from call to call, so that they are found out.
+    if copies.other is None:
+        return value
+    if not isinstance(value, torch.Generator):
+        return copies.remember(value, copy.deepcopy(value))
+    new = copies.remember(value, torch.Generator(value.device))
+    new.set_state(value.get_state())
+    return new
 
 
 @_copy.register
@@ -414,12 +431,12 @@ def _parts_of_function(function: types.FunctionType) -> Mapping[Any, Any]:
 
 
 def _globals(function: types.FunctionType) -> dict[str, Any]:
-    """The modules and tensors that a function names as global variables."""
+    """Modules, tensors and generators that a function names as global variables."""
     found = {name: function.__globals__.get(name) for name in _names(function)}
     return {
         name: value
         for name, value in found.items()
-        if isinstance(value, (nn.Module, Tensor))
+        if isinstance(value, nn.Module | Tensor | Generators)
     }
 
 

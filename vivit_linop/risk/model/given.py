@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 
 from vivit_linop.arguments import check_has_values
 from vivit_linop.graphs import leaves_of
+from vivit_linop.risk.model.copies import referent
 from vivit_linop.risk.model.parameters import HALVES
 
 _DROPOUTS = (
@@ -49,6 +51,8 @@ def unwrapped(model: nn.Module, params: Any | None) -> tuple[nn.Module, Any | No
 
     Names of parameters may be those of the wrapper or of the module.
     """
+    if type(model) in weakref.ProxyTypes:
+        model = referent(model)
     while True:
         if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
             attribute = "module"

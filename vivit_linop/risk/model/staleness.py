@@ -26,6 +26,7 @@ from vivit_linop.risk.model.copies import (
     CACHED,
     FUNCTIONS,
     OWN,
+    Generators,
     is_cached,
     parts_of,
     referent,
@@ -152,6 +153,11 @@ def _same_parts(value: Any, twin: Any, twins: Twins) -> bool:
     mine, others = parts_of(value), parts_of(twin)
     names = twins.each(mine, others)
     return names and twins.each(mine.values(), others.values())
+
+
+@_same.register(Generators)
+def _same_generators(value: Any, twin: Any, twins: Twins) -> bool:
+    return type(value) is type(twin)  # in any state, since no outputs depend on it
 
 
 @_same.register(set | frozenset)
