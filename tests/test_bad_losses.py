@@ -363,3 +363,28 @@ def test_losses_with_derivatives_that_are_none(loss: Any) -> None:
     y[2] += 0.1
     risk = vl.EmpiricalRisk(model, loss, [(X, y)], reduction=reduction)
     assert vl.GGN(risk).trace().isfinite()
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int64])
+def test_targets_in_another_dtype(dtype: torch.dtype) -> None:
+    """What a loss refuses, and what torch computes with all the same."""
+    labels = (TARGETS > 0).to(dtype)
+    probabilities = nn.Sequential(net(), nn.Sigmoid())
+
+    def own(output: Tensor, target: Tensor) -> Tensor:
+        return nn.BCELoss()(output.sigmoid(), target)
+
+    says = f"targets are {dtype}"
+    build = risk_of(probabilities, nn.BCELoss(), (X, labels))
+    refused("data", build, TypeError, says)
+    data = (X, labels)
+    refused("data", risk_of(None, own, data, reduction="mean"), TypeError, says)
+    if dtype is torch.bool:
+        refused("data", risk_of(None, nn.L1Loss(), (X, labels)), TypeError, says)
+    # Of another fault torch says what it is.
+    with pytest.raises(RuntimeError, match="size"):
+        risk_of(None, nn.L1Loss(), (X, labels[:, :2].to(torch.int64)))()
+    for loss in (MSE, nn.BCEWithLogitsLoss(), nn.HuberLoss()):
+        found = vl.GGN(net(), loss, (X, labels)).to_dense()
+        truth = vl.GGN(net(), loss, (X, labels.double())).to_dense()
+        torch.testing.assert_close(found, truth)

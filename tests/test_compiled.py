@@ -1,5 +1,6 @@
 """Operators inside of a function that the caller compiles: the graph breaks there."""
 
+import functools
 import subprocess
 import sys
 import warnings
@@ -7,6 +8,7 @@ import warnings
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 import vivit_linop as vl
 
@@ -88,6 +90,58 @@ def test_arrays(backend):
     compiled = torch.compile(lambda v: v - A @ v, backend=backend)
     x = torch.ones(3).double().numpy()
     assert (compiled(x) == x - A @ x).all()
+
+
+def squares(output, target):
+    return (output - target).square().sum(1).mean()
+
+
+def doubled(function):
+    """What it makes has the name of a loss of torch, and is another one."""
+
+    @functools.wraps(function)
+    def decorated(*given):
+        return 2.0 * function(*given)
+
+    return decorated
+
+
+# With what is compiled when it is called.
+LOSSES = {
+    "of torch": (lambda: torch.compile(F.mse_loss), None, nn.MSELoss(), 1.0),
+    "of torch, by classes": (
+        lambda: torch.compile(F.cross_entropy),
+        None,
+        nn.CrossEntropyLoss(),
+        1.0,
+    ),
+    "with options": (
+        lambda: functools.partial(torch.compile(F.cross_entropy), label_smoothing=0.1),
+        None,
+        nn.CrossEntropyLoss(label_smoothing=0.1),
+        1.0,
+    ),
+    "of one's own": (lambda: torch.compile(squares), "mean", nn.MSELoss(), 3.0),
+    "a module": (lambda: torch.compile(nn.HuberLoss()), None, nn.HuberLoss(), 1.0),
+    "decorated": (lambda: doubled(F.mse_loss), "mean", nn.MSELoss(), 2.0),
+}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_compiled_losses_are_what_was_compiled(name):
+    loss, reduction, plain, factor = LOSSES[name]
+    torch.manual_seed(0)
+    net = nn.Linear(4, 3).double()
+    X, y = torch.rand(6, 4).double(), torch.arange(6) % 3
+    y = y if "classes" in name or "options" in name else torch.rand(6, 3).double()
+    risk = vl.EmpiricalRisk(net, loss(), (X, y), reduction=reduction)
+    value = factor * plain(net(X), y)
+    slopes = torch.autograd.grad(value, list(net.parameters()))
+    torch.testing.assert_close(risk.value(), value.detach())
+    torch.testing.assert_close(risk.gradient(), risk.flatten(slopes))
+    outputs = net(X).detach()
+    H = torch.autograd.functional.hessian(lambda f: factor * plain(f, y), outputs)
+    torch.testing.assert_close(vl.LossHessian(risk).to_dense(), H.reshape(18, 18))
 
 
 def test_the_compiler_is_not_imported():

@@ -200,6 +200,17 @@ class OfAGlobalNumber(nn.Module):
         return NUMBER * output.square().sum(1).mean()
 
 
+def through_a_helper(output: Tensor, y: Tensor) -> Tensor:
+    return 1.0 * of_a_global_number(output, y)
+
+
+class ThroughAHelper(nn.Module):
+    reduction = "mean"
+
+    def forward(self, output: Tensor, y: Tensor) -> Tensor:
+        return of_a_global_number(output, y)
+
+
 CALLS = 0
 
 
@@ -210,6 +221,8 @@ CALLS = 0
         functools.partial(of_a_global_number),
         OfAGlobalNumber(),
         vl.Loss(of_a_global_number),
+        through_a_helper,
+        ThroughAHelper(),
     ],
 )
 def test_global_numbers_that_a_named_loss_reads_must_stay(

@@ -1,6 +1,7 @@
 """The forms that data come in; data and models that change are right or refused."""
 
 import copy
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import vivit_linop as vl
 from tests.toys import Noisy, guest_net, random_vector, toy
+from vivit_linop.risk import passes
 
 OPERATORS = [
     vl.Jacobian,
@@ -230,3 +232,63 @@ def test_another_number_of_batches(first: int, later: int) -> None:
         risk = vl.EmpiricalRisk(net, nn.MSELoss(), Grows(first, later), memory=0)
         with pytest.raises(ValueError, match=r"^data: there are \d+ (or more )?batch"):
             use(risk)
+
+
+class Stream(torch.utils.data.IterableDataset[Any]):
+    """Gives one sample again and again; says how many there are, if anything."""
+
+    def __init__(self, number: int, length: int | None = None) -> None:
+        self.number, self.given = number, length
+
+    def __iter__(self) -> Iterator[Any]:
+        for _ in range(self.number):
+            yield torch.ones(4).double(), torch.tensor(1)
+
+    def __len__(self) -> int:
+        if self.given is None:
+            raise TypeError("no length")
+        return self.given
+
+
+@pytest.mark.parametrize("check_data", [True, False])
+@pytest.mark.parametrize("as_loader", [True, False])
+def test_data_that_may_never_end(
+    as_loader: bool, check_data: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Batches without end are waited for, with a word."""
+    monkeypatch.setattr(passes, "_ENDLESS", 5)
+    net, loss, _ = toy()
+
+    def build(stream: Stream) -> vl.EmpiricalRisk:
+        loader: Any = DataLoader(stream, batch_size=2)
+        data = loader if as_loader else Batches(loader)
+        return vl.EmpiricalRisk(net, loss, data, check_data=check_data)
+
+    class Batches:
+        def __init__(self, loader: Any) -> None:
+            self.loader = loader
+
+        def __iter__(self) -> Iterator[Any]:
+            return iter(self.loader)
+
+    with pytest.warns(UserWarning, match=r"data: .* has given 5 batches.*islice"):
+        risk = build(Stream(16))
+    assert risk.num_samples == 16
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        build(Stream(8))
+        vl.GGN(risk).trace()
+        if as_loader:
+            build(Stream(16, 16))
+
+
+def test_two_batches_in_a_tuple() -> None:
+    """A tuple of two is a pair; an error says that a list is meant."""
+    net, loss, (X, y) = toy()
+    batches = ((X[:3], y[:3]), (X[3:6], y[3:6]))
+    with pytest.raises(TypeError, match=r"data: .*\(a tensor.*a list holds batches"):
+        vl.EmpiricalRisk(net, loss, batches)
+    with pytest.raises(TypeError, match=r"data: .*a list holds batches"):
+        vl.EmpiricalRisk(net, loss, batches, predict=lambda net, X: net(X[0]))
+    listed = vl.EmpiricalRisk(net, loss, [*batches])
+    torch.testing.assert_close(listed.value(), loss(net(X[:6]), y[:6]).detach())

@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from math import inf
 from typing import Any
 
 import torch
@@ -25,7 +24,7 @@ from vivit_linop.modes import (
     seeded,
     set_random_states,
 )
-from vivit_linop.risk.data.containers import leaves
+from vivit_linop.risk.data.containers import described, leaves
 from vivit_linop.risk.data.fingerprint import largest
 from vivit_linop.risk.kept import Run, run_of
 from vivit_linop.risk.model.functional import FunctionalModel
@@ -37,7 +36,7 @@ from vivit_linop.risk.model.parameters import check_finite, other_entries
 # batch. A coin that is used falls alike in all of them once in 2⁸ times.
 _STATES = 9
 # Beyond may be logits that are masked, which say nothing of how large the others are.
-MASKED = 1e3
+MASKED = 10.0
 
 
 def same_outputs(left: Tensor, right: Tensor) -> bool:
@@ -54,19 +53,24 @@ def agree(left: Tensor, right: Tensor) -> Tensor:
     return apart(left, right) <= 10 * torch.finfo(left.dtype).eps ** 0.5
 
 
-def apart(left: Tensor, right: Tensor, within: float = inf) -> Tensor:
+def apart(left: Tensor, right: Tensor) -> Tensor:
     """How far outputs of one shape are apart, in proportion to their size.
 
-    Those alone, if wanted, that are not larger than something.
-
     Outputs may be differences of terms of about 1. Where these round to √ε, they are
-    believed to have no size below that. What is the same to the last digit has no part
-    in it: logits that are masked by −1e9 would hide what becomes of all others.
+    believed to have no size below that.
+    """
+    off, size = difference_and_size(left, right)
+    return off / (size + torch.finfo(right.dtype).eps ** 0.5)
+
+
+def difference_and_size(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    """The largest difference of outputs, and the largest of these.
+
+    What is the same to the last digit has no part in it: logits that are masked by −1e9
+    would hide what becomes of all others.
     """
     off, right = left.detach() - right.detach(), right.detach()
-    eps = torch.finfo(right.dtype).eps
-    off = off * (right.abs() <= within)
-    return largest(off) / (largest(right * off.bool()) + eps**0.5)
+    return largest(off), largest(right * off.bool())
 
 
 @dataclass
@@ -103,6 +107,12 @@ def checked_outputs(
             check_finite(model.params, "params")  # which may be why
             if isinstance(error, RuntimeError) and "type" in str(error):
                 _check_dtypes(model, index, X)
+            if isinstance(error, TypeError) and type(X) in (tuple, list):
+                raise TypeError(
+                    f"data: the model fails on the inputs of batch {index}, "
+                    f"{described(X)}: {error}. (A tuple of two is one pair (X, y), a "
+                    "list holds batches.)"
+                ) from error
             raise
         after = random_states(model.device)
         model.draws |= used[0]

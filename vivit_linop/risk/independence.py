@@ -23,7 +23,7 @@ from vivit_linop.devices import is_out_of_memory, tolerated
 from vivit_linop.graphs import TOUCHES_GRAPH, gradients, has_own_code
 from vivit_linop.modes import as_guest, seeded, set_random_states
 from vivit_linop.noise import BY_NOISE, Noise
-from vivit_linop.risk.checks import MASKED, apart, same_outputs
+from vivit_linop.risk.checks import MASKED, difference_and_size, same_outputs
 from vivit_linop.risk.data.containers import leaves, map_leaves
 from vivit_linop.risk.data.samples import Samples
 from vivit_linop.risk.model.frozen_values import DETACHES, switches_gradients
@@ -214,31 +214,40 @@ def _are_same(
     """Whether samples put together have their outputs, in some places of that batch."""
 
     def furthest(params: Params, X: Any, output: Tensor) -> tuple[float, float]:
-        """Of all outputs, and of all but those that are masked."""
         given, other = questions
         as_given = partial(watch.run, model.as_given)
         found = [
             _apart_among(as_given, params, X, output, samples, *given),
             _apart_among(model, params, X, output, samples, *other),
         ]
-        far, visible = torch.stack(found).amax(0).tolist()  # the host waits once
-        return far, visible
+        return _in_proportion(found)
 
     dtype = output.dtype
     far, visible = furthest(model.params, X, output)
     if not far <= _FAR[dtype]:
         return False
-    if max(far, visible) <= _NEAR[dtype]:
+    if visible <= _NEAR[dtype]:
         return True
     exact = _in_double(model, X, output)
     if exact is None:
         # Kernels of low precision may be that far apart.
         return _are_alone(model, model.params, X, output, samples) is not False
-    far = max(furthest(*exact))
+    _, far = furthest(*exact)
     if far <= _NEAR[torch.float64] or far <= BY_NOISE * _rounding(model, *exact):
         return True
     # An iteration that ends when all samples have converged leaves such differences.
     return _are_alone(model, *exact, samples) is True
+
+
+def _in_proportion(found: Sequence[tuple[Tensor, Tensor]]) -> tuple[float, float]:
+    """How far outputs are apart at most, in proportion to their size.
+
+    And if none of them were larger than what logits are that nothing masks.
+    """
+    off, size = torch.stack([*map(torch.stack, found)]).cpu().unbind(1)  # it waits once
+    floor = torch.finfo(off.dtype).eps ** 0.5
+    visible = off / (size.clamp(max=MASKED) + floor)
+    return float((off / (size + floor)).max()), float(visible.max())
 
 
 def _apart_among(
@@ -249,8 +258,8 @@ def _apart_among(
     samples: Samples,
     index: Tensor,
     places: Tensor | slice,
-) -> Tensor:
-    """How far outputs of samples put together are from their outputs in the batch."""
+) -> tuple[Tensor, Tensor]:
+    """How far samples put together are from their outputs, and the size of these."""
     found = model(params, samples.take(X, index)).detach()
     if len(found) != len(index):
         raise ValueError(
@@ -266,12 +275,7 @@ def _apart_among(
     own = index[places].to(output.device)
     if isinstance(places, Tensor):
         places = places.to(output.device)
-    return _sizes_apart(found[places], output[own])
-
-
-def _sizes_apart(found: Tensor, output: Tensor) -> Tensor:
-    """How far they are apart, and where no logits are masked."""
-    return torch.stack([apart(found, output), apart(found, output, MASKED)])
+    return difference_and_size(found[places], output[own])
 
 
 def _in_double(
@@ -295,8 +299,9 @@ def _rounding(model: FunctionalModel, params: Params, X: Any, output: Tensor) ->
     digits, found = Noise(), []
     for _ in range(_ATTEMPTS):
         nearby = {name: digits.off(p.detach()) for name, p in params.items()}
-        found.append(_sizes_apart(model(nearby, map_leaves(digits.off, X)), output))
-    return float(torch.stack(found).max())
+        again = model(nearby, map_leaves(digits.off, X))
+        found.append(difference_and_size(again, output))
+    return _in_proportion(found)[1]
 
 
 def _are_alone(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import operator
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -64,6 +65,8 @@ Item = TypeVar("Item")
 _CPU = torch.device("cpu")
 # After so many batches memory goes back to the system. That takes some milliseconds.
 _HEAP_BATCHES = 8
+# After so many, data that say no length may have no end.
+_ENDLESS = 10_000
 
 
 # Cuts --------------------------------------------------------------------------------
@@ -274,7 +277,9 @@ class Passes:
         Raises:
             ValueError: If the batches are others, or fewer.
         """
-        raw = self.data if fingerprints is None else _compared(self.data, fingerprints)
+        raw = self.data if self.number else ending(self.data)
+        if fingerprints is not None:
+            raw = _compared(self.data, fingerprints)
         count = 0
         for batch in self._cut(raw, self._device, what):
             count += 1
@@ -301,15 +306,12 @@ class Passes:
         return self.cuts.applied(batches, self.search)
 
     def _shown(self, items: Iterator[Item], what: str) -> Iterator[Item]:
-        expected = self.number
-        with contextlib.suppress(NotImplementedError):  # a dataset need not say it
-            expected = expected or operator.length_hint(self.data)
-        return shown(items, what, expected)
+        return shown(items, what, self.number or _length(self.data))
 
     def fingerprints(self) -> list[bytes]:
         """Pass over the data without the model, from another state of the generator."""
         (other,) = seeded((torch.initial_seed() + 1) % 2**63, _CPU)
-        batches = replay(self.data, other)
+        batches = replay(ending(self.data), other)
         if self.progress:
             batches = self._shown(batches, "check_data")
         return [fingerprint.of_batch(batch) for batch in batches]
@@ -319,6 +321,26 @@ class Passes:
         # On the host, where data come from, and the digests are made.
         cut = self._cut(self.data, torch.device("cpu"), "fingerprint")
         return fingerprint.of_samples(cut, self.search)
+
+
+def _length(data: Iterable[Any]) -> int:
+    """How many batches data say that they are; 0 where they do not."""
+    with contextlib.suppress(NotImplementedError):
+        return operator.length_hint(data)
+    return 0
+
+
+def ending(data: Iterable[Item]) -> Iterator[Item]:
+    """Yield batches; warn once of data that may have no end."""
+    for count, batch in enumerate(data):
+        if count == _ENDLESS and count >= _length(data):
+            warnings.warn(
+                f"data: {type(data).__name__} has given {count} batches, and says no "
+                "length. Every pass reads all of them; if they never end, give some, "
+                "list(itertools.islice(data, 100)).",
+                stacklevel=2,
+            )
+        yield batch
 
 
 def iterate(

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vivit_linop.devices import tolerated
 from vivit_linop.graphs import leaves_of
-from vivit_linop.risk.data.containers import leaves
+from vivit_linop.risk.data.containers import leaves, map_leaves
 from vivit_linop.risk.losses.base import OutputLoss
-from vivit_linop.risk.model.copies import numbers_read
+from vivit_linop.risk.losses.globals_read import numbers_read
 from vivit_linop.risk.model.foreign_memory import ForeignMemory
 from vivit_linop.risk.model.outputs import OutputTree
 
@@ -57,7 +58,9 @@ class AutogradLoss(OutputLoss):
         """Let the next check look; tensors that others have must stay what they are."""
         self._parameters, self._own = list(parameters), list(own)
         self._memory = ForeignMemory(f"loss: {self.name}")
-        self._numbers = [*map(numbers_read, self.called())]
+        self._numbers = [
+            pair for called in self.called() for pair in numbers_read(called)
+        ]
 
     def check_data(self, output: Tensor, target: Tensor) -> None:
         """The loss is a scalar, and uses no parameters of the model."""
@@ -71,6 +74,14 @@ class AutogradLoss(OutputLoss):
                 "target, with reduction=: for example lambda output, target: "
                 "loss(*output, target), where the model returns (a, b)."
             ) from error
+        except RuntimeError as error:
+            given = [y.dtype for y in leaves(target) if not y.is_floating_point()]
+            if not given or not self._takes_real(output, target):
+                raise
+            raise TypeError(
+                f"data: targets are {given[0]}, which {self.name} does not take "
+                f"({error}). Convert them with y.to({output.dtype})."
+            ) from error
         if not isinstance(value, Tensor) or value.numel() != 1:
             shape = list(value.shape) if isinstance(value, Tensor) else value
             raise ValueError(
@@ -78,6 +89,14 @@ class AutogradLoss(OutputLoss):
                 "reduction='mean' or 'sum'."
             )
         self._look_outside(output, target)
+
+    def _takes_real(self, output: Tensor, target: Any) -> bool:
+        """Whether it takes targets as real numbers."""
+        real = map_leaves(lambda leaf: leaf.to(output.dtype), target)
+        with tolerated(Exception), torch.no_grad():
+            self.function(self.as_returned(output), real)
+            return True
+        return False
 
     def total(self, output: Tensor, target: Tensor) -> Tensor:
         self.check_memory()

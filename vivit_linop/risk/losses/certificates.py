@@ -36,7 +36,8 @@ def targets_of(loss: OutputLoss, target: Any, output: Tensor) -> Any:
         raise TypeError(
             f"data: {loss.name} takes one tensor of targets for a batch, got "
             f"{described(target)}. Give a function (output, target) -> scalar of them, "
-            "with reduction=, or say which it is with target=."
+            "with reduction=, or say which it is with target=. A tuple of two is one "
+            "pair (X, y), a list holds batches."
         )
     return loss.as_targets(target, output)
 

@@ -181,17 +181,33 @@ def as_module(loss: Any) -> Any:
     Also of one with options, by ``functools.partial``. Compiled losses have no second
     derivatives: it is what was compiled.
     """
-    while isinstance(getattr(loss, "_orig_mod", None), nn.Module):
-        loss = loss._orig_mod
+    loss = _uncompiled(loss)
     function, options = loss, dict[str, Any]()
     if type(loss) is partial and not loss.args:
-        function, options = loss.func, loss.keywords
+        function, options = _uncompiled(loss.func), loss.keywords
     if not isinstance(function, FunctionType) or function not in _FUNCTIONS:
         return loss
     module = _FUNCTIONS[function]
     # Functions have more options than modules.
     known = options.keys() <= inspect.signature(module).parameters.keys()
     return module(**options) if known else loss
+
+
+def _uncompiled(loss: Any) -> Any:
+    """Return what ``torch.compile`` has compiled."""
+    while True:
+        if isinstance(getattr(loss, "_orig_mod", None), nn.Module):
+            loss = loss._orig_mod
+        elif _is_of_compiler(loss) and callable(getattr(loss, "__wrapped__", None)):
+            loss = loss.__wrapped__
+        else:
+            return loss
+
+
+def _is_of_compiler(loss: Any) -> bool:
+    """Whether it is a function that the compiler has made, not a decorator's."""
+    module = loss.__globals__.get("__name__") if isinstance(loss, FunctionType) else ""
+    return str(module).startswith("torch._dynamo")
 
 
 def built(loss: Any, reduction: str) -> OutputLoss:

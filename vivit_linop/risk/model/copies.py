@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import collections
 import copy
-import dis
 import functools
 import sys
 import types
@@ -61,9 +60,8 @@ FUNCTIONS = (
 Generators = torch.Generator | np.random.Generator | np.random.RandomState | Random
 # Of the global variables of each function.
 _OF_MODULES = "__builtins__", "__name__", "__package__"
-# What belongs to a loss, and what it may read by a name.
+# What belongs to a loss.
 _STAY = (Tensor, np.ndarray)
-_NUMBERS = (bool, int, float, complex, str)
 _MISSING = object()
 
 
@@ -442,37 +440,15 @@ def _globals(function: types.FunctionType) -> dict[str, Any]:
 
 def _names(function: types.FunctionType) -> set[str]:
     """The names in its code, among them those of global variables."""
-    return {name for code in _codes(function) for name in code.co_names}
+    return {name for code in codes_of(function) for name in code.co_names}
 
 
-def _codes(function: types.FunctionType) -> Iterator[types.CodeType]:
+def codes_of(function: types.FunctionType) -> Iterator[types.CodeType]:
     """Its code, and that of what is defined inside."""
     codes = [function.__code__]
     while codes:
         yield (code := codes.pop())
         codes += [part for part in code.co_consts if isinstance(part, types.CodeType)]
-
-
-def numbers_read(called: Any) -> tuple[Any, dict[str, Any]]:
-    """The global variables of a function, and its numbers and texts among them.
-
-    Those that it reads and does not set; of a module those of its ``forward``.
-    """
-    while isinstance(called, functools.partial):
-        called = called.func
-    function = called
-    if isinstance(called, nn.Module):  # compiled by torch.jit, classes have none
-        function = getattr(type(called), "forward", None)
-    if not isinstance(function, types.FunctionType):
-        return {}, {}
-    names: dict[str, set[str]] = {"LOAD_GLOBAL": set(), "STORE_GLOBAL": set()}
-    for code in _codes(function):
-        for step in dis.get_instructions(code):
-            names.get(step.opname, set()).add(step.argval)
-    space = function.__globals__
-    read = names["LOAD_GLOBAL"] - names["STORE_GLOBAL"]
-    found = {name: space[name] for name in read if name in space}
-    return space, {n: v for n, v in found.items() if type(v) in _NUMBERS}
 
 
 def is_local(value: Any) -> bool:
