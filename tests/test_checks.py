@@ -149,6 +149,7 @@ def test_random_numbers_that_are_not_used(name: str, check: bool) -> None:
     gradient = risk.gradient()
     G, vector = vl.GGN(risk), torch.linspace(-1.0, 1.0, risk.num_params).double()
     found = G @ vector
+    diagonal = vl.Hessian(risk).diagonal()  # BackPACK is tried
     assert torch.equal(before, torch.random.get_rng_state())
     assert _other_states() == others
     with torch.random.fork_rng([]):
@@ -158,6 +159,7 @@ def test_random_numbers_that_are_not_used(name: str, check: bool) -> None:
     H = vl.LossHessian(vl.EmpiricalRisk(model, CE, (X, Y)))
     J = vl.Jacobian(vl.EmpiricalRisk(model, CE, (X, Y)))
     torch.testing.assert_close(found, J.T @ (H @ (J @ vector)))
+    torch.testing.assert_close(diagonal, vl.Hessian(risk).to_dense().diagonal())
 
 
 def in_a_fork(m: Any, x: Tensor) -> Tensor:

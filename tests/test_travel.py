@@ -390,6 +390,21 @@ def test_threads_of_a_positive_curvature_hessian() -> None:
     assert close(found, expected)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"blocks": "module", "modify": "abs"}, {"as_published": True}],
+    ids=["BackPACK's", "modules", "as published"],
+)
+@pytest.mark.parametrize("way", WAYS)
+def test_positive_curvature_hessians_travel(way: str, options: Any) -> None:
+    """BackPACK's products are local functions, which cannot be pickled."""
+    P = vl.PositiveCurvatureHessian(_risk(), **options)
+    expected = P.to_dense()
+    copied = WAYS[way](P)
+    assert close(copied.to_dense(), expected)
+    assert copied.risk is not P.risk and len(copied.blocks) == len(P.blocks)
+
+
 # Memory -----------------------------------------------------------------------------
 
 

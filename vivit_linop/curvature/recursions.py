@@ -11,6 +11,7 @@ import inspect
 import threading
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -26,7 +27,12 @@ from vivit_linop.curvature.positive_curvature import (
 )
 from vivit_linop.devices import is_out_of_memory
 from vivit_linop.extras import extra
-from vivit_linop.modes import as_guest, default_dtype, ordinary_mode
+from vivit_linop.modes import (
+    as_guest,
+    default_dtype,
+    numbers_put_back,
+    ordinary_mode,
+)
 from vivit_linop.operators.base import TorchLinearOperator
 from vivit_linop.operators.kronecker import BlockDiagonal, Kronecker
 from vivit_linop.risk.checks import same_outputs
@@ -163,6 +169,11 @@ class PositiveCurvatureHessian(BlockDiagonal):
         with extra("backpack"):
             from backpack.extensions import PCHMP
 
+        self._options: dict[str, Any] = {
+            "modify": modify,
+            "blocks": blocks if blocks == "parameter" else groups,
+            "as_published": as_published,
+        }
         many = self.risk.ranks.is_many
         with self.risk.ranks.together("PositiveCurvatureHessian"):
             results = []
@@ -177,6 +188,10 @@ class PositiveCurvatureHessian(BlockDiagonal):
             [PositiveCurvatureBlock(whole, group) for group in groups],
             places_of(self.risk, groups),
         )
+
+    def __reduce__(self) -> Any:
+        """Travel as what it is made of: functions of BackPACK cannot be pickled."""
+        return partial(type(self), **self._options), (self.risk,)
 
 
 # Running BackPACK -----------------------------------------------------------------
@@ -249,6 +264,7 @@ def own_backpack_results(
             _ALONE,
             # BackPACK makes convolutions of poolings, with weights that are drawn.
             as_guest(risk.device),
+            numbers_put_back(),
             torch.enable_grad(),
             # Some of its rules make matrices without saying of which dtype.
             default_dtype(risk.dtype),
