@@ -468,7 +468,10 @@ def test_constructors_take_arrays_of_any_layout(name):
     expected = build(array).to_dense()
     frozen = array.copy()
     frozen.flags.writeable = False
+    table = np.zeros(array.shape, dtype=[("tag", "i1"), ("x", "f8")])
+    table["x"] = array
     for same in (
+        table["x"],
         np.asfortranarray(array),
         array[::-1].copy()[::-1],
         np.repeat(array, 2, axis=-1)[..., ::2],

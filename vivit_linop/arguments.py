@@ -23,6 +23,23 @@ Scalar: TypeAlias = float | Tensor
 _CPU = torch.device("cpu")
 
 
+def as_torch_takes(array: np.ndarray) -> np.ndarray:
+    """Return an array, or a copy where torch does not take its memory as it is.
+
+    That has negative strides, or such as are no multiples of an entry (a field of a
+    structured array), is not aligned, read-only, or in a foreign order of bytes.
+    """
+    flags, size = array.flags, array.itemsize or 1
+    if (
+        array.dtype.isnative
+        and flags.writeable
+        and flags.aligned
+        and all(stride >= 0 and stride % size == 0 for stride in array.strides)
+    ):
+        return array
+    return array.astype(array.dtype.newbyteorder("="))
+
+
 def as_numbers(given: Any, name: str, dtype: torch.dtype | None = None) -> Tensor:
     """Return a tensor as it is, and one on the CPU of what else stands for numbers.
 
@@ -38,6 +55,8 @@ def as_numbers(given: Any, name: str, dtype: torch.dtype | None = None) -> Tenso
     """
     if isinstance(given, Tensor):
         return given
+    if isinstance(given, np.ndarray):
+        given = as_torch_takes(given)
     try:
         numbers = torch.as_tensor(given, device="cpu")
         if dtype is None or isinstance(given, np.ndarray) or numbers.is_complex():

@@ -155,6 +155,7 @@ class _Battery:
             ("negative strides", array[::-1].copy()[::-1], x),
             ("read-only array", frozen, x),
             ("column-major array", np.asfortranarray(_array(X)), X),
+            ("field of a structured array", _field(array), x),
             ("transposed tensor", X.T.contiguous().T, X),
             ("list", array.tolist(), x),
         ):
@@ -271,6 +272,13 @@ def _turned(x: Any) -> Any:
 
 def _array(x: Tensor) -> np.ndarray:
     return x.detach().cpu().numpy().copy()
+
+
+def _field(array: np.ndarray) -> np.ndarray:
+    """The same entries, at strides that are no multiples of one."""
+    table = np.zeros(len(array), dtype=[("tag", "i1"), ("x", array.dtype)])
+    table["x"] = array
+    return table["x"]
 
 
 def _require(condition: bool, message: str) -> None:

@@ -465,16 +465,6 @@ def _one_place(A: Tensor, B: Tensor) -> bool:
 
 def _as_tensor(array: Tensor | np.ndarray, name: str, ndim: int) -> Tensor:
     """Return a tensor of the given number of axes, or name the argument at fault."""
-    if isinstance(array, np.ndarray):
-        # torch takes neither negative strides nor foreign byte orders nor, without a
-        # warning, read-only memory; a copy has none of these.
-        native = array.dtype.newbyteorder("=")
-        if (
-            native != array.dtype
-            or not array.flags.writeable
-            or min(array.strides, default=0) < 0
-        ):
-            array = array.astype(native)
     tensor = as_numbers(array, name)
     if not torch.is_grad_enabled():
         tensor = tensor.detach()

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vivit_linop.arguments import check_numbers
+from vivit_linop.arguments import as_torch_takes, check_numbers
 
 if TYPE_CHECKING:
 
@@ -60,14 +60,10 @@ class NumpyProducts(LinearOperator):
             both = self._product_numpy(np.concatenate([X.real, X.imag], axis=1))
             real, imaginary = np.split(both, 2, axis=1)
             return np.asarray(real + 1j * imaginary)
-        # SciPy finds out dtypes with integers. torch takes neither negative strides
-        # nor, without a warning, read-only memory, nor extended precision; a copy has
-        # none of these.
+        # SciPy finds out dtypes with integers; torch has no extended precision.
         if X.dtype not in (np.float32, np.float64):
             X = X.astype(self.dtype)
-        elif not X.flags.writeable or any(stride < 0 for stride in X.strides):
-            X = X.copy()
-        result = self.apply(torch.from_numpy(X))
+        result = self.apply(torch.from_numpy(as_torch_takes(X)))
         return result.detach().cpu().numpy()
 
     # SciPy calls these hooks, always with numpy arrays. SciPy 1.18 hands batches
