@@ -15,7 +15,7 @@ from tests.cases import Lambda, call, classes, fast_path, features
 
 N = 3
 # The layers whose weights have Khatri–Rao factors.
-FACTORED = {"linear", "conv", "conv_transpose", "embedding"}
+FACTORED = {"linear", "conv", "conv_transpose", "embedding", "embedding_bag"}
 OPAQUE = "dense: no structure"
 # The ways to the Gram matrix of such factors.
 WAYS = ("pairs", "blocks", "inputs")
@@ -102,6 +102,25 @@ class Rows(nn.Embedding):
         return super().forward((x > 0).long() + (x > 1).long())
 
 
+class Bags(nn.EmbeddingBag):
+    """Bags of such indices, each with a weight; with offsets, one after the other."""
+
+    def __init__(self, *args: Any, offsets: bool = False, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.has_offsets = offsets
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        tokens = (x > 0).long() + (x > 1).long()
+        weights = x.square() if self.mode == "sum" else None
+        if not self.has_offsets:
+            return super().forward(tokens, None, weights)
+        there = x > -0.5  # of some samples nothing is left
+        offsets = torch.cat([torch.zeros(1).long(), there.sum(1).cumsum(0)])
+        weights = None if weights is None else weights[there]
+        offsets = offsets if self.include_last_offset else offsets[:-1]
+        return super().forward(tokens[there], offsets, weights)
+
+
 def spec(kind: str, *shape: int) -> Callable[..., Spec]:
     """A layer given as to ``partial``, for samples of a shape."""
     return lambda *args, **kwargs: (kind, functools.partial(*args, **kwargs), shape)
@@ -173,6 +192,17 @@ OTHERS: list[Spec] = [
     spec("embedding", 3)(Rows, 4, 2),
     spec("embedding", 2, 3)(Rows, 4, 2, padding_idx=1),
     spec("embedding", 4)(Rows, 4, 2, padding_idx=-3),
+    *(
+        spec("embedding_bag", 3)(Bags, 4, 2, mode=mode, offsets=offsets, **options)
+        for mode in ("mean", "sum")
+        for offsets in (False, True)
+        for options in ({}, {"padding_idx": 1}, {"padding_idx": -3})
+    ),
+    spec("embedding_bag", 3)(
+        Bags, 4, 2, mode="sum", offsets=True, include_last_offset=True
+    ),
+    *(spec("prelu", *s)(nn.PReLU) for s in [(3,), (4, 2), (2, 3)]),
+    *(spec("prelu", *s)(nn.PReLU, 3) for s in [(3,), (3, 2), (3, 2, 2)]),
     spec("layer_norm", 4)(nn.LayerNorm, 4),
     spec("layer_norm", 3, 4)(nn.LayerNorm, 4, bias=False),
     spec("layer_norm", 3, 2, 4)(nn.LayerNorm, (2, 4)),

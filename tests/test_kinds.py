@@ -14,7 +14,7 @@ import vivit_linop as vl
 from tests.cases import Lambda
 from vivit_linop.net import kinds
 from vivit_linop.net.columns.base import DenseColumns, LayerColumns
-from vivit_linop.net.kinds import Arguments, Kind, Signature, View, register
+from vivit_linop.net.kinds import Arguments, Kind, Signature, register
 
 N = 5
 
@@ -42,45 +42,6 @@ def check(net: nn.Module, X: Tensor) -> dict[str, str]:
     torch.testing.assert_close(K.square().sum(), G.square().sum())
     torch.testing.assert_close((V @ V.T).diagonal(), G.diagonal())
     return {cost.name: cost.use for cost in V.explain()}
-
-
-def read_bilinear(given: Arguments) -> Arguments | None:
-    """Linear in the products of the entries of both inputs."""
-    x, z, weight = given["input1"], given["input2"], given["weight"]
-    if not isinstance(weight, View):
-        return None
-    outputs, *inputs = weight.shape
-    flat = replace(weight, shape=torch.Size((outputs, inputs[0] * inputs[1])))
-    products = (x.unsqueeze(-1) * z.unsqueeze(-2)).flatten(-2)
-    return {"input": products, "weight": flat, "bias": given.get("bias")}
-
-
-BILINEAR = Kind(
-    name="bilinear",
-    signatures=[Signature([F.bilinear], "input1 input2 weight bias", read_bilinear)],
-    samples="leading",
-    inputs=lambda arguments, X: (
-        X.flatten(1, -2).mT.unsqueeze(1) if X.ndim > 2 else X[:, None, :, None]
-    ),
-    cotangents=lambda arguments, B: (
-        B.flatten(2, -2).mT.unsqueeze(2) if B.ndim > 3 else B[:, :, None, :, None]
-    ),
-    bias=lambda arguments, B: DenseColumns(
-        B.flatten(2, -2).sum(2) if B.ndim > 3 else B
-    ),
-)
-
-
-@pytest.mark.parametrize("positions", [(), (3,)], ids=["plain", "tokens"])
-def test_bilinear_layer(positions: tuple[int, ...]) -> None:
-    def forward(m: nn.Module, x: Tensor) -> Tensor:
-        y = m.layer(x[..., :2], x[..., 2:])
-        return y.mean(1) if positions else y
-
-    net, X = Lambda(forward, layer=nn.Bilinear(2, 3, 2)), torch.rand(N, *positions, 5)
-    assert set(check(net, X).values()) == {"no structure"}
-    register(BILINEAR)
-    assert set(check(net, X).values()) == {"bilinear"}
 
 
 def gate(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
@@ -149,6 +110,36 @@ def test_a_rule_that_raises_is_no_structure_of_its_parameter(
     assert uses["last.weight"] == uses["last.bias"] == "linear"
 
 
+@pytest.mark.parametrize("length", [1, 2, 4])
+def test_columns_of_another_size_are_no_structure(length: int) -> None:
+    def cut(arguments: Arguments, B: Tensor) -> LayerColumns:
+        return DenseColumns(B.new_ones(*B.shape[:2], length))
+
+    register(replace(gate_kind(sign=-1.0), bias=cut))
+    uses = check(Gated(), torch.rand(N, 4, 3))
+    assert (uses["w"], uses["b"]) == ("gate", "no structure")
+
+
+@pytest.mark.parametrize("wrong", ["samples", "positions", "channels"])
+def test_factors_that_do_not_fit_are_no_structure(wrong: str) -> None:
+    def inputs(arguments: Arguments, X: Tensor) -> Tensor:
+        a = X.mT.unsqueeze(1)
+        return a[:, :, :, :1] if wrong == "positions" else a[1:]
+
+    def cotangents(arguments: Arguments, B: Tensor) -> Tensor:
+        return B.mT.unsqueeze(2)[:, :, :, : 1 if wrong == "channels" else None]
+
+    right = inputs if wrong != "channels" else lambda _, X: X.mT.unsqueeze(1)
+    linear = Signature([F.linear], "input weight bias")
+    register(
+        Kind(name="mine", signatures=[linear], inputs=right, cotangents=cotangents)
+    )
+    net = Lambda(
+        lambda m, x: m.layer(x).tanh().sum(1), layer=nn.Linear(3, 2, bias=False)
+    )
+    assert check(net, torch.rand(N, 4, 3)) == {"layer.weight": "no structure"}
+
+
 def test_missing_rule_is_no_structure() -> None:
     register(replace(gate_kind(sign=-1.0), bias=None))
     uses = check(Gated(), torch.rand(N, 4, 3))
@@ -173,7 +164,7 @@ def test_same_name_takes_the_place() -> None:
     ("given", "message"),
     [
         ({"samples": "second", "bias": gate_kind(1.0).bias}, "samples: found 'second'"),
-        ({"inputs": BILINEAR.inputs}, "inputs, cotangents"),
+        ({"inputs": lambda arguments, X: X}, "inputs, cotangents"),
         ({}, "no rule"),
     ],
 )

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, jacrev
+from torch.nn import functional as F
 
 import vivit_linop as vl
 from tests.capture_cases import (
@@ -198,3 +199,128 @@ def test_images_without_an_axis_of_samples(
     for kind in (vl.KFAC, vl.EKFAC):
         found = kind(risk, variant="exact").to_dense()
         torch.testing.assert_close(found[:size, :size], G[:size, :size])
+
+
+# Matrices in other calls --------------------------------------------------------------
+
+EINSUMS = {
+    "nd,de->ne": (5, 2),
+    "nd, ed -> ne": (2, 5),
+    "de,nd->ne": (5, 2),
+    "...d,de->...e": (5, 2),
+    "nd,dab->nab": (5, 2, 3),
+    "nd,abd->nab": (2, 3, 5),
+    "ntd,de->nte": (5, 2),
+    "nt d,e d->nte": (2, 5),
+    "ntab,abe->nte": (2, 3, 4),
+    "ntab,eab->nte": (4, 2, 3),
+    "tnd,de->tne": (5, 2),
+}
+
+
+@pytest.mark.parametrize("equation", EINSUMS)
+def test_einsum_is_linear(equation: str) -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        data = equation.replace(" ", "").split("->")[0].split(",")
+        at = int("n" not in data[0] and "." not in data[0])
+        x = x if "t" in data[at] else x[:, 0]
+        x = x.reshape(*x.shape[:-1], 2, 3) if "ab" in data[at] else x[..., :5]
+        second = data[at].startswith("t")
+        operands = x.transpose(0, 1) if second else x, m.w
+        h = torch.einsum(equation, *(operands[::-1] if at else operands))
+        h = (h.transpose(0, 1) if second else h).tanh()
+        return h.reshape(len(x), -1, 2).sum(1)
+
+    net = Lambda(forward, w=nn.Parameter(torch.randn(EINSUMS[equation])))
+    check(net, features(N, 4, 6).double(), {"w": "linear"})
+
+
+@pytest.mark.parametrize(
+    ("equation", "shape"),
+    [
+        ("nta,ab->nb", (6, 2)),  # summed over positions
+        ("nta,tb->nab", (4, 2)),
+        ("nta,ta->na", (4, 6)),  # no matrix for all positions
+        ("nta,tab->ntb", (4, 6, 2)),
+        ("nta,aa->nt", (6, 6)),
+        ("nta,ab->nbt", (6, 2)),
+        ("nta,ab->tnb", (6, 2)),
+        ("nta,az", (6, 2)),
+        ("nta,ab->ntb", (1, 2)),  # a row that is repeated
+        ("nta,a->nt", (6,)),
+    ],
+)
+def test_other_einsums_are_right(equation: str, shape: tuple[int, ...]) -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        h = torch.einsum(equation, x, m.w)
+        h = h.transpose(0, 1) if "->tn" in equation else h
+        return h.tanh().reshape(len(x), -1, 2).sum(1)
+
+    net = Lambda(forward, w=nn.Parameter(torch.randn(shape)))
+    check(net, features(N, 4, 6).double(), {"w": OPAQUE})
+
+
+def test_einsums_of_other_operands() -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        h = torch.einsum("nd,de,ef->nf", x, m.a, m.b)
+        h = h + torch.einsum(x, [0, 1], m.e, [1, 2], [0, 2])
+        h = h + x @ torch.einsum("ab->ba", m.f) + torch.einsum("nd,de->ne", [x, m.g])
+        return h + x[:, :2] @ torch.einsum("ab,bc->ac", m.c, m.d)
+
+    sizes = {"a": (3, 4), "b": (4, 2), "c": (2, 2), "d": (2, 2), "e": (3, 2)}
+    sizes |= {"f": (2, 3), "g": (3, 2)}
+    net = Lambda(
+        forward, **{name: nn.Parameter(torch.randn(s)) for name, s in sizes.items()}
+    )
+    # Torch itself makes an equation of numbered axes.
+    uses = dict.fromkeys(sizes, OPAQUE) | {"e": "linear"}
+    check(net, features(N, 3).double(), uses)
+
+
+@pytest.mark.parametrize("positions", [(), (3,), (4,)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_bilinear(positions: tuple[int, ...], bias: bool) -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        h = m.layer(m.first(x[..., :2]), x[..., 2:]).tanh()
+        return h.sum(1) if positions else h
+
+    net = Lambda(forward, first=nn.Linear(2, 2), layer=nn.Bilinear(2, 3, 2, bias=bias))
+    uses = {"first.weight": "linear", "first.bias": "dense: linear"}
+    uses |= {"layer.weight": "bilinear", "layer.bias": "dense: bilinear"}
+    uses = {name: uses[name] for name, _ in net.named_parameters()}
+    check(net, features(N, *positions, 5).double(), uses)
+
+
+def test_bilinear_of_a_parameter() -> None:
+    net = Lambda(
+        lambda m, x: m.layer(x, m.w.expand(len(x), 2)),
+        w=nn.Parameter(torch.randn(2)),
+        layer=nn.Bilinear(3, 2, 2, bias=False),
+    )
+    uses = {"w": "dense: expand", "layer.weight": "bilinear"}
+    check(net, features(N, 3).double(), uses)
+
+
+def test_prelu_where_samples_are_elsewhere_and_of_parameters() -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        h = F.prelu(x.transpose(0, 1), m.a).transpose(0, 1)
+        h = h + F.prelu(x.reshape(-1, 5), m.a).view_as(x)
+        h = h + F.prelu(m.w, m.b) + F.prelu(x, m.c.square())
+        return h.sum(1)[:, :2].tanh()
+
+    sizes = {"a": (1,), "b": (1,), "c": (1,), "w": (5,)}
+    net = Lambda(
+        forward, **{name: nn.Parameter(torch.randn(s)) for name, s in sizes.items()}
+    )
+    uses = dict.fromkeys(sizes, OPAQUE) | {"a": "dense: prelu + prelu"}
+    check(net, features(N, 4, 5).double(), uses)
+
+
+@pytest.mark.parametrize(
+    "options", [{"mode": "max"}, {"max_norm": 1.0}], ids=["max", "norm"]
+)
+def test_bags_that_are_no_sums(options: dict[str, Any]) -> None:
+    net = Lambda(lambda m, x: m.e(x).tanh(), e=nn.EmbeddingBag(4, 2, **options))
+    X = torch.tensor([[0, 1, 1], [2, 3, 1], [0, 0, 0]])
+    V = vl.GGNFactor(net.double(), nn.CrossEntropyLoss(), (X, torch.arange(3) % 2))
+    assert [cost.use for cost in V.explain()] == ["no structure"]

@@ -1,5 +1,6 @@
 """Architectures."""
 
+import copy
 from typing import Any
 
 import torch
@@ -121,6 +122,38 @@ def embedding() -> Problem:
     )
     X = torch.tensor([[1, 1, 0], [4, 2, 4], [0, 0, 0], [3, 1, 2]])
     return Problem(net, nn.CrossEntropyLoss(), (X, classes(4, 2)))
+
+
+class _Means(nn.Embedding):
+    """Bags of functions that torch differentiates twice."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        there = (x != 0).to(self.weight).unsqueeze(2)
+        return (super().forward(x) * there).sum(1) / there.sum(1).clamp(min=1.0)
+
+
+def _looked_up(model: Any) -> Any:
+    model = copy.deepcopy(model)
+    model.bags = _Means(5, 3, _weight=model.bags.weight.detach())
+    return model
+
+
+@case
+def bags_and_products() -> Problem:
+    # Means of rows but padding, a matrix for each head, their slopes and products.
+    def forward(m: Any, x: Tensor) -> Tensor:
+        h = m.act(torch.einsum("nd,dhk->nhk", m.bags(x), m.w))
+        return m.last(h[:, 0], h[:, 1])
+
+    net = Lambda(
+        forward,
+        bags=nn.EmbeddingBag(5, 3, padding_idx=0),
+        w=parameter(3, 2, 2),
+        act=nn.PReLU(2),
+        last=nn.Bilinear(2, 2, 2),
+    )
+    X = torch.tensor([[1, 1, 0], [4, 2, 4], [0, 0, 0], [3, 1, 2]])
+    return Problem(net, nn.CrossEntropyLoss(), (X, classes(4, 2)), reference=_looked_up)
 
 
 @case

@@ -343,7 +343,7 @@ class Capture:
                         raise
                     continue
                 for view, part in found:
-                    if view.name not in wanted:
+                    if view.name not in wanted or part.numel != view.shape.numel():
                         continue
                     if view.transposed:
                         part = part.transposed(view.shape)

@@ -266,8 +266,8 @@ def _shape(node: Node, number: int) -> tuple[int, ...]:
 
 
 def _leaf(node: Node) -> Tensor | None:
-    """The parameter that ends here, or one step further for a transposed matrix."""
-    if node.name() == "TBackward0":
+    """The parameter that ends here, or one step further for a view of all of it."""
+    if node.name() in ("TBackward0", "ViewBackward0"):
         ((following, _),) = node.next_functions
         if following is None:
             return None
@@ -337,6 +337,7 @@ _RULES: dict[str, Rule] = {
     **dict.fromkeys(
         [
             *("ConvolutionBackward0", "MmBackward0", "NativeGroupNormBackward0"),
+            "PreluKernelBackward0",
             *("AvgPool2DBackward0", "AdaptiveAvgPool2DBackward0", "AvgPool3DBackward0"),
             *("MaxPool2DWithIndicesBackward0", "MaxPool3DWithIndicesBackward0"),
             *("UpsampleBilinear2DBackward0", "UpsampleNearest2DBackward0"),

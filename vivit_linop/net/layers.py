@@ -7,8 +7,10 @@ and how the columns of its weight and bias are made.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -43,6 +45,43 @@ def _read_addmm(given: Arguments) -> Arguments | None:
     if bias.shape not in (outputs, (1, *outputs)):
         return None
     return {"input": data, "weight": weight.mT, "bias": bias}
+
+
+def _read_einsum(given: Arguments) -> Arguments | None:
+    """``"…d,de->…e"``: axes of a matrix are the last ones of input and output."""
+    equation = given.get("equation")
+    if [*given] != ["equation", "input", "other"] or not isinstance(equation, str):
+        return None
+    _, data, weight = given.values()
+    operands, _, output = equation.replace(" ", "").partition("->")
+    of_data, _, of_weight = operands.partition(",")
+    if isinstance(data, View):
+        data, weight, of_data, of_weight = weight, data, of_weight, of_data
+    if not isinstance(data, Tensor) or not isinstance(weight, View):
+        return None
+    for cut in range(1, len(of_weight)):
+        left, right = of_weight[:cut], of_weight[cut:]
+        shape = weight.shape[:cut].numel(), weight.shape[cut:].numel()
+        matrix = replace(weight, shape=torch.Size(shape))
+        for ins, outs, read in ((left, right, matrix.mT), (right, left, matrix)):
+            rows = of_data.removesuffix(ins)
+            axes = rows.replace("...", "") + of_weight
+            if (rows + ins, rows + outs) == (of_data, output):
+                if axes.isalpha() and len({*axes}) == len(axes):
+                    return {"input": data, "weight": read}
+    return None
+
+
+def _read_bilinear(given: Arguments) -> Arguments | None:
+    """Linear in the products of the entries of both inputs."""
+    left, right, weight = given["input1"], given["input2"], given["weight"]
+    if not isinstance(left, Tensor) or not isinstance(right, Tensor):
+        return None
+    if isinstance(weight, View):
+        shape = weight.shape[0], weight.shape[1:].numel()
+        weight = replace(weight, shape=torch.Size(shape))
+    products = (left.unsqueeze(-1) * right.unsqueeze(-2)).flatten(-2)
+    return {"input": products, "weight": weight, "bias": given.get("bias")}
 
 
 def _linear_inputs(arguments: Arguments, X: Tensor) -> Tensor:
@@ -85,6 +124,7 @@ LINEAR = Kind(
         Signature([F.linear], "input weight bias"),
         Signature(functions("addmm"), "input mat1 mat2 beta alpha", _read_addmm),
         *(Signature(*product, _read_product_with(2)) for product in _MATRIX_PRODUCTS),
+        Signature([torch.einsum], "equation input other third", _read_einsum),
     ],
     samples="leading",
     inputs=_linear_inputs,
@@ -100,6 +140,14 @@ MATVEC = Kind(
     samples="anywhere",
     inputs=_linear_inputs,
     cotangents=_linear_cotangents,
+)
+BILINEAR = Kind(
+    name="bilinear",
+    signatures=[Signature([F.bilinear], "input1 input2 weight bias", _read_bilinear)],
+    samples="leading",
+    inputs=_linear_inputs,
+    cotangents=_linear_cotangents,
+    bias=_linear_bias,
 )
 
 # Convolutions --------------------------------------------------------------------
@@ -259,6 +307,61 @@ EMBEDDING = Kind(
     inputs_first=True,
 )
 
+
+_FACTORS = "per_sample_weights"
+
+
+def _read_bags(given: Arguments) -> Arguments | None:
+    """Sums and means of rows, as many look-ups for each bag as the longest one has."""
+    X, offsets, weights = given["input"], given.get("offsets"), given.get(_FACTORS)
+    known = weights if _FACTORS in given else X
+    if not isinstance(given["weight"], View) or not isinstance(known, Tensor):
+        return None
+    no_sum = given.get("mode") == "max" or given.get("max_norm") is not None
+    if no_sum or given.get("scale_grad_by_freq") or not X.numel():
+        return None
+    there = torch.ones_like(X, dtype=torch.bool)
+    if (number := given.get("padding_idx")) is not None:
+        there = X != number % given["weight"].shape[0]
+    if offsets is not None:
+        if not given.get("include_last_offset"):
+            offsets = torch.cat([offsets, offsets.new_tensor([len(X)])])
+        places = torch.arange(int(offsets.diff().max()), device=X.device)
+        index = offsets[:-1, None] + places
+        inside = index < offsets[1:, None]
+        index = index.clamp(max=len(X) - 1)
+        X, there = X[index], there[index] & inside
+        weights = None if weights is None else weights[index]
+    return given | {"input": X, "there": there, _FACTORS: weights}
+
+
+def _bags(arguments: Arguments, X: Tensor, B: Tensor) -> LayerColumns:
+    """The rows of each bag are looked up, with a share of what is pulled back to it."""
+    there = arguments["there"]
+    share = there.to(B)
+    if arguments.get("mode", "mean") == "mean":
+        share = share / share.sum(1, keepdim=True).clamp(min=1.0)
+    if arguments[_FACTORS] is not None:
+        share = share * arguments[_FACTORS]
+    b = B[:, :, None, :, None] * share[:, None, None, None]
+    return TableColumns(X.long(), b, arguments["weight_shape"][0], ~there)
+
+
+EMBEDDING_BAG = Kind(
+    name="embedding_bag",
+    signatures=[
+        Signature(
+            [F.embedding_bag],
+            "input weight offsets max_norm norm_type scale_grad_by_freq mode sparse "
+            f"{_FACTORS} include_last_offset padding_idx",
+            _read_bags,
+        )
+    ],
+    weight=_bags,
+    inputs_first=True,
+    entries=lambda of, inputs, width: inputs * (1 + width * of["weight_shape"][1]),
+)
+
 # Norms: a weight multiplies what has been normalised ------------------------------
 
 
@@ -383,6 +486,17 @@ MUL = Kind(
         B * X.unsqueeze(1), arguments["weight_shape"]
     ),
 )
+PRELU = Kind(
+    name="prelu",
+    signatures=[Signature(functions("prelu"), "input weight")],
+    samples="broadcast",
+    # Channels are in the second axis, which samples and columns stand before.
+    weight=lambda arguments, X, B: _sum_repeated(
+        B * X.clamp(max=0.0).unsqueeze(1),
+        (arguments["weight_shape"].numel(), *[1] * (B.ndim - 4)),
+    ),
+    nodes={"PreluKernelBackward0": (1, -1)},
+)
 # What is repeated for each sample, as a class token
 EXPAND = Kind(
     name="expand",
@@ -399,8 +513,8 @@ EXPAND = Kind(
 
 
 for _kind in (
-    *(LINEAR, MATVEC, CONV, CONV_TRANSPOSE, EMBEDDING),
+    *(LINEAR, MATVEC, BILINEAR, CONV, CONV_TRANSPOSE, EMBEDDING, EMBEDDING_BAG),
     *(LAYER_NORM, RMS_NORM, GROUP_NORM, BATCH_NORM, INSTANCE_NORM),
-    *(ADD, MUL, EXPAND),
+    *(ADD, MUL, PRELU, EXPAND),
 ):
     register(_kind)

@@ -87,6 +87,9 @@ class KhatriRaoColumns(OuterSums):
         self.inputs_first, self.cotangents_key = inputs_first, object()
         self.num_samples, self.width, self._groups, b, self.positions = cotangents.shape
         self._b = b
+        shape = self.num_samples, self._groups, self._a, self.positions
+        if isinstance(inputs, Tensor) and inputs.shape != shape:
+            raise ValueError(f"inputs: found {[*inputs.shape]}; expected {[*shape]}.")
         self.numel = self._groups * self._a * b
         self.input_entries = self.num_samples * self._groups * self._a * self.positions
         # Of layers without positions: their sums are made of matrices.
