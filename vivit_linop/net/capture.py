@@ -13,7 +13,7 @@ from collections.abc import (
     Set,
 )
 from functools import cached_property
-from itertools import compress, pairwise, starmap
+from itertools import compress, starmap
 from operator import attrgetter
 from typing import Any, Literal, NamedTuple, Self
 
@@ -30,7 +30,7 @@ from vivit_linop.devices import (
 from vivit_linop.graphs import batched_gradients
 from vivit_linop.net.certificate import Meeting, in_layers, met_apart
 from vivit_linop.net.columns.base import DenseColumns, LayerColumns
-from vivit_linop.net.columns.stacked import Place, StackedColumns, placed
+from vivit_linop.net.columns.stacked import Place, assembled
 from vivit_linop.net.kinds import View
 from vivit_linop.net.recorder import Recorder
 from vivit_linop.net.structure import Layout, Use, Variant, fitting, overlapping
@@ -348,18 +348,26 @@ class Capture:
                     if view.transposed:
                         part = part.transposed(view.shape)
                     if share and used.count(view.name) == 1:
-                        compacted = part.compacted(share)
-                        if compacted is not part:
-                            use = view.place, part.without_data()
-                            numel = self._risk.params[view.name].numel()
-                            self.formed[view.name] = assembled([use], numel)
-                        part = compacted
+                        part = self._compacted(view.name, view.place, part, share)
                     if takes == "norms":
                         part = part.before_norms()
                     parts.setdefault(view.name, []).append((view.place, part))
             for name, used_in in parts.items():
-                columns[name] = assembled(used_in, self._risk.params[name].numel())
+                whole = assembled(used_in, self._risk.params[name].numel())
+                if share and len(used_in) > 1:
+                    whole = self._compacted(name, (0, whole.numel), whole, share)
+                columns[name] = whole
         return columns
+
+    def _compacted(
+        self, name: str, place: Place, columns: LayerColumns, share: float
+    ) -> LayerColumns:
+        """Columns formed where that is smaller; what they were before is noted."""
+        found = columns.compacted(share)
+        if found is not columns:
+            before = [(place, columns.without_data())]
+            self.formed[name] = assembled(before, self._risk.params[name].numel())
+        return found
 
     def keep_sizes(self, X: Any) -> SampleSizes:
         """Tell what the columns of a sample take, for all of the shape of a batch's."""
@@ -443,24 +451,6 @@ class Capture:
             pending = sorted(silent + undecided)
         layouts = [next(iter(names), None) for names in possible]
         return Variant(keys, layouts, n == 1)
-
-
-def assembled(uses: Sequence[tuple[Place, LayerColumns]], numel: int) -> LayerColumns:
-    """Add up the columns of the uses of one parameter, each of the entries it uses."""
-    by_place: dict[Place, list[LayerColumns]] = {}
-    for place, columns in uses:
-        by_place.setdefault(place, []).append(columns)
-    parts: dict[Place, LayerColumns] = {}
-    for place, (columns, *others) in sorted(by_place.items()):
-        parts[place] = columns.joined(others) if others else columns
-    if [*parts] == [(0, numel)]:
-        return parts[0, numel]
-    ends = pairwise(parts)
-    if all(left[1] <= right[0] for left, right in ends):
-        return StackedColumns(parts, numel)
-    first = next(iter(parts.values()))
-    rows = placed(((place, part.rows()) for place, part in parts.items()), numel)
-    return DenseColumns(rows.view(first.num_samples, first.width, numel))
 
 
 def sample_sizes(risk: EmpiricalRisk, batch: int, X: Any, n: int) -> SampleSizes:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 from vivit_linop.net.certified import find_structure
 from vivit_linop.net.columns.base import ColumnCost
 from vivit_linop.risk.empirical import EmpiricalRisk
+
+# Of more uses of a parameter, those of each kind are counted.
+_FEW_USES = 3
 
 
 @dataclass(frozen=True)
@@ -59,9 +63,11 @@ def _layer_costs(risk: EmpiricalRisk, width: int) -> list[LayerCost]:
             uses, cost = ["unused"], ColumnCost("none", 0.0, 0.0, 0.0, 0.0, 0.0)
         else:
             key = columns.cotangents_key
-            cost = columns.cost(samples, width, key in counted, len(uses) == 1)
+            cost = columns.cost(samples, width, key in counted)
             counted.add(key)
         way, forward, gram, product, inner, entries = cost
+        if len(uses) > _FEW_USES:
+            uses = [f"{count} {kind}" for kind, count in Counter(uses).items()]
         use, nbytes = " + ".join(uses), entries * risk.dtype.itemsize
         costs.append(LayerCost(name, use, way, forward, gram, product, inner, nbytes))
     return costs

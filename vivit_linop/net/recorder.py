@@ -27,7 +27,9 @@ from torch.overrides import TorchFunctionMode
 
 from vivit_linop.graphs import TOUCHES_GRAPH
 from vivit_linop.net.kinds import Arguments, Kind, View, functions, readings
+from vivit_linop.net.recurrent import CELLS, LAYERS, unrolled
 from vivit_linop.net.structure import Use
+from vivit_linop.risk.checks import same_outputs
 from vivit_linop.risk.kept import watched_by
 from vivit_linop.risk.model.original import Params
 from vivit_linop.risk.model.tensors_used import is_of_optimiser, left_out, tensors_in
@@ -79,6 +81,9 @@ class Recorder(TorchFunctionMode):
         if func in TOUCHES_GRAPH:
             self.has_hooks = True
         names = self._views.names((args, kwargs))
+        if func in LAYERS or func in CELLS:
+            if names and not kwargs:
+                return self._recurrent(func, args, result, names)
         # What gives no tensor (shape, dtype, dim), or a constant, is no use.
         if not names or not any(map(_HAS_GRAPH, tensors_in(result))):
             return result
@@ -117,6 +122,23 @@ class Recorder(TorchFunctionMode):
                 return func(*args, **kwargs)
         finally:
             self._in_attention = False
+
+    def _recurrent(
+        self, func: Callable[..., Any], args: tuple[Any, ...], result: Any, names: Any
+    ) -> Any:
+        """Run recurrent layers so that the linear layers inside are seen."""
+        known = len(self.uses)
+        own = unrolled(
+            func, args, lambda *of: self.__torch_function__(F.linear, (), of)
+        )
+        if own is not None:
+            self.opaque |= self._views.names(args[1])  # states that are learnt
+            given = [result] if isinstance(result, Tensor) else result
+            if all(map(same_outputs, own, given)):
+                return own[0] if isinstance(result, Tensor) else own
+        del self.uses[known:]
+        self.opaque |= names
+        return result
 
     def _structured(
         self,

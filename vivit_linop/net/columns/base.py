@@ -166,14 +166,13 @@ class LayerColumns(ABC):
     def nbytes(self) -> int:
         """The memory that they take."""
 
-    def cost(self, samples: int, width: int, shared: bool, alone: bool) -> ColumnCost:
+    def cost(self, samples: int, width: int, shared: bool) -> ColumnCost:
         """Return what columns like these cost.
 
         Args:
             samples: For how many samples.
             width: R.
             shared: Whether the cotangents are counted elsewhere.
-            alone: Whether they are those of the parameter's only use.
         """
         return ColumnCost.of_formed(self.numel, samples, width)
 

@@ -103,7 +103,7 @@ class OuterSums(LayerColumns):
             * (_SMALL_PRODUCT_COST * 2.0 * products + _SMALL_PRODUCT_FLOPS),
         }
 
-    def cost(self, samples: int, width: int, shared: bool, alone: bool) -> ColumnCost:
+    def cost(self, samples: int, width: int, shared: bool) -> ColumnCost:
         """By the cheapest contraction, stored as factors or formed."""
         flops = self.gram_flops((samples, samples), (width, width), self.positions)
         way = min(flops, key=flops.__getitem__)
@@ -111,7 +111,7 @@ class OuterSums(LayerColumns):
         forward, gram = float(samples * self.forward_flops), flops[way] / 2
         factors = self.factor_entries(0 if shared else width) / self.num_samples
         formed = self.formed_entries(width) / self.num_samples
-        if alone and self.positions > 1 and formed <= factors:
+        if self.positions > 1 and formed <= factors:
             entries = float(samples * formed)
             product = 2 * entries
             return ColumnCost("blocks", forward, gram, product, 2 * product, entries)

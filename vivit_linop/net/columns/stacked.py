@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from itertools import pairwise
 from typing import Self
 
 import torch
 from torch import Tensor
 
-from vivit_linop.net.columns.base import ColumnCost, LayerColumns, add_product
+from vivit_linop.net.columns.base import (
+    ColumnCost,
+    DenseColumns,
+    LayerColumns,
+    add_product,
+)
 
 Place = tuple[int, int]
 
@@ -37,12 +43,18 @@ class StackedColumns(LayerColumns):
         twin.parts = {place: part.without_data() for place, part in self.parts.items()}
         return twin
 
-    def cost(self, samples: int, width: int, shared: bool, alone: bool) -> ColumnCost:
+    def cost(self, samples: int, width: int, shared: bool) -> ColumnCost:
         ways, *counts = zip(
-            *(part.cost(samples, width, shared, alone) for part in self.parts.values()),
+            *(part.cost(samples, width, shared) for part in self.parts.values()),
             strict=True,
         )
         return ColumnCost(" + ".join(dict.fromkeys(ways)), *map(sum, counts))
+
+    def compacted(self, share: float = 1.0) -> StackedColumns:
+        parts = {place: part.compacted(share) for place, part in self.parts.items()}
+        if all(parts[place] is part for place, part in self.parts.items()):
+            return self
+        return StackedColumns(parts, self.numel)
 
     def _of_parts(self, of: Callable[[LayerColumns], Tensor]) -> Tensor:
         """Put together what each part has for its entries, along the last axis."""
@@ -104,6 +116,24 @@ class StackedColumns(LayerColumns):
                 columns.add_gram(gram, theirs[place], memory)
         else:
             add_product(gram, self.rows(), other.rows(), False)
+
+
+def assembled(uses: Sequence[tuple[Place, LayerColumns]], numel: int) -> LayerColumns:
+    """Add up the columns of the uses of one parameter, each of the entries it uses."""
+    by_place: dict[Place, list[LayerColumns]] = {}
+    for place, columns in uses:
+        by_place.setdefault(place, []).append(columns)
+    parts: dict[Place, LayerColumns] = {}
+    for place, (columns, *others) in sorted(by_place.items()):
+        parts[place] = columns.joined(others) if others else columns
+    if [*parts] == [(0, numel)]:
+        return parts[0, numel]
+    ends = pairwise(parts)
+    if all(left[1] <= right[0] for left, right in ends):
+        return StackedColumns(parts, numel)
+    first = next(iter(parts.values()))
+    rows = placed(((place, part.rows()) for place, part in parts.items()), numel)
+    return DenseColumns(rows.view(first.num_samples, first.width, numel))
 
 
 def placed(parts: Iterable[tuple[Place, Tensor]], numel: int) -> Tensor:
