@@ -388,3 +388,65 @@ def test_targets_in_another_dtype(dtype: torch.dtype) -> None:
         found = vl.GGN(net(), loss, (X, labels)).to_dense()
         truth = vl.GGN(net(), loss, (X, labels.double())).to_dense()
         torch.testing.assert_close(found, truth)
+
+
+def normalised(output: Tensor, target: Tensor) -> Tensor:
+    """Its value is 1 for any samples."""
+    losses = (output - target).abs()
+    return losses.mean() / losses.mean().detach()
+
+
+def reweighted(output: Tensor, target: Tensor) -> Tensor:
+    """Each sample has the value 1, and weights by its share of the batch."""
+    losses = (output - target).abs().sum(1)
+    shares = losses.detach() / losses.detach().sum()
+    return (1.0 + shares * (losses - losses.detach())).mean()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize(
+    "loss",
+    [
+        normalised,
+        reweighted,
+        lambda f, y: 1e9 + (f - f.mean(0) - y).abs().sum(1).mean(),
+    ],
+)
+def test_slopes_that_mix_samples(loss: Any, dtype: torch.dtype) -> None:
+    """What is linear has no Hessian to show it, and its value does not."""
+    data = X.to(dtype), TARGETS.to(dtype)
+    build = risk_of(net().to(dtype), loss, data, reduction="mean")
+    refused("loss", build, ValueError, "not the mean of losses of single samples")
+    # The same without the batch is taken.
+    own = risk_of(
+        *(net().to(dtype), lambda f, y: 1e4 + (f - y).abs().sum(1).mean(), data),
+        reduction="mean",
+    )
+    plain = risk_of(
+        *(net().to(dtype), lambda f, y: (f - y).abs().sum(1).mean(), data),
+        reduction="mean",
+    )
+    U, truth = (vl.PerSampleGradients(risk()).to_dense() for risk in (own, plain))
+    torch.testing.assert_close(U, truth)
+
+
+def test_losses_in_a_lower_precision() -> None:
+    def halved(f: Tensor, y: Tensor) -> Tensor:
+        return F.mse_loss(f.bfloat16(), y.bfloat16())
+
+    for loss, dtype in (
+        (lambda f, y: F.mse_loss(f.float(), y.float()), torch.float64),
+        (halved, torch.float64),
+        (halved, torch.float32),
+    ):
+        data = X.to(dtype), TARGETS.to(dtype)
+        build = risk_of(net().to(dtype), loss, data, reduction="mean")
+        refused("loss", build, ValueError, "a lower precision than")
+    higher = vl.EmpiricalRisk(
+        net().float(),
+        lambda f, y: F.mse_loss(f.double(), y.double()),
+        (X.float(), TARGETS.float()),
+        reduction="mean",
+    )
+    exact = vl.EmpiricalRisk(net(), MSE, (X, TARGETS)).gradient()
+    torch.testing.assert_close(higher.gradient(), exact.float())

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import vivit_linop as vl
+from tests import sample_truth
 from tests.toys import Noisy, guest_net, random_vector, toy
 from vivit_linop.risk import passes
 
@@ -292,3 +293,67 @@ def test_two_batches_in_a_tuple() -> None:
         vl.EmpiricalRisk(net, loss, batches, predict=lambda net, X: net(X[0]))
     listed = vl.EmpiricalRisk(net, loss, [*batches])
     torch.testing.assert_close(listed.value(), loss(net(X[:6]), y[:6]).detach())
+
+
+@pytest.mark.parametrize("writes", ["classes", "numbers", "numbers again"])
+def test_losses_that_write_into_targets(writes: str) -> None:
+    """The user's stay as they are."""
+    net, _, (X, y) = toy()
+    classes = (y % 3).clone()
+    classes[0] = 9
+    numbers = torch.linspace(-1.0, 1.0, 3 * len(y)).double().reshape(-1, 3)
+
+    def by_classes(f: Tensor, y: Tensor) -> Tensor:
+        y[y == 9] = 2
+        return nn.CrossEntropyLoss()(f, y)
+
+    def by_numbers(f: Tensor, y: Tensor) -> Tensor:
+        return nn.MSELoss()(
+            f, y.clamp_(-0.5, 0.5) if writes == "numbers" else y.mul_(2)
+        )
+
+    target, loss = (
+        (classes, by_classes) if writes == "classes" else (numbers, by_numbers)
+    )
+    before = target.clone()
+    if writes == "numbers again":
+        with pytest.raises(ValueError, match="targets that it writes into"):
+            vl.EmpiricalRisk(net, loss, (X, target), reduction="mean")
+    else:
+        risk = vl.EmpiricalRisk(net, loss, (X, target), reduction="mean")
+        value = loss(net(X), target.clone())
+        slopes = torch.autograd.grad(value, list(net.parameters()))
+        for _ in range(2):
+            torch.testing.assert_close(risk.gradient(), risk.flatten(slopes))
+    assert torch.equal(target, before)
+
+
+class OneBuffer:
+    """Gives all batches in the same memory, as some loaders do."""
+
+    def __init__(self, batches: list[Any], of_numpy: bool) -> None:
+        self.batches = batches
+        self.buffer = torch.empty_like(batches[0][0])
+        self.array = np.empty(self.buffer.shape) if of_numpy else None
+
+    def __iter__(self) -> Iterator[Any]:
+        for X, y in self.batches:
+            if self.array is not None:
+                self.array[:] = X.cpu().numpy()
+                yield torch.from_numpy(self.array).to(X.device), y
+            else:
+                yield self.buffer.copy_(X), y
+
+
+@pytest.mark.parametrize("of_numpy", [True, False])
+def test_batches_in_the_same_memory(of_numpy: bool) -> None:
+    net, loss, (X, y) = toy()
+    listed = [(X[:3], y[:3]), (X[3:6], y[3:6])]
+    risk = vl.EmpiricalRisk(net, loss, OneBuffer(listed, of_numpy))
+    samples = [
+        (lambda m, x=x: m(x[None])[0], lambda f, y=y: loss(f[None], y[None]))
+        for x, y in zip(X[:6], y[:6], strict=True)
+    ]
+    truth = sample_truth.truth_of(net, samples, 1.0 / 6.0)
+    for _ in range(2):
+        sample_truth.check(risk, truth)

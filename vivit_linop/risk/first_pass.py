@@ -95,7 +95,9 @@ def _evaluate(
         n = len(output)
         # The largest batch shows the most of what mixes samples.
         if n > (1 if example is None else len(example[1])):
-            example = X, output
+            # Loaders may have the next batch in the same memory.
+            example = X if isinstance(passes.data, list) else copied(X), output
+        y = copied(y)  # before the loss has it, which may write into it
         check_loss(seen.loss, *_with_previous(seen, output, y), check)
         with torch.no_grad():
             total, weight = (
@@ -107,7 +109,7 @@ def _evaluate(
         seen.graph_bytes.append(checked.graph_bytes)
         # Nobody else has it, so that it goes before the next batch is evaluated.
         seen.run, checked.run = checked.run, None
-        seen.targets.append(copied(y))
+        seen.targets.append(y)
         seen.sums.append(fingerprint.Sums(X))
     # All batches together show where samples may be.
     if example is None and model.channels_last:

@@ -88,6 +88,15 @@ class AutogradLoss(OutputLoss):
                 f"loss: {self.name} must return a scalar tensor, got {shape}. Use "
                 "reduction='mean' or 'sum'."
             )
+        eps = [
+            torch.finfo(t.dtype).eps for t in (value, output) if t.is_floating_point()
+        ]
+        if eps[0] > eps[-1]:
+            raise ValueError(
+                f"loss: {self.name} computes in {value.dtype}, a lower precision than "
+                f"{output.dtype} of the outputs, in which nothing can be checked. "
+                "Leave out its casts, such as .float()."
+            )
         self._look_outside(output, target)
 
     def _takes_real(self, output: Tensor, target: Any) -> bool:

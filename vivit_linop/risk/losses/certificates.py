@@ -249,8 +249,8 @@ def _check_is_a_sum(loss: OutputLoss, output: Tensor, target: Tensor) -> None:
         raise ValueError(
             f"loss: {loss.name} has another value when it is called again, "
             f"{float(again):.6g} after {float(whole):.6g}, so it is not one function. "
-            "Look for random numbers, and for what it counts or keeps from call to "
-            "call."
+            "Look for random numbers, for what it counts or keeps from call to call, "
+            "and for outputs and targets that it writes into."
         )
     index = torch.arange(len(output), device=output.device)
     # Two ways to split: neighbours apart, then together.
@@ -288,18 +288,30 @@ def _parts(
 
 
 def _couples(loss: OutputLoss, output: Tensor, target: Tensor, mask: Tensor) -> bool:
-    """Whether the Hessian of some samples is another one with the others there."""
-    try:
-        check_curvature(loss, output, target)
-    except ValueError:
-        return False
-    f = loss.channels(output)
-    x = Noise().like(f).unsqueeze(-1)
-    together = loss.hessian_product(output, target, x)[mask]
+    """Whether derivatives of some samples are others with the others there.
+
+    Of a loss without second ones the first, where values do not show it: beside a large
+    constant, or what is divided by a detached mean of itself.
+    """
     some = output[mask], some_targets(target, mask)
-    alone = loss.hessian_product(*some, x[mask])
-    tolerance = torch.finfo(f.dtype).eps ** 0.5
-    return bool((together - alone).norm() > tolerance * alone.norm() + 1e-30)
+    tolerance = torch.finfo(output.dtype).eps ** 0.5
+
+    def differ(together: Tensor, alone: Tensor) -> bool:
+        off = (together[mask] - alone).norm()
+        return bool(off > tolerance * alone.norm() + 1e-30)
+
+    # What has no derivatives is refused where they are needed.
+    with tolerated(ValueError):
+        check_curvature(loss, output, target)
+        x = Noise().like(loss.channels(output)).unsqueeze(-1)
+        product = loss.hessian_product(*some, x[mask])
+        if differ(loss.hessian_product(output, target, x), product):
+            return True
+        if product.any():
+            return False
+    with tolerated(ValueError):
+        return differ(loss.gradient(output, target), loss.gradient(*some))
+    return False
 
 
 def _check_positions(loss: OutputLoss, output: Tensor, target: Tensor) -> None:
