@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrizations, parametrize, weight_norm
 
 import vivit_linop as vl
+from tests.cases import Lambda
 
 CE = nn.CrossEntropyLoss()
 
@@ -302,3 +303,44 @@ def test_wrong_slopes_that_all_but_cancel(small: float, seed: int) -> None:
     for found in hessians(net, X, y).values():
         with pytest.raises(ValueError, match="second derivatives by torch are wrong"):
             found()
+
+
+def pooled() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(1, 2, 3, padding=1), nn.Tanh(), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+    ).double()
+
+
+def recurrent() -> nn.Module:
+    return Lambda(lambda m, x: m.r(x)[1][0], r=nn.GRU(2, 2, batch_first=True)).double()
+
+
+@pytest.mark.parametrize(
+    ("build", "shapes"),
+    [
+        (pooled, [(1, 4, 4), (1, 5, 3)]),
+        (recurrent, [(3, 2), (4, 2)]),
+        (lambda: nn.Sequential(nn.Linear(2, 2), nn.Tanh()).double(), [(2,), (2,)]),
+    ],
+)
+def test_diagonals_of_batches_of_several_shapes(
+    build: Any, shapes: list[tuple[int, ...]]
+) -> None:
+    """BackPACK takes one batch, which some cannot be put into."""
+    torch.manual_seed(0)
+    net, loss = build(), nn.MSELoss()
+    data = [(torch.rand(3, *s).double(), torch.rand(3, 2).double()) for s in shapes]
+    params = list(net.parameters())
+    value = sum(loss(net(X), y) for X, y in data) / 2
+    slopes = torch.autograd.grad(value, params, create_graph=True)
+    flat = torch.cat([slope.reshape(-1) for slope in slopes])
+    rows = [
+        torch.autograd.grad(s, params, retain_graph=True, materialize_grads=True)
+        for s in flat
+    ]
+    H = torch.stack([torch.cat([g.reshape(-1) for g in row]) for row in rows])
+    risk = vl.EmpiricalRisk(net, loss, data)
+    torch.testing.assert_close(vl.Hessian(risk).diagonal(), H.diagonal())
+    if shapes[0] != shapes[1]:
+        with pytest.raises(ValueError, match="BackPACK"):
+            vl.KFRA(risk)

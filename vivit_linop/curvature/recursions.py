@@ -476,7 +476,7 @@ def _used_again(module: nn.Module, calls: Mapping[nn.Module, int]) -> str | None
 
 
 def _one_batch(risk: EmpiricalRisk, what: str) -> tuple[Tensor, Tensor]:
-    inputs, targets = [], []
+    inputs, targets = list[Tensor](), list[Tensor]()
     for (X, _), y in zip(risk.passes.batches(), risk.all_targets, strict=True):
         needed = ""
         if not isinstance(X, Tensor):
@@ -488,6 +488,8 @@ def _one_batch(risk: EmpiricalRisk, what: str) -> tuple[Tensor, Tensor]:
             needed = f"one tensor of targets, got several, as {risk.loss.name} has them"
         elif not risk.layout.is_uniform:
             needed = "samples with as many outputs each"
+        elif inputs and inputs[0].shape[1:] != X.shape[1:]:
+            needed = "inputs of one shape"
         if needed:
             raise ValueError(f"data: BackPACK computes {what} for {needed}.")
         # What the user computed them from gets no gradients.
