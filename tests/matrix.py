@@ -18,6 +18,15 @@ PYTHONS = ["python3.11", "python3.12", "python3.13"]
 VERSIONS = {"lowest": ["-c", str(ROOT / "tests" / "lowest.txt")], "newest": []}
 
 
+def runs(python: str) -> bool:
+    """Whether there is this interpreter; pyenv's shims stand for some that are not."""
+    found = shutil.which(python)
+    return (
+        bool(found)
+        and not subprocess.run([python, "-V"], capture_output=True).returncode
+    )
+
+
 def environment(python: str, versions: str) -> Path:
     """The interpreter of an environment with the package and what its tests need."""
     folder = ROOT / "build" / "matrix" / f"{python}-{versions}"
@@ -33,7 +42,7 @@ def environment(python: str, versions: str) -> Path:
 
 
 def main() -> None:
-    found = [python for python in PYTHONS if shutil.which(python)]
+    found = [python for python in PYTHONS if runs(python)]
     failed = []
     for python in found:
         for versions in VERSIONS:
