@@ -9,6 +9,7 @@ from scipy.sparse.linalg import cg, eigsh
 from torch import Tensor
 
 import vivit_linop as vl
+from vivit_linop.operators import verbs
 
 
 def products(G: vl.GGN, x: Tensor, X: np.ndarray[Any, np.dtype[np.float64]]) -> None:
@@ -34,7 +35,7 @@ def algebra(G: vl.GGN) -> None:
     assert_type(G.shape, tuple[int, int])
 
 
-def verbs(G: vl.GGN, risk: vl.EmpiricalRisk) -> None:
+def verbs_of_a_risk(G: vl.GGN, risk: vl.EmpiricalRisk) -> None:
     assert_type(G.diagonal(), Tensor)
     assert_type(G.logdet(), Tensor)
     assert_type(G.eigvalsh(), Tensor)
@@ -42,6 +43,27 @@ def verbs(G: vl.GGN, risk: vl.EmpiricalRisk) -> None:
     assert_type(G.eigh(k=2).eigenvectors, Tensor)
     assert_type(vl.load("pairs", risk, vl.Eigenpairs), vl.Eigenpairs)
     assert_type(risk.gradient(), Tensor)
+
+
+class Own(vl.TorchLinearOperator):
+    """An operator with rules."""
+
+
+@verbs.adjoint.register
+def adjoint_of_own(A: Own) -> Own:
+    return A
+
+
+@verbs.matmul.rule(Own, Own)
+def product_of_own(A: Own, B: Own) -> vl.TorchLinearOperator:
+    return vl.Identity(len(A.diagonal() + B.diagonal()))
+
+
+class OwnOutput(vl.losses.OutputLoss):
+    """A loss whose arguments have names of its own."""
+
+    def total(self, f: Tensor, y: Tensor) -> Tensor:
+        return (f - y).square().sum()
 
 
 def solvers_of_scipy(G: vl.GGN, b: np.ndarray[Any, np.dtype[np.float64]]) -> None:

@@ -210,3 +210,15 @@ def test_terms_of_other_kinds_have_their_say() -> None:
     for other in (nn.Linear(2, 2), None, object()):
         with pytest.raises(TypeError, match=f"^x: .* got {type(other).__name__}\\."):
             G @ other
+
+
+@pytest.mark.parametrize("dtype", [np.dtype("float64"), np.float32, "float64"])
+def test_a_dtype_that_is_not_of_torch_is_told_from_those_that_are(dtype: Any) -> None:
+    with pytest.raises(TypeError, match=r"torch\.float64, got .*op\.torch_dtype is"):
+        vl.Identity(3, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.int64, torch.complex128])
+def test_a_dtype_of_no_operator_is_named(dtype: torch.dtype) -> None:
+    with pytest.raises(TypeError, match=rf"got {dtype}\. Convert the model"):
+        vl.Identity(3, dtype)

@@ -66,9 +66,12 @@ def _described(dtype: torch.dtype | None, shape: tuple[int, int]) -> _Described:
 
 
 def _other_dtype(found: Any) -> TypeError:
+    if isinstance(found, torch.dtype):
+        way = "Convert the model or the tensor first, for example with .float()"
+    else:
+        way = "op.torch_dtype is that of an operator, and op.dtype NumPy's of the same"
     return TypeError(
-        f"dtype: operators are float32 or float64, got {found}. Convert the model or "
-        "the tensor first, for example with .float()."
+        f"dtype: operators are torch.float32 or torch.float64, got {found!r}. {way}."
     )
 
 

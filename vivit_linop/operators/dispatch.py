@@ -11,10 +11,8 @@ from collections.abc import Callable
 from functools import singledispatch
 from typing import Any, Generic, ParamSpec, TypeAlias, TypeVar
 
-from scipy.sparse.linalg import LinearOperator
-
-Operator: TypeAlias = LinearOperator
-"""A ``TorchLinearOperator``, by the name of the class that it extends."""
+Operator: TypeAlias = Any
+"""A ``TorchLinearOperator``; a rule may say which. That class imports this file."""
 
 P = ParamSpec("P")
 Rule = TypeVar("Rule", bound=Callable[..., Any])

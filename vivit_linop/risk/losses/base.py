@@ -72,10 +72,10 @@ class OutputLoss(ABC):
             inner.check_memory()
 
     @abstractmethod
-    def total(self, output: Tensor, target: Tensor) -> Tensor:
+    def total(self, output: Tensor, target: Tensor, /) -> Tensor:
         """The sum of ℓ_n over the batch, a scalar, differentiable."""
 
-    def weight(self, output: Tensor, target: Tensor) -> Tensor:
+    def weight(self, output: Tensor, target: Tensor, /) -> Tensor:
         """What this batch adds to the divisor of a mean, a scalar tensor.
 
         By default the number of samples. A mean over entries counts entries.
@@ -86,7 +86,7 @@ class OutputLoss(ABC):
         """Return targets in the dtype that the loss computes with."""
         return target
 
-    def check_data(self, output: Tensor, target: Tensor) -> None:
+    def check_data(self, output: Tensor, target: Tensor, /) -> None:
         """Raise a ``ValueError`` if the loss does not take these."""
         return
 
@@ -129,7 +129,7 @@ class OutputLoss(ABC):
         """The loss that the user has given, and what of these it is asked for."""
         return self, output, target
 
-    def gradient(self, output: Tensor, target: Tensor) -> Tensor:
+    def gradient(self, output: Tensor, target: Tensor, /) -> Tensor:
         """The gradients of ℓ_n, ``[n, C, P]``.
 
         Without a closed form, by one backward pass in output space.
@@ -138,7 +138,7 @@ class OutputLoss(ABC):
             _, gradient = self._graph(output, target)
         return self.channels(gradient.detach())
 
-    def hessian_product(self, output: Tensor, target: Tensor, X: Tensor) -> Tensor:
+    def hessian_product(self, output: Tensor, target: Tensor, X: Tensor, /) -> Tensor:
         """Multiply each sample's Hessian, ``[n, C, P, K] -> [n, C, P, K]``.
 
         Without a closed form, by one backward pass for each of the K columns.
@@ -159,7 +159,7 @@ class OutputLoss(ABC):
         """Return X ↦ H X; what does not depend on X may be computed once, here."""
         return functools.partial(self.hessian_product, output, target)
 
-    def hessian_diagonal(self, output: Tensor, target: Tensor) -> Tensor:
+    def hessian_diagonal(self, output: Tensor, target: Tensor, /) -> Tensor:
         """The diagonals of the Hessians, ``[n, C, P]``.
 
         Without a closed form, by a product for each output of a sample.
@@ -177,7 +177,7 @@ class OutputLoss(ABC):
             result[:, part] = product[:, part].diagonal(dim1=1, dim2=2)
         return result.view(f.shape)
 
-    def sqrt(self, output: Tensor, target: Tensor) -> Tensor:
+    def sqrt(self, output: Tensor, target: Tensor, /) -> Tensor:
         """Exact square roots S of the Hessians, H = S Sᵀ, ``[n, C, R, P]``.
 
         Without a closed form, by an eigendecomposition of each sample's Hessian.
@@ -199,7 +199,7 @@ class OutputLoss(ABC):
             )
         return roots_of(evals, evecs)
 
-    def hessians(self, output: Tensor, target: Tensor) -> Tensor:
+    def hessians(self, output: Tensor, target: Tensor, /) -> Tensor:
         """The Hessians, ``[n, P, C, C]``, by a product for each of the C channels."""
         f = self.channels(output)
         n, num_channels, positions = f.shape
@@ -220,7 +220,7 @@ class OutputLoss(ABC):
         evals, evecs = torch.linalg.eigh(hessians)
         return evals, evecs
 
-    def has_roots(self, output: Tensor, target: Tensor) -> bool:
+    def has_roots(self, output: Tensor, target: Tensor, /) -> bool:
         """Whether all Hessians of a batch are positive semi-definite, to rounding.
 
         By their Cholesky factors, which are had sooner than eigenvalues. ``sqrt`` finds
@@ -239,7 +239,7 @@ class OutputLoss(ABC):
         return self.channels(output).shape[1]
 
     def sample(
-        self, output: Tensor, target: Tensor, mc_samples: int, draws: Draws
+        self, output: Tensor, target: Tensor, mc_samples: int, draws: Draws, /
     ) -> Tensor:
         """Random square roots S with E[S Sᵀ] the Hessian, ``[n, C P, M, 1]``.
 

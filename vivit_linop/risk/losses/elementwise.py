@@ -38,31 +38,31 @@ class ElementwiseLoss(OutputLoss):
         """Outputs and targets have one shape."""
         check_same_shape(output, target, self.name)
 
-    def weight(self, output: Tensor, target: Tensor) -> Tensor:
+    def weight(self, output: Tensor, target: Tensor, /) -> Tensor:
         """Count the entries."""
         return output.new_tensor(output.numel())
 
     @abstractmethod
-    def slope(self, output: Tensor, target: Tensor) -> Tensor:
+    def slope(self, output: Tensor, target: Tensor, /) -> Tensor:
         """The first derivative of each summand, in the shape of the outputs."""
 
     @abstractmethod
-    def curvature(self, output: Tensor, target: Tensor) -> Tensor:
+    def curvature(self, output: Tensor, target: Tensor, /) -> Tensor:
         """The second derivative, in the shape of the outputs."""
 
-    def gradient(self, output: Tensor, target: Tensor) -> Tensor:
+    def gradient(self, output: Tensor, target: Tensor, /) -> Tensor:
         """The slopes."""
         return self.channels(self.slope(output, target))
 
-    def hessian_product(self, output: Tensor, target: Tensor, X: Tensor) -> Tensor:
+    def hessian_product(self, output: Tensor, target: Tensor, X: Tensor, /) -> Tensor:
         """Multiply by the curvatures."""
         return self.channels(self.curvature(output, target)).unsqueeze(-1) * X
 
-    def hessian_diagonal(self, output: Tensor, target: Tensor) -> Tensor:
+    def hessian_diagonal(self, output: Tensor, target: Tensor, /) -> Tensor:
         """The curvatures."""
         return self.channels(self.curvature(output, target))
 
-    def sqrt(self, output: Tensor, target: Tensor) -> Tensor:
+    def sqrt(self, output: Tensor, target: Tensor, /) -> Tensor:
         """The roots of the curvatures; those of others may be negative."""
         if not self.tested:
             return super().sqrt(output, target)
@@ -79,16 +79,16 @@ class SquaredError(ElementwiseLoss):
 
     name, tested = "MSELoss", True
 
-    def total(self, output: Tensor, target: Tensor) -> Tensor:
+    def total(self, output: Tensor, target: Tensor, /) -> Tensor:
         return (output - target).square().sum()
 
-    def slope(self, output: Tensor, target: Tensor) -> Tensor:
+    def slope(self, output: Tensor, target: Tensor, /) -> Tensor:
         return 2.0 * (output - target)
 
-    def curvature(self, output: Tensor, target: Tensor) -> Tensor:
+    def curvature(self, output: Tensor, target: Tensor, /) -> Tensor:
         return torch.full_like(output, 2.0)
 
-    def hessian_product(self, output: Tensor, target: Tensor, X: Tensor) -> Tensor:
+    def hessian_product(self, output: Tensor, target: Tensor, X: Tensor, /) -> Tensor:
         return 2.0 * X
 
     def sample(
