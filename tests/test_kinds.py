@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -171,3 +172,57 @@ def test_same_name_takes_the_place() -> None:
 def test_entries_are_checked(given: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Kind(name="mine", signatures=[], **given)
+
+
+def shifted(x: Tensor, b: Tensor) -> Tensor:
+    if has_torch_function((x, b)):
+        return handle_torch_function(shifted, (x, b), x, b)
+    return x + b
+
+
+class Shift(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.b = nn.Parameter(torch.rand(3, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return shifted(x, self.b).flatten(1)
+
+
+@pytest.mark.parametrize(
+    ("rule", "error", "says"),
+    [
+        (lambda arguments, B: DenseColumns(B.flatten(2)), None, ""),
+        (lambda arguments, B: DenseColumns(B), ValueError, "values to unpack"),
+        (lambda arguments, B: DenseColumns(2 * B.flatten(2)), AssertionError, "0.b"),
+        (
+            lambda arguments, B: DenseColumns(B.flatten(2).flip(2)),
+            AssertionError,
+            "0.b",
+        ),
+        (lambda arguments, B: B.no_such_method(), AttributeError, "no_such_method"),
+    ],
+)
+def test_what_is_wrong_with_a_kind_is_said_when_asked(
+    rule: Any, error: type[Exception] | None, says: str
+) -> None:
+    net = nn.Sequential(Shift(), nn.Tanh(), nn.Linear(6, 2))
+    data = torch.rand(N, 3, 2).double(), torch.arange(N) % 2
+    signatures = [Signature([shifted], "input bias")]
+    register(Kind(name="shift", signatures=signatures, bias=rule))
+    uses = check(net, data[0])
+    risk = vl.EmpiricalRisk(net, nn.CrossEntropyLoss(), data)
+    if error is None:
+        assert uses["0.b"] == "shift"
+        vl.testing.check_kind("shift", risk)
+        return
+    assert uses["0.b"] == "no structure"
+    with pytest.raises(error, match=says):
+        vl.testing.check_kind("shift", risk)
+
+
+def test_a_kind_that_no_call_has_is_said() -> None:
+    data = torch.rand(N, 3), torch.arange(N) % 2
+    risk = vl.EmpiricalRisk(nn.Linear(3, 2), nn.CrossEntropyLoss(), data)
+    with pytest.raises(AssertionError, match="no call of kind 'shift'"):
+        vl.testing.check_kind("shift", risk)

@@ -1,4 +1,4 @@
-"""A battery of checks for linear operators, for yours as for ours."""
+"""Checks for operators and layer kinds, for yours as for ours."""
 
 from __future__ import annotations
 
@@ -11,7 +11,13 @@ import torch
 from scipy.sparse.linalg import aslinearoperator
 from torch import Tensor
 
+from vivit_linop.modes import as_guest
+from vivit_linop.net.capture import Capture
+from vivit_linop.net.certified import CertifiedColumns
+from vivit_linop.net.structure import Layout, Structure
+from vivit_linop.noise import Noise
 from vivit_linop.operators.base import NUMPY_DTYPES, TorchLinearOperator
+from vivit_linop.risk.empirical import EmpiricalRisk
 
 
 def check_operator(
@@ -55,6 +61,60 @@ def check_operator(
         battery.errors,
     ):
         check()
+
+
+def check_kind(name: str, risk: EmpiricalRisk) -> None:
+    """Check that a layer kind gives the parameters of a net the right columns.
+
+    A risk takes columns from autograd where a rule of a kind fails or is wrong, without
+    a word. This says why. Costs a run of the net on the first batch, and some backward
+    passes, two for the columns.
+
+    Args:
+        name: The name of a registered :class:`~vivit_linop.net.kinds.Kind`.
+        risk: One whose net makes calls of that kind.
+
+    Raises:
+        AssertionError: If the net makes no such call, or columns of a parameter are not
+            those that a backward pass gives; with the parameter.
+        Exception: Whatever a rule raises.
+
+    Example:
+        >>> import torch, vivit_linop as vl
+        >>> from torch import nn
+        >>> data = torch.rand(8, 3), torch.randint(2, (8,))
+        >>> risk = vl.EmpiricalRisk(nn.Linear(3, 2), nn.CrossEntropyLoss(), data)
+        >>> vl.testing.check_kind("linear", risk)
+    """
+    X, _ = next(risk.passes.batches())
+    with as_guest(risk.device):
+        capture = Capture(risk, X, risk.batch_sizes[0])
+        uses = [use for use in capture.uses if use.kind.name == name]
+        names = {parameter for use in uses for parameter in use.names}
+        if not names:
+            raise AssertionError(
+                f"name: the net makes no call of kind {name!r} with parameters of the "
+                "risk. Is the kind registered, and does its function, if it is not "
+                "torch's, call handle_torch_function?"
+            )
+        variant = capture.find()
+        for use, layout in zip(capture.uses, variant.layouts, strict=True):
+            if (
+                use in uses and layout is not None
+            ):  # where columns are made, errors pass
+                place = Layout(layout, capture.num_samples)
+                signal = place(capture.output.new_zeros(use.output_shape))
+                use.columns(place, 1)(signal.unsqueeze(1))
+        cotangents = Noise(1)(*capture.output.shape, 2, like=capture.output)
+        made = capture.columns(cotangents, variant, names)
+        certified = CertifiedColumns(risk, X, capture, Structure())
+        for parameter in sorted(certified.failing(made, cotangents, names)):
+            found = "are others than" if parameter in made else "are missing, unlike"
+            raise AssertionError(
+                f"kind {name!r}: columns of {parameter!r} {found} those of a backward "
+                "pass. Of all its uses in the net one has another kind or none, or a "
+                "rule is wrong, or samples= is."
+            )
 
 
 class _Battery:

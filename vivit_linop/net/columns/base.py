@@ -216,7 +216,11 @@ class LayerColumns(ABC):
 
 
 class DenseColumns(LayerColumns):
-    """Columns that are formed, ``[n, R, numel]``."""
+    """Columns that are formed: of n samples, R each, with all entries in a row.
+
+    Args:
+        values: The columns, ``[n, R, numel]``.
+    """
 
     def __init__(self, values: Tensor) -> None:
         self.num_samples, self.width, self.numel = values.shape
