@@ -36,6 +36,7 @@ nitpicky = False  # types of torch and SciPy have no pages here
 
 html_theme = "furo"
 html_title = f"vivit-linop {version}"
+html_show_copyright = False
 html_static_path = ["_static"]
 html_css_files = ["pages.css"]
 

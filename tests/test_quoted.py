@@ -117,18 +117,23 @@ def test_bars_know_whether_an_aim_is_reached(
     assert drawn_results().reached({**row, "aim": None}) is None
 
 
-def test_the_table_has_each_number_once(tmp_path: Path) -> None:
+def test_each_suite_has_a_table_with_each_number_once(tmp_path: Path) -> None:
     rows = [
         {**ROW, "aim": 2, "at_most": False},
         {**ROW, "net": "3c3d", "value": 0.51, "aim": None, "at_most": False},
         {**ROW, "label": "c / d", "value": 0.25, "aim": 0.3, "at_most": True},
+        {**ROW, "suite": "t", "net": "digits", "aim": None, "at_most": False},
     ]
     lines = drawn_results().table(rows).splitlines()
     assert lines == [
-        "| suite | ratio | `mlp` | aim | `3c3d` | aim |",
-        "| --- | --- | --- | --- | --- | --- |",
-        "| s | a / b | 3 | ≥ 2 | 0.51 |  |",
-        "| s | c / d | 0.25 | ≤ 0.3 |  |  |",
+        "| `s` | on `mlp` | on `3c3d` |",
+        "| --- | --- | --- |",
+        "| a / b | 3 (aim ≥ 2) | 0.51 |",
+        "| c / d | 0.25 (aim ≤ 0.3) |  |",
+        "",
+        "| `t` | on `digits` |",
+        "| --- | --- |",
+        "| a / b | 3 |",
     ]
     drawn_results().bars(rows, "three", tmp_path / "bars.svg")
     assert "<svg" in (tmp_path / "bars.svg").read_text()

@@ -70,24 +70,31 @@ def bars(rows: Sequence[Row], title: str, path: Path) -> None:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """The same numbers as a table in Markdown, a line for each ratio."""
-    nets = list(dict.fromkeys(row["net"] for row in rows))
-    lines = dict[tuple[str, str], dict[str, Row]]()
+    """The same numbers in Markdown, a table for each suite with its nets."""
+    suites = dict[str, list[Row]]()
     for row in rows:
-        lines.setdefault((row["suite"], row["label"]), {})[row["net"]] = row
-    heads = ["suite", "ratio", *(head for net in nets for head in (f"`{net}`", "aim"))]
+        suites.setdefault(row["suite"], []).append(row)
+    return "\n".join(map(_table, suites.values()))
+
+
+def _table(rows: Sequence[Row]) -> str:
+    nets = list(dict.fromkeys(row["net"] for row in rows))
+    lines = dict[str, dict[str, Row]]()
+    for row in rows:
+        lines.setdefault(row["label"], {})[row["net"]] = row
+    heads = [f"`{rows[0]['suite']}`", *(f"on `{net}`" for net in nets)]
     text = [_line(heads), _line(["---"] * len(heads))]
-    for (suite, label), found in lines.items():
-        cells = [cell for net in nets for cell in _cells(found.get(net))]
-        text.append(_line([suite, label, *cells]))
+    for label, found in lines.items():
+        text.append(_line([label, *(_cell(found.get(net)) for net in nets)]))
     return "\n".join(text) + "\n"
 
 
-def _cells(row: Row | None) -> tuple[str, str]:
+def _cell(row: Row | None) -> str:
     if row is None:
-        return "", ""
+        return ""
     sign = "≤" if row["at_most"] else "≥"
-    return f"{row['value']:.3g}", f"{sign} {row['aim']:g}" if row["aim"] else ""
+    aim = f" (aim {sign} {row['aim']:g})" if row["aim"] else ""
+    return f"{row['value']:.3g}{aim}"
 
 
 def _line(cells: Sequence[str]) -> str:

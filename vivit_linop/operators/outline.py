@@ -108,8 +108,8 @@ def total(parts: Iterable[Operator], times: int = 1, flops: float = 0.0) -> Cost
 def as_html(op: Operator) -> str:
     """Return the tree of an expression, for notebooks: text that folds, no scripts."""
     return (
-        '<div style="font-family: monospace; line-height: 1.6; overflow-x: auto; '
-        f'white-space: nowrap">{_node("", op, 0)}</div>'
+        '<div style="font-family: monospace; line-height: 1.6; overflow-x: auto">'
+        f"{_node('', op, 0)}</div>"
     )
 
 
