@@ -122,7 +122,7 @@ wrong = vl.EmpiricalRisk(trained((data[0], y)), LOSS, (data[0], y))
 own = vl.self_influence(damped_inverse(wrong), vl.PerSampleGradients(wrong))
 flipped = torch.arange(N) < FLIPPED
 auroc = roc_auc_score(flipped, own)
-print(f"{FLIPPED} labels are exchanged; self-influence tells them: {auroc:.3f}")
+print(f"{FLIPPED} labels are exchanged; AUROC of self-influence: {auroc:.3f}")
 if not auroc > 0.9:
     raise AssertionError("self-influence does not find exchanged labels")
 
