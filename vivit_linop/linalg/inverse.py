@@ -128,7 +128,7 @@ def inverse_of_kronecker(op: Kronecker) -> Op:
 def inverse_of_corrected_kronecker(op: CorrectedKronecker) -> Op:
     """Of eigenvalues that are squares, of numbers with rounding errors."""
     sizes = op.eigenvalues.abs()
-    if not (sizes > _accuracy(op) ** 2 * sizes.norm()).all():
+    if not (sizes > _accuracy(op) ** 2 * sizes.max()).all():
         raise _singular(op)
     return damped_inv(op, 0.0)
 
@@ -208,7 +208,7 @@ def damped_inverse_of_inverse(op: Woodbury | DampedInverse, damping: Scalar) -> 
     if not (product > least or product < -1.0 - least):
         raise no_inverse(op, "a damped ")
     inverse = inv(damp(op.operator, op.damping + 1.0 / damping))
-    return damp(scale(inverse, -1.0 / damping**2), 1.0 / damping)
+    return damp(scale(scale(inverse, -1.0 / damping), 1.0 / damping), 1.0 / damping)
 
 
 @damped_inv.register

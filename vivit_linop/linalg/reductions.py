@@ -429,7 +429,7 @@ def row_norms_of_adjoint(op: Adjoint) -> Tensor:
 
 @row_norms_squared.register
 def row_norms_of_scaled(op: Scaled) -> Tensor:
-    return op.factor**2 * row_norms_squared(op.operator)
+    return op.factor * (op.factor * row_norms_squared(op.operator))
 
 
 @row_norms_squared.register
@@ -450,7 +450,7 @@ def column_norms_of_operator(op: TorchLinearOperator) -> Tensor:
 
 @column_norms_squared.register
 def column_norms_of_scaled(op: Scaled) -> Tensor:
-    return op.factor**2 * column_norms_squared(op.operator)
+    return op.factor * (op.factor * column_norms_squared(op.operator))
 
 
 @column_norms_squared.register

@@ -235,7 +235,7 @@ def gram_blocks_of_scaled(
 ) -> Tensor:
     if right is left:
         blocks = gram_blocks(left.operator, left.operator, size, weights)
-        return left.factor**2 * blocks
+        return left.factor * (left.factor * blocks)
     return left.factor * gram_blocks(left.operator, right, size, weights)
 
 

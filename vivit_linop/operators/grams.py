@@ -111,10 +111,11 @@ def gram_matrix_of_scaled(
     left: Scaled, right: Op, weights: Tensor | None = None
 ) -> Tensor:
     """What is kept of the factor serves all its multiples."""
-    inner, scaling = right, left.factor
     if isinstance(right, Scaled):
-        inner, scaling = right.operator, scaling * right.factor
-    return scaling * _block(left.operator, inner, weights)
+        block = right.factor * _block(left.operator, right.operator, weights)
+    else:
+        block = _block(left.operator, right, weights)
+    return left.factor * block
 
 
 def _block(A: Op, B: Op, weights: Tensor | None) -> Tensor:
@@ -130,17 +131,17 @@ def inner_product_of_operator(factor: TorchLinearOperator, X: Tensor) -> Tensor:
 
 @inner_product.register
 def inner_product_of_scaled(factor: Scaled, X: Tensor) -> Tensor:
-    return factor.factor**2 * inner_product(factor.operator, X)
+    return factor.factor * (factor.factor * inner_product(factor.operator, X))
 
 
 @outer_product.register
 def outer_product_of_scaled(factor: Scaled, X: Tensor) -> Tensor:
-    return factor.factor**2 * outer_product(factor.operator, X)
+    return factor.factor * (factor.factor * outer_product(factor.operator, X))
 
 
 @outer_matrix.register
 def outer_matrix_of_scaled(factor: Scaled) -> Tensor:
-    return factor.factor**2 * outer_matrix(factor.operator)
+    return factor.factor * (factor.factor * outer_matrix(factor.operator))
 
 
 @weighted_gram_matrix.register

@@ -8,10 +8,12 @@ stand in :mod:`vivit_linop.curvature.rules`.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
-from vivit_linop.arguments import Scalar
+from vivit_linop.arguments import Scalar, as_float
 from vivit_linop.operators.base import TorchLinearOperator, settle
 from vivit_linop.operators.damped import Damped, DampedDense, DiagonallyDamped
 from vivit_linop.operators.elementary import (
@@ -285,34 +287,44 @@ def sum_of_operator_and_multiple_of_identity(A: Op, B: Op) -> Op:
 
 @scale.register
 def multiple_of_operator(op: TorchLinearOperator, factor: Scalar) -> Op:
-    return op if _is(factor, 1.0) else Scaled(factor, op)
+    """What the dtype does not hold, as 1e44 and float32, scales by its root twice."""
+    if _is(factor, 1.0):
+        return op
+    if _holds(op, factor):
+        return Scaled(factor, op)
+    root = abs(as_float(factor)) ** 0.5
+    return Scaled(math.copysign(root, as_float(factor)), Scaled(root, op))
 
 
 @scale.register
 def multiple_of_scaled(op: Scaled, factor: Scalar) -> Op:
-    return scale(op.operator, factor * op.factor)
+    if _holds(op, factor, op.factor):
+        return scale(op.operator, factor * op.factor)
+    return multiple_of_operator(op, factor)
 
 
 @scale.register
 def multiple_of_dense(op: Dense, factor: Scalar) -> Op:
-    if isinstance(factor, Tensor):
-        return Scaled(factor, op)
+    if isinstance(factor, Tensor) or not _holds(op, factor):
+        return multiple_of_operator(op, factor)
     return op.like(factor * op.matrix)
 
 
 @scale.register
 def multiple_of_diagonal(op: Diagonal, factor: Scalar) -> Op:
-    if isinstance(factor, Tensor):
-        return Scaled(factor, op)
+    if isinstance(factor, Tensor) or not _holds(op, factor):
+        return multiple_of_operator(op, factor)
     return Diagonal(factor * op.entries)
 
 
 @scale.register
 def multiple_of_low_rank(op: LowRank, factor: Scalar) -> Op:
     """A (c V Vᵀ) is low-rank as long as it is positive semi-definite."""
-    if isinstance(factor, Tensor):
-        return Scaled(factor, op)
-    return op.rescaled(factor * op.scale) if factor > 0.0 else Scaled(factor, op)
+    if isinstance(factor, Tensor) or not factor > 0.0:
+        return multiple_of_operator(op, factor)
+    if not _holds(op, factor, op.scale):
+        return multiple_of_operator(op, factor)
+    return op.rescaled(factor * op.scale)
 
 
 @scale.register
@@ -414,6 +426,16 @@ def adjoint_of_block_diagonal(op: BlockDiagonal) -> Op:
 @adjoint.register
 def adjoint_of_kronecker(op: Kronecker) -> Op:
     return op if op.self_adjoint else Kronecker(*(f.T for f in op.factors))
+
+
+def _holds(op: Op, *factors: Scalar) -> bool:
+    """Whether a product of numbers is one of the operator's dtype, or has gradients."""
+    if any(isinstance(factor, Tensor) for factor in factors) or 0.0 in factors:
+        return True
+    if isinstance(as_multiple(op)[0], Identity):  # which stands for a damping
+        return True
+    info = torch.finfo(op.torch_dtype)
+    return info.tiny <= abs(math.prod(map(float, factors))) <= info.max
 
 
 def _is(scalar: Scalar, value: float) -> bool:
