@@ -476,3 +476,54 @@ def test_pseudoinverses_of_products(shape: tuple[int, int]) -> None:
     assert (found - expected).norm() <= 1e-8 * expected.norm()
     both = [torch.autograd.grad((x * weights).sum(), A)[0] for x in (found, expected)]
     assert (both[0] - both[1]).norm() <= 1e-5 * both[1].norm()
+
+
+def of_one_eigenvalue(t):
+    """V with VᵀV = t² I, and tQ."""
+    return vl.Dense(t * torch.linalg.qr(Draw(FLOAT64)(6, 3)).Q)
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        lambda V: V.T @ V + 0.7 * vl.Identity(3),
+        lambda V: V @ V.T + 0.7 * vl.Identity(6),
+        lambda V: 2.0 * (V @ V.T) + 0.7 * vl.Identity(6),
+    ],
+)
+def test_what_is_smooth_is_so_at_eigenvalues_that_are_the_same(form):
+    """Second derivatives of determinants; those of an eigenvalue are refused."""
+    t = torch.tensor(1.5, dtype=FLOAT64, requires_grad=True)
+    op = form(of_one_eigenvalue(t))
+    found, expected = op.logdet(), torch.logdet(op.to_dense())
+    for _ in range(2):
+        (found,) = torch.autograd.grad(found, t, create_graph=True)
+        (expected,) = torch.autograd.grad(expected, t, create_graph=True)
+        assert abs(found - expected) <= 1e-10 * abs(expected)
+    (slope,) = torch.autograd.grad(op.eigvalsh().sum(), t, create_graph=True)
+    (expected,) = torch.autograd.grad(op.trace(), t, retain_graph=True)
+    assert abs(slope - expected) <= 1e-10 * expected
+    with pytest.raises(ValueError, match="eigenvalues that are the same"):
+        torch.autograd.grad(slope, t)
+
+
+def test_eigenvectors_have_derivatives_where_their_eigenvalues_are_apart():
+    draw = Draw(FLOAT64)
+    Q, W = torch.linalg.qr(draw(5, 5)).Q, draw(5, 5)
+    values = torch.tensor([1e-12, 2e-12, 3e-12, 1.0, 2.0]).double()
+
+    def largest_of(A):
+        V = vl.Dense(A)
+        evals, evecs = (V.T @ V).eigh(k=1)
+        return (W @ (evecs * evals)).square().sum()
+
+    A = (Q * values.sqrt()).requires_grad_()
+    (slope,) = torch.autograd.grad(largest_of(A), A)
+    step = 1e-5 * draw(5, 5)
+    with torch.no_grad():
+        change = (largest_of(A + step) - largest_of(A - step)) / 2
+    assert abs((slope * step).sum() - change) <= 1e-6 * change.abs()
+    V = vl.Dense(A)
+    evecs = (V.T @ V).eigh().eigenvectors
+    with pytest.raises(ValueError, match="eigenvalues that are the same, or nearly"):
+        torch.autograd.grad((W[: len(evecs)] @ evecs[:, :2]).square().sum(), A)

@@ -20,6 +20,7 @@ from vivit_linop.operators.elementary import (
     Product,
     Scaled,
     as_dense,
+    dense_over,
 )
 from vivit_linop.operators.kronecker import BlockDiagonal, CorrectedKronecker, Kronecker
 from vivit_linop.operators.lowrank import DampedRoot, Gram, LowRank, Woodbury
@@ -147,6 +148,9 @@ def damped_logdet_of_low_rank(op: LowRank, damping: Scalar) -> Tensor:
     """D log δ + logdet(I + K/δ) (Sylvester's determinant identity)."""
     if not damping > 0.0:
         return damped_logdet_of_operator(op, damping)
+    if op.requires_grad:  # eigenvalues that are the same have no second derivatives
+        inner = damped_logdet(dense_over(op.ranks, op.small_side), damping)
+        return plus(inner, (op.shape[0] - op.small_rows) * log_abs(damping))
     evals, ratio = op.nonnegative_eigenvalues, op.scale / damping
     if ratio > _LARGE:
         delta = damping.double() if isinstance(damping, Tensor) else damping
@@ -196,8 +200,8 @@ def damped_logdet_of_adjoint(op: Adjoint, damping: Scalar) -> Tensor:
 def damped_logdet_of_matrix(
     op: DenseInverse | Gram | Restricted, damping: Scalar
 ) -> Tensor:
-    """By eigenvalues where these are kept."""
-    if isinstance(op, Gram) and op.self_adjoint:
+    """By eigenvalues where these are kept, which is where no derivatives are wanted."""
+    if isinstance(op, Gram) and op.self_adjoint and not op.requires_grad:
         return damped_logdet_of_operator(op, damping)
     return damped_logdet(as_dense(op), damping)
 

@@ -11,7 +11,7 @@ import ctypes
 import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -64,6 +64,8 @@ def symmetric_eigenpairs(matrix: Tensor) -> tuple[Tensor, Tensor]:
         return _by_scipy(matrix, "evd")
     if matrix.device.type != "cpu" or len(matrix) <= SYEVD_ROWS:
         evals, evecs = torch.linalg.eigh(matrix)
+        if evecs.requires_grad and not is_followed(matrix):
+            evecs.register_hook(partial(_check_apart, evals.detach()))
         return evals, evecs
     _check_rows(matrix)
     if not _is_for_scipy(matrix):
@@ -84,6 +86,9 @@ def symmetric_eigenvalues(matrix: Tensor) -> Tensor:
         MemoryError: As :func:`symmetric_eigenpairs`.
         ValueError: Likewise.
     """
+    if matrix.requires_grad and torch.is_grad_enabled():
+        # Second derivatives are those of the vectors.
+        return symmetric_eigenpairs(matrix)[0]
     _check_finite(matrix)
     if len(matrix) <= _VERY_FEW_ROWS or not _is_for_scipy(matrix):
         return torch.linalg.eigvalsh(matrix)
@@ -183,6 +188,25 @@ class Tridiagonal:
         overlaps = vectors.T @ vectors - np.eye(len(values))
         right = np.abs(residual).max() <= 10.0 * rows**0.5 * eps * size
         return bool(right and np.abs(overlaps).max() <= eps**0.5)
+
+
+def _check_apart(evals: Tensor, gradients: Tensor | None) -> None:
+    """Refuse derivatives of vectors whose eigenvalues are not apart from others.
+
+    They are divided by the difference of two eigenvalues, of which rounding leaves less
+    than half of the digits where that is below √eps λ_max.
+    """
+    if gradients is None:
+        return
+    gaps, used = (evals[:, None] - evals).abs(), gradients.abs().amax(0) > 0.0
+    near = gaps <= torch.finfo(evals.dtype).eps ** 0.5 * evals.abs().max()
+    wanted = used[:, None] | used | (gaps == 0.0)
+    if (near & wanted).fill_diagonal_(False).any():
+        raise ValueError(
+            "eigh: derivatives are wanted of eigenvectors of eigenvalues that are the "
+            "same, or nearly, where they have none. Use .detach()ed tensors, or "
+            "torch.linalg.solve, logdet or another function of op.to_dense()."
+        )
 
 
 def without_noise(evals: Tensor, dtype: torch.dtype | None = None) -> Tensor:
