@@ -204,7 +204,8 @@ class LowRankDecomposition(DenseDecomposition):
     @cached_property
     def rounding_error(self) -> float:
         """Eigenvalues of a Gram matrix are known to about this absolute error."""
-        return gram_rounding_error(self.eigenvalues, self.count)
+        largest, dtype = self.eigenvalues.max().item(), coarsest(self._operator)
+        return _rounding_error(largest, dtype, self.count)
 
     def default(self) -> Tensor:
         """Those that are not numerically zero."""
@@ -218,7 +219,7 @@ class LowRankDecomposition(DenseDecomposition):
             evals, gram_evecs = self._operator.scale * found[0], found[1]
             # In ascending order, and read by the host at once.
             least, most = torch.stack((evals[0], evals[-1])).tolist()
-            if least > _rounding_error(most, evals.dtype, self.count):
+            if least > _rounding_error(most, coarsest(self._operator), self.count):
                 return GramEigenpairs(evals, self._operator, gram_evecs)
         return self.pairs(self.outmost(k))
 
@@ -284,16 +285,21 @@ class LowRankDecomposition(DenseDecomposition):
             evals[nonzero], self._operator, gram_evecs[:, nonzero]
         ).eigenvectors
         null = indices[evals[indices] <= self.rounding_error]
-        generator = torch.Generator("cpu").manual_seed(0)
-        shape = len(span), len(null)
-        fill = torch.randn(shape, generator=generator, device="cpu").to(span)
-        # A column is only orthogonal to working precision after the second time.
-        for _ in range(2):
-            rest = fill - span @ (span.T @ fill)
-            fill = self._operator.ranks.led(_orthonormal, rest)
+        fill = complement(span, len(null), self._operator.ranks)
         vectors = torch.cat([span, fill], dim=1)
         position = {int(i): at for at, i in enumerate(torch.cat([nonzero, null]))}
         return vectors[:, [position[int(i)] for i in indices]]
+
+
+def complement(span: Tensor, count: int, ranks: Ranks) -> Tensor:
+    """Any orthonormal vectors ``[n, count]`` that are orthogonal to some."""
+    generator = torch.Generator("cpu").manual_seed(0)
+    shape = len(span), count
+    fill = torch.randn(shape, generator=generator, device="cpu").to(span)
+    # A column is only orthogonal to working precision after the second time.
+    for _ in range(2):
+        fill = ranks.led(_orthonormal, fill - span @ (span.T @ fill))
+    return fill
 
 
 def _orthonormal(columns: Tensor) -> Tensor:
@@ -442,6 +448,18 @@ def _overlaps(rows: Tensor) -> Tensor:
         sums = rows[:, :whole].unflatten(1, (-1, _SHORT_SUM)).transpose(0, 1)
         overlaps += torch.bmm(sums, sums.mT).sum(0)
     return overlaps
+
+
+def coarsest(op: TorchLinearOperator) -> torch.dtype:
+    """The least precise dtype of an operator and its parts, whose rounding it has."""
+    parts, seen = [op], {id(op)}
+    for part in parts:
+        inner = (x for x in part._made_of() if isinstance(x, TorchLinearOperator))
+        new = [x for x in inner if id(x) not in seen]
+        seen.update(map(id, new))
+        parts += new
+    rounded = any(part._own_dtype == torch.float32 for part in parts)
+    return torch.float32 if rounded else op.torch_dtype
 
 
 def gram_rounding_error(eigenvalues: Tensor, count: int) -> float:

@@ -17,6 +17,7 @@ from scipy.sparse.linalg import ArpackError
 from torch import Tensor
 
 from vivit_linop.arguments import (
+    as_float,
     as_numbers,
     check_choice,
     check_has_values,
@@ -28,6 +29,7 @@ from vivit_linop.linalg.decompositions import (
     LowRankDecomposition,
     MergedDecomposition,
     ScaledShifted,
+    complement,
 )
 from vivit_linop.linalg.krylov import (
     SOLVERS,
@@ -225,6 +227,32 @@ def decomposition_of_dense_inverse(op: DenseInverse) -> Eigendecomposition:
     vectors = evecs.to(op.torch_dtype)
     inverse = (1.0 / (evals + op.damping)).to(op.torch_dtype)
     return MergedDecomposition(inverse, lambda order: vectors[:, order])
+
+
+@eigendecomposition.register
+def decomposition_of_function(
+    op: DampedInverse | DampedRoot | Woodbury,
+) -> Eigendecomposition:
+    """The pairs of A, of a function of A + δ I, and what is orthogonal to them."""
+    inner, rows = eigendecomposition(op.operator), op.shape[0]
+    if inner.rest is not None and rows > DENSE_ROWS:
+        raise no_eigenpairs(op)
+    pairs = inner.pairs(inner.default())
+    known = len(pairs)
+    evals = pairs.eigenvalues.new_full((rows,), as_float(inner.rest or 0.0))
+    evals[:known] = pairs.eigenvalues
+    evals = evals + op.damping
+    if isinstance(op, DampedRoot):
+        evals = evals.sqrt()
+
+    def vectors(order: Tensor) -> Tensor:
+        columns, found = pairs.eigenvectors, order[order >= known]
+        if len(found):
+            others = complement(columns, rows - known, op.ranks)
+            columns = torch.cat([columns, others], dim=1)
+        return columns[:, order]
+
+    return MergedDecomposition(1.0 / evals if _falls(op) else evals, vectors)
 
 
 @eigendecomposition.register

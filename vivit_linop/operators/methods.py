@@ -363,7 +363,8 @@ class VerbMethods(LinearOperator, Generic[Op]):
     ) -> Eigenpairs:
         """Return eigenpairs of a self-adjoint operator, eigenvalues ascending.
 
-        All of them need a closed form. The ``k`` at an end of the spectrum are there
+        All of them need a closed form, which damped inverses and roots of low-rank
+        operators have up to 2,000 rows. The ``k`` at an end of the spectrum are there
         for every operator: for Hessians, sums and products by ARPACK, on a GPU by
         Lanczos, in some 36 + 4 k products; ``pairs.route`` says which way was taken.
 
