@@ -7,7 +7,7 @@ from torch import Tensor
 import vivit_linop as vl
 from tests.cases import dense
 from tests.curvature_cases import close, risk
-from tests.operator_market import MARKET, build
+from tests.operator_market import MARKET, Draw, build
 from tests.verb_cases import FLOAT64
 from vivit_linop.operators import LowRank
 
@@ -15,7 +15,6 @@ NO_CLOSED_FORM = {
     "sum_symmetric",  # by eigenpairs, which sums have none of
     "product_symmetric",  # its middle is indefinite
     "expression_sandwich",
-    "expression_damped_by_undecided_identity",
 }
 
 
@@ -88,3 +87,61 @@ def test_rcond() -> None:
             vl.Identity(3).pinv(rcond=bad)
     with pytest.raises(TypeError, match=r"pinv|eigh"):
         build("product_symmetric", FLOAT64)[0].pinv()
+
+
+def test_eigenvalues_of_all_other_vectors_count() -> None:
+    """I − P and its kin: singular, and not zero where V knows nothing."""
+    draw, unit = Draw(FLOAT64), vl.Identity(6)
+    Q = vl.Dense(torch.linalg.qr(draw(6, 2)).Q)
+    P, skew = Q @ Q.T, vl.Dense(draw(6, 6)) @ vl.Dense(draw(6, 2)) @ Q.T
+    two = vl.BlockDiagonal([unit - P, 3.0 * unit - P])
+    for op in (
+        unit - P,
+        0.5 * P - 0.5 * unit,
+        vl.BlockDiagonal([unit - P, torch.eye(2).double()]),
+        two + 1.0 * vl.Identity(12),
+        two - 1.0 * vl.Identity(12),
+        skew - 0.0 * unit,
+        vl.Kronecker(unit - P, draw.definite(2)),
+    ):
+        expected = torch.linalg.pinv(op.to_dense(), rtol=1e-8)
+        for rcond in (None, 1e-6):
+            assert close(op.pinv(rcond).to_dense(), expected, 1e-10)
+
+
+def test_a_damping_that_makes_singular_has_derivatives() -> None:
+    Q = torch.linalg.qr(Draw(FLOAT64)(6, 2)).Q
+    delta = torch.tensor(1.0, dtype=FLOAT64, requires_grad=True)
+    P = vl.Dense(Q) @ vl.Dense(Q).T
+    found = (delta * vl.Identity(6) - P).pinv(rcond=1e-6)
+    (slope,) = torch.autograd.grad(found.trace(), delta)
+    assert close(slope, torch.tensor(-4.0, dtype=FLOAT64), 1e-10)
+
+
+def test_rounding_is_that_of_the_least_precise_part() -> None:
+    draw = Draw(FLOAT64)
+    A, B, C = draw(5, 2), draw(2, 2).float(), draw(2, 5)
+    V = vl.KhatriRao(A[:1], A) @ vl.Dense(B) @ vl.Dense(C.float())
+    matrix = (A[:1] * A) @ B.double() @ C.float().double()
+    for op, dense_op in (
+        (V, matrix),
+        (V.T, matrix.T),
+        (LowRank(V), matrix @ matrix.T),
+        (LowRank(V.T), matrix.T @ matrix),
+    ):
+        assert op.torch_dtype == FLOAT64
+        found = op.pinv().to_dense()
+        assert close(found, torch.linalg.pinv(dense_op, rtol=1e-4), 1e-3)
+
+
+def test_what_is_cut_may_be_less_than_squares_know() -> None:
+    """In float32 singular values of 1e-3 and zeros have the same squares."""
+    draw = Draw(torch.float32)
+    values = torch.tensor([1.0, 1e-3, 0.0])
+    left, right = (torch.linalg.qr(draw(n, 3)).Q for n in (6, 4))
+    for op in (
+        vl.Dense(left) @ vl.Diagonal(values) @ vl.Dense(right.T),
+        vl.hstack([left * values, 0.0 * left[:, :1]]),
+    ):
+        expected = torch.linalg.pinv(op.to_dense().double(), rtol=1e-5)
+        assert close(op.pinv(rcond=1e-5).to_dense().double(), expected, 1e-2)

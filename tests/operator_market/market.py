@@ -22,23 +22,29 @@ class Draw:
     """Draws the tensors that operators are made of, always the same ones.
 
     By default they lie where tests run.
+
+    Args:
+        size: What all numbers are multiplied by.
     """
 
-    def __init__(self, dtype, device=None, seed=0):
-        self.dtype = dtype
+    def __init__(self, dtype, device=None, seed=0, size=1.0):
+        self.dtype, self.size = dtype, size
         self.device = placing.device() if device is None else device
         self._generator = torch.Generator().manual_seed(seed)
 
     def _noise(self, *shape):
         return torch.randn(shape, generator=self._generator, dtype=torch.float64)
 
+    def _given(self, numbers):
+        return (self.size * numbers).to(self.device, self.dtype)
+
     def __call__(self, *shape):
-        return self._noise(*shape).to(self.device, self.dtype)
+        return self._given(self._noise(*shape))
 
     def regular(self, n):
         """A square matrix that is not symmetric and far from singular."""
         noise = self._noise(n, n) / n**0.5 + 3 * torch.eye(n, dtype=torch.float64)
-        return noise.to(self.device, self.dtype)
+        return self._given(noise)
 
     def symmetric(self, n):
         """A symmetric matrix with eigenvalues of both signs, none near zero."""
@@ -46,18 +52,18 @@ class Draw:
         evals = torch.linspace(1, 2, n, dtype=torch.float64)
         evals[::2] *= -1
         A = (Q * evals) @ Q.T
-        return ((A + A.T) / 2).to(self.device, self.dtype)
+        return self._given((A + A.T) / 2)
 
     def definite(self, n):
         """A symmetric matrix with eigenvalues of at least one."""
         noise = self._noise(n, n)
         A = noise @ noise.T / n + torch.eye(n, dtype=torch.float64)
-        return ((A + A.T) / 2).to(self.device, self.dtype)
+        return self._given((A + A.T) / 2)
 
     def entries(self, n):
         """Numbers of both signs, none near zero."""
         noise = self._noise(n)
-        return (noise + noise.sign()).to(self.device, self.dtype)
+        return self._given(noise + noise.sign())
 
     def eye(self, n):
         return torch.eye(n, dtype=torch.float64, device=self.device)

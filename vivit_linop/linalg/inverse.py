@@ -5,14 +5,20 @@ Both dispatch on the node; the inverse of a damped node on what is damped.
 
 from __future__ import annotations
 
+import contextlib
+import math
 from collections.abc import Sequence
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from vivit_linop.arguments import Scalar, as_float
-from vivit_linop.linalg.decompositions import GramEigenpairs, gram_rounding_error
+from vivit_linop.arguments import Scalar, as_float, as_scalar
+from vivit_linop.linalg.decompositions import (
+    GramEigenpairs,
+    coarsest,
+    gram_rounding_error,
+)
 from vivit_linop.linalg.iterative import IterativeWoodbury
 from vivit_linop.operators.base import TorchLinearOperator
 from vivit_linop.operators.damped import (
@@ -42,6 +48,8 @@ from vivit_linop.operators.verbs import (
     adjoint,
     damp,
     damped_inv,
+    diagonal,
+    eigendecomposition,
     eigh,
     eigvalsh,
     gram,
@@ -275,7 +283,7 @@ def damped_inverse_of_corrected_kronecker(
 
 def _accuracy(op: Op) -> float:
     """What rounding may do to an eigenvalue, relative to the largest."""
-    return max(10.0, op.shape[0] ** 0.5) * torch.finfo(op.torch_dtype).eps
+    return max(10.0, min(op.shape) ** 0.5) * torch.finfo(coarsest(op)).eps
 
 
 def _singular(op: Op) -> ValueError:
@@ -298,23 +306,38 @@ def pinv_of_operator(op: TorchLinearOperator, rcond: float | None = None) -> Op:
     """By eigenpairs of A, or A⁺ = (AᵀA)⁺ Aᵀ = Aᵀ (A Aᵀ)⁺ on the smaller side."""
     if op.self_adjoint:
         return _of_eigenpairs(op, rcond)
-    if op.requires_grad:  # derivatives of squares lose most digits
+    fine = rcond is not None and rcond**2 < _accuracy(op)
+    if op.requires_grad or fine:  # squares, and their derivatives, lose the digits
         return pinv(as_dense(op), rcond)
     tall = op.shape[0] >= op.shape[1]
-    factor = op if tall else adjoint(op)
     # The eigenvalues of the Gram matrix are the squares of the singular values.
-    small = pinv(gram(factor), None if rcond is None else rcond**2)
+    squares = as_dense(gram(op if tall else adjoint(op)))
+    info = torch.finfo(op.torch_dtype)
+    if not info.tiny / info.eps**2 <= squares.matrix.abs().max() < math.inf:
+        return pinv(as_dense(op), rcond)  # of such numbers, squares are none
+    accuracy = _accuracy(op) if rcond is None else rcond**2
+    small = pinv_of_dense(squares, accuracy)
     return Product(small, adjoint(op)) if tall else Product(adjoint(op), small)
 
 
 def _of_eigenpairs(op: Op, rcond: float | None) -> Op:
-    """E Λ⁻¹ Eᵀ over the eigenvalues that are not zero."""
+    """E (Λ⁺ − ρ⁺ I) Eᵀ + ρ⁺ I with the eigenvalue ρ of all other vectors."""
     rcond = _accuracy(op) if rcond is None else rcond
-    evals, evecs = eigh(op, rcond=rcond)
+    decomposition = eigendecomposition(op)
+    if decomposition.rest is not None and isinstance(op, Damped):
+        A = op.operator
+        if isinstance(A, BlockDiagonal):  # each block has its own ρ
+            return pinv(A.like([damp(block, op.damping) for block in A.blocks]), rcond)
+    evals, evecs = decomposition.pairs(decomposition.default())
+    rest = torch.as_tensor(decomposition.rest or 0.0).to(evals)
+    all_evals = Diagonal(torch.cat([evals, rest.reshape(1)]))
+    inverses = diagonal(pinv_of_diagonal(all_evals, rcond))
+    others = as_scalar(inverses[-1])
     if not len(evals):
-        return _zero(op)
+        return damp(_zero(op), others)
     E = dense_over(op.ranks, evecs)
-    return Product(E, Diagonal(1.0 / evals), adjoint(E))
+    weights = Diagonal(inverses[:-1] - others)
+    return damp(Product(E, weights, adjoint(E)), others)
 
 
 def _zero(op: Op) -> Op:
@@ -375,13 +398,14 @@ def pinv_of_regular(
     rcond: float | None = None,
 ) -> Op:
     """What is not singular, unless eigenvalues are to count as zero."""
-    if rcond is None:
-        return inv(op)
-    if not op.self_adjoint:
-        return pinv_of_operator(op, rcond)
-    sizes = eigvalsh(op).abs()
-    regular = sizes.min() > rcond * sizes.max()
-    return inv(op) if regular else _of_eigenpairs(op, rcond)
+    regular = rcond is None
+    if rcond is not None and op.self_adjoint:
+        sizes = eigvalsh(op).abs()
+        regular = bool(sizes.min() > rcond * sizes.max())
+    if regular:
+        with contextlib.suppress(TypeError, ValueError):  # I − P is singular
+            return inv(op)
+    return pinv_of_operator(op, rcond)
 
 
 @pinv.register
