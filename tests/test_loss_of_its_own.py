@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import pickle
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -243,6 +244,86 @@ def test_global_numbers_that_a_named_loss_reads_must_stay(
     for ask in asked:
         with pytest.raises(ValueError, match=r"'NUMBER', which was 1\.0 .* and is 3"):
             ask()
+
+
+SETTINGS, OPTIONS, LOG = {"beta": 1.0}, types.SimpleNamespace(beta=1.0), [0.0]
+COUNTED: list[float] = []
+
+
+def of_a_mapping(output: Tensor, y: Tensor) -> Tensor:
+    return SETTINGS["beta"] * output.square().sum(1).mean()
+
+
+def of_an_object(output: Tensor, y: Tensor) -> Tensor:
+    return OPTIONS.beta * output.square().sum(1).mean()
+
+
+def through_both(output: Tensor, y: Tensor) -> Tensor:
+    return 0.5 * of_a_mapping(output, y) + 0.5 * of_an_object(output, y)
+
+
+class OfAnObject(nn.Module):
+    reduction = "mean"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.options = OPTIONS
+
+    def forward(self, output: Tensor, y: Tensor) -> Tensor:
+        return self.options.beta * output.square().sum(1).mean()
+
+
+def around_an_object() -> Any:
+    options = OPTIONS
+    return lambda output, y: options.beta * output.square().sum(1).mean()
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: of_a_mapping,
+        lambda: of_an_object,
+        lambda: through_both,
+        OfAnObject,
+        around_an_object,
+        lambda: lambda output, y: of_an_object(output, y),
+    ],
+)
+def test_numbers_in_what_a_loss_reads_must_stay(
+    build: Callable[[], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    net, data = toy()
+    risk = vl.EmpiricalRisk(net, build(), data, reduction="mean")
+    value = net(data[0]).square().sum(1).mean()
+    slope = torch.autograd.grad(value, list(net.parameters()))
+    torch.testing.assert_close(risk.gradient(), risk.flatten(slope))
+    G, x = vl.GGN(risk), torch.ones(risk.num_params, dtype=torch.float64)
+    monkeypatch.setitem(SETTINGS, "beta", 3.0)
+    monkeypatch.setattr(OPTIONS, "beta", 3.0)
+    for ask in (risk.gradient, lambda: G @ x, lambda: vl.Hessian(risk) @ x):
+        with pytest.raises(ValueError, match=r"whose 'beta' was 1\.0 .* and is 3"):
+            ask()
+
+
+def logging(output: Tensor, y: Tensor) -> Tensor:
+    value = output.square().sum(1).mean()
+    if len(COUNTED) % 5 == 4:  # not in the first calls
+        LOG.append(value.item())
+    COUNTED.append(0.0)
+    SETTINGS["calls"] = SETTINGS.get("calls", 0.0) + 1.0
+    return value
+
+
+def test_losses_may_write_down_what_they_compute() -> None:
+    net, data = toy()
+    halves = [tuple(part[:3] for part in data), tuple(part[3:] for part in data)]
+    value = net(data[0]).square().sum(1).mean()
+    slope = torch.autograd.grad(value, list(net.parameters()))
+    for given in (data, halves):
+        risk = vl.EmpiricalRisk(net, logging, given, reduction="mean")
+        for _ in range(2):
+            torch.testing.assert_close(risk.gradient(), risk.flatten(slope))
+    assert SETTINGS.pop("calls") > 0 and len(LOG) > 1
 
 
 @pytest.mark.parametrize("kind", ["module", "function", "traced"])

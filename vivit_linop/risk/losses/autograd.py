@@ -12,7 +12,7 @@ from vivit_linop.devices import tolerated
 from vivit_linop.graphs import leaves_of
 from vivit_linop.risk.data.containers import leaves, map_leaves
 from vivit_linop.risk.losses.base import OutputLoss
-from vivit_linop.risk.losses.globals_read import numbers_read
+from vivit_linop.risk.losses.numbers_read import NumbersRead
 from vivit_linop.risk.model.foreign_memory import ForeignMemory
 from vivit_linop.risk.model.outputs import OutputTree
 
@@ -35,7 +35,7 @@ class AutogradLoss(OutputLoss):
         self._own: Sequence[Tensor] = ()
         self._memory = ForeignMemory()
         self._tree: OutputTree | None = None
-        self._numbers: list[tuple[dict[str, Any], dict[str, Any]]] = []
+        self._numbers: list[NumbersRead] = []
 
     def of_several(self, tree: OutputTree) -> OutputLoss:
         """The function has them as the model returns them."""
@@ -58,9 +58,7 @@ class AutogradLoss(OutputLoss):
         """Let the next check look; tensors that others have must stay what they are."""
         self._parameters, self._own = list(parameters), list(own)
         self._memory = ForeignMemory(f"loss: {self.name}")
-        self._numbers = [
-            pair for called in self.called() for pair in numbers_read(called)
-        ]
+        self._numbers = [*map(NumbersRead, self.called())]
 
     def check_data(self, output: Tensor, target: Tensor) -> None:
         """The loss is a scalar, and uses no parameters of the model."""
@@ -127,22 +125,21 @@ class AutogradLoss(OutputLoss):
         if parts_of([*read.values(), *leaves_of(value)], self._parameters):
             raise uses_parameters(self.name)
         self._memory.settle()
+        for numbers in self._numbers:
+            numbers.settle()
         self._parameters, self._own = None, []
 
     def check_memory(self) -> None:
         """Without a call where it reads nothing, since it is asked in each product."""
         if self._memory.parts:
             self._memory.check()
-        for space, known in self._numbers:
-            for name, then in known.items():
-                now = space.get(name)
-                if now is not then and now != then:
-                    raise ValueError(
-                        f"loss: {self.name} reads the global variable {name!r}, which "
-                        f"was {then!r} when the risk was built and is {now!r}. An "
-                        "operator is one matrix: make a new risk, or give a lambda, "
-                        "which keeps it as it is."
-                    )
+        for numbers in self._numbers:
+            if (change := numbers.change()) is not None:
+                raise ValueError(
+                    f"loss: {self.name} reads {change}. An operator is one matrix: "
+                    "make a new risk, or give a lambda, which keeps numbers and "
+                    "mappings around it as they are."
+                )
 
 
 def parts_of(tensors: Iterable[Any], whole: Sequence[Tensor]) -> list[Tensor]:

@@ -1,0 +1,111 @@
+"""What a loss reads beside its arguments: others may set it after a risk is built."""
+
+from __future__ import annotations
+
+import dis
+import functools
+import types
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from torch import Tensor, nn
+
+from vivit_linop.risk.model.copies import codes_of, is_empty
+
+# A mapping, a name in it, and the number or numbers that were there.
+Known = tuple[dict[str, Any], str, Any]
+
+_NUMBERS = (bool, int, float, complex, str)
+_NOT_OPENED = (types.ModuleType, type, types.FunctionType, nn.Module, Tensor)
+# What has more entries is a table, of which nobody makes a copy for each call.
+_FEW = 1000
+
+
+class NumbersRead:
+    """Numbers and texts that a function reads by names of others.
+
+    Global variables that it reads and does not set, those that functions do which it
+    calls by their names, what is around it, attributes of a module. Of containers and
+    objects there it has the numbers that these hold, not what parts of them hold.
+
+    Args:
+        called: What is called.
+    """
+
+    def __init__(self, called: Any) -> None:
+        self._known: list[Known] = [
+            (space, name, numbers)
+            for space, names in _spaces(called)
+            for name in names
+            if (numbers := _numbers_of(space.get(name))) is not None
+        ]
+
+    def settle(self) -> None:
+        """Leave out what the function itself has changed in a call: what it logs."""
+        changed = {id(known) for known, _ in self._changed()}
+        self._known = [known for known in self._known if id(known) not in changed]
+
+    def change(self) -> str | None:
+        """Say what has another value, if anything has."""
+        for (_, name, then), (key, now) in self._changed():
+            if isinstance(then, dict):
+                name, then = f"{name!r}, whose {key!r}", then[key]
+            else:
+                name = f"{name!r}, which"
+            return f"{name} was {then!r} when the risk was built and is {now!r}"
+        return None
+
+    def _changed(self) -> Iterator[tuple[Known, tuple[Any, Any]]]:
+        """Yield what has, with the value that it has and where in a container."""
+        for known in self._known:
+            space, name, then = known
+            now = _numbers_of(space.get(name))
+            if not isinstance(then, dict):
+                if now is not then and now != then:
+                    yield known, (None, now)
+                continue
+            held = now if isinstance(now, dict) else {}
+            # What is new there was not read.
+            for key, value in then.items():
+                if held.get(key) is not value and held.get(key) != value:
+                    yield known, (key, held.get(key))
+                    break
+
+
+def _spaces(called: Any) -> Iterator[tuple[dict[str, Any], Iterable[str]]]:
+    """Where a function reads names of others, and these."""
+    while isinstance(called, functools.partial):
+        called = called.func
+    if isinstance(called, nn.Module):  # compiled by torch.jit, classes have no forward
+        yield vars(called), [*vars(called)]
+        called = getattr(type(called), "forward", None)
+    if not isinstance(called, types.FunctionType):
+        return
+    cells = zip(called.__code__.co_freevars, called.__closure__ or (), strict=True)
+    around = {name: c.cell_contents for name, c in cells if not is_empty(c)}
+    yield around, [*around]
+    named = [called.__globals__.get(name) for name in _read(called)]
+    helpers = [*named, *around.values()]
+    for function in (called, *helpers):
+        if isinstance(function, types.FunctionType):
+            yield function.__globals__, _read(function)
+
+
+def _read(function: types.FunctionType) -> set[str]:
+    """The names of global variables that a function reads and does not set."""
+    names: dict[str, set[str]] = {"LOAD_GLOBAL": set(), "STORE_GLOBAL": set()}
+    for code in codes_of(function):
+        for step in dis.get_instructions(code):
+            names.get(step.opname, set()).add(step.argval)
+    return names["LOAD_GLOBAL"] - names["STORE_GLOBAL"]
+
+
+def _numbers_of(value: Any) -> Any:
+    """A number or a text, or those that a container or an object holds, by name."""
+    if type(value) in _NUMBERS or isinstance(value, _NOT_OPENED):
+        return value if type(value) in _NUMBERS else None
+    held = dict(enumerate(value)) if isinstance(value, (list, tuple)) else value
+    held = held if isinstance(held, dict) else getattr(value, "__dict__", None)
+    if not isinstance(held, dict) or len(held) > _FEW:
+        return None
+    return {key: part for key, part in held.items() if type(part) in _NUMBERS} or None
