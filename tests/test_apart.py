@@ -318,6 +318,11 @@ IN_LAYERS: dict[str, tuple[Forward, set[str]]] = {
         {"conv.weight", "conv.bias", "norm.weight", "norm.bias"},
     ),
     "products": (lambda m, x: m.o(x @ m.f.weight), {"f.weight"} | O_LAYER),
+    "slopes": (lambda m, x: m.o(F.prelu(m.f(x), m.o.bias)), F_LAYER | O_LAYER),
+    "slopes of a product": (
+        lambda m, x: m.o(F.prelu(m.f(x), m.f.bias) * m.f.bias.view(1, 4)),
+        {"f.weight"} | O_LAYER,
+    ),
     "a bias used again": (lambda m, x: m.o(m.f(x) * m.f.bias), {"f.weight"} | O_LAYER),
     "another's use": (APART["a factor of weights"], F_LAYER | O_LAYER),
     "inputs of another kind": (lambda m, x: m.o(m.f(x.as_subclass(Doubled))), O_LAYER),
