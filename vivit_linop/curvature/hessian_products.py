@@ -137,7 +137,7 @@ class HessianProducts(OfRisk):
             vectors = [
                 # Contiguous, as vectors come from torch's own backward passes: there
                 # are kernels that take that for granted.
-                of[index].contiguous().view(*leading, *parameters[index].shape)
+                of[index].contiguous().view((*leading, *parameters[index].shape))
                 for index in curved
             ]
             found: Sequence[Tensor | None]
