@@ -321,9 +321,67 @@ def sqrt(n: Node) -> Iterator[Row]:
         yield "R @ R.T", R @ (R.T @ x), n.A @ x.double(), n.slack * x.norm()
 
 
+@verb
+def pinv(n: Node) -> Iterator[Row]:
+    values = torch.linalg.svdvals(n.A)
+    zero = values <= 1e-10 * values[0]
+    # Values that are neither zero nor apart from rounding are anything.
+    if not zero.all() and bool((zero | (values > 1e-2 * values[0])).all()):
+        slack = 10.0 * n.slack / float(values[~zero].min()) ** 2
+        expected = torch.linalg.pinv(n.A, rtol=1e-10)
+        if slack < float(expected.norm()):
+            yield "pinv", n.op.pinv(rcond=3e-3).to_dense(), expected, slack
+
+
+@verb
+def restricted(n: Node) -> Iterator[Row]:
+    if n.square:
+        index = [len(n.A) - 1, 0][: len(n.A)]
+        part = n.op.restrict(index)
+        yield "restricted", part.to_dense(), n.A[index][:, index], n.slack
+        yield "its diagonal", part.diagonal(), n.A.diagonal()[index], n.slack
+
+
+@verb
+def ends(n: Node) -> Iterator[Row]:
+    if n.square and n.op.self_adjoint:
+        known = torch.linalg.eigvalsh((n.A + n.A.T) / 2)
+        for which, place in (("LA", -1), ("SA", 0)):
+            evals, evecs = (part.double() for part in n.op.eigh(k=1, which=which))
+            yield which, evals, known[place].reshape(1), n.slack
+            yield f"{which}, vector", n.A @ evecs, evecs * evals, 2 * n.slack
+
+
+@verb
+def slopes(n: Node) -> Iterator[Row]:
+    """Derivatives in δ of A + δ I, far from singular."""
+    if not n.square:
+        return
+    shift = n.known.size + 1.0
+    delta = torch.tensor(shift, dtype=torch.float64, requires_grad=True)
+    op = n.op + delta * vl.Identity(len(n.A))
+    inverse = torch.linalg.inv(n.A + shift * torch.eye(len(n.A), dtype=torch.float64))
+    rows, size = len(n.A), float(inverse.norm())
+    x = n.noise(rows)
+    slack = (n.slack + FACTOR * n.eps * rows * shift) * size
+    for what, ask, expected in (
+        ("trace", lambda: op.trace(), torch.tensor(float(rows), dtype=torch.float64)),
+        ("logdet", lambda: op.logdet(), inverse.trace()),
+        ("of the inverse", lambda: op.inv().trace(), -(inverse @ inverse).trace()),
+    ):
+        (slope,) = torch.autograd.grad(ask(), delta)
+        yield f"slope of {what}", slope, expected, 10 * rows * slack * (1 + size) ** 2
+    (slope,) = torch.autograd.grad((x * (op.inv() @ x)).sum(), delta)
+    solved = inverse @ x.double()
+    expected = -(x.double() @ inverse @ solved)
+    slack *= 10 * (1 + size) ** 2 * float(x.norm()) ** 2
+    yield "slope of xᵀA⁻¹x", slope, expected, slack
+
+
 # What the algebra says it does not do.
 _LIMITS = re.compile(
-    "closed form|one by one|rectangular|scipy|needs (damping|entries p) > 0"
+    "closed form|one by one|rectangular|scipy|no vectors for"
+    "|needs (damping|entries p) > 0"
 )
 
 
