@@ -105,12 +105,12 @@ class Capture:
         self, risk: EmpiricalRisk, X: Any, num_samples: int, run: Run | None = None
     ) -> None:
         self._risk, self.num_samples, self.together = risk, num_samples, False
-        if run is None:
+        record = None if run is None else run.record
+        if run is not None and isinstance(record, Recorder) and not record.has_folded:
+            recorder, output = record, run.output
+        else:
             with Recorder(risk.model.params) as recorder:
                 output = risk.model(risk.model.params, X)
-        else:
-            assert isinstance(run.record, Recorder)
-            recorder, output = run.record, run.output
         self.output = output.reshape(num_samples, -1)
         self.uses, self.opaque = recorder.uses, recorder.opaque
         self._has_hooks = recorder.has_hooks

@@ -15,6 +15,7 @@ done to the other, and the twin's offset and strides tell.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from operator import attrgetter
 from types import FunctionType
 from typing import Any
@@ -49,16 +50,23 @@ _VIEWS_IF_CONTIGUOUS = {*functions("reshape flatten ravel contiguous")}
 class Recorder(TorchFunctionMode):
     """Records the uses of some parameters while it is active.
 
+    Args:
+        params: The parameters.
+        unfolds: Whether recurrent layers run step by step, where their columns are
+            asked for; torch's own are several times as fast.
+
     Attributes:
         uses: The recorded calls, in order.
         opaque: Names of parameters with a use that has no known structure.
         has_hooks: Whether the net may have put hooks into the graph.
         keeps_gradients: Whether the net asks for gradients of what it computes, or
             puts hooks on parameters, which is left out here.
+        has_folded: Whether recurrent layers were met, and ran as they are.
     """
 
-    def __init__(self, params: Params) -> None:
+    def __init__(self, params: Params, unfolds: bool = True) -> None:
         super().__init__()
+        self._unfolds, self.has_folded = unfolds, False
         self.uses, self.opaque = list[Use](), set[str]()
         self.has_hooks = self.keeps_gradients = False
         # A parameter without entries has no columns, however it is used.
@@ -83,7 +91,9 @@ class Recorder(TorchFunctionMode):
         names = self._views.names((args, kwargs))
         if func in LAYERS or func in CELLS:
             if names and not kwargs:
-                return self._recurrent(func, args, result, names)
+                if self._unfolds:
+                    return self._recurrent(func, args, result, names)
+                self.has_folded = True
         # What gives no tensor (shape, dtype, dim), or a constant, is no use.
         if not names or not any(map(_HAS_GRAPH, tensors_in(result))):
             return result
@@ -165,7 +175,7 @@ class Recorder(TorchFunctionMode):
         return None
 
 
-watched_by(Recorder)
+watched_by(partial(Recorder, unfolds=False))
 
 
 def _may_move(result: Tensor, given: Any) -> bool:
