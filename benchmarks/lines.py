@@ -63,6 +63,7 @@ CAPABILITIES = {
     "many columns at a time, the run of construction": """
         net/columns/products.py risk/kept.py
     """,
+    "recurrent layers": "net/recurrent.py",
     "KFRA, and BackPACK's recursions": "curvature/recursions.py",
     "notebooks, plots, bars, explain of every operator": """
         bars.py drawing.py extras.py linalg/explanations.py operators/outline.py
