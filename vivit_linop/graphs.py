@@ -12,7 +12,7 @@ from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import GradientEdge, Node
 from torch.func import vmap
 
-from vivit_linop.process import ignoring
+from vivit_linop.warned import ignoring
 
 # What a net calls before it can put a hook into its graph.
 _GRAD_FN: Any = Tensor.grad_fn

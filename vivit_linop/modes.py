@@ -23,7 +23,6 @@ from torch.autograd.graph import disable_saved_tensors_hooks, saved_tensors_hook
 from torch.compiler import is_dynamo_compiling
 
 from vivit_linop.checkpoints import RECOMPUTED
-from vivit_linop.process import Shared, Undo
 from vivit_linop.ranks.alone import Ranks
 from vivit_linop.ranks.messages import name_of
 
@@ -250,6 +249,60 @@ def as_guest(device: torch.device) -> Iterator[None]:
         if RECOMPUTED.seen:
             stack.enter_context(RECOMPUTED)
         yield
+
+
+Undo = list[Callable[[], object]]
+
+
+class Shared:
+    """What is one for the process: set by the first that enters, put back by the last.
+
+    Args:
+        set_for: Sets it for a device, and says how that is undone.
+
+    Attributes:
+        lock: Held while they change.
+        undo: What is to be put back; empty while nothing had to be set.
+    """
+
+    def __init__(self, set_for: Callable[[torch.device | None, Undo], None]) -> None:
+        self._set_for = set_for
+        # Reentrant: a handler of signals may run a product in the middle of this.
+        self.lock, self._inside = threading.RLock(), 0
+        self.undo: Undo = []
+        self._devices: set[torch.device | None] = set()
+
+    def enter(self, device: torch.device | None = None) -> None:
+        """Set the switches, unless another thread has for this device."""
+        with self.lock:
+            self._inside += 1
+            if device in self._devices:
+                return
+            try:
+                self._set_for(device, self.undo)
+            except BaseException:
+                self.leave()
+                raise
+            self._devices.add(device)
+
+    @contextlib.contextmanager
+    def inside(self, device: torch.device | None = None) -> Iterator[None]:
+        """Enter and leave."""
+        self.enter(device)
+        try:
+            yield
+        finally:
+            self.leave()
+
+    def leave(self) -> None:
+        """Put the switches back, if nobody else is inside."""
+        with self.lock:
+            self._inside -= 1
+            if self._inside:
+                return
+            self._devices.clear()
+            while self.undo:
+                self.undo.pop()()
 
 
 def _reduced() -> list[tuple[Any, str, object, object]]:

@@ -35,7 +35,6 @@ from vivit_linop.modes import (
 )
 from vivit_linop.operators.base import TorchLinearOperator
 from vivit_linop.operators.kronecker import BlockDiagonal, Kronecker
-from vivit_linop.process import ignoring
 from vivit_linop.risk.checks import same_outputs
 from vivit_linop.risk.empirical import EmpiricalRisk, as_risk
 from vivit_linop.risk.model.copies import (
@@ -44,6 +43,7 @@ from vivit_linop.risk.model.copies import (
     Copies,
     has_hooks_on_all,
 )
+from vivit_linop.warned import ignoring
 
 # What works for every model.
 _INSTEAD = {

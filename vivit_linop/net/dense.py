@@ -17,10 +17,10 @@ from torch.func import vjp, vmap
 from vivit_linop.graphs import gradients
 from vivit_linop.net.capture import Capture
 from vivit_linop.net.columns.base import DenseColumns, LayerColumns
-from vivit_linop.process import ignoring
 from vivit_linop.risk.data.containers import leaves, map_leaves
 from vivit_linop.risk.empirical import EmpiricalRisk
 from vivit_linop.risk.model.original import Params
+from vivit_linop.warned import ignoring
 
 
 def vectorised(

@@ -35,12 +35,12 @@ from vivit_linop.net.linearization import (
 )
 from vivit_linop.net.tracing import OutOfPlace, tangent_map
 from vivit_linop.noise import BY_NOISE, Noise, nearby
-from vivit_linop.process import ignoring
 from vivit_linop.risk.checks import read
 from vivit_linop.risk.data.containers import copied, leaves
 from vivit_linop.risk.empirical import EmpiricalRisk
 from vivit_linop.risk.kept import Run, Store
 from vivit_linop.risk.model.original import Params
+from vivit_linop.warned import ignoring
 
 # One convolution in this many matrix products makes a trace worth its time.
 _PER_CONVOLUTION = 4

@@ -22,8 +22,7 @@ from scipy.linalg.lapack import get_lapack_funcs
 from threadpoolctl import ThreadpoolController
 from torch import Tensor
 
-from vivit_linop.modes import is_followed
-from vivit_linop.process import Shared, Undo
+from vivit_linop.modes import Shared, Undo, is_followed
 from vivit_linop.ranks.alone import RankRows
 
 Pairs = tuple[Tensor, Tensor]
