@@ -39,7 +39,8 @@ CAPABILITIES = {
         risk/data/segments.py risk/model/outputs.py risk/row_layout.py
     """,
     "losses: with derivatives of their own, of the model, weighted, item by item": """
-        risk/losses/derived.py risk/losses/own.py risk/model_loss.py
+        risk/losses/derived.py risk/losses/numbers_read.py risk/losses/own.py
+        risk/model_loss.py
     """,
     "algebra: sandwiches, stacks, restrictions, diagonal dampings, gradients": """
         curvature/block_sandwich.py linalg/diagonal_damping.py

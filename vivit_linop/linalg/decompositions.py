@@ -454,12 +454,13 @@ def coarsest(op: TorchLinearOperator) -> torch.dtype:
     """The least precise dtype of an operator and its parts, whose rounding it has."""
     parts, seen = [op], {id(op)}
     for part in parts:
-        inner = (x for x in part._made_of() if isinstance(x, TorchLinearOperator))
-        new = [x for x in inner if id(x) not in seen]
-        seen.update(map(id, new))
-        parts += new
-    rounded = any(part._own_dtype == torch.float32 for part in parts)
-    return torch.float32 if rounded else op.torch_dtype
+        if part._own_dtype == torch.float32:
+            return torch.float32
+        for inner in part._made_of():
+            if isinstance(inner, TorchLinearOperator) and id(inner) not in seen:
+                seen.add(id(inner))
+                parts.append(inner)
+    return op.torch_dtype
 
 
 def gram_rounding_error(eigenvalues: Tensor, count: int) -> float:
