@@ -84,6 +84,40 @@ def test_operators_change_from_call_to_call(backend, risk):
             torch.testing.assert_close(compiled(op, x), x + dense @ x)
 
 
+def parts():
+    torch.manual_seed(1)
+    net = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 3)).double()
+    return net, nn.CrossEntropyLoss(), (torch.rand(6, 4).double(), torch.arange(6) % 3)
+
+
+MADE_INSIDE = {
+    "risk": lambda risk: vl.GGN(vl.EmpiricalRisk(*parts())),
+    "its parts": lambda risk: vl.Hessian(*parts()),
+    "inputs": lambda risk: vl.Jacobian(parts()[0], parts()[2][0]),
+    "KFAC": lambda risk: vl.KFAC(risk, variant="exact"),
+    "EKFAC": lambda risk: vl.EKFAC(risk, variant="exact"),
+    "KFRA": vl.KFRA,
+    "positive curvature": lambda risk: vl.PositiveCurvatureHessian(
+        risk, blocks="module"
+    ),
+    "other parameters": lambda risk: vl.GGN(
+        risk.at({name: p + 0.1 for name, p in risk.params.items()})
+    ),
+    "some parameters": lambda risk: vl.GGN(risk.over(["0.weight"])),
+    "some samples": lambda risk: vl.GGN(risk.subset([0, 2])),
+    "other data": lambda risk: vl.GGN(risk.on(parts()[2])),
+}
+
+
+@pytest.mark.parametrize("name", MADE_INSIDE)
+def test_what_is_made_inside(name, risk):
+    make = MADE_INSIDE[name]
+    dense = make(risk).to_dense()
+    x = torch.linspace(-1.0, 1.0, dense.shape[1]).double()
+    compiled = torch.compile(lambda v: v.sum() + make(risk) @ v, backend="eager")
+    torch.testing.assert_close(compiled(x), x.sum() + dense @ x)
+
+
 @BACKENDS
 def test_arrays(backend):
     A = vl.Dense(torch.arange(9.0).reshape(3, 3).double())

@@ -26,7 +26,7 @@ from vivit_linop.curvature.kronecker_sums import (
     KroneckerSums,
     LayerFactors,
 )
-from vivit_linop.modes import ordinary_mode
+from vivit_linop.modes import ordinary_mode, uncompiled
 from vivit_linop.net.certified import find_structure
 from vivit_linop.operators.base import TorchLinearOperator
 from vivit_linop.operators.elementary import Identity, symmetric_over
@@ -45,6 +45,7 @@ class _LayerBlocks(BlockDiagonal):
 
     _corrected = False
 
+    @uncompiled
     def __init__(
         self,
         risk: EmpiricalRisk | Any,

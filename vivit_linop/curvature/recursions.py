@@ -32,6 +32,7 @@ from vivit_linop.modes import (
     default_dtype,
     numbers_put_back,
     ordinary_mode,
+    uncompiled,
 )
 from vivit_linop.operators.base import TorchLinearOperator
 from vivit_linop.operators.kronecker import BlockDiagonal, Kronecker
@@ -150,6 +151,7 @@ class PositiveCurvatureHessian(BlockDiagonal):
         [(8, 8), (3, 3)]
     """
 
+    @uncompiled
     def __init__(
         self,
         risk: EmpiricalRisk | Any,

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vivit_linop.arguments import Index, as_index, as_list, check_has_values
 from vivit_linop.devices import is_out_of_memory
-from vivit_linop.modes import as_guest, ordinary_mode
+from vivit_linop.modes import as_guest, ordinary_mode, uncompiled
 from vivit_linop.ranks.alone import Ranks
 from vivit_linop.risk.base import Risk
 from vivit_linop.risk.checks import agree, read
@@ -35,6 +35,7 @@ Known = tuple[fingerprint.Sums, Any, Tensor]
 class DerivableRisk(Risk):
     """A risk, and those of the same model and loss that follow from it."""
 
+    @uncompiled
     def subset(self, indices: Index) -> Self:
         """Return the risk of some samples only: their mean (or sum).
 
@@ -111,6 +112,7 @@ class DerivableRisk(Risk):
             differ += self.inputs_differ(index, X)
             yield X, y
 
+    @uncompiled
     def over(self, names: Iterable[str]) -> Self:
         """Return it as a function of some of its parameters, ``[d]`` of D.
 
@@ -142,6 +144,7 @@ class DerivableRisk(Risk):
         risk._take_parameters()
         return risk
 
+    @uncompiled
     def at(
         self,
         parameters: Tensor | Iterable[Tensor] | Mapping[str, Tensor] | None = None,
@@ -214,6 +217,7 @@ class DerivableRisk(Risk):
             )
         return self.model.at(self.unflatten_real(parameters, "parameters"), {})
 
+    @uncompiled
     def on(self, data: Any, *, check_data: bool = True) -> Self:
         """Return the risk of other data, any number of samples, at these parameters.
 

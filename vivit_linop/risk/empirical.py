@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from vivit_linop.arguments import check_flag, check_function, check_real
+from vivit_linop.modes import uncompiled
 from vivit_linop.ranks.group import as_ranks
 from vivit_linop.risk.data.batches import Target, as_batches, without_targets
 from vivit_linop.risk.data.containers import leaves
@@ -134,6 +135,7 @@ class EmpiricalRisk(DerivableRisk):
         (8, 8, 2)
     """
 
+    @uncompiled
     def __init__(
         self,
         model: nn.Module | ModelFunction,
