@@ -246,7 +246,8 @@ def test_global_numbers_that_a_named_loss_reads_must_stay(
             ask()
 
 
-SETTINGS, OPTIONS, LOG = {"beta": 1.0}, types.SimpleNamespace(beta=1.0), [0.0]
+SETTINGS = {"beta": 1.0, "step": 0.0}
+OPTIONS, LOG = types.SimpleNamespace(beta=1.0, step=0.0), [0.0]
 COUNTED: list[float] = []
 
 
@@ -298,6 +299,10 @@ def test_numbers_in_what_a_loss_reads_must_stay(
     slope = torch.autograd.grad(value, list(net.parameters()))
     torch.testing.assert_close(risk.gradient(), risk.flatten(slope))
     G, x = vl.GGN(risk), torch.ones(risk.num_params, dtype=torch.float64)
+    before = G @ x
+    monkeypatch.setitem(SETTINGS, "step", 1.0)  # which the loss does not read
+    monkeypatch.setattr(OPTIONS, "step", 1.0)
+    torch.testing.assert_close(G @ x, before)
     monkeypatch.setitem(SETTINGS, "beta", 3.0)
     monkeypatch.setattr(OPTIONS, "beta", 3.0)
     for ask in (risk.gradient, lambda: G @ x, lambda: vl.Hessian(risk) @ x):

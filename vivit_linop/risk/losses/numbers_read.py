@@ -5,7 +5,7 @@ from __future__ import annotations
 import dis
 import functools
 import types
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor, nn
@@ -26,19 +26,31 @@ class NumbersRead:
 
     Global variables that it reads and does not set, those that functions do which it
     calls by their names, what is around it, attributes of a module. Of containers and
-    objects there it has the numbers that these hold, not what parts of them hold.
+    objects there it has the numbers that these hold, not what parts of them hold: those
+    that are named in the code, or all where none is.
 
     Args:
         called: What is called.
     """
 
     def __init__(self, called: Any) -> None:
-        self._known: list[Known] = [
-            (space, name, numbers)
-            for space, names in _spaces(called)
-            for name in names
-            if (numbers := _numbers_of(space.get(name))) is not None
-        ]
+        spaces, functions = _spaces(called)
+        named = {
+            text
+            for function in functions
+            for code in codes_of(function)
+            for text in (*code.co_names, *code.co_consts)
+            if isinstance(text, str)
+        }
+        self._known = list[Known]()
+        for space, names in spaces:
+            for name in names:
+                numbers = _numbers_of(space.get(name))
+                if isinstance(numbers, dict):
+                    own = {key: numbers[key] for key in numbers if key in named}
+                    numbers = own or numbers
+                if numbers is not None:
+                    self._known.append((space, name, numbers))
 
     def settle(self) -> None:
         """Leave out what the function itself has changed in a call: what it logs."""
@@ -72,23 +84,29 @@ class NumbersRead:
                     break
 
 
-def _spaces(called: Any) -> Iterator[tuple[dict[str, Any], Iterable[str]]]:
-    """Where a function reads names of others, and these."""
+def _spaces(
+    called: Any,
+) -> tuple[list[tuple[dict[str, Any], list[str]]], list[types.FunctionType]]:
+    """Where a function reads names of others, and these; and what it calls, with it."""
     while isinstance(called, functools.partial):
         called = called.func
+    spaces = list[tuple[dict[str, Any], list[str]]]()
     if isinstance(called, nn.Module):  # compiled by torch.jit, classes have no forward
-        yield vars(called), [*vars(called)]
+        spaces.append((vars(called), [*vars(called)]))
         called = getattr(type(called), "forward", None)
     if not isinstance(called, types.FunctionType):
-        return
+        return spaces, []
     cells = zip(called.__code__.co_freevars, called.__closure__ or (), strict=True)
     around = {name: c.cell_contents for name, c in cells if not is_empty(c)}
-    yield around, [*around]
+    spaces.append((around, [*around]))
     named = [called.__globals__.get(name) for name in _read(called)]
-    helpers = [*named, *around.values()]
-    for function in (called, *helpers):
-        if isinstance(function, types.FunctionType):
-            yield function.__globals__, _read(function)
+    functions = [
+        function
+        for function in (called, *named, *around.values())
+        if isinstance(function, types.FunctionType)
+    ]
+    spaces += [(function.__globals__, [*_read(function)]) for function in functions]
+    return spaces, functions
 
 
 def _read(function: types.FunctionType) -> set[str]:
