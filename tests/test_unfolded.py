@@ -96,6 +96,4 @@ def test_columns_without_data(both: tuple[KhatriRaoColumns, KhatriRaoColumns]) -
         twin = columns.without_data()
         assert twin.cotangents.is_meta
         for width in (1, 3):
-            assert twin.cost(N, width, False, True) == columns.cost(
-                N, width, False, True
-            )
+            assert twin.cost(N, width, False) == columns.cost(N, width, False)

@@ -170,11 +170,14 @@ def _packed(result: Any, risk: EmpiricalRisk) -> dict[str, Any]:
             "route": result.route,
         }
     if isinstance(result, LowRank) and isinstance(result.factor, Pullback):
-        return {
+        packed = {
             "kind": "low rank",
             "scale": float(result.scale),
             **_packed_factor(result.factor, result.gram, risk),
         }
+        if result.route is None and not result.by_gram and result.kept.known:
+            packed["outer"] = result.kept.matrix
+        return packed
     if isinstance(result, Gram) and isinstance(result.left, Pullback):
         if result.left is result.right:
             return {"kind": "Gram", **_packed_factor(result.left, result, risk)}
@@ -249,6 +252,8 @@ def _unpacked(packed: dict[str, Any], risk: EmpiricalRisk) -> Any:
         elif isinstance(factor, PerSampleGradients):
             op = EmpiricalFisher(risk)
             op.factor = factor
+        if "outer" in packed:
+            op.kept.matrix = packed["outer"]
         return op if op.scale == packed["scale"] else op.rescaled(packed["scale"])
     if packed["kind"] == "Gram":
         return _unpacked_factor(packed, risk).gram
