@@ -80,6 +80,7 @@ def check_verbs(op, at_one, A: torch.Tensor, far: float) -> None:
         far: The size.
     """
     rtol = 3e-2 if op.torch_dtype == torch.float32 else 1e-8
+    asked = set[str]()
     for name, (power, ask, truth) in VERBS.items():
         try:
             expected = truth(A)
@@ -94,6 +95,8 @@ def check_verbs(op, at_one, A: torch.Tensor, far: float) -> None:
         else:
             found = found / far**power
         assert (found - expected).norm() <= 2.0 * rtol * size, name
+        asked.add(name)
+    assert asked  # what no verb is right for at size one is compared with nothing
 
 
 @every_dtype

@@ -99,9 +99,8 @@ def check_kind(name: str, risk: EmpiricalRisk) -> None:
             )
         variant = capture.find()
         for use, layout in zip(capture.uses, variant.layouts, strict=True):
-            if (
-                use in uses and layout is not None
-            ):  # where columns are made, errors pass
+            # Where columns are made of all uses, errors of rules pass.
+            if use in uses and layout is not None:
                 place = Layout(layout, capture.num_samples)
                 signal = place(capture.output.new_zeros(use.output_shape))
                 use.columns(place, 1)(signal.unsqueeze(1))
