@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from vivit_linop.modes import ordinary_mode
+from vivit_linop.operators import verbs
 from vivit_linop.operators.base import TorchLinearOperator
 from vivit_linop.operators.damped import (
     DiagonallyDamped,
@@ -19,104 +20,90 @@ from vivit_linop.operators.dispatch import no_eigenpairs
 from vivit_linop.operators.eigenpairs import Eigendecomposition
 from vivit_linop.operators.elementary import Diagonal, Product, dense_over
 from vivit_linop.operators.lowrank import Woodbury
-from vivit_linop.operators.verbs import (
-    column_norms_squared,
-    column_pieces,
-    damp,
-    damped_logdet,
-    damped_sqrt,
-    diagonal,
-    eigendecomposition,
-    gram_blocks,
-    inv,
-    logdet,
-    row_norms_squared,
-    sqrt,
-)
 
 Op = TorchLinearOperator
 
 
-@inv.register
+@verbs.inv.register
 def inverse_of_diagonally_damped(op: DiagonallyDamped) -> Op:
     """Through the smaller side, as Woodbury's identity."""
     if not op.low_rank.by_gram:
-        return inv(_on_the_smaller_side(op))
+        return verbs.inv(_on_the_smaller_side(op))
     _check_positive(op.damping.entries, "inv")
     return DiagonalWoodbury(op, Woodbury(op.whitened, 1.0))
 
 
-@inv.register
+@verbs.inv.register
 def inverse_of_diagonal_woodbury(op: DiagonalWoodbury) -> Op:
     return op.operator
 
 
-@logdet.register
+@verbs.logdet.register
 def logdet_of_diagonally_damped(op: DiagonallyDamped) -> Tensor:
     """Log det P + log det(I + c WᵀW)."""
     if not op.low_rank.by_gram:
-        return logdet(_on_the_smaller_side(op))
+        return verbs.logdet(_on_the_smaller_side(op))
     entries = op.damping.entries
     _check_positive(entries, "logdet")
     if entries.requires_grad:
         at_value = DiagonallyDamped(op.low_rank, Diagonal(entries.detach()))
         return LogDet.apply(entries, at_value)
-    return entries.log().sum() + damped_logdet(op.whitened, 1.0)
+    return entries.log().sum() + verbs.damped_logdet(op.whitened, 1.0)
 
 
-@logdet.register
+@verbs.logdet.register
 def logdet_of_diagonal_woodbury(op: DiagonalWoodbury) -> Tensor:
-    return -logdet(op.operator)
+    return -verbs.logdet(op.operator)
 
 
-@sqrt.register
+@verbs.sqrt.register
 def root_of_diagonally_damped(op: DiagonallyDamped) -> Op:
     """P^½ (c W Wᵀ + I)^½."""
     if not op.low_rank.by_gram:
-        return sqrt(_on_the_smaller_side(op))
+        return verbs.sqrt(_on_the_smaller_side(op))
     _check_constant(op, "sqrt")
     _check_positive(op.damping.entries, "sqrt")
     roots = Diagonal(op.damping.entries.sqrt())
-    return Product(roots, damped_sqrt(op.whitened, 1.0))
+    return Product(roots, verbs.damped_sqrt(op.whitened, 1.0))
 
 
-@sqrt.register
+@verbs.sqrt.register
 def root_of_diagonal_woodbury(op: DiagonalWoodbury) -> Op:
     """P^−½ (c W Wᵀ + I)^−½."""
     _check_constant(op, "sqrt")
-    return Product(Diagonal(op.weights), sqrt(op.woodbury))
+    return Product(Diagonal(op.weights), verbs.sqrt(op.woodbury))
 
 
-@eigendecomposition.register
+@verbs.eigendecomposition.register
 def decomposition_of_diagonally_damped(op: DiagonallyDamped) -> Eigendecomposition:
     """Of the D × D side, where that is the smaller one."""
     if op.low_rank.by_gram:
         raise no_eigenpairs(op)
-    return eigendecomposition(_on_the_smaller_side(op))
+    return verbs.eigendecomposition(_on_the_smaller_side(op))
 
 
-@diagonal.register
+@verbs.diagonal.register
 def diagonal_of_diagonal_woodbury(op: DiagonalWoodbury) -> Tensor:
     _check_constant(op, "diagonal")
-    return op.weights.square() * diagonal(op.woodbury)
+    return op.weights.square() * verbs.diagonal(op.woodbury)
 
 
 # diag(w) V ------------------------------------------------------------------------
 
 
-@row_norms_squared.register
+@verbs.row_norms_squared.register
 def row_norms_of_weighted_rows(op: WeightedRows) -> Tensor:
-    return op.weights.square() * row_norms_squared(op.factor)
+    return op.weights.square() * verbs.row_norms_squared(op.factor)
 
 
-@column_norms_squared.register
+@verbs.column_norms_squared.register
 def column_norms_of_weighted_rows(op: WeightedRows) -> Tensor:
-    return gram_blocks(op.factor, op.factor, 1, op.weights.square()).flatten()
+    return verbs.gram_blocks(op.factor, op.factor, 1, op.weights.square()).flatten()
 
 
-@column_pieces.register
+@verbs.column_pieces.register
 def column_pieces_of_weighted_rows(op: WeightedRows) -> Any:
-    for place, columns in column_pieces(op.factor):
+    for place, columns in verbs.column_pieces(op.factor):
         yield place, op.weights[:, None] * columns
 
 
@@ -131,7 +118,7 @@ class LogDet(torch.autograd.Function):
         """The operator's own determinant."""
         ctx.op = op
         ctx.save_for_backward(entries)
-        return logdet(op)
+        return verbs.logdet(op)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
@@ -151,7 +138,7 @@ class InverseDiagonal(torch.autograd.Function):
     def forward(ctx: Any, entries: Tensor, op: TorchLinearOperator) -> Tensor:
         """That of the operator at the value of p."""
         with ordinary_mode():
-            return diagonal(inv(op))
+            return verbs.diagonal(verbs.inv(op))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[None, None]:
@@ -168,7 +155,7 @@ def _on_the_smaller_side(op: DiagonallyDamped) -> Op:
     least = entries.min().item()
     least = least if 0.0 < least < math.inf else 0.0
     matrix = op.low_rank.small_side + torch.diag(entries - least)
-    return damp(dense_over(op.ranks, matrix), least)
+    return verbs.damp(dense_over(op.ranks, matrix), least)
 
 
 def _check_constant(op: DiagonallyDamped | DiagonalWoodbury, verb: str) -> None:

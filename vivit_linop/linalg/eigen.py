@@ -44,6 +44,7 @@ from vivit_linop.linalg.krylov import (
 )
 from vivit_linop.linalg.leading import led
 from vivit_linop.linalg.reductions import narrowest_low_rank
+from vivit_linop.operators import verbs
 from vivit_linop.operators.base import TorchLinearOperator
 from vivit_linop.operators.damped import Damped, DampedInverse
 from vivit_linop.operators.dispatch import NoClosedForm, no_eigenpairs
@@ -60,15 +61,6 @@ from vivit_linop.operators.elementary import (
 from vivit_linop.operators.kronecker import BlockDiagonal, CorrectedKronecker, Kronecker
 from vivit_linop.operators.lowrank import DampedRoot, Gram, LowRank, Woodbury
 from vivit_linop.operators.symmetric import symmetric_eigenpairs, symmetric_eigenvalues
-from vivit_linop.operators.verbs import (
-    diagonal,
-    eigendecomposition,
-    eigh,
-    eigvalsh,
-    extreme_eigenpairs,
-    same,
-    to_dense,
-)
 
 WHICH = ("LA", "SA", "LM")
 # Up to so many rows the matrix is formed where solvers fail.
@@ -80,7 +72,7 @@ _FIRST_RESTARTS, _ROUGHLY = 50, 0.1
 # Eigenpairs --------------------------------------------------------------------------
 
 
-@eigh.register
+@verbs.eigh.register
 def eigenpairs_of_operator(
     op: TorchLinearOperator,
     k: int | None = None,
@@ -89,15 +81,15 @@ def eigenpairs_of_operator(
 ) -> Eigenpairs:
     """Where there is no closed form, the k largest by ARPACK."""
     try:
-        decomposition = eigendecomposition(op)
+        decomposition = verbs.eigendecomposition(op)
     except NoClosedForm:
         if k is None or select is not None:
             raise
-        return extreme_eigenpairs(op, k)
+        return verbs.extreme_eigenpairs(op, k)
     return decomposition.pairs(decomposition.choose(k, select, rcond))
 
 
-@eigh.register
+@verbs.eigh.register
 def eigenpairs_of_multiple(
     op: Scaled | Damped,
     k: int | None = None,
@@ -108,7 +100,7 @@ def eigenpairs_of_multiple(
     A, factor = as_multiple(op.operator if isinstance(op, Damped) else op)
     if k is None or select is not None or not factor > 0:
         return eigenpairs_of_operator(op, k, select, rcond)
-    pairs = eigh(A, k, rcond=rcond)
+    pairs = verbs.eigh(A, k, rcond=rcond)
     evals = factor * pairs.eigenvalues
     if isinstance(op, Damped):
         evals = evals + op.damping
@@ -117,7 +109,7 @@ def eigenpairs_of_multiple(
     return others
 
 
-@eigh.register
+@verbs.eigh.register
 def eigenpairs_of_product(
     op: Product,
     k: int | None = None,
@@ -132,60 +124,60 @@ def eigenpairs_of_product(
     small = narrow or op.shape[0] <= DENSE_ROWS
     if k is None or select is not None or small or op.requires_grad:
         return eigenpairs_of_operator(op, k, select, rcond)
-    return extreme_eigenpairs(op, k, route=solver_on(op.device))
+    return verbs.extreme_eigenpairs(op, k, route=solver_on(op.device))
 
 
 # Eigenvalues -------------------------------------------------------------------------
 
 
-@eigvalsh.register
+@verbs.eigvalsh.register
 def eigenvalues_of_operator(op: TorchLinearOperator) -> Tensor:
-    return eigendecomposition(op).eigenvalues
+    return verbs.eigendecomposition(op).eigenvalues
 
 
-@eigvalsh.register
+@verbs.eigvalsh.register
 def eigenvalues_of_dense(op: Dense) -> Tensor:
     return op.ranks.led(symmetric_eigenvalues, op.matrix)
 
 
-@eigvalsh.register
+@verbs.eigvalsh.register
 def eigenvalues_of_gram(op: Gram) -> Tensor:
     return op.eigenvalues
 
 
-@eigvalsh.register
+@verbs.eigvalsh.register
 def eigenvalues_of_low_rank(op: LowRank) -> Tensor:
     """The min(D, R) eigenvalues of the smaller side; the others are zero."""
     evals = op.kept.eigenvalues(op.on_small_side)
     return op.scale * evals[-min(op.factor.shape) :]
 
 
-@eigvalsh.register
+@verbs.eigvalsh.register
 def eigenvalues_of_scaled(op: Scaled) -> Tensor:
-    evals = op.factor * eigvalsh(op.operator)
+    evals = op.factor * verbs.eigvalsh(op.operator)
     return evals if op.factor > 0 else evals.flip(0)
 
 
-@eigvalsh.register
+@verbs.eigvalsh.register
 def eigenvalues_of_damped(op: Damped) -> Tensor:
     """All n eigenvalues: those of A, its zeros included, shifted by δ."""
-    evals = eigvalsh(op.operator)
+    evals = verbs.eigvalsh(op.operator)
     zeros = evals.new_zeros(op.shape[0] - len(evals))
     return torch.cat([zeros, evals]).sort().values + op.damping
 
 
-@eigvalsh.register
+@verbs.eigvalsh.register
 def eigenvalues_of_inverse(op: DampedInverse | Woodbury) -> Tensor:
-    return (1.0 / eigvalsh(Damped(op.operator, op.damping))).sort().values
+    return (1.0 / verbs.eigvalsh(Damped(op.operator, op.damping))).sort().values
 
 
-@eigvalsh.register
+@verbs.eigvalsh.register
 def eigenvalues_of_damped_root(op: DampedRoot) -> Tensor:
-    roots = eigvalsh(Damped(op.operator, op.damping)).sqrt()
+    roots = verbs.eigvalsh(Damped(op.operator, op.damping)).sqrt()
     return (1.0 / roots).flip(0) if op.inverse else roots
 
 
-@eigvalsh.register
+@verbs.eigvalsh.register
 def eigenvalues_of_product(op: Product) -> Tensor:
     """Of functions of one V Vᵀ, products of theirs: each rises or falls with it."""
     inner = [
@@ -196,9 +188,12 @@ def eigenvalues_of_product(op: Product) -> Tensor:
         and f.operator.semidefinite
     ]
     one = len(inner) == len(op.factors)
-    if not one or not all(same(A.factor, inner[0].factor) for A in inner):
-        return eigvalsh(op.reduced_or(no_eigenpairs(op)))
-    evals = [eigvalsh(f).flip(0) if _falls(f) else eigvalsh(f) for f in op.factors]
+    if not one or not all(verbs.same(A.factor, inner[0].factor) for A in inner):
+        return verbs.eigvalsh(op.reduced_or(no_eigenpairs(op)))
+    evals = [
+        verbs.eigvalsh(f).flip(0) if _falls(f) else verbs.eigvalsh(f)
+        for f in op.factors
+    ]
     return torch.stack(evals).prod(0).sort().values
 
 
@@ -207,7 +202,7 @@ def _falls(op: TorchLinearOperator) -> bool:
     return op.inverse if isinstance(op, DampedRoot) else not isinstance(op, Damped)
 
 
-@eigvalsh.register
+@verbs.eigvalsh.register
 def eigenvalues_of_block_diagonal(op: BlockDiagonal) -> Tensor:
     return torch.cat([block.eigvalsh() for block in op.blocks]).sort().values
 
@@ -215,12 +210,12 @@ def eigenvalues_of_block_diagonal(op: BlockDiagonal) -> Tensor:
 # Decompositions ----------------------------------------------------------------------
 
 
-@eigendecomposition.register
+@verbs.eigendecomposition.register
 def decomposition_of_dense(op: Dense | Gram) -> Eigendecomposition:
     return DenseDecomposition(op.matrix, op.ranks)
 
 
-@eigendecomposition.register
+@verbs.eigendecomposition.register
 def decomposition_of_dense_inverse(op: DenseInverse) -> Eigendecomposition:
     """Of the inverted matrix: positive where that is positive definite."""
     evals, evecs = op.ranks.led(symmetric_eigenpairs, op.operator.matrix.double())
@@ -229,12 +224,12 @@ def decomposition_of_dense_inverse(op: DenseInverse) -> Eigendecomposition:
     return MergedDecomposition(inverse, lambda order: vectors[:, order])
 
 
-@eigendecomposition.register
+@verbs.eigendecomposition.register
 def decomposition_of_function(
     op: DampedInverse | DampedRoot | Woodbury,
 ) -> Eigendecomposition:
     """The pairs of A, of a function of A + δ I, and what is orthogonal to them."""
-    inner, rows = eigendecomposition(op.operator), op.shape[0]
+    inner, rows = verbs.eigendecomposition(op.operator), op.shape[0]
     if inner.rest is not None and rows > DENSE_ROWS:
         raise no_eigenpairs(op)
     pairs = inner.pairs(inner.default())
@@ -255,12 +250,12 @@ def decomposition_of_function(
     return MergedDecomposition(1.0 / evals if _falls(op) else evals, vectors)
 
 
-@eigendecomposition.register
+@verbs.eigendecomposition.register
 def decomposition_of_identity(op: Identity) -> Eigendecomposition:
-    return eigendecomposition(Diagonal(diagonal(op)))
+    return verbs.eigendecomposition(Diagonal(verbs.diagonal(op)))
 
 
-@eigendecomposition.register
+@verbs.eigendecomposition.register
 def decomposition_of_diagonal(op: Diagonal) -> Eigendecomposition:
     def vectors(order: Tensor) -> Tensor:
         columns = op.entries.new_zeros(len(op.entries), len(order))
@@ -270,30 +265,30 @@ def decomposition_of_diagonal(op: Diagonal) -> Eigendecomposition:
     return MergedDecomposition(op.entries, vectors)
 
 
-@eigendecomposition.register
+@verbs.eigendecomposition.register
 def decomposition_of_low_rank(op: LowRank) -> Eigendecomposition:
     return LowRankDecomposition(op)
 
 
-@eigendecomposition.register
+@verbs.eigendecomposition.register
 def decomposition_of_scaled(op: Scaled) -> Eigendecomposition:
-    return ScaledShifted(eigendecomposition(op.operator), factor=op.factor)
+    return ScaledShifted(verbs.eigendecomposition(op.operator), factor=op.factor)
 
 
-@eigendecomposition.register
+@verbs.eigendecomposition.register
 def decomposition_of_damped(op: Damped) -> Eigendecomposition:
-    return ScaledShifted(eigendecomposition(op.operator), shift=op.damping)
+    return ScaledShifted(verbs.eigendecomposition(op.operator), shift=op.damping)
 
 
-@eigendecomposition.register
+@verbs.eigendecomposition.register
 def decomposition_of_product(op: Product) -> Eigendecomposition:
-    return eigendecomposition(op.reduced_or(no_eigenpairs(op)))
+    return verbs.eigendecomposition(op.reduced_or(no_eigenpairs(op)))
 
 
-@eigendecomposition.register
+@verbs.eigendecomposition.register
 def decomposition_of_block_diagonal(op: BlockDiagonal) -> Eigendecomposition:
     """The pairs of the blocks, padded with zeros."""
-    parts = [eigendecomposition(block) for block in op.blocks]
+    parts = [verbs.eigendecomposition(block) for block in op.blocks]
     wanted = [
         torch.zeros(part.count, dtype=torch.bool, device="cpu").index_fill(
             0, part.default().cpu(), True
@@ -326,7 +321,7 @@ def decomposition_of_block_diagonal(op: BlockDiagonal) -> Eigendecomposition:
     )
 
 
-@eigendecomposition.register
+@verbs.eigendecomposition.register
 def decomposition_of_kronecker(
     op: Kronecker | CorrectedKronecker,
 ) -> Eigendecomposition:
@@ -347,7 +342,7 @@ def decomposition_of_kronecker(
 # Ends of spectra ---------------------------------------------------------------------
 
 
-@extreme_eigenpairs.register
+@verbs.extreme_eigenpairs.register
 def extreme_eigenpairs_of_operator(
     op: TorchLinearOperator,
     k: int,
@@ -360,7 +355,7 @@ def extreme_eigenpairs_of_operator(
     k = _checked(op, k, which, tol)
     if tol is None and v0 is None and route is None:
         try:
-            decomposition = eigendecomposition(op)
+            decomposition = verbs.eigendecomposition(op)
         except NoClosedForm:
             pass
         else:
@@ -376,7 +371,7 @@ def extreme_eigenpairs_of_operator(
         solver = route or solver_on(op.device)
         pairs = _by_iteration(op, k, which, tol or 0.0, start, solver)
     if pairs is None:
-        matrix = to_dense(op)
+        matrix = verbs.to_dense(op)
         dense = DenseDecomposition((matrix + matrix.T) / 2, op.ranks)
         pairs = dense.pairs(dense.outmost(k, which))
     return pairs

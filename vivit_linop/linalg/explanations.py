@@ -14,6 +14,7 @@ from vivit_linop.linalg.iterative import IterativeInverse
 from vivit_linop.linalg.krylov import krylov_products, solver_on
 from vivit_linop.linalg.reductions import narrowest_low_rank
 from vivit_linop.linalg.sandwiches import may_lose_digits
+from vivit_linop.operators import verbs
 from vivit_linop.operators.base import TorchLinearOperator
 from vivit_linop.operators.damped import (
     Damped,
@@ -32,13 +33,6 @@ from vivit_linop.operators.elementary import (
 from vivit_linop.operators.kronecker import BlockDiagonal, CorrectedKronecker, Kronecker
 from vivit_linop.operators.lowrank import DampedRoot, Gram, LowRank
 from vivit_linop.operators.sandwich import Sandwich
-from vivit_linop.operators.verbs import (
-    damped_inv,
-    diagonal,
-    eigendecomposition,
-    explain,
-    inv,
-)
 
 Op = TorchLinearOperator
 
@@ -69,10 +63,10 @@ def _said(
 ) -> Explanation:
     """Print what is said of an operator, and then of its parts."""
     print(Explanation(repr(op), ways))
-    return Explanation(repr(op), ways, tuple(explain(part, k) for part in parts))
+    return Explanation(repr(op), ways, tuple(verbs.explain(part, k) for part in parts))
 
 
-@explain.register
+@verbs.explain.register
 def explain_operator(op: Op, k: int | None = None) -> Explanation:
     return _said(op, _by_rules(op, k))
 
@@ -82,9 +76,11 @@ def _by_rules(op: Op, k: int | None = None) -> dict[str, str]:
     if op.shape[0] != op.shape[1]:
         return {"products": f"those of {type(op).__name__}"}
     if op.self_adjoint:
-        ways[_eigh(k)] = _rule(eigendecomposition, op) or iterates(op, k)
-    ways["solve"] = _rule(inv, op) or _iterated(op)
-    ways["diagonal"] = _rule(diagonal, op) or f"{op.shape[0]} products with columns"
+        ways[_eigh(k)] = _rule(verbs.eigendecomposition, op) or iterates(op, k)
+    ways["solve"] = _rule(verbs.inv, op) or _iterated(op)
+    ways["diagonal"] = (
+        _rule(verbs.diagonal, op) or f"{op.shape[0]} products with columns"
+    )
     return ways
 
 
@@ -121,17 +117,17 @@ def _iterated(op: Op) -> str:
 # By what nodes are made of ----------------------------------------------------------
 
 
-@explain.register
+@verbs.explain.register
 def explain_adjoint(op: Adjoint, k: int | None = None) -> Explanation:
     return _said(op, {"all": "as the operator that it is the adjoint of"}, op.parent)
 
 
-@explain.register
+@verbs.explain.register
 def explain_scaled(op: Scaled, k: int | None = None) -> Explanation:
     return _said(op, {"all": "as what is scaled"}, op.operator, k=k)
 
 
-@explain.register
+@verbs.explain.register
 def explain_damped(op: Damped, k: int | None = None) -> Explanation:
     A = op.operator
     ways = {_eigh(k): "as of what is damped, shifted"}
@@ -139,7 +135,7 @@ def explain_damped(op: Damped, k: int | None = None) -> Explanation:
         ways["solve"] = f"Woodbury's identity, {_small_side(A)}"
         ways["logdet"] = "the eigenvalues of that side, for all dampings"
     else:
-        ways["solve"] = _rule(damped_inv, A) or _iterated(op)
+        ways["solve"] = _rule(verbs.damped_inv, A) or _iterated(op)
     ways["diagonal"] = "as of what is damped"
     return _said(op, ways, A, k=k)
 
@@ -152,18 +148,18 @@ def _small_side(op: LowRank) -> str:
     return f"the {rows} x {rows} {name} {known}: {why}"
 
 
-@explain.register
+@verbs.explain.register
 def explain_damped_inverse(op: DampedInverse, k: int | None = None) -> Explanation:
     ways = {"all": "the inverse at this damping; derivatives take one more product"}
     return _said(op, ways, op.inverse)
 
 
-@explain.register
+@verbs.explain.register
 def explain_damped_root(op: DampedRoot, k: int | None = None) -> Explanation:
     return _said(op, {"products": f"V and Vᵀ, and {_small_side(op.operator)}"})
 
 
-@explain.register
+@verbs.explain.register
 def explain_diagonally_damped(
     op: DiagonallyDamped | DiagonalWoodbury, k: int | None = None
 ) -> Explanation:
@@ -178,7 +174,7 @@ def explain_diagonally_damped(
     return _said(op, ways)
 
 
-@explain.register
+@verbs.explain.register
 def explain_sum(op: Sum, k: int | None = None) -> Explanation:
     ways = _by_rules(op, k)
     if "gradients" in ways.get("solve", ""):
@@ -186,7 +182,7 @@ def explain_sum(op: Sum, k: int | None = None) -> Explanation:
     return _said(op, ways)
 
 
-@explain.register
+@verbs.explain.register
 def explain_product(op: Product, k: int | None = None) -> Explanation:
     ways = {"products": "factor by factor, the last first"}
     if narrowest_low_rank(op) is not None:
@@ -202,7 +198,7 @@ def explain_product(op: Product, k: int | None = None) -> Explanation:
     return _said(op, ways)
 
 
-@explain.register
+@verbs.explain.register
 def explain_sandwich(op: Sandwich, k: int | None = None) -> Explanation:
     left, D, right = op.shape[0], op.factors[1].shape[0], op.shape[1]
     form, V = op.form, op.form.factor
@@ -224,7 +220,7 @@ def explain_sandwich(op: Sandwich, k: int | None = None) -> Explanation:
     return _said(op, ways)
 
 
-@explain.register
+@verbs.explain.register
 def explain_gram(op: Gram, k: int | None = None) -> Explanation:
     size = f"{op.shape[0]} x {op.shape[1]}"
     if op.known:
@@ -236,18 +232,18 @@ def explain_gram(op: Gram, k: int | None = None) -> Explanation:
     return _said(op, ways)
 
 
-@explain.register
+@verbs.explain.register
 def explain_dense(op: Dense, k: int | None = None) -> Explanation:
     return _said(op, {"all": f"LAPACK on the {op.shape[0]} x {op.shape[1]} matrix"})
 
 
-@explain.register
+@verbs.explain.register
 def explain_dense_inverse(op: DenseInverse, k: int | None = None) -> Explanation:
     rows = op.shape[0]
     return _said(op, {"products": f"a factorisation of the {rows} x {rows} matrix"})
 
 
-@explain.register
+@verbs.explain.register
 def explain_block_diagonal(op: BlockDiagonal, k: int | None = None) -> Explanation:
     first = {type(block): block for block in reversed(op.blocks)}
     names = [type(block).__name__ for block in op.blocks]
@@ -258,7 +254,7 @@ def explain_block_diagonal(op: BlockDiagonal, k: int | None = None) -> Explanati
     return _said(op, ways, *reversed(first.values()))
 
 
-@explain.register
+@verbs.explain.register
 def explain_kronecker(
     op: Kronecker | CorrectedKronecker, k: int | None = None
 ) -> Explanation:
@@ -266,7 +262,7 @@ def explain_kronecker(
     return _said(op, {"all": f"factor by factor, {sizes}"})
 
 
-@explain.register
+@verbs.explain.register
 def explain_iterative_inverse(
     op: IterativeInverse, k: int | None = None
 ) -> Explanation:

@@ -20,6 +20,7 @@ from vivit_linop.linalg.decompositions import (
     gram_rounding_error,
 )
 from vivit_linop.linalg.iterative import IterativeWoodbury
+from vivit_linop.operators import verbs
 from vivit_linop.operators.base import TorchLinearOperator
 from vivit_linop.operators.damped import (
     Damped,
@@ -44,20 +45,6 @@ from vivit_linop.operators.kronecker import BlockDiagonal, CorrectedKronecker, K
 from vivit_linop.operators.lowrank import DampedRoot, Gram, LowRank, Woodbury
 from vivit_linop.operators.parts import Restricted
 from vivit_linop.operators.symmetric import without_noise
-from vivit_linop.operators.verbs import (
-    adjoint,
-    damp,
-    damped_inv,
-    diagonal,
-    eigendecomposition,
-    eigh,
-    eigvalsh,
-    gram,
-    inv,
-    pinv,
-    scale,
-    to_dense,
-)
 
 Op = TorchLinearOperator
 
@@ -68,22 +55,22 @@ _DIGITS = 100.0
 # Inverses ----------------------------------------------------------------------------
 
 
-@inv.register
+@verbs.inv.register
 def inverse_of_identity(op: Identity) -> Op:
     return op
 
 
-@inv.register
+@verbs.inv.register
 def inverse_of_dense(op: Dense) -> Op:
     return DenseInverse(op)
 
 
-@inv.register
+@verbs.inv.register
 def inverse_of_gram(op: Gram) -> Op:
     return DenseInverse(as_dense(op))
 
 
-@inv.register
+@verbs.inv.register
 def inverse_of_diagonal(op: Diagonal) -> Op:
     if (op.entries == 0).any():
         zero = int((op.entries == 0).nonzero()[0])
@@ -94,59 +81,59 @@ def inverse_of_diagonal(op: Diagonal) -> Op:
     return Diagonal(1.0 / op.entries)
 
 
-@inv.register
+@verbs.inv.register
 def inverse_of_adjoint(op: Adjoint) -> Op:
-    return adjoint(inv(op.parent))
+    return verbs.inv(op.parent).T
 
 
-@inv.register
+@verbs.inv.register
 def inverse_of_scaled(op: Scaled) -> Op:
     if op.factor == 0.0:
         raise ValueError("inv: the operator is scaled by 0 and has no inverse.")
-    return scale(inv(op.operator), 1.0 / op.factor)
+    return verbs.scale(verbs.inv(op.operator), 1.0 / op.factor)
 
 
-@inv.register
+@verbs.inv.register
 def inverse_of_product(op: Product) -> Op:
     """(A B)⁻¹ = B⁻¹ A⁻¹ for square factors."""
     if all(factor.shape[0] == factor.shape[1] for factor in op.factors):
-        return Product(*(inv(factor) for factor in reversed(op.factors)))
+        return Product(*(verbs.inv(factor) for factor in reversed(op.factors)))
     if op.self_adjoint:
-        return inv(op.reduced_or(no_inverse(op)))
+        return verbs.inv(op.reduced_or(no_inverse(op)))
     raise TypeError(
         "inv: a product of rectangular operators has no closed-form inverse. "
         "op.solve(b) iterates."
     )
 
 
-@inv.register
+@verbs.inv.register
 def inverse_of_block_diagonal(op: BlockDiagonal) -> Op:
     _check_parts(op.blocks, "block-diagonal operator with rectangular blocks")
     return op.like([block.inv() for block in op.blocks])
 
 
-@inv.register
+@verbs.inv.register
 def inverse_of_kronecker(op: Kronecker) -> Op:
     """(A ⊗ B)⁻¹ = A⁻¹ ⊗ B⁻¹."""
     _check_parts(op.factors, "Kronecker product of rectangular factors")
     return Kronecker(*(factor.inv() for factor in op.factors))
 
 
-@inv.register
+@verbs.inv.register
 def inverse_of_corrected_kronecker(op: CorrectedKronecker) -> Op:
     """Of eigenvalues that are squares, of numbers with rounding errors."""
     sizes = op.eigenvalues.abs()
     if not (sizes > _accuracy(op) ** 2 * sizes.max()).all():
         raise _singular(op)
-    return damped_inv(op, 0.0)
+    return verbs.damped_inv(op, 0.0)
 
 
-@inv.register
+@verbs.inv.register
 def inverse_of_damped_root(op: DampedRoot) -> Op:
     return DampedRoot(op.operator, op.damping, not op.inverse)
 
 
-@inv.register
+@verbs.inv.register
 def inverse_of_low_rank(op: LowRank) -> Op:
     """Through the D × D side, where V has full rank and is well-conditioned."""
     what = (
@@ -157,7 +144,7 @@ def inverse_of_low_rank(op: LowRank) -> Op:
     if op.factor.shape[1] < op.shape[0]:
         zeros = op.shape[0] - op.factor.shape[1]
         raise ValueError(f"{what}: {zeros} of its eigenvalues are 0. {advice}")
-    evals = eigvalsh(op)
+    evals = verbs.eigvalsh(op)
     low, high = evals[0].item(), evals[-1].item()
     if not low > _DIGITS * gram_rounding_error(evals, len(evals)):
         condition = f"{high / low:.1e}" if low > 0.0 else "infinite"
@@ -165,34 +152,34 @@ def inverse_of_low_rank(op: LowRank) -> Op:
             f"{what} or close to it: its condition number is {condition} in "
             f"{op.torch_dtype}. {advice}"
         )
-    matrix = to_dense(op)
+    matrix = verbs.to_dense(op)
     return DenseInverse(dense_over(op.ranks, (matrix + matrix.T) / 2))
 
 
-@inv.register
+@verbs.inv.register
 def inverse_of_damped(op: Damped) -> Op:
     """By what is damped; for a δ that requires grad around that, if A does not."""
     A, damping = op.operator, op.damping
     if not isinstance(damping, Tensor) or A.requires_grad:
-        return damped_inv(A, damping)
-    return DampedInverse(A, damping, damped_inv(A, damping.item()))
+        return verbs.damped_inv(A, damping)
+    return DampedInverse(A, damping, verbs.damped_inv(A, damping.item()))
 
 
-@inv.register
+@verbs.inv.register
 def inverse_of_inverse(op: DenseInverse | DampedInverse | Woodbury) -> Op:
-    return damp(op.operator, op.damping)
+    return verbs.damp(op.operator, op.damping)
 
 
 # (A + δ I)⁻¹ by what A is -----------------------------------------------------------
 
 
-@damped_inv.register
+@verbs.damped_inv.register
 def damped_inverse_of_diagonal(op: Diagonal | Identity | Damped, damping: Scalar) -> Op:
     """What absorbs a damping, also where a node was made that had not."""
-    return inv(damp(op, damping))
+    return verbs.inv(verbs.damp(op, damping))
 
 
-@damped_inv.register
+@verbs.damped_inv.register
 def damped_inverse_of_low_rank(op: LowRank, damping: Scalar) -> Op:
     """By a factor of the small side; by iteration, if processes share one too large."""
     if damping < 0.0:
@@ -205,7 +192,7 @@ def damped_inverse_of_low_rank(op: LowRank, damping: Scalar) -> Op:
     return IterativeWoodbury(op, damping)
 
 
-@damped_inv.register
+@verbs.damped_inv.register
 def damped_inverse_of_inverse(op: Woodbury | DampedInverse, damping: Scalar) -> Op:
     """(A⁻¹ + δ I)⁻¹ = I/δ − (A + I/δ)⁻¹/δ², if that leaves half of the digits.
 
@@ -215,23 +202,25 @@ def damped_inverse_of_inverse(op: Woodbury | DampedInverse, damping: Scalar) -> 
     least = torch.finfo(op.torch_dtype).eps ** 0.5
     if not (product > least or product < -1.0 - least):
         raise no_inverse(op, "a damped ")
-    inverse = inv(damp(op.operator, op.damping + 1.0 / damping))
-    return damp(scale(scale(inverse, -1.0 / damping), 1.0 / damping), 1.0 / damping)
+    inverse = verbs.inv(verbs.damp(op.operator, op.damping + 1.0 / damping))
+    return verbs.damp(
+        verbs.scale(verbs.scale(inverse, -1.0 / damping), 1.0 / damping), 1.0 / damping
+    )
 
 
-@damped_inv.register
+@verbs.damped_inv.register
 def damped_inverse_of_adjoint(op: Adjoint, damping: Scalar) -> Op:
-    return adjoint(inv(damp(op.parent, damping)))
+    return verbs.inv(verbs.damp(op.parent, damping)).T
 
 
-@damped_inv.register
+@verbs.damped_inv.register
 def damped_inverse_of_matrix(
     op: DenseInverse | Gram | Restricted, damping: Scalar
 ) -> Op:
-    return damped_inv(as_dense(op), damping)
+    return verbs.damped_inv(as_dense(op), damping)
 
 
-@damped_inv.register
+@verbs.damped_inv.register
 def damped_inverse_of_dense(op: Dense, damping: Scalar) -> Op:
     if isinstance(damping, Tensor):
         unit = torch.eye(op.shape[0], dtype=op.torch_dtype, device=op.device)
@@ -239,34 +228,38 @@ def damped_inverse_of_dense(op: Dense, damping: Scalar) -> Op:
     return DenseInverse(op, damping)
 
 
-@damped_inv.register
+@verbs.damped_inv.register
 def damped_inverse_of_scaled(op: Scaled, damping: Scalar) -> Op:
     """(c A + δ I)⁻¹ = (A + δ/c I)⁻¹ / c."""
     if op.factor == 0.0:
-        return scale(Identity(op.shape[0], op._own_dtype, op._own_device), 1 / damping)
-    return scale(inv(damp(op.operator, damping / op.factor)), 1.0 / op.factor)
+        return verbs.scale(
+            Identity(op.shape[0], op._own_dtype, op._own_device), 1 / damping
+        )
+    return verbs.scale(
+        verbs.inv(verbs.damp(op.operator, damping / op.factor)), 1.0 / op.factor
+    )
 
 
-@damped_inv.register
+@verbs.damped_inv.register
 def damped_inverse_of_product(op: Product, damping: Scalar) -> Op:
-    return damped_inv(op.reduced_or(no_inverse(op, "a damped ")), damping)
+    return verbs.damped_inv(op.reduced_or(no_inverse(op, "a damped ")), damping)
 
 
-@damped_inv.register
+@verbs.damped_inv.register
 def damped_inverse_of_block_diagonal(op: BlockDiagonal, damping: Scalar) -> Op:
     if not op.has_square_blocks:
-        return damped_inv(as_dense(op), damping)
-    return op.like([inv(damp(block, damping)) for block in op.blocks])
+        return verbs.damped_inv(as_dense(op), damping)
+    return op.like([verbs.inv(verbs.damp(block, damping)) for block in op.blocks])
 
 
-@damped_inv.register
+@verbs.damped_inv.register
 def damped_inverse_of_kronecker(op: Kronecker, damping: Scalar) -> Op:
     """Q (Λ + δ I)⁻¹ Qᵀ, with Q and Λ the Kronecker products of the factors'."""
     op._check_self_adjoint("inv of a damped Kronecker operator")
-    return damped_inv(CorrectedKronecker(op, op.eigenvalues), damping)
+    return verbs.damped_inv(CorrectedKronecker(op, op.eigenvalues), damping)
 
 
-@damped_inv.register
+@verbs.damped_inv.register
 def damped_inverse_of_corrected_kronecker(
     op: CorrectedKronecker, damping: Scalar
 ) -> Op:
@@ -301,56 +294,58 @@ def _check_parts(parts: Sequence[Op], what: str) -> None:
 # Moore–Penrose inverses --------------------------------------------------------------
 
 
-@pinv.register
+@verbs.pinv.register
 def pinv_of_operator(op: TorchLinearOperator, rcond: float | None = None) -> Op:
     """By eigenpairs of A, or A⁺ = (AᵀA)⁺ Aᵀ = Aᵀ (A Aᵀ)⁺ on the smaller side."""
     if op.self_adjoint:
         return _of_eigenpairs(op, rcond)
     fine = rcond is not None and rcond**2 < _accuracy(op)
     if op.requires_grad or fine:  # squares, and their derivatives, lose the digits
-        return pinv(as_dense(op), rcond)
+        return verbs.pinv(as_dense(op), rcond)
     tall = op.shape[0] >= op.shape[1]
     # The eigenvalues of the Gram matrix are the squares of the singular values.
-    squares = as_dense(gram(op if tall else adjoint(op)))
+    squares = as_dense(verbs.gram(op if tall else op.T))
     info = torch.finfo(op.torch_dtype)
     if not info.tiny / info.eps**2 <= squares.matrix.abs().max() < math.inf:
-        return pinv(as_dense(op), rcond)  # of such numbers, squares are none
+        return verbs.pinv(as_dense(op), rcond)  # of such numbers, squares are none
     accuracy = _accuracy(op) if rcond is None else rcond**2
     small = pinv_of_dense(squares, accuracy)
-    return Product(small, adjoint(op)) if tall else Product(adjoint(op), small)
+    return Product(small, op.T) if tall else Product(op.T, small)
 
 
 def _of_eigenpairs(op: Op, rcond: float | None) -> Op:
     """E (Λ⁺ − ρ⁺ I) Eᵀ + ρ⁺ I with the eigenvalue ρ of all other vectors."""
     rcond = _accuracy(op) if rcond is None else rcond
-    decomposition = eigendecomposition(op)
+    decomposition = verbs.eigendecomposition(op)
     if decomposition.rest is not None and isinstance(op, Damped):
         A = op.operator
         if isinstance(A, BlockDiagonal):  # each block has its own ρ
-            return pinv(A.like([damp(block, op.damping) for block in A.blocks]), rcond)
+            return verbs.pinv(
+                A.like([verbs.damp(block, op.damping) for block in A.blocks]), rcond
+            )
     evals, evecs = decomposition.pairs(decomposition.default())
     rest = torch.as_tensor(decomposition.rest or 0.0).to(evals)
     all_evals = Diagonal(torch.cat([evals, rest.reshape(1)]))
-    inverses = diagonal(pinv_of_diagonal(all_evals, rcond))
+    inverses = verbs.diagonal(pinv_of_diagonal(all_evals, rcond))
     others = as_scalar(inverses[-1])
     if not len(evals):
-        return damp(_zero(op), others)
+        return verbs.damp(_zero(op), others)
     E = dense_over(op.ranks, evecs)
     weights = Diagonal(inverses[:-1] - others)
-    return damp(Product(E, weights, adjoint(E)), others)
+    return verbs.damp(Product(E, weights, E.T), others)
 
 
 def _zero(op: Op) -> Op:
     """The zero operator of the shape of the adjoint."""
-    return scale(adjoint(op), 0.0)
+    return verbs.scale(op.T, 0.0)
 
 
-@pinv.register
+@verbs.pinv.register
 def pinv_of_low_rank(op: LowRank, rcond: float | None = None) -> Op:
     """(V W)(V W)ᵀ, with the eigenpairs e = V w' of c V Vᵀ and W = w'/√λ."""
     if not op.semidefinite:
         return _of_eigenpairs(op, rcond)
-    pairs = eigh(op, rcond=rcond)
+    pairs = verbs.eigh(op, rcond=rcond)
     if not len(pairs):
         return _zero(op)
     roots = pairs.eigenvalues.sqrt()
@@ -360,7 +355,7 @@ def pinv_of_low_rank(op: LowRank, rcond: float | None = None) -> Op:
     return LowRank(dense_over(op.ranks, pairs.eigenvectors / roots))
 
 
-@pinv.register
+@verbs.pinv.register
 def pinv_of_dense(op: Dense | DampedDense, rcond: float | None = None) -> Op:
     if rcond is None:
         rcond = max(op.shape) * torch.finfo(op.torch_dtype).eps
@@ -368,14 +363,14 @@ def pinv_of_dense(op: Dense | DampedDense, rcond: float | None = None) -> Op:
     return dense_over(op.ranks, op.ranks.led(found, op.matrix))
 
 
-@pinv.register
+@verbs.pinv.register
 def pinv_of_gram(op: Gram, rcond: float | None = None) -> Op:
     """Rounding errors of a Gram matrix are those of its eigenvalues."""
     rcond = _accuracy(op) if rcond is None else rcond
     return pinv_of_dense(as_dense(op), rcond)
 
 
-@pinv.register
+@verbs.pinv.register
 def pinv_of_diagonal(op: Diagonal, rcond: float | None = None) -> Op:
     sizes = op.entries.abs()
     eps = torch.finfo(op.torch_dtype).eps
@@ -385,7 +380,7 @@ def pinv_of_diagonal(op: Diagonal, rcond: float | None = None) -> Op:
     return Diagonal(torch.where(nonzero, inverse, torch.zeros_like(ones)))
 
 
-@pinv.register
+@verbs.pinv.register
 def pinv_of_regular(
     op: Identity
     | Damped
@@ -400,54 +395,54 @@ def pinv_of_regular(
     """What is not singular, unless eigenvalues are to count as zero."""
     regular = rcond is None
     if rcond is not None and op.self_adjoint:
-        sizes = eigvalsh(op).abs()
+        sizes = verbs.eigvalsh(op).abs()
         regular = bool(sizes.min() > rcond * sizes.max())
     if regular:
         with contextlib.suppress(TypeError, ValueError):  # I − P is singular
-            return inv(op)
+            return verbs.inv(op)
     return pinv_of_operator(op, rcond)
 
 
-@pinv.register
+@verbs.pinv.register
 def pinv_of_adjoint(op: Adjoint, rcond: float | None = None) -> Op:
-    return adjoint(pinv(op.parent, rcond))
+    return verbs.pinv(op.parent, rcond).T
 
 
-@pinv.register
+@verbs.pinv.register
 def pinv_of_scaled(op: Scaled, rcond: float | None = None) -> Op:
     if op.factor == 0.0:
         return _zero(op.operator)
-    return scale(pinv(op.operator, rcond), 1.0 / op.factor)
+    return verbs.scale(verbs.pinv(op.operator, rcond), 1.0 / op.factor)
 
 
-@pinv.register
+@verbs.pinv.register
 def pinv_of_block_diagonal(op: BlockDiagonal, rcond: float | None = None) -> Op:
     """Block by block."""
-    return op.like([pinv(block, rcond) for block in op.blocks])
+    return op.like([verbs.pinv(block, rcond) for block in op.blocks])
 
 
-@pinv.register
+@verbs.pinv.register
 def pinv_of_kronecker(op: Kronecker, rcond: float | None = None) -> Op:
     """(A ⊗ B)⁺ = A⁺ ⊗ B⁺."""
-    return Kronecker(*(pinv(factor, rcond) for factor in op.factors))
+    return Kronecker(*(verbs.pinv(factor, rcond) for factor in op.factors))
 
 
-@pinv.register
+@verbs.pinv.register
 def pinv_of_corrected_kronecker(
     op: CorrectedKronecker, rcond: float | None = None
 ) -> Op:
     """Q Λ⁺ Qᵀ."""
-    inverse = pinv(Diagonal(op.eigenvalues), rcond)
-    return CorrectedKronecker(op.basis, to_dense(inverse).diagonal())
+    inverse = verbs.pinv(Diagonal(op.eigenvalues), rcond)
+    return CorrectedKronecker(op.basis, verbs.to_dense(inverse).diagonal())
 
 
-@pinv.register
+@verbs.pinv.register
 def pinv_of_product(op: Product, rcond: float | None = None) -> Op:
     """Of A B Aᵀ, on its small side; of others as of any operator."""
     if not op.self_adjoint:
         return pinv_of_operator(op, rcond)
     missing = "pinv: no closed form for this product, whose middle has no root. Take "
-    return pinv(
+    return verbs.pinv(
         op.reduced_or(TypeError(missing + "Dense(op.to_dense()) if it is small.")),
         rcond,
     )

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from vivit_linop.arguments import check_real
 from vivit_linop.linalg.leading import led
+from vivit_linop.operators import verbs
 from vivit_linop.operators.base import TorchLinearOperator
 from vivit_linop.operators.damped import Damped, DampedInverse
 from vivit_linop.operators.damped_solver import needs_refinement
@@ -21,7 +22,6 @@ from vivit_linop.operators.dispatch import NoClosedForm
 from vivit_linop.operators.elementary import Diagonal, Scaled, Sum
 from vivit_linop.operators.kronecker import BlockDiagonal
 from vivit_linop.operators.lowrank import Woodbury
-from vivit_linop.operators.verbs import add, damp, eigvalsh, inv, scale, solver
 
 Solve = Callable[[np.ndarray, float], tuple[np.ndarray, int]]
 
@@ -157,7 +157,7 @@ class IterativeWoodbury(Woodbury):
         inner = self.operator
         rows = inner.gram.rows
         assert rows is not None
-        self._damped = damp(scale(inner.gram, inner.scale), self.damping)
+        self._damped = verbs.damp(verbs.scale(inner.gram, inner.scale), self.damping)
         norm = inner.scale * rows.norm()
         # A residual cannot be smaller than rounding in a product leaves it.
         condition = 1.0 + norm / self.damping
@@ -226,14 +226,14 @@ def _gmres(A: Any, r: np.ndarray, rtol: float, M: Any) -> tuple[np.ndarray, int]
 # What solves ------------------------------------------------------------------------
 
 
-@solver.register
+@verbs.solver.register
 def solver_of_operator(
     op: TorchLinearOperator, rtol: float | None = None, M: Any = None
 ) -> TorchLinearOperator:
     """The closed form if there is one, and nothing else was asked for."""
     if rtol is None and M is None:
         try:
-            return inv(op)
+            return verbs.inv(op)
         except NoClosedForm:
             pass
         except TypeError:
@@ -242,7 +242,7 @@ def solver_of_operator(
     return IterativeInverse(op, rtol, preconditioner(op) if M is None else M)
 
 
-@solver.register
+@verbs.solver.register
 def solver_of_damped(
     op: Damped, rtol: float | None = None, M: Any = None
 ) -> TorchLinearOperator:
@@ -250,17 +250,19 @@ def solver_of_damped(
     A, damping = op.operator, op.damping
     if not isinstance(damping, Tensor) or A.requires_grad:
         return solver_of_operator(op, rtol, M)
-    return DampedInverse(A, damping, solver(damp(A, damping.item()), rtol, M))
+    return DampedInverse(
+        A, damping, verbs.solver(verbs.damp(A, damping.item()), rtol, M)
+    )
 
 
-@solver.register
+@verbs.solver.register
 def solver_of_block_diagonal(
     op: BlockDiagonal, rtol: float | None = None, M: Any = None
 ) -> TorchLinearOperator:
     """Block by block."""
     if M is not None or not op.has_square_blocks:
         return solver_of_operator(op, rtol, M)
-    return op.like([solver(block, rtol) for block in op.blocks])
+    return op.like([verbs.solver(block, rtol) for block in op.blocks])
 
 
 @singledispatch
@@ -283,8 +285,8 @@ def preconditioner_of_sum(op: Sum) -> TorchLinearOperator | None:
     if not (entries > 0.0).all():
         return None
     try:
-        M = inv(damp(reduce(add, others), entries.mean().item()))
+        M = verbs.inv(verbs.damp(reduce(verbs.add, others), entries.mean().item()))
         # Iterations for symmetric operators take no other.
-        return M if not op.self_adjoint or eigvalsh(M).min() > 0.0 else None
+        return M if not op.self_adjoint or verbs.eigvalsh(M).min() > 0.0 else None
     except (TypeError, ValueError):
         return None

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from vivit_linop.arguments import Scalar, as_scalar, log_abs
+from vivit_linop.operators import verbs
 from vivit_linop.operators.base import TorchLinearOperator, settled
 from vivit_linop.operators.damped import Damped, DampedInverse
 from vivit_linop.operators.dispatch import no_eigenpairs
@@ -26,58 +27,51 @@ from vivit_linop.operators.kronecker import BlockDiagonal, CorrectedKronecker, K
 from vivit_linop.operators.lowrank import DampedRoot, Gram, LowRank, Woodbury
 from vivit_linop.operators.parts import Restricted
 from vivit_linop.operators.symmetric import without_noise
-from vivit_linop.operators.verbs import (
-    damp,
-    damped_logdet,
-    damped_logdets,
-    eigvalsh,
-    logdet,
-)
 
 # Eigenvalues are multiplied by no more in float32, in float64: they may be infinite.
 _LARGE, _VERY_LARGE = 1e6, 1e250
 
 
-@logdet.register
+@verbs.logdet.register
 def logdet_of_operator(op: TorchLinearOperator) -> Tensor:
     """The sum of the logarithms of the eigenvalues, for self-adjoint operators."""
     op._check_self_adjoint("logdet")
-    return eigvalsh(op).abs().log().sum()
+    return verbs.eigvalsh(op).abs().log().sum()
 
 
-@logdet.register
+@verbs.logdet.register
 def logdet_of_identity(op: Identity) -> Tensor:
     return torch.zeros((), dtype=op.torch_dtype, device=op.device)
 
 
-@logdet.register
+@verbs.logdet.register
 def logdet_of_dense(op: Dense) -> Tensor:
     return torch.linalg.slogdet(op.matrix).logabsdet
 
 
-@logdet.register
+@verbs.logdet.register
 def logdet_of_dense_inverse(op: DenseInverse) -> Tensor:
     return op.log_abs_det()
 
 
-@logdet.register
+@verbs.logdet.register
 def logdet_of_diagonal(op: Diagonal) -> Tensor:
     return op.entries.abs().log().sum()
 
 
-@logdet.register
+@verbs.logdet.register
 def logdet_of_adjoint(op: Adjoint) -> Tensor:
-    return logdet(op.parent)
+    return verbs.logdet(op.parent)
 
 
-@logdet.register
+@verbs.logdet.register
 def logdet_of_scaled(op: Scaled) -> Tensor:
     if op.factor == 0.0:
         return torch.full((), -math.inf, dtype=op.torch_dtype, device=op.device)
-    return plus(logdet(op.operator), op.shape[0] * log_abs(op.factor))
+    return plus(verbs.logdet(op.operator), op.shape[0] * log_abs(op.factor))
 
 
-@logdet.register
+@verbs.logdet.register
 def logdet_of_block_diagonal(op: BlockDiagonal) -> Tensor:
     """−∞ with rectangular blocks, which leave it less than full rank."""
     if not op.has_square_blocks:
@@ -85,7 +79,7 @@ def logdet_of_block_diagonal(op: BlockDiagonal) -> Tensor:
     return torch.stack([block.logdet() for block in op.blocks]).sum()
 
 
-@logdet.register
+@verbs.logdet.register
 def logdet_of_kronecker(op: Kronecker) -> Tensor:
     """Each factor counts as often as the others have rows; −∞ with rectangular ones."""
     n = op.shape[0]
@@ -94,62 +88,64 @@ def logdet_of_kronecker(op: Kronecker) -> Tensor:
     return torch.stack([f.logdet() * (n // f.shape[0]) for f in op.factors]).sum()
 
 
-@logdet.register
+@verbs.logdet.register
 def logdet_of_low_rank(op: LowRank) -> Tensor:
     if op.factor.shape[1] < op.shape[0]:
         return torch.full((), -math.inf, dtype=op.torch_dtype, device=op.device)
-    return eigvalsh(op).clamp(min=0.0).log().sum()
+    return verbs.eigvalsh(op).clamp(min=0.0).log().sum()
 
 
-@logdet.register
+@verbs.logdet.register
 def logdet_of_product(op: Product) -> Tensor:
     """By the factors where all are square."""
     if all(factor.shape[0] == factor.shape[1] for factor in op.factors):
-        return torch.stack([logdet(factor) for factor in settled(op.factors)]).sum()
+        return torch.stack(
+            [verbs.logdet(factor) for factor in settled(op.factors)]
+        ).sum()
     op._check_self_adjoint("logdet")
-    return logdet(op.reduced_or(no_eigenpairs(op)))
+    return verbs.logdet(op.reduced_or(no_eigenpairs(op)))
 
 
-@logdet.register
+@verbs.logdet.register
 def logdet_of_damped_inverse(op: DampedInverse) -> Tensor:
-    return -damped_logdet(op.operator, op.damping)
+    return -verbs.damped_logdet(op.operator, op.damping)
 
 
-@logdet.register
+@verbs.logdet.register
 def logdet_of_damped(op: Damped) -> Tensor:
-    return damped_logdet(op.operator, op.damping)
+    return verbs.damped_logdet(op.operator, op.damping)
 
 
-@logdet.register
+@verbs.logdet.register
 def logdet_of_woodbury(op: Woodbury) -> Tensor:
     """From the factor that it has, unless the eigenvalues are known."""
     low_rank = op.operator
     if low_rank.kept.has_eigenvalues:
-        return -damped_logdet(low_rank, op.damping)
+        return -verbs.damped_logdet(low_rank, op.damping)
     zeros = op.shape[0] - low_rank.small_rows
     return -op.small_logdet - zeros * math.log(op.damping)
 
 
-@logdet.register
+@verbs.logdet.register
 def logdet_of_damped_root(op: DampedRoot) -> Tensor:
     """Half of that of the damped operator."""
-    half = damped_logdet(op.operator, op.damping) / 2
+    half = verbs.damped_logdet(op.operator, op.damping) / 2
     return -half if op.inverse else half
 
 
-@damped_logdet.register
+@verbs.damped_logdet.register
 def damped_logdet_of_operator(op: TorchLinearOperator, damping: Scalar) -> Tensor:
     op._check_self_adjoint("logdet")
-    return eigvalsh(Damped(op, damping)).abs().log().sum()
+    return verbs.eigvalsh(Damped(op, damping)).abs().log().sum()
 
 
-@damped_logdet.register
+@verbs.damped_logdet.register
 def damped_logdet_of_low_rank(op: LowRank, damping: Scalar) -> Tensor:
     """D log δ + logdet(I + K/δ) (Sylvester's determinant identity)."""
     if not damping > 0.0:
         return damped_logdet_of_operator(op, damping)
     if op.requires_grad:  # eigenvalues that are the same have no second derivatives
-        inner = damped_logdet(dense_over(op.ranks, op.small_side), damping)
+        inner = verbs.damped_logdet(dense_over(op.ranks, op.small_side), damping)
         return plus(inner, (op.shape[0] - op.small_rows) * log_abs(damping))
     evals, ratio = op.nonnegative_eigenvalues, op.scale / damping
     if ratio > _LARGE:
@@ -159,14 +155,14 @@ def damped_logdet_of_low_rank(op: LowRank, damping: Scalar) -> Tensor:
     return plus(times(evals, ratio).log1p_().sum(), op.shape[0] * log_abs(damping))
 
 
-@damped_logdets.register
+@verbs.damped_logdets.register
 def damped_logdets_of_operator(op: TorchLinearOperator, dampings: Tensor) -> Tensor:
     if not len(dampings):
         return dampings.new_zeros(0)
-    return torch.stack([logdet(damp(op, as_scalar(d))) for d in dampings])
+    return torch.stack([verbs.logdet(verbs.damp(op, as_scalar(d))) for d in dampings])
 
 
-@damped_logdets.register
+@verbs.damped_logdets.register
 def damped_logdets_of_low_rank(op: LowRank, dampings: Tensor) -> Tensor:
     """As of one damping, in one go; in float64, which holds λ/δ of nearly every δ."""
     ratios = op.scale / dampings
@@ -176,44 +172,44 @@ def damped_logdets_of_low_rank(op: LowRank, dampings: Tensor) -> Tensor:
     return torch.log1p(ratios).sum(1) + op.shape[0] * dampings.log()
 
 
-@damped_logdet.register
+@verbs.damped_logdet.register
 def damped_logdet_of_product(op: Product, damping: Scalar) -> Tensor:
     op._check_self_adjoint("logdet")
-    return damped_logdet(op.reduced_or(no_eigenpairs(op)), damping)
+    return verbs.damped_logdet(op.reduced_or(no_eigenpairs(op)), damping)
 
 
-@damped_logdet.register
+@verbs.damped_logdet.register
 def damped_logdet_of_scaled(op: Scaled, damping: Scalar) -> Tensor:
     """N log c + logdet(A + δ/c I), where c is positive."""
     if op.factor > 0.0:
-        inner = logdet(damp(op.operator, damping / op.factor))
+        inner = verbs.logdet(verbs.damp(op.operator, damping / op.factor))
         return plus(inner, op.shape[0] * log_abs(op.factor))
     return damped_logdet_of_operator(op, damping)
 
 
-@damped_logdet.register
+@verbs.damped_logdet.register
 def damped_logdet_of_adjoint(op: Adjoint, damping: Scalar) -> Tensor:
-    return logdet(damp(op.parent, damping))
+    return verbs.logdet(verbs.damp(op.parent, damping))
 
 
-@damped_logdet.register
+@verbs.damped_logdet.register
 def damped_logdet_of_matrix(
     op: DenseInverse | Gram | Restricted, damping: Scalar
 ) -> Tensor:
     """By eigenvalues where these are kept, which is where no derivatives are wanted."""
     if isinstance(op, Gram) and op.self_adjoint and not op.requires_grad:
         return damped_logdet_of_operator(op, damping)
-    return damped_logdet(as_dense(op), damping)
+    return verbs.damped_logdet(as_dense(op), damping)
 
 
-@damped_logdet.register
+@verbs.damped_logdet.register
 def damped_logdet_of_dense(op: Dense, damping: Scalar) -> Tensor:
     """In float64, so that a small δ counts."""
     unit = torch.eye(op.shape[0], dtype=torch.float64, device=op.device)
     return torch.linalg.slogdet(op.matrix.double() + damping * unit).logabsdet
 
 
-@damped_logdet.register
+@verbs.damped_logdet.register
 def damped_logdet_of_kronecker(
     op: Kronecker | CorrectedKronecker, damping: Scalar
 ) -> Tensor:
@@ -223,11 +219,13 @@ def damped_logdet_of_kronecker(
     return (evals.double() + damping).abs().log().sum()
 
 
-@damped_logdet.register
+@verbs.damped_logdet.register
 def damped_logdet_of_block_diagonal(op: BlockDiagonal, damping: Scalar) -> Tensor:
     if not op.has_square_blocks:
-        return damped_logdet(as_dense(op), damping)
-    return torch.stack([logdet(damp(block, damping)) for block in op.blocks]).sum()
+        return verbs.damped_logdet(as_dense(op), damping)
+    return torch.stack(
+        [verbs.logdet(verbs.damp(block, damping)) for block in op.blocks]
+    ).sum()
 
 
 # Arithmetic with numbers ------------------------------------------------------------

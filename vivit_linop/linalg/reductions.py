@@ -10,6 +10,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from vivit_linop.operators import verbs
 from vivit_linop.operators.base import TorchLinearOperator
 from vivit_linop.operators.damped import Damped
 from vivit_linop.operators.elementary import (
@@ -32,18 +33,6 @@ from vivit_linop.operators.lowrank import Centered, Gram, LowRank
 from vivit_linop.operators.parts import HStack
 from vivit_linop.operators.random_projection import RandomProjection
 from vivit_linop.operators.sandwich import LowRankForm, low_rank_form
-from vivit_linop.operators.verbs import (
-    adjoint,
-    centered_row_norms_squared,
-    column_norms_squared,
-    column_pieces,
-    diagonal,
-    diagonal_blocks,
-    matmul,
-    outer_matrix,
-    row_norms_squared,
-    to_dense,
-)
 
 # Columns that are multiplied at a time: enough to batch, few enough to fit.
 _CHUNK = 256
@@ -51,7 +40,7 @@ _CHUNK = 256
 # Columns, some at a time ---------------------------------------------------------
 
 
-@column_pieces.register
+@verbs.column_pieces.register
 def column_pieces_of_operator(
     op: TorchLinearOperator,
 ) -> Iterator[tuple[slice, Tensor]]:
@@ -65,7 +54,7 @@ def column_pieces_of_operator(
         yield place, op.apply(unit)
 
 
-@column_pieces.register
+@verbs.column_pieces.register
 def column_pieces_of_dense(op: Dense) -> Iterator[tuple[slice, Tensor]]:
     """Slices of the matrix."""
     for start in range(0, op.shape[1], _CHUNK):
@@ -73,7 +62,7 @@ def column_pieces_of_dense(op: Dense) -> Iterator[tuple[slice, Tensor]]:
         yield place, op.matrix[:, place]
 
 
-@column_pieces.register
+@verbs.column_pieces.register
 def column_pieces_of_random_projection(
     op: RandomProjection,
 ) -> Iterator[tuple[slice, Tensor]]:
@@ -82,27 +71,27 @@ def column_pieces_of_random_projection(
         yield place, block.T
 
 
-@column_pieces.register
+@verbs.column_pieces.register
 def column_pieces_of_scaled(op: Scaled) -> Iterator[tuple[slice, Tensor]]:
-    for place, columns in column_pieces(op.operator):
+    for place, columns in verbs.column_pieces(op.operator):
         yield place, op.factor * columns
 
 
-@column_pieces.register
+@verbs.column_pieces.register
 def column_pieces_of_product(op: Product) -> Iterator[tuple[slice, Tensor]]:
     """A times the columns of B, whatever these are made by."""
-    for place, columns in column_pieces(op.factors[-1]):
+    for place, columns in verbs.column_pieces(op.factors[-1]):
         for factor in reversed(op.factors[:-1]):
             columns = factor.apply(columns)
         yield place, columns
 
 
-@column_pieces.register
+@verbs.column_pieces.register
 def column_pieces_of_stack(op: HStack) -> Iterator[tuple[slice, Tensor]]:
     """Those of one part after the other."""
     start = 0
     for part in op.parts:
-        for place, columns in column_pieces(part):
+        for place, columns in verbs.column_pieces(part):
             yield slice(start + place.start, start + place.stop), columns
         start += part.shape[1]
 
@@ -121,60 +110,60 @@ def entries_on_diagonal(op: TorchLinearOperator, places: Tensor) -> Tensor:
 # Dense matrices -----------------------------------------------------------------
 
 
-@to_dense.register
+@verbs.to_dense.register
 def matrix_of_operator(op: TorchLinearOperator) -> Tensor:
     result = torch.empty(op.shape, dtype=op.torch_dtype, device=op.device)
-    for place, columns in column_pieces(op):
+    for place, columns in verbs.column_pieces(op):
         result[:, place] = columns
     return result
 
 
-@to_dense.register
+@verbs.to_dense.register
 def matrix_of_product(op: Product) -> Tensor:
     """By products with the columns, or with the rows where these are fewer."""
     if op.shape[0] < op.shape[1]:
-        return matrix_of_operator(adjoint(op)).T
+        return matrix_of_operator(op.T).T
     return matrix_of_operator(op)
 
 
-@to_dense.register
+@verbs.to_dense.register
 def matrix_of_dense(op: Dense | Gram) -> Tensor:
     return op.matrix.clone()
 
 
-@to_dense.register
+@verbs.to_dense.register
 def matrix_of_diagonal(op: Diagonal) -> Tensor:
     return torch.diag(op.entries)
 
 
-@to_dense.register
+@verbs.to_dense.register
 def matrix_of_adjoint(op: Adjoint) -> Tensor:
-    return to_dense(op.parent).T
+    return verbs.to_dense(op.parent).T
 
 
-@to_dense.register
+@verbs.to_dense.register
 def matrix_of_damped(op: Damped) -> Tensor:
     unit = torch.eye(op.shape[0], dtype=op.torch_dtype, device=op.device)
-    return to_dense(op.operator) + op.damping * unit
+    return verbs.to_dense(op.operator) + op.damping * unit
 
 
-@to_dense.register
+@verbs.to_dense.register
 def matrix_of_scaled(op: Scaled) -> Tensor:
-    return op.factor * to_dense(op.operator)
+    return op.factor * verbs.to_dense(op.operator)
 
 
-@to_dense.register
+@verbs.to_dense.register
 def matrix_of_khatri_rao(op: KhatriRao) -> Tensor:
     product = op.left[:, None, :] * op.right[None, :, :]
     return product.reshape(op.shape)
 
 
-@to_dense.register
+@verbs.to_dense.register
 def matrix_of_low_rank(op: LowRank) -> Tensor:
-    return op.scale * outer_matrix(op.factor)
+    return op.scale * verbs.outer_matrix(op.factor)
 
 
-@to_dense.register
+@verbs.to_dense.register
 def matrix_of_dense_inverse(op: DenseInverse) -> Tensor:
     """Symmetric where the inverted matrix is."""
     inverse = op.apply(torch.eye(op.shape[0], dtype=op.torch_dtype, device=op.device))
@@ -184,67 +173,71 @@ def matrix_of_dense_inverse(op: DenseInverse) -> Tensor:
 # Diagonals ------------------------------------------------------------------------
 
 
-@diagonal.register
+@verbs.diagonal.register
 def diagonal_of_operator(op: TorchLinearOperator) -> Tensor:
     """Costs n products, in chunks; no n × n array."""
     pieces = column_pieces_of_operator(op)
     return torch.cat([part[place].diagonal() for place, part in pieces])
 
 
-@diagonal.register
+@verbs.diagonal.register
 def diagonal_of_identity(op: Identity) -> Tensor:
     return torch.ones(op.shape[0], dtype=op.torch_dtype, device=op.device)
 
 
-@diagonal.register
+@verbs.diagonal.register
 def diagonal_of_dense(op: Dense) -> Tensor:
     return op.matrix.diagonal().clone()
 
 
-@diagonal.register
+@verbs.diagonal.register
 def diagonal_of_diagonal(op: Diagonal) -> Tensor:
     return op.entries.clone()
 
 
-@diagonal.register
+@verbs.diagonal.register
 def diagonal_of_adjoint(op: Adjoint) -> Tensor:
-    return diagonal(op.parent)
+    return verbs.diagonal(op.parent)
 
 
-@diagonal.register
+@verbs.diagonal.register
 def diagonal_of_scaled(op: Scaled) -> Tensor:
-    return op.factor * diagonal(op.operator)
+    return op.factor * verbs.diagonal(op.operator)
 
 
-@diagonal.register
+@verbs.diagonal.register
 def diagonal_of_sum(op: Sum) -> Tensor:
-    return torch.stack([diagonal(term) for term in op.terms]).sum(0)
+    return torch.stack([verbs.diagonal(term) for term in op.terms]).sum(0)
 
 
-@diagonal.register
+@verbs.diagonal.register
 def diagonal_of_product(op: Product) -> Tensor:
     """(A B)_ii = Σ_k A_ik B_ki, where A and B meet in fewer than n entries."""
     inner = [factor.shape[1] for factor in op.factors[:-1]]
     if not inner:
-        return diagonal(op.factors[0])
+        return verbs.diagonal(op.factors[0])
     if min(inner) >= op.shape[0]:
         first, *between, last = op.factors
         if isinstance(first, Diagonal):
-            return first.entries * diagonal(reduce(matmul, (*between, last)))
+            return first.entries * verbs.diagonal(
+                reduce(verbs.matmul, (*between, last))
+            )
         if isinstance(last, Diagonal):
-            return diagonal(reduce(matmul, (first, *between))) * last.entries
+            return (
+                verbs.diagonal(reduce(verbs.matmul, (first, *between))) * last.entries
+            )
         if (known := _diagonal_in_eigenbasis(op)) is not None:
             return known
         if (found := narrowest_low_rank(op)) is None:
             return _diagonal_of_square_factors(op)
         at, low_rank = found
         V = low_rank.factor
-        narrow = *op.factors[:at], V, adjoint(V), *op.factors[at + 1 :]
+        narrow = *op.factors[:at], V, V.T, *op.factors[at + 1 :]
         return low_rank.scale * diagonal_of_product(Product(*narrow))
     if op.self_adjoint and len(inner) == 2:
         # Aᵀ S A: columns of an inverse S may be far larger than what Aᵀ leaves of them,
         # and so is their rounding. Not so those of S A.
-        return diagonal_blocks(op, 1).flatten()
+        return verbs.diagonal_blocks(op, 1).flatten()
     at = 1 + inner.index(min(inner))
     A, B = Product(*op.factors[:at]), Product(*op.factors[at:])
     result = torch.zeros(op.shape[0], dtype=op.torch_dtype, device=op.device)
@@ -262,7 +255,7 @@ def _diagonal_in_eigenbasis(op: Product) -> Tensor | None:
         return None
     A, B = op.factors
     if not isinstance(B, CorrectedKronecker):  # the diagonal of the transpose
-        A, B = adjoint(B), adjoint(A)
+        A, B = B.T, A.T
     if not isinstance(B, CorrectedKronecker):
         return None
     Q = [vectors for _, vectors in B.factor_eigenpairs]
@@ -309,16 +302,16 @@ def _diagonal_of_square_factors(op: Product) -> Tensor:
     half of the digits come from products.
     """
     if op.requires_grad or (found := narrowest_form(op)) is None:
-        return diagonal_blocks(_with_matrices(op), 1).flatten()
+        return verbs.diagonal_blocks(_with_matrices(op), 1).flatten()
     at, form = found
     V, before, after = form.factor, op.factors[:at], op.factors[at + 1 :]
     assert V is not None
     scales = () if form.weights is None else (Diagonal(form.weights),)
     unit = torch.eye(V.shape[1], dtype=op.torch_dtype, device=op.device)
     inner = Dense(form.multiply(unit).to(unit))
-    narrow = Product(*before, *scales, V, inner, adjoint(V), *scales, *after)
-    rest = reduce(matmul, (*before, *scales, *after))
-    shifted = form.shift * diagonal(rest)
+    narrow = Product(*before, *scales, V, inner, V.T, *scales, *after)
+    rest = reduce(verbs.matmul, (*before, *scales, *after))
+    shifted = form.shift * verbs.diagonal(rest)
     result = shifted + diagonal_of_product(narrow)
     lost = result.abs() < torch.finfo(result.dtype).eps ** 0.5 * shifted.abs()
     for part in lost.nonzero().squeeze(1).split(_CHUNK):
@@ -337,7 +330,7 @@ def _with_matrices(op: Product) -> Product:
             continue
         if factor.factor.shape[1] >= factor.shape[0] and id(factor) not in found:
             with contextlib.suppress(MemoryError):
-                found[id(factor)] = Dense(to_dense(factor))
+                found[id(factor)] = Dense(verbs.to_dense(factor))
     return Product(*(found.get(id(factor), factor) for factor in op.factors))
 
 
@@ -367,43 +360,43 @@ def narrowest_low_rank(op: Product) -> tuple[int, LowRank] | None:
     return found and (found[0], cast(LowRank, op.factors[found[0]]))
 
 
-@diagonal.register
+@verbs.diagonal.register
 def diagonal_of_damped(op: Damped) -> Tensor:
-    return diagonal(op.operator) + op.damping
+    return verbs.diagonal(op.operator) + op.damping
 
 
-@diagonal.register
+@verbs.diagonal.register
 def diagonal_of_low_rank(op: LowRank) -> Tensor:
     """The squared row norms of V."""
-    return op.scale * row_norms_squared(op.factor)
+    return op.scale * verbs.row_norms_squared(op.factor)
 
 
-@diagonal.register
+@verbs.diagonal.register
 def diagonal_of_gram(op: Gram) -> Tensor:
     """The squared norms of the columns, unless the matrix is known."""
     if op.left is op.right and not op.known:
-        return column_norms_squared(op.left)
+        return verbs.column_norms_squared(op.left)
     return op.matrix.diagonal().clone()
 
 
-@diagonal.register
+@verbs.diagonal.register
 def diagonal_of_block_diagonal(op: BlockDiagonal) -> Tensor:
     if not op.has_square_blocks:
-        return to_dense(op).diagonal().clone()
-    return op.join([diagonal(block) for block in op.blocks]).to(op.torch_dtype)
+        return verbs.to_dense(op).diagonal().clone()
+    return op.join([verbs.diagonal(block) for block in op.blocks]).to(op.torch_dtype)
 
 
-@diagonal.register
+@verbs.diagonal.register
 def diagonal_of_kronecker(op: Kronecker) -> Tensor:
     if any(factor.shape[0] != factor.shape[1] for factor in op.factors):
-        return to_dense(op).diagonal().clone()
-    result = diagonal(op.factors[0])
+        return verbs.to_dense(op).diagonal().clone()
+    result = verbs.diagonal(op.factors[0])
     for factor in op.factors[1:]:
-        result = torch.outer(result, diagonal(factor)).reshape(-1)
+        result = torch.outer(result, verbs.diagonal(factor)).reshape(-1)
     return result.to(op.torch_dtype)
 
 
-@diagonal.register
+@verbs.diagonal.register
 def diagonal_of_corrected_kronecker(op: CorrectedKronecker) -> Tensor:
     """The squared entries of Q, themselves a Kronecker product, times eigenvalues."""
     squares = Kronecker(*(evecs.square() for _, evecs in op.factor_eigenpairs))
@@ -413,58 +406,60 @@ def diagonal_of_corrected_kronecker(op: CorrectedKronecker) -> Tensor:
 # Norms of rows and columns ----------------------------------------------------------
 
 
-@row_norms_squared.register
+@verbs.row_norms_squared.register
 def row_norms_of_operator(op: TorchLinearOperator) -> Tensor:
     """Sum the squares of the columns, a chunk at a time."""
     result = torch.zeros(op.shape[0], dtype=op.torch_dtype, device=op.device)
-    for _, columns in column_pieces(op):
+    for _, columns in verbs.column_pieces(op):
         result += columns.square().sum(1)
     return result
 
 
-@row_norms_squared.register
+@verbs.row_norms_squared.register
 def row_norms_of_adjoint(op: Adjoint) -> Tensor:
-    return column_norms_squared(op.parent)
+    return verbs.column_norms_squared(op.parent)
 
 
-@row_norms_squared.register
+@verbs.row_norms_squared.register
 def row_norms_of_scaled(op: Scaled) -> Tensor:
-    return op.factor * (op.factor * row_norms_squared(op.operator))
+    return op.factor * (op.factor * verbs.row_norms_squared(op.operator))
 
 
-@row_norms_squared.register
+@verbs.row_norms_squared.register
 def row_norms_of_stack(op: HStack) -> Tensor:
     """The norms of the parts' rows add up."""
-    return torch.stack([row_norms_squared(part) for part in op.parts]).sum(0)
+    return torch.stack([verbs.row_norms_squared(part) for part in op.parts]).sum(0)
 
 
-@row_norms_squared.register
+@verbs.row_norms_squared.register
 def row_norms_of_centered(op: Centered) -> Tensor:
-    return centered_row_norms_squared(op.factor)
+    return verbs.centered_row_norms_squared(op.factor)
 
 
-@column_norms_squared.register
+@verbs.column_norms_squared.register
 def column_norms_of_operator(op: TorchLinearOperator) -> Tensor:
-    return torch.cat([columns.square().sum(0) for _, columns in column_pieces(op)])
+    return torch.cat(
+        [columns.square().sum(0) for _, columns in verbs.column_pieces(op)]
+    )
 
 
-@column_norms_squared.register
+@verbs.column_norms_squared.register
 def column_norms_of_scaled(op: Scaled) -> Tensor:
-    return op.factor * (op.factor * column_norms_squared(op.operator))
+    return op.factor * (op.factor * verbs.column_norms_squared(op.operator))
 
 
-@column_norms_squared.register
+@verbs.column_norms_squared.register
 def column_norms_of_stack(op: HStack) -> Tensor:
     """Those of one part after the other."""
-    return torch.cat([column_norms_squared(part) for part in op.parts])
+    return torch.cat([verbs.column_norms_squared(part) for part in op.parts])
 
 
-@column_norms_squared.register
+@verbs.column_norms_squared.register
 def column_norms_of_adjoint(op: Adjoint) -> Tensor:
-    return row_norms_squared(op.parent)
+    return verbs.row_norms_squared(op.parent)
 
 
-@centered_row_norms_squared.register
+@verbs.centered_row_norms_squared.register
 def centered_row_norms_of_operator(op: TorchLinearOperator) -> Tensor:
     """By products with the columns less their mean: no digits cancel."""
     return row_norms_of_operator(Centered(op))

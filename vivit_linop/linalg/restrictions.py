@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from vivit_linop.linalg.sandwiches import gram_blocks_of_operator
+from vivit_linop.operators import verbs
 from vivit_linop.operators.base import TorchLinearOperator
 from vivit_linop.operators.damped import Damped
 from vivit_linop.operators.elementary import (
@@ -27,88 +28,68 @@ from vivit_linop.operators.kronecker import BlockDiagonal
 from vivit_linop.operators.lowrank import Gram, LowRank, Woodbury
 from vivit_linop.operators.parts import Restricted, Rows, padded
 from vivit_linop.operators.symmetric import symmetric_eigenpairs
-from vivit_linop.operators.verbs import (
-    add,
-    adjoint,
-    column_norms_squared,
-    column_pieces,
-    damp,
-    diagonal,
-    gram_blocks,
-    gram_matrix,
-    inv,
-    logdet,
-    outer_matrix,
-    outer_product,
-    restrict,
-    row_norms_squared,
-    scale,
-    sqrt,
-    to_dense,
-    weighted_gram_matrix,
-)
 
 Op = TorchLinearOperator
 
 
-@restrict.register
+@verbs.restrict.register
 def restricted_operator(op: TorchLinearOperator, index: Tensor) -> Op:
     return Restricted(op, index)
 
 
-@restrict.register
+@verbs.restrict.register
 def restricted_identity(op: Identity, index: Tensor) -> Op:
     return Identity(len(index), op._own_dtype, op._own_device)
 
 
-@restrict.register
+@verbs.restrict.register
 def restricted_dense(op: Dense, index: Tensor) -> Op:
     return op.like(op.matrix[index][:, index])
 
 
-@restrict.register
+@verbs.restrict.register
 def restricted_diagonal(op: Diagonal, index: Tensor) -> Op:
     return Diagonal(op.entries[index])
 
 
-@restrict.register
+@verbs.restrict.register
 def restricted_adjoint(op: Adjoint, index: Tensor) -> Op:
-    return adjoint(restrict(op.parent, index))
+    return verbs.restrict(op.parent, index).T
 
 
-@restrict.register
+@verbs.restrict.register
 def restricted_scaled(op: Scaled, index: Tensor) -> Op:
-    return scale(restrict(op.operator, index), op.factor)
+    return verbs.scale(verbs.restrict(op.operator, index), op.factor)
 
 
-@restrict.register
+@verbs.restrict.register
 def restricted_damped(op: Damped, index: Tensor) -> Op:
-    return damp(restrict(op.operator, index), op.damping)
+    return verbs.damp(verbs.restrict(op.operator, index), op.damping)
 
 
-@restrict.register
+@verbs.restrict.register
 def restricted_sum(op: Sum, index: Tensor) -> Op:
-    return reduce(add, (restrict(term, index) for term in op.terms))
+    return reduce(verbs.add, (verbs.restrict(term, index) for term in op.terms))
 
 
-@restrict.register
+@verbs.restrict.register
 def restricted_matrix(op: Gram | DenseInverse, index: Tensor) -> Op:
     if isinstance(op, Gram) and not op.known:
         return Restricted(op, index)
-    return restrict(as_dense(op), index)
+    return verbs.restrict(as_dense(op), index)
 
 
-@restrict.register
+@verbs.restrict.register
 def restricted_product(op: Product, index: Tensor) -> Op:
     """E (A B C) Eᵀ = (E A) B (E Cᵀ)ᵀ, which stays self-adjoint where C = Aᵀ."""
     if len(op.factors) < 2:
-        return restrict(op.factors[0], index)
+        return verbs.restrict(op.factors[0], index)
     left = Rows(op.factors[0], index)
     right = left if op.self_adjoint else Rows(op.factors[-1].T, index)
     return Product(left, *op.factors[1:-1], right.T)
 
 
-@restrict.register
+@verbs.restrict.register
 def restricted_low_rank(op: LowRank, index: Tensor) -> Op:
     """Of the rows of V."""
     if not op.semidefinite:
@@ -116,12 +97,12 @@ def restricted_low_rank(op: LowRank, index: Tensor) -> Op:
     return LowRank(Rows(op.factor, index), op.scale)
 
 
-@restrict.register
+@verbs.restrict.register
 def restricted_restricted(op: Restricted, index: Tensor) -> Op:
-    return restrict(op.operator, op.index[index])
+    return verbs.restrict(op.operator, op.index[index])
 
 
-@restrict.register
+@verbs.restrict.register
 def restricted_block_diagonal(op: BlockDiagonal, index: Tensor) -> Op:
     """Block by block; blocks without a row among them are left out."""
     if not op.has_square_blocks:
@@ -133,7 +114,7 @@ def restricted_block_diagonal(op: BlockDiagonal, index: Tensor) -> Op:
     for block, part in zip(op.blocks, op.split(place), strict=True):
         rows = (part >= 0).nonzero().squeeze(1)
         if len(rows):
-            blocks.append(restrict(block, rows))
+            blocks.append(verbs.restrict(block, rows))
             places.append(part[rows])
     return BlockDiagonal(blocks, places)
 
@@ -141,36 +122,36 @@ def restricted_block_diagonal(op: BlockDiagonal, index: Tensor) -> Op:
 # Rows of factors ----------------------------------------------------------------------
 
 
-@column_pieces.register
+@verbs.column_pieces.register
 def column_pieces_of_rows(op: Rows) -> Iterator[tuple[slice, Tensor]]:
-    for place, columns in column_pieces(op.operator):
+    for place, columns in verbs.column_pieces(op.operator):
         yield place, columns[op.index]
 
 
-@gram_matrix.register
-@weighted_gram_matrix.register
+@verbs.gram_matrix.register
+@verbs.weighted_gram_matrix.register
 def gram_matrix_of_rows(left: Rows, right: Op, weights: Tensor | None = None) -> Tensor:
     """As the whole, with weights of one for these rows, and of zero for others."""
     if not _same_rows(right, left):
         w = 1.0 if weights is None else weights[:, None]
-        return left.T.apply(w * to_dense(right))
+        return left.T.apply(w * verbs.to_dense(right))
     whole = _of_all_rows(left, weights)
-    return weighted_gram_matrix(left.operator, right.operator, whole)
+    return verbs.weighted_gram_matrix(left.operator, right.operator, whole)
 
 
-@gram_blocks.register
+@verbs.gram_blocks.register
 def gram_blocks_of_rows(
     left: Rows, right: Op, size: int, weights: Tensor | None = None
 ) -> Tensor:
     if not _same_rows(right, left):
         return gram_blocks_of_operator(left, right, size, weights)
     whole = _of_all_rows(left, weights)
-    return gram_blocks(left.operator, right.operator, size, whole)
+    return verbs.gram_blocks(left.operator, right.operator, size, whole)
 
 
-@column_norms_squared.register
+@verbs.column_norms_squared.register
 def column_norms_of_rows(op: Rows) -> Tensor:
-    return gram_blocks(op, op, 1).flatten()
+    return verbs.gram_blocks(op, op, 1).flatten()
 
 
 def _same_rows(right: Op, left: Rows) -> TypeGuard[Rows]:
@@ -188,23 +169,23 @@ def _of_all_rows(op: Rows, weights: Tensor | None) -> Tensor:
     return weights.new_zeros(op.operator.shape[0]).index_copy(0, op.index, weights)
 
 
-@row_norms_squared.register
+@verbs.row_norms_squared.register
 def row_norms_of_rows(op: Rows) -> Tensor:
-    return row_norms_squared(op.operator)[op.index]
+    return verbs.row_norms_squared(op.operator)[op.index]
 
 
-@outer_product.register
+@verbs.outer_product.register
 def outer_product_of_rows(factor: Rows, X: Tensor) -> Tensor:
     X = padded(X, factor.index, factor.operator.shape[0])
-    return outer_product(factor.operator, X)[factor.index]
+    return verbs.outer_product(factor.operator, X)[factor.index]
 
 
-@outer_matrix.register
+@verbs.outer_matrix.register
 def outer_matrix_of_rows(factor: Rows) -> Tensor:
     """Some columns at a time."""
     k = factor.shape[0]
     total = torch.zeros(k, k, dtype=factor.torch_dtype, device=factor.device)
-    for _, columns in column_pieces(factor):
+    for _, columns in verbs.column_pieces(factor):
         columns = columns.to(total)
         total.addmm_(columns, columns.T)
     return total
@@ -213,18 +194,18 @@ def outer_matrix_of_rows(factor: Rows) -> Tensor:
 # Of inverses -------------------------------------------------------------------------
 
 
-@diagonal.register
+@verbs.diagonal.register
 def diagonal_of_restricted(op: Restricted) -> Tensor:
-    return diagonal(op.operator)[op.index]
+    return verbs.diagonal(op.operator)[op.index]
 
 
-@sqrt.register
+@verbs.sqrt.register
 def root_of_restricted(op: Restricted) -> Op:
     """E A Eᵀ = (E R)(E R)ᵀ with A = R Rᵀ."""
-    return Rows(sqrt(op.operator), op.index)
+    return Rows(verbs.sqrt(op.operator), op.index)
 
 
-@inv.register
+@verbs.inv.register
 def inverse_of_restricted(op: Restricted) -> Op:
     """Of Woodbury's (c V Vᵀ + δ I)⁻¹: what is not among the rows is eliminated.
 
@@ -233,21 +214,21 @@ def inverse_of_restricted(op: Restricted) -> Op:
     """
     inner = op.operator
     if not isinstance(inner, Woodbury) or not inner.operator.by_gram:
-        return inv(as_dense(op))
+        return verbs.inv(as_dense(op))
     low_rank, delta = inner.operator, inner.damping
     V = low_rank.factor
     ones = torch.ones(inner.shape[0], dtype=op.torch_dtype, device=op.device)
     # Made of these rows: a difference of Gram matrices loses digits, and δ is small.
-    others = weighted_gram_matrix(V, V, ones.index_fill(0, op.index, 0.0))
+    others = verbs.weighted_gram_matrix(V, V, ones.index_fill(0, op.index, 0.0))
     evals, evecs = low_rank.ranks.led(symmetric_eigenpairs, others.double())
     weights = (1.0 + low_rank.scale / delta * evals.clamp(min=0.0)).rsqrt()
     middle = Dense((evecs * weights).to(op.torch_dtype))
     rows = Product(Rows(V, op.index), middle)
-    return damp(LowRank(rows, low_rank.scale), delta)
+    return verbs.damp(LowRank(rows, low_rank.scale), delta)
 
 
-@logdet.register
+@verbs.logdet.register
 def logdet_of_restricted(op: Restricted) -> Tensor:
     if isinstance(op.operator, Woodbury):
-        return -logdet(inv(op))
-    return logdet(as_dense(op))
+        return -verbs.logdet(verbs.inv(op))
+    return verbs.logdet(as_dense(op))

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from vivit_linop.arguments import Scalar
+from vivit_linop.operators import verbs
 from vivit_linop.operators.base import TorchLinearOperator
 from vivit_linop.operators.damped import Damped, DampedInverse, DiagonalWoodbury
 from vivit_linop.operators.dispatch import no_root
@@ -31,17 +32,6 @@ from vivit_linop.operators.elementary import (
 from vivit_linop.operators.kronecker import BlockDiagonal, CorrectedKronecker, Kronecker
 from vivit_linop.operators.lowrank import DampedRoot, Gram, LowRank, Woodbury
 from vivit_linop.operators.symmetric import symmetric_eigenpairs, without_noise
-from vivit_linop.operators.verbs import (
-    adjoint,
-    damp,
-    damped_sqrt,
-    inv,
-    matmul,
-    sample,
-    scale,
-    sqrt,
-    to_dense,
-)
 
 Op = TorchLinearOperator
 
@@ -49,17 +39,17 @@ Op = TorchLinearOperator
 _TOLERANCE = 1e3
 
 
-@sqrt.register
+@verbs.sqrt.register
 def root_of_identity(op: Identity) -> Op:
     return op
 
 
-@sqrt.register
+@verbs.sqrt.register
 def root_of_diagonal(op: Diagonal) -> Op:
     return Diagonal(_roots(op.entries))
 
 
-@sqrt.register
+@verbs.sqrt.register
 def root_of_dense(op: Dense) -> Op:
     """Q √Λ."""
     op._check_self_adjoint("sqrt")
@@ -67,7 +57,7 @@ def root_of_dense(op: Dense) -> Op:
     return op.like(evecs * _roots(evals))
 
 
-@sqrt.register
+@verbs.sqrt.register
 def root_of_dense_inverse(op: DenseInverse) -> Op:
     """Q (Λ + δ I)^−½, from the eigenpairs of the inverted matrix."""
     op._check_self_adjoint("sqrt")
@@ -87,41 +77,43 @@ def root_of_dense_inverse(op: DenseInverse) -> Op:
     return op.operator.like((evecs / evals.sqrt()).to(op.torch_dtype))
 
 
-@sqrt.register
+@verbs.sqrt.register
 def root_of_gram(op: Gram) -> Op:
     """VᵀV = Vᵀ (Vᵀ)ᵀ."""
     op._check_self_adjoint("sqrt")
-    return adjoint(op.left)
+    return op.left.T
 
 
-@sqrt.register
+@verbs.sqrt.register
 def root_of_low_rank(op: LowRank) -> Op:
     """√c V."""
-    return scale(op.factor, op.scale**0.5)
+    return verbs.scale(op.factor, op.scale**0.5)
 
 
-@sqrt.register
+@verbs.sqrt.register
 def root_of_scaled(op: Scaled) -> Op:
     if op.factor >= 0.0:
-        return scale(sqrt(op.operator), op.factor**0.5)
+        return verbs.scale(verbs.sqrt(op.operator), op.factor**0.5)
     op._check_self_adjoint("sqrt")
     inner = op.operator
     # What is negative semi-definite itself.
     if isinstance(inner, Kronecker):
-        return sqrt(Kronecker(scale(inner.factors[0], op.factor), *inner.factors[1:]))
+        return verbs.sqrt(
+            Kronecker(verbs.scale(inner.factors[0], op.factor), *inner.factors[1:])
+        )
     if isinstance(inner, Product) and len(inner.factors) % 2:
         factors, half = list(inner.factors), len(inner.factors) // 2
-        factors[half] = scale(factors[half], op.factor)
-        return sqrt(Product(*factors))
+        factors[half] = verbs.scale(factors[half], op.factor)
+        return verbs.sqrt(Product(*factors))
     if isinstance(inner, DenseInverse):
-        return sqrt(dense_over(op.ranks, op.factor * to_dense(inner)))
+        return verbs.sqrt(dense_over(op.ranks, op.factor * verbs.to_dense(inner)))
     raise ValueError(
         f"sqrt: a {type(inner).__name__} is scaled by {op.factor}, below 0. If the "
         "whole is positive semi-definite, take Dense(op.to_dense()).sqrt()."
     )
 
 
-@sqrt.register
+@verbs.sqrt.register
 def root_of_product(op: Product) -> Op:
     """√(A B Aᵀ) = A √B, as in eigendecompositions Q Λ Qᵀ."""
     op._check_self_adjoint("sqrt")
@@ -132,7 +124,7 @@ def root_of_product(op: Product) -> Op:
         return Product(*op.factors[:half])
     middle = op.factors[half]
     try:
-        return Product(*op.factors[:half], sqrt(middle))
+        return Product(*op.factors[:half], verbs.sqrt(middle))
     except ValueError:  # B is indefinite, A B Aᵀ need not be
         return _root_of_mirrored(Product(*op.factors[:half]), middle)
 
@@ -150,13 +142,13 @@ def _narrow_root(op: Product) -> Op | None:
             and not op.requires_grad
         ):
             V, between = factor.factor, op.factors[at + 1 : -at - 1]
-            small = to_dense(reduce(matmul, (adjoint(V), *between, V)))
+            small = verbs.to_dense(reduce(verbs.matmul, (V.T, *between, V)))
             middle = symmetric_over(op.ranks, factor.scale**2 * (small + small.T) / 2)
-            return Product(*op.factors[:at], V, sqrt(middle))
+            return Product(*op.factors[:at], V, verbs.sqrt(middle))
     return None
 
 
-@sqrt.register
+@verbs.sqrt.register
 def root_of_block_diagonal(op: BlockDiagonal) -> Op:
     """Block by block; roots need not be square, then they follow each other."""
     roots = [block.sqrt() for block in op.blocks]
@@ -169,7 +161,7 @@ def root_of_block_diagonal(op: BlockDiagonal) -> Op:
     return op.like(roots)
 
 
-@sqrt.register
+@verbs.sqrt.register
 def root_of_kronecker(op: Kronecker) -> Op:
     """√(A ⊗ B) = √A ⊗ √B, from the factors' eigendecompositions."""
     op._check_self_adjoint("sqrt")
@@ -184,41 +176,41 @@ def root_of_kronecker(op: Kronecker) -> Op:
     )
 
 
-@sqrt.register
+@verbs.sqrt.register
 def root_of_corrected_kronecker(op: CorrectedKronecker) -> Op:
-    return damped_sqrt(op, 0.0)
+    return verbs.damped_sqrt(op, 0.0)
 
 
-@sqrt.register
+@verbs.sqrt.register
 def root_of_damped(op: Damped) -> Op:
-    return damped_sqrt(op.operator, op.damping)
+    return verbs.damped_sqrt(op.operator, op.damping)
 
 
-@sqrt.register
+@verbs.sqrt.register
 def root_of_inverse(op: Woodbury | DampedInverse) -> Op:
     """(A + δ I)⁻¹ = R⁻ᵀ R⁻¹ with A + δ I = R Rᵀ."""
-    return adjoint(inv(damped_sqrt(op.operator, op.damping)))
+    return verbs.inv(verbs.damped_sqrt(op.operator, op.damping)).T
 
 
-@sample.register
+@verbs.sample.register
 def samples_of_operator(
     op: TorchLinearOperator, num: int, generator: torch.Generator | None = None
 ) -> Tensor:
     """R ε with A = R Rᵀ."""
-    root = sqrt(op)
+    root = verbs.sqrt(op)
     return root.apply(_noise(op, root.shape[1], num, generator))
 
 
-@sample.register
+@verbs.sample.register
 def samples_of_scaled(
     op: Scaled, num: int, generator: torch.Generator | None = None
 ) -> Tensor:
     if not op.factor >= 0.0:
         return samples_of_operator(op, num, generator)
-    return op.factor**0.5 * sample(op.operator, num, generator)
+    return op.factor**0.5 * verbs.sample(op.operator, num, generator)
 
 
-@sample.register
+@verbs.sample.register
 def samples_of_damped(
     op: Damped, num: int, generator: torch.Generator | None = None
 ) -> Tensor:
@@ -227,36 +219,36 @@ def samples_of_damped(
     adds_up = factor >= 0.0 and op.damping >= 0.0
     if not isinstance(of, (LowRank, Sum)) or not adds_up:
         return samples_of_operator(op, num, generator)
-    samples = sample(op.operator, num, generator)
+    samples = verbs.sample(op.operator, num, generator)
     return samples + op.damping**0.5 * _noise(op, op.shape[0], num, generator)
 
 
-@sample.register
+@verbs.sample.register
 def samples_of_sum(
     op: Sum, num: int, generator: torch.Generator | None = None
 ) -> Tensor:
     """Those of the terms add up."""
-    return torch.stack([sample(term, num, generator) for term in op.terms]).sum(0)
+    return torch.stack([verbs.sample(term, num, generator) for term in op.terms]).sum(0)
 
 
-@sample.register
+@verbs.sample.register
 def samples_of_inverse(
     op: Woodbury | DampedInverse | DiagonalWoodbury,
     num: int,
     generator: torch.Generator | None = None,
 ) -> Tensor:
     """A⁻¹ times those of A, of covariance A⁻¹ A A⁻¹."""
-    return op.apply(sample(inv(op), num, generator))
+    return op.apply(verbs.sample(verbs.inv(op), num, generator))
 
 
-@sample.register
+@verbs.sample.register
 def samples_of_block_diagonal(
     op: BlockDiagonal, num: int, generator: torch.Generator | None = None
 ) -> Tensor:
     """Block by block."""
     if not op.has_square_blocks:
         return samples_of_operator(op, num, generator)
-    return op.join([sample(block, num, generator) for block in op.blocks])
+    return op.join([verbs.sample(block, num, generator) for block in op.blocks])
 
 
 def _noise(op: Op, rows: int, num: int, generator: torch.Generator | None) -> Tensor:
@@ -273,7 +265,7 @@ def _noise(op: Op, rows: int, num: int, generator: torch.Generator | None) -> Te
 # √(A + δ I) by what A is ------------------------------------------------------------
 
 
-@damped_sqrt.register
+@verbs.damped_sqrt.register
 def damped_root_of_dense(op: Dense, damping: Scalar) -> Op:
     op._check_self_adjoint("sqrt")
     evals, evecs = op.ranks.led(symmetric_eigenpairs, op.matrix.double())
@@ -281,42 +273,44 @@ def damped_root_of_dense(op: Dense, damping: Scalar) -> Op:
     return op.like((evecs * roots).to(op.torch_dtype))
 
 
-@damped_sqrt.register
+@verbs.damped_sqrt.register
 def damped_root_of_gram(op: Gram, damping: Scalar) -> Op:
-    return damped_sqrt(as_dense(op), damping)
+    return verbs.damped_sqrt(as_dense(op), damping)
 
 
-@damped_sqrt.register
+@verbs.damped_sqrt.register
 def damped_root_of_low_rank(op: LowRank, damping: Scalar) -> Op:
     """Symmetric; through the eigenpairs of the smaller side."""
     return DampedRoot(op, damping)
 
 
-@damped_sqrt.register
+@verbs.damped_sqrt.register
 def damped_root_of_diagonal(op: Diagonal, damping: Scalar) -> Op:
-    return sqrt(damp(op, damping))
+    return verbs.sqrt(verbs.damp(op, damping))
 
 
-@damped_sqrt.register
+@verbs.damped_sqrt.register
 def damped_root_of_scaled(op: Scaled, damping: Scalar) -> Op:
     """√(c A + δ I) = √c √(A + δ/c I)."""
     if not op.factor > 0.0:
         raise no_root(op, "a damped ")
-    return scale(sqrt(damp(op.operator, damping / op.factor)), op.factor**0.5)
+    return verbs.scale(
+        verbs.sqrt(verbs.damp(op.operator, damping / op.factor)), op.factor**0.5
+    )
 
 
-@damped_sqrt.register
+@verbs.damped_sqrt.register
 def damped_root_of_product(op: Product, damping: Scalar) -> Op:
     op._check_self_adjoint("sqrt")
-    return damped_sqrt(op.reduced, damping)
+    return verbs.damped_sqrt(op.reduced, damping)
 
 
-@damped_sqrt.register
+@verbs.damped_sqrt.register
 def damped_root_of_block_diagonal(op: BlockDiagonal, damping: Scalar) -> Op:
-    return sqrt(op.like([damp(block, damping) for block in op.blocks]))
+    return verbs.sqrt(op.like([verbs.damp(block, damping) for block in op.blocks]))
 
 
-@damped_sqrt.register
+@verbs.damped_sqrt.register
 def damped_root_of_kronecker(op: Kronecker | CorrectedKronecker, damping: Scalar) -> Op:
     """Q (Λ + δ I)^½, with the Kronecker products of the factors' eigenpairs."""
     op._check_self_adjoint("sqrt")
@@ -326,7 +320,7 @@ def damped_root_of_kronecker(op: Kronecker | CorrectedKronecker, damping: Scalar
 
 def _root_of_mirrored(outer: Op, middle: Op) -> Op:
     """√(A B Aᵀ) on the smaller side: of A B Aᵀ, or of R B Rᵀ with A = Q R."""
-    A, B = to_dense(outer).double(), to_dense(middle).double()
+    A, B = verbs.to_dense(outer).double(), verbs.to_dense(middle).double()
     ranks, dtype = Product(outer, middle).ranks, outer.torch_dtype
     return dense_over(ranks, ranks.led(_mirrored_root, A, B, dtype).to(dtype))
 

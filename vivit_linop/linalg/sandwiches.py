@@ -13,22 +13,13 @@ from vivit_linop.linalg.reductions import (
     entries_on_diagonal,
     unit_columns,
 )
+from vivit_linop.operators import verbs
 from vivit_linop.operators.base import TorchLinearOperator
 from vivit_linop.operators.damped import DampedInverse
 from vivit_linop.operators.elementary import Product, Scaled, Sum
 from vivit_linop.operators.lowrank import DampedRoot, Gram, LowRank, Woodbury
 from vivit_linop.operators.parts import HStack
 from vivit_linop.operators.sandwich import LowRankForm, Sandwich
-from vivit_linop.operators.verbs import (
-    adjoint,
-    column_pieces,
-    diagonal,
-    diagonal_blocks,
-    gram_blocks,
-    gram_matrix,
-    to_dense,
-    weighted_gram_matrix,
-)
 
 Op = TorchLinearOperator
 
@@ -46,7 +37,7 @@ _VECTORS = 4
 _SAFE = 0.1
 
 
-@to_dense.register
+@verbs.to_dense.register
 def matrix_of_sandwich(op: Sandwich) -> Tensor:
     """The sum a AᵀB + (VᵀA)ᵀ M (VᵀB); symmetric where A is B."""
     A, B, form = op.factor, op.other, op.form
@@ -68,20 +59,20 @@ def matrix_of_sandwich(op: Sandwich) -> Tensor:
     return (result + result.T) / 2 if A is B else result
 
 
-@diagonal.register
+@verbs.diagonal.register
 def diagonal_of_sandwich(op: Sandwich) -> Tensor:
-    return diagonal_blocks(op, 1).flatten()
+    return verbs.diagonal_blocks(op, 1).flatten()
 
 
-@diagonal_blocks.register
+@verbs.diagonal_blocks.register
 def diagonal_blocks_of_sandwich(op: Sandwich, size: int) -> Tensor:
     """As the matrix, without what is beside the blocks."""
     A, B, form = op.factor, op.other, op.form
     V = form.factor
     if V is not None and (A is V or B is V):
-        return _blocks_on_diagonal(to_dense(op), size)
+        return _blocks_on_diagonal(verbs.to_dense(op), size)
     if V is None:
-        return form.shift * gram_blocks(A, B, size, form.weights)
+        return form.shift * verbs.gram_blocks(A, B, size, form.weights)
     X, Y = _sides(op, V, form)
     few = max(1, _CHUNK // size) * size
     result = torch.cat(
@@ -91,7 +82,7 @@ def diagonal_blocks_of_sandwich(op: Sandwich, size: int) -> Tensor:
         ]
     )
     if form.shift != 0.0:
-        result += form.shift * gram_blocks(A, B, size, form.weights)
+        result += form.shift * verbs.gram_blocks(A, B, size, form.weights)
     lost = _lose_digits(op, form, X, Y, result.flatten(1).norm(dim=1))
     for index in lost.nonzero().split(max(1, _CHUNK // size)):
         columns = size * index + torch.arange(size, device=index.device)
@@ -100,7 +91,7 @@ def diagonal_blocks_of_sandwich(op: Sandwich, size: int) -> Tensor:
     return (result + result.mT) / 2 if A is B else result
 
 
-@diagonal.register
+@verbs.diagonal.register
 def diagonal_of_woodbury(op: Woodbury) -> Tensor:
     """(1 − c |row of V L⁻ᵀ|²)/δ with δ I + c K = L Lᵀ, some columns of V L⁻ᵀ at a time.
 
@@ -128,7 +119,7 @@ def diagonal_of_woodbury(op: Woodbury) -> Tensor:
     return result
 
 
-@diagonal.register
+@verbs.diagonal.register
 def diagonal_of_damped_inverse(op: DampedInverse) -> Tensor:
     """1/δ − Σ_k c (V Q)²_k / (δ (δ + c κ_k)), which derivatives in δ pass through.
 
@@ -149,7 +140,7 @@ def diagonal_of_damped_inverse(op: DampedInverse) -> Tensor:
     return result
 
 
-@diagonal.register
+@verbs.diagonal.register
 def diagonal_of_damped_root(op: DampedRoot) -> Tensor:
     """f(δ) + Σ_k q_k (V Q_k)², with the diagonal q beside the eigenvectors Q of K."""
     total = _squares_with_weights(op.operator, *op.small_form)
@@ -177,7 +168,7 @@ def _few_beside(small: int, rows: int, dtype: torch.dtype) -> int:
     return min(max(fitting, _FEW), _MANY)
 
 
-@diagonal_blocks.register
+@verbs.diagonal_blocks.register
 def diagonal_blocks_of_operator(op: TorchLinearOperator, size: int) -> Tensor:
     parts = []
     for columns in _places(op.shape[1], size, op.device):
@@ -186,25 +177,25 @@ def diagonal_blocks_of_operator(op: TorchLinearOperator, size: int) -> Tensor:
     return torch.cat(parts)
 
 
-@diagonal_blocks.register
+@verbs.diagonal_blocks.register
 def diagonal_blocks_of_scaled(op: Scaled, size: int) -> Tensor:
-    return op.factor * diagonal_blocks(op.operator, size)
+    return op.factor * verbs.diagonal_blocks(op.operator, size)
 
 
-@diagonal_blocks.register
+@verbs.diagonal_blocks.register
 def diagonal_blocks_of_sum(op: Sum, size: int) -> Tensor:
-    return torch.stack([diagonal_blocks(term, size) for term in op.terms]).sum(0)
+    return torch.stack([verbs.diagonal_blocks(term, size) for term in op.terms]).sum(0)
 
 
-@diagonal_blocks.register
+@verbs.diagonal_blocks.register
 def diagonal_blocks_of_gram(op: Gram, size: int) -> Tensor:
     """Without what is beside the blocks, unless the matrix is known."""
     if op.known:
         return _blocks_on_diagonal(op.matrix, size)
-    return gram_blocks(op.left, op.right, size)
+    return verbs.gram_blocks(op.left, op.right, size)
 
 
-@diagonal_blocks.register
+@verbs.diagonal_blocks.register
 def diagonal_blocks_of_product(op: Product, size: int) -> Tensor:
     """(A B)_ii = Σ_k A_ik B_ki, some blocks at a time."""
     if op.self_adjoint and len(op.factors) == 3:
@@ -217,7 +208,7 @@ def diagonal_blocks_of_product(op: Product, size: int) -> Tensor:
     return torch.cat([_part_of_product(op, columns, size) for columns in places])
 
 
-@gram_blocks.register
+@verbs.gram_blocks.register
 def gram_blocks_of_operator(
     left: TorchLinearOperator,
     right: TorchLinearOperator,
@@ -229,24 +220,24 @@ def gram_blocks_of_operator(
     return torch.cat([_products_of_blocks(A, w * B, size) for A, B in pairs])
 
 
-@gram_blocks.register
+@verbs.gram_blocks.register
 def gram_blocks_of_scaled(
     left: Scaled, right: Op, size: int, weights: Tensor | None = None
 ) -> Tensor:
     if right is left:
-        blocks = gram_blocks(left.operator, left.operator, size, weights)
+        blocks = verbs.gram_blocks(left.operator, left.operator, size, weights)
         return left.factor * (left.factor * blocks)
-    return left.factor * gram_blocks(left.operator, right, size, weights)
+    return left.factor * verbs.gram_blocks(left.operator, right, size, weights)
 
 
-@gram_blocks.register
+@verbs.gram_blocks.register
 def gram_blocks_of_stack(
     left: HStack, right: Op, size: int, weights: Tensor | None = None
 ) -> Tensor:
     """One part after the other, where a block is of one part."""
     if right is left and all(part.shape[1] % size == 0 for part in left.parts):
         return torch.cat(
-            [gram_blocks(part, part, size, weights) for part in left.parts]
+            [verbs.gram_blocks(part, part, size, weights) for part in left.parts]
         )
     return gram_blocks_of_operator(left, right, size, weights)
 
@@ -254,8 +245,8 @@ def gram_blocks_of_stack(
 def _gram(A: Op, B: Op, form: LowRankForm) -> Tensor:
     """AᵀB, or AᵀD B."""
     if form.weights is None:
-        return gram_matrix(A, B)
-    return weighted_gram_matrix(A, B, form.weights)
+        return verbs.gram_matrix(A, B)
+    return verbs.weighted_gram_matrix(A, B, form.weights)
 
 
 def _sides(op: Sandwich, V: Op, form: LowRankForm) -> tuple[Tensor, Tensor]:
@@ -287,7 +278,7 @@ def _lose_digits(
         return columns.reshape(len(sizes), -1).sum(1).to(sizes).sqrt()
 
     def lengths(factor: Op) -> Tensor:
-        return norms(gram_blocks(factor, factor, 1, form.weights))
+        return norms(verbs.gram_blocks(factor, factor, 1, form.weights))
 
     A, B = op.factor, op.other
     left = lengths(A)
@@ -324,7 +315,7 @@ def _by_products(op: Product) -> Tensor:
 
 def _part_of_product(op: Product, columns: Tensor, size: int) -> Tensor:
     """Some of the blocks on the diagonal, by products with their rows and columns."""
-    A, B = adjoint(op.factors[0]), Product(*op.factors[1:])
+    A, B = op.factors[0].T, Product(*op.factors[1:])
     left, right = (
         part.apply(unit_columns(part.shape[1], columns, op)) for part in (A, B)
     )
@@ -345,7 +336,7 @@ def _whole_blocks(op: TorchLinearOperator, size: int) -> Iterator[Tensor]:
     """The columns of an operator, whole blocks of some at a time."""
     few = max(1, _CHUNK // size) * size
     held = torch.empty(op.shape[0], 0, dtype=op.torch_dtype, device=op.device)
-    for _, columns in column_pieces(op):
+    for _, columns in verbs.column_pieces(op):
         held = torch.cat([held, columns], dim=1)
         while held.shape[1] >= few:
             yield held[:, :few]

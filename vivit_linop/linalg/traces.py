@@ -18,6 +18,7 @@ from torch import Tensor
 
 from vivit_linop.arguments import Scalar
 from vivit_linop.linalg.reductions import narrowest_form, narrowest_low_rank
+from vivit_linop.operators import verbs
 from vivit_linop.operators.base import TorchLinearOperator
 from vivit_linop.operators.damped import Damped, DampedInverse
 from vivit_linop.operators.elementary import (
@@ -31,50 +32,41 @@ from vivit_linop.operators.elementary import (
 from vivit_linop.operators.kronecker import BlockDiagonal, CorrectedKronecker, Kronecker
 from vivit_linop.operators.lowrank import DampedRoot, LowRank, Woodbury
 from vivit_linop.operators.sandwich import low_rank_form
-from vivit_linop.operators.verbs import (
-    adjoint,
-    diagonal,
-    eigvalsh,
-    matmul,
-    row_norms_squared,
-    to_dense,
-    trace,
-)
 
 # Products of sums of more terms have a diagonal that takes less.
 _MOST_TERMS = 32
 
 
-@trace.register
+@verbs.trace.register
 def trace_of_operator(op: TorchLinearOperator) -> Tensor:
-    return diagonal(op).sum()
+    return verbs.diagonal(op).sum()
 
 
-@trace.register
+@verbs.trace.register
 def trace_of_low_rank(op: LowRank) -> Tensor:
     """The trace of the smaller side: tr(V Vᵀ) = tr(VᵀV)."""
-    return op.scale * row_norms_squared(op.factor).sum()
+    return op.scale * verbs.row_norms_squared(op.factor).sum()
 
 
-@trace.register
+@verbs.trace.register
 def trace_of_block_diagonal(op: BlockDiagonal) -> Tensor:
     """The sum of those of the blocks."""
     if not op.has_square_blocks:
         return trace_of_operator(op)
-    return torch.stack([*map(trace, op.blocks)]).sum().to(op.torch_dtype)
+    return torch.stack([*map(verbs.trace, op.blocks)]).sum().to(op.torch_dtype)
 
 
-@trace.register
+@verbs.trace.register
 def trace_of_corrected_kronecker(op: CorrectedKronecker) -> Tensor:
     return op.eigenvalues.sum()
 
 
-@trace.register
+@verbs.trace.register
 def trace_of_damped(op: Damped) -> Tensor:
-    return trace(op.operator) + op.shape[0] * op.damping
+    return verbs.trace(op.operator) + op.shape[0] * op.damping
 
 
-@trace.register
+@verbs.trace.register
 def trace_of_woodbury(op: Woodbury) -> Tensor:
     """The sum of 1/(λ + δ), the zeros of V Vᵀ included.
 
@@ -91,26 +83,26 @@ def trace_of_woodbury(op: Woodbury) -> Tensor:
     return total + (op.shape[0] - known) / op.damping
 
 
-@trace.register
+@verbs.trace.register
 def trace_by_eigenvalues(op: DampedInverse | DampedRoot) -> Tensor:
     """The sum of 1/(λ + δ), of the roots, or of 1 over these; A may be unsymmetric."""
-    return eigvalsh(op).sum() if op.self_adjoint else trace_of_operator(op)
+    return verbs.eigvalsh(op).sum() if op.self_adjoint else trace_of_operator(op)
 
 
 # Sums and products ----------------------------------------------------------------
 
 
-@trace.register
+@verbs.trace.register
 def trace_of_scaled(op: Scaled) -> Tensor:
-    return op.factor * trace(op.operator)
+    return op.factor * verbs.trace(op.operator)
 
 
-@trace.register
+@verbs.trace.register
 def trace_of_sum(op: Sum) -> Tensor:
-    return torch.stack([trace(term) for term in op.terms]).sum()
+    return torch.stack([verbs.trace(term) for term in op.terms]).sum()
 
 
-@trace.register
+@verbs.trace.register
 def trace_of_product(op: Product) -> Tensor:
     """On the small side of a factor; the effective dimension tr(G (G + δ I)⁻¹) too."""
     factors = op.factors
@@ -128,7 +120,7 @@ def trace_of_product(op: Product) -> Tensor:
         return _trace_by_terms(op)
     for at, factor in enumerate(factors):
         if isinstance(factor, Diagonal):
-            rest = diagonal(reduce(matmul, _after(op, at)))
+            rest = verbs.diagonal(reduce(verbs.matmul, _after(op, at)))
             return (factor.entries * rest).sum()
     return _trace_by_forms(op)
 
@@ -224,7 +216,7 @@ def _matrices(op: TorchLinearOperator, Q: Sequence[Tensor] = ()) -> list[Tensor]
     of, scaled = as_multiple(op)
     if not isinstance(of, Kronecker):
         return None
-    found = [to_dense(factor).double() for factor in of.factors]
+    found = [verbs.to_dense(factor).double() for factor in of.factors]
     if Q:
         if [M.shape for M in found] != [q.shape for q in Q]:
             return None
@@ -244,10 +236,10 @@ def _by_columns(op: Product) -> Tensor | None:
         if not isinstance(factor, LowRank) or factor.requires_grad:
             continue
         V = factor.factor
-        inner = reduce(matmul, (adjoint(V), *_after(op, at), V))
+        inner = reduce(verbs.matmul, (V.T, *_after(op, at), V))
         of, _ = as_multiple(inner)
         if found or (type(of) is not Product and not isinstance(of, (Damped, Sum))):
-            return factor.scale * trace(inner)
+            return factor.scale * verbs.trace(inner)
     return None
 
 
@@ -259,7 +251,7 @@ def _trace_by_terms(op: Product) -> Tensor:
     terms = [*islice(_terms(op), _MOST_TERMS + 1)]
     if len(terms) > _MOST_TERMS:
         return trace_of_operator(op)
-    traces = torch.stack([weight * trace(term) for weight, term in terms])
+    traces = torch.stack([weight * verbs.trace(term) for weight, term in terms])
     total, size = traces.sum(), traces.detach().abs().sum()
     if total.detach().abs() >= torch.finfo(traces.dtype).eps ** 0.5 * size:
         return total
@@ -278,14 +270,14 @@ def _terms(op: TorchLinearOperator) -> Iterator[tuple[Scalar, TorchLinearOperato
     for at, factor in enumerate(op.factors):
         if not isinstance(factor, (Damped, Sum)):
             continue
-        rest = reduce(matmul, _after(op, at))
+        rest = reduce(verbs.matmul, _after(op, at))
         if isinstance(factor, Damped):
-            yield from _terms(matmul(factor.operator, rest))
+            yield from _terms(verbs.matmul(factor.operator, rest))
             for weight, term in _terms(rest):
                 yield factor.damping * weight, term
         else:
             for term in factor.terms:
-                yield from _terms(matmul(term, rest))
+                yield from _terms(verbs.matmul(term, rest))
         return
     yield 1.0, op
 
@@ -303,14 +295,14 @@ def _trace_by_forms(op: Product) -> Tensor:
     if (found := narrowest_form(op)) is None:
         return trace_of_operator(op)
     at, form = found
-    V, rest = form.factor, reduce(matmul, _after(op, at))
+    V, rest = form.factor, reduce(verbs.matmul, _after(op, at))
     assert V is not None
-    shifted = form.shift * trace(rest)
+    shifted = form.shift * verbs.trace(rest)
     if form.weights is not None:
         weights = Diagonal(form.weights)
-        shifted = form.shift * (form.weights * diagonal(rest)).sum()
-        rest = reduce(matmul, (weights, rest, weights))
-    inner = to_dense(reduce(matmul, (adjoint(V), rest, V)))
+        shifted = form.shift * (form.weights * verbs.diagonal(rest)).sum()
+        rest = reduce(verbs.matmul, (weights, rest, weights))
+    inner = verbs.to_dense(reduce(verbs.matmul, (V.T, rest, V)))
     result = shifted + form.multiply(inner).diagonal().sum()
     if result.abs() > torch.finfo(result.dtype).eps ** 0.5 * shifted.abs():
         return result

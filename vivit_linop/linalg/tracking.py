@@ -42,7 +42,6 @@ from vivit_linop.operators.base import TorchLinearOperator
 from vivit_linop.operators.damped import Damped
 from vivit_linop.operators.eigenpairs import Eigenpairs
 from vivit_linop.operators.lowrank import LowRank
-from vivit_linop.operators.verbs import eigh, eigh_near
 
 # Half-steps after which the operators are not near enough.
 _HALF_STEPS = 12
@@ -138,7 +137,7 @@ class TrackedEigenpairs(Eigenpairs):
         return self
 
 
-@eigh_near.register
+@verbs.eigh_near.register
 def eigenpairs_near_low_rank(
     op: LowRank, k: int, start: Eigenpairs, tol: float
 ) -> Eigenpairs:
@@ -162,15 +161,15 @@ def eigenpairs_near_low_rank(
                 return found.came_from(start)
         except NotNear:
             pass
-    return eigh(op, k)
+    return verbs.eigh(op, k)
 
 
-@eigh_near.register
+@verbs.eigh_near.register
 def eigenpairs_near_damped(
     op: Damped, k: int, start: Eigenpairs, tol: float
 ) -> Eigenpairs:
     """Those of what is damped, shifted."""
-    pairs = eigh_near(op.operator, k, start, tol)
+    pairs = verbs.eigh_near(op.operator, k, start, tol)
     pairs.eigenvalues = pairs.eigenvalues + op.damping
     return pairs
 

@@ -11,37 +11,28 @@ from functools import reduce
 import torch
 from torch import Tensor
 
+from vivit_linop.operators import verbs
 from vivit_linop.operators.base import TorchLinearOperator
 from vivit_linop.operators.damped import WeightedRows
 from vivit_linop.operators.elementary import Dense, Product, Scaled
 from vivit_linop.operators.kronecker import KhatriRao
 from vivit_linop.operators.lowrank import Centered, Gram
 from vivit_linop.operators.parts import HStack
-from vivit_linop.operators.verbs import (
-    column_pieces,
-    gram,
-    gram_matrix,
-    inner_product,
-    matmul,
-    outer_matrix,
-    outer_product,
-    weighted_gram_matrix,
-)
 
 Op = TorchLinearOperator
 
 
-@gram.register
+@verbs.gram.register
 def gram_of_operator(factor: TorchLinearOperator) -> Gram:
     return Gram(factor, factor)
 
 
-@gram_matrix.register
+@verbs.gram_matrix.register
 def gram_matrix_of_operator(left: TorchLinearOperator, right: Op) -> Tensor:
     return left.T.apply(right.to_dense())
 
 
-@gram_matrix.register
+@verbs.gram_matrix.register
 def gram_matrix_of_dense(left: Dense, right: Op) -> Tensor:
     """By products with the other factor: not formed, where that is none."""
     if isinstance(right, Dense):
@@ -50,42 +41,42 @@ def gram_matrix_of_dense(left: Dense, right: Op) -> Tensor:
     return right.T.apply(left.matrix).T
 
 
-@gram_matrix.register
+@verbs.gram_matrix.register
 def gram_matrix_of_khatri_rao(left: KhatriRao, right: Op) -> Tensor:
     if not isinstance(right, KhatriRao) or not aligned(left, right):
         return left.T.apply(right.to_dense())
     return (left.left.T @ right.left) * (left.right.T @ right.right)
 
 
-@gram_matrix.register
+@verbs.gram_matrix.register
 def gram_matrix_of_product(left: Product, right: Op) -> Tensor:
     """(A B)ᵀ (A B) = Bᵀ (AᵀA) B, where A has fewer columns than rows."""
     A = left.factors[0]
     if len(left.factors) == 1:
-        return gram_matrix(A, A if right is left else right)
+        return verbs.gram_matrix(A, A if right is left else right)
     if right is not left or A.shape[1] >= A.shape[0]:
         return gram_matrix_of_operator(left, right)
     B = Product(*left.factors[1:])
-    return B.T.apply(B.T.apply(gram(A).to_dense()).T)
+    return B.T.apply(B.T.apply(verbs.gram(A).to_dense()).T)
 
 
-@gram_matrix.register
-@weighted_gram_matrix.register
+@verbs.gram_matrix.register
+@verbs.weighted_gram_matrix.register
 def gram_matrix_of_centered(
     left: Centered, right: Op, weights: Tensor | None = None
 ) -> Tensor:
     """(A C)ᵀ B = C AᵀB, with C = I − 1 1ᵀ/R; also on the other side."""
     inner = right.factor if isinstance(right, Centered) else right
     if weights is None:
-        K = matmul(left.factor.T, inner).to_dense()
+        K = verbs.matmul(left.factor.T, inner).to_dense()
     else:
-        K = weighted_gram_matrix(left.factor, inner, weights)
+        K = verbs.weighted_gram_matrix(left.factor, inner, weights)
     K = K - K.mean(0, keepdim=True)
     return K - K.mean(1, keepdim=True) if isinstance(right, Centered) else K
 
 
-@gram_matrix.register
-@weighted_gram_matrix.register
+@verbs.gram_matrix.register
+@verbs.weighted_gram_matrix.register
 def gram_matrix_of_stack(
     left: HStack, right: Op, weights: Tensor | None = None
 ) -> Tensor:
@@ -105,8 +96,8 @@ def gram_matrix_of_stack(
     return K
 
 
-@gram_matrix.register
-@weighted_gram_matrix.register
+@verbs.gram_matrix.register
+@verbs.weighted_gram_matrix.register
 def gram_matrix_of_scaled(
     left: Scaled, right: Op, weights: Tensor | None = None
 ) -> Tensor:
@@ -120,45 +111,45 @@ def gram_matrix_of_scaled(
 
 def _block(A: Op, B: Op, weights: Tensor | None) -> Tensor:
     if weights is not None:
-        return weighted_gram_matrix(A, B, weights)
-    return gram(A).to_dense() if A is B else gram_matrix(A, B)
+        return verbs.weighted_gram_matrix(A, B, weights)
+    return verbs.gram(A).to_dense() if A is B else verbs.gram_matrix(A, B)
 
 
-@inner_product.register
+@verbs.inner_product.register
 def inner_product_of_operator(factor: TorchLinearOperator, X: Tensor) -> Tensor:
     return factor.T.apply(factor.apply(X))
 
 
-@inner_product.register
+@verbs.inner_product.register
 def inner_product_of_scaled(factor: Scaled, X: Tensor) -> Tensor:
-    return factor.factor * (factor.factor * inner_product(factor.operator, X))
+    return factor.factor * (factor.factor * verbs.inner_product(factor.operator, X))
 
 
-@outer_product.register
+@verbs.outer_product.register
 def outer_product_of_scaled(factor: Scaled, X: Tensor) -> Tensor:
-    return factor.factor * (factor.factor * outer_product(factor.operator, X))
+    return factor.factor * (factor.factor * verbs.outer_product(factor.operator, X))
 
 
-@outer_matrix.register
+@verbs.outer_matrix.register
 def outer_matrix_of_scaled(factor: Scaled) -> Tensor:
-    return factor.factor * (factor.factor * outer_matrix(factor.operator))
+    return factor.factor * (factor.factor * verbs.outer_matrix(factor.operator))
 
 
-@weighted_gram_matrix.register
+@verbs.weighted_gram_matrix.register
 def weighted_gram_matrix_of_operator(
     left: TorchLinearOperator, right: Op, weights: Tensor
 ) -> Tensor:
-    pieces = column_pieces(right)
+    pieces = verbs.column_pieces(right)
     return torch.cat([left.T.apply(weights[:, None] * X) for _, X in pieces], dim=1)
 
 
-@weighted_gram_matrix.register
+@verbs.weighted_gram_matrix.register
 def weighted_gram_matrix_of_dense(left: Dense, right: Op, weights: Tensor) -> Tensor:
-    return gram_matrix(Dense(weights[:, None] * left.matrix), right)
+    return verbs.gram_matrix(Dense(weights[:, None] * left.matrix), right)
 
 
-@gram_matrix.register
-@weighted_gram_matrix.register
+@verbs.gram_matrix.register
+@verbs.weighted_gram_matrix.register
 def gram_matrix_of_weighted_rows(
     left: WeightedRows, right: Op, weights: Tensor | None = None
 ) -> Tensor:
@@ -166,40 +157,40 @@ def gram_matrix_of_weighted_rows(
     all_weights = left.weights if weights is None else weights * left.weights
     if isinstance(right, WeightedRows):
         all_weights, right = all_weights * right.weights, right.factor
-    return weighted_gram_matrix(left.factor, right, all_weights)
+    return verbs.weighted_gram_matrix(left.factor, right, all_weights)
 
 
-@outer_matrix.register
+@verbs.outer_matrix.register
 def outer_matrix_of_weighted_rows(factor: WeightedRows) -> Tensor:
     weights = factor.weights
-    return weights[:, None] * outer_matrix(factor.factor) * weights
+    return weights[:, None] * verbs.outer_matrix(factor.factor) * weights
 
 
-@outer_product.register
+@verbs.outer_product.register
 def outer_product_of_weighted_rows(factor: WeightedRows, X: Tensor) -> Tensor:
     weights = factor.weights[:, None]
-    return weights * outer_product(factor.factor, weights * X)
+    return weights * verbs.outer_product(factor.factor, weights * X)
 
 
-@outer_matrix.register
+@verbs.outer_matrix.register
 def outer_matrix_of_operator(factor: TorchLinearOperator) -> Tensor:
     dense = factor.to_dense()
     return dense @ dense.T
 
 
-@outer_matrix.register
+@verbs.outer_matrix.register
 def outer_matrix_of_stack(factor: HStack) -> Tensor:
     """A Aᵀ + B Bᵀ + …."""
-    return reduce(torch.add, map(outer_matrix, factor.parts))
+    return reduce(torch.add, map(verbs.outer_matrix, factor.parts))
 
 
-@outer_product.register
+@verbs.outer_product.register
 def outer_product_of_stack(factor: HStack, X: Tensor) -> Tensor:
     """A Aᵀ X + B Bᵀ X + …."""
-    return reduce(torch.add, (outer_product(part, X) for part in factor.parts))
+    return reduce(torch.add, (verbs.outer_product(part, X) for part in factor.parts))
 
 
-@outer_product.register
+@verbs.outer_product.register
 def outer_product_of_operator(factor: TorchLinearOperator, X: Tensor) -> Tensor:
     return factor.apply(factor.T.apply(X))
 

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from vivit_linop.arguments import as_list, as_numbers
+from vivit_linop.operators import verbs
 from vivit_linop.operators.base import TorchLinearOperator, in_common, settle, settled
 from vivit_linop.operators.elementary import Dense, _as_tensor, mirrored
 from vivit_linop.operators.symmetric import symmetric_eigenpairs
-from vivit_linop.operators.verbs import same, to_dense
 
 
 class BlockDiagonal(TorchLinearOperator):
@@ -160,7 +160,7 @@ class Kronecker(TorchLinearOperator):
     @functools.cached_property
     def factor_eigenpairs(self) -> list[tuple[Tensor, Tensor]]:
         """The eigenvalues and eigenvectors of each factor, computed once."""
-        matrices = [to_dense(factor) for factor in self.factors]
+        matrices = [verbs.to_dense(factor) for factor in self.factors]
         return self.ranks.led(_eigenpairs_of, matrices, self.torch_dtype)
 
     @property
@@ -256,7 +256,7 @@ class CorrectedKronecker(TorchLinearOperator):
         return Kronecker(*Q)._multiply(self.eigenvalues.unsqueeze(1) * along)
 
 
-@same.register
+@verbs.same.register
 def same_corrected_kronecker(
     left: CorrectedKronecker, right: TorchLinearOperator
 ) -> bool:

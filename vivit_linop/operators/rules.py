@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from vivit_linop.arguments import Scalar, as_float
+from vivit_linop.operators import verbs
 from vivit_linop.operators.base import TorchLinearOperator, settle
 from vivit_linop.operators.damped import Damped, DampedDense, DiagonallyDamped
 from vivit_linop.operators.elementary import (
@@ -36,18 +37,6 @@ from vivit_linop.operators.kronecker import (
 )
 from vivit_linop.operators.lowrank import Gram, LowRank
 from vivit_linop.operators.parts import HStack
-from vivit_linop.operators.verbs import (
-    add,
-    adjoint,
-    damp,
-    diagonal,
-    gram_matrix,
-    matmul,
-    power,
-    same,
-    scale,
-    to_dense,
-)
 
 Op = TorchLinearOperator
 
@@ -57,55 +46,55 @@ DENSE_ROWS = 2048
 # A B ------------------------------------------------------------------------------
 
 
-@matmul.rule(Op, Op)
+@verbs.matmul.rule(Op, Op)
 def product_of_operators(A: Op, B: Op) -> Op:
     """A B is a product; products are flat, and rules apply where two meet."""
     left = A.factors if isinstance(A, Product) else (A,)
     right = B.factors if isinstance(B, Product) else (B,)
     if len(left) + len(right) > 2:
-        inner = matmul(left[-1], right[0])
+        inner = verbs.matmul(left[-1], right[0])
         if not isinstance(inner, Product):
             for factor in reversed(left[:-1]):
-                inner = matmul(factor, inner)
+                inner = verbs.matmul(factor, inner)
             for factor in right[1:]:
-                inner = matmul(inner, factor)
+                inner = verbs.matmul(inner, factor)
             return inner
     return Product(*left, *right)
 
 
-@matmul.rule(Op, Adjoint)
+@verbs.matmul.rule(Op, Adjoint)
 def product_of_operator_and_adjoint(A: Op, B: Adjoint) -> Op:
     """V Vᵀ is low-rank."""
     return LowRank(A) if B.parent is A else NotImplemented
 
 
-@matmul.rule(Adjoint, Op)
+@verbs.matmul.rule(Adjoint, Op)
 def product_of_adjoint_and_operator(A: Adjoint, B: Op) -> Op:
     """VᵀV is a Gram operator."""
     return Gram(B, B) if A.parent is B else NotImplemented
 
 
-@matmul.rule(Adjoint, KhatriRao)
+@verbs.matmul.rule(Adjoint, KhatriRao)
 def product_of_adjoint_and_khatri_rao(A: Adjoint, B: KhatriRao) -> Op:
     """(B ⊙ A)ᵀ (D ⊙ C) = (BᵀD) ∘ (AᵀC)."""
     if not isinstance(A.parent, KhatriRao) or not aligned(A.parent, B):
         return NotImplemented
-    return Dense(gram_matrix(A.parent, B))
+    return Dense(verbs.gram_matrix(A.parent, B))
 
 
-@matmul.rule(Dense, Dense)
+@verbs.matmul.rule(Dense, Dense)
 def product_of_dense(A: Dense, B: Dense) -> Op:
     if not _one_dtype(A, B):
         return NotImplemented
     return (A if A.ranks.is_many else B).like(A.matrix @ B.matrix)
 
 
-@matmul.rule(Diagonal, Diagonal)
+@verbs.matmul.rule(Diagonal, Diagonal)
 def product_of_diagonals(A: Diagonal, B: Diagonal) -> Op:
     return Diagonal(A.entries * B.entries)
 
 
-@matmul.rule(Kronecker, Kronecker)
+@verbs.matmul.rule(Kronecker, Kronecker)
 def product_of_kroneckers(A: Kronecker, B: Kronecker) -> Op:
     """(A ⊗ B)(C ⊗ D) = AC ⊗ BD."""
     if [a.shape[1] for a in A.factors] != [b.shape[0] for b in B.factors]:
@@ -113,9 +102,9 @@ def product_of_kroneckers(A: Kronecker, B: Kronecker) -> Op:
     return Kronecker(*(a @ b for a, b in zip(A.factors, B.factors, strict=True)))
 
 
-@matmul.rule(Kronecker, CorrectedKronecker)
-@matmul.rule(CorrectedKronecker, Kronecker)
-@matmul.rule(CorrectedKronecker, CorrectedKronecker)
+@verbs.matmul.rule(Kronecker, CorrectedKronecker)
+@verbs.matmul.rule(CorrectedKronecker, Kronecker)
+@verbs.matmul.rule(CorrectedKronecker, CorrectedKronecker)
 def product_in_one_eigenbasis(
     A: Kronecker | CorrectedKronecker, B: Kronecker | CorrectedKronecker
 ) -> Op:
@@ -125,7 +114,7 @@ def product_in_one_eigenbasis(
     return CorrectedKronecker(A.basis, A.eigenvalues * B.eigenvalues)
 
 
-@matmul.rule(BlockDiagonal, BlockDiagonal)
+@verbs.matmul.rule(BlockDiagonal, BlockDiagonal)
 def product_of_block_diagonals(A: BlockDiagonal, B: BlockDiagonal) -> Op:
     """Block-diagonal operators with matching blocks multiply block by block."""
     if [a.shape[1] for a in A.blocks] != [b.shape[0] for b in B.blocks]:
@@ -135,22 +124,22 @@ def product_of_block_diagonals(A: BlockDiagonal, B: BlockDiagonal) -> Op:
     return A.like([a @ b for a, b in zip(A.blocks, B.blocks, strict=True)])
 
 
-@matmul.rule(Scaled, Op)
+@verbs.matmul.rule(Scaled, Op)
 def product_of_scaled_and_operator(A: Scaled, B: Op) -> Op:
-    return scale(matmul(A.operator, B), A.factor)
+    return verbs.scale(verbs.matmul(A.operator, B), A.factor)
 
 
-@matmul.rule(Op, Scaled)
+@verbs.matmul.rule(Op, Scaled)
 def product_of_operator_and_scaled(A: Op, B: Scaled) -> Op:
-    return scale(matmul(A, B.operator), B.factor)
+    return verbs.scale(verbs.matmul(A, B.operator), B.factor)
 
 
-@matmul.rule(Identity, Op)
+@verbs.matmul.rule(Identity, Op)
 def product_of_identity_and_operator(A: Identity, B: Op) -> Op:
     return B if _decided(B, A) else NotImplemented
 
 
-@matmul.rule(Op, Identity)
+@verbs.matmul.rule(Op, Identity)
 def product_of_operator_and_identity(A: Op, B: Identity) -> Op:
     return A if _decided(A, B) else NotImplemented
 
@@ -158,35 +147,35 @@ def product_of_operator_and_identity(A: Op, B: Identity) -> Op:
 # A + B ----------------------------------------------------------------------------
 
 
-@add.rule(Op, Op)
+@verbs.add.rule(Op, Op)
 def sum_of_operators(A: Op, B: Op) -> Op:
     """A + B is a sum, and sums are flat; A + A is 2 A."""
     if A is B:
-        return scale(A, 2.0)
+        return verbs.scale(A, 2.0)
     left = A.terms if isinstance(A, Sum) else (A,)
     right = B.terms if isinstance(B, Sum) else (B,)
     return Sum(*left, *right)
 
 
-@add.rule(Dense, Dense)
+@verbs.add.rule(Dense, Dense)
 def sum_of_dense(A: Dense, B: Dense) -> Op:
     return (A if A.ranks.is_many else B).like(A.matrix + B.matrix)
 
 
-@add.rule(Diagonal, Diagonal)
+@verbs.add.rule(Diagonal, Diagonal)
 def sum_of_diagonals(A: Diagonal, B: Diagonal) -> Op:
     return Diagonal(A.entries + B.entries)
 
 
-@add.commuting(Dense, Diagonal)
+@verbs.add.commuting(Dense, Diagonal)
 def sum_of_dense_and_diagonal(A: Dense, B: Diagonal) -> Op:
     return A.like(A.matrix + torch.diag(B.entries))
 
 
-@add.rule(LowRank, LowRank)
+@verbs.add.rule(LowRank, LowRank)
 def sum_of_low_ranks(A: LowRank, B: LowRank) -> Op:
     """Multiples of one V Vᵀ add up; V Vᵀ + W Wᵀ = [V W][V W]ᵀ."""
-    if same(A.factor, B.factor):
+    if verbs.same(A.factor, B.factor):
         return A.rescaled(A.scale + B.scale)
     if not (A.semidefinite and B.semidefinite):
         return NotImplemented
@@ -198,37 +187,37 @@ def sum_of_low_ranks(A: LowRank, B: LowRank) -> Op:
 
 def _side_by_side(factor: Op, scale_of_outer: float = 1.0) -> list[Op]:
     parts = factor.parts if isinstance(factor, HStack) else (factor,)
-    return [scale(part, scale_of_outer**0.5) for part in parts]
+    return [verbs.scale(part, scale_of_outer**0.5) for part in parts]
 
 
-@add.commuting(LowRank, Diagonal)
+@verbs.add.commuting(LowRank, Diagonal)
 def sum_of_low_rank_and_diagonal(A: LowRank, B: Diagonal) -> Op:
     """Damping by a diagonal, of a node with a factor."""
     return DiagonallyDamped(A, B) if A.semidefinite else NotImplemented
 
 
-@add.commuting(DiagonallyDamped, Diagonal)
+@verbs.add.commuting(DiagonallyDamped, Diagonal)
 def sum_of_diagonally_damped_and_diagonal(A: DiagonallyDamped, B: Diagonal) -> Op:
-    return DiagonallyDamped(A.low_rank, add(A.damping, B))
+    return DiagonallyDamped(A.low_rank, verbs.add(A.damping, B))
 
 
-@add.commuting(DiagonallyDamped, LowRank)
+@verbs.add.commuting(DiagonallyDamped, LowRank)
 def sum_of_diagonally_damped_and_low_rank(A: DiagonallyDamped, B: LowRank) -> Op:
-    return add(add(A.low_rank, B), A.damping)
+    return verbs.add(verbs.add(A.low_rank, B), A.damping)
 
 
-@add.commuting(LowRank, BlockDiagonal)
+@verbs.add.commuting(LowRank, BlockDiagonal)
 def sum_of_low_rank_and_block_diagonal(A: LowRank, B: BlockDiagonal) -> Op:
     """A prior with one number a block is a diagonal."""
     kinds = Diagonal, Identity
     if not all(isinstance(as_multiple(block)[0], kinds) for block in B.blocks):
         return NotImplemented
     blocks = [settle(block, A.torch_dtype, A.device) for block in B.blocks]
-    entries = [diagonal(block).to(A.torch_dtype) for block in blocks]
-    return add(A, Diagonal(B.join(entries)))
+    entries = [verbs.diagonal(block).to(A.torch_dtype) for block in blocks]
+    return verbs.add(A, Diagonal(B.join(entries)))
 
 
-@add.rule(BlockDiagonal, BlockDiagonal)
+@verbs.add.rule(BlockDiagonal, BlockDiagonal)
 def sum_of_block_diagonals(A: BlockDiagonal, B: BlockDiagonal) -> Op:
     if [a.shape for a in A.blocks] != [b.shape for b in B.blocks]:
         return NotImplemented
@@ -237,7 +226,7 @@ def sum_of_block_diagonals(A: BlockDiagonal, B: BlockDiagonal) -> Op:
     return A.like([a + b for a, b in zip(A.blocks, B.blocks, strict=True)])
 
 
-@add.commuting(BlockDiagonal, Diagonal)
+@verbs.add.commuting(BlockDiagonal, Diagonal)
 def sum_of_block_diagonal_and_diagonal(A: BlockDiagonal, B: Diagonal) -> Op:
     """Block by block; what is one number on a block is a damping of it."""
     if not A.has_square_blocks:
@@ -248,13 +237,13 @@ def sum_of_block_diagonal_and_diagonal(A: BlockDiagonal, B: Diagonal) -> Op:
 
 def _with_diagonal(A: Op, entries: Tensor) -> Op:
     if not entries.requires_grad and (entries == entries[0]).all():
-        return damp(A, entries[0].item())
-    return add(A, Diagonal(entries))
+        return verbs.damp(A, entries[0].item())
+    return verbs.add(A, Diagonal(entries))
 
 
-@add.commuting(Kronecker, Diagonal)
-@add.commuting(CorrectedKronecker, Diagonal)
-@add.commuting(Scaled, Diagonal)
+@verbs.add.commuting(Kronecker, Diagonal)
+@verbs.add.commuting(CorrectedKronecker, Diagonal)
+@verbs.add.commuting(Scaled, Diagonal)
 def sum_of_kronecker_and_diagonal(A: Op, B: Diagonal) -> Op:
     """No Kronecker product, also of one that is scaled; a small one is a matrix."""
     of, _ = as_multiple(A)
@@ -263,29 +252,29 @@ def sum_of_kronecker_and_diagonal(A: Op, B: Diagonal) -> Op:
     # A matrix that requires grad is not known to be symmetric.
     if A.requires_grad or B.requires_grad or not A.self_adjoint or not _one_dtype(A, B):
         return NotImplemented
-    return dense_over(A.ranks, to_dense(A) + torch.diag(B.entries))
+    return dense_over(A.ranks, verbs.to_dense(A) + torch.diag(B.entries))
 
 
-@add.commuting(Damped, Op)
+@verbs.add.commuting(Damped, Op)
 def sum_of_damped_and_operator(A: Damped, B: Op) -> Op:
     """Damping stands outside: (A + δ I) + B = (A + B) + δ I."""
-    return damp(add(A.operator, B), A.damping)
+    return verbs.damp(verbs.add(A.operator, B), A.damping)
 
 
-@add.commuting(Op, Identity)
-@add.commuting(Op, Scaled)
+@verbs.add.commuting(Op, Identity)
+@verbs.add.commuting(Op, Scaled)
 def sum_of_operator_and_multiple_of_identity(A: Op, B: Op) -> Op:
     """A + δ I is damped."""
     unit, damping = as_multiple(B)
     if not isinstance(unit, Identity) or not _decided(A, B):
         return NotImplemented
-    return damp(A, damping)
+    return verbs.damp(A, damping)
 
 
 # c A ------------------------------------------------------------------------------
 
 
-@scale.register
+@verbs.scale.register
 def multiple_of_operator(op: TorchLinearOperator, factor: Scalar) -> Op:
     """What the dtype does not hold, as 1e44 and float32, scales by its root twice."""
     if _is(factor, 1.0):
@@ -296,28 +285,28 @@ def multiple_of_operator(op: TorchLinearOperator, factor: Scalar) -> Op:
     return Scaled(math.copysign(root, as_float(factor)), Scaled(root, op))
 
 
-@scale.register
+@verbs.scale.register
 def multiple_of_scaled(op: Scaled, factor: Scalar) -> Op:
     if _holds(op, factor, op.factor):
-        return scale(op.operator, factor * op.factor)
+        return verbs.scale(op.operator, factor * op.factor)
     return multiple_of_operator(op, factor)
 
 
-@scale.register
+@verbs.scale.register
 def multiple_of_dense(op: Dense, factor: Scalar) -> Op:
     if isinstance(factor, Tensor) or not _holds(op, factor):
         return multiple_of_operator(op, factor)
     return op.like(factor * op.matrix)
 
 
-@scale.register
+@verbs.scale.register
 def multiple_of_diagonal(op: Diagonal, factor: Scalar) -> Op:
     if isinstance(factor, Tensor) or not _holds(op, factor):
         return multiple_of_operator(op, factor)
     return Diagonal(factor * op.entries)
 
 
-@scale.register
+@verbs.scale.register
 def multiple_of_low_rank(op: LowRank, factor: Scalar) -> Op:
     """A (c V Vᵀ) is low-rank as long as it is positive semi-definite."""
     if isinstance(factor, Tensor) or not factor > 0.0:
@@ -327,103 +316,103 @@ def multiple_of_low_rank(op: LowRank, factor: Scalar) -> Op:
     return op.rescaled(factor * op.scale)
 
 
-@scale.register
+@verbs.scale.register
 def multiple_of_diagonally_damped(op: DiagonallyDamped, factor: Scalar) -> Op:
     if isinstance(factor, Tensor) or not factor > 0.0:
         return multiple_of_operator(op, factor)
-    return add(scale(op.low_rank, factor), scale(op.damping, factor))
+    return verbs.add(verbs.scale(op.low_rank, factor), verbs.scale(op.damping, factor))
 
 
-@scale.register
+@verbs.scale.register
 def multiple_of_damped(op: Damped, factor: Scalar) -> Op:
-    return damp(scale(op.operator, factor), factor * op.damping)
+    return verbs.damp(verbs.scale(op.operator, factor), factor * op.damping)
 
 
-@scale.register
+@verbs.scale.register
 def multiple_of_corrected_kronecker(op: CorrectedKronecker, factor: Scalar) -> Op:
     return CorrectedKronecker(op.basis, factor * op.eigenvalues)
 
 
-@scale.register
+@verbs.scale.register
 def multiple_of_block_diagonal(op: BlockDiagonal, factor: Scalar) -> Op:
-    return op.like([scale(block, factor) for block in op.blocks])
+    return op.like([verbs.scale(block, factor) for block in op.blocks])
 
 
 # A + δ I --------------------------------------------------------------------------
 
 
-@damp.register
+@verbs.damp.register
 def damped_operator(op: TorchLinearOperator, damping: Scalar) -> Op:
     if _is(damping, 0.0):
         return op
     return DampedDense(op, damping) if isinstance(op, Dense) else Damped(op, damping)
 
 
-@damp.register
+@verbs.damp.register
 def damped_damped(op: Damped, damping: Scalar) -> Op:
-    return damp(op.operator, op.damping + damping)
+    return verbs.damp(op.operator, op.damping + damping)
 
 
-@damp.register
+@verbs.damp.register
 def damped_diagonal(op: Diagonal, damping: Scalar) -> Op:
     return Diagonal(op.entries + damping)
 
 
-@damp.register
+@verbs.damp.register
 def damped_diagonally_damped(op: DiagonallyDamped, damping: Scalar) -> Op:
     return DiagonallyDamped(op.low_rank, Diagonal(op.damping.entries + damping))
 
 
-@damp.register
+@verbs.damp.register
 def damped_multiple(op: Identity | Scaled, damping: Scalar) -> Op:
     """C I + δ I = (c + δ) I."""
     unit, factor = as_multiple(op)
     if isinstance(unit, Identity):
-        return scale(unit, factor + damping)
+        return verbs.scale(unit, factor + damping)
     return damped_operator(op, damping)
 
 
 # Aᵏ -------------------------------------------------------------------------------
 
 
-@power.register
+@verbs.power.register
 def power_of_operator(op: TorchLinearOperator, times: int) -> Op:
     """A⁰ is the identity, in the place and precision of A."""
     result: Op = Identity(op.shape[0], op._own_dtype, op._own_device)
     for _ in range(times):
-        result = matmul(result, op)
+        result = verbs.matmul(result, op)
     return result
 
 
 # Aᵀ -------------------------------------------------------------------------------
 
 
-@adjoint.register
+@verbs.adjoint.register
 def adjoint_of_operator(op: TorchLinearOperator) -> Op:
     return op if op.self_adjoint else Adjoint(op)
 
 
-@adjoint.register
+@verbs.adjoint.register
 def adjoint_of_adjoint(op: Adjoint) -> Op:
     return op.parent
 
 
-@adjoint.register
+@verbs.adjoint.register
 def adjoint_of_scaled(op: Scaled) -> Op:
-    return op if op.self_adjoint else scale(adjoint(op.operator), op.factor)
+    return op if op.self_adjoint else verbs.scale(op.operator.T, op.factor)
 
 
-@adjoint.register
+@verbs.adjoint.register
 def adjoint_of_product(op: Product) -> Op:
     return op if op.self_adjoint else Product(*(f.T for f in reversed(op.factors)))
 
 
-@adjoint.register
+@verbs.adjoint.register
 def adjoint_of_block_diagonal(op: BlockDiagonal) -> Op:
     return op if op.self_adjoint else op.like([block.T for block in op.blocks])
 
 
-@adjoint.register
+@verbs.adjoint.register
 def adjoint_of_kronecker(op: Kronecker) -> Op:
     return op if op.self_adjoint else Kronecker(*(f.T for f in op.factors))
 

@@ -18,12 +18,12 @@ import torch
 from torch import Tensor
 
 from vivit_linop.arguments import Scalar, as_float
+from vivit_linop.operators import verbs
 from vivit_linop.operators.base import TorchLinearOperator
 from vivit_linop.operators.damped import Damped, DampedInverse, DiagonalWoodbury
 from vivit_linop.operators.elementary import Adjoint, Dense, Diagonal, Product, Scaled
 from vivit_linop.operators.lowrank import Centered, DampedRoot, LowRank, Woodbury
 from vivit_linop.operators.parts import HStack, Rows
-from vivit_linop.operators.verbs import adjoint, as_factor, matmul
 
 Op = TorchLinearOperator
 
@@ -52,14 +52,14 @@ class Sandwich(Product):
     @cached_property
     def factor(self) -> Op:
         """A, as a factor."""
-        return cast(Op, as_factor(adjoint(self.factors[0])))
+        return cast(Op, verbs.as_factor(self.factors[0].T))
 
     @cached_property
     def other(self) -> Op:
         """B, as a factor; A itself if it is the same."""
         if self.self_adjoint:
             return self.factor
-        return cast(Op, as_factor(self.factors[2]))
+        return cast(Op, verbs.as_factor(self.factors[2]))
 
     @property
     def form(self) -> LowRankForm:
@@ -192,35 +192,35 @@ def form_of_diagonal_woodbury(op: DiagonalWoodbury) -> LowRankForm | None:
 # What is a factor -------------------------------------------------------------------
 
 
-@as_factor.register
+@verbs.as_factor.register
 def dense_as_factor(op: Dense) -> Op:
     """Itself."""
     return op
 
 
-@as_factor.register
+@verbs.as_factor.register
 def adjoint_as_factor(op: Adjoint) -> Op | None:
     """Of a dense matrix, a dense one."""
     return Dense(op.parent.matrix.T) if isinstance(op.parent, Dense) else None
 
 
-@as_factor.register
+@verbs.as_factor.register
 def composite_as_factor(op: Centered | Scaled | HStack | Rows) -> Op | None:
     """If all operators that it is made of are factors."""
     parts = [part for part in op._made_of() if isinstance(part, Op)]
-    return op if all(as_factor(part) is part for part in parts) else None
+    return op if all(verbs.as_factor(part) is part for part in parts) else None
 
 
 # Rules ------------------------------------------------------------------------------
 
 
-@matmul.rule(Product, Op)
+@verbs.matmul.rule(Product, Op)
 def product_of_product_and_factor(A: Product, B: Op) -> Op:
     """(Aᵀ S) B."""
     return _sandwich(*A.factors, B) if len(A.factors) == 2 else NotImplemented
 
 
-@matmul.rule(Op, Product)
+@verbs.matmul.rule(Op, Product)
 def product_of_factor_and_product(A: Op, B: Product) -> Op:
     """Aᵀ (S B)."""
     return _sandwich(A, *B.factors) if len(B.factors) == 2 else NotImplemented
@@ -233,7 +233,7 @@ def _sandwich(left: Op, middle: Op, right: Op) -> Op:
         inner = middle.operator
     if any(part.requires_grad for part in (left, inner, right)):
         return NotImplemented
-    if as_factor(right) is None or as_factor(adjoint(left)) is None:
+    if verbs.as_factor(right) is None or verbs.as_factor(left.T) is None:
         return NotImplemented
     form = low_rank_form(middle)
     # Of A D Aᵀ with a small diagonal D, that is the small side.
@@ -242,10 +242,10 @@ def _sandwich(left: Op, middle: Op, right: Op) -> Op:
     return Sandwich(left, middle, right)
 
 
-@adjoint.register
+@verbs.adjoint.register
 def adjoint_of_sandwich(op: Sandwich) -> Op:
     """Bᵀ S A, with S symmetric."""
     if op.self_adjoint:
         return op
     left, middle, right = op.factors
-    return Sandwich(adjoint(right), middle, adjoint(left))
+    return Sandwich(right.T, middle, left.T)
