@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vivit_linop.arguments import Scalar
 from vivit_linop.modes import is_followed
-from vivit_linop.operators.base import TorchLinearOperator
+from vivit_linop.operators.base import Op
 from vivit_linop.operators.eigenpairs import Eigendecomposition, Eigenpairs
 from vivit_linop.operators.lowrank import Gram, LowRank
 from vivit_linop.operators.scipy_base import LinearOperator
@@ -131,7 +131,7 @@ class GramEigenpairs(Eigenpairs):
 
     def _components(self, factor: LinearOperator) -> Tensor:
         """Through the (cross-)Gram matrix."""
-        if not isinstance(factor, TorchLinearOperator):
+        if not isinstance(factor, Op):
             return super()._components(factor)
         if factor is self.operator.factor:
             return self.operator.gram.times(self.coefficients)
@@ -450,14 +450,14 @@ def _overlaps(rows: Tensor) -> Tensor:
     return overlaps
 
 
-def coarsest(op: TorchLinearOperator) -> torch.dtype:
+def coarsest(op: Op) -> torch.dtype:
     """The least precise dtype of an operator and its parts, whose rounding it has."""
     parts, seen = [op], {id(op)}
     for part in parts:
         if part._own_dtype == torch.float32:
             return torch.float32
         for inner in part._made_of():
-            if isinstance(inner, TorchLinearOperator) and id(inner) not in seen:
+            if isinstance(inner, Op) and id(inner) not in seen:
                 seen.add(id(inner))
                 parts.append(inner)
     return op.torch_dtype

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vivit_linop.modes import ordinary_mode
 from vivit_linop.operators import verbs
-from vivit_linop.operators.base import TorchLinearOperator
+from vivit_linop.operators.base import Op
 from vivit_linop.operators.damped import (
     DiagonallyDamped,
     DiagonalWoodbury,
@@ -20,8 +20,6 @@ from vivit_linop.operators.dispatch import no_eigenpairs
 from vivit_linop.operators.eigenpairs import Eigendecomposition
 from vivit_linop.operators.elementary import Diagonal, Product, dense_over
 from vivit_linop.operators.lowrank import Woodbury
-
-Op = TorchLinearOperator
 
 
 @verbs.inv.register
@@ -114,7 +112,7 @@ class LogDet(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, entries: Tensor, op: TorchLinearOperator) -> Tensor:
+    def forward(ctx: Any, entries: Tensor, op: Op) -> Tensor:
         """The operator's own determinant."""
         ctx.op = op
         ctx.save_for_backward(entries)
@@ -135,7 +133,7 @@ class InverseDiagonal(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, entries: Tensor, op: TorchLinearOperator) -> Tensor:
+    def forward(ctx: Any, entries: Tensor, op: Op) -> Tensor:
         """That of the operator at the value of p."""
         with ordinary_mode():
             return verbs.diagonal(verbs.inv(op))

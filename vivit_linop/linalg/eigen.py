@@ -45,7 +45,7 @@ from vivit_linop.linalg.krylov import (
 from vivit_linop.linalg.leading import led
 from vivit_linop.linalg.reductions import narrowest_low_rank
 from vivit_linop.operators import verbs
-from vivit_linop.operators.base import TorchLinearOperator
+from vivit_linop.operators.base import Op
 from vivit_linop.operators.damped import Damped, DampedInverse
 from vivit_linop.operators.dispatch import NoClosedForm, no_eigenpairs
 from vivit_linop.operators.eigenpairs import Eigendecomposition, Eigenpairs
@@ -74,7 +74,7 @@ _FIRST_RESTARTS, _ROUGHLY = 50, 0.1
 
 @verbs.eigh.register
 def eigenpairs_of_operator(
-    op: TorchLinearOperator,
+    op: Op,
     k: int | None = None,
     select: Callable[[Tensor], Sequence[int] | Tensor] | None = None,
     rcond: float | None = None,
@@ -131,7 +131,7 @@ def eigenpairs_of_product(
 
 
 @verbs.eigvalsh.register
-def eigenvalues_of_operator(op: TorchLinearOperator) -> Tensor:
+def eigenvalues_of_operator(op: Op) -> Tensor:
     return verbs.eigendecomposition(op).eigenvalues
 
 
@@ -197,7 +197,7 @@ def eigenvalues_of_product(op: Product) -> Tensor:
     return torch.stack(evals).prod(0).sort().values
 
 
-def _falls(op: TorchLinearOperator) -> bool:
+def _falls(op: Op) -> bool:
     """Whether an inverse or a root of A + δ I is smaller where A is larger."""
     return op.inverse if isinstance(op, DampedRoot) else not isinstance(op, Damped)
 
@@ -344,7 +344,7 @@ def decomposition_of_kronecker(
 
 @verbs.extreme_eigenpairs.register
 def extreme_eigenpairs_of_operator(
-    op: TorchLinearOperator,
+    op: Op,
     k: int,
     which: str = "LA",
     tol: float | None = None,
@@ -378,7 +378,7 @@ def extreme_eigenpairs_of_operator(
 
 
 def _solved(
-    solver: str, k: int, v0: Tensor, which: str, tol: float, A: TorchLinearOperator
+    solver: str, k: int, v0: Tensor, which: str, tol: float, A: Op
 ) -> tuple[Tensor, Tensor] | None:
     """What a solver finds, soon or where rows are many."""
     wanted = Wanted(k, v0, which, tol)
@@ -390,12 +390,7 @@ def _solved(
 
 
 def _by_iteration(
-    op: TorchLinearOperator,
-    k: int,
-    which: str,
-    tol: float,
-    v0: Tensor,
-    solver: str,
+    op: Op, k: int, which: str, tol: float, v0: Tensor, solver: str
 ) -> Eigenpairs | None:
     """None where few rows have a spectrum that no iteration separates."""
     name = f"{solver} on {type(op).__name__}"
@@ -413,7 +408,7 @@ def _by_iteration(
     return pairs
 
 
-def _patient_arpack(A: TorchLinearOperator, wanted: Wanted) -> tuple[Tensor, Tensor]:
+def _patient_arpack(A: Op, wanted: Wanted) -> tuple[Tensor, Tensor]:
     """ARPACK on a shifted spectrum.
 
     ARPACK compares residuals with eigenvalues, and of small ones nothing is enough.
@@ -430,7 +425,7 @@ def _patient_arpack(A: TorchLinearOperator, wanted: Wanted) -> tuple[Tensor, Ten
     return values - shift, vectors
 
 
-def _patient_lanczos(A: TorchLinearOperator, wanted: Wanted) -> tuple[Tensor, Tensor]:
+def _patient_lanczos(A: Op, wanted: Wanted) -> tuple[Tensor, Tensor]:
     """Lanczos with residuals as large as ARPACK lets them be then."""
     return by_lanczos(A, wanted, hidden=_enough(A, wanted.tol))
 
@@ -438,11 +433,11 @@ def _patient_lanczos(A: TorchLinearOperator, wanted: Wanted) -> tuple[Tensor, Te
 _PATIENT = {"ARPACK": _patient_arpack, "Lanczos": _patient_lanczos}
 
 
-def _enough(A: TorchLinearOperator, tol: float) -> float:
+def _enough(A: Op, tol: float) -> float:
     return max(tol, torch.finfo(A.torch_dtype).eps ** (2 / 3))
 
 
-def _checked(op: TorchLinearOperator, k: Any, which: str, tol: float | None) -> int:
+def _checked(op: Op, k: Any, which: str, tol: float | None) -> int:
     check_choice(which, "which", WHICH)
     check_k(k, op.shape[0])
     if tol is not None:
@@ -452,7 +447,7 @@ def _checked(op: TorchLinearOperator, k: Any, which: str, tol: float | None) -> 
     return int(k)
 
 
-def _start(op: TorchLinearOperator, v0: Any) -> Tensor:
+def _start(op: Op, v0: Any) -> Tensor:
     """The vector that the iteration begins with; the same for each call."""
     if v0 is None:
         return start_of(op)

@@ -15,7 +15,7 @@ from vivit_linop.linalg.krylov import krylov_products, solver_on
 from vivit_linop.linalg.reductions import narrowest_low_rank
 from vivit_linop.linalg.sandwiches import may_lose_digits
 from vivit_linop.operators import verbs
-from vivit_linop.operators.base import TorchLinearOperator
+from vivit_linop.operators.base import Op
 from vivit_linop.operators.damped import (
     Damped,
     DampedInverse,
@@ -33,8 +33,6 @@ from vivit_linop.operators.elementary import (
 from vivit_linop.operators.kronecker import BlockDiagonal, CorrectedKronecker, Kronecker
 from vivit_linop.operators.lowrank import DampedRoot, Gram, LowRank
 from vivit_linop.operators.sandwich import Sandwich
-
-Op = TorchLinearOperator
 
 
 @dataclass(frozen=True)
@@ -91,7 +89,7 @@ def _eigh(k: int | None) -> str:
 def _rule(verb: Any, op: Op) -> str | None:
     """What a verb's rule says of itself; None where that of all operators is taken."""
     rule: Callable[..., Any] = verb.dispatch(type(op))
-    if rule in (verb.dispatch(TorchLinearOperator), verb.dispatch(object)):
+    if rule in (verb.dispatch(Op), verb.dispatch(object)):
         return None
     name = rule.__name__.replace("_", " ")
     summary = (rule.__doc__ or "").strip().split("\n")[0]

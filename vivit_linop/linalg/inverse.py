@@ -21,7 +21,7 @@ from vivit_linop.linalg.decompositions import (
 )
 from vivit_linop.linalg.iterative import IterativeWoodbury
 from vivit_linop.operators import verbs
-from vivit_linop.operators.base import TorchLinearOperator
+from vivit_linop.operators.base import Op
 from vivit_linop.operators.damped import (
     Damped,
     DampedDense,
@@ -45,8 +45,6 @@ from vivit_linop.operators.kronecker import BlockDiagonal, CorrectedKronecker, K
 from vivit_linop.operators.lowrank import DampedRoot, Gram, LowRank, Woodbury
 from vivit_linop.operators.parts import Restricted
 from vivit_linop.operators.symmetric import without_noise
-
-Op = TorchLinearOperator
 
 # An inverse without damping is to have at least two digits.
 _DIGITS = 100.0
@@ -295,7 +293,7 @@ def _check_parts(parts: Sequence[Op], what: str) -> None:
 
 
 @verbs.pinv.register
-def pinv_of_operator(op: TorchLinearOperator, rcond: float | None = None) -> Op:
+def pinv_of_operator(op: Op, rcond: float | None = None) -> Op:
     """By eigenpairs of A, or A⁺ = (AᵀA)⁺ Aᵀ = Aᵀ (A Aᵀ)⁺ on the smaller side."""
     if op.self_adjoint:
         return _of_eigenpairs(op, rcond)

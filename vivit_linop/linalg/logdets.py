@@ -9,7 +9,7 @@ from torch import Tensor
 
 from vivit_linop.arguments import Scalar, as_scalar, log_abs
 from vivit_linop.operators import verbs
-from vivit_linop.operators.base import TorchLinearOperator, settled
+from vivit_linop.operators.base import Op, settled
 from vivit_linop.operators.damped import Damped, DampedInverse
 from vivit_linop.operators.dispatch import no_eigenpairs
 from vivit_linop.operators.elementary import (
@@ -33,7 +33,7 @@ _LARGE, _VERY_LARGE = 1e6, 1e250
 
 
 @verbs.logdet.register
-def logdet_of_operator(op: TorchLinearOperator) -> Tensor:
+def logdet_of_operator(op: Op) -> Tensor:
     """The sum of the logarithms of the eigenvalues, for self-adjoint operators."""
     op._check_self_adjoint("logdet")
     return verbs.eigvalsh(op).abs().log().sum()
@@ -134,7 +134,7 @@ def logdet_of_damped_root(op: DampedRoot) -> Tensor:
 
 
 @verbs.damped_logdet.register
-def damped_logdet_of_operator(op: TorchLinearOperator, damping: Scalar) -> Tensor:
+def damped_logdet_of_operator(op: Op, damping: Scalar) -> Tensor:
     op._check_self_adjoint("logdet")
     return verbs.eigvalsh(Damped(op, damping)).abs().log().sum()
 
@@ -156,7 +156,7 @@ def damped_logdet_of_low_rank(op: LowRank, damping: Scalar) -> Tensor:
 
 
 @verbs.damped_logdets.register
-def damped_logdets_of_operator(op: TorchLinearOperator, dampings: Tensor) -> Tensor:
+def damped_logdets_of_operator(op: Op, dampings: Tensor) -> Tensor:
     if not len(dampings):
         return dampings.new_zeros(0)
     return torch.stack([verbs.logdet(verbs.damp(op, as_scalar(d))) for d in dampings])

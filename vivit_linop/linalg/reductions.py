@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from vivit_linop.operators import verbs
-from vivit_linop.operators.base import TorchLinearOperator
+from vivit_linop.operators.base import Op
 from vivit_linop.operators.damped import Damped
 from vivit_linop.operators.elementary import (
     Adjoint,
@@ -41,9 +41,7 @@ _CHUNK = 256
 
 
 @verbs.column_pieces.register
-def column_pieces_of_operator(
-    op: TorchLinearOperator,
-) -> Iterator[tuple[slice, Tensor]]:
+def column_pieces_of_operator(op: Op) -> Iterator[tuple[slice, Tensor]]:
     """By products with the identity's columns."""
     n = op.shape[1]
     for start in range(0, n, _CHUNK):
@@ -96,13 +94,13 @@ def column_pieces_of_stack(op: HStack) -> Iterator[tuple[slice, Tensor]]:
         start += part.shape[1]
 
 
-def unit_columns(n: int, places: Tensor, op: TorchLinearOperator) -> Tensor:
+def unit_columns(n: int, places: Tensor, op: Op) -> Tensor:
     """Columns of the identity ``[n, k]``, as an operator multiplies them."""
     unit = torch.zeros(n, len(places), dtype=op.torch_dtype, device=op.device)
     return unit.scatter_(0, places.unsqueeze(0), 1.0)
 
 
-def entries_on_diagonal(op: TorchLinearOperator, places: Tensor) -> Tensor:
+def entries_on_diagonal(op: Op, places: Tensor) -> Tensor:
     """Some entries of the diagonal ``[k]``, by as many products."""
     return op.apply(unit_columns(op.shape[1], places, op))[places].diagonal()
 
@@ -111,7 +109,7 @@ def entries_on_diagonal(op: TorchLinearOperator, places: Tensor) -> Tensor:
 
 
 @verbs.to_dense.register
-def matrix_of_operator(op: TorchLinearOperator) -> Tensor:
+def matrix_of_operator(op: Op) -> Tensor:
     result = torch.empty(op.shape, dtype=op.torch_dtype, device=op.device)
     for place, columns in verbs.column_pieces(op):
         result[:, place] = columns
@@ -174,7 +172,7 @@ def matrix_of_dense_inverse(op: DenseInverse) -> Tensor:
 
 
 @verbs.diagonal.register
-def diagonal_of_operator(op: TorchLinearOperator) -> Tensor:
+def diagonal_of_operator(op: Op) -> Tensor:
     """Costs n products, in chunks; no n × n array."""
     pieces = column_pieces_of_operator(op)
     return torch.cat([part[place].diagonal() for place, part in pieces])
@@ -324,7 +322,7 @@ def _with_matrices(op: Product) -> Product:
 
     Each product with such a node is one with V, which may be one through a net.
     """
-    found: dict[int, TorchLinearOperator] = {}
+    found: dict[int, Op] = {}
     for factor in op.factors:
         if not isinstance(factor, LowRank) or factor.requires_grad:
             continue
@@ -334,9 +332,7 @@ def _with_matrices(op: Product) -> Product:
     return Product(*(found.get(id(factor), factor) for factor in op.factors))
 
 
-def narrowest_form(
-    op: Product, kind: type[TorchLinearOperator] = TorchLinearOperator
-) -> tuple[int, LowRankForm] | None:
+def narrowest_form(op: Product, kind: type[Op] = Op) -> tuple[int, LowRankForm] | None:
     """Return which factor is an a D + D V M Vᵀ D with the fewest columns in V.
 
     None where V has as many as there are rows, or gradients flow to it.
@@ -407,7 +403,7 @@ def diagonal_of_corrected_kronecker(op: CorrectedKronecker) -> Tensor:
 
 
 @verbs.row_norms_squared.register
-def row_norms_of_operator(op: TorchLinearOperator) -> Tensor:
+def row_norms_of_operator(op: Op) -> Tensor:
     """Sum the squares of the columns, a chunk at a time."""
     result = torch.zeros(op.shape[0], dtype=op.torch_dtype, device=op.device)
     for _, columns in verbs.column_pieces(op):
@@ -437,7 +433,7 @@ def row_norms_of_centered(op: Centered) -> Tensor:
 
 
 @verbs.column_norms_squared.register
-def column_norms_of_operator(op: TorchLinearOperator) -> Tensor:
+def column_norms_of_operator(op: Op) -> Tensor:
     return torch.cat(
         [columns.square().sum(0) for _, columns in verbs.column_pieces(op)]
     )
@@ -460,6 +456,6 @@ def column_norms_of_adjoint(op: Adjoint) -> Tensor:
 
 
 @verbs.centered_row_norms_squared.register
-def centered_row_norms_of_operator(op: TorchLinearOperator) -> Tensor:
+def centered_row_norms_of_operator(op: Op) -> Tensor:
     """By products with the columns less their mean: no digits cancel."""
     return row_norms_of_operator(Centered(op))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vivit_linop.linalg.sandwiches import gram_blocks_of_operator
 from vivit_linop.operators import verbs
-from vivit_linop.operators.base import TorchLinearOperator
+from vivit_linop.operators.base import Op
 from vivit_linop.operators.damped import Damped
 from vivit_linop.operators.elementary import (
     Adjoint,
@@ -29,11 +29,9 @@ from vivit_linop.operators.lowrank import Gram, LowRank, Woodbury
 from vivit_linop.operators.parts import Restricted, Rows, padded
 from vivit_linop.operators.symmetric import symmetric_eigenpairs
 
-Op = TorchLinearOperator
-
 
 @verbs.restrict.register
-def restricted_operator(op: TorchLinearOperator, index: Tensor) -> Op:
+def restricted_operator(op: Op, index: Tensor) -> Op:
     return Restricted(op, index)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from vivit_linop.arguments import Scalar
 from vivit_linop.operators import verbs
-from vivit_linop.operators.base import TorchLinearOperator
+from vivit_linop.operators.base import Op
 from vivit_linop.operators.damped import Damped, DampedInverse, DiagonalWoodbury
 from vivit_linop.operators.dispatch import no_root
 from vivit_linop.operators.elementary import (
@@ -32,8 +32,6 @@ from vivit_linop.operators.elementary import (
 from vivit_linop.operators.kronecker import BlockDiagonal, CorrectedKronecker, Kronecker
 from vivit_linop.operators.lowrank import DampedRoot, Gram, LowRank, Woodbury
 from vivit_linop.operators.symmetric import symmetric_eigenpairs, without_noise
-
-Op = TorchLinearOperator
 
 # Relative to the largest eigenvalue: what rounding may do to a zero.
 _TOLERANCE = 1e3
@@ -194,7 +192,7 @@ def root_of_inverse(op: Woodbury | DampedInverse) -> Op:
 
 @verbs.sample.register
 def samples_of_operator(
-    op: TorchLinearOperator, num: int, generator: torch.Generator | None = None
+    op: Op, num: int, generator: torch.Generator | None = None
 ) -> Tensor:
     """R ε with A = R Rᵀ."""
     root = verbs.sqrt(op)

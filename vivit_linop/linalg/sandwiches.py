@@ -14,14 +14,12 @@ from vivit_linop.linalg.reductions import (
     unit_columns,
 )
 from vivit_linop.operators import verbs
-from vivit_linop.operators.base import TorchLinearOperator
+from vivit_linop.operators.base import Op
 from vivit_linop.operators.damped import DampedInverse
 from vivit_linop.operators.elementary import Product, Scaled, Sum
 from vivit_linop.operators.lowrank import DampedRoot, Gram, LowRank, Woodbury
 from vivit_linop.operators.parts import HStack
 from vivit_linop.operators.sandwich import LowRankForm, Sandwich
-
-Op = TorchLinearOperator
 
 # Columns that are solved for, or multiplied, at a time.
 _CHUNK = 256
@@ -169,7 +167,7 @@ def _few_beside(small: int, rows: int, dtype: torch.dtype) -> int:
 
 
 @verbs.diagonal_blocks.register
-def diagonal_blocks_of_operator(op: TorchLinearOperator, size: int) -> Tensor:
+def diagonal_blocks_of_operator(op: Op, size: int) -> Tensor:
     parts = []
     for columns in _places(op.shape[1], size, op.device):
         rows = op.apply(unit_columns(op.shape[1], columns, op))[columns]
@@ -210,10 +208,7 @@ def diagonal_blocks_of_product(op: Product, size: int) -> Tensor:
 
 @verbs.gram_blocks.register
 def gram_blocks_of_operator(
-    left: TorchLinearOperator,
-    right: TorchLinearOperator,
-    size: int,
-    weights: Tensor | None = None,
+    left: Op, right: Op, size: int, weights: Tensor | None = None
 ) -> Tensor:
     w = 1.0 if weights is None else weights[:, None]
     pairs = zip(_whole_blocks(left, size), _whole_blocks(right, size), strict=True)
@@ -332,7 +327,7 @@ def _products_of_blocks(left: Tensor, right: Tensor, size: int) -> Tensor:
     return blocks @ right.unflatten(1, (-1, size)).transpose(0, 1)
 
 
-def _whole_blocks(op: TorchLinearOperator, size: int) -> Iterator[Tensor]:
+def _whole_blocks(op: Op, size: int) -> Iterator[Tensor]:
     """The columns of an operator, whole blocks of some at a time."""
     few = max(1, _CHUNK // size) * size
     held = torch.empty(op.shape[0], 0, dtype=op.torch_dtype, device=op.device)

@@ -19,7 +19,7 @@ from torch import Tensor
 from vivit_linop.arguments import Scalar
 from vivit_linop.linalg.reductions import narrowest_form, narrowest_low_rank
 from vivit_linop.operators import verbs
-from vivit_linop.operators.base import TorchLinearOperator
+from vivit_linop.operators.base import Op
 from vivit_linop.operators.damped import Damped, DampedInverse
 from vivit_linop.operators.elementary import (
     Diagonal,
@@ -38,7 +38,7 @@ _MOST_TERMS = 32
 
 
 @verbs.trace.register
-def trace_of_operator(op: TorchLinearOperator) -> Tensor:
+def trace_of_operator(op: Op) -> Tensor:
     return verbs.diagonal(op).sum()
 
 
@@ -147,7 +147,7 @@ def _in_eigenbasis(op: Product) -> Tensor | None:
     return _inner_product(A, B)
 
 
-def _inner_product(A: CorrectedKronecker, B: TorchLinearOperator) -> Tensor | None:
+def _inner_product(A: CorrectedKronecker, B: Op) -> Tensor | None:
     """tr(Q Λ Qᵀ B) = λᵀ diag(Qᵀ B Q)."""
     Q, evals = _vectors(A), A.eigenvalues.double()
     if isinstance(B, CorrectedKronecker) and (P := _vectors(B)):
@@ -162,9 +162,7 @@ def _inner_product(A: CorrectedKronecker, B: TorchLinearOperator) -> Tensor | No
     return (evals @ in_basis).to(A.torch_dtype)
 
 
-def _norm_in_eigenbasis(
-    first: CorrectedKronecker, second: TorchLinearOperator
-) -> Tensor | None:
+def _norm_in_eigenbasis(first: CorrectedKronecker, second: Op) -> Tensor | None:
     """|Q Λ Qᵀ + B|² for a self-adjoint B, without terms that cancel.
 
     On the diagonal in the basis Q are sums, and beside it is B alone.
@@ -184,9 +182,7 @@ def _norm_in_eigenbasis(
     return total.to(first.torch_dtype)
 
 
-def _norm_of_two(
-    first: TorchLinearOperator, second: TorchLinearOperator
-) -> Tensor | None:
+def _norm_of_two(first: Op, second: Op) -> Tensor | None:
     """|B ⊗ A + D ⊗ C|² as that of (B + D) ⊗ A + D ⊗ (C − A): small if both are."""
     left, right = _matrices(first), _matrices(second)
     if left is None or right is None or not len(left) == len(right) == 2:
@@ -206,7 +202,7 @@ def _vectors(op: CorrectedKronecker) -> list[Tensor]:
     return [vectors.double() for _, vectors in op.factor_eigenpairs]
 
 
-def _matrices(op: TorchLinearOperator, Q: Sequence[Tensor] = ()) -> list[Tensor] | None:
+def _matrices(op: Op, Q: Sequence[Tensor] = ()) -> list[Tensor] | None:
     """The factors of a Kronecker product in another basis, None where it is none.
 
     Args:
@@ -258,7 +254,7 @@ def _trace_by_terms(op: Product) -> Tensor:
     return trace_of_operator(op)
 
 
-def _terms(op: TorchLinearOperator) -> Iterator[tuple[Scalar, TorchLinearOperator]]:
+def _terms(op: Op) -> Iterator[tuple[Scalar, Op]]:
     """A B and δ times B, A₁ B and A₂ B, whose traces add up; terms of B are others."""
     if isinstance(op, Sum):
         for term in op.terms:
@@ -282,7 +278,7 @@ def _terms(op: TorchLinearOperator) -> Iterator[tuple[Scalar, TorchLinearOperato
     yield 1.0, op
 
 
-def _after(op: Product, at: int) -> tuple[TorchLinearOperator, ...]:
+def _after(op: Product, at: int) -> tuple[Op, ...]:
     """The factors that come after one of them, those before it last."""
     return (*op.factors[at + 1 :], *op.factors[:at])
 

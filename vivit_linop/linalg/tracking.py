@@ -38,7 +38,7 @@ from vivit_linop.arguments import Scalar
 from vivit_linop.linalg.decompositions import GramEigenpairs, orthonormalised
 from vivit_linop.linalg.leading import led
 from vivit_linop.operators import verbs
-from vivit_linop.operators.base import TorchLinearOperator
+from vivit_linop.operators.base import Op
 from vivit_linop.operators.damped import Damped
 from vivit_linop.operators.eigenpairs import Eigenpairs
 from vivit_linop.operators.lowrank import LowRank
@@ -59,7 +59,7 @@ class NotNear(Exception):
 
 
 @singledispatch
-def prepared_gram(factor: TorchLinearOperator, vectors: int) -> bool:
+def prepared_gram(factor: Op, vectors: int) -> bool:
     """Whether products with VᵀV are to take the place of those with V and Vᵀ.
 
     A rule that says so has prepared the factor for them.
@@ -175,7 +175,7 @@ def eigenpairs_near_damped(
 
 
 @singledispatch
-def beginning(start: Eigenpairs, factor: TorchLinearOperator) -> Block:
+def beginning(start: Eigenpairs, factor: Op) -> Block:
     """Return the vectors to begin from."""
     vectors = start.eigenvectors
     if not (vectors.isfinite().all() and start.eigenvalues.isfinite().all()):
@@ -185,9 +185,7 @@ def beginning(start: Eigenpairs, factor: TorchLinearOperator) -> Block:
 
 
 @beginning.register
-def beginning_of_tracked(
-    start: TrackedEigenpairs, factor: TorchLinearOperator
-) -> Block:
+def beginning_of_tracked(start: TrackedEigenpairs, factor: Op) -> Block:
     """Those that are nearer by half a step."""
     vectors, far = start.following
     if len(vectors) != factor.shape[far]:
@@ -196,7 +194,7 @@ def beginning_of_tracked(
 
 
 @beginning.register
-def beginning_of_gram(start: GramEigenpairs, factor: TorchLinearOperator) -> Block:
+def beginning_of_gram(start: GramEigenpairs, factor: Op) -> Block:
     """Those on the far side, if that has as many rows here."""
     if len(start.gram_eigenvectors) != factor.shape[1]:
         return beginning_of_pairs(start, factor)
@@ -207,7 +205,7 @@ beginning_of_pairs = beginning.dispatch(Eigenpairs)
 
 
 def followed(
-    scale: Scalar, k: int, block: Block, tol: float, factor: TorchLinearOperator
+    scale: Scalar, k: int, block: Block, tol: float, factor: Op
 ) -> TrackedEigenpairs | None:
     """Return the k largest eigenpairs of c V Vᵀ, of at most as many as a block has.
 
@@ -297,7 +295,7 @@ class Krylov:
         NotNear: If fewer vectors of V Q are independent up to rounding.
     """
 
-    def __init__(self, factor: TorchLinearOperator, vectors: Tensor) -> None:
+    def __init__(self, factor: Op, vectors: Tensor) -> None:
         self._factor, self._gram = factor, verbs.gram(factor)
         self._generator = torch.Generator("cpu").manual_seed(0)
         # Products take vectors as rows that lie together.
@@ -369,7 +367,7 @@ class Krylov:
         self._images = torch.cat([self._images, images])
 
 
-def _formed(factor: TorchLinearOperator, chosen: Tensor, values: Tensor) -> Tensor:
+def _formed(factor: Op, chosen: Tensor, values: Tensor) -> Tensor:
     return orthonormalised(factor.apply(chosen), values)
 
 
@@ -395,11 +393,7 @@ def _ritz(inner: Tensor, image: Tensor, size: int) -> tuple[Tensor, Tensor]:
 
 
 def _rise(
-    onward: TorchLinearOperator,
-    here: Tensor,
-    sigma: Tensor,
-    there: Tensor,
-    generator: torch.Generator,
+    onward: Op, here: Tensor, sigma: Tensor, there: Tensor, generator: torch.Generator
 ) -> Tensor | None:
     """Estimate what another half-step would raise the sum of the squares by.
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import cached_property, lru_cache
 from operator import index
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any, TypeAlias, overload
 
 import numpy as np
 import torch
@@ -486,6 +486,10 @@ class TorchLinearOperator(VerbMethods["TorchLinearOperator"], NumpyProducts):
                 "inverse."
             )
         return verbs.power(self, times)
+
+
+Op: TypeAlias = TorchLinearOperator
+"""What rules call an operator of any kind."""
 
 
 def in_common(

@@ -12,23 +12,21 @@ import torch
 from torch import Tensor
 
 from vivit_linop.operators import verbs
-from vivit_linop.operators.base import TorchLinearOperator
+from vivit_linop.operators.base import Op
 from vivit_linop.operators.damped import WeightedRows
 from vivit_linop.operators.elementary import Dense, Product, Scaled
 from vivit_linop.operators.kronecker import KhatriRao
 from vivit_linop.operators.lowrank import Centered, Gram
 from vivit_linop.operators.parts import HStack
 
-Op = TorchLinearOperator
-
 
 @verbs.gram.register
-def gram_of_operator(factor: TorchLinearOperator) -> Gram:
+def gram_of_operator(factor: Op) -> Gram:
     return Gram(factor, factor)
 
 
 @verbs.gram_matrix.register
-def gram_matrix_of_operator(left: TorchLinearOperator, right: Op) -> Tensor:
+def gram_matrix_of_operator(left: Op, right: Op) -> Tensor:
     return left.T.apply(right.to_dense())
 
 
@@ -116,7 +114,7 @@ def _block(A: Op, B: Op, weights: Tensor | None) -> Tensor:
 
 
 @verbs.inner_product.register
-def inner_product_of_operator(factor: TorchLinearOperator, X: Tensor) -> Tensor:
+def inner_product_of_operator(factor: Op, X: Tensor) -> Tensor:
     return factor.T.apply(factor.apply(X))
 
 
@@ -136,9 +134,7 @@ def outer_matrix_of_scaled(factor: Scaled) -> Tensor:
 
 
 @verbs.weighted_gram_matrix.register
-def weighted_gram_matrix_of_operator(
-    left: TorchLinearOperator, right: Op, weights: Tensor
-) -> Tensor:
+def weighted_gram_matrix_of_operator(left: Op, right: Op, weights: Tensor) -> Tensor:
     pieces = verbs.column_pieces(right)
     return torch.cat([left.T.apply(weights[:, None] * X) for _, X in pieces], dim=1)
 
@@ -173,7 +169,7 @@ def outer_product_of_weighted_rows(factor: WeightedRows, X: Tensor) -> Tensor:
 
 
 @verbs.outer_matrix.register
-def outer_matrix_of_operator(factor: TorchLinearOperator) -> Tensor:
+def outer_matrix_of_operator(factor: Op) -> Tensor:
     dense = factor.to_dense()
     return dense @ dense.T
 
@@ -191,7 +187,7 @@ def outer_product_of_stack(factor: HStack, X: Tensor) -> Tensor:
 
 
 @verbs.outer_product.register
-def outer_product_of_operator(factor: TorchLinearOperator, X: Tensor) -> Tensor:
+def outer_product_of_operator(factor: Op, X: Tensor) -> Tensor:
     return factor.apply(factor.T.apply(X))
 
 

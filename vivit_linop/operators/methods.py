@@ -137,10 +137,7 @@ class VerbMethods(LinearOperator, Generic[Op]):
 
     @ordinary_mode()
     def solve(
-        self,
-        b: Vectors,
-        rtol: float | None = None,
-        M: LinearOperator | None = None,
+        self, b: Vectors, rtol: float | None = None, M: LinearOperator | None = None
     ) -> Vectors:
         """Return ``x`` with ``self @ x = b``, for a vector or columns ``b``.
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from vivit_linop.arguments import Scalar, as_float
 from vivit_linop.operators import verbs
-from vivit_linop.operators.base import TorchLinearOperator, settle
+from vivit_linop.operators.base import Op, settle
 from vivit_linop.operators.damped import Damped, DampedDense, DiagonallyDamped
 from vivit_linop.operators.elementary import (
     Adjoint,
@@ -37,8 +37,6 @@ from vivit_linop.operators.kronecker import (
 )
 from vivit_linop.operators.lowrank import Gram, LowRank
 from vivit_linop.operators.parts import HStack
-
-Op = TorchLinearOperator
 
 # A Kronecker product with so few rows has an exact sum with a diagonal: a matrix.
 DENSE_ROWS = 2048
@@ -275,7 +273,7 @@ def sum_of_operator_and_multiple_of_identity(A: Op, B: Op) -> Op:
 
 
 @verbs.scale.register
-def multiple_of_operator(op: TorchLinearOperator, factor: Scalar) -> Op:
+def multiple_of_operator(op: Op, factor: Scalar) -> Op:
     """What the dtype does not hold, as 1e44 and float32, scales by its root twice."""
     if _is(factor, 1.0):
         return op
@@ -342,7 +340,7 @@ def multiple_of_block_diagonal(op: BlockDiagonal, factor: Scalar) -> Op:
 
 
 @verbs.damp.register
-def damped_operator(op: TorchLinearOperator, damping: Scalar) -> Op:
+def damped_operator(op: Op, damping: Scalar) -> Op:
     if _is(damping, 0.0):
         return op
     return DampedDense(op, damping) if isinstance(op, Dense) else Damped(op, damping)
@@ -376,7 +374,7 @@ def damped_multiple(op: Identity | Scaled, damping: Scalar) -> Op:
 
 
 @verbs.power.register
-def power_of_operator(op: TorchLinearOperator, times: int) -> Op:
+def power_of_operator(op: Op, times: int) -> Op:
     """A⁰ is the identity, in the place and precision of A."""
     result: Op = Identity(op.shape[0], op._own_dtype, op._own_device)
     for _ in range(times):
@@ -388,7 +386,7 @@ def power_of_operator(op: TorchLinearOperator, times: int) -> Op:
 
 
 @verbs.adjoint.register
-def adjoint_of_operator(op: TorchLinearOperator) -> Op:
+def adjoint_of_operator(op: Op) -> Op:
     return op if op.self_adjoint else Adjoint(op)
 
 

@@ -19,13 +19,11 @@ from torch import Tensor
 
 from vivit_linop.arguments import Scalar, as_float
 from vivit_linop.operators import verbs
-from vivit_linop.operators.base import TorchLinearOperator
+from vivit_linop.operators.base import Op
 from vivit_linop.operators.damped import Damped, DampedInverse, DiagonalWoodbury
 from vivit_linop.operators.elementary import Adjoint, Dense, Diagonal, Product, Scaled
 from vivit_linop.operators.lowrank import Centered, DampedRoot, LowRank, Woodbury
 from vivit_linop.operators.parts import HStack, Rows
-
-Op = TorchLinearOperator
 
 
 class Sandwich(Product):

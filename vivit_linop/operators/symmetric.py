@@ -162,10 +162,7 @@ class Tridiagonal:
         with threads_for(len(self.eigenvalues)):
             try:
                 values, inner = scipy.linalg.eigh_tridiagonal(
-                    self._diagonal,
-                    self._beside,
-                    select="i",
-                    select_range=(first, last),
+                    self._diagonal, self._beside, select="i", select_range=(first, last)
                 )
             except np.linalg.LinAlgError:
                 return None
