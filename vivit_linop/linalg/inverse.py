@@ -31,7 +31,6 @@ from vivit_linop.operators.damped import (
 )
 from vivit_linop.operators.dispatch import no_inverse
 from vivit_linop.operators.elementary import (
-    Adjoint,
     Dense,
     DenseInverse,
     Diagonal,
@@ -77,11 +76,6 @@ def inverse_of_diagonal(op: Diagonal) -> Op:
             "(A + delta * Identity(n)).inv()."
         )
     return Diagonal(1.0 / op.entries)
-
-
-@verbs.inv.register
-def inverse_of_adjoint(op: Adjoint) -> Op:
-    return verbs.inv(op.parent).T
 
 
 @verbs.inv.register
@@ -204,11 +198,6 @@ def damped_inverse_of_inverse(op: Woodbury | DampedInverse, damping: Scalar) -> 
     return verbs.damp(
         verbs.scale(verbs.scale(inverse, -1.0 / damping), 1.0 / damping), 1.0 / damping
     )
-
-
-@verbs.damped_inv.register
-def damped_inverse_of_adjoint(op: Adjoint, damping: Scalar) -> Op:
-    return verbs.inv(verbs.damp(op.parent, damping)).T
 
 
 @verbs.damped_inv.register
@@ -402,21 +391,10 @@ def pinv_of_regular(
 
 
 @verbs.pinv.register
-def pinv_of_adjoint(op: Adjoint, rcond: float | None = None) -> Op:
-    return verbs.pinv(op.parent, rcond).T
-
-
-@verbs.pinv.register
 def pinv_of_scaled(op: Scaled, rcond: float | None = None) -> Op:
     if op.factor == 0.0:
         return _zero(op.operator)
     return verbs.scale(verbs.pinv(op.operator, rcond), 1.0 / op.factor)
-
-
-@verbs.pinv.register
-def pinv_of_block_diagonal(op: BlockDiagonal, rcond: float | None = None) -> Op:
-    """Block by block."""
-    return op.like([verbs.pinv(block, rcond) for block in op.blocks])
 
 
 @verbs.pinv.register

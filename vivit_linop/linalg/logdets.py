@@ -13,7 +13,6 @@ from vivit_linop.operators.base import Op, settled
 from vivit_linop.operators.damped import Damped, DampedInverse
 from vivit_linop.operators.dispatch import no_eigenpairs
 from vivit_linop.operators.elementary import (
-    Adjoint,
     Dense,
     DenseInverse,
     Diagonal,
@@ -57,11 +56,6 @@ def logdet_of_dense_inverse(op: DenseInverse) -> Tensor:
 @verbs.logdet.register
 def logdet_of_diagonal(op: Diagonal) -> Tensor:
     return op.entries.abs().log().sum()
-
-
-@verbs.logdet.register
-def logdet_of_adjoint(op: Adjoint) -> Tensor:
-    return verbs.logdet(op.parent)
 
 
 @verbs.logdet.register
@@ -185,11 +179,6 @@ def damped_logdet_of_scaled(op: Scaled, damping: Scalar) -> Tensor:
         inner = verbs.logdet(verbs.damp(op.operator, damping / op.factor))
         return plus(inner, op.shape[0] * log_abs(op.factor))
     return damped_logdet_of_operator(op, damping)
-
-
-@verbs.damped_logdet.register
-def damped_logdet_of_adjoint(op: Adjoint, damping: Scalar) -> Tensor:
-    return verbs.logdet(verbs.damp(op.parent, damping))
 
 
 @verbs.damped_logdet.register

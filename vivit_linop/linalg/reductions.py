@@ -21,7 +21,6 @@ from vivit_linop.operators.elementary import (
     Identity,
     Product,
     Scaled,
-    Sum,
 )
 from vivit_linop.operators.kronecker import (
     BlockDiagonal,
@@ -135,19 +134,9 @@ def matrix_of_diagonal(op: Diagonal) -> Tensor:
 
 
 @verbs.to_dense.register
-def matrix_of_adjoint(op: Adjoint) -> Tensor:
-    return verbs.to_dense(op.parent).T
-
-
-@verbs.to_dense.register
 def matrix_of_damped(op: Damped) -> Tensor:
     unit = torch.eye(op.shape[0], dtype=op.torch_dtype, device=op.device)
     return verbs.to_dense(op.operator) + op.damping * unit
-
-
-@verbs.to_dense.register
-def matrix_of_scaled(op: Scaled) -> Tensor:
-    return op.factor * verbs.to_dense(op.operator)
 
 
 @verbs.to_dense.register
@@ -191,21 +180,6 @@ def diagonal_of_dense(op: Dense) -> Tensor:
 @verbs.diagonal.register
 def diagonal_of_diagonal(op: Diagonal) -> Tensor:
     return op.entries.clone()
-
-
-@verbs.diagonal.register
-def diagonal_of_adjoint(op: Adjoint) -> Tensor:
-    return verbs.diagonal(op.parent)
-
-
-@verbs.diagonal.register
-def diagonal_of_scaled(op: Scaled) -> Tensor:
-    return op.factor * verbs.diagonal(op.operator)
-
-
-@verbs.diagonal.register
-def diagonal_of_sum(op: Sum) -> Tensor:
-    return torch.stack([verbs.diagonal(term) for term in op.terms]).sum(0)
 
 
 @verbs.diagonal.register
@@ -417,17 +391,6 @@ def row_norms_of_adjoint(op: Adjoint) -> Tensor:
 
 
 @verbs.row_norms_squared.register
-def row_norms_of_scaled(op: Scaled) -> Tensor:
-    return op.factor * (op.factor * verbs.row_norms_squared(op.operator))
-
-
-@verbs.row_norms_squared.register
-def row_norms_of_stack(op: HStack) -> Tensor:
-    """The norms of the parts' rows add up."""
-    return torch.stack([verbs.row_norms_squared(part) for part in op.parts]).sum(0)
-
-
-@verbs.row_norms_squared.register
 def row_norms_of_centered(op: Centered) -> Tensor:
     return verbs.centered_row_norms_squared(op.factor)
 
@@ -437,11 +400,6 @@ def column_norms_of_operator(op: Op) -> Tensor:
     return torch.cat(
         [columns.square().sum(0) for _, columns in verbs.column_pieces(op)]
     )
-
-
-@verbs.column_norms_squared.register
-def column_norms_of_scaled(op: Scaled) -> Tensor:
-    return op.factor * (op.factor * verbs.column_norms_squared(op.operator))
 
 
 @verbs.column_norms_squared.register

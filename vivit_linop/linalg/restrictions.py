@@ -14,7 +14,6 @@ from vivit_linop.operators import verbs
 from vivit_linop.operators.base import Op
 from vivit_linop.operators.damped import Damped
 from vivit_linop.operators.elementary import (
-    Adjoint,
     Dense,
     DenseInverse,
     Diagonal,
@@ -48,11 +47,6 @@ def restricted_dense(op: Dense, index: Tensor) -> Op:
 @verbs.restrict.register
 def restricted_diagonal(op: Diagonal, index: Tensor) -> Op:
     return Diagonal(op.entries[index])
-
-
-@verbs.restrict.register
-def restricted_adjoint(op: Adjoint, index: Tensor) -> Op:
-    return verbs.restrict(op.parent, index).T
 
 
 @verbs.restrict.register

@@ -16,7 +16,7 @@ from vivit_linop.linalg.reductions import (
 from vivit_linop.operators import verbs
 from vivit_linop.operators.base import Op
 from vivit_linop.operators.damped import DampedInverse
-from vivit_linop.operators.elementary import Product, Scaled, Sum
+from vivit_linop.operators.elementary import Product, Scaled
 from vivit_linop.operators.lowrank import DampedRoot, Gram, LowRank, Woodbury
 from vivit_linop.operators.parts import HStack
 from vivit_linop.operators.sandwich import LowRankForm, Sandwich
@@ -173,16 +173,6 @@ def diagonal_blocks_of_operator(op: Op, size: int) -> Tensor:
         rows = op.apply(unit_columns(op.shape[1], columns, op))[columns]
         parts.append(_blocks_on_diagonal(rows, size))
     return torch.cat(parts)
-
-
-@verbs.diagonal_blocks.register
-def diagonal_blocks_of_scaled(op: Scaled, size: int) -> Tensor:
-    return op.factor * verbs.diagonal_blocks(op.operator, size)
-
-
-@verbs.diagonal_blocks.register
-def diagonal_blocks_of_sum(op: Sum, size: int) -> Tensor:
-    return torch.stack([verbs.diagonal_blocks(term, size) for term in op.terms]).sum(0)
 
 
 @verbs.diagonal_blocks.register

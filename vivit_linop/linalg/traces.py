@@ -24,7 +24,6 @@ from vivit_linop.operators.damped import Damped, DampedInverse
 from vivit_linop.operators.elementary import (
     Diagonal,
     Product,
-    Scaled,
     Sum,
     as_multiple,
     mirrored,
@@ -90,16 +89,6 @@ def trace_by_eigenvalues(op: DampedInverse | DampedRoot) -> Tensor:
 
 
 # Sums and products ----------------------------------------------------------------
-
-
-@verbs.trace.register
-def trace_of_scaled(op: Scaled) -> Tensor:
-    return op.factor * verbs.trace(op.operator)
-
-
-@verbs.trace.register
-def trace_of_sum(op: Sum) -> Tensor:
-    return torch.stack([verbs.trace(term) for term in op.terms]).sum()
 
 
 @verbs.trace.register

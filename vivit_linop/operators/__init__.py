@@ -2,6 +2,7 @@
 
 from vivit_linop.operators import (
     grams,  # noqa: F401  (registers)
+    laws,  # noqa: F401  (registers)
     outlines,  # noqa: F401  (registers)
     rules,  # noqa: F401  (registers)
     verbs,

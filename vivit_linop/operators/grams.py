@@ -6,8 +6,6 @@ The rules for what is pulled back through a Jacobian stand in
 
 from __future__ import annotations
 
-from functools import reduce
-
 import torch
 from torch import Tensor
 
@@ -118,21 +116,6 @@ def inner_product_of_operator(factor: Op, X: Tensor) -> Tensor:
     return factor.T.apply(factor.apply(X))
 
 
-@verbs.inner_product.register
-def inner_product_of_scaled(factor: Scaled, X: Tensor) -> Tensor:
-    return factor.factor * (factor.factor * verbs.inner_product(factor.operator, X))
-
-
-@verbs.outer_product.register
-def outer_product_of_scaled(factor: Scaled, X: Tensor) -> Tensor:
-    return factor.factor * (factor.factor * verbs.outer_product(factor.operator, X))
-
-
-@verbs.outer_matrix.register
-def outer_matrix_of_scaled(factor: Scaled) -> Tensor:
-    return factor.factor * (factor.factor * verbs.outer_matrix(factor.operator))
-
-
 @verbs.weighted_gram_matrix.register
 def weighted_gram_matrix_of_operator(left: Op, right: Op, weights: Tensor) -> Tensor:
     pieces = verbs.column_pieces(right)
@@ -172,18 +155,6 @@ def outer_product_of_weighted_rows(factor: WeightedRows, X: Tensor) -> Tensor:
 def outer_matrix_of_operator(factor: Op) -> Tensor:
     dense = factor.to_dense()
     return dense @ dense.T
-
-
-@verbs.outer_matrix.register
-def outer_matrix_of_stack(factor: HStack) -> Tensor:
-    """A Aᵀ + B Bᵀ + …."""
-    return reduce(torch.add, map(verbs.outer_matrix, factor.parts))
-
-
-@verbs.outer_product.register
-def outer_product_of_stack(factor: HStack, X: Tensor) -> Tensor:
-    """A Aᵀ X + B Bᵀ X + …."""
-    return reduce(torch.add, (verbs.outer_product(part, X) for part in factor.parts))
 
 
 @verbs.outer_product.register

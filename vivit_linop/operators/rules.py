@@ -331,11 +331,6 @@ def multiple_of_corrected_kronecker(op: CorrectedKronecker, factor: Scalar) -> O
     return CorrectedKronecker(op.basis, factor * op.eigenvalues)
 
 
-@verbs.scale.register
-def multiple_of_block_diagonal(op: BlockDiagonal, factor: Scalar) -> Op:
-    return op.like([verbs.scale(block, factor) for block in op.blocks])
-
-
 # A + δ I --------------------------------------------------------------------------
 
 
