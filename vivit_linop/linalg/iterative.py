@@ -15,7 +15,7 @@ from torch import Tensor
 from vivit_linop.arguments import check_real
 from vivit_linop.linalg.leading import led
 from vivit_linop.operators import verbs
-from vivit_linop.operators.base import TorchLinearOperator
+from vivit_linop.operators.base import Op, TorchLinearOperator
 from vivit_linop.operators.damped import Damped, DampedInverse
 from vivit_linop.operators.damped_solver import needs_refinement
 from vivit_linop.operators.dispatch import NoClosedForm
@@ -56,7 +56,7 @@ class IterativeInverse(TorchLinearOperator):
 
     def __init__(
         self,
-        operator: TorchLinearOperator,
+        operator: Op,
         rtol: float | None = None,
         M: sparse.LinearOperator | None = None,
     ) -> None:
@@ -92,12 +92,12 @@ class IterativeInverse(TorchLinearOperator):
         M = self.M if self.M is None else self.M.T
         return self._solved(X, self.operator.T, M)
 
-    def _solved(self, X: Tensor, A: TorchLinearOperator, M: Any) -> Tensor:
+    def _solved(self, X: Tensor, A: Op, M: Any) -> Tensor:
         B = X.detach().to("cpu", self.torch_dtype).numpy()
         columns = [self._column(b, A, M) for b in B.T]
         return torch.as_tensor(np.stack(columns, axis=1)).to(X)
 
-    def _column(self, b: np.ndarray, A: TorchLinearOperator, M: Any) -> np.ndarray:
+    def _column(self, b: np.ndarray, A: Op, M: Any) -> np.ndarray:
         """Solve for a vector and an operator of size one: SciPy's know eps alone."""
         if not b.any():
             return np.zeros_like(b)
@@ -110,7 +110,7 @@ class IterativeInverse(TorchLinearOperator):
             size = 1.0
         return self._of_size_one(b, A, M) / size * largest
 
-    def _of_size_one(self, b: np.ndarray, A: TorchLinearOperator, M: Any) -> np.ndarray:
+    def _of_size_one(self, b: np.ndarray, A: Op, M: Any) -> np.ndarray:
         if not self.self_adjoint:
             return self._refined(b, A, lambda r, tol: _gmres(A, r, tol, M))
         try:
@@ -123,9 +123,7 @@ class IterativeInverse(TorchLinearOperator):
         except _IndefiniteError:
             return self._refined(b, A, lambda r, tol: _minres(A, r, tol, M))
 
-    def _refined(
-        self, b: np.ndarray, A: TorchLinearOperator, solve: Solve
-    ) -> np.ndarray:
+    def _refined(self, b: np.ndarray, A: Op, solve: Solve) -> np.ndarray:
         """Solve again for the residual, as long as that at least halves it."""
         x, residual = np.zeros_like(b), b
         size = whole = float(np.linalg.norm(b))
@@ -200,7 +198,7 @@ class _IndefiniteError(ArithmeticError):
 class _PositiveCurvature(sparse.LinearOperator):
     """An operator that only multiplies directions of positive curvature."""
 
-    def __init__(self, operator: TorchLinearOperator) -> None:
+    def __init__(self, operator: Op) -> None:
         self._operator = operator
         super().__init__(operator.dtype, operator.shape)
 
@@ -227,9 +225,7 @@ def _gmres(A: Any, r: np.ndarray, rtol: float, M: Any) -> tuple[np.ndarray, int]
 
 
 @verbs.solver.register
-def solver_of_operator(
-    op: TorchLinearOperator, rtol: float | None = None, M: Any = None
-) -> TorchLinearOperator:
+def solver_of_operator(op: Op, rtol: float | None = None, M: Any = None) -> Op:
     """The closed form if there is one, and nothing else was asked for."""
     if rtol is None and M is None:
         try:
@@ -243,9 +239,7 @@ def solver_of_operator(
 
 
 @verbs.solver.register
-def solver_of_damped(
-    op: Damped, rtol: float | None = None, M: Any = None
-) -> TorchLinearOperator:
+def solver_of_damped(op: Damped, rtol: float | None = None, M: Any = None) -> Op:
     """Derivatives in δ go around what solves, also around an iteration."""
     A, damping = op.operator, op.damping
     if not isinstance(damping, Tensor) or A.requires_grad:
@@ -258,7 +252,7 @@ def solver_of_damped(
 @verbs.solver.register
 def solver_of_block_diagonal(
     op: BlockDiagonal, rtol: float | None = None, M: Any = None
-) -> TorchLinearOperator:
+) -> Op:
     """Block by block."""
     if M is not None or not op.has_square_blocks:
         return solver_of_operator(op, rtol, M)
@@ -266,13 +260,13 @@ def solver_of_block_diagonal(
 
 
 @singledispatch
-def preconditioner(op: TorchLinearOperator) -> TorchLinearOperator | None:
+def preconditioner(op: Op) -> Op | None:
     """Return an approximation of the inverse that iterations take if none is given."""
     return None
 
 
 @preconditioner.register
-def preconditioner_of_sum(op: Sum) -> TorchLinearOperator | None:
+def preconditioner_of_sum(op: Sum) -> Op | None:
     """Of A + P with a positive diagonal P: (A + p̄ I)⁻¹ where that has a closed form.
 
     A Kronecker-factored A and a prior by entry: the condition is that of P then.

@@ -30,7 +30,7 @@ from tqdm.auto import tqdm
 
 from vivit_linop.bars import bar
 from vivit_linop.noise import Noise
-from vivit_linop.operators.base import TorchLinearOperator
+from vivit_linop.operators.base import Op, TorchLinearOperator
 from vivit_linop.operators.eigenpairs import outwards
 from vivit_linop.operators.elementary import Dense, Scaled
 from vivit_linop.operators.symmetric import threads_for
@@ -67,18 +67,16 @@ class Wanted:
     restarts: int | None = None
 
 
-Solver = Callable[[TorchLinearOperator, Wanted], tuple[Tensor, Tensor]]
+Solver = Callable[[Op, Wanted], tuple[Tensor, Tensor]]
 """What finds eigenvalues ``[k]``, ascending, and orthonormal columns ``[n, k]``.
 
 In the dtype of the operator, which is self-adjoint; raises NotConverged if it gives up.
 """
 
 
-def by_arpack(
-    A: TorchLinearOperator | np.ndarray, wanted: Wanted
-) -> tuple[Tensor, Tensor]:
+def by_arpack(A: Op | np.ndarray, wanted: Wanted) -> tuple[Tensor, Tensor]:
     """By SciPy's ARPACK; the pairs are on the host."""
-    if isinstance(A, TorchLinearOperator):
+    if isinstance(A, Op):
         return _with_all_copies(A, _arpack, wanted)
     with threads_for(len(A)):
         return _with_all_copies(_OnHost(A), _arpack, wanted)
@@ -103,7 +101,7 @@ class _OnHost(Dense):
         return self._symv(1.0, self._columns, x)
 
 
-def _arpack(A: TorchLinearOperator, wanted: Wanted) -> tuple[Tensor, Tensor]:
+def _arpack(A: Op, wanted: Wanted) -> tuple[Tensor, Tensor]:
     v0 = wanted.start.cpu().numpy().astype(A.dtype)
     k, which, tol, restarts = wanted.k, wanted.which, wanted.tol, wanted.restarts
     try:
@@ -128,14 +126,14 @@ def _arpack(A: TorchLinearOperator, wanted: Wanted) -> tuple[Tensor, Tensor]:
 
 
 def by_lanczos(
-    A: TorchLinearOperator, wanted: Wanted, hidden: float | None = None
+    A: Op, wanted: Wanted, hidden: float | None = None
 ) -> tuple[Tensor, Tensor]:
     """By thick-restart Lanczos; nothing leaves the device but what a restart needs."""
     return _with_all_copies(A, partial(_lanczos, hidden=hidden), wanted)
 
 
 def _lanczos(
-    A: TorchLinearOperator, wanted: Wanted, hidden: float | None = None
+    A: Op, wanted: Wanted, hidden: float | None = None
 ) -> tuple[Tensor, Tensor]:
     v0 = wanted.start.to(A.device, A.torch_dtype)
     most = wanted.restarts or 10 * len(v0)
@@ -143,7 +141,7 @@ def _lanczos(
     return lanczos(_product_with(A), v0, *own, most, hidden)
 
 
-def _product_with(A: TorchLinearOperator) -> Product:
+def _product_with(A: Op) -> Product:
     return lambda x: A.apply(x.unsqueeze(1)).squeeze(1)
 
 
@@ -156,7 +154,7 @@ def solver_on(device: torch.device) -> str:
 
 
 def failed(
-    error: NotConverged | ArpackError, k: int, op: TorchLinearOperator, solver: str
+    error: NotConverged | ArpackError, k: int, op: Op, solver: str
 ) -> RuntimeError:
     """Return what to say where a solver gives up."""
     name = type(op).__name__
@@ -177,16 +175,14 @@ def krylov_products(k: int) -> int:
     return 20 + 4 * k + PROBE
 
 
-def start_of(op: TorchLinearOperator) -> Tensor:
+def start_of(op: Op) -> Tensor:
     """Return the vector that a solver begins with, the same at each call."""
     start = np.random.default_rng(0).standard_normal(op.shape[0])
     return torch.from_numpy(start).to(op.torch_dtype)
 
 
 @contextlib.contextmanager
-def watched(
-    op: TorchLinearOperator, k: int, total: int
-) -> Iterator[TorchLinearOperator]:
+def watched(op: Op, k: int, total: int) -> Iterator[Op]:
     """Count products on a bar on stderr while k eigenpairs are computed from them.
 
     Args:
@@ -203,12 +199,12 @@ def watched(
 class Counted(TorchLinearOperator):
     """An operator that tells a bar how many columns it has multiplied."""
 
-    def __init__(self, op: TorchLinearOperator, shown: tqdm) -> None:
+    def __init__(self, op: Op, shown: tqdm) -> None:
         super().__init__(op.shape, op.torch_dtype, op.device)
         self.self_adjoint = op.self_adjoint
         self._op, self._bar = op, shown
 
-    def _made_of(self) -> tuple[TorchLinearOperator]:
+    def _made_of(self) -> tuple[Op]:
         return (self._op,)
 
     def _multiply(self, X: Tensor) -> Tensor:
@@ -232,7 +228,7 @@ class _Deflated(TorchLinearOperator):
 
     self_adjoint = True
 
-    def __init__(self, A: TorchLinearOperator, vectors: Tensor, value: float) -> None:
+    def __init__(self, A: Op, vectors: Tensor, value: float) -> None:
         super().__init__(A.shape, A.torch_dtype, A.device)
         self._inner, self._value = A, value
         self._vectors = vectors.to(A.device, A.torch_dtype)
@@ -244,9 +240,7 @@ class _Deflated(TorchLinearOperator):
         return Y - E @ (E.T @ Y - self._value * along)
 
 
-def _with_all_copies(
-    A: TorchLinearOperator, solve: Solver, wanted: Wanted
-) -> tuple[Tensor, Tensor]:
+def _with_all_copies(A: Op, solve: Solver, wanted: Wanted) -> tuple[Tensor, Tensor]:
     """Return what is wanted, also where a solver has passed over some.
 
     A Krylov space of one vector has one eigenvector to an eigenvalue. The others to it
@@ -278,7 +272,7 @@ def _with_all_copies(
 
 
 def _ritz_values_outside(
-    A: TorchLinearOperator, vectors: Tensor, size: float, steps: int, noise: Noise
+    A: Op, vectors: Tensor, size: float, steps: int, noise: Noise
 ) -> Tensor:
     """Ritz values of Lanczos steps orthogonal to eigenvectors ``[n, k]`` of a size.
 

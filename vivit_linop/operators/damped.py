@@ -19,7 +19,7 @@ from torch import Tensor
 from vivit_linop.arguments import Scalar, as_scalar
 from vivit_linop.modes import is_followed
 from vivit_linop.operators import verbs
-from vivit_linop.operators.base import TorchLinearOperator
+from vivit_linop.operators.base import Op, TorchLinearOperator
 from vivit_linop.operators.elementary import Dense, Diagonal, OfOperator, Sum, mirrored
 from vivit_linop.operators.lowrank import LowRank, Woodbury
 
@@ -34,13 +34,13 @@ class Damped(OfOperator):
         damping: δ.
     """
 
-    def __init__(self, operator: TorchLinearOperator, damping: Scalar) -> None:
+    def __init__(self, operator: Op, damping: Scalar) -> None:
         self.operator, self.damping = operator, as_scalar(damping)
         TorchLinearOperator.__init__(
             self, operator.shape, operator._own_dtype, operator._own_device
         )
 
-    def _mirrors(self, other: TorchLinearOperator) -> bool:
+    def _mirrors(self, other: Op) -> bool:
         if not isinstance(other, Damped):
             return False
         one, two = self.damping, other.damping
@@ -49,7 +49,7 @@ class Damped(OfOperator):
             return False
         return mirrored(self.operator, other.operator)
 
-    def _made_of(self) -> tuple[Scalar | TorchLinearOperator, ...]:
+    def _made_of(self) -> tuple[Scalar | Op, ...]:
         return (self.damping, self.operator)
 
     def _multiply(self, X: Tensor) -> Tensor:
@@ -91,16 +91,11 @@ class DampedInverse(OfOperator):
         inverse: (A + δ I)⁻¹ at the value of δ.
     """
 
-    def __init__(
-        self,
-        operator: TorchLinearOperator,
-        damping: Tensor,
-        inverse: TorchLinearOperator,
-    ) -> None:
+    def __init__(self, operator: Op, damping: Tensor, inverse: Op) -> None:
         self.operator, self.damping, self.inverse = operator, damping, inverse
         super().__init__(inverse.shape, inverse._own_dtype, inverse._own_device)
 
-    def _made_of(self) -> tuple[Tensor, TorchLinearOperator]:
+    def _made_of(self) -> tuple[Tensor, Op]:
         return (self.damping, self.operator)
 
     def _multiply(self, X: Tensor) -> Tensor:
@@ -117,7 +112,7 @@ class _Solve(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(X: Tensor, damping: Tensor, inverse: TorchLinearOperator) -> Tensor:
+    def forward(X: Tensor, damping: Tensor, inverse: Op) -> Tensor:
         return inverse.apply(X)
 
     @staticmethod
@@ -145,11 +140,11 @@ class WeightedRows(TorchLinearOperator):
         factor: V, ``[D, R]``.
     """
 
-    def __init__(self, weights: Tensor, factor: TorchLinearOperator) -> None:
+    def __init__(self, weights: Tensor, factor: Op) -> None:
         self.weights, self.factor = weights, factor
         super().__init__(factor.shape, factor._own_dtype, factor._own_device)
 
-    def _made_of(self) -> tuple[Tensor, TorchLinearOperator]:
+    def _made_of(self) -> tuple[Tensor, Op]:
         return (self.weights, self.factor)
 
     def _multiply(self, X: Tensor) -> Tensor:
@@ -220,7 +215,7 @@ class DiagonalWoodbury(TorchLinearOperator):
         factor: Any = self.woodbury.operator.factor
         return factor.weights
 
-    def _made_of(self) -> tuple[TorchLinearOperator]:
+    def _made_of(self) -> tuple[Op]:
         return (self.operator,)
 
     def _multiply(self, X: Tensor) -> Tensor:

@@ -14,7 +14,13 @@ from vivit_linop.arguments import Scalar, as_count, as_numbers
 from vivit_linop.modes import is_followed
 from vivit_linop.noise import Noise
 from vivit_linop.operators import verbs
-from vivit_linop.operators.base import TorchLinearOperator, in_common, settle, settled
+from vivit_linop.operators.base import (
+    Op,
+    TorchLinearOperator,
+    in_common,
+    settle,
+    settled,
+)
 from vivit_linop.operators.lowrank import Gram, LowRank
 from vivit_linop.operators.symmetric import symmetric_eigenvalues, without_noise
 from vivit_linop.ranks.alone import Ranks
@@ -126,7 +132,7 @@ def dense_over(ranks: Ranks, matrix: Tensor) -> Dense:
     return SharedDense(matrix, ranks) if ranks.is_many else Dense(matrix)
 
 
-def as_dense(op: TorchLinearOperator) -> Dense:
+def as_dense(op: Op) -> Dense:
     """Return the matrix of an operator as a node, which the same processes have."""
     matrix = op.matrix if isinstance(op, Gram) else verbs.to_dense(op)
     return dense_over(op.ranks, matrix)
@@ -168,7 +174,7 @@ class Diagonal(TorchLinearOperator):
     def _made_of(self) -> tuple[Tensor]:
         return (self.entries,)
 
-    def _mirrors(self, other: TorchLinearOperator) -> bool:
+    def _mirrors(self, other: Op) -> bool:
         return isinstance(other, Diagonal) and _one_place(self.entries, other.entries)
 
     def _multiply(self, X: Tensor) -> Tensor:
@@ -178,14 +184,14 @@ class Diagonal(TorchLinearOperator):
 class OfOperator(TorchLinearOperator):
     """What is made of an operator A, and self-adjoint where A is."""
 
-    operator: TorchLinearOperator
+    operator: Op
 
     @property
     def self_adjoint(self) -> bool:  # type: ignore[override]
         """Whether A is."""
         return self.operator.self_adjoint
 
-    def _made_of(self) -> Sequence[Scalar | TorchLinearOperator]:
+    def _made_of(self) -> Sequence[Scalar | Op]:
         return (self.operator,)
 
 
@@ -280,12 +286,12 @@ class Adjoint(TorchLinearOperator):
         parent: The operator; ``Adjoint(A).parent is A`` is how rules recognise A.
     """
 
-    def __init__(self, parent: TorchLinearOperator) -> None:
+    def __init__(self, parent: Op) -> None:
         self.parent = parent
         rows, columns = parent.shape
         super().__init__((columns, rows), parent._own_dtype, parent._own_device)
 
-    def _made_of(self) -> tuple[TorchLinearOperator]:
+    def _made_of(self) -> tuple[Op]:
         return (self.parent,)
 
     def _multiply(self, X: Tensor) -> Tensor:
@@ -303,7 +309,7 @@ class Scaled(OfOperator):
         operator: The operator.
     """
 
-    def __init__(self, factor: Scalar, operator: TorchLinearOperator) -> None:
+    def __init__(self, factor: Scalar, operator: Op) -> None:
         if isinstance(factor, Tensor) and factor.device.type != "cpu":
             # A number of the host goes with tensors anywhere, any other decides.
             operator = settle(operator, None, factor.device)
@@ -315,7 +321,7 @@ class Scaled(OfOperator):
     ) -> Scaled:
         return Scaled(self.factor, settle(self.operator, dtype, device))
 
-    def _made_of(self) -> tuple[Scalar | TorchLinearOperator, ...]:
+    def _made_of(self) -> tuple[Scalar | Op, ...]:
         return (self.factor, self.operator)
 
     def _multiply(self, X: Tensor) -> Tensor:
@@ -325,7 +331,7 @@ class Scaled(OfOperator):
         return self.factor * self.operator.T.apply(X)
 
 
-def as_multiple(op: TorchLinearOperator) -> tuple[TorchLinearOperator, Scalar]:
+def as_multiple(op: Op) -> tuple[Op, Scalar]:
     """Return A and c of a multiple c A; an operator that is none, and 1."""
     return (op.operator, op.factor) if isinstance(op, Scaled) else (op, 1.0)
 
@@ -337,7 +343,7 @@ class Sum(TorchLinearOperator):
         terms: At least one.
     """
 
-    def __init__(self, *terms: TorchLinearOperator) -> None:
+    def __init__(self, *terms: Op) -> None:
         self.terms = tuple(settled(terms))
         super().__init__(terms[0].shape, *in_common(*terms))
 
@@ -347,13 +353,13 @@ class Sum(TorchLinearOperator):
         rest = [term for term in self.terms if not term.self_adjoint]
         return not rest or _is_mirrored(rest, rest)
 
-    def _mirrors(self, other: TorchLinearOperator) -> bool:
+    def _mirrors(self, other: Op) -> bool:
         return isinstance(other, Sum) and _is_mirrored(self.terms, other.terms)
 
     def _settled(self, dtype: torch.dtype | None, device: torch.device | None) -> Sum:
         return Sum(*(settle(term, dtype, device) for term in self.terms))
 
-    def _made_of(self) -> tuple[TorchLinearOperator, ...]:
+    def _made_of(self) -> tuple[Op, ...]:
         return self.terms
 
     def _multiply(self, X: Tensor) -> Tensor:
@@ -370,7 +376,7 @@ class Product(TorchLinearOperator):
         factors: From left to right, at least one.
     """
 
-    def __init__(self, *factors: TorchLinearOperator) -> None:
+    def __init__(self, *factors: Op) -> None:
         self.factors = factors
         super().__init__(
             (factors[0].shape[0], factors[-1].shape[1]), *in_common(*factors)
@@ -404,12 +410,12 @@ class Product(TorchLinearOperator):
                 return self.reduced
         raise missing
 
-    def _mirrors(self, other: TorchLinearOperator) -> bool:
+    def _mirrors(self, other: Op) -> bool:
         if not isinstance(other, Product) or len(self.factors) != len(other.factors):
             return False
         return all(map(mirrored, self.factors, reversed(other.factors)))
 
-    def _made_of(self) -> tuple[TorchLinearOperator, ...]:
+    def _made_of(self) -> tuple[Op, ...]:
         return self.factors
 
     def _multiply(self, X: Tensor) -> Tensor:
@@ -423,7 +429,7 @@ class Product(TorchLinearOperator):
         return X
 
 
-def mirrored(left: TorchLinearOperator, right: TorchLinearOperator) -> bool:
+def mirrored(left: Op, right: Op) -> bool:
     """Whether an operator is the adjoint of another, as far as nodes can tell."""
     if isinstance(left, Adjoint):
         return verbs.same(left.parent, right)
@@ -432,9 +438,7 @@ def mirrored(left: TorchLinearOperator, right: TorchLinearOperator) -> bool:
     return verbs.same(left, right.T) or left._mirrors(right)
 
 
-def _is_mirrored(
-    left: Sequence[TorchLinearOperator], right: Sequence[TorchLinearOperator]
-) -> bool:
+def _is_mirrored(left: Sequence[Op], right: Sequence[Op]) -> bool:
     """Whether the adjoints of some terms are others, in any order."""
     rest = list(right)
     for term in left:
@@ -446,7 +450,7 @@ def _is_mirrored(
 
 
 @verbs.same.register
-def same_dense(left: Dense, right: TorchLinearOperator) -> bool:
+def same_dense(left: Dense, right: Op) -> bool:
     """Those of one matrix in memory."""
     return isinstance(right, Dense) and _one_place(left.matrix, right.matrix)
 

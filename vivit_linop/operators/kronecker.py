@@ -13,7 +13,13 @@ from torch import Tensor
 
 from vivit_linop.arguments import as_list, as_numbers
 from vivit_linop.operators import verbs
-from vivit_linop.operators.base import TorchLinearOperator, in_common, settle, settled
+from vivit_linop.operators.base import (
+    Op,
+    TorchLinearOperator,
+    in_common,
+    settle,
+    settled,
+)
 from vivit_linop.operators.elementary import Dense, _as_tensor, mirrored
 from vivit_linop.operators.symmetric import symmetric_eigenpairs
 
@@ -40,7 +46,7 @@ class BlockDiagonal(TorchLinearOperator):
 
     def __init__(
         self,
-        blocks: Sequence[TorchLinearOperator | Tensor | np.ndarray],
+        blocks: Sequence[Op | Tensor | np.ndarray],
         indices: Sequence[Tensor] | None = None,
     ) -> None:
         self.blocks = settled(as_operators(blocks, "blocks"))
@@ -85,11 +91,11 @@ class BlockDiagonal(TorchLinearOperator):
             result[index] = part.to(dtype)
         return result
 
-    def like(self, blocks: Sequence[TorchLinearOperator]) -> BlockDiagonal:
+    def like(self, blocks: Sequence[Op]) -> BlockDiagonal:
         """Return the operator of other blocks at the same places."""
         return BlockDiagonal(blocks, self.indices)
 
-    def _mirrors(self, other: TorchLinearOperator) -> bool:
+    def _mirrors(self, other: Op) -> bool:
         return (
             isinstance(other, BlockDiagonal)
             and self.has_places_of(other)
@@ -109,7 +115,7 @@ class BlockDiagonal(TorchLinearOperator):
     ) -> BlockDiagonal:
         return self.like([settle(block, dtype, device) for block in self.blocks])
 
-    def _made_of(self) -> Sequence[TorchLinearOperator]:
+    def _made_of(self) -> Sequence[Op]:
         return self.blocks
 
     def _multiply(self, X: Tensor) -> Tensor:
@@ -137,7 +143,7 @@ class Kronecker(TorchLinearOperator):
         tensor([1., 2.])
     """
 
-    def __init__(self, *factors: TorchLinearOperator | Tensor | np.ndarray) -> None:
+    def __init__(self, *factors: Op | Tensor | np.ndarray) -> None:
         self.factors = tuple(settled(as_operators(factors, "factors")))
         super().__init__(
             (
@@ -176,7 +182,7 @@ class Kronecker(TorchLinearOperator):
         """The Kronecker product of the factors' eigenvectors."""
         return Kronecker(*(vectors for _, vectors in self.factor_eigenpairs))
 
-    def _mirrors(self, other: TorchLinearOperator) -> bool:
+    def _mirrors(self, other: Op) -> bool:
         return isinstance(other, Kronecker) and _all_mirrored(
             self.factors, other.factors
         )
@@ -186,7 +192,7 @@ class Kronecker(TorchLinearOperator):
     ) -> Kronecker:
         return Kronecker(*(settle(part, dtype, device) for part in self.factors))
 
-    def _made_of(self) -> Sequence[TorchLinearOperator]:
+    def _made_of(self) -> Sequence[Op]:
         return self.factors
 
     def _multiply(self, X: Tensor) -> Tensor:
@@ -246,7 +252,7 @@ class CorrectedKronecker(TorchLinearOperator):
         """Q."""
         return self.basis.eigenvectors
 
-    def _made_of(self) -> Sequence[TorchLinearOperator | Tensor]:
+    def _made_of(self) -> Sequence[Op | Tensor]:
         return (self.basis, self.eigenvalues)
 
     def _multiply(self, X: Tensor) -> Tensor:
@@ -257,9 +263,7 @@ class CorrectedKronecker(TorchLinearOperator):
 
 
 @verbs.same.register
-def same_corrected_kronecker(
-    left: CorrectedKronecker, right: TorchLinearOperator
-) -> bool:
+def same_corrected_kronecker(left: CorrectedKronecker, right: Op) -> bool:
     """Those of one basis with the same eigenvalues, such as multiples made twice."""
     if left is right:
         return True
@@ -316,7 +320,7 @@ class KhatriRao(TorchLinearOperator):
         return torch.einsum("pr,qr,pqk->rk", self.left, self.right, X)
 
 
-def as_operators(given: Any, name: str) -> list[TorchLinearOperator]:
+def as_operators(given: Any, name: str) -> list[Op]:
     """Return a list of operators and matrices as operators.
 
     Raises:
@@ -324,11 +328,11 @@ def as_operators(given: Any, name: str) -> list[TorchLinearOperator]:
         ValueError: If it is empty.
     """
     what = "operators or matrices"
-    if isinstance(given, (TorchLinearOperator, Tensor, np.ndarray)):
+    if isinstance(given, (Op, Tensor, np.ndarray)):
         raise TypeError(f"{name}: a list of {what}, got one {type(given).__name__}.")
-    operators: list[TorchLinearOperator] = []
+    operators: list[Op] = []
     for position, part in enumerate(as_list(given, name, what)):
-        if not isinstance(part, TorchLinearOperator):
+        if not isinstance(part, Op):
             try:
                 part = Dense(part)
             except (TypeError, ValueError) as error:
@@ -339,15 +343,11 @@ def as_operators(given: Any, name: str) -> list[TorchLinearOperator]:
     return operators
 
 
-def _all_mirrored(
-    left: Sequence[TorchLinearOperator], right: Sequence[TorchLinearOperator]
-) -> bool:
+def _all_mirrored(left: Sequence[Op], right: Sequence[Op]) -> bool:
     return len(left) == len(right) and all(map(mirrored, left, right))
 
 
-def _check_partition(
-    blocks: Sequence[TorchLinearOperator], indices: Sequence[Tensor]
-) -> None:
+def _check_partition(blocks: Sequence[Op], indices: Sequence[Tensor]) -> None:
     if len(indices) != len(blocks):
         raise ValueError(
             f"indices: needs one index tensor a block, got {len(indices)} for "

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from vivit_linop.arguments import Scalar, as_scalar, without_gradient
 from vivit_linop.operators import verbs
-from vivit_linop.operators.base import TorchLinearOperator, in_common
+from vivit_linop.operators.base import Op, TorchLinearOperator, in_common
 from vivit_linop.operators.damped_solver import DampedSolver
 from vivit_linop.operators.symmetric import KeptMatrix, Pairs
 from vivit_linop.ranks.alone import RankRows, Ranks
@@ -43,12 +43,7 @@ class Gram(TorchLinearOperator):
             only.
     """
 
-    def __init__(
-        self,
-        left: TorchLinearOperator,
-        right: TorchLinearOperator,
-        kept: KeptMatrix | None = None,
-    ) -> None:
+    def __init__(self, left: Op, right: Op, kept: KeptMatrix | None = None) -> None:
         self.left, self.right = left, right
         self.kept = KeptMatrix() if kept is None else kept
         super().__init__((left.shape[1], right.shape[1]), *in_common(left, right))
@@ -121,7 +116,7 @@ class Gram(TorchLinearOperator):
         """
         return self.kept.eigenvalues(self.on_matrix)
 
-    def _made_of(self) -> tuple[TorchLinearOperator, ...]:
+    def _made_of(self) -> tuple[Op, ...]:
         return (self.left, self.right)
 
     def _multiply(self, X: Tensor) -> Tensor:
@@ -151,11 +146,11 @@ class Centered(TorchLinearOperator):
         tensor([[-2.,  2.]])
     """
 
-    def __init__(self, factor: TorchLinearOperator) -> None:
+    def __init__(self, factor: Op) -> None:
         self.factor = factor
         super().__init__(factor.shape, factor._own_dtype, factor._own_device)
 
-    def _made_of(self) -> tuple[TorchLinearOperator]:
+    def _made_of(self) -> tuple[Op]:
         return (self.factor,)
 
     def _multiply(self, X: Tensor) -> Tensor:
@@ -195,7 +190,7 @@ class LowRank(TorchLinearOperator):
     semidefinite: bool = True
     route: str | None = None
 
-    def __init__(self, factor: TorchLinearOperator, scale: float = 1.0) -> None:
+    def __init__(self, factor: Op, scale: float = 1.0) -> None:
         self.factor, self.scale = factor, without_gradient(scale, "scale")
         if not 0.0 <= self.scale < math.inf:
             raise ValueError(
@@ -270,12 +265,12 @@ class LowRank(TorchLinearOperator):
         node.route = route
         return node
 
-    def _mirrors(self, other: TorchLinearOperator) -> bool:
+    def _mirrors(self, other: Op) -> bool:
         if not isinstance(other, LowRank):
             return False
         return verbs.same(self.factor, other.factor) and self.scale == other.scale
 
-    def _made_of(self) -> tuple[TorchLinearOperator]:
+    def _made_of(self) -> tuple[Op]:
         return (self.factor,)
 
     def _multiply(self, X: Tensor) -> Tensor:
@@ -323,7 +318,7 @@ class DampedRoot(TorchLinearOperator):
         self._values = operator.scale * evals.double().clamp(min=0.0)
         super().__init__(operator.shape, operator._own_dtype, operator._own_device)
 
-    def _made_of(self) -> tuple[Scalar | TorchLinearOperator, ...]:
+    def _made_of(self) -> tuple[Scalar | Op, ...]:
         return (self.damping, self.operator)
 
     @property
@@ -401,12 +396,12 @@ class Woodbury(TorchLinearOperator):
             raise ValueError(error)
         return norm, refines
 
-    def _mirrors(self, other: TorchLinearOperator) -> bool:
+    def _mirrors(self, other: Op) -> bool:
         if not isinstance(other, Woodbury) or self.damping != other.damping:
             return False
         return self.operator._mirrors(other.operator)
 
-    def _made_of(self) -> tuple[TorchLinearOperator]:
+    def _made_of(self) -> tuple[Op]:
         return (self.operator,)
 
     def _factorise(self, damping: float, matrix: Tensor) -> tuple[float, bool, str]:

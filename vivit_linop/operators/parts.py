@@ -9,11 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vivit_linop.operators.base import TorchLinearOperator, in_common, settled
+from vivit_linop.operators.base import Op, TorchLinearOperator, in_common, settled
 from vivit_linop.operators.elementary import OfOperator
 from vivit_linop.operators.kronecker import as_operators
 
-Parts = Sequence[TorchLinearOperator | Tensor | np.ndarray]
+Parts = Sequence[Op | Tensor | np.ndarray]
 
 
 # Operators side by side --------------------------------------------------------------
@@ -28,7 +28,7 @@ class HStack(TorchLinearOperator):
         parts: At least one, with as many rows each.
     """
 
-    def __init__(self, *parts: TorchLinearOperator) -> None:
+    def __init__(self, *parts: Op) -> None:
         self.parts = parts
         super().__init__(
             (parts[0].shape[0], sum(part.shape[1] for part in parts)),
@@ -39,7 +39,7 @@ class HStack(TorchLinearOperator):
         """Cut the rows of a matrix into what each part multiplies."""
         return list(X.split([part.shape[1] for part in self.parts]))
 
-    def _made_of(self) -> Sequence[TorchLinearOperator]:
+    def _made_of(self) -> Sequence[Op]:
         return self.parts
 
     def _multiply(self, X: Tensor) -> Tensor:
@@ -90,7 +90,7 @@ def vstack(parts: Parts) -> TorchLinearOperator:
     return hstack([part.T for part in _checked(parts, axis=1)]).T
 
 
-def _checked(parts: Parts, axis: int) -> list[TorchLinearOperator]:
+def _checked(parts: Parts, axis: int) -> list[Op]:
     """Return the parts as operators of one height, or one width."""
     operators = settled(as_operators(parts, "parts"))
     sizes = {part.shape[axis] for part in operators}
@@ -119,12 +119,12 @@ class Rows(TorchLinearOperator):
         index: Distinct numbers of its rows, ``[k]``, on its device.
     """
 
-    def __init__(self, operator: TorchLinearOperator, index: Tensor) -> None:
+    def __init__(self, operator: Op, index: Tensor) -> None:
         self.operator, self.index = operator, index
         shape = len(index), operator.shape[1]
         super().__init__(shape, operator._own_dtype, operator._own_device)
 
-    def _made_of(self) -> tuple[TorchLinearOperator]:
+    def _made_of(self) -> tuple[Op]:
         return (self.operator,)
 
     def _multiply(self, X: Tensor) -> Tensor:
@@ -143,7 +143,7 @@ class Restricted(OfOperator):
         index: Distinct numbers of its rows, ``[k]``, on its device.
     """
 
-    def __init__(self, operator: TorchLinearOperator, index: Tensor) -> None:
+    def __init__(self, operator: Op, index: Tensor) -> None:
         self.operator, self.index = operator, index
         shape = len(index), len(index)
         super().__init__(shape, operator._own_dtype, operator._own_device)
