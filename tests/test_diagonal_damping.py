@@ -21,6 +21,7 @@ from vivit_linop.operators import (
     LowRank,
     Product,
     Sandwich,
+    WeightedRows,
 )
 
 FLOAT64 = torch.float64
@@ -298,3 +299,17 @@ def test_inverses_of_very_small_and_large_operators(
             rtol=1e-4,
             atol=1e-4 if dtype == torch.float32 else 1e-9,
         )
+
+
+def test_rows_of_a_factor_with_weights():
+    """What has no rule of its own is computed by products."""
+    w, V = torch.rand(6, dtype=FLOAT64) + 0.5, torch.rand(6, 4, dtype=FLOAT64)
+    op, dense, x = (
+        WeightedRows(w, vl.Dense(V)),
+        w[:, None] * V,
+        torch.rand(6, 2).double(),
+    )
+    torch.testing.assert_close(vl.linalg.row_norms_squared(op), (dense**2).sum(1))
+    torch.testing.assert_close(vl.linalg.column_norms_squared(op), (dense**2).sum(0))
+    torch.testing.assert_close((op @ op.T) @ x, dense @ (dense.T @ x))
+    torch.testing.assert_close((op @ op.T).to_dense(), dense @ dense.T)

@@ -14,7 +14,6 @@ from vivit_linop.operators.base import Op
 from vivit_linop.operators.damped import (
     DiagonallyDamped,
     DiagonalWoodbury,
-    WeightedRows,
 )
 from vivit_linop.operators.dispatch import no_eigenpairs
 from vivit_linop.operators.eigenpairs import Eigendecomposition
@@ -86,23 +85,7 @@ def diagonal_of_diagonal_woodbury(op: DiagonalWoodbury) -> Tensor:
     return op.weights.square() * verbs.diagonal(op.woodbury)
 
 
-# diag(w) V ------------------------------------------------------------------------
-
-
-@verbs.row_norms_squared.register
-def row_norms_of_weighted_rows(op: WeightedRows) -> Tensor:
-    return op.weights.square() * verbs.row_norms_squared(op.factor)
-
-
-@verbs.column_norms_squared.register
-def column_norms_of_weighted_rows(op: WeightedRows) -> Tensor:
-    return verbs.gram_blocks(op.factor, op.factor, 1, op.weights.square()).flatten()
-
-
-@verbs.column_pieces.register
-def column_pieces_of_weighted_rows(op: WeightedRows) -> Any:
-    for place, columns in verbs.column_pieces(op.factor):
-        yield place, op.weights[:, None] * columns
+# Derivatives ------------------------------------------------------------------------
 
 
 class LogDet(torch.autograd.Function):

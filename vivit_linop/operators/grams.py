@@ -140,18 +140,6 @@ def gram_matrix_of_weighted_rows(
 
 
 @verbs.outer_matrix.register
-def outer_matrix_of_weighted_rows(factor: WeightedRows) -> Tensor:
-    weights = factor.weights
-    return weights[:, None] * verbs.outer_matrix(factor.factor) * weights
-
-
-@verbs.outer_product.register
-def outer_product_of_weighted_rows(factor: WeightedRows, X: Tensor) -> Tensor:
-    weights = factor.weights[:, None]
-    return weights * verbs.outer_product(factor.factor, weights * X)
-
-
-@verbs.outer_matrix.register
 def outer_matrix_of_operator(factor: Op) -> Tensor:
     dense = factor.to_dense()
     return dense @ dense.T

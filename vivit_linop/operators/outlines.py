@@ -11,9 +11,7 @@ from vivit_linop.arguments import Scalar, as_float
 from vivit_linop.operators.damped import (
     Damped,
     DampedInverse,
-    DiagonallyDamped,
     DiagonalWoodbury,
-    WeightedRows,
 )
 from vivit_linop.operators.dispatch import Operator
 from vivit_linop.operators.elementary import (
@@ -32,7 +30,7 @@ from vivit_linop.operators.kronecker import (
     KhatriRao,
     Kronecker,
 )
-from vivit_linop.operators.lowrank import Centered, DampedRoot, Gram, LowRank, Woodbury
+from vivit_linop.operators.lowrank import DampedRoot, Gram, LowRank, Woodbury
 from vivit_linop.operators.outline import Cost, Outline, outline, total
 from vivit_linop.operators.random_projection import RandomProjection
 
@@ -175,12 +173,6 @@ def outline_of_gram(op: Gram) -> Outline:
 
 
 @outline.register
-def outline_of_centered(op: Centered) -> Outline:
-    cost = total([op.factor], flops=2 * op.shape[1])
-    return Outline("A (I − 1 1ᵀ/R)", [("A", op.factor)], cost)
-
-
-@outline.register
 def outline_of_woodbury(op: Woodbury | DampedRoot) -> Outline:
     inner, small = op.operator, 2.0 * op.operator.small_rows**2
     power, times = "⁻¹", 2
@@ -190,18 +182,6 @@ def outline_of_woodbury(op: Woodbury | DampedRoot) -> Outline:
         times = 4
     cost = total([inner.factor], times, small) if inner.by_gram else Cost(flops=small)
     return Outline(f"(A + δ I){power}, δ = {_number(op.damping)}", [("A", inner)], cost)
-
-
-@outline.register
-def outline_of_weighted_rows(op: WeightedRows) -> Outline:
-    cost = total([op.factor], flops=op.shape[0])
-    return Outline("diag(w) A", [("A", op.factor)], cost)
-
-
-@outline.register
-def outline_of_diagonally_damped(op: DiagonallyDamped) -> Outline:
-    cost = total(op.terms, flops=op.shape[0])
-    return Outline("A + P", [("A", op.low_rank), ("P", op.damping)], cost)
 
 
 @outline.register
