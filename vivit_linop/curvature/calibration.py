@@ -17,14 +17,8 @@ from torch import Tensor, nn
 from vivit_linop.arguments import numbered
 from vivit_linop.curvature.ggn import GGN
 from vivit_linop.curvature.plan import DeviceCosts
-from vivit_linop.linalg.krylov import (
-    SOLVERS,
-    Wanted,
-    by_arpack,
-    krylov_products,
-    solver_on,
-    start_of,
-)
+from vivit_linop.linalg.decompositions import krylov_products
+from vivit_linop.linalg.krylov import SOLVERS, Wanted, by_arpack, solver_on, start_of
 from vivit_linop.modes import guests_to_come, ordinary_mode
 from vivit_linop.noise import Noise
 from vivit_linop.operators.elementary import Dense

@@ -32,8 +32,7 @@ from dataclasses import dataclass, fields
 import torch
 
 from vivit_linop.arguments import as_device, check_real
-from vivit_linop.linalg.decompositions import FEW
-from vivit_linop.linalg.krylov import krylov_products
+from vivit_linop.linalg.decompositions import FEW, krylov_products
 from vivit_linop.net.costs import LayerCost
 
 # What LAPACK takes in float64 by its time in float32 (1.4 to 1.8, 200 to 2,000 rows).

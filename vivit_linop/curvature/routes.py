@@ -26,6 +26,7 @@ from vivit_linop.linalg.decompositions import (
     GramEigenpairs,
     LowRankDecomposition,
     gram_rounding_error,
+    krylov_products,
 )
 from vivit_linop.linalg.iterative import IterativeWoodbury
 from vivit_linop.linalg.krylov import (
@@ -34,7 +35,6 @@ from vivit_linop.linalg.krylov import (
     Wanted,
     by_arpack,
     failed,
-    krylov_products,
     solver_on,
     start_of,
     watched,

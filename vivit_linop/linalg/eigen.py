@@ -7,7 +7,6 @@ closed form gets them by products.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -30,6 +29,7 @@ from vivit_linop.linalg.decompositions import (
     MergedDecomposition,
     ScaledShifted,
     complement,
+    krylov_products,
 )
 from vivit_linop.linalg.krylov import (
     SOLVERS,
@@ -38,7 +38,6 @@ from vivit_linop.linalg.krylov import (
     by_arpack,
     by_lanczos,
     failed,
-    krylov_products,
     solver_on,
     start_of,
 )
@@ -48,7 +47,7 @@ from vivit_linop.operators import verbs
 from vivit_linop.operators.base import Op
 from vivit_linop.operators.damped import Damped, DampedInverse
 from vivit_linop.operators.dispatch import NoClosedForm, no_eigenpairs
-from vivit_linop.operators.eigenpairs import Eigendecomposition, Eigenpairs
+from vivit_linop.operators.eigenpairs import Eigendecomposition, Eigenpairs, Select
 from vivit_linop.operators.elementary import (
     Dense,
     DenseInverse,
@@ -74,10 +73,7 @@ _FIRST_RESTARTS, _ROUGHLY = 50, 0.1
 
 @verbs.eigh.register
 def eigenpairs_of_operator(
-    op: Op,
-    k: int | None = None,
-    select: Callable[[Tensor], Sequence[int] | Tensor] | None = None,
-    rcond: float | None = None,
+    op: Op, k: int | None = None, select: Select = None, rcond: float | None = None
 ) -> Eigenpairs:
     """Where there is no closed form, the k largest by ARPACK."""
     try:
@@ -93,7 +89,7 @@ def eigenpairs_of_operator(
 def eigenpairs_of_multiple(
     op: Scaled | Damped,
     k: int | None = None,
-    select: Callable[[Tensor], Sequence[int] | Tensor] | None = None,
+    select: Select = None,
     rcond: float | None = None,
 ) -> Eigenpairs:
     """The k largest of c A + δ I are those of A, found in the same way, if c > 0."""
@@ -111,10 +107,7 @@ def eigenpairs_of_multiple(
 
 @verbs.eigh.register
 def eigenpairs_of_product(
-    op: Product,
-    k: int | None = None,
-    select: Callable[[Tensor], Sequence[int] | Tensor] | None = None,
-    rcond: float | None = None,
+    op: Product, k: int | None = None, select: Select = None, rcond: float | None = None
 ) -> Eigenpairs:
     """The k largest by products, where no factor narrows what would be a large matrix.
 
@@ -365,11 +358,10 @@ def extreme_eigenpairs_of_operator(
             f"eigh: a tensor of this {type(op).__name__} requires grad, which an "
             "iteration does not pass. Take .detach()ed tensors."
         )
-    n, start = op.shape[0], _start(op, v0)
+    wanted = Wanted(k, _start(op, v0), which, tol or 0.0)
     pairs: Eigenpairs | None = None
-    if n > krylov_products(k):  # of fewer rows the matrix is cheaper
-        solver = route or solver_on(op.device)
-        pairs = _by_iteration(op, k, which, tol or 0.0, start, solver)
+    if op.shape[0] > krylov_products(k):  # of fewer rows the matrix is cheaper
+        pairs = _by_iteration(op, wanted, route or solver_on(op.device))
     if pairs is None:
         matrix = verbs.to_dense(op)
         dense = DenseDecomposition((matrix + matrix.T) / 2, op.ranks)
@@ -377,11 +369,8 @@ def extreme_eigenpairs_of_operator(
     return pairs
 
 
-def _solved(
-    solver: str, k: int, v0: Tensor, which: str, tol: float, A: Op
-) -> tuple[Tensor, Tensor] | None:
+def _solved(solver: str, wanted: Wanted, A: Op) -> tuple[Tensor, Tensor] | None:
     """What a solver finds, soon or where rows are many."""
-    wanted = Wanted(k, v0, which, tol)
     with contextlib.suppress(NotConverged):
         return SOLVERS[solver](A, replace(wanted, restarts=_FIRST_RESTARTS))
     if A.shape[0] <= DENSE_ROWS:
@@ -389,22 +378,16 @@ def _solved(
     return _PATIENT[solver](A, wanted)
 
 
-def _by_iteration(
-    op: Op, k: int, which: str, tol: float, v0: Tensor, solver: str
-) -> Eigenpairs | None:
+def _by_iteration(op: Op, wanted: Wanted, solver: str) -> Eigenpairs | None:
     """None where few rows have a spectrum that no iteration separates."""
-    name = f"{solver} on {type(op).__name__}"
     try:
-        found = led(partial(_solved, solver, k, v0, which, tol), op)
+        found = led(partial(_solved, solver, wanted), op)
     except (NotConverged, ArpackError) as error:
-        raise failed(error, k, op, solver) from error
+        raise failed(error, wanted.k, op, solver) from error
     if found is None:
         return None
-    values, vectors = found
-    pairs = Eigenpairs(
-        values.to(op.device, op.torch_dtype), vectors.to(op.device, op.torch_dtype)
-    )
-    pairs.route = name
+    pairs = Eigenpairs(*(part.to(op.device, op.torch_dtype) for part in found))
+    pairs.route = f"{solver} on {type(op).__name__}"
     return pairs
 
 

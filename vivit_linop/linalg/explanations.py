@@ -10,8 +10,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from vivit_linop.linalg.decompositions import krylov_products
 from vivit_linop.linalg.iterative import IterativeInverse
-from vivit_linop.linalg.krylov import krylov_products, solver_on
+from vivit_linop.linalg.krylov import solver_on
 from vivit_linop.linalg.reductions import narrowest_low_rank
 from vivit_linop.linalg.sandwiches import may_lose_digits
 from vivit_linop.operators import verbs

@@ -29,6 +29,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from vivit_linop.bars import bar
+from vivit_linop.linalg.decompositions import PROBE
 from vivit_linop.noise import Noise
 from vivit_linop.operators.base import Op, TorchLinearOperator
 from vivit_linop.operators.eigenpairs import outwards
@@ -38,9 +39,6 @@ from vivit_linop.operators.symmetric import threads_for
 Product = Callable[[Tensor], Tensor]
 # Rows of the basis beside twice the pairs that are wanted.
 MORE_ROWS = 20
-# Steps that show whether a solver has passed over some pair: with 12 some were not seen
-# that are a twentieth of the spectrum further out, with 16 all.
-PROBE = 16
 # Entries of each row that are replaced at a time, where nothing else holds a basis.
 _PART = 2**20
 # A remainder of rounding errors only, in units of eps and of the largest product: then
@@ -168,11 +166,6 @@ def failed(
         "Eigenvalues that lie close need more vectors: ask for a larger k, or give a "
         "larger tol=, or take the dense way."
     )
-
-
-def krylov_products(k: int) -> int:
-    """How many products ARPACK and Lanczos take for k pairs, in the mean (measured)."""
-    return 20 + 4 * k + PROBE
 
 
 def start_of(op: Op) -> Tensor:

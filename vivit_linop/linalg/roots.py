@@ -7,6 +7,7 @@ columns: ``R @ noise`` with standard normal noise is a sample of N(0, A).
 from __future__ import annotations
 
 from functools import reduce
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -32,6 +33,8 @@ from vivit_linop.operators.elementary import (
 from vivit_linop.operators.kronecker import BlockDiagonal, CorrectedKronecker, Kronecker
 from vivit_linop.operators.lowrank import DampedRoot, Gram, LowRank, Woodbury
 from vivit_linop.operators.symmetric import symmetric_eigenpairs, without_noise
+
+Generator: TypeAlias = torch.Generator | None
 
 # Relative to the largest eigenvalue: what rounding may do to a zero.
 _TOLERANCE = 1e3
@@ -191,27 +194,21 @@ def root_of_inverse(op: Woodbury | DampedInverse) -> Op:
 
 
 @verbs.sample.register
-def samples_of_operator(
-    op: Op, num: int, generator: torch.Generator | None = None
-) -> Tensor:
+def samples_of_operator(op: Op, num: int, generator: Generator = None) -> Tensor:
     """R ε with A = R Rᵀ."""
     root = verbs.sqrt(op)
     return root.apply(_noise(op, root.shape[1], num, generator))
 
 
 @verbs.sample.register
-def samples_of_scaled(
-    op: Scaled, num: int, generator: torch.Generator | None = None
-) -> Tensor:
+def samples_of_scaled(op: Scaled, num: int, generator: Generator = None) -> Tensor:
     if not op.factor >= 0.0:
         return samples_of_operator(op, num, generator)
     return op.factor**0.5 * verbs.sample(op.operator, num, generator)
 
 
 @verbs.sample.register
-def samples_of_damped(
-    op: Damped, num: int, generator: torch.Generator | None = None
-) -> Tensor:
+def samples_of_damped(op: Damped, num: int, generator: Generator = None) -> Tensor:
     """Of low-rank nodes and sums, their samples and √δ ε: there need be no root."""
     of, factor = as_multiple(op.operator)
     adds_up = factor >= 0.0 and op.damping >= 0.0
@@ -222,9 +219,7 @@ def samples_of_damped(
 
 
 @verbs.sample.register
-def samples_of_sum(
-    op: Sum, num: int, generator: torch.Generator | None = None
-) -> Tensor:
+def samples_of_sum(op: Sum, num: int, generator: Generator = None) -> Tensor:
     """Those of the terms add up."""
     return torch.stack([verbs.sample(term, num, generator) for term in op.terms]).sum(0)
 
@@ -233,7 +228,7 @@ def samples_of_sum(
 def samples_of_inverse(
     op: Woodbury | DampedInverse | DiagonalWoodbury,
     num: int,
-    generator: torch.Generator | None = None,
+    generator: Generator = None,
 ) -> Tensor:
     """A⁻¹ times those of A, of covariance A⁻¹ A A⁻¹."""
     return op.apply(verbs.sample(verbs.inv(op), num, generator))
@@ -241,7 +236,7 @@ def samples_of_inverse(
 
 @verbs.sample.register
 def samples_of_block_diagonal(
-    op: BlockDiagonal, num: int, generator: torch.Generator | None = None
+    op: BlockDiagonal, num: int, generator: Generator = None
 ) -> Tensor:
     """Block by block."""
     if not op.has_square_blocks:
@@ -249,7 +244,7 @@ def samples_of_block_diagonal(
     return op.join([verbs.sample(block, num, generator) for block in op.blocks])
 
 
-def _noise(op: Op, rows: int, num: int, generator: torch.Generator | None) -> Tensor:
+def _noise(op: Op, rows: int, num: int, generator: Generator) -> Tensor:
     """Draw ε, the same in all precisions, on all devices and in all processes."""
     noise = torch.randn(
         (rows, num),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from scipy.sparse.linalg import LinearOperator
@@ -14,6 +14,9 @@ from torch import Tensor
 from vivit_linop.arguments import Scalar, as_float, as_numbers, check_k, check_real
 from vivit_linop.drawing import axes_for, numbers
 from vivit_linop.modes import ordinary_mode
+
+Select: TypeAlias = Callable[[Tensor], Sequence[int] | Tensor] | None
+"""A criterion for pairs: it is given all eigenvalues, and returns indices."""
 
 
 class Eigenpairs:
@@ -190,12 +193,7 @@ class Eigendecomposition(ABC):
         """The indices of the pairs that are wanted if nothing is said: all."""
         return torch.arange(self.count, device="cpu")
 
-    def choose(
-        self,
-        k: int | None,
-        select: Callable[[Tensor], Sequence[int] | Tensor] | None,
-        rcond: float | None,
-    ) -> Tensor:
+    def choose(self, k: int | None, select: Select, rcond: float | None) -> Tensor:
         """Turn the arguments of ``eigh`` into indices; checks them first."""
         if k is not None and select is not None:
             raise ValueError("k, select: give one of them, not both.")

@@ -28,7 +28,7 @@ Rules stand in :mod:`vivit_linop.operators.rules` (products, sums, multiples) an
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from functools import singledispatch
 from typing import Any
@@ -45,7 +45,7 @@ from vivit_linop.operators.dispatch import (
     no_root,
     no_rule,
 )
-from vivit_linop.operators.eigenpairs import Eigendecomposition, Eigenpairs
+from vivit_linop.operators.eigenpairs import Eigendecomposition, Eigenpairs, Select
 from vivit_linop.ranks.alone import RankRows
 
 # Expressions ------------------------------------------------------------------------
@@ -444,7 +444,7 @@ def eigendecomposition(op: Any) -> Eigendecomposition:
 def eigh(
     op: Any,
     k: int | None = None,
-    select: Callable[[Tensor], Sequence[int] | Tensor] | None = None,
+    select: Select = None,
     rcond: float | None = None,
 ) -> Eigenpairs:
     """Return eigenpairs of a self-adjoint operator; see ``A.eigh`` for the arguments.
