@@ -12,8 +12,6 @@ import itertools
 from collections.abc import Iterator
 from typing import Any
 
-from torch import Tensor
-
 from vivit_linop.arguments import check_function
 from vivit_linop.devices import is_out_of_memory
 from vivit_linop.risk.data.batches import numbers_of
@@ -75,7 +73,6 @@ class Search:
         if take is not None and sample_axis is not None:
             raise TypeError("sample_axis: with take and count it is not needed.")
         self._axis, self.ways = sample_axis, list[Samples]()
-        self._is_plain = False  # whether all were two tensors, and are nothing else
         self._given: Samples | None = None
         if take is not None and count is not None:
             self._given = Given(take, count)
@@ -99,12 +96,6 @@ class Search:
         Raises:
             ValueError: If nobody knows, or it is none.
         """
-        free = self._axis is None and self._given is None
-        if (self._is_plain or (not index and free)) and _are_rows(X, y):
-            if not index:
-                self.ways = _ways_of_rows(X)
-                self._is_plain = len(self.ways) == 1
-            return len(y)
         if self._axis is not None and not self.ways:
             self._given = chosen_by_user(self._axis, X)
             self.ways = [self._given]
@@ -113,7 +104,9 @@ class Search:
         numbers = _numbers_by_input(X) or numbers_of(y, index)
         if listed := _are_listed(X, y):
             numbers = [len(y), *numbers]
-        for n in dict.fromkeys([*_numbers_of_graphs(X, numbers), *numbers]):
+        # Nodes are no samples: edges are there to mix them.
+        graphs = [n for n, nodes in _numbers_of_graphs(X) if nodes in numbers]
+        for n in dict.fromkeys([*graphs, *numbers]):
             if index == 0:
                 fitting = ways_of(X, n)
                 fitting.sort(key=lambda way: listed and not isinstance(way, Listing))
@@ -121,7 +114,6 @@ class Search:
                 fitting = [way for way in self.ways if way.fits(X, n)]
             if fitting:
                 self.ways = fitting
-                self._is_plain = len(fitting) == 1 and _are_rows(X, y)
                 return n
         raise ValueError(
             f"data: batch {index} has {numbers[0]} samples in y and "
@@ -168,28 +160,14 @@ class Search:
         return int(n)
 
 
-def _are_rows(X: Any, y: Any) -> bool:
-    """Whether inputs and targets are tensors with a row for each sample."""
-    return (
-        isinstance(X, Tensor)
-        and isinstance(y, Tensor)
-        and not X.is_nested
-        and X.ndim > 0
-        and y.ndim > 0
-        and len(X) == len(y) > 0
-    )
-
-
 def number_without_targets(X: Any, sample_axis: Any = None) -> int | None:
     """Return how many samples an input has if it shows that itself."""
     if sample_axis is not None:
         return chosen_by_user(sample_axis, X).number(X)
     if found := _numbers_by_input(X):
         return found[0]
-    for graphs in Graphs.possible(X):
-        n = graphs.number(X)
-        if n < graphs.nodes(X) and graphs.fits(X, n):
-            return n
+    for n, _ in _numbers_of_graphs(X):
+        return n
     for at, tensor in enumerate(leaves(X)):
         if tensor.ndim == 1 and Bags(at, False).fits(X, len(tensor)):
             return len(tensor)
@@ -213,23 +191,16 @@ def _numbers_by_input(X: Any) -> list[int]:
     return [n for n in found if n is not None]
 
 
-def _numbers_of_graphs(X: Any, numbers: list[int]) -> list[int]:
-    """How many graphs there are, if there are as many targets as nodes.
-
-    Nodes are no samples: edges are there to mix them.
-    """
-    found = []
+def _numbers_of_graphs(X: Any) -> Iterator[tuple[int, int]]:
+    """How many graphs there may be, and how many nodes these have."""
     for way in Graphs.possible(X):
         n, nodes = way.number(X), way.nodes(X)
-        if n < nodes and nodes in numbers and way.fits(X, n):
-            found.append(n)
-    return found
+        if n < nodes and way.fits(X, n):
+            yield n, nodes
 
 
 def ways_of(X: Any, n: int) -> list[Samples]:
     """Return where n samples of an input may be, the likeliest first."""
-    if is_leaf(X) and X.ndim and len(X) == n:
-        return _ways_of_rows(X)
     units = units_of(X)
     places = [list(_places(unit, n)) for unit in units]
     ways: list[Samples] = []
@@ -251,12 +222,6 @@ def ways_of(X: Any, n: int) -> list[Samples]:
             if not ways or list(chosen) != plain:
                 ways.append(ByUnit(chosen))
     return ways
-
-
-def _ways_of_rows(X: Tensor) -> list[Samples]:
-    """Where the samples of a tensor may be that has a row for each."""
-    axes = (axis for axis in range(X.ndim) if X.shape[axis] == len(X))
-    return [ByUnit([Axis(axis)]) for axis in axes]
 
 
 def _places(unit: Any, n: int) -> Iterator[Place]:
