@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Self
 
@@ -24,6 +23,7 @@ from vivit_linop.risk.kept import Run, Store, next_run
 from vivit_linop.risk.losses.base import OutputLoss
 from vivit_linop.risk.losses.certificates import targets_of
 from vivit_linop.risk.model.functional import FunctionalModel
+from vivit_linop.risk.model.parameters import have_equal_entries
 from vivit_linop.risk.model.same_function import check_alike
 from vivit_linop.risk.model_loss import OutputOf
 from vivit_linop.risk.passes import Cuts, Passes
@@ -390,14 +390,8 @@ def _evaluated(
 
 
 def _same_targets(targets: Any, before: Any) -> bool:
-    pairs = itertools.zip_longest(leaves(targets), leaves(before))
-    return all(
-        a is not None
-        and b is not None
-        and a.shape == b.shape
-        and torch.allclose(a, b, 0.0, 0.0, equal_nan=True)
-        for a, b in pairs
-    )
+    now, then = [*leaves(targets)], [*leaves(before)]
+    return len(now) == len(then) and all(map(have_equal_entries, now, then))
 
 
 # Batches of other sizes --------------------------------------------------------------

@@ -25,13 +25,17 @@ def of_batch(batch: Any) -> bytes:
     """Return a digest of the tensors of one batch, as the loader gives it."""
     digest = hashlib.sha256()
     for leaf in leaves(batch, has_entries):
-        if not isinstance(leaf, Tensor):  # texts, or an array
+        if isinstance(leaf, Tensor):
+            _add(digest, leaf)
+        else:  # texts, or an array
             digest.update(_entries(leaf))
-            continue
-        digest.update(f"{leaf.dtype}{list(leaf.shape)}".encode())
-        for part in strided_parts(leaf):
-            digest.update(_contents(part))
     return digest.digest()
+
+
+def _add(digest: Any, tensor: Tensor, name: str = "") -> None:
+    digest.update(f"{name}{tensor.dtype}{list(tensor.shape)}".encode())
+    for part in strided_parts(tensor):
+        digest.update(_contents(part))
 
 
 def _entries(value: Any) -> bytes:
@@ -76,16 +80,12 @@ def of_samples(batches: Iterable[Batch], search: Search) -> tuple[bytes, list[by
 
 def _of_each(leaves: Sequence[Tensor]) -> Iterator[bytes]:
     """Yield a digest of each row of tensors, whose first axis is as long."""
-    rows = [_contents(_dense(leaf)).reshape(len(leaf), -1) for leaf in leaves]
+    rows = [_contents(leaf.to_dense()).reshape(len(leaf), -1) for leaf in leaves]
     for parts in zip(*rows, strict=True):
         digest = hashlib.sha256()
         for part in parts:
             digest.update(part)
         yield digest.digest()
-
-
-def _dense(leaf: Tensor) -> Tensor:
-    return leaf if leaf.layout == torch.strided else leaf.to_dense()
 
 
 def joined(parts: Iterable[tuple[bytes, list[bytes]]]) -> str:
@@ -102,9 +102,7 @@ def of_tensors(named: Iterable[tuple[str, Tensor]]) -> str:
     """Return a digest of named tensors."""
     digest = hashlib.sha256()
     for name, tensor in named:
-        digest.update(f"{name}{tensor.dtype}{list(tensor.shape)}".encode())
-        for part in strided_parts(tensor):
-            digest.update(_contents(part))
+        _add(digest, tensor, name)
     return digest.hexdigest()
 
 

@@ -58,19 +58,12 @@ class Bags(Samples):
         """Put some bags one after the other."""
         tensors = list(leaves(X))
         offsets, length = tensors[self._place], self._length(tensors)
-        bounds = (
-            offsets
-            if self._closed
-            else torch.cat([offsets, offsets.new_tensor([length])])
-        )
+        end = offsets.new_tensor([] if self._closed else [length])
+        bounds = torch.cat([offsets, end])
         index = index.to(offsets.device)
         sizes = bounds.diff()[index]
-        rows = torch.cat(
-            [
-                torch.arange(*bounds[i : i + 2].tolist(), device="cpu")
-                for i in index.tolist()
-            ]
-        )
+        bags = bounds.unfold(0, 2, 1)[index].tolist()
+        rows = torch.cat([torch.arange(*bag, device="cpu") for bag in bags])
         begins = torch.cat([sizes.new_zeros(1), sizes.cumsum(0)])
         own = begins if self._closed else begins[:-1]
         n, places = len(bounds) - 1, itertools.count()

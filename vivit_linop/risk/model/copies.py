@@ -274,21 +274,13 @@ def _copy_dict(value: dict, copies: Copies) -> Any:  # type: ignore[type-arg]
     return new
 
 
-@_copy.register(list | collections.deque)
-def _copy_list(value: Any, copies: Copies) -> Any:
+@_copy.register(list | collections.deque | set)
+def _copy_items(value: Any, copies: Copies) -> Any:
     new = copies.remember(value, copy.copy(value))
     if not _flat(value):
-        for index, item in enumerate(value):
-            new[index] = copies(item)
-    return new
-
-
-@_copy.register
-def _copy_set(value: set, copies: Copies) -> Any:  # type: ignore[type-arg]
-    new = copies.remember(value, copy.copy(value))
-    if not _flat(value):
+        items = [copies(item) for item in value]
         new.clear()
-        new.update([copies(item) for item in value])
+        (new.update if isinstance(new, set) else new.extend)(items)
     return new
 
 
@@ -417,13 +409,12 @@ def parts_of(value: Any) -> Mapping[Any, Any]:
 
 def _parts_of_function(function: types.FunctionType) -> Mapping[Any, Any]:
     """Its code, what it closes over, its defaults, modules and tensors."""
-    code, defaults = function.__code__, function.__defaults__ or ()
+    code = function.__code__
     cells = zip(code.co_freevars, function.__closure__ or (), strict=True)
     closed = {name: c.cell_contents for name, c in cells if not is_empty(c)}
-    arguments = code.co_varnames[: code.co_argcount][
-        -len(defaults) or code.co_argcount :
-    ]
-    given = dict(zip(arguments, defaults, strict=True))
+    arguments = reversed(code.co_varnames[: code.co_argcount])
+    defaults = reversed(function.__defaults__ or ())
+    given = dict(zip(arguments, defaults, strict=False))
     given |= (function.__kwdefaults__ or {}) | closed
     return {"__code__": code, **_globals(function), **given}
 
