@@ -87,20 +87,11 @@ class ordinary_mode:
         def decorated(*args: P.args, **kwargs: P.kwargs) -> Result:
             if is_dynamo_compiling():
                 return torch.compiler.disable(decorated)(*args, **kwargs)
-            precise = _HERE.depth > 0
-            if not precise:
-                with _PRECISE.lock:
-                    precise = not _PRECISE.undo and not _reduced()
-            if Ranks.are_many and not _HERE.depth:
+            if _HERE.depth and not _to_leave():  # inside already, as most calls are
+                result = function(*args, **kwargs)
+            elif Ranks.are_many and not _HERE.depth:
                 with _shared(function, args, kwargs), ordinary_mode():
                     result = function(*args, **kwargs)
-            elif precise and not _to_leave():
-                # As nearly always, and sooner than to enter a context.
-                _HERE.depth += 1
-                try:
-                    result = function(*args, **kwargs)
-                finally:
-                    _HERE.depth -= 1
             else:
                 with ordinary_mode():
                     result = function(*args, **kwargs)
@@ -305,25 +296,22 @@ class Shared:
                 self.undo.pop()()
 
 
-def _reduced() -> list[tuple[Any, str, object, object]]:
-    """The switches, of all devices in use, by which float32 is computed in less.
-
-    Each as where torch has it, its name, its value and that for full precision.
-    """
-    switches, found = _PRECISIONS["cpu"], []
+def _reduced() -> list[tuple[Any, object]]:
+    """Where, of all devices in use, float32 is computed in less, and in what."""
+    backends, found = _PRECISE_ON["cpu"], []
     if torch.cuda.is_initialized():
-        switches = switches + _PRECISIONS["cuda"]
-    for backend, name, read, full in switches:
-        if (precision := read(name)) not in full:
-            found.append((backend, name, precision, full[0]))
+        backends = backends + _PRECISE_ON["cuda"]
+    for backend in backends:
+        if (precision := getattr(backend, _SWITCH)) not in _FULL:
+            found.append((backend, precision))
     return found
 
 
 def _set_precisions(_: torch.device | None, undo: Undo) -> None:
     """Compute in float32 what is float32."""
-    for backend, name, precision, full in _reduced():
-        undo.append(functools.partial(setattr, backend, name, precision))
-        setattr(backend, name, full)
+    for backend, precision in _reduced():
+        undo.append(functools.partial(setattr, backend, _SWITCH, precision))
+        setattr(backend, _SWITCH, _FULL[0])
 
 
 def _set_for_guests(device: torch.device | None, undo: Undo) -> None:
@@ -357,47 +345,20 @@ _KERNELS: list[tuple[Callable[[], bool], Callable[[bool], object], bool]] = [
     (_SDP.mem_efficient_sdp_enabled, _SDP.enable_mem_efficient_sdp, False),
     (_SDP.cudnn_sdp_enabled, _SDP.enable_cudnn_sdp, False),
 ]
-# By the type of a device, where torch keeps the precision of products of float32, how
-# that is read, and what stands for the full one.
-_Precision = tuple[Any, str, Callable[[str], object], tuple[object, ...]]
-_PRECISIONS: dict[str, list[_Precision]]
-_FULL = ("ieee", "none")
-
-
-def _precision(backend: Any, name: str, full: tuple[object, ...]) -> _Precision:
-    """Return a switch with what reads it, once in each product."""
-    read: Callable[[str], object] = functools.partial(getattr, backend)
-    # Where torch answers by ``__getattr__`` alone, the search that fails before takes
-    # twice as long.
-    if not hasattr(type(backend), name) and hasattr(type(backend), "__getattr__"):
-        read = backend.__getattr__
-    return backend, name, read, full
-
-
-if hasattr(torch.backends, "fp32_precision"):  # since torch 2.9
-    _PRECISIONS = {
-        device: [_precision(part, "fp32_precision", _FULL) for part in parts]
-        for device, parts in {
-            "cpu": [
-                _BACKENDS.mkldnn.matmul,
-                _BACKENDS.mkldnn.conv,
-                _BACKENDS.mkldnn.rnn,
-            ],
-            "cuda": [
-                _BACKENDS.cuda.matmul,
-                _BACKENDS.cudnn.conv,
-                _BACKENDS.cudnn.rnn,
-            ],
-        }.items()
+# By the type of a device, where torch keeps the precision of products of float32; its
+# name there, and what stands for the full one.
+_CPU, _GPU = _BACKENDS.mkldnn, _BACKENDS.cudnn
+_SWITCH: str = "fp32_precision"
+_FULL: tuple[object, ...] = ("ieee", "none")
+_PRECISE_ON: dict[str, list[Any]]
+if hasattr(torch.backends, _SWITCH):  # since torch 2.9
+    _PRECISE_ON = {
+        "cpu": [_CPU.matmul, _CPU.conv, _CPU.rnn],
+        "cuda": [_BACKENDS.cuda.matmul, _GPU.conv, _GPU.rnn],
     }
 else:
-    _PRECISIONS = {
-        "cpu": [],
-        "cuda": [
-            _precision(_BACKENDS.cuda.matmul, "allow_tf32", (False,)),
-            _precision(_BACKENDS.cudnn, "allow_tf32", (False,)),
-        ],
-    }
+    _SWITCH, _FULL = "allow_tf32", (False,)
+    _PRECISE_ON = {"cpu": [], "cuda": [_BACKENDS.cuda.matmul, _GPU]}
 
 
 def _turn_off_cudnn(_: torch.device | None, undo: Undo) -> None:
