@@ -282,3 +282,24 @@ def test_functions_of_parameters_have_the_kind_that_is_given(kind: Any) -> None:
     risk = vl.EmpiricalRisk(function, nn.MSELoss(), (X, NUMBERS), params)
     torch.testing.assert_close(risk.value(), value)
     torch.testing.assert_close(risk.at().value(), value)
+
+
+class Slotted(nn.Linear):
+    """What it reads lies in a slot, and not among its attributes."""
+
+    __slots__ = ("scale",)
+
+    def forward(self, X: Tensor) -> Tensor:
+        return super().forward(X) * self.scale
+
+
+def test_attributes_in_slots() -> None:
+    model, layer = net(), Slotted(3, 4).double()
+    layer.scale = torch.tensor([1.0, 2.0, 0.5, -1.0], dtype=torch.float64)
+    model[0] = layer
+    risk = check(model, nn.CrossEntropyLoss(), CLASSES)
+    gradient = risk.gradient()
+    layer.scale = 2 * layer.scale
+    assert not risk.is_current()
+    assert torch.equal(risk.gradient(), gradient)
+    check(model, nn.CrossEntropyLoss(), CLASSES)

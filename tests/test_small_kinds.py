@@ -105,6 +105,15 @@ def test_class_indices_that_torch_does_not_take(
         vl.EmpiricalRisk(log_probabilities().double(), loss, (X, CLASSES.to(dtype)))
 
 
+def test_smooth_l1_without_a_bend_is_the_absolute_error() -> None:
+    net, y = mlp(4, 5, 3).double(), torch.rand(len(X), 3).double()
+    loss = nn.SmoothL1Loss(beta=0.0)
+    expected = torch.autograd.grad(nn.L1Loss()(net(X), y), list(net.parameters()))
+    risk = vl.EmpiricalRisk(net, loss, (X, y))
+    torch.testing.assert_close(risk.gradient(), risk.flatten(expected))
+    assert not vl.GGN(risk).to_dense().any()
+
+
 @pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int32, torch.int64])
 @pytest.mark.parametrize(
     "loss",

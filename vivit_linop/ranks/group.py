@@ -182,21 +182,13 @@ class Group(Ranks):
         this rank's.
         """
         part: Tensor | None = None
-
-        def compute(ballot: Ballot, *vectors: Tensor) -> Tensor | None:
-            if not self.counts[self.rank]:
-                return None
-            own = local(*vectors)
-            ballot.rows = len(own) if own.ndim else 0
-            return own
-
         try:
             with self.together(name_of(local), *inputs) as ballot:
-                part = compute(ballot, *inputs)
+                if self.counts[self.rank]:
+                    part = local(*inputs)
+                    ballot.rows = len(part) if part.ndim else 0
         except VectorsDifferError as error:
-            theirs = self._those_of_leader(inputs, error)
-            with self.together(name_of(local), *theirs) as ballot:
-                part = compute(ballot, *theirs)
+            return self._part(local, self._those_of_leader(inputs, error))
         if part is not None and all(self.counts):
             return part, part.shape, part.dtype, ballot.heights
         shape, dtype = self.sent(None if part is None else (part.shape, part.dtype))

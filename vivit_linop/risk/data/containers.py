@@ -227,13 +227,16 @@ def _with_attributes(value: Any) -> Opened | None:
 
 def _attributes(value: Any) -> list[str]:
     """The names of all that an object may keep."""
-    slots = (getattr(kind, "__slots__", ()) for kind in type(value).__mro__)
-    return [
-        name
-        for some in (*slots, getattr(value, "__dict__", ()))
-        for name in ([some] if isinstance(some, str) else some)
-        if name not in ("__dict__", "__weakref__")
-    ]
+    return [*slots_of(type(value)), *getattr(value, "__dict__", ())]
+
+
+def slots_of(kind: type) -> Iterator[str]:
+    """The names of the slots of a class that are no dictionary of attributes."""
+    for base in kind.__mro__:
+        slots = vars(base).get("__slots__", ())
+        for name in (slots,) if isinstance(slots, str) else slots:
+            if name not in ("__dict__", "__weakref__"):
+                yield name
 
 
 def leaves(value: Any, stop: Callable[[Any], bool] = _nothing) -> Iterator[Any]:

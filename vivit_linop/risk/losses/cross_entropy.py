@@ -98,11 +98,6 @@ class CrossEntropy(OutputLoss):
                 f"for {num_classes} classes."
             )
 
-    def _class_weights(self, output: Tensor) -> Tensor:
-        if self.class_weight is None:
-            return output.new_ones(output.shape[1])
-        return self.class_weight.to(output)
-
     def weight(self, output: Tensor, target: Tensor) -> Tensor:
         """Torch's divisor: the weights of the classes, or the number of positions."""
         if target.is_floating_point():
@@ -122,7 +117,7 @@ class CrossEntropy(OutputLoss):
             smoothing = self.label_smoothing / output.shape[1]
             a = (1.0 - self.label_smoothing) * a + smoothing
         if self.class_weight is not None:
-            a = a * self._class_weights(output)[:, None]
+            a = a * self.class_weight.to(output)[:, None]
         return a if valid is None else a * valid
 
     def mass(
@@ -135,7 +130,7 @@ class CrossEntropy(OutputLoss):
         valid = index != self.ignore_index
         if self.class_weight is None:  # smoothed labels have the same mass
             return valid.to(output.dtype)
-        weights = self._class_weights(output)
+        weights = self.class_weight.to(output)
         share = self.label_smoothing if smoothing is None else smoothing
         mass = (1.0 - share) * weights[torch.where(valid, index, 0)]
         return (mass + share * weights.mean()) * valid

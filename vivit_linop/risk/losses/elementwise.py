@@ -346,10 +346,7 @@ class Huber(ElementwiseLoss):
 class SmoothL1(Huber):
     """``nn.SmoothL1Loss``: that of Huber with δ = β, over β.
 
-    (f − y)²/(2β) up to |f − y| = β, |f − y| − ½ β beyond.
-
-    Args:
-        delta: β; 0 for the absolute error, which has no curvature.
+    (f − y)²/(2β) up to |f − y| = β, |f − y| − ½ β beyond. β is positive.
     """
 
     name, tested = "SmoothL1Loss", True
@@ -358,13 +355,9 @@ class SmoothL1(Huber):
         return F.smooth_l1_loss(output, target, reduction="sum", beta=self.delta)
 
     def slope(self, output: Tensor, target: Tensor) -> Tensor:
-        if self.delta == 0.0:
-            return (output - target).sign()
         return super().slope(output, target) / self.delta
 
     def curvature(self, output: Tensor, target: Tensor) -> Tensor:
-        if self.delta == 0.0:
-            return torch.zeros_like(output)
         return super().curvature(output, target) / self.delta
 
 

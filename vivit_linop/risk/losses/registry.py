@@ -62,7 +62,10 @@ _BUILDERS: dict[type, Builder] = {
     nn.GaussianNLLLoss: lambda loss: GaussianNLL(loss.full, loss.eps),
     nn.PoissonNLLLoss: lambda loss: PoissonNLL(loss.log_input, loss.full, loss.eps),
     nn.HuberLoss: lambda loss: Huber(loss.delta),
-    nn.SmoothL1Loss: lambda loss: SmoothL1(loss.beta),
+    # With β = 0 it is the absolute error.
+    nn.SmoothL1Loss: lambda loss: (
+        SmoothL1(loss.beta) if loss.beta else AutogradLoss(loss, Tensor.numel)
+    ),
     nn.KLDivLoss: lambda loss: KullbackLeibler(
         loss.log_target, loss.reduction == "batchmean"
     ),

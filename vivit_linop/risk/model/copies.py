@@ -32,6 +32,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
+from vivit_linop.risk.data.containers import slots_of
 from vivit_linop.risk.model.sharded import without_sharding
 
 # Nothing in these is ever replaced.
@@ -472,12 +473,3 @@ def is_empty(cell: types.CellType) -> bool:
 
 def _flat(values: Iterable[Any]) -> bool:
     return ATOMS.issuperset(map(type, values))
-
-
-def slots_of(kind: type) -> Iterable[str]:
-    """The names of the slots of a class that are no dictionary of attributes."""
-    for base in kind.__mro__:
-        slots = base.__dict__.get("__slots__", ())
-        for name in (slots,) if isinstance(slots, str) else slots:
-            if name not in ("__dict__", "__weakref__"):
-                yield name

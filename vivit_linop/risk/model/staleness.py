@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from vivit_linop.devices import tolerated
+from vivit_linop.risk.data.containers import slots_of
 from vivit_linop.risk.model.copies import (
     ATOMS,
     CACHED,
@@ -30,7 +31,6 @@ from vivit_linop.risk.model.copies import (
     is_cached,
     parts_of,
     referent,
-    slots_of,
 )
 from vivit_linop.risk.model.parameters import HALVES, have_equal_entries
 from vivit_linop.risk.model.sharded import without_sharding
