@@ -38,19 +38,10 @@ from vivit_linop.risk.row_layout import RowLayout
 class Risk(ParameterVectors):
     """L(θ) = r Σ_n ℓ(f(x_n, θ), y_n), after a first pass over the data.
 
-    Args:
-        model: The model f.
-        loss: The loss ℓ, as a function of outputs.
-        passes: The data.
-        ranks: The processes that share the samples.
-        memory: What kept linearisations may take, in bytes; None for a share of what
-            is free.
-        check: Whether to check that samples are independent.
-        check_data: Whether to pass over data before that are not listed, to see that
-            they stay; and whether ranks with the same data are an error.
+    Args are those of :class:`EmpiricalRisk`, made ready. With ``check_data`` it is an
+    error, too, if ranks have the same data.
 
     Attributes:
-        model: What was given; so are ``loss``, ``passes``, ``memory`` and ``ranks``.
         outputs: The outputs of each batch.
         all_targets: The targets of each batch.
         num_rows: How many outputs all samples have: the rows of J.

@@ -134,11 +134,6 @@ class ModelLoss:
         form: What the loss is.
         predict: Calls the model for the outputs that the loss takes.
         target: Finds the targets that it takes.
-
-    Raises:
-        TypeError: If ``loss`` is not "model", the model returns no loss, or the batch
-            has no labels.
-        ValueError: If there are no data, or its loss is none that is known.
     """
 
     def __init__(

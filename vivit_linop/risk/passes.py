@@ -236,11 +236,7 @@ class Passes:
         progress: Whether passes that have a name show a bar.
 
     Attributes:
-        data: What was given.
-        search: Where samples are, as far as is known.
-        cuts: Into which parts batches are cut.
         number: How many batches and parts there are, 0 until all have been seen.
-        progress: As given.
     """
 
     @ordinary_mode()

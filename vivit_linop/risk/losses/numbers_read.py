@@ -73,9 +73,7 @@ class NumbersRead:
             space, name, then = known
             now = _numbers_of(space.get(name))
             if not isinstance(then, dict):
-                if now is not then and now != then:
-                    yield known, (None, now)
-                continue
+                now, then = {None: now}, {None: then}
             held = now if isinstance(now, dict) else {}
             # What is new there was not read.
             for key, value in then.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import operator
 from collections.abc import Callable
@@ -272,19 +273,13 @@ class OwnLoss(AutogradLoss):
             found = self._given[name](self.as_returned(output), target)
         if name == "gradient" and self._tree is not None:
             found = self._tree.join(found)
-        got = list(found.shape) if isinstance(found, Tensor) else None
-        if (
-            got is None
-            or len(got) != len(shape)
-            or any(
-                expected not in (None, size)
-                for expected, size in zip(shape, got, strict=True)
-            )
-        ):
+        got = list(found.shape) if isinstance(found, Tensor) else []
+        pairs = itertools.zip_longest(shape, got)
+        if len(got) != len(shape) or any(e not in (None, size) for e, size in pairs):
             expected = str(shape).replace("None", "R")
             raise ValueError(
                 f"loss: {name} of {self.name} must return {expected} for outputs "
                 f"{list(output.shape)} and coupled={self._coupled!r}, got "
-                f"{type(found).__name__ if got is None else got}."
+                f"{got if isinstance(found, Tensor) else type(found).__name__}."
             )
         return found.detach().to(output)

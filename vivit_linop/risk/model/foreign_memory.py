@@ -121,7 +121,7 @@ class ForeignMemory:
 
         What changes before belongs to the net, which runs on several inputs meanwhile.
         """
-        self._drop_changed()
+        self.check()
         self._settled = True
 
     def has_changed(self) -> bool:
@@ -129,27 +129,20 @@ class ForeignMemory:
         return any(part.has_changed for part in self.parts.values())
 
     def check(self) -> None:
-        """Raise an error if something is not what it was."""
-        for part in self.parts.values():
-            if part.has_changed:
-                break
-        else:
-            return
+        """Raise an error if something is not what it was; before that, leave it out."""
+        parts = self.parts
+        changed = [where for where, part in parts.items() if part.has_changed]
         if not self._settled:
-            self._drop_changed()
-            return
-        raise ValueError(
-            f"{self._reader} reads {part.what} behind a global variable or in an "
-            "object that is no module, of which the risk has no copy, and it is not "
-            "what it was when the risk was built. An operator is one matrix: make a "
-            "new risk, or keep it as a tensor on the module (an attribute or a buffer)."
-        )
-
-    def _drop_changed(self) -> None:
-        parts = self.parts.items()
-        changed = {where for where, part in parts if part.has_changed}
-        self._written |= changed
-        self.parts = {where: part for where, part in parts if where not in changed}
+            self._written.update(changed)
+            self.parts = {w: part for w, part in parts.items() if w not in changed}
+        elif changed:
+            raise ValueError(
+                f"{self._reader} reads {parts[changed[0]].what} behind a "
+                "global variable or in an object that is no module, of which the risk "
+                "has no copy, and it is not what it was when the risk was built. An "
+                "operator is one matrix: make a new risk, or keep it as a tensor on "
+                "the module (an attribute or a buffer)."
+            )
 
 
 class _Reads(Watch):

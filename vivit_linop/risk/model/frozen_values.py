@@ -58,17 +58,11 @@ class _Frozen(TorchFunctionMode):
         if switches_gradients(func):
             self._off = not args[0]
             return result
-        detaches = func in DETACHES
         # In the forward pass of a Function gradients are off without the user's word.
         off = self._off or torch.is_inference_mode_enabled()
-        frozen = off or (detaches and torch.is_grad_enabled())
-        if (
-            not frozen
-            or not isinstance(result, Tensor)
-            or any(result is a for a in args)
-        ):
-            return result
-        if not result.is_floating_point():
+        frozen = off or (func in DETACHES and torch.is_grad_enabled())
+        is_new = isinstance(result, Tensor) and all(result is not a for a in args)
+        if not (frozen and is_new and result.is_floating_point()):
             return result
         if self._replay is None:
             self._values.append(result.clone())

@@ -63,13 +63,7 @@ from vivit_linop.risk.model.widened import Widened
 class FunctionalModel:
     """A model as a function of chosen parameters and an input.
 
-    Args:
-        model: An ``nn.Module``, or a callable ``(params, x) -> output``.
-        params: None for all parameters of a module that require grad, an iterable of
-            its ``Parameter``s, or a dict from names to tensors.
-        predict: ``(model, X) -> output``: how a module is called, if not with X.
-        dtype: float32 or float64: the precision of all copies and of inputs; None for
-            that of the parameters.
+    Args are those of :class:`vivit_linop.EmpiricalRisk`, and so are its errors.
 
     Attributes:
         original: What the user gave.
@@ -89,13 +83,6 @@ class FunctionalModel:
         channels_last: Whether it gets images in another order in memory
             (:mod:`vivit_linop.risk.model.memory_format`); not once it has refused.
         is_finite: Whether the parameters are known to hold no NaN or Inf.
-
-    Raises:
-        TypeError: If ``model`` cannot be called, or parameters have dtypes that
-            operators do not.
-        ValueError: If parameters are missing, foreign, listed twice or frozen, or have
-            several dtypes or devices, or hold NaN or Inf; or if a module is in
-            training mode where that makes samples depend on each other or on chance.
     """
 
     def __init__(
