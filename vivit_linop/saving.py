@@ -23,6 +23,7 @@ from vivit_linop.linalg.decompositions import GramEigenpairs
 from vivit_linop.modes import ordinary_mode
 from vivit_linop.operators.eigenpairs import Eigenpairs
 from vivit_linop.operators.lowrank import Gram, LowRank
+from vivit_linop.risk.data.containers import map_leaves
 from vivit_linop.risk.empirical import EmpiricalRisk, check_risk
 
 Saved = Eigenpairs | LowRank | Gram
@@ -187,16 +188,14 @@ def _packed(result: Any, risk: EmpiricalRisk) -> dict[str, Any]:
     )
 
 
-def _without_rest(packed: dict[str, Any]) -> dict[str, Any]:
+def _without_rest(packed: dict[str, Any]) -> Any:
     """Copy the tensors that are a part of a larger memory, which would be saved too."""
-    return {
-        key: _without_rest(value)
-        if isinstance(value, dict)
-        else value.clone()
-        if isinstance(value, Tensor) and value.untyped_storage().nbytes() > value.nbytes
-        else value
-        for key, value in packed.items()
-    }
+
+    def alone(tensor: Tensor) -> Tensor:
+        is_part = tensor.untyped_storage().nbytes() > tensor.nbytes
+        return tensor.clone() if is_part else tensor
+
+    return map_leaves(alone, packed)
 
 
 def _packed_pairs(pairs: GramEigenpairs) -> dict[str, Any]:

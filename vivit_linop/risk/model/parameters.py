@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from vivit_linop.arguments import as_list, check_has_values
-from vivit_linop.graphs import strided
 from vivit_linop.risk.data.containers import strided_parts
 
 # What curvature is computed in.
@@ -319,15 +318,15 @@ class ParameterVectors:
         parts: list[Tensor] = []
         columns: set[int | None] = set()
         for tensor, (name, p) in zip(given, self.params.items(), strict=True):
-            if tensor is not None and not isinstance(tensor, Tensor):
+            if tensor is None:
+                tensor = torch.zeros_like(p)
+            if not isinstance(tensor, Tensor):
                 raise TypeError(
                     f"{argument}: for {name!r} a tensor, got {type(tensor).__name__}."
                 )
-            if tensor is not None:
-                check_has_values(tensor, f"{argument}: that of {name!r}")
-            tensor = strided(tensor)
-            if tensor is None:
-                tensor = torch.zeros_like(p)
+            check_has_values(tensor, f"{argument}: that of {name!r}")
+            if tensor.layout != torch.strided:  # gradients of embeddings may be sparse
+                tensor = tensor.to_dense()
             if name in self.complex_names:
                 tensor = as_pairs(tensor)
             if tensor.shape == p.shape:
