@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -40,28 +41,24 @@ STRUCTURES: dict[str, Callable[[EmpiricalRisk], TorchLinearOperator]] = {
 _RANGE = (1e-8, 1e8)
 
 
-class Moments(NamedTuple):
-    """Mean and covariance of the outputs of samples.
+@dataclass(frozen=True)
+class Predictive:
+    """The distribution of the outputs of a linearised net; unpacks to its moments.
 
     Attributes:
         mean: ``[N*, C]``.
         covariance: ``[N*, C, C]``.
-    """
-
-    mean: Tensor
-    covariance: Tensor
-
-
-class Predictive(Moments):
-    """The distribution of the outputs of a linearised net: a pair of its moments.
-
-    Attributes:
         loss: What says which probabilities outputs stand for.
         shape: That of a sample's outputs, ``[C]`` or with C entries.
     """
 
+    mean: Tensor
+    covariance: Tensor
     loss: OutputLoss
     shape: torch.Size
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter((self.mean, self.covariance))
 
     def probabilities(self, link: Callable[[Tensor], Tensor] | None = None) -> Tensor:
         """Return the probabilities ``[N*, C]`` that outputs stand for.
@@ -286,9 +283,8 @@ class Laplace:
                 options = {"take": found.take, "count": found.number}
             J = Jacobian(outputs, X, params=self.risk.params, **options)
         mean = torch.cat([f.reshape(len(f), -1) for f in J.risk.outputs])
-        predictive = Predictive(mean, predictive_covariance(J, self.covariance))
-        predictive.loss, predictive.shape = self.risk.loss, J.risk.example[0][0].shape
-        return predictive
+        covariance = predictive_covariance(J, self.covariance)
+        return Predictive(mean, covariance, self.risk.loss, J.risk.example[0][0].shape)
 
 
 def last_used(risk: EmpiricalRisk) -> list[str]:
