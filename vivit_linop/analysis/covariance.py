@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from vivit_linop.arguments import check_flag
+from vivit_linop.curvature.blocks import spans_of
 from vivit_linop.curvature.ggn import GGNFactor
 from vivit_linop.curvature.jacobian import Pullback
 from vivit_linop.devices import check_matrix_fits
@@ -32,11 +33,7 @@ class ParameterCovariance:
 
     def __init__(self, matrix: Tensor, risk: EmpiricalRisk) -> None:
         self.matrix, self._risk = matrix, risk
-        ends = torch.tensor(risk.sizes, device="cpu").cumsum(0).tolist()
-        self._places = {
-            name: slice(end - size, end)
-            for name, size, end in zip(risk.params, risk.sizes, ends, strict=True)
-        }
+        self._places = {n: slice(*span) for n, span in spans_of(risk).items()}
 
     def __getitem__(self, names: str | tuple[str, str]) -> Tensor:
         """Return a block, ``[d, d']``."""

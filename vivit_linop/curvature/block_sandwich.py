@@ -14,6 +14,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from vivit_linop.curvature.blocks import places_of
 from vivit_linop.curvature.column_sums import blocks_of_samples, sum_columns
 from vivit_linop.curvature.jacobian import Pullback
 from vivit_linop.linalg.reductions import matrix_of_operator
@@ -122,9 +123,9 @@ def _is_by_parameter(op: BlockDiagonal, risk: EmpiricalRisk) -> bool:
     """Whether each block is of all entries of one parameter, in their order."""
     if [block.shape[0] for block in op.blocks] != risk.sizes:
         return False
-    rows = torch.arange(risk.num_params, device="cpu").split(risk.sizes)
+    rows = places_of(risk, [[name] for name in risk.params])
     return op.indices is None or all(
-        torch.equal(index.cpu(), own)
+        torch.equal(index.to(own.device), own)
         for index, own in zip(op.indices, rows, strict=True)
     )
 

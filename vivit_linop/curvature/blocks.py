@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -114,9 +115,15 @@ def block_diagonal(op: LowRank, blocks: ParameterBlocks) -> BlockDiagonal:
 
 def places_of(risk: EmpiricalRisk, groups: Sequence[Sequence[str]]) -> list[Tensor]:
     """Return the numbers of the rows of groups of parameters."""
-    rows = torch.arange(risk.num_params, device=risk.device).split(risk.sizes)
-    places = dict(zip(risk.params, rows, strict=True))
-    return [torch.cat([places[name] for name in group]) for group in groups]
+    spans = spans_of(risk)
+    rows = partial(torch.arange, device=risk.device)
+    return [torch.cat([rows(*spans[name]) for name in group]) for group in groups]
+
+
+def spans_of(risk: EmpiricalRisk) -> dict[str, tuple[int, int]]:
+    """Return the first row of each parameter, and that after its last."""
+    ends = (0, *accumulate(risk.sizes))
+    return dict(zip(risk.params, pairwise(ends), strict=True))
 
 
 def parameter_groups(risk: EmpiricalRisk, blocks: ParameterBlocks) -> list[list[str]]:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from vivit_linop.arguments import as_count, check_choice, check_finite, check_flag
-from vivit_linop.curvature.blocks import FactorRows, Partition
+from vivit_linop.curvature.blocks import FactorRows, Partition, places_of
 from vivit_linop.curvature.column_sums import sum_columns
 from vivit_linop.curvature.fisher import EmpiricalFisher
 from vivit_linop.curvature.ggn import GGN
@@ -221,12 +221,9 @@ def _placed(
     blocks = [part.block for part in parts]
     if all(part.rows is None for part in parts):
         return blocks, None
-    indices = [
-        _numbers(risk, part.names[0]) if part.rows is None else part.rows
-        for part in parts
-    ]
-    together = torch.cat(indices).to(risk.device)  # the one copy
-    return blocks, list(together.split([*map(len, indices)]))
+    whole = places_of(risk, [part.names[:1] for part in parts])
+    pairs = zip(parts, whole, strict=True)
+    return blocks, [rows if part.rows is None else part.rows for part, rows in pairs]
 
 
 def _approximate(
@@ -272,13 +269,13 @@ def _kronecker_parts(
     groups, names, order = len(factors.B), [name], factors.order
     rows: list[Tensor] | list[None] = [None]
     if groups > 1 or bias is not None or order is not None:
-        numbers = _numbers(risk, name)
+        (numbers,) = places_of(risk, [names])
         if order is not None:
             numbers = numbers[order]
         numbers = numbers.view(groups, factors.B.shape[1], -1)
         if bias is not None:
-            own = _numbers(risk, bias).view(groups, -1, 1)
-            numbers = torch.cat([numbers, own], dim=2)
+            (own,) = places_of(risk, [[bias]])
+            numbers = torch.cat([numbers, own.view(groups, -1, 1)], dim=2)
             names = [name, bias]
         rows = list(numbers.flatten(1))
     parts = []
@@ -287,13 +284,6 @@ def _kronecker_parts(
         block = Kronecker(*(reversed(pair) if factors.inputs_first else pair))
         parts.append(_Part(names, block, numbers_of_group, factors.inputs_first))
     return parts
-
-
-def _numbers(risk: EmpiricalRisk, name: str) -> Tensor:
-    """The numbers of the rows of a parameter."""
-    place = list(risk.params).index(name)
-    start = sum(risk.sizes[:place])
-    return torch.arange(start, start + risk.sizes[place], device="cpu")
 
 
 def _bias_partners(risk: EmpiricalRisk) -> dict[str, str]:
