@@ -242,11 +242,9 @@ class LossHessianSqrt(FactoredOutputOperator):
         risk, loss = hessian.risk, hessian.loss
         if not mc_samples:
             self._columns = root_columns(risk, loss)
-            positions = loss.channels(risk.example[0]).shape[2]
-            width: int | RowLayout = self._columns.width * positions
-            if not risk.layout.is_uniform:
-                width = root_columns(risk, loss, of_all=True).over(risk.ranks)
-            super().__init__(risk, width)
+            whole = root_columns(risk, loss, of_all=True)
+            uniform = risk.layout.is_uniform
+            super().__init__(risk, whole.width if uniform else whole.over(risk.ranks))
         else:
             super().__init__(risk, mc_samples)
             # A draw is kept whatever it takes: a second one would be another matrix.

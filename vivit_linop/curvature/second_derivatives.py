@@ -63,11 +63,6 @@ class Samples:
     u: Tensor
     base: Tensor
 
-    def some(self, index: Tensor, X: Any) -> Samples:
-        """Those of some numbers, which have the input X."""
-        at = index.to(self.base.device)
-        return Samples(X, self.u[at], self.base[at])
-
 
 @dataclass(frozen=True)
 class Slope:
@@ -167,22 +162,20 @@ class Certificate:
 
     def _halves(self, samples: Samples) -> list[Samples]:
         """Halves, none if there is one sample or the net runs on whole batches only."""
-        n = len(samples.base)
-        if n == 1:
+        if len(samples.base) == 1:
             return []
-        halves = [
-            samples.some(part, self.risk.samples.take(samples.X, part))
-            for part in torch.arange(n, device="cpu").chunk(2)
-        ]
+        numbers = torch.arange(len(samples.base), device="cpu").chunk(2)
+        inputs = [self.risk.samples.take(samples.X, part) for part in numbers]
         try:
-            for half in halves:
-                self.risk.model(self.risk.model.params, half.X)
+            for X in inputs:
+                self.risk.model(self.risk.model.params, X)
         # Whatever a model says to batches of another size.
         except Exception as error:
             if is_out_of_memory(error):
                 raise
             return []
-        return halves
+        u, base = samples.u.chunk(2), samples.base.chunk(2)
+        return [*map(Samples, inputs, u, base)]
 
     # Comparisons ----------------------------------------------------------------------
 
@@ -351,12 +344,8 @@ class Certificate:
 
     def _direction(self) -> list[Tensor]:
         """A random vector, in proportion to the parameters."""
-        return [
-            scale * self._noise.like(p)
-            for scale, p in zip(
-                self._scales, self.risk.model.params.values(), strict=True
-            )
-        ]
+        parts = zip(self._scales, self.risk.model.params.values(), strict=True)
+        return [scale * self._noise.like(p) for scale, p in parts]
 
     def _error(self, samples: Samples, where: str) -> ValueError:
         def outputs(theta: Params) -> Tensor:
