@@ -25,18 +25,10 @@ from vivit_linop.net.columns.weighted import weighted
 from vivit_linop.net.cross_grams import cross_gram
 from vivit_linop.net.pieces import Piece
 from vivit_linop.net.totals import GramTotal, SampleGrams, Weights
+from vivit_linop.operators import verbs
 from vivit_linop.operators.base import TorchLinearOperator
 from vivit_linop.operators.elementary import Dense, Diagonal, Product, Scaled
 from vivit_linop.operators.kronecker import BlockDiagonal, Kronecker
-from vivit_linop.operators.verbs import (
-    adjoint,
-    diagonal,
-    diagonal_blocks,
-    matmul,
-    scale,
-    sqrt,
-    to_dense,
-)
 from vivit_linop.risk.empirical import EmpiricalRisk
 
 Transform = Callable[[LayerColumns], LayerColumns]
@@ -54,7 +46,7 @@ class BlockSandwich(Product):
     def sides(self) -> tuple[Pullback, Pullback]:
         """A and B."""
         left, _, right = self.factors
-        factor = adjoint(left)
+        factor = verbs.adjoint(left)
         assert isinstance(factor, Pullback) and isinstance(right, Pullback)
         return factor, right
 
@@ -65,7 +57,7 @@ class BlockSandwich(Product):
         transforms: dict[str, Transform] = {}
         for name, block in zip(right.risk.params, middle.blocks, strict=True):
             try:
-                transform = _transform(sqrt(block))
+                transform = _transform(verbs.sqrt(block))
             except (TypeError, ValueError):  # it has no closed form, or is indefinite
                 return None
             if transform is None:
@@ -90,13 +82,13 @@ class Roots(Weights):
         return Piece(piece.place, piece.samples, columns, piece.sizes)
 
 
-@matmul.rule(Product, Pullback)
+@verbs.matmul.rule(Product, Pullback)
 def product_of_blocks_and_pullback(A: Product, B: Pullback) -> TorchLinearOperator:
     """(Aᵀ S) B."""
     return _sandwich(*A.factors, B) if len(A.factors) == 2 else NotImplemented
 
 
-@matmul.rule(TorchLinearOperator, Product)
+@verbs.matmul.rule(TorchLinearOperator, Product)
 def product_of_pullback_and_blocks(
     A: TorchLinearOperator, B: Product
 ) -> TorchLinearOperator:
@@ -109,7 +101,7 @@ def _sandwich(
 ) -> TorchLinearOperator:
     if not isinstance(middle, BlockDiagonal) or not isinstance(right, Pullback):
         return NotImplemented
-    factor = adjoint(left)
+    factor = verbs.adjoint(left)
     if not isinstance(factor, Pullback) or factor.risk.sizes != right.risk.sizes:
         return NotImplemented
     if middle.requires_grad or not middle.self_adjoint:
@@ -130,16 +122,16 @@ def _is_by_parameter(op: BlockDiagonal, risk: EmpiricalRisk) -> bool:
     )
 
 
-@adjoint.register
+@verbs.adjoint.register
 def adjoint_of_block_sandwich(op: BlockSandwich) -> TorchLinearOperator:
     """Bᵀ S A."""
     if op.self_adjoint:
         return op
     left, middle, right = op.factors
-    return BlockSandwich(adjoint(right), middle, adjoint(left))
+    return BlockSandwich(verbs.adjoint(right), middle, verbs.adjoint(left))
 
 
-@to_dense.register
+@verbs.to_dense.register
 def matrix_of_block_sandwich(op: BlockSandwich) -> Tensor:
     """Layer by layer; by products where S has no roots with structure."""
     roots, (left, right) = op.roots(), op.sides
@@ -151,13 +143,13 @@ def matrix_of_block_sandwich(op: BlockSandwich) -> Tensor:
     return sum_columns(left, total).matrix
 
 
-@diagonal.register
+@verbs.diagonal.register
 def diagonal_of_block_sandwich(op: BlockSandwich) -> Tensor:
     """Of blocks of one entry."""
-    return diagonal_blocks(op, 1).flatten()
+    return verbs.diagonal_blocks(op, 1).flatten()
 
 
-@diagonal_blocks.register
+@verbs.diagonal_blocks.register
 def diagonal_blocks_of_block_sandwich(op: BlockSandwich, size: int) -> Tensor:
     """From the columns of each sample alone."""
     roots, (left, right) = op.roots(), op.sides
@@ -175,11 +167,11 @@ def _transform(root: TorchLinearOperator) -> Transform | None:
     if isinstance(root, Dense):
         return partial(_formed, root=root)
     if isinstance(root, Kronecker) and len(root.factors) == 2:
-        first, second = map(to_dense, root.factors)
+        first, second = map(verbs.to_dense, root.factors)
         return partial(_rotated, root=root, first=first, second=second)
     if isinstance(root, Scaled) and isinstance(root.operator, Kronecker):
         factor, *others = root.operator.factors
-        return _transform(Kronecker(scale(factor, root.factor), *others))
+        return _transform(Kronecker(verbs.scale(factor, root.factor), *others))
     if isinstance(root, Product) and len(root.factors) == 2:
         inner, scales = _transform(root.factors[0]), root.factors[1]
         if inner is not None and isinstance(scales, Diagonal):

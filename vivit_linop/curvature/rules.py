@@ -27,20 +27,11 @@ from vivit_linop.curvature.output_space import (
     OutputOperator,
 )
 from vivit_linop.devices import check_matrix_fits
+from vivit_linop.operators import verbs
 from vivit_linop.operators.base import TorchLinearOperator
 from vivit_linop.operators.elementary import Adjoint
 from vivit_linop.operators.lowrank import Gram, LowRank
 from vivit_linop.operators.outline import Cost, Outline, outline, total
-from vivit_linop.operators.verbs import (
-    adjoint,
-    column_norms_squared,
-    diagonal,
-    matmul,
-    row_norms_squared,
-    same,
-    sqrt,
-    to_dense,
-)
 
 Op = TorchLinearOperator
 # J x and Jᵀ u: a tangent or a transposed pass along a linearisation that is kept.
@@ -53,25 +44,25 @@ _SECOND_DERIVATIVES = Cost(Fraction(2))
 # Rewriting ---------------------------------------------------------------------------
 
 
-@adjoint.register
+@verbs.adjoint.register
 def adjoint_of_jacobian(op: Jacobian) -> Op:
     """Jᵀ, the pullback that it keeps."""
     return op.pullback
 
 
-@adjoint.register
+@verbs.adjoint.register
 def adjoint_of_pullback(op: Pullback) -> Op:
     """(Jᵀ)ᵀ = J."""
     return op.jacobian if op.is_plain else Adjoint(op)
 
 
-@matmul.rule(LossHessianSqrt, Adjoint)
+@verbs.matmul.rule(LossHessianSqrt, Adjoint)
 def product_of_root_and_adjoint(S: LossHessianSqrt, B: Adjoint) -> Op:
     """S Sᵀ = H."""
     return S.outer() if B.parent is S else NotImplemented
 
 
-@matmul.rule(Pullback, OutputOperator)
+@verbs.matmul.rule(Pullback, OutputOperator)
 def product_of_pullback_and_output_operator(A: Pullback, B: OutputOperator) -> Op:
     """Jᵀ S = V, Jᵀ ∇ℓ = U, Jᵀ B is a pullback."""
     if not A.is_plain or A.risk is not B.risk:
@@ -83,51 +74,51 @@ def product_of_pullback_and_output_operator(A: Pullback, B: OutputOperator) -> O
     return Pullback(A.jacobian, B)
 
 
-@matmul.rule(OutputOperator, Jacobian)
+@verbs.matmul.rule(OutputOperator, Jacobian)
 def product_of_output_operator_and_jacobian(B: OutputOperator, J: Jacobian) -> Op:
     """B J = (Jᵀ Bᵀ)ᵀ for a symmetric B."""
     return Pullback(J, B).T if B.self_adjoint and B.risk is J.risk else NotImplemented
 
 
-@matmul.rule(Adjoint, Jacobian)
+@verbs.matmul.rule(Adjoint, Jacobian)
 def product_of_adjoint_and_jacobian(B: Adjoint, J: Jacobian) -> Op:
     """Bᵀ J = (Jᵀ B)ᵀ."""
     if not isinstance(B.parent, OutputOperator):
         return NotImplemented
-    return adjoint(matmul(J.pullback, B.parent))
+    return verbs.adjoint(verbs.matmul(J.pullback, B.parent))
 
 
-@matmul.rule(Pullback, Jacobian)
+@verbs.matmul.rule(Pullback, Jacobian)
 def product_of_pullback_and_jacobian(A: Pullback, J: Jacobian) -> Op:
     """(Jᵀ H) J = G, Jᵀ J is low-rank."""
     return _outer(A, J.pullback)
 
 
-@matmul.rule(Pullback, Adjoint)
+@verbs.matmul.rule(Pullback, Adjoint)
 def product_of_pullback_and_adjoint(A: Pullback, B: Adjoint) -> Op:
     """V Vᵀ = G, Jᵀ (H J) = G."""
     return _outer(A, B.parent) if isinstance(B.parent, Pullback) else NotImplemented
 
 
-@matmul.rule(Jacobian, Pullback)
+@verbs.matmul.rule(Jacobian, Pullback)
 def product_of_jacobian_and_pullback(J: Jacobian, B: Pullback) -> Op:
     """J Jᵀ and J V are Gram operators."""
     return _gram(J.pullback, B)
 
 
-@matmul.rule(Adjoint, Pullback)
+@verbs.matmul.rule(Adjoint, Pullback)
 def product_of_adjoint_and_pullback(A: Adjoint, B: Pullback) -> Op:
     """VᵀV and UᵀV are Gram operators, also for the data of different risks."""
     return _gram(A.parent, B) if isinstance(A.parent, Pullback) else NotImplemented
 
 
-@to_dense.register
+@verbs.to_dense.register
 def dense_of_jacobian(op: Jacobian) -> Tensor:
     """The columns of Jᵀ."""
-    return to_dense(op.pullback).T
+    return verbs.to_dense(op.pullback).T
 
 
-@to_dense.register
+@verbs.to_dense.register
 def dense_of_output_operator(op: OutputOperator) -> Tensor:
     """The blocks of all samples on the diagonal."""
     name = type(op).__name__
@@ -135,42 +126,42 @@ def dense_of_output_operator(op: OutputOperator) -> Tensor:
     return op.ranks.listed(op.own_dense_rows)
 
 
-@diagonal.register
+@verbs.diagonal.register
 def diagonal_of_loss_hessian(op: LossHessian) -> Tensor:
     """In closed form for the losses that have one; no block is formed."""
     return op.ranks.listed(op.own_diagonal)
 
 
-@diagonal.register
+@verbs.diagonal.register
 def diagonal_of_outer(op: Outer) -> Tensor:
     """The squared norms of the rows."""
-    return row_norms_squared(op.root)
+    return verbs.row_norms_squared(op.root)
 
 
-@sqrt.register
+@verbs.sqrt.register
 def root_of_loss_hessian(op: LossHessian) -> Op:
     """The exact root, with the checks of ``H.sqrt()``."""
     return op.sqrt()
 
 
-@sqrt.register
+@verbs.sqrt.register
 def root_of_outer(op: Outer) -> Op:
     return op.root
 
 
-@row_norms_squared.register
+@verbs.row_norms_squared.register
 def row_norms_of_jacobian(op: Jacobian) -> Tensor:
     """Those of the columns of Jᵀ."""
-    return column_norms_squared(op.pullback)
+    return verbs.column_norms_squared(op.pullback)
 
 
-@column_norms_squared.register
+@verbs.column_norms_squared.register
 def column_norms_of_jacobian(op: Jacobian) -> Tensor:
     """Those of the rows of Jᵀ."""
-    return row_norms_squared(op.pullback)
+    return verbs.row_norms_squared(op.pullback)
 
 
-@row_norms_squared.register
+@verbs.row_norms_squared.register
 def row_norms_of_output_factor(op: FactoredOutputOperator) -> Tensor:
     """Of the blocks, position by position."""
 
@@ -185,7 +176,7 @@ def _outer(A: Pullback, B: Pullback) -> Op:
     """(Jᵀ A)(Jᵀ B)ᵀ = Jᵀ (A Bᵀ) J."""
     if A.risk is not B.risk:
         return NotImplemented
-    if same(A, B):
+    if verbs.same(A, B):
         return GGN.of(A) if isinstance(A, GGNFactor) else LowRank(A)
     hessian = B.output if A.is_plain else A.output
     if isinstance(hessian, LossHessian) and (A.is_plain or B.is_plain):
@@ -195,16 +186,16 @@ def _outer(A: Pullback, B: Pullback) -> Op:
 
 
 def _gram(A: Pullback, B: Pullback) -> Op:
-    return B.gram if same(A, B) else Gram(A, B)
+    return B.gram if verbs.same(A, B) else Gram(A, B)
 
 
-@same.register
+@verbs.same.register
 def same_jacobian(left: Jacobian, right: Op) -> bool:
     """Those of one risk."""
     return isinstance(right, Jacobian) and left.risk is right.risk
 
 
-@same.register
+@verbs.same.register
 def same_pullback(left: Pullback, right: Op) -> bool:
     """Those of one risk and of the same operator in output space."""
     if not isinstance(right, Pullback) or left.risk is not right.risk:
