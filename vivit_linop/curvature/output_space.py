@@ -161,11 +161,9 @@ class OutputIdentity(OutputOperator):
         super().__init__(risk, risk.layout)
 
     def apply_batch(self, batch: int, X: Tensor) -> Tensor:
-        """The same rows."""
         return X
 
     def dense_batch(self, batch: int) -> Tensor:
-        """One block for all samples."""
         n, width = self.risk.batch_sizes[batch], self.layout.each[batch]
         check_blocks_fit(self.risk, "The Jacobian of all outputs", self.layout)
         unit = torch.eye(width, dtype=self.torch_dtype, device=self.device)
@@ -173,11 +171,9 @@ class OutputIdentity(OutputOperator):
 
     @property
     def block_entries(self) -> int:
-        """None is read."""
         return 0
 
     def outer(self) -> OutputOperator:
-        """Itself."""
         return self
 
 
@@ -213,15 +209,12 @@ class FactoredOutputOperator(OutputOperator):
         raise NotImplementedError
 
     def apply_batch(self, batch: int, X: Tensor) -> Tensor:
-        """Multiply position by position."""
         return _by_position(self.blocks(batch), X)
 
     def apply_adjoint_batch(self, batch: int, X: Tensor) -> Tensor:
-        """Multiply position by position."""
         return _by_position(self.blocks(batch).transpose(1, 2), X)
 
     def dense_batch(self, batch: int) -> Tensor:
-        """Put the positions on the diagonal."""
         F = self.blocks(batch)
         n, c, s, positions = F.shape
         if positions == 1:
@@ -250,10 +243,8 @@ class Outer(OutputOperator):
         super().__init__(root.risk, root.risk.layout)
 
     def apply_batch(self, batch: int, X: Tensor) -> Tensor:
-        """Apply the adjoint, then the operator."""
         return self.root.apply_batch(batch, self.root.apply_adjoint_batch(batch, X))
 
     def dense_batch(self, batch: int) -> Tensor:
-        """Multiply the dense blocks."""
         dense = self.root.dense_batch(batch)
         return dense @ dense.mT

@@ -238,11 +238,9 @@ class LinopGGN(LinopInterface, GGNInterface):
     """
 
     def curvature(self, risk: EmpiricalRisk) -> LowRank:
-        """Return the GGN."""
         return GGN(risk, mc_samples=self.num_samples if self.stochastic else 0)
 
     def kronecker(self, risk: EmpiricalRisk, **options: Any) -> KFAC:
-        """Return its Kronecker-factored approximation."""
         if not self.stochastic:
             return KFAC(risk, variant="exact", **options)
         options.setdefault("mc_samples", self.num_samples)
@@ -253,11 +251,9 @@ class LinopEF(LinopInterface, EFInterface):
     """The empirical Fisher matrix for laplace-torch, likewise."""
 
     def curvature(self, risk: EmpiricalRisk) -> LowRank:
-        """Return the empirical Fisher matrix."""
         return EmpiricalFisher(risk)
 
     def kronecker(self, risk: EmpiricalRisk, **options: Any) -> KFAC:
-        """Return its Kronecker-factored approximation."""
         return KFAC(risk, variant="empirical", **options)
 
 
