@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cached_property
 from operator import attrgetter
 from typing import Any, Self
@@ -156,7 +156,7 @@ class Pullback(OfRisk):
                 self._used = True
                 return self.stored
             with self.risk.kept.making:
-                self.stored = self.stored or _shared_columns(self)
+                self.stored = self.stored or _shared(_cheaper_columns, self)
                 self._decided = True
         return self.stored
 
@@ -172,8 +172,8 @@ class Pullback(OfRisk):
 
     def keep_columns(self) -> None:
         """Store the columns if they fit into memory, for all that follows."""
-        if self.stored is None:
-            self.stored = _fitting_columns(self)
+        with self.risk.kept.making:
+            self.stored = self.stored or _shared(_fitting_columns, self)
 
     def cotangents(self, batch: int) -> Tensor:
         """What each column pulls back, ``[n, C, R]``."""
@@ -308,16 +308,17 @@ def dense_of_pullback(op: Pullback) -> Tensor:
     return matrix_of_operator(op)
 
 
-def _shared_columns(pullback: Pullback) -> StoredColumns | None:
-    """Return the columns if products with them are the cheaper ones, and they fit."""
+def _shared(
+    make: Callable[[Pullback], StoredColumns | None], pullback: Pullback
+) -> StoredColumns | None:
+    """Return columns, which the risk keeps for all operators that have the same."""
     if not pullback.output.determined:
-        return _cheaper_columns(pullback)
-    return pullback.risk.kept.get(_key(pullback), _cheaper_columns, pullback)
-
-
-def _key(pullback: Pullback) -> tuple[str, type]:
-    """Where a risk keeps columns, for all operators that have the same."""
-    return "columns", type(pullback.output)
+        return make(pullback)
+    kept, key = pullback.risk.kept, ("columns", type(pullback.output))
+    if kept.values.get(key) is None:
+        kept.put(key, make(pullback))
+    found: StoredColumns | None = kept.values[key]
+    return found
 
 
 def _components_without_tangents(pullback: Pullback, X: Tensor) -> Tensor:
@@ -326,15 +327,9 @@ def _components_without_tangents(pullback: Pullback, X: Tensor) -> Tensor:
     On the stored columns if they fit into the memory budget; else on columns that are
     made anew for each product, by R backward passes.
     """
-    shared, kept = pullback.output.determined, pullback.risk.kept
-    with kept.making:
-        if pullback.stored is None and shared:
-            pullback.stored = kept.values.get(_key(pullback))
-        if pullback.stored is None and not pullback.streams:
-            pullback.keep_columns()
-            pullback.streams = pullback.stored is None
-        if pullback.stored is not None and shared:
-            kept.put(_key(pullback), pullback.stored)
+    if not pullback.streams:
+        pullback.keep_columns()
+        pullback.streams = pullback.stored is None
     if pullback.stored is not None:
         return pullback.stored.multiply_adjoint(X)
     total = Components(pullback, X)
@@ -343,6 +338,7 @@ def _components_without_tangents(pullback: Pullback, X: Tensor) -> Tensor:
 
 
 def _cheaper_columns(pullback: Pullback) -> StoredColumns | None:
+    """Return the columns if products with them are the cheaper ones, and they fit."""
     # A root of a loss Hessian that nobody has asked for may not exist.
     if not pullback.output.certain:
         return None
