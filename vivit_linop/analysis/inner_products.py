@@ -145,12 +145,9 @@ def predictive_covariance(
     (Immer, Korzepa & Bauer 2021, arXiv:2008.08217). It is that of the outputs, without
     the noise of observations.
 
-    For S = (c V Vᵀ + damping)⁻¹ through Gram matrices between V and the Jacobian, R
-    columns a training sample and C a test sample: one pass over the test data, and one
-    over the training data for what V has not kept. For diagonals and Kronecker factors
-    from the columns of the layers, with weights and rotated into the eigenbases. For
-    other operators by products of S with the columns of J_testᵀ, some at a time.
-    Nothing of size D × N is formed, nor are covariances between samples.
+    Computed as :func:`influence` is, with C columns a test sample; for S = (c V Vᵀ +
+    damping)⁻¹ in one pass over the test data, and one over the training data for what
+    V has not kept. Covariances between samples are not formed.
 
     Args:
         J_test: The Jacobian of N* samples, C outputs each, ``[N*·C, D]``; for inputs
