@@ -92,18 +92,15 @@ def _read(file: Path, name: str) -> DeviceCosts:
     try:
         known = json.loads(file.read_text())
         costs = DeviceCosts(**known)
+        # What an earlier version did not measure has defaults of a CPU.
+        missing = [field.name for field in fields(costs) if field.name not in known]
+        if missing:
+            raise ValueError(f"of an earlier version, without {', '.join(missing)}")
     except (TypeError, ValueError) as error:
         raise ValueError(
-            f"file: {file} holds no costs of a device ({error}). Remove it, or give "
-            "the name of another file."
+            f"file: {file} holds no costs of a device ({error}). Remove it, and the "
+            "device is measured again; or give the name of another file."
         ) from error
-    # What an earlier version did not measure has defaults of a CPU.
-    missing = [field.name for field in fields(costs) if field.name not in known]
-    if missing:
-        raise ValueError(
-            f"file: {file} was written by an earlier version, without "
-            f"{', '.join(missing)}. Remove it; the device is measured again then."
-        )
     if costs.name != name:
         raise ValueError(
             f"file: {file} holds the costs of {costs.name!r}, the device is {name!r}. "
