@@ -259,7 +259,8 @@ def own_backpack_results(
         )
     what = type(extension).__name__
     module, loss = _module_and_loss(risk, what)
-    _check_layers(module, what)
+    if (reason := _misread(module)) is not None:
+        raise _refusal(what, reason)
     batch, calls = _one_batch(risk, what), Counter[nn.Module]()
     try:
         with (
@@ -280,8 +281,8 @@ def own_backpack_results(
             raise
         reason = _used_again(module, calls) or _first_line(error)
         raise _refusal(what, reason) from error
-    if (again := _used_again(module, calls)) is not None:
-        raise _refusal(what, again)
+    if (reason := _used_again(module, calls)) is not None:
+        raise _refusal(what, reason)
     named = dict(module.named_parameters())
     missing = [name for name in risk.params if not hasattr(named[name], savefield)]
     if missing:
@@ -436,29 +437,24 @@ def _is_the_risk(risk: EmpiricalRisk, output: Tensor, value: Tensor) -> bool:
     return same_outputs(output, expected) and same_outputs(value, total)
 
 
-def _check_layers(module: nn.Module, what: str) -> None:
-    """BackPACK takes any container for one of modules, a shared parameter for two."""
+def _misread(module: nn.Module) -> str | None:
+    """Say what BackPACK would take for something else, if there is anything.
+
+    It takes any container for one of modules, a shared parameter for two.
+    """
     for name, part in module.named_modules():
-        forward = inspect.unwrap(type(part).forward)
+        forward, where = inspect.unwrap(type(part).forward), name or "it"
         if isinstance(part, nn.Sequential) and forward is not nn.Sequential.forward:
-            raise _refusal(
-                what, f"{name or 'it'} is a Sequential with a forward pass of its own."
-            )
-        if isinstance(part, GraphModule) and any(
-            node.op in ("call_function", "call_method", "get_attr")
-            for node in part.graph.nodes
-        ):
-            raise _refusal(
-                what,
-                f"{name or 'it'} is a graph with calls of functions between its "
-                "modules.",
-            )
+            return f"{where} is a Sequential with a forward pass of its own."
+        nodes = part.graph.nodes if isinstance(part, GraphModule) else ()
+        if {node.op for node in nodes} & {"call_function", "call_method", "get_attr"}:
+            return f"{where} is a graph with calls of functions between its modules."
     try:
         shared = len(list(module.named_parameters(remove_duplicate=False)))
-    except RecursionError as error:
-        raise _refusal(what, "a part leads back to it, as a weak proxy.") from error
-    if shared != len(list(module.named_parameters())):
-        raise _refusal(what, "modules share a parameter.")
+    except RecursionError:
+        return "a part leads back to it, as a weak proxy."
+    several = shared != len(list(module.named_parameters()))
+    return "modules share a parameter." if several else None
 
 
 def _refusal(what: str, reason: str) -> ValueError:
