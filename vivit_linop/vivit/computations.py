@@ -54,24 +54,20 @@ class _Computation(ABC, Generic[Result]):
     _at_rank = False  # whether the exact S of a cross-entropy may have a column less
 
     def __init__(
-        self,
-        subsampling: tuple[str, Subsampling],
-        mc_samples: tuple[str, int],
-        verbose: bool,
-        others: dict[str, Subsampling] | None = None,
+        self, mc_samples: tuple[str, int], verbose: bool, **subsampling: Subsampling
     ) -> None:
         self._lists = {
             name: check_subsampling(name, indices)
-            for name, indices in (subsampling, *(others or {}).items())
+            for name, indices in subsampling.items()
         }
+        self._subsampling, *_ = self._lists.values()  # the first is the GGN's
         name, count = mc_samples
         if isinstance(count, bool) or not isinstance(count, int) or count < 0:
             raise ValueError(
                 f"{name}: 0 for the exact GGN or a number of Monte-Carlo samples, got "
                 f"{count!r}."
             )
-        self._subsampling, self._mc_samples = self._lists[subsampling[0]], count
-        self._verbose = verbose
+        self._mc_samples, self._verbose = count, verbose
         # By the ids of their groups, which they keep: no other object gets that id.
         self._begun: dict[int, Block] = {}
 
@@ -179,9 +175,7 @@ class _OfGGN(_Computation[Result]):
         mc_samples: int = 0,
         verbose: bool = False,
     ) -> None:
-        super().__init__(
-            ("subsampling", subsampling), ("mc_samples", mc_samples), verbose
-        )
+        super().__init__(("mc_samples", mc_samples), verbose, subsampling=subsampling)
 
     def get_extension(self) -> BackpropExtension:
         """Return a BackPACK extension for ``with backpack(…)``."""
@@ -336,10 +330,10 @@ class _DirectionalComputation(_Computation[Result]):
         warn_small_eigvals: float = 1e-4,
     ) -> None:
         super().__init__(
-            ("subsampling_ggn", subsampling_ggn),
             ("mc_samples_ggn", 0 if mc_samples_ggn is None else mc_samples_ggn),
             bool(verbose),
-            {"subsampling_grad": subsampling_grad},
+            subsampling_ggn=subsampling_ggn,
+            subsampling_grad=subsampling_grad,
         )
         self._subsampling_grad = self._lists["subsampling_grad"]
         self._warn_small_eigvals = _checked_threshold(warn_small_eigvals)
