@@ -101,7 +101,6 @@ class Pullback(OfRisk):
             The largest, where samples have different numbers of them.
         layout: Which columns belong to which sample.
         stored: The stored columns, if there are any.
-        streams: Whether they were found not to fit into memory.
     """
 
     def __init__(self, jacobian: Jacobian, output: OutputOperator) -> None:
@@ -114,7 +113,7 @@ class Pullback(OfRisk):
         self.stored: StoredColumns | None = None
         self._inner: InnerProducts | None = None
         self._kept_gram = KeptMatrix(risk.kept.columns_budget)
-        self._decided, self._used, self.streams = self.is_plain, False, False
+        self._decided, self._used = self.is_plain, False
         shape = risk.num_params, output.shape[1]
         super().__init__(shape, risk.dtype, risk.device)
 
@@ -327,9 +326,7 @@ def _components_without_tangents(pullback: Pullback, X: Tensor) -> Tensor:
     On the stored columns if they fit into the memory budget; else on columns that are
     made anew for each product, by R backward passes.
     """
-    if not pullback.streams:
-        pullback.keep_columns()
-        pullback.streams = pullback.stored is None
+    pullback.keep_columns()
     if pullback.stored is not None:
         return pullback.stored.multiply_adjoint(X)
     total = Components(pullback, X)
