@@ -87,16 +87,20 @@ def _lower_precision(given: list[Tensor], made: list[Tensor]) -> str:
 
 def _is_wrong(func: Any, given: Any, active: list[bool]) -> bool:
     """Whether a call's second derivative is not the slope of its first one."""
-    tensors = list(leaves(given))
-    chosen = [t for t, a in zip(tensors, active, strict=True) if a]
-    noise = Noise().like
+    chosen = [t for t, a in zip(leaves(given), active, strict=True) if a]
+    dtype, noise = chosen[0].dtype, Noise().like
+    if dtype not in _STEPS:
+        return False
+    h, weights = _STEPS[dtype], list[tuple[Tensor, Tensor]]()
 
-    def gradient(values: list[Tensor], graph: bool) -> list[Tensor]:
-        places = iter(values)
-        flags = iter(active)
+    def gradient(step: float, graph: bool) -> tuple[list[Tensor], list[Tensor]]:
+        """A step along x from what is given, and the gradient there."""
+        moved = [t + step * v for t, v in zip(chosen, x, strict=True)]
+        values = [t.requires_grad_() for t in moved]
+        places, flags = iter(values), iter(active)
         # Copies, since a function that works in place does not take leaves.
         args, kwargs = map_leaves(
-            lambda t: next(places).clone() if next(flags) else t.clone(), given
+            lambda t: (next(places) if next(flags) else t).clone(), given
         )
         results = [r for r in leaves(func(*args, **kwargs)) if r.requires_grad]
         if not weights:
@@ -104,35 +108,18 @@ def _is_wrong(func: Any, given: Any, active: list[bool]) -> bool:
         total = torch.zeros((), dtype=dtype, device=chosen[0].device)
         for r, (u, r0) in zip(results, weights, strict=True):
             total = total + (u * r).sum() + 0.5 * (r - r0).square().sum()
-        return gradients(total, values, create_graph=graph)
+        return values, gradients(total, values, create_graph=graph)
 
-    weights: list[tuple[Tensor, Tensor]] = []
-    dtype = chosen[0].dtype
-    if dtype not in _STEPS:
-        return False
-    h = _STEPS[dtype]
     try:
-        here = [t.clone().requires_grad_() for t in chosen]
-        slope = gradient(here, graph=True)
         x = [noise(t) for t in chosen]
+        here, slope = gradient(0.0, graph=True)
         found = gradients(slope, here, x)
-        sides = [
-            gradient(
-                [
-                    (t + s * h * v).requires_grad_()
-                    for t, v in zip(chosen, x, strict=True)
-                ],
-                graph=False,
-            )
-            for s in (1, -1)
-        ]
+        sides = [gradient(step, graph=False)[1] for step in (h, -h)]
     # What cannot be differentiated apart, for want of memory too, is not named by the
     # error for which it is looked.
     except Exception:
         return False
-    difference = [(a - b) / (2 * h) for a, b in zip(*sides, strict=True)]
-    off = sum(float((f - d).norm()) for f, d in zip(found, difference, strict=True))
-    size = sum(
-        float(f.norm() + d.norm()) for f, d in zip(found, difference, strict=True)
-    )
+    slopes = [(f, (a - b) / (2 * h)) for f, a, b in zip(found, *sides, strict=True)]
+    off = sum(float((f - d).norm()) for f, d in slopes)
+    size = sum(float(f.norm() + d.norm()) for f, d in slopes)
     return not off <= _TOLERANCE[dtype] * size
