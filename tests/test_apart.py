@@ -16,12 +16,9 @@ from torch.overrides import handle_torch_function, has_torch_function
 import vivit_linop as vl
 from tests.cases import Lambda
 from tests.comparing import jacobian
-from vivit_linop.modes import as_guest
 from vivit_linop.net import kinds, layers
-from vivit_linop.net.capture import Capture
 from vivit_linop.net.certificate import in_layers, met_apart
 from vivit_linop.net.columns.base import DenseColumns
-from vivit_linop.net.columns.khatri_rao import KhatriRaoColumns
 from vivit_linop.net.recorder import Recorder
 
 # As many samples as channels, rows and columns: no length tells which axis is which.
@@ -177,7 +174,7 @@ def test_columns_are_those_of_autograd(name: str) -> None:
 
 
 def test_one_backward_pass(monkeypatch: pytest.MonkeyPatch) -> None:
-    """For columns and their check; two where a hook may do anything."""
+    """Of layers whose columns have been right before; two where hooks do anything."""
     X, y = torch.rand(64, 4).double(), torch.arange(64) % 4
 
     def hooked(m: Any, x: Tensor) -> Tensor:
@@ -187,8 +184,10 @@ def test_one_backward_pass(monkeypatch: pytest.MonkeyPatch) -> None:
         return m.o(h.relu())
 
     def count(forward: Forward) -> int:
-        of = vl.PerSampleGradients(net(forward), LOSS, (X, y))
-        of.to_dense()  # where samples are in the layers is known then
+        model = net(forward)
+        used = [*model.f.parameters(), *model.o.parameters()]
+        of = vl.PerSampleGradients(model, LOSS, (X, y), params=used)
+        of.second_moment()  # where samples are in the layers is known then
         return passes_of(of.squared_norms, monkeypatch)
 
     assert count(APART["layers"]) == 1
@@ -261,27 +260,6 @@ def test_wrong_rules_of_kinds_are_seen(
     expected = truth(model, X, y)
     torch.testing.assert_close(of.squared_norms(), expected.square().sum(0))
     torch.testing.assert_close(of.to_dense(), expected)
-
-
-def test_columns_do_not_write_into_what_others_have() -> None:
-    """A sum hands one gradient to both of its terms."""
-    model = net(lambda m, x: m.o(x) + m.f(x))
-    X, y = torch.rand(N, 4).double(), torch.arange(N)
-    risk = vl.EmpiricalRisk(model, LOSS, (X, y))
-    cotangents = torch.randn(N, 4, 1).double()
-    weights = torch.tensor([[2.0], [-0.5], [3.0], [1.0]]).double()
-    with as_guest(risk.device):
-        capture = Capture(risk, X, N)
-        assert capture.met is not None
-        columns, gradients = capture.columns_and_gradients(
-            cotangents, weights, capture.find(), risk.model.params, "columns"
-        )
-    for layer in "fo":
-        part = columns[f"{layer}.weight"]
-        assert isinstance(part, KhatriRaoColumns)
-        torch.testing.assert_close(part.cotangents.view(N, 4), cotangents[:, :, 0])
-        expected = (weights * cotangents[:, :, 0]).T @ X
-        torch.testing.assert_close(gradients[f"{layer}.weight"], expected)
 
 
 # Parameters that the graph shows in layers alone ------------------------------------
@@ -405,6 +383,37 @@ def test_wrong_rules_of_layers_are_seen_on_few_samples(
     of = vl.PerSampleGradients(model, LOSS, (X, y))
     expected = truth(model, X, y).square().sum(0)
     torch.testing.assert_close(of.squared_norms(), expected)
+
+
+@pytest.mark.parametrize("zeros", ["all", "of one batch", "none"])
+def test_columns_that_are_zero_certify_no_rule(
+    zeros: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As those of gradients where a net has learnt all targets."""
+    wrong = replace(layers.LINEAR, cotangents=lambda a, B: 1.1 * _of_linear(a, B))
+    reading = wrong.signatures[0], wrong
+    monkeypatch.setitem(kinds._READINGS, F.linear, [reading])
+    model, X = net(APART["layers"]), torch.rand(2 * N, 4).double()
+    targets = model(X).detach()
+    targets[{"all": 2 * N, "of one batch": N, "none": 0}[zeros] :] += 1.0
+    data = [*zip(X.split(N), targets.split(N), strict=True)]
+    U = vl.PerSampleGradients(model, nn.MSELoss(), data)
+    output = model(X)
+    losses = (output - targets).square().mean(1)
+    expected = jacobian(losses, model.parameters())
+    for columns in (U.gram.to_dense(), U.squared_norms().diag()):
+        got = columns.diagonal()
+        torch.testing.assert_close(got, expected.square().sum(1))
+    J = jacobian(output.flatten(), model.parameters())
+    G = vl.GGN(U.risk)
+    exact = 2 / output.numel() * J.square().sum(0)
+    torch.testing.assert_close(G.diagonal(), exact)
+    torch.testing.assert_close(G.trace(), exact.sum())
+
+
+def _of_linear(arguments: Any, B: Tensor) -> Tensor:
+    assert layers.LINEAR.cotangents is not None
+    return layers.LINEAR.cotangents(arguments, B)
 
 
 def _cotangents(arguments: Any, B: Tensor) -> Tensor:

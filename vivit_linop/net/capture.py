@@ -178,39 +178,6 @@ class Capture:
             set() if met is None else in_layers(met, self.uses, self._risk.model.params)
         )
 
-    def columns_and_gradients(
-        self,
-        cotangents: Tensor,
-        weights: Tensor,
-        variant: Variant,
-        params: Mapping[str, Tensor],
-        takes: Takes,
-    ) -> tuple[dict[str, LayerColumns], dict[str, Tensor]]:
-        """Return columns as :meth:`columns`, and what they must add up to with weights.
-
-        For one cotangent a sample, ``[n, C, 1]``, and samples that stay apart in the
-        first axis: of what is pulled back with weights ``[n, 1]``, which are not zero,
-        each sample's is divided by its own.
-        """
-        placed = self._placed(variant, params.keys(), 1)
-        uses = [each.use for each in placed]
-        wanted = {name: p for name, p in params.items() if p.numel()}
-        cotangent = cotangents[:, :, 0] * weights
-        found = self._backward(uses, cotangent, [*wanted.values()])
-        signals, gradients = found[: len(uses)], found[len(uses) :]
-        inverse, places = 1.0 / weights, Counter(map(_storage, found))
-        for index, signal in enumerate(signals):
-            signal = signal.unsqueeze(1)
-            factors = inverse.view(-1, *[1] * (signal.ndim - 1))
-            # What has a memory of its own is written into.
-            is_own = places[_storage(signal)] == 1 and _is_dense(signal)
-            signals[index] = signal.mul_(factors) if is_own else signal * factors
-        stacked: list[Tensor] = []
-        _stack(stacked, signals, 0, 1)
-        makers = starmap(Use.columns, placed)
-        columns = self._assembled(placed, makers, stacked, params.keys(), takes)
-        return columns, dict(zip(wanted, gradients, strict=True))
-
     def parts(
         self, cotangents: Tensor, variant: Variant, names: Set[str]
     ) -> Iterator[dict[str, LayerColumns]]:
@@ -349,8 +316,6 @@ class Capture:
                         part = part.transposed(view.shape)
                     if share and used.count(view.name) == 1:
                         part = self._compacted(view.name, view.place, part, share)
-                    if takes == "norms":
-                        part = part.before_norms()
                     parts.setdefault(view.name, []).append((view.place, part))
             for name, used_in in parts.items():
                 whole = assembled(used_in, self._risk.params[name].numel())
@@ -382,28 +347,20 @@ class Capture:
         key = _key_of_sizes(self._risk, X)
         return self._risk.kept.everywhere.setdefault(key, found)
 
-    def _backward(
-        self, uses: list[Use], cotangent: Tensor, params: Sequence[Tensor] = ()
-    ) -> list[Tensor]:
-        """Pull a cotangent ``[n, C]`` back to the outputs of uses, and to parameters.
-
-        Several cotangents to uses alone.
-        """
+    def _backward(self, uses: Sequence[Use], cotangent: Tensor) -> list[Tensor]:
+        """Pull cotangents ``[n, C]`` or ``[K, n, C]`` back to the outputs of uses."""
         edges = [*map(attrgetter("edge"), uses)]
-        shapes = [*map(attrgetter("output_shape"), uses)]
-        shapes += map(attrgetter("shape"), params)
         found: Sequence[Tensor | None]
         if several := cotangent.shape[:-2]:
             found = batched_gradients(self.output, edges, [cotangent])
         else:
-            ends = [*edges, *params]
             found = torch.autograd.grad(
-                self.output, ends, cotangent, retain_graph=True, allow_unused=True
+                self.output, edges, cotangent, retain_graph=True, allow_unused=True
             )
         signals = []
-        for shape, signal in zip(shapes, found, strict=True):
+        for use, signal in zip(uses, found, strict=True):
             if signal is None:
-                signal = cotangent.new_zeros((*several, *shape))
+                signal = cotangent.new_zeros((*several, *use.output_shape))
             signals.append(signal.detach())
         return signals
 
@@ -477,10 +434,6 @@ def _beside(parts: Sequence[dict[str, LayerColumns]]) -> dict[str, LayerColumns]
         rows = [part.pop(name).rows() for part in parts]  # twice of one only
         columns[name] = DenseColumns(torch.stack(rows, dim=1))
     return columns
-
-
-def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()
 
 
 def _is_dense(signal: Tensor) -> bool:

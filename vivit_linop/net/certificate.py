@@ -12,11 +12,11 @@ What is tolerated is measured by one column, not by their sum, so that one wrong
 among very many is seen.
 
 Columns are made of what one backward pass brings to the layers, sample by sample. That
-it brings to a place what is of its sample alone is seen by a second pass, with another
-weight for each sample. Where a graph has only nodes of torch's that do to each sample
-what they would do to it alone, whatever the values are, it cannot be otherwise: one
-pass does. Which these are, and where they have the samples, stands at the end. Of
-others nothing is said.
+it brings to a place what is of its sample alone is seen by the second pass, with
+another weight for each sample. Where a graph has only nodes of torch's that do to each
+sample what they would do to it alone, whatever the values are, it cannot be otherwise.
+Which these are, and where they have the samples, stands at the end. Of others nothing
+is said.
 
 Such a graph also tells who has a parameter. Where these are calls of torch's layers
 that have been recorded, with the inputs that the graph has, columns are what the rules
@@ -49,7 +49,6 @@ class Certificate:
     Args:
         columns: The columns, by parameter.
         cotangents: B, ``[n, C, R]``, of which they are pulled back.
-        weights: w, if they are known; by default they are drawn.
 
     Attributes:
         weights: w, ``[n, R]``.
@@ -60,16 +59,13 @@ class Certificate:
         self,
         columns: Mapping[str, LayerColumns],
         cotangents: Tensor,
-        weights: Tensor | None = None,
     ) -> None:
         self._columns = columns
         n, _, R = cotangents.shape
         # One operation on those of all parameters is as fast as one on each.
         found = [part.sizes() for part in columns.values()]
         sizes = torch.stack(found) if found else cotangents.new_zeros(0, n, R)
-        if weights is None:
-            weights = _weights(sizes, norms(cotangents, 1))
-        self.weights = weights
+        self.weights = _weights(sizes, norms(cotangents, 1))
         self.cotangent = torch.bmm(cotangents, self.weights.unsqueeze(2)).squeeze(2)
         # What a column has, in the mean, of a parameter.
         parts = (self.weights * sizes).flatten(1)
@@ -119,17 +115,6 @@ class Certificate:
             else:
                 errors[name] = distance / tolerated if tolerated else math.inf
         return errors
-
-
-def weights_before(cotangents: Tensor) -> Tensor:
-    """Weights ``[n, 1]`` of columns that are not made yet, of B ``[n, C, 1]``.
-
-    As far as what is pulled back tells, columns count alike.
-    """
-    sizes = norms(cotangents, 1)
-    drawn = _drawn(sizes.shape, sizes.dtype, sizes.device)
-    tiny = torch.finfo(sizes.dtype).tiny
-    return torch.where(sizes > tiny, drawn / sizes, drawn)
 
 
 def _weights(sizes: Tensor, cotangents: Tensor) -> Tensor:

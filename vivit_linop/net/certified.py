@@ -6,10 +6,9 @@ by sample. A parameter takes the first that gives columns which agree with an or
 backward pass; what fails is remembered for the net.
 
 They agree if Σ w_nr c_nr is Jᵀ (B w) for random weights w, for each parameter
-(:mod:`vivit_linop.net.certificate`). One column a sample, and what it is compared with,
-come from one backward pass where the graph leaves samples apart; else from two. Where
-such a graph has a parameter in layers of torch's alone, whose rules have been certified
-on some samples, columns of others need no check.
+(:mod:`vivit_linop.net.certificate`). Where the graph leaves samples apart and has a
+parameter in layers of torch's alone, whose rules have been certified on some samples,
+columns of others need no check.
 
 Columns that are zero but for rounding (a weight that a norm makes irrelevant) do not
 show how large rounding is: what has cancelled is not in them. Before they are called
@@ -29,7 +28,7 @@ from vivit_linop.devices import is_out_of_memory, told, tolerated
 from vivit_linop.graphs import gradients, used_up
 from vivit_linop.modes import as_guest
 from vivit_linop.net.capture import Capture, Takes
-from vivit_linop.net.certificate import Certificate, norms, weights_before
+from vivit_linop.net.certificate import Certificate, norms
 from vivit_linop.net.columns.base import LayerColumns
 from vivit_linop.net.dense import on_the_batch, one_by_one, vectorised
 from vivit_linop.net.structure import MOST_VARIANTS, Structure, Variant
@@ -96,13 +95,10 @@ class CertifiedColumns:
             if self._room is not None and not opaque <= self._room:
                 raise NewlyOpaque
             structured = set(todo) - opaque
-            if opaque:
-                dense = [name for name in todo if name in opaque]
-                made = self._factors(cotangents, structured, takes)
-                made |= self._dense(cotangents, dense)
-                failing = self.failing(made, cotangents, todo)
-            else:
-                made, failing = self._tried(cotangents, structured, takes)
+            made = self._factors(cotangents, structured, takes)
+            dense = [name for name in todo if name in opaque]
+            made |= self._dense(cotangents, dense)
+            failing = self.failing(made, cotangents, todo)
             for name in failing:
                 made.pop(name, None)
             done |= made
@@ -113,8 +109,9 @@ class CertifiedColumns:
                 # Torch's rules for batches are not all right.
                 self._variant.together, structured = False, set()
             self._learn(structured & failing, opaque & failing)
-        if takes == "pairs" and not structure.certified:
-            if names >= self._risk.params.keys():
+        # Columns of nothing show nothing.
+        if not structure.certified and names >= self._risk.params.keys():
+            if cotangents.any():
                 self.note(done)
         return done
 
@@ -151,7 +148,8 @@ class CertifiedColumns:
         failing, made = names, Columns()
         while failing:
             structured = names - self._structure.opaque
-            made, failing = self._tried(cotangents, structured, "factors")
+            made = self._factors(cotangents, structured, "factors")
+            failing = self.failing(made, cotangents, structured)
             self._learn(failing, set())
         return made
 
@@ -169,12 +167,6 @@ class CertifiedColumns:
             return self._capture.columns(cotangents, self._variant, names, takes)
         return {}
 
-    def _takes_one_pass(self, cotangents: Tensor, names: Set[str]) -> bool:
-        """Whether columns of these come with their check, and need one."""
-        layouts = {*self._variant.layouts}
-        one = cotangents.shape[2] == 1 and layouts == {"first"}
-        return one and self._capture.met is not None and not names <= self._shown
-
     @property
     def _shown(self) -> Set[str]:
         """Parameters whose columns the graph shows to be what their layers make.
@@ -186,30 +178,6 @@ class CertifiedColumns:
             return set()
         known = structure.uses == [*map(attrgetter("key"), capture.uses)]
         return capture.in_layers if known else set()
-
-    def _tried(
-        self, cotangents: Tensor, names: Set[str], takes: Takes
-    ) -> tuple[Columns, set[str]]:
-        """Return columns in the structure of layers, and which of them are wrong.
-
-        Where one pass does for both, what is pulled back has the weights of the check,
-        and columns have not.
-        """
-        made: Columns | None = None
-        if self._takes_one_pass(cotangents, names):
-            params = {n: p for n, p in self._risk.model.params.items() if n in names}
-            weights = weights_before(cotangents)
-            # As for factors by themselves, which are made then.
-            with tolerated(Exception):
-                made, found = self._capture.columns_and_gradients(
-                    cotangents, weights, self._variant, params, takes
-                )
-            if made is not None:
-                errors = Certificate(made, cotangents, weights).errors(found)
-                names = {name for name, error in errors.items() if not error <= 1.0}
-        if made is None:
-            made = self._factors(cotangents, names, takes)
-        return made, self.failing(made, cotangents, names)
 
     def _dense(self, cotangents: Tensor, names: Sequence[str]) -> Columns:
         if not names:

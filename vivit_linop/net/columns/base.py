@@ -138,10 +138,6 @@ class LayerColumns(ABC):
         """
         return self.rows().square().sum(1)
 
-    def before_norms(self) -> Self:
-        """The same columns, told that their norms are asked for after a check."""
-        return self
-
     def entry_squares(self, memory: int) -> Tensor:
         """The squares of the entries, summed over all columns, ``[numel]``."""
         first, *others = self.rows().split(

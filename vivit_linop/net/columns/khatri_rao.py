@@ -63,13 +63,9 @@ class KhatriRaoColumns(OuterSums):
             ``[G, b, a]``.
     """
 
-    of_data = frozenset({"_unmade", "_squared"})
+    of_data = frozenset({"_unmade"})
     # What makes the inputs, until they are made.
     _unmade: UnfoldedInputs | None = None
-    # Whether squared norms are asked for next, and these once they are known.
-    _norms_follow = False
-    _squared: Tensor | None = None
-
     # Whether inputs are known to be ones, as those of a bias.
     of_ones = False
 
@@ -287,11 +283,7 @@ class KhatriRaoColumns(OuterSums):
             return self.with_cotangents(combined).entry_sums() - expected
         mixing = _mixing(self._b, expected.dtype, expected.device)
         mixed = torch.einsum("kb,nrgbp->nrgkp", mixing, combined)
-        if self._norms_follow and self._unmade is not None:
-            self._squared, total = self._norms_and_sums(_near(), mixed.squeeze(1))
-            sums = self._laid_out(total)
-        else:
-            sums = self.with_cotangents(mixed).entry_sums()
+        sums = self.with_cotangents(mixed).entry_sums()
         if self.inputs_first:
             matrix = expected.reshape(self._groups, self._a, self._b) @ mixing.T
         else:
@@ -326,25 +318,7 @@ class KhatriRaoColumns(OuterSums):
             norms = self._squares().squeeze(3)
             norms = norms * self.inputs.square().sum((2, 3)).unsqueeze(1)
             return norms.sum(2).reshape(-1)
-        if self._squared is None:
-            self._squared, _ = self._norms_and_sums(memory)
-        return self._squared
-
-    def before_norms(self) -> Self:
-        """What is unfolded for a check does for the norms."""
-        self._norms_follow = True
-        return self
-
-    def _norms_and_sums(
-        self, memory: int, others: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """The squared norms, ``[n·R]``, and sums over the same inputs, ``[G, c, a]``.
-
-        These are Σ_np c_np ⊗ a_np for others c, ``[n, G, c, P]``.
-        """
         a, b, P = self._a, self._b, self.positions
-        channels = 0 if others is None else others.shape[2]
-        sums = self.cotangents.new_zeros(self._groups, channels, a)
         pairs = P * P * (2 * b + 2 * a / self.width + ELEMENTWISE_COST)
         blocks = a * b * (2 * P + ELEMENTWISE_COST)
         by_pairs = pairs < blocks
@@ -364,9 +338,7 @@ class KhatriRaoColumns(OuterSums):
             else:
                 products = torch.einsum("ngap,nrgbp->nrgba", A, B).flatten(2)
                 norms[part] = torch.linalg.vector_norm(products, dim=2).square_()
-            if others is not None:
-                sums += (others[part] @ A.mT).sum(0)
-        return norms.reshape(-1), sums
+        return norms.reshape(-1)
 
     def entry_squares(self, memory: int) -> Tensor:
         """(Σ_r b_r²)ᵀ (a²), a matrix product; with positions, from pairs or blocks."""
