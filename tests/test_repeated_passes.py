@@ -85,7 +85,6 @@ def test_what_is_known_of_a_net_is_certified_once_it_is_asked_for() -> None:
     net = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3)).double()
     X, y = torch.randn(9, 5, dtype=torch.float64), torch.randint(3, (9,))
     U = vl.PerSampleGradients(net, nn.CrossEntropyLoss(), (X, y))
-    U.squared_norms()
     structure = read_structure(U.risk)
     assert not structure.certified and not structure.layers
     assert find_structure(U.risk) is structure
