@@ -41,14 +41,12 @@ from vivit_linop.risk.kept import Run
 
 # Where one sample leaves a choice between layouts, so many are asked.
 _TELLING_SAMPLES = 4
-# How columns are taken: one of each sample for its norm ("norms"); in parts as they are
-# made, for sums over all of them ("stream"), and in factors also where formed columns
-# are smaller ("factors"); those of a piece of samples together ("columns"), formed side
-# by side ("rows"), or with those of other pieces ("pairs").
-Takes = Literal["norms", "stream", "factors", "columns", "rows", "pairs"]
-# They are formed where that takes less than this share of their factors: what is read
-# once or twice, where it is much less.
-_FORMED_SHARES: dict[Takes, float] = {"norms": 0.25, "stream": 0.0, "factors": 0.0}
+# How columns are taken: in parts as they are made, for sums over all of them
+# ("stream"), and as factors also where formed columns are smaller ("factors"); those of
+# a piece of samples together ("columns"), formed side by side ("rows"), or with those of
+# other pieces ("pairs").
+Takes = Literal["stream", "factors", "columns", "rows", "pairs"]
+_IN_FACTORS: set[Takes] = {"stream", "factors"}
 Maker = Callable[[Tensor], list[tuple[View, LayerColumns]]]
 
 
@@ -156,7 +154,7 @@ class Capture:
             makers = starmap(Use.columns, placed)
             return self._assembled(placed, makers, stacked, names, takes)
         # What is formed in any case is formed as cotangents come: they take more.
-        forms = width > 1 and takes not in _FORMED_SHARES
+        forms = width > 1 and takes not in _IN_FACTORS
 
         def is_apart(use: Use) -> bool:
             return forms and use.is_smaller_formed(self.num_samples)
@@ -295,7 +293,7 @@ class Capture:
     ) -> dict[str, LayerColumns]:
         """Return the columns of parameters from signals, which it takes away."""
         used = [name for each in placed for name in each.use.names]
-        share = _FORMED_SHARES.get(takes, 1.0)
+        compacts = takes not in _IN_FACTORS
         parts: dict[str, list[tuple[Place, LayerColumns]]] = {}
         columns: dict[str, LayerColumns] = {}
         with torch.no_grad():
@@ -314,21 +312,21 @@ class Capture:
                         continue
                     if view.transposed:
                         part = part.transposed(view.shape)
-                    if share and used.count(view.name) == 1:
-                        part = self._compacted(view.name, view.place, part, share)
+                    if compacts and used.count(view.name) == 1:
+                        part = self._compacted(view.name, view.place, part)
                     parts.setdefault(view.name, []).append((view.place, part))
             for name, used_in in parts.items():
                 whole = assembled(used_in, self._risk.params[name].numel())
-                if share and len(used_in) > 1:
-                    whole = self._compacted(name, (0, whole.numel), whole, share)
+                if compacts and len(used_in) > 1:
+                    whole = self._compacted(name, (0, whole.numel), whole)
                 columns[name] = whole
         return columns
 
     def _compacted(
-        self, name: str, place: Place, columns: LayerColumns, share: float
+        self, name: str, place: Place, columns: LayerColumns
     ) -> LayerColumns:
         """Columns formed where that is smaller; what they were before is noted."""
-        found = columns.compacted(share)
+        found = columns.compacted()
         if found is not columns:
             before = [(place, columns.without_data())]
             self.formed[name] = assembled(before, self._risk.params[name].numel())

@@ -57,7 +57,7 @@ LEAST_BYTES = 64 * 2**20
 # again, in parts that stay near the caches.
 _LARGEST_RUN = 128 * 2**20
 # What does with anything comes first; factors and pairs are never together.
-_DEMANDS: list[Takes] = ["norms", "stream", "columns", "rows", "pairs", "factors"]
+_DEMANDS: list[Takes] = ["stream", "columns", "rows", "pairs", "factors"]
 
 
 class Pass:
@@ -102,7 +102,7 @@ class Pass:
         # Columns are let go as soon as they have been added up; then they come one of
         # each sample at a time, but not on a GPU, where each would take launches of its
         # own, and the memory of a piece does for all.
-        self._passes_by = self.takes in ("norms", "stream", "factors")
+        self._passes_by = self.takes in ("stream", "factors")
         self._in_parts = self._passes_by and risk.device.type == "cpu"
 
     def pieces(self, start: int = 0) -> Iterator[list[Piece]]:

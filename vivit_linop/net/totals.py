@@ -343,7 +343,7 @@ class ColumnNorms(Total):
         self.names = [name for group in groups for name in group]
         self._groups = groups
         # Else a piece would have to say which column of a sample it has.
-        self.takes = "norms" if factor.width == 1 else "columns"
+        self.takes = "stream" if factor.width == 1 else "columns"
         self._first = factor.layout.before
         self.norms = torch.zeros(
             factor.layout.total,

@@ -184,8 +184,8 @@ class LayerColumns(ABC):
 
     # Columns put together -------------------------------------------------------------
 
-    def compacted(self, share: float = 1.0) -> LayerColumns:
-        """The same columns, formed where that takes no more than a share of memory."""
+    def compacted(self) -> LayerColumns:
+        """The same columns, formed where that takes no more memory."""
         return self
 
     def transposed(self, shape: torch.Size) -> LayerColumns:

@@ -160,12 +160,10 @@ class KhatriRaoColumns(OuterSums):
             if self.positions == 1 and self.cotangents.shape == other.cotangents.shape:
                 self.cotangents_key = other.cotangents_key = SharedCotangents()
 
-    def compacted(self, share: float = 1.0) -> LayerColumns:
-        """Formed, unless columns have more than a share of the factors' entries."""
-        if self.positions == 1:
-            return self
-        entries = share * self.factor_entries(self.width)
-        if self.formed_entries(self.width) > entries:
+    def compacted(self) -> LayerColumns:
+        """Formed, unless columns have more entries than the factors."""
+        formed = self.formed_entries(self.width)
+        if self.positions == 1 or formed > self.factor_entries(self.width):
             return self
         return DenseColumns(self.rows().view(self.num_samples, self.width, -1))
 

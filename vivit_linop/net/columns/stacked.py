@@ -50,8 +50,8 @@ class StackedColumns(LayerColumns):
         )
         return ColumnCost(" + ".join(dict.fromkeys(ways)), *map(sum, counts))
 
-    def compacted(self, share: float = 1.0) -> StackedColumns:
-        parts = {place: part.compacted(share) for place, part in self.parts.items()}
+    def compacted(self) -> StackedColumns:
+        parts = {place: part.compacted() for place, part in self.parts.items()}
         if all(parts[place] is part for place, part in self.parts.items()):
             return self
         return StackedColumns(parts, self.numel)
