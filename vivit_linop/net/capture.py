@@ -43,8 +43,8 @@ from vivit_linop.risk.kept import Run
 _TELLING_SAMPLES = 4
 # How columns are taken: in parts as they are made, for sums over all of them
 # ("stream"), and as factors also where formed columns are smaller ("factors"); those of
-# a piece of samples together ("columns"), formed side by side ("rows"), or with those of
-# other pieces ("pairs").
+# a piece of samples together ("columns"), formed side by side ("rows"), or with those
+# of other pieces ("pairs").
 Takes = Literal["stream", "factors", "columns", "rows", "pairs"]
 _IN_FACTORS: set[Takes] = {"stream", "factors"}
 Maker = Callable[[Tensor], list[tuple[View, LayerColumns]]]

@@ -33,7 +33,7 @@ from vivit_linop.net.linearization import (
     Tangents,
     kept_linearizations,
 )
-from vivit_linop.net.tracing import OutOfPlace, tangent_map
+from vivit_linop.net.tracing import tangent_map
 from vivit_linop.noise import BY_NOISE, Noise, nearby
 from vivit_linop.risk.checks import read
 from vivit_linop.risk.data.containers import copied, leaves
@@ -76,6 +76,23 @@ class TracedTangents(Tangents):
         return image
 
 
+@contextlib.contextmanager
+def young_circles_collected() -> Iterator[None]:
+    """Free what the tracer leaves in circles of references, to its callers too.
+
+    They would keep the data of a risk until Python's collector happens to run. While
+    that waits all new objects are young ones, which are looked through in little time.
+    """
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.collect(0)
+        if was_enabled:
+            gc.enable()
+
+
 class Preparation:
     """How J x is found: way by way, until one is right.
 
@@ -106,11 +123,11 @@ class Preparation:
         if not checked:
             self._probed()
         first = may_trace and tracing_pays(self._graph.output)
-        found = self._trace_somehow() if first else None
+        found = self._trace() if first else None
         found = found or self._reverse(checked)
         if found is None and may_trace and not first:
             self._is_last = True
-            found = self._trace_somehow()
+            found = self._trace()
         return found or self._refuse()
 
     def _probed(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -125,22 +142,12 @@ class Preparation:
             self._probe = x, u, pulled_back
         return self._probe
 
-    def _trace_somehow(self) -> tuple[Graph, Tangents] | None:
-        with young_circles_collected():
-            return self._trace(contextlib.nullcontext()) or self._trace(OutOfPlace())
-
-    def _trace(
-        self, mode: contextlib.AbstractContextManager[object]
-    ) -> tuple[Graph, Tangents] | None:
+    @young_circles_collected()
+    def _trace(self) -> tuple[Graph, Tangents] | None:
         """Trace the tangent map; None if it turned out to be wrong."""
         theta = {name: p.detach() for name, p in self._params.items()}
         try:
-            with (
-                _TRACING,
-                ignoring(".*get_attr Node.*"),
-                ignoring(kind=FutureWarning),
-                mode,
-            ):
+            with _TRACING, ignoring(".*get_attr Node"), ignoring(kind=FutureWarning):
                 traced = tangent_map(self._function, theta)
             arguments = [p.clone().requires_grad_() for p in theta.values()]
             # Its operations are torch's own, which write into no gradient.
@@ -247,23 +254,6 @@ class Preparation:
             f"one, or dtype={once.dtype}, which its casts follow), or iterates in its "
             "backward pass and stops early (let it iterate until it has converged)."
         )
-
-
-@contextlib.contextmanager
-def young_circles_collected() -> Iterator[None]:
-    """Free what the tracer leaves in circles of references, to its callers too.
-
-    They would keep the data of a risk until Python's collector happens to run. While
-    that waits all new objects are young ones, which are looked through in little time.
-    """
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.collect(0)
-        if was_enabled:
-            gc.enable()
 
 
 def tracing_pays(output: Tensor) -> bool:

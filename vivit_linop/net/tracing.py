@@ -14,7 +14,6 @@ from torch.func import jvp
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.const_fold import split_const_subgraphs
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.overrides import TorchFunctionMode
 
 from vivit_linop.risk.model.original import Params
 
@@ -26,15 +25,6 @@ _DIRECT: dict[Any, Any] = {
     _ATEN.mm.default: torch.mm,
     _ATEN.mul.Tensor: torch.mul,
     _ATEN.t.default: torch.t,
-}
-_OUT_OF_PLACE: dict[Callable[..., Any], Callable[..., Any]] = {
-    Tensor.__iadd__: torch.add,
-    Tensor.__isub__: torch.sub,
-    Tensor.__imul__: torch.mul,
-    Tensor.add_: torch.add,
-    Tensor.mul_: torch.mul,
-    Tensor.relu_: torch.relu,
-    torch.relu_: torch.relu,
 }
 
 
@@ -78,9 +68,10 @@ class TangentMap:
 def _write_nowhere(graph: GraphModule) -> None:
     """Replace operations in place by those that return a new tensor.
 
-    torch's formulas of forward mode have some (batch norm's), on tensors of their own,
-    which would be evaluated and kept, and written to by each product. Views of such
-    tensors are not followed: that a trace can be used again is checked.
+    A net has some (``nn.ReLU(inplace=True)``), and so have torch's formulas of forward
+    mode (batch norm's), on tensors which would be evaluated and kept, and written to by
+    each product. Views of such tensors are not followed: that a trace can be used again
+    is checked.
     """
     nodes = list(graph.graph.nodes)
     for position, node in enumerate(nodes):
@@ -136,19 +127,3 @@ def _tangent_and_scale(node: Node, depend: set[Node]) -> tuple[Any, Any]:
     if left not in depend:
         left, right = right, left
     return left, None if right in depend else right
-
-
-class OutOfPlace(TorchFunctionMode):
-    """Runs activations and augmented assignments that work in place out of place.
-
-    A trace of a net with ``nn.ReLU(inplace=True)`` or ``x += y`` is then one that can
-    be used again.
-    """
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        kwargs = dict(kwargs or {})
-        if kwargs.get("inplace"):
-            kwargs["inplace"] = False
-        return _OUT_OF_PLACE.get(func, func)(*args, **kwargs)
