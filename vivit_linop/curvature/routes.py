@@ -256,7 +256,7 @@ def _iterated(
     with bar if shown else contextlib.nullcontext(target) as multiplied:
         if solver == "ARPACK" and known and here:
             # Calls of an operator take longer than a product with a matrix.
-            values, vectors = by_arpack(op.on_small_side(Tensor.numpy), Wanted(k, v0))
+            values, vectors = by_arpack(op.small.on_matrix(Tensor.numpy), Wanted(k, v0))
             return values * op.scale, vectors
         return led(partial(_solved, solver, k, v0), multiplied)
 

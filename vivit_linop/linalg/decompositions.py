@@ -201,7 +201,7 @@ class LowRankDecomposition(DenseDecomposition):
         """A criterion chooses from the eigenvalues, before there are vectors."""
         op = self._operator
         if select is not None and k is None and op.by_gram and not op.ranks.is_many:
-            self._few = op.kept.tridiagonal(op.on_small_side)
+            self._few = op.kept.tridiagonal(op.small.on_matrix)
         return super().choose(k, select, rcond)
 
     @cached_property
@@ -218,7 +218,7 @@ class LowRankDecomposition(DenseDecomposition):
         """The k largest pairs, without the other vectors where k is small."""
         few = k <= FEW * self.count and not self._operator.kept.decomposed
         if self._operator.by_gram and few:
-            found = self._operator.on_small_side(partial(largest_eigenpairs, k=k))
+            found = self._operator.small.on_matrix(partial(largest_eigenpairs, k=k))
             evals, gram_evecs = self._operator.scale * found[0], found[1]
             # In ascending order, and read by the host at once.
             least, most = torch.stack((evals[0], evals[-1])).tolist()

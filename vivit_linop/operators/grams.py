@@ -12,7 +12,7 @@ from torch import Tensor
 from vivit_linop.operators import verbs
 from vivit_linop.operators.base import Op
 from vivit_linop.operators.damped import WeightedRows
-from vivit_linop.operators.elementary import Dense, Product, Scaled
+from vivit_linop.operators.elementary import Adjoint, Dense, Product, Scaled
 from vivit_linop.operators.kronecker import KhatriRao
 from vivit_linop.operators.lowrank import Centered, Gram
 from vivit_linop.operators.parts import HStack
@@ -26,6 +26,14 @@ def gram_of_operator(factor: Op) -> Gram:
 @verbs.gram_matrix.register
 def gram_matrix_of_operator(left: Op, right: Op) -> Tensor:
     return left.T.apply(right.to_dense())
+
+
+@verbs.gram_matrix.register
+def gram_matrix_of_adjoint(left: Adjoint, right: Op) -> Tensor:
+    """(Aᵀ)ᵀ Aᵀ = A Aᵀ."""
+    if right is left:
+        return verbs.outer_matrix(left.parent)
+    return gram_matrix_of_operator(left, right)
 
 
 @verbs.gram_matrix.register

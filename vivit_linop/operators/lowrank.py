@@ -197,17 +197,26 @@ class LowRank(TorchLinearOperator):
                 f"scale: c V Vᵀ is positive semi-definite, got c = {self.scale}. "
                 "For a negative one multiply the operator, -1.0 * (V @ V.T)."
             )
-        self._gram: list[Gram] = []  # made once, for all multiples and routes
-        self._outer = KeptMatrix()
+        self._grams: dict[bool, Gram] = {}  # made once, for all multiples and routes
         rows = factor.shape[0]
         super().__init__((rows, rows), factor._own_dtype, factor._own_device)
 
     @property
     def gram(self) -> Gram:
         """The Gram operator of the factor; its matrix is computed once and kept."""
-        if not self._gram:
-            self._gram.append(verbs.gram(self.factor))
-        return self._gram[0]
+        return self._gram_of(True)
+
+    def _gram_of(self, columns: bool) -> Gram:
+        """VᵀV of the columns of V, or V Vᵀ of its rows."""
+        if columns not in self._grams:
+            side = self.factor if columns else self.factor.T
+            self._grams[columns] = verbs.gram(side)
+        return self._grams[columns]
+
+    @property
+    def small(self) -> Gram:
+        """The smaller of VᵀV and V Vᵀ, without c: what all exact verbs work on."""
+        return self._gram_of(self.by_gram)
 
     @property
     def by_gram(self) -> bool:
@@ -223,35 +232,23 @@ class LowRank(TorchLinearOperator):
 
     @property
     def kept(self) -> KeptMatrix:
-        """What is known of the smaller of VᵀV and V Vᵀ, without c."""
-        return self.gram.kept if self.by_gram else self._outer
+        """What is known of the smaller side."""
+        return self.small.kept
 
     @property
     def small_side(self) -> Tensor:
-        """The smaller of c VᵀV and c V Vᵀ, dense: what all exact verbs work on."""
-        return self.scale * (self.gram.matrix if self.by_gram else self._outer_matrix)
-
-    @property
-    def _outer_matrix(self) -> Tensor:
-        if self._outer.matrix is None:
-            self._outer.matrix = verbs.outer_matrix(self.factor)
-        return self._outer.matrix
-
-    def on_small_side(self, function: Callable[[Tensor], Result]) -> Result:
-        """Return a function of VᵀV or V Vᵀ, computed where that is as a whole."""
-        if self.by_gram:
-            return self.gram.on_matrix(function)
-        return self.ranks.led(function, self._outer_matrix)
+        """The smaller of c VᵀV and c V Vᵀ, dense."""
+        return self.scale * self.small.matrix
 
     @property
     def nonnegative_eigenvalues(self) -> Tensor:
         """The min(D, R) of V Vᵀ, without c, as :class:`KeptMatrix` has them."""
-        return self.kept.nonnegative(self.on_small_side, min(self.factor.shape))
+        return self.kept.nonnegative(self.small.on_matrix, min(self.factor.shape))
 
     @property
     def small_eigenpairs(self) -> Pairs:
         """Those of the smaller of VᵀV and V Vᵀ, ascending, computed once for all c."""
-        return self.kept.eigenpairs(self.on_small_side)
+        return self.kept.eigenpairs(self.small.on_matrix)
 
     def rescaled(self, scale: float) -> LowRank:
         """Return the node for another c; what is known of the factor is kept."""
@@ -391,7 +388,7 @@ class Woodbury(TorchLinearOperator):
     def _prepared(self) -> tuple[float, bool]:
         """Make what solves on the small side; its norm, and whether to refine."""
         factorised = partial(self._factorise, self.damping)
-        norm, refines, error = self.operator.on_small_side(factorised)
+        norm, refines, error = self.operator.small.on_matrix(factorised)
         if error:
             raise ValueError(error)
         return norm, refines
