@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import reduce
 from typing import TypeGuard
 
 import torch
@@ -19,8 +18,6 @@ from vivit_linop.operators.elementary import (
     Diagonal,
     Identity,
     Product,
-    Scaled,
-    Sum,
     as_dense,
 )
 from vivit_linop.operators.kronecker import BlockDiagonal
@@ -50,18 +47,8 @@ def restricted_diagonal(op: Diagonal, index: Tensor) -> Op:
 
 
 @verbs.restrict.register
-def restricted_scaled(op: Scaled, index: Tensor) -> Op:
-    return verbs.scale(verbs.restrict(op.operator, index), op.factor)
-
-
-@verbs.restrict.register
 def restricted_damped(op: Damped, index: Tensor) -> Op:
     return verbs.damp(verbs.restrict(op.operator, index), op.damping)
-
-
-@verbs.restrict.register
-def restricted_sum(op: Sum, index: Tensor) -> Op:
-    return reduce(verbs.add, (verbs.restrict(term, index) for term in op.terms))
 
 
 @verbs.restrict.register

@@ -219,12 +219,6 @@ def samples_of_damped(op: Damped, num: int, generator: Generator = None) -> Tens
 
 
 @verbs.sample.register
-def samples_of_sum(op: Sum, num: int, generator: Generator = None) -> Tensor:
-    """Those of the terms add up."""
-    return torch.stack([verbs.sample(term, num, generator) for term in op.terms]).sum(0)
-
-
-@verbs.sample.register
 def samples_of_inverse(
     op: Woodbury | DampedInverse | DiagonalWoodbury,
     num: int,

@@ -368,14 +368,7 @@ class TorchLinearOperator(VerbMethods["TorchLinearOperator"], NumpyProducts):
             x = self._as_fitting_array(x)
         return super().dot(x)
 
-    @overload
-    def __mul__(self, x: TorchLinearOperator | float) -> TorchLinearOperator: ...
-    @overload
-    def __mul__(self, x: Any) -> Any: ...
-
-    def __mul__(self, x: Any) -> Any:
-        """Return ``self * x``: a scaling, or what ``self @ x`` is."""
-        return self.dot(x)
+    __mul__ = dot
 
     @overload
     def __matmul__(self, x: TorchLinearOperator) -> TorchLinearOperator: ...

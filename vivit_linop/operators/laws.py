@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import reduce
+from operator import add
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from vivit_linop.operators import verbs
@@ -21,17 +21,22 @@ def _rule(verb: Any, function: Callable[..., Any]) -> None:
     verb.register(function)
 
 
-def _linear(verb: Any) -> None:
-    """f(c A) = c f(A) and f(A + B) = f(A) + f(B)."""
+def _additive(verb: Any) -> None:
+    """f(A + B) = f(A) + f(B)."""
 
-    def of_scaled(op: Scaled, *given: Any) -> Tensor:
-        return op.factor * verb(op.operator, *given)
+    def of_sum(op: Sum, *given: Any) -> Any:
+        return reduce(add, (verb(term, *given) for term in op.terms))
 
-    def of_sum(op: Sum, *given: Any) -> Tensor:
-        return reduce(torch.add, (verb(term, *given) for term in op.terms))
+    _rule(verb, of_sum)
+
+
+def _homogeneous(verb: Any) -> None:
+    """f(c A) = c f(A)."""
+
+    def of_scaled(op: Scaled, *given: Any) -> Any:
+        return verb(op.operator, *given) * op.factor
 
     _rule(verb, of_scaled)
-    _rule(verb, of_sum)
 
 
 def _quadratic(verb: Any) -> None:
@@ -47,7 +52,7 @@ def _outer(verb: Any) -> None:
     """f([A B]) = f(A) + f(B) for what is a function of A Aᵀ."""
 
     def of_stack(op: HStack, *given: Any) -> Tensor:
-        return reduce(torch.add, (verb(part, *given) for part in op.parts))
+        return reduce(add, (verb(part, *given) for part in op.parts))
 
     _rule(verb, of_stack)
 
@@ -71,9 +76,12 @@ def _by_blocks(verb: Any) -> None:
     _rule(verb, of_block_diagonal)
 
 
+_LINEAR = verbs.to_dense, verbs.diagonal, verbs.diagonal_blocks, verbs.trace
 verb: Any
-for verb in (verbs.to_dense, verbs.diagonal, verbs.diagonal_blocks, verbs.trace):
-    _linear(verb)
+for verb in (*_LINEAR, verbs.restrict):
+    _additive(verb)
+    _homogeneous(verb)
+_additive(verbs.sample)  # of independent ones
 for verb in (verbs.row_norms_squared, verbs.outer_matrix, verbs.outer_product):
     _quadratic(verb)
     _outer(verb)

@@ -291,17 +291,12 @@ def multiple_of_scaled(op: Scaled, factor: Scalar) -> Op:
 
 
 @verbs.scale.register
-def multiple_of_dense(op: Dense, factor: Scalar) -> Op:
+def multiple_of_entries(op: Dense | Diagonal, factor: Scalar) -> Op:
     if isinstance(factor, Tensor) or not _holds(op, factor):
         return multiple_of_operator(op, factor)
+    if isinstance(op, Diagonal):
+        return Diagonal(factor * op.entries)
     return op.like(factor * op.matrix)
-
-
-@verbs.scale.register
-def multiple_of_diagonal(op: Diagonal, factor: Scalar) -> Op:
-    if isinstance(factor, Tensor) or not _holds(op, factor):
-        return multiple_of_operator(op, factor)
-    return Diagonal(factor * op.entries)
 
 
 @verbs.scale.register
