@@ -71,7 +71,7 @@ def test_memory_does_not_matter(name: str, memory: int) -> None:
 def test_chunks_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
     # Larger problems are multiplied some columns at a time.
     for place in (
-        "linalg.reductions._CHUNK",
+        "linalg.reductions.CHUNK",
         "devices._CPU_COLUMN_BYTES",
     ):
         monkeypatch.setattr(f"vivit_linop.{place}", 7)

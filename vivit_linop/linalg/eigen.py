@@ -283,9 +283,7 @@ def decomposition_of_block_diagonal(op: BlockDiagonal) -> Eigendecomposition:
     """The pairs of the blocks, padded with zeros."""
     parts = [verbs.eigendecomposition(block) for block in op.blocks]
     wanted = [
-        torch.zeros(part.count, dtype=torch.bool, device="cpu").index_fill(
-            0, part.default().cpu(), True
-        )
+        torch.isin(torch.arange(part.count, device="cpu"), part.default().cpu())
         for part in parts
     ]
     rests = [part.rest for part in parts if part.rest is not None]

@@ -9,11 +9,9 @@ import torch
 from torch import Tensor
 
 from vivit_linop.arguments import as_count
+from vivit_linop.linalg.reductions import CHUNK
 from vivit_linop.modes import ordinary_mode
 from vivit_linop.operators.base import TorchLinearOperator
-
-# Columns that are multiplied at a time.
-_CHUNK = 256
 
 
 class DiagonalEstimate(NamedTuple):
@@ -133,5 +131,5 @@ def _signed_products(
         shape = op.shape[0], num_products
         signs = 2.0 * torch.randint(2, shape, generator=generator, device="cpu") - 1.0
     signs = op.ranks.sent(signs)
-    for part in signs.to(op.device, op.torch_dtype).split(_CHUNK, dim=1):
+    for part in signs.to(op.device, op.torch_dtype).split(CHUNK, dim=1):
         yield part, op.apply(part)

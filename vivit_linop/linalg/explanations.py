@@ -19,7 +19,6 @@ from vivit_linop.operators import verbs
 from vivit_linop.operators.base import Op
 from vivit_linop.operators.damped import (
     Damped,
-    DampedInverse,
     DiagonallyDamped,
     DiagonalWoodbury,
 )
@@ -145,12 +144,6 @@ def _small_side(op: LowRank) -> str:
     why = f"{R} columns of {D} entries" if op.route is None else "asked for"
     known = "decomposed" if op.kept.decomposed else "factorised"
     return f"the {rows} x {rows} {name} {known}: {why}"
-
-
-@verbs.explain.register
-def explain_damped_inverse(op: DampedInverse, k: int | None = None) -> Explanation:
-    ways = {"all": "the inverse at this damping; derivatives take one more product"}
-    return _said(op, ways, op.inverse)
 
 
 @verbs.explain.register

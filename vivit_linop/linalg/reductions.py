@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from functools import reduce
+from operator import add
 from typing import cast
 
 import torch
@@ -34,7 +35,7 @@ from vivit_linop.operators.random_projection import RandomProjection
 from vivit_linop.operators.sandwich import LowRankForm, low_rank_form
 
 # Columns that are multiplied at a time: enough to batch, few enough to fit.
-_CHUNK = 256
+CHUNK = 256
 
 # Columns, some at a time ---------------------------------------------------------
 
@@ -43,8 +44,8 @@ _CHUNK = 256
 def column_pieces_of_operator(op: Op) -> Iterator[tuple[slice, Tensor]]:
     """By products with the identity's columns."""
     n = op.shape[1]
-    for start in range(0, n, _CHUNK):
-        place = slice(start, min(start + _CHUNK, n))
+    for start in range(0, n, CHUNK):
+        place = slice(start, min(start + CHUNK, n))
         size = place.stop - start
         unit = torch.zeros(n, size, dtype=op.torch_dtype, device=op.device)
         unit[place].fill_diagonal_(1.0)
@@ -54,8 +55,8 @@ def column_pieces_of_operator(op: Op) -> Iterator[tuple[slice, Tensor]]:
 @verbs.column_pieces.register
 def column_pieces_of_dense(op: Dense) -> Iterator[tuple[slice, Tensor]]:
     """Slices of the matrix."""
-    for start in range(0, op.shape[1], _CHUNK):
-        place = slice(start, min(start + _CHUNK, op.shape[1]))
+    for start in range(0, op.shape[1], CHUNK):
+        place = slice(start, min(start + CHUNK, op.shape[1]))
         yield place, op.matrix[:, place]
 
 
@@ -212,13 +213,9 @@ def diagonal_of_product(op: Product) -> Tensor:
         return verbs.diagonal_blocks(op, 1).flatten()
     at = 1 + inner.index(min(inner))
     A, B = Product(*op.factors[:at]), Product(*op.factors[at:])
-    result = torch.zeros(op.shape[0], dtype=op.torch_dtype, device=op.device)
-    pairs = zip(
-        column_pieces_of_operator(A), column_pieces_of_operator(B.T), strict=True
-    )
-    for (_, left), (_, right) in pairs:
-        result += (left * right).sum(1)
-    return result
+    pieces = map(column_pieces_of_operator, (A, B.T))
+    pairs = zip(*pieces, strict=True)
+    return reduce(add, ((left * right).sum(1) for (_, left), (_, right) in pairs))
 
 
 def _diagonal_in_eigenbasis(op: Product) -> Tensor | None:
@@ -286,7 +283,7 @@ def _diagonal_of_square_factors(op: Product) -> Tensor:
     shifted = form.shift * verbs.diagonal(rest)
     result = shifted + diagonal_of_product(narrow)
     lost = result.abs() < torch.finfo(result.dtype).eps ** 0.5 * shifted.abs()
-    for part in lost.nonzero().squeeze(1).split(_CHUNK):
+    for part in lost.nonzero().squeeze(1).split(CHUNK):
         result[part] = entries_on_diagonal(op, part)
     return result
 
@@ -379,10 +376,7 @@ def diagonal_of_corrected_kronecker(op: CorrectedKronecker) -> Tensor:
 @verbs.row_norms_squared.register
 def row_norms_of_operator(op: Op) -> Tensor:
     """Sum the squares of the columns, a chunk at a time."""
-    result = torch.zeros(op.shape[0], dtype=op.torch_dtype, device=op.device)
-    for _, columns in verbs.column_pieces(op):
-        result += columns.square().sum(1)
-    return result
+    return reduce(add, (X.square().sum(1) for _, X in verbs.column_pieces(op)))
 
 
 @verbs.row_norms_squared.register
@@ -397,9 +391,7 @@ def row_norms_of_centered(op: Centered) -> Tensor:
 
 @verbs.column_norms_squared.register
 def column_norms_of_operator(op: Op) -> Tensor:
-    return torch.cat(
-        [columns.square().sum(0) for _, columns in verbs.column_pieces(op)]
-    )
+    return torch.cat([X.square().sum(0) for _, X in verbs.column_pieces(op)])
 
 
 @verbs.column_norms_squared.register

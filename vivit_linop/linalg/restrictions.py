@@ -159,17 +159,6 @@ def outer_product_of_rows(factor: Rows, X: Tensor) -> Tensor:
     return verbs.outer_product(factor.operator, X)[factor.index]
 
 
-@verbs.outer_matrix.register
-def outer_matrix_of_rows(factor: Rows) -> Tensor:
-    """Some columns at a time."""
-    k = factor.shape[0]
-    total = torch.zeros(k, k, dtype=factor.torch_dtype, device=factor.device)
-    for _, columns in verbs.column_pieces(factor):
-        columns = columns.to(total)
-        total.addmm_(columns, columns.T)
-    return total
-
-
 # Of inverses -------------------------------------------------------------------------
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from vivit_linop.arguments import as_float
 from vivit_linop.linalg.reductions import (
+    CHUNK,
     diagonal_of_operator,
     entries_on_diagonal,
     unit_columns,
@@ -21,8 +22,6 @@ from vivit_linop.operators.lowrank import DampedRoot, Gram, LowRank, Woodbury
 from vivit_linop.operators.parts import HStack
 from vivit_linop.operators.sandwich import LowRankForm, Sandwich
 
-# Columns that are solved for, or multiplied, at a time.
-_CHUNK = 256
 # So few where memory is to be small; products with fewer take longer each. On shared
 # cores threads wait for each other in each of them.
 _FEW, _MANY = 4, 64
@@ -72,7 +71,7 @@ def diagonal_blocks_of_sandwich(op: Sandwich, size: int) -> Tensor:
     if V is None:
         return form.shift * verbs.gram_blocks(A, B, size, form.weights)
     X, Y = _sides(op, V, form)
-    few = max(1, _CHUNK // size) * size
+    few = max(1, CHUNK // size) * size
     result = torch.cat(
         [
             _products_of_blocks(left, form.multiply(right).to(left), size)
@@ -82,7 +81,7 @@ def diagonal_blocks_of_sandwich(op: Sandwich, size: int) -> Tensor:
     if form.shift != 0.0:
         result += form.shift * verbs.gram_blocks(A, B, size, form.weights)
     lost = _lose_digits(op, form, X, Y, result.flatten(1).norm(dim=1))
-    for index in lost.nonzero().split(max(1, _CHUNK // size)):
+    for index in lost.nonzero().split(max(1, CHUNK // size)):
         columns = size * index + torch.arange(size, device=index.device)
         part = _part_of_product(op, columns.flatten(), size)
         result[index.squeeze(1)] = part.to(result)
@@ -319,7 +318,7 @@ def _products_of_blocks(left: Tensor, right: Tensor, size: int) -> Tensor:
 
 def _whole_blocks(op: Op, size: int) -> Iterator[Tensor]:
     """The columns of an operator, whole blocks of some at a time."""
-    few = max(1, _CHUNK // size) * size
+    few = max(1, CHUNK // size) * size
     held = torch.empty(op.shape[0], 0, dtype=op.torch_dtype, device=op.device)
     for _, columns in verbs.column_pieces(op):
         held = torch.cat([held, columns], dim=1)
@@ -336,11 +335,11 @@ def _blocks_on_diagonal(matrix: Tensor, size: int) -> Tensor:
 
 
 def _in_parts(function: Callable[[Tensor], Tensor], columns: Tensor) -> Tensor:
-    parts = [function(part).to(columns) for part in columns.split(_CHUNK, dim=1)]
+    parts = [function(part).to(columns) for part in columns.split(CHUNK, dim=1)]
     return torch.cat(parts, dim=1)
 
 
 def _places(n: int, size: int, device: torch.device) -> tuple[Tensor, ...]:
     """The numbers of n columns, whole blocks of some at a time."""
-    few = max(1, _CHUNK // size) * size
+    few = max(1, CHUNK // size) * size
     return torch.arange(n, device=device).split(few)

@@ -6,6 +6,9 @@ The rules for what is pulled back through a Jacobian stand in
 
 from __future__ import annotations
 
+from functools import reduce
+from operator import add
+
 import torch
 from torch import Tensor
 
@@ -149,8 +152,8 @@ def gram_matrix_of_weighted_rows(
 
 @verbs.outer_matrix.register
 def outer_matrix_of_operator(factor: Op) -> Tensor:
-    dense = factor.to_dense()
-    return dense @ dense.T
+    """Some columns at a time."""
+    return reduce(add, (X @ X.T for _, X in verbs.column_pieces(factor)))
 
 
 @verbs.outer_product.register
