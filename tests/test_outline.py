@@ -150,6 +150,16 @@ def test_gram_matrices_that_are_known_are_cheaper() -> None:
     assert "its matrix is known" in K._repr_html_()
 
 
+def test_inverses_cost_what_they_are_multiplied_by() -> None:
+    V, delta = vl.Dense(torch.rand(9, 2)), torch.tensor(0.5, requires_grad=True)
+    followed = (V @ V.T + delta * vl.Identity(9)).inv()
+    by_entry = (V @ V.T + vl.Diagonal(1.0 + torch.rand(9))).inv()
+    assert outline(followed).formula == "(A + δ I)⁻¹, δ = 0.5"
+    assert outline(followed).cost == outline(followed.inverse).cost
+    rows = Cost(flops=2 * 9)
+    assert outline(by_entry).cost == outline(by_entry.woodbury).cost + rows
+
+
 class Marked(vl.TorchLinearOperator):
     """An operator of a user's, of which nothing is known."""
 

@@ -78,6 +78,8 @@ class Dense(TorchLinearOperator):
         tensor([1., 3.])
     """
 
+    _shared: Ranks | None = None
+
     def __init__(self, matrix: Tensor | np.ndarray) -> None:
         matrix = _as_tensor(matrix, "matrix", ndim=2)
         self.matrix = matrix
@@ -97,6 +99,11 @@ class Dense(TorchLinearOperator):
         tolerance = 10 * torch.finfo(A.dtype).eps * A.abs().max()
         return bool((A - A.T).abs().max() <= tolerance)
 
+    @property
+    def ranks(self) -> Ranks:
+        """Those that have computed it, or what it is made of."""
+        return self._shared or super().ranks
+
     def _made_of(self) -> tuple[Tensor]:
         return (self.matrix,)
 
@@ -111,25 +118,14 @@ class Dense(TorchLinearOperator):
         return dense_over(self.ranks, matrix)
 
 
-class SharedDense(Dense):
-    """A matrix that several processes have computed together, the same to the bit.
+def dense_over(ranks: Ranks, matrix: Tensor) -> Dense:
+    """Return a matrix that these processes have computed together, the same to the bit.
 
     What its bits do not decide, such as eigenvectors, one of them computes for all.
     """
-
-    def __init__(self, matrix: Tensor, ranks: Ranks) -> None:
-        super().__init__(matrix)
-        self._shared = ranks
-
-    @property
-    def ranks(self) -> Ranks:
-        """Those that have computed it."""
-        return self._shared
-
-
-def dense_over(ranks: Ranks, matrix: Tensor) -> Dense:
-    """Return a matrix that these processes have."""
-    return SharedDense(matrix, ranks) if ranks.is_many else Dense(matrix)
+    op = Dense(matrix)
+    op._shared = ranks if ranks.is_many else None
+    return op
 
 
 def as_dense(op: Op) -> Dense:
