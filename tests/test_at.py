@@ -15,6 +15,7 @@ from torch.nn.utils import parametrize
 from torch.utils.data import DataLoader, TensorDataset
 
 import vivit_linop as vl
+from tests.pairs import in_turn
 from vivit_linop.risk import first_pass
 from vivit_linop.risk.model.functional import FunctionalModel
 
@@ -330,8 +331,7 @@ OTHERS = [
 ]
 
 
-@pytest.mark.parametrize("change", OTHERS)
-@pytest.mark.parametrize("loader", [False, True])
+@pytest.mark.parametrize(("change", "loader"), in_turn(OTHERS, [False, True]))
 def test_what_else_has_changed_of_the_model(
     change: Callable[[Scaled], None], loader: bool
 ) -> None:

@@ -6,7 +6,6 @@ the whole batch.
 """
 
 import functools
-import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -21,6 +20,7 @@ import vivit_linop as vl
 from tests import comparing
 from tests.cases import Lambda, call, parameter
 from tests.comparing import jacobian
+from tests.pairs import pairwise
 from vivit_linop.modes import as_guest
 from vivit_linop.net.capture import Capture
 from vivit_linop.net.certificate import Certificate
@@ -226,10 +226,11 @@ def _batches(*sizes: int) -> Callable[..., Any]:
     return cut
 
 
-@pytest.mark.parametrize("sizes", [None, (5, 3), (1, 7)])
-@pytest.mark.parametrize(("forward", "key"), list(itertools.product(ORDERS, KEYS)))
+@pytest.mark.parametrize(
+    ("forward", "sizes", "key"), pairwise(ORDERS, [None, (5, 3), (1, 7)], KEYS)
+)
 def test_samples_in_another_order(
-    forward: Any, key: tuple[int, ...], sizes: tuple[int, ...] | None
+    forward: Any, sizes: tuple[int, ...] | None, key: tuple[int, ...]
 ) -> None:
     layers = {"a": nn.Linear(3, 4), "o": nn.Linear(4, 3), "p": nn.Linear(4, 3)}
     if forward is not _heads:

@@ -11,10 +11,12 @@ from torch import nn
 from torch.nn import functional as F
 
 import vivit_linop as vl
+from tests.pairs import in_turn
 
 pytestmark = pytest.mark.host("graphs of the compiler")
 
-BACKENDS = pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+BACKENDS = ["eager", "aot_eager"]
+every_backend = pytest.mark.parametrize("backend", BACKENDS)
 
 
 @pytest.fixture(autouse=True)
@@ -47,8 +49,7 @@ FUNCTIONS = {
 }
 
 
-@pytest.mark.parametrize("name", FUNCTIONS)
-@BACKENDS
+@pytest.mark.parametrize(("name", "backend"), in_turn(FUNCTIONS, BACKENDS))
 def test_values_and_gradients(name, backend, risk):
     G, V = vl.GGN(risk), vl.GGNFactor(risk)
     unit = vl.Identity(G.shape[0])
@@ -68,7 +69,7 @@ def test_values_and_gradients(name, backend, risk):
     torch.testing.assert_close(*results)
 
 
-@BACKENDS
+@every_backend
 def test_operators_change_from_call_to_call(backend, risk):
     x = torch.rand(5).double()
     compiled = torch.compile(lambda op, v: v + op @ v, backend=backend)
@@ -118,7 +119,7 @@ def test_what_is_made_inside(name, risk):
     torch.testing.assert_close(compiled(x), x.sum() + dense @ x)
 
 
-@BACKENDS
+@every_backend
 def test_arrays(backend):
     A = vl.Dense(torch.arange(9.0).reshape(3, 3).double())
     compiled = torch.compile(lambda v: v - A @ v, backend=backend)

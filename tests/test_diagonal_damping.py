@@ -8,6 +8,7 @@ import torch
 import vivit_linop as vl
 from tests.composition_cases import EPS, close, risks
 from tests.operator_market import Draw
+from tests.pairs import in_turn
 from tests.refusals import refuse_products
 from vivit_linop.curvature import column_sums
 from vivit_linop.curvature.jacobian import Pullback
@@ -45,7 +46,7 @@ def by_output(risk):
 
 PRIORS = {f.__name__: f for f in (by_layer, by_entry, by_output)}
 CASES = [
-    *(("tall", prior, dtype) for prior in PRIORS for dtype in EPS),
+    *(("tall", prior, dtype) for prior, dtype in in_turn(PRIORS, EPS)),
     *((kind, "by_entry", FLOAT64) for kind in ("wide", "convolution", "tied")),
     *((kind, "by_layer", FLOAT64) for kind in ("wide", "convolution", "tied")),
     ("convolution", "by_output", FLOAT64),

@@ -87,7 +87,7 @@ def test_one_risk_in_threads(kind: str, memory: int | None) -> None:
     before, slots = switches(), {n: id(p) for n, p in net.named_parameters()}
     risk = vl.EmpiricalRisk(net, LOSS, data, memory=memory)
     with ThreadPoolExecutor(4) as pool:
-        names = [*USES] * 4
+        names = [*USES] * 2
         found = list(pool.map(lambda name: USES[name](risk), names))
     for name, result in zip(names, found, strict=True):
         torch.testing.assert_close(result, expected[name], rtol=1e-9, atol=1e-12)

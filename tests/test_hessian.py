@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 import vivit_linop as vl
 from tests.comparing import jacobian
+from tests.pairs import pairwise
 
 CE = nn.CrossEntropyLoss()
 
@@ -157,18 +158,31 @@ def some_data(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
     return X, torch.randint(3, (9,))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("kind", [Last, Inside, Routed])
-@pytest.mark.parametrize("op", [Once, Kernel, Numpy, Half])
+WAYS = ["product", "columns", "diagonal", "sample_diagonals", "blocks", "again"]
+
+
+@pytest.mark.parametrize(
+    ("way", "op", "kind", "dtype"),
+    pairwise(
+        WAYS,
+        [Once, Kernel, Numpy, Half],
+        [Last, Inside, Routed],
+        [torch.float32, torch.float64],
+    ),
+)
 def test_wrong_second_derivatives_are_refused(
-    op: Any, kind: Any, dtype: torch.dtype
+    way: str, op: Any, kind: Any, dtype: torch.dtype
 ) -> None:
     net, (X, y) = kind(op).to(dtype), some_data(dtype)
     H = vl.Hessian(net, CE, (X, y))
     again = [lambda: H @ torch.ones(H.shape[0])] * 2  # each time
-    for of in (*products(net, X, y).values(), *again):
+    for of in again if way == "again" else [products(net, X, y)[way]]:
         with pytest.raises(ValueError, match=f"Function {op.__name__}, .* GGN"):
             of()
+
+
+def test_all_ways_are_there() -> None:
+    assert [*products(nn.Linear(3, 3).double(), *some_data()), "again"] == WAYS
 
 
 @pytest.mark.parametrize("kind", [Last, Inside, Routed])

@@ -1,8 +1,6 @@
 """Operators of SciPy, curvlinops and BackPACK in our algebra, and ours in theirs."""
 
 import copy
-import subprocess
-import sys
 from typing import Any
 
 import curvlinops
@@ -21,15 +19,6 @@ from tests.backpack_peer import KRONECKER, REDUCTIONS, peer_risk
 from tests.comparing import close, draw
 from tests.curvature_cases import risk
 from vivit_linop.testing import check_operator
-
-
-def test_nothing_is_imported_before_it_is_needed() -> None:
-    code = (
-        "import sys, vivit_linop; "
-        "assert not {'backpack', 'curvlinops'} & set(sys.modules)"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True)
-
 
 # SciPy ------------------------------------------------------------------------------
 

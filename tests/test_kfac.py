@@ -14,6 +14,7 @@ from tests.backpack_peer import KRONECKER, REDUCTIONS, peer_risk
 from tests.cases import Problem, dense, dense_of, problem
 from tests.comparing import close, draw
 from tests.curvature_cases import risk, risk_of
+from tests.pairs import pairwise
 from vivit_linop.operators import DampedRoot, Gram, LowRank
 from vivit_linop.testing import check_operator
 
@@ -299,10 +300,13 @@ def corrected(K: vl.KFAC, matrix: Tensor) -> Tensor:
     return result
 
 
-@pytest.mark.parametrize("joint_bias", [True, False])
-@pytest.mark.parametrize("sharing", ["expand", "reduce", "backpack"])
 @pytest.mark.parametrize(
-    "name", ["mlp_ce_mean", "cnn", "convolutions", "reused_and_tied", "attention"]
+    ("name", "sharing", "joint_bias"),
+    pairwise(
+        ["mlp_ce_mean", "cnn", "convolutions", "reused_and_tied", "attention"],
+        ["expand", "reduce", "backpack"],
+        [True, False],
+    ),
 )
 def test_ekfac_has_the_diagonal_of_the_ggn(
     name: str, sharing: str, joint_bias: bool

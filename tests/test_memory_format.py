@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -68,8 +69,15 @@ FORWARDS = [
 ]
 
 
-@pytest.mark.parametrize("sizes", [(N,), (4, 5), (1,) * N, (1, 3, 5)])
-@pytest.mark.parametrize("forward", FORWARDS)
+# In one batch, and in batches of one sample and more; what refuses single samples also
+# in batches without or only with them.
+@pytest.mark.parametrize(
+    ("forward", "sizes"),
+    [
+        *itertools.product(FORWARDS, [(N,), (1, 3, 5)]),
+        *((viewing_some, sizes) for sizes in [(4, 5), (1,) * N]),
+    ],
+)
 def test_what_autograd_says(forward: Any, sizes: tuple[int, ...]) -> None:
     """Whatever nets do with what comes in another order."""
     (X, y), model = images(), net(forward)

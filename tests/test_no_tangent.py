@@ -14,6 +14,7 @@ from torch.autograd.function import once_differentiable
 import vivit_linop as vl
 from tests.cases import Lambda
 from tests.comparing import close, jacobian
+from tests.pairs import in_turn
 from vivit_linop.net.linearized import linearizations
 
 N, C = 6, 3
@@ -250,8 +251,7 @@ def test_what_is_built_on_products(kind: str, memory: int | None) -> None:
     assert close(V @ torch.from_numpy(least), p.G @ solution, 1e-8)
 
 
-@pytest.mark.parametrize("memory", [None, 0])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "memory"), in_turn(KINDS, [None, 0]))
 def test_loss_without_a_root(kind: str, memory: int | None) -> None:
     p = _Problem(kind, "wavy", memory)
     assert torch.linalg.eigvalsh(p.H)[0] < -0.01

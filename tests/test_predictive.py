@@ -7,12 +7,14 @@ from torch import Tensor, nn
 import vivit_linop as vl
 from tests.cases import dense
 from tests.curvature_cases import close, risk
+from tests.pairs import pairwise
 from tests.posterior_cases import KINDS, inverse, matrix
 from tests.refusals import refuse_products
 from tests.toys import toy
 
 float64 = torch.float64
 NAMES = ["mlp_ce_mean", "more_columns_than_parameters", "repeated_samples", "cnn"]
+RTOL = {float64: 1e-10, torch.float32: 1e-3}
 
 
 def by_definition(J: Tensor, S: Tensor, C: int) -> Tensor:
@@ -20,12 +22,11 @@ def by_definition(J: Tensor, S: Tensor, C: int) -> Tensor:
     return blocks @ S @ blocks.mT
 
 
-@pytest.mark.parametrize("dtype, rtol", [(float64, 1e-10), (torch.float32, 1e-3)])
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", NAMES)
-def test_of_training_samples(
-    name: str, kind: str, dtype: torch.dtype, rtol: float
-) -> None:
+@pytest.mark.parametrize(
+    ("name", "kind", "dtype"), pairwise(NAMES, KINDS, RTOL), ids=str
+)
+def test_of_training_samples(name: str, kind: str, dtype: torch.dtype) -> None:
+    rtol = RTOL[dtype]
     of, truth = risk(name, dtype), dense(name)
     S = inverse(kind, of)
     found = vl.predictive_covariance(vl.Jacobian(of), S)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import vivit_linop as vl
+from tests.pairs import pairwise
 from vivit_linop.operators import CorrectedKronecker, Dense, Diagonal
 
 TOLERANCES = {torch.float64: 1e-11, torch.float32: 2e-4}
@@ -57,19 +58,21 @@ NAMES = list(operators(torch.float64, 8))
 
 
 # With 16 columns and with 160, of 107 rows.
-@pytest.mark.parametrize("n", [8, 80])
-@pytest.mark.parametrize("dtype", TOLERANCES)
-@pytest.mark.parametrize(("left", "right"), [*combinations(NAMES, 2)])
-def test_products_of_two(left: str, right: str, dtype: torch.dtype, n: int) -> None:
-    A, B = (operators(dtype, n)[name] for name in (left, right))
-    a, b = (matrix(dtype, n, name) for name in (left, right))
-    difference, both = A - B, a.square().sum() + b.square().sum()
+@pytest.mark.parametrize(
+    ("both", "dtype", "n"),
+    pairwise(combinations(NAMES, 2), TOLERANCES, [8, 80]),
+    ids=str,
+)
+def test_products_of_two(both: tuple[str, str], dtype: torch.dtype, n: int) -> None:
+    A, B = (operators(dtype, n)[name] for name in both)
+    a, b = (matrix(dtype, n, name) for name in both)
+    difference, squares = A - B, a.square().sum() + b.square().sum()
     for found, truth, size in [
         ((A @ B).trace(), (a @ b).trace(), a.norm() * b.norm()),
         ((B @ A).trace(), (a @ b).trace(), a.norm() * b.norm()),
         ((A @ B).diagonal(), (a @ b).diagonal(), (a @ b).diagonal().norm()),
         ((B @ A).diagonal(), (b @ a).diagonal(), (a @ b).diagonal().norm()),
-        ((difference @ difference).trace(), (a - b).square().sum(), both),
+        ((difference @ difference).trace(), (a - b).square().sum(), squares),
     ]:
         error = (found.double().cpu() - truth).norm()
         assert error <= TOLERANCES[dtype] * size, (error / size).item()

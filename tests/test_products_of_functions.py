@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import vivit_linop as vl
+from tests.pairs import pairwise
 from vivit_linop.operators.base import TorchLinearOperator
 
 D64, TAU = torch.float64, 0.1
@@ -95,9 +96,10 @@ PRODUCTS: dict[str, Expression] = {
 }
 
 
-@pytest.mark.parametrize("dtype", TOLERANCES)
-@pytest.mark.parametrize("n", [6, 60])  # fewer and more columns than rows
-@pytest.mark.parametrize("name", PRODUCTS)
+# With fewer and with more columns than rows.
+@pytest.mark.parametrize(
+    ("name", "n", "dtype"), pairwise(PRODUCTS, [6, 60], TOLERANCES), ids=str
+)
 def test_traces_and_diagonals(name: str, n: int, dtype: torch.dtype) -> None:
     op, A = PRODUCTS[name](operators(n, dtype)), PRODUCTS[name](dense(n))
     rtol = TOLERANCES[dtype]

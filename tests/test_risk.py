@@ -14,13 +14,16 @@ from torch.utils.data import DataLoader, Dataset
 import vivit_linop as vl
 from tests.cases import NAMES, Lambda, dense, mlp, problem
 from tests.curvature_cases import fresh, risk_of
+from tests.pairs import in_turn
 from tests.toys import random_vector, toy, use_everything
 
 # Values -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+# All of them in float64: test_invariance.py.
+@pytest.mark.parametrize(
+    ("name", "dtype"), in_turn(NAMES, [torch.float64, torch.float32]), ids=str
+)
 def test_value_gradient_and_sizes(name: str, dtype: torch.dtype) -> None:
     case, truth = problem(name, dtype), dense(name)
     risk = risk_of(case)

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 import vivit_linop as vl
 from tests.cases import Lambda, parameter
+from tests.pairs import pairwise
 
 N = 5
 
@@ -62,9 +63,9 @@ NETS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-@pytest.mark.parametrize("n", [1, N])
-@pytest.mark.parametrize("name", NETS)
+@pytest.mark.parametrize(
+    ("name", "n", "dtype"), pairwise(NETS, [1, N], [torch.float64, torch.float32])
+)
 def test_noise_is_no_wrong_column(name: str, n: int, dtype: torch.dtype) -> None:
     for seed in range(6):
         torch.manual_seed(seed)

@@ -6,6 +6,7 @@ import torch
 import vivit_linop as vl
 from tests.composition_cases import EPS, close, risks
 from tests.operator_market import Draw
+from tests.pairs import pairwise
 from tests.refusals import refuse_products
 from vivit_linop.curvature import column_sums
 from vivit_linop.curvature.block_sandwich import BlockSandwich
@@ -40,21 +41,15 @@ def tall(op, symbol):
     return op.T if symbol == "J" else op
 
 
-CASES = [
-    *((kind, middle) for kind in ("tall", "wide") for middle in MIDDLES),
-    ("convolution", "inverse"),
-    ("tied", "inverse"),
-]
-
-
 @pytest.mark.parametrize(
-    ("kind", "middle", "dtype"),
+    ("middle", "kind", "dtype"),
     [
-        *((*case, dtype) for case in CASES[:-2] for dtype in EPS),
-        *((*case, torch.float64) for case in CASES[-2:]),
+        *pairwise(MIDDLES, ["tall", "wide"], EPS),
+        ("inverse", "convolution", torch.float64),
+        ("inverse", "tied", torch.float64),
     ],
 )
-def test_values_on_one_risk_and_across_two(kind, middle, dtype):
+def test_values_on_one_risk_and_across_two(middle, kind, dtype):
     train, test = risks(kind, dtype)
     function, exponent = MIDDLES[middle]
     G = vl.GGN(train)

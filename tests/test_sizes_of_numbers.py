@@ -7,6 +7,7 @@ import torch
 
 import vivit_linop as vl
 from tests.operator_market import MARKET, Draw, build
+from tests.pairs import in_turn
 from tests.verb_cases import assert_near, every_dtype
 from vivit_linop.operators import LowRank
 
@@ -99,8 +100,7 @@ def check_verbs(op, at_one, A: torch.Tensor, far: float) -> None:
     assert asked  # what no verb is right for at size one is compared with nothing
 
 
-@every_dtype
-@pytest.mark.parametrize("name", MARKET)
+@pytest.mark.parametrize(("name", "dtype"), in_turn(MARKET, FAR), ids=str)
 def test_multiples_have_the_verbs_of_what_they_are_of(
     name: str, dtype: torch.dtype
 ) -> None:
@@ -109,8 +109,7 @@ def test_multiples_have_the_verbs_of_what_they_are_of(
         check_verbs(far * op, op, A, far)
 
 
-@every_dtype
-@pytest.mark.parametrize("name", GROWING)
+@pytest.mark.parametrize(("name", "dtype"), in_turn(GROWING, FAR), ids=str)
 def test_numbers_of_any_size_have_the_verbs_of_those_near_one(
     name: str, dtype: torch.dtype
 ) -> None:
@@ -121,8 +120,7 @@ def test_numbers_of_any_size_have_the_verbs_of_those_near_one(
         check_verbs(small, op, A, size ** degree(name))
 
 
-@every_dtype
-@pytest.mark.parametrize("name", GROWING)
+@pytest.mark.parametrize(("name", "dtype"), in_turn(GROWING, FAR), ids=str)
 def test_multiples_of_multiples_are_of_the_dtype_again(
     name: str, dtype: torch.dtype
 ) -> None:

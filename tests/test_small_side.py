@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 import vivit_linop as vl
 from tests.composition_cases import close, risks
 from tests.operator_market import Draw
+from tests.pairs import pairwise
 from vivit_linop.operators import LowRank, Woodbury, damped_solver, symmetric
 
 FLOAT64 = torch.float64
@@ -144,10 +145,16 @@ def test_memory_of_an_inverse(dtype):
     assert L.dtype == dtype and L.untyped_storage().nbytes() == K.nbytes
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, FLOAT64], ids=str)
-@pytest.mark.parametrize("shape", [(1200, 900), (1500, 900), (900, 1200)], ids=str)
-@pytest.mark.parametrize("known", [False, True])
-def test_memory_of_the_diagonal_of_an_inverse(dtype, shape, known):
+@pytest.mark.parametrize(
+    ("shape", "dtype", "known"),
+    pairwise(
+        [(1200, 900), (1500, 900), (900, 1200)],
+        [torch.float32, FLOAT64],
+        [False, True],
+    ),
+    ids=str,
+)
+def test_memory_of_the_diagonal_of_an_inverse(shape, dtype, known):
     """Beside K and its factor, by either: some columns of V L⁻ᵀ at a time."""
     V = vl.Dense(Draw(dtype)(*shape))
     G = V @ V.T

@@ -211,7 +211,12 @@ def test_block_diagonal(name: str) -> None:
     of, truth = risk(name), dense(name)
     names = list(of.params)
     op = vl.GGN(of).block_diagonal("parameter")
-    check_blocks(op, truth.G, of.sizes, [[i] for i in range(len(names))])
+    each = [[i] for i in range(len(names))]
+    if name in FEW:
+        check_blocks(op, truth.G, of.sizes, each)
+    blocks = blocks_of(truth.G, of.sizes, each)
+    for block, matrix in zip(op.blocks, blocks, strict=True):
+        assert close(block.to_dense(), matrix, scale=truth.G.norm())
     modules: dict[str, list[int]] = {}
     for i, key in enumerate(names):
         modules.setdefault(key.rpartition(".")[0], []).append(i)

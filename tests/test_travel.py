@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 import vivit_linop as vl
 from tests.curvature_cases import close
+from tests.pairs import pairwise
 from vivit_linop.net import linearized as linearizing
 from vivit_linop.net.linearized import linearizations, young_circles_collected
 from vivit_linop.risk.passes import Passes
@@ -103,10 +104,11 @@ WAYS = {
 CONDITIONS = [("", None), ("products", None), ("products", 0), ("spectra", None)]
 
 
-@pytest.mark.parametrize(("used", "memory"), CONDITIONS)
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("name", OPERATORS)
-def test_copies(name: str, way: str, used: str, memory: int | None) -> None:
+@pytest.mark.parametrize(
+    ("name", "condition", "way"), pairwise(OPERATORS, CONDITIONS, WAYS)
+)
+def test_copies(name: str, condition: tuple[str, int | None], way: str) -> None:
+    used, memory = condition
     op = OPERATORS[name](_risk(memory=memory))
     _use(op, used)
     copied = WAYS[way](op)
@@ -328,10 +330,15 @@ def test_spawned_process() -> None:
 # Threads ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("memory", [None, 0, 4000])
-@pytest.mark.parametrize("net", [_mlp, _convolutions])
-@pytest.mark.parametrize("name", ["J", "Jᵀ", "V", "Vᵀ", "G", "U", "VᵀV", "Woodbury"])
-def test_threads(name: str, net: Any, memory: int | None) -> None:
+@pytest.mark.parametrize(
+    ("name", "memory", "net"),
+    pairwise(
+        ["J", "Jᵀ", "V", "Vᵀ", "G", "U", "VᵀV", "Woodbury"],
+        [None, 0, 4000],
+        [_mlp, _convolutions],
+    ),
+)
+def test_threads(name: str, memory: int | None, net: Any) -> None:
     """Also the first products, which make what is kept."""
     expected_of = OPERATORS[name](_risk(net))
     X = torch.randn(expected_of.shape[1], 12).double()

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.cases import Problem, dense_of
+from tests.pairs import pairwise
 from tests.vivit_cases import (
     COMPUTATIONS,
     GROUPINGS,
@@ -69,11 +70,11 @@ def test_eigenvalues(name, subsampling, grouping) -> None:
         assert (evals.diff() >= 0).all()
 
 
-@pytest.mark.parametrize("criterion", [keep_all, keep_nonzero])
-@pytest.mark.parametrize("grouping", GROUPINGS)
-@pytest.mark.parametrize("subsampling", SUBSAMPLINGS, ids=str)
-@pytest.mark.parametrize("name", PROBLEMS)
-def test_eigenpairs(name, subsampling, grouping, criterion, monkeypatch) -> None:
+@pytest.mark.parametrize(
+    ("name", "grouping", "subsampling", "criterion"),
+    pairwise(PROBLEMS, GROUPINGS, SUBSAMPLINGS, [keep_all, keep_nonzero]),
+)
+def test_eigenpairs(name, grouping, subsampling, criterion, monkeypatch) -> None:
     if subsampling is None:
         monkeypatch.setattr("vivit_linop.curvature.plan.FORMED_ENTRIES", 0)
     case, d = setting(name, grouping, criterion=criterion), dense(name)
@@ -94,10 +95,10 @@ def test_eigenpairs(name, subsampling, grouping, criterion, monkeypatch) -> None
         close(E @ E.T, torch.eye(len(E), dtype=E.dtype))
 
 
-@pytest.mark.parametrize("grouping", GROUPINGS[:2])
-@pytest.mark.parametrize("sub_ggn", (None, [0, 1]), ids=str)
-@pytest.mark.parametrize("sub_grad", (None, [0, 1]), ids=str)
-@pytest.mark.parametrize("name", PROBLEMS)
+@pytest.mark.parametrize(
+    ("name", "sub_grad", "sub_ggn", "grouping"),
+    pairwise(PROBLEMS, (None, [0, 1]), (None, [0, 1]), GROUPINGS[:2]),
+)
 def test_derivatives_and_steps(name, sub_grad, sub_ggn, grouping, monkeypatch) -> None:
     d = dense(name)
     if sub_grad is None:  # for half of the cases
