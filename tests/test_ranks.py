@@ -44,8 +44,6 @@ OF_THREE = ("uneven_batches", "embedding", "more_columns_than_parameters", "hube
                 "no_room",
                 "losses",
                 *OF_TWO,
-                "failures",
-                "same_bits",
                 "sharded",
                 "other_arguments",
                 "arguments_of_analyses",
@@ -60,7 +58,6 @@ OF_THREE = ("uneven_batches", "embedding", "more_columns_than_parameters", "hube
             (
                 "other_lapack",
                 "current",
-                "arguments_of_analyses",
                 "other_vectors",
                 "ragged",
                 "recursions",
