@@ -8,16 +8,11 @@ units in the last place; by how much that changes the number is rounding.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-
 import torch
 from torch import Tensor
 
 # How many times the measured rounding of a result two ways to it may differ by.
 BY_NOISE = 30
-# How often rounding is measured before a result is called wrong: where a few numbers
-# cancel, most often nothing is left.
-_ATTEMPTS = 64
 
 
 class Noise:
@@ -54,17 +49,3 @@ class Noise:
         if not tensor.is_floating_point():
             return tensor.clone()
         return tensor + 4 * torch.finfo(tensor.dtype).eps * tensor * self.like(tensor)
-
-
-def nearby(
-    params: Mapping[str, Tensor], cotangent: Tensor
-) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
-    """Yield copies of parameters, and of what is pulled back, with other last digits.
-
-    First as they are: if that gives another result, it is not rounding.
-    """
-    digits = Noise()
-    yield {name: p.detach().clone() for name, p in params.items()}, cotangent
-    for _ in range(_ATTEMPTS):
-        at = {name: digits.off(p.detach()) for name, p in params.items()}
-        yield at, digits.off(cotangent)

@@ -36,11 +36,15 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
-from vivit_linop.devices import told
+from vivit_linop.devices import told, tolerated
 from vivit_linop.graphs import saved_by
 from vivit_linop.net.columns.base import LayerColumns
 from vivit_linop.net.structure import Use
-from vivit_linop.noise import BY_NOISE
+from vivit_linop.noise import BY_NOISE, Noise
+
+# How often rounding is measured before a result is called wrong: where a few numbers
+# cancel, most often nothing is left.
+_ATTEMPTS = 64
 
 
 class Certificate:
@@ -115,6 +119,31 @@ class Certificate:
             else:
                 errors[name] = distance / tolerated if tolerated else math.inf
         return errors
+
+
+def roundings(
+    pull_back: Callable[[dict[str, Tensor], Tensor], list[Tensor]],
+    params: Mapping[str, Tensor],
+    cotangent: Tensor,
+    gradients: Sequence[Tensor],
+) -> Iterator[list[float]]:
+    """Yield by how much gradients change where all is off by units in the last place.
+
+    Zero for those that are others at the same numbers, of which that tells nothing.
+    """
+    digits, stay = Noise(), list[bool]()
+    for attempt in range(1 + _ATTEMPTS):
+        off, found = digits.off if attempt else torch.clone, list[Tensor]()
+        at = {name: off(p.detach()) for name, p in params.items()}
+        # Whatever a net says to parameters that are no longer what they were.
+        with tolerated(Exception):
+            found = pull_back(at, off(cotangent))
+        pairs = zip(found, gradients, strict=bool(found))
+        changes = [float((again - once).norm()) for again, once in pairs]
+        stay = stay or [change == 0.0 for change in changes]
+        if not found or not any(stay):
+            return
+        yield [c if stays else 0.0 for c, stays in zip(changes, stay, strict=True)]
 
 
 def _weights(sizes: Tensor, cotangents: Tensor) -> Tensor:

@@ -28,11 +28,11 @@ from vivit_linop.devices import is_out_of_memory, told, tolerated
 from vivit_linop.graphs import gradients, used_up
 from vivit_linop.modes import as_guest
 from vivit_linop.net.capture import Capture, Takes
-from vivit_linop.net.certificate import Certificate, norms
+from vivit_linop.net.certificate import Certificate, norms, roundings
 from vivit_linop.net.columns.base import LayerColumns
 from vivit_linop.net.dense import on_the_batch, one_by_one, vectorised
 from vivit_linop.net.structure import MOST_VARIANTS, Structure, Variant
-from vivit_linop.noise import Noise, nearby
+from vivit_linop.noise import Noise
 from vivit_linop.risk.empirical import EmpiricalRisk
 
 Columns = dict[str, LayerColumns]
@@ -275,38 +275,26 @@ class CertifiedColumns:
     def _within_rounding(
         self, pulled_back: Mapping[str, Tensor], certificate: Certificate
     ) -> set[str]:
-        """Return the parameters whose columns are off by no more than rounding.
-
-        Rounding is measured: the net is run again where every parameter, and what is
-        pulled back, is off by some units in the last place. That tells nothing of parts
-        of Jᵀ B w that are others at the same parameters.
-        """
-        model = self._risk.model
+        """Return the parameters whose columns are off by no more than rounding."""
+        model, names = self._risk.model, list(pulled_back)
         frozen = {k: p for k, p in model.constants.items() if k not in model.buffers}
-        params = frozen | self._risk.params
-        noise, right = dict.fromkeys(pulled_back, 0.0), set[str]()
-        for number, near in enumerate(nearby(params, certificate.cotangent)):
-            names = [name for name in noise if name not in right]
-            if not names:
-                break
-            (at, cotangent), found = near, list[Tensor]()
-            # Whatever a net says to parameters that are no longer what they were.
-            with tolerated(Exception):
-                wanted = [at[name].requires_grad_() for name in names]
-                output = model(at, self._X).reshape(self._capture.output.shape)
-                found = gradients(output, wanted, cotangent)
-            if not found:
-                break
-            for name, again in zip(names, found, strict=True):
-                gradient = pulled_back[name]
-                change = float(torch.linalg.vector_norm(again - gradient))
-                if number == 0 and change != 0.0:
-                    del noise[name]
-                elif change > noise[name]:
+        noise, right = dict.fromkeys(names, 0.0), set[str]()
+
+        def again(params: dict[str, Tensor], cotangent: Tensor) -> list[Tensor]:
+            wanted = [params[name].requires_grad_() for name in names]
+            output = model(params, self._X).reshape(self._capture.output.shape)
+            return gradients(output, wanted, cotangent)
+
+        given = frozen | self._risk.params, certificate.cotangent
+        for changes in roundings(again, *given, [*pulled_back.values()]):
+            for name, change in zip(names, changes, strict=True):
+                if change > noise[name]:
                     noise[name] = change
-                    errors = certificate.errors({name: gradient}, {name}, change)
-                    if errors[name] <= 1.0:
+                    part = {name: pulled_back[name]}
+                    if certificate.errors(part, {name}, change)[name] <= 1.0:
                         right.add(name)
+            if len(right) == len(names):
+                break
         return right
 
 

@@ -21,9 +21,10 @@ import torch
 from torch import Tensor
 from torch.func import vmap
 
-from vivit_linop.devices import explained, is_out_of_memory, tolerated
+from vivit_linop.devices import explained, is_out_of_memory
 from vivit_linop.graphs import nodes
 from vivit_linop.modes import as_guest
+from vivit_linop.net.certificate import roundings
 from vivit_linop.net.linearization import (
     KEPT,
     KEPT_GRAPHS,
@@ -34,7 +35,7 @@ from vivit_linop.net.linearization import (
     kept_linearizations,
 )
 from vivit_linop.net.tracing import tangent_map
-from vivit_linop.noise import BY_NOISE, Noise, nearby
+from vivit_linop.noise import BY_NOISE, Noise
 from vivit_linop.risk.checks import read
 from vivit_linop.risk.data.containers import copied, leaves
 from vivit_linop.risk.empirical import EmpiricalRisk
@@ -216,20 +217,14 @@ class Preparation:
         """Whether ⟨u, J x⟩ − ⟨Jᵀ u, x⟩, along the probe, is no more than rounding."""
         if not slope.isfinite():
             return False
-        size = self._probed()[0].norm()
-        for number, (at, cotangent) in enumerate(nearby(self._params, u)):
-            change: Tensor | None = None
-            # Whatever a net says to parameters that are no longer what they were.
-            with tolerated(Exception):
-                wanted = [p.requires_grad_() for p in at.values()]
-                graph = Graph(self._function(at), wanted)
-                change = (graph.pull_back(cotangent) - pulled_back).norm()
-            # Another gradient at the same parameters is no rounding.
-            if change is None or (number == 0 and change != 0.0):
-                return False
-            if slope.abs() <= BY_NOISE * change * size:
-                return True
-        return False
+        tolerated = BY_NOISE * self._probed()[0].norm()
+
+        def again(params: Params, cotangent: Tensor) -> list[Tensor]:
+            wanted = [p.requires_grad_() for p in params.values()]
+            return [Graph(self._function(params), wanted).pull_back(cotangent)]
+
+        changes = roundings(again, self._params, u, [pulled_back])
+        return any(bool(slope.abs() <= tolerated * change) for (change,) in changes)
 
     def _refuse(self) -> NoReturn:
         """Say why torch's J x fails or is wrong.
