@@ -69,7 +69,8 @@ class CertifiedColumns:
         room: Set[str] | None = None,
     ) -> None:
         self._room = room
-        structure = structure or read_structure(risk, capture.num_samples == 1)
+        if structure is None:
+            structure = find_structure(risk, capture.num_samples == 1, certify=False)
         self._risk, self._X = risk, X
         self._capture, self._structure = capture, structure
         structure.opaque |= capture.opaque
@@ -312,26 +313,31 @@ def known_structure(risk: EmpiricalRisk, alone: bool = False) -> Structure:
     return risk.kept.get_everywhere(("structure", alone), Structure)
 
 
-def find_structure(risk: EmpiricalRisk, alone: bool = False) -> Structure:
+def find_structure(
+    risk: EmpiricalRisk, alone: bool = False, certify: bool = True
+) -> Structure:
     """Likewise; what a few samples show when asked first.
 
-    Which of its columns have the structure of layers is certified on these.
+    Which of its columns have the structure of layers is certified on these, unless
+    columns are certified when they are made: that spares two backward passes, and
+    parameters may be opaque that are not known as such.
     """
     structure = known_structure(risk, alone)
-    if not structure.certified:
-        _look(risk, alone, structure, certify=True)
-    return structure
-
-
-def read_structure(risk: EmpiricalRisk, alone: bool = False) -> Structure:
-    """Likewise, but without a certificate: for columns that are certified when made.
-
-    Spares two backward passes through a few samples. Parameters may be opaque that
-    are not known as such.
-    """
-    structure = known_structure(risk, alone)
-    if not structure.variants:
-        _look(risk, alone, structure, certify=False)
+    if structure.certified if certify else structure.variants:
+        return structure
+    with risk.kept.making, as_guest(risk.device):
+        # Another thread may have looked.
+        if structure.certified if certify else structure.variants:
+            return structure
+        X, _ = next(risk.passes.batches())
+        count = 1 if alone else _FIRST_SAMPLES
+        few = _run_on_few(risk, X, count, certify)
+        few.keep_sizes(X)
+        certified = CertifiedColumns(risk, X, few, structure)
+        structure.uses = [use.key for use in few.uses]
+        if certify:
+            noise = Noise(1)(*few.output.shape, 1, like=few.output)
+            certified.note(certified.certify_layers(noise, set(risk.params)))
     return structure
 
 
@@ -350,24 +356,6 @@ def share_structure(risk: EmpiricalRisk) -> None:
     for opaque, singly in ranks.gathered((own.opaque, own.singly)):
         own.opaque |= opaque
         own.singly |= singly
-
-
-def _look(
-    risk: EmpiricalRisk, alone: bool, structure: Structure, certify: bool
-) -> None:
-    """Add what a few samples show to a structure, unless another thread has."""
-    with risk.kept.making, as_guest(risk.device):
-        if structure.certified if certify else structure.variants:
-            return
-        X, _ = next(risk.passes.batches())
-        count = 1 if alone else _FIRST_SAMPLES
-        few = _run_on_few(risk, X, count, certify)
-        few.keep_sizes(X)
-        certified = CertifiedColumns(risk, X, few, structure)
-        structure.uses = [use.key for use in few.uses]
-        if certify:
-            noise = Noise(1)(*few.output.shape, 1, like=few.output)
-            certified.note(certified.certify_layers(noise, set(risk.params)))
 
 
 def _run_on_few(risk: EmpiricalRisk, X: Any, count: int, certify: bool) -> Capture:

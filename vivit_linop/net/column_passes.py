@@ -34,7 +34,6 @@ from vivit_linop.net.certified import (
     NewlyOpaque,
     find_structure,
     known_structure,
-    read_structure,
 )
 from vivit_linop.net.pieces import Cotangents, Piece, StoredColumns
 from vivit_linop.net.structure import Structure
@@ -251,7 +250,7 @@ class Pass:
         if self._fits_by_far:
             return known_structure(self._risk)
         later = self._formed_bytes <= self._memory or self._cuts_again
-        return (read_structure if later else find_structure)(self._risk)
+        return find_structure(self._risk, certify=not later)
 
     @property
     def _cuts_again(self) -> bool:

@@ -179,7 +179,6 @@ class Kind:
     unfolds: bool = False
     entries: Callable[[Arguments, int, int], int] | None = None
     nodes: Mapping[str, tuple[int, int]] = field(default_factory=dict)
-    has_weight: bool = field(init=False)
 
     def __post_init__(self) -> None:
         if self.samples not in _SAMPLES:
@@ -190,13 +189,16 @@ class Kind:
             raise ValueError(
                 "inputs, cotangents: found one of them; give both, or weight=."
             )
-        has_weight = self.weight is not None or self.inputs is not None
-        object.__setattr__(self, "has_weight", has_weight)
-        if not has_weight and self.bias is None:
+        if not self.has_weight and self.bias is None:
             raise ValueError(
                 f"Kind {self.name!r} has no rule; give weight=, inputs= and "
                 "cotangents=, or bias=."
             )
+
+    @property
+    def has_weight(self) -> bool:
+        """Whether there is a rule for the weight."""
+        return self.weight is not None or self.inputs is not None
 
 
 _READINGS: dict[Callable[..., Any], list[tuple[Signature, Kind]]] = {}

@@ -307,8 +307,7 @@ class KhatriRaoColumns(OuterSums):
 
     def with_cotangents(self, cotangents: Tensor) -> KhatriRaoColumns:
         """Columns of the same inputs."""
-        inputs = self._unmade or self.inputs
-        return KhatriRaoColumns(inputs, cotangents, self.inputs_first)
+        return KhatriRaoColumns(self.given, cotangents, self.inputs_first)
 
     def squared_norms(self, memory: int) -> Tensor:
         """Σ_pq (a_pᵀ a_q)(b_pᵀ b_q) for each column, or from its block if cheaper."""
@@ -367,11 +366,6 @@ class KhatriRaoColumns(OuterSums):
     def entry_sums(self) -> Tensor:
         """Σ b aᵀ over all columns and positions."""
         B = self.cotangents
-        if self._is_plain and self.width == 1:
-            left, right = B.flatten(1), self.inputs.flatten(1)
-            if self.inputs_first:
-                left, right = right, left
-            return torch.mm(left.T, right).flatten()
         B = B.squeeze(1) if self.width == 1 else B.sum(1)
         if self.positions <= self._b and self._unmade is None:
             # Positions beside samples: one product for a group, for a copy of both.
