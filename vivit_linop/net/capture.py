@@ -292,7 +292,7 @@ class Capture:
         takes: Takes,
     ) -> dict[str, LayerColumns]:
         """Return the columns of parameters from signals, which it takes away."""
-        used = [name for each in placed for name in each.use.names]
+        used = Counter(name for each in placed for name in each.use.names)
         compacts = takes not in _IN_FACTORS
         parts: dict[str, list[tuple[Place, LayerColumns]]] = {}
         columns: dict[str, LayerColumns] = {}
@@ -312,25 +312,22 @@ class Capture:
                         continue
                     if view.transposed:
                         part = part.transposed(view.shape)
-                    if compacts and used.count(view.name) == 1:
-                        part = self._compacted(view.name, view.place, part)
-                    parts.setdefault(view.name, []).append((view.place, part))
-            for name, used_in in parts.items():
-                whole = assembled(used_in, self._risk.params[name].numel())
-                if compacts and len(used_in) > 1:
-                    whole = self._compacted(name, (0, whole.numel), whole)
-                columns[name] = whole
+                    known = parts.setdefault(view.name, [])
+                    known.append((view.place, part))
+                    if len(known) == used[view.name]:
+                        del parts[view.name]
+                        columns[view.name] = self._whole(view.name, known, compacts)
         return columns
 
-    def _compacted(
-        self, name: str, place: Place, columns: LayerColumns
+    def _whole(
+        self, name: str, parts: list[tuple[Place, LayerColumns]], compacts: bool
     ) -> LayerColumns:
-        """Columns formed where that is smaller; what they were before is noted."""
-        found = columns.compacted()
-        if found is not columns:
-            before = [(place, columns.without_data())]
-            self.formed[name] = assembled(before, self._risk.params[name].numel())
-        return found
+        """Columns of all uses, formed where that is smaller; then others are noted."""
+        whole = assembled(parts, self._risk.params[name].numel())
+        formed = whole.compacted() if compacts else whole
+        if formed is not whole:
+            self.formed[name] = whole.without_data()
+        return formed
 
     def keep_sizes(self, X: Any) -> SampleSizes:
         """Tell what the columns of a sample take, for all of the shape of a batch's."""

@@ -67,14 +67,4 @@ class WeightedKhatriRao(KhatriRaoColumns):
     def rows(self) -> Tensor:
         return super().rows() * self._laid_out(self.weights)
 
-    def squared_norms(self, memory: int) -> Tensor:
-        groups, channels, inputs = self.weights.shape
-        rows = self.num_samples * self.width
-        chunk = memory // (rows * inputs * self.cotangents.element_size())
-        norms = self.cotangents.new_zeros(rows)
-        chunk = max(1, int(min(chunk, channels)))
-        for group in range(groups):
-            for start in range(0, channels, chunk):
-                place = slice(start, start + chunk)
-                norms += self.block(group, place).square_().sum(1)
-        return norms
+    squared_norms = LayerColumns.squared_norms
