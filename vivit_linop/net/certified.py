@@ -97,8 +97,8 @@ class CertifiedColumns:
                 raise NewlyOpaque
             structured = set(todo) - opaque
             made = self._factors(cotangents, structured, takes)
-            dense = [name for name in todo if name in opaque]
-            made |= self._dense(cotangents, dense)
+            if dense := [name for name in todo if name in opaque]:
+                made |= self._dense(cotangents, dense)
             failing = self.failing(made, cotangents, todo)
             for name in failing:
                 made.pop(name, None)
@@ -181,8 +181,6 @@ class CertifiedColumns:
         return capture.in_layers if known else set()
 
     def _dense(self, cotangents: Tensor, names: Sequence[str]) -> Columns:
-        if not names:
-            return {}
         singly = self._structure.singly
         together = [name for name in names if name not in singly]
         alone = [name for name in names if name in singly]

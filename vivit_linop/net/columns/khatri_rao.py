@@ -162,8 +162,8 @@ class KhatriRaoColumns(OuterSums):
 
     def compacted(self) -> LayerColumns:
         """Formed, unless columns have more entries than the factors."""
-        formed = self.formed_entries(self.width)
-        if self.positions == 1 or formed > self.factor_entries(self.width):
+        R = self.width
+        if self.positions == 1 or self.formed_entries(R) > self.factor_entries(R):
             return self
         return DenseColumns(self.rows().view(self.num_samples, self.width, -1))
 
@@ -307,7 +307,8 @@ class KhatriRaoColumns(OuterSums):
 
     def with_cotangents(self, cotangents: Tensor) -> KhatriRaoColumns:
         """Columns of the same inputs."""
-        return KhatriRaoColumns(self.given, cotangents, self.inputs_first)
+        inputs = self._unmade or self.inputs
+        return KhatriRaoColumns(inputs, cotangents, self.inputs_first)
 
     def squared_norms(self, memory: int) -> Tensor:
         """Σ_pq (a_pᵀ a_q)(b_pᵀ b_q) for each column, or from its block if cheaper."""
