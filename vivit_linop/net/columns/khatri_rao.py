@@ -107,14 +107,14 @@ class KhatriRaoColumns(OuterSums):
     @property
     def given(self) -> Tensor | UnfoldedInputs:
         """The inputs, as far as they are made: one object for columns with the same."""
-        return self.inputs if self._unmade is None else self._unmade
+        return self._unmade or self.inputs
 
     def inputs_in_parts(self) -> Iterator[Tensor]:
         """Yield the inputs, of some samples after the other where they are not made."""
         if self._unmade is None:
             yield self.inputs
             return
-        for part in self._parts(2 * self._groups * self._a * self.positions, _near()):
+        for part in self._parts(self._groups * self._a * self.positions, _near()):
             yield self._unmade.some(part)
 
     @property
@@ -220,8 +220,7 @@ class KhatriRaoColumns(OuterSums):
         """Form them of some samples at a time, whose inputs are let go."""
         n, R, b = self.num_samples, self.width, self._b
         formed = fresh(self.cotangents, n, R * b, self._a)
-        each = (self._a + R * b) * self.positions + R * b * self._a
-        for part in self._parts(each, _near()):
+        for part in self._parts(R * b * (self._a + self.positions), _near()):
             B = self.cotangents[part].reshape(-1, R * b, self.positions)
             torch.bmm(B, self.some_inputs(part)[:, 0].mT, out=formed[part])
         return formed.view(-1, self.numel)
@@ -322,11 +321,9 @@ class KhatriRaoColumns(OuterSums):
         by_pairs = pairs < blocks
         entries = self._groups * (P * P if by_pairs else a * b)
         norms = self.cotangents.new_empty(self.num_samples, self.width)
-        each = entries * (self.width + 1)
         if self._unmade is not None:
-            each += self._groups * a * P
             memory = min(memory, _near())
-        for part in self._parts(each, memory):
+        for part in self._parts(entries * (self.width + 1), memory):
             A, B = self.some_inputs(part), self.cotangents[part]
             if by_pairs:
                 products = torch.einsum("nrgbp,nrgbq->nrgpq", B, B)
@@ -374,10 +371,7 @@ class KhatriRaoColumns(OuterSums):
             right = self.inputs.permute(1, 2, 0, 3).flatten(2)
             return self._laid_out(left @ right.mT)
         total = B.new_zeros(self._groups, self._b, self._a)
-        each = self.numel
-        if self._unmade is not None:
-            each += self._groups * self._a * self.positions
-        for part in self._parts(each, _WORKING_SET):
+        for part in self._parts(self.numel, _WORKING_SET):
             total += (B[part] @ self.some_inputs(part).mT).sum(0)
         return self._laid_out(total)
 
@@ -405,7 +399,12 @@ class KhatriRaoColumns(OuterSums):
         return product.view(n, R, b, self._a)
 
     def _parts(self, entries: int, memory: int) -> Iterator[slice]:
-        """Cut the samples so that temporaries of so many entries a sample fit."""
+        """Cut the samples so that temporaries of so many entries a sample fit.
+
+        With the inputs, where these are made of some samples at a time.
+        """
+        if self._unmade is not None:
+            entries += self._groups * self._a * self.positions
         itemsize = self.cotangents.itemsize
         limit = min(memory, _WORKING_SET) if self.cotangents.is_cpu else memory
         # Where a sample takes another way, a layer has no positions.
