@@ -175,3 +175,30 @@ def test_layers_without_derivatives_have_no_curvature(kind: type, seed: int) -> 
     G = vl.GGN(risk)
     assert (K.diagonal() - G.diagonal()).abs().max() <= 1e-12
     assert K.diagonal()[-4:].abs().max() == 0.0  # of the layer that is not used
+
+
+def _turned(self: Any, X: Tensor) -> Tensor:
+    """Negative inputs meet the weight's rows in the opposite order."""
+    if X.sum() > 0:
+        return self.o(self.a(X).tanh())
+    turned = nn.functional.linear(X, self.a.weight.flip(0)).flip(1)
+    return self.o((turned + self.a.bias).tanh())
+
+
+@pytest.mark.parametrize("kind", [vl.KFAC, vl.EKFAC])
+def test_a_weight_that_some_batches_use_otherwise(kind: type[vl.KFAC]) -> None:
+    """It has no factors on all samples, so the block is the GGN's own."""
+    net = Lambda(_turned, a=nn.Linear(3, 4), o=nn.Linear(4, 3)).double()
+    X, y = torch.rand(6, 3).double(), torch.randint(3, (6,))
+    X[3:] *= -1
+    batches = [*zip(X.split(3), y.split(3), strict=True)]
+    K = kind(net, nn.CrossEntropyLoss(), batches, variant="exact")
+
+    def outputs(weight: Tensor) -> Tensor:
+        return net.o((X @ weight.T + net.a.bias).tanh())
+
+    J = torch.func.jacrev(outputs)(net.a.weight).detach().flatten(2)
+    p = outputs(net.a.weight).detach().softmax(1)
+    H = (p.diag_embed() - p.unsqueeze(2) * p.unsqueeze(1)) / len(X)
+    assert not isinstance(K.blocks[0], vl.Kronecker)
+    torch.testing.assert_close(K.blocks[0].to_dense(), (J.mT @ H @ J).sum(0))
