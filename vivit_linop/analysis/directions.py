@@ -78,16 +78,9 @@ def directional_derivatives(
 
 def curvatures(factor: Pullback, pairs: Eigenpairs) -> Tensor:
     """Return λ for the GGN factor V, ``[N, K]``: V_nᵀ e_k squared, without r."""
-    risk, components = factor.risk, pairs.components(factor)
-    if not factor.layout.is_uniform:
-        squares = risk.ranks.listed(factor.layout.summed, components.square())
-        return squares / risk.reduction_factor
-    return by_sample(components, risk.num_samples, risk.reduction_factor)
-
-
-def by_sample(components: Tensor, num_samples: int, r: float) -> Tensor:
-    """Return λ ``[N, K]`` from Vᵀe_k, ``[N·R, K]`` with the columns of r G_n."""
-    return components.unflatten(0, (num_samples, -1)).square().sum(1) / r
+    risk, squares = factor.risk, pairs.components(factor).square()
+    sums = risk.ranks.listed(factor.layout.summed, squares)
+    return sums / risk.reduction_factor
 
 
 def as_directions(risk: EmpiricalRisk, directions: Eigenpairs | Tensor) -> Eigenpairs:

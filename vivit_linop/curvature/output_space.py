@@ -132,23 +132,13 @@ class OutputOperator(OfRisk):
 
     def own_dense_rows(self) -> Tensor:
         """The rows of this rank's samples."""
-        risk, own = self.risk, self.layout
-        matrix = torch.zeros(
-            risk.layout.total,
-            self.shape[1],
-            dtype=self.torch_dtype,
-            device=self.device,
-        )
-        first = own.before
-        for batch, n in enumerate(risk.batch_sizes):
-            samples = torch.arange(n, device=self.device)
-            rows, columns = (
-                some.place(batch, slice(0, n)) for some in (risk.layout, own)
-            )
-            part = matrix[rows, first + columns.start : first + columns.stop]
-            blocks = part.unflatten(1, (n, -1)).unflatten(0, (n, -1))
-            blocks[samples, :, samples] = self.dense_batch(batch)
-        return matrix
+        batches = map(self.dense_batch, range(len(self.risk.batch_sizes)))
+        blocks = [block for batch in batches for block in batch]
+        before, own = self.layout.before, self.layout.total
+        # Without rows: the columns of other ranks' samples.
+        zeros = self.risk.example[0].new_zeros(0, self.shape[1])
+        left, _, right = zeros.tensor_split([before, before + own], dim=1)
+        return torch.block_diag(left, *blocks, right)
 
 
 class OutputIdentity(OutputOperator):

@@ -17,7 +17,6 @@ import torch
 from backpack.extensions.backprop_extension import BackpropExtension
 from torch import Tensor, nn
 
-from vivit_linop.analysis.directions import by_sample
 from vivit_linop.analysis.newton import (
     evaluated_damping,
     gram_eigenvectors,
@@ -360,8 +359,9 @@ class _DirectionalComputation(_Computation[Result]):
         pairs = self._pairs(operator, block.group, self._warn_small_eigvals)
         U = _factor(gradients, block.params[0], _is_small(ggn_columns))
         gammas = pairs.components(U) / of.r
+        squares = pairs.components(operator.factor).square()
         samples = ggn_columns[0].num_samples
-        lambdas = by_sample(pairs.components(operator.factor), samples, of.r)
+        lambdas = squares.unflatten(0, (samples, -1)).sum(1) / of.r
         return operator, pairs, gammas, lambdas
 
 
