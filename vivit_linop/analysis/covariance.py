@@ -129,9 +129,9 @@ def triangular_factor(factor: Pullback) -> Tensor:
         R = torch.linalg.qr(torch.cat([R, piece.T.double()]), mode="r").R
     # Units of the parameters say nothing of the rank: columns are brought to one size.
     sizes = R.norm(dim=0)
-    values = torch.linalg.svdvals(R / torch.where(sizes > 0, sizes, 1.0))
-    eps = torch.finfo(factor.torch_dtype).eps
-    rank = int((values > max(D, columns) * eps * values.max()).sum())
+    scaled = R / torch.where(sizes > 0, sizes, 1.0)
+    rounding = max(D, columns) * torch.finfo(factor.torch_dtype).eps
+    rank = int(torch.linalg.matrix_rank(scaled, rtol=rounding))
     if rank < D:
         raise ValueError(
             f"risk: its data determine {rank} of {D} combinations of the parameters, "

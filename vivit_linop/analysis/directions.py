@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from vivit_linop.arguments import check_flag, check_has_values
 from vivit_linop.curvature.fisher import PerSampleGradients
@@ -181,14 +182,11 @@ def _orthonormal(columns: Tensor) -> Tensor:
     if not columns.isfinite().all():
         raise ValueError("directions: hold NaN or Inf.")
     # Of a size whose square is a number.
-    columns = columns / columns.abs().amax(0, keepdim=True).clamp(
-        min=torch.finfo(columns.dtype).tiny
-    )
+    about = torch.finfo(columns.dtype)
+    columns = normalize(columns, torch.inf, dim=0, eps=about.tiny)
     Q, R = torch.linalg.qr(columns)
-    heights = R.diagonal().abs()
-    eps = torch.finfo(columns.dtype).eps
-    lengths = columns.norm(dim=0)
-    if not (heights > 10 * eps * len(columns) ** 0.5 * lengths).all():
+    heights, lengths = R.diagonal().abs(), columns.norm(dim=0)
+    if not (heights > 10 * about.eps * len(columns) ** 0.5 * lengths).all():
         raise ValueError("directions: the columns are linearly dependent.")
     return Q
 

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from vivit_linop.analysis.directions import as_directions, directional_derivatives
 from vivit_linop.analysis.inner_products import check_square
@@ -96,9 +97,7 @@ def gram_eigenvectors(pairs: Eigenpairs, factor: TorchLinearOperator) -> Tensor:
     if isinstance(pairs, GramEigenpairs):
         return pairs.gram_eigenvectors
     components = pairs.components(factor)
-    return components / components.norm(dim=0).clamp(
-        min=torch.finfo(components.dtype).tiny
-    )
+    return normalize(components, dim=0, eps=torch.finfo(components.dtype).tiny)
 
 
 def evaluated_damping(

@@ -12,6 +12,7 @@ from weakref import ReferenceType, ref
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from vivit_linop.curvature import plan
 from vivit_linop.curvature.column_sums import sum_columns
@@ -200,9 +201,7 @@ def _input_sums(columns: KhatriRaoColumns, reduced: bool, affine: bool) -> Tenso
 
 def _with_ones(inputs: Tensor, affine: bool) -> Tensor:
     """Append a 1 to inputs ``[n, G, a, P]``, for a bias."""
-    if not affine:
-        return inputs
-    return torch.cat([inputs, torch.ones_like(inputs[:, :, :1])], dim=2)
+    return pad(inputs, (0, 0, 0, 1), value=1.0) if affine else inputs
 
 
 def _outer_sums(parts: Iterable[Tensor]) -> Tensor:

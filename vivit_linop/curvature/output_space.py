@@ -206,14 +206,11 @@ class FactoredOutputOperator(OutputOperator):
 
     def dense_batch(self, batch: int) -> Tensor:
         F = self.blocks(batch)
-        n, c, s, positions = F.shape
-        if positions == 1:
+        if F.shape[3] == 1:
             return F.squeeze(3)
-        rows, columns = c * positions, s * positions
         check_blocks_fit(self.risk, "The factor of the loss Hessian", self.layout)
-        unit = torch.eye(positions, dtype=F.dtype, device=F.device)
-        dense = torch.einsum("ncsp,pq->ncpsq", F, unit)
-        return dense.reshape(n, rows, columns)
+        dense = F.diag_embed(dim1=2, dim2=4)  # [n, c, P, s, P]
+        return dense.flatten(3, 4).flatten(1, 2)
 
 
 def _by_position(F: Tensor, X: Tensor) -> Tensor:
