@@ -18,7 +18,6 @@ from vivit_linop.modes import ordinary_mode
 from vivit_linop.net.totals import SampleRowNorms
 from vivit_linop.operators import verbs
 from vivit_linop.operators.base import TorchLinearOperator
-from vivit_linop.operators.eigenpairs import Eigendecomposition
 from vivit_linop.operators.elementary import as_dense
 from vivit_linop.operators.kronecker import BlockDiagonal
 from vivit_linop.operators.lowrank import LowRank
@@ -257,19 +256,14 @@ def _refused(verb: Any) -> Callable[..., Any]:
     return without_root
 
 
-def _dense_eigenvalues(op: GGN) -> Tensor:
-    return verbs.eigvalsh(as_dense(op))
-
-
-def _dense_decomposition(op: GGN) -> Eigendecomposition:
-    return DenseDecomposition(verbs.to_dense(op), op.ranks)
-
-
 verb: Any
 for verb in (verbs.to_dense, verbs.diagonal, verbs.trace):
     _register(verb, _by_parts(verb))
-_register(verbs.eigvalsh, _dense_eigenvalues)
-_register(verbs.eigendecomposition, _dense_decomposition)
+_register(verbs.eigvalsh, lambda op: verbs.eigvalsh(as_dense(op)))
+_register(
+    verbs.eigendecomposition,
+    lambda op: DenseDecomposition(verbs.to_dense(op), op.ranks),
+)
 for verb in (verbs.logdet, verbs.damped_logdet, verbs.damped_logdets):
     _register(verb, verb.dispatch(TorchLinearOperator))
 for verb in (verbs.inv, verbs.damped_inv, verbs.sqrt, verbs.damped_sqrt):
