@@ -22,6 +22,7 @@ from vivit_linop.curvature.ggn import GGN
 from vivit_linop.curvature.jacobian import Pullback
 from vivit_linop.curvature.output_space import OutputOperator
 from vivit_linop.devices import free_memory
+from vivit_linop.linalg import krylov
 from vivit_linop.linalg.decompositions import (
     GramEigenpairs,
     LowRankDecomposition,
@@ -29,16 +30,6 @@ from vivit_linop.linalg.decompositions import (
     krylov_products,
 )
 from vivit_linop.linalg.iterative import IterativeWoodbury
-from vivit_linop.linalg.krylov import (
-    SOLVERS,
-    NotConverged,
-    Wanted,
-    by_arpack,
-    failed,
-    solver_on,
-    start_of,
-    watched,
-)
 from vivit_linop.linalg.leading import led
 from vivit_linop.net.costs import LayerCost, as_table, layer_costs
 from vivit_linop.operators.base import TorchLinearOperator
@@ -203,7 +194,7 @@ def eigenpairs_of_ggn(
     if k is not None and select is None and op.route != "dense G":
         check_k(k, op.shape[0])
         if k < op.shape[0]:
-            solver = (op.route or solver_on(op.device)).split()[0]
+            solver = (op.route or krylov.solver_on(op.device)).split()[0]
             return by_iteration(op, int(k), f"{solver} on G")
     decomposition = eigendecomposition(op)
     pairs = decomposition.pairs(decomposition.choose(k, select, rcond))
@@ -228,9 +219,9 @@ def by_iteration(op: LowRank, k: int, route: str) -> Eigenpairs:
     pairs: Eigenpairs | None = None
     try:
         values, vectors = _iterated(op, target, k, solver, known)
-    except (NotConverged, ArpackError) as error:
+    except (krylov.NotConverged, ArpackError) as error:
         if not known or op.ranks.is_many:
-            raise failed(error, k, op, solver) from error
+            raise krylov.failed(error, k, op, solver) from error
     else:
         values, vectors = values.to(op.device), vectors.to(op.device)
         if not on_gram:
@@ -249,22 +240,24 @@ def _iterated(
     op: LowRank, target: TorchLinearOperator, k: int, solver: str, known: bool
 ) -> tuple[Tensor, Tensor]:
     """The pairs of what is multiplied by, K or G."""
-    v0 = start_of(target)
+    v0 = krylov.start_of(target)
     here = op.device.type == "cpu" and not op.ranks.is_many
     shown = any(output.risk.progress for output in _outputs(op.factor))
-    bar = watched(target, k, krylov_products(k))
+    bar = krylov.watched(target, k, krylov_products(k))
     with bar if shown else contextlib.nullcontext(target) as multiplied:
         if solver == "ARPACK" and known and here:
             # Calls of an operator take longer than a product with a matrix.
-            values, vectors = by_arpack(op.small.on_matrix(Tensor.numpy), Wanted(k, v0))
+            wanted = krylov.Wanted(k, v0)
+            values, vectors = krylov.by_arpack(op.small.on_matrix(Tensor.numpy), wanted)
             return values * op.scale, vectors
+        # Processes tell by these arguments whether they are at the same call.
         return led(partial(_solved, solver, k, v0), multiplied)
 
 
 def _solved(
     solver: str, k: int, v0: Tensor, A: TorchLinearOperator
 ) -> tuple[Tensor, Tensor]:
-    return SOLVERS[solver](A, Wanted(k, v0))
+    return krylov.SOLVERS[solver](A, krylov.Wanted(k, v0))
 
 
 # Routes that are asked for ----------------------------------------------------------
@@ -335,7 +328,7 @@ def explain_ggn(op: GGN, k: int | None = None) -> plan.Choice:
     routes = choose_route(op.routed("dense G"), k).routes
     fits = op.factor.root.blocks_fit()
     why = "the loss is not convex" if fits else "blocks of H do not fit into memory"
-    taken = f"{solver_on(op.device)} on G"
+    taken = f"{krylov.solver_on(op.device)} on G"
     chosen = next(route for route in routes if route.name == taken)
     choice = plan.Choice(k, routes, chosen, f"{why}, so there is no factor V")
     print(choice)
