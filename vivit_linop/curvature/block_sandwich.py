@@ -26,7 +26,7 @@ from vivit_linop.net.cross_grams import cross_gram
 from vivit_linop.net.pieces import Piece
 from vivit_linop.net.totals import GramTotal, SampleGrams, Weights
 from vivit_linop.operators import verbs
-from vivit_linop.operators.base import TorchLinearOperator
+from vivit_linop.operators.base import Op, TorchLinearOperator
 from vivit_linop.operators.elementary import Dense, Diagonal, Product, Scaled
 from vivit_linop.operators.kronecker import BlockDiagonal, Kronecker
 from vivit_linop.risk.empirical import EmpiricalRisk
@@ -83,22 +83,18 @@ class Roots(Weights):
 
 
 @verbs.matmul.rule(Product, Pullback)
-def product_of_blocks_and_pullback(A: Product, B: Pullback) -> TorchLinearOperator:
+def product_of_blocks_and_pullback(A: Product, B: Pullback) -> Op:
     """(Aᵀ S) B."""
     return _sandwich(*A.factors, B) if len(A.factors) == 2 else NotImplemented
 
 
 @verbs.matmul.rule(TorchLinearOperator, Product)
-def product_of_pullback_and_blocks(
-    A: TorchLinearOperator, B: Product
-) -> TorchLinearOperator:
+def product_of_pullback_and_blocks(A: Op, B: Product) -> Op:
     """Aᵀ (S B)."""
     return _sandwich(A, *B.factors) if len(B.factors) == 2 else NotImplemented
 
 
-def _sandwich(
-    left: TorchLinearOperator, middle: TorchLinearOperator, right: TorchLinearOperator
-) -> TorchLinearOperator:
+def _sandwich(left: Op, middle: Op, right: Op) -> Op:
     if not isinstance(middle, BlockDiagonal) or not isinstance(right, Pullback):
         return NotImplemented
     factor = verbs.adjoint(left)
@@ -123,7 +119,7 @@ def _is_by_parameter(op: BlockDiagonal, risk: EmpiricalRisk) -> bool:
 
 
 @verbs.adjoint.register
-def adjoint_of_block_sandwich(op: BlockSandwich) -> TorchLinearOperator:
+def adjoint_of_block_sandwich(op: BlockSandwich) -> Op:
     """Bᵀ S A."""
     if op.self_adjoint:
         return op
@@ -160,7 +156,7 @@ def diagonal_blocks_of_block_sandwich(op: BlockSandwich, size: int) -> Tensor:
     return blocks_of_samples(grams, size)
 
 
-def _transform(root: TorchLinearOperator) -> Transform | None:
+def _transform(root: Op) -> Transform | None:
     """Return columns ↦ Rᵀ columns for an R that keeps their structure, or is small."""
     if isinstance(root, Diagonal):
         return partial(weighted, weights=root.entries)
@@ -198,6 +194,6 @@ def _rotated(
     )
 
 
-def _formed(columns: LayerColumns, root: TorchLinearOperator) -> LayerColumns:
+def _formed(columns: LayerColumns, root: Op) -> LayerColumns:
     rows = root.T.apply(columns.rows().T).T
     return DenseColumns(rows.reshape(columns.num_samples, columns.width, -1))

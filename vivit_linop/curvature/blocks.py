@@ -16,7 +16,7 @@ from vivit_linop.curvature.jacobian import Pullback
 from vivit_linop.linalg.restrictions import gram_matrix_of_rows
 from vivit_linop.net.totals import GramTotal, OuterTotal, RowNorms
 from vivit_linop.operators import verbs
-from vivit_linop.operators.base import TorchLinearOperator
+from vivit_linop.operators.base import Op
 from vivit_linop.operators.kronecker import BlockDiagonal
 from vivit_linop.operators.lowrank import LowRank
 from vivit_linop.operators.parts import Rows
@@ -74,7 +74,7 @@ class FactorRows(Rows):
 
 
 @verbs.gram_matrix.register
-def gram_matrix_of_block(left: FactorRows, right: TorchLinearOperator) -> Tensor:
+def gram_matrix_of_block(left: FactorRows, right: Op) -> Tensor:
     """All groups' in one pass, where that is the smaller side; else alone."""
     if left is not right:
         return gram_matrix_of_rows(left, right)

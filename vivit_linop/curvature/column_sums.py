@@ -27,7 +27,7 @@ from vivit_linop.net.totals import (
     Total,
 )
 from vivit_linop.operators import verbs
-from vivit_linop.operators.base import TorchLinearOperator
+from vivit_linop.operators.base import Op
 from vivit_linop.operators.damped import WeightedRows
 from vivit_linop.operators.elementary import Dense, Scaled
 from vivit_linop.operators.grams import weighted_gram_matrix_of_operator
@@ -49,7 +49,7 @@ def sum_columns(factor: Pullback, total: Sums, *others: Total) -> Sums:
 
 
 @verbs.gram_matrix.register
-def gram_matrix_of_pullback(left: Pullback, right: TorchLinearOperator) -> Tensor:
+def gram_matrix_of_pullback(left: Pullback, right: Op) -> Tensor:
     """Layer by layer, between factors; else by products."""
     if isinstance(right, _COMPOSED):
         return verbs.gram_matrix(right, left).T
@@ -61,9 +61,7 @@ def gram_matrix_of_pullback(left: Pullback, right: TorchLinearOperator) -> Tenso
 
 
 @verbs.gram_rows.register
-def gram_rows_of_pullback(
-    left: Pullback, right: TorchLinearOperator
-) -> RankRows | None:
+def gram_rows_of_pullback(left: Pullback, right: Op) -> RankRows | None:
     """Over several processes, by pairs of pieces that go round."""
     if not isinstance(right, Pullback) or not left.ranks.is_many:
         return None
@@ -78,7 +76,7 @@ def pullback_as_factor(op: Pullback) -> Pullback:
 
 @verbs.weighted_gram_matrix.register
 def weighted_gram_matrix_of_pullback(
-    left: Pullback, right: TorchLinearOperator, weights: Tensor
+    left: Pullback, right: Op, weights: Tensor
 ) -> Tensor:
     """As the Gram matrix, with weights in the columns of the layers."""
     if isinstance(right, _COMPOSED):
@@ -98,7 +96,7 @@ def weighted_gram_matrix_of_pullback(
 @verbs.gram_blocks.register
 def gram_blocks_of_pullback(
     left: Pullback,
-    right: TorchLinearOperator,
+    right: Op,
     size: int,
     weights: Tensor | None = None,
 ) -> Tensor:

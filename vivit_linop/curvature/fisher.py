@@ -22,7 +22,7 @@ from vivit_linop.curvature.jacobian import Jacobian, Pullback
 from vivit_linop.curvature.loss_hessian import LossGradient
 from vivit_linop.modes import ordinary_mode
 from vivit_linop.net.totals import ColumnNorms
-from vivit_linop.operators.base import TorchLinearOperator
+from vivit_linop.operators.base import Op
 from vivit_linop.operators.kronecker import BlockDiagonal
 from vivit_linop.operators.lowrank import Centered, LowRank
 from vivit_linop.operators.verbs import gram_matrix, gram_rows, row_norms_squared
@@ -174,9 +174,7 @@ class PerSampleGradients(Pullback):
 
 
 @gram_matrix.register
-def gram_matrix_of_gradients(
-    left: PerSampleGradients, right: TorchLinearOperator
-) -> Tensor:
+def gram_matrix_of_gradients(left: PerSampleGradients, right: Op) -> Tensor:
     """From the Gram matrix VᵀV where that is known: u_n = Σ_r c_nr v_nr."""
     if (rows := gram_rows_of_gradients(left, right)) is not None:
         return rows.whole()
@@ -187,9 +185,7 @@ def gram_matrix_of_gradients(
 
 
 @gram_rows.register
-def gram_rows_of_gradients(
-    left: PerSampleGradients, right: TorchLinearOperator
-) -> RankRows | None:
+def gram_rows_of_gradients(left: PerSampleGradients, right: Op) -> RankRows | None:
     """From the rows of VᵀV, where these are known."""
     coordinates = _coordinates(left, right) if left.ranks.is_many else None
     K = right.gram.rows if isinstance(right, GGNFactor) else None
@@ -199,7 +195,7 @@ def gram_rows_of_gradients(
     return RankRows(left.ranks, _combined(own, K.own), left.layout.before)
 
 
-def _coordinates(U: PerSampleGradients, V: TorchLinearOperator) -> Tensor | None:
+def _coordinates(U: PerSampleGradients, V: Op) -> Tensor | None:
     """Gradients in terms of columns of V whose Gram matrix is known, ``[N, R]``."""
     if isinstance(V, GGNFactor) and V.risk is U.risk and V.gram.known:
         return V.root.coordinates(U.gradient)

@@ -28,7 +28,7 @@ from vivit_linop.curvature.kronecker_sums import (
 )
 from vivit_linop.modes import ordinary_mode, uncompiled
 from vivit_linop.net.certified import find_structure
-from vivit_linop.operators.base import TorchLinearOperator
+from vivit_linop.operators.base import Op
 from vivit_linop.operators.elementary import Identity, symmetric_over
 from vivit_linop.operators.kronecker import BlockDiagonal, CorrectedKronecker, Kronecker
 from vivit_linop.operators.lowrank import LowRank
@@ -191,7 +191,7 @@ class KFAC(_LayerBlocks):
         return self.like([_pi_damped(block, damping) for block in self.blocks])
 
 
-def _pi_damped(block: TorchLinearOperator, damping: float) -> TorchLinearOperator:
+def _pi_damped(block: Op, damping: float) -> Op:
     if not isinstance(block, Kronecker):
         return block + damping * Identity(block.shape[0])
     B, A = block.factors
@@ -209,14 +209,14 @@ class _Part:
     """A block, the parameters it is of, and its rows unless it is all of one's."""
 
     names: list[str]
-    block: TorchLinearOperator
+    block: Op
     rows: Tensor | None = None
     inputs_first: bool = False
 
 
 def _placed(
     parts: Sequence[_Part], risk: EmpiricalRisk
-) -> tuple[list[TorchLinearOperator], list[Tensor] | None]:
+) -> tuple[list[Op], list[Tensor] | None]:
     """The blocks, and their places unless they follow each other."""
     blocks = [part.block for part in parts]
     if all(part.rows is None for part in parts):

@@ -7,7 +7,7 @@ whose loss is not convex has none: its pairs come from products, or from the den
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial, singledispatch
 from operator import methodcaller
 from typing import Any
@@ -32,10 +32,10 @@ from vivit_linop.linalg.decompositions import (
 from vivit_linop.linalg.iterative import IterativeWoodbury
 from vivit_linop.linalg.leading import led
 from vivit_linop.net.costs import LayerCost, as_table, layer_costs
-from vivit_linop.operators.base import TorchLinearOperator
+from vivit_linop.operators.base import Op, TorchLinearOperator
 from vivit_linop.operators.damped import Damped
 from vivit_linop.operators.dispatch import routed
-from vivit_linop.operators.eigenpairs import Eigenpairs
+from vivit_linop.operators.eigenpairs import Eigenpairs, Select
 from vivit_linop.operators.elementary import Scaled, dense_over
 from vivit_linop.operators.kronecker import BlockDiagonal
 from vivit_linop.operators.lowrank import Centered, LowRank, Woodbury
@@ -130,7 +130,7 @@ def quickest_route(op: LowRank, k: int) -> str:
     return choose_route(op, k).chosen.name
 
 
-def _outputs(factor: TorchLinearOperator) -> list[OutputOperator]:
+def _outputs(factor: Op) -> list[OutputOperator]:
     """The operators in output space that a factor is made of."""
     if isinstance(factor, Pullback):
         return [factor.output]
@@ -158,10 +158,7 @@ def _cheapest(op: LowRank, k: int) -> plan.Choice:
 
 @eigh.register
 def eigenpairs_of_low_rank(
-    op: LowRank,
-    k: int | None = None,
-    select: Callable[[Tensor], Sequence[int] | Tensor] | None = None,
-    rcond: float | None = None,
+    op: LowRank, k: int | None = None, select: Select = None, rcond: float | None = None
 ) -> Eigenpairs:
     """By the dense smaller side, or for few of the largest by an iteration."""
     decomposition = LowRankDecomposition(op)
@@ -181,10 +178,7 @@ def eigenpairs_of_low_rank(
 
 @eigh.register
 def eigenpairs_of_ggn(
-    op: GGN,
-    k: int | None = None,
-    select: Callable[[Tensor], Sequence[int] | Tensor] | None = None,
-    rcond: float | None = None,
+    op: GGN, k: int | None = None, select: Select = None, rcond: float | None = None
 ) -> Eigenpairs:
     """Of an indefinite one the k largest by products, all from its matrix."""
     if op.semidefinite:
@@ -204,7 +198,7 @@ def eigenpairs_of_ggn(
 
 def by_iteration(op: LowRank, k: int, route: str) -> Eigenpairs:
     """Return the k largest pairs of c V Vᵀ, by products with K or with all of it."""
-    target: TorchLinearOperator = op
+    target: Op = op
     solver, on_gram = route.split()[0], route.endswith("K")
     known = op.kept.known and op.by_gram == on_gram
     if on_gram:
@@ -237,7 +231,7 @@ def by_iteration(op: LowRank, k: int, route: str) -> Eigenpairs:
 
 
 def _iterated(
-    op: LowRank, target: TorchLinearOperator, k: int, solver: str, known: bool
+    op: LowRank, target: Op, k: int, solver: str, known: bool
 ) -> tuple[Tensor, Tensor]:
     """The pairs of what is multiplied by, K or G."""
     v0 = krylov.start_of(target)
@@ -254,9 +248,7 @@ def _iterated(
         return led(partial(_solved, solver, k, v0), multiplied)
 
 
-def _solved(
-    solver: str, k: int, v0: Tensor, A: TorchLinearOperator
-) -> tuple[Tensor, Tensor]:
+def _solved(solver: str, k: int, v0: Tensor, A: Op) -> tuple[Tensor, Tensor]:
     return krylov.SOLVERS[solver](A, krylov.Wanted(k, v0))
 
 
@@ -264,7 +256,7 @@ def _solved(
 
 
 @routed.register
-def low_rank_by_route(op: LowRank, route: str, few: bool) -> TorchLinearOperator:
+def low_rank_by_route(op: LowRank, route: str, few: bool) -> Op:
     """Check the name; the node remembers it."""
     names = (*DENSE, *ITERATIONS) if few else DENSE
     if route not in names:
@@ -274,19 +266,19 @@ def low_rank_by_route(op: LowRank, route: str, few: bool) -> TorchLinearOperator
 
 
 @routed.register
-def damped_by_route(op: Damped, route: str, few: bool) -> TorchLinearOperator:
+def damped_by_route(op: Damped, route: str, few: bool) -> Op:
     """By the route of what is damped."""
     return Damped(routed(op.operator, route, few), op.damping)
 
 
 @routed.register
-def scaled_by_route(op: Scaled, route: str, few: bool) -> TorchLinearOperator:
+def scaled_by_route(op: Scaled, route: str, few: bool) -> Op:
     """By the route of what is scaled; the smallest pairs with dense matrices."""
     return Scaled(op.factor, routed(op.operator, route, few and bool(op.factor > 0)))
 
 
 @routed.register
-def blocks_by_route(op: BlockDiagonal, route: str, few: bool) -> TorchLinearOperator:
+def blocks_by_route(op: BlockDiagonal, route: str, few: bool) -> Op:
     """The same route for all blocks, with dense matrices."""
     return op.like([routed(block, route, few=False) for block in op.blocks])
 

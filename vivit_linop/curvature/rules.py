@@ -28,12 +28,11 @@ from vivit_linop.curvature.output_space import (
 )
 from vivit_linop.devices import check_matrix_fits
 from vivit_linop.operators import verbs
-from vivit_linop.operators.base import TorchLinearOperator
+from vivit_linop.operators.base import Op
 from vivit_linop.operators.elementary import Adjoint
 from vivit_linop.operators.lowrank import Gram, LowRank
 from vivit_linop.operators.outline import Cost, Outline, outline, total
 
-Op = TorchLinearOperator
 # J x and Jᵀ u: a tangent or a transposed pass along a linearisation that is kept.
 _PASS = Cost(Fraction(2, 3))
 # A backward pass through a gradient's graph: each of its three products of matrices

@@ -14,7 +14,7 @@ from torch import Tensor
 from vivit_linop.devices import fresh
 from vivit_linop.net.columns.base import DenseColumns, LayerColumns, mirror
 from vivit_linop.net.pieces import Piece, StoredColumns
-from vivit_linop.operators.base import TorchLinearOperator
+from vivit_linop.operators.base import Op, TorchLinearOperator
 from vivit_linop.operators.verbs import gram_matrix, to_dense
 
 
@@ -75,7 +75,7 @@ def formed(columns: Sequence[LayerColumns]) -> DenseColumns:
 
 
 @gram_matrix.register
-def gram_matrix_of_columns(left: ColumnFactor, right: TorchLinearOperator) -> Tensor:
+def gram_matrix_of_columns(left: ColumnFactor, right: Op) -> Tensor:
     """Add up the parameters'."""
     if not isinstance(right, ColumnFactor):
         return left.T.apply(to_dense(right))

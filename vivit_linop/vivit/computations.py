@@ -26,7 +26,7 @@ from vivit_linop.curvature import plan
 from vivit_linop.linalg.decompositions import GramEigenpairs
 from vivit_linop.net.columns.base import LayerColumns, merged
 from vivit_linop.net.columns.khatri_rao import KhatriRaoColumns
-from vivit_linop.operators.base import TorchLinearOperator
+from vivit_linop.operators.base import Op
 from vivit_linop.operators.eigenpairs import Eigenpairs
 from vivit_linop.operators.elementary import Dense
 from vivit_linop.operators.lowrank import LowRank
@@ -464,9 +464,7 @@ class DirectionalDampedNewtonComputation(_DirectionalComputation[tuple[Tensor, .
         )
 
 
-def _factor(
-    columns: Sequence[LayerColumns], like: Tensor, form: bool
-) -> TorchLinearOperator:
+def _factor(columns: Sequence[LayerColumns], like: Tensor, form: bool) -> Op:
     if form:
         return Dense(formed(columns).rows().T)
     return ColumnFactor(columns, like.dtype, like.device, _MEMORY)
