@@ -31,9 +31,7 @@ _WARNED = "mean warned of"
 
 @ordinary_mode()
 def log_marginal_likelihood(
-    risk: EmpiricalRisk,
-    curvature: TorchLinearOperator,
-    prior_precision: PriorPrecision,
+    risk: EmpiricalRisk, curvature: TorchLinearOperator, prior_precision: PriorPrecision
 ) -> Tensor:
     """Return the Laplace approximation of log p(data), differentiable in the prior.
 
@@ -101,9 +99,7 @@ def log_marginal_likelihood(
 
 @ordinary_mode()
 def posterior_precision(
-    risk: EmpiricalRisk,
-    curvature: TorchLinearOperator,
-    prior_precision: PriorPrecision,
+    risk: EmpiricalRisk, curvature: TorchLinearOperator, prior_precision: PriorPrecision
 ) -> TorchLinearOperator:
     """Return A/r + P: what the Laplace approximation has for the posterior precision.
 

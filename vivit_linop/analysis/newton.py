@@ -146,9 +146,7 @@ class TrustRegionStep(NamedTuple):
 
 @ordinary_mode()
 def trust_region_step(
-    risk: EmpiricalRisk,
-    A: TorchLinearOperator,
-    damping: float | TorchLinearOperator,
+    risk: EmpiricalRisk, A: TorchLinearOperator, damping: float | TorchLinearOperator
 ) -> TrustRegionStep:
     """Return s = −(A + δ I)⁻¹ g, and the decrease that the model of the risk predicts.
 

@@ -37,8 +37,7 @@ _SAMPLES, _SIDE, _CLASSES = 8, 12, 3
 
 
 def calibrate(
-    device: torch.device | str | None = None,
-    file: str | os.PathLike[str] | None = None,
+    device: torch.device | str | None = None, file: str | os.PathLike[str] | None = None
 ) -> DeviceCosts:
     """Measure what a device takes, and choose routes by that in this process.
 

@@ -95,10 +95,7 @@ def weighted_gram_matrix_of_pullback(
 
 @verbs.gram_blocks.register
 def gram_blocks_of_pullback(
-    left: Pullback,
-    right: Op,
-    size: int,
-    weights: Tensor | None = None,
+    left: Pullback, right: Op, size: int, weights: Tensor | None = None
 ) -> Tensor:
     """From the columns of each sample alone, layer by layer."""
     if (

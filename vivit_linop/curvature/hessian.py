@@ -82,8 +82,7 @@ cpu>]
         names = list(risk.params)
         chosen = [[names.index(name) for name in group] for group in groups]
         return BlockDiagonal(
-            [HessianBlock(self, numbers) for numbers in chosen],
-            places_of(risk, groups),
+            [HessianBlock(self, numbers) for numbers in chosen], places_of(risk, groups)
         )
 
     @cached_property

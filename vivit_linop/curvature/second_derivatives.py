@@ -207,11 +207,7 @@ class Certificate:
         )
 
     def _agrees(
-        self,
-        samples: Samples,
-        theta: Params,
-        found: Slope,
-        frozen: FrozenValues,
+        self, samples: Samples, theta: Params, found: Slope, frozen: FrozenValues
     ) -> bool:
         """Compare with a difference; with those of other steps if it does not agree."""
         differences: list[list[Tensor]] = []

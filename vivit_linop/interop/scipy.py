@@ -15,10 +15,7 @@ from vivit_linop.operators.base import TorchLinearOperator
 
 
 def from_scipy(
-    op: Any,
-    *,
-    self_adjoint: bool = False,
-    device: torch.device | str | None = None,
+    op: Any, *, self_adjoint: bool = False, device: torch.device | str | None = None
 ) -> TorchLinearOperator:
     """Return a SciPy linear operator, sparse matrix or array as one of ours.
 

@@ -220,10 +220,7 @@ class _LayerRecords:
         return new
 
     def __call__(
-        self,
-        module: nn.Module,
-        g_inp: tuple[Tensor, ...],
-        g_out: tuple[Tensor, ...],
+        self, module: nn.Module, g_inp: tuple[Tensor, ...], g_out: tuple[Tensor, ...]
     ) -> None:
         """Check the indices of samples where the pass begins, then do as BackPACK."""
         if is_loss(module):
@@ -234,10 +231,7 @@ class _LayerRecords:
 
 
 def layer_records(
-    mc_samples: int,
-    subsampling: Indices,
-    checked: dict[str, Indices],
-    at_rank: bool,
+    mc_samples: int, subsampling: Indices, checked: dict[str, Indices], at_rank: bool
 ) -> BackpropExtension:
     """Return an extension that records the layers of a backward pass.
 
