@@ -99,27 +99,35 @@ def _is_graphs(unit: Any) -> bool:
     return all(hasattr(type(unit), name) for name in names)
 
 
-# Places of samples in one part of an input ------------------------------------------
+class Where:
+    """Where samples are."""
 
+    def number(self, X: Any) -> int | None:
+        """Return how many there are, None if that is not to be seen."""
+        return None
 
-class Place(ABC):
-    """Where the samples are in one tensor, or in a container that is one unit."""
-
-    def fits(self, unit: Any, n: int) -> bool:
+    def fits(self, X: Any, n: int) -> bool:
         """Whether n samples may be there."""
-        return True
+        return self.number(X) == n
 
-    @abstractmethod
-    def take(self, unit: Any, index: Tensor, n: int) -> Any:
-        """Return some of the n samples."""
-
-    def joined(self, units: Sequence[Any]) -> Any:
-        """Put samples of several units into one.
+    def joined(self, inputs: Sequence[Any]) -> Any:
+        """Put samples of several inputs into one.
 
         Raises:
             NotImplementedError: If nobody knows how.
         """
         raise NotImplementedError
+
+
+# Places of samples in one part of an input ------------------------------------------
+
+
+class Place(Where, ABC):
+    """Where they are in one tensor, or in a container that is one unit."""
+
+    @abstractmethod
+    def take(self, unit: Any, index: Tensor, n: int) -> Any:
+        """Return some of the n samples."""
 
 
 @dataclass(frozen=True)
@@ -128,12 +136,9 @@ class Axis(Place):
 
     axis: int
 
-    def fits(self, unit: Any, n: int) -> bool:
-        return (
-            isinstance(unit, Tensor)
-            and -unit.ndim <= self.axis < unit.ndim
-            and unit.shape[self.axis] == n
-        )
+    def number(self, unit: Any) -> int | None:
+        has_it = isinstance(unit, Tensor) and -unit.ndim <= self.axis < unit.ndim
+        return int(unit.shape[self.axis]) if has_it else None
 
     def take(self, unit: Tensor, index: Tensor, n: int) -> Tensor:
         """Index the axis, also that of a sparse tensor, of any layout."""
@@ -167,6 +172,9 @@ class Blocks(Place):
 class Shared(Place):
     """Nowhere: it is the same for all samples."""
 
+    def fits(self, unit: Any, n: int) -> bool:
+        return True
+
     def take(self, unit: Any, index: Tensor, n: int) -> Any:
         return unit
 
@@ -178,8 +186,8 @@ class Shared(Place):
 class Counted(Place):
     """In a container that knows its samples."""
 
-    def fits(self, unit: Any, n: int) -> bool:
-        return number_of(unit) == n
+    def number(self, unit: Any) -> int | None:
+        return number_of(unit)
 
     def take(self, unit: Any, index: Tensor, n: int) -> Any:
         return some_of(unit, index)
@@ -189,8 +197,8 @@ class Counted(Place):
 class Entries(Place):
     """In a list or an array of something else than tensors: an entry for each."""
 
-    def fits(self, unit: Any, n: int) -> bool:
-        return has_entries(unit) and len(unit) == n
+    def number(self, unit: Any) -> int | None:
+        return len(unit) if has_entries(unit) else None
 
     def take(self, unit: Any, index: Tensor, n: int) -> Any:
         if isinstance(unit, np.ndarray):
@@ -206,12 +214,8 @@ class Entries(Place):
 # Samples of an input ----------------------------------------------------------------
 
 
-class Samples(ABC):
-    """Where the samples of the inputs of a risk are."""
-
-    def fits(self, X: Any, n: int) -> bool:
-        """Whether n samples may be there."""
-        return self.number(X) == n
+class Samples(Where, ABC):
+    """Where they are in the inputs of a risk."""
 
     @abstractmethod
     def number(self, X: Any) -> int:
@@ -220,14 +224,6 @@ class Samples(ABC):
     @abstractmethod
     def take(self, X: Any, index: Tensor) -> Any:
         """Return some samples of an input, ``index`` a vector on the host."""
-
-    def joined(self, inputs: Sequence[Any]) -> Any:
-        """Put samples of several inputs into one.
-
-        Raises:
-            NotImplementedError: If nobody knows how.
-        """
-        raise NotImplementedError
 
     def axes(self, X: Any) -> list[int | None] | None:
         """Return the axis of samples in each tensor, None where that does not do."""
@@ -249,14 +245,9 @@ class ByUnit(Samples):
 
     def number(self, X: Any) -> int:
         """By the first unit that has samples."""
-        units = units_of(X)
-        for place, unit in zip(self.places, units, strict=True):
-            if isinstance(place, Axis):
-                return int(unit.shape[place.axis])
-            if isinstance(place, Counted) and (n := number_of(unit)) is not None:
+        for place, unit in zip(self.places, units_of(X), strict=True):
+            if (n := place.number(unit)) is not None:
                 return n
-            if isinstance(place, Entries):
-                return len(unit)
         raise ValueError("no part of the input has a sample axis.")
 
     def take(self, X: Any, index: Tensor) -> Any:
