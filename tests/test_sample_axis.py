@@ -300,6 +300,13 @@ def test_images_in_a_list() -> None:
     )
 
 
+def test_a_count_of_neither_samples_nor_items() -> None:
+    model, X = nn.Linear(3, C).double(), randn(N, 3)
+    options: Any = {"take": lambda X, i: X[i], "count": lambda X: N - 2}
+    with pytest.raises(ValueError, match=r"^count: finds 4 samples in batch 0, whose"):
+        vl.EmpiricalRisk(model, CE, (X, y), **options)
+
+
 @pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
 def test_nested_tensors(layout: torch.layout) -> None:
     sets = [randn(k, 3) for k in (2, 3, 1, 2, 4, 2)]
