@@ -44,18 +44,9 @@ def uncompiled(function: Callable[P, Result]) -> Callable[P, Result]:
             return torch.compiler.disable(function)(*args, **kwargs)
         return function(*args, **kwargs)
 
-    return _named_as(decorated, function)
-
-
-def _named_as(
-    decorated: Callable[P, Result], function: Callable[P, Result]
-) -> Callable[P, Result]:
-    """Give a wrapper a code object of its own.
-
-    The compiler counts by code object how often it has compiled a function.
-    """
-    code = decorated.__code__
-    decorated.__code__ = code.replace(co_name=function.__name__)
+    # The compiler counts by code object how often it has compiled a function.
+    named: Any = decorated
+    named.__code__ = named.__code__.replace(co_name=function.__name__)
     return decorated
 
 
@@ -85,8 +76,6 @@ class ordinary_mode:
 
         @functools.wraps(function)
         def decorated(*args: P.args, **kwargs: P.kwargs) -> Result:
-            if is_dynamo_compiling():
-                return torch.compiler.disable(decorated)(*args, **kwargs)
             if _HERE.depth and not _to_leave():  # inside already, as most calls are
                 result = function(*args, **kwargs)
             elif Ranks.are_many and not _HERE.depth:
@@ -100,7 +89,7 @@ class ordinary_mode:
                 return result if torch.is_grad_enabled() else result.detach()  # type: ignore[return-value]
             return result
 
-        return _named_as(decorated, function)
+        return uncompiled(decorated)
 
     def __enter__(self) -> None:
         """Leave the modes."""
