@@ -465,12 +465,12 @@ def does_not_fit(model: FunctionalModel, search: Search, X: Any, n: int) -> str:
         with as_guest(device):
             return saved_bytes(lambda: model(model.params, part))[0]
 
-    try:
-        one, two = graph_bytes(1), graph_bytes(min(2, n))
+    per_sample: int | None = None
     # A model may run on no other batch; what is to be said is said without sizes.
-    except Exception:
-        return batch_does_not_fit(device, n, None)
-    return batch_does_not_fit(device, n, two - one if n > 1 else one)
+    with contextlib.suppress(Exception):
+        one = graph_bytes(1)
+        per_sample = graph_bytes(2) - one if n > 1 else one
+    return batch_does_not_fit(device, n, per_sample)
 
 
 def batch_does_not_fit(

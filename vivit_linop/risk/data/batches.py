@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -127,19 +128,18 @@ def without_targets(inputs: Any, count: Callable[[Any], int | None]) -> Iterable
             "inputs: a tensor, a tuple or a mapping of tensors, or a list or a "
             f"DataLoader of these, got {type(inputs).__name__}."
         )
-    return _Mapped(pair, as_batches(inputs))
+    return Anew(partial(map, pair, as_batches(inputs)))
 
 
-class _Mapped:
-    """What a function makes of batches, each time that one passes over them."""
+class Anew:
+    """What can be passed over again and again: iterators are made anew."""
 
-    def __init__(
-        self, function: Callable[[Any], Batch], batches: Iterable[Any]
-    ) -> None:
-        self._function, self._batches = function, batches
+    def __init__(self, make: Callable[[], Iterator[Any]]) -> None:
+        self._make = make
 
-    def __iter__(self) -> Iterator[Batch]:
-        return map(self._function, self._batches)
+    def __iter__(self) -> Iterator[Any]:
+        """Make one."""
+        return self._make()
 
 
 def numbers_of(y: Any, index: int) -> list[int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,35 +13,28 @@ from torch import Tensor
 from vivit_linop.modes import replayed, seeded
 from vivit_linop.ranks.alone import Ranks
 from vivit_linop.risk.data import fingerprint
+from vivit_linop.risk.data.batches import Anew
 from vivit_linop.risk.data.containers import leaves
 from vivit_linop.risk.data.sample_search import ways_of
 
 _SEED, _CPU = 1, torch.device("cpu")
 
 
-class OnceEach:
-    """A loader of which some samples are kept, without those that another rank has."""
-
-    def __init__(self, loader: Any, kept: Sequence[Tensor]) -> None:
-        self._loader, self._kept = loader, kept
-
-    def __iter__(self) -> Iterator[Any]:
-        """Yield batches, smaller where samples are left out."""
-        for number, (batch, kept) in enumerate(
-            zip(self._loader, self._kept, strict=True)
-        ):
-            if kept.all():
-                yield batch
-            elif kept.any():
-                ways = ways_of(batch, len(kept))
-                if not ways:
-                    raise ValueError(
-                        f"data: batch {number} repeats samples of another process, and "
-                        "where its samples are cannot be told. Give parts without "
-                        "that, such as Subset(dataset, range(rank, len(dataset), "
-                        "world_size)); they may be of any sizes."
-                    )
-                yield ways[0].take(batch, kept.nonzero()[:, 0])
+def _once_each(loader: Any, kept: Sequence[Tensor]) -> Iterator[Any]:
+    """Yield batches, smaller where samples are left out that another rank has."""
+    for number, (batch, mine) in enumerate(zip(loader, kept, strict=True)):
+        if mine.all():
+            yield batch
+        elif mine.any():
+            ways = ways_of(batch, len(mine))
+            if not ways:
+                raise ValueError(
+                    f"data: batch {number} repeats samples of another process, and "
+                    "where its samples are cannot be told. Give parts without that, "
+                    "such as Subset(dataset, range(rank, len(dataset), world_size)); "
+                    "they may be of any sizes."
+                )
+            yield ways[0].take(batch, mine.nonzero()[:, 0])
 
 
 def without_padding(data: Any, ranks: Ranks) -> Any:
@@ -69,7 +63,7 @@ def without_padding(data: Any, ranks: Ranks) -> Any:
         for batch in found:
             new = [n not in seen and not seen.add(n) for n in batch]  # type: ignore[func-returns-value]
             kept[-1].append(torch.tensor(new, device="cpu"))
-    return OnceEach(data, kept[ranks.rank])
+    return Anew(partial(_once_each, data, kept[ranks.rank]))
 
 
 def _numbers(data: Any) -> list[list[int]] | None:
