@@ -74,7 +74,19 @@ class ElementwiseLoss(OutputLoss):
         return self.tested or type(self).sqrt is not ElementwiseLoss.sqrt
 
 
-class SquaredError(ElementwiseLoss):
+class NormalLoss(ElementwiseLoss):
+    """The negative log-likelihood of normal labels ỹ ~ N(f, 1/h), h the curvature."""
+
+    def sample(
+        self, output: Tensor, target: Tensor, mc_samples: int, draws: Draws
+    ) -> Tensor:
+        """The slopes h (f − ỹ) ~ N(0, h)."""
+        h = self.curvature(output, target).reshape(len(output), -1, 1)
+        noise = draws.normal(*h.shape[:2], mc_samples).to(output)
+        return (noise * (h / mc_samples).sqrt()).unsqueeze(-1)
+
+
+class SquaredError(NormalLoss):
     """``nn.MSELoss``: ℓ = Σ_c (f_c − y_c)², Hessian 2 I."""
 
     name, tested = "MSELoss", True
@@ -91,13 +103,6 @@ class SquaredError(ElementwiseLoss):
     def hessian_product(self, output: Tensor, target: Tensor, X: Tensor, /) -> Tensor:
         return 2.0 * X
 
-    def sample(
-        self, output: Tensor, target: Tensor, mc_samples: int, draws: Draws
-    ) -> Tensor:
-        """2 (f − ỹ) for ỹ ~ N(f, I/2)."""
-        noise = draws.normal(len(output), output[0].numel(), mc_samples, 1)
-        return noise.to(output) * (2.0 / mc_samples) ** 0.5
-
 
 class BinaryCrossEntropy(ElementwiseLoss):
     """``nn.BCEWithLogitsLoss``: ℓ = −Σ w (q y log σ + (1 − y) log(1 − σ)).
@@ -110,9 +115,7 @@ class BinaryCrossEntropy(ElementwiseLoss):
     name, tested = "BCEWithLogitsLoss", True
 
     def __init__(
-        self,
-        loss_weight: Tensor | None = None,
-        pos_weight: Tensor | None = None,
+        self, loss_weight: Tensor | None = None, pos_weight: Tensor | None = None
     ) -> None:
         self.loss_weight = copied_weight(loss_weight)
         self.pos_weight = copied_weight(pos_weight)
@@ -181,7 +184,7 @@ class BinaryCrossEntropy(ElementwiseLoss):
         return ((mass / mc_samples).sqrt() * residual).unsqueeze(-1)
 
 
-class GaussianNLL(ElementwiseLoss):
+class GaussianNLL(NormalLoss):
     """``nn.GaussianNLLLoss``: ℓ = Σ ½ (log v + (f − y)²/v), Hessian diag(1/v).
 
     The variances v come with the targets: ``torch.stack([y, v], dim=-1)``. As in torch
@@ -248,14 +251,6 @@ class GaussianNLL(ElementwiseLoss):
     def curvature(self, output: Tensor, target: Tensor) -> Tensor:
         return self._variance(target).reciprocal()
 
-    def sample(
-        self, output: Tensor, target: Tensor, mc_samples: int, draws: Draws
-    ) -> Tensor:
-        """(f − ỹ)/v for ỹ ~ N(f, v)."""
-        deviation = self._variance(target).rsqrt().reshape(len(output), -1, 1)
-        noise = draws.normal(*deviation.shape[:2], mc_samples).to(output)
-        return (noise * deviation / mc_samples**0.5).unsqueeze(-1)
-
 
 class PoissonNLL(ElementwiseLoss):
     """``nn.PoissonNLLLoss``: ℓ = Σ λ − y log λ for a rate λ.
@@ -272,10 +267,7 @@ class PoissonNLL(ElementwiseLoss):
     name, tested = "PoissonNLLLoss", True
 
     def __init__(
-        self,
-        log_input: bool = True,
-        full: bool = False,
-        eps: float = 1e-8,
+        self, log_input: bool = True, full: bool = False, eps: float = 1e-8
     ) -> None:
         self.log_input, self.full, self.eps = log_input, full, eps
 
