@@ -21,9 +21,7 @@ from vivit_linop.risk.empirical import EmpiricalRisk
 
 
 def check_operator(
-    op: TorchLinearOperator,
-    dense: Tensor | np.ndarray,
-    rtol: float | None = None,
+    op: TorchLinearOperator, dense: Tensor | np.ndarray, rtol: float | None = None
 ) -> None:
     """Check that an operator is the given matrix, in every way that it can be used.
 

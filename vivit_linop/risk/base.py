@@ -82,11 +82,8 @@ class Risk(ParameterVectors):
         twice = check_data and not isinstance(passes.data, (list, tuple))
         with self.ranks.together("EmpiricalRisk"):
             seen = first_pass(model, loss, passes, check, twice)
-        self.loss, self.outputs, self.all_targets = (
-            seen.loss,
-            seen.outputs,
-            seen.targets,
-        )
+        self.loss, self.outputs = seen.loss, seen.outputs
+        self.all_targets = seen.targets
         # A run that is kept is that of the only batch.
         self._run_serves = len(seen.outputs) == 1 and seen.run is not None
         if self._run_serves:
@@ -258,10 +255,7 @@ class Risk(ParameterVectors):
             raise self.other_data(index)
 
     def has_outputs(
-        self,
-        index: int,
-        outputs: Tensor,
-        samples: Tensor | None = None,
+        self, index: int, outputs: Tensor, samples: Tensor | None = None
     ) -> Tensor:
         """Whether outputs are those at construction, not read by the host; as above."""
         before = self.outputs[index] if index < len(self.outputs) else None
@@ -324,10 +318,7 @@ class Risk(ParameterVectors):
         parameters = list(self.model.params.values())
         for index, (X, _) in enumerate(self.passes.batches("gradient")):
             n = self.batch_sizes[index] if index < len(self.batch_sizes) else 1
-            with (
-                explained(self.does_not_fit, X, n),
-                as_guest(self.device),
-            ):
+            with explained(self.does_not_fit, X, n), as_guest(self.device):
                 run = self.kept.use_run(X)
                 if run is None:
                     differ = self.inputs_differ(index, X)

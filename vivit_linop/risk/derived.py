@@ -146,8 +146,7 @@ class DerivableRisk(Risk):
 
     @uncompiled
     def at(
-        self,
-        parameters: Tensor | Iterable[Tensor] | Mapping[str, Tensor] | None = None,
+        self, parameters: Tensor | Iterable[Tensor] | Mapping[str, Tensor] | None = None
     ) -> Self:
         """Return the risk of the same data at other parameters.
 
@@ -252,9 +251,7 @@ class DerivableRisk(Risk):
         with self.ranks.together("on"):
             passes = self.passes.of(data, self.model)
         risk = self._of(
-            *(copy.copy(self.model), passes),
-            check=False,
-            check_data=check_data,
+            *(copy.copy(self.model), passes), check=False, check_data=check_data
         )
         risk.kept.everywhere.update(self.kept.structures())
         return risk

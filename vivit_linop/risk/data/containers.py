@@ -278,9 +278,7 @@ def _walk(
 
 
 def map_leaves(
-    function: Callable[[Any], Any],
-    value: Any,
-    stop: Callable[[Any], bool] = _nothing,
+    function: Callable[[Any], Any], value: Any, stop: Callable[[Any], bool] = _nothing
 ) -> Any:
     """Apply a function to the tensors of a value; everything else stays.
 

@@ -14,11 +14,7 @@ from torch.nn import functional as F
 
 from vivit_linop.arguments import check_choice
 from vivit_linop.graphs import leaves_of
-from vivit_linop.risk.losses.autograd import (
-    AutogradLoss,
-    parts_of,
-    uses_parameters,
-)
+from vivit_linop.risk.losses.autograd import AutogradLoss, parts_of, uses_parameters
 from vivit_linop.risk.losses.base import OutputLoss
 from vivit_linop.risk.losses.cross_entropy import (
     CrossEntropy,
@@ -145,9 +141,7 @@ def register(kind: type[nn.Module]) -> Callable[[_Builder], _Builder]:
 
 
 def as_output_loss(
-    loss: Any,
-    reduction: str | None,
-    parameters: Sequence[Tensor] = (),
+    loss: Any, reduction: str | None, parameters: Sequence[Tensor] = ()
 ) -> OutputLoss:
     """Find what a user's loss is.
 

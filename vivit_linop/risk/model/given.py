@@ -107,11 +107,8 @@ def check_modes(model: nn.Module) -> None:
 
 def check_graph(output: Tensor, module: nn.Module | None) -> None:
     """Refuse outputs of a copy whose graph goes on to the user's own parameters."""
-    own = (
-        {id(p): name for name, p in module.named_parameters()}
-        if module is not None
-        else {}
-    )
+    named = module.named_parameters() if module is not None else ()
+    own = {id(p): name for name, p in named}
     for leaf in leaves_of(output):
         if (name := own.get(id(leaf))) is not None:
             raise ValueError(

@@ -51,9 +51,7 @@ class Twins:
     """
 
     def __init__(
-        self,
-        replaced: Iterable[tuple[Tensor, Tensor]],
-        unused: Container[int] = (),
+        self, replaced: Iterable[tuple[Tensor, Tensor]], unused: Container[int] = ()
     ) -> None:
         pairs = list(replaced)
         self.replaced = {id(tensor): new for tensor, new in pairs}
