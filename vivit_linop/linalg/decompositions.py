@@ -185,7 +185,7 @@ class LowRankDecomposition(DenseDecomposition):
 
     @cached_property
     def _eigh(self) -> tuple[Tensor, Tensor]:
-        evals, evecs = self._operator.small_eigenpairs
+        evals, evecs = self._operator.small.eigenpairs
         evals = self._operator.scale * evals
         # The larger side, where that is wanted, has more zeros.
         return evals[-self.count :], evecs[:, -self.count :]
@@ -201,7 +201,7 @@ class LowRankDecomposition(DenseDecomposition):
         """A criterion chooses from the eigenvalues, before there are vectors."""
         op = self._operator
         if select is not None and k is None and op.by_gram and not op.ranks.is_many:
-            self._few = op.kept.tridiagonal(op.small.on_matrix)
+            self._few = op.small.tridiagonal
         return super().choose(k, select, rcond)
 
     @cached_property

@@ -141,7 +141,7 @@ def eigenvalues_of_gram(op: Gram) -> Tensor:
 @verbs.eigvalsh.register
 def eigenvalues_of_low_rank(op: LowRank) -> Tensor:
     """The min(D, R) eigenvalues of the smaller side; the others are zero."""
-    evals = op.kept.eigenvalues(op.small.on_matrix)
+    evals = op.small.eigenvalues
     return op.scale * evals[-min(op.factor.shape) :]
 
 

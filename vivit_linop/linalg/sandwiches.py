@@ -125,7 +125,7 @@ def diagonal_of_damped_inverse(op: DampedInverse) -> Tensor:
     low_rank, D = op.operator, op.shape[0]
     if not (isinstance(low_rank, LowRank) and low_rank.by_gram):
         return diagonal_of_operator(op)
-    evals, vectors = low_rank.small_eigenpairs
+    evals, vectors = low_rank.small.eigenpairs
     evals, delta = low_rank.scale * evals.double().clamp(min=0.0), op.damping.double()
     shares = (low_rank.scale / (delta + evals)).to(vectors)
     kept = 1.0 - _squares_with_weights(low_rank, vectors, shares)

@@ -16,10 +16,10 @@ from typing import TypeVar
 from torch import Tensor
 
 from vivit_linop.arguments import Scalar, as_scalar, without_gradient
-from vivit_linop.operators import verbs
+from vivit_linop.operators import symmetric, verbs
 from vivit_linop.operators.base import Op, TorchLinearOperator, in_common
 from vivit_linop.operators.damped_solver import DampedSolver
-from vivit_linop.operators.symmetric import KeptMatrix, Pairs
+from vivit_linop.operators.symmetric import KeptMatrix, Pairs, Tridiagonal
 from vivit_linop.ranks.alone import RankRows, Ranks
 
 Result = TypeVar("Result")
@@ -114,7 +114,55 @@ class Gram(TorchLinearOperator):
 
         Where gradients flow to the matrix they are computed anew.
         """
-        return self.kept.eigenvalues(self.on_matrix)
+        kept = self.kept
+        if kept.eigenpairs is not None:
+            return kept.eigenpairs[0].clone()
+        if kept.eigenvalues is None:
+            found = self.on_matrix(symmetric.symmetric_eigenvalues)
+            if found.requires_grad:
+                return found
+            kept.eigenvalues = found
+        return kept.eigenvalues.clone()
+
+    def nonnegative(self, count: int) -> Tensor:
+        """Return so many of the largest, with zeros where rounding left less.
+
+        Not to be written to: kept likewise, for one damping after the other.
+        """
+        if self.kept.nonnegative is not None:
+            return self.kept.nonnegative
+        found = self.eigenvalues[-count:].clamp(min=0.0)
+        if not found.requires_grad:
+            self.kept.nonnegative = found
+        return found
+
+    @property
+    def eigenpairs(self) -> Pairs:
+        """Eigenvalues of VᵀV, ascending, and eigenvectors ``[R, R]``.
+
+        Not to be written to: they are kept for what follows, within the budget.
+        """
+        kept = self.kept
+        if kept.eigenpairs is not None:
+            return kept.eigenpairs
+        pairs = self.on_matrix(symmetric.symmetric_eigenpairs)
+        if kept.has_room(pairs[1].nbytes):
+            kept.eigenpairs, kept.eigenvalues, kept.tridiagonal = pairs, None, None
+        return pairs
+
+    @property
+    def tridiagonal(self) -> Tridiagonal | None:
+        """VᵀV in a form that has all eigenvalues, and vectors of a few.
+
+        None where eigenpairs are known, or take no more. Kept as these are.
+        """
+        kept = self.kept
+        if kept.tridiagonal is not None or kept.decomposed:
+            return kept.tridiagonal
+        found = self.on_matrix(symmetric.Tridiagonal.of)
+        if found is not None and kept.has_room(found.nbytes):
+            kept.tridiagonal = found
+        return found
 
     def _made_of(self) -> tuple[Op, ...]:
         return (self.left, self.right)
@@ -242,13 +290,8 @@ class LowRank(TorchLinearOperator):
 
     @property
     def nonnegative_eigenvalues(self) -> Tensor:
-        """The min(D, R) of V Vᵀ, without c, as :class:`KeptMatrix` has them."""
-        return self.kept.nonnegative(self.small.on_matrix, min(self.factor.shape))
-
-    @property
-    def small_eigenpairs(self) -> Pairs:
-        """Those of the smaller of VᵀV and V Vᵀ, ascending, computed once for all c."""
-        return self.kept.eigenpairs(self.small.on_matrix)
+        """The min(D, R) of V Vᵀ, without c, as the smaller side has them."""
+        return self.small.nonnegative(min(self.factor.shape))
 
     def rescaled(self, scale: float) -> LowRank:
         """Return the node for another c; what is known of the factor is kept."""
@@ -311,7 +354,7 @@ class DampedRoot(TorchLinearOperator):
             )
         self.operator, self.inverse = _without_gradient(operator, "sqrt"), inverse
         self.damping = damping
-        evals, self._vectors = operator.small_eigenpairs
+        evals, self._vectors = operator.small.eigenpairs
         self._values = operator.scale * evals.double().clamp(min=0.0)
         super().__init__(operator.shape, operator._own_dtype, operator._own_device)
 
@@ -407,7 +450,7 @@ class Woodbury(TorchLinearOperator):
         What is wrong must reach all processes.
         """
         inner = self.operator
-        pairs = inner.small_eigenpairs if inner.kept.decomposed else None
+        pairs = inner.small.eigenpairs if inner.kept.decomposed else None
         try:
             self._solver = DampedSolver(matrix, inner.scale, damping, pairs)
         except ValueError as error:

@@ -124,7 +124,7 @@ def form_of_damped_inverse(op: DampedInverse) -> LowRankForm | None:
 
     @cache
     def eigenpairs() -> tuple[Tensor, Tensor]:
-        evals, vectors = low_rank.small_eigenpairs
+        evals, vectors = low_rank.small.eigenpairs
         return 1.0 / (delta + low_rank.scale * evals.clamp(min=0.0)), vectors
 
     def on_range(Y: Tensor) -> Tensor:

@@ -11,9 +11,10 @@ import ctypes
 import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
 import scipy.linalg
@@ -26,7 +27,6 @@ from vivit_linop.modes import Shared, Undo, is_followed
 from vivit_linop.ranks.alone import RankRows
 
 Pairs = tuple[Tensor, Tensor]
-OnMatrix = Callable[[Callable[[Tensor], Any]], Any]
 
 # torch calls LAPACK's ?syevd, whose workspace of 2 n² + 6 n + 1 entries is counted in
 # 32 bits: from n = 32,766 on it overflows, and the process ends.
@@ -348,29 +348,31 @@ def _mkl_threads_for(rows: int) -> Iterator[None]:
 # Decomposed once ----------------------------------------------------------------------
 
 
+@dataclass
 class KeptMatrix:
     """A symmetric matrix that is computed once, and its decomposition.
 
     It knows nothing of what it is computed from. Over several processes each has some
     of its rows.
 
-    Args:
+    Attributes:
         budget: Returns how many bytes eigenvectors may take to be kept; None for any
             number.
-
-    Attributes:
         matrix: ``[n, n]``, or None while it has not been computed.
         rows: Those of this process, where there are several.
+        eigenvalues: Ascending, ``[n]``, while there are no eigenpairs.
+        nonnegative: The largest of them, with zeros where rounding left less.
+        eigenpairs: All.
+        tridiagonal: What has all eigenvalues, and vectors of a few.
     """
 
-    def __init__(self, budget: Callable[[], int] | None = None) -> None:
-        self.matrix: Tensor | None = None
-        self.rows: RankRows | None = None
-        self._budget = budget
-        self._eigenvalues: Tensor | None = None
-        self._nonnegative: Tensor | None = None
-        self._eigenpairs: Pairs | None = None
-        self._tridiagonal: Tridiagonal | None = None
+    budget: Callable[[], int] | None = None
+    matrix: Tensor | None = None
+    rows: RankRows | None = None
+    eigenvalues: Tensor | None = None
+    nonnegative: Tensor | None = None
+    eigenpairs: Pairs | None = None
+    tridiagonal: Tridiagonal | None = None
 
     @property
     def known(self) -> bool:
@@ -380,64 +382,13 @@ class KeptMatrix:
     @property
     def decomposed(self) -> bool:
         """Whether its eigenpairs are kept."""
-        return self._eigenpairs is not None
+        return self.eigenpairs is not None
 
     @property
     def has_eigenvalues(self) -> bool:
         """Whether its eigenvalues are kept, alone or with eigenvectors."""
-        return self.decomposed or self._eigenvalues is not None
+        return self.decomposed or self.eigenvalues is not None
 
-    def eigenvalues(self, on_matrix: OnMatrix) -> Tensor:
-        """Return them ascending, ``[n]``; kept where no gradient flows to the matrix.
-
-        Args:
-            on_matrix: Returns a function of the matrix, computed where it is.
-        """
-        if self._eigenpairs is not None:
-            return self._eigenpairs[0].clone()
-        if self._eigenvalues is None:
-            found: Tensor = on_matrix(symmetric_eigenvalues)
-            if found.requires_grad:
-                return found
-            self._eigenvalues = found
-        return self._eigenvalues.clone()
-
-    def nonnegative(self, on_matrix: OnMatrix, count: int) -> Tensor:
-        """Return so many of the largest, with zeros where rounding left less.
-
-        Not to be written to: kept likewise, for one damping after the other.
-        """
-        if self._nonnegative is not None:
-            return self._nonnegative
-        found = self.eigenvalues(on_matrix)[-count:].clamp(min=0.0)
-        if not found.requires_grad:
-            self._nonnegative = found
-        return found
-
-    def eigenpairs(self, on_matrix: OnMatrix) -> Pairs:
-        """Return eigenvalues, ascending, and eigenvectors ``[n, n]``.
-
-        Not to be written to: they are kept for what follows, within the budget.
-        """
-        if self._eigenpairs is not None:
-            return self._eigenpairs
-        pairs: Pairs = on_matrix(symmetric_eigenpairs)
-        if self._fits(pairs[1].nbytes):
-            self._eigenpairs, self._eigenvalues = pairs, None
-            self._tridiagonal = None
-        return pairs
-
-    def tridiagonal(self, on_matrix: OnMatrix) -> Tridiagonal | None:
-        """Return it in a form that has all eigenvalues, and vectors of a few.
-
-        None where eigenpairs are known, or take no more. Kept as these are.
-        """
-        if self._tridiagonal is not None or self.decomposed:
-            return self._tridiagonal
-        found: Tridiagonal | None = on_matrix(Tridiagonal.of)
-        if found is not None and self._fits(found.nbytes):
-            self._tridiagonal = found
-        return found
-
-    def _fits(self, nbytes: int) -> bool:
-        return self._budget is None or nbytes <= self._budget()
+    def has_room(self, nbytes: int) -> bool:
+        """Whether something as large may be kept."""
+        return self.budget is None or nbytes <= self.budget()
