@@ -168,19 +168,11 @@ class IterativeWoodbury(Woodbury):
 
     @property
     def small_logdet(self) -> Tensor:
-        """Refuse: it takes a factorisation.
-
-        Raises:
-            MemoryError: Always.
-        """
+        """Refuse: it takes a factorisation."""
         raise self._without_factor("logdet")
 
     def root_columns(self) -> Iterator[Tensor]:
-        """Refuse: a root takes a factorisation.
-
-        Raises:
-            MemoryError: Always.
-        """
+        """Refuse: a root takes a factorisation."""
         raise self._without_factor("diagonal, trace")
 
     def _without_factor(self, what: str) -> MemoryError:

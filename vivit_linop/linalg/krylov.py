@@ -334,13 +334,6 @@ def lanczos(
 
     Raises:
         NotConverged: If there are too many restarts.
-
-    Example:
-        >>> import torch
-        >>> d = torch.arange(1.0, 101.0)
-        >>> evals, evecs = lanczos(lambda x: d * x, torch.ones(100), k=2)
-        >>> [round(x) for x in evals.tolist()], tuple(evecs.shape)
-        ([99, 100], (100, 2))
     """
     basis = _Basis(product, start, min(len(start), 2 * k + MORE_ROWS))
     eps = torch.finfo(start.dtype).eps
