@@ -94,15 +94,16 @@ def column_pieces_of_stack(op: HStack) -> Iterator[tuple[slice, Tensor]]:
         start += part.shape[1]
 
 
-def unit_columns(n: int, places: Tensor, op: Op) -> Tensor:
-    """Columns of the identity ``[n, k]``, as an operator multiplies them."""
-    unit = torch.zeros(n, len(places), dtype=op.torch_dtype, device=op.device)
-    return unit.scatter_(0, places.unsqueeze(0), 1.0)
+def columns_at(op: Op, places: Tensor) -> Tensor:
+    """Some columns of an operator, ``[m, k]``, by as many products."""
+    shape = op.shape[1], len(places)
+    unit = torch.zeros(shape, dtype=op.torch_dtype, device=places.device)
+    return op.apply(unit.scatter_(0, places.unsqueeze(0), 1.0))
 
 
 def entries_on_diagonal(op: Op, places: Tensor) -> Tensor:
     """Some entries of the diagonal ``[k]``, by as many products."""
-    return op.apply(unit_columns(op.shape[1], places, op))[places].diagonal()
+    return columns_at(op, places)[places].diagonal()
 
 
 # Dense matrices -----------------------------------------------------------------

@@ -10,9 +10,9 @@ from torch import Tensor
 from vivit_linop.arguments import as_float
 from vivit_linop.linalg.reductions import (
     CHUNK,
+    columns_at,
     diagonal_of_operator,
     entries_on_diagonal,
-    unit_columns,
 )
 from vivit_linop.operators import verbs
 from vivit_linop.operators.base import Op
@@ -169,8 +169,7 @@ def _few_beside(small: int, rows: int, dtype: torch.dtype) -> int:
 def diagonal_blocks_of_operator(op: Op, size: int) -> Tensor:
     parts = []
     for columns in _places(op.shape[1], size, op.device):
-        rows = op.apply(unit_columns(op.shape[1], columns, op))[columns]
-        parts.append(_blocks_on_diagonal(rows, size))
+        parts.append(_blocks_on_diagonal(columns_at(op, columns)[columns], size))
     return torch.cat(parts)
 
 
@@ -292,18 +291,14 @@ def _stands_for(op: Product, matrix: Tensor) -> bool:
 
 def _by_products(op: Product) -> Tensor:
     """By products with S, some columns at a time."""
-    n, product = op.shape[1], Product(*op.factors)
-    units = (unit_columns(n, c, op) for c in _places(n, 1, op.device))
-    return torch.cat([*map(product.apply, units)], dim=1)
+    product, places = Product(*op.factors), _places(op.shape[1], 1, op.device)
+    return torch.cat([columns_at(product, columns) for columns in places], dim=1)
 
 
 def _part_of_product(op: Product, columns: Tensor, size: int) -> Tensor:
     """Some of the blocks on the diagonal, by products with their rows and columns."""
     A, B = op.factors[0].T, Product(*op.factors[1:])
-    left, right = (
-        part.apply(unit_columns(part.shape[1], columns, op)) for part in (A, B)
-    )
-    return _products_of_blocks(left, right, size)
+    return _products_of_blocks(columns_at(A, columns), columns_at(B, columns), size)
 
 
 def _products_of_blocks(left: Tensor, right: Tensor, size: int) -> Tensor:
