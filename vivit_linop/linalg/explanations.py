@@ -24,14 +24,12 @@ from vivit_linop.operators.damped import (
 )
 from vivit_linop.operators.elementary import (
     Adjoint,
-    Dense,
-    DenseInverse,
     Product,
     Scaled,
     Sum,
 )
 from vivit_linop.operators.kronecker import BlockDiagonal, CorrectedKronecker, Kronecker
-from vivit_linop.operators.lowrank import DampedRoot, Gram, LowRank
+from vivit_linop.operators.lowrank import Gram, LowRank
 from vivit_linop.operators.sandwich import Sandwich
 
 
@@ -147,11 +145,6 @@ def _small_side(op: LowRank) -> str:
 
 
 @verbs.explain.register
-def explain_damped_root(op: DampedRoot, k: int | None = None) -> Explanation:
-    return _said(op, {"products": f"V and Vᵀ, and {_small_side(op.operator)}"})
-
-
-@verbs.explain.register
 def explain_diagonally_damped(
     op: DiagonallyDamped | DiagonalWoodbury, k: int | None = None
 ) -> Explanation:
@@ -222,17 +215,6 @@ def explain_gram(op: Gram, k: int | None = None) -> Explanation:
     if op.left is op.right:
         ways[f"{_eigh(k)}, solve"] = "LAPACK on its matrix, which is made once"
     return _said(op, ways)
-
-
-@verbs.explain.register
-def explain_dense(op: Dense, k: int | None = None) -> Explanation:
-    return _said(op, {"all": f"LAPACK on the {op.shape[0]} x {op.shape[1]} matrix"})
-
-
-@verbs.explain.register
-def explain_dense_inverse(op: DenseInverse, k: int | None = None) -> Explanation:
-    rows = op.shape[0]
-    return _said(op, {"products": f"a factorisation of the {rows} x {rows} matrix"})
 
 
 @verbs.explain.register
