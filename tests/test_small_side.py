@@ -90,6 +90,16 @@ def test_what_is_kept_is_within_the_budget(decompositions):
     assert G.kept.decomposed
 
 
+@pytest.mark.parametrize("shape", [(9, 4), (4, 9)], ids=str)
+def test_traces_come_from_a_matrix_that_is_known(shape):
+    V = vl.Dense(Draw(FLOAT64)(*shape))
+    G, trace = 0.5 * (V @ V.T), 0.5 * V.matrix.square().sum()
+    torch.testing.assert_close(G.trace(), trace)
+    G.eigvalsh()
+    V.matrix.fill_(torch.nan)  # nothing is computed of it
+    torch.testing.assert_close(G.trace(), trace)
+
+
 class Peak(TorchDispatchMode):
     """The most bytes that tensors made meanwhile have taken together."""
 

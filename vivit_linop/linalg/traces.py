@@ -43,8 +43,10 @@ def trace_of_operator(op: Op) -> Tensor:
 
 @verbs.trace.register
 def trace_of_low_rank(op: LowRank) -> Tensor:
-    """The trace of the smaller side: tr(V Vᵀ) = tr(VᵀV)."""
-    return op.scale * verbs.row_norms_squared(op.factor).sum()
+    """That of the smaller side, tr(V Vᵀ) = tr(VᵀV), where its matrix is known."""
+    if op.kept.matrix is not None:
+        return op.scale * op.kept.matrix.trace()
+    return trace_of_operator(op)
 
 
 @verbs.trace.register
