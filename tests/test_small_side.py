@@ -100,6 +100,27 @@ def test_traces_come_from_a_matrix_that_is_known(shape):
     torch.testing.assert_close(G.trace(), trace)
 
 
+def test_a_factor_squares_itself_where_it_is_the_wide_one(monkeypatch):
+    """Jᵀ has a rule for J Jᵀ of columns; its adjoint J would take products."""
+    torch.manual_seed(0)
+    data = torch.rand(16, 3, dtype=FLOAT64), torch.rand(16, 2, dtype=FLOAT64)
+    risk = vl.EmpiricalRisk(nn.Linear(3, 2).double(), nn.MSELoss(), data)
+    J = vl.Jacobian(risk)
+    G, dense = J.T @ J, J.to_dense()
+    assert not G.by_gram
+
+    def refuse(self, X):
+        raise AssertionError("J multiplies")
+
+    monkeypatch.setattr(vl.Jacobian, "_multiply", refuse)
+    close(G.eigvalsh(), torch.linalg.eigvalsh(dense.T @ dense), FLOAT64)
+    close(
+        (G + vl.Identity(8)).logdet(),
+        (dense.T @ dense).add(torch.eye(8)).logdet(),
+        FLOAT64,
+    )
+
+
 class Peak(TorchDispatchMode):
     """The most bytes that tensors made meanwhile have taken together."""
 

@@ -257,7 +257,9 @@ class LowRank(TorchLinearOperator):
     def _gram_of(self, columns: bool) -> Gram:
         """VᵀV of the columns of V, or V Vᵀ of its rows."""
         if columns not in self._grams:
-            side = self.factor if columns else self.factor.T
+            # The adjoint as of any operator: one of its own kind may not know V.
+            adjoint = verbs.adjoint.dispatch(TorchLinearOperator)
+            side = self.factor if columns else adjoint(self.factor)
             self._grams[columns] = verbs.gram(side)
         return self._grams[columns]
 
