@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import reduce
+from operator import add
 from typing import TypeGuard
 
 import torch
@@ -157,6 +159,12 @@ def row_norms_of_rows(op: Rows) -> Tensor:
 def outer_product_of_rows(factor: Rows, X: Tensor) -> Tensor:
     X = padded(X, factor.index, factor.operator.shape[0])
     return verbs.outer_product(factor.operator, X)[factor.index]
+
+
+@verbs.outer_matrix.register
+def outer_matrix_of_rows(factor: Rows) -> Tensor:
+    """Some columns at a time."""
+    return reduce(add, (X @ X.T for _, X in verbs.column_pieces(factor)))
 
 
 # Of inverses -------------------------------------------------------------------------

@@ -6,9 +6,6 @@ The rules for what is pulled back through a Jacobian stand in
 
 from __future__ import annotations
 
-from functools import reduce
-from operator import add
-
 import torch
 from torch import Tensor
 
@@ -152,8 +149,8 @@ def gram_matrix_of_weighted_rows(
 
 @verbs.outer_matrix.register
 def outer_matrix_of_operator(factor: Op) -> Tensor:
-    """Some columns at a time."""
-    return reduce(add, (X @ X.T for _, X in verbs.column_pieces(factor)))
+    dense = factor.to_dense()
+    return dense @ dense.T
 
 
 @verbs.outer_product.register
