@@ -247,18 +247,15 @@ def quantities() -> list[Quantity]:
 # ------------
 
 
-def timed(function: Callable[[], Any], repeats: int = 3) -> tuple[Any, float]:
-    """The result, and the shortest of some times; the first counts if it is long."""
-    best = float("inf")
-    for turn in range(repeats + 1):
+def timed(function: Callable[[], Any]) -> tuple[Any, float]:
+    """The result, and the time of a second call; of the first if that takes long."""
+    for _ in range(2):
         start = time.perf_counter()
         result = function()
         seconds = time.perf_counter() - start
-        if turn or seconds > 1.0:
-            best = min(best, seconds)
         if seconds > 1.0:
             break
-    return result, best
+    return result, seconds
 
 
 class Peer:
