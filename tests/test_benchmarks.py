@@ -231,7 +231,8 @@ def test_what_fails_is_a_row_and_the_rest_goes_on(
     assert "out of memory" in capsys.readouterr().out
 
 
-def test_a_device_in_one_call(tmp_path: Path) -> None:
+def test_a_device_in_one_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "ROUNDS", 1)
     options = ["--device", "cpu", "--small", "--suites-only", "--minutes", "0.3"]
     gpu.main([*options, "--out", str(tmp_path)])
     found = json.loads((tmp_path / "gpu.json").read_text())

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 import vivit_linop as vl
 from tests.cases import CONVEX, NAMES, dense, problem
 from tests.curvature_cases import build, check_products, close, fresh, risk
+from tests.pairs import in_turn
 from vivit_linop.curvature.jacobian import Pullback
 from vivit_linop.operators.lowrank import Gram, LowRank
 from vivit_linop.testing import check_operator
@@ -110,8 +111,7 @@ def test_battery_in_float32(name: str) -> None:
         check_operator(*build(symbol, risk(name, torch.float32), name), rtol)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", CONVEX)
+@pytest.mark.parametrize(("name", "dtype"), in_turn(CONVEX, DTYPES))
 def test_square_root(name: str, dtype: torch.dtype) -> None:
     H, truth = vl.LossHessian(risk(name, dtype)), dense(name)
     S = H.sqrt()
@@ -284,7 +284,7 @@ def test_cross_gram_matrices_in_parts(name: str) -> None:
     # Whatever fits into memory, each pair of samples counts once.
     (model, loss, data, params), keywords = problem(name).arguments()
     truth = dense(name)
-    for memory in range(500, 12_000, 250):
+    for memory in range(500, 12_000, 500):
         of = vl.EmpiricalRisk(model, loss, data, params, memory=memory, **keywords)
         J, U = vl.Jacobian(of), vl.PerSampleGradients(of)
         for op, expected in (

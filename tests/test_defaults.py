@@ -158,7 +158,7 @@ def everything(name: str, problem: Any, path: Path) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("name", "device", "dtype"),
     [
-        *((name, "meta", torch.float16) for name in problems()),
+        *((name, "meta", torch.float16) for name in problems() if name != "layers"),
         ("layers", "cpu", torch.float64),
     ],
 )

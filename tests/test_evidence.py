@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import vivit_linop as vl
 from tests.cases import dense
 from tests.curvature_cases import close, risk
+from tests.pairs import pairwise
 
 float64 = torch.float64
 NAMES = ["mlp_ce_mean", "mlp_mse_sum", "more_columns_than_parameters"]
@@ -53,10 +54,10 @@ def per_entry(name: str, kind: str) -> tuple[Tensor, Tensor]:
 KINDS = ["scalar", "parameter", "entry"]
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("curvature", CURVATURES)
-@pytest.mark.parametrize("name", NAMES)
-def test_value_and_gradient(name: str, curvature: str, kind: str) -> None:
+@pytest.mark.parametrize(
+    ("curvature", "kind", "name"), pairwise(CURVATURES, KINDS, NAMES)
+)
+def test_value_and_gradient(curvature: str, kind: str, name: str) -> None:
     A = CURVATURES[curvature](risk(name))
     precision, entries = per_entry(name, kind)
     value = vl.log_marginal_likelihood(risk(name), A, precision)

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 import vivit_linop as vl
 from tests.comparing import jacobian
-from tests.pairs import pairwise
+from tests.pairs import in_turn, pairwise
 
 CE = nn.CrossEntropyLoss()
 
@@ -277,8 +277,10 @@ def test_right_losses_are_not_refused(
 # No false alarm ---------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("margin", [0.0, 5.0, 16.0, 30.0, 60.0])
+@pytest.mark.parametrize(
+    ("margin", "dtype"),
+    in_turn([0.0, 5.0, 16.0, 30.0, 60.0, 60.0], [torch.float32, torch.float64]),
+)
 def test_saturated_softmax(margin: float, dtype: torch.dtype) -> None:
     net = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4)).to(dtype)
     with torch.no_grad():
@@ -333,8 +335,9 @@ def test_derivatives_that_cancel(dtype: torch.dtype) -> None:
 KINKED = [nn.ReLU(), nn.LeakyReLU(), nn.ELU(), nn.SELU(), nn.ReLU6(), nn.Hardtanh()]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("act", KINKED, ids=lambda a: type(a).__name__)
+@pytest.mark.parametrize(
+    ("act", "dtype"), in_turn(KINKED, [torch.float32, torch.float64]), ids=str
+)
 def test_piecewise_linear_nets(act: nn.Module, dtype: torch.dtype) -> None:
     """Also on their kinks: zero inputs meet zero biases."""
     act = copy.deepcopy(act)

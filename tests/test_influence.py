@@ -7,6 +7,7 @@ from torch import Tensor, nn
 import vivit_linop as vl
 from tests.cases import dense
 from tests.curvature_cases import close, risk
+from tests.pairs import pairwise
 from tests.posterior_cases import KINDS, inverse, matrix
 from tests.toys import toy
 
@@ -14,10 +15,14 @@ float64 = torch.float64
 NAMES = ["mlp_ce_mean", "more_columns_than_parameters", "repeated_samples"]
 
 
-@pytest.mark.parametrize("dtype, rtol", [(float64, 1e-10), (torch.float32, 1e-3)])
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", NAMES)
-def test_within_a_risk(name: str, kind: str, dtype: torch.dtype, rtol: float) -> None:
+RTOL = {float64: 1e-10, torch.float32: 1e-3}
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "dtype"), pairwise(KINDS, NAMES, RTOL), ids=str
+)
+def test_within_a_risk(kind: str, name: str, dtype: torch.dtype) -> None:
+    rtol = RTOL[dtype]
     of, truth = risk(name, dtype), dense(name)
     S, U = inverse(kind, of), vl.PerSampleGradients(of)
     expected = truth.U.T @ matrix(kind, name, risk(name)) @ truth.U

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import vivit_linop as vl
+from tests.pairs import pairwise
 
 BACKENDS = "vivit_linop.interop.laplace"
 D64 = torch.float64
@@ -84,24 +85,29 @@ def matrix(la: Any) -> Tensor:
     return precision if isinstance(precision, Tensor) else precision.to_matrix()
 
 
-@pytest.mark.parametrize("likelihood", ["classification", "regression"])
-@pytest.mark.parametrize("where", ["all", "last_layer"])
-@pytest.mark.parametrize("structure", ["full", "kron", "diag"])
+THEIRS = {
+    "LinopGGN": ["BackPackGGN", "CurvlinopsGGN"],
+    "LinopEF": ["BackPackEF", "CurvlinopsEF"],
+}
+
+
 @pytest.mark.parametrize(
-    ("mine", "others"),
-    [
-        ("LinopGGN", ["BackPackGGN", "CurvlinopsGGN"]),
-        ("LinopEF", ["BackPackEF", "CurvlinopsEF"]),
-    ],
+    ("structure", "mine", "where", "likelihood"),
+    pairwise(
+        ["full", "kron", "diag"],
+        THEIRS,
+        ["all", "last_layer"],
+        ["classification", "regression"],
+    ),
 )
 def test_agrees_with_its_own(
-    likelihood: str, where: str, structure: str, mine: str, others: list[str]
+    structure: str, mine: str, where: str, likelihood: str
 ) -> None:
     X, _ = data(likelihood).tensors
     la = fitted(ours(mine), likelihood, where, structure)
     # Not possible there, or (last layer, diagonal) not the Fisher of that layer.
     skipped = {("BackPackEF", "kron"), ("CurvlinopsEF", "diag")}
-    for name in others:
+    for name in THEIRS[mine]:
         if (name, structure) in skipped:
             continue
         other = fitted(theirs(name), likelihood, where, structure)

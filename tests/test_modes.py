@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import vivit_linop as vl
 from tests.cases import problem
+from tests.pairs import pairwise
 from tests.toys import toy, use_everything
 
 # Grad modes ---------------------------------------------------------------------------
@@ -26,9 +27,14 @@ CONTEXTS = {
 }
 
 
-@pytest.mark.parametrize("context", CONTEXTS)
-@pytest.mark.parametrize("inside", ["construction", "use", "data and both"])
-@pytest.mark.parametrize("name", ["mlp_ce_mean", "poisson", "control_flow"])
+@pytest.mark.parametrize(
+    ("name", "inside", "context"),
+    pairwise(
+        ["mlp_ce_mean", "poisson", "control_flow"],
+        ["construction", "use", "data and both"],
+        CONTEXTS,
+    ),
+)
 def test_grad_modes(name: str, inside: str, context: str) -> None:
     case = problem(name)
     arguments, keywords = case.arguments()

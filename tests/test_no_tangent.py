@@ -208,8 +208,7 @@ class _Problem:
         self.X = torch.randn(self.D, 3).double()
 
 
-@pytest.mark.parametrize("memory", [None, 0])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "memory"), in_turn(KINDS, [0, None]))
 def test_products(kind: str, memory: int | None) -> None:
     """Also where nothing may be kept."""
     p = _Problem(kind, memory=memory)

@@ -19,7 +19,7 @@ SIZES = st.integers(1, 4)
 
 # The same examples in every run, and no database in the working tree.
 check = settings(
-    max_examples=50,
+    max_examples=25,
     deadline=None,
     derandomize=True,
     database=None,

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import vivit_linop as vl
 from tests.capture_cases import close
 from tests.cases import Problem, dense_of
+from tests.pairs import pairwise
 from vivit_linop.net import certified, column_passes
 from vivit_linop.net.certified import find_structure
 
@@ -188,11 +189,11 @@ CHANGES: dict[str, Callable[[Tensor], Any]] = {
 }
 
 
-@pytest.mark.parametrize("memory", [None, 0])
-@pytest.mark.parametrize("change", CHANGES)
-@pytest.mark.parametrize("batches", [1, 2])
+@pytest.mark.parametrize(
+    ("change", "batches", "memory"), pairwise(CHANGES, [1, 2], [None, 0])
+)
 def test_inputs_that_outputs_do_not_show(
-    batches: int, change: str, memory: int | None
+    change: str, batches: int, memory: int | None
 ) -> None:
     """A last layer begins with zeros, where only derivatives depend on the input."""
     net = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()

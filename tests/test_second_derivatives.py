@@ -281,7 +281,7 @@ class AllButEqual(nn.Module):
 
 
 @pytest.mark.parametrize("small", [1e-3, 1e-5, 1e-6, 1e-7])
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(2))
 def test_slopes_that_all_but_cancel(small: float, seed: int) -> None:
     """The noise of differences is that of the terms, not of what they leave."""
     X, y = data()

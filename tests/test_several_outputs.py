@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 import vivit_linop as vl
 from tests.comparing import assert_near, inputs, jacobian
+from tests.pairs import in_turn
 
 
 class Named(NamedTuple):
@@ -84,8 +85,7 @@ class Truth:
         self.G = self.J.T @ self.H @ self.J
 
 
-@pytest.mark.parametrize("variances", [1, 2])
-@pytest.mark.parametrize("container", CONTAINERS)
+@pytest.mark.parametrize(("container", "variances"), in_turn(CONTAINERS, [1, 2]))
 def test_gaussian_nll_of_mean_and_variance(container: str, variances: int) -> None:
     """``nn.GaussianNLLLoss`` has both from the net, and a Fisher matrix."""
     model = MeanVariance(container, variances).double()

@@ -12,6 +12,7 @@ from torch.func import grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 
 import vivit_linop as vl
 from tests.cases import mlp
+from tests.pairs import pairwise
 
 LOSS = nn.CrossEntropyLoss()
 DELTA = torch.tensor(0.3, dtype=torch.float64)
@@ -47,10 +48,10 @@ OPERATORS: dict[str, Callable[[vl.EmpiricalRisk], Any]] = {
 }
 
 
-@pytest.mark.parametrize("used", [False, True])
-@pytest.mark.parametrize("transform", TRANSFORMS)
-@pytest.mark.parametrize("name", OPERATORS)
-def test_products_are_transformed(name: str, transform: str, used: bool) -> None:
+@pytest.mark.parametrize(
+    ("transform", "name", "used"), pairwise(TRANSFORMS, OPERATORS, [False, True])
+)
+def test_products_are_transformed(transform: str, name: str, used: bool) -> None:
     op, way = OPERATORS[name](risk()), TRANSFORMS[transform]
     matrix = OPERATORS[name](risk()).to_dense()
     if used:

@@ -302,9 +302,10 @@ def original(monkeypatch):
     }
 
 
-@pytest.mark.parametrize("mc_samples", [0, 1])
-@pytest.mark.parametrize("grouping", GROUPINGS)
-@pytest.mark.parametrize("name", [n for n in PROBLEMS if "sum" not in n])
+@pytest.mark.parametrize(
+    ("name", "grouping", "mc_samples"),
+    pairwise([n for n in PROBLEMS if "sum" not in n], GROUPINGS, [0, 1]),
+)
 def test_equal_to_vivit(original, name, grouping, mc_samples) -> None:
     # Of equal eigenvalues (and of eigenvectors' signs) nothing can be compared.
     case = setting(name, grouping, criterion=top(10), damping=one)
