@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 import vivit_linop as vl
 from tests import cases
@@ -291,3 +292,43 @@ def test_targets_that_require_grad_are_constants(
         assert not found.requires_grad
         torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
     assert all(p.grad is None for p in TEACHER.parameters())
+
+
+def recomputed(output: Tensor, y: Tensor) -> Tensor:
+    """As of vocabularies whose probabilities are not kept."""
+    value: Tensor = checkpoint(F.cross_entropy, output, y, use_reentrant=True)
+    return value
+
+
+class Recomputed(nn.Module):
+    reduction = "mean"
+
+    def forward(self, output: Tensor, y: Tensor) -> Tensor:
+        return recomputed(output, y)
+
+
+def recomputed_rows(output: Tensor, y: Tensor) -> Tensor:
+    rows = partial(F.cross_entropy, reduction="none")
+    value: Tensor = checkpoint(rows, output, y, use_reentrant=True)
+    return value
+
+
+@pytest.mark.parametrize(
+    "loss", [recomputed, Recomputed(), vl.Loss(recomputed_rows)], ids="fml"
+)
+def test_losses_with_reentrant_checkpoints(loss: Any) -> None:
+    """Torch has no ``autograd.grad`` of these."""
+    torch.manual_seed(0)
+    net = nn.Linear(4, 3).double()
+    X, y = torch.randn(6, 4, dtype=torch.float64), torch.arange(6) % 3
+    options = {"reduction": "mean"} if loss is recomputed else {}
+    risk = vl.EmpiricalRisk(net, loss, (X, y), **options)
+    output = net(X).detach()
+    slopes = (output.softmax(1) - F.one_hot(y, 3)) / 6
+    p = output.softmax(1)
+    blocks = torch.block_diag(*(p.diag_embed() - p[:, :, None] * p[:, None]) / 6)
+    J = jacobian(net(X), net.parameters())
+    torch.testing.assert_close(risk.gradient(), J.T @ slopes.reshape(-1))
+    G = J.T @ blocks @ J
+    for op in (vl.GGN(risk), vl.Hessian(risk)):
+        torch.testing.assert_close(op.to_dense(), G)

@@ -344,3 +344,50 @@ def test_diagonals_of_batches_of_several_shapes(
     if shapes[0] != shapes[1]:
         with pytest.raises(ValueError, match="BackPACK"):
             vl.KFRA(risk)
+
+
+def tied(m: Any, x: Tensor) -> Tensor:
+    m.b.weight = m.a.weight
+    out: Tensor = m.c(m.b(m.a(x).tanh()).tanh())
+    return out
+
+
+def registered(m: Any, x: Tensor) -> Tensor:
+    m.register_parameter("own", m.a.weight)
+    out: Tensor = m.c((m.a(x) @ m.own).tanh())
+    return out
+
+
+def asked(m: Any, x: Tensor) -> Tensor:
+    assert isinstance(m.a.weight, nn.Parameter)
+    out: Tensor = m.c(m.a(x).tanh())
+    return out
+
+
+@pytest.mark.parametrize("forward", [tied, registered, asked])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_nets_that_ask_whether_tensors_are_parameters(
+    forward: Any, dtype: torch.dtype
+) -> None:
+    """Those at which derivatives are compared are some, too."""
+    torch.manual_seed(0)
+    net = Lambda(forward, a=nn.Linear(3, 3), b=nn.Linear(3, 3), c=nn.Linear(3, 3))
+    X, y = data()
+    net.double()(X)
+    params = list(net.parameters())
+    slopes = torch.autograd.grad(
+        CE(net(X), y), params, create_graph=True, materialize_grads=True
+    )
+    rows = [
+        torch.autograd.grad(
+            s + 0.0 * params[0].sum(), params, retain_graph=True, materialize_grads=True
+        )
+        for slope in slopes
+        for s in slope.reshape(-1)
+    ]
+    H = torch.stack([torch.cat([g.reshape(-1) for g in row]) for row in rows])
+    net.to(dtype)
+    risk = vl.EmpiricalRisk(net, CE, (X.to(dtype), y))
+    found = vl.Hessian(risk) @ torch.eye(risk.num_params, dtype=dtype)
+    tolerance = 1e-5 if dtype is torch.float32 else 1e-10
+    assert (found.double() - H).norm() <= tolerance * H.norm()

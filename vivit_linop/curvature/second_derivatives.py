@@ -43,6 +43,7 @@ from vivit_linop.risk.losses.differences import (
     allowed,
 )
 from vivit_linop.risk.model.frozen_values import FrozenValues
+from vivit_linop.risk.model.functional import of_kind
 from vivit_linop.risk.model.original import Params
 
 # How near outputs in float64 are to those in float32, if the net is the same there.
@@ -289,7 +290,11 @@ class Certificate:
         frozen: FrozenValues | None = None,
     ) -> tuple[list[Tensor], list[Tensor]]:
         """θ as leaves, and the gradient of φ there."""
-        inner = {n: p.detach().to(dtype).requires_grad_() for n, p in theta.items()}
+        own = self.risk.model.params
+        inner = {
+            name: of_kind(own[name], p.detach().to(dtype)).requires_grad_()
+            for name, p in theta.items()
+        }
         # Not around the backward pass: what a Function does there is its own.
         with (
             (frozen or FrozenValues()).replaying(),

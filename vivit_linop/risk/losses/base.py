@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from vivit_linop.arguments import check_has_values
+from vivit_linop.checkpoints import RECOMPUTED
 from vivit_linop.modes import recorded
 from vivit_linop.risk.losses.draws import Draws
 from vivit_linop.risk.model.outputs import OutputTree
@@ -276,7 +277,8 @@ class OutputLoss(ABC):
         leaf = output.detach().requires_grad_()
         # Hooks on gradients of a leaf, as torch's counters of operations have them on
         # what enters a module, fail in autograd.grad.
-        total = self.total(leaf.view_as(leaf), target)
+        with RECOMPUTED:
+            total = self.total(leaf.view_as(leaf), target)
         if not total.requires_grad:
             raise ValueError(
                 f"loss: {self.name} does not depend differentiably on the output."

@@ -138,7 +138,7 @@ class FunctionalModel:
             return PrivateFunction(model, self.precision)
         slots, parameters = named_slots(model), dict(model.named_parameters())
         self.constants = {
-            name: _of_kind(tensor, self._copied(tensor))
+            name: of_kind(tensor, self._copied(tensor))
             for name, tensor in self.original.tensors().items()
             if name not in self.params
         }
@@ -223,14 +223,14 @@ class FunctionalModel:
         model = copy.copy(self)
         with torch.inference_mode(False):
             model.params = {
-                name: _of_kind(
+                name: of_kind(
                     p, as_pairs(params[name].detach()).to(p, copy=True)
                 ).requires_grad_()
                 for name, p in self.params.items()
             }
             known = self.constants
             changed = {
-                n: _of_kind(known[n], tensor.detach().to(known[n], copy=True))
+                n: of_kind(known[n], tensor.detach().to(known[n], copy=True))
                 for n, tensor in fixed.items()
                 if not have_equal_entries(tensor.to(known[n]), known[n])
             }
@@ -249,7 +249,7 @@ class FunctionalModel:
         model = copy.copy(self)
         others = {name: p for name, p in self.params.items() if name not in names}
         constant = self._as_given(
-            {name: _of_kind(p, p.detach()) for name, p in others.items()}
+            {name: of_kind(p, p.detach()) for name, p in others.items()}
         )
         model.params = {name: p for name, p in self.params.items() if name in names}
         model._empty = [name for name in self._empty if name in names]
@@ -405,7 +405,7 @@ class FunctionalModel:
         self._written |= buffers.keys()
 
 
-def _of_kind(like: Tensor, values: Tensor) -> Tensor:
+def of_kind(like: Tensor, values: Tensor) -> Tensor:
     """Return values as a frozen parameter where they stand for one: nets may ask."""
     if isinstance(like, nn.Parameter) and type(values) is Tensor:
         return nn.Parameter(values, requires_grad=False)
