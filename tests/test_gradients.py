@@ -527,3 +527,65 @@ def test_eigenvectors_have_derivatives_where_their_eigenvalues_are_apart():
     evecs = (V.T @ V).eigh().eigenvectors
     with pytest.raises(ValueError, match="eigenvalues that are the same, or nearly"):
         torch.autograd.grad((W[: len(evecs)] @ evecs[:, :2]).square().sum(), A)
+
+
+def _quadratic(risk):
+    """Per-sample gradients, and the GGN."""
+    U, G = vl.PerSampleGradients(risk).to_dense(), vl.GGN(risk).to_dense()
+    return U, G
+
+
+ALONG = {
+    "slopes": (
+        lambda risk, E: vl.directional_derivatives(risk, E)[0],
+        lambda U, G, E: U.T @ E,
+    ),
+    "curvatures": (
+        lambda risk, E: vl.directional_derivatives(risk, E)[1].mean(0),
+        lambda U, G, E: (E.T @ G @ E).diagonal(),
+    ),
+    "Newton step": (
+        lambda risk, E: vl.damped_newton_step(risk, E, 0.1),
+        lambda U, G, E: -E @ (E.T @ U.mean(1) / ((E.T @ G @ E).diagonal() + 0.1)),
+    ),
+    "projector": (
+        lambda risk, E: vl.projector(E).to_dense(),
+        lambda U, G, E: E @ torch.linalg.inv(E.T @ E) @ E.T,
+    ),
+    "complement": (
+        lambda risk, E: vl.projector(E, complement=True) @ torch.ones(len(E)).double(),
+        lambda U, G, E: (
+            torch.ones(len(E)).double() - E @ (torch.linalg.inv(E.T @ E) @ E.sum(0))
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ALONG)
+def test_derivatives_in_directions(name):
+    """They were cut off without a word: what is added to them had all the slope."""
+    found, expected = ALONG[name]
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 2)).double()
+    data = torch.randn(6, 2).double(), torch.randint(2, (6,))
+    risk = vl.EmpiricalRisk(net, nn.CrossEntropyLoss(), data)
+    U, G = _quadratic(risk)
+    E = torch.linalg.qr(torch.randn(len(G), 2).double()).Q.requires_grad_()
+    value, truth = found(risk, E), expected(U, G, E)
+    weights = torch.rand_like(truth)
+    torch.testing.assert_close(value, truth)
+    slopes = [torch.autograd.grad((weights * v).sum(), E)[0] for v in (value, truth)]
+    torch.testing.assert_close(*slopes)
+    with torch.no_grad():
+        assert not torch.as_tensor(found(risk, E)).requires_grad
+
+
+def test_densities_of_what_requires_grad_are_refused():
+    delta = torch.tensor(0.5, dtype=FLOAT64, requires_grad=True)
+    A = vl.Diagonal(torch.arange(1.0, 7.0).double())
+    for op in (A + delta * vl.Identity(6), delta * A, vl.Diagonal(delta.expand(6))):
+        with pytest.raises(TypeError, match="passes no derivatives"):
+            vl.LanczosSpectrum(op, 3)
+    assert (
+        len(vl.LanczosSpectrum(A + delta.detach() * vl.Identity(6), 3).density()) == 2
+    )

@@ -37,7 +37,8 @@ def directional_derivatives(
 
     Args:
         risk: Whose N samples' gradients γ is of.
-        directions: Eigenpairs, or orthonormal columns ``[D, K]``.
+        directions: Eigenpairs, or orthonormal columns ``[D, K]``, through which
+            derivatives pass.
         curvature_risk: Whose samples' curvature λ is of; by default ``risk``.
 
     Returns:
@@ -97,7 +98,7 @@ def as_directions(risk: EmpiricalRisk, directions: Eigenpairs | Tensor) -> Eigen
             raise TypeError(
                 f"directions: must be real floating point, got {directions.dtype}."
             )
-        columns = directions.detach().to(risk.device, risk.dtype)
+        columns = directions.to(risk.device, risk.dtype)
         if not columns.isfinite().all():
             raise ValueError("directions: hold NaN or Inf.")
         return Eigenpairs(columns.new_full((columns.shape[1],), torch.nan), columns)
@@ -162,7 +163,7 @@ def projector(
     if isinstance(directions, Eigenpairs):
         E = directions.eigenvectors
     elif isinstance(directions, Tensor):
-        E = _orthonormal(directions.detach())
+        E = _orthonormal(directions)
     else:
         raise _no_directions(directions)
     P = LowRank(Dense(E))

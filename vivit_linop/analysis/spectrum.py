@@ -40,7 +40,7 @@ class LanczosSpectrum:
         seed: For the random vectors; torch's own generator is left as it is.
 
     Raises:
-        TypeError: If the operator is not self-adjoint.
+        TypeError: If the operator is not self-adjoint, or a tensor of it requires grad.
         ValueError: If ``ncv`` is not at least 2 and at most D, or for a low-rank
             operator with R columns R + 1, after which Lanczos iterations end.
 
@@ -66,6 +66,12 @@ class LanczosSpectrum:
         if not isinstance(operator, TorchLinearOperator) or not operator.self_adjoint:
             raise TypeError(
                 f"operator: a self-adjoint TorchLinearOperator, got {operator!r}."
+            )
+        if operator.requires_grad or operator._is_followed:
+            raise TypeError(
+                f"operator: a tensor of this {type(operator).__name__} requires grad "
+                "or has a tangent, and an iteration passes no derivatives to it. Take "
+                ".detach()ed tensors."
             )
         most = operator.shape[0]
         if isinstance(operator, LowRank):
