@@ -84,8 +84,8 @@ def images(rows: Tensor, inputs: Tensor, positions: int, inputs_first: bool) -> 
     G, size, a = inputs.shape
     K, n, b = len(rows), size // positions, rows.shape[1] // (G * a)
     if rows.stride(1) > 1:
-        if K > 1:
-            return _images_of_columns(rows, inputs, positions, inputs_first)
+        if K > 1 and G == positions == 1:
+            return _images_of_columns(rows, inputs[0], inputs_first)
         rows = rows.contiguous()
     # From contiguous rows to [K, G, a, b].
     matrices = rows.view(K, G, a, b) if inputs_first else rows.view(K, G, b, a).mT
@@ -98,38 +98,24 @@ def images(rows: Tensor, inputs: Tensor, positions: int, inputs_first: bool) -> 
     return result.flatten(2)
 
 
-def _images_of_columns(
-    rows: Tensor, inputs: Tensor, positions: int, inputs_first: bool
-) -> Tensor:
+def _images_of_columns(rows: Tensor, inputs: Tensor, inputs_first: bool) -> Tensor:
     """Where each X is a column of a matrix that lies row by row in memory.
 
-    Some of its rows are brought together at a time, and read once. The images are where
-    products with cotangents want them: K numbers beside each other.
+    For inputs ``[n, a]``. Some rows are brought together at a time, and read once. The
+    images are where products with cotangents want them: K numbers beside each other.
     """
-    G, size, a = inputs.shape
-    K, n, b = len(rows), size // positions, rows.shape[1] // (G * a)
-    if inputs_first:
-        matrices = rows.view(K, G, a, b).permute(1, 3, 0, 2)
-    else:
-        matrices = rows.view(K, G, b, a).permute(1, 2, 0, 3)
-    result = rows.new_empty(n, G, b, positions, K)
+    (n, a), K = inputs.shape, len(rows)
+    b = rows.shape[1] // a
+    matrices = rows.view(K, a, b).mT if inputs_first else rows.view(K, b, a)
+    result = rows.new_empty(n, b, K)
     chunk = _chunk(rows, K * a, b)
     together = rows.new_empty(chunk * K * a)
-    for group in range(G):
-        some = zip(
-            matrices[group].split(chunk),
-            result[:, group].split(chunk, dim=1),
-            strict=True,
-        )
-        for part, place in some:
-            part = together[: part.numel()].view(part.shape).copy_(part)
-            right = part.flatten(0, 1).T
-            if positions == 1:
-                place.view(n, -1).addmm_(inputs[group], right, beta=0)
-            else:
-                product = (inputs[group] @ right).view(n, positions, -1, K)
-                place.copy_(product.transpose(1, 2))
-    return result.flatten(1, 3).permute(2, 0, 1)
+    some = zip(matrices.split(chunk, dim=1), result.split(chunk, dim=1), strict=True)
+    for part, place in some:
+        part = part.transpose(0, 1)
+        part = together[: part.numel()].view(part.shape).copy_(part)
+        place.view(n, -1).addmm_(inputs, part.flatten(0, 1).T, beta=0)
+    return result.permute(2, 0, 1)
 
 
 def _chunk(like: Tensor, entries: int, most: int) -> int:
