@@ -93,8 +93,6 @@ class Certificate:
             lenient: For which of them the net may be ill-conditioned.
             noise: By how much rounding is known to change these gradients.
         """
-        if not gradients:
-            return {}
         differences = list[Tensor]()
         for name, gradient in gradients.items():
             difference = gradient.reshape(-1)

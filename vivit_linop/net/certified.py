@@ -3,12 +3,8 @@
 The ways, each slower than the one before: from the layers' structure as it is known;
 from the structure as this part shows it; by vectorised vector–Jacobian products; sample
 by sample. A parameter takes the first that gives columns which agree with an ordinary
-backward pass; what fails is remembered for the net.
-
-They agree if Σ w_nr c_nr is Jᵀ (B w) for random weights w, for each parameter
-(:mod:`vivit_linop.net.certificate`). Where the graph leaves samples apart and has a
-parameter in layers of torch's alone, whose rules have been certified on some samples,
-columns of others need no check.
+backward pass, or which a graph shows to be right (:mod:`vivit_linop.net.certificate`);
+what fails is remembered for the net.
 
 Columns that are zero but for rounding (a weight that a norm makes irrelevant) do not
 show how large rounding is: what has cancelled is not in them. Before they are called
