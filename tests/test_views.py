@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -281,6 +282,27 @@ EXPRESSIONS: list[Expression] = [
         {"w": (3, 4)},
         (4,),
         {"w": OPAQUE},
+    ),
+    (
+        "rows by a mask",
+        lambda m, x: F.linear(x, m.w[[True, False, True]]) + m.w[True].sum(),
+        {"w": (3, 4)},
+        (4,),
+        {"w": OPAQUE},
+    ),
+    (
+        "a copy with its axes exchanged",
+        lambda m, x: F.linear(x, m.w.T.ravel().view(3, 4)),
+        {"w": (3, 4)},
+        (4,),
+        {"w": OPAQUE},
+    ),
+    (
+        "a number of NumPy",
+        lambda m, x: (x @ m.w[np.int64(1)]).unsqueeze(1),
+        {"w": (3, 4)},
+        (4,),
+        {"w": "matvec"},
     ),
     (
         "a convolution with a view",

@@ -36,15 +36,14 @@ from vivit_linop.risk.model.original import Params
 from vivit_linop.risk.model.tensors_used import is_of_optimiser, left_out, tensors_in
 
 _HAS_GRAPH = attrgetter("requires_grad")
-# Functions that give a view of their first argument, whatever its strides are.
+# Functions that give views of their first argument, or copies where that cannot be.
 _VIEWS = {
     *functions("transpose swapaxes swapdims t permute movedim moveaxis"),
     *functions("unsqueeze squeeze view unflatten"),
     *functions("narrow select chunk split tensor_split unbind __getitem__"),
+    *functions("reshape flatten ravel contiguous"),
     *(getattr(Tensor, name).__get__ for name in ("T", "mT", "H", "mH")),
 }
-# Functions that give one of a contiguous tensor.
-_VIEWS_IF_CONTIGUOUS = {*functions("reshape flatten ravel contiguous")}
 
 
 class Recorder(TorchFunctionMode):
@@ -252,37 +251,24 @@ class Views:
         result: Any,
     ) -> bool:
         """Learn the views that a call has made; returns whether it has done only so."""
-        if not args or id(args[0]) not in self._known:
+        if func not in _VIEWS or not args or id(args[0]) not in self._known:
             return False
-        if func not in _VIEWS and func not in _VIEWS_IF_CONTIGUOUS:
+        if tensors_in((args[1:], kwargs)):
             return False
         viewed, name, twin = self._known[id(args[0])]
         if twin is None:
             twin = torch.empty(viewed.shape, dtype=viewed.dtype, device="meta")
-        if func in _VIEWS_IF_CONTIGUOUS and not twin.is_contiguous():
-            return False
-        if func is Tensor.__getitem__ and not _is_basic(args[1]):
-            return False
-        if tensors_in((args[1:], kwargs)):
-            return False
         try:
             twins = func(twin, *args[1:], **kwargs)
-        except RuntimeError:  # a view because of the strides that the parameter has
+        # A view because of the strides that the parameter has, or entries by their
+        # values, which a twin has not.
+        except RuntimeError:
             return False
+        base = twin if twin._base is None else twin._base
         for view, its_twin in zip(tensors_in(result), tensors_in(twins), strict=True):
+            if its_twin is not twin and its_twin._base is not base:
+                return False  # a copy
             if (view.shape, view.dtype) != (its_twin.shape, its_twin.dtype):
                 return False
             self._known[id(view)] = view, name, its_twin
         return True
-
-
-def _is_basic(index: Any) -> bool:
-    """Whether an index gives a view."""
-    parts = index if isinstance(index, tuple) else (index,)
-    return all(
-        part is None
-        or part is Ellipsis
-        or isinstance(part, slice)
-        or (isinstance(part, int) and not isinstance(part, bool))
-        for part in parts
-    )
