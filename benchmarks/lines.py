@@ -44,7 +44,7 @@ CAPABILITIES = {
     """,
     "algebra: sandwiches, stacks, restrictions, diagonal dampings, gradients": """
         curvature/block_sandwich.py linalg/diagonal_damping.py
-        linalg/restrictions.py linalg/sandwiches.py net/columns/samples.py
+        linalg/restrictions.py linalg/sandwiches.py
         net/columns/weighted.py operators/damped.py operators/grams.py
         operators/linear_map.py operators/random_projection.py operators/sandwich.py
         operators/symmetric.py operators/damped_solver.py operators/parts.py

@@ -1,5 +1,6 @@
 """Damping by a diagonal: priors by layer or by entry, c V Vᵀ + P and its inverse."""
 
+import itertools
 import math
 
 import pytest
@@ -12,8 +13,10 @@ from tests.pairs import in_turn
 from tests.refusals import refuse_products
 from vivit_linop.curvature import column_sums
 from vivit_linop.curvature.jacobian import Pullback
+from vivit_linop.net.columns.base import DenseColumns
 from vivit_linop.net.columns.khatri_rao import KhatriRaoColumns
-from vivit_linop.net.columns.samples import sample_grams
+from vivit_linop.net.columns.stacked import StackedColumns
+from vivit_linop.net.columns.tables import TableColumns
 from vivit_linop.net.columns.weighted import WeightedKhatriRao, weighted
 from vivit_linop.operators import (
     DenseInverse,
@@ -238,8 +241,33 @@ def test_inner_products_of_weighted_columns_of_a_sample(
         (weighted(left, weights), weighted(right, weights.sqrt())),
         (weighted(left, weights),) * 2,
     ):
-        found = sample_grams(one, other, memory=10**6)
+        found = one.sample_grams(other, memory=10**6)
         torch.testing.assert_close(found, formed(one) @ formed(other).mT)
+
+
+def test_inner_products_of_columns_of_a_sample_in_any_structure():
+    n, rows, b, P = 3, 7, 4, 2
+
+    def columns(width):
+        index = torch.randint(rows, (n, P))
+        table = TableColumns(index, torch.rand(n, width, 1, b, P).double(), rows)
+        plain = KhatriRaoColumns(table.inputs, table.cotangents, True)
+        part = KhatriRaoColumns(
+            torch.rand(n, 1, 2, 3).double(), torch.rand(n, width, 1, 3, 3).double()
+        )
+        stacked = StackedColumns({(0, 6): part, (8, 36): table}, 40)
+        moved = StackedColumns({(1, 7): part, (8, 36): table}, 40)
+        formed = DenseColumns(torch.rand(n, width, rows * b).double())
+        return {"layer": [table, plain, formed], "parts": [stacked, moved]}
+
+    left, right = columns(5), columns(6)
+    for kind, some in left.items():
+        for one, other in itertools.product(some, right[kind]):
+            pair = (part.rows().view(n, part.width, -1) for part in (one, other))
+            first, second = pair
+            for memory in (1, 10**6):
+                found = one.sample_grams(other, memory)
+                torch.testing.assert_close(found, first @ second.mT)
 
 
 @pytest.mark.parametrize("number", [math.nan, math.inf])

@@ -15,7 +15,6 @@ from torch import Tensor
 from vivit_linop.devices import free_memory
 from vivit_linop.net.capture import Takes
 from vivit_linop.net.columns.base import LayerColumns, mirror
-from vivit_linop.net.columns.samples import sample_grams
 from vivit_linop.net.pieces import Cotangents, Piece, counted_from, split_rows
 from vivit_linop.ranks.alone import Ranks
 
@@ -330,7 +329,7 @@ class SampleGrams(Total):
         if self._weights is not None:
             left, right = self._weights.inside(left, right)
         for part, other in left.pairs(right, self.names):
-            self.matrices[place] += sample_grams(part, other, self.memory)
+            self.matrices[place] += part.sample_grams(other, self.memory)
 
     def finish(self, ranks: Ranks) -> None:
         self.matrices = ranks.listed(lambda: self.matrices)

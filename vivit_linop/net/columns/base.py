@@ -138,6 +138,12 @@ class LayerColumns(ABC):
         """
         return self.rows().square().sum(1)
 
+    def sample_grams(self, other: LayerColumns, memory: int) -> Tensor:
+        """The inner products of columns with others of their samples, ``[n, R, Q]``."""
+        pair = self, other
+        rows, others = (c.rows().view(c.num_samples, c.width, -1) for c in pair)
+        return rows @ others.mT
+
     def entry_squares(self, memory: int) -> Tensor:
         """The squares of the entries, summed over all columns, ``[numel]``."""
         first, *others = self.rows().split(

@@ -335,6 +335,42 @@ class KhatriRaoColumns(OuterSums):
                 norms[part] = torch.linalg.vector_norm(products, dim=2).square_()
         return norms.reshape(-1)
 
+    def sample_grams(self, other: LayerColumns, memory: int) -> Tensor:
+        """By pairs of positions, or where these are many by blocks."""
+        if not isinstance(other, KhatriRaoColumns) or not self.is_like(other):
+            return super().sample_grams(other, memory)
+        if self._pairs_pay(other):
+            return self._sample_grams_by_pairs(other)
+        n, R, Q = self.num_samples, self.width, other.width
+        total = self.cotangents.new_zeros(n, R, Q)
+        bytes_per_channel = n * (R + Q) * self._a * total.element_size()
+        chunk = max(1, min(self._b, memory // bytes_per_channel))
+        for group in range(self._groups):
+            for start in range(0, self._b, chunk):
+                part = slice(start, start + chunk)
+                block = self.block(group, part).view(n, R, -1)
+                theirs = block if other is self else other.block(group, part)
+                total += block @ theirs.view(n, Q, -1).mT
+        return total
+
+    def _pairs_pay(self, other: KhatriRaoColumns) -> bool:
+        """Whether pairs of positions of a sample cost less than blocks."""
+        a, b, R, Q, P = self._a, self._b, self.width, other.width, self.positions
+        return P * (a + R * b + R * Q * b / P) <= R * b * a * (1 + Q / P)
+
+    def _sample_grams_by_pairs(self, other: KhatriRaoColumns) -> Tensor:
+        n, R = self.num_samples, self.width
+        total = self.cotangents.new_zeros(n, R, other.width)
+        products = self._input_products(other)
+        for g in range(self._groups):
+            mixed = self.cotangents[:, :, g].flatten(1, 2) @ products[:, g]
+            total += mixed.view(n, R, -1) @ other.cotangents[:, :, g].flatten(2).mT
+        return total
+
+    def _input_products(self, other: KhatriRaoColumns) -> Tensor:
+        """a_npᵀ a'_nq, ``[n, G, P, P']``."""
+        return self.inputs.mT @ other.inputs
+
     def entry_squares(self, memory: int) -> Tensor:
         """(Σ_r b_r²)ᵀ (a²), a matrix product; with positions, from pairs or blocks."""
         return self._entry_squares(memory, by_sample=False)[0]

@@ -67,6 +67,14 @@ class StackedColumns(LayerColumns):
         norms = [part.squared_norms(memory) for part in self.parts.values()]
         return torch.stack(norms).sum(0)
 
+    def sample_grams(self, other: LayerColumns, memory: int) -> Tensor:
+        theirs = other.parts if isinstance(other, StackedColumns) else {}
+        if theirs.keys() != self.parts.keys():
+            return super().sample_grams(other, memory)
+        parts = self.parts.items()
+        grams = [part.sample_grams(theirs[at], memory) for at, part in parts]
+        return torch.stack(grams).sum(0)
+
     def entry_squares(self, memory: int) -> Tensor:
         return self._of_parts(lambda part: part.entry_squares(memory))
 

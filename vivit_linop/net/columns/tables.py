@@ -153,6 +153,15 @@ class TableColumns(KhatriRaoColumns):
         norms = sums.new_zeros(self.num_samples, self.width)
         return norms.index_add_(0, samples, sums.square().sum(2)).reshape(-1)
 
+    def _pairs_pay(self, other: KhatriRaoColumns) -> bool:
+        return True
+
+    def _input_products(self, other: KhatriRaoColumns) -> Tensor:
+        if not isinstance(other, TableColumns):
+            return super()._input_products(other)
+        same = self.index[:, :, None] == other.index[:, None, :]
+        return same.to(self.cotangents).unsqueeze(1)
+
     def entry_squares(self, memory: int) -> Tensor:
         rows, _, sums = self._distinct
         return self._placed(rows, sums.square().sum(1))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 from torch import Tensor
 
 from vivit_linop.net.columns.base import DenseColumns, LayerColumns
@@ -68,3 +70,19 @@ class WeightedKhatriRao(KhatriRaoColumns):
         return super().rows() * self._laid_out(self.weights)
 
     squared_norms = LayerColumns.squared_norms
+
+    def _pairs_pay(self, other: KhatriRaoColumns) -> bool:
+        return self.positions * other.positions <= self.width
+
+    def _sample_grams_by_pairs(self, other: KhatriRaoColumns) -> Tensor:
+        """Σ_ba β_b β'_b w_ba α_a α'_a, the inputs' sums first."""
+        weights, b, d = self.weights, self.cotangents, other.cotangents
+        if isinstance(other, WeightedKhatriRao):
+            weights = weights * other.weights
+        total = b.new_zeros(self.num_samples, self.width, other.width)
+        for p, q in itertools.product(range(self.positions), range(other.positions)):
+            inputs = self.inputs[:, :, None, :, p] * other.inputs[:, :, None, :, q]
+            channels = (inputs @ weights.mT).squeeze(2)  # [n, G, b]
+            mixed = b[..., p] * channels.unsqueeze(1)
+            total += mixed.flatten(2) @ d[..., q].flatten(2).mT
+        return total
