@@ -83,12 +83,10 @@ def _add_of_one_risk(total: GramTotal, left: Cotangents, right: Cotangents) -> N
         for a, _ in held:
             for _, b in held:
                 total.add(a, b)
-        places = {(b.place.start, b.place.stop) for _, b in held}
-        covered = sum(stop - start for start, stop in places)
-        if covered == right.shape[1]:
+        first, last = held[0][1].place.start, held[-1][1].place.stop
+        if last - first == right.shape[1]:
             return
         # Cut alike, a piece is among those held or has no sample of them.
-        first, last = held[0][1].place.start, held[-1][1].place.stop
         for (b,) in columns.only(right).pieces():
             if not first <= b.place.start <= b.place.stop <= last:
                 for a, _ in held:
