@@ -44,9 +44,15 @@ def uncompiled(function: Callable[P, Result]) -> Callable[P, Result]:
             return torch.compiler.disable(function)(*args, **kwargs)
         return function(*args, **kwargs)
 
-    # The compiler counts by code object how often it has compiled a function.
-    named: Any = decorated
-    named.__code__ = named.__code__.replace(co_name=function.__name__)
+    return _named_as(decorated, function)
+
+
+def _named_as(
+    decorated: Callable[P, Result], function: Callable[P, Result]
+) -> Callable[P, Result]:
+    """Give a wrapper a code object, by which the compiler counts what it compiles."""
+    code = decorated.__code__
+    decorated.__code__ = code.replace(co_name=function.__name__)
     return decorated
 
 
@@ -76,11 +82,22 @@ class ordinary_mode:
 
         @functools.wraps(function)
         def decorated(*args: P.args, **kwargs: P.kwargs) -> Result:
-            if _HERE.depth and not _to_leave():  # inside already, as most calls are
-                result = function(*args, **kwargs)
-            elif Ranks.are_many and not _HERE.depth:
+            if is_dynamo_compiling():
+                return torch.compiler.disable(decorated)(*args, **kwargs)
+            precise = _HERE.depth > 0
+            if not precise:
+                with _PRECISE.lock:
+                    precise = not _PRECISE.undo and not _reduced()
+            if Ranks.are_many and not _HERE.depth:
                 with _shared(function, args, kwargs), ordinary_mode():
                     result = function(*args, **kwargs)
+            elif precise and not _to_leave():
+                # As nearly always, and sooner than to enter a context.
+                _HERE.depth += 1
+                try:
+                    result = function(*args, **kwargs)
+                finally:
+                    _HERE.depth -= 1
             else:
                 with ordinary_mode():
                     result = function(*args, **kwargs)
@@ -89,7 +106,7 @@ class ordinary_mode:
                 return result if torch.is_grad_enabled() else result.detach()  # type: ignore[return-value]
             return result
 
-        return uncompiled(decorated)
+        return _named_as(decorated, function)
 
     def __enter__(self) -> None:
         """Leave the modes."""
