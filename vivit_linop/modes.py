@@ -339,13 +339,9 @@ def _set_for_guests(device: torch.device | None, undo: Undo) -> None:
 
 
 _BACKENDS: Any = torch.backends
-_SDP = torch.backends.cuda
+_MHA, _SDP = torch.backends.mha, torch.backends.cuda
 _KERNELS: list[tuple[Callable[[], bool], Callable[[bool], object], bool]] = [
-    (
-        torch.backends.mha.get_fastpath_enabled,
-        torch.backends.mha.set_fastpath_enabled,
-        False,
-    ),
+    (_MHA.get_fastpath_enabled, _MHA.set_fastpath_enabled, False),
     (_SDP.math_sdp_enabled, _SDP.enable_math_sdp, True),
     (_SDP.flash_sdp_enabled, _SDP.enable_flash_sdp, False),
     (_SDP.mem_efficient_sdp_enabled, _SDP.enable_mem_efficient_sdp, False),
@@ -354,25 +350,21 @@ _KERNELS: list[tuple[Callable[[], bool], Callable[[bool], object], bool]] = [
 # By the type of a device, where torch keeps the precision of products of float32; its
 # name there, and what stands for the full one.
 _CPU, _GPU = _BACKENDS.mkldnn, _BACKENDS.cudnn
-_SWITCH: str = "fp32_precision"
-_FULL: tuple[object, ...] = ("ieee", "none")
-_PRECISE_ON: dict[str, list[Any]]
-if hasattr(torch.backends, _SWITCH):  # since torch 2.9
+_SWITCH: str = "allow_tf32"
+_FULL: tuple[object, ...] = (False,)
+_PRECISE_ON: dict[str, list[Any]] = {"cpu": [], "cuda": [_BACKENDS.cuda.matmul, _GPU]}
+if hasattr(torch.backends, "fp32_precision"):  # since torch 2.9
+    _SWITCH, _FULL = "fp32_precision", ("ieee", "none")
     _PRECISE_ON = {
         "cpu": [_CPU.matmul, _CPU.conv, _CPU.rnn],
         "cuda": [_BACKENDS.cuda.matmul, _GPU.conv, _GPU.rnn],
     }
-else:
-    _SWITCH, _FULL = "allow_tf32", (False,)
-    _PRECISE_ON = {"cpu": [], "cuda": [_BACKENDS.cuda.matmul, _GPU]}
 
 
 def _turn_off_cudnn(_: torch.device | None, undo: Undo) -> None:
     """Leave recurrences to kernels that torch has all derivatives of."""
-    undo.append(
-        functools.partial(setattr, _BACKENDS.cudnn, "enabled", _BACKENDS.cudnn.enabled)
-    )
-    _BACKENDS.cudnn.enabled = False
+    undo.append(functools.partial(setattr, _GPU, "enabled", _GPU.enabled))
+    _GPU.enabled = False
 
 
 def without_cudnn() -> contextlib.AbstractContextManager[None]:
