@@ -70,14 +70,14 @@ def train(net: nn.Module, loss: nn.Module, X: Tensor, y: Tensor, epochs: int) ->
 # %%
 # Conjugate gradients
 # -------------------
-# SciPy’s solver, with residuals after each iteration, for one damping and one
-# preconditioner after the other.
+# SciPy’s solver, with the iterates, for one damping and one preconditioner after the
+# other; residuals at the smallest damping.
 
 
 def solve(
     A: vl.TorchLinearOperator, b: np.ndarray, M: vl.TorchLinearOperator | None
-) -> tuple[list[float], float]:
-    """Return relative residuals after each iteration, and the time of ``cg``."""
+) -> tuple[list[np.ndarray], float]:
+    """Return the iterates of ``cg`` and its time."""
     iterates: list[np.ndarray] = []
     start = time.perf_counter()
     _, info = cg(
@@ -91,8 +91,15 @@ def solve(
     seconds = time.perf_counter() - start
     if info != 0:
         raise AssertionError(f"cg: has not converged, info={info}")
-    residuals = np.linalg.norm(A @ np.stack(iterates, 1) - b[:, None], axis=0)
-    return list(residuals / np.linalg.norm(b)), seconds
+    return iterates, seconds
+
+
+def residuals(
+    A: vl.TorchLinearOperator, b: np.ndarray, iterates: list[np.ndarray]
+) -> np.ndarray:
+    """Return the residual of each iterate, relative to ``b``."""
+    found = np.linalg.norm(A @ np.stack(iterates, 1) - b[:, None], axis=0)
+    return found / np.linalg.norm(b)
 
 
 def timed(
@@ -104,7 +111,7 @@ def timed(
     return result
 
 
-def compare(risk: vl.EmpiricalRisk) -> tuple[dict[str, list[float]], np.ndarray]:
+def compare(risk: vl.EmpiricalRisk) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """Return the residuals at the smallest damping, and all numbers of iterations."""
     G, g, D = vl.GGN(risk), risk.gradient().numpy(), risk.num_params
     G @ g  # makes the linearisation
@@ -124,14 +131,14 @@ def compare(risk: vl.EmpiricalRisk) -> tuple[dict[str, list[float]], np.ndarray]
     print("   delta" + "".join(f"{name:>18}" for name in preconditioners))
     counts = []
     for delta in DAMPINGS:
-        curves = {}
+        A, iterates = G + delta * vl.Identity(D), {}
         line = f"{delta:8.0e}"
         for name, build in preconditioners.items():
-            A = G + delta * vl.Identity(D)
-            curves[name], seconds = solve(A, g, build(delta))
-            line += f"{len(curves[name]):8d}{seconds:8.2f} s"
+            iterates[name], seconds = solve(A, g, build(delta))
+            line += f"{len(iterates[name]):8d}{seconds:8.2f} s"
         print(line)
-        counts.append([len(residuals) for residuals in curves.values()])
+        counts.append([len(each) for each in iterates.values()])
+    curves = {name: residuals(A, g, each) for name, each in iterates.items()}
     return curves, np.array(counts)
 
 
@@ -153,8 +160,8 @@ for ax, (name, net) in zip(axes, make_nets().items(), strict=True):
     print(f"\n{name}, {risk.num_params} parameters, {risk.num_samples} samples")
     curves, counts = compare(risk)
     iterations.append(counts)
-    for kind, residuals in curves.items():
-        ax.loglog(np.arange(1, len(residuals) + 1), residuals, label=kind)
+    for kind, curve in curves.items():
+        ax.loglog(np.arange(1, len(curve) + 1), curve, label=kind)
     ax.set(xlabel="iteration of cg", ylabel="relative residual")
     ax.set_title(f"{name}, δ = {DAMPINGS[-1]:g}")
 
