@@ -314,14 +314,8 @@ class EKFAC(_LayerBlocks):
     eigenvalues: ``(E + delta * Identity(D)).inv()`` is exact, ``E.sqrt() @ noise``
     samples.
 
-    Args:
-        risk: An :class:`EmpiricalRisk`, or its arguments, ``model, loss, data, …``.
-        variant: ``"mc"``, ``"exact"`` or ``"empirical"``, as for :class:`KFAC`.
-        mc_samples: Columns a sample for ``"mc"``; the same in both passes.
-        generator: For reproducible Monte-Carlo samples.
-        weight_sharing: As for :class:`KFAC`; decides the basis, not the eigenvalues.
-        joint_bias: Whether weight and bias of a layer are one block.
-        positive_part: As for :class:`KFAC`.
+    Takes the arguments of :class:`KFAC`. Monte-Carlo samples are the same in both
+    passes; ``weight_sharing`` decides the basis, not the eigenvalues.
 
     Attributes:
         risk: The risk.

@@ -46,12 +46,8 @@ def _called(model: nn.Module, X: Any) -> Any:
 class LinopInterface(CurvatureInterface):
     """What the backends share: curvatures of a risk, in laplace-torch's forms.
 
-    Its losses are sums over samples, and ½ of that for regression.
-
-    Args:
-        args: As of laplace-torch's own backends.
-        low_rank: How many eigenpairs ``LowRankLaplace`` has.
-        kwargs: As ``args``, by name.
+    Its losses are sums over samples, and ½ of that for regression. Arguments are those
+    of :class:`LinopGGN`.
     """
 
     def __init__(self, *args: Any, low_rank: int = 10, **kwargs: Any) -> None:
