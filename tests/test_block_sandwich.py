@@ -29,6 +29,9 @@ INVERSES: dict[str, Inverse] = {
     "a number a parameter": lambda of: vl.posterior_precision(
         of, vl.KFAC(of, variant="exact"), torch.linspace(1, 2, len(of.sizes))
     ).inv(),
+    "diagonals": lambda of: vl.BlockDiagonal(
+        [vl.Diagonal(torch.linspace(1, 2, n, dtype=float64)) for n in of.sizes]
+    ),
     "reduce": lambda of: damped(
         of, vl.KFAC(of, variant="exact", weight_sharing="reduce")
     ),
