@@ -238,7 +238,7 @@ def test_a_net_is_looked_at_once(where: str, monkeypatch: pytest.MonkeyPatch) ->
     from vivit_linop.net import certified
     from vivit_linop.risk import first_pass
 
-    counts = {"_look": 0, "independent_samples": 0}
+    counts = {"_run_on_few": 0, "independent_samples": 0}
 
     def counted(module: Any, name: str) -> None:
         function = getattr(module, name)
@@ -249,11 +249,11 @@ def test_a_net_is_looked_at_once(where: str, monkeypatch: pytest.MonkeyPatch) ->
 
         monkeypatch.setattr(module, name, count)
 
-    counted(certified, "_look")
+    counted(certified, "_run_on_few")
     counted(first_pass, "independent_samples")
     seen = []
     for batch_size in (18, 6, 7):
-        counts.update(_look=0, independent_samples=0)
+        counts.update(_run_on_few=0, independent_samples=0)
         loader = DataLoader(data("classification"), batch_size=batch_size)
         for structure in ("kron", "diag"):
             la = pytest.importorskip("laplace").Laplace(
