@@ -1,4 +1,4 @@
-"""Nets that write into their input, and parameters without entries.
+"""Nets that write into their input, losses into theirs; parameters without entries.
 
 The user's data never change, nor does whether they require grad, and everything is that
 of the same net on a copy.
@@ -173,6 +173,70 @@ def test_backpack() -> None:
         torch.testing.assert_close(found, expected)
         kind(vl.EmpiricalRisk(net, nn.MSELoss(), (X, y)))
         assert torch.equal(X, before)
+
+
+# Losses -------------------------------------------------------------------------------
+
+
+def one_based(f: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(f.sub_(1.0), y.sub_(1))
+
+
+def two_targets(f: Tensor, y: dict[str, Any]) -> Tensor:
+    y["class"] -= 1
+    y["scale"].exp_()
+    return (y.pop("scale") * F.cross_entropy(f, y["class"], reduction="none")).mean()
+
+
+def by_functions(f: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(f, y.sub_(1), reduction="none")
+
+
+def slopes(f: Tensor, y: Tensor) -> Tensor:
+    return f.softmax(1).sub_(F.one_hot(y.sub_(1), 3))
+
+
+class OneBased(nn.Module):
+    reduction = "mean"
+    forward = staticmethod(one_based)
+
+
+@vl.losses.register(OneBased)
+def pure_total(loss: OneBased) -> vl.losses.OutputLoss:
+    class Total(vl.losses.OutputLoss):
+        def total(self, output: Tensor, target: Tensor) -> Tensor:
+            return F.cross_entropy(output, target - 1, reduction="sum")
+
+    return Total()
+
+
+@pytest.mark.parametrize(
+    ("loss", "options"),
+    [
+        (one_based, {"reduction": "mean"}),
+        (two_targets, {"reduction": "mean"}),
+        (vl.Loss(by_functions, gradient=slopes), {}),
+        (OneBased(), {}),
+        (vl.losses.Weighted(one_based, "mean"), {}),
+    ],
+)
+def test_losses(loss: Any, options: Any) -> None:
+    net = nn.Sequential(nn.Linear(3, 3), nn.Tanh()).double()
+    X, y = torch.randn(6, 3).double(), torch.arange(6) % 3 + 1
+    scale = torch.zeros(6).double()
+    target: Any = {"class": y, "scale": scale} if loss is two_targets else y
+    if isinstance(loss, vl.losses.Weighted):
+        target = y, scale + 1.0
+    params, before = list(net.parameters()), y.clone()
+    value = F.cross_entropy(net(X), y - 1)
+    gradient = torch.autograd.grad(value, params, create_graph=True)
+    H = jacobian(torch.cat([g.flatten() for g in gradient]), params)
+    risk = vl.EmpiricalRisk(net, loss, (X, target), **options)
+    for _ in range(2):
+        torch.testing.assert_close(risk.value(), value)
+        torch.testing.assert_close(vl.Hessian(risk).to_dense(), H)
+    assert torch.equal(y, before)
+    assert not scale.any()
 
 
 # Parameters without entries -----------------------------------------------------------

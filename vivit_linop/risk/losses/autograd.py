@@ -46,6 +46,10 @@ class AutogradLoss(OutputLoss):
         """Return outputs as the model has returned them."""
         return output if self._tree is None else self._tree.split(output)
 
+    def arguments(self, output: Tensor, target: Any) -> tuple[Any, Any]:
+        """What the function takes, in memory of its own: it may write into both."""
+        return self.as_returned(output.clone()), map_leaves(Tensor.clone, target)
+
     def called(self) -> list[Any]:
         """What of the user's is called."""
         return [self.function]
@@ -64,7 +68,7 @@ class AutogradLoss(OutputLoss):
         """The loss is a scalar, and uses no parameters of the model."""
         try:
             with torch.no_grad():
-                value: Any = self.function(self.as_returned(output), target)
+                value: Any = self.function(*self.arguments(output, target))
         except TypeError as error:
             raise TypeError(
                 f"loss: {self.name} cannot be called as loss(output, target): {error}. "
@@ -101,14 +105,14 @@ class AutogradLoss(OutputLoss):
         """Whether it takes targets as real numbers."""
         real = map_leaves(lambda leaf: leaf.to(output.dtype), target)
         with tolerated(Exception), torch.no_grad():
-            self.function(self.as_returned(output), real)
+            self.function(*self.arguments(output, real))
             return True
         return False
 
     def total(self, output: Tensor, target: Tensor) -> Tensor:
         self.check_memory()
         factor = self._count(output) if self.reduction == "mean" else 1
-        return factor * self.function(self.as_returned(output), target).reshape(())
+        return factor * self.function(*self.arguments(output, target)).reshape(())
 
     def weight(self, output: Tensor, target: Tensor) -> Tensor:
         """Of how many its mean is."""
@@ -118,10 +122,12 @@ class AutogradLoss(OutputLoss):
         """Find what the loss uses beside outputs and targets, once."""
         if self._parameters is None:
             return
-        returned = self.as_returned(output.detach())
-        own = [*leaves(returned), *leaves(target), *self._own]
-        with torch.enable_grad(), self._memory.read_by(own) as read:
-            value = self.function(returned, target)
+        given = self.arguments(output.detach(), target)
+        with (
+            torch.enable_grad(),
+            self._memory.read_by([*leaves(given), *self._own]) as read,
+        ):
+            value = self.function(*given)
         if parts_of([*read.values(), *leaves_of(value)], self._parameters):
             raise uses_parameters(self.name)
         self._memory.settle()

@@ -17,7 +17,7 @@ from torch import Tensor
 from vivit_linop.devices import is_out_of_memory, tolerated
 from vivit_linop.noise import Noise
 from vivit_linop.risk.data.batches import some_targets
-from vivit_linop.risk.data.containers import described, map_leaves
+from vivit_linop.risk.data.containers import copied, described, map_leaves
 from vivit_linop.risk.losses.autograd import AutogradLoss
 from vivit_linop.risk.losses.base import OutputLoss
 from vivit_linop.risk.losses.differences import SHIFTS, STEPS, Comparison
@@ -217,7 +217,8 @@ def warn_unless_likelihood(loss: OwnLoss, output: Tensor, target: Any) -> None:
 
 def _check_value(loss: OutputLoss, output: Tensor, target: Tensor) -> None:
     """Raise a ``ValueError`` if the user's own loss has another value."""
-    found, value = loss.total(output, target), loss.source(output, target)
+    found = loss.total(output, target)
+    value = loss.source(output.clone(), copied(target))  # which may write into them
     if loss.reduction == "mean":
         found = found / loss.weight(output, target)
     what = {"sum": "total", "mean": "total / weight"}[loss.reduction]

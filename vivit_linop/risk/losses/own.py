@@ -166,7 +166,7 @@ class OwnLoss(AutogradLoss):
 
     def _losses(self, output: Tensor, target: Any) -> Tensor:
         """What the user's function returns."""
-        return self._given["value"](self.as_returned(output), target)
+        return self._given["value"](*self.arguments(output, target))
 
     def total(self, output: Tensor, target: Any) -> Tensor:
         """Sum the losses, or undo the mean."""
@@ -242,8 +242,8 @@ class OwnLoss(AutogradLoss):
     def labels(self, output: Tensor, target: Any, draws: Draws) -> Any:
         """Draw a label for each output, in the form of the targets."""
         source = LabelDraws(draws)
-        returned = self.as_returned(output)
-        labels = source.drawn(self._given["sample"], returned, target)
+        given = self.arguments(output, target)
+        labels = source.drawn(self._given["sample"], *given)
         got, expected = (
             [list(leaf.shape) for leaf in leaves(tree)] for tree in (labels, target)
         )
@@ -270,7 +270,7 @@ class OwnLoss(AutogradLoss):
     def _call(self, name: str, shape: list[Any], output: Tensor, target: Any) -> Tensor:
         """Call a function of the user's; the shape may have None for any number."""
         with torch.no_grad():
-            found = self._given[name](self.as_returned(output), target)
+            found = self._given[name](*self.arguments(output, target))
         if name == "gradient" and self._tree is not None:
             found = self._tree.join(found)
         got = list(found.shape) if isinstance(found, Tensor) else []
