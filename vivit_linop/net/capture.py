@@ -368,7 +368,10 @@ class Capture:
         n, keys = self.num_samples, [*map(attrgetter("key"), self.uses)]
         possible = [use.layouts(n) for use in self.uses]
         if self.met is not None:  # the graph shows where they are wherever one arrives
-            layouts = ["first" if "first" in names else None for names in possible]
+            known = ("first", "merged")
+            layouts = [
+                next((c for c in names if c in known), None) for names in possible
+            ]
             return Variant(keys, layouts, False)
         noise = Noise().like(self.output)
         pending, order = list(range(len(self.uses))), deque(reversed(range(n)))

@@ -186,11 +186,13 @@ def norms(tensor: Tensor, dim: int) -> Tensor:
 
 # From a node, and the shape of what it gave, to the numbers of the inputs that have the
 # samples of its first axis in their first axis; None where it does not do so. All other
-# inputs must be parameters.
+# inputs must be parameters. A sample may have several rows of that axis, one after the
+# other, as tokens have where a linear layer takes all of them together.
 Rule = Callable[[Any, Sequence[int]], Sequence[int] | None]
 
 
 _PARAMETER = "torch::autograd::AccumulateGrad"
+_VIEWS = ("ViewBackward0", "UnsafeViewBackward0", "ReshapeAliasBackward0")
 # A leaf, and a node that has it as the input of this number.
 Meeting = tuple[Tensor, Node, int]
 
@@ -204,11 +206,13 @@ def met_apart(output: Tensor, num_samples: int) -> list[Meeting] | None:
     if output.grad_fn is None or output.numel() == 0:
         return None
     met = list[Meeting]()
-    nodes, seen = [(output.grad_fn, 0)], {output.grad_fn}
+    nodes, seen = [(output.grad_fn, 0)], {(output.grad_fn, 0)}
     for node, number in nodes:
         shape = _shape(node, number)
         rule = _RULES.get(node.name())
-        if rule is None or number or shape[:1] != (num_samples,):
+        if rule is None or (number and node.name() not in _PARTS):
+            return None
+        if not shape or shape[0] == 0 or shape[0] % num_samples:
             return None
         try:
             inputs = rule(node, shape)
@@ -226,11 +230,9 @@ def met_apart(output: Tensor, num_samples: int) -> list[Meeting] | None:
                 return None
             if rule is _elementwise and _shape(following, its_number) != shape:
                 return None  # one entry is repeated
-            if following not in seen:
-                seen.add(following)
+            if (following, its_number) not in seen:
+                seen.add((following, its_number))
                 nodes.append((following, its_number))
-            elif its_number:
-                return None
     return met
 
 
@@ -254,10 +256,15 @@ def _places(use: Use) -> Iterator[tuple[str, Node, int]]:
     That the graph has the call's tensors, as they were then, is seen from what it has
     saved.
     """
-    node = use.edge.node
+    node: Any = use.edge.node
+    given = [each for each in use.arguments.values() if isinstance(each, Tensor)]
+    if "AddmmBackward0" in use.kind.nodes and len(use.output_shape) > 2:
+        # The rows of all positions are taken together, and the recorder may copy.
+        while node.name() in ("CloneBackward0", *_VIEWS):
+            ((node, _),) = node.next_functions
+        given = [x.flatten(0, -2) for x in given]
     if (places := use.kind.nodes.get(node.name())) is None:
         return
-    given = [each for each in use.arguments.values() if isinstance(each, Tensor)]
     saved = [*saved_by(node)] if given else []
     if all(any(_is_same(each, own) for own in saved) for each in given):
         for view, place in zip((use.weight, use.bias), places, strict=True):
@@ -303,10 +310,9 @@ def _first(node: Any, shape: Sequence[int]) -> Sequence[int]:
     return [0] if len(shape) > 1 else []
 
 
-def _view(node: Any, shape: Sequence[int]) -> Sequence[int] | None:
+def _view(node: Any, shape: Sequence[int]) -> Sequence[int]:
     """Entries stay in their order, so those of a sample stay together."""
-    before = node._saved_self_sym_sizes
-    return [0] if before and before[0] == shape[0] else None
+    return [0]
 
 
 def _unless(condition: Callable[[Any, int], bool]) -> Rule:
@@ -332,20 +338,38 @@ def _sums_over_samples(node: Any, dims: int) -> bool:
     return not axes or 0 in _signed(axes, before)
 
 
+def _repeats_samples(node: Any, dims: int) -> bool:
+    return len(node._saved_self_sym_sizes) < dims or node._saved_self_sym_sizes[0] == 1
+
+
 _along_samples = _unless(lambda node, dims: 0 in _signed(node._saved_dim, dims))
 _RULES: dict[str, Rule] = {
     "AddmmBackward0": lambda node, shape: [1],
+    "BmmBackward0": lambda node, shape: [0, 1],
     "CatBackward0": _joined,
     "ConstantPadNdBackward0": _unless(
         lambda node, dims: len(node._saved_pad) >= 2 * dims
     ),
+    "EmbeddingBackward0": lambda node, shape: [],
+    "ExpandBackward0": _unless(_repeats_samples),
     "MeanBackward1": _unless(_sums_over_samples),
     "NativeBatchNormBackward0": _unless(lambda node, _: node._saved_training),
     "NativeLayerNormBackward0": _unless(
         lambda node, dims: len(node._saved_normalized_shape) >= dims
     ),
+    "PermuteBackward0": _unless(
+        lambda node, dims: _signed(node._saved_dims, dims)[0] != 0
+    ),
+    "SelectBackward0": _unless(_squeezed),
     "SqueezeBackward1": _unless(_squeezed),
+    "StackBackward0": _joined,
     "SumBackward1": _unless(_sums_over_samples),
+    "TransposeBackward0": _unless(
+        lambda node, dims: 0 in _signed([node._saved_dim0, node._saved_dim1], dims)
+    ),
+    "UnbindBackward0": _unless(
+        lambda node, dims: 0 in _signed(node._saved_dim, dims + 1)
+    ),
     **dict.fromkeys(
         [
             *("ConvolutionBackward0", "MmBackward0", "NativeGroupNormBackward0"),
@@ -356,11 +380,12 @@ _RULES: dict[str, Rule] = {
         ],
         _first,
     ),
-    **dict.fromkeys(["ViewBackward0", "UnsafeViewBackward0"], _view),
+    **dict.fromkeys(_VIEWS, _view),
     **dict.fromkeys(
         [
             *("LogSoftmaxBackward0", "SoftmaxBackward0", "SliceBackward0"),
-            "UnsqueezeBackward0",
+            *("UnsqueezeBackward0", "SafeSoftmaxBackward0"),
+            *("SplitBackward0", "SplitWithSizesBackward0"),
         ],
         _along_samples,
     ),
@@ -368,7 +393,8 @@ _RULES: dict[str, Rule] = {
         [
             *("AddBackward0", "SubBackward0", "MulBackward0", "DivBackward0"),
             *("AbsBackward0", "AliasBackward0", "ClampBackward1", "CloneBackward0"),
-            *("CosBackward0", "EluBackward0", "ExpBackward0", "GeluBackward0"),
+            *("CosBackward0", "EluBackward0", "ErfBackward0", "ExpBackward0"),
+            *("GeluBackward0", "MulBackward1", "RsqrtBackward0"),
             *("HardswishBackward0", "HardtanhBackward0", "LeakyReluBackward0"),
             *("LogBackward0", "MaskedFillBackward0", "MishBackward0", "NegBackward0"),
             *("PowBackward0", "ReluBackward0", "WhereBackward0"),
@@ -378,3 +404,5 @@ _RULES: dict[str, Rule] = {
         _elementwise,
     ),
 }
+# Nodes that give several results, each with the samples in its first axis.
+_PARTS = {"SplitBackward0", "SplitWithSizesBackward0", "UnbindBackward0"}

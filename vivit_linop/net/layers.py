@@ -304,6 +304,7 @@ EMBEDDING = Kind(
     ],
     samples="leading",
     weight=_embedding,
+    nodes={"EmbeddingBackward0": (0, -1)},
     inputs_first=True,
 )
 
