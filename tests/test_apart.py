@@ -66,8 +66,8 @@ def attends(m: Any, x: Tensor) -> Tensor:
 def takes_parts(m: Any, x: Tensor) -> Tensor:
     left, right = m.f(x).split(2, -1)
     a, b, *_ = m.o(x).unbind(1)
-    first, second, third = m.f(x.cos()).split([1, 1, 2], 1)
-    return torch.cat([torch.stack([a, b], -1) * left, right * third], 1) * second
+    first, second = m.f(x.cos()).split([2, 2], 1)
+    return torch.cat([torch.stack([a, b], -1) * left, right * second + first], 1)
 
 
 APART: dict[str, Forward] = {

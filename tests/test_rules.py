@@ -68,7 +68,7 @@ RULES = {
     "D + E, diagonal": (lambda o: o.D + o.E, Diagonal),
     "A + B, other": (lambda o: o.K + o.D, Sum),
     "A + A": (lambda o: o.K + o.K, Scaled),
-    "A - A": (lambda o: o.K - o.K, Sum),
+    "A - A": (lambda o: o.K - o.K, Scaled),
     "sums are flat": (lambda o: (o.K + o.D) + (o.L + o.A), Sum),
     "block-diagonal sum": (lambda o: o.BD + o.BE, BlockDiagonal),
     "sum of blocks at the same places": (lambda o: o.BI + o.BJ, BlockDiagonal),

@@ -132,6 +132,23 @@ def test_multiples_of_multiples_are_of_the_dtype_again(
         check_verbs(far * (far * small), op, A, far * (far * size ** degree(name)))
 
 
+@every_dtype
+@pytest.mark.parametrize("name", GROWING)
+def test_norms_of_multiples_have_squares_that_are_numbers(
+    name: str, dtype: torch.dtype
+) -> None:
+    _, A = build(name, dtype)
+    rtol = 1e-3 if dtype == torch.float32 else 1e-10
+    for far in (FAR[dtype], 1.0 / FAR[dtype]):
+        small = MARKET[name](Draw(dtype, size=far ** (-1.0 / degree(name))))[0]
+        for ask, axis in (
+            (vl.linalg.row_norms_squared, 1),
+            (vl.linalg.column_norms_squared, 0),
+        ):
+            expected = A.square().sum(axis)
+            assert_near(ask(far * small).double(), expected, rtol)
+
+
 def test_a_number_beyond_the_dtype_scales_what_is_within() -> None:
     for far in (1e44, 1e-44):
         entries = torch.tensor([1.0, 2.0, 3.0]) / far**0.5

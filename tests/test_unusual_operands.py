@@ -7,7 +7,7 @@ from torch import Tensor
 import vivit_linop as vl
 from tests.operator_market import Draw
 from tests.verb_cases import FLOAT64, assert_near
-from vivit_linop.operators import LowRank, Product, Rows, Sum, verbs
+from vivit_linop.operators import LowRank, Product, Rows, Scaled, Sum, verbs
 
 n = 8
 draw = Draw(FLOAT64, "cpu")
@@ -159,6 +159,60 @@ def test_sums_with_nothing():
     for zero in (1e-200 * (1e-200 * G), LowRank(vl.Dense(V), 0.0)):
         for total in (zero + W @ W.T, W @ W.T + zero):
             assert_near(total.to_dense(), W.matrix @ W.matrix.T, 1e-14)
+
+
+def test_multiples_of_one_operator_add_up():
+    G, W, S = low_rank(), vl.Dense(draw(n, 2)), Opaque(REGULAR)
+    c, H, T = number(2.0), W @ W.T, S.T
+    A, B = V @ V.T, H.to_dense()
+    for total, matrix, kind in [
+        (G - 0.5 * G, 0.5 * A, LowRank),
+        (0.5 * low_rank() - 2.0 * G, -1.5 * A, Scaled),
+        (2.0 * (W @ W.T) - 5.0 * H, -3.0 * B, Scaled),
+        (G - H - 0.25 * G, 0.75 * A - B, Sum),
+        (S + 2.0 * S, 3.0 * REGULAR, Scaled),
+        (T - 3.0 * T, -2.0 * REGULAR.T, Scaled),
+        (S - S, 0.0 * REGULAR, Scaled),
+        ((S + T) + (T + S), 2.0 * (REGULAR + REGULAR.T), Sum),
+        (c * S + S, 3.0 * REGULAR, Scaled),
+    ]:
+        assert isinstance(total, kind)
+        assert_near(total.to_dense().detach(), matrix, 1e-13)
+    S.products = 0
+    (S - 0.5 * S) @ UNIT[0]
+    assert S.products == 1
+    evals = (G - 0.25 * G).eigvalsh()
+    assert_near(evals, torch.linalg.eigvalsh(0.75 * A)[-len(evals) :], 1e-13)
+    (slope,) = torch.autograd.grad((c * S + S).to_dense().sum(), c)
+    assert_near(slope, REGULAR.sum(), 1e-13)
+
+
+@pytest.mark.parametrize("shape", [(1,), (1, 1)])
+def test_tensors_of_one_number_scale_and_damp(shape):
+    """As dampings that are learnt, ``nn.Parameter(torch.ones(1))``."""
+    delta = torch.full(shape, 0.5, dtype=FLOAT64)
+    G, A = low_rank(), V @ V.T
+    for op, matrix in [
+        (G + delta * vl.Identity(n), A + 0.5 * UNIT),
+        (G + vl.Identity(n) * delta, A + 0.5 * UNIT),
+        (delta * Opaque(REGULAR), 0.5 * REGULAR),
+        (G / delta, 2.0 * A),
+        (delta * vl.Dense(V.T), 0.5 * V.T),
+    ]:
+        assert_near(op.to_dense(), matrix, 1e-13)
+    learnt = torch.nn.Parameter(delta)
+    (G + learnt * vl.Identity(n)).logdet().backward()
+    inverse = torch.linalg.inv(A + 0.5 * UNIT)
+    assert_near(learnt.grad.reshape(()), inverse.trace(), 1e-11)
+    # Of an operator with one row or column it is a vector or a matrix.
+    assert_near(
+        vl.Dense(V[:, :1]) * torch.ones(shape).double(),
+        V[:, :1].reshape(n, *shape[1:]),
+        1e-13,
+    )
+    for wrong in (torch.ones(2).double(), torch.ones(0).double()):
+        with pytest.raises((TypeError, ValueError)):
+            G * wrong
 
 
 @pytest.mark.parametrize("route", ["ARPACK", "Lanczos"])

@@ -269,6 +269,15 @@ def is_scalar(x: Any) -> bool:
     return isinstance(x, (Complex, np.generic))
 
 
+def without_axes(x: Any, rows: int) -> Any:
+    """Return a tensor of one number as that, unless an operator has one such row.
+
+    Learnt dampings are often parameters ``[1]``.
+    """
+    one = isinstance(x, Tensor) and x.ndim > 0 and x.numel() == 1 and rows != 1
+    return x.reshape(()) if one else x
+
+
 def as_scalar(x: Any) -> Scalar:
     """Return a real finite scalar: a float, or a tensor where gradients flow to it."""
     if type(x) is float and math.isfinite(x):  # asked first: it is what most are

@@ -27,6 +27,7 @@ from vivit_linop.arguments import (
     check_is_no_number,
     is_scalar,
     numbered,
+    without_axes,
 )
 from vivit_linop.modes import (
     has_tangent,
@@ -360,6 +361,7 @@ class TorchLinearOperator(VerbMethods["TorchLinearOperator"], NumpyProducts):
             if self.shape[1] != x.shape[0]:
                 raise ValueError(f"Shapes do not match: {self!r} @ {x!r}.")
             return verbs.matmul(self, x)
+        x = without_axes(x, self.shape[1])
         if is_scalar(x):
             return verbs.scale(self, as_scalar(x))
         if isinstance(x, Tensor):
@@ -394,6 +396,7 @@ class TorchLinearOperator(VerbMethods["TorchLinearOperator"], NumpyProducts):
     @uncompiled
     def __rmul__(self, x: Any) -> Any:
         """Return ``x * self``: a scaling, or what ``x @ self`` is."""
+        x = without_axes(x, self.shape[0])
         if is_scalar(x):
             return verbs.scale(self, as_scalar(x))
         return self.__rmatmul__(x)
@@ -420,6 +423,7 @@ class TorchLinearOperator(VerbMethods["TorchLinearOperator"], NumpyProducts):
     @uncompiled
     def __truediv__(self, x: Any) -> TorchLinearOperator:
         """Return ``self / x`` for a scalar ``x``."""
+        x = without_axes(x, 0)
         if isinstance(x, Tensor) and x.ndim:  # which would divide by itself first
             raise TypeError(f"An operator is divided by a number, got {list(x.shape)}.")
         if not is_scalar(x):

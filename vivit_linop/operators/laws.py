@@ -7,9 +7,12 @@ from functools import reduce
 from operator import add
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from vivit_linop.arguments import as_float
 from vivit_linop.operators import verbs
+from vivit_linop.operators.base import TorchLinearOperator
 from vivit_linop.operators.elementary import Adjoint, Scaled, Sum
 from vivit_linop.operators.kronecker import BlockDiagonal
 from vivit_linop.operators.parts import HStack
@@ -40,9 +43,12 @@ def _homogeneous(verb: Any) -> None:
 
 
 def _quadratic(verb: Any) -> None:
-    """f(c A) = c² f(A), where c² may be no number."""
+    """f(c A) = c² f(A), where c² may be no number; of a far c f(A) may be none."""
 
     def of_scaled(op: Scaled, *given: Any) -> Tensor:
+        eps = torch.finfo(op.torch_dtype).eps
+        if not eps <= abs(as_float(op.factor)) <= 1.0 / eps:
+            return verb.dispatch(TorchLinearOperator)(op, *given)
         return op.factor * (op.factor * verb(op.operator, *given))
 
     _rule(verb, of_scaled)

@@ -147,12 +147,28 @@ def product_of_operator_and_identity(A: Op, B: Identity) -> Op:
 
 @verbs.add.rule(Op, Op)
 def sum_of_operators(A: Op, B: Op) -> Op:
-    """A + B is a sum, and sums are flat; A + A is 2 A."""
+    """A + B is a sum, and sums are flat; multiples of one operator add up."""
     if A is B:
         return verbs.scale(A, 2.0)
-    left = A.terms if isinstance(A, Sum) else (A,)
-    right = B.terms if isinstance(B, Sum) else (B,)
-    return Sum(*left, *right)
+    terms = [*A.terms] if isinstance(A, Sum) else [A]
+    for term in B.terms if isinstance(B, Sum) else (B,):
+        sums = (_sum_of_multiples(other, term) for other in terms)
+        place, found = next(
+            ((i, s) for i, s in enumerate(sums) if s is not None), (len(terms), term)
+        )
+        terms[place : place + 1] = [found]
+    return Sum(*terms) if len(terms) > 1 else terms[0]
+
+
+def _sum_of_multiples(A: Op, B: Op) -> Op | None:
+    """(c + d) A of c A and d A, None of others; V Vᵀ is known by V."""
+    (A, c), (B, d) = as_multiple(A), as_multiple(B)
+    if A is B:
+        return verbs.scale(A, c + d)
+    if not (isinstance(A, LowRank) and isinstance(B, LowRank)):
+        return None
+    one = verbs.same(A.factor, B.factor)
+    return verbs.scale(A.rescaled(1.0), c * A.scale + d * B.scale) if one else None
 
 
 @verbs.add.rule(Dense, Dense)
