@@ -1,6 +1,8 @@
 """Models in wrappers, and those of the transformers package where it is installed."""
 
+import contextlib
 from collections import UserDict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.func import jacrev
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
 
 import vivit_linop as vl
 from tests.cases import Lambda, call, mlp
@@ -43,6 +50,39 @@ def check_same(model: Any, params: Any = None) -> None:
     ):
         torch.testing.assert_close(of @ x, like @ x)
     torch.testing.assert_close(vl.GGN(risk).eigvalsh(), vl.GGN(plain).eigvalsh())
+
+
+def saves_products(_: Any, op: Any, *args: Any, **given: Any) -> CheckpointPolicy:
+    saved = op is torch.ops.aten.addmm.default
+    return CheckpointPolicy.MUST_SAVE if saved else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+@pytest.mark.parametrize("policy", [saves_products, [torch.ops.aten.sigmoid.default]])
+def test_selective_checkpoints(policy: Any) -> None:
+    """What they keep is there for one backward pass; other contexts are the user's."""
+    entered = 0
+
+    class Counted(contextlib.nullcontext[None]):
+        def __enter__(self) -> None:
+            nonlocal entered
+            entered += 1
+
+    class Checkpointed(nn.Sequential):
+        contexts: Any = partial(create_selective_checkpoint_contexts, policy)
+
+        def forward(self, x: Tensor) -> Tensor:
+            run, contexts = super().forward, type(self).contexts
+            return checkpoint(run, x, use_reentrant=False, context_fn=contexts)
+
+    model = Checkpointed(*net())
+    check_same(model)
+    norms = vl.PerSampleGradients(model, CE, data()).squared_norms()
+    expected = vl.PerSampleGradients(net(), CE, data()).squared_norms()
+    torch.testing.assert_close(norms, expected)
+    CE(model(data()[0]), data()[1]).backward()  # torch's own outside
+    Checkpointed.contexts = staticmethod(lambda: (Counted(), Counted()))
+    check_same(model)
+    assert entered
 
 
 @pytest.mark.parametrize("what", ["model", "layer", "in place"])

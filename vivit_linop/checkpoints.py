@@ -7,6 +7,9 @@ where torch looks up its ``CheckpointFunction``, so this name is taken while a n
 such checkpoints is inside; threads that are not get torch's own. Backward passes on a
 GPU run in a thread of autograd's, and so does what they recompute: the function that
 torch keeps for that says that it is inside.
+
+Selective checkpoints keep what a policy chooses, for one backward pass alone. Inside
+they recompute everything.
 """
 
 from __future__ import annotations
@@ -18,9 +21,12 @@ from typing import Any
 
 from torch.utils import checkpoint
 
+Contexts = Callable[[], tuple[Any, Any]]
+
 _torch: Any = checkpoint
 # Runs a checkpoint of the other variant, and keeps the function. Private to torch: if
-# it is gone, checkpoints in checkpoints raise torch's own error on a GPU.
+# it is gone, checkpoints in checkpoints raise torch's own error on a GPU, and selective
+# ones at a second backward pass.
 _START = "_checkpoint_without_reentrant_generator"
 
 
@@ -36,7 +42,7 @@ class _Recomputed:
     It stands in for ``CheckpointFunction`` while any thread is inside.
 
     Attributes:
-        seen: Whether there has been one.
+        seen: Whether there has been one, or a selective one.
     """
 
     def __init__(self) -> None:
@@ -78,18 +84,29 @@ class _Recomputed:
         self,
         start: Callable[..., Any],
         function: Callable[..., Any],
+        preserve: bool,
+        contexts: Contexts,
         *args: Any,
         **given: Any,
     ) -> Any:
         """Start torch's other variant."""
         if self._here.depth:
             function = partial(self._inside, function)
-        return start(function, *args, **given)
+            contexts = partial(self._without_policy, contexts)
+        return start(function, preserve, contexts, *args, **given)
 
     def _inside(self, function: Callable[..., Any], *args: Any, **given: Any) -> Any:
         """Also what is recomputed may have checkpoints, in a thread of autograd's."""
         with self:
             return function(*args, **given)
+
+    def _without_policy(self, contexts: Contexts) -> tuple[Any, Any]:
+        """Return contexts of a checkpoint, for running and for recomputing."""
+        found = contexts()
+        if isinstance(found[0], getattr(_torch, "_CachingTorchDispatchMode", ())):
+            self.seen = self._here.seen = True
+            found = _torch.noop_context_fn()
+        return found
 
     def seen_here(self) -> bool:
         """Whether this thread has met one since it was asked last."""
