@@ -310,6 +310,56 @@ def test_numbers_in_what_a_loss_reads_must_stay(
             ask()
 
 
+NESTED: dict[str, Any] = {
+    "loss": {"beta": 1.0, "step": 0.0, "sizes": [1.0, 2.0]},
+    "of": types.SimpleNamespace(inner=types.SimpleNamespace(beta=1.0, step=0.0)),
+    "log": {"step": 0.0},
+}
+
+
+def of_nested(output: Tensor, y: Tensor) -> Tensor:
+    scale = (
+        NESTED["loss"]["beta"] * NESTED["of"].inner.beta * NESTED["loss"]["sizes"][0]
+    )
+    return scale * output.square().sum(1).mean()
+
+
+@pytest.mark.parametrize(
+    "change, name",
+    [
+        (
+            lambda to: to.setitem(NESTED["loss"], "beta", 3.0),
+            r"\['loss'\], whose 'beta'",
+        ),
+        (
+            lambda to: to.setitem(NESTED, "loss", {"beta": 3.0}),
+            r"\['loss'\], whose 'be",
+        ),
+        (lambda to: to.setattr(NESTED["of"].inner, "beta", 3.0), r"\['inner'\], whose"),
+        (
+            lambda to: to.setitem(NESTED["loss"], "sizes", [3.0]),
+            r"\['sizes'\], whose 0",
+        ),
+        (lambda to: to.delitem(NESTED, "of"), r"\['of'\]\['inner'\], whose 'beta'"),
+    ],
+)
+def test_numbers_in_parts_of_what_a_loss_reads_must_stay(
+    change: Callable[[Any], None], name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    net, data = toy()
+    risk = vl.EmpiricalRisk(net, of_nested, data, reduction="mean")
+    x = torch.ones(risk.num_params, dtype=torch.float64)
+    G = vl.GGN(risk)
+    before = G @ x
+    monkeypatch.setitem(NESTED["loss"], "step", 1.0)  # which the loss does not read
+    monkeypatch.setitem(NESTED["log"], "step", 1.0)
+    monkeypatch.setattr(NESTED["of"].inner, "step", 1.0)
+    torch.testing.assert_close(G @ x, before)
+    change(monkeypatch)
+    with pytest.raises(ValueError, match="reads 'NESTED'" + ".*" + name):
+        G @ x
+
+
 def logging(output: Tensor, y: Tensor) -> Tensor:
     value = output.square().sum(1).mean()
     if len(COUNTED) % 5 == 4:  # not in the first calls

@@ -12,8 +12,10 @@ from torch import Tensor, nn
 
 from vivit_linop.risk.model.copies import codes_of, is_empty
 
-# A mapping, a name in it, and the number or numbers that were there.
-Known = tuple[dict[str, Any], str, Any]
+Space = dict[str, Any]
+Path = tuple[Any, ...]
+# A mapping, where in it by names, and the number or numbers that were there.
+Known = tuple[Space, Path, Any]
 
 _NUMBERS = (bool, int, float, complex, str)
 _NOT_OPENED = (types.ModuleType, type, types.FunctionType, nn.Module, Tensor)
@@ -26,8 +28,9 @@ class NumbersRead:
 
     Global variables that it reads and does not set, those that functions do which it
     calls by their names, what is around it, attributes of a module. Of containers and
-    objects there it has the numbers that these hold, not what parts of them hold: those
-    that are named in the code, or all where none is.
+    objects there it has the numbers that these hold: those that are named in the code,
+    or all where none is. Also of mappings and objects in them whose names are in the
+    code, not of lists in lists.
 
     Args:
         called: What is called.
@@ -43,14 +46,22 @@ class NumbersRead:
             if isinstance(text, str)
         }
         self._known = list[Known]()
-        for space, names in spaces:
-            for name in names:
-                numbers = _numbers_of(space.get(name))
-                if isinstance(numbers, dict):
-                    own = {key: numbers[key] for key in numbers if key in named}
-                    numbers = own or numbers
-                if numbers is not None:
-                    self._known.append((space, name, numbers))
+        todo = list[tuple[Space, Path]]()
+        todo += [(space, (name,)) for space, names in spaces for name in names]
+        opened = set[int]()
+        for space, path in todo:
+            value = _at(space, path)
+            numbers = _numbers_of(value)
+            if isinstance(numbers, dict):
+                own = {key: numbers[key] for key in numbers if key in named}
+                numbers = own or numbers
+            if numbers is not None:
+                self._known.append((space, path, numbers))
+            if id(value) not in opened:
+                opened.add(id(value))
+                known = numbers if isinstance(numbers, dict) else ()
+                inner = [k for k in _held_by(value) if k in named and k not in known]
+                todo += [(space, (*path, key)) for key in inner]
 
     def settle(self) -> None:
         """Leave out what the function itself has changed in a call: what it logs."""
@@ -59,19 +70,20 @@ class NumbersRead:
 
     def change(self) -> str | None:
         """Say what has another value, if anything has."""
-        for (_, name, then), (key, now) in self._changed():
+        for (_, path, then), (key, now) in self._changed():
+            name = repr(path[0]) + "".join(f"[{part!r}]" for part in path[1:])
             if isinstance(then, dict):
-                name, then = f"{name!r}, whose {key!r}", then[key]
+                name, then = f"{name}, whose {key!r}", then[key]
             else:
-                name = f"{name!r}, which"
+                name = f"{name}, which"
             return f"{name} was {then!r} when the risk was built and is {now!r}"
         return None
 
     def _changed(self) -> Iterator[tuple[Known, tuple[Any, Any]]]:
         """Yield what has, with the value that it has and where in a container."""
         for known in self._known:
-            space, name, then = known
-            now = _numbers_of(space.get(name))
+            space, path, then = known
+            now = _numbers_of(_at(space, path))
             if not isinstance(then, dict):
                 now, then = {None: now}, {None: then}
             held = now if isinstance(now, dict) else {}
@@ -118,10 +130,24 @@ def _read(function: types.FunctionType) -> set[str]:
 
 def _numbers_of(value: Any) -> Any:
     """A number or a text, or those that a container or an object holds, by name."""
-    if type(value) in _NUMBERS or isinstance(value, _NOT_OPENED):
-        return value if type(value) in _NUMBERS else None
+    if type(value) in _NUMBERS:
+        return value
+    held = _held_by(value)
+    return {key: part for key, part in held.items() if type(part) in _NUMBERS} or None
+
+
+def _held_by(value: Any) -> dict[Any, Any]:
+    """What a container or an object holds by name; nothing of what is not opened."""
+    if isinstance(value, _NOT_OPENED):
+        return {}
     held = dict(enumerate(value)) if isinstance(value, (list, tuple)) else value
     held = held if isinstance(held, dict) else getattr(value, "__dict__", None)
-    if not isinstance(held, dict) or len(held) > _FEW:
-        return None
-    return {key: part for key, part in held.items() if type(part) in _NUMBERS} or None
+    return held if isinstance(held, dict) and len(held) <= _FEW else {}
+
+
+def _at(space: Space, path: Path) -> Any:
+    """What stands somewhere in a mapping, None if nothing does."""
+    value: Any = space.get(path[0])
+    for key in path[1:]:
+        value = _held_by(value).get(key)
+    return value
