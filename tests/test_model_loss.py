@@ -208,3 +208,43 @@ def test_parameters_may_be_named_by_an_iterator() -> None:
     listed = vl.EmpiricalRisk(model, "model", batch, [*model.parameters()])
     found = vl.EmpiricalRisk(model, "model", batch, model.parameters())
     assert torch.equal(found.gradient(), listed.gradient())
+
+
+class Adapted(Language):
+    """With an adapter that is zero at the start, as a head may be."""
+
+    def __init__(self, term: str) -> None:
+        super().__init__("next" if term == "next" else "classes")
+        self.own, self.term = nn.Parameter(torch.zeros(11, 4)), term
+        if term in ("next", "smoothed"):
+            nn.init.zeros_(self.o.weight)
+            nn.init.zeros_(self.o.bias)
+
+    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        logits = logits + 0.0 * self.own.sum()
+        if self.term == "smoothed":  # the same where logits are
+            return F.cross_entropy(logits, labels, label_smoothing=0.1)
+        beside = {
+            "decay": 0.1 * self.own.square().sum(),
+            "gate": self.own.sum() * logits.square().mean(),
+        }
+        return super().loss(logits, labels) + beside.get(self.term, 0.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("term", ["decay", "gate", "smoothed"])
+def test_terms_that_vanish_at_the_start(term: str, dtype: torch.dtype) -> None:
+    """Slopes and curvature were those of the cross-entropy alone."""
+    net, batch = Adapted(term).to(dtype), batch_of("classes")
+    with pytest.raises(ValueError, match=r"loss: that of the model.*and others"):
+        vl.EmpiricalRisk(net, "model", batch)
+
+
+def test_which_labels_where_all_logits_are_zero() -> None:
+    """Those of the next token have the value that those of the same have."""
+    net, batch = Adapted("next").double(), batch_of("next")
+    risk = vl.EmpiricalRisk(net, "model", batch)
+    own = net(**batch).loss
+    gradient = torch.autograd.grad(own, list(net.parameters()), materialize_grads=True)
+    torch.testing.assert_close(risk.gradient(), risk.flatten(gradient))
+    assert risk.gradient().any()

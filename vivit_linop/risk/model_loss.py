@@ -15,11 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vivit_linop.devices import tolerated
 from vivit_linop.modes import as_guest
+from vivit_linop.noise import Noise
 from vivit_linop.risk.data.batches import LABELS, Target, as_batches
 from vivit_linop.risk.data.containers import described
-from vivit_linop.risk.model.functional import FunctionalModel
-from vivit_linop.risk.model.original import Predict
+from vivit_linop.risk.model.functional import FunctionalModel, of_kind
+from vivit_linop.risk.model.original import Params, Predict
 from vivit_linop.risk.passes import iterate, replay
 
 
@@ -164,29 +166,58 @@ class ModelLoss:
             raise TypeError(
                 f"loss: labels must be one tensor, got {described(labels)}."
             )
-        with as_guest(self._device):
-            logits = logits_of(logits_of.params, batch).detach()
-        value = self.value(batch)
-        for form in forms_of(logits, labels):
-            outputs, targets = form.outputs(logits), form.targets(labels)
-            if _same(form.loss(outputs, targets), value):
-                self.form = form
-                break
-        else:
+        shape, forms = self._forms(logits_of, batch, labels)
+        if not forms:
             raise ValueError(
-                f"loss: that of the model, {float(value):.6g} on the first batch, is "
-                "neither cross-entropy (nor that of the next label), mean squared "
-                f"error nor binary cross-entropy of its logits {list(logits.shape)} "
-                f"and labels {list(labels.shape)}. Give the loss, and target= for the "
-                "labels."
+                f"loss: that of the model, {float(self.value(batch)):.6g} on the first "
+                "batch, is neither cross-entropy (nor that of the next label), mean "
+                f"squared error nor binary cross-entropy of its logits {shape} and "
+                f"labels {list(labels.shape)}, at these parameters and others. Give "
+                "the loss, and target= for the labels."
             )
+        self.form = forms[0]
         self.predict = OutputOf(predict, "logits", self.form)
         self.target = Labels(target, self.form)
 
-    def value(self, batch: Any) -> Tensor:
-        """Return what the model says."""
+    def _forms(
+        self, logits_of: FunctionalModel, batch: Any, labels: Tensor
+    ) -> tuple[list[int], list[Form]]:
+        """Return the shape of the logits, and which forms have the model's value.
+
+        Elsewhere too: terms beside them, and what tells them apart, may vanish where
+        parameters are zero.
+        """
+        params = self._value.params
+        logits = self._logits(logits_of, params, batch)
+        forms = [*forms_of(logits, labels)]
+        forms = self._fitting(forms, logits, labels, self.value(batch))
+        # Whatever a model says to parameters that it has not.
+        with tolerated(Exception):
+            params = _elsewhere(params)
+            value = self.value(batch, params)
+            if value.isfinite():
+                found = self._logits(logits_of, params, batch)
+                forms = self._fitting(forms, found, labels, value)
+        return list(logits.shape), forms
+
+    def _logits(self, model: FunctionalModel, params: Params, batch: Any) -> Tensor:
         with as_guest(self._device):
-            return self._value(self._value.params, batch).detach().squeeze(0)
+            return model(params, batch).detach()
+
+    def _fitting(
+        self, forms: list[Form], logits: Tensor, labels: Tensor, value: Tensor
+    ) -> list[Form]:
+        return [
+            form
+            for form in forms
+            if _same(form.loss(form.outputs(logits), form.targets(labels)), value)
+        ]
+
+    def value(self, batch: Any, params: Params | None = None) -> Tensor:
+        """Return what the model says, by default at the parameters of the risk."""
+        params = self._value.params if params is None else params
+        with as_guest(self._device):
+            return self._value(params, batch).detach().squeeze(0)
 
     def check(self, index: int, batch: Any, found: Tensor) -> None:
         """Raise an error if the model says something else of a batch."""
@@ -197,6 +228,19 @@ class ModelLoss:
                 f"where {self.form.loss} is {float(found):.6g}; on the first batch "
                 "they are the same. Give the loss, and target= for the labels."
             )
+
+
+def _elsewhere(params: Params) -> Params:
+    """Parameters that are none of these, as large; zeros are as large as the others."""
+    draw = Noise().like
+    sizes = {n: p.detach().norm() / max(p.numel(), 1) ** 0.5 for n, p in params.items()}
+    largest = max(sizes.values())
+    return {
+        name: of_kind(
+            p, p.detach() + torch.where(sizes[name] > 0, sizes[name], largest) * draw(p)
+        )
+        for name, p in params.items()
+    }
 
 
 def _same(found: Tensor, value: Tensor) -> bool:
