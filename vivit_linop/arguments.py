@@ -122,11 +122,13 @@ def as_list(given: Any, name: str, what: str) -> list[Any]:
     raise TypeError(f"{name}: a list of {what}, got {given!r}.")
 
 
-def check_function(given: Any, name: str) -> None:
+def check_function(given: Any, name: str, what: str = "a function") -> None:
     """Refuse what cannot be called, and classes."""
-    if not callable(given) or isinstance(given, type):
-        what = given.__name__ if isinstance(given, type) else type(given).__name__
-        raise TypeError(f"{name}: a function, got {what}.")
+    if not callable(given):
+        raise TypeError(f"{name}: {what}, got {type(given).__name__}.")
+    if isinstance(given, type):
+        kind = given.__name__
+        raise TypeError(f"{name}: {what}, got the class {kind}; make one, {kind}().")
 
 
 def check_generator(given: Any) -> None:

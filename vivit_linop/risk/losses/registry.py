@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vivit_linop.arguments import check_choice
+from vivit_linop.arguments import check_choice, check_function
 from vivit_linop.graphs import leaves_of
 from vivit_linop.risk.losses.autograd import AutogradLoss, parts_of, uses_parameters
 from vivit_linop.risk.losses.base import OutputLoss
@@ -229,15 +229,9 @@ def checked_reduction(loss: Any, reduction: str | None) -> str:
         TypeError: If it cannot be called with outputs and targets.
         ValueError: If its reduction is missing, contradictory or ``"none"``.
     """
-    if not callable(loss):
-        raise TypeError(
-            "loss: a torch.nn loss or a function (output, target) -> scalar, got "
-            f"{type(loss).__name__}."
-        )
-    if isinstance(loss, type):
-        raise TypeError(
-            f"loss: the class {loss.__name__} itself; make one, {loss.__name__}()."
-        )
+    check_function(
+        loss, "loss", "a torch.nn loss or a function (output, target) -> scalar"
+    )
     own = getattr(loss, "reduction", None)
     if type(loss) is nn.KLDivLoss and own == "batchmean":
         own = "mean"

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from vivit_linop.arguments import check_has_values
+from vivit_linop.arguments import check_function, check_has_values
 from vivit_linop.graphs import leaves_of
 from vivit_linop.risk.model.copies import referent
 from vivit_linop.risk.model.parameters import HALVES
@@ -26,20 +26,12 @@ _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm
 
 def check_given(model: Any, predict: Any) -> None:
     """Refuse what is no model, and what cannot call one."""
-    if not callable(model):
-        raise TypeError(
-            "model: an nn.Module or a function (params, x) -> output, got "
-            f"{type(model).__name__}."
-        )
-    if isinstance(model, type):
-        raise TypeError(
-            f"model: the class {model.__name__} itself; make one, {model.__name__}(…)."
-        )
-    if predict is not None and not callable(predict):
-        raise TypeError(
-            f"predict: a function (model, X) -> output, got {type(predict).__name__}."
-        )
-    if predict is not None and not isinstance(model, nn.Module):
+    wanted = "an nn.Module or a function (params, x) -> output"
+    check_function(model, "model", wanted)
+    if predict is None:
+        return
+    check_function(predict, "predict", "a function (model, X) -> output")
+    if not isinstance(model, nn.Module):
         raise TypeError(
             "predict: is how a module is called, but the model is a function "
             "(params, x) -> output already; put it into that function."
