@@ -352,10 +352,9 @@ def described(value: Any) -> str:
     found = opened(value)
     if found is None:
         return type(value).__name__
-    if type(value) is tuple:
-        return "(" + ", ".join(map(described, value)) + ")"
-    if type(value) is list:
-        return "[" + ", ".join(map(described, value)) + "]"
+    if type(value) in (tuple, list):
+        items = ", ".join(map(described, value))
+        return f"({items})" if type(value) is tuple else f"[{items}]"
     named = zip(found.names, found.parts, strict=True)
     items = ", ".join(f"{name}: {described(part)}" for name, part in named)
     name = "" if type(value) is dict else type(value).__name__

@@ -151,6 +151,9 @@ class Graphs(Samples):
         rows, of_edges = torch.cat(nodes), torch.cat(theirs)
         own = torch.cat(renumbered, dim=1)
         sizes = torch.tensor([len(some) for some in nodes], device=owner.device)
+        taken = {n: index, edges.shape[1]: of_edges, len(owner): rows}
+        if not self._nodes_first:
+            taken[edges.shape[1]] = of_edges
         places = itertools.count()
 
         def part(tensor: Tensor) -> Tensor:
@@ -161,10 +164,7 @@ class Graphs(Samples):
             if place == self._edges:
                 return own.to(tensor)
             length = len(tensor) if tensor.ndim else -1
-            own_rows = {n: index, edges.shape[1]: of_edges, len(owner): rows}
-            if length == edges.shape[1] and not self._nodes_first:
-                return tensor[of_edges]
-            return tensor[own_rows[length]] if length in own_rows else tensor
+            return tensor[taken[length]] if length in taken else tensor
 
         return map_leaves(part, X)
 
