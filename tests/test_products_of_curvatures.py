@@ -98,6 +98,21 @@ def test_norms_of_what_differs_little_keep_their_digits(dtype: torch.dtype) -> N
             assert error < (1e-9 if dtype == torch.float64 else 1e-2)
 
 
+def test_traces_of_products_in_two_eigenbases() -> None:
+    """Of eigenvalues that have nothing to do with each other."""
+    parts = [torch.randn(2, k, k, dtype=torch.float64) for k in (3, 4)]
+    E, F = (
+        CorrectedKronecker(
+            vl.Kronecker(*(part[number] @ part[number].T for part in parts)),
+            torch.rand(12, dtype=torch.float64),
+        )
+        for number in range(2)
+    )
+    truth = (E.to_dense() * F.to_dense()).sum()
+    for product in (E @ F, F @ E):
+        torch.testing.assert_close(product.trace(), truth)
+
+
 def test_norms_of_large_kronecker_products() -> None:
     """Of 120,000 rows, which nobody can multiply one by one."""
     parts = [torch.randn(k, k, dtype=torch.float64) / k**0.5 for k in (300, 400)]
