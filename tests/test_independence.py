@@ -539,3 +539,43 @@ def test_clipping_that_has_no_effect() -> None:
     for matrix in (vl.GGN, vl.EmpiricalFisher):
         found, truth = (matrix(m, CE, (X, Y)).to_dense() for m in (model, plain))
         torch.testing.assert_close(found, truth)
+
+
+def zero(layer: nn.Linear) -> nn.Linear:
+    nn.init.zeros_(layer.weight)
+    return layer
+
+
+def behind_a_head(m: Any, X: Tensor, mix: Any) -> Tensor:
+    out: Tensor = m.head(mix(m.f(X)))
+    return out
+
+
+def behind_a_gate(m: Any, X: Tensor, mix: Any) -> Tensor:
+    out: Tensor = m.f(X) + m.gate * mix(m.f(X))
+    return out
+
+
+def behind_an_adapter(m: Any, X: Tensor, mix: Any) -> Tensor:
+    out: Tensor = m.f(X) + mix(X @ m.a) @ m.head.weight
+    return out
+
+
+@pytest.mark.parametrize("forward", [behind_a_head, behind_a_gate, behind_an_adapter])
+def test_mixing_behind_what_is_zero_at_the_start(forward: Any) -> None:
+    """Outputs are the same whatever others there are; slopes are not."""
+
+    def of(mix: Any) -> nn.Module:
+        members = {
+            "f": net(),
+            "head": zero(nn.Linear(3, 3)),
+            "a": nn.Parameter(torch.randn(4, 3)),
+            "gate": nn.Parameter(torch.zeros(())),
+        }
+        return Lambda(lambda m, X: forward(m, X, mix), **members).double()
+
+    for mix in (MIXING["mean"], MIXING["attention"]):
+        with pytest.raises(ValueError, match="its derivatives are not"):
+            vl.EmpiricalRisk(of(mix), CE, (X, Y))
+    model = of(torch.tanh)
+    assert vl.EmpiricalRisk(model, CE, (X, Y)).gradient().any()
