@@ -541,7 +541,7 @@ def test_clipping_that_has_no_effect() -> None:
         torch.testing.assert_close(found, truth)
 
 
-def zero(layer: nn.Linear) -> nn.Linear:
+def zero(layer: Any) -> Any:
     nn.init.zeros_(layer.weight)
     return layer
 
@@ -561,9 +561,16 @@ def behind_an_adapter(m: Any, X: Tensor, mix: Any) -> Tensor:
     return out
 
 
-@pytest.mark.parametrize("forward", [behind_a_head, behind_a_gate, behind_an_adapter])
+def behind_a_scale(m: Any, X: Tensor, mix: Any) -> Tensor:
+    out: Tensor = m.f(X) + m.norm(mix(m.f(X)))
+    return out
+
+
+@pytest.mark.parametrize(
+    "forward", [behind_a_head, behind_a_gate, behind_an_adapter, behind_a_scale]
+)
 def test_mixing_behind_what_is_zero_at_the_start(forward: Any) -> None:
-    """Outputs are the same whatever others there are; slopes are not."""
+    """Outputs are the same whatever others there are, and elsewhere they are not."""
 
     def of(mix: Any) -> nn.Module:
         members = {
@@ -571,11 +578,13 @@ def test_mixing_behind_what_is_zero_at_the_start(forward: Any) -> None:
             "head": zero(nn.Linear(3, 3)),
             "a": nn.Parameter(torch.randn(4, 3)),
             "gate": nn.Parameter(torch.zeros(())),
+            "norm": zero(nn.LayerNorm(3)),
         }
         return Lambda(lambda m, X: forward(m, X, mix), **members).double()
 
     for mix in (MIXING["mean"], MIXING["attention"]):
-        with pytest.raises(ValueError, match="its derivatives are not"):
-            vl.EmpiricalRisk(of(mix), CE, (X, Y))
+        for dtype in (torch.float32, torch.float64):
+            with pytest.raises(ValueError, match=r"others? .*where '.*' is not zero"):
+                vl.EmpiricalRisk(of(mix).to(dtype), CE, (X.to(dtype), Y))
     model = of(torch.tanh)
     assert vl.EmpiricalRisk(model, CE, (X, Y)).gradient().any()

@@ -29,7 +29,7 @@ from vivit_linop.risk.losses.base import OutputLoss
 from vivit_linop.risk.losses.derived import LossOfItems
 from vivit_linop.risk.model.functional import FunctionalModel
 from vivit_linop.risk.model.original import Params
-from vivit_linop.risk.model.parameters import ParameterVectors, all_finite, check_finite
+from vivit_linop.risk.model.parameters import ParameterVectors, check_finite
 from vivit_linop.risk.model.same_function import check_alike, digests_of
 from vivit_linop.risk.passes import Passes, does_not_fit
 from vivit_linop.risk.row_layout import RowLayout
@@ -131,11 +131,8 @@ class Risk(ParameterVectors):
             both = torch.stack([total, weight]).to(self.device)
             total, weight = self.ranks.total(both).unbind()
         # Together, since the host waits for the device to read them.
-        known = [total, weight.to(total)]
+        value, divisor = torch.stack([total, weight.to(total)]).tolist()
         if not self.model.is_finite:
-            known.append(all_finite(self.params).to(total))
-        value, divisor, *is_finite = torch.stack(known).tolist()
-        if is_finite == [0.0]:
             check_finite(self.params, "params")
         self.model.is_finite = True
         if self.reduction != "mean":

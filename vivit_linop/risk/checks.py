@@ -30,7 +30,11 @@ from vivit_linop.risk.kept import Run, run_of
 from vivit_linop.risk.model.functional import FunctionalModel
 from vivit_linop.risk.model.original import Params
 from vivit_linop.risk.model.outputs import RaggedOutputs
-from vivit_linop.risk.model.parameters import check_finite, other_entries
+from vivit_linop.risk.model.parameters import (
+    check_finite,
+    largest_entries,
+    other_entries,
+)
 
 # From how many states of the generators a model that draws is evaluated on the first
 # batch. A coin that is used falls alike in all of them once in 2⁸ times.
@@ -132,7 +136,15 @@ def checked_outputs(
     # one for each batch would let the heap of the process grow.
     output = output.detach()
     output = output.clone()
-    finite, *parts = read([output.isfinite().all(), *moved, *run.written])
+    of_params = list[Tensor]()
+    if not (index or model.is_finite):
+        sizes = largest_entries(model.params)
+        of_params = [sizes.isfinite().all(), *(sizes == 0.0)]
+    outputs_finite, *parts = read(
+        [output.isfinite().all(), *of_params, *moved, *run.written]
+    )
+    _note(model, parts[: len(of_params)])
+    parts = parts[len(of_params) :]
     changed = [name for name, has in zip(buffers, parts, strict=False) if has]
     if changed:
         model.restore({name: kept[name] for name in changed})
@@ -148,7 +160,7 @@ def checked_outputs(
     model.writes |= writes
     if drawn:
         _check_unmoved(model, index, X, output)
-    if not finite:
+    if not outputs_finite:
         check_finite(model.params, "params")
         bad = ~output.reshape(len(output), -1).isfinite().all(1)
         raise ValueError(
@@ -157,6 +169,17 @@ def checked_outputs(
         )
     serves = run.record is not None and not (writes or drawn or changed)
     return Checked(output, run.graph_bytes, run if serves else None)
+
+
+def _note(model: FunctionalModel, answers: Sequence[bool]) -> None:
+    """Whether all parameters are finite, and then which are zero, if it was asked."""
+    if answers:
+        model.is_finite, *are_zero = answers
+        model.zeros = [
+            name
+            for (name, p), is_zero in zip(model.params.items(), are_zero, strict=True)
+            if is_zero and p.numel() and "bias" not in name.rpartition(".")[2]
+        ]
 
 
 def _check_form(model: FunctionalModel, where: str, output: Tensor, n: int) -> None:

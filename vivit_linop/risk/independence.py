@@ -27,7 +27,7 @@ from vivit_linop.risk.checks import MASKED, difference_and_size, same_outputs
 from vivit_linop.risk.data.containers import leaves, map_leaves
 from vivit_linop.risk.data.samples import Samples
 from vivit_linop.risk.model.frozen_values import DETACHES, switches_gradients
-from vivit_linop.risk.model.functional import FunctionalModel
+from vivit_linop.risk.model.functional import FunctionalModel, elsewhere
 from vivit_linop.risk.model.original import Params
 
 # Samples to be put together, and the places of them whose outputs are compared.
@@ -83,8 +83,10 @@ def independent_samples(
                     failures[samples] = error
                     continue
                 if same:
-                    if n > 1 and (watch.doubtful or _may_hide(model)):
+                    if n > 1 and watch.doubtful:
                         _check_derivatives(model, X, output, samples)
+                    if n > 1 and model.zeros:
+                        _check_behind_zeros(model, X, samples, asking[-1])
                     return samples
                 asked.remove(samples)
         model(model.params, X)  # an error that it always raises is to be seen
@@ -125,13 +127,24 @@ class _Watch(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _may_hide(model: FunctionalModel) -> bool:
-    """Whether a factor is zero behind which outputs are the same whatever is there.
+def _check_behind_zeros(
+    model: FunctionalModel, X: Any, samples: Samples, question: Question
+) -> None:
+    """Raise an error if samples have other outputs beside others elsewhere.
 
-    As heads, adapters and gates are at the start; biases hide nothing.
+    Behind a head, an adapter or a gate that is zero, outputs are the same whatever is
+    there. Nothing is said of nets that do not run there or in float64.
     """
-    factors = [p for p in model.params.values() if p.ndim != 1 and p.numel()]
-    return bool(factors) and not torch.stack([p.any() for p in factors]).all()
+    apart = False
+    with tolerated(Exception):
+        params, X = model.cast(elsewhere(model.params), X, torch.float64)
+        output = model(params, X).detach()
+        found = _apart_among(model, params, X, output, samples, *question)
+        # An iteration that ends when all samples have converged leaves differences.
+        apart = _in_proportion([found])[0] > _FAR[output.dtype]
+        apart = apart and not _are_alone(model, params, X, output, samples)
+    if apart:
+        raise dependent(f" where {model.zeros[0]!r} is not zero")
 
 
 def _check_derivatives(
@@ -201,11 +214,11 @@ def _dependent(model: FunctionalModel, X: Any, output: Tensor) -> ValueError:
     return dependent()
 
 
-def dependent() -> ValueError:
+def dependent(where: str = "") -> ValueError:
     """What to say of samples that have other outputs beside others."""
     return ValueError(
         "model: its outputs for a sample depend on the other samples of the "
-        "batch, so per-sample curvature is undefined. Look for normalisations "
+        f"batch{where}, so per-sample curvature is undefined. Look for normalisations "
         "or means over the batch, and for inputs without a sample axis, such "
         "as a mask, that are as long as the batch: sample_axis= says where samples "
         "are. (check=False turns this check off.)"

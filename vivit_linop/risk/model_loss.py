@@ -17,10 +17,9 @@ from torch import Tensor, nn
 
 from vivit_linop.devices import tolerated
 from vivit_linop.modes import as_guest
-from vivit_linop.noise import Noise
 from vivit_linop.risk.data.batches import LABELS, Target, as_batches
 from vivit_linop.risk.data.containers import described
-from vivit_linop.risk.model.functional import FunctionalModel, of_kind
+from vivit_linop.risk.model.functional import FunctionalModel, elsewhere
 from vivit_linop.risk.model.original import Params, Predict
 from vivit_linop.risk.passes import iterate, replay
 
@@ -193,7 +192,7 @@ class ModelLoss:
         forms = self._fitting(forms, logits, labels, self.value(batch))
         # Whatever a model says to parameters that it has not.
         with tolerated(Exception):
-            params = _elsewhere(params)
+            params = elsewhere(params)
             value = self.value(batch, params)
             if value.isfinite():
                 found = self._logits(logits_of, params, batch)
@@ -228,19 +227,6 @@ class ModelLoss:
                 f"where {self.form.loss} is {float(found):.6g}; on the first batch "
                 "they are the same. Give the loss, and target= for the labels."
             )
-
-
-def _elsewhere(params: Params) -> Params:
-    """Parameters that are none of these, as large; zeros are as large as the others."""
-    draw = Noise().like
-    sizes = {n: p.detach().norm() / max(p.numel(), 1) ** 0.5 for n, p in params.items()}
-    largest = max(sizes.values())
-    return {
-        name: of_kind(
-            p, p.detach() + torch.where(sizes[name] > 0, sizes[name], largest) * draw(p)
-        )
-        for name, p in params.items()
-    }
 
 
 def _same(found: Tensor, value: Tensor) -> bool:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from vivit_linop.devices import tolerated
 from vivit_linop.modes import default_dtype, numbers_put_back
+from vivit_linop.noise import Noise
 from vivit_linop.risk.data.containers import copied, leaves, map_leaves
 from vivit_linop.risk.model import memory_format
 from vivit_linop.risk.model.foreign_memory import ForeignMemory
@@ -83,6 +84,7 @@ class FunctionalModel:
         channels_last: Whether it gets images in another order in memory
             (:mod:`vivit_linop.risk.model.memory_format`); not once it has refused.
         is_finite: Whether the parameters are known to hold no NaN or Inf.
+        zeros: Those that were found to be zero, and may be factors: not biases.
     """
 
     def __init__(
@@ -99,6 +101,7 @@ class FunctionalModel:
         self.precision, self._default_dtype = dtype, torch.get_default_dtype()
         self.writes = self.keeps_gradients = self.channels_last = self.draws = False
         self.is_finite = False
+        self.zeros: list[str] = []
         self.foreign = ForeignMemory()
         self._empty: list[str] = []
         self.constants: Params = {}
@@ -410,6 +413,19 @@ def of_kind(like: Tensor, values: Tensor) -> Tensor:
     if isinstance(like, nn.Parameter) and type(values) is Tensor:
         return nn.Parameter(values, requires_grad=False)
     return values
+
+
+def elsewhere(params: Params) -> Params:
+    """Parameters that are none of these, as large; zeros are as large as the others."""
+    draw = Noise().like
+    sizes = {n: p.detach().norm() / max(p.numel(), 1) ** 0.5 for n, p in params.items()}
+    largest = max(sizes.values())
+    return {
+        name: of_kind(
+            p, p.detach() + torch.where(sizes[name] > 0, sizes[name], largest) * draw(p)
+        )
+        for name, p in params.items()
+    }
 
 
 def is_written(own: Tensor, given: Tensor) -> Tensor:

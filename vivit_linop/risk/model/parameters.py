@@ -245,19 +245,23 @@ def check_chosen(params: dict[str, Tensor], dtype: torch.dtype | None = None) ->
 
 def check_finite(params: dict[str, Tensor], argument: str) -> None:
     """Refuse NaN and Inf."""
-    if all_finite(params):
+    if largest_entries(params).isfinite().all():
         return
     for name, p in params.items():
         if not p.detach().isfinite().all():
             raise ValueError(f"{argument}: {name!r} holds NaN or Inf.")
 
 
-def all_finite(params: dict[str, Tensor]) -> Tensor:
-    """Whether there is no NaN or Inf, nor a sum that overflows; not read by the host.
+def largest_entries(params: Mapping[str, Tensor]) -> Tensor:
+    """The largest entry of each parameter by size, NaN where it has one.
 
-    A sum is one pass over the entries.
+    It is not read by the host, and one pass over the entries.
     """
-    return torch.stack([p.detach().sum() for p in params.values()]).isfinite().all()
+    sizes = [
+        torch.linalg.vector_norm(p.detach(), torch.inf if p.numel() else 0)
+        for p in params.values()
+    ]
+    return torch.stack(sizes)
 
 
 # Vectors -----------------------------------------------------------------------------
