@@ -586,5 +586,6 @@ def test_mixing_behind_what_is_zero_at_the_start(forward: Any) -> None:
         for dtype in (torch.float32, torch.float64):
             with pytest.raises(ValueError, match=r"others? .*where '.*' is not zero"):
                 vl.EmpiricalRisk(of(mix).to(dtype), CE, (X.to(dtype), Y))
-    model = of(torch.tanh)
-    assert vl.EmpiricalRisk(model, CE, (X, Y)).gradient().any()
+    for dtype in (torch.float32, torch.float64):
+        model = of(torch.tanh).to(dtype)
+        assert vl.EmpiricalRisk(model, CE, (X.to(dtype), Y)).gradient().any()
