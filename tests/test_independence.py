@@ -589,3 +589,10 @@ def test_mixing_behind_what_is_zero_at_the_start(forward: Any) -> None:
     for dtype in (torch.float32, torch.float64):
         model = of(torch.tanh).to(dtype)
         assert vl.EmpiricalRisk(model, CE, (X.to(dtype), Y)).gradient().any()
+
+
+def test_mixing_behind_a_net_that_is_zero() -> None:
+    """There is nothing as large as which its parameters could be."""
+    model = Lambda(lambda m, X: m.f(X - X.mean(0)), f=zero(nn.Linear(4, 3, False)))
+    with pytest.raises(ValueError, match=r"where '.*' is not zero"):
+        vl.EmpiricalRisk(model.double(), CE, (X, Y))

@@ -172,7 +172,7 @@ def checked_outputs(
 
 
 def _note(model: FunctionalModel, answers: Sequence[bool]) -> None:
-    """Whether all parameters are finite, and then which are zero, if it was asked."""
+    """Keep what was read of the parameters: whether all are finite, which are zero."""
     if answers:
         model.is_finite, *are_zero = answers
         model.zeros = [

@@ -416,15 +416,19 @@ def of_kind(like: Tensor, values: Tensor) -> Tensor:
 
 
 def elsewhere(params: Params) -> Params:
-    """Parameters that are none of these, as large; zeros are as large as the others."""
+    """Parameters that are none of these, as large.
+
+    Zeros become as large as the largest of the others, or 1 where all are zero.
+    """
+    sizes = torch.stack(
+        [p.detach().norm() / max(p.numel(), 1) ** 0.5 for p in params.values()]
+    )
+    largest = sizes.max()
+    sizes = sizes.where(sizes > 0, largest.where(largest > 0, 1.0))
     draw = Noise().like
-    sizes = {n: p.detach().norm() / max(p.numel(), 1) ** 0.5 for n, p in params.items()}
-    largest = max(sizes.values())
     return {
-        name: of_kind(
-            p, p.detach() + torch.where(sizes[name] > 0, sizes[name], largest) * draw(p)
-        )
-        for name, p in params.items()
+        name: of_kind(p, p.detach() + size * draw(p))
+        for (name, p), size in zip(params.items(), sizes, strict=True)
     }
 
 
