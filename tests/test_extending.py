@@ -54,11 +54,6 @@ class OnlyTheFirstColumn(Sound):
         return (self.matrix @ X[:, :1]).expand(-1, X.shape[1]).clone()
 
 
-class FlatMatrices(Sound):
-    def _multiply(self, X):
-        return (self.matrix @ X).reshape(-1, 1)
-
-
 class NotANumber(Sound):
     def _multiply(self, X):
         return torch.nan * (self.matrix @ X)
@@ -189,7 +184,6 @@ FAULTS = {
     WrongAdjoint: "relative error",
     ClaimsToBeSelfAdjoint: "relative error",
     OnlyTheFirstColumn: "op @ torch matrix: relative error",
-    FlatMatrices: "op @ torch matrix: shape",
     NotANumber: "relative error nan",
     Mutates: "op @ torch vector",
     MutatesInTheAdjoint: "torch vector @ op",
@@ -316,6 +310,32 @@ def test_battery_allows_nothing_where_zero_is_right():
 
 
 # What a subclass needs --------------------------------------------------------------
+
+
+class FlatMatrices(Sound):
+    def _multiply(self, X):
+        return (self.matrix @ X).reshape(-1, 1)
+
+
+class OneColumnOfMany(Sound):
+    def _multiply(self, X):
+        return self.matrix @ X[:, 0]
+
+
+class FewerRows(Sound):
+    def _multiply(self, X):
+        return self.matrix[1:] @ X
+
+
+@pytest.mark.parametrize("wrong", [FlatMatrices, OneColumnOfMany, FewerRows])
+def test_products_of_another_shape_are_refused(wrong):
+    """A vector for each of two columns would pass for a product with one."""
+    op, X = wrong(torch.rand(3, 3).double()), torch.rand(3, 2).double()
+    for multiply in (lambda: op @ X, lambda: X.numpy().T @ op.T, op.to_dense):
+        with pytest.raises(
+            ValueError, match=r"^_multiply: of \[3, .\] <3x3 .* returned"
+        ):
+            multiply()
 
 
 def test_undefined_products_are_named():

@@ -30,7 +30,8 @@ def check_operator(
     that inputs stay as they are and results do not share their memory; adjoints, the
     scalings and sums of the algebra, mixed expressions with SciPy's operators,
     integers, booleans and complex numbers, gradients through products, ``to_dense``,
-    and the errors for wrong shapes.
+    the diagonal and the trace, and the errors for wrong shapes. What other verbs
+    return (``op.inv()``, ``op.sqrt()``) is an operator with a matrix of its own.
 
     Args:
         op: The operator.
@@ -149,7 +150,10 @@ class _Battery:
 
     def attributes(self) -> None:
         op = self.op
-        _require(tuple(op.shape) == tuple(self.A.shape), f"shape is {op.shape}")
+        _require(
+            tuple(op.shape) == tuple(self.A.shape),
+            f"op.shape is {tuple(op.shape)}, that of dense {tuple(self.A.shape)}",
+        )
         _require(isinstance(op.dtype, np.dtype), "dtype is not a numpy dtype")
         _require(op.dtype == self.np_dtype, "dtype and torch_dtype do not match")
         _require(isinstance(op.device, torch.device), "device is no torch.device")

@@ -256,8 +256,14 @@ class TorchLinearOperator(VerbMethods["TorchLinearOperator"], NumpyProducts):
                 X = X.clone()
             if X.shape[1] == 0:
                 return X.new_zeros(self.shape[0], 0)
+            product = self._multiply(X)
+            if product.shape != (self.shape[0], X.shape[1]):
+                raise ValueError(
+                    f"_multiply: of {list(X.shape)} {self!r} returned "
+                    f"{list(product.shape)}; an adjoint has it from _multiply_adjoint."
+                )
             # Parts of another precision do not decide that of the whole.
-            return self._multiply(X).to(X.dtype)
+            return product.to(X.dtype)
 
     def _differentiable(self, X: Tensor) -> Tensor:
         """Multiply so that gradients flow to the columns and to the parts."""
