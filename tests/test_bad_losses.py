@@ -450,3 +450,26 @@ def test_losses_in_a_lower_precision() -> None:
     )
     exact = vl.EmpiricalRisk(net(), MSE, (X, TARGETS)).gradient()
     torch.testing.assert_close(higher.gradient(), exact.float())
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda target, output: CE(output, target),
+        lambda output, target: output.logits.sum() + target.sum(),
+        lambda output, target: (output[:, 3] - target).square().mean(),
+    ],
+    ids=["swapped", "another container", "a class too many"],
+)
+def test_a_loss_that_fails_says_on_what(loss: Any) -> None:
+    """The error is that of the loss; a note says what it was called with."""
+    with pytest.raises((RuntimeError, IndexError, AttributeError)) as caught:
+        vl.EmpiricalRisk(net(), loss, (X, CLASSES), reduction="mean")
+    (note,) = caught.value.__notes__
+    assert note.startswith("loss: <lambda>")
+    assert "with a tensor [6, 3] and a tensor [6]." in note
+
+
+def test_kfac_names_the_variant_that_draws_nothing() -> None:
+    loss = nn.MultiMarginLoss()
+    refused("mc_samples", lambda: vl.KFAC(net(), loss, (X, CLASSES)), says="'exact'")

@@ -381,3 +381,68 @@ def test_training_mode_of_larger_modules(layer: nn.Module) -> None:
         return (out if isinstance(out, Tensor) else out[0])[:, 0, :3]
 
     refused("model", risk_of(Lambda(forward, f=layer).double().train()), ValueError)
+
+
+@pytest.mark.parametrize(
+    ("data", "found"),
+    [
+        ((X[:, :3], CLASSES), "a tensor [6, 3]"),
+        ((X.numpy(), CLASSES), "ndarray"),
+        ({"x": X, "labels": CLASSES}, "{x: a tensor [6, 4]}"),
+    ],
+    ids=["features", "array", "mapping"],
+)
+def test_a_model_that_fails_says_on_what(data: Any, found: str) -> None:
+    """The error is that of the model; a note says what it was given."""
+    with pytest.raises((RuntimeError, TypeError)) as caught:
+        vl.EmpiricalRisk(net(), CE, data)
+    (note,) = caught.value.__notes__
+    assert note.startswith("data: ") and f"batch 0, {found}." in note
+    assert "predict=" in note
+
+
+def test_arrays_in_the_place_of_tensors() -> None:
+    refused("data", risk_of(data=(X.numpy(), CLASSES.numpy())), says="from_numpy")
+
+
+def test_names_of_parameters() -> None:
+    for params in (["0.weight"], net().named_parameters()):
+        refused("params", risk_of(params=params), TypeError, "risk.over(names)")
+
+
+class Root(nn.Module):
+    """|W x| as a root, which has no derivative at zero."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(4, 5, bias=False).double()
+        self.last = nn.Linear(5, 3).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.first(x).square().sqrt())
+
+
+def _below_where(model: Any, x: Tensor) -> Tensor:
+    hidden = model.first(x)
+    return model.last(torch.where(hidden != 0.0, hidden.abs().sqrt(), hidden))
+
+
+def _infinite(model: Any, x: Tensor) -> Tensor:
+    return model.last(model.first(x.where(x != 0.0, torch.inf)).nan_to_num().tanh())
+
+
+@pytest.mark.parametrize("predict", [None, _below_where, _infinite])
+def test_derivatives_that_are_none_of_finite_outputs(predict: Any) -> None:
+    """Nothing is wrong with second derivatives, dampings or sums over samples."""
+    data = torch.cat([X, torch.zeros(1, 4).double()]), CLASSES[[*range(6), 0]]
+    risk = vl.EmpiricalRisk(Root(), CE, data, predict=predict)
+    names = "model: its derivatives in 'first.weight' are NaN or Inf"
+    x = torch.ones(risk.num_params).double()
+    for compute in (
+        lambda: vl.Jacobian(risk) @ x,
+        lambda: vl.GGN(risk) @ x,
+        lambda: vl.trust_region_step(risk, vl.Identity(risk.num_params), 0.1),
+    ):
+        refused("model", compute, ValueError, names)
+    rest = risk.subset(range(6))
+    assert rest.gradient().isfinite().all()

@@ -41,6 +41,7 @@ from vivit_linop.risk.data.containers import copied, leaves
 from vivit_linop.risk.empirical import EmpiricalRisk
 from vivit_linop.risk.kept import Run, Store
 from vivit_linop.risk.model.original import Params
+from vivit_linop.risk.model.parameters import check_derivatives
 from vivit_linop.warned import ignoring
 
 # One convolution in this many matrix products makes a trace worth its time.
@@ -233,6 +234,7 @@ class Preparation:
         linear. Rounding to a lower precision is not, nor is a coarse iteration.
         """
         graph, (_, u, once) = self._graph, self._probed()
+        check_derivatives(self._params, once)
         graph.check_repeats((u, once))
         v = Noise(1)(u.numel(), like=u)
         error = once + graph.pull_back(v) - graph.pull_back(u + v)

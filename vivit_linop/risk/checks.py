@@ -117,6 +117,10 @@ def checked_outputs(
                     f"{described(X)}: {error}. (A tuple of two is one pair (X, y), a "
                     "list holds batches.)"
                 ) from error
+            error.add_note(
+                f"data: the model was given the inputs of batch {index}, "
+                f"{described(X)}. predict= says how else it is to be called."
+            )
             raise
         after = random_states(model.device)
         model.draws |= used[0]

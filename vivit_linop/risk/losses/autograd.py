@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vivit_linop.devices import tolerated
 from vivit_linop.graphs import leaves_of
-from vivit_linop.risk.data.containers import leaves, map_leaves
+from vivit_linop.risk.data.containers import described, leaves, map_leaves
 from vivit_linop.risk.losses.base import OutputLoss
 from vivit_linop.risk.losses.numbers_read import NumbersRead
 from vivit_linop.risk.model.foreign_memory import ForeignMemory
@@ -76,14 +76,18 @@ class AutogradLoss(OutputLoss):
                 "target, with reduction=: for example lambda output, target: "
                 "loss(*output, target), where the model returns (a, b)."
             ) from error
-        except RuntimeError as error:
+        except Exception as error:
             given = [y.dtype for y in leaves(target) if not y.is_floating_point()]
-            if not given or not self._takes_real(output, target):
-                raise
-            raise TypeError(
-                f"data: targets are {given[0]}, which {self.name} does not take "
-                f"({error}). Convert them with y.to({output.dtype})."
-            ) from error
+            if given and self._takes_real(output, target):
+                raise TypeError(
+                    f"data: targets are {given[0]}, which {self.name} does not take "
+                    f"({error}). Convert them with y.to({output.dtype})."
+                ) from error
+            error.add_note(
+                f"loss: {self.name} was called as loss(output, target), with "
+                f"{described(self.as_returned(output))} and {described(target)}."
+            )
+            raise
         if not isinstance(value, Tensor) or value.numel() != 1:
             shape = list(value.shape) if isinstance(value, Tensor) else value
             raise ValueError(

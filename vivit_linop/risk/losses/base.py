@@ -260,7 +260,8 @@ class OutputLoss(ABC):
         """
         raise ValueError(
             f"mc_samples: {self.name} has no likelihood to sample from; use "
-            "mc_samples=0, or say how labels are drawn: vl.Loss(…, sample=…)."
+            "mc_samples=0 (KFAC and EKFAC: variant='exact'), or say how labels are "
+            "drawn: vl.Loss(…, sample=…)."
         )
 
     @property

@@ -154,7 +154,8 @@ def _chosen_one_by_one(
         if not isinstance(p, Tensor):
             raise TypeError(
                 "params: parameters of the model, after the data: (model, loss, data, "
-                f"params). Number {position} is of type {type(p).__name__}."
+                f"params). Number {position} is of type {type(p).__name__}. Names are "
+                "for risk.over(names)."
             )
         if id(p) not in names:
             raise ValueError(
@@ -250,6 +251,20 @@ def check_finite(params: dict[str, Tensor], argument: str) -> None:
     for name, p in params.items():
         if not p.detach().isfinite().all():
             raise ValueError(f"{argument}: {name!r} holds NaN or Inf.")
+
+
+def check_derivatives(params: Mapping[str, Tensor], vec: Tensor) -> None:
+    """Refuse NaN and Inf in derivatives ``[D]`` of what is finite itself."""
+    if vec.isfinite().all():
+        return
+    parts = vec.split([p.numel() for p in params.values()])
+    bad = [n for n, d in zip(params, parts, strict=True) if not d.isfinite().all()]
+    raise ValueError(
+        f"model: its derivatives in {bad[0]!r} are NaN or Inf where its outputs are "
+        "finite, or those of the loss are. Roots, norms and logarithms have such at "
+        "zero, also below torch.where; so has what has Inf among its inputs. Add a "
+        "small number below the root, or leave these samples out."
+    )
 
 
 def largest_entries(params: Mapping[str, Tensor]) -> Tensor:
