@@ -407,3 +407,21 @@ def test_over_none_and_others() -> None:
         risk.over(["0.bias", "weight"])
     with pytest.raises(ValueError, match=r"names: some of .* found none"):
         risk.over([])
+
+
+def test_noise_of_regression_is_the_variance_of_the_loss() -> None:
+    """As sigma_noise of laplace-torch: the evidence of N(f, σ²), densely."""
+    torch.manual_seed(0)
+    X, y = torch.randn(7, 3).double(), torch.randn(7, 2).double()
+    net, sigma, tau = nn.Linear(3, 2).double(), 0.3, 2.0
+    targets = torch.stack([y, torch.full_like(y, sigma**2)], -1)
+    loss = nn.GaussianNLLLoss(reduction="sum", full=True)
+    la = vl.Laplace(vl.EmpiricalRisk(net, loss, (X, targets)), tau)
+    design = torch.cat([X, torch.ones(7, 1).double()], 1)
+    precision = design.T @ design / sigma**2 + tau * torch.eye(4).double()
+    evidence = torch.distributions.Normal(net(X), sigma).log_prob(y).sum()
+    theta = torch.cat([net.weight, net.bias[:, None]], 1)
+    evidence = evidence - tau / 2 * theta.square().sum()
+    evidence = evidence + 4 * math.log(tau) - torch.logdet(precision)
+    torch.testing.assert_close(la.log_marginal_likelihood(), evidence.detach())
+    assert repr(la).startswith("<Laplace 'full' of <EmpiricalRisk: 8 parameters")

@@ -142,6 +142,10 @@ class Laplace:
         unit = Diagonal(torch.ones_like(self.mean))
         posterior_precision(self.risk, unit, prior_precision)  # which checks it
 
+    def __repr__(self) -> str:
+        """Say what it is made of."""
+        return f"<Laplace {self.structure!r} of {self.risk!r}>"
+
     @cached_property
     def curvature(self) -> TorchLinearOperator:
         """A."""

@@ -431,8 +431,9 @@ def eigvalsh(op: Any) -> Tensor:
 def eigendecomposition(op: Any) -> Eigendecomposition:
     """Return all eigenvalues of a self-adjoint operator and the way to its vectors.
 
-    A rule for it gives ``eigh`` and ``eigvalsh`` with all their arguments; see
-    ``A.eigh``, which costs what the decomposition does.
+    A rule for it returns an object of a subclass of ``vl.linalg.Eigendecomposition``,
+    with ``count``, ``eigenvalues`` and ``pairs``, and gives ``eigh`` and ``eigvalsh``
+    with all their arguments; see ``A.eigh``, which costs what the decomposition does.
 
     Raises:
         TypeError: If there is no closed form.
