@@ -242,6 +242,8 @@ def test_operators_take_the_options_of_a_risk() -> None:
         vl.GGN(risk, dtype=torch.float64)
     with pytest.raises(TypeError, match="unexpected keyword argument 'mc_sample'"):
         vl.GGN(model, nn.MSELoss(), (X, y), mc_sample=1)
+    with pytest.raises(TypeError, match=r"^seed: no argument of this operator"):
+        vl.GGN(risk, mc_samples=1, seed=0)
 
 
 # Complex parameters -------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -264,10 +265,11 @@ def as_risk(
                 "risk: with an EmpiricalRisk, loss, data and params are already given."
             )
         if options:
-            raise TypeError(
-                f"{next(iter(options))}: is an option of the EmpiricalRisk that was "
-                "given; give it there."
-            )
+            name = next(iter(options))
+            known = name in inspect.signature(EmpiricalRisk).parameters
+            found = "is an option of the EmpiricalRisk that was given; give it there"
+            other = "no argument of this operator, nor of EmpiricalRisk"
+            raise TypeError(f"{name}: {found if known else other}.")
         return risk_or_model
     if loss is None or data is None:
         raise TypeError(
