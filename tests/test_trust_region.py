@@ -78,6 +78,9 @@ def test_what_is_refused() -> None:
     concave = vl.Dense(-truth.G)
     with pytest.raises(ValueError, match="damping: the step has the slope"):
         vl.trust_region_step(of, concave, 1e-6)
+    for damping in (-1e-3, -1, torch.tensor(-2.0)):  # longer than the Newton step
+        with pytest.raises(ValueError, match="damping: at least 0"):
+            vl.trust_region_step(of, vl.GGN(of), damping)
     with pytest.raises(ValueError, match="A: a self-adjoint operator of shape"):
         vl.trust_region_step(of, vl.Identity(3), 0.1)
     with pytest.raises(ValueError, match="damping: a self-adjoint operator"):

@@ -19,6 +19,7 @@ from vivit_linop.operators.base import TorchLinearOperator
 from vivit_linop.operators.eigenpairs import Eigenpairs
 from vivit_linop.operators.elementary import Identity
 from vivit_linop.risk.empirical import EmpiricalRisk, check_risk
+from vivit_linop.risk.model.parameters import check_derivatives
 
 Damping = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
@@ -168,8 +169,8 @@ def trust_region_step(
 
     Raises:
         TypeError: If A is not self-adjoint.
-        ValueError: If A + δ I is not positive definite along the gradient, so that s
-            does not descend.
+        ValueError: If δ is negative; if A + δ I is not positive definite along the
+            gradient, so that s does not descend; if the gradient has NaN or Inf.
 
     Example:
         >>> import torch, vivit_linop as vl
@@ -188,8 +189,11 @@ def trust_region_step(
         check_square(damping, D, "damping")
     else:
         check_finite(damping, "damping")
+        if damping < 0.0:
+            raise ValueError(f"damping: at least 0, got {damping}.")
         damping = damping * Identity(D, A._own_dtype, A._own_device)
     g = risk.gradient()
+    check_derivatives(risk.params, g)
     step = -((A + damping).solve(g))
     slope = g @ step
     if not slope < 0.0 and g.any():
