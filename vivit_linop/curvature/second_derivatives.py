@@ -442,6 +442,24 @@ def rewriting(needed: bool) -> contextlib.AbstractContextManager[Any]:
     return _Rewriting() if needed else contextlib.nullcontext()
 
 
+def has_other_words(risk: EmpiricalRisk) -> bool:
+    """Whether the net calls functions that would be written in others."""
+    with as_guest(risk.device), _Watch() as watch:
+        for X, _ in risk.passes.batches("certificate"):
+            risk.model(risk.model.params, X)
+    return watch.has_seen
+
+
+class _Watch(TorchFunctionMode):
+    has_seen = False
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        self.has_seen |= func in _REWRITTEN
+        return func(*args, **(kwargs or {}))
+
+
 class _Rewriting(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: Any = None
