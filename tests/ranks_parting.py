@@ -282,7 +282,8 @@ class Parting(Setting):
 
     def other_rounding(self) -> Iterator[Check]:
         """An optimiser goes the same way where ranks round in other ways."""
-        la, evidence = vl.Laplace(self.risk, 1.5), vl.Laplace.log_marginal_likelihood
+        last = self.risk.over(["3.weight", "3.bias"])  # few steps, each by messages
+        la, evidence = vl.Laplace(last, 1.5), vl.Laplace.log_marginal_likelihood
         factor = 1.0 + 1e-6 * self.rank
 
         def rounded(self: vl.Laplace, given: Any = None) -> Tensor:

@@ -1,5 +1,6 @@
 """What processes that share samples do in tests: run by ``tests.ranks_cases``."""
 
+import importlib
 import json
 import os
 import sys
@@ -22,7 +23,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_modul
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 import vivit_linop as vl
-from tests.cases import CASES
+from tests.cases import CASES, dense
 from tests.ranks_beyond import Beyond
 from tests.ranks_cases import Check, Found, carried_out, join, of_case
 from tests.ranks_parting import Parting
@@ -411,7 +412,15 @@ def _tensor(array: Any) -> Tensor:
 
 
 def main(folder: Path, size: int, work: list[str]) -> None:
-    """Fork the processes: each would take longer to import torch than for its work."""
+    """Fork the processes: each would take longer to import torch than for its work.
+
+    Nor does each of them import torch's compiler, with its first ``vmap``, or compute
+    what is dense.
+    """
+    importlib.import_module("torch._dynamo")
+    for name in work:
+        if name in CASES:
+            dense(name)
     for rank in range(size):
         if os.fork() == 0:
             carry_out(folder, size, rank, work)

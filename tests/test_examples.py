@@ -21,8 +21,12 @@ EXAMPLES = sorted(
     path for path in (ROOT / "examples").glob("[!_]*.py") if path.name not in LARGE
 )
 
-# What most of them import, which takes longer than the rest of some.
-IMPORTS = ["vivit_linop", "matplotlib.pyplot", "sklearn.datasets", "backpack"]
+# What most of them import, which takes longer than the rest of some; torch's compiler
+# comes with the first optimiser or ``vmap``.
+IMPORTS = [
+    *("vivit_linop", "matplotlib.pyplot", "sklearn.datasets", "backpack"),
+    "torch._dynamo",
+]
 
 
 def run(script: Path, arguments: list[str], folder: Path) -> tuple[int | None, str]:

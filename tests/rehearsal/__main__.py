@@ -8,6 +8,7 @@ as JSON or for reading.
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import sys
@@ -74,6 +75,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     given = parser.parse_args()
     warnings.simplefilter("ignore")
+    importlib.import_module("torch._dynamo")  # else each net does, at its first vmap
     for net in given.nets:
         sys.stdout.flush()
         if os.fork() == 0:  # what one net leaves behind counts for no other
