@@ -33,7 +33,7 @@ import vivit_linop as vl
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-NUM_SAMPLES, DAMPING, K = 200, 1e-2, 5
+NUM_SAMPLES, DAMPING, K = 100, 1e-2, 5
 
 # %%
 # What each process does

@@ -34,7 +34,7 @@ import matplotlib.pyplot as plt
 
 NUM_SAMPLES = 512
 NUM_SUBSET = 128
-DAMPINGS = (1e-1, 1e-2, 1e-3)
+DAMPINGS = (1e-1, 1e-2)
 TOLERANCE = 1e-6
 
 # %%
