@@ -42,13 +42,20 @@ def _convolutions() -> tuple[nn.Module, Tensor]:
     return net.double(), torch.rand(N, 2, 5, 5).double()
 
 
+def _convolution() -> tuple[nn.Module, Tensor]:
+    net = nn.Sequential(nn.Conv2d(2, 3, 3), nn.ReLU(), nn.Flatten(), nn.Linear(12, C))
+    return net.double(), torch.rand(N, 2, 4, 4).double()
+
+
 def _risk(
-    net: Callable[[], tuple[nn.Module, Tensor]] = _mlp, memory: int | None = None
+    net: Callable[[], tuple[nn.Module, Tensor]] = _mlp,
+    memory: int | None = None,
+    sizes: tuple[int, ...] = (7, 5),
 ) -> vl.EmpiricalRisk:
     torch.manual_seed(1)
     module, X = net()
     y = torch.randint(C, (N,))
-    data = [(X[:7], y[:7]), (X[7:], y[7:])]
+    data = [*zip(X.split(sizes), y.split(sizes), strict=True)]
     return vl.EmpiricalRisk(module, nn.CrossEntropyLoss(), data, memory=memory)
 
 
@@ -417,7 +424,6 @@ def test_positive_curvature_hessians_travel(way: str, options: Any) -> None:
 
 @pytest.fixture
 def no_collector() -> Iterator[None]:
-    gc.collect()
     gc.disable()
     yield
     gc.enable()
@@ -440,11 +446,14 @@ USES: dict[str, Callable[[vl.EmpiricalRisk], Any]] = {
 }
 
 
-@pytest.mark.parametrize("net", [_mlp, _convolutions])
+# A trace of one batch holds all that those of several would.
+@pytest.mark.parametrize(("net", "sizes"), [(_mlp, (7, 5)), (_convolution, (N,))])
 @pytest.mark.parametrize("name", USES)
 @pytest.mark.usefixtures("no_collector")
-def test_freed_with_the_last_reference(name: str, net: Any) -> None:
-    risk = _risk(net)
+def test_freed_with_the_last_reference(
+    name: str, net: Any, sizes: tuple[int, ...]
+) -> None:
+    risk = _risk(net, sizes=sizes)
     for linearization in linearizations(risk):
         linearization.vjp(torch.ones(linearization.outputs.numel(), 1).double())
     result = USES[name](risk)
