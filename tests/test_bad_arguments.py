@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -51,6 +52,7 @@ def test_explanations_of_as_many_pairs_as_there_are(k: Any) -> None:
 
 def test_densities() -> None:
     spectrum = vl.LanczosSpectrum(vl.Diagonal(torch.linspace(1.0, 2.0, 9)), ncv=3)
+    assert re.match(r"<LanczosSpectrum of <9x9 Diagonal, .*>, ncv=3>", repr(spectrum))
     for density in (spectrum.density, spectrum.log_density):
         with pytest.raises(ValueError, match=r"^num_points: "):
             density(num_points=0)

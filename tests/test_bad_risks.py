@@ -401,8 +401,17 @@ def test_a_model_that_fails_says_on_what(data: Any, found: str) -> None:
     assert "predict=" in note
 
 
-def test_arrays_in_the_place_of_tensors() -> None:
-    refused("data", risk_of(data=(X.numpy(), CLASSES.numpy())), says="from_numpy")
+@pytest.mark.parametrize("y", [CLASSES.numpy(), CLASSES.tolist(), ["a"] * 6, None])
+def test_targets_that_are_no_tensors(y: Any) -> None:
+    """X is no batch whose targets are missing."""
+    for data in ((X, y), [X, y], (X.numpy(), y)):
+        refused("data", risk_of(data=data), TypeError, "torch.as_tensor(y)")
+
+
+def test_long_lists_are_not_named_part_by_part() -> None:
+    with pytest.raises(TypeError, match=r"^data: .* torch\.as_tensor") as caught:
+        vl.EmpiricalRisk(net(), CE, (X, [0] * 60_000))
+    assert len(str(caught.value)) < 300
 
 
 def test_names_of_parameters() -> None:

@@ -96,6 +96,17 @@ def test_no_closed_form_of_the_eigenvalues(name):
             verb()
 
 
+def test_what_is_symmetric_but_for_rounding_says_what_to_take():
+    B = torch.randn(50, 50, generator=torch.Generator().manual_seed(0)).double()
+    M = torch.linalg.inv(B @ B.T)  # whose rounding is that of a condition number
+    assert (M != M.T).any() and not vl.Dense(M).self_adjoint
+    with pytest.raises(TypeError, match=r"^eigh: .* Dense\(\(M \+ M.T\) / 2\)"):
+        vl.Dense(M).eigh()
+    found = vl.Dense((M + M.T) / 2).eigvalsh()
+    expected = torch.linalg.eigvalsh(B @ B.T).reciprocal().flip(0)
+    torch.testing.assert_close(found, expected, rtol=1e-7, atol=0.0)
+
+
 @pytest.mark.parametrize("name", NOT_SELF_ADJOINT)
 def test_operators_that_are_not_self_adjoint_have_no_eigh(name):
     op, _ = build(name, FLOAT64)

@@ -188,7 +188,7 @@ def test_what_has_no_root_says_so():
     draw = Draw(torch.float64)
     V = vl.Dense(draw(30, 4))
     indefinite = V @ Diagonal(torch.tensor([1.0, -1.0, 2.0, 3.0]).double()) @ V.T
-    with pytest.raises(TypeError, match=r"eigh.*: no closed form for Product"):
+    with pytest.raises(TypeError, match="eigh: no closed form for Product"):
         indefinite.eigvalsh()
     with pytest.raises(TypeError, match="inv: no closed form for a damped Product"):
         (indefinite + vl.Identity(30)).inv()

@@ -146,6 +146,8 @@ def test_places_that_cannot_be_written(
     ):
         with pytest.raises(error, match=f"^path: .*{message}"):
             vl.save(G, place, risk)
+    with pytest.raises(TypeError, match=r"^path: the name of a file, .* got GGN"):
+        vl.save(str(tmp_path / "G.pt"), G, risk)  # type: ignore[arg-type]
     # Whatever the rights of who runs the tests are.
     monkeypatch.setattr(os, "access", lambda *_: False)
     with pytest.raises(PermissionError, match=rf"^path: {tmp_path} may not be written"):

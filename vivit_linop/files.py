@@ -27,11 +27,17 @@ def check_place(path: str | os.PathLike[str]) -> Path:
     """Return where a file of that name is to be written; a link stays a link.
 
     Raises:
+        TypeError: If it is no name.
         FileNotFoundError: If there is no such folder.
         IsADirectoryError: If it is a folder.
         PermissionError: If it may not be written there.
         ValueError: If it is neither a file nor a folder, such as a pipe.
     """
+    if not isinstance(path, (str, os.PathLike)):
+        raise TypeError(
+            "path: the name of a file, after the result: save(result, path, risk), got "
+            f"{type(path).__name__}."
+        )
     place = Path(os.path.realpath(path))
     folder = place.parent
     if not folder.is_dir():

@@ -184,7 +184,7 @@ def _packed(result: Any, risk: EmpiricalRisk) -> dict[str, Any]:
             return {"kind": "Gram", **_packed_factor(result.left, result, risk)}
     raise TypeError(
         "result: eigenpairs, a GGN, an EmpiricalFisher or a Gram operator V.T @ V of a "
-        f"risk, got {type(result).__name__}. Save tensors with torch.save."
+        f"risk, got {type(result).__name__}. Tensors and others are for torch.save."
     )
 
 

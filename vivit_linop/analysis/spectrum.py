@@ -87,6 +87,10 @@ class LanczosSpectrum:
         self._state = torch.Generator("cpu").manual_seed(seed).get_state()
         self._runs: list[Run] = []
 
+    def __repr__(self) -> str:
+        """Say what it is made of."""
+        return f"<LanczosSpectrum of {self._operator!r}, ncv={self._ncv}>"
+
     @ordinary_mode()
     def density(
         self,

@@ -221,8 +221,8 @@ def no_root(op: Any, what: str = "") -> TypeError:
 def no_eigenpairs(op: Any) -> NoClosedForm:
     """Return the error of an operator whose eigenpairs have no closed form."""
     return NoClosedForm(
-        f"eigh, eigvalsh, logdet: no closed form for {type(op).__name__}. eigh(k) "
-        "iterates for some of its pairs; Dense(op.to_dense()) has all if it is small."
+        f"eigh: no closed form for {type(op).__name__}. eigh(k) iterates for some of "
+        "its pairs; Dense(op.to_dense()) has all, and logdet, if it is small."
     )
 
 

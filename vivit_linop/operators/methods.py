@@ -509,6 +509,7 @@ class VerbMethods(LinearOperator, Generic[Op]):
         if not self.self_adjoint:
             raise TypeError(
                 f"{verb}: needs a self-adjoint operator and cannot tell that this "
-                f"{type(self).__name__} is one. Use scipy.sparse.linalg.eigs, or "
-                "Dense(op.to_dense()) if its matrix is symmetric."
+                f"{type(self).__name__} is one. Use scipy.sparse.linalg.eigs; or "
+                "Dense((M + M.T) / 2), if M = op.to_dense() is symmetric but for "
+                "rounding."
             )

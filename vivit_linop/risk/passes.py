@@ -403,12 +403,10 @@ def _split(batch: Any, index: int, target: Target | None) -> Batch:
         if not isinstance(batch, Mapping):
             return batch, batch.y
         return without_item(batch, LABELS)
-    found = described(batch)
-    arrays = " Arrays become tensors by torch.from_numpy." if "ndarray" in found else ""
     raise TypeError(
         f"data: batch {index} must be a pair (X, y) with a tensor y, or hold its "
-        f"targets as {LABELS!r} in a mapping or as an attribute y, got {found}. Else "
-        f"say where they are with target=.{arrays}"
+        f"targets as {LABELS!r} in a mapping or as an attribute y, got "
+        f"{described(batch)}. Else say where they are with target=."
     )
 
 

@@ -49,6 +49,12 @@ def as_batches(data: Any, target: Target | None = None) -> Iterable[Any]:
         single = _is_pair(data) or holds_targets(data)
     if single:
         return [data]
+    is_list = target is None and isinstance(data, (tuple, list))
+    if is_list and len(data) == 2 and not holds_tensors(data[1]):
+        raise TypeError(
+            "data: of a pair (X, y), or a list of two, the second holds no tensor, got "
+            f"{described(data[1])}. Targets become one by torch.as_tensor(y)."
+        )
     if isinstance(data, (Tensor, str, bytes, Mapping)) or not isinstance(
         data, Iterable
     ):

@@ -32,6 +32,8 @@ _VALUES = (
     *(torch.dtype, torch.device, torch.Generator, torch.Size),
     *(nn.Module, set, frozenset),
 )
+# How many parts of a list errors name: it may hold something for each sample.
+_DESCRIBED = 8
 
 
 class Opened(NamedTuple):
@@ -353,7 +355,8 @@ def described(value: Any) -> str:
     if found is None:
         return type(value).__name__
     if type(value) in (tuple, list):
-        items = ", ".join(map(described, value))
+        few = [*map(described, value[:_DESCRIBED])]
+        items = ", ".join(few + ["…"] * (len(value) > _DESCRIBED))
         return f"({items})" if type(value) is tuple else f"[{items}]"
     named = zip(found.names, found.parts, strict=True)
     items = ", ".join(f"{name}: {described(part)}" for name, part in named)
