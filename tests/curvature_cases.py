@@ -61,16 +61,16 @@ def build(symbol: str, of: vl.EmpiricalRisk, name: str) -> tuple[Any, Tensor]:
         V = vl.GGNFactor(of)
         assert torch.equal(V.output.to_dense().double(), root)
         return V, truth.J.T @ root
-    constructors: dict[str, tuple[Callable[..., Any], Tensor]] = {
-        "J": (vl.Jacobian, truth.J),
-        "H": (vl.LossHessian, truth.H),
-        "G": (vl.GGN, truth.G),
-        "U": (vl.PerSampleGradients, truth.U),
-        "F": (vl.EmpiricalFisher, truth.F),
-        "Hess": (vl.Hessian, truth.hessian),
+    constructors: dict[str, tuple[Callable[..., Any], str]] = {
+        "J": (vl.Jacobian, "J"),
+        "H": (vl.LossHessian, "H"),
+        "G": (vl.GGN, "G"),
+        "U": (vl.PerSampleGradients, "U"),
+        "F": (vl.EmpiricalFisher, "F"),
+        "Hess": (vl.Hessian, "hessian"),
     }
     constructor, matrix = constructors[symbol]
-    return constructor(of), matrix
+    return constructor(of), getattr(truth, matrix)
 
 
 def check_products(op: Any, matrix: Tensor, rtol: float) -> None:

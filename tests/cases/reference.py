@@ -25,13 +25,18 @@ class Dense:
     G: Tensor  # [D, D]
     U: Tensor  # [D, N]
     F: Tensor  # [D, D]
-    hessian: Tensor  # [D, D]
+    find_hessian: Callable[[], Tensor]
     value: Tensor
     gradient: Tensor  # [D]
     r: float
     N: int
     C: int
     D: int
+
+    @functools.cached_property
+    def hessian(self) -> Tensor:
+        """``[D, D]``; its D rows take longer than all else, and few tests ask."""
+        return self.find_hessian()
 
     def per_sample_ggn(self) -> Tensor:
         """G_n = J_nᵀ H_n J_n without r, [N, D, D]."""
@@ -54,7 +59,13 @@ def dense_of(problem: Problem) -> Dense:
     with placing.made_on(placing.HOST):
         found = _dense_of(converted(problem, device=placing.HOST))
     tensors = {k: v.to(there) for k, v in vars(found).items() if isinstance(v, Tensor)}
-    return replace(found, **tensors)
+
+    def find_hessian() -> Tensor:
+        with placing.made_on(placing.HOST):
+            hessian = found.hessian
+        return hessian.to(there)
+
+    return replace(found, **tensors, find_hessian=find_hessian)
 
 
 def _dense_of(problem: Problem) -> Dense:
@@ -86,17 +97,24 @@ def _dense_of(problem: Problem) -> Dense:
         f = outputs(theta).detach()
         N, C, D = len(f), f[0].numel(), len(theta)
         J = jacrev(outputs, chunk_size=1)(theta).reshape(N * C, D).detach()
+        leaf = theta.clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(risk(leaf), leaf)
+
+    def full_hessian() -> Tensor:
         # By plain autograd: torch.func's second derivative of layer_norm is wrong
         # (not symmetric) in torch 2.13.
         leaf = theta.clone().requires_grad_()
-        (slope,) = torch.autograd.grad(risk(leaf), leaf, create_graph=True)
-        rows = [
-            torch.autograd.grad(entry, leaf, retain_graph=True, materialize_grads=True)
-            for entry in (slope + 0.0 * leaf).unbind()
-        ]
-        full, gradient = torch.cat([row for (row,) in rows]).reshape(D, D), slope
-    if problem.has_hessian:
-        assert (full - full.T).norm() <= 1e-13 * full.norm()
+        with sdpa_kernel(SDPBackend.MATH), fast_path(False):
+            (slope,) = torch.autograd.grad(risk(leaf), leaf, create_graph=True)
+            rows = [
+                torch.autograd.grad(
+                    entry, leaf, retain_graph=True, materialize_grads=True
+                )
+                for entry in (slope + 0.0 * leaf).unbind()
+            ]
+        full = torch.cat([row for (row,) in rows]).reshape(D, D)
+        assert (full - full.T).norm() <= 1e-13 * full.norm() or not problem.has_hessian
+        return full.detach()
 
     def of_outputs(flat: Tensor) -> Tensor:
         return loss(flat.reshape(f.shape), targets)
@@ -111,9 +129,9 @@ def _dense_of(problem: Problem) -> Dense:
         G=J.T @ H @ J,
         U=U,
         F=r * U @ U.T,
-        hessian=full.detach(),
+        find_hessian=full_hessian,
         value=of_outputs(f.reshape(-1)),
-        gradient=gradient.detach(),
+        gradient=gradient,
         r=r,
         N=N,
         C=C,

@@ -143,7 +143,7 @@ def truth_of(case: Case) -> tuple[Dense, bool]:
             G=J.T @ H @ J,
             U=U,
             F=r * U @ U.T,
-            hessian=rows,
+            find_hessian=lambda: rows,
             value=loss(f, y).detach(),
             gradient=slope.detach(),
             r=r,
