@@ -88,7 +88,9 @@ def device():
     return placing.device()
 
 
-@pytest.fixture(autouse=True)
-def _small_pieces(monkeypatch):
+@pytest.fixture(autouse=True, scope="session")
+def _small_pieces():
     """Small problems are cut into pieces too, by a small ``memory=``."""
-    monkeypatch.setattr("vivit_linop.net.column_passes.LEAST_BYTES", 0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("vivit_linop.net.column_passes.LEAST_BYTES", 0)
+        yield

@@ -1,6 +1,7 @@
 """Risks over several processes: all that they compute is that of all samples."""
 
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,15 @@ pytestmark = pytest.mark.host("processes over gloo")
 # parameters, parameters that some samples do not reach.
 OF_TWO = ("convolutions", "attention", "ce_everything", "tuple_input_in_batches")
 OF_THREE = ("uneven_batches", "embedding", "more_columns_than_parameters", "huber")
+# Models and loaders that other packages have prepared, where these are installed.
+PREPARED = [
+    work
+    for package, work in (
+        ("accelerate", "accelerated"),
+        ("lightning_fabric", "lightning"),
+    )
+    if find_spec(package)
+]
 
 
 @pytest.mark.parametrize(
@@ -50,6 +60,7 @@ OF_THREE = ("uneven_batches", "embedding", "more_columns_than_parameters", "hube
                 "caught_errors",
                 "other_rounding",
                 "two_threads",
+                *PREPARED,
                 "ended",
             ),
         ),
@@ -77,15 +88,6 @@ def test_every_process_finds_what_one_would(
 ) -> None:
     found = ranks_cases.launched(tmp_path, size, *work)
     assert found == [{}] * size
-
-
-@pytest.mark.parametrize(
-    ("package", "work"),
-    [("accelerate", "accelerated"), ("lightning_fabric", "lightning")],
-)
-def test_prepared_models_and_loaders(tmp_path: Path, package: str, work: str) -> None:
-    pytest.importorskip(package, reason=f"{package} is not installed")
-    assert ranks_cases.launched(tmp_path, 2, work) == [{}] * 2
 
 
 def test_one_process_is_alone() -> None:

@@ -6,6 +6,7 @@ import copy
 import gc
 import io
 import multiprocessing
+import operator
 import pickle
 import threading
 import weakref
@@ -311,17 +312,12 @@ def test_adjoints_of_adjoints() -> None:
     assert close(Jt.T.to_dense(), Jt.to_dense().T)
 
 
-def _product(op: Any, x: Tensor) -> Tensor:
-    result: Tensor = op @ x
-    return result
-
-
 @pytest.mark.parametrize("backend", ["loky", "threading"])
 def test_joblib(backend: str) -> None:
     op = vl.GGN(_risk())
     x = torch.ones(op.shape[1]).double()
     expected = op @ x
-    calls = [delayed(_product)(op, x) for _ in range(2)]
+    calls = [delayed(operator.matmul)(op, x) for _ in range(2)]
     for found in Parallel(n_jobs=2, backend=backend)(calls):
         assert close(found, expected)
 
@@ -331,7 +327,7 @@ def test_spawned_process() -> None:
     x = torch.ones(op.shape[1]).double()
     expected = op @ x
     with multiprocessing.get_context("spawn").Pool(1) as pool:
-        assert close(pool.apply(_product, (op, x)), expected)
+        assert close(pool.apply(operator.matmul, (op, x)), expected)
 
 
 # Threads ----------------------------------------------------------------------------
