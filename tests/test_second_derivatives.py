@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations, parametrize, weight_norm
+from torch.utils.checkpoint import checkpoint
 
 import vivit_linop as vl
 from tests.cases import Lambda
@@ -39,7 +40,7 @@ def exact(net: nn.Module, X: Tensor, y: Tensor) -> Tensor:
 def hessians(net: nn.Module, X: Tensor, y: Tensor) -> dict[str, Callable[[], Tensor]]:
     """All that rests on second derivatives, as matrices or their diagonals."""
     H = lambda: vl.Hessian(net, CE, (X, y))  # noqa: E731
-    unit = torch.eye(H().shape[0], dtype=X.dtype)
+    unit = torch.eye(H().shape[0], dtype=H().torch_dtype)
     return {
         "products": lambda: H() @ unit,
         "vectors": lambda: torch.stack([H() @ x for x in unit[:3]]),
@@ -391,3 +392,62 @@ def test_nets_that_ask_whether_tensors_are_parameters(
     found = vl.Hessian(risk) @ torch.eye(risk.num_params, dtype=dtype)
     tolerance = 1e-5 if dtype is torch.float32 else 1e-10
     assert (found.double() - H).norm() <= tolerance * H.norm()
+
+
+class Tokens(nn.Module):
+    """Tokens, the table of which is used once more, where no row is a constant."""
+
+    def __init__(self, use: str, written: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.table, self.end = nn.Embedding(4, 3, padding_idx=0), nn.Linear(9, 3)
+        nn.init.normal_(self.table.weight)
+        self.use, self.written = use, written
+
+    def embedded(self, x: Tensor) -> Tensor:
+        table = self.table.weight
+        if self.written:
+            return torch.where((x == 0)[..., None], table[x].detach(), table[x])
+        return self.table(x) if self.use == "head" else F.embedding(x, table, -4)
+
+    def hidden(self, x: Tensor) -> Tensor:
+        return self.end(self.embedded(x).flatten(1)).tanh()  # type: ignore[no-any-return]
+
+    def forward(self, x: Tensor) -> Tensor:
+        table = self.table.weight
+        if self.use == "checkpoint" and not self.written:
+            h = checkpoint(self.hidden, x, use_reentrant=False)
+        else:
+            h = self.hidden(x)
+        if self.use == "gate":
+            return self.end(h.repeat(1, 3) * table[0].exp().repeat(3))
+        return F.linear(h, table[:3])
+
+
+@pytest.mark.parametrize("use", ["head", "gate", "checkpoint"])
+def test_rows_for_padding_that_are_used_elsewhere(use: str) -> None:
+    X, y = torch.tensor([[0, 1, 3], [2, 0, 0], [3, 3, 1]]), torch.tensor([0, 2, 1])
+    wanted = exact(Tokens(use, written=True).double(), X, y)
+    assert wanted[:3, :3].any()
+    for name, of in hessians(Tokens(use).double(), X, y).items():
+        exactly = {"products": wanted, "vectors": wanted[:3]}
+        torch.testing.assert_close(of(), exactly.get(name, wanted.diagonal()))
+
+
+def with_constants(m: Any, x: Tensor) -> Tensor:
+    return m.a(x).tanh() * m.a(x).detach().exp()  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize(
+    "kind", ["constants", "parametrised weight norm", "cdist", "means of bags"]
+)
+def test_what_checkpoints_recompute(kind: str, reentrant: bool) -> None:
+    """It meets the same constants, and the same functions in the place of others."""
+    X, y = data()
+    forward, same = PAIRS.get(kind, (with_constants, with_constants))
+    net = Written(lambda m, x: checkpoint(forward, m, x, use_reentrant=reentrant))
+    wanted = exact(Written(same).double(), X, y)
+    for name, of in hessians(net.double(), X, y).items():
+        exactly = {"products": wanted, "vectors": wanted[:3]}
+        torch.testing.assert_close(of(), exactly.get(name, wanted.diagonal()))

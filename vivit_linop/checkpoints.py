@@ -10,18 +10,23 @@ torch keeps for that says that it is inside.
 
 Selective checkpoints keep what a policy chooses, for one backward pass alone. Inside
 they recompute everything.
+
+What a net runs in a :class:`Repeated` mode is recomputed in that mode.
 """
 
 from __future__ import annotations
 
+import contextlib
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
+from torch.overrides import TorchFunctionMode
 from torch.utils import checkpoint
 
 Contexts = Callable[[], tuple[Any, Any]]
+Again = Callable[[], contextlib.AbstractContextManager[Any]]
 
 _torch: Any = checkpoint
 # Runs a checkpoint of the other variant, and keeps the function. Private to torch: if
@@ -31,23 +36,42 @@ _START = "_checkpoint_without_reentrant_generator"
 
 
 class _Here(threading.local):
-    """How often this thread is inside, and whether it has met a checkpoint."""
+    """How often this thread is inside, and the modes that it is in."""
 
-    depth, seen = 0, False
+    def __init__(self) -> None:
+        self.depth = 0
+        self.modes: list[Repeated] = []
+
+
+_HERE = _Here()
+
+
+class Repeated(TorchFunctionMode):
+    """A mode for a run of a net, and for what checkpoints recompute of it."""
+
+    def __enter__(self) -> Any:
+        """Enter the mode."""
+        _HERE.modes.append(self)
+        return super().__enter__()
+
+    def __exit__(self, *exception: Any) -> None:
+        """Leave it."""
+        _HERE.modes.pop()
+        super().__exit__(*exception)
+
+    def again(self) -> Again:
+        """Return what makes the mode for recomputing what runs from now on."""
+        return lambda: self
 
 
 class _Recomputed:
     """For ``with``: reentrant checkpoints of this thread run as the other variant.
 
     It stands in for ``CheckpointFunction`` while any thread is inside.
-
-    Attributes:
-        seen: Whether there has been one, or a selective one.
     """
 
     def __init__(self) -> None:
         self._lock, self._entered = threading.Lock(), 0
-        self._here, self.seen = _Here(), False
 
     def __enter__(self) -> None:
         """Take the name, if no other thread has."""
@@ -59,11 +83,11 @@ class _Recomputed:
                 if self._start is not None:
                     setattr(_torch, _START, partial(self._recomputing, self._start))
             self._entered += 1
-        self._here.depth += 1
+        _HERE.depth += 1
 
     def __exit__(self, *exception: object) -> None:
         """Give it back, if no other thread needs it."""
-        self._here.depth -= 1
+        _HERE.depth -= 1
         with self._lock:
             self._entered -= 1
             if not self._entered:
@@ -73,9 +97,8 @@ class _Recomputed:
 
     def apply(self, function: Callable[..., Any], preserve: bool, *args: Any) -> Any:
         """Run a checkpoint, by torch's own function in threads that are not inside."""
-        if not self._here.depth:
+        if not _HERE.depth:
             return self._original.apply(function, preserve, *args)
-        self.seen = self._here.seen = True
         return _torch.checkpoint(
             function, *args, use_reentrant=False, preserve_rng_state=preserve
         )
@@ -90,28 +113,35 @@ class _Recomputed:
         **given: Any,
     ) -> Any:
         """Start torch's other variant."""
-        if self._here.depth:
-            function = partial(self._inside, function)
-            contexts = partial(self._without_policy, contexts)
+        if _HERE.depth:
+            modes = [mode.again() for mode in _HERE.modes]
+            function = partial(self._inside, function, modes)
+            # With contexts of its own a checkpoint may not be debugged.
+            if contexts is not _torch.noop_context_fn:
+                contexts = partial(_without_policy, contexts)
         return start(function, preserve, contexts, *args, **given)
 
-    def _inside(self, function: Callable[..., Any], *args: Any, **given: Any) -> Any:
-        """Also what is recomputed may have checkpoints, in a thread of autograd's."""
-        with self:
+    def _inside(
+        self,
+        function: Callable[..., Any],
+        modes: Sequence[Again],
+        *args: Any,
+        **given: Any,
+    ) -> Any:
+        """Recompute; there may be checkpoints again, in a thread of autograd's."""
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(self)
+            for mode in modes:
+                stack.enter_context(mode())
             return function(*args, **given)
 
-    def _without_policy(self, contexts: Contexts) -> tuple[Any, Any]:
-        """Return contexts of a checkpoint, for running and for recomputing."""
-        found = contexts()
-        if isinstance(found[0], getattr(_torch, "_CachingTorchDispatchMode", ())):
-            self.seen = self._here.seen = True
-            found = _torch.noop_context_fn()
-        return found
 
-    def seen_here(self) -> bool:
-        """Whether this thread has met one since it was asked last."""
-        seen, self._here.seen = self._here.seen, False
-        return seen
+def _without_policy(contexts: Contexts) -> tuple[Any, Any]:
+    """Return contexts of a checkpoint, for running and for recomputing."""
+    found = contexts()
+    if isinstance(found[0], getattr(_torch, "_CachingTorchDispatchMode", ())):
+        found = _torch.noop_context_fn()
+    return found
 
 
 RECOMPUTED = _Recomputed()

@@ -22,7 +22,6 @@ from torch.autograd import forward_ad
 from torch.autograd.graph import disable_saved_tensors_hooks, saved_tensors_hooks
 from torch.compiler import is_dynamo_compiling
 
-from vivit_linop.checkpoints import RECOMPUTED
 from vivit_linop.ranks.alone import Ranks
 from vivit_linop.ranks.messages import name_of
 
@@ -155,10 +154,16 @@ def _to_leave() -> list[contextlib.AbstractContextManager[object]]:
     modes: list[contextlib.AbstractContextManager[object]] = []
     if torch.is_inference_mode_enabled():
         modes.append(torch.inference_mode(False))
-    for device in ("cpu", "cuda"):
-        if torch.is_autocast_enabled(device):
-            modes.append(torch.autocast(device, enabled=False))
-    return modes
+    return [*modes, *autocast_off()]
+
+
+def autocast_off() -> list[torch.autocast]:
+    """What switches autocast off where it is on; nothing where it is not."""
+    return [
+        torch.autocast(device, enabled=False)
+        for device in ("cpu", "cuda")
+        if torch.is_autocast_enabled(device)
+    ]
 
 
 @contextlib.contextmanager
@@ -243,8 +248,6 @@ def as_guest(device: torch.device) -> Iterator[None]:
         if _HERE.depth == 0 or _to_leave():
             stack.enter_context(ordinary_mode())
         stack.enter_context(recorded())
-        if RECOMPUTED.seen:
-            stack.enter_context(RECOMPUTED)
         yield
 
 

@@ -28,6 +28,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from vivit_linop.checkpoints import Repeated
 from vivit_linop.curvature.culprit import at_fault
 from vivit_linop.devices import is_out_of_memory
 from vivit_linop.graphs import gradients
@@ -186,23 +187,16 @@ class Certificate:
         difference = self._difference(samples, theta, found.x, first, FrozenValues())
         if self._compared(found, [difference]):
             return True
-        # Torch takes what a net detaches for constant, and entries without a gradient,
-        # such as those for padding: these have none beside θ either.
+        # Torch takes what a net detaches, and rows for padding, for constant.
         frozen = FrozenValues()
         with frozen.recording():
             self._evaluate(theta, samples.X, self._dtype)
-        parts = zip(found.x, found.gradient, found.along, difference, strict=True)
-        x = [
-            part.masked_fill((g == 0.0) & (along == 0.0) & (slope == 0.0), 0.0)
-            for part, g, along, slope in parts
-        ]
-        found = self._product(samples, theta, x)
         if self._agrees(samples, theta, found, frozen):
             return True
         if self._dtype is self.risk.dtype:
             return False
         # Rounding may leave few digits in float32: are they those of float64?
-        exact = self._product(samples, theta, x, self._dtype)
+        exact = self._product(samples, theta, found.x, self._dtype)
         return self._near(found, exact.along, ROUGH) and self._agrees(
             samples, theta, exact, frozen
         )
@@ -460,7 +454,7 @@ class _Watch(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-class _Rewriting(TorchFunctionMode):
+class _Rewriting(Repeated):
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:

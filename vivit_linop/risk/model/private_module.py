@@ -100,7 +100,7 @@ class PrivateModule:
                 vars(part).update(dict.fromkeys(halves, dtype))
         # Kept until the first evaluation has shown whether they are needed.
         self._originals: Pairs | None = copies.modules
-        self._settled = self._reentrant = self._has_travelled = False
+        self._settled = self._has_travelled = False
         # Tensors of the user's that objects hold which are no modules, with names.
         self._held: list[tuple[Tensor, str]] = []
         # Which way of calling it is the right one for inputs of a type, once known.
@@ -148,14 +148,13 @@ class PrivateModule:
         originals = self._originals or []
         states = [dict(original.__dict__) for original, _ in originals]
         escaped: dict[int, Tensor] = {}
-        with RECOMPUTED, Watch(self._stale) as watch:
+        with Watch(self._stale) as watch:
             try:
                 output = self._evaluate(params, X, escaped)
             finally:
                 if escaped:  # what this evaluation has left there
                     for (original, _), state in zip(originals, states, strict=True):
                         object.__setattr__(original, "__dict__", state)
-        self._reentrant = RECOMPUTED.seen_here()
         self._refuse_stale(watch)
         self._settled = True
         if escaped:
@@ -228,8 +227,7 @@ class PrivateModule:
         copies = Copies(zip(own, params.values(), strict=True))
         module, predict = copies.of(self.module), copies.of_called(self._predict)
         with contextlib.ExitStack() as stack:
-            if self._reentrant:
-                stack.enter_context(RECOMPUTED)
+            stack.enter_context(RECOMPUTED)
             if self._is_recurrent:
                 stack.enter_context(without_cudnn())
             if self._settled and self._originals is not None:
@@ -325,8 +323,7 @@ class PrivateModule:
         frozen = FrozenValues()
         with torch.enable_grad():
             leaves = {name: p.clone().requires_grad_() for name, p in theta.items()}
-            # What a checkpoint computes without gradients is no constant.
-            with contextlib.nullcontext() if self._reentrant else frozen.recording():
+            with frozen.recording():
                 output = self._evaluate(leaves, X)
             u = draw(output)
             pulled_back = gradients(output, list(leaves.values()), u)
@@ -385,8 +382,9 @@ class PrivateFunction:
 
     def __call__(self, params: Params, X: Any) -> Tensor:
         """Return the outputs for X."""
-        output = Copies(()).of_called(self._function)(params, rebuilt(X))
-        return self.returned(output)
+        with RECOMPUTED:
+            output = Copies(()).of_called(self._function)(params, rebuilt(X))
+            return self.returned(output)
 
 
 _ALONE = threading.RLock()
