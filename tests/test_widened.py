@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 import vivit_linop as vl
 
@@ -153,6 +154,74 @@ def test_half_precision_inside() -> None:
     model = nn.Sequential(nn.Linear(3, 2), Half())
     risk = vl.EmpiricalRisk(model, nn.MSELoss(), (X, y), dtype=torch.float32)
     assert torch.allclose(risk.outputs[0], model[0](X).exp(), rtol=1e-6)
+
+
+class Checkpointed(nn.Module):
+    """A net that keeps nothing of what is between its ends."""
+
+    def __init__(self, net: nn.Module, reentrant: bool) -> None:
+        super().__init__()
+        self.net, self.reentrant = net, reentrant
+
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(self.net, x, use_reentrant=self.reentrant)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("kind", ["squares", "softmax", "complex"])
+def test_what_checkpoints_recompute_is_cast_alike(kind: str, reentrant: bool) -> None:
+    model, batch = Checkpointed(net(kind), reentrant), data(torch.float32)
+    risk = vl.EmpiricalRisk(model, nn.MSELoss(), batch, dtype=torch.float64)
+    G, (ggn, hessian) = vl.GGN(risk), dense(kind)
+    assert (G.to_dense() - ggn).norm() < 1e-12 * ggn.norm()
+    assert (G.diagonal() - ggn.diagonal()).norm() < 1e-12 * ggn.norm()
+    assert (vl.Hessian(risk).to_dense() - hessian).norm() < 1e-12 * hessian.norm()
+
+
+def test_checkpoints_of_functions_are_cast_alike() -> None:
+    def layer(w: Tensor, x: Tensor) -> Tensor:
+        return (x @ w).to(torch.float32).exp().to(x.dtype)
+
+    (X, y), w = data(torch.float32), noise(3, 2, seed=2)
+    batch = X.bfloat16(), y.bfloat16()
+    X, y, w = (t.bfloat16().double() for t in (X, y, w))
+
+    def function(p: dict[str, Tensor], x: Tensor) -> Tensor:
+        return checkpoint(layer, p["w"], x, use_reentrant=False)  # type: ignore[no-any-return]
+
+    params, double = {"w": w.bfloat16()}, torch.float64
+    risk = vl.EmpiricalRisk(function, nn.MSELoss(), batch, params, dtype=double)
+    H = torch.autograd.functional.hessian(lambda w: F.mse_loss((X @ w).exp(), y), w)
+    torch.testing.assert_close(vl.Hessian(risk).to_dense(), H.reshape(6, 6))
+
+
+class Autocast(nn.Module):
+    """A net that enters autocast by itself."""
+
+    def __init__(self, net: nn.Module, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.net, self.casts = net, lambda: torch.autocast("cpu", dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with self.casts():
+            return self.net(x).float()  # type: ignore[no-any-return]
+
+
+@pytest.mark.host("autocast of the CPU")
+@pytest.mark.parametrize("lower", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("inside", ["plain", "checkpoint", "nested"])
+def test_autocast_of_the_model_follows_dtype(inside: str, lower: torch.dtype) -> None:
+    body = net("softmax")
+    if inside == "checkpoint":
+        body = Checkpointed(body, reentrant=False)
+    if inside == "nested":
+        body = Autocast(body, torch.bfloat16)
+    model, batch = Autocast(body, lower), data(torch.float32)
+    ggn, _ = dense("softmax")
+    for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-5)):
+        risk = vl.EmpiricalRisk(model, nn.MSELoss(), batch, dtype=dtype)
+        G = vl.GGN(risk).to_dense()
+        assert (G - ggn).norm() < tolerance * ggn.norm()
 
 
 @pytest.mark.parametrize("kind", ["squares", "softmax"])

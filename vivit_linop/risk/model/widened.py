@@ -7,19 +7,25 @@ in all that comes after, which differences with small steps show as large errors
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
+
+from vivit_linop.checkpoints import Repeated
+from vivit_linop.modes import autocast_off
 
 _CASTS = {Tensor.float, Tensor.half, Tensor.bfloat16}
 _TO_OTHER = {Tensor.to, Tensor.type_as}
 
 
-class Widened(TorchFunctionMode):
-    """Lets casts to a lower precision be casts to this one, and ``dtype=`` likewise."""
+class Widened(Repeated):
+    """Lets casts to a lower precision be casts to this one, and ``dtype=`` likewise.
+
+    Autocast that a model enters by itself does nothing.
+    """
 
     def __init__(self, dtype: torch.dtype) -> None:
         super().__init__()
@@ -39,7 +45,7 @@ class Widened(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        """Call the function with other dtypes."""
+        """Call the function with other dtypes, outside of autocast."""
         kwargs = {name: self._widened(value) for name, value in (kwargs or {}).items()}
         if func in _CASTS:
             func, args = Tensor.to, (args[0], self._dtype, *args[1:])
@@ -47,7 +53,11 @@ class Widened(TorchFunctionMode):
             x, other, *rest = args
             dtype = self._instead.get(other.dtype, other.dtype)
             func, args = Tensor.to, (x, other.device, dtype, *rest)
-        return func(*map(self._widened, args), **kwargs)
+        args = tuple(map(self._widened, args))
+        with contextlib.ExitStack() as off:
+            for mode in autocast_off():
+                off.enter_context(mode)
+            return func(*args, **kwargs)
 
     def _widened(self, value: Any) -> Any:
         if isinstance(value, torch.dtype):
