@@ -245,8 +245,8 @@ class Chunks:
                 if is_out_of_memory(error):
                     raise
             self.possible = False
-        for row, image in zip(rows, images, strict=True):
-            image.copy_(product(row))
+        for place, row in enumerate(rows):
+            images[place] = product(row)
 
     def _is_right(
         self, product: Product, rows: Tensor, images: Tensor, kind: Hashable
