@@ -72,6 +72,67 @@ def test_hooks_on_parameters_that_a_pass_makes(
     sample_truth.check(risk, truth)
 
 
+class Sines(nn.Module):
+    """Uses a parameter in a way that has no known structure."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.arange(3.0, dtype=torch.float64))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.weight.sin()
+
+
+See = Callable[[torch.Tensor], None]
+
+
+def on_outputs(layer: nn.Module, see: See) -> None:
+    layer.register_forward_hook(lambda m, inputs, output: see(output))
+
+
+def on_gradients(layer: nn.Module, see: See) -> None:
+    layer.register_full_backward_hook(lambda m, before, after: see(after[0]))
+
+
+def in_the_graph(layer: nn.Module, see: See) -> None:
+    def hooked(m: nn.Module, inputs: Any, output: torch.Tensor) -> None:
+        if output.requires_grad:
+            output.register_hook(see)
+
+    layer.register_forward_hook(hooked)
+
+
+def on_nodes(layer: nn.Module, see: See) -> None:
+    def hooked(m: nn.Module, inputs: Any, output: torch.Tensor) -> None:
+        if output.grad_fn is not None:
+            output.grad_fn.register_hook(lambda before, after: see(after[0]))
+
+    layer.register_forward_hook(hooked)
+
+
+@pytest.mark.parametrize("hook", [on_outputs, on_gradients, in_the_graph, on_nodes])
+def test_hooks_that_keep_what_they_see(hook: Callable[[nn.Module, See], None]) -> None:
+    """Means over passes are made of tensors that live on."""
+    _, loss, data = toy()
+    net = nn.Sequential(guest_net(), Sines())
+    samples = [
+        (lambda m, x=x: m(x[None])[0], lambda f, y=y: loss(f[None], y[None]))
+        for x, y in zip(*data, strict=True)
+    ]
+    truth = truth_of(net, samples, 1.0 / len(samples))
+    means: dict[torch.Size, Any] = {}
+
+    def see(tensor: torch.Tensor) -> None:
+        means[tensor.shape] = 0.9 * means.get(tensor.shape, 0.0) + 0.1 * tensor.detach()
+
+    for layer in (*net[0][1:], net[1]):
+        hook(layer, see)
+    sample_truth.check(vl.EmpiricalRisk(net, loss, data), truth)
+    for mean in means.values():
+        assert mean.sum().isfinite()
+    loss(net(data[0]), data[1]).backward()
+
+
 def test_mc_samples_with_a_generator_leave_the_global_one() -> None:
     net, loss, data = toy()
     risk = vl.EmpiricalRisk(net, loss, data)

@@ -38,6 +38,8 @@ def vectorised(
     axes = risk.samples.axes(X)
     if axes is None:
         raise NotImplementedError("samples are not along axes of tensors")
+    if risk.model.has_hooks:  # which may keep what they see longer than it lives
+        raise NotImplementedError("hooks see one sample at a time")
     numbered = [axis for axis in axes if axis is not None]
 
     def outputs(params: Params, sample: Any) -> Tensor:

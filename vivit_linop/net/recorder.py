@@ -33,7 +33,12 @@ from vivit_linop.net.structure import Use
 from vivit_linop.risk.checks import same_outputs
 from vivit_linop.risk.kept import watched_by
 from vivit_linop.risk.model.original import Params
-from vivit_linop.risk.model.tensors_used import is_of_optimiser, left_out, tensors_in
+from vivit_linop.risk.model.tensors_used import (
+    is_of_optimiser,
+    left_out,
+    takes_one_vector,
+    tensors_in,
+)
 
 _HAS_GRAPH = attrgetter("requires_grad")
 # Functions that give views of their first argument, or copies where that cannot be.
@@ -84,9 +89,10 @@ class Recorder(TorchFunctionMode):
             return left_out(func)
         if func is F.multi_head_attention_forward and not self._in_attention:
             return self._attention(func, args, kwargs)
-        result = func(*args, **kwargs)
         if func in TOUCHES_GRAPH:
             self.has_hooks = True
+            takes_one_vector(args[0])
+        result = func(*args, **kwargs)
         names = self._views.names((args, kwargs))
         if func in LAYERS or func in CELLS:
             if names and not kwargs:

@@ -362,6 +362,6 @@ def _watched(
             raise
         return None
     if record is not None:
-        model.keeps_gradients |= record.keeps_gradients
+        model.keeps_gradients |= record.keeps_gradients or record.has_hooks
     serves = model.calls - calls <= 1 and _plain_tensors(X)
     return result, record if serves else None

@@ -22,6 +22,7 @@ from vivit_linop.modes import default_dtype, numbers_put_back
 from vivit_linop.noise import Noise
 from vivit_linop.risk.data.containers import copied, leaves, map_leaves
 from vivit_linop.risk.model import memory_format
+from vivit_linop.risk.model.copies import has_hooks_on_all
 from vivit_linop.risk.model.foreign_memory import ForeignMemory
 from vivit_linop.risk.model.given import (
     check_fixed,
@@ -80,7 +81,7 @@ class FunctionalModel:
         writes: Whether it writes into its input, so that it gets copies.
         draws: Whether it draws from NumPy's generator or Python's, which are put back.
         keeps_gradients: Whether it asks for gradients of what it computes, or puts
-            hooks on parameters, which no evaluation does from then on.
+            hooks on parameters, which no evaluation does from then on; or has others.
         channels_last: Whether it gets images in another order in memory
             (:mod:`vivit_linop.risk.model.memory_format`); not once it has refused.
         is_finite: Whether the parameters are known to hold no NaN or Inf.
@@ -360,6 +361,11 @@ class FunctionalModel:
     def calls(self) -> int:
         """How often a module was called, in whatever way; 0 for a function."""
         return getattr(self._private, "calls", 0)
+
+    @property
+    def has_hooks(self) -> bool:
+        """Whether hooks of others than torch see what its modules compute."""
+        return has_hooks_on_all() or getattr(self._private, "has_hooks", False)
 
     @property
     def tree(self) -> OutputTree | None:

@@ -20,6 +20,7 @@ import copy
 import inspect
 import threading
 from collections.abc import Iterator, Mapping
+from itertools import chain
 from typing import Any
 
 import torch
@@ -33,7 +34,7 @@ from vivit_linop.graphs import gradients
 from vivit_linop.modes import without_cudnn
 from vivit_linop.noise import Noise
 from vivit_linop.risk.data.containers import rebuilt
-from vivit_linop.risk.model.copies import Copies
+from vivit_linop.risk.model.copies import FORWARD_HOOKS, Copies
 from vivit_linop.risk.model.frozen_values import FrozenValues
 from vivit_linop.risk.model.original import ModelFunction, Params, Predict, named_slots
 from vivit_linop.risk.model.outputs import Returned
@@ -63,6 +64,7 @@ class PrivateModule:
     Attributes:
         returned: What makes one tensor of its outputs.
         calls: How often it was called, in whatever way.
+        has_hooks: Whether it has forward hooks that are not torch's own.
         constants: Its copies of tensors that are in no slot.
 
     Raises:
@@ -90,8 +92,10 @@ class PrivateModule:
             other=self._constant,
         )
         self.module, self._predict = copies.of(model), copies.of_called(predict)
-        self._is_recurrent = False
+        self._is_recurrent = self.has_hooks = False
         for part in self.module.modules():
+            for hook in chain(*map(dict.values, FORWARD_HOOKS(part))):
+                self.has_hooks |= not str(hook.__module__).startswith("torch.")
             self._is_recurrent |= isinstance(part, nn.RNNBase)
             if isinstance(part, _EMBEDDINGS):  # not over how often a row is looked up
                 part.scale_grad_by_freq = False

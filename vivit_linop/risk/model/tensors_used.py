@@ -8,8 +8,11 @@ from collections.abc import Container, Iterable, Mapping
 from typing import Any
 
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
+
+from vivit_linop.graphs import TOUCHES_GRAPH
 
 
 class Watch(TorchFunctionMode):
@@ -84,6 +87,7 @@ class WithoutKeptGradients(TorchFunctionMode):
     """Lets no tensor keep its gradient, and no parameter have hooks that change its.
 
     Those of several vectors at once are none, and derivatives are of the function.
+    Other hooks see gradients of one vector at a time.
     """
 
     def __init__(self, params: Iterable[Tensor]) -> None:
@@ -95,7 +99,24 @@ class WithoutKeptGradients(TorchFunctionMode):
     ) -> Any:
         if is_of_optimiser(func, args, self._params):
             return left_out(func)
+        if func in TOUCHES_GRAPH:
+            takes_one_vector(args[0])
         return func(*args, **(kwargs or {}))
+
+
+def takes_one_vector(tensor: Tensor) -> None:
+    """Let backward passes of several vectors through a tensor fail; there are slower.
+
+    What hooks that follow kept of these (sums, running means) would raise torch's
+    errors ever after.
+    """
+    if tensor.requires_grad and not tensor.is_leaf:
+        tensor.register_hook(_refuse_several)
+
+
+def _refuse_several(gradient: Tensor) -> None:
+    if is_functorch_wrapped_tensor(gradient):
+        raise RuntimeError("hooks on gradients see one vector at a time")
 
 
 def is_of_optimiser(func: Any, args: Any, params: Container[int]) -> bool:
