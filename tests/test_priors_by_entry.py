@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import vivit_linop as vl
-from vivit_linop.linalg import IterativeInverse
+from vivit_linop.linalg import IterativeInverse, eigen
 from vivit_linop.linalg.iterative import preconditioner
 from vivit_linop.operators import rules
 
@@ -39,8 +39,9 @@ NAMES = ["KFAC", "EKFAC", "multiple", "damped"]
 
 @pytest.fixture
 def only_large(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Blocks are too large to be matrices."""
-    monkeypatch.setattr(rules, "DENSE_ROWS", 0)
+    """Blocks, and all of them together, are too large to be matrices."""
+    for module in (rules, eigen):
+        monkeypatch.setattr(module, "DENSE_ROWS", 0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, FLOAT64])

@@ -40,9 +40,6 @@ NO_LOGDET = {
     # neither self-adjoint nor made of square ones that have one
     "sum_of_three",
     "product_rectangular_factors_in_square",
-    "product_symmetric",
-    "sum_symmetric",
-    "expression_sandwich",
     "expression_nested",
     "expression_power",
     "expression_damped_by_undecided_identity",

@@ -62,7 +62,7 @@ from vivit_linop.operators.lowrank import DampedRoot, Gram, LowRank, Woodbury
 from vivit_linop.operators.symmetric import symmetric_eigenpairs, symmetric_eigenvalues
 
 WHICH = ("LA", "SA", "LM")
-# Up to so many rows the matrix is formed where solvers fail.
+# Up to so many rows the matrix is formed: for all pairs, and where solvers fail.
 DENSE_ROWS = 2000
 # Restarts after which the spectrum is shifted, and how well its norm is to be known.
 _FIRST_RESTARTS, _ROUGHLY = 50, 0.1
@@ -78,11 +78,23 @@ def eigenpairs_of_operator(
     """Where there is no closed form, the k largest by ARPACK."""
     try:
         decomposition = verbs.eigendecomposition(op)
-    except NoClosedForm:
-        if k is None or select is not None:
-            raise
-        return verbs.extreme_eigenpairs(op, k)
+    except NoClosedForm as error:
+        if k is not None and select is None:
+            return verbs.extreme_eigenpairs(op, k)
+        decomposition = _of_few_rows(op, error)
     return decomposition.pairs(decomposition.choose(k, select, rcond))
+
+
+def _of_few_rows(op: Op, error: NoClosedForm) -> Eigendecomposition:
+    """Of the matrix, which all pairs take where there is no closed form."""
+    if op.shape[0] > DENSE_ROWS:
+        raise error
+    return _of_its_matrix(op)
+
+
+def _of_its_matrix(op: Op) -> DenseDecomposition:
+    matrix = verbs.to_dense(op)
+    return DenseDecomposition((matrix + matrix.T) / 2, op.ranks)
 
 
 @verbs.eigh.register
@@ -125,7 +137,10 @@ def eigenpairs_of_product(
 
 @verbs.eigvalsh.register
 def eigenvalues_of_operator(op: Op) -> Tensor:
-    return verbs.eigendecomposition(op).eigenvalues
+    try:
+        return verbs.eigendecomposition(op).eigenvalues
+    except NoClosedForm as error:
+        return _of_few_rows(op, error).eigenvalues
 
 
 @verbs.eigvalsh.register
@@ -182,7 +197,10 @@ def eigenvalues_of_product(op: Product) -> Tensor:
     ]
     one = len(inner) == len(op.factors)
     if not one or not all(verbs.same(A.factor, inner[0].factor) for A in inner):
-        return verbs.eigvalsh(op.reduced_or(no_eigenpairs(op)))
+        try:
+            return verbs.eigvalsh(op.reduced_or(no_eigenpairs(op)))
+        except NoClosedForm as error:
+            return _of_few_rows(op, error).eigenvalues
     evals = [
         verbs.eigvalsh(f).flip(0) if _falls(f) else verbs.eigvalsh(f)
         for f in op.factors
@@ -361,8 +379,7 @@ def extreme_eigenpairs_of_operator(
     if op.shape[0] > krylov_products(k):  # of fewer rows the matrix is cheaper
         pairs = _by_iteration(op, wanted, route or solver_on(op.device))
     if pairs is None:
-        matrix = verbs.to_dense(op)
-        dense = DenseDecomposition((matrix + matrix.T) / 2, op.ranks)
+        dense = _of_its_matrix(op)
         pairs = dense.pairs(dense.outmost(k, which))
     return pairs
 

@@ -11,7 +11,7 @@ from vivit_linop.arguments import Scalar, as_scalar, log_abs
 from vivit_linop.operators import verbs
 from vivit_linop.operators.base import Op, settled
 from vivit_linop.operators.damped import Damped, DampedInverse
-from vivit_linop.operators.dispatch import no_eigenpairs
+from vivit_linop.operators.dispatch import NoClosedForm, no_eigenpairs
 from vivit_linop.operators.elementary import (
     Dense,
     DenseInverse,
@@ -97,7 +97,10 @@ def logdet_of_product(op: Product) -> Tensor:
             [verbs.logdet(factor) for factor in settled(op.factors)]
         ).sum()
     op._check_self_adjoint("logdet")
-    return verbs.logdet(op.reduced_or(no_eigenpairs(op)))
+    try:
+        return verbs.logdet(op.reduced_or(no_eigenpairs(op)))
+    except NoClosedForm:
+        return logdet_of_operator(op)
 
 
 @verbs.logdet.register
@@ -169,7 +172,10 @@ def damped_logdets_of_low_rank(op: LowRank, dampings: Tensor) -> Tensor:
 @verbs.damped_logdet.register
 def damped_logdet_of_product(op: Product, damping: Scalar) -> Tensor:
     op._check_self_adjoint("logdet")
-    return verbs.damped_logdet(op.reduced_or(no_eigenpairs(op)), damping)
+    try:
+        return verbs.damped_logdet(op.reduced_or(no_eigenpairs(op)), damping)
+    except NoClosedForm:
+        return damped_logdet_of_operator(op, damping)
 
 
 @verbs.damped_logdet.register

@@ -222,7 +222,7 @@ def no_eigenpairs(op: Any) -> NoClosedForm:
     """Return the error of an operator whose eigenpairs have no closed form."""
     return NoClosedForm(
         f"eigh: no closed form for {type(op).__name__}. eigh(k) iterates for some of "
-        "its pairs; Dense(op.to_dense()) has all, and logdet, if it is small."
+        "its pairs; Dense(op.to_dense()) has all, and logdet, if its matrix fits."
     )
 
 

@@ -291,7 +291,7 @@ class VerbMethods(LinearOperator, Generic[Op]):
         below δ can be off by 1 each; a model in float64 has them exactly.
 
         Costs one decomposition of the Gram matrix, kept for all δ; of what has no
-        closed form one of the dense matrix.
+        closed form one of the dense matrix, up to n = 2,000.
 
         Args:
             damping: δ, to return that of A + δ I; T of them to return as many, ``[T]``.
@@ -299,7 +299,7 @@ class VerbMethods(LinearOperator, Generic[Op]):
 
         Raises:
             ValueError: If the operator is not square.
-            TypeError: If it has no closed form and is not self-adjoint.
+            TypeError: If it has no closed form and is not self-adjoint, or larger.
 
         Example:
             >>> import torch, vivit_linop as vl
@@ -328,13 +328,15 @@ class VerbMethods(LinearOperator, Generic[Op]):
 
         Of low-rank operators c V Vᵀ with V ``[D, R]`` only the min(D, R) of the smaller
         side; the others are zero. Costs the Gram matrix (a forward pass, and backward
-        passes for the columns of a sample) and O(min(D, R)³) for its decomposition.
+        passes for the columns of a sample) and O(min(D, R)³) for its decomposition;
+        n products and O(n³) where there is no closed form, up to n = 2,000.
 
         Args:
             route: As for :meth:`inv`.
 
         Raises:
-            TypeError: If the operator is not self-adjoint, or has no closed form.
+            TypeError: If the operator is not self-adjoint, or is larger without a
+                closed form.
             ValueError: If it is not square.
 
         Example:
@@ -360,10 +362,11 @@ class VerbMethods(LinearOperator, Generic[Op]):
     ) -> Eigenpairs:
         """Return eigenpairs of a self-adjoint operator, eigenvalues ascending.
 
-        All of them need a closed form, which damped inverses and roots of low-rank
-        operators have up to 2,000 rows. The ``k`` at an end of the spectrum are there
-        for every operator: for Hessians, sums and products by ARPACK, on a GPU by
-        Lanczos, in some 36 + 4 k products; ``pairs.route`` says which way was taken.
+        All of them need a closed form, or the matrix, which n products make of up to
+        2,000 rows; so do those of damped inverses and roots of low-rank operators. The
+        ``k`` at an end of the spectrum are there for every operator: for Hessians, sums
+        and products by ARPACK, on a GPU by Lanczos, in some 36 + 4 k products;
+        ``pairs.route`` says which way was taken.
 
         Args:
             k: The ``k`` largest ones, or what ``which`` says.
@@ -398,8 +401,8 @@ class VerbMethods(LinearOperator, Generic[Op]):
             ``[n, K]``.
 
         Raises:
-            TypeError: If the operator is not self-adjoint; if all pairs are asked for,
-                or ``start`` given, and there is no closed form.
+            TypeError: If the operator is not self-adjoint; if all pairs of more than
+                2,000 are asked for, or ``start`` given, and there is no closed form.
             ValueError: If ``k``, ``select``, ``which`` or ``route`` ask for what there
                 is not, or for two things at once.
 
