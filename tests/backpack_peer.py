@@ -33,8 +33,8 @@ def built(name: str, reduction: str) -> tuple[nn.Module, nn.Module, Any]:
     with torch.random.fork_rng([]):
         torch.manual_seed(sum(map(ord, name)))
         net, loss, (X, y) = PROBLEMS[name](reduction)
-    y = y.double() if y.is_floating_point() else y
-    return net.double().eval(), loss, (X.double(), y)
+    X, y = (t.double() if t.is_floating_point() else t for t in (X, y))
+    return net.double().eval(), loss, (X, y)
 
 
 @functools.cache
@@ -210,7 +210,148 @@ def batch_norm(reduction: str) -> Any:
     return net, loss, (torch.randn(5, 5), _classes(5, 3))
 
 
+@problem
+def rnn(reduction: str) -> Any:
+    from backpack.custom_module.reduce_tuple import ReduceTuple
+
+    net = nn.Sequential(
+        nn.RNN(3, 4, batch_first=True), ReduceTuple(0), nn.Flatten(), nn.Linear(20, 3)
+    )
+    loss = nn.CrossEntropyLoss(reduction=reduction)
+    return net, loss, (torch.randn(4, 5, 3), _classes(4, 3))
+
+
+@problem
+def lstm_of_tokens(reduction: str) -> Any:
+    """A row of the table that no sample has, and labels for each position."""
+    from backpack.custom_module.permute import Permute
+    from backpack.custom_module.reduce_tuple import ReduceTuple
+
+    net = nn.Sequential(
+        nn.Embedding(6, 3),
+        nn.LSTM(3, 2, batch_first=True),
+        ReduceTuple(0),
+        nn.Linear(2, 3),
+        Permute(0, 2, 1),
+    )
+    loss = nn.CrossEntropyLoss(reduction=reduction)
+    return net, loss, (torch.randint(5, (4, 5)), torch.randint(3, (4, 5)))
+
+
+@problem
+def embedding(reduction: str) -> Any:
+    net = nn.Sequential(nn.Embedding(6, 3), nn.Flatten(), nn.Linear(12, 3))
+    loss = nn.CrossEntropyLoss(reduction=reduction)
+    return net, loss, (torch.randint(5, (5, 4)), _classes(5, 3))
+
+
+@problem
+def padded_and_sliced(reduction: str) -> Any:
+    from backpack.custom_module.pad import Pad
+    from backpack.custom_module.slicing import Slicing
+
+    everything = slice(None)
+    net = nn.Sequential(
+        nn.ZeroPad2d((1, 0, 0, 0)),
+        nn.Conv2d(2, 2, 2),
+        nn.ELU(),
+        Pad((1, 0, 0, 2), value=0.5),
+        nn.Conv2d(2, 2, 2),
+        Slicing((everything, everything, slice(0, 3, 2), 1)),
+        nn.Flatten(),
+        nn.Linear(4, 3),
+    )
+    loss = nn.CrossEntropyLoss(reduction=reduction)
+    return net, loss, (torch.randn(4, 2, 4, 3), _classes(4, 3))
+
+
+@problem
+def branched(reduction: str) -> Any:
+    from backpack.custom_module.branching import Parallel
+    from backpack.custom_module.scale_module import ScaleModule
+
+    bent = nn.Sequential(nn.Sigmoid(), nn.Linear(3, 3, bias=False))
+    net = nn.Sequential(
+        nn.Linear(4, 3),
+        Parallel(nn.Linear(3, 3), bent, nn.Identity()),
+        nn.Tanh(),
+        ScaleModule(0.5),
+        nn.Linear(3, 3),
+    )
+    loss = nn.CrossEntropyLoss(reduction=reduction)
+    return net, loss, (torch.randn(5, 4), _classes(5, 3))
+
+
+@problem
+def pools_1d(reduction: str) -> Any:
+    net = nn.Sequential(
+        nn.Conv1d(2, 2, 3, padding=1),
+        nn.LeakyReLU(),
+        nn.MaxPool1d(2),
+        nn.Conv1d(2, 3, 2),
+        nn.AvgPool1d(2, stride=1),
+        nn.AdaptiveAvgPool1d(2),
+        nn.Flatten(),
+        nn.Linear(6, 1),
+    )
+    loss = nn.BCEWithLogitsLoss(reduction=reduction)
+    return net, loss, (torch.randn(4, 2, 12), torch.randint(2, (4, 1)).double())
+
+
+@problem
+def conv_3d(reduction: str) -> Any:
+    net = nn.Sequential(
+        nn.Conv3d(2, 2, 2, stride=(1, 2, 1)),
+        nn.SELU(),
+        nn.AvgPool3d(2, stride=1),
+        nn.Conv3d(2, 2, 1, bias=False),
+        nn.AdaptiveAvgPool3d((1, 1, 2)),
+        nn.Flatten(),
+        nn.Linear(4, 3),
+    )
+    loss = nn.CrossEntropyLoss(reduction=reduction)
+    return net, loss, (torch.randn(3, 2, 3, 4, 4), _classes(3, 3))
+
+
+def _fixed(norm: Any) -> Any:
+    norm.running_mean.normal_()
+    norm.running_var.uniform_(0.5, 1.5)
+    nn.init.normal_(norm.weight)
+    return norm
+
+
+@problem
+def batch_norm_2d(reduction: str) -> Any:
+    net = nn.Sequential(
+        nn.Conv2d(2, 3, 2),
+        _fixed(nn.BatchNorm2d(3)),
+        nn.LogSigmoid(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(3, 3),
+    )
+    loss = nn.CrossEntropyLoss(reduction=reduction)
+    return net, loss, (torch.randn(4, 2, 3, 3), _classes(4, 3))
+
+
+@problem
+def batch_norm_3d(reduction: str) -> Any:
+    net = nn.Sequential(
+        nn.ConvTranspose3d(1, 2, 2),
+        _fixed(nn.BatchNorm3d(2)),
+        nn.ReLU(),
+        nn.MaxPool3d(2),
+        nn.Flatten(),
+        nn.Linear(2, 3),
+    )
+    loss = nn.CrossEntropyLoss(reduction=reduction)
+    return net, loss, (torch.randn(4, 1, 2, 2, 2), _classes(4, 3))
+
+
 ALL = list(PROBLEMS)
+# Those of whose layers it has roots of the GGN.
+ROOTS = ["mlp_ce", "bce", "cnn_ce", "batch_norm", "embedding", "padded_and_sliced"]
+ROOTS += ["branched", "batch_norm_3d"]
 # Those whose layers BackPACK's Kronecker approximations take.
 KRONECKER = [
     "mlp_ce",
@@ -224,5 +365,6 @@ KRONECKER = [
 ]
 # Those whose layers its layer recursion for the Hessian's diagonal takes.
 HESSIAN = ["mlp_ce", "mlp_mse", "bce", "cnn_ce", "conv_1d"]
+HESSIAN += ["padded_and_sliced", "pools_1d", "conv_3d"]
 # Those whose layers its products with blocks take: 2d and without batch norm.
 PRODUCTS = ["mlp_ce", "mlp_mse", "cnn_ce"]

@@ -94,7 +94,7 @@ def test_ggn_diagonals_as_backpack(name: str, reduction: str) -> None:
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
-@pytest.mark.parametrize("name", ["mlp_ce", "bce", "cnn_ce", "batch_norm"])
+@pytest.mark.parametrize("name", backpack_peer.ROOTS)
 def test_square_roots_as_backpack(name: str, reduction: str) -> None:
     """Its V has other columns, of which ours are an orthogonal mixing."""
     parameters = backpack_peer.run(name, reduction, bp.SqrtGGNExact())
