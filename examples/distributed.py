@@ -21,7 +21,6 @@ import re
 import subprocess
 import sys
 
-import matplotlib
 import torch
 import torch.distributed as dist
 from _digits import digits, train
@@ -29,9 +28,6 @@ from scipy.sparse.linalg import eigsh
 from torch import Tensor, nn
 
 import vivit_linop as vl
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 
 NUM_SAMPLES, DAMPING, K = 100, 1e-2, 5
 
@@ -155,6 +151,11 @@ else:
 # The rows of K, by the process that holds them.
 
 if "RANK" not in os.environ:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
     held = [int(rows) for rows in re.findall(r"(\d+) of \d+ rows of K", said)]
     figure, ax = plt.subplots(figsize=(4, 4), layout="constrained")
     for rank, rows in enumerate(held):
