@@ -166,6 +166,9 @@ def test_wrong_groups(cls) -> None:
         cls().get_extension_hook([group, {**group, "params": [group["params"][0]]}])
     with pytest.raises(ValueError, match="empty"):
         cls().get_extension_hook([{**group, "params": []}])
+    for groups in (group, group["params"], [group["params"]]):
+        with pytest.raises(TypeError, match=r"^param_groups\[0\]: a dictionary with"):
+            cls().get_extension_hook(groups)
     group["params"][2].requires_grad_(False)
     with pytest.raises(ValueError, match=r"\['params'\]\[2\]: of shape \[5, 6\].*froz"):
         cls().get_extension_hook([group])
@@ -181,7 +184,7 @@ def test_groups_without_results() -> None:
         computation.get_result(dict(case.groups[0]))
     stranger = nn.Parameter(torch.rand(3, 3))
     group = {"params": [*case.groups[0]["params"], stranger]}
-    with pytest.raises(KeyError, match=r"parameters 4 \(of shape \[3, 3\]\)"):
+    with pytest.raises(KeyError, match=r"parameters 4 \(of shape \[3, 3\]\).*extended"):
         case.run(computation, [group])
 
 

@@ -152,7 +152,8 @@ def trust_region_step(
     """Return s = −(A + δ I)⁻¹ g, and the decrease that the model of the risk predicts.
 
     The minimum of the model m(s) = L + gᵀs + ½ sᵀA s in a ball, whose radius falls
-    with δ (Levenberg 1944; Nocedal & Wright, *Numerical Optimization*, §4.1 and §10.3).
+    with δ (Levenberg 1944; Nocedal & Wright, *Numerical Optimization*, §4.1 and §10.3);
+    where A + δ I is indefinite, as of a Hessian and too small a δ, a saddle point of m.
     ρ = (L(θ) − L(θ + s)) / predicted says how good the model is: where ρ > ¾, take less
     damping in the next step; where ρ < ¼, more, and for ρ ≤ 0 try again.
     ``risk.at(θ + s)`` is the risk after the step.

@@ -118,7 +118,7 @@ class _Computation(ABC, Generic[Result]):
         )
         raise KeyError(
             "No results available for this group: the backward pass did not reach its "
-            f"parameters {missing}."
+            f"parameters {missing}. Are they those of the model, and is it extended?"
         )
 
     def _begin(self, blocks: Sequence[Block]) -> None:

@@ -149,6 +149,7 @@ def checked_blocks(param_groups: Iterable[Group], keys: Sequence[str]) -> list[B
     """Turn parameter groups into blocks.
 
     Raises:
+        TypeError: If a group is no dictionary, or a parameter no tensor.
         ValueError: If a group lacks a key or has no parameters, or a parameter is
             listed twice or frozen.
     """
@@ -156,6 +157,11 @@ def checked_blocks(param_groups: Iterable[Group], keys: Sequence[str]) -> list[B
     seen: dict[int, str] = {}
     for number, group in enumerate(param_groups):
         where = f"param_groups[{number}]"
+        if not isinstance(group, dict):
+            raise TypeError(
+                f"{where}: a dictionary with {', '.join(map(repr, keys))}, got "
+                f"{type(group).__name__}. param_groups is a list of such."
+            )
         for key in keys:
             if key not in group:
                 raise ValueError(f"{where}: does not have the key {key!r}.")
