@@ -86,21 +86,21 @@ torch.manual_seed(0)
 order = torch.randperm(1797)
 images = torch.tensor(load_digits().images / 16.0)[order]
 classes = torch.tensor(load_digits().target)[order]
-graphs = [graph_of(image) for image in images[:240]]
-X, y = batched(graphs[:200]), classes[:200]
+graphs = [graph_of(image) for image in images[:140]]
+X, y = batched(graphs[:100]), classes[:100]
 net, loss = GraphNet(3, 10), nn.CrossEntropyLoss(reduction="sum")
 train(net, lambda: loss(net(*X), y), 300, decay=PRIOR / 10)
 
 # %%
 # Doubt
 # -----
-# The risk has found 200 graphs in one batch.
+# The risk has found 100 graphs in one batch.
 
 risk = vl.EmpiricalRisk(net, loss, (X, y))
 print(risk)
 identity = vl.Identity(risk.num_params)
 posterior = (vl.GGN(risk) + PRIOR * identity).inv()
-known = graphs[200:]
+known = graphs[100:]
 wild = [(x, torch.randint(len(x), e.shape)) for x, e in known]
 doubts = []
 for name, some in (("test digits", known), ("wired at random", wild)):
@@ -110,7 +110,7 @@ for name, some in (("test digits", known), ("wired at random", wild)):
 if not doubts[0] < doubts[1]:
     raise AssertionError("the network is as sure of graphs that make no sense")
 vector = torch.randn(risk.num_params)
-alone = [(batched([g]), y[i : i + 1]) for i, g in enumerate(graphs[:200])]
+alone = [(batched([g]), y[i : i + 1]) for i, g in enumerate(graphs[:100])]
 one_by_one = vl.GGN(net, loss, alone) @ vector
 check("G x, graphs together and alone", vl.GGN(risk) @ vector, one_by_one, 1e-9)
 
