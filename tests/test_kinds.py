@@ -226,3 +226,20 @@ def test_a_kind_that_no_call_has_is_said() -> None:
     risk = vl.EmpiricalRisk(nn.Linear(3, 2), nn.CrossEntropyLoss(), data)
     with pytest.raises(AssertionError, match="no call of kind 'shift'"):
         vl.testing.check_kind("shift", risk)
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: Signature(F.relu, "input"), "functions: a list"),  # type: ignore[arg-type]
+        (lambda: Signature(["relu"], "input"), "functions: a function"),  # type: ignore[list-item]
+        (lambda: Signature([F.relu], ["input"]), "arguments: one string"),  # type: ignore[arg-type]
+        (lambda: Kind(name="z", signatures=gate_kind(1.0).signatures[0]), "signatures"),  # type: ignore[arg-type]
+        (lambda: Kind(name="z", signatures=[F.relu]), "signatures"),  # type: ignore[list-item]
+        (lambda: register(Kind), "kind: a Kind"),  # type: ignore[arg-type]
+        (lambda: vl.testing.check_kind("z", "z"), "risk: an Emp"),  # type: ignore[arg-type]
+    ],
+)
+def test_entries_of_another_type_are_refused(build: Any, message: str) -> None:
+    with pytest.raises(TypeError, match=f"^{message}"):
+        build()

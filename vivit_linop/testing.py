@@ -17,7 +17,7 @@ from vivit_linop.net.certified import CertifiedColumns
 from vivit_linop.net.structure import Layout, Structure
 from vivit_linop.noise import Noise
 from vivit_linop.operators.base import NUMPY_DTYPES, TorchLinearOperator
-from vivit_linop.risk.empirical import EmpiricalRisk
+from vivit_linop.risk.empirical import EmpiricalRisk, check_risk
 
 
 def check_operator(
@@ -85,6 +85,7 @@ def check_kind(name: str, risk: EmpiricalRisk) -> None:
         >>> risk = vl.EmpiricalRisk(nn.Linear(3, 2), nn.CrossEntropyLoss(), data)
         >>> vl.testing.check_kind("linear", risk)
     """
+    check_risk(risk)
     X, _ = next(risk.passes.batches())
     with as_guest(risk.device):
         capture = Capture(risk, X, risk.batch_sizes[0])

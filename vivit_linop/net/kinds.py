@@ -7,7 +7,7 @@ same way, from outside.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vivit_linop.arguments import as_list, check_function
 from vivit_linop.net.columns.base import LayerColumns
 
 Arguments = dict[str, Any]
@@ -62,8 +63,8 @@ class Signature:
     """Functions that are called in the same way, and how such a call is read.
 
     Args:
-        functions: Torch functions: of ``torch``, methods of tensors, or your own that
-            call ``torch.overrides.handle_torch_function``.
+        functions: A list of torch functions: of ``torch``, methods of tensors, or your
+            own that call ``torch.overrides.handle_torch_function``.
         arguments: The names of their arguments in order, in one string.
         read: Takes a call's arguments by name, in the order of their names and without
             those that are None, and returns the layer's; or None where the call is not
@@ -73,9 +74,15 @@ class Signature:
             names already.
     """
 
-    functions: Iterable[Callable[..., Any]]
+    functions: Sequence[Callable[..., Any]]
     arguments: str
     read: Callable[[Arguments], Arguments | None] | None = None
+
+    def __post_init__(self) -> None:
+        for function in as_list(self.functions, "functions", "functions"):
+            check_function(function, "functions")
+        if not isinstance(self.arguments, str):
+            raise TypeError(f"arguments: one string, got {self.arguments!r}.")
 
     @cached_property
     def names(self) -> list[str]:
@@ -181,6 +188,9 @@ class Kind:
     nodes: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        for signature in as_list(self.signatures, "signatures", "Signatures"):
+            if not isinstance(signature, Signature):
+                raise TypeError(f"signatures: of Signatures, got {signature!r}.")
         if self.samples not in _SAMPLES:
             raise ValueError(
                 f"samples: found {self.samples!r}; take one of {', '.join(_SAMPLES)}."
@@ -215,6 +225,8 @@ def register(kind: Kind) -> None:
     Args:
         kind: The kind.
     """
+    if not isinstance(kind, Kind):
+        raise TypeError(f"kind: a Kind, got {kind!r}.")
     new: dict[Callable[..., Any], list[tuple[Signature, Kind]]] = {}
     for signature in kind.signatures:
         for function in signature.functions:
