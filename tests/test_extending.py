@@ -510,10 +510,16 @@ def test_verbs_without_a_rule_say_so():
     class Opaque(Sound):
         self_adjoint = True
 
-    op = Opaque(torch.eye(3))
-    for verb in ("inv", "eigh", "eigvalsh", "logdet"):
+    op, large = Opaque(torch.eye(3)), Opaque(torch.eye(2001))
+    for A, verb in (
+        (op, "inv"),
+        (large, "eigh"),
+        (large, "eigvalsh"),
+        (large, "logdet"),
+    ):
         with pytest.raises(TypeError, match=r"Opaque.*Dense\(op\.to_dense\(\)\)"):
-            getattr(op, verb)()
+            getattr(A, verb)()
+    torch.testing.assert_close(op.eigvalsh(), torch.ones(3))  # of the matrix
     with pytest.raises(TypeError, match="inv: no closed form for a damped Opaque"):
         (op + vl.Identity(3)).inv()
     # These need products only.
