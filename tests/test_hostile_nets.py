@@ -7,6 +7,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -271,6 +272,39 @@ def test_samples_that_depend_on_others(forward: Callable[..., Tensor]) -> None:
     data = torch.randn(N, 5).double(), torch.arange(N) % C
     with pytest.raises(ValueError, match="depend on the other samples"):
         vl.EmpiricalRisk(net, LOSS, data)
+
+
+def in_one_precision(h: Tensor) -> Tensor:
+    return h @ torch.eye(C)
+
+
+def by_a_table(h: Tensor) -> Tensor:
+    return h @ torch.from_numpy(np.eye(C, dtype=np.float32))
+
+
+def says_which(h: Tensor) -> Tensor:
+    assert h.dtype is torch.float32
+    return h
+
+
+@pytest.mark.parametrize("only", [in_one_precision, by_a_table, says_which])
+def test_mixing_behind_zeros_of_nets_without_float64(only: Any) -> None:
+    """Outputs elsewhere differ in float32, and derivatives there decide."""
+    torch.manual_seed(0)
+    members = {"f": nn.Linear(4, C), "head": nn.Linear(C, C)}
+    nn.init.zeros_(members["head"].weight)
+    X, y = torch.rand(N, 4), torch.arange(N) % C
+
+    def forward(m: Any, X: Tensor, middle: float) -> Tensor:
+        h = m.f(X)
+        out: Tensor = m.head(only(h - middle * h.mean(0)).tanh())
+        return out
+
+    mixing = Lambda(lambda m, X: forward(m, X, 1.0), **members)
+    with pytest.raises(ValueError, match=r"where 'head.weight' is not zero"):
+        vl.EmpiricalRisk(mixing, LOSS, (X, y))
+    alone = Lambda(lambda m, X: forward(m, X, 0.0), **members)
+    assert vl.EmpiricalRisk(alone, LOSS, (X, y)).gradient().any()
 
 
 class Tanh(torch.autograd.Function):

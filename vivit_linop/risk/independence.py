@@ -134,21 +134,27 @@ def _check_behind_zeros(
 
     Behind a head, an adapter or a gate that is zero, outputs are the same whatever is
     there. Nothing is said of nets that do not run there, and where outputs differ in
-    float32, those in float64 decide.
+    float32, those in float64 decide, if the net has these.
     """
+
+    def how_far(params: Params, X: Any, output: Tensor) -> float:
+        found = _apart_among(model, params, X, output, samples, *question)
+        return _in_proportion([found])[0]
+
     apart = False
     with tolerated(Exception):
-        params = elsewhere(model.params)
-        for dtype in dict.fromkeys([model.dtype, torch.float64]):
-            here, inputs = model.cast(params, X, dtype)
-            output = model(here, inputs).detach()
-            found = _apart_among(model, here, inputs, output, samples, *question)
-            off, _ = _in_proportion([found])
-            if not off > max(_NEAR[dtype], _FAR[torch.float64]):
-                return
-        # An iteration that ends when all samples have converged leaves differences.
-        alone = _are_alone(model, here, inputs, output, samples)
-        apart = output.dtype is torch.float64 and not alone
+        here, inputs = model.cast(elsewhere(model.params), X, model.dtype)
+        output = model(here, inputs).detach()
+        near = max(_NEAR[output.dtype], _FAR[torch.float64])
+        if not (far := how_far(here, inputs, output)) > near:
+            return
+        exact = _in_double(model, here, inputs, output)
+        if exact is None:
+            alone = _are_alone(model, here, inputs, output, samples)
+            apart = alone is False or not far <= _FAR[output.dtype]
+        elif how_far(*exact) > _FAR[torch.float64]:
+            # An iteration that ends when all samples have converged leaves differences.
+            apart = not _are_alone(model, *exact, samples)
     if apart:
         raise dependent(f" where {model.zeros[0]!r} is not zero")
 
@@ -187,7 +193,7 @@ def _check_derivatives(
     # Whatever it says to other batches, or to another precision.
     with tolerated(Exception):
         if any(differ(model.params, X)):
-            exact = _in_double(model, X, output)
+            exact = _in_double(model, model.params, X, output)
             if exact is not None:
                 doubles = [p.detach().requires_grad_() for p in exact[0].values()]
                 named = dict(zip(exact[0], doubles, strict=True))
@@ -256,7 +262,7 @@ def _are_same(
         return False
     if visible <= _NEAR[dtype]:
         return True
-    exact = _in_double(model, X, output)
+    exact = _in_double(model, model.params, X, output)
     if exact is None:
         # Kernels of low precision may be that far apart.
         return _are_alone(model, model.params, X, output, samples) is not False
@@ -307,12 +313,12 @@ def _apart_among(
 
 
 def _in_double(
-    model: FunctionalModel, X: Any, output: Tensor
+    model: FunctionalModel, params: Params, X: Any, output: Tensor
 ) -> tuple[Params, Any, Tensor] | None:
     """Parameters, inputs and outputs in float64; None for a model without these."""
     if output.dtype is torch.float64:
-        return model.params, X, output
-    params, X = model.cast(model.params, X, torch.float64)
+        return params, X, output
+    params, X = model.cast(params, X, torch.float64)
     # Whatever a model says to numbers of another precision, or for want of memory for
     # them.
     with contextlib.suppress(Exception):
