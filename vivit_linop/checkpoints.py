@@ -11,7 +11,8 @@ torch keeps for that says that it is inside.
 Selective checkpoints keep what a policy chooses, for one backward pass alone. Inside
 they recompute everything.
 
-What a net runs in a :class:`Repeated` mode is recomputed in that mode.
+What a net runs in a :class:`Repeated` mode is recomputed in that mode, and with the
+tensors that its modules had (``torch.func.functional_call``).
 """
 
 from __future__ import annotations
@@ -68,7 +69,12 @@ class _Recomputed:
     """For ``with``: reentrant checkpoints of this thread run as the other variant.
 
     It stands in for ``CheckpointFunction`` while any thread is inside.
+
+    Attributes:
+        copies: Makes what copies functions with the tensors that modules have now.
     """
+
+    copies: Callable[[], Any]
 
     def __init__(self) -> None:
         self._lock, self._entered = threading.Lock(), 0
@@ -114,8 +120,10 @@ class _Recomputed:
     ) -> Any:
         """Start torch's other variant."""
         if _HERE.depth:
-            modes = [mode.again() for mode in _HERE.modes]
-            function = partial(self._inside, function, modes)
+            modes, copies = [mode.again() for mode in _HERE.modes], self.copies()
+            function = partial(self._inside, copies.of_called(function), modes)
+            args = tuple(map(copies.of, args))
+            given = {name: copies.of(value) for name, value in given.items()}
             # With contexts of its own a checkpoint may not be debugged.
             if contexts is not _torch.noop_context_fn:
                 contexts = partial(_without_policy, contexts)

@@ -84,8 +84,6 @@ class Plan:
             Undecided: If the program does not run in plain torch.
         """
         names = dict(self.layers)
-        if self.parameters[0] == "function" and "checkpointed" in names:
-            raise Undecided("functional_call is over when layers are computed again")
         if "held_by_an_object" in names and "checkpointed" in names:
             raise Undecided("what is held is not told from what is computed again")
         module = types.ModuleType("fuzzed")

@@ -50,6 +50,8 @@ _EMBEDDINGS = nn.Embedding, nn.EmbeddingBag
 _DIRECTIONS = 4
 _TOLERANCE = 0.02
 
+RECOMPUTED.copies = lambda: Copies(())
+
 
 class PrivateModule:
     """A module as a function of the tensors in its slots.
