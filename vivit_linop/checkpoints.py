@@ -71,9 +71,11 @@ class _Recomputed:
     It stands in for ``CheckpointFunction`` while any thread is inside.
 
     Attributes:
+        seen: Whether there has been one.
         copies: Makes what copies functions with the tensors that modules have now.
     """
 
+    seen = False
     copies: Callable[[], Any]
 
     def __init__(self) -> None:
@@ -105,6 +107,7 @@ class _Recomputed:
         """Run a checkpoint, by torch's own function in threads that are not inside."""
         if not _HERE.depth:
             return self._original.apply(function, preserve, *args)
+        self.seen = True
         return _torch.checkpoint(
             function, *args, use_reentrant=False, preserve_rng_state=preserve
         )
@@ -120,6 +123,7 @@ class _Recomputed:
     ) -> Any:
         """Start torch's other variant."""
         if _HERE.depth:
+            self.seen = True
             modes, copies = [mode.again() for mode in _HERE.modes], self.copies()
             function = partial(self._inside, copies.of_called(function), modes)
             args = tuple(map(copies.of, args))

@@ -22,6 +22,7 @@ from torch.autograd import forward_ad
 from torch.autograd.graph import disable_saved_tensors_hooks, saved_tensors_hooks
 from torch.compiler import is_dynamo_compiling
 
+from vivit_linop.checkpoints import RECOMPUTED
 from vivit_linop.ranks.alone import Ranks
 from vivit_linop.ranks.messages import name_of
 
@@ -248,6 +249,8 @@ def as_guest(device: torch.device) -> Iterator[None]:
         if _HERE.depth == 0 or _to_leave():
             stack.enter_context(ordinary_mode())
         stack.enter_context(recorded())
+        if RECOMPUTED.seen:  # a loss may have some
+            stack.enter_context(RECOMPUTED)
         yield
 
 
