@@ -314,13 +314,14 @@ NESTED: dict[str, Any] = {
     "loss": {"beta": 1.0, "step": 0.0, "sizes": [1.0, 2.0]},
     "of": types.SimpleNamespace(inner=types.SimpleNamespace(beta=1.0, step=0.0)),
     "log": {"step": 0.0},
+    "table": [[1.0], ([2.0, 1.0], 0.5)],
 }
 
 
 def of_nested(output: Tensor, y: Tensor) -> Tensor:
     scale = (
         NESTED["loss"]["beta"] * NESTED["of"].inner.beta * NESTED["loss"]["sizes"][0]
-    )
+    ) * NESTED["table"][1][0][1]
     return scale * output.square().sum(1).mean()
 
 
@@ -339,6 +340,14 @@ def of_nested(output: Tensor, y: Tensor) -> Tensor:
         (
             lambda to: to.setitem(NESTED["loss"], "sizes", [3.0]),
             r"\['sizes'\], whose 0",
+        ),
+        (
+            lambda to: to.setitem(NESTED, "table", [[1.0], ([2.0, 3.0], 0.5)]),
+            r"\['table'\]\[1\]\[0\], whose 1",
+        ),
+        (
+            lambda to: to.setitem(NESTED, "table", [[1.0]]),
+            r"\['table'\]\[1\], whose 1",
         ),
         (lambda to: to.delitem(NESTED, "of"), r"\['of'\]\['inner'\], whose 'beta'"),
     ],

@@ -30,7 +30,7 @@ class NumbersRead:
     calls by their names, what is around it, attributes of a module. Of containers and
     objects there it has the numbers that these hold: those that are named in the code,
     or all where none is. Also of mappings and objects in them whose names are in the
-    code, not of lists in lists.
+    code, and of lists in lists.
 
     Args:
         called: What is called.
@@ -60,8 +60,9 @@ class NumbersRead:
             if id(value) not in opened:
                 opened.add(id(value))
                 known = numbers if isinstance(numbers, dict) else ()
-                inner = [k for k in _held_by(value) if k in named and k not in known]
-                todo += [(space, (*path, key)) for key in inner]
+                for key, part in _held_by(value).items():
+                    if key not in known and (key in named or _is_row(value, part)):
+                        todo.append((space, (*path, key)))
 
     def settle(self) -> None:
         """Leave out what the function itself has changed in a call: what it logs."""
@@ -143,6 +144,11 @@ def _held_by(value: Any) -> dict[Any, Any]:
     held = dict(enumerate(value)) if isinstance(value, (list, tuple)) else value
     held = held if isinstance(held, dict) else getattr(value, "__dict__", None)
     return held if isinstance(held, dict) and len(held) <= _FEW else {}
+
+
+def _is_row(value: Any, part: Any) -> bool:
+    """Whether something is a list in a list: rows have no names in a code."""
+    return isinstance(value, (list, tuple)) and isinstance(part, (list, tuple))
 
 
 def _at(space: Space, path: Path) -> Any:
