@@ -57,9 +57,14 @@ def gradients(
         return [*map(torch.zeros_like, inputs)]
     outputs, cotangents = zip(*used, strict=True)
     found = torch.autograd.grad(
-        outputs, inputs, cotangents, materialize_grads=True, **options
+        outputs, inputs, cotangents, allow_unused=True, **options
     )
-    return [g if g.layout == torch.strided else g.to_dense() for g in found]
+    # The zeros of torch's ``materialize_grads`` require grad in version 2.8.
+    graph = options.get("create_graph", False)
+    return [
+        torch.zeros_like(x, requires_grad=graph) if g is None else g
+        for x, g in zip(inputs, map(strided, found), strict=True)
+    ]
 
 
 def batched_gradients(
