@@ -248,3 +248,40 @@ def test_several_outputs_that_are_refused() -> None:
         model, nn.MSELoss(), (X, y), predict=lambda model, x: model(x)[0]
     )
     assert joined.num_outputs == 2
+
+
+def test_trained_weights_of_tasks_are_outputs() -> None:
+    """As the error for losses with parameters of the model says."""
+
+    class Tasks(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = nn.Linear(3, 2)
+            self.s = nn.Parameter(torch.tensor([0.3, -0.2]))
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return self.net(x), self.s.expand(len(x), 2)
+
+    def loss(output: tuple[Tensor, Tensor], y: Tensor) -> Tensor:
+        f, s = output
+        return ((-s).exp() * (f - y).square() + s).sum(1).mean()
+
+    torch.manual_seed(0)
+    net, X, y = Tasks().double(), torch.randn(4, 3).double(), torch.randn(4, 2).double()
+    alone, s = nn.Linear(3, 2).double(), nn.Parameter(net.s.detach().clone())
+    alone.register_parameter("s", s)
+    with pytest.raises(ValueError, match=r"trained are outputs of the model"):
+        vl.EmpiricalRisk(alone, lambda f, t: loss((f, s), t), (X, y), reduction="mean")
+    risk = vl.EmpiricalRisk(net, loss, (X, y), reduction="mean")
+    params = dict(net.named_parameters())
+
+    def value(theta: Tensor) -> Tensor:
+        parts = theta.split([p.numel() for p in params.values()])
+        named = zip(params.items(), parts, strict=True)
+        state = {name: part.view_as(p) for (name, p), part in named}
+        return loss(torch.func.functional_call(net, state, (X,)), y)
+
+    theta = torch.cat([p.detach().flatten() for p in params.values()])
+    exact = torch.func.hessian(value)(theta)
+    torch.testing.assert_close(vl.Hessian(risk).to_dense(), exact)
+    torch.testing.assert_close(risk.gradient(), torch.func.grad(value)(theta))

@@ -163,7 +163,8 @@ def uses_parameters(name: str) -> ValueError:
     return ValueError(
         f"loss: {name} uses parameters of the model, so it is no function of its "
         "outputs alone, and derivatives would miss that part. Give the loss without "
-        "it. A regulariser τ/2 ‖θ‖² is added to operators as vl.GGN(risk) + "
+        "it; weights of tasks that are trained are outputs of the model, [N, …], like "
+        "others. A regulariser τ/2 ‖θ‖² is added to operators as vl.GGN(risk) + "
         "τ * vl.Identity(D), another one by its curvature as + vl.Diagonal(…), and "
         "to risk.value() and risk.gradient() by hand."
     )
