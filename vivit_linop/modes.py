@@ -91,7 +91,7 @@ class ordinary_mode:
             if Ranks.are_many and not _HERE.depth:
                 with _shared(function, args, kwargs), ordinary_mode():
                     result = function(*args, **kwargs)
-            elif precise and not _to_leave():
+            elif precise and not to_leave():
                 # As nearly always, and sooner than to enter a context.
                 _HERE.depth += 1
                 try:
@@ -116,7 +116,7 @@ class ordinary_mode:
             or torch.is_autocast_enabled("cpu")
             or torch.is_autocast_enabled("cuda")
         ):
-            self._modes = _to_leave()
+            self._modes = to_leave()
             for mode in self._modes:
                 mode.__enter__()
         depth = _HERE.depth
@@ -150,21 +150,15 @@ def _shared(
     return contextlib.nullcontext()
 
 
-def _to_leave() -> list[contextlib.AbstractContextManager[object]]:
-    """What leaves the caller's inference mode and autocast, asked in each product."""
+def to_leave() -> list[contextlib.AbstractContextManager[object]]:
+    """What leaves inference mode and autocast, asked in each product."""
     modes: list[contextlib.AbstractContextManager[object]] = []
     if torch.is_inference_mode_enabled():
         modes.append(torch.inference_mode(False))
-    return [*modes, *autocast_off()]
-
-
-def autocast_off() -> list[torch.autocast]:
-    """What switches autocast off where it is on; nothing where it is not."""
-    return [
-        torch.autocast(device, enabled=False)
-        for device in ("cpu", "cuda")
-        if torch.is_autocast_enabled(device)
-    ]
+    for device in ("cpu", "cuda"):
+        if torch.is_autocast_enabled(device):
+            modes.append(torch.autocast(device, enabled=False))
+    return modes
 
 
 @contextlib.contextmanager
@@ -246,7 +240,7 @@ def as_guest(device: torch.device) -> Iterator[None]:
         _GUESTS.enter(device)
         stack.callback(_GUESTS.leave)
         # A product has entered it already.
-        if _HERE.depth == 0 or _to_leave():
+        if _HERE.depth == 0 or to_leave():
             stack.enter_context(ordinary_mode())
         stack.enter_context(recorded())
         if RECOMPUTED.seen:  # a loss may have some

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from vivit_linop.checkpoints import Repeated
-from vivit_linop.modes import autocast_off
+from vivit_linop.modes import to_leave
 
 _CASTS = {Tensor.float, Tensor.half, Tensor.bfloat16}
 _TO_OTHER = {Tensor.to, Tensor.type_as}
@@ -55,7 +55,7 @@ class Widened(Repeated):
             func, args = Tensor.to, (x, other.device, dtype, *rest)
         args = tuple(map(self._widened, args))
         with contextlib.ExitStack() as off:
-            for mode in autocast_off():
+            for mode in to_leave():
                 off.enter_context(mode)
             return func(*args, **kwargs)
 
