@@ -185,9 +185,23 @@ def test_what_is_refused() -> None:
             function(of, upper, 1.0)
     with pytest.raises(TypeError, match="risk: an EmpiricalRisk"):
         vl.log_marginal_likelihood(G, G, 1.0)
+    # Of more rows than a matrix is formed of.
+    net, data = nn.Linear(2000, 1), (torch.rand(2, 2000), torch.rand(2, 1))
+    large = vl.EmpiricalRisk(net, nn.MSELoss(), data)
     with pytest.raises(TypeError, match="prior_precision: no closed-form"):
-        entries = torch.linspace(1, 2, D, dtype=float64)
-        vl.log_marginal_likelihood(of, vl.Hessian(of) + vl.GGN(of), entries)
+        entries = torch.linspace(1, 2, large.num_params)
+        vl.log_marginal_likelihood(large, vl.Hessian(large) + vl.GGN(large), entries)
+
+
+def test_curvatures_without_a_closed_form() -> None:
+    of = risk("mlp_ce_mean")
+    A = vl.Hessian(of) + vl.GGN(of)
+    entries = torch.linspace(5, 6, of.num_params, dtype=float64)
+    expected = truth("mlp_ce_mean", A.to_dense(), entries)
+    found = vl.log_marginal_likelihood(of, A, entries)
+    assert abs(found - expected) <= 1e-9 * abs(expected)
+    with pytest.raises(ValueError, match="there is no posterior"):
+        vl.log_marginal_likelihood(of, A, 0.01 * entries)
 
 
 def of_weight_and_bias(of: vl.EmpiricalRisk) -> vl.TorchLinearOperator:

@@ -150,10 +150,12 @@ def _shared(
     return contextlib.nullcontext()
 
 
-def to_leave() -> list[contextlib.AbstractContextManager[object]]:
-    """What leaves inference mode and autocast, asked in each product."""
+def to_leave(
+    inference: bool = True,
+) -> list[contextlib.AbstractContextManager[object]]:
+    """What leaves autocast and, if asked to, inference mode, asked in each product."""
     modes: list[contextlib.AbstractContextManager[object]] = []
-    if torch.is_inference_mode_enabled():
+    if inference and torch.is_inference_mode_enabled():
         modes.append(torch.inference_mode(False))
     for device in ("cpu", "cuda"):
         if torch.is_autocast_enabled(device):

@@ -55,7 +55,7 @@ class Widened(Repeated):
             func, args = Tensor.to, (x, other.device, dtype, *rest)
         args = tuple(map(self._widened, args))
         with contextlib.ExitStack() as off:
-            for mode in to_leave():
+            for mode in to_leave(inference=False):
                 off.enter_context(mode)
             return func(*args, **kwargs)
 
