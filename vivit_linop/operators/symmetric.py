@@ -251,7 +251,7 @@ def _check_finite(matrix: Tensor) -> float:
     """
     if not matrix.numel() or matrix.device.type != "cpu":
         return 0.0
-    size = max(map(abs, torch.stack(matrix.aminmax()).tolist()))
+    size = max(abs(matrix.amin().item()), abs(matrix.amax().item()))
     if not math.isfinite(size):
         raise ValueError(
             "eigh: the matrix must not contain infs or NaNs. Its entries may be too "
