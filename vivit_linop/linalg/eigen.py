@@ -81,20 +81,20 @@ def eigenpairs_of_operator(
     except NoClosedForm as error:
         if k is not None and select is None:
             return verbs.extreme_eigenpairs(op, k)
-        decomposition = _of_few_rows(op, error)
+        decomposition = DenseDecomposition(_of_few_rows(op, error), op.ranks)
     return decomposition.pairs(decomposition.choose(k, select, rcond))
 
 
-def _of_few_rows(op: Op, error: NoClosedForm) -> Eigendecomposition:
-    """Of the matrix, which all pairs take where there is no closed form."""
+def _of_few_rows(op: Op, error: NoClosedForm) -> Tensor:
+    """The matrix, which all pairs come from where there is no closed form."""
     if op.shape[0] > DENSE_ROWS:
         raise error
-    return _of_its_matrix(op)
+    return _symmetric(op)
 
 
-def _of_its_matrix(op: Op) -> DenseDecomposition:
+def _symmetric(op: Op) -> Tensor:
     matrix = verbs.to_dense(op)
-    return DenseDecomposition((matrix + matrix.T) / 2, op.ranks)
+    return (matrix + matrix.T) / 2
 
 
 @verbs.eigh.register
@@ -140,7 +140,7 @@ def eigenvalues_of_operator(op: Op) -> Tensor:
     try:
         return verbs.eigendecomposition(op).eigenvalues
     except NoClosedForm as error:
-        return _of_few_rows(op, error).eigenvalues
+        return op.ranks.led(symmetric_eigenvalues, _of_few_rows(op, error))
 
 
 @verbs.eigvalsh.register
@@ -200,7 +200,7 @@ def eigenvalues_of_product(op: Product) -> Tensor:
         try:
             return verbs.eigvalsh(op.reduced_or(no_eigenpairs(op)))
         except NoClosedForm as error:
-            return _of_few_rows(op, error).eigenvalues
+            return op.ranks.led(symmetric_eigenvalues, _of_few_rows(op, error))
     evals = [
         verbs.eigvalsh(f).flip(0) if _falls(f) else verbs.eigvalsh(f)
         for f in op.factors
@@ -379,7 +379,7 @@ def extreme_eigenpairs_of_operator(
     if op.shape[0] > krylov_products(k):  # of fewer rows the matrix is cheaper
         pairs = _by_iteration(op, wanted, route or solver_on(op.device))
     if pairs is None:
-        dense = _of_its_matrix(op)
+        dense = DenseDecomposition(_symmetric(op), op.ranks)
         pairs = dense.pairs(dense.outmost(k, which))
     return pairs
 
